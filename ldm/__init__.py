@@ -1,0 +1,1 @@
+"""Train a latent diffusion model of your own, end to end."""

@@ -1,0 +1,156 @@
+"""Stage 1 as the rest of the project sees it: images -> moments, latents -> images, and what is measured of them.
+
+    z_raw ~ N(mean(x), exp(log_variance(x)))        z = (z_raw - latent_mean) / latent_std
+
+per channel; the statistics come from all of the training split, never from a constant.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from ldm.autoencoder.patch import PatchAutoencoderKL
+from ldm.errors import UserError
+
+STATISTICS_FILE = "latents.json"
+STATISTICS_FORMAT = 1
+CLASSES = {"AutoencoderKL": AutoencoderKL, "PatchAutoencoderKL": PatchAutoencoderKL}
+
+
+@dataclass(frozen=True)
+class LatentStatistics:
+    """Measured on a training split; `data` is the fingerprint of the images it was measured on."""
+
+    latent_mean: list[float]
+    latent_std: list[float]
+    decoder_scale: list[float]
+    """Standard deviation of x - decode(z) per colour, x in [-1, 1]: the scale of p(x | z)."""
+    data: str
+    weights_sha256: str
+
+
+class Autoencoder:
+    """A diffusers KL autoencoder with its factor f, its channels and, once measured, its latent statistics."""
+
+    def __init__(self, model: nn.Module, statistics: LatentStatistics | None = None) -> None:
+        self.model = model
+        self.statistics = statistics
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent, along one side."""
+        if isinstance(self.model, PatchAutoencoderKL):
+            return self.model.factor
+        return 2 ** (len(self.model.config.block_out_channels) - 1)
+
+    @property
+    def channels(self) -> int:
+        return self.model.config.latent_channels
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def to(self, device: torch.device | str) -> "Autoencoder":
+        self.model.to(device)
+        return self
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """(C, h, w) for square images.
+
+        Raises:
+            UserError: f does not divide the resolution.
+        """
+        if resolution % self.factor:
+            down, up = resolution // self.factor * self.factor, -(-resolution // self.factor) * self.factor
+            near = f"{down} or {up}" if down else str(up)
+            raise UserError(
+                f"The autoencoder reduces a side by f = {self.factor}, which does not divide "
+                f"data.resolution={resolution}. Choose data.resolution={near}, or another autoencoder."
+            )
+        side = resolution // self.factor
+        return self.channels, side, side
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """[b, 3, H, W] in [-1, 1] -> mean and log-variance, each [b, C, h, w]."""
+        posterior = self.model.encode(images.to(self.device)).latent_dist
+        return posterior.mean, posterior.logvar
+
+    @torch.no_grad()
+    def decode(self, z_raw: Tensor) -> Tensor:
+        """[b, C, h, w] -> [b, 3, H, W], clamped to [-1, 1]."""
+        return self.model.decode(z_raw.to(self.device, self.model.dtype)).sample.clamp(-1, 1)
+
+    def standardise(self, z_raw: Tensor) -> Tensor:
+        """z = (z_raw - mean) / std, per channel."""
+        mean, std = self._moments(z_raw)
+        return (z_raw - mean) / std
+
+    def unstandardise(self, z: Tensor) -> Tensor:
+        """z_raw = z std + mean, per channel."""
+        mean, std = self._moments(z)
+        return z * std + mean
+
+    def _moments(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        if self.statistics is None:
+            raise ValueError("This autoencoder's latents were not measured yet: encode a training split first.")
+        mean, std = (
+            torch.tensor(values, dtype=like.dtype, device=like.device)[:, None, None]
+            for values in (self.statistics.latent_mean, self.statistics.latent_std)
+        )
+        return mean, std
+
+    def weights_sha256(self) -> str:
+        return weights_sha256(self.model)
+
+    def save(self, folder: Path) -> None:
+        """Write config.json, safetensors and, once measured, latents.json."""
+        self.model.save_pretrained(folder)
+        if self.statistics is not None:
+            content = {"format": STATISTICS_FORMAT, **asdict(self.statistics)}
+            (folder / STATISTICS_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> "Autoencoder":
+        """Read a folder of safetensors and JSON: ours, or any diffusers AutoencoderKL.
+
+        Raises:
+            UserError: not such a folder, statistics of another format or of other weights.
+        """
+        config_file = folder / "config.json"
+        if not config_file.is_file():
+            raise UserError(f"{folder} holds no autoencoder: config.json is missing.")
+        name = json.loads(config_file.read_text(encoding="utf-8")).get("_class_name")
+        if name not in CLASSES:
+            raise UserError(f"{folder} holds a {name}. Readable autoencoders: {', '.join(CLASSES)}.")
+        model = CLASSES[name].from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False).eval()
+        autoencoder = cls(model)
+        statistics_file = folder / STATISTICS_FILE
+        if statistics_file.is_file():
+            content = json.loads(statistics_file.read_text(encoding="utf-8"))
+            if (found := content.pop("format", None)) != STATISTICS_FORMAT:
+                raise UserError(f"{statistics_file} has format {found}; this version reads {STATISTICS_FORMAT}.")
+            autoencoder.statistics = LatentStatistics(**content)
+            weights = autoencoder.weights_sha256()
+            if weights != autoencoder.statistics.weights_sha256:
+                raise UserError(
+                    f"{statistics_file} was measured on weights {autoencoder.statistics.weights_sha256[:12]}, "
+                    f"but the weights beside it are {weights[:12]}. Train the autoencoder again, "
+                    "or restore the file that belongs to these weights."
+                )
+        return autoencoder
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """SHA-256 over names, types, shapes and bytes of all weights, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

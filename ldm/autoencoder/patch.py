@@ -1,0 +1,118 @@
+"""AutoencoderKL behind a pixel-unshuffle, with a linear shortcut. Imports torch and diffusers only: it travels.
+
+A patch of p x p pixels becomes 3 p^2 channels before the first convolution, so all the work happens at low
+resolution, where a CPU is quick. The shortcut adds the best linear code to the encoder's mean and to the
+decoder's output. Started from a PCA of the training images, training begins at PCA's distortion instead of at
+chance, and the convolutions learn the remainder (a linear autoencoder's optimum is PCA: Baldi & Hornik 1989).
+"""
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+INITIAL_LOG_VARIANCE = -5.0
+
+
+class PatchAutoencoderKL(ModelMixin, ConfigMixin):
+    """A KL autoencoder f = patch * 2^(levels - 1), called as diffusers' AutoencoderKL is.
+
+    Args:
+        patch: Side of the pixel-unshuffle; 1 leaves a plain AutoencoderKL inside.
+        block_out_channels: Width per level; each level after the first halves the resolution.
+        shortcut: Add the linear code. `init_shortcut` starts it from images.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        patch: int = 4,
+        latent_channels: int = 16,
+        block_out_channels: tuple[int, ...] = (128,),
+        layers_per_block: int = 1,
+        norm_num_groups: int = 32,
+        mid_block_add_attention: bool = False,
+        shortcut: bool = True,
+        sample_size: int = 32,
+    ) -> None:
+        super().__init__()
+        levels = len(block_out_channels)
+        self.factor = patch * 2 ** (levels - 1)
+        self.core = AutoencoderKL(
+            in_channels=in_channels * patch**2,
+            out_channels=in_channels * patch**2,
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=tuple(block_out_channels),
+            layers_per_block=layers_per_block,
+            latent_channels=latent_channels,
+            norm_num_groups=norm_num_groups,
+            mid_block_add_attention=mid_block_add_attention,
+            sample_size=sample_size // patch,
+        )
+        if shortcut:
+            pixels = in_channels * self.factor**2
+            self.shortcut_in = nn.Conv2d(pixels, latent_channels, 1)
+            self.shortcut_out = nn.Conv2d(latent_channels, pixels, 1)
+            nn.init.orthogonal_(self.shortcut_in.weight)
+            with torch.no_grad():
+                self.shortcut_out.weight.copy_(self.shortcut_in.weight.transpose(0, 1))
+            self._zero_core()
+
+    def _zero_core(self) -> None:
+        """Let the convolutions start as a zero correction to the shortcut, with a narrow posterior."""
+        for layer in (self.core.quant_conv, self.core.decoder.conv_out):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        with torch.no_grad():
+            self.core.quant_conv.bias[self.config.latent_channels :] = INITIAL_LOG_VARIANCE
+
+    @torch.no_grad()
+    def init_shortcut(self, images: Tensor) -> None:
+        """Start the shortcut from the PCA of these images' f x f patches, half-way to unit variance.
+
+        Each component is divided by sqrt(its standard deviation): full whitening would blow faint details up to
+        the size of shapes and colours; none would leave them below the posterior's noise.
+
+        Args:
+            images: [b, 3, H, W] in [-1, 1], enough patches for a covariance of 3 f^2 dimensions.
+        """
+        patches = F.pixel_unshuffle(images, self.factor).permute(0, 2, 3, 1).flatten(0, 2).double()
+        mean = patches.mean(0)
+        variance, basis = torch.linalg.eigh(torch.cov((patches - mean).T))
+        channels = self.config.latent_channels
+        if channels > len(basis):
+            raise ValueError(f"{channels} latent channels exceed the {len(basis)} dimensions of a patch.")
+        basis = basis.flip(1)[:, :channels]
+        gain = variance.flip(0)[:channels].clamp(min=1e-8) ** -0.25
+        self.shortcut_in.weight.copy_((basis * gain).T[..., None, None])
+        self.shortcut_in.bias.copy_(-(mean @ basis) * gain)
+        self.shortcut_out.weight.copy_((basis / gain)[..., None, None])
+        self.shortcut_out.bias.copy_(mean)
+
+    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple:
+        """[b, 3, H, W] in [-1, 1] -> the posterior over [b, C, H/f, W/f], in float32."""
+        patches = F.pixel_unshuffle(x, self.config.patch)
+        moments = self.core.quant_conv(self.core.encoder(patches)).float()
+        if self.config.shortcut:
+            linear = self.shortcut_in(F.pixel_unshuffle(x, self.factor)).float()
+            moments = torch.cat([moments[:, : linear.shape[1]] + linear, moments[:, linear.shape[1] :]], dim=1)
+        posterior = DiagonalGaussianDistribution(moments)
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    def decode(self, z: Tensor, return_dict: bool = True, generator: object = None) -> DecoderOutput | tuple:
+        """[b, C, h, w] -> [b, 3, f h, f w] in float32, not clamped."""
+        patches = self.core.decoder(self.core.post_quant_conv(z)).float()
+        sample = F.pixel_shuffle(patches, self.config.patch)
+        if self.config.shortcut:
+            sample = sample + F.pixel_shuffle(self.shortcut_out(z).float(), self.factor)
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def forward(self, sample: Tensor) -> DecoderOutput:
+        """Reconstruct from the posterior's mean."""
+        return self.decode(self.encode(sample).latent_dist.mode())

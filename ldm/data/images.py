@@ -1,0 +1,173 @@
+"""Prepared images, whatever their source: a memory-mapped uint8 array with captions, labels and a split.
+
+A cache folder holds `images.npy` [N, H, W, 3], `index.json` (captions, labels, hashes, licence, how it was
+made) and `skipped.jsonl` (what could not be read, and why).
+"""
+
+import hashlib
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.data.pixels import RESIZE_MODES, Resize
+from ldm.data.preparation import (
+    FORMAT_VERSION,
+    check_skipped,
+    fill_cache,
+    is_current,
+    shorten,
+)
+from ldm.data.sources import Record, Source
+from ldm.errors import UserError
+
+__all__ = ["ImageData", "Record", "Source", "default_cache_dir", "prepare", "split_by_hash", "to_uint8"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ImageData:
+    """A prepared set of images, memory-mapped. It pickles as its path, so that workers share the pages."""
+
+    path: Path
+    name: str
+    licence: str | None
+    images: np.ndarray  # uint8 [N, H, W, 3]
+    names: list[str]
+    captions: list[str | None] | None
+    labels: list[int | None] | None
+    class_names: list[str] | None
+    fingerprint: str
+    """SHA-256 of the content hashes in order, the captions, the labels and the transform."""
+    train_indices: np.ndarray
+    val_indices: np.ndarray
+    val_fraction: float
+    num_skipped: int
+
+    @classmethod
+    def open(cls, path: Path | str, val_fraction: float = 0.05) -> "ImageData":
+        """Open a cache folder that `prepare` left."""
+        path = Path(path)
+        index = json.loads((path / "index.json").read_text(encoding="utf-8"))
+        train_indices, val_indices = split_by_hash(index["hashes"], val_fraction)
+        return cls(
+            path=path,
+            images=np.load(path / "images.npy", mmap_mode="r"),
+            train_indices=train_indices,
+            val_indices=val_indices,
+            val_fraction=val_fraction,
+            **{key: index[key] for key in _KEPT},
+        )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __repr__(self) -> str:
+        return f"ImageData({self.name}, {len(self)} images, {self.resolution} px, {self.path})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ImageData.open, (self.path, self.val_fraction)
+
+    @property
+    def resolution(self) -> int:
+        return self.images.shape[1]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.images.nbytes
+
+    def batch(self, indices: Any) -> Tensor:
+        """The images at these indices as float32 [b, 3, H, W] in [-1, 1]."""
+        pixels = torch.from_numpy(np.asarray(self.images[np.asarray(indices, dtype=np.int64)]))
+        images = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        return images.div_(127.5).sub_(1)
+
+    def require_captions(self) -> list[str]:
+        """Every caption; a UserError where one is missing."""
+        remedy = "Give each image one: conf/data/image_folder.yaml says where captions are looked for."
+        return _all_present(self, "caption", self.captions, f"{remedy} Or train with conditioning=none.")
+
+    def require_labels(self) -> list[int]:
+        """Every class label; a UserError where one is missing."""
+        remedy = "Sort them into one folder per class, or name the label column with data.label_column=."
+        return _all_present(self, "class label", self.labels, f"{remedy} Or train with conditioning=none.")
+
+
+_KEPT = ("name", "licence", "names", "captions", "labels", "class_names", "fingerprint", "num_skipped")
+
+
+def _all_present(data: ImageData, what: str, values: list[Any] | None, remedy: str) -> list[Any]:
+    if values is None:
+        raise UserError(f"The images of {data.name} have no {what}s. {remedy}")
+    missing = [name for name, value in zip(data.names, values, strict=True) if value is None]
+    if missing:
+        raise UserError(f"{len(missing)} of {len(data)} images have no {what}: {shorten(missing)}. {remedy}")
+    return values
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """The inverse of `ImageData.batch`: [-1, 1] -> uint8 of the same shape, rounded and clamped."""
+    return ((images.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def default_cache_dir() -> Path:
+    """LDM_CACHE, or `ldm` in the platform's folder for caches."""
+    if chosen := os.environ.get("LDM_CACHE"):
+        return Path(chosen).expanduser()
+    platform = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME")
+    return (Path(platform) if platform else Path.home() / ".cache") / "ldm"
+
+
+def split_by_hash(hashes: list[str], val_fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Train and validation indices, by the first 32 bits of an image's hash: none moves when others come.
+
+    Copies of an image stay together. Neither side is ever empty: the image nearest to the border crosses it.
+    """
+    if len(set(hashes)) < 2:
+        raise UserError(
+            "Training needs 2 different images at least: one to learn from, one to validate with."
+        )
+    is_val = np.array([int(digest[:8], 16) / 2**32 < val_fraction for digest in hashes])
+    if not is_val.any():
+        is_val = np.array([digest == min(hashes) for digest in hashes])
+    elif is_val.all():
+        is_val = np.array([digest != max(hashes) for digest in hashes])
+    return np.flatnonzero(~is_val).astype(np.int64), np.flatnonzero(is_val).astype(np.int64)
+
+
+def prepare(
+    source: Source,
+    *,
+    resolution: int,
+    cache_dir: Path | str | None = None,
+    resize: Resize = "crop",
+    val_fraction: float = 0.05,
+    max_bad_fraction: float = 0.01,
+    progress: bool = True,
+) -> ImageData:
+    """Decode and resize every image of a source into the cache, or open what is there already.
+
+    Raises:
+        UserError: too many unreadable images, too little disk space, fewer than 2 images, an unknown option.
+    """
+    if resize not in RESIZE_MODES:
+        raise UserError(f"data.resize={resize} is unknown. Choose one of: {', '.join(RESIZE_MODES)}.")
+    if resolution < 1:
+        raise UserError(f"data.resolution must be at least 1 pixel, not {resolution}.")
+    for option, share in (("val_fraction", val_fraction), ("max_bad_fraction", max_bad_fraction)):
+        if not 0 <= share < 1:
+            raise UserError(f"data.{option} must be at least 0 and below 1, not {share}.")
+    transform = {"resolution": resolution, "resize": resize}
+    made_from = {"format": FORMAT_VERSION, "identity": source.identity(), "transform": transform}
+    key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
+    folder = Path(cache_dir or default_cache_dir()).expanduser() / f"{source.name}-{key}"
+    if not is_current(folder):
+        fill_cache(folder, source, made_from, max_bad_fraction=max_bad_fraction, progress=progress)
+    data = ImageData.open(folder, val_fraction)
+    check_skipped(data.num_skipped, len(data), max_bad_fraction, folder / "skipped.jsonl")
+    return data

@@ -1,0 +1,57 @@
+"""Whole batches from memory-mapped arrays, in the stateless order."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+
+from ldm.data.order import StepBatches
+
+
+class Batches(Dataset):
+    """`fetch(indices)` as a data set: one call per batch, no per-sample collation."""
+
+    def __init__(self, fetch: Callable[[np.ndarray], Any], indices: np.ndarray) -> None:
+        self.fetch, self.indices = fetch, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> Any:
+        return self.fetch(self.indices[[position]])
+
+    def __getitems__(self, positions: Sequence[int]) -> Any:
+        return self.fetch(self.indices[list(positions)])
+
+
+def _whole(batch: Any) -> Any:
+    return batch
+
+
+def train_loader(
+    fetch: Callable[[np.ndarray], Any],
+    indices: np.ndarray,
+    *,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    rank: int = 0,
+    num_ranks: int = 1,
+    num_workers: int = 0,
+) -> DataLoader:
+    """Endless batches of `batch_size` over all ranks, from batch `start` on."""
+    order = StepBatches(len(indices), batch_size, seed, start, rank, num_ranks)
+    return DataLoader(
+        Batches(fetch, indices),
+        batch_sampler=order,
+        collate_fn=_whole,
+        num_workers=num_workers,
+        pin_memory=False,
+        persistent_workers=num_workers > 0,
+    )
+
+
+def val_loader(fetch: Callable[[np.ndarray], Any], indices: np.ndarray, *, batch_size: int) -> DataLoader:
+    """All of `indices` once, in order."""
+    return DataLoader(Batches(fetch, indices), batch_size=batch_size, shuffle=False, collate_fn=_whole)

@@ -1,0 +1,1 @@
+"""The diffusion Markov chain: pure maths on tensors, ignorant of networks, data and trainers."""

@@ -1,0 +1,243 @@
+"""The Gaussian Markov chain: forward steps, posterior, Sigma, and what a network may predict.
+
+Setting: z_t = alpha z_0 + sigma eps, where alpha = sqrt(a_t), sigma = sqrt(1 - a_t), eps ~ N(0, I). For any
+s < t,
+
+    b  = 1 - a_t / a_s                    variance of a forward step s -> t    (beta_t at s = t - 1)
+    bt = b (1 - a_s) / (1 - a_t)          variance of the posterior            (beta-tilde_t at s = t - 1)
+
+s and t are ints, or long tensors [b] with one step per sample; kept on the CPU, their checks cost an
+accelerator no synchronisation. Every result is in float32 or better: half-precision inputs are raised first.
+"""
+
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ldm.diffusion.schedule import NoiseSchedule, Step
+
+PredictionType = Literal["eps", "z_0", "v", "flow"]
+VarianceType = Literal["fixed_small", "fixed_large", "learned_range"]
+
+
+def at_least_float32(z: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Raise half precision to float32; leave float32 and float64 alone."""
+    return z.to(torch.promote_types(z.dtype, torch.float32))
+
+
+def check_prediction(prediction: str, alpha_bar: Float[Tensor, "..."]) -> None:
+    """Refuse an unknown prediction, and eps where nothing of z_0 is left.
+
+    Raises:
+        ValueError: if `prediction` is unknown; if it is eps and an entry of alpha_bar is 0.
+    """
+    if prediction not in get_args(PredictionType):
+        raise ValueError(f"unknown prediction {prediction!r}; known: {', '.join(get_args(PredictionType))}")
+    if prediction == "eps" and (alpha_bar == 0).any():
+        raise ValueError("eps does not determine z_0 where alpha_bar = 0; predict z_0, v or flow instead")
+
+
+def marginal(
+    schedule: NoiseSchedule, z_0: Float[Tensor, " b *z"], t: Step, eps: Float[Tensor, " b *z"]
+) -> Float[Tensor, " b *z"]:
+    """Draw from q(z_t | z_0):  z_t = sqrt(a_t) z_0 + sqrt(1 - a_t) eps.
+
+    Source: Ho et al. 2020, arXiv:2006.11239, eq. 4.
+
+    Raises:
+        ValueError: unless 0 <= t <= T.
+    """
+    z_0 = at_least_float32(z_0)
+    alpha, sigma = _alpha_sigma(schedule, t, z_0)
+    return alpha * z_0 + sigma * eps
+
+
+def forward_step(
+    schedule: NoiseSchedule, z_s: Float[Tensor, " b *z"], s: Step, t: Step, eps: Float[Tensor, " b *z"]
+) -> Float[Tensor, " b *z"]:
+    """Draw from q(z_t | z_s):  z_t = sqrt(a_t / a_s) z_s + sqrt(b) eps.
+
+    Source: Ho et al. 2020, arXiv:2006.11239, eq. 2, for any s < t.
+
+    Raises:
+        ValueError: unless 0 <= s < t <= T.
+    """
+    check_order(schedule, s, t)
+    z_s = at_least_float32(z_s)
+    ratio = schedule.at(t, z_s) / schedule.at(s, z_s)
+    return ratio.sqrt().to(z_s) * z_s + (1 - ratio).sqrt().to(z_s) * eps
+
+
+def posterior(
+    schedule: NoiseSchedule, z_0: Float[Tensor, " b *z"], z_t: Float[Tensor, " b *z"], s: Step, t: Step
+) -> tuple[Float[Tensor, " b *z"], Float[Tensor, " _ *_"]]:
+    """Mean and variance of q(z_s | z_t, z_0).
+
+        mean     = sqrt(a_s) b / (1 - a_t) z_0 + sqrt(a_t / a_s) (1 - a_s) / (1 - a_t) z_t
+        variance = bt, of shape [b or 1, 1, ..., 1]; exactly 0 at s = 0
+
+    Source: Ho et al. 2020, arXiv:2006.11239, eqs. 6 and 7, for any s < t.
+
+    Raises:
+        ValueError: unless 0 <= s < t <= T.
+    """
+    check_order(schedule, s, t)
+    z_0 = at_least_float32(z_0)
+    a_s, a_t = schedule.at(s, z_0), schedule.at(t, z_0)
+    b, bt = _step_variances(a_s, a_t)
+    from_z_0 = a_s.sqrt() * b / (1 - a_t)
+    from_z_t = (a_t / a_s).sqrt() * (1 - a_s) / (1 - a_t)
+    return from_z_0.to(z_0) * z_0 + from_z_t.to(z_0) * z_t, bt.to(z_0)
+
+
+def log_variance(
+    schedule: NoiseSchedule,
+    s: Step,
+    t: Step,
+    variance: str,
+    *,
+    like: Float[Tensor, " b *z"],
+    v: Float[Tensor, " b *z"] | None = None,
+) -> Float[Tensor, " _ *_"]:
+    """log Sigma(s, t, v) of the reverse step p(z_s | z_t), in nats, to broadcast against `like`.
+
+        fixed_large    log b
+        fixed_small    log bt
+        learned_range  v log b + (1 - v) log bt,   v in [0, 1] where the network's output is in [-1, 1]
+
+    At s = 0, where bt = 0, bt is replaced by that of the step 2 -> 1 of the whole chain. The shape is
+    [b or 1, 1, ..., 1] for the fixed kinds, that of v for learned_range.
+    Source: Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 15, and its clip at the last step.
+
+    Raises:
+        ValueError: unless 0 <= s < t <= T; if `variance` is unknown; if learned_range comes without v; if bt
+            is asked for at s = 0 of a chain of a single step.
+    """
+    check_order(schedule, s, t)
+    if variance not in get_args(VarianceType):
+        raise ValueError(f"unknown variance {variance!r}; known: {', '.join(get_args(VarianceType))}")
+    like = at_least_float32(like)
+    a_s, a_t = schedule.at(s, like), schedule.at(t, like)
+    b, bt = _step_variances(a_s, a_t)
+    if variance == "fixed_large":
+        return b.log().to(like)
+    if (bt == 0).any():
+        if schedule.num_steps < 2:
+            raise ValueError(
+                "bt at s = 0 is taken from the step 2 -> 1; this chain has one step: use fixed_large"
+            )
+        bt = torch.where(bt == 0, _step_variances(schedule.at(1, like), schedule.at(2, like))[1], bt)
+    if variance == "fixed_small":
+        return bt.log().to(like)
+    if v is None:
+        raise ValueError(
+            "learned_range needs v, but the denoiser gave none: its network must learn the variance"
+        )
+    v = at_least_float32(v)
+    return v * b.log().to(v) + (1 - v) * bt.log().to(v)
+
+
+def target(
+    schedule: NoiseSchedule,
+    z_0: Float[Tensor, " b *z"],
+    eps: Float[Tensor, " b *z"],
+    t: Step,
+    prediction: str,
+) -> Float[Tensor, " b *z"]:
+    """What the network should output at t.
+
+        eps: eps        z_0: z_0        v: alpha eps - sigma z_0        flow: eps - z_0
+
+    Source: v, Salimans and Ho 2022, arXiv:2202.00512, appendix D; flow, Liu et al. 2023, arXiv:2209.03003.
+
+    Raises:
+        ValueError: if `prediction` is unknown; if it is eps and a_t = 0; unless 0 <= t <= T.
+    """
+    z_0, eps = at_least_float32(z_0), at_least_float32(eps)
+    check_prediction(prediction, schedule.at(t, z_0))
+    if prediction == "eps":
+        return eps
+    if prediction == "z_0":
+        return z_0
+    if prediction == "flow":
+        return eps - z_0
+    alpha, sigma = _alpha_sigma(schedule, t, z_0)
+    return alpha * eps - sigma * z_0
+
+
+def to_z_0(
+    schedule: NoiseSchedule,
+    output: Float[Tensor, " b *z"],
+    z_t: Float[Tensor, " b *z"],
+    t: Step,
+    prediction: str,
+) -> Float[Tensor, " b *z"]:
+    """Turn a network's output at z_t into the clean latent that it implies.
+
+        eps: (z_t - sigma eps) / alpha        z_0: z_0
+        v: alpha z_t - sigma v                flow: (z_t - sigma u) / (alpha + sigma)
+
+    Raises:
+        ValueError: if `prediction` is unknown; if it is eps and a_t = 0; unless 0 <= t <= T.
+    """
+    output, z_t = at_least_float32(output), at_least_float32(z_t)
+    check_prediction(prediction, schedule.at(t, z_t))
+    if prediction == "z_0":
+        return output
+    alpha, sigma = _alpha_sigma(schedule, t, z_t)
+    if prediction == "eps":
+        return (z_t - sigma * output) / alpha
+    if prediction == "v":
+        return alpha * z_t - sigma * output
+    return (z_t - sigma * output) / (alpha + sigma)
+
+
+def to_eps(
+    schedule: NoiseSchedule, z_0: Float[Tensor, " b *z"], z_t: Float[Tensor, " b *z"], t: Step
+) -> Float[Tensor, " b *z"]:
+    """The noise in z_t, given z_0:  eps = (z_t - alpha z_0) / sigma.
+
+    Raises:
+        ValueError: unless 1 <= t <= T: z_0 itself holds no noise.
+    """
+    check_order(schedule, 0, t)
+    z_t = at_least_float32(z_t)
+    alpha, sigma = _alpha_sigma(schedule, t, z_t)
+    return (z_t - alpha * z_0) / sigma
+
+
+def score(
+    schedule: NoiseSchedule, z_0: Float[Tensor, " b *z"], z_t: Float[Tensor, " b *z"], t: Step
+) -> Float[Tensor, " b *z"]:
+    """The score that a predicted z_0 implies:  grad log q(z_t) = -eps / sqrt(1 - a_t).
+
+    Source: Song et al. 2021, arXiv:2011.13456; exact where z_0 = E[z_0 | z_t] (Tweedie's formula).
+
+    Raises:
+        ValueError: unless 1 <= t <= T.
+    """
+    eps = to_eps(schedule, z_0, z_t, t)
+    return -eps / _alpha_sigma(schedule, t, eps)[1]
+
+
+def check_order(schedule: NoiseSchedule, s: Step, t: Step) -> None:
+    """Refuse steps that are not 0 <= s < t <= T.
+
+    Raises:
+        ValueError: naming s, t and T.
+    """
+    earlier, later = torch.as_tensor(s), torch.as_tensor(t)
+    if not ((earlier >= 0) & (earlier < later) & (later <= schedule.num_steps)).all():
+        raise ValueError(f"steps must satisfy 0 <= s < t <= T = {schedule.num_steps}; got s = {s}, t = {t}")
+
+
+def _alpha_sigma(schedule: NoiseSchedule, t: Step, like: Tensor) -> tuple[Tensor, Tensor]:
+    a_t = schedule.at(t, like)
+    return a_t.sqrt().to(like), (1 - a_t).sqrt().to(like)
+
+
+def _step_variances(a_s: Tensor, a_t: Tensor) -> tuple[Tensor, Tensor]:
+    b = 1 - a_t / a_s
+    return b, b * (1 - a_s) / (1 - a_t)

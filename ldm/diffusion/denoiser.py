@@ -1,0 +1,92 @@
+"""Denoisers: whatever a network predicts, a denoiser answers with z_0, and with v where Sigma is learned."""
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ldm.diffusion.chain import at_least_float32, check_order, check_prediction, to_z_0
+from ldm.diffusion.schedule import NoiseSchedule, Step
+
+Condition = dict[str, Tensor] | None
+"""What the network is conditioned on: batch-first tensors by name."""
+
+
+class Prediction(NamedTuple):
+    """What a denoiser answers: the predicted z_0, and v of learned_range (None where Sigma is fixed)."""
+
+    z_0: Tensor
+    v: Tensor | None
+
+
+@runtime_checkable
+class DenoiserLike(Protocol):
+    """Anything that a sampler can call: a denoiser, a wrapper of one, or an exact posterior mean."""
+
+    @property
+    def schedule(self) -> NoiseSchedule: ...
+
+    def __call__(self, z_t: Tensor, t: Step, condition: Condition = None) -> Prediction: ...
+
+
+class Denoiser:
+    """A network on a noise schedule, behind a call that answers with z_0.
+
+    Args:
+        schedule: the chain that the network is trained on.
+        network: called as network(z_t, timesteps, condition) with timesteps = t - 1 in 0..T-1, a long tensor
+            [b], so that weights keep the meaning that diffusers gives a timestep.
+        prediction: what the network outputs: eps, z_0, v or flow.
+        learned_variance: if set, the network outputs 2C channels, and the second half, in [-1, 1], is
+            v = (out + 1) / 2 (Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 15).
+
+    Raises:
+        ValueError: if `prediction` is unknown; if it is eps and the schedule ends at alpha_bar = 0.
+    """
+
+    def __init__(
+        self,
+        schedule: NoiseSchedule,
+        network: Callable[[Tensor, Tensor, Condition], Tensor],
+        prediction: str,
+        learned_variance: bool = False,
+    ) -> None:
+        check_prediction(prediction, schedule.alpha_bar)
+        self.schedule = schedule
+        self.network = network
+        self.prediction = prediction
+        self.learned_variance = learned_variance
+
+    def __call__(self, z_t: Float[Tensor, " b c *hw"], t: Step, condition: Condition = None) -> Prediction:
+        """Predict z_0 from z_t.
+
+        Raises:
+            ValueError: as `output` does.
+        """
+        output, v = self.output(z_t, t, condition)
+        return Prediction(to_z_0(self.schedule, output, z_t, t, self.prediction), v)
+
+    def output(
+        self, z_t: Float[Tensor, " b c *hw"], t: Step, condition: Condition = None
+    ) -> tuple[Float[Tensor, " b c *hw"], Float[Tensor, " b c *hw"] | None]:
+        """The network's own prediction, which a loss compares with `chain.target`, and v; at least float32.
+
+        Raises:
+            ValueError: unless 1 <= t <= T; unless the network outputs C channels, or 2C where it learns the
+                variance.
+        """
+        check_order(self.schedule, 0, t)
+        timesteps = (torch.as_tensor(t, device=z_t.device) - 1).expand(len(z_t))
+        output = at_least_float32(self.network(z_t, timesteps, condition))
+        channels = 2 * z_t.shape[1] if self.learned_variance else z_t.shape[1]
+        if output.shape[1] != channels:
+            raise ValueError(
+                f"the network must output {channels} channels, for latents of {z_t.shape[1]} and "
+                f"learned_variance={self.learned_variance}; got {output.shape[1]}"
+            )
+        if not self.learned_variance:
+            return output, None
+        prediction, v = output.chunk(2, dim=1)
+        return prediction, (v + 1) / 2

@@ -1,0 +1,88 @@
+"""Classifier-free guidance: push the prediction away from what the network says without the condition."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ldm.diffusion.denoiser import Condition, DenoiserLike, Prediction
+from ldm.diffusion.schedule import NoiseSchedule, Step
+
+
+class Guided:
+    """A denoiser under classifier-free guidance, with the same call.
+
+        z_0 = null + scale (cond - null)   while u = t / T is in the interval, else cond
+
+    Guiding z_0 equals guiding eps, v or flow: at a given z_t each is affine in the others. The v of
+    learned_range comes from the conditional branch. Both branches run in one batch of the network;
+    outside the interval, and at scale = 1, only the conditional one is run.
+    Source: Ho and Salimans 2022, arXiv:2207.12598, eq. 6 (scale = w + 1); the interval is Kynkäänniemi et al.
+    2024, arXiv:2404.07724.
+
+    Args:
+        denoiser: what to guide.
+        scale: 1 is no guidance, 0 is unconditional.
+        null_condition: the condition's values where it is dropped, each of batch 1.
+        interval: lowest and highest u = t / T, both included, at which guidance acts.
+
+    Raises:
+        ValueError: unless 0 <= interval[0] <= interval[1] <= 1; if a null value is not of batch 1.
+    """
+
+    def __init__(
+        self,
+        denoiser: DenoiserLike,
+        scale: float,
+        null_condition: dict[str, Tensor],
+        interval: tuple[float, float] = (0.0, 1.0),
+    ) -> None:
+        if not 0 <= interval[0] <= interval[1] <= 1:
+            raise ValueError(
+                f"guidance interval must satisfy 0 <= low <= high <= 1 in u = t / T; got {interval}"
+            )
+        for name, value in null_condition.items():
+            if value.ndim < 1 or len(value) != 1:
+                raise ValueError(f"null condition {name!r} must have batch 1; got shape {list(value.shape)}")
+        self.denoiser = denoiser
+        self.scale = scale
+        self.null_condition = null_condition
+        self.interval = interval
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The chain of the guided denoiser."""
+        return self.denoiser.schedule
+
+    def __call__(self, z_t: Float[Tensor, " b *z"], t: Step, condition: Condition = None) -> Prediction:
+        """Predict z_0 from z_t under guidance.
+
+        Raises:
+            ValueError: if the condition is missing, or differs from the null condition in its names or
+                shapes; unless 1 <= t <= T.
+        """
+        low, high = self.interval
+        u = torch.as_tensor(t) / self.schedule.num_steps
+        inside = (u >= low) & (u <= high)
+        if self.scale == 1 or not inside.any():
+            return self.denoiser(z_t, t, condition)
+        both_t = t if isinstance(t, int) else torch.cat([t, t])
+        both = self.denoiser(torch.cat([z_t, z_t]), both_t, self._both(condition))
+        cond, null = both.z_0.chunk(2)
+        inside = inside.reshape(-1, *(1,) * (z_t.ndim - 1)).to(cond)
+        scale = 1 + (self.scale - 1) * inside
+        return Prediction(null + scale * (cond - null), None if both.v is None else both.v.chunk(2)[0])
+
+    def _both(self, condition: Condition) -> dict[str, Tensor]:
+        names, known = sorted(condition or {}), sorted(self.null_condition)
+        if condition is None or names != known:
+            raise ValueError(f"guidance needs the conditions {known}, as in its null condition; got {names}")
+        stacked = {}
+        for name, value in condition.items():
+            null = self.null_condition[name]
+            if value.shape[1:] != null.shape[1:]:
+                raise ValueError(
+                    f"condition {name!r} has shape {list(value.shape[1:])} per sample and its null condition "
+                    f"{list(null.shape[1:])}; pad them to one shape"
+                )
+            stacked[name] = torch.cat([value, null.to(value).expand_as(value)])
+        return stacked

@@ -1,0 +1,152 @@
+"""Noise schedules: how much of the signal is left after t of T steps.
+
+Setting: a Markov chain z_0, z_1, ..., z_T with q(z_t | z_0) = N(sqrt(a_t) z_0, (1 - a_t) I), where
+a_t = alpha_bar[t] falls from a_0 = 1 towards 0. A table has T + 1 entries, so that a step may go from any t
+to any s < t, the last one to s = 0 included. u = t / T is the continuous time.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Float64, Int
+from torch import Tensor
+
+Step = int | Int[Tensor, " b"]
+"""A step of the chain: one for the whole batch, or one per sample."""
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseSchedule:
+    """A table of alpha_bar over the steps 0..T, in float64.
+
+    Float64 because 1 - a_t and 1 - a_t / a_s cancel in float32. Coefficients are computed in float64 from
+    `at` and cast once, by `.to(z)`, where they meet the tensor. The arithmetic happens on the table's device:
+    move it with `to`, or leave it on the CPU (MPS has no float64).
+
+    Args:
+        name: what the schedule is called in configs and messages.
+        alpha_bar: float64, shape [T + 1], alpha_bar[0] = 1, strictly decreasing, in [0, 1].
+
+    Raises:
+        ValueError: if the table breaks one of these rules.
+    """
+
+    name: str
+    alpha_bar: Tensor
+
+    def __post_init__(self) -> None:
+        table = self.alpha_bar
+        rule = f"schedule {self.name!r}: alpha_bar"
+        if table.dtype != torch.float64:
+            raise ValueError(f"{rule} must be float64 because 1 - alpha_bar cancels; got {table.dtype}")
+        if table.ndim != 1 or len(table) < 2:
+            raise ValueError(f"{rule} must have shape [T + 1] with T >= 1; got {list(table.shape)}")
+        if table[0] != 1:
+            raise ValueError(f"{rule}[0] must be 1, the clean latent; got {table[0].item()}")
+        if not table[-1] >= 0:
+            raise ValueError(f"{rule}[T] must be at least 0; got {table[-1].item()}")
+        rising = ~(table.diff() < 0)
+        if rising.any():
+            t = int(rising.nonzero()[0]) + 1
+            raise ValueError(
+                f"{rule} must be strictly decreasing; got alpha_bar[{t - 1}] = {table[t - 1].item()} and "
+                f"alpha_bar[{t}] = {table[t].item()}"
+            )
+
+    @property
+    def num_steps(self) -> int:
+        """T, the length of the chain."""
+        return len(self.alpha_bar) - 1
+
+    @property
+    def betas(self) -> Float64[Tensor, " num_steps"]:
+        """beta_t = 1 - a_t / a_{t-1} for t = 1..T: what diffusers calls trained_betas."""
+        return 1 - self.alpha_bar[1:] / self.alpha_bar[:-1]
+
+    def at(self, t: Step, like: Float[Tensor, " b *z"]) -> Float64[Tensor, " _ *_"]:
+        """a_t in float64 on the table's device, of shape [b or 1, 1, ..., 1] to broadcast against `like`.
+
+        Raises:
+            ValueError: unless 0 <= t <= T.
+        """
+        return self._gather(t).reshape(-1, *(1,) * (like.ndim - 1))
+
+    def snr(self, t: Step) -> Float64[Tensor, " *b"]:
+        """Signal-to-noise ratio a_t / (1 - a_t) in float64; infinite at t = 0.
+
+        Shape [] for an int, [b] for a tensor of steps.
+
+        Raises:
+            ValueError: unless 0 <= t <= T.
+        """
+        a_t = self._gather(t)
+        return a_t / (1 - a_t)
+
+    def to(self, device: torch.device | str) -> "NoiseSchedule":
+        """The same schedule with its table on `device`."""
+        return dataclasses.replace(self, alpha_bar=self.alpha_bar.to(device))
+
+    def _gather(self, t: Step) -> Tensor:
+        index = torch.as_tensor(t)
+        if ((index < 0) | (index > self.num_steps)).any():
+            raise ValueError(f"schedule {self.name!r} has the steps 0..{self.num_steps}; got t = {t}")
+        return self.alpha_bar[index.to(self.alpha_bar.device)]
+
+
+def linear(num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
+    """beta_t linear in t.
+
+    Source: Ho et al. 2020, arXiv:2006.11239, section 4.
+
+    Raises:
+        ValueError: if the betas leave (0, 1], through the table's own rules.
+    """
+    return _from_betas("linear", torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64))
+
+
+def scaled_linear(
+    num_steps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
+) -> NoiseSchedule:
+    """sqrt(beta_t) linear in t, the schedule of latent diffusion and Stable Diffusion.
+
+    Source: Rombach et al. 2022, arXiv:2112.10752 (the authors' code; the paper does not state it).
+
+    Raises:
+        ValueError: if the betas leave (0, 1], through the table's own rules.
+    """
+    roots = torch.linspace(beta_start**0.5, beta_end**0.5, num_steps, dtype=torch.float64)
+    return _from_betas("scaled_linear", roots**2)
+
+
+def cosine(num_steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> NoiseSchedule:
+    """a_t = f(u) / f(0) with f(u) = cos^2(pi/2 (u + offset) / (1 + offset)) and beta_t capped at max_beta.
+
+    The cap keeps a_T above 0, so that eps can be predicted at every t.
+    Source: Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 17.
+
+    Raises:
+        ValueError: if the table is not strictly decreasing.
+    """
+    u = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
+    f = torch.cos(math.pi / 2 * (u + offset) / (1 + offset)) ** 2
+    return _from_betas("cosine", (1 - f[1:] / f[:-1]).clamp(max=max_beta))
+
+
+def rectified_flow(num_steps: int = 1000) -> NoiseSchedule:
+    """a_t = (1-u)^2 / ((1-u)^2 + u^2): straight paths (1-u) z_0 + u eps, rescaled to preserve variance.
+
+    a_T = 0: the chain ends in pure noise, and eps cannot be predicted there.
+    Source: Liu et al. 2023, arXiv:2209.03003; the rescaling is Kingma and Gao 2023, arXiv:2303.00848.
+
+    Raises:
+        ValueError: if num_steps is less than 1.
+    """
+    u = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
+    signal, noise = (1 - u) ** 2, u**2
+    return NoiseSchedule("rectified_flow", signal / (signal + noise))
+
+
+def _from_betas(name: str, betas: Float64[Tensor, " num_steps"]) -> NoiseSchedule:
+    return NoiseSchedule(name, torch.cat([betas.new_ones(1), (1 - betas).cumprod(0)]))

@@ -1,0 +1,82 @@
+"""diffusers' UNets behind the same call as our transformer."""
+
+from typing import Any
+
+from diffusers import UNet2DConditionModel, UNet2DModel
+from torch import Tensor
+
+
+class ImageUNet(UNet2DModel):
+    """UNet2DModel called with a condition; `label` is its class, the null class is the last."""
+
+    def forward(self, sample: Tensor, timestep: Tensor, label: Tensor | None = None) -> Tensor:
+        return super().forward(sample, timestep, class_labels=label, return_dict=False)[0]
+
+
+class TextUNet(UNet2DConditionModel):
+    """UNet2DConditionModel called with a caption: cross-attention to its tokens, its summary added to the time."""
+
+    def forward(self, sample: Tensor, timestep: Tensor, tokens: Tensor, mask: Tensor, pooled: Tensor) -> Tensor:
+        return super().forward(
+            sample,
+            timestep,
+            encoder_hidden_states=tokens.to(sample.dtype),
+            encoder_attention_mask=mask,
+            class_labels=pooled.to(sample.dtype),
+            return_dict=False,
+        )[0]
+
+
+def unet(
+    *,
+    sample_size: int,
+    in_channels: int,
+    out_channels: int,
+    text_dim: int | None = None,
+    num_classes: int | None = None,
+    block_out_channels: tuple[int, ...] = (128, 256),
+    layers_per_block: int = 2,
+    attention_levels: tuple[int, ...] = (1,),
+    head_dim: int = 32,
+    norm_num_groups: int = 32,
+) -> ImageUNet | TextUNet:
+    """A UNet for these latents: with text if `text_dim` is given, else with classes or none.
+
+    Args:
+        block_out_channels: Width per level; each level after the first halves the resolution.
+        attention_levels: Levels with (cross-)attention, counted from 0, the finest.
+        head_dim: Width of an attention head.
+
+    Raises:
+        ValueError: the latent's side cannot be halved once per level.
+    """
+    levels = len(block_out_channels)
+    if sample_size % 2 ** (levels - 1):
+        raise ValueError(f"A UNet of {levels} levels needs a latent side divisible by {2 ** (levels - 1)}.")
+    common: dict[str, Any] = {
+        "sample_size": sample_size,
+        "in_channels": in_channels,
+        "out_channels": out_channels,
+        "block_out_channels": tuple(block_out_channels),
+        "layers_per_block": layers_per_block,
+        "norm_num_groups": norm_num_groups,
+    }
+    attends = [level in attention_levels for level in range(levels)]
+    if text_dim is not None:
+        return TextUNet(
+            **common,
+            down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends),
+            up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
+            cross_attention_dim=text_dim,
+            # diffusers counts heads here, whatever the name says
+            attention_head_dim=tuple(width // head_dim for width in block_out_channels),
+            class_embed_type="projection",
+            projection_class_embeddings_input_dim=text_dim,
+        )
+    return ImageUNet(
+        **common,
+        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
+        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
+        attention_head_dim=head_dim,
+        num_class_embeds=None if num_classes is None else num_classes + 1,
+    )

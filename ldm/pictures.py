@@ -1,0 +1,84 @@
+"""Pictures that people look at: grids with captions, rows that compare, film strips."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+CELL = 128
+MARGIN = 6
+INK, PAPER = (40, 40, 40), (255, 255, 255)
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """[b, 3, H, W] in [-1, 1] -> 8-bit pictures."""
+    pixels = ((images.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return [Image.fromarray(np.ascontiguousarray(image)) for image in pixels.permute(0, 2, 3, 1).numpy()]
+
+
+def grid(
+    images: Sequence[Image.Image],
+    captions: Sequence[str | None] | None = None,
+    *,
+    columns: int | None = None,
+    title: str | None = None,
+    cell: int = CELL,
+) -> Image.Image:
+    """Pictures in rows, each with its caption below; small ones are enlarged to `cell` pixels."""
+    columns = columns or max(1, math.ceil(math.sqrt(len(images))))
+    rows = math.ceil(len(images) / columns)
+    font = ImageFont.load_default(12)
+    label_height = 32 if captions is not None else 0
+    header = 26 if title else 0
+    width = columns * (cell + MARGIN) + MARGIN
+    canvas = Image.new("RGB", (width, header + rows * (cell + label_height + MARGIN) + MARGIN), PAPER)
+    draw = ImageDraw.Draw(canvas)
+    if title:
+        draw.text((MARGIN, 6), title, fill=INK, font=ImageFont.load_default(14))
+    for i, image in enumerate(images):
+        left = MARGIN + (i % columns) * (cell + MARGIN)
+        top = header + MARGIN + (i // columns) * (cell + label_height + MARGIN)
+        canvas.paste(image.convert("RGB").resize((cell, cell), Image.Resampling.BICUBIC), (left, top))
+        if captions is not None and captions[i]:
+            for line, text in enumerate(_wrap(draw, str(captions[i]), cell, font)):
+                draw.text((left, top + cell + 2 + 14 * line), text, fill=INK, font=font)
+    return canvas
+
+
+def _wrap(draw: ImageDraw.ImageDraw, text: str, width: int, font: ImageFont.ImageFont, lines: int = 2) -> list[str]:
+    """At most `lines` lines of at most `width` pixels, cut with an ellipsis."""
+    wrapped = [""]
+    for word in text.replace("\n", " ").split(" ")[:40]:
+        longer = f"{wrapped[-1]} {word}".strip()
+        if draw.textlength(longer, font=font) <= width or not wrapped[-1]:
+            wrapped[-1] = longer
+        else:
+            wrapped.append(word)
+    if len(wrapped) > lines:
+        wrapped = wrapped[:lines]
+        wrapped[-1] += "…"
+    for i, line in enumerate(wrapped):
+        while draw.textlength(line, font=font) > width and len(line) > 1:
+            line = line[:-2] + "…"
+        wrapped[i] = line
+    return wrapped
+
+
+def rows(named: Sequence[tuple[str, Sequence[Image.Image]]], *, cell: int = CELL) -> Image.Image:
+    """One row per name, so that what belongs together stands in one column."""
+    font = ImageFont.load_default(13)
+    columns = max(len(images) for _, images in named)
+    gutter = 110
+    canvas = Image.new("RGB", (gutter + columns * (cell + MARGIN), MARGIN + len(named) * (cell + MARGIN)), PAPER)
+    draw = ImageDraw.Draw(canvas)
+    for row, (name, images) in enumerate(named):
+        top = MARGIN + row * (cell + MARGIN)
+        for line, text in enumerate(_wrap(draw, name, gutter - 2 * MARGIN, font)):
+            draw.text((MARGIN, top + cell // 2 - 8 + 16 * line), text, fill=INK, font=font)
+        for column, image in enumerate(images):
+            enlarged = image.convert("RGB").resize((cell, cell), Image.Resampling.BICUBIC)
+            canvas.paste(enlarged, (gutter + column * (cell + MARGIN), top))
+    return canvas

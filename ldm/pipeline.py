@@ -1,0 +1,168 @@
+"""Trained parts -> images: conditions, the reverse chain on latents, the decoder. What a run leaves for use.
+
+The folder is laid out as diffusers lays one out: model_index.json, network/, vae/ (safetensors + JSON), and the
+latent contract. Nothing in it is unpickled.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.autoencoder.autoencoder import Autoencoder
+from ldm.data.latents import LatentContract
+from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.guidance import Guided
+from ldm.diffusion.sampler import Sampler
+from ldm.diffusion.schedule import NoiseSchedule
+from ldm.errors import UserError
+from ldm.networks.conditioning import Condition, Conditioning, restore
+from ldm.networks.dit import DiT
+from ldm.networks.unet import ImageUNet, TextUNet
+
+INDEX_FILE = "model_index.json"
+FORMAT = 1
+NETWORKS: dict[str, Any] = {"DiT": DiT, "ImageUNet": ImageUNet, "TextUNet": TextUNet}
+
+OnStep = Callable[[int, Tensor, Tensor], None]
+
+
+@dataclass
+class LatentDiffusionPipeline:
+    """A trained latent diffusion model.
+
+    Args:
+        network: (z_t, timestep, **condition) -> output; a diffusers ModelMixin.
+        autoencoder: With measured statistics.
+        schedule: The chain that the network was trained on.
+        prediction: What the network outputs: eps, z_0, v or flow.
+        conditioning: What it is conditioned on.
+        contract: Which latents it was trained on.
+        latent_shape: (C, h, w).
+    """
+
+    network: nn.Module
+    autoencoder: Autoencoder
+    schedule: NoiseSchedule
+    prediction: str
+    conditioning: Conditioning
+    contract: LatentContract
+    latent_shape: tuple[int, int, int]
+    learned_variance: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def to(self, device: torch.device | str) -> "LatentDiffusionPipeline":
+        self.network.to(device)
+        self.autoencoder.to(device)
+        return self
+
+    def denoiser(self) -> Denoiser:
+        def call(z_t: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
+            return self.network(z_t, timestep, **(condition or {}))
+
+        return Denoiser(self.schedule, call, self.prediction, self.learned_variance)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        sampler: Sampler,
+        condition: Condition,
+        generators: list[torch.Generator],
+        *,
+        guidance: float = 1.0,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Draw standardised latents z_0 [b, C, h, w], one CPU generator per sample.
+
+        Args:
+            condition: Batch-first tensors for the b samples; {} for none.
+            guidance: Scale of classifier-free guidance; 1 is none.
+        """
+        self.network.eval()
+        denoiser: Any = self.denoiser()
+        if guidance != 1 and condition:
+            null = {name: value.to(self.device) for name, value in self.conditioning.null().items()}
+            denoiser = Guided(denoiser, guidance, null)
+        noise = torch.stack([torch.randn(self.latent_shape, generator=g) for g in generators]).to(self.device)
+        moved = {name: value.to(self.device) for name, value in condition.items()}
+        return sampler(denoiser, noise, moved, generator=generators, on_step=on_step)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Standardised latents -> images [b, 3, H, W] in [-1, 1]."""
+        return self.autoencoder.decode(self.autoencoder.unstandardise(z))
+
+    def save(self, folder: Path) -> None:
+        """Write everything that sampling needs."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.network.save_pretrained(folder / "network")  # type: ignore[operator]
+        self.autoencoder.save(folder / "vae")
+        self.contract.save(folder)
+        index = {
+            "_class_name": type(self).__name__,
+            "format": FORMAT,
+            "network": type(self.network).__name__,
+            "prediction": self.prediction,
+            "learned_variance": self.learned_variance,
+            "latent_shape": list(self.latent_shape),
+            "schedule": {"name": self.schedule.name, "alpha_bar": self.schedule.alpha_bar.tolist()},
+            "conditioning": self.conditioning.state(),
+        }
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> "LatentDiffusionPipeline":
+        """Read a pipeline folder.
+
+        Raises:
+            UserError: not such a folder, another format, or parts that do not belong together.
+        """
+        path = folder / INDEX_FILE
+        if not path.is_file():
+            raise UserError(f"{folder} is no pipeline: {INDEX_FILE} is missing. Train one with stage=diffusion.")
+        index = json.loads(path.read_text(encoding="utf-8"))
+        if index.get("format") != FORMAT:
+            raise UserError(f"{path} has format {index.get('format')}; this version reads {FORMAT}.")
+        autoencoder = Autoencoder.load(folder / "vae")
+        contract = LatentContract.load(folder)
+        if (weights := autoencoder.weights_sha256()) != contract.autoencoder_sha256:
+            raise UserError(
+                f"{folder} was trained on latents of the autoencoder {contract.autoencoder_sha256[:12]}, but "
+                f"{folder / 'vae'} holds {weights[:12]}. Put the autoencoder that it was trained with back."
+            )
+        return cls(
+            network=load_network(folder / "network", index["network"]),
+            autoencoder=autoencoder,
+            schedule=NoiseSchedule(
+                index["schedule"]["name"], torch.tensor(index["schedule"]["alpha_bar"], dtype=torch.float64)
+            ),
+            prediction=index["prediction"],
+            conditioning=restore(index["conditioning"]),
+            contract=contract,
+            latent_shape=tuple(index["latent_shape"]),
+            learned_variance=index["learned_variance"],
+        )
+
+
+def load_network(folder: Path, name: str) -> nn.Module:
+    """One of our networks from safetensors.
+
+    Raises:
+        UserError: an unknown network, or no such folder.
+    """
+    if name not in NETWORKS:
+        raise UserError(f"{folder} holds a network {name}. Readable networks: {', '.join(NETWORKS)}.")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds no network: config.json is missing.")
+    return NETWORKS[name].from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False).eval()
+
+
+def sample_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
+    """One CPU generator per sample: what sample i draws depends on seed and i alone, on any device."""
+    return [torch.Generator().manual_seed(seed * 1_000_003 + index) for index in indices]

@@ -1,0 +1,206 @@
+"""A run folder: its config, weights and provenance. Every tool opens runs through here.
+
+    runs/<stage>/<name>/  config.yaml  run.json  metrics.csv  images/  checkpoints/  wandb/
+                          autoencoder/ (stage vae)  or  pipeline/ (stage diffusion)
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from ldm.autoencoder.autoencoder import Autoencoder
+from ldm.errors import UserError
+from ldm.pipeline import INDEX_FILE, LatentDiffusionPipeline
+
+RUN_FILE = "run.json"
+CONFIG_FILE = "config.yaml"
+FORMAT = 1
+PACKAGES = ("ldm", "torch", "lightning", "diffusers", "transformers", "hydra-core", "wandb", "numpy")
+
+
+@dataclass
+class Run:
+    """A run folder and what run.json says of it (stage, seed, precision, versions, data, whether it finished)."""
+
+    path: Path
+    facts: dict[str, Any]
+
+    @classmethod
+    def create(cls, path: Path, config: DictConfig, facts: dict[str, Any]) -> "Run":
+        """Make the folder, or take it over, and write config and provenance."""
+        (path / "images").mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(config, path / CONFIG_FILE, resolve=True)
+        run = cls(path, {"format": FORMAT, "finished": None, **provenance(), **facts})
+        run.save()
+        return run
+
+    @classmethod
+    def open(cls, path: Path | str) -> "Run":
+        """Open a run folder.
+
+        Raises:
+            UserError: it does not exist, is not one, or has another format.
+        """
+        path = Path(path).expanduser()
+        if not (path / RUN_FILE).is_file():
+            found = [str(folder) for folder in sorted(path.glob("*/*/")) if (folder / RUN_FILE).is_file()]
+            hint = f" Runs below it: {', '.join(found[:5])}." if found else ""
+            what = "is not a run folder" if path.exists() else "does not exist"
+            raise UserError(
+                f"run={path} {what} (no {RUN_FILE}).{hint} A run is made by `python -m ldm.train stage=vae` or "
+                "`stage=diffusion`, in runs/<stage>/<name>."
+            )
+        facts = json.loads((path / RUN_FILE).read_text(encoding="utf-8"))
+        if facts.get("format") != FORMAT:
+            raise UserError(f"{path / RUN_FILE} has format {facts.get('format')}; this version reads {FORMAT}.")
+        return cls(path, facts)
+
+    @property
+    def stage(self) -> str:
+        return self.facts["stage"]
+
+    @property
+    def finished(self) -> bool:
+        return self.facts["finished"] is not None
+
+    @property
+    def images(self) -> Path:
+        return self.path / "images"
+
+    @property
+    def autoencoder_folder(self) -> Path:
+        return self.path / ("autoencoder" if self.stage == "vae" else "pipeline/vae")
+
+    def config(self) -> dict[str, Any]:
+        """The config as plain values. Nothing in it is instantiated."""
+        return OmegaConf.to_container(OmegaConf.load(self.path / CONFIG_FILE), resolve=True)  # type: ignore
+
+    def autoencoder(self) -> Autoencoder:
+        """The autoencoder that this run trained or was trained on."""
+        self._require(self.autoencoder_folder / "config.json")
+        return Autoencoder.load(self.autoencoder_folder)
+
+    def pipeline(self) -> LatentDiffusionPipeline:
+        """The trained pipeline.
+
+        Raises:
+            UserError: a run of stage vae, or one that did not finish.
+        """
+        if self.stage != "diffusion":
+            raise UserError(
+                f"{self.path} is a run of stage={self.stage}; this needs one of stage=diffusion. "
+                f"Train it: python -m ldm.train stage=diffusion vae={self.path}"
+            )
+        self._require(self.path / "pipeline" / INDEX_FILE)
+        return LatentDiffusionPipeline.load(self.path / "pipeline")
+
+    def _require(self, file: Path) -> None:
+        if not file.is_file():
+            raise UserError(
+                f"{self.path} holds no weights for use yet ({file.relative_to(self.path)} is missing): its "
+                "training did not end. Continue it with the same command and resume=true."
+            )
+
+    def update(self, **facts: Any) -> None:
+        """Change what run.json says, and write it."""
+        self.facts.update(facts)
+        self.save()
+
+    def save(self) -> None:
+        partial = self.path / f".{RUN_FILE}.{os.getpid()}"
+        partial.write_text(json.dumps(self.facts, indent=2) + "\n", encoding="utf-8")
+        partial.replace(self.path / RUN_FILE)
+
+
+def find_autoencoder(vae: str | None, runs: Path, data_fingerprint: str) -> tuple[Autoencoder, str]:
+    """The first stage for a stage-2 run, and where it came from.
+
+    Args:
+        vae: A run folder, a diffusers folder (or a pipeline with a `vae` folder) or a hub id; None takes the
+            newest finished VAE run in `runs` on the same data.
+
+    Raises:
+        UserError: nothing there, with the command that trains one.
+    """
+    if vae is None:
+        candidates = [
+            run
+            for file in runs.glob(f"vae/*/{RUN_FILE}")
+            if (run := Run.open(file.parent)).finished and run.facts["data_fingerprint"] == data_fingerprint
+        ]
+        if not candidates:
+            raise UserError(
+                f"There is no finished autoencoder for this data in {runs / 'vae'}. Train one first: "
+                "python -m ldm.train stage=vae with the same data= options; or name one with vae=<run folder, "
+                "diffusers folder or hub id>."
+            )
+        newest = max(candidates, key=lambda run: run.facts["finished"])
+        return newest.autoencoder(), str(newest.path)
+    folder = Path(vae).expanduser()
+    if (folder / RUN_FILE).is_file():
+        return Run.open(folder).autoencoder(), str(folder)
+    for place in (folder, folder / "vae"):
+        if (place / "config.json").is_file():
+            return Autoencoder.load(place), str(place)
+    if folder.exists():
+        raise UserError(f"vae={vae} is neither a run folder nor a diffusers folder: it has no config.json.")
+    return _from_hub(vae), vae
+
+
+def _from_hub(name: str) -> Autoencoder:
+    from diffusers import AutoencoderKL
+
+    errors = []
+    for subfolder in (None, "vae"):
+        try:
+            options = {"subfolder": subfolder} if subfolder else {}
+            return Autoencoder(AutoencoderKL.from_pretrained(name, use_safetensors=True, **options).eval())
+        except (OSError, ValueError) as error:
+            errors.append(str(error).splitlines()[0])
+    raise UserError(
+        f"vae={name} is no folder here, and no autoencoder could be loaded from the hub under that name "
+        f"({errors[0]}). Give a run folder, a diffusers folder or a hub id that can be reached."
+    )
+
+
+def provenance() -> dict[str, Any]:
+    """Command, time, machine, commit and library versions."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return {
+        "command": " ".join(sys.argv),
+        "started": time.time(),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "commit": _commit(),
+        "versions": versions,
+    }
+
+
+def _commit() -> str | None:
+    try:
+        result = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()

@@ -1,0 +1,93 @@
+"""W&B behind one small face: a run that logs numbers and pictures and never asks or waits for anything."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+ID_FILE = "wandb_id.txt"
+
+
+def choose_mode(requested: str | None) -> str:
+    """`online` only where an API key is at hand; W&B would otherwise ask for one on the terminal."""
+    if requested:
+        return requested
+    if mode := os.environ.get("WANDB_MODE"):
+        return mode
+    import wandb
+
+    try:
+        return "online" if wandb.api.api_key else "offline"
+    except Exception as error:  # W&B's own lookup failed: not a reason to stop training
+        print(f"wandb: no login could be read ({error}); logging offline")
+        return "offline"
+
+
+class WandbRun:
+    """One run in W&B, its id kept in the run folder so that a resumed run continues it."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        *,
+        project: str,
+        entity: str | None = None,
+        name: str,
+        group: str | None = None,
+        tags: Sequence[str] = (),
+        mode: str | None = None,
+        resume: bool = False,
+    ) -> None:
+        import wandb
+
+        self._wandb = wandb
+        id_file = folder / ID_FILE
+        run_id = id_file.read_text().strip() if resume and id_file.is_file() else wandb.util.generate_id()
+        self.mode = choose_mode(mode)
+        self.run = wandb.init(
+            dir=folder,
+            project=project,
+            entity=entity,
+            name=name,
+            group=group,
+            tags=list(tags),
+            id=run_id,
+            config=flatten(config),
+            mode=self.mode,  # type: ignore[arg-type]
+            resume="allow" if self.mode == "online" else None,
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+        id_file.write_text(run_id + "\n")
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self.run.log(dict(metrics), step=step)
+
+    def log_images(
+        self, key: str, images: Sequence[Image.Image], captions: Sequence[str | None], step: int
+    ) -> None:
+        """One panel of pictures with captions."""
+        panel = [
+            self._wandb.Image(image, caption=caption) for image, caption in zip(images, captions, strict=True)
+        ]
+        self.run.log({key: panel}, step=step)
+
+    def summarise(self, values: Mapping[str, Any]) -> None:
+        self.run.summary.update(dict(values))
+
+    def finish(self) -> None:
+        self.run.finish(quiet=True)
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested config -> `a.b.c` keys with plain values."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{name}."))
+        else:
+            flat[name] = value
+    return flat

@@ -1,0 +1,231 @@
+"""What happens around the training step: budget and learning rate, EMA, progress, W&B."""
+
+import math
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+from PIL import Image
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ldm.tracking import WandbRun, flatten
+from ldm.training.ema import EMA
+
+
+class Budget(Callback):
+    """Ends training after `max_steps` or `max_time_s`, with the learning rate fitted to what is left.
+
+    lr(k) = peak * min(1, (k + 1) / warmup_steps) * decay(progress), progress = the larger of both budgets' spent
+    shares; decay is `linear` (1 - p), `cosine` ((1 + cos pi p) / 2) or `constant`.
+    """
+
+    DECAYS = {
+        "linear": lambda p: 1 - p,
+        "cosine": lambda p: (1 + math.cos(math.pi * p)) / 2,
+        "constant": lambda p: 1.0,
+    }
+
+    def __init__(
+        self, max_steps: int = -1, max_time_s: float | None = None, warmup_steps: int = 0, decay: str = "linear"
+    ) -> None:
+        if decay not in self.DECAYS:
+            raise ValueError(f"lr_decay={decay} is unknown. Choose one of: {', '.join(self.DECAYS)}.")
+        if max_steps < 0 and max_time_s is None:
+            raise ValueError("Training needs a budget: trainer.max_steps=N or trainer.max_time=HH:MM:SS.")
+        self.max_steps, self.max_time_s = max_steps, max_time_s
+        self.warmup_steps, self.decay = warmup_steps, self.DECAYS[decay]
+        self.spent_s, self._started = 0.0, 0.0
+        self._peaks: list[list[float]] = []
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds of training, those before a resume included."""
+        return self.spent_s + (time.perf_counter() - self._started if self._started else 0.0)
+
+    def progress(self, step: int) -> float:
+        by_steps = step / self.max_steps if self.max_steps > 0 else 0.0
+        by_time = self.elapsed_s / self.max_time_s if self.max_time_s else 0.0
+        return min(1.0, max(by_steps, by_time))
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._started = time.perf_counter()
+        # the peak is kept in the group, so that a resumed optimizer knows it too
+        self._peaks = [
+            [group.setdefault("peak_lr", group["lr"]) for group in optimizer.param_groups]
+            for optimizer in trainer.optimizers
+        ]
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        step = trainer.global_step
+        factor = self.decay(self.progress(step)) * min(1.0, (step + 1) / max(1, self.warmup_steps))
+        for optimizer, peaks in zip(trainer.optimizers, self._peaks, strict=True):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if self.max_time_s is not None:
+            stop = torch.tensor(self.elapsed_s >= self.max_time_s)
+            if trainer.strategy.reduce_boolean_decision(bool(stop), all=False):
+                trainer.should_stop = True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"spent_s": self.elapsed_s}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.spent_s = state_dict["spent_s"]
+
+
+class EMACallback(Callback):
+    """Averages `module.trained`, and puts the average in its place while validating."""
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self.ema: EMA | None = None
+        self._state: dict[str, Any] | None = None
+        self._validating = ExitStack()
+        self._last_step = 0
+
+    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.ema = EMA(module.trained, self.decay)
+        if self._state is not None:
+            self.ema.load_state_dict(self._state)
+        self._last_step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if self.ema is not None and trainer.global_step > self._last_step:
+            self._last_step = trainer.global_step
+            self.ema.update()
+
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if self.ema is not None:
+            self._validating.enter_context(self.ema.applied())
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._validating.close()
+
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        self._validating.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.ema is None else self.ema.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._state = state_dict or None
+
+
+class ProgressBar(Callback):
+    """One bar for the whole budget: time left, loss, images/s. Off a terminal: a line every half minute."""
+
+    LINE_EVERY_S = 30.0
+    REFRESH_EVERY_S = 0.2
+
+    def __init__(self, budget: Budget, batch_size: int, log_every: int, title: str) -> None:
+        self.budget, self.batch_size, self.log_every, self.title = budget, batch_size, log_every, title
+        self._bar: Progress | None = None
+        self._shown = self._window_start = 0.0
+        self._window_step = 0
+        self.images_per_s = math.nan
+
+    @rank_zero_only
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._shown = self._window_start = time.perf_counter()
+        self._window_step = trainer.global_step
+        if sys.stderr.isatty():
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.percentage:3.0f}%"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("step {task.fields[step]}  loss {task.fields[loss]}  {task.fields[rate]} images/s"),
+            )
+            self._bar.start()
+            self._bar.add_task(self.title, total=1.0, step=0, loss="-", rate="-")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step, now = trainer.global_step, time.perf_counter()
+        if step % self.log_every == 0 and step > self._window_step:
+            self.images_per_s = (step - self._window_step) * self.batch_size / (now - self._window_start)
+            self._window_step, self._window_start = step, now
+            module.log("train/images_per_s", self.images_per_s)
+        every_s = self.REFRESH_EVERY_S if self._bar else self.LINE_EVERY_S
+        if now - self._shown >= every_s and trainer.is_global_zero:
+            self._shown = now
+            self._show(trainer.global_step, float(outputs["loss"]))
+
+    def _show(self, step: int, loss: float) -> None:
+        progress = self.budget.progress(step)
+        if self._bar:
+            rate = f"{self.images_per_s:.0f}"
+            self._bar.update(self._bar.task_ids[0], completed=progress, step=step, loss=f"{loss:.4f}", rate=rate)
+        else:
+            left_s = self.budget.elapsed_s * (1 - progress) / max(progress, 1e-9)
+            minutes, seconds = divmod(round(left_s), 60)
+            print(
+                f"{self.title}: {progress:4.0%}, {minutes}:{seconds:02d} left, step {step}, loss {loss:.4f}, "
+                f"{self.images_per_s:.0f} images/s",
+                flush=True,
+            )
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._stop()
+
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+
+
+class WandbLogger(Logger):
+    """Hands Lightning's metrics to our W&B run."""
+
+    def __init__(self, run: WandbRun) -> None:
+        super().__init__()
+        self.tracker = run
+
+    @property
+    def name(self) -> str:
+        return "wandb"
+
+    @property
+    def version(self) -> str:
+        return self.tracker.run.id
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        self.tracker.run.config.update(flatten(dict(params)), allow_val_change=True)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self.tracker.log(metrics, step or 0)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Left open: pictures and the summary follow after training; the command closes it."""
+
+
+def save_grid(
+    module: LightningModule, folder: Path, name: str, grid: Image.Image, images: list[Image.Image], captions: list
+) -> None:
+    """A picture into `folder`, and its parts with captions into W&B where it is on."""
+    if not module.trainer.is_global_zero:
+        return
+    step = module.trainer.global_step
+    folder.mkdir(parents=True, exist_ok=True)
+    grid.save(folder / f"{name}_{step:07d}.png")
+    for logger in module.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.tracker.log_images(name, images, captions, step)

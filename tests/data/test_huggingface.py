@@ -1,0 +1,196 @@
+"""ldm.data.huggingface on local datasets in the hub's formats, downloaded and streamed."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ldm.data.huggingface import HuggingFace
+from ldm.data.images import prepare
+from ldm.errors import UserError
+
+datasets = pytest.importorskip("datasets")
+
+
+@pytest.fixture(autouse=True)
+def hub_offline(monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def png(number: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (number, 0, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+COLUMNS = {
+    "image": [{"bytes": png(number), "path": None} for number in range(6)],
+    "text": ["zero", "one", "", None, "four", "five"],
+    "label": [0, 1, 0, 1, -1, None],
+}
+FEATURES = {
+    "image": datasets.Image(),
+    "text": datasets.Value("string"),
+    "label": datasets.ClassLabel(names=["even", "odd"]),
+}
+
+
+def dataset(**changes) -> "datasets.Dataset":
+    columns = {name: values for name, values in (COLUMNS | changes).items() if values is not None}
+    features = {
+        name: feature for name, feature in FEATURES.items() if name in columns and name not in changes
+    }
+    inferred = datasets.Dataset.from_dict(columns).features
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(inferred | features))
+
+
+@pytest.fixture
+def parquet(tmp_path) -> Path:
+    folder = tmp_path / "reds"
+    folder.mkdir()
+    dataset().to_parquet(folder / "train.parquet")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"streaming": True, "num_images": 6}], ids=["downloaded", "streamed"]
+)
+def test_a_parquet_folder_arrives_whole(parquet, tmp_path, options):
+    source = HuggingFace(str(parquet), **options)
+    data = prepare(source, resolution=8, cache_dir=tmp_path / "cache", progress=False)
+    assert data.name == "reds" and data.licence is None
+    assert data.images[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 5]
+    assert data.captions == ["zero", "one", None, None, "four", "five"]
+    assert data.labels == [0, 1, 0, 1, None, None]
+    assert data.class_names == ["even", "odd"]
+    assert data.names[0] == "train[0]"
+
+
+def test_streamed_and_downloaded_are_the_same_data(parquet, tmp_path):
+    cache = tmp_path / "cache"
+    downloaded = prepare(HuggingFace(str(parquet)), resolution=8, cache_dir=cache, progress=False)
+    stream = HuggingFace(str(parquet), streaming=True, num_images=6)
+    streamed = prepare(stream, resolution=8, cache_dir=cache, progress=False)
+    assert streamed.fingerprint == downloaded.fingerprint
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_num_images_takes_the_first(parquet, streaming):
+    source = HuggingFace(str(parquet), streaming=streaming, num_images=2)
+    assert source.num_records == 2
+    assert [record.load() for record in source.records()] == [png(0), png(1)]
+
+
+def test_no_more_are_announced_than_there_are(parquet):
+    assert HuggingFace(str(parquet), num_images=100).num_records == 6
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"streaming": True, "num_images": 2}], ids=["downloaded", "streamed"]
+)
+def test_an_imagefolder_is_read_from_its_files(tmp_path, options):
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for number in range(2):
+        (folder / f"{number}.png").write_bytes(png(number))
+    rows = [{"file_name": f"{number}.png", "caption": f"red {number}"} for number in range(2)]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    records = list(HuggingFace(str(folder), caption_column="caption", **options).records())
+    assert [record.load() for record in records] == [png(0), png(1)]
+    assert [record.caption for record in records] == ["red 0", "red 1"]
+
+
+def test_one_parquet_file_and_folders_saved_to_disk(parquet, tmp_path):
+    dataset().save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"test": dataset()}).save_to_disk(tmp_path / "splits")
+    for path, split in (
+        (parquet / "train.parquet", "train"),
+        (tmp_path / "saved", "train"),
+        (tmp_path / "splits", "test"),
+    ):
+        assert [record.load() for record in HuggingFace(str(path), split=split).records()][5] == png(5)
+    with pytest.raises(UserError, match="splits .split=train.*cannot be opened"):
+        list(HuggingFace(str(tmp_path / "splits")).records())
+
+
+def test_text_labels_are_numbered_as_they_come(tmp_path):
+    dataset(label=["b", "a", "b", "c", None, "a"]).save_to_disk(tmp_path / "saved")
+    source = HuggingFace(str(tmp_path / "saved"))
+    assert [record.label for record in source.records()] == [0, 1, 0, 2, None, 1]
+    assert source.class_names == ["b", "a", "c"]
+
+
+def test_columns_that_nobody_asked_for_may_be_absent(tmp_path):
+    dataset(text=None, label=None).save_to_disk(tmp_path / "saved")
+    record = next(HuggingFace(str(tmp_path / "saved")).records())
+    assert record.caption is None and record.label is None
+
+
+@pytest.mark.parametrize("option", ["image_column", "caption_column", "label_column"])
+def test_columns_that_were_asked_for_must_be_there(parquet, option):
+    with pytest.raises(
+        UserError, match=rf"no column 'nope'\. Set data\.{option}= to one of: image, text, label"
+    ):
+        list(HuggingFace(str(parquet), **{option: "nope"}).records())
+
+
+@pytest.mark.parametrize(("column", "value"), [("text", ["a", "b"]), ("label", 0.5)])
+def test_columns_of_another_kind_are_refused(tmp_path, column, value):
+    dataset(**{column: [value] * 6}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(UserError, match=f"column '{column}' holds .*=null"):
+        list(HuggingFace(str(tmp_path / "saved")).records())
+
+
+def test_a_row_without_an_image_is_unreadable(tmp_path):
+    columns = [None, *COLUMNS["image"][1:]]
+    dataset(image=columns).cast_column("image", datasets.Image()).save_to_disk(tmp_path / "saved")
+    source = HuggingFace(str(tmp_path / "saved"))
+    with pytest.raises(UserError, match=r"1 of 6 .*train\[0\] \(the row holds no image\)"):
+        prepare(source, resolution=8, cache_dir=tmp_path / "cache", progress=False)
+
+
+def test_the_identity_changes_with_the_files_and_the_options(parquet):
+    def identity(**options):
+        return json.dumps(HuggingFace(str(parquet), **options).identity())
+
+    seen = {identity(), identity(split="test"), identity(num_images=3), identity(revision="v2")}
+    dataset(text=["other"] * 6).to_parquet(parquet / "train.parquet")
+    seen.add(identity())
+    assert len(seen) == 5
+
+
+def test_a_stream_that_breaks_says_how_far_it_came():
+    def broken():
+        yield {"image": {"bytes": png(0), "path": None}}
+        raise ConnectionError("reset by peer")
+
+    features = datasets.Features({"image": datasets.Image()})
+    source = HuggingFace("user/set", streaming=True, num_images=6)
+    source._dataset = datasets.IterableDataset.from_generator(broken, features=features)
+    with pytest.raises(UserError, match="Reading user/set stopped after 1 images: .*reset by peer"):
+        list(source.records())
+
+
+@pytest.mark.parametrize("count", [None, 0])
+def test_streaming_needs_a_number(count):
+    with pytest.raises(UserError, match=r"data\.num_images"):
+        HuggingFace("user/set", streaming=True, num_images=count)
+
+
+def test_a_dataset_that_cannot_be_opened(parquet):
+    with pytest.raises(UserError, match=r"user/absent .*cannot be opened: .*data\.path"):
+        list(HuggingFace("user/absent").records())
+    with pytest.raises(UserError, match="split=val"):
+        list(HuggingFace(str(parquet), split="val").records())
+    assert HuggingFace("user/absent").name == "user-absent"
+
+
+def test_a_missing_package_names_the_remedy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r'pip install "ldm\[data\]"'):
+        list(HuggingFace("user/set").records())

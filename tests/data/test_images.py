@@ -1,0 +1,239 @@
+"""ldm.data.images: prepare once, open ever after, split by content."""
+
+import io
+import json
+import pickle
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm.data.image_folder import ImageFolder
+from ldm.data.images import (
+    ImageData,
+    Record,
+    default_cache_dir,
+    prepare,
+    split_by_hash,
+    to_uint8,
+)
+from ldm.errors import UserError
+
+
+def png(number: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (number, 0, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+class Memory:
+    """A source that counts how often it is read."""
+
+    name = "memory"
+    licence = "CC0"
+    class_names = ["even", "odd"]
+
+    def __init__(self, contents: dict[str, bytes], delay_s: float = 0):
+        self.contents, self.delay_s, self.num_records, self.num_loads = contents, delay_s, None, 0
+
+    def identity(self):
+        return {"names": sorted(self.contents)}
+
+    def records(self):
+        for number, name in enumerate(self.contents):
+            yield Record(name, lambda name=name: self._load(name), f"caption {number}", number % 2)
+
+    def _load(self, name):
+        self.num_loads += 1
+        time.sleep(self.delay_s * (hash(name) % 5))
+        return self.contents[name]
+
+
+@pytest.fixture
+def hundred() -> dict[str, bytes]:
+    return {f"{number:03}.png": png(number) for number in range(100)}
+
+
+def open_quietly(source, cache_dir, **options) -> ImageData:
+    return prepare(source, **{"resolution": 8, "cache_dir": cache_dir, "progress": False, **options})
+
+
+def test_everything_about_a_prepared_set(tmp_path, hundred):
+    data = open_quietly(Memory(hundred, delay_s=0.001), tmp_path)
+    assert data.images.shape == (100, 8, 8, 3) and data.images.dtype == np.uint8
+    assert isinstance(data.images, np.memmap)
+    np.testing.assert_array_equal(data.images[:, 0, 0, 0], np.arange(100), "the order of the records is kept")
+    assert data.names == list(hundred)
+    assert data.captions[7] == data.require_captions()[7] == "caption 7"
+    assert data.labels[7] == data.require_labels()[7] == 1
+    assert data.class_names == ["even", "odd"]
+    assert (len(data), data.resolution, data.num_bytes) == (100, 8, 100 * 8 * 8 * 3)
+    assert (data.name, data.licence, data.num_skipped) == ("memory", "CC0", 0)
+    assert data.path.parent == tmp_path and data.path.name.startswith("memory-")
+    assert sorted(path.name for path in data.path.iterdir()) == ["images.npy", "index.json", "skipped.jsonl"]
+    assert list(tmp_path.iterdir()) == [data.path], "nothing is left beside the cache"
+
+
+def test_batches_are_centred_and_round_trip(tmp_path, hundred):
+    data = open_quietly(Memory(hundred), tmp_path)
+    batch = data.batch(torch.tensor([3, 1]))
+    assert batch.shape == (2, 3, 8, 8) and batch.dtype == torch.float32 and batch.is_contiguous()
+    assert batch.min() >= -1 and batch.max() <= 1
+    assert batch[0, 0, 0, 0] == pytest.approx(3 / 127.5 - 1)
+    expected = torch.from_numpy(np.array(data.images[[3, 1]])).permute(0, 3, 1, 2)
+    assert torch.equal(to_uint8(batch), expected)
+
+
+def test_to_uint8_inverts_every_value_and_clamps():
+    every = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(every.float() / 127.5 - 1), every)
+    assert to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
+
+
+def test_it_pickles_as_its_path(tmp_path, hundred):
+    data = open_quietly(Memory(hundred), tmp_path, val_fraction=0.3)
+    pickled = pickle.dumps(data)
+    again = pickle.loads(pickled)
+    assert len(pickled) < 1000 and isinstance(again.images, np.memmap)
+    np.testing.assert_array_equal(again.val_indices, data.val_indices)
+
+
+def test_the_split_covers_all_and_overlaps_nowhere(tmp_path, hundred):
+    data = open_quietly(Memory(hundred), tmp_path, val_fraction=0.3)
+    assert data.train_indices.dtype == data.val_indices.dtype == np.int64
+    assert sorted([*data.train_indices, *data.val_indices]) == list(range(100))
+    assert 15 < len(data.val_indices) < 45
+
+
+def test_no_image_changes_sides_when_files_are_added(tmp_path, hundred):
+    def sides(contents):
+        data = open_quietly(Memory(contents), tmp_path, val_fraction=0.2)
+        return {data.names[i] for i in data.train_indices}, {data.names[i] for i in data.val_indices}
+
+    train, val = sides(hundred)
+    more_train, more_val = sides({f"new {n}.png": png(n) for n in range(100, 200)} | hundred)
+    assert train < more_train and val < more_val
+
+
+def test_copies_of_an_image_stay_on_one_side(tmp_path, hundred):
+    copies = hundred | {f"copy of {name}": data for name, data in hundred.items()}
+    data = open_quietly(Memory(copies), tmp_path, val_fraction=0.3)
+    val_names = {data.names[i] for i in data.val_indices}
+    assert all((name in val_names) == (f"copy of {name}" in val_names) for name in hundred)
+
+
+def test_neither_side_is_ever_empty():
+    hashes = ["ff" * 32, "80" * 32, "80" * 32, "70" * 32]
+    for fraction, expected in ((0, [3]), (0.05, [3]), (0.48, [3]), (0.6, [1, 2, 3]), (0.9999, [1, 2, 3])):
+        train, val = split_by_hash(hashes, fraction)
+        assert val.tolist() == expected and len(train) + len(val) == 4
+    train, val = split_by_hash(["01" * 32, "02" * 32], 0.5)
+    assert (train.tolist(), val.tolist()) == ([1], [0])
+
+
+@pytest.mark.parametrize("contents", [{"only.png": png(1)}, {"one.png": png(1), "copy.png": png(1)}])
+def test_one_image_is_not_enough(tmp_path, contents):
+    with pytest.raises(UserError, match="2 different images"):
+        open_quietly(Memory(contents), tmp_path)
+
+
+def test_the_cache_is_opened_without_reading_the_source(tmp_path, hundred):
+    first = open_quietly(Memory(hundred), tmp_path)
+    source = Memory(hundred)
+    again = open_quietly(source, tmp_path, val_fraction=0.5)
+    assert source.num_loads == 0
+    assert again.path == first.path and again.fingerprint == first.fingerprint
+
+
+def test_the_fingerprint_follows_content_captions_and_transform(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(4):
+        (folder / f"{number}.png").write_bytes(png(number))
+
+    def fingerprint(**options):
+        return open_quietly(ImageFolder(folder), tmp_path / "cache", **options).fingerprint
+
+    first = fingerprint()
+    seen = {first, fingerprint(resolution=16), fingerprint(resize="pad")}
+    (folder / "3.png").write_bytes(png(3) + b"\x00")  # one byte after the image: same pixels, another file
+    seen.add(fingerprint())
+    (folder / "2.txt").write_text("a caption")
+    seen.add(fingerprint())
+    assert len(seen) == 5
+    (folder / "2.txt").unlink()
+    (folder / "3.png").write_bytes(png(3))
+    assert fingerprint() == first, "the same content has the same fingerprint, whenever it was written"
+
+
+def test_an_image_without_bytes_is_hashed_by_its_pixels(tmp_path):
+    class Drawn(Memory):
+        def records(self):
+            for name in self.contents:
+                yield Record(name, lambda name=name: Image.new("L", (8, 8), int(name)))
+
+    data = open_quietly(Drawn({"1": b"", "2": b""}), tmp_path)
+    assert len(set(json.loads((data.path / "index.json").read_text())["hashes"])) == 2
+
+
+def test_no_images_at_all(tmp_path):
+    with pytest.raises(UserError, match="memory holds no images"):
+        open_quietly(Memory({}), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("resize", "stretch", "crop, pad, squash"),
+        ("resolution", 0, "data.resolution"),
+        ("val_fraction", 1.0, "data.val_fraction"),
+        ("max_bad_fraction", -0.1, "data.max_bad_fraction"),
+    ],
+)
+def test_impossible_options_name_themselves(tmp_path, hundred, option, value, words):
+    with pytest.raises(UserError, match=words):
+        open_quietly(Memory(hundred), tmp_path, **{option: value})
+
+
+def test_captions_and_labels_that_are_missing_are_asked_for_by_name(tmp_path):
+    class Partly(Memory):
+        def records(self):
+            for record in super().records():
+                first = record.name == "a.png"
+                yield Record(record.name, record.load, "a" if first else None, 0 if first else None)
+
+    class Bare(Memory):
+        def records(self):
+            for record in super().records():
+                yield Record(record.name, record.load)
+
+    contents = {f"{letter}.png": png(number) for number, letter in enumerate("abcdefghi")}
+    partly = open_quietly(Partly(contents), tmp_path / "partly")
+    assert partly.captions[:2] == ["a", None] and partly.labels[:2] == [0, None]
+    with pytest.raises(UserError, match=r"8 of 9 images have no caption: b\.png, .* f\.png, \.\.\."):
+        partly.require_captions()
+    with pytest.raises(UserError, match="8 of 9 images have no class label"):
+        partly.require_labels()
+    bare = open_quietly(Bare(contents), tmp_path / "bare")
+    assert bare.captions is None and bare.labels is None
+    with pytest.raises(UserError, match="memory have no captions"):
+        bare.require_captions()
+
+
+def test_the_cache_folder_can_be_chosen(monkeypatch, tmp_path):
+    monkeypatch.setenv("LDM_CACHE", str(tmp_path))
+    assert default_cache_dir() == tmp_path
+    monkeypatch.delenv("LDM_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", lambda: Path("/home/ada"))
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert default_cache_dir() == Path("/home/ada/.cache/ldm")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/var/cache")
+    assert default_cache_dir() == Path("/var/cache/ldm")
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setenv("LOCALAPPDATA", "C:/Users/ada/AppData/Local")
+    assert default_cache_dir() == Path("C:/Users/ada/AppData/Local/ldm")

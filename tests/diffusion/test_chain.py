@@ -1,0 +1,183 @@
+import pytest
+import scipy.stats
+import torch
+from diffusers import DDPMScheduler
+
+from ldm.diffusion import chain
+from ldm.diffusion.schedule import cosine, linear, rectified_flow, scaled_linear
+
+SCHEDULES = [linear(100, 1e-3, 0.2), scaled_linear(100), cosine(100), rectified_flow(100)]
+PREDICTIONS = ["eps", "z_0", "v", "flow"]
+by_name = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.name)
+
+
+@by_name
+@pytest.mark.parametrize(("s", "t"), [(1, 2), (49, 50), (10, 90), (99, 100), (1, 100)])
+def test_posterior_is_bayes_rule_on_the_joint_gaussian(schedule, s, t, randn):
+    z_0, z_t = randn(5, 3), randn(5, 3)
+    a_s, a_t = schedule.alpha_bar[s], schedule.alpha_bar[t]
+    # (z_s, z_t) given z_0 is jointly Gaussian: condition it on z_t through its covariance.
+    gain = (a_t / a_s).sqrt() * (1 - a_s) / (1 - a_t)
+    expected_mean = a_s.sqrt() * z_0 + gain * (z_t - a_t.sqrt() * z_0)
+    expected_variance = (1 - a_s) - gain**2 * (1 - a_t)
+    mean, variance = chain.posterior(schedule, z_0, z_t, s, t)
+    torch.testing.assert_close(mean, expected_mean, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(variance.squeeze(), expected_variance, rtol=1e-7, atol=1e-12)
+
+
+@by_name
+def test_posterior_at_zero_is_z_0_itself(schedule, randn):
+    z_0 = randn(2, 3)
+    mean, variance = chain.posterior(schedule, z_0, randn(2, 3), 0, 7)
+    torch.testing.assert_close(mean, z_0)
+    assert variance.item() == 0
+
+
+@by_name
+@pytest.mark.parametrize("stride", [1, 10])
+def test_forward_steps_one_by_one_have_the_marginals_moments(schedule, stride):
+    one, none = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
+    mean, variance = one, none
+    for s in range(0, 100, stride):
+        t = s + stride
+        mean = chain.forward_step(schedule, mean, s, t, none)
+        shrunk = chain.forward_step(schedule, variance.sqrt(), s, t, none) ** 2
+        variance = shrunk + chain.forward_step(schedule, none, s, t, one) ** 2
+        torch.testing.assert_close(mean, chain.marginal(schedule, one, t, none))
+        torch.testing.assert_close(variance.sqrt(), chain.marginal(schedule, none, t, one))
+
+
+def test_forward_steps_one_by_one_have_the_marginals_distribution(randn):
+    schedule = linear(40, 1e-3, 0.1)
+    z = torch.full((20_000, 1), 2.0, dtype=torch.float64)
+    for s in range(40):
+        z = chain.forward_step(schedule, z, s, s + 1, randn(20_000, 1))
+    a = schedule.alpha_bar[40].item()
+    assert scipy.stats.kstest(z.flatten(), scipy.stats.norm(2 * a**0.5, (1 - a) ** 0.5).cdf).pvalue > 1e-3
+
+
+def test_marginal_equals_diffusers_add_noise(randn):
+    schedule = scaled_linear()
+    theirs = DDPMScheduler(trained_betas=schedule.betas.tolist())
+    z_0, eps = randn(4, 3, 2, 2, dtype=torch.float32), randn(4, 3, 2, 2, dtype=torch.float32)
+    t = torch.tensor([1, 2, 500, 1000])
+    expected = theirs.add_noise(z_0, eps, t - 1)
+    torch.testing.assert_close(chain.marginal(schedule, z_0, t, eps), expected, rtol=1e-4, atol=2e-5)
+
+
+@by_name
+@pytest.mark.parametrize(("s", "t"), [(1, 2), (10, 90), (99, 100)])
+def test_log_variance_of_every_kind(schedule, s, t, randn):
+    a_s, a_t = schedule.alpha_bar[s], schedule.alpha_bar[t]
+    b = 1 - a_t / a_s
+    bt = b * (1 - a_s) / (1 - a_t)
+    z, v = randn(3, 2), randn(3, 2).sigmoid()
+    large = chain.log_variance(schedule, s, t, "fixed_large", like=z)
+    small = chain.log_variance(schedule, s, t, "fixed_small", like=z)
+    learned = chain.log_variance(schedule, s, t, "learned_range", like=z, v=v)
+    torch.testing.assert_close(large.squeeze(), b.log())
+    torch.testing.assert_close(small.squeeze(), bt.log())
+    torch.testing.assert_close(learned, v * b.log() + (1 - v) * bt.log())
+
+
+def test_log_variance_of_the_last_step_takes_the_one_before(randn):
+    schedule, z = linear(100), randn(3, 2)
+    ends = torch.tensor([[0.0, 1.0]] * 3, dtype=torch.float64)
+    for t in (1, 50):
+        b_1 = chain.log_variance(schedule, 0, t, "fixed_large", like=z)
+        bt_2 = chain.log_variance(schedule, 1, 2, "fixed_small", like=z)
+        torch.testing.assert_close(b_1.exp().squeeze(), 1 - schedule.alpha_bar[t])
+        assert chain.log_variance(schedule, 0, t, "fixed_small", like=z).equal(bt_2)
+        learned = chain.log_variance(schedule, 0, t, "learned_range", like=z, v=ends)
+        torch.testing.assert_close(learned, torch.cat([bt_2, b_1], 1).expand(3, 2))
+    s, t = torch.tensor([0, 0, 9]), torch.tensor([1, 50, 10])
+    mixed = chain.log_variance(schedule, s, t, "fixed_small", like=z)
+    torch.testing.assert_close(mixed[2], chain.log_variance(schedule, 9, 10, "fixed_small", like=z)[0])
+    torch.testing.assert_close(mixed[:2], bt_2.expand(2, 1))
+    with pytest.raises(ValueError, match="use fixed_large"):
+        chain.log_variance(linear(1), 0, 1, "fixed_small", like=z)
+
+
+@by_name
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_every_prediction_leads_back_to_z_0(schedule, prediction, randn):
+    z_0, eps = randn(4, 3, 2, 2), randn(4, 3, 2, 2)
+    last = 99 if prediction == "eps" else 100
+    t = torch.tensor([1, 30, 70, last])
+    z_t = chain.marginal(schedule, z_0, t, eps)
+    output = chain.target(schedule, z_0, eps, t, prediction)
+    back = chain.to_z_0(schedule, output, z_t, t, prediction)
+    torch.testing.assert_close(back, z_0, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(chain.to_eps(schedule, back, z_t, t), eps, rtol=1e-8, atol=1e-8)
+    for i in range(4):
+        alone = chain.to_z_0(schedule, output[i : i + 1], z_t[i : i + 1], int(t[i]), prediction)
+        torch.testing.assert_close(alone, back[i : i + 1])
+
+
+@by_name
+def test_score_is_the_gradient_of_the_log_density(schedule, exact_mixture, randn):
+    exact = exact_mixture(schedule, [[-1.0, 0.5], [2.0, 0.0]], (0.3, 0.7), 0.2)
+    t = torch.tensor([1, 20, 60, 100])
+    z_t = randn(4, 2).requires_grad_()
+    log_density = exact.log_joint(z_t, t).logsumexp(-1)
+    (gradient,) = torch.autograd.grad(log_density.sum(), z_t)
+    torch.testing.assert_close(
+        chain.score(schedule, exact(z_t, t).z_0, z_t, t), gradient, rtol=1e-8, atol=1e-8
+    )
+
+
+def test_half_precision_is_raised_and_double_kept(randn):
+    schedule = linear(10)
+    for given, expected in [
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64,) * 2,
+    ]:
+        z, eps = randn(2, 3).to(given), randn(2, 3).to(given)
+        results = [
+            chain.marginal(schedule, z, 3, eps),
+            chain.forward_step(schedule, z, 2, 3, eps),
+            *chain.posterior(schedule, z, eps, 2, 3),
+            chain.log_variance(schedule, 2, 3, "fixed_small", like=z),
+            chain.to_eps(schedule, z, eps, 3),
+            chain.score(schedule, z, eps, 3),
+            *(chain.target(schedule, z, eps, 3, prediction) for prediction in PREDICTIONS),
+            *(chain.to_z_0(schedule, z, eps, 3, prediction) for prediction in PREDICTIONS),
+        ]
+        assert {result.dtype for result in results} == {expected}
+
+
+@pytest.mark.parametrize(("s", "t"), [(3, 3), (4, 3), (-1, 3), (3, 11)])
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_steps_out_of_order_are_refused(s, t, as_tensor, randn):
+    z = randn(2, 3)
+    if as_tensor:
+        s, t = torch.tensor([0, s]), torch.tensor([1, t])
+    for function in (chain.forward_step, chain.posterior):
+        arguments = (z, s, t, z) if function is chain.forward_step else (z, z, s, t)
+        with pytest.raises(ValueError, match=r"0 <= s < t <= T = 10; got s = "):
+            function(linear(10), *arguments)
+    with pytest.raises(ValueError, match="got s = "):
+        chain.log_variance(linear(10), s, t, "fixed_large", like=z)
+
+
+def test_unknown_options_list_the_known_ones(randn):
+    z = randn(2, 3)
+    with pytest.raises(ValueError, match="'x_0'; known: eps, z_0, v, flow"):
+        chain.target(linear(10), z, z, 3, "x_0")
+    with pytest.raises(ValueError, match="'noise'; known: eps"):
+        chain.to_z_0(linear(10), z, z, 3, "noise")
+    with pytest.raises(ValueError, match="'learned'; known: fixed_small, fixed_large, learned_range"):
+        chain.log_variance(linear(10), 2, 3, "learned", like=z)
+    with pytest.raises(ValueError, match="needs v"):
+        chain.log_variance(linear(10), 2, 3, "learned_range", like=z)
+
+
+def test_eps_needs_some_signal(randn):
+    z, t = randn(2, 3), torch.tensor([3, 10])
+    with pytest.raises(ValueError, match="alpha_bar = 0"):
+        chain.to_z_0(rectified_flow(10), z, z, t, "eps")
+    with pytest.raises(ValueError, match="alpha_bar = 0"):
+        chain.target(rectified_flow(10), z, z, t, "eps")
+    with pytest.raises(ValueError, match="s = 0, t = 0"):
+        chain.to_eps(linear(10), z, z, 0)

@@ -1,0 +1,67 @@
+"""The observed order of convergence of the deterministic samplers, against an independent integration."""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.integrate
+import torch
+
+from ldm.diffusion.sampler import Sampler
+from ldm.diffusion.schedule import NoiseSchedule
+
+# diffusers rounds timesteps to integers: T is large, and a multiple of every number of steps.
+T = 20_480
+STEPS = [20, 40, 80, 160, 320]
+MEANS, WEIGHTS, VARIANCE = np.array([-1.0, 1.5]), np.array([0.4, 0.6]), 0.25
+
+
+def alpha_bar(u):
+    return np.exp(-(0.1 * u + 9.95 * u**2))
+
+
+def flow(u, z):
+    """dz/du = -1/2 b(u) (z + score), of the variance-preserving SDE with b(u) = 0.1 + 19.9 u."""
+    a = alpha_bar(u)
+    spread = a * VARIANCE + 1 - a
+    offset = z[:, None] - math.sqrt(a) * MEANS
+    share = WEIGHTS * np.exp(-(offset**2) / (2 * spread))
+    score = -(share * offset).sum(1) / share.sum(1) / spread
+    return -0.5 * (0.1 + 19.9 * u) * (z + score)
+
+
+def measure(exact_mixture, method, s):
+    """Largest error at step s for each number of steps, and the observed order of each halving."""
+    schedule = NoiseSchedule("vp", torch.from_numpy(alpha_bar(np.arange(T + 1) / T)))
+    exact = exact_mixture(schedule, MEANS[:, None], WEIGHTS, VARIANCE)
+    z_T = np.linspace(-2, 2, 9)
+    path = scipy.integrate.solve_ivp(flow, (1, s / T), z_T, method="DOP853", rtol=1e-12, atol=1e-13)
+    errors = []
+    for steps in STEPS:
+        arrived = {}
+        Sampler(method, steps)(
+            exact,
+            torch.from_numpy(z_T)[:, None],
+            on_step=lambda at, z_s, z_0, arrived=arrived: arrived.update({at: z_s}),
+        )
+        errors.append(np.abs(arrived[s].flatten().numpy() - path.y[:, -1]).max())
+    orders = [math.log2(coarse / fine) for coarse, fine in zip(errors, errors[1:], strict=False)]
+    series = " ".join(f"{error:.2e}" for error in errors), " ".join(f"{order:.2f}" for order in orders)
+    print(f"\n{method} at t = {s} in {STEPS} steps: errors {series[0]}, orders {series[1]}")
+    return errors, orders
+
+
+# UniPC's corrector adds one to the order of its predictor, which is 2 here.
+@pytest.mark.parametrize(("method", "order"), [("ddim", 1), ("dpmpp", 2), ("unipc", 3)])
+def test_order_at_a_noise_level_that_every_run_visits(exact_mixture, method, order):
+    errors, orders = measure(exact_mixture, method, T // 10)
+    assert errors[-1] < errors[0] / 10**order
+    assert orders[-1] == pytest.approx(order, abs=0.2)
+
+
+@pytest.mark.parametrize("method", ["ddim", "dpmpp", "unipc"])
+def test_all_the_way_down_converges_too(exact_mixture, method):
+    # The last step, to alpha_bar = 1, is of first order in every method, and dominates in the end.
+    errors, orders = measure(exact_mixture, method, 0)
+    assert min(orders) > 0.5
+    assert errors[-1] < errors[0] / 14

@@ -1,0 +1,62 @@
+import pytest
+import torch
+
+from ldm.diffusion import chain
+from ldm.diffusion.denoiser import Denoiser, DenoiserLike
+from ldm.diffusion.schedule import linear, rectified_flow
+
+
+@pytest.mark.parametrize("prediction", ["eps", "z_0", "v", "flow"])
+@pytest.mark.parametrize("learned_variance", [False, True])
+def test_answers_with_z_0_whatever_the_network_predicts(prediction, learned_variance, randn):
+    schedule = linear(100)
+    z_0, eps, raw_v = randn(3, 2, 4, 4), randn(3, 2, 4, 4), randn(3, 2, 4, 4).tanh()
+    t = torch.tensor([1, 50, 100])
+    target = chain.target(schedule, z_0, eps, t, prediction)
+    output = torch.cat([target, raw_v], 1) if learned_variance else target
+    denoiser = Denoiser(schedule, lambda z_t, timesteps, condition: output, prediction, learned_variance)
+    z_t = chain.marginal(schedule, z_0, t, eps)
+    answer = denoiser(z_t, t)
+    torch.testing.assert_close(answer.z_0, z_0, rtol=1e-9, atol=1e-9)
+    assert denoiser.output(z_t, t)[0].equal(target)
+    if learned_variance:
+        torch.testing.assert_close(answer.v, (raw_v + 1) / 2)
+    else:
+        assert answer.v is None
+    assert isinstance(denoiser, DenoiserLike)
+
+
+def test_network_receives_diffusers_timesteps_and_the_condition():
+    calls = []
+
+    def network(z_t, timesteps, condition):
+        calls.append((timesteps, condition))
+        return z_t.bfloat16()
+
+    condition = {"label": torch.tensor([3, 4])}
+    denoiser = Denoiser(linear(100), network, "v")
+    answer = denoiser(torch.zeros(2, 3, 4), 100, condition)
+    denoiser(torch.zeros(2, 3, 4), torch.tensor([1, 7]))
+    assert answer.z_0.dtype == torch.float32
+    assert calls[0][0].dtype == torch.long
+    assert [timesteps.tolist() for timesteps, _ in calls] == [[99, 99], [0, 6]]
+    assert calls[0][1] is condition
+    assert calls[1][1] is None
+
+
+def test_errors():
+    def network(z_t, timesteps, condition):
+        return z_t
+
+    z_t = torch.zeros(2, 3, 4)
+    with pytest.raises(ValueError, match="known: eps, z_0, v, flow"):
+        Denoiser(linear(10), network, "epsilon")
+    with pytest.raises(ValueError, match="alpha_bar = 0"):
+        Denoiser(rectified_flow(10), network, "eps")
+    with pytest.raises(ValueError, match=r"must output 6 channels.*got 3"):
+        Denoiser(linear(10), network, "v", learned_variance=True)(z_t, 1)
+    with pytest.raises(ValueError, match="must output 3 channels"):
+        Denoiser(linear(10), lambda z, t, c: torch.cat([z, z], 1), "v")(z_t, 1)
+    for t in (0, 11):
+        with pytest.raises(ValueError, match=f"t = {t}"):
+            Denoiser(linear(10), network, "v")(z_t, t)

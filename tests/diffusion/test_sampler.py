@@ -1,0 +1,189 @@
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+from ldm.diffusion.denoiser import Prediction
+from ldm.diffusion.sampler import Sampler, ddim_step, ddpm_step, timesteps
+from ldm.diffusion.schedule import NoiseSchedule, cosine, linear, rectified_flow
+
+METHODS = ["ddpm", "ddim", "dpmpp", "unipc"]
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+def test_ddpm_samples_have_the_datas_moments(exact_gaussian, randn, variance):
+    schedule = linear(1000)
+    exact = exact_gaussian(schedule, 0.7, 0.3, dimensions=4)
+    sampler = Sampler("ddpm", 1000, variance=variance)
+    z = sampler(exact, randn(4000, 4, dtype=torch.float32), generator=seeded())
+    count = z.numel()
+    assert abs(z.mean() - 0.7) < 4 * (0.3 / count) ** 0.5
+    # A chain of 1000 steps is itself 1 % off in the variance, each way.
+    assert abs(z.var() / 0.3 - 1) < 4 * (2 / count) ** 0.5 + 0.01
+
+
+@pytest.mark.parametrize(("variance", "data_variance"), [("fixed_large", 1.0), ("fixed_small", 0.0)])
+def test_the_two_fixed_variances_are_exact_for_the_data_they_are_optimal_for(
+    exact_gaussian, randn, variance, data_variance
+):
+    # fixed_large is the true reverse variance of data N(0, I), fixed_small of a point, at any stride.
+    schedule = linear(1000)
+    mean = 0.0 if data_variance else 0.5
+    exact = exact_gaussian(schedule, mean, data_variance)
+    moments = {}
+    Sampler("ddpm", 5, variance=variance)(
+        exact,
+        randn(200_000, 1),
+        generator=seeded(),
+        on_step=lambda s, z_s, z_0: moments.update({s: (z_s.mean(), z_s.var())}),
+    )
+    assert list(moments) == [800, 600, 400, 200, 0]
+    for s in (800, 600, 400, 200):
+        a = schedule.alpha_bar[s]
+        marginal = a * data_variance + 1 - a
+        assert abs(moments[s][1] / marginal - 1) < 5 * (2 / 200_000) ** 0.5
+        assert abs(moments[s][0] - a.sqrt() * mean) < 5 * (marginal / 200_000) ** 0.5 + 4e-3 * mean
+
+
+@pytest.mark.parametrize(("method", "steps"), [("ddpm", 200), ("ddim", 100), ("dpmpp", 50), ("unipc", 50)])
+def test_every_mode_of_a_mixture_is_found_with_its_weight(exact_mixture, randn, method, steps):
+    means = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [-1.0, 1.0], [1.5, 1.5]])
+    weights = [0.1, 0.2, 0.3, 0.4]
+    exact = exact_mixture(cosine(), means, weights, variance=0.01)
+    z = Sampler(method, steps)(exact, randn(5000, 2, dtype=torch.float32), generator=seeded())
+    distance, mode = torch.cdist(z, means).min(1)
+    assert distance.max() < 6 * 0.1
+    counts = torch.bincount(mode, minlength=4).numpy()
+    assert scipy.stats.chisquare(counts, 5000 * np.array(weights)).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("schedule", [cosine(), rectified_flow()], ids=lambda schedule: schedule.name)
+@pytest.mark.parametrize("method", METHODS)
+def test_few_steps_carry_a_gaussian_from_pure_noise(exact_gaussian, randn, schedule, method):
+    exact = exact_gaussian(schedule, 0.7, 0.3)
+    z = Sampler(method, 50)(exact, randn(20_000, 1, dtype=torch.float32), generator=seeded())
+    assert z.mean().item() == pytest.approx(0.7, abs=0.02)
+    assert z.var().item() == pytest.approx(0.3, rel=0.13 if method in ("ddpm", "ddim") else 0.04)
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
+def test_timesteps_go_strictly_down_to_zero(spacing):
+    for num_steps in (1, 2, 3, 10, 37):
+        for steps in range(1, num_steps + 1):
+            visited = timesteps(num_steps, steps, spacing)
+            assert len(visited) == steps + 1
+            assert visited[0] <= num_steps
+            assert visited[-1] == 0
+            assert all(t > s for t, s in zip(visited, visited[1:], strict=False))
+        if spacing != "leading":
+            assert timesteps(num_steps, 1, spacing) == [num_steps, 0]
+
+
+@pytest.mark.parametrize(("s", "t"), [(0, 1), (0, 40), (39, 40), (7, 60), (30, 100)])
+@pytest.mark.parametrize("schedule", [linear(100), rectified_flow(100)], ids=lambda schedule: schedule.name)
+def test_ddim_at_eta_1_is_ddpm(schedule, s, t, randn):
+    z_0, z_t = randn(3, 2), randn(3, 2)
+    ddim = ddim_step(schedule, z_0, z_t, s=s, t=t, eta=1.0, generator=seeded())
+    ddpm = ddpm_step(schedule, z_0, z_t, s=s, t=t, variance="fixed_small", generator=seeded())
+    torch.testing.assert_close(ddim, ddpm)
+    if s == 0:
+        torch.testing.assert_close(ddpm, z_0)
+
+
+@pytest.mark.parametrize(("method", "eta"), [("ddpm", 0.0), ("ddim", 1.0)])
+def test_a_sample_depends_on_its_own_generator_alone(exact_gaussian, randn, method, eta):
+    exact = exact_gaussian(linear(100), 0.5, 0.2, dimensions=3)
+    sampler, z_T = Sampler(method, 10, eta=eta), randn(5, 3, dtype=torch.float32)
+    together = sampler(exact, z_T, generator=[seeded(i) for i in range(5)])
+    for i in range(5):
+        alone = sampler(exact, z_T[i : i + 1], generator=[seeded(i)])
+        assert together[i].equal(alone[0])
+    pair = sampler(exact, z_T[[3, 1]], generator=[seeded(3), seeded(1)])
+    assert pair.equal(together[[3, 1]])
+    assert not together.equal(sampler(exact, z_T, generator=[seeded(i + 5) for i in range(5)]))
+
+
+@pytest.mark.parametrize(("method", "eta"), [("ddim", 0.0), ("dpmpp", 0.0), ("unipc", 0.0)])
+def test_deterministic_samplers_draw_nothing(exact_gaussian, randn, method, eta):
+    generator = seeded()
+    before = generator.get_state()
+    Sampler(method, 5, eta=eta)(exact_gaussian(linear(100), 0.5, 0.2), randn(2, 1), generator=generator)
+    assert generator.get_state().equal(before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_on_step_sees_every_transition(exact_gaussian, randn, method):
+    seen = []
+    z = Sampler(method, 4)(
+        exact_gaussian(linear(100), 0.5, 0.2),
+        randn(2, 1),
+        generator=seeded(),
+        on_step=lambda s, z_s, z_0: seen.append((s, z_s, z_0)),
+    )
+    assert [s for s, _, _ in seen] == [75, 50, 25, 0]
+    assert seen[-1][1].equal(z)
+    torch.testing.assert_close(z, seen[-1][2])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("steps", [1, 2, 10])
+def test_clip_bounds_the_result_and_half_precision_is_raised(exact_gaussian, randn, method, steps):
+    z_T = randn(50, 1).bfloat16()
+    z = Sampler(method, steps, clip=0.6)(exact_gaussian(linear(100), 0.5, 1.0), z_T, generator=seeded())
+    assert z.dtype == torch.float32
+    assert z.abs().max().item() == pytest.approx(0.6, abs=1e-5)
+
+
+def test_condition_reaches_the_denoiser_and_no_graph_is_kept(randn):
+    seen = []
+
+    class Conditional:
+        schedule = linear(100)
+
+        def __call__(self, z_t, t, condition=None):
+            seen.append((t, condition))
+            return Prediction(z_t * scale, None)
+
+    scale = torch.ones((), requires_grad=True)
+    condition = {"label": torch.tensor([1, 2])}
+    z = Sampler("ddim", 2)(Conditional(), randn(2, 3), condition)
+    assert seen == [(100, condition), (50, condition)]
+    assert not z.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        ({"method": "euler"}, "method 'euler'; known: ddpm, ddim, dpmpp, unipc"),
+        ({"spacing": "karras"}, "spacing 'karras'; known: trailing, leading, linspace"),
+        ({"variance": "learned"}, "variance 'learned'; known: fixed_small"),
+        ({"eta": 1.5}, r"eta must be in \[0, 1\]"),
+        ({"method": "ddpm", "eta": 0.5}, "eta is an option of ddim"),
+        ({"steps": 0}, "at least one step"),
+        ({"clip": 0.0}, "clip must be positive"),
+    ],
+)
+def test_options_are_checked(options, rule):
+    with pytest.raises(ValueError, match=rule):
+        Sampler(**{"method": "ddim", "steps": 10, **options})
+
+
+def test_calls_are_checked(exact_gaussian, randn):
+    exact, z_T = exact_gaussian(linear(100), 0.5, 0.2), randn(3, 1)
+    with pytest.raises(ValueError, match="in 1 to 100 steps; got 101"):
+        Sampler("ddim", 101)(exact, z_T)
+    with pytest.raises(ValueError, match="2 generators for a batch of 3"):
+        Sampler("ddpm", 5)(exact, z_T, generator=[seeded(0), seeded(1)])
+    with pytest.raises(ValueError, match="learned_range needs v"):
+        Sampler("ddpm", 5, variance="learned_range")(exact, z_T)
+    with pytest.raises(ValueError, match="unknown spacing 'even'; known: trailing"):
+        timesteps(100, 10, "even")
+    with pytest.raises(ValueError, match=r"0 <= s < t <= T = 100; got s = 5, t = 5"):
+        ddim_step(linear(100), z_T, z_T, s=5, t=5)
+    drowned = NoiseSchedule("drowned", torch.tensor([1, 0.5, 1e-30, 1e-40], dtype=torch.float64))
+    with pytest.raises(ValueError, match="between steps of pure noise"):
+        Sampler("dpmpp", 3)(exact_gaussian(drowned, 0.5, 0.2), z_T)

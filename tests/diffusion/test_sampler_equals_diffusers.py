@@ -1,0 +1,104 @@
+"""The samplers against diffusers' schedulers, on a denoiser that is any fixed function of its input."""
+
+import diffusers
+import pytest
+import torch
+
+from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.sampler import Sampler, timesteps
+from ldm.diffusion.schedule import linear, scaled_linear
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def network(z_t, timesteps, condition):
+    """Any fixed function of its input, with a second half in [-1, 1]."""
+    phase = (timesteps / 10)[:, None, None]
+    return torch.cat([torch.sin(2 * z_t + phase), torch.cos(z_t - phase)], 1)
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
+def test_ddpm_equals_diffusers(variance, randn):
+    schedule = linear(60, 1e-3, 0.1)
+    theirs = diffusers.DDPMScheduler(
+        num_train_timesteps=60,
+        trained_betas=schedule.betas.tolist(),
+        variance_type=variance,
+        clip_sample=False,
+    )
+    learned = variance == "learned_range"
+
+    def predict(z_t, timesteps, condition):
+        output = network(z_t, timesteps, condition)
+        return output if learned else output[:, : z_t.shape[1]]
+
+    z_T = randn(3, 4, 5, dtype=torch.float32)
+    ours = Sampler("ddpm", 60, variance=variance)(
+        Denoiser(schedule, predict, "eps", learned), z_T, generator=seeded()
+    )
+    z, generator = z_T, seeded()
+    for t in range(59, -1, -1):
+        output = predict(z, torch.full((3,), t), None)
+        z = theirs.step(output, t, z, generator=generator).prev_sample
+    torch.testing.assert_close(ours, z, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_ddim_equals_diffusers(eta, spacing, prediction, randn):
+    schedule = scaled_linear()
+    theirs = diffusers.DDIMScheduler(
+        trained_betas=schedule.betas.tolist(),
+        clip_sample=False,
+        timestep_spacing=spacing,
+        prediction_type={"eps": "epsilon", "v": "v_prediction"}[prediction],
+    )
+    theirs.set_timesteps(20)
+
+    def predict(z_t, timesteps, condition):
+        return network(z_t, timesteps, condition)[:, : z_t.shape[1]]
+
+    z_T = randn(3, 4, 5, dtype=torch.float32)
+    ours = Sampler("ddim", 20, eta=eta, spacing=spacing)(
+        Denoiser(schedule, predict, prediction), z_T, generator=seeded()
+    )
+    z, generator = z_T, seeded()
+    for t in theirs.timesteps:
+        z = theirs.step(predict(z, t.expand(3), None), int(t), z, eta=eta, generator=generator).prev_sample
+    torch.testing.assert_close(ours, z, rtol=1e-3, atol=2e-3)
+
+
+# Their set_timesteps speaks to numpy 2 in a way that it deprecates; ours is not called.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("method", ["dpmpp", "unipc"])
+def test_multistep_solvers_run_on_our_steps_and_sigmas(method, randn):
+    # Equality with diffusers proves no solver here, only that it was handed the same problem.
+    schedule = scaled_linear()
+    name = {"dpmpp": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler"}[method]
+    theirs = getattr(diffusers, name)(
+        trained_betas=schedule.betas.tolist(), prediction_type="sample", timestep_spacing="trailing"
+    )
+    theirs.set_timesteps(20)
+
+    def predict(z_t, timesteps, condition):
+        return network(z_t, timesteps, condition)[:, : z_t.shape[1]]
+
+    z_T = randn(3, 4, 5, dtype=torch.float32)
+    ours = Sampler(method, 20)(Denoiser(schedule, predict, "z_0"), z_T)
+    z = z_T
+    for t in theirs.timesteps:
+        z = theirs.step(predict(z, t.expand(3), None), t, z).prev_sample
+    torch.testing.assert_close(ours, z, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
+@pytest.mark.parametrize("steps", [2, 7, 20, 37, 999, 1000])
+def test_timesteps_are_diffusers_plus_one(spacing, steps):
+    theirs = diffusers.DDIMScheduler(timestep_spacing=spacing)
+    theirs.set_timesteps(steps)
+    # For some numbers of steps a float step makes diffusers' "trailing" one longer, ending with t = -1.
+    expected = [int(t) + 1 for t in theirs.timesteps if t >= 0]
+    assert timesteps(1000, steps, spacing) == [*expected, 0]
