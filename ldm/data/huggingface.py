@@ -36,9 +36,7 @@ class HuggingFace:
         config: str | None = None,
     ):
         if streaming and num_images is None:
-            raise UserError(
-                "data.streaming=true needs data.num_images=N: how many images to read from the stream."
-            )
+            raise UserError("data.streaming=true needs data.num_images=N: how many images to read from the stream.")
         if num_images is not None and num_images < 1:
             raise UserError(f"data.num_images must be at least 1, not {num_images}.")
         self.path = str(path)

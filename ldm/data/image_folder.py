@@ -57,9 +57,7 @@ class ImageFolder:
         captions = self._find_captions()
         labels = {name: label for label, name in enumerate(self.class_names or [])}
         for name in self._images:
-            yield Record(
-                name, self._files[name].read_bytes, captions.get(name), labels.get(name.split("/")[0])
-            )
+            yield Record(name, self._files[name].read_bytes, captions.get(name), labels.get(name.split("/")[0]))
 
     def _visible_files(self) -> dict[str, Path]:
         """Relative name -> path of every image, text and metadata file, sorted by name."""
@@ -130,9 +128,7 @@ def _rows_of(metadata: Path) -> Iterator[dict[str, Any]]:
         except json.JSONDecodeError as error:
             raise UserError(f"{metadata}, line {number}, is not JSON: {error}.") from error
         if not isinstance(row, dict):
-            raise UserError(
-                f'{metadata}, line {number}, must be a JSON object, such as {{"file_name": ...}}.'
-            )
+            raise UserError(f'{metadata}, line {number}, must be a JSON object, such as {{"file_name": ...}}.')
         yield row
 
 

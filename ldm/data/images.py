@@ -129,9 +129,7 @@ def split_by_hash(hashes: list[str], val_fraction: float) -> tuple[np.ndarray, n
     Copies of an image stay together. Neither side is ever empty: the image nearest to the border crosses it.
     """
     if len(set(hashes)) < 2:
-        raise UserError(
-            "Training needs 2 different images at least: one to learn from, one to validate with."
-        )
+        raise UserError("Training needs 2 different images at least: one to learn from, one to validate with.")
     is_val = np.array([int(digest[:8], 16) / 2**32 < val_fraction for digest in hashes])
     if not is_val.any():
         is_val = np.array([digest == min(hashes) for digest in hashes])

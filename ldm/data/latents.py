@@ -5,7 +5,6 @@ contract says which weights, images and transform the latents come from; it is c
 """
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -178,7 +177,7 @@ def _encode(
         del moments
         contract.save(partial)
         if not folder.exists():
-            os.replace(partial, folder)
+            partial.replace(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -90,6 +90,4 @@ def _import(module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UserError(
-            f'OpenMoji needs the package {module}. Install it with: pip install "ldm[demo]"'
-        ) from error
+        raise UserError(f'OpenMoji needs the package {module}. Install it with: pip install "ldm[demo]"') from error

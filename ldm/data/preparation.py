@@ -110,9 +110,7 @@ def _check_space(folder: Path, needed: int) -> None:
         )
 
 
-def _write_images(
-    scratch: Path, source: Source, resolution: int, resize: Resize, progress: bool
-) -> dict[str, Any]:
+def _write_images(scratch: Path, source: Source, resolution: int, resize: Resize, progress: bool) -> dict[str, Any]:
     names, hashes, captions, labels, num_skipped = [], [], [], [], 0
 
     def read(record: Record) -> tuple[str, np.ndarray] | Exception:

@@ -125,16 +125,12 @@ def log_variance(
         return b.log().to(like)
     if (bt == 0).any():
         if schedule.num_steps < 2:
-            raise ValueError(
-                "bt at s = 0 is taken from the step 2 -> 1; this chain has one step: use fixed_large"
-            )
+            raise ValueError("bt at s = 0 is taken from the step 2 -> 1; this chain has one step: use fixed_large")
         bt = torch.where(bt == 0, _step_variances(schedule.at(1, like), schedule.at(2, like))[1], bt)
     if variance == "fixed_small":
         return bt.log().to(like)
     if v is None:
-        raise ValueError(
-            "learned_range needs v, but the denoiser gave none: its network must learn the variance"
-        )
+        raise ValueError("learned_range needs v, but the denoiser gave none: its network must learn the variance")
     v = at_least_float32(v)
     return v * b.log().to(v) + (1 - v) * bt.log().to(v)
 

@@ -37,9 +37,7 @@ class Guided:
         interval: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         if not 0 <= interval[0] <= interval[1] <= 1:
-            raise ValueError(
-                f"guidance interval must satisfy 0 <= low <= high <= 1 in u = t / T; got {interval}"
-            )
+            raise ValueError(f"guidance interval must satisfy 0 <= low <= high <= 1 in u = t / T; got {interval}")
         for name, value in null_condition.items():
             if value.ndim < 1 or len(value) != 1:
                 raise ValueError(f"null condition {name!r} must have batch 1; got shape {list(value.shape)}")

@@ -71,9 +71,7 @@ def weight(
     if weighting != "min_snr":
         raise ValueError(f"unknown weighting {weighting!r}; known: {', '.join(WEIGHTINGS)}")
     # (alpha + sigma) / sigma = sqrt(snr) + 1.
-    factor = {"eps": snr, "z_0": torch.ones_like(snr), "v": snr + 1, "flow": (snr.sqrt() + 1) ** 2}[
-        prediction
-    ]
+    factor = {"eps": snr, "z_0": torch.ones_like(snr), "v": snr + 1, "flow": (snr.sqrt() + 1) ** 2}[prediction]
     return snr.clamp(max=gamma) / factor
 
 

@@ -44,9 +44,7 @@ def timesteps(num_steps: int, steps: int, spacing: str = "trailing") -> list[int
         ValueError: if `spacing` is unknown; unless 1 <= steps <= T.
     """
     if not 1 <= steps <= num_steps:
-        raise ValueError(
-            f"a chain of T = {num_steps} steps can be sampled in 1 to {num_steps} steps; got {steps}"
-        )
+        raise ValueError(f"a chain of T = {num_steps} steps can be sampled in 1 to {num_steps} steps; got {steps}")
     down = range(steps - 1, -1, -1)
     if spacing == "trailing":
         return [round(num_steps * i / steps) for i in range(steps, -1, -1)]
@@ -182,9 +180,7 @@ class Sampler:
                 sample; for dpmpp and unipc, if several visited steps are pure noise.
         """
         if isinstance(generator, list) and len(generator) != len(z_T):
-            raise ValueError(
-                f"{len(generator)} generators for a batch of {len(z_T)}: give one per sample, or one"
-            )
+            raise ValueError(f"{len(generator)} generators for a batch of {len(z_T)}: give one per sample, or one")
         schedule = denoiser.schedule
         visited = timesteps(schedule.num_steps, self.steps, self.spacing)
         z_t = at_least_float32(z_T)
@@ -194,9 +190,7 @@ class Sampler:
             if self.clip is not None:
                 z_0 = z_0.clamp(-self.clip, self.clip)
             if self.method == "ddpm":
-                z_t = ddpm_step(
-                    schedule, z_0, z_t, s=s, t=t, variance=self.variance, v=v, generator=generator
-                )
+                z_t = ddpm_step(schedule, z_0, z_t, s=s, t=t, variance=self.variance, v=v, generator=generator)
             elif self.method == "ddim":
                 z_t = ddim_step(schedule, z_0, z_t, s=s, t=t, eta=self.eta, generator=generator)
             else:

@@ -106,9 +106,7 @@ def linear(num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.
     return _from_betas("linear", torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64))
 
 
-def scaled_linear(
-    num_steps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
-) -> NoiseSchedule:
+def scaled_linear(num_steps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> NoiseSchedule:
     """sqrt(beta_t) linear in t, the schedule of latent diffusion and Stable Diffusion.
 
     Source: Rombach et al. 2022, arXiv:2112.10752 (the authors' code; the paper does not state it).

@@ -186,8 +186,6 @@ def restore(state: dict[str, Any]) -> Conditioning:
 def drop(condition: Condition, null: Condition, dropped: Tensor) -> Condition:
     """Replace the rows where `dropped` [b] is true by the null condition."""
     return {
-        name: torch.where(
-            dropped.view(-1, *(1,) * (value.ndim - 1)), null[name].to(value.device, value.dtype), value
-        )
+        name: torch.where(dropped.view(-1, *(1,) * (value.ndim - 1)), null[name].to(value.device, value.dtype), value)
         for name, value in condition.items()
     }

@@ -68,8 +68,7 @@ class Attention(nn.Module):
         context = x if context is None else context
         key, value = self.to_kv(context).chunk(2, dim=-1)
         query, key, value = (
-            y.view(batch, -1, dim // self.head_dim, self.head_dim).transpose(1, 2)
-            for y in (self.to_q(x), key, value)
+            y.view(batch, -1, dim // self.head_dim, self.head_dim).transpose(1, 2) for y in (self.to_q(x), key, value)
         )
         query, key = self.norm_q(query), self.norm_k(key)
         if rotary is not None:
@@ -157,18 +156,14 @@ class DiT(ModelMixin, ConfigMixin):
         if sample_size % patch_size:
             raise ValueError(f"patch_size={patch_size} must divide the latent's side, {sample_size}.")
         self.patch_in = nn.Linear(in_channels * patch_size**2, hidden_dim)
-        self.time_mlp = nn.Sequential(
-            nn.Linear(256, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, hidden_dim)
-        )
+        self.time_mlp = nn.Sequential(nn.Linear(256, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, hidden_dim))
         if text_dim is not None:
             self.pooled_mlp = nn.Sequential(
                 nn.Linear(text_dim, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, hidden_dim)
             )
         if num_classes is not None:
             self.class_embedding = nn.Embedding(num_classes + 1, hidden_dim)
-        self.blocks = nn.ModuleList(
-            Block(hidden_dim, head_dim, mlp_ratio, text_dim) for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(Block(hidden_dim, head_dim, mlp_ratio, text_dim) for _ in range(depth))
         self.norm_out = RMSNorm(hidden_dim, eps=1e-6, elementwise_affine=False)
         self.modulation_out = nn.Linear(hidden_dim, 2 * hidden_dim)
         self.patch_out = nn.Linear(hidden_dim, out_channels * patch_size**2)

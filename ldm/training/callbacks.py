@@ -33,7 +33,11 @@ class Budget(Callback):
     }
 
     def __init__(
-        self, max_steps: int = -1, max_time_s: float | None = None, warmup_steps: int = 0, decay: str = "linear"
+        self,
+        max_steps: int = -1,
+        max_time_s: float | None = None,
+        warmup_steps: int = 0,
+        decay: str = "linear",
     ) -> None:
         if decay not in self.DECAYS:
             raise ValueError(f"lr_decay={decay} is unknown. Choose one of: {', '.join(self.DECAYS)}.")
@@ -218,7 +222,12 @@ class WandbLogger(Logger):
 
 
 def save_grid(
-    module: LightningModule, folder: Path, name: str, grid: Image.Image, images: list[Image.Image], captions: list
+    module: LightningModule,
+    folder: Path,
+    name: str,
+    grid: Image.Image,
+    images: list[Image.Image],
+    captions: list,
 ) -> None:
     """A picture into `folder`, and its parts with captions into W&B where it is on."""
     if not module.trainer.is_global_zero:

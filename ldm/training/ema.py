@@ -49,6 +49,10 @@ class EMA:
         finally:
             self._write(raw)
 
+    def copy_to_module(self) -> None:
+        """Leave the averaged weights in the module for good."""
+        self._write(self.shadow)
+
     @torch.no_grad()
     def _write(self, values: list[Tensor]) -> None:
         for parameter, value in zip(self._parameters, values, strict=True):

@@ -42,9 +42,7 @@ FEATURES = {
 
 def dataset(**changes) -> "datasets.Dataset":
     columns = {name: values for name, values in (COLUMNS | changes).items() if values is not None}
-    features = {
-        name: feature for name, feature in FEATURES.items() if name in columns and name not in changes
-    }
+    features = {name: feature for name, feature in FEATURES.items() if name in columns and name not in changes}
     inferred = datasets.Dataset.from_dict(columns).features
     return datasets.Dataset.from_dict(columns, features=datasets.Features(inferred | features))
 
@@ -57,9 +55,7 @@ def parquet(tmp_path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"streaming": True, "num_images": 6}], ids=["downloaded", "streamed"]
-)
+@pytest.mark.parametrize("options", [{}, {"streaming": True, "num_images": 6}], ids=["downloaded", "streamed"])
 def test_a_parquet_folder_arrives_whole(parquet, tmp_path, options):
     source = HuggingFace(str(parquet), **options)
     data = prepare(source, resolution=8, cache_dir=tmp_path / "cache", progress=False)
@@ -90,9 +86,7 @@ def test_no_more_are_announced_than_there_are(parquet):
     assert HuggingFace(str(parquet), num_images=100).num_records == 6
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"streaming": True, "num_images": 2}], ids=["downloaded", "streamed"]
-)
+@pytest.mark.parametrize("options", [{}, {"streaming": True, "num_images": 2}], ids=["downloaded", "streamed"])
 def test_an_imagefolder_is_read_from_its_files(tmp_path, options):
     folder = tmp_path / "files"
     folder.mkdir()
@@ -133,9 +127,7 @@ def test_columns_that_nobody_asked_for_may_be_absent(tmp_path):
 
 @pytest.mark.parametrize("option", ["image_column", "caption_column", "label_column"])
 def test_columns_that_were_asked_for_must_be_there(parquet, option):
-    with pytest.raises(
-        UserError, match=rf"no column 'nope'\. Set data\.{option}= to one of: image, text, label"
-    ):
+    with pytest.raises(UserError, match=rf"no column 'nope'\. Set data\.{option}= to one of: image, text, label"):
         list(HuggingFace(str(parquet), **{option: "nope"}).records())
 
 

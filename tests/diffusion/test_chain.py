@@ -121,9 +121,7 @@ def test_score_is_the_gradient_of_the_log_density(schedule, exact_mixture, randn
     z_t = randn(4, 2).requires_grad_()
     log_density = exact.log_joint(z_t, t).logsumexp(-1)
     (gradient,) = torch.autograd.grad(log_density.sum(), z_t)
-    torch.testing.assert_close(
-        chain.score(schedule, exact(z_t, t).z_0, z_t, t), gradient, rtol=1e-8, atol=1e-8
-    )
+    torch.testing.assert_close(chain.score(schedule, exact(z_t, t).z_0, z_t, t), gradient, rtol=1e-8, atol=1e-8)
 
 
 def test_half_precision_is_raised_and_double_kept(randn):

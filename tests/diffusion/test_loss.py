@@ -34,9 +34,7 @@ def test_logit_normal_timesteps_follow_their_density():
 
 def test_timesteps_are_repeatable():
     for distribution in ("uniform", "logit_normal"):
-        first, again = (
-            sample_timesteps(1000, 16, distribution, torch.Generator().manual_seed(7)) for _ in range(2)
-        )
+        first, again = (sample_timesteps(1000, 16, distribution, torch.Generator().manual_seed(7)) for _ in range(2))
         assert first.dtype == torch.long
         assert first.equal(again)
 

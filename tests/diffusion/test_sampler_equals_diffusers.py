@@ -35,9 +35,7 @@ def test_ddpm_equals_diffusers(variance, randn):
         return output if learned else output[:, : z_t.shape[1]]
 
     z_T = randn(3, 4, 5, dtype=torch.float32)
-    ours = Sampler("ddpm", 60, variance=variance)(
-        Denoiser(schedule, predict, "eps", learned), z_T, generator=seeded()
-    )
+    ours = Sampler("ddpm", 60, variance=variance)(Denoiser(schedule, predict, "eps", learned), z_T, generator=seeded())
     z, generator = z_T, seeded()
     for t in range(59, -1, -1):
         output = predict(z, torch.full((3,), t), None)

@@ -32,9 +32,7 @@ def test_table_runs_from_one_strictly_down(constructor, num_steps):
 def test_equals_diffusers(constructor, options):
     theirs = DDPMScheduler(**options)
     torch.testing.assert_close(constructor().betas.float(), theirs.betas, rtol=1e-4, atol=1e-7)
-    torch.testing.assert_close(
-        constructor().alpha_bar[1:].float(), theirs.alphas_cumprod, rtol=2e-3, atol=1e-6
-    )
+    torch.testing.assert_close(constructor().alpha_bar[1:].float(), theirs.alphas_cumprod, rtol=2e-3, atol=1e-6)
 
 
 def test_cosine_is_the_closed_form_below_the_cap():

@@ -1,0 +1,75 @@
+"""Caption embeddings as data: computed once by a frozen text encoder, memory-mapped ever after."""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from ldm.data.images import default_cache_dir
+
+
+class CaptionData:
+    """Arrays by name, memory-mapped; row i belongs to image i."""
+
+    def __init__(self, folder: Path) -> None:
+        self.arrays = {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
+
+    def batch(self, indices: Any) -> dict[str, Tensor]:
+        """A condition for these images."""
+        rows = np.asarray(indices)
+        return {name: torch.from_numpy(np.array(array[rows])) for name, array in self.arrays.items()}
+
+
+def open_captions(
+    encode: Callable[[Sequence[str]], dict[str, Tensor]],
+    captions: Sequence[str],
+    encoder: dict[str, Any],
+    *,
+    cache_dir: Path | str | None = None,
+    batch_size: int = 256,
+) -> CaptionData:
+    """Open the embeddings of these captions, computing them where they do not exist yet.
+
+    Args:
+        encode: captions -> batch-first tensors by name; row i depends on caption i alone.
+        encoder: Plain values that identify the encoder; they key the cache together with the captions.
+    """
+    key = hashlib.sha256(json.dumps([encoder, list(captions)], sort_keys=True).encode()).hexdigest()[:12]
+    folder = Path(cache_dir or default_cache_dir()).expanduser() / f"captions-{key}"
+    if folder.is_dir():
+        return CaptionData(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        arrays: dict[str, np.memmap] = {}
+        columns = (TextColumn("embedding captions"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, transient=True) as bar:
+            task = bar.add_task("", total=len(captions))
+            for start in range(0, len(captions), batch_size):
+                part = encode(captions[start : start + batch_size])
+                for name, value in part.items():
+                    if name not in arrays:
+                        arrays[name] = np.lib.format.open_memmap(
+                            partial / f"{name}.npy",
+                            mode="w+",
+                            dtype=value.numpy().dtype,
+                            shape=(len(captions), *value.shape[1:]),
+                        )
+                    arrays[name][start : start + len(value)] = value.numpy()
+                bar.advance(task, len(captions[start : start + batch_size]))
+        for array in arrays.values():
+            array.flush()
+        arrays.clear()
+        if not folder.exists():
+            partial.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return CaptionData(folder)

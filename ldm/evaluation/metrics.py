@@ -1,0 +1,85 @@
+"""Numbers that compare images: distortion, distances between sets of features, retrieval."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def psnr(images: Tensor, reconstruction: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB per image, [b]; both [b, c, H, W] in [-1, 1], so the peak is 2."""
+    mse = (images.float() - reconstruction.float()).square().mean(dim=(1, 2, 3)).clamp(min=1e-10)
+    return 10 * torch.log10(4 / mse)
+
+
+def pca_reconstruction(train: Tensor, images: Tensor, *, factor: int, channels: int) -> Tensor:
+    """Reconstruct from the first `channels` principal components of f x f patches: as many values as a latent.
+
+    Args:
+        train: Images that the components are fitted on, [n, 3, H, W] in [-1, 1].
+        images: Images to reconstruct, [b, 3, H, W].
+
+    Returns:
+        [b, 3, H, W], clamped to [-1, 1].
+    """
+    patches = F.pixel_unshuffle(train, factor).permute(0, 2, 3, 1).flatten(0, 2).double()
+    mean = patches.mean(0)
+    _, basis = torch.linalg.eigh(torch.cov((patches - mean).T))
+    basis = basis.flip(1)[:, :channels]
+    centred = F.pixel_unshuffle(images, factor).permute(0, 2, 3, 1).double() - mean
+    projected = (centred @ basis) @ basis.T + mean
+    return F.pixel_shuffle(projected.permute(0, 3, 1, 2), factor).float().clamp(-1, 1)
+
+
+def kernel_distance(samples: Tensor, reference: Tensor, *, num_subsets: int = 4, seed: int = 0) -> tuple[float, float]:
+    """Kernel distance between two sets of features, averaged over disjoint subsets of both.
+
+        KD = unbiased MMD^2 with k(a, b) = (a.b / d + 1)^3
+
+    Called KID where the features are Inception's. Source: Binkowski et al. 2018, arXiv:1801.01401.
+
+    Args:
+        samples, reference: [n, d] and [m, d].
+
+    Returns:
+        The mean over the subsets and its standard error, computed in float64.
+
+    Raises:
+        ValueError: fewer than two features per subset.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    size = min(len(samples), len(reference)) // num_subsets
+    if size < 2:
+        raise ValueError(f"{len(samples)} and {len(reference)} features are too few for {num_subsets} subsets.")
+    first, second = (
+        features[torch.randperm(len(features), generator=generator)[: size * num_subsets]].double().split(size)
+        for features in (samples, reference)
+    )
+    values = torch.stack([_mmd2(a, b) for a, b in zip(first, second, strict=True)])
+    return values.mean().item(), (values.std() / num_subsets**0.5).item()
+
+
+def _mmd2(a: Tensor, b: Tensor) -> Tensor:
+    n, m = len(a), len(b)
+    k_aa, k_bb, k_ab = (_polynomial(x, y) for x, y in ((a, a), (b, b), (a, b)))
+    within_a = (k_aa.sum() - k_aa.trace()) / (n * (n - 1))
+    within_b = (k_bb.sum() - k_bb.trace()) / (m * (m - 1))
+    return within_a + within_b - 2 * k_ab.mean()
+
+
+def _polynomial(a: Tensor, b: Tensor) -> Tensor:
+    return (a @ b.T / a.shape[1] + 1) ** 3
+
+
+def retrieval_ranks(queries: Tensor, gallery: Tensor, own: Tensor) -> Tensor:
+    """How many gallery images are nearer to each query than its own one; 0 is a hit at 1.
+
+    Args:
+        queries: Features of generated images, [q, d].
+        gallery: Features of the training images, [n, d].
+        own: Gallery row that each query belongs to, [q].
+
+    Returns:
+        [q], by cosine similarity.
+    """
+    similarity = F.normalize(queries, dim=-1) @ F.normalize(gallery, dim=-1).T
+    return (similarity > similarity.gather(1, own[:, None])).sum(dim=1)

@@ -1,0 +1,146 @@
+"""Many samples from a pipeline: what is asked for, the drawing in batches, and the files that it leaves."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from ldm.diffusion.sampler import Sampler
+from ldm.errors import UserError
+from ldm.networks.conditioning import ClassCondition, Condition, TextCondition
+from ldm.pictures import grid, rows, to_pil
+from ldm.pipeline import LatentDiffusionPipeline, sample_generators
+
+STRIP_SAMPLES = 4
+STRIP_COLUMNS = 11
+
+
+@dataclass(frozen=True)
+class Request:
+    """What each sample is conditioned on; `captions` says it in words."""
+
+    condition: Condition
+    captions: list[str | None]
+
+    @classmethod
+    def make(
+        cls,
+        pipeline: LatentDiffusionPipeline,
+        *,
+        prompt: str | None = None,
+        prompts: str | None = None,
+        label: int | None = None,
+        num_samples: int = 16,
+    ) -> "Request":
+        """Understand what the user asked for.
+
+        Raises:
+            UserError: a prompt for a model without text, a file that is missing or empty, a label that does not exist.
+        """
+        conditioning = pipeline.conditioning
+        if num_samples < 1:
+            raise UserError(f"num_samples={num_samples} must be at least 1.")
+        if isinstance(conditioning, TextCondition):
+            if label is not None:
+                raise UserError("This model is conditioned on text: give prompt=... instead of label=.")
+            captions = read_prompts(prompts) if prompts else [prompt or ""] * num_samples
+            return cls(conditioning.encode(captions), list(captions))
+        if prompt is not None or prompts is not None:
+            raise UserError(f"This model is conditioned on {conditioning.kind}, not on text: leave prompt= out.")
+        if isinstance(conditioning, ClassCondition):
+            names = conditioning.class_names
+            labels = [i % len(names) for i in range(num_samples)] if label is None else [int(label)] * num_samples
+            return cls(conditioning.encode(labels), [names[i] for i in labels])
+        if label is not None:
+            raise UserError("This model is unconditional: leave label= out.")
+        return cls({}, [None] * num_samples)
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+
+def read_prompts(file: str) -> list[str]:
+    """One caption per line; blank lines are left out."""
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise UserError(f"prompts={file} is not a file. It should hold one caption per line.")
+    captions = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not captions:
+        raise UserError(f"prompts={file} holds no caption. Write one per line.")
+    return captions
+
+
+def draw(
+    pipeline: LatentDiffusionPipeline,
+    request: Request,
+    sampler: Sampler,
+    *,
+    guidance: float,
+    seed: int,
+    batch_size: int = 64,
+    on_step: Callable[[int, Tensor, Tensor], None] | None = None,
+) -> Iterator[Tensor]:
+    """Images [b, 3, H, W] in [-1, 1], batch by batch, with a progress bar over samples x steps."""
+    total = len(request)
+    columns = (TextColumn("sampling"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
+    with Progress(*columns, transient=True) as bar:
+        task = bar.add_task("", total=-(-total // batch_size) * sampler.steps)
+
+        def step(s: int, z_s: Tensor, z_0: Tensor) -> None:
+            bar.advance(task)
+            if on_step is not None:
+                on_step(s, z_s, z_0)
+
+        for start in range(0, total, batch_size):
+            stop = min(start + batch_size, total)
+            condition = {name: value[start:stop] for name, value in request.condition.items()}
+            generators = sample_generators(seed, range(start, stop))
+            z = pipeline.sample(sampler, condition, generators, guidance=guidance, on_step=step)
+            yield pipeline.decode(z).cpu()
+
+
+def write(
+    folder: Path,
+    images: Sequence[Image.Image],
+    captions: Sequence[str | None],
+    made_by: dict[str, Any],
+) -> Path:
+    """NNNNN.png per sample, grid.png, samples.json; returns the grid's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [f"{i:05d}.png" for i in range(len(images))]
+    for name, image in zip(files, images, strict=True):
+        image.save(folder / name)
+    path = folder / "grid.png"
+    grid(images[:256], captions[:256] if any(captions) else None).save(path)
+    samples = [{"file": name, "caption": caption} for name, caption in zip(files, captions, strict=True)]
+    content = {**made_by, "samples": samples}
+    (folder / "samples.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
+
+
+def film_strip(
+    pipeline: LatentDiffusionPipeline, request: Request, sampler: Sampler, *, guidance: float, seed: int
+) -> Image.Image:
+    """The reverse chain of the first samples, from z_T to z_0: z_t decoded at equal distances in steps."""
+    shown = min(STRIP_SAMPLES, len(request))
+    part = Request({k: v[:shown] for k, v in request.condition.items()}, request.captions[:shown])
+    noise = torch.stack([torch.randn(pipeline.latent_shape, generator=g) for g in sample_generators(seed, range(shown))])
+    latents = [noise]
+    for _ in draw(
+        pipeline, part, sampler, guidance=guidance, seed=seed, on_step=lambda s, z_s, z_0: latents.append(z_s.cpu())
+    ):
+        pass
+    kept = [latents[i] for i in torch.linspace(0, len(latents) - 1, min(STRIP_COLUMNS, len(latents))).round().long()]
+    frames = [to_pil(pipeline.decode(z.to(pipeline.device))) for z in kept]
+    return rows([(str(part.captions[i] or f"sample {i}"), [frame[i] for frame in frames]) for i in range(shown)])
+
+
+def describe(sampler: Sampler) -> dict[str, Any]:
+    """The sampler's settings, for samples.json."""
+    return asdict(sampler)

@@ -1,0 +1,226 @@
+"""The front door: compose the config, prepare the data, build the stage, fit, leave the weights.
+
+python -m ldm.train stage=vae|diffusion [group=choice ...] [key=value ...]
+"""
+
+import time
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from ldm import command
+from ldm.errors import UserError
+
+
+def train(config: DictConfig) -> None:
+    """Run one stage. The stage, like everything else, is a choice of config."""
+    import torch
+    from lightning.pytorch import Trainer, seed_everything
+    from rich.console import Console
+
+    from ldm.data.images import prepare
+    from ldm.data.loaders import train_loader, val_loader
+    from ldm.run import Run
+    from ldm.training.callbacks import Budget, EMACallback, ProgressBar
+    from ldm.training.checkpoint import checkpoints, find_checkpoint
+    from ldm.training.loggers import make_loggers
+    from ldm.training.precision import choose_precision
+
+    started = time.perf_counter()
+    if config.get("stage") is None:
+        raise UserError(
+            "stage is required: stage=vae trains the autoencoder, stage=diffusion the model on its latents."
+        )
+    OmegaConf.resolve(config)
+    folder = run_folder(config)
+    resumed = find_checkpoint(folder, config.resume)
+    max_time_s = parse_duration(config.trainer.max_time)
+    budget = Budget(config.trainer.max_steps, max_time_s, config.optimizer.warmup_steps, config.optimizer.decay)
+    console = Console(highlight=False)
+
+    images = prepare(
+        instantiate(config.data.source),
+        resolution=config.data.resolution,
+        resize=config.data.resize,
+        cache_dir=config.data.cache_dir,
+        val_fraction=config.data.val_fraction,
+        max_bad_fraction=config.data.max_bad_fraction,
+    )
+    if len(images.train_indices) < config.batch_size:
+        raise UserError(
+            f"There are {len(images.train_indices)} training images, fewer than batch_size={config.batch_size}. "
+            f"Choose batch_size={len(images.train_indices)} or less, or add images."
+        )
+    torch.set_flush_denormal(True)  # the first steps' tiny gradients make a CPU five times slower otherwise
+    seed_everything(config.seed, verbose=False)
+    options: dict[str, Any] = OmegaConf.to_container(config.trainer)  # type: ignore[assignment]
+    for own in ("max_time", "ema_decay", "compile", "num_workers", "checkpoint_every_s"):
+        options.pop(own)
+    known = Run.open(folder).facts if resumed else {}
+    precision = known.get("precision") or choose_precision(options["precision"], options["accelerator"])
+    stage = instantiate(config.stage.build)(
+        images=images,
+        flip=config.data.flip,
+        cache_dir=config.data.cache_dir,
+        seed=config.seed,
+        folder=folder,
+        init_from=config.init_from,
+    )
+    run = Run.create(
+        folder,
+        config,
+        {
+            "stage": stage.kind,
+            "name": folder.name,
+            "seed": config.seed,
+            "precision": precision,
+            "data": images.name,
+            "data_fingerprint": images.fingerprint,
+            **stage.facts(),
+        },
+    )
+    if config.trainer.compile:
+        stage.module.trained.compile()
+    loggers = make_loggers(config.logger, run, resume=resumed is not None)
+    ema = EMACallback(config.trainer.ema_decay)
+    bar = ProgressBar(budget, config.batch_size, options["log_every_n_steps"], f"stage {stage.kind}")
+    trainer = Trainer(
+        **{key: value for key, value in options.items() if key != "_target_"} | {"precision": precision},
+        callbacks=[budget, ema, bar, *checkpoints(folder, config.trainer.checkpoint_every_s)],
+        logger=loggers.lightning,
+        default_root_dir=folder,
+    )
+    rows = [
+        ("data", f"{images.name}: {len(images.train_indices)} train, {len(images.val_indices)} validation"),
+        ("size", f"{images.resolution} x {images.resolution} px, {images.num_bytes / 1e6:.0f} MB"),
+        ("licence", images.licence or "not stated by the source"),
+        *stage.rows(),
+        ("device", describe_device(trainer)),
+        ("precision", f"{precision}"),
+        ("budget", describe_budget(config, max_time_s)),
+        ("folder", str(folder)),
+    ]
+    if trainer.is_global_zero:
+        print_table(console, f"stage {stage.kind}" + (f", resumed from {resumed}" if resumed else ""), rows)
+
+    micro_batch = config.batch_size // options["accumulate_grad_batches"]
+    start = steps_done(resumed) * options["accumulate_grad_batches"]
+    fit_batches = train_loader(
+        stage.fetch,
+        images.train_indices,
+        batch_size=micro_batch,
+        seed=config.seed,
+        start=start,
+        rank=trainer.global_rank,
+        num_ranks=trainer.world_size,
+        num_workers=config.trainer.num_workers,
+    )
+    val_batches = val_loader(stage.fetch, images.val_indices[: config.val_images], batch_size=micro_batch)
+    with warnings.catch_warnings():
+        # ours is an endless loader over memory-mapped arrays: workers and epochs do not apply to it
+        warnings.filterwarnings("ignore", ".*does not have many workers.*")
+        warnings.filterwarnings("ignore", ".*LeafSpec.*")
+        trainer.fit(stage.module, fit_batches, val_batches, ckpt_path=resumed, weights_only=True)
+        trainer.validate(stage.module, val_batches, verbose=False)
+    if not trainer.is_global_zero:
+        return
+    assert ema.ema is not None
+    ema.ema.copy_to_module()
+    stage.module.cpu()
+    outcome = stage.finish(run)
+    duration_s = time.perf_counter() - started
+    figures = {**outcome.figures, "steps": trainer.global_step, "training_s": round(budget.elapsed_s, 1)}
+    run.update(finished=time.time(), duration_s=round(duration_s, 1), figures=figures, next=outcome.next_command)
+    loggers.summarise(figures)
+    loggers.finish()
+    shown = [(key, f"{value:.4g}" if isinstance(value, float) else str(value)) for key, value in figures.items()]
+    shown += [("pictures", picture) for picture in [*outcome.pictures, str(run.images)]]
+    print_table(console, f"stage {stage.kind} finished in {duration_s:.0f} s", shown)
+    console.print(f"next: {outcome.next_command}", soft_wrap=True)
+
+
+def run_folder(config: DictConfig) -> Path:
+    """runs_dir/<stage>/<name>.
+
+    Raises:
+        UserError: the folder is in use by another run and neither resume nor overwrite was asked for.
+    """
+    choices = HydraConfig.get().runtime.choices
+    stage = choices["stage"]
+    part = choices["autoencoder" if stage == "vae" else "network"]
+    name = config.name or f"{choices['data']}-{part}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if "/" in name or "\\" in name or name in (".", ".."):
+        raise UserError(f"name={name} must be a plain folder name. Choose another place with runs_dir=.")
+    folder = Path(config.runs_dir).expanduser() / stage / name
+    if (folder / "run.json").exists() and not (config.resume or config.overwrite):
+        raise UserError(
+            f"{folder} exists already. Choose another name=, continue it with resume=true, or start it anew "
+            "with overwrite=true."
+        )
+    return folder
+
+
+def parse_duration(text: str | None) -> float | None:
+    """`HH:MM:SS` (or `DD:HH:MM:SS`) in seconds.
+
+    Raises:
+        UserError: another form.
+    """
+    if text is None:
+        return None
+    parts = str(text).split(":")
+    if len(parts) not in (3, 4) or not all(part.isdigit() for part in parts):
+        raise UserError(f"trainer.max_time={text} must be HH:MM:SS, for example trainer.max_time=00:05:00.")
+    days, hours, minutes, seconds = [0] * (4 - len(parts)) + [int(part) for part in parts]
+    return timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds).total_seconds()
+
+
+def steps_done(checkpoint: str | None) -> int:
+    """Optimizer steps in a checkpoint."""
+    import torch
+
+    if checkpoint is None:
+        return 0
+    return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+
+
+def describe_budget(config: DictConfig, max_time_s: float | None) -> str:
+    parts = []
+    if config.trainer.max_steps > 0:
+        parts.append(f"{config.trainer.max_steps} steps")
+    if max_time_s is not None:
+        parts.append(f"{max_time_s / 60:.4g} minutes")
+    return f"{' or '.join(parts)}, batches of {config.batch_size}"
+
+
+def describe_device(trainer: Any) -> str:
+    import torch
+
+    if trainer.strategy.root_device.type == "cuda":
+        return f"{torch.cuda.get_device_name()} x {trainer.world_size}"
+    return f"{trainer.strategy.root_device.type}, {torch.get_num_threads()} threads"
+
+
+def print_table(console: Any, title: str, rows: list[tuple[str, str]]) -> None:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def main() -> None:
+    """`python -m ldm.train`."""
+    command.run("train", train)
+
+
+if __name__ == "__main__":
+    main()

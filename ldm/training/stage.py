@@ -1,0 +1,64 @@
+"""What the front door asks of a stage, whichever it is."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+
+from ldm.data.images import ImageData
+from ldm.run import Run
+
+
+@dataclass(frozen=True)
+class OptimizerFactory:
+    """Makes the optimizer; parameters of fewer than two dimensions (biases, norms) are not decayed.
+
+    Args:
+        build: parameter groups -> optimizer, e.g. a partial of torch.optim.AdamW.
+    """
+
+    build: Callable[..., torch.optim.Optimizer]
+
+    def __call__(self, module: nn.Module) -> torch.optim.Optimizer:
+        trained = [p for p in module.parameters() if p.requires_grad]
+        decayed = [p for p in trained if p.ndim >= 2]
+        kept = [p for p in trained if p.ndim < 2]
+        return self.build([{"params": decayed}, {"params": kept, "weight_decay": 0.0}])
+
+
+@dataclass
+class Outcome:
+    """What a finished stage tells the user."""
+
+    figures: dict[str, Any] = field(default_factory=dict)
+    pictures: list[str] = field(default_factory=list)
+    next_command: str = ""
+
+
+class Stage(ABC):
+    """A LightningModule with its data, its rows in the table at the start, and what it leaves at the end."""
+
+    kind: str
+    module: LightningModule
+    images: ImageData
+
+    @abstractmethod
+    def fetch(self, indices: np.ndarray) -> Any:
+        """One batch, on the CPU."""
+
+    @abstractmethod
+    def rows(self) -> list[tuple[str, str]]:
+        """(label, value) pairs for the table at the start."""
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """Plain values for run.json."""
+
+    @abstractmethod
+    def finish(self, run: Run) -> Outcome:
+        """Write the weights for use, pictures and figures. The module holds the averaged weights."""

@@ -1,0 +1,33 @@
+"""The forward chain on one image, decoded at chosen t."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from ldm import command
+
+
+def forward(config: DictConfig) -> None:
+    from ldm.data.pixels import read_image
+    from ldm.device import choose_device
+    from ldm.pictures import rows, to_pil
+    from ldm.run import Run
+
+    run = Run.open(config.run)
+    pipeline = run.pipeline().to(choose_device(config.device))
+    image = read_image(config.image, pipeline.contract.resolution)
+    steps, frames = pipeline.forward_chain(image, steps=config.steps, seed=config.seed)
+    out = Path(config.out).expanduser() if config.out else run.images / "forward.png"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    columns = to_pil(frames)
+    named = [(f"t = {steps[0]} to {steps[-1]} of {pipeline.schedule.num_steps}", columns)]
+    rows([("image", to_pil(image)), *named]).save(out)
+    print(f"z_t decoded at t = {', '.join(map(str, steps))}: {out}")
+
+
+def main() -> None:
+    command.run("forward", forward)
+
+
+if __name__ == "__main__":
+    main()
