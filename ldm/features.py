@@ -1,7 +1,5 @@
 """Frozen vision features: an image becomes a vector in which distance follows content rather than pixels."""
 
-from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 import torch
@@ -44,10 +42,5 @@ class EfficientNetLite(nn.Module):
         return self.network.extract_features(pixels).mean(dim=(2, 3))
 
 
-def extract(features: nn.Module, batches: Iterable[Tensor]) -> Tensor:
-    """Features of many images, [N, dim] on the CPU in float32."""
-    device = next(features.parameters()).device
-    return torch.cat([features(batch.to(device)).float().cpu() for batch in batches])
-
-
-CHOICES = {"efficientnet_lite": partial(EfficientNetLite)}
+CHOICES: dict[str, type[nn.Module]] = {"efficientnet_lite": EfficientNetLite}
+"""Feature networks by the name that the command line gives them."""

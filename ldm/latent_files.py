@@ -18,9 +18,7 @@ def encode_file(autoencoder: Autoencoder, images: ImageData, out: Path, batch_si
     """Write `mean` and `log_variance` [N, C, h, w] of every image; returns N."""
     autoencoder.latent_shape(images.resolution)
     starts = range(0, len(images), batch_size)
-    parts = [
-        autoencoder.encode(images.batch(range(start, min(start + batch_size, len(images))))) for start in starts
-    ]
+    parts = [autoencoder.encode(images.batch(range(start, min(start + batch_size, len(images))))) for start in starts]
     tensors = {
         "mean": torch.cat([mean.float().cpu() for mean, _ in parts]).contiguous(),
         "log_variance": torch.cat([log_variance.float().cpu() for _, log_variance in parts]).contiguous(),

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ def grid(
     return canvas
 
 
-def _wrap(draw: ImageDraw.ImageDraw, text: str, width: int, font: ImageFont.ImageFont, lines: int = 2) -> list[str]:
+def _wrap(draw: ImageDraw.ImageDraw, text: str, width: int, font: Any, lines: int = 2) -> list[str]:
     """At most `lines` lines of at most `width` pixels, cut with an ellipsis."""
     wrapped = [""]
     for word in text.replace("\n", " ").split(" ")[:40]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ldm.autoencoder.autoencoder import Autoencoder
 from ldm.data.latents import LatentContract
+from ldm.diffusion.chain import forward_step
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import Guided
 from ldm.diffusion.sampler import Sampler
@@ -97,6 +98,27 @@ class LatentDiffusionPipeline:
     def decode(self, z: Tensor) -> Tensor:
         """Standardised latents -> images [b, 3, H, W] in [-1, 1]."""
         return self.autoencoder.decode(self.autoencoder.unstandardise(z))
+
+    @torch.no_grad()
+    def forward_chain(self, image: Tensor, *, steps: int, seed: int) -> tuple[list[int], Tensor]:
+        """The forward chain on one image, z_t | z_s step by step, decoded at `steps` + 1 times from 0 to T.
+
+        Args:
+            image: [1, 3, H, W] in [-1, 1].
+
+        Returns:
+            The visited t, and the decoded z_t, [steps + 1, 3, H, W].
+        """
+        mean, _ = self.autoencoder.encode(image)
+        generator = torch.Generator().manual_seed(seed)
+        visited = sorted(set(torch.linspace(0, self.schedule.num_steps, steps + 1).round().long().tolist()))
+        z_t = self.autoencoder.standardise(mean)
+        frames = [self.decode(z_t)]
+        for s, t in zip(visited, visited[1:], strict=False):
+            eps = torch.randn(z_t.shape, generator=generator).to(z_t)
+            z_t = forward_step(self.schedule, z_t, s, t, eps)
+            frames.append(self.decode(z_t))
+        return visited, torch.cat(frames)
 
     def save(self, folder: Path) -> None:
         """Write everything that sampling needs."""

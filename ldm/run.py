@@ -18,6 +18,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.autoencoder.autoencoder import Autoencoder
+from ldm.data.images import ImageData
 from ldm.errors import UserError
 from ldm.pipeline import INDEX_FILE, LatentDiffusionPipeline
 
@@ -102,6 +103,26 @@ class Run:
             )
         self._require(self.path / "pipeline" / INDEX_FILE)
         return LatentDiffusionPipeline.load(self.path / "pipeline")
+
+    def image_data(self) -> ImageData:
+        """The prepared images that this run was trained on.
+
+        Raises:
+            UserError: their cache is gone, or holds other images.
+        """
+        folder = Path(self.facts["data_cache"])
+        if not (folder / "index.json").is_file():
+            raise UserError(
+                f"The prepared images of {self.path} are no longer in {folder}. Prepare them again: start any "
+                "training with the same data= options."
+            )
+        images = ImageData.open(folder, self.facts["val_fraction"])
+        if images.fingerprint != self.facts["data_fingerprint"]:
+            raise UserError(
+                f"{folder} holds images {images.fingerprint[:12]}, but {self.path} was trained on "
+                f"{self.facts['data_fingerprint'][:12]}. Point data.cache_dir at the images that it was trained on."
+            )
+        return images
 
     def _require(self, file: Path) -> None:
         if not file.is_file():
@@ -191,7 +212,7 @@ def _from_hub(name: str) -> Autoencoder:
 
 def provenance() -> dict[str, Any]:
     """Command, time, machine, commit and library versions."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = version(package)

@@ -130,7 +130,9 @@ def film_strip(
     """The reverse chain of the first samples, from z_T to z_0: z_t decoded at equal distances in steps."""
     shown = min(STRIP_SAMPLES, len(request))
     part = Request({k: v[:shown] for k, v in request.condition.items()}, request.captions[:shown])
-    noise = torch.stack([torch.randn(pipeline.latent_shape, generator=g) for g in sample_generators(seed, range(shown))])
+    noise = torch.stack(
+        [torch.randn(pipeline.latent_shape, generator=g) for g in sample_generators(seed, range(shown))]
+    )
     latents = [noise]
     for _ in draw(
         pipeline, part, sampler, guidance=guidance, seed=seed, on_step=lambda s, z_s, z_0: latents.append(z_s.cpu())

@@ -25,6 +25,7 @@ def train(config: DictConfig) -> None:
 
     from ldm.data.images import prepare
     from ldm.data.loaders import train_loader, val_loader
+    from ldm.device import choose_device
     from ldm.run import Run
     from ldm.training.callbacks import Budget, EMACallback, ProgressBar
     from ldm.training.checkpoint import checkpoints, find_checkpoint
@@ -69,6 +70,7 @@ def train(config: DictConfig) -> None:
         cache_dir=config.data.cache_dir,
         seed=config.seed,
         folder=folder,
+        device=choose_device("cpu" if options["accelerator"] == "cpu" else "auto"),
         init_from=config.init_from,
     )
     run = Run.create(
@@ -81,11 +83,14 @@ def train(config: DictConfig) -> None:
             "precision": precision,
             "data": images.name,
             "data_fingerprint": images.fingerprint,
+            "data_cache": str(images.path.resolve()),
+            "val_fraction": images.val_fraction,
             **stage.facts(),
         },
     )
     if config.trainer.compile:
         stage.module.trained.compile()
+    stage.module.log_every = options["log_every_n_steps"]
     loggers = make_loggers(config.logger, run, resume=resumed is not None)
     ema = EMACallback(config.trainer.ema_decay)
     bar = ProgressBar(budget, config.batch_size, options["log_every_n_steps"], f"stage {stage.kind}")
@@ -131,7 +136,7 @@ def train(config: DictConfig) -> None:
         return
     assert ema.ema is not None
     ema.ema.copy_to_module()
-    stage.module.cpu()
+    stage.module.to(trainer.strategy.root_device)  # Lightning left it on the CPU
     outcome = stage.finish(run)
     duration_s = time.perf_counter() - started
     figures = {**outcome.figures, "steps": trainer.global_step, "training_s": round(budget.elapsed_s, 1)}

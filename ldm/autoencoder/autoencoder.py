@@ -9,6 +9,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -38,7 +39,7 @@ class Autoencoder:
     """A diffusers KL autoencoder with its factor f, its channels and, once measured, its latent statistics."""
 
     def __init__(self, model: nn.Module, statistics: LatentStatistics | None = None) -> None:
-        self.model = model
+        self.model: Any = model  # called as diffusers' AutoencoderKL is, which types cannot say
         self.statistics = statistics
 
     @property

@@ -6,6 +6,8 @@ decoder's output. Started from a PCA of the training images, training begins at 
 chance, and the convolutions learn the remainder (a linear autoencoder's optimum is PCA: Baldi & Hornik 1989).
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
@@ -91,11 +93,12 @@ class PatchAutoencoderKL(ModelMixin, ConfigMixin):
         basis = basis.flip(1)[:, :channels]
         gain = variance.flip(0)[:channels].clamp(min=1e-8) ** -0.25
         self.shortcut_in.weight.copy_((basis * gain).T[..., None, None])
+        assert self.shortcut_in.bias is not None and self.shortcut_out.bias is not None
         self.shortcut_in.bias.copy_(-(mean @ basis) * gain)
         self.shortcut_out.weight.copy_((basis / gain)[..., None, None])
         self.shortcut_out.bias.copy_(mean)
 
-    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple:
+    def encode(self, x: Tensor, return_dict: bool = True) -> Any:
         """[b, 3, H, W] in [-1, 1] -> the posterior over [b, C, H/f, W/f], in float32."""
         patches = F.pixel_unshuffle(x, self.config.patch)
         moments = self.core.quant_conv(self.core.encoder(patches)).float()
@@ -105,7 +108,7 @@ class PatchAutoencoderKL(ModelMixin, ConfigMixin):
         posterior = DiagonalGaussianDistribution(moments)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
-    def decode(self, z: Tensor, return_dict: bool = True, generator: object = None) -> DecoderOutput | tuple:
+    def decode(self, z: Tensor, return_dict: bool = True, generator: object = None) -> Any:
         """[b, C, h, w] -> [b, 3, f h, f w] in float32, not clamped."""
         patches = self.core.decoder(self.core.post_quant_conv(z)).float()
         sample = F.pixel_shuffle(patches, self.config.patch)
@@ -113,6 +116,6 @@ class PatchAutoencoderKL(ModelMixin, ConfigMixin):
             sample = sample + F.pixel_shuffle(self.shortcut_out(z).float(), self.factor)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
-    def forward(self, sample: Tensor) -> DecoderOutput:
+    def forward(self, sample: Tensor) -> Any:
         """Reconstruct from the posterior's mean."""
         return self.decode(self.encode(sample).latent_dist.mode())

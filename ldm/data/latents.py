@@ -187,7 +187,8 @@ def measure(latents: LatentData, indices: np.ndarray, batch_size: int = 4096) ->
 
     By the law of total variance: Var z = Var(mean) + E exp(log_variance). float64 throughout.
     """
-    count, total, squares, within = 0, 0.0, 0.0, 0.0
+    zeros = torch.zeros(latents.shape[0], dtype=torch.float64)
+    count, total, squares, within = 0, zeros, zeros, zeros
     for start in range(0, len(indices), batch_size):
         for view in range(latents.moments.shape[1]):
             mean, log_variance = latents.batch(indices[start : start + batch_size], view)
@@ -196,6 +197,6 @@ def measure(latents: LatentData, indices: np.ndarray, batch_size: int = 4096) ->
             total = total + mean.sum((0, 2, 3))
             squares = squares + mean.square().sum((0, 2, 3))
             within = within + log_variance.exp().sum((0, 2, 3))
-    average = torch.as_tensor(total) / count
-    variance = torch.as_tensor(squares) / count - average**2 + torch.as_tensor(within) / count
+    average = total / count
+    variance = squares / count - average**2 + within / count
     return average.tolist(), variance.clamp(min=1e-12).sqrt().tolist()

@@ -1,10 +1,15 @@
 """One encoded image -> an RGB square of uint8, in every colour mode that Pillow reads."""
 
 import io
+from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from ldm.errors import UserError
 
 Resize = Literal["crop", "pad", "squash"]
 RESIZE_MODES: tuple[str, ...] = get_args(Resize)
@@ -74,3 +79,19 @@ def resize_to_square(image: Image.Image, resolution: int, resize: Resize) -> Ima
     if resize == "pad":
         return ImageOps.pad(image, size, Image.Resampling.LANCZOS, color=WHITE)
     return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def read_image(path: str, resolution: int, resize: Resize = "crop") -> Tensor:
+    """One image file as float32 [1, 3, resolution, resolution] in [-1, 1].
+
+    Raises:
+        UserError: missing or not readable.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(f"image={path} is not a file.")
+    try:
+        pixels = decode(file.read_bytes(), resolution, resize)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"image={path} could not be read: {error}. Give a png, jpg or webp file.") from error
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1

@@ -3,12 +3,22 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 
 def psnr(images: Tensor, reconstruction: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB per image, [b]; both [b, c, H, W] in [-1, 1], so the peak is 2."""
     mse = (images.float() - reconstruction.float()).square().mean(dim=(1, 2, 3)).clamp(min=1e-10)
     return 10 * torch.log10(4 / mse)
+
+
+def ssim(images: Tensor, reconstruction: Tensor) -> Tensor:
+    """Structural similarity per image, [b]; both [b, c, H, W] in [-1, 1], 11 x 11 Gaussian window (torchmetrics)."""
+    values = structural_similarity_index_measure(
+        reconstruction.float(), images.float(), data_range=(-1.0, 1.0), reduction="none"
+    )
+    assert isinstance(values, Tensor)
+    return values
 
 
 def pca_reconstruction(train: Tensor, images: Tensor, *, factor: int, channels: int) -> Tensor:

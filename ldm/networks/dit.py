@@ -132,6 +132,8 @@ class DiT(ModelMixin, ConfigMixin):
         hidden_dim, depth, head_dim, mlp_ratio: Width, blocks, width of a head (a multiple of 4), SwiGLU's ratio.
         text_dim: Width of the caption's token embeddings; None without text.
         num_classes: Number of classes; None without labels. Label `num_classes` is the null class.
+        cross_attention_every: With text, every n-th block attends to the caption's tokens; 0: none does, and the
+            caption's summary alone modulates.
     """
 
     _supports_gradient_checkpointing = False
@@ -149,6 +151,7 @@ class DiT(ModelMixin, ConfigMixin):
         mlp_ratio: float = 4.0,
         text_dim: int | None = None,
         num_classes: int | None = None,
+        cross_attention_every: int = 1,
     ) -> None:
         super().__init__()
         if hidden_dim % head_dim or head_dim % 4:
@@ -163,7 +166,11 @@ class DiT(ModelMixin, ConfigMixin):
             )
         if num_classes is not None:
             self.class_embedding = nn.Embedding(num_classes + 1, hidden_dim)
-        self.blocks = nn.ModuleList(Block(hidden_dim, head_dim, mlp_ratio, text_dim) for _ in range(depth))
+        every = cross_attention_every
+        self.blocks = nn.ModuleList(
+            Block(hidden_dim, head_dim, mlp_ratio, text_dim if every and i % every == every - 1 else None)
+            for i in range(depth)
+        )
         self.norm_out = RMSNorm(hidden_dim, eps=1e-6, elementwise_affine=False)
         self.modulation_out = nn.Linear(hidden_dim, 2 * hidden_dim)
         self.patch_out = nn.Linear(hidden_dim, out_channels * patch_size**2)
@@ -179,6 +186,7 @@ class DiT(ModelMixin, ConfigMixin):
                 nn.init.normal_(module.weight, std=0.02)
         zeros = [self.modulation_out, self.patch_out]
         for block in self.blocks:
+            assert isinstance(block, Block)
             zeros.append(block.modulation)
             if block.cross_attention is not None:
                 zeros.append(block.cross_attention.to_out)
@@ -211,9 +219,13 @@ class DiT(ModelMixin, ConfigMixin):
         x = self.patch_in(x)
         embedding = self.time_mlp(timestep_embedding(timestep, 256).to(x.dtype))
         if self.config.text_dim is not None:
+            if tokens is None or mask is None or pooled is None:
+                raise ValueError("This network attends to text: it needs tokens, mask and pooled.")
             embedding = embedding + self.pooled_mlp(pooled.to(x.dtype))
             tokens, mask = tokens.to(x.dtype), mask.bool()[:, None, None, :]
         if self.config.num_classes is not None:
+            if label is None:
+                raise ValueError("This network is conditioned on a class: it needs label.")
             embedding = embedding + self.class_embedding(label)
         embedding = F.silu(embedding)
         rotary = rotary_angles(rows, columns, self.config.head_dim, x.device)

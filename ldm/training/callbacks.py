@@ -96,7 +96,7 @@ class EMACallback(Callback):
         self._validating = ExitStack()
         self._last_step = 0
 
-    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, module: Any) -> None:
         self.ema = EMA(module.trained, self.decay)
         if self._state is not None:
             self.ema.load_state_dict(self._state)

@@ -164,6 +164,7 @@ class DiffusionStage(Stage):
         network: Makes the network from sample_size, in_channels, out_channels and the conditioning's options.
         conditioning: Makes the conditioning from the images.
         sampler: For the grids while training.
+        device: Where the images are encoded.
         prompts: Captions of the sample grid; [] takes the first validation captions.
         find_autoencoder: data_fingerprint -> the first stage and where it came from.
         init_from: A run or pipeline folder to continue from, instead of a fresh `network`.
@@ -188,6 +189,7 @@ class DiffusionStage(Stage):
         cache_dir: str | None,
         seed: int,
         folder: Path,
+        device: torch.device,
         find_autoencoder: Callable[..., tuple[Autoencoder, str]],
         init_from: str | None = None,
     ) -> None:
@@ -195,6 +197,7 @@ class DiffusionStage(Stage):
         made = conditioning(images)
         continued = None if init_from is None else load_pipeline(init_from)
         autoencoder, self.vae = find_autoencoder(data_fingerprint=images.fingerprint)
+        autoencoder.to(device)
         if continued is not None:
             # standardised latents keep the meaning that the network was trained with
             _check_continued(continued, autoencoder, made)

@@ -1,5 +1,7 @@
 """What both stages' LightningModules share: the optimizer, clipping, and noise that depends on seed and batch alone."""
 
+from typing import Any
+
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import FSDPStrategy
@@ -17,6 +19,9 @@ class TrainingModule(LightningModule):
         optimizer: Builds the optimizer.
         seed: All draws of batch k depend on seed, rank and k alone.
     """
+
+    log_every = 50
+    trained: Any
 
     def __init__(self, trained: nn.Module, optimizer: OptimizerFactory, seed: int) -> None:
         super().__init__()
@@ -49,7 +54,7 @@ class TrainingModule(LightningModule):
     @property
     def logs_now(self) -> bool:
         """Whether this step's numbers are wanted."""
-        return self.trainer.global_step % self.trainer.log_every_n_steps == 0
+        return self.trainer.global_step % self.log_every == 0
 
     def next_generator(self) -> torch.Generator:
         """The generator for every draw of this batch."""

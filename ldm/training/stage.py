@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule
 from torch import nn
 
 from ldm.data.images import ImageData
@@ -44,7 +43,7 @@ class Stage(ABC):
     """A LightningModule with its data, its rows in the table at the start, and what it leaves at the end."""
 
     kind: str
-    module: LightningModule
+    module: Any  # a TrainingModule
     images: ImageData
 
     @abstractmethod

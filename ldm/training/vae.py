@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from ldm.autoencoder.autoencoder import Autoencoder, LatentStatistics
 from ldm.autoencoder.loss import AutoencoderLoss
 from ldm.autoencoder.patch import PatchAutoencoderKL
 from ldm.data.images import ImageData
 from ldm.data.latents import LatentContract, measure, open_latents
-from ldm.evaluation.metrics import pca_reconstruction, psnr
+from ldm.evaluation.metrics import pca_reconstruction, psnr, ssim
 from ldm.pictures import rows, to_pil
 from ldm.run import Run, load_autoencoder
 from ldm.training.callbacks import save_grid
@@ -69,9 +68,7 @@ class VAETraining(TrainingModule):
         terms = self.loss(images, reconstruction, posterior)
         metrics = {f"val/{name}": value for name, value in terms.items()}
         metrics["val/psnr_db"] = psnr(images, reconstruction).mean()
-        metrics["val/ssim"] = structural_similarity_index_measure(
-            reconstruction.float(), images.float(), data_range=(-1.0, 1.0)
-        )
+        metrics["val/ssim"] = ssim(images, reconstruction).mean()
         self.log_dict(metrics, batch_size=len(images), sync_dist=True)
         if batch_idx == 0 and not self.trainer.sanity_checking:
             self._show(images[:NUM_SHOWN], reconstruction[:NUM_SHOWN])
@@ -107,6 +104,7 @@ class VAEStage(Stage):
         cache_dir: str | None,
         seed: int,
         folder: Path,
+        device: torch.device,
         init_from: str | None = None,
     ) -> None:
         self.images, self.flip, self.cache_dir = images, flip, cache_dir
@@ -169,7 +167,7 @@ class VAEStage(Stage):
             "val_images": len(originals),
             "psnr_db": psnr(originals, reconstructed).mean().item(),
             "pca_psnr_db": psnr(originals, pca).mean().item(),
-            "ssim": structural_similarity_index_measure(reconstructed, originals, data_range=(-1.0, 1.0)).item(),
+            "ssim": ssim(originals, reconstructed).mean().item(),
             "compression": self.compression,
         }
         named = [("original", originals), ("autoencoder", reconstructed), ("PCA, same size", pca)]

@@ -1,0 +1,145 @@
+"""How good the samples are, in numbers that name their features, N and reference set."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from ldm.data.images import ImageData
+from ldm.data.order import derive_seed
+from ldm.diffusion.sampler import Sampler
+from ldm.evaluation.metrics import kernel_distance, retrieval_ranks
+from ldm.features import CHOICES
+from ldm.networks.conditioning import ClassCondition, TextCondition
+from ldm.pipeline import LatentDiffusionPipeline
+from ldm.sampling import Request, draw
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures by name, and lines that say them in words."""
+
+    figures: dict[str, Any]
+    lines: list[str]
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(self.figures, indent=2) + "\n", encoding="utf-8")
+
+
+def load_features(name: str) -> nn.Module:
+    """Frozen features by name.
+
+    Raises:
+        ValueError: unknown.
+    """
+    if name not in CHOICES:
+        raise ValueError(f"features={name} is unknown. Choose one of: {', '.join(CHOICES)}.")
+    return CHOICES[name]()
+
+
+def evaluate(
+    pipeline: LatentDiffusionPipeline,
+    images: ImageData,
+    sampler: Sampler,
+    *,
+    features: str = "efficientnet_lite",
+    num_samples: int = 256,
+    guidance: float = 3.0,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> Evaluation:
+    """Compare samples for seed-drawn training captions with the training images.
+
+    The anchors: the autoencoder's reconstructions of the same images (the best that its decoder can show), the
+    validation images (what new images of this kind look like), and for retrieval chance.
+    """
+    network = load_features(features)
+    train = images.train_indices
+    chosen = np.random.default_rng(derive_seed(seed, 1)).permutation(len(train))[: min(num_samples, len(train))]
+    own = train[chosen]
+    request = _request(pipeline, images, own)
+    sampled = torch.cat(list(draw(pipeline, request, sampler, guidance=guidance, seed=seed, batch_size=batch_size)))
+    originals = images.batch(own)
+    reconstructed = torch.cat(
+        [
+            pipeline.autoencoder.decode(pipeline.autoencoder.encode(part)[0]).cpu()
+            for part in originals.split(batch_size)
+        ]
+    )
+    reference = reference_features(network, features, images)
+    gallery = reference[torch.from_numpy(train)]
+    found = {
+        "samples": extract(network, sampled, "features of samples"),
+        "reconstructions": extract(network, reconstructed, "features of reconstructions"),
+        "validation images": reference[torch.from_numpy(images.val_indices)],
+    }
+    figures: dict[str, Any] = {
+        "features": features,
+        "num_samples": len(own),
+        "reference": f"{images.name}/train@{images.fingerprint[:8]}",
+        "num_reference": len(train),
+        "guidance": guidance,
+        "sampler": f"{sampler.method}, {sampler.steps} steps",
+        "seed": seed,
+    }
+    lines = [f"KD ({features}, N={len(own)}, ref={figures['reference']}, N={len(train)}), mean of 4 disjoint subsets:"]
+    for name, values in found.items():
+        mean, error = kernel_distance(values, gallery)
+        key = name.split()[0]
+        figures[f"kd_{key}"], figures[f"kd_{key}_standard_error"] = mean, error
+        lines.append(f"  {name:18} {mean:8.4f} +- {error:.4f} (standard error, sampling only)")
+    if isinstance(pipeline.conditioning, TextCondition):
+        rows = torch.from_numpy(chosen)
+        lines.append(f"Retrieval of the caption's own image among {len(train)} training images, {features}:")
+        for name in ("samples", "reconstructions"):
+            ranks = retrieval_ranks(found[name], gallery, rows)
+            at_1, at_5 = ((ranks < k).float().mean().item() for k in (1, 5))
+            figures[f"retrieval_at_1_{name}"], figures[f"retrieval_at_5_{name}"] = at_1, at_5
+            lines.append(f"  {name:18} @1 {at_1:6.1%}   @5 {at_5:6.1%}")
+        figures["retrieval_at_1_chance"], figures["retrieval_at_5_chance"] = 1 / len(train), 5 / len(train)
+        lines.append(f"  {'chance':18} @1 {1 / len(train):6.2%}   @5 {5 / len(train):6.2%}")
+    return Evaluation(figures, lines)
+
+
+def _request(pipeline: LatentDiffusionPipeline, images: ImageData, indices: np.ndarray) -> Request:
+    """What the chosen training images are conditioned on."""
+    conditioning = pipeline.conditioning
+    if isinstance(conditioning, TextCondition):
+        captions = images.require_captions()
+        chosen = [captions[i] for i in indices]
+        return Request(conditioning.encode(chosen), list(chosen))
+    if isinstance(conditioning, ClassCondition):
+        labels = images.require_labels()
+        chosen_labels = [labels[i] for i in indices]
+        names = [conditioning.class_names[label] for label in chosen_labels]
+        return Request(conditioning.encode(chosen_labels), list(names))
+    return Request({}, [None] * len(indices))
+
+
+def extract(network: nn.Module, images: Tensor, title: str, batch_size: int = 64) -> Tensor:
+    """Features of images [N, 3, H, W], with a progress bar."""
+    device = next(network.parameters()).device
+    parts = []
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, transient=True) as bar, torch.no_grad():
+        task = bar.add_task("", total=len(images))
+        for part in images.split(batch_size):
+            parts.append(network(part.to(device)).float().cpu())
+            bar.advance(task, len(part))
+    return torch.cat(parts)
+
+
+def reference_features(network: nn.Module, name: str, images: ImageData) -> Tensor:
+    """Features of every image of a data set, computed once and kept in its cache folder."""
+    file = images.path / f"features-{name}.npy"
+    if not file.is_file():
+        found = extract(network, images.batch(range(len(images))), f"features of {images.name}")
+        partial = file.with_suffix(".partial.npy")
+        np.save(partial, found.numpy())
+        partial.replace(file)
+    return torch.from_numpy(np.load(file))
