@@ -28,7 +28,7 @@ def train(config: DictConfig) -> None:
     from ldm.device import choose_device
     from ldm.run import Run
     from ldm.training.callbacks import Budget, EMACallback, ProgressBar
-    from ldm.training.checkpoint import checkpoints, find_checkpoint
+    from ldm.training.checkpoint import LastCheckpoint, find_checkpoint
     from ldm.training.loggers import make_loggers
     from ldm.training.precision import choose_precision
 
@@ -96,7 +96,7 @@ def train(config: DictConfig) -> None:
     bar = ProgressBar(budget, config.batch_size, options["log_every_n_steps"], f"stage {stage.kind}")
     trainer = Trainer(
         **{key: value for key, value in options.items() if key != "_target_"} | {"precision": precision},
-        callbacks=[budget, ema, bar, *checkpoints(folder, config.trainer.checkpoint_every_s)],
+        callbacks=[budget, ema, bar, LastCheckpoint(folder, config.trainer.checkpoint_every_s)],
         logger=loggers.lightning,
         default_root_dir=folder,
     )

@@ -1,25 +1,42 @@
-"""Checkpoints for resuming: last and best, read with weights_only=True."""
+"""The checkpoint for resuming, read with weights_only=True."""
 
-from datetime import timedelta
+import time
 from pathlib import Path
+from typing import Any
 
-from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 
 from ldm.errors import UserError
 
 
-def checkpoints(folder: Path, every_s: float) -> list[Callback]:
-    """Save `last.ckpt` every so many seconds and at the end."""
-    return [
-        ModelCheckpoint(
-            dirpath=folder / "checkpoints",
-            filename="last",
-            train_time_interval=timedelta(seconds=every_s),
-            save_on_train_epoch_end=True,
-            enable_version_counter=False,
-        )
-    ]
+class LastCheckpoint(Checkpoint):
+    """Saves checkpoints/last.ckpt every `every_s` seconds, between optimizer steps, and when training ends.
+
+    Lightning's ModelCheckpoint with a time interval does not save at the end.
+    """
+
+    def __init__(self, folder: Path, every_s: float) -> None:
+        self.path, self.every_s = folder / "checkpoints" / "last.ckpt", every_s
+        self._saved_at = 0.0
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._saved_at = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return  # gradients of a half-accumulated step are in no checkpoint
+        if trainer.strategy.reduce_boolean_decision(time.monotonic() - self._saved_at >= self.every_s, all=False):
+            self._save(trainer)
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        trainer.save_checkpoint(self.path)
+        self._saved_at = time.monotonic()
 
 
 def find_checkpoint(folder: Path, resume: bool | str | None) -> str | None:

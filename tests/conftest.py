@@ -1,0 +1,61 @@
+"""Shared by all tests: one thread, a command line in this process, small images."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+# The tensors are small: more threads only wait for each other, ten times slower on a busy machine.
+torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended, and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def call(monkeypatch, capsys) -> Callable[..., Ended]:
+    """Call the `main` of a command in this process, as its command line would."""
+
+    def call(main: Callable[[], None], *arguments: str) -> Ended:
+        monkeypatch.setattr(sys, "argv", [main.__module__, *arguments])
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as stopped:
+            code = int(stopped.code or 0)
+        finally:
+            torch.set_flush_denormal(False)  # training sets it for the whole process
+        return Ended(code, *capsys.readouterr())
+
+    return call
+
+
+def draw_images(folder: Path, count: int, *, size: int = 16, seed: int = 0) -> Path:
+    """A folder of PNGs, each a bright square on a ground of its own colour."""
+    generator = np.random.default_rng(seed)
+    folder.mkdir(parents=True)
+    for i in range(count):
+        pixels = np.tile(generator.integers(0, 256, 3, dtype=np.uint8), (size, size, 1))
+        top, left = generator.integers(0, size // 2, 2)
+        pixels[top : top + size // 2, left : left + size // 2] = generator.integers(0, 256, 3)
+        Image.fromarray(pixels).save(folder / f"{i:03d}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_images() -> Callable[..., Path]:
+    """draw_images(folder, count, size=16, seed=0)."""
+    return draw_images

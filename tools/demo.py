@@ -1,0 +1,64 @@
+"""What the demo shows: a grid of 16 prompts, one of 16 held-out captions, the reverse chain, and its figures."""
+
+import time
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from ldm import command
+
+
+def demo(config: DictConfig) -> None:
+    from hydra.utils import instantiate
+
+    from ldm.device import choose_device
+    from ldm.evaluation import report
+    from ldm.pictures import grid, to_pil
+    from ldm.run import Run
+    from ldm.sampling import Request, draw, film_strip
+
+    started = time.perf_counter()
+    run = Run.open(config.run)
+    vae = Run.open(run.facts["vae"])
+    pipeline = run.pipeline().to(choose_device(config.device))
+    images = run.image_data()
+    sampler = instantiate(config.sampler)
+    options = {"guidance": config.guidance, "seed": config.seed}
+    out = Path(config.out).expanduser()
+    out.mkdir(parents=True, exist_ok=True)
+
+    captions = images.require_captions()
+    wanted = {
+        "samples.png": ("Sixteen prompts", list(config.prompts)),
+        "held_out.png": ("Captions never trained on", [captions[i] for i in images.val_indices[:16]]),
+    }
+    for file, (title, prompts) in wanted.items():
+        request = Request(pipeline.conditioning.encode(prompts), prompts)
+        drawn = [image for batch in draw(pipeline, request, sampler, **options) for image in to_pil(batch)]
+        grid(drawn, prompts, columns=4, title=title).save(out / file)
+        if file == "samples.png":
+            film_strip(pipeline, request, sampler, **options).save(out / "strip.png")
+
+    figures = vae.facts["figures"]
+    print(
+        f"Autoencoder on {figures['val_images']} held-out images: PSNR {figures['psnr_db']:.2f} dB, SSIM "
+        f"{figures['ssim']:.3f}; PCA of the same size {figures['pca_psnr_db']:.2f} dB; compression "
+        f"{figures['compression']:.1f}"
+    )
+    evaluation = report.evaluate(pipeline, images, sampler, num_samples=config.num_samples, **options)
+    evaluation.save(run.path / "evaluation.json")
+    print("\n".join(evaluation.lines))
+    here_s = time.perf_counter() - started
+    parts = [("stage 1", vae.facts["duration_s"]), ("stage 2", run.facts["duration_s"]), ("pictures, figures", here_s)]
+    total_s = sum(seconds for _, seconds in parts)
+    print(f"Time: {', '.join(f'{name} {seconds:.0f} s' for name, seconds in parts)}; {total_s / 60:.1f} minutes in all")
+    print(f"Look at {out / 'samples.png'}, {out / 'held_out.png'} and {out / 'strip.png'}")
+    print(f'next: python tools/sample.py run={run.path} prompt="red heart"')
+
+
+def main() -> None:
+    command.run("demo", demo)
+
+
+if __name__ == "__main__":
+    main()
