@@ -19,11 +19,7 @@ def choose_mode(requested: str | None) -> str:
         return mode
     import wandb
 
-    try:
-        return "online" if wandb.api.api_key else "offline"
-    except Exception as error:  # W&B's own lookup failed: not a reason to stop training
-        print(f"wandb: no login could be read ({error}); logging offline")
-        return "offline"
+    return "online" if wandb.login(prompt=False) else "offline"
 
 
 class WandbRun:

@@ -3,6 +3,9 @@
 python -m ldm.train stage=vae|diffusion [group=choice ...] [key=value ...]
 """
 
+import logging
+import os
+import shutil
 import time
 import warnings
 from datetime import timedelta
@@ -16,11 +19,14 @@ from omegaconf import DictConfig, OmegaConf
 from ldm import command
 from ldm.errors import UserError
 
+RUN_NAME = "LDM_RUN_NAME"
+
 
 def train(config: DictConfig) -> None:
     """Run one stage. The stage, like everything else, is a choice of config."""
     import torch
     from lightning.pytorch import Trainer, seed_everything
+    from lightning.pytorch.utilities import rank_zero_only
     from rich.console import Console
 
     from ldm.data.images import prepare
@@ -33,12 +39,14 @@ def train(config: DictConfig) -> None:
     from ldm.training.precision import choose_precision
 
     started = time.perf_counter()
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     if config.get("stage") is None:
         raise UserError(
             "stage is required: stage=vae trains the autoencoder, stage=diffusion the model on its latents."
         )
     OmegaConf.resolve(config)
-    folder = run_folder(config)
+    main_process = getattr(rank_zero_only, "rank", 0) == 0
+    folder = run_folder(config, main_process=main_process)
     resumed = find_checkpoint(folder, config.resume)
     max_time_s = parse_duration(config.trainer.max_time)
     budget = Budget(config.trainer.max_steps, max_time_s, config.optimizer.warmup_steps, config.optimizer.decay)
@@ -73,6 +81,8 @@ def train(config: DictConfig) -> None:
         device=choose_device("cpu" if options["accelerator"] == "cpu" else "auto"),
         init_from=config.init_from,
     )
+    if config.overwrite and not resumed and main_process:
+        shutil.rmtree(folder, ignore_errors=True)
     run = Run.create(
         folder,
         config,
@@ -91,7 +101,7 @@ def train(config: DictConfig) -> None:
     if config.trainer.compile:
         stage.module.trained.compile()
     stage.module.log_every = options["log_every_n_steps"]
-    loggers = make_loggers(config.logger, run, resume=resumed is not None)
+    loggers = make_loggers(config.logger, run, resume=resumed is not None, main_process=main_process)
     ema = EMACallback(config.trainer.ema_decay)
     bar = ProgressBar(budget, config.batch_size, options["log_every_n_steps"], f"stage {stage.kind}")
     trainer = Trainer(
@@ -149,8 +159,8 @@ def train(config: DictConfig) -> None:
     console.print(f"next: {outcome.next_command}", soft_wrap=True)
 
 
-def run_folder(config: DictConfig) -> Path:
-    """runs_dir/<stage>/<name>.
+def run_folder(config: DictConfig, *, main_process: bool) -> Path:
+    """runs_dir/<stage>/<name>. Processes that Lightning starts find the name of the first in the environment.
 
     Raises:
         UserError: the folder is in use by another run and neither resume nor overwrite was asked for.
@@ -158,11 +168,14 @@ def run_folder(config: DictConfig) -> Path:
     choices = HydraConfig.get().runtime.choices
     stage = choices["stage"]
     part = choices["autoencoder" if stage == "vae" else "network"]
-    name = config.name or f"{choices['data']}-{part}-{time.strftime('%Y%m%d-%H%M%S')}"
+    default = f"{choices['data']}-{part}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if main_process:
+        os.environ[RUN_NAME] = config.name or default
+    name = os.environ.get(RUN_NAME, default)
     if "/" in name or "\\" in name or name in (".", ".."):
         raise UserError(f"name={name} must be a plain folder name. Choose another place with runs_dir=.")
     folder = Path(config.runs_dir).expanduser() / stage / name
-    if (folder / "run.json").exists() and not (config.resume or config.overwrite):
+    if main_process and (folder / "run.json").exists() and not (config.resume or config.overwrite):
         raise UserError(
             f"{folder} exists already. Choose another name=, continue it with resume=true, or start it anew "
             "with overwrite=true."

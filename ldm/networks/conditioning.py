@@ -86,6 +86,9 @@ class TextCondition(NoCondition):
 
     def __init__(self, encoder: str, max_tokens: int = 16) -> None:
         from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()  # one bar of its own per load
 
         self.encoder = encoder
         self.max_tokens = max_tokens

@@ -1,7 +1,9 @@
 """CSV always, W&B unless told otherwise."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger
@@ -27,12 +29,25 @@ class Loggers:
             self.wandb.finish()
 
 
-def make_loggers(options: Mapping[str, Any], run: Run, *, resume: bool) -> Loggers:
-    """Loggers for a run folder, from the config group `logger`."""
-    metrics = run.path / "metrics.csv"
-    if metrics.exists() and not resume:
-        metrics.unlink()
-    csv: Logger = CSVLogger(run.path.parent, name=run.path.name, version="")
+def _csv_logger(folder: Path, resume: bool) -> Logger:
+    """metrics.csv in the run folder; a resumed run goes on in it, where Lightning alone would delete it."""
+    metrics = folder / "metrics.csv"
+    known = metrics.read_text(encoding="utf-8") if resume and metrics.is_file() else None
+    logger = CSVLogger(folder.parent, name=folder.name, version="")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*exists and is not empty.*")
+        writer = logger.experiment
+    if known:
+        metrics.write_text(known, encoding="utf-8")
+        writer.metrics_keys = known.splitlines()[0].split(",")
+    return logger
+
+
+def make_loggers(options: Mapping[str, Any], run: Run, *, resume: bool, main_process: bool = True) -> Loggers:
+    """Loggers for a run folder, from the config group `logger`; none in the other processes of a distributed run."""
+    if not main_process:
+        return Loggers([])
+    csv = _csv_logger(run.path, resume)
     if not options["wandb"]:
         return Loggers([csv])
     tracker = WandbRun(

@@ -34,15 +34,17 @@ class MuonAdamW(Optimizer):
         weight_decay: float = 0.01,
         fused: bool = True,
     ) -> None:
-        hidden, others = [], []
-        for group in params:
-            (hidden if group.pop("hidden", False) else others).append(group)
+        groups = list(params)
+        hidden = [group for group in groups if group.pop("hidden", False)]
+        others = [group for group in groups if not any(group is one for one in hidden)]
         self.inner: list[Optimizer] = []
         if hidden:
-            muon = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
-            self.inner.append(Muon(hidden, adjust_lr_fn="match_rms_adamw", **muon))
+            self.inner.append(
+                Muon(hidden, lr=lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn="match_rms_adamw")
+            )
         if others:
-            self.inner.append(AdamW(others, lr=lr, betas=tuple(betas), weight_decay=weight_decay, fused=fused))
+            first, second = betas
+            self.inner.append(AdamW(others, lr=lr, betas=(first, second), weight_decay=weight_decay, fused=fused))
         super().__init__([group for optimizer in self.inner for group in optimizer.param_groups], {})
         self._share()
 
