@@ -1,16 +1,23 @@
 """From the command line to a composed config: free text is quoted, mistakes become one paragraph and exit code 2."""
 
 import errno
+import functools
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import hydra
-from hydra.errors import HydraException
-from omegaconf import DictConfig
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
 from ldm.errors import UserError
 from ldm.home import folder
@@ -45,20 +52,51 @@ def run(config_name: str, task: Callable[[DictConfig], Any]) -> None:
     if not multirun:
         sys.argv[1:] = quote_free_text(sys.argv[1:])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to Hydra's own report
-    application = hydra.main(version_base="1.3", config_path=str(folder("conf")), config_name=config_name)(task)
+
+    def report(error: Exception) -> None:
+        message = explain(error)
+        if message is None:
+            raise error
+        if verbose:
+            traceback.print_exc()
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+    @functools.wraps(task)
+    def complete(config: DictConfig) -> None:
+        try:
+            require_values(config)
+            task(config)
+        except Exception as error:
+            report(error)  # here already: Hydra would print a line of its own first
+
+    application = hydra.main(version_base="1.3", config_path=str(folder("conf")), config_name=config_name)(complete)
     try:
         application()
     except KeyboardInterrupt:
         print("stopped by the user", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        message = explain(error)
-        if message is None:
-            raise
-        if verbose:
-            traceback.print_exc()
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
+        report(error)
+
+
+def require_values(config: DictConfig) -> None:
+    """Every key has a value.
+
+    Raises:
+        UserError: naming those that have none.
+    """
+    if missing := list(_missing(OmegaConf.to_container(config))):
+        given = " ".join(f"{key}=..." for key in missing)
+        raise UserError(f"Required, and without a default: {', '.join(missing)}. Add to the command line: {given}")
+
+
+def _missing(value: Any, key: str = "") -> Iterator[str]:
+    if isinstance(value, dict):
+        for name, part in value.items():
+            yield from _missing(part, f"{key}.{name}" if key else str(name))
+    elif value == "???":
+        yield key
 
 
 def quote_free_text(arguments: Sequence[str], keys: Sequence[str] = FREE_TEXT) -> list[str]:
@@ -66,8 +104,10 @@ def quote_free_text(arguments: Sequence[str], keys: Sequence[str] = FREE_TEXT) -
     quoted = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        if equals and key.lstrip("+") in keys and value not in ("null", "true", "false", "???", ""):
-            escaped = value.replace("${", "\\${")  # no interpolation
+        switch = key == "resume" and value.lower() in ("true", "false")
+        if equals and key.lstrip("+") in keys and not switch and value not in ("null", "???", ""):
+            # no interpolation: OmegaConf takes an odd number of backslashes before ${ as its escape
+            escaped = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
             # in Hydra's grammar a backslash counts as an escape only before a quote
             escaped = _double_backslashes_before_quote(escaped).replace('"', '\\"')
             argument = f'{key}="{escaped}"'
@@ -106,8 +146,16 @@ def explain(error: BaseException) -> str | None:
         if isinstance(cause, MissingMandatoryValue):
             key = getattr(cause, "full_key", None) or "a value"
             return f"{key} is required and has no default. Give it on the command line: {key}=..."
+    for cause in chain:
+        if isinstance(cause, OverrideParseException):
+            return f"{cause.override} cannot be read. Put text with special characters in quotes: key='\"...\"'."
+        if isinstance(cause, MissingConfigException) and cause.options:
+            choice = str(cause.missing_cfg_file).replace("/", "=")
+            return f"{choice} does not exist. Choose one of: {', '.join(cause.options)}."
+        if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.full_key:
+            return f"There is no key {cause.full_key}. --help lists the keys, --cfg job shows all of them."
     if any(isinstance(cause, HydraException | OmegaConfBaseException) for cause in chain):
-        # the innermost cause is what a user can act on: a parse error, an unknown choice, a constructor's rule
+        # the innermost cause is what a user can act on: a constructor's rule, a value of the wrong type
         message = str(chain[-1] if isinstance(chain[-1], ValueError | TypeError | OmegaConfBaseException) else error)
         return " ".join(message.split()) + " --help lists the choices and the keys."
     return None

@@ -11,7 +11,7 @@ from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from ldm.diffusion.sampler import Sampler
+from ldm.diffusion.sampler import Sampler, timesteps
 from ldm.errors import UserError
 from ldm.networks.conditioning import ClassCondition, Condition, TextCondition
 from ldm.pictures import grid, rows, to_pil
@@ -86,7 +86,15 @@ def draw(
     batch_size: int = 64,
     on_step: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Iterator[Tensor]:
-    """Images [b, 3, H, W] in [-1, 1], batch by batch, with a progress bar over samples x steps."""
+    """Images [b, 3, H, W] in [-1, 1], batch by batch, with a progress bar over samples x steps.
+
+    Raises:
+        UserError: more steps than the chain has.
+    """
+    try:
+        timesteps(pipeline.schedule.num_steps, sampler.steps, sampler.spacing)
+    except ValueError as error:
+        raise UserError(f"sampler.steps={sampler.steps}: {error}.") from error
     total = len(request)
     columns = (TextColumn("sampling"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
     with Progress(*columns, transient=True) as bar:

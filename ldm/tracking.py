@@ -57,15 +57,17 @@ class WandbRun:
             resume="allow" if self.mode == "online" else None,
             settings=wandb.Settings(silent=True, console="off"),
         )
+        # an axis of our own: W&B drops what comes with a smaller step than the last, as after a validation or a resume
+        self.run.define_metric("*", step_metric="step")
         id_file.write_text(run_id + "\n")
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        self.run.log(dict(metrics), step=step)
+        self.run.log({**metrics, "step": step})
 
     def log_images(self, key: str, images: Sequence[Image.Image], captions: Sequence[str | None], step: int) -> None:
         """One panel of pictures with captions."""
         panel = [self._wandb.Image(image, caption=caption) for image, caption in zip(images, captions, strict=True)]
-        self.run.log({key: panel}, step=step)
+        self.run.log({key: panel, "step": step})
 
     def summarise(self, values: Mapping[str, Any]) -> None:
         self.run.summary.update(dict(values))

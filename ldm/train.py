@@ -6,6 +6,7 @@ python -m ldm.train stage=vae|diffusion [group=choice ...] [key=value ...]
 import logging
 import os
 import shutil
+import sys
 import time
 import warnings
 from datetime import timedelta
@@ -25,6 +26,7 @@ RUN_NAME = "LDM_RUN_NAME"
 def train(config: DictConfig) -> None:
     """Run one stage. The stage, like everything else, is a choice of config."""
     import torch
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import Trainer, seed_everything
     from lightning.pytorch.utilities import rank_zero_only
     from rich.console import Console
@@ -32,7 +34,7 @@ def train(config: DictConfig) -> None:
     from ldm.data.images import prepare
     from ldm.data.loaders import train_loader, val_loader
     from ldm.device import choose_device
-    from ldm.run import Run
+    from ldm.run import RUN_FILE, Run
     from ldm.training.callbacks import Budget, EMACallback, ProgressBar
     from ldm.training.checkpoint import LastCheckpoint, find_checkpoint
     from ldm.training.loggers import make_loggers
@@ -65,12 +67,18 @@ def train(config: DictConfig) -> None:
             f"There are {len(images.train_indices)} training images, fewer than batch_size={config.batch_size}. "
             f"Choose batch_size={len(images.train_indices)} or less, or add images."
         )
+    micro_batch, rest = divmod(config.batch_size, config.trainer.accumulate_grad_batches)
+    if rest:
+        raise UserError(
+            f"batch_size={config.batch_size} must be a multiple of "
+            f"trainer.accumulate_grad_batches={config.trainer.accumulate_grad_batches}, the parts of a step."
+        )
     torch.set_flush_denormal(True)  # the first steps' tiny gradients make a CPU five times slower otherwise
     seed_everything(config.seed, verbose=False)
     options: dict[str, Any] = OmegaConf.to_container(config.trainer)  # type: ignore[assignment]
     for own in ("max_time", "ema_decay", "compile", "num_workers", "checkpoint_every_s"):
         options.pop(own)
-    known = Run.open(folder).facts if resumed else {}
+    known = Run.open(folder).facts if resumed and (folder / RUN_FILE).is_file() else {}
     precision = known.get("precision") or choose_precision(options["precision"], options["accelerator"])
     stage = instantiate(config.stage.build)(
         images=images,
@@ -104,12 +112,16 @@ def train(config: DictConfig) -> None:
     loggers = make_loggers(config.logger, run, resume=resumed is not None, main_process=main_process)
     ema = EMACallback(config.trainer.ema_decay)
     bar = ProgressBar(budget, config.batch_size, options["log_every_n_steps"], f"stage {stage.kind}")
-    trainer = Trainer(
-        **{key: value for key, value in options.items() if key != "_target_"} | {"precision": precision},
-        callbacks=[budget, ema, bar, LastCheckpoint(folder, config.trainer.checkpoint_every_s)],
-        logger=loggers.lightning,
-        default_root_dir=folder,
-    )
+    try:
+        trainer = Trainer(
+            **{key: value for key, value in options.items() if key != "_target_"} | {"precision": precision},
+            max_epochs=-1,  # steps and time are the budget
+            callbacks=[budget, ema, bar, LastCheckpoint(folder, config.trainer.checkpoint_every_s)],
+            logger=loggers.lightning,
+            default_root_dir=folder,
+        )
+    except MisconfigurationException as error:
+        raise UserError(f"{' '.join(str(error).split())} Choose trainer=cpu or trainer=auto.") from error
     rows = [
         ("data", f"{images.name}: {len(images.train_indices)} train, {len(images.val_indices)} validation"),
         ("size", f"{images.resolution} x {images.resolution} px, {images.num_bytes / 1e6:.0f} MB"),
@@ -118,12 +130,12 @@ def train(config: DictConfig) -> None:
         ("device", describe_device(trainer)),
         ("precision", f"{precision}"),
         ("budget", describe_budget(config, max_time_s)),
+        ("time expected", f"{max_time_s / 60:.4g} minutes" if max_time_s else "shown by the bar once it runs"),
         ("folder", str(folder)),
     ]
     if trainer.is_global_zero:
         print_table(console, f"stage {stage.kind}" + (f", resumed from {resumed}" if resumed else ""), rows)
 
-    micro_batch = config.batch_size // options["accumulate_grad_batches"]
     start = steps_done(resumed) * options["accumulate_grad_batches"]
     fit_batches = train_loader(
         stage.fetch,
@@ -149,7 +161,12 @@ def train(config: DictConfig) -> None:
     stage.module.to(trainer.strategy.root_device)  # Lightning left it on the CPU
     outcome = stage.finish(run)
     duration_s = time.perf_counter() - started
-    figures = {**outcome.figures, "steps": trainer.global_step, "training_s": round(budget.elapsed_s, 1)}
+    figures = {
+        **outcome.figures,
+        "steps": trainer.global_step,
+        "training_s": round(budget.elapsed_s, 1),
+        "peak_memory_gb": peak_memory_gb(),
+    }
     run.update(finished=time.time(), duration_s=round(duration_s, 1), figures=figures, next=outcome.next_command)
     loggers.summarise(figures)
     loggers.finish()
@@ -214,6 +231,20 @@ def describe_budget(config: DictConfig, max_time_s: float | None) -> str:
     if max_time_s is not None:
         parts.append(f"{max_time_s / 60:.4g} minutes")
     return f"{' or '.join(parts)}, batches of {config.batch_size}"
+
+
+def peak_memory_gb() -> float | None:
+    """The most memory that this process held: on the GPU where there is one, else in RAM (None on Windows)."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def describe_device(trainer: Any) -> str:

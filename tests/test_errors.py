@@ -35,41 +35,91 @@ def fails(call, place):
 
     return fails
 
-@pytest.mark.parametrize("args", [
- ["network=foo"], ["trainer=foo"], ["stage=foo"], [],
- ["stage=vae","data=image_folder"],
- ["stage=vae","data=huggingface"],
- ["stage=vae","data=image_folder", "data.path=nowhere"],
- ["stage=vae","data=image_folder", "data.path=."],
- ["stage=vae","trainer.max_time=5"],
- ["stage=vae","trainer.max_time=null"],
- ["stage=vae","trainer.precision=16-mixed", "trainer.max_steps=3"],
- ["stage=vae","optimizer.decay=foo"],
- ["stage=vae","trainer.mx_steps=3"],
- ["stage=vae","sampler=ddim", "sampler.eta=3"],
- ["stage=diffusion"],
- ["stage=diffusion", "vae=.", ],
- ["stage=diffusion", "vae=no/such", ],
- ["stage=diffusion", "network.nosuch=3", ],
- ["stage=vae", "autoencoder.model.latent_channels=100", ],
- ["stage=vae", "data.resolution=30", ],
- ["stage=vae", "batch_size=3000", ],
- ["stage=vae", "resume=true", ],
- ["stage=vae", "resume=foo.ckpt", ],
- ["stage=vae", "name=a/b", ],
- ["stage=vae", "init_from=.", ],
- ["stage=vae", "stage=diffusion", ],
- ["stage=vae", "data.val_fraction=3", ],
- ["stage=vae", "data.path=3", ],
- ["stage=vae", "batch_size=foo", ],
- ["stage=vae", "prompt==(", "seed=(,"],
- ["stage=vae", "trainer=gpu", "trainer.max_steps=3"],
- ["stage=vae", "batch_size=15", "trainer.accumulate_grad_batches=2", "trainer.max_steps=3"],
- ["stage=vae", "trainer.ema_decay=1.5", "trainer.max_steps=3"],
- ["stage=vae", "schedule=rectified_flow", "objective=eps", "trainer.max_steps=3"],
-])
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["network=foo"],
+        ["trainer=foo"],
+        ["stage=foo"],
+        [],
+        ["stage=vae", "data=image_folder"],
+        ["stage=vae", "data=huggingface"],
+        ["stage=vae", "data=image_folder", "data.path=nowhere"],
+        ["stage=vae", "data=image_folder", "data.path=."],
+        ["stage=vae", "trainer.max_time=5"],
+        ["stage=vae", "trainer.max_time=null"],
+        ["stage=vae", "trainer.precision=16-mixed", "trainer.max_steps=3"],
+        ["stage=vae", "optimizer.decay=foo"],
+        ["stage=vae", "trainer.mx_steps=3"],
+        ["stage=vae", "sampler=ddim", "sampler.eta=3"],
+        ["stage=diffusion"],
+        [
+            "stage=diffusion",
+            "vae=.",
+        ],
+        [
+            "stage=diffusion",
+            "vae=no/such",
+        ],
+        [
+            "stage=diffusion",
+            "network.nosuch=3",
+        ],
+        [
+            "stage=vae",
+            "autoencoder.model.latent_channels=100",
+        ],
+        [
+            "stage=vae",
+            "data.resolution=30",
+        ],
+        [
+            "stage=vae",
+            "batch_size=3000",
+        ],
+        [
+            "stage=vae",
+            "resume=true",
+        ],
+        [
+            "stage=vae",
+            "resume=foo.ckpt",
+        ],
+        [
+            "stage=vae",
+            "name=a/b",
+        ],
+        [
+            "stage=vae",
+            "init_from=.",
+        ],
+        [
+            "stage=vae",
+            "stage=diffusion",
+        ],
+        [
+            "stage=vae",
+            "data.val_fraction=3",
+        ],
+        [
+            "stage=vae",
+            "data.path=3",
+        ],
+        [
+            "stage=vae",
+            "batch_size=foo",
+        ],
+        ["stage=vae", "prompt==(", "seed=(,"],
+        ["stage=vae", "trainer=gpu", "trainer.max_steps=3"],
+        ["stage=vae", "batch_size=15", "trainer.accumulate_grad_batches=2", "trainer.max_steps=3"],
+        ["stage=vae", "trainer.ema_decay=1.5", "trainer.max_steps=3"],
+        ["stage=vae", "schedule=rectified_flow", "objective=eps", "trainer.max_steps=3"],
+    ],
+)
 def test_x(call, place, args, capsys):
     import traceback
+
     try:
         e = call(ldm.train.main, *args)
     except BaseException as x:

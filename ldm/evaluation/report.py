@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ldm.data.images import ImageData
 from ldm.data.order import derive_seed
 from ldm.diffusion.sampler import Sampler
+from ldm.errors import UserError
 from ldm.evaluation.metrics import kernel_distance, retrieval_ranks
 from ldm.features import CHOICES
 from ldm.networks.conditioning import ClassCondition, TextCondition
@@ -35,10 +36,10 @@ def load_features(name: str) -> nn.Module:
     """Frozen features by name.
 
     Raises:
-        ValueError: unknown.
+        UserError: unknown.
     """
     if name not in CHOICES:
-        raise ValueError(f"features={name} is unknown. Choose one of: {', '.join(CHOICES)}.")
+        raise UserError(f"features={name} is unknown. Choose one of: {', '.join(CHOICES)}.")
     return CHOICES[name]()
 
 

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ldm.errors import UserError
 from ldm.tracking import WandbRun, flatten
 from ldm.training.ema import EMA
 
@@ -40,9 +41,9 @@ class Budget(Callback):
         decay: str = "linear",
     ) -> None:
         if decay not in self.DECAYS:
-            raise ValueError(f"lr_decay={decay} is unknown. Choose one of: {', '.join(self.DECAYS)}.")
+            raise UserError(f"optimizer.decay={decay} is unknown. Choose one of: {', '.join(self.DECAYS)}.")
         if max_steps < 0 and max_time_s is None:
-            raise ValueError("Training needs a budget: trainer.max_steps=N or trainer.max_time=HH:MM:SS.")
+            raise UserError("Training needs a budget: trainer.max_steps=N or trainer.max_time=HH:MM:SS.")
         self.max_steps, self.max_time_s = max_steps, max_time_s
         self.warmup_steps, self.decay = warmup_steps, self.DECAYS[decay]
         self.spent_s, self._started = 0.0, 0.0
@@ -73,8 +74,11 @@ class Budget(Callback):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        if self.max_time_s is not None:
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # never amid an accumulated step: its gradients would be lost, and a resumed run out of phase
+        if self.max_time_s is not None and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             stop = torch.tensor(self.elapsed_s >= self.max_time_s)
             if trainer.strategy.reduce_boolean_decision(bool(stop), all=False):
                 trainer.should_stop = True

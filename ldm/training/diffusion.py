@@ -13,10 +13,10 @@ from ldm.autoencoder.autoencoder import Autoencoder
 from ldm.data.captions import CaptionData, open_captions
 from ldm.data.images import ImageData
 from ldm.data.order import derive_seed
-from ldm.diffusion.chain import marginal
+from ldm.diffusion.chain import check_prediction, marginal
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.loss import sample_timesteps, simple_loss
-from ldm.diffusion.sampler import Sampler
+from ldm.diffusion.loss import DISTRIBUTIONS, WEIGHTINGS, sample_timesteps, simple_loss
+from ldm.diffusion.sampler import Sampler, timesteps
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
 from ldm.networks.conditioning import (
@@ -53,6 +53,14 @@ class Objective:
     weighting: str = "simple"
     timesteps: str = "uniform"
     gamma: float = 5.0
+
+    def __post_init__(self) -> None:
+        for option, value, known in (
+            ("weighting", self.weighting, WEIGHTINGS),
+            ("timesteps", self.timesteps, DISTRIBUTIONS),
+        ):
+            if value not in known:
+                raise ValueError(f"objective.{option}={value} is unknown. Choose one of: {', '.join(known)}.")
 
 
 class DiffusionTraining(TrainingModule):
@@ -141,7 +149,8 @@ class DiffusionTraining(TrainingModule):
             self.log(name, losses[-1], batch_size=size, sync_dist=True)
         self.log("val/loss", torch.stack(losses).mean(), batch_size=size, sync_dist=True)
 
-    def on_validation_end(self) -> None:
+    def on_validation_epoch_end(self) -> None:
+        """Draw the sample grid while the averaged weights are still in place."""
         if not self.trainer.sanity_checking and self.trainer.is_global_zero:
             images, captions = self.draw()
             picture = grid(images, captions if any(captions) else None, columns=4)
@@ -194,6 +203,11 @@ class DiffusionStage(Stage):
         init_from: str | None = None,
     ) -> None:
         self.images = images
+        try:
+            check_prediction(objective.prediction, schedule.alpha_bar)
+            timesteps(schedule.num_steps, sampler.steps, sampler.spacing)
+        except ValueError as error:
+            raise UserError(f"schedule=, objective= and sampler= do not go together: {error}.") from error
         made = conditioning(images)
         continued = None if init_from is None else load_pipeline(init_from)
         autoencoder, self.vae = find_autoencoder(data_fingerprint=images.fingerprint)

@@ -11,17 +11,19 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ldm.errors import UserError
+
 
 class EMA:
     """Shadow weights of a module's trainable parameters.
 
     Raises:
-        ValueError: decay is not in [0, 1).
+        UserError: decay is not in [0, 1).
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         if not 0 <= decay < 1:
-            raise ValueError(f"The EMA's decay must be in [0, 1), not {decay}.")
+            raise UserError(f"trainer.ema_decay must be in [0, 1), not {decay}.")
         self.decay = decay
         self.num_updates = 0
         self._names, self._parameters = zip(

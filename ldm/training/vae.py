@@ -14,6 +14,7 @@ from ldm.autoencoder.loss import AutoencoderLoss
 from ldm.autoencoder.patch import PatchAutoencoderKL
 from ldm.data.images import ImageData
 from ldm.data.latents import LatentContract, measure, open_latents
+from ldm.errors import UserError
 from ldm.evaluation.metrics import pca_reconstruction, psnr, ssim
 from ldm.pictures import rows, to_pil
 from ldm.run import Run, load_autoencoder
@@ -115,7 +116,10 @@ class VAEStage(Stage):
             if isinstance(network, PatchAutoencoderKL) and network.config.shortcut:
                 chosen = np.random.default_rng(seed).permutation(images.train_indices)[:PCA_IMAGES]
                 if images.resolution % network.factor == 0:
-                    network.init_shortcut(images.batch(np.sort(chosen)))
+                    try:
+                        network.init_shortcut(images.batch(np.sort(chosen)))
+                    except ValueError as error:
+                        raise UserError(f"This autoencoder does not fit: {error}") from error
         self.autoencoder = Autoencoder(network)
         self.latent_shape = self.autoencoder.latent_shape(images.resolution)
         self.module = VAETraining(

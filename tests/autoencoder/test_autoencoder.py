@@ -1,0 +1,141 @@
+"""ldm.autoencoder.autoencoder: any diffusers KL autoencoder behind one face, with statistics that belong to it."""
+
+import json
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
+
+from ldm.autoencoder.autoencoder import Autoencoder, LatentStatistics, weights_sha256
+from ldm.autoencoder.patch import PatchAutoencoderKL
+from ldm.errors import UserError
+
+
+def plain() -> AutoencoderKL:
+    """What a diffusers folder may hold: f = 2, three channels."""
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=3,
+        norm_num_groups=4,
+    ).eval()
+
+
+def patched() -> PatchAutoencoderKL:
+    torch.manual_seed(0)
+    return PatchAutoencoderKL(patch=4, latent_channels=5, block_out_channels=(8, 8), norm_num_groups=4).eval()
+
+
+def measured(model) -> Autoencoder:
+    channels = model.config.latent_channels
+    mean, std = [0.1 * i - 0.3 for i in range(channels)], [0.5 + i for i in range(channels)]
+    return Autoencoder(model, LatentStatistics(mean, std, [0.1, 0.2, 0.3], "images", weights_sha256(model)))
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+@pytest.mark.parametrize(("make", "factor", "channels"), [(plain, 2, 3), (patched, 8, 5)])
+def test_factor_channels_and_shapes(make, factor, channels, images):
+    autoencoder = Autoencoder(make())
+    assert (autoencoder.factor, autoencoder.channels) == (factor, channels)
+    assert autoencoder.latent_shape(16) == (channels, 16 // factor, 16 // factor)
+    mean, log_variance = autoencoder.encode(images)
+    assert mean.shape == log_variance.shape == (3, *autoencoder.latent_shape(16))
+    decoded = autoencoder.decode(1e3 * mean)
+    assert decoded.shape == images.shape and decoded.abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("resolution", "near"), [(20, "16 or 24"), (31, "24 or 32"), (3, "data.resolution=8,"), (1, "data.resolution=8,")]
+)
+def test_a_size_that_f_does_not_divide_is_refused_with_those_that_it_does(resolution, near):
+    with pytest.raises(UserError, match=f"f = 8, which does not divide data.resolution={resolution}.*{near}"):
+        Autoencoder(patched()).latent_shape(resolution)
+
+
+@pytest.mark.parametrize("make", [plain, patched])
+def test_it_survives_its_folder(make, images, tmp_path):
+    autoencoder = measured(make())
+    autoencoder.save(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+        "latents.json",
+    ]
+    loaded = Autoencoder.load(tmp_path)
+    assert loaded.statistics == autoencoder.statistics
+    assert loaded.weights_sha256() == autoencoder.weights_sha256()
+    assert not loaded.model.training
+    for ours, theirs in zip(autoencoder.encode(images), loaded.encode(images), strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=0, atol=0)
+
+
+def test_a_plain_diffusers_folder_is_read(images, tmp_path):
+    model = plain()
+    model.save_pretrained(tmp_path)
+    loaded = Autoencoder.load(tmp_path)
+    assert loaded.statistics is None and loaded.factor == 2
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.encode(images)[0], model.encode(images).latent_dist.mean, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="not measured yet"):
+        loaded.standardise(torch.zeros(1, 3, 8, 8))
+
+
+def test_standardising_is_undone_and_makes_unit_latents():
+    autoencoder = measured(plain())
+    z_raw = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    z = autoencoder.standardise(z_raw)
+    torch.testing.assert_close(autoencoder.unstandardise(z), z_raw)
+    torch.testing.assert_close(z[:, 1], (z_raw[:, 1] + 0.2) / 1.5)
+    torch.testing.assert_close(
+        autoencoder.unstandardise(torch.zeros(1, 3, 1, 1))[0, :, 0, 0], torch.tensor([-0.3, -0.2, -0.1])
+    )
+
+
+def test_weights_changed_beside_their_statistics_are_refused(tmp_path):
+    measured(plain()).save(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["decoder.conv_out.bias"] += 1e-6
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"latents\.json was measured on weights .* but the weights beside it are"):
+        Autoencoder.load(tmp_path)
+
+
+def change(file, **values) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "message"),
+    [
+        ("latents.json", {"format": 0}, "has format 0; this version reads 1"),
+        ("config.json", {"_class_name": "UNet2DModel"}, "holds a UNet2DModel. Readable autoencoders: AutoencoderKL"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path, file, values, message):
+    measured(plain()).save(tmp_path)
+    change(tmp_path / file, **values)
+    with pytest.raises(UserError, match=message):
+        Autoencoder.load(tmp_path)
+
+
+def test_a_folder_without_weights_is_named(tmp_path):
+    with pytest.raises(UserError, match="holds no autoencoder: config.json is missing"):
+        Autoencoder.load(tmp_path)
+
+
+def test_the_digest_is_of_the_weights_and_not_of_their_file(tmp_path):
+    model = plain()
+    digest = weights_sha256(model)
+    assert weights_sha256(plain()) == digest
+    with torch.no_grad():
+        model.decoder.conv_out.bias[0] += 1e-7
+    assert weights_sha256(model) != digest
+    assert weights_sha256(plain().to(torch.float64)) != digest

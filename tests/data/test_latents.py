@@ -1,0 +1,171 @@
+"""ldm.data.latents: moments of every image under a contract that both sides keep."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ldm.data.image_folder import ImageFolder
+from ldm.data.images import ImageData, prepare
+from ldm.data.latents import LatentContract, LatentData, measure, open_latents
+from ldm.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def images(make_images, tmp_path_factory) -> ImageData:
+    """Thirty images of 8 px."""
+    folder = tmp_path_factory.mktemp("images")
+    source = ImageFolder(make_images(folder / "squares", 30, size=8))
+    return prepare(source, resolution=8, cache_dir=folder / "cache", val_fraction=0.2, progress=False)
+
+
+@pytest.fixture
+def contract(images) -> LatentContract:
+    return LatentContract("a" * 64, images.fingerprint, 8, 4, 3, images.val_fraction, flip=False)
+
+
+def encode(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """f = 4, neither symmetric nor the same for mean and log-variance."""
+    mean = F.avg_pool2d(pixels * torch.linspace(0.5, 1.5, 8), 4)
+    return mean, 0.3 * mean.flip(1) - 1
+
+
+def refuse(pixels):
+    raise AssertionError("these latents are in the cache")
+
+
+@pytest.mark.parametrize("batch_size", [7, 64])
+def test_cached_moments_equal_direct_encoding(images, contract, tmp_path, batch_size):
+    latents = open_latents(encode, contract, images, cache_dir=tmp_path, batch_size=batch_size)
+    assert latents.shape == (3, 2, 2)
+    for indices in (images.train_indices, images.val_indices, np.array([29, 0, 29])):
+        torch.testing.assert_close(latents.batch(indices), encode(images.batch(indices)), rtol=0, atol=0)
+
+
+def test_the_flipped_view_is_the_mirrored_image(images, contract, tmp_path):
+    contract = dataclasses.replace(contract, flip=True)
+    latents = open_latents(encode, contract, images, cache_dir=tmp_path)
+    pixels = images.batch(range(30))
+    torch.testing.assert_close(latents.batch(range(30), view=0), encode(pixels), rtol=0, atol=0)
+    torch.testing.assert_close(latents.batch(range(30), view=1), encode(pixels.flip(-1)), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_measured_statistics_are_those_of_sampled_latents(images, contract, tmp_path, flip):
+    """The law of total variance, against brute force with many draws from every posterior."""
+    contract = dataclasses.replace(contract, flip=flip)
+    latents = open_latents(encode, contract, images, cache_dir=tmp_path)
+    mean, std = measure(latents, images.train_indices, batch_size=5)
+    views = [latents.batch(images.train_indices, view) for view in range(1 + flip)]
+    centre, log_variance = (torch.cat(parts).double() for parts in zip(*views, strict=True))
+    noise = torch.randn(4000, *centre.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    z = centre + (0.5 * log_variance).exp() * noise
+    torch.testing.assert_close(torch.tensor(mean).double(), z.mean((0, 1, 3, 4)), rtol=0, atol=0.005)
+    torch.testing.assert_close(torch.tensor(std).double(), z.std((0, 1, 3, 4)), rtol=0.005, atol=0)
+
+
+def test_only_the_training_split_is_measured(images, contract, tmp_path):
+    latents = open_latents(encode, contract, images, cache_dir=tmp_path)
+    centre, log_variance = encode(images.batch(images.train_indices))
+    variance = centre.var((0, 2, 3), correction=0) + log_variance.exp().mean((0, 2, 3))
+    mean, std = measure(latents, images.train_indices)
+    torch.testing.assert_close(torch.tensor(mean), centre.mean((0, 2, 3)))
+    torch.testing.assert_close(torch.tensor(std), variance.sqrt())
+
+
+def test_a_cache_is_opened_and_not_encoded_again(images, contract, tmp_path):
+    first = open_latents(encode, contract, images, cache_dir=tmp_path)
+    again = open_latents(refuse, contract, images, cache_dir=tmp_path)
+    assert again.path == first.path and isinstance(again.moments, np.memmap)
+    torch.testing.assert_close(again.batch([3]), first.batch([3]), rtol=0, atol=0)
+
+
+def test_other_weights_or_views_have_a_cache_of_their_own(images, contract, tmp_path):
+    for other in (contract, dataclasses.replace(contract, flip=True)):
+        open_latents(encode, other, images, cache_dir=tmp_path)
+    open_latents(encode, dataclasses.replace(contract, autoencoder_sha256="b" * 64), images, cache_dir=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_mismatch_names_both_sides_and_every_field(contract):
+    other = dataclasses.replace(contract, factor=8, autoencoder_sha256="b" * 64, flip=True)
+    with pytest.raises(UserError) as caught:
+        contract.check(other, "this run", "that cache")
+    message = str(caught.value)
+    for said in ("factor is 4 in this run but 8 in that cache", "flip is False", "a" * 64, "b" * 64):
+        assert said in message
+    for same in ("resolution", "channels", "data_fingerprint", "dtype"):
+        assert f"{same} is" not in message
+    contract.check(dataclasses.replace(contract), "one", "its equal")
+
+
+def test_a_contract_survives_its_file(contract, tmp_path):
+    contract.save(tmp_path)
+    assert LatentContract.load(tmp_path) == contract
+
+
+def tamper(folder: Path, **changes) -> None:
+    file = folder / "contract.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"factor": 8}, "factor is 4 in this run but 8 in .*latents-"),
+        ({"data_fingerprint": "c" * 64}, "data_fingerprint is .* in this run but cccc"),
+        ({"format": 0}, "has format 0; this version reads 1"),
+    ],
+)
+def test_a_tampered_contract_is_refused(images, contract, tmp_path, change, message):
+    tamper(open_latents(encode, contract, images, cache_dir=tmp_path).path, **change)
+    with pytest.raises(UserError, match=message):
+        open_latents(refuse, contract, images, cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((29, 1, 2, 3, 2, 2), "float32"), ((30, 1, 2, 4, 2, 2), "float32"), ((30, 1, 2, 3, 2, 2), "f2")],
+)
+def test_moments_of_another_shape_are_refused(images, contract, tmp_path, shape, dtype):
+    folder = open_latents(encode, contract, images, cache_dir=tmp_path).path
+    np.save(folder / "moments.npy", np.zeros(shape, dtype))
+    with pytest.raises(UserError, match="but its contract means float32 .*Delete that folder"):
+        open_latents(refuse, contract, images, cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_latents_that_are_not_finite_are_refused(images, contract, tmp_path, value):
+    def diverged(pixels):
+        mean, log_variance = encode(pixels)
+        return mean, torch.where(mean == mean.max(), value, log_variance)
+
+    with pytest.raises(UserError, match="not finite: its training diverged"):
+        open_latents(diverged, contract, images, cache_dir=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_encoding_leaves_nothing(images, contract, tmp_path):
+    seen = []
+
+    def interrupted(pixels):
+        seen.append(len(pixels))
+        if sum(seen) > 15:
+            raise KeyboardInterrupt
+        return encode(pixels)
+
+    with pytest.raises(KeyboardInterrupt):
+        open_latents(interrupted, contract, images, cache_dir=tmp_path, batch_size=10)
+    assert list(tmp_path.iterdir()) == []
+    assert isinstance(open_latents(encode, contract, images, cache_dir=tmp_path), LatentData)
+
+
+def test_too_little_space_is_seen_before_writing(images, contract, tmp_path, monkeypatch):
+    monkeypatch.setattr("ldm.data.latents.shutil.disk_usage", lambda path: type("Usage", (), {"free": 100})())
+    with pytest.raises(UserError, match=r"data\.cache_dir="):
+        open_latents(refuse, contract, images, cache_dir=tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,54 @@
+"""ldm.data.loaders: whole batches by index, in the stateless order."""
+
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+from ldm.data.loaders import train_loader, val_loader
+from ldm.data.order import batch_at
+
+INDICES = np.array([5, 7, 11, 13, 17, 19, 23])
+
+
+def fetch(indices: np.ndarray) -> dict[str, torch.Tensor]:
+    return {"index": torch.from_numpy(indices), "square": torch.from_numpy(indices**2)}
+
+
+@pytest.mark.parametrize("start", [0, 5])
+def test_training_batches_follow_the_order(start):
+    batches = list(islice(train_loader(fetch, INDICES, batch_size=4, seed=2, start=start), 6))
+    for step, batch in enumerate(batches, start=start):
+        expected = INDICES[batch_at(step, size=len(INDICES), batch_size=4, seed=2)]
+        assert batch["index"].tolist() == expected.tolist()
+        assert batch["square"].tolist() == (expected**2).tolist()
+
+
+def test_a_batch_is_one_call():
+    """Collating samples one by one would cost more than reading them."""
+    calls = []
+    loader = train_loader(lambda indices: calls.append(len(indices)), INDICES, batch_size=3, seed=0)
+    list(islice(loader, 4))
+    assert calls == [3, 3, 3, 3]
+
+
+def test_ranks_see_the_whole_batch_together():
+    ranks = [
+        next(iter(train_loader(fetch, INDICES, batch_size=4, seed=2, rank=rank, num_ranks=2)))["index"].tolist()
+        for rank in range(2)
+    ]
+    expected = INDICES[batch_at(0, size=len(INDICES), batch_size=4, seed=2)].tolist()
+    assert [ranks[0][0], ranks[1][0], ranks[0][1], ranks[1][1]] == expected
+
+
+def test_workers_keep_the_order():
+    alone = list(islice(train_loader(fetch, INDICES, batch_size=4, seed=2), 5))
+    shared = list(islice(train_loader(fetch, INDICES, batch_size=4, seed=2, num_workers=1), 5))
+    assert [b["index"].tolist() for b in shared] == [b["index"].tolist() for b in alone]
+
+
+def test_validation_reads_everything_once_in_order():
+    batches = list(val_loader(fetch, INDICES, batch_size=3))
+    assert [len(batch["index"]) for batch in batches] == [3, 3, 1]
+    assert torch.cat([batch["index"] for batch in batches]).tolist() == INDICES.tolist()
