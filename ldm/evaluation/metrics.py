@@ -13,10 +13,12 @@ def psnr(images: Tensor, reconstruction: Tensor) -> Tensor:
 
 
 def ssim(images: Tensor, reconstruction: Tensor) -> Tensor:
-    """Structural similarity per image, [b]; both [b, c, H, W] in [-1, 1], 11 x 11 Gaussian window (torchmetrics)."""
-    values = structural_similarity_index_measure(
-        reconstruction.float(), images.float(), data_range=(-1.0, 1.0), reduction="none"
-    )
+    """Structural similarity per image, [b]; both [b, c, H, W] in [-1, 1], 11 x 11 Gaussian window (torchmetrics).
+
+    Taken on intensities from 0 to 1, as published values are: its luminance term means nothing below 0.
+    """
+    first, second = ((x.float() + 1) / 2 for x in (reconstruction, images))
+    values = structural_similarity_index_measure(first, second, data_range=(0.0, 1.0), reduction="none")
     assert isinstance(values, Tensor)
     return values
 

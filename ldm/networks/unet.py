@@ -44,7 +44,7 @@ def unet(
 
     Args:
         block_out_channels: Width per level; each level after the first halves the resolution.
-        attention_levels: Levels with (cross-)attention, counted from 0, the finest.
+        attention_levels: Levels with (cross-)attention, counted from 0, the finest. The middle block always attends.
         head_dim: Width of an attention head.
 
     Raises:

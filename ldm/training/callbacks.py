@@ -104,7 +104,9 @@ class EMACallback(Callback):
         self.ema = EMA(module.trained, self.decay)
         if self._state is not None:
             self.ema.load_state_dict(self._state)
-        self._last_step = trainer.global_step
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._last_step = trainer.global_step  # not in on_fit_start: a resumed trainer does not know it there yet
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if self.ema is not None and trainer.global_step > self._last_step:

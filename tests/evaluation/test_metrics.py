@@ -1,0 +1,136 @@
+"""ldm.evaluation.metrics against numpy, brute force and torchmetrics."""
+
+import numpy as np
+import pytest
+import torch
+from torchmetrics.image.kid import poly_mmd
+
+from ldm.evaluation.metrics import _mmd2, kernel_distance, pca_reconstruction, psnr, retrieval_ranks, ssim
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def pair() -> tuple[torch.Tensor, torch.Tensor]:
+    images = draw(4, 3, 16, 16).mul(0.4).clamp(-1, 1)
+    errors = draw(4, 3, 16, 16, seed=1) * torch.tensor([0.01, 0.1, 0.3, 1.0])[:, None, None, None]
+    return images, (images + errors).clamp(-1, 1)
+
+
+def test_psnr_is_that_of_8_bit_pictures(pair):
+    """Mapped to 0..255, where the peak is 255."""
+    first, second = ((x.double().numpy() + 1) * 127.5 for x in pair)
+    expected = 10 * np.log10(255**2 / ((first - second) ** 2).mean(axis=(1, 2, 3)))
+    np.testing.assert_allclose(psnr(*pair).numpy(), expected, rtol=1e-4)
+
+
+def test_psnr_of_equal_images_is_finite():
+    images = draw(2, 3, 8, 8)
+    torch.testing.assert_close(psnr(images, images), torch.full((2,), 106.0206), rtol=0, atol=1e-3)
+
+
+def test_ssim_against_its_formula(pair):
+    """Wang et al. 2004 on 8-bit pictures, 11 x 11 Gaussian window of 1.5 pixels, edges mirrored."""
+    t = np.arange(11) - 5
+    window = np.exp(-(t**2) / (2 * 1.5**2))
+    window = np.outer(window, window) / window.sum() ** 2
+
+    def blur(x):
+        padded = np.pad(x, ((0, 0), (0, 0), (5, 5), (5, 5)), mode="reflect")
+        views = np.lib.stride_tricks.sliding_window_view(padded, (11, 11), axis=(2, 3))
+        return (views * window).sum(axis=(-1, -2))
+
+    x, y = ((part.double().numpy() + 1) * 127.5 for part in pair)
+    mean_x, mean_y = blur(x), blur(y)
+    var_x, var_y, cov = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2, blur(x * y) - mean_x * mean_y
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    values = (2 * mean_x * mean_y + c1) * (2 * cov + c2) / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
+    np.testing.assert_allclose(ssim(*pair).numpy(), values.mean(axis=(1, 2, 3)), atol=1e-4)
+    torch.testing.assert_close(ssim(pair[0], pair[0]), torch.ones(4))
+
+
+@pytest.mark.parametrize(("factor", "channels"), [(2, 3), (4, 10)])
+def test_pca_against_a_singular_value_decomposition(factor, channels):
+    train, images = draw(60, 3, 8, 8).mul(0.2), draw(5, 3, 8, 8, seed=1).mul(0.2)
+    train[:, 0] += train[:, 1]
+
+    def patches(x):
+        side = 8 // factor
+        parts = x.double().numpy().reshape(len(x), 3, side, factor, side, factor)
+        return parts.transpose(0, 2, 4, 1, 3, 5).reshape(-1, 3 * factor**2)
+
+    mean = patches(train).mean(0)
+    _, _, basis = np.linalg.svd(patches(train) - mean, full_matrices=False)
+    basis = basis[:channels]
+    expected = (patches(images) - mean) @ basis.T @ basis + mean
+    found = pca_reconstruction(train, images, factor=factor, channels=channels)
+    np.testing.assert_allclose(patches(found), expected.clip(-1, 1), atol=1e-5)
+
+
+def test_pca_of_every_dimension_loses_nothing():
+    train = draw(60, 3, 8, 8).mul(0.2)
+    torch.testing.assert_close(pca_reconstruction(train, train, factor=2, channels=12), train, rtol=0, atol=1e-6)
+
+
+def test_mmd_of_two_features_by_hand():
+    """Each feature's kernel with itself is left out: k(1, 2) = (1 * 2 + 1)^3 and so on, for d = 1."""
+    within_samples, within_reference = (1 * 2 + 1) ** 3, (0 * 1 + 1) ** 3
+    across = ((1 * 0 + 1) ** 3 + (1 * 1 + 1) ** 3 + (2 * 0 + 1) ** 3 + (2 * 1 + 1) ** 3) / 4
+    found = _mmd2(torch.tensor([[1.0], [2.0]]), torch.tensor([[0.0], [1.0]]))
+    assert found.item() == pytest.approx(within_samples + within_reference - 2 * across)
+
+
+def test_mmd_equals_torchmetrics_on_whole_sets():
+    samples, reference = draw(40, 8).double(), draw(40, 8, seed=1).double() * 1.2 + 0.1
+    torch.testing.assert_close(_mmd2(samples, reference), poly_mmd(samples, reference), rtol=1e-9, atol=1e-12)
+
+
+def test_kernel_distance_averages_disjoint_subsets():
+    samples, reference = draw(43, 8).double(), draw(50, 8, seed=1).double() + 0.3
+    generator = torch.Generator().manual_seed(7)
+    parts = [x[torch.randperm(len(x), generator=generator)[:40]].split(10) for x in (samples, reference)]
+    values = [poly_mmd(a, b).item() for a, b in zip(*parts, strict=True)]
+    mean, error = kernel_distance(samples, reference, seed=7)
+    assert mean == pytest.approx(np.mean(values), rel=1e-9)
+    assert error == pytest.approx(np.std(values, ddof=1) / 2, rel=1e-9)
+
+
+def test_kernel_distance_is_unbiased():
+    """Between sets of one distribution it is zero on average, not positive as distances are."""
+    means, errors = np.transpose(
+        [kernel_distance(draw(64, 4, seed=2 * i), draw(64, 4, seed=2 * i + 1), seed=i) for i in range(150)]
+    )
+    assert abs(means.mean()) < 3 * means.std(ddof=1) / np.sqrt(150)
+    assert (means < 0).mean() > 0.3
+    assert errors.mean() == pytest.approx(means.std(ddof=1), rel=0.3), "the error that it states is the one it makes"
+
+
+def test_kernel_distance_grows_with_the_shift():
+    reference = draw(200, 4)
+    distances = [kernel_distance(draw(200, 4, seed=1) + shift, reference)[0] for shift in (0.0, 0.5, 1.0)]
+    assert distances[0] < distances[1] < distances[2]
+
+
+def test_too_few_features_are_refused():
+    with pytest.raises(ValueError, match="7 and 100 features are too few for 4 subsets"):
+        kernel_distance(draw(7, 3), draw(100, 3))
+
+
+def test_retrieval_ranks_against_brute_force():
+    gallery = draw(30, 5)
+    queries = gallery[torch.arange(12) * 2] + 0.8 * draw(12, 5, seed=1)
+    own = torch.arange(12) * 2
+    expected = []
+    for query, i in zip(queries.numpy(), own.tolist(), strict=True):
+        cosines = gallery.numpy() @ query / np.linalg.norm(gallery.numpy(), axis=1) / np.linalg.norm(query)
+        expected.append(int((cosines > cosines[i]).sum()))
+    found = retrieval_ranks(queries, gallery, own)
+    assert found.tolist() == expected
+    assert 0 in expected and max(expected) > 1
+
+
+def test_an_image_finds_itself_whatever_its_length():
+    gallery = draw(20, 5)
+    assert retrieval_ranks(3 * gallery, gallery, torch.arange(20)).tolist() == [0] * 20

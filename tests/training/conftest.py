@@ -1,0 +1,71 @@
+"""A training module of one matrix, and a short fit of it."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from ldm.data.loaders import train_loader, val_loader
+from ldm.training.module import TrainingModule
+from ldm.training.stage import OptimizerFactory
+
+
+class Line(TrainingModule):
+    """Fits y = A x to noisy y = x; keeps what it saw of each batch."""
+
+    def __init__(self, lr: float = 1.0, build=torch.optim.SGD) -> None:
+        torch.manual_seed(0)
+        super().__init__(torch.nn.Linear(2, 2), OptimizerFactory(partial(build, lr=lr)), seed=0)
+        self.seen: list[tuple[int, float]] = []
+        self.validated: list[torch.Tensor] = []
+
+    def training_step(self, x, batch_idx):
+        noise = torch.randn(x.shape, generator=self.next_generator())
+        self.seen.append((self.trainer.global_step, noise.sum().item()))
+        return {"loss": (self.trained(x + 0.1 * noise) - x).square().mean()}
+
+    def validation_step(self, x, batch_idx):
+        self.validated.append(self.trained.weight.detach().clone())
+
+
+@pytest.fixture
+def make_module():
+    """Line(lr=1.0, build=SGD)."""
+    return Line
+
+
+@pytest.fixture
+def fit(tmp_path):
+    """Fit a module on the CPU with these callbacks; returns the trainer."""
+
+    def fit(module, callbacks=(), *, batch_size=4, start=0, ckpt_path=None, **options) -> Trainer:
+        data = torch.randn(32, 2, generator=torch.Generator().manual_seed(0))
+        trainer = Trainer(
+            **{
+                "accelerator": "cpu",
+                "max_epochs": -1,
+                "callbacks": list(callbacks),
+                "default_root_dir": tmp_path,
+                "logger": False,
+                "check_val_every_n_epoch": None,
+                "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),
+                "enable_progress_bar": False,
+                "enable_model_summary": False,
+                "num_sanity_val_steps": 0,
+                "use_distributed_sampler": False,
+                **options,
+            }
+        )
+
+        def fetch(indices: np.ndarray) -> torch.Tensor:
+            return data[torch.from_numpy(indices)]
+
+        batches = train_loader(fetch, np.arange(28), batch_size=batch_size, seed=0, start=start)
+        held_out = val_loader(fetch, np.arange(28, 32), batch_size=4)
+        trainer.fit(module, batches, held_out, ckpt_path=ckpt_path, weights_only=True)
+        return trainer
+
+    return fit

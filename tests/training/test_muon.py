@@ -1,0 +1,106 @@
+"""ldm.training.muon: Muon for the blocks' matrices, AdamW for the rest, as one optimizer."""
+
+import copy
+
+import pytest
+import torch
+from torch.optim import AdamW, Muon
+
+from ldm.networks.dit import DiT
+from ldm.training.muon import MuonAdamW
+from ldm.training.stage import OptimizerFactory
+
+
+def build() -> DiT:
+    torch.manual_seed(0)
+    network = DiT(sample_size=2, in_channels=2, out_channels=2, patch_size=1, hidden_dim=16, depth=2, head_dim=8)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return network
+
+
+@pytest.fixture
+def network() -> DiT:
+    return build()
+
+
+def make(network, **options) -> MuonAdamW:
+    return OptimizerFactory(lambda groups: MuonAdamW(groups, lr=1e-2, **options))(network)
+
+
+def train(network, optimizer, steps: int, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        z = torch.randn(3, 2, 2, 2, generator=generator)
+        (network(z, torch.tensor([1, 2, 3])) - z).square().mean().backward()
+        optimizer.step()
+
+
+def test_the_blocks_matrices_go_to_muon_and_the_rest_to_adamw(network):
+    muon, adamw = make(network).inner
+    assert isinstance(muon, Muon) and isinstance(adamw, AdamW)
+    names = {id(p): name for name, p in network.named_parameters()}
+    hidden = {names[id(p)] for group in muon.param_groups for p in group["params"]}
+    others = {names[id(p)] for group in adamw.param_groups for p in group["params"]}
+    assert hidden | others == set(names.values()) and not hidden & others
+    assert hidden == {
+        f"blocks.{i}.{name}.weight"
+        for i in range(2)
+        for name in ("attention.to_q", "attention.to_kv", "attention.to_out", "mlp.gate_and_value", "mlp.out")
+    }
+
+
+def test_it_takes_the_steps_of_both(network):
+    reference, optimizer = copy.deepcopy(network), make(network)
+    hidden = [p for name, p in reference.named_parameters() if p.ndim == 2 and name.startswith("blocks.")]
+    hidden = [p for p in hidden if p.shape[0] != 6 * 16]  # adaLN's modulation
+    chosen = {id(p) for p in hidden}
+    others = [p for p in reference.parameters() if id(p) not in chosen]
+    groups = [
+        {"params": [p for p in others if p.ndim > 1]},
+        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    both = [
+        Muon(hidden, lr=1e-2, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        AdamW(groups, lr=1e-2, betas=(0.9, 0.99), weight_decay=0.01),
+    ]
+
+    class Both:
+        def zero_grad(self):
+            reference.zero_grad()
+
+        def step(self):
+            for each in both:
+                each.step()
+
+    train(network, optimizer, 3)
+    train(reference, Both(), 3)
+    for (name, ours), theirs in zip(network.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_learning_rate_that_is_set_from_outside_counts(network):
+    optimizer = make(network)
+    before = [p.detach().clone() for p in network.parameters()]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    train(network, optimizer, 1)
+    assert all(torch.equal(p, b) for p, b in zip(network.parameters(), before, strict=True))
+
+
+def test_it_goes_on_from_its_state(network):
+    optimizer = make(network)
+    train(network, optimizer, 3)
+    other = build()
+    other.load_state_dict(network.state_dict())
+    resumed = make(other)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(network, optimizer, 2, seed=1)
+    train(other, resumed, 2, seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), other.parameters(), strict=True))
+
+
+def test_a_network_without_blocks_is_adamw_alone():
+    optimizer = make(torch.nn.Linear(3, 3))
+    assert [type(inner) for inner in optimizer.inner] == [AdamW]
