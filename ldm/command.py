@@ -18,6 +18,7 @@ from omegaconf.errors import (
     MissingMandatoryValue,
     OmegaConfBaseException,
 )
+from safetensors import SafetensorError
 
 from ldm.errors import UserError
 from ldm.home import folder
@@ -40,6 +41,9 @@ FREE_TEXT = (
     "conditioning.encoder",
 )
 """Keys whose values are text or paths: they reach the config as they were typed, whatever Hydra's grammar says."""
+
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def run(config_name: str, task: Callable[[DictConfig], Any]) -> None:
@@ -134,8 +138,9 @@ def explain(error: BaseException) -> str | None:
         if isinstance(cause, UserError):
             return str(cause)
     for cause in chain:
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-            place = f" at {cause.filename}" if cause.filename else ""
+        if _is_disk_full(cause):
+            file = getattr(cause, "filename", None)
+            place = f" at {file}" if file else ""
             return (
                 f"The disk is full{place}. What was saved before is kept: make room, then continue with the same "
                 "command and resume=true, or choose another disk with runs_dir= and data.cache_dir=."
@@ -159,6 +164,12 @@ def explain(error: BaseException) -> str | None:
         message = str(chain[-1] if isinstance(chain[-1], ValueError | TypeError | OmegaConfBaseException) else error)
         return " ".join(message.split()) + " --help lists the choices and the keys."
     return None
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    if isinstance(error, SafetensorError):
+        return any(f"(os error {number})" in str(error) for number in _DISK_FULL)
+    return isinstance(error, OSError) and error.errno in _DISK_FULL
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -29,7 +29,9 @@ def call(monkeypatch, capsys) -> Callable[..., Ended]:
 
     def call(main: Callable[[], None], *arguments: str) -> Ended:
         monkeypatch.setattr(sys, "argv", [main.__module__, *arguments])
-        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+        for name in ("HYDRA_FULL_ERROR", "LDM_RUN_NAME"):  # what a command sets, the test takes back
+            monkeypatch.setenv(name, "")
+            monkeypatch.delenv(name)
         capsys.readouterr()
         code = 0
         try:

@@ -1,4 +1,4 @@
-"""Mistakes end in one paragraph that names the remedy, and in exit code 2."""
+"""Mistakes of the user's end in one paragraph that names the remedy, and in exit code 2."""
 
 import errno
 import json
@@ -6,124 +6,161 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
+from safetensors import SafetensorError
 
 import ldm.train
 from ldm import console
-from ldm.autoencoder.autoencoder import Autoencoder
+from ldm.data.image_folder import ImageFolder
+from ldm.data.images import prepare
+
+MINE = ["data=image_folder", "data.path=pictures", "data.resolution=16"]
+SHORT = ["trainer=cpu", "trainer.max_steps=1", "trainer.max_time=null", "trainer.precision=32-true", "batch_size=8"]
+VAE = ["stage=vae", *MINE, *SHORT, "autoencoder.model.block_out_channels=[32]", "logger=csv"]
+DIFFUSION = ["stage=diffusion", *MINE, *SHORT, "conditioning=none", "logger=csv"]
+
+
+@pytest.fixture(scope="module")
+def place(make_images, tmp_path_factory) -> Path:
+    """A working folder with forty pictures without captions or classes, prepared."""
+    place = tmp_path_factory.mktemp("place")
+    make_images(place / "pictures", 40)
+    (place / "empty").mkdir()
+    for resolution in (16, 18):
+        prepare(ImageFolder(place / "pictures"), resolution=resolution, cache_dir=place / "cache", progress=False)
+    return place
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch) -> Path:
-    """An empty working folder, with a cache of its own."""
-    monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+def fails(call, place, monkeypatch):
+    """Run a command that must fail as a user is meant to see it; returns what it says."""
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("LDM_CACHE", str(place / "cache"))
 
-
-@pytest.fixture
-def fails(call, place):
-    """Run a command that must fail properly; returns what it says."""
-
-    def fails(main, *arguments) -> str:
+    def fails(main, *arguments: str) -> str:
         ended = call(main, *arguments)
         assert ended.code == 2, ended
         assert ended.err.startswith("error: ") and ended.err.endswith("\n"), ended.err
-        message = ended.err.removeprefix("error: ").rstrip("\n")
-        assert "\n" not in message and "Traceback" not in ended.err, ended.err
-        print(message)
+        message = ended.err.removeprefix("error: ").removesuffix("\n")
+        assert message and "\n" not in message and "Traceback" not in message, ended.err
         return message
 
     return fails
 
 
-@pytest.mark.parametrize(
-    "args",
-    [
-        ["network=foo"],
-        ["trainer=foo"],
-        ["stage=foo"],
-        [],
-        ["stage=vae", "data=image_folder"],
-        ["stage=vae", "data=huggingface"],
-        ["stage=vae", "data=image_folder", "data.path=nowhere"],
-        ["stage=vae", "data=image_folder", "data.path=."],
-        ["stage=vae", "trainer.max_time=5"],
-        ["stage=vae", "trainer.max_time=null"],
-        ["stage=vae", "trainer.precision=16-mixed", "trainer.max_steps=3"],
-        ["stage=vae", "optimizer.decay=foo"],
-        ["stage=vae", "trainer.mx_steps=3"],
-        ["stage=vae", "sampler=ddim", "sampler.eta=3"],
-        ["stage=diffusion"],
-        [
-            "stage=diffusion",
-            "vae=.",
-        ],
-        [
-            "stage=diffusion",
-            "vae=no/such",
-        ],
-        [
-            "stage=diffusion",
-            "network.nosuch=3",
-        ],
-        [
-            "stage=vae",
-            "autoencoder.model.latent_channels=100",
-        ],
-        [
-            "stage=vae",
-            "data.resolution=30",
-        ],
-        [
-            "stage=vae",
-            "batch_size=3000",
-        ],
-        [
-            "stage=vae",
-            "resume=true",
-        ],
-        [
-            "stage=vae",
-            "resume=foo.ckpt",
-        ],
-        [
-            "stage=vae",
-            "name=a/b",
-        ],
-        [
-            "stage=vae",
-            "init_from=.",
-        ],
-        [
-            "stage=vae",
-            "stage=diffusion",
-        ],
-        [
-            "stage=vae",
-            "data.val_fraction=3",
-        ],
-        [
-            "stage=vae",
-            "data.path=3",
-        ],
-        [
-            "stage=vae",
-            "batch_size=foo",
-        ],
-        ["stage=vae", "prompt==(", "seed=(,"],
-        ["stage=vae", "trainer=gpu", "trainer.max_steps=3"],
-        ["stage=vae", "batch_size=15", "trainer.accumulate_grad_batches=2", "trainer.max_steps=3"],
-        ["stage=vae", "trainer.ema_decay=1.5", "trainer.max_steps=3"],
-        ["stage=vae", "schedule=rectified_flow", "objective=eps", "trainer.max_steps=3"],
-    ],
-)
-def test_x(call, place, args, capsys):
-    import traceback
+train = ldm.train.main
 
-    try:
-        e = call(ldm.train.main, *args)
-    except BaseException as x:
-        print(args, "RAISED", type(x), x)
-        traceback.print_exc()
-        return
-    print(args, e.code, e.err[:1500])
+
+MISTAKES = [
+    ([], ["stage is required", "stage=vae", "stage=diffusion"]),
+    ([*VAE, "network=nosuch"], ["network=nosuch", "dit_xl", "unet"]),
+    ([*VAE, "trainer.max_stepps=3"], ["no key trainer.max_stepps", "--help"]),
+    (["stage=vae", "data=image_folder"], ["data.path", "data.path=..."]),
+    ([*VAE, "data.path=nowhere"], ["data.path=nowhere is not a folder", "Name the folder"]),
+    ([*VAE, "data.path=empty"], ["data.path=empty holds no images", ".png"]),
+    ([*VAE, "batch_size=64"], ["fewer than batch_size=64", "Choose batch_size="]),
+    ([*VAE, "trainer.accumulate_grad_batches=3"], ["batch_size=8 must be a multiple of", "=3"]),
+    ([*VAE, "data.resolution=18"], ["data.resolution=18", "Choose data.resolution=16 or 20"]),
+    ([*VAE, "trainer.max_time=5m"], ["trainer.max_time=5m must be HH:MM:SS", "00:05:00"]),
+    ([*VAE, "trainer.max_steps=-1"], ["needs a budget", "trainer.max_steps=N or trainer.max_time=HH:MM:SS"]),
+    ([*VAE, "trainer.precision=16-mixed"], ["half precision", "Choose bf16-mixed or 32-true"]),
+    ([*VAE, "optimizer.decay=sudden"], ["optimizer.decay=sudden is unknown", "linear, cosine, constant"]),
+    ([*VAE, "trainer.ema_decay=1.5", "name=ema"], ["trainer.ema_decay must be in [0, 1), not 1.5"]),
+    ([*VAE, "autoencoder.model.latent_channels=49"], ["49 latent channels exceed the 48 dimensions"]),
+    ([*VAE, "data.resize=melt"], ["data.resize=melt is unknown", "crop, pad, squash"]),
+    ([*VAE, "resume=true", "name=new"], ["no checkpoint runs/vae/new/checkpoints/last.ckpt", "without resume="]),
+    ([*VAE, "name=a/b"], ["name=a/b must be a plain folder name", "runs_dir="]),
+    ([*VAE, "init_from=pictures"], ["pictures is neither a run folder nor a diffusers folder"]),
+    ([*DIFFUSION], ["no finished autoencoder", "python -m ldm.train stage=vae", "vae="]),
+    ([*DIFFUSION, "vae=pictures"], ["pictures is neither a run folder nor a diffusers folder"]),
+    ([*DIFFUSION, "init_from=pictures"], ["pictures is no pipeline", "stage=diffusion"]),
+    ([*DIFFUSION, "conditioning=text"], ["have no captions", "conditioning=none"]),
+    ([*DIFFUSION, "conditioning=class"], ["have no class labels", "one folder per class", "conditioning=none"]),
+    ([*DIFFUSION, "objective=eps", "schedule=rectified_flow"], ["eps does not determine z_0", "z_0, v or flow"]),
+    ([*DIFFUSION, "objective.weighting=heavy"], ["objective.weighting=heavy is unknown", "simple, min_snr"]),
+    ([*DIFFUSION, "sampler=ddpm", "sampler.steps=2000"], ["1 to 1000 steps; got 2000"]),
+    ([*DIFFUSION, "sampler=ddpm", "sampler.eta=1"], ["There is no key sampler.eta"]),
+    ([*DIFFUSION, "sampler=ddim", "sampler.eta=7.0"], ["eta must be in [0, 1]; got 7.0"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "said"), MISTAKES, ids=[(given or ["nothing"])[-1] for given, _ in MISTAKES])
+def test_training(fails, arguments, said):
+    message = fails(train, *arguments)
+    assert all(part in message for part in said), message
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_here(fails):
+    assert "trainer=cpu or trainer=auto" in fails(train, *VAE, "trainer=gpu", "name=gpu")
+
+
+def test_a_hub_that_cannot_be_reached(fails, monkeypatch):
+    def offline(name, **options):
+        raise OSError(f"{name} cannot be reached\nand more lines")
+
+    monkeypatch.setattr(AutoencoderKL, "from_pretrained", offline)
+    message = fails(train, *DIFFUSION, "vae=stabilityai/nosuch")
+    assert "stabilityai/nosuch is no folder here" in message and "hub id that can be reached" in message
+
+
+FULL = [
+    OSError(errno.ENOSPC, "No space left on device", "runs/last.partial"),
+    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+]
+
+
+@pytest.mark.parametrize("error", FULL, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize(
+    "culprit", ["lightning.pytorch.Trainer.save_checkpoint", "diffusers.ModelMixin.save_pretrained"]
+)
+def test_a_full_disk(fails, monkeypatch, culprit, error):
+    def full(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(culprit, full)
+    message = fails(train, *VAE, "name=full", "overwrite=true")
+    assert message.startswith("The disk is full") and "resume=true" in message and "runs_dir=" in message
+
+
+def pretend(folder: Path, stage: str, **facts) -> Path:
+    """A run folder as training leaves it when it is stopped."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"format": 1, "stage": stage, "finished": None, "data_fingerprint": "x", **facts}
+    (folder / "run.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("tool", "options"),
+    [
+        (console.sample, []),
+        (console.evaluate, []),
+        (console.decode, ["latents=x", "out=y"]),
+        (console.encode, ["images=pictures", "out=y"]),
+        (console.forward, ["image=pictures/000.png"]),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_tools_want_a_run(fails, place, tool, options):
+    assert "Add to the command line: run=..." in fails(tool, *options)
+    assert "run=nowhere does not exist" in fails(tool, "run=nowhere", *options)
+    message = fails(tool, "run=pictures", *options)
+    assert "run=pictures is not a run folder" in message and "python -m ldm.train" in message
+    pretend(place / "elsewhere/diffusion/a", "diffusion")
+    assert "Runs below it: elsewhere/diffusion/a." in fails(tool, "run=elsewhere", *options)
+    assert "resume=true" in fails(tool, "run=elsewhere/diffusion/a", *options)
+    pretend(place / "old", "diffusion", format=0)
+    assert "has format 0; this version reads 1" in fails(tool, "run=old", *options)
+
+
+@pytest.mark.parametrize("tool", [console.sample, console.evaluate])
+def test_an_autoencoder_cannot_draw(fails, place, tool):
+    pretend(place / "vae", "vae")
+    message = fails(tool, "run=vae")
+    assert "run of stage=vae" in message and "python -m ldm.train stage=diffusion vae=vae" in message
+
+
+def test_an_unfinished_autoencoder_is_not_found(fails, place):
+    pretend(place / "unfinished/vae/a", "vae")
+    assert "no finished autoencoder" in fails(train, *DIFFUSION, "runs_dir=unfinished")

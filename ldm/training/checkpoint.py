@@ -35,7 +35,15 @@ class LastCheckpoint(Checkpoint):
         self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
-        trainer.save_checkpoint(self.path, weights_only=False)
+        # beside and renamed: a full disk or a kill leaves the last one whole
+        partial = self.path.with_name("last.partial")
+        try:
+            trainer.save_checkpoint(partial, weights_only=False)
+            if trainer.is_global_zero:
+                partial.replace(self.path)
+        finally:
+            if trainer.is_global_zero:
+                partial.unlink(missing_ok=True)
         self._saved_at = time.monotonic()
 
 

@@ -1,8 +1,10 @@
 """ldm.training: the averaged weights while validating, the progress line, the checkpoint, noise per batch."""
 
+import errno
+
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 
 from ldm.errors import UserError
 from ldm.training.callbacks import Budget, EMACallback, ProgressBar
@@ -108,6 +110,21 @@ def test_a_checkpoint_is_kept_between_steps_and_at_the_end(fit, make_module, tmp
     fit(make_module(), [Budget(3), Saves(tmp_path, 0.0)], max_steps=3, accumulate_grad_batches=2)
     assert saved == [(1, 1), (2, 2), (3, 3), (3, 3)]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
+
+
+def test_a_save_that_fails_leaves_the_last_checkpoint_whole(fit, make_module, tmp_path, monkeypatch):
+    fit(make_module(), [Budget(2), LastCheckpoint(tmp_path, 3600)], max_steps=2)
+    before = (tmp_path / "checkpoints/last.ckpt").read_bytes()
+
+    def full(self, path, **options):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Trainer, "save_checkpoint", full)
+    with pytest.raises(OSError, match="No space left"):
+        fit(make_module(), [Budget(3), LastCheckpoint(tmp_path, 0.0)], max_steps=3)
+    assert (tmp_path / "checkpoints/last.ckpt").read_bytes() == before
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 1
 
 
 @pytest.mark.parametrize("resume", [False, None])

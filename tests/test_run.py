@@ -1,0 +1,89 @@
+"""ldm.run: a run folder says what it is; the autoencoder that a second stage finds."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from omegaconf import OmegaConf
+
+from ldm.autoencoder.autoencoder import Autoencoder, weights_sha256
+from ldm.data.image_folder import ImageFolder
+from ldm.data.images import prepare
+from ldm.errors import UserError
+from ldm.run import Run, find_autoencoder, load_autoencoder
+
+
+def autoencoder(seed: int) -> Autoencoder:
+    torch.manual_seed(seed)
+    return Autoencoder(AutoencoderKL(block_out_channels=(8,), latent_channels=3, norm_num_groups=4).eval())
+
+
+def make_run(folder: Path, seed: int, *, finished: float | None, data: str = "images") -> Run:
+    """A run of stage vae, of untrained weights."""
+    config = OmegaConf.create({"data": {"resolution": 8}, "batch": "${data.resolution}"})
+    run = Run.create(folder, config, {"stage": "vae", "name": folder.name, "data_fingerprint": data})
+    autoencoder(seed).save(run.autoencoder_folder)
+    run.update(finished=finished)
+    return run
+
+
+def test_a_run_says_where_it_comes_from(tmp_path):
+    run = Run.open(make_run(tmp_path / "vae/demo", 0, finished=1.0).path)
+    assert run.finished and run.stage == "vae" and run.facts["name"] == "demo"
+    assert run.config() == {"data": {"resolution": 8}, "batch": 8}
+    assert run.facts["versions"]["torch"] == torch.__version__
+    assert {"command", "started", "python", "machine", "commit"} <= run.facts.keys()
+    assert sorted(path.name for path in run.path.iterdir()) == ["autoencoder", "config.yaml", "images", "run.json"]
+
+
+def test_the_newest_finished_run_on_the_same_data_is_found(tmp_path):
+    make_run(tmp_path / "vae/b_old", 0, finished=1.0)
+    newest = make_run(tmp_path / "vae/a_new", 1, finished=3.0)
+    make_run(tmp_path / "vae/other_data", 2, finished=4.0, data="other images")
+    make_run(tmp_path / "vae/running", 3, finished=None)
+    make_run(tmp_path / "elsewhere/stray", 4, finished=5.0)
+    found, place = find_autoencoder(None, str(tmp_path), "images")
+    assert place == str(newest.path)
+    assert found.weights_sha256() == autoencoder(1).weights_sha256()
+
+
+def test_nothing_to_find_names_the_command(tmp_path):
+    make_run(tmp_path / "vae/running", 3, finished=None)
+    with pytest.raises(UserError, match=r"no finished autoencoder for this data in .*vae\. Train one first: python -m"):
+        find_autoencoder(None, str(tmp_path), "images")
+
+
+@pytest.mark.parametrize("layout", ["a run", "a diffusers folder", "a diffusers pipeline"])
+def test_an_autoencoder_comes_from_any_of_three_folders(tmp_path, layout):
+    place = tmp_path / "a place"
+    if layout == "a run":
+        make_run(place, 5, finished=None)
+    else:
+        autoencoder(5).model.save_pretrained(place / "vae" if layout.endswith("pipeline") else place)
+    for found in (load_autoencoder(str(place)), find_autoencoder(str(place), "nowhere", "any")[0]):
+        assert found.weights_sha256() == weights_sha256(autoencoder(5).model)
+
+
+def test_images_that_changed_or_went_are_named(tmp_path, make_images):
+    source = ImageFolder(make_images(tmp_path / "pictures", 10, size=8))
+    images = prepare(source, resolution=8, cache_dir=tmp_path / "cache", progress=False)
+    run = make_run(tmp_path / "vae/demo", 0, finished=1.0, data=images.fingerprint)
+    run.update(data_cache=str(images.path), val_fraction=images.val_fraction)
+    assert run.image_data().fingerprint == images.fingerprint
+    run.update(data_fingerprint="f" * 64)
+    with pytest.raises(UserError, match="but .* was trained on ffffffffffff"):
+        run.image_data()
+    (images.path / "index.json").unlink()
+    with pytest.raises(UserError, match="are no longer in .*Prepare them again"):
+        run.image_data()
+
+
+def test_run_json_is_never_half_written(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "vae/demo", 0, finished=1.0)
+    before = (run.path / "run.json").read_text()
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run.update(finished=2.0)
+    assert (run.path / "run.json").read_text() == before and json.loads(before)["finished"] == 1.0

@@ -1,0 +1,213 @@
+"""ldm.training.vae and .diffusion: what a step sees, what validation says, what a stage leaves."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm.autoencoder.loss import AutoencoderLoss
+from ldm.autoencoder.patch import PatchAutoencoderKL
+from ldm.data.image_folder import ImageFolder
+from ldm.data.images import ImageData, prepare
+from ldm.data.loaders import val_loader
+from ldm.diffusion.sampler import Sampler
+from ldm.diffusion.schedule import cosine
+from ldm.errors import UserError
+from ldm.networks.conditioning import ClassCondition
+from ldm.networks.dit import DiT
+from ldm.run import load_autoencoder
+from ldm.training.callbacks import Budget, EMACallback
+from ldm.training.diffusion import DiffusionStage, Objective, class_condition, no_condition
+from ldm.training.vae import VAEStage
+
+SGD = partial(torch.optim.SGD, lr=0.1)
+
+
+@pytest.fixture(scope="module")
+def images(make_images, tmp_path_factory) -> ImageData:
+    """Sixty images of two classes."""
+    place = tmp_path_factory.mktemp("stages")
+    make_images(place / "pets/cat", 30, size=8)
+    make_images(place / "pets/dog", 30, size=8, seed=1)
+    return prepare(ImageFolder(place / "pets"), resolution=8, cache_dir=place, val_fraction=0.2, progress=False)
+
+
+@pytest.fixture
+def vae_stage(images, tmp_path):
+    """VAEStage(flip=False)."""
+
+    def make(flip: bool = False, **options) -> VAEStage:
+        sizes = {"patch": 2, "latent_channels": 3, "block_out_channels": [8], "norm_num_groups": 4}
+        return VAEStage(
+            model=partial(PatchAutoencoderKL, **sizes),
+            loss=AutoencoderLoss(),
+            optimizer=SGD,
+            images=images,
+            flip=flip,
+            cache_dir=str(tmp_path / "cache"),
+            seed=0,
+            folder=tmp_path,
+            device=torch.device("cpu"),
+            **options,
+        )
+
+    return make
+
+
+@pytest.fixture
+def diffusion_stage(images, vae_stage, tmp_path):
+    """DiffusionStage(flip=False, conditioning=no_condition) on a PCA of the images."""
+    autoencoder = vae_stage().autoencoder
+
+    def make(flip: bool = False, conditioning=no_condition, **options) -> DiffusionStage:
+        sizes = {"patch_size": 1, "hidden_dim": 16, "depth": 1, "head_dim": 8}
+        return DiffusionStage(
+            **{
+                "network": partial(DiT, **sizes),
+                "schedule": cosine(100),
+                "objective": Objective(),
+                "conditioning": conditioning,
+                "drop_condition": 0.5,
+                "sampler": Sampler("ddim", 2),
+                "guidance": 2.0,
+                "prompts": [],
+                "optimizer": SGD,
+                "images": images,
+                "flip": flip,
+                "cache_dir": str(tmp_path / "cache"),
+                "seed": 0,
+                "folder": tmp_path,
+                "device": torch.device("cpu"),
+                "find_autoencoder": lambda data_fingerprint: (autoencoder, "here"),
+                **options,
+            }
+        )
+
+    return make
+
+
+def step(stage, batch, k: int = 0) -> float:
+    """The loss of batch k, outside of a trainer."""
+    stage.module._batch_index = k
+    stage.module.log_every = 10**9
+    stage.module._trainer = type("Trainer", (), {"global_step": 1, "global_rank": 0})()
+    loss = stage.module.training_step(batch, k)["loss"].item()
+    stage.module._trainer = None
+    return loss
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_half_of_the_images_are_mirrored_when_asked_for(vae_stage, images, monkeypatch, flip):
+    stage, seen = vae_stage(flip), []
+    monkeypatch.setattr(stage.module, "loss", lambda x, *_: seen.append(x) or {"loss": x.sum()})
+    batch = images.batch(images.train_indices)
+    step(stage, batch)
+    mirrored = [torch.equal(a, b.flip(-1)) and not torch.equal(a, b) for a, b in zip(seen[0], batch, strict=True)]
+    kept = [torch.equal(a, b) for a, b in zip(seen[0], batch, strict=True)]
+    assert all(a or b for a, b in zip(mirrored, kept, strict=True))
+    assert 0.3 < sum(mirrored) / len(mirrored) < 0.7 if flip else not any(mirrored)
+
+
+def test_an_autoencoder_starts_at_pca(vae_stage, images, tmp_path):
+    figures, picture = vae_stage()._held_out(type("Run", (), {"images": tmp_path})())
+    assert figures["psnr_db"] == pytest.approx(figures["pca_psnr_db"], abs=0.1)
+    assert figures["compression"] == pytest.approx(4.0) and picture.is_file()
+    assert figures["val_images"] == len(images.val_indices)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_latents_reach_the_chain_with_unit_variance(diffusion_stage, images, monkeypatch, flip):
+    """Over all views, and drawn from their posteriors."""
+    stage, seen = diffusion_stage(flip), []
+    batch = stage.fetch(images.train_indices)
+    assert batch["mean"].shape == (len(images.train_indices), 1 + flip, 3, 4, 4)
+
+    def note(z_0, t, condition, generator):
+        seen.append(z_0)
+        return z_0.flatten(1).mean(1)
+
+    monkeypatch.setattr(stage.module, "_loss", note)
+    for k in range(40):
+        step(stage, batch, k)
+    z = torch.stack(seen).transpose(0, 2).flatten(1)
+    torch.testing.assert_close(z.mean(1), torch.zeros(3), rtol=0, atol=0.02)
+    torch.testing.assert_close(z.std(1), torch.ones(3), rtol=0, atol=0.02)
+    assert not torch.equal(seen[0], seen[1])
+
+
+def test_a_batch_is_the_same_noise_again(diffusion_stage, images):
+    stage = diffusion_stage()
+    batch = stage.fetch(images.train_indices[:8])
+    assert step(stage, batch, 3) == step(stage, batch, 3) != step(stage, batch, 4)
+
+
+def test_labels_are_dropped_at_the_asked_rate(diffusion_stage, images, monkeypatch):
+    stage, seen = diffusion_stage(conditioning=class_condition), []
+    batch = stage.fetch(images.train_indices)
+    assert batch["condition"]["label"].tolist() == [images.labels[i] for i in images.train_indices]
+
+    def note(z_0, t, condition, generator):
+        seen.append(condition["label"])
+        return z_0.flatten(1).mean(1)
+
+    monkeypatch.setattr(stage.module, "_loss", note)
+    for k in range(40):
+        step(stage, batch, k)
+    labels = torch.stack(seen)
+    dropped = labels == 2
+    assert dropped.float().mean().item() == pytest.approx(0.5, abs=0.05)
+    assert (labels == batch["condition"]["label"])[~dropped].all()
+
+
+def test_validation_and_the_sample_grid_use_the_averaged_weights(diffusion_stage, fit, images, monkeypatch):
+    """And say the same each time for the same weights."""
+    stage, drawn, ema = diffusion_stage(), [], EMACallback(0.9)
+    module = stage.module
+    monkeypatch.setattr(module, "draw", lambda: drawn.append(module.trained.patch_in.weight.clone()) or ([], []))
+    monkeypatch.setattr("ldm.training.diffusion.save_grid", lambda *_: None)
+    monkeypatch.setattr("ldm.training.diffusion.grid", lambda *_, **__: None)
+    batch = stage.fetch(images.train_indices[:4])
+    monkeypatch.setattr(module, "on_before_batch_transfer", lambda *_: batch)
+    trainer = fit(module, [Budget(4), ema], max_steps=4, val_check_interval=2)
+    assert len(drawn) == 2 and torch.equal(drawn[1], ema.ema.shadow[0])
+    assert not torch.equal(drawn[1], module.trained.patch_in.weight)
+    held_out = val_loader(stage.fetch, images.val_indices, batch_size=4)
+    first = trainer.validate(module, held_out, verbose=False)
+    assert trainer.validate(module, held_out, verbose=False) == first
+    assert {"val/loss", "val/loss_t1_to_25", "val/loss_t76_to_100"} <= first[0].keys()
+
+
+def test_a_pipeline_continues_on_its_own_latents_only(diffusion_stage, vae_stage, tmp_path):
+    stage = diffusion_stage(conditioning=class_condition)
+    stage.pipeline.save(tmp_path / "pipeline")
+    place = str(tmp_path / "pipeline")
+    again = diffusion_stage(conditioning=class_condition, init_from=place)
+    assert again.pipeline.autoencoder.statistics == stage.pipeline.autoencoder.statistics
+    with pytest.raises(UserError, match="init_from is conditioned on class .*Choose conditioning=class"):
+        diffusion_stage(init_from=place)
+    other = vae_stage().autoencoder
+    with torch.no_grad():
+        other.model.shortcut_out.bias += 1
+    with pytest.raises(UserError, match="init_from was trained on latents of the autoencoder .*vae="):
+        diffusion_stage(
+            conditioning=class_condition, init_from=place, find_autoencoder=lambda data_fingerprint: (other, "")
+        )
+
+
+def test_what_a_stage_leaves_is_what_it_trained(diffusion_stage, tmp_path):
+    stage = diffusion_stage(conditioning=class_condition)
+    with torch.no_grad():
+        for parameter in stage.module.trained.parameters():
+            parameter.normal_()
+    run = type("Run", (), {"path": tmp_path / "run", "images": tmp_path})()
+    outcome = stage.finish(run)
+    assert "label=0" in outcome.next_command and all(Path(picture).is_file() for picture in outcome.pictures)
+    loaded = load_autoencoder(str(tmp_path / "run/pipeline"))
+    assert loaded.weights_sha256() == stage.contract.autoencoder_sha256
+    assert isinstance(stage.pipeline.conditioning, ClassCondition)
+
+
+def test_a_network_that_does_not_fit_is_explained(diffusion_stage):
+    with pytest.raises(UserError, match="does not fit latents of 3 x 4 x 4: patch_size=3 must divide"):
+        diffusion_stage(network=partial(DiT, patch_size=3, hidden_dim=16, depth=1, head_dim=8))
