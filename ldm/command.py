@@ -52,9 +52,9 @@ def run(config_name: str, task: Callable[[DictConfig], Any]) -> None:
     Exits with 2 after bad input, with 130 after Ctrl-C. HYDRA_FULL_ERROR=1 shows the traceback.
     """
     verbose = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
-    multirun = any(argument in ("-m", "--multirun") for argument in sys.argv[1:])
-    if not multirun:
-        sys.argv[1:] = quote_free_text(sys.argv[1:])
+    typed = sys.argv[1:]
+    if not any(argument in ("-m", "--multirun") for argument in typed):
+        sys.argv[1:] = quote_free_text(typed)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to Hydra's own report
 
     def report(error: Exception) -> None:
@@ -68,6 +68,7 @@ def run(config_name: str, task: Callable[[DictConfig], Any]) -> None:
 
     @functools.wraps(task)
     def complete(config: DictConfig) -> None:
+        sys.argv[1:] = typed  # for the record, and for the processes that Lightning starts with the same arguments
         try:
             require_values(config)
             task(config)

@@ -212,6 +212,13 @@ def test_the_task_gets_the_composed_config(sample):
     assert config.sampler.method == "ddim"
 
 
+def test_the_command_line_is_left_as_it_was_typed(sample):
+    """Lightning starts its other processes with it, and they quote it again."""
+    seen, typed = [], ["run=a place/b", "prompt=woman’s hat, (big)"]
+    assert sample(lambda config: seen.extend(sys.argv[1:]), *typed).code == 0
+    assert seen == typed
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
