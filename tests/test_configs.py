@@ -166,7 +166,7 @@ def test_trainers_know_their_keys(choice, tmp_path):
     if choice in ("auto", "cpu"):
         precision = "32-true" if config.precision == "auto" else config.precision
         trainer = lightning.Trainer(
-            **{**options, "accelerator": "cpu", "precision": precision, "logger": False, "max_epochs": -1},
+            **{**options, "precision": precision, "logger": False, "max_epochs": -1},
             default_root_dir=tmp_path,
         )
         assert trainer.val_check_interval == config.val_check_interval

@@ -80,8 +80,12 @@ def test_it_takes_the_steps_of_both(network):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_a_learning_rate_that_is_set_from_outside_counts(network):
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_learning_rate_that_is_set_from_outside_counts(network, resumed):
     optimizer = make(network)
+    if resumed:
+        train(network, optimizer, 1)
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     before = [p.detach().clone() for p in network.parameters()]
     for group in optimizer.param_groups:
         group["lr"] = 0.0

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ldm.training import precision
-from ldm.training.precision import bf16_gain, choose_precision
+from ldm.training.precision import GAIN_NEEDED, bf16_gain, choose_precision
 
 
 @pytest.fixture(autouse=True)
@@ -14,7 +14,8 @@ def no_accelerator(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("gain", "chosen"), [(0.3, "32-true"), (1.19, "32-true"), (1.2, "bf16-mixed"), (3.0, "bf16-mixed")]
+    ("gain", "chosen"),
+    [(0.3, "32-true"), (GAIN_NEEDED - 0.01, "32-true"), (GAIN_NEEDED, "bf16-mixed"), (3.0, "bf16-mixed")],
 )
 @pytest.mark.parametrize("accelerator", ["cpu", "auto"])
 def test_a_cpu_is_measured(monkeypatch, capsys, accelerator, gain, chosen):

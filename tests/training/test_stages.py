@@ -136,6 +136,18 @@ def test_latents_reach_the_chain_with_unit_variance(diffusion_stage, images, mon
     assert not torch.equal(seen[0], seen[1])
 
 
+def test_each_image_is_seen_in_either_view(diffusion_stage, images, monkeypatch):
+    stage, seen = diffusion_stage(flip=True), []
+    batch = stage.fetch(images.train_indices)
+    batch["log_variance"].fill_(-100)
+    monkeypatch.setattr(stage.module, "_loss", lambda z_0, *_: seen.append(z_0) or z_0.flatten(1).mean(1))
+    step(stage, batch)
+    views = [stage.pipeline.autoencoder.standardise(batch["mean"][:, view]) for view in range(2)]
+    taken = [[torch.allclose(z, other) for z, other in zip(seen[0], view, strict=True)] for view in views]
+    assert all(a or b for a, b in zip(*taken, strict=True))
+    assert 0.3 < sum(taken[1]) / len(taken[1]) < 0.7
+
+
 def test_a_batch_is_the_same_noise_again(diffusion_stage, images):
     stage = diffusion_stage()
     batch = stage.fetch(images.train_indices[:8])
