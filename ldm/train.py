@@ -6,6 +6,7 @@ python -m ldm.train stage=vae|diffusion [group=choice ...] [key=value ...]
 import logging
 import os
 import shutil
+import signal
 import sys
 import time
 import warnings
@@ -29,6 +30,7 @@ def train(config: DictConfig) -> None:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import Trainer, seed_everything
     from lightning.pytorch.utilities import rank_zero_only
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
     from rich.console import Console
 
     from ldm.data.images import prepare
@@ -152,8 +154,13 @@ def train(config: DictConfig) -> None:
         # ours is an endless loader over memory-mapped arrays: workers and epochs do not apply to it
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
         warnings.filterwarnings("ignore", ".*LeafSpec.*")
-        trainer.fit(stage.module, fit_batches, val_batches, ckpt_path=resumed, weights_only=True)
-        trainer.validate(stage.module, val_batches, verbose=False)
+        try:
+            trainer.fit(stage.module, fit_batches, val_batches, ckpt_path=resumed, weights_only=True)
+            trainer.validate(stage.module, val_batches, verbose=False)
+        except SystemExit as stopped:  # how Lightning passes on SIGTERM, with exit code 0, and Ctrl-C
+            if isinstance(stopped, SIGTERMException):
+                raise SystemExit(128 + signal.SIGTERM) from stopped
+            raise KeyboardInterrupt from stopped
     if not trainer.is_global_zero:
         return
     assert ema.ema is not None

@@ -10,7 +10,7 @@ from ldm import command
 def forward(config: DictConfig) -> None:
     from ldm.data.pixels import read_image
     from ldm.device import choose_device
-    from ldm.pictures import rows, to_pil
+    from ldm.pictures import grid, to_pil
     from ldm.run import Run
 
     run = Run.open(config.run)
@@ -19,9 +19,9 @@ def forward(config: DictConfig) -> None:
     steps, frames = pipeline.forward_chain(image, steps=config.steps, seed=config.seed)
     out = Path(config.out).expanduser() if config.out else run.images / "forward.png"
     out.parent.mkdir(parents=True, exist_ok=True)
-    columns = to_pil(frames)
-    named = [(f"t = {steps[0]} to {steps[-1]} of {pipeline.schedule.num_steps}", columns)]
-    rows([("image", to_pil(image)), *named]).save(out)
+    captions = ["image", *(f"t = {t}" for t in steps)]
+    title = f"The forward chain, T = {pipeline.schedule.num_steps}: z_t decoded"
+    grid([*to_pil(image), *to_pil(frames)], captions, columns=6, title=title).save(out)
     print(f"z_t decoded at t = {', '.join(map(str, steps))}: {out}")
 
 

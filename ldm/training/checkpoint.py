@@ -6,19 +6,21 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ldm.errors import UserError
 
 
 class LastCheckpoint(Checkpoint):
-    """Saves checkpoints/last.ckpt every `every_s` seconds, between optimizer steps, and when training ends.
+    """Saves checkpoints/last.ckpt every `every_s` seconds, between optimizer steps, and when training ends or is ended.
 
-    Lightning's ModelCheckpoint with a time interval does not save at the end.
+    Lightning's ModelCheckpoint with a time interval saves neither at the end nor at Ctrl-C or SIGTERM.
     """
 
     def __init__(self, folder: Path, every_s: float) -> None:
         self.path, self.every_s = folder / "checkpoints" / "last.ckpt", every_s
         self._saved_at = 0.0
+        self._between_steps = False
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._saved_at = time.monotonic()
@@ -26,13 +28,19 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+        self._between_steps = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if not self._between_steps:
             return  # gradients of a half-accumulated step are in no checkpoint
         if trainer.strategy.reduce_boolean_decision(time.monotonic() - self._saved_at >= self.every_s, all=False):
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         self._save(trainer)
+
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        alone = isinstance(exception, KeyboardInterrupt) and trainer.world_size == 1
+        if self._between_steps and (alone or isinstance(exception, SIGTERMException)):
+            self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
         # beside and renamed: a full disk or a kill leaves the last one whole

@@ -1,10 +1,12 @@
 """ldm.training: the averaged weights while validating, the progress line, the checkpoint, noise per batch."""
 
 import errno
+import signal
 
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ldm.errors import UserError
 from ldm.training.callbacks import Budget, EMACallback, ProgressBar
@@ -110,6 +112,45 @@ def test_a_checkpoint_is_kept_between_steps_and_at_the_end(fit, make_module, tmp
     fit(make_module(), [Budget(3), Saves(tmp_path, 0.0)], max_steps=3, accumulate_grad_batches=2)
     assert saved == [(1, 1), (2, 2), (3, 3), (3, 3)]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
+
+
+class Stops(Callback):
+    """Ends training from outside, before the optimizer's next step."""
+
+    def __init__(self, batch: int, how: type[BaseException]) -> None:
+        self.batch, self.how = batch, how
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+        if batch_idx == self.batch:
+            raise self.how
+
+
+@pytest.mark.parametrize("how", [KeyboardInterrupt, SIGTERMException])
+@pytest.mark.parametrize(("accumulate", "batch"), [(1, 6), (2, 12)])
+def test_what_is_stopped_can_be_resumed(fit, make_module, tmp_path, monkeypatch, how, accumulate, batch):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # Lightning would turn Ctrl-C off for all of pytest
+
+    def module():
+        return make_module(lr=0.1, build=torch.optim.AdamW)
+
+    options = {"max_steps": 10, "accumulate_grad_batches": accumulate}
+    whole, part, rest = module(), module(), module()
+    fit(whole, [Budget(10), EMACallback(0.9)], **options)
+    last = LastCheckpoint(tmp_path, 3600)
+    with pytest.raises(SystemExit):
+        fit(part, [Budget(10), EMACallback(0.9), last, Stops(batch, how)], **options)
+    start = {"start": batch, "ckpt_path": str(last.path)}
+    fit(rest, [Budget(10), EMACallback(0.9), LastCheckpoint(tmp_path, 3600)], **start, **options)
+    assert part.seen + rest.seen == whole.seen
+    assert torch.equal(rest.trained.weight, whole.trained.weight)
+
+
+def test_nothing_is_saved_amid_an_accumulated_step(fit, make_module, tmp_path, monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    callbacks = [Budget(10), LastCheckpoint(tmp_path, 3600), Stops(3, KeyboardInterrupt)]
+    with pytest.raises(SystemExit):
+        fit(make_module(), callbacks, max_steps=10, accumulate_grad_batches=2)
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_a_save_that_fails_leaves_the_last_checkpoint_whole(fit, make_module, tmp_path, monkeypatch):
