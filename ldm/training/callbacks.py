@@ -83,6 +83,9 @@ class Budget(Callback):
             if trainer.strategy.reduce_boolean_decision(bool(stop), all=False):
                 trainer.should_stop = True
 
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self.spent_s, self._started = self.elapsed_s, 0.0  # what follows is no training
+
     def state_dict(self) -> dict[str, Any]:
         return {"spent_s": self.elapsed_s}
 
