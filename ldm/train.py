@@ -49,6 +49,11 @@ def train(config: DictConfig) -> None:
             "stage is required: stage=vae trains the autoencoder, stage=diffusion the model on its latents."
         )
     OmegaConf.resolve(config)
+    for key in ("seed", "batch_size", "val_images", "data.resolution", "trainer.max_steps"):
+        if type(value := OmegaConf.select(config, key)) is not int:
+            raise UserError(f"{key}={value} must be a whole number.")
+    if config.resume is True and config.name is None:
+        raise UserError("resume=true continues the run that name= gives: add name=NAME, its folder in runs/<stage>/.")
     main_process = getattr(rank_zero_only, "rank", 0) == 0
     folder = run_folder(config, main_process=main_process)
     resumed = find_checkpoint(folder, config.resume)

@@ -164,3 +164,14 @@ def test_an_autoencoder_cannot_draw(fails, place, tool):
 def test_an_unfinished_autoencoder_is_not_found(fails, place):
     pretend(place / "unfinished/vae/a", "vae")
     assert "no finished autoencoder" in fails(train, *DIFFUSION, "runs_dir=unfinished")
+
+
+def test_a_number_that_is_none(call):
+    ended = call(ldm.train.main, "stage=vae", "batch_size=many")
+    assert ended.code == 2 and "batch_size=many must be a whole number" in ended.err
+    assert "Traceback" not in ended.err
+
+
+def test_resume_without_a_name(call):
+    ended = call(ldm.train.main, "stage=vae", "resume=true")
+    assert ended.code == 2 and "name=NAME" in ended.err and "Traceback" not in ended.err

@@ -215,6 +215,12 @@ class DiffusionStage(Stage):
         if continued is not None:
             # standardised latents keep the meaning that the network was trained with
             _check_continued(continued, autoencoder, made)
+            same_chain = torch.equal(continued.schedule.alpha_bar, schedule.alpha_bar)
+            if continued.prediction != objective.prediction or not same_chain:
+                raise UserError(
+                    f"init_from predicts {continued.prediction} on the schedule {continued.schedule.name}, this run "
+                    f"{objective.prediction} on {schedule.name}. Choose the same objective= and schedule=."
+                )
             autoencoder.statistics = continued.autoencoder.statistics
         self.contract, self.latents = encode_latents(autoencoder, images, flip, cache_dir)
         self.captions: CaptionData | None = None
