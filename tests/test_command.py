@@ -171,8 +171,8 @@ def test_a_full_disk_says_what_to_do(number):
 
 
 def test_a_missing_permission_names_the_place():
-    message = explain(PermissionError(errno.EACCES, "no", "/root/runs"))
-    assert "/root/runs" in message and "runs_dir=" in message
+    message = explain(PermissionError(errno.EACCES, "no", "/data/runs"))
+    assert "/data/runs" in message and "runs_dir=" in message
 
 
 def test_an_error_of_ours_is_left_to_its_traceback():

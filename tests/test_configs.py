@@ -84,7 +84,8 @@ def test_a_stage_is_built_with_all_that_it_needs(stage):
     """Beside the config, train() gives it the images and what belongs to the run."""
     build = instantiate(composed("train", f"stage={stage}").stage.build)
     given = ("images", "flip", "cache_dir", "seed", "folder", "device", "init_from")
-    inspect.signature(build.func).bind(**build.keywords, **dict.fromkeys(given))
+    bound = inspect.signature(build.func).bind(**build.keywords, **dict.fromkeys(given))
+    assert {*given, "optimizer"} <= set(bound.arguments)
 
 
 @of("network")
