@@ -7,10 +7,8 @@ import logging
 import os
 import shutil
 import signal
-import sys
 import time
 import warnings
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +29,17 @@ def train(config: DictConfig) -> None:
     from lightning.pytorch import Trainer, seed_everything
     from lightning.pytorch.utilities import rank_zero_only
     from lightning.pytorch.utilities.exceptions import SIGTERMException
-    from rich.console import Console
 
     from ldm.data.images import prepare
     from ldm.data.loaders import train_loader, val_loader
     from ldm.device import choose_device
     from ldm.run import RUN_FILE, Run
-    from ldm.training.callbacks import Budget, EMACallback, ProgressBar
+    from ldm.training.budget import Budget, parse_duration
+    from ldm.training.callbacks import EMACallback, ProgressBar
     from ldm.training.checkpoint import LastCheckpoint, find_checkpoint
     from ldm.training.loggers import make_loggers
     from ldm.training.precision import choose_precision
+    from ldm.training.summary import describe_device, peak_memory_gb, print_table, time_expected
 
     started = time.perf_counter()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -57,9 +56,18 @@ def train(config: DictConfig) -> None:
     main_process = getattr(rank_zero_only, "rank", 0) == 0
     folder = run_folder(config, main_process=main_process)
     resumed = find_checkpoint(folder, config.resume)
-    max_time_s = parse_duration(config.trainer.max_time)
-    budget = Budget(config.trainer.max_steps, max_time_s, config.optimizer.warmup_steps, config.optimizer.decay)
-    console = Console(highlight=False)
+    budget = Budget(
+        config.trainer.max_steps,
+        parse_duration(config.trainer.max_time),
+        config.optimizer.warmup_steps,
+        config.optimizer.decay,
+    )
+    options: dict[str, Any] = OmegaConf.to_container(config.trainer)  # type: ignore[assignment]
+    for own in ("max_time", "ema_decay", "compile", "num_workers", "checkpoint_every_s"):
+        options.pop(own)
+    check_accelerator(options["accelerator"])
+    build_stage = instantiate(config.stage.build)
+    build_stage.func.check(config.data.resolution, **build_stage.keywords, init_from=config.init_from)
 
     images = prepare(
         instantiate(config.data.source),
@@ -82,12 +90,9 @@ def train(config: DictConfig) -> None:
         )
     torch.set_flush_denormal(True)  # the first steps' tiny gradients more than halve a CPU's speed otherwise
     seed_everything(config.seed, verbose=False)
-    options: dict[str, Any] = OmegaConf.to_container(config.trainer)  # type: ignore[assignment]
-    for own in ("max_time", "ema_decay", "compile", "num_workers", "checkpoint_every_s"):
-        options.pop(own)
     known = Run.open(folder).facts if resumed and (folder / RUN_FILE).is_file() else {}
     precision = known.get("precision") or choose_precision(options["precision"], options["accelerator"])
-    stage = instantiate(config.stage.build)(
+    stage = build_stage(
         images=images,
         flip=config.data.flip,
         cache_dir=config.data.cache_dir,
@@ -129,6 +134,7 @@ def train(config: DictConfig) -> None:
         )
     except MisconfigurationException as error:
         raise UserError(f"{' '.join(str(error).split())} Choose trainer=cpu or trainer=auto.") from error
+    step = steps_done(resumed)
     rows = [
         ("data", f"{images.name}: {len(images.train_indices)} train, {len(images.val_indices)} validation"),
         ("size", f"{images.resolution} x {images.resolution} px, {images.num_bytes / 1e6:.0f} MB"),
@@ -136,20 +142,19 @@ def train(config: DictConfig) -> None:
         *stage.rows(),
         ("device", describe_device(trainer)),
         ("precision", f"{precision}"),
-        ("budget", describe_budget(config, max_time_s)),
-        ("time expected", f"{max_time_s / 60:.4g} minutes" if max_time_s else "shown by the bar once it runs"),
+        ("budget", f"{budget}, batches of {config.batch_size}"),
+        ("time expected", time_expected(trainer, stage, budget, micro_batch, step)),
         ("folder", str(folder)),
     ]
     if trainer.is_global_zero:
-        print_table(console, f"stage {stage.kind}" + (f", resumed from {resumed}" if resumed else ""), rows)
+        print_table(f"stage {stage.kind}" + (f", resumed from {resumed}" if resumed else ""), rows)
 
-    start = steps_done(resumed) * options["accumulate_grad_batches"]
     fit_batches = train_loader(
         stage.fetch,
         images.train_indices,
         batch_size=micro_batch,
         seed=config.seed,
-        start=start,
+        start=step * options["accumulate_grad_batches"],
         rank=trainer.global_rank,
         num_ranks=trainer.world_size,
         num_workers=config.trainer.num_workers,
@@ -161,7 +166,8 @@ def train(config: DictConfig) -> None:
         warnings.filterwarnings("ignore", ".*LeafSpec.*")
         try:
             trainer.fit(stage.module, fit_batches, val_batches, ckpt_path=resumed, weights_only=True)
-            trainer.validate(stage.module, val_batches, verbose=False)
+            if ema.validated_at != trainer.global_step:
+                trainer.validate(stage.module, val_batches, verbose=False)
         except SystemExit as stopped:  # how Lightning passes on SIGTERM, with exit code 0, and Ctrl-C
             if isinstance(stopped, SIGTERMException):
                 raise SystemExit(128 + signal.SIGTERM) from stopped
@@ -184,8 +190,8 @@ def train(config: DictConfig) -> None:
     loggers.finish()
     shown = [(key, f"{value:.4g}" if isinstance(value, float) else str(value)) for key, value in figures.items()]
     shown += [("pictures", picture) for picture in [*outcome.pictures, str(run.images)]]
-    print_table(console, f"stage {stage.kind} finished in {duration_s:.0f} s", shown)
-    console.print(f"next: {outcome.next_command}", soft_wrap=True)
+    print_table(f"stage {stage.kind} finished in {duration_s:.0f} s", shown)
+    print(f"next: {outcome.next_command}")
 
 
 def run_folder(config: DictConfig, *, main_process: bool) -> Path:
@@ -212,19 +218,16 @@ def run_folder(config: DictConfig, *, main_process: bool) -> Path:
     return folder
 
 
-def parse_duration(text: str | None) -> float | None:
-    """`HH:MM:SS` (or `DD:HH:MM:SS`) in seconds.
+def check_accelerator(accelerator: str) -> None:
+    """Refuse a trainer for a GPU where there is none.
 
     Raises:
-        UserError: another form.
+        UserError: saying what to choose instead.
     """
-    if text is None:
-        return None
-    parts = str(text).split(":")
-    if len(parts) not in (3, 4) or not all(part.isdigit() for part in parts):
-        raise UserError(f"trainer.max_time={text} must be HH:MM:SS, for example trainer.max_time=00:05:00.")
-    days, hours, minutes, seconds = [0] * (4 - len(parts)) + [int(part) for part in parts]
-    return timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds).total_seconds()
+    import torch
+
+    if accelerator in ("gpu", "cuda") and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        raise UserError("This trainer= needs a GPU, and torch finds none here. Choose trainer=cpu or trainer=auto.")
 
 
 def steps_done(checkpoint: str | None) -> int:
@@ -234,48 +237,6 @@ def steps_done(checkpoint: str | None) -> int:
     if checkpoint is None:
         return 0
     return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
-
-
-def describe_budget(config: DictConfig, max_time_s: float | None) -> str:
-    parts = []
-    if config.trainer.max_steps > 0:
-        parts.append(f"{config.trainer.max_steps} steps")
-    if max_time_s is not None:
-        parts.append(f"{max_time_s / 60:.4g} minutes")
-    return f"{' or '.join(parts)}, batches of {config.batch_size}"
-
-
-def peak_memory_gb() -> float | None:
-    """The most memory that this process held: on the GPU where there is one, else in RAM (None on Windows)."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    try:
-        import resource
-    except ImportError:
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-def describe_device(trainer: Any) -> str:
-    import torch
-
-    if trainer.strategy.root_device.type == "cuda":
-        return f"{torch.cuda.get_device_name()} x {trainer.world_size}"
-    return f"{trainer.strategy.root_device.type}, {torch.get_num_threads()} threads"
-
-
-def print_table(console: Any, title: str, rows: list[tuple[str, str]]) -> None:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", show_header=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
 
 
 def main() -> None:

@@ -93,6 +93,12 @@ def test_training(fails, arguments, said):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_here(fails):
     assert "trainer=cpu or trainer=auto" in fails(train, *VAE, "trainer=gpu", "name=gpu")
+    assert not Path("runs/vae/gpu").exists(), "a name is not taken by a run that never began"
+
+
+def test_a_size_that_does_not_fit_is_refused_before_the_images_are_read(fails, monkeypatch):
+    monkeypatch.setattr("ldm.data.images.prepare", lambda *_, **__: pytest.fail("prepared first"))
+    assert "Choose data.resolution=16 or 20" in fails(train, *VAE, "data.resolution=18")
 
 
 def test_a_hub_that_cannot_be_reached(fails, monkeypatch):

@@ -118,6 +118,11 @@ def open_latents(
     key = f"{contract.autoencoder_sha256[:12]}-{contract.data_fingerprint[:12]}" + ("-flip" * contract.flip)
     folder = Path(cache_dir or default_cache_dir()).expanduser() / f"latents-{key}"
     if not (folder / CONTRACT_FILE).is_file():
+        if folder.exists():
+            raise UserError(
+                f"{folder} has no {CONTRACT_FILE}: it does not say which latents it holds. Delete that folder; the "
+                "latents will be encoded again."
+            )
         _encode(folder, encode, contract, images, batch_size)
     contract.check(LatentContract.load(folder), "this run", str(folder))
     latents = LatentData(folder, contract, images)
@@ -176,7 +181,7 @@ def _encode(
         moments.flush()
         del moments
         contract.save(partial)
-        if not folder.exists():
+        if not folder.exists():  # another process may have been faster
             partial.replace(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -56,8 +56,10 @@ def kernel_distance(samples: Tensor, reference: Tensor, *, num_subsets: int = 4,
         The mean over the subsets and its standard error, computed in float64.
 
     Raises:
-        ValueError: fewer than two features per subset.
+        ValueError: fewer than two features per subset, or than two subsets.
     """
+    if num_subsets < 2:
+        raise ValueError(f"a standard error needs at least two subsets, not {num_subsets}.")
     generator = torch.Generator().manual_seed(seed)
     size = min(len(samples), len(reference)) // num_subsets
     if size < 2:

@@ -1,4 +1,4 @@
-"""What happens around the training step: budget and learning rate, EMA, progress, W&B."""
+"""What happens around the training step: EMA, progress, W&B."""
 
 import math
 import sys
@@ -8,89 +8,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ldm.errors import UserError
 from ldm.tracking import WandbRun, flatten
+from ldm.training.budget import Budget
 from ldm.training.ema import EMA
-
-
-class Budget(Callback):
-    """Ends training after `max_steps` or `max_time_s`, with the learning rate fitted to what is left.
-
-    lr(k) = peak * min(1, (k + 1) / warmup_steps) * decay(progress), progress = the larger of both budgets' spent
-    shares; decay is `linear` (1 - p), `cosine` ((1 + cos pi p) / 2) or `constant`.
-    """
-
-    DECAYS = {
-        "linear": lambda p: 1 - p,
-        "cosine": lambda p: (1 + math.cos(math.pi * p)) / 2,
-        "constant": lambda p: 1.0,
-    }
-
-    def __init__(
-        self,
-        max_steps: int = -1,
-        max_time_s: float | None = None,
-        warmup_steps: int = 0,
-        decay: str = "linear",
-    ) -> None:
-        if decay not in self.DECAYS:
-            raise UserError(f"optimizer.decay={decay} is unknown. Choose one of: {', '.join(self.DECAYS)}.")
-        if max_steps < 0 and max_time_s is None:
-            raise UserError("Training needs a budget: trainer.max_steps=N or trainer.max_time=HH:MM:SS.")
-        self.max_steps, self.max_time_s = max_steps, max_time_s
-        self.warmup_steps, self.decay = warmup_steps, self.DECAYS[decay]
-        self.spent_s, self._started = 0.0, 0.0
-        self._peaks: list[list[float]] = []
-
-    @property
-    def elapsed_s(self) -> float:
-        """Seconds of training, those before a resume included."""
-        return self.spent_s + (time.perf_counter() - self._started if self._started else 0.0)
-
-    def progress(self, step: int) -> float:
-        by_steps = step / self.max_steps if self.max_steps > 0 else 0.0
-        by_time = self.elapsed_s / self.max_time_s if self.max_time_s else 0.0
-        return min(1.0, max(by_steps, by_time))
-
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self._started = time.perf_counter()
-        # the peak is kept in the group, so that a resumed optimizer knows it too
-        self._peaks = [
-            [group.setdefault("peak_lr", group["lr"]) for group in optimizer.param_groups]
-            for optimizer in trainer.optimizers
-        ]
-
-    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
-        step = trainer.global_step
-        factor = self.decay(self.progress(step)) * min(1.0, (step + 1) / max(1, self.warmup_steps))
-        for optimizer, peaks in zip(trainer.optimizers, self._peaks, strict=True):
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * factor
-
-    def on_train_batch_end(
-        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        # never amid an accumulated step: its gradients would be lost, and a resumed run out of phase
-        if self.max_time_s is not None and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            stop = torch.tensor(self.elapsed_s >= self.max_time_s)
-            if trainer.strategy.reduce_boolean_decision(bool(stop), all=False):
-                trainer.should_stop = True
-
-    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self.spent_s, self._started = self.elapsed_s, 0.0  # what follows is no training
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"spent_s": self.elapsed_s}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.spent_s = state_dict["spent_s"]
 
 
 class EMACallback(Callback):
@@ -102,6 +28,7 @@ class EMACallback(Callback):
         self._state: dict[str, Any] | None = None
         self._validating = ExitStack()
         self._last_step = 0
+        self.validated_at = -1
 
     def on_fit_start(self, trainer: Trainer, module: Any) -> None:
         self.ema = EMA(module.trained, self.decay)
@@ -122,6 +49,7 @@ class EMACallback(Callback):
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         self._validating.close()
+        self.validated_at = trainer.global_step
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
         self._validating.close()

@@ -58,6 +58,15 @@ class Stage(ABC):
     module: Any  # a TrainingModule
     images: ImageData
 
+    @classmethod
+    @abstractmethod
+    def check(cls, resolution: int, **options: Any) -> None:
+        """Refuse what can be refused before the images are prepared; `options` are the stage's own.
+
+        Raises:
+            UserError: choices that do not go together.
+        """
+
     @abstractmethod
     def fetch(self, indices: np.ndarray) -> Any:
         """One batch, on the CPU."""

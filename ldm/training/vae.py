@@ -50,18 +50,14 @@ class VAETraining(TrainingModule):
         super().__init__(model, optimizer, seed)
         self.loss, self.flip, self.pictures = loss, flip, pictures
 
-    def training_step(self, images: Tensor, batch_idx: int) -> dict[str, Tensor]:
-        generator = self.next_generator()
+    def losses(self, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         if self.flip:
             mirrored = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device) < 0.5
             images = torch.where(mirrored, images.flip(-1), images)
         posterior = self.trained.encode(images).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator, device=images.device)
         z_raw = posterior.mean + posterior.std * noise
-        terms = self.loss(images, self.trained.decode(z_raw).sample, posterior)
-        if self.logs_now:
-            self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()})
-        return {"loss": terms["loss"]}
+        return self.loss(images, self.trained.decode(z_raw).sample, posterior)
 
     def validation_step(self, images: Tensor, batch_idx: int) -> None:
         posterior = self.trained.encode(images).latent_dist
@@ -125,6 +121,14 @@ class VAEStage(Stage):
         self.module = VAETraining(
             network, loss, OptimizerFactory(optimizer), seed=seed, flip=flip, pictures=folder / "images"
         )
+
+    @classmethod
+    def check(cls, resolution: int, **options: Any) -> None:
+        if options["init_from"] is not None:
+            load_autoencoder(options["init_from"]).latent_shape(resolution)
+            return
+        with torch.device("meta"):
+            Autoencoder(options["model"](sample_size=resolution)).latent_shape(resolution)
 
     def fetch(self, indices: np.ndarray) -> Tensor:
         return self.images.batch(indices)

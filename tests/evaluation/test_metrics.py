@@ -116,6 +116,8 @@ def test_kernel_distance_grows_with_the_shift():
 def test_too_few_features_are_refused():
     with pytest.raises(ValueError, match="7 and 100 features are too few for 4 subsets"):
         kernel_distance(draw(7, 3), draw(100, 3))
+    with pytest.raises(ValueError, match="at least two subsets, not 1"):
+        kernel_distance(draw(7, 3), draw(100, 3), num_subsets=1)
 
 
 def test_retrieval_ranks_against_brute_force():

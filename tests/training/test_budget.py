@@ -1,11 +1,11 @@
-"""ldm.training.callbacks.Budget: the learning rate and the end, by steps and by time."""
+"""ldm.training.budget.Budget: the learning rate and the end, by steps and by time."""
 
 import math
 
 import pytest
 from lightning.pytorch import Callback
 
-from ldm.training.callbacks import Budget
+from ldm.training.budget import Budget
 
 
 class Rates(Callback):
@@ -29,7 +29,7 @@ def clock(monkeypatch):
             return self.now_s
 
     clock = Clock()
-    monkeypatch.setattr("ldm.training.callbacks.time", clock)
+    monkeypatch.setattr("ldm.training.budget.time", clock)
     return clock
 
 
@@ -102,6 +102,20 @@ def test_time_before_a_resume_counts(clock):
     clock.now_s += 1
     assert budget.elapsed_s == 7 and budget.progress(0) == pytest.approx(0.7)
     assert budget.state_dict() == {"spent_s": 7.0}
+
+
+@pytest.mark.parametrize(
+    ("budget", "said", "expected"),
+    [
+        (Budget(200), "200 steps", "30 seconds"),
+        (Budget(1000), "1000 steps", "4.5 minutes"),
+        (Budget(max_time_s=90.0), "1.5 minutes", "1.5 minutes"),
+        (Budget(1000, 30.0), "1000 steps or 0.5 minutes", "30 seconds"),
+    ],
+)
+def test_the_budget_in_words(budget, said, expected):
+    assert str(budget) == said
+    assert budget.expected(step=100, seconds_per_step=0.3) == expected
 
 
 @pytest.mark.parametrize(

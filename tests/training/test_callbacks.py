@@ -1,15 +1,18 @@
 """ldm.training: the averaged weights while validating, the progress line, the checkpoint, noise per batch."""
 
+import contextlib
 import errno
 import signal
 
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ldm.errors import UserError
-from ldm.training.callbacks import Budget, EMACallback, ProgressBar
+from ldm.training.budget import Budget
+from ldm.training.callbacks import EMACallback, ProgressBar
 from ldm.training.checkpoint import LastCheckpoint, find_checkpoint
 from ldm.training.stage import OptimizerFactory
 
@@ -22,6 +25,37 @@ class Weights(Callback):
 
     def on_before_zero_grad(self, trainer, module, optimizer) -> None:
         self.found.append(module.trained.weight.detach().clone())
+
+
+class Rows(Logger):
+    """What Lightning writes, by step."""
+
+    name, version = "rows", "0"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[int, dict[str, float]]] = []
+
+    def log_hyperparams(self, *_) -> None: ...
+
+    def log_metrics(self, metrics, step) -> None:
+        self.found.append((step, metrics))
+
+
+def test_a_row_holds_the_loss_of_its_own_step(fit, make_module):
+    module, rows, losses = make_module(lr=0.3), Rows(), []
+    module.log_every = 3
+    train = module.losses
+    module.losses = lambda *batch: losses.append(train(*batch)) or losses[-1]
+    fit(module, [Budget(7)], max_steps=7, logger=rows, log_every_n_steps=3)
+    assert [(step, row["train/loss"]) for step, row in rows.found] == [(k, losses[k]["loss"].item()) for k in (2, 5)]
+
+
+def test_timing_a_step_changes_nothing(make_module):
+    module = make_module()
+    weight = module.trained.weight.detach().clone()
+    assert module.measure_step(torch.ones(4, 2), contextlib.nullcontext) > 0
+    assert torch.equal(module.trained.weight, weight) and module.trained.weight.grad is None
 
 
 def reference_ema(start: torch.Tensor, weights: list[torch.Tensor], decay: float) -> torch.Tensor:

@@ -17,8 +17,10 @@ from ldm.errors import UserError
 from ldm.networks.conditioning import ClassCondition
 from ldm.networks.dit import DiT
 from ldm.run import load_autoencoder
-from ldm.training.callbacks import Budget, EMACallback
-from ldm.training.diffusion import DiffusionStage, Objective, class_condition, no_condition
+from ldm.training.budget import Budget
+from ldm.training.callbacks import EMACallback
+from ldm.training.diffusion import Objective
+from ldm.training.diffusion_stage import DiffusionStage, class_condition, no_condition
 from ldm.training.vae import VAEStage
 
 SGD = partial(torch.optim.SGD, lr=0.1)
