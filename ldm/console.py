@@ -25,6 +25,14 @@ def evaluate() -> None:
     _run("evaluate")
 
 
+def likelihood() -> None:
+    _run("likelihood")
+
+
+def mixture() -> None:
+    _run("mixture")
+
+
 def _run(tool: str) -> None:
     """Run a tool as `__main__` with this process's arguments.
 

@@ -4,9 +4,10 @@ The folder is laid out as diffusers lays one out: model_index.json, network/, va
 latent contract. Nothing in it is unpickled.
 """
 
+import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ldm.data.latents import LatentContract
 from ldm.diffusion.chain import forward_step
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import Guided
-from ldm.diffusion.sampler import Sampler
+from ldm.diffusion.sampler import OnStep, Sampler, SamplerLike
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
 from ldm.networks.conditioning import Condition, Conditioning, restore
@@ -26,10 +27,9 @@ from ldm.networks.dit import DiT
 from ldm.networks.unet import ImageUNet, TextUNet
 
 INDEX_FILE = "model_index.json"
-FORMAT = 1
+FORMAT = 2
+VARIANCE_FILE = "optimal_variance.json"
 NETWORKS: dict[str, Any] = {"DiT": DiT, "ImageUNet": ImageUNet, "TextUNet": TextUNet}
-
-OnStep = Callable[[int, Tensor, Tensor], None]
 
 
 @dataclass
@@ -44,6 +44,9 @@ class LatentDiffusionPipeline:
         conditioning: What it is conditioned on.
         contract: Which latents it was trained on.
         latent_shape: (C, h, w).
+        variance: Sigma of the reverse chain: fixed_small, fixed_large, or learned_range where the network learned it.
+        z_0_mse: Per-t mean squared error of z_0 on the training split, [T + 1], for variance optimal; None until it
+            is fitted.
     """
 
     network: nn.Module
@@ -53,7 +56,8 @@ class LatentDiffusionPipeline:
     conditioning: Conditioning
     contract: LatentContract
     latent_shape: tuple[int, int, int]
-    learned_variance: bool = False
+    variance: str = "fixed_small"
+    z_0_mse: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -64,16 +68,21 @@ class LatentDiffusionPipeline:
         self.autoencoder.to(device)
         return self
 
+    @property
+    def chain_sha256(self) -> str:
+        """SHA-256 of the chain's alpha_bar: which chain the network knows."""
+        return hashlib.sha256(self.schedule.alpha_bar.cpu().numpy().tobytes()).hexdigest()
+
     def denoiser(self) -> Denoiser:
         def call(z_t: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
             return self.network(z_t, timestep, **(condition or {}))
 
-        return Denoiser(self.schedule, call, self.prediction, self.learned_variance)
+        return Denoiser(self.schedule, call, self.prediction, self.variance == "learned_range")
 
     @torch.no_grad()
     def sample(
         self,
-        sampler: Sampler,
+        sampler: SamplerLike,
         condition: Condition,
         generators: list[torch.Generator],
         *,
@@ -93,7 +102,11 @@ class LatentDiffusionPipeline:
             denoiser = Guided(denoiser, guidance, null)
         noise = torch.stack([torch.randn(self.latent_shape, generator=g) for g in generators]).to(self.device)
         moved = {name: value.to(self.device) for name, value in condition.items()}
-        return sampler(denoiser, noise, moved, generator=generators, on_step=on_step)
+        options: dict[str, Any] = {}
+        if isinstance(sampler, Sampler) and sampler.method == "ddpm":
+            sampler = replace(sampler, variance=sampler.variance or self.variance)
+            options = {"z_0_mse": self.z_0_mse} if sampler.variance == "optimal" else {}
+        return sampler(denoiser, noise, moved, generator=generators, on_step=on_step, **options)
 
     def decode(self, z: Tensor) -> Tensor:
         """Standardised latents -> images [b, 3, H, W] in [-1, 1]."""
@@ -131,7 +144,7 @@ class LatentDiffusionPipeline:
             "format": FORMAT,
             "network": type(self.network).__name__,
             "prediction": self.prediction,
-            "learned_variance": self.learned_variance,
+            "variance": self.variance,
             "latent_shape": list(self.latent_shape),
             "schedule": {"name": self.schedule.name, "alpha_bar": self.schedule.alpha_bar.tolist()},
             "conditioning": self.conditioning.state(),
@@ -149,8 +162,8 @@ class LatentDiffusionPipeline:
         if not path.is_file():
             raise UserError(f"{folder} is no pipeline: {INDEX_FILE} is missing. Train one with stage=diffusion.")
         index = json.loads(path.read_text(encoding="utf-8"))
-        if index.get("format") != FORMAT:
-            raise UserError(f"{path} has format {index.get('format')}; this version reads {FORMAT}.")
+        if index.get("format") not in (1, FORMAT):
+            raise UserError(f"{path} has format {index.get('format')}; this version reads 1 and {FORMAT}.")
         autoencoder = Autoencoder.load(folder / "vae")
         contract = LatentContract.load(folder)
         if (weights := autoencoder.weights_sha256()) != contract.autoencoder_sha256:
@@ -168,8 +181,23 @@ class LatentDiffusionPipeline:
             conditioning=restore(index["conditioning"]),
             contract=contract,
             latent_shape=tuple(index["latent_shape"]),
-            learned_variance=index["learned_variance"],
+            variance=index.get("variance", "fixed_small"),  # format 1 knew no other
+            z_0_mse=load_z_0_mse(folder),
         )
+
+
+def save_z_0_mse(folder: Path, table: Tensor, made_by: dict[str, Any]) -> None:
+    """Keep the table of the per-t optimal Sigma with a pipeline; `made_by` says how it was fitted."""
+    content = {"format": FORMAT, **made_by, "z_0_mse": table.tolist()}
+    (folder / VARIANCE_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def load_z_0_mse(folder: Path) -> Tensor | None:
+    """The table of the per-t optimal Sigma, or None where it was not fitted."""
+    path = folder / VARIANCE_FILE
+    if not path.is_file():
+        return None
+    return torch.tensor(json.loads(path.read_text(encoding="utf-8"))["z_0_mse"], dtype=torch.float64)
 
 
 def load_network(folder: Path, name: str) -> nn.Module:

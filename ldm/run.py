@@ -94,7 +94,8 @@ class Run:
         """The trained pipeline.
 
         Raises:
-            UserError: a run of stage vae, or one that did not finish.
+            UserError: a run of stage vae, one that did not finish, or a pipeline with another chain than it was
+                trained on.
         """
         if self.stage != "diffusion":
             raise UserError(
@@ -102,7 +103,15 @@ class Run:
                 f"Train it: python -m ldm.train stage=diffusion vae={self.path}"
             )
         self._require(self.path / "pipeline" / INDEX_FILE)
-        return LatentDiffusionPipeline.load(self.path / "pipeline")
+        pipeline = LatentDiffusionPipeline.load(self.path / "pipeline")
+        trained = self.facts.get("chain_sha256", pipeline.chain_sha256)  # runs of before do not say
+        if pipeline.chain_sha256 != trained:
+            raise UserError(
+                f"{self.path / 'pipeline' / INDEX_FILE} holds a chain ({pipeline.schedule.name}, T = "
+                f"{pipeline.schedule.num_steps}) that this run was not trained on: {pipeline.chain_sha256[:12]} "
+                f"instead of {trained[:12]}. Put the file that training wrote back."
+            )
+        return pipeline
 
     def image_data(self) -> ImageData:
         """The prepared images that this run was trained on.

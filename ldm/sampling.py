@@ -1,17 +1,24 @@
 """Many samples from a pipeline: what is asked for, the drawing in batches, and the files that it leaves."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from torch import Tensor
 
-from ldm.diffusion.sampler import Sampler, timesteps
+from ldm.diffusion.sampler import OnStep, SamplerLike
 from ldm.errors import UserError
 from ldm.networks.conditioning import ClassCondition, Condition, TextCondition
 from ldm.pictures import grid, rows, to_pil
@@ -79,12 +86,12 @@ def read_prompts(file: str) -> list[str]:
 def draw(
     pipeline: LatentDiffusionPipeline,
     request: Request,
-    sampler: Sampler,
+    sampler: SamplerLike,
     *,
     guidance: float,
     seed: int,
     batch_size: int = 64,
-    on_step: Callable[[int, Tensor, Tensor], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> Iterator[Tensor]:
     """Images [b, 3, H, W] in [-1, 1], batch by batch, with a progress bar over samples x steps.
 
@@ -92,16 +99,24 @@ def draw(
         UserError: more steps than the chain has.
     """
     try:
-        timesteps(pipeline.schedule.num_steps, sampler.steps, sampler.spacing)
+        sampler.check(pipeline.schedule)
     except ValueError as error:
         raise UserError(f"sampler.steps={sampler.steps}: {error}.") from error
+    if getattr(sampler, "variance", None) == "optimal" and pipeline.z_0_mse is None:
+        raise UserError(
+            "sampler.variance=optimal is not fitted for this model yet. Fit it on the training split: "
+            "python tools/likelihood.py run=<this run> variance=optimal"
+        )
     total = len(request)
-    columns = (TextColumn("sampling"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
+    columns = (TextColumn("sampling"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, transient=True) as bar:
-        task = bar.add_task("", total=-(-total // batch_size) * sampler.steps)
+        task = bar.add_task("", total=total)
+        done = 0
 
-        def step(s: int, z_s: Tensor, z_0: Tensor) -> None:
-            bar.advance(task)
+        def step(s: float, z_s: Tensor, z_0: Tensor) -> None:
+            # how far down the chain, which an adaptive solver knows of itself where it cannot count its steps
+            share = 1 - s / pipeline.schedule.num_steps
+            bar.update(task, completed=done + share * min(batch_size, total - done))
             if on_step is not None:
                 on_step(s, z_s, z_0)
 
@@ -110,6 +125,7 @@ def draw(
             condition = {name: value[start:stop] for name, value in request.condition.items()}
             generators = sample_generators(seed, range(start, stop))
             z = pipeline.sample(sampler, condition, generators, guidance=guidance, on_step=step)
+            done = stop
             yield pipeline.decode(z).cpu()
 
 
@@ -133,7 +149,7 @@ def write(
 
 
 def film_strip(
-    pipeline: LatentDiffusionPipeline, request: Request, sampler: Sampler, *, guidance: float, seed: int
+    pipeline: LatentDiffusionPipeline, request: Request, sampler: SamplerLike, *, guidance: float, seed: int
 ) -> Image.Image:
     """The reverse chain of the first samples, from z_T to z_0: z_t decoded at equal distances in steps."""
     shown = min(STRIP_SAMPLES, len(request))
@@ -151,6 +167,7 @@ def film_strip(
     return rows([(str(part.captions[i] or f"sample {i}"), [frame[i] for frame in frames]) for i in range(shown)])
 
 
-def describe(sampler: Sampler) -> dict[str, Any]:
+def describe(sampler: SamplerLike) -> dict[str, Any]:
     """The sampler's settings, for samples.json."""
-    return asdict(sampler)
+    options: Any = sampler
+    return {"method": sampler.method, **asdict(options)}

@@ -272,7 +272,7 @@ def test_an_unconditional_unet(trained, train, tool, tmp_path):
         *unet,
         *SHORT,
         "conditioning=none",
-        "objective=eps",
+        "objective.prediction=eps",
         "schedule=linear",
         "sampler=ddim",
     ]

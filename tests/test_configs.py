@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
+from typing import get_args
 
 import lightning
 import pytest
@@ -14,8 +15,9 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.autoencoder.autoencoder import Autoencoder
-from ldm.diffusion.sampler import Sampler, timesteps
-from ldm.diffusion.schedule import NoiseSchedule
+from ldm.diffusion.chain import PredictionType
+from ldm.diffusion.loss import check_objective
+from ldm.diffusion.schedule import NoiseSchedule, cosine
 from ldm.home import folder
 from ldm.training.stage import OptimizerFactory
 
@@ -125,15 +127,19 @@ def test_schedules(choice):
 @of("sampler")
 def test_samplers_fit_the_schedules(choice):
     sampler = instantiate(chosen("sampler", choice))
-    assert isinstance(sampler, Sampler) and sampler.method == choice
-    assert timesteps(1000, sampler.steps, sampler.spacing)[-1] == 0
+    assert sampler.method == choice
+    for schedule in GROUPS["schedule"]:
+        sampler.check(instantiate(chosen("schedule", schedule)))
 
 
 @of("objective")
 def test_objectives(choice):
     objective = instantiate(chosen("objective", choice))
-    assert objective.prediction == {"min_snr": "v"}.get(choice, choice)
-    assert (objective.weighting == "min_snr") == (choice in ("min_snr", "z_0"))
+    assert objective.loss == choice and objective.prediction == "v"
+    variance = objective.variance(None)
+    assert variance == ("learned_range" if choice in ("hybrid", "vlb") else "fixed_small")
+    for prediction in get_args(PredictionType):
+        check_objective(choice, variance, objective.timesteps, prediction, cosine().alpha_bar)
 
 
 @of("optimizer")

@@ -69,7 +69,7 @@ def test_it_survives_its_folder(tmp_path, kind):
         "unet": lambda: build(network=network),
         "learned variance": lambda: build(
             network=DiT(sample_size=8, in_channels=3, out_channels=6, hidden_dim=16, depth=1, head_dim=8),
-            learned_variance=True,
+            variance="learned_range",
         ),
     }[kind]()
     pipeline.save(tmp_path)

@@ -54,6 +54,11 @@ class Autoencoder:
         return self.model.config.latent_channels
 
     @property
+    def has_density(self) -> bool:
+        """Whether it defines q(z | x) and p(x | z), so that images have a likelihood: a KL autoencoder does."""
+        return type(self.model).__name__ in CLASSES
+
+    @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 

@@ -13,13 +13,13 @@ accelerator no synchronisation. Every result is in float32 or better: half-preci
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from ldm.diffusion.schedule import NoiseSchedule, Step
 
 PredictionType = Literal["eps", "z_0", "v", "flow"]
-VarianceType = Literal["fixed_small", "fixed_large", "learned_range"]
+VarianceType = Literal["fixed_small", "fixed_large", "learned_range", "optimal"]
 
 
 def at_least_float32(z: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -86,9 +86,8 @@ def posterior(
     check_order(schedule, s, t)
     z_0 = at_least_float32(z_0)
     a_s, a_t = schedule.at(s, z_0), schedule.at(t, z_0)
-    b, bt = _step_variances(a_s, a_t)
-    from_z_0 = a_s.sqrt() * b / (1 - a_t)
-    from_z_t = (a_t / a_s).sqrt() * (1 - a_s) / (1 - a_t)
+    _, bt = _step_variances(a_s, a_t)
+    from_z_0, from_z_t = _posterior_weights(a_s, a_t)
     return from_z_0.to(z_0) * z_0 + from_z_t.to(z_0) * z_t, bt.to(z_0)
 
 
@@ -100,20 +99,33 @@ def log_variance(
     *,
     like: Float[Tensor, " b *z"],
     v: Float[Tensor, " b *z"] | None = None,
+    z_0_mse: Float64[Tensor, " num_entries"] | None = None,
 ) -> Float[Tensor, " _ *_"]:
     """log Sigma(s, t, v) of the reverse step p(z_s | z_t), in nats, to broadcast against `like`.
 
         fixed_large    log b
         fixed_small    log bt
         learned_range  v log b + (1 - v) log bt,   v in [0, 1] where the network's output is in [-1, 1]
+        optimal        log (bt + c_0^2 mse(t)),    c_0 = sqrt(a_s) b / (1 - a_t),  mse(t) = z_0_mse[t]
 
-    At s = 0, where bt = 0, bt is replaced by that of the step 2 -> 1 of the whole chain. The shape is
-    [b or 1, 1, ..., 1] for the fixed kinds, that of v for learned_range.
-    Source: Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 15, and its clip at the last step.
+    optimal is the isotropic Sigma that minimises the mean KL of every step for this denoiser, exact or not. The
+    means of q(z_s | z_t, z_0) and p(z_s | z_t) differ by c_0 (z_0 - its prediction), so that per dimension
+
+        E KL = 1/2 (log Sigma - log bt + (bt + c_0^2 mse(t)) / Sigma - 1),
+        mse(t) = E |z_0 - its prediction from z_t|^2 / D.
+
+    At s = 0 bt = 0 and c_0 = 1: Sigma = mse(t) minimises the mean of -log p(z_0 | z_t). The other kinds that need
+    bt take, at s = 0, that of the step 2 -> 1 of the whole chain. The shape is [b or 1, 1, ..., 1], but that of v
+    for learned_range.
+    Source: Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 15, and its clip at the last step; optimal is Bao et
+    al. 2022, arXiv:2201.06503, for an exact denoiser, and arXiv:2206.07309 for any.
+
+    Args:
+        z_0_mse: mse(t) over t = 0..T, see `check_z_0_mse`; wanted by optimal alone.
 
     Raises:
-        ValueError: unless 0 <= s < t <= T; if `variance` is unknown; if learned_range comes without v; if bt
-            is asked for at s = 0 of a chain of a single step.
+        ValueError: unless 0 <= s < t <= T; if `variance` is unknown; if learned_range comes without v, or optimal
+            without its table; if bt is asked for at s = 0 of a chain of a single step.
     """
     check_order(schedule, s, t)
     if variance not in get_args(VarianceType):
@@ -123,6 +135,9 @@ def log_variance(
     b, bt = _step_variances(a_s, a_t)
     if variance == "fixed_large":
         return b.log().to(like)
+    if variance == "optimal":
+        from_z_0, _ = _posterior_weights(a_s, a_t)
+        return (bt + from_z_0**2 * _z_0_mse_at(schedule, z_0_mse, t).reshape(from_z_0.shape)).log().to(like)
     if (bt == 0).any():
         if schedule.num_steps < 2:
             raise ValueError("bt at s = 0 is taken from the step 2 -> 1; this chain has one step: use fixed_large")
@@ -133,6 +148,27 @@ def log_variance(
         raise ValueError("learned_range needs v, but the denoiser gave none: its network must learn the variance")
     v = at_least_float32(v)
     return v * b.log().to(v) + (1 - v) * bt.log().to(v)
+
+
+def check_z_0_mse(schedule: NoiseSchedule, z_0_mse: Float64[Tensor, " num_entries"]) -> None:
+    """Refuse a table that cannot be mse(t) = E |z_0 - its prediction from z_t|^2 / D over t = 0..T.
+
+    Raises:
+        ValueError: unless it has T + 1 entries, finite, positive from t = 1 on, and 0 at t = 0.
+    """
+    if len(z_0_mse) != schedule.num_steps + 1:
+        raise ValueError(
+            f"z_0_mse must have T + 1 = {schedule.num_steps + 1} entries; got {len(z_0_mse)}: fit it on the training "
+            "split with the chain that it is used on"
+        )
+    wrong = ~(z_0_mse.isfinite() & (z_0_mse > 0))
+    wrong[0] = z_0_mse[0] != 0
+    if wrong.any():
+        t = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"z_0_mse must be 0 at t = 0, finite and positive after it; got z_0_mse[{t}] = {z_0_mse[t].item()}: fit "
+            "it on the training split"
+        )
 
 
 def target(
@@ -224,7 +260,8 @@ def check_order(schedule: NoiseSchedule, s: Step, t: Step) -> None:
     Raises:
         ValueError: naming s, t and T.
     """
-    earlier, later = torch.as_tensor(s), torch.as_tensor(t)
+    # a Python float would become float32
+    earlier, later = (torch.as_tensor(x, dtype=torch.float64 if isinstance(x, float) else None) for x in (s, t))
     if not ((earlier >= 0) & (earlier < later) & (later <= schedule.num_steps)).all():
         raise ValueError(f"steps must satisfy 0 <= s < t <= T = {schedule.num_steps}; got s = {s}, t = {t}")
 
@@ -237,3 +274,20 @@ def _alpha_sigma(schedule: NoiseSchedule, t: Step, like: Tensor) -> tuple[Tensor
 def _step_variances(a_s: Tensor, a_t: Tensor) -> tuple[Tensor, Tensor]:
     b = 1 - a_t / a_s
     return b, b * (1 - a_s) / (1 - a_t)
+
+
+def _posterior_weights(a_s: Tensor, a_t: Tensor) -> tuple[Tensor, Tensor]:
+    from_z_0 = a_s.sqrt() * (1 - a_t / a_s) / (1 - a_t)
+    return from_z_0, (a_t / a_s).sqrt() * (1 - a_s) / (1 - a_t)
+
+
+def _z_0_mse_at(schedule: NoiseSchedule, z_0_mse: Tensor | None, t: Step) -> Tensor:
+    if z_0_mse is None:
+        raise ValueError(
+            "variance optimal needs z_0_mse, the denoiser's error at every t: fit it on the training split"
+        )
+    check_z_0_mse(schedule, z_0_mse)
+    index = torch.as_tensor(t)
+    if index.is_floating_point():
+        raise ValueError(f"variance optimal is known at the steps 1..T alone; got t = {t}")
+    return z_0_mse.to(schedule.alpha_bar.device)[index.to(schedule.alpha_bar.device)]

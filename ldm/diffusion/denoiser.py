@@ -37,7 +37,8 @@ class Denoiser:
     Args:
         schedule: the chain that the network is trained on.
         network: called as network(z_t, timesteps, condition) with timesteps = t - 1 in 0..T-1, a long tensor
-            [b], so that weights keep the meaning that diffusers gives a timestep.
+            [b], so that weights keep the meaning that diffusers gives a timestep; a real t comes as a float
+            tensor, in float32 or better.
         prediction: what the network outputs: eps, z_0, v or flow.
         learned_variance: if set, the network outputs 2C channels, and the second half, in [-1, 1], is
             v = (out + 1) / 2 (Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 15).
@@ -78,7 +79,9 @@ class Denoiser:
                 variance.
         """
         check_order(self.schedule, 0, t)
-        timesteps = (torch.as_tensor(t, device=z_t.device) - 1).expand(len(z_t))
+        real = t.is_floating_point() if isinstance(t, Tensor) else isinstance(t, float)
+        dtype = torch.promote_types(z_t.dtype, torch.float32) if real else None
+        timesteps = (torch.as_tensor(t, dtype=dtype, device=z_t.device) - 1).expand(len(z_t))
         output = at_least_float32(self.network(z_t, timesteps, condition))
         channels = 2 * z_t.shape[1] if self.learned_variance else z_t.shape[1]
         if output.shape[1] != channels:

@@ -63,7 +63,7 @@ class Guided:
         inside = (u >= low) & (u <= high)
         if self.scale == 1 or not inside.any():
             return self.denoiser(z_t, t, condition)
-        both_t = t if isinstance(t, int) else torch.cat([t, t])
+        both_t = t if isinstance(t, int | float) else torch.cat([t, t])
         both = self.denoiser(torch.cat([z_t, z_t]), both_t, self._both(condition))
         cond, null = both.z_0.chunk(2)
         inside = inside.reshape(-1, *(1,) * (z_t.ndim - 1)).to(cond)

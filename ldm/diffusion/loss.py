@@ -1,4 +1,4 @@
-"""Training objectives of the denoiser, per sample: L_simple and its weightings.
+"""Training objectives of the denoiser, per sample: L_simple and its weightings, L_vlb, and their sum L_hybrid.
 
 Setting: the network's output is compared with `chain.target` in the space of its own prediction. Each space's
 squared error is that of z_0 times a known factor, since at a given z_t all predictions are affine in z_0:
@@ -6,17 +6,76 @@ squared error is that of z_0 times a known factor, since at a given z_t all pred
     eps: snr        z_0: 1        v: snr + 1        flow: (alpha + sigma)^2 / sigma^2
 
 A weighting that is stated on z_0 is divided by this factor, and then means the same in every space.
+
+    simple, min_snr   L_simple: Sigma is fixed
+    hybrid            L_simple + 0.001 L_vlb: L_simple moves the mean, L_vlb Sigma alone
+    vlb               L_vlb moves both
 """
+
+import math
+from typing import get_args
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
-from ldm.diffusion.chain import at_least_float32, check_order, check_prediction, target
+from ldm.diffusion.bound_terms import bound_term
+from ldm.diffusion.chain import VarianceType, at_least_float32, check_order, check_prediction, target, to_z_0
+from ldm.diffusion.denoiser import Prediction
 from ldm.diffusion.schedule import NoiseSchedule
 
 DISTRIBUTIONS = ("uniform", "logit_normal")
+TIMESTEPS = (*DISTRIBUTIONS, "importance")
 WEIGHTINGS = ("simple", "min_snr")
+OBJECTIVES = (*WEIGHTINGS, "hybrid", "vlb")
+
+VLB_WEIGHT = 0.001
+"""Of L_vlb in L_hybrid: small, so that the network's shared layers learn from L_simple."""
+
+
+def check_objective(
+    objective: str, variance: str, timesteps: str, prediction: str, alpha_bar: Float[Tensor, "..."]
+) -> None:
+    """Refuse choices that would train nothing, something else than they say, or what does not exist.
+
+    Args:
+        objective: one of OBJECTIVES.
+        variance: Sigma that is trained with: fixed_small, fixed_large or learned_range.
+        timesteps: how t is drawn, one of TIMESTEPS.
+
+    Raises:
+        ValueError: saying why the choices do not go together, and what to choose.
+    """
+    for option, value, known in (
+        ("objective", objective, OBJECTIVES),
+        ("variance", variance, get_args(VarianceType)),
+        ("timesteps", timesteps, TIMESTEPS),
+    ):
+        if value not in known:
+            raise ValueError(f"unknown {option} {value!r}; known: {', '.join(known)}")
+    check_prediction(prediction, alpha_bar)
+    if variance == "optimal":
+        raise ValueError(
+            "variance optimal is fitted to a trained denoiser: train with fixed_small or fixed_large, and choose "
+            "optimal when sampling or measuring the bound"
+        )
+    if variance == "learned_range" and objective in WEIGHTINGS:
+        raise ValueError(f"objective {objective} would leave the learned Sigma untrained: choose hybrid or vlb")
+    if variance != "learned_range" and objective == "hybrid":
+        raise ValueError(
+            f"the VLB term of hybrid trains Sigma alone, and {variance} has nothing to train: choose variance "
+            "learned_range, or objective simple"
+        )
+    if timesteps == "importance" and objective != "vlb":
+        raise ValueError(
+            f"importance draws t by the history of L_vlb, which {objective} does not minimise: choose timesteps uniform"
+        )
+    if timesteps == "logit_normal" and objective not in WEIGHTINGS:
+        other = " or importance" if objective == "vlb" else ""
+        raise ValueError(
+            f"{objective} estimates the sum of L_vlb over all t, which logit_normal would bias: choose timesteps "
+            f"uniform{other}"
+        )
 
 
 def sample_timesteps(
@@ -98,3 +157,102 @@ def simple_loss(
     """
     error = at_least_float32(output) - target(schedule, z_0, eps, t, prediction)
     return weight(schedule, t, weighting, prediction, gamma).to(error) * error.square().flatten(1).mean(1)
+
+
+def vlb_loss(
+    schedule: NoiseSchedule,
+    prediction: Prediction,
+    z_0: Float[Tensor, " b *z"],
+    t: Int[Tensor, " b"],
+    variance: str,
+) -> Float[Tensor, " b"]:
+    """L_vlb per sample, in bits per latent dimension:  T L_{t-1} / (D ln 2).
+
+    Its mean over uniform t is the bound without L_T, which nothing trains. In float64, see `bound_term`.
+    Source: Nichol and Dhariwal 2021, arXiv:2102.09672, eqs. 3 to 7.
+
+    Raises:
+        ValueError: as `bound_term` does.
+    """
+    nats = bound_term(schedule, prediction, z_0, t - 1, t, variance=variance)
+    return schedule.num_steps / (z_0[0].numel() * math.log(2)) * nats
+
+
+def hybrid_loss(
+    schedule: NoiseSchedule,
+    output: Float[Tensor, " b *z"],
+    v: Float[Tensor, " b *z"] | None,
+    z_0: Float[Tensor, " b *z"],
+    z_t: Float[Tensor, " b *z"],
+    eps: Float[Tensor, " b *z"],
+    t: Int[Tensor, " b"],
+    prediction: str,
+) -> Float[Tensor, " b"]:
+    """L_hybrid = L_simple + 0.001 L_vlb per sample, with the mean detached in L_vlb and Sigma learned_range.
+
+    The VLB term moves v alone. t must be uniform, for L_vlb's sake. `output` and v are `Denoiser.output`'s.
+    Source: Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 16.
+
+    Raises:
+        ValueError: as `simple_loss` and `vlb_loss` do.
+    """
+    simple = simple_loss(schedule, output, z_0, eps, t, prediction)
+    fixed_mean = Prediction(to_z_0(schedule, output.detach(), z_t, t, prediction), v)
+    return simple + VLB_WEIGHT * vlb_loss(schedule, fixed_mean, z_0, t, "learned_range").to(simple)
+
+
+class ImportanceTimesteps(nn.Module):
+    """Draws t in proportion to the size of L_vlb there, which varies by orders of magnitude over t.
+
+        p_t = 0.999 sqrt(E[L^2]) / sum_t sqrt(E[L^2]) + 0.001 / T,   w = 1 / (T p_t)
+
+    E is over the last 10 losses at t, and p is uniform until every t has 10: 10 T draws at least, about 25 T by
+    chance at T = 1000. E[w L] is the mean of L over all t. The history is kept in buffers, to be saved and resumed
+    with the weights.
+    Source: Nichol and Dhariwal 2021, arXiv:2102.09672, section 3.3; the uniform share is their code's.
+    """
+
+    history: Tensor
+    counts: Tensor
+
+    kept = 10
+    uniform_share = 0.001
+
+    def __init__(self, num_steps: int) -> None:
+        super().__init__()
+        self.register_buffer("history", torch.zeros(num_steps, self.kept))
+        self.register_buffer("counts", torch.zeros(num_steps, dtype=torch.long))
+
+    def probabilities(self) -> Float[Tensor, " num_steps"]:
+        """p_t over t = 1..T."""
+        size = self.history.square().mean(1).sqrt()
+        uniform = torch.full_like(size, 1 / len(size))
+        share = torch.where(self.counts.min() >= self.kept, size / size.sum(), uniform)
+        return (1 - self.uniform_share) * share + self.uniform_share * uniform
+
+    def sample(
+        self, batch: int, generator: torch.Generator | None = None
+    ) -> tuple[Int[Tensor, " b"], Float[Tensor, " b"]]:
+        """Steps t in 1..T and the weights w of their losses, on the buffers' device, drawn on the generator's."""
+        p = self.probabilities()
+        source = p if generator is None else p.to(generator.device)
+        index = torch.multinomial(source, batch, replacement=True, generator=generator).to(p.device)
+        return index + 1, 1 / (len(p) * p[index])
+
+    @torch.no_grad()
+    def update(self, t: Int[Tensor, " b"], losses: Float[Tensor, " b"]) -> None:
+        """Remember the unweighted L_vlb of each sample, as `vlb_loss` gives it.
+
+        Raises:
+            ValueError: if a loss is not finite.
+        """
+        if not losses.isfinite().all():
+            raise ValueError("importance sampling of t was given a loss that is not finite")
+        t, order = t.to(self.counts.device).sort(stable=True)
+        times = torch.bincount(t - 1, minlength=len(self.counts))
+        rank = torch.arange(len(t), device=t.device) - (times.cumsum(0) - times)[t - 1]
+        # Of more than 10 losses at one t the last stay; no two of those share a place.
+        last = rank >= times[t - 1] - self.kept
+        place = (self.counts[t - 1] + rank) % self.kept
+        self.history[(t - 1)[last], place[last]] = losses.to(self.history)[order][last]
+        self.counts += times

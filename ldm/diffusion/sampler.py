@@ -6,17 +6,17 @@ All take any strided subset of the steps, and ask a denoiser for z_0 at each.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, Protocol, get_args
 
 import torch
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from diffusers.utils.torch_utils import randn_tensor
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from ldm.diffusion.chain import VarianceType, at_least_float32, check_order, log_variance, posterior, to_eps
 from ldm.diffusion.denoiser import Condition, DenoiserLike
-from ldm.diffusion.schedule import NoiseSchedule
+from ldm.diffusion.schedule import ALPHA_BAR_FLOOR, NoiseSchedule
 
 METHODS = ("ddpm", "ddim", "dpmpp", "unipc")
 SPACINGS = ("trailing", "leading", "linspace")
@@ -24,10 +24,30 @@ SPACINGS = ("trailing", "leading", "linspace")
 Generators = torch.Generator | list[torch.Generator] | None
 """One generator for the batch, or one per sample: sample i then depends on its own alone."""
 
-OnStep = Callable[[int, Tensor, Tensor], None]
+OnStep = Callable[[float, Tensor, Tensor], None]
+"""Called as on_step(s, z_s, z_0) after every transition, with where it arrived and a predicted z_0."""
 
-# The ODE solvers work in log-SNR, which is -inf where alpha_bar = 0. A floor this low moves z by 1e-10.
-_ALPHA_BAR_FLOOR = 1e-20
+
+class SamplerLike(Protocol):
+    """Any way from z_T ~ N(0, I) to z_0: down the chain, or along its SDE or ODE."""
+
+    @property
+    def method(self) -> str: ...
+
+    @property
+    def steps(self) -> int: ...
+
+    def check(self, schedule: NoiseSchedule) -> None: ...
+
+    def __call__(
+        self,
+        denoiser: DenoiserLike,
+        z_T: Tensor,
+        condition: Condition = None,
+        *,
+        generator: Generators = None,
+        on_step: OnStep | None = None,
+    ) -> Tensor: ...
 
 
 def timesteps(num_steps: int, steps: int, spacing: str = "trailing") -> list[int]:
@@ -64,6 +84,7 @@ def ddpm_step(
     t: int,
     variance: str = "fixed_small",
     v: Float[Tensor, " b *z"] | None = None,
+    z_0_mse: Float64[Tensor, " num_entries"] | None = None,
     generator: Generators = None,
 ) -> Float[Tensor, " b *z"]:
     """Draw z_s from p(z_s | z_t), given the predicted clean latent z_0.
@@ -74,13 +95,14 @@ def ddpm_step(
     Source: Ho et al. 2020, arXiv:2006.11239, algorithm 2; any s < t.
 
     Raises:
-        ValueError: unless 0 <= s < t <= T; if `variance` is unknown, or learned_range without v.
+        ValueError: unless 0 <= s < t <= T; where s > 0, if `variance` is unknown, or lacks the v or the z_0_mse
+            that `log_variance` wants.
     """
     mean, _ = posterior(schedule, z_0, z_t, s, t)
     if s == 0:
         return mean
-    std = (0.5 * log_variance(schedule, s, t, variance, like=mean, v=v)).exp()
-    return mean + std * _draw(mean, generator)
+    std = (0.5 * log_variance(schedule, s, t, variance, like=mean, v=v, z_0_mse=z_0_mse)).exp()
+    return mean + std * draw_noise(mean, generator)
 
 
 def ddim_step(
@@ -114,7 +136,7 @@ def ddim_step(
     z_s = a_s.sqrt().to(eps) * z_0 + along_eps.to(eps) * eps
     if eta == 0 or s == 0:
         return z_s
-    return z_s + v.sqrt().to(eps) * _draw(eps, generator)
+    return z_s + v.sqrt().to(eps) * draw_noise(eps, generator)
 
 
 @dataclass(frozen=True)
@@ -128,7 +150,8 @@ class Sampler:
         eta: noise of ddim, 0 (deterministic) to 1 (ancestral); other methods take none.
         spacing: which steps are visited, see `timesteps`. dpmpp and unipc want trailing: the others make a
             last stop at t = 1, most of the log-SNR away, which a multistep method extrapolates badly.
-        variance: Sigma of ddpm; the other methods have no use for it.
+        variance: Sigma of ddpm; the other methods have no use for it. None takes what the model has:
+            learned_range where the denoiser answers with v, else fixed_small.
         clip: if set, the predicted z_0 is clamped to [-clip, clip].
 
     Raises:
@@ -139,7 +162,7 @@ class Sampler:
     steps: int
     eta: float = 0.0
     spacing: str = "trailing"
-    variance: str = "fixed_small"
+    variance: str | None = None
     clip: float | None = None
 
     def __post_init__(self) -> None:
@@ -148,7 +171,7 @@ class Sampler:
             ("spacing", self.spacing, SPACINGS),
             ("variance", self.variance, get_args(VarianceType)),
         ):
-            if value not in known:
+            if value is not None and value not in known:
                 raise ValueError(f"unknown sampler {option} {value!r}; known: {', '.join(known)}")
         _check_eta(self.eta)
         if self.eta != 0 and self.method != "ddim":
@@ -158,6 +181,14 @@ class Sampler:
         if self.clip is not None and self.clip <= 0:
             raise ValueError(f"clip must be positive, or None for no clipping; got {self.clip}")
 
+    def check(self, schedule: NoiseSchedule) -> None:
+        """Refuse a chain that this sampler cannot run on.
+
+        Raises:
+            ValueError: if the chain has fewer steps than the sampler.
+        """
+        timesteps(schedule.num_steps, self.steps, self.spacing)
+
     @torch.no_grad()
     def __call__(
         self,
@@ -165,12 +196,14 @@ class Sampler:
         z_T: Float[Tensor, " b *z"],
         condition: Condition = None,
         *,
+        z_0_mse: Float64[Tensor, " num_entries"] | None = None,
         generator: Generators = None,
         on_step: OnStep | None = None,
     ) -> Float[Tensor, " b *z"]:
         """Take z_T ~ N(0, I) down to z_0.
 
         Args:
+            z_0_mse: the denoiser's error at every t, which ddpm with variance optimal needs.
             generator: one for the batch, or a list with one per sample.
             on_step: called as on_step(s, z_s, z_0) after every transition, with where it arrived and the
                 predicted z_0 that it used. unipc corrects z_s once more at its next step.
@@ -190,7 +223,10 @@ class Sampler:
             if self.clip is not None:
                 z_0 = z_0.clamp(-self.clip, self.clip)
             if self.method == "ddpm":
-                z_t = ddpm_step(schedule, z_0, z_t, s=s, t=t, variance=self.variance, v=v, generator=generator)
+                variance = self.variance or ("fixed_small" if v is None else "learned_range")
+                z_t = ddpm_step(
+                    schedule, z_0, z_t, s=s, t=t, variance=variance, v=v, z_0_mse=z_0_mse, generator=generator
+                )
             elif self.method == "ddim":
                 z_t = ddim_step(schedule, z_0, z_t, s=s, t=t, eta=self.eta, generator=generator)
             else:
@@ -207,7 +243,7 @@ class Sampler:
         if self.method not in ("dpmpp", "unipc"):
             return None
         solver_class: Any = DPMSolverMultistepScheduler if self.method == "dpmpp" else UniPCMultistepScheduler
-        alpha_bar = schedule.alpha_bar.cpu().clamp(min=_ALPHA_BAR_FLOOR)
+        alpha_bar = schedule.alpha_bar.cpu().clamp(min=ALPHA_BAR_FLOOR)
         solver = solver_class(
             num_train_timesteps=schedule.num_steps,
             trained_betas=(1 - alpha_bar[1:] / alpha_bar[:-1]).tolist(),
@@ -215,10 +251,10 @@ class Sampler:
             prediction_type="sample",
         )
         a_t = alpha_bar[visited]
-        if (a_t[1:] <= _ALPHA_BAR_FLOOR).any():
+        if (a_t[1:] <= ALPHA_BAR_FLOOR).any():
             raise ValueError(
                 f"{self.method} cannot step between steps of pure noise: alpha_bar of schedule "
-                f"{schedule.name!r} is below {_ALPHA_BAR_FLOOR} before T; use ddim, or a gentler schedule"
+                f"{schedule.name!r} is below {ALPHA_BAR_FLOOR} before T; use ddim, or a gentler schedule"
             )
         solver.sigmas = ((1 - a_t) / a_t).sqrt().to(like.dtype)
         solver.timesteps = torch.tensor(visited[:-1], device=like.device) - 1
@@ -227,7 +263,8 @@ class Sampler:
         return solver
 
 
-def _draw(like: Tensor, generator: Generators) -> Tensor:
+def draw_noise(like: Tensor, generator: Generators) -> Tensor:
+    """N(0, I) in the shape of `like`, each sample from its own generator where there is one per sample."""
     return randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype)
 
 

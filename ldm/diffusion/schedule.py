@@ -3,18 +3,27 @@
 Setting: a Markov chain z_0, z_1, ..., z_T with q(z_t | z_0) = N(sqrt(a_t) z_0, (1 - a_t) I), where
 a_t = alpha_bar[t] falls from a_0 = 1 towards 0. A table has T + 1 entries, so that a step may go from any t
 to any s < t, the last one to s = 0 included. u = t / T is the continuous time.
+
+Between the steps 1..T the chain is continuous: log-SNR, log a_t / (1 - a_t), is interpolated monotone and C1
+through them. Below t = 1 log-SNR runs off to infinity and nothing is interpolated.
 """
 
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Float64, Int
+from scipy.interpolate import PchipInterpolator
+from scipy.optimize import brentq
 from torch import Tensor
 
-Step = int | Int[Tensor, " b"]
-"""A step of the chain: one for the whole batch, or one per sample."""
+Step = int | float | Int[Tensor, " b"] | Float[Tensor, " b"]
+"""A step of the chain, or a real time in [1, T] between two: one for the whole batch, or one per sample."""
+
+# log-SNR is -inf where alpha_bar = 0. A floor this low moves z by 1e-10.
+ALPHA_BAR_FLOOR = 1e-20
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +32,7 @@ class NoiseSchedule:
 
     Float64 because 1 - a_t and 1 - a_t / a_s cancel in float32. Coefficients are computed in float64 from
     `at` and cast once, by `.to(z)`, where they meet the tensor. The arithmetic happens on the table's device:
-    move it with `to`, or leave it on the CPU (MPS has no float64).
+    move it with `to`, or leave it on the CPU (MPS has no float64). Real times are interpolated on the CPU.
 
     Args:
         name: what the schedule is called in configs and messages.
@@ -68,31 +77,96 @@ class NoiseSchedule:
     def at(self, t: Step, like: Float[Tensor, " b *z"]) -> Float64[Tensor, " _ *_"]:
         """a_t in float64 on the table's device, of shape [b or 1, 1, ..., 1] to broadcast against `like`.
 
+        A real t that is a whole number gives the table's own entry.
+
         Raises:
-            ValueError: unless 0 <= t <= T.
+            ValueError: unless t is one of 0..T, or real and in [1, T]; for a real t, as `log_snr_curve` does.
         """
         return self._gather(t).reshape(-1, *(1,) * (like.ndim - 1))
 
     def snr(self, t: Step) -> Float64[Tensor, " *b"]:
         """Signal-to-noise ratio a_t / (1 - a_t) in float64; infinite at t = 0.
 
-        Shape [] for an int, [b] for a tensor of steps.
+        Shape [] for a number, [b] for a tensor of steps.
 
         Raises:
-            ValueError: unless 0 <= t <= T.
+            ValueError: as `at` does.
         """
         a_t = self._gather(t)
         return a_t / (1 - a_t)
+
+    @cached_property
+    def log_snr_curve(self) -> PchipInterpolator:
+        """log-SNR over real t in [1, T], monotone and C1: PCHIP through the table, in float64.
+
+        An alpha_bar[T] of 0 counts as 1e-20.
+        Source: Fritsch and Butland 1984, doi:10.1137/0905021, as in scipy.
+
+        Raises:
+            ValueError: if the chain has fewer than 2 steps; if alpha_bar is below 1e-20 before T.
+        """
+        if self.num_steps < 2:
+            raise ValueError(f"schedule {self.name!r} has one step: a real t needs at least two to lie between")
+        if self.alpha_bar[-2] <= ALPHA_BAR_FLOOR:
+            raise ValueError(
+                f"schedule {self.name!r} has no real t between steps of pure noise: alpha_bar is below "
+                f"{ALPHA_BAR_FLOOR} before T; use a gentler schedule"
+            )
+        log_snr = self.alpha_bar[1:].cpu().clamp(min=ALPHA_BAR_FLOOR).logit()
+        return PchipInterpolator(range(1, self.num_steps + 1), log_snr.numpy())
+
+    def rate(self, t: Step) -> Float64[Tensor, " *b"]:
+        """b(t) = -d log a / dt = (1 - a_t) (-d log-SNR / dt) >= 0, per unit of t; times T it is per unit of u.
+
+        Its integral from s to t is log(a_s / a_t). Float64 on the table's device, of the shape of `snr`.
+
+        Raises:
+            ValueError: unless 1 <= t <= T; as `log_snr_curve` does.
+        """
+        time = _number(t).double()
+        a_t = self._between(time)
+        return (1 - a_t) * -self._curve(time, derivative=1)
+
+    def time_at(self, log_snr: float) -> float:
+        """The real t whose log-SNR this is, or the nearer end of [1, T] if it lies outside.
+
+        Raises:
+            ValueError: as `log_snr_curve` does.
+        """
+        curve = self.log_snr_curve
+        if log_snr >= curve(1):
+            return 1.0
+        if log_snr <= curve(self.num_steps):
+            return float(self.num_steps)
+        left = int((curve.c[-1] > log_snr).sum())
+        return float(brentq(lambda t: curve(t) - log_snr, left, left + 1))
 
     def to(self, device: torch.device | str) -> "NoiseSchedule":
         """The same schedule with its table on `device`."""
         return dataclasses.replace(self, alpha_bar=self.alpha_bar.to(device))
 
     def _gather(self, t: Step) -> Tensor:
-        index = torch.as_tensor(t)
+        index = _number(t)
+        if index.is_floating_point():
+            return self._between(index)
         if ((index < 0) | (index > self.num_steps)).any():
             raise ValueError(f"schedule {self.name!r} has the steps 0..{self.num_steps}; got t = {t}")
         return self.alpha_bar[index.to(self.alpha_bar.device)]
+
+    def _between(self, t: Tensor) -> Tensor:
+        if not ((t >= 1) & (t <= self.num_steps)).all():
+            raise ValueError(f"schedule {self.name!r} takes a real t in [1, {self.num_steps}]; got t = {t.tolist()}")
+        step = t.to(self.alpha_bar.device).round().long()
+        return torch.where((t == t.round()).to(step.device), self.alpha_bar[step], self._curve(t).sigmoid())
+
+    def _curve(self, t: Tensor, derivative: int = 0) -> Tensor:
+        values = self.log_snr_curve(t.detach().cpu().double().numpy(), derivative)
+        return torch.as_tensor(values, device=self.alpha_bar.device)
+
+
+def _number(t: Step) -> Tensor:
+    # A Python float would become float32.
+    return torch.as_tensor(t, dtype=torch.float64 if isinstance(t, float) else None)
 
 
 def linear(num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ldm.data.images import ImageData
 from ldm.data.order import derive_seed
-from ldm.diffusion.sampler import Sampler
+from ldm.diffusion.sampler import SamplerLike
 from ldm.errors import UserError
 from ldm.evaluation.metrics import kernel_distance, retrieval_ranks
 from ldm.features import CHOICES
@@ -46,7 +46,7 @@ def load_features(name: str) -> nn.Module:
 def evaluate(
     pipeline: LatentDiffusionPipeline,
     images: ImageData,
-    sampler: Sampler,
+    sampler: SamplerLike,
     *,
     features: str = "efficientnet_lite",
     num_samples: int = 256,

@@ -8,10 +8,17 @@ import torch
 from torch import Tensor
 
 from ldm.data.order import derive_seed
-from ldm.diffusion.chain import marginal
-from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.loss import DISTRIBUTIONS, WEIGHTINGS, sample_timesteps, simple_loss
-from ldm.diffusion.sampler import Sampler
+from ldm.diffusion.chain import marginal, to_z_0
+from ldm.diffusion.denoiser import Prediction
+from ldm.diffusion.loss import (
+    WEIGHTINGS,
+    ImportanceTimesteps,
+    hybrid_loss,
+    sample_timesteps,
+    simple_loss,
+    vlb_loss,
+)
+from ldm.diffusion.sampler import SamplerLike
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.networks.conditioning import Condition, drop
 from ldm.pictures import grid, to_pil
@@ -26,26 +33,22 @@ BATCH = dict[str, Any]
 
 @dataclass(frozen=True)
 class Objective:
-    """What the network predicts and how its error is weighted.
+    """What is minimised; `ldm.diffusion.loss.check_objective` says which choices go together.
 
     Args:
-        prediction: eps, z_0, v or flow.
-        weighting: simple (1 in the prediction's own space) or min_snr (arXiv:2303.09556, with `gamma`).
-        timesteps: How t is drawn while training: uniform or logit_normal.
+        loss: simple, min_snr (with `gamma`), hybrid or vlb.
+        prediction: What the network outputs: eps, z_0, v or flow.
+        timesteps: How t is drawn while training: uniform, logit_normal or importance.
     """
 
+    loss: str = "simple"
     prediction: str = "v"
-    weighting: str = "simple"
     timesteps: str = "uniform"
     gamma: float = 5.0
 
-    def __post_init__(self) -> None:
-        for option, value, known in (
-            ("weighting", self.weighting, WEIGHTINGS),
-            ("timesteps", self.timesteps, DISTRIBUTIONS),
-        ):
-            if value not in known:
-                raise ValueError(f"objective.{option}={value} is unknown. Choose one of: {', '.join(known)}.")
+    def variance(self, asked: str | None) -> str:
+        """Sigma to train with: what is asked for, else the network's own where the bound trains it."""
+        return asked or ("fixed_small" if self.loss in WEIGHTINGS else "learned_range")
 
 
 class DiffusionTraining(TrainingModule):
@@ -70,7 +73,7 @@ class DiffusionTraining(TrainingModule):
         drop_condition: float,
         seed: int,
         shown: tuple[Condition, list[str | None]],
-        sampler: Sampler,
+        sampler: SamplerLike,
         guidance: float,
         pictures: Path,
     ) -> None:
@@ -78,29 +81,41 @@ class DiffusionTraining(TrainingModule):
         self.pipeline, self.objective, self.drop_condition = pipeline, objective, drop_condition
         self.shown, self.sampler, self.guidance, self.pictures = shown, sampler, guidance, pictures
         self.null = pipeline.conditioning.null()
+        self.importance = ImportanceTimesteps(self.schedule.num_steps) if objective.timesteps == "importance" else None
+        self._drawn: tuple[Tensor, Tensor] | None = None
 
     @property
     def schedule(self) -> NoiseSchedule:
         return self.pipeline.schedule
 
-    def _denoiser(self) -> Denoiser:
-        return self.pipeline.denoiser()
-
     def _loss(self, z_0: Tensor, t: Tensor, condition: Condition, generator: torch.Generator) -> Tensor:
         """Loss per sample, [b]."""
+        loss, prediction = self.objective.loss, self.objective.prediction
+        z_t, eps, output, v = self._predict(z_0, t, condition, generator)
+        if loss == "hybrid":
+            return hybrid_loss(self.schedule, output, v, z_0, z_t, eps, t, prediction)
+        if loss == "vlb":
+            return self._vlb(z_0, z_t, t, output, v)
+        return self._weighted(z_0, eps, t, output)
+
+    def _predict(
+        self, z_0: Tensor, t: Tensor, condition: Condition, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """z_t, its noise, and what the network makes of it."""
         eps = torch.randn(z_0.shape, generator=generator, device=z_0.device)
-        output, _ = self._denoiser().output(marginal(self.schedule, z_0, t, eps), t, condition)
-        objective = self.objective
-        return simple_loss(
-            self.schedule,
-            output,
-            z_0,
-            eps,
-            t,
-            objective.prediction,
-            weighting=objective.weighting,
-            gamma=objective.gamma,
-        )
+        z_t = marginal(self.schedule, z_0, t, eps)
+        return z_t, eps, *self.pipeline.denoiser().output(z_t, t, condition)
+
+    def _weighted(self, z_0: Tensor, eps: Tensor, t: Tensor, output: Tensor) -> Tensor:
+        """L_simple per sample, weighted by min-SNR where that is the objective."""
+        weighting = self.objective.loss if self.objective.loss in WEIGHTINGS else "simple"
+        options: dict[str, Any] = {"weighting": weighting, "gamma": self.objective.gamma}
+        return simple_loss(self.schedule, output, z_0, eps, t, self.objective.prediction, **options)
+
+    def _vlb(self, z_0: Tensor, z_t: Tensor, t: Tensor, output: Tensor, v: Tensor | None) -> Tensor:
+        """L_vlb per sample, in bits per latent dimension."""
+        predicted = Prediction(to_z_0(self.schedule, output, z_t, t, self.objective.prediction), v)
+        return vlb_loss(self.schedule, predicted, z_0, t, self.pipeline.variance)
 
     def losses(self, batch: BATCH, generator: torch.Generator) -> dict[str, Tensor]:
         mean, log_variance, condition = batch["mean"], batch["log_variance"], batch["condition"]
@@ -110,25 +125,39 @@ class DiffusionTraining(TrainingModule):
         mean, log_variance = mean[rows, view], log_variance[rows, view]
         noise = torch.randn(mean.shape, generator=generator, device=device)
         z_0 = self.pipeline.autoencoder.standardise(mean + (0.5 * log_variance).exp() * noise)
-        t = sample_timesteps(self.schedule.num_steps, size, self.objective.timesteps, generator, device)
+        weights = None
+        if self.importance is None:
+            t = sample_timesteps(self.schedule.num_steps, size, self.objective.timesteps, generator, device)
+        else:
+            t, weights = self.importance.sample(size, generator)
         if condition:
             dropped = torch.rand(size, generator=generator, device=device) < self.drop_condition
             condition = drop(condition, self.null, dropped)
-        return {"loss": self._loss(z_0, t, condition, generator).mean()}
+        loss = self._loss(z_0, t, condition, generator)
+        self._drawn = (t, loss.detach())
+        return {"loss": (loss if weights is None else loss * weights).mean()}
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Remember where the bound is large. Not while the loss is computed, which may be tried out of turn."""
+        if self.importance is not None and self._drawn is not None:
+            self.importance.update(*self._drawn)
 
     def validation_step(self, batch: BATCH, batch_idx: int) -> None:
-        """Loss per band of t on the posterior means, with noise that is the same every time."""
+        """L_simple per band of t, and the bound, on the posterior means with noise that is the same every time."""
         z_0 = self.pipeline.autoencoder.standardise(batch["mean"][:, 0])
         size, steps = len(z_0), self.schedule.num_steps
         generator = torch.Generator(device=z_0.device).manual_seed(derive_seed(0, batch_idx))
-        losses = []
+        losses, bounds = [], []
         for band in range(NUM_BANDS):
             low, high = steps * band // NUM_BANDS, steps * (band + 1) // NUM_BANDS
             t = torch.randint(low + 1, high + 1, (size,), generator=generator, device=z_0.device)
-            losses.append(self._loss(z_0, t, batch["condition"], generator).mean())
+            z_t, eps, output, v = self._predict(z_0, t, batch["condition"], generator)
+            losses.append(self._weighted(z_0, eps, t, output).mean())
+            bounds.append(self._vlb(z_0, z_t, t, output, v).mean())
             name = f"val/loss_t{low + 1}_to_{high}"
             self.log(name, losses[-1], batch_size=size, sync_dist=True)
         self.log("val/loss", torch.stack(losses).mean(), batch_size=size, sync_dist=True)
+        self.log("val/vlb_bits_per_latent_dim", torch.stack(bounds).mean().float(), batch_size=size, sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
         """Draw the sample grid while the averaged weights are still in place."""

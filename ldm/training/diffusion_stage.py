@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ldm.autoencoder.autoencoder import Autoencoder
 from ldm.data.captions import CaptionData, open_captions
 from ldm.data.images import ImageData
-from ldm.diffusion.chain import check_prediction
-from ldm.diffusion.sampler import Sampler, timesteps
+from ldm.diffusion.loss import check_objective
+from ldm.diffusion.sampler import SamplerLike
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
 from ldm.networks.conditioning import ClassCondition, Condition, Conditioning, NoCondition, TextCondition
@@ -30,6 +30,7 @@ class DiffusionStage(Stage):
 
     Args:
         network: Makes the network from sample_size, in_channels, out_channels and the conditioning's options.
+        variance: Sigma of the reverse chain; None: learned_range where the objective trains it, else fixed_small.
         conditioning: Makes the conditioning from the images.
         sampler: For the grids while training.
         device: Where the images are encoded.
@@ -46,9 +47,10 @@ class DiffusionStage(Stage):
         network: Callable[..., nn.Module],
         schedule: NoiseSchedule,
         objective: Objective,
+        variance: str | None,
         conditioning: Callable[[ImageData], Conditioning],
         drop_condition: float,
-        sampler: Sampler,
+        sampler: SamplerLike,
         guidance: float,
         prompts: list[str],
         optimizer: Callable[..., torch.optim.Optimizer],
@@ -62,6 +64,7 @@ class DiffusionStage(Stage):
         init_from: str | None = None,
     ) -> None:
         self.images = images
+        sigma = objective.variance(variance)
         made = conditioning(images)
         continued = None if init_from is None else load_pipeline(init_from)
         autoencoder, self.vae = find_autoencoder(data_fingerprint=images.fingerprint)
@@ -70,10 +73,12 @@ class DiffusionStage(Stage):
             # standardised latents keep the meaning that the network was trained with
             _check_continued(continued, autoencoder, made)
             same_chain = torch.equal(continued.schedule.alpha_bar, schedule.alpha_bar)
-            if continued.prediction != objective.prediction or not same_chain:
+            learned = (continued.variance == "learned_range", sigma == "learned_range")
+            if continued.prediction != objective.prediction or not same_chain or learned[0] != learned[1]:
                 raise UserError(
-                    f"init_from predicts {continued.prediction} on the schedule {continued.schedule.name}, this run "
-                    f"{objective.prediction} on {schedule.name}. Choose the same objective= and schedule=."
+                    f"init_from predicts {continued.prediction} with {continued.variance} on the schedule "
+                    f"{continued.schedule.name}, this run {objective.prediction} with {sigma} on {schedule.name}. "
+                    "Choose the same objective.prediction=, variance= and schedule=."
                 )
             autoencoder.statistics = continued.autoencoder.statistics
         self.contract, self.latents = encode_latents(autoencoder, images, flip, cache_dir)
@@ -87,8 +92,9 @@ class DiffusionStage(Stage):
         if continued is not None:
             model = continued.network.requires_grad_(True)
         else:
+            outputs = 2 * channels if sigma == "learned_range" else channels
             try:
-                model = network(sample_size=side, in_channels=channels, out_channels=channels, **made.network_options())
+                model = network(sample_size=side, in_channels=channels, out_channels=outputs, **made.network_options())
             except ValueError as error:
                 raise UserError(
                     f"This network does not fit latents of {channels} x {side} x {side}: {error}"
@@ -101,6 +107,7 @@ class DiffusionStage(Stage):
             conditioning=made,
             contract=self.contract,
             latent_shape=self.latents.shape,
+            variance=sigma,
         )
         self.module = DiffusionTraining(
             self.pipeline,
@@ -116,12 +123,13 @@ class DiffusionStage(Stage):
 
     @classmethod
     def check(cls, resolution: int, **options: Any) -> None:
-        schedule, sampler = options["schedule"], options["sampler"]
+        schedule, objective = options["schedule"], options["objective"]
+        variance = objective.variance(options["variance"])
         try:
-            check_prediction(options["objective"].prediction, schedule.alpha_bar)
-            timesteps(schedule.num_steps, sampler.steps, sampler.spacing)
+            check_objective(objective.loss, variance, objective.timesteps, objective.prediction, schedule.alpha_bar)
+            options["sampler"].check(schedule)
         except ValueError as error:
-            raise UserError(f"schedule=, objective= and sampler= do not go together: {error}.") from error
+            raise UserError(f"objective=, variance=, schedule= and sampler= do not go together: {error}.") from error
         if (vae := options["find_autoencoder"].keywords["vae"]) is not None:
             load_autoencoder(vae).latent_shape(resolution)
 
@@ -160,10 +168,16 @@ class DiffusionStage(Stage):
             ("conditioning", self.pipeline.conditioning.kind),
             ("chain", f"{self.pipeline.schedule.name}, T = {self.pipeline.schedule.num_steps}"),
             ("prediction", self.pipeline.prediction),
+            ("variance", self.pipeline.variance),
         ]
 
     def facts(self) -> dict[str, Any]:
-        return {"latent_shape": list(self.latents.shape), "vae": self.vae, "contract": asdict(self.contract)}
+        return {
+            "latent_shape": list(self.latents.shape),
+            "vae": self.vae,
+            "contract": asdict(self.contract),
+            "chain_sha256": self.pipeline.chain_sha256,
+        }
 
     def finish(self, run: Run) -> Outcome:
         self.pipeline.network.eval().float()

@@ -1,4 +1,7 @@
+import math
+
 import pytest
+import scipy.optimize
 import scipy.stats
 import torch
 from diffusers import DDPMScheduler
@@ -99,6 +102,62 @@ def test_log_variance_of_the_last_step_takes_the_one_before(randn):
 
 
 @by_name
+@pytest.mark.parametrize(("s", "t"), [(0, 1), (0, 40), (1, 2), (10, 90), (99, 100)])
+@pytest.mark.parametrize("c", [0.1, 1.0, 4.0])
+def test_optimal_log_variance_is_the_true_reverse_variance_of_gaussian_data(schedule, s, t, c, randn):
+    a = schedule.alpha_bar
+    table = c * (1 - a) / (a * c + 1 - a)
+    # Var(z_s | z_t) of the joint Gaussian of data N(0, c), with no denoiser in it.
+    marginal = a[[s, t]] * c + 1 - a[[s, t]]
+    expected = marginal[0] - (a[t] / a[s]) * marginal[0] ** 2 / marginal[1]
+    log_sigma = chain.log_variance(schedule, s, t, "optimal", like=randn(3, 2), z_0_mse=table)
+    torch.testing.assert_close(log_sigma.exp().squeeze(), expected, rtol=1e-7, atol=1e-12)
+    steps = torch.tensor([s, 0, 5]), torch.tensor([t, 3, 7])
+    mixed = chain.log_variance(schedule, *steps, "optimal", like=randn(3, 2), z_0_mse=table)
+    assert mixed.shape == (3, 1)
+    torch.testing.assert_close(mixed[0], log_sigma[0])
+
+
+@by_name
+@pytest.mark.parametrize(("s", "t"), [(0, 1), (0, 40), (3, 4), (10, 90)])
+def test_optimal_log_variance_minimises_the_divergence_of_a_wrong_denoiser(schedule, s, t, randn):
+    # 2000 latents and predictions with nothing exact about them; q and p are torch's.
+    z_0 = randn(2000, 3)
+    predicted, z_t = 0.7 * z_0 + 0.4 * randn(2000, 3), randn(2000, 3)
+    table = torch.zeros(101, dtype=torch.float64)
+    table[1:] = (z_0 - predicted).square().mean()
+    q_mean, bt = chain.posterior(schedule, z_0, z_t, s, t)
+    p_mean, _ = chain.posterior(schedule, predicted, z_t, s, t)
+
+    def divergence(log_sigma):
+        p = torch.distributions.Normal(p_mean, math.exp(0.5 * log_sigma))
+        if s == 0:
+            return -p.log_prob(z_0).mean().item()
+        return torch.distributions.kl_divergence(torch.distributions.Normal(q_mean, bt.sqrt()), p).mean().item()
+
+    log_sigma = chain.log_variance(schedule, s, t, "optimal", like=z_0, z_0_mse=table).item()
+    found = scipy.optimize.minimize_scalar(
+        divergence, (log_sigma - 1.1, log_sigma + 0.9), method="brent", options={"xtol": 1e-8}
+    )
+    assert found.x == pytest.approx(log_sigma, abs=1e-5)
+
+
+def test_optimal_needs_a_sound_table(randn):
+    schedule, z = linear(10), randn(2, 3)
+    good = torch.linspace(0, 1, 11, dtype=torch.float64)
+    assert chain.check_z_0_mse(schedule, good) is None
+    with pytest.raises(ValueError, match="optimal needs z_0_mse.*fit it on the training split"):
+        chain.log_variance(schedule, 2, 3, "optimal", like=z)
+    with pytest.raises(ValueError, match=r"T \+ 1 = 11 entries; got 10: fit it on the training split"):
+        chain.log_variance(schedule, 2, 3, "optimal", like=z, z_0_mse=good[:-1])
+    for t, value in ((0, 0.1), (4, 0.0), (10, -1.0), (1, math.nan), (3, math.inf)):
+        wrong = good.clone()
+        wrong[t] = value
+        with pytest.raises(ValueError, match=rf"got z_0_mse\[{t}\] = {value}: fit it on the training split"):
+            chain.log_variance(schedule, 2, 3, "optimal", like=z, z_0_mse=wrong)
+
+
+@by_name
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_every_prediction_leads_back_to_z_0(schedule, prediction, randn):
     z_0, eps = randn(4, 3, 2, 2), randn(4, 3, 2, 2)
@@ -165,7 +224,7 @@ def test_unknown_options_list_the_known_ones(randn):
         chain.target(linear(10), z, z, 3, "x_0")
     with pytest.raises(ValueError, match="'noise'; known: eps"):
         chain.to_z_0(linear(10), z, z, 3, "noise")
-    with pytest.raises(ValueError, match="'learned'; known: fixed_small, fixed_large, learned_range"):
+    with pytest.raises(ValueError, match="'learned'; known: fixed_small, fixed_large, learned_range, optimal"):
         chain.log_variance(linear(10), 2, 3, "learned", like=z)
     with pytest.raises(ValueError, match="needs v"):
         chain.log_variance(linear(10), 2, 3, "learned_range", like=z)

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -44,6 +46,26 @@ def test_network_receives_diffusers_timesteps_and_the_condition():
     assert calls[1][1] is None
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_real_t_reaches_the_network_as_a_float(dtype):
+    seen = []
+
+    def network(z_t, timesteps, condition):
+        seen.append(timesteps)
+        return z_t * torch.cos(timesteps.double()).to(z_t)[:, None]
+
+    denoiser, z_t = Denoiser(linear(100), network, "eps"), torch.ones(2, 3, dtype=dtype)
+    between = denoiser(z_t, 2.25).z_0
+    denoiser(z_t, torch.tensor([1.0, 99.5]))
+    assert [timesteps.tolist() for timesteps in seen] == [[1.25, 1.25], [0, 98.5]]
+    assert all(timesteps.dtype == torch.promote_types(dtype, torch.float32) for timesteps in seen)
+    a_t = denoiser.schedule.at(2.25, z_t).item()
+    expected = (1 - (1 - a_t) ** 0.5 * math.cos(1.25)) / a_t**0.5
+    torch.testing.assert_close(between.double(), torch.full((2, 3), expected).double(), rtol=1e-2, atol=0)
+    assert denoiser(z_t, 2.0).z_0.equal(denoiser(z_t, 2).z_0)
+    assert denoiser(z_t, torch.tensor([3.0, 100.0])).z_0.equal(denoiser(z_t, torch.tensor([3, 100])).z_0)
+
+
 def test_errors():
     def network(z_t, timesteps, condition):
         return z_t
@@ -57,6 +79,8 @@ def test_errors():
         Denoiser(linear(10), network, "v", learned_variance=True)(z_t, 1)
     with pytest.raises(ValueError, match="must output 3 channels"):
         Denoiser(linear(10), lambda z, t, c: torch.cat([z, z], 1), "v")(z_t, 1)
-    for t in (0, 11):
+    for t in (0, 11, 10.5):
         with pytest.raises(ValueError, match=f"t = {t}"):
             Denoiser(linear(10), network, "v")(z_t, t)
+    with pytest.raises(ValueError, match=r"real t in \[1, 10\]; got t = 0.5"):
+        Denoiser(linear(10), network, "v")(z_t, 0.5)

@@ -26,7 +26,7 @@ def build(scale=3.0, interval=(0.0, 1.0), null=NULL):
     return network, Guided(Denoiser(linear(10), network, "eps", True), scale, null, interval)
 
 
-@pytest.mark.parametrize("t", [4, torch.tensor([2, 9])])
+@pytest.mark.parametrize("t", [4, torch.tensor([2, 9]), 4.5, torch.tensor([2.5, 9.0])])
 @pytest.mark.parametrize("scale", [0.0, 1.5, 3.0])
 def test_guiding_z_0_is_guiding_eps_in_one_batch(t, scale, randn):
     network, guided = build(scale)

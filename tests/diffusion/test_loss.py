@@ -1,10 +1,25 @@
+import itertools
+import math
+
 import numpy as np
 import pytest
 import scipy.stats
 import torch
 
 from ldm.diffusion import chain
-from ldm.diffusion.loss import sample_timesteps, simple_loss, weight
+from ldm.diffusion.bound_terms import bound_term
+from ldm.diffusion.denoiser import Prediction
+from ldm.diffusion.loss import (
+    OBJECTIVES,
+    TIMESTEPS,
+    ImportanceTimesteps,
+    check_objective,
+    hybrid_loss,
+    sample_timesteps,
+    simple_loss,
+    vlb_loss,
+    weight,
+)
 from ldm.diffusion.schedule import cosine, linear, rectified_flow
 
 PREDICTIONS = ["eps", "z_0", "v", "flow"]
@@ -92,3 +107,160 @@ def test_errors():
         weight(linear(10), t, "min_snr", "eps", gamma=0.0)
     with pytest.raises(ValueError, match="0 <= s < t"):
         weight(linear(10), torch.tensor([0, 1]), "simple", "eps")
+
+
+def noised(schedule, t, randn, dtype=torch.float64):
+    z_0, eps = (randn(len(t), 2, 3, dtype=dtype) for _ in range(2))
+    return z_0, eps, chain.marginal(schedule, z_0, t, eps)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_vlb_term_of_hybrid_moves_sigma_alone(prediction, randn):
+    schedule, t = linear(20, 1e-3, 0.3), torch.tensor([1, 2, 10, 20])
+    z_0, eps, z_t = noised(schedule, t, randn)
+    output = randn(4, 2, 3).requires_grad_()
+    v = randn(4, 2, 3).sigmoid().requires_grad_()
+    loss = hybrid_loss(schedule, output, v, z_0, z_t, eps, t, prediction)
+    simple = simple_loss(schedule, output, z_0, eps, t, prediction)
+    mean = Prediction(chain.to_z_0(schedule, output, z_t, t, prediction), v)
+    vlb = vlb_loss(schedule, mean, z_0, t, "learned_range")
+    torch.testing.assert_close(loss, simple + 0.001 * vlb)
+    by_output, by_v = torch.autograd.grad(loss.sum(), (output, v))
+    torch.testing.assert_close(by_output, torch.autograd.grad(simple.sum(), output, retain_graph=True)[0])
+    vlb_by_output, vlb_by_v = torch.autograd.grad(vlb.sum(), (output, v))
+    torch.testing.assert_close(by_v, 0.001 * vlb_by_v)
+    assert (by_v != 0).all()
+    assert vlb_by_output.isfinite().all() and (vlb_by_output != 0).all()
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
+def test_vlb_is_unbiased_for_the_sum_over_all_t_in_bits_per_dimension(variance, randn):
+    schedule, t = linear(16, 1e-3, 0.3), torch.arange(1, 17)
+    z_0 = randn(16, 2, 3)
+    prediction = Prediction(randn(16, 2, 3), randn(16, 2, 3).sigmoid())
+    nats = bound_term(schedule, prediction, z_0, t - 1, t, variance=variance)
+    loss = vlb_loss(schedule, prediction, z_0, t, variance)
+    torch.testing.assert_close(loss.mean(), nats.sum() / (6 * math.log(2)))
+    drawn = sample_timesteps(16, 20_000, generator=torch.Generator().manual_seed(0))
+    estimates = loss[drawn - 1]
+    assert abs(estimates.mean() - loss.mean()) < 4 * estimates.std() / 20_000**0.5
+
+
+def test_half_precision_outputs_train(randn):
+    schedule, t = linear(1000), torch.tensor([1, 2, 500, 1000])
+    z_0, eps, z_t = noised(schedule, t, randn, torch.float32)
+    output = randn(4, 2, 3).bfloat16().requires_grad_()
+    v = randn(4, 2, 3).sigmoid().bfloat16().requires_grad_()
+    loss = hybrid_loss(schedule, output, v, z_0, z_t, eps, t, "v")
+    assert loss.dtype == torch.float32
+    loss.sum().backward()
+    assert output.grad.isfinite().all() and v.grad.isfinite().all()
+
+
+def filled(losses):
+    """Importance sampling that has seen every loss ten times."""
+    importance = ImportanceTimesteps(len(losses))
+    for _ in range(10):
+        importance.update(torch.arange(1, len(losses) + 1), losses)
+    return importance
+
+
+def test_importance_sampling_follows_the_losses_and_stays_unbiased():
+    losses = torch.tensor([-40.0, 8.0, 3.0, 1.0, 0.1, 0.0])
+    importance = filled(losses)
+    expected = 0.999 * losses.abs() / losses.abs().sum() + 0.001 / 6
+    torch.testing.assert_close(importance.probabilities(), expected)
+    t, weights = importance.sample(200_000, torch.Generator().manual_seed(0))
+    counts = torch.bincount(t, minlength=7)[1:].numpy()
+    share = expected.double().numpy()
+    assert scipy.stats.chisquare(counts, share / share.sum() * 200_000).pvalue > 1e-3
+    torch.testing.assert_close(weights, 1 / (6 * expected[t - 1]))
+    # E[w L] = sum_t p_t L_t / (T p_t), the mean over all t: exactly, and in the draws.
+    torch.testing.assert_close((expected * losses / (6 * expected)).sum(), losses.mean())
+    estimates = weights * losses[t - 1]
+    assert abs(estimates.mean() - losses.mean()) < 4 * estimates.std() / 200_000**0.5
+    # The signs differ here, which importance cannot use: it draws by size. One sign is its best case.
+    uniform = losses[torch.randint(6, (200_000,), generator=torch.Generator().manual_seed(1))]
+    assert (weights * losses.abs()[t - 1]).std() < 0.2 * uniform.abs().std()
+
+
+def test_importance_sampling_is_uniform_until_every_t_has_ten():
+    importance = ImportanceTimesteps(3)
+    for k in range(10):
+        t, weights = importance.sample(5, torch.Generator().manual_seed(k))
+        torch.testing.assert_close(weights, torch.ones(5))
+        importance.update(torch.tensor([1, 2, 3]), torch.tensor([5.0, 1.0, 1.0]))
+    assert importance.probabilities()[0] > 0.7
+    short = ImportanceTimesteps(3)
+    short.update(torch.tensor([1, 2] * 20), torch.ones(40))
+    torch.testing.assert_close(short.probabilities(), torch.full((3,), 1 / 3))
+
+
+def test_importance_sampling_keeps_the_last_ten_whatever_the_batches():
+    generator = torch.Generator().manual_seed(0)
+    t = torch.randint(1, 5, (300,), generator=generator)
+    losses = torch.arange(300.0)
+    last = [sorted(losses[t == k][-10:].tolist()) for k in range(1, 5)]
+    for batch in (1, 7, 100, 300):
+        importance = ImportanceTimesteps(4)
+        for start in range(0, 300, batch):
+            importance.update(t[start : start + batch], losses[start : start + batch])
+        assert importance.history.sort(dim=1).values.tolist() == last
+        assert importance.counts.tolist() == torch.bincount(t)[1:].tolist()
+
+
+def test_importance_sampling_resumes():
+    first = filled(torch.tensor([3.0, 1.0]))
+    resumed = ImportanceTimesteps(2)
+    resumed.load_state_dict(first.state_dict())
+    draws = [i.sample(9, torch.Generator().manual_seed(4)) for i in (first, resumed)]
+    assert draws[0][0].equal(draws[1][0])
+    assert draws[0][1].equal(draws[1][1])
+    with pytest.raises(ValueError, match="not finite"):
+        first.update(torch.tensor([1]), torch.tensor([math.nan]))
+
+
+ALLOWED = {
+    *(
+        (o, v, t)
+        for o in ("simple", "min_snr")
+        for v in ("fixed_small", "fixed_large")
+        for t in ("uniform", "logit_normal")
+    ),
+    ("hybrid", "learned_range", "uniform"),
+    *(("vlb", v, t) for v in ("fixed_small", "fixed_large", "learned_range") for t in ("uniform", "importance")),
+}
+
+
+def test_every_other_combination_of_choices_is_refused():
+    alpha_bar = linear(10).alpha_bar
+    variances = ["fixed_small", "fixed_large", "learned_range", "optimal"]
+    for choice in itertools.product(OBJECTIVES, variances, TIMESTEPS):
+        if choice in ALLOWED:
+            check_objective(*choice, "eps", alpha_bar)
+        else:
+            with pytest.raises(ValueError, match="choose "):
+                check_objective(*choice, "eps", alpha_bar)
+
+
+@pytest.mark.parametrize(
+    ("choice", "rule"),
+    [
+        (("simple", "learned_range", "uniform"), "leave the learned Sigma untrained: choose hybrid or vlb"),
+        (("min_snr", "learned_range", "uniform"), "leave the learned Sigma untrained: choose hybrid or vlb"),
+        (("hybrid", "fixed_small", "uniform"), "fixed_small has nothing to train: choose variance learned_range, or"),
+        (("vlb", "optimal", "uniform"), "fitted to a trained denoiser: train with fixed_small"),
+        (("hybrid", "learned_range", "importance"), "which hybrid does not minimise: choose timesteps uniform"),
+        (("simple", "fixed_small", "importance"), "which simple does not minimise: choose timesteps uniform"),
+        (("hybrid", "learned_range", "logit_normal"), "logit_normal would bias: choose timesteps uniform$"),
+        (("vlb", "learned_range", "logit_normal"), "logit_normal would bias: choose timesteps uniform or importance$"),
+        (("elbo", "fixed_small", "uniform"), "unknown objective 'elbo'; known: simple, min_snr, hybrid, vlb"),
+        (("vlb", "learned", "uniform"), "unknown variance 'learned'; known: fixed_small"),
+        (("vlb", "fixed_small", "cosine"), "unknown timesteps 'cosine'; known: uniform, logit_normal, importance"),
+    ],
+)
+def test_choices_that_do_not_go_together_say_why(choice, rule):
+    with pytest.raises(ValueError, match=rule):
+        check_objective(*choice, "v", linear(10).alpha_bar)
+    with pytest.raises(ValueError, match="alpha_bar = 0"):
+        check_objective("simple", "fixed_small", "uniform", "eps", rectified_flow(10).alpha_bar)

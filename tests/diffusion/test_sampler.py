@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -47,6 +49,45 @@ def test_the_two_fixed_variances_are_exact_for_the_data_they_are_optimal_for(
         marginal = a * data_variance + 1 - a
         assert abs(moments[s][1] / marginal - 1) < 5 * (2 / 200_000) ** 0.5
         assert abs(moments[s][0] - a.sqrt() * mean) < 5 * (marginal / 200_000) ** 0.5 + 4e-3 * mean
+
+
+@pytest.mark.parametrize("steps", [1, 3, 5])
+def test_the_optimal_variance_is_exact_at_any_stride(exact_gaussian, randn, steps):
+    # The last transition takes the mean and draws nothing: its variance is short of mse(t).
+    schedule, mean, c = linear(1000, 1e-4, 0.05), 0.5, 0.3
+    a = schedule.alpha_bar
+    table = c * (1 - a) / (a * c + 1 - a)
+    moments = {}
+    Sampler("ddpm", steps, variance="optimal")(
+        exact_gaussian(schedule, mean, c),
+        randn(200_000, 1),
+        z_0_mse=table,
+        generator=seeded(),
+        on_step=lambda s, z_s, z_0: moments.update({s: (z_s.mean(), z_s.var())}),
+    )
+    for t, s in itertools.pairwise(timesteps(1000, steps)):
+        marginal = a[s] * c + 1 - a[s] - (table[t] if s == 0 else 0)
+        assert abs(moments[s][1] - marginal) < 5 * marginal * (2 / 200_000) ** 0.5 + 1e-4
+        assert abs(moments[s][0] - a[s].sqrt() * mean) < 5 * (marginal / 200_000) ** 0.5 + 1e-4
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_the_default_variance_is_what_the_model_has(exact_gaussian, randn, learned):
+    exact, z_T = exact_gaussian(linear(100), 0.5, 0.2), randn(4, 1)
+
+    class Model:
+        schedule = exact.schedule
+
+        def __call__(self, z_t, t, condition=None):
+            z_0 = exact(z_t, t).z_0
+            return Prediction(z_0, torch.full_like(z_0, 0.3) if learned else None)
+
+    kinds = {
+        kind: Sampler("ddpm", 5, variance=kind)(Model(), z_T, generator=seeded())
+        for kind in (None, "fixed_small", *(["learned_range"] if learned else []))
+    }
+    assert kinds[None].equal(kinds["learned_range" if learned else "fixed_small"])
+    assert not learned or not kinds[None].equal(kinds["fixed_small"])
 
 
 @pytest.mark.parametrize(("method", "steps"), [("ddpm", 200), ("ddim", 100), ("dpmpp", 50), ("unipc", 50)])
@@ -176,6 +217,11 @@ def test_calls_are_checked(exact_gaussian, randn):
     exact, z_T = exact_gaussian(linear(100), 0.5, 0.2), randn(3, 1)
     with pytest.raises(ValueError, match="in 1 to 100 steps; got 101"):
         Sampler("ddim", 101)(exact, z_T)
+    assert Sampler("ddim", 100).check(exact.schedule) is None
+    with pytest.raises(ValueError, match="in 1 to 100 steps; got 101"):
+        Sampler("ddim", 101).check(exact.schedule)
+    with pytest.raises(ValueError, match="optimal needs z_0_mse"):
+        Sampler("ddpm", 5, variance="optimal")(exact, z_T)
     with pytest.raises(ValueError, match="2 generators for a batch of 3"):
         Sampler("ddpm", 5)(exact, z_T, generator=[seeded(0), seeded(1)])
     with pytest.raises(ValueError, match="learned_range needs v"):

@@ -2,6 +2,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.integrate
 import torch
 from diffusers import DDPMScheduler
 
@@ -110,3 +111,97 @@ def test_betas_outside_their_range_are_refused():
         linear(4, beta_start=0.0)
     with pytest.raises(ValueError, match="at least 0"):
         linear(2, beta_end=1.5)
+
+
+@pytest.mark.parametrize("constructor", CONSTRUCTORS)
+def test_a_whole_real_t_gives_the_tables_own_entry(constructor):
+    schedule, z = constructor(), torch.zeros(1000, 2)
+    steps = torch.arange(1, 1001)
+    for real in (steps.float(), steps.double()):
+        assert schedule.at(real, z).flatten().equal(schedule.alpha_bar[1:])
+    assert schedule.at(7.0, z).shape == (1, 1)
+    assert schedule.at(7.0, z).item() == schedule.alpha_bar[7].item()
+    assert schedule.snr(7.0).equal(schedule.snr(7))
+    assert schedule.snr(torch.tensor([7.0, 1000.0])).equal(schedule.snr(torch.tensor([7, 1000])))
+    assert schedule.at(7.5, z).dtype == schedule.rate(7.5).dtype == torch.float64
+
+
+@pytest.mark.parametrize("constructor", CONSTRUCTORS)
+def test_between_the_steps_the_chain_falls_smoothly(constructor):
+    schedule = constructor(num_steps=50)
+    t = torch.linspace(1, 50, 4901, dtype=torch.float64)
+    a = schedule.at(t, t)
+    assert (a.diff() < 0).all()
+    assert (schedule.rate(t) >= 0).all()
+    knots = torch.arange(2.0, 50.0, dtype=torch.float64)
+    left, right = schedule.rate(knots - 1e-9), schedule.rate(knots + 1e-9)
+    torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(schedule.rate(torch.arange(2, 50)), left, rtol=1e-6, atol=1e-12)
+    assert schedule.rate(7).shape == ()
+
+
+@pytest.mark.parametrize("constructor", CONSTRUCTORS)
+def test_the_rate_integrates_to_minus_log_alpha_bar(constructor):
+    schedule = constructor(num_steps=20)
+    a = schedule.alpha_bar.clamp(min=1e-20)
+    for s, t in [(1, 2), (1, 13), (4, 19), (19, 20)]:
+        integral = sum(scipy.integrate.quad(schedule.rate, k, k + 1, epsabs=0)[0] for k in range(s, t))
+        assert integral == pytest.approx((a[s] / a[t]).log().item(), rel=1e-8)
+
+
+def test_the_curve_converges_to_the_chain_that_the_table_samples():
+    # dlog a/du of a(u) = exp(-(0.1 u + 9.95 u^2)) is known; below u = 0.05 its log-SNR runs off to infinity.
+    u = np.linspace(0.05, 1, 4001)
+    a, b = np.exp(-(0.1 * u + 9.95 * u**2)), 0.1 + 19.9 * u
+    errors = []
+    for num_steps in (50, 100, 200, 400, 800):
+        grid = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
+        schedule = NoiseSchedule("vp", torch.exp(-(0.1 * grid + 9.95 * grid**2)))
+        t = torch.from_numpy(u * num_steps).clamp(max=num_steps)
+        found = schedule.at(t, t).numpy(), num_steps * schedule.rate(t).numpy()
+        errors.append([np.abs(found[0] - a).max(), np.abs(found[1] / b - 1).max()])
+    orders = np.log2(np.array(errors[:-1]) / errors[1:])
+    print(f"\nT = 50..800: errors of a {np.array(errors)[:, 0]}, orders {orders[:, 0]} (theory 3)")
+    print(f"relative errors of b {np.array(errors)[:, 1]}, orders {orders[:, 1]} (theory 2)")
+    assert orders[-1, 0] == pytest.approx(3, abs=0.3)
+    assert orders[-1, 1] == pytest.approx(2, abs=0.3)
+    assert errors[-1][0] < 1e-6
+
+
+@pytest.mark.parametrize("constructor", CONSTRUCTORS)
+def test_time_at_inverts_the_curve(constructor):
+    schedule = constructor()
+    for t in (1.0, 1.3, 2.0, 70.25, 500.5, 999.0, 999.75, 1000.0):
+        assert schedule.time_at(float(schedule.log_snr_curve(t))) == pytest.approx(t, abs=1e-8)
+    assert schedule.time_at(100.0) == 1
+    assert schedule.time_at(-100.0) == 1000
+
+
+def test_a_chain_that_ends_in_pure_noise_has_a_floor_between_its_last_steps():
+    schedule, t = rectified_flow(10), torch.tensor([9.0, 9.5, 9.99, 10.0], dtype=torch.float64)
+    a = schedule.at(t, t)
+    assert a[0] == schedule.alpha_bar[9]
+    assert a[-1] == 0
+    assert (a.diff() < 0).all()
+    assert schedule.log_snr_curve(10) == pytest.approx(math.log(1e-20))
+    assert schedule.rate(10.0).isfinite()
+
+
+@pytest.mark.parametrize("t", [0.0, 0.99, 4.01, math.nan, torch.tensor([1.0, 4.5])])
+def test_real_times_outside_the_curve_are_refused(t):
+    with pytest.raises(ValueError, match=r"real t in \[1, 4\]; got t = "):
+        linear(4).at(t, torch.zeros(2, 1))
+
+
+def test_chains_without_real_times_say_so():
+    with pytest.raises(ValueError, match="at least two to lie between"):
+        linear(1).at(1.0, torch.zeros(2, 1))
+    drowned = NoiseSchedule("drowned", torch.tensor([1, 0.5, 1e-30, 1e-40], dtype=torch.float64))
+    with pytest.raises(ValueError, match="between steps of pure noise"):
+        drowned.rate(1.5)
+    assert drowned.at(2, torch.zeros(1, 1)).item() == 1e-30
+    with pytest.raises(ValueError, match=r"real t in \[1, 4\]; got t = 0"):
+        linear(4).rate(0)
+    assert linear(2).at(1.5, torch.zeros(1, 1)).item() == pytest.approx(
+        1 / (1 + math.exp(-linear(2).alpha_bar[1:].logit().mean()))
+    )

@@ -16,6 +16,7 @@ from ldm.diffusion.schedule import cosine
 from ldm.errors import UserError
 from ldm.networks.conditioning import ClassCondition
 from ldm.networks.dit import DiT
+from ldm.pipeline import LatentDiffusionPipeline, sample_generators
 from ldm.run import load_autoencoder
 from ldm.training.budget import Budget
 from ldm.training.callbacks import EMACallback
@@ -69,6 +70,7 @@ def diffusion_stage(images, vae_stage, tmp_path):
                 "network": partial(DiT, **sizes),
                 "schedule": cosine(100),
                 "objective": Objective(),
+                "variance": None,
                 "conditioning": conditioning,
                 "drop_condition": 0.5,
                 "sampler": Sampler("ddim", 2),
@@ -225,3 +227,38 @@ def test_what_a_stage_leaves_is_what_it_trained(diffusion_stage, tmp_path):
 def test_a_network_that_does_not_fit_is_explained(diffusion_stage):
     with pytest.raises(UserError, match="does not fit latents of 3 x 4 x 4: patch_size=3 must divide"):
         diffusion_stage(network=partial(DiT, patch_size=3, hidden_dim=16, depth=1, head_dim=8))
+
+
+@pytest.mark.parametrize(
+    ("objective", "variance"),
+    [("simple", "fixed_large"), ("min_snr", "fixed_small"), ("hybrid", "learned_range"), ("vlb", "learned_range")],
+)
+def test_an_objective_trains_and_leaves_a_pipeline_with_its_sigma(
+    diffusion_stage, images, tmp_path, objective, variance
+):
+    timesteps = "importance" if objective == "vlb" else "uniform"
+    stage = diffusion_stage(
+        objective=Objective(objective, timesteps=timesteps),
+        variance="fixed_large" if variance == "fixed_large" else None,
+    )
+    out = stage.module.trained.patch_out
+    assert out.out_features == (6 if variance == "learned_range" else 3)
+    batch = stage.fetch(images.train_indices[:8])
+    optimizer = torch.optim.Adam(stage.module.trained.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(30):
+        loss = stage.module.losses(batch, torch.Generator().manual_seed(0))["loss"]
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.7 * losses[0]
+    stage.module.on_train_batch_end()
+    if objective == "vlb":
+        assert stage.module.importance.counts.sum() == len(batch["mean"]), "the last batch alone was remembered"
+        assert "importance.history" in stage.module.state_dict()
+    stage.finish(type("Run", (), {"path": tmp_path, "images": tmp_path})())
+    loaded = LatentDiffusionPipeline.load(tmp_path / "pipeline")
+    assert loaded.variance == variance
+    z = loaded.sample(Sampler("ddpm", 5), {}, sample_generators(0, range(2)))
+    assert z.isfinite().all()

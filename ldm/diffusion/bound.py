@@ -1,0 +1,245 @@
+"""The variational bound on -log p(z_0), in nats per image, layer by layer.
+
+Setting: the chain read backwards is a hierarchical VAE with T layers of latents and a fixed encoder q. Its bound is
+
+    -log p(z_0) <= L_T + sum_{t=2}^T L_{t-1} + L_0
+    L_T     = KL(q(z_T | z_0) || N(0, I))
+    L_{t-1} = KL(q(z_{t-1} | z_t, z_0) || p(z_{t-1} | z_t))     a layer of the VAE
+    L_0     = -log p(z_0 | z_1)                                 a continuous Gaussian density: it may be negative
+
+with p(z_s | z_t) = N(mean of q(z_s | z_t, the predicted z_0), Sigma(s, t, v) I). Everything is summed over the
+dimensions of an image, in float64 (float32 on MPS, which has no float64).
+Source: Ho et al. 2020, arXiv:2006.11239, eq. 5.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Float64, Int
+from torch import Tensor
+
+from ldm.diffusion.bound_terms import bound_term, precise, prior_kl
+from ldm.diffusion.chain import at_least_float32, check_z_0_mse, marginal
+from ldm.diffusion.denoiser import Condition, DenoiserLike, Prediction
+from ldm.diffusion.schedule import NoiseSchedule
+
+OnBatch = Callable[[int, int], None]
+"""Called as on_batch(done, total) with the number of predictions made."""
+
+
+@dataclass(frozen=True, eq=False)
+class Bound:
+    """The variational bound of b images, in nats per image, on the CPU in float64.
+
+    Args:
+        prior: L_T, [b].
+        layers: sum_{t=2}^T L_{t-1}, [b].
+        last: L_0, [b].
+        monte_carlo_variance: estimated variance of each image's total from the draws of t and noise alone, [b].
+        steps: the t of every point of the curve, [k]: 1..T, or the middle of each stratum.
+        widths: how many t a point stands for, [k].
+        curve: mean over images and over the t of a point of L_{t-1}, [k]; sum(widths curve) is the mean of
+            layers + last.
+    """
+
+    prior: Float64[Tensor, " b"]
+    layers: Float64[Tensor, " b"]
+    last: Float64[Tensor, " b"]
+    monte_carlo_variance: Float64[Tensor, " b"]
+    steps: Float64[Tensor, " k"]
+    widths: Float64[Tensor, " k"]
+    curve: Float64[Tensor, " k"]
+
+    @property
+    def total(self) -> Float64[Tensor, " b"]:
+        """The bound of every image: prior + layers + last."""
+        return self.prior + self.layers + self.last
+
+    @property
+    def standard_error(self) -> float:
+        """Of the mean total, from how images differ (their draws included); nan for one image."""
+        return self.total.std().item() / len(self.total) ** 0.5 if len(self.total) > 1 else math.nan
+
+    @property
+    def monte_carlo_error(self) -> float:
+        """Standard deviation of the mean total over other draws of t and noise for the same images."""
+        return self.monte_carlo_variance.sum().sqrt().item() / len(self.total)
+
+
+@torch.no_grad()
+def variational_bound(
+    denoiser: DenoiserLike,
+    z_0: Float[Tensor, " b *z"],
+    condition: Condition = None,
+    *,
+    generators: list[torch.Generator],
+    variance: str,
+    z_0_mse: Float64[Tensor, " num_entries"] | None = None,
+    steps: int | None = None,
+    batch_size: int = 64,
+    on_batch: OnBatch | None = None,
+) -> Bound:
+    """Estimate the bound on -log p(z_0) of every image, without bias.
+
+    All t are visited once, or `steps` terms per image are spent on random t: on steps / 2 strata of consecutive t,
+    each with two uniform draws, weighted by its width w. The first stratum is t = 1 alone, the others share
+    log(1 + snr) equally and are at least a step wide: data N(0, I) has mse(t) = 1 / (1 + snr), so that each carries
+    as much of the bound.
+
+    The Monte Carlo variance is estimated without bias too: from the two terms of a stratum, w^2 (x - x')^2 / 4.
+    Where all t are visited, T / 32 strata (8 at least) get one more prediction, with other noise at a random t of
+    theirs, for w (x - x')^2 / 2 and for nothing else. Neighbouring t cannot stand for other noise: where L_{t-1}
+    falls steeply their difference grows with the number of dimensions, and noise with its root.
+
+    What image i draws comes from its own generator in a fixed order: its result depends neither on the other images
+    nor on batch_size.
+
+    Args:
+        generators: one per image, on the CPU.
+        variance: Sigma, any kind of `log_variance`.
+        z_0_mse: the table that optimal needs, see `fit_z_0_mse`.
+        steps: terms per image, even, 4..T; None visits all t.
+        batch_size: predictions at a time; images and steps are batched together.
+
+    Raises:
+        ValueError: unless there is one generator per image and `steps` is as above; as `log_variance` does; if z_0
+            or a term is not finite, naming the image and t.
+    """
+    z_0, schedule = at_least_float32(z_0), denoiser.schedule
+    T, b = schedule.num_steps, len(z_0)
+    if len(generators) != b:
+        raise ValueError(f"{len(generators)} generators for {b} images: give one per image")
+    if steps is not None and (steps % 2 or not 4 <= steps <= T):
+        raise ValueError(f"a bound takes an even number of steps in 4..T = {T}, or None for all; got {steps}")
+    _check_finite(z_0)
+    edges = _strata(schedule, min(T, max(8, T // 32)) if steps is None else steps // 2)
+    if steps is None:
+        t = torch.cat([torch.arange(1, T + 1)[:, None].expand(T, b), _draw_steps(edges, generators)])
+    else:
+        t = torch.cat([_draw_steps(edges, generators), _draw_steps(edges, generators)])
+    image, at = torch.arange(b).repeat(len(t)), t.flatten()
+    terms = torch.empty(len(at), dtype=torch.float64)
+    for rows, clean, prediction in _predict(denoiser, z_0, condition, image, at, generators, batch_size, on_batch):
+        term = bound_term(schedule, prediction, clean, at[rows] - 1, at[rows], variance=variance, z_0_mse=z_0_mse)
+        terms[rows] = term.cpu().double()
+        _check_finite_at(terms[rows], "the bound", image[rows], at[rows])
+    terms = terms.reshape(t.shape)
+    stratum_widths = edges.diff().double()
+    if steps is None:
+        layers, widths = terms[:T], torch.ones(T, dtype=torch.float64)
+        spread = stratum_widths[:, None] * (layers.gather(0, t[T:] - 1) - terms[T:]).square() / 2
+        middle = t[:T, 0].double()
+    else:
+        first, second = stratum_widths[:, None] * terms.reshape(2, -1, b)
+        layers, widths = (first + second) / 2, stratum_widths
+        spread = (first - second).square() / 4
+        middle = (edges[1:] + edges[:-1] + 1).double() / 2
+    return Bound(
+        prior=prior_kl(schedule, z_0).cpu().double(),
+        layers=layers[1:].sum(0),
+        last=layers[0],
+        monte_carlo_variance=spread.sum(0),
+        steps=middle,
+        widths=widths,
+        curve=layers.mean(1) / widths,
+    )
+
+
+@torch.no_grad()
+def fit_z_0_mse(
+    denoiser: DenoiserLike,
+    z_0: Float[Tensor, " n *z"],
+    condition: Condition = None,
+    *,
+    generator: torch.Generator,
+    images_per_step: int = 16,
+    batch_size: int = 64,
+    on_batch: OnBatch | None = None,
+) -> Float64[Tensor, " num_entries"]:
+    """The denoiser's error mse(t) = E |z_0 - its prediction from z_t|^2 / D over t = 0..T, which optimal needs.
+
+    To be fitted on latents of the training split: fitted on the images that it is then used on, it is no bound.
+    Every t is visited images_per_step times, by images that a random order takes in turn. A relative error e of
+    mse(t) costs at most D e^2 / 4 nats per image in its own term, and that in L_0 alone: elsewhere only the share
+    c_0^2 mse / Sigma of Sigma is uncertain, and the cost falls with its square.
+
+    Raises:
+        ValueError: if images_per_step is not positive; if z_0 or an error is not finite; if the denoiser is without
+            error at some t.
+    """
+    if images_per_step < 1:
+        raise ValueError(f"images_per_step must be at least 1; got {images_per_step}")
+    z_0, num_steps = at_least_float32(z_0), denoiser.schedule.num_steps
+    _check_finite(z_0)
+    t = torch.arange(1, num_steps + 1).repeat_interleave(images_per_step)
+    rounds = math.ceil(len(t) / len(z_0))
+    order = [torch.randperm(len(z_0), generator=generator, device=generator.device) for _ in range(rounds)]
+    image = torch.cat(order)[: len(t)].cpu()
+    table, generators = torch.zeros(num_steps + 1, dtype=torch.float64), [generator] * len(z_0)
+    for rows, clean, prediction in _predict(denoiser, z_0, condition, image, t, generators, batch_size, on_batch):
+        error = (precise(prediction.z_0) - precise(clean)).square().flatten(1).mean(1).cpu().double()
+        _check_finite_at(error, "the squared error", image[rows], t[rows])
+        table.index_add_(0, t[rows], error / images_per_step)
+    check_z_0_mse(denoiser.schedule, table)
+    return table
+
+
+def _strata(schedule: NoiseSchedule, count: int) -> Int[Tensor, " edges"]:
+    """Edges 0, 1, ..., T of `count` strata, 2..T of them (T = 1: one); stratum i is edges[i] + 1..edges[i + 1]."""
+    log_1_snr = -torch.log1p(-schedule.alpha_bar[1:].cpu())
+    levels = torch.linspace(log_1_snr[0].item(), log_1_snr[-1].item(), count, dtype=torch.float64)
+    least = torch.arange(1, count + 1)
+    edges = 1 + torch.searchsorted(-log_1_snr, -levels).clamp(max=schedule.num_steps - 1)
+    edges = (edges - least).cummax(0).values + least
+    return torch.cat([torch.zeros(1, dtype=torch.long), edges.minimum(schedule.num_steps - count + least)])
+
+
+def _draw_steps(edges: Int[Tensor, " edges"], generators: list[torch.Generator]) -> Int[Tensor, " strata b"]:
+    """A uniform step in every stratum, for every image."""
+    widths = edges.diff()
+    u = [torch.rand(len(widths), generator=g, dtype=torch.float64, device=g.device).cpu() for g in generators]
+    return edges[:-1, None] + 1 + (torch.stack(u, 1) * widths[:, None]).long()
+
+
+def _predict(
+    denoiser: DenoiserLike,
+    z_0: Tensor,
+    condition: Condition,
+    image: Int[Tensor, " n"],
+    t: Int[Tensor, " n"],
+    generators: list[torch.Generator],
+    batch_size: int,
+    on_batch: OnBatch | None,
+) -> Iterator[tuple[slice, Tensor, Prediction]]:
+    """Noise z_0[image[k]] to t[k] and predict it back, a batch of k at a time: rows, z_0, prediction."""
+    for start in range(0, len(t), batch_size):
+        rows = slice(start, min(start + batch_size, len(t)))
+        eps = torch.stack([_draw(z_0, generators[i]) for i in image[rows].tolist()])
+        clean = z_0[image[rows]]
+        given = None if condition is None else {name: value[image[rows]] for name, value in condition.items()}
+        z_t = marginal(denoiser.schedule, clean, t[rows], eps.to(z_0.device))
+        yield rows, clean, denoiser(z_t, t[rows], given)
+        if on_batch is not None:
+            on_batch(rows.stop, len(t))
+
+
+def _draw(z_0: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(z_0.shape[1:], generator=generator, dtype=z_0.dtype, device=generator.device)
+
+
+def _check_finite(z_0: Tensor) -> None:
+    wrong = ~z_0.isfinite().flatten(1).all(1)
+    if wrong.any():
+        raise ValueError(f"z_0 of image {int(wrong.nonzero()[0])} is not finite")
+
+
+def _check_finite_at(values: Tensor, name: str, image: Tensor, t: Tensor) -> None:
+    wrong = ~values.isfinite()
+    if wrong.any():
+        k = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"{name} of image {int(image[k])} at t = {int(t[k])} is {values[k].item()}: the denoiser's answer is not "
+            "finite, or Sigma vanishes"
+        )

@@ -1,0 +1,98 @@
+"""The terms of the variational bound, in nats per image: L_T, a layer L_{t-1}, and the last, L_0.
+
+Summed over the dimensions of an image, in float64 (float32 on MPS, which has no float64). `ldm.diffusion.bound` adds
+them up.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from ldm.diffusion.chain import at_least_float32, log_variance, posterior
+from ldm.diffusion.denoiser import Prediction
+from ldm.diffusion.schedule import NoiseSchedule, Step
+
+
+def prior_kl(schedule: NoiseSchedule, z_0: Float[Tensor, " b *z"]) -> Float[Tensor, " b"]:
+    """L_T, what is left of the image at T:  KL = 1/2 sum(a_T z_0^2 - a_T - log(1 - a_T)), in nats per image."""
+    z_0 = precise(z_0)
+    a_T = schedule.at(schedule.num_steps, z_0)
+    return 0.5 * (a_T.to(z_0) * z_0.square() - (a_T + torch.log1p(-a_T)).to(z_0)).flatten(1).sum(1)
+
+
+def bound_term(
+    schedule: NoiseSchedule,
+    prediction: Prediction,
+    z_0: Float[Tensor, " b *z"],
+    s: Step,
+    t: Step,
+    *,
+    variance: str,
+    z_0_mse: Float64[Tensor, " num_entries"] | None = None,
+) -> Float[Tensor, " b"]:
+    """L_s, the cost in nats per image of describing z_s where only z_t is known.
+
+        s >= 1  KL(q(z_s | z_t, z_0) || p(z_s | z_t)) = 1/2 sum(bt / Sigma - 1 + log(Sigma / bt) + d^2 / Sigma)
+        s = 0   -log p(z_0 | z_t)                     = 1/2 sum(log(2 pi Sigma) + d^2 / Sigma)
+
+    where d = c_0 (z_0 - its prediction) is the difference of the two means: z_t, which they share, drops out. s and
+    t are ints, or long tensors [b] that may mix both cases. Sigma is any kind of `log_variance`.
+    Source: Ho et al. 2020, arXiv:2006.11239, eqs. 5 to 7.
+
+    Raises:
+        ValueError: as `log_variance` does.
+    """
+    v, squared = None, (at_least_float32(z_0) - at_least_float32(prediction.z_0)).square().flatten(1)
+    if variance != "learned_range":
+        # One Sigma for all dimensions: what follows is arithmetic on one number per image.
+        squared = squared.mean(1, keepdim=True)
+    elif prediction.v is not None:
+        v = precise(prediction.v).flatten(1)
+    squared = precise(squared)
+    # c_0 is the posterior's mean at z_0 = 1 and z_t = 0.
+    one = torch.ones_like(squared[:, :1])
+    c_0, bt = posterior(schedule, one, torch.zeros_like(one), s, t)
+    log_sigma = log_variance(schedule, s, t, variance, like=squared, v=v, z_0_mse=z_0_mse)
+    is_last = bt == 0
+    log_ratio = log_sigma - torch.where(is_last, 1.0, bt).log()
+    spread = torch.where(is_last, log_sigma + math.log(2 * math.pi), torch.expm1(-log_ratio) + log_ratio)
+    return 0.5 * z_0[0].numel() * (spread + c_0.square() * squared * (-log_sigma).exp()).mean(1)
+
+
+def discretised_nll(
+    x: Float[Tensor, "*x"],
+    mean: Float[Tensor, "*x"],
+    scale: Float[Tensor, "*#x"],
+    bin_width: float,
+    low: float,
+    high: float,
+) -> Float[Tensor, "*x"]:
+    """-log of a Gaussian's mass in the bin of x, in nats per dimension; for images, whose values are few.
+
+        P(x) = Phi((x + w/2 - mean) / scale) - Phi((x - w/2 - mean) / scale)
+
+    The outermost bins, around `low` and `high`, are open, so that P sums to one over the values. 8-bit pixels in
+    [-1, 1] have w = 2 / 255, low = -1, high = 1. Finite far in the tails, and in float64.
+    Source: Ho et al. 2020, arXiv:2006.11239, eq. 13.
+
+    Raises:
+        ValueError: unless bin_width and every scale are positive.
+    """
+    x, mean, scale = precise(x), precise(mean), precise(scale)
+    if bin_width <= 0 or not (scale > 0).all():
+        raise ValueError(f"bin_width and scale must be positive; got {bin_width}, and {scale.min().item()} or more")
+    below = torch.where(x < low + bin_width / 2, -math.inf, (x - bin_width / 2 - mean) / scale)
+    above = torch.where(x > high - bin_width / 2, math.inf, (x + bin_width / 2 - mean) / scale)
+    # Phi is precise in its lower tail alone: a bin above the mean is mirrored to below it.
+    mirrored = below + above > 0
+    below, above = torch.where(mirrored, -above, below), torch.where(mirrored, -below, above)
+    log_below, log_above = torch.special.log_ndtr(below), torch.special.log_ndtr(above)
+    return -(log_above + torch.log(-torch.expm1(log_below - log_above)))
+
+
+def precise(z: Tensor) -> Tensor:
+    """float64, or float32 on MPS."""
+    # Thousands of terms are summed, each a small difference of logarithms: float32 would cost parts of a nat.
+    return at_least_float32(z) if z.device.type == "mps" else z.double()

@@ -1,0 +1,245 @@
+import math
+
+import numpy as np
+import pytest
+import scipy.integrate
+import scipy.stats
+import torch
+
+from ldm.diffusion.clock import clock_ends, clock_time
+from ldm.diffusion.denoiser import Denoiser, Prediction
+from ldm.diffusion.guidance import Guided
+from ldm.diffusion.ode import ODESampler, integrate
+from ldm.diffusion.schedule import NoiseSchedule, cosine, linear, rectified_flow
+from ldm.diffusion.sde import probability_flow
+
+SCHEDULES = [linear(), cosine(), rectified_flow()]
+STEPS = [10, 20, 40, 80]
+MEANS, WEIGHTS, VARIANCE = np.array([-1.0, 1.5]), np.array([0.4, 0.6]), 0.25
+
+
+def alpha_bar(u):
+    return np.exp(-(0.1 * u + 9.95 * u**2))
+
+
+def flow(u, z):
+    """dz/du = -1/2 b(u) (z + score) with b(u) = 0.1 + 19.9 u, in closed form."""
+    a = alpha_bar(u)
+    spread = a * VARIANCE + 1 - a
+    offset = z[:, None] - math.sqrt(a) * MEANS
+    share = WEIGHTS * np.exp(-(offset**2) / (2 * spread))
+    score = -(share * offset).sum(1) / share.sum(1) / spread
+    return -0.5 * (0.1 + 19.9 * u) * (z + score)
+
+
+@pytest.fixture
+def mixture(exact_mixture):
+    def build(schedule):
+        return exact_mixture(schedule, MEANS[:, None], WEIGHTS, VARIANCE)
+
+    return build
+
+
+def orders(errors):
+    return [math.log2(coarse / fine) for coarse, fine in zip(errors, errors[1:], strict=False)]
+
+
+def show(what, errors, theory):
+    series = " ".join(f"{error:.2e}" for error in errors), " ".join(f"{order:.2f}" for order in orders(errors))
+    print(f"\n{what}, {STEPS} steps: errors {series[0]}, orders {series[1]} (theory {theory})")
+
+
+def against_the_closed_form(mixture, sampler, num_steps=1000):
+    """Largest error at t_min against an independent integration in u of high order."""
+    schedule = NoiseSchedule("vp", torch.from_numpy(alpha_bar(np.arange(num_steps + 1) / num_steps)))
+    z_T = np.linspace(-2, 2, 9)
+    path = scipy.integrate.solve_ivp(flow, (1, 1 / num_steps), z_T, method="DOP853", rtol=1e-12, atol=1e-13)
+    z = sampler.decode(mixture(schedule), torch.from_numpy(z_T)[:, None]).flatten().numpy()
+    return np.abs(z - path.y[:, -1]).max()
+
+
+def test_heun_is_of_order_2(mixture):
+    errors = [against_the_closed_form(mixture, ODESampler("heun", steps + 1)) for steps in STEPS]
+    show("heun", errors, 2)
+    assert orders(errors)[-1] == pytest.approx(2, abs=0.1)
+    assert errors[-1] < 3e-4
+
+
+def test_adaptive_follows_its_tolerance(mixture):
+    tolerances = [1e-3, 1e-5, 1e-7, 1e-9]
+    errors = [against_the_closed_form(mixture, ODESampler("adaptive", rtol=t, atol=t)) for t in tolerances]
+    print(f"\nadaptive, tolerances {tolerances}: errors {' '.join(f'{error:.1e}' for error in errors)}")
+    assert all(error < 50 * tolerance for error, tolerance in zip(errors, tolerances, strict=True))
+
+
+def test_the_clock_solves_the_equation_in_t(mixture):
+    # dz/dt = rate(t) times the flow per elapsed b dt, through the interpolant's own b(t).
+    exact = mixture(linear(20, beta_start=0.01, beta_end=0.5))
+
+    def derivative(t, z):
+        z_t = torch.from_numpy(z)[:, None]
+        slope = exact.schedule.rate(t) * probability_flow(exact.schedule, exact(z_t, t).z_0, z_t, t)
+        return slope.flatten().numpy()
+
+    z = np.linspace(-2, 2, 5)
+    # Knot by knot: b is continuous there, its derivative is not.
+    for t in range(20, 1, -1):
+        z = scipy.integrate.solve_ivp(derivative, (t, t - 1), z, rtol=1e-10, atol=1e-10).y[:, -1]
+    found = ODESampler("adaptive", rtol=1e-9, atol=1e-9).decode(exact, torch.linspace(-2, 2, 5).double()[:, None])
+    np.testing.assert_allclose(found.flatten().numpy(), z, atol=1e-6)
+
+
+def test_there_and_back(mixture, randn):
+    for schedule in SCHEDULES:
+        exact = mixture(schedule)
+        z_1 = exact.schedule.alpha_bar[1].sqrt() * randn(8, 1)
+        adaptive = ODESampler("adaptive", rtol=1e-8, atol=1e-8)
+        error = (adaptive.decode(exact, adaptive.encode(exact, z_1)) - z_1).abs().max().item()
+        print(f"\n{schedule.name}: adaptive there and back {error:.1e}")
+        assert error < 1e-6
+        errors = []
+        for steps in STEPS:
+            heun = ODESampler("heun", steps + 1)
+            errors.append((heun.decode(exact, heun.encode(exact, z_1)) - z_1).abs().max().item())
+        show(f"{schedule.name}: heun there and back", errors, "2 or more")
+        assert orders(errors)[-1] > 1.8
+        assert errors[-1] < 1e-3
+
+
+def test_encoded_data_is_standard_normal(mixture):
+    exact, count = mixture(cosine()), 4000
+    modes = torch.multinomial(exact.weights, count, replacement=True, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(count, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    a = exact.schedule.alpha_bar[1]
+    z_1 = a.sqrt() * exact.means[modes] + (a * VARIANCE + 1 - a).sqrt() * noise
+    noise_end = ODESampler("adaptive").encode(exact, z_1)
+    assert scipy.stats.kstest(noise_end.flatten().numpy(), "norm").pvalue > 1e-3
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.name)
+@pytest.mark.parametrize("solver", ["heun", "adaptive"])
+def test_every_mode_of_a_mixture_is_found_with_its_weight(exact_mixture, randn, schedule, solver):
+    means = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [-1.0, 1.0], [1.5, 1.5]])
+    weights = [0.1, 0.2, 0.3, 0.4]
+    exact = exact_mixture(schedule, means, weights, variance=0.01)
+    z = ODESampler(solver, 50)(exact, randn(5000, 2, dtype=torch.float32))
+    distance, mode = torch.cdist(z, means).min(1)
+    assert distance.max() < 6 * 0.1
+    counts = torch.bincount(mode, minlength=4).numpy()
+    found = scipy.stats.chisquare(counts, 5000 * np.array(weights)).pvalue
+    print(f"\n{schedule.name}, {solver}: {counts / 5000} for {weights}, p = {found:.3f}")
+    assert found > 1e-3
+
+
+@pytest.mark.parametrize(("solver", "steps", "calls"), [("heun", 7, 13), ("heun", 1, 1), ("adaptive", 7, None)])
+def test_calls_steps_and_precision(mixture, randn, solver, steps, calls):
+    exact, seen, times = mixture(linear(100)), [], []
+
+    class Counting:
+        schedule = exact.schedule
+
+        def __call__(self, z_t, t, condition=None):
+            times.append(t)
+            assert condition is given
+            return exact(z_t, t)
+
+    given, generator = {"label": torch.tensor([1, 2])}, torch.Generator().manual_seed(0)
+    before = generator.get_state()
+    z = ODESampler(solver, steps)(
+        Counting(),
+        randn(2, 1).bfloat16(),
+        given,
+        generator=generator,
+        on_step=lambda s, z_s, z_0: seen.append((s, z_s, z_0)),
+    )
+    assert generator.get_state().equal(before)
+    assert z.dtype == torch.float32
+    stops = [s for s, _, _ in seen]
+    assert all(s < t for t, s in zip(stops, stops[1:], strict=False))
+    assert stops[-1] == 0
+    assert seen[-1][1].equal(z)
+    assert all(z_s.shape == z_0.shape == (2, 1) for _, z_s, z_0 in seen)
+    assert times[0] == pytest.approx(100)
+    if steps > 1:
+        assert stops[-2] == pytest.approx(1)
+    if calls is not None:
+        assert len(times) == calls
+        assert len(stops) == steps
+    if solver == "adaptive":
+        # The z_0 that goes with an accepted step was predicted there.
+        torch.testing.assert_close(seen[0][2], exact(seen[0][1], stops[0]).z_0)
+    assert ODESampler().method == "ode"
+
+
+def test_heun_does_not_depend_on_the_batch(mixture, randn):
+    exact, z_T, sampler = mixture(linear(100)), randn(16, 1), ODESampler("heun", 10)
+    together = sampler(exact, z_T)
+    for batch in (1, 3):
+        assert sampler(exact, z_T[:batch]).equal(together[:batch])
+
+
+def test_a_network_and_guidance_at_real_times(randn):
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(5, 3)
+
+    def network(z_t, timesteps, condition):
+        assert timesteps.is_floating_point()
+        return layer(torch.cat([z_t, timesteps[:, None] / 100, condition["label"][:, None]], 1))
+
+    denoiser = Denoiser(linear(100), network, "eps")
+    guided = Guided(denoiser, 2.0, {"label": torch.zeros(1)})
+    z_T, condition = randn(4, 3, dtype=torch.float32), {"label": torch.ones(4)}
+    for solver in ("heun", "adaptive"):
+        sampler = ODESampler(solver, 100, rtol=1e-5, atol=1e-5)
+        plain, pushed = (sampler(model, z_T, condition) for model in (denoiser, guided))
+        assert not plain.requires_grad
+        assert not pushed.equal(plain)
+        back = sampler.decode(guided, sampler.encode(guided, z_T, condition), condition)
+        torch.testing.assert_close(back, z_T, atol=2e-2, rtol=0)
+
+
+def test_t_min_is_where_the_ode_stops(mixture, randn):
+    exact, times = mixture(linear(100)), []
+
+    class Counting:
+        schedule = exact.schedule
+
+        def __call__(self, z_t, t, condition=None):
+            times.append(t)
+            return exact(z_t, t)
+
+    ODESampler("heun", 5, t_min=3.5)(Counting(), randn(2, 1))
+    assert min(times) == pytest.approx(3.5)
+    assert clock_time(exact.schedule, clock_ends(exact.schedule, 3.5)[1]) == pytest.approx(3.5)
+
+
+def test_options_and_calls_are_checked(mixture, randn):
+    for options, rule in [
+        ({"solver": "euler"}, "ODE solver 'euler'; known: heun, adaptive"),
+        ({"steps": 0}, "at least one step"),
+        ({"rtol": 0.0}, "rtol and atol must be at least 1e-12"),
+        ({"atol": math.nan}, "rtol and atol must be at least 1e-12"),
+    ]:
+        with pytest.raises(ValueError, match=rule):
+            ODESampler(**options)
+    exact, z = mixture(linear(100)), randn(2, 1)
+    for go in (ODESampler("heun", 1).encode, ODESampler("heun", 1).decode):
+        with pytest.raises(ValueError, match="encode and decode need two or more"):
+            go(exact, z)
+    with pytest.raises(ValueError, match=r"t_min must be in \[1, T\)"):
+        ODESampler(t_min=0.1).check(linear(100))
+    with pytest.raises(ValueError, match="at least two to lie between"):
+        ODESampler()(mixture(linear(1)), z)
+
+    class Broken:
+        schedule = linear(100)
+
+        def __call__(self, z_t, t, condition=None):
+            return Prediction(z_t * math.nan, None)
+
+    with pytest.raises(ArithmeticError, match="the network answers inf or nan"):
+        ODESampler("adaptive")(Broken(), z)
+    with pytest.raises(ArithmeticError, match="stuck where the clock shows 1"):
+        integrate(lambda w, state: state**2, np.ones(1), 0.0, 2.0, rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="at least 1e-12"):
+        integrate(lambda w, state: -state, np.ones(1), 0.0, 1.0, rtol=1e-14, atol=1.0)
