@@ -159,7 +159,7 @@ def compare(report: Report, other: Report) -> dict[str, float]:
     if one["images"] != two["images"] or one["per_image"]["index"] != two["per_image"]["index"]:
         raise UserError(
             f"{one['run']} was measured on {one['num_images']} images of {one['images']}, {two['run']} on "
-            f"{two['num_images']} of {two['images']}. A paired difference needs the same images: give runs on the same data."
+            f"{two['num_images']} of {two['images']}. A paired difference needs the same images."
         )
     (first, *_), (second, *_) = report.columns.values(), other.columns.values()
     mean, error = mean_and_error(first.bits_per_dim(first.total - second.total))

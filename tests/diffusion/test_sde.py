@@ -107,7 +107,7 @@ def test_reverse_sde_reaches_the_datas_variance_with_order_1(exact_gaussian, sou
 
 
 def test_reverse_sde_reaches_the_datas_mean_with_order_1(exact_gaussian, monkeypatch):
-    monkeypatch.setattr(sde, "_draw", lambda like, generator: torch.zeros_like(like))
+    monkeypatch.setattr(sde, "draw_noise", lambda like, generator: torch.zeros_like(like))
     schedule = cosine()
     exact = exact_gaussian(schedule, 0.7, 0.25)
     truth = moments_at(schedule, 1, 0.7, 0.25)[0][0]
