@@ -17,7 +17,7 @@ from ldm.errors import UserError
 from ldm.evaluation.metrics import kernel_distance, retrieval_ranks
 from ldm.features import CHOICES
 from ldm.networks.conditioning import ClassCondition, TextCondition
-from ldm.pipeline import LatentDiffusionPipeline
+from ldm.pipeline import LatentDiffusionPipeline, sample_generators
 from ldm.sampling import Request, draw
 
 
@@ -57,6 +57,7 @@ def evaluate(
     """Compare samples for seed-drawn training captions with the training images.
 
     The anchors: the autoencoder's reconstructions of the same images (the best that its decoder can show), the
+    autoencoder as a generator of its own (z_raw ~ N(0, I) decoded, what a VAE without the chain would draw), the
     validation images (what new images of this kind look like), and for retrieval chance.
     """
     network = load_features(features)
@@ -72,11 +73,16 @@ def evaluate(
             for part in originals.split(batch_size)
         ]
     )
+    noise = torch.stack(
+        [torch.randn(pipeline.latent_shape, generator=g) for g in sample_generators(seed, range(len(own)))]
+    )
+    alone = torch.cat([pipeline.autoencoder.decode(part).cpu() for part in noise.split(batch_size)])
     reference = reference_features(network, features, images)
     gallery = reference[torch.from_numpy(train)]
     found = {
         "samples": extract(network, sampled, "features of samples"),
         "reconstructions": extract(network, reconstructed, "features of reconstructions"),
+        "VAE alone": extract(network, alone, "features of the VAE alone"),
         "validation images": reference[torch.from_numpy(images.val_indices)],
     }
     figures: dict[str, Any] = {
@@ -91,7 +97,7 @@ def evaluate(
     lines = [f"KD ({features}, N={len(own)}, ref={figures['reference']}, N={len(train)}), mean of 4 disjoint subsets:"]
     for name, values in found.items():
         mean, error = kernel_distance(values, gallery)
-        key = name.split()[0]
+        key = name.split()[0].lower()
         figures[f"kd_{key}"], figures[f"kd_{key}_standard_error"] = mean, error
         lines.append(f"  {name:18} {mean:8.4f} +- {error:.4f} (standard error, sampling only)")
     if isinstance(pipeline.conditioning, TextCondition):
