@@ -23,7 +23,9 @@ import ldm.train
 from ldm import console
 from ldm.data.images import default_cache_dir, prepare
 from ldm.data.openmoji import OpenMoji
+from ldm.diffusion.ode import ODESampler
 from ldm.diffusion.sampler import Sampler
+from ldm.diffusion.sde import SDESampler
 from ldm.home import folder
 from ldm.pictures import to_pil
 from ldm.run import Run
@@ -211,13 +213,20 @@ def test_resuming_continues_the_run(trained, call):
 
 
 def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(train):
-    options = [*TINY_DIFFUSION, "optimizer.decay=constant", "trainer.accumulate_grad_batches=2"]
+    # vlb draws t by the history of its losses, which the checkpoint must hold
+    options = [*TINY_DIFFUSION, "objective=vlb", "optimizer.decay=constant", "trainer.accumulate_grad_batches=2"]
     whole = train(*options, "trainer.max_steps=7", "name=whole")
     train(*options, "trainer.max_steps=4", "name=stopped")
     resumed = train(*options, "trainer.max_steps=7", "name=stopped", "resume=true")
     file = "pipeline/network/diffusion_pytorch_model.safetensors"
     expected, found = load_file(whole.path / file), load_file(resumed.path / file)
     assert expected.keys() == found.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    states = [
+        torch.load(run.path / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for run in (whole, resumed)
+    ]
+    for name in ("importance.history", "importance.counts"):
+        assert torch.equal(states[0][name], states[1][name])
+    assert states[0]["importance.counts"].sum() == 7 * whole.config()["batch_size"]
 
 
 def test_a_name_in_use_is_refused_from_the_command_line(trained):
@@ -323,11 +332,15 @@ def draw_in_batches(pipeline, sampler, batch_size: int) -> torch.Tensor:
     return torch.cat(list(draw(pipeline, request, sampler, guidance=3.0, seed=7, batch_size=batch_size)))
 
 
-@pytest.mark.parametrize("method", ["ddpm", "dpmpp"])
-def test_a_sample_does_not_depend_on_its_batch(trained, method):
+@pytest.mark.parametrize(
+    "sampler",
+    [Sampler("ddpm", 20), Sampler("dpmpp", 20), SDESampler(30, corrector_steps=1), ODESampler(steps=10)],
+    ids=["ddpm", "dpmpp", "sde", "ode"],
+)
+def test_a_sample_does_not_depend_on_its_batch(trained, sampler):
     """Within one of 255 levels: convolutions differ in the last bits with the size of the batch."""
     pipeline = trained.diffusion.pipeline()
-    drawn = [draw_in_batches(pipeline, Sampler(method, 20), batch_size) for batch_size in BATCH_SIZES]
+    drawn = [draw_in_batches(pipeline, sampler, batch_size) for batch_size in BATCH_SIZES]
     first, *others = [np.stack([np.asarray(image).astype(int) for image in to_pil(images)]) for images in drawn]
     assert all(np.abs(other - first).max() <= 1 for other in others)
     assert np.abs(first[0] - first[1]).max() > 1, "samples differ from each other"
@@ -337,7 +350,9 @@ def test_the_noise_of_a_sample_is_its_own_to_the_bit(trained):
     """What it starts from, and what it draws on the way."""
 
     class Draws:
-        steps, spacing = 1, "trailing"
+        method, steps = "draws", 1
+
+        def check(self, schedule) -> None: ...
 
         def __call__(self, denoiser, z_T, condition, *, generator, on_step):
             seen.append(torch.cat([z_T, torch.stack([torch.randn(z_T[0].shape, generator=g) for g in generator])], 1))
@@ -441,3 +456,8 @@ def test_evaluation(trained, tool):
 
 def test_the_loop_can_be_timed(tool):
     assert re.search(r"the training loop adds -?\d+\.\d+ ms to a step", tool("bench", "steps=20", "blocks=2"))
+
+
+def test_the_bound_can_be_timed(trained, tool):
+    printed = tool("bench", "run=runs/diffusion/first", "blocks=1")
+    assert re.search(r"the bound costs \d+\.\d+x the bare network", printed), printed

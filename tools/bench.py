@@ -1,4 +1,4 @@
-"""What the training loop adds to a no-op step: our Trainer with its callbacks against a bare loop, interleaved."""
+"""What our code costs beside the bare work: the training loop, and with run= the variational bound. Interleaved."""
 
 import statistics
 import tempfile
@@ -14,22 +14,70 @@ from ldm import command
 
 
 def bench(config: DictConfig) -> None:
+    if config.run is None:
+        training_loop(config)
+    else:
+        bound(config)
+
+
+def bound(config: DictConfig) -> None:
+    """All T terms of one image's bound against as many bare calls of the network."""
+    import torch
+
+    from ldm.device import choose_device
+    from ldm.diffusion.bound import variational_bound
+    from ldm.evaluation.likelihood_report import condition_of
+    from ldm.pipeline import sample_generators
+    from ldm.run import Run
+
+    run = Run.open(config.run)
+    pipeline = run.pipeline().to(choose_device(config.device))
+    num_steps, size, denoiser = pipeline.schedule.num_steps, config.batch_size, pipeline.denoiser()
+    z = torch.randn(size, *pipeline.latent_shape, device=pipeline.device)
+    condition = {
+        name: value.to(pipeline.device)
+        for name, value in condition_of(pipeline, run.image_data(), np.zeros(1, dtype=int)).items()
+    }
+    repeated = {name: value.expand(size, *value.shape[1:]) for name, value in condition.items()}
+    t = torch.arange(size, device=pipeline.device)
+
+    def bare() -> float:
+        start = time.perf_counter()
+        with torch.no_grad():
+            for first in range(0, num_steps, size):
+                n = min(size, num_steps - first)
+                pipeline.network(z[:n], t[:n], **{name: value[:n] for name, value in repeated.items()})
+        return time.perf_counter() - start
+
+    def ours() -> float:
+        generators, variance = sample_generators(0, [0]), pipeline.variance
+        start = time.perf_counter()
+        variational_bound(denoiser, z[:1], condition, generators=generators, variance=variance, batch_size=size)
+        return time.perf_counter() - start
+
+    bare(), ours()
+    rows = [(bare(), ours()) for _ in range(config.blocks)]
+    for alone, with_bound in rows:
+        print(f"{num_steps} bare calls of the network {alone:.2f} s, all {num_steps} terms {with_bound:.2f} s")
+    ratio = statistics.median(with_bound / alone for alone, with_bound in rows)
+    print(f"the bound costs {ratio:.3f}x the bare network (median of {config.blocks} blocks, batches of {size})")
+
+
+def training_loop(config: DictConfig) -> None:
+    """Our Trainer with its callbacks on a step that does nothing, against a bare loop."""
     import torch
     from lightning.pytorch import Trainer
     from lightning.pytorch.loggers import CSVLogger
 
     from ldm.data.loaders import train_loader
-    from ldm.training.callbacks import Budget, EMACallback, ProgressBar
+    from ldm.training.budget import Budget
+    from ldm.training.callbacks import EMACallback, ProgressBar
     from ldm.training.module import TrainingModule
     from ldm.training.stage import OptimizerFactory
 
     class NoOp(TrainingModule):
-        def training_step(self, batch: object, batch_idx: int) -> dict[str, torch.Tensor]:
-            self.next_generator()
-            loss = self.trained.weight.sum()
-            if self.logs_now:
-                self.log("train/loss", loss.detach())
-            return {"loss": loss}
+        def losses(self, batch: object, generator: torch.Generator) -> dict[str, torch.Tensor]:
+            return {"loss": self.trained.weight.sum()}
 
     def make() -> NoOp:
         optimizer = OptimizerFactory(partial(torch.optim.AdamW, lr=1e-3, fused=True))
