@@ -18,12 +18,15 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.autoencoder.autoencoder import Autoencoder
+from ldm.autoencoder.identity import IdentityAutoencoder
 from ldm.data.images import ImageData
 from ldm.errors import UserError
 from ldm.pipeline import INDEX_FILE, LatentDiffusionPipeline
 
 RUN_FILE = "run.json"
 CONFIG_FILE = "config.yaml"
+IDENTITY = "identity"
+"""Instead of an autoencoder: the chain works on pixels."""
 FORMAT = 1
 PACKAGES = ("ldm", "torch", "lightning", "diffusers", "transformers", "hydra-core", "wandb", "numpy")
 
@@ -179,11 +182,14 @@ def find_autoencoder(vae: str | None, runs: str, data_fingerprint: str) -> tuple
 
 
 def load_autoencoder(place: str) -> Autoencoder:
-    """An autoencoder from a run folder, a diffusers folder (or a pipeline with a `vae` folder) or a hub id.
+    """An autoencoder from a run folder, a diffusers folder (or a pipeline with a `vae` folder) or a hub id; `identity`
+    for none, so that the chain works on pixels.
 
     Raises:
         UserError: none of these.
     """
+    if place == IDENTITY:
+        return Autoencoder(IdentityAutoencoder().eval())
     folder = Path(place).expanduser()
     if (folder / RUN_FILE).is_file():
         return Run.open(folder).autoencoder()

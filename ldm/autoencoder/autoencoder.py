@@ -15,12 +15,14 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from ldm.autoencoder.identity import IdentityAutoencoder
 from ldm.autoencoder.patch import PatchAutoencoderKL
 from ldm.errors import UserError
 
 STATISTICS_FILE = "latents.json"
 STATISTICS_FORMAT = 1
-CLASSES = {"AutoencoderKL": AutoencoderKL, "PatchAutoencoderKL": PatchAutoencoderKL}
+WITH_DENSITY = {"AutoencoderKL": AutoencoderKL, "PatchAutoencoderKL": PatchAutoencoderKL}
+CLASSES = {**WITH_DENSITY, "IdentityAutoencoder": IdentityAutoencoder}
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Autoencoder:
     @property
     def factor(self) -> int:
         """Pixels per latent, along one side."""
-        if isinstance(self.model, PatchAutoencoderKL):
+        if isinstance(self.model, PatchAutoencoderKL | IdentityAutoencoder):
             return self.model.factor
         return 2 ** (len(self.model.config.block_out_channels) - 1)
 
@@ -54,9 +56,14 @@ class Autoencoder:
         return self.model.config.latent_channels
 
     @property
+    def is_identity(self) -> bool:
+        """Whether the latents are the images: the chain is in pixel space."""
+        return isinstance(self.model, IdentityAutoencoder)
+
+    @property
     def has_density(self) -> bool:
         """Whether it defines q(z | x) and p(x | z), so that images have a likelihood: a KL autoencoder does."""
-        return type(self.model).__name__ in CLASSES
+        return type(self.model).__name__ in WITH_DENSITY
 
     @property
     def device(self) -> torch.device:

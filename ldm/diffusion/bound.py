@@ -21,12 +21,16 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from ldm.diffusion.bound_terms import bound_term, precise, prior_kl
-from ldm.diffusion.chain import at_least_float32, check_z_0_mse, marginal
+from ldm.diffusion.chain import at_least_float32, check_z_0_mse, log_variance, marginal
 from ldm.diffusion.denoiser import Condition, DenoiserLike, Prediction
 from ldm.diffusion.schedule import NoiseSchedule
 
 OnBatch = Callable[[int, int], None]
 """Called as on_batch(done, total) with the number of predictions made."""
+
+
+LastTerm = Callable[[Int[Tensor, " k"], Tensor, Tensor], Tensor]
+"""Called as last(image, mean, std): nats per image [k] of the images `image` under p(z_0 | z_1) = N(mean, std^2)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +82,7 @@ def variational_bound(
     variance: str,
     z_0_mse: Float64[Tensor, " num_entries"] | None = None,
     steps: int | None = None,
+    last: LastTerm | None = None,
     batch_size: int = 64,
     on_batch: OnBatch | None = None,
 ) -> Bound:
@@ -101,6 +106,7 @@ def variational_bound(
         variance: Sigma, any kind of `log_variance`.
         z_0_mse: the table that optimal needs, see `fit_z_0_mse`.
         steps: terms per image, even, 4..T; None visits all t.
+        last: L_0 of data that is no density, such as the 8-bit values of a chain on pixels; None: the Gaussian density.
         batch_size: predictions at a time; images and steps are batched together.
 
     Raises:
@@ -123,6 +129,10 @@ def variational_bound(
     terms = torch.empty(len(at), dtype=torch.float64)
     for rows, clean, prediction in _predict(denoiser, z_0, condition, image, at, generators, batch_size, on_batch):
         term = bound_term(schedule, prediction, clean, at[rows] - 1, at[rows], variance=variance, z_0_mse=z_0_mse)
+        if last is not None and (first := at[rows] == 1).any():
+            mean, v = prediction.z_0[first], None if prediction.v is None else prediction.v[first]
+            log_sigma = log_variance(schedule, 0, 1, variance, like=mean, v=v, z_0_mse=z_0_mse)
+            term[first] = last(image[rows][first], mean, (0.5 * log_sigma).exp()).to(term)
         terms[rows] = term.cpu().double()
         _check_finite_at(terms[rows], "the bound", image[rows], at[rows])
     terms = terms.reshape(t.shape)

@@ -1,0 +1,36 @@
+"""No first stage: images are their own latents, for a chain in pixel space. Called as diffusers' AutoencoderKL is."""
+
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+LOG_VARIANCE = -30.0
+"""Of a posterior that is a point as far as float32 can tell; what diffusers clamps a log-variance to."""
+
+
+class IdentityAutoencoder(ModelMixin, ConfigMixin):
+    """f = 1 and C = 3: encode and decode change nothing."""
+
+    factor = 1
+
+    @register_to_config
+    def __init__(self, latent_channels: int = 3) -> None:
+        super().__init__()
+        self.place = nn.Parameter(torch.zeros(()), requires_grad=False)  # a module without parameters has no device
+
+    def encode(self, x: Tensor, return_dict: bool = True) -> Any:
+        """[b, 3, H, W] -> a posterior that is x."""
+        posterior = DiagonalGaussianDistribution(torch.cat([x, torch.full_like(x, LOG_VARIANCE)], dim=1))
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    def decode(self, z: Tensor, return_dict: bool = True, generator: object = None) -> Any:
+        """[b, 3, H, W] -> the same."""
+        return DecoderOutput(sample=z) if return_dict else (z,)
+
+    def forward(self, sample: Tensor) -> Any:
+        return self.decode(sample)

@@ -1,0 +1,70 @@
+"""The pages say what exists: links lead to files, formulas to functions and tests, commands to tools and keys."""
+
+import ast
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MATHS = ROOT / "docs" / "maths.md"
+LINK = re.compile(r"\[([^\]]*)\]\((?![a-z]+:|#)([^)#\s]+)")
+
+
+def named(folder: str) -> list[tuple[str, Path]]:
+    """What docs/maths.md names in files of a folder: the text of each link, without its backticks, and the file."""
+    page = MATHS.read_text(encoding="utf-8")
+    links = ((name.strip("`"), (MATHS.parent / target).resolve()) for name, target in LINK.findall(page))
+    return [(name, file) for name, file in links if file.is_relative_to(ROOT / folder)]
+
+
+@cache
+def defined(file: Path) -> set[str]:
+    """Functions, classes with their methods and fields, and variables of a module, which is not imported."""
+
+    def names(body: list[ast.stmt], prefix: str = "") -> set[str]:
+        found: set[str] = set()
+        for node in body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                found.add(prefix + node.name)
+            if isinstance(node, ast.ClassDef):
+                found |= names(node.body, f"{prefix}{node.name}.")
+            if isinstance(node, ast.Assign | ast.AnnAssign):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                found |= {prefix + target.id for target in targets if isinstance(target, ast.Name)}
+        return found
+
+    return names(ast.parse(file.read_text(encoding="utf-8")).body)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page):
+    for text, target in LINK.findall(page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), f"[{text}]({target})"
+
+
+def test_formulas_lead_to_functions():
+    functions = named("ldm")
+    assert len(functions) > 50
+    for text, file in functions:
+        module, _, name = text.partition(".")
+        assert module == file.stem and name in defined(file), f"{text} is not in {file}"
+
+
+def test_formulas_lead_to_proofs():
+    tests = named("tests")
+    assert len(tests) > 50
+    for text, file in tests:
+        assert text.startswith("test_") and text in defined(file), f"{text} is not in {file}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_name_tools_and_keys(page):
+    commands = re.findall(r"python tools/(\w+)\.py([^`\n]*)", page.read_text(encoding="utf-8"))
+    for tool, options in commands:
+        assert (ROOT / "tools" / f"{tool}.py").is_file(), tool
+        config = (ROOT / "conf" / f"{tool}.yaml").read_text(encoding="utf-8")
+        for key in re.findall(r"\s(\w+)(?:\.\w+)*=", options):
+            assert re.search(rf"^(?:  - )?{key}:", config, re.MULTILINE), f"tools/{tool}.py has no {key}="
