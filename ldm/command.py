@@ -27,6 +27,7 @@ FREE_TEXT = (
     "prompt",
     "prompts",
     "run",
+    "against",
     "out",
     "image",
     "images",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ldm.autoencoder.autoencoder import Autoencoder
 from ldm.data.latents import LatentContract
-from ldm.diffusion.chain import forward_step
+from ldm.diffusion.chain import check_z_0_mse, forward_step
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import Guided
 from ldm.diffusion.sampler import OnStep, Sampler, SamplerLike
@@ -67,6 +67,20 @@ class LatentDiffusionPipeline:
         self.network.to(device)
         self.autoencoder.to(device)
         return self
+
+    def require_fitted(self) -> None:
+        """Refuse variance=optimal where its table is missing, or of another chain.
+
+        Raises:
+            UserError: saying how to fit it.
+        """
+        how = "Fit it on the training split: python tools/likelihood.py run=<this run> variance=optimal"
+        if self.z_0_mse is None:
+            raise UserError(f"variance=optimal is not fitted for this model yet. {how}")
+        try:
+            check_z_0_mse(self.schedule, self.z_0_mse)
+        except ValueError as error:
+            raise UserError(f"{VARIANCE_FILE} does not fit this model: {error}. Delete it, then: {how}") from error
 
     @property
     def chain_sha256(self) -> str:
@@ -149,6 +163,8 @@ class LatentDiffusionPipeline:
             "schedule": {"name": self.schedule.name, "alpha_bar": self.schedule.alpha_bar.tolist()},
             "conditioning": self.conditioning.state(),
         }
+        if self.z_0_mse is None:
+            (folder / VARIANCE_FILE).unlink(missing_ok=True)  # fitted to the weights that were here before
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     @classmethod

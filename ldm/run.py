@@ -48,8 +48,8 @@ class Run:
         return run
 
     @classmethod
-    def open(cls, path: Path | str) -> "Run":
-        """Open a run folder.
+    def open(cls, path: Path | str, key: str = "run") -> "Run":
+        """Open a run folder, which the user named with `key`=.
 
         Raises:
             UserError: it does not exist, is not one, or has another format.
@@ -60,7 +60,7 @@ class Run:
             hint = f" Runs below it: {', '.join(found[:5])}." if found else ""
             what = "is not a run folder" if path.exists() else "does not exist"
             raise UserError(
-                f"run={path} {what} (no {RUN_FILE}).{hint} A run is made by `python -m ldm.train stage=vae` or "
+                f"{key}={path} {what} (no {RUN_FILE}).{hint} A run is made by `python -m ldm.train stage=vae` or "
                 "`stage=diffusion`, in runs/<stage>/<name>."
             )
         facts = json.loads((path / RUN_FILE).read_text(encoding="utf-8"))

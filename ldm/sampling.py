@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from rich.progress import (
@@ -18,6 +19,7 @@ from rich.progress import (
 )
 from torch import Tensor
 
+from ldm.data.images import ImageData
 from ldm.diffusion.sampler import OnStep, SamplerLike
 from ldm.errors import UserError
 from ldm.networks.conditioning import ClassCondition, Condition, TextCondition
@@ -68,6 +70,20 @@ class Request:
             raise UserError("This model is unconditional: leave label= out.")
         return cls({}, [None] * num_samples)
 
+    @classmethod
+    def of_images(cls, pipeline: LatentDiffusionPipeline, images: ImageData, indices: np.ndarray) -> "Request":
+        """The captions or classes of these images, where the model takes them."""
+        conditioning = pipeline.conditioning
+        if isinstance(conditioning, TextCondition):
+            captions = images.require_captions()
+            chosen = [captions[i] for i in indices]
+            return cls(conditioning.encode(chosen), list(chosen))
+        if isinstance(conditioning, ClassCondition):
+            labels = images.require_labels()
+            classes = [labels[i] for i in indices]
+            return cls(conditioning.encode(classes), [conditioning.class_names[label] for label in classes])
+        return cls({}, [None] * len(indices))
+
     def __len__(self) -> int:
         return len(self.captions)
 
@@ -102,11 +118,8 @@ def draw(
         sampler.check(pipeline.schedule)
     except ValueError as error:
         raise UserError(f"sampler.steps={sampler.steps}: {error}.") from error
-    if getattr(sampler, "variance", None) == "optimal" and pipeline.z_0_mse is None:
-        raise UserError(
-            "sampler.variance=optimal is not fitted for this model yet. Fit it on the training split: "
-            "python tools/likelihood.py run=<this run> variance=optimal"
-        )
+    if getattr(sampler, "variance", None) == "optimal":
+        pipeline.require_fitted()
     total = len(request)
     columns = (TextColumn("sampling"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, transient=True) as bar:

@@ -294,6 +294,20 @@ def test_an_unconditional_unet(trained, train, tool, tmp_path):
 # Tools
 
 
+def test_a_chain_on_pixels(train, tool, make_images, tmp_path):
+    data = [
+        "data=image_folder",
+        f"data.path={make_images(tmp_path / 'pictures', 60)}",
+        "data.resolution=8",
+        "conditioning=none",
+    ]
+    run = train(*TINY_DIFFUSION, *data, "vae=identity", "trainer.max_steps=2", "name=pixels")
+    assert run.facts["latent_shape"] == [3, 8, 8] and run.autoencoder().is_identity
+    tool("sample", f"run={run.path}", "num_samples=1", "sampler.steps=2")
+    printed = tool("likelihood", f"run={run.path}", "split=train", "num_images=4", "steps=8")
+    assert "L_0, the last step" in printed and "VAE" not in printed
+
+
 def test_sampling_from_the_command_line(trained, tmp_path):
     out = tmp_path / "out with blanks, (and brackets)"
     options = ["run=runs/diffusion/first", f"prompt={AWKWARD}", f"out={out}", "num_samples=3", "strip=true"]

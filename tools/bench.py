@@ -26,9 +26,9 @@ def bound(config: DictConfig) -> None:
 
     from ldm.device import choose_device
     from ldm.diffusion.bound import variational_bound
-    from ldm.evaluation.likelihood_report import condition_of
     from ldm.pipeline import sample_generators
     from ldm.run import Run
+    from ldm.sampling import Request
 
     run = Run.open(config.run)
     pipeline = run.pipeline().to(choose_device(config.device))
@@ -36,7 +36,7 @@ def bound(config: DictConfig) -> None:
     z = torch.randn(size, *pipeline.latent_shape, device=pipeline.device)
     condition = {
         name: value.to(pipeline.device)
-        for name, value in condition_of(pipeline, run.image_data(), np.zeros(1, dtype=int)).items()
+        for name, value in Request.of_images(pipeline, run.image_data(), np.zeros(1, dtype=int)).condition.items()
     }
     repeated = {name: value.expand(size, *value.shape[1:]) for name, value in condition.items()}
     t = torch.arange(size, device=pipeline.device)

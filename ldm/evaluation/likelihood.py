@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from ldm.autoencoder.autoencoder import Autoencoder
-from ldm.diffusion.bound import Bound, variational_bound
+from ldm.data.order import derive_seed
+from ldm.diffusion.bound import Bound, LastTerm, variational_bound
 from ldm.diffusion.bound_terms import discretised_nll
 from ldm.diffusion.chain import at_least_float32, marginal
 from ldm.diffusion.ode_likelihood import ode_log_likelihood
 from ldm.errors import UserError
+from ldm.evaluation.likelihood_checks import check_chain, check_eight_bit, require_density
 from ldm.networks.conditioning import Condition
 from ldm.pipeline import LatentDiffusionPipeline, sample_generators
 
@@ -60,7 +62,7 @@ class Terms:
         """Means over the images in bits/dim, the total's standard error between images, and that of the estimate.
 
         The first says how far the mean over other images may be; the second how far this one is from what all t
-        and infinitely much noise would give for the same images.
+        and infinitely much noise would give for the same images and latents.
         """
         found = {name: self.bits_per_dim(values).mean().item() for name, values in self.parts.items()}
         found["total"], found["standard_error"] = mean_and_error(self.bits_per_dim(self.total))
@@ -72,38 +74,16 @@ class Terms:
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:
     """Mean and its standard error between images (nan for a single one)."""
-    return values.mean().item(), (values.std() / len(values) ** 0.5).item()
+    return values.mean().item(), (values.std().item() / len(values) ** 0.5 if len(values) > 1 else math.nan)
 
 
-def require_density(autoencoder: Autoencoder) -> None:
-    """Refuse an autoencoder that defines no q(z | x) and p(x | z).
-
-    Raises:
-        UserError: naming it.
-    """
-    name = type(autoencoder.model).__name__
-    if not autoencoder.has_density:
-        raise UserError(
-            f"The autoencoder {name} has no density over its latents, so images have no likelihood under it. "
-            "Train a KL one (autoencoder=patch or kl_f2, kl_f4, kl_f8) for likelihoods."
-        )
-
-
-def check_eight_bit(images: Tensor) -> None:
-    """Refuse images that are no 8-bit values: a discretised likelihood of them would mean nothing.
-
-    Raises:
-        UserError: naming the first image and the offending value.
-    """
-    values = (images.double() + 1) * 127.5
-    off = ((values - values.round()).abs() > 1e-3) | (values < -1e-3) | (values > 255 + 1e-3) | ~values.isfinite()
-    if off.any():
-        first = int(off.flatten(1).any(1).nonzero()[0])
-        value = values[first][off[first]][0].item()
-        raise UserError(
-            f"Image {first} holds the value {value:.4g}, which is no 8-bit value (0, 1, ..., 255). Bits per dimension "
-            "are those of 8-bit images: give images [n, 3, H, W] as k / 127.5 - 1."
-        )
+def draw_latents(
+    autoencoder: Autoencoder, images: Tensor, generators: list[torch.Generator]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and log-variance of q(z_raw | x), and one draw per image with noise from its own generator."""
+    mean, log_variance = (at_least_float32(moment).cpu() for moment in autoencoder.encode(images))
+    noise = torch.stack([torch.randn(mean.shape[1:], generator=own) for own in generators])
+    return mean, log_variance, mean + (0.5 * log_variance).exp() * noise
 
 
 class _Encoded(NamedTuple):
@@ -117,20 +97,22 @@ class _Encoded(NamedTuple):
 
 
 def _encode(autoencoder: Autoencoder, images: Tensor, generators: list[torch.Generator], batch_size: int) -> _Encoded:
-    statistics = autoencoder.statistics
-    assert statistics is not None
-    scale = torch.tensor(statistics.decoder_scale, dtype=torch.float64)[:, None, None]
+    scale = torch.tensor(require_density(autoencoder).decoder_scale, dtype=torch.float64)[:, None, None]
     found: list[_Encoded] = []
     for start in range(0, len(images), batch_size):
         part = images[start : start + batch_size]
-        mean, log_variance = (at_least_float32(moment).cpu() for moment in autoencoder.encode(part))
-        noise = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators[start : start + len(part)]])
-        z_raw = mean + (0.5 * log_variance).exp() * noise
+        mean, log_variance, z_raw = draw_latents(autoencoder, part, generators[start : start + len(part)])
         decoded = autoencoder.decode(z_raw).cpu().double()
         decoder = discretised_nll(part.double(), decoded, scale, BIN, low=-1.0, high=1.0).flatten(1).sum(1)
         mean, log_variance = mean.double(), log_variance.double()
         entropy = 0.5 * (LOG_2PI_E + log_variance).flatten(1).sum(1)
         standard_normal = 0.5 * (mean.square() + log_variance.exp() + LOG_2PI_E - 1).flatten(1).sum(1)
+        wrong = ~(decoder + entropy + standard_normal).isfinite()
+        if wrong.any():
+            raise UserError(
+                f"The autoencoder's answer to image {start + int(wrong.nonzero()[0])} is not finite: its training "
+                "diverged. Train it again, with a lower optimizer.lr."
+            )
         found.append(_Encoded(z_raw, decoder, entropy, standard_normal))
     return _Encoded(*(torch.cat(values) for values in zip(*found, strict=True)))
 
@@ -144,7 +126,7 @@ def vae_bound(autoencoder: Autoencoder, images: Tensor, *, seed: int = 0, batch_
         images: [n, 3, H, W] in [-1, 1], 8-bit values.
 
     Raises:
-        UserError: an autoencoder without a density, images that are not 8-bit.
+        UserError: an autoencoder without a density, images that are not 8-bit, latents that are not finite.
     """
     require_density(autoencoder)
     check_eight_bit(images)
@@ -163,14 +145,15 @@ class TwoStage:
 
     Args:
         chain: The ancestral chain's variational bound.
-        vae: The autoencoder alone: N(0, I) on z_raw.
+        vae: The autoencoder alone: N(0, I) on z_raw; None for a chain on pixels.
         ode: The probability-flow ODE's density of z_1 in place of the chain's steps from T to 1; None unless asked for.
-        ode_evaluations: Network calls that the ODE took for the last batch.
-        ode_probe_variance: Of each image's total, from Hutchinson's probes; None with a single probe.
+        ode_evaluations: Network calls that the ODE took, over all batches.
+        ode_probe_variance: Of each image's total, from the choice of Hutchinson's probes alone; None where it cannot
+            be known, with one probe or the exact trace.
     """
 
     chain: Terms
-    vae: Terms
+    vae: Terms | None
     ode: Terms | None = None
     ode_evaluations: int = 0
     ode_probe_variance: Tensor | None = None
@@ -199,18 +182,18 @@ def two_stage_bound(
         on_progress: Called as on_progress(what, done, total).
 
     Raises:
-        UserError: an autoencoder without a density, images that are not 8-bit, latents that are not finite, a
-            variance that this model does not have.
+        UserError: what `check_chain` refuses, optimal without its table, images that are not 8-bit, an answer of the
+            autoencoder or the network that is not finite.
     """
-    require_density(pipeline.autoencoder)
+    variance = variance or pipeline.variance
+    check_chain(pipeline, variance, steps, ode)
+    if variance == "optimal":
+        pipeline.require_fitted()
     check_eight_bit(images)
     pipeline.network.eval()
     generators = sample_generators(seed, range(len(images)))
-    encoded = _encode(pipeline.autoencoder, images, generators, batch_size)
-    z_0 = pipeline.autoencoder.standardise(encoded.z_raw)
-    statistics = pipeline.autoencoder.statistics
-    assert statistics is not None
-    volume = z_0[0, 0].numel() * torch.tensor(statistics.latent_std, dtype=torch.float64).log().sum().item()
+    stage_1 = _pixels if pipeline.autoencoder.is_identity else _latents
+    z_0, parts, vae, last = stage_1(pipeline.autoencoder, images, generators, batch_size)
     moved = {name: value.to(pipeline.device) for name, value in condition.items()}
     report = on_progress or (lambda *_: None)
     try:
@@ -219,30 +202,50 @@ def two_stage_bound(
             z_0.to(pipeline.device),
             moved,
             generators=generators,
-            variance=variance or pipeline.variance,
+            variance=variance,
             z_0_mse=pipeline.z_0_mse,
             steps=steps,
+            last=last,
             batch_size=batch_size,
             on_batch=lambda done, total: report("chain", done, total),
         )
     except ValueError as error:
-        raise UserError(f"The bound cannot be computed: {error}.") from error
+        raise UserError(
+            f"The bound cannot be computed: {error}. A network that answers so diverged in training: train it again, "
+            "with a lower optimizer.lr."
+        ) from error
     num_dims = images[0].numel()
-    parts = {"decoder": encoded.decoder, "encoder": volume - encoded.entropy}
-    found = TwoStage(
-        chain=Terms(
-            parts | {"L_T": chain.prior, "sum of L_t-1": chain.layers, "L_0": chain.last},
-            num_dims,
-            chain.monte_carlo_variance,
-            chain,
-        ),
-        vae=_standard_normal_prior(encoded, num_dims),
-    )
+    of_chain = parts | {"L_T": chain.prior, "sum of L_t-1": chain.layers, "L_0": chain.last}
+    terms = Terms(of_chain, num_dims, chain.monte_carlo_variance, chain)
     if ode is None:
-        return found
+        return TwoStage(terms, vae)
     density, evaluations, probe_variance = _ode_prior(pipeline, z_0, moved, seed, batch_size, ode, report)
-    terms = Terms(parts | {"ODE, z_1": density, "L_0": chain.last}, num_dims)
-    return TwoStage(found.chain, found.vae, terms, evaluations, probe_variance)
+    of_ode = Terms(parts | {"ODE, z_1": density, "L_0": chain.last}, num_dims)
+    return TwoStage(terms, vae, of_ode, evaluations, probe_variance)
+
+
+StageOne = tuple[Tensor, dict[str, Tensor], Terms | None, LastTerm | None]
+"""z_0, the first stage's own terms, its bound without a chain, and L_0 where that is no density."""
+
+
+def _latents(autoencoder: Autoencoder, images: Tensor, generators: list[torch.Generator], batch_size: int) -> StageOne:
+    encoded = _encode(autoencoder, images, generators, batch_size)
+    z_0 = autoencoder.standardise(encoded.z_raw)
+    latent_std = torch.tensor(require_density(autoencoder).latent_std, dtype=torch.float64)
+    volume = z_0[0, 0].numel() * latent_std.log().sum()
+    parts = {"decoder": encoded.decoder, "encoder": -encoded.entropy, "volume": volume.expand(len(images))}
+    return z_0, parts, _standard_normal_prior(encoded, images[0].numel()), None
+
+
+def _pixels(autoencoder: Autoencoder, images: Tensor, generators: list[torch.Generator], batch_size: int) -> StageOne:
+    """A chain on pixels has no first stage, and its L_0 is the mass of an 8-bit value: bits of discrete images."""
+
+    def last(image: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        mean, std = (autoencoder.unstandardise(value.double().cpu()) for value in (mean, std))
+        std = std - autoencoder.unstandardise(torch.zeros_like(std))  # a scale has no mean to add
+        return discretised_nll(images[image].double(), mean, std, BIN, low=-1.0, high=1.0).flatten(1).sum(1)
+
+    return autoencoder.standardise(images), {}, None, last
 
 
 def _ode_prior(
@@ -256,28 +259,36 @@ def _ode_prior(
 ) -> tuple[Tensor, int, Tensor | None]:
     """-log p_ODE(z_1) + log q(z_1 | z_0) per image: what the ODE costs where the chain costs L_T and the steps to 1.
 
-    The entropy of q(z_1 | z_0) is exact. z_1 and the probes come from generators of their own, so that the chain's
-    numbers do not depend on whether the ODE's were asked for.
+    With L_0 it bounds -log p(z_0) where z_1 comes from the ODE and z_0 from z_1 by the chain's last step. The entropy
+    of q(z_1 | z_0) is exact. z_1 and the probes come from generators of their own, so that the chain's numbers do not
+    depend on whether the ODE's were asked for.
     """
     schedule, n = pipeline.schedule, len(z_0)
-    generators = sample_generators(seed + 1, range(n))
-    eps = torch.stack([torch.randn(z_0.shape[1:], generator=g) for g in generators])
+    generators = [torch.Generator().manual_seed(derive_seed(seed, 4, i)) for i in range(n)]
+    eps = torch.stack([torch.randn(z_0.shape[1:], generator=own) for own in generators])
     z_1 = marginal(schedule, z_0, 1, eps)
     entropy = 0.5 * z_0[0].numel() * (LOG_2PI_E + math.log(1 - schedule.alpha_bar[1].item()))
     densities, variances, evaluations = [], [], 0
     for start in range(0, n, batch_size):
+        report("ODE", start, n)
         stop = min(start + batch_size, n)
         part = {name: value[start:stop] for name, value in condition.items()}
-        found = ode_log_likelihood(
-            pipeline.denoiser(),
-            z_1[start:stop].to(pipeline.device),
-            part,
-            generators=generators[start:stop],
-            **options,
-        )
+        try:
+            found = ode_log_likelihood(
+                pipeline.denoiser(),
+                z_1[start:stop].to(pipeline.device),
+                part,
+                generators=generators[start:stop],
+                **options,
+            )
+        except ArithmeticError as error:
+            raise UserError(
+                f"The ODE has no density for images {start} to {stop - 1}: {error}. Choose a larger rtol=, or leave "
+                "ode= out."
+            ) from error
         densities.append(-found.log_likelihood.cpu().double() - entropy)
         evaluations += found.evaluations
         if found.probe_variance is not None:
-            variances.append(found.probe_variance.cpu().double())
-        report("ODE", stop, n)
+            variances.append(found.probe_variance.cpu().double() / options["probes"])
+    report("ODE", n, n)
     return torch.cat(densities), evaluations, torch.cat(variances) if variances else None

@@ -12,24 +12,35 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 from torch import Tensor
 
+from ldm.autoencoder.autoencoder import Autoencoder
 from ldm.data.images import ImageData
 from ldm.data.order import derive_seed
 from ldm.diffusion.bound import fit_z_0_mse
 from ldm.errors import UserError
-from ldm.evaluation.likelihood import Terms, TwoStage, mean_and_error, two_stage_bound, vae_bound
+from ldm.evaluation.likelihood import (
+    Terms,
+    TwoStage,
+    check_chain,
+    draw_latents,
+    mean_and_error,
+    require_density,
+    two_stage_bound,
+    vae_bound,
+)
 from ldm.evaluation.likelihood_picture import draw
-from ldm.networks.conditioning import ClassCondition, Condition, TextCondition
 from ldm.pipeline import LatentDiffusionPipeline, save_z_0_mse
 from ldm.run import Run
+from ldm.sampling import Request
 
 SPLITS = ("val", "train")
 FITTED_IMAGES = 1024
 BOUND_ROWS = {
     "decoder": "-log p(x | z_raw), the decoder",
-    "encoder": "log q(z_raw | x), the encoder's entropy",
+    "encoder": "log q(z_raw | x), the encoder",
+    "volume": "h w sum log std, the standardisation",
     "L_T": "L_T, what is left at t = T",
     "sum of L_t-1": "sum of L_t-1, t = 2..T",
-    "ODE, z_1": "-log p(z_1), probability-flow ODE",
+    "ODE, z_1": "log q(z_1 | z_0) / p(z_1), the ODE",
     "L_0": "L_0, the last step",
     "N(0, I) prior": "-log N(z_raw; 0, I), no chain",
 }
@@ -95,16 +106,14 @@ def measure(
         ode: Options of `ode_log_likelihood`; None: no ODE.
 
     Raises:
-        UserError: an unknown split, or what `two_stage_bound` refuses.
+        UserError: what `choose_images`, `open_model` and `two_stage_bound` refuse.
     """
-    if split not in SPLITS:
-        raise UserError(f"split={split} is unknown. Choose one of: {', '.join(SPLITS)}.")
-    if num_images < 2:
-        raise UserError(f"num_images={num_images} must be at least 2, for a standard error.")
+    if type(batch_size) is not int or batch_size < 1:
+        raise UserError(f"batch_size={batch_size} must be a whole number of 1 at least.")
     started = time.perf_counter()
-    images = run.image_data()
-    members = images.val_indices if split == "val" else images.train_indices
-    indices = np.random.default_rng(derive_seed(seed, 2)).permutation(members)[:num_images]
+    images, indices = choose_images(run, split, num_images, seed)
+    model = open_model(run, variance, steps, ode)
+    model.to(device)
     pixels = images.batch(indices)
     figures: dict[str, Any] = {
         "run": str(run.path),
@@ -114,19 +123,17 @@ def measure(
         "unit": "bits per dimension of the 8-bit image",
         "seed": seed,
     }
-    if run.stage == "vae":
-        terms = vae_bound(run.autoencoder().to(device), pixels, seed=seed, batch_size=batch_size)
-        columns = {"VAE": terms}
+    if isinstance(model, Autoencoder):
+        columns = {"VAE": vae_bound(model, pixels, seed=seed, batch_size=batch_size)}
     else:
-        pipeline = run.pipeline().to(device)
-        chosen = variance or pipeline.variance
+        chosen = variance or model.variance
         with _progress() as bar:
-            if chosen == "optimal" and pipeline.z_0_mse is None:
-                fit_optimal(pipeline, images, run.path / "pipeline", seed=seed, batch_size=batch_size, bar=bar)
+            if chosen == "optimal" and model.z_0_mse is None:
+                fit_optimal(model, images, run.path / "pipeline", seed=seed, batch_size=batch_size, bar=bar)
             found = two_stage_bound(
-                pipeline,
+                model,
                 pixels,
-                condition_of(pipeline, images, indices),
+                Request.of_images(model, images, indices).condition,
                 seed=seed,
                 variance=chosen,
                 steps=steps,
@@ -134,11 +141,12 @@ def measure(
                 ode=ode,
                 on_progress=_Bars(bar),
             )
-        columns = {"chain": found.chain} | ({} if found.ode is None else {"ODE": found.ode}) | {"VAE": found.vae}
+        named = {"chain": found.chain, "ODE": found.ode, "VAE": found.vae}
+        columns = {name: terms for name, terms in named.items() if terms is not None}
         figures |= {
-            "condition": pipeline.conditioning.kind,
+            "condition": model.conditioning.kind,
             "variance": chosen,
-            "num_steps": pipeline.schedule.num_steps,
+            "num_steps": model.schedule.num_steps,
             "steps": "all" if steps is None else steps,
             **_chain_figures(found, ode),
         }
@@ -149,6 +157,68 @@ def measure(
     return Report(figures, columns)
 
 
+def choose_images(run: Run, split: str, num_images: int, seed: int) -> tuple[ImageData, np.ndarray]:
+    """The images of a run, and the indices of those that the seed chooses from a split.
+
+    Raises:
+        UserError: an unknown split, fewer than two images, numbers that are none.
+    """
+    if split not in SPLITS:
+        raise UserError(f"split={split} is unknown. Choose one of: {', '.join(SPLITS)}.")
+    for key, value in (("num_images", num_images), ("seed", seed)):
+        if type(value) is not int:
+            raise UserError(f"{key}={value} must be a whole number.")
+    if num_images < 2:
+        raise UserError(f"num_images={num_images} must be at least 2, for a standard error.")
+    images = run.image_data()
+    members = images.val_indices if split == "val" else images.train_indices
+    if len(members) < 2:
+        raise UserError(
+            f"The {split} split of {images.name} holds {len(members)} image, and a standard error needs 2. Choose "
+            f"split={'train' if split == 'val' else 'val'}, or train with a larger data.val_fraction."
+        )
+    return images, np.random.default_rng(derive_seed(seed, 2)).permutation(members)[:num_images]
+
+
+def open_model(
+    run: Run, variance: str | None, steps: int | None, ode: dict[str, Any] | None
+) -> LatentDiffusionPipeline | Autoencoder:
+    """What a run trained, when it can answer this.
+
+    Raises:
+        UserError: as `check_chain` does; a run of stage vae, which has no chain, is asked about it.
+    """
+    if run.stage == "vae":
+        if variance is not None or ode is not None:
+            asked = "ode=true" if ode is not None else f"variance={variance}"
+            raise UserError(f"{asked} is about the chain, but {run.path} is a run of stage=vae: leave it out.")
+        autoencoder = run.autoencoder()
+        require_density(autoencoder)
+        return autoencoder
+    pipeline = run.pipeline()
+    check_chain(pipeline, variance or pipeline.variance, steps, ode)
+    if variance == "optimal" and pipeline.z_0_mse is not None:
+        pipeline.require_fitted()
+    return pipeline
+
+
+def check_comparable(
+    run: Run, other: Run, *, variance: str | None, split: str, num_images: int, seed: int, steps: int | None
+) -> None:
+    """Refuse a comparison, before anything is measured, that the other run could not answer.
+
+    Args:
+        variance: Sigma of the other run's chain.
+
+    Raises:
+        UserError: the runs are of other images, or as `open_model` does.
+    """
+    (ours, indices), (theirs, other_indices) = (choose_images(one, split, num_images, seed) for one in (run, other))
+    if ours.fingerprint != theirs.fingerprint or not np.array_equal(indices, other_indices):
+        raise _of_other_images(str(run.path), str(other.path))
+    open_model(other, variance, steps, None)
+
+
 def compare(report: Report, other: Report) -> dict[str, float]:
     """The mean of report - other over the images, in bits/dim, and its standard error: paired, image by image.
 
@@ -157,13 +227,17 @@ def compare(report: Report, other: Report) -> dict[str, float]:
     """
     one, two = report.figures, other.figures
     if one["images"] != two["images"] or one["per_image"]["index"] != two["per_image"]["index"]:
-        raise UserError(
-            f"{one['run']} was measured on {one['num_images']} images of {one['images']}, {two['run']} on "
-            f"{two['num_images']} of {two['images']}. A paired difference needs the same images."
-        )
+        raise _of_other_images(one["run"], two["run"])
     (first, *_), (second, *_) = report.columns.values(), other.columns.values()
     mean, error = mean_and_error(first.bits_per_dim(first.total - second.total))
     return {"mean": mean, "standard_error": error}
+
+
+def _of_other_images(run: str, other: str) -> UserError:
+    return UserError(
+        f"{run} and against={other} were not trained and validated on the same images, which a paired difference "
+        "needs. Choose a run with the same data= options and the same data.val_fraction."
+    )
 
 
 def _chain_figures(found: TwoStage, ode: dict[str, Any] | None) -> dict[str, Any]:
@@ -175,20 +249,11 @@ def _chain_figures(found: TwoStage, ode: dict[str, Any] | None) -> dict[str, Any
     if found.ode is not None:
         difference, error = mean_and_error(found.chain.bits_per_dim(found.ode.total - found.chain.total))
         figures["ode_options"] = {**(ode or {}), "evaluations": found.ode_evaluations}
+        if found.ode_probe_variance is not None:
+            of_the_mean = found.ode_probe_variance.sum().sqrt() / len(found.ode_probe_variance)
+            figures["ode_options"]["probe_error"] = found.chain.bits_per_dim(of_the_mean).item()
         figures["ode_minus_chain"] = {"mean": difference, "standard_error": error, "paired": True, "num_dims": dims}
     return figures
-
-
-def condition_of(pipeline: LatentDiffusionPipeline, images: ImageData, indices: np.ndarray) -> Condition:
-    """The images' own captions or classes, as the network takes them."""
-    conditioning = pipeline.conditioning
-    if isinstance(conditioning, TextCondition):
-        captions = images.require_captions()
-        return conditioning.encode([captions[i] for i in indices])
-    if isinstance(conditioning, ClassCondition):
-        labels = images.require_labels()
-        return conditioning.encode([labels[i] for i in indices])
-    return {}
 
 
 def fit_optimal(
@@ -201,26 +266,34 @@ def fit_optimal(
     bar: Progress,
     images_per_step: int = 16,
 ) -> None:
-    """Fit the per-t optimal Sigma on the training split, and keep it in the pipeline's folder."""
+    """Fit the per-t optimal Sigma on the training split, and keep it in the pipeline's folder.
+
+    Raises:
+        UserError: an answer of the autoencoder or the network is not finite.
+    """
     indices = np.random.default_rng(derive_seed(seed, 3)).permutation(images.train_indices)[:FITTED_IMAGES]
     generator = torch.Generator().manual_seed(derive_seed(seed, 3))
-    latents = []
-    for part in images.batch(indices).split(batch_size):
-        mean, log_variance = (moment.cpu() for moment in pipeline.autoencoder.encode(part))
-        latents.append(mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=generator))
-    z_0: Tensor = pipeline.autoencoder.standardise(torch.cat(latents))
+    latents: list[Tensor] = []
+    for start in range(0, len(indices), batch_size):
+        part = images.batch(indices[start : start + batch_size])
+        latents.append(draw_latents(pipeline.autoencoder, part, [generator] * len(part))[2])
+    z_0 = pipeline.autoencoder.standardise(torch.cat(latents))
     report = _Bars(bar)
     pipeline.network.eval()
-    moved = {name: value.to(pipeline.device) for name, value in condition_of(pipeline, images, indices).items()}
-    pipeline.z_0_mse = fit_z_0_mse(
-        pipeline.denoiser(),
-        z_0.to(pipeline.device),
-        moved,
-        generator=generator,
-        images_per_step=images_per_step,
-        batch_size=batch_size,
-        on_batch=lambda done, total: report("fitting Sigma", done, total),
-    )
+    request = Request.of_images(pipeline, images, indices)
+    moved = {name: value.to(pipeline.device) for name, value in request.condition.items()}
+    try:
+        pipeline.z_0_mse = fit_z_0_mse(
+            pipeline.denoiser(),
+            z_0.to(pipeline.device),
+            moved,
+            generator=generator,
+            images_per_step=images_per_step,
+            batch_size=batch_size,
+            on_batch=lambda done, total: report("fitting Sigma", done, total),
+        )
+    except ValueError as error:
+        raise UserError(f"variance=optimal cannot be fitted: {error}. Choose another variance.") from error
     made_by = {"images": len(indices), "images_per_step": images_per_step, "seed": seed, "data": images.fingerprint}
     save_z_0_mse(folder, pipeline.z_0_mse, made_by)
 

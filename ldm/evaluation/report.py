@@ -16,7 +16,7 @@ from ldm.diffusion.sampler import SamplerLike
 from ldm.errors import UserError
 from ldm.evaluation.metrics import kernel_distance, retrieval_ranks
 from ldm.features import CHOICES
-from ldm.networks.conditioning import ClassCondition, TextCondition
+from ldm.networks.conditioning import TextCondition
 from ldm.pipeline import LatentDiffusionPipeline, sample_generators
 from ldm.sampling import Request, draw
 
@@ -64,7 +64,7 @@ def evaluate(
     train = images.train_indices
     chosen = np.random.default_rng(derive_seed(seed, 1)).permutation(len(train))[: min(num_samples, len(train))]
     own = train[chosen]
-    request = _request(pipeline, images, own)
+    request = Request.of_images(pipeline, images, own)
     sampled = torch.cat(list(draw(pipeline, request, sampler, guidance=guidance, seed=seed, batch_size=batch_size)))
     originals = images.batch(own)
     reconstructed = torch.cat(
@@ -111,21 +111,6 @@ def evaluate(
         figures["retrieval_at_1_chance"], figures["retrieval_at_5_chance"] = 1 / len(train), 5 / len(train)
         lines.append(f"  {'chance':18} @1 {1 / len(train):6.2%}   @5 {5 / len(train):6.2%}")
     return Evaluation(figures, lines)
-
-
-def _request(pipeline: LatentDiffusionPipeline, images: ImageData, indices: np.ndarray) -> Request:
-    """What the chosen training images are conditioned on."""
-    conditioning = pipeline.conditioning
-    if isinstance(conditioning, TextCondition):
-        captions = images.require_captions()
-        chosen = [captions[i] for i in indices]
-        return Request(conditioning.encode(chosen), list(chosen))
-    if isinstance(conditioning, ClassCondition):
-        labels = images.require_labels()
-        chosen_labels = [labels[i] for i in indices]
-        names = [conditioning.class_names[label] for label in chosen_labels]
-        return Request(conditioning.encode(chosen_labels), list(names))
-    return Request({}, [None] * len(indices))
 
 
 def extract(network: nn.Module, images: Tensor, title: str, batch_size: int = 64) -> Tensor:

@@ -22,7 +22,7 @@ from ldm.training.budget import Budget
 from ldm.training.callbacks import EMACallback
 from ldm.training.diffusion import Objective
 from ldm.training.diffusion_stage import DiffusionStage, class_condition, no_condition
-from ldm.training.vae import VAEStage
+from ldm.training.vae import VAEStage, decoder_scale
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 
@@ -111,6 +111,21 @@ def test_half_of_the_images_are_mirrored_when_asked_for(vae_stage, images, monke
     kept = [torch.equal(a, b) for a, b in zip(seen[0], batch, strict=True)]
     assert all(a or b for a, b in zip(mirrored, kept, strict=True))
     assert 0.3 < sum(mirrored) / len(mirrored) < 0.7 if flip else not any(mirrored)
+
+
+def test_the_decoders_scale_is_its_error_on_the_training_split(vae_stage, images, monkeypatch):
+    """An encoder that says x exactly, a decoder that is off by a known amount per colour, and wrong elsewhere."""
+    offset = torch.tensor([0.1, 0.2, 0.3])
+    autoencoder = vae_stage().autoencoder
+    monkeypatch.setattr(autoencoder, "decode", lambda z_raw: z_raw + offset[:, None, None])
+
+    class Exact:
+        def batch(self, indices):
+            assert set(indices) <= set(images.train_indices)
+            pixels = images.batch(indices)
+            return pixels, torch.full_like(pixels, -60.0)
+
+    assert decoder_scale(autoencoder, images, Exact(), batch_size=7) == pytest.approx(offset.tolist(), rel=1e-4)
 
 
 def test_an_autoencoder_starts_at_pca(vae_stage, images, tmp_path):
