@@ -101,6 +101,7 @@ class LatentDiffusionPipeline:
         generators: list[torch.Generator],
         *,
         guidance: float = 1.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         on_step: OnStep | None = None,
     ) -> Tensor:
         """Draw standardised latents z_0 [b, C, h, w], one CPU generator per sample.
@@ -108,12 +109,13 @@ class LatentDiffusionPipeline:
         Args:
             condition: Batch-first tensors for the b samples; {} for none.
             guidance: Scale of classifier-free guidance; 1 is none.
+            guidance_interval: Lowest and highest u = t / T at which it acts.
         """
         self.network.eval()
         denoiser: Any = self.denoiser()
         if guidance != 1 and condition:
             null = {name: value.to(self.device) for name, value in self.conditioning.null().items()}
-            denoiser = Guided(denoiser, guidance, null)
+            denoiser = Guided(denoiser, guidance, null, guidance_interval)
         noise = torch.stack([torch.randn(self.latent_shape, generator=g) for g in generators]).to(self.device)
         moved = {name: value.to(self.device) for name, value in condition.items()}
         options: dict[str, Any] = {}

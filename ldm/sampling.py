@@ -105,6 +105,7 @@ def draw(
     sampler: SamplerLike,
     *,
     guidance: float,
+    guidance_interval: Sequence[float] = (0.0, 1.0),
     seed: int,
     batch_size: int = 64,
     on_step: OnStep | None = None,
@@ -112,8 +113,14 @@ def draw(
     """Images [b, 3, H, W] in [-1, 1], batch by batch, with a progress bar over samples x steps.
 
     Raises:
-        UserError: more steps than the chain has.
+        UserError: more steps than the chain has, an interval that is none.
     """
+    if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
+        raise UserError(
+            f"guidance_interval={list(guidance_interval)} must be the lowest and the highest u = t / T at which "
+            "guidance acts, such as guidance_interval=[0.2,0.8]."
+        )
+    low, high = guidance_interval
     try:
         sampler.check(pipeline.schedule)
     except ValueError as error:
@@ -137,7 +144,9 @@ def draw(
             stop = min(start + batch_size, total)
             condition = {name: value[start:stop] for name, value in request.condition.items()}
             generators = sample_generators(seed, range(start, stop))
-            z = pipeline.sample(sampler, condition, generators, guidance=guidance, on_step=step)
+            z = pipeline.sample(
+                sampler, condition, generators, guidance=guidance, guidance_interval=(low, high), on_step=step
+            )
             done = stop
             yield pipeline.decode(z).cpu()
 
@@ -162,18 +171,20 @@ def write(
 
 
 def film_strip(
-    pipeline: LatentDiffusionPipeline, request: Request, sampler: SamplerLike, *, guidance: float, seed: int
+    pipeline: LatentDiffusionPipeline, request: Request, sampler: SamplerLike, *, seed: int, **options: Any
 ) -> Image.Image:
-    """The reverse chain of the first samples, from z_T to z_0: z_t decoded at equal distances in steps."""
+    """The reverse chain of the first samples, from z_T to z_0: z_t decoded at equal distances in steps.
+
+    Args:
+        options: As `draw` takes them.
+    """
     shown = min(STRIP_SAMPLES, len(request))
     part = Request({k: v[:shown] for k, v in request.condition.items()}, request.captions[:shown])
     noise = torch.stack(
         [torch.randn(pipeline.latent_shape, generator=g) for g in sample_generators(seed, range(shown))]
     )
     latents = [noise]
-    for _ in draw(
-        pipeline, part, sampler, guidance=guidance, seed=seed, on_step=lambda s, z_s, z_0: latents.append(z_s.cpu())
-    ):
+    for _ in draw(pipeline, part, sampler, seed=seed, on_step=lambda s, z_s, z_0: latents.append(z_s.cpu()), **options):
         pass
     kept = [latents[i] for i in torch.linspace(0, len(latents) - 1, min(STRIP_COLUMNS, len(latents))).round().long()]
     frames = [to_pil(pipeline.decode(z.to(pipeline.device))) for z in kept]

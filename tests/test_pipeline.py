@@ -116,6 +116,17 @@ def test_guidance_of_one_is_the_conditional_model(classes):
     assert (images_of(classes, request, guidance=4.0) - plain).abs().max() > 0.01
 
 
+def test_guidance_acts_on_its_interval(classes):
+    request = Request.make(classes, label=1, num_samples=2)
+    plain, guided = (images_of(classes, request, guidance=scale) for scale in (1.0, 4.0))
+    assert torch.equal(images_of(classes, request, guidance=4.0, guidance_interval=[0.0, 1.0]), guided)
+    assert torch.equal(images_of(classes, request, guidance=4.0, guidance_interval=[0.0, 0.0]), plain)
+    partly = images_of(classes, request, guidance=4.0, guidance_interval=[0.3, 0.7])
+    assert not torch.equal(partly, plain) and not torch.equal(partly, guided)
+    with pytest.raises(UserError, match=r"guidance_interval=\[0.8, 0.2\] must be the lowest and the highest"):
+        images_of(classes, request, guidance_interval=[0.8, 0.2])
+
+
 def test_guidance_means_nothing_without_a_condition():
     pipeline = build()
     request = Request.make(pipeline, num_samples=2)

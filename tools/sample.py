@@ -25,7 +25,11 @@ def sample(config: DictConfig) -> None:
         label=config.label,
         num_samples=config.num_samples,
     )
-    options = {"guidance": config.guidance, "seed": config.seed}
+    options = {
+        "guidance": config.guidance,
+        "guidance_interval": list(config.guidance_interval),
+        "seed": config.seed,
+    }
     images = [
         image
         for batch in draw(pipeline, request, sampler, batch_size=config.batch_size, **options)
