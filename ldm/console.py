@@ -33,6 +33,14 @@ def mixture() -> None:
     _run("mixture")
 
 
+def latents() -> None:
+    _run("latents")
+
+
+def data() -> None:
+    _run("data")
+
+
 def _run(tool: str) -> None:
     """Run a tool as `__main__` with this process's arguments.
 

@@ -113,14 +113,16 @@ def evaluate(
     return Evaluation(figures, lines)
 
 
-def extract(network: nn.Module, images: Tensor, title: str, batch_size: int = 64) -> Tensor:
-    """Features of images [N, 3, H, W], with a progress bar."""
+def extract(network: nn.Module, images: Tensor | ImageData, title: str, batch_size: int = 64) -> Tensor:
+    """Features of images [N, 3, H, W], or of a whole data set, a batch at a time; with a progress bar."""
     device = next(network.parameters()).device
     parts = []
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, transient=True) as bar, torch.no_grad():
         task = bar.add_task("", total=len(images))
-        for part in images.split(batch_size):
+        for start in range(0, len(images), batch_size):
+            rows = range(start, min(start + batch_size, len(images)))
+            part = images[rows.start : rows.stop] if isinstance(images, Tensor) else images.batch(rows)
             parts.append(network(part.to(device)).float().cpu())
             bar.advance(task, len(part))
     return torch.cat(parts)
@@ -130,7 +132,7 @@ def reference_features(network: nn.Module, name: str, images: ImageData) -> Tens
     """Features of every image of a data set, computed once and kept in its cache folder."""
     file = images.path / f"features-{name}.npy"
     if not file.is_file():
-        found = extract(network, images.batch(range(len(images))), f"features of {images.name}")
+        found = extract(network, images, f"features of {images.name}")
         partial = file.with_suffix(".partial.npy")
         np.save(partial, found.numpy())
         partial.replace(file)

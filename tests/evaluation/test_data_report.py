@@ -1,0 +1,217 @@
+"""tools/data.py on small folders of one's own: what it counts, draws, advises and refuses."""
+
+import json
+import runpy
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ldm.features
+import ldm.tracking
+from ldm.data.image_folder import ImageFolder
+from ldm.data.images import prepare
+from ldm.evaluation import data_report
+from ldm.evaluation.data_report import inspect
+from ldm.home import folder
+
+VAL_FRACTION = "data.val_fraction=0.3"
+PICTURES = ["balance.png", "contact_sheet.png", "near_duplicates.png"]
+
+
+class MeanColours(torch.nn.Module):
+    """Colours of a 2 x 2 grid: features that cost nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1), requires_grad=False)
+
+    def forward(self, images):
+        return self.weight * torch.nn.functional.adaptive_avg_pool2d(images, 2).flatten(1)
+
+
+@pytest.fixture(autouse=True)
+def in_place(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(ldm.features.CHOICES, "mean_colours", MeanColours)
+
+
+@pytest.fixture
+def pets(make_images, tmp_path) -> Path:
+    """40 cats, 3 dogs, captions for all cats but one."""
+    make_images(tmp_path / "pets/cat", 40)
+    make_images(tmp_path / "pets/dog", 3, seed=1)
+    for i in range(1, 40):
+        text = "a black cat" if i < 10 else f"cat number {i}"
+        (tmp_path / f"pets/cat/{i:03d}.txt").write_text(text, encoding="utf-8")
+    return tmp_path / "pets"
+
+
+@pytest.fixture
+def data(call):
+    """Run the tool in this process; returns how it ended."""
+
+    def main() -> None:
+        runpy.run_path(str(folder("tools") / "data.py"), run_name="__main__")
+
+    def data(*arguments: str):
+        return call(main, "data=image_folder", "data.resolution=16", VAL_FRACTION, *arguments)
+
+    return data
+
+
+def copy_across(path: Path, change) -> tuple[str, str]:
+    """Copy a training image into other files until the hash of one puts it into validation; both names."""
+    place = {"resolution": 16, "val_fraction": 0.3, "cache_dir": path.parent / "other", "progress": False}
+    first = prepare(ImageFolder(path), **place)
+    name = next(first.names[i] for i in first.train_indices if first.names[i].startswith("cat"))
+    with Image.open(path / name) as image:
+        pixels = change(np.asarray(image.convert("RGB")).astype(int))
+    for byte in range(60):
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path / "cat/copy.png")
+        with (path / "cat/copy.png").open("ab") as file:
+            file.write(bytes([byte]))  # after the end of a PNG, where it is no part of the picture
+        data = prepare(ImageFolder(path), **place)
+        if data.names.index("cat/copy.png") in data.val_indices:
+            return "cat/copy.png", name
+    raise AssertionError("no hash put the copy into validation")
+
+
+def read(out: Path) -> dict:
+    return json.loads((out / "data.json").read_text(encoding="utf-8"))
+
+
+def test_counts_copies_classes_and_captions(data, pets, tmp_path):
+    shutil.copy(pets / "cat/005.png", pets / "cat/again.png")
+    (pets / "dog/broken.png").write_bytes(b"no picture")
+    ended = data(f"data.path={pets}", "data.max_bad_fraction=0.1", "features=none", "out=my report")
+    assert ended.code == 0, ended
+    figures = read(tmp_path / "my report")
+    assert (figures["num_images"], figures["num_train"] + figures["num_val"]) == (44, 44)
+    assert [entry["name"] for entry in figures["unreadable"]] == ["dog/broken.png"]
+    groups = [[image["name"] for image in group] for group in figures["copies"]["groups"]]
+    assert groups == [["cat/005.png", "cat/again.png"]]
+    assert figures["copies"]["num_val_in_train"] == 0, "copies of a file stay together"
+    assert figures["classes"]["counts"] == {"cat": 41, "dog": 3}
+    assert (figures["captions"]["num_captions"], figures["captions"]["num_distinct"]) == (39, 31)
+    assert figures["captions"]["num_missing"] == 5 and "features" not in figures
+    for text in ("unreadable", "dog/broken.png", "Class cat has 41 images and class dog 3", "5 images have no caption"):
+        assert text in ended.out, ended.out
+    assert "9 images share the caption 'a black cat'" in ended.out
+    assert figures["what_to_do"] and all(line in ended.out for line in figures["what_to_do"])
+    assert sorted(path.name for path in (tmp_path / "my report").glob("*.png")) == PICTURES
+
+
+@pytest.mark.parametrize("kind", ["copies", "near_duplicates"])
+def test_what_is_shared_between_training_and_validation_is_counted_apart(data, pets, tmp_path, kind):
+    names = copy_across(pets, lambda pixels: pixels + (kind == "near_duplicates"))
+    ended = data(f"data.path={pets}", "features=none")
+    assert ended.code == 0, ended
+    figures = read(tmp_path / "runs/data/pets")
+    other = "near_duplicates" if kind == "copies" else "copies"
+    assert figures[kind]["num_val_in_train"] == 1 and figures[other]["num_val_in_train"] == 0
+    found = figures["copies"]["groups"][0] if kind == "copies" else figures["near_duplicates"]["pairs"][0]["images"]
+    assert [(image["name"], image["split"]) for image in found] == [(names[0], "val"), (names[1], "train")]
+    assert names[0] in ended.out and names[1] in ended.out
+
+
+def test_coverage_and_diversity_in_features(data, pets, tmp_path):
+    ended = data(f"data.path={pets}", "features=mean_colours")
+    assert ended.code == 0, ended
+    found = read(tmp_path / "runs/data/pets")["features"]
+    assert found["network"] == "mean_colours" and found["k"] == 5 and found["num_compared"] > 5
+    assert found["density"] > 0.3 and 0.5 < found["coverage"] <= 1 < found["vendi_score"] < 12
+    assert 0 < found["nearest_distance_train"] < 2 and 0 < found["nearest_distance_val"] < 2
+    assert "density" in ended.out and "Vendi score" in ended.out
+    cached = list((tmp_path / "cache").glob("pets-*/features-mean_colours.npy"))
+    assert len(cached) == 1
+    written = cached[0].stat().st_mtime_ns
+    again = data(f"data.path={pets}", "features=mean_colours", "out=again")
+    assert again.code == 0 and cached[0].stat().st_mtime_ns == written and read(tmp_path / "again")["features"] == found
+
+
+def test_plain_pictures_without_captions_or_classes(data, make_images, tmp_path):
+    """Few, nothing to pair, nothing to balance; pictures of an earlier report do not stay."""
+    make_images(tmp_path / "few", 4)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/balance.png").write_bytes(b"of an earlier report")
+    Image.new("RGB", (16, 16), (9, 9, 9)).save(tmp_path / "few/blank.png")
+    ended = data(f"data.path={tmp_path / 'few'}", "features=mean_colours", "max_bits=0", "max_levels=0", "out=out")
+    assert ended.code == 0, ended
+    figures = read(tmp_path / "out")
+    assert "density" not in figures["features"], "a handful has no five neighbours"
+    assert [image["name"] for image in figures["blank"]] == ["blank.png"] and "blank.png" in ended.out
+    assert "captions" not in figures and "classes" not in figures and "too few for steady figures" in ended.out
+    assert not (tmp_path / "out/near_duplicates.png").exists()
+    without = data(f"data.path={tmp_path / 'few'}", "features=none", "out=out")
+    assert without.code == 0 and not (tmp_path / "out/balance.png").exists()
+
+
+def test_pictures_show_what_they_say(pets, monkeypatch):
+    """The sheet has a cell per image; pairs stand three in a row, the closest ones first."""
+    shutil.copy(pets / "cat/005.png", pets / "cat/again.png")
+    monkeypatch.setattr(data_report, "SHEET", 9)
+    images = prepare(ImageFolder(pets), resolution=16, progress=False)
+    report = inspect(images, features="none", max_bits=20, max_levels=60)
+    assert report.pictures["contact_sheet"].width < 4 * 140
+    assert len(report.figures["near_duplicates"]["pairs"]) > 12, "loose enough to fill the picture"
+    width, height = report.pictures["near_duplicates"].size
+    assert 3 * 274 < width < 4 * 274 and 4 * 180 < height < 5 * 180, "twelve of them"
+    titles = [axes.get_title() for axes in report.pictures["balance"].axes]
+    assert titles == ["images per class", "most frequent words of the captions", "length of the captions"]
+    same = inspect(images, features="none", max_bits=20, max_levels=60)
+    assert np.array_equal(*(np.asarray(r.pictures["contact_sheet"]) for r in (report, same)))
+
+
+class Recorder:
+    """Stands in for a W&B run."""
+
+    def __init__(self, out, config, **options) -> None:
+        Recorder.last, self.options, self.finished = self, options, False
+
+    def summarise(self, values) -> None:
+        self.summary = values
+
+    def log_images(self, key, images, captions, step) -> None:
+        self.images = (key, len(images), captions)
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+def test_logger_wandb_gets_the_numbers_and_the_sheet(data, pets, monkeypatch):
+    monkeypatch.setattr(ldm.tracking, "WandbRun", Recorder)
+    ended = data(f"data.path={pets}", "features=none", "logger=wandb")
+    assert ended.code == 0, ended
+    run = Recorder.last
+    assert run.options["name"] == "data/pets" and run.images == ("contact sheet", 1, ["pets"]) and run.finished
+    assert run.summary["num_images"] == 43 and run.summary["copies/num_train"] == 0
+    assert run.summary["classes/effective_classes"] > 1 and "Class cat" in run.summary["what_to_do"]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("features=inception", "features=inception is unknown. Choose one of: efficientnet_lite, mean_colours, none."),
+        ("max_bits=40", "max_bits=40 must be from 0 to 31"),
+        ("max_bits=few", "max_bits=few must be a whole number"),
+        ("max_levels=-1", "max_levels=-1 must be a number from 0 to 255"),
+        ("seed=null", "seed=None must be a whole number"),
+        ("data.resolution=big", "data.resolution=big must be a whole number"),
+        ("device=cuda:9", "device=cuda:9 is not available"),
+        ("data.path=nowhere", "data.path=nowhere is not a folder"),
+    ],
+)
+def test_mistakes_are_one_paragraph(data, pets, tmp_path, option, message):
+    ended = data(f"data.path={pets}", option)
+    assert ended.code == 2 and message in ended.err and ended.err.count("\n") == 1, ended
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "cache").exists(), "refused before any work"
+
+
+def test_without_a_path_it_says_which_key_is_missing(data):
+    ended = data()
+    assert ended.code == 2 and "data.path=..." in ended.err, ended

@@ -1,0 +1,206 @@
+"""What tools/latents.py measures, prints, draws and refuses, on runs as training leaves them."""
+
+import json
+import runpy
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+
+from ldm.autoencoder.autoencoder import Autoencoder
+from ldm.autoencoder.identity import IdentityAutoencoder
+from ldm.autoencoder.patch import PatchAutoencoderKL
+from ldm.autoencoder.spectrum import channel_statistics, patch_components
+from ldm.data.image_folder import ImageFolder
+from ldm.data.images import ImageData, prepare
+from ldm.errors import UserError
+from ldm.evaluation import latents_report
+from ldm.evaluation.latents_report import MOVES, measure, move, pca_curve
+from ldm.evaluation.metrics import pca_reconstruction, psnr
+from ldm.home import folder
+from ldm.run import Run
+
+DEAD = 2
+
+
+def latents() -> None:
+    runpy.run_path(str(folder("tools") / "latents.py"), run_name="__main__")
+
+
+@pytest.fixture(scope="module")
+def images(make_images, tmp_path_factory) -> ImageData:
+    """Sixty images of 8 pixels."""
+    place = tmp_path_factory.mktemp("latents")
+    make_images(place / "squares", 60, size=8)
+    return prepare(ImageFolder(place / "squares"), resolution=8, cache_dir=place, val_fraction=0.2, progress=False)
+
+
+@pytest.fixture(scope="module")
+def trained(images, tmp_path_factory) -> Path:
+    """A run of each stage, with an autoencoder that starts as a PCA of 4 channels and lost one of them."""
+    place = tmp_path_factory.mktemp("trained")
+    torch.manual_seed(0)
+    model = PatchAutoencoderKL(patch=2, latent_channels=4, block_out_channels=(8,), norm_num_groups=4, sample_size=8)
+    model.init_shortcut(images.batch(images.train_indices))
+    with torch.no_grad():
+        for layer in (model.shortcut_in.weight, model.shortcut_in.bias):
+            layer[DEAD] = 0
+        model.core.quant_conv.bias[4 + DEAD] = 0
+    facts = {
+        "data_fingerprint": images.fingerprint,
+        "data_cache": str(images.path),
+        "val_fraction": images.val_fraction,
+        "finished": 1.0,
+    }
+    for stage, autoencoder in (("vae", model), ("diffusion", model), ("pixels", IdentityAutoencoder())):
+        run = Run.create(
+            place / "runs" / stage / "first",
+            OmegaConf.create({}),
+            {"stage": "diffusion" if stage == "pixels" else stage, **facts},
+        )
+        Autoencoder(autoencoder).save(run.autoencoder_folder)
+    return place
+
+
+@pytest.fixture
+def runs(trained, tmp_path, monkeypatch) -> dict[str, Run]:
+    """A copy of those runs, by the name of their folder."""
+    shutil.copytree(trained / "runs", tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    return {name: Run.open(f"runs/{name}/first") for name in ("vae", "diffusion", "pixels")}
+
+
+def colours(file: Path) -> int:
+    with Image.open(file) as picture:
+        return len(picture.convert("RGB").getcolors(10_000_000))
+
+
+def test_a_run(call, runs, images, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    run = runs["vae"]
+    ended = call(latents, f"run={run.path}", "device=cpu", "batch_size=7")
+    assert ended.code == 0, ended
+    found = json.loads((run.path / "latents.json").read_text())
+    chosen = images.train_indices
+    mean, log_variance = run.autoencoder().encode(images.batch(chosen))
+    expected = channel_statistics(mean, log_variance)
+    assert found["images"] == f"{images.name}/train@{images.fingerprint[:8]}"
+    assert found["num_images"] == len(chosen) and found["latent_shape"] == [4, 4, 4] and found["factor"] == 2
+    assert [row["channel"] for row in found["channels"]] == [0, 1, 2, 3]
+    for name in ("kl_bits", "information_bits", "mean", "std", "signal_share"):
+        values = [row[name] for row in found["channels"]]
+        np.testing.assert_allclose(values, getattr(expected, name), rtol=1e-4, atol=1e-5)
+    assert found["kl_bits"] == pytest.approx(expected.kl_bits.sum().item(), rel=1e-4)
+    assert found["dead"] == [DEAD] and [row["dead"] for row in found["channels"]].index(True) == DEAD
+    between, whole = found["spectrum"]["channels"], found["spectrum"]["latents"]
+    assert len(between["eigenvalues"]) == 4 and len(whole["eigenvalues"]) == min(len(chosen), 64)
+    assert between["effective_rank"] == pytest.approx(3, abs=0.2), "components of a PCA have no correlation"
+    assert between["components"]["0.99"] == 3 and whole["participation_ratio"] < whole["effective_rank"] < len(chosen)
+    assert found["recommendation"]["rule"] == "dead" and found["recommendation"]["latent_channels"] == 3
+
+    held_out = found["held_out"]
+    originals = images.batch(images.val_indices)
+    pca = pca_reconstruction(images.batch(chosen), originals, factor=2, channels=4)
+    reconstructed = run.autoencoder().decode(run.autoencoder().encode(originals)[0])
+    assert held_out["num_images"] == len(originals)
+    assert held_out["psnr_db"] == pytest.approx(psnr(originals, reconstructed).mean().item(), abs=1e-3)
+    assert held_out["pca_psnr_db"] == pytest.approx(psnr(originals, pca).mean().item(), abs=1e-3)
+    curve = dict(zip(*held_out["pca_curve"].values(), strict=True))
+    equal = held_out["pca_channels_of_equal_psnr"]
+    assert curve[equal] >= held_out["psnr_db"] > curve.get(equal - 1, 0) and list(curve) == list(range(1, 13))
+
+    for row in found["channels"]:
+        assert f"{row['kl_bits']:.1f}" in ended.out and f"{row['std']:.3f}" in ended.out
+    assert ended.out.count(" dead ") >= 1 and "of 64 dimensions, bounded by the" in ended.out
+    assert f"Recommendation: {found['recommendation']['text']}" in ended.out
+    assert f"{held_out['psnr_db']:.2f} dB" in ended.out and f"{held_out['pca_psnr_db']:.2f} dB" in ended.out
+    assert colours(run.path / "latents.png") > 200 and colours(run.path / "latents_channels.png") > 50
+
+
+def test_the_same_autoencoder_in_a_diffusion_run_on_fewer_images(runs, images):
+    options = {"device": torch.device("cpu"), "split": "val", "num_images": 4, "seed": 3}
+    one, other = (measure(runs[name], **options, batch_size=size) for name, size in (("vae", 2), ("diffusion", 64)))
+    assert one.figures["num_images"] == 4 and "/val@" in one.figures["images"]
+    torch.testing.assert_close(one.z_raw, other.z_raw, rtol=1e-4, atol=1e-4)
+    assert one.figures["kl_bits"] == pytest.approx(other.figures["kl_bits"], rel=1e-4)
+    assert one.figures["held_out"]["pca_psnr_db"] == pytest.approx(other.figures["held_out"]["pca_psnr_db"])
+    assert measure(runs["vae"], **{**options, "seed": 4}).figures["kl_bits"] != pytest.approx(one.figures["kl_bits"])
+
+
+def test_one_decomposition_gives_every_pca():
+    generator = torch.Generator().manual_seed(0)
+    train, held_out = (0.5 * torch.randn(count, 3, 8, 8, generator=generator) for count in (40, 5))
+    counts = [1, 2, 7, 11, 12]
+    found = pca_curve(patch_components(train.split(9), 2), held_out, 2, counts)
+    assert found.shape == (5, 5)
+    for values, count in zip(found, counts, strict=True):
+        expected = psnr(held_out, pca_reconstruction(train, held_out, factor=2, channels=count))
+        torch.testing.assert_close(values, expected, rtol=0, atol=1e-3)
+
+
+def test_a_channel_is_moved_everywhere_and_alone(runs, monkeypatch):
+    autoencoder, seen = runs["vae"].autoencoder(), []
+    mean = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    decode = autoencoder.decode
+    monkeypatch.setattr(autoencoder, "decode", lambda z_raw: seen.append(z_raw) or decode(z_raw))
+    moved = move(autoencoder, mean, 1, std=0.3)
+    assert moved.shape == (2, 3, 3, 8, 8)
+    torch.testing.assert_close(moved[:, 1], decode(mean))
+    for by, z_raw in zip(MOVES, seen[0].unflatten(0, (2, 3)).unbind(1), strict=True):
+        difference = z_raw - mean
+        torch.testing.assert_close(difference[:, 1], torch.full((2, 4, 4), 0.3 * by))
+        assert not difference[:, [0, 2, 3]].any()
+
+
+def test_only_the_channels_that_hold_most_are_moved(runs, monkeypatch, tmp_path):
+    monkeypatch.setattr(latents_report, "MOVED_CHANNELS", 2)
+    report = measure(runs["vae"], device=torch.device("cpu"))
+    held = [row["information_bits"] for row in report.figures["channels"]]
+    assert set(report.moved) == set(np.argsort(held)[-2:].tolist()) and DEAD not in report.moved
+    assert all(path.is_file() for path in report.save(tmp_path))
+
+
+def test_an_autoencoder_without_any_signal_is_reported_too(runs, monkeypatch, tmp_path):
+    def nothing(_, part):
+        return torch.zeros(len(part), 4, 4, 4), torch.zeros(len(part), 4, 4, 4)
+
+    monkeypatch.setattr(Autoencoder, "encode", nothing)
+    report = measure(runs["vae"], device=torch.device("cpu"))
+    assert report.figures["dead"] == [0, 1, 2, 3] and report.figures["recommendation"]["rule"] == "all_dead"
+    assert report.figures["spectrum"]["channels"]["effective_rank"] == 0
+    assert colours(report.save(tmp_path)[1]) > 50
+
+
+def test_pixels_have_no_moments(runs):
+    with pytest.raises(UserError, match="IdentityAutoencoder of .* has no moments"):
+        measure(runs["pixels"], device=torch.device("cpu"))
+
+
+def test_latents_that_are_not_finite(runs, monkeypatch):
+    def nothing(_, part):
+        return torch.full((len(part), 4, 4, 4), torch.nan), torch.zeros(len(part), 4, 4, 4)
+
+    monkeypatch.setattr(Autoencoder, "encode", nothing)
+    with pytest.raises(UserError, match="latents of 5 of 5 images are not finite"):
+        measure(runs["vae"], device=torch.device("cpu"), num_images=5)
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("split=test", "split=test is unknown. Choose one of: val, train"),
+        ("num_images=1", "num_images=1 must be at least 2"),
+        ("num_images=many", "num_images=many must be a whole number"),
+        ("seed=1.5", "seed=1.5 must be a whole number"),
+        ("batch_size=0", "batch_size=0 must be a whole number of 1 at least"),
+        ("run=nowhere", "run=nowhere does not exist"),
+    ],
+)
+def test_mistakes_on_the_command_line(call, runs, monkeypatch, argument, said):
+    monkeypatch.setattr(Autoencoder, "encode", lambda *_: pytest.fail("computed first"))
+    ended = call(latents, f"run={runs['vae'].path}", "device=cpu", argument)
+    assert ended.code == 2 and said in ended.err and ended.err.count("\n") == 1, ended

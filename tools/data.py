@@ -1,0 +1,95 @@
+"""What is in a data set, before anything is trained on it: copies, balance, captions, coverage and diversity."""
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from ldm import command
+
+
+def data(config: DictConfig) -> None:
+    from hydra.utils import instantiate
+    from rich.console import Console
+
+    from ldm.data.images import prepare
+    from ldm.device import choose_device
+    from ldm.evaluation.data_report import inspect
+    from ldm.evaluation.data_summary import advice, tabulate
+
+    check(config)
+    device = choose_device(config.device)
+    images = prepare(
+        instantiate(config.data.source),
+        resolution=config.data.resolution,
+        resize=config.data.resize,
+        cache_dir=config.data.cache_dir,
+        val_fraction=config.data.val_fraction,
+        max_bad_fraction=config.data.max_bad_fraction,
+    )
+    options = {key: config[key] for key in ("features", "max_bits", "max_levels", "seed")}
+    report = inspect(images, device=device, **options)
+    report.figures["what_to_do"] = list(advice(report.figures))
+    out = Path(config.out or Path("runs", "data", images.name)).expanduser()
+    files = report.save(out)
+    if config.logger.wandb:
+        track(config, out, report)
+    Console(highlight=False).print(tabulate(report.figures))
+    print("What to do:" if report.figures["what_to_do"] else "Nothing calls for a change.")
+    for number, line in enumerate(report.figures["what_to_do"], start=1):
+        print(f"{number}. {line}")
+    data, *pictures = files
+    print(f"all figures: {data}\npictures: {', '.join(map(str, pictures))}")
+
+
+def check(config: DictConfig) -> None:
+    """Refuse options before any image is prepared.
+
+    Raises:
+        UserError: naming the key, its value and the rule.
+    """
+    from ldm.errors import UserError
+    from ldm.evaluation.data_report import NO_FEATURES
+    from ldm.features import CHOICES
+
+    if config.features not in (NO_FEATURES, *CHOICES):
+        known = ", ".join([*CHOICES, NO_FEATURES])
+        raise UserError(f"features={config.features} is unknown. Choose one of: {known}.")
+    for key in ("data.resolution", "max_bits", "seed"):
+        if type(value := OmegaConf.select(config, key)) is not int:
+            raise UserError(f"{key}={value} must be a whole number.")
+    if not 0 <= config.max_bits < 32:
+        raise UserError(f"max_bits={config.max_bits} must be from 0 to 31: unlike images differ in 32 of the 64 bits.")
+    if type(config.max_levels) not in (int, float) or not 0 <= config.max_levels <= 255:
+        raise UserError(f"max_levels={config.max_levels} must be a number from 0 to 255.")
+
+
+def track(config: DictConfig, out: Path, report: Any) -> None:
+    """The numbers as W&B's summary, and the contact sheet."""
+    from ldm.tracking import WandbRun
+
+    logger, name = config.logger, report.figures["name"]
+    tracker = WandbRun(
+        out,
+        OmegaConf.to_container(config, resolve=True),
+        project=logger.project,
+        entity=logger.entity,
+        name=f"data/{name}",
+        group=logger.group,
+        tags=logger.tags,
+        mode=logger.mode,
+    )
+    parts = {part: found for part, found in report.figures.items() if isinstance(found, dict)}
+    shown = {f"{part}/{key}": value for part, found in parts.items() for key, value in found.items()}
+    numbers = {key: value for key, value in {**report.figures, **shown}.items() if isinstance(value, int | float)}
+    tracker.summarise({**numbers, "what_to_do": "\n".join(report.figures["what_to_do"])})
+    tracker.log_images("contact sheet", [report.pictures["contact_sheet"]], [name], 0)
+    tracker.finish()
+
+
+def main() -> None:
+    command.run("data", data)
+
+
+if __name__ == "__main__":
+    main()
