@@ -68,6 +68,20 @@ class LatentDiffusionPipeline:
         self.autoencoder.to(device)
         return self
 
+    def check_sigma(self, variance: str | None) -> None:
+        """Refuse a Sigma that this model does not have; None is its own.
+
+        Raises:
+            UserError: learned_range of a network that did not learn it, or what `require_fitted` refuses.
+        """
+        if variance == "learned_range" and self.variance != "learned_range":
+            raise UserError(
+                f"variance=learned_range: this network did not learn Sigma, it was trained for {self.variance}. "
+                "Choose fixed_small, fixed_large or optimal, or leave variance= out."
+            )
+        if variance == "optimal":
+            self.require_fitted()
+
     def require_fitted(self) -> None:
         """Refuse variance=optimal where its table is missing, or of another chain.
 
@@ -207,7 +221,9 @@ class LatentDiffusionPipeline:
 def save_z_0_mse(folder: Path, table: Tensor, made_by: dict[str, Any]) -> None:
     """Keep the table of the per-t optimal Sigma with a pipeline; `made_by` says how it was fitted."""
     content = {"format": FORMAT, **made_by, "z_0_mse": table.tolist()}
-    (folder / VARIANCE_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    partial = folder / f".{VARIANCE_FILE}.partial"
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    partial.replace(folder / VARIANCE_FILE)
 
 
 def load_z_0_mse(folder: Path) -> Tensor | None:
@@ -215,7 +231,10 @@ def load_z_0_mse(folder: Path) -> Tensor | None:
     path = folder / VARIANCE_FILE
     if not path.is_file():
         return None
-    return torch.tensor(json.loads(path.read_text(encoding="utf-8"))["z_0_mse"], dtype=torch.float64)
+    try:
+        return torch.tensor(json.loads(path.read_text(encoding="utf-8"))["z_0_mse"], dtype=torch.float64)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}). Delete it; it is fitted again when asked for.") from error
 
 
 def load_network(folder: Path, name: str) -> nn.Module:

@@ -105,7 +105,7 @@ def draw(
     sampler: SamplerLike,
     *,
     guidance: float,
-    guidance_interval: Sequence[float] = (0.0, 1.0),
+    guidance_interval: Any = (0.0, 1.0),
     seed: int,
     batch_size: int = 64,
     on_step: OnStep | None = None,
@@ -113,20 +113,14 @@ def draw(
     """Images [b, 3, H, W] in [-1, 1], batch by batch, with a progress bar over samples x steps.
 
     Raises:
-        UserError: more steps than the chain has, an interval that is none.
+        UserError: a sampler that does not fit the model, an interval that is none, a solver that does not converge.
     """
-    if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
-        raise UserError(
-            f"guidance_interval={list(guidance_interval)} must be the lowest and the highest u = t / T at which "
-            "guidance acts, such as guidance_interval=[0.2,0.8]."
-        )
-    low, high = guidance_interval
+    interval = check_interval(guidance_interval)
     try:
         sampler.check(pipeline.schedule)
     except ValueError as error:
-        raise UserError(f"sampler.steps={sampler.steps}: {error}.") from error
-    if getattr(sampler, "variance", None) == "optimal":
-        pipeline.require_fitted()
+        raise UserError(f"sampler={sampler.method} with {sampler.steps} steps: {error}.") from error
+    pipeline.check_sigma(getattr(sampler, "variance", None))
     total = len(request)
     columns = (TextColumn("sampling"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, transient=True) as bar:
@@ -144,11 +138,32 @@ def draw(
             stop = min(start + batch_size, total)
             condition = {name: value[start:stop] for name, value in request.condition.items()}
             generators = sample_generators(seed, range(start, stop))
-            z = pipeline.sample(
-                sampler, condition, generators, guidance=guidance, guidance_interval=(low, high), on_step=step
-            )
+            try:
+                z = pipeline.sample(
+                    sampler, condition, generators, guidance=guidance, guidance_interval=interval, on_step=step
+                )
+            except ArithmeticError as error:
+                raise UserError(f"sampler={sampler.method} failed: {error}. Choose a larger sampler.rtol=.") from error
             done = stop
             yield pipeline.decode(z).cpu()
+
+
+def check_interval(interval: Any) -> tuple[float, float]:
+    """The interval of u = t / T at which guidance acts.
+
+    Raises:
+        UserError: not two numbers, 0 <= low <= high <= 1.
+    """
+    try:
+        low, high = (float(end) for end in interval)
+    except (TypeError, ValueError):
+        low, high = 1.0, 0.0
+    if not 0 <= low <= high <= 1:
+        raise UserError(
+            f"guidance_interval={interval} must be the lowest and the highest u = t / T at which guidance acts, such "
+            "as guidance_interval=[0.2,0.8]."
+        )
+    return low, high
 
 
 def write(

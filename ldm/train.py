@@ -36,7 +36,7 @@ def train(config: DictConfig) -> None:
     from ldm.run import RUN_FILE, Run
     from ldm.training.budget import Budget, parse_duration
     from ldm.training.callbacks import EMACallback, ProgressBar
-    from ldm.training.checkpoint import LastCheckpoint, find_checkpoint
+    from ldm.training.checkpoint import LastCheckpoint, find_checkpoint, progress_of
     from ldm.training.loggers import make_loggers
     from ldm.training.precision import choose_precision
     from ldm.training.summary import describe_device, peak_memory_gb, print_table, time_expected
@@ -101,23 +101,21 @@ def train(config: DictConfig) -> None:
         device=choose_device("cpu" if options["accelerator"] == "cpu" else "auto"),
         init_from=config.init_from,
     )
+    facts = {
+        "stage": stage.kind,
+        "name": folder.name,
+        "seed": config.seed,
+        "precision": precision,
+        "data": images.name,
+        "data_fingerprint": images.fingerprint,
+        "data_cache": str(images.path.resolve()),
+        "val_fraction": images.val_fraction,
+        **stage.facts(),
+    }
+    check_resumed(known, facts)
     if config.overwrite and not resumed and main_process:
         shutil.rmtree(folder, ignore_errors=True)
-    run = Run.create(
-        folder,
-        config,
-        {
-            "stage": stage.kind,
-            "name": folder.name,
-            "seed": config.seed,
-            "precision": precision,
-            "data": images.name,
-            "data_fingerprint": images.fingerprint,
-            "data_cache": str(images.path.resolve()),
-            "val_fraction": images.val_fraction,
-            **stage.facts(),
-        },
-    )
+    run = Run.create(folder, config, facts)
     if config.trainer.compile:
         stage.module.trained.compile()
     stage.module.log_every = options["log_every_n_steps"]
@@ -134,7 +132,7 @@ def train(config: DictConfig) -> None:
         )
     except MisconfigurationException as error:
         raise UserError(f"{' '.join(str(error).split())} Choose trainer=cpu or trainer=auto.") from error
-    step = steps_done(resumed)
+    step, budget.spent_s = progress_of(resumed)
     rows = [
         ("data", f"{images.name}: {len(images.train_indices)} train, {len(images.val_indices)} validation"),
         ("size", f"{images.resolution} x {images.resolution} px, {images.num_bytes / 1e6:.0f} MB"),
@@ -143,7 +141,7 @@ def train(config: DictConfig) -> None:
         ("device", describe_device(trainer)),
         ("precision", f"{precision}"),
         ("budget", f"{budget}, batches of {config.batch_size}"),
-        ("time expected", time_expected(trainer, stage, budget, micro_batch, step)),
+        ("time expected", time_expected(trainer, stage, budget, micro_batch // trainer.world_size or 1, step)),
         ("folder", str(folder)),
     ]
     if trainer.is_global_zero:
@@ -230,13 +228,18 @@ def check_accelerator(accelerator: str) -> None:
         raise UserError("This trainer= needs a GPU, and torch finds none here. Choose trainer=cpu or trainer=auto.")
 
 
-def steps_done(checkpoint: str | None) -> int:
-    """Optimizer steps in a checkpoint."""
-    import torch
+def check_resumed(known: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Refuse to continue a run as something else than it was started as.
 
-    if checkpoint is None:
-        return 0
-    return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+    Raises:
+        UserError: naming the first thing that differs.
+    """
+    for key in ("stage", "data_fingerprint", "latent_shape", "chain_sha256", "loss", "prediction", "variance"):
+        if key in known and key in facts and known[key] != facts[key]:
+            raise UserError(
+                f"resume= continues a run whose {key} is {known[key]}, but the options given now make it {facts[key]}. "
+                "Give the options that it was started with: they are in its config.yaml."
+            )
 
 
 def main() -> None:

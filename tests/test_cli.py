@@ -191,6 +191,7 @@ def test_the_newest_autoencoder_on_this_data_is_found(trained):
 
 def test_each_stage_says_what_comes_next(trained):
     last = {stage: text.splitlines()[-1] for stage, text in trained.printed.items()}
+    assert re.search(r"time expected +│ about \d+(\.\d+)? seconds, without validation", trained.printed["vae"])
     assert last["vae"] == "next: python -m ldm.train stage=diffusion vae=runs/vae/first"
     assert last["diffusion"] == 'next: python tools/sample.py run=runs/diffusion/first prompt="red heart"'
 
@@ -227,6 +228,22 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(train):
     for name in ("importance.history", "importance.counts"):
         assert torch.equal(states[0][name], states[1][name])
     assert states[0]["importance.counts"].sum() == 7 * whole.config()["batch_size"]
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("schedule=cosine", "whose chain_sha256 is"),
+        ("objective.prediction=eps", "whose prediction is v, but the options given now make it eps"),
+        ("objective=hybrid", "whose loss is simple, but the options given now make it hybrid"),
+    ],
+)
+def test_a_run_is_continued_as_what_it_was(trained, call, option, said):
+    before = (trained.diffusion.path / "run.json").read_text()
+    options = [*TINY_DIFFUSION, *SIX_STEPS, "trainer.max_steps=10", "name=first", "resume=true", option]
+    ended = call(ldm.train.main, *options)
+    assert ended.code == 2 and said in ended.err and "config.yaml" in ended.err, ended
+    assert (trained.diffusion.path / "run.json").read_text() == before
 
 
 def test_a_name_in_use_is_refused_from_the_command_line(trained):

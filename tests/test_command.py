@@ -140,7 +140,7 @@ def test_free_text_keys_exist():
     """A key that was renamed would silently lose its quotes."""
     known = set()
     with initialize_config_dir(str(folder("conf")), version_base="1.3"):
-        for name in ("train", "sample", "encode", "decode", "forward", "evaluate"):
+        for name in ("train", "sample", "encode", "decode", "forward", "evaluate", "likelihood"):
             config = compose(name, ["data=image_folder"] if name == "train" else [])
             known |= {key for key in command.FREE_TEXT if key.rpartition(".")[2] in _parent(config, key)}
     assert known == set(command.FREE_TEXT)
@@ -222,7 +222,10 @@ def test_the_command_line_is_left_as_it_was_typed(sample):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run=x", "sampler=nosuch"], "sampler=nosuch does not exist. Choose one of: ddim, ddpm, dpmpp, unipc."),
+        (
+            ["run=x", "sampler=nosuch"],
+            "sampler=nosuch does not exist. Choose one of: ddim, ddpm, dpmpp, ode, sde, unipc.",
+        ),
         (["run=x", "stepps=3"], "There is no key stepps. --help lists the keys, --cfg job shows all of them."),
         (["run=x", "sampler.stepps=3"], "There is no key sampler.stepps."),
         (["run=x", "seed=a=b"], "seed=a=b cannot be read. Put text with special characters in quotes"),

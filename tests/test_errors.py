@@ -88,6 +88,10 @@ MISTAKES = [
     ([*DIFFUSION, "sampler=ddpm", "sampler.steps=2000"], ["1 to 1000 steps; got 2000"]),
     ([*DIFFUSION, "sampler=ddpm", "sampler.eta=1"], ["There is no key sampler.eta"]),
     ([*DIFFUSION, "sampler=ddim", "sampler.eta=7.0"], ["eta must be in [0, 1]; got 7.0"]),
+    ([*DIFFUSION, "sampler=ddpm", "sampler.variance=learned_range"], ["learned_range is none of this network"]),
+    ([*DIFFUSION, "sampler=ddpm", "sampler.variance=optimal"], ["optimal is none of this network"]),
+    ([*DIFFUSION, "sampler=sde", "sampler.steps=3"], ["sampler= do not go together"]),
+    ([*DIFFUSION, "schedule.num_steps=3", "sampler.steps=2"], ["a chain needs 4 steps at least; got 3"]),
 ]
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from ldm.errors import UserError
 from ldm.networks.conditioning import ClassCondition, NoCondition
 from ldm.networks.dit import DiT
 from ldm.networks.unet import unet
-from ldm.pipeline import LatentDiffusionPipeline, sample_generators
+from ldm.pipeline import VARIANCE_FILE, LatentDiffusionPipeline, sample_generators
 from ldm.sampling import Request, draw, film_strip, read_prompts, write
 
 SAMPLER = Sampler("ddim", 3)
@@ -123,8 +124,22 @@ def test_guidance_acts_on_its_interval(classes):
     assert torch.equal(images_of(classes, request, guidance=4.0, guidance_interval=[0.0, 0.0]), plain)
     partly = images_of(classes, request, guidance=4.0, guidance_interval=[0.3, 0.7])
     assert not torch.equal(partly, plain) and not torch.equal(partly, guided)
-    with pytest.raises(UserError, match=r"guidance_interval=\[0.8, 0.2\] must be the lowest and the highest"):
-        images_of(classes, request, guidance_interval=[0.8, 0.2])
+    for wrong in ([0.8, 0.2], 0.5, None, ["a", "b"], [0.1, 0.2, 0.3]):
+        with pytest.raises(UserError, match=f"guidance_interval={re.escape(str(wrong))} must be the lowest and the"):
+            images_of(classes, request, guidance_interval=wrong)
+
+
+def test_a_sigma_that_the_model_has_not_is_refused(classes, tmp_path):
+    request = Request.make(classes, num_samples=1)
+    for variance, message in (("learned_range", "did not learn Sigma"), ("optimal", "not fitted for this model yet")):
+        with pytest.raises(UserError, match=message):
+            next(draw(classes, request, Sampler("ddpm", 5, variance=variance), guidance=1.0, seed=0))
+    classes.save(tmp_path)
+    (tmp_path / VARIANCE_FILE).write_text('{"z_0_mse": [0.0, 0.')
+    with pytest.raises(UserError, match="cannot be read .* Delete it"):
+        LatentDiffusionPipeline.load(tmp_path)
+    classes.save(tmp_path)
+    assert LatentDiffusionPipeline.load(tmp_path).z_0_mse is None, "it was fitted to other weights"
 
 
 def test_guidance_means_nothing_without_a_condition():
@@ -183,7 +198,7 @@ def test_labels_take_turns_where_none_is_asked_for(classes):
 
 
 def test_more_steps_than_the_chain_has_are_refused(classes):
-    with pytest.raises(UserError, match=r"sampler\.steps=51: .*1 to 50 steps"):
+    with pytest.raises(UserError, match="sampler=ddim with 51 steps: .*1 to 50 steps"):
         next(draw(classes, Request.make(classes), Sampler("ddim", 51), guidance=1.0, seed=0))
 
 

@@ -21,6 +21,7 @@ def evaluate(config: DictConfig) -> None:
         features=config.features,
         num_samples=config.num_samples,
         guidance=config.guidance,
+        guidance_interval=config.guidance_interval,
         seed=config.seed,
         batch_size=config.batch_size,
     )

@@ -13,7 +13,7 @@ def sample(config: DictConfig) -> None:
     from ldm.device import choose_device
     from ldm.pictures import to_pil
     from ldm.run import Run
-    from ldm.sampling import Request, describe, draw, film_strip, write
+    from ldm.sampling import Request, check_interval, describe, draw, film_strip, write
 
     run = Run.open(config.run)
     pipeline = run.pipeline().to(choose_device(config.device))
@@ -27,7 +27,7 @@ def sample(config: DictConfig) -> None:
     )
     options = {
         "guidance": config.guidance,
-        "guidance_interval": list(config.guidance_interval),
+        "guidance_interval": config.guidance_interval,
         "seed": config.seed,
     }
     images = [
@@ -41,6 +41,7 @@ def sample(config: DictConfig) -> None:
         "autoencoder_sha256": pipeline.contract.autoencoder_sha256,
         "sampler": describe(sampler),
         **options,
+        "guidance_interval": check_interval(config.guidance_interval),
         "versions": run.facts["versions"],
     }
     path = write(out, images, request.captions, made_by)

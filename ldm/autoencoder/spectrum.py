@@ -206,7 +206,7 @@ def recommend(
     Rules 4 to 6 read linear structure and this autoencoder alone: what a size is worth, only training it tells.
 
     Args:
-        between: The spectrum between channels, as latents.json has it.
+        between: The spectrum between channels, as latents_report.json has it.
         pca: Held-out PSNR in dB by number of channels.
     """
     key, size = "autoencoder.model.latent_channels", max(pca)

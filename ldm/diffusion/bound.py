@@ -29,6 +29,10 @@ OnBatch = Callable[[int, int], None]
 """Called as on_batch(done, total) with the number of predictions made."""
 
 
+class NotFiniteError(ValueError):
+    """A latent, or what the denoiser made of it, is not finite."""
+
+
 LastTerm = Callable[[Int[Tensor, " k"], Tensor, Tensor], Tensor]
 """Called as last(image, mean, std): nats per image [k] of the images `image` under p(z_0 | z_1) = N(mean, std^2)."""
 
@@ -242,14 +246,14 @@ def _draw(z_0: Tensor, generator: torch.Generator) -> Tensor:
 def _check_finite(z_0: Tensor) -> None:
     wrong = ~z_0.isfinite().flatten(1).all(1)
     if wrong.any():
-        raise ValueError(f"z_0 of image {int(wrong.nonzero()[0])} is not finite")
+        raise NotFiniteError(f"z_0 of image {int(wrong.nonzero()[0])} is not finite")
 
 
 def _check_finite_at(values: Tensor, name: str, image: Tensor, t: Tensor) -> None:
     wrong = ~values.isfinite()
     if wrong.any():
         k = int(wrong.nonzero()[0])
-        raise ValueError(
+        raise NotFiniteError(
             f"{name} of image {int(image[k])} at t = {int(t[k])} is {values[k].item()}: the denoiser's answer is not "
             "finite, or Sigma vanishes"
         )

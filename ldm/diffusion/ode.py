@@ -102,6 +102,8 @@ class ODESampler:
     def __post_init__(self) -> None:
         if self.solver not in SOLVERS:
             raise ValueError(f"unknown ODE solver {self.solver!r}; known: {', '.join(SOLVERS)}")
+        if type(self.steps) is not int:
+            raise ValueError(f"sampler.steps must be a whole number; got {self.steps}")
         if self.steps < 1:
             raise ValueError(f"a sampler takes at least one step; got steps = {self.steps}")
         check_tolerances(self.rtol, self.atol)

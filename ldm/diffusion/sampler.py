@@ -176,6 +176,8 @@ class Sampler:
         _check_eta(self.eta)
         if self.eta != 0 and self.method != "ddim":
             raise ValueError(f"eta is an option of ddim; {self.method} takes none, got eta = {self.eta}")
+        if type(self.steps) is not int:
+            raise ValueError(f"sampler.steps must be a whole number; got {self.steps}")
         if self.steps < 1:
             raise ValueError(f"a sampler takes at least one step; got steps = {self.steps}")
         if self.clip is not None and self.clip <= 0:

@@ -156,6 +156,8 @@ class SDESampler:
     t_min: int | float = 1.0
 
     def __post_init__(self) -> None:
+        if type(self.steps) is not int:
+            raise ValueError(f"sampler.steps must be a whole number; got {self.steps}")
         if self.steps < 1:
             raise ValueError(f"a sampler takes at least one step; got steps = {self.steps}")
         if self.corrector_steps < 0:

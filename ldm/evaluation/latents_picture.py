@@ -23,7 +23,7 @@ def draw(figures: dict[str, Any], z_raw: Tensor) -> Figure:
     """Spectra between channels and of whole latents, the PCA curve; KL, std and histograms of channels.
 
     Args:
-        figures: As latents.json has them.
+        figures: As latents_report.json has them.
         z_raw: One draw per image, [n, C, h, w].
     """
     figure = Figure(figsize=(15, 8.4), layout="constrained")

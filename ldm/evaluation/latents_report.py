@@ -18,8 +18,8 @@ from ldm.autoencoder.spectrum import ChannelStatistics, channel_statistics
 from ldm.data.order import derive_seed
 from ldm.errors import UserError
 from ldm.evaluation.latents_picture import draw, draw_channels
-from ldm.evaluation.likelihood_report import choose_images
 from ldm.evaluation.metrics import psnr
+from ldm.evaluation.run_images import choose_images
 from ldm.run import Run
 
 SHARES = (0.9, 0.95, 0.99)
@@ -31,7 +31,7 @@ MOVES = (-2.0, 0.0, 2.0)
 
 @dataclass(frozen=True)
 class Report:
-    """Figures for latents.json, and what the pictures show beside them."""
+    """Figures for latents_report.json, and what the pictures show beside them."""
 
     figures: dict[str, Any]
     z_raw: Tensor
@@ -81,8 +81,8 @@ class Report:
         ]
 
     def save(self, folder: Path) -> tuple[Path, Path, Path]:
-        """latents.json, latents.png and latents_channels.png."""
-        data, picture, channels = (folder / f"latents{end}" for end in (".json", ".png", "_channels.png"))
+        """latents_report.json, latents.png and latents_channels.png."""
+        data, picture, channels = (folder / f"latents{end}" for end in ("_report.json", ".png", "_channels.png"))
         data.write_text(json.dumps(self.figures, indent=2) + "\n", encoding="utf-8")
         draw(self.figures, self.z_raw).savefig(picture, dpi=130)
         draw_channels(self.figures, self.moved, MOVES).save(channels)

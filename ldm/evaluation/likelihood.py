@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ldm.autoencoder.autoencoder import Autoencoder
 from ldm.data.order import derive_seed
-from ldm.diffusion.bound import Bound, LastTerm, variational_bound
+from ldm.diffusion.bound import Bound, LastTerm, NotFiniteError, variational_bound
 from ldm.diffusion.bound_terms import discretised_nll
 from ldm.diffusion.chain import at_least_float32, marginal
 from ldm.diffusion.ode_likelihood import ode_log_likelihood
@@ -209,11 +209,13 @@ def two_stage_bound(
             batch_size=batch_size,
             on_batch=lambda done, total: report("chain", done, total),
         )
-    except ValueError as error:
+    except NotFiniteError as error:
         raise UserError(
             f"The bound cannot be computed: {error}. A network that answers so diverged in training: train it again, "
             "with a lower optimizer.lr."
         ) from error
+    except ValueError as error:
+        raise UserError(f"The bound cannot be computed: {error}.") from error
     num_dims = images[0].numel()
     of_chain = parts | {"L_T": chain.prior, "sum of L_t-1": chain.layers, "L_0": chain.last}
     terms = Terms(of_chain, num_dims, chain.monte_carlo_variance, chain)
@@ -241,7 +243,7 @@ def _pixels(autoencoder: Autoencoder, images: Tensor, generators: list[torch.Gen
     """A chain on pixels has no first stage, and its L_0 is the mass of an 8-bit value: bits of discrete images."""
 
     def last(image: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        mean, std = (autoencoder.unstandardise(value.double().cpu()) for value in (mean, std))
+        mean, std = (autoencoder.unstandardise(value.cpu().double()) for value in (mean, std))
         std = std - autoencoder.unstandardise(torch.zeros_like(std))  # a scale has no mean to add
         return discretised_nll(images[image].double(), mean, std, BIN, low=-1.0, high=1.0).flatten(1).sum(1)
 

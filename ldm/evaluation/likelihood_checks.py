@@ -48,11 +48,8 @@ def check_chain(pipeline: LatentDiffusionPipeline, variance: str, steps: Any, od
     schedule, known = pipeline.schedule, get_args(VarianceType)
     if variance not in known:
         raise UserError(f"variance={variance} is unknown. Choose one of: {', '.join(known)}.")
-    if variance == "learned_range" and pipeline.variance != "learned_range":
-        raise UserError(
-            f"variance=learned_range: this network did not learn Sigma, it was trained for {pipeline.variance}. "
-            "Choose fixed_small, fixed_large or optimal, or leave variance= out."
-        )
+    if variance != "optimal":  # which may be fitted first
+        pipeline.check_sigma(variance)
     if variance in ("fixed_small", "learned_range") and schedule.num_steps < 2:
         raise UserError(f"variance={variance} needs a chain of 2 steps at least. Choose fixed_large or optimal.")
     if steps is not None and (type(steps) is not int or steps % 2 or not 4 <= steps <= schedule.num_steps):

@@ -28,6 +28,7 @@ from ldm.evaluation.mixture import (
     train,
 )
 from ldm.evaluation.mixture_picture import POINTS, draw
+from ldm.sampling import describe
 
 STRAY = 4.0
 """A sample is astray that is more standard deviations than this from the centre of its mode."""
@@ -89,7 +90,7 @@ def study(
         "num_samples": num_samples,
         "T": schedule.num_steps,
         "schedule": schedule.name,
-        "sampler": f"{sampler.method}, {sampler.steps} steps",
+        "sampler": describe(sampler),
         "device": str(device),
         "training_s": training_s,
         "stray_of_data": float(chi2.sf(STRAY**2, mixture.means.shape[1])),
@@ -128,7 +129,7 @@ def check(
     try:
         sampler.check(schedule)
     except ValueError as error:
-        raise UserError(f"sampler.steps={sampler.steps}: {error}.") from error
+        raise UserError(f"sampler={sampler.method} with {sampler.steps} steps: {error}.") from error
     if (variance := getattr(sampler, "variance", None)) in ("learned_range", "optimal"):
         raise UserError(f"sampler.variance={variance}: Sigma is fixed here. Choose fixed_small or fixed_large.")
 

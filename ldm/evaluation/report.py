@@ -18,7 +18,7 @@ from ldm.evaluation.metrics import kernel_distance, retrieval_ranks
 from ldm.features import CHOICES
 from ldm.networks.conditioning import TextCondition
 from ldm.pipeline import LatentDiffusionPipeline, sample_generators
-from ldm.sampling import Request, draw
+from ldm.sampling import Request, check_interval, describe, draw
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ def evaluate(
     features: str = "efficientnet_lite",
     num_samples: int = 256,
     guidance: float = 3.0,
+    guidance_interval: Any = (0.0, 1.0),
     seed: int = 0,
     batch_size: int = 64,
 ) -> Evaluation:
@@ -65,7 +66,8 @@ def evaluate(
     chosen = np.random.default_rng(derive_seed(seed, 1)).permutation(len(train))[: min(num_samples, len(train))]
     own = train[chosen]
     request = Request.of_images(pipeline, images, own)
-    sampled = torch.cat(list(draw(pipeline, request, sampler, guidance=guidance, seed=seed, batch_size=batch_size)))
+    options: dict[str, Any] = {"guidance": guidance, "guidance_interval": guidance_interval, "seed": seed}
+    sampled = torch.cat(list(draw(pipeline, request, sampler, batch_size=batch_size, **options)))
     originals = images.batch(own)
     reconstructed = torch.cat(
         [
@@ -91,7 +93,8 @@ def evaluate(
         "reference": f"{images.name}/train@{images.fingerprint[:8]}",
         "num_reference": len(train),
         "guidance": guidance,
-        "sampler": f"{sampler.method}, {sampler.steps} steps",
+        "guidance_interval": check_interval(guidance_interval),
+        "sampler": describe(sampler),
         "seed": seed,
     }
     lines = [f"KD ({features}, N={len(own)}, ref={figures['reference']}, N={len(train)}), mean of 4 disjoint subsets:"]

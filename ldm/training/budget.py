@@ -67,6 +67,7 @@ class Budget(Callback):
             seconds = (self.max_steps - step) * seconds_per_step
         if self.max_time_s is not None:
             seconds = min(seconds, self.max_time_s - self.spent_s)
+        seconds = max(0.0, seconds)
         return f"{seconds:.3g} seconds" if seconds < 60 else f"{seconds / 60:.3g} minutes"
 
     @property

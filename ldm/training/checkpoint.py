@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -67,3 +68,11 @@ def find_checkpoint(folder: Path, resume: bool | str | None) -> str | None:
     if not path.is_file():
         raise UserError(f"resume={resume}: there is no checkpoint {path}. Start anew without resume=.")
     return str(path)
+
+
+def progress_of(checkpoint: str | None) -> tuple[int, float]:
+    """Optimizer steps and seconds of training in a checkpoint."""
+    if checkpoint is None:
+        return 0, 0.0
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    return int(state["global_step"]), float(state["callbacks"].get("Budget", {}).get("spent_s", 0.0))

@@ -20,6 +20,7 @@ from ldm.diffusion.loss import (
 )
 from ldm.diffusion.sampler import SamplerLike
 from ldm.diffusion.schedule import NoiseSchedule
+from ldm.errors import UserError
 from ldm.networks.conditioning import Condition, drop
 from ldm.pictures import grid, to_pil
 from ldm.pipeline import LatentDiffusionPipeline, sample_generators
@@ -139,8 +140,11 @@ class DiffusionTraining(TrainingModule):
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Remember where the bound is large. Not while the loss is computed, which may be tried out of turn."""
-        if self.importance is not None and self._drawn is not None:
-            self.importance.update(*self._drawn)
+        if self.importance is None or self._drawn is None:
+            return
+        if not self._drawn[1].isfinite().all():
+            raise UserError("The loss is not finite: training diverged. Start again with a lower optimizer.lr.")
+        self.importance.update(*self._drawn)
 
     def validation_step(self, batch: BATCH, batch_idx: int) -> None:
         """L_simple per band of t, and the bound, on the posterior means with noise that is the same every time."""

@@ -20,7 +20,7 @@ from ldm.networks.conditioning import ClassCondition, Condition, Conditioning, N
 from ldm.pictures import grid
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.run import Run, load_autoencoder, load_pipeline
-from ldm.training.diffusion import BATCH, DiffusionTraining, Objective
+from ldm.training.diffusion import BATCH, NUM_BANDS, DiffusionTraining, Objective
 from ldm.training.stage import OptimizerFactory, Outcome, Stage
 from ldm.training.vae import encode_latents
 
@@ -128,6 +128,9 @@ class DiffusionStage(Stage):
         try:
             check_objective(objective.loss, variance, objective.timesteps, objective.prediction, schedule.alpha_bar)
             options["sampler"].check(schedule)
+            _check_grid(getattr(options["sampler"], "variance", None), variance)
+            if schedule.num_steps < NUM_BANDS:
+                raise ValueError(f"a chain needs {NUM_BANDS} steps at least; got {schedule.num_steps}")
         except ValueError as error:
             raise UserError(f"objective=, variance=, schedule= and sampler= do not go together: {error}.") from error
         if (vae := options["find_autoencoder"].keywords["vae"]) is not None:
@@ -177,6 +180,9 @@ class DiffusionStage(Stage):
             "vae": self.vae,
             "contract": asdict(self.contract),
             "chain_sha256": self.pipeline.chain_sha256,
+            "loss": self.module.objective.loss,
+            "prediction": self.pipeline.prediction,
+            "variance": self.pipeline.variance,
         }
 
     def finish(self, run: Run) -> Outcome:
@@ -187,6 +193,16 @@ class DiffusionStage(Stage):
         grid(images, captions if any(captions) else None, columns=4).save(path)
         option = {"text": ' prompt="red heart"', "class": " label=0"}.get(self.pipeline.conditioning.kind, "")
         return Outcome(pictures=[str(path)], next_command=f"python tools/sample.py run={run.path}{option}")
+
+
+def _check_grid(asked: str | None, trained: str) -> None:
+    """The grids while training are drawn with what the network has.
+
+    Raises:
+        ValueError: a Sigma that it has not.
+    """
+    if asked == "optimal" or (asked == "learned_range" and trained != "learned_range"):
+        raise ValueError(f"sampler.variance={asked} is none of this network, which is trained for {trained}")
 
 
 def _check_continued(continued: LatentDiffusionPipeline, autoencoder: Autoencoder, conditioning: Conditioning) -> None:

@@ -84,7 +84,7 @@ def test_a_run(call, runs, images, monkeypatch):
     run = runs["vae"]
     ended = call(latents, f"run={run.path}", "device=cpu", "batch_size=7")
     assert ended.code == 0, ended
-    found = json.loads((run.path / "latents.json").read_text())
+    found = json.loads((run.path / "latents_report.json").read_text())
     chosen = images.train_indices
     mean, log_variance = run.autoencoder().encode(images.batch(chosen))
     expected = channel_statistics(mean, log_variance)
