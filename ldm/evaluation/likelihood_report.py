@@ -8,32 +8,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from torch import Tensor
 
 from ldm.autoencoder.autoencoder import Autoencoder
-from ldm.data.images import ImageData
-from ldm.data.order import derive_seed
-from ldm.diffusion.bound import fit_z_0_mse
 from ldm.errors import UserError
 from ldm.evaluation.likelihood import (
     Terms,
     TwoStage,
     check_chain,
-    draw_latents,
     mean_and_error,
     require_density,
     two_stage_bound,
     vae_bound,
 )
 from ldm.evaluation.likelihood_picture import draw
+from ldm.evaluation.optimal_variance import Bars, fit_optimal, progress
 from ldm.evaluation.run_images import choose_images
-from ldm.pipeline import LatentDiffusionPipeline, save_z_0_mse
+from ldm.pipeline import LatentDiffusionPipeline
 from ldm.run import Run
 from ldm.sampling import Request
 
-FITTED_IMAGES = 1024
 BOUND_ROWS = {
     "decoder": "-log p(x | z_raw), the decoder",
     "encoder": "log q(z_raw | x), the encoder",
@@ -127,7 +121,7 @@ def measure(
         columns = {"VAE": vae_bound(model, pixels, seed=seed, batch_size=batch_size)}
     else:
         chosen = variance or model.variance
-        with _progress() as bar:
+        with progress() as bar:
             if chosen == "optimal" and model.z_0_mse is None:
                 fit_optimal(model, images, run.path / "pipeline", seed=seed, batch_size=batch_size, bar=bar)
             found = two_stage_bound(
@@ -139,7 +133,7 @@ def measure(
                 steps=steps,
                 batch_size=batch_size,
                 ode=ode,
-                on_progress=_Bars(bar),
+                on_progress=Bars(bar),
             )
         named = {"chain": found.chain, "ODE": found.ode, "VAE": found.vae}
         columns = {name: terms for name, terms in named.items() if terms is not None}
@@ -231,70 +225,3 @@ def _chain_figures(found: TwoStage, ode: dict[str, Any] | None) -> dict[str, Any
             figures["ode_options"]["probe_error"] = found.chain.bits_per_dim(of_the_mean).item()
         figures["ode_minus_chain"] = {"mean": difference, "standard_error": error, "paired": True, "num_dims": dims}
     return figures
-
-
-def fit_optimal(
-    pipeline: LatentDiffusionPipeline,
-    images: ImageData,
-    folder: Path,
-    *,
-    seed: int,
-    batch_size: int,
-    bar: Progress,
-    images_per_step: int = 16,
-) -> None:
-    """Fit the per-t optimal Sigma on the training split, and keep it in the pipeline's folder.
-
-    Raises:
-        UserError: an answer of the autoencoder or the network is not finite.
-    """
-    indices = np.random.default_rng(derive_seed(seed, 3)).permutation(images.train_indices)[:FITTED_IMAGES]
-    generator = torch.Generator().manual_seed(derive_seed(seed, 3))
-    latents: list[Tensor] = []
-    for start in range(0, len(indices), batch_size):
-        part = images.batch(indices[start : start + batch_size])
-        latents.append(draw_latents(pipeline.autoencoder, part, [generator] * len(part))[2])
-    z_0 = pipeline.autoencoder.standardise(torch.cat(latents))
-    report = _Bars(bar)
-    pipeline.network.eval()
-    request = Request.of_images(pipeline, images, indices)
-    moved = {name: value.to(pipeline.device) for name, value in request.condition.items()}
-    try:
-        pipeline.z_0_mse = fit_z_0_mse(
-            pipeline.denoiser(),
-            z_0.to(pipeline.device),
-            moved,
-            generator=generator,
-            images_per_step=images_per_step,
-            batch_size=batch_size,
-            on_batch=lambda done, total: report("fitting Sigma", done, total),
-        )
-    except ValueError as error:
-        raise UserError(f"variance=optimal cannot be fitted: {error}. Choose another variance.") from error
-    made_by = {"images": len(indices), "images_per_step": images_per_step, "seed": seed, "data": images.fingerprint}
-    save_z_0_mse(folder, pipeline.z_0_mse, made_by)
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:3.0f}%"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        transient=True,
-    )
-
-
-class _Bars:
-    """A bar for each thing that reports its progress."""
-
-    def __init__(self, bar: Progress) -> None:
-        self.bar = bar
-        self.tasks: dict[str, TaskID] = {}
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        if what not in self.tasks:
-            self.tasks[what] = self.bar.add_task(what, total=total)
-        self.bar.update(self.tasks[what], completed=done)

@@ -31,7 +31,7 @@ from ldm.diffusion.chain import log_variance, marginal, posterior
 from ldm.diffusion.sampler import Sampler
 from ldm.diffusion.schedule import NoiseSchedule, cosine
 from ldm.errors import UserError
-from ldm.evaluation import likelihood, likelihood_report
+from ldm.evaluation import likelihood, optimal_variance
 from ldm.evaluation.likelihood import Terms, check_eight_bit, mean_and_error, two_stage_bound, vae_bound
 from ldm.evaluation.likelihood_picture import draw
 from ldm.evaluation.likelihood_report import BOUND_ROWS, Report, compare, measure
@@ -708,7 +708,7 @@ def test_sigma_is_fitted_on_draws_of_the_training_split_whatever_the_batch(runs,
         seen.append((z_0, condition["label"]))
         return fit_z_0_mse(denoiser, z_0, condition, **options)
 
-    monkeypatch.setattr(likelihood_report, "fit_z_0_mse", watched)
+    monkeypatch.setattr(optimal_variance, "fit_z_0_mse", watched)
     for size in (5, 64):
         tool(run, "variance=optimal", "num_images=2", "steps=4", f"batch_size={size}")
         file = run.path / "pipeline" / VARIANCE_FILE
