@@ -208,7 +208,7 @@ class ImportanceTimesteps(nn.Module):
 
     E is over the last 10 losses at t, and p is uniform until every t has 10: 10 T draws at least, about 25 T by
     chance at T = 1000. E[w L] is the mean of L over all t. The history is kept in buffers, to be saved and resumed
-    with the weights.
+    with the weights; under DDP, which shares buffers, it is that of the first process.
     Source: Nichol and Dhariwal 2021, arXiv:2102.09672, section 3.3; the uniform share is their code's.
     """
 
