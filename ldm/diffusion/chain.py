@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from ldm.diffusion.schedule import NoiseSchedule, Step
+from ldm.diffusion.schedule import NoiseSchedule, Step, step_tensor
 
 PredictionType = Literal["eps", "z_0", "v", "flow"]
 VarianceType = Literal["fixed_small", "fixed_large", "learned_range", "optimal"]
@@ -260,8 +260,7 @@ def check_order(schedule: NoiseSchedule, s: Step, t: Step) -> None:
     Raises:
         ValueError: naming s, t and T.
     """
-    # a Python float would become float32
-    earlier, later = (torch.as_tensor(x, dtype=torch.float64 if isinstance(x, float) else None) for x in (s, t))
+    earlier, later = step_tensor(s), step_tensor(t)
     if not ((earlier >= 0) & (earlier < later) & (later <= schedule.num_steps)).all():
         raise ValueError(f"steps must satisfy 0 <= s < t <= T = {schedule.num_steps}; got s = {s}, t = {t}")
 

@@ -123,7 +123,7 @@ class NoiseSchedule:
         Raises:
             ValueError: unless 1 <= t <= T; as `log_snr_curve` does.
         """
-        time = _number(t).double()
+        time = step_tensor(t).double()
         a_t = self._between(time)
         return (1 - a_t) * -self._curve(time, derivative=1)
 
@@ -146,7 +146,7 @@ class NoiseSchedule:
         return dataclasses.replace(self, alpha_bar=self.alpha_bar.to(device))
 
     def _gather(self, t: Step) -> Tensor:
-        index = _number(t)
+        index = step_tensor(t)
         if index.is_floating_point():
             return self._between(index)
         if ((index < 0) | (index > self.num_steps)).any():
@@ -164,8 +164,8 @@ class NoiseSchedule:
         return torch.as_tensor(values, device=self.alpha_bar.device)
 
 
-def _number(t: Step) -> Tensor:
-    # A Python float would become float32.
+def step_tensor(t: Step) -> Tensor:
+    """A step as a tensor: a whole number stays one, a Python float is float64."""
     return torch.as_tensor(t, dtype=torch.float64 if isinstance(t, float) else None)
 
 

@@ -12,15 +12,8 @@ from rich.table import Table
 
 from ldm.autoencoder.autoencoder import Autoencoder
 from ldm.errors import UserError
-from ldm.evaluation.likelihood import (
-    Terms,
-    TwoStage,
-    check_chain,
-    mean_and_error,
-    require_density,
-    two_stage_bound,
-    vae_bound,
-)
+from ldm.evaluation.likelihood import Terms, TwoStage, mean_and_error, two_stage_bound, vae_bound
+from ldm.evaluation.likelihood_checks import check_chain, require_density
 from ldm.evaluation.likelihood_picture import draw
 from ldm.evaluation.optimal_variance import Bars, fit_optimal, progress
 from ldm.evaluation.run_images import choose_images

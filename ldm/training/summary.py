@@ -31,7 +31,7 @@ def describe_device(trainer: Trainer) -> str:
 
 
 def time_expected(trainer: Trainer, stage: Stage, budget: Budget, batch_size: int, step: int) -> str:
-    """How long training will take from `step` on; a budget in steps is timed on a few batches of `batch_size`."""
+    """How long training will take from `step` on; a budget in steps is timed on one batch of `batch_size`."""
     if budget.max_steps <= 0:
         return budget.expected(step, 0.0)
     if isinstance(trainer.strategy, FSDPStrategy):
