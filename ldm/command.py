@@ -37,8 +37,12 @@ FREE_TEXT = (
     "resume",
     "name",
     "runs_dir",
+    "sweep",
+    "losses",
+    "train",
     "data.path",
     "data.cache_dir",
+    "autoencoder.path",
     "conditioning.encoder",
 )
 """Keys whose values are text or paths: they reach the config as they were typed, whatever Hydra's grammar says."""

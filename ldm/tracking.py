@@ -76,6 +76,30 @@ class WandbRun:
         self.run.finish()
 
 
+def track_report(
+    folder: Path,
+    config: Mapping[str, Any],
+    *,
+    name: str,
+    values: Mapping[str, Any],
+    pictures: Mapping[str, Image.Image],
+) -> None:
+    """A tool's figures as the summary of a W&B run of its own, with its pictures by title.
+
+    Args:
+        folder: Of the report, made where it is missing. Not the folder of a training run: that keeps the id of its own.
+        config: The tool's, with its group `logger`.
+        values: Those that are no number, text or truth are left out.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    options = {key: config["logger"][key] for key in ("project", "entity", "group", "tags", "mode")}
+    tracker = WandbRun(folder, config, name=name, **options)
+    tracker.summarise({key: value for key, value in values.items() if isinstance(value, int | float | str)})
+    for title, picture in pictures.items():
+        tracker.log_images(title, [picture], [name.rpartition("/")[2]], 0)
+    tracker.finish()
+
+
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested config -> `a.b.c` keys with plain values."""
     flat: dict[str, Any] = {}

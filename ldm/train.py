@@ -28,7 +28,6 @@ def train(config: DictConfig) -> None:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import Trainer, seed_everything
     from lightning.pytorch.utilities import rank_zero_only
-    from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from ldm.data.images import prepare
     from ldm.data.loaders import train_loader, val_loader
@@ -118,7 +117,7 @@ def train(config: DictConfig) -> None:
     run = Run.create(folder, config, facts)
     if config.trainer.compile:
         stage.module.trained.compile()
-    stage.module.log_every = options["log_every_n_steps"]
+    stage.module.log_every, stage.module.progress = options["log_every_n_steps"], budget.progress
     loggers = make_loggers(config.logger, run, resume=resumed is not None, main_process=main_process)
     ema = EMACallback(config.trainer.ema_decay)
     bar = ProgressBar(budget, config.batch_size, options["log_every_n_steps"], f"stage {stage.kind}")
@@ -140,10 +139,11 @@ def train(config: DictConfig) -> None:
         *stage.rows(),
         ("device", describe_device(trainer)),
         ("precision", f"{precision}"),
-        ("budget", f"{budget}, batches of {config.batch_size}"),
-        ("time expected", time_expected(trainer, stage, budget, micro_batch // trainer.world_size or 1, step)),
-        ("folder", str(folder)),
     ]
+    if stage.trains:
+        expected = time_expected(trainer, stage, budget, micro_batch // trainer.world_size or 1, step)
+        rows += [("budget", f"{budget}, batches of {config.batch_size}"), ("time expected", expected)]
+    rows.append(("folder", str(folder)))
     if trainer.is_global_zero:
         print_table(f"stage {stage.kind}" + (f", resumed from {resumed}" if resumed else ""), rows)
 
@@ -158,22 +158,12 @@ def train(config: DictConfig) -> None:
         num_workers=config.trainer.num_workers,
     )
     val_batches = val_loader(stage.fetch, images.val_indices[: config.val_images], batch_size=micro_batch)
-    with warnings.catch_warnings():
-        # ours is an endless loader over memory-mapped arrays: workers and epochs do not apply to it
-        warnings.filterwarnings("ignore", ".*does not have many workers.*")
-        warnings.filterwarnings("ignore", ".*LeafSpec.*")
-        try:
-            trainer.fit(stage.module, fit_batches, val_batches, ckpt_path=resumed, weights_only=True)
-            if ema.validated_at != trainer.global_step:
-                trainer.validate(stage.module, val_batches, verbose=False)
-        except SystemExit as stopped:  # how Lightning passes on SIGTERM, with exit code 0, and Ctrl-C
-            if isinstance(stopped, SIGTERMException):
-                raise SystemExit(128 + signal.SIGTERM) from stopped
-            raise KeyboardInterrupt from stopped
+    if stage.trains:
+        fit(trainer, stage, ema, fit_batches, val_batches, resumed)
     if not trainer.is_global_zero:
         return
-    assert ema.ema is not None
-    ema.ema.copy_to_module()
+    if ema.ema is not None:
+        ema.ema.copy_to_module()
     stage.module.to(trainer.strategy.root_device)  # Lightning left it on the CPU
     outcome = stage.finish(run)
     duration_s = time.perf_counter() - started
@@ -190,6 +180,29 @@ def train(config: DictConfig) -> None:
     shown += [("pictures", picture) for picture in [*outcome.pictures, str(run.images)]]
     print_table(f"stage {stage.kind} finished in {duration_s:.0f} s", shown)
     print(f"next: {outcome.next_command}")
+
+
+def fit(trainer: Any, stage: Any, ema: Any, fit_batches: Any, val_batches: Any, resumed: str | None) -> None:
+    """Train to the end of the budget, and validate there once.
+
+    Raises:
+        SystemExit: SIGTERM, with its code.
+        KeyboardInterrupt: Ctrl-C.
+    """
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    with warnings.catch_warnings():
+        # ours is an endless loader over memory-mapped arrays: workers and epochs do not apply to it
+        warnings.filterwarnings("ignore", ".*does not have many workers.*")
+        warnings.filterwarnings("ignore", ".*LeafSpec.*")
+        try:
+            trainer.fit(stage.module, fit_batches, val_batches, ckpt_path=resumed, weights_only=True)
+            if ema.validated_at != trainer.global_step:
+                trainer.validate(stage.module, val_batches, verbose=False)
+        except SystemExit as stopped:  # how Lightning passes on SIGTERM, with exit code 0, and Ctrl-C
+            if isinstance(stopped, SIGTERMException):
+                raise SystemExit(128 + signal.SIGTERM) from stopped
+            raise KeyboardInterrupt from stopped
 
 
 def run_folder(config: DictConfig, *, main_process: bool) -> Path:
@@ -234,7 +247,19 @@ def check_resumed(known: dict[str, Any], facts: dict[str, Any]) -> None:
     Raises:
         UserError: naming the first thing that differs.
     """
-    for key in ("stage", "data_fingerprint", "latent_shape", "chain_sha256", "loss", "prediction", "variance"):
+    for key in (
+        "stage",
+        "data_fingerprint",
+        "latent_shape",
+        "chain_sha256",
+        "loss",
+        "prediction",
+        "variance",
+        "pretrained",
+        "regulariser",
+        "perceptual",
+        "adversarial",
+    ):
         if key in known and key in facts and known[key] != facts[key]:
             raise UserError(
                 f"resume= continues a run whose {key} is {known[key]}, but the options given now make it {facts[key]}. "

@@ -140,8 +140,8 @@ def test_free_text_keys_exist():
     """A key that was renamed would silently lose its quotes."""
     known = set()
     with initialize_config_dir(str(folder("conf")), version_base="1.3"):
-        for name in ("train", "sample", "encode", "decode", "forward", "evaluate", "likelihood"):
-            config = compose(name, ["data=image_folder"] if name == "train" else [])
+        for name in ("train", "sample", "encode", "decode", "forward", "evaluate", "likelihood", "latents"):
+            config = compose(name, ["data=image_folder", "autoencoder=pretrained"] if name == "train" else [])
             known |= {key for key in command.FREE_TEXT if key.rpartition(".")[2] in _parent(config, key)}
     assert known == set(command.FREE_TEXT)
 

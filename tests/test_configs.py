@@ -26,7 +26,7 @@ STAGES = ("vae", "diffusion")
 TOOLS = sorted(path.stem for path in CONF.glob("*.yaml") if path.stem not in ("train", "tool"))
 GROUPS = {path.name: sorted(file.stem for file in path.glob("*.yaml")) for path in CONF.iterdir() if path.is_dir()}
 CHOICES = [(group, choice) for group, choices in GROUPS.items() for choice in choices if group != "stage"]
-PLACE = ["++data.path=/a/place"]
+PLACE = ["++data.path=/a/place", "++autoencoder.path=/a/place"]
 OWN_TRAINER_KEYS = {"_target_", "max_time", "ema_decay", "compile", "num_workers", "checkpoint_every_s"}
 
 
@@ -105,7 +105,7 @@ def test_networks_answer_in_the_shape_of_the_latent(choice, kind):
     assert output.shape == (2, 12, 8, 8)
 
 
-@of("autoencoder")
+@pytest.mark.parametrize("choice", [choice for choice in GROUPS["autoencoder"] if choice != "pretrained"])
 def test_autoencoders_reduce_by_the_factor_of_their_name(choice):
     config = chosen("autoencoder", choice)
     with torch.device("meta"):
@@ -116,6 +116,38 @@ def test_autoencoders_reduce_by_the_factor_of_their_name(choice):
     named = re.fullmatch(r"kl_f(\d+)", choice)
     assert autoencoder.factor == (int(named[1]) if named else 4)
     assert instantiate(config.loss).kl > 0
+
+
+@pytest.mark.parametrize("autoencoder", [choice for choice in GROUPS["autoencoder"] if choice != "pretrained"])
+@of("regulariser")
+def test_regularisers_build_every_autoencoder(autoencoder, choice):
+    regulariser = instantiate(chosen("regulariser", choice))
+    with torch.device("meta"):
+        built = Autoencoder(regulariser.build(instantiate(chosen("autoencoder", autoencoder).model), 32))
+        mean, _ = built.encode(torch.zeros(1, 3, 32, 32))
+    assert regulariser.name == choice and mean.shape == (1, *built.latent_shape(32))
+    assert built.has_codebook == (choice == "vq")
+
+
+@of("perceptual")
+def test_perceptual_distances_carry_their_weight(choice):
+    config = composed(
+        "train", "stage=vae", f"perceptual={choice}", *([] if choice == "none" else ["perceptual.weight=3"])
+    )
+    if choice == "lpips":  # an extra of its own
+        assert config.perceptual.build.network._target_ == "ldm.features.LPIPS" and config.perceptual.build.weight == 3
+        return
+    perceptual = instantiate(config.stage.build).keywords["perceptual"]
+    assert perceptual is None if choice == "none" else (perceptual.name, perceptual.weight) == (choice, 3)
+
+
+@of("adversarial")
+def test_adversaries_take_all_of_their_keys(choice):
+    build = instantiate(chosen("adversarial", choice)).build
+    assert (build is None) == (choice == "none")
+    if build is not None:
+        assert build().game == choice
+        assert set(chosen("adversarial", choice)) - {"build"} == set(inspect.signature(build.func).parameters)
 
 
 @of("schedule")

@@ -66,25 +66,18 @@ def check(config: DictConfig) -> None:
 
 def track(config: DictConfig, out: Path, report: Any) -> None:
     """The numbers as W&B's summary, and the contact sheet."""
-    from ldm.tracking import WandbRun
+    from ldm.tracking import track_report
 
-    logger, name = config.logger, report.figures["name"]
-    tracker = WandbRun(
-        out,
-        OmegaConf.to_container(config, resolve=True),
-        project=logger.project,
-        entity=logger.entity,
-        name=f"data/{name}",
-        group=logger.group,
-        tags=logger.tags,
-        mode=logger.mode,
-    )
     parts = {part: found for part, found in report.figures.items() if isinstance(found, dict)}
     shown = {f"{part}/{key}": value for part, found in parts.items() for key, value in found.items()}
     numbers = {key: value for key, value in {**report.figures, **shown}.items() if isinstance(value, int | float)}
-    tracker.summarise({**numbers, "what_to_do": "\n".join(report.figures["what_to_do"])})
-    tracker.log_images("contact sheet", [report.pictures["contact_sheet"]], [name], 0)
-    tracker.finish()
+    track_report(
+        out,
+        OmegaConf.to_container(config, resolve=True),
+        name=f"data/{report.figures['name']}",
+        values={**numbers, "what_to_do": "\n".join(report.figures["what_to_do"])},
+        pictures={"contact sheet": report.pictures["contact_sheet"]},
+    )
 
 
 def main() -> None:

@@ -1,33 +1,65 @@
-"""Figures of a diffusion run: kernel distance and retrieval against its training images."""
+"""Figures of a run: what an autoencoder loses of held-out images, or how near samples are to the training images."""
 
-from omegaconf import DictConfig
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
 
 from ldm import command
 
 
 def evaluate(config: DictConfig) -> None:
+    from ldm.run import Run
+
+    run = Run.open(config.run)
+    figures, pictures = (reconstructions if run.stage == "vae" else samples)(config, run)
+    print(f"all figures: {run.path / 'evaluation.json'}")
+    if config.logger.wandb:
+        track(config, run, figures, pictures)
+
+
+def reconstructions(config: DictConfig, run: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of a run of stage=vae."""
+    from rich.console import Console
+
+    from ldm.device import choose_device
+    from ldm.evaluation.reconstruction_report import measure
+
+    options = {key: config[key] for key in ("features", "num_images", "seed", "batch_size")}
+    report = measure(run, device=choose_device(config.device), **options)
+    _, picture = report.save(run.path)
+    Console(highlight=False).print(report.table())
+    print("\n".join([*report.lines, f"worst reconstructions: {picture}"]))
+    return report.figures, {"worst reconstructions": report.picture}
+
+
+def samples(config: DictConfig, run: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of a run of stage=diffusion."""
     from hydra.utils import instantiate
 
     from ldm.device import choose_device
     from ldm.evaluation import report
-    from ldm.run import Run
 
-    run = Run.open(config.run)
-    pipeline = run.pipeline().to(choose_device(config.device))
+    options = ("features", "num_samples", "guidance", "guidance_interval", "seed", "batch_size")
     evaluation = report.evaluate(
-        pipeline,
+        run.pipeline().to(choose_device(config.device)),
         run.image_data(),
         instantiate(config.sampler),
-        features=config.features,
-        num_samples=config.num_samples,
-        guidance=config.guidance,
-        guidance_interval=config.guidance_interval,
-        seed=config.seed,
-        batch_size=config.batch_size,
+        **{key: config[key] for key in options},
     )
     evaluation.save(run.path / "evaluation.json")
     print("\n".join(evaluation.lines))
-    print(f"all figures: {run.path / 'evaluation.json'}")
+    return evaluation.figures, {}
+
+
+def track(config: DictConfig, run: Any, figures: dict[str, Any], pictures: dict[str, Any]) -> None:
+    """The figures as the summary of a W&B run of its own, in the group of the run that they are of."""
+    from ldm.tracking import track_report
+
+    name: str = run.facts.get("name", run.path.name)
+    settings: Any = OmegaConf.to_container(config, resolve=True)
+    settings["logger"]["group"] = config.logger.group or name
+    title = f"evaluation/{run.stage}/{name}"
+    track_report(run.path / "evaluation", settings, name=title, values=figures, pictures=pictures)
 
 
 def main() -> None:

@@ -2,7 +2,9 @@
 
     z_raw ~ N(mean(x), exp(log_variance(x)))        z = (z_raw - latent_mean) / latent_std
 
-per channel; the statistics come from all of the training split, never from a constant.
+per channel; the statistics come from all of the training split, unless those that a pretrained autoencoder publishes
+are asked for. With a codebook the mean is what comes before quantisation and the variance is that of a point;
+decoding quantises.
 """
 
 import hashlib
@@ -12,17 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 
 from ldm.autoencoder.identity import IdentityAutoencoder
-from ldm.autoencoder.patch import PatchAutoencoderKL
+from ldm.autoencoder.patch import PatchAutoencoder, PatchAutoencoderKL, PatchVQModel
+from ldm.autoencoder.point import LOG_VARIANCE, is_pinned
+from ldm.autoencoder.regulariser import flat, quantiser
 from ldm.errors import UserError
 
 STATISTICS_FILE = "latents.json"
 STATISTICS_FORMAT = 1
-WITH_DENSITY = {"AutoencoderKL": AutoencoderKL, "PatchAutoencoderKL": PatchAutoencoderKL}
-CLASSES = {**WITH_DENSITY, "IdentityAutoencoder": IdentityAutoencoder}
+WITH_CODEBOOK = {"VQModel": VQModel, "PatchVQModel": PatchVQModel}
+CLASSES = {
+    "AutoencoderKL": AutoencoderKL,
+    "PatchAutoencoderKL": PatchAutoencoderKL,
+    **WITH_CODEBOOK,
+    "IdentityAutoencoder": IdentityAutoencoder,
+}
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,7 @@ class LatentStatistics:
 
 
 class Autoencoder:
-    """A diffusers KL autoencoder with its factor f, its channels and, once measured, its latent statistics."""
+    """A diffusers autoencoder with its factor f, its channels and, once measured, its latent statistics."""
 
     def __init__(self, model: nn.Module, statistics: LatentStatistics | None = None) -> None:
         self.model: Any = model  # called as diffusers' AutoencoderKL is, which types cannot say
@@ -47,13 +56,13 @@ class Autoencoder:
     @property
     def factor(self) -> int:
         """Pixels per latent, along one side."""
-        if isinstance(self.model, PatchAutoencoderKL | IdentityAutoencoder):
+        if isinstance(self.model, PatchAutoencoder | IdentityAutoencoder):
             return self.model.factor
         return 2 ** (len(self.model.config.block_out_channels) - 1)
 
     @property
     def channels(self) -> int:
-        return self.model.config.latent_channels
+        return self.model.config.get("vq_embed_dim") or self.model.config.latent_channels
 
     @property
     def is_identity(self) -> bool:
@@ -63,7 +72,24 @@ class Autoencoder:
     @property
     def has_density(self) -> bool:
         """Whether it defines q(z | x) and p(x | z), so that images have a likelihood: a KL autoencoder does."""
-        return type(self.model).__name__ in WITH_DENSITY
+        return self.regulariser == "kl"
+
+    @property
+    def regulariser(self) -> str:
+        """kl, vq (it has a codebook) or none (its posterior is a point)."""
+        if self.has_codebook:
+            return "vq"
+        return "none" if self.is_identity or is_pinned(self.model) else "kl"
+
+    @property
+    def has_codebook(self) -> bool:
+        """Whether decoding quantises."""
+        return type(self.model).__name__ in WITH_CODEBOOK
+
+    @property
+    def codebook_size(self) -> int | None:
+        """Codes, where there is a codebook."""
+        return quantiser(self.model).n_e if self.has_codebook else None
 
     @property
     def device(self) -> torch.device:
@@ -92,13 +118,22 @@ class Autoencoder:
     @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """[b, 3, H, W] in [-1, 1] -> mean and log-variance, each [b, C, h, w]."""
-        posterior = self.model.encode(images.to(self.device)).latent_dist
-        return posterior.mean, posterior.logvar
+        encoded = self.model.encode(images.to(self.device))
+        if self.has_codebook:
+            return encoded.latents, torch.full_like(encoded.latents, LOG_VARIANCE)
+        return encoded.latent_dist.mean, encoded.latent_dist.logvar
 
     @torch.no_grad()
     def decode(self, z_raw: Tensor) -> Tensor:
         """[b, C, h, w] -> [b, 3, H, W], clamped to [-1, 1]."""
         return self.model.decode(z_raw.to(self.device, self.model.dtype)).sample.clamp(-1, 1)
+
+    @torch.no_grad()
+    def codes(self, z_raw: Tensor) -> Tensor:
+        """[b, C, h, w] -> the index of each location's code, [b, h, w], of an autoencoder with a codebook."""
+        z_raw = z_raw.to(self.device, self.model.dtype)
+        weight = quantiser(self.model).embedding.weight
+        return torch.cdist(flat(z_raw), weight.float()).argmin(1).unflatten(0, (len(z_raw), *z_raw.shape[2:]))
 
     def standardise(self, z_raw: Tensor) -> Tensor:
         """z = (z_raw - mean) / std, per channel."""
@@ -131,7 +166,7 @@ class Autoencoder:
 
     @classmethod
     def load(cls, folder: Path) -> "Autoencoder":
-        """Read a folder of safetensors and JSON: ours, or any diffusers AutoencoderKL.
+        """Read a folder of safetensors and JSON: ours, or any diffusers AutoencoderKL or VQModel.
 
         Raises:
             UserError: not such a folder, statistics of another format or of other weights.

@@ -9,8 +9,7 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-LOG_VARIANCE = -30.0
-"""Of a posterior that is a point as far as float32 can tell; what diffusers clamps a log-variance to."""
+from ldm.autoencoder.point import LOG_VARIANCE
 
 
 class IdentityAutoencoder(ModelMixin, ConfigMixin):

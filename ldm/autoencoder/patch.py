@@ -1,4 +1,4 @@
-"""AutoencoderKL behind a pixel-unshuffle, with a linear shortcut. Imports torch and diffusers only: it travels.
+"""AutoencoderKL and VQModel behind a pixel-unshuffle, with a linear shortcut. Imports torch and diffusers alone.
 
 A patch of p x p pixels becomes 3 p^2 channels before the first convolution, so all the work happens at low
 resolution, where a CPU is quick. The shortcut adds the best linear code to the encoder's mean and to the
@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, VQModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.autoencoders.vq_model import VQEncoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
@@ -20,59 +21,28 @@ from torch import Tensor, nn
 INITIAL_LOG_VARIANCE = -5.0
 
 
-class PatchAutoencoderKL(ModelMixin, ConfigMixin):
-    """A KL autoencoder f = patch * 2^(levels - 1), called as diffusers' AutoencoderKL is.
+class PatchAutoencoder(ModelMixin, ConfigMixin):
+    """Base of both: the pixel-unshuffle around a diffusers model, `core`, and the shortcut beside it.
 
-    Args:
-        patch: Side of the pixel-unshuffle; 1 leaves a plain AutoencoderKL inside.
-        block_out_channels: Width per level; each level after the first halves the resolution.
-        shortcut: Add the linear code. `init_shortcut` starts it from images.
+    f = patch * 2^(levels - 1). A subclass registers its config, makes its core and calls `_surround`.
     """
 
-    @register_to_config
-    def __init__(
-        self,
-        in_channels: int = 3,
-        patch: int = 4,
-        latent_channels: int = 16,
-        block_out_channels: tuple[int, ...] = (128,),
-        layers_per_block: int = 1,
-        norm_num_groups: int = 32,
-        mid_block_add_attention: bool = False,
-        shortcut: bool = True,
-        sample_size: int = 32,
-    ) -> None:
-        super().__init__()
-        levels = len(block_out_channels)
-        self.factor = patch * 2 ** (levels - 1)
-        self.core = AutoencoderKL(
-            in_channels=in_channels * patch**2,
-            out_channels=in_channels * patch**2,
-            down_block_types=("DownEncoderBlock2D",) * levels,
-            up_block_types=("UpDecoderBlock2D",) * levels,
-            block_out_channels=tuple(block_out_channels),
-            layers_per_block=layers_per_block,
-            latent_channels=latent_channels,
-            norm_num_groups=norm_num_groups,
-            mid_block_add_attention=mid_block_add_attention,
-            sample_size=sample_size // patch,
-        )
-        if shortcut:
+    core: Any
+
+    def _surround(self, core: Any, in_channels: int, latent_channels: int) -> None:
+        self.factor = self.config.patch * 2 ** (len(self.config.block_out_channels) - 1)
+        self.core = core
+        if self.config.shortcut:
             pixels = in_channels * self.factor**2
             self.shortcut_in = nn.Conv2d(pixels, latent_channels, 1)
             self.shortcut_out = nn.Conv2d(latent_channels, pixels, 1)
             nn.init.orthogonal_(self.shortcut_in.weight)
             with torch.no_grad():
                 self.shortcut_out.weight.copy_(self.shortcut_in.weight.transpose(0, 1))
-            self._zero_core()
-
-    def _zero_core(self) -> None:
-        """Let the convolutions start as a zero correction to the shortcut, with a narrow posterior."""
-        for layer in (self.core.quant_conv, self.core.decoder.conv_out):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        with torch.no_grad():
-            self.core.quant_conv.bias[self.config.latent_channels :] = INITIAL_LOG_VARIANCE
+            # the convolutions start as a zero correction to the shortcut
+            for layer in (core.quant_conv, core.decoder.conv_out):
+                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.bias)
 
     @torch.no_grad()
     def init_shortcut(self, images: Tensor) -> None:
@@ -98,24 +68,139 @@ class PatchAutoencoderKL(ModelMixin, ConfigMixin):
         self.shortcut_out.weight.copy_((basis / gain)[..., None, None])
         self.shortcut_out.bias.copy_(mean)
 
-    def encode(self, x: Tensor, return_dict: bool = True) -> Any:
-        """[b, 3, H, W] in [-1, 1] -> the posterior over [b, C, H/f, W/f], in float32."""
-        patches = F.pixel_unshuffle(x, self.config.patch)
-        moments = self.core.quant_conv(self.core.encoder(patches)).float()
-        if self.config.shortcut:
-            linear = self.shortcut_in(F.pixel_unshuffle(x, self.factor)).float()
-            moments = torch.cat([moments[:, : linear.shape[1]] + linear, moments[:, linear.shape[1] :]], dim=1)
-        posterior = DiagonalGaussianDistribution(moments)
-        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+    def _encode(self, x: Tensor) -> Tensor:
+        """What the core makes of the patches, with the linear code added to its first channels; in float32."""
+        encoded = self.core.quant_conv(self.core.encoder(F.pixel_unshuffle(x, self.config.patch))).float()
+        if not self.config.shortcut:
+            return encoded
+        linear = self.shortcut_in(F.pixel_unshuffle(x, self.factor)).float()
+        channels = linear.shape[1]
+        return torch.cat([encoded[:, :channels] + linear, encoded[:, channels:]], dim=1)
 
-    def decode(self, z: Tensor, return_dict: bool = True, generator: object = None) -> Any:
+    def _decode(self, z: Tensor) -> Tensor:
         """[b, C, h, w] -> [b, 3, f h, f w] in float32, not clamped."""
         patches = self.core.decoder(self.core.post_quant_conv(z)).float()
         sample = F.pixel_shuffle(patches, self.config.patch)
         if self.config.shortcut:
             sample = sample + F.pixel_shuffle(self.shortcut_out(z).float(), self.factor)
+        return sample
+
+
+class PatchAutoencoderKL(PatchAutoencoder):
+    """A KL autoencoder, called as diffusers' AutoencoderKL is.
+
+    Args:
+        patch: Side of the pixel-unshuffle; 1 leaves a plain AutoencoderKL inside.
+        block_out_channels: Width per level; each level after the first halves the resolution.
+        shortcut: Add the linear code. `init_shortcut` starts it from images.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        patch: int = 4,
+        latent_channels: int = 16,
+        block_out_channels: tuple[int, ...] = (128,),
+        layers_per_block: int = 1,
+        norm_num_groups: int = 32,
+        mid_block_add_attention: bool = False,
+        shortcut: bool = True,
+        sample_size: int = 32,
+    ) -> None:
+        super().__init__()
+        core = AutoencoderKL(
+            **_inside(in_channels, patch, block_out_channels, layers_per_block, norm_num_groups, sample_size),
+            latent_channels=latent_channels,
+            mid_block_add_attention=mid_block_add_attention,
+        )
+        self._surround(core, in_channels, latent_channels)
+        if shortcut:
+            with torch.no_grad():  # a narrow posterior, so that training starts at the distortion of a PCA
+                core.quant_conv.bias[latent_channels:] = INITIAL_LOG_VARIANCE
+
+    def encode(self, x: Tensor, return_dict: bool = True) -> Any:
+        """[b, 3, H, W] in [-1, 1] -> the posterior over [b, C, H/f, W/f], in float32."""
+        posterior = DiagonalGaussianDistribution(self._encode(x))
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    def decode(self, z: Tensor, return_dict: bool = True, generator: object = None) -> Any:
+        """[b, C, h, w] -> [b, 3, f h, f w] in float32, not clamped."""
+        sample = self._decode(z)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def forward(self, sample: Tensor) -> Any:
         """Reconstruct from the posterior's mean."""
         return self.decode(self.encode(sample).latent_dist.mode())
+
+
+class PatchVQModel(PatchAutoencoder):
+    """A vector-quantised autoencoder, called as diffusers' VQModel is: latents are quantised when they are decoded.
+
+    Args:
+        latent_channels: Channels of a latent and of a code; `vq_embed_dim` may only repeat it.
+        num_vq_embeddings: Codes.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        patch: int = 4,
+        latent_channels: int = 4,
+        block_out_channels: tuple[int, ...] = (128,),
+        layers_per_block: int = 1,
+        norm_num_groups: int = 32,
+        mid_block_add_attention: bool = False,
+        shortcut: bool = True,
+        sample_size: int = 32,
+        num_vq_embeddings: int = 1024,
+        vq_embed_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        if vq_embed_dim not in (None, latent_channels):
+            raise ValueError(f"vq_embed_dim={vq_embed_dim} must equal latent_channels={latent_channels}.")
+        core = VQModel(
+            **_inside(in_channels, patch, block_out_channels, layers_per_block, norm_num_groups, sample_size),
+            latent_channels=latent_channels,
+            vq_embed_dim=latent_channels,
+            num_vq_embeddings=num_vq_embeddings,
+            mid_block_add_attention=mid_block_add_attention,
+        )
+        self._surround(core, in_channels, latent_channels)
+
+    def encode(self, x: Tensor, return_dict: bool = True) -> Any:
+        """[b, 3, H, W] in [-1, 1] -> latents [b, C, H/f, W/f] before quantisation, in float32."""
+        latents = self._encode(x)
+        return VQEncoderOutput(latents=latents) if return_dict else (latents,)
+
+    def decode(self, h: Tensor, force_not_quantize: bool = False, return_dict: bool = True) -> Any:
+        """Quantise [b, C, h, w], unless told not to, and decode to [b, 3, f h, f w] in float32, not clamped."""
+        sample = self._decode(h if force_not_quantize else self.core.quantize(h)[0])
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def forward(self, sample: Tensor) -> Any:
+        """Reconstruct from the quantised latents."""
+        return self.decode(self.encode(sample).latents)
+
+
+def _inside(
+    in_channels: int,
+    patch: int,
+    block_out_channels: tuple[int, ...],
+    layers_per_block: int,
+    norm_num_groups: int,
+    sample_size: int,
+) -> dict[str, Any]:
+    """The options of a core that works on patches."""
+    levels = len(block_out_channels)
+    return {
+        "in_channels": in_channels * patch**2,
+        "out_channels": in_channels * patch**2,
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "block_out_channels": tuple(block_out_channels),
+        "layers_per_block": layers_per_block,
+        "norm_num_groups": norm_num_groups,
+        "sample_size": sample_size // patch,
+    }

@@ -14,6 +14,7 @@ from ldm.data.images import ImageData
 from ldm.data.order import derive_seed
 from ldm.diffusion.sampler import SamplerLike
 from ldm.errors import UserError
+from ldm.evaluation.classifier import Classifier, load_classifier
 from ldm.evaluation.metrics import kernel_distance, retrieval_ranks
 from ldm.features import CHOICES
 from ldm.networks.conditioning import TextCondition
@@ -32,14 +33,17 @@ class Evaluation:
         path.write_text(json.dumps(self.figures, indent=2) + "\n", encoding="utf-8")
 
 
-def load_features(name: str) -> nn.Module:
-    """Frozen features by name.
+def load_features(name: str, images: ImageData | None = None) -> nn.Module:
+    """Frozen features by name; with `images` also those of a classifier that is trained on them.
 
     Raises:
-        UserError: unknown.
+        UserError: unknown, or what `load_classifier` refuses.
     """
+    if images is not None and name == Classifier.name:
+        return load_classifier(images)
     if name not in CHOICES:
-        raise UserError(f"features={name} is unknown. Choose one of: {', '.join(CHOICES)}.")
+        known = [*CHOICES, *([] if images is None else [Classifier.name])]
+        raise UserError(f"features={name} is unknown. Choose one of: {', '.join(known)}.")
     return CHOICES[name]()
 
 
@@ -61,7 +65,7 @@ def evaluate(
     autoencoder as a generator of its own (z_raw ~ N(0, I) decoded, what a VAE without the chain would draw), the
     validation images (what new images of this kind look like), and for retrieval chance.
     """
-    network = load_features(features)
+    network = load_features(features, images)
     train = images.train_indices
     chosen = np.random.default_rng(derive_seed(seed, 1)).permutation(len(train))[: min(num_samples, len(train))]
     own = train[chosen]
@@ -132,8 +136,11 @@ def extract(network: nn.Module, images: Tensor | ImageData, title: str, batch_si
 
 
 def reference_features(network: nn.Module, name: str, images: ImageData) -> Tensor:
-    """Features of every image of a data set, computed once and kept in its cache folder."""
-    file = images.path / f"features-{name}.npy"
+    """Features of every image of a data set, computed once and kept in its cache folder.
+
+    Under the network's `key`, where it has one, for it is one of many of that name.
+    """
+    file = images.path / f"features-{getattr(network, 'key', name)}.npy"
     if not file.is_file():
         found = extract(network, images, f"features of {images.name}")
         partial = file.with_suffix(".partial.npy")

@@ -22,7 +22,7 @@ from ldm.pipeline import LatentDiffusionPipeline
 from ldm.run import Run, load_autoencoder, load_pipeline
 from ldm.training.diffusion import BATCH, NUM_BANDS, DiffusionTraining, Objective
 from ldm.training.stage import OptimizerFactory, Outcome, Stage
-from ldm.training.vae import encode_latents
+from ldm.training.vae_stage import StatisticsType, encode_latents
 
 
 class DiffusionStage(Stage):
@@ -35,6 +35,7 @@ class DiffusionStage(Stage):
         sampler: For the grids while training.
         device: Where the images are encoded.
         prompts: Captions of the sample grid; [] takes the first validation captions.
+        latent_statistics: What latents are standardised by.
         find_autoencoder: data_fingerprint -> the first stage and where it came from.
         init_from: A run or pipeline folder to continue from, instead of a fresh `network`.
     """
@@ -61,6 +62,7 @@ class DiffusionStage(Stage):
         folder: Path,
         device: torch.device,
         find_autoencoder: Callable[..., tuple[Autoencoder, str]],
+        latent_statistics: StatisticsType = "measured",
         init_from: str | None = None,
     ) -> None:
         self.images = images
@@ -81,7 +83,7 @@ class DiffusionStage(Stage):
                     "Choose the same objective.prediction=, variance= and schedule=."
                 )
             autoencoder.statistics = continued.autoencoder.statistics
-        self.contract, self.latents = encode_latents(autoencoder, images, flip, cache_dir)
+        self.contract, self.latents = encode_latents(autoencoder, images, flip, cache_dir, statistics=latent_statistics)
         self.captions: CaptionData | None = None
         self.labels: Tensor | None = None
         if isinstance(made, TextCondition):

@@ -26,6 +26,8 @@ class TrainingModule(LightningModule):
 
     log_every = 50
     trained: Any
+    progress: Callable[[int], float] = staticmethod(lambda step: 0.0)
+    """The share of the budget that is spent at a step; the front door sets it."""
 
     def __init__(self, trained: nn.Module, optimizer: OptimizerFactory, seed: int) -> None:
         super().__init__()
@@ -35,7 +37,7 @@ class TrainingModule(LightningModule):
 
     @abstractmethod
     def losses(self, batch: Any, generator: torch.Generator) -> dict[str, Tensor]:
-        """The terms of a batch's loss by name; `loss` is what is minimised. Changes nothing but the generator."""
+        """The terms of a batch's loss by name; `loss` is what is minimised. Changes no weights."""
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         terms = self.losses(batch, self.next_generator())

@@ -26,8 +26,8 @@ class OptimizerFactory:
 
     build: Callable[..., torch.optim.Optimizer]
 
-    def __call__(self, module: nn.Module) -> torch.optim.Optimizer:
-        trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    def __call__(self, *modules: nn.Module) -> torch.optim.Optimizer:
+        trained = [(name, p) for module in modules for name, p in module.named_parameters() if p.requires_grad]
         hidden = [p for name, p in trained if p.ndim == 2 and _is_hidden(name)]
         decayed = [p for name, p in trained if p.ndim >= 2 and not (p.ndim == 2 and _is_hidden(name))]
         kept = [p for _, p in trained if p.ndim < 2]
@@ -57,6 +57,8 @@ class Stage(ABC):
     kind: str
     module: Any  # a TrainingModule
     images: ImageData
+    trains = True
+    """False where the weights are used as they come: `finish` is then all there is to do."""
 
     @classmethod
     @abstractmethod

@@ -1,74 +1,153 @@
-"""Stage 1: a KL autoencoder compresses images to latents."""
+"""Stage 1's training: an autoencoder on images, with a discriminator beside it where one is asked for."""
 
-import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldm.autoencoder.autoencoder import Autoencoder, LatentStatistics
 from ldm.autoencoder.loss import AutoencoderLoss
-from ldm.autoencoder.patch import PatchAutoencoderKL
-from ldm.data.images import ImageData
-from ldm.data.latents import LatentContract, measure, open_latents
-from ldm.errors import UserError
-from ldm.evaluation.metrics import pca_reconstruction, psnr, ssim
+from ldm.autoencoder.regulariser import Regulariser
+from ldm.data.order import derive_seed
+from ldm.evaluation.metrics import psnr, ssim
 from ldm.pictures import rows, to_pil
-from ldm.run import Run, load_autoencoder
+from ldm.training.adversary import Adversary
 from ldm.training.callbacks import save_grid
 from ldm.training.module import TrainingModule
-from ldm.training.stage import OptimizerFactory, Outcome, Stage
+from ldm.training.stage import OptimizerFactory
 
 NUM_SHOWN = 8
-PCA_IMAGES = 4096
+AFTER_STEP = 1
+"""Sets the draws after a step apart from those of its batches."""
 
 
 class VAETraining(TrainingModule):
     """Trains an autoencoder on images [b, 3, H, W] in [-1, 1].
 
     Args:
-        model: Called as diffusers' AutoencoderKL is.
-        loss: Terms by name from images, reconstruction and posterior.
+        model: Called as diffusers' AutoencoderKL or VQModel is.
+        loss: Terms by name from images, reconstruction and what the regulariser says.
+        regulariser: Takes a batch through the model.
         optimizer: Builds the optimizer.
         seed: Noise and flips of batch k depend on seed and k alone.
         flip: Mirror half of the images.
+        adversary: The discriminator and its optimizer.
     """
 
     def __init__(
         self,
         model: nn.Module,
         loss: AutoencoderLoss,
+        regulariser: Regulariser,
         optimizer: OptimizerFactory,
         *,
         seed: int,
         flip: bool,
         pictures: Path,
+        adversary: Adversary | None = None,
     ) -> None:
         super().__init__(model, optimizer, seed)
-        self.loss, self.flip, self.pictures = loss, flip, pictures
+        self.loss, self.regulariser, self.flip, self.pictures = loss, regulariser, flip, pictures
+        self.adversary, self.playing = adversary, False
+        if adversary is not None:
+            adversary.attach(model)
+        self._used_codes: Tensor | None = None
 
     def losses(self, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """`loss` is without the adversarial term, so that its curve has no jump; its gradient has it."""
         if self.flip:
             mirrored = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device) < 0.5
             images = torch.where(mirrored, images.flip(-1), images)
-        posterior = self.trained.encode(images).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator, device=images.device)
-        z_raw = posterior.mean + posterior.std * noise
-        return self.loss(images, self.trained.decode(z_raw).sample, posterior)
+        made = self.regulariser.reconstruct(self.trained, images, generator)
+        if not self.playing:
+            return self.loss(images, made.images, made.terms)
+        assert self.adversary is not None
+        reconstruction, judged = self.adversary.balance.split(made.images)
+        terms = self.loss(images, reconstruction, made.terms)
+        adversarial = self.adversary.generator_loss(judged)
+        terms |= {"adversarial": adversarial, "loss": terms["loss"] + adversarial - adversarial.detach()}
+        return terms | self.adversary.learn(images, made.images)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.optimizer(self.trained, self.loss)
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if self.adversary is not None:
+            self.adversary.join(self.device)
+            self.adversary.share = 1 / self.trainer.accumulate_grad_batches
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.adversary is None or batch_idx % self.trainer.accumulate_grad_batches:
+            return
+        step = self.trainer.global_step
+        if self.adversary.begun_at is None:
+            begins = self.adversary.begins(step, self.progress(step))
+            if self.trainer.strategy.reduce_boolean_decision(begins, all=False):
+                self.adversary.begun_at = step
+        self.playing = self.adversary.begun_at is not None
+        if self.playing:
+            self.adversary.begin_step(step)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.playing and self.logs_now:
+            assert self.adversary is not None
+            balance = self.adversary.balance
+            self.log_dict({"train/adaptive_weight": balance.weight, "train/adversarial_factor": balance.factor})
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        generator = torch.Generator(device=self.device)
+        generator.manual_seed(derive_seed(self.seed, self.trainer.global_step, AFTER_STEP))
+        self.regulariser.after_step(self.trained, generator)
+        if self.playing:
+            assert self.adversary is not None
+            group = self.trainer.optimizers[0].param_groups[0]
+            self.adversary.step(decay=group["lr"] / group.get("peak_lr", group["lr"]))
+
+    def measure_step(self, batch: Any, autocast: Callable[[], AbstractContextManager], repeats: int = 3) -> float:
+        """Seconds of a step, those with the discriminator counted by their share of the budget."""
+        alone = super().measure_step(batch, autocast, repeats)
+        if self.adversary is None:
+            return alone
+        self.adversary.join(self.device)
+        self.playing = True
+        together = super().measure_step(batch, autocast, repeats)
+        self.playing = False
+        self.adversary.optimizer.zero_grad()
+        start = self.adversary.start
+        before = start if start < 1 else self.progress(int(start))
+        return before * alone + (1 - before) * together
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.adversary is not None:
+            checkpoint["adversary"] = self.adversary.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.adversary is not None:
+            self.adversary.load_state_dict(checkpoint["adversary"])
 
     def validation_step(self, images: Tensor, batch_idx: int) -> None:
-        posterior = self.trained.encode(images).latent_dist
-        reconstruction = self.trained.decode(posterior.mean).sample.float().clamp(-1, 1)
-        terms = self.loss(images, reconstruction, posterior)
+        made = self.regulariser.reconstruct(self.trained, images, None)
+        reconstruction = made.images.float().clamp(-1, 1)
+        terms = self.loss(images, reconstruction, made.terms)
         metrics = {f"val/{name}": value for name, value in terms.items()}
         metrics["val/psnr_db"] = psnr(images, reconstruction).mean()
         metrics["val/ssim"] = ssim(images, reconstruction).mean()
         self.log_dict(metrics, batch_size=len(images), sync_dist=True)
+        if made.codes is not None:
+            counts = torch.bincount(made.codes, minlength=self.regulariser.codebook_size or 0)
+            self._used_codes = counts if batch_idx == 0 or self._used_codes is None else self._used_codes + counts
         if batch_idx == 0 and not self.trainer.sanity_checking:
             self._show(images[:NUM_SHOWN], reconstruction[:NUM_SHOWN])
+
+    def on_validation_epoch_end(self) -> None:
+        if self._used_codes is not None:
+            counts = self.trainer.strategy.reduce(self._used_codes, reduce_op="sum")
+            found = {"val/codebook_usage": (counts > 0).float().mean(), "val/codebook_perplexity": perplexity(counts)}
+            self.log_dict(found, sync_dist=True)
 
     def _show(self, images: Tensor, reconstruction: Tensor) -> None:
         originals, reconstructed = to_pil(images), to_pil(reconstruction)
@@ -78,152 +157,7 @@ class VAETraining(TrainingModule):
         save_grid(self, self.pictures, "reconstructions", picture, pairs, captions)
 
 
-class VAEStage(Stage):
-    """Stage 1 as the front door runs it.
-
-    Args:
-        model: A diffusers KL autoencoder, or ours around it.
-        loss: Its loss.
-        optimizer: parameter groups -> optimizer.
-        init_from: A run, diffusers folder or hub id whose weights to start from, instead of a fresh `model`.
-    """
-
-    kind = "vae"
-
-    def __init__(
-        self,
-        *,
-        model: Callable[..., nn.Module],
-        loss: AutoencoderLoss,
-        optimizer: Callable[..., torch.optim.Optimizer],
-        images: ImageData,
-        flip: bool,
-        cache_dir: str | None,
-        seed: int,
-        folder: Path,
-        device: torch.device,
-        init_from: str | None = None,
-    ) -> None:
-        self.images, self.flip, self.cache_dir = images, flip, cache_dir
-        if init_from is not None:
-            network = load_autoencoder(init_from).model.train().requires_grad_(True)
-        else:
-            network = model(sample_size=images.resolution)
-            if isinstance(network, PatchAutoencoderKL) and network.config.shortcut:
-                chosen = np.random.default_rng(seed).permutation(images.train_indices)[:PCA_IMAGES]
-                if images.resolution % network.factor == 0:
-                    try:
-                        network.init_shortcut(images.batch(np.sort(chosen)))
-                    except ValueError as error:
-                        raise UserError(f"This autoencoder does not fit: {error}") from error
-        self.autoencoder = Autoencoder(network)
-        self.latent_shape = self.autoencoder.latent_shape(images.resolution)
-        self.module = VAETraining(
-            network, loss, OptimizerFactory(optimizer), seed=seed, flip=flip, pictures=folder / "images"
-        )
-
-    @classmethod
-    def check(cls, resolution: int, **options: Any) -> None:
-        if options["init_from"] is not None:
-            load_autoencoder(options["init_from"]).latent_shape(resolution)
-            return
-        with torch.device("meta"):
-            Autoencoder(options["model"](sample_size=resolution)).latent_shape(resolution)
-
-    def fetch(self, indices: np.ndarray) -> Tensor:
-        return self.images.batch(indices)
-
-    @property
-    def compression(self) -> float:
-        """Pixel values per latent value."""
-        return 3 * self.images.resolution**2 / math.prod(self.latent_shape)
-
-    def rows(self) -> list[tuple[str, str]]:
-        channels, height, width = self.latent_shape
-        parameters = sum(p.numel() for p in self.module.trained.parameters())
-        factor, values = self.autoencoder.factor, math.prod(self.latent_shape)
-        return [
-            ("model", f"{type(self.module.trained).__name__}, {parameters / 1e6:.1f} M parameters"),
-            ("latent", f"{channels} x {height} x {width} = {values} values, f = {factor}"),
-            ("compression", f"{self.compression:.1f} pixel values per latent value"),
-        ]
-
-    def facts(self) -> dict[str, Any]:
-        return {"latent_shape": list(self.latent_shape), "factor": self.autoencoder.factor}
-
-    def finish(self, run: Run) -> Outcome:
-        self.module.trained.eval().float()
-        contract, latents = encode_latents(self.autoencoder, self.images, self.flip, self.cache_dir)
-        del latents
-        self.autoencoder.save(run.autoencoder_folder)
-        contract.save(run.path)
-        figures, picture = self._held_out(run)
-        return Outcome(
-            figures=figures,
-            pictures=[str(picture)],
-            next_command=f"python -m ldm.train stage=diffusion vae={run.path}",
-        )
-
-    def _held_out(self, run: Run) -> tuple[dict[str, Any], Path]:
-        """PSNR and SSIM of the validation images beside a PCA of the same size, and a picture of both."""
-        originals = self.images.batch(self.images.val_indices[:512])
-        encoded = [self.autoencoder.encode(part)[0] for part in originals.split(64)]
-        reconstructed = torch.cat([self.autoencoder.decode(part).cpu() for part in encoded])
-        train = self.images.batch(np.sort(self.images.train_indices[:PCA_IMAGES]))
-        pca = pca_reconstruction(train, originals, factor=self.autoencoder.factor, channels=self.autoencoder.channels)
-        figures = {
-            "val_images": len(originals),
-            "psnr_db": psnr(originals, reconstructed).mean().item(),
-            "pca_psnr_db": psnr(originals, pca).mean().item(),
-            "ssim": ssim(originals, reconstructed).mean().item(),
-            "compression": self.compression,
-        }
-        named = [("original", originals), ("autoencoder", reconstructed), ("PCA, same size", pca)]
-        path = run.images / "held_out_reconstructions.png"
-        rows([(name, to_pil(images[:10])) for name, images in named]).save(path)
-        return figures, path
-
-
-def encode_latents(
-    autoencoder: Autoencoder, images: ImageData, flip: bool, cache_dir: str | None
-) -> tuple[LatentContract, Any]:
-    """The contract and the cached moments of these images; measures the autoencoder's statistics on the way."""
-    channels, _, _ = autoencoder.latent_shape(images.resolution)
-    contract = LatentContract(
-        autoencoder_sha256=autoencoder.weights_sha256(),
-        data_fingerprint=images.fingerprint,
-        resolution=images.resolution,
-        factor=autoencoder.factor,
-        channels=channels,
-        val_fraction=images.val_fraction,
-        flip=flip,
-    )
-    latents = open_latents(autoencoder.encode, contract, images, cache_dir=cache_dir)
-    known = autoencoder.statistics
-    if known is None or known.data != images.fingerprint:
-        mean, std = measure(latents, images.train_indices)
-        autoencoder.statistics = LatentStatistics(
-            latent_mean=mean,
-            latent_std=std,
-            decoder_scale=decoder_scale(autoencoder, images, latents),
-            data=images.fingerprint,
-            weights_sha256=contract.autoencoder_sha256,
-        )
-    return contract, latents
-
-
-def decoder_scale(autoencoder: Autoencoder, images: ImageData, latents: Any, batch_size: int = 64) -> list[float]:
-    """Root mean square of x - decode(z_raw) per colour over the training split, z_raw drawn once per image.
-
-    The maximum-likelihood scale of a Gaussian p(x | z_raw) with one standard deviation per colour.
-    """
-    generator = torch.Generator().manual_seed(0)
-    squares, count = torch.zeros(3, dtype=torch.float64), 0
-    for start in range(0, len(images.train_indices), batch_size):
-        indices = images.train_indices[start : start + batch_size]
-        mean, log_variance = latents.batch(indices)
-        z_raw = mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=generator)
-        error = images.batch(indices) - autoencoder.decode(z_raw).cpu()
-        squares += error.double().square().sum(dim=(0, 2, 3))
-        count += error[:, 0].numel()
-    return (squares / count).sqrt().tolist()
+def perplexity(counts: Tensor) -> Tensor:
+    """exp of the entropy of these counts: how many codes, used equally, would be as many."""
+    p = counts.double() / counts.sum()
+    return torch.special.entr(p).sum().exp().float()

@@ -1,11 +1,15 @@
 """ldm.autoencoder.loss: each term is its formula, and moves the weights that it should."""
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import norm
 from torch.distributions import Normal, kl_divergence
 
-from ldm.autoencoder.loss import AutoencoderLoss
+from ldm.autoencoder.autoencoder import weights_sha256
+from ldm.autoencoder.loss import BIN, AutoencoderLoss, Perceptual
 from ldm.autoencoder.patch import PatchAutoencoderKL
+from ldm.features import EfficientNetLiteDistance
 
 NONE = {"l1": 0.0, "mse": 0.0, "kl": 0.0}
 
@@ -29,7 +33,8 @@ def terms_of(model, images, **weights):
     posterior = model.encode(images).latent_dist
     noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(1))
     reconstruction = model.decode(posterior.mean + posterior.std * noise).sample
-    return AutoencoderLoss(**{**NONE, **weights})(images, reconstruction, posterior), reconstruction, posterior
+    loss = AutoencoderLoss(**{**NONE, **weights})
+    return loss(images, reconstruction, {"kl": posterior.kl().mean()}), reconstruction, posterior
 
 
 def test_every_term_is_its_formula(model, images):
@@ -56,9 +61,9 @@ ENCODER = ("core.encoder", "core.quant_conv", "shortcut_in")
 DECODER = ("core.decoder", "core.post_quant_conv", "shortcut_out")
 
 
-@pytest.mark.parametrize("distortion", ["l1", "mse"])
+@pytest.mark.parametrize("distortion", ["l1", "mse", "nll"])
 def test_distortions_reach_encoder_and_decoder(model, images, distortion):
-    found = gradients(model, images, **{distortion: 1.0})
+    found = gradients(model, ((images + 1) * 127.5).round() / 127.5 - 1, **{distortion: 1.0})
     assert all(value > 0 for value in found.values()), found
 
 
@@ -67,6 +72,66 @@ def test_the_rate_reaches_the_encoder_alone(model, images):
     assert all(value > 0 for value in of(found, *ENCODER))
     assert all(value == 0 for value in of(found, *DECODER))
     assert len(of(found, *ENCODER)) + len(of(found, *DECODER)) == len(found)
+
+
+def test_the_likelihood_is_that_of_the_two_stage_bound(images):
+    """A Gaussian's mass in each 8-bit value's bin, the outermost bins open, by scipy; its scale per colour learns."""
+    images = ((images + 1) * 127.5).round() / 127.5 - 1
+    images[:, :, 0] = 1.0
+    reconstruction = (images + 0.05).requires_grad_()
+    loss = AutoencoderLoss(**{**NONE, "nll": 1.0})
+    loss.log_scale.data = torch.tensor([0.05, 0.1, 0.2]).log()
+    found = loss(images, reconstruction, {})["nll"]
+    x, mean, scale = images.numpy(), reconstruction.detach().numpy(), np.array([0.05, 0.1, 0.2])[:, None, None]
+    above = np.where(x > 1 - BIN / 2, 1, norm.cdf((x + BIN / 2 - mean) / scale))
+    below = np.where(x < -1 + BIN / 2, 0, norm.cdf((x - BIN / 2 - mean) / scale))
+    assert found.item() == pytest.approx(-np.log(above - below).mean(), rel=1e-4)
+    found.backward()
+    assert reconstruction.grad.isfinite().all() and (loss.log_scale.grad != 0).all()
+
+
+def test_the_learned_scale_ends_at_the_error(images):
+    """As the maximum-likelihood scale per colour does: the root mean square of x - x'."""
+    error = (
+        torch.randn(images.shape, generator=torch.Generator().manual_seed(3))
+        * torch.tensor([0.05, 0.1, 0.2])[:, None, None]
+    )
+    loss = AutoencoderLoss(**{**NONE, "nll": 1.0})
+    optimizer = torch.optim.Adam(loss.parameters(), lr=0.05)
+    inside = images * 0.5  # away from the open bins
+    for _ in range(200):
+        optimizer.zero_grad()
+        loss(inside, inside + error, {})["loss"].backward()
+        optimizer.step()
+    torch.testing.assert_close(loss.log_scale.exp(), error.square().mean((0, 2, 3)).sqrt(), rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("size", [32, 48])
+def test_perceptual_features_see_structure_and_keep_their_weights(size):
+    """A gradient in the reconstruction, none in the frozen network, and a shift costs more than faint noise."""
+    network = EfficientNetLiteDistance()
+    perceptual = Perceptual(network, weight=2.0)
+    before = weights_sha256(network)
+    images = torch.nn.functional.interpolate(torch.rand(2, 3, 4, 4) * 2 - 1, size, mode="nearest")
+    reconstruction = (images * 0.9).requires_grad_()
+    assert network(images, images).abs().max() < 1e-6
+    perceptual(images, reconstruction).backward()
+    assert (reconstruction.grad != 0).any() and reconstruction.grad.isfinite().all()
+    assert all(p.grad is None for p in network.parameters()) and weights_sha256(network) == before
+    assert [f.shape[-1] for f in network.features(images)] == [size // 2, size // 4, size // 8, size // 16]
+    noisy = images + 0.02 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    assert (network(images, images.roll(size // 8, -1)) > network(images, noisy)).all()
+
+
+def test_the_perceptual_term_reaches_encoder_and_decoder(model, images):
+    loss = AutoencoderLoss(**NONE)
+    loss.perceptual = Perceptual(EfficientNetLiteDistance(), weight=2.0)
+    wide = images.repeat(1, 1, 4, 4)
+    terms = loss(wide, model(wide).sample, {})
+    torch.testing.assert_close(terms["loss"], 2 * terms["perceptual"])
+    terms["loss"].backward()
+    moved = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert {"core.encoder.conv_in.weight", "shortcut_in.weight", "core.decoder.conv_out.weight"} <= set(moved)
 
 
 def test_no_weight_moves_nothing(model, images):
@@ -85,10 +150,10 @@ def test_the_rate_keeps_its_meaning_over_resolutions(model):
     """Per pixel value: a picture tiled twice as wide has twice the nats and the same loss."""
     image = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(2)) * 2 - 1
     posterior = model.encode(image).latent_dist
-    small = AutoencoderLoss(**{**NONE, "kl": 1.0})(image, image, posterior)
+    small = AutoencoderLoss(**{**NONE, "kl": 1.0})(image, image, {"kl": posterior.kl().mean()})
     for name in ("mean", "logvar", "std", "var"):
         setattr(posterior, name, getattr(posterior, name).repeat(1, 1, 1, 2))
     wide = image.repeat(1, 1, 1, 2)
-    large = AutoencoderLoss(**{**NONE, "kl": 1.0})(wide, wide, posterior)
+    large = AutoencoderLoss(**{**NONE, "kl": 1.0})(wide, wide, {"kl": posterior.kl().mean()})
     torch.testing.assert_close(large["kl"], 2 * small["kl"])
     torch.testing.assert_close(large["loss"], small["loss"])

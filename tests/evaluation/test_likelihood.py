@@ -22,7 +22,7 @@ from torch import nn
 from ldm import console
 from ldm.autoencoder.autoencoder import Autoencoder, LatentStatistics
 from ldm.autoencoder.identity import IdentityAutoencoder
-from ldm.autoencoder.patch import PatchAutoencoderKL
+from ldm.autoencoder.patch import PatchAutoencoderKL, PatchVQModel
 from ldm.data.image_folder import ImageFolder
 from ldm.data.images import ImageData, prepare
 from ldm.data.latents import LatentContract
@@ -505,7 +505,7 @@ def test_an_ode_that_cannot_be_solved(eight_bit):
 
 
 def without_density(pipeline):
-    pipeline.autoencoder.model = nn.Identity()
+    pipeline.autoencoder.model = PatchVQModel(patch=1, block_out_channels=(8,), norm_num_groups=4)
 
 
 def unmeasured(pipeline):
@@ -528,7 +528,7 @@ def of_one_step(pipeline):
 @pytest.mark.parametrize(
     ("spoil", "options", "said"),
     [
-        (without_density, {}, "The autoencoder Identity has no density.*autoencoder=patch"),
+        (without_density, {}, "The autoencoder PatchVQModel has no density.*autoencoder=patch"),
         (unmeasured, {}, r"was not measured on its training split.*latents\.json"),
         (without_error, {}, r"reproduces its training split exactly.*\[0\.1, 0\.0, 0\.1\]"),
         (None, {"variance": "huge"}, "variance=huge is unknown.*fixed_small, fixed_large, learned_range, optimal"),

@@ -2,10 +2,21 @@
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
+from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import poly_mmd
 
-from ldm.evaluation.metrics import _mmd2, kernel_distance, pca_reconstruction, psnr, retrieval_ranks, ssim
+from ldm.evaluation.metrics import (
+    _mmd2,
+    feature_components,
+    frechet_distance,
+    kernel_distance,
+    pca_reconstruction,
+    psnr,
+    retrieval_ranks,
+    ssim,
+)
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -118,6 +129,116 @@ def test_too_few_features_are_refused():
         kernel_distance(draw(7, 3), draw(100, 3))
     with pytest.raises(ValueError, match="at least two subsets, not 1"):
         kernel_distance(draw(7, 3), draw(100, 3), num_subsets=1)
+
+
+def test_kernel_distance_of_pairs_against_a_sum_over_them():
+    """Gretton et al. 2012, eq. 4: h(i, j) = k(x_i, x_j) + k(y_i, y_j) - k(x_i, y_j) - k(x_j, y_i) over i != j."""
+    x, y = draw(8, 3).double(), draw(8, 3, seed=1).double()
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(5))
+
+    def k(a, b):
+        return (a @ b / 3 + 1) ** 3
+
+    values = []
+    for part in order.split(4):
+        pairs = [(i, j) for i in part for j in part if i != j]
+        values.append(np.mean([k(x[i], x[j]) + k(y[i], y[j]) - k(x[i], y[j]) - k(x[j], y[i]) for i, j in pairs]))
+    mean, error = kernel_distance(x, y, num_subsets=2, seed=5, paired=True)
+    assert mean == pytest.approx(np.mean(values), rel=1e-9)
+    assert error == pytest.approx(np.std(values, ddof=1) / 2**0.5, rel=1e-9)
+    assert kernel_distance(x, x, paired=True)[0] == pytest.approx(0, abs=1e-12)
+
+
+def test_kernel_distance_of_dependent_pairs_is_unbiased():
+    """y = -x has the distribution of x: the distance is zero on average with every pair in one subset."""
+    means = [kernel_distance(x := draw(16, 2, seed=i), -x, num_subsets=2, paired=True)[0] for i in range(400)]
+    assert abs(np.mean(means)) < 3 * np.std(means, ddof=1) / 20
+    with pytest.raises(ValueError, match="8 and 9 features are no pairs"):
+        kernel_distance(draw(8, 2), draw(9, 2), paired=True)
+
+
+def with_moments(mean: torch.Tensor, std: torch.Tensor, num: int, seed: int) -> torch.Tensor:
+    """A set whose sample mean is `mean` and whose sample covariance is diag(std^2), exactly."""
+    x = draw(num, len(mean), seed=seed).double()
+    x = x - x.mean(0)
+    whitened = torch.linalg.solve_triangular(torch.linalg.cholesky(torch.cov(x.T)), x.T, upper=False).T
+    return whitened * std + mean
+
+
+def test_frechet_distance_of_gaussians_with_diagonal_covariance():
+    """|m_1 - m_2|^2 + sum (s_1 - s_2)^2."""
+    means, stds = draw(2, 5).double(), draw(2, 5, seed=1).double().abs() + 0.1
+    first, second = (with_moments(m, s, n, n) for m, s, n in zip(means, stds, (40, 70), strict=True))
+    expected = (means[0] - means[1]).square().sum() + (stds[0] - stds[1]).square().sum()
+    assert frechet_distance(first, second) == pytest.approx(expected.item(), rel=1e-9)
+    one = frechet_distance(first[:, :1], second[:, :1])
+    assert one == pytest.approx(((means[0] - means[1])[0] ** 2 + (stds[0] - stds[1])[0] ** 2).item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("dim", [2, 16])
+def test_frechet_distance_against_scipy(dim):
+    samples, reference = draw(50, dim), draw(80, dim, seed=1) @ draw(dim, dim, seed=2) + 0.3
+    x, y = samples.double().numpy(), reference.double().numpy()
+    c_1, c_2 = np.cov(x.T), np.cov(y.T)
+    root = scipy.linalg.sqrtm(c_1 @ c_2).real
+    expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(c_1 + c_2 - 2 * root)
+    assert frechet_distance(samples, reference) == pytest.approx(expected, rel=1e-8)
+    assert frechet_distance(reference, samples) == pytest.approx(expected, rel=1e-8)
+
+
+class Flat(torch.nn.Module):
+    """Pixels as features."""
+
+    num_features = 12
+
+    def forward(self, images):
+        return images.flatten(1)
+
+
+def test_frechet_distance_equals_torchmetrics():
+    samples, reference = draw(60, 3, 2, 2).double(), 1.3 * draw(90, 3, 2, 2, seed=1).double() + 0.2
+    metric = FrechetInceptionDistance(feature=Flat(), normalize=True, input_img_size=(3, 2, 2)).set_dtype(torch.float64)
+    metric.update(reference, real=True)
+    metric.update(samples, real=False)
+    assert frechet_distance(samples.flatten(1), reference.flatten(1)) == pytest.approx(
+        metric.compute().item(), rel=1e-6
+    )
+
+
+def test_frechet_distance_of_equal_sets():
+    """Also where features are constant or repeat each other, whose covariance has no full rank."""
+    features = draw(64, 32)
+    features[:, 5] = 0
+    features[:, 6] = features[:, 7]
+    scale = torch.cov(features.T).trace().item()
+    assert 0 <= frechet_distance(features, features) < 1e-9 * scale
+    assert 0 <= frechet_distance(features, features.flip(0)) < 1e-9 * scale
+
+
+@pytest.mark.parametrize("sizes", [(63, 100), (100, 63)])
+def test_too_few_features_for_a_frechet_distance(sizes):
+    first, second = (draw(size, 32) for size in sizes)
+    with pytest.raises(ValueError, match="needs 64 of each at least. Use its PCA form"):
+        frechet_distance(first, second)
+
+
+def test_feature_components_against_a_singular_value_decomposition():
+    train = draw(50, 6) @ draw(6, 6, seed=1) + 3
+    mean, basis = feature_components(train, 2)
+    _, _, expected = np.linalg.svd(train.double().numpy() - mean.numpy(), full_matrices=False)
+    np.testing.assert_allclose(mean, train.double().mean(0), rtol=1e-12)
+    np.testing.assert_allclose(basis @ basis.T, expected[:2].T @ expected[:2], atol=1e-9)
+    with pytest.raises(ValueError, match="7 components of 50 training features: from 1 to 6 exist"):
+        feature_components(train, 7)
+    with pytest.raises(ValueError, match="from 1 to 3 exist"):
+        feature_components(train[:4], 4)
+
+
+def test_a_frechet_distance_in_every_component_is_that_without():
+    train, samples, reference = draw(50, 6), draw(30, 6, seed=1), 2 * draw(40, 6, seed=2)
+    mean, basis = feature_components(train, 6)
+    projected = ((x.double() - mean) @ basis for x in (samples, reference))
+    assert frechet_distance(*projected) == pytest.approx(frechet_distance(samples, reference), rel=1e-9)
 
 
 def test_retrieval_ranks_against_brute_force():

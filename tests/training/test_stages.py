@@ -8,6 +8,7 @@ import torch
 
 from ldm.autoencoder.loss import AutoencoderLoss
 from ldm.autoencoder.patch import PatchAutoencoderKL
+from ldm.autoencoder.regulariser import KL
 from ldm.data.image_folder import ImageFolder
 from ldm.data.images import ImageData, prepare
 from ldm.data.loaders import val_loader
@@ -22,7 +23,7 @@ from ldm.training.budget import Budget
 from ldm.training.callbacks import EMACallback
 from ldm.training.diffusion import Objective
 from ldm.training.diffusion_stage import DiffusionStage, class_condition, no_condition
-from ldm.training.vae import VAEStage, decoder_scale
+from ldm.training.vae_stage import VAEStage, decoder_scale
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 
@@ -45,6 +46,7 @@ def vae_stage(images, tmp_path):
         return VAEStage(
             model=partial(PatchAutoencoderKL, **sizes),
             loss=AutoencoderLoss(),
+            regulariser=KL(),
             optimizer=SGD,
             images=images,
             flip=flip,
@@ -104,7 +106,7 @@ def step(stage, batch, k: int = 0) -> float:
 @pytest.mark.parametrize("flip", [False, True])
 def test_half_of_the_images_are_mirrored_when_asked_for(vae_stage, images, monkeypatch, flip):
     stage, seen = vae_stage(flip), []
-    monkeypatch.setattr(stage.module, "loss", lambda x, *_: seen.append(x) or {"loss": x.sum()})
+    monkeypatch.setattr(stage.module.loss, "forward", lambda x, *_: seen.append(x) or {"loss": x.sum()})
     batch = images.batch(images.train_indices)
     step(stage, batch)
     mirrored = [torch.equal(a, b.flip(-1)) and not torch.equal(a, b) for a, b in zip(seen[0], batch, strict=True)]

@@ -1,0 +1,169 @@
+"""Features that no training loss has seen: those of a small classifier of a data set's own classes.
+
+A distance in the features that a perceptual loss was trained on says little about that loss. These are learned from
+the labels alone, by the training split alone, and kept beside the prepared images. It knows the training images better
+than others, so a distance from validation to training images holds its overfitting too; one between validation images
+and their reconstructions does not.
+"""
+
+import hashlib
+import json
+import math
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ldm.data.images import ImageData
+from ldm.data.order import batch_at, derive_seed
+from ldm.errors import UserError
+
+FORMAT = 1
+"""Of the architecture, the recipe and the files: another number trains again."""
+NUM_STEPS, BATCH_SIZE, PEAK_LR, WEIGHT_DECAY = 1000, 256, 1e-2, 0.05
+MOST_PIXELS = 64
+
+
+class Classifier(nn.Module):
+    """A convolutional classifier whose penultimate layer gives features: [b, 3, H, W] in [-1, 1] -> [b, 64].
+
+    Images of more than 64 px are resized to 64 (bilinear, antialiased).
+    """
+
+    name = "classifier"
+    dim = 64
+
+    def __init__(self, num_classes: int, key: str = name) -> None:
+        super().__init__()
+        self.key = key
+        """What its files are named by: the classifier of these images, this split and this seed."""
+        self.val_accuracy: float | None = None
+        """Share of the validation images whose class it names."""
+        self.layers = nn.Sequential(
+            nn.PixelUnshuffle(2),
+            _convolution(12, 32),
+            _convolution(32, 64, stride=2),
+            _convolution(64, 64),
+            _convolution(64, 128, stride=2),
+            _convolution(128, self.dim),
+        )
+        self.head = nn.Linear(self.dim, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.shape[-1] > MOST_PIXELS:
+            images = F.interpolate(images, size=MOST_PIXELS, mode="bilinear", antialias=True)
+        height, width = images.shape[-2:]
+        if height % 2 or width % 2:
+            images = F.pad(images, (0, width % 2, 0, height % 2), mode="replicate")
+        return self.layers(images).mean(dim=(2, 3))
+
+    def logits(self, images: Tensor) -> Tensor:
+        """[b, num_classes]."""
+        return self.head(self(images))
+
+
+def _convolution(channels: int, out: int, stride: int = 1) -> nn.Module:
+    convolution = nn.Conv2d(channels, out, 3, stride, padding=1, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(out), nn.ReLU())
+
+
+def load_classifier(images: ImageData, *, seed: int = 0, num_steps: int = NUM_STEPS) -> Classifier:
+    """The classifier of a data set, frozen: read from its cache folder, or trained and kept there.
+
+    Its files are features-classifier-<key>.safetensors and .json, which says how it was made and what it is worth.
+
+    Raises:
+        UserError: images without class labels, or all of one class.
+    """
+    labels = _labels(images)
+    made_from: dict[str, Any] = {
+        "format": FORMAT,
+        "data_fingerprint": images.fingerprint,
+        "val_fraction": images.val_fraction,
+        "seed": seed,
+        "num_steps": num_steps,
+        "num_classes": int(labels.max()) + 1,
+    }
+    digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:8]
+    classifier = Classifier(made_from["num_classes"], f"{Classifier.name}-{digest}")
+    weights, facts = (images.path / f"features-{classifier.key}{end}" for end in (".safetensors", ".json"))
+    if weights.is_file():
+        classifier.load_state_dict(load_file(weights))
+        classifier.val_accuracy = json.loads(facts.read_text(encoding="utf-8"))["val_accuracy"]
+    else:
+        train(classifier, images, labels, seed=seed, num_steps=num_steps)
+        classifier.val_accuracy = accuracy(classifier, images, labels, images.val_indices)
+        figures = {**made_from, "val_accuracy": classifier.val_accuracy, "num_val": len(images.val_indices)}
+        partial = facts.with_suffix(".partial.json")
+        partial.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        partial.replace(facts)
+        partial = weights.with_suffix(".partial.safetensors")
+        save_file(classifier.state_dict(), partial)
+        partial.replace(weights)  # last: where the weights are, the facts are too
+    return classifier.eval().requires_grad_(False)
+
+
+def _labels(images: ImageData) -> Tensor:
+    missing = len(images) if images.labels is None else images.labels.count(None)
+    if missing:
+        raise UserError(
+            f"features=classifier is trained on class labels, and {missing} of the {len(images)} images of "
+            f"{images.name} have none. Choose features=efficientnet_lite."
+        )
+    labels = torch.tensor(images.labels)
+    if len(labels[images.train_indices].unique()) < 2:
+        raise UserError(
+            f"features=classifier needs two classes at least, and the training images of {images.name} are all of one. "
+            "Choose features=efficientnet_lite."
+        )
+    return labels
+
+
+def train(classifier: Classifier, images: ImageData, labels: Tensor, *, seed: int, num_steps: int) -> None:
+    """Fit it to the training split: cross-entropy, AdamW, a linear warm-up and a cosine to zero.
+
+    On the CPU, so that every machine finds the same features. Weights and order depend on the seed alone.
+    """
+    _initialise(classifier, torch.Generator().manual_seed(derive_seed(seed, 1)))
+    indices, order = images.train_indices, derive_seed(seed, 2)
+    batch_size = min(BATCH_SIZE, len(indices))
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=PEAK_LR, weight_decay=WEIGHT_DECAY)
+    warm_up = max(1, num_steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda k: min((k + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * k / num_steps))
+    )
+    columns = (TextColumn("training a classifier"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    network: Any = classifier.train()
+    network.to(memory_format=torch.channels_last)  # 1.4 times as fast on a CPU
+    with Progress(*columns, transient=True) as bar:
+        for step in bar.track(range(num_steps)):
+            chosen = indices[batch_at(step, size=len(indices), batch_size=batch_size, seed=order)]
+            loss = F.cross_entropy(classifier.logits(images.batch(chosen)), labels[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    network.eval().to(memory_format=torch.contiguous_format)
+
+
+def _initialise(classifier: Classifier, generator: torch.Generator) -> None:
+    """He's normal initialisation of the convolutions, a head that starts at zero. Source: arXiv:1502.01852."""
+    for layer in classifier.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu", generator=generator)
+    nn.init.zeros_(classifier.head.weight)
+    nn.init.zeros_(classifier.head.bias)
+
+
+@torch.no_grad()
+def accuracy(classifier: Classifier, images: ImageData, labels: Tensor, indices: np.ndarray) -> float:
+    """Share of these images whose class it names."""
+    right = 0
+    for start in range(0, len(indices), BATCH_SIZE):
+        chosen = indices[start : start + BATCH_SIZE]
+        right += int((classifier.logits(images.batch(chosen)).argmax(1) == labels[chosen]).sum())
+    return right / len(indices)

@@ -1,0 +1,122 @@
+"""ldm.evaluation.classifier: it learns classes of small pictures, is kept, and is the same again."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm.data.image_folder import ImageFolder
+from ldm.data.images import ImageData, prepare
+from ldm.errors import UserError
+from ldm.evaluation import classifier as module
+from ldm.evaluation.classifier import Classifier, accuracy, load_classifier
+from ldm.evaluation.report import load_features, reference_features
+
+STEPS = 25
+
+
+def stripes(folder: Path, count: int, axis: int, seed: int) -> None:
+    """Pictures of 8 pixels with stripes along one axis, at any place and in any colour."""
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(seed)
+    for i in range(count):
+        pixels = np.zeros((8, 8, 3), np.uint8)
+        line = (np.arange(8) + generator.integers(4)) % 4 < 2
+        pixels[line if axis == 0 else (slice(None), line)] = generator.integers(100, 256, 3)
+        Image.fromarray(pixels).save(folder / f"{i:03d}.png")
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("stripes")
+    for axis, name in enumerate(("lying", "standing")):
+        stripes(place / "stripes" / name, 60, axis, seed=axis)
+    return prepare(ImageFolder(place / "stripes"), resolution=8, cache_dir=place / "cache", progress=False).path
+
+
+@pytest.fixture
+def images(prepared, tmp_path) -> ImageData:
+    return ImageData.open(shutil.copytree(prepared, tmp_path / "cache"), val_fraction=0.3)
+
+
+def test_it_learns_the_classes_and_gives_64_features(images):
+    classifier = load_classifier(images, num_steps=STEPS)
+    assert classifier.val_accuracy > 0.9
+    labels = torch.tensor(images.labels)
+    logits = classifier.head(classifier(images.batch(images.val_indices)))
+    assert classifier.val_accuracy == (logits.argmax(1) == labels[images.val_indices]).double().mean().item()
+    features = classifier(images.batch(range(5)))
+    assert features.shape == (5, Classifier.dim) and not features.requires_grad and not classifier.training
+    torch.testing.assert_close(features[:2], classifier(images.batch(range(2))))
+
+
+def test_it_is_kept_beside_the_images(images, monkeypatch):
+    first = load_classifier(images, num_steps=STEPS)
+    file = images.path / f"features-{first.key}.safetensors"
+    facts = json.loads(file.with_suffix(".json").read_text())
+    assert facts["data_fingerprint"] == images.fingerprint and facts["val_accuracy"] == first.val_accuracy
+    assert facts["num_val"] == len(images.val_indices) and not list(images.path.glob("*partial*"))
+    with monkeypatch.context() as context:
+        context.setattr(module, "train", lambda *_, **__: pytest.fail("trained again"))
+        again = load_classifier(images, num_steps=STEPS)
+    assert again.val_accuracy == first.val_accuracy
+    pixels = images.batch(range(4))
+    assert torch.equal(again(pixels), first(pixels))
+    file.unlink()
+    torch.manual_seed(17)  # whatever else was drawn
+    assert torch.equal(load_classifier(images, num_steps=STEPS)(pixels), first(pixels))
+
+
+def test_another_split_is_another_classifier(images):
+    """Else the validation images of one were training images of the other."""
+    keys = {load_classifier(images, num_steps=1).key, load_classifier(images, num_steps=1, seed=1).key}
+    keys.add(load_classifier(ImageData.open(images.path, 0.4), num_steps=1).key)
+    assert len(keys) == 3
+
+
+def test_its_features_are_kept_under_its_key(images, monkeypatch):
+    monkeypatch.setattr(module.load_classifier, "__kwdefaults__", {"seed": 0, "num_steps": STEPS})
+    network = load_features("classifier", images)
+    found = reference_features(network, "classifier", images)
+    assert (images.path / f"features-{network.key}.npy").is_file() and not images.path.joinpath(
+        "features-classifier.npy"
+    ).exists()
+    torch.testing.assert_close(found, network(images.batch(range(len(images)))))
+
+
+@pytest.mark.parametrize("size", [7, 32, 65, 96])
+def test_any_size(size):
+    assert Classifier(3)(torch.zeros(2, 3, size, size)).shape == (2, 64)
+
+
+def test_accuracy_of_a_coin(images):
+    """A head of zeros names the first class for all."""
+    classifier, labels = Classifier(2).eval(), torch.tensor(images.labels)
+    torch.nn.init.zeros_(classifier.head.weight)
+    torch.nn.init.zeros_(classifier.head.bias)
+    indices = images.train_indices
+    assert accuracy(classifier, images, labels, indices) == (labels[indices] == 0).double().mean().item()
+
+
+def test_images_without_classes(make_images, images, tmp_path):
+    plain = make_images(tmp_path / "plain", 6, size=8)
+    without = prepare(ImageFolder(plain), resolution=8, cache_dir=tmp_path / "other", progress=False)
+    with pytest.raises(UserError, match="6 of the 6 images of plain have none. Choose features=efficientnet_lite"):
+        load_features("classifier", without)
+    images.labels[:] = [0] * len(images)
+    with pytest.raises(UserError, match="two classes at least"):
+        load_classifier(images)
+    images.labels[3] = None
+    with pytest.raises(UserError, match=f"1 of the {len(images)} images"):
+        load_classifier(images)
+
+
+def test_a_name_that_is_none(images):
+    with pytest.raises(UserError, match="features=inception is unknown. Choose one of: efficientnet_lite, classifier"):
+        load_features("inception", images)
+    with pytest.raises(UserError, match="Choose one of: efficientnet_lite.$"):
+        load_features("classifier")

@@ -1,0 +1,327 @@
+"""What tools/evaluate.py measures, prints, draws and refuses for a run of stage=vae."""
+
+import json
+import math
+import runpy
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+
+import ldm.features
+import ldm.tracking
+from ldm.autoencoder.autoencoder import Autoencoder
+from ldm.autoencoder.patch import PatchAutoencoderKL, PatchVQModel
+from ldm.data.image_folder import ImageFolder
+from ldm.data.images import ImageData, prepare
+from ldm.errors import UserError
+from ldm.evaluation import classifier, reconstruction_report
+from ldm.evaluation.metrics import feature_components, frechet_distance, kernel_distance, pca_reconstruction, psnr, ssim
+from ldm.evaluation.reconstruction_metrics import codebook, distances
+from ldm.evaluation.reconstruction_picture import draw, shows
+from ldm.evaluation.reconstruction_report import measure
+from ldm.home import folder
+from ldm.pictures import to_pil
+from ldm.run import Run
+
+CPU = torch.device("cpu")
+
+
+class MeanColours(torch.nn.Module):
+    """Colours of a 2 x 2 grid: features that cost nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1), requires_grad=False)
+
+    def forward(self, images):
+        return self.weight * torch.nn.functional.adaptive_avg_pool2d(images, 2).flatten(1)
+
+
+class L1(torch.nn.Module):
+    """Stands in for LPIPS."""
+
+    def forward(self, x, y):
+        return (x - y).abs().mean((1, 2, 3))
+
+
+def evaluate() -> None:
+    runpy.run_path(str(folder("tools") / "evaluate.py"), run_name="__main__")
+
+
+@pytest.fixture(scope="module")
+def trained(make_images, tmp_path_factory) -> Path:
+    """Images of 8 pixels in two classes, and runs with a KL autoencoder and one with a codebook, near a PCA."""
+    place = tmp_path_factory.mktemp("reconstructions")
+    for seed, name in enumerate(("cat", "dog")):
+        make_images(place / "pets" / name, 60, size=8, seed=seed)
+    source = ImageFolder(place / "pets")
+    images = prepare(source, resolution=8, cache_dir=place / "cache", val_fraction=0.3, progress=False)
+    torch.manual_seed(0)
+    options = {"patch": 2, "latent_channels": 4, "block_out_channels": (8,), "norm_num_groups": 4, "sample_size": 8}
+    models = {"kl": PatchAutoencoderKL(**options), "vq": PatchVQModel(**options, num_vq_embeddings=16)}
+    for name, model in models.items():
+        model.init_shortcut(images.batch(images.train_indices))
+        torch.nn.init.normal_(model.core.decoder.conv_out.bias, std=0.02)
+        if name == "vq":
+            torch.nn.init.normal_(model.core.quantize.embedding.weight)
+        facts = {
+            "stage": "vae",
+            "name": name,
+            "data_fingerprint": images.fingerprint,
+            "data_cache": str(images.path),
+            "val_fraction": images.val_fraction,
+            "finished": 1.0,
+        }
+        run = Run.create(place / "runs/vae" / name, OmegaConf.create({}), facts)
+        Autoencoder(model.eval()).save(run.autoencoder_folder)
+    return place
+
+
+@pytest.fixture
+def place(trained, tmp_path, monkeypatch) -> Path:
+    """A copy of the runs and of the images; no LPIPS."""
+    shutil.copytree(trained / "runs", tmp_path / "runs")
+    (cache,) = (trained / "cache").glob("pets-*")
+    shutil.copytree(cache, tmp_path / "pets")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(ldm.features.CHOICES, "mean_colours", MeanColours)
+    monkeypatch.setattr(reconstruction_report, "has_lpips", lambda: False)
+    return tmp_path
+
+
+@pytest.fixture
+def opened(place):
+    """A run by its name, with other facts where they are given."""
+
+    def opened(name: str = "kl", **facts) -> Run:
+        run = Run.open(place / "runs/vae" / name)
+        run.update(data_cache=str(place / "pets"), **facts)
+        return run
+
+    return opened
+
+
+def reconstruct(run: Run) -> tuple[ImageData, torch.Tensor, torch.Tensor]:
+    """The images of a run, its validation images and what its autoencoder makes of them."""
+    images, autoencoder = run.image_data(), run.autoencoder()
+    originals = images.batch(images.val_indices)
+    return images, originals, autoencoder.decode(autoencoder.encode(originals)[0])
+
+
+def test_figures_against_brute_force(opened):
+    run = opened()
+    images, originals, reconstructed = reconstruct(run)
+    found = measure(run, device=CPU, features="mean_colours", batch_size=7).figures
+    n = len(originals)
+    assert (found["num_images"], found["images"]) == (n, f"pets/val@{images.fingerprint[:8]}") and n >= 24
+    for key, values in (("psnr_db", psnr(originals, reconstructed)), ("ssim", ssim(originals, reconstructed))):
+        assert found[key] == pytest.approx(values.mean().item(), rel=1e-4)
+        assert found[f"{key}_standard_error"] == pytest.approx(values.std().item() / n**0.5, rel=1e-3)
+    pca = pca_reconstruction(images.batch(images.train_indices), originals, factor=2, channels=4)
+    assert found["pca_psnr_db"] == pytest.approx(psnr(originals, pca).mean().item(), abs=1e-3)
+
+    network = MeanColours()
+    own, made, train = (network(x) for x in (originals, reconstructed, images.batch(images.train_indices)))
+    assert (found["features"], found["feature_dim"], found["fd_components"]) == ("mean_colours", 12, None)
+    assert (found["reference"], found["num_reference"]) == (f"pets/train@{images.fingerprint[:8]}", len(train))
+    assert found["fd_reconstructions"] == pytest.approx(frechet_distance(made, own), rel=1e-3)
+    assert found["fd_validation"] == pytest.approx(frechet_distance(own, train), rel=1e-3)
+    # the same images in another order fall into other subsets
+    assert found["kd_reconstructions"] == pytest.approx(kernel_distance(made, own, paired=True)[0], abs=0.05)
+    assert found["kd_validation"] == pytest.approx(0, abs=0.3) and found["kd_validation_standard_error"] > 0
+
+    mean, log_variance = run.autoencoder().encode(originals)
+    posterior = torch.distributions.Normal(mean, (0.5 * log_variance).exp())
+    nats = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).sum((1, 2, 3)).mean()
+    assert found["kl_nats"] == pytest.approx(nats.item(), rel=1e-4)
+    assert found["kl_bits"] == pytest.approx(nats.item() / math.log(2), rel=1e-4)
+    assert found["kl_bits_per_value"] == pytest.approx(found["kl_bits"] / 192)
+    assert found["regulariser"] == "kl" and found["codebook_size"] is None and found["lpips"] is None
+
+
+def test_the_images_are_chosen_by_the_seed(opened):
+    options = {"device": CPU, "features": "none", "num_images": 5}
+    first, same, other = (measure(opened(), **options, seed=seed).figures for seed in (0, 0, 1))
+    assert first["num_images"] == 5 and first["psnr_db"] == same["psnr_db"] != other["psnr_db"]
+    assert first["features"] is None and not first["features_in_loss"] and "fd_reconstructions" not in first
+
+
+def test_few_images_are_compared_in_components_of_the_training_images():
+    generator = torch.Generator().manual_seed(0)
+    own, train = (torch.randn(n, 40, generator=generator) for n in (30, 90))
+    made = own + 0.2 * torch.randn(own.shape, generator=generator)
+    found = distances(made, own, train)
+    mean, basis = feature_components(train, 15)
+    expected = [(x.double() - mean) @ basis for x in (made, own, train)]
+    assert found["fd_components"] == 15
+    assert found["fd_reconstructions"] == pytest.approx(frechet_distance(*expected[:2]), rel=1e-9)
+    assert found["fd_validation"] == pytest.approx(frechet_distance(*expected[1:]), rel=1e-9)
+    assert (found["kd_reconstructions"], found["kd_reconstructions_standard_error"]) == kernel_distance(
+        made, own, paired=True
+    )
+    many = torch.randn(200, 120, generator=generator)
+    assert distances(many, many, many)["fd_components"] == 64
+    few = distances(made[:7], own[:7], train)
+    assert few["fd_components"] == 3 and few["kd_reconstructions"] is None
+
+
+def test_a_codebook(opened):
+    run = opened("vq")
+    images, originals, _ = reconstruct(run)
+    report = measure(run, device=CPU, features="none", batch_size=7)
+    codes = run.autoencoder().codes(run.autoencoder().encode(originals)[0]).flatten().tolist()
+    share = np.array([codes.count(k) for k in set(codes)]) / len(codes)
+    found = report.figures
+    assert found["regulariser"] == "vq" and found["codebook_size"] == 16 and found["kl_bits"] is None
+    assert found["codebook_usage"] == len(share) / 16
+    assert found["codebook_perplexity"] == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-9)
+    assert codebook(torch.tensor([5, 5, 5, 5, 0, 0, 0, 0]))["codebook_perplexity"] == pytest.approx(4)
+
+
+def test_the_picture_shows_the_worst_twelve(opened, monkeypatch):
+    run, seen = opened(), {}
+    monkeypatch.setattr(reconstruction_report, "draw", lambda *parts: seen.update(enumerate(parts)))
+    images, originals, reconstructed = reconstruct(run)
+    measure(run, device=CPU, features="none")
+    values = psnr(originals, reconstructed)
+    worst = values.argsort()[:12]
+    torch.testing.assert_close(seen[0], originals[worst])
+    torch.testing.assert_close(seen[1], reconstructed[worst], atol=1e-4, rtol=0)
+    names = [images.class_names[images.labels[images.val_indices[i]]] for i in worst]
+    assert seen[2] == [(f"{values[i]:.1f} dB", name) for i, name in zip(worst, names, strict=True)]
+    assert f"12 worst of {len(values)} held-out images" in seen[3]
+
+
+def test_the_error_is_amplified_four_times():
+    original = torch.full((1, 3, 4, 4), -0.5)
+    picture = draw(original, original + 0.1, [("1 dB", "a very long caption that stands above no picture")], "title")
+    middle = picture.getpixel((110 + 64, picture.height - 10 - 6 - 64))
+    assert middle == pytest.approx((51, 51, 51), abs=1), "0.4 of the 2 between black and white"
+    assert picture.getpixel((110 + 64, 36 + 38 + 64)) == to_pil(original)[0].getpixel((0, 0))
+
+
+def test_what_an_image_shows(opened):
+    images = opened().image_data()
+    assert shows(images, 0) == "cat"
+    object.__setattr__(images, "captions", ["a sleeping cat", *[None] * (len(images) - 1)])
+    assert shows(images, 0) == "a sleeping cat" and shows(images, len(images) - 1) == "dog"
+    object.__setattr__(images, "class_names", None)
+    assert shows(images, 1) == ""
+
+
+def test_the_command(call, opened, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    run = opened()
+    ended = call(evaluate, f"run={run.path}", "features=mean_colours", "device=cpu", "num_images=24")
+    assert ended.code == 0, ended
+    found = json.loads((run.path / "evaluation.json").read_text())
+    with Image.open(run.path / "worst_reconstructions.png") as picture:
+        assert picture.width > 6 * 128 and picture.height > 6 * 128 and len(picture.getcolors(10**6)) > 50
+    assert found["num_images"] == 24 and "evaluation.json" in ended.out and "worst_reconstructions.png" in ended.out
+    for text in (f"{found['psnr_db']:.2f}", f"{found['fd_reconstructions']:.4f}", f"{found['kl_bits']:.1f}"):
+        assert text in ended.out
+    assert "N=24, ref=originals of the same 24 images; validation against training images: ref=pets/train" in ended.out
+    assert "LPIPS is left out: its packages are not installed" in ended.out and "prove" not in ended.out
+
+
+def test_features_of_the_loss_prove_nothing_about_it(opened):
+    seen = measure(opened(perceptual="mean_colours"), device=CPU, features="mean_colours")
+    assert seen.figures["features_in_loss"] and any("prove nothing about that term" in line for line in seen.lines)
+    other = measure(opened(perceptual="lpips"), device=CPU, features="mean_colours")
+    assert not other.figures["features_in_loss"] and not any("prove" in line for line in other.lines)
+
+
+def test_lpips_where_it_is_at_hand(opened, monkeypatch):
+    monkeypatch.setattr(reconstruction_report, "has_lpips", lambda: True)
+    monkeypatch.setattr(reconstruction_report, "LPIPS", L1)
+    run = opened(perceptual="lpips")
+    report = measure(run, device=CPU, features="none")
+    _, originals, reconstructed = reconstruct(run)
+    values = (originals - reconstructed).abs().mean((1, 2, 3))
+    assert report.figures["lpips"] == pytest.approx(values.mean().item(), rel=1e-4)
+    assert report.figures["lpips_standard_error"] == pytest.approx(values.std().item() / len(values) ** 0.5, rel=1e-3)
+    assert any("its LPIPS proves nothing about that term" in line for line in report.lines)
+
+    def unreachable():
+        raise UserError("no network")
+
+    monkeypatch.setattr(reconstruction_report, "LPIPS", unreachable)
+    without = measure(run, device=CPU, features="none")
+    assert without.figures["lpips"] is None and "could not be fetched" in without.lines[0]
+
+
+def test_features_of_a_classifier(opened, monkeypatch):
+    monkeypatch.setattr(classifier.load_classifier, "__kwdefaults__", {"seed": 0, "num_steps": 2})
+    run = opened()
+    report = measure(run, device=CPU, features="classifier")
+    n = report.figures["num_images"]
+    assert report.figures["feature_dim"] == 64 and report.figures["fd_components"] == n // 2 < 64
+    assert 0 <= report.figures["classifier_val_accuracy"] <= 1
+    assert any("The classifier names the class of" in line for line in report.lines)
+    assert measure(run, device=CPU, features="classifier").figures["fd_validation"] == report.figures["fd_validation"]
+
+
+class Recorder:
+    """Stands in for a W&B run."""
+
+    def __init__(self, out, config, **options) -> None:
+        Recorder.last, self.out, self.options, self.images = self, out, options, []
+
+    def summarise(self, values) -> None:
+        self.summary = values
+
+    def log_images(self, key, images, captions, step) -> None:
+        self.images.append((key, len(images), captions))
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+def test_logger_wandb_gets_the_figures_and_the_picture(call, opened, monkeypatch):
+    monkeypatch.setattr(ldm.tracking, "WandbRun", Recorder)
+    run = opened()
+    ended = call(evaluate, f"run={run.path}", "features=none", "device=cpu", "logger=wandb")
+    assert ended.code == 0, ended
+    tracked = Recorder.last
+    assert tracked.options["name"] == "evaluation/vae/kl" and tracked.options["group"] == "kl" and tracked.finished
+    assert tracked.out == run.path / "evaluation", "the run's own folder keeps the id of its training"
+    figures = json.loads((run.path / "evaluation.json").read_text())
+    assert tracked.summary["psnr_db"] == figures["psnr_db"] and "latent_shape" not in tracked.summary
+    assert tracked.images == [("worst reconstructions", 1, ["kl"])]
+
+
+def test_reconstructions_that_are_not_finite(opened, monkeypatch):
+    monkeypatch.setattr(Autoencoder, "decode", lambda _, z: torch.full((len(z), 3, 8, 8), torch.nan))
+    with pytest.raises(UserError, match="reconstructions of 5 of 5 images are not finite"):
+        measure(opened(), device=CPU, features="none", num_images=5)
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("features=inception", "features=inception is unknown. Choose one of: efficientnet_lite, mean_colours, class"),
+        ("num_images=1", "num_images=1 must be at least 2"),
+        ("num_images=many", "num_images=many must be a whole number"),
+        ("seed=1.5", "seed=1.5 must be a whole number"),
+        ("batch_size=0", "batch_size=0 must be a whole number of 1 at least"),
+        ("run=nowhere", "run=nowhere does not exist"),
+    ],
+)
+def test_mistakes_on_the_command_line(call, opened, monkeypatch, argument, said):
+    monkeypatch.setattr(Autoencoder, "encode", lambda *_: pytest.fail("computed first"))
+    run = opened()
+    ended = call(evaluate, f"run={run.path}", "device=cpu", argument)
+    assert ended.code == 2 and said in ended.err and ended.err.count("\n") == 1, ended
+    assert not (run.path / "evaluation.json").exists()
+
+
+def test_a_run_that_did_not_finish(call, opened):
+    run = opened()
+    shutil.rmtree(run.autoencoder_folder)
+    ended = call(evaluate, f"run={run.path}", "features=none")
+    assert ended.code == 2 and "resume=true" in ended.err, ended
