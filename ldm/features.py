@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from ldm.errors import UserError
 
+NUM_LEVELS = 3
+"""Resolutions at which features are compared: H / 2, H / 4, H / 8."""
+
 
 class EfficientNetLite(nn.Module):
     """ImageNet features of EfficientNet-lite0, pooled: [b, 3, H, W] in [-1, 1] -> [b, 1280].
@@ -38,7 +41,7 @@ class EfficientNetLite(nn.Module):
 class EfficientNetLiteDistance(nn.Module):
     """A perceptual distance of images at their native size: [b, 3, H, W] twice, in [-1, 1] -> [b].
 
-    At the last layer of each resolution, H / 2 to H / 16, both features of EfficientNet-lite0 are scaled to unit length
+    At the last layer of each resolution, H / 2 to H / 8, both features of EfficientNet-lite0 are scaled to unit length
     over the channels; the distance is their squared difference, summed over the channels, averaged over the locations
     and the levels. It has a gradient in both. Source: Zhang et al. 2018, arXiv:1801.03924, eq. 1, without learned
     weights of the channels.
@@ -54,8 +57,10 @@ class EfficientNetLiteDistance(nn.Module):
         network = _efficientnet_lite("perceptual=efficientnet_lite")
         self.stem = nn.Sequential(network._conv_stem, network._bn0, network._swish)
         halvings = [i for i, block in enumerate(network._blocks) if block._block_args.stride in (2, [2])]
-        starts = [0, *halvings[:-1]]  # what halves to H / 32 and follows is left out
-        self.levels = nn.ModuleList(nn.Sequential(*network._blocks[a:b]) for a, b in zip(starts, halvings, strict=True))
+        # deeper ones would double the cost, for features of which an image of 32 px has four
+        ends = halvings[:NUM_LEVELS]
+        starts = [0, *ends[:-1]]
+        self.levels = nn.ModuleList(nn.Sequential(*network._blocks[a:b]) for a, b in zip(starts, ends, strict=True))
 
     def features(self, images: Tensor) -> list[Tensor]:
         """One feature per level, each of unit length over its channels."""
@@ -67,10 +72,11 @@ class EfficientNetLiteDistance(nn.Module):
         return found
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
-            of_x = self.features(x)
-        levels = [(a - b).square().sum(1).mean((1, 2)) for a, b in zip(of_x, self.features(y), strict=True)]
-        return torch.stack(levels).mean(0)
+        # a CPU's depthwise convolutions are 1.4 times as fast in float32 as in bfloat16
+        lower = torch.is_autocast_enabled(x.device.type) and x.device.type != "cpu"
+        with torch.autocast(x.device.type, enabled=lower):
+            features = zip(self.features(x), self.features(y), strict=True)
+            return torch.stack([(a - b).square().sum(1).mean((1, 2)) for a, b in features]).mean(0)
 
 
 class LPIPS(nn.Module):

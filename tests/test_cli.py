@@ -308,7 +308,64 @@ def test_an_unconditional_unet(trained, train, tool, tmp_path):
     assert pixels_of(tmp_path / "00001.png").shape == (32, 32, 3)
 
 
+def test_a_codebook_and_a_chain_on_what_it_quantises(trained, train, tool, tmp_path):
+    """Both stages with regulariser=vq, samples of it, its reconstructions, and no likelihood."""
+    small = ["regulariser=vq", "regulariser.codebook_size=64", "autoencoder.model.latent_channels=4"]
+    vae = train(*TINY_VAE, *SIX_STEPS, *small, "name=vq")
+    rows = metrics_of(vae)
+    used = [float(row["val/codebook_usage"]) for row in rows if row["val/codebook_usage"]]
+    assert 0.3 < used[-1] <= 1 and vae.facts["regulariser"] == "vq"
+    run = train(*TINY_DIFFUSION, "conditioning=none", "trainer.max_steps=2", "name=vq", f"vae={vae.path}")
+    autoencoder = run.pipeline().autoencoder
+    assert autoencoder.codebook_size == 64 and autoencoder.weights_sha256() == vae.autoencoder().weights_sha256()
+    tool("sample", f"run={run.path}", "num_samples=2", "sampler.steps=2", f"out={tmp_path}")
+    assert pixels_of(tmp_path / "00001.png").shape == (32, 32, 3)
+    printed = tool("evaluate", f"run={vae.path}", "features=none", "num_images=32")
+    assert "perplexity of the codes" in printed and "KL, bits" not in printed
+
+
+def test_two_ranks_train_one_discriminator_and_one_codebook(trained):
+    """DDP over gloo with everything on, two batches to a step, in bf16: the ranks end with the same weights."""
+    watch = trained.place / "ranks.py"
+    watch.write_text(
+        """
+import torch
+from ldm.autoencoder.autoencoder import weights_sha256
+from ldm.training.vae import VAETraining
+
+def on_train_end(self):
+    parts = (self.trained, self.adversary.discriminator, self.regulariser)
+    print("rank", self.global_rank, "steps", self.trainer.global_step, *map(weights_sha256, parts), flush=True)
+
+VAETraining.on_train_end = on_train_end
+from ldm.train import main
+main()
+"""
+    )
+    ranks = ["trainer.devices=2", "trainer.strategy=ddp", "trainer.accumulate_grad_batches=2", "logger=csv"]
+    game = ["perceptual=efficientnet_lite", "adversarial=hinge", "adversarial.start=0.5", "adversarial.channels=8"]
+    vq = ["regulariser=vq", "regulariser.codebook_size=64", "regulariser.restart_after=2"]
+    options = [*TINY_VAE, "trainer.precision=bf16-mixed", "trainer.max_steps=4", "name=ranks"]
+    done = execute(trained.place, str(watch), *options, *ranks, *game, *vq)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {line.split(" ", 2)[1]: line.split(" ", 2)[2] for line in done.stdout.splitlines() if "rank" in line[:5]}
+    assert set(found) == {"0", "1"} and found["0"] == found["1"], found
+    assert found["0"].startswith("steps 4 ")
+
+
 # Tools
+
+
+def test_reconstructions_of_an_autoencoder(trained, tool):
+    printed = tool("evaluate", "run=runs/vae/first", "features=none", "num_images=32")
+    assert "PSNR" in printed and "KL, bits per image" in printed
+    assert {"evaluation.json", "worst_reconstructions.png"} <= files_of(trained.vae)
+
+
+def test_the_losses_of_stage_1_can_be_timed(trained, tool):
+    printed = tool("bench", "run=runs/vae/first", "blocks=1", "batch_size=4")
+    assert re.search(r"lambda where the gradients meet makes a step \d+\.\d+x as fast", printed), printed
+    assert len(re.findall(r"x the autoencoder alone", printed)) == 5
 
 
 def test_a_chain_on_pixels(train, tool, make_images, tmp_path):

@@ -1,4 +1,4 @@
-"""What our code costs beside the bare work: the training loop, and with run= the variational bound. Interleaved."""
+"""What our code costs beside the bare work: the training loop, and with run= the bound or the losses of stage 1."""
 
 import statistics
 import tempfile
@@ -6,6 +6,7 @@ import time
 import warnings
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig
@@ -14,23 +15,109 @@ from ldm import command
 
 
 def bench(config: DictConfig) -> None:
+    from ldm.run import Run
+
     if config.run is None:
         training_loop(config)
+    elif (run := Run.open(config.run)).stage == "vae":
+        stage_1_losses(config, run)
     else:
-        bound(config)
+        bound(config, run)
 
 
-def bound(config: DictConfig) -> None:
+def stage_1_losses(config: DictConfig, run: Any) -> None:
+    """A step of stage 1 with one part of the loss more each time, and lambda the way that is usually published."""
+    import torch
+    from hydra.utils import instantiate
+    from torch import Tensor
+
+    from ldm.autoencoder.loss import AutoencoderLoss
+    from ldm.autoencoder.regulariser import KL, Unregularised, VectorQuantised
+    from ldm.device import choose_device
+    from ldm.errors import UserError
+    from ldm.training.stage import OptimizerFactory
+    from ldm.training.vae import VAETraining
+
+    perceptual, adversarial = instantiate(config.perceptual.build), instantiate(config.adversarial.build)
+    if perceptual is None or adversarial is None:
+        raise UserError("A run of stage=vae is timed with every part: leave perceptual= and adversarial= to be some.")
+    device, autoencoder = choose_device(config.device), run.autoencoder()
+    images = run.image_data()
+    batch = images.batch(images.train_indices[: config.batch_size]).to(device)
+    weights = {key: value for key, value in run.config()["autoencoder"]["loss"].items() if key != "_target_"}
+    rules = {"kl": KL, "none": Unregularised, "vq": lambda: VectorQuantised(autoencoder.codebook_size)}
+    module = VAETraining(
+        autoencoder.model.train().requires_grad_(True),
+        AutoencoderLoss(**weights),
+        rules[autoencoder.regulariser](),
+        OptimizerFactory(partial(torch.optim.AdamW, lr=0.0)),
+        seed=0,
+        flip=False,
+        pictures=Path(),
+        adversary=adversarial(),
+    ).to(device)
+    adversary, optimizer = module.adversary, module.configure_optimizers()
+    assert adversary is not None
+    adversary.join(device)
+    adversary.lr = 0.0
+    learn, last = adversary.learn, adversary.balance.last_layer.layer.weight
+
+    def by_autograd(generator: torch.Generator) -> Tensor:
+        """lambda by a backward pass of each loss to the last layer, before the one that trains."""
+        made = module.regulariser.reconstruct(module.trained, batch, generator)
+        distortion = module.loss(batch, made.images, made.terms)["loss"]
+        adversarial = adversary.generator_loss(made.images)
+        norms = [torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (distortion, adversarial)]
+        adversary.learn(batch, made.images)
+        return distortion + (norms[0] / (norms[1] + 1e-4)).detach() * adversarial
+
+    def step(*parts: str) -> float:
+        module.loss.perceptual = perceptual if "perceptual" in parts else None
+        module.playing, adversary.balance.weight = "adversarial" in parts, None
+        adversary.learn = learn if "discriminator" in parts else lambda *_: {}
+        generator, start = torch.Generator(device=device).manual_seed(0), time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=str(run.facts["precision"]).startswith("bf16")):
+            published = "lambda by autograd" in parts
+            loss = by_autograd(generator) if published else module.losses(batch, generator)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if "discriminator" in parts:
+            adversary.step(decay=1.0)
+        loss.item()  # an accelerator has finished only now
+        return time.perf_counter() - start
+
+    every = ("perceptual", "adversarial", "discriminator")
+    variants = {
+        "autoencoder alone": (),
+        "+ perceptual features": every[:1],
+        "+ adversarial term and lambda": every[:2],
+        "+ discriminator's own step": every,
+        "the same, lambda by autograd": (*every, "lambda by autograd"),
+    }
+    for parts in variants.values():
+        step(*parts)
+    rows = [[step(*parts) for parts in variants.values()] for _ in range(config.blocks)]
+    times = [statistics.median(column) for column in zip(*rows, strict=True)]
+    whole, before = times[-2], 0.0
+    print(f"{len(batch)} images of {images.resolution} px, {run.facts['precision']}, median of {config.blocks} blocks")
+    for name, seconds in zip(variants, times, strict=True):
+        ratio = f"{1000 * seconds:7.1f} ms a step, {seconds / times[0]:.2f}x the autoencoder alone"
+        share = f", adds {max(0.0, seconds - before) / whole:4.0%} of the whole" if seconds is not times[-1] else ""
+        print(f"{name:30} {ratio}{share}")
+        before = seconds
+    print(f"lambda where the gradients meet makes a step {times[-1] / whole:.2f}x as fast as lambda by autograd")
+
+
+def bound(config: DictConfig, run: Any) -> None:
     """All T terms of one image's bound against as many bare calls of the network."""
     import torch
 
     from ldm.device import choose_device
     from ldm.diffusion.bound import variational_bound
     from ldm.pipeline import sample_generators
-    from ldm.run import Run
     from ldm.sampling import Request
 
-    run = Run.open(config.run)
     pipeline = run.pipeline().to(choose_device(config.device))
     num_steps, size, denoiser = pipeline.schedule.num_steps, config.batch_size, pipeline.denoiser()
     z = torch.randn(size, *pipeline.latent_shape, device=pipeline.device)

@@ -27,7 +27,7 @@ class PatchDiscriminator(nn.Module):
         layers: Levels that halve the resolution; 3 see patches of 70 pixels.
     """
 
-    def __init__(self, channels: int = 64, layers: int = 3) -> None:
+    def __init__(self, channels: int = 32, layers: int = 3) -> None:
         super().__init__()
         widths = [min(channels * 2**level, channels * 8) for level in range(layers + 1)]
         parts: list[nn.Module] = [nn.Conv2d(3, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]

@@ -41,12 +41,12 @@ class Adversary:
         self,
         loss: GameType = "hinge",
         *,
-        weight: float = 0.5,
+        weight: float = 0.1,
         start: float = 0.5,
         ramp: int = 200,
         lr: float = 5e-4,
         max_weight: float = 1e4,
-        channels: int = 64,
+        channels: int = 32,
         layers: int = 3,
     ) -> None:
         if loss not in get_args(GameType):

@@ -12,6 +12,7 @@ from ldm.autoencoder.loss import AutoencoderLoss
 from ldm.autoencoder.regulariser import Regulariser
 from ldm.data.order import derive_seed
 from ldm.evaluation.metrics import psnr, ssim
+from ldm.evaluation.reconstruction_metrics import codebook
 from ldm.pictures import rows, to_pil
 from ldm.training.adversary import Adversary
 from ldm.training.callbacks import save_grid
@@ -146,8 +147,9 @@ class VAETraining(TrainingModule):
     def on_validation_epoch_end(self) -> None:
         if self._used_codes is not None:
             counts = self.trainer.strategy.reduce(self._used_codes, reduce_op="sum")
-            found = {"val/codebook_usage": (counts > 0).float().mean(), "val/codebook_perplexity": perplexity(counts)}
-            self.log_dict(found, sync_dist=True)
+            found = codebook(counts)
+            for name in ("codebook_usage", "codebook_perplexity"):
+                self.log(f"val/{name}", found[name], sync_dist=True)
 
     def _show(self, images: Tensor, reconstruction: Tensor) -> None:
         originals, reconstructed = to_pil(images), to_pil(reconstruction)
@@ -155,9 +157,3 @@ class VAETraining(TrainingModule):
         pairs = [image for pair in zip(originals, reconstructed, strict=True) for image in pair]
         captions = [f"{kind} {i}" for i in range(len(originals)) for kind in ("original", "reconstruction")]
         save_grid(self, self.pictures, "reconstructions", picture, pairs, captions)
-
-
-def perplexity(counts: Tensor) -> Tensor:
-    """exp of the entropy of these counts: how many codes, used equally, would be as many."""
-    p = counts.double() / counts.sum()
-    return torch.special.entr(p).sum().exp().float()

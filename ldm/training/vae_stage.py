@@ -26,6 +26,7 @@ from ldm.training.vae import VAETraining
 
 START_IMAGES = 4096
 """Training images that the shortcut and the codebook start from, and that PCA is fitted on."""
+SCALE_IMAGES = 8192
 StatisticsType = Literal["measured", "published"]
 
 
@@ -260,12 +261,14 @@ def encode_latents(
 def decoder_scale(autoencoder: Autoencoder, images: ImageData, latents: Any, batch_size: int = 64) -> list[float]:
     """Root mean square of x - decode(z_raw) per colour over the training split, z_raw drawn once per image.
 
-    The maximum-likelihood scale of a Gaussian p(x | z_raw) with one standard deviation per colour.
+    Of more than SCALE_IMAGES so many are drawn, which leaves an error of about half a percent. The maximum-likelihood
+    scale of a Gaussian p(x | z_raw) with one standard deviation per colour.
     """
     generator = torch.Generator().manual_seed(0)
     squares, count = torch.zeros(3, dtype=torch.float64), 0
-    for start in range(0, len(images.train_indices), batch_size):
-        indices = images.train_indices[start : start + batch_size]
+    chosen = np.sort(np.random.default_rng(0).permutation(images.train_indices)[:SCALE_IMAGES])
+    for start in range(0, len(chosen), batch_size):
+        indices = chosen[start : start + batch_size]
         mean, log_variance = latents.batch(indices)
         z_raw = mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=generator)
         error = images.batch(indices) - autoencoder.decode(z_raw).cpu()
