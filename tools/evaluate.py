@@ -23,12 +23,17 @@ def reconstructions(config: DictConfig, run: Any) -> tuple[dict[str, Any], dict[
 
     from ldm.device import choose_device
     from ldm.evaluation.reconstruction_report import measure
+    from ldm.evaluation.training_picture import draw, read_curves
 
     options = {key: config[key] for key in ("features", "num_images", "seed", "batch_size")}
     report = measure(run, device=choose_device(config.device), **options)
     _, picture = report.save(run.path)
     Console(highlight=False).print(report.table())
     print("\n".join([*report.lines, f"worst reconstructions: {picture}"]))
+    if (metrics := run.path / "metrics.csv").is_file():  # none of a pretrained autoencoder that was not trained
+        curve = run.path / "training.png"
+        draw(read_curves(metrics), f"Training of {run.path}").savefig(curve, dpi=130)
+        print(f"how training went: {curve}")
     return report.figures, {"worst reconstructions": report.picture}
 
 
