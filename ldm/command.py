@@ -51,6 +51,16 @@ FREE_TEXT = (
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
+def prepare_images(data: DictConfig) -> Any:
+    """The ImageData of a config's `data` group, prepared and cached where it was not yet."""
+    from hydra.utils import instantiate
+
+    from ldm.data.images import prepare
+
+    keys = ("resolution", "resize", "cache_dir", "val_fraction", "max_bad_fraction")
+    return prepare(instantiate(data.source), **{key: data[key] for key in keys})
+
+
 def run(config_name: str, task: Callable[[DictConfig], Any]) -> None:
     """Compose conf/<config_name>.yaml with the command line and run the task.
 

@@ -29,7 +29,6 @@ def train(config: DictConfig) -> None:
     from lightning.pytorch import Trainer, seed_everything
     from lightning.pytorch.utilities import rank_zero_only
 
-    from ldm.data.images import prepare
     from ldm.data.loaders import train_loader, val_loader
     from ldm.device import choose_device
     from ldm.run import RUN_FILE, Run
@@ -68,14 +67,7 @@ def train(config: DictConfig) -> None:
     build_stage = instantiate(config.stage.build)
     build_stage.func.check(config.data.resolution, **build_stage.keywords, init_from=config.init_from)
 
-    images = prepare(
-        instantiate(config.data.source),
-        resolution=config.data.resolution,
-        resize=config.data.resize,
-        cache_dir=config.data.cache_dir,
-        val_fraction=config.data.val_fraction,
-        max_bad_fraction=config.data.max_bad_fraction,
-    )
+    images = command.prepare_images(config.data)
     if len(images.train_indices) < config.batch_size:
         raise UserError(
             f"There are {len(images.train_indices)} training images, fewer than batch_size={config.batch_size}. "
@@ -116,7 +108,7 @@ def train(config: DictConfig) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     run = Run.create(folder, config, facts)
     if config.trainer.compile:
-        stage.module.trained.compile()
+        stage.compile()
     stage.module.log_every, stage.module.progress = options["log_every_n_steps"], budget.progress
     loggers = make_loggers(config.logger, run, resume=resumed is not None, main_process=main_process)
     ema = EMACallback(config.trainer.ema_decay)
@@ -259,6 +251,10 @@ def check_resumed(known: dict[str, Any], facts: dict[str, Any]) -> None:
         "regulariser",
         "perceptual",
         "adversarial",
+        "discriminator",
+        "codebook_size",
+        "likelihood",
+        "trained",
     ):
         if key in known and key in facts and known[key] != facts[key]:
             raise UserError(

@@ -256,9 +256,14 @@ def test_a_name_in_use_is_refused_from_the_command_line(trained):
 
 
 def test_an_autoencoder_goes_on_from_another(trained, train):
-    """At a learning rate of 0 nothing but the start decides."""
-    run = train(*TINY_VAE, "trainer.max_steps=2", "name=tuned", "init_from=runs/vae/first", "optimizer.lr=0")
+    """At a learning rate of 0 nothing but the start decides; at another, the latents are measured again."""
+    options = [*TINY_VAE, "trainer.max_steps=2", "init_from=runs/vae/first"]
+    run = train(*options, "name=tuned", "optimizer.lr=0")
     assert run.autoencoder().weights_sha256() == trained.vae.autoencoder().weights_sha256()
+    run = train(*options, "name=moved")
+    first, moved = trained.vae.autoencoder(), run.autoencoder()  # reading checks that both files belong together
+    assert moved.weights_sha256() != first.weights_sha256()
+    assert moved.statistics.latent_std != first.statistics.latent_std
 
 
 @pytest.mark.parametrize("start", ["runs/diffusion/first", "runs/diffusion/first/pipeline"])

@@ -45,6 +45,13 @@ def test_links_lead_to_files(page):
         assert (page.parent / target).exists(), f"[{text}]({target})"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_anchors_lead_to_headings(page):
+    for target, anchor in re.findall(r"\]\(([\w./]*\.md)#([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        headings = re.findall(r"^#+ (.*)$", (page.parent / target).read_text(encoding="utf-8"), re.MULTILINE)
+        assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}, anchor
+
+
 def test_formulas_lead_to_functions():
     functions = named("ldm")
     assert len(functions) > 50

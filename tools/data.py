@@ -9,24 +9,15 @@ from ldm import command
 
 
 def data(config: DictConfig) -> None:
-    from hydra.utils import instantiate
     from rich.console import Console
 
-    from ldm.data.images import prepare
     from ldm.device import choose_device
     from ldm.evaluation.data_report import inspect
     from ldm.evaluation.data_summary import advice, tabulate
 
     check(config)
     device = choose_device(config.device)
-    images = prepare(
-        instantiate(config.data.source),
-        resolution=config.data.resolution,
-        resize=config.data.resize,
-        cache_dir=config.data.cache_dir,
-        val_fraction=config.data.val_fraction,
-        max_bad_fraction=config.data.max_bad_fraction,
-    )
+    images = command.prepare_images(config.data)
     options = {key: config[key] for key in ("features", "max_bits", "max_levels", "seed")}
     report = inspect(images, device=device, **options)
     report.figures["what_to_do"] = list(advice(report.figures))

@@ -53,6 +53,7 @@ def sweep_sizes(config: DictConfig, options: dict[str, Any]) -> None:
     from ldm.errors import UserError
     from ldm.evaluation import size_sweep_report as report
     from ldm.evaluation import size_sweep_runs as runs
+    from ldm.evaluation.report import load_features
     from ldm.evaluation.size_sweep import parse_list, parse_losses, parse_sizes, plan
 
     resolution, choice = config.data.resolution, HydraConfig.get().runtime.choices["data"]
@@ -71,6 +72,8 @@ def sweep_sizes(config: DictConfig, options: dict[str, Any]) -> None:
         data=[f"data={choice}", *data],
         extra=parse_list(config.train),
     )
+    if config.features != report.NO_FEATURES:  # what it lacks shows now, and a classifier is trained before the rest
+        load_features(config.features, command.prepare_images(config.data))
     folder = Path(config.runs_dir).expanduser() / "sweeps" / name
     console = Console(highlight=False)
     console.print(runs.tabulate(trainings, folder, resolution))

@@ -154,6 +154,20 @@ class Autoencoder:
         )
         return mean, std
 
+    def publish(self) -> None:
+        """State the measured scale in the config of a diffusers model, as one shift and one factor over the channels.
+
+        diffusers' pipelines read it there; the default of its class, 0.18215, is that of another model's latents.
+        """
+        statistics, config = self.statistics, self.model.config
+        if statistics is None or "scaling_factor" not in config:
+            return
+        mean, std = (torch.tensor(x, dtype=torch.float64) for x in (statistics.latent_mean, statistics.latent_std))
+        shift = mean.mean() if "shift_factor" in config else torch.zeros(())
+        scale = (std.square() + (mean - shift).square()).mean().sqrt()
+        stated = {"scaling_factor": 1 / scale.item(), "shift_factor": shift.item()}
+        self.model.register_to_config(**{key: value for key, value in stated.items() if key in config})
+
     def weights_sha256(self) -> str:
         return weights_sha256(self.model)
 

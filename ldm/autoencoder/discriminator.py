@@ -7,6 +7,7 @@ The weight keeps the adversarial gradient as large as the distortion's at the de
 Source: Isola et al. 2017, arXiv:1611.07004 (patches); Esser et al. 2021, arXiv:2012.09841, eq. 7 (lambda).
 """
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -36,7 +37,7 @@ class PatchDiscriminator(nn.Module):
             # between real and false batches
             parts += [
                 nn.Conv2d(widths[level - 1], widths[level], 4, stride=2 if level < layers else 1, padding=1),
-                nn.GroupNorm(min(32, widths[level] // 4), widths[level]),
+                nn.GroupNorm(math.gcd(32, widths[level]), widths[level]),
                 nn.LeakyReLU(0.2),
             ]
         self.layers = nn.Sequential(*parts, nn.Conv2d(widths[-1], 1, 4, padding=1))
@@ -69,7 +70,7 @@ def generator_loss(game: GameType, false: Tensor) -> Tensor:
 
 
 class LastLayer:
-    """The decoder's last convolution, whose input is kept while it runs: gradients of its weights come from that.
+    """The decoder's last convolution, whose input is kept until its gradients are measured: they come from that.
 
     `norms` needs no second backward pass through the perceptual network or the discriminator: their gradients at the
     reconstruction have met in `balanced`, and only this layer lies between.
@@ -79,11 +80,16 @@ class LastLayer:
         behind_patches = isinstance(model, PatchAutoencoder)
         self.layer: nn.Conv2d = (model.core if behind_patches else model).decoder.conv_out
         self.patch: int = model.config.patch if behind_patches else 1
+        self.keeping = True
         self._input: Tensor | None = None
         self.layer.register_forward_pre_hook(self._keep)
 
     def _keep(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        self._input = arguments[0].detach() if torch.is_grad_enabled() else None
+        self._input = arguments[0].detach() if self.keeping and torch.is_grad_enabled() else None
+
+    def forget(self) -> None:
+        """Let the input go."""
+        self._input = None
 
     def norms(self, *gradients: Tensor) -> list[Tensor]:
         """|dL / dW| for each dL / d(reconstruction) [b, 3, H, W]."""
@@ -101,12 +107,14 @@ class Balance:
         self.last_layer, self.max_weight = last_layer, max_weight
         self.factor = 0.0
         """The adversarial loss's share of lambda: weight times ramp."""
+        self.share = 1.0
+        """A batch's part of a step, by which its gradients arrive divided."""
         self.weight: Tensor | None = None
         """lambda of this step, or None where it was not measured yet."""
 
     def measure(self, distortion: Tensor, adversarial: Tensor) -> Tensor:
         """lambda from both gradients at the reconstruction; the mean over ranks."""
-        first, second = self.last_layer.norms(distortion, adversarial)
+        first, second = self.last_layer.norms(distortion / self.share, adversarial / self.share)
         weight = (first / (second + 1e-4)).clamp(max=self.max_weight)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(weight)
@@ -132,4 +140,5 @@ class _Meet(torch.autograd.Function):
         balance: Balance = ctx.balance
         if balance.weight is None:
             balance.weight = balance.measure(distortion, adversarial)
+        balance.last_layer.forget()
         return distortion + balance.factor * balance.weight * adversarial, None

@@ -18,7 +18,8 @@ def published_statistics(model: Any) -> tuple[list[float], list[float]] | None:
     which are those of other images than yours; stable-diffusion networks expect latents of this scale.
     Source: diffusers' StableDiffusion(XL|3) and Flux pipelines.
     """
-    config, channels = model.config, model.config.get("latent_channels")
+    config = model.config
+    channels = config.get("vq_embed_dim") or config.get("latent_channels")
     scaling = config.get("scaling_factor")
     if scaling is None:
         return None

@@ -18,12 +18,17 @@ from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
 
 from ldm.autoencoder.patch import PatchAutoencoderKL, PatchVQModel
-from ldm.autoencoder.point import pin_posterior
+from ldm.autoencoder.point import is_pinned, pin_posterior
 from ldm.errors import UserError
 
-WITH_CODEBOOK: dict[Any, type[nn.Module]] = {AutoencoderKL: VQModel, PatchAutoencoderKL: PatchVQModel}
+CODEBOOK_FORM: dict[Any, type[nn.Module]] = {AutoencoderKL: VQModel, PatchAutoencoderKL: PatchVQModel}
 """The same architecture with a codebook instead of a posterior."""
-KMEANS_VECTORS, KMEANS_ROUNDS = 65_536, 5
+MOST_VECTORS, KMEANS_VECTORS, KMEANS_ROUNDS = 262_144, 65_536, 5
+"""Outputs that are looked at, distinct ones among them that are clustered, and rounds of it."""
+RESTARTS_END = 0.75
+"""The share of the budget after which no code is moved: the averaged weights take their time to follow."""
+
+ImageSource = Callable[[], Tensor]
 
 
 class Reconstruction(NamedTuple):
@@ -56,22 +61,32 @@ class Regulariser(nn.Module):
         if isinstance(model, VQModel | PatchVQModel):
             raise UserError(f"regulariser={self.name} does not fit a {type(model).__name__}: choose regulariser=vq.")
 
-    @torch.no_grad()
-    def start(self, model: nn.Module, images: Tensor, seed: int) -> None:  # noqa: B027
-        """Bring a fresh model to where training begins, from images [b, 3, H, W] of the training split."""
+    def start(self, model: nn.Module, images: ImageSource, seed: int, device: torch.device) -> None:  # noqa: B027
+        """Bring a fresh model to where training begins; `images` gives some of the training split, [b, 3, H, W]."""
 
     @abstractmethod
     def reconstruct(self, model: Any, images: Tensor, generator: torch.Generator | None) -> Reconstruction:
         """Encode and decode; without a generator at the posterior's mean."""
 
-    def after_step(self, model: nn.Module, generator: torch.Generator) -> None:  # noqa: B027
-        """Called once per optimizer step."""
+    def after_step(self, model: nn.Module, generator: torch.Generator, progress: float) -> None:  # noqa: B027
+        """Called once per optimizer step, with the share of the budget that is spent."""
+
+    def forget(self) -> None:  # noqa: B027
+        """Called before the first step: batches until now were not trained on."""
 
 
 class KL(Regulariser):
     """z_raw ~ q(z_raw | x), with KL(q || N(0, I)) in the loss at the weight autoencoder.loss.kl."""
 
     name = "kl"
+
+    def check(self, model: nn.Module) -> None:
+        super().check(model)
+        if is_pinned(model):
+            raise UserError(
+                "regulariser=kl cannot start from an autoencoder that was trained with regulariser=none: its posterior "
+                "is a point. Choose regulariser=none."
+            )
 
     def reconstruct(self, model: Any, images: Tensor, generator: torch.Generator | None) -> Reconstruction:
         posterior = model.encode(images).latent_dist
@@ -87,8 +102,7 @@ class Unregularised(Regulariser):
 
     name = "none"
 
-    @torch.no_grad()
-    def start(self, model: nn.Module, images: Tensor, seed: int) -> None:
+    def start(self, model: nn.Module, images: ImageSource, seed: int, device: torch.device) -> None:
         pin_posterior(model)
 
     def reconstruct(self, model: Any, images: Tensor, generator: torch.Generator | None) -> Reconstruction:
@@ -123,15 +137,15 @@ class VectorQuantised(Regulariser):
             raise UserError(f"regulariser.commitment={commitment} must be 0 or more.")
         self.codebook_size, self.commitment, self.restart_after = codebook_size, commitment, restart_after
         self.register_buffer("idle_steps", torch.zeros(codebook_size, dtype=torch.long))
-        self._seen: tuple[Tensor, Tensor, Tensor] | None = None
+        self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def build(self, model: Callable[..., nn.Module], sample_size: int) -> nn.Module:
-        if not isinstance(model, partial) or model.func not in WITH_CODEBOOK:
+        if not isinstance(model, partial) or model.func not in CODEBOOK_FORM:
             raise UserError(
                 "regulariser=vq has no codebook form of this autoencoder: choose autoencoder=patch or kl_f*."
             )
         options = {**model.keywords, "vq_embed_dim": model.keywords.get("latent_channels", 4)}
-        return WITH_CODEBOOK[model.func](**options, num_vq_embeddings=self.codebook_size, sample_size=sample_size)
+        return CODEBOOK_FORM[model.func](**options, num_vq_embeddings=self.codebook_size, sample_size=sample_size)
 
     def check(self, model: nn.Module) -> None:
         if not isinstance(model, VQModel | PatchVQModel):
@@ -146,9 +160,15 @@ class VectorQuantised(Regulariser):
             )
 
     @torch.no_grad()
-    def start(self, model: Any, images: Tensor, seed: int) -> None:
-        z = torch.cat([flat(model.encode(part).latents) for part in images.split(64)])
-        z = z.round(decimals=3).unique(dim=0)
+    def start(self, model: Any, images: ImageSource, seed: int, device: torch.device) -> None:
+        model.to(device)
+        found: list[Tensor] = []
+        for part in images().split(32):
+            found.append(flat(model.encode(part.to(device)).latents).cpu())
+            if sum(map(len, found)) >= MOST_VECTORS:
+                break
+        model.to("cpu")
+        z = torch.cat(found).round(decimals=3).unique(dim=0)
         if len(z) < self.codebook_size:
             return  # as diffusers begins: so few vectors have no means
         chosen = torch.randperm(len(z), generator=torch.Generator().manual_seed(seed))[:KMEANS_VECTORS]
@@ -170,17 +190,18 @@ class VectorQuantised(Regulariser):
             codebook = (flat(z).detach() - entries).square().mean()
             commitment = (flat(z) - entries.detach()).square().mean()
         if generator is not None:
-            self._seen = flat(z).detach(), entries.detach(), codes.reshape(-1)
+            self._seen.append((flat(z).detach(), entries.detach(), codes.reshape(-1)))
         terms = {"codebook": codebook + self.commitment * commitment}
         return Reconstruction(model.decode(z_q, force_not_quantize=True).sample, terms, codes.reshape(-1))
 
     @torch.no_grad()
-    def after_step(self, model: nn.Module, generator: torch.Generator) -> None:
-        """Move the codes that have been idle for too long to vectors of the last batch; no host synchronisation."""
-        if self._seen is None:
-            return
-        z, entries, codes = self._seen
+    def after_step(self, model: nn.Module, generator: torch.Generator, progress: float) -> None:
+        """Move the codes that have been idle for too long to vectors of the step's batches, without a host's wait."""
         weight = quantiser(model).embedding.weight
+        if not self._seen or not weight.requires_grad:
+            return self.forget()
+        z, entries, codes = (torch.cat(parts) for parts in zip(*self._seen, strict=True))
+        self.forget()
         self.idle_steps += 1
         self.idle_steps[codes] = 0
         distance = (z - entries).square().sum(1) + torch.finfo(z.dtype).tiny  # a draw needs one that is not 0
@@ -188,10 +209,14 @@ class VectorQuantised(Regulariser):
         if dist.is_available() and dist.is_initialized():  # the same codebook on every rank
             dist.all_reduce(self.idle_steps, dist.ReduceOp.MIN)
             dist.broadcast(chosen, src=0)
-        idle = self.idle_steps >= self.restart_after
-        weight.copy_(torch.where(idle[:, None], chosen, weight))
-        self.idle_steps.masked_fill_(idle, 0)
-        self._seen = None
+        if progress < RESTARTS_END:
+            idle = self.idle_steps >= self.restart_after
+            weight.copy_(torch.where(idle[:, None], chosen, weight))
+            self.idle_steps.masked_fill_(idle, 0)
+        return None
+
+    def forget(self) -> None:
+        self._seen = []
 
 
 def quantiser(model: Any) -> Any:

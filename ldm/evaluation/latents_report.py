@@ -113,9 +113,8 @@ def measure(
     autoencoder = run.autoencoder()
     if not autoencoder.has_density:
         raise UserError(
-            f"The autoencoder {type(autoencoder.model).__name__} of {run.path} has no moments: its latents are the "
-            "pixels, and their number is no choice. Give run= a run with a KL autoencoder (autoencoder=patch or "
-            "kl_f2, kl_f4, kl_f8)."
+            f"The autoencoder {type(autoencoder.model).__name__} of {run.path} has points for latents, without the "
+            "variance that a rate is measured by. Give run= a run of regulariser=kl."
         )
     autoencoder.to(device)
     factor = autoencoder.factor

@@ -31,6 +31,7 @@ def codebook(counts: Tensor | None) -> dict[str, Any]:
     """Share of the codes in use, and exp of the entropy of how often each one is; None where there are none."""
     if counts is None:
         return {"codebook_size": None, "codebook_usage": None, "codebook_perplexity": None}
+    counts = counts.cpu()  # float64 is not for every accelerator
     entropy = torch.special.entr(counts.double() / counts.sum()).sum()
     usage = (counts > 0).double().mean().item()
     return {"codebook_size": len(counts), "codebook_usage": usage, "codebook_perplexity": entropy.exp().item()}

@@ -128,7 +128,7 @@ def measure(
     images, indices = choose_images(run, "val", num_images, seed)
     network = None if features == NO_FEATURES else load_features(features, images).to(device)
     lpips, without = _lpips()
-    perceptual = run.facts.get("perceptual", "none")
+    in_loss = run.facts.get("perceptual_features", [])
     gallery = None if network is None else reference_features(network, features, images)
     found = _compare(autoencoder, images, indices, network, lpips, batch_size)
     worst = found["psnr"].argsort()[:WORST]
@@ -145,9 +145,9 @@ def measure(
         **_mean("ssim", found["ssim"]),
         **_mean("lpips", found.get("lpips")),
         "lpips_left_out": without,
-        "lpips_in_loss": lpips is not None and perceptual == "lpips",
+        "lpips_in_loss": lpips is not None and "lpips" in in_loss,
         "features": None,
-        "features_in_loss": network is not None and perceptual == features,
+        "features_in_loss": network is not None and features in in_loss,
         **rate(found.get("kl"), 3 * images.resolution**2),
         **codebook(found.get("codes")),
     }

@@ -51,11 +51,21 @@ class Adversary:
     ) -> None:
         if loss not in get_args(GameType):
             raise UserError(f"adversarial.loss={loss} is unknown. Choose one of: {', '.join(get_args(GameType))}.")
-        for key, value in (("start", start), ("ramp", ramp), ("weight", weight), ("max_weight", max_weight)):
+        for key, value in (
+            ("start", start),
+            ("ramp", ramp),
+            ("weight", weight),
+            ("max_weight", max_weight),
+            ("lr", lr),
+        ):
             if not value >= 0:
                 raise UserError(f"adversarial.{key}={value} must be 0 or more.")
         if start >= 1 and start != int(start):
             raise UserError(f"adversarial.start={start} must be a whole step, or below 1 a share of the budget.")
+        for key, size, least in (("channels", channels, 1), ("layers", layers, 1)):
+            if type(size) is not int or size < least:
+                raise UserError(f"adversarial.{key}={size} must be a whole number of {least} at least.")
+        self.shape = [channels, layers]
         self.game, self.weight, self.start, self.ramp, self.lr = loss, weight, start, ramp, lr
         self.max_weight = max_weight
         self.discriminator: nn.Module = PatchDiscriminator(channels, layers)
@@ -131,6 +141,7 @@ class Adversary:
     def join(self, device: torch.device) -> None:
         """Move to this rank's device, with the weights of the first rank."""
         self.discriminator.to(device)
+        self.optimizer.load_state_dict(self.optimizer.state_dict())  # its moments follow the weights
         if dist.is_available() and dist.is_initialized():
             for parameter in self.discriminator.parameters():
                 dist.broadcast(parameter.data, src=0)

@@ -21,8 +21,8 @@ from ldm.pictures import grid
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.run import Run, load_autoencoder, load_pipeline
 from ldm.training.diffusion import BATCH, NUM_BANDS, DiffusionTraining, Objective
+from ldm.training.latents import StatisticsType, check_statistics, encode_latents, published
 from ldm.training.stage import OptimizerFactory, Outcome, Stage
-from ldm.training.vae_stage import StatisticsType, encode_latents
 
 
 class DiffusionStage(Stage):
@@ -71,6 +71,7 @@ class DiffusionStage(Stage):
         continued = None if init_from is None else load_pipeline(init_from)
         autoencoder, self.vae = find_autoencoder(data_fingerprint=images.fingerprint)
         autoencoder.to(device)
+        standard = published(autoencoder, latent_statistics)
         if continued is not None:
             # standardised latents keep the meaning that the network was trained with
             _check_continued(continued, autoencoder, made)
@@ -82,8 +83,10 @@ class DiffusionStage(Stage):
                     f"{continued.schedule.name}, this run {objective.prediction} with {sigma} on {schedule.name}. "
                     "Choose the same objective.prediction=, variance= and schedule=."
                 )
-            autoencoder.statistics = continued.autoencoder.statistics
-        self.contract, self.latents = encode_latents(autoencoder, images, flip, cache_dir, statistics=latent_statistics)
+            known = continued.autoencoder.statistics
+            assert known is not None
+            standard = (known.latent_mean, known.latent_std)
+        self.contract, self.latents = encode_latents(autoencoder, images, flip, cache_dir, standard=standard)
         self.captions: CaptionData | None = None
         self.labels: Tensor | None = None
         if isinstance(made, TextCondition):
@@ -125,6 +128,11 @@ class DiffusionStage(Stage):
 
     @classmethod
     def check(cls, resolution: int, **options: Any) -> None:
+        check_statistics(options["latent_statistics"])
+        if options["latent_statistics"] != "measured" and options["init_from"] is not None:
+            raise UserError(
+                "init_from= keeps the statistics that its network was trained with: leave latent_statistics= out."
+            )
         schedule, objective = options["schedule"], options["objective"]
         variance = objective.variance(options["variance"])
         try:

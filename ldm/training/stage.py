@@ -73,6 +73,10 @@ class Stage(ABC):
     def fetch(self, indices: np.ndarray) -> Any:
         """One batch, on the CPU."""
 
+    def compile(self) -> None:
+        """Compile what a step runs."""
+        self.module.trained.compile()
+
     @abstractmethod
     def rows(self) -> list[tuple[str, str]]:
         """(label, value) pairs for the table at the start."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ldm.autoencoder.loss import AutoencoderLoss
 from ldm.autoencoder.regulariser import Regulariser
 from ldm.data.order import derive_seed
+from ldm.errors import UserError
 from ldm.evaluation.metrics import psnr, ssim
 from ldm.evaluation.reconstruction_metrics import codebook
 from ldm.pictures import rows, to_pil
@@ -20,8 +21,8 @@ from ldm.training.module import TrainingModule
 from ldm.training.stage import OptimizerFactory
 
 NUM_SHOWN = 8
-AFTER_STEP = 1
-"""Sets the draws after a step apart from those of its batches."""
+AFTER_STEP = 2**32
+"""Sets the draws after a step apart from those of its batches, which have a rank in this place."""
 
 
 class VAETraining(TrainingModule):
@@ -61,6 +62,8 @@ class VAETraining(TrainingModule):
         if self.flip:
             mirrored = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device) < 0.5
             images = torch.where(mirrored, images.flip(-1), images)
+        if self.adversary is not None:
+            self.adversary.balance.last_layer.keeping = self.playing
         made = self.regulariser.reconstruct(self.trained, images, generator)
         if not self.playing:
             return self.loss(images, made.images, made.terms)
@@ -76,9 +79,10 @@ class VAETraining(TrainingModule):
 
     def on_train_start(self) -> None:
         super().on_train_start()
+        self.regulariser.forget()
         if self.adversary is not None:
             self.adversary.join(self.device)
-            self.adversary.share = 1 / self.trainer.accumulate_grad_batches
+            self.adversary.share = self.adversary.balance.share = 1 / self.trainer.accumulate_grad_batches
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if self.adversary is None or batch_idx % self.trainer.accumulate_grad_batches:
@@ -102,7 +106,8 @@ class VAETraining(TrainingModule):
         super().optimizer_step(*args, **kwargs)
         generator = torch.Generator(device=self.device)
         generator.manual_seed(derive_seed(self.seed, self.trainer.global_step, AFTER_STEP))
-        self.regulariser.after_step(self.trained, generator)
+        step = self.trainer.global_step
+        self.regulariser.after_step(self.trained, generator, self.progress(step))
         if self.playing:
             assert self.adversary is not None
             group = self.trainer.optimizers[0].param_groups[0]
@@ -128,6 +133,11 @@ class VAETraining(TrainingModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.adversary is not None:
+            if "adversary" not in checkpoint:
+                raise UserError(
+                    "resume= continues a run without a discriminator, and adversarial= asks for one. Leave it out, or "
+                    "start a run of its own from those weights with init_from=."
+                )
             self.adversary.load_state_dict(checkpoint["adversary"])
 
     def validation_step(self, images: Tensor, batch_idx: int) -> None:

@@ -3,31 +3,30 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldm.autoencoder.autoencoder import Autoencoder, LatentStatistics
+from ldm.autoencoder.autoencoder import Autoencoder
 from ldm.autoencoder.loss import AutoencoderLoss, Perceptual
 from ldm.autoencoder.patch import PatchAutoencoder
-from ldm.autoencoder.pretrained import TrainType, choose_trained, published_statistics
+from ldm.autoencoder.point import pin_posterior
+from ldm.autoencoder.pretrained import TrainType, choose_trained
 from ldm.autoencoder.regulariser import Regulariser
 from ldm.data.images import ImageData
-from ldm.data.latents import LatentContract, measure, open_latents
 from ldm.errors import UserError
 from ldm.evaluation.metrics import pca_reconstruction, psnr, ssim
 from ldm.pictures import rows, to_pil
-from ldm.run import Run, load_autoencoder
+from ldm.run import RUN_FILE, Run, load_autoencoder
 from ldm.training.adversary import Adversary
+from ldm.training.latents import StatisticsType, check_statistics, encode_latents, published
 from ldm.training.stage import OptimizerFactory, Outcome, Stage
 from ldm.training.vae import VAETraining
 
-START_IMAGES = 4096
-"""Training images that the shortcut and the codebook start from, and that PCA is fitted on."""
-SCALE_IMAGES = 8192
-StatisticsType = Literal["measured", "published"]
+START_IMAGES, START_PIXELS = 4096, 4096 * 64 * 64
+"""At most so many training images, and pixels of them, start the shortcut and the codebook and fit PCA."""
 
 
 class VAEStage(Stage):
@@ -74,15 +73,18 @@ class VAEStage(Stage):
         if source is not None:
             self.autoencoder = load_autoencoder(source)
             network = self.autoencoder.model
+            if regulariser.name == "none" and train == "all":
+                pin_posterior(network)
         else:
             assert model is not None
             network = regulariser.build(model, images.resolution)
             self.autoencoder = Autoencoder(network)
-            self._start(network, regulariser, seed)
+            self._start(network, regulariser, seed, device)
         choose_trained(network, train)
         network.train(self.trains)
         self.latent_shape = self.autoencoder.latent_shape(images.resolution)
-        self.pretrained, self.regulariser, loss.perceptual = pretrained, regulariser, perceptual
+        self.pretrained, self.trained, self.regulariser, loss.perceptual = pretrained, train, regulariser, perceptual
+        self.perceptual_features = _features_of(source) | ({perceptual.name} if perceptual is not None else set())
         self.module = VAETraining(
             network,
             loss,
@@ -94,35 +96,41 @@ class VAEStage(Stage):
             adversary=adversarial() if adversarial is not None else None,
         )
 
-    def _start(self, network: nn.Module, regulariser: Regulariser, seed: int) -> None:
-        chosen = np.random.default_rng(seed).permutation(self.images.train_indices)[:START_IMAGES]
-        images = self.images.batch(np.sort(chosen))
+    def _start(self, network: nn.Module, regulariser: Regulariser, seed: int, device: torch.device) -> None:
         if isinstance(network, PatchAutoencoder) and network.config.shortcut:
             try:
-                network.init_shortcut(images)
+                network.init_shortcut(self._first_images(seed))
             except ValueError as error:
                 raise UserError(f"This autoencoder does not fit: {error}") from error
-        regulariser.start(network, images, seed)
+        regulariser.start(network, lambda: self._first_images(seed), seed, device)
+
+    def _first_images(self, seed: int) -> Tensor:
+        count = min(START_IMAGES, START_PIXELS // self.images.resolution**2)
+        chosen = np.random.default_rng(seed).permutation(self.images.train_indices)[: max(1, count)]
+        return self.images.batch(np.sort(chosen))
 
     @classmethod
     def check(cls, resolution: int, **options: Any) -> None:
-        regulariser, source = options["regulariser"], options["pretrained"] or options["init_from"]
-        part, statistics = options["train"], options["latent_statistics"]
-        for key, value, known in (
-            ("autoencoder.train", part, get_args(TrainType)),
-            ("latent_statistics", statistics, get_args(StatisticsType)),
-        ):
-            if value not in known:
-                raise UserError(f"{key}={value} is unknown. Choose one of: {', '.join(known)}.")
+        pretrained, init_from, part = options["pretrained"], options["init_from"], options["train"]
+        statistics, regulariser = options["latent_statistics"], options["regulariser"]
+        check_statistics(statistics)
+        if part not in get_args(TrainType):
+            raise UserError(f"autoencoder.train={part} is unknown. Choose one of: {', '.join(get_args(TrainType))}.")
+        if pretrained is not None and init_from is not None:
+            raise UserError("autoencoder.path= and init_from= both name weights to start from: give one of them.")
+        if part == "nothing" and (options["perceptual"] is not None or options["adversarial"] is not None):
+            raise UserError(
+                "perceptual= and adversarial= are losses of a training, and autoencoder.train=nothing trains none: "
+                "choose autoencoder.train=decoder or all, or leave them out."
+            )
         if options["adversarial"] is not None:
             options["adversarial"]().check(resolution)
-        if source is not None:
+        if (source := pretrained or init_from) is not None:
             autoencoder = load_autoencoder(source)
             autoencoder.latent_shape(resolution)
             if part != "nothing":
                 regulariser.check(autoencoder.model)
-            if statistics == "published":
-                require_published(autoencoder)
+            published(autoencoder, statistics)
             return
         if statistics == "published":
             raise UserError(
@@ -131,6 +139,11 @@ class VAEStage(Stage):
             )
         with torch.device("meta"):
             Autoencoder(regulariser.build(options["model"], resolution)).latent_shape(resolution)
+
+    def compile(self) -> None:
+        core = getattr(self.module.trained, "core", self.module.trained)
+        core.encoder.compile()
+        core.decoder.compile()
 
     def fetch(self, indices: np.ndarray) -> Tensor:
         return self.images.batch(indices)
@@ -161,7 +174,7 @@ class VAEStage(Stage):
     def _describe_regulariser(self) -> str:
         if (size := self.autoencoder.codebook_size) is not None:
             return f"vq, {size} codes = {math.log2(size):.3g} bits per location"
-        return self.regulariser.name
+        return self.autoencoder.regulariser
 
     def _describe_loss(self) -> str:
         loss, adversary = self.module.loss, self.module.adversary
@@ -179,18 +192,24 @@ class VAEStage(Stage):
             "latent_shape": list(self.latent_shape),
             "factor": self.autoencoder.factor,
             "pretrained": self.pretrained,
-            "regulariser": self.autoencoder.regulariser if self.pretrained else self.regulariser.name,
+            "trained": self.trained,
+            "regulariser": self.autoencoder.regulariser,
+            "codebook_size": self.autoencoder.codebook_size,
+            "likelihood": bool(loss.nll),
             "perceptual": "none" if loss.perceptual is None else loss.perceptual.name,
+            "perceptual_features": sorted(self.perceptual_features),
             "adversarial": "none" if adversary is None else adversary.game,
+            "discriminator": None if adversary is None else adversary.shape,
             "latent_statistics": self.latent_statistics,
         }
 
     def finish(self, run: Run) -> Outcome:
         self.module.trained.eval().float()
-        contract, latents = encode_latents(
-            self.autoencoder, self.images, self.flip, self.cache_dir, statistics=self.latent_statistics
-        )
+        standard = published(self.autoencoder, self.latent_statistics)
+        contract, latents = encode_latents(self.autoencoder, self.images, self.flip, self.cache_dir, standard=standard)
         del latents
+        if self.trained == "all":
+            self.autoencoder.publish()
         self.autoencoder.save(run.autoencoder_folder)
         contract.save(run.path)
         figures, picture = self._held_out(run)
@@ -220,72 +239,8 @@ class VAEStage(Stage):
         return figures, path
 
 
-def encode_latents(
-    autoencoder: Autoencoder,
-    images: ImageData,
-    flip: bool,
-    cache_dir: str | None,
-    *,
-    statistics: StatisticsType = "measured",
-) -> tuple[LatentContract, Any]:
-    """The contract and the cached moments of these images; measures the autoencoder's statistics on the way.
-
-    Raises:
-        UserError: published statistics of an autoencoder that has none.
-    """
-    published = require_published(autoencoder) if statistics == "published" else None
-    channels, _, _ = autoencoder.latent_shape(images.resolution)
-    contract = LatentContract(
-        autoencoder_sha256=autoencoder.weights_sha256(),
-        data_fingerprint=images.fingerprint,
-        resolution=images.resolution,
-        factor=autoencoder.factor,
-        channels=channels,
-        val_fraction=images.val_fraction,
-        flip=flip,
-    )
-    latents = open_latents(autoencoder.encode, contract, images, cache_dir=cache_dir)
-    known = autoencoder.statistics
-    if published or known is None or known.data != images.fingerprint:
-        mean, std = published or measure(latents, images.train_indices)
-        autoencoder.statistics = LatentStatistics(
-            latent_mean=mean,
-            latent_std=std,
-            decoder_scale=decoder_scale(autoencoder, images, latents),
-            data=images.fingerprint,
-            weights_sha256=contract.autoencoder_sha256,
-        )
-    return contract, latents
-
-
-def decoder_scale(autoencoder: Autoencoder, images: ImageData, latents: Any, batch_size: int = 64) -> list[float]:
-    """Root mean square of x - decode(z_raw) per colour over the training split, z_raw drawn once per image.
-
-    Of more than SCALE_IMAGES so many are drawn, which leaves an error of about half a percent. The maximum-likelihood
-    scale of a Gaussian p(x | z_raw) with one standard deviation per colour.
-    """
-    generator = torch.Generator().manual_seed(0)
-    squares, count = torch.zeros(3, dtype=torch.float64), 0
-    chosen = np.sort(np.random.default_rng(0).permutation(images.train_indices)[:SCALE_IMAGES])
-    for start in range(0, len(chosen), batch_size):
-        indices = chosen[start : start + batch_size]
-        mean, log_variance = latents.batch(indices)
-        z_raw = mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=generator)
-        error = images.batch(indices) - autoencoder.decode(z_raw).cpu()
-        squares += error.double().square().sum(dim=(0, 2, 3))
-        count += error[:, 0].numel()
-    return (squares / count).sqrt().tolist()
-
-
-def require_published(autoencoder: Autoencoder) -> tuple[list[float], list[float]]:
-    """The latents' mean and standard deviation that a pretrained autoencoder states.
-
-    Raises:
-        UserError: it states none.
-    """
-    if (found := published_statistics(autoencoder.model)) is None:
-        raise UserError(
-            f"latent_statistics=published: this {type(autoencoder.model).__name__} states no scaling factor. Choose "
-            "latent_statistics=measured."
-        )
-    return found
+def _features_of(source: str | None) -> set[str]:
+    """The features that a run's loss was of, its predecessors' included: what says nothing about it any more."""
+    if source is None or not (Path(source).expanduser() / RUN_FILE).is_file():
+        return set()
+    return set(Run.open(source).facts.get("perceptual_features", []))

@@ -114,9 +114,35 @@ def test_the_weight_is_measured_once_per_step_and_bounded(make, images):
     assert backward(1e9) == 2.0
 
 
-def test_nothing_is_kept_where_nothing_is_trained(images):
+def test_the_last_layers_input_is_kept_no_longer_than_needed(images):
     model = patch_model()
-    last = LastLayer(model)
+    balance = Balance(LastLayer(model), max_weight=1e4)
     with torch.no_grad():
         model(images)
-    assert last._input is None
+    assert balance.last_layer._input is None
+    balance.last_layer.keeping = False
+    model(images)
+    assert balance.last_layer._input is None
+    balance.last_layer.keeping = True
+    x, y = balance.split(model(images).sample)
+    assert balance.last_layer._input is not None
+    (x.sum() + y.sum()).backward()
+    assert balance.last_layer._input is None
+
+
+def test_lambda_does_not_depend_on_the_number_of_parts(images):
+    """Gradients of a part arrive divided by their number; what keeps the ratio finite must not weigh more for it."""
+    torch.manual_seed(0)
+    model, weights = patch_model(), []
+    for share in (1.0, 0.125):
+        balance = Balance(LastLayer(model), max_weight=1e9)
+        balance.share = share
+        x, y = balance.split(model(images).sample)
+        (share * (1e-4 * (x - images).abs().mean() + 1e-4 * y.mean())).backward()
+        weights.append(balance.weight)
+    torch.testing.assert_close(*weights)
+
+
+@pytest.mark.parametrize("channels", [1, 8, 33, 36, 64])
+def test_any_width(channels, images):
+    assert PatchDiscriminator(channels, 2)(images).shape == (2, 1, 2, 2)

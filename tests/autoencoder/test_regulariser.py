@@ -38,7 +38,7 @@ def built(regulariser, architecture, images):
     for name, parameter in model.named_parameters():  # away from the zeros that the core starts with
         if "quant_conv" in name or "conv_out" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    regulariser.start(model, images, 0)
+    regulariser.start(model, lambda: images, 0, torch.device("cpu"))
     return model
 
 
@@ -156,7 +156,7 @@ def test_idle_codes_move_to_vectors_that_have_none(images):
     for step in range(3):
         assert torch.equal(weight[[4, 9]], before[[4, 9]])
         regulariser.reconstruct(model, images, generator())
-        regulariser.after_step(model, generator(step))
+        regulariser.after_step(model, generator(step), progress=0.5)
     z = flat(model.encode(images).latents).detach()
     for code in (4, 9):
         assert (z - weight[code]).abs().sum(1).min() < 1e-5
@@ -165,6 +165,33 @@ def test_idle_codes_move_to_vectors_that_have_none(images):
     used = regulariser.reconstruct(model, images, None).codes.unique()
     assert {4, 9} <= set(used.tolist())
     assert torch.equal(weight[used[(used != 4) & (used != 9)]], before[used[(used != 4) & (used != 9)]])
+
+
+def test_codes_stay_late_in_the_budget_and_where_they_are_frozen(images):
+    """The averaged weights could not follow; and a decoder alone is trained on the latents as they are."""
+    for progress, frozen, moves in ((0.5, False, True), (0.8, False, False), (0.5, True, False)):
+        regulariser = VectorQuantised(16, restart_after=1)
+        model = built(regulariser, PATCH, images)
+        weight = quantiser(model).embedding.weight.requires_grad_(not frozen)
+        with torch.no_grad():
+            weight[4] = 100.0
+        regulariser.reconstruct(model, images, generator())
+        regulariser.after_step(model, generator(), progress)
+        assert (weight[4] != 100).all() == moves
+
+
+def test_a_code_that_any_part_of_a_step_uses_is_not_idle(images):
+    regulariser = VectorQuantised(128, restart_after=1)
+    model = built(regulariser, PATCH, images)
+    parts = [regulariser.reconstruct(model, part, generator()).codes for part in images.split(8)]
+    regulariser.forget()
+    for part in images.split(8):
+        regulariser.reconstruct(model, part, generator())
+    before = quantiser(model).embedding.weight.detach().clone()
+    regulariser.after_step(model, generator(), progress=0.0)
+    used = torch.cat(parts).unique()
+    assert len(used) > len(parts[-1].unique())  # the parts differ in what they use
+    assert torch.equal(quantiser(model).embedding.weight[used], before[used])
 
 
 @BOTH
@@ -203,7 +230,9 @@ def test_what_does_not_go_together_is_refused(images):
             VectorQuantised(**wrong)
     with pytest.raises(UserError, match="commitment=-1"):
         VectorQuantised(commitment=-1)
-    kl, vq = built(KL(), PATCH, images), built(VectorQuantised(16), PATCH, images)
+    kl, vq, none = (built(rule, PATCH, images) for rule in (KL(), VectorQuantised(16), Unregularised()))
+    with pytest.raises(UserError, match="cannot start from an autoencoder that was trained with regulariser=none"):
+        KL().check(none)
     for regulariser in (KL(), Unregularised()):
         regulariser.check(kl)
         with pytest.raises(UserError, match="choose regulariser=vq"):

@@ -176,7 +176,7 @@ def test_an_autoencoder_without_any_signal_is_reported_too(runs, monkeypatch, tm
 
 
 def test_pixels_have_no_moments(runs):
-    with pytest.raises(UserError, match="IdentityAutoencoder of .* has no moments"):
+    with pytest.raises(UserError, match="IdentityAutoencoder of .* has points for latents"):
         measure(runs["pixels"], device=torch.device("cpu"))
 
 

@@ -230,16 +230,16 @@ def test_the_command(call, opened, monkeypatch):
 
 
 def test_features_of_the_loss_prove_nothing_about_it(opened):
-    seen = measure(opened(perceptual="mean_colours"), device=CPU, features="mean_colours")
+    seen = measure(opened(perceptual_features=["mean_colours"]), device=CPU, features="mean_colours")
     assert seen.figures["features_in_loss"] and any("prove nothing about that term" in line for line in seen.lines)
-    other = measure(opened(perceptual="lpips"), device=CPU, features="mean_colours")
+    other = measure(opened(perceptual_features=["lpips"]), device=CPU, features="mean_colours")
     assert not other.figures["features_in_loss"] and not any("prove" in line for line in other.lines)
 
 
 def test_lpips_where_it_is_at_hand(opened, monkeypatch):
     monkeypatch.setattr(reconstruction_report, "has_lpips", lambda: True)
     monkeypatch.setattr(reconstruction_report, "LPIPS", L1)
-    run = opened(perceptual="lpips")
+    run = opened(perceptual_features=["lpips"])
     report = measure(run, device=CPU, features="none")
     _, originals, reconstructed = reconstruct(run)
     values = (originals - reconstructed).abs().mean((1, 2, 3))

@@ -25,7 +25,7 @@ IMAGES = torch.nn.functional.interpolate(
     torch.rand(32, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1, 16, mode="nearest"
 )
 MODEL = partial(PatchAutoencoderKL, patch=2, latent_channels=3, block_out_channels=(8,), norm_num_groups=4)
-ADVERSARY = partial(Adversary, channels=8, layers=1, ramp=2)
+ADVERSARY = partial(Adversary, channels=8, layers=1, ramp=2, weight=0.5)
 
 
 class Watched(Callback):
@@ -53,7 +53,7 @@ def make(adversary=ADVERSARY, regulariser=KL, loss=AutoencoderLoss, seed: int = 
     rule = regulariser()
     model = rule.build(MODEL, 16)
     model.init_shortcut(IMAGES)
-    rule.start(model, IMAGES, 0)
+    rule.start(model, lambda: IMAGES, 0, torch.device("cpu"))
     return VAETraining(
         model,
         loss(),
@@ -196,6 +196,12 @@ def test_a_resumed_run_ends_as_one_never_stopped(tmp_path, regulariser, precisio
     assert whole.adversary.begun_at == resumed.adversary.begun_at == 2
 
 
+def test_a_discriminator_cannot_join_a_run_without_one(tmp_path):
+    fit(make(None), tmp_path, steps=2)
+    with pytest.raises(UserError, match="a run without a discriminator.*init_from="):
+        fit(make(), tmp_path, steps=4, resume=str(tmp_path / "checkpoints/last.ckpt"))
+
+
 def test_accumulated_batches_make_one_step(tmp_path):
     """The discriminator's gradient is the mean over the parts; lambda is measured on the first part alone."""
     whole, parts = ADVERSARY(), ADVERSARY()
@@ -240,6 +246,8 @@ def test_the_expected_time_counts_the_game_by_its_share(monkeypatch):
         ({"start": 1.5}, "adversarial.start=1.5 must be a whole step"),
         ({"weight": -0.1}, "adversarial.weight=-0.1"),
         ({"ramp": -5}, "adversarial.ramp=-5"),
+        ({"layers": 0}, "adversarial.layers=0 must be a whole number of 1 at least"),
+        ({"channels": 2.5}, "adversarial.channels=2.5 must be a whole number"),
     ],
 )
 def test_numbers_out_of_range(options, message):

@@ -23,7 +23,8 @@ from ldm.training.budget import Budget
 from ldm.training.callbacks import EMACallback
 from ldm.training.diffusion import Objective
 from ldm.training.diffusion_stage import DiffusionStage, class_condition, no_condition
-from ldm.training.vae_stage import VAEStage, decoder_scale
+from ldm.training.latents import decoder_scale
+from ldm.training.vae_stage import VAEStage
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 
