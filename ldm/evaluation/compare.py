@@ -15,6 +15,7 @@ from ldm.evaluation.compare_statistics import (
     Estimate,
     Figure,
     Verdict,
+    differing_settings,
     direction,
     estimate,
     judge,
@@ -144,7 +145,7 @@ def compare(places: Sequence[str]) -> Comparison:
             continue
         verdicts = [_beside(name, groups[0], other) for other in groups[1:]]
         estimates = [
-            estimate(found, enough_seeds=group.enough_seeds(name)) if found else None
+            estimate(found, enough_seeds=group.enough_seeds(name)) if found and not differing_settings(found) else None
             for group, found in zip(groups, figures, strict=True)
         ]
         rows.append(Row(name, direction(name), estimates, verdicts))
@@ -239,6 +240,11 @@ def _notes(groups: Sequence[Group], rows: Sequence[Row]) -> Iterator[str]:
         if not any(f.settings.get("reference") or f.settings.get("images") for f in run.figures.values())
     ]:
         yield f"Without an evaluation: {', '.join(without)}. Make one: python tools/evaluate.py run=<run>"
+    for group in groups:
+        names = dict.fromkeys(name for run in group.runs for name in run.figures)
+        unlike = {setting: None for name in names for setting in differing_settings(group.of(name))}
+        if unlike:
+            yield f"The runs of {group.label} were not measured alike ({', '.join(unlike)}): no mean of those figures."
     seeds = {str(run.evaluation_seed) for run in runs if run.evaluation_seed is not None}
     if len(seeds) > 1:
         yield f"Evaluated with different seeds ({', '.join(sorted(seeds))}): not on the same images or captions."

@@ -19,6 +19,7 @@ Verdicts are not corrected for their number: of twenty figures without any diffe
 
 import math
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -100,14 +101,13 @@ def share_error(share: float, num: int) -> float:
 def of_seeds(figures: Sequence[Figure]) -> Estimate:
     """The mean over runs of different seeds, with s / sqrt(n) and n - 1 degrees of freedom."""
     values = [figure.value for figure in figures]
-    n, mean = len(values), math.fsum(values) / len(values)
-    variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
-    return Estimate(mean, math.sqrt(variance / n), n - 1, SEEDS, n)
+    n, variance = len(values), statistics.variance(values)  # exact: 0 where all are the same
+    return Estimate(statistics.mean(values), math.sqrt(variance / n), n - 1, SEEDS, n)
 
 
 def of_sampling(figures: Sequence[Figure]) -> Estimate:
     """The mean over runs, with the root mean square of their standard errors."""
-    mean = math.fsum(figure.value for figure in figures) / len(figures)
+    mean = statistics.mean(figure.value for figure in figures)
     errors = [figure.standard_error for figure in figures if figure.standard_error is not None]
     if len(errors) < len(figures):
         return Estimate(mean, None, math.inf, None, len(figures))
