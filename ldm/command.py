@@ -83,7 +83,8 @@ def run(config_name: str, task: Callable[[DictConfig], Any], *, positional: str 
 
     def report_job(error: Exception) -> None:
         job = HydraConfig.get()
-        name = f"job {job.job.num} ({' '.join(job.overrides.task)})"
+        own = [override for override in job.overrides.task if override not in typed]  # not those of every job
+        name = f"job {job.job.num} ({' '.join(own)})"
         message = explain(error)
         if message is None or verbose:
             traceback.print_exception(error)

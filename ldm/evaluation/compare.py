@@ -77,52 +77,25 @@ class Comparison:
 
     def content(self) -> dict[str, Any]:
         """For compare.json."""
-        return {
-            "confidence": CONFIDENCE,
-            "runs": [
-                {
-                    "group": group.label,
-                    "run": run.place,
-                    "name": run.name,
-                    "stage": run.stage,
-                    "seed": run.seed,
-                    "figures": {
-                        name: {
-                            "value": figure.value,
-                            "standard_error": figure.standard_error,
-                            "interval": estimate([figure], enough_seeds=False).interval(),
-                            "settings": dict(figure.settings),
-                        }
-                        for name, figure in run.figures.items()
-                    },
-                }
-                for group, run in self.runs
-            ],
-            "differences": self.differences,
-            "figures": [
-                {
-                    "metric": row.metric,
-                    "better": {1: "higher", -1: "lower", 0: None}[row.way],
-                    "groups": [None if found is None else _content(found) for found in row.estimates],
-                    "verdicts": [
-                        {
-                            "groups": [self.groups[0].label, group.label],
-                            "verdict": verdict.text,
-                            "difference": None if verdict.difference is None else _content(verdict.difference),
-                        }
-                        for group, verdict in zip(self.groups[1:], row.verdicts, strict=True)
-                    ],
-                }
-                for row in self.rows
-            ],
-            "equal": self.equal,
-            "notes": self.notes,
-        }
-
-
-def _content(found: Estimate) -> dict[str, Any]:
-    dof = found.dof if found.dof < float("inf") else None  # JSON has no infinity
-    return {"mean": found.mean, "interval": found.interval(), "of": found.noise, "dof": dof, "runs": found.num_runs}
+        of_runs = [
+            {"group": group.label, "run": run.place, "name": run.name, "stage": run.stage, "seed": run.seed}
+            | {"figures": {name: figure.content() for name, figure in run.figures.items()}}
+            for group, run in self.runs
+        ]
+        of_rows = [
+            {
+                "metric": row.metric,
+                "better": {1: "higher", -1: "lower", 0: None}[row.way],
+                "groups": [None if found is None else found.content() for found in row.estimates],
+                "verdicts": [
+                    {"groups": [self.groups[0].label, group.label], **verdict.content()}
+                    for group, verdict in zip(self.groups[1:], row.verdicts, strict=True)
+                ],
+            }
+            for row in self.rows
+        ]
+        known = {"confidence": CONFIDENCE, "runs": of_runs, "differences": self.differences}
+        return {**known, "figures": of_rows, "equal": self.equal, "notes": self.notes}
 
 
 def compare(places: Sequence[str]) -> Comparison:

@@ -48,6 +48,12 @@ class Figure:
     settings: Mapping[str, Any] = field(default_factory=dict)
     """How it was measured: figures compare where these are equal."""
 
+    def content(self) -> dict[str, Any]:
+        """For compare.json."""
+        interval = of_sampling([self]).interval()
+        known = {"value": self.value, "standard_error": self.standard_error, "interval": interval}
+        return {**known, "settings": dict(self.settings)}
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -71,6 +77,11 @@ class Estimate:
         width = self.half_width
         return None if width is None else [self.mean - width, self.mean + width]
 
+    def content(self) -> dict[str, Any]:
+        """For compare.json, which knows no infinity."""
+        dof = self.dof if math.isfinite(self.dof) else None
+        return {"mean": self.mean, "interval": self.interval(), "of": self.noise, "dof": dof, "runs": self.num_runs}
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -79,6 +90,10 @@ class Verdict:
     text: str
     difference: Estimate | None
     """Of the second from the first; None where they do not compare."""
+
+    def content(self) -> dict[str, Any]:
+        """For compare.json."""
+        return {"verdict": self.text, "difference": None if self.difference is None else self.difference.content()}
 
 
 def direction(name: str) -> int:
