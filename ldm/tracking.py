@@ -206,15 +206,13 @@ def track_comparison(
         import wandb_workspaces.reports.v2 as reports
     except ImportError:
         return 'No W&B report: its package is not installed: pip install "ldm[reports]"'
-    runs = reports.Runset(
-        entity=entity, project=options["project"], name="compared", filters=f"Metric('Name') in {list(compared)}"
-    )
+    where = {"project": options["project"], "entity": entity}
+    runs = reports.Runset(**where, name="compared", filters=f"Metric('Name') in {list(compared)}")
     panels = [reports.LinePlot(title=curve, x="step", y=[curve]) for curve in curves]
-    report = reports.Report(
-        project=options["project"],
-        entity=entity,
-        title=name[:128],
-        blocks=[reports.MarkdownBlock(text=markdown), reports.PanelGrid(runsets=[runs], panels=panels)],
-    )
-    report.save()
+    blocks = [reports.MarkdownBlock(text=markdown), reports.PanelGrid(runsets=[runs], panels=panels)]
+    try:
+        report = reports.Report(**where, title=name[:128], blocks=blocks)
+        report.save()
+    except Exception as error:  # the package raises plain ones; what was found is written and logged already
+        return f"No W&B report: {error}"
     return f"W&B report: {report.url}"

@@ -185,6 +185,10 @@ def _shown(key: str, value: Any) -> str:
     return text[:12] if re.fullmatch(r"[0-9a-f]{40,}", text) else text
 
 
+def _few(places: Sequence[str]) -> str:
+    return ", ".join(places[:3]) + (f" and {len(places) - 3} more" if len(places) > 3 else "")
+
+
 def _notes(groups: Sequence[Group], rows: Sequence[Row]) -> Iterator[str]:
     """What to know before a verdict is believed."""
     runs = [run for group in groups for run in group.runs]
@@ -206,13 +210,15 @@ def _notes(groups: Sequence[Group], rows: Sequence[Row]) -> Iterator[str]:
             "a difference as large as the interval may hide in it."
         )
     if unfinished := [run.place for run in runs if not run.finished]:
-        yield f"Not at the end of their training, with the figures of now: {', '.join(unfinished)}."
+        yield f"Not at the end of their training, with the figures of now: {_few(unfinished)}."
+    if diverged := [f"{run.place} ({', '.join(run.diverged)})" for run in runs if run.diverged]:
+        yield f"Diverged, so that no such figure is judged: {_few(diverged)}."
     if without := [
         run.place
         for run in runs
         if not any(f.settings.get("reference") or f.settings.get("images") for f in run.figures.values())
     ]:
-        yield f"Without an evaluation: {', '.join(without)}. Make one: python tools/evaluate.py run=<run>"
+        yield f"Without an evaluation: {_few(without)}. Make one: python tools/evaluate.py run=<run>"
     for group in groups:
         names = dict.fromkeys(name for run in group.runs for name in run.figures)
         unlike = {setting: None for name in names for setting in differing_settings(group.of(name))}

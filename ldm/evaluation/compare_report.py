@@ -172,7 +172,7 @@ def number(value: float, width: float | None = None) -> str:
     if not width:
         return f"{value:.4g}"
     decimals = min(8, max(0, 1 - math.floor(math.log10(width))))
-    return f"{value:.{decimals}f}"
+    return f"{value:z.{decimals}f}"  # z: no minus before a zero
 
 
 def cell(found: Estimate | None) -> str:

@@ -53,6 +53,11 @@ class Measured:
     run: Run | None = field(repr=False, default=None)
     """Where it is a folder, whose weights are at hand."""
 
+    @property
+    def diverged(self) -> list[str]:
+        """Curves that end in no number."""
+        return [name for name, (_, values) in self.curves.items() if not math.isfinite(values[-1])]
+
 
 def load(places: Sequence[str]) -> list[Measured]:
     """Read runs: folders, or `entity/project/run` of W&B.
@@ -161,7 +166,8 @@ def _measured(
     for name, (_, values) in curves.items():
         if name.startswith("val/") and (short := name.removeprefix("val/")) not in {**figures, **evaluation}:
             settings = {**data, **(latents if stage == "diffusion" else {}), **(loss if "loss" in short else {})}
-            found[name] = Figure(values[-1], settings=settings)
+            if math.isfinite(values[-1]):
+                found[name] = Figure(values[-1], settings=settings)
     for name, value in _numbers(figures):
         found[name] = Figure(value, settings=data if direction(name) else {})
     for name, value in _numbers(evaluation):

@@ -281,6 +281,17 @@ def test_an_unfinished_run_without_evaluation_is_said_to_be_one(tmp_path):
     assert any("Without an evaluation" in note and "tools/evaluate.py" in note for note in found.notes)
 
 
+def test_what_diverged_is_not_judged(tmp_path):
+    place = make(tmp_path, "b", lr=2e-3, evaluation={"kd_samples": float("nan")})
+    with (Path(place) / "metrics.csv").open("a", newline="") as file:
+        file.write("0,399,nan,nan\n")
+    found = compare([make(tmp_path, "a"), place])
+    assert verdict(found, "val/loss").text == verdict(found, "kd_samples").text == "not in B"
+    assert any(f"Diverged, so that no such figure is judged: {place} (train/loss, val/loss)" in n for n in found.notes)
+    Report(found).save(tmp_path / "out")
+    json.loads((tmp_path / "out/compare.json").read_text(), parse_constant=pytest.fail)
+
+
 def test_what_cannot_be_compared_is_refused(tmp_path):
     one, vae = make(tmp_path, "a"), make(tmp_path, "v", stage="vae")
     with pytest.raises(UserError, match="two runs at least, not .*a alone"):
@@ -311,7 +322,8 @@ def test_the_page_needs_nothing_beside_itself(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("value", "width", "text"), [(0.12345, 0.0123, "0.123"), (28.4567, 1.9, "28.5"), (1e3, 99, "1000")]
+    ("value", "width", "text"),
+    [(0.12345, 0.0123, "0.123"), (28.4567, 1.9, "28.5"), (1e3, 99, "1000"), (-1e-5, 0.011, "0.000")],
 )
 def test_numbers_end_where_their_noise_begins(value, width, text):
     assert number(value, width) == text
@@ -435,6 +447,8 @@ def test_wandb_gets_the_table_and_a_report_where_one_can_be_made(tmp_path, monke
     for part in (parent, reports, module):
         monkeypatch.setitem(sys.modules, part.__name__, part)
     assert track(tmp_path, "online", found) == "W&B report: somewhere"
+    monkeypatch.setattr(Made, "save", lambda self: 1 / 0)
+    assert track(tmp_path, "online", found) == "No W&B report: division by zero"
     text, grid = made[0].blocks
     assert "| kd_samples | lower |" in text.text and grid.panels[0].y == ["val/loss"]
     assert grid.runsets[0].filters == "Metric('Name') in ['diffusion/a', 'diffusion/b']" and made[0].entity == "me"
