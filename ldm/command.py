@@ -7,9 +7,11 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
@@ -22,6 +24,7 @@ from safetensors import SafetensorError
 
 from ldm.errors import UserError
 from ldm.home import folder
+from ldm.tracking import finish_open_run
 
 FREE_TEXT = (
     "prompt",
@@ -49,6 +52,9 @@ FREE_TEXT = (
 
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_OPTIONS_WITH_VALUE: tuple[str, ...] = ("--cfg", "-c", "--package", "-p", "--info", "-i", "--experimental-rerun")
+_OPTIONS_WITH_VALUE += ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")
+"""Of Hydra: the argument after them is theirs."""
 
 
 def prepare_images(data: DictConfig) -> Any:
@@ -61,16 +67,20 @@ def prepare_images(data: DictConfig) -> Any:
     return prepare(instantiate(data.source), **{key: data[key] for key in keys})
 
 
-def run(config_name: str, task: Callable[[DictConfig], Any]) -> None:
+def run(config_name: str, task: Callable[[DictConfig], Any], *, positional: str | None = None) -> None:
     """Compose conf/<config_name>.yaml with the command line and run the task.
 
+    With -m the task runs once per job; one that fails does not keep the others from running.
+
     Exits with 2 after bad input, with 130 after Ctrl-C. HYDRA_FULL_ERROR=1 shows the traceback.
+
+    Args:
+        positional: The key of a list that arguments without a key are gathered in.
     """
     verbose = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
     typed = sys.argv[1:]
-    if not any(argument in ("-m", "--multirun") for argument in typed):
-        sys.argv[1:] = quote_free_text(typed)
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to Hydra's own report
+    sweeps = any(argument in ("-m", "--multirun") for argument in typed)
+    failed: list[str] = []
 
     def report(error: Exception) -> None:
         message = explain(error)
@@ -81,6 +91,17 @@ def run(config_name: str, task: Callable[[DictConfig], Any]) -> None:
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
 
+    def report_job(error: Exception) -> None:
+        job = HydraConfig.get()
+        own = [override for override in job.overrides.task if override not in typed]  # not those of every job
+        name = f"job {job.job.num} ({' '.join(own)})"
+        message = explain(error)
+        if message is None or verbose:
+            traceback.print_exception(error)
+        print(f"error in {name}: {message or repr(error)}", file=sys.stderr)
+        failed.append(name)
+        finish_open_run()
+
     @functools.wraps(task)
     def complete(config: DictConfig) -> None:
         sys.argv[1:] = typed  # for the record, and for the processes that Lightning starts with the same arguments
@@ -88,8 +109,14 @@ def run(config_name: str, task: Callable[[DictConfig], Any]) -> None:
             require_values(config)
             task(config)
         except Exception as error:
-            report(error)  # here already: Hydra would print a line of its own first
+            (report_job if sweeps else report)(error)  # here already: Hydra would print a line of its own first
 
+    try:
+        arguments = typed if positional is None else gather(typed, positional)
+        sys.argv[1:] = arguments if sweeps else quote_free_text(arguments)
+    except UserError as error:
+        report(error)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to Hydra's own report
     application = hydra.main(version_base="1.3", config_path=str(folder("conf")), config_name=config_name)(complete)
     try:
         application()
@@ -98,6 +125,9 @@ def run(config_name: str, task: Callable[[DictConfig], Any]) -> None:
         sys.exit(130)
     except Exception as error:
         report(error)
+    if failed:
+        print(f"error: {len(failed)} of the jobs failed: {'; '.join(failed)}", file=sys.stderr)
+        sys.exit(2)
 
 
 def require_values(config: DictConfig) -> None:
@@ -126,13 +156,41 @@ def quote_free_text(arguments: Sequence[str], keys: Sequence[str] = FREE_TEXT) -
         key, equals, value = argument.partition("=")
         switch = key == "resume" and value.lower() in ("true", "false")
         if equals and key.lstrip("+") in keys and not switch and value not in ("null", "???", ""):
-            # no interpolation: OmegaConf takes an odd number of backslashes before ${ as its escape
-            escaped = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
-            # in Hydra's grammar a backslash counts as an escape only before a quote
-            escaped = _double_backslashes_before_quote(escaped).replace('"', '\\"')
-            argument = f'{key}="{escaped}"'
+            argument = f"{key}={_quote(value)}"
         quoted.append(argument)
     return quoted
+
+
+def gather(arguments: Sequence[str], key: str) -> list[str]:
+    """Arguments without a key become key=[...], each as it was typed.
+
+    One with an equals sign in it is among them where it names something on the disk, as a folder of a sweep does.
+
+    Raises:
+        UserError: key= is given as well.
+    """
+    kept, gathered = [], []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        named = "=" not in argument or Path(argument).expanduser().exists()
+        deletes = argument.startswith("~") and not argument.startswith("~/")
+        if named and not deletes and not argument.startswith("-") and before not in _OPTIONS_WITH_VALUE:
+            gathered.append(argument)
+        else:
+            kept.append(argument)
+    if not gathered:
+        return kept
+    if any(argument.startswith(f"{key}=") for argument in kept):
+        raise UserError(f"{' '.join(gathered)} and {key}= are two ways to say the same. Use one of them.")
+    return [*kept, f"{key}=[{','.join(_quote(argument) for argument in gathered)}]"]
+
+
+def _quote(text: str) -> str:
+    """Text that Hydra and OmegaConf leave as it is."""
+    # no interpolation: OmegaConf takes an odd number of backslashes before ${ as its escape
+    escaped = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+    # in Hydra's grammar a backslash counts as an escape only before a quote
+    escaped = _double_backslashes_before_quote(escaped).replace('"', '\\"')
+    return f'"{escaped}"'
 
 
 def _double_backslashes_before_quote(text: str) -> str:

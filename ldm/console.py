@@ -41,6 +41,10 @@ def data() -> None:
     _run("data")
 
 
+def compare() -> None:
+    _run("compare")
+
+
 def _run(tool: str) -> None:
     """Run a tool as `__main__` with this process's arguments.
 

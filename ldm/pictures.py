@@ -68,12 +68,18 @@ def _wrap(draw: ImageDraw.ImageDraw, text: str, width: int, font: Any, lines: in
     return wrapped
 
 
-def rows(named: Sequence[tuple[str, Sequence[Image.Image]]], *, cell: int = CELL) -> Image.Image:
-    """One row per name, so that what belongs together stands in one column."""
+def rows(
+    named: Sequence[tuple[str, Sequence[Image.Image]]],
+    *,
+    captions: Sequence[str | None] | None = None,
+    cell: int = CELL,
+) -> Image.Image:
+    """One row per name, so that what belongs together stands in one column, with the column's caption below it."""
     font = ImageFont.load_default(13)
     columns = max(len(images) for _, images in named)
-    gutter = 110
-    canvas = Image.new("RGB", (gutter + columns * (cell + MARGIN), MARGIN + len(named) * (cell + MARGIN)), PAPER)
+    gutter, footer = 110, 34 if captions is not None else 0
+    height = MARGIN + len(named) * (cell + MARGIN)
+    canvas = Image.new("RGB", (gutter + columns * (cell + MARGIN), height + footer), PAPER)
     draw = ImageDraw.Draw(canvas)
     for row, (name, images) in enumerate(named):
         top = MARGIN + row * (cell + MARGIN)
@@ -82,4 +88,7 @@ def rows(named: Sequence[tuple[str, Sequence[Image.Image]]], *, cell: int = CELL
         for column, image in enumerate(images):
             enlarged = image.convert("RGB").resize((cell, cell), Image.Resampling.BICUBIC)
             canvas.paste(enlarged, (gutter + column * (cell + MARGIN), top))
+    for column, caption in enumerate(captions or ()):
+        for line, text in enumerate(_wrap(draw, str(caption or ""), cell, font)):
+            draw.text((gutter + column * (cell + MARGIN), height + 15 * line), text, fill=INK, font=font)
     return canvas

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -207,6 +208,8 @@ def run_folder(config: DictConfig, *, main_process: bool) -> Path:
     stage = choices["stage"]
     part = choices["autoencoder" if stage == "vae" else "network"]
     default = f"{choices['data']}-{part}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        default += f"-{HydraConfig.get().job.num}"  # jobs may start in the same second
     if main_process:
         os.environ[RUN_NAME] = config.name or default
     name = os.environ.get(RUN_NAME, default)

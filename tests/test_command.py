@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from ldm import command
-from ldm.command import explain, quote_free_text, require_values
+from ldm.command import explain, gather, quote_free_text, require_values
 from ldm.errors import UserError
 from ldm.home import folder
 
@@ -134,6 +134,21 @@ def test_other_keys_keep_hydras_grammar():
     arguments = ["batch_size=8", "sampler=ddim", "~prompt", "num_samples=1,2", "strip=true", "--help", "seed"]
     assert quote_free_text(arguments) == arguments
     assert quote_free_text(["+prompt=a b", "++prompt=c, d"]) == ['+prompt="a b"', '++prompt="c, d"']
+
+
+def test_arguments_without_a_key_are_gathered_as_they_were_typed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=1,seed=2").mkdir()
+    typed = ["lr=1,seed=2", "--cfg", "job", "seed=3", "-m", "~/b", "~out", *NASTY[:4]]
+    *kept, gathered = gather(typed, "runs")
+    assert kept == ["--cfg", "job", "seed=3", "-m", "~out"]
+    override = OverridesParser.create().parse_override(gathered)
+    config = OmegaConf.create({"runs": None})
+    OmegaConf.update(config, "runs", override.value())
+    assert list(config.runs) == ["lr=1,seed=2", "~/b", *NASTY[:4]]
+    assert gather(["seed=3", "--help"], "runs") == ["seed=3", "--help"]
+    with pytest.raises(UserError, match="a and runs= are two ways to say the same"):
+        gather(["a", "runs=[b]"], "runs")
 
 
 def test_free_text_keys_exist():

@@ -1,0 +1,192 @@
+"""Is one group of runs better in a figure than another, or is the difference noise?
+
+A group is what differs in nothing but its seed. The rule, per figure, everything at 95 %:
+
+1. Figures that were not measured alike (features, N, reference set, sampler, guidance) get no verdict.
+2. Three or more runs with seeds of their own in both groups: Welch's t test on the runs. Their spread holds all that a
+   seed moves, training and sampling.
+3. Otherwise, and where seeds do not move a figure, the standard errors of the evaluations. They hold the noise of
+   sampling alone: another seed of training may move a figure further, and the verdict says so. The runs of a group are
+   measured on the same images, so that the mean's error is taken to be theirs, not smaller by the root of their number;
+   and two groups as if on images of their own, which makes the interval of a difference too wide rather than too
+   narrow.
+4. No standard error at all: no verdict.
+5. `better` where the interval of the difference leaves out 0 and it is known which way is better; else `within noise`,
+   which is no proof of equality: the interval says how large a difference could hide in it.
+
+Verdicts are not corrected for their number: of twenty figures without any difference, one is expected to look real.
+"""
+
+import math
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from scipy import stats
+
+CONFIDENCE = 0.95
+FEWEST_SEEDS = 3
+SEEDS, SAMPLING = "between seeds", "sampling noise only"
+HIGHER = frozenset({"psnr", "ssim", "retrieval", "precision", "recall", "density", "coverage", "accuracy"})
+LOWER = frozenset({"kd", "fd", "fid", "kid", "cmmd", "loss", "lpips", "bits", "l1", "mse"})
+"""Words of a figure's name that say which way is better."""
+NEITHER = frozenset({"kl", "chance", "validation", "pca", "classifier"})
+"""Words of a rate, which is worth nothing without its distortion, and of the anchors, which are of the data."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure of one run."""
+
+    value: float
+    standard_error: float | None = None
+    """Of sampling, as the evaluation states it."""
+    dof: float = math.inf
+    """Degrees of freedom of that standard error."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """How it was measured: figures compare where these are equal."""
+
+    def content(self) -> dict[str, Any]:
+        """For compare.json."""
+        interval = of_sampling([self]).interval()
+        known = {"value": self.value, "standard_error": self.standard_error, "interval": interval}
+        return {**known, "settings": dict(self.settings)}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean, or a difference of means, and how far noise may have moved it."""
+
+    mean: float
+    standard_error: float | None
+    dof: float
+    noise: str | None
+    """SEEDS, SAMPLING or None: what the standard error holds."""
+    num_runs: int
+
+    @property
+    def half_width(self) -> float | None:
+        """t(0.975, dof) times the standard error. Source: Student 1908, Biometrika 6(1)."""
+        if self.standard_error is None:
+            return None
+        return float(stats.t.ppf((1 + CONFIDENCE) / 2, self.dof)) * self.standard_error if self.standard_error else 0.0
+
+    def interval(self) -> list[float] | None:
+        width = self.half_width
+        return None if width is None else [self.mean - width, self.mean + width]
+
+    def content(self) -> dict[str, Any]:
+        """For compare.json, which knows no infinity."""
+        dof = self.dof if math.isfinite(self.dof) else None
+        return {"mean": self.mean, "interval": self.interval(), "of": self.noise, "dof": dof, "runs": self.num_runs}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is said of two groups in one figure."""
+
+    text: str
+    difference: Estimate | None
+    """Of the second from the first; None where they do not compare."""
+
+    def content(self) -> dict[str, Any]:
+        """For compare.json."""
+        return {"verdict": self.text, "difference": None if self.difference is None else self.difference.content()}
+
+
+def direction(name: str) -> int:
+    """1 where a higher figure is better, -1 where a lower one is, 0 where its name does not say."""
+    words = set(re.split(r"[^a-z0-9]+", name.lower()))
+    if words & NEITHER:
+        return 0
+    return int(bool(words & HIGHER)) - int(bool(words & LOWER))
+
+
+def share_error(share: float, num: int) -> float:
+    """Standard error of a share of `num`, with one success and one failure added, so that 0 and 1 have one as well.
+
+    Source: Agresti and Caffo 2000, The American Statistician 54(4).
+    """
+    moved = (share * num + 1) / (num + 2)
+    return math.sqrt(moved * (1 - moved) / (num + 2))
+
+
+def of_seeds(figures: Sequence[Figure]) -> Estimate:
+    """The mean over runs of different seeds, with s / sqrt(n) and n - 1 degrees of freedom."""
+    values = [figure.value for figure in figures]
+    n, variance = len(values), statistics.variance(values)  # exact: 0 where all are the same
+    return Estimate(statistics.mean(values), math.sqrt(variance / n), n - 1, SEEDS, n)
+
+
+def of_sampling(figures: Sequence[Figure]) -> Estimate:
+    """The mean over runs, with the root mean square of their standard errors."""
+    mean = statistics.mean(figure.value for figure in figures)
+    errors = [figure.standard_error for figure in figures if figure.standard_error is not None]
+    if len(errors) < len(figures):
+        return Estimate(mean, None, math.inf, None, len(figures))
+    error = math.sqrt(math.fsum(error**2 for error in errors) / len(errors))
+    return Estimate(mean, error, min(figure.dof for figure in figures), SAMPLING, len(figures))
+
+
+def estimate(figures: Sequence[Figure], *, enough_seeds: bool) -> Estimate:
+    """Of one group: between seeds where there are enough and they move the figure, of sampling otherwise."""
+    if enough_seeds and (found := of_seeds(figures)).standard_error:
+        return found
+    return of_sampling(figures)
+
+
+def difference(first: Estimate, second: Estimate) -> Estimate:
+    """second - first, with the degrees of freedom of Welch and Satterthwaite.
+
+        v = (v_1 + v_2)^2 / (v_1^2 / d_1 + v_2^2 / d_2),   v_i = squared standard error, d_i = its degrees of freedom
+
+    Source: Welch 1947, Biometrika 34(1-2).
+    """
+    apart, num_runs = second.mean - first.mean, first.num_runs + second.num_runs
+    if first.standard_error is None or second.standard_error is None:
+        return Estimate(apart, None, math.inf, None, num_runs)
+    parts = (first.standard_error**2, second.standard_error**2)
+    rest = math.fsum(part**2 / side.dof for part, side in zip(parts, (first, second), strict=True))
+    dof = sum(parts) ** 2 / rest if rest else math.inf
+    return Estimate(apart, math.sqrt(sum(parts)), dof, first.noise, num_runs)
+
+
+def judge(
+    name: str, first: Sequence[Figure], second: Sequence[Figure], labels: tuple[str, str], *, enough_seeds: bool
+) -> Verdict:
+    """The rule of this module, for one figure of two groups.
+
+    Args:
+        labels: Of the groups, for `<label> better`.
+        enough_seeds: Both have FEWEST_SEEDS or more runs, with seeds of their own.
+    """
+    if unlike := differing_settings([*first, *second]):
+        return Verdict(f"not comparable: {', '.join(unlike)}", None)
+    sides = [estimate(side, enough_seeds=enough_seeds) for side in (first, second)]
+    if sides[0].noise != sides[1].noise:
+        sides = [of_seeds(side) if enough_seeds else of_sampling(side) for side in (first, second)]
+    found = difference(*sides)
+    width, way = found.half_width, direction(name)
+    if width is None:
+        return Verdict("noise unknown", found)
+    if abs(found.mean) <= width:
+        return Verdict("within noise", found)
+    if not way:
+        return Verdict("differ", found)
+    return Verdict(f"{labels[1] if found.mean * way > 0 else labels[0]} better", found)
+
+
+def differing_settings(figures: Sequence[Figure]) -> list[str]:
+    """Names of the settings that are not the same for all; one that somebody does not state is not the same.
+
+    The options of a sampler may be left to their defaults: its method decides which there are.
+    """
+    found = []
+    for key in dict.fromkeys(key for figure in figures for key in figure.settings):
+        stated = [figure.settings[key] for figure in figures if key in figure.settings]
+        optional = key.startswith("sampler.") and key != "sampler.method"
+        if any(value != stated[0] for value in stated) or (len(stated) < len(figures) and not optional):
+            found.append(key)
+    return found

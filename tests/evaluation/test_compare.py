@@ -1,0 +1,555 @@
+"""What tools/compare.py finds in runs, whatever they were read from, and when it says that one is better."""
+
+import csv
+import io
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import wandb
+from omegaconf import OmegaConf
+from PIL import Image
+from rich.console import Console
+from scipy import stats
+
+from ldm.autoencoder.autoencoder import Autoencoder
+from ldm.autoencoder.patch import PatchAutoencoderKL
+from ldm.data.image_folder import ImageFolder
+from ldm.data.images import ImageData, prepare
+from ldm.data.latents import LatentContract
+from ldm.diffusion.sampler import Sampler
+from ldm.diffusion.schedule import linear
+from ldm.errors import UserError
+from ldm.evaluation import compare_statistics
+from ldm.evaluation.compare import Comparison, compare
+from ldm.evaluation.compare_images import side_by_side
+from ldm.evaluation.compare_report import Report, number
+from ldm.evaluation.compare_runs import is_of_wandb
+from ldm.evaluation.compare_statistics import SAMPLING, SEEDS, Figure, direction, judge, of_seeds, share_error
+from ldm.home import folder
+from ldm.networks.conditioning import ClassCondition
+from ldm.networks.dit import DiT
+from ldm.pipeline import LatentDiffusionPipeline
+from ldm.run import Run
+from ldm.tracking import flatten, track_comparison
+
+EVALUATION = {
+    "features": "efficientnet_lite",
+    "num_samples": 256,
+    "reference": "squares/train@abcdef01",
+    "num_reference": 1000,
+    "guidance": 3.0,
+    "guidance_interval": [0.0, 1.0],
+    "sampler": {"method": "dpmpp", "steps": 20, "clip": None},
+    "seed": 0,
+    "kd_reconstructions": 0.01,
+    "kd_reconstructions_standard_error": 0.001,
+    "retrieval_at_1_chance": 0.001,
+}
+
+
+def tool() -> None:
+    runpy.run_path(str(folder("tools") / "compare.py"), run_name="__main__")
+
+
+def make(
+    place: Path,
+    name: str,
+    *,
+    seed: int = 0,
+    stage: str = "diffusion",
+    kd: float = 0.1,
+    lr: float = 1e-3,
+    objective: str = "simple",
+    evaluation: dict | None = None,
+    **facts,
+) -> str:
+    """A run folder as training and tools/evaluate.py leave it, without weights."""
+    config = {
+        "name": name,
+        "runs_dir": str(place),
+        "seed": seed,
+        "batch_size": 32,
+        "objective": {"loss": objective},
+        "optimizer": {"lr": lr, "build": {"_target_": "torch.optim.AdamW", "lr": lr, "_partial_": True}},
+        "logger": {"wandb": False},
+        "stage": {"build": {"optimizer": {"lr": lr}, "find_autoencoder": {"runs": str(place)}}},
+    }
+    known = {
+        "stage": stage,
+        "name": name,
+        "seed": seed,
+        "finished": 1.0,
+        "precision": "32-true",
+        "data": "squares",
+        "data_fingerprint": "ab" * 32,
+        "contract": {"autoencoder_sha256": "cd" * 32},
+        "figures": {"steps": 300, "training_s": 10.0 + seed},
+    }
+    run = Run.create(place / stage / name, OmegaConf.create(config), {**known, **facts})
+    figures = {**EVALUATION, "kd_samples": kd, "kd_samples_standard_error": 0.004, "retrieval_at_1_samples": 0.1}
+    (run.path / "evaluation.json").write_text(json.dumps({**figures, **(evaluation or {})}))
+    with (run.path / "metrics.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["epoch", "step", "train/loss", "val/loss"])
+        writer.writeheader()
+        for step in range(0, 300, 10):
+            writer.writerow({"epoch": 0, "step": step, "train/loss": 1 / (1 + step) + 0.01 * seed})
+        writer.writerow({"epoch": 0, "step": 299, "val/loss": 0.5 + 0.01 * seed})
+    return str(run.path)
+
+
+def three(place: Path, name: str, kds: tuple[float, ...], **options) -> list[str]:
+    return [make(place, f"{name}{seed}", seed=seed, kd=kd, **options) for seed, kd in enumerate(kds)]
+
+
+def verdict(found: Comparison, metric: str, group: int = 1):
+    (row,) = [row for row in found.rows if row.metric == metric]
+    return row.verdicts[group - 1]
+
+
+def printed(report: Report) -> str:
+    console = Console(width=80, record=True, file=io.StringIO())
+    for table in report.tables():
+        console.print(table)
+    return console.export_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("psnr_db", 1),
+        ("ssim", 1),
+        ("retrieval_at_5_samples", 1),
+        ("density", 1),
+        ("coverage_samples", 1),
+        ("kd_samples", -1),
+        ("fd_reconstructions", -1),
+        ("val/loss_t1_to_250", -1),
+        ("lpips", -1),
+        ("val/vlb_bits_per_latent_dim", -1),
+        ("kl_bits", 0),  # a rate is worth nothing without its distortion
+        ("kd_validation", 0),
+        ("retrieval_at_1_chance", 0),
+        ("pca_psnr_db", 0),
+        ("classifier_val_accuracy", 0),
+        ("steps", 0),
+        ("peak_memory_gb", 0),
+    ],
+)
+def test_names_say_which_way_is_better(name, way):
+    assert direction(name) == way
+
+
+def test_the_intervals_are_scipys():
+    generator = np.random.default_rng(0)
+    first, second = generator.normal(0, 1, 4), generator.normal(0.5, 3, 6)
+    own = of_seeds([Figure(value) for value in first])
+    low, high = stats.ttest_1samp(first, 0).confidence_interval(0.95)
+    assert own.interval() == pytest.approx([low, high]) and own.noise == SEEDS
+    found = judge("kd", [Figure(x) for x in first], [Figure(x) for x in second], ("A", "B"), enough_seeds=True)
+    low, high = stats.ttest_ind(second, first, equal_var=False).confidence_interval(0.95)
+    assert found.difference.interval() == pytest.approx([low, high])
+
+
+def test_verdicts_of_nothing_are_wrong_one_time_in_twenty():
+    generator = np.random.default_rng(1)
+    claimed = 0
+    for _ in range(2000):
+        first, second = ([Figure(value) for value in generator.normal(0, 1, 3)] for _ in range(2))
+        claimed += judge("kd", first, second, ("A", "B"), enough_seeds=True).text != "within noise"
+    assert 0.015 < claimed / 2000 < 0.06  # Welch's test is a little shy with three a side
+
+
+def test_a_share_of_nothing_has_an_error_as_well():
+    assert share_error(0.0, 256) == pytest.approx(share_error(1.0, 256)) != 0
+    assert share_error(0.5, 10_000) == pytest.approx(0.005, rel=1e-3)
+
+
+def test_seeds_of_one_config_are_a_group_and_of_two_within_noise(tmp_path):
+    same = compare([*three(tmp_path, "a", (0.10, 0.12, 0.11))])
+    assert [len(group.runs) for group in same.groups] == [3] and not same.rows[0].verdicts
+    assert any("nothing to judge" in note for note in same.notes)
+    other = three(tmp_path, "b", (0.115, 0.1, 0.112), lr=2e-3)
+    found = compare([*three(tmp_path, "c", (0.10, 0.12, 0.11)), *other])
+    assert [[run.name for run in group.runs] for group in found.groups] == [["c0", "c1", "c2"], ["b0", "b1", "b2"]]
+    assert found.differences == {"optimizer.lr": ["0.001", "0.002"]}
+    said = verdict(found, "kd_samples")
+    assert said.text == "within noise" and said.difference.noise == SEEDS
+    low, high = stats.ttest_ind((0.115, 0.1, 0.112), (0.10, 0.12, 0.11), equal_var=False).confidence_interval(0.95)
+    assert said.difference.interval() == pytest.approx([low, high])
+
+
+def test_a_shifted_group_is_beyond_noise_in_the_right_direction(tmp_path):
+    first = three(tmp_path, "a", (0.10, 0.12, 0.11))
+    second = three(tmp_path, "b", (0.20, 0.22, 0.21), lr=2e-3, evaluation={"retrieval_at_1_samples": 0.3})
+    found = compare([*first, *second])
+    assert verdict(found, "kd_samples").text == "A better"
+    # every seed finds as many: what is left is the noise of 256 samples
+    said = verdict(found, "retrieval_at_1_samples")
+    assert said.text == "B better" and said.difference.noise == SAMPLING
+    assert found.equal["kd_reconstructions"] == 0.01
+    assert verdict(compare([*second, *first]), "kd_samples").text == "B better"
+
+
+def test_single_runs_know_the_noise_of_sampling_alone(tmp_path):
+    found = compare([make(tmp_path, "a", kd=0.1), make(tmp_path, "b", kd=0.105, lr=2e-3)])
+    said = verdict(found, "kd_samples")
+    assert said.text == "within noise" and said.difference.noise == SAMPLING
+    error = np.hypot(0.004, 0.004)  # of four disjoint subsets each: 3 + 3 degrees of freedom
+    assert said.difference.half_width == pytest.approx(stats.t.ppf(0.975, 6) * error)
+    text = printed(Report(found))
+    assert SAMPLING in text and max(map(len, text.splitlines())) <= 80
+    assert any("-m seed=0,1,2" in note for note in found.notes)
+    far = compare([make(tmp_path, "c", kd=0.1), make(tmp_path, "d", kd=0.2, lr=2e-3)])
+    assert verdict(far, "kd_samples").text == "A better" and "A better" in printed(Report(far))
+
+
+def test_two_seeds_are_no_spread(tmp_path):
+    runs = [make(tmp_path, f"a{seed}", seed=seed, kd=0.1 + seed / 1000) for seed in range(2)]
+    found = compare([*runs, *three(tmp_path, "b", (0.1, 0.11, 0.12), lr=2e-3)])
+    assert verdict(found, "kd_samples").difference.noise == SAMPLING
+    assert found.rows[0].estimates[1].noise == SEEDS, "of the three alone there is one"
+
+
+def test_a_seed_that_stands_twice_is_no_spread(tmp_path):
+    runs = [make(tmp_path, f"a{i}", seed=min(i, 1), kd=0.1 + i / 1000) for i in range(3)]
+    found = compare([*runs, *three(tmp_path, "b", (0.1, 0.11, 0.12), lr=2e-3)])
+    assert verdict(found, "kd_samples").difference.noise == SAMPLING
+    assert any("stands twice in A" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"features": "dinov2"}, "features"),
+        ({"num_samples": 512}, "num_samples"),
+        ({"reference": "squares/train@00000000"}, "reference"),
+        ({"guidance": 1.0}, "guidance"),
+        ({"guidance_interval": None}, "guidance_interval"),
+        ({"sampler": {"method": "dpmpp", "steps": 50}}, "sampler.steps"),
+        ({"sampler": "dpmpp, 20 steps"}, "sampler"),
+    ],
+)
+def test_figures_that_were_measured_otherwise_get_no_verdict(tmp_path, changed, named):
+    found = compare([make(tmp_path, "a"), make(tmp_path, "b", kd=0.9, lr=2e-3, evaluation=changed)])
+    said = verdict(found, "kd_samples")
+    assert said.text.startswith("not comparable: ") and named in said.text and said.difference is None
+
+
+def test_a_group_that_was_not_measured_alike_has_no_mean(tmp_path):
+    found = compare([make(tmp_path, "a"), make(tmp_path, "b", seed=1, kd=0.3, evaluation={"features": "dinov2"})])
+    (row,) = [row for row in found.rows if row.metric == "kd_samples"]
+    assert row.estimates == [None]
+    assert any("A were not measured alike (features)" in note for note in found.notes)
+
+
+def test_a_loss_of_another_objective_is_another_loss(tmp_path):
+    found = compare([make(tmp_path, "a"), make(tmp_path, "b", seed=1, objective="hybrid")])
+    assert verdict(found, "val/loss").text == "not comparable: objective"
+    same = compare([make(tmp_path, "c"), make(tmp_path, "d", seed=1, lr=2e-3)])
+    assert verdict(same, "val/loss").text == "noise unknown"
+
+
+def test_what_differs_is_short(tmp_path):
+    """No names, no places, nothing twice; what runs were made with beside what they were told."""
+    facts = {"commit": "0123456789" * 4, "versions": {"torch": "2.12"}, "precision": "bf16-mixed"}
+    found = compare([make(tmp_path / "x", "a"), make(tmp_path / "y", "b", seed=3, lr=2e-3, **facts)])
+    keys = set(found.differences)
+    assert {"optimizer.lr", "seed", "precision", "commit", "versions.torch"} <= keys
+    assert not keys & {"name", "runs_dir", "optimizer.build.lr"} and not any(key.startswith("stage") for key in keys)
+    assert found.differences["commit"][1] == "012345678901" and found.differences["seed"] == ["0", "3"]
+
+
+def test_other_data_or_precision_is_another_group(tmp_path):
+    found = compare([make(tmp_path, "a"), make(tmp_path, "b", seed=1, data_fingerprint="ef" * 32)])
+    assert len(found.groups) == 2
+    assert "data_fingerprint" in verdict(found, "val/loss").text
+
+
+def test_an_unfinished_run_without_evaluation_is_said_to_be_one(tmp_path):
+    place = make(tmp_path, "b", lr=2e-3, finished=None)
+    (Path(place) / "evaluation.json").unlink()
+    found = compare([make(tmp_path, "a"), place])
+    assert verdict(found, "kd_samples").text == "not in B"
+    assert any("Not at the end" in note and place in note for note in found.notes)
+    assert any("Without an evaluation" in note and "tools/evaluate.py" in note for note in found.notes)
+
+
+def test_what_diverged_is_not_judged(tmp_path):
+    place = make(tmp_path, "b", lr=2e-3, evaluation={"kd_samples": float("nan")})
+    with (Path(place) / "metrics.csv").open("a", newline="") as file:
+        file.write("0,399,nan,nan\n")
+    found = compare([make(tmp_path, "a"), place])
+    assert verdict(found, "val/loss").text == verdict(found, "kd_samples").text == "not in B"
+    assert any(f"Diverged, so that no such figure is judged: {place} (train/loss, val/loss)" in n for n in found.notes)
+    Report(found).save(tmp_path / "out")
+    json.loads((tmp_path / "out/compare.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path):
+    one, vae = make(tmp_path, "a"), make(tmp_path, "v", stage="vae")
+    with pytest.raises(UserError, match="two runs at least, not .*a alone"):
+        compare([one])
+    with pytest.raises(UserError, match=r"stage=diffusion: .*a; stage=vae: .*v\."):
+        compare([one, vae])
+    with pytest.raises(UserError, match="given twice"):
+        compare([one, f"{one}/../a"])
+    with pytest.raises(UserError, match=r"runs=.*nothing does not exist"):
+        compare([one, str(tmp_path / "nothing")])
+
+
+def test_the_page_needs_nothing_beside_itself(tmp_path):
+    found = compare([make(tmp_path, "a<b"), make(tmp_path, "b", kd=0.2, lr=2e-3)])
+    samples = Image.new("RGB", (20, 10), "red")
+    files = Report(found, samples, ["a note"], {"seed": 0}).save(tmp_path / "out")
+    assert [file.name for file in files] == ["compare.json", "compare.html", "compare.png", "compare_images.png"]
+    page = files[1].read_text(encoding="utf-8")
+    assert not re.search(r"https?:|<script|<link|url\(|src=\"(?!data:)", page)
+    assert page.count("data:image/png;base64,") == 2 and "a&lt;b" in page and "a<b" not in page
+    assert "prefers-color-scheme: dark" in page and SAMPLING in page and "A better" in page
+    content = json.loads(files[0].read_text())
+    assert [run["seed"] for run in content["runs"]] == [0, 0] and "a note" in content["notes"]
+    (row,) = [row for row in content["figures"] if row["metric"] == "kd_samples"]
+    assert row["verdicts"][0]["verdict"] == "A better" and len(row["verdicts"][0]["difference"]["interval"]) == 2
+    with Image.open(files[2]) as picture:
+        assert picture.width > 600 and len(picture.convert("RGB").getcolors(10_000_000)) > 50
+
+
+@pytest.mark.parametrize(
+    ("value", "width", "text"),
+    [(0.12345, 0.0123, "0.123"), (28.4567, 1.9, "28.5"), (1e3, 99, "1000"), (-1e-5, 0.011, "0.000")],
+)
+def test_numbers_end_where_their_noise_begins(value, width, text):
+    assert number(value, width) == text
+
+
+class Recorded:
+    """Stands in for wandb.Api: the runs of folders, as training and tools/evaluate.py log them."""
+
+    def __init__(self, places: dict[str, str]) -> None:
+        self.known = []
+        for path, place in places.items():
+            run = Run.open(place)
+            facts = {key: value for key, value in run.facts.items() if key not in ("figures", "finished")}
+            with (run.path / "metrics.csv").open() as file:
+                rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+            evaluation = json.loads((run.path / "evaluation.json").read_text())
+            values = {key: value for key, value in evaluation.items() if isinstance(value, int | float | str)}
+            sampler = {"_target_": "ldm.diffusion.sampler.Sampler", **evaluation["sampler"]}
+            asked = {"run": place, "guidance_interval": evaluation["guidance_interval"], "sampler": sampler}
+            summary = {**run.facts["figures"], "val/loss": 9.0, "_runtime": 3, "step": 299}
+            name = f"{run.stage}/{run.facts['name']}"
+            config = flatten({**run.config(), "run": {**facts, "finished": None}})
+            self._add(path, name, "2026-01-01", config, summary, rows)
+            self._add(f"{path}e0", f"evaluation/{name}", "2026-01-02", {}, {"kd_samples": 7.0}, [])
+            self._add(f"{path}e1", f"evaluation/{name}", "2026-01-03", flatten(asked), values, [])
+
+    def _add(self, path, name, created_at, config, summary, rows) -> None:
+        options = {"created_at": created_at, "config": config, "summary_metrics": summary}
+        self.known.append(SimpleNamespace(path=path, name=name, scan_history=lambda: iter(rows), **options))
+
+    def run(self, path):
+        for run in self.known:
+            if run.path == path:
+                return run
+        raise ValueError(f"Could not find run {path}")
+
+    def runs(self, project, filters):
+        return [run for run in self.known if run.path.startswith(project) and run.name == filters["display_name"]]
+
+
+def test_runs_of_wandb_give_the_same_table(tmp_path, monkeypatch):
+    places = {"me/ldm/aaa": make(tmp_path, "a"), "me/ldm/bbb": make(tmp_path, "b", kd=0.2, lr=2e-3)}
+    api = Recorded(places)
+    monkeypatch.setattr(wandb, "login", lambda prompt: True)
+    monkeypatch.setattr(wandb, "Api", lambda: api)
+    near, far = compare(list(places.values())), compare(list(places))
+    mixed = compare(["me/ldm/aaa", places["me/ldm/bbb"]])
+    assert Report(near).sheet() == Report(far).sheet() == Report(mixed).sheet()
+    assert near.differences == far.differences
+    assert all(run.finished for _, run in far.runs)
+    picture, notes = side_by_side(far, Sampler("ddim", 2), device=torch.device("cpu"))
+    assert picture is None and "me/ldm/aaa" in notes[0]
+    with pytest.raises(UserError, match="me/ldm/ccc is no run folder here, and W&B gave no run"):
+        compare(["me/ldm/aaa", "me/ldm/ccc"])
+    monkeypatch.setattr(wandb, "login", lambda prompt: False)
+    with pytest.raises(UserError, match="there is no login"):
+        compare(["me/ldm/aaa", "me/ldm/bbb"])
+
+
+def test_a_mistyped_folder_is_not_looked_for_in_wandb(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    assert is_of_wandb("entity/project/1a2b3c4d")
+    assert not any(map(is_of_wandb, ["runs/vae/typo", "mine/vae/typo", "vae/typo", "/entity/project/run"]))
+
+
+class Tracker:
+    """Stands in for W&B's run."""
+
+    def __init__(self, **options) -> None:
+        self.entity, self.logged = options["entity"] or "me", {}
+        Tracker.last = self
+
+    def define_metric(self, name, step_metric) -> None: ...
+
+    def log(self, values) -> None:
+        self.logged |= values
+
+    def finish(self) -> None: ...
+
+
+def track(place: Path, mode: str, found: Comparison) -> str:
+    report = Report(found)
+    columns, rows = report.sheet()
+    logger = {"project": "ldm", "entity": None, "group": None, "tags": [], "mode": mode}
+    return track_comparison(
+        place,
+        {"logger": logger},
+        name="compare/a-vs-b",
+        columns=columns,
+        rows=rows,
+        pictures={"compare": Image.new("RGB", (4, 4))},
+        markdown=report.markdown(),
+        curves=["val/loss"],
+        compared=["diffusion/a", "diffusion/b"],
+    )
+
+
+def test_wandb_gets_the_table_and_a_report_where_one_can_be_made(tmp_path, monkeypatch):
+    found = compare([make(tmp_path, "a"), make(tmp_path, "b", kd=0.2, lr=2e-3)])
+    monkeypatch.setattr(wandb, "init", lambda **options: Tracker(**options))
+    assert "offline" in track(tmp_path, "offline", found)
+    table = Tracker.last.logged["comparison"]
+    assert table.columns[:2] == ["figure", "better"] and "kd_samples" in [row[0] for row in table.data]
+    assert "compare" in Tracker.last.logged
+    for name in ("wandb_workspaces", "wandb_workspaces.reports", "wandb_workspaces.reports.v2"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert 'pip install "ldm[reports]"' in track(tmp_path, "online", found)
+
+    class Made(SimpleNamespace):
+        def save(self) -> None:
+            made.append(self)
+
+    made: list[Made] = []
+    module = ModuleType("wandb_workspaces.reports.v2")
+    module.Report = lambda **options: Made(url="somewhere", **options)
+    for name in ("MarkdownBlock", "PanelGrid", "LinePlot", "Runset"):
+        setattr(module, name, SimpleNamespace)
+    parent, reports = ModuleType("wandb_workspaces"), ModuleType("wandb_workspaces.reports")
+    parent.reports, reports.v2 = reports, module
+    for part in (parent, reports, module):
+        monkeypatch.setitem(sys.modules, part.__name__, part)
+    assert track(tmp_path, "online", found) == "W&B report: somewhere"
+    monkeypatch.setattr(Made, "save", lambda self: 1 / 0)
+    assert track(tmp_path, "online", found) == "No W&B report: division by zero"
+    text, grid = made[0].blocks
+    assert "| kd_samples | lower |" in text.text and grid.panels[0].y == ["val/loss"]
+    assert grid.runsets[0].filters == "Metric('Name') in ['diffusion/a', 'diffusion/b']" and made[0].entity == "me"
+
+
+@pytest.fixture(scope="module")
+def images(make_images, tmp_path_factory) -> ImageData:
+    place = tmp_path_factory.mktemp("compared")
+    make_images(place / "squares", 40, size=8)
+    return prepare(ImageFolder(place / "squares"), resolution=8, cache_dir=place, val_fraction=0.3, progress=False)
+
+
+def model(seed: int) -> Autoencoder:
+    torch.manual_seed(seed)
+    return Autoencoder(
+        PatchAutoencoderKL(patch=2, latent_channels=4, block_out_channels=(8,), norm_num_groups=4, sample_size=8).eval()
+    )
+
+
+@pytest.fixture
+def trained(images, tmp_path, monkeypatch) -> Path:
+    """Two runs of each stage with weights, and one of stage vae on other images."""
+    monkeypatch.chdir(tmp_path)
+    of_images = {
+        "data_fingerprint": images.fingerprint,
+        "data_cache": str(images.path),
+        "val_fraction": images.val_fraction,
+    }
+    for seed, name in enumerate("ab"):
+        run = Run.open(make(Path("runs"), name, stage="vae", kd=0.1 + seed, lr=1e-3 * (1 + seed), **of_images))
+        model(seed).save(run.autoencoder_folder)
+        run = Run.open(make(Path("runs"), name, lr=1e-3 * (1 + seed), **of_images))
+        parts, conditioning = model(0), ClassCondition(["cat", "dog"])
+        torch.manual_seed(seed)
+        network = DiT(
+            sample_size=4, in_channels=4, out_channels=4, patch_size=2, hidden_dim=16, depth=1, head_dim=8,
+            **conditioning.network_options(),
+        )  # fmt: skip
+        for parameter in network.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        LatentDiffusionPipeline(
+            network=network.eval(),
+            autoencoder=parts,
+            schedule=linear(50),
+            prediction="v",
+            conditioning=conditioning,
+            contract=LatentContract(parts.weights_sha256(), images.fingerprint, 8, 2, 4, 0.3, False),
+            latent_shape=(4, 4, 4),
+        ).save(run.path / "pipeline")
+    make(Path("runs"), "elsewhere", stage="vae", **{**of_images, "data_fingerprint": "0" * 64})
+    return tmp_path
+
+
+def test_reconstructions_stand_below_their_originals(trained, images):
+    found = compare(["runs/vae/a", "runs/vae/b", "runs/vae/elsewhere"])
+    picture, notes = side_by_side(found, Sampler("ddim", 2), device=torch.device("cpu"), num_samples=3)
+    cell = 128 + 6
+    assert picture.size == (110 + 3 * cell, 6 + 3 * cell)
+    rows = [np.asarray(picture.crop((110, 6 + i * cell, 110 + 128, 134 + i * cell))) for i in range(3)]
+    original = images.batch(images.val_indices[:1])[0, :, 0, 0]
+    assert rows[0][0, 0] == pytest.approx(((original + 1) * 127.5).numpy(), abs=3)
+    assert not np.array_equal(rows[1], rows[2])
+    assert len(notes) == 1 and "elsewhere" in notes[0] and "other images" in notes[0]
+
+
+def test_the_command_draws_samples_and_writes_the_page(trained, call):
+    """Positional arguments, one row a run, and what a model cannot do left out with a line."""
+    (trained / "no_labels.txt").write_text("a cat\n")
+    options = ["device=cpu", "sampler=ddim", "sampler.steps=2", "num_samples=2"]
+    ended = call(tool, "runs/diffusion/a", "runs/diffusion/b", *options, "prompts=no_labels.txt")
+    assert ended.code == 0, ended.err
+    assert ended.out.count("Not in the picture") == 2 and "conditioned on class" in ended.out
+    ended = call(tool, "runs/diffusion/a", *options, "runs/diffusion/b", "out=here")
+    assert ended.code == 0, ended.err
+    assert "No held-out images" not in ended.out
+    ended = call(tool, "runs=[runs/vae/a,runs/vae/b]", *options)
+    assert ended.code == 0, ended.err
+    made = {str(file.relative_to(trained)) for file in trained.rglob("compare*.*")}
+    for place in ("runs/compare/a-vs-b", "here"):
+        assert f"{place}/compare.html" in made and f"{place}/compare.png" in made
+    assert "runs/compare/a-vs-b/compare_images.png" in made
+    assert "what differs" in ended.out.lower() and "optimizer.lr" in ended.out and SAMPLING in ended.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Required, and without a default: runs"),
+        (["runs/vae/a"], "A comparison needs two runs at least, not runs/vae/a alone"),
+        (["runs/vae/a", "runs/diffusion/a"], "Runs of different stages have no figure in common"),
+        (["runs/vae/a", "runs/vae/none"], "runs=runs/vae/none does not exist"),
+        (["runs/vae/a", "runs/vae/b", "num_samples=-1"], "num_samples=-1 must be a whole number of 0 at least"),
+        (["runs/vae/a", "runs=[runs/vae/b]"], "runs/vae/a and runs= are two ways to say the same"),
+        (["runs/vae/a", "runs/vae/b", "prompts=none.txt"], "prompts=none.txt is not a file"),
+    ],
+)
+def test_mistakes_are_one_paragraph(trained, call, arguments, message):
+    ended = call(tool, *arguments)
+    assert ended.code == 2 and ended.err.startswith(f"error: {message}") and ended.err.count("\n") == 1
+    assert not (trained / "runs/compare").exists()
+
+
+def test_the_rule_is_stated_where_it_is_applied():
+    assert "Welch" in compare_statistics.__doc__ and "sampling alone" in compare_statistics.__doc__
