@@ -44,6 +44,7 @@ FREE_TEXT = (
     "data.cache_dir",
     "autoencoder.path",
     "conditioning.encoder",
+    "features_path",
 )
 """Keys whose values are text or paths: they reach the config as they were typed, whatever Hydra's grammar says."""
 
@@ -51,15 +52,18 @@ FREE_TEXT = (
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def run(config_name: str, task: Callable[[DictConfig], Any]) -> None:
+def run(config_name: str, task: Callable[[DictConfig], Any], lists: Sequence[str] = ()) -> None:
     """Compose conf/<config_name>.yaml with the command line and run the task.
+
+    Args:
+        lists: Keys that take several values, as 5,10,20.
 
     Exits with 2 after bad input, with 130 after Ctrl-C. HYDRA_FULL_ERROR=1 shows the traceback.
     """
     verbose = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
     typed = sys.argv[1:]
     if not any(argument in ("-m", "--multirun") for argument in typed):
-        sys.argv[1:] = quote_free_text(typed)
+        sys.argv[1:] = bracket_lists(quote_free_text(typed), lists)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to Hydra's own report
 
     def report(error: Exception) -> None:
@@ -123,6 +127,16 @@ def quote_free_text(arguments: Sequence[str], keys: Sequence[str] = FREE_TEXT) -
             argument = f'{key}="{escaped}"'
         quoted.append(argument)
     return quoted
+
+
+def bracket_lists(arguments: Sequence[str], keys: Sequence[str]) -> list[str]:
+    """key=5,10,20 as key=[5,10,20]: bare commas are a sweep of runs in Hydra's grammar."""
+    bracketed = []
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        is_list = key.lstrip("+") in keys and "," in value and not value.startswith(("[", "'", '"'))
+        bracketed.append(f"{key}=[{value}]" if is_list else argument)
+    return bracketed
 
 
 def _double_backslashes_before_quote(text: str) -> str:

@@ -14,7 +14,7 @@ from ldm.data.images import ImageData, prepare
 from ldm.errors import UserError
 from ldm.evaluation import classifier as module
 from ldm.evaluation.classifier import Classifier, accuracy, load_classifier
-from ldm.evaluation.report import load_features, reference_features
+from ldm.evaluation.feature_extraction import load_features, reference_features
 
 STEPS = 25
 
