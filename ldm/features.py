@@ -165,7 +165,7 @@ class VisionTransformer(nn.Module):
         self.name = kind
         self.path = str(Path(path).expanduser()) if path else HUB_IDS[kind]
         try:
-            self.network = model.from_pretrained(self.path, use_safetensors=True).eval().requires_grad_(False)
+            self.network = model.from_pretrained(self.path, use_safetensors=True).requires_grad_(False)
             processor = json.loads(_file(self.path, "preprocessor_config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(
@@ -177,6 +177,7 @@ class VisionTransformer(nn.Module):
         self.size: int = side if isinstance(side, int) else side.get("height") or side["shortest_edge"]
         self.mean, self.std = (torch.tensor(processor[f"image_{name}"])[:, None, None] for name in ("mean", "std"))
         self.key = f"{kind}-{_weights(self.network)}-{self.size}px"
+        self.eval()
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
