@@ -136,6 +136,12 @@ def test_other_keys_keep_hydras_grammar():
     assert quote_free_text(["+prompt=a b", "++prompt=c, d"]) == ['+prompt="a b"', '++prompt="c, d"']
 
 
+def test_keys_that_take_several_values():
+    arguments = ["steps=5,10", "steps=5", "steps=[5,10]", "+steps=1,2", "other=1,2", "steps='1,2'", "--help"]
+    expected = ["steps=[5,10]", "steps=5", "steps=[5,10]", "+steps=[1,2]", "other=1,2", "steps='1,2'", "--help"]
+    assert command.bracket_lists(arguments, ["steps"]) == expected
+
+
 def test_free_text_keys_exist():
     """A key that was renamed would silently lose its quotes."""
     known = set()

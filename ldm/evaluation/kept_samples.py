@@ -6,6 +6,7 @@ so that its length says how many there are, and samples-<key>.json with what mad
 
 import hashlib
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,7 @@ def draw_and_keep(
     Raises:
         UserError: what `draw` refuses, samples that are not finite.
     """
+    guidance = check_guidance(guidance)
     made_by = _made_by(pipeline, images, sampler, guidance, guidance_interval, seed)
     key = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:12]
     folder.mkdir(parents=True, exist_ok=True)
@@ -103,6 +105,17 @@ def draw_and_keep(
             hook.remove()
     kept = np.memmap(pixels, np.uint8, "r", shape=(num_samples, side, side, 3))
     return KeptSamples(kept, *(cost[name] / cost["samples"] for name in ("network_evaluations", "seconds")))
+
+
+def check_guidance(guidance: Any) -> float:
+    """The scale of guidance, 3 and 3.0 alike.
+
+    Raises:
+        UserError: no finite number.
+    """
+    if not isinstance(guidance, int | float) or isinstance(guidance, bool) or not math.isfinite(guidance):
+        raise UserError(f"guidance={guidance} must be a number, such as 3; 1 is no guidance.")
+    return float(guidance)
 
 
 def _made_by(

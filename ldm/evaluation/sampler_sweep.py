@@ -13,13 +13,13 @@ from ldm.data.images import ImageData
 from ldm.diffusion.sampler import SamplerLike
 from ldm.errors import UserError
 from ldm.evaluation.feature_extraction import extract, load_features, reference_features
-from ldm.evaluation.kept_samples import draw_and_keep
+from ldm.evaluation.kept_samples import check_guidance, draw_and_keep
 from ldm.evaluation.sample_distances import Measures
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.sampling import describe
 
 WITHIN = 2.0
-"""Standard errors within which values are called equal."""
+"""Standard errors within which values are called equal; all values share their noise, so this rather errs on equal."""
 RULE = (
     f"the fewest network evaluations whose distance is within {WITHIN:g} standard errors of the smallest one, both "
     "errors together"
@@ -60,6 +60,7 @@ def sweep(
             sampler.check(pipeline.schedule)
         except ValueError as error:
             raise UserError(f"sampler={sampler.method} with {steps} steps: {error}.") from error
+    guidances = [check_guidance(guidance) for guidance in guidances]
     over = "sampler.steps" if len(samplers) > 1 else "guidance"
     network = load_features(features, images, features_path).to(pipeline.device)
     train = reference_features(network, features, images)[torch.from_numpy(images.train_indices)]

@@ -138,7 +138,7 @@ def test_whatever_decides_a_sample_names_its_file(pipeline, images, tmp_path):
     next(pipeline.network.parameters()).data += 1
     kept(pipeline, images, tmp_path, 4)
     assert len(list(tmp_path.glob("*.bin"))) == len(list(tmp_path.glob("*.json"))) == 6
-    kept(pipeline, images, tmp_path, 4, batch_size=2)
+    kept(pipeline, images, tmp_path, 4, batch_size=2, guidance=2)
     assert len(list(tmp_path.glob("*.bin"))) == 6
 
 
@@ -243,6 +243,9 @@ def test_a_sweep_refuses_before_it_draws(pipeline, images, tmp_path, monkeypatch
     many = {n: Sampler("ddim", n) for n in (2, 51)}
     with pytest.raises(UserError, match="both lists"):
         sampler_sweep.sweep(pipeline, images, many, [1.0, 2.0], tmp_path)
+    for guidance in ("high", True, float("nan")):
+        with pytest.raises(UserError, match=f"guidance={guidance} must be a number"):
+            sampler_sweep.sweep(pipeline, images, {3: SAMPLER}, [1, guidance], tmp_path)
     with pytest.raises(UserError, match="sampler=ddim with 51 steps"):
         sampler_sweep.sweep(pipeline, images, many, [1.0], tmp_path)
     with pytest.raises(UserError, match="num_samples=7"):
