@@ -14,7 +14,7 @@ from torch import Tensor
 from ldm.evaluation.classifier import Classifier
 from ldm.evaluation.data_metrics import BLOCK, nearest_distances, squared_distances
 from ldm.evaluation.feature_extraction import ImageSet, extract
-from ldm.evaluation.metrics import frechet_distance, moments, symmetric_root
+from ldm.evaluation.metrics import frechet_of_moments, moments, require_enough, symmetric_root
 
 NUM_GROUPS = 20
 """Of a jackknife."""
@@ -96,8 +96,9 @@ def frechet_interval(samples: Tensor, reference: Tensor, *, num_groups: int = NU
     """
     if not 2 <= num_groups <= len(samples) // 2:
         raise ValueError(f"{num_groups} groups of {len(samples)} samples: choose from 2 to {len(samples) // 2}.")
-    value = frechet_distance(samples, reference)
+    require_enough(samples, reference)
     mean, covariance = moments(reference)
+    value = frechet_of_moments(moments(samples), (mean, covariance))
     root, trace = symmetric_root(covariance), covariance.trace()
     without = torch.empty(num_groups, dtype=torch.float64)
     for group in range(num_groups):

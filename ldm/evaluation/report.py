@@ -29,6 +29,8 @@ from ldm.pipeline import LatentDiffusionPipeline
 from ldm.sampling import check_interval, describe
 
 FLOOR = "floor, train to train"
+FEWEST = 2 * NUM_SUBSETS
+"""Images of which a distance and its error can be told."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,11 @@ def evaluate(
     Raises:
         UserError: numbers that are none, what `load_features` and `draw_and_keep` refuse.
     """
-    for key, value, least in (("num_samples", num_samples, 2), ("batch_size", batch_size, 1)):
+    for key, value, least in (("num_samples", num_samples, FEWEST), ("batch_size", batch_size, 1)):
         if type(value) is not int or value < least:
             raise UserError(f"{key}={value} must be a whole number of {least} at least.")
+    if len(images.train_indices) < FEWEST:
+        raise UserError(f"{images.name} has {len(images.train_indices)} training images; distances need {FEWEST}.")
     network = load_features(features, images, features_path).to(pipeline.device)
     options: dict[str, Any] = {"guidance": guidance, "guidance_interval": guidance_interval, "seed": seed}
     chosen = chosen_training_rows(images, num_samples, seed)
@@ -127,8 +131,7 @@ def _distances(network: nn.Module, found: Mapping[str, Tensor], train: Tensor, f
     some, others = halves(train, len(found["samples"]), figures["seed"])
     rows[FLOOR] = (len(some), measures.of(some, others))
     components = figures["fd_components"] = measures.num_components
-    is_fid = components is None and getattr(network, "is_fid", False)
-    figures["fd_name"] = "FID" if is_fid else "FD"
+    figures["fd_name"] = measures.fd_name(network)
     for name, (num, values) in rows.items():
         key = name.split()[0].lower().rstrip(",")
         figures[f"num_{key}"] = num

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.evaluation.data_metrics import density_coverage
 from ldm.evaluation.feature_metrics import NUM_GROUPS, cmmd, frechet_interval, over_subsets, precision_recall
@@ -41,6 +41,10 @@ class Measures:
     @property
     def num_components(self) -> int | None:
         return None if self.components is None else self.components[1].shape[1]
+
+    def fd_name(self, network: nn.Module) -> str:
+        """FID only of the features that it is defined for, in all dimensions."""
+        return "FID" if self.components is None and getattr(network, "is_fid", False) else "FD"
 
     def of(self, features: Tensor, reference: Tensor | None = None) -> dict[str, tuple[float, float] | None]:
         """By name of `COLUMNS`, a value and its standard error; None where a set is too small for it.

@@ -90,7 +90,7 @@ def sweep(
             rows.append(row)
     return {
         "over": over,
-        "metric": metric.upper(),
+        "metric": measures.fd_name(network) if metric == "fd" else "KD",
         "features": features,
         "num_samples": num_samples,
         "reference": f"{images.name}/train@{images.fingerprint[:8]}",

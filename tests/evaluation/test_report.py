@@ -209,7 +209,7 @@ def test_the_frechet_distance_takes_all_dimensions_where_it_can():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"num_samples": 1}, "num_samples=1"), ({"batch_size": 0}, "batch_size=0")]
+    ("options", "message"), [({"num_samples": 7}, "num_samples=7"), ({"batch_size": 0}, "batch_size=0")]
 )
 def test_numbers_that_are_none(pipeline, images, options, message):
     with pytest.raises(UserError, match=message):
