@@ -25,7 +25,7 @@ def reconstructions(config: DictConfig, run: Any) -> tuple[dict[str, Any], dict[
     from ldm.evaluation.reconstruction_report import measure
     from ldm.evaluation.training_picture import draw, read_curves
 
-    options = {key: config[key] for key in ("features", "num_images", "seed", "batch_size")}
+    options = {key: config[key] for key in ("features", "features_path", "num_images", "seed", "batch_size")}
     report = measure(run, device=choose_device(config.device), **options)
     _, picture = report.save(run.path)
     Console(highlight=False).print(report.table())

@@ -109,6 +109,7 @@ def measure(
     *,
     device: torch.device,
     features: str = "efficientnet_lite",
+    features_path: str | None = None,
     num_images: int = 4096,
     seed: int = 0,
     batch_size: int = 64,
@@ -117,6 +118,7 @@ def measure(
 
     Args:
         features: A name of `ldm.features.CHOICES`, classifier, or none.
+        features_path: Folder or hub id of their weights.
         num_images: Validation images at most, chosen by the seed.
 
     Raises:
@@ -126,7 +128,7 @@ def measure(
         raise UserError(f"batch_size={batch_size} must be a whole number of 1 at least.")
     started, autoencoder = time.perf_counter(), run.autoencoder().to(device)
     images, indices = choose_images(run, "val", num_images, seed)
-    network = None if features == NO_FEATURES else load_features(features, images).to(device)
+    network = None if features == NO_FEATURES else load_features(features, images, features_path).to(device)
     lpips, without = _lpips()
     perceptual = run.facts.get("perceptual", "none")
     gallery = None if network is None else reference_features(network, features, images)
