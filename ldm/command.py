@@ -47,6 +47,7 @@ FREE_TEXT = (
     "data.cache_dir",
     "autoencoder.path",
     "conditioning.encoder",
+    "features_path",
 )
 """Keys whose values are text or paths: they reach the config as they were typed, whatever Hydra's grammar says."""
 
@@ -67,7 +68,13 @@ def prepare_images(data: DictConfig) -> Any:
     return prepare(instantiate(data.source), **{key: data[key] for key in keys})
 
 
-def run(config_name: str, task: Callable[[DictConfig], Any], *, positional: str | None = None) -> None:
+def run(
+    config_name: str,
+    task: Callable[[DictConfig], Any],
+    *,
+    positional: str | None = None,
+    lists: Sequence[str] = (),
+) -> None:
     """Compose conf/<config_name>.yaml with the command line and run the task.
 
     With -m the task runs once per job; one that fails does not keep the others from running.
@@ -76,6 +83,7 @@ def run(config_name: str, task: Callable[[DictConfig], Any], *, positional: str 
 
     Args:
         positional: The key of a list that arguments without a key are gathered in.
+        lists: Keys that take several values, as 5,10,20.
     """
     verbose = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
     typed = sys.argv[1:]
@@ -113,7 +121,7 @@ def run(config_name: str, task: Callable[[DictConfig], Any], *, positional: str 
 
     try:
         arguments = typed if positional is None else gather(typed, positional)
-        sys.argv[1:] = arguments if sweeps else quote_free_text(arguments)
+        sys.argv[1:] = arguments if sweeps else bracket_lists(quote_free_text(arguments), lists)
     except UserError as error:
         report(error)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to Hydra's own report
@@ -191,6 +199,16 @@ def _quote(text: str) -> str:
     # in Hydra's grammar a backslash counts as an escape only before a quote
     escaped = _double_backslashes_before_quote(escaped).replace('"', '\\"')
     return f'"{escaped}"'
+
+
+def bracket_lists(arguments: Sequence[str], keys: Sequence[str]) -> list[str]:
+    """key=5,10,20 as key=[5,10,20]: bare commas are a sweep of runs in Hydra's grammar."""
+    bracketed = []
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        is_list = key.lstrip("+") in keys and "," in value and not value.startswith(("[", "'", '"'))
+        bracketed.append(f"{key}=[{value}]" if is_list else argument)
+    return bracketed
 
 
 def _double_backslashes_before_quote(text: str) -> str:

@@ -108,9 +108,13 @@ def draw(
     guidance_interval: Any = (0.0, 1.0),
     seed: int,
     batch_size: int = 64,
+    first: int = 0,
     on_step: OnStep | None = None,
 ) -> Iterator[Tensor]:
     """Images [b, 3, H, W] in [-1, 1], batch by batch, with a progress bar over samples x steps.
+
+    Args:
+        first: The sample to begin with; sample i depends on the seed and i alone, so what was drawn can go on.
 
     Raises:
         UserError: a sampler that does not fit the model, an interval that is none, a solver that does not converge.
@@ -124,8 +128,8 @@ def draw(
     total = len(request)
     columns = (TextColumn("sampling"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, transient=True) as bar:
-        task = bar.add_task("", total=total)
-        done = 0
+        task = bar.add_task("", total=total, completed=first)
+        done = first
 
         def step(s: float, z_s: Tensor, z_0: Tensor) -> None:
             # how far down the chain, which an adaptive solver knows of itself where it cannot count its steps
@@ -134,7 +138,7 @@ def draw(
             if on_step is not None:
                 on_step(s, z_s, z_0)
 
-        for start in range(0, total, batch_size):
+        for start in range(first, total, batch_size):
             stop = min(start + batch_size, total)
             condition = {name: value[start:stop] for name, value in request.condition.items()}
             generators = sample_generators(seed, range(start, stop))

@@ -538,7 +538,23 @@ def test_evaluation_with_features_that_cost_nothing(trained, tool, monkeypatch):
     monkeypatch.setitem(ldm.features.CHOICES, "mean_colours", MeanColours)
     printed = tool("evaluate", "run=runs/diffusion/first", "features=mean_colours", "num_samples=16", "sampler.steps=2")
     check_evaluation(trained, printed, "mean_colours", 16)
-    assert list((trained.place / "cache").glob("openmoji-*/features-mean_colours.npy"))
+    assert {"evaluation.json", "nearest.png"} <= files_of(trained.diffusion)
+    assert list((trained.place / "cache").glob("openmoji-*/features-mean_colours-*.npy"))
+
+
+def test_evaluation_over_several_steps(trained, tool, monkeypatch):
+    """A list in Hydra's grammar would be a sweep of runs; here it is one, with the full evaluation at its knee."""
+    monkeypatch.setitem(ldm.features.CHOICES, "mean_colours", MeanColours)
+    options = ["run=runs/diffusion/first", "features=mean_colours", "num_samples=16"]
+    printed = tool("evaluate", *options, "sampler.steps=1,2,3")
+    figures = json.loads((trained.diffusion.path / "evaluation.json").read_text())
+    swept = figures["sweep"]
+    assert [row["value"] for row in swept["rows"]] == [1, 2, 3] and "steps.png" in files_of(trained.diffusion)
+    assert [row["network_evaluations"] for row in swept["rows"]] == [2, 4, 6], "both branches of guidance"
+    assert figures["sampler"]["steps"] == swept["knee"] and f"sampler.steps={swept['knee']} is the knee" in printed
+    assert "guidance scale" not in printed and (trained.diffusion.path / "evaluation").is_dir()
+    tool("evaluate", *options, "sampler.steps=2", "guidance=[1,2.5]")
+    assert "guidance.png" in files_of(trained.diffusion)
 
 
 @pytest.mark.slow

@@ -151,6 +151,12 @@ def test_arguments_without_a_key_are_gathered_as_they_were_typed(tmp_path, monke
         gather(["a", "runs=[b]"], "runs")
 
 
+def test_keys_that_take_several_values():
+    arguments = ["steps=5,10", "steps=5", "steps=[5,10]", "+steps=1,2", "other=1,2", "steps='1,2'", "--help"]
+    expected = ["steps=[5,10]", "steps=5", "steps=[5,10]", "+steps=[1,2]", "other=1,2", "steps='1,2'", "--help"]
+    assert command.bracket_lists(arguments, ["steps"]) == expected
+
+
 def test_free_text_keys_exist():
     """A key that was renamed would silently lose its quotes."""
     known = set()

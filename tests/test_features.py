@@ -1,15 +1,21 @@
-"""ldm.features: what LPIPS needs and gives, with a stand-in for its package."""
+"""ldm.features: LPIPS and Inception with stand-ins for their packages, vision transformers from folders."""
 
+import json
+import shutil
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from urllib.error import URLError
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2Config, Dinov2Model
 
 from ldm import features
 from ldm.errors import UserError
+from ldm.evaluation.feature_extraction import load_features
 
 
 @pytest.fixture
@@ -55,3 +61,107 @@ def test_without_a_network_to_fetch_the_weights(stand_in, monkeypatch):
     monkeypatch.setattr(stand_in, "LPIPS", refuse)
     with pytest.raises(UserError, match="VGG-16 for LPIPS could not be fetched.*no route"):
         features.LPIPS()
+
+
+PIXELS = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4]}
+
+
+@pytest.fixture(scope="module")
+def dinov2(tmp_path_factory):
+    """A folder of a tiny one."""
+    folder = tmp_path_factory.mktemp("dinov2")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    torch.manual_seed(0)
+    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(folder)
+    processor = {**PIXELS, "size": {"shortest_edge": 32}, "crop_size": {"height": 28, "width": 28}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clip")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(intermediate_size=32, projection_dim=8, **sizes)
+    CLIPVisionModelWithProjection(config).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({**PIXELS, "size": 28, "crop_size": 28}))
+    return folder
+
+
+@pytest.mark.parametrize(("name", "dim"), [("dinov2", 16), ("clip", 8)])
+def test_a_vision_transformer_of_a_folder(request, name, dim):
+    """Its own answer to images that were resized and normalised by Pillow and numpy."""
+    folder = request.getfixturevalue(name)
+    network = load_features(name, path=str(folder))
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 14, 14, 3), dtype=np.uint8)
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
+    found = network(images)
+    assert found.shape == (2, dim) and not found.requires_grad and not network.training
+    resized = np.stack([Image.fromarray(image).resize((28, 28), Image.Resampling.BICUBIC) for image in pixels]) / 255
+    inputs = torch.tensor((resized - PIXELS["image_mean"]) / PIXELS["image_std"]).permute(0, 3, 1, 2).float()
+    model = {"dinov2": Dinov2Model, "clip": CLIPVisionModelWithProjection}[name].from_pretrained(folder)
+    with torch.no_grad():
+        answer = model(pixel_values=inputs)
+    expected = answer.last_hidden_state[:, 0] if name == "dinov2" else answer.image_embeds
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.02)
+    assert (found - expected).abs().mean() < 0.1 * (found[0] - found[1]).abs().mean()
+
+
+def test_its_key_tells_weights_and_size_apart(dinov2, tmp_path):
+    network = load_features("dinov2", path=str(dinov2))
+    other = shutil.copytree(dinov2, tmp_path / "other")
+    assert load_features("dinov2", path=str(other)).key == network.key
+    assert network.key.startswith("dinov2-") and network.key.endswith("-28px")
+    processor = other / "preprocessor_config.json"
+    processor.write_text(json.dumps({**PIXELS, "size": {"height": 42, "width": 42}}))
+    assert load_features("dinov2", path=str(other)).key == network.key.replace("28px", "42px")
+    network.network.layernorm.weight.data[0] += 1
+    network.network.save_pretrained(other)
+    assert load_features("dinov2", path=str(other)).key.split("-")[1] != network.key.split("-")[1]
+
+
+def test_a_folder_that_is_none(tmp_path, dinov2, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="features=dinov2: .*nothing is no folder with.*features_path="):
+        load_features("dinov2", path=str(tmp_path / "nothing"))
+    bare = shutil.copytree(dinov2, tmp_path / "bare")
+    (bare / "preprocessor_config.json").unlink()
+    with pytest.raises(UserError, match="preprocessor_config.json"):
+        load_features("dinov2", path=str(bare))
+    with pytest.raises(UserError, match="features_path=/x is for features=dinov2 or clip; features=inception takes"):
+        load_features("inception", path="/x")
+
+
+def test_inception_without_its_package(monkeypatch):
+    monkeypatch.setattr(features, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'pip install "ldm\[inception\]".*features=efficientnet_lite'):
+        load_features("inception")
+
+
+def test_inception_with_a_stand_in(monkeypatch):
+    """Pixels from 0 to 1 go in, [b, 2048, 1, 1] in a list comes out."""
+
+    class InceptionV3(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(2048))
+
+        def forward(self, pixels):
+            assert pixels.min() >= 0 and pixels.max() <= 1
+            return [pixels.mean((1, 2, 3))[:, None, None, None] * self.weight[:, None, None]]
+
+    package, module = ModuleType("pytorch_fid"), ModuleType("pytorch_fid.inception")
+    package.__spec__ = ModuleSpec("pytorch_fid", None)
+    module.InceptionV3 = InceptionV3
+    monkeypatch.setitem(sys.modules, "pytorch_fid", package)
+    monkeypatch.setitem(sys.modules, "pytorch_fid.inception", module)
+    network = load_features("inception")
+    assert network.is_fid and network(torch.full((2, 3, 8, 8), 1.01)).equal(torch.ones(2, 2048))
+
+    def refuse(self) -> None:
+        raise URLError("no route")
+
+    monkeypatch.setattr(InceptionV3, "__init__", refuse)
+    with pytest.raises(UserError, match="Inception-v3 could not be fetched.*no route"):
+        load_features("inception")

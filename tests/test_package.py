@@ -25,6 +25,7 @@ REQUIREMENTS = [
     Requirement(text)
     for group in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())
     for text in group
+    if "torchvision" not in group  # such an extra is for a torch build of one's own, which no pin knows
 ]
 
 

@@ -25,7 +25,7 @@ def reconstructions(config: DictConfig, run: Any) -> tuple[dict[str, Any], dict[
     from ldm.evaluation.reconstruction_report import measure
     from ldm.evaluation.training_picture import draw, read_curves
 
-    options = {key: config[key] for key in ("features", "num_images", "seed", "batch_size")}
+    options = {key: config[key] for key in ("features", "features_path", "num_images", "seed", "batch_size")}
     report = measure(run, device=choose_device(config.device), **options)
     _, picture = report.save(run.path)
     Console(highlight=False).print(report.table())
@@ -38,22 +38,30 @@ def reconstructions(config: DictConfig, run: Any) -> tuple[dict[str, Any], dict[
 
 
 def samples(config: DictConfig, run: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Of a run of stage=diffusion."""
+    """Of a run of stage=diffusion; first a sweep, where sampler.steps or guidance is a list, then all at its knee."""
     from hydra.utils import instantiate
 
     from ldm.device import choose_device
-    from ldm.evaluation import report
+    from ldm.evaluation import report, sampler_sweep
 
-    options = ("features", "num_samples", "guidance", "guidance_interval", "seed", "batch_size")
-    evaluation = report.evaluate(
-        run.pipeline().to(choose_device(config.device)),
-        run.image_data(),
-        instantiate(config.sampler),
-        **{key: config[key] for key in options},
-    )
+    keys = ("features", "features_path", "num_samples", "guidance_interval", "seed", "batch_size")
+    options: dict[str, Any] = {key: config[key] for key in keys} | {"folder": run.path / "evaluation"}
+    steps, guidances = (list(x) if OmegaConf.is_list(x) else [x] for x in (config.sampler.steps, config.guidance))
+    samplers = {value: instantiate(config.sampler, steps=value) for value in steps}
+    pipeline, images = run.pipeline().to(choose_device(config.device)), run.image_data()
+    swept = None
+    if len(steps) > 1 or len(guidances) > 1:
+        swept = sampler_sweep.sweep(pipeline, images, samplers, guidances, **options)
+        picture = run.path / ("steps.png" if len(steps) > 1 else "guidance.png")
+        sampler_sweep.draw(swept).savefig(picture, dpi=130)
+        print("\n".join([*sampler_sweep.lines(swept), f"drawn in {picture}", ""]))
+        steps, guidances = ([swept["knee"]] if len(values) > 1 else values for values in (steps, guidances))
+    evaluation = report.evaluate(pipeline, images, samplers[steps[0]], guidance=guidances[0], **options)
+    if swept is not None:
+        evaluation.figures["sweep"] = swept
     evaluation.save(run.path / "evaluation.json")
     print("\n".join(evaluation.lines))
-    return evaluation.figures, {}
+    return evaluation.figures, evaluation.pictures
 
 
 def track(config: DictConfig, run: Any, figures: dict[str, Any], pictures: dict[str, Any]) -> None:
@@ -68,7 +76,7 @@ def track(config: DictConfig, run: Any, figures: dict[str, Any], pictures: dict[
 
 
 def main() -> None:
-    command.run("evaluate", evaluate)
+    command.run("evaluate", evaluate, lists=("sampler.steps", "guidance"))
 
 
 if __name__ == "__main__":

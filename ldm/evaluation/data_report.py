@@ -18,7 +18,7 @@ from torch import Tensor
 from ldm.data.images import ImageData
 from ldm.data.order import derive_seed
 from ldm.evaluation import data_metrics as metrics
-from ldm.evaluation.report import load_features, reference_features
+from ldm.evaluation.feature_extraction import load_features, reference_features
 from ldm.pictures import MARGIN, PAPER, grid, to_pil
 
 NO_FEATURES = "none"

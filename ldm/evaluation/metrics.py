@@ -59,21 +59,36 @@ def frechet_distance(samples: Tensor, reference: Tensor) -> float:
     Raises:
         ValueError: fewer than 2 d of either, whose covariance is mostly noise.
     """
+    require_enough(samples, reference)
+    return frechet_of_moments(moments(samples), moments(reference))
+
+
+def require_enough(samples: Tensor, reference: Tensor) -> None:
+    """Refuse sets that are too small for a Fréchet distance in all dimensions."""
     dim = samples.shape[1]
     if min(len(samples), len(reference)) < 2 * dim:
         raise ValueError(
             f"{len(samples)} and {len(reference)} features of {dim} dimensions: a Fréchet distance needs {2 * dim} of "
             "each at least. Use its PCA form, in fewer dimensions: project both with feature_components."
         )
-    first, second = samples.double(), reference.double()
-    shift = (first.mean(0) - second.mean(0)).square().sum()
-    covariances = [torch.cov(features.T).reshape(dim, dim) for features in (first, second)]
-    roots = [_symmetric_root(covariance) for covariance in covariances]
-    overlap = torch.linalg.svdvals(roots[0] @ roots[1]).sum()
-    return (shift + covariances[0].trace() + covariances[1].trace() - 2 * overlap).clamp(min=0).item()
 
 
-def _symmetric_root(covariance: Tensor) -> Tensor:
+def frechet_of_moments(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> float:
+    """`frechet_distance` of two sets whose `moments` are known."""
+    (mean_1, covariance_1), (mean_2, covariance_2) = first, second
+    overlap = torch.linalg.svdvals(symmetric_root(covariance_1) @ symmetric_root(covariance_2)).sum()
+    traces = covariance_1.trace() + covariance_2.trace()
+    return ((mean_1 - mean_2).square().sum() + traces - 2 * overlap).clamp(min=0).item()
+
+
+def moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [d] and covariance [d, d] of features [n, d], in float64."""
+    features = features.double()
+    return features.mean(0), torch.cov(features.T).reshape(features.shape[1], -1)
+
+
+def symmetric_root(covariance: Tensor) -> Tensor:
+    """C^{1/2}; what rounding made negative among the eigenvalues is 0."""
     values, vectors = torch.linalg.eigh(covariance)
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 

@@ -18,11 +18,11 @@ from ldm.autoencoder import spectrum
 from ldm.autoencoder.autoencoder import Autoencoder
 from ldm.data.images import ImageData
 from ldm.errors import UserError
+from ldm.evaluation.feature_extraction import load_features, reference_features
 from ldm.evaluation.latents_report import PCA_IMAGES, pca_curve
 from ldm.evaluation.metrics import psnr, ssim
 from ldm.evaluation.reconstruction_metrics import NUM_SUBSETS, codebook, distances, kl, rate
 from ldm.evaluation.reconstruction_picture import draw, shows
-from ldm.evaluation.report import load_features, reference_features
 from ldm.evaluation.run_images import choose_images
 from ldm.features import LPIPS, has_lpips
 from ldm.run import Run
@@ -109,6 +109,7 @@ def measure(
     *,
     device: torch.device,
     features: str = "efficientnet_lite",
+    features_path: str | None = None,
     num_images: int = 4096,
     seed: int = 0,
     batch_size: int = 64,
@@ -117,6 +118,7 @@ def measure(
 
     Args:
         features: A name of `ldm.features.CHOICES`, classifier, or none.
+        features_path: Folder or hub id of their weights.
         num_images: Validation images at most, chosen by the seed.
 
     Raises:
@@ -126,7 +128,7 @@ def measure(
         raise UserError(f"batch_size={batch_size} must be a whole number of 1 at least.")
     started, autoencoder = time.perf_counter(), run.autoencoder().to(device)
     images, indices = choose_images(run, "val", num_images, seed)
-    network = None if features == NO_FEATURES else load_features(features, images).to(device)
+    network = None if features == NO_FEATURES else load_features(features, images, features_path).to(device)
     lpips, without = _lpips()
     in_loss = run.facts.get("perceptual_features", [])
     gallery = None if network is None else reference_features(network, features, images)

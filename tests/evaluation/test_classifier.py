@@ -14,7 +14,7 @@ from ldm.data.images import ImageData, prepare
 from ldm.errors import UserError
 from ldm.evaluation import classifier as module
 from ldm.evaluation.classifier import Classifier, accuracy, load_classifier
-from ldm.evaluation.report import load_features, reference_features
+from ldm.evaluation.feature_extraction import load_features, reference_features
 
 STEPS = 25
 
@@ -82,9 +82,9 @@ def test_its_features_are_kept_under_its_key(images, monkeypatch):
     monkeypatch.setattr(module.load_classifier, "__kwdefaults__", {"seed": 0, "num_steps": STEPS})
     network = load_features("classifier", images)
     found = reference_features(network, "classifier", images)
-    assert (images.path / f"features-{network.key}.npy").is_file() and not images.path.joinpath(
-        "features-classifier.npy"
-    ).exists()
+    assert (
+        images.path / f"features-{network.key}-{images.fingerprint[:8]}.npy"
+    ).is_file() and not images.path.joinpath("features-classifier.npy").exists()
     torch.testing.assert_close(found, network(images.batch(range(len(images)))))
 
 
@@ -116,7 +116,8 @@ def test_images_without_classes(make_images, images, tmp_path):
 
 
 def test_a_name_that_is_none(images):
-    with pytest.raises(UserError, match="features=inception is unknown. Choose one of: efficientnet_lite, classifier"):
-        load_features("inception", images)
-    with pytest.raises(UserError, match="Choose one of: efficientnet_lite.$"):
+    known = "efficientnet_lite, dinov2, clip, inception"
+    with pytest.raises(UserError, match=f"features=vgg is unknown. Choose one of: {known}, classifier"):
+        load_features("vgg", images)
+    with pytest.raises(UserError, match=f"Choose one of: {known}.$"):
         load_features("classifier")

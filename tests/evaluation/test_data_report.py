@@ -127,7 +127,7 @@ def test_coverage_and_diversity_in_features(data, pets, tmp_path):
     assert found["density"] > 0.3 and 0.5 < found["coverage"] <= 1 < found["vendi_score"] < 12
     assert 0 < found["nearest_distance_train"] < 2 and 0 < found["nearest_distance_val"] < 2
     assert "density" in ended.out and "Vendi score" in ended.out
-    cached = list((tmp_path / "cache").glob("pets-*/features-mean_colours.npy"))
+    cached = list((tmp_path / "cache").glob("pets-*/features-mean_colours-*.npy"))
     assert len(cached) == 1
     written = cached[0].stat().st_mtime_ns
     again = data(f"data.path={pets}", "features=mean_colours", "out=again")
@@ -196,7 +196,10 @@ def test_logger_wandb_gets_the_numbers_and_the_sheet(data, pets, monkeypatch):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("features=inception", "features=inception is unknown. Choose one of: efficientnet_lite, mean_colours, none."),
+        (
+            "features=vgg",
+            "features=vgg is unknown. Choose one of: efficientnet_lite, dinov2, clip, inception, mean_colours",
+        ),
         ("max_bits=40", "max_bits=40 must be from 0 to 31"),
         ("max_bits=few", "max_bits=few must be a whole number"),
         ("max_levels=-1", "max_levels=-1 must be a number from 0 to 255"),

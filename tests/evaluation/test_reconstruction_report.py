@@ -304,7 +304,10 @@ def test_reconstructions_that_are_not_finite(opened, monkeypatch):
 @pytest.mark.parametrize(
     ("argument", "said"),
     [
-        ("features=inception", "features=inception is unknown. Choose one of: efficientnet_lite, mean_colours, class"),
+        (
+            "features=vgg",
+            "features=vgg is unknown. Choose one of: efficientnet_lite, dinov2, clip, inception, mean_col",
+        ),
         ("num_images=1", "num_images=1 must be at least 2"),
         ("num_images=many", "num_images=many must be a whole number"),
         ("seed=1.5", "seed=1.5 must be a whole number"),

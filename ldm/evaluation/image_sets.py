@@ -1,0 +1,44 @@
+"""Images that samples are compared with, made as they are asked for: nothing holds all of them at once."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.data.images import ImageData
+from ldm.pipeline import LatentDiffusionPipeline, sample_generators
+
+
+@dataclass(frozen=True)
+class Reconstructions:
+    """What the autoencoder makes of these images, decode(mean of q(z_raw|x)): the best that its decoder can show."""
+
+    pipeline: LatentDiffusionPipeline
+    images: ImageData
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, indices: Any) -> Tensor:
+        autoencoder = self.pipeline.autoencoder
+        return autoencoder.decode(autoencoder.encode(self.images.batch(self.rows[np.asarray(indices)]))[0]).cpu()
+
+
+@dataclass(frozen=True)
+class VAEAlone:
+    """z_raw ~ N(0, I), decoded: what the VAE would draw without the chain."""
+
+    pipeline: LatentDiffusionPipeline
+    num: int
+    seed: int
+
+    def __len__(self) -> int:
+        return self.num
+
+    def batch(self, indices: Any) -> Tensor:
+        generators = sample_generators(self.seed, indices)
+        noise = [torch.randn(self.pipeline.latent_shape, generator=g) for g in generators]
+        return self.pipeline.autoencoder.decode(torch.stack(noise)).cpu()

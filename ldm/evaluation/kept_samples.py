@@ -1,0 +1,160 @@
+"""Samples of a run on disk, as they are drawn: what was interrupted goes on, and a larger number begins with a smaller.
+
+Two files per way of drawing, named by what decides a sample: samples-<key>.bin, uint8 [n, H, W, 3] without a header,
+so that its length says how many there are, and samples-<key>.json with what made them and what they cost.
+"""
+
+import hashlib
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.autoencoder.autoencoder import weights_sha256
+from ldm.data.images import ImageData, to_uint8
+from ldm.data.order import derive_seed
+from ldm.diffusion.sampler import SamplerLike
+from ldm.errors import UserError
+from ldm.pipeline import LatentDiffusionPipeline
+from ldm.sampling import Request, check_interval, describe, draw
+
+
+@dataclass(frozen=True)
+class KeptSamples:
+    """Samples [n, H, W, 3] in uint8, memory-mapped, and what one of them costs."""
+
+    images: np.ndarray
+    evaluations: float
+    """Calls of the network per sample; both branches of guidance count."""
+    seconds: float
+    """Per sample, decoding included, on whatever machine drew it."""
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(self, indices: Any) -> Tensor:
+        """Float32 [b, 3, H, W] in [-1, 1], as `ImageData.batch`."""
+        pixels = torch.from_numpy(self.images[np.asarray(indices, dtype=np.int64)])
+        return pixels.permute(0, 3, 1, 2).float().div(127.5).sub(1)
+
+
+def chosen_training_rows(images: ImageData, num_samples: int, seed: int) -> np.ndarray:
+    """Rows of `train_indices` whose captions or classes the samples are of; more samples than images begin again."""
+    order = np.random.default_rng(derive_seed(seed, 1)).permutation(len(images.train_indices))
+    return np.resize(order, num_samples)
+
+
+def draw_and_keep(
+    pipeline: LatentDiffusionPipeline,
+    images: ImageData,
+    sampler: SamplerLike,
+    folder: Path,
+    *,
+    num_samples: int,
+    guidance: float,
+    guidance_interval: Any = (0.0, 1.0),
+    seed: int,
+    batch_size: int = 64,
+) -> KeptSamples:
+    """Samples for captions or classes of training images, drawn from where an earlier call ended.
+
+    Sample i depends on the seed and i alone, up to the rounding of batches of another size.
+
+    Raises:
+        UserError: what `draw` refuses, samples that are not finite.
+    """
+    guidance = check_guidance(guidance)
+    made_by = _made_by(pipeline, images, sampler, guidance, guidance_interval, seed)
+    key = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:12]
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels, facts = (folder / f"samples-{key}{end}" for end in (".bin", ".json"))
+    side = images.resolution
+    size = 3 * side**2
+    drawn = pixels.stat().st_size // size if pixels.is_file() and facts.is_file() else 0
+    cost: dict[str, Any] = {"samples": 0, "network_evaluations": 0, "seconds": 0.0}
+    if drawn:
+        cost = json.loads(facts.read_text(encoding="utf-8"))["cost"]
+    if drawn < num_samples:
+        request = Request.of_images(
+            pipeline, images, images.train_indices[chosen_training_rows(images, num_samples, seed)]
+        )
+        calls: list[int] = []
+        hook = pipeline.network.register_forward_pre_hook(lambda _, arguments: calls.append(len(arguments[0])))
+        options: dict[str, Any] = {"guidance": guidance, "guidance_interval": guidance_interval, "seed": seed}
+        began = time.perf_counter()
+        try:
+            with pixels.open("ab") as file:
+                file.truncate(drawn * size)  # an image that was half written
+                for part in draw(pipeline, request, sampler, batch_size=batch_size, first=drawn, **options):
+                    _require_finite(part)
+                    file.write(to_uint8(part).permute(0, 2, 3, 1).contiguous().numpy().tobytes())
+                    file.flush()
+                    cost["samples"] += len(part)
+                    cost["network_evaluations"] += sum(calls)
+                    cost["seconds"] += time.perf_counter() - began
+                    _write(facts, {"made_by": made_by, "shape": [side, side, 3], "cost": cost})
+                    calls.clear()
+                    began = time.perf_counter()
+        finally:
+            hook.remove()
+    kept = np.memmap(pixels, np.uint8, "r", shape=(num_samples, side, side, 3))
+    return KeptSamples(kept, *(cost[name] / cost["samples"] for name in ("network_evaluations", "seconds")))
+
+
+def check_guidance(guidance: Any) -> float:
+    """The scale of guidance, 3 and 3.0 alike.
+
+    Raises:
+        UserError: no finite number.
+    """
+    if not isinstance(guidance, int | float) or isinstance(guidance, bool) or not math.isfinite(guidance):
+        raise UserError(f"guidance={guidance} must be a number, such as 3; 1 is no guidance.")
+    return float(guidance)
+
+
+def _made_by(
+    pipeline: LatentDiffusionPipeline,
+    images: ImageData,
+    sampler: SamplerLike,
+    guidance: float,
+    guidance_interval: Any,
+    seed: int,
+) -> dict[str, Any]:
+    """All that decides a sample; the number of samples is no part of it."""
+    fitted = pipeline.z_0_mse
+    return {
+        "network_sha256": weights_sha256(pipeline.network),
+        "autoencoder_sha256": pipeline.contract.autoencoder_sha256,
+        "statistics": repr(pipeline.autoencoder.statistics),
+        "chain_sha256": pipeline.chain_sha256,
+        "prediction": pipeline.prediction,
+        "variance": pipeline.variance,
+        "z_0_mse_sha256": None if fitted is None else hashlib.sha256(fitted.numpy().tobytes()).hexdigest(),
+        "conditioning_sha256": hashlib.sha256(json.dumps(pipeline.conditioning.state()).encode()).hexdigest(),
+        "data_fingerprint": images.fingerprint,
+        "val_fraction": images.val_fraction,
+        "sampler": describe(sampler),
+        "guidance": guidance,
+        "guidance_interval": check_interval(guidance_interval),
+        "seed": seed,
+    }
+
+
+def _require_finite(part: Tensor) -> None:
+    if wrong := int((~part.isfinite().flatten(1).all(1)).sum()):
+        raise UserError(
+            f"{wrong} of {len(part)} samples are not finite: the network diverged in training, or the sampler is not "
+            "stable. Train it again with a lower optimizer.lr, or choose another sampler or more sampler.steps."
+        )
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    partial = path.with_suffix(".partial.json")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,229 @@
+"""Faults that are planted in held-out images are found: each moves its own measure, the more the greater it is.
+
+'Samples' are held-out images, against training images: Fashion-MNIST where Debian's package has it, else drawn clothes
+of ten kinds. Features: the classifier of the data's own classes (`ldm.evaluation.classifier`), trained for 100 steps,
+at the images' own size. Of EfficientNet's a blur of 0.5 px would be lost in the enlargement to 224 px, and the time.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from ldm.data.fashion_mnist import DEBIAN_PATH, FashionMNIST
+from ldm.data.images import prepare
+from ldm.data.sources import Record
+from ldm.evaluation.classifier import Classifier, load_classifier
+from ldm.evaluation.feature_extraction import extract
+from ldm.evaluation.feature_metrics import class_shift, named_classes
+from ldm.evaluation.memorisation import nearest_training
+from ldm.evaluation.sample_distances import Measures
+
+VAL_FRACTION = 0.25
+QUICK, ALL = (12_000, 100, 2000), (70_000, 1000, 15_000)
+"""Images, steps of the classifier, samples."""
+
+BY_JACKKNIFE = ("fd", "class_shift", "close_share")
+
+Figures = dict[str, tuple[float, float]]
+"""Values and their standard errors."""
+
+
+class Clothes(FashionMNIST):
+    """The first of Fashion-MNIST."""
+
+    blurs = (0.5, 0.7, 1.0, 1.4)
+
+    def __init__(self, num_images: int) -> None:
+        super().__init__()
+        self.num_images = num_images
+
+    @property
+    def num_records(self) -> int:
+        return self.num_images
+
+    def records(self) -> Iterator[Record]:
+        return itertools.islice(super().records(), self.num_images)
+
+
+class Drawn(Clothes):
+    """Coarse and fine gratings of five directions, of any phase, contrast and width, in place of clothes."""
+
+    blurs = (1.0, 1.2, 1.4, 1.8)
+
+    def __init__(self, num_images: int) -> None:
+        self.num_images, self.name = num_images, "gratings"
+        self.class_names = [str(label) for label in range(10)]
+
+    def identity(self) -> dict[str, int]:
+        return {"gratings": self.num_images}
+
+    def records(self) -> Iterator[Record]:
+        generator = np.random.default_rng(0)
+        y, x = (np.mgrid[:28, :28] - 13.5) / 14
+        for number in range(self.num_images):
+            label, phase, width = int(generator.integers(10)), generator.uniform(0, 6.28), generator.uniform(0.3, 0.9)
+            angle, frequency = (label // 2 + generator.normal(0, 0.15)) * np.pi / 5, (10, 20)[label % 2]
+            wave = np.cos((x * np.cos(angle) + y * np.sin(angle)) * frequency * generator.uniform(0.7, 1.3) + phase)
+            envelope = generator.uniform(10, 60) * np.exp(-(x**2 + y**2) / (2 * width**2))
+            pixels = np.uint8(127 + envelope * wave)
+            yield Record(f"{number}", Image.fromarray(pixels).copy, None, label, pixels.tobytes())
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A classifier, the sets that are compared, and what measures them."""
+
+    blurs: tuple[float, ...]
+    classifier: Classifier
+    samples: Tensor
+    labels: Tensor
+    train: Tensor
+    train_features: Tensor
+    validation_features: Tensor
+
+    def measure(self, images: Tensor) -> Figures:
+        features = extract(self.classifier, images, "features")
+        found = Measures(self.train_features, None).of(features)
+        named, reference = (named_classes(self.classifier, part) for part in (features, self.train_features))
+        memorisation = nearest_training(features, self.train_features, self.validation_features)
+        close = memorisation.close_share, memorisation.close_share_standard_error
+        return {**found, "class_shift": class_shift(named, reference), "close_share": close}
+
+
+def set_up(place: Path, num_images: int, num_steps: int, num_samples: int) -> Setting:
+    """Held-out images that are no samples set the rule for what is close to a training image."""
+    source = (Clothes if Path(DEBIAN_PATH).is_dir() else Drawn)(num_images)
+    images = prepare(source, resolution=28, cache_dir=place, val_fraction=VAL_FRACTION, progress=False)
+    classifier = load_classifier(images, num_steps=num_steps)
+    held_out = np.random.default_rng(0).permutation(images.val_indices)
+    train = images.batch(images.train_indices)
+    return Setting(
+        source.blurs,
+        classifier,
+        images.batch(held_out[:num_samples]),
+        torch.tensor(images.labels)[held_out[:num_samples]],
+        train,
+        extract(classifier, train, "features"),
+        extract(classifier, images.batch(held_out[num_samples:]), "features"),
+    )
+
+
+def thinned(setting: Setting, dose: float) -> Tensor:
+    """So many classes left out; of half a one, its first half."""
+    kept = torch.ones(len(setting.samples), dtype=torch.bool)
+    for label, share in ((3, min(dose, 1.0)), (5, max(dose - 1, 0.0))):
+        rows = (setting.labels == label).nonzero()[:, 0]
+        kept[rows[: round(share * len(rows))]] = False
+    return setting.samples[kept]
+
+
+def blurred(setting: Setting, dose: float) -> Tensor:
+    """By a Gaussian of so many pixels."""
+    reach = 5
+    kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / dose) ** 2)
+    kernel = (kernel / kernel.sum()).expand(3, 1, 1, -1)
+    padded = F.pad(setting.samples, (reach,) * 4, mode="replicate")
+    return F.conv2d(F.conv2d(padded, kernel, groups=3), kernel.transpose(2, 3), groups=3)
+
+
+def copied(setting: Setting, dose: float) -> Tensor:
+    """So large a share replaced by training images."""
+    num = round(dose * len(setting.samples))
+    chosen = torch.randperm(len(setting.train), generator=torch.Generator().manual_seed(1))[:num]
+    return torch.cat([setting.train[chosen], setting.samples[num:]])
+
+
+def noisy(setting: Setting, dose: float) -> Tensor:
+    """With noise of so large a standard deviation, of intensities from 0 to 1."""
+    noise = torch.randn(setting.samples.shape, generator=torch.Generator().manual_seed(2))
+    return (setting.samples + 2 * dose * noise).clamp(-1, 1)
+
+
+@pytest.fixture(scope="module", params=[QUICK, pytest.param(ALL, marks=pytest.mark.slow)], ids=["quick", "all"])
+def setting(request, tmp_path_factory) -> Setting:
+    return set_up(tmp_path_factory.mktemp("images"), *request.param)
+
+
+@pytest.fixture(scope="module")
+def clean(setting) -> Figures:
+    return setting.measure(setting.samples)
+
+
+def doses_of(setting: Setting, fault: Callable[[Setting, float], Tensor], doses: tuple[float, ...]) -> list[Figures]:
+    return [setting.measure(fault(setting, dose)) for dose in doses]
+
+
+def half_width(name: str, error: float) -> float:
+    """Of the 95 % interval, by Student's t: of 20 groups, or of four subsets."""
+    return (2.09 if name in BY_JACKKNIFE else 3.18) * error
+
+
+def assert_grows(name: str, clean: Figures, found: list[Figures], outside_from: int = 0) -> None:
+    """With every dose, and from one of them on above the interval of the clean samples."""
+    values = [figures[name][0] for figures in (clean, *found)]
+    assert all(np.diff(values) > 0), (name, values)
+    assert values[1 + outside_from] > values[0] + half_width(name, clean[name][1]), (name, values, clean[name])
+
+
+def assert_falls(name: str, clean: Figures, found: list[Figures]) -> None:
+    values = [figures[name][0] for figures in (clean, *found)]
+    assert all(np.diff(values) < 0), (name, values)
+
+
+def assert_stays(name: str, clean: Figures, found: list[Figures]) -> None:
+    """Within both intervals together."""
+    value, error = clean[name]
+    for figures in found:
+        other, its_error = figures[name]
+        assert abs(other - value) <= half_width(name, (error**2 + its_error**2) ** 0.5), (name, other, value)
+
+
+def assert_does_not_rise(name: str, clean: Figures, found: list[Figures]) -> None:
+    value, error = clean[name]
+    assert max(figures[name][0] for figures in found) <= value + half_width(name, error)
+
+
+def test_a_class_that_is_thinned_out(setting, clean):
+    """The distance and the shares of the classes find it, and what covers less; the rest lies as densely as before."""
+    found = doses_of(setting, thinned, (0.5, 1.0, 1.5, 2.0))
+    assert_grows("fd", clean, found)
+    assert_grows("class_shift", clean, found, outside_from=1)
+    for name, first in (("coverage", 1), ("recall", 3)):
+        value, error = clean[name]
+        assert found[first][name][0] < value - half_width(name, error) and found[3][name][0] <= found[first][name][0]
+    for name in ("density", "close_share"):
+        assert_stays(name, clean, found)
+
+
+def test_blur(setting, clean):
+    found = doses_of(setting, blurred, setting.blurs)
+    assert_grows("fd", clean, found)
+    assert_grows("kd", clean, found, outside_from=2)
+    assert_falls("coverage", clean, found)
+    assert_does_not_rise("close_share", clean, found)
+
+
+def test_copies_of_training_images(setting, clean):
+    """They are found by how near they are, and by nothing else: to all distances they are the best of samples."""
+    found = doses_of(setting, copied, (0.02, 0.04, 0.08, 0.16))
+    assert_grows("close_share", clean, found)
+    for figures, dose in zip(found, (0.02, 0.04, 0.08, 0.16), strict=True):
+        assert figures["close_share"][0] == pytest.approx(dose + clean["close_share"][0] * (1 - dose), abs=0.005)
+    for name in ("fd", "kd", "precision", "recall", "density", "coverage", "class_shift"):
+        assert_stays(name, clean, found)
+
+
+def test_noise(setting, clean):
+    found = doses_of(setting, noisy, (0.02, 0.05, 0.1, 0.2))
+    assert_grows("fd", clean, found)
+    assert_grows("kd", clean, found, outside_from=1)
+    assert_falls("coverage", clean, found)
+    assert_does_not_rise("close_share", clean, found)
