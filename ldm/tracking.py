@@ -1,29 +1,36 @@
-"""W&B behind one small face: a run that logs numbers and pictures and never asks or waits for anything."""
+"""W&B behind one small face: a run that logs numbers, pictures and what was made from what, and never asks or waits.
 
+Whatever W&B raises, training is worth more than its record: a run that cannot reach its server goes on offline under
+the same id, says so in one line, and can be uploaded later.
+"""
+
+import contextlib
+import json
 import os
+import shlex
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from ldm.artifact import Artifact, flatten, sha256
+from ldm.errors import UserError
+from ldm.wandb_server import MODES, bounded, choose_mode, has_key
+
 ID_FILE = "wandb_id.txt"
-
-
-def choose_mode(requested: str | None) -> str:
-    """`online` only where an API key is at hand; W&B would otherwise ask for one on the terminal."""
-    if requested:
-        return requested
-    if mode := os.environ.get("WANDB_MODE"):
-        return mode
-    import wandb
-
-    return "online" if wandb.login(prompt=False) else "offline"
+OPTIONS = ("project", "entity", "group", "tags", "mode", "timeout_s", "max_artifact_mb")
+"""What is read of the config group `logger` for any run."""
 
 
 class WandbRun:
-    """One run in W&B, its id kept in the run folder so that a resumed run continues it."""
+    """One run in W&B, its id kept in the run folder so that a resumed run continues it.
+
+    Args:
+        timeout_s: The most that starting, ending and each artifact may wait for the server.
+        max_artifact_mb: Of larger artifacts the description alone is logged.
+    """
 
     def __init__(
         self,
@@ -37,43 +44,166 @@ class WandbRun:
         tags: Sequence[str] = (),
         mode: str | None = None,
         resume: bool = False,
+        timeout_s: float = 60.0,
+        max_artifact_mb: float = 1000.0,
     ) -> None:
+        # their telemetry would hold up the end of the process for 20 s where the server does not answer
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
         self._wandb = wandb
+        self.folder, self.timeout_s, self.max_artifact_mb = folder, timeout_s, max_artifact_mb
         id_file = folder / ID_FILE
-        run_id = id_file.read_text().strip() if resume and id_file.is_file() else uuid.uuid4().hex[:8]
+        known = resume and id_file.is_file()
+        run_id = id_file.read_text().strip() if known else uuid.uuid4().hex[:8]
+        self._options: dict[str, Any] = {
+            "dir": folder,
+            "project": project,
+            "entity": entity,
+            "name": name,
+            "group": group,
+            "job_type": name.partition("/")[0],
+            "tags": list(tags),
+            "id": run_id,
+            "config": flatten(config),
+            "settings": wandb.Settings(
+                silent=True,
+                console="off",
+                init_timeout=timeout_s,
+                finish_timeout=timeout_s,
+                finish_timeout_raises=True,
+            ),
+        }
+        self.run: Any = None
+        self._row, self._records, self._inputs = -1, list[str](), dict[str, str]()
         self.mode = choose_mode(mode)
-        self.run = wandb.init(
-            dir=folder,
-            project=project,
-            entity=entity,
-            name=name,
-            group=group,
-            tags=list(tags),
-            id=run_id,
-            config=flatten(config),
-            mode=self.mode,  # type: ignore[arg-type]
-            resume="allow" if self.mode == "online" else None,
-            settings=wandb.Settings(silent=True, console="off"),
-        )
-        # an axis of our own: W&B drops what comes with a smaller step than the last, as after a validation or a resume
-        self.run.define_metric("*", step_metric="step")
+        try:
+            self._start(resume=known)
+        except Exception as error:
+            if self.mode != "online":
+                raise
+            self._go_on_without_server(error, resume=known)
         id_file.write_text(run_id + "\n")
 
+    def _start(self, *, resume: bool) -> None:
+        if self.mode == "online" and not has_key():
+            raise UserError("logger.mode=online, but no API key was found")
+        # marked in the record as well where it is offline: an upload then appends instead of beginning anew
+        options = {**self._options, "mode": self.mode, "resume": "allow" if resume else None}
+        self.run = self._wandb.init(**options)
+        # an axis of our own: W&B drops what comes with a smaller step than the last, as after a validation or a resume
+        self.run.define_metric("*", step_metric="step")
+        self._row = max(self._row, self.run.step - 1)
+        if self.mode != "disabled":
+            self._records.append(str(self.run.settings.sync_dir))
+
+    def _go_on_without_server(self, error: BaseException, *, resume: bool = True) -> None:
+        """Continue the run offline, or without a record where that cannot be written either; say so in one line."""
+        with contextlib.suppress(Exception):
+            self._wandb.teardown()  # its process holds on to the run's id, or is dead
+        for mode in MODES[MODES.index(self.mode) + 1 :]:
+            self.mode = mode
+            try:
+                self._start(resume=resume)
+                break
+            except Exception:
+                continue
+        self._tell(error)
+
+    def _tell(self, error: BaseException) -> None:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        later = "Nothing more is recorded there."
+        if self._records and self.mode != "disabled":
+            later = (
+                f"Its record is on disk; to upload it later: wandb sync --include-online {shlex.join(self._records)}"
+            )
+        print(f"W&B is not available ({reason}). The run goes on. {later}", flush=True)
+
+    def _record(self, call: Callable[[Any], Any]) -> None:
+        """`call` with the run; again with the one that takes its place where W&B fails."""
+        for _ in MODES:
+            try:
+                call(self.run)
+                return
+            except Exception as error:
+                if self.mode not in MODES[:2]:
+                    return
+                self._go_on_without_server(error)
+
+    def _log(self, values: Mapping[str, Any], step: int) -> None:
+        # rows of W&B's own that no resume repeats, so that records of one run join whichever is uploaded first
+        self._row = max(self._row + 1, step)
+        row = self._row
+        self._record(lambda run: run.log({**values, "step": step}, step=row, commit=True))
+
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        self.run.log({**metrics, "step": step})
+        self._log(metrics, step)
 
     def log_images(self, key: str, images: Sequence[Image.Image], captions: Sequence[str | None], step: int) -> None:
         """One panel of pictures with captions."""
         panel = [self._wandb.Image(image, caption=caption) for image, caption in zip(images, captions, strict=True)]
-        self.run.log({key: panel, "step": step})
+        self._log({key: panel}, step)
+
+    def configure(self, values: Mapping[str, Any]) -> None:
+        """Add to the config."""
+        flat = flatten(values)
+        self._options["config"] |= flat
+        self._record(lambda run: run.config.update(flat, allow_val_change=True))
 
     def summarise(self, values: Mapping[str, Any]) -> None:
-        self.run.summary.update(dict(values))
+        self._record(lambda run: run.summary.update(dict(values)))
+
+    def take(self, item: Artifact) -> None:
+        """Say that the run was made from an item: in the config by its digest, and online as an edge of the lineage."""
+        self._inputs[item.label] = item.digest
+        self.configure({"inputs": {item.label: item.digest}})
+
+        def take(run: Any) -> None:
+            if self.mode != "online":
+                return  # W&B refuses it offline
+            try:
+                run.use_artifact(f"{item.label}:{item.alias}")
+            except (ValueError, self._wandb.errors.CommError):  # logged by nobody: made elsewhere, or data
+                run.use_artifact(self._describe(item), aliases=[item.alias])
+
+        self._record(lambda run: bounded(lambda: take(run), self.timeout_s))
+
+    def leave(self, item: Artifact) -> None:
+        """Log an item that the run made, its files where they are few enough."""
+        aliases = ["latest", item.alias]
+
+        def leave(run: Any) -> None:
+            run.log_artifact(self._describe(item, files=kept), aliases=aliases)
+
+        kept = item.num_bytes <= 1e6 * self.max_artifact_mb
+        if not kept:
+            print(
+                f"{item.label} has {item.num_bytes / 1e6:.0f} MB, more than logger.max_artifact_mb="
+                f"{self.max_artifact_mb:g}: W&B gets its description alone.",
+                flush=True,
+            )
+        self._record(lambda run: bounded(lambda: leave(run), self.timeout_s))
+
+    def _describe(self, item: Artifact, *, files: bool = False) -> Any:
+        """A W&B artifact; its description is a file too, since artifacts without a file are all alike to W&B."""
+        metadata = {"sha256": item.digest, **item.metadata, "inputs": self._inputs}
+        artifact = self._wandb.Artifact(item.label, item.type, metadata=metadata)
+        described = self.folder / "lineage" / f"{item.label}.json"
+        described.parent.mkdir(exist_ok=True)
+        content = {"type": item.type, "name": item.name, **metadata}
+        described.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        # immutable: uploaded from where they are, instead of copied to W&B's folder in the user's home first
+        artifact.add_file(str(described.resolve()), policy="immutable")
+        for name, file in item.contents.items() if files else ():
+            artifact.add_file(str(file.resolve()), name=name, policy="immutable")
+        return artifact
 
     def finish(self) -> None:
-        self.run.finish()
+        """Close the run, and wait for what is still to be uploaded no longer than `timeout_s`."""
+        try:
+            self.run.finish()
+        except Exception as error:
+            self._tell(error)
 
 
 def track_report(
@@ -83,30 +213,28 @@ def track_report(
     name: str,
     values: Mapping[str, Any],
     pictures: Mapping[str, Image.Image],
+    made_from: Sequence[Artifact] = (),
+    files: Sequence[Path] = (),
 ) -> None:
-    """A tool's figures as the summary of a W&B run of its own, with its pictures by title.
+    """A tool's figures as the summary of a W&B run of its own, with its pictures by title and its files as an artifact.
 
     Args:
         folder: Of the report, made where it is missing. Not the folder of a training run: that keeps the id of its own.
         config: The tool's, with its group `logger`.
         values: Those that are no number, text or truth are left out.
+        made_from: What was evaluated.
+        files: The report's own.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    options = {key: config["logger"][key] for key in ("project", "entity", "group", "tags", "mode")}
+    options = {key: config["logger"][key] for key in OPTIONS}
     tracker = WandbRun(folder, config, name=name, **options)
-    tracker.summarise({key: value for key, value in values.items() if isinstance(value, int | float | str)})
+    figures = {key: value for key, value in values.items() if isinstance(value, int | float | str)}
+    tracker.summarise(figures)
     for title, picture in pictures.items():
         tracker.log_images(title, [picture], [name.rpartition("/")[2]], 0)
+    for item in made_from:
+        tracker.take(item)
+    of = {f"{item.type}_sha256": item.digest for item in made_from}
+    digest = sha256([*files] or json.dumps(figures, sort_keys=True))
+    tracker.leave(Artifact("evaluation", name.removeprefix("evaluation/"), digest, {**of, **figures}, tuple(files)))
     tracker.finish()
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested config -> `a.b.c` keys with plain values."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{name}."))
-        else:
-            flat[name] = value
-    return flat

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ldm.data.order import derive_seed
 from ldm.training.stage import OptimizerFactory
+from ldm.training.throughput import count_flops
 
 
 class TrainingModule(LightningModule):
@@ -58,6 +59,18 @@ class TrainingModule(LightningModule):
         self.trained.zero_grad(set_to_none=True)
         return min(times)
 
+    def count_flops(self, batch: Any, autocast: Callable[[], AbstractContextManager]) -> dict[bool, float]:
+        """Floating-point operations of a forward and backward pass, by whether a discriminator takes part."""
+
+        def step() -> None:
+            with autocast():
+                loss = self.losses(batch, torch.Generator(device=self.device).manual_seed(0))["loss"]
+            loss.backward()
+
+        flops = count_flops(step)
+        self.trained.zero_grad(set_to_none=True)
+        return {False: flops}
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optimizer(self.trained)
 
@@ -69,6 +82,9 @@ class TrainingModule(LightningModule):
     ) -> None:
         """Clip the gradient's norm. Lightning's own refuses fused optimizers, though bf16 needs no scaler."""
         if not gradient_clip_val:
+            if self.logs_now:
+                gradients = [p.grad for p in self.trained.parameters() if p.grad is not None]
+                self.log("train/gradient_norm", nn.utils.get_total_norm(gradients))
             return
         if isinstance(self.trainer.strategy, FSDPStrategy):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
