@@ -10,6 +10,7 @@ import os
 import shlex
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ldm.errors import UserError
 from ldm.wandb_server import MODES, bounded, choose_mode, has_key
 
 ID_FILE = "wandb_id.txt"
-OPTIONS = ("project", "entity", "group", "tags", "mode", "timeout_s", "max_artifact_mb")
+OPTIONS = ("project", "entity", "group", "tags", "mode", "timeout_s", "finish_timeout_s", "max_artifact_mb")
 """What is read of the config group `logger` for any run."""
 
 
@@ -28,7 +29,8 @@ class WandbRun:
     """One run in W&B, its id kept in the run folder so that a resumed run continues it.
 
     Args:
-        timeout_s: The most that starting, ending and each artifact may wait for the server.
+        timeout_s: The most that the start and each artifact wait for the server.
+        finish_timeout_s: The most that the end waits for what is still to be uploaded.
         max_artifact_mb: Of larger artifacts the description alone is logged.
     """
 
@@ -45,6 +47,7 @@ class WandbRun:
         mode: str | None = None,
         resume: bool = False,
         timeout_s: float = 60.0,
+        finish_timeout_s: float = 300.0,
         max_artifact_mb: float = 1000.0,
     ) -> None:
         # their telemetry would hold up the end of the process for 20 s where the server does not answer
@@ -70,7 +73,7 @@ class WandbRun:
                 silent=True,
                 console="off",
                 init_timeout=timeout_s,
-                finish_timeout=timeout_s,
+                finish_timeout=finish_timeout_s,
                 finish_timeout_raises=True,
             ),
         }
@@ -99,8 +102,10 @@ class WandbRun:
 
     def _go_on_without_server(self, error: BaseException, *, resume: bool = True) -> None:
         """Continue the run offline, or without a record where that cannot be written either; say so in one line."""
-        with contextlib.suppress(Exception):
-            self._wandb.teardown()  # its process holds on to the run's id, or is dead
+        # its process holds on to the run's id, or is dead; the run's own threads end with `finish`
+        for end in ([self.run.finish] if self.run is not None else []) + [self._wandb.teardown]:
+            with contextlib.suppress(Exception):
+                bounded(end, self.timeout_s)
         for mode in MODES[MODES.index(self.mode) + 1 :]:
             self.mode = mode
             try:
@@ -130,19 +135,19 @@ class WandbRun:
                     return
                 self._go_on_without_server(error)
 
-    def _log(self, values: Mapping[str, Any], step: int) -> None:
+    def _log(self, values: Callable[[], Mapping[str, Any]], step: int) -> None:
         # rows of W&B's own that no resume repeats, so that records of one run join whichever is uploaded first
         self._row = max(self._row + 1, step)
         row = self._row
-        self._record(lambda run: run.log({**values, "step": step}, step=row, commit=True))
+        self._record(lambda run: run.log({**values(), "step": step}, step=row, commit=True))
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        self._log(metrics, step)
+        self._log(lambda: metrics, step)
 
     def log_images(self, key: str, images: Sequence[Image.Image], captions: Sequence[str | None], step: int) -> None:
         """One panel of pictures with captions."""
-        panel = [self._wandb.Image(image, caption=caption) for image, caption in zip(images, captions, strict=True)]
-        self._log({key: panel}, step)
+        pairs = list(zip(images, captions, strict=True))
+        self._log(lambda: {key: [self._wandb.Image(image, caption=caption) for image, caption in pairs]}, step)
 
     def configure(self, values: Mapping[str, Any]) -> None:
         """Add to the config."""
@@ -173,8 +178,9 @@ class WandbRun:
         aliases = ["latest", item.alias]
 
         def leave(run: Any) -> None:
-            run.log_artifact(self._describe(item, files=kept), aliases=aliases)
+            run.log_artifact(self._describe(made, files=kept), aliases=aliases)
 
+        made = replace(item, metadata={**item.metadata, "inputs": dict(self._inputs)})
         kept = item.num_bytes <= 1e6 * self.max_artifact_mb
         if not kept:
             print(
@@ -186,7 +192,7 @@ class WandbRun:
 
     def _describe(self, item: Artifact, *, files: bool = False) -> Any:
         """A W&B artifact; its description is a file too, since artifacts without a file are all alike to W&B."""
-        metadata = {"sha256": item.digest, **item.metadata, "inputs": self._inputs}
+        metadata = {"sha256": item.digest, **item.metadata}
         artifact = self._wandb.Artifact(item.label, item.type, metadata=metadata)
         described = self.folder / "lineage" / f"{item.label}.json"
         described.parent.mkdir(exist_ok=True)
@@ -199,7 +205,7 @@ class WandbRun:
         return artifact
 
     def finish(self) -> None:
-        """Close the run, and wait for what is still to be uploaded no longer than `timeout_s`."""
+        """Close the run, and wait for what is still to be uploaded no longer than `finish_timeout_s`."""
         try:
             self.run.finish()
         except Exception as error:

@@ -278,6 +278,12 @@ class Recorder:
     def log_images(self, key, images, captions, step) -> None:
         self.images.append((key, len(images), captions))
 
+    def take(self, item) -> None:
+        self.taken = item
+
+    def leave(self, item) -> None:
+        self.left = item
+
     def finish(self) -> None:
         self.finished = True
 
@@ -293,6 +299,9 @@ def test_logger_wandb_gets_the_figures_and_the_picture(call, opened, monkeypatch
     figures = json.loads((run.path / "evaluation.json").read_text())
     assert tracked.summary["psnr_db"] == figures["psnr_db"] and "latent_shape" not in tracked.summary
     assert tracked.images == [("worst reconstructions", 1, ["kl"])]
+    digest = run.autoencoder().weights_sha256()
+    assert tracked.taken.type == "autoencoder" and tracked.taken.digest == digest
+    assert tracked.left.metadata["autoencoder_sha256"] == digest and len(tracked.left.files) == 2
 
 
 def test_reconstructions_that_are_not_finite(opened, monkeypatch):
