@@ -22,16 +22,15 @@ PEAK_TFLOPS = {
     "A100": 312.0,
     "L40S": 362.0,
     "L4": 121.0,
-    "A10G": 70.0,
     "A10": 125.0,
-    "RTX 5090": 209.5,
-    "RTX 4090": 165.2,
-    "RTX 3090": 71.0,
+    "GeForce RTX 5090": 209.5,
+    "GeForce RTX 4090": 165.2,
+    "GeForce RTX 3090": 71.0,
 }
-"""Dense bf16 operations per second with float32 sums, in units of 1e12, by a part of the name that CUDA gives a GPU.
+"""Dense bf16 operations per second with float32 sums, in units of 1e12, by the words that CUDA names a GPU with.
 
-The first that fits counts. Source: NVIDIA's data sheets of these GPUs (half of what they state with sparsity), and the
-Ada and Blackwell GPU architecture papers' tables for the RTX cards.
+The first that fits counts. Source: NVIDIA's data sheets of these GPUs, which state twice as much with sparsity; for
+GeForce the tables in its Ampere GA102, Ada and RTX Blackwell GPU architecture papers.
 """
 
 
@@ -41,9 +40,13 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def known_peak_flops(gpu: str) -> float | None:
-    """The same by name; a name's words count as a whole, so that an L40 is no L4."""
+    """The same by name. Whole words: an L40 is no L4, and a part of a GPU, a Ti, D or laptop version is another GPU."""
     words = f" {gpu.replace('-', ' ')} "
-    return next((1e12 * peak for name, peak in PEAK_TFLOPS.items() if f" {name} " in words), None)
+    if " MIG " in words:
+        return None
+    found = (name for name in PEAK_TFLOPS if f" {name} " in words)
+    name = next((name for name in found if "GeForce" not in name or words.endswith(f" {name} ")), None)
+    return None if name is None else 1e12 * PEAK_TFLOPS[name]
 
 
 @dataclass(frozen=True)
@@ -86,10 +89,13 @@ def measure_speed(trainer: Trainer, stage: Stage, num_images: int = 2) -> Speed 
 def count_flops(step: Callable[[], Any]) -> float:
     """Floating-point operations of `step`'s matrix products, convolutions and attention, forward and backward.
 
-    Attention is done the plain way and nothing is compiled meanwhile: not every kernel says what it did.
+    Attention is done the plain way and nothing is compiled meanwhile: torch counts nothing of CPUs' fused
+    attention, nor of what is compiled. Random numbers go on as if nothing had been counted.
     """
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     counter = FlopCounterMode(display=False)
-    with torch.random.fork_rng(), torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), counter:
+    eager, plain = torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH)
+    with torch.random.fork_rng(devices), eager, plain, counter:
         step()
     return float(counter.get_total_flops())
 
