@@ -46,7 +46,7 @@ class WandbRun:
         tags: Sequence[str] = (),
         mode: str | None = None,
         resume: bool = False,
-        timeout_s: float = 60.0,
+        timeout_s: float = 30.0,
         finish_timeout_s: float = 300.0,
         max_artifact_mb: float = 1000.0,
     ) -> None:
@@ -116,7 +116,8 @@ class WandbRun:
         self._tell(error)
 
     def _tell(self, error: BaseException) -> None:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        said, _, _ = " ".join(str(error).split()).partition(" Consider increasing")  # their advice, not our option
+        reason = said[:300] or type(error).__name__
         later = "Nothing more is recorded there."
         if self._records and self.mode != "disabled":
             later = (
@@ -136,7 +137,7 @@ class WandbRun:
                 self._go_on_without_server(error)
 
     def _log(self, values: Callable[[], Mapping[str, Any]], step: int) -> None:
-        # rows of W&B's own that no resume repeats, so that records of one run join whichever is uploaded first
+        # W&B's own count follows the steps, so that a resumed run's record goes on where the last one ended
         self._row = max(self._row + 1, step)
         row = self._row
         self._record(lambda run: run.log({**values(), "step": step}, step=row, commit=True))

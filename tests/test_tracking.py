@@ -273,6 +273,14 @@ def test_the_lineage_reads_from_data_to_evaluation(tmp_path):
     assert metadata["inputs"] == {"pipeline-second": pipeline["weights_sha256"]} and "evaluation.json" in files
 
 
+def test_disabled_leaves_no_record(tmp_path):
+    run = make_run(tmp_path / "first", "vae")
+    loggers = make_loggers(options(mode="disabled"), run, resume=False)
+    loggers.wandb.log({"train/loss": 0.5}, 10)
+    loggers.conclude(run, {"steps": 10}, [])
+    assert not records(run.path)
+
+
 def test_what_is_too_large_is_described_alone(tmp_path, capsys):
     run = make_run(tmp_path / "first", "vae")
     metadata, files = conclude(run, max_artifact_mb=1e-5).artifacts["autoencoder-first"]

@@ -80,16 +80,14 @@ class TrainingModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the gradient's norm. Lightning's own refuses fused optimizers, though bf16 needs no scaler."""
-        if not gradient_clip_val:
-            if self.logs_now:
-                gradients = [p.grad for p in self.trained.parameters() if p.grad is not None]
-                self.log("train/gradient_norm", nn.utils.get_total_norm(gradients))
-            return
+        """Clip and log the gradient's norm. Lightning's own refuses fused optimizers, though bf16 needs no scaler."""
         if isinstance(self.trainer.strategy, FSDPStrategy):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
-        norm = nn.utils.clip_grad_norm_(self.trained.parameters(), gradient_clip_val)
+        if gradient_clip_val:
+            norm = nn.utils.clip_grad_norm_(self.trained.parameters(), gradient_clip_val)
+        elif self.logs_now:
+            norm = nn.utils.get_total_norm([p.grad for p in self.trained.parameters() if p.grad is not None])
         if self.logs_now:
             self.log("train/gradient_norm", norm)
 
