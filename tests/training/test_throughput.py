@@ -134,12 +134,12 @@ class Rows(Logger):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[dict[str, float]] = []
+        self.rows: dict[int, dict[str, float]] = {}
 
     def log_hyperparams(self, *_) -> None: ...
 
     def log_metrics(self, metrics, step) -> None:
-        self.found.append({**metrics, "step": step})
+        self.rows.setdefault(step, {}).update(metrics)
 
 
 @pytest.mark.parametrize("clip", [None, 0.5])
@@ -149,8 +149,8 @@ def test_each_row_says_how_fast_and_how_steep(fit, make_module, clip):
     bar = ProgressBar(budget, 4, 2, "line")
     bar.speed = Speed({False: 1e6}, peak=1e12)
     fit(module, [budget, bar], max_steps=6, logger=rows, log_every_n_steps=2, gradient_clip_val=clip)
-    assert [row["step"] for row in rows.found] == [1, 3, 5]
-    for row in rows.found:
+    assert list(rows.rows) == [1, 3, 5]
+    for row in rows.rows.values():
         assert row["train/mfu"] == pytest.approx(row["train/images_per_s"] * 1e6 / 1e12)
         assert row["train/tflops_per_s"] == pytest.approx(1e12 * row["train/mfu"] / 1e12)
         assert row["train/gradient_norm"] > 0 and row["train/peak_memory_gb"] > 0.1
@@ -177,7 +177,7 @@ def test_validation_is_no_part_of_the_speed(fit, make_module, monkeypatch):
         log_every_n_steps=1,
         val_check_interval=2,
     )
-    assert [row["train/images_per_s"] for row in rows.found if "train/images_per_s" in row] == [8.0] * 4
+    assert [row["train/images_per_s"] for row in rows.rows.values() if "train/images_per_s" in row] == [8.0] * 4
 
 
 def test_memory_is_what_the_process_held_at_most():
