@@ -1,6 +1,6 @@
 """A run folder: its config, weights and provenance. Every tool opens runs through here.
 
-runs/<stage>/<name>/  config.yaml  run.json  metrics.csv  images/  checkpoints/  wandb/
+runs/<stage>/<name>/  config.yaml  run.json  metrics.csv  images/  checkpoints/  wandb/  lineage/
                       autoencoder/ (stage vae)  or  pipeline/ (stage diffusion)
 """
 

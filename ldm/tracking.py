@@ -1,32 +1,39 @@
-"""W&B behind one small face: a run that logs numbers and pictures and never asks or waits for anything."""
+"""W&B behind one small face: a run that logs numbers, pictures and what was made from what, and never asks or waits.
 
+Whatever W&B raises, training is worth more than its record: a run that cannot reach its server goes on offline under
+the same id, says so in one line, and can be uploaded later.
+"""
+
+import contextlib
+import json
 import os
+import shlex
 import sys
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from ldm.artifact import Artifact, flatten, sha256
 from ldm.errors import UserError
+from ldm.wandb_server import MODES, bounded, choose_mode, has_key
 
 ID_FILE = "wandb_id.txt"
-
-
-def choose_mode(requested: str | None) -> str:
-    """`online` only where an API key is at hand; W&B would otherwise ask for one on the terminal."""
-    if requested:
-        return requested
-    if mode := os.environ.get("WANDB_MODE"):
-        return mode
-    import wandb
-
-    return "online" if wandb.login(prompt=False) else "offline"
+OPTIONS = ("project", "entity", "group", "tags", "mode", "timeout_s", "finish_timeout_s", "max_artifact_mb")
+"""What is read of the config group `logger` for any run."""
 
 
 class WandbRun:
-    """One run in W&B, its id kept in the run folder so that a resumed run continues it."""
+    """One run in W&B, its id kept in the run folder so that a resumed run continues it.
+
+    Args:
+        timeout_s: The most that the start and each artifact wait for the server.
+        finish_timeout_s: The most that the end waits for what is still to be uploaded.
+        max_artifact_mb: Of larger artifacts the description alone is logged.
+    """
 
     def __init__(
         self,
@@ -40,43 +47,176 @@ class WandbRun:
         tags: Sequence[str] = (),
         mode: str | None = None,
         resume: bool = False,
+        timeout_s: float = 30.0,
+        finish_timeout_s: float = 300.0,
+        max_artifact_mb: float = 1000.0,
     ) -> None:
+        # their telemetry would hold up the end of the process for 20 s where the server does not answer
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
         self._wandb = wandb
+        self.folder, self.timeout_s, self.max_artifact_mb = folder, timeout_s, max_artifact_mb
         id_file = folder / ID_FILE
-        run_id = id_file.read_text().strip() if resume and id_file.is_file() else uuid.uuid4().hex[:8]
+        known = resume and id_file.is_file()
+        run_id = id_file.read_text().strip() if known else uuid.uuid4().hex[:8]
+        self._options: dict[str, Any] = {
+            "dir": folder,
+            "project": project,
+            "entity": entity,
+            "name": name,
+            "group": group,
+            "job_type": name.partition("/")[0],
+            "tags": list(tags),
+            "id": run_id,
+            "config": flatten(config),
+            "settings": wandb.Settings(
+                silent=True,
+                console="off",
+                init_timeout=timeout_s,
+                finish_timeout=finish_timeout_s,
+                finish_timeout_raises=True,
+            ),
+        }
+        self.run: Any = None
+        self._row, self._records, self._inputs = -1, list[str](), dict[str, str]()
         self.mode = choose_mode(mode)
-        self.run = wandb.init(
-            dir=folder,
-            project=project,
-            entity=entity,
-            name=name,
-            group=group,
-            tags=list(tags),
-            id=run_id,
-            config=flatten(config),
-            mode=self.mode,  # type: ignore[arg-type]
-            resume="allow" if self.mode == "online" else None,
-            settings=wandb.Settings(silent=True, console="off"),
-        )
-        # an axis of our own: W&B drops what comes with a smaller step than the last, as after a validation or a resume
-        self.run.define_metric("*", step_metric="step")
+        try:
+            self._start(resume=known)
+        except Exception as error:
+            if self.mode != "online":
+                raise
+            self._go_on_without_server(error, resume=known)
         id_file.write_text(run_id + "\n")
 
+    def _start(self, *, resume: bool) -> None:
+        if self.mode == "online" and not has_key():
+            raise UserError("logger.mode=online, but no API key was found")
+        # marked in the record as well where it is offline: an upload then appends instead of beginning anew
+        options = {**self._options, "mode": self.mode, "resume": "allow" if resume else None}
+        self.run = self._wandb.init(**options)
+        # an axis of our own: W&B drops what comes with a smaller step than the last, as after a validation or a resume
+        self.run.define_metric("*", step_metric="step")
+        self._row = max(self._row, self.run.step - 1)
+        if self.mode != "disabled":
+            self._records.append(str(self.run.settings.sync_dir))
+
+    def _go_on_without_server(self, error: BaseException, *, resume: bool = True) -> None:
+        """Continue the run offline, or without a record where that cannot be written either; say so in one line."""
+        # its process holds on to the run's id, or is dead; the run's own threads end with `finish`
+        for end in ([self.run.finish] if self.run is not None else []) + [self._wandb.teardown]:
+            with contextlib.suppress(Exception):
+                bounded(end, self.timeout_s)
+        for mode in MODES[MODES.index(self.mode) + 1 :]:
+            self.mode = mode
+            try:
+                self._start(resume=resume)
+                break
+            except Exception:
+                continue
+        self._tell(error)
+
+    def _tell(self, error: BaseException) -> None:
+        said, _, _ = " ".join(str(error).split()).partition(" Consider increasing")  # their advice, not our option
+        reason = said[:300] or type(error).__name__
+        later = "Nothing more is recorded there."
+        if self._records and self.mode != "disabled":
+            later = (
+                f"Its record is on disk; to upload it later: wandb sync --include-online {shlex.join(self._records)}"
+            )
+        print(f"W&B is not available ({reason}). The run goes on. {later}", flush=True)
+
+    def _record(self, call: Callable[[Any], Any]) -> None:
+        """`call` with the run; again with the one that takes its place where W&B fails."""
+        for _ in MODES:
+            try:
+                call(self.run)
+                return
+            except Exception as error:
+                if self.mode not in MODES[:2]:
+                    return
+                self._go_on_without_server(error)
+
+    def _log(self, values: Callable[[], Mapping[str, Any]], step: int) -> None:
+        # W&B's own count follows the steps, so that a resumed run's record goes on where the last one ended
+        self._row = max(self._row + 1, step)
+        row = self._row
+        self._record(lambda run: run.log({**values(), "step": step}, step=row, commit=True))
+
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        self.run.log({**metrics, "step": step})
+        self._log(lambda: metrics, step)
 
     def log_images(self, key: str, images: Sequence[Image.Image], captions: Sequence[str | None], step: int) -> None:
         """One panel of pictures with captions."""
-        panel = [self._wandb.Image(image, caption=caption) for image, caption in zip(images, captions, strict=True)]
-        self.run.log({key: panel, "step": step})
+        pairs = list(zip(images, captions, strict=True))
+        self._log(lambda: {key: [self._wandb.Image(image, caption=caption) for image, caption in pairs]}, step)
+
+    def log_table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[str]], step: int) -> None:
+        """A table of text."""
+        data = [list(row) for row in rows]
+        self._log(lambda: {key: self._wandb.Table(columns=list(columns), data=data)}, step)
+
+    def configure(self, values: Mapping[str, Any]) -> None:
+        """Add to the config."""
+        flat = flatten(values)
+        self._options["config"] |= flat
+        self._record(lambda run: run.config.update(flat, allow_val_change=True))
 
     def summarise(self, values: Mapping[str, Any]) -> None:
-        self.run.summary.update(dict(values))
+        self._record(lambda run: run.summary.update(dict(values)))
+
+    def take(self, item: Artifact) -> None:
+        """Say that the run was made from an item: in the config by its digest, and online as an edge of the lineage."""
+        self._inputs[item.label] = item.digest
+        self.configure({"inputs": {item.label: item.digest}})
+
+        def take(run: Any) -> None:
+            if self.mode != "online":
+                return  # W&B refuses it offline
+            try:
+                run.use_artifact(f"{item.label}:{item.alias}")
+            except (ValueError, self._wandb.errors.CommError):  # logged by nobody: made elsewhere, or data
+                run.use_artifact(self._describe(item), aliases=[item.alias])
+
+        self._record(lambda run: bounded(lambda: take(run), self.timeout_s))
+
+    def leave(self, item: Artifact) -> None:
+        """Log an item that the run made, its files where they are few enough."""
+        aliases = ["latest", item.alias]
+
+        def leave(run: Any) -> None:
+            run.log_artifact(self._describe(made, files=kept), aliases=aliases)
+
+        made = replace(item, metadata={**item.metadata, "inputs": dict(self._inputs)})
+        kept = item.num_bytes <= 1e6 * self.max_artifact_mb
+        if not kept:
+            print(
+                f"{item.label} has {item.num_bytes / 1e6:.0f} MB, more than logger.max_artifact_mb="
+                f"{self.max_artifact_mb:g}: W&B gets its description alone.",
+                flush=True,
+            )
+        self._record(lambda run: bounded(lambda: leave(run), self.timeout_s))
+
+    def _describe(self, item: Artifact, *, files: bool = False) -> Any:
+        """A W&B artifact; its description is a file too, since artifacts without a file are all alike to W&B."""
+        metadata = {"sha256": item.digest, **item.metadata}
+        artifact = self._wandb.Artifact(item.label, item.type, metadata=metadata)
+        described = self.folder / "lineage" / f"{item.label}.json"
+        described.parent.mkdir(exist_ok=True)
+        content = {"type": item.type, "name": item.name, **metadata}
+        described.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        # immutable: uploaded from where they are, instead of copied to W&B's folder in the user's home first
+        artifact.add_file(str(described.resolve()), policy="immutable")
+        for name, file in item.contents.items() if files else ():
+            artifact.add_file(str(file.resolve()), name=name, policy="immutable")
+        return artifact
 
     def finish(self) -> None:
-        self.run.finish()
+        """Close the run, and wait for what is still to be uploaded no longer than `finish_timeout_s`."""
+        try:
+            self.run.finish()
+        except Exception as error:
+            self._tell(error)
 
 
 def track_report(
@@ -86,33 +226,31 @@ def track_report(
     name: str,
     values: Mapping[str, Any],
     pictures: Mapping[str, Image.Image],
+    made_from: Sequence[Artifact] = (),
+    files: Sequence[Path] = (),
 ) -> None:
-    """A tool's figures as the summary of a W&B run of its own, with its pictures by title.
+    """A tool's figures as the summary of a W&B run of its own, with its pictures by title and its files as an artifact.
 
     Args:
         folder: Of the report, made where it is missing. Not the folder of a training run: that keeps the id of its own.
         config: The tool's, with its group `logger`.
         values: Those that are no number, text or truth are left out.
+        made_from: What was evaluated.
+        files: The report's own.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    options = {key: config["logger"][key] for key in ("project", "entity", "group", "tags", "mode")}
+    options = {key: config["logger"][key] for key in OPTIONS}
     tracker = WandbRun(folder, config, name=name, **options)
-    tracker.summarise({key: value for key, value in values.items() if isinstance(value, int | float | str)})
+    figures = {key: value for key, value in values.items() if isinstance(value, int | float | str)}
+    tracker.summarise(figures)
     for title, picture in pictures.items():
         tracker.log_images(title, [picture], [name.rpartition("/")[2]], 0)
+    for item in made_from:
+        tracker.take(item)
+    of = {f"{item.type}_sha256": item.digest for item in made_from}
+    digest = sha256([*files] or json.dumps(figures, sort_keys=True))
+    tracker.leave(Artifact("evaluation", name.removeprefix("evaluation/"), digest, {**of, **figures}, tuple(files)))
     tracker.finish()
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested config -> `a.b.c` keys with plain values."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{name}."))
-        else:
-            flat[name] = value
-    return flat
 
 
 def finish_open_run() -> None:
@@ -120,99 +258,3 @@ def finish_open_run() -> None:
     wandb = sys.modules.get("wandb")
     if wandb is not None and wandb.run is not None:
         wandb.run.finish(exit_code=1)
-
-
-def fetch_run(path: str) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
-    """A training's run from W&B's server, with what tools/evaluate.py logged of it.
-
-    The evaluation is a run of its own, named after the training's: the newest before another training of that name.
-
-    Args:
-        path: `entity/project/run`, the last being the run's id.
-
-    Returns:
-        Its flat config, its summary and its history, row by row. Config and summary of the evaluation stand among them
-        under `evaluation.`.
-
-    Raises:
-        UserError: no login here, or no such run.
-    """
-    import wandb
-
-    if not wandb.login(prompt=False):
-        raise UserError(
-            f"{path} is no run folder here, and to look for it in W&B there is no login: `wandb login`, or set "
-            "WANDB_API_KEY."
-        )
-    try:
-        api = wandb.Api()
-        run = api.run(path)
-        project = path.rpartition("/")[0]
-        trainings = api.runs(project, filters={"display_name": run.name})
-        end = min((other.created_at for other in trainings if other.created_at > run.created_at), default=None)
-        evaluations = [
-            other
-            for other in api.runs(project, filters={"display_name": f"evaluation/{run.name}"})
-            if other.created_at > run.created_at and (end is None or other.created_at < end)
-        ]
-        config, summary = dict(run.config), dict(run.summary_metrics)
-        if evaluations:
-            newest = max(evaluations, key=lambda other: other.created_at)
-            config |= {f"evaluation.{key}": value for key, value in newest.config.items()}
-            summary |= {f"evaluation.{key}": value for key, value in newest.summary_metrics.items()}
-        return config, summary, list(run.scan_history())
-    except (wandb.Error, ValueError, OSError) as error:
-        raise UserError(
-            f"{path} is no run folder here, and W&B gave no run of that path (entity/project/run): {error}"
-        ) from error
-
-
-def track_comparison(
-    folder: Path,
-    config: Mapping[str, Any],
-    *,
-    name: str,
-    columns: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    pictures: Mapping[str, Image.Image],
-    markdown: str,
-    curves: Sequence[str],
-    compared: Sequence[str],
-) -> str:
-    """A comparison as a W&B run of its own, and as a W&B report where one can be made.
-
-    Args:
-        folder, config, pictures: As `track_report` takes them.
-        columns, rows: Of its table.
-        markdown: The text of the report.
-        curves: Names of what the report plots by step.
-        compared: Names of the W&B runs that it plots, `<stage>/<name>`.
-
-    Returns:
-        A line that says where the report is, or what is missing for one.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    options = {key: config["logger"][key] for key in ("project", "entity", "group", "tags", "mode")}
-    tracker = WandbRun(folder, config, name=name, **options)
-    table = tracker._wandb.Table(columns=list(columns), data=[list(row) for row in rows])
-    tracker.run.log({"comparison": table, "step": 0})
-    for title, picture in pictures.items():
-        tracker.log_images(title, [picture], [name.rpartition("/")[2]], 0)
-    online, entity = tracker.mode == "online", tracker.run.entity
-    tracker.finish()
-    if not online:
-        return "No W&B report: this run is offline. It needs a login (`wandb login`)."
-    try:
-        import wandb_workspaces.reports.v2 as reports
-    except ImportError:
-        return 'No W&B report: its package is not installed: pip install "ldm[reports]"'
-    where = {"project": options["project"], "entity": entity}
-    runs = reports.Runset(**where, name="compared", filters=f"Metric('Name') in {list(compared)}")
-    panels = [reports.LinePlot(title=curve, x="step", y=[curve]) for curve in curves]
-    blocks = [reports.MarkdownBlock(text=markdown), reports.PanelGrid(runsets=[runs], panels=panels)]
-    try:
-        report = reports.Report(**where, title=name[:128], blocks=blocks)
-        report.save()
-    except Exception as error:  # the package raises plain ones; what was found is written and logged already
-        return f"No W&B report: {error}"
-    return f"W&B report: {report.url}"

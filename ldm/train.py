@@ -38,7 +38,8 @@ def train(config: DictConfig) -> None:
     from ldm.training.checkpoint import LastCheckpoint, find_checkpoint, progress_of
     from ldm.training.loggers import make_loggers
     from ldm.training.precision import choose_precision
-    from ldm.training.summary import describe_device, peak_memory_gb, print_table, time_expected
+    from ldm.training.summary import describe_device, print_table, time_expected
+    from ldm.training.throughput import measure_speed, peak_memory_gb
 
     started = time.perf_counter()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -135,6 +136,7 @@ def train(config: DictConfig) -> None:
     ]
     if stage.trains:
         expected = time_expected(trainer, stage, budget, micro_batch // trainer.world_size or 1, step)
+        bar.speed = measure_speed(trainer, stage)
         rows += [("budget", f"{budget}, batches of {config.batch_size}"), ("time expected", expected)]
     rows.append(("folder", str(folder)))
     if trainer.is_global_zero:
@@ -167,8 +169,7 @@ def train(config: DictConfig) -> None:
         "peak_memory_gb": peak_memory_gb(),
     }
     run.update(finished=time.time(), duration_s=round(duration_s, 1), figures=figures, next=outcome.next_command)
-    loggers.summarise(figures)
-    loggers.finish()
+    loggers.conclude(run, figures, outcome.pictures)
     shown = [(key, f"{value:.4g}" if isinstance(value, float) else str(value)) for key, value in figures.items()]
     shown += [("pictures", picture) for picture in [*outcome.pictures, str(run.images)]]
     print_table(f"stage {stage.kind} finished in {duration_s:.0f} s", shown)

@@ -1,15 +1,28 @@
 """ldm.tracking and ldm.training.loggers: W&B that never asks, and figures that a resume keeps."""
 
 import csv
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import wandb
 from PIL import Image
 
+import ldm.wandb_server
+from ldm.artifact import Artifact, flatten, sha256
+from ldm.data.latents import LatentContract
+from ldm.errors import UserError
+from ldm.lineage import inputs, outputs
 from ldm.run import Run
-from ldm.tracking import WandbRun, choose_mode, flatten
+from ldm.tracking import OPTIONS, WandbRun, track_report
 from ldm.training.loggers import make_loggers
+from ldm.wandb_server import choose_mode, has_key
 
 
 class Recorder:
@@ -17,7 +30,7 @@ class Recorder:
 
     def __init__(self, **options) -> None:
         self.options, self.id, self.logged, self.summary = options, options["id"], [], {}
-        self.config = SimpleNamespace(update=lambda *args, **kwargs: None)
+        self.config, self.step, self.settings = {}, 0, SimpleNamespace(sync_dir="record")
 
     def define_metric(self, name, step_metric) -> None:
         self.axis = (name, step_metric)
@@ -42,8 +55,21 @@ def test_configs_are_flat():
     assert flatten({"a": {"b": 1, "c": {"d": [2]}}, "e": None}) == {"a.b": 1, "a.c.d": [2], "e": None}
 
 
+def test_configs_hold_plain_types_alone():
+    """What JSON has no word for becomes text, and mappings in a list are counted."""
+    nested = {
+        "path": Path("a/b"),
+        "sizes": (1, np.float32(0.5)),
+        "parts": [{"name": "x"}, {"name": np.int64(2)}],
+        3: True,
+    }
+    flat = flatten(nested)
+    assert flat == {"path": "a/b", "sizes": [1, 0.5], "parts.0.name": "x", "parts.1.name": 2, "3": True}
+    assert json.loads(json.dumps(flat)) == flat
+
+
 @pytest.mark.parametrize(
-    ("requested", "environment", "login", "mode"),
+    ("requested", "environment", "key", "mode"),
     [
         ("disabled", "online", True, "disabled"),
         (None, "offline", True, "offline"),
@@ -51,17 +77,30 @@ def test_configs_are_flat():
         (None, None, False, "offline"),
     ],
 )
-def test_only_a_key_at_hand_means_online(monkeypatch, requested, environment, login, mode):
+def test_only_a_key_at_hand_means_online(monkeypatch, requested, environment, key, mode):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     if environment:
         monkeypatch.setenv("WANDB_MODE", environment)
-
-    def looked_up(prompt):
-        assert not prompt, "nobody may be asked"
-        return login
-
-    monkeypatch.setattr(wandb, "login", looked_up)
+    monkeypatch.setattr(ldm.wandb_server, "has_key", lambda: key)
     assert choose_mode(requested) == mode
+
+
+@pytest.mark.parametrize(("requested", "named"), [("on", "logger.mode=on"), (None, "WANDB_MODE=shared")])
+def test_an_unknown_mode_is_named(monkeypatch, requested, named):
+    monkeypatch.setenv("WANDB_MODE", "shared")
+    with pytest.raises(UserError, match=f"{named} is unknown. Choose one of: online, offline, disabled"):
+        choose_mode(requested)
+
+
+def test_a_key_is_looked_up_without_asking_a_server(monkeypatch, tmp_path):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    wandb.teardown()
+    assert not has_key()
+    (tmp_path / "netrc").write_text("machine 127.0.0.1:9 login user password " + "0" * 40)
+    assert has_key()
+    wandb.teardown()
 
 
 def test_a_resumed_run_keeps_its_id_and_a_new_one_has_its_own(recorded, tmp_path):
@@ -79,7 +118,7 @@ def test_steps_have_an_axis_of_their_own(recorded, tmp_path):
     run.summarise({"psnr_db": 20.0})
     run.finish()
     (pictures, first), (metrics, second) = run.run.logged
-    assert run.run.axis == ("*", "step") and first == second == {}
+    assert run.run.axis == ("*", "step") and first["step"] == 1000 and second["step"] == 1001
     assert pictures["step"] == 1000 and pictures["samples"][0]._caption == "a caption"
     assert metrics == {"val/loss": 0.5, "step": 999}
     assert run.run.summary == {"psnr_db": 20.0} and run.run.finished
@@ -110,3 +149,199 @@ def test_figures_go_on_after_a_resume_and_begin_anew_without(run, more):
     assert all(rows[-1][key] == str(value) and rows[0][key] == "" for key, value in more.items())
     log(run, range(1), resume=False)
     assert len((run.path / "metrics.csv").read_text().splitlines()) == 2
+
+
+class Record:
+    """What W&B's own command line reads in the folder of an offline run."""
+
+    def __init__(self, folder: Path) -> None:
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True)
+        self.found = [json.loads(line) for line in done.stdout.splitlines()]
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        return [record[kind] for record in self.found if record["type"] == kind]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        updates = [update for part in (*self.of("run"), *self.of("config")) for update in [part.get("config", part)]]
+        return {key: value for update in updates for key, value in update.get("update", {}).items()}
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return [history["item"] for history in self.of("history")]
+
+    @property
+    def artifacts(self) -> dict[str, tuple[dict[str, Any], list[str]]]:
+        """Metadata and names of files, by the artifact's name."""
+        return {
+            found["name"]: (json.loads(found["metadata"]), [entry["path"] for entry in found["manifest"]["contents"]])
+            for found in self.of("artifact")
+        }
+
+
+def records(folder: Path) -> list[Record]:
+    return [Record(path) for path in sorted((folder / "wandb").glob("offline-run-*"))]
+
+
+CONTRACT = LatentContract("a" * 64, "d" * 64, resolution=16, factor=4, channels=12, val_fraction=0.1, flip=False)
+SHARED = {"format": 1, "data": "pets", "data_fingerprint": "d" * 64, "val_fraction": 0.1, "finished": 1.0}
+
+
+def make_run(folder: Path, stage: str, **facts: Any) -> Run:
+    """A finished run's folder, with weights that are no weights."""
+    weights = {"vae": ["autoencoder"], "diffusion": ["pipeline/network", "pipeline/vae"]}[stage]
+    for part in weights:
+        (folder / part).mkdir(parents=True)
+        (folder / part / "diffusion_pytorch_model.safetensors").write_bytes(b"weights of " + part.encode())
+    CONTRACT.save(folder if stage == "vae" else folder / "pipeline")
+    (folder / "config.yaml").write_text("data: {cache_dir: null}\n")
+    run = Run(folder, {**SHARED, "stage": stage, "name": folder.name, **facts})
+    run.save()
+    return run
+
+
+def options(**changed: Any) -> dict[str, Any]:
+    given = dict.fromkeys(OPTIONS) | {"project": "ldm", "tags": ["tried"], "mode": "offline"}
+    limits = {"timeout_s": 10, "finish_timeout_s": 10, "max_artifact_mb": 1, "upload_latents": False}
+    return {"wandb": True, **given, **limits, **changed}
+
+
+def conclude(run: Run, **changed: Any) -> Record:
+    loggers = make_loggers(options(**changed), run, resume=False)
+    loggers.wandb.log({"train/loss": 0.5}, 10)
+    Image.new("RGB", (4, 4)).save(run.path / "samples_final.png")
+    loggers.conclude(run, {"steps": 10, "psnr_db": 20.0}, [str(run.path / "samples_final.png")])
+    return records(run.path)[-1]
+
+
+def test_wandbs_command_line_reads_metrics_config_images_and_artifacts(tmp_path):
+    run = make_run(tmp_path / "first", "vae", commit="c0ffee", versions={"torch": "2"})
+    record = conclude(run)
+    loss, picture = record.rows
+    assert loss["train/loss"] == 0.5 and loss["step"] == 10
+    assert picture["samples_final._type"] == "images/separated" and picture["samples_final.captions"] == [
+        "samples_final"
+    ]
+    assert any(
+        file["path"].startswith("media/images/samples_final") for part in record.of("files") for file in part["files"]
+    )
+    config = record.config
+    assert (config["run.commit"], config["run.versions.torch"], config["inputs.data-pets"]) == ("c0ffee", "2", "d" * 64)
+    summary = {key: value for part in record.of("summary") for key, value in part["update"].items()}
+    assert summary["psnr_db"] == 20.0 and summary["steps"] == 10
+    (told,) = record.of("run")
+    assert told["tags"] == ["tried"] and told["run_group"] == "first" and told["job_type"] == "vae"
+    metadata, files = record.artifacts["autoencoder-first"]
+    assert (
+        metadata["weights_sha256"] == "a" * 64 and metadata["data_fingerprint"] == "d" * 64 and metadata["factor"] == 4
+    )
+    assert set(files) == {"autoencoder-first.json", "contract.json", "diffusion_pytorch_model.safetensors"}
+    metadata, files = record.artifacts[f"latents-{CONTRACT.key}"]
+    assert metadata["autoencoder_sha256"] == "a" * 64 and len(files) == 1, "the cache stays here"
+    assert "data-pets" not in record.artifacts, "the images too"
+
+
+def test_the_lineage_reads_from_data_to_evaluation(tmp_path):
+    vae = make_run(tmp_path / "vae/first", "vae")
+    made = conclude(vae).artifacts
+    diffusion = make_run(tmp_path / "diffusion/second", "diffusion", vae=str(vae.path), chain_sha256="c" * 64)
+    pipeline, _ = conclude(diffusion).artifacts["pipeline-second"]
+    latents = made[f"latents-{CONTRACT.key}"][0]["sha256"]
+    assert pipeline["inputs"] == {
+        "data-pets": "d" * 64,
+        "autoencoder-first": made["autoencoder-first"][0]["sha256"],
+        f"latents-{CONTRACT.key}": latents,
+    }
+    assert pipeline["weights_sha256"] == sha256(
+        [diffusion.path / "pipeline/network/diffusion_pytorch_model.safetensors"]
+    )
+    report = diffusion.path / "evaluation.json"
+    report.write_text("{}")
+    track_report(
+        diffusion.path / "evaluation",
+        {"logger": options()},
+        name="evaluation/diffusion/second",
+        values={"fid": 3.0, "more": [1]},
+        pictures={},
+        made_from=outputs(diffusion)[:1],
+        files=[report],
+    )
+    (record,) = records(diffusion.path / "evaluation")
+    metadata, files = record.artifacts["evaluation-diffusion-second"]
+    assert metadata["pipeline_sha256"] == pipeline["weights_sha256"] and metadata["fid"] == 3.0
+    assert metadata["inputs"] == {"pipeline-second": pipeline["weights_sha256"]} and "evaluation.json" in files
+
+
+def test_disabled_leaves_no_record(tmp_path):
+    run = make_run(tmp_path / "first", "vae")
+    loggers = make_loggers(options(mode="disabled"), run, resume=False)
+    loggers.wandb.log({"train/loss": 0.5}, 10)
+    loggers.conclude(run, {"steps": 10}, [])
+    assert not records(run.path)
+
+
+def test_what_is_too_large_is_described_alone(tmp_path, capsys):
+    run = make_run(tmp_path / "first", "vae")
+    metadata, files = conclude(run, max_artifact_mb=1e-5).artifacts["autoencoder-first"]
+    assert metadata["weights_sha256"] == "a" * 64 and files == ["autoencoder-first.json"]
+    assert "autoencoder-first has 0 MB, more than logger.max_artifact_mb=1e-05" in capsys.readouterr().out
+
+
+def test_latents_are_uploaded_where_that_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("LDM_CACHE", str(tmp_path))
+    (tmp_path / f"latents-{CONTRACT.key}").mkdir()
+    (tmp_path / f"latents-{CONTRACT.key}" / "moments.npy").write_bytes(b"moments")
+    run = make_run(tmp_path / "first", "vae")
+    _, files = conclude(run, upload_latents=True).artifacts[f"latents-{CONTRACT.key}"]
+    assert "moments.npy" in files
+
+
+def test_an_autoencoder_from_elsewhere_is_named_by_its_place(tmp_path):
+    run = make_run(tmp_path / "second", "diffusion", vae="stabilityai/sd-vae-ft-mse")
+    assert [item.label for item in inputs(run)][1] == "autoencoder-stabilityai-sd-vae-ft-mse"
+
+
+def test_online_the_inputs_are_edges(recorded, tmp_path, monkeypatch):
+    """By digest where an earlier run logged them; else they are described to the server."""
+    used: list[Any] = []
+
+    def use_artifact(asked, **_) -> None:
+        if isinstance(asked, str) and asked.startswith("data"):
+            raise wandb.errors.CommError("not found")
+        used.append(asked)
+
+    run = start(tmp_path)
+    run.mode, run.run.use_artifact = "online", use_artifact
+    run.take(Artifact("autoencoder", "first", "a" * 64))
+    run.take(Artifact("data", "pets", "d" * 64, {"data_fingerprint": "d" * 64}))
+    by_name, described = used
+    assert by_name == "autoencoder-first:sha-aaaaaaaaaaaa"
+    assert (described.type, described.name, described.metadata["sha256"]) == ("data", "data-pets", "d" * 64)
+    assert [entry.path for entry in described.manifest.entries.values()] == ["data-pets.json"]
+
+
+def test_an_artifact_says_what_it_holds(tmp_path):
+    (tmp_path / "folder/inner").mkdir(parents=True)
+    for name in ("folder/b", "folder/inner/a", "c"):
+        (tmp_path / name).write_text(name)
+    item = Artifact("data", "woman's hat / 2", "f" * 64, files=(tmp_path / "folder", tmp_path / "c"))
+    assert item.label == "data-woman-s-hat-2" and set(item.contents) == {"b", "inner/a", "c"}
+    assert item.num_bytes == len("folder/bfolder/inner/ac") and sha256(item.files) == sha256("folder/bfolder/inner/ac")
+    assert len(replace(item, name="x" * 300).label) == 128
+
+
+def test_a_resumed_run_is_one_run_with_increasing_steps(tmp_path):
+    run = make_run(tmp_path / "first", "vae")
+    for resume, steps in ((False, (9, 19, 19)), (True, (29, 39))):
+        tracker = make_loggers(options(), run, resume=resume).wandb
+        for step in steps:
+            tracker.log({"train/loss": 1.0}, step)
+        tracker.finish()
+    first, second = records(run.path)
+    told = [record.of("run")[0] for record in (first, second)]
+    assert told[0]["run_id"] == told[1]["run_id"] == (run.path / "wandb_id.txt").read_text().strip()
+    assert not told[0].get("resume") and told[1]["resume"], "an upload appends the second to the first"
+    assert [row["step"] for record in (first, second) for row in record.rows] == [9, 19, 19, 29, 39]
+    own = [row["_step"] for record in (first, second) for row in record.rows]
+    assert own == sorted(set(own)), "W&B's own steps increase over both records"

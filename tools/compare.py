@@ -72,7 +72,7 @@ def track(config: DictConfig, out: Path, report: Any, files: list[Path]) -> str:
     from PIL import Image
 
     from ldm.evaluation.compare_picture import curve_names
-    from ldm.tracking import track_comparison
+    from ldm.wandb_comparison import track_comparison
 
     settings: Any = OmegaConf.to_container(config, resolve=True)
     columns, rows = report.sheet()

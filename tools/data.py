@@ -24,7 +24,7 @@ def data(config: DictConfig) -> None:
     out = Path(config.out or Path("runs", "data", images.name)).expanduser()
     files = report.save(out)
     if config.logger.wandb:
-        track(config, out, report)
+        track(config, out, report, images, files)
     Console(highlight=False).print(tabulate(report.figures))
     print("What to do:" if report.figures["what_to_do"] else "Nothing calls for a change.")
     for number, line in enumerate(report.figures["what_to_do"], start=1):
@@ -55,8 +55,9 @@ def check(config: DictConfig) -> None:
         raise UserError(f"max_levels={config.max_levels} must be a number from 0 to 255.")
 
 
-def track(config: DictConfig, out: Path, report: Any) -> None:
+def track(config: DictConfig, out: Path, report: Any, images: Any, files: list[Path]) -> None:
     """The numbers as W&B's summary, and the contact sheet."""
+    from ldm.lineage import data_artifact
     from ldm.tracking import track_report
 
     parts = {part: found for part, found in report.figures.items() if isinstance(found, dict)}
@@ -68,6 +69,8 @@ def track(config: DictConfig, out: Path, report: Any) -> None:
         name=f"data/{report.figures['name']}",
         values={**numbers, "what_to_do": "\n".join(report.figures["what_to_do"])},
         pictures={"contact sheet": report.pictures["contact_sheet"]},
+        made_from=[data_artifact(images.name, images.fingerprint, images.val_fraction)],
+        files=files,
     )
 
 

@@ -1,5 +1,6 @@
 """Figures of a run: what an autoencoder loses of held-out images, or how near samples are to the training images."""
 
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -11,13 +12,13 @@ def evaluate(config: DictConfig) -> None:
     from ldm.run import Run
 
     run = Run.open(config.run)
-    figures, pictures = (reconstructions if run.stage == "vae" else samples)(config, run)
+    figures, pictures, files = (reconstructions if run.stage == "vae" else samples)(config, run)
     print(f"all figures: {run.path / 'evaluation.json'}")
     if config.logger.wandb:
-        track(config, run, figures, pictures)
+        track(config, run, figures, pictures, [run.path / "evaluation.json", *files])
 
 
-def reconstructions(config: DictConfig, run: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def reconstructions(config: DictConfig, run: Any) -> tuple[dict[str, Any], dict[str, Any], list[Path]]:
     """Of a run of stage=vae."""
     from rich.console import Console
 
@@ -34,10 +35,10 @@ def reconstructions(config: DictConfig, run: Any) -> tuple[dict[str, Any], dict[
         curve = run.path / "training.png"
         draw(read_curves(metrics), f"Training of {run.path}").savefig(curve, dpi=130)
         print(f"how training went: {curve}")
-    return report.figures, {"worst reconstructions": report.picture}
+    return report.figures, {"worst reconstructions": report.picture}, [picture]
 
 
-def samples(config: DictConfig, run: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def samples(config: DictConfig, run: Any) -> tuple[dict[str, Any], dict[str, Any], list[Path]]:
     """Of a run of stage=diffusion; first a sweep, where sampler.steps or guidance is a list, then all at its knee."""
     from hydra.utils import instantiate
 
@@ -61,18 +62,20 @@ def samples(config: DictConfig, run: Any) -> tuple[dict[str, Any], dict[str, Any
         evaluation.figures["sweep"] = swept
     evaluation.save(run.path / "evaluation.json")
     print("\n".join(evaluation.lines))
-    return evaluation.figures, evaluation.pictures
+    return evaluation.figures, evaluation.pictures, []
 
 
-def track(config: DictConfig, run: Any, figures: dict[str, Any], pictures: dict[str, Any]) -> None:
+def track(config: DictConfig, run: Any, figures: dict[str, Any], pictures: dict[str, Any], files: list[Path]) -> None:
     """The figures as the summary of a W&B run of its own, in the group of the run that they are of."""
+    from ldm.lineage import outputs
     from ldm.tracking import track_report
 
     name: str = run.facts.get("name", run.path.name)
     settings: Any = OmegaConf.to_container(config, resolve=True)
     settings["logger"]["group"] = config.logger.group or name
     title = f"evaluation/{run.stage}/{name}"
-    track_report(run.path / "evaluation", settings, name=title, values=figures, pictures=pictures)
+    made = {"made_from": outputs(run)[:1], "files": files}
+    track_report(run.path / "evaluation", settings, name=title, values=figures, pictures=pictures, **made)
 
 
 def main() -> None:

@@ -38,6 +38,11 @@ class LatentContract:
     dtype: str = "float32"
     format: int = CONTRACT_FORMAT
 
+    @property
+    def key(self) -> str:
+        """Which latents, in a file's name."""
+        return f"{self.autoencoder_sha256[:12]}-{self.data_fingerprint[:12]}" + ("-flip" * self.flip)
+
     def check(self, other: "LatentContract", here: str, there: str) -> None:
         """Compare with the other side.
 
@@ -99,6 +104,11 @@ class LatentData:
         return moments[:, 0], moments[:, 1]
 
 
+def latents_folder(contract: LatentContract, cache_dir: Path | str | None = None) -> Path:
+    """Where the cache of these latents is."""
+    return Path(cache_dir or default_cache_dir()).expanduser() / f"latents-{contract.key}"
+
+
 def open_latents(
     encode: Callable[[Tensor], tuple[Tensor, Tensor]],
     contract: LatentContract,
@@ -115,8 +125,7 @@ def open_latents(
     Raises:
         UserError: a cache that breaks its contract, too little disk space, latents that are not finite.
     """
-    key = f"{contract.autoencoder_sha256[:12]}-{contract.data_fingerprint[:12]}" + ("-flip" * contract.flip)
-    folder = Path(cache_dir or default_cache_dir()).expanduser() / f"latents-{key}"
+    folder = latents_folder(contract, cache_dir)
     if not (folder / CONTRACT_FILE).is_file():
         if folder.exists():
             raise UserError(

@@ -13,7 +13,8 @@ from ldm.evaluation.compare_statistics import Figure, direction, share_error
 from ldm.evaluation.reconstruction_metrics import NUM_SUBSETS
 from ldm.evaluation.training_picture import Curve, read_curves
 from ldm.run import Run
-from ldm.tracking import fetch_run, flatten
+from ldm.tracking import flatten
+from ldm.wandb_comparison import fetch_run
 
 DATA_PLACES = ("data.path", "data.source.path", "data.cache_dir")
 PLACES = ("name", "runs_dir", "vae", "resume", "overwrite", "logger", "stage", *DATA_PLACES)

@@ -28,8 +28,8 @@ from ldm.features import LPIPS, has_lpips
 from ldm.run import Run
 
 NO_FEATURES = "none"
-WORST = 12
-"""Images that are shown."""
+WORST, TRAIN_IMAGES = 12, 4096
+"""Images that are shown, and training images whose codes are counted."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,9 @@ class Report:
         if found["kl_bits"] is not None:
             add("KL, bits per image", "kl_bits", 1, f"per pixel value: {found['kl_bits_per_value']:.3f}")
         if found["codebook_size"] is not None:
-            beside = f"in use: {found['codebook_usage']:.1%} of {found['codebook_size']}"
-            add("perplexity of the codes", "codebook_perplexity", 1, beside)
+            size = found["codebook_size"]
+            add("codebook in use", "codebook_usage", 3, f"by the training images: {found['codebook_usage_train']:.3f}")
+            add("perplexity of the codes", "codebook_perplexity", 1, f"{size} codes")
         return table
 
     @property
@@ -152,6 +153,7 @@ def measure(
         "features_in_loss": network is not None and features in in_loss,
         **rate(found.get("kl"), 3 * images.resolution**2),
         **codebook(found.get("codes")),
+        "codebook_usage_train": codebook(found.get("train_codes"))["codebook_usage"],
     }
     if network is not None and gallery is not None:
         train, own = (gallery[torch.from_numpy(rows)] for rows in (images.train_indices, indices))
@@ -184,7 +186,7 @@ def _compare(
     """By name, a value or a vector per image; the counts of codes are over all images."""
     factor, size, with_kl = autoencoder.factor, autoencoder.codebook_size, autoencoder.has_density
     parts: dict[str, list[Tensor]] = {}
-    counts = torch.zeros(size or 0, dtype=torch.long)
+    counts, of_train = torch.zeros(2, size or 0, dtype=torch.long)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, transient=True) as bar, torch.no_grad():
 
@@ -210,13 +212,16 @@ def _compare(
                 counts += autoencoder.codes(mean).flatten().cpu().bincount(minlength=size)
             for name, value in values.items():
                 parts.setdefault(name, []).append(value.cpu())
+        if size is not None:  # of few held-out images, most codes could not be in use
+            for part in batches(images.train_indices[:TRAIN_IMAGES], "codes of training images, batches"):
+                of_train += autoencoder.codes(autoencoder.encode(part)[0]).flatten().cpu().bincount(minlength=size)
     found = {name: torch.cat(values) for name, values in parts.items()}
     if wrong := int((~found["psnr"].isfinite()).sum()):
         raise UserError(
             f"The autoencoder's reconstructions of {wrong} of {len(indices)} images are not finite: its training "
             "diverged. Train it again, with a lower optimizer.lr."
         )
-    return found if size is None else {**found, "codes": counts}
+    return found if size is None else {**found, "codes": counts, "train_codes": of_train}
 
 
 def _mean(name: str, values: Tensor | None) -> dict[str, float | None]:

@@ -95,8 +95,9 @@ def evaluate(
         sets: dict[str, ImageSet] = {
             "samples": kept,
             "reconstructions": Reconstructions(pipeline, images, own[: len(train)]),
-            "VAE alone": VAEAlone(pipeline, num_samples, seed),
         }
+        if pipeline.autoencoder.has_density:  # a codebook or a point has no N(0, I) to draw from
+            sets["VAE alone"] = VAEAlone(pipeline, num_samples, seed)
         found = {name: extract(network, part, f"features of {name}", batch_size) for name, part in sets.items()}
         found["validation images"] = validation
         figures: dict[str, Any] = {

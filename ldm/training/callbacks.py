@@ -14,9 +14,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ldm.tracking import WandbRun, flatten
+from ldm.tracking import WandbRun
 from ldm.training.budget import Budget
 from ldm.training.ema import EMA
+from ldm.training.throughput import Speed, peak_memory_gb
 
 
 class EMACallback(Callback):
@@ -70,9 +71,10 @@ class ProgressBar(Callback):
     def __init__(self, budget: Budget, batch_size: int, log_every: int, title: str) -> None:
         self.budget, self.batch_size, self.log_every, self.title = budget, batch_size, log_every, title
         self._bar: Progress | None = None
-        self._shown = self._window_start = 0.0
+        self._shown = self._window_start = self._paused = 0.0
         self._window_step = 0
         self.images_per_s = math.nan
+        self.speed: Speed | None = None
 
     @rank_zero_only
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
@@ -98,11 +100,27 @@ class ProgressBar(Callback):
         if step % self.log_every == 0 and step > self._window_step:
             self.images_per_s = (step - self._window_step) * self.batch_size / (now - self._window_start)
             self._window_step, self._window_start = step, now
-            module.log("train/images_per_s", self.images_per_s)
+            self._log_speed(trainer, getattr(module, "playing", False))
         every_s = self.REFRESH_EVERY_S if self._bar else self.LINE_EVERY_S
         if now - self._shown >= every_s and trainer.is_global_zero:
             self._shown = now
             self._show(trainer.global_step, float(outputs["loss"]))
+
+    def _log_speed(self, trainer: Trainer, playing: bool) -> None:
+        """Straight to the loggers: what a module logs costs Lightning time at every step, written or not."""
+        figures = {"images_per_s": self.images_per_s}
+        if (memory := peak_memory_gb()) is not None:
+            figures["peak_memory_gb"] = memory
+        if self.speed is not None:
+            figures |= self.speed.figures(self.images_per_s, playing)
+        for logger in trainer.loggers:
+            logger.log_metrics({f"train/{name}": value for name, value in figures.items()}, trainer.global_step - 1)
+
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._paused = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._window_start += time.perf_counter() - self._paused
 
     def _show(self, step: int, loss: float) -> None:
         progress = self.budget.progress(step)
@@ -147,7 +165,7 @@ class WandbLogger(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        self.tracker.run.config.update(flatten(dict(params)), allow_val_change=True)
+        self.tracker.configure(dict(params))
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:

@@ -1,15 +1,18 @@
 """CSV always, W&B unless told otherwise."""
 
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger
+from PIL import Image
 
+from ldm.data.latents import LatentContract, latents_folder
+from ldm.lineage import inputs, outputs
 from ldm.run import Run
-from ldm.tracking import WandbRun
+from ldm.tracking import OPTIONS, WandbRun
 from ldm.training.callbacks import WandbLogger
 
 
@@ -19,14 +22,24 @@ class Loggers:
 
     lightning: list[Logger]
     wandb: WandbRun | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
-    def summarise(self, figures: Mapping[str, Any]) -> None:
-        if self.wandb is not None:
-            self.wandb.summarise(figures)
-
-    def finish(self) -> None:
-        if self.wandb is not None:
-            self.wandb.finish()
+    def conclude(self, run: Run, figures: Mapping[str, Any], pictures: Sequence[str]) -> None:
+        """Log how a finished run ended: its figures, its pictures, what it was made from and what it leaves."""
+        if self.wandb is None:
+            return
+        self.wandb.summarise(figures)
+        for path in map(Path, pictures):
+            with Image.open(path) as picture:
+                self.wandb.log_images(path.stem, [picture], [path.stem], figures["steps"])
+        latents = None
+        if run.stage == "vae" and self.options["upload_latents"]:
+            latents = latents_folder(LatentContract.load(run.path), run.config()["data"]["cache_dir"])
+        for item in inputs(run):
+            self.wandb.take(item)
+        for item in outputs(run, latents):
+            self.wandb.leave(item)
+        self.wandb.finish()
 
 
 def _csv_logger(folder: Path, resume: bool) -> Logger:
@@ -50,15 +63,9 @@ def make_loggers(options: Mapping[str, Any], run: Run, *, resume: bool, main_pro
     csv = _csv_logger(run.path, resume)
     if not options["wandb"]:
         return Loggers([csv])
+    name = run.facts["name"]
+    chosen = {key: options[key] for key in OPTIONS} | {"group": options["group"] or name}
     tracker = WandbRun(
-        run.path,
-        {**run.config(), "run": run.facts},
-        project=options["project"],
-        entity=options["entity"],
-        name=f"{run.stage}/{run.facts['name']}",
-        group=options["group"] or run.facts["name"],
-        tags=options["tags"],
-        mode=options["mode"],
-        resume=resume,
+        run.path, {**run.config(), "run": run.facts}, name=f"{run.stage}/{name}", resume=resume, **chosen
     )
-    return Loggers([csv, WandbLogger(tracker)], tracker)
+    return Loggers([csv, WandbLogger(tracker)], tracker, options)

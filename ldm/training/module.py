@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ldm.data.order import derive_seed
 from ldm.training.stage import OptimizerFactory
+from ldm.training.throughput import count_flops
 
 
 class TrainingModule(LightningModule):
@@ -58,6 +59,18 @@ class TrainingModule(LightningModule):
         self.trained.zero_grad(set_to_none=True)
         return min(times)
 
+    def count_flops(self, batch: Any, autocast: Callable[[], AbstractContextManager]) -> dict[bool, float]:
+        """Floating-point operations of a forward and backward pass, by whether a discriminator takes part."""
+
+        def step() -> None:
+            with autocast():
+                loss = self.losses(batch, torch.Generator(device=self.device).manual_seed(0))["loss"]
+            loss.backward()
+
+        flops = count_flops(step)
+        self.trained.zero_grad(set_to_none=True)
+        return {False: flops}
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optimizer(self.trained)
 
@@ -67,13 +80,14 @@ class TrainingModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the gradient's norm. Lightning's own refuses fused optimizers, though bf16 needs no scaler."""
-        if not gradient_clip_val:
-            return
+        """Clip and log the gradient's norm. Lightning's own refuses fused optimizers, though bf16 needs no scaler."""
         if isinstance(self.trainer.strategy, FSDPStrategy):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
-        norm = nn.utils.clip_grad_norm_(self.trained.parameters(), gradient_clip_val)
+        if gradient_clip_val:
+            norm = nn.utils.clip_grad_norm_(self.trained.parameters(), gradient_clip_val)
+        elif self.logs_now:
+            norm = nn.utils.get_total_norm([p.grad for p in self.trained.parameters() if p.grad is not None])
         if self.logs_now:
             self.log("train/gradient_norm", norm)
 

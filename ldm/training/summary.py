@@ -1,6 +1,4 @@
-"""What is said before and after training: tables, the device, memory."""
-
-import sys
+"""What is said before and after training: tables, the device, the time."""
 
 import torch
 from lightning.pytorch import Trainer
@@ -40,15 +38,3 @@ def time_expected(trainer: Trainer, stage: Stage, budget: Budget, batch_size: in
     batch = module.transfer_batch_to_device(stage.fetch(stage.images.train_indices[:batch_size]), module.device, 0)
     seconds = module.measure_step(batch, trainer.precision_plugin.forward_context)
     return f"about {budget.expected(step, seconds * trainer.accumulate_grad_batches)}, without validation"
-
-
-def peak_memory_gb() -> float | None:
-    """The most memory that this process held: on the GPU where there is one, else in RAM (None on Windows)."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    try:
-        import resource
-    except ImportError:
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

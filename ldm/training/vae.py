@@ -127,6 +127,17 @@ class VAETraining(TrainingModule):
         before = start if start < 1 else self.progress(int(start))
         return before * alone + (1 - before) * together
 
+    def count_flops(self, batch: Any, autocast: Callable[[], AbstractContextManager]) -> dict[bool, float]:
+        counted = super().count_flops(batch, autocast)
+        if self.adversary is None:
+            return counted
+        self.adversary.join(self.device)
+        self.playing = True
+        counted[True] = super().count_flops(batch, autocast)[False]
+        self.playing = False
+        self.adversary.optimizer.zero_grad()
+        return counted
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.adversary is not None:
             checkpoint["adversary"] = self.adversary.state_dict()

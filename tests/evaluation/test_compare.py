@@ -37,7 +37,8 @@ from ldm.networks.conditioning import ClassCondition
 from ldm.networks.dit import DiT
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.run import Run
-from ldm.tracking import flatten, track_comparison
+from ldm.tracking import flatten
+from ldm.wandb_comparison import track_comparison
 
 EVALUATION = {
     "features": "efficientnet_lite",
@@ -367,7 +368,7 @@ class Recorded:
 def test_runs_of_wandb_give_the_same_table(tmp_path, monkeypatch):
     places = {"me/ldm/aaa": make(tmp_path, "a"), "me/ldm/bbb": make(tmp_path, "b", kd=0.2, lr=2e-3)}
     api = Recorded(places)
-    monkeypatch.setattr(wandb, "login", lambda prompt: True)
+    monkeypatch.setattr("ldm.wandb_comparison.has_key", lambda: True)
     monkeypatch.setattr(wandb, "Api", lambda: api)
     near, far = compare(list(places.values())), compare(list(places))
     mixed = compare(["me/ldm/aaa", places["me/ldm/bbb"]])
@@ -378,7 +379,7 @@ def test_runs_of_wandb_give_the_same_table(tmp_path, monkeypatch):
     assert picture is None and "me/ldm/aaa" in notes[0]
     with pytest.raises(UserError, match="me/ldm/ccc is no run folder here, and W&B gave no run"):
         compare(["me/ldm/aaa", "me/ldm/ccc"])
-    monkeypatch.setattr(wandb, "login", lambda prompt: False)
+    monkeypatch.setattr("ldm.wandb_comparison.has_key", lambda: False)
     with pytest.raises(UserError, match="there is no login"):
         compare(["me/ldm/aaa", "me/ldm/bbb"])
 

@@ -179,6 +179,12 @@ class Recorder:
     def log_images(self, key, images, captions, step) -> None:
         self.images = (key, len(images), captions)
 
+    def take(self, item) -> None:
+        self.taken = item
+
+    def leave(self, item) -> None:
+        self.left = item
+
     def finish(self) -> None:
         self.finished = True
 
@@ -190,6 +196,7 @@ def test_logger_wandb_gets_the_numbers_and_the_sheet(data, pets, monkeypatch):
     run = Recorder.last
     assert run.options["name"] == "data/pets" and run.images == ("contact sheet", 1, ["pets"]) and run.finished
     assert run.summary["num_images"] == 43 and run.summary["copies/num_train"] == 0
+    assert run.left.metadata["data_sha256"] == run.taken.digest and "data.json" in run.left.contents
     assert run.summary["classes/effective_classes"] > 1 and "Class cat" in run.summary["what_to_do"]
 
 

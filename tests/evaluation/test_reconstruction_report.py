@@ -18,6 +18,7 @@ from ldm.autoencoder.autoencoder import Autoencoder
 from ldm.autoencoder.patch import PatchAutoencoderKL, PatchVQModel
 from ldm.data.image_folder import ImageFolder
 from ldm.data.images import ImageData, prepare
+from ldm.data.latents import LatentContract
 from ldm.errors import UserError
 from ldm.evaluation import classifier, reconstruction_report
 from ldm.evaluation.metrics import feature_components, frechet_distance, kernel_distance, pca_reconstruction, psnr, ssim
@@ -278,6 +279,12 @@ class Recorder:
     def log_images(self, key, images, captions, step) -> None:
         self.images.append((key, len(images), captions))
 
+    def take(self, item) -> None:
+        self.taken = item
+
+    def leave(self, item) -> None:
+        self.left = item
+
     def finish(self) -> None:
         self.finished = True
 
@@ -285,6 +292,8 @@ class Recorder:
 def test_logger_wandb_gets_the_figures_and_the_picture(call, opened, monkeypatch):
     monkeypatch.setattr(ldm.tracking, "WandbRun", Recorder)
     run = opened()
+    digest, images = run.autoencoder().weights_sha256(), run.image_data()
+    LatentContract(digest, images.fingerprint, 8, 2, 4, images.val_fraction, flip=False).save(run.path)
     ended = call(evaluate, f"run={run.path}", "features=none", "device=cpu", "logger=wandb")
     assert ended.code == 0, ended
     tracked = Recorder.last
@@ -293,6 +302,8 @@ def test_logger_wandb_gets_the_figures_and_the_picture(call, opened, monkeypatch
     figures = json.loads((run.path / "evaluation.json").read_text())
     assert tracked.summary["psnr_db"] == figures["psnr_db"] and "latent_shape" not in tracked.summary
     assert tracked.images == [("worst reconstructions", 1, ["kl"])]
+    assert tracked.taken.type == "autoencoder" and tracked.taken.digest == digest
+    assert tracked.left.metadata["autoencoder_sha256"] == digest and len(tracked.left.files) == 2
 
 
 def test_reconstructions_that_are_not_finite(opened, monkeypatch):

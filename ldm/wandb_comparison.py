@@ -1,0 +1,106 @@
+"""Runs compared through W&B: read from its server, and reported there."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ldm.errors import UserError
+from ldm.tracking import OPTIONS, WandbRun
+from ldm.wandb_server import has_key
+
+
+def fetch_run(path: str) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
+    """A training's run from W&B's server, with what tools/evaluate.py logged of it.
+
+    The evaluation is a run of its own, named after the training's: the newest before another training of that name.
+
+    Args:
+        path: `entity/project/run`, the last being the run's id.
+
+    Returns:
+        Its flat config, its summary and its history, row by row. Config and summary of the evaluation stand among them
+        under `evaluation.`.
+
+    Raises:
+        UserError: no login here, or no such run.
+    """
+    import wandb
+
+    if not has_key():
+        raise UserError(
+            f"{path} is no run folder here, and to look for it in W&B there is no login: `wandb login`, or set "
+            "WANDB_API_KEY."
+        )
+    try:
+        api = wandb.Api()
+        run = api.run(path)
+        project = path.rpartition("/")[0]
+        trainings = api.runs(project, filters={"display_name": run.name})
+        end = min((other.created_at for other in trainings if other.created_at > run.created_at), default=None)
+        evaluations = [
+            other
+            for other in api.runs(project, filters={"display_name": f"evaluation/{run.name}"})
+            if other.created_at > run.created_at and (end is None or other.created_at < end)
+        ]
+        config, summary = dict(run.config), dict(run.summary_metrics)
+        if evaluations:
+            newest = max(evaluations, key=lambda other: other.created_at)
+            config |= {f"evaluation.{key}": value for key, value in newest.config.items()}
+            summary |= {f"evaluation.{key}": value for key, value in newest.summary_metrics.items()}
+        return config, summary, list(run.scan_history())
+    except (wandb.Error, ValueError, OSError) as error:
+        raise UserError(
+            f"{path} is no run folder here, and W&B gave no run of that path (entity/project/run): {error}"
+        ) from error
+
+
+def track_comparison(
+    folder: Path,
+    config: Mapping[str, Any],
+    *,
+    name: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    pictures: Mapping[str, Image.Image],
+    markdown: str,
+    curves: Sequence[str],
+    compared: Sequence[str],
+) -> str:
+    """A comparison as a W&B run of its own, and as a W&B report where one can be made.
+
+    Args:
+        folder, config, pictures: As `track_report` takes them.
+        columns, rows: Of its table.
+        markdown: The text of the report.
+        curves: Names of what the report plots by step.
+        compared: Names of the W&B runs that it plots, `<stage>/<name>`.
+
+    Returns:
+        A line that says where the report is, or what is missing for one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    options = {key: config["logger"][key] for key in OPTIONS}
+    tracker = WandbRun(folder, config, name=name, **options)
+    tracker.log_table("comparison", columns, rows, 0)
+    for title, picture in pictures.items():
+        tracker.log_images(title, [picture], [name.rpartition("/")[2]], 0)
+    online, entity = tracker.mode == "online", tracker.run.entity
+    tracker.finish()
+    if not online:
+        return "No W&B report: this run is offline. It needs a login (`wandb login`)."
+    try:
+        import wandb_workspaces.reports.v2 as reports
+    except ImportError:
+        return 'No W&B report: its package is not installed: pip install "ldm[reports]"'
+    where = {"project": options["project"], "entity": entity}
+    runs = reports.Runset(**where, name="compared", filters=f"Metric('Name') in {list(compared)}")
+    panels = [reports.LinePlot(title=curve, x="step", y=[curve]) for curve in curves]
+    blocks = [reports.MarkdownBlock(text=markdown), reports.PanelGrid(runsets=[runs], panels=panels)]
+    try:
+        report = reports.Report(**where, title=name[:128], blocks=blocks)
+        report.save()
+    except Exception as error:  # the package raises plain ones; what was found is written and logged already
+        return f"No W&B report: {error}"
+    return f"W&B report: {report.url}"

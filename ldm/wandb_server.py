@@ -1,0 +1,63 @@
+"""W&B's server, without ever asking on the terminal or waiting for long."""
+
+import netrc
+import os
+import threading
+from collections.abc import Callable
+from urllib.parse import urlsplit
+
+from ldm.errors import UserError
+
+MODES = ("online", "offline", "disabled")
+"""Each falls back to the next."""
+
+
+def choose_mode(requested: str | None) -> str:
+    """`online` only where an API key is at hand; W&B would otherwise ask for one on the terminal.
+
+    Raises:
+        UserError: an unknown mode.
+    """
+    for key, mode in (("logger.mode", requested), ("WANDB_MODE", os.environ.get("WANDB_MODE"))):
+        if mode and mode not in MODES:
+            raise UserError(f"{key}={mode} is unknown. Choose one of: {', '.join(MODES)}, or leave it out.")
+        if mode:
+            return mode
+    return "online" if has_key() else "offline"
+
+
+def has_key() -> bool:
+    """Whether W&B has credentials for its server. `wandb.login` would ask the server about them, and wait for it."""
+    import wandb
+
+    settings = wandb.setup().settings
+    if os.environ.get("WANDB_API_KEY") or settings.api_key or settings.identity_token_file:
+        return True
+    try:
+        known = netrc.netrc(os.environ.get("NETRC"))
+    except (OSError, netrc.NetrcParseError):
+        return False
+    return known.authenticators(urlsplit(settings.base_url).netloc) is not None
+
+
+def bounded(call: Callable[[], None], seconds: float) -> None:
+    """Run `call`, and give it up after so many seconds.
+
+    Raises:
+        TimeoutError: given up. It may go on in its thread, which ends with the process at the latest.
+    """
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            call()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    if raised:
+        raise raised[0]

@@ -1,0 +1,184 @@
+"""ldm.training.throughput: operations counted against the formula, shares of a known peak, and what is logged of it."""
+
+import contextlib
+import copy
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch.loggers import Logger
+from torch.nn import functional
+
+from ldm.autoencoder.autoencoder import weights_sha256
+from ldm.autoencoder.loss import AutoencoderLoss
+from ldm.autoencoder.patch import PatchAutoencoderKL
+from ldm.autoencoder.regulariser import KL
+from ldm.training.adversary import Adversary
+from ldm.training.budget import Budget
+from ldm.training.callbacks import ProgressBar
+from ldm.training.stage import OptimizerFactory
+from ldm.training.throughput import Speed, count_flops, known_peak_flops, measure_speed, peak_flops, peak_memory_gb
+from ldm.training.vae import VAETraining
+
+EAGER = contextlib.nullcontext
+
+
+def test_a_multiplication_and_an_addition_are_two_operations():
+    """b x n x m products forward, and as many for each of the two gradients; the first layer's input needs none."""
+    b, n, m, k = 5, 7, 11, 3
+    network = torch.nn.Sequential(torch.nn.Linear(n, m), torch.nn.Linear(m, k))
+    x = torch.randn(b, n)
+    assert count_flops(lambda: network(x)) == 2 * b * m * (n + k)
+    assert count_flops(lambda: network(x).sum().backward()) == 2 * b * m * (2 * n + 3 * k)
+
+
+def test_attention_counts_whichever_kernel_does_it():
+    """Two products of [n, d] x [d, n] per head and image; torch's fused kernel for CPUs would count nothing."""
+    b, heads, n, d = 2, 3, 16, 8
+    q, k, v = (torch.randn(b, heads, n, d, requires_grad=True) for _ in range(3))
+    forward = 2 * (2 * b * heads * n * n * d)
+    assert count_flops(lambda: functional.scaled_dot_product_attention(q, k, v)) == forward
+    assert count_flops(lambda: functional.scaled_dot_product_attention(q, k, v).sum().backward()) == 3 * forward
+
+
+def test_counting_changes_neither_weights_nor_noise(make_module):
+    module = make_module()
+    weight, noise = module.trained.weight.detach().clone(), torch.get_rng_state()
+    assert module.count_flops(torch.ones(4, 2), EAGER) == {False: 2 * 4 * 2 * 2 * 2}
+    assert torch.equal(module.trained.weight, weight) and module.trained.weight.grad is None
+    assert torch.equal(torch.get_rng_state(), noise)
+
+
+def test_a_compiled_network_counts_as_much(make_module):
+    module, compiled = make_module(), make_module()
+    compiled.trained.compile(backend="eager")
+    assert module.count_flops(torch.ones(4, 2), EAGER) == compiled.count_flops(torch.ones(4, 2), EAGER)
+
+
+def test_the_discriminators_share_is_counted_and_leaves_no_trace(tmp_path):
+    torch.manual_seed(0)
+    rule = KL()
+    build = partial(PatchAutoencoderKL, patch=2, latent_channels=3, block_out_channels=(8,), norm_num_groups=4)
+    model = rule.build(build, 16)
+    adversary = Adversary(channels=8, layers=1)
+    module = VAETraining(
+        model,
+        AutoencoderLoss(),
+        rule,
+        OptimizerFactory(partial(torch.optim.AdamW, lr=1e-2)),
+        seed=0,
+        flip=True,
+        pictures=tmp_path,
+        adversary=adversary,
+    )
+    before = [weights_sha256(part) for part in (model, adversary.discriminator)]
+    optimizer = copy.deepcopy(adversary.optimizer.state_dict())
+    counted = module.count_flops(torch.rand(2, 3, 16, 16), EAGER)
+    assert counted[True] > counted[False] > 0 and not module.playing
+    assert before == [weights_sha256(part) for part in (model, adversary.discriminator)]
+    assert adversary.optimizer.state_dict() == optimizer
+    assert all(p.grad is None for part in (model, adversary.discriminator) for p in part.parameters())
+
+
+@pytest.mark.parametrize(
+    ("gpu", "peak"),
+    [
+        ("NVIDIA H200", 989.5e12),
+        ("NVIDIA H100 80GB HBM3", 989.5e12),
+        ("NVIDIA H100 PCIe", 756.5e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40", None),
+        ("NVIDIA GeForce RTX 4090", 165.2e12),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("Tesla T4", None),
+    ],
+)
+def test_peaks_are_those_of_whole_known_gpus(gpu, peak):
+    assert known_peak_flops(gpu) == pytest.approx(peak) if peak else known_peak_flops(gpu) is None
+
+
+def test_a_cpu_has_no_known_peak():
+    assert peak_flops(torch.device("cpu")) is None
+
+
+def test_utilisation_is_the_share_of_the_peak():
+    speed = Speed({False: 2e9, True: 3e9}, peak=1e13)
+    assert speed.figures(1000.0) == {"tflops_per_s": 2.0, "mfu": 0.2}
+    assert speed.figures(1000.0, playing=True) == pytest.approx({"tflops_per_s": 3.0, "mfu": 0.3})
+    assert Speed({False: 2e9}, None).figures(1000.0) == {"tflops_per_s": 2.0}
+    assert Speed({False: 0.0}, None).figures(1000.0) == {}
+
+
+def test_operations_are_per_image_and_the_peak_is_of_all_gpus(make_module, monkeypatch):
+    monkeypatch.setattr("ldm.training.throughput.peak_flops", lambda device: 1e12)
+    module = make_module()
+    stage = SimpleNamespace(
+        module=module, fetch=lambda indices: torch.ones(len(indices), 2), images=SimpleNamespace(train_indices=range(9))
+    )
+    trainer = SimpleNamespace(
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+        precision_plugin=SimpleNamespace(forward_context=EAGER),
+        world_size=4,
+    )
+    module._trainer = None
+    assert measure_speed(trainer, stage) == Speed({False: 2 * 2 * 2 * 2}, 4e12)
+
+
+class Rows(Logger):
+    name, version = "rows", "0"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: dict[int, dict[str, float]] = {}
+
+    def log_hyperparams(self, *_) -> None: ...
+
+    def log_metrics(self, metrics, step) -> None:
+        self.rows.setdefault(step, {}).update(metrics)
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_each_row_says_how_fast_and_how_steep(fit, make_module, clip):
+    module, rows, budget = make_module(lr=0.1), Rows(), Budget(6)
+    module.log_every = 2
+    bar = ProgressBar(budget, 4, 2, "line")
+    bar.speed = Speed({False: 1e6}, peak=1e12)
+    fit(module, [budget, bar], max_steps=6, logger=rows, log_every_n_steps=2, gradient_clip_val=clip)
+    assert list(rows.rows) == [1, 3, 5]
+    for row in rows.rows.values():
+        assert row["train/mfu"] == pytest.approx(row["train/images_per_s"] * 1e6 / 1e12)
+        assert row["train/tflops_per_s"] == pytest.approx(1e12 * row["train/mfu"] / 1e12)
+        assert row["train/gradient_norm"] > 0 and row["train/peak_memory_gb"] > 0.1
+
+
+def test_validation_is_no_part_of_the_speed(fit, make_module, monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("ldm.training.callbacks.time.perf_counter", lambda: clock.now)
+
+    class Slow(type(make_module())):
+        def training_step(self, *batch):
+            clock.now += 0.5
+            return super().training_step(*batch)
+
+        def validation_step(self, x, batch_idx):
+            clock.now += 1000.0
+
+    module, rows, budget = Slow(lr=0.1), Rows(), Budget(4)
+    fit(
+        module,
+        [budget, ProgressBar(budget, 4, 1, "line")],
+        max_steps=4,
+        logger=rows,
+        log_every_n_steps=1,
+        val_check_interval=2,
+    )
+    assert [row["train/images_per_s"] for row in rows.rows.values() if "train/images_per_s" in row] == [8.0] * 4
+
+
+def test_memory_is_what_the_process_held_at_most():
+    assert 0.05 < peak_memory_gb() < 100
