@@ -395,12 +395,13 @@ class Tracker:
     """Stands in for W&B's run."""
 
     def __init__(self, **options) -> None:
-        self.entity, self.logged = options["entity"] or "me", {}
+        self.entity, self.logged, self.step = options["entity"] or "me", {}, 0
+        self.settings = SimpleNamespace(sync_dir="wandb/run")
         Tracker.last = self
 
     def define_metric(self, name, step_metric) -> None: ...
 
-    def log(self, values) -> None:
+    def log(self, values, **options) -> None:
         self.logged |= values
 
     def finish(self) -> None: ...
@@ -410,6 +411,7 @@ def track(place: Path, mode: str, found: Comparison) -> str:
     report = Report(found)
     columns, rows = report.sheet()
     logger = {"project": "ldm", "entity": None, "group": None, "tags": [], "mode": mode}
+    logger |= {"timeout_s": 5.0, "finish_timeout_s": 5.0, "max_artifact_mb": 1.0}
     return track_comparison(
         place,
         {"logger": logger},
@@ -426,6 +428,7 @@ def track(place: Path, mode: str, found: Comparison) -> str:
 def test_wandb_gets_the_table_and_a_report_where_one_can_be_made(tmp_path, monkeypatch):
     found = compare([make(tmp_path, "a"), make(tmp_path, "b", kd=0.2, lr=2e-3)])
     monkeypatch.setattr(wandb, "init", lambda **options: Tracker(**options))
+    monkeypatch.setattr("ldm.tracking.has_key", lambda: True)
     assert "offline" in track(tmp_path, "offline", found)
     table = Tracker.last.logged["comparison"]
     assert table.columns[:2] == ["figure", "better"] and "kd_samples" in [row[0] for row in table.data]
