@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.autoencoder.autoencoder import CLASSES, Autoencoder
@@ -222,6 +223,8 @@ def _from_hub(name: str) -> Autoencoder:
             errors.append(f"it holds a {kind}, not one of {', '.join(CLASSES)}")
         except (OSError, ValueError) as error:
             errors.append(str(error).splitlines()[0])
+            if isinstance(error, LocalEntryNotFoundError):
+                break  # no hub at all, which was tried for long enough
     raise UserError(
         f"{name} is no folder here, and no autoencoder could be loaded from the hub under that name "
         f"({errors[0]}). Give a run folder, a diffusers folder or a hub id that can be reached."

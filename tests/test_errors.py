@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError
 
 import ldm.train
@@ -112,11 +112,17 @@ def test_a_size_that_does_not_fit_is_refused_before_the_images_are_read(fails, m
     assert "Choose data.resolution=16 or 20" in fails(train, *VAE, "data.resolution=18")
 
 
-def test_a_hub_that_cannot_be_reached(fails, monkeypatch):
-    def offline(name, **options):
-        raise OSError(f"{name} cannot be reached\nand more lines")
+def test_a_hub_whose_model_is_of_another_kind(fails, monkeypatch, tmp_path):
+    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderTiny"}')
+    monkeypatch.setattr("ldm.run.hf_hub_download", lambda *_, **__: str(tmp_path / "config.json"))
+    assert "it holds a AutoencoderTiny, not one of AutoencoderKL" in fails(train, *DIFFUSION, "vae=madebyollin/taesd")
 
-    monkeypatch.setattr(AutoencoderKL, "from_pretrained", offline)
+
+def test_a_hub_that_cannot_be_reached(fails, monkeypatch):
+    def offline(name, file, **options):
+        raise LocalEntryNotFoundError(f"{name} cannot be reached\nand more lines")
+
+    monkeypatch.setattr("ldm.run.hf_hub_download", offline)
     message = fails(train, *DIFFUSION, "vae=stabilityai/nosuch")
     assert "stabilityai/nosuch is no folder here" in message and "hub id that can be reached" in message
 

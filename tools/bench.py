@@ -95,6 +95,7 @@ def stage_1_losses(config: DictConfig, run: Any) -> None:
         "+ discriminator's own step": every,
         "the same, lambda by autograd": (*every, "lambda by autograd"),
     }
+    torch.set_flush_denormal(True)  # as training does
     for parts in variants.values():
         step(*parts)
     rows = [[step(*parts) for parts in variants.values()] for _ in range(config.blocks)]

@@ -86,7 +86,8 @@ def _draw_size(
         axes.vlines(row["place"], *sorted((row["psnr_db"], row["pca_psnr_db"])), color=FAINT, lw=1, ls=":")
     _draw_points(axes, rows, "place", figures, colours, markers)
     _log_axis(axes, [row["num_values"] for row in rows])
-    around = [value for row in rows for value in (row["psnr_db"], row["pca_psnr_db"])]
+    top = max(row["psnr_db"] for row in rows) + 3  # a PCA that loses nothing would squash the rest
+    around = [value for row in rows for value in (row["psnr_db"], min(row["pca_psnr_db"], top))]
     if min(around) - 6 < figures["target_psnr_db"] < max(around) + 6:
         around.append(figures["target_psnr_db"])
     margin = 0.12 * max(max(around) - min(around), 3)

@@ -327,7 +327,7 @@ def test_a_sweep_from_the_command_line(call, make_images, tmp_path, monkeypatch)
         (["sweep=f4c4", "losses=plain,l2"], "'l2' is unknown"),
         (["sweep=f4c4", "minutes=0"], "minutes=0 must be"),
         (["sweep=f4c4", "train=[nonsense]"], "must be a list of overrides"),
-        (["sweep=f4c4", "features=inception"], "features=inception is unknown"),
+        (["sweep=f4c4", "features=resnet"], "features=resnet is unknown"),
         (["sweep=f4c4", "target_psnr_db=high"], "target_psnr_db=high must be a number"),
         (["sweep=f4c4", "num_images=1"], "num_images=1 must be a whole number of 2 at least"),
         (["sweep=f4c4", "batch_size=0"], "batch_size=0 must be a whole number of 1 at least"),
