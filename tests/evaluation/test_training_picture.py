@@ -33,4 +33,6 @@ def test_the_game_is_drawn_where_there_was_one(tmp_path):
 
 def test_a_run_without_those_columns_has_an_empty_picture(tmp_path):
     (tmp_path / "metrics.csv").write_text("epoch,step,train/kl\n0,9,3.0\n")
-    draw(read_curves(tmp_path / "metrics.csv"), "title").savefig(tmp_path / "training.png")
+    figure = draw(read_curves(tmp_path / "metrics.csv"), "title")
+    figure.savefig(tmp_path / "training.png")
+    assert not any(axes.lines for axes in figure.axes)
