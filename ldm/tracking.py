@@ -112,7 +112,7 @@ class WandbRun:
             try:
                 self._start(resume=resume)
                 break
-            except Exception:
+            except Exception:  # a folder that cannot be written, say: the next mode needs less
                 continue
         self._tell(error)
 

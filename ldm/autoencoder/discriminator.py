@@ -73,7 +73,7 @@ class LastLayer:
     """The decoder's last convolution, whose input is kept until its gradients are measured: they come from that.
 
     `norms` needs no second backward pass through the perceptual network or the discriminator: their gradients at the
-    reconstruction have met in `balanced`, and only this layer lies between.
+    reconstruction have met in `Balance.split`, and only this layer lies between.
     """
 
     def __init__(self, model: Any) -> None:

@@ -18,7 +18,8 @@ def ssim(images: Tensor, reconstruction: Tensor) -> Tensor:
     Taken on intensities from 0 to 1, as published values are: its luminance term means nothing below 0.
     """
     first, second = ((x.float() + 1) / 2 for x in (reconstruction, images))
-    values = structural_similarity_index_measure(first, second, data_range=(0.0, 1.0), reduction="none")
+    with torch.autocast(first.device.type, enabled=False):  # variances as differences of means: bfloat16 cannot
+        values = structural_similarity_index_measure(first, second, data_range=(0.0, 1.0), reduction="none")
     assert isinstance(values, Tensor)
     return values
 

@@ -62,6 +62,12 @@ def test_ssim_against_its_formula(pair):
     torch.testing.assert_close(ssim(pair[0], pair[0]), torch.ones(4))
 
 
+def test_ssim_is_the_same_where_a_validation_runs_in_bfloat16(pair):
+    expected = ssim(*pair)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ssim(*pair), expected)
+
+
 @pytest.mark.parametrize(("factor", "channels"), [(2, 3), (4, 10)])
 def test_pca_against_a_singular_value_decomposition(factor, channels):
     train, images = draw(60, 3, 8, 8).mul(0.2), draw(5, 3, 8, 8, seed=1).mul(0.2)
