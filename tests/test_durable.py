@@ -1,0 +1,55 @@
+"""Files and folders appear whole or not at all."""
+
+from pathlib import Path
+
+import pytest
+
+from ldm.durable import clear_partials, durable_file, durable_folder, sha256_of, write_text
+
+
+def test_a_file_appears_at_the_end_of_its_block(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file.txt"
+    with durable_file(path) as partial:
+        partial.write_text("half")
+        assert not path.exists()
+        partial.write_text("whole")
+    assert path.read_text() == "whole"
+    assert [file.name for file in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_an_error_leaves_the_file_before_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    write_text(path, "before")
+    with pytest.raises(OSError, match="no room"), durable_file(path) as partial:
+        partial.write_text("half")
+        raise OSError("no room")
+    assert path.read_text() == "before"
+    assert [file.name for file in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_a_folder_replaces_the_one_before_it_whole(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+    for round_ in ("one", "two"):
+        with durable_folder(path) as partial:
+            (partial / round_).mkdir()
+            (partial / round_ / "file.txt").write_text(round_)
+    assert [file.name for file in path.iterdir()] == ["two"]
+    assert [file.name for file in tmp_path.iterdir()] == ["folder"]
+    with pytest.raises(OSError, match="no room"), durable_folder(path) as partial:
+        (partial / "half").touch()
+        raise OSError("no room")
+    assert (path / "two" / "file.txt").read_text() == "two"
+    assert [file.name for file in tmp_path.iterdir()] == ["folder"]
+
+
+def test_what_a_kill_left_is_cleared(tmp_path: Path) -> None:
+    (tmp_path / "kept").touch()
+    (tmp_path / ".partial-0-file").touch()
+    (tmp_path / ".partial-0-folder" / "inner").mkdir(parents=True)
+    clear_partials(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["kept"]
+
+
+def test_sha256_is_that_of_the_bytes(tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    assert sha256_of(tmp_path / "empty") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
