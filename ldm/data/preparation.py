@@ -92,7 +92,7 @@ def _check_space(folder: Path, needed: int) -> None:
 
 @contextmanager
 def _quiet_pillow(max_pixels: int) -> Iterator[None]:
-    """Pillow's remarks on one file's metadata help nobody; its own limit, twice the number it is given, guards insides."""
+    """Remarks on metadata help nobody. Pillow's own limit, at twice our number, guards what is inside an image."""
     limit = Image.MAX_IMAGE_PIXELS
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")

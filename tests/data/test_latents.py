@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from ldm.data.image_folder import ImageFolder
 from ldm.data.images import ImageData, prepare
-from ldm.data.latents import LatentContract, LatentData, measure, open_latents
+from ldm.data.latents import LatentContract, measure, open_latents
 from ldm.errors import UserError
 
 
