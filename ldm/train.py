@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +25,13 @@ RUN_NAME = "LDM_RUN_NAME"
 def train(config: DictConfig) -> None:
     """Run one stage. The stage, like everything else, is a choice of config."""
     import torch
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-    from lightning.pytorch import Trainer, seed_everything
+    from lightning.pytorch import seed_everything
     from lightning.pytorch.utilities import rank_zero_only
 
-    from ldm.data.loaders import train_loader, val_loader
     from ldm.device import choose_device
     from ldm.run import RUN_FILE, Run
-    from ldm.training.budget import Budget, parse_duration
-    from ldm.training.callbacks import EMACallback, ProgressBar
-    from ldm.training.checkpoint import LastCheckpoint, find_checkpoint, progress_of
+    from ldm.training.checkpoint import find_checkpoint
+    from ldm.training.fitting import Fit, Plan, make_budget
     from ldm.training.loggers import make_loggers
     from ldm.training.precision import choose_precision
     from ldm.training.summary import describe_device, print_table, time_expected
@@ -56,15 +52,8 @@ def train(config: DictConfig) -> None:
     main_process = getattr(rank_zero_only, "rank", 0) == 0
     folder = run_folder(config, main_process=main_process)
     resumed = find_checkpoint(folder, config.resume)
-    budget = Budget(
-        config.trainer.max_steps,
-        parse_duration(config.trainer.max_time),
-        config.optimizer.warmup_steps,
-        config.optimizer.decay,
-    )
     options: dict[str, Any] = OmegaConf.to_container(config.trainer)  # type: ignore[assignment]
-    for own in ("max_time", "ema_decay", "compile", "num_workers", "checkpoint_every_s"):
-        options.pop(own)
+    make_budget(options, config.optimizer.warmup_steps, config.optimizer.decay)  # none, or unreadable: refused now
     check_accelerator(options["accelerator"])
     build_stage = instantiate(config.stage.build)
     build_stage.func.check(config.data.resolution, **build_stage.keywords, init_from=config.init_from)
@@ -75,8 +64,7 @@ def train(config: DictConfig) -> None:
             f"There are {len(images.train_indices)} training images, fewer than batch_size={config.batch_size}. "
             f"Choose batch_size={len(images.train_indices)} or less, or add images."
         )
-    micro_batch, rest = divmod(config.batch_size, config.trainer.accumulate_grad_batches)
-    if rest:
+    if config.batch_size % config.trainer.accumulate_grad_batches:
         raise UserError(
             f"batch_size={config.batch_size} must be a multiple of "
             f"trainer.accumulate_grad_batches={config.trainer.accumulate_grad_batches}, the parts of a step."
@@ -111,21 +99,21 @@ def train(config: DictConfig) -> None:
     run = Run.create(folder, config, facts)
     if config.trainer.compile:
         stage.compile()
-    stage.module.log_every, stage.module.progress = options["log_every_n_steps"], budget.progress
     loggers = make_loggers(config.logger, run, resume=resumed is not None, main_process=main_process)
-    ema = EMACallback(config.trainer.ema_decay)
-    bar = ProgressBar(budget, config.batch_size, options["log_every_n_steps"], f"stage {stage.kind}")
-    try:
-        trainer = Trainer(
-            **{key: value for key, value in options.items() if key != "_target_"} | {"precision": precision},
-            max_epochs=-1,  # steps and time are the budget
-            callbacks=[budget, ema, bar, LastCheckpoint(folder, config.trainer.checkpoint_every_s)],
-            logger=loggers.lightning,
-            default_root_dir=folder,
-        )
-    except MisconfigurationException as error:
-        raise UserError(f"{' '.join(str(error).split())} Choose trainer=cpu or trainer=auto.") from error
-    step, budget.spent_s = progress_of(resumed)
+    plan = Plan(
+        stage=stage,
+        folder=folder,
+        options=options,
+        warmup_steps=config.optimizer.warmup_steps,
+        decay=config.optimizer.decay,
+        batch_size=config.batch_size,
+        val_images=config.val_images,
+        seed=config.seed,
+        precision=precision,
+        loggers=loggers.lightning,
+    )
+    fit = Fit(plan, resumed)
+    trainer, budget = fit.trainer, fit.budget
     rows = [
         ("data", f"{images.name}: {len(images.train_indices)} train, {len(images.val_indices)} validation"),
         ("size", f"{images.resolution} x {images.resolution} px, {images.num_bytes / 1e6:.0f} MB"),
@@ -135,30 +123,19 @@ def train(config: DictConfig) -> None:
         ("precision", f"{precision}"),
     ]
     if stage.trains:
-        expected = time_expected(trainer, stage, budget, micro_batch // trainer.world_size or 1, step)
-        bar.speed = measure_speed(trainer, stage)
+        expected = time_expected(trainer, stage, budget, plan.micro_batch // trainer.world_size or 1, fit.step)
+        fit.bar.speed = measure_speed(trainer, stage)
         rows += [("budget", f"{budget}, batches of {config.batch_size}"), ("time expected", expected)]
     rows.append(("folder", str(folder)))
     if trainer.is_global_zero:
         print_table(f"stage {stage.kind}" + (f", resumed from {resumed}" if resumed else ""), rows)
 
-    fit_batches = train_loader(
-        stage.fetch,
-        images.train_indices,
-        batch_size=micro_batch,
-        seed=config.seed,
-        start=step * options["accumulate_grad_batches"],
-        rank=trainer.global_rank,
-        num_ranks=trainer.world_size,
-        num_workers=config.trainer.num_workers,
-    )
-    val_batches = val_loader(stage.fetch, images.val_indices[: config.val_images], batch_size=micro_batch)
     if stage.trains:
-        fit(trainer, stage, ema, fit_batches, val_batches, resumed)
+        train_to_the_end(fit)
     if not trainer.is_global_zero:
         return
-    if ema.ema is not None:
-        ema.ema.copy_to_module()
+    if fit.ema.ema is not None:
+        fit.ema.ema.copy_to_module()
     stage.module.to(trainer.strategy.root_device)  # Lightning left it on the CPU
     outcome = stage.finish(run)
     duration_s = time.perf_counter() - started
@@ -176,8 +153,8 @@ def train(config: DictConfig) -> None:
     print(f"next: {outcome.next_command}")
 
 
-def fit(trainer: Any, stage: Any, ema: Any, fit_batches: Any, val_batches: Any, resumed: str | None) -> None:
-    """Train to the end of the budget, and validate there once.
+def train_to_the_end(fit: Any) -> None:
+    """Train, and validate the last step.
 
     Raises:
         SystemExit: SIGTERM, with its code.
@@ -185,18 +162,12 @@ def fit(trainer: Any, stage: Any, ema: Any, fit_batches: Any, val_batches: Any, 
     """
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-    with warnings.catch_warnings():
-        # ours is an endless loader over memory-mapped arrays: workers and epochs do not apply to it
-        warnings.filterwarnings("ignore", ".*does not have many workers.*")
-        warnings.filterwarnings("ignore", ".*LeafSpec.*")
-        try:
-            trainer.fit(stage.module, fit_batches, val_batches, ckpt_path=resumed, weights_only=True)
-            if ema.validated_at != trainer.global_step:
-                trainer.validate(stage.module, val_batches, verbose=False)
-        except SystemExit as stopped:  # how Lightning passes on SIGTERM, with exit code 0, and Ctrl-C
-            if isinstance(stopped, SIGTERMException):
-                raise SystemExit(128 + signal.SIGTERM) from stopped
-            raise KeyboardInterrupt from stopped
+    try:
+        fit.run()
+    except SystemExit as stopped:  # how Lightning passes on SIGTERM, with exit code 0, and Ctrl-C
+        if isinstance(stopped, SIGTERMException):
+            raise SystemExit(128 + signal.SIGTERM) from stopped
+        raise KeyboardInterrupt from stopped
 
 
 def run_folder(config: DictConfig, *, main_process: bool) -> Path:

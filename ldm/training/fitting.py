@@ -1,0 +1,118 @@
+"""One fit: a trainer with its callbacks and batches, made anew as often as training begins again."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import Logger
+from torch.utils.data import DataLoader
+
+from ldm.data.loaders import train_loader, val_loader
+from ldm.errors import UserError
+from ldm.training.budget import Budget, parse_duration
+from ldm.training.callbacks import EMACallback, ProgressBar
+from ldm.training.checkpoint import LastCheckpoint, progress_of
+from ldm.training.stage import Stage
+
+OWN_OPTIONS = ("_target_", "max_time", "ema_decay", "compile", "num_workers", "checkpoint_every_s")
+"""Of the config group `trainer`: what Lightning's Trainer does not take."""
+
+
+def make_budget(options: Mapping[str, Any], warmup_steps: int, decay: str) -> Budget:
+    """The budget of a training, from the config group `trainer`.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    return Budget(options["max_steps"], parse_duration(options["max_time"]), warmup_steps, decay)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every fit of a run is made from.
+
+    Args:
+        options: The config group `trainer` as plain values.
+        batch_size: Images per optimizer step, over all devices.
+        val_images: At most this many validation images are looked at.
+    """
+
+    stage: Stage
+    folder: Path
+    options: Mapping[str, Any]
+    warmup_steps: int
+    decay: str
+    batch_size: int
+    val_images: int
+    seed: int
+    precision: Any
+    loggers: Sequence[Logger]
+
+    @property
+    def micro_batch(self) -> int:
+        """Images per forward pass, over all devices."""
+        return self.batch_size // self.options["accumulate_grad_batches"]
+
+
+class Fit:
+    """A trainer, its callbacks and its batches, to train once: from the beginning, or from a checkpoint.
+
+    Raises:
+        UserError: the trainer's options do not go together.
+    """
+
+    def __init__(self, plan: Plan, resumed: str | None) -> None:
+        self.plan, self.resumed = plan, resumed
+        stage, options = plan.stage, plan.options
+        self.budget = make_budget(options, plan.warmup_steps, plan.decay)
+        self.step, self.budget.spent_s = progress_of(resumed)
+        self.ema = EMACallback(options["ema_decay"])
+        self.bar = ProgressBar(self.budget, plan.batch_size, options["log_every_n_steps"], f"stage {stage.kind}")
+        self.checkpoints = LastCheckpoint(plan.folder, options["checkpoint_every_s"])
+        stage.module.log_every, stage.module.progress = options["log_every_n_steps"], self.budget.progress
+        known = {key: value for key, value in options.items() if key not in OWN_OPTIONS}
+        try:
+            self.trainer = Trainer(
+                **known | {"precision": plan.precision},
+                max_epochs=-1,  # steps and time are the budget
+                callbacks=[self.budget, self.ema, self.bar, self.checkpoints],
+                logger=list(plan.loggers),
+                default_root_dir=plan.folder,
+            )
+        except MisconfigurationException as error:
+            raise UserError(f"{' '.join(str(error).split())} Choose trainer=cpu or trainer=auto.") from error
+
+    def run(self) -> None:
+        """Train to the end of the budget, and validate there once.
+
+        Raises:
+            SystemExit: SIGTERM or Ctrl-C, as Lightning passes them on.
+        """
+        stage, trainer = self.plan.stage, self.trainer
+        fit_batches, val_batches = self._batches()
+        with warnings.catch_warnings():
+            # ours is an endless loader over memory-mapped arrays: workers and epochs do not apply to it
+            warnings.filterwarnings("ignore", ".*does not have many workers.*")
+            warnings.filterwarnings("ignore", ".*LeafSpec.*")
+            trainer.fit(stage.module, fit_batches, val_batches, ckpt_path=self.resumed, weights_only=True)
+            if self.ema.validated_at != trainer.global_step:
+                trainer.validate(stage.module, val_batches, verbose=False)
+
+    def _batches(self) -> tuple[DataLoader, DataLoader]:
+        plan, images = self.plan, self.plan.stage.images
+        fit_batches = train_loader(
+            plan.stage.fetch,
+            images.train_indices,
+            batch_size=plan.micro_batch,
+            seed=plan.seed,
+            start=self.step * plan.options["accumulate_grad_batches"],
+            rank=self.trainer.global_rank,
+            num_ranks=self.trainer.world_size,
+            num_workers=plan.options["num_workers"],
+        )
+        held_out = images.val_indices[: plan.val_images]
+        return fit_batches, val_loader(plan.stage.fetch, held_out, batch_size=plan.micro_batch)
