@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,18 +71,25 @@ def train(config: DictConfig) -> None:
             f"trainer.accumulate_grad_batches={config.trainer.accumulate_grad_batches}, the parts of a step."
         )
     torch.set_flush_denormal(True)  # the first steps' tiny gradients more than halve a CPU's speed otherwise
-    seed_everything(config.seed, verbose=False)
     known = Run.open(folder).facts if resumed and (folder / RUN_FILE).is_file() else {}
     precision = known.get("precision") or choose_precision(options["precision"], options["accelerator"])
-    stage = build_stage(
-        images=images,
-        flip=config.data.flip,
-        cache_dir=config.data.cache_dir,
-        seed=config.seed,
-        folder=folder,
-        device=choose_device("cpu" if options["accelerator"] == "cpu" else "auto"),
-        init_from=config.init_from,
-    )
+
+    def make_stage() -> Any:
+        seed_everything(config.seed, verbose=False)
+        stage = build_stage(
+            images=images,
+            flip=config.data.flip,
+            cache_dir=config.data.cache_dir,
+            seed=config.seed,
+            folder=folder,
+            device=choose_device("cpu" if options["accelerator"] == "cpu" else "auto"),
+            init_from=config.init_from,
+        )
+        if config.trainer.compile:
+            stage.compile()
+        return stage
+
+    stage = make_stage()
     facts = {
         "stage": stage.kind,
         "name": folder.name,
@@ -97,8 +105,6 @@ def train(config: DictConfig) -> None:
     if config.overwrite and not resumed and main_process:
         shutil.rmtree(folder, ignore_errors=True)
     run = Run.create(folder, config, facts)
-    if config.trainer.compile:
-        stage.compile()
     loggers = make_loggers(config.logger, run, resume=resumed is not None, main_process=main_process)
     plan = Plan(
         stage=stage,
@@ -131,7 +137,8 @@ def train(config: DictConfig) -> None:
         print_table(f"stage {stage.kind}" + (f", resumed from {resumed}" if resumed else ""), rows)
 
     if stage.trains:
-        train_to_the_end(fit)
+        fit = train_to_the_end(fit, make_stage)
+        stage, trainer, budget = fit.plan.stage, fit.trainer, fit.budget
     if not trainer.is_global_zero:
         return
     if fit.ema.ema is not None:
@@ -145,6 +152,8 @@ def train(config: DictConfig) -> None:
         "training_s": round(budget.elapsed_s, 1),
         "peak_memory_gb": peak_memory_gb(),
     }
+    if fit.guard is not None and fit.guard.skipped_steps:
+        figures["skipped_steps"] = fit.guard.skipped_steps
     run.update(finished=time.time(), duration_s=round(duration_s, 1), figures=figures, next=outcome.next_command)
     loggers.conclude(run, figures, outcome.pictures)
     shown = [(key, f"{value:.4g}" if isinstance(value, float) else str(value)) for key, value in figures.items()]
@@ -153,8 +162,8 @@ def train(config: DictConfig) -> None:
     print(f"next: {outcome.next_command}")
 
 
-def train_to_the_end(fit: Any) -> None:
-    """Train, and validate the last step.
+def train_to_the_end(fit: Any, make_stage: Callable[[], Any]) -> Any:
+    """Train, and validate the last step; where training rolled back, with a fit that goes on. Returns the last fit.
 
     Raises:
         SystemExit: SIGTERM, with its code.
@@ -162,12 +171,18 @@ def train_to_the_end(fit: Any) -> None:
     """
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-    try:
-        fit.run()
-    except SystemExit as stopped:  # how Lightning passes on SIGTERM, with exit code 0, and Ctrl-C
-        if isinstance(stopped, SIGTERMException):
-            raise SystemExit(128 + signal.SIGTERM) from stopped
-        raise KeyboardInterrupt from stopped
+    from ldm.training.guard import RollBack
+
+    while True:
+        try:
+            fit.run()
+            return fit
+        except RollBack as asked:
+            fit = fit.after(asked, make_stage)
+        except SystemExit as stopped:  # how Lightning passes on SIGTERM, with exit code 0, and Ctrl-C
+            if isinstance(stopped, SIGTERMException):
+                raise SystemExit(128 + signal.SIGTERM) from stopped
+            raise KeyboardInterrupt from stopped
 
 
 def run_folder(config: DictConfig, *, main_process: bool) -> Path:

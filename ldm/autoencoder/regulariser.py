@@ -68,8 +68,13 @@ class Regulariser(nn.Module):
     def reconstruct(self, model: Any, images: Tensor, generator: torch.Generator | None) -> Reconstruction:
         """Encode and decode; without a generator at the posterior's mean."""
 
-    def after_step(self, model: nn.Module, generator: torch.Generator, progress: float) -> None:  # noqa: B027
-        """Called once per optimizer step, with the share of the budget that is spent."""
+    def after_step(  # noqa: B027
+        self, model: nn.Module, generator: torch.Generator, progress: float, left_out: Tensor | None = None
+    ) -> None:
+        """Called once per optimizer step, with the share of the budget that is spent.
+
+        Changes nothing where the step was left out, [] bool; None: it was not.
+        """
 
     def forget(self) -> None:  # noqa: B027
         """Called before the first step: batches until now were not trained on."""
@@ -195,16 +200,20 @@ class VectorQuantised(Regulariser):
         return Reconstruction(model.decode(z_q, force_not_quantize=True).sample, terms, codes.reshape(-1))
 
     @torch.no_grad()
-    def after_step(self, model: nn.Module, generator: torch.Generator, progress: float) -> None:
+    def after_step(
+        self, model: nn.Module, generator: torch.Generator, progress: float, left_out: Tensor | None = None
+    ) -> None:
         """Move the codes that have been idle for too long to vectors of the step's batches, without a host's wait."""
         weight = quantiser(model).embedding.weight
         if not self._seen or not weight.requires_grad:
             return self.forget()
+        before = [] if left_out is None else [(x, x.clone()) for x in (weight, self.idle_steps)]
         z, entries, codes = (torch.cat(parts) for parts in zip(*self._seen, strict=True))
         self.forget()
         self.idle_steps += 1
         self.idle_steps[codes] = 0
         distance = (z - entries).square().sum(1) + torch.finfo(z.dtype).tiny  # a draw needs one that is not 0
+        distance = distance.nan_to_num(1, posinf=1)  # of a step that is left out
         chosen = z[torch.multinomial(distance, self.codebook_size, replacement=True, generator=generator)]
         if dist.is_available() and dist.is_initialized():  # the same codebook on every rank
             dist.all_reduce(self.idle_steps, dist.ReduceOp.MIN)
@@ -213,6 +222,8 @@ class VectorQuantised(Regulariser):
             idle = self.idle_steps >= self.restart_after
             weight.copy_(torch.where(idle[:, None], chosen, weight))
             self.idle_steps.masked_fill_(idle, 0)
+        for x, value in before:
+            x.copy_(torch.where(left_out, value, x))  # type: ignore[arg-type]
         return None
 
     def forget(self) -> None:

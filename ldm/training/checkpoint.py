@@ -26,12 +26,12 @@ class LastCheckpoint(Checkpoint):
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._saved_at = time.monotonic()
 
-    def on_train_batch_end(
-        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._between_steps = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if not self._between_steps:
             return  # gradients of a half-accumulated step are in no checkpoint
+        if module.guard is not None and time.monotonic() - self._saved_at >= self.every_s and module.guard.skipped_last:
+            return  # it would be none to go back to
         if trainer.strategy.reduce_boolean_decision(time.monotonic() - self._saved_at >= self.every_s, all=False):
             self._save(trainer)
 

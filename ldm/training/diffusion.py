@@ -20,7 +20,6 @@ from ldm.diffusion.loss import (
 )
 from ldm.diffusion.sampler import SamplerLike
 from ldm.diffusion.schedule import NoiseSchedule
-from ldm.errors import UserError
 from ldm.networks.conditioning import Condition, drop
 from ldm.pictures import grid, to_pil
 from ldm.pipeline import LatentDiffusionPipeline, sample_generators
@@ -143,7 +142,7 @@ class DiffusionTraining(TrainingModule):
         if self.importance is None or self._drawn is None:
             return
         if not self._drawn[1].isfinite().all():
-            raise UserError("The loss is not finite: training diverged. Start again with a lower optimizer.lr.")
+            return  # it says nothing of t
         self.importance.update(*self._drawn)
 
     def validation_step(self, batch: BATCH, batch_idx: int) -> None:

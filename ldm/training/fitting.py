@@ -1,8 +1,8 @@
 """One fit: a trainer with its callbacks and batches, made anew as often as training begins again."""
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,15 @@ from lightning.pytorch.loggers import Logger
 from torch.utils.data import DataLoader
 
 from ldm.data.loaders import train_loader, val_loader
+from ldm.data.order import batch_at
 from ldm.errors import UserError
 from ldm.training.budget import Budget, parse_duration
 from ldm.training.callbacks import EMACallback, ProgressBar
 from ldm.training.checkpoint import LastCheckpoint, progress_of
+from ldm.training.guard import Guard, RollBack, offset_of
 from ldm.training.stage import Stage
 
-OWN_OPTIONS = ("_target_", "max_time", "ema_decay", "compile", "num_workers", "checkpoint_every_s")
+OWN_OPTIONS = ("_target_", "max_time", "ema_decay", "compile", "num_workers", "checkpoint_every_s", "guard")
 """Of the config group `trainer`: what Lightning's Trainer does not take."""
 
 
@@ -58,6 +60,20 @@ class Plan:
         return self.batch_size // self.options["accumulate_grad_batches"]
 
 
+def make_guard(plan: Plan) -> Guard | None:
+    """What watches over each step's numbers; None with trainer.guard=null."""
+    if not plan.options["guard"]:
+        return None
+    images = plan.stage.images
+
+    def names(batch: int) -> list[str]:
+        positions = batch_at(batch, size=len(images.train_indices), batch_size=plan.batch_size, seed=plan.seed)
+        return [images.names[images.train_indices[position]] for position in positions]
+
+    notes, log_every = plan.folder / "skipped_steps.jsonl", plan.options["log_every_n_steps"]
+    return Guard(notes, names, log_every=log_every, **plan.options["guard"])
+
+
 class Fit:
     """A trainer, its callbacks and its batches, to train once: from the beginning, or from a checkpoint.
 
@@ -73,26 +89,43 @@ class Fit:
         self.ema = EMACallback(options["ema_decay"])
         self.bar = ProgressBar(self.budget, plan.batch_size, options["log_every_n_steps"], f"stage {stage.kind}")
         self.checkpoints = LastCheckpoint(plan.folder, options["checkpoint_every_s"])
+        self.guard = make_guard(plan)
+        self.offset = offset_of(resumed)
         stage.module.log_every, stage.module.progress = options["log_every_n_steps"], self.budget.progress
         known = {key: value for key, value in options.items() if key not in OWN_OPTIONS}
         try:
             self.trainer = Trainer(
                 **known | {"precision": plan.precision},
                 max_epochs=-1,  # steps and time are the budget
-                callbacks=[self.budget, self.ema, self.bar, self.checkpoints],
+                callbacks=[self.budget, self.ema, *([self.guard] if self.guard else []), self.bar, self.checkpoints],
                 logger=list(plan.loggers),
                 default_root_dir=plan.folder,
             )
         except MisconfigurationException as error:
             raise UserError(f"{' '.join(str(error).split())} Choose trainer=cpu or trainer=auto.") from error
 
+    def after(self, asked: RollBack, make_stage: Callable[[], Stage]) -> "Fit":
+        """The fit that goes on from a checkpoint from before the steps that went wrong, else from the beginning."""
+        path = self.checkpoints.path
+        step, checkpoint = asked.choose({progress_of(str(path))[0]: str(path)} if path.is_file() else {})
+        plan = self.plan if checkpoint else replace(self.plan, stage=make_stage())
+        fit = Fit(plan, checkpoint)
+        assert fit.guard is not None
+        fit.guard.go_on_after(asked, step)
+        fit.offset = fit.guard.offset
+        fit.budget.spent_s = self.budget.elapsed_s
+        fit.bar.speed = self.bar.speed
+        return fit
+
     def run(self) -> None:
         """Train to the end of the budget, and validate there once.
 
         Raises:
             SystemExit: SIGTERM or Ctrl-C, as Lightning passes them on.
+            RollBack: too many steps in a row went wrong; `after` goes on from before them.
         """
         stage, trainer = self.plan.stage, self.trainer
+        stage.module.step_offset = self.offset
         fit_batches, val_batches = self._batches()
         with warnings.catch_warnings():
             # ours is an endless loader over memory-mapped arrays: workers and epochs do not apply to it
@@ -109,7 +142,7 @@ class Fit:
             images.train_indices,
             batch_size=plan.micro_batch,
             seed=plan.seed,
-            start=self.step * plan.options["accumulate_grad_batches"],
+            start=(self.step + self.offset) * plan.options["accumulate_grad_batches"],
             rank=self.trainer.global_rank,
             num_ranks=self.trainer.world_size,
             num_workers=plan.options["num_workers"],

@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 
 from ldm.data.order import derive_seed
+from ldm.training.guard import Guard
 from ldm.training.stage import OptimizerFactory
 from ldm.training.throughput import count_flops
 
@@ -29,6 +30,10 @@ class TrainingModule(LightningModule):
     trained: Any
     progress: Callable[[int], float] = staticmethod(lambda step: 0.0)
     """The share of the budget that is spent at a step; the front door sets it."""
+    guard: Guard | None = None
+    """Leaves out steps whose numbers go wrong; the callback puts itself here."""
+    step_offset = 0
+    """Steps by which samples and draws are ahead of the optimizer: those that training went back over."""
 
     def __init__(self, trained: nn.Module, optimizer: OptimizerFactory, seed: int) -> None:
         super().__init__()
@@ -44,7 +49,8 @@ class TrainingModule(LightningModule):
         terms = self.losses(batch, self.next_generator())
         if self.logs_now:
             self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()})
-        return {"loss": terms["loss"]}
+        loss = terms["loss"]
+        return {"loss": loss if self.guard is None else self.guard.watch(loss)}
 
     def measure_step(self, batch: Any, autocast: Callable[[], AbstractContextManager], repeats: int = 3) -> float:
         """Seconds that a forward and backward pass takes, the fastest of `repeats`. Leaves no gradients behind."""
@@ -80,19 +86,21 @@ class TrainingModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip and log the gradient's norm. Lightning's own refuses fused optimizers, though bf16 needs no scaler."""
+        """Clip, judge and log the gradient's norm. Lightning's refuses fused optimizers; yet bf16 needs no scaler."""
         if isinstance(self.trainer.strategy, FSDPStrategy):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
         if gradient_clip_val:
             norm = nn.utils.clip_grad_norm_(self.trained.parameters(), gradient_clip_val)
-        elif self.logs_now:
+        elif self.logs_now or self.guard is not None:
             norm = nn.utils.get_total_norm([p.grad for p in self.trained.parameters() if p.grad is not None])
+        if self.guard is not None:
+            self.guard.judge(optimizer, norm)
         if self.logs_now:
             self.log("train/gradient_norm", norm)
 
     def on_train_start(self) -> None:
-        self._batch_index = self.trainer.global_step * self.trainer.accumulate_grad_batches
+        self._batch_index = (self.trainer.global_step + self.step_offset) * self.trainer.accumulate_grad_batches
 
     @property
     def logs_now(self) -> bool:

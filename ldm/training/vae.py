@@ -107,11 +107,12 @@ class VAETraining(TrainingModule):
         generator = torch.Generator(device=self.device)
         generator.manual_seed(derive_seed(self.seed, self.trainer.global_step, AFTER_STEP))
         step = self.trainer.global_step
-        self.regulariser.after_step(self.trained, generator, self.progress(step))
+        left_out = None if self.guard is None else self.guard.skips
+        self.regulariser.after_step(self.trained, generator, self.progress(step), left_out)
         if self.playing:
             assert self.adversary is not None
             group = self.trainer.optimizers[0].param_groups[0]
-            self.adversary.step(decay=group["lr"] / group.get("peak_lr", group["lr"]))
+            self.adversary.step(decay=group["lr"] / group.get("peak_lr", group["lr"]), guard=self.guard)
 
     def measure_step(self, batch: Any, autocast: Callable[[], AbstractContextManager], repeats: int = 3) -> float:
         """Seconds of a step, those with the discriminator counted by their share of the budget."""
