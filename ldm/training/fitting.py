@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -11,14 +12,16 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 from torch.utils.data import DataLoader
 
+from ldm import signals
 from ldm.data.loaders import train_loader, val_loader
 from ldm.errors import UserError
 from ldm.training.budget import Budget, parse_duration
 from ldm.training.callbacks import EMACallback, ProgressBar
-from ldm.training.checkpoint import LastCheckpoint, progress_of
+from ldm.training.checkpoint import Checkpoints, StopTraining
+from ldm.training.manifest import Manifest
 from ldm.training.stage import Stage
 
-OWN_OPTIONS = ("_target_", "max_time", "ema_decay", "compile", "num_workers", "checkpoint_every_s")
+OWN_OPTIONS = ("_target_", "max_time", "ema_decay", "compile", "num_workers", "checkpoint_every_s", "keep_last")
 """Of the config group `trainer`: what Lightning's Trainer does not take."""
 
 
@@ -39,6 +42,7 @@ class Plan:
         options: The config group `trainer` as plain values.
         batch_size: Images per optimizer step, over all devices.
         val_images: At most this many validation images are looked at.
+        again: The command that continues the run.
     """
 
     stage: Stage
@@ -51,6 +55,7 @@ class Plan:
     seed: int
     precision: Any
     loggers: Sequence[Logger]
+    again: str
 
     @property
     def micro_batch(self) -> int:
@@ -65,16 +70,27 @@ class Fit:
         UserError: the trainer's options do not go together.
     """
 
-    def __init__(self, plan: Plan, resumed: str | None) -> None:
+    def __init__(self, plan: Plan, resumed: Manifest | None) -> None:
         self.plan, self.resumed = plan, resumed
         stage, options = plan.stage, plan.options
         self.budget = make_budget(options, plan.warmup_steps, plan.decay)
-        self.step, self.budget.spent_s = progress_of(resumed)
+        self.step = 0
+        if resumed is not None:
+            self.step, self.budget.spent_s = resumed.step, resumed.trained_s
         self.ema = EMACallback(options["ema_decay"])
         self.bar = ProgressBar(self.budget, plan.batch_size, options["log_every_n_steps"], f"stage {stage.kind}")
-        self.checkpoints = LastCheckpoint(plan.folder, options["checkpoint_every_s"])
+        self.checkpoints = Checkpoints(
+            plan.folder,
+            self.budget,
+            options["checkpoint_every_s"],
+            keep_last=options["keep_last"],
+            stage=stage.kind,
+            resumed=resumed,
+        )
         stage.module.log_every, stage.module.progress = options["log_every_n_steps"], self.budget.progress
         known = {key: value for key, value in options.items() if key not in OWN_OPTIONS}
+        if type(every := known["val_check_interval"]) is int:  # Lightning counts batches, and validates amid a step
+            known["val_check_interval"] = every * options["accumulate_grad_batches"]
         try:
             self.trainer = Trainer(
                 **known | {"precision": plan.precision},
@@ -90,17 +106,32 @@ class Fit:
         """Train to the end of the budget, and validate there once.
 
         Raises:
-            SystemExit: SIGTERM or Ctrl-C, as Lightning passes them on.
+            Interrupted: a signal asked to stop; what was reached is saved.
         """
         stage, trainer = self.plan.stage, self.trainer
         fit_batches, val_batches = self._batches()
+        resumed = str(self.resumed.path) if self.resumed is not None else None
         with warnings.catch_warnings():
             # ours is an endless loader over memory-mapped arrays: workers and epochs do not apply to it
             warnings.filterwarnings("ignore", ".*does not have many workers.*")
             warnings.filterwarnings("ignore", ".*LeafSpec.*")
-            trainer.fit(stage.module, fit_batches, val_batches, ckpt_path=self.resumed, weights_only=True)
-            if self.ema.validated_at != trainer.global_step:
-                trainer.validate(stage.module, val_batches, verbose=False)
+            try:
+                trainer.fit(stage.module, fit_batches, val_batches, ckpt_path=resumed, weights_only=True)
+                if self.ema.validated_at != trainer.global_step and signals.pending() is None:
+                    trainer.validate(stage.module, val_batches, verbose=False)
+            except StopTraining as stopped:
+                raise signals.Interrupted(stopped.signal, self._farewell(stopped.signal)) from None
+            except SystemExit as ended:  # how Lightning passes on a KeyboardInterrupt, before the first step
+                raise ended.__context__ if isinstance(ended.__context__, KeyboardInterrupt) else ended from None
+            finally:
+                signals.release()
+        if (number := signals.pending()) is not None:  # it came when all was trained
+            raise signals.Interrupted(number, self._farewell(number))
+
+    def _farewell(self, number: int) -> str:
+        name, last = Signals(number).name, self.checkpoints.saved or self.resumed
+        kept = f"saved {last.path}" if last is not None else "nothing was trained"
+        return f"stopped by {name} after step {self.trainer.global_step}; {kept}. To go on: {self.plan.again}"
 
     def _batches(self) -> tuple[DataLoader, DataLoader]:
         plan, images = self.plan, self.plan.stage.images
