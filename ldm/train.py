@@ -5,10 +5,9 @@ python -m ldm.train stage=vae|diffusion [group=choice ...] [key=value ...]
 
 import logging
 import os
+import shlex
 import shutil
-import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,42 +16,73 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from ldm import command
+from ldm import command, signals
 from ldm.errors import UserError
 
 RUN_NAME = "LDM_RUN_NAME"
 
 
 def train(config: DictConfig) -> None:
-    """Run one stage. The stage, like everything else, is a choice of config."""
-    import torch
-    from lightning.pytorch import seed_everything
+    """Run one stage. The stage, like everything else, is a choice of config.
+
+    Raises:
+        Interrupted: a signal asked to stop; with how to go on.
+    """
     from lightning.pytorch.utilities import rank_zero_only
 
-    from ldm.device import choose_device
-    from ldm.run import RUN_FILE, Run
-    from ldm.training.checkpoint import find_checkpoint
-    from ldm.training.fitting import Fit, Plan, make_budget
-    from ldm.training.loggers import make_loggers
-    from ldm.training.precision import choose_precision
-    from ldm.training.summary import describe_device, print_table, time_expected
-    from ldm.training.throughput import measure_speed, peak_memory_gb
+    from ldm.training.lock import only_one
+    from ldm.training.room import require_writable
 
-    started = time.perf_counter()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     if config.get("stage") is None:
         raise UserError(
             "stage is required: stage=vae trains the autoencoder, stage=diffusion the model on its latents."
         )
     OmegaConf.resolve(config)
-    for key in ("seed", "batch_size", "val_images", "data.resolution", "trainer.max_steps"):
+    for key in ("seed", "batch_size", "val_images", "data.resolution", "trainer.max_steps", "trainer.keep_last"):
         if type(value := OmegaConf.select(config, key)) is not int:
             raise UserError(f"{key}={value} must be a whole number.")
     if config.resume is True and config.name is None:
         raise UserError("resume=true continues the run that name= gives: add name=NAME, its folder in runs/<stage>/.")
     main_process = getattr(rank_zero_only, "rank", 0) == 0
     folder = run_folder(config, main_process=main_process)
-    resumed = find_checkpoint(folder, config.resume)
+    again = command_to_continue(config, folder)
+    try:
+        if not main_process:
+            train_in(folder, config, again, main_process=False)
+            return
+        require_writable(folder)
+        with only_one(folder):
+            train_in(folder, config, again, main_process=True)
+    except signals.Interrupted as stopped:
+        if not main_process:
+            # the process that started this one ends everything at once where one of its own says more than 0
+            raise SystemExit(0 if RUN_NAME in os.environ else stopped.code) from None
+        said = str(stopped) if again in str(stopped) else f"{stopped}. To go on: {again}"
+        if stopped.signal.name == "SIGUSR1":
+            said += signals.requeue()
+        raise signals.Interrupted(stopped.signal, said) from None
+
+
+def train_in(folder: Path, config: DictConfig, again: str, *, main_process: bool) -> None:
+    """Prepare the data, build the stage, train, leave the weights in the run folder."""
+    import torch
+    from lightning.pytorch import seed_everything
+
+    from ldm.device import choose_device
+    from ldm.durable import clear_partials
+    from ldm.run import RUN_FILE, Run
+    from ldm.training.fitting import Fit, Plan, make_budget
+    from ldm.training.loggers import make_loggers
+    from ldm.training.manifest import find_checkpoint
+    from ldm.training.precision import choose_precision
+    from ldm.training.room import require_room
+    from ldm.training.summary import describe_device, print_table, time_expected
+    from ldm.training.throughput import measure_speed, peak_memory_gb
+
+    started = time.perf_counter()
+    kind = HydraConfig.get().runtime.choices["stage"]
+    resumed = find_checkpoint(folder, config.resume, stage=kind, quiet=not main_process)
     options: dict[str, Any] = OmegaConf.to_container(config.trainer)  # type: ignore[assignment]
     make_budget(options, config.optimizer.warmup_steps, config.optimizer.decay)  # none, or unreadable: refused now
     check_accelerator(options["accelerator"])
@@ -71,7 +101,8 @@ def train(config: DictConfig) -> None:
             f"trainer.accumulate_grad_batches={config.trainer.accumulate_grad_batches}, the parts of a step."
         )
     torch.set_flush_denormal(True)  # the first steps' tiny gradients more than halve a CPU's speed otherwise
-    known = Run.open(folder).facts if resumed and (folder / RUN_FILE).is_file() else {}
+    source = resumed.path.parent.parent if resumed is not None else folder
+    known = Run.open(source).facts if resumed is not None and (source / RUN_FILE).is_file() else {}
     precision = known.get("precision") or choose_precision(options["precision"], options["accelerator"])
 
     def make_stage() -> Any:
@@ -102,10 +133,21 @@ def train(config: DictConfig) -> None:
         **stage.facts(),
     }
     check_resumed(known, facts)
-    if config.overwrite and not resumed and main_process:
-        shutil.rmtree(folder, ignore_errors=True)
+    if main_process:
+        if config.overwrite and (resumed is None or source.resolve() != folder.resolve()):
+            shutil.rmtree(folder, ignore_errors=True)
+        for place in (folder, folder / "images"):
+            clear_partials(place)
+        if stage.trains:
+            require_room(folder, stage.module, options["keep_last"])
     run = Run.create(folder, config, facts)
-    loggers = make_loggers(config.logger, run, resume=resumed is not None, main_process=main_process)
+    loggers = make_loggers(
+        config.logger,
+        run,
+        resume=bool(config.resume),
+        last_row=resumed.last_row if resumed is not None else -1,
+        main_process=main_process,
+    )
     plan = Plan(
         stage=stage,
         folder=folder,
@@ -117,6 +159,7 @@ def train(config: DictConfig) -> None:
         seed=config.seed,
         precision=precision,
         loggers=loggers.lightning,
+        again=again,
     )
     fit = Fit(plan, resumed)
     trainer, budget = fit.trainer, fit.budget
@@ -134,10 +177,10 @@ def train(config: DictConfig) -> None:
         rows += [("budget", f"{budget}, batches of {config.batch_size}"), ("time expected", expected)]
     rows.append(("folder", str(folder)))
     if trainer.is_global_zero:
-        print_table(f"stage {stage.kind}" + (f", resumed from {resumed}" if resumed else ""), rows)
+        print_table(f"stage {stage.kind}" + (f", resumed from {resumed.path}" if resumed else ""), rows)
 
     if stage.trains:
-        fit = train_to_the_end(fit, make_stage)
+        fit = fit.to_the_end(make_stage)
         stage, trainer, budget = fit.plan.stage, fit.trainer, fit.budget
     if not trainer.is_global_zero:
         return
@@ -162,35 +205,31 @@ def train(config: DictConfig) -> None:
     print(f"next: {outcome.next_command}")
 
 
-def train_to_the_end(fit: Any, make_stage: Callable[[], Any]) -> Any:
-    """Train, and validate the last step; where training rolled back, with a fit that goes on. Returns the last fit.
-
-    Raises:
-        SystemExit: SIGTERM, with its code.
-        KeyboardInterrupt: Ctrl-C.
-    """
-    from lightning.pytorch.utilities.exceptions import SIGTERMException
-
-    from ldm.training.guard import RollBack
-
-    while True:
-        try:
-            fit.run()
-            return fit
-        except RollBack as asked:
-            fit = fit.after(asked, make_stage)
-        except SystemExit as stopped:  # how Lightning passes on SIGTERM, with exit code 0, and Ctrl-C
-            if isinstance(stopped, SIGTERMException):
-                raise SystemExit(128 + signal.SIGTERM) from stopped
-            raise KeyboardInterrupt from stopped
+def command_to_continue(config: DictConfig, folder: Path) -> str:
+    """The command line that goes on with a run: the one that it was started with, its name, and resume=true."""
+    kept = []
+    for override in HydraConfig.get().overrides.task:
+        key = override.partition("=")[0]
+        if key.lstrip("+") in ("name", "resume", "overwrite", "runs_dir"):
+            continue
+        # free text was quoted for Hydra; the user types it as it is
+        value = OmegaConf.select(config, key.lstrip("+")) if key.lstrip("+") in command.FREE_TEXT else None
+        kept.append(f"{key}={value}" if isinstance(value, str) else override)
+    if (runs := str(folder.parent.parent)) != "runs":
+        kept.append(f"runs_dir={runs}")
+    return shlex.join(["python", "-m", "ldm.train", *kept, f"name={folder.name}", "resume=true"])
 
 
 def run_folder(config: DictConfig, *, main_process: bool) -> Path:
     """runs_dir/<stage>/<name>. Processes that Lightning starts find the name of the first in the environment.
 
+    Without a name, resume=<checkpoint> goes on in the run that it lies in; with another name it begins a run there.
+
     Raises:
         UserError: the folder is in use by another run and neither resume nor overwrite was asked for.
     """
+    from ldm.training.manifest import run_of
+
     choices = HydraConfig.get().runtime.choices
     stage = choices["stage"]
     part = choices["autoencoder" if stage == "vae" else "network"]
@@ -203,7 +242,16 @@ def run_folder(config: DictConfig, *, main_process: bool) -> Path:
     if "/" in name or "\\" in name or name in (".", ".."):
         raise UserError(f"name={name} must be a plain folder name. Choose another place with runs_dir=.")
     folder = Path(config.runs_dir).expanduser() / stage / name
-    if main_process and (folder / "run.json").exists() and not (config.resume or config.overwrite):
+    exists = (folder / "run.json").exists()
+    if exists and config.name is not None and int(os.environ.get("SLURM_RESTART_COUNT") or 0):
+        config.resume = config.resume or True  # the same job, put into the queue again
+    continues = config.resume
+    if config.resume not in (None, False, True, "true"):
+        source = run_of(Path(str(config.resume)).expanduser())
+        if config.name is None:
+            return source
+        continues = source.resolve() == folder.resolve()
+    if main_process and exists and not (continues or config.overwrite):
         raise UserError(
             f"{folder} exists already. Choose another name=, continue it with resume=true, or start it anew "
             "with overwrite=true."

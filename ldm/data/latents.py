@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from ldm.data.images import ImageData, default_cache_dir
+from ldm.durable import write_text
 from ldm.errors import UserError
 
 CONTRACT_FILE = "contract.json"
@@ -61,7 +62,7 @@ class LatentContract:
             )
 
     def save(self, folder: Path) -> None:
-        (folder / CONTRACT_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        write_text(folder / CONTRACT_FILE, json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> "LatentContract":

@@ -4,9 +4,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ldm.data.order import StepBatches
+from ldm.signals import leave_to_parent
 
 
 class Batches(Dataset):
@@ -49,9 +51,13 @@ def train_loader(
         num_workers=num_workers,
         pin_memory=False,
         persistent_workers=num_workers > 0,
+        worker_init_fn=leave_to_parent,
+        generator=torch.Generator(),  # iterating draws from it, and not from the generator that training draws from
     )
 
 
 def val_loader(fetch: Callable[[np.ndarray], Any], indices: np.ndarray, *, batch_size: int) -> DataLoader:
     """All of `indices` once, in order."""
-    return DataLoader(Batches(fetch, indices), batch_size=batch_size, shuffle=False, collate_fn=_whole)
+    return DataLoader(
+        Batches(fetch, indices), batch_size=batch_size, shuffle=False, collate_fn=_whole, generator=torch.Generator()
+    )

@@ -284,7 +284,7 @@ class Guard(Callback):
         self._pending = Numbers(**state_dict["pending"]) if state_dict["pending"] else None
 
 
-def offset_of(checkpoint: str | None) -> int:
+def offset_of(checkpoint: Path | None) -> int:
     """Batches that roll-backs passed over before a checkpoint was saved."""
     if checkpoint is None:
         return 0

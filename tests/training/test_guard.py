@@ -23,8 +23,9 @@ from ldm.run import Run
 from ldm.training.adversary import Adversary
 from ldm.training.budget import Budget
 from ldm.training.callbacks import EMACallback
-from ldm.training.checkpoint import LastCheckpoint
+from ldm.training.checkpoint import Checkpoints
 from ldm.training.guard import Guard, RollBack
+from ldm.training.manifest import manifests
 from ldm.training.muon import MuonAdamW
 from ldm.training.stage import OptimizerFactory
 from ldm.training.vae import VAETraining
@@ -372,7 +373,8 @@ def test_a_resumed_guard_goes_on_as_one_never_stopped(fit, make, guard, tmp_path
 
     def run(place, steps, start=0, ckpt_path=None):
         module, watch = make(faults, first=start), guard()
-        callbacks = [Budget(14, decay="constant"), EMACallback(0.9), watch, LastCheckpoint(place, 3600)]
+        budget = Budget(14, decay="constant")
+        callbacks = [watch, budget, EMACallback(0.9), Checkpoints(place, budget, 3600)]
         fit(module, callbacks, max_steps=steps, start=start, ckpt_path=ckpt_path)
         return module, watch
 
@@ -380,7 +382,7 @@ def test_a_resumed_guard_goes_on_as_one_never_stopped(fit, make, guard, tmp_path
     written = notes(through)
     through.notes.unlink()
     run(tmp_path / "parts", stop)
-    rest, resumed = run(tmp_path / "parts", 14, stop, str(tmp_path / "parts/checkpoints/last.ckpt"))
+    rest, resumed = run(tmp_path / "parts", 14, stop, str(manifests(tmp_path / "parts/checkpoints")[0].path))
     assert weights_sha256(rest.trained) == weights_sha256(whole.trained)
     assert resumed.state_dict() == through.state_dict() and through.skipped_steps == 4
     assert notes(resumed) == written, "none twice"
@@ -437,9 +439,12 @@ def train(call, pets, monkeypatch):
     return train
 
 
+OFTEN = ("trainer.checkpoint_every_s=0",)
+
+
 def test_training_goes_back_and_on_with_the_batches_after(train, pets):
     """From a checkpoint, else from the beginning; a run that is resumed later ends as one never stopped."""
-    ended, seen = train("back", {3, 4}, "trainer.max_steps=8", "trainer.checkpoint_every_s=0")
+    ended, seen = train("back", {3, 4}, "trainer.max_steps=8", *OFTEN)
     assert ended.code == 0, ended
     assert seen[:6] == [(k, k) for k in range(6)] and seen[6:] == [(k, k + 3) for k in range(3, 8)]
     assert "the steps from 3 on went wrong: back to step 3" in ended.out
@@ -456,7 +461,7 @@ def test_training_goes_back_and_on_with_the_batches_after(train, pets):
         rows = [row for row in csv.DictReader(file) if row["train/skipped_steps"]]
     assert (rows[-1]["train/skipped_steps"], rows[-1]["train/rollbacks"]) == ("2", "1")
 
-    train("parts", {3, 4}, "trainer.max_steps=6", "trainer.checkpoint_every_s=0")
+    train("parts", {3, 4}, "trainer.max_steps=6", *OFTEN)
     ended, seen = train("parts", {3, 4}, "trainer.max_steps=8", "resume=true")
     assert ended.code == 0 and seen == [(6, 9), (7, 10)]
     assert weights("parts") == weights("back")
@@ -470,7 +475,7 @@ def weights(name: str) -> str:
 
 
 def test_after_so_many_roll_backs_training_ends_with_what_to_try(train):
-    options = ("trainer.max_steps=9", "trainer.guard.max_rollbacks=1", "trainer.checkpoint_every_s=0")
+    options = ("trainer.max_steps=9", "trainer.guard.max_rollbacks=1", *OFTEN)
     ended, seen = train("lost", set(range(2, 99)), *options)
     assert ended.code == 2 and len(seen) == 5 + 3
     assert "also after 1 roll-backs" in ended.err and "optimizer.lr" in ended.err and "Traceback" not in ended.err
