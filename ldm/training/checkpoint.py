@@ -20,7 +20,6 @@ from ldm.training.budget import Budget
 from ldm.training.manifest import FOLDER, Manifest, Why, manifests
 from ldm.training.random_state import random_state, restore_random_state
 
-VAL_PROGRESS = "epoch_loop.val_loop.batch_progress"
 NOT_BEGUN = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
 
 
@@ -101,8 +100,7 @@ class Checkpoints(Checkpoint):
     """Saves between optimizer steps: every `every_s` seconds, where validation improves, at the end, and at a signal.
 
     Keeps the last `keep_last` and the best by the monitored figure. A save that fails while training leaves those
-    before it and is tried again later. Validation that is due comes before the save, so that what is continued never
-    skips one; what is stopped amid a validation begins it anew.
+    before it and is tried again later. What is stopped amid a validation begins it anew.
 
     Args:
         folder: The run folder.
@@ -131,7 +129,8 @@ class Checkpoints(Checkpoint):
         """Whether the weights of this moment are none to go back to; they are saved at the end and at a signal only."""
         self._io = WholeCheckpointIO()
         self._own: set[Path] = set()
-        self._training = self._between_steps = self._validating = self._improved = self._told = False
+        self._training = self._between_steps = self._before_step = self._validating = False
+        self._improved = self._told = False
         self._saved_at, self._stop = 0.0, 0
         self._random: dict[str, Any] | None = None
         self._restored: list[dict[str, Any]] | None = None
@@ -149,26 +148,28 @@ class Checkpoints(Checkpoint):
         signals.hold()
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._restored is not None:  # not before: making the loaders draws from the global generator
-            restore_random_state(
-                self._restored[trainer.global_rank % len(self._restored)], trainer.strategy.root_device
-            )
+        """Before a step, when the last one is over: a module's own hooks come after a callback's."""
+        if self._restored is not None:  # not before: what Lightning sets up may draw from the global generators
+            states = self._restored
+            restore_random_state(states[trainer.global_rank % len(states)], trainer.strategy.root_device)
             self._restored = None
+        if batch_idx % trainer.accumulate_grad_batches:
+            return  # gradients of a half-accumulated step are in no checkpoint
+        answers = self.budget.agreement.answers
+        # alone, a signal of this very moment counts too
+        stop = answers.get("signal", 0) if trainer.world_size > 1 else signals.pending()
+        self._before_step = True
+        if stop:
+            raise StopTraining(stop)
+        if answers.get("save") and self._needs_saving(trainer):
+            self._save(trainer, "interval")
+        self._before_step = False
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._between_steps = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if not self._between_steps:
-            return  # gradients of a half-accumulated step are in no checkpoint
-        answers = self.budget.agreement.answers
-        self._stop = answers["signal"]
-        if _validates_next(trainer):
-            return
-        if self._stop:
-            raise StopTraining(self._stop)
-        if answers["save"]:
-            self._save(trainer, "interval")
+        self._stop = self.budget.agreement.answers.get("signal", 0)
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
         signals.hold()  # Lightning has put its own handlers in our place where validation was asked for alone
@@ -227,9 +228,16 @@ class Checkpoints(Checkpoint):
         if trainer.world_size > 1:
             dist.all_gather_object(every, own)
         checkpoint["random"] = every
+        loops = checkpoint["loops"]["fit_loop"]
         if self._validating:  # to be begun anew: Lightning would validate on the batches that were left
-            progress = checkpoint["loops"]["fit_loop"][VAL_PROGRESS]
-            progress.update(total=dict(NOT_BEGUN), current=dict(NOT_BEGUN), is_last_batch=False)
+            val = loops["epoch_loop.val_loop.batch_progress"]
+            val.update(total=dict(NOT_BEGUN), current=dict(NOT_BEGUN), is_last_batch=False)
+        elif self._before_step:  # as at the end of the last batch: Lightning has counted the next one already
+            batches = loops["epoch_loop.batch_progress"]
+            for count in (batches["total"], batches["current"]):
+                count["ready"] = count["completed"]
+            if trainer.enable_validation and batches["total"]["ready"] % trainer.val_check_batch == 0:
+                loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1  # counted where validation is skipped
 
     def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._restored = checkpoint.get("random")
@@ -363,11 +371,3 @@ def _forgive(delete: Callable[[], None]) -> None:
         delete()
     except OSError as error:
         print(f"warning: an old checkpoint cannot be deleted ({error}). Training goes on.", flush=True)
-
-
-def _validates_next(trainer: Trainer) -> bool:
-    """Whether Lightning validates after this batch, before the next one is trained on."""
-    if not trainer.enable_validation or not sum(trainer.num_val_batches):
-        return False
-    every = trainer.val_check_batch
-    return trainer.should_stop or bool(every) and (trainer.fit_loop.total_batch_idx + 1) % every == 0
