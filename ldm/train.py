@@ -145,9 +145,10 @@ def train(config: DictConfig) -> None:
     fit_batches = train_loader(
         stage.fetch,
         images.train_indices,
-        batch_size=micro_batch,
+        batch_size=config.batch_size,
         seed=config.seed,
-        start=step * options["accumulate_grad_batches"],
+        start=step + stage.module.step_offset,
+        accumulate=options["accumulate_grad_batches"],
         rank=trainer.global_rank,
         num_ranks=trainer.world_size,
         num_workers=config.trainer.num_workers,
