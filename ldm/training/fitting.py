@@ -198,9 +198,10 @@ class Fit:
         fit_batches = train_loader(
             plan.stage.fetch,
             images.train_indices,
-            batch_size=plan.micro_batch,
+            batch_size=plan.batch_size,
             seed=plan.seed,
-            start=(self.step + self.offset) * plan.options["accumulate_grad_batches"],
+            start=self.step + self.offset,
+            accumulate=plan.options["accumulate_grad_batches"],
             rank=self.trainer.global_rank,
             num_ranks=self.trainer.world_size,
             num_workers=plan.options["num_workers"],

@@ -3,9 +3,8 @@
 A step is bad where the loss of one of its batches or its gradient is not finite, or where the gradient's norm is a
 spike: more than `max_spike` times its running average over good steps. The optimizer then leaves weights, moments and
 step counts as they are. So do the discriminator and its optimizer, which also leave out gradients of their own that are
-not finite; the codebook's idle counts and restarts; and the history of timesteps drawn by importance. The step still
-counts for the budget, the learning rate and the order of the data, and the averaged weights take in the unchanged ones
-once more.
+not finite, and the codebook's idle counts and restarts. The step still counts for the budget, the learning rate and the
+order of the data, and the averaged weights take in the unchanged ones once more.
 
 After `skips_before_rollback` such steps in a row the weights and all else that a checkpoint holds go back to one from
 before them, and the data goes on with the batches that follow: step k is then on batch k + `offset` of the order.
