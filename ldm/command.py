@@ -22,6 +22,7 @@ from omegaconf.errors import (
 )
 from safetensors import SafetensorError
 
+from ldm import signals
 from ldm.errors import UserError
 from ldm.home import folder
 from ldm.tracking import finish_open_run
@@ -79,7 +80,8 @@ def run(
 
     With -m the task runs once per job; one that fails does not keep the others from running.
 
-    Exits with 2 after bad input, with 130 after Ctrl-C. HYDRA_FULL_ERROR=1 shows the traceback.
+    Exits with 2 after bad input, with 128 and the number of a signal that ended it. HYDRA_FULL_ERROR=1 shows the
+    traceback.
 
     Args:
         positional: The key of a list that arguments without a key are gathered in.
@@ -127,7 +129,11 @@ def run(
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to Hydra's own report
     application = hydra.main(version_base="1.3", config_path=str(folder("conf")), config_name=config_name)(complete)
     try:
-        application()
+        with signals.handled():
+            application()
+    except signals.Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(stopped.code)
     except KeyboardInterrupt:
         print("stopped by the user", file=sys.stderr)
         sys.exit(130)

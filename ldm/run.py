@@ -5,7 +5,6 @@ runs/<stage>/<name>/  config.yaml  run.json  metrics.csv  images/  checkpoints/ 
 """
 
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from ldm.autoencoder.autoencoder import CLASSES, Autoencoder
 from ldm.autoencoder.identity import IdentityAutoencoder
 from ldm.data.images import ImageData
+from ldm.durable import write_text
 from ldm.errors import UserError
 from ldm.pipeline import INDEX_FILE, LatentDiffusionPipeline
 
@@ -44,7 +44,7 @@ class Run:
     def create(cls, path: Path, config: DictConfig, facts: dict[str, Any]) -> "Run":
         """Make the folder, or take it over, and write config and provenance."""
         (path / "images").mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(config, path / CONFIG_FILE, resolve=True)
+        write_text(path / CONFIG_FILE, OmegaConf.to_yaml(config, resolve=True))
         run = cls(path, {"format": FORMAT, "finished": None, **provenance(), **facts})
         run.save()
         return run
@@ -151,9 +151,7 @@ class Run:
         self.save()
 
     def save(self) -> None:
-        partial = self.path / f".{RUN_FILE}.{os.getpid()}"
-        partial.write_text(json.dumps(self.facts, indent=2) + "\n", encoding="utf-8")
-        partial.replace(self.path / RUN_FILE)
+        write_text(self.path / RUN_FILE, json.dumps(self.facts, indent=2) + "\n")
 
 
 def find_autoencoder(vae: str | None, runs: str, data_fingerprint: str) -> tuple[Autoencoder, str]:

@@ -5,10 +5,9 @@ python -m ldm.train stage=vae|diffusion [group=choice ...] [key=value ...]
 
 import logging
 import os
+import shlex
 import shutil
-import signal
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,54 +16,75 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from ldm import command
+from ldm import command, signals
 from ldm.errors import UserError
 
 RUN_NAME = "LDM_RUN_NAME"
 
 
 def train(config: DictConfig) -> None:
-    """Run one stage. The stage, like everything else, is a choice of config."""
-    import torch
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-    from lightning.pytorch import Trainer, seed_everything
+    """Run one stage. The stage, like everything else, is a choice of config.
+
+    Raises:
+        Interrupted: a signal asked to stop; with how to go on.
+    """
     from lightning.pytorch.utilities import rank_zero_only
 
-    from ldm.data.loaders import train_loader, val_loader
-    from ldm.device import choose_device
-    from ldm.run import RUN_FILE, Run
-    from ldm.training.budget import Budget, parse_duration
-    from ldm.training.callbacks import EMACallback, ProgressBar
-    from ldm.training.checkpoint import LastCheckpoint, find_checkpoint, progress_of
-    from ldm.training.loggers import make_loggers
-    from ldm.training.precision import choose_precision
-    from ldm.training.summary import describe_device, print_table, time_expected
-    from ldm.training.throughput import measure_speed, peak_memory_gb
+    from ldm.training.lock import only_one
+    from ldm.training.room import require_writable
 
-    started = time.perf_counter()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     if config.get("stage") is None:
         raise UserError(
             "stage is required: stage=vae trains the autoencoder, stage=diffusion the model on its latents."
         )
     OmegaConf.resolve(config)
-    for key in ("seed", "batch_size", "val_images", "data.resolution", "trainer.max_steps"):
+    for key in ("seed", "batch_size", "val_images", "data.resolution", "trainer.max_steps", "trainer.keep_last"):
         if type(value := OmegaConf.select(config, key)) is not int:
             raise UserError(f"{key}={value} must be a whole number.")
     if config.resume is True and config.name is None:
         raise UserError("resume=true continues the run that name= gives: add name=NAME, its folder in runs/<stage>/.")
     main_process = getattr(rank_zero_only, "rank", 0) == 0
     folder = run_folder(config, main_process=main_process)
-    resumed = find_checkpoint(folder, config.resume)
-    budget = Budget(
-        config.trainer.max_steps,
-        parse_duration(config.trainer.max_time),
-        config.optimizer.warmup_steps,
-        config.optimizer.decay,
-    )
+    again = command_to_continue(config, folder)
+    try:
+        if not main_process:
+            train_in(folder, config, again, main_process=False)
+            return
+        require_writable(folder)
+        with only_one(folder):
+            train_in(folder, config, again, main_process=True)
+    except signals.Interrupted as stopped:
+        if not main_process:
+            # the process that started this one ends everything at once where one of its own says more than 0
+            raise SystemExit(0 if RUN_NAME in os.environ else stopped.code) from None
+        said = str(stopped) if again in str(stopped) else f"{stopped}. To go on: {again}"
+        if stopped.signal.name == "SIGUSR1":
+            said += signals.requeue()
+        raise signals.Interrupted(stopped.signal, said) from None
+
+
+def train_in(folder: Path, config: DictConfig, again: str, *, main_process: bool) -> None:
+    """Prepare the data, build the stage, train, leave the weights in the run folder."""
+    import torch
+    from lightning.pytorch import seed_everything
+
+    from ldm.device import choose_device
+    from ldm.durable import clear_partials
+    from ldm.run import RUN_FILE, Run
+    from ldm.training.fitting import Fit, Plan, make_budget
+    from ldm.training.loggers import make_loggers
+    from ldm.training.manifest import find_checkpoint
+    from ldm.training.precision import choose_precision
+    from ldm.training.room import require_room
+    from ldm.training.summary import describe_device, print_table, time_expected
+    from ldm.training.throughput import measure_speed, peak_memory_gb
+
+    started = time.perf_counter()
+    kind = HydraConfig.get().runtime.choices["stage"]
+    resumed = find_checkpoint(folder, config.resume, stage=kind, quiet=not main_process)
     options: dict[str, Any] = OmegaConf.to_container(config.trainer)  # type: ignore[assignment]
-    for own in ("max_time", "ema_decay", "compile", "num_workers", "checkpoint_every_s"):
-        options.pop(own)
+    make_budget(options, config.optimizer.warmup_steps, config.optimizer.decay)  # none, or unreadable: refused now
     check_accelerator(options["accelerator"])
     build_stage = instantiate(config.stage.build)
     build_stage.func.check(config.data.resolution, **build_stage.keywords, init_from=config.init_from)
@@ -75,25 +95,32 @@ def train(config: DictConfig) -> None:
             f"There are {len(images.train_indices)} training images, fewer than batch_size={config.batch_size}. "
             f"Choose batch_size={len(images.train_indices)} or less, or add images."
         )
-    micro_batch, rest = divmod(config.batch_size, config.trainer.accumulate_grad_batches)
-    if rest:
+    if config.batch_size % config.trainer.accumulate_grad_batches:
         raise UserError(
             f"batch_size={config.batch_size} must be a multiple of "
             f"trainer.accumulate_grad_batches={config.trainer.accumulate_grad_batches}, the parts of a step."
         )
     torch.set_flush_denormal(True)  # the first steps' tiny gradients more than halve a CPU's speed otherwise
-    seed_everything(config.seed, verbose=False)
-    known = Run.open(folder).facts if resumed and (folder / RUN_FILE).is_file() else {}
+    source = resumed.path.parent.parent if resumed is not None else folder
+    known = Run.open(source).facts if resumed is not None and (source / RUN_FILE).is_file() else {}
     precision = known.get("precision") or choose_precision(options["precision"], options["accelerator"])
-    stage = build_stage(
-        images=images,
-        flip=config.data.flip,
-        cache_dir=config.data.cache_dir,
-        seed=config.seed,
-        folder=folder,
-        device=choose_device("cpu" if options["accelerator"] == "cpu" else "auto"),
-        init_from=config.init_from,
-    )
+
+    def make_stage() -> Any:
+        seed_everything(config.seed, verbose=False)
+        stage = build_stage(
+            images=images,
+            flip=config.data.flip,
+            cache_dir=config.data.cache_dir,
+            seed=config.seed,
+            folder=folder,
+            device=choose_device("cpu" if options["accelerator"] == "cpu" else "auto"),
+            init_from=config.init_from,
+        )
+        if config.trainer.compile:
+            stage.compile()
+        return stage
+
+    stage = make_stage()
     facts = {
         "stage": stage.kind,
         "name": folder.name,
@@ -106,26 +133,36 @@ def train(config: DictConfig) -> None:
         **stage.facts(),
     }
     check_resumed(known, facts)
-    if config.overwrite and not resumed and main_process:
-        shutil.rmtree(folder, ignore_errors=True)
+    if main_process:
+        if config.overwrite and (resumed is None or source.resolve() != folder.resolve()):
+            shutil.rmtree(folder, ignore_errors=True)
+        for place in (folder, folder / "images"):
+            clear_partials(place)
+        if stage.trains:
+            require_room(folder, stage.module, options["keep_last"])
     run = Run.create(folder, config, facts)
-    if config.trainer.compile:
-        stage.compile()
-    stage.module.log_every, stage.module.progress = options["log_every_n_steps"], budget.progress
-    loggers = make_loggers(config.logger, run, resume=resumed is not None, main_process=main_process)
-    ema = EMACallback(config.trainer.ema_decay)
-    bar = ProgressBar(budget, config.batch_size, options["log_every_n_steps"], f"stage {stage.kind}")
-    try:
-        trainer = Trainer(
-            **{key: value for key, value in options.items() if key != "_target_"} | {"precision": precision},
-            max_epochs=-1,  # steps and time are the budget
-            callbacks=[budget, ema, bar, LastCheckpoint(folder, config.trainer.checkpoint_every_s)],
-            logger=loggers.lightning,
-            default_root_dir=folder,
-        )
-    except MisconfigurationException as error:
-        raise UserError(f"{' '.join(str(error).split())} Choose trainer=cpu or trainer=auto.") from error
-    step, budget.spent_s = progress_of(resumed)
+    loggers = make_loggers(
+        config.logger,
+        run,
+        resume=bool(config.resume),
+        last_row=resumed.last_row if resumed is not None else -1,
+        main_process=main_process,
+    )
+    plan = Plan(
+        stage=stage,
+        folder=folder,
+        options=options,
+        warmup_steps=config.optimizer.warmup_steps,
+        decay=config.optimizer.decay,
+        batch_size=config.batch_size,
+        val_images=config.val_images,
+        seed=config.seed,
+        precision=precision,
+        loggers=loggers.lightning,
+        again=again,
+    )
+    fit = Fit(plan, resumed)
+    trainer, budget = fit.trainer, fit.budget
     rows = [
         ("data", f"{images.name}: {len(images.train_indices)} train, {len(images.val_indices)} validation"),
         ("size", f"{images.resolution} x {images.resolution} px, {images.num_bytes / 1e6:.0f} MB"),
@@ -135,30 +172,20 @@ def train(config: DictConfig) -> None:
         ("precision", f"{precision}"),
     ]
     if stage.trains:
-        expected = time_expected(trainer, stage, budget, micro_batch // trainer.world_size or 1, step)
-        bar.speed = measure_speed(trainer, stage)
+        expected = time_expected(trainer, stage, budget, plan.micro_batch // trainer.world_size or 1, fit.step)
+        fit.bar.speed = measure_speed(trainer, stage)
         rows += [("budget", f"{budget}, batches of {config.batch_size}"), ("time expected", expected)]
     rows.append(("folder", str(folder)))
     if trainer.is_global_zero:
-        print_table(f"stage {stage.kind}" + (f", resumed from {resumed}" if resumed else ""), rows)
+        print_table(f"stage {stage.kind}" + (f", resumed from {resumed.path}" if resumed else ""), rows)
 
-    fit_batches = train_loader(
-        stage.fetch,
-        images.train_indices,
-        batch_size=micro_batch,
-        seed=config.seed,
-        start=step * options["accumulate_grad_batches"],
-        rank=trainer.global_rank,
-        num_ranks=trainer.world_size,
-        num_workers=config.trainer.num_workers,
-    )
-    val_batches = val_loader(stage.fetch, images.val_indices[: config.val_images], batch_size=micro_batch)
     if stage.trains:
-        fit(trainer, stage, ema, fit_batches, val_batches, resumed)
+        fit = fit.to_the_end(make_stage)
+        stage, trainer, budget = fit.plan.stage, fit.trainer, fit.budget
     if not trainer.is_global_zero:
         return
-    if ema.ema is not None:
-        ema.ema.copy_to_module()
+    if fit.ema.ema is not None:
+        fit.ema.ema.copy_to_module()
     stage.module.to(trainer.strategy.root_device)  # Lightning left it on the CPU
     outcome = stage.finish(run)
     duration_s = time.perf_counter() - started
@@ -168,6 +195,8 @@ def train(config: DictConfig) -> None:
         "training_s": round(budget.elapsed_s, 1),
         "peak_memory_gb": peak_memory_gb(),
     }
+    if fit.guard is not None and fit.guard.skipped_steps:
+        figures["skipped_steps"] = fit.guard.skipped_steps
     run.update(finished=time.time(), duration_s=round(duration_s, 1), figures=figures, next=outcome.next_command)
     loggers.conclude(run, figures, outcome.pictures)
     shown = [(key, f"{value:.4g}" if isinstance(value, float) else str(value)) for key, value in figures.items()]
@@ -176,35 +205,31 @@ def train(config: DictConfig) -> None:
     print(f"next: {outcome.next_command}")
 
 
-def fit(trainer: Any, stage: Any, ema: Any, fit_batches: Any, val_batches: Any, resumed: str | None) -> None:
-    """Train to the end of the budget, and validate there once.
-
-    Raises:
-        SystemExit: SIGTERM, with its code.
-        KeyboardInterrupt: Ctrl-C.
-    """
-    from lightning.pytorch.utilities.exceptions import SIGTERMException
-
-    with warnings.catch_warnings():
-        # ours is an endless loader over memory-mapped arrays: workers and epochs do not apply to it
-        warnings.filterwarnings("ignore", ".*does not have many workers.*")
-        warnings.filterwarnings("ignore", ".*LeafSpec.*")
-        try:
-            trainer.fit(stage.module, fit_batches, val_batches, ckpt_path=resumed, weights_only=True)
-            if ema.validated_at != trainer.global_step:
-                trainer.validate(stage.module, val_batches, verbose=False)
-        except SystemExit as stopped:  # how Lightning passes on SIGTERM, with exit code 0, and Ctrl-C
-            if isinstance(stopped, SIGTERMException):
-                raise SystemExit(128 + signal.SIGTERM) from stopped
-            raise KeyboardInterrupt from stopped
+def command_to_continue(config: DictConfig, folder: Path) -> str:
+    """The command line that goes on with a run: the one that it was started with, its name, and resume=true."""
+    kept = []
+    for override in HydraConfig.get().overrides.task:
+        key = override.partition("=")[0]
+        if key.lstrip("+") in ("name", "resume", "overwrite", "runs_dir"):
+            continue
+        # free text was quoted for Hydra; the user types it as it is
+        value = OmegaConf.select(config, key.lstrip("+")) if key.lstrip("+") in command.FREE_TEXT else None
+        kept.append(f"{key}={value}" if isinstance(value, str) else override)
+    if (runs := str(folder.parent.parent)) != "runs":
+        kept.append(f"runs_dir={runs}")
+    return shlex.join(["python", "-m", "ldm.train", *kept, f"name={folder.name}", "resume=true"])
 
 
 def run_folder(config: DictConfig, *, main_process: bool) -> Path:
     """runs_dir/<stage>/<name>. Processes that Lightning starts find the name of the first in the environment.
 
+    Without a name, resume=<checkpoint> goes on in the run that it lies in; with another name it begins a run there.
+
     Raises:
         UserError: the folder is in use by another run and neither resume nor overwrite was asked for.
     """
+    from ldm.training.manifest import run_of
+
     choices = HydraConfig.get().runtime.choices
     stage = choices["stage"]
     part = choices["autoencoder" if stage == "vae" else "network"]
@@ -217,7 +242,16 @@ def run_folder(config: DictConfig, *, main_process: bool) -> Path:
     if "/" in name or "\\" in name or name in (".", ".."):
         raise UserError(f"name={name} must be a plain folder name. Choose another place with runs_dir=.")
     folder = Path(config.runs_dir).expanduser() / stage / name
-    if main_process and (folder / "run.json").exists() and not (config.resume or config.overwrite):
+    exists = (folder / "run.json").exists()
+    if exists and config.name is not None and int(os.environ.get("SLURM_RESTART_COUNT") or 0):
+        config.resume = config.resume or True  # the same job, put into the queue again
+    continues = config.resume
+    if config.resume not in (None, False, True, "true"):
+        source = run_of(Path(str(config.resume)).expanduser())
+        if config.name is None:
+            return source
+        continues = source.resolve() == folder.resolve()
+    if main_process and exists and not (continues or config.overwrite):
         raise UserError(
             f"{folder} exists already. Choose another name=, continue it with resume=true, or start it anew "
             "with overwrite=true."

@@ -4,9 +4,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ldm.data.order import StepBatches
+from ldm.signals import leave_to_parent
 
 
 class Batches(Dataset):
@@ -36,12 +38,13 @@ def train_loader(
     batch_size: int,
     seed: int,
     start: int = 0,
+    accumulate: int = 1,
     rank: int = 0,
     num_ranks: int = 1,
     num_workers: int = 0,
 ) -> DataLoader:
-    """Endless batches of `batch_size` over all ranks, from batch `start` on."""
-    order = StepBatches(len(indices), batch_size, seed, start, rank, num_ranks)
+    """One rank's micro-batches of endless optimizer steps of `batch_size` samples, from step `start` on."""
+    order = StepBatches(len(indices), batch_size, seed, start, accumulate, rank, num_ranks)
     return DataLoader(
         Batches(fetch, indices),
         batch_sampler=order,
@@ -49,9 +52,13 @@ def train_loader(
         num_workers=num_workers,
         pin_memory=False,
         persistent_workers=num_workers > 0,
+        worker_init_fn=leave_to_parent,
+        generator=torch.Generator(),  # iterating draws from it, and not from the generator that training draws from
     )
 
 
 def val_loader(fetch: Callable[[np.ndarray], Any], indices: np.ndarray, *, batch_size: int) -> DataLoader:
     """All of `indices` once, in order."""
-    return DataLoader(Batches(fetch, indices), batch_size=batch_size, shuffle=False, collate_fn=_whole)
+    return DataLoader(
+        Batches(fetch, indices), batch_size=batch_size, shuffle=False, collate_fn=_whole, generator=torch.Generator()
+    )

@@ -72,7 +72,7 @@ def train(trainings: Sequence[Training], folder: Path) -> None:
         if found == KEPT:
             continue
         write(folder, trainings=known_trainings(folder) | {training.name: training.overrides})
-        checkpoint = (place / "checkpoints" / "last.ckpt").is_file()
+        checkpoint = any((place / "checkpoints").glob("step-*.json"))
         again = found == CONTINUED
         command = [*training.arguments(folder), *(["resume=true" if checkpoint else "overwrite=true"] if again else [])]
         try:

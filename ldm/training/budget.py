@@ -5,10 +5,10 @@ import time
 from datetime import timedelta
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ldm.errors import UserError
+from ldm.training.agreement import Agreement
 
 
 def parse_duration(text: str | None) -> float | None:
@@ -31,6 +31,8 @@ class Budget(Callback):
 
     lr(k) = peak * min(1, (k + 1) / warmup_steps) * decay(progress), progress = the larger of both budgets' spent
     shares; decay is `linear` (1 - p), `cosine` ((1 + cos pi p) / 2) or `constant`.
+
+    Whether the time is over is one of the questions of `agreement`, which is decided here after every step.
     """
 
     DECAYS = {
@@ -54,6 +56,8 @@ class Budget(Callback):
         self.warmup_steps, self.decay = warmup_steps, self.DECAYS[decay]
         self.spent_s, self._started = 0.0, 0.0
         self._peaks: list[list[float]] = []
+        self.agreement = Agreement()
+        self.agreement.ask("time_over", self._is_time_over)
 
     def __str__(self) -> str:
         steps = [f"{self.max_steps} steps"] if self.max_steps > 0 else []
@@ -99,10 +103,11 @@ class Budget(Callback):
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # never amid an accumulated step: its gradients would be lost, and a resumed run out of phase
-        if self.max_time_s is not None and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            stop = torch.tensor(self.elapsed_s >= self.max_time_s)
-            if trainer.strategy.reduce_boolean_decision(bool(stop), all=False):
-                trainer.should_stop = True
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and self.agreement.decide(trainer)["time_over"]:
+            trainer.should_stop = True
+
+    def _is_time_over(self) -> bool:
+        return self.max_time_s is not None and self.elapsed_s >= self.max_time_s
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         self.spent_s, self._started = self.elapsed_s, 0.0  # what follows is no training
@@ -111,4 +116,4 @@ class Budget(Callback):
         return {"spent_s": self.elapsed_s}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.spent_s = state_dict["spent_s"]
+        self.spent_s = max(self.spent_s, state_dict["spent_s"])  # a roll-back takes back steps, no time

@@ -1,78 +1,373 @@
-"""The checkpoint for resuming, read with weights_only=True."""
+"""Checkpoints for resuming: saved whole between optimizer steps, the last ones and the best one kept."""
 
+import hashlib
+import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from ldm import signals
+from ldm.durable import clear_partials, durable_file
 from ldm.errors import UserError
+from ldm.training.budget import Budget
+from ldm.training.manifest import FOLDER, Manifest, Why, manifests
+from ldm.training.random_state import random_state, restore_random_state
+
+NOT_BEGUN = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
 
 
-class LastCheckpoint(Checkpoint):
-    """Saves checkpoints/last.ckpt every `every_s` seconds, between optimizer steps, and when training ends or is ended.
+class StopTraining(Exception):
+    """A signal asks to stop, and the step is finished: what is saved now can be continued."""
 
-    Lightning's ModelCheckpoint with a time interval saves neither at the end nor at Ctrl-C or SIGTERM.
+    def __init__(self, signal: int) -> None:
+        self.signal = signal
+        super().__init__(f"stopped by signal {signal}")
+
+
+class HashedWriter:
+    """A file to write to that knows the SHA-256 and the size of what it was given, and why writing failed."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb", buffering=1 << 20)
+        self._digest, self.bytes = hashlib.sha256(), 0
+        self.failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            self._file.write(data)
+        except OSError as error:  # torch reports it as an error of its own, without the reason
+            self.failure = error
+            raise
+        self._digest.update(data)
+        size = memoryview(data).nbytes
+        self.bytes += size
+        return size
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint whole, straight into its folder. Lightning's own makes a second copy in memory, moves it from
+    the folder for temporary files, where a reader can see half of it, and syncs nothing.
+
+    Nothing is raised where the disk refuses: the other ranks wait for this one. `failure` says so instead.
     """
 
-    def __init__(self, folder: Path, every_s: float) -> None:
-        self.path, self.every_s = folder / "checkpoints" / "last.ckpt", every_s
-        self._saved_at = 0.0
-        self._between_steps = False
+    def __init__(self) -> None:
+        self.failure: OSError | None = None
+        self.sha256, self.bytes = "", 0
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        self.failure = None
+        try:
+            with durable_file(Path(path)) as partial:
+                self._write(checkpoint, partial)
+        except OSError as error:
+            self.failure = error
+
+    def _write(self, checkpoint: dict[str, Any], partial: Path) -> None:
+        file = HashedWriter(partial)
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:
+            if file.failure is not None:
+                raise file.failure from error
+            raise
+        finally:
+            file.close()
+        self.sha256, self.bytes = file.sha256, file.bytes
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+class Checkpoints(Checkpoint):
+    """Saves between optimizer steps: every `every_s` seconds, where validation improves, at the end, and at a signal.
+
+    Keeps the last `keep_last` and the best by the monitored figure. A save that fails while training leaves those
+    before it and is tried again later. What is stopped amid a validation begins it anew.
+
+    Args:
+        folder: The run folder.
+        budget: Its seconds are noted; what ranks decide together goes through its `agreement`.
+        resumed: What training continues from; what that run saved afterwards is deleted once this one saves.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        budget: Budget,
+        every_s: float,
+        *,
+        keep_last: int = 2,
+        stage: str = "",
+        monitored: str = "val/loss",
+        resumed: Manifest | None = None,
+    ) -> None:
+        if keep_last < 1:
+            raise UserError(f"trainer.keep_last={keep_last} must be 1 or more.")
+        self.folder, self.budget, self.every_s = folder / FOLDER, budget, every_s
+        self.keep_last, self.stage, self.monitored, self.resumed = keep_last, stage, monitored, resumed
+        self.saved: Manifest | None = None
+        """The newest that this training saved."""
+        self.withheld: Callable[[], bool] = lambda: False
+        """Whether the weights of this moment are none to go back to; they are saved at the end and at a signal only."""
+        self._io = WholeCheckpointIO()
+        self._own: set[Path] = set()
+        self._training = self._between_steps = self._before_step = self._validating = False
+        self._improved = self._told = False
+        self._saved_at, self._stop = 0.0, 0
+        self._random: dict[str, Any] | None = None
+        self._restored: list[dict[str, Any]] | None = None
+        budget.agreement.ask("save", self._is_due)
+        budget.agreement.ask("signal", lambda: signals.pending() or 0)
+        budget.agreement.ask("improved", lambda: self._improved)
+
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        trainer.strategy.checkpoint_io = self._io
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self._saved_at = time.monotonic()
+        if trainer.is_global_zero:
+            clear_partials(self.folder)
+        self._saved_at, self._training = time.monotonic(), True
+        signals.hold()
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Before a step, when the last one is over: a module's own hooks come after a callback's."""
+        if self._restored is not None:  # not before: what Lightning sets up may draw from the global generators
+            states = self._restored
+            restore_random_state(states[trainer.global_rank % len(states)], trainer.strategy.root_device)
+            self._restored = None
+        if batch_idx % trainer.accumulate_grad_batches:
+            return  # gradients of a half-accumulated step are in no checkpoint
+        answers = self.budget.agreement.answers
+        # alone, a signal of this very moment counts too
+        stop = answers.get("signal", 0) if trainer.world_size > 1 else signals.pending()
+        self._before_step = True
+        if stop:
+            raise StopTraining(stop)
+        if answers.get("save") and self._needs_saving(trainer):
+            self._save(trainer, "interval")
+        self._before_step = False
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._between_steps = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if not self._between_steps:
-            return  # gradients of a half-accumulated step are in no checkpoint
-        if trainer.strategy.reduce_boolean_decision(time.monotonic() - self._saved_at >= self.every_s, all=False):
-            self._save(trainer)
+        self._stop = self.budget.agreement.answers.get("signal", 0)
+
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+        signals.hold()  # Lightning has put its own handlers in our place where validation was asked for alone
+        self._validating = True
+        self._random = random_state(trainer.strategy.root_device)
+        self._stop_in_validation()
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if not self._stop:
+            self._stop = self.budget.agreement.decide(trainer)["signal"]
+        self._stop_in_validation()
+
+    def _stop_in_validation(self) -> None:
+        if self._stop and (self._between_steps or not self._training):
+            raise StopTraining(self._stop)
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if self._random is not None:  # training draws on as if there had been no validation
+            restore_random_state(self._random, trainer.strategy.root_device)
+        self._validating, self._random = False, None
+        if not (self._training and self._between_steps):
+            return
+        figure = self._figure(trainer)
+        better = figure is not None and figure < self._best_so_far()
+        self._improved = trainer.is_global_zero and better and not self.withheld()
+        answers = self.budget.agreement.decide(trainer)
+        self._improved = False
+        if answers["improved"]:
+            self._save(trainer, "validation", figure, best=True)
+        elif answers["save"]:
+            self._save(trainer, "interval", figure)
+        if answers["signal"]:
+            raise StopTraining(answers["signal"])
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self._save(trainer)
+        if self._needs_saving(trainer):
+            self._save(trainer, "end")
+        self._training = False
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        alone = isinstance(exception, KeyboardInterrupt) and trainer.world_size == 1
-        if self._between_steps and (alone or isinstance(exception, SIGTERMException)):
-            self._save(trainer)
+        if isinstance(exception, StopTraining) and self._training and self._needs_saving(trainer):
+            self._save(trainer, "signal")
+        self._training = False
 
-    def _save(self, trainer: Trainer) -> None:
-        # beside and renamed: a full disk or a kill leaves the last one whole
-        partial = self.path.with_name("last.partial")
-        try:
-            trainer.save_checkpoint(partial, weights_only=False)
-            if trainer.is_global_zero:
-                partial.replace(self.path)
-        finally:
-            if trainer.is_global_zero:
-                partial.unlink(missing_ok=True)
+    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        own = self._random if self._validating else random_state(trainer.strategy.root_device)
+        every: list[Any] = [own] * trainer.world_size
+        if trainer.world_size > 1:
+            dist.all_gather_object(every, own)
+        checkpoint["random"] = every
+        loops = checkpoint["loops"]["fit_loop"]
+        if self._validating:  # to be begun anew: Lightning would validate on the batches that were left
+            val = loops["epoch_loop.val_loop.batch_progress"]
+            val.update(total=dict(NOT_BEGUN), current=dict(NOT_BEGUN), is_last_batch=False)
+        elif self._before_step:  # as at the end of the last batch: Lightning has counted the next one already
+            batches = loops["epoch_loop.batch_progress"]
+            for count in (batches["total"], batches["current"]):
+                count["ready"] = count["completed"]
+            if trainer.enable_validation and batches["total"]["ready"] % trainer.val_check_batch == 0:
+                loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1  # counted where validation is skipped
+
+    def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._restored = checkpoint.get("random")
+
+    def _is_due(self) -> bool:
+        return time.monotonic() - self._saved_at >= self.every_s and not self.withheld()
+
+    def _needs_saving(self, trainer: Trainer) -> bool:
+        last = self.saved or self.resumed
+        return last is None or last.step != trainer.global_step or last.path.parent.resolve() != self.folder.resolve()
+
+    def _figure(self, trainer: Trainer) -> float | None:
+        figure = float(trainer.callback_metrics.get(self.monitored, float("nan")))
+        return figure if abs(figure) < float("inf") else None
+
+    def _best_so_far(self) -> float:
+        known = [manifest.figure for manifest in self.branch() if manifest.figure is not None]
+        return min(known, default=float("inf"))
+
+    def branch(self) -> list[Manifest]:
+        """What this run saved and what it continues, not what was saved after the point that it went back to."""
+        last = self.resumed.sequence if self.resumed is not None else -1
+        return [found for found in manifests(self.folder) if found.path in self._own or found.sequence <= last]
+
+    def _save(self, trainer: Trainer, why: Why, figure: float | None = None, *, best: bool = False) -> None:
+        """On every rank: the strategy gathers the state, the first rank writes it.
+
+        Raises:
+            UserError: training ends here, and the disk does not take it.
+        """
+        began, step = time.perf_counter(), trainer.global_step
+        for logger in trainer.loggers:
+            logger.save()  # the rows up to here are never logged again
+        path = self._free_name(step)
+        trainer.save_checkpoint(path, weights_only=False)
         self._saved_at = time.monotonic()
+        failure: OSError | None = None
+        if trainer.is_global_zero:
+            failure = self._record(path, began, step, why, figure, best)
+        if why in ("end", "signal") and trainer.strategy.reduce_boolean_decision(failure is not None, all=False):
+            raise self._refused(failure)
+        if failure is not None:
+            self._tell(failure)
+        elif trainer.is_global_zero and self.saved is not None:
+            self._own.add(path)
+            self._told = False
+            _forgive(self._prune)
+            figures = {"checkpoint/size_mb": self.saved.bytes / 1e6, "checkpoint/save_s": self.saved.save_s}
+            for logger in trainer.loggers:
+                logger.log_metrics(figures, step - 1)
 
+    def _free_name(self, step: int) -> Path:
+        # never over another: checkpoint and manifest cannot be replaced as one
+        names = [f"step-{step:08d}"] + [f"step-{step:08d}-{i}" for i in range(1, 100)]
+        paths = (self.folder / f"{name}.ckpt" for name in names)
+        return next(path for path in paths if not path.exists() and not path.with_suffix(".json").exists())
 
-def find_checkpoint(folder: Path, resume: bool | str | None) -> str | None:
-    """The checkpoint to continue from: of this run with resume=true, or the named file; None to start anew.
-
-    Raises:
-        UserError: there is none.
-    """
-    if not resume:
+    def _record(
+        self, path: Path, began: float, step: int, why: Why, figure: float | None, best: bool
+    ) -> OSError | None:
+        if self._io.failure is not None:
+            return self._io.failure
+        manifest = Manifest(
+            path=path,
+            stage=self.stage,
+            step=step,
+            trained_s=self.budget.elapsed_s,
+            sequence=1 + max((known.sequence for known in manifests(self.folder)), default=0),
+            sha256=self._io.sha256,
+            bytes=self._io.bytes,
+            saved=time.time(),
+            save_s=round(time.perf_counter() - began, 4),
+            why=why,
+            monitored=self.monitored,
+            figure=figure,
+            best=best,
+        )
+        try:
+            manifest.write()
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            return error
+        self.saved = manifest
         return None
-    path = folder / "checkpoints" / "last.ckpt" if resume in (True, "true") else Path(str(resume)).expanduser()
-    if not path.is_file():
-        raise UserError(f"resume={resume}: there is no checkpoint {path}. Start anew without resume=.")
-    return str(path)
+
+    def _refused(self, failure: OSError | None) -> UserError:
+        return UserError(
+            f"The last checkpoint cannot be saved in {self.folder}{_reason(failure)}; {self._kept()}. Make room, then "
+            "go on with the same command and resume=true."
+        )
+
+    def _tell(self, failure: OSError) -> None:
+        if not self._told:
+            self._told = True
+            print(
+                f"warning: a checkpoint cannot be saved in {self.folder}{_reason(failure)}; {self._kept()}. Training "
+                f"goes on, and tries again every {self.every_s:g} s.",
+                flush=True,
+            )
+
+    def _kept(self) -> str:
+        last = self.saved or self.resumed
+        return f"{last.path} is kept" if last is not None else "nothing was saved before"
+
+    def _prune(self) -> None:
+        """Delete all but the last ones and the best one of this run."""
+        branch = self.branch()
+        best = min((found for found in branch if found.figure is not None), key=_by_figure, default=None)
+        kept = {found.path for found in [*branch[: self.keep_last], *([best] if best is not None else [])]}
+        for found in manifests(self.folder):
+            if found.path not in kept:
+                found.remove()
+        for path in self.folder.glob("step-*.ckpt"):
+            if not path.with_suffix(".json").exists():
+                path.unlink()  # a kill came between the checkpoint and its manifest
 
 
-def progress_of(checkpoint: str | None) -> tuple[int, float]:
-    """Optimizer steps and seconds of training in a checkpoint."""
-    if checkpoint is None:
-        return 0, 0.0
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    return int(state["global_step"]), float(state["callbacks"].get("Budget", {}).get("spent_s", 0.0))
+def _reason(failure: OSError | None) -> str:
+    if failure is None:  # another rank's
+        return ""
+    return f" ({os.strerror(failure.errno) if failure.errno else failure})"
+
+
+def _by_figure(manifest: Manifest) -> tuple[float, int]:
+    assert manifest.figure is not None
+    return manifest.figure, manifest.sequence
+
+
+def _forgive(delete: Callable[[], None]) -> None:
+    try:
+        delete()
+    except OSError as error:
+        print(f"warning: an old checkpoint cannot be deleted ({error}). Training goes on.", flush=True)

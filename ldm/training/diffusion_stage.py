@@ -15,6 +15,7 @@ from ldm.data.images import ImageData
 from ldm.diffusion.loss import check_objective
 from ldm.diffusion.sampler import SamplerLike
 from ldm.diffusion.schedule import NoiseSchedule
+from ldm.durable import durable_folder
 from ldm.errors import UserError
 from ldm.networks.conditioning import ClassCondition, Condition, Conditioning, NoCondition, TextCondition
 from ldm.pictures import grid
@@ -197,7 +198,8 @@ class DiffusionStage(Stage):
 
     def finish(self, run: Run) -> Outcome:
         self.pipeline.network.eval().float()
-        self.pipeline.save(run.path / "pipeline")
+        with durable_folder(run.path / "pipeline") as partial:
+            self.pipeline.save(partial)
         images, captions = self.module.draw()
         path = run.images / "samples_final.png"
         grid(images, captions if any(captions) else None, columns=4).save(path)

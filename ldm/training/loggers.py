@@ -1,19 +1,23 @@
 """CSV always, W&B unless told otherwise."""
 
-import warnings
+import csv
+import io
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import Logger
 from PIL import Image
 
 from ldm.data.latents import LatentContract, latents_folder
+from ldm.durable import write_text
 from ldm.lineage import inputs, outputs
 from ldm.run import Run
 from ldm.tracking import OPTIONS, WandbRun
 from ldm.training.callbacks import WandbLogger
+from ldm.training.room import forgiving
 
 
 @dataclass
@@ -42,30 +46,112 @@ class Loggers:
         self.wandb.finish()
 
 
-def _csv_logger(folder: Path, resume: bool) -> Logger:
-    """metrics.csv in the run folder; a resumed run goes on in it, where Lightning alone would delete it."""
-    metrics = folder / "metrics.csv"
-    known = metrics.read_text(encoding="utf-8") if resume and metrics.is_file() else None
-    logger = CSVLogger(folder.parent, name=folder.name, version="")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*exists and is not empty.*")
-        writer = logger.experiment
-    if known:
-        metrics.write_text(known, encoding="utf-8")
-        writer.metrics_keys = known.splitlines()[0].split(",")
-    return logger
+class CsvLogger(Logger):
+    """metrics.csv: a row of what is logged together, in columns by name. A disk that refuses it ends nothing.
+
+    Args:
+        resume: The rows that are there are kept; otherwise they are deleted.
+    """
+
+    ROWS_AT_A_TIME = 100
+
+    def __init__(self, file: Path, *, resume: bool) -> None:
+        super().__init__()
+        self.file = file
+        self._rows: list[dict[str, Any]] = []
+        self._columns: list[str] = []
+        if not resume:
+            file.unlink(missing_ok=True)
+        elif file.is_file():
+            self._columns, _ = _read(file)
+
+    def name(self) -> str:
+        return "csv"
+
+    def version(self) -> str:
+        return ""
+
+    def go_back(self, last: int) -> None:
+        """Forget the rows of steps after `last`: training goes on from there, and they will come again."""
+        self._rows = [row for row in self._rows if row["step"] <= last]
+        if self.file.is_file():
+            with forgiving(self.file):
+                _, rows = _read(self.file)
+                kept = [row for row in rows if row["step"].isdigit() and int(row["step"]) <= last]
+                write_text(self.file, _as_csv(self._columns, kept, header=True))
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """The config is in config.yaml."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self._rows.append({**metrics, "step": step or 0})
+        if len(self._rows) >= self.ROWS_AT_A_TIME:
+            self.save()
+
+    def save(self) -> None:
+        if not self._rows:
+            return
+        with forgiving(self.file):
+            if set().union(*self._rows) <= set(self._columns) and self.file.is_file():
+                self._append()
+            else:
+                self._rewrite()
+            self._rows = []
+
+    def _append(self) -> None:
+        size = self.file.stat().st_size
+        try:
+            with self.file.open("a", encoding="utf-8", newline="") as file:
+                file.write(_as_csv(self._columns, self._rows))
+        except OSError:
+            os.truncate(self.file, size)
+            raise
+
+    def _rewrite(self) -> None:
+        """Whole, with the columns that are new."""
+        columns, rows = _read(self.file) if self.file.is_file() else ([], [])
+        columns = sorted(set(columns).union(*self._rows))
+        write_text(self.file, _as_csv(columns, [*rows, *self._rows], header=True))
+        self._columns = columns
+
+    def finalize(self, status: str) -> None:
+        self.save()
 
 
-def make_loggers(options: Mapping[str, Any], run: Run, *, resume: bool, main_process: bool = True) -> Loggers:
-    """Loggers for a run folder, from the config group `logger`; none in the other processes of a distributed run."""
+def _read(file: Path) -> tuple[list[str], list[dict[str, Any]]]:
+    with file.open(encoding="utf-8", newline="") as lines:
+        reader = csv.DictReader(lines, restval="")
+        return list(reader.fieldnames or ["step"]), list(reader)
+
+
+def _as_csv(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], *, header: bool = False) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def make_loggers(
+    options: Mapping[str, Any], run: Run, *, resume: bool, last_row: int | None = None, main_process: bool = True
+) -> Loggers:
+    """Loggers for a run folder, from the config group `logger`; none in the other processes of a distributed run.
+
+    Args:
+        resume: The run is continued, not begun.
+        last_row: The step up to which the rows in metrics.csv are kept; None keeps all.
+    """
     if not main_process:
         return Loggers([])
-    csv = _csv_logger(run.path, resume)
+    table = CsvLogger(run.path / "metrics.csv", resume=resume)
+    if resume and last_row is not None:
+        table.go_back(last_row)
     if not options["wandb"]:
-        return Loggers([csv])
+        return Loggers([table])
     name = run.facts["name"]
     chosen = {key: options[key] for key in OPTIONS} | {"group": options["group"] or name}
     tracker = WandbRun(
         run.path, {**run.config(), "run": run.facts}, name=f"{run.stage}/{name}", resume=resume, **chosen
     )
-    return Loggers([csv, WandbLogger(tracker)], tracker, options)
+    return Loggers([table, WandbLogger(tracker)], tracker, options)

@@ -16,6 +16,7 @@ from ldm.autoencoder.point import pin_posterior
 from ldm.autoencoder.pretrained import TrainType, choose_trained
 from ldm.autoencoder.regulariser import Regulariser
 from ldm.data.images import ImageData
+from ldm.durable import durable_folder
 from ldm.errors import UserError
 from ldm.evaluation.metrics import pca_reconstruction, psnr, ssim
 from ldm.pictures import rows, to_pil
@@ -210,7 +211,8 @@ class VAEStage(Stage):
         del latents
         if self.trained == "all":
             self.autoencoder.publish()
-        self.autoencoder.save(run.autoencoder_folder)
+        with durable_folder(run.autoencoder_folder) as partial:
+            self.autoencoder.save(partial)
         contract.save(run.path)
         figures, picture = self._held_out(run)
         return Outcome(

@@ -102,13 +102,13 @@ def test_a_failed_validation_leaves_the_raw_weights(fit, make_module):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_noise_depends_on_the_seed_and_the_batch_alone(fit, make_module, accumulate):
+def test_noise_depends_on_the_seed_and_the_step_alone(fit, make_module, accumulate):
     whole, resumed = make_module(), make_module()
     fit(whole, max_steps=6, accumulate_grad_batches=accumulate)
     noise = [value for _, value in whole.seen]
     assert len(set(noise)) == 6 * accumulate
-    resumed.on_train_start = lambda: setattr(resumed, "_batch_index", 4 * accumulate)
-    fit(resumed, max_steps=2, accumulate_grad_batches=accumulate)
+    resumed.step_offset = 4
+    fit(resumed, max_steps=2, start=4, accumulate_grad_batches=accumulate)
     assert [value for _, value in resumed.seen] == noise[4 * accumulate :]
 
 
@@ -129,7 +129,7 @@ def test_a_resumed_fit_ends_with_the_same_weights(fit, make_module, tmp_path, ac
     fit(part, callbacks("part", 6), max_steps=6, **options)
     found = find_checkpoint(tmp_path / "part", True)
     continued = callbacks("part", 10)
-    trainer = fit(rest, continued, max_steps=10, start=6 * accumulate, ckpt_path=found, **options)
+    trainer = fit(rest, continued, max_steps=10, start=6, ckpt_path=found, **options)
     assert trainer.global_step == 10
     assert part.seen + rest.seen == whole.seen
     assert torch.equal(rest.trained.weight, whole.trained.weight)
@@ -173,7 +173,7 @@ def test_what_is_stopped_can_be_resumed(fit, make_module, tmp_path, monkeypatch,
     last = LastCheckpoint(tmp_path, 3600)
     with pytest.raises(SystemExit):
         fit(part, [Budget(10), EMACallback(0.9), last, Stops(batch, how)], **options)
-    start = {"start": batch, "ckpt_path": str(last.path)}
+    start = {"start": batch // accumulate, "ckpt_path": str(last.path)}
     fit(rest, [Budget(10), EMACallback(0.9), LastCheckpoint(tmp_path, 3600)], **start, **options)
     assert part.seen + rest.seen == whole.seen
     assert torch.equal(rest.trained.weight, whole.trained.weight)

@@ -1,0 +1,116 @@
+"""Signals that end a command: at once, or held back until what was done so far is saved.
+
+SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (sent ahead of a preemption) raise `Interrupted` wherever the command is, so that
+it unwinds through its `finally` blocks. A training holds them and looks between its steps. A second SIGINT ends the
+process where it stands: whatever is on the disk is whole at any moment.
+"""
+
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+HANDLED = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asks to stop; `code` is the exit code that says so: 130 SIGINT, 143 SIGTERM, 138 SIGUSR1."""
+
+    def __init__(self, number: int, message: str = "") -> None:
+        self.signal = signal.Signals(number)
+        super().__init__(message or f"stopped by {self.signal.name}")
+
+    @property
+    def code(self) -> int:
+        return 128 + self.signal
+
+
+@dataclass
+class _Received:
+    first: int | None = None
+    interrupts: int = 0
+    held: bool = False
+
+
+_received = _Received()
+
+
+def _receive(number: int, frame: FrameType | None) -> None:
+    _received.interrupts += number == signal.SIGINT
+    if _received.interrupts > 1:
+        os.write(2, b"stopped at once\n")
+        os._exit(128 + signal.SIGINT)
+    again = _received.first is not None
+    if not again:
+        _received.first = number
+    if _received.held:
+        if number == signal.SIGINT:
+            os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
+    elif not again:  # one that follows must not break the unwinding of the first
+        raise Interrupted(number)
+
+
+def install() -> None:
+    """Our handlers, over whatever a library has put in their place. A signal that the caller ignores stays ignored."""
+    if threading.current_thread() is threading.main_thread():
+        for number in HANDLED:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, _receive)
+
+
+@contextmanager
+def handled() -> Iterator[None]:
+    """Signals end what runs inside, as said above; afterwards they do what they did before."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in HANDLED}
+    _received.first, _received.interrupts, _received.held = None, 0, False
+    install()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
+def hold() -> None:
+    """From now on a signal is noted only: look for it with `pending`."""
+    _received.held = True
+    install()
+
+
+def release() -> None:
+    """From now on a signal raises at once again; one that was noted is still `pending`."""
+    _received.held = False
+
+
+def pending() -> int | None:
+    """The signal that asks to stop, if there is one."""
+    return _received.first
+
+
+def requeue() -> str:
+    """Under SLURM, ask for the job to be started again later; says in words whether that was granted."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if (array := os.environ.get("SLURM_ARRAY_JOB_ID")) is not None:
+        job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    if job is None:
+        return ""
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f". SLURM could not be asked to start job {job} again: {error}"
+    if done.returncode:
+        return f". SLURM does not start job {job} again: {' '.join(done.stderr.split())}"
+    return f". SLURM starts job {job} again"
+
+
+def leave_to_parent(_: int = 0) -> None:
+    """For a worker process: the process that started it decides when to stop, also where both are sent the signal."""
+    for number in HANDLED:
+        signal.signal(number, signal.SIG_IGN)

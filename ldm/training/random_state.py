@@ -1,0 +1,33 @@
+"""The state of the global random generators, as tensors and plain numbers that a checkpoint holds."""
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """State of torch's generators (the CPU's, and the device's where it is CUDA), numpy's and Python's."""
+    version, keys, gauss = random.getstate()
+    name, words, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002
+    assert name == "MT19937"
+    state = {
+        "torch": torch.get_rng_state(),
+        "numpy": [torch.tensor(words.astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "python": [version, torch.tensor(keys), gauss],
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Go on drawing where `state` was taken."""
+    torch.set_rng_state(state["torch"])
+    words, position, has_gauss, cached = state["numpy"]
+    np.random.set_state(("MT19937", words.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys.tolist()), gauss))
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,0 +1,179 @@
+"""A run that was stopped and continued ends as one that never stopped: weights, average, optimizers, schedule, RNG."""
+
+import hashlib
+import os
+import random
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import ldm.train
+from ldm.training.checkpoint import Checkpoints
+from ldm.training.manifest import manifests
+
+DATA = ["data=image_folder", "data.path=pets", "data.resolution=16", "data.val_fraction=0.2", "logger=csv"]
+BUDGET = ["trainer=cpu", "trainer.max_time=null", "trainer.max_steps=7", "trainer.val_check_interval=3", "batch_size=8"]
+STAGES = {
+    "vae": [
+        "autoencoder.model.block_out_channels=[32]",
+        *("adversarial=hinge", "adversarial.start=3", "adversarial.ramp=2", "adversarial.channels=8"),
+        *("adversarial.layers=1", "optimizer.warmup_steps=3", "data.flip=true"),
+    ],
+    "diffusion": [
+        *("vae=identity", "conditioning=none", "network=dit", "network.hidden_dim=32", "network.depth=1"),
+        *("network.head_dim=16", "network.patch_size=4", "objective=vlb", "sampler.steps=2", "data.flip=true"),
+    ],
+}
+
+
+def content_sha256(value) -> str:
+    """SHA-256 of nested dicts and lists of tensors and plain values, whatever the file they came from looks like."""
+    digest = hashlib.sha256()
+
+    def add(part) -> None:
+        if isinstance(part, dict):
+            for key in sorted(part, key=repr):
+                digest.update(f"{key!r}:".encode())
+                add(part[key])
+        elif isinstance(part, list | tuple):
+            digest.update(f"[{len(part)}]".encode())
+            for inner in part:
+                add(inner)
+        elif isinstance(part, torch.Tensor):
+            digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
+            digest.update(part.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        else:
+            digest.update(repr(part).encode())
+
+    add(value)
+    return digest.hexdigest()
+
+
+PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "adversary", "random", "global_step")
+
+
+def state_of(run: Path) -> dict:
+    """Of the run's newest checkpoint, all that training goes on from; seconds are no part of it."""
+    state = torch.load(manifests(run / "checkpoints")[0].path, weights_only=True)
+    return {name: state.get(name) for name in PARTS} | {"ema": state["callbacks"]["EMACallback"]}
+
+
+def state_sha256(run: Path) -> str:
+    return content_sha256(state_of(run))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, make_images) -> Path:
+    folder = tmp_path_factory.mktemp("place")
+    make_images(folder / "pets", 60)
+    return folder
+
+
+@pytest.fixture
+def train(place, call, monkeypatch):
+    """Run a stage for seven steps; returns its folder."""
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("LDM_CACHE", str(place / "cache"))
+
+    def train(stage: str, name: str, *options: str, code: int = 0) -> Path:
+        ended = call(ldm.train.main, f"stage={stage}", f"name={name}", *STAGES[stage], *DATA, *BUDGET, *options)
+        assert ended.code == code, ended
+        assert code == 0 or "python -m ldm.train" in ended.err and f"name={name} resume=true" in ended.err
+        return place / "runs" / stage / name
+
+    return train
+
+
+@pytest.fixture
+def stop(monkeypatch):
+    """stop(hook, step): SIGTERM arrives in that hook of the trainer, at that step, once."""
+
+    def stop(hook: str, step: int) -> None:
+        original = getattr(Checkpoints, hook)
+
+        def arrives(self, trainer, *args, **kwargs):
+            if trainer.global_step == step and not sent:
+                sent.append(step)
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(self, trainer, *args, **kwargs)
+
+        sent: list[int] = []
+        monkeypatch.setattr(Checkpoints, hook, arrives)
+
+    return stop
+
+
+@pytest.fixture(scope="module")
+def never_stopped() -> dict[tuple[str, str], str]:
+    """Of each stage and precision, once."""
+    return {}
+
+
+def check(train, stop, never_stopped, stage: str, precision: str, hook: str, step: int) -> None:
+    options = [f"trainer.precision={precision}"]
+    if (stage, precision) not in never_stopped:
+        never_stopped[stage, precision] = state_sha256(train(stage, f"whole-{precision}", *options))
+    name = f"{precision}-{hook}-{step}"
+    stop(hook, step)
+    parts = train(stage, name, *options, code=128 + signal.SIGTERM)
+    assert manifests(parts / "checkpoints")[0].step <= step + 1 and not (parts / "autoencoder").exists()
+    train(stage, name, *options, "resume=true")
+    assert manifests(parts / "checkpoints")[0].step == 7
+    assert state_sha256(parts) == never_stopped[stage, precision]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_stopped_in_mid_epoch(train, stop, never_stopped, stage, precision):
+    check(train, stop, never_stopped, stage, precision, "on_train_batch_start", 4)
+
+
+@pytest.mark.parametrize(("hook", "step"), [("on_validation_batch_end", 3), ("on_train_batch_end", 6)])
+def test_stopped_in_validation(train, stop, never_stopped, place, hook, step):
+    """Amid one, and where one is due: it is run after the resume, once, whole, with the same figures."""
+    check(train, stop, never_stopped, "vae", "32-true", hook, step)
+    whole, parts = (place / "runs/vae" / name for name in ("whole-32-true", f"32-true-{hook}-{step}"))
+    assert validations(parts) == validations(whole)
+
+
+def validations(run: Path) -> list[tuple[str, str]]:
+    header, *lines = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
+    rows = [dict(zip(header, line, strict=True)) for line in lines]
+    return [(row["step"], row["val/loss"]) for row in rows if row["val/loss"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", range(7))
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_train_batch_end"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_stopped_at_any_step(train, stop, never_stopped, stage, precision, hook, step):
+    check(train, stop, never_stopped, stage, precision, hook, step)
+
+
+def test_accumulated_batches_and_dropout_go_on(train, stop, monkeypatch):
+    """What draws from the global generators does so as if nothing had happened."""
+    from ldm.training.vae import VAETraining
+
+    drawn: list[tuple[float, float, float]] = []
+    losses = VAETraining.losses
+
+    def noisy(self, images, generator):
+        if not self.trainer.validating:
+            drawn.append((torch.rand(()).item(), random.random(), float(np.random.rand())))  # noqa: NPY002
+        return losses(self, images + 0.01 * (drawn[-1][0] if drawn else 0.0), generator)
+
+    monkeypatch.setattr(VAETraining, "measure_step", lambda *_: 0.1)
+    monkeypatch.setattr(VAETraining, "count_flops", lambda *_: {False: 1.0})
+    monkeypatch.setattr(VAETraining, "losses", noisy)
+    options = ["trainer.precision=32-true", "trainer.accumulate_grad_batches=2"]
+    whole = train("vae", "noisy-whole", *options)
+    expected, drawn = drawn[:], []
+    stop("on_train_batch_start", 4)
+    train("vae", "noisy", *options, code=143)
+    parts = train("vae", "noisy", *options, "resume=true")
+    assert drawn == expected and len({first for first, _, _ in drawn}) == 14
+    assert state_sha256(parts) == state_sha256(whole)
