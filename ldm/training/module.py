@@ -131,5 +131,6 @@ class TrainingModule(LightningModule):
 
 def num_samples(batch: Any) -> int:
     """Samples in a batch: a tensor, or tensors and conditions by name."""
-    tensors = [batch] if isinstance(batch, Tensor) else [value for value in batch.values() if isinstance(value, Tensor)]
-    return len(tensors[0])
+    if isinstance(batch, dict):
+        batch = next(value for value in batch.values() if isinstance(value, Tensor))
+    return len(batch)
