@@ -104,7 +104,7 @@ class Guard(Callback):
         self._unclipped: list[Tensor] = []
         self._carried: dict[str, Any] = {}
         self._pending: Numbers | None = None
-        self._step = 0
+        self._step, self._alone = 0, False
 
     @property
     def offset(self) -> int:
@@ -127,21 +127,26 @@ class Guard(Callback):
         module.guard = self
 
     def on_train_start(self, trainer: Trainer, module: Any) -> None:
-        self._step = trainer.global_step
+        self._step, self._alone = trainer.global_step, trainer.world_size == 1
         clipped = {id(parameter) for parameter in module.trained.parameters()}
         self._unclipped = [p for p in parameters_of(trainer.optimizers[0]) if id(p) not in clipped]
 
     def watch(self, loss: Tensor) -> Tensor:
-        """The loss of a batch, to be minimised. One that is not finite makes the gradient NaN, on all ranks."""
+        """The loss of a batch, to be minimised. One that is not finite makes the gradient NaN, on all ranks.
+
+        Where one host knows all losses at once, `judge` looks at them instead.
+        """
         value = loss.detach()
         self._losses.append(value)
-        return loss * (1 + 0 * value)
+        return loss if self._alone and known_at_once(value) else loss * (1 + 0 * value)
 
     def judge(self, optimizer: Optimizer, norm: Tensor) -> None:
         """Leave the optimizer's step out where its gradient's norm says so: after backward, before the step."""
         for parameter in self._unclipped:  # a learned scale of the loss
             if parameter.grad is not None:
                 norm = norm + 0 * parameter.grad.sum()
+        if self._alone and known_at_once(norm) and not all(math.isfinite(loss.item()) for loss in self._losses):
+            norm = norm * math.nan
         self._norm, self._limit = norm.detach(), self.running.limit
         self.skips = self._beside = exceeds(self._norm, self._limit)
         leave_out(optimizer, self.skips)
