@@ -3,7 +3,10 @@
 import errno
 import json
 import os
+import shutil
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -284,6 +287,59 @@ def test_a_limit_of_the_systems_own(fit, make_module, tmp_path, capsys):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "warning: a checkpoint cannot be saved" in capsys.readouterr().out
     assert not list((tmp_path / "checkpoints").iterdir())
+
+
+class Killed(BaseException):
+    """What a kill looks like from inside: nothing is done any more."""
+
+
+OPERATIONS = ((os, "fsync"), (Path, "replace"), (Path, "unlink"), (Path, "open"))
+
+
+@contextmanager
+def killed_at(nth: int, folder: Path, monkeypatch) -> Iterator[list[str]]:
+    """The nth file operation in `folder` is not done, nor is any after it; yields the operations."""
+    done: list[str] = []
+
+    def wrap(operation, name: str):
+        def counted(*args, **kwargs):
+            file = Path(f"/proc/self/fd/{args[0]}").readlink() if name == "fsync" else args[0]
+            if folder in file.parents:
+                done.append(name)
+                if len(done) >= nth:
+                    raise Killed
+            return operation(*args, **kwargs)
+
+        return counted
+
+    with monkeypatch.context() as patch:
+        for owner, name in OPERATIONS:
+            patch.setattr(owner, name, wrap(getattr(owner, name), name))
+        with suppress(Killed):
+            yield done
+
+
+@pytest.mark.parametrize("why", ["interval", "end"])
+def test_a_kill_between_any_two_file_operations_leaves_a_whole_one(fit, make_module, tmp_path, monkeypatch, why):
+    """A run that goes on from one of its checkpoints: each opening, sync, rename and deletion is the last in turn."""
+    last, steps = (4, []) if why == "interval" else (3, [])
+    fit(make_module(), callbacks(tmp_path / "run", 2, every_s=0.0), max_steps=2)
+    for nth in range(1, 100):
+        folder = tmp_path / f"run-{nth}"
+        shutil.copytree(tmp_path / "run", folder)
+        more = callbacks(folder, last, every_s=0.0, resumed=found(folder))
+        if why == "end":
+            more[2]._is_due = lambda: 0
+        with killed_at(nth, folder, monkeypatch) as done:
+            fit(make_module(), more, max_steps=last, start=2, ckpt_path=str(found(folder).path))
+        manifest = found(folder)
+        assert manifest.fault() is None
+        assert torch.load(manifest.path, weights_only=True)["global_step"] == manifest.step
+        steps.append(manifest.step)
+        if len(done) < nth:
+            break
+    assert {"fsync", "replace", "unlink", "open"} == set(done) and nth > 15
+    assert steps == sorted(steps) and steps[0] == 2 and steps[-1] == last
 
 
 def test_room_is_estimated_before_training(make_module, tmp_path, monkeypatch, fit):
