@@ -115,6 +115,18 @@ def manifests(folder: Path, *, quiet: bool = True) -> list[Manifest]:
     return sorted(found, key=lambda manifest: manifest.sequence, reverse=True)
 
 
+def prune(folder: Path, branch: list[Manifest], keep_last: int) -> None:
+    """Delete all checkpoints of a folder but the first of a branch's, which are its newest, and its best one."""
+    ranked = sorted((found.figure, found.sequence, found.path) for found in branch if found.figure is not None)
+    kept = {found.path for found in branch[:keep_last]} | {path for _, _, path in ranked[:1]}
+    for found in manifests(folder):
+        if found.path not in kept:
+            found.remove()
+    for path in folder.glob("step-*.ckpt"):
+        if not path.with_suffix(".json").exists():
+            path.unlink()  # a kill came between the checkpoint and its manifest
+
+
 def find_checkpoint(folder: Path, resume: bool | str | None, *, stage: str, quiet: bool = False) -> Manifest | None:
     """The checkpoint to continue from: the newest whole one of the run folder, or the file that is named.
 
