@@ -9,6 +9,7 @@ from typing import Any
 
 from ldm.data.sources import Record, digest_of_files, folder_name
 from ldm.errors import UserError
+from ldm.untrusted import clean_text
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
@@ -81,7 +82,7 @@ class ImageFolder:
         captions = {}
         for name in self._images:
             beside = self._files.get(str(Path(name).with_suffix(".txt").as_posix()))
-            if beside is not None and (text := " ".join(_read_text(beside).split())):
+            if beside is not None and (text := " ".join(self._read_text(beside).split())):
                 captions[name] = text
         for name, path in self._files.items():
             if path.name in METADATA_NAMES:
@@ -89,7 +90,7 @@ class ImageFolder:
         return captions
 
     def _captions_of(self, metadata: Path, folder: str, caption_column: str) -> dict[str, str]:
-        rows = list(_rows_of(metadata))
+        rows = list(_rows_of(metadata, self._read_text(metadata)))
         for column in ("file_name", caption_column):
             if rows and not any(column in row for row in rows):
                 raise UserError(
@@ -101,39 +102,50 @@ class ImageFolder:
         for row in rows:
             relative = str(row.get("file_name") or "").replace("\\", "/")
             name = posixpath.normpath(posixpath.join(folder, relative))
+            if name.startswith(("../", "/")) or name == "..":
+                raise UserError(
+                    f"{metadata} names {relative[:200]!r}, outside of data.path={self.path}. Write each file_name "
+                    "relative to the folder of the metadata file, and put the images below data.path."
+                )
             num_found += name in self._files
             caption = row.get(caption_column)
             if caption is not None and not isinstance(caption, str):
                 raise UserError(f"{metadata}: the caption of {relative} must be text, not {caption!r}.")
             if caption and caption.strip():
-                captions[name] = caption.strip()
+                captions[name] = clean_text(caption.strip())
         if rows and not num_found:
             raise UserError(
-                f"{metadata} names no image that exists: its first file_name is {rows[0]['file_name']!r}. "
+                f"{metadata} names no image that exists: its first file_name is {rows[0].get('file_name')!r}. "
                 "Write each file_name relative to the folder of the metadata file."
             )
         return captions
 
+    def _read_text(self, path: Path) -> str:
+        """A caption or metadata file, which is passed on as text: none that a link leads to outside of `path`."""
+        if not path.resolve().is_relative_to(self.path.resolve()):
+            raise UserError(
+                f"{path} is a link to {path.resolve()}, outside of data.path={self.path}. Copy the file there."
+            )
+        try:
+            return path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 ({error.reason}). Save it again in UTF-8.") from error
 
-def _rows_of(metadata: Path) -> Iterator[dict[str, Any]]:
-    text = _read_text(metadata)
+
+def _rows_of(metadata: Path, text: str) -> Iterator[dict[str, Any]]:
     if metadata.suffix == ".csv":
-        yield from csv.DictReader(text.splitlines(keepends=True))
+        try:
+            yield from csv.DictReader(text.splitlines(keepends=True))
+        except csv.Error as error:
+            raise UserError(f"{metadata} is not CSV: {error}.") from error
         return
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{metadata}, line {number}, is not JSON: {error}.") from error
         if not isinstance(row, dict):
             raise UserError(f'{metadata}, line {number}, must be a JSON object, such as {{"file_name": ...}}.')
         yield row
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 ({error.reason}). Save it again in UTF-8.") from error

@@ -26,6 +26,7 @@ from ldm.data.preparation import (
 )
 from ldm.data.sources import Record, Source
 from ldm.errors import UserError
+from ldm.untrusted import check_fields, read_array, read_json
 
 __all__ = ["ImageData", "Record", "Source", "default_cache_dir", "prepare", "split_by_hash", "to_uint8"]
 
@@ -51,13 +52,25 @@ class ImageData:
 
     @classmethod
     def open(cls, path: Path | str, val_fraction: float = 0.05) -> "ImageData":
-        """Open a cache folder that `prepare` left."""
+        """Open a cache folder that `prepare` left.
+
+        Raises:
+            UserError: damaged, or none.
+        """
         path = Path(path)
-        index = json.loads((path / "index.json").read_text(encoding="utf-8"))
+        index, images = read_json(path / "index.json"), read_array(path / "images.npy")
+        check_fields(index, _KINDS, path / "index.json")
+        lists = [index[key] for key in ("names", "hashes", "captions", "labels") if index[key] is not None]
+        square = images.ndim == 4 and images.shape[1:] == (images.shape[1], images.shape[1], 3)
+        if images.dtype != np.uint8 or not square or any(len(values) != len(images) for values in lists):
+            raise UserError(
+                f"{path} holds no prepared images: images.npy is {images.dtype} {images.shape}, and index.json tells "
+                f"of {len(index['names'])}. Delete that folder; the images will be prepared again."
+            )
         train_indices, val_indices = split_by_hash(index["hashes"], val_fraction)
         return cls(
             path=path,
-            images=np.load(path / "images.npy", mmap_mode="r"),
+            images=images,
             train_indices=train_indices,
             val_indices=val_indices,
             val_fraction=val_fraction,
@@ -98,6 +111,17 @@ class ImageData:
         return _all_present(self, "class label", self.labels, f"{remedy} Or train with conditioning=none.")
 
 
+_KINDS: dict[str, Any] = {
+    "name": str,
+    "licence": str | None,
+    "names": list[str],
+    "hashes": list[str],
+    "captions": list[str | None] | None,
+    "labels": list[int | None] | None,
+    "class_names": list[str] | None,
+    "fingerprint": str,
+    "num_skipped": int,
+}
 _KEPT = ("name", "licence", "names", "captions", "labels", "class_names", "fingerprint", "num_skipped")
 
 

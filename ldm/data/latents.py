@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ldm.data.images import ImageData, default_cache_dir
 from ldm.errors import UserError
+from ldm.untrusted import read_array, read_json, to_dataclass
 
 CONTRACT_FILE = "contract.json"
 CONTRACT_FORMAT = 1
@@ -68,17 +69,17 @@ class LatentContract:
         """Read contract.json.
 
         Raises:
-            UserError: missing, or of another format.
+            UserError: missing, damaged, or of another format.
         """
         path = folder / CONTRACT_FILE
         if not path.is_file():
             raise UserError(f"{folder} has no {CONTRACT_FILE}: it does not say which latents it belongs to.")
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         if content.get("format") != CONTRACT_FORMAT:
             raise UserError(
                 f"{path} has format {content.get('format')}; this version reads {CONTRACT_FORMAT}. Make it again."
             )
-        return cls(**content)
+        return to_dataclass(cls, content, path)
 
 
 class LatentData:
@@ -89,7 +90,7 @@ class LatentData:
 
     def __init__(self, path: Path, contract: LatentContract, images: ImageData) -> None:
         self.path, self.contract = path, contract
-        self.moments = np.load(path / "moments.npy", mmap_mode="r")
+        self.moments = read_array(path / "moments.npy")
         self.train_indices, self.val_indices = images.train_indices, images.val_indices
 
     @property

@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ldm.data.pixels import Resize, decode
 from ldm.data.sources import Record, Source
 from ldm.errors import UserError
+from ldm.untrusted import read_array, read_json
 
 FORMAT_VERSION = 1
 """Of the cache folder. A folder that says another number is prepared again."""
@@ -218,8 +219,7 @@ def _move_into_place(scratch: Path, folder: Path) -> None:
 def is_current(folder: Path) -> bool:
     """Whether the folder holds a finished, undamaged cache of this format."""
     try:
-        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-        images = np.load(folder / "images.npy", mmap_mode="r")
+        index, images = read_json(folder / "index.json"), read_array(folder / "images.npy")
         return index["format"] == FORMAT_VERSION and len(images) == len(index["names"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
