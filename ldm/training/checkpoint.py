@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ldm.errors import UserError
+from ldm.untrusted import first_line
 
 
 class LastCheckpoint(Checkpoint):
@@ -74,5 +75,8 @@ def progress_of(checkpoint: str | None) -> tuple[int, float]:
     """Optimizer steps and seconds of training in a checkpoint."""
     if checkpoint is None:
         return 0, 0.0
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch, zip and pickle each raise their own
+        raise UserError(f"resume={checkpoint} is no checkpoint of a run of yours ({first_line(error)}).") from error
     return int(state["global_step"]), float(state["callbacks"].get("Budget", {}).get("spent_s", 0.0))
