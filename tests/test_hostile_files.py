@@ -137,7 +137,9 @@ def test_nothing_ran(opened):
     *tried, control = opened.ended
     assert not [found for found in tried if found["seen"]]
     assert [canary.name for canary in opened.place.glob(f"{CANARY}*")] == [f"{CANARY}-control"]
-    assert [event.partition("(")[0] for event in control["seen"]] == ["pickle.find_class", "os.system"], "it would be seen"
+    assert [event.partition("(")[0] for event in control["seen"]] == ["pickle.find_class", "os.system"], (
+        "it would be seen"
+    )
 
 
 def targets(value: object) -> set[str]:
