@@ -42,7 +42,9 @@ class Rule:
 
     def __str__(self) -> str:
         what = ("a list of " if self.several else "a ") + ("whole number" if self.whole else "number")
-        what += "s" * self.several + (" above 0" if self.least == SMALLEST else f" of {self.least:.12g} at least")
+        what += "s" * self.several
+        if self.least > -math.inf:
+            what += " above 0" if self.least == SMALLEST else f" of {self.least:.12g} at least"
         what += f" and {self.most:.12g} at most" if self.most < 1e12 else ""
         return what + ", or null" * self.null
 
@@ -56,6 +58,7 @@ RULES = {
     "batch_size": whole(1),
     "val_images": whole(1),
     "data.resolution": whole(1, 16384),
+    "data.max_pixels": whole(1, 1e12),
     "data.val_fraction": Rule(0, 1),
     "data.max_bad_fraction": Rule(0, 1),
     "data.num_images": whole(1, null=True),
@@ -69,7 +72,7 @@ RULES = {
     "trainer.gradient_clip_val": Rule(0, null=True),
     "trainer.ema_decay": Rule(-math.inf, math.inf),
     "trainer.checkpoint_every_s": Rule(0),
-    "optimizer.lr": Rule(SMALLEST),
+    "optimizer.lr": Rule(0),
     "optimizer.warmup_steps": whole(0),
     "optimizer.build.weight_decay": Rule(0),
     "optimizer.build.momentum": Rule(0, 1),

@@ -148,9 +148,17 @@ class WandbRun:
         self._log(lambda: metrics, step)
 
     def log_images(self, key: str, images: Sequence[Image.Image], captions: Sequence[str | None], step: int) -> None:
-        """One panel of pictures with captions."""
+        """One panel of pictures with captions, and where there are several a table to sort, filter and compare runs by."""
         pairs = list(zip(images, captions, strict=True))
-        self._log(lambda: {key: [self._wandb.Image(image, caption=caption) for image, caption in pairs]}, step)
+
+        def logged() -> dict[str, Any]:
+            panel = {key: [self._wandb.Image(image, caption=caption) for image, caption in pairs]}
+            if len(pairs) == 1:
+                return panel
+            rows = [[step, caption, self._wandb.Image(image)] for image, caption in pairs]
+            return panel | {f"{key}_table": self._wandb.Table(columns=["step", "caption", "image"], data=rows)}
+
+        self._log(logged, step)
 
     def log_table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[str]], step: int) -> None:
         """A table of text."""

@@ -108,7 +108,7 @@ def _words(kind: Any) -> str:
     return "null" if kind in (None, types.NoneType) else known.get(get_origin(kind) or kind, str(kind))
 
 
-def read_array(path: Path) -> np.ndarray:
+def read_array(path: Path) -> np.memmap:
     """The array in a .npy file, memory-mapped. Arrays of objects are pickles, and refused.
 
     Raises:
@@ -121,7 +121,7 @@ def read_array(path: Path) -> np.ndarray:
             f"{path} cannot be read as an array ({first_line(error)}). Delete the folder that it is in; it is made "
             "again."
         ) from error
-    if not isinstance(array, np.ndarray):
+    if not isinstance(array, np.memmap):
         array.close()
         raise UserError(f"{path} is an archive and not an array. Delete the folder that it is in; it is made again.")
     return array
