@@ -350,7 +350,7 @@ CASES = [
     Case("images that are objects", "cache", "cache", objects("images.npy"), "cannot be read as an array"),
     Case("images that are a pickle", "cache", "cache", pickled("images.npy"), "cannot be read as an array"),
     Case("images that are an archive", "cache", "cache", bomb("images.npy"), "is an archive"),
-    Case("images of no size", "cache", "cache", changed("index.json", names=[]), "holds no prepared images"),
+    Case("images of no size", "cache", "cache", changed("index.json", names=[]), "index.json tells of 0 images"),
     Case(
         "a header with code",
         "cache",
