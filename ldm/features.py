@@ -1,7 +1,6 @@
 """Frozen vision features: an image becomes a vector in which distance follows content rather than pixels."""
 
 import hashlib
-import json
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -15,6 +14,7 @@ from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
 from ldm.errors import UserError
+from ldm.untrusted import read_json
 
 NUM_LEVELS = 3
 """Resolutions at which features are compared: H / 2, H / 4, H / 8."""
@@ -165,8 +165,10 @@ class VisionTransformer(nn.Module):
         self.name = kind
         self.path = str(Path(path).expanduser()) if path else HUB_IDS[kind]
         try:
-            self.network = model.from_pretrained(self.path, use_safetensors=True).requires_grad_(False)
-            processor = json.loads(_file(self.path, "preprocessor_config.json").read_text(encoding="utf-8"))
+            self.network = model.from_pretrained(
+                self.path, use_safetensors=True, trust_remote_code=False
+            ).requires_grad_(False)
+            processor = read_json(_file(self.path, "preprocessor_config.json"))
         except (OSError, ValueError) as error:
             raise UserError(
                 f"features={kind}: {self.path} is no folder with its config.json, safetensors and "

@@ -25,6 +25,7 @@ from ldm.errors import UserError
 from ldm.networks.conditioning import ClassCondition, Condition, TextCondition
 from ldm.pictures import grid, rows, to_pil
 from ldm.pipeline import LatentDiffusionPipeline, sample_generators
+from ldm.untrusted import clean_text
 
 STRIP_SAMPLES = 4
 STRIP_COLUMNS = 11
@@ -58,7 +59,7 @@ class Request:
         if isinstance(conditioning, TextCondition):
             if label is not None:
                 raise UserError("This model is conditioned on text: give prompt=... instead of label=.")
-            captions = read_prompts(prompts) if prompts else [prompt or ""] * num_samples
+            captions = read_prompts(prompts) if prompts else [clean_text(prompt or "")] * num_samples
             return cls(conditioning.encode(captions), list(captions))
         if prompt is not None or prompts is not None:
             raise UserError(f"This model is conditioned on {conditioning.kind}, not on text: leave prompt= out.")
@@ -93,7 +94,11 @@ def read_prompts(file: str) -> list[str]:
     path = Path(file).expanduser()
     if not path.is_file():
         raise UserError(f"prompts={file} is not a file. It should hold one caption per line.")
-    captions = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"prompts={file} is not UTF-8 ({error.reason}). Save it again in UTF-8.") from error
+    captions = [line.strip() for line in lines if line.strip()]
     if not captions:
         raise UserError(f"prompts={file} holds no caption. Write one per line.")
     return captions

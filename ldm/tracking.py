@@ -7,6 +7,7 @@ the same id, says so in one line, and can be uploaded later.
 import contextlib
 import json
 import os
+import re
 import shlex
 import sys
 import uuid
@@ -59,7 +60,7 @@ class WandbRun:
         self.folder, self.timeout_s, self.max_artifact_mb = folder, timeout_s, max_artifact_mb
         id_file = folder / ID_FILE
         known = resume and id_file.is_file()
-        run_id = id_file.read_text().strip() if known else uuid.uuid4().hex[:8]
+        run_id = _read_id(id_file) if known else uuid.uuid4().hex[:8]
         self._options: dict[str, Any] = {
             "dir": folder,
             "project": project,
@@ -225,6 +226,17 @@ class WandbRun:
             self.run.finish()
         except Exception as error:
             self._tell(error)
+
+
+def _read_id(file: Path) -> str:
+    """The id of a W&B run, which names folders and addresses."""
+    text = file.read_text(encoding="utf-8", errors="replace").strip()
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", text):
+        raise UserError(
+            f"{file} must hold the id of a W&B run, of letters, digits, - and _, not {text[:60]!r}. Delete it: what "
+            "follows is then recorded as a run of its own."
+        )
+    return text
 
 
 def track_report(

@@ -18,6 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm import command, signals
 from ldm.errors import UserError
+from ldm.options import check_options, refused_options
+from ldm.untrusted import is_plain_name
 
 RUN_NAME = "LDM_RUN_NAME"
 
@@ -39,9 +41,7 @@ def train(config: DictConfig) -> None:
             "stage is required: stage=vae trains the autoencoder, stage=diffusion the model on its latents."
         )
     OmegaConf.resolve(config)
-    for key in ("seed", "batch_size", "val_images", "data.resolution", "trainer.max_steps", "trainer.keep_last"):
-        if type(value := OmegaConf.select(config, key)) is not int:
-            raise UserError(f"{key}={value} must be a whole number.")
+    check_options(OmegaConf.to_container(config))  # type: ignore[arg-type]
     if config.resume is True and config.name is None:
         raise UserError("resume=true continues the run that name= gives: add name=NAME, its folder in runs/<stage>/.")
     main_process = getattr(rank_zero_only, "rank", 0) == 0
@@ -86,10 +86,10 @@ def train_in(folder: Path, config: DictConfig, again: str, *, main_process: bool
     options: dict[str, Any] = OmegaConf.to_container(config.trainer)  # type: ignore[assignment]
     make_budget(options, config.optimizer.warmup_steps, config.optimizer.decay)  # none, or unreadable: refused now
     check_accelerator(options["accelerator"])
-    build_stage = instantiate(config.stage.build)
-    build_stage.func.check(config.data.resolution, **build_stage.keywords, init_from=config.init_from)
-
-    images = command.prepare_images(config.data)
+    with refused_options():
+        build_stage = instantiate(config.stage.build)
+        build_stage.func.check(config.data.resolution, **build_stage.keywords, init_from=config.init_from)
+        images = command.prepare_images(config.data)
     if len(images.train_indices) < config.batch_size:
         raise UserError(
             f"There are {len(images.train_indices)} training images, fewer than batch_size={config.batch_size}. "
@@ -239,7 +239,7 @@ def run_folder(config: DictConfig, *, main_process: bool) -> Path:
     if main_process:
         os.environ[RUN_NAME] = config.name or default
     name = os.environ.get(RUN_NAME, default)
-    if "/" in name or "\\" in name or name in (".", ".."):
+    if not is_plain_name(name) or len(name.encode()) > 200:
         raise UserError(f"name={name} must be a plain folder name. Choose another place with runs_dir=.")
     folder = Path(config.runs_dir).expanduser() / stage / name
     exists = (folder / "run.json").exists()

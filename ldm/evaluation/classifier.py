@@ -15,12 +15,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ldm.data.images import ImageData
 from ldm.data.order import batch_at, derive_seed
 from ldm.errors import UserError
+from ldm.untrusted import check_fields, first_line, read_json
 
 FORMAT = 1
 """Of the architecture, the recipe and the files: another number trains again."""
@@ -92,8 +94,15 @@ def load_classifier(images: ImageData, *, seed: int = 0, num_steps: int = NUM_ST
     classifier = Classifier(made_from["num_classes"], f"{Classifier.name}-{digest}")
     weights, facts = (images.path / f"features-{classifier.key}{end}" for end in (".safetensors", ".json"))
     if weights.is_file():
-        classifier.load_state_dict(load_file(weights))
-        classifier.val_accuracy = json.loads(facts.read_text(encoding="utf-8"))["val_accuracy"]
+        try:
+            classifier.load_state_dict(load_file(weights))
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise UserError(
+                f"{weights} cannot be read ({first_line(error)}). Delete it; it is trained again."
+            ) from error
+        known = read_json(facts)
+        check_fields(known, {"val_accuracy": float}, facts)
+        classifier.val_accuracy = known["val_accuracy"]
     else:
         train(classifier, images, labels, seed=seed, num_steps=num_steps)
         classifier.val_accuracy = accuracy(classifier, images, labels, images.val_indices)

@@ -1,6 +1,5 @@
 """What is known of runs that are to be compared, read from their folders or from W&B into one form."""
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from ldm.evaluation.reconstruction_metrics import NUM_SUBSETS
 from ldm.evaluation.training_picture import Curve, read_curves
 from ldm.run import Run
 from ldm.tracking import flatten
+from ldm.untrusted import read_json
 from ldm.wandb_comparison import fetch_run
 
 DATA_PLACES = ("data.path", "data.source.path", "data.cache_dir")
@@ -103,7 +103,7 @@ def from_folder(place: str) -> Measured:
         config=flatten(run.config()),
         facts=flatten(facts),
         figures=run.facts.get("figures") or {},
-        evaluation=json.loads(evaluation.read_text(encoding="utf-8")) if evaluation.is_file() else {},
+        evaluation=read_json(evaluation) if evaluation.is_file() else {},
         curves=read_curves(metrics) if metrics.is_file() else {},
         run=run,
     )
@@ -113,7 +113,7 @@ def from_wandb(place: str) -> Measured:
     """A run of W&B, with the figures of the newest tools/evaluate.py on it that was logged there."""
     config, summary, history = fetch_run(place)
     facts = {key.removeprefix("run."): value for key, value in config.items() if key.startswith("run.")}
-    if "stage" not in facts:
+    if facts.get("stage") not in OF_LOSS:
         raise UserError(f"{place} is in W&B, but no training of this program: its config has no run.stage.")
     tool = _of(config, EVALUATION)
     evaluation = _of(summary, EVALUATION)

@@ -11,6 +11,7 @@ from ldm.data.images import ImageData
 from ldm.errors import UserError
 from ldm.evaluation.classifier import Classifier, load_classifier
 from ldm.features import CHOICES, HUB_IDS
+from ldm.untrusted import read_array
 
 
 class ImageSet(Protocol):
@@ -66,4 +67,10 @@ def reference_features(network: nn.Module, name: str, images: ImageData) -> Tens
         partial = file.with_suffix(".partial.npy")
         np.save(partial, found.numpy())
         partial.replace(file)
-    return torch.from_numpy(np.load(file))
+    kept = read_array(file)
+    if kept.ndim != 2 or len(kept) != len(images) or kept.dtype.kind != "f" or not np.isfinite(kept).all():
+        raise UserError(
+            f"{file} holds {kept.dtype} {kept.shape}, which are no finite features of {len(images)} images. Delete it; "
+            "it is made again."
+        )
+    return torch.from_numpy(np.array(kept))

@@ -23,6 +23,7 @@ from ldm.diffusion.sampler import SamplerLike
 from ldm.errors import UserError
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.sampling import Request, check_interval, describe, draw
+from ldm.untrusted import check_fields, read_json
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def draw_and_keep(
     Sample i depends on the seed and i alone, up to the rounding of batches of another size.
 
     Raises:
-        UserError: what `draw` refuses, samples that are not finite.
+        UserError: what `draw` refuses, samples that are not finite, facts beside kept samples that cannot be read.
     """
     guidance = check_guidance(guidance)
     made_by = _made_by(pipeline, images, sampler, guidance, guidance_interval, seed)
@@ -79,7 +80,7 @@ def draw_and_keep(
     drawn = pixels.stat().st_size // size if pixels.is_file() and facts.is_file() else 0
     cost: dict[str, Any] = {"samples": 0, "network_evaluations": 0, "seconds": 0.0}
     if drawn:
-        cost = json.loads(facts.read_text(encoding="utf-8"))["cost"]
+        cost = _cost_of(facts)
     if drawn < num_samples:
         request = Request.of_images(
             pipeline, images, images.train_indices[chosen_training_rows(images, num_samples, seed)]
@@ -105,6 +106,16 @@ def draw_and_keep(
             hook.remove()
     kept = np.memmap(pixels, np.uint8, "r", shape=(num_samples, side, side, 3))
     return KeptSamples(kept, *(cost[name] / cost["samples"] for name in ("network_evaluations", "seconds")))
+
+
+def _cost_of(file: Path) -> dict[str, Any]:
+    content = read_json(file)
+    check_fields(content, {"cost": dict}, file)
+    cost: dict[str, Any] = content["cost"]
+    check_fields(cost, {"samples": int, "network_evaluations": float, "seconds": float}, file)
+    if cost["samples"] < 1:
+        raise UserError(f"{file} counts no samples. Delete it and {file.with_suffix('.bin')}; they are drawn again.")
+    return cost
 
 
 def check_guidance(guidance: Any) -> float:

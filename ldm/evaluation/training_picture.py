@@ -6,6 +6,9 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ldm.errors import UserError
+from ldm.untrusted import first_line
+
 INK, HELD_OUT, TRAINED, GAME, RIGHT = "#333333", "#0072B2", "#8a8a8a", "#D55E00", "#009E73"
 
 Curve = tuple[list[int], list[float]]
@@ -13,15 +16,22 @@ Curve = tuple[list[int], list[float]]
 
 
 def read_curves(file: Path) -> dict[str, Curve]:
-    """Every column of a metrics.csv by name, with the steps at which it has a value."""
+    """Every column of a metrics.csv by name, with the steps at which it has a value.
+
+    Raises:
+        UserError: it is no table of numbers by step.
+    """
     curves: dict[str, Curve] = {}
-    with file.open(encoding="utf-8", newline="") as rows:
-        for row in csv.DictReader(rows):
-            for name, text in row.items():
-                if name not in ("epoch", "step") and text:
-                    steps, values = curves.setdefault(name, ([], []))
-                    steps.append(int(row["step"]))
-                    values.append(float(text))
+    try:
+        with file.open(encoding="utf-8", newline="") as rows:
+            for row in csv.DictReader(rows):
+                for name, text in row.items():
+                    if name not in ("epoch", "step") and text:
+                        steps, values = curves.setdefault(name, ([], []))
+                        steps.append(int(row["step"]))
+                        values.append(float(text))
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        raise UserError(f"{file} is no table of numbers by step: {first_line(error)}. Delete it.") from error
     return curves
 
 
