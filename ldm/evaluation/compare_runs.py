@@ -10,7 +10,8 @@ from typing import Any
 
 from ldm.errors import UserError
 from ldm.evaluation.compare_statistics import Figure, direction, share_error
-from ldm.evaluation.reconstruction_metrics import NUM_SUBSETS
+from ldm.evaluation.feature_metrics import NUM_GROUPS
+from ldm.evaluation.metrics import NUM_SUBSETS
 from ldm.evaluation.training_picture import Curve, read_curves
 from ldm.run import Run
 from ldm.tracking import flatten
@@ -30,8 +31,12 @@ SETTINGS += ("fd_components", "features_in_loss", "lpips_in_loss", "guidance", "
 NO_FIGURES = ("seed", "factor", "feature_dim", "seconds", "kl_nats", "codebook_size", "val_images")
 OF_PIXELS = ("psnr", "ssim", "lpips", "kl", "codebook", "pca")
 """First words of figures that no features are in."""
-WITHOUT_SAMPLER = ("reconstructions", "validation", "vae", "chance")
+WITHOUT_SAMPLER = ("reconstructions", "validation", "vae", "floor", "chance")
 """Last words of figures that no samples are in."""
+BY_SUBSETS = ("kd", "precision", "recall", "density", "coverage", "cmmd")
+BY_JACKKNIFE = ("fd", "class_shift")
+DOF = dict.fromkeys(BY_SUBSETS, NUM_SUBSETS - 1) | dict.fromkeys(BY_JACKKNIFE, NUM_GROUPS - 1)
+"""Degrees of freedom of the standard error of figures that begin so: of so many subsets, or groups of a jackknife."""
 EVALUATION = "evaluation."
 
 
@@ -210,9 +215,8 @@ def _evaluated(name: str, value: float, evaluation: Mapping[str, Any]) -> Figure
         and (key != "fd_components" or first == "fd")
         and not (last in WITHOUT_SAMPLER and key.startswith(("guidance", "sampler")))
     }
-    error, dof = evaluation.get(f"{name}_standard_error"), math.inf
-    if first == "kd":  # a mean over so many disjoint subsets
-        dof = NUM_SUBSETS - 1
+    error = evaluation.get(f"{name}_standard_error")
+    dof: float = next((dof for begin, dof in DOF.items() if name.startswith(f"{begin}_")), math.inf)
     if error is None and first == "retrieval" and last != "chance":
         error = share_error(value, evaluation["num_samples"])
     return Figure(value, error, dof, flatten(chosen))

@@ -14,7 +14,7 @@ from torch import Tensor
 from ldm.evaluation.classifier import Classifier
 from ldm.evaluation.data_metrics import BLOCK, nearest_distances, squared_distances
 from ldm.evaluation.feature_extraction import ImageSet, extract
-from ldm.evaluation.metrics import frechet_of_moments, moments, require_enough, symmetric_root
+from ldm.evaluation.metrics import NUM_SUBSETS, frechet_of_moments, moments, require_enough, symmetric_root
 
 NUM_GROUPS = 20
 """Of a jackknife."""
@@ -120,7 +120,7 @@ def over_subsets(
     samples: Tensor,
     reference: Tensor,
     *,
-    num_subsets: int = 4,
+    num_subsets: int = NUM_SUBSETS,
     seed: int = 0,
 ) -> list[tuple[float, float]]:
     """Mean and standard error of each value of a metric over disjoint subsets of both sets, all of one size.

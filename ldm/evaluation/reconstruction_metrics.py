@@ -6,10 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.evaluation.metrics import feature_components, frechet_distance, kernel_distance
-
-MOST_COMPONENTS, NUM_SUBSETS = 64, 4
-"""Dimensions of the PCA form of a Fréchet distance; subsets of a kernel distance."""
+from ldm.evaluation.metrics import (
+    MOST_COMPONENTS,
+    NUM_SUBSETS,
+    feature_components,
+    frechet_distance,
+    kernel_distance,
+)
 
 
 def kl(mean: Tensor, log_variance: Tensor) -> Tensor:

@@ -20,8 +20,8 @@ from ldm.data.images import ImageData
 from ldm.errors import UserError
 from ldm.evaluation.feature_extraction import load_features, reference_features
 from ldm.evaluation.latents_report import PCA_IMAGES, pca_curve
-from ldm.evaluation.metrics import psnr, ssim
-from ldm.evaluation.reconstruction_metrics import NUM_SUBSETS, codebook, distances, kl, rate
+from ldm.evaluation.metrics import NUM_SUBSETS, psnr, ssim
+from ldm.evaluation.reconstruction_metrics import codebook, distances, kl, rate
 from ldm.evaluation.reconstruction_picture import draw, shows
 from ldm.evaluation.run_images import choose_images
 from ldm.features import LPIPS, has_lpips

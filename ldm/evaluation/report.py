@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from scipy import stats
 from torch import Tensor, nn
 
 from ldm.data.images import ImageData
@@ -18,12 +19,12 @@ from ldm.errors import UserError
 from ldm.evaluation import nearest_picture
 from ldm.evaluation.classifier import Classifier
 from ldm.evaluation.feature_extraction import ImageSet, extract, load_features, reference_features
-from ldm.evaluation.feature_metrics import class_accuracy, class_shift, named_classes
+from ldm.evaluation.feature_metrics import NUM_GROUPS, class_accuracy, class_shift, named_classes
 from ldm.evaluation.image_sets import Reconstructions, VAEAlone
 from ldm.evaluation.kept_samples import KeptSamples, chosen_training_rows, draw_and_keep
 from ldm.evaluation.memorisation import QUANTILE, Memorisation, nearest_training
-from ldm.evaluation.metrics import retrieval_ranks
-from ldm.evaluation.sample_distances import COLUMNS, NUM_SUBSETS, Measures, halves, table
+from ldm.evaluation.metrics import NUM_SUBSETS, retrieval_ranks
+from ldm.evaluation.sample_distances import COLUMNS, Measures, halves, table
 from ldm.networks.conditioning import ClassCondition, TextCondition
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.sampling import check_interval, describe
@@ -147,8 +148,17 @@ def _distances(network: nn.Module, found: Mapping[str, Tensor], train: Tensor, f
         *table(rows, figures["fd_name"]),
         "  +- is a standard error of drawing other images, not of training again. FD: all N, jackknife over the "
         f"samples; the rest: mean of {NUM_SUBSETS}",
-        "  disjoint subsets" + (", but CMMD of all N" if measures.with_cmmd else "") + ". Compare rows of one N only.",
+        "  disjoint subsets"
+        + (", but CMMD of all N" if measures.with_cmmd else "")
+        + f": their errors have {NUM_SUBSETS - 1} degrees of freedom (95 % within {_half_width(NUM_SUBSETS - 1):.1f} "
+        "of them),",
+        f"  FD's {NUM_GROUPS - 1} (within {_half_width(NUM_GROUPS - 1):.1f}). Compare rows of one N only.",
     ]
+
+
+def _half_width(dof: int) -> float:
+    """Of a 95 % interval, in standard errors of so many degrees of freedom."""
+    return float(stats.t.ppf(0.975, dof))
 
 
 def _retrieval(found: Mapping[str, Tensor], train: Tensor, rows: Tensor, figures: dict[str, Any]) -> list[str]:

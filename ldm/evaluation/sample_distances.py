@@ -9,10 +9,8 @@ from torch import Tensor, nn
 
 from ldm.evaluation.data_metrics import density_coverage
 from ldm.evaluation.feature_metrics import NUM_GROUPS, cmmd, frechet_interval, over_subsets, precision_recall
-from ldm.evaluation.metrics import feature_components, kernel_distance
+from ldm.evaluation.metrics import MOST_COMPONENTS, NUM_SUBSETS, feature_components, kernel_distance
 
-MOST_COMPONENTS, NUM_SUBSETS = 64, 4
-"""Dimensions of the PCA form of a Fréchet distance; subsets of the measures that are averaged over some."""
 COLUMNS = {"fd": 2, "kd": 4, "precision": 3, "recall": 3, "density": 3, "coverage": 3, "cmmd": 3}
 """Figures by name, with the digits that are shown."""
 

@@ -135,7 +135,10 @@ def printed(report: Report) -> str:
         ("lpips", -1),
         ("val/vlb_bits_per_latent_dim", -1),
         ("kl_bits", 0),  # a rate is worth nothing without its distortion
+        ("class_shift_samples", -1),
         ("kd_validation", 0),
+        ("fd_floor", 0),  # of the data, whatever the model
+        ("precision_floor", 0),
         ("retrieval_at_1_chance", 0),
         ("pca_psnr_db", 0),
         ("classifier_val_accuracy", 0),
@@ -209,6 +212,37 @@ def test_single_runs_know_the_noise_of_sampling_alone(tmp_path):
     assert any("-m seed=0,1,2" in note for note in found.notes)
     far = compare([make(tmp_path, "c", kd=0.1), make(tmp_path, "d", kd=0.2, lr=2e-3)])
     assert verdict(far, "kd_samples").text == "A better" and "A better" in printed(Report(far))
+
+
+@pytest.mark.parametrize(
+    ("metric", "dof"),
+    [
+        *((name, 3) for name in ("kd", "precision", "recall", "density", "coverage", "cmmd")),
+        *((name, 19) for name in ("fd", "class_shift")),
+        ("close_share", np.inf),
+        ("class_accuracy", np.inf),
+    ],
+)
+def test_an_error_of_few_subsets_or_groups_is_students(tmp_path, metric, dof):
+    """Two standard errors of the difference apart is noise where four subsets say so, and not where many images do."""
+    runs = []
+    for name, value, lr in (("a", 0.5, 1e-3), ("b", 0.5 + 0.01 * 2.2 * 2**0.5, 2e-3)):
+        figures = {f"{metric}_samples": value, f"{metric}_samples_standard_error": 0.01}
+        runs.append(make(tmp_path, name, lr=lr, evaluation=figures))
+    said = verdict(compare(runs), f"{metric}_samples")
+    assert said.difference.dof == pytest.approx(2 * dof)
+    assert said.difference.half_width == pytest.approx(stats.t.ppf(0.975, 2 * dof) * 0.01 * 2**0.5)
+    assert (said.text == "within noise") == (dof == 3)
+
+
+def test_the_floor_is_of_the_data_whatever_the_sampler(tmp_path):
+    """It has no verdict and needs no sampler that is the same."""
+    floor = {"fd_floor": 1.0, "fd_floor_standard_error": 0.01}
+    other = {**floor, "fd_floor": 1.2, "sampler": {"method": "ddim", "steps": 3}, "guidance": 1.0}
+    found = compare([make(tmp_path, "a", evaluation=floor), make(tmp_path, "b", lr=2e-3, evaluation=other)])
+    said = verdict(found, "fd_floor")
+    assert said.text == "differ" and said.difference is not None
+    assert not [row.way for row in found.rows if row.metric == "fd_floor"][0]
 
 
 def test_two_seeds_are_no_spread(tmp_path):
