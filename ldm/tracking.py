@@ -147,7 +147,7 @@ class WandbRun:
         self._log(lambda: metrics, step)
 
     def log_images(self, key: str, images: Sequence[Image.Image], captions: Sequence[str | None], step: int) -> None:
-        """A panel of pictures with captions, and where there are several a table to sort, filter and compare runs by."""
+        """A panel of pictures with captions; of several a table too, to sort, filter and compare runs by."""
         pairs = list(zip(images, captions, strict=True))
 
         def logged() -> dict[str, Any]:

@@ -20,6 +20,7 @@ from ldm.autoencoder.autoencoder import weights_sha256
 from ldm.data.images import ImageData, to_uint8
 from ldm.data.order import derive_seed
 from ldm.diffusion.sampler import SamplerLike
+from ldm.durable import write_text
 from ldm.errors import UserError
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.sampling import Request, check_interval, describe, draw
@@ -98,7 +99,8 @@ def draw_and_keep(
                     cost["samples"] += len(part)
                     cost["network_evaluations"] += sum(calls)
                     cost["seconds"] += time.perf_counter() - began
-                    _write(facts, {"made_by": made_by, "shape": [side, side, 3], "cost": cost})
+                    content = {"made_by": made_by, "shape": [side, side, 3], "cost": cost}
+                    write_text(facts, json.dumps(content, indent=2) + "\n")
                     calls.clear()
                     began = time.perf_counter()
         finally:
@@ -152,9 +154,3 @@ def _require_finite(part: Tensor) -> None:
             f"{wrong} of {len(part)} samples are not finite: the network diverged in training, or the sampler is not "
             "stable. Train it again with a lower optimizer.lr, or choose another sampler or more sampler.steps."
         )
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial.json")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)

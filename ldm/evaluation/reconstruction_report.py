@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ldm.autoencoder import spectrum
 from ldm.autoencoder.autoencoder import Autoencoder
 from ldm.data.images import ImageData
+from ldm.durable import durable_file, write_text
 from ldm.errors import UserError
 from ldm.evaluation.feature_extraction import load_features, reference_features
 from ldm.evaluation.latents_report import PCA_IMAGES, pca_curve
@@ -100,8 +101,9 @@ class Report:
     def save(self, folder: Path) -> tuple[Path, Path]:
         """evaluation.json and worst_reconstructions.png."""
         data, picture = folder / "evaluation.json", folder / "worst_reconstructions.png"
-        data.write_text(json.dumps(self.figures, indent=2) + "\n", encoding="utf-8")
-        self.picture.save(picture)
+        with durable_file(picture) as partial:
+            self.picture.save(partial)
+        write_text(data, json.dumps(self.figures, indent=2) + "\n")
         return data, picture
 
 

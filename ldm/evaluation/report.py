@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ldm.data.images import ImageData
 from ldm.diffusion.sampler import SamplerLike
+from ldm.durable import durable_file, write_text
 from ldm.errors import UserError
 from ldm.evaluation import nearest_picture
 from ldm.evaluation.classifier import Classifier
@@ -44,9 +45,10 @@ class Evaluation:
 
     def save(self, path: Path) -> None:
         """The figures at `path`, the pictures beside it."""
-        path.write_text(json.dumps(self.figures, indent=2) + "\n", encoding="utf-8")
         for name, picture in self.pictures.items():
-            picture.save(path.with_name(name))
+            with durable_file(path.with_name(name)) as partial:
+                picture.save(partial)
+        write_text(path, json.dumps(self.figures, indent=2) + "\n")
 
 
 def evaluate(

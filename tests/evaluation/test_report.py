@@ -1,14 +1,17 @@
 """The evaluation of a diffusion model on untrained parts: what is kept, resumed, counted, swept and said."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from PIL import Image
 
 import ldm.features
+from ldm import durable
 from ldm.autoencoder.autoencoder import Autoencoder, LatentStatistics, weights_sha256
 from ldm.data.image_folder import ImageFolder
 from ldm.data.images import ImageData, prepare, to_uint8
@@ -19,7 +22,7 @@ from ldm.errors import UserError
 from ldm.evaluation import classifier, kept_samples, sampler_sweep
 from ldm.evaluation.feature_extraction import reference_features
 from ldm.evaluation.kept_samples import chosen_training_rows, draw_and_keep
-from ldm.evaluation.report import evaluate
+from ldm.evaluation.report import Evaluation, evaluate
 from ldm.evaluation.sample_distances import Measures, halves, table
 from ldm.networks.conditioning import ClassCondition
 from ldm.networks.dit import DiT
@@ -188,10 +191,43 @@ def test_classes_that_were_asked_for(pipeline, images, tmp_path):
     assert any("the class that was asked for" in line for line in found.lines)
 
 
-def test_a_reference_of_other_data_is_not_taken_for_this(images, tmp_path):
-    """Its file is named by the features' key and the data's fingerprint."""
-    reference_features(MeanColours(), "mean_colours", images)
-    assert (images.path / f"features-mean_colours-{images.fingerprint[:8]}.npy").is_file()
+def test_a_reference_of_other_data_or_features_is_not_taken_for_this(images, tmp_path):
+    """It is kept by the features' key and the data's fingerprint."""
+    here = replace(images, path=tmp_path)
+    other = replace(here, fingerprint="0" * 64, images=255 - images.images)
+    twice = MeanColours()
+    twice.weight *= 2
+    twice.key = "mean_colours-of-other-weights"
+    first = reference_features(MeanColours(), "mean_colours", here)
+    torch.testing.assert_close(reference_features(MeanColours(), "mean_colours", other), -first)
+    assert reference_features(twice, "mean_colours", here).equal(2 * first)
+    assert reference_features(MeanColours(), "mean_colours", here).equal(first)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_write_that_fails_leaves_what_was_there(images, pipeline, tmp_path, monkeypatch):
+    """Nobody reads half a file, and two processes share no scratch file."""
+    place, figure = tmp_path / "evaluation.json", Image.new("RGB", (4, 4))
+    here = replace(images, path=tmp_path)
+    Evaluation({"fd": 1}, [], {"nearest.png": figure}).save(place)
+    kept(pipeline, images, tmp_path / "kept", 4)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(durable, "sync", full)
+    for write in (
+        Evaluation({"fd": 2}, []).save,
+        Evaluation({}, [], {"nearest.png": Image.new("RGB", (9, 9))}).save,
+        lambda _: kept(pipeline, images, tmp_path / "kept", 8),
+        lambda _: reference_features(MeanColours(), "mean_colours", here),
+        lambda _: classifier.load_classifier(here),
+    ):
+        with pytest.raises(OSError, match="No space"):
+            write(place)
+    after = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file() and file.suffix != ".bin"}
+    assert after == {file: content for file, content in before.items() if file.suffix != ".bin"}
 
 
 def test_the_frechet_distance_takes_all_dimensions_where_it_can():
