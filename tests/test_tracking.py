@@ -242,6 +242,23 @@ def test_wandbs_command_line_reads_metrics_config_images_and_artifacts(tmp_path)
     assert "data-pets" not in record.artifacts, "the images too"
 
 
+def test_wandbs_command_line_reads_the_table_of_several_pictures(tmp_path):
+    tracker = make_loggers(options(), make_run(tmp_path / "first", "vae"), resume=False).wandb
+    pictures = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    tracker.log_images("samples", pictures, ["a red square", "a blue square"], 10)
+    tracker.finish()
+    (record,) = records(tmp_path / "first")
+    (row,) = record.rows
+    assert row["samples.captions"] == ["a red square", "a blue square"] and row["samples_table._type"] == "table-file"
+    assert (row["samples_table.nrows"], row["samples_table.ncols"]) == (2, 3)
+    logged = {file["path"] for part in record.of("files") for file in part["files"]}
+    assert row["samples_table.path"] in logged
+    (file,) = (tmp_path / "first/wandb").glob(f"offline-run-*/files/{row['samples_table.path']}")
+    table = json.loads(file.read_text())
+    assert table["columns"] == ["step", "caption", "image"]
+    assert [cells[:2] for cells in table["data"]] == [[10, "a red square"], [10, "a blue square"]]
+
+
 def test_the_lineage_reads_from_data_to_evaluation(tmp_path):
     vae = make_run(tmp_path / "vae/first", "vae")
     made = conclude(vae).artifacts
