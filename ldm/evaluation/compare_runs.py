@@ -25,7 +25,15 @@ OF_LOSS = {
     "diffusion": ("objective", "schedule", "variance"),
 }
 """Keys on which the value of a loss depends, whatever the model is worth."""
-SETTINGS: tuple[str, ...] = ("features", "num_samples", "num_images", "images", "reference", "num_reference")
+SETTINGS: tuple[str, ...] = (
+    "features",
+    "features_key",
+    "num_samples",
+    "num_images",
+    "images",
+    "reference",
+    "num_reference",
+)
 SETTINGS += ("fd_components", "features_in_loss", "lpips_in_loss", "guidance", "guidance_interval", "sampler")
 """Of an evaluation: what it was made with."""
 NO_FIGURES = ("seed", "factor", "feature_dim", "seconds", "kl_nats", "codebook_size", "val_images")
@@ -218,5 +226,7 @@ def _evaluated(name: str, value: float, evaluation: Mapping[str, Any]) -> Figure
     error = evaluation.get(f"{name}_standard_error")
     dof: float = next((dof for begin, dof in DOF.items() if name.startswith(f"{begin}_")), math.inf)
     if error is None and first == "retrieval" and last != "chance":
-        error = share_error(value, evaluation["num_samples"])
+        # of as many images as the samples', but where there are fewer of them
+        num = evaluation.get("num_held_out" if "_held_out_" in name else f"num_{last}")
+        error = share_error(value, num or evaluation["num_samples"])
     return Figure(value, error, dof, flatten(chosen))

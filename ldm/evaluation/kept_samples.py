@@ -1,19 +1,23 @@
 """Samples of a run on disk, as they are drawn: what was interrupted goes on, and a larger number begins with a smaller.
 
 Two files per way of drawing, named by what decides a sample: samples-<key>.bin, uint8 [n, H, W, 3] without a header,
-so that its length says how many there are, and samples-<key>.json with what made them and what they cost.
+so that its length says how many there are, and samples-<key>.json with what made them and what they cost. While one
+process draws, samples-<key>.lock keeps others from it.
 """
 
 import hashlib
 import json
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from ldm.autoencoder.autoencoder import weights_sha256
@@ -24,6 +28,9 @@ from ldm.durable import write_text
 from ldm.errors import UserError
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.sampling import Request, check_interval, describe, draw
+
+FORMAT = 2
+"""Of the files, and of how noise and captions are chosen: samples of another are drawn again."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +52,9 @@ class KeptSamples:
         return pixels.permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
-def chosen_training_rows(images: ImageData, num_samples: int, seed: int) -> np.ndarray:
-    """Rows of `train_indices` whose captions or classes the samples are of; more samples than images begin again."""
-    order = np.random.default_rng(derive_seed(seed, 1)).permutation(len(images.train_indices))
+def chosen_rows(members: np.ndarray, num_samples: int, seed: int) -> np.ndarray:
+    """Rows of a split whose captions or classes the samples are of; more samples than images begin again."""
+    order = np.random.default_rng(derive_seed(seed, 1)).permutation(len(members))
     return np.resize(order, num_samples)
 
 
@@ -62,35 +69,36 @@ def draw_and_keep(
     guidance_interval: Any = (0.0, 1.0),
     seed: int,
     batch_size: int = 64,
+    split: str = "train",
 ) -> KeptSamples:
-    """Samples for captions or classes of training images, drawn from where an earlier call ended.
+    """Samples for captions or classes of training images, or of held-out ones, drawn from where an earlier call ended.
 
     Sample i depends on the seed and i alone, up to the rounding of batches of another size.
 
+    Args:
+        split: train or val.
+
     Raises:
-        UserError: what `draw` refuses, samples that are not finite.
+        UserError: what `draw` refuses, samples that are not finite, another process that draws the same.
     """
     guidance = check_guidance(guidance)
-    made_by = _made_by(pipeline, images, sampler, guidance, guidance_interval, seed)
+    made_by = _made_by(pipeline, images, sampler, guidance, guidance_interval, seed) | {"split": split}
     key = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:12]
     folder.mkdir(parents=True, exist_ok=True)
     pixels, facts = (folder / f"samples-{key}{end}" for end in (".bin", ".json"))
     side = images.resolution
     size = 3 * side**2
-    drawn = pixels.stat().st_size // size if pixels.is_file() and facts.is_file() else 0
-    cost: dict[str, Any] = {"samples": 0, "network_evaluations": 0, "seconds": 0.0}
-    if drawn:
-        cost = json.loads(facts.read_text(encoding="utf-8"))["cost"]
+    drawn, cost = _known(pixels, facts, size)
     if drawn < num_samples:
-        request = Request.of_images(
-            pipeline, images, images.train_indices[chosen_training_rows(images, num_samples, seed)]
-        )
+        members = images.train_indices if split == "train" else images.val_indices
+        request = Request.of_images(pipeline, images, members[chosen_rows(members, num_samples, seed)])
         calls: list[int] = []
-        hook = pipeline.network.register_forward_pre_hook(lambda _, arguments: calls.append(len(arguments[0])))
         options: dict[str, Any] = {"guidance": guidance, "guidance_interval": guidance_interval, "seed": seed}
-        began = time.perf_counter()
-        try:
-            with pixels.open("ab") as file:
+        with _alone(pixels.with_suffix(".lock")), pixels.open("ab") as file:
+            drawn, cost = _known(pixels, facts, size)  # another process may have drawn some since
+            hook = pipeline.network.register_forward_pre_hook(lambda _, arguments: calls.append(len(arguments[0])))
+            began = time.perf_counter()
+            try:
                 file.truncate(drawn * size)  # an image that was half written
                 for part in draw(pipeline, request, sampler, batch_size=batch_size, first=drawn, **options):
                     _require_finite(part)
@@ -103,10 +111,39 @@ def draw_and_keep(
                     write_text(facts, json.dumps(content, indent=2) + "\n")
                     calls.clear()
                     began = time.perf_counter()
-        finally:
-            hook.remove()
+            finally:
+                hook.remove()
     kept = np.memmap(pixels, np.uint8, "r", shape=(num_samples, side, side, 3))
     return KeptSamples(kept, *(cost[name] / cost["samples"] for name in ("network_evaluations", "seconds")))
+
+
+def _known(pixels: Path, facts: Path, size: int) -> tuple[int, dict[str, Any]]:
+    """How many samples of so many bytes there are, and what they cost."""
+    drawn = pixels.stat().st_size // size if pixels.is_file() and facts.is_file() else 0
+    if not drawn:
+        return 0, {"samples": 0, "network_evaluations": 0, "seconds": 0.0}
+    return drawn, json.loads(facts.read_text(encoding="utf-8"))["cost"]
+
+
+@contextmanager
+def _alone(file: Path) -> Iterator[None]:
+    """No other process is in the block of the same file.
+
+    Raises:
+        UserError: one is.
+    """
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(
+            f"Another process draws these samples, {file.with_suffix('.bin')}. Wait for its end: then they are taken "
+            "from there. Or choose another seed= or sampler.steps=."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def check_guidance(guidance: Any) -> float:
@@ -131,6 +168,7 @@ def _made_by(
     """All that decides a sample; the number of samples is no part of it."""
     fitted = pipeline.z_0_mse
     return {
+        "format": FORMAT,
         "network_sha256": weights_sha256(pipeline.network),
         "autoencoder_sha256": pipeline.contract.autoencoder_sha256,
         "statistics": repr(pipeline.autoencoder.statistics),
