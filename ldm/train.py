@@ -39,9 +39,11 @@ def train(config: DictConfig) -> None:
     from ldm.training.loggers import make_loggers
     from ldm.training.precision import choose_precision
     from ldm.training.summary import describe_device, print_table, time_expected
-    from ldm.training.throughput import measure_speed, peak_memory_gb
+    from ldm.training.throughput import begin_peak_memory, measure_speed, peak_memory_gb
 
     started = time.perf_counter()
+    job = HydraConfig.get()
+    begin_peak_memory(first=job.mode != RunMode.MULTIRUN or job.job.num == 0)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     if config.get("stage") is None:
         raise UserError(
@@ -166,8 +168,9 @@ def train(config: DictConfig) -> None:
         **outcome.figures,
         "steps": trainer.global_step,
         "training_s": round(budget.elapsed_s, 1),
-        "peak_memory_gb": peak_memory_gb(),
     }
+    if (memory := peak_memory_gb()) is not None:
+        figures["peak_memory_gb"] = memory
     run.update(finished=time.time(), duration_s=round(duration_s, 1), figures=figures, next=outcome.next_command)
     loggers.conclude(run, figures, outcome.pictures)
     shown = [(key, f"{value:.4g}" if isinstance(value, float) else str(value)) for key, value in figures.items()]
