@@ -1,6 +1,7 @@
 """How a training of stage 1 went: distortion by step, and the discriminator's game where there was one."""
 
 import csv
+from collections.abc import Mapping
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -14,15 +15,19 @@ Curve = tuple[list[int], list[float]]
 
 def read_curves(file: Path) -> dict[str, Curve]:
     """Every column of a metrics.csv by name, with the steps at which it has a value."""
-    curves: dict[str, Curve] = {}
+    points: dict[str, dict[int, float]] = {}
     with file.open(encoding="utf-8", newline="") as rows:
         for row in csv.DictReader(rows):
             for name, text in row.items():
                 if name not in ("epoch", "step") and text:
-                    steps, values = curves.setdefault(name, ([], []))
-                    steps.append(int(row["step"]))
-                    values.append(float(text))
-    return curves
+                    points.setdefault(name, {})[int(row["step"])] = float(text)
+    return {name: as_curve(values) for name, values in points.items()}
+
+
+def as_curve(values: Mapping[int, float]) -> Curve:
+    """Values by step, in the order of the steps. A run that was killed and resumed logs some twice: the last counts."""
+    steps = sorted(values)
+    return steps, [values[step] for step in steps]
 
 
 def draw(curves: dict[str, Curve], title: str) -> Figure:
