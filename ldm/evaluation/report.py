@@ -50,6 +50,15 @@ class Evaluation:
                 picture.save(partial)
         write_text(path, json.dumps(self.figures, indent=2) + "\n")
 
+    def save_unless_smaller(self, path: Path, elsewhere: Path) -> Path:
+        """At `path`; `elsewhere` where that holds figures of more samples of the same weights. Returns which."""
+        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        same = known.get("weights_sha256") == self.figures["weights_sha256"]
+        larger = same and known.get("num_samples", 0) > self.figures["num_samples"]
+        chosen = elsewhere if larger else path
+        self.save(chosen)
+        return chosen
+
 
 def evaluate(
     pipeline: LatentDiffusionPipeline,

@@ -260,6 +260,20 @@ def test_what_a_classifier_mistakes_is_no_shift(pipeline, images, tmp_path, monk
     assert sum(calls) == len(images) + 3 * 24, "every image once: all data, samples, reconstructions, the VAE alone"
 
 
+def test_a_smaller_evaluation_of_the_same_weights_does_not_replace_a_larger_one(tmp_path):
+    place, elsewhere = tmp_path / "run/evaluation.json", tmp_path / "demo/evaluation.json"
+    place.parent.mkdir()
+
+    def made(num_samples: int, weights: str) -> Path:
+        figures = {"weights_sha256": weights, "num_samples": num_samples}
+        return Evaluation(figures, [], {"nearest.png": Image.new("RGB", (4, 4))}).save_unless_smaller(place, elsewhere)
+
+    assert made(3000, "a") == place and made(256, "a") == elsewhere
+    assert json.loads(place.read_text())["num_samples"] == 3000 and elsewhere.with_name("nearest.png").is_file()
+    assert made(256, "b") == place and json.loads(place.read_text())["num_samples"] == 256, "of other weights"
+    assert made(256, "b") == place
+
+
 def test_classes_that_were_asked_for(pipeline, images, tmp_path):
     found = evaluate(pipeline, images, SAMPLER, features="classifier", num_samples=24, folder=tmp_path, **OPTIONS)
     assert 0 <= found.figures["class_accuracy_samples"] <= 1
