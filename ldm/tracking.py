@@ -18,10 +18,13 @@ from typing import Any
 from PIL import Image
 
 from ldm.artifact import Artifact, flatten, sha256
+from ldm.durable import write_text
 from ldm.errors import UserError
 from ldm.wandb_server import MODES, bounded, choose_mode, has_key
 
 ID_FILE = "wandb_id.txt"
+TRAINING_ID = "training_id"
+"""Key in the config of a tool's run: the id of the training that it is of."""
 OPTIONS = ("project", "entity", "group", "tags", "mode", "timeout_s", "finish_timeout_s", "max_artifact_mb")
 """What is read of the config group `logger` for any run."""
 
@@ -87,7 +90,7 @@ class WandbRun:
             if self.mode != "online":
                 raise
             self._go_on_without_server(error, resume=known)
-        id_file.write_text(run_id + "\n")
+        write_text(id_file, f"{self._options['id']}\n")
 
     def _start(self, *, resume: bool) -> None:
         if self.mode == "online" and not has_key():
@@ -95,6 +98,8 @@ class WandbRun:
         # marked in the record as well where it is offline: an upload then appends instead of beginning anew
         options = {**self._options, "mode": self.mode, "resume": "allow" if resume else None}
         self.run = self._wandb.init(**options)
+        if self.mode != "disabled":
+            self._options["id"] = self.run.id  # an agent of a sweep gives it another one than we asked for
         # an axis of our own: W&B drops what comes with a smaller step than the last, as after a validation or a resume
         self.run.define_metric("*", step_metric="step")
         self._row = max(self._row, self.run.step - 1)
@@ -159,8 +164,8 @@ class WandbRun:
 
         self._log(logged, step)
 
-    def log_table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[str]], step: int) -> None:
-        """A table of text."""
+    def log_table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
+        """A table of texts and numbers."""
         data = [list(row) for row in rows]
         self._log(lambda: {key: self._wandb.Table(columns=list(columns), data=data)}, step)
 
@@ -204,6 +209,7 @@ class WandbRun:
                 flush=True,
             )
         self._record(lambda run: bounded(lambda: leave(run), self.timeout_s))
+        self.summarise({f"{item.type}_sha256": item.digest})  # by which an evaluation knows that it is of these weights
 
     def _describe(self, item: Artifact, *, files: bool = False) -> Any:
         """A W&B artifact; its description is a file too, since artifacts without a file are all alike to W&B."""
@@ -227,6 +233,12 @@ class WandbRun:
             self._tell(error)
 
 
+def known_id(folder: Path) -> str | None:
+    """The id of the W&B run that a run folder was last recorded in."""
+    file = folder / ID_FILE
+    return file.read_text(encoding="utf-8").strip() if file.is_file() else None
+
+
 def track_report(
     folder: Path,
     config: Mapping[str, Any],
@@ -234,6 +246,7 @@ def track_report(
     name: str,
     values: Mapping[str, Any],
     pictures: Mapping[str, Image.Image],
+    tables: Mapping[str, tuple[Sequence[str], Sequence[Sequence[Any]]]] | None = None,
     made_from: Sequence[Artifact] = (),
     files: Sequence[Path] = (),
 ) -> None:
@@ -242,15 +255,19 @@ def track_report(
     Args:
         folder: Of the report, made where it is missing. Not the folder of a training run: that keeps the id of its own.
         config: The tool's, with its group `logger`.
-        values: Those that are no number, text or truth are left out.
+        values: Numbers, texts, truths and lists of these, those inside a mapping as `a.b`; what else there is, is left
+            out.
+        tables: Columns and rows by title.
         made_from: What was evaluated.
         files: The report's own.
     """
     folder.mkdir(parents=True, exist_ok=True)
     options = {key: config["logger"][key] for key in OPTIONS}
     tracker = WandbRun(folder, config, name=name, **options)
-    figures = {key: value for key, value in values.items() if isinstance(value, int | float | str)}
+    figures = {key: value for key, value in flatten(_without_lists_of_mappings(values)).items() if value is not None}
     tracker.summarise(figures)
+    for title, (columns, rows) in (tables or {}).items():
+        tracker.log_table(title, columns, rows, 0)
     for title, picture in pictures.items():
         tracker.log_images(title, [picture], [name.rpartition("/")[2]], 0)
     for item in made_from:
@@ -259,6 +276,17 @@ def track_report(
     digest = sha256([*files] or json.dumps(figures, sort_keys=True))
     tracker.leave(Artifact("evaluation", name.removeprefix("evaluation/"), digest, {**of, **figures}, tuple(files)))
     tracker.finish()
+
+
+def _without_lists_of_mappings(values: Mapping[str, Any]) -> dict[str, Any]:
+    def is_table(value: Any) -> bool:
+        return isinstance(value, list | tuple) and any(isinstance(inner, Mapping) for inner in value)
+
+    return {
+        key: _without_lists_of_mappings(value) if isinstance(value, Mapping) else value
+        for key, value in values.items()
+        if not is_table(value)
+    }
 
 
 def finish_open_run() -> None:

@@ -325,7 +325,8 @@ def test_logger_wandb_gets_the_figures_and_the_picture(call, opened, monkeypatch
     assert tracked.options["name"] == "evaluation/vae/kl" and tracked.options["group"] == "kl" and tracked.finished
     assert tracked.out == run.path / "evaluation", "the run's own folder keeps the id of its training"
     figures = json.loads((run.path / "evaluation.json").read_text())
-    assert tracked.summary["psnr_db"] == figures["psnr_db"] and "latent_shape" not in tracked.summary
+    assert tracked.summary["psnr_db"] == figures["psnr_db"] and tracked.summary["latent_shape"] == [4, 4, 4]
+    assert "lpips" not in tracked.summary and tracked.summary["weights_sha256"] == digest
     assert tracked.images == [("worst reconstructions", 1, ["kl"])]
     assert tracked.taken.type == "autoencoder" and tracked.taken.digest == digest
     assert tracked.left.metadata["autoencoder_sha256"] == digest and len(tracked.left.files) == 2
