@@ -31,13 +31,14 @@ class EfficientNetLite(nn.Module):
     """
 
     name = "efficientnet_lite"
-    key = "efficientnet_lite-224px"
+    library = "efficientnet_lite_pytorch"
     dim = 1280
     size = 224
 
     def __init__(self) -> None:
         super().__init__()
         self.network = _efficientnet_lite("features=efficientnet_lite")
+        self.key = f"{self.name}-{weights_digest(self.network)}-{self.size}px"
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -157,6 +158,8 @@ class VisionTransformer(nn.Module):
         UserError: neither such a folder nor within reach on the hub, or without preprocessor_config.json.
     """
 
+    library = "transformers"
+
     def __init__(self, kind: str, path: str | None = None) -> None:
         super().__init__()
         from transformers import CLIPVisionModelWithProjection, Dinov2Model
@@ -178,7 +181,7 @@ class VisionTransformer(nn.Module):
         side = processor.get("crop_size") or processor["size"]
         self.size: int = side if isinstance(side, int) else side.get("height") or side["shortest_edge"]
         self.mean, self.std = (torch.tensor(processor[f"image_{name}"])[:, None, None] for name in ("mean", "std"))
-        self.key = f"{kind}-{_weights(self.network)}-{self.size}px"
+        self.key = f"{kind}-{weights_digest(self.network)}-{self.size}px"
         self.eval()
 
     @torch.no_grad()
@@ -200,7 +203,7 @@ class Inception(nn.Module):
     """
 
     name = "inception"
-    key = "inception-299px"
+    library = "pytorch_fid"
     dim = 2048
     is_fid = True
 
@@ -220,6 +223,7 @@ class Inception(nn.Module):
                 f"The weights of Inception-v3 could not be fetched ({error.reason}). Fetch them on a machine with a "
                 "network and copy its ~/.cache/torch/hub/checkpoints here, or choose features=efficientnet_lite."
             ) from error
+        self.key = f"{self.name}-{weights_digest(self.network)}-299px"
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -231,7 +235,7 @@ def _file(path: str, name: str) -> Path:
     return Path(path, name) if Path(path).is_dir() else Path(hf_hub_download(path, name))
 
 
-def _weights(network: nn.Module) -> str:
+def weights_digest(network: nn.Module) -> str:
     """Eight digits of the SHA-256 of the weights, whatever place they came from."""
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):

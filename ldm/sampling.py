@@ -73,7 +73,11 @@ class Request:
 
     @classmethod
     def of_images(cls, pipeline: LatentDiffusionPipeline, images: ImageData, indices: np.ndarray) -> "Request":
-        """The captions or classes of these images, where the model takes them."""
+        """The captions or classes of these images, where the model takes them.
+
+        Raises:
+            UserError: images without them, or of a class that the model does not know.
+        """
         conditioning = pipeline.conditioning
         if isinstance(conditioning, TextCondition):
             captions = images.require_captions()
@@ -81,9 +85,22 @@ class Request:
             return cls(conditioning.encode(chosen), list(chosen))
         if isinstance(conditioning, ClassCondition):
             labels = images.require_labels()
-            classes = [labels[i] for i in indices]
-            return cls(conditioning.encode(classes), [conditioning.class_names[label] for label in classes])
+            names = images.class_names or [str(label) for label in range(max(labels) + 1)]
+            return cls.of_classes(conditioning, [names[labels[i]] for i in indices])
         return cls({}, [None] * len(indices))
+
+    @classmethod
+    def of_classes(cls, conditioning: ClassCondition, names: Sequence[str]) -> "Request":
+        """A sample of each of these classes, by name: their numbers may be others in other data.
+
+        Raises:
+            UserError: one that the model does not know.
+        """
+        number = {name: label for label, name in reversed([*enumerate(conditioning.class_names)])}
+        if unknown := [name for name in dict.fromkeys(names) if name not in number]:
+            known = ", ".join(conditioning.class_names)
+            raise UserError(f"This model knows no class {' or '.join(unknown)}; its classes are: {known}.")
+        return cls(conditioning.encode([number[name] for name in names]), list(names))
 
     def __len__(self) -> int:
         return len(self.captions)

@@ -34,7 +34,10 @@ def train(config: DictConfig) -> None:
 
     from ldm.training.lock import only_one
     from ldm.training.room import require_writable
+    from ldm.training.throughput import begin_peak_memory
 
+    job = HydraConfig.get()
+    begin_peak_memory(first=job.mode != RunMode.MULTIRUN or job.job.num == 0)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     if config.get("stage") is None:
         raise UserError(
@@ -193,8 +196,9 @@ def train_in(folder: Path, config: DictConfig, again: str, *, main_process: bool
         **outcome.figures,
         "steps": trainer.global_step,
         "training_s": round(budget.elapsed_s, 1),
-        "peak_memory_gb": peak_memory_gb(),
     }
+    if (memory := peak_memory_gb()) is not None:
+        figures["peak_memory_gb"] = memory
     if fit.guard is not None and fit.guard.skipped_steps:
         figures["skipped_steps"] = fit.guard.skipped_steps
     run.update(finished=time.time(), duration_s=round(duration_s, 1), figures=figures, next=outcome.next_command)

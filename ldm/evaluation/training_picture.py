@@ -1,6 +1,7 @@
 """How a training of stage 1 went: distortion by step, and the discriminator's game where there was one."""
 
 import csv
+from collections.abc import Mapping
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -21,18 +22,22 @@ def read_curves(file: Path) -> dict[str, Curve]:
     Raises:
         UserError: it is no table of numbers by step.
     """
-    curves: dict[str, Curve] = {}
+    points: dict[str, dict[int, float]] = {}
     try:
         with file.open(encoding="utf-8", newline="") as rows:
             for row in csv.DictReader(rows):
                 for name, text in row.items():
                     if name not in ("epoch", "step") and text:
-                        steps, values = curves.setdefault(name, ([], []))
-                        steps.append(int(row["step"]))
-                        values.append(float(text))
+                        points.setdefault(name, {})[int(row["step"])] = float(text)
     except (ValueError, KeyError, TypeError, csv.Error) as error:
         raise UserError(f"{file} is no table of numbers by step: {first_line(error)}. Delete it.") from error
-    return curves
+    return {name: as_curve(values) for name, values in points.items()}
+
+
+def as_curve(values: Mapping[int, float]) -> Curve:
+    """Values by step, in the order of the steps. A run that was killed and resumed logs some twice: the last counts."""
+    steps = sorted(values)
+    return steps, [values[step] for step in steps]
 
 
 def draw(curves: dict[str, Curve], title: str) -> Figure:
