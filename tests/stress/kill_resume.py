@@ -265,8 +265,8 @@ def stress(kills: int, sent: signal.Signals, seed: int, work: Path) -> int:
         expected[stage] = outcome(stage, folder)
         counts = Counter(filter(None, map(kind_of, references[stage].operations)))
         print(
-            f"stage {stage}, never stopped: {references[stage].seconds:.1f} s, {len(references[stage].operations)} file "
-            f"operations ({dict(counts)}), hash {joined(expected[stage])[:12]}",
+            f"stage {stage}, never stopped: {references[stage].seconds:.1f} s, {len(references[stage].operations)} "
+            f"file operations ({dict(counts)}), hash {joined(expected[stage])[:12]}",
             flush=True,
         )
     planned, same = plan(kills, references, seed), 0
