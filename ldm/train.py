@@ -256,9 +256,10 @@ def run_folder(config: DictConfig, *, main_process: bool) -> Path:
             return source
         continues = source.resolve() == folder.resolve()
     if main_process and exists and not (continues or config.overwrite):
+        each = " With -m, each job needs a name of its own: 'name=NAME-${hydra:job.num}', or no name="
         raise UserError(
             f"{folder} exists already. Choose another name=, continue it with resume=true, or start it anew "
-            "with overwrite=true."
+            f"with overwrite=true.{each + '.' if HydraConfig.get().mode == RunMode.MULTIRUN else ''}"
         )
     return folder
 
