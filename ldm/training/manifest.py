@@ -127,10 +127,13 @@ def prune(folder: Path, branch: list[Manifest], keep_last: int) -> None:
             path.unlink()  # a kill came between the checkpoint and its manifest
 
 
-def find_checkpoint(folder: Path, resume: bool | str | None, *, stage: str, quiet: bool = False) -> Manifest | None:
+def find_checkpoint(
+    folder: Path, resume: bool | str | None, *, stage: str, begun: bool = False, quiet: bool = False
+) -> Manifest | None:
     """The checkpoint to continue from: the newest whole one of the run folder, or the file that is named.
 
-    None to start anew: nothing was asked for, or the run was stopped before it saved anything.
+    None to start anew: nothing was asked for, or the run was stopped before it saved anything. `begun` says that it was
+    stopped before there was a run folder, even.
 
     Raises:
         UserError: there is no such run or file, none of them is whole, or it is of another stage.
@@ -156,7 +159,7 @@ def find_checkpoint(folder: Path, resume: bool | str | None, *, stage: str, quie
             f"resume={resume}: {old} was saved by an earlier version, without a manifest to check it by. Continue that "
             "run with the version that began it, or start anew with overwrite=true instead of resume=."
         )
-    if not (folder / RUN_FILE).is_file():
+    if not (begun or (folder / RUN_FILE).is_file()):
         raise UserError(f"resume={resume}: there is no run {folder}, so no checkpoint. Start anew without resume=.")
     return None
 
