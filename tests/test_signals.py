@@ -230,10 +230,10 @@ def test_stopped_before_and_after_training(train, place, monkeypatch, hook):
     assert ended.code == 143 and f"name={name} resume=true" in ended.err
     run = place / "runs/vae" / name
     assert not (run / "autoencoder").exists()
-    if hook == "finish":
-        assert [manifest.step for manifest in manifests(run / "checkpoints")] == [4]
-        ended = train(f"name={name}", "resume=true")
-        assert ended.code == 0 and (run / "autoencoder/diffusion_pytorch_model.safetensors").is_file()
+    assert [manifest.step for manifest in manifests(run / "checkpoints")] == ([4] if hook == "finish" else [])
+    ended = train(f"name={name}", "resume=true")
+    assert ended.code == 0 and (run / "autoencoder/diffusion_pytorch_model.safetensors").is_file()
+    assert ("resumed from" in ended.out) == (hook == "finish")
 
 
 def test_a_second_training_in_a_run_folder_is_refused(train, place):
@@ -269,7 +269,8 @@ def test_the_lock_of_a_killed_process_is_free(place, monkeypatch):
         process.kill()
         process.wait()
     with only_one(place / "runs/vae/held"):
-        """Nobody has it."""
+        """Free again."""
+    assert not list((place / "runs/vae").glob("*.json"))
 
 
 RANKS = """

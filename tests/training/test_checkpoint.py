@@ -205,6 +205,12 @@ def test_only_what_training_left_in_a_run_is_resumed(fit, make_module, tmp_path)
     assert find_checkpoint(folder, True, stage="vae") is None, "nothing was saved to its end: from the beginning"
 
 
+def test_resume_begins_where_nothing_was_saved(tmp_path, capsys):
+    """So that a job that is killed and started again and again may always say it."""
+    assert find_checkpoint(tmp_path / "new", True, stage="vae") is None
+    assert "nothing was saved in" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("resume", [False, None])
 def test_no_resume_starts_anew(tmp_path, resume):
     assert find_checkpoint(tmp_path, resume, stage="vae") is None
