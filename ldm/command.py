@@ -65,7 +65,7 @@ def prepare_images(data: DictConfig) -> Any:
 
     from ldm.data.images import prepare
 
-    keys = ("resolution", "resize", "cache_dir", "val_fraction", "max_bad_fraction")
+    keys = ("resolution", "resize", "cache_dir", "val_fraction", "max_bad_fraction", "max_pixels")
     return prepare(instantiate(data.source), **{key: data[key] for key in keys})
 
 

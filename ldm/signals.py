@@ -69,13 +69,18 @@ def handled() -> Iterator[None]:
         yield
         return
     before = {number: signal.getsignal(number) for number in HANDLED}
-    _received.first, _received.interrupts, _received.held = None, 0, False
+    _forget()
     install()
     try:
         yield
     finally:
+        _forget()
         for number, handler in before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
+def _forget() -> None:
+    _received.first, _received.interrupts, _received.held = None, 0, False
 
 
 def hold() -> None:

@@ -49,11 +49,11 @@ def train(config: DictConfig) -> None:
     again = command_to_continue(config, folder)
     try:
         if not main_process:
-            train_in(folder, config, again, main_process=False)
+            train_in(folder, config, again, main_process=False, begun=True)
             return
         require_writable(folder)
-        with only_one(folder):
-            train_in(folder, config, again, main_process=True)
+        with only_one(folder) as begun:
+            train_in(folder, config, again, main_process=True, begun=begun)
     except signals.Interrupted as stopped:
         if not main_process:
             # the process that started this one ends everything at once where one of its own says more than 0
@@ -64,8 +64,8 @@ def train(config: DictConfig) -> None:
         raise signals.Interrupted(stopped.signal, said) from None
 
 
-def train_in(folder: Path, config: DictConfig, again: str, *, main_process: bool) -> None:
-    """Prepare the data, build the stage, train, leave the weights in the run folder."""
+def train_in(folder: Path, config: DictConfig, again: str, *, main_process: bool, begun: bool) -> None:
+    """Prepare the data, build the stage, train, leave the weights in the run folder; `begun` before, and cut off."""
     import torch
     from lightning.pytorch import seed_everything
 
@@ -82,7 +82,7 @@ def train_in(folder: Path, config: DictConfig, again: str, *, main_process: bool
 
     started = time.perf_counter()
     kind = HydraConfig.get().runtime.choices["stage"]
-    resumed = find_checkpoint(folder, config.resume, stage=kind, quiet=not main_process)
+    resumed = find_checkpoint(folder, config.resume, stage=kind, begun=begun, quiet=not main_process)
     options: dict[str, Any] = OmegaConf.to_container(config.trainer)  # type: ignore[assignment]
     make_budget(options, config.optimizer.warmup_steps, config.optimizer.decay)  # none, or unreadable: refused now
     check_accelerator(options["accelerator"])

@@ -144,7 +144,8 @@ def metrics_of(run: Run) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-EVERY_RUN = {"config.yaml", "run.json", "metrics.csv", "wandb_id.txt", "checkpoints/last.ckpt"}
+EVERY_RUN = {"config.yaml", "run.json", "metrics.csv", "wandb_id.txt"}
+EVERY_RUN |= {f"checkpoints/step-0000000{step}.{kind}" for step in (4, 6) for kind in ("ckpt", "json")}
 
 
 def test_the_autoencoders_run_folder(trained):
@@ -223,7 +224,8 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(train):
     expected, found = load_file(whole.path / file), load_file(resumed.path / file)
     assert expected.keys() == found.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
     states = [
-        torch.load(run.path / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for run in (whole, resumed)
+        torch.load(run.path / "checkpoints/step-00000007.ckpt", weights_only=True)["state_dict"]
+        for run in (whole, resumed)
     ]
     for name in ("importance.history", "importance.counts"):
         assert torch.equal(states[0][name], states[1][name])

@@ -223,7 +223,7 @@ def test_trainers_know_their_keys(choice, tmp_path):
 
 @of("data")
 def test_data_choices_share_their_keys(choice):
-    shared = {"resolution", "resize", "val_fraction", "flip", "max_bad_fraction", "cache_dir", "source"}
+    shared = {"resolution", "resize", "val_fraction", "flip", "max_bad_fraction", "max_pixels", "cache_dir", "source"}
     config = chosen("data", choice)
     assert shared <= set(config)
 

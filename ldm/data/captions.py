@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,9 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from ldm.data.alone import made_alone
 from ldm.data.images import default_cache_dir
+from ldm.durable import durable_folder
 
 
 class CaptionData:
@@ -44,32 +44,32 @@ def open_captions(
     """
     key = hashlib.sha256(json.dumps([encoder, list(captions)], sort_keys=True).encode()).hexdigest()[:12]
     folder = Path(cache_dir or default_cache_dir()).expanduser() / f"captions-{key}"
-    if folder.is_dir():
-        return CaptionData(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        arrays: dict[str, np.memmap] = {}
-        columns = (TextColumn("embedding captions"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, transient=True) as bar:
-            task = bar.add_task("", total=len(captions))
-            for start in range(0, len(captions), batch_size):
-                part = encode(captions[start : start + batch_size])
-                for name, value in part.items():
-                    if name not in arrays:
-                        arrays[name] = np.lib.format.open_memmap(
-                            partial / f"{name}.npy",
-                            mode="w+",
-                            dtype=value.numpy().dtype,
-                            shape=(len(captions), *value.shape[1:]),
-                        )
-                    arrays[name][start : start + len(value)] = value.numpy()
-                bar.advance(task, len(captions[start : start + batch_size]))
-        for array in arrays.values():
-            array.flush()
-        arrays.clear()
-        if not folder.exists():
-            partial.replace(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    if not folder.is_dir():
+        with made_alone(folder):
+            if not folder.is_dir():
+                with durable_folder(folder) as partial:
+                    _embed(partial, encode, captions, batch_size)
     return CaptionData(folder)
+
+
+def _embed(
+    folder: Path, encode: Callable[[Sequence[str]], dict[str, Tensor]], captions: Sequence[str], batch_size: int
+) -> None:
+    arrays: dict[str, np.memmap] = {}
+    columns = (TextColumn("embedding captions"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, transient=True) as bar:
+        task = bar.add_task("", total=len(captions))
+        for start in range(0, len(captions), batch_size):
+            part = encode(captions[start : start + batch_size])
+            for name, value in part.items():
+                if name not in arrays:
+                    arrays[name] = np.lib.format.open_memmap(
+                        folder / f"{name}.npy",
+                        mode="w+",
+                        dtype=value.numpy().dtype,
+                        shape=(len(captions), *value.shape[1:]),
+                    )
+                arrays[name][start : start + len(value)] = value.numpy()
+            bar.advance(task, len(captions[start : start + batch_size]))
+    for array in arrays.values():
+        array.flush()

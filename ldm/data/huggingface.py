@@ -6,6 +6,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from ldm.data.reading import read_file
 from ldm.data.sources import Record, digest_of_files, folder_name
 from ldm.errors import UserError
 
@@ -178,7 +179,7 @@ def _image_bytes(cell: dict[str, Any] | None) -> bytes:
     if cell["bytes"] is not None:
         return cell["bytes"]
     if "://" not in cell["path"]:
-        return Path(cell["path"]).read_bytes()
+        return read_file(Path(cell["path"]))
     import fsspec  # comes with datasets; opens hf://, https:// and members of archives
 
     with fsspec.open(cell["path"], "rb") as file:

@@ -2,12 +2,15 @@
 
 import csv
 import json
+import os
 import posixpath
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ldm.data.sources import Record, digest_of_files, folder_name
+from ldm.data.reading import PASSING, read_file, retried
+from ldm.data.sources import Record, digest_of_files, folder_name, printable
 from ldm.errors import UserError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -16,6 +19,9 @@ METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 
 class ImageFolder:
     """Every image below `path`, in the order of the relative names. Hidden files and folders are left out.
+
+    Whatever bears an image's name counts, a pipe or a broken link too, and so does a folder that may not be listed:
+    preparation puts them into quarantine instead of losing them in silence.
 
     Captions: `metadata.jsonl` or `metadata.csv` in any folder, in the manner of Hugging Face's imagefolder
     (`file_name` relative to the metadata file, the text in `caption_column`); else a `.txt` beside the image.
@@ -33,7 +39,14 @@ class ImageFolder:
         self.name = folder_name(self.path.resolve().name)
         if not self.path.is_dir():
             raise UserError(f"data.path={path} is not a folder. Name the folder that holds your images.")
-        self._files = self._visible_files()
+        self._closed: dict[str, OSError] = {}
+        try:
+            self._files = retried(self._visible_files, self.path)
+        except OSError as error:
+            raise UserError(
+                f"data.path={path} cannot be listed: {error.strerror}. Make it readable, or start again when its disk "
+                "answers."
+            ) from error
         self._images = [name for name in self._files if name.lower().endswith(IMAGE_SUFFIXES)]
         if not self._images:
             raise UserError(
@@ -44,7 +57,7 @@ class ImageFolder:
 
     @property
     def num_records(self) -> int:
-        return len(self._images)
+        return len(self._images) + len(self._closed)
 
     def identity(self) -> dict[str, Any]:
         return {
@@ -57,17 +70,27 @@ class ImageFolder:
         captions = self._find_captions()
         labels = {name: label for label, name in enumerate(self.class_names or [])}
         for name in self._images:
-            yield Record(name, self._files[name].read_bytes, captions.get(name), labels.get(name.split("/")[0]))
+            load = partial(read_file, self._files[name])
+            yield Record(printable(name), load, captions.get(name), labels.get(name.split("/")[0]))
+        for name, error in self._closed.items():
+            yield Record(printable(name), partial(_fail, error))
 
     def _visible_files(self) -> dict[str, Path]:
         """Relative name -> path of every image, text and metadata file, sorted by name."""
+        self._closed.clear()
         files = {}
-        for path in self.path.rglob("*"):
-            name = path.relative_to(self.path).as_posix()
-            wanted = path.suffix.lower() in (*IMAGE_SUFFIXES, ".txt") or path.name in METADATA_NAMES
-            if wanted and not any(part.startswith(".") for part in name.split("/")) and path.is_file():
-                files[name] = path
+        for folder, folders, names in os.walk(self.path, onerror=self._closed_folder):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            for path in (Path(folder, name) for name in names if not name.startswith(".")):
+                is_text = path.suffix.lower() == ".txt" or path.name in METADATA_NAMES
+                if path.suffix.lower() in IMAGE_SUFFIXES or (is_text and path.is_file()):
+                    files[path.relative_to(self.path).as_posix()] = path
         return dict(sorted(files.items()))
+
+    def _closed_folder(self, error: OSError) -> None:
+        if error.errno in PASSING or Path(error.filename) == self.path:
+            raise error
+        self._closed[Path(error.filename).relative_to(self.path).as_posix() + "/"] = error
 
     def _find_classes(self) -> list[str] | None:
         folders = {name.split("/")[0] for name in self._images if "/" in name}
@@ -93,7 +116,7 @@ class ImageFolder:
         for column in ("file_name", caption_column):
             if rows and not any(column in row for row in rows):
                 raise UserError(
-                    f"{metadata} has no column {column!r}; its columns are {', '.join(rows[0])}. It needs "
+                    f"{metadata} has no column {column!r}; its columns are {', '.join(map(str, rows[0]))}. It needs "
                     "`file_name` and the captions: name theirs with data.caption_column=, or read none with "
                     "data.caption_column=null."
                 )
@@ -105,27 +128,36 @@ class ImageFolder:
             caption = row.get(caption_column)
             if caption is not None and not isinstance(caption, str):
                 raise UserError(f"{metadata}: the caption of {relative} must be text, not {caption!r}.")
+            if caption and any("\ud800" <= letter <= "\udfff" for letter in caption):
+                raise UserError(f"{metadata}: the caption of {relative} holds half a character: {caption!r}.")
             if caption and caption.strip():
                 captions[name] = caption.strip()
         if rows and not num_found:
             raise UserError(
-                f"{metadata} names no image that exists: its first file_name is {rows[0]['file_name']!r}. "
+                f"{metadata} names no image that exists: its first file_name is {rows[0].get('file_name')!r}. "
                 "Write each file_name relative to the folder of the metadata file."
             )
         return captions
 
 
+def _fail(error: OSError) -> bytes:
+    raise error
+
+
 def _rows_of(metadata: Path) -> Iterator[dict[str, Any]]:
     text = _read_text(metadata)
     if metadata.suffix == ".csv":
-        yield from csv.DictReader(text.splitlines(keepends=True))
+        try:
+            yield from csv.DictReader(text.splitlines(keepends=True))
+        except csv.Error as error:
+            raise UserError(f"{metadata} is not CSV: {error}.") from error
         return
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise UserError(f"{metadata}, line {number}, is not JSON: {error}.") from error
         if not isinstance(row, dict):
             raise UserError(f'{metadata}, line {number}, must be a JSON object, such as {{"file_name": ...}}.')
@@ -134,6 +166,8 @@ def _rows_of(metadata: Path) -> Iterator[dict[str, Any]]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return read_file(path).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 ({error.reason}). Save it again in UTF-8.") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from error

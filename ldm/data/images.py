@@ -1,7 +1,7 @@
 """Prepared images, whatever their source: a memory-mapped uint8 array with captions, labels and a split.
 
 A cache folder holds `images.npy` [N, H, W, 3], `index.json` (captions, labels, hashes, licence, how it was
-made) and `skipped.jsonl` (what could not be read, and why).
+made, SHA-256 of it all) and `quarantine.jsonl` (what could not be read, and why).
 """
 
 import hashlib
@@ -16,14 +16,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.data.pixels import RESIZE_MODES, Resize
-from ldm.data.preparation import (
+from ldm.data.arrays import check_length
+from ldm.data.image_cache import (
     FORMAT_VERSION,
-    check_skipped,
-    fill_cache,
-    is_current,
+    IMAGES_FILE,
+    INDEX_FILE,
+    check_quarantine,
+    damage,
+    quarantine_of,
+    read_quarantine,
     shorten,
 )
+from ldm.data.pixels import MAX_PIXELS, RESIZE_MODES, Resize
+from ldm.data.preparation import fill_cache
 from ldm.data.sources import Record, Source
 from ldm.errors import UserError
 
@@ -51,17 +56,29 @@ class ImageData:
 
     @classmethod
     def open(cls, path: Path | str, val_fraction: float = 0.05) -> "ImageData":
-        """Open a cache folder that `prepare` left."""
+        """Open a cache folder that `prepare` left. Its bytes are not compared: `prepare` does that.
+
+        Raises:
+            UserError: it is damaged.
+        """
         path = Path(path)
-        index = json.loads((path / "index.json").read_text(encoding="utf-8"))
+        try:
+            index = json.loads((path / INDEX_FILE).read_text(encoding="utf-8"))
+            kept = {key: index[key] for key in _KEPT}
+            images = np.load(path / IMAGES_FILE, mmap_mode="r")
+        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path} cannot be opened ({error}). Delete that folder and start any training with the same data= "
+                "options: the images are prepared again."
+            ) from error
         train_indices, val_indices = split_by_hash(index["hashes"], val_fraction)
         return cls(
             path=path,
-            images=np.load(path / "images.npy", mmap_mode="r"),
+            images=images,
             train_indices=train_indices,
             val_indices=val_indices,
             val_fraction=val_fraction,
-            **{key: index[key] for key in _KEPT},
+            **kept,
         )
 
     def __len__(self) -> int:
@@ -82,10 +99,19 @@ class ImageData:
         return self.images.nbytes
 
     def batch(self, indices: Any) -> Tensor:
-        """The images at these indices as float32 [b, 3, H, W] in [-1, 1]."""
+        """The images at these indices as float32 [b, 3, H, W] in [-1, 1].
+
+        Raises:
+            UserError: the file was cut short while it was in use.
+        """
+        check_length(self.images)
         pixels = torch.from_numpy(np.asarray(self.images[np.asarray(indices, dtype=np.int64)]))
         images = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
         return images.div_(127.5).sub_(1)
+
+    def quarantine(self) -> list[dict[str, str]]:
+        """What could not be read and was left out: name, reason, the error's class."""
+        return read_quarantine(quarantine_of(self.path))
 
     def require_captions(self) -> list[str]:
         """Every caption; a UserError where one is missing."""
@@ -146,9 +172,16 @@ def prepare(
     resize: Resize = "crop",
     val_fraction: float = 0.05,
     max_bad_fraction: float = 0.01,
+    max_pixels: int = MAX_PIXELS,
     progress: bool = True,
 ) -> ImageData:
     """Decode and resize every image of a source into the cache, or open what is there already.
+
+    Every byte of a cache that is there is compared with its SHA-256, and a damaged one is made again.
+
+    Args:
+        max_bad_fraction: Share of unreadable images that are left out before it is an error.
+        max_pixels: Images with more are left out, before they are decoded.
 
     Raises:
         UserError: too many unreadable images, too little disk space, fewer than 2 images, an unknown option.
@@ -157,15 +190,21 @@ def prepare(
         raise UserError(f"data.resize={resize} is unknown. Choose one of: {', '.join(RESIZE_MODES)}.")
     if resolution < 1:
         raise UserError(f"data.resolution must be at least 1 pixel, not {resolution}.")
+    if max_pixels < 1:
+        raise UserError(f"data.max_pixels must be at least 1, not {max_pixels}.")
     for option, share in (("val_fraction", val_fraction), ("max_bad_fraction", max_bad_fraction)):
         if not 0 <= share < 1:
             raise UserError(f"data.{option} must be at least 0 and below 1, not {share}.")
     transform = {"resolution": resolution, "resize": resize}
     made_from = {"format": FORMAT_VERSION, "identity": source.identity(), "transform": transform}
+    if max_pixels != MAX_PIXELS:  # it may change what is left out; at its default the key is what it always was
+        made_from["max_pixels"] = max_pixels
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
     folder = Path(cache_dir or default_cache_dir()).expanduser() / f"{source.name}-{key}"
-    if not is_current(folder):
-        fill_cache(folder, source, made_from, max_bad_fraction=max_bad_fraction, progress=progress)
+    if damage(folder) is not None:
+        fill_cache(
+            folder, source, made_from, max_bad_fraction=max_bad_fraction, max_pixels=max_pixels, progress=progress
+        )
     data = ImageData.open(folder, val_fraction)
-    check_skipped(data.num_skipped, len(data), max_bad_fraction, folder / "skipped.jsonl")
+    check_quarantine(data.num_skipped, len(data), max_bad_fraction, quarantine_of(folder))
     return data

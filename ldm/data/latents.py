@@ -6,23 +6,25 @@ contract says which weights, images and transform the latents come from; it is c
 
 import json
 import shutil
-import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from ldm.data.alone import made_alone
+from ldm.data.arrays import check_length
 from ldm.data.images import ImageData, default_cache_dir
-from ldm.durable import write_text
+from ldm.data.latent_encoding import MOMENTS_FILE, Encode, NotFinite, check_moments, encode_moments
+from ldm.data.reading import FULL
+from ldm.durable import clear_partials, sync, write_text
 from ldm.errors import UserError
 
 CONTRACT_FILE = "contract.json"
 CONTRACT_FORMAT = 1
+REMEDY = "Make it again: a cache of latents is encoded again once its folder is deleted."
 
 
 @dataclass(frozen=True)
@@ -69,17 +71,18 @@ class LatentContract:
         """Read contract.json.
 
         Raises:
-            UserError: missing, or of another format.
+            UserError: missing, damaged, or of another format.
         """
         path = folder / CONTRACT_FILE
         if not path.is_file():
             raise UserError(f"{folder} has no {CONTRACT_FILE}: it does not say which latents it belongs to.")
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if content.get("format") != CONTRACT_FORMAT:
-            raise UserError(
-                f"{path} has format {content.get('format')}; this version reads {CONTRACT_FORMAT}. Make it again."
-            )
-        return cls(**content)
+        try:
+            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            if (found := content.pop("format")) == CONTRACT_FORMAT:
+                return cls(**content)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{path} is damaged ({error}). {REMEDY}") from error
+        raise UserError(f"{path} has format {found}; this version reads {CONTRACT_FORMAT}. {REMEDY}")
 
 
 class LatentData:
@@ -90,7 +93,7 @@ class LatentData:
 
     def __init__(self, path: Path, contract: LatentContract, images: ImageData) -> None:
         self.path, self.contract = path, contract
-        self.moments = np.load(path / "moments.npy", mmap_mode="r")
+        self.moments = np.load(path / MOMENTS_FILE, mmap_mode="r")
         self.train_indices, self.val_indices = images.train_indices, images.val_indices
 
     @property
@@ -100,7 +103,12 @@ class LatentData:
         return channels, height, width
 
     def batch(self, indices: Any, view: int = 0) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance, each [b, C, h, w]."""
+        """Mean and log-variance, each [b, C, h, w].
+
+        Raises:
+            UserError: the file was cut short while it was in use.
+        """
+        check_length(self.moments)
         moments = torch.from_numpy(np.array(self.moments[np.asarray(indices), view]))
         return moments[:, 0], moments[:, 1]
 
@@ -111,7 +119,7 @@ def latents_folder(contract: LatentContract, cache_dir: Path | str | None = None
 
 
 def open_latents(
-    encode: Callable[[Tensor], tuple[Tensor, Tensor]],
+    encode: Encode,
     contract: LatentContract,
     images: ImageData,
     *,
@@ -120,22 +128,34 @@ def open_latents(
 ) -> LatentData:
     """Open the cache of these latents, encoding train and validation images first where it does not exist.
 
+    An encoding that was interrupted goes on where it was. A second process waits for the first. Every byte of what is
+    opened is compared with its SHA-256.
+
     Args:
         encode: images [b, 3, H, W] in [-1, 1] -> mean and log-variance [b, C, h, w].
 
     Raises:
-        UserError: a cache that breaks its contract, too little disk space, latents that are not finite.
+        UserError: a cache that breaks its contract or whose bytes changed, too little room, latents not finite.
     """
     folder = latents_folder(contract, cache_dir)
+    if not folder.exists():
+        with made_alone(folder):
+            if not folder.exists():
+                _encode(folder, encode, contract, images, batch_size)
     if not (folder / CONTRACT_FILE).is_file():
-        if folder.exists():
-            raise UserError(
-                f"{folder} has no {CONTRACT_FILE}: it does not say which latents it holds. Delete that folder; the "
-                "latents will be encoded again."
-            )
-        _encode(folder, encode, contract, images, batch_size)
+        raise UserError(
+            f"{folder} has no {CONTRACT_FILE}: it does not say which latents it holds. Delete that folder; the "
+            "latents will be encoded again."
+        )
     contract.check(LatentContract.load(folder), "this run", str(folder))
-    latents = LatentData(folder, contract, images)
+    check_moments(folder)
+    try:
+        latents = LatentData(folder, contract, images)
+    except (OSError, EOFError, ValueError) as error:
+        raise UserError(
+            f"{folder / MOMENTS_FILE} cannot be opened ({error}). Delete that folder; the latents will be "
+            "encoded again."
+        ) from error
     side = contract.resolution // contract.factor
     expected = (len(images), 1 + contract.flip, 2, contract.channels, side, side)
     if latents.moments.shape != expected or latents.moments.dtype != contract.dtype:
@@ -146,55 +166,48 @@ def open_latents(
     return latents
 
 
-def _encode(
-    folder: Path,
-    encode: Callable[[Tensor], tuple[Tensor, Tensor]],
-    contract: LatentContract,
-    images: ImageData,
-    batch_size: int,
-) -> None:
+def _encode(folder: Path, encode: Encode, contract: LatentContract, images: ImageData, batch_size: int) -> None:
+    """Fill `.<folder>.unfinished`, which a later call finds again, and give it the folder's name."""
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    if unfinished.exists() and not _is_of(unfinished, contract):
+        shutil.rmtree(unfinished)
     side = contract.resolution // contract.factor
     shape = (len(images), 1 + contract.flip, 2, contract.channels, side, side)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    needed, free = 4 * int(np.prod(shape)), shutil.disk_usage(folder.parent).free
+    done = unfinished / MOMENTS_FILE
+    needed = 4 * int(np.prod(shape)) - (done.stat().st_size if done.is_file() else 0)
+    free = shutil.disk_usage(folder.parent).free
     if needed > free:
         raise UserError(
             f"The latents need {needed / 1e9:.1f} GB in {folder.parent}, where {free / 1e9:.1f} GB are free. "
             "Make room, or choose another place with data.cache_dir=."
         )
-    # written beside and renamed: a folder of that name is always whole
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        moments = np.lib.format.open_memmap(
-            partial / "moments.npy", mode="w+", dtype=np.dtype(contract.dtype), shape=shape
-        )
-        columns = (
-            TextColumn("encoding latents"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, transient=True) as bar:
-            task = bar.add_task("", total=len(images))
-            for start in range(0, len(images), batch_size):
-                indices = range(start, min(start + batch_size, len(images)))
-                pixels = images.batch(indices)
-                for view in range(shape[1]):
-                    encoded = torch.stack(encode(pixels.flip(-1) if view else pixels), dim=1).float().cpu()
-                    if not encoded.isfinite().all():
-                        raise UserError(
-                            f"The autoencoder's latents of images {indices.start} to {indices.stop - 1} are not "
-                            "finite: its training diverged. Train it again, with a lower optimizer.lr."
-                        )
-                    moments[indices.start : indices.stop, view] = encoded.numpy()
-                bar.advance(task, len(indices))
-        moments.flush()
-        del moments
-        contract.save(partial)
-        if not folder.exists():  # another process may have been faster
-            partial.replace(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if not unfinished.exists():
+            unfinished.mkdir()
+            contract.save(unfinished)
+        clear_partials(unfinished)
+        encode_moments(unfinished, encode, images, shape, contract.dtype, batch_size)
+        sync(unfinished)
+        unfinished.replace(folder)
+        sync(folder.parent)
+    except NotFinite:
+        shutil.rmtree(unfinished)
+        raise
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise UserError(
+            f"The disk of {folder.parent} filled up while latents were encoded. What is done is kept in {unfinished}: "
+            "make room and start the same command again, it goes on from there; or choose another place with "
+            "data.cache_dir=."
+        ) from error
+
+
+def _is_of(unfinished: Path, contract: LatentContract) -> bool:
+    try:
+        return LatentContract.load(unfinished) == contract
+    except UserError:
+        return False
 
 
 def measure(latents: LatentData, indices: np.ndarray, batch_size: int = 4096) -> tuple[list[float], list[float]]:

@@ -1,6 +1,13 @@
-"""One encoded image -> an RGB square of uint8, in every colour mode that Pillow reads."""
+"""One encoded image -> an RGB square of uint8, in every colour mode that Pillow reads.
+
+The bytes may come from anywhere: only formats that are decoded in this process are tried (no EPS, which Pillow hands to
+Ghostscript), the size is checked before a pixel is decoded, and of an animation the first picture is taken.
+"""
 
 import io
+import threading
+from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -9,31 +16,73 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from ldm.data.reading import read_file
 from ldm.errors import UserError
 
 Resize = Literal["crop", "pad", "squash"]
 RESIZE_MODES: tuple[str, ...] = get_args(Resize)
 WHITE = (255, 255, 255)
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+MIN_SIDE = 2
+"""A line or a point holds no picture: spacers and tracking pixels are left out, larger ones are scaled up."""
+
+MAX_PIXELS = 89_478_485
+"""Of an image, unless `data.max_pixels` says otherwise; Pillow's own limit."""
+
+LARGE_PIXELS = 2**24
+"""More are decoded one image at a time, so that memory does not grow with the number of threads."""
+
+_large = threading.Lock()
+_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
-def decode(data: bytes | Image.Image, resolution: int, resize: Resize) -> np.ndarray:
+def decode(data: bytes | Image.Image, resolution: int, resize: Resize, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """The pixels [resolution, resolution, 3] of an encoded or already open image.
 
     Raises:
-        OSError, ValueError, SyntaxError, Image.DecompressionBombError: the image is not readable.
+        Exception: the image is not readable. On bad bytes Pillow's plugins raise anything, from struct.error to
+            IndexError; ValueError for what breaks a rule of ours, such as more than `max_pixels`.
     """
     if isinstance(data, Image.Image):
+        _check_size(data, max_pixels)
         return np.asarray(resize_to_square(to_rgb(data), resolution, resize))
     if not data:
         raise ValueError("the file is empty")
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=_formats())
     except UnidentifiedImageError:
-        raise ValueError("not an image in any format that Pillow reads") from None
+        raise ValueError(f"not an image in a format that is read ({', '.join(_formats())}), or a damaged one") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(f"more than data.max_pixels={max_pixels} allows: {error}") from error
     with image:
+        _check_size(image, max_pixels)
         # JPEG can drop octaves while it decodes; 3 pixels for each one kept leave the final filter its say.
         image.draft(None, (3 * resolution, 3 * resolution))
-        return np.asarray(resize_to_square(to_rgb(image), resolution, resize))
+        with _large if image.width * image.height > LARGE_PIXELS else nullcontext():
+            return np.asarray(resize_to_square(to_rgb(image), resolution, resize))
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)  # an older Pillow knows fewer
+
+
+def _check_size(image: Image.Image, max_pixels: int) -> None:
+    width, height = image.size
+    if min(width, height) < MIN_SIDE:
+        raise ValueError(f"{width} x {height} pixels: a side has {MIN_SIDE} at least, or there is no picture")
+    if width * height > max_pixels:
+        raise ValueError(f"{width} x {height} pixels are more than data.max_pixels={max_pixels} allows")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -42,7 +91,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: for 32-bit integers outside 0..65535 and for floats: nothing says which value is white.
     """
-    image = ImageOps.exif_transpose(image)
+    image.load()
+    image = _upright(image)
     if image.mode == "I" or image.mode.startswith("I;16"):
         return _from_16_bit_grey(image)
     if image.mode == "F":
@@ -54,9 +104,19 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as EXIF says. Metadata that cannot be read says nothing of the pixels: the image stays as it is."""
+    try:
+        orientation = image.getexif().get(_ORIENTATION)
+    except Exception:
+        return image
+    method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    return image if method is None else image.transpose(method)
+
+
 def _from_16_bit_grey(image: Image.Image) -> Image.Image:
     """65535 becomes 255. Pillow's own conversion clips at 255, which turns nearly every pixel white."""
-    grey = np.asarray(image).astype(np.int64)
+    grey = np.asarray(image).astype(np.int32)
     if grey.min() < 0 or grey.max() > 65535:
         raise ValueError(f"grey values {grey.min()} to {grey.max()} do not fit in 16 bits")
     eight_bit = ((grey + 128) // 257).astype(np.uint8)
@@ -77,6 +137,10 @@ def resize_to_square(image: Image.Image, resolution: int, resize: Resize) -> Ima
     if resize == "crop":
         return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
     if resize == "pad":
+        short, long = sorted(image.size)
+        if round(short / long * resolution) == 0:  # Pillow would leave nothing of such a strip
+            strip = (resolution, 1) if image.width == long else (1, resolution)
+            image = image.resize(strip, Image.Resampling.LANCZOS)
         return ImageOps.pad(image, size, Image.Resampling.LANCZOS, color=WHITE)
     return image.resize(size, Image.Resampling.LANCZOS)
 
@@ -91,7 +155,7 @@ def read_image(path: str, resolution: int, resize: Resize = "crop") -> Tensor:
     if not file.is_file():
         raise UserError(f"image={path} is not a file.")
     try:
-        pixels = decode(file.read_bytes(), resolution, resize)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        pixels = decode(read_file(file), resolution, resize)
+    except Exception as error:  # on bad bytes Pillow raises anything
         raise UserError(f"image={path} could not be read: {error}. Give a png, jpg or webp file.") from error
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1

@@ -1,17 +1,20 @@
-"""Turn a source's records into a cache folder: decode in threads, keep the order, rename at the end."""
+"""Turn a source's records into a cache folder: decode in threads, keep the order, rename at the end.
 
-import errno
+What cannot be read is left out, once and for all, and listed in `quarantine.jsonl`: the order of training counts what
+was prepared, so every batch is full, and what stands in a broken image's place depends on the set alone, not on
+threads, workers, restarts or the step.
+"""
+
 import hashlib
 import json
 import logging
-import math
 import os
 import shutil
-import uuid
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,85 +23,62 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ldm.data.alone import made_alone
+from ldm.data.image_cache import IMAGES_FILE, QUARANTINE_FILE, check_quarantine, damage, fingerprint, write_index
 from ldm.data.pixels import Resize, decode
+from ldm.data.reading import FULL, PASSING
 from ldm.data.sources import Record, Source
+from ldm.durable import durable_folder
 from ldm.errors import UserError
 
-FORMAT_VERSION = 1
-"""Of the cache folder. A folder that says another number is prepared again."""
+MAX_DISK_FAILURES = 8
+"""Files that a failing disk kept from being read, after every try: more, and it is the disk that needs repair."""
 
 
 def fill_cache(
-    folder: Path, source: Source, made_from: dict[str, Any], *, max_bad_fraction: float, progress: bool
+    folder: Path, source: Source, made_from: dict[str, Any], *, max_bad_fraction: float, max_pixels: int, progress: bool
 ) -> None:
-    """Write the cache folder of a source. It appears whole or not at all; two processes may race.
+    """Write the cache folder of a source. It appears whole or not at all; a second process waits for the first.
 
     Raises:
-        UserError: too many unreadable images, none at all, or too little disk space.
+        UserError: too many unreadable images, none at all, a disk that fails, or too little room on it.
     """
     transform = made_from["transform"]
-    bytes_per_image = 3 * transform["resolution"] ** 2
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    if source.num_records is not None:
-        _check_space(folder.parent, source.num_records * bytes_per_image)
-    scratch = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
-    scratch.mkdir()
-    try:
-        index = _write_images(scratch, source, transform["resolution"], transform["resize"], progress)
-        num_images = len(index["names"])
-        if num_skipped := index["num_skipped"]:
-            # Left beside the cache when the preparation fails, so that the whole list can be read.
-            complete = folder.with_name(f"{folder.name}.skipped.jsonl")
-            shutil.copyfile(scratch / "skipped.jsonl", complete)
-            check_skipped(num_skipped, num_images, max_bad_fraction, complete)
-            complete.unlink()
-            listing = folder / "skipped.jsonl"
-            logging.getLogger(__name__).warning("%d unreadable images skipped, see %s", num_skipped, listing)
-        if num_images == 0:
-            raise UserError(f"{source.name} holds no images: {json.dumps(source.identity())}")
-        index.update(made_from, name=source.name, licence=source.licence, class_names=source.class_names)
-        index["fingerprint"] = fingerprint(index["hashes"], index["captions"], index["labels"], transform)
-        (scratch / "index.json").write_text(json.dumps(index, ensure_ascii=False), encoding="utf-8")
-        _move_into_place(scratch, folder)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise UserError(
-                f"The disk of {folder.parent} filled up while the images were prepared. Free some space, or "
-                "choose another disk with data.cache_dir=DIR."
-            ) from error
-        raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def fingerprint(
-    hashes: list[str],
-    captions: list[str | None] | None,
-    labels: list[int | None] | None,
-    transform: dict[str, Any],
-) -> str:
-    """SHA-256 over everything that a model can learn from a prepared set, and the order it comes in."""
-    parts = {"hashes": hashes, "captions": captions, "labels": labels, "transform": transform}
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def check_skipped(num_skipped: int, num_images: int, max_bad_fraction: float, listing: Path) -> None:
-    """Raise a UserError that names the first unreadable images when there are too many of them."""
-    total = num_skipped + num_images
-    if num_skipped <= max_bad_fraction * total:
-        return
-    lines = listing.read_text(encoding="utf-8").splitlines()
-    bad = [f"{entry['name']} ({entry['reason']})" for entry in map(json.loads, lines[:6])]
-    raise UserError(
-        f"{num_skipped} of {total} images cannot be read, more than data.max_bad_fraction={max_bad_fraction} "
-        f"allows: {shorten(bad)}. All are listed in {listing}. Repair or remove them, or accept the loss "
-        f"with data.max_bad_fraction={math.ceil(100 * num_skipped / total) / 100}."
-    )
-
-
-def shorten(names: list[str], shown: int = 5) -> str:
-    """The first few of a list, for an error message."""
-    return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
+    with made_alone(folder):
+        if (found := damage(folder)) is None:
+            return
+        if folder.exists():
+            logging.getLogger(__name__).warning("%s: %s. The images are prepared again.", folder, found)
+        if source.num_records is not None:
+            _check_space(folder.parent, source.num_records * 3 * transform["resolution"] ** 2)
+        try:
+            with durable_folder(folder) as scratch, _quiet_pillow(max_pixels):
+                index = _write_images(scratch, source, transform, max_pixels, progress)
+                if index["num_skipped"]:
+                    # Left beside the cache when the preparation fails, so that the whole list can be read.
+                    complete = folder.with_name(f"{folder.name}.{QUARANTINE_FILE}")
+                    shutil.copyfile(scratch / QUARANTINE_FILE, complete)
+                    check_quarantine(index["num_skipped"], len(index["names"]), max_bad_fraction, complete)
+                    complete.unlink()
+                if not index["names"]:
+                    raise UserError(f"{source.name} holds no images: {json.dumps(source.identity())}")
+                index.update(made_from, name=source.name, licence=source.licence, class_names=source.class_names)
+                index["fingerprint"] = fingerprint(index["hashes"], index["captions"], index["labels"], transform)
+                write_index(scratch, index)
+        except OSError as error:
+            if error.errno in FULL:
+                raise UserError(
+                    f"The disk of {folder.parent} filled up while the images were prepared. Free some space, or "
+                    "choose another disk with data.cache_dir=DIR."
+                ) from error
+            raise
+    if index["num_skipped"]:
+        listing = folder / QUARANTINE_FILE
+        logging.getLogger(__name__).warning(
+            "%d unreadable images left out, see %s. To read them again, delete that folder.",
+            index["num_skipped"],
+            listing,
+        )
 
 
 def _check_space(folder: Path, needed: int) -> None:
@@ -110,18 +90,27 @@ def _check_space(folder: Path, needed: int) -> None:
         )
 
 
-def _write_images(scratch: Path, source: Source, resolution: int, resize: Resize, progress: bool) -> dict[str, Any]:
-    names, hashes, captions, labels, num_skipped = [], [], [], [], 0
+@contextmanager
+def _quiet_pillow(max_pixels: int) -> Iterator[None]:
+    """Remarks on metadata help nobody. Pillow's own limit, at twice our number, guards what is inside an image."""
+    limit = Image.MAX_IMAGE_PIXELS
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL")
+        Image.MAX_IMAGE_PIXELS = max_pixels
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
+def _write_images(
+    scratch: Path, source: Source, transform: dict[str, Any], max_pixels: int, progress: bool
+) -> dict[str, Any]:
+    names, hashes, captions, labels, num_skipped, num_failures = [], [], [], [], 0, 0
+    resolution, resize = transform["resolution"], transform["resize"]
 
     def read(record: Record) -> tuple[str, np.ndarray] | Exception:
-        try:
-            loaded = record.load()
-            return content_hash(record, loaded), decode(loaded, resolution, resize)
-        except (UserError, MemoryError):
-            raise
-        # On bad bytes Pillow's plugins raise anything, from struct.error to IndexError.
-        except Exception as error:
-            return error
+        return _read(record, resolution, resize, max_pixels)
 
     bar = Progress(
         TextColumn("{task.description}"),
@@ -132,22 +121,25 @@ def _write_images(scratch: Path, source: Source, resolution: int, resize: Resize
         disable=not progress,
     )
     with (
-        warnings.catch_warnings(),
         bar,
-        (scratch / "images.npy").open("wb") as pixels_file,
-        (scratch / "skipped.jsonl").open("w", encoding="utf-8") as skipped_file,
+        (scratch / IMAGES_FILE).open("wb") as pixels_file,
+        (scratch / QUARANTINE_FILE).open("w", encoding="utf-8") as quarantine,
     ):
-        # Remarks on one file's metadata help nobody; what passes Pillow's pixel limit is not to be decoded.
-        warnings.filterwarnings("ignore", module="PIL")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
         header_bytes = _write_header(pixels_file, 0, resolution)
         task = bar.add_task(f"Preparing {source.name} at {resolution} px", total=source.num_records)
         for record, result in _in_order(read, source.records()):
             bar.advance(task)
             if isinstance(result, Exception):
                 num_skipped += 1
-                reason = str(result) or type(result).__name__
-                skipped_file.write(json.dumps({"name": record.name, "reason": reason}) + "\n")
+                num_failures += isinstance(result, OSError) and result.errno in PASSING
+                if num_failures > MAX_DISK_FAILURES:
+                    raise UserError(
+                        f"The disk of {source.name} fails: {num_failures} files could not be read after several tries "
+                        f"each, the last being {record.name} ({_reason(result)}). Nothing was kept; start the same "
+                        "command again when it answers."
+                    )
+                line = {"name": record.name, "reason": _reason(result), "error": type(result).__name__}
+                quarantine.write(json.dumps(line) + "\n")
                 continue
             digest, pixels = result
             pixels_file.write(pixels.tobytes())
@@ -165,6 +157,28 @@ def _write_images(scratch: Path, source: Source, resolution: int, resize: Resize
         "labels": labels if any(label is not None for label in labels) else None,
         "num_skipped": num_skipped,
     }
+
+
+def _read(record: Record, resolution: int, resize: Resize, max_pixels: int) -> tuple[str, np.ndarray] | Exception:
+    """An image's hash and pixels, or why there are none."""
+    try:
+        loaded = record.load()
+        return content_hash(record, loaded), decode(loaded, resolution, resize, max_pixels)
+    except UserError:
+        raise
+    except MemoryError as error:  # left out here, it would be there on a larger machine: another set
+        raise UserError(
+            f"{record.name} needs more memory than there is. Remove it, or lower data.max_pixels={max_pixels}."
+        ) from error
+    # On bad bytes Pillow's plugins raise anything, from struct.error to IndexError.
+    except Exception as error:
+        return error
+
+
+def _reason(error: Exception) -> str:
+    """One line of at most 300 characters."""
+    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(str(said).split())[:300] or type(error).__name__
 
 
 def _write_header(file: IO[bytes], num_images: int, resolution: int) -> int:
@@ -200,26 +214,3 @@ def _in_order(function: Callable[[Record], Any], records: Iterable[Record]) -> I
                 yield done, future.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _move_into_place(scratch: Path, folder: Path) -> None:
-    """Rename. A finished folder in the way is another process's equal work and wins; a broken one yields."""
-    try:
-        scratch.replace(folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
-        if is_current(folder):
-            return
-        shutil.rmtree(folder, ignore_errors=True)
-        scratch.replace(folder)
-
-
-def is_current(folder: Path) -> bool:
-    """Whether the folder holds a finished, undamaged cache of this format."""
-    try:
-        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-        images = np.load(folder / "images.npy", mmap_mode="r")
-        return index["format"] == FORMAT_VERSION and len(images) == len(index["names"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return False

@@ -2,12 +2,15 @@
 
 import hashlib
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from PIL import Image
+
+from ldm.data.reading import retried
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,22 @@ def folder_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-.") or "images"
 
 
+def printable(name: str) -> str:
+    """A file's name as one line of text that any encoding takes: control characters and stray bytes are escaped."""
+    strange = ("Cc", "Cs", "Zl", "Zp")  # a file name's bytes that are no UTF-8 come as surrogates, Cs
+    escaped = (ascii(one)[1:-1] if unicodedata.category(one) in strange else one for one in name)
+    return "".join(escaped)
+
+
 def digest_of_files(root: Path, files: Iterable[Path]) -> str:
     """SHA-256 over the sorted relative names, sizes and modification times: cheap, and edits change it."""
-    stats = ((path.relative_to(root).as_posix(), path.stat()) for path in files)
-    lines = sorted(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    lines = sorted(f"{path.relative_to(root).as_posix()} {_moment(path)}" for path in files)
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _moment(path: Path) -> str:
+    try:
+        stat = retried(path.stat, path)
+    except OSError as error:  # gone meanwhile, or a link that leads nowhere
+        return str(error.strerror)
+    return f"{stat.st_size} {stat.st_mtime_ns}"

@@ -72,7 +72,7 @@ def inspect(
         UserError: unknown features, or their packages are not installed.
     """
     network = None if features == NO_FEATURES else load_features(features).to(device)
-    started, skipped = time.perf_counter(), (images.path / "skipped.jsonl").read_text(encoding="utf-8")
+    started = time.perf_counter()
     kept = ("name", "fingerprint", "licence", "resolution", "num_bytes", "val_fraction")
     figures: dict[str, Any] = {
         **{key: getattr(images, key) for key in kept},
@@ -80,7 +80,7 @@ def inspect(
         "num_images": len(images),
         "num_train": len(images.train_indices),
         "num_val": len(images.val_indices),
-        "unreadable": [json.loads(line) for line in skipped.splitlines()],
+        "unreadable": images.quarantine(),
     }
     copies, alike = _copies(images, max_bits, max_levels)
     figures |= copies

@@ -6,7 +6,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from ldm.data.preparation import shorten
+from ldm.data.image_cache import shorten
 
 
 def tabulate(figures: dict[str, Any]) -> Table:

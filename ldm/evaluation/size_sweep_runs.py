@@ -18,6 +18,7 @@ from typing import Any
 
 from rich.table import Table
 
+from ldm import signals
 from ldm.errors import UserError
 from ldm.evaluation.size_sweep import Training, keyed
 from ldm.run import RUN_FILE, Run
@@ -77,7 +78,9 @@ def train(trainings: Sequence[Training], folder: Path) -> None:
         command = [*training.arguments(folder), *(["resume=true" if checkpoint else "overwrite=true"] if again else [])]
         try:
             code = execute([sys.executable, *command])
-            if code in (128 + signal.SIGINT, -signal.SIGINT):
+            if code - 128 in signals.HANDLED:
+                raise signals.Interrupted(code - 128)
+            if code == -signal.SIGINT:
                 raise KeyboardInterrupt
         except KeyboardInterrupt:
             print(f"\n{training.name} was stopped. The same command goes on from there.", file=sys.stderr, flush=True)
@@ -108,9 +111,11 @@ def execute(command: Sequence[str]) -> int:
     with subprocess.Popen(command, env=environment) as process:
         try:
             return process.wait()
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stopped:
             try:
-                process.wait(GRACE_S)  # the terminal's Ctrl-C reached it too
+                if isinstance(stopped, signals.Interrupted) and stopped.signal != signal.SIGINT:
+                    process.send_signal(stopped.signal)
+                process.wait(GRACE_S)  # a terminal's Ctrl-C reached it too
             except subprocess.TimeoutExpired:
                 process.terminate()
                 process.wait()

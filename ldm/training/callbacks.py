@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from ldm.tracking import WandbRun
 from ldm.training.budget import Budget
 from ldm.training.ema import EMA
+from ldm.training.room import forgiving
 from ldm.training.throughput import Speed, peak_memory_gb
 
 
@@ -193,8 +194,10 @@ def save_grid(
     if not module.trainer.is_global_zero:
         return
     step = module.trainer.global_step
-    folder.mkdir(parents=True, exist_ok=True)
-    grid.save(folder / f"{name}_{step:07d}.png")
+    file = folder / f"{name}_{step:07d}.png"
+    with forgiving(file):
+        folder.mkdir(parents=True, exist_ok=True)
+        grid.save(file)
     for logger in module.loggers:
         if isinstance(logger, WandbLogger):
             logger.tracker.log_images(name, images, captions, step)

@@ -1,24 +1,23 @@
 """Checkpoints for resuming: saved whole between optimizer steps, the last ones and the best one kept."""
 
-import hashlib
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from ldm import signals
-from ldm.durable import clear_partials, durable_file
+from ldm.durable import clear_partials
 from ldm.errors import UserError
 from ldm.training.budget import Budget
-from ldm.training.manifest import FOLDER, Manifest, Why, manifests
+from ldm.training.checkpoint_file import WholeCheckpointIO
+from ldm.training.manifest import FOLDER, Manifest, Why, manifests, prune
 from ldm.training.random_state import random_state, restore_random_state
+from ldm.training.room import forgiving
 
 NOT_BEGUN = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
 
@@ -29,71 +28,6 @@ class StopTraining(Exception):
     def __init__(self, signal: int) -> None:
         self.signal = signal
         super().__init__(f"stopped by signal {signal}")
-
-
-class HashedWriter:
-    """A file to write to that knows the SHA-256 and the size of what it was given, and why writing failed."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("wb", buffering=1 << 20)
-        self._digest, self.bytes = hashlib.sha256(), 0
-        self.failure: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        try:
-            self._file.write(data)
-        except OSError as error:  # torch reports it as an error of its own, without the reason
-            self.failure = error
-            raise
-        self._digest.update(data)
-        size = memoryview(data).nbytes
-        self.bytes += size
-        return size
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-    @property
-    def sha256(self) -> str:
-        return self._digest.hexdigest()
-
-
-class WholeCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint whole, straight into its folder. Lightning's own makes a second copy in memory, moves it from
-    the folder for temporary files, where a reader can see half of it, and syncs nothing.
-
-    Nothing is raised where the disk refuses: the other ranks wait for this one. `failure` says so instead.
-    """
-
-    def __init__(self) -> None:
-        self.failure: OSError | None = None
-        self.sha256, self.bytes = "", 0
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        self.failure = None
-        try:
-            with durable_file(Path(path)) as partial:
-                self._write(checkpoint, partial)
-        except OSError as error:
-            self.failure = error
-
-    def _write(self, checkpoint: dict[str, Any], partial: Path) -> None:
-        file = HashedWriter(partial)
-        try:
-            torch.save(checkpoint, file)
-        except RuntimeError as error:
-            if file.failure is not None:
-                raise file.failure from error
-            raise
-        finally:
-            file.close()
-        self.sha256, self.bytes = file.sha256, file.bytes
-
-    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
-        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 class Checkpoints(Checkpoint):
@@ -284,7 +218,8 @@ class Checkpoints(Checkpoint):
         elif trainer.is_global_zero and self.saved is not None:
             self._own.add(path)
             self._told = False
-            _forgive(self._prune)
+            with forgiving(self.folder):
+                prune(self.folder, self.branch(), self.keep_last)
             figures = {"checkpoint/size_mb": self.saved.bytes / 1e6, "checkpoint/save_s": self.saved.save_s}
             for logger in trainer.loggers:
                 logger.log_metrics(figures, step - 1)
@@ -342,32 +277,8 @@ class Checkpoints(Checkpoint):
         last = self.saved or self.resumed
         return f"{last.path} is kept" if last is not None else "nothing was saved before"
 
-    def _prune(self) -> None:
-        """Delete all but the last ones and the best one of this run."""
-        branch = self.branch()
-        best = min((found for found in branch if found.figure is not None), key=_by_figure, default=None)
-        kept = {found.path for found in [*branch[: self.keep_last], *([best] if best is not None else [])]}
-        for found in manifests(self.folder):
-            if found.path not in kept:
-                found.remove()
-        for path in self.folder.glob("step-*.ckpt"):
-            if not path.with_suffix(".json").exists():
-                path.unlink()  # a kill came between the checkpoint and its manifest
-
 
 def _reason(failure: OSError | None) -> str:
     if failure is None:  # another rank's
         return ""
     return f" ({os.strerror(failure.errno) if failure.errno else failure})"
-
-
-def _by_figure(manifest: Manifest) -> tuple[float, int]:
-    assert manifest.figure is not None
-    return manifest.figure, manifest.sequence
-
-
-def _forgive(delete: Callable[[], None]) -> None:
-    try:
-        delete()
-    except OSError as error:
-        print(f"warning: an old checkpoint cannot be deleted ({error}). Training goes on.", flush=True)

@@ -65,9 +65,11 @@ class CsvLogger(Logger):
         elif file.is_file():
             self._columns, _ = _read(file)
 
+    @property
     def name(self) -> str:
         return "csv"
 
+    @property
     def version(self) -> str:
         return ""
 

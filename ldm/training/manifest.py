@@ -115,10 +115,25 @@ def manifests(folder: Path, *, quiet: bool = True) -> list[Manifest]:
     return sorted(found, key=lambda manifest: manifest.sequence, reverse=True)
 
 
-def find_checkpoint(folder: Path, resume: bool | str | None, *, stage: str, quiet: bool = False) -> Manifest | None:
+def prune(folder: Path, branch: list[Manifest], keep_last: int) -> None:
+    """Delete all checkpoints of a folder but the first of a branch's, which are its newest, and its best one."""
+    ranked = sorted((found.figure, found.sequence, found.path) for found in branch if found.figure is not None)
+    kept = {found.path for found in branch[:keep_last]} | {path for _, _, path in ranked[:1]}
+    for found in manifests(folder):
+        if found.path not in kept:
+            found.remove()
+    for path in folder.glob("step-*.ckpt"):
+        if not path.with_suffix(".json").exists():
+            path.unlink()  # a kill came between the checkpoint and its manifest
+
+
+def find_checkpoint(
+    folder: Path, resume: bool | str | None, *, stage: str, begun: bool = False, quiet: bool = False
+) -> Manifest | None:
     """The checkpoint to continue from: the newest whole one of the run folder, or the file that is named.
 
-    None to start anew: nothing was asked for, or the run was stopped before it saved anything.
+    None to start anew: nothing was asked for, or the run was stopped before it saved anything. `begun` says that it was
+    stopped before there was a run folder, even.
 
     Raises:
         UserError: there is no such run or file, none of them is whole, or it is of another stage.
@@ -144,7 +159,7 @@ def find_checkpoint(folder: Path, resume: bool | str | None, *, stage: str, quie
             f"resume={resume}: {old} was saved by an earlier version, without a manifest to check it by. Continue that "
             "run with the version that began it, or start anew with overwrite=true instead of resume=."
         )
-    if not (folder / RUN_FILE).is_file():
+    if not (begun or (folder / RUN_FILE).is_file()):
         raise UserError(f"resume={resume}: there is no run {folder}, so no checkpoint. Start anew without resume=.")
     return None
 

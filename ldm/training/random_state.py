@@ -10,11 +10,10 @@ import torch
 def random_state(device: torch.device) -> dict[str, Any]:
     """State of torch's generators (the CPU's, and the device's where it is CUDA), numpy's and Python's."""
     version, keys, gauss = random.getstate()
-    name, words, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002
-    assert name == "MT19937"
+    _, words, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002
     state = {
         "torch": torch.get_rng_state(),
-        "numpy": [torch.tensor(words.astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "numpy": [torch.tensor(np.asarray(words, np.int64)), int(position), int(has_gauss), float(cached)],
         "python": [version, torch.tensor(keys), gauss],
     }
     if device.type == "cuda":

@@ -14,14 +14,14 @@ _forgiven: set[Path] = set()
 
 @contextmanager
 def forgiving(file: Path) -> Iterator[None]:
-    """Go on without a file that cannot be written; said once for its folder."""
+    """Go on where a file cannot be written; said once for its folder."""
     try:
         yield
     except OSError as error:
         if file.parent not in _forgiven:
             _forgiven.add(file.parent)
             reason = error.strerror or error
-            print(f"warning: {file} cannot be written ({reason}). Training goes on without it.", flush=True)
+            print(f"warning: {file}: {reason}. Training goes on without it.", flush=True)
 
 
 def checkpoint_bytes(module: nn.Module) -> int:

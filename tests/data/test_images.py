@@ -74,7 +74,7 @@ def test_everything_about_a_prepared_set(tmp_path, hundred):
     assert (len(data), data.resolution, data.num_bytes) == (100, 8, 100 * 8 * 8 * 3)
     assert (data.name, data.licence, data.num_skipped) == ("memory", "CC0", 0)
     assert data.path.parent == tmp_path and data.path.name.startswith("memory-")
-    assert sorted(path.name for path in data.path.iterdir()) == ["images.npy", "index.json", "skipped.jsonl"]
+    assert sorted(path.name for path in data.path.iterdir()) == ["images.npy", "index.json", "quarantine.jsonl"]
     assert list(tmp_path.iterdir()) == [data.path], "nothing is left beside the cache"
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from ldm.data.image_folder import ImageFolder
 from ldm.data.images import ImageData, prepare
-from ldm.data.latents import LatentContract, LatentData, measure, open_latents
+from ldm.data.latents import LatentContract, measure, open_latents
 from ldm.errors import UserError
 
 
@@ -133,6 +133,7 @@ def test_a_tampered_contract_is_refused(images, contract, tmp_path, change, mess
 )
 def test_moments_of_another_shape_are_refused(images, contract, tmp_path, shape, dtype):
     folder = open_latents(encode, contract, images, cache_dir=tmp_path).path
+    (folder / "chunks.json").unlink()  # a cache of before digests were kept
     np.save(folder / "moments.npy", np.zeros(shape, dtype))
     with pytest.raises(UserError, match="but its contract means float32 .*Delete that folder"):
         open_latents(refuse, contract, images, cache_dir=tmp_path)
@@ -146,26 +147,11 @@ def test_latents_that_are_not_finite_are_refused(images, contract, tmp_path, val
 
     with pytest.raises(UserError, match="not finite: its training diverged"):
         open_latents(diverged, contract, images, cache_dir=tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_interrupted_encoding_leaves_nothing(images, contract, tmp_path):
-    seen = []
-
-    def interrupted(pixels):
-        seen.append(len(pixels))
-        if sum(seen) > 15:
-            raise KeyboardInterrupt
-        return encode(pixels)
-
-    with pytest.raises(KeyboardInterrupt):
-        open_latents(interrupted, contract, images, cache_dir=tmp_path, batch_size=10)
-    assert list(tmp_path.iterdir()) == []
-    assert isinstance(open_latents(encode, contract, images, cache_dir=tmp_path), LatentData)
+    assert [path for path in tmp_path.iterdir() if path.suffix != ".lock"] == []
 
 
 def test_too_little_space_is_seen_before_writing(images, contract, tmp_path, monkeypatch):
     monkeypatch.setattr("ldm.data.latents.shutil.disk_usage", lambda path: type("Usage", (), {"free": 100})())
     with pytest.raises(UserError, match=r"data\.cache_dir="):
         open_latents(refuse, contract, images, cache_dir=tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert [path for path in tmp_path.iterdir() if path.suffix != ".lock"] == []

@@ -1,19 +1,26 @@
 """ldm.data.preparation: whole or not at all, what cannot be read, what does not fit."""
 
+import dataclasses
 import errno
 import io
 import json
+import os
+import random
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import ldm.data.preparation as preparation
+from ldm.data import image_cache
 from ldm.data.image_folder import ImageFolder
 from ldm.data.images import ImageData, prepare
+from ldm.data.loaders import train_loader
 from ldm.errors import UserError
 
 
@@ -30,6 +37,11 @@ def folder(tmp_path) -> Path:
 @pytest.fixture
 def cache(tmp_path) -> Path:
     return tmp_path / "cache"
+
+
+def remains(cache: Path) -> list[Path]:
+    """All but the empty files that lock."""
+    return [path for path in cache.iterdir() if path.suffix != ".lock"]
 
 
 def open_quietly(source, cache_dir, **options) -> ImageData:
@@ -64,7 +76,7 @@ def test_a_killed_preparation_leaves_no_half_cache(folder, cache):
 
     with pytest.raises(KeyboardInterrupt):
         open_quietly(Killed(folder), cache)
-    assert list(cache.iterdir()) == []
+    assert remains(cache) == []
     assert len(open_quietly(ImageFolder(folder), cache)) == 100
 
 
@@ -79,7 +91,7 @@ def test_two_preparations_may_race(folder, cache):
     for thread in threads:
         thread.join()
     assert len(results) == 3 and len(set(results)) == 1
-    assert len(list(cache.iterdir())) == 1
+    assert len(remains(cache)) == 1
 
 
 def encode(image: Image.Image, kind: str = "PNG") -> bytes:
@@ -89,9 +101,8 @@ def encode(image: Image.Image, kind: str = "PNG") -> bytes:
 
 
 @pytest.fixture
-def unreadable(folder, monkeypatch) -> list[str]:
+def unreadable(folder) -> list[str]:
     """The names of six files in the folder that are no images, or none to decode."""
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
     contents = {
         "truncated.png": encode(Image.effect_noise((64, 64), 50))[:2000],
         "truncated.jpg": encode(Image.effect_noise((64, 64), 50), "JPEG")[:700],
@@ -105,29 +116,30 @@ def unreadable(folder, monkeypatch) -> list[str]:
     return sorted(contents)
 
 
-def test_unreadable_images_are_skipped_and_listed(folder, cache, unreadable, caplog):
-    data = open_quietly(ImageFolder(folder), cache, max_bad_fraction=0.1)
+def test_unreadable_images_are_left_out_and_listed(folder, cache, unreadable, caplog):
+    data = open_quietly(ImageFolder(folder), cache, max_bad_fraction=0.1, max_pixels=10_000)
     assert data.names == [f"{number:03}.png" for number in range(100)] and data.num_skipped == 6
     np.testing.assert_array_equal(data.images[:, 0, 0, 0], np.arange(100))
-    lines = [json.loads(line) for line in (data.path / "skipped.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (data.path / "quarantine.jsonl").read_text().splitlines()]
     reasons = {line["name"]: line["reason"] for line in lines}
     assert list(reasons) == unreadable
     assert "truncated" in reasons["truncated.png"] and "truncated" in reasons["truncated.jpg"]
     assert "empty" in reasons["empty.png"] and "not an image" in reasons["text.png"]
-    assert "bomb" in reasons["bomb.png"] and "bomb" in reasons["large.png"]
-    assert "6 unreadable images skipped" in caplog.text
+    assert all("data.max_pixels=10000" in reasons[name] for name in ("bomb.png", "large.png"))
+    assert data.quarantine() == lines and {line["error"] for line in lines} == {"OSError", "ValueError"}
+    assert "6 unreadable images left out" in caplog.text
 
 
 def test_too_many_unreadable_images_are_an_error(folder, cache, unreadable):
     with pytest.raises(UserError, match=r"6 of 106 .*bomb\.png .*max_bad_fraction=0\.06") as caught:
-        open_quietly(ImageFolder(folder), cache)
-    listing = next(cache.glob("*.skipped.jsonl"))
+        open_quietly(ImageFolder(folder), cache, max_pixels=10_000)
+    listing = next(cache.glob("*.quarantine.jsonl"))
     assert str(listing) in str(caught.value) and len(listing.read_text().splitlines()) == 6
-    assert len(list(cache.iterdir())) == 1
-    data = open_quietly(ImageFolder(folder), cache, max_bad_fraction=0.06)
-    assert list(cache.iterdir()) == [data.path]
+    assert len(remains(cache)) == 1
+    data = open_quietly(ImageFolder(folder), cache, max_pixels=10_000, max_bad_fraction=0.06)
+    assert remains(cache) == [data.path]
     with pytest.raises(UserError, match="6 of 106"):
-        open_quietly(ImageFolder(folder), cache)
+        open_quietly(ImageFolder(folder), cache, max_pixels=10_000)
 
 
 def test_too_little_disk_space_is_seen_before_writing(folder, cache, monkeypatch):
@@ -135,20 +147,115 @@ def test_too_little_disk_space_is_seen_before_writing(folder, cache, monkeypatch
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=19_000))
     with pytest.raises(UserError, match=r"19,200 bytes .*19,000 are free.*data\.cache_dir"):
         open_quietly(ImageFolder(folder), cache)
-    assert list(cache.iterdir()) == []
+    assert remains(cache) == []
 
 
 def test_a_disk_that_fills_up_is_a_user_error(folder, cache, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(preparation, "_move_into_place", full)
+    monkeypatch.setattr(preparation, "write_index", full)
     with pytest.raises(UserError, match="filled up"):
         open_quietly(ImageFolder(folder), cache)
-    assert list(cache.iterdir()) == []
+    assert remains(cache) == []
 
 
 def test_progress_is_shown_on_stderr(folder, cache, capsys):
     open_quietly(ImageFolder(folder), cache, progress=True)
     captured = capsys.readouterr()
     assert "Preparing reds at 8 px" in captured.err and "100/100" in captured.err and captured.out == ""
+
+
+def test_a_cache_of_before_opens_as_it_is(folder, cache):
+    """Without digests and under its list's older name: nobody prepares again for them."""
+    data = open_quietly(ImageFolder(folder), cache)
+    index = json.loads((data.path / "index.json").read_text())
+    del index["sha256"], index["pixels_sha256"]
+    (data.path / "index.json").write_text(json.dumps(index))
+    (data.path / "quarantine.jsonl").rename(data.path / "skipped.jsonl")
+    (data.path / "skipped.jsonl").write_text('{"name": "a.png", "reason": "empty"}\n')
+    written = (data.path / "index.json").stat().st_ino
+    again = open_quietly(ImageFolder(folder), cache)
+    assert (again.path / "index.json").stat().st_ino == written
+    assert again.quarantine() == [{"name": "a.png", "reason": "empty"}]
+
+
+def test_a_changed_byte_is_named_and_the_images_are_prepared_again(folder, cache, monkeypatch, caplog):
+    """Bytes spread over the pixels, and every eleventh of the index."""
+    monkeypatch.setattr(image_cache, "CHUNK_BYTES", 20 * 192)
+    data = open_quietly(ImageFolder(folder), cache)
+    before = {path.name: path.read_bytes() for path in data.path.iterdir()}
+    flipped = 0
+    for name, step in (("images.npy", 97), ("index.json", 11)):
+        for position in range(0, len(before[name]), step):
+            content = bytearray(before[name])
+            content[position] ^= 1
+            (data.path / name).write_bytes(content)
+            assert image_cache.damage(data.path), (name, position)
+            flipped += 1
+        (data.path / name).write_bytes(before[name])
+    assert flipped > 1000 and image_cache.damage(data.path) is None
+    content = bytearray(before["images.npy"])
+    content[-1] ^= 1
+    (data.path / "images.npy").write_bytes(content)
+    again = open_quietly(ImageFolder(folder), cache)
+    assert "images 80 to 99 in images.npy changed" in caplog.text
+    assert {path.name: path.read_bytes() for path in again.path.iterdir()} == before
+
+
+def test_what_is_left_out_depends_on_no_thread_and_no_order(folder, cache, unreadable, monkeypatch):
+    found = []
+    for num_threads, delay_s in ((1, 0), (13, 0.002), (5, 0.001)):
+        load = ImageFolder.records
+
+        def records(self, delay_s=delay_s, load=load):
+            for record in load(self):
+                wait = delay_s * random.random()
+                yield dataclasses.replace(record, load=lambda r=record, w=wait: (time.sleep(w), r.load())[1])
+
+        monkeypatch.setattr(preparation.os, "cpu_count", lambda count=num_threads: count)
+        monkeypatch.setattr(ImageFolder, "records", records)
+        place = cache / str(num_threads)
+        data = open_quietly(ImageFolder(folder), place, max_bad_fraction=0.1, max_pixels=10_000)
+        found.append({path.name: path.read_bytes() for path in data.path.iterdir()})
+        monkeypatch.undo()
+    assert len(found[0]) == 3 and found[0] == found[1] == found[2]
+
+
+def test_batches_stay_full_whatever_was_left_out(folder, cache, unreadable):
+    data = open_quietly(ImageFolder(folder), cache, max_bad_fraction=0.1, max_pixels=10_000)
+    batches = iter(train_loader(data.batch, data.train_indices, batch_size=32, seed=0))
+    assert [len(next(batches)) for _ in range(9)] == [32] * 9, "three epochs"
+
+
+def test_training_does_not_see_what_happens_to_files_that_were_prepared(folder, cache):
+    """Sources change or go; the cache is replaced or deleted: a mapping keeps what it was."""
+    data = open_quietly(ImageFolder(folder), cache)
+    before = data.batch(range(100))
+    for number, path in enumerate(sorted(folder.iterdir())):
+        path.write_bytes(b"changed") if number % 2 else path.unlink()
+    assert torch.equal(data.batch(range(100)), before)
+    if os.name != "nt":
+        (data.path / "images.npy").rename(data.path / "elsewhere.npy")
+        np.save(data.path / "images.npy", np.zeros((100, 8, 8, 3), np.uint8))
+        assert torch.equal(data.batch(range(100)), before)
+        shutil.rmtree(data.path)
+        assert torch.equal(data.batch(range(100)), before)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows cuts no mapped file")
+def test_a_cache_cut_short_while_in_use_is_an_error_and_no_crash(folder, cache):
+    data = open_quietly(ImageFolder(folder), cache)
+    os.truncate(data.path / "images.npy", 5000)
+    with pytest.raises(UserError, match=r"images\.npy was cut to 5,000 bytes while it was in use.*Delete"):
+        data.batch([99])
+
+
+def test_what_a_killed_preparation_left_is_cleared(folder, cache):
+    name = open_quietly(ImageFolder(folder), cache).path.name
+    shutil.rmtree(cache / name)
+    (cache / f".partial-0badcafe-{name}").mkdir()
+    (cache / f".partial-0badcafe-{name}" / "images.npy").write_bytes(b"half")
+    assert remains(cache) == [cache / f".partial-0badcafe-{name}"]
+    open_quietly(ImageFolder(folder), cache)
+    assert list(cache.iterdir()) == [cache / name], "neither the remains nor the lock"

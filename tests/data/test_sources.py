@@ -15,7 +15,7 @@ from ldm.data.openmoji import OpenMoji
 from ldm.data.sources import digest_of_files, folder_name
 
 CONF = Path(__file__).parents[2] / "conf" / "data"
-SHARED = ["resolution", "resize", "val_fraction", "flip", "max_bad_fraction", "cache_dir", "source"]
+SHARED = ["resolution", "resize", "val_fraction", "flip", "max_bad_fraction", "max_pixels", "cache_dir", "source"]
 
 
 @pytest.mark.parametrize(

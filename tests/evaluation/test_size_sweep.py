@@ -129,7 +129,7 @@ class Trainer:
         run = Run.create(place, OmegaConf.create({}), {"stage": "vae", "finished": None if code else 1.0})
         if code:
             (place / "checkpoints").mkdir(exist_ok=True)
-            (place / "checkpoints/last.ckpt").touch()
+            (place / "checkpoints/step-00000001.json").touch()
         assert run.finished == (not code)
         return code
 
@@ -159,7 +159,7 @@ def test_what_was_interrupted_goes_on(trainer, capsys, checkpoint):
         runs.train(trainings(), Path("sweep"))
     assert "f4c4-plain was stopped. The same command goes on from there." in capsys.readouterr().err
     if not checkpoint:
-        Path("sweep/vae/f4c4-plain/checkpoints/last.ckpt").unlink()
+        Path("sweep/vae/f4c4-plain/checkpoints/step-00000001.json").unlink()
     runs.train(trainings(), Path("sweep"))
     first, again, second = trainer.commands
     assert again == [*first, "resume=true" if checkpoint else "overwrite=true"] and second[3] == "name=f8c16-plain"

@@ -17,7 +17,7 @@ from ldm.errors import UserError
 from ldm.training.adversary import Adversary
 from ldm.training.budget import Budget
 from ldm.training.callbacks import EMACallback
-from ldm.training.checkpoint import LastCheckpoint
+from ldm.training.checkpoint import Checkpoints
 from ldm.training.stage import OptimizerFactory
 from ldm.training.vae import VAETraining
 
@@ -76,7 +76,7 @@ def fit(module: VAETraining, place: Path, *, steps: int = 6, batch_size: int = 8
             "accelerator": "cpu",
             "max_epochs": -1,
             "max_steps": steps,
-            "callbacks": [budget, watched, ema, LastCheckpoint(place, every_s=1e9)],
+            "callbacks": [budget, watched, ema, Checkpoints(place, budget, every_s=1e9)],
             "default_root_dir": place,
             "logger": False,
             "enable_progress_bar": False,
@@ -102,7 +102,7 @@ def test_steps_are_the_generators(tmp_path):
     for name, adversary in (("with", partial(ADVERSARY, start=3)), ("without", None)):
         module = make(adversary)
         trainer, watched, ema = fit(module, tmp_path / name)
-        state = torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True)
+        state = torch.load(tmp_path / name / "checkpoints/step-00000006.ckpt", weights_only=True)
         found[name] = (trainer.global_step, watched.rates, ema.num_updates, state["global_step"])
         assert len(trainer.optimizers) == 1
     assert found["with"] == found["without"] and found["with"][0] == 6
@@ -184,7 +184,7 @@ def test_a_resumed_run_ends_as_one_never_stopped(tmp_path, regulariser, precisio
     whole, stopped, resumed = (make(adversary, regulariser, partial(AutoencoderLoss, nll=0.1)) for _ in range(3))
     _, _, ema = fit(whole, tmp_path / "whole", steps=8, **options)
     fit(stopped, tmp_path / "parts", steps=5, **options)
-    checkpoint = tmp_path / "parts/checkpoints/last.ckpt"
+    checkpoint = tmp_path / "parts/checkpoints/step-00000005.ckpt"
     _, _, ema_resumed = fit(resumed, tmp_path / "parts", steps=8, resume=str(checkpoint), **options)
     assert weights_sha256(whole) == weights_sha256(resumed) != weights_sha256(stopped)
     assert weights_sha256(whole.adversary.discriminator) == weights_sha256(resumed.adversary.discriminator)
@@ -197,7 +197,7 @@ def test_a_resumed_run_ends_as_one_never_stopped(tmp_path, regulariser, precisio
 def test_a_discriminator_cannot_join_a_run_without_one(tmp_path):
     fit(make(None), tmp_path, steps=2)
     with pytest.raises(UserError, match="a run without a discriminator.*init_from="):
-        fit(make(), tmp_path, steps=4, resume=str(tmp_path / "checkpoints/last.ckpt"))
+        fit(make(), tmp_path, steps=4, resume=str(tmp_path / "checkpoints/step-00000002.ckpt"))
 
 
 def test_accumulated_batches_make_one_step(tmp_path):

@@ -1,19 +1,14 @@
-"""ldm.training: the averaged weights while validating, the progress line, the checkpoint, noise per batch."""
+"""ldm.training: the averaged weights while validating, the progress line, noise per batch."""
 
 import contextlib
-import errno
-import signal
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from ldm.errors import UserError
 from ldm.training.budget import Budget
 from ldm.training.callbacks import EMACallback, ProgressBar
-from ldm.training.checkpoint import LastCheckpoint, find_checkpoint
 from ldm.training.stage import OptimizerFactory
 
 
@@ -102,115 +97,14 @@ def test_a_failed_validation_leaves_the_raw_weights(fit, make_module):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_noise_depends_on_the_seed_and_the_step_alone(fit, make_module, accumulate):
+def test_noise_depends_on_the_seed_and_the_batch_alone(fit, make_module, accumulate):
     whole, resumed = make_module(), make_module()
     fit(whole, max_steps=6, accumulate_grad_batches=accumulate)
     noise = [value for _, value in whole.seen]
     assert len(set(noise)) == 6 * accumulate
-    resumed.step_offset = 4
-    fit(resumed, max_steps=2, start=4, accumulate_grad_batches=accumulate)
+    resumed.on_train_start = lambda: setattr(resumed, "_batch_index", 4 * accumulate)
+    fit(resumed, max_steps=2, accumulate_grad_batches=accumulate)
     assert [value for _, value in resumed.seen] == noise[4 * accumulate :]
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_resumed_fit_ends_with_the_same_weights(fit, make_module, tmp_path, accumulate):
-    """Momentum, averages, order and noise all go on where they were."""
-
-    def module():
-        return make_module(lr=0.1, build=torch.optim.AdamW)
-
-    def callbacks(folder, steps):
-        return [Budget(steps, decay="constant"), EMACallback(0.9), LastCheckpoint(tmp_path / folder, 3600)]
-
-    options = {"accumulate_grad_batches": accumulate}
-    whole, part, rest = module(), module(), module()
-    through = callbacks("whole", 10)
-    fit(whole, through, max_steps=10, **options)
-    fit(part, callbacks("part", 6), max_steps=6, **options)
-    found = find_checkpoint(tmp_path / "part", True)
-    continued = callbacks("part", 10)
-    trainer = fit(rest, continued, max_steps=10, start=6, ckpt_path=found, **options)
-    assert trainer.global_step == 10
-    assert part.seen + rest.seen == whole.seen
-    assert torch.equal(rest.trained.weight, whole.trained.weight)
-    assert torch.equal(continued[1].ema.shadow[0], through[1].ema.shadow[0])
-
-
-def test_a_checkpoint_is_kept_between_steps_and_at_the_end(fit, make_module, tmp_path):
-    class Saves(LastCheckpoint):
-        def _save(self, trainer):
-            super()._save(trainer)
-            saved.append((trainer.global_step, torch.load(self.path, weights_only=True)["global_step"]))
-
-    saved: list[tuple[int, int]] = []
-    fit(make_module(), [Budget(3), Saves(tmp_path, 0.0)], max_steps=3, accumulate_grad_batches=2)
-    assert saved == [(1, 1), (2, 2), (3, 3), (3, 3)]
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
-
-
-class Stops(Callback):
-    """Ends training from outside, before the optimizer's next step."""
-
-    def __init__(self, batch: int, how: type[BaseException]) -> None:
-        self.batch, self.how = batch, how
-
-    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
-        if batch_idx == self.batch:
-            raise self.how
-
-
-@pytest.mark.parametrize("how", [KeyboardInterrupt, SIGTERMException])
-@pytest.mark.parametrize(("accumulate", "batch"), [(1, 6), (2, 12)])
-def test_what_is_stopped_can_be_resumed(fit, make_module, tmp_path, monkeypatch, how, accumulate, batch):
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # Lightning would turn Ctrl-C off for all of pytest
-
-    def module():
-        return make_module(lr=0.1, build=torch.optim.AdamW)
-
-    options = {"max_steps": 10, "accumulate_grad_batches": accumulate}
-    whole, part, rest = module(), module(), module()
-    fit(whole, [Budget(10), EMACallback(0.9)], **options)
-    last = LastCheckpoint(tmp_path, 3600)
-    with pytest.raises(SystemExit):
-        fit(part, [Budget(10), EMACallback(0.9), last, Stops(batch, how)], **options)
-    start = {"start": batch // accumulate, "ckpt_path": str(last.path)}
-    fit(rest, [Budget(10), EMACallback(0.9), LastCheckpoint(tmp_path, 3600)], **start, **options)
-    assert part.seen + rest.seen == whole.seen
-    assert torch.equal(rest.trained.weight, whole.trained.weight)
-
-
-def test_nothing_is_saved_amid_an_accumulated_step(fit, make_module, tmp_path, monkeypatch):
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    callbacks = [Budget(10), LastCheckpoint(tmp_path, 3600), Stops(3, KeyboardInterrupt)]
-    with pytest.raises(SystemExit):
-        fit(make_module(), callbacks, max_steps=10, accumulate_grad_batches=2)
-    assert not (tmp_path / "checkpoints").exists()
-
-
-def test_a_save_that_fails_leaves_the_last_checkpoint_whole(fit, make_module, tmp_path, monkeypatch):
-    fit(make_module(), [Budget(2), LastCheckpoint(tmp_path, 3600)], max_steps=2)
-    before = (tmp_path / "checkpoints/last.ckpt").read_bytes()
-
-    def full(self, path, **options):
-        path.write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device", str(path))
-
-    monkeypatch.setattr(Trainer, "save_checkpoint", full)
-    with pytest.raises(OSError, match="No space left"):
-        fit(make_module(), [Budget(3), LastCheckpoint(tmp_path, 0.0)], max_steps=3)
-    assert (tmp_path / "checkpoints/last.ckpt").read_bytes() == before
-    assert len(list((tmp_path / "checkpoints").iterdir())) == 1
-
-
-@pytest.mark.parametrize("resume", [False, None])
-def test_no_resume_starts_anew(tmp_path, resume):
-    assert find_checkpoint(tmp_path, resume) is None
-
-
-@pytest.mark.parametrize("resume", [True, "true", "elsewhere.ckpt"])
-def test_a_checkpoint_that_is_not_there_is_named(tmp_path, resume):
-    with pytest.raises(UserError, match="there is no checkpoint .*ckpt"):
-        find_checkpoint(tmp_path, resume)
 
 
 def test_gradients_are_clipped_to_the_norm(fit, make_module):

@@ -1,0 +1,99 @@
+"""A cache folder of prepared images: what names it, what was left out of it, whether its bytes are still its own."""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ldm.data.arrays import Layout, changed, digests
+from ldm.errors import UserError
+
+FORMAT_VERSION = 1
+"""Of the cache folder. A folder that says another number is prepared again."""
+
+IMAGES_FILE = "images.npy"
+INDEX_FILE = "index.json"
+QUARANTINE_FILE = "quarantine.jsonl"
+CHUNK_BYTES = 2**23
+
+
+def fingerprint(
+    hashes: list[str],
+    captions: list[str | None] | None,
+    labels: list[int | None] | None,
+    transform: dict[str, Any],
+) -> str:
+    """SHA-256 over everything that a model can learn from a prepared set, and the order it comes in."""
+    parts = {"hashes": hashes, "captions": captions, "labels": labels, "transform": transform}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def write_index(folder: Path, index: dict[str, Any]) -> None:
+    """Write index.json with the SHA-256 of the pixels, in chunks, and of itself."""
+    index = index | {"pixels_sha256": digests(folder / IMAGES_FILE, _layout(folder / IMAGES_FILE))}
+    # ASCII: what a caption or a file's name holds can always be written
+    text = json.dumps(index | {"sha256": _sha256_of(index)})
+    (folder / INDEX_FILE).write_text(text, encoding="utf-8")
+
+
+def damage(folder: Path) -> str | None:
+    """Why the folder is no finished cache of this format with the bytes that were written; None where it is one.
+
+    One from before digests were kept is taken as it is.
+    """
+    try:
+        index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+        layout = _layout(folder / IMAGES_FILE)
+        if index["format"] != FORMAT_VERSION or layout.num_rows != len(index["names"]):
+            return "it is of another format"
+        if not {"sha256", "pixels_sha256"} & set(index):
+            return None
+        bad = [] if index["sha256"] == _sha256_of(index) else [INDEX_FILE]
+        rows = changed(folder / IMAGES_FILE, layout, index["pixels_sha256"])
+        bad += [f"images {part.start} to {part.stop - 1} in {IMAGES_FILE}" for part in rows]
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError):
+        return "it is not whole"
+    return f"{shorten(bad)} changed since the images were prepared" if bad else None
+
+
+def check_quarantine(num_skipped: int, num_images: int, max_bad_fraction: float, listing: Path) -> None:
+    """Raise a UserError that names the first unreadable images when there are too many of them."""
+    total = num_skipped + num_images
+    if num_skipped <= max_bad_fraction * total:
+        return
+    bad = [f"{entry['name']} ({entry['reason']})" for entry in read_quarantine(listing)[:6]]
+    raise UserError(
+        f"{num_skipped} of {total} images cannot be read, more than data.max_bad_fraction={max_bad_fraction} "
+        f"allows: {shorten(bad)}. All are listed in {listing}. Repair or remove them, or accept the loss "
+        f"with data.max_bad_fraction={math.ceil(100 * num_skipped / total) / 100}."
+    )
+
+
+def quarantine_of(folder: Path) -> Path:
+    """The list of what was left out of a cache folder."""
+    listing, before = folder / QUARANTINE_FILE, folder / "skipped.jsonl"  # its name in older caches
+    return before if before.is_file() and not listing.is_file() else listing
+
+
+def read_quarantine(listing: Path) -> list[dict[str, str]]:
+    """Name, reason and, but in older caches, the error's class of each image that was left out."""
+    return [json.loads(line) for line in listing.read_text(encoding="utf-8").splitlines()]
+
+
+def shorten(names: list[str], shown: int = 5) -> str:
+    """The first few of a list, for an error message."""
+    return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
+
+
+def _layout(file: Path) -> Layout:
+    images = np.load(file, mmap_mode="r")
+    row_bytes = images[:1].nbytes
+    return Layout(images.offset, row_bytes, len(images), max(1, CHUNK_BYTES // max(1, row_bytes)))
+
+
+def _sha256_of(index: dict[str, Any]) -> str:
+    rest = {key: value for key, value in index.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,412 @@
+"""Files that are no images, lie about their size, never end, change while they are read, or are hard to name."""
+
+import errno
+import io
+import json
+import os
+import random
+import re
+import struct
+import time
+import warnings
+import zlib
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from ldm.data import preparation, reading
+from ldm.data.image_folder import ImageFolder
+from ldm.data.images import ImageData, prepare
+from ldm.data.pixels import decode, read_image
+from ldm.data.sources import Record
+from ldm.errors import UserError
+
+FUZZED_FILES = 2000
+POSIX = pytest.mark.skipif(os.name == "nt", reason="no such files on Windows")
+
+
+def encode(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def png(width: int, height: int, data: bytes, *more: tuple[bytes, bytes]) -> bytes:
+    """A PNG of 8-bit RGB whose header says what it likes."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    parts = [*(chunk(*one) for one in more), chunk(b"IDAT", zlib.compress(data)), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(parts)
+
+
+def exif(content: bytes) -> dict[str, bytes]:
+    return {"exif": b"Exif\0\0" + content}
+
+
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+FRAMES = [NOISE.rotate(90 * turns) for turns in range(3)]
+ORIENTATION = b"II*\0\x08\0\0\0\x01\0\x12\x01"  # TIFF, little endian, one entry: the orientation
+
+UNREADABLE = {
+    "empty.png": (b"", "empty"),
+    "one byte.png": (b"\x89", "not an image"),
+    "text.png": (b"<html>Not found</html>", "not an image"),
+    "zeros.jpg": (bytes(5000), "not an image"),
+    "pickle.png": (b"\x80\x04cos\nsystem\n", "not an image"),
+    "script.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nquit\n", "not an image"),
+    "truncated.png": (encode(NOISE, "PNG")[:2000], "truncated"),
+    "truncated.jpg": (encode(NOISE, "JPEG")[:900], "truncated"),
+    "truncated.webp": (encode(NOISE, "WEBP")[:900], "not an image|could not|truncated|failed"),
+    "header alone.png": (encode(NOISE, "PNG")[:33], "truncated|cannot|not an image"),
+    "bomb.png": (png(30_000, 30_000, bytes(90_001) * 20), r"900000000 pixels"),
+    "greater bomb.png": (png(2**31 - 1, 2**31 - 1, b""), "pixels"),
+    "bomb.bmp.png": (b"BM" + struct.pack("<IIIIiiHH", 90, 0, 54, 40, 60_000, 60_000, 1, 24) + bytes(40), "pixels"),
+    "text bomb.png": (png(8, 8, bytes(200), (b"zTXt", b"k\0\0" + zlib.compress(bytes(2**26)))), "too large|truncated"),
+    "pixel.png": (encode(NOISE.resize((1, 1)), "PNG"), "1 x 1 pixels: a side has 2"),
+    "line.png": (encode(NOISE.resize((64, 1)), "PNG"), "64 x 1 pixels"),
+    "float.tiff.png": (encode(Image.new("F", (8, 8), 0.5), "TIFF"), "floating-point"),
+}
+READABLE = {
+    "a png.jpg": encode(NOISE, "PNG"),
+    "a jpeg.png": encode(NOISE, "JPEG"),
+    "a gif.png": encode(NOISE, "GIF"),
+    "a webp.jpeg": encode(NOISE, "WEBP"),
+    "cmyk.jpg": encode(NOISE.convert("CMYK"), "JPEG"),
+    "16 bit.png": encode(Image.fromarray(np.full((9, 9), 25_700, np.uint16)), "PNG"),
+    "palette.png": encode(NOISE.quantize(16), "PNG", transparency=3),
+    "animated.webp": encode(FRAMES[0], "WEBP", save_all=True, append_images=FRAMES[1:]),
+    "animated.png": encode(FRAMES[0], "PNG", save_all=True, append_images=FRAMES[1:]),
+    "animated gif.png": encode(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]),
+    "strip.png": encode(Image.new("RGB", (30_000, 3), (9, 99, 199)), "PNG"),
+    "column.jpg": encode(Image.new("RGB", (3, 30_000), (9, 99, 199)), "JPEG"),
+    "orientation 999.jpg": encode(NOISE, "JPEG", **exif(ORIENTATION + b"\x03\0\x01\0\0\0\xe7\x03\0\0" + bytes(4))),
+    "orientation text.jpg": encode(NOISE, "JPEG", **exif(ORIENTATION + b"\x02\0\x02\0\0\0xy\0\0" + bytes(4))),
+    "exif cut.jpg": encode(NOISE, "JPEG", **exif(b"II*\0\x08\0\0\0\x05\0broken")),
+    "exif huge.jpg": encode(NOISE, "JPEG", **exif(b"II*\0\x08\0\0\0\xff\xff" + random.Random(0).randbytes(60_000))),
+    "exif noise.webp": encode(NOISE, "WEBP", **exif(random.Random(1).randbytes(500))),
+    "after the end.png": encode(NOISE, "PNG") + bytes(10_000),
+}
+
+
+def open_quietly(folder: Path, cache: Path, **options) -> ImageData:
+    return prepare(ImageFolder(folder), **{"resolution": 16, "cache_dir": cache, "progress": False, **options})
+
+
+def reasons(data: ImageData) -> dict[str, str]:
+    return {entry["name"]: entry["reason"] for entry in data.quarantine()}
+
+
+@contextmanager
+def bounded(seconds: float, megabytes: float):
+    """The block takes no longer, and the process's memory never grows by more."""
+    resource = pytest.importorskip("resource")
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    yield
+    assert time.perf_counter() - started < seconds
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < megabytes
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    folder = tmp_path / "hostile"
+    folder.mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("resize", ["crop", "pad", "squash"])
+def test_the_corpus_is_read_or_put_into_quarantine(folder, tmp_path, resize):
+    for name, content in READABLE.items():
+        (folder / name).write_bytes(content)
+    for name, (content, _) in UNREADABLE.items():
+        (folder / name).write_bytes(content)
+    with bounded(seconds=30, megabytes=200):
+        data = open_quietly(folder, tmp_path / "cache", max_bad_fraction=0.6, resize=resize)
+    assert data.names == sorted(READABLE)
+    found = reasons(data)
+    assert sorted(found) == sorted(UNREADABLE)
+    for name, (_, expected) in UNREADABLE.items():
+        assert re.search(expected, found[name]), (name, found[name])
+    assert all(entry["error"].endswith(("Error", "Exception")) for entry in data.quarantine())
+    for name in ("strip.png", "column.jpg"):  # scaled up, cut or framed: the colour is there
+        close = np.abs(data.images[data.names.index(name)].astype(int) - (9, 99, 199)).max(-1) < 30
+        assert close.any(), name
+
+
+def test_a_limit_of_pixels_is_kept_from_the_header_alone(folder, tmp_path):
+    for number in range(3):
+        (folder / f"{number}.png").write_bytes(encode(NOISE.rotate(90 * number), "PNG"))
+    (folder / "large.png").write_bytes(encode(NOISE.resize((65, 64)), "PNG"))
+    data = open_quietly(folder, tmp_path / "cache", max_pixels=4096, max_bad_fraction=0.5)
+    assert reasons(data) == {"large.png": "65 x 64 pixels are more than data.max_pixels=4096 allows"}
+    more = open_quietly(folder, tmp_path / "cache", max_bad_fraction=0.5)
+    assert len(more) == 4 and more.path != data.path, "another limit, another set"
+    with pytest.raises(UserError, match=r"data\.max_pixels must be at least 1"):
+        open_quietly(folder, tmp_path / "cache", max_pixels=0)
+
+
+@POSIX
+def test_what_bears_an_images_name_and_is_none(folder, tmp_path):
+    for number in range(2):
+        (folder / f"{number}.png").write_bytes(encode(NOISE.rotate(90 * number), "PNG"))
+    (folder / "folder.png").mkdir()
+    (folder / "folder.png" / "inside.png").write_bytes(encode(NOISE.rotate(45), "PNG"))
+    (folder / "loop.png").symlink_to("loop.png")
+    (folder / "loop").symlink_to(folder)
+    (folder / "nowhere.png").symlink_to("absent")
+    (folder / "endless.png").symlink_to("/dev/zero")
+    os.mkfifo(folder / "pipe.png")
+    os.mkfifo(folder / "pipe.txt")
+    with bounded(seconds=20, megabytes=100):
+        data = open_quietly(folder, tmp_path / "cache", max_bad_fraction=0.8)
+    assert data.names == ["0.png", "1.png", "folder.png/inside.png"]
+    found = reasons(data)
+    assert sorted(found) == ["endless.png", "loop.png", "nowhere.png", "pipe.png"]
+    assert "symbolic link" in found["loop.png"] and "No such file" in found["nowhere.png"]
+    assert "not a regular file" in found["pipe.png"] and "not a regular file" in found["endless.png"]
+
+
+@contextmanager
+def nobody():
+    """For root, whom no permission stops."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+@POSIX
+def test_what_may_not_be_read_is_in_quarantine(folder, tmp_path):
+    for number in range(2):
+        (folder / f"{number}.png").write_bytes(encode(NOISE.rotate(90 * number), "PNG"))
+    (folder / "closed.png").write_bytes(encode(NOISE, "PNG"))
+    (folder / "closed.png").chmod(0)
+    (folder / "shut").mkdir(mode=0)
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    cache.chmod(0o777)
+    opened = [place for place in tmp_path.parents if place.stat().st_mode & 0o005 != 0o005]
+    modes = {place: place.stat().st_mode for place in (tmp_path, *opened)}
+    for place in modes:
+        place.chmod(0o755)
+    try:
+        with nobody():
+            data = open_quietly(folder, cache, max_bad_fraction=0.8)
+    finally:
+        (folder / "shut").chmod(0o700)
+        for place, mode in modes.items():
+            place.chmod(mode)
+    assert data.names == ["0.png", "1.png"]
+    assert reasons(data) == {"closed.png": "Permission denied", "shut/": "Permission denied"}
+    lines = (data.path / "quarantine.jsonl").read_text().splitlines()
+    assert {json.loads(line)["error"] for line in lines} == {"PermissionError"}
+
+
+@POSIX
+def test_names_that_no_text_holds(folder, tmp_path):
+    names = [
+        b"new\nline.png",
+        b"caf\xe9.png",
+        b"\x1b[31mred.png",
+        "sep\u2028arated.png".encode(),
+        "ünï 🦊.png".encode(),
+    ]
+    for number, name in enumerate(names):
+        Path(os.fsdecode(bytes(folder) + b"/" + name)).write_bytes(encode(NOISE.rotate(20 * number), "PNG"))
+    Path(os.fsdecode(bytes(folder) + b"/broken\xff\n.png")).write_bytes(b"")
+    data = open_quietly(folder, tmp_path / "cache", max_bad_fraction=0.5)
+    expected = ["new\\nline.png", "caf\\udce9.png", "\\x1b[31mred.png", "sep\\u2028arated.png", "ünï 🦊.png"]
+    assert sorted(data.names) == sorted(expected)
+    assert reasons(data) == {"broken\\udcff\\n.png": "the file is empty"}
+    assert open_quietly(folder, tmp_path / "cache", max_bad_fraction=0.5).path == data.path
+    with pytest.raises(UserError, match=r"broken\\udcff\\n\.png \(the file is empty\)"):
+        open_quietly(folder, tmp_path / "cache")
+
+
+@pytest.fixture
+def quick(monkeypatch) -> None:
+    monkeypatch.setattr(reading, "WAITS_S", (0, 0, 0, 0))
+    reading._SAID.clear()
+
+
+def failing(monkeypatch, number: int, times: int) -> None:
+    """Every file's first readings end in this error."""
+    read, tried = reading._read_once, {}
+
+    def fails(path):
+        tried[path] = tried.get(path, 0) + 1
+        if tried[path] <= times:
+            raise OSError(number, os.strerror(number), str(path))
+        return read(path)
+
+    monkeypatch.setattr(reading, "_read_once", fails)
+
+
+def twenty(folder: Path) -> Path:
+    for number in range(20):
+        (folder / f"{number:02}.png").write_bytes(encode(NOISE.rotate(9 * number), "PNG"))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["EIO", "ESTALE", "ETIMEDOUT", "EAGAIN", "ECONNRESET", "ENOENT"])
+def test_a_disk_that_fails_for_a_moment_loses_no_image(folder, tmp_path, monkeypatch, quick, caplog, name):
+    failing(monkeypatch, getattr(errno, name), times=2)
+    data = open_quietly(twenty(folder), tmp_path / "cache")
+    assert len(data) == 20 and data.num_skipped == 0
+    assert caplog.text.count("Trying again; said once") == 1, "for twenty files and two failures of each"
+
+
+def test_a_disk_that_fails_for_good_leaves_no_thinned_out_set(folder, tmp_path, monkeypatch, quick):
+    failing(monkeypatch, errno.EIO, times=5)
+    with pytest.raises(UserError, match=r"The disk of hostile fails: 9 files .*08\.png \(Input/output error\)"):
+        open_quietly(twenty(folder), tmp_path / "cache", max_bad_fraction=0.9)
+    monkeypatch.undo()
+    assert len(open_quietly(folder, tmp_path / "cache")) == 20
+
+
+def test_a_file_that_is_gone_is_not_waited_for_long(tmp_path, monkeypatch):
+    waits = []
+    monkeypatch.setattr(reading.time, "sleep", waits.append)
+    with pytest.raises(FileNotFoundError):
+        reading.read_file(tmp_path / "gone.png")
+    assert sum(waits) == 0.5
+    failing(monkeypatch, errno.EIO, times=9)
+    with pytest.raises(OSError):
+        reading.read_file(tmp_path / "x.png")
+    assert sum(waits) == 0.5 + sum(reading.WAITS_S) < 6
+    failing(monkeypatch, errno.EACCES, times=9)
+    with pytest.raises(PermissionError):
+        reading.read_file(tmp_path / "y.png")
+    assert sum(waits) == 0.5 + sum(reading.WAITS_S), "what lasts is not tried again"
+
+
+@pytest.mark.parametrize("writes", [1, 2, 3])
+def test_a_file_that_changes_while_it_is_read_is_read_again(tmp_path, monkeypatch, quick, writes):
+    """Appended to, overwritten, replaced: three times is enough."""
+    path, stat, left = tmp_path / "a.png", os.fstat, [writes]
+    path.write_bytes(b"first")
+
+    def writing(descriptor):
+        before = stat(descriptor)
+        if left[0]:
+            left[0] -= 1
+            if left[0] % 2:
+                (tmp_path / "new").write_bytes(b"other")
+                (tmp_path / "new").replace(path)
+            else:
+                with path.open("ab") as file:
+                    file.write(b" and more")
+        return before
+
+    monkeypatch.setattr(os, "fstat", writing)
+    if writes < reading.READINGS:
+        assert reading.read_file(path) == path.read_bytes() != b"first"
+    else:
+        with pytest.raises(ValueError, match="changed during each of 3 readings"):
+            reading.read_file(path)
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "MAX_FILE_BYTES", 1000)
+    (tmp_path / "a.png").write_bytes(bytes(1001))
+    with pytest.raises(ValueError, match="1,001 bytes are more than the 1,000"):
+        reading.read_file(tmp_path / "a.png")
+
+
+def test_an_image_that_no_memory_holds_is_an_error_and_not_another_set(folder, tmp_path, monkeypatch):
+    def full(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(preparation, "decode", full)
+    with pytest.raises(UserError, match=r"00\.png needs more memory .*data\.max_pixels"):
+        open_quietly(twenty(folder), tmp_path / "cache")
+
+
+def test_one_hostile_image_at_a_tool_is_one_sentence(tmp_path):
+    for name, (content, _) in UNREADABLE.items():
+        (tmp_path / "it").write_bytes(content)
+        with warnings.catch_warnings(), pytest.raises(UserError, match="could not be read"):
+            warnings.simplefilter("ignore")
+            read_image(str(tmp_path / "it"), 16)
+            raise AssertionError(name)
+
+
+SEEDS = [
+    *(encode(NOISE.resize((24, 20)), kind) for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP")),
+    encode(NOISE.resize((24, 20)).convert("RGBA"), "PNG", optimize=True),
+    encode(NOISE.resize((24, 20)).quantize(8), "PNG", transparency=1),
+    encode(
+        NOISE.resize((24, 20)), "JPEG", progressive=True, **exif(ORIENTATION + b"\x03\0\x01\0\0\0\x06\0\0\0" + bytes(4))
+    ),
+    encode(NOISE.resize((24, 20)).convert("CMYK"), "JPEG"),
+    encode(FRAMES[0].resize((24, 20)), "GIF", save_all=True, append_images=FRAMES[1:]),
+    encode(
+        FRAMES[0].resize((24, 20)), "WEBP", save_all=True, append_images=[FRAMES[1].resize((24, 20))], lossless=True
+    ),
+    encode(NOISE.resize((24, 20)).convert("1"), "BMP"),
+]
+KINDS = ("flip", "cut", "splice", "double", "drop", "huge")
+MUTATIONS = st.lists(st.tuples(st.sampled_from(KINDS), st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=6)
+
+
+def mutated(content: bytes, mutations: list[tuple[str, float, int]], other: bytes) -> bytes:
+    data = bytearray(content)
+    for kind, where, value in mutations:
+        at = int(where * max(0, len(data) - 1))
+        if kind == "flip":
+            data[at : at + 1] = bytes([data[at] ^ (value or 1)]) if data else b""
+        elif kind == "cut":
+            del data[at:]
+        elif kind == "splice":
+            data[at : at + value] = other[at : at + 2 * value]
+        elif kind == "double":
+            data[at:at] = data[at : at + 4 * value]
+        elif kind == "drop":
+            del data[at : at + value]
+        else:  # lengths and sizes stand in four bytes
+            number = (2**31 - 1, 70_000, 0, 2**20)[value // 64]
+            data[at : at + 4] = struct.pack((">i", "<i")[value % 2], number)
+    return bytes(data)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mutated_images_are_read_or_refused_and_nothing_else():
+    """FUZZED_FILES files: the right shape and type, or a line of quarantine; no hang, no memory without bound."""
+    tried, read = [], []
+
+    @settings(
+        max_examples=FUZZED_FILES,
+        derandomize=True,
+        database=None,
+        deadline=5000,  # ms
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.sampled_from(SEEDS), MUTATIONS, st.sampled_from(SEEDS))
+    def fuzz(content, mutations, other):
+        data = mutated(content, mutations, other)
+        tried.append(len(data))
+        found = preparation._read(Record("it", lambda: data), 8, "crop", 2**20)
+        if isinstance(found, Exception):
+            reason = preparation._reason(found)
+            assert reason and len(reason) <= 300 and "\n" not in reason and "0x7" not in reason
+            return
+        _, pixels = found
+        assert pixels.shape == (8, 8, 3) and pixels.dtype == np.uint8
+        read.append(data)
+
+    with bounded(seconds=60, megabytes=300):
+        fuzz()
+    assert len(tried) >= FUZZED_FILES and len(tried) / 20 < len(read) < 0.9 * len(tried), (len(tried), len(read))
+    for data in read[::50]:
+        np.testing.assert_array_equal(decode(data, 8, "crop"), decode(data, 8, "crop"), "the same each time")
