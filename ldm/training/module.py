@@ -53,8 +53,7 @@ class TrainingModule(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
         rows = part_rows(micro_batch, self.global_rank, self.trainer.world_size, num_samples(batch))
-        # dropout draws from the global generator, which validation and workers move on
-        torch.manual_seed(derive_seed(self.seed, self.data_step, rows.start, OF_NETWORK))
+        self._seed_network(derive_seed(self.seed, self.data_step, rows.start, OF_NETWORK))
         terms = self.losses(batch, Draws(self.seed, self.data_step, rows, self.device))
         if self.logs_now:
             self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()})
@@ -125,6 +124,12 @@ class TrainingModule(LightningModule):
         """The step whose samples and draws are seen now."""
         return self.trainer.global_step + self.step_offset
 
+    def _seed_network(self, seed: int) -> None:
+        """Dropout draws from the global generators, which validation and workers move on."""
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed visits every kind of device, 30 times as long
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).manual_seed(seed)
+
     def trial_draws(self, batch: Any) -> Draws:
         """Draws for a batch that is not trained on."""
         return Draws(0, 0, range(num_samples(batch)), self.device)
@@ -132,5 +137,6 @@ class TrainingModule(LightningModule):
 
 def num_samples(batch: Any) -> int:
     """Samples in a batch: a tensor, or tensors and conditions by name."""
-    tensors = [batch] if isinstance(batch, Tensor) else [value for value in batch.values() if isinstance(value, Tensor)]
-    return len(tensors[0])
+    if isinstance(batch, dict):
+        batch = next(value for value in batch.values() if isinstance(value, Tensor))
+    return len(batch)

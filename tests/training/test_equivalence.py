@@ -42,7 +42,7 @@ from ldm.training.vae import VAETraining
 from ldm.training.vae_stage import VAEStage
 
 SUMS, SIGNS = 3e-5, 3e-3
-"""With SGD, whose weights move as the gradients do; with Adam, whose first steps are their signs, noise where they vanish."""
+"""With SGD, whose weights move as the gradients do; with Adam, whose first steps are signs, some of them of noise."""
 BATCH, NUM_SAMPLES = 8, 28
 
 
@@ -270,7 +270,7 @@ def test_two_ranks_train_as_one(name, tmp_path):
 
 
 def test_with_a_discriminator_lambda_alone_depends_on_the_split():
-    """It is measured on the first micro-batch, here of two samples. With one that is given, both sides train the same."""
+    """It is measured on the first micro-batch, here of two samples. With a given one both sides train the same."""
 
     def trained(accumulate: int, given: bool) -> tuple[Fitted, torch.Tensor, torch.Tensor]:
         module = vae(adversary=partial(Adversary, channels=8, layers=1, ramp=2, start=1.0, weight=0.5))

@@ -166,12 +166,11 @@ def test_each_image_is_seen_in_either_view(diffusion_stage, images, monkeypatch)
     for k in range(4):
         step(stage, batch, k)
     views = [stage.pipeline.autoencoder.standardise(batch["mean"][:, view]) for view in range(2)]
-    drawn = [torch.cat(seen), *(view.repeat(4, 1, 1, 1) for view in views)]
-    first, second = zip(
-        *((torch.allclose(z, a), torch.allclose(z, b)) for z, a, b in zip(*drawn, strict=True)), strict=True
-    )
-    assert all(a or b for a, b in zip(first, second, strict=True))
-    assert 0.4 < sum(second) / len(second) < 0.6
+    drawn = zip(torch.cat(seen), *(view.repeat(4, 1, 1, 1) for view in views), strict=True)
+    taken = [(torch.allclose(z, first), torch.allclose(z, second)) for z, first, second in drawn]
+    assert all(first or second for first, second in taken)
+    mirrored = [second for first, second in taken if not (first and second)]  # a symmetric image has one view
+    assert len(mirrored) > 100 and 0.4 < sum(mirrored) / len(mirrored) < 0.6
 
 
 def test_a_batch_is_the_same_noise_again(diffusion_stage, images):
