@@ -1,10 +1,22 @@
 """What the processes of one training run hold together."""
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Value = TypeVar("Value")
+
+
+def from_first(value: Value) -> Value:
+    """What the first rank has here; every rank must ask."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def gather_rows(micro_batches: Sequence[Tensor]) -> Tensor:

@@ -16,6 +16,7 @@ from ldm import signals
 from ldm.data.loaders import train_loader, val_loader
 from ldm.data.order import batch_at
 from ldm.errors import UserError
+from ldm.ranks import from_first
 from ldm.training.budget import Budget, parse_duration
 from ldm.training.callbacks import EMACallback, ProgressBar
 from ldm.training.checkpoint import Checkpoints, StopTraining
@@ -150,7 +151,7 @@ class Fit:
     def after(self, asked: RollBack, make_stage: Callable[[], Stage]) -> "Fit":
         """The fit that goes on from a checkpoint from before the steps that went wrong, else from the beginning."""
         known = {found.step: found for found in reversed(self.checkpoints.branch()) if found.fault() is None}
-        step, resumed = asked.choose(known)
+        step, resumed = from_first(asked.choose(known))  # it alone knows what it saved
         fit = Fit(self.plan if resumed is not None else replace(self.plan, stage=make_stage()), resumed)
         assert fit.guard is not None
         fit.guard.go_on_after(asked, step)

@@ -3,6 +3,10 @@
 import csv
 import json
 import math
+import os
+import re
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -276,6 +280,24 @@ def test_found_inf_masks_a_step_on_the_device(build):
         assert all(torch.equal(a, b) for a, b in zip(found["never asked"], found[name], strict=True)), name
 
 
+ROOT = Path(__file__).parents[2]
+STAGE_1 = [
+    "stage=vae",
+    "autoencoder.model.block_out_channels=[32]",
+    "data=image_folder",
+    "data.path=pets",
+    "data.resolution=16",
+    "data.val_fraction=0.2",
+    "batch_size=8",
+    "trainer=cpu",
+    "trainer.max_time=null",
+    "trainer.precision=32-true",
+    "trainer.log_every_n_steps=2",
+    "trainer.guard.skips_before_rollback=2",
+    "optimizer.decay=constant",
+    "logger=csv",
+]
+OFTEN = ["trainer.checkpoint_every_s=0"]
 IMAGES = nn.functional.interpolate(
     torch.rand(32, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1, 16, mode="nearest"
 )
@@ -429,17 +451,13 @@ def train(call, pets, monkeypatch):
         monkeypatch.setattr(VAETraining, "losses", spoiled)
         ended = call(
             ldm.train.main,
-            *("stage=vae", "autoencoder.model.block_out_channels=[32]", "data=image_folder", "data.path=pets"),
-            *("data.resolution=16", "data.val_fraction=0.2", "batch_size=8", "trainer=cpu", "trainer.max_time=null"),
-            *("trainer.precision=32-true", "trainer.log_every_n_steps=2", "optimizer.decay=constant"),
-            *("logger=csv", f"name={name}", "trainer.guard.skips_before_rollback=2", *options),
+            *STAGE_1,
+            f"name={name}",
+            *options,
         )
         return ended, seen
 
     return train
-
-
-OFTEN = ("trainer.checkpoint_every_s=0",)
 
 
 def test_training_goes_back_and_on_with_the_batches_after(train, pets):
@@ -498,3 +516,41 @@ def test_after_so_many_roll_backs_training_ends_with_what_to_try(train):
 def test_without_a_guard_nothing_is_looked_at(train):
     ended, _ = train("unguarded", {1}, "trainer.max_steps=3", "trainer.guard=null")
     assert "skipped" not in ended.out and not Path("runs/vae/unguarded/skipped_steps.jsonl").exists()
+
+
+ON_RANK_1 = """
+import math
+import ldm.train
+from ldm.training.vae import VAETraining
+
+losses = VAETraining.losses
+
+def spoiled(self, images, draws):
+    terms = losses(self, images, draws)
+    if self._trainer is not None and self.trainer.training:
+        print(f"rank {self.global_rank} is at {self.trainer.global_step}, {self.data_step};", flush=True)
+        if self.data_step in (1, 2) and self.global_rank == 1:
+            terms["loss"] = terms["loss"] + math.nan
+    return terms
+
+VAETraining.losses = spoiled
+ldm.train.main()
+"""
+
+
+def test_ranks_go_back_together_where_one_alone_went_wrong(pets, tmp_path):
+    """Both leave out the steps, though the other's losses were finite, and both go on from the same checkpoint."""
+    script = tmp_path / "on_rank_1.py"
+    script.write_text(ON_RANK_1)
+    options = ["trainer.max_steps=4", "trainer.devices=2", "trainer.strategy=ddp", "name=ranks"]
+    done = subprocess.run(
+        [sys.executable, str(script), *STAGE_1, *OFTEN, *options],
+        cwd=pets.parent,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "LDM_CACHE": str(pets.parent / "cache"), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    seen = [(int(step), int(batch)) for step, batch in re.findall(r"is at (\d+), (\d+);", done.stdout)]
+    assert sorted(seen) == sorted(2 * [(0, 0), (1, 1), (2, 2), (3, 3), (1, 4), (2, 5), (3, 6)])
