@@ -538,6 +538,7 @@ ldm.train.main()
 """
 
 
+@pytest.mark.slow  # two processes that import everything: up to 25 s on a busy machine
 def test_ranks_go_back_together_where_one_alone_went_wrong(pets, tmp_path):
     """Both leave out the steps, though the other's losses were finite, and both go on from the same checkpoint."""
     script = tmp_path / "on_rank_1.py"
