@@ -185,8 +185,16 @@ def test_what_another_process_drew_meanwhile_is_not_overwritten(pipeline, images
             kept(pipeline, images, tmp_path / "shared", 4)
         return acquire(self, *arguments, **options)
 
+    began = []
+
+    def begin(*arguments, first: int, **options):
+        began.append(first)
+        return draw(*arguments, first=first, **options)
+
     monkeypatch.setattr(FileLock, "acquire", wait_for_the_other)
-    assert np.array_equal(kept(pipeline, images, tmp_path / "shared", 8), whole) and waited
+    monkeypatch.setattr(kept_samples, "draw", begin)
+    assert np.array_equal(kept(pipeline, images, tmp_path / "shared", 8), whole)
+    assert began == [0, 4], "the other's, and the rest"
 
 
 def test_samples_that_are_not_finite(pipeline, images, tmp_path):
