@@ -179,13 +179,14 @@ def _distances(network: nn.Module, found: Mapping[str, Tensor], train: Tensor, f
         f"{figures['features_key']}{library}{form}, ref={reference}, N={len(train)}; floor: {len(some)} of these "
         f"against the other {len(others)}:",
         *table(rows, figures["fd_name"]),
-        "  +- is a standard error of drawing other images, not of training again. FD: all N, jackknife over the "
-        f"samples; the rest: mean of {NUM_SUBSETS}",
-        "  disjoint subsets, each of as many images of both sides as stands under `subset`"
-        + (", but CMMD of all N" if measures.with_cmmd else "")
-        + f": their errors have {NUM_SUBSETS - 1} degrees of freedom (95 % within {_half_width(NUM_SUBSETS - 1):.1f} "
-        "of them),",
-        f"  FD's {NUM_GROUPS - 1} (within {_half_width(NUM_GROUPS - 1):.1f}). Compare rows of one N only.",
+        "  +- is a standard error of drawing other images, not of training again. Compare rows of one N only.",
+        f"  FD is of all N; its error, a jackknife's, has {NUM_GROUPS - 1} degrees of freedom (95 % within "
+        f"{_half_width(NUM_GROUPS - 1):.1f} of them).",
+        f"  The rest are means of {NUM_SUBSETS} disjoint subsets of both sides, so large as stands under `subset`"
+        + (" (CMMD: of all N)" if measures.with_cmmd else "")
+        + ";",
+        f"  their errors have {NUM_SUBSETS - 1} degrees of freedom (95 % within {_half_width(NUM_SUBSETS - 1):.1f} of "
+        "them).",
     ]
 
 
