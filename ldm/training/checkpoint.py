@@ -58,9 +58,11 @@ class Checkpoints(Checkpoint):
         self.folder, self.budget, self.every_s = folder / FOLDER, budget, every_s
         self.keep_last, self.stage, self.monitored, self.resumed = keep_last, stage, monitored, resumed
         self.saved: Manifest | None = None
-        """The newest that this training saved."""
+        """The newest that this training saved, as the first rank knows it."""
         self.withheld: Callable[[], bool] = lambda: False
         """Whether the weights of this moment are none to go back to; they are saved at the end and at a signal only."""
+        goes_on = resumed is not None and resumed.path.parent.resolve() == self.folder.resolve()
+        self._saved_step = resumed.step if resumed is not None and goes_on else -1
         self._io = WholeCheckpointIO()
         self._own: set[Path] = set()
         self._training = self._between_steps = self._before_step = self._validating = False
@@ -170,7 +172,8 @@ class Checkpoints(Checkpoint):
             batches = loops["epoch_loop.batch_progress"]
             for count in (batches["total"], batches["current"]):
                 count["ready"] = count["completed"]
-            if trainer.enable_validation and batches["total"]["ready"] % trainer.val_check_batch == 0:
+            interval = trainer.val_check_batch if trainer.enable_validation else None
+            if interval and batches["total"]["ready"] % interval == 0:
                 loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1  # counted where validation is skipped
 
     def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -180,8 +183,7 @@ class Checkpoints(Checkpoint):
         return time.monotonic() - self._saved_at >= self.every_s and not self.withheld()
 
     def _needs_saving(self, trainer: Trainer) -> bool:
-        last = self.saved or self.resumed
-        return last is None or last.step != trainer.global_step or last.path.parent.resolve() != self.folder.resolve()
+        return self._saved_step != trainer.global_step
 
     def _figure(self, trainer: Trainer) -> float | None:
         figure = float(trainer.callback_metrics.get(self.monitored, float("nan")))
@@ -211,11 +213,14 @@ class Checkpoints(Checkpoint):
         failure: OSError | None = None
         if trainer.is_global_zero:
             failure = self._record(path, began, step, why, figure, best)
-        if why in ("end", "signal") and trainer.strategy.reduce_boolean_decision(failure is not None, all=False):
-            raise self._refused(failure)
-        if failure is not None:
-            self._tell(failure)
-        elif trainer.is_global_zero and self.saved is not None:
+        if trainer.strategy.reduce_boolean_decision(failure is not None, all=False):
+            if why in ("end", "signal"):
+                raise self._refused(failure)
+            if failure is not None:
+                self._tell(failure)
+            return
+        self._saved_step = step
+        if trainer.is_global_zero and self.saved is not None:
             self._own.add(path)
             self._told = False
             with forgiving(self.folder):
