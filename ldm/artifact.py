@@ -60,8 +60,13 @@ def sha256(content: str | Iterable[Path]) -> str:
 
 
 def _files_in(paths: Iterable[Path]) -> list[Path]:
-    inside = [inner for path in paths for inner in (sorted(path.rglob("*")) if path.is_dir() else [path])]
-    return [path for path in inside if path.is_file()]
+    """Files, and those in folders; what a link in a folder names outside of it is none of the folder's."""
+    found = []
+    for path in paths:
+        root = path.resolve()
+        inside = sorted(path.rglob("*")) if path.is_dir() else [path]
+        found += [inner for inner in inside if inner.is_file() and inner.resolve().is_relative_to(root)]
+    return found
 
 
 def plain(value: Any) -> Any:

@@ -23,9 +23,12 @@ from omegaconf.errors import (
 from safetensors import SafetensorError
 
 from ldm import signals
+from ldm.config_files import check_foreign_files
+from ldm.constructors import check_config
 from ldm.errors import UserError
 from ldm.home import folder
 from ldm.tracking import finish_open_run
+from ldm.untrusted import clean_text
 
 FREE_TEXT = (
     "prompt",
@@ -80,6 +83,8 @@ def run(
 
     With -m the task runs once per job; one that fails does not keep the others from running.
 
+    A file outside conf/ is composed only where ldm.constructors finds plain values and known constructors in it.
+
     Exits with 2 after bad input, with 128 and the number of a signal that ended it. HYDRA_FULL_ERROR=1 shows the
     traceback.
 
@@ -117,15 +122,19 @@ def run(
         sys.argv[1:] = typed  # for the record, and for the processes that Lightning starts with the same arguments
         try:
             require_values(config)
+            values = OmegaConf.to_container(config, resolve=True)
+            check_config(values, "the config", typed=typed, interpolations="any")
             task(config)
         except Exception as error:
             (report_job if sweeps else report)(error)  # here already: Hydra would print a line of its own first
 
     try:
+        check_arguments(typed)
         arguments = typed if positional is None else gather(typed, positional)
         sys.argv[1:] = arguments if sweeps else bracket_lists(quote_free_text(arguments), lists)
     except UserError as error:
         report(error)
+    check_foreign_files()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to Hydra's own report
     application = hydra.main(version_base="1.3", config_path=str(folder("conf")), config_name=config_name)(complete)
     try:
@@ -142,6 +151,22 @@ def run(
     if failed:
         print(f"error: {len(failed)} of the jobs failed: {'; '.join(failed)}", file=sys.stderr)
         sys.exit(2)
+
+
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Refuse arguments that are no text, and the one of Hydra's that reads a pickle.
+
+    Raises:
+        UserError: naming it.
+    """
+    for argument in arguments:
+        if "\0" in argument or clean_text(argument) != argument:
+            raise UserError(f"{argument!a} is not text in UTF-8. Type it again, or name files without such signs.")
+        if argument.startswith("--e"):  # Hydra takes beginnings of an option for the whole
+            raise UserError(
+                f"{argument} reads a pickle, which can run code, and is not used here. Name the config with "
+                "--config-dir= and --config-name= instead."
+            )
 
 
 def require_values(config: DictConfig) -> None:

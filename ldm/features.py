@@ -1,7 +1,6 @@
 """Frozen vision features: an image becomes a vector in which distance follows content rather than pixels."""
 
 import hashlib
-import json
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -15,6 +14,7 @@ from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
 from ldm.errors import UserError
+from ldm.untrusted import read_json
 
 NUM_LEVELS = 3
 """Resolutions at which features are compared: H / 2, H / 4, H / 8."""
@@ -31,13 +31,14 @@ class EfficientNetLite(nn.Module):
     """
 
     name = "efficientnet_lite"
-    key = "efficientnet_lite-224px"
+    library = "efficientnet_lite_pytorch"
     dim = 1280
     size = 224
 
     def __init__(self) -> None:
         super().__init__()
         self.network = _efficientnet_lite("features=efficientnet_lite")
+        self.key = f"{self.name}-{weights_digest(self.network)}-{self.size}px"
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -157,6 +158,8 @@ class VisionTransformer(nn.Module):
         UserError: neither such a folder nor within reach on the hub, or without preprocessor_config.json.
     """
 
+    library = "transformers"
+
     def __init__(self, kind: str, path: str | None = None) -> None:
         super().__init__()
         from transformers import CLIPVisionModelWithProjection, Dinov2Model
@@ -165,8 +168,10 @@ class VisionTransformer(nn.Module):
         self.name = kind
         self.path = str(Path(path).expanduser()) if path else HUB_IDS[kind]
         try:
-            self.network = model.from_pretrained(self.path, use_safetensors=True).requires_grad_(False)
-            processor = json.loads(_file(self.path, "preprocessor_config.json").read_text(encoding="utf-8"))
+            self.network = model.from_pretrained(
+                self.path, use_safetensors=True, trust_remote_code=False
+            ).requires_grad_(False)
+            processor = read_json(_file(self.path, "preprocessor_config.json"))
         except (OSError, ValueError) as error:
             raise UserError(
                 f"features={kind}: {self.path} is no folder with its config.json, safetensors and "
@@ -176,7 +181,7 @@ class VisionTransformer(nn.Module):
         side = processor.get("crop_size") or processor["size"]
         self.size: int = side if isinstance(side, int) else side.get("height") or side["shortest_edge"]
         self.mean, self.std = (torch.tensor(processor[f"image_{name}"])[:, None, None] for name in ("mean", "std"))
-        self.key = f"{kind}-{_weights(self.network)}-{self.size}px"
+        self.key = f"{kind}-{weights_digest(self.network)}-{self.size}px"
         self.eval()
 
     @torch.no_grad()
@@ -198,7 +203,7 @@ class Inception(nn.Module):
     """
 
     name = "inception"
-    key = "inception-299px"
+    library = "pytorch_fid"
     dim = 2048
     is_fid = True
 
@@ -218,6 +223,7 @@ class Inception(nn.Module):
                 f"The weights of Inception-v3 could not be fetched ({error.reason}). Fetch them on a machine with a "
                 "network and copy its ~/.cache/torch/hub/checkpoints here, or choose features=efficientnet_lite."
             ) from error
+        self.key = f"{self.name}-{weights_digest(self.network)}-299px"
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -229,7 +235,7 @@ def _file(path: str, name: str) -> Path:
     return Path(path, name) if Path(path).is_dir() else Path(hf_hub_download(path, name))
 
 
-def _weights(network: nn.Module) -> str:
+def weights_digest(network: nn.Module) -> str:
     """Eight digits of the SHA-256 of the weights, whatever place they came from."""
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):

@@ -10,6 +10,7 @@ from torch import Tensor
 from ldm.autoencoder.autoencoder import Autoencoder
 from ldm.data.images import ImageData
 from ldm.errors import UserError
+from ldm.untrusted import first_line
 
 FORMAT = "1"
 
@@ -37,7 +38,7 @@ def decode_file(autoencoder: Autoencoder, file: Path, batch_size: int = 64) -> t
     """Reconstruct images from the means in a file; batches [b, 3, H, W] and the images' names.
 
     Raises:
-        UserError: not such a file, or latents of another autoencoder.
+        UserError: not such a file, latents of another autoencoder, or no latents.
     """
     if not file.is_file():
         raise UserError(f"latents={file} is not a file. tools/encode.py writes one.")
@@ -45,14 +46,21 @@ def decode_file(autoencoder: Autoencoder, file: Path, batch_size: int = 64) -> t
         with safe_open(file, framework="pt") as reader:
             header, keys = reader.metadata() or {}, list(reader.keys())
             mean = reader.get_tensor("mean") if "mean" in keys else None
-    except SafetensorError as error:
-        raise UserError(f"latents={file} is no safetensors file ({error}). tools/encode.py writes one.") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = first_line(error)
+        raise UserError(f"latents={file} is no safetensors file ({reason}). tools/encode.py writes one.") from error
     if mean is None or header.get("format") != FORMAT:
         raise UserError(f"latents={file} holds no latents of format {FORMAT}. Write it again with tools/encode.py.")
+    names = header.get("names", "").split("\n")
+    if mean.ndim != 4 or mean.shape[1] != autoencoder.channels or len(names) != len(mean) or not mean.isfinite().all():
+        raise UserError(
+            f"latents={file} holds {list(mean.shape)} values for {len(names)} images, which are no finite latents of "
+            f"{autoencoder.channels} channels. Write it again with tools/encode.py."
+        )
     here, there = autoencoder.weights_sha256(), header.get("autoencoder_sha256", "unknown")
     if here != there:
         raise UserError(
             f"The latents in {file} belong to the autoencoder {there[:12]}, but this run's is {here[:12]}. "
             "Decode them with the run that encoded them."
         )
-    return [autoencoder.decode(part).cpu() for part in mean.split(batch_size)], header["names"].split("\n")
+    return [autoencoder.decode(part).cpu() for part in mean.float().split(batch_size)], names

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.artifact import Artifact, sha256
-from ldm.data.latents import LatentContract
+from ldm.data.latents import CONTRACT_FILE, LatentContract
 from ldm.errors import UserError
 from ldm.run import Run
 
@@ -19,6 +19,15 @@ def inputs(run: Run) -> list[Artifact]:
     facts = {"weights_sha256": contract.autoencoder_sha256, "data_fingerprint": contract.data_fingerprint}
     autoencoder = Artifact("autoencoder", _name_of(run.facts["vae"]), contract.autoencoder_sha256, facts)
     return [data, autoencoder, latents_artifact(contract)]
+
+
+def weights_sha256(run: Run) -> str | None:
+    """The digest by which a run's own weights are named, its autoencoder's or its network's; None where it has none."""
+    if run.stage == "vae":
+        stated = (run.path / CONTRACT_FILE).is_file()
+        return LatentContract.load(run.path).autoencoder_sha256 if stated else None
+    files = sorted((run.path / "pipeline" / "network").glob("*.safetensors"))
+    return sha256(files) if files else None
 
 
 def outputs(run: Run, latents: Path | None = None) -> list[Artifact]:
@@ -44,7 +53,7 @@ def outputs(run: Run, latents: Path | None = None) -> list[Artifact]:
         ]
     folder = run.path / "pipeline"
     contract = LatentContract.load(folder)
-    digest = sha256(sorted((folder / "network").glob("*.safetensors")))
+    digest = weights_sha256(run) or sha256([])
     known = told("chain_sha256", "loss", "prediction", "variance")
     metadata = {"weights_sha256": digest, **shared, **known, **_of_contract(contract)}
     return [Artifact("pipeline", run.facts["name"], digest, metadata, (folder,))]

@@ -1,6 +1,7 @@
 """Pictures that people look at: grids with captions, rows that compare, film strips."""
 
 import math
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor
 
 CELL = 128
 MARGIN = 6
+LONGEST_CAPTION = 400
+"""Signs of a caption that are looked at; two lines of a cell hold far fewer."""
 INK, PAPER = (40, 40, 40), (255, 255, 255)
 
 
@@ -52,7 +55,9 @@ def grid(
 def _wrap(draw: ImageDraw.ImageDraw, text: str, width: int, font: Any, lines: int = 2) -> list[str]:
     """At most `lines` lines of at most `width` pixels, cut with an ellipsis."""
     wrapped = [""]
-    for word in text.replace("\n", " ").split(" ")[:40]:
+    # no font has them, and a line of the length of a page would be measured for every sign that it is cut by
+    shown = "".join(" " if unicodedata.category(sign) in ("Cc", "Cs") else sign for sign in text[:LONGEST_CAPTION])
+    for word in shown.split(" ")[:40]:
         longer = f"{wrapped[-1]} {word}".strip()
         if draw.textlength(longer, font=font) <= width or not wrapped[-1]:
             wrapped[-1] = longer

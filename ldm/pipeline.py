@@ -16,19 +16,30 @@ from torch import Tensor, nn
 
 from ldm.autoencoder.autoencoder import Autoencoder
 from ldm.data.latents import LatentContract
-from ldm.diffusion.chain import check_z_0_mse, forward_step
+from ldm.diffusion.chain import check_prediction, check_z_0_mse, forward_step
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import Guided
 from ldm.diffusion.sampler import OnStep, Sampler, SamplerLike
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
+from ldm.model_folder import load_model
 from ldm.networks.conditioning import Condition, Conditioning, restore
 from ldm.networks.dit import DiT
 from ldm.networks.unet import ImageUNet, TextUNet
+from ldm.untrusted import check_fields, read_json
 
 INDEX_FILE = "model_index.json"
 FORMAT = 2
 VARIANCE_FILE = "optimal_variance.json"
+KINDS: dict[str, Any] = {
+    "network": str,
+    "prediction": str,
+    "latent_shape": list[int],
+    "schedule": dict,
+    "conditioning": dict,
+}
+"""Of what an index says; variance was none of it in format 1."""
+VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 NETWORKS: dict[str, Any] = {"DiT": DiT, "ImageUNet": ImageUNet, "TextUNet": TextUNet}
 
 
@@ -193,9 +204,13 @@ class LatentDiffusionPipeline:
         path = folder / INDEX_FILE
         if not path.is_file():
             raise UserError(f"{folder} is no pipeline: {INDEX_FILE} is missing. Train one with stage=diffusion.")
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = read_json(path)
         if index.get("format") not in (1, FORMAT):
             raise UserError(f"{path} has format {index.get('format')}; this version reads 1 and {FORMAT}.")
+        check_fields(index, KINDS, path)
+        if index.get("variance", VARIANCES[0]) not in VARIANCES:
+            raise UserError(f"{path}: variance={index['variance']} is unknown. Known are: {', '.join(VARIANCES)}.")
+        schedule = _schedule(index["schedule"], index["prediction"], path)
         autoencoder = Autoencoder.load(folder / "vae")
         contract = LatentContract.load(folder)
         if (weights := autoencoder.weights_sha256()) != contract.autoencoder_sha256:
@@ -203,19 +218,35 @@ class LatentDiffusionPipeline:
                 f"{folder} was trained on latents of the autoencoder {contract.autoencoder_sha256[:12]}, but "
                 f"{folder / 'vae'} holds {weights[:12]}. Put the autoencoder that it was trained with back."
             )
+        network: Any = load_network(folder / "network", index["network"])
+        side = contract.resolution // max(1, contract.factor)
+        shape = (contract.channels, side, side)
+        if tuple(index["latent_shape"]) != shape or network.config.in_channels != contract.channels:
+            raise UserError(
+                f"{path}: latents of {index['latent_shape']} and a network of {network.config.in_channels} channels do "
+                f"not fit {folder / 'contract.json'}, which means {list(shape)}. Put back the files of training."
+            )
         return cls(
-            network=load_network(folder / "network", index["network"]),
+            network=network,
             autoencoder=autoencoder,
-            schedule=NoiseSchedule(
-                index["schedule"]["name"], torch.tensor(index["schedule"]["alpha_bar"], dtype=torch.float64)
-            ),
+            schedule=schedule,
             prediction=index["prediction"],
-            conditioning=restore(index["conditioning"]),
+            conditioning=restore(index["conditioning"], path),
             contract=contract,
             latent_shape=tuple(index["latent_shape"]),
-            variance=index.get("variance", "fixed_small"),  # format 1 knew no other
+            variance=index.get("variance", VARIANCES[0]),  # format 1 knew no other
             z_0_mse=load_z_0_mse(folder),
         )
+
+
+def _schedule(content: dict[str, Any], prediction: str, path: Path) -> NoiseSchedule:
+    check_fields(content, {"name": str, "alpha_bar": list[float]}, path)
+    try:
+        schedule = NoiseSchedule(content["name"], torch.tensor(content["alpha_bar"], dtype=torch.float64))
+        check_prediction(prediction, schedule.alpha_bar)
+    except ValueError as error:
+        raise UserError(f"{path} holds no chain: {error}. Put back the file that training wrote.") from error
+    return schedule
 
 
 def save_z_0_mse(folder: Path, table: Tensor, made_by: dict[str, Any]) -> None:
@@ -232,9 +263,11 @@ def load_z_0_mse(folder: Path) -> Tensor | None:
     if not path.is_file():
         return None
     try:
-        return torch.tensor(json.loads(path.read_text(encoding="utf-8"))["z_0_mse"], dtype=torch.float64)
-    except (ValueError, KeyError, TypeError) as error:
+        content = read_json(path)
+        check_fields(content, {"z_0_mse": list[float]}, path)
+    except UserError as error:
         raise UserError(f"{path} cannot be read ({error}). Delete it; it is fitted again when asked for.") from error
+    return torch.tensor(content["z_0_mse"], dtype=torch.float64)
 
 
 def load_network(folder: Path, name: str) -> nn.Module:
@@ -247,7 +280,7 @@ def load_network(folder: Path, name: str) -> nn.Module:
         raise UserError(f"{folder} holds a network {name}. Readable networks: {', '.join(NETWORKS)}.")
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no network: config.json is missing.")
-    return NETWORKS[name].from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False).eval()
+    return load_model(NETWORKS[name], folder)
 
 
 def sample_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:

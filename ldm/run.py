@@ -1,15 +1,18 @@
 """A run folder: its config, weights and provenance. Every tool opens runs through here.
 
+A run folder may come from a stranger: what it holds is read as data and checked, and nothing in it is run.
+
 runs/<stage>/<name>/  config.yaml  run.json  metrics.csv  images/  checkpoints/  wandb/  lineage/
                       autoencoder/ (stage vae)  or  pipeline/ (stage diffusion)
 """
 
+import copy
 import json
 import platform
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,20 +20,53 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from ldm.autoencoder.autoencoder import CLASSES, Autoencoder
 from ldm.autoencoder.identity import IdentityAutoencoder
+from ldm.constructors import check_yaml
 from ldm.data.images import ImageData
 from ldm.durable import write_text
 from ldm.errors import UserError
+from ldm.model_folder import WEIGHTS, load_model
 from ldm.pipeline import INDEX_FILE, LatentDiffusionPipeline
+from ldm.untrusted import check_fields, first_line, is_plain_name, read_json, refuse_links_out
 
 RUN_FILE = "run.json"
 CONFIG_FILE = "config.yaml"
 IDENTITY = "identity"
 """Instead of an autoencoder: the chain works on pixels."""
 FORMAT = 1
+STAGES = ("vae", "diffusion")
+KINDS: dict[str, Any] = {
+    "name": str,
+    "finished": float | None,
+    "seed": int,
+    "vae": str,
+    "data": str,
+    "data_cache": str,
+    "data_fingerprint": str,
+    "val_fraction": float,
+    "chain_sha256": str,
+    "latent_shape": list[int],
+    "versions": dict,
+    "figures": dict | None,
+    "perceptual_features": list[str],
+}
+"""Of the facts that are used of a run; it need not have them all."""
 PACKAGES = ("ldm", "torch", "lightning", "diffusers", "transformers", "hydra-core", "wandb", "numpy")
+
+
+class Facts(dict[str, Any]):
+    """What run.json says; what it does not say and is asked for is named to the user."""
+
+    def __init__(self, content: dict[str, Any], file: Path) -> None:
+        super().__init__(content)
+        self.file = file
+
+    def __missing__(self, key: str) -> Any:
+        raise UserError(f"{self.file} does not say {key!r}, which this needs. Put back the file that training wrote.")
 
 
 @dataclass
@@ -39,13 +75,16 @@ class Run:
 
     path: Path
     facts: dict[str, Any]
+    composed: dict[str, Any] | None = field(default=None, repr=False)
+    """The config that this process composed for the run itself."""
 
     @classmethod
     def create(cls, path: Path, config: DictConfig, facts: dict[str, Any]) -> "Run":
         """Make the folder, or take it over, and write config and provenance."""
         (path / "images").mkdir(parents=True, exist_ok=True)
         write_text(path / CONFIG_FILE, OmegaConf.to_yaml(config, resolve=True))
-        run = cls(path, {"format": FORMAT, "finished": None, **provenance(), **facts})
+        content = {"format": FORMAT, "finished": None, **provenance(), **facts}
+        run = cls(path, Facts(content, path / RUN_FILE), OmegaConf.to_container(config, resolve=True))  # type: ignore
         run.save()
         return run
 
@@ -54,7 +93,8 @@ class Run:
         """Open a run folder, which the user named with `key`=.
 
         Raises:
-            UserError: it does not exist, is not one, or has another format.
+            UserError: it does not exist, is not one, has another format, says what no run says of itself, or holds a
+                link that leads out of it.
         """
         path = Path(path).expanduser()
         if not (path / RUN_FILE).is_file():
@@ -65,10 +105,17 @@ class Run:
                 f"{key}={path} {what} (no {RUN_FILE}).{hint} A run is made by `python -m ldm.train stage=vae` or "
                 "`stage=diffusion`, in runs/<stage>/<name>."
             )
-        facts = json.loads((path / RUN_FILE).read_text(encoding="utf-8"))
+        refuse_links_out(path)
+        facts = read_json(path / RUN_FILE)
         if facts.get("format") != FORMAT:
             raise UserError(f"{path / RUN_FILE} has format {facts.get('format')}; this version reads {FORMAT}.")
-        return cls(path, facts)
+        check_fields(facts, KINDS, path / RUN_FILE, required=False)
+        if facts.get("stage") not in STAGES or not is_plain_name(facts.get("name", "a")):
+            raise UserError(
+                f"{path / RUN_FILE}: stage={facts.get('stage')!r} must be {' or '.join(STAGES)}, and "
+                f"name={facts.get('name')!r} a plain folder name. Put back the file that training wrote."
+            )
+        return cls(path, Facts(facts, path / RUN_FILE))
 
     @property
     def stage(self) -> str:
@@ -87,8 +134,27 @@ class Run:
         return self.path / ("autoencoder" if self.stage == "vae" else "pipeline/vae")
 
     def config(self) -> dict[str, Any]:
-        """The config as plain values. Nothing in it is instantiated."""
-        return OmegaConf.to_container(OmegaConf.load(self.path / CONFIG_FILE), resolve=True)  # type: ignore
+        """The config as plain values. Nothing in it is instantiated, interpolated or made by a tag.
+
+        Raises:
+            UserError: it is missing or no YAML, or names what ldm.constructors does not know.
+        """
+        if self.composed is not None:
+            return copy.deepcopy(self.composed)
+        file = self.path / CONFIG_FILE
+        try:
+            text = file.read_text(encoding="utf-8")
+            check_yaml(text, str(file))
+            content = OmegaConf.to_container(OmegaConf.create(text))
+        except UserError:
+            raise
+        except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+            raise UserError(
+                f"{file} cannot be read ({first_line(error)}). Put back the file as it was written."
+            ) from error
+        if not isinstance(content, dict):
+            raise UserError(f"{file} holds no keys with values. Put back the file as it was written.")
+        return content  # type: ignore[return-value]
 
     def autoencoder(self) -> Autoencoder:
         """The autoencoder that this run trained or was trained on."""
@@ -122,7 +188,7 @@ class Run:
         """The prepared images that this run was trained on.
 
         Raises:
-            UserError: their cache is gone, or holds other images.
+            UserError: their cache is gone, damaged, or holds other images.
         """
         folder = Path(self.facts["data_cache"])
         if not (folder / "index.json").is_file():
@@ -130,6 +196,7 @@ class Run:
                 f"The prepared images of {self.path} are no longer in {folder}. Prepare them again: start any "
                 "training with the same data= options."
             )
+        refuse_links_out(folder)
         images = ImageData.open(folder, self.facts["val_fraction"])
         if images.fingerprint != self.facts["data_fingerprint"]:
             raise UserError(
@@ -213,14 +280,14 @@ def _from_hub(name: str) -> Autoencoder:
     errors = []
     for subfolder in (None, "vae"):
         try:
-            options = {"subfolder": subfolder} if subfolder else {}
-            config = hf_hub_download(name, "config.json", subfolder=subfolder)
-            kind = json.loads(Path(config).read_text(encoding="utf-8")).get("_class_name")
-            if kind in CLASSES:
-                return Autoencoder(CLASSES[kind].from_pretrained(name, use_safetensors=True, **options).eval())
+            config = Path(hf_hub_download(name, "config.json", subfolder=subfolder))
+            kind = read_json(config).get("_class_name")
+            if isinstance(kind, str) and kind in CLASSES:
+                hf_hub_download(name, WEIGHTS, subfolder=subfolder)  # never a pickle, whatever else the hub has
+                return Autoencoder(load_model(CLASSES[kind], config.parent))
             errors.append(f"it holds a {kind}, not one of {', '.join(CLASSES)}")
         except (OSError, ValueError) as error:
-            errors.append(str(error).splitlines()[0])
+            errors.append(first_line(error))
             if isinstance(error, LocalEntryNotFoundError):
                 break  # no hub at all, which was tried for long enough
     raise UserError(

@@ -25,6 +25,7 @@ from ldm.errors import UserError
 from ldm.networks.conditioning import ClassCondition, Condition, TextCondition
 from ldm.pictures import grid, rows, to_pil
 from ldm.pipeline import LatentDiffusionPipeline, sample_generators
+from ldm.untrusted import clean_text
 
 STRIP_SAMPLES = 4
 STRIP_COLUMNS = 11
@@ -58,7 +59,7 @@ class Request:
         if isinstance(conditioning, TextCondition):
             if label is not None:
                 raise UserError("This model is conditioned on text: give prompt=... instead of label=.")
-            captions = read_prompts(prompts) if prompts else [prompt or ""] * num_samples
+            captions = read_prompts(prompts) if prompts else [clean_text(prompt or "")] * num_samples
             return cls(conditioning.encode(captions), list(captions))
         if prompt is not None or prompts is not None:
             raise UserError(f"This model is conditioned on {conditioning.kind}, not on text: leave prompt= out.")
@@ -72,7 +73,11 @@ class Request:
 
     @classmethod
     def of_images(cls, pipeline: LatentDiffusionPipeline, images: ImageData, indices: np.ndarray) -> "Request":
-        """The captions or classes of these images, where the model takes them."""
+        """The captions or classes of these images, where the model takes them.
+
+        Raises:
+            UserError: images without them, or of a class that the model does not know.
+        """
         conditioning = pipeline.conditioning
         if isinstance(conditioning, TextCondition):
             captions = images.require_captions()
@@ -80,9 +85,22 @@ class Request:
             return cls(conditioning.encode(chosen), list(chosen))
         if isinstance(conditioning, ClassCondition):
             labels = images.require_labels()
-            classes = [labels[i] for i in indices]
-            return cls(conditioning.encode(classes), [conditioning.class_names[label] for label in classes])
+            names = images.class_names or [str(label) for label in range(max(labels) + 1)]
+            return cls.of_classes(conditioning, [names[labels[i]] for i in indices])
         return cls({}, [None] * len(indices))
+
+    @classmethod
+    def of_classes(cls, conditioning: ClassCondition, names: Sequence[str]) -> "Request":
+        """A sample of each of these classes, by name: their numbers may be others in other data.
+
+        Raises:
+            UserError: one that the model does not know.
+        """
+        number = {name: label for label, name in reversed([*enumerate(conditioning.class_names)])}
+        if unknown := [name for name in dict.fromkeys(names) if name not in number]:
+            known = ", ".join(conditioning.class_names)
+            raise UserError(f"This model knows no class {' or '.join(unknown)}; its classes are: {known}.")
+        return cls(conditioning.encode([number[name] for name in names]), list(names))
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -93,7 +111,11 @@ def read_prompts(file: str) -> list[str]:
     path = Path(file).expanduser()
     if not path.is_file():
         raise UserError(f"prompts={file} is not a file. It should hold one caption per line.")
-    captions = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"prompts={file} is not UTF-8 ({error.reason}). Save it again in UTF-8.") from error
+    captions = [line.strip() for line in lines if line.strip()]
     if not captions:
         raise UserError(f"prompts={file} holds no caption. Write one per line.")
     return captions

@@ -7,6 +7,7 @@ the same id, says so in one line, and can be uploaded later.
 import contextlib
 import json
 import os
+import re
 import shlex
 import sys
 import uuid
@@ -18,10 +19,13 @@ from typing import Any
 from PIL import Image
 
 from ldm.artifact import Artifact, flatten, sha256
+from ldm.durable import write_text
 from ldm.errors import UserError
 from ldm.wandb_server import MODES, bounded, choose_mode, has_key
 
 ID_FILE = "wandb_id.txt"
+TRAINING_ID = "training_id"
+"""Key in the config of a tool's run: the id of the training that it is of."""
 OPTIONS = ("project", "entity", "group", "tags", "mode", "timeout_s", "finish_timeout_s", "max_artifact_mb")
 """What is read of the config group `logger` for any run."""
 
@@ -57,9 +61,8 @@ class WandbRun:
 
         self._wandb = wandb
         self.folder, self.timeout_s, self.max_artifact_mb = folder, timeout_s, max_artifact_mb
-        id_file = folder / ID_FILE
-        known = resume and id_file.is_file()
-        run_id = id_file.read_text().strip() if known else uuid.uuid4().hex[:8]
+        id_file, known = folder / ID_FILE, known_id(folder) if resume else None
+        run_id = known or uuid.uuid4().hex[:8]
         self._options: dict[str, Any] = {
             "dir": folder,
             "project": project,
@@ -82,12 +85,12 @@ class WandbRun:
         self._row, self._records, self._inputs = -1, list[str](), dict[str, str]()
         self.mode = choose_mode(mode)
         try:
-            self._start(resume=known)
+            self._start(resume=known is not None)
         except Exception as error:
             if self.mode != "online":
                 raise
-            self._go_on_without_server(error, resume=known)
-        id_file.write_text(run_id + "\n")
+            self._go_on_without_server(error, resume=known is not None)
+        write_text(id_file, f"{self._options['id']}\n")
 
     def _start(self, *, resume: bool) -> None:
         if self.mode == "online" and not has_key():
@@ -95,6 +98,8 @@ class WandbRun:
         # marked in the record as well where it is offline: an upload then appends instead of beginning anew
         options = {**self._options, "mode": self.mode, "resume": "allow" if resume else None}
         self.run = self._wandb.init(**options)
+        if self.mode != "disabled":
+            self._options["id"] = self.run.id  # an agent of a sweep gives it another one than we asked for
         # an axis of our own: W&B drops what comes with a smaller step than the last, as after a validation or a resume
         self.run.define_metric("*", step_metric="step")
         self._row = max(self._row, self.run.step - 1)
@@ -147,7 +152,7 @@ class WandbRun:
         self._log(lambda: metrics, step)
 
     def log_images(self, key: str, images: Sequence[Image.Image], captions: Sequence[str | None], step: int) -> None:
-        """One panel of pictures with captions, and where there are several a table to sort, filter and compare runs by."""
+        """A panel of pictures with captions; of several a table too, to sort, filter and compare runs by."""
         pairs = list(zip(images, captions, strict=True))
 
         def logged() -> dict[str, Any]:
@@ -159,8 +164,8 @@ class WandbRun:
 
         self._log(logged, step)
 
-    def log_table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[str]], step: int) -> None:
-        """A table of text."""
+    def log_table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
+        """A table of texts and numbers."""
         data = [list(row) for row in rows]
         self._log(lambda: {key: self._wandb.Table(columns=list(columns), data=data)}, step)
 
@@ -204,6 +209,7 @@ class WandbRun:
                 flush=True,
             )
         self._record(lambda run: bounded(lambda: leave(run), self.timeout_s))
+        self.summarise({f"{item.type}_sha256": item.digest})  # by which an evaluation knows that it is of these weights
 
     def _describe(self, item: Artifact, *, files: bool = False) -> Any:
         """A W&B artifact; its description is a file too, since artifacts without a file are all alike to W&B."""
@@ -227,6 +233,24 @@ class WandbRun:
             self._tell(error)
 
 
+def known_id(folder: Path) -> str | None:
+    """The id of the W&B run that a run folder was last recorded in; it names folders and addresses.
+
+    Raises:
+        UserError: the file holds something else.
+    """
+    file = folder / ID_FILE
+    if not file.is_file():
+        return None
+    text = file.read_text(encoding="utf-8", errors="replace").strip()
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", text):
+        raise UserError(
+            f"{file} must hold the id of a W&B run, of letters, digits, - and _, not {text[:60]!r}. Delete it: what "
+            "follows is then recorded as a run of its own."
+        )
+    return text
+
+
 def track_report(
     folder: Path,
     config: Mapping[str, Any],
@@ -234,6 +258,7 @@ def track_report(
     name: str,
     values: Mapping[str, Any],
     pictures: Mapping[str, Image.Image],
+    tables: Mapping[str, tuple[Sequence[str], Sequence[Sequence[Any]]]] | None = None,
     made_from: Sequence[Artifact] = (),
     files: Sequence[Path] = (),
 ) -> None:
@@ -242,15 +267,19 @@ def track_report(
     Args:
         folder: Of the report, made where it is missing. Not the folder of a training run: that keeps the id of its own.
         config: The tool's, with its group `logger`.
-        values: Those that are no number, text or truth are left out.
+        values: Numbers, texts, truths and lists of these, those inside a mapping as `a.b`; what else there is, is left
+            out.
+        tables: Columns and rows by title.
         made_from: What was evaluated.
         files: The report's own.
     """
     folder.mkdir(parents=True, exist_ok=True)
     options = {key: config["logger"][key] for key in OPTIONS}
     tracker = WandbRun(folder, config, name=name, **options)
-    figures = {key: value for key, value in values.items() if isinstance(value, int | float | str)}
+    figures = {key: value for key, value in flatten(_without_lists_of_mappings(values)).items() if value is not None}
     tracker.summarise(figures)
+    for title, (columns, rows) in (tables or {}).items():
+        tracker.log_table(title, columns, rows, 0)
     for title, picture in pictures.items():
         tracker.log_images(title, [picture], [name.rpartition("/")[2]], 0)
     for item in made_from:
@@ -259,6 +288,17 @@ def track_report(
     digest = sha256([*files] or json.dumps(figures, sort_keys=True))
     tracker.leave(Artifact("evaluation", name.removeprefix("evaluation/"), digest, {**of, **figures}, tuple(files)))
     tracker.finish()
+
+
+def _without_lists_of_mappings(values: Mapping[str, Any]) -> dict[str, Any]:
+    def is_table(value: Any) -> bool:
+        return isinstance(value, list | tuple) and any(isinstance(inner, Mapping) for inner in value)
+
+    return {
+        key: _without_lists_of_mappings(value) if isinstance(value, Mapping) else value
+        for key, value in values.items()
+        if not is_table(value)
+    }
 
 
 def finish_open_run() -> None:

@@ -18,6 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm import command, signals
 from ldm.errors import UserError
+from ldm.options import check_options, refused_options
+from ldm.untrusted import is_plain_name
 
 RUN_NAME = "LDM_RUN_NAME"
 
@@ -32,16 +34,17 @@ def train(config: DictConfig) -> None:
 
     from ldm.training.lock import only_one
     from ldm.training.room import require_writable
+    from ldm.training.throughput import begin_peak_memory
 
+    job = HydraConfig.get()
+    begin_peak_memory(first=job.mode != RunMode.MULTIRUN or job.job.num == 0)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     if config.get("stage") is None:
         raise UserError(
             "stage is required: stage=vae trains the autoencoder, stage=diffusion the model on its latents."
         )
     OmegaConf.resolve(config)
-    for key in ("seed", "batch_size", "val_images", "data.resolution", "trainer.max_steps", "trainer.keep_last"):
-        if type(value := OmegaConf.select(config, key)) is not int:
-            raise UserError(f"{key}={value} must be a whole number.")
+    check_options(OmegaConf.to_container(config))  # type: ignore[arg-type]
     if config.resume is True and config.name is None:
         raise UserError("resume=true continues the run that name= gives: add name=NAME, its folder in runs/<stage>/.")
     main_process = getattr(rank_zero_only, "rank", 0) == 0
@@ -49,11 +52,11 @@ def train(config: DictConfig) -> None:
     again = command_to_continue(config, folder)
     try:
         if not main_process:
-            train_in(folder, config, again, main_process=False, begun=True)
+            train_in(folder, config, again, main_process=False)
             return
         require_writable(folder)
-        with only_one(folder) as begun:
-            train_in(folder, config, again, main_process=True, begun=begun)
+        with only_one(folder):
+            train_in(folder, config, again, main_process=True)
     except signals.Interrupted as stopped:
         if not main_process:
             # the process that started this one ends everything at once where one of its own says more than 0
@@ -64,8 +67,8 @@ def train(config: DictConfig) -> None:
         raise signals.Interrupted(stopped.signal, said) from None
 
 
-def train_in(folder: Path, config: DictConfig, again: str, *, main_process: bool, begun: bool) -> None:
-    """Prepare the data, build the stage, train, leave the weights in the run folder; `begun` before, and cut off."""
+def train_in(folder: Path, config: DictConfig, again: str, *, main_process: bool) -> None:
+    """Prepare the data, build the stage, train, leave the weights in the run folder."""
     import torch
     from lightning.pytorch import seed_everything
 
@@ -82,14 +85,14 @@ def train_in(folder: Path, config: DictConfig, again: str, *, main_process: bool
 
     started = time.perf_counter()
     kind = HydraConfig.get().runtime.choices["stage"]
-    resumed = find_checkpoint(folder, config.resume, stage=kind, begun=begun, quiet=not main_process)
+    resumed = find_checkpoint(folder, config.resume, stage=kind, quiet=not main_process)
     options: dict[str, Any] = OmegaConf.to_container(config.trainer)  # type: ignore[assignment]
     make_budget(options, config.optimizer.warmup_steps, config.optimizer.decay)  # none, or unreadable: refused now
     check_accelerator(options["accelerator"])
-    build_stage = instantiate(config.stage.build)
-    build_stage.func.check(config.data.resolution, **build_stage.keywords, init_from=config.init_from)
-
-    images = command.prepare_images(config.data)
+    with refused_options():
+        build_stage = instantiate(config.stage.build)
+        build_stage.func.check(config.data.resolution, **build_stage.keywords, init_from=config.init_from)
+        images = command.prepare_images(config.data)
     if len(images.train_indices) < config.batch_size:
         raise UserError(
             f"There are {len(images.train_indices)} training images, fewer than batch_size={config.batch_size}. "
@@ -101,19 +104,26 @@ def train_in(folder: Path, config: DictConfig, again: str, *, main_process: bool
             f"trainer.accumulate_grad_batches={config.trainer.accumulate_grad_batches}, the parts of a step."
         )
     torch.set_flush_denormal(True)  # the first steps' tiny gradients more than halve a CPU's speed otherwise
-    seed_everything(config.seed, verbose=False)
     source = resumed.path.parent.parent if resumed is not None else folder
     known = Run.open(source).facts if resumed is not None and (source / RUN_FILE).is_file() else {}
     precision = known.get("precision") or choose_precision(options["precision"], options["accelerator"])
-    stage = build_stage(
-        images=images,
-        flip=config.data.flip,
-        cache_dir=config.data.cache_dir,
-        seed=config.seed,
-        folder=folder,
-        device=choose_device("cpu" if options["accelerator"] == "cpu" else "auto"),
-        init_from=config.init_from,
-    )
+
+    def make_stage() -> Any:
+        seed_everything(config.seed, verbose=False)
+        stage = build_stage(
+            images=images,
+            flip=config.data.flip,
+            cache_dir=config.data.cache_dir,
+            seed=config.seed,
+            folder=folder,
+            device=choose_device("cpu" if options["accelerator"] == "cpu" else "auto"),
+            init_from=config.init_from,
+        )
+        if config.trainer.compile:
+            stage.compile()
+        return stage
+
+    stage = make_stage()
     facts = {
         "stage": stage.kind,
         "name": folder.name,
@@ -134,8 +144,6 @@ def train_in(folder: Path, config: DictConfig, again: str, *, main_process: bool
         if stage.trains:
             require_room(folder, stage.module, options["keep_last"])
     run = Run.create(folder, config, facts)
-    if config.trainer.compile:
-        stage.compile()
     loggers = make_loggers(
         config.logger,
         run,
@@ -175,7 +183,8 @@ def train_in(folder: Path, config: DictConfig, again: str, *, main_process: bool
         print_table(f"stage {stage.kind}" + (f", resumed from {resumed.path}" if resumed else ""), rows)
 
     if stage.trains:
-        fit.run()
+        fit = fit.to_the_end(make_stage)
+        stage, trainer, budget = fit.plan.stage, fit.trainer, fit.budget
     if not trainer.is_global_zero:
         return
     if fit.ema.ema is not None:
@@ -187,8 +196,11 @@ def train_in(folder: Path, config: DictConfig, again: str, *, main_process: bool
         **outcome.figures,
         "steps": trainer.global_step,
         "training_s": round(budget.elapsed_s, 1),
-        "peak_memory_gb": peak_memory_gb(),
     }
+    if (memory := peak_memory_gb()) is not None:
+        figures["peak_memory_gb"] = memory
+    if fit.guard is not None and fit.guard.skipped_steps:
+        figures["skipped_steps"] = fit.guard.skipped_steps
     run.update(finished=time.time(), duration_s=round(duration_s, 1), figures=figures, next=outcome.next_command)
     loggers.conclude(run, figures, outcome.pictures)
     shown = [(key, f"{value:.4g}" if isinstance(value, float) else str(value)) for key, value in figures.items()]
@@ -231,7 +243,7 @@ def run_folder(config: DictConfig, *, main_process: bool) -> Path:
     if main_process:
         os.environ[RUN_NAME] = config.name or default
     name = os.environ.get(RUN_NAME, default)
-    if "/" in name or "\\" in name or name in (".", ".."):
+    if not is_plain_name(name) or len(name.encode()) > 200:
         raise UserError(f"name={name} must be a plain folder name. Choose another place with runs_dir=.")
     folder = Path(config.runs_dir).expanduser() / stage / name
     exists = (folder / "run.json").exists()
@@ -244,9 +256,10 @@ def run_folder(config: DictConfig, *, main_process: bool) -> Path:
             return source
         continues = source.resolve() == folder.resolve()
     if main_process and exists and not (continues or config.overwrite):
+        each = " With -m, each job needs a name of its own: 'name=NAME-${hydra:job.num}', or no name="
         raise UserError(
             f"{folder} exists already. Choose another name=, continue it with resume=true, or start it anew "
-            "with overwrite=true."
+            f"with overwrite=true.{each + '.' if HydraConfig.get().mode == RunMode.MULTIRUN else ''}"
         )
     return folder
 

@@ -1,20 +1,23 @@
 """Runs compared through W&B: read from its server, and reported there."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
 from ldm.errors import UserError
-from ldm.tracking import OPTIONS, WandbRun
-from ldm.wandb_server import has_key
+from ldm.tracking import OPTIONS, TRAINING_ID, WandbRun
+from ldm.wandb_server import bounded, has_key
+
+LOOK_UP_S, HISTORY_S = 60.0, 600.0
+"""The most that the server is waited for: until it names a run, and until all of its history is here."""
+
+T = TypeVar("T")
 
 
 def fetch_run(path: str) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
     """A training's run from W&B's server, with what tools/evaluate.py logged of it.
-
-    The evaluation is a run of its own, named after the training's: the newest before another training of that name.
 
     Args:
         path: `entity/project/run`, the last being the run's id.
@@ -24,9 +27,18 @@ def fetch_run(path: str) -> tuple[dict[str, Any], dict[str, Any], list[dict[str,
         under `evaluation.`.
 
     Raises:
-        UserError: no login here, or no such run.
+        UserError: no login here, no such run, or no answer in time.
     """
     import wandb
+
+    def look_up() -> tuple[Any, dict[str, Any], dict[str, Any]]:
+        api = wandb.Api()
+        run = api.run(path)
+        config, summary = dict(run.config), dict(run.summary_metrics)
+        if (newest := _newest_evaluation(api, run, path.rpartition("/")[0])) is not None:
+            config |= {f"evaluation.{key}": value for key, value in newest.config.items()}
+            summary |= {f"evaluation.{key}": value for key, value in newest.summary_metrics.items()}
+        return run, config, summary
 
     if not has_key():
         raise UserError(
@@ -34,26 +46,44 @@ def fetch_run(path: str) -> tuple[dict[str, Any], dict[str, Any], list[dict[str,
             "WANDB_API_KEY."
         )
     try:
-        api = wandb.Api()
-        run = api.run(path)
-        project = path.rpartition("/")[0]
-        trainings = api.runs(project, filters={"display_name": run.name})
-        end = min((other.created_at for other in trainings if other.created_at > run.created_at), default=None)
-        evaluations = [
-            other
-            for other in api.runs(project, filters={"display_name": f"evaluation/{run.name}"})
-            if other.created_at > run.created_at and (end is None or other.created_at < end)
-        ]
-        config, summary = dict(run.config), dict(run.summary_metrics)
-        if evaluations:
-            newest = max(evaluations, key=lambda other: other.created_at)
-            config |= {f"evaluation.{key}": value for key, value in newest.config.items()}
-            summary |= {f"evaluation.{key}": value for key, value in newest.summary_metrics.items()}
-        return config, summary, list(run.scan_history())
+        run, config, summary = _answer(look_up, LOOK_UP_S)
+        return config, summary, _answer(lambda: list(run.scan_history()), HISTORY_S)
     except (wandb.Error, ValueError, OSError) as error:
         raise UserError(
             f"{path} is no run folder here, and W&B gave no run of that path (entity/project/run): {error}"
         ) from error
+
+
+def _newest_evaluation(api: Any, run: Any, project: str) -> Any:
+    """The newest that says it is of this training; None where there is none.
+
+    Of those that do not say: the newest that bears its name, before another training of that name.
+    """
+    named = {"display_name": f"evaluation/{run.name}"}
+    found = list(api.runs(project, filters={"$or": [{f"config.{TRAINING_ID}": run.id}, named]}))
+    own = [other for other in found if other.config.get(TRAINING_ID) == run.id]
+    if not own:
+        trainings = api.runs(project, filters={"display_name": run.name})
+        end = min((other.created_at for other in trainings if other.created_at > run.created_at), default=None)
+        own = [
+            other
+            for other in found
+            if not other.config.get(TRAINING_ID)
+            and other.created_at > run.created_at
+            and (end is None or other.created_at < end)
+        ]
+    return max(own, key=lambda other: other.created_at, default=None)
+
+
+def _answer(call: Callable[[], T], seconds: float) -> T:
+    """What `call` returns.
+
+    Raises:
+        TimeoutError: nothing, within so many seconds.
+    """
+    found: list[T] = []
+    bounded(lambda: found.append(call()), seconds)
+    return found[0]
 
 
 def track_comparison(
@@ -98,9 +128,13 @@ def track_comparison(
     runs = reports.Runset(**where, name="compared", filters=f"Metric('Name') in {list(compared)}")
     panels = [reports.LinePlot(title=curve, x="step", y=[curve]) for curve in curves]
     blocks = [reports.MarkdownBlock(text=markdown), reports.PanelGrid(runsets=[runs], panels=panels)]
-    try:
+
+    def save() -> str:
         report = reports.Report(**where, title=name[:128], blocks=blocks)
         report.save()
+        return report.url
+
+    try:
+        return f"W&B report: {_answer(save, options['timeout_s'])}"
     except Exception as error:  # the package raises plain ones; what was found is written and logged already
         return f"No W&B report: {error}"
-    return f"W&B report: {report.url}"

@@ -27,6 +27,7 @@ from ldm.diffusion.ode import ODESampler
 from ldm.diffusion.sampler import Sampler
 from ldm.diffusion.sde import SDESampler
 from ldm.home import folder
+from ldm.lineage import weights_sha256
 from ldm.pictures import to_pil
 from ldm.run import Run
 from ldm.sampling import Request, draw
@@ -531,6 +532,9 @@ def check_evaluation(trained, printed: str, features: str, num_samples: int) -> 
     for name in ("kd_samples", "kd_vae"):
         assert figures[name] > 3 * abs(figures["kd_reconstructions"]), "six steps teach nothing"
     assert figures["retrieval_at_1_chance"] == pytest.approx(1 / 1831)
+    assert figures["num_held_out"] == num_samples and figures["retrieval_at_1_held_out_chance"] == pytest.approx(1 / 87)
+    assert figures["retrieval_at_1_held_out_reconstructions"] > figures["retrieval_at_1_held_out_samples"]
+    assert figures["weights_sha256"] == weights_sha256(trained.diffusion)
     assert figures["retrieval_at_1_reconstructions"] > 0.5 > figures["retrieval_at_1_samples"]
     for part in ("samples", "reconstructions", "VAE alone", "validation images", "chance", "evaluation.json"):
         assert part in printed

@@ -28,7 +28,16 @@ TOOLS = sorted(path.stem for path in CONF.glob("*.yaml") if path.stem not in ("t
 GROUPS = {path.name: sorted(file.stem for file in path.glob("*.yaml")) for path in CONF.iterdir() if path.is_dir()}
 CHOICES = [(group, choice) for group, choices in GROUPS.items() for choice in choices if group != "stage"]
 PLACE = ["++data.path=/a/place", "++autoencoder.path=/a/place"]
-OWN_TRAINER_KEYS = {"_target_", "max_time", "ema_decay", "compile", "num_workers", "checkpoint_every_s", "keep_last"}
+OWN_TRAINER_KEYS = {
+    "_target_",
+    "max_time",
+    "ema_decay",
+    "compile",
+    "num_workers",
+    "checkpoint_every_s",
+    "keep_last",
+    "guard",
+}
 
 
 @cache

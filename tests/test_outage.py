@@ -15,8 +15,11 @@ import wandb
 from safetensors.torch import load_file
 
 import ldm.train
+import ldm.wandb_comparison
 from ldm.artifact import Artifact
+from ldm.errors import UserError
 from ldm.tracking import WandbRun
+from ldm.wandb_comparison import fetch_run
 
 OUTAGE = "W&B is not available"
 TINY = [
@@ -191,6 +194,17 @@ def test_what_cannot_be_uploaded_at_the_end_is_said(at, tmp_path, capsys):
         run.finish()
         assert time.perf_counter() - began < 8
     assert capsys.readouterr().out.count(OUTAGE) == 1
+
+
+@pytest.mark.parametrize("outage", [refusing, stalling])
+def test_a_comparison_does_not_wait_for_the_server(at, outage, monkeypatch):
+    monkeypatch.setattr(ldm.wandb_comparison, "LOOK_UP_S", 1.5)
+    with outage() as port:
+        at(port)
+        began = time.perf_counter()
+        with pytest.raises(UserError, match="me/ldm/abc is no run folder here, and W&B gave no run of that path"):
+            fetch_run("me/ldm/abc")
+        assert time.perf_counter() - began < 6
 
 
 def test_a_process_of_wandb_that_dies_ends_no_training(tmp_path, capsys, monkeypatch):

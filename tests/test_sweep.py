@@ -54,7 +54,7 @@ def swept(make_images, tmp_path_factory) -> tuple[Path, subprocess.CompletedProc
 
 def test_each_job_of_a_sweep_is_a_run_of_its_own(swept):
     place, done = swept
-    runs = sorted((place / "runs/vae").glob("*/"), key=lambda run: run.name[-1])
+    runs = sorted((place / "runs/vae").glob("[!.]*"), key=lambda run: run.name[-1])
     assert [run.name[-2:] for run in runs] == ["-0", "-2"], done.stderr
     for run, batch_size in zip(runs, (8, 4), strict=True):
         assert OmegaConf.load(run / "config.yaml").batch_size == batch_size

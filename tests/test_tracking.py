@@ -18,9 +18,9 @@ import ldm.wandb_server
 from ldm.artifact import Artifact, flatten, sha256
 from ldm.data.latents import LatentContract
 from ldm.errors import UserError
-from ldm.lineage import inputs, outputs
+from ldm.lineage import inputs, outputs, weights_sha256
 from ldm.run import Run
-from ldm.tracking import OPTIONS, WandbRun, track_report
+from ldm.tracking import OPTIONS, WandbRun, known_id, track_report
 from ldm.training.loggers import make_loggers
 from ldm.wandb_server import choose_mode, has_key
 
@@ -110,6 +110,19 @@ def test_a_resumed_run_keeps_its_id_and_a_new_one_has_its_own(recorded, tmp_path
     assert start(tmp_path).run.id != first.run.id
 
 
+def test_the_id_that_an_agent_gives_is_kept(monkeypatch, tmp_path):
+    """A W&B sweep's agent starts the run that its server made, whatever id was asked for; an outage goes on with it."""
+    ids = iter(["of-the-agent", "of-the-agent"])
+    monkeypatch.setattr(wandb, "init", lambda **options: Recorder(**{**options, "id": next(ids)}))
+    run = start(tmp_path)
+    assert known_id(tmp_path) == "of-the-agent"
+    assert start(tmp_path, resume=True).run.options["id"] == "of-the-agent"
+    asked = []
+    monkeypatch.setattr(wandb, "init", lambda **options: asked.append(options["id"]) or Recorder(**options))
+    run._go_on_without_server(OSError("gone"))
+    assert asked == ["of-the-agent"] and known_id(tmp_path / "nothing") is None
+
+
 def test_steps_have_an_axis_of_their_own(recorded, tmp_path):
     """W&B's own counter drops what comes with a smaller step than the last: metrics after pictures, say."""
     run = start(tmp_path)
@@ -177,6 +190,7 @@ class Record:
         return {
             found["name"]: (json.loads(found["metadata"]), [entry["path"] for entry in found["manifest"]["contents"]])
             for found in self.of("artifact")
+            if found["type"] != "run_table"  # W&B's own, of a table
         }
 
 
@@ -242,11 +256,29 @@ def test_wandbs_command_line_reads_metrics_config_images_and_artifacts(tmp_path)
     assert "data-pets" not in record.artifacts, "the images too"
 
 
+def test_wandbs_command_line_reads_the_table_of_several_pictures(tmp_path):
+    tracker = make_loggers(options(), make_run(tmp_path / "first", "vae"), resume=False).wandb
+    pictures = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    tracker.log_images("samples", pictures, ["a red square", "a blue square"], 10)
+    tracker.finish()
+    (record,) = records(tmp_path / "first")
+    (row,) = record.rows
+    assert row["samples.captions"] == ["a red square", "a blue square"] and row["samples_table._type"] == "table-file"
+    assert (row["samples_table.nrows"], row["samples_table.ncols"]) == (2, 3)
+    logged = {file["path"] for part in record.of("files") for file in part["files"]}
+    assert row["samples_table.path"] in logged
+    (file,) = (tmp_path / "first/wandb").glob(f"offline-run-*/files/{row['samples_table.path']}")
+    table = json.loads(file.read_text())
+    assert table["columns"] == ["step", "caption", "image"]
+    assert [cells[:2] for cells in table["data"]] == [[10, "a red square"], [10, "a blue square"]]
+
+
 def test_the_lineage_reads_from_data_to_evaluation(tmp_path):
     vae = make_run(tmp_path / "vae/first", "vae")
     made = conclude(vae).artifacts
     diffusion = make_run(tmp_path / "diffusion/second", "diffusion", vae=str(vae.path), chain_sha256="c" * 64)
-    pipeline, _ = conclude(diffusion).artifacts["pipeline-second"]
+    trained_as = conclude(diffusion)
+    pipeline, _ = trained_as.artifacts["pipeline-second"]
     latents = made[f"latents-{CONTRACT.key}"][0]["sha256"]
     assert pipeline["inputs"] == {
         "data-pets": "d" * 64,
@@ -262,8 +294,9 @@ def test_the_lineage_reads_from_data_to_evaluation(tmp_path):
         diffusion.path / "evaluation",
         {"logger": options()},
         name="evaluation/diffusion/second",
-        values={"fid": 3.0, "more": [1]},
+        values={"fid": 3.0, "sampler": {"steps": 5}, "interval": [0.0, 1.0], "closest": [{"sample": 1}], "no": None},
         pictures={},
+        tables={"sweep": (["steps", "fd"], [[5, 1.5], [10, 1.25]])},
         made_from=outputs(diffusion)[:1],
         files=[report],
     )
@@ -271,6 +304,13 @@ def test_the_lineage_reads_from_data_to_evaluation(tmp_path):
     metadata, files = record.artifacts["evaluation-diffusion-second"]
     assert metadata["pipeline_sha256"] == pipeline["weights_sha256"] and metadata["fid"] == 3.0
     assert metadata["inputs"] == {"pipeline-second": pipeline["weights_sha256"]} and "evaluation.json" in files
+    summary = {key: value for part in record.of("summary") for key, value in part["update"].items()}
+    assert (summary["fid"], summary["sampler.steps"], summary["interval"]) == (3.0, 5, [0.0, 1.0])
+    assert not any(key.startswith(("closest", "no")) for key in summary)
+    (row,) = record.rows
+    assert row["sweep._type"] == "table-file" and row["sweep.nrows"] == 2
+    trained = {key: value for part in trained_as.of("summary") for key, value in part["update"].items()}
+    assert trained["pipeline_sha256"] == pipeline["weights_sha256"] == weights_sha256(diffusion)
 
 
 def test_disabled_leaves_no_record(tmp_path):

@@ -33,6 +33,7 @@ def stage_1_losses(config: DictConfig, run: Any) -> None:
 
     from ldm.autoencoder.loss import AutoencoderLoss
     from ldm.autoencoder.regulariser import KL, Unregularised, VectorQuantised
+    from ldm.data.order import Draws
     from ldm.device import choose_device
     from ldm.errors import UserError
     from ldm.training.stage import OptimizerFactory
@@ -62,9 +63,9 @@ def stage_1_losses(config: DictConfig, run: Any) -> None:
     adversary.lr = 0.0
     learn, last = adversary.learn, adversary.balance.last_layer.layer.weight
 
-    def by_autograd(generator: torch.Generator) -> Tensor:
+    def by_autograd(draws: Draws) -> Tensor:
         """lambda by a backward pass of each loss to the last layer, before the one that trains."""
-        made = module.regulariser.reconstruct(module.trained, batch, generator)
+        made = module.regulariser.reconstruct(module.trained, batch, draws.randn)
         distortion = module.loss(batch, made.images, made.terms)["loss"]
         adversarial = adversary.generator_loss(made.images)
         norms = [torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (distortion, adversarial)]
@@ -75,10 +76,10 @@ def stage_1_losses(config: DictConfig, run: Any) -> None:
         module.loss.perceptual = perceptual if "perceptual" in parts else None
         module.playing, adversary.balance.weight = "adversarial" in parts, None
         adversary.learn = learn if "discriminator" in parts else lambda *_: {}
-        generator, start = torch.Generator(device=device).manual_seed(0), time.perf_counter()
+        draws, start = module.trial_draws(batch), time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=str(run.facts["precision"]).startswith("bf16")):
             published = "lambda by autograd" in parts
-            loss = by_autograd(generator) if published else module.losses(batch, generator)["loss"]
+            loss = by_autograd(draws) if published else module.losses(batch, draws)["loss"]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -159,13 +160,14 @@ def training_loop(config: DictConfig) -> None:
     from lightning.pytorch.loggers import CSVLogger
 
     from ldm.data.loaders import train_loader
+    from ldm.data.order import Draws
     from ldm.training.budget import Budget
     from ldm.training.callbacks import EMACallback, ProgressBar
     from ldm.training.module import TrainingModule
     from ldm.training.stage import OptimizerFactory
 
     class NoOp(TrainingModule):
-        def losses(self, batch: object, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        def losses(self, batch: object, draws: Draws) -> dict[str, torch.Tensor]:
             return {"loss": self.trained.weight.sum()}
 
     def make() -> NoOp:

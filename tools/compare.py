@@ -61,10 +61,12 @@ def check(config: DictConfig) -> None:
 
 def folder_name(report: Any) -> str:
     """The names of the runs, a long list cut and told apart by its hash."""
-    name = "-vs-".join(run.name for _, run in report.comparison.runs)
-    if len(name) <= LONGEST_NAME:
+    from ldm.untrusted import file_name
+
+    name = file_name("-vs-".join(run.name for _, run in report.comparison.runs), 100_000)
+    if len(name.encode()) <= LONGEST_NAME:
         return name
-    return f"{name[: LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return f"{file_name(name, LONGEST_NAME - 9)}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def track(config: DictConfig, out: Path, report: Any, files: list[Path]) -> str:

@@ -12,6 +12,7 @@ def decode(config: DictConfig) -> None:
     from ldm.latent_files import decode_file
     from ldm.pictures import grid, to_pil
     from ldm.run import Run
+    from ldm.untrusted import file_name
 
     autoencoder = Run.open(config.run).autoencoder().to(choose_device(config.device))
     batches, names = decode_file(autoencoder, Path(config.latents).expanduser(), config.batch_size)
@@ -19,7 +20,7 @@ def decode(config: DictConfig) -> None:
     out = Path(config.out).expanduser()
     out.mkdir(parents=True, exist_ok=True)
     for i, (image, name) in enumerate(zip(images, names, strict=True)):
-        image.save(out / f"{i:05d}_{Path(name).stem}.png")
+        image.save(out / f"{i:05d}_{file_name(Path(name).stem)}.png")
     grid(images[:256]).save(out / "grid.png")
     print(f"{len(images)} images in {out}, the first of them on {out / 'grid.png'}")
 

@@ -13,6 +13,7 @@ def demo(config: DictConfig) -> None:
 
     from ldm.device import choose_device
     from ldm.evaluation import report
+    from ldm.lineage import weights_sha256
     from ldm.pictures import grid, to_pil
     from ldm.run import Run
     from ldm.sampling import Request, draw, film_strip
@@ -45,9 +46,10 @@ def demo(config: DictConfig) -> None:
         f"{figures['ssim']:.3f}; PCA of the same size {figures['pca_psnr_db']:.2f} dB; compression "
         f"{figures['compression']:.1f}"
     )
-    evaluation = report.evaluate(pipeline, images, sampler, num_samples=config.num_samples, **options)
-    evaluation.save(run.path / "evaluation.json")
-    print("\n".join(evaluation.lines))
+    options |= {"num_samples": config.num_samples, "weights_sha256": weights_sha256(run)}
+    evaluation = report.evaluate(pipeline, images, sampler, **options)
+    saved = evaluation.save_unless_smaller(run.path / "evaluation.json", out / "evaluation.json")
+    print("\n".join([*evaluation.lines, f"all figures: {saved}"]))
     here_s = time.perf_counter() - started
     parts = [("stage 1", vae.facts["duration_s"]), ("stage 2", run.facts["duration_s"]), ("pictures, figures", here_s)]
     total_s = sum(seconds for _, seconds in parts)

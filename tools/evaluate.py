@@ -1,6 +1,5 @@
 """Figures of a run: what an autoencoder loses of held-out images, or how near samples are to the training images."""
 
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -12,14 +11,14 @@ def evaluate(config: DictConfig) -> None:
     from ldm.run import Run
 
     run = Run.open(config.run)
-    figures, pictures, files = (reconstructions if run.stage == "vae" else samples)(config, run)
+    found = (reconstructions if run.stage == "vae" else samples)(config, run)
     print(f"all figures: {run.path / 'evaluation.json'}")
     if config.logger.wandb:
-        track(config, run, figures, pictures, [run.path / "evaluation.json", *files])
+        track(config, run, found)
 
 
-def reconstructions(config: DictConfig, run: Any) -> tuple[dict[str, Any], dict[str, Any], list[Path]]:
-    """Of a run of stage=vae."""
+def reconstructions(config: DictConfig, run: Any) -> dict[str, Any]:
+    """Of a run of stage=vae: what `track_report` takes."""
     from rich.console import Console
 
     from ldm.device import choose_device
@@ -28,54 +27,66 @@ def reconstructions(config: DictConfig, run: Any) -> tuple[dict[str, Any], dict[
 
     options = {key: config[key] for key in ("features", "features_path", "num_images", "seed", "batch_size")}
     report = measure(run, device=choose_device(config.device), **options)
-    _, picture = report.save(run.path)
+    files = report.save(run.path)
     Console(highlight=False).print(report.table())
-    print("\n".join([*report.lines, f"worst reconstructions: {picture}"]))
+    print("\n".join([*report.lines, f"worst reconstructions: {files[1]}"]))
     if (metrics := run.path / "metrics.csv").is_file():  # none of a pretrained autoencoder that was not trained
         curve = run.path / "training.png"
         draw(read_curves(metrics), f"Training of {run.path}").savefig(curve, dpi=130)
         print(f"how training went: {curve}")
-    return report.figures, {"worst reconstructions": report.picture}, [picture]
+    return {"values": report.figures, "pictures": {"worst reconstructions": report.picture}, "files": files}
 
 
-def samples(config: DictConfig, run: Any) -> tuple[dict[str, Any], dict[str, Any], list[Path]]:
-    """Of a run of stage=diffusion; first a sweep, where sampler.steps or guidance is a list, then all at its knee."""
+def samples(config: DictConfig, run: Any) -> dict[str, Any]:
+    """The same of a run of stage=diffusion; first a sweep, where sampler.steps or guidance is a list, then its knee."""
     from hydra.utils import instantiate
+    from PIL import Image
 
     from ldm.device import choose_device
     from ldm.evaluation import report, sampler_sweep
+    from ldm.lineage import weights_sha256
 
     keys = ("features", "features_path", "num_samples", "guidance_interval", "seed", "batch_size")
     options: dict[str, Any] = {key: config[key] for key in keys} | {"folder": run.path / "evaluation"}
     steps, guidances = (list(x) if OmegaConf.is_list(x) else [x] for x in (config.sampler.steps, config.guidance))
     samplers = {value: instantiate(config.sampler, steps=value) for value in steps}
     pipeline, images = run.pipeline().to(choose_device(config.device)), run.image_data()
-    swept = None
+    swept, more, files, tables = None, {}, [run.path / "evaluation.json"], {}
     if len(steps) > 1 or len(guidances) > 1:
         swept = sampler_sweep.sweep(pipeline, images, samplers, guidances, **options)
         picture = run.path / ("steps.png" if len(steps) > 1 else "guidance.png")
         sampler_sweep.draw(swept).savefig(picture, dpi=130)
+        with Image.open(picture) as drawn:
+            more = {picture.name: drawn.convert("RGB")}
+        files.append(picture)
+        tables = {"sweep": sampler_sweep.table(swept)}
         print("\n".join([*sampler_sweep.lines(swept), f"drawn in {picture}", ""]))
         steps, guidances = ([swept["knee"]] if len(values) > 1 else values for values in (steps, guidances))
+    options["weights_sha256"] = weights_sha256(run)
     evaluation = report.evaluate(pipeline, images, samplers[steps[0]], guidance=guidances[0], **options)
     if swept is not None:
         evaluation.figures["sweep"] = swept
     evaluation.save(run.path / "evaluation.json")
     print("\n".join(evaluation.lines))
-    return evaluation.figures, evaluation.pictures, []
+    return {
+        "values": evaluation.figures,
+        "pictures": evaluation.pictures | more,
+        "files": files,
+        "tables": tables,
+    }
 
 
-def track(config: DictConfig, run: Any, figures: dict[str, Any], pictures: dict[str, Any], files: list[Path]) -> None:
+def track(config: DictConfig, run: Any, found: dict[str, Any]) -> None:
     """The figures as the summary of a W&B run of its own, in the group of the run that they are of."""
     from ldm.lineage import outputs
-    from ldm.tracking import track_report
+    from ldm.tracking import TRAINING_ID, known_id, track_report
 
     name: str = run.facts.get("name", run.path.name)
     settings: Any = OmegaConf.to_container(config, resolve=True)
     settings["logger"]["group"] = config.logger.group or name
+    settings[TRAINING_ID] = known_id(run.path)
     title = f"evaluation/{run.stage}/{name}"
-    made = {"made_from": outputs(run)[:1], "files": files}
-    track_report(run.path / "evaluation", settings, name=title, values=figures, pictures=pictures, **made)
+    track_report(run.path / "evaluation", settings, name=title, made_from=outputs(run)[:1], **found)
 
 
 def main() -> None:

@@ -11,10 +11,12 @@ def sample(config: DictConfig) -> None:
     from hydra.utils import instantiate
 
     from ldm.device import choose_device
+    from ldm.options import OF_SAMPLING, check_options
     from ldm.pictures import to_pil
     from ldm.run import Run
     from ldm.sampling import Request, check_interval, describe, draw, film_strip, write
 
+    check_options({key: config[key] for key in OF_SAMPLING}, OF_SAMPLING)
     run = Run.open(config.run)
     pipeline = run.pipeline().to(choose_device(config.device))
     sampler = instantiate(config.sampler)

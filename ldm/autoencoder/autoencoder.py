@@ -22,6 +22,8 @@ from ldm.autoencoder.patch import PatchAutoencoder, PatchAutoencoderKL, PatchVQM
 from ldm.autoencoder.point import LOG_VARIANCE, is_pinned
 from ldm.autoencoder.regulariser import flat, quantiser
 from ldm.errors import UserError
+from ldm.model_folder import load_model
+from ldm.untrusted import read_json, to_dataclass
 
 STATISTICS_FILE = "latents.json"
 STATISTICS_FORMAT = 1
@@ -183,22 +185,21 @@ class Autoencoder:
         """Read a folder of safetensors and JSON: ours, or any diffusers AutoencoderKL or VQModel.
 
         Raises:
-            UserError: not such a folder, statistics of another format or of other weights.
+            UserError: not such a folder, what `load_model` refuses, statistics of another format or of other weights.
         """
         config_file = folder / "config.json"
         if not config_file.is_file():
             raise UserError(f"{folder} holds no autoencoder: config.json is missing.")
-        name = json.loads(config_file.read_text(encoding="utf-8")).get("_class_name")
-        if name not in CLASSES:
+        name = read_json(config_file).get("_class_name")
+        if not isinstance(name, str) or name not in CLASSES:
             raise UserError(f"{folder} holds a {name}. Readable autoencoders: {', '.join(CLASSES)}.")
-        model = CLASSES[name].from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False).eval()
-        autoencoder = cls(model)
+        autoencoder = cls(load_model(CLASSES[name], folder))
         statistics_file = folder / STATISTICS_FILE
         if statistics_file.is_file():
-            content = json.loads(statistics_file.read_text(encoding="utf-8"))
+            content = read_json(statistics_file)
             if (found := content.pop("format", None)) != STATISTICS_FORMAT:
                 raise UserError(f"{statistics_file} has format {found}; this version reads {STATISTICS_FORMAT}.")
-            autoencoder.statistics = LatentStatistics(**content)
+            autoencoder.statistics = to_dataclass(LatentStatistics, content, statistics_file)
             weights = autoencoder.weights_sha256()
             if weights != autoencoder.statistics.weights_sha256:
                 raise UserError(

@@ -7,7 +7,7 @@ with `none`.
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ldm.autoencoder.patch import PatchAutoencoderKL, PatchVQModel
 from ldm.autoencoder.point import is_pinned, pin_posterior
 from ldm.errors import UserError
+from ldm.ranks import gather_rows
 
 CODEBOOK_FORM: dict[Any, type[nn.Module]] = {AutoencoderKL: VQModel, PatchAutoencoderKL: PatchVQModel}
 """The same architecture with a codebook instead of a posterior."""
@@ -29,6 +30,8 @@ RESTARTS_END = 0.75
 """The share of the budget after which no code is moved: the averaged weights take their time to follow."""
 
 ImageSource = Callable[[], Tensor]
+Noise = Callable[[Sequence[int]], Tensor]
+"""Shape -> values drawn from N(0, 1)."""
 
 
 class Reconstruction(NamedTuple):
@@ -65,11 +68,16 @@ class Regulariser(nn.Module):
         """Bring a fresh model to where training begins; `images` gives some of the training split, [b, 3, H, W]."""
 
     @abstractmethod
-    def reconstruct(self, model: Any, images: Tensor, generator: torch.Generator | None) -> Reconstruction:
-        """Encode and decode; without a generator at the posterior's mean."""
+    def reconstruct(self, model: Any, images: Tensor, noise: Noise | None) -> Reconstruction:
+        """Encode and decode a batch that is trained on; without noise one that is not, at the posterior's mean."""
 
-    def after_step(self, model: nn.Module, generator: torch.Generator, progress: float) -> None:  # noqa: B027
-        """Called once per optimizer step, with the share of the budget that is spent."""
+    def after_step(  # noqa: B027
+        self, model: nn.Module, generator: torch.Generator, progress: float, left_out: Tensor | None = None
+    ) -> None:
+        """Called once per optimizer step, with the share of the budget that is spent.
+
+        Changes nothing where the step was left out, [] bool; None: it was not.
+        """
 
     def forget(self) -> None:  # noqa: B027
         """Called before the first step: batches until now were not trained on."""
@@ -88,12 +96,11 @@ class KL(Regulariser):
                 "is a point. Choose regulariser=none."
             )
 
-    def reconstruct(self, model: Any, images: Tensor, generator: torch.Generator | None) -> Reconstruction:
+    def reconstruct(self, model: Any, images: Tensor, noise: Noise | None) -> Reconstruction:
         posterior = model.encode(images).latent_dist
         z_raw = posterior.mean
-        if generator is not None:
-            noise = torch.randn(z_raw.shape, generator=generator, device=z_raw.device)
-            z_raw = z_raw + posterior.std * noise
+        if noise is not None:
+            z_raw = z_raw + posterior.std * noise(z_raw.shape)
         return Reconstruction(model.decode(z_raw).sample, {"kl": posterior.kl().float().mean()})
 
 
@@ -105,7 +112,7 @@ class Unregularised(Regulariser):
     def start(self, model: nn.Module, images: ImageSource, seed: int, device: torch.device) -> None:
         pin_posterior(model)
 
-    def reconstruct(self, model: Any, images: Tensor, generator: torch.Generator | None) -> Reconstruction:
+    def reconstruct(self, model: Any, images: Tensor, noise: Noise | None) -> Reconstruction:
         return Reconstruction(model.decode(model.encode(images).latent_dist.mean).sample, {})
 
 
@@ -179,7 +186,7 @@ class VectorQuantised(Regulariser):
             )
         quantiser(model).embedding.weight.copy_(torch.from_numpy(centroids))
 
-    def reconstruct(self, model: Any, images: Tensor, generator: torch.Generator | None) -> Reconstruction:
+    def reconstruct(self, model: Any, images: Tensor, noise: Noise | None) -> Reconstruction:
         with_codes = quantiser(model)
         z = model.encode(images).latents
         with torch.autocast(z.device.type, enabled=False):
@@ -189,30 +196,36 @@ class VectorQuantised(Regulariser):
             # diffusers' own term weights the codebook instead of the encoder (its `legacy`)
             codebook = (flat(z).detach() - entries).square().mean()
             commitment = (flat(z) - entries.detach()).square().mean()
-        if generator is not None:
-            self._seen.append((flat(z).detach(), entries.detach(), codes.reshape(-1)))
+        if noise is not None:
+            distance = (flat(z) - entries).detach().square().sum(1)
+            self._seen.append((flat(z).detach(), distance, codes.reshape(-1)))
         terms = {"codebook": codebook + self.commitment * commitment}
         return Reconstruction(model.decode(z_q, force_not_quantize=True).sample, terms, codes.reshape(-1))
 
     @torch.no_grad()
-    def after_step(self, model: nn.Module, generator: torch.Generator, progress: float) -> None:
-        """Move the codes that have been idle for too long to vectors of the step's batches, without a host's wait."""
+    def after_step(
+        self, model: nn.Module, generator: torch.Generator, progress: float, left_out: Tensor | None = None
+    ) -> None:
+        """Move the codes that have been idle for too long to vectors of the step's batch, without a host's wait."""
         weight = quantiser(model).embedding.weight
         if not self._seen or not weight.requires_grad:
             return self.forget()
-        z, entries, codes = (torch.cat(parts) for parts in zip(*self._seen, strict=True))
+        before = [] if left_out is None else [(x, x.clone()) for x in (weight, self.idle_steps)]
+        z, distance, codes = (gather_rows(parts) for parts in zip(*self._seen, strict=True))
         self.forget()
         self.idle_steps += 1
         self.idle_steps[codes] = 0
-        distance = (z - entries).square().sum(1) + torch.finfo(z.dtype).tiny  # a draw needs one that is not 0
+        distance = distance + torch.finfo(z.dtype).tiny  # a draw needs one that is not 0
+        distance = distance.nan_to_num(1, posinf=1)  # of a step that is left out
         chosen = z[torch.multinomial(distance, self.codebook_size, replacement=True, generator=generator)]
-        if dist.is_available() and dist.is_initialized():  # the same codebook on every rank
-            dist.all_reduce(self.idle_steps, dist.ReduceOp.MIN)
+        if dist.is_available() and dist.is_initialized():  # GPUs may sum probabilities in an order of their own
             dist.broadcast(chosen, src=0)
         if progress < RESTARTS_END:
             idle = self.idle_steps >= self.restart_after
             weight.copy_(torch.where(idle[:, None], chosen, weight))
             self.idle_steps.masked_fill_(idle, 0)
+        for x, value in before:
+            x.copy_(torch.where(left_out, value, x))  # type: ignore[arg-type]
         return None
 
     def forget(self) -> None:

@@ -14,13 +14,14 @@ from torch import Tensor
 from ldm.data.alone import made_alone
 from ldm.data.images import default_cache_dir
 from ldm.durable import durable_folder
+from ldm.untrusted import read_array
 
 
 class CaptionData:
     """Arrays by name, memory-mapped; row i belongs to image i."""
 
     def __init__(self, folder: Path) -> None:
-        self.arrays = {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
+        self.arrays = {path.stem: read_array(path) for path in sorted(folder.glob("*.npy"))}
 
     def batch(self, indices: Any) -> dict[str, Tensor]:
         """A condition for these images."""

@@ -6,10 +6,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ldm.data.arrays import Layout, changed, digests
 from ldm.errors import UserError
+from ldm.untrusted import read_array, read_json
 
 FORMAT_VERSION = 1
 """Of the cache folder. A folder that says another number is prepared again."""
@@ -45,7 +44,7 @@ def damage(folder: Path) -> str | None:
     One from before digests were kept is taken as it is.
     """
     try:
-        index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+        index = read_json(folder / INDEX_FILE)
         layout = _layout(folder / IMAGES_FILE)
         if index["format"] != FORMAT_VERSION or layout.num_rows != len(index["names"]):
             return "it is of another format"
@@ -89,7 +88,7 @@ def shorten(names: list[str], shown: int = 5) -> str:
 
 
 def _layout(file: Path) -> Layout:
-    images = np.load(file, mmap_mode="r")
+    images = read_array(file)
     row_bytes = images[:1].nbytes
     return Layout(images.offset, row_bytes, len(images), max(1, CHUNK_BYTES // max(1, row_bytes)))
 

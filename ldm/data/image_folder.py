@@ -104,7 +104,7 @@ class ImageFolder:
         captions = {}
         for name in self._images:
             beside = self._files.get(str(Path(name).with_suffix(".txt").as_posix()))
-            if beside is not None and (text := " ".join(_read_text(beside).split())):
+            if beside is not None and (text := " ".join(self._read_text(beside).split())):
                 captions[name] = text
         for name, path in self._files.items():
             if path.name in METADATA_NAMES:
@@ -112,7 +112,7 @@ class ImageFolder:
         return captions
 
     def _captions_of(self, metadata: Path, folder: str, caption_column: str) -> dict[str, str]:
-        rows = list(_rows_of(metadata))
+        rows = list(_rows_of(metadata, self._read_text(metadata)))
         for column in ("file_name", caption_column):
             if rows and not any(column in row for row in rows):
                 raise UserError(
@@ -124,6 +124,11 @@ class ImageFolder:
         for row in rows:
             relative = str(row.get("file_name") or "").replace("\\", "/")
             name = posixpath.normpath(posixpath.join(folder, relative))
+            if name.startswith(("../", "/")) or name == "..":
+                raise UserError(
+                    f"{metadata} names {relative[:200]!r}, outside of data.path={self.path}. Write each file_name "
+                    "relative to the folder of the metadata file, and put the images below data.path."
+                )
             num_found += name in self._files
             caption = row.get(caption_column)
             if caption is not None and not isinstance(caption, str):
@@ -139,13 +144,25 @@ class ImageFolder:
             )
         return captions
 
+    def _read_text(self, path: Path) -> str:
+        """A caption or metadata file, which is passed on as text: none that a link leads to outside of `path`."""
+        if not path.resolve().is_relative_to(self.path.resolve()):
+            raise UserError(
+                f"{path} is a link to {path.resolve()}, outside of data.path={self.path}. Copy the file there."
+            )
+        try:
+            return read_file(path).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 ({error.reason}). Save it again in UTF-8.") from error
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read: {error}.") from error
+
 
 def _fail(error: OSError) -> bytes:
     raise error
 
 
-def _rows_of(metadata: Path) -> Iterator[dict[str, Any]]:
-    text = _read_text(metadata)
+def _rows_of(metadata: Path, text: str) -> Iterator[dict[str, Any]]:
     if metadata.suffix == ".csv":
         try:
             yield from csv.DictReader(text.splitlines(keepends=True))
@@ -157,17 +174,8 @@ def _rows_of(metadata: Path) -> Iterator[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{metadata}, line {number}, is not JSON: {error}.") from error
         if not isinstance(row, dict):
             raise UserError(f'{metadata}, line {number}, must be a JSON object, such as {{"file_name": ...}}.')
         yield row
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return read_file(path).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 ({error.reason}). Save it again in UTF-8.") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from error

@@ -31,6 +31,7 @@ from ldm.data.pixels import MAX_PIXELS, RESIZE_MODES, Resize
 from ldm.data.preparation import fill_cache
 from ldm.data.sources import Record, Source
 from ldm.errors import UserError
+from ldm.untrusted import check_fields, read_array, read_json
 
 __all__ = ["ImageData", "Record", "Source", "default_cache_dir", "prepare", "split_by_hash", "to_uint8"]
 
@@ -63,10 +64,9 @@ class ImageData:
         """
         path = Path(path)
         try:
-            index = json.loads((path / INDEX_FILE).read_text(encoding="utf-8"))
-            kept = {key: index[key] for key in _KEPT}
-            images = np.load(path / IMAGES_FILE, mmap_mode="r")
-        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+            index, images = read_json(path / INDEX_FILE), read_array(path / IMAGES_FILE)
+            _check(index, images, path)
+        except UserError as error:
             raise UserError(
                 f"{path} cannot be opened ({error}). Delete that folder and start any training with the same data= "
                 "options: the images are prepared again."
@@ -78,7 +78,7 @@ class ImageData:
             train_indices=train_indices,
             val_indices=val_indices,
             val_fraction=val_fraction,
-            **kept,
+            **{key: index[key] for key in _KEPT},
         )
 
     def __len__(self) -> int:
@@ -124,7 +124,28 @@ class ImageData:
         return _all_present(self, "class label", self.labels, f"{remedy} Or train with conditioning=none.")
 
 
+_KINDS: dict[str, Any] = {
+    "name": str,
+    "licence": str | None,
+    "names": list[str],
+    "hashes": list[str],
+    "captions": list[str | None] | None,
+    "labels": list[int | None] | None,
+    "class_names": list[str] | None,
+    "fingerprint": str,
+    "num_skipped": int,
+}
 _KEPT = ("name", "licence", "names", "captions", "labels", "class_names", "fingerprint", "num_skipped")
+
+
+def _check(index: dict[str, Any], images: np.ndarray, path: Path) -> None:
+    check_fields(index, _KINDS, path / INDEX_FILE)
+    lists = [index[key] for key in ("names", "hashes", "captions", "labels") if index[key] is not None]
+    square = images.ndim == 4 and images.shape[1:] == (images.shape[1], images.shape[1], 3)
+    if images.dtype != np.uint8 or not square or any(len(values) != len(images) for values in lists):
+        raise UserError(
+            f"{IMAGES_FILE} is {images.dtype} {images.shape}, and {INDEX_FILE} tells of {len(index['names'])} images"
+        )
 
 
 def _all_present(data: ImageData, what: str, values: list[Any] | None, remedy: str) -> list[Any]:

@@ -21,6 +21,7 @@ from ldm.data.latent_encoding import MOMENTS_FILE, Encode, NotFinite, check_mome
 from ldm.data.reading import FULL
 from ldm.durable import clear_partials, sync, write_text
 from ldm.errors import UserError
+from ldm.untrusted import read_array, read_json, to_dataclass
 
 CONTRACT_FILE = "contract.json"
 CONTRACT_FORMAT = 1
@@ -77,10 +78,10 @@ class LatentContract:
         if not path.is_file():
             raise UserError(f"{folder} has no {CONTRACT_FILE}: it does not say which latents it belongs to.")
         try:
-            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             if (found := content.pop("format")) == CONTRACT_FORMAT:
-                return cls(**content)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                return to_dataclass(cls, content, path)
+        except (UserError, KeyError) as error:
             raise UserError(f"{path} is damaged ({error}). {REMEDY}") from error
         raise UserError(f"{path} has format {found}; this version reads {CONTRACT_FORMAT}. {REMEDY}")
 
@@ -93,7 +94,7 @@ class LatentData:
 
     def __init__(self, path: Path, contract: LatentContract, images: ImageData) -> None:
         self.path, self.contract = path, contract
-        self.moments = np.load(path / MOMENTS_FILE, mmap_mode="r")
+        self.moments = read_array(path / MOMENTS_FILE)
         self.train_indices, self.val_indices = images.train_indices, images.val_indices
 
     @property

@@ -38,12 +38,13 @@ def train_loader(
     batch_size: int,
     seed: int,
     start: int = 0,
+    accumulate: int = 1,
     rank: int = 0,
     num_ranks: int = 1,
     num_workers: int = 0,
 ) -> DataLoader:
-    """Endless batches of `batch_size` over all ranks, from batch `start` on."""
-    order = StepBatches(len(indices), batch_size, seed, start, rank, num_ranks)
+    """One rank's micro-batches of endless optimizer steps of `batch_size` samples, from step `start` on."""
+    order = StepBatches(len(indices), batch_size, seed, start, accumulate, rank, num_ranks)
     return DataLoader(
         Batches(fetch, indices),
         batch_sampler=order,

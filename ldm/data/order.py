@@ -1,14 +1,21 @@
-"""The order of training samples, as a pure function of seed and step.
+"""What an optimizer step sees, samples and noise, as a pure function of seed and step.
 
-Every epoch is a permutation of its own; batches run on over its end. Nothing is remembered, so training that
-continues at step k sees what it would have seen, whatever the workers and restarts before it.
+Step k has one batch of rows over all ranks and micro-batches. Its samples follow from (seed, k), each epoch a
+permutation of its own; its random numbers from (seed, k, row). Nothing is remembered, so training that continues at
+step k, with other workers, ranks or micro-batches, sees what it would have seen.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 from torch.utils.data import Sampler
+
+from ldm.errors import UserError
+
+BLOCK = 16
+"""Rows that share a generator: a part draws at most 2 BLOCK - 2 rows more than it has, in a sixteenth of the calls."""
 
 
 def derive_seed(*parts: int) -> int:
@@ -34,29 +41,83 @@ def batch_at(step: int, *, size: int, batch_size: int, seed: int) -> list[int]:
     return [_permutation(size, seed, position // size)[position % size] for position in positions]
 
 
+def part_rows(micro_batch: int, rank: int, num_ranks: int, count: int) -> range:
+    """The rows of a step's batch that are in this micro-batch (from 0) on this rank, `count` of them."""
+    first = (micro_batch * num_ranks + rank) * count
+    return range(first, first + count)
+
+
 class StepBatches(Sampler[list[int]]):
-    """An endless batch sampler that starts at any step; ranks take interleaved parts of one global batch.
+    """An endless batch sampler that starts at any step and gives one rank's micro-batches of it.
 
     Args:
         size: Number of training samples.
-        batch_size: Samples per batch over all ranks.
-        start: First batch to give: optimizer steps done, times the batches that each accumulates.
+        batch_size: Samples per optimizer step, over all micro-batches and ranks.
+        start: First optimizer step to give.
+        accumulate: Micro-batches per step.
 
     Raises:
-        ValueError: batch_size does not divide by the number of ranks.
+        UserError: batch_size does not divide by the number of parts.
     """
 
     def __init__(
-        self, size: int, batch_size: int, seed: int, start: int = 0, rank: int = 0, num_ranks: int = 1
+        self,
+        size: int,
+        batch_size: int,
+        seed: int,
+        start: int = 0,
+        accumulate: int = 1,
+        rank: int = 0,
+        num_ranks: int = 1,
     ) -> None:
-        if batch_size % num_ranks:
-            raise ValueError(f"batch_size={batch_size} must be a multiple of the {num_ranks} processes.")
+        if batch_size % (accumulate * num_ranks):
+            raise UserError(
+                f"batch_size={batch_size} must be a multiple of {accumulate * num_ranks}: {num_ranks} processes times "
+                f"trainer.accumulate_grad_batches={accumulate}."
+            )
         self.size, self.batch_size, self.seed = size, batch_size, seed
-        self.start, self.rank, self.num_ranks = start, rank, num_ranks
+        self.start, self.accumulate, self.rank, self.num_ranks = start, accumulate, rank, num_ranks
 
     def __iter__(self) -> Iterator[list[int]]:
-        step = self.start
+        step, count = self.start, self.batch_size // (self.accumulate * self.num_ranks)
         while True:
             batch = batch_at(step, size=self.size, batch_size=self.batch_size, seed=self.seed)
-            yield batch[self.rank :: self.num_ranks]
+            for micro_batch in range(self.accumulate):
+                rows = part_rows(micro_batch, self.rank, self.num_ranks, count)
+                yield batch[rows.start : rows.stop]
             step += 1
+
+
+class Draws:
+    """The random numbers of some rows of a step: bit for bit those that the whole step would draw for them.
+
+    Rows are drawn in blocks, each from a generator of its own, seeded by (seed, step, block). Every part of a step
+    makes the same draws in the same order.
+
+    Args:
+        rows: Which rows of the step's batch.
+        device: Where numbers are drawn; each kind of device has a stream of its own.
+    """
+
+    def __init__(self, seed: int, step: int, rows: range, device: torch.device | str = "cpu") -> None:
+        first, end = rows.start // BLOCK, -(-rows.stop // BLOCK)
+        self._rows = slice(rows.start - first * BLOCK, rows.stop - first * BLOCK)
+        self._generators = [torch.Generator(device=device) for _ in range(first, end)]
+        for block, generator in enumerate(self._generators, start=first):
+            generator.manual_seed(derive_seed(seed, step, block))
+
+    def draw(self, function: Callable[[int, torch.Generator], Tensor]) -> Tensor:
+        """These rows of what `function(count, generator)` draws, [count, ...], row by row independent."""
+        return torch.cat([function(BLOCK, generator) for generator in self._generators])[self._rows]
+
+    def randn(self, shape: Sequence[int]) -> Tensor:
+        """N(0, 1) of a shape that begins with the number of rows."""
+        return self.draw(lambda count, g: torch.randn(count, *shape[1:], generator=g, device=g.device))
+
+    def rand(self, shape: Sequence[int]) -> Tensor:
+        """Uniform in [0, 1) of a shape that begins with the number of rows."""
+        return self.draw(lambda count, g: torch.rand(count, *shape[1:], generator=g, device=g.device))
+
+    def randint(self, low: int, high: int) -> Tensor:
+        """One of low, ..., high - 1 for each row."""
+        return self.draw(lambda count, g: torch.randint(low, high, (count,), generator=g, device=g.device))

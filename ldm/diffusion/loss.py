@@ -208,7 +208,7 @@ class ImportanceTimesteps(nn.Module):
 
     E is over the last 10 losses at t, and p is uniform until every t has 10: 10 T draws at least, about 25 T by
     chance at T = 1000. E[w L] is the mean of L over all t. The history is kept in buffers, to be saved and resumed
-    with the weights; under DDP, which shares buffers, it is that of the first process.
+    with the weights; ranks that share them must all be given the losses of all.
     Source: Nichol and Dhariwal 2021, arXiv:2102.09672, section 3.3; the uniform share is their code's.
     """
 
@@ -237,7 +237,12 @@ class ImportanceTimesteps(nn.Module):
         p = self.probabilities()
         source = p if generator is None else p.to(generator.device)
         index = torch.multinomial(source, batch, replacement=True, generator=generator).to(p.device)
-        return index + 1, 1 / (len(p) * p[index])
+        return index + 1, self.weights(index + 1)
+
+    def weights(self, t: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """w of losses at these t."""
+        p = self.probabilities()
+        return 1 / (len(p) * p[t - 1])
 
     @torch.no_grad()
     def update(self, t: Int[Tensor, " b"], losses: Float[Tensor, " b"]) -> None:

@@ -15,12 +15,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ldm.data.images import ImageData
 from ldm.data.order import batch_at, derive_seed
+from ldm.durable import durable_file, write_text
 from ldm.errors import UserError
+from ldm.features import weights_digest
+from ldm.untrusted import check_fields, first_line, read_json
 
 FORMAT = 1
 """Of the architecture, the recipe and the files: another number trains again."""
@@ -35,12 +39,13 @@ class Classifier(nn.Module):
     """
 
     name = "classifier"
+    library = "ldm"
     dim = 64
 
-    def __init__(self, num_classes: int, key: str = name) -> None:
+    def __init__(self, num_classes: int) -> None:
         super().__init__()
-        self.key = key
-        """What its files are named by: the classifier of these images, this split and this seed."""
+        self.key = self.name
+        """What its features are kept under: the classifier of these images, this split and this seed, its weights."""
         self.val_accuracy: float | None = None
         """Share of the validation images whose class it names."""
         self.layers = nn.Sequential(
@@ -74,7 +79,7 @@ def _convolution(channels: int, out: int, stride: int = 1) -> nn.Module:
 def load_classifier(images: ImageData, *, seed: int = 0, num_steps: int = NUM_STEPS) -> Classifier:
     """The classifier of a data set, frozen: read from its cache folder, or trained and kept there.
 
-    Its files are features-classifier-<key>.safetensors and .json, which says how it was made and what it is worth.
+    Its files are features-classifier-<digest>.safetensors and .json, which says how it was made and what it is worth.
 
     Raises:
         UserError: images without class labels, or all of one class.
@@ -89,21 +94,26 @@ def load_classifier(images: ImageData, *, seed: int = 0, num_steps: int = NUM_ST
         "num_classes": int(labels.max()) + 1,
     }
     digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:8]
-    classifier = Classifier(made_from["num_classes"], f"{Classifier.name}-{digest}")
-    weights, facts = (images.path / f"features-{classifier.key}{end}" for end in (".safetensors", ".json"))
+    classifier, name = Classifier(made_from["num_classes"]), f"{Classifier.name}-{digest}"
+    weights, facts = (images.path / f"features-{name}{end}" for end in (".safetensors", ".json"))
     if weights.is_file():
-        classifier.load_state_dict(load_file(weights))
-        classifier.val_accuracy = json.loads(facts.read_text(encoding="utf-8"))["val_accuracy"]
+        try:
+            classifier.load_state_dict(load_file(weights))
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise UserError(
+                f"{weights} cannot be read ({first_line(error)}). Delete it; it is trained again."
+            ) from error
+        known = read_json(facts)
+        check_fields(known, {"val_accuracy": float}, facts)
+        classifier.val_accuracy = known["val_accuracy"]
     else:
         train(classifier, images, labels, seed=seed, num_steps=num_steps)
         classifier.val_accuracy = accuracy(classifier, images, labels, images.val_indices)
         figures = {**made_from, "val_accuracy": classifier.val_accuracy, "num_val": len(images.val_indices)}
-        partial = facts.with_suffix(".partial.json")
-        partial.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-        partial.replace(facts)
-        partial = weights.with_suffix(".partial.safetensors")
-        save_file(classifier.state_dict(), partial)
-        partial.replace(weights)  # last: where the weights are, the facts are too
+        write_text(facts, json.dumps(figures, indent=2) + "\n")
+        with durable_file(weights) as partial:  # last: where the weights are, the facts are too
+            save_file(classifier.state_dict(), partial)
+    classifier.key = f"{name}-{weights_digest(classifier)}-{min(images.resolution, MOST_PIXELS)}px"
     return classifier.eval().requires_grad_(False)
 
 

@@ -213,10 +213,18 @@ def _notes(groups: Sequence[Group], rows: Sequence[Row]) -> Iterator[str]:
         yield f"Not at the end of their training, with the figures of now: {_few(unfinished)}."
     if diverged := [f"{run.place} ({', '.join(run.diverged)})" for run in runs if run.diverged]:
         yield f"Diverged, so that no such figure is judged: {_few(diverged)}."
+    if stale := [run.place for run in runs if run.stale]:
+        yield (
+            f"Trained on since they were evaluated, so that those figures are left out: {_few(stale)}. Evaluate again: "
+            "python tools/evaluate.py run=<run>"
+        )
+    if doubtful := [run.place for run in runs if run.doubtful]:
+        yield f"Their evaluations do not say of which weights they are: {_few(doubtful)}."
     if without := [
         run.place
         for run in runs
-        if not any(f.settings.get("reference") or f.settings.get("images") for f in run.figures.values())
+        if not run.stale
+        and not any(f.settings.get("reference") or f.settings.get("images") for f in run.figures.values())
     ]:
         yield f"Without an evaluation: {_few(without)}. Make one: python tools/evaluate.py run=<run>"
     for group in groups:

@@ -10,6 +10,7 @@ from ldm.data.images import ImageData
 from ldm.diffusion.sampler import SamplerLike
 from ldm.errors import UserError
 from ldm.evaluation.compare import Comparison
+from ldm.networks.conditioning import ClassCondition
 from ldm.pictures import rows, to_pil
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.run import Run
@@ -56,7 +57,7 @@ def side_by_side(
                 found.append((name, _reconstructions(run, images, num_samples, device)))
                 continue
             pipeline = run.pipeline().to(device)
-            request = _request(pipeline, images, prompts, num_samples)
+            request = _request(pipeline, images, prompts, num_samples, captions)
             drawn = draw(pipeline, request, sampler, guidance=guidance, seed=seed, batch_size=batch_size)
             found.append((name, to_pil(torch.cat(list(drawn)))))
             captions = captions or (request.captions if any(request.captions) else None)
@@ -95,12 +96,20 @@ def _reconstructions(run: Run, images: ImageData, num_samples: int, device: torc
 
 
 def _request(
-    pipeline: LatentDiffusionPipeline, images: ImageData | None, prompts: str | None, num_samples: int
+    pipeline: LatentDiffusionPipeline,
+    images: ImageData | None,
+    prompts: str | None,
+    num_samples: int,
+    above: list[str | None] | None,
 ) -> Request:
+    """What the columns show; `above`, what those of the rows before are, of which classes are the same by name."""
     if prompts:
         asked = Request.make(pipeline, prompts=prompts)
         part = {name: value[:num_samples] for name, value in asked.condition.items()}
         return Request(part, asked.captions[:num_samples])
     if images is None:
+        names = [name for name in above or () if name is not None]
+        if names and isinstance(pipeline.conditioning, ClassCondition):
+            return Request.of_classes(pipeline.conditioning, names)
         return Request.make(pipeline, num_samples=num_samples)
     return Request.of_images(pipeline, images, _held_out(images, num_samples))

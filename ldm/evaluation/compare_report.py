@@ -14,6 +14,7 @@ from PIL import Image
 from rich import box
 from rich.table import Table
 
+from ldm.durable import durable_file, write_text
 from ldm.evaluation.compare import Comparison, Row
 from ldm.evaluation.compare_picture import draw
 from ldm.evaluation.compare_statistics import SAMPLING, Estimate, Verdict, estimate
@@ -151,19 +152,20 @@ class Report:
 
     def save(self, folder: Path) -> list[Path]:
         """compare.json, compare.html, compare.png of the curves and compare_images.png, where there are such."""
-        folder.mkdir(parents=True, exist_ok=True)
         content = {**self.comparison.content(), "images": self.drawn, "notes": self.lines}
         files = [folder / "compare.json", folder / "compare.html"]
-        files[0].write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(files[0], json.dumps(content, indent=2, ensure_ascii=False) + "\n")
         figure, curves = draw(self.comparison.groups), None
         if figure is not None:
             files.append(folder / "compare.png")
-            figure.savefig(files[-1], dpi=110)
+            with durable_file(files[-1]) as partial:
+                figure.savefig(partial, dpi=110)
             curves = files[-1].read_bytes()
         if self.samples is not None:
             files.append(folder / "compare_images.png")
-            self.samples.save(files[-1])
-        files[1].write_text(self.html(curves), encoding="utf-8")
+            with durable_file(files[-1]) as partial:
+                self.samples.save(partial)
+        write_text(files[1], self.html(curves))
         return files
 
 

@@ -1,6 +1,5 @@
 """What is known of runs that are to be compared, read from their folders or from W&B into one form."""
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -10,10 +9,13 @@ from typing import Any
 
 from ldm.errors import UserError
 from ldm.evaluation.compare_statistics import Figure, direction, share_error
-from ldm.evaluation.reconstruction_metrics import NUM_SUBSETS
-from ldm.evaluation.training_picture import Curve, read_curves
+from ldm.evaluation.feature_metrics import NUM_GROUPS
+from ldm.evaluation.metrics import NUM_SUBSETS
+from ldm.evaluation.training_picture import Curve, as_curve, read_curves
+from ldm.lineage import weights_sha256
 from ldm.run import Run
 from ldm.tracking import flatten
+from ldm.untrusted import read_json
 from ldm.wandb_comparison import fetch_run
 
 DATA_PLACES = ("data.path", "data.source.path", "data.cache_dir")
@@ -24,14 +26,26 @@ OF_LOSS = {
     "diffusion": ("objective", "schedule", "variance"),
 }
 """Keys on which the value of a loss depends, whatever the model is worth."""
-SETTINGS: tuple[str, ...] = ("features", "num_samples", "num_images", "images", "reference", "num_reference")
+SETTINGS: tuple[str, ...] = (
+    "features",
+    "features_key",
+    "num_samples",
+    "num_images",
+    "images",
+    "reference",
+    "num_reference",
+)
 SETTINGS += ("fd_components", "features_in_loss", "lpips_in_loss", "guidance", "guidance_interval", "sampler")
 """Of an evaluation: what it was made with."""
 NO_FIGURES = ("seed", "factor", "feature_dim", "seconds", "kl_nats", "codebook_size", "val_images")
 OF_PIXELS = ("psnr", "ssim", "lpips", "kl", "codebook", "pca")
 """First words of figures that no features are in."""
-WITHOUT_SAMPLER = ("reconstructions", "validation", "vae", "chance")
+WITHOUT_SAMPLER = ("reconstructions", "validation", "vae", "floor", "chance")
 """Last words of figures that no samples are in."""
+BY_SUBSETS = ("kd", "precision", "recall", "density", "coverage", "cmmd")
+BY_JACKKNIFE = ("fd", "class_shift")
+DOF = dict.fromkeys(BY_SUBSETS, NUM_SUBSETS - 1) | dict.fromkeys(BY_JACKKNIFE, NUM_GROUPS - 1)
+"""Degrees of freedom of the standard error of figures that begin so: of so many subsets, or groups of a jackknife."""
 EVALUATION = "evaluation."
 
 
@@ -50,6 +64,10 @@ class Measured:
     """Flat."""
     figures: dict[str, Figure]
     evaluation_seed: Any
+    stale: bool
+    """Its evaluation is of other weights than it has now, and left out."""
+    doubtful: bool
+    """Its evaluation does not say of which weights it is."""
     curves: dict[str, Curve]
     run: Run | None = field(repr=False, default=None)
     """Where it is a folder, whose weights are at hand."""
@@ -103,7 +121,8 @@ def from_folder(place: str) -> Measured:
         config=flatten(run.config()),
         facts=flatten(facts),
         figures=run.facts.get("figures") or {},
-        evaluation=json.loads(evaluation.read_text(encoding="utf-8")) if evaluation.is_file() else {},
+        evaluation=read_json(evaluation) if evaluation.is_file() else {},
+        weights=weights_sha256(run),
         curves=read_curves(metrics) if metrics.is_file() else {},
         run=run,
     )
@@ -113,31 +132,30 @@ def from_wandb(place: str) -> Measured:
     """A run of W&B, with the figures of the newest tools/evaluate.py on it that was logged there."""
     config, summary, history = fetch_run(place)
     facts = {key.removeprefix("run."): value for key, value in config.items() if key.startswith("run.")}
-    if "stage" not in facts:
+    if facts.get("stage") not in OF_LOSS:
         raise UserError(f"{place} is in W&B, but no training of this program: its config has no run.stage.")
-    tool = _of(config, EVALUATION)
-    evaluation = _of(summary, EVALUATION)
-    if "num_samples" in evaluation:  # of what is no number or text the summary holds nothing, and the config does
-        evaluation["guidance_interval"] = list(tool.get("guidance_interval") or [])
-        sampler = _of(tool, "sampler.")
-        kind = str(sampler.pop("_target_", "")).rpartition(".")[2]
-        evaluation["sampler"] = {"method": kind.removesuffix("Sampler").lower(), **sampler}
+    logged = _of(summary, EVALUATION)  # flat: what stands inside a mapping is `sampler.steps`
+    evaluation = {key: value for key, value in logged.items() if "." not in key}
+    if sampler := _of(logged, "sampler."):
+        evaluation["sampler"] = sampler
     own = [key for key in config if not key.startswith(("run.", EVALUATION))]
-    curves: dict[str, Curve] = {}
+    points: dict[str, dict[int, float]] = {}
     for row in history:
         for name, value in row.items():
             if "/" in name and isinstance(value, int | float) and row.get("step") is not None:
-                steps, values = curves.setdefault(name, ([], []))
-                steps.append(int(row["step"]))
-                values.append(float(value))
+                points.setdefault(name, {})[int(row["step"])] = float(value)
+    curves = {name: as_curve(values) for name, values in points.items()}
     figures = {key: value for key, value in summary.items() if not re.search(r"^_|/|^step$|^evaluation\.", key)}
-    finished = facts.get("finished") is not None or "training_s" in figures  # the config was written at the start
+    last = max((steps[-1] for steps, _ in curves.values()), default=0)
+    # the config was written at the start; figures of an end that was trained on since are not of this end
+    finished = facts.get("finished") is not None or ("training_s" in figures and last <= figures.get("steps", last))
     return _measured(
         place,
         config={key: config[key] for key in own},
         facts={**facts, "finished": finished or None},
         figures=figures,
         evaluation=evaluation,
+        weights=summary.get({"vae": "autoencoder_sha256", "diffusion": "pipeline_sha256"}[facts["stage"]]),
         curves=curves,
     )
 
@@ -153,10 +171,15 @@ def _measured(
     facts: dict[str, Any],
     figures: Mapping[str, Any],
     evaluation: Mapping[str, Any],
+    weights: str | None,
     curves: dict[str, Curve],
     run: Run | None = None,
 ) -> Measured:
-    stage = facts["stage"]
+    stage, evaluated = facts["stage"], evaluation.get("weights_sha256")
+    of_weights = None if weights is None or evaluated is None else evaluated == weights
+    doubtful = bool(evaluation) and of_weights is None and (weights or evaluated) is not None
+    if of_weights is False:
+        evaluation = {}
     data = {"data_fingerprint": facts.get("data_fingerprint"), "val_images": config.get("val_images")}
     latents = {
         "autoencoder": facts.get("contract.autoencoder_sha256"),
@@ -184,6 +207,8 @@ def _measured(
         facts=facts,
         figures=found,
         evaluation_seed=evaluation.get("seed"),
+        stale=of_weights is False,
+        doubtful=doubtful,
         curves=curves,
         run=run,
     )
@@ -210,9 +235,10 @@ def _evaluated(name: str, value: float, evaluation: Mapping[str, Any]) -> Figure
         and (key != "fd_components" or first == "fd")
         and not (last in WITHOUT_SAMPLER and key.startswith(("guidance", "sampler")))
     }
-    error, dof = evaluation.get(f"{name}_standard_error"), math.inf
-    if first == "kd":  # a mean over so many disjoint subsets
-        dof = NUM_SUBSETS - 1
+    error = evaluation.get(f"{name}_standard_error")
+    dof: float = next((dof for begin, dof in DOF.items() if name.startswith(f"{begin}_")), math.inf)
     if error is None and first == "retrieval" and last != "chance":
-        error = share_error(value, evaluation["num_samples"])
+        # of as many images as the samples', but where there are fewer of them
+        num = evaluation.get("num_held_out" if "_held_out_" in name else f"num_{last}")
+        error = share_error(value, num or evaluation["num_samples"])
     return Figure(value, error, dof, flatten(chosen))

@@ -29,10 +29,10 @@ from scipy import stats
 CONFIDENCE = 0.95
 FEWEST_SEEDS = 3
 SEEDS, SAMPLING = "between seeds", "sampling noise only"
-HIGHER = frozenset({"psnr", "ssim", "retrieval", "precision", "recall", "density", "coverage", "accuracy"})
-LOWER = frozenset({"kd", "fd", "fid", "kid", "cmmd", "loss", "lpips", "bits", "l1", "mse"})
+HIGHER = frozenset({"psnr", "ssim", "retrieval", "cosine", "precision", "recall", "density", "coverage", "accuracy"})
+LOWER = frozenset({"kd", "fd", "fid", "kid", "cmmd", "loss", "lpips", "bits", "l1", "mse", "shift"})
 """Words of a figure's name that say which way is better."""
-NEITHER = frozenset({"kl", "chance", "validation", "pca", "classifier"})
+NEITHER = frozenset({"kl", "chance", "permuted", "validation", "floor", "pca", "classifier"})
 """Words of a rate, which is worth nothing without its distortion, and of the anchors, which are of the data."""
 
 

@@ -8,9 +8,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from ldm.data.images import ImageData
+from ldm.durable import durable_file
 from ldm.errors import UserError
 from ldm.evaluation.classifier import Classifier, load_classifier
 from ldm.features import CHOICES, HUB_IDS
+from ldm.untrusted import read_array
 
 
 class ImageSet(Protocol):
@@ -40,6 +42,20 @@ def load_features(name: str, images: ImageData | None = None, path: str | None =
     return CHOICES[name](path) if name in HUB_IDS else CHOICES[name]()
 
 
+def key_of(network: nn.Module, name: str) -> str:
+    """What tells features apart: the network's name, a digest of its weights, the size that images are brought to."""
+    return getattr(network, "key", name)
+
+
+def describe_features(network: nn.Module, name: str) -> dict[str, str | None]:
+    """For a report: the name, the key and the library of features, without which a distance means nothing."""
+    return {
+        "features": name,
+        "features_key": key_of(network, name),
+        "features_library": getattr(network, "library", None),
+    }
+
+
 def extract(network: nn.Module, images: Tensor | ImageSet, title: str, batch_size: int = 64) -> Tensor:
     """Features of images [N, 3, H, W], or of a whole set, a batch at a time; with a progress bar."""
     device = next(network.parameters()).device
@@ -58,12 +74,17 @@ def extract(network: nn.Module, images: Tensor | ImageSet, title: str, batch_siz
 def reference_features(network: nn.Module, name: str, images: ImageData) -> Tensor:
     """Features of every image of a data set, computed once and kept in its cache folder.
 
-    Under the network's `key`, where it has one, which tells weights and resize apart, and the data's fingerprint.
+    Under `key_of` the network and the data's fingerprint.
     """
-    file = images.path / f"features-{getattr(network, 'key', name)}-{images.fingerprint[:8]}.npy"
+    file = images.path / f"features-{key_of(network, name)}-{images.fingerprint[:8]}.npy"
     if not file.is_file():
         found = extract(network, images, f"features of {images.name}")
-        partial = file.with_suffix(".partial.npy")
-        np.save(partial, found.numpy())
-        partial.replace(file)
-    return torch.from_numpy(np.load(file))
+        with durable_file(file) as partial:
+            np.save(partial, found.numpy())
+    kept = read_array(file)
+    if kept.ndim != 2 or len(kept) != len(images) or kept.dtype.kind != "f" or not np.isfinite(kept).all():
+        raise UserError(
+            f"{file} holds {kept.dtype} {kept.shape}, which are no finite features of {len(images)} images. Delete it; "
+            "it is made again."
+        )
+    return torch.from_numpy(np.array(kept))

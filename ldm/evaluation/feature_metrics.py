@@ -13,8 +13,7 @@ from torch import Tensor
 
 from ldm.evaluation.classifier import Classifier
 from ldm.evaluation.data_metrics import BLOCK, nearest_distances, squared_distances
-from ldm.evaluation.feature_extraction import ImageSet, extract
-from ldm.evaluation.metrics import frechet_of_moments, moments, require_enough, symmetric_root
+from ldm.evaluation.metrics import NUM_SUBSETS, frechet_of_moments, moments, require_enough, symmetric_root
 
 NUM_GROUPS = 20
 """Of a jackknife."""
@@ -57,9 +56,9 @@ def cmmd(samples: Tensor, reference: Tensor, *, sigma: float = 10.0, scale: floa
 
         CMMD = scale (mean k(x, x') + mean k(y, y') - 2 mean k(x, y)),   k(a, b) = exp(-|a - b|^2 / (2 sigma^2))
 
-    As published it is the biased V-statistic, every feature's kernel with itself included: never negative, and of sets
-    of one distribution about scale (1/n + 1/m) (1 - mean k) above 0. Features are scaled to unit length, as the
-    authors' code does. Source: Jayasumana et al. 2024, arXiv:2401.09603, eq. 4 and section 4.
+    The biased V-statistic of the authors' code, every feature's kernel with itself included, where the paper's eq. 4
+    is the unbiased one: never negative, and of sets of one distribution about scale (1/n + 1/m) (1 - mean k) above 0.
+    Features are scaled to unit length, as in that code. Source: Jayasumana et al. 2024, arXiv:2401.09603, section 4.
 
     Args:
         samples, reference: [n, d] and [m, d].
@@ -78,7 +77,9 @@ def _mean_kernel(a: Tensor, b: Tensor, sigma: float) -> float:
     return 1 + total / (len(a) * len(b))
 
 
-def frechet_interval(samples: Tensor, reference: Tensor, *, num_groups: int = NUM_GROUPS) -> tuple[float, float]:
+def frechet_interval(
+    samples: Tensor, reference: Tensor, *, num_groups: int = NUM_GROUPS, paired: bool = False
+) -> tuple[float, float]:
     """Fréchet distance, and its standard error by the delete-d jackknife over groups of the samples.
 
         se^2 = (g - 1) / g sum_i (FD_i - mean FD)^2,   FD_i without group i of g
@@ -90,10 +91,22 @@ def frechet_interval(samples: Tensor, reference: Tensor, *, num_groups: int = NU
 
     Args:
         samples, reference: [n, d] and [m, d].
+        paired: Row i of both belongs together, as an image and its reconstruction do: a group is left out of both.
 
     Raises:
-        ValueError: what `frechet_distance` refuses, fewer than two groups.
+        ValueError: what `frechet_distance` refuses, fewer than two groups, pairs that are not as many on both sides.
     """
+    value, without = frechet_replicates(samples, reference, num_groups=num_groups, paired=paired)
+    return value, jackknife_error(without)
+
+
+def frechet_replicates(
+    samples: Tensor, reference: Tensor, *, num_groups: int = NUM_GROUPS, paired: bool = False
+) -> tuple[float, Tensor]:
+    """The distance of `frechet_interval` and what it is without each group, [g]; of sets that share their images in the
+    same rows, the errors of their difference are those of the differences of these."""
+    if paired and len(samples) != len(reference):
+        raise ValueError(f"{len(samples)} and {len(reference)} features are no pairs.")
     if not 2 <= num_groups <= len(samples) // 2:
         raise ValueError(f"{num_groups} groups of {len(samples)} samples: choose from 2 to {len(samples) // 2}.")
     require_enough(samples, reference)
@@ -104,10 +117,13 @@ def frechet_interval(samples: Tensor, reference: Tensor, *, num_groups: int = NU
     for group in range(num_groups):
         kept = torch.arange(len(samples)) % num_groups != group
         other_mean, other = moments(samples[kept])
+        if paired:
+            mean, covariance = moments(reference[kept])
+            root, trace = symmetric_root(covariance), covariance.trace()
         # eigenvalues cost a quarter of singular values; what they lose of precision all replicates lose alike
         overlap = torch.linalg.eigvalsh(root @ other @ root).clamp(min=0).sqrt().sum()
         without[group] = (other_mean - mean).square().sum() + other.trace() + trace - 2 * overlap
-    return value, jackknife_error(without)
+    return value, without
 
 
 def jackknife_error(replicates: Tensor) -> float:
@@ -120,7 +136,7 @@ def over_subsets(
     samples: Tensor,
     reference: Tensor,
     *,
-    num_subsets: int = 4,
+    num_subsets: int = NUM_SUBSETS,
     seed: int = 0,
 ) -> list[tuple[float, float]]:
     """Mean and standard error of each value of a metric over disjoint subsets of both sets, all of one size.
@@ -148,10 +164,10 @@ def over_subsets(
     return list(zip(values.mean(0).tolist(), errors.tolist(), strict=True))
 
 
-def class_accuracy(classifier: Classifier, images: Tensor | ImageSet, labels: Tensor) -> tuple[float, float]:
-    """Share of images, [n, 3, H, W] in [-1, 1], whose class [n] it names, and sqrt(p (1 - p) / n)."""
-    share = (named_classes(classifier, extract(classifier, images, "classes")) == labels).double().mean().item()
-    return share, math.sqrt(share * (1 - share) / len(images))
+def class_accuracy(named: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Share of `named_classes` [n] that are the class that was asked for, [n], and sqrt(p (1 - p) / n)."""
+    share = (named == labels).double().mean().item()
+    return share, math.sqrt(share * (1 - share) / len(named))
 
 
 @torch.no_grad()
@@ -168,7 +184,8 @@ def class_shift(named: Tensor, reference: Tensor, *, num_groups: int = NUM_GROUP
     The error is a jackknife's over groups of the samples. Of equal shares TV is above 0 by the noise of counting.
 
     Args:
-        named, reference: Classes, [n] and [m].
+        named, reference: Classes, [n] and [m], both as a classifier names them: what it takes for another it takes so
+            in both.
     """
     num_classes = int(torch.cat([named, reference]).max()) + 1
     shares = reference.bincount(minlength=num_classes).double() / len(reference)

@@ -1,28 +1,37 @@
 """Samples of a run on disk, as they are drawn: what was interrupted goes on, and a larger number begins with a smaller.
 
 Two files per way of drawing, named by what decides a sample: samples-<key>.bin, uint8 [n, H, W, 3] without a header,
-so that its length says how many there are, and samples-<key>.json with what made them and what they cost.
+so that its length says how many there are, and samples-<key>.json with what made them and what they cost. While one
+process draws, samples-<key>.lock keeps others from it.
 """
 
 import hashlib
 import json
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from ldm.autoencoder.autoencoder import weights_sha256
 from ldm.data.images import ImageData, to_uint8
 from ldm.data.order import derive_seed
 from ldm.diffusion.sampler import SamplerLike
+from ldm.durable import write_text
 from ldm.errors import UserError
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.sampling import Request, check_interval, describe, draw
+from ldm.untrusted import check_fields, read_json
+
+FORMAT = 2
+"""Of the files, and of how noise and captions are chosen: samples of another are drawn again."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +53,9 @@ class KeptSamples:
         return pixels.permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
-def chosen_training_rows(images: ImageData, num_samples: int, seed: int) -> np.ndarray:
-    """Rows of `train_indices` whose captions or classes the samples are of; more samples than images begin again."""
-    order = np.random.default_rng(derive_seed(seed, 1)).permutation(len(images.train_indices))
+def chosen_rows(members: np.ndarray, num_samples: int, seed: int) -> np.ndarray:
+    """Rows of a split whose captions or classes the samples are of; more samples than images begin again."""
+    order = np.random.default_rng(derive_seed(seed, 1)).permutation(len(members))
     return np.resize(order, num_samples)
 
 
@@ -61,35 +70,37 @@ def draw_and_keep(
     guidance_interval: Any = (0.0, 1.0),
     seed: int,
     batch_size: int = 64,
+    split: str = "train",
 ) -> KeptSamples:
-    """Samples for captions or classes of training images, drawn from where an earlier call ended.
+    """Samples for captions or classes of training images, or of held-out ones, drawn from where an earlier call ended.
 
     Sample i depends on the seed and i alone, up to the rounding of batches of another size.
 
+    Args:
+        split: train or val.
+
     Raises:
-        UserError: what `draw` refuses, samples that are not finite.
+        UserError: what `draw` refuses, samples that are not finite, facts beside kept samples that cannot be read,
+            another process that draws the same.
     """
     guidance = check_guidance(guidance)
-    made_by = _made_by(pipeline, images, sampler, guidance, guidance_interval, seed)
+    made_by = _made_by(pipeline, images, sampler, guidance, guidance_interval, seed) | {"split": split}
     key = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:12]
     folder.mkdir(parents=True, exist_ok=True)
     pixels, facts = (folder / f"samples-{key}{end}" for end in (".bin", ".json"))
     side = images.resolution
     size = 3 * side**2
-    drawn = pixels.stat().st_size // size if pixels.is_file() and facts.is_file() else 0
-    cost: dict[str, Any] = {"samples": 0, "network_evaluations": 0, "seconds": 0.0}
-    if drawn:
-        cost = json.loads(facts.read_text(encoding="utf-8"))["cost"]
+    drawn, cost = _known(pixels, facts, size)
     if drawn < num_samples:
-        request = Request.of_images(
-            pipeline, images, images.train_indices[chosen_training_rows(images, num_samples, seed)]
-        )
+        members = images.train_indices if split == "train" else images.val_indices
+        request = Request.of_images(pipeline, images, members[chosen_rows(members, num_samples, seed)])
         calls: list[int] = []
-        hook = pipeline.network.register_forward_pre_hook(lambda _, arguments: calls.append(len(arguments[0])))
         options: dict[str, Any] = {"guidance": guidance, "guidance_interval": guidance_interval, "seed": seed}
-        began = time.perf_counter()
-        try:
-            with pixels.open("ab") as file:
+        with _alone(pixels.with_suffix(".lock")), pixels.open("ab") as file:
+            drawn, cost = _known(pixels, facts, size)  # another process may have drawn some since
+            hook = pipeline.network.register_forward_pre_hook(lambda _, arguments: calls.append(len(arguments[0])))
+            began = time.perf_counter()
+            try:
                 file.truncate(drawn * size)  # an image that was half written
                 for part in draw(pipeline, request, sampler, batch_size=batch_size, first=drawn, **options):
                     _require_finite(part)
@@ -98,13 +109,49 @@ def draw_and_keep(
                     cost["samples"] += len(part)
                     cost["network_evaluations"] += sum(calls)
                     cost["seconds"] += time.perf_counter() - began
-                    _write(facts, {"made_by": made_by, "shape": [side, side, 3], "cost": cost})
+                    content = {"made_by": made_by, "shape": [side, side, 3], "cost": cost}
+                    write_text(facts, json.dumps(content, indent=2) + "\n")
                     calls.clear()
                     began = time.perf_counter()
-        finally:
-            hook.remove()
+            finally:
+                hook.remove()
     kept = np.memmap(pixels, np.uint8, "r", shape=(num_samples, side, side, 3))
     return KeptSamples(kept, *(cost[name] / cost["samples"] for name in ("network_evaluations", "seconds")))
+
+
+def _known(pixels: Path, facts: Path, size: int) -> tuple[int, dict[str, Any]]:
+    """How many samples of so many bytes there are, and what they cost."""
+    drawn = pixels.stat().st_size // size if pixels.is_file() and facts.is_file() else 0
+    if not drawn:
+        return 0, {"samples": 0, "network_evaluations": 0, "seconds": 0.0}
+    content = read_json(facts)
+    check_fields(content, {"cost": dict}, facts)
+    cost: dict[str, Any] = content["cost"]
+    check_fields(cost, {"samples": int, "network_evaluations": float, "seconds": float}, facts)
+    if cost["samples"] < 1:
+        raise UserError(f"{facts} counts no samples. Delete it and {pixels}; they are drawn again.")
+    return drawn, cost
+
+
+@contextmanager
+def _alone(file: Path) -> Iterator[None]:
+    """No other process is in the block of the same file.
+
+    Raises:
+        UserError: one is.
+    """
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(
+            f"Another process draws these samples, {file.with_suffix('.bin')}. Wait for its end: then they are taken "
+            "from there. Or choose another seed= or sampler.steps=."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def check_guidance(guidance: Any) -> float:
@@ -129,6 +176,7 @@ def _made_by(
     """All that decides a sample; the number of samples is no part of it."""
     fitted = pipeline.z_0_mse
     return {
+        "format": FORMAT,
         "network_sha256": weights_sha256(pipeline.network),
         "autoencoder_sha256": pipeline.contract.autoencoder_sha256,
         "statistics": repr(pipeline.autoencoder.statistics),
@@ -152,9 +200,3 @@ def _require_finite(part: Tensor) -> None:
             f"{wrong} of {len(part)} samples are not finite: the network diverged in training, or the sampler is not "
             "stable. Train it again with a lower optimizer.lr, or choose another sampler or more sampler.steps."
         )
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial.json")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)

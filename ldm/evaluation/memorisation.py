@@ -36,9 +36,13 @@ class Memorisation:
 
     @property
     def close_share_standard_error(self) -> float:
-        """sqrt(p (1 - p) / n), at p = 1 % at least: none found is not a certainty."""
+        """sqrt(p (1 - p) (1 / n + 1 / v)), at p = 1 % at least: none found is not a certainty.
+
+        The second part is of the threshold, which other held-out images would put elsewhere: v of them are few for
+        their 1st percentile. Where samples and held-out images lie alike it is exact to first order.
+        """
         share = max(self.close_share, QUANTILE)
-        return math.sqrt(share * (1 - share) / len(self.distances))
+        return math.sqrt(share * (1 - share) * (1 / len(self.distances) + 1 / len(self.validation_distances)))
 
 
 def nearest_training(

@@ -5,6 +5,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+NUM_SUBSETS, MOST_COMPONENTS = 4, 64
+"""Disjoint subsets over which a measure is averaged for its error; dimensions of the PCA form of a Fréchet distance."""
+MOST_SIMILARITIES = 2**24
+"""That are held at once."""
+
 
 def psnr(images: Tensor, reconstruction: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB per image, [b]; both [b, c, H, W] in [-1, 1], so the peak is 2."""
@@ -112,7 +117,7 @@ def feature_components(train_features: Tensor, dim: int) -> tuple[Tensor, Tensor
 
 
 def kernel_distance(
-    samples: Tensor, reference: Tensor, *, num_subsets: int = 4, seed: int = 0, paired: bool = False
+    samples: Tensor, reference: Tensor, *, num_subsets: int = NUM_SUBSETS, seed: int = 0, paired: bool = False
 ) -> tuple[float, float]:
     """Kernel distance between two sets of features, averaged over disjoint subsets of both.
 
@@ -174,5 +179,10 @@ def retrieval_ranks(queries: Tensor, gallery: Tensor, own: Tensor) -> Tensor:
     Returns:
         [q], by cosine similarity.
     """
-    similarity = F.normalize(queries, dim=-1) @ F.normalize(gallery, dim=-1).T
-    return (similarity > similarity.gather(1, own[:, None])).sum(dim=1)
+    queries, gallery = (F.normalize(features, dim=-1) for features in (queries, gallery))
+    rows = max(1, MOST_SIMILARITIES // len(gallery))
+    ranks = []
+    for part, its_own in zip(queries.split(rows), own.split(rows), strict=True):
+        similarity = part @ gallery.T
+        ranks.append((similarity > similarity.gather(1, its_own[:, None])).sum(dim=1))
+    return torch.cat(ranks)

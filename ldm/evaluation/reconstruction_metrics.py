@@ -6,10 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.evaluation.metrics import feature_components, frechet_distance, kernel_distance
-
-MOST_COMPONENTS, NUM_SUBSETS = 64, 4
-"""Dimensions of the PCA form of a Fréchet distance; subsets of a kernel distance."""
+from ldm.evaluation.feature_metrics import NUM_GROUPS, frechet_interval
+from ldm.evaluation.metrics import (
+    MOST_COMPONENTS,
+    NUM_SUBSETS,
+    feature_components,
+    frechet_distance,
+    kernel_distance,
+)
 
 
 def kl(mean: Tensor, log_variance: Tensor) -> Tensor:
@@ -41,7 +45,8 @@ def distances(reconstructed: Tensor, own: Tensor, train: Tensor) -> dict[str, An
     """FD and KD of reconstructions to the originals of the same images, and of those to the training images.
 
     FD is on the first principal components of the training images where one of the sets has fewer than 2 d images; KD
-    is None where there are too few for its subsets.
+    is None where there are too few for its subsets, and FD's error where there are too few for two groups. An image and
+    its reconstruction are left out together.
 
     Args:
         reconstructed, own: Features [n, d], row by row of the same image.
@@ -57,9 +62,15 @@ def distances(reconstructed: Tensor, own: Tensor, train: Tensor) -> dict[str, An
         "feature_dim": dim,
         "fd_components": components,
         "num_reference": len(train),
-        "fd_reconstructions": frechet_distance(seen[0], seen[1]),
-        "fd_validation": frechet_distance(seen[1], seen[2]),
     }
+    groups = min(NUM_GROUPS, len(own) // 2)
+    for name, place in (("reconstructions", 0), ("validation", 1)):
+        first, second = seen[place : place + 2]
+        figures[f"fd_{name}"], figures[f"fd_{name}_standard_error"] = (
+            frechet_interval(first, second, num_groups=groups, paired=place == 0)
+            if groups >= 2
+            else (frechet_distance(first, second), None)
+        )
     for name, first, second in (("reconstructions", reconstructed, own), ("validation", own, train)):
         figures[f"kd_{name}"] = figures[f"kd_{name}_standard_error"] = None
         if num >= 2 * NUM_SUBSETS:

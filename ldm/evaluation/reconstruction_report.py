@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from ldm.autoencoder import spectrum
 from ldm.autoencoder.autoencoder import Autoencoder
 from ldm.data.images import ImageData
+from ldm.durable import durable_file, write_text
 from ldm.errors import UserError
-from ldm.evaluation.feature_extraction import load_features, reference_features
+from ldm.evaluation.feature_extraction import describe_features, load_features, reference_features
 from ldm.evaluation.latents_report import PCA_IMAGES, pca_curve
-from ldm.evaluation.metrics import psnr, ssim
-from ldm.evaluation.reconstruction_metrics import NUM_SUBSETS, codebook, distances, kl, rate
+from ldm.evaluation.metrics import NUM_SUBSETS, psnr, ssim
+from ldm.evaluation.reconstruction_metrics import codebook, distances, kl, rate
 from ldm.evaluation.reconstruction_picture import draw, shows
 from ldm.evaluation.run_images import choose_images
+from ldm.evaluation.sample_distances import fd_name
 from ldm.features import LPIPS, has_lpips
 from ldm.run import Run
 
@@ -42,7 +44,8 @@ class Report:
     def table(self) -> Table:
         """A row per measure, with its standard error over the images and what stands beside it."""
         found, size = self.figures, f"{self.figures['num_images']} held-out images"
-        table = Table(title=f"Reconstructions of {size}, {found['images']}", title_justify="left")
+        of = f"; features: {_named(found)}" if found["features"] else ""
+        table = Table(title=f"Reconstructions of {size}, {found['images']}{of}", title_justify="left")
         table.add_column("")
         for name in ("value", "+-"):
             table.add_column(name, justify="right")
@@ -57,9 +60,10 @@ class Report:
         add("SSIM", "ssim", 4)
         add("LPIPS", "lpips", 4)
         for kind in ("fd", "kd") if found["features"] else ():
-            floor = found[f"{kind}_validation"]
-            beside = "" if floor is None else f"validation to training: {floor:.4f}"
-            add(f"{kind.upper()}, {found['features']}", f"{kind}_reconstructions", 4, beside)
+            floor, error = found[f"{kind}_validation"], found[f"{kind}_validation_standard_error"]
+            more = "" if error is None else f" +- {error:.4f}"
+            beside = "" if floor is None else f"validation to training: {floor:.4f}{more}"
+            add(found["fd_name"] if kind == "fd" else "KD", f"{kind}_reconstructions", 4, beside)
         if found["kl_bits"] is not None:
             add("KL, bits per image", "kl_bits", 1, f"per pixel value: {found['kl_bits_per_value']:.3f}")
         if found["codebook_size"] is not None:
@@ -74,12 +78,11 @@ class Report:
         found, lines = self.figures, []
         if found["features"]:
             n, reference = found["num_images"], found["reference"]
-            of = found["features"]
-            if found["fd_components"]:
-                of += f" on {found['fd_components']} PCA components of {reference}"
+            of = f", PCA of {reference}" if found["fd_components"] else ""
             lines.append(
-                f"FD ({of}) and KD ({found['features']}): N={n}, ref=originals of the same {n} images; validation "
-                f"against training images: ref={reference}, N={found['num_reference']}. FD compares at equal N only."
+                f"{found['fd_name']}{of}, and KD of {_named(found)}: N={n}, ref=originals of the same {n} images; "
+                f"validation against training images: ref={reference}, N={found['num_reference']}. {found['fd_name']} "
+                "compares at equal N only."
             )
             if found["kd_reconstructions"] is None:
                 lines.append(f"KD is left out: {NUM_SUBSETS} subsets of two need {2 * NUM_SUBSETS} images.")
@@ -100,9 +103,15 @@ class Report:
     def save(self, folder: Path) -> tuple[Path, Path]:
         """evaluation.json and worst_reconstructions.png."""
         data, picture = folder / "evaluation.json", folder / "worst_reconstructions.png"
-        data.write_text(json.dumps(self.figures, indent=2) + "\n", encoding="utf-8")
-        self.picture.save(picture)
+        with durable_file(picture) as partial:
+            self.picture.save(partial)
+        write_text(data, json.dumps(self.figures, indent=2) + "\n")
         return data, picture
+
+
+def _named(figures: dict[str, Any]) -> str:
+    """Features by what tells them apart: name, weights, size, library."""
+    return figures["features_key"] + (f" ({figures['features_library']})" if figures["features_library"] else "")
 
 
 def measure(
@@ -137,6 +146,7 @@ def measure(
     worst = found["psnr"].argsort()[:WORST]
     figures: dict[str, Any] = {
         "run": str(run.path),
+        "weights_sha256": autoencoder.weights_sha256(),
         "images": f"{images.name}/val@{images.fingerprint[:8]}",
         "num_images": len(indices),
         "seed": seed,
@@ -157,8 +167,10 @@ def measure(
     }
     if network is not None and gallery is not None:
         train, own = (gallery[torch.from_numpy(rows)] for rows in (images.train_indices, indices))
-        figures |= {"features": features, "reference": f"{images.name}/train@{images.fingerprint[:8]}"}
+        figures |= describe_features(network, features)
+        figures |= {"reference": f"{images.name}/train@{images.fingerprint[:8]}"}
         figures |= distances(found["features"], own, train)
+        figures["fd_name"] = fd_name(network, figures["fd_components"])
         if (share := getattr(network, "val_accuracy", None)) is not None:
             figures["classifier_val_accuracy"] = share
     figures["seconds"] = round(time.perf_counter() - started, 1)

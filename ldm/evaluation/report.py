@@ -10,20 +10,22 @@ from typing import Any
 
 import torch
 from PIL import Image
+from scipy import stats
 from torch import Tensor, nn
 
 from ldm.data.images import ImageData
 from ldm.diffusion.sampler import SamplerLike
+from ldm.durable import durable_file, write_text
 from ldm.errors import UserError
-from ldm.evaluation import nearest_picture
+from ldm.evaluation import nearest_picture, prompt_fidelity
 from ldm.evaluation.classifier import Classifier
-from ldm.evaluation.feature_extraction import ImageSet, extract, load_features, reference_features
-from ldm.evaluation.feature_metrics import class_accuracy, class_shift, named_classes
+from ldm.evaluation.feature_extraction import ImageSet, describe_features, extract, load_features, reference_features
+from ldm.evaluation.feature_metrics import NUM_GROUPS, class_accuracy, class_shift, named_classes
 from ldm.evaluation.image_sets import Reconstructions, VAEAlone
-from ldm.evaluation.kept_samples import KeptSamples, chosen_training_rows, draw_and_keep
+from ldm.evaluation.kept_samples import chosen_rows, draw_and_keep
 from ldm.evaluation.memorisation import QUANTILE, Memorisation, nearest_training
-from ldm.evaluation.metrics import retrieval_ranks
-from ldm.evaluation.sample_distances import COLUMNS, NUM_SUBSETS, Measures, halves, table
+from ldm.evaluation.metrics import NUM_SUBSETS
+from ldm.evaluation.sample_distances import COLUMNS, Measures, fd_name, halves, table
 from ldm.networks.conditioning import ClassCondition, TextCondition
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.sampling import check_interval, describe
@@ -43,9 +45,19 @@ class Evaluation:
 
     def save(self, path: Path) -> None:
         """The figures at `path`, the pictures beside it."""
-        path.write_text(json.dumps(self.figures, indent=2) + "\n", encoding="utf-8")
         for name, picture in self.pictures.items():
-            picture.save(path.with_name(name))
+            with durable_file(path.with_name(name)) as partial:
+                picture.save(partial)
+        write_text(path, json.dumps(self.figures, indent=2) + "\n")
+
+    def save_unless_smaller(self, path: Path, elsewhere: Path) -> Path:
+        """At `path`; `elsewhere` where that holds figures of more samples of the same weights. Returns which."""
+        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        same = known.get("weights_sha256") == self.figures["weights_sha256"]
+        larger = same and known.get("num_samples", 0) > self.figures["num_samples"]
+        chosen = elsewhere if larger else path
+        self.save(chosen)
+        return chosen
 
 
 def evaluate(
@@ -61,17 +73,20 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 64,
     folder: Path | None = None,
+    weights_sha256: str | None = None,
 ) -> Evaluation:
     """Compare samples for seed-drawn training captions with the training images.
 
     The anchors: the autoencoder's reconstructions of the same images (the best that its decoder can show), the
     autoencoder as a generator of its own (z_raw ~ N(0, I) decoded, what a VAE without the chain would draw), the
     validation images (what new images of this kind look like), training images against the others (the floor: what
-    the measures say of one distribution), and for retrieval chance.
+    the measures say of one distribution), and for retrieval chance. Of a model of text, samples for the captions of
+    validation images too, which training never saw.
 
     Args:
         features_path: Folder or hub id of the features' weights.
         folder: Where samples are kept as they are drawn, and are looked for first; None keeps none.
+        weights_sha256: By which the run names its weights; stands in the figures, that nobody takes them for others'.
 
     Raises:
         UserError: numbers that are none, what `load_features` and `draw_and_keep` refuse.
@@ -83,13 +98,12 @@ def evaluate(
         raise UserError(f"{images.name} has {len(images.train_indices)} training images; distances need {FEWEST}.")
     network = load_features(features, images, features_path).to(pipeline.device)
     options: dict[str, Any] = {"guidance": guidance, "guidance_interval": guidance_interval, "seed": seed}
-    chosen = chosen_training_rows(images, num_samples, seed)
+    chosen = chosen_rows(images.train_indices, num_samples, seed)
     own = images.train_indices[chosen]
     with ExitStack() as stack:
         place = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
-        kept = draw_and_keep(
-            pipeline, images, sampler, place, num_samples=num_samples, batch_size=batch_size, **options
-        )
+        options["batch_size"] = batch_size
+        kept = draw_and_keep(pipeline, images, sampler, place, num_samples=num_samples, **options)
         reference = reference_features(network, features, images)
         train, validation = (reference[torch.from_numpy(rows)] for rows in (images.train_indices, images.val_indices))
         sets: dict[str, ImageSet] = {
@@ -101,8 +115,8 @@ def evaluate(
         found = {name: extract(network, part, f"features of {name}", batch_size) for name, part in sets.items()}
         found["validation images"] = validation
         figures: dict[str, Any] = {
-            "features": features,
-            "features_key": getattr(network, "key", features),
+            "weights_sha256": weights_sha256,
+            **describe_features(network, features),
             "num_samples": num_samples,
             "reference": f"{images.name}/train@{images.fingerprint[:8]}",
             "num_reference": len(train),
@@ -115,9 +129,28 @@ def evaluate(
         }
         lines = _distances(network, found, train, figures)
         if isinstance(network, Classifier):
-            lines += _classes(network, found, images, kept, own, figures, of_class=pipeline.conditioning)
+            asked = torch.tensor(images.labels)[own] if isinstance(pipeline.conditioning, ClassCondition) else None
+            lines += _classes(network, found, train, asked, figures)
         if isinstance(pipeline.conditioning, TextCondition):
-            lines += _retrieval(found, train, torch.from_numpy(chosen), figures)
+            ours = {name: found[name] for name in ("samples", "reconstructions")}
+            parts = [prompt_fidelity.of_training(ours, train, torch.from_numpy(chosen), figures["features_key"])]
+            if (num_held_out := min(num_samples, len(validation))) >= 2:
+                rows = chosen_rows(images.val_indices, num_held_out, seed)
+                held_out: dict[str, ImageSet] = {
+                    "samples": draw_and_keep(
+                        pipeline, images, sampler, place, num_samples=num_held_out, split="val", **options
+                    ),
+                    "reconstructions": Reconstructions(pipeline, images, images.val_indices[rows]),
+                }
+                theirs = {
+                    name: extract(network, part, f"features of held-out {name}", batch_size)
+                    for name, part in held_out.items()
+                }
+                answered = validation, train, torch.from_numpy(rows), images, pipeline.conditioning
+                parts.append(prompt_fidelity.of_held_out(theirs, *answered, figures["features_key"]))
+            for more, told in parts:
+                figures |= more
+                lines += told
         memorisation = nearest_training(found["samples"], train, validation)
         lines += _memorisation(memorisation, images, figures)
         picture = nearest_picture.draw(kept, images, memorisation)
@@ -128,62 +161,55 @@ def _distances(network: nn.Module, found: Mapping[str, Tensor], train: Tensor, f
     """Every set in one table, and the floor."""
     features, reference = figures["features"], figures["reference"]
     measures = Measures.choose(train, len(found["samples"]), with_cmmd=features == "clip")
-    rows = {name: (len(values), measures.of(values)) for name, values in found.items()}
+    rows = {name: (len(values), measures.num_per_subset(values), measures.of(values)) for name, values in found.items()}
     some, others = halves(train, len(found["samples"]), figures["seed"])
-    rows[FLOOR] = (len(some), measures.of(some, others))
+    rows[FLOOR] = (len(some), measures.num_per_subset(some, others), measures.of(some, others))
     components = figures["fd_components"] = measures.num_components
-    figures["fd_name"] = measures.fd_name(network)
-    for name, (num, values) in rows.items():
+    figures["fd_name"] = fd_name(network, components)
+    for name, (num, num_per_subset, values) in rows.items():
         key = name.split()[0].lower().rstrip(",")
-        figures[f"num_{key}"] = num
+        figures[f"num_{key}"], figures[f"num_per_subset_{key}"] = num, num_per_subset
         for measure in COLUMNS:
             if measure in values:
                 numbers = values[measure] or (None, None)
                 figures[f"{measure}_{key}"], figures[f"{measure}_{key}_standard_error"] = numbers
-    form = "" if components is None else f" (FD on {components} PCA components of {reference})"
+    library = f" ({figures['features_library']})" if figures["features_library"] else ""
+    form = "" if components is None else f", FD on {components} PCA components of {reference}"
     return [
-        f"{features}{form}, ref={reference}, N={len(train)}; floor: {len(some)} of these against the other "
-        f"{len(others)}:",
+        f"{figures['features_key']}{library}{form}, ref={reference}, N={len(train)}; floor: {len(some)} of these "
+        f"against the other {len(others)}:",
         *table(rows, figures["fd_name"]),
-        "  +- is a standard error of drawing other images, not of training again. FD: all N, jackknife over the "
-        f"samples; the rest: mean of {NUM_SUBSETS}",
-        "  disjoint subsets" + (", but CMMD of all N" if measures.with_cmmd else "") + ". Compare rows of one N only.",
+        "  +- is a standard error of drawing other images, not of training again. Compare rows of one N only.",
+        f"  FD is of all N; its error, a jackknife's, has {NUM_GROUPS - 1} degrees of freedom (95 % within "
+        f"{_half_width(NUM_GROUPS - 1):.1f} of them).",
+        f"  The rest are means of {NUM_SUBSETS} disjoint subsets of both sides, so large as stands under `subset`"
+        + (" (CMMD: of all N)" if measures.with_cmmd else "")
+        + ";",
+        f"  their errors have {NUM_SUBSETS - 1} degrees of freedom (95 % within {_half_width(NUM_SUBSETS - 1):.1f} of "
+        "them).",
     ]
 
 
-def _retrieval(found: Mapping[str, Tensor], train: Tensor, rows: Tensor, figures: dict[str, Any]) -> list[str]:
-    """Is the training image of the caption the nearest?"""
-    lines = [f"Retrieval of the caption's own image among {len(train)} training images, {figures['features']}:"]
-    for name in ("samples", "reconstructions"):
-        ranks = retrieval_ranks(found[name], train, rows[: len(found[name])])
-        at_1, at_5 = ((ranks < k).float().mean().item() for k in (1, 5))
-        figures[f"retrieval_at_1_{name}"], figures[f"retrieval_at_5_{name}"] = at_1, at_5
-        lines.append(f"  {name:18} @1 {at_1:6.1%}   @5 {at_5:6.1%}")
-    figures["retrieval_at_1_chance"], figures["retrieval_at_5_chance"] = 1 / len(train), 5 / len(train)
-    return [*lines, f"  {'chance':18} @1 {1 / len(train):6.2%}   @5 {5 / len(train):6.2%}"]
+def _half_width(dof: int) -> float:
+    """Of a 95 % interval, in standard errors of so many degrees of freedom."""
+    return float(stats.t.ppf(0.975, dof))
 
 
 def _classes(
-    classifier: Classifier,
-    found: Mapping[str, Tensor],
-    images: ImageData,
-    kept: KeptSamples,
-    own: Any,
-    figures: dict[str, Any],
-    of_class: Any,
+    classifier: Classifier, found: Mapping[str, Tensor], train: Tensor, asked: Tensor | None, figures: dict[str, Any]
 ) -> list[str]:
     """Are all classes drawn, and where one was asked for, that one?"""
-    named = {name: named_classes(classifier, values) for name, values in found.items()}
-    reference = torch.tensor(images.labels)[images.train_indices]
-    lines = ["Classes that the classifier names, against those of the training images: total variation of the shares"]
-    for name in ("samples", "validation images"):
+    named = {name: named_classes(classifier, found[name]) for name in ("samples", "validation images")}
+    reference = named_classes(classifier, train)
+    lines = ["Classes that the classifier names, against those it names of the training images: total variation"]
+    for name in named:
         shift, error = class_shift(named[name], reference)
         key = name.split()[0]
         figures[f"class_shift_{key}"], figures[f"class_shift_{key}_standard_error"] = shift, error
         lines.append(f"  {name:18} {shift:.3f} +- {error:.3f}")
     figures["classifier_val_accuracy"] = classifier.val_accuracy
-    if isinstance(of_class, ClassCondition):
-        share, error = class_accuracy(classifier, kept, torch.tensor(images.labels)[own])
+    if asked is not None:
+        share, error = class_accuracy(named["samples"], asked)
         figures["class_accuracy_samples"], figures["class_accuracy_samples_standard_error"] = share, error
         lines.append(
             f"  the class that was asked for: {share:.1%} +- {error:.1%} of the samples; of the validation images "

@@ -8,11 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from ldm.evaluation.data_metrics import density_coverage
-from ldm.evaluation.feature_metrics import NUM_GROUPS, cmmd, frechet_interval, over_subsets, precision_recall
-from ldm.evaluation.metrics import feature_components, kernel_distance
+from ldm.evaluation.feature_metrics import (
+    NUM_GROUPS,
+    cmmd,
+    frechet_replicates,
+    jackknife_error,
+    over_subsets,
+    precision_recall,
+)
+from ldm.evaluation.metrics import MOST_COMPONENTS, NUM_SUBSETS, feature_components, kernel_distance
 
-MOST_COMPONENTS, NUM_SUBSETS = 64, 4
-"""Dimensions of the PCA form of a Fréchet distance; subsets of the measures that are averaged over some."""
 COLUMNS = {"fd": 2, "kd": 4, "precision": 3, "recall": 3, "density": 3, "coverage": 3, "cmmd": 3}
 """Figures by name, with the digits that are shown."""
 
@@ -42,20 +47,24 @@ class Measures:
     def num_components(self) -> int | None:
         return None if self.components is None else self.components[1].shape[1]
 
-    def fd_name(self, network: nn.Module) -> str:
-        """FID only of the features that it is defined for, in all dimensions."""
-        return "FID" if self.components is None and getattr(network, "is_fid", False) else "FD"
+    def num_per_subset(self, features: Tensor, reference: Tensor | None = None) -> int:
+        """Of either set: all that precision, recall, density and coverage see at a time."""
+        return min(len(features), len(self.train if reference is None else reference)) // NUM_SUBSETS
 
-    def of(self, features: Tensor, reference: Tensor | None = None) -> dict[str, tuple[float, float] | None]:
+    def of(
+        self, features: Tensor, reference: Tensor | None = None, *, frechet: tuple[float, Tensor] | None = None
+    ) -> dict[str, tuple[float, float] | None]:
         """By name of `COLUMNS`, a value and its standard error; None where a set is too small for it.
 
         Args:
             reference: Instead of all training images.
+            frechet: What `frechet` found of the same features, where it was asked before.
         """
+        size = self.num_per_subset(features, reference)
+        frechet = frechet or self.frechet(features, reference)
         reference = self.train if reference is None else reference
-        num = min(len(features), len(reference))
-        size = num // NUM_SUBSETS
-        found: dict[str, tuple[float, float] | None] = {"fd": self._frechet(features, reference)}
+        distance = None if frechet is None else (frechet[0], jackknife_error(frechet[1]))
+        found: dict[str, tuple[float, float] | None] = {"fd": distance}
         found["kd"] = kernel_distance(features, reference, num_subsets=NUM_SUBSETS) if size >= 2 else None
         for names, metric, smallest in (
             (("precision", "recall"), precision_recall, 4),
@@ -68,13 +77,22 @@ class Measures:
             found["cmmd"] = (cmmd(features, reference), parts[0][1]) if parts else None
         return found
 
-    def _frechet(self, features: Tensor, reference: Tensor) -> tuple[float, float] | None:
+    def frechet(self, features: Tensor, reference: Tensor | None = None) -> tuple[float, Tensor] | None:
+        """The distance and its jackknife replicates; None where a set is too small for it."""
+        reference = self.train if reference is None else reference
         if self.components is not None:
             mean, basis = self.components
             features, reference = ((part.double() - mean) @ basis for part in (features, reference))
         if min(len(features), len(reference)) < 2 * features.shape[1]:
             return None
-        return frechet_interval(features, reference, num_groups=min(NUM_GROUPS, len(features) // 2))
+        return frechet_replicates(features, reference, num_groups=min(NUM_GROUPS, len(features) // 2))
+
+
+def fd_name(network: nn.Module, num_components: int | None) -> str:
+    """FID only of the features that it is defined for, in all dimensions."""
+    if num_components is not None:
+        return f"FD on {num_components} components"
+    return "FID" if getattr(network, "is_fid", False) else "FD"
 
 
 def halves(train: Tensor, num_samples: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -84,12 +102,15 @@ def halves(train: Tensor, num_samples: int, seed: int) -> tuple[Tensor, Tensor]:
     return train[order[:num]], train[order[num:]]
 
 
-def table(rows: Mapping[str, tuple[int, Mapping[str, tuple[float, float] | None]]], fd_name: str = "FD") -> list[str]:
-    """Lines of text, with value +- standard error; rows are (N, figures) by name."""
-    columns = [["", *rows], ["N", *(str(num) for num, _ in rows.values())]]
-    for name in (name for name in COLUMNS if any(name in found for _, found in rows.values())):
+def table(
+    rows: Mapping[str, tuple[int, int, Mapping[str, tuple[float, float] | None]]], fd_name: str = "FD"
+) -> list[str]:
+    """Lines of text, with value +- standard error; rows are (N, N of a subset, figures) by name."""
+    columns = [["", *rows], ["N", *(str(num) for num, _, _ in rows.values())]]
+    columns.append(["subset", *(str(num) for _, num, _ in rows.values())])
+    for name in (name for name in COLUMNS if any(name in found for *_, found in rows.values())):
         head = fd_name if name == "fd" else name.upper() if name in ("kd", "cmmd") else name
-        columns.append([head, *(_cell(found.get(name), COLUMNS[name]) for _, found in rows.values())])
+        columns.append([head, *(_cell(found.get(name), COLUMNS[name]) for *_, found in rows.values())])
     widths = [max(map(len, column)) + 2 for column in columns]
     return [
         "  "

@@ -8,21 +8,23 @@ from typing import Any
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from ldm.data.images import ImageData
 from ldm.diffusion.sampler import SamplerLike
 from ldm.errors import UserError
-from ldm.evaluation.feature_extraction import extract, load_features, reference_features
+from ldm.evaluation.feature_extraction import describe_features, extract, load_features, reference_features
+from ldm.evaluation.feature_metrics import jackknife_error
 from ldm.evaluation.kept_samples import check_guidance, draw_and_keep
-from ldm.evaluation.sample_distances import Measures
+from ldm.evaluation.sample_distances import Measures, fd_name
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.sampling import describe
 
 WITHIN = 2.0
-"""Standard errors within which values are called equal; all values share their noise, so this rather errs on equal."""
+"""Standard errors of a difference within which values are called equal."""
 RULE = (
-    f"the fewest network evaluations whose distance is within {WITHIN:g} standard errors of the smallest one, both "
-    "errors together"
+    f"the fewest network evaluations whose distance is within {WITHIN:g} standard errors of the smallest one; the "
+    "errors are of the difference, whose both sides share noise, captions and groups of the jackknife"
 )
 INK, LINE, FAINT = "#333333", "#0072B2", "#8a8a8a"
 
@@ -43,16 +45,23 @@ def sweep(
     """Distance to the training images over several samplers, by their steps, or several guidances; one of them is one.
 
     Every value draws the same samples from the same noise, which are kept in `folder`. The distance is the Fréchet
-    distance in all dimensions, or the kernel distance where there are too few samples for it.
+    distance, on principal components where there are too few samples for all dimensions.
 
     Returns:
-        The settings, `rows` (a value, its cost, its distance, precision and recall), and the `knee`, see `RULE`.
+        The settings, `rows` (a value, its cost, its distance and how far that is above the smallest, kernel distance,
+        precision and recall), and the `knee`, see `RULE`.
 
     Raises:
-        UserError: both vary, too few samples, what `draw_and_keep` refuses; of every value before the first is drawn.
+        UserError: both vary, guidance of a model that knows none, too few samples, what `draw_and_keep` refuses; of
+            every value before the first is drawn.
     """
     if len(samplers) > 1 and len(guidances) > 1:
         raise UserError("sampler.steps= and guidance= are both lists. Vary one, then the other.")
+    if len(guidances) > 1 and pipeline.conditioning.kind == "none":
+        raise UserError(
+            f"guidance={','.join(map(str, guidances))}: this model is unconditional, so that guidance changes nothing. "
+            "Leave guidance= out, or vary sampler.steps=."
+        )
     if num_samples < 8:
         raise UserError(f"num_samples={num_samples}: a distance with its error needs 8 at least.")
     for steps, sampler in samplers.items():
@@ -65,8 +74,8 @@ def sweep(
     network = load_features(features, images, features_path).to(pipeline.device)
     train = reference_features(network, features, images)[torch.from_numpy(images.train_indices)]
     measures = Measures.choose(train, num_samples)
-    metric = "kd" if measures.num_components else "fd"
-    rows = []
+    rows: list[dict[str, Any]] = []
+    replicates = []
     for steps, sampler in samplers.items():
         for guidance in guidances:
             kept = draw_and_keep(
@@ -80,19 +89,24 @@ def sweep(
                 **options,
             )
             value = steps if over == "sampler.steps" else guidance
-            measured = measures.of(extract(network, kept, f"features, {over}={value}"))
-            distance = measured[metric]
-            assert distance is not None
+            found = extract(network, kept, f"features, {over}={value}")
+            frechet = measures.frechet(found)
+            assert frechet is not None, "as many components as the samples allow"
+            measured = measures.of(found, frechet=frechet)
             row: dict[str, Any] = {"value": value, "network_evaluations": kept.evaluations, "seconds": kept.seconds}
-            row |= {"distance": distance[0], "standard_error": distance[1]}
+            row |= {"distance": frechet[0], "standard_error": jackknife_error(frechet[1])}
+            row["kd"], row["kd_standard_error"] = measured["kd"] or (None, None)
             for name in ("precision", "recall"):
                 row[name] = None if (numbers := measured[name]) is None else numbers[0]
             rows.append(row)
+            replicates.append(frechet[1])
+    hold_against_the_best(rows, replicates)
     return {
         "over": over,
-        "metric": measures.fd_name(network) if metric == "fd" else "KD",
-        "features": features,
+        "metric": fd_name(network, measures.num_components),
+        **describe_features(network, features),
         "num_samples": num_samples,
+        "num_per_subset": measures.num_per_subset(found),
         "reference": f"{images.name}/train@{images.fingerprint[:8]}",
         "num_reference": len(train),
         "sampler": {**describe(next(iter(samplers.values()))), "steps": list(samplers)},
@@ -104,31 +118,50 @@ def sweep(
     }
 
 
+def hold_against_the_best(rows: Sequence[dict[str, Any]], replicates: Sequence[Tensor]) -> None:
+    """Add to each row how far its distance is above the smallest one, and the standard error of that difference.
+
+    Args:
+        replicates: Of each row's distance, [g], without one group of the samples each; the same groups in all rows,
+            so that the jackknife of the difference is that of the differences.
+    """
+    best = min(range(len(rows)), key=lambda i: rows[i]["distance"])
+    for row, without in zip(rows, replicates, strict=True):
+        row["above_best"] = row["distance"] - rows[best]["distance"]
+        row["above_best_standard_error"] = jackknife_error(without - replicates[best])
+
+
 def knee(rows: Sequence[Mapping[str, Any]]) -> float:
     """The value by `RULE`; where costs are equal, the smaller distance."""
-    best = min(rows, key=lambda row: row["distance"])
+    equal = [row for row in rows if row["above_best"] <= WITHIN * row["above_best_standard_error"]]
+    return min(equal, key=lambda row: (row["network_evaluations"], row["distance"]))["value"]
 
-    def is_equal(row: Mapping[str, Any]) -> bool:
-        error = math.hypot(row["standard_error"], best["standard_error"])
-        return row is best or row["distance"] - best["distance"] <= WITHIN * error
 
-    return min(filter(is_equal, rows), key=lambda row: (row["network_evaluations"], row["distance"]))["value"]
+def table(found: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows of a sweep, its numbers as they are."""
+    columns = [found["over"], *(name for name in found["rows"][0] if name != "value")]
+    return columns, [list(row.values()) for row in found["rows"]]
 
 
 def lines(found: Mapping[str, Any]) -> list[str]:
     """The table in words, and the rule."""
-    metric, over = found["metric"], found["over"]
+    metric, over, library = found["metric"], found["over"], found["features_library"]
+    of = f"{found['features_key']}{f' ({library})' if library else ''}"
+    wide = max(19, len(metric) + 2)
     listed = [
-        f"{metric} ({found['features']}, N={found['num_samples']}, ref={found['reference']}, "
-        f"N={found['num_reference']}) by {over}:",
-        f"  {over:>14}{'evaluations':>13}{'s a sample':>12}{metric:>20}{'precision':>11}{'recall':>8}",
+        f"{metric} and KD ({of}, N={found['num_samples']}, ref={found['reference']}, N={found['num_reference']}) by "
+        f"{over}; precision and recall on subsets of {found['num_per_subset']}:",
+        f"  {over:>13}{'evaluations':>13}{'s a sample':>12}{metric:>{wide}}{'above the best':>19}{'KD':>18}"
+        f"{'precision':>11}{'recall':>8}",
     ]
     for row in found["rows"]:
         shares = ["-" if row[name] is None else f"{row[name]:.3f}" for name in ("precision", "recall")]
-        distance = f"{row['distance']:.4f} +- {row['standard_error']:.4f}"
+        distance = f"{row['distance']:.3f} +- {row['standard_error']:.3f}"
+        above = f"{row['above_best']:.3f} +- {row['above_best_standard_error']:.3f}"
+        kd = "-" if row["kd"] is None else f"{row['kd']:.4f} +- {row['kd_standard_error']:.4f}"
         listed.append(
-            f"  {row['value']:>14g}{row['network_evaluations']:>13.4g}{row['seconds']:>12.3g}{distance:>20}"
-            f"{shares[0]:>11}{shares[1]:>8}"
+            f"  {row['value']:>13g}{row['network_evaluations']:>13.4g}{row['seconds']:>12.3g}{distance:>{wide}}"
+            f"{above:>19}{kd:>18}{shares[0]:>11}{shares[1]:>8}"
         )
     return [*listed, f"{over}={found['knee']:g} is the knee: {found['rule']}."]
 
@@ -154,7 +187,7 @@ def draw(found: Mapping[str, Any]) -> Figure:
             color=INK if is_knee else FAINT,
             fontweight="bold" if is_knee else "normal",
         )
-    first.set(xlabel=label, ylabel=f"{found['metric']}, {found['features']}", title=f"{found['metric']} by {over}")
+    first.set(xlabel=label, ylabel=f"{found['metric']}\n{found['features_key']}", title=f"{found['metric']} by {over}")
     _draw_beside(second, rows, x, label, by_steps)
     for axes in (first, second):
         axes.spines[["top", "right"]].set_visible(False)
@@ -163,8 +196,9 @@ def draw(found: Mapping[str, Any]) -> Figure:
             axes.set_xscale("log")
             axes.set_xticks(x, [f"{value:.4g}" for value in x])
             axes.minorticks_off()
-    number = f"N={found['num_samples']}, {found['sampler']['method']}; bars are +- {WITHIN:g} standard errors"
-    figure.suptitle(f"{number}; ref={found['reference']}", fontsize=11)
+    number = f"N={found['num_samples']}, {found['sampler']['method']}; ref={found['reference']}"
+    bars = f"bars are +- {WITHIN:g} standard errors of a value; the knee goes by those of differences"
+    figure.suptitle(f"{number}; {bars}", fontsize=11)
     return figure
 
 

@@ -1,10 +1,14 @@
 """How a training of stage 1 went: distortion by step, and the discriminator's game where there was one."""
 
 import csv
+from collections.abc import Mapping
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from ldm.errors import UserError
+from ldm.untrusted import first_line
 
 INK, HELD_OUT, TRAINED, GAME, RIGHT = "#333333", "#0072B2", "#8a8a8a", "#D55E00", "#009E73"
 
@@ -13,16 +17,27 @@ Curve = tuple[list[int], list[float]]
 
 
 def read_curves(file: Path) -> dict[str, Curve]:
-    """Every column of a metrics.csv by name, with the steps at which it has a value."""
-    curves: dict[str, Curve] = {}
-    with file.open(encoding="utf-8", newline="") as rows:
-        for row in csv.DictReader(rows):
-            for name, text in row.items():
-                if name not in ("epoch", "step") and text:
-                    steps, values = curves.setdefault(name, ([], []))
-                    steps.append(int(row["step"]))
-                    values.append(float(text))
-    return curves
+    """Every column of a metrics.csv by name, with the steps at which it has a value.
+
+    Raises:
+        UserError: it is no table of numbers by step.
+    """
+    points: dict[str, dict[int, float]] = {}
+    try:
+        with file.open(encoding="utf-8", newline="") as rows:
+            for row in csv.DictReader(rows):
+                for name, text in row.items():
+                    if name not in ("epoch", "step") and text:
+                        points.setdefault(name, {})[int(row["step"])] = float(text)
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        raise UserError(f"{file} is no table of numbers by step: {first_line(error)}. Delete it.") from error
+    return {name: as_curve(values) for name, values in points.items()}
+
+
+def as_curve(values: Mapping[int, float]) -> Curve:
+    """Values by step, in the order of the steps. A run that was killed and resumed logs some twice: the last counts."""
+    steps = sorted(values)
+    return steps, [values[step] for step in steps]
 
 
 def draw(curves: dict[str, Curve], title: str) -> Figure:

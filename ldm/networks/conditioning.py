@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ldm.errors import UserError
+from ldm.untrusted import check_fields, clean_text, first_line
 
 Condition = dict[str, Tensor]
 
@@ -85,7 +86,7 @@ class TextCondition(NoCondition):
     kind = "text"
 
     def __init__(self, encoder: str, max_tokens: int = 16) -> None:
-        from transformers import AutoModel, AutoTokenizer
+        from transformers import AutoConfig, AutoModel, AutoTokenizer
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()  # one bar of its own per load
@@ -94,11 +95,16 @@ class TextCondition(NoCondition):
         self.max_tokens = max_tokens
         source = _locate(encoder)
         try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(source)
-            self.model: Any = AutoModel.from_pretrained(source, dtype=torch.float32).eval().requires_grad_(False)
-        except (OSError, ValueError) as error:
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+            _refuse_code(config)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            self.model: Any = AutoModel.from_pretrained(
+                source, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+            )
+            self.model.eval().requires_grad_(False)
+        except Exception as error:  # on files that are made up, transformers raises whatever it meets
             raise UserError(
-                f"conditioning.encoder={encoder} could not be loaded: {str(error).splitlines()[0]} "
+                f"conditioning.encoder={encoder} could not be loaded: {first_line(error)}. "
                 "Give a folder, a hub id that can be reached, or one of: " + ", ".join(PACKAGED) + "."
             ) from error
         if self.tokenizer.pad_token is None:  # CLIP-like and GPT-like tokenizers may have none
@@ -122,7 +128,7 @@ class TextCondition(NoCondition):
         parts = []
         for start in range(0, len(captions), batch_size):
             inputs = self.tokenizer(
-                [str(caption) for caption in captions[start : start + batch_size]],
+                [clean_text(str(caption)) for caption in captions[start : start + batch_size]],
                 padding="max_length",
                 max_length=self.max_tokens,
                 truncation=True,
@@ -150,6 +156,13 @@ class TextCondition(NoCondition):
 Conditioning = NoCondition | ClassCondition | TextCondition
 
 
+def _refuse_code(config: Any) -> None:
+    """Neither a quantiser nor a kernel of the hub, which transformers would fetch and run."""
+    attention = getattr(config, "_attn_implementation", None)
+    if getattr(config, "quantization_config", None) is not None or "/" in str(attention or ""):
+        raise ValueError("its config.json asks for a quantiser or for kernels of its own, which are not used here")
+
+
 def _locate(encoder: str) -> str:
     if encoder not in PACKAGED:
         return str(Path(encoder).expanduser()) if Path(encoder).expanduser().is_dir() else encoder
@@ -163,8 +176,8 @@ def _locate(encoder: str) -> str:
     return str(package.get_model_path())
 
 
-def restore(state: dict[str, Any]) -> Conditioning:
-    """The conditioning that a trained pipeline was saved with.
+def restore(state: dict[str, Any], file: Path = Path("model_index.json")) -> Conditioning:
+    """The conditioning that a trained pipeline was saved with, in `file`.
 
     Raises:
         UserError: an unknown kind, or a text encoder with other weights than in training.
@@ -173,8 +186,10 @@ def restore(state: dict[str, Any]) -> Conditioning:
     if kind == "none":
         return NoCondition()
     if kind == "class":
+        check_fields(state, {"class_names": list[str]}, file)
         return ClassCondition(state["class_names"])
     if kind == "text":
+        check_fields(state, {"encoder": str, "max_tokens": int, "encoder_sha256": str | None}, file)
         conditioning = TextCondition(state["encoder"], state["max_tokens"])
         expected, found = state["encoder_sha256"], conditioning.state()["encoder_sha256"]
         if expected and found and expected != found:

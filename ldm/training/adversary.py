@@ -20,6 +20,7 @@ from ldm.autoencoder.discriminator import (
     generator_loss,
 )
 from ldm.errors import UserError
+from ldm.training.guard import Guard
 
 
 class Adversary:
@@ -69,7 +70,8 @@ class Adversary:
         self.game, self.weight, self.start, self.ramp, self.lr = loss, weight, start, ramp, lr
         self.max_weight = max_weight
         self.discriminator: nn.Module = PatchDiscriminator(channels, layers)
-        self.optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=lr, betas=(0.5, 0.9))
+        # fused: it heeds found_inf, and so leaves a step out without a wait
+        self.optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=lr, betas=(0.5, 0.9), fused=True)
         self.begun_at: int | None = None
         self.share = 1.0
         """A batch's part of a step: one over the batches that are accumulated."""
@@ -126,8 +128,11 @@ class Adversary:
         right = ((real > 0).float().mean() + (false <= 0).float().mean()) / 2
         return {"discriminator": loss.detach(), "discriminator_accuracy": right}
 
-    def step(self, decay: float) -> None:
-        """One step on the gathered gradients, averaged over ranks, at the learning rate lr * decay."""
+    def step(self, decay: float, guard: Guard | None = None) -> None:
+        """One step on the gathered gradients, averaged over ranks, at the learning rate lr * decay.
+
+        A guard leaves it out with the autoencoder's, and where these gradients are not finite.
+        """
         if dist.is_available() and dist.is_initialized():
             for parameter in self.discriminator.parameters():
                 assert parameter.grad is not None
@@ -135,6 +140,8 @@ class Adversary:
                 parameter.grad.div_(dist.get_world_size())
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * decay
+        if guard is not None:
+            guard.judge_beside(self.optimizer)
         self.optimizer.step()
         self.optimizer.zero_grad()
 

@@ -116,4 +116,4 @@ class Budget(Callback):
         return {"spent_s": self.elapsed_s}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.spent_s = state_dict["spent_s"]
+        self.spent_s = max(self.spent_s, state_dict["spent_s"])  # a roll-back takes back steps, no time

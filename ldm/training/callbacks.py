@@ -56,6 +56,11 @@ class EMACallback(Callback):
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
         self._validating.close()
 
+    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint of a moment while validating holds the weights that are trained, as any other."""
+        if self.ema is not None:
+            checkpoint["state_dict"].update({f"trained.{name}": value for name, value in self.ema.raw.items()})
+
     def state_dict(self) -> dict[str, Any]:
         return {} if self.ema is None else self.ema.state_dict()
 

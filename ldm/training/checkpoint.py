@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,8 @@ class Checkpoints(Checkpoint):
         self.keep_last, self.stage, self.monitored, self.resumed = keep_last, stage, monitored, resumed
         self.saved: Manifest | None = None
         """The newest that this training saved, as the first rank knows it."""
+        self.withheld: Callable[[], bool] = lambda: False
+        """Whether the weights of this moment are none to go back to; they are saved at the end and at a signal only."""
         goes_on = resumed is not None and resumed.path.parent.resolve() == self.folder.resolve()
         self._saved_step = resumed.step if resumed is not None and goes_on else -1
         self._io = WholeCheckpointIO()
@@ -134,7 +137,8 @@ class Checkpoints(Checkpoint):
         if not (self._training and self._between_steps):
             return
         figure = self._figure(trainer)
-        self._improved = trainer.is_global_zero and figure is not None and figure < self._best_so_far()
+        better = figure is not None and figure < self._best_so_far()
+        self._improved = trainer.is_global_zero and better and not self.withheld()
         answers = self.budget.agreement.decide(trainer)
         self._improved = False
         if answers["improved"]:
@@ -176,7 +180,7 @@ class Checkpoints(Checkpoint):
         self._restored = checkpoint.get("random")
 
     def _is_due(self) -> bool:
-        return time.monotonic() - self._saved_at >= self.every_s
+        return time.monotonic() - self._saved_at >= self.every_s and not self.withheld()
 
     def _needs_saving(self, trainer: Trainer) -> bool:
         return self._saved_step != trainer.global_step
@@ -186,10 +190,10 @@ class Checkpoints(Checkpoint):
         return figure if abs(figure) < float("inf") else None
 
     def _best_so_far(self) -> float:
-        known = [manifest.figure for manifest in self._branch() if manifest.figure is not None]
+        known = [manifest.figure for manifest in self.branch() if manifest.figure is not None]
         return min(known, default=float("inf"))
 
-    def _branch(self) -> list[Manifest]:
+    def branch(self) -> list[Manifest]:
         """What this run saved and what it continues, not what was saved after the point that it went back to."""
         last = self.resumed.sequence if self.resumed is not None else -1
         return [found for found in manifests(self.folder) if found.path in self._own or found.sequence <= last]
@@ -220,7 +224,7 @@ class Checkpoints(Checkpoint):
             self._own.add(path)
             self._told = False
             with forgiving(self.folder):
-                prune(self.folder, self._branch(), self.keep_last)
+                prune(self.folder, self.branch(), self.keep_last)
             figures = {"checkpoint/size_mb": self.saved.bytes / 1e6, "checkpoint/save_s": self.saved.save_s}
             for logger in trainer.loggers:
                 logger.log_metrics(figures, step - 1)

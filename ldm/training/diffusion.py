@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.data.order import derive_seed
+from ldm.data.order import Draws
 from ldm.diffusion.chain import marginal, to_z_0
 from ldm.diffusion.denoiser import Prediction
 from ldm.diffusion.loss import (
@@ -20,10 +20,10 @@ from ldm.diffusion.loss import (
 )
 from ldm.diffusion.sampler import SamplerLike
 from ldm.diffusion.schedule import NoiseSchedule
-from ldm.errors import UserError
 from ldm.networks.conditioning import Condition, drop
 from ldm.pictures import grid, to_pil
 from ldm.pipeline import LatentDiffusionPipeline, sample_generators
+from ldm.ranks import gather_rows
 from ldm.training.callbacks import save_grid
 from ldm.training.module import TrainingModule
 from ldm.training.stage import OptimizerFactory
@@ -60,7 +60,7 @@ class DiffusionTraining(TrainingModule):
         objective: The loss.
         optimizer: Builds the optimizer.
         drop_condition: Share of conditions replaced by the null one, for classifier-free guidance.
-        seed: Noise, timesteps and drops of batch k depend on seed and k alone.
+        seed: Noise, timestep and drop of row i of step k depend on seed, k and i alone.
         shown: Conditions and captions of the sample grid.
         sampler, guidance: How the grid is drawn.
     """
@@ -84,15 +84,17 @@ class DiffusionTraining(TrainingModule):
         self.null = pipeline.conditioning.null()
         self.importance = ImportanceTimesteps(self.schedule.num_steps) if objective.timesteps == "importance" else None
         self._drawn: tuple[Tensor, Tensor] | None = None
+        self._seen: list[tuple[Tensor, Tensor]] = []
+        self._num_validated = 0
 
     @property
     def schedule(self) -> NoiseSchedule:
         return self.pipeline.schedule
 
-    def _loss(self, z_0: Tensor, t: Tensor, condition: Condition, generator: torch.Generator) -> Tensor:
+    def _loss(self, z_0: Tensor, t: Tensor, condition: Condition, draws: Draws) -> Tensor:
         """Loss per sample, [b]."""
         loss, prediction = self.objective.loss, self.objective.prediction
-        z_t, eps, output, v = self._predict(z_0, t, condition, generator)
+        z_t, eps, output, v = self._predict(z_0, t, condition, draws)
         if loss == "hybrid":
             return hybrid_loss(self.schedule, output, v, z_0, z_t, eps, t, prediction)
         if loss == "vlb":
@@ -100,10 +102,10 @@ class DiffusionTraining(TrainingModule):
         return self._weighted(z_0, eps, t, output)
 
     def _predict(
-        self, z_0: Tensor, t: Tensor, condition: Condition, generator: torch.Generator
+        self, z_0: Tensor, t: Tensor, condition: Condition, draws: Draws
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """z_t, its noise, and what the network makes of it."""
-        eps = torch.randn(z_0.shape, generator=generator, device=z_0.device)
+        eps = draws.randn(z_0.shape)
         z_t = marginal(self.schedule, z_0, t, eps)
         return z_t, eps, *self.pipeline.denoiser().output(z_t, t, condition)
 
@@ -118,44 +120,56 @@ class DiffusionTraining(TrainingModule):
         predicted = Prediction(to_z_0(self.schedule, output, z_t, t, self.objective.prediction), v)
         return vlb_loss(self.schedule, predicted, z_0, t, self.pipeline.variance)
 
-    def losses(self, batch: BATCH, generator: torch.Generator) -> dict[str, Tensor]:
+    def losses(self, batch: BATCH, draws: Draws) -> dict[str, Tensor]:
         mean, log_variance, condition = batch["mean"], batch["log_variance"], batch["condition"]
         size, device = len(mean), mean.device
-        view = torch.randint(mean.shape[1], (size,), generator=generator, device=device)
-        rows = torch.arange(size, device=device)
+        view, rows = draws.randint(0, mean.shape[1]), torch.arange(size, device=device)
         mean, log_variance = mean[rows, view], log_variance[rows, view]
-        noise = torch.randn(mean.shape, generator=generator, device=device)
-        z_0 = self.pipeline.autoencoder.standardise(mean + (0.5 * log_variance).exp() * noise)
+        z_0 = self.pipeline.autoencoder.standardise(mean + (0.5 * log_variance).exp() * draws.randn(mean.shape))
         weights = None
         if self.importance is None:
-            t = sample_timesteps(self.schedule.num_steps, size, self.objective.timesteps, generator, device)
+            steps, how = self.schedule.num_steps, self.objective.timesteps
+            t = draws.draw(lambda count, generator: sample_timesteps(steps, count, how, generator, device))
         else:
-            t, weights = self.importance.sample(size, generator)
+            importance = self.importance
+            t = draws.draw(lambda count, generator: importance.sample(count, generator)[0])
+            weights = importance.weights(t)
         if condition:
-            dropped = torch.rand(size, generator=generator, device=device) < self.drop_condition
-            condition = drop(condition, self.null, dropped)
-        loss = self._loss(z_0, t, condition, generator)
+            condition = drop(condition, self.null, draws.rand((size,)) < self.drop_condition)
+        loss = self._loss(z_0, t, condition, draws)
         self._drawn = (t, loss.detach())
         return {"loss": (loss if weights is None else loss * weights).mean()}
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Remember where the bound is large. Not while the loss is computed, which may be tried out of turn."""
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self._seen = []
+
+    def on_train_batch_end(self, outputs: Any, batch: BATCH, batch_idx: int) -> None:
+        """After a step, remember where the bound is large, by all of its rows.
+
+        Not while the loss is computed, which may be tried out of turn. A loss that is not finite says nothing of t.
+        """
         if self.importance is None or self._drawn is None:
             return
-        if not self._drawn[1].isfinite().all():
-            raise UserError("The loss is not finite: training diverged. Start again with a lower optimizer.lr.")
-        self.importance.update(*self._drawn)
+        self._seen.append(self._drawn)
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
+            return
+        t, losses = (gather_rows(parts) for parts in zip(*self._seen, strict=True))
+        self._seen, finite = [], losses.isfinite()
+        self.importance.update(t[finite], losses[finite])
 
     def validation_step(self, batch: BATCH, batch_idx: int) -> None:
         """L_simple per band of t, and the bound, on the posterior means with noise that is the same every time."""
         z_0 = self.pipeline.autoencoder.standardise(batch["mean"][:, 0])
         size, steps = len(z_0), self.schedule.num_steps
-        generator = torch.Generator(device=z_0.device).manual_seed(derive_seed(0, batch_idx))
+        first = self._num_validated if batch_idx else 0
+        self._num_validated = first + size
+        draws = Draws(0, 0, range(first, first + size), z_0.device)
         losses, bounds = [], []
         for band in range(NUM_BANDS):
             low, high = steps * band // NUM_BANDS, steps * (band + 1) // NUM_BANDS
-            t = torch.randint(low + 1, high + 1, (size,), generator=generator, device=z_0.device)
-            z_t, eps, output, v = self._predict(z_0, t, batch["condition"], generator)
+            t = draws.randint(low + 1, high + 1)
+            z_t, eps, output, v = self._predict(z_0, t, batch["condition"], draws)
             losses.append(self._weighted(z_0, eps, t, output).mean())
             bounds.append(self._vlb(z_0, z_t, t, output, v).mean())
             name = f"val/loss_t{low + 1}_to_{high}"

@@ -30,6 +30,8 @@ class EMA:
             *((name, p) for name, p in module.named_parameters() if p.requires_grad), strict=True
         )
         self.shadow: list[Tensor] = [p.detach().clone() for p in self._parameters]
+        self.raw: dict[str, Tensor] = {}
+        """The module's own weights by name, while the average stands in."""
 
     @torch.no_grad()
     def update(self) -> None:
@@ -44,12 +46,13 @@ class EMA:
     @torch.no_grad()
     def applied(self) -> Iterator[None]:
         """The module holds the averaged weights inside, and its own again after, whatever happens."""
-        raw = [p.detach().clone() for p in self._parameters]
+        self.raw = {name: p.detach().clone() for name, p in zip(self._names, self._parameters, strict=True)}
         self._write(self.shadow)
         try:
             yield
         finally:
-            self._write(raw)
+            self._write(list(self.raw.values()))
+            self.raw = {}
 
     def copy_to_module(self) -> None:
         """Leave the averaged weights in the module for good."""

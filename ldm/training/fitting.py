@@ -1,8 +1,8 @@
 """One fit: a trainer with its callbacks and batches, made anew as often as training begins again."""
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from signal import Signals
 from typing import Any
@@ -14,14 +14,27 @@ from torch.utils.data import DataLoader
 
 from ldm import signals
 from ldm.data.loaders import train_loader, val_loader
+from ldm.data.order import batch_at
 from ldm.errors import UserError
+from ldm.ranks import from_first
 from ldm.training.budget import Budget, parse_duration
 from ldm.training.callbacks import EMACallback, ProgressBar
 from ldm.training.checkpoint import Checkpoints, StopTraining
+from ldm.training.guard import Guard, RollBack, offset_of
+from ldm.training.loggers import CsvLogger
 from ldm.training.manifest import Manifest
 from ldm.training.stage import Stage
 
-OWN_OPTIONS = ("_target_", "max_time", "ema_decay", "compile", "num_workers", "checkpoint_every_s", "keep_last")
+OWN_OPTIONS = (
+    "_target_",
+    "max_time",
+    "ema_decay",
+    "compile",
+    "num_workers",
+    "checkpoint_every_s",
+    "keep_last",
+    "guard",
+)
 """Of the config group `trainer`: what Lightning's Trainer does not take."""
 
 
@@ -63,6 +76,20 @@ class Plan:
         return self.batch_size // self.options["accumulate_grad_batches"]
 
 
+def make_guard(plan: Plan) -> Guard | None:
+    """What watches over each step's numbers; None with trainer.guard=null."""
+    if not plan.options["guard"]:
+        return None
+    images = plan.stage.images
+
+    def names(batch: int) -> list[str]:
+        positions = batch_at(batch, size=len(images.train_indices), batch_size=plan.batch_size, seed=plan.seed)
+        return [images.names[images.train_indices[position]] for position in positions]
+
+    notes, log_every = plan.folder / "skipped_steps.jsonl", plan.options["log_every_n_steps"]
+    return Guard(notes, names, log_every=log_every, **plan.options["guard"])
+
+
 class Fit:
     """A trainer, its callbacks and its batches, to train once: from the beginning, or from a checkpoint.
 
@@ -87,6 +114,9 @@ class Fit:
             stage=stage.kind,
             resumed=resumed,
         )
+        self.guard, self.offset = make_guard(plan), offset_of(None if resumed is None else resumed.path)
+        if (guard := self.guard) is not None:
+            self.checkpoints.withheld = lambda: guard.skipped_last
         stage.module.log_every, stage.module.progress = options["log_every_n_steps"], self.budget.progress
         known = {key: value for key, value in options.items() if key not in OWN_OPTIONS}
         if type(every := known["val_check_interval"]) is int:  # Lightning counts batches, and validates amid a step
@@ -95,20 +125,51 @@ class Fit:
             self.trainer = Trainer(
                 **known | {"precision": plan.precision},
                 max_epochs=-1,  # steps and time are the budget
-                callbacks=[self.budget, self.ema, self.bar, self.checkpoints],
+                # the guard first: what it knows of a step is asked for when the others decide what follows
+                callbacks=[*([guard] if guard else []), self.budget, self.ema, self.bar, self.checkpoints],
                 logger=list(plan.loggers),
                 default_root_dir=plan.folder,
             )
         except MisconfigurationException as error:
             raise UserError(f"{' '.join(str(error).split())} Choose trainer=cpu or trainer=auto.") from error
 
+    def to_the_end(self, make_stage: Callable[[], Stage]) -> "Fit":
+        """Run this fit, and those that go on where it rolled back; the last of them.
+
+        Raises:
+            Interrupted: a signal asked to stop; what was reached is saved.
+            UserError: training diverged.
+        """
+        fit = self
+        while True:
+            try:
+                fit.run()
+                return fit
+            except RollBack as asked:
+                fit = fit.after(asked, make_stage)
+
+    def after(self, asked: RollBack, make_stage: Callable[[], Stage]) -> "Fit":
+        """The fit that goes on from a checkpoint from before the steps that went wrong, else from the beginning."""
+        known = {found.step: found for found in reversed(self.checkpoints.branch()) if found.fault() is None}
+        step, resumed = from_first(asked.choose(known))  # it alone knows what it saved
+        fit = Fit(self.plan if resumed is not None else replace(self.plan, stage=make_stage()), resumed)
+        assert fit.guard is not None
+        fit.guard.go_on_after(asked, step)
+        fit.offset, fit.budget.spent_s, fit.bar.speed = fit.guard.offset, self.budget.elapsed_s, self.bar.speed
+        for logger in self.plan.loggers:
+            if isinstance(logger, CsvLogger):
+                logger.go_back(resumed.last_row if resumed is not None else -1)
+        return fit
+
     def run(self) -> None:
         """Train to the end of the budget, and validate there once.
 
         Raises:
             Interrupted: a signal asked to stop; what was reached is saved.
+            RollBack: too many steps in a row went wrong; `after` goes on from before them.
         """
         stage, trainer = self.plan.stage, self.trainer
+        stage.module.step_offset = self.offset
         fit_batches, val_batches = self._batches()
         resumed = str(self.resumed.path) if self.resumed is not None else None
         with warnings.catch_warnings():
@@ -138,9 +199,10 @@ class Fit:
         fit_batches = train_loader(
             plan.stage.fetch,
             images.train_indices,
-            batch_size=plan.micro_batch,
+            batch_size=plan.batch_size,
             seed=plan.seed,
-            start=self.step * plan.options["accumulate_grad_batches"],
+            start=self.step + self.offset,
+            accumulate=plan.options["accumulate_grad_batches"],
             rank=self.trainer.global_rank,
             num_ranks=self.trainer.world_size,
             num_workers=plan.options["num_workers"],

@@ -18,11 +18,9 @@ WAIT_FOR_DEAD_S = 15.0
 
 
 @contextmanager
-def only_one(folder: Path) -> Iterator[bool]:
+def only_one(folder: Path) -> Iterator[None]:
     """Nobody else trains in `folder` meanwhile. The lock lies beside it, so that it outlives a deleted run folder, and
     the system takes it from a process that dies.
-
-    Yields whether a training that began there was cut off: killed, or stopped by a signal.
 
     Raises:
         UserError: somebody does; naming who, where and since when. Or nothing can be written there.
@@ -33,7 +31,6 @@ def only_one(folder: Path) -> Iterator[bool]:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _acquire(lock, holder)
-        cut_off = holder.exists()
         write_text(holder, json.dumps(_myself()) + "\n")
     except Timeout as error:
         raise UserError(
@@ -45,18 +42,11 @@ def only_one(folder: Path) -> Iterator[bool]:
             f"{folder.parent} cannot be written ({error.strerror}). Choose another place for runs with runs_dir=."
         ) from error
     try:
-        yield cut_off
-        _forget(holder)
-    except Exception:
-        _forget(holder)
-        raise
+        yield
     finally:
+        with suppress(OSError):
+            holder.unlink(missing_ok=True)
         lock.release()
-
-
-def _forget(holder: Path) -> None:
-    with suppress(OSError):
-        holder.unlink(missing_ok=True)
 
 
 def _acquire(lock: FileLock, holder: Path) -> None:

@@ -127,16 +127,14 @@ def prune(folder: Path, branch: list[Manifest], keep_last: int) -> None:
             path.unlink()  # a kill came between the checkpoint and its manifest
 
 
-def find_checkpoint(
-    folder: Path, resume: bool | str | None, *, stage: str, begun: bool = False, quiet: bool = False
-) -> Manifest | None:
+def find_checkpoint(folder: Path, resume: bool | str | None, *, stage: str, quiet: bool = False) -> Manifest | None:
     """The checkpoint to continue from: the newest whole one of the run folder, or the file that is named.
 
-    None to start anew: nothing was asked for, or the run was stopped before it saved anything. `begun` says that it was
-    stopped before there was a run folder, even.
+    None to start anew: nothing was asked for, or nothing was saved yet, so that a job that is started again and again
+    may always say resume=true.
 
     Raises:
-        UserError: there is no such run or file, none of them is whole, or it is of another stage.
+        UserError: there is no such file, none of them is whole, or it is of another stage.
     """
     if not resume:
         return None
@@ -159,8 +157,8 @@ def find_checkpoint(
             f"resume={resume}: {old} was saved by an earlier version, without a manifest to check it by. Continue that "
             "run with the version that began it, or start anew with overwrite=true instead of resume=."
         )
-    if not (begun or (folder / RUN_FILE).is_file()):
-        raise UserError(f"resume={resume}: there is no run {folder}, so no checkpoint. Start anew without resume=.")
+    if not quiet:
+        _warn(f"resume={resume}: nothing was saved in {folder} yet. Training starts from the beginning.")
     return None
 
 

@@ -1,4 +1,4 @@
-"""What both stages' LightningModules share: the step, the optimizer, and noise that depends on seed and batch alone."""
+"""What both stages' LightningModules share: the step, the optimizer, and noise that depends on seed and step alone."""
 
 import time
 from abc import abstractmethod
@@ -11,9 +11,13 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 
-from ldm.data.order import derive_seed
+from ldm.data.order import Draws, derive_seed, part_rows
+from ldm.training.guard import Guard
 from ldm.training.stage import OptimizerFactory
 from ldm.training.throughput import count_flops
+
+OF_NETWORK = 1
+"""Sets the draws of a network of its own, such as dropout, apart from those of its rows."""
 
 
 class TrainingModule(LightningModule):
@@ -22,29 +26,39 @@ class TrainingModule(LightningModule):
     Args:
         trained: The network that is optimised, averaged and saved.
         optimizer: Builds the optimizer.
-        seed: All draws of batch k depend on seed, rank and k alone.
+        seed: What row i of step k draws depends on seed, k and i alone.
     """
 
     log_every = 50
     trained: Any
     progress: Callable[[int], float] = staticmethod(lambda step: 0.0)
     """The share of the budget that is spent at a step; the front door sets it."""
+    guard: Guard | None = None
+    """Leaves out steps whose numbers go wrong; the callback puts itself here."""
+    step_offset = 0
+    """Steps by which samples and draws are ahead of the optimizer: those that training went back over."""
 
     def __init__(self, trained: nn.Module, optimizer: OptimizerFactory, seed: int) -> None:
         super().__init__()
         self.trained = trained
         self.optimizer, self.seed = optimizer, seed
-        self._batch_index = 0
 
     @abstractmethod
-    def losses(self, batch: Any, generator: torch.Generator) -> dict[str, Tensor]:
-        """The terms of a batch's loss by name; `loss` is what is minimised. Changes no weights."""
+    def losses(self, batch: Any, draws: Draws) -> dict[str, Tensor]:
+        """The terms of a batch's loss by name; `loss` is what is minimised. Changes no weights.
+
+        Means over samples that do not depend on each other, so that micro-batches and ranks may share a batch.
+        """
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        terms = self.losses(batch, self.next_generator())
+        micro_batch = batch_idx % self.trainer.accumulate_grad_batches
+        rows = part_rows(micro_batch, self.global_rank, self.trainer.world_size, num_samples(batch))
+        self._seed_network(derive_seed(self.seed, self.data_step, rows.start, OF_NETWORK))
+        terms = self.losses(batch, Draws(self.seed, self.data_step, rows, self.device))
         if self.logs_now:
             self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()})
-        return {"loss": terms["loss"]}
+        loss = terms["loss"]
+        return {"loss": loss if self.guard is None else self.guard.watch(loss)}
 
     def measure_step(self, batch: Any, autocast: Callable[[], AbstractContextManager], repeats: int = 3) -> float:
         """Seconds that a forward and backward pass takes, the fastest of `repeats`. Leaves no gradients behind."""
@@ -52,7 +66,7 @@ class TrainingModule(LightningModule):
         for _ in range(repeats):
             start = time.perf_counter()
             with autocast():
-                loss = self.losses(batch, torch.Generator(device=self.device).manual_seed(0))["loss"]
+                loss = self.losses(batch, self.trial_draws(batch))["loss"]
             loss.backward()
             loss.item()  # an accelerator has finished only now
             times.append(time.perf_counter() - start)
@@ -64,7 +78,7 @@ class TrainingModule(LightningModule):
 
         def step() -> None:
             with autocast():
-                loss = self.losses(batch, torch.Generator(device=self.device).manual_seed(0))["loss"]
+                loss = self.losses(batch, self.trial_draws(batch))["loss"]
             loss.backward()
 
         flops = count_flops(step)
@@ -80,28 +94,49 @@ class TrainingModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip and log the gradient's norm. Lightning's own refuses fused optimizers, though bf16 needs no scaler."""
+        """Clip, judge and log the gradient's norm. Lightning's refuses fused optimizers; yet bf16 needs no scaler."""
         if isinstance(self.trainer.strategy, FSDPStrategy):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
         if gradient_clip_val:
             norm = nn.utils.clip_grad_norm_(self.trained.parameters(), gradient_clip_val)
-        elif self.logs_now:
+        elif self.logs_now or self.guard is not None:
             norm = nn.utils.get_total_norm([p.grad for p in self.trained.parameters() if p.grad is not None])
+        if self.guard is not None:
+            self.guard.judge(optimizer, norm)
         if self.logs_now:
             self.log("train/gradient_norm", norm)
 
     def on_train_start(self) -> None:
-        self._batch_index = self.trainer.global_step * self.trainer.accumulate_grad_batches
+        # Lightning ends a step where its count of micro-batches divides, and before a resume they may have been others
+        count: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        missing = -count.processed % self.trainer.accumulate_grad_batches
+        for name in ("ready", "started", "processed", "completed"):
+            setattr(count, name, getattr(count, name) + missing)
 
     @property
     def logs_now(self) -> bool:
         """Whether this step's numbers are wanted: those of the step after which Lightning writes its row."""
         return (self.trainer.global_step + 1) % self.log_every == 0
 
-    def next_generator(self) -> torch.Generator:
-        """The generator for every draw of this batch."""
-        generator = torch.Generator(device=self.device)
-        generator.manual_seed(derive_seed(self.seed, self._batch_index, self.global_rank))
-        self._batch_index += 1
-        return generator
+    @property
+    def data_step(self) -> int:
+        """The step whose samples and draws are seen now."""
+        return self.trainer.global_step + self.step_offset
+
+    def _seed_network(self, seed: int) -> None:
+        """Dropout draws from the global generators, which validation and workers move on."""
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed visits every kind of device, 30 times as long
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).manual_seed(seed)
+
+    def trial_draws(self, batch: Any) -> Draws:
+        """Draws for a batch that is not trained on."""
+        return Draws(0, 0, range(num_samples(batch)), self.device)
+
+
+def num_samples(batch: Any) -> int:
+    """Samples in a batch: a tensor, or tensors and conditions by name."""
+    if isinstance(batch, dict):
+        batch = next(value for value in batch.values() if isinstance(value, Tensor))
+    return len(batch)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import AdamW, Muon, Optimizer
 
 
@@ -16,6 +17,7 @@ class MuonAdamW(Optimizer):
     """Both optimizers behind one: their groups, steps and states side by side.
 
     A network without transformer blocks, a UNet say, has no group for Muon and is AdamW's alone.
+    As torch's fused optimizers it changes nothing in a step where its attribute `found_inf`, a tensor [], is 1.
 
     Args:
         params: Groups; those with `hidden=True` go to Muon and must hold matrices only.
@@ -47,6 +49,7 @@ class MuonAdamW(Optimizer):
             self.inner.append(AdamW(others, lr=lr, betas=(first, second), weight_decay=weight_decay, fused=fused))
         super().__init__([group for optimizer in self.inner for group in optimizer.param_groups], {})
         self._share()
+        self._step_supports_amp_scaling = fused  # torch's word for optimizers that heed found_inf
 
     def _share(self) -> None:
         """Show the inner optimizers' own groups and states, so that a learning rate set here is theirs."""
@@ -60,8 +63,14 @@ class MuonAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
         for optimizer in self.inner:
-            optimizer.step()
+            if isinstance(optimizer, Muon) and found_inf is not None:
+                step_unless(optimizer, found_inf)
+            else:
+                if found_inf is not None:
+                    optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+                optimizer.step()
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -71,3 +80,19 @@ class MuonAdamW(Optimizer):
         for optimizer, state in zip(self.inner, state_dict["inner"], strict=True):
             optimizer.load_state_dict(state)
         self._share()
+
+
+@torch.no_grad()
+def step_unless(muon: Muon, found_inf: Tensor) -> None:
+    """A step of torch's Muon, which knows no found_inf: where that is 1, matrices and momenta are put back."""
+    matrices = [p for group in muon.param_groups for p in group["params"] if p.grad is not None]
+    before = [
+        (p.clone(), muon.state[p]["momentum_buffer"].clone() if muon.state[p] else torch.zeros_like(p))
+        for p in matrices
+    ]
+    muon.step()
+    left_out = found_inf.bool()
+    for p, (matrix, momentum) in zip(matrices, before, strict=True):
+        buffer = muon.state[p]["momentum_buffer"]
+        p.copy_(torch.where(left_out, matrix, p))
+        buffer.copy_(torch.where(left_out, momentum, buffer))

@@ -100,10 +100,31 @@ def count_flops(step: Callable[[], Any]) -> float:
     return float(counter.get_total_flops())
 
 
+_shared = False
+
+
+def begin_peak_memory(*, first: bool) -> None:
+    """From here on peak memory is this training's, not that of an earlier one in the same process.
+
+    Args:
+        first: No training was in this process before. RAM's peak is of the whole process and cannot be set back: of a
+            later one it is not known.
+    """
+    global _shared
+    _shared = not first
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+
+
 def peak_memory_gb() -> float | None:
-    """The most memory that this process held: on the GPU where there is one, else in RAM (None on Windows)."""
+    """The most memory that this training held: on the GPU where there is one, else in RAM.
+
+    None on Windows, and of a later job of a multirun in RAM, see `begin_peak_memory`.
+    """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
+    if _shared:
+        return None
     try:
         import resource
     except ImportError:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ldm.autoencoder.loss import AutoencoderLoss
 from ldm.autoencoder.regulariser import Regulariser
-from ldm.data.order import derive_seed
+from ldm.data.order import Draws, derive_seed
 from ldm.errors import UserError
 from ldm.evaluation.metrics import psnr, ssim
 from ldm.evaluation.reconstruction_metrics import codebook
@@ -22,7 +22,7 @@ from ldm.training.stage import OptimizerFactory
 
 NUM_SHOWN = 8
 AFTER_STEP = 2**32
-"""Sets the draws after a step apart from those of its batches, which have a rank in this place."""
+"""Sets the draws after a step apart from those of its rows, which have their block in this place."""
 
 
 class VAETraining(TrainingModule):
@@ -33,7 +33,7 @@ class VAETraining(TrainingModule):
         loss: Terms by name from images, reconstruction and what the regulariser says.
         regulariser: Takes a batch through the model.
         optimizer: Builds the optimizer.
-        seed: Noise and flips of batch k depend on seed and k alone.
+        seed: Noise and flips of row i of step k depend on seed, k and i alone.
         flip: Mirror half of the images.
         adversary: The discriminator and its optimizer.
     """
@@ -57,14 +57,14 @@ class VAETraining(TrainingModule):
             adversary.attach(model)
         self._used_codes: Tensor | None = None
 
-    def losses(self, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def losses(self, images: Tensor, draws: Draws) -> dict[str, Tensor]:
         """`loss` is without the adversarial term, so that its curve has no jump; its gradient has it."""
         if self.flip:
-            mirrored = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device) < 0.5
+            mirrored = draws.rand((len(images), 1, 1, 1)) < 0.5
             images = torch.where(mirrored, images.flip(-1), images)
         if self.adversary is not None:
             self.adversary.balance.last_layer.keeping = self.playing
-        made = self.regulariser.reconstruct(self.trained, images, generator)
+        made = self.regulariser.reconstruct(self.trained, images, draws.randn)
         if not self.playing:
             return self.loss(images, made.images, made.terms)
         assert self.adversary is not None
@@ -105,13 +105,14 @@ class VAETraining(TrainingModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
         generator = torch.Generator(device=self.device)
-        generator.manual_seed(derive_seed(self.seed, self.trainer.global_step, AFTER_STEP))
+        generator.manual_seed(derive_seed(self.seed, self.data_step, AFTER_STEP))
         step = self.trainer.global_step
-        self.regulariser.after_step(self.trained, generator, self.progress(step))
+        left_out = None if self.guard is None else self.guard.skips
+        self.regulariser.after_step(self.trained, generator, self.progress(step), left_out)
         if self.playing:
             assert self.adversary is not None
             group = self.trainer.optimizers[0].param_groups[0]
-            self.adversary.step(decay=group["lr"] / group.get("peak_lr", group["lr"]))
+            self.adversary.step(decay=group["lr"] / group.get("peak_lr", group["lr"]), guard=self.guard)
 
     def measure_step(self, batch: Any, autocast: Callable[[], AbstractContextManager], repeats: int = 3) -> float:
         """Seconds of a step, those with the discriminator counted by their share of the budget."""

@@ -46,6 +46,10 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def noise(seed: int = 0):
+    return partial(torch.randn, generator=generator(seed))
+
+
 @BOTH
 def test_vq_has_the_same_architecture_with_a_codebook(architecture, images):
     model = built(VectorQuantised(16), architecture, images)
@@ -104,7 +108,7 @@ def owner(name: str) -> str:
 def test_the_codebook_loss_moves_encoder_and_codebook_alone(architecture, images):
     regulariser = VectorQuantised(16, commitment=0.25)
     model = built(regulariser, architecture, images)
-    made = regulariser.reconstruct(model, images, generator())
+    made = regulariser.reconstruct(model, images, noise())
     z = flat(model.encode(images).latents)
     distance = (z - quantiser(model).embedding.weight[made.codes]).square().mean()
     torch.testing.assert_close(made.terms["codebook"], 1.25 * distance)
@@ -118,7 +122,7 @@ def test_the_commitment_is_what_moves_the_encoder(images):
     def sizes(commitment: float) -> tuple[float, float]:
         regulariser = VectorQuantised(16, commitment)
         model = built(regulariser, PATCH, images)
-        regulariser.reconstruct(model, images, generator()).terms["codebook"].backward()
+        regulariser.reconstruct(model, images, noise()).terms["codebook"].backward()
         return model.shortcut_in.weight.grad.norm().item(), quantiser(model).embedding.weight.grad.norm().item()
 
     encoder, codebook = sizes(0.25)
@@ -130,7 +134,7 @@ def test_the_commitment_is_what_moves_the_encoder(images):
 def test_a_distortion_passes_straight_through_the_codebook(architecture, images):
     regulariser = VectorQuantised(16)
     model = built(regulariser, architecture, images)
-    made = regulariser.reconstruct(model, images, generator())
+    made = regulariser.reconstruct(model, images, noise())
     found = gradients(model, (made.images - images).square().mean())
     assert all(moves == ("quantize" not in name) for name, moves in found.items()), found
 
@@ -155,7 +159,7 @@ def test_idle_codes_move_to_vectors_that_have_none(images):
     before = weight.detach().clone()
     for step in range(3):
         assert torch.equal(weight[[4, 9]], before[[4, 9]])
-        regulariser.reconstruct(model, images, generator())
+        regulariser.reconstruct(model, images, noise())
         regulariser.after_step(model, generator(step), progress=0.5)
     z = flat(model.encode(images).latents).detach()
     for code in (4, 9):
@@ -175,7 +179,7 @@ def test_codes_stay_late_in_the_budget_and_where_they_are_frozen(images):
         weight = quantiser(model).embedding.weight.requires_grad_(not frozen)
         with torch.no_grad():
             weight[4] = 100.0
-        regulariser.reconstruct(model, images, generator())
+        regulariser.reconstruct(model, images, noise())
         regulariser.after_step(model, generator(), progress)
         assert (weight[4] != 100).all() == moves
 
@@ -183,10 +187,10 @@ def test_codes_stay_late_in_the_budget_and_where_they_are_frozen(images):
 def test_a_code_that_any_part_of_a_step_uses_is_not_idle(images):
     regulariser = VectorQuantised(128, restart_after=1)
     model = built(regulariser, PATCH, images)
-    parts = [regulariser.reconstruct(model, part, generator()).codes for part in images.split(8)]
+    parts = [regulariser.reconstruct(model, part, noise()).codes for part in images.split(8)]
     regulariser.forget()
     for part in images.split(8):
-        regulariser.reconstruct(model, part, generator())
+        regulariser.reconstruct(model, part, noise())
     before = quantiser(model).embedding.weight.detach().clone()
     regulariser.after_step(model, generator(), progress=0.0)
     used = torch.cat(parts).unique()
@@ -202,7 +206,7 @@ def test_none_is_a_point_that_training_leaves_a_point(architecture, images):
     first = None
     for step in range(3):
         optimizer.zero_grad()
-        made = regulariser.reconstruct(model, images, generator(step))
+        made = regulariser.reconstruct(model, images, noise(step))
         loss = (made.images - images).square().mean()
         first = loss.item() if first is None else first
         loss.backward()
@@ -214,9 +218,9 @@ def test_none_is_a_point_that_training_leaves_a_point(architecture, images):
     assert (log_variance == LOG_VARIANCE).all()
 
 
-def test_kl_draws_from_the_posterior_and_decodes_its_mean_without_a_generator(images):
+def test_kl_draws_from_the_posterior_and_decodes_its_mean_without_noise(images):
     model = built(KL(), PATCH, images)
-    drawn = [KL().reconstruct(model, images, generator(seed)).images for seed in (0, 0, 1)]
+    drawn = [KL().reconstruct(model, images, noise(seed)).images for seed in (0, 0, 1)]
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
     posterior = model.encode(images).latent_dist
     made = KL().reconstruct(model, images, None)

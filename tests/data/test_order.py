@@ -3,8 +3,11 @@
 from itertools import islice, product
 
 import pytest
+import torch
 
-from ldm.data.order import StepBatches, batch_at, derive_seed
+from ldm.data.order import Draws, StepBatches, batch_at, derive_seed, part_rows
+from ldm.diffusion.loss import sample_timesteps
+from ldm.errors import UserError
 
 
 def take(batches: StepBatches, count: int) -> list[list[int]]:
@@ -42,18 +45,54 @@ def test_iterating_twice_begins_again():
     assert take(batches, 3) == take(batches, 3)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
-def test_ranks_share_the_global_batch(num_ranks):
-    ranks = [take(StepBatches(30, 8, seed=0, rank=rank, num_ranks=num_ranks), 9) for rank in range(num_ranks)]
-    for step, parts in enumerate(zip(*ranks, strict=True)):
-        whole = batch_at(step, size=30, batch_size=8, seed=0)
-        assert {len(part) for part in parts} == {8 // num_ranks}
-        assert sorted(i for part in parts for i in part) == sorted(whole)
+@pytest.mark.parametrize(("accumulate", "num_ranks"), [(1, 1), (1, 2), (1, 4), (2, 1), (8, 1), (2, 2)])
+def test_micro_batches_and_ranks_share_the_batch_of_a_step(accumulate, num_ranks):
+    """In the order of `part_rows`, so that draws and samples are of the same rows."""
+    parts = {"accumulate": accumulate, "num_ranks": num_ranks}
+    ranks = [take(StepBatches(30, 8, seed=0, rank=rank, **parts), 9 * accumulate) for rank in range(num_ranks)]
+    count = 8 // (accumulate * num_ranks)
+    for step in range(9):
+        whole, found = batch_at(step, size=30, batch_size=8, seed=0), [-1] * 8
+        for rank, micro_batch in product(range(num_ranks), range(accumulate)):
+            rows = part_rows(micro_batch, rank, num_ranks, count)
+            found[rows.start : rows.stop] = ranks[rank][step * accumulate + micro_batch]
+        assert found == whole
 
 
-def test_a_batch_that_the_ranks_cannot_share_is_refused():
-    with pytest.raises(ValueError, match="batch_size=6 must be a multiple of the 4 processes"):
-        StepBatches(30, 6, seed=0, num_ranks=4)
+def test_a_batch_that_does_not_part_evenly_is_refused():
+    rule = "batch_size=12 must be a multiple of 8: 4 processes times trainer.accumulate_grad_batches=2"
+    with pytest.raises(UserError, match=rule):
+        StepBatches(30, 12, seed=0, accumulate=2, num_ranks=4)
+
+
+DRAWS = [
+    lambda draws, count: draws.randn((count, 3, 5)),
+    lambda draws, count: draws.rand((count, 1)),
+    lambda draws, count: draws.randint(0, 1000),
+    lambda draws, count: draws.randn((count, 4, 8, 8)),
+    lambda draws, count: draws.draw(lambda n, generator: sample_timesteps(1000, n, "logit_normal", generator)),
+]
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 5, 8, 16, 20, 40])
+def test_a_part_of_a_step_draws_bit_for_bit_its_rows_of_the_whole(count):
+    """Whatever its size, one row, fewer than share a generator, or more."""
+    whole = Draws(3, 7, range(80))
+    parts = [Draws(3, 7, range(first, first + count)) for first in range(0, 80, count)]
+    for draw in DRAWS:
+        expected = draw(whole, 80)
+        found = torch.cat([draw(part, count) for part in parts])
+        assert torch.equal(found, expected) and found.dtype == expected.dtype
+
+
+def test_rows_steps_seeds_and_draws_differ():
+    """And are N(0, 1) over all of them: no block repeats another."""
+    drawn = [Draws(seed, step, range(64)) for seed, step in product(range(3), range(4))]
+    values = torch.stack([part.randn((64, 50)) for part in drawn for _ in range(2)])
+    assert values.unique().numel() > 0.999 * values.numel()
+    assert values.mean().abs() < 0.01 and (values.std() - 1).abs() < 0.01
+    correlation = torch.corrcoef(values.flatten(0, 1)).fill_diagonal_(0)
+    assert correlation.abs().max() < 0.95, "of 50 values in 1536 rows, where chance reaches 0.75"
 
 
 def test_seeds_do_not_collide_on_a_grid():

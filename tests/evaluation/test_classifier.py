@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from ldm.data.image_folder import ImageFolder
 from ldm.data.images import ImageData, prepare
@@ -56,7 +57,8 @@ def test_it_learns_the_classes_and_gives_64_features(images):
 
 def test_it_is_kept_beside_the_images(images, monkeypatch):
     first = load_classifier(images, num_steps=STEPS)
-    file = images.path / f"features-{first.key}.safetensors"
+    (file,) = images.path.glob("features-*.safetensors")
+    assert first.key.startswith(file.stem.removeprefix("features-")) and first.key.endswith("-8px")
     facts = json.loads(file.with_suffix(".json").read_text())
     assert facts["data_fingerprint"] == images.fingerprint and facts["val_accuracy"] == first.val_accuracy
     assert facts["num_val"] == len(images.val_indices) and not list(images.path.glob("*partial*"))
@@ -76,6 +78,15 @@ def test_another_split_is_another_classifier(images):
     keys = {load_classifier(images, num_steps=1).key, load_classifier(images, num_steps=1, seed=1).key}
     keys.add(load_classifier(ImageData.open(images.path, 0.4), num_steps=1).key)
     assert len(keys) == 3
+
+
+def test_another_training_is_another_key(images):
+    """Its weights may come out otherwise on another machine: features of one are none of the other."""
+    first = load_classifier(images, num_steps=1)
+    (file,) = images.path.glob("features-*.safetensors")
+    weights = load_file(file)
+    save_file({**weights, "head.bias": weights["head.bias"] + 1}, file)
+    assert load_classifier(images, num_steps=1).key != first.key
 
 
 def test_its_features_are_kept_under_its_key(images, monkeypatch):

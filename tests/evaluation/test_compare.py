@@ -6,6 +6,9 @@ import json
 import re
 import runpy
 import sys
+import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -18,7 +21,10 @@ from PIL import Image
 from rich.console import Console
 from scipy import stats
 
-from ldm.autoencoder.autoencoder import Autoencoder
+import ldm.features
+import ldm.tracking
+from ldm.artifact import sha256
+from ldm.autoencoder.autoencoder import Autoencoder, LatentStatistics
 from ldm.autoencoder.patch import PatchAutoencoderKL
 from ldm.data.image_folder import ImageFolder
 from ldm.data.images import ImageData, prepare
@@ -26,14 +32,16 @@ from ldm.data.latents import LatentContract
 from ldm.diffusion.sampler import Sampler
 from ldm.diffusion.schedule import linear
 from ldm.errors import UserError
-from ldm.evaluation import compare_statistics
+from ldm.evaluation import compare_images, compare_statistics
 from ldm.evaluation.compare import Comparison, compare
 from ldm.evaluation.compare_images import side_by_side
+from ldm.evaluation.compare_picture import draw
 from ldm.evaluation.compare_report import Report, number
 from ldm.evaluation.compare_runs import is_of_wandb
 from ldm.evaluation.compare_statistics import SAMPLING, SEEDS, Figure, direction, judge, of_seeds, share_error
 from ldm.home import folder
-from ldm.networks.conditioning import ClassCondition
+from ldm.lineage import weights_sha256
+from ldm.networks.conditioning import ClassCondition, NoCondition
 from ldm.networks.dit import DiT
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.run import Run
@@ -42,6 +50,7 @@ from ldm.wandb_comparison import track_comparison
 
 EVALUATION = {
     "features": "efficientnet_lite",
+    "features_key": "efficientnet_lite-12345678-224px",
     "num_samples": 256,
     "reference": "squares/train@abcdef01",
     "num_reference": 1000,
@@ -57,6 +66,10 @@ EVALUATION = {
 
 def tool() -> None:
     runpy.run_path(str(folder("tools") / "compare.py"), run_name="__main__")
+
+
+def evaluate() -> None:
+    runpy.run_path(str(folder("tools") / "evaluate.py"), run_name="__main__")
 
 
 def make(
@@ -135,7 +148,10 @@ def printed(report: Report) -> str:
         ("lpips", -1),
         ("val/vlb_bits_per_latent_dim", -1),
         ("kl_bits", 0),  # a rate is worth nothing without its distortion
+        ("class_shift_samples", -1),
         ("kd_validation", 0),
+        ("fd_floor", 0),  # of the data, whatever the model
+        ("precision_floor", 0),
         ("retrieval_at_1_chance", 0),
         ("pca_psnr_db", 0),
         ("classifier_val_accuracy", 0),
@@ -211,6 +227,37 @@ def test_single_runs_know_the_noise_of_sampling_alone(tmp_path):
     assert verdict(far, "kd_samples").text == "A better" and "A better" in printed(Report(far))
 
 
+@pytest.mark.parametrize(
+    ("metric", "dof"),
+    [
+        *((name, 3) for name in ("kd", "precision", "recall", "density", "coverage", "cmmd")),
+        *((name, 19) for name in ("fd", "class_shift")),
+        ("close_share", np.inf),
+        ("class_accuracy", np.inf),
+    ],
+)
+def test_an_error_of_few_subsets_or_groups_is_students(tmp_path, metric, dof):
+    """Two standard errors of the difference apart is noise where four subsets say so, and not where many images do."""
+    runs = []
+    for name, value, lr in (("a", 0.5, 1e-3), ("b", 0.5 + 0.01 * 2.2 * 2**0.5, 2e-3)):
+        figures = {f"{metric}_samples": value, f"{metric}_samples_standard_error": 0.01}
+        runs.append(make(tmp_path, name, lr=lr, evaluation=figures))
+    said = verdict(compare(runs), f"{metric}_samples")
+    assert said.difference.dof == pytest.approx(2 * dof)
+    assert said.difference.half_width == pytest.approx(stats.t.ppf(0.975, 2 * dof) * 0.01 * 2**0.5)
+    assert (said.text == "within noise") == (dof == 3)
+
+
+def test_the_floor_is_of_the_data_whatever_the_sampler(tmp_path):
+    """It has no verdict and needs no sampler that is the same."""
+    floor = {"fd_floor": 1.0, "fd_floor_standard_error": 0.01}
+    other = {**floor, "fd_floor": 1.2, "sampler": {"method": "ddim", "steps": 3}, "guidance": 1.0}
+    found = compare([make(tmp_path, "a", evaluation=floor), make(tmp_path, "b", lr=2e-3, evaluation=other)])
+    said = verdict(found, "fd_floor")
+    assert said.text == "differ" and said.difference is not None
+    assert not [row.way for row in found.rows if row.metric == "fd_floor"][0]
+
+
 def test_two_seeds_are_no_spread(tmp_path):
     runs = [make(tmp_path, f"a{seed}", seed=seed, kd=0.1 + seed / 1000) for seed in range(2)]
     found = compare([*runs, *three(tmp_path, "b", (0.1, 0.11, 0.12), lr=2e-3)])
@@ -229,6 +276,7 @@ def test_a_seed_that_stands_twice_is_no_spread(tmp_path):
     ("changed", "named"),
     [
         ({"features": "dinov2"}, "features"),
+        ({"features_key": "efficientnet_lite-00000000-224px"}, "features_key"),
         ({"num_samples": 512}, "num_samples"),
         ({"reference": "squares/train@00000000"}, "reference"),
         ({"guidance": 1.0}, "guidance"),
@@ -341,19 +389,24 @@ class Recorded:
             with (run.path / "metrics.csv").open() as file:
                 rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
             evaluation = json.loads((run.path / "evaluation.json").read_text())
-            values = {key: value for key, value in evaluation.items() if isinstance(value, int | float | str)}
-            sampler = {"_target_": "ldm.diffusion.sampler.Sampler", **evaluation["sampler"]}
-            asked = {"run": place, "guidance_interval": evaluation["guidance_interval"], "sampler": sampler}
+            # after a sweep the config holds its values, and the summary the knee
+            values = flatten({key: value for key, value in evaluation.items() if value is not None})
+            values |= {"sweep.num_samples": 256, "sweep.knee": 20}
+            sampler = {"_target_": "ldm.diffusion.sampler.Sampler", "steps": [5, 20, 50]}
+            asked = {"run": place, "sampler": sampler, "guidance": [1, 3], "training_id": path.rpartition("/")[2]}
             summary = {**run.facts["figures"], "val/loss": 9.0, "_runtime": 3, "step": 299}
+            summary["pipeline_sha256"] = evaluation.get("weights_sha256")
             name = f"{run.stage}/{run.facts['name']}"
             config = flatten({**run.config(), "run": {**facts, "finished": None}})
-            self._add(path, name, "2026-01-01", config, summary, rows)
-            self._add(f"{path}e0", f"evaluation/{name}", "2026-01-02", {}, {"kd_samples": 7.0}, [])
-            self._add(f"{path}e1", f"evaluation/{name}", "2026-01-03", flatten(asked), values, [])
+            self.add(path, name, "2026-01-01", config, summary, rows)
+            self.add(f"{path}e0", f"evaluation/{name}", "2026-01-02", {}, {"kd_samples": 7.0}, [])
+            self.add(f"{path}e1", f"evaluation/{name}", "2026-01-03", flatten(asked), values, [])
 
-    def _add(self, path, name, created_at, config, summary, rows) -> None:
+    def add(self, path, name, created_at, config, summary, rows) -> None:
         options = {"created_at": created_at, "config": config, "summary_metrics": summary}
-        self.known.append(SimpleNamespace(path=path, name=name, scan_history=lambda: iter(rows), **options))
+        run_id = path.rpartition("/")[2]
+        run = SimpleNamespace(path=path, id=run_id, name=name, scan_history=lambda: iter(rows), **options)
+        self.known.append(run)
 
     def run(self, path):
         for run in self.known:
@@ -362,14 +415,29 @@ class Recorded:
         raise ValueError(f"Could not find run {path}")
 
     def runs(self, project, filters):
-        return [run for run in self.known if run.path.startswith(project) and run.name == filters["display_name"]]
+        def is_meant(run, key, value) -> bool:
+            return (run.name if key == "display_name" else run.config.get(key.removeprefix("config."))) == value
+
+        asked = [item for part in filters.get("$or", [filters]) for item in part.items()]
+        return [run for run in self.known if run.path.startswith(project) and any(is_meant(run, *it) for it in asked)]
 
 
-def test_runs_of_wandb_give_the_same_table(tmp_path, monkeypatch):
+@pytest.fixture
+def of_wandb(monkeypatch):
+    """A stand-in for the server that knows runs of these folders, by their path in W&B."""
+
+    def of_wandb(places: dict[str, str]) -> Recorded:
+        api = Recorded(places)
+        monkeypatch.setattr("ldm.wandb_comparison.has_key", lambda: True)
+        monkeypatch.setattr(wandb, "Api", lambda: api)
+        return api
+
+    return of_wandb
+
+
+def test_runs_of_wandb_give_the_same_table(tmp_path, of_wandb, monkeypatch):
     places = {"me/ldm/aaa": make(tmp_path, "a"), "me/ldm/bbb": make(tmp_path, "b", kd=0.2, lr=2e-3)}
-    api = Recorded(places)
-    monkeypatch.setattr("ldm.wandb_comparison.has_key", lambda: True)
-    monkeypatch.setattr(wandb, "Api", lambda: api)
+    of_wandb(places)
     near, far = compare(list(places.values())), compare(list(places))
     mixed = compare(["me/ldm/aaa", places["me/ldm/bbb"]])
     assert Report(near).sheet() == Report(far).sheet() == Report(mixed).sheet()
@@ -384,6 +452,67 @@ def test_runs_of_wandb_give_the_same_table(tmp_path, monkeypatch):
         compare(["me/ldm/aaa", "me/ldm/bbb"])
 
 
+def test_an_evaluation_is_of_the_training_that_it_says(tmp_path, of_wandb):
+    """Whatever the training is called by now, and whatever else bears its name."""
+    places = {"me/ldm/aaa": make(tmp_path, "a"), "me/ldm/bbb": make(tmp_path, "b", kd=0.2, lr=2e-3)}
+    api = of_wandb(places)
+    of_another = {**EVALUATION, "kd_samples": 0.9}
+    api.add("me/ldm/zzz", "evaluation/diffusion/a", "2026-02-01", {"training_id": "zz"}, flatten(of_another), [])
+    api.run("me/ldm/bbb").name = "my favourite"
+    assert Report(compare(list(places))).sheet() == Report(compare(list(places.values()))).sheet()
+
+
+def test_a_run_of_wandb_that_was_resumed_is_not_at_its_end(tmp_path, of_wandb):
+    """Its summary holds the end of before, its history steps beyond that."""
+    places = {"me/ldm/aaa": make(tmp_path, "a"), "me/ldm/bbb": make(tmp_path, "b", lr=2e-3)}
+    api = of_wandb(places)
+    rows = [*api.run("me/ldm/aaa").scan_history(), {"step": 400.0, "train/loss": 0.1}]
+    api.run("me/ldm/aaa").scan_history = lambda: iter(rows)
+    found = compare(list(places))
+    assert [run.finished for _, run in found.runs] == [False, True]
+    assert any("Not at the end of their training" in note and "me/ldm/aaa" in note for note in found.notes)
+
+
+def test_steps_that_a_resume_logged_twice_count_once(tmp_path, of_wandb):
+    """Killed after step 290, gone on from 200: the last value of a step is the one that led to the weights."""
+    runs = three(tmp_path, "a", (0.10, 0.12, 0.11))
+    with (Path(runs[1]) / "metrics.csv").open("a", newline="") as file:
+        writer = csv.DictWriter(file, ["epoch", "step", "train/loss", "val/loss"])
+        writer.writerows({"epoch": 0, "step": step, "train/loss": 5.0} for step in range(200, 320, 10))
+        writer.writerow({"epoch": 0, "step": 299, "val/loss": 0.75})
+    places = {f"me/ldm/{name}": run for name, run in zip(("aaa", "bbb", "ccc"), runs, strict=True)}
+    of_wandb(places)
+    for found in (compare(runs), compare(list(places))):
+        steps, values = found.runs[1][1].curves["train/loss"]
+        assert steps == list(range(0, 320, 10)) and values[20:] == [5.0] * 12 and values[19] < 1
+        assert found.runs[1][1].curves["val/loss"] == ([299], [0.75])
+        assert draw(found.groups) is not None, "three curves of one group have a mean"
+
+
+@pytest.mark.parametrize("place", ["folder", "wandb"])
+def test_an_evaluation_of_other_weights_is_left_out(tmp_path, of_wandb, place):
+    runs = [make(tmp_path, "a"), make(tmp_path, "b", kd=0.2, lr=2e-3)]
+    for run in runs:
+        weights = Path(run) / "pipeline/network/model.safetensors"
+        weights.parent.mkdir(parents=True)
+        weights.write_bytes(b"weights")
+        figures = json.loads((Path(run) / "evaluation.json").read_text())
+        (Path(run) / "evaluation.json").write_text(json.dumps({**figures, "weights_sha256": sha256([weights])}))
+    of_them = {"me/ldm/aaa": runs[0], "me/ldm/bbb": runs[1]}
+    api = of_wandb(of_them)
+    asked = runs if place == "folder" else list(of_them)
+    assert verdict(compare(asked), "kd_samples").text == "A better"
+    weights.write_bytes(b"trained on")
+    api.run("me/ldm/bbb").summary_metrics["pipeline_sha256"] = sha256([weights])
+    found = compare(asked)
+    assert verdict(found, "kd_samples").text == "not in B"
+    (note,) = [note for note in found.notes if "Trained on since they were evaluated" in note]
+    assert asked[1] in note and asked[0] not in note and "tools/evaluate.py" in note
+    if place == "folder":
+        (Path(runs[0]) / "evaluation.json").write_text(json.dumps(EVALUATION))
+        assert any("do not say of which weights" in note and runs[0] in note for note in compare(runs).notes)
+
+
 def test_a_mistyped_folder_is_not_looked_for_in_wandb(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
@@ -395,7 +524,7 @@ class Tracker:
     """Stands in for W&B's run."""
 
     def __init__(self, **options) -> None:
-        self.entity, self.logged, self.step = options["entity"] or "me", {}, 0
+        self.entity, self.logged, self.step, self.id = options["entity"] or "me", {}, 0, options["id"]
         self.settings = SimpleNamespace(sync_dir="wandb/run")
         Tracker.last = self
 
@@ -407,11 +536,11 @@ class Tracker:
     def finish(self) -> None: ...
 
 
-def track(place: Path, mode: str, found: Comparison) -> str:
+def track(place: Path, mode: str, found: Comparison, timeout_s: float = 5.0) -> str:
     report = Report(found)
     columns, rows = report.sheet()
     logger = {"project": "ldm", "entity": None, "group": None, "tags": [], "mode": mode}
-    logger |= {"timeout_s": 5.0, "finish_timeout_s": 5.0, "max_artifact_mb": 1.0}
+    logger |= {"timeout_s": timeout_s, "finish_timeout_s": 5.0, "max_artifact_mb": 1.0}
     return track_comparison(
         place,
         {"logger": logger},
@@ -453,6 +582,12 @@ def test_wandb_gets_the_table_and_a_report_where_one_can_be_made(tmp_path, monke
     assert track(tmp_path, "online", found) == "W&B report: somewhere"
     monkeypatch.setattr(Made, "save", lambda self: 1 / 0)
     assert track(tmp_path, "online", found) == "No W&B report: division by zero"
+    released = threading.Event()
+    monkeypatch.setattr(Made, "save", lambda self: released.wait(60))
+    began = time.perf_counter()
+    assert track(tmp_path, "online", found, timeout_s=0.3) == "No W&B report: no answer within 0.3 s"
+    assert time.perf_counter() - began < 5
+    released.set()
     text, grid = made[0].blocks
     assert "| kd_samples | lower |" in text.text and grid.panels[0].y == ["val/loss"]
     assert grid.runsets[0].filters == "Metric('Name') in ['diffusion/a', 'diffusion/b']" and made[0].entity == "me"
@@ -472,6 +607,26 @@ def model(seed: int) -> Autoencoder:
     )
 
 
+def of_noise(seed: int, parts: Autoencoder, conditioning: NoCondition, images: ImageData) -> LatentDiffusionPipeline:
+    """A network of random weights in front of an autoencoder."""
+    torch.manual_seed(seed)
+    network = DiT(
+        sample_size=4, in_channels=4, out_channels=4, patch_size=2, hidden_dim=16, depth=1, head_dim=8,
+        **conditioning.network_options(),
+    )  # fmt: skip
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return LatentDiffusionPipeline(
+        network=network.eval(),
+        autoencoder=parts,
+        schedule=linear(50),
+        prediction="v",
+        conditioning=conditioning,
+        contract=LatentContract(parts.weights_sha256(), images.fingerprint, 8, 2, 4, 0.3, False),
+        latent_shape=(4, 4, 4),
+    )
+
+
 @pytest.fixture
 def trained(images, tmp_path, monkeypatch) -> Path:
     """Two runs of each stage with weights, and one of stage vae on other images."""
@@ -486,22 +641,7 @@ def trained(images, tmp_path, monkeypatch) -> Path:
         model(seed).save(run.autoencoder_folder)
         run = Run.open(make(Path("runs"), name, lr=1e-3 * (1 + seed), **of_images))
         parts, conditioning = model(0), ClassCondition(["cat", "dog"])
-        torch.manual_seed(seed)
-        network = DiT(
-            sample_size=4, in_channels=4, out_channels=4, patch_size=2, hidden_dim=16, depth=1, head_dim=8,
-            **conditioning.network_options(),
-        )  # fmt: skip
-        for parameter in network.parameters():
-            torch.nn.init.normal_(parameter, std=0.2)
-        LatentDiffusionPipeline(
-            network=network.eval(),
-            autoencoder=parts,
-            schedule=linear(50),
-            prediction="v",
-            conditioning=conditioning,
-            contract=LatentContract(parts.weights_sha256(), images.fingerprint, 8, 2, 4, 0.3, False),
-            latent_shape=(4, 4, 4),
-        ).save(run.path / "pipeline")
+        of_noise(seed, parts, conditioning, images).save(run.path / "pipeline")
     make(Path("runs"), "elsewhere", stage="vae", **{**of_images, "data_fingerprint": "0" * 64})
     return tmp_path
 
@@ -516,6 +656,102 @@ def test_reconstructions_stand_below_their_originals(trained, images):
     assert rows[0][0, 0] == pytest.approx(((original + 1) * 127.5).numpy(), abs=3)
     assert not np.array_equal(rows[1], rows[2])
     assert len(notes) == 1 and "elsewhere" in notes[0] and "other images" in notes[0]
+
+
+@pytest.mark.parametrize("labelled", [True, False], ids=["held-out images", "no images"])
+def test_classes_are_the_same_by_name(trained, images, monkeypatch, labelled):
+    """Of models with other classes, or the same in another order: a column is of one class, or a run is left out."""
+    for name, classes in (("a", ["cat", "dog"]), ("b", ["cow", "dog", "cat"]), ("c", ["dog", "bird", "fish"])):
+        run = Run.open(make(Path("runs"), f"of_{name}", lr=ord(name) * 1e-3))
+        of_noise(0, model(0), ClassCondition(classes), images).save(run.path / "pipeline")
+    known = {"labels": [i % 2 for i in range(len(images))], "class_names": ["cat", "dog"]}
+    first = (replace(images, **known), []) if labelled else (None, ["No held-out images at hand."])
+    monkeypatch.setattr(compare_images, "_first_images", lambda runs: first)
+    drawn = []
+
+    def draw(pipeline, request, *_, **__):
+        drawn.append([pipeline.conditioning.class_names[i] for i in request.condition["label"]])
+        return [torch.zeros(len(request), 3, 8, 8)]
+
+    monkeypatch.setattr(compare_images, "draw", draw)
+    found = compare([f"runs/diffusion/of_{name}" for name in "abc"])
+    picture, notes = side_by_side(found, Sampler("ddim", 2), device=torch.device("cpu"), num_samples=6)
+    assert picture is not None and len(drawn) == 2 and drawn[0] == drawn[1] and set(drawn[0]) == {"cat", "dog"}
+    (note,) = [note for note in notes if "of_c" in note]
+    assert "knows no class cat" in note and "dog, bird, fish" in note
+
+
+class Tracked:
+    """Stands in for the W&B run of a tool."""
+
+    def __init__(self, out, config, **options) -> None:
+        Tracked.last, self.config, self.tables, self.pictures = self, config, {}, []
+
+    def summarise(self, values) -> None:
+        self.summary = values
+
+    def log_images(self, key, images, captions, step) -> None:
+        self.pictures.append(key)
+
+    def log_table(self, key, columns, rows, step) -> None:
+        self.tables[key] = (columns, rows)
+
+    def take(self, item) -> None:
+        self.taken = item
+
+    def leave(self, item) -> None:
+        self.left = item
+
+    def finish(self) -> None: ...
+
+
+class MeanColour(torch.nn.Module):
+    """Features that cost nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1), requires_grad=False)
+
+    def forward(self, images):
+        return self.weight * images.mean((2, 3))
+
+
+def test_a_sweep_and_its_knee_reach_wandb_and_the_table(trained, images, call, of_wandb, monkeypatch):
+    """What tools/evaluate.py logs of a sweep is what compare reads: sampler of the knee, this training, its weights."""
+    monkeypatch.setitem(ldm.features.CHOICES, "mean_colour", MeanColour)
+    monkeypatch.setattr(ldm.tracking, "WandbRun", Tracked)
+    run = Run.open("runs/diffusion/a")
+    parts = model(0)
+    parts.statistics = LatentStatistics([0.0] * 4, [1.0] * 4, [0.1] * 4, "images", parts.weights_sha256())
+    of_noise(0, parts, NoCondition(), images).save(run.path / "pipeline")
+    (run.path / "wandb_id.txt").write_text("aaa\n")
+    asked = ["run=runs/diffusion/a", "features=mean_colour", "num_samples=24", "device=cpu", "sampler=ddim"]
+    ended = call(evaluate, *asked, "sampler.steps=2,4", "guidance=1", "logger=wandb")
+    assert ended.code == 0, ended.err
+    figures, told = json.loads((run.path / "evaluation.json").read_text()), Tracked.last
+    assert figures["weights_sha256"] == weights_sha256(run) == told.taken.digest
+    columns, rows = told.tables["sweep"]
+    assert columns[0] == "sampler.steps" and [row[0] for row in rows] == [2, 4]
+    assert set(told.pictures) == {"nearest.png", "steps.png"}
+    assert {file.name for file in told.left.files} == {"evaluation.json", "steps.png"}
+    assert told.config["training_id"] == "aaa"
+    assert told.summary["sampler.steps"] == figures["sampler"]["steps"] == figures["sweep"]["knee"]
+    other = make(Path("runs"), "other", evaluation=figures)
+    api = of_wandb({"me/ldm/aaa": other})
+    training, _, evaluation = api.known
+    training.config = flatten({**run.config(), "run": {**run.facts, "figures": None}})
+    training.summary_metrics |= {**run.facts["figures"], "pipeline_sha256": told.taken.digest}
+    evaluation.config, evaluation.summary_metrics = flatten(told.config), told.summary
+    near, far = (compare([place, other]).runs[0][1] for place in ("runs/diffusion/a", "me/ldm/aaa"))
+    assert near.figures["fd_samples"].settings["sampler.steps"] == figures["sampler"]["steps"]
+
+    def stated(measured):
+        return {
+            name: (figure.value, {key: value for key, value in figure.settings.items() if value is not None})
+            for name, figure in measured.figures.items()
+        }
+
+    assert stated(far) == stated(near) and not far.stale and not far.doubtful
 
 
 def test_the_command_draws_samples_and_writes_the_page(trained, call):

@@ -15,6 +15,7 @@ from ldm.evaluation.feature_metrics import (
     cmmd,
     frechet_interval,
     jackknife_error,
+    named_classes,
     over_subsets,
     precision_recall,
 )
@@ -106,6 +107,31 @@ def test_frechet_interval_states_the_error_that_is_made():
     assert np.sqrt((found[:, 1] ** 2).mean()) == pytest.approx(found[:, 0].std(ddof=1), rel=0.2)
 
 
+def test_pairs_are_left_out_together():
+    samples = draw(83, 5)
+    reference = samples + 0.3 * draw(83, 5, seed=1)
+    value, error = frechet_interval(samples, reference, num_groups=7, paired=True)
+    assert value == frechet_distance(samples, reference)
+    groups = torch.arange(83) % 7
+    without = np.array([frechet_distance(samples[groups != i], reference[groups != i]) for i in range(7)])
+    assert error == pytest.approx(np.sqrt(6 / 7 * ((without - without.mean()) ** 2).sum()), rel=1e-4)
+    with pytest.raises(ValueError, match="83 and 82 features are no pairs"):
+        frechet_interval(samples, reference[1:], paired=True)
+
+
+def test_the_error_of_pairs_is_the_error_that_is_made():
+    """A blurred image stays beside its original: what one side moves by, both do."""
+    found = []
+    for i in range(60):
+        images = draw(200, 4, seed=i)
+        found.append(frechet_interval(0.7 * images + 0.3, images, paired=True))
+    found = np.array(found)
+    spread = found[:, 0].std(ddof=1)
+    assert np.sqrt((found[:, 1] ** 2).mean()) == pytest.approx(spread, rel=0.25)
+    alone = frechet_interval(0.7 * images + 0.3, images)[1]
+    assert alone > 2 * spread, "as if the images were drawn anew"
+
+
 def test_over_subsets_are_disjoint_and_of_one_size():
     seen = []
 
@@ -146,30 +172,36 @@ def test_copies_are_found_and_new_images_are_not():
     assert found.threshold == pytest.approx(np.quantile(found.validation_distances.numpy(), 0.01))
     assert found.close_share == pytest.approx(0.1, abs=0.03)
     assert found.close_share_standard_error == pytest.approx(
-        math.sqrt(found.close_share * (1 - found.close_share) / 200)
+        math.sqrt(found.close_share * (1 - found.close_share) * (1 / 200 + 1 / 3000))
     )
     clean = nearest_training(draw(4000, 8, seed=3), train, draw(4000, 8, seed=4))
-    assert clean.close_share == pytest.approx(0.01, abs=3 * math.sqrt(2) * clean.close_share_standard_error)
+    assert clean.close_share == pytest.approx(0.01, abs=3 * clean.close_share_standard_error)
     with pytest.raises(ValueError, match="held-out images"):
         nearest_training(samples, train, validation[:0])
 
 
-class ByBrightness(Classifier):
-    """Class 1 is bright."""
-
-    def forward(self, images):
-        return torch.nn.functional.pad(images.mean((1, 2, 3))[:, None], (0, self.dim - 1))
+def test_the_error_of_what_is_close_holds_that_of_the_threshold():
+    """With few held-out images most of it: their 1st percentile is one of the first distances."""
+    train = draw(400, 4)
+    found = [nearest_training(draw(400, 4, seed=2 * i), train, draw(150, 4, seed=2 * i + 1)) for i in range(1, 81)]
+    shares = np.array([one.close_share for one in found])
+    errors = np.array([math.sqrt(0.01 * 0.99 * (1 / 400 + 1 / 150)) for _ in found])
+    stated = np.array([one.close_share_standard_error for one in found])
+    assert (stated >= errors - 1e-12).all()
+    assert np.sqrt((stated**2).mean()) == pytest.approx(shares.std(ddof=1), rel=0.35)
+    of_samples_alone = np.sqrt((shares.clip(0.01) * (1 - shares.clip(0.01)) / 400).mean())
+    assert of_samples_alone < 0.7 * shares.std(ddof=1)
 
 
 def test_class_accuracy_counts_what_is_right():
-    classifier = ByBrightness(2).eval()
+    classifier = Classifier(2).eval()
     torch.nn.init.zeros_(classifier.head.bias)
     classifier.head.weight.data = torch.zeros(2, Classifier.dim)
     classifier.head.weight.data[1, 0] = 1
     labels = torch.tensor([0, 1] * 50)
-    images = (2.0 * labels - 1)[:, None, None, None].expand(-1, 3, 8, 8).clone()
-    images[:7] *= -1
-    share, error = class_accuracy(classifier, images, labels)
+    features = torch.nn.functional.pad((2.0 * labels - 1)[:, None], (0, Classifier.dim - 1))
+    features[:7] *= -1
+    share, error = class_accuracy(named_classes(classifier, features), labels)
     assert share == pytest.approx(0.93) and error == pytest.approx(math.sqrt(0.93 * 0.07 / 100))
 
 

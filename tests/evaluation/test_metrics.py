@@ -7,6 +7,7 @@ import torch
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import poly_mmd
 
+from ldm.evaluation import metrics
 from ldm.evaluation.metrics import (
     _mmd2,
     feature_components,
@@ -258,6 +259,17 @@ def test_retrieval_ranks_against_brute_force():
     found = retrieval_ranks(queries, gallery, own)
     assert found.tolist() == expected
     assert 0 in expected and max(expected) > 1
+
+
+def test_retrieval_goes_by_blocks(monkeypatch):
+    queries, gallery, own = draw(23, 5), draw(40, 5, seed=1), torch.arange(23)
+    whole = retrieval_ranks(queries, gallery, own)
+    seen = []
+    matmul = torch.Tensor.__matmul__
+    monkeypatch.setattr(metrics, "MOST_SIMILARITIES", 200)
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: seen.append(matmul(a, b)) or seen[-1])
+    assert retrieval_ranks(queries, gallery, own).tolist() == whole.tolist()
+    assert max(part.numel() for part in seen) <= 200 and len(seen) == 5
 
 
 def test_an_image_finds_itself_whatever_its_length():

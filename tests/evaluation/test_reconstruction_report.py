@@ -132,6 +132,11 @@ def test_figures_against_brute_force(opened):
     assert (found["reference"], found["num_reference"]) == (f"pets/train@{images.fingerprint[:8]}", len(train))
     assert found["fd_reconstructions"] == pytest.approx(frechet_distance(made, own), rel=1e-3)
     assert found["fd_validation"] == pytest.approx(frechet_distance(own, train), rel=1e-3)
+    reference = next(images.path.glob("features-*.npy"))
+    assert reference.name.startswith("features-mean_colours-") and found["features_key"] == "mean_colours"
+    assert found["weights_sha256"] == run.autoencoder().weights_sha256()
+    assert 0 < found["fd_reconstructions_standard_error"] < found["fd_reconstructions"]
+    assert found["fd_validation_standard_error"] > 0
     # the same images in another order fall into other subsets
     assert found["kd_reconstructions"] == pytest.approx(kernel_distance(made, own, paired=True)[0], abs=0.05)
     assert found["kd_validation"] == pytest.approx(0, abs=0.3) and found["kd_validation_standard_error"] > 0
@@ -169,6 +174,9 @@ def test_few_images_are_compared_in_components_of_the_training_images():
     assert distances(many, many, many)["fd_components"] == 64
     few = distances(made[:7], own[:7], train)
     assert few["fd_components"] == 3 and few["kd_reconstructions"] is None
+    assert few["fd_reconstructions_standard_error"] > 0
+    fewest = distances(made[:3], own[:3], train)
+    assert fewest["fd_reconstructions"] > 0 and fewest["fd_reconstructions_standard_error"] is None
 
 
 def test_a_codebook(opened):
@@ -224,10 +232,27 @@ def test_the_command(call, opened, monkeypatch):
     with Image.open(run.path / "worst_reconstructions.png") as picture:
         assert picture.width > 6 * 128 and picture.height > 6 * 128 and len(picture.getcolors(10**6)) > 50
     assert found["num_images"] == 24 and "evaluation.json" in ended.out and "worst_reconstructions.png" in ended.out
-    for text in (f"{found['psnr_db']:.2f}", f"{found['fd_reconstructions']:.4f}", f"{found['kl_bits']:.1f}"):
+    fd = [found[f"fd_{name}"] for name in ("reconstructions", "reconstructions_standard_error", "validation")]
+    for text in (f"{found['psnr_db']:.2f}", *(f"{value:.4f}" for value in fd), f"{found['kl_bits']:.1f}"):
         assert text in ended.out
+    assert "features: mean_colours" in ended.out and f"+- {found['fd_validation_standard_error']:.4f}" in ended.out
     assert "N=24, ref=originals of the same 24 images; validation against training images: ref=pets/train" in ended.out
     assert "LPIPS is left out: its packages are not installed" in ended.out and "prove" not in ended.out
+
+
+def test_only_inceptions_distance_in_all_dimensions_is_the_fid(opened, monkeypatch):
+    """And its table says with which weights, at which size, by which library it was measured."""
+    monkeypatch.setattr(MeanColours, "is_fid", True, raising=False)
+    monkeypatch.setattr(MeanColours, "key", "inception-12345678-299px", raising=False)
+    monkeypatch.setattr(MeanColours, "library", "pytorch_fid", raising=False)
+    report = measure(opened(), device=CPU, features="mean_colours")
+    names = [str(cell) for cell in report.table().columns[0].cells]
+    assert report.figures["fd_name"] == "FID" and "FID" in names and "KD" in names
+    said = " ".join(report.lines)
+    assert "inception-12345678-299px (pytorch_fid)" in said and "FID compares at equal N only" in said
+    assert "inception-12345678-299px (pytorch_fid)" in str(report.table().title)
+    few = measure(opened(), device=CPU, features="mean_colours", num_images=16).figures
+    assert few["fd_components"] == 8 and few["fd_name"] == "FD on 8 components"
 
 
 def test_features_of_the_loss_prove_nothing_about_it(opened):
@@ -300,7 +325,8 @@ def test_logger_wandb_gets_the_figures_and_the_picture(call, opened, monkeypatch
     assert tracked.options["name"] == "evaluation/vae/kl" and tracked.options["group"] == "kl" and tracked.finished
     assert tracked.out == run.path / "evaluation", "the run's own folder keeps the id of its training"
     figures = json.loads((run.path / "evaluation.json").read_text())
-    assert tracked.summary["psnr_db"] == figures["psnr_db"] and "latent_shape" not in tracked.summary
+    assert tracked.summary["psnr_db"] == figures["psnr_db"] and tracked.summary["latent_shape"] == [4, 4, 4]
+    assert "lpips" not in tracked.summary and tracked.summary["weights_sha256"] == digest
     assert tracked.images == [("worst reconstructions", 1, ["kl"])]
     assert tracked.taken.type == "autoencoder" and tracked.taken.digest == digest
     assert tracked.left.metadata["autoencoder_sha256"] == digest and len(tracked.left.files) == 2

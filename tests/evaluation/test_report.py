@@ -1,14 +1,18 @@
 """The evaluation of a diffusion model on untrained parts: what is kept, resumed, counted, swept and said."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from filelock import FileLock
+from PIL import Image
 
 import ldm.features
+from ldm import durable
 from ldm.autoencoder.autoencoder import Autoencoder, LatentStatistics, weights_sha256
 from ldm.data.image_folder import ImageFolder
 from ldm.data.images import ImageData, prepare, to_uint8
@@ -16,14 +20,18 @@ from ldm.data.latents import LatentContract
 from ldm.diffusion.sampler import Sampler
 from ldm.diffusion.schedule import linear
 from ldm.errors import UserError
-from ldm.evaluation import classifier, kept_samples, sampler_sweep
+from ldm.evaluation import classifier, kept_samples, report, sampler_sweep
 from ldm.evaluation.feature_extraction import reference_features
-from ldm.evaluation.kept_samples import chosen_training_rows, draw_and_keep
-from ldm.evaluation.report import evaluate
-from ldm.evaluation.sample_distances import Measures, halves, table
-from ldm.networks.conditioning import ClassCondition
+from ldm.evaluation.feature_metrics import frechet_replicates
+from ldm.evaluation.image_sets import VAEAlone
+from ldm.evaluation.kept_samples import chosen_rows, draw_and_keep
+from ldm.evaluation.metrics import frechet_distance
+from ldm.evaluation.prompt_fidelity import caption_agreement, of_held_out
+from ldm.evaluation.report import Evaluation, evaluate
+from ldm.evaluation.sample_distances import Measures, fd_name, halves, table
+from ldm.networks.conditioning import ClassCondition, NoCondition
 from ldm.networks.dit import DiT
-from ldm.pipeline import LatentDiffusionPipeline
+from ldm.pipeline import LatentDiffusionPipeline, sample_generators
 from ldm.sampling import Request, draw
 
 SAMPLER = Sampler("ddim", 3)
@@ -39,6 +47,13 @@ class MeanColours(torch.nn.Module):
 
     def forward(self, images):
         return self.weight * torch.nn.functional.adaptive_avg_pool2d(images, 3).flatten(1)
+
+
+class MeanColour(MeanColours):
+    """In three dimensions."""
+
+    def forward(self, images):
+        return self.weight * images.mean((2, 3))
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +108,7 @@ def kept(pipeline, images, folder: Path, num_samples: int, **options) -> np.ndar
 
 
 def test_what_is_kept_is_what_is_drawn(pipeline, images, tmp_path):
-    request = Request.of_images(pipeline, images, images.train_indices[chosen_training_rows(images, 10, 0)])
+    request = Request.of_images(pipeline, images, images.train_indices[chosen_rows(images.train_indices, 10, 0)])
     drawn = torch.cat(list(draw(pipeline, request, SAMPLER, **OPTIONS)))
     found = draw_and_keep(pipeline, images, SAMPLER, tmp_path, num_samples=10, **OPTIONS)
     assert np.array_equal(found.images, to_uint8(drawn).permute(0, 2, 3, 1).numpy())
@@ -130,16 +145,56 @@ def test_an_interrupted_drawing_goes_on_where_it_stopped(pipeline, images, tmp_p
     np.testing.assert_allclose(kept(pipeline, images, tmp_path / "parts", 20)[:14], whole)
 
 
-def test_whatever_decides_a_sample_names_its_file(pipeline, images, tmp_path):
+def test_whatever_decides_a_sample_names_its_file(pipeline, images, tmp_path, monkeypatch):
     kept(pipeline, images, tmp_path, 4)
     for changed in ({"guidance": 3.0}, {"seed": 1}, {"guidance_interval": (0.2, 0.8)}):
         kept(pipeline, images, tmp_path, 4, **changed)
     draw_and_keep(pipeline, images, Sampler("ddim", 4), tmp_path, num_samples=4, **OPTIONS)
+    kept(pipeline, images, tmp_path, 4, split="val")
     next(pipeline.network.parameters()).data += 1
     kept(pipeline, images, tmp_path, 4)
-    assert len(list(tmp_path.glob("*.bin"))) == len(list(tmp_path.glob("*.json"))) == 6
+    assert len(list(tmp_path.glob("*.bin"))) == len(list(tmp_path.glob("*.json"))) == 7
     kept(pipeline, images, tmp_path, 4, batch_size=2, guidance=2)
-    assert len(list(tmp_path.glob("*.bin"))) == 6
+    assert len(list(tmp_path.glob("*.bin"))) == 7
+    monkeypatch.setattr(kept_samples, "FORMAT", 0)
+    kept(pipeline, images, tmp_path, 4)
+    assert len(list(tmp_path.glob("*.bin"))) == 8, "a way of drawing of before"
+
+
+def test_two_processes_do_not_write_the_same_samples(pipeline, images, tmp_path):
+    found = kept(pipeline, images, tmp_path, 4)
+    (file,) = tmp_path.glob("*.bin")
+    before = file.read_bytes()
+    with FileLock(file.with_suffix(".lock")):
+        with pytest.raises(UserError, match=f"Another process draws these samples, .*{file.name}"):
+            kept(pipeline, images, tmp_path, 8)
+        assert file.read_bytes() == before
+        assert np.array_equal(kept(pipeline, images, tmp_path, 4), found), "what is there is read"
+        kept(pipeline, images, tmp_path, 4, seed=1)
+    assert np.array_equal(kept(pipeline, images, tmp_path, 8)[:4], found)
+
+
+def test_what_another_process_drew_meanwhile_is_not_overwritten(pipeline, images, tmp_path, monkeypatch):
+    """The number of samples is read again once the lock is held."""
+    whole = kept(pipeline, images, tmp_path / "whole", 8)
+    acquire, waited = FileLock.acquire, []
+
+    def wait_for_the_other(self, *arguments, **options):
+        if not waited:
+            waited.append(True)
+            kept(pipeline, images, tmp_path / "shared", 4)
+        return acquire(self, *arguments, **options)
+
+    began = []
+
+    def begin(*arguments, first: int, **options):
+        began.append(first)
+        return draw(*arguments, first=first, **options)
+
+    monkeypatch.setattr(FileLock, "acquire", wait_for_the_other)
+    monkeypatch.setattr(kept_samples, "draw", begin)
+    assert np.array_equal(kept(pipeline, images, tmp_path / "shared", 8), whole)
+    assert began == [0, 4], "the other's, and the rest"
 
 
 def test_samples_that_are_not_finite(pipeline, images, tmp_path):
@@ -149,9 +204,10 @@ def test_samples_that_are_not_finite(pipeline, images, tmp_path):
 
 
 def test_more_samples_than_images_begin_again(images):
-    rows, n = chosen_training_rows(images, 120, 3), len(images.train_indices)
+    members = images.train_indices
+    rows, n = chosen_rows(members, 120, 3), len(members)
     assert sorted(rows[:n]) == list(range(n)) and np.array_equal(rows[n : 2 * n], rows[:n])
-    assert np.array_equal(chosen_training_rows(images, 7, 3), rows[:7])
+    assert np.array_equal(chosen_rows(members, 7, 3), rows[:7])
 
 
 def test_every_row_is_measured_alike(pipeline, images, tmp_path):
@@ -160,8 +216,17 @@ def test_every_row_is_measured_alike(pipeline, images, tmp_path):
     n = len(images.train_indices)
     assert (figures["num_samples"], figures["num_reference"]) == (24, n)
     assert figures["num_floor"] == min(24, n // 2) and figures["num_validation"] == len(images.val_indices)
-    assert figures["fd_components"] == min(24, n // 2) // 2 and figures["fd_name"] == "FD"
+    assert figures["fd_components"] == min(24, n // 2) // 2
+    assert figures["fd_name"] == f"FD on {figures['fd_components']} components"
+    assert (
+        figures["num_per_subset_samples"] == 6
+        and figures["num_per_subset_validation"] == figures["num_validation"] // 4
+    )
+    assert "subset" in found.lines[1].split()
     assert f"FD on {figures['fd_components']} PCA components of pets/train@" in found.lines[0]
+    said = " ".join(found.lines)
+    assert "has 19 degrees of freedom (95 % within 2.1 of them)" in said and max(map(len, found.lines)) < 160
+    assert "their errors have 3 degrees of freedom (95 % within 3.2 of them)" in said
     for row in ("samples", "reconstructions", "vae", "floor"):
         assert figures[f"num_{row}"] >= 22 and figures[f"fd_{row}"] >= 0, row
         assert figures[f"kd_{row}_standard_error"] > 0 and 0 <= figures[f"precision_{row}"] <= 1
@@ -178,6 +243,46 @@ def test_every_row_is_measured_alike(pipeline, images, tmp_path):
     }, "kept or drawn again, it is the same"
 
 
+def test_the_vae_alone_decodes_noise_as_it_is(pipeline):
+    """z_raw ~ N(0, I) is the prior of raw latents: nothing is un-standardised."""
+    noise = torch.stack([torch.randn(3, 8, 8, generator=g) for g in sample_generators(5, range(2, 4))])
+    found = VAEAlone(pipeline, 4, seed=5).batch([2, 3])
+    assert found.equal(pipeline.autoencoder.decode(noise))
+    assert not torch.allclose(found, pipeline.decode(noise), atol=1e-3), "whose mean 0.1 and std 2 it must not see"
+
+
+def test_what_a_classifier_mistakes_is_no_shift(pipeline, images, tmp_path, monkeypatch):
+    """One that calls all of them dogs: the shares of samples and of images are the same, whatever the labels are."""
+    mistaken = classifier.Classifier(2).eval()
+    torch.nn.init.zeros_(mistaken.head.weight)
+    mistaken.head.bias.data = torch.tensor([0.0, 1.0])
+    mistaken.val_accuracy = 0.4
+    calls = []
+    mistaken.register_forward_pre_hook(lambda _, arguments: calls.append(len(arguments[0])))
+    monkeypatch.setattr(report, "load_features", lambda *_: mistaken)
+    here = replace(images, path=tmp_path)
+    found = evaluate(pipeline, here, SAMPLER, features="classifier", num_samples=24, folder=tmp_path, **OPTIONS)
+    assert found.figures["class_shift_samples"] == found.figures["class_shift_validation"] == 0
+    chosen = images.train_indices[chosen_rows(images.train_indices, 24, 0)]
+    dogs = np.mean([images.labels[i] == 1 for i in chosen])
+    assert found.figures["class_accuracy_samples"] == pytest.approx(dogs)
+    assert sum(calls) == len(images) + 3 * 24, "every image once: all data, samples, reconstructions, the VAE alone"
+
+
+def test_a_smaller_evaluation_of_the_same_weights_does_not_replace_a_larger_one(tmp_path):
+    place, elsewhere = tmp_path / "run/evaluation.json", tmp_path / "demo/evaluation.json"
+    place.parent.mkdir()
+
+    def made(num_samples: int, weights: str) -> Path:
+        figures = {"weights_sha256": weights, "num_samples": num_samples}
+        return Evaluation(figures, [], {"nearest.png": Image.new("RGB", (4, 4))}).save_unless_smaller(place, elsewhere)
+
+    assert made(3000, "a") == place and made(256, "a") == elsewhere
+    assert json.loads(place.read_text())["num_samples"] == 3000 and elsewhere.with_name("nearest.png").is_file()
+    assert made(256, "b") == place and json.loads(place.read_text())["num_samples"] == 256, "of other weights"
+    assert made(256, "b") == place
+
+
 def test_classes_that_were_asked_for(pipeline, images, tmp_path):
     found = evaluate(pipeline, images, SAMPLER, features="classifier", num_samples=24, folder=tmp_path, **OPTIONS)
     assert 0 <= found.figures["class_accuracy_samples"] <= 1
@@ -186,10 +291,43 @@ def test_classes_that_were_asked_for(pipeline, images, tmp_path):
     assert any("the class that was asked for" in line for line in found.lines)
 
 
-def test_a_reference_of_other_data_is_not_taken_for_this(images, tmp_path):
-    """Its file is named by the features' key and the data's fingerprint."""
-    reference_features(MeanColours(), "mean_colours", images)
-    assert (images.path / f"features-mean_colours-{images.fingerprint[:8]}.npy").is_file()
+def test_a_reference_of_other_data_or_features_is_not_taken_for_this(images, tmp_path):
+    """It is kept by the features' key and the data's fingerprint."""
+    here = replace(images, path=tmp_path)
+    other = replace(here, fingerprint="0" * 64, images=255 - images.images)
+    twice = MeanColours()
+    twice.weight *= 2
+    twice.key = "mean_colours-of-other-weights"
+    first = reference_features(MeanColours(), "mean_colours", here)
+    torch.testing.assert_close(reference_features(MeanColours(), "mean_colours", other), -first)
+    assert reference_features(twice, "mean_colours", here).equal(2 * first)
+    assert reference_features(MeanColours(), "mean_colours", here).equal(first)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_write_that_fails_leaves_what_was_there(images, pipeline, tmp_path, monkeypatch):
+    """Nobody reads half a file, and two processes share no scratch file."""
+    place, figure = tmp_path / "evaluation.json", Image.new("RGB", (4, 4))
+    here = replace(images, path=tmp_path)
+    Evaluation({"fd": 1}, [], {"nearest.png": figure}).save(place)
+    kept(pipeline, images, tmp_path / "kept", 4)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(durable, "sync", full)
+    for write in (
+        Evaluation({"fd": 2}, []).save,
+        Evaluation({}, [], {"nearest.png": Image.new("RGB", (9, 9))}).save,
+        lambda _: kept(pipeline, images, tmp_path / "kept", 8),
+        lambda _: reference_features(MeanColours(), "mean_colours", here),
+        lambda _: classifier.load_classifier(here),
+    ):
+        with pytest.raises(OSError, match="No space"):
+            write(place)
+    after = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file() and file.suffix != ".bin"}
+    assert after == {file: content for file, content in before.items() if file.suffix != ".bin"}
 
 
 def test_the_frechet_distance_takes_all_dimensions_where_it_can():
@@ -204,8 +342,15 @@ def test_the_frechet_distance_takes_all_dimensions_where_it_can():
     assert torch.equal(torch.cat([some, others]).sort(0).values, train.sort(0).values)
     clip = Measures(train, None, with_cmmd=True).of(train[:50])
     assert clip["cmmd"][0] > 0 < clip["cmmd"][1]
-    lines = table({"a": (10, few), "bb": (50, clip)}, "FID")
-    assert "FID" in lines[0] and "CMMD" in lines[0] and len({len(line) for line in lines}) == 1 and " - " in lines[1]
+    lines = table({"a": (10, 2, few), "bb": (50, 12, clip)}, "FID")
+    assert fd_name(MeanColours(), None) == "FD" and fd_name(MeanColours(), 3) == "FD on 3 components"
+    assert (
+        "FID" in lines[0]
+        and "subset" in lines[0]
+        and "CMMD" in lines[0]
+        and len({len(line) for line in lines}) == 1
+        and " - " in lines[1]
+    )
 
 
 @pytest.mark.parametrize(
@@ -229,13 +374,41 @@ def test_a_sweep_over_steps_and_one_over_guidance(steps, tmp_path):
     found = steps([2.0])
     assert [row["value"] for row in found["rows"]] == [2, 4, 8] and found["over"] == "sampler.steps"
     assert [row["network_evaluations"] for row in found["rows"]] == [4, 8, 16]
-    assert found["metric"] == "KD" and "FD" not in " ".join(sampler_sweep.lines(found)), "24 are few for 27 dimensions"
+    assert found["metric"].startswith("FD on ") and found["metric"].endswith(" components"), "24 for 27 dimensions"
+    lines = sampler_sweep.lines(found)
+    assert found["metric"] in lines[0] and "KD" in lines[1] and "mean_colours" in lines[0]
+    assert len({len(line) for line in lines[1:5]}) == 1
+    columns, cells = sampler_sweep.table(found)
+    assert columns[:2] == ["sampler.steps", "network_evaluations"] and {len(row) for row in cells} == {len(columns)}
+    assert [row[0] for row in cells] == [2, 4, 8]
     found = steps([1.0, 2.0])
     assert found["over"] == "guidance" and [row["network_evaluations"] for row in found["rows"]] == [3, 6]
     for swept in (found, steps([2.0])):
         sampler_sweep.draw(swept).savefig(tmp_path / "sweep.png")
         assert f"{swept['over']}={swept['knee']:g} is the knee" in sampler_sweep.lines(swept)[-1]
         json.dumps(swept)
+
+
+def test_a_sweep_by_the_distance_in_all_dimensions(pipeline, images, tmp_path, monkeypatch):
+    monkeypatch.setitem(ldm.features.CHOICES, "mean_colour", MeanColour)
+    samplers = {n: Sampler("ddim", n) for n in (2, 4)}
+    found = sampler_sweep.sweep(
+        pipeline, images, samplers, [2.0], tmp_path, features="mean_colour", num_samples=24, batch_size=8
+    )
+    assert found["metric"] == "FD"
+    train = MeanColour()(images.batch(images.train_indices))
+    for row, sampler in zip(found["rows"], samplers.values(), strict=True):
+        drawn = draw_and_keep(pipeline, images, sampler, tmp_path, num_samples=24, guidance=2.0, seed=0)
+        assert row["distance"] == pytest.approx(frechet_distance(MeanColour()(drawn.batch(range(24))), train))
+        assert row["standard_error"] > 0
+    assert min(row["above_best"] for row in found["rows"]) == 0
+
+
+def test_the_guidance_of_a_model_without_conditions_is_not_swept(pipeline, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(kept_samples, "draw", lambda *_, **__: pytest.fail("drew"))
+    pipeline.conditioning = NoCondition()
+    with pytest.raises(UserError, match="guidance=1,2,3: this model is unconditional"):
+        sampler_sweep.sweep(pipeline, images, {3: SAMPLER}, [1, 2, 3], tmp_path)
 
 
 def test_a_sweep_refuses_before_it_draws(pipeline, images, tmp_path, monkeypatch):
@@ -253,10 +426,67 @@ def test_a_sweep_refuses_before_it_draws(pipeline, images, tmp_path, monkeypatch
 
 
 def test_the_knee_is_the_cheapest_that_is_no_worse():
-    def row(value, evaluations, distance, error=0.1):
-        return {"value": value, "network_evaluations": evaluations, "distance": distance, "standard_error": error}
+    def row(value, evaluations, above, error=0.1):
+        known = {"value": value, "network_evaluations": evaluations, "distance": 1 + above}
+        return {**known, "above_best": above, "above_best_standard_error": error if above else 0.0}
 
-    rows = [row(5, 5, 3.0), row(10, 10, 1.25), row(20, 20, 1.1), row(50, 50, 1.0)]
-    assert sampler_sweep.knee(rows) == 10, "0.25 < 2 sqrt(0.02)"
-    assert sampler_sweep.knee([row(5, 5, 3.0), row(10, 10, 1.3), *rows[2:]]) == 20
-    assert sampler_sweep.knee([row(1, 10, 2.0), row(2, 20, 1.0), row(3, 20, 0.9)]) == 3, "of one cost, the nearest"
+    rows = [row(5, 5, 2.0), row(10, 10, 0.19), row(20, 20, 0.1), row(50, 50, 0)]
+    assert sampler_sweep.knee(rows) == 10, "0.19 < 2 x 0.1"
+    assert sampler_sweep.knee([row(5, 5, 2.0), row(10, 10, 0.21), *rows[2:]]) == 20
+    assert sampler_sweep.knee([row(1, 10, 1.0), row(2, 20, 0.1), row(3, 20, 0)]) == 3, "of one cost, the nearest"
+
+
+def test_a_difference_of_values_that_share_their_noise_is_told_more_sharply():
+    """The jackknife of the differences states the error that is made of them, less than of either alone."""
+    generator = torch.Generator().manual_seed(0)
+    reference = torch.randn(400, 4, generator=generator)
+    found, alone = [], []
+    for _ in range(60):
+        noise = torch.randn(200, 4, generator=generator)
+        drawn = [noise + 0.5, noise + 0.55 + 0.05 * torch.randn(200, 4, generator=generator)]
+        distances, replicates = zip(*(frechet_replicates(part, reference) for part in drawn), strict=True)
+        rows = [{"distance": distance} for distance in distances]
+        sampler_sweep.hold_against_the_best(rows, replicates)
+        assert (rows[0]["above_best"], rows[0]["above_best_standard_error"]) == (0, 0)
+        found.append((rows[1]["above_best"], rows[1]["above_best_standard_error"]))
+        alone.append(distances[1])
+    values, errors = np.transpose(found)
+    assert np.sqrt((errors**2).mean()) == pytest.approx(values.std(ddof=1), rel=0.25)
+    assert values.std() < 0.4 * np.std(alone)
+    assert (values > 2 * errors).mean() > 0.9, "which both errors together would call equal"
+
+
+def test_captions_beside_those_of_other_prompts():
+    prompts, shown = (torch.randn(9, 5, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    cosines = torch.nn.functional.cosine_similarity(prompts[:, None], shown, dim=-1)
+    own, permuted, error = caption_agreement(prompts, 3 * shown)
+    assert own == pytest.approx(cosines.diagonal().mean().item(), rel=1e-5)
+    assert permuted == pytest.approx(cosines[~torch.eye(9, dtype=torch.bool)].mean().item(), rel=1e-5)
+    assert error == pytest.approx(cosines.diagonal().std().item() / 3, rel=1e-5)
+    assert caption_agreement(prompts, prompts)[0] == pytest.approx(1)
+    with pytest.raises(ValueError, match="two are needed"):
+        caption_agreement(prompts[:1], shown[:1])
+
+
+def test_held_out_captions_are_looked_for_among_held_out_images(images):
+    """Samples that are their own images are found; the caption of the nearest training image is what an image shows."""
+    captions = [f"{i % 4}" for i in range(len(images))]
+    here = replace(images, captions=captions)
+
+    class Encoder:
+        def encode(self, texts):
+            return {"pooled": torch.nn.functional.one_hot(torch.tensor([int(text) for text in texts]), 4).float()}
+
+    features = torch.randn(len(images), 8, generator=torch.Generator().manual_seed(0))
+    train, validation = (features[torch.from_numpy(rows)] for rows in (images.train_indices, images.val_indices))
+    rows = torch.from_numpy(chosen_rows(images.val_indices, 9, 0))
+    same = {name: [i for i in images.train_indices if captions[i] == name][0] for name in "0123"}
+    asked = [captions[images.val_indices[row]] for row in rows]
+    found = {"samples": features[[same[name] for name in asked]], "reconstructions": validation[rows]}
+    figures, lines = of_held_out(found, validation, train, rows, here, Encoder(), "random")
+    assert figures["num_held_out"] == 9 and figures["retrieval_at_1_held_out_reconstructions"] == 1
+    assert figures["retrieval_at_5_held_out_chance"] == 5 / len(validation)
+    assert figures["caption_cosine_held_out_samples"] == 1 > figures["caption_cosine_held_out_permuted"]
+    expected = np.mean([a == b for i, a in enumerate(asked) for j, b in enumerate(asked) if i != j])
+    assert figures["caption_cosine_held_out_permuted"] == pytest.approx(expected)
+    assert "9 captions that training never saw" in lines[0] and f"{len(validation)} validation images" in lines[0]

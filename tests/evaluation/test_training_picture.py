@@ -19,6 +19,14 @@ def test_curves_are_the_columns_with_the_steps_that_have_a_value(tmp_path):
     }
 
 
+def test_of_a_step_that_was_logged_twice_the_last_value_counts(tmp_path):
+    """Killed after step 29, gone on from step 9 and logged at other steps too."""
+    rows = "0,9,0.5,\n0,19,0.4,\n0,29,0.3,\n0,14,0.48,\n0,19,0.45,20.0\n0,29,0.35,\n"
+    (tmp_path / "metrics.csv").write_text("epoch,step,train/l1,val/psnr_db\n" + rows)
+    found = read_curves(tmp_path / "metrics.csv")
+    assert found == {"train/l1": ([9, 14, 19, 29], [0.5, 0.48, 0.45, 0.35]), "val/psnr_db": ([19], [20.0])}
+
+
 def test_the_game_is_drawn_where_there_was_one(tmp_path):
     for text, panels in ((PLAIN, 1), (GAME, 2)):
         (tmp_path / "metrics.csv").write_text(text)

@@ -121,7 +121,7 @@ def record(operation: int | None, sent: int) -> None:
 
     def note(what: str, path: Any) -> None:
         nonlocal count
-        place = os.path.join(here, os.fsdecode(path)) if isinstance(path, str | bytes | os.PathLike) else ""
+        place = str(Path(here, os.fsdecode(path))) if isinstance(path, str | bytes | os.PathLike) else ""
         if not place.startswith(here) or place.endswith((".txt", ".lock")):
             return
         os.write(notes, f"{what} {place[len(here) + 1 :]}\n".encode())
@@ -139,7 +139,7 @@ def record(operation: int | None, sent: int) -> None:
 
     def fsync(descriptor: int) -> None:
         if Path("/proc/self/fd").exists():
-            note("sync", os.readlink(f"/proc/self/fd/{descriptor}"))
+            note("sync", Path(f"/proc/self/fd/{descriptor}").readlink())
         synced(descriptor)
 
     os.fsync = fsync
@@ -163,13 +163,7 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Every value in a nested state, with its place; clocks and counters of Lightning's own loops are left out."""
     if isinstance(value, dict):
         for key in sorted(value, key=str):
-            if key not in (
-                "spent_s",
-                "loops",
-                "pytorch-lightning_version",
-                "hparams_name",
-                "datamodule_hyper_parameters",
-            ):
+            if key not in ("spent_s", "loops", "pytorch-lightning_version"):
                 yield from leaves(value[key], f"{path}/{key}")
     elif isinstance(value, list | tuple):
         for i, part in enumerate(value):
@@ -271,8 +265,8 @@ def stress(kills: int, sent: signal.Signals, seed: int, work: Path) -> int:
         expected[stage] = outcome(stage, folder)
         counts = Counter(filter(None, map(kind_of, references[stage].operations)))
         print(
-            f"stage {stage}, never stopped: {references[stage].seconds:.1f} s, "
-            f"{len(references[stage].operations)} file operations ({dict(counts)}), hash {joined(expected[stage])[:12]}",
+            f"stage {stage}, never stopped: {references[stage].seconds:.1f} s, {len(references[stage].operations)} "
+            f"file operations ({dict(counts)}), hash {joined(expected[stage])[:12]}",
             flush=True,
         )
     planned, same = plan(kills, references, seed), 0

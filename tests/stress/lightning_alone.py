@@ -1,4 +1,4 @@
-"""What Lightning does by itself on the promises of docs/reliability.md: a Trainer with ModelCheckpoint, nothing of ours.
+"""What Lightning does by itself on the promises of docs/reliability.md: its Trainer with ModelCheckpoint.
 
 python tests/stress/lightning_alone.py        prints one line per promise; about a minute
 """
@@ -98,7 +98,7 @@ def sigterm(folder: Path) -> str:
 
 
 def partial(folder: Path) -> str:
-    """A save of some 200 MB, watched from outside: is there a moment in which the file has its name but not its size?"""
+    """A save of some 200 MB, watched from outside: is the file ever shorter than it should be?"""
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import lightning_alone as alone; "
     code += f"alone.fit(alone.Path({str(folder)!r}), max_steps=5, width=500_000)"
     saving = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -108,7 +108,7 @@ def partial(folder: Path) -> str:
         time.sleep(0.001)
     whole = max(file.stat().st_size for file in folder.glob("*.ckpt"))
     shorter = sum(size < whole for size in sizes)
-    return f"a reader that looked {len(sizes)} times at a checkpoint of {whole / 1e6:.0f} MB found it short {shorter} times"
+    return f"of {len(sizes)} looks at a checkpoint of {whole / 1e6:.0f} MB {shorter} found it shorter than that"
 
 
 def damaged(folder: Path) -> str:

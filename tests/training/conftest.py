@@ -22,8 +22,8 @@ class Line(TrainingModule):
         self.seen: list[tuple[int, float]] = []
         self.validated: list[torch.Tensor] = []
 
-    def losses(self, x, generator):
-        noise = torch.randn(x.shape, generator=generator)
+    def losses(self, x, draws):
+        noise = draws.randn(x.shape)
         self.seen.append((self._trainer.global_step if self._trainer else -1, noise.sum().item()))
         return {"loss": (self.trained(x + 0.1 * noise) - x).square().mean()}
 
@@ -39,7 +39,7 @@ def make_module():
 
 @pytest.fixture
 def fit(tmp_path):
-    """Fit a module on the CPU with these callbacks; returns the trainer."""
+    """Fit a module on the CPU with these callbacks, from step `start` on; returns the trainer."""
 
     def fit(module, callbacks=(), *, batch_size=4, start=0, ckpt_path=None, **options) -> Trainer:
         data = torch.randn(32, 2, generator=torch.Generator().manual_seed(0))
@@ -63,7 +63,9 @@ def fit(tmp_path):
         def fetch(indices: np.ndarray) -> torch.Tensor:
             return data[torch.from_numpy(indices)]
 
-        batches = train_loader(fetch, np.arange(28), batch_size=batch_size, seed=0, start=start)
+        accumulate = options.get("accumulate_grad_batches", 1)
+        order = {"batch_size": batch_size * accumulate, "seed": 0, "start": start, "accumulate": accumulate}
+        batches = train_loader(fetch, np.arange(28), **order)
         held_out = val_loader(fetch, np.arange(28, 32), batch_size=4)
         trainer.fit(module, batches, held_out, ckpt_path=ckpt_path, weights_only=True)
         return trainer

@@ -87,10 +87,9 @@ def fit(module: VAETraining, place: Path, *, steps: int = 6, batch_size: int = 8
             **options,
         }
     )
-    start = torch.load(resume, weights_only=True)["global_step"] * accumulate if resume else 0
-    batches = train_loader(
-        lambda indices: IMAGES[indices], torch.arange(32).numpy(), batch_size=batch_size, seed=0, start=start
-    )
+    start = torch.load(resume, weights_only=True)["global_step"] if resume else 0
+    order = {"batch_size": batch_size * accumulate, "seed": 0, "start": start, "accumulate": accumulate}
+    batches = train_loader(lambda indices: IMAGES[indices], torch.arange(32).numpy(), **order)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer.fit(module, batches, ckpt_path=resume, weights_only=True)
@@ -132,13 +131,13 @@ def test_each_side_moves_its_own_weights(game):
     module = make(partial(ADVERSARY, game))
     for parameter in module.trained.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    made = module.regulariser.reconstruct(module.trained, IMAGES, torch.Generator().manual_seed(0))
+    made = module.regulariser.reconstruct(module.trained, IMAGES, torch.randn)
     discriminator = list(module.adversary.discriminator.parameters())
     module.adversary.generator_loss(made.images).backward()
     assert all(p.grad is not None and p.grad.any() for p in module.trained.parameters())
     assert all(p.grad is None and p.requires_grad for p in discriminator)
     module.trained.zero_grad()
-    made = module.regulariser.reconstruct(module.trained, IMAGES, torch.Generator().manual_seed(0))
+    made = module.regulariser.reconstruct(module.trained, IMAGES, torch.randn)
     module.adversary.learn(IMAGES, made.images)
     assert all(p.grad is None for p in module.trained.parameters())
     assert all(p.grad is not None and p.grad.any() for p in discriminator)
@@ -148,12 +147,11 @@ def test_the_gradient_is_distortion_plus_the_weighted_adversarial_term():
     module = make()
     for parameter in module.trained.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    generator = torch.Generator()
 
     def gradient(playing: bool, factor: float = 0.0) -> torch.Tensor:
         module.trained.zero_grad()
         module.playing, module.adversary.balance.factor = playing, factor
-        terms = module.losses(IMAGES, generator.manual_seed(0))
+        terms = module.losses(IMAGES, module.trial_draws(IMAGES))
         terms["loss"].backward()
         assert ("adversarial" in terms) == playing
         return torch.cat([p.grad.flatten() for p in module.trained.parameters()])

@@ -97,13 +97,13 @@ def test_a_failed_validation_leaves_the_raw_weights(fit, make_module):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_noise_depends_on_the_seed_and_the_batch_alone(fit, make_module, accumulate):
+def test_noise_depends_on_the_seed_and_the_step_alone(fit, make_module, accumulate):
     whole, resumed = make_module(), make_module()
     fit(whole, max_steps=6, accumulate_grad_batches=accumulate)
     noise = [value for _, value in whole.seen]
     assert len(set(noise)) == 6 * accumulate
-    resumed.on_train_start = lambda: setattr(resumed, "_batch_index", 4 * accumulate)
-    fit(resumed, max_steps=2, accumulate_grad_batches=accumulate)
+    resumed.step_offset = 4
+    fit(resumed, max_steps=2, start=4, accumulate_grad_batches=accumulate)
     assert [value for _, value in resumed.seen] == noise[4 * accumulate :]
 
 

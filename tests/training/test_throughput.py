@@ -18,7 +18,15 @@ from ldm.training.adversary import Adversary
 from ldm.training.budget import Budget
 from ldm.training.callbacks import ProgressBar
 from ldm.training.stage import OptimizerFactory
-from ldm.training.throughput import Speed, count_flops, known_peak_flops, measure_speed, peak_flops, peak_memory_gb
+from ldm.training.throughput import (
+    Speed,
+    begin_peak_memory,
+    count_flops,
+    known_peak_flops,
+    measure_speed,
+    peak_flops,
+    peak_memory_gb,
+)
 from ldm.training.vae import VAETraining
 
 EAGER = contextlib.nullcontext
@@ -182,3 +190,20 @@ def test_validation_is_no_part_of_the_speed(fit, make_module, monkeypatch):
 
 def test_memory_is_what_the_process_held_at_most():
     assert 0.05 < peak_memory_gb() < 100
+
+
+def test_memory_of_a_later_job_is_its_own_or_unknown(monkeypatch):
+    """RAM's peak is of the whole process; a GPU's begins again."""
+    begin_peak_memory(first=False)
+    assert peak_memory_gb() is None
+    begin_peak_memory(first=True)
+    assert peak_memory_gb() > 0.05
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    held = SimpleNamespace(peak=5e9)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: setattr(held, "peak", 1e9))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: held.peak)
+    begin_peak_memory(first=False)
+    assert peak_memory_gb() == 1
+    monkeypatch.undo()
+    begin_peak_memory(first=True)
