@@ -229,14 +229,17 @@ def kill_and_resume(kill: Kill, folder: Path, sent: signal.Signals) -> tuple[str
     """Where the kill fell, how the run ended and went on, and what it left."""
     if kill.operation is not None:
         ended = wait(*start(kill.stage, folder, operation=kill.operation, sent=sent), folder)
+        count = min(kill.operation, len(ended.operations))
     else:
         child, began = start(kill.stage, folder, sent=sent)
         time.sleep(max(0.0, began + (kill.after_s or 0.0) - time.monotonic()))
+        notes = folder / "operations.txt"
+        count = len(notes.read_text().splitlines()) if notes.exists() else 0
         if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             os.kill(child, sent)
         ended = wait(child, began, folder)
-    last = ended.operations[-1] if ended.operations else "nothing written yet"
-    where = f"{'' if kill.after_s is None else f'{kill.after_s:.2f} s, '}{len(ended.operations)}: {last}"
+    last = ended.operations[count - 1] if count else "nothing written yet"
+    where = f"{'' if kill.after_s is None else f'{kill.after_s:.2f} s, '}{count}: {last}"
     allowed = {-sent, 0} if sent == signal.SIGKILL else {128 + sent, 0}
     if not ended.operations:
         allowed.add(-sent)  # before anything of ours ran
@@ -279,7 +282,7 @@ def stress(kills: int, sent: signal.Signals, seed: int, work: Path) -> int:
             verdict = "FAILED"
         else:
             verdict = f"ANOTHER HASH: {differing(made, expected[kill.stage])}"
-        print(f"{number:>4} {kill.stage:<10}{kill.kind:<11}{where:<84}{ended:<26}{verdict}", flush=True)
+        print(f"{number:>4} {kill.stage:<10}{kill.kind:<11}{where:<88} {ended:<24} {verdict}", flush=True)
         if verdict == "same hash":
             shutil.rmtree(folder)
     print(f"{same} of {len(planned)} resumed to the same hash", flush=True)
