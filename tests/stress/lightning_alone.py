@@ -83,10 +83,10 @@ def digest(module: nn.Module) -> str:
 def resume(folder: Path) -> str:
     whole = digest(fit(folder / "whole"))
     fit(folder / "cut", StopAt(13))
+    saved = torch.load(folder / "cut" / "last.ckpt", weights_only=True)["global_step"]
     again = digest(fit(folder / "cut", resume=folder / "cut" / "last.ckpt"))
-    stopped_at = torch.load(folder / "cut" / "last.ckpt", weights_only=True)["global_step"]
     verdict = "the same" if whole == again else "another"
-    return f"stopped after step 13, resumed: {verdict} hash ({whole}, {again}); last.ckpt had been of step {stopped_at}"
+    return f"stopped after step 13, resumed from last.ckpt, of step {saved}: {verdict} hash ({whole}, {again})"
 
 
 def sigterm(folder: Path) -> str:
@@ -98,7 +98,14 @@ def sigterm(folder: Path) -> str:
 
 
 def partial(folder: Path) -> str:
-    """A save of some 200 MB, watched from outside: is the file ever shorter than it should be?"""
+    """A save of some 200 MB to another disk than that of temporary files, watched: is the file ever too short?"""
+    if Path("/dev/shm").is_dir():
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
+            return watch(Path(other))
+    return watch(folder)
+
+
+def watch(folder: Path) -> str:
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import lightning_alone as alone; "
     code += f"alone.fit(alone.Path({str(folder)!r}), max_steps=5, width=500_000)"
     saving = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
