@@ -9,6 +9,7 @@ share of the seconds between two. Exit code 0 only if the bound stays below 2 % 
 """
 
 import argparse
+import logging
 import statistics
 import sys
 import tempfile
@@ -109,7 +110,7 @@ def price(stage: str, plan: Any, blocks: int, steps: int) -> float:
     bound = mean + float(stats.t.ppf(0.95, len(lost) - 1)) * error + saves
     print(
         f"stage {stage}: {mean:+.2%} +- {error:.2%} (standard error, {blocks} pairs of blocks of {steps} steps); a "
-        f"checkpoint of {newest.size / 1e6:.1f} MB takes {newest.save_s:.2f} s, every {every_s:g} s: {saves:.2%}. "
+        f"checkpoint of {newest.bytes / 1e6:.1f} MB takes {newest.save_s:.2f} s, every {every_s:g} s: {saves:.2%}. "
         f"Upper bound of the loss, 95 %: {bound:.2%}",
         flush=True,
     )
@@ -122,6 +123,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60, help="steps of a block (60)")
     parser.add_argument("--vae", type=Path, required=True, help="a run of stage 1: runs/vae/demo")
     arguments = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     bounds = []
     with tempfile.TemporaryDirectory() as folder:
         for stage in ("vae", "diffusion"):
