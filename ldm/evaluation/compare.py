@@ -18,6 +18,7 @@ from ldm.evaluation.compare_statistics import (
     differing_settings,
     direction,
     estimate,
+    hold,
     judge,
 )
 
@@ -203,6 +204,16 @@ def _notes(groups: Sequence[Group], rows: Sequence[Row]) -> Iterator[str]:
             f"{SAMPLING}: 95 % intervals from the standard errors of the evaluations. Another seed of training may "
             f"move a figure further; {FEWEST_SEEDS} seeds a group would tell: python -m ldm.train -m seed=0,1,2 ..."
         )
+    for i, group in enumerate(groups[1:]):
+        found = {row.metric: row.verdicts[i] for row in rows if row.way}
+        tests = {name: one.difference.p_value for name, one in found.items() if one.difference is not None}
+        known = {name: value for name, value in tests.items() if value is not None}
+        real = [f"{name.replace('_', ' ')} ({found[name].text})" for name in hold(known)]
+        if known:
+            yield (
+                f"{group.label} beside {groups[0].label}, all {len(known)} figures together (Holm's test, 5 %): "
+                + (f"a difference in {', '.join(real)}." if real else "within noise.")
+            )
     if noise:
         yield (
             f"{len(noise)} verdicts, not corrected for their number: where nothing differs, about "

@@ -15,6 +15,7 @@ A group is what differs in nothing but its seed. The rule, per figure, everythin
    which is no proof of equality: the interval says how large a difference could hide in it.
 
 Verdicts are not corrected for their number: of twenty figures without any difference, one is expected to look real.
+`hold` says which of them do so all together.
 """
 
 import math
@@ -72,6 +73,15 @@ class Estimate:
         if self.standard_error is None:
             return None
         return float(stats.t.ppf((1 + CONFIDENCE) / 2, self.dof)) * self.standard_error if self.standard_error else 0.0
+
+    @property
+    def p_value(self) -> float | None:
+        """Of the two-sided t test against 0; None where the noise is not known."""
+        if self.standard_error is None:
+            return None
+        if not self.standard_error:
+            return float(not self.mean)
+        return float(2 * stats.t.sf(abs(self.mean) / self.standard_error, self.dof))
 
     def interval(self) -> list[float] | None:
         width = self.half_width
@@ -176,6 +186,20 @@ def judge(
     if not way:
         return Verdict("differ", found)
     return Verdict(f"{labels[1] if found.mean * way > 0 else labels[0]} better", found)
+
+
+def hold(p_values: Mapping[str, float]) -> list[str]:
+    """Names of the differences that hold together: one or more of them without any difference in 5 % of cases at most,
+    however the figures depend on each other.
+
+    Source: Holm 1979, Scandinavian Journal of Statistics 6(2).
+    """
+    found: list[str] = []
+    for name in sorted(p_values, key=p_values.__getitem__):
+        if p_values[name] > (1 - CONFIDENCE) / (len(p_values) - len(found)):
+            break
+        found.append(name)
+    return found
 
 
 def differing_settings(figures: Sequence[Figure]) -> list[str]:
