@@ -16,6 +16,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#3
 COLUMNS = 3
 SMOOTHED = 20
 """Values of a training loss that are averaged, one batch each: at most so many, and a tenth of the curve."""
+FEW = 20
+"""Points of a curve that are marked one by one."""
 
 
 def curve_names(groups: Sequence[Group]) -> list[str]:
@@ -54,16 +56,17 @@ def draw(groups: Sequence[Group]) -> Figure | None:
 
 
 def _draw_group(axes: Axes, curves: Sequence[Curve], colour: str) -> None:
+    marks = ["o" if len(steps) < FEW else None for steps, _ in curves]  # of one point there is no line
     if len(curves) == 1:
-        mark = "o" if len(curves[0][0]) < 20 else None
-        axes.plot(*curves[0], color=colour, lw=1.5, marker=mark, ms=3)
+        axes.plot(*curves[0], color=colour, lw=1.5, marker=marks[0], ms=3)
         return
-    for steps, values in curves:
-        axes.plot(steps, values, color=colour, lw=0.9, alpha=0.3)
+    for (steps, values), mark in zip(curves, marks, strict=True):
+        axes.plot(steps, values, color=colour, lw=0.9, alpha=0.3, marker=mark, ms=3)
     common = sorted(set.intersection(*({*steps} for steps, _ in curves))) if curves else []
     if common:
         at_common = [[value for step, value in zip(*curve, strict=True) if step in {*common}] for curve in curves]
-        axes.plot(common, np.mean(at_common, axis=0), color=colour, lw=1.8)
+        mark = "o" if len(common) < FEW else None
+        axes.plot(common, np.mean(at_common, axis=0), color=colour, lw=1.8, marker=mark, ms=4)
 
 
 def _shown(name: str, curve: Curve) -> Curve:

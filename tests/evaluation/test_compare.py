@@ -810,3 +810,10 @@ def test_mistakes_are_one_paragraph(trained, call, arguments, message):
 
 def test_the_rule_is_stated_where_it_is_applied():
     assert "Welch" in compare_statistics.__doc__ and "sampling alone" in compare_statistics.__doc__
+
+
+def test_a_curve_of_one_point_is_seen(tmp_path):
+    found = compare([*three(tmp_path, "a", (0.10, 0.12, 0.11)), *three(tmp_path, "b", (0.2, 0.22, 0.21), lr=2e-3)])
+    figure = draw(found.groups)
+    (panel,) = [axes for axes in figure.axes if axes.get_title() == "val/loss"]
+    assert len(panel.lines) == 8 and all(line.get_marker() == "o" for line in panel.lines)
