@@ -49,6 +49,7 @@ KINDS: dict[str, Any] = {
     "data_fingerprint": str,
     "val_fraction": float,
     "chain_sha256": str,
+    "contract": dict,
     "latent_shape": list[int],
     "versions": dict,
     "figures": dict | None,

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from ldm import command, signals
 from ldm.errors import UserError
 from ldm.options import check_options, refused_options
+from ldm.resumed import check_facts
 from ldm.untrusted import is_plain_name
 
 RUN_NAME = "LDM_RUN_NAME"
@@ -86,6 +87,11 @@ def train_in(folder: Path, config: DictConfig, again: str, *, main_process: bool
     started = time.perf_counter()
     kind = HydraConfig.get().runtime.choices["stage"]
     resumed = find_checkpoint(folder, config.resume, stage=kind, quiet=not main_process)
+    source = resumed.path.parent.parent if resumed is not None else folder
+    known = Run.open(source).facts if resumed is not None and (source / RUN_FILE).is_file() else {}
+    if kind == "diffusion" and config.vae is None and "vae" in known:
+        # the newest one may be another by now
+        config.vae = config.stage.build.find_autoencoder.vae = known["vae"]
     options: dict[str, Any] = OmegaConf.to_container(config.trainer)  # type: ignore[assignment]
     make_budget(options, config.optimizer.warmup_steps, config.optimizer.decay)  # none, or unreadable: refused now
     check_accelerator(options["accelerator"])
@@ -104,8 +110,6 @@ def train_in(folder: Path, config: DictConfig, again: str, *, main_process: bool
             f"trainer.accumulate_grad_batches={config.trainer.accumulate_grad_batches}, the parts of a step."
         )
     torch.set_flush_denormal(True)  # the first steps' tiny gradients more than halve a CPU's speed otherwise
-    source = resumed.path.parent.parent if resumed is not None else folder
-    known = Run.open(source).facts if resumed is not None and (source / RUN_FILE).is_file() else {}
     precision = known.get("precision") or choose_precision(options["precision"], options["accelerator"])
 
     def make_stage() -> Any:
@@ -135,7 +139,7 @@ def train_in(folder: Path, config: DictConfig, again: str, *, main_process: bool
         "val_fraction": images.val_fraction,
         **stage.facts(),
     }
-    check_resumed(known, facts)
+    check_facts(known, facts)
     if main_process:
         if config.overwrite and (resumed is None or source.resolve() != folder.resolve()):
             shutil.rmtree(folder, ignore_errors=True)
@@ -274,36 +278,6 @@ def check_accelerator(accelerator: str) -> None:
 
     if accelerator in ("gpu", "cuda") and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
         raise UserError("This trainer= needs a GPU, and torch finds none here. Choose trainer=cpu or trainer=auto.")
-
-
-def check_resumed(known: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Refuse to continue a run as something else than it was started as.
-
-    Raises:
-        UserError: naming the first thing that differs.
-    """
-    for key in (
-        "stage",
-        "data_fingerprint",
-        "latent_shape",
-        "chain_sha256",
-        "loss",
-        "prediction",
-        "variance",
-        "pretrained",
-        "regulariser",
-        "perceptual",
-        "adversarial",
-        "discriminator",
-        "codebook_size",
-        "likelihood",
-        "trained",
-    ):
-        if key in known and key in facts and known[key] != facts[key]:
-            raise UserError(
-                f"resume= continues a run whose {key} is {known[key]}, but the options given now make it {facts[key]}. "
-                "Give the options that it was started with: they are in its config.yaml."
-            )
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """A run that was stopped and continued ends as one that never stopped: weights, average, optimizers, schedule, RNG."""
 
 import hashlib
+import json
 import os
 import random
 import signal
@@ -177,3 +178,36 @@ def test_accumulated_batches_and_dropout_go_on(train, stop, monkeypatch):
     parts = train("vae", "noisy", *options, "resume=true")
     assert drawn == expected and len({first for first, _, _ in drawn}) == 14
     assert state_sha256(parts) == state_sha256(whole)
+
+
+TINY_VAE = ["autoencoder.model.block_out_channels=[32]", "trainer.max_steps=2"]
+TINY_DIFFUSION = ["conditioning=none", *STAGES["diffusion"][2:7], "network.patch_size=1", "sampler.steps=2"]
+
+
+@pytest.fixture
+def command(place, call, monkeypatch):
+    """Train with exactly these options and what the images are; returns how it ended."""
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("LDM_CACHE", str(place / "cache"))
+    return lambda *options: call(ldm.train.main, *DATA, *BUDGET, "trainer.precision=32-true", *options)
+
+
+def facts_of(run: Path) -> dict:
+    return json.loads((run / "run.json").read_text())
+
+
+def test_a_run_goes_on_on_its_own_latents(command, place):
+    """Whatever autoencoder is the newest by now; another one's latents are refused by name."""
+    runs = "runs_dir=own"
+    assert command("stage=vae", "name=first", *TINY_VAE, runs).code == 0
+    options = ["stage=diffusion", "name=mine", *TINY_DIFFUSION, runs]
+    assert command(*options, "trainer.max_steps=2").code == 0
+    assert command("stage=vae", "name=second", *TINY_VAE, "seed=1", runs).code == 0
+    before = facts_of(place / "own/diffusion/mine")
+    ended = command(*options, "trainer.max_steps=3", "resume=true", "vae=own/vae/second")
+    assert ended.code == 2 and "in vae=own/vae/first, but vae=own/vae/second holds" in ended.err, ended
+    assert facts_of(place / "own/diffusion/mine") == before
+    ended = command(*options, "trainer.max_steps=3", "resume=true")
+    after = facts_of(place / "own/diffusion/mine")
+    assert ended.code == 0 and after["figures"]["steps"] == 3, ended
+    assert (after["vae"], after["contract"]) == (before["vae"], before["contract"])
