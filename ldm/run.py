@@ -50,6 +50,7 @@ KINDS: dict[str, Any] = {
     "val_fraction": float,
     "chain_sha256": str,
     "contract": dict,
+    "options": list[str],
     "latent_shape": list[int],
     "versions": dict,
     "figures": dict | None,
@@ -77,17 +78,29 @@ class Run:
     path: Path
     facts: dict[str, Any]
     composed: dict[str, Any] | None = field(default=None, repr=False)
-    """The config that this process composed for the run itself."""
+    """The config that this process composed for the run itself; `text` is what config.yaml will say."""
+    text: str = field(default="", repr=False)
 
     @classmethod
     def create(cls, path: Path, config: DictConfig, facts: dict[str, Any]) -> "Run":
         """Make the folder, or take it over, and write config and provenance."""
-        (path / "images").mkdir(parents=True, exist_ok=True)
-        write_text(path / CONFIG_FILE, OmegaConf.to_yaml(config, resolve=True))
-        content = {"format": FORMAT, "finished": None, **provenance(), **facts}
-        run = cls(path, Facts(content, path / RUN_FILE), OmegaConf.to_container(config, resolve=True))  # type: ignore
-        run.save()
+        run = cls.compose(path, config, facts)
+        run.record()
         return run
+
+    @classmethod
+    def compose(cls, path: Path, config: DictConfig, facts: dict[str, Any]) -> "Run":
+        """A run of this process, of which nothing is on the disk before `record`."""
+        content = {"format": FORMAT, "finished": None, **provenance(), **facts}
+        composed = OmegaConf.to_container(config, resolve=True)
+        text = OmegaConf.to_yaml(config, resolve=True)
+        return cls(path, Facts(content, path / RUN_FILE), composed, text)  # type: ignore[arg-type]
+
+    def record(self) -> None:
+        """Write config and provenance, over those that were there."""
+        self.images.mkdir(parents=True, exist_ok=True)
+        write_text(self.path / CONFIG_FILE, self.text)
+        self.save()
 
     @classmethod
     def open(cls, path: Path | str, key: str = "run") -> "Run":

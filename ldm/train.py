@@ -5,7 +5,6 @@ python -m ldm.train stage=vae|diffusion [group=choice ...] [key=value ...]
 
 import logging
 import os
-import shlex
 import shutil
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from ldm import command, signals
 from ldm.errors import UserError
 from ldm.options import check_options, refused_options
-from ldm.resumed import check_facts
+from ldm.resumed import check_config, check_facts, command_line
 from ldm.untrusted import is_plain_name
 
 RUN_NAME = "LDM_RUN_NAME"
@@ -50,14 +49,15 @@ def train(config: DictConfig) -> None:
         raise UserError("resume=true continues the run that name= gives: add name=NAME, its folder in runs/<stage>/.")
     main_process = getattr(rank_zero_only, "rank", 0) == 0
     folder = run_folder(config, main_process=main_process)
-    again = command_to_continue(config, folder)
+    options = options_to_continue(config)
+    again = command_line(options, folder)
     try:
         if not main_process:
-            train_in(folder, config, again, main_process=False)
+            train_in(folder, config, options, again, main_process=False)
             return
         require_writable(folder)
         with only_one(folder):
-            train_in(folder, config, again, main_process=True)
+            train_in(folder, config, options, again, main_process=True)
     except signals.Interrupted as stopped:
         if not main_process:
             # the process that started this one ends everything at once where one of its own says more than 0
@@ -68,14 +68,20 @@ def train(config: DictConfig) -> None:
         raise signals.Interrupted(stopped.signal, said) from None
 
 
-def train_in(folder: Path, config: DictConfig, again: str, *, main_process: bool) -> None:
-    """Prepare the data, build the stage, train, leave the weights in the run folder."""
+def train_in(folder: Path, config: DictConfig, typed: list[str], again: str, *, main_process: bool) -> None:
+    """Prepare the data, build the stage, train, leave the weights in the run folder.
+
+    Args:
+        typed: The options that the run is started with.
+        again: The command that goes on with it.
+    """
     import torch
     from lightning.pytorch import seed_everything
+    from lightning.pytorch.callbacks import LambdaCallback
 
     from ldm.device import choose_device
     from ldm.durable import clear_partials
-    from ldm.run import RUN_FILE, Run
+    from ldm.run import CONFIG_FILE, RUN_FILE, Run
     from ldm.training.fitting import Fit, Plan, make_budget
     from ldm.training.loggers import make_loggers
     from ldm.training.manifest import find_checkpoint
@@ -92,6 +98,10 @@ def train_in(folder: Path, config: DictConfig, again: str, *, main_process: bool
     if kind == "diffusion" and config.vae is None and "vae" in known:
         # the newest one may be another by now
         config.vae = config.stage.build.find_autoencoder.vae = known["vae"]
+    changed: list[str] = []
+    if resumed is not None and (source / CONFIG_FILE).is_file():
+        now: dict[str, Any] = OmegaConf.to_container(config)  # type: ignore[assignment]
+        changed = check_config(Run(source, known).config(), now, kind, known.get("options"), again)
     options: dict[str, Any] = OmegaConf.to_container(config.trainer)  # type: ignore[assignment]
     make_budget(options, config.optimizer.warmup_steps, config.optimizer.decay)  # none, or unreadable: refused now
     check_accelerator(options["accelerator"])
@@ -131,6 +141,7 @@ def train_in(folder: Path, config: DictConfig, again: str, *, main_process: bool
     facts = {
         "stage": stage.kind,
         "name": folder.name,
+        "options": typed,
         "seed": config.seed,
         "precision": precision,
         "data": images.name,
@@ -147,7 +158,11 @@ def train_in(folder: Path, config: DictConfig, again: str, *, main_process: bool
             clear_partials(place)
         if stage.trains:
             require_room(folder, stage.module, options["keep_last"])
-    run = Run.create(folder, config, facts)
+    run = Run.compose(folder, config, facts)
+    # what is known of a run that goes on is replaced where training begins: much can be wrong until then
+    goes_on = stage.trains and resumed is not None and source.resolve() == folder.resolve()
+    if main_process and not goes_on:
+        run.record()
     loggers = make_loggers(
         config.logger,
         run,
@@ -170,6 +185,9 @@ def train_in(folder: Path, config: DictConfig, again: str, *, main_process: bool
     )
     fit = Fit(plan, resumed)
     trainer, budget = fit.trainer, fit.budget
+    if main_process and goes_on:
+        record = LambdaCallback(on_train_start=lambda *_: run.record())
+        trainer.callbacks.insert(0, record)  # type: ignore[attr-defined]
     rows = [
         ("data", f"{images.name}: {len(images.train_indices)} train, {len(images.val_indices)} validation"),
         ("size", f"{images.resolution} x {images.resolution} px, {images.num_bytes / 1e6:.0f} MB"),
@@ -182,6 +200,8 @@ def train_in(folder: Path, config: DictConfig, again: str, *, main_process: bool
         expected = time_expected(trainer, stage, budget, plan.micro_batch // trainer.world_size or 1, fit.step)
         fit.bar.speed = measure_speed(trainer, stage)
         rows += [("budget", f"{budget}, batches of {config.batch_size}"), ("time expected", expected)]
+    if changed:
+        rows.append(("changed", "; ".join(changed)))
     rows.append(("folder", str(folder)))
     if trainer.is_global_zero:
         print_table(f"stage {stage.kind}" + (f", resumed from {resumed.path}" if resumed else ""), rows)
@@ -191,6 +211,8 @@ def train_in(folder: Path, config: DictConfig, again: str, *, main_process: bool
         stage, trainer, budget = fit.plan.stage, fit.trainer, fit.budget
     if not trainer.is_global_zero:
         return
+    if goes_on:
+        run.record()  # where all was trained before, nothing began
     if fit.ema.ema is not None:
         fit.ema.ema.copy_to_module()
     stage.module.to(trainer.strategy.root_device)  # Lightning left it on the CPU
@@ -213,8 +235,8 @@ def train_in(folder: Path, config: DictConfig, again: str, *, main_process: bool
     print(f"next: {outcome.next_command}")
 
 
-def command_to_continue(config: DictConfig, folder: Path) -> str:
-    """The command line that goes on with a run: the one that it was started with, its name, and resume=true."""
+def options_to_continue(config: DictConfig) -> list[str]:
+    """The options that this run was started with, but for its name and place, as a user types them."""
     kept = []
     for override in HydraConfig.get().overrides.task:
         key = override.partition("=")[0]
@@ -223,9 +245,7 @@ def command_to_continue(config: DictConfig, folder: Path) -> str:
         # free text was quoted for Hydra; the user types it as it is
         value = OmegaConf.select(config, key.lstrip("+")) if key.lstrip("+") in command.FREE_TEXT else None
         kept.append(f"{key}={value}" if isinstance(value, str) else override)
-    if (runs := str(folder.parent.parent)) != "runs":
-        kept.append(f"runs_dir={runs}")
-    return shlex.join(["python", "-m", "ldm.train", *kept, f"name={folder.name}", "resume=true"])
+    return kept
 
 
 def run_folder(config: DictConfig, *, main_process: bool) -> Path:
