@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -151,25 +152,9 @@ def train_in(folder: Path, config: DictConfig, typed: list[str], again: str, *, 
         **stage.facts(),
     }
     check_facts(known, facts)
-    if main_process:
-        if config.overwrite and (resumed is None or source.resolve() != folder.resolve()):
-            shutil.rmtree(folder, ignore_errors=True)
-        for place in (folder, folder / "images"):
-            clear_partials(place)
-        if stage.trains:
-            require_room(folder, stage.module, options["keep_last"])
+    if main_process and stage.trains:
+        require_room(folder, stage.module, options["keep_last"])
     run = Run.compose(folder, config, facts)
-    # what is known of a run that goes on is replaced where training begins: much can be wrong until then
-    goes_on = stage.trains and resumed is not None and source.resolve() == folder.resolve()
-    if main_process and not goes_on:
-        run.record()
-    loggers = make_loggers(
-        config.logger,
-        run,
-        resume=bool(config.resume),
-        last_row=resumed.last_row if resumed is not None else -1,
-        main_process=main_process,
-    )
     plan = Plan(
         stage=stage,
         folder=folder,
@@ -180,14 +165,11 @@ def train_in(folder: Path, config: DictConfig, typed: list[str], again: str, *, 
         val_images=config.val_images,
         seed=config.seed,
         precision=precision,
-        loggers=loggers.lightning,
+        loggers=(),
         again=again,
     )
     fit = Fit(plan, resumed)
     trainer, budget = fit.trainer, fit.budget
-    if main_process and goes_on:
-        record = LambdaCallback(on_train_start=lambda *_: run.record())
-        trainer.callbacks.insert(0, record)  # type: ignore[attr-defined]
     rows = [
         ("data", f"{images.name}: {len(images.train_indices)} train, {len(images.val_indices)} validation"),
         ("size", f"{images.resolution} x {images.resolution} px, {images.num_bytes / 1e6:.0f} MB"),
@@ -200,6 +182,28 @@ def train_in(folder: Path, config: DictConfig, typed: list[str], again: str, *, 
         expected = time_expected(trainer, stage, budget, plan.micro_batch // trainer.world_size or 1, fit.step)
         fit.bar.speed = measure_speed(trainer, stage)
         rows += [("budget", f"{budget}, batches of {config.batch_size}"), ("time expected", expected)]
+    # From here on nothing is refused any more: what the folder held may go. What is known of a run that goes on is
+    # replaced where training begins: its weights may still not fit.
+    goes_on = stage.trains and resumed is not None and source.resolve() == folder.resolve()
+    if main_process:
+        if config.overwrite and (resumed is None or source.resolve() != folder.resolve()):
+            shutil.rmtree(folder, ignore_errors=True)
+        for place in (folder, folder / "images"):
+            clear_partials(place)
+        if goes_on:
+            record = LambdaCallback(on_train_start=lambda *_: run.record())
+            trainer.callbacks.insert(0, record)  # type: ignore[attr-defined]
+        else:
+            run.record()
+    loggers = make_loggers(
+        config.logger,
+        run,
+        resume=bool(config.resume),
+        last_row=resumed.last_row if resumed is not None else -1,
+        main_process=main_process,
+    )
+    fit.plan = replace(plan, loggers=loggers.lightning)
+    trainer.loggers = list(loggers.lightning)
     if changed:
         rows.append(("changed", "; ".join(changed)))
     rows.append(("folder", str(folder)))

@@ -254,3 +254,20 @@ def test_a_run_goes_on_on_its_own_latents(command, mine, place):
     assert ended.code == 0 and after["finished"] and after["figures"]["steps"] == 3, ended
     assert "optimizer.lr 0.004 -> 0.001; trainer.max_steps 2 -> 3" in ended.out
     assert (after["vae"], after["contract"]) == (before["vae"], before["contract"])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["trainer.guard.max_spike=0"], "trainer.guard.max_spike=0 must be above 1"),
+        (["trainer.devices=0"], "Choose trainer=cpu"),
+        ([], "needs room for"),
+    ],
+)
+def test_a_run_is_deleted_only_for_one_that_can_begin(command, mine, monkeypatch, options, said):
+    if not options:
+        monkeypatch.setattr("ldm.training.room.checkpoint_bytes", lambda _: 1 << 60)
+    held = {file: file.read_bytes() for file in sorted(mine.rglob("*")) if file.is_file()}
+    ended = command("stage=diffusion", "name=mine", "overwrite=true", *TINY_DIFFUSION, *options)
+    assert ended.code == 2 and said in ended.err, ended
+    assert {file: file.read_bytes() for file in sorted(mine.rglob("*")) if file.is_file()} == held
