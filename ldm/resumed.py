@@ -1,5 +1,6 @@
 """What a continued run must have in common with the run as it was begun."""
 
+import argparse
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,6 +8,9 @@ from typing import Any
 
 from ldm.artifact import flatten
 from ldm.errors import UserError
+from ldm.run import RUN_FILE
+from ldm.training.manifest import FOLDER, manifests
+from ldm.untrusted import read_json
 
 FACTS = (
     "stage",
@@ -52,6 +56,39 @@ def command_line(options: Sequence[str], folder: Path, resume: Path | str = "tru
     runs = str(folder.parent.parent)
     place = [] if runs == "runs" else [f"runs_dir={runs}"]
     return shlex.join(["python", "-m", "ldm.train", *options, *place, f"name={folder.name}", f"resume={resume}"])
+
+
+def own_config_options(arguments: Sequence[str]) -> list[str]:
+    """Of a command line: the options that say where configs of the user's own lie."""
+    parser = argparse.ArgumentParser(add_help=False)
+    for short, name in (("-cp", "--config-path"), ("-cn", "--config-name"), ("-cd", "--config-dir")):
+        parser.add_argument(short, name)
+    found, _ = parser.parse_known_args(arguments)
+    return [f"--{name.replace('_', '-')}={value}" for name, value in vars(found).items() if value is not None]
+
+
+def branch_of(folder: Path, resume: bool | str | None, known: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a run notes of the file that it went on from, and of the newest checkpoint that its folder held then.
+
+    Args:
+        known: What is known of the run that is continued.
+    """
+    if resume in (None, False, True, "true"):
+        return known.get("branch")
+    newest = max((found.sequence for found in manifests(folder / FOLDER)), default=-1)
+    return {"file": str(Path(str(resume)).expanduser().resolve()), "after": newest}
+
+
+def has_saved_since(folder: Path, file: Path) -> bool | None:
+    """Whether the run in `folder` went on from that file, and has saved since; None where it never went on from it."""
+    try:
+        branch = read_json(folder / RUN_FILE).get("branch") if (folder / RUN_FILE).is_file() else None
+    except UserError:
+        return None
+    if not isinstance(branch, dict) or branch.get("file") != str(file.expanduser().resolve()):
+        return None
+    after = branch.get("after")
+    return any(type(after) is int and found.sequence > after for found in manifests(folder / FOLDER))
 
 
 def check_config(then: Mapping[str, Any], now: Mapping[str, Any], stage: str, options: object, again: str) -> list[str]:

@@ -51,6 +51,7 @@ KINDS: dict[str, Any] = {
     "chain_sha256": str,
     "contract": dict,
     "options": list[str],
+    "branch": dict | None,
     "latent_shape": list[int],
     "versions": dict,
     "figures": dict | None,

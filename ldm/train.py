@@ -6,6 +6,7 @@ python -m ldm.train stage=vae|diffusion [group=choice ...] [key=value ...]
 import logging
 import os
 import shutil
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from ldm import command, signals
 from ldm.errors import UserError
 from ldm.options import check_options, refused_options
-from ldm.resumed import check_config, check_facts, command_line
+from ldm.resumed import branch_of, check_config, check_facts, command_line, has_saved_since, own_config_options
 from ldm.untrusted import is_plain_name
 
 RUN_NAME = "LDM_RUN_NAME"
@@ -52,6 +53,7 @@ def train(config: DictConfig) -> None:
     folder = run_folder(config, main_process=main_process)
     options = options_to_continue(config)
     again = command_line(options, folder)
+    from_file = None if config.resume in (None, False, True, "true") else Path(str(config.resume))
     try:
         if not main_process:
             train_in(folder, config, options, again, main_process=False)
@@ -64,8 +66,10 @@ def train(config: DictConfig) -> None:
             # the process that started this one ends everything at once where one of its own says more than 0
             raise SystemExit(0 if RUN_NAME in os.environ else stopped.code) from None
         said = str(stopped) if again in str(stopped) else f"{stopped}. To go on: {again}"
+        if from_file and not has_saved_since(folder, from_file):
+            said = said.replace(again, command_line(options, folder, from_file))
         if stopped.signal.name == "SIGUSR1":
-            said += signals.requeue()
+            said += requeue(named=config.name is not None or from_file is not None)
         raise signals.Interrupted(stopped.signal, said) from None
 
 
@@ -149,6 +153,7 @@ def train_in(folder: Path, config: DictConfig, typed: list[str], again: str, *, 
         "data_fingerprint": images.fingerprint,
         "data_cache": str(images.path.resolve()),
         "val_fraction": images.val_fraction,
+        **({"branch": branch} if (branch := branch_of(folder, config.resume, known)) else {}),
         **stage.facts(),
     }
     check_facts(known, facts)
@@ -239,9 +244,16 @@ def train_in(folder: Path, config: DictConfig, typed: list[str], again: str, *, 
     print(f"next: {outcome.next_command}")
 
 
+def requeue(*, named: bool) -> str:
+    """Ask SLURM for the job to be started again, where it would find its run; in words what came of it."""
+    if named or "SLURM_JOB_ID" not in os.environ:
+        return signals.requeue()
+    return ". SLURM is not asked to start the job again: without name= it would begin another run each time"
+
+
 def options_to_continue(config: DictConfig) -> list[str]:
     """The options that this run was started with, but for its name and place, as a user types them."""
-    kept = []
+    kept = own_config_options(sys.argv[1:])
     for override in HydraConfig.get().overrides.task:
         key = override.partition("=")[0]
         if key.lstrip("+") in ("name", "resume", "overwrite", "runs_dir"):
@@ -256,6 +268,7 @@ def run_folder(config: DictConfig, *, main_process: bool) -> Path:
     """runs_dir/<stage>/<name>. Processes that Lightning starts find the name of the first in the environment.
 
     Without a name, resume=<checkpoint> goes on in the run that it lies in; with another name it begins a run there.
+    A job that SLURM started again goes on from what it saved itself, whatever it was begun from.
 
     Raises:
         UserError: the folder is in use by another run and neither resume nor overwrite was asked for.
@@ -275,14 +288,22 @@ def run_folder(config: DictConfig, *, main_process: bool) -> Path:
         raise UserError(f"name={name} must be a plain folder name. Choose another place with runs_dir=.")
     folder = Path(config.runs_dir).expanduser() / stage / name
     exists = (folder / "run.json").exists()
-    if exists and config.name is not None and int(os.environ.get("SLURM_RESTART_COUNT") or 0):
-        config.resume = config.resume or True  # the same job, put into the queue again
+    restarted = bool(int(os.environ.get("SLURM_RESTART_COUNT") or 0))  # the same job, put into the queue again
+    if exists and config.name is not None and restarted:
+        config.resume = config.resume or True
     continues = config.resume
     if config.resume not in (None, False, True, "true"):
-        source = run_of(Path(str(config.resume)).expanduser())
+        file = Path(str(config.resume)).expanduser()
+        place = folder if config.name is not None else file.parent.parent
+        saved = has_saved_since(place, file)
+        if restarted and saved:
+            config.resume = True
+            return place
+        source = run_of(file)
         if config.name is None:
             return source
-        continues = source.resolve() == folder.resolve()
+        # a run that was stopped before it saved anything begins at the file once more
+        continues = source.resolve() == folder.resolve() or saved is False
     if main_process and exists and not (continues or config.overwrite):
         each = " With -m, each job needs a name of its own: 'name=NAME-${hydra:job.num}', or no name="
         raise UserError(
