@@ -58,6 +58,8 @@ KINDS: dict[str, Any] = {
     "perceptual_features": list[str],
 }
 """Of the facts that are used of a run; it need not have them all."""
+LINKED = ("checkpoints", "images")
+"""Folders in a run that clusters keep on another disk; nothing of a run's weights for use is read from them."""
 PACKAGES = ("ldm", "torch", "lightning", "diffusers", "transformers", "hydra-core", "wandb", "numpy")
 
 
@@ -120,7 +122,7 @@ class Run:
                 f"{key}={path} {what} (no {RUN_FILE}).{hint} A run is made by `python -m ldm.train stage=vae` or "
                 "`stage=diffusion`, in runs/<stage>/<name>."
             )
-        refuse_links_out(path)
+        refuse_links_out(path, but=LINKED)
         facts = read_json(path / RUN_FILE)
         if facts.get("format") != FORMAT:
             raise UserError(f"{path / RUN_FILE} has format {facts.get('format')}; this version reads {FORMAT}.")
@@ -241,18 +243,21 @@ def find_autoencoder(vae: str | None, runs: str, data_fingerprint: str) -> tuple
 
     Args:
         vae: A run folder, a diffusers folder (or a pipeline with a `vae` folder) or a hub id; None takes the
-            newest finished VAE run in `runs` on the same data.
+            newest finished VAE run in `runs` on the same data; one that cannot be opened is named and left out.
 
     Raises:
         UserError: nothing there, with the command that trains one.
     """
     if vae is not None:
         return load_autoencoder(vae), vae
-    candidates = [
-        run
-        for file in Path(runs).expanduser().glob(f"vae/*/{RUN_FILE}")
-        if (run := Run.open(file.parent)).finished and run.facts["data_fingerprint"] == data_fingerprint
-    ]
+    candidates = []
+    for file in Path(runs).expanduser().glob(f"vae/*/{RUN_FILE}"):
+        try:
+            run = Run.open(file.parent)
+            if run.finished and run.facts["data_fingerprint"] == data_fingerprint:
+                candidates.append(run)
+        except UserError as error:
+            print(f"warning: {file.parent} is left out of the autoencoders to choose from: {error}", file=sys.stderr)
     if not candidates:
         raise UserError(
             f"There is no finished autoencoder for this data in {Path(runs) / 'vae'}. Train one first: "
