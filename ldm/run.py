@@ -49,12 +49,17 @@ KINDS: dict[str, Any] = {
     "data_fingerprint": str,
     "val_fraction": float,
     "chain_sha256": str,
+    "contract": dict,
+    "options": list[str],
+    "branch": dict | None,
     "latent_shape": list[int],
     "versions": dict,
     "figures": dict | None,
     "perceptual_features": list[str],
 }
 """Of the facts that are used of a run; it need not have them all."""
+LINKED = ("checkpoints", "images")
+"""Folders in a run that clusters keep on another disk; nothing of a run's weights for use is read from them."""
 PACKAGES = ("ldm", "torch", "lightning", "diffusers", "transformers", "hydra-core", "wandb", "numpy")
 
 
@@ -76,17 +81,29 @@ class Run:
     path: Path
     facts: dict[str, Any]
     composed: dict[str, Any] | None = field(default=None, repr=False)
-    """The config that this process composed for the run itself."""
+    """The config that this process composed for the run itself; `text` is what config.yaml will say."""
+    text: str = field(default="", repr=False)
 
     @classmethod
     def create(cls, path: Path, config: DictConfig, facts: dict[str, Any]) -> "Run":
         """Make the folder, or take it over, and write config and provenance."""
-        (path / "images").mkdir(parents=True, exist_ok=True)
-        write_text(path / CONFIG_FILE, OmegaConf.to_yaml(config, resolve=True))
-        content = {"format": FORMAT, "finished": None, **provenance(), **facts}
-        run = cls(path, Facts(content, path / RUN_FILE), OmegaConf.to_container(config, resolve=True))  # type: ignore
-        run.save()
+        run = cls.compose(path, config, facts)
+        run.record()
         return run
+
+    @classmethod
+    def compose(cls, path: Path, config: DictConfig, facts: dict[str, Any]) -> "Run":
+        """A run of this process, of which nothing is on the disk before `record`."""
+        content = {"format": FORMAT, "finished": None, **provenance(), **facts}
+        composed = OmegaConf.to_container(config, resolve=True)
+        text = OmegaConf.to_yaml(config, resolve=True)
+        return cls(path, Facts(content, path / RUN_FILE), composed, text)  # type: ignore[arg-type]
+
+    def record(self) -> None:
+        """Write config and provenance, over those that were there."""
+        self.images.mkdir(parents=True, exist_ok=True)
+        write_text(self.path / CONFIG_FILE, self.text)
+        self.save()
 
     @classmethod
     def open(cls, path: Path | str, key: str = "run") -> "Run":
@@ -105,7 +122,7 @@ class Run:
                 f"{key}={path} {what} (no {RUN_FILE}).{hint} A run is made by `python -m ldm.train stage=vae` or "
                 "`stage=diffusion`, in runs/<stage>/<name>."
             )
-        refuse_links_out(path)
+        refuse_links_out(path, but=LINKED)
         facts = read_json(path / RUN_FILE)
         if facts.get("format") != FORMAT:
             raise UserError(f"{path / RUN_FILE} has format {facts.get('format')}; this version reads {FORMAT}.")
@@ -226,18 +243,21 @@ def find_autoencoder(vae: str | None, runs: str, data_fingerprint: str) -> tuple
 
     Args:
         vae: A run folder, a diffusers folder (or a pipeline with a `vae` folder) or a hub id; None takes the
-            newest finished VAE run in `runs` on the same data.
+            newest finished VAE run in `runs` on the same data; one that cannot be opened is named and left out.
 
     Raises:
         UserError: nothing there, with the command that trains one.
     """
     if vae is not None:
         return load_autoencoder(vae), vae
-    candidates = [
-        run
-        for file in Path(runs).expanduser().glob(f"vae/*/{RUN_FILE}")
-        if (run := Run.open(file.parent)).finished and run.facts["data_fingerprint"] == data_fingerprint
-    ]
+    candidates = []
+    for file in Path(runs).expanduser().glob(f"vae/*/{RUN_FILE}"):
+        try:
+            run = Run.open(file.parent)
+            if run.finished and run.facts["data_fingerprint"] == data_fingerprint:
+                candidates.append(run)
+        except UserError as error:
+            print(f"warning: {file.parent} is left out of the autoencoders to choose from: {error}", file=sys.stderr)
     if not candidates:
         raise UserError(
             f"There is no finished autoencoder for this data in {Path(runs) / 'vae'}. Train one first: "

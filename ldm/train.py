@@ -5,9 +5,10 @@ python -m ldm.train stage=vae|diffusion [group=choice ...] [key=value ...]
 
 import logging
 import os
-import shlex
 import shutil
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from ldm import command, signals
 from ldm.errors import UserError
 from ldm.options import check_options, refused_options
+from ldm.resumed import branch_of, check_config, check_facts, command_line, has_saved_since, own_config_options
 from ldm.untrusted import is_plain_name
 
 RUN_NAME = "LDM_RUN_NAME"
@@ -49,32 +51,42 @@ def train(config: DictConfig) -> None:
         raise UserError("resume=true continues the run that name= gives: add name=NAME, its folder in runs/<stage>/.")
     main_process = getattr(rank_zero_only, "rank", 0) == 0
     folder = run_folder(config, main_process=main_process)
-    again = command_to_continue(config, folder)
+    options = options_to_continue(config)
+    again = command_line(options, folder)
+    from_file = None if config.resume in (None, False, True, "true") else Path(str(config.resume))
     try:
         if not main_process:
-            train_in(folder, config, again, main_process=False)
+            train_in(folder, config, options, again, main_process=False)
             return
         require_writable(folder)
         with only_one(folder):
-            train_in(folder, config, again, main_process=True)
+            train_in(folder, config, options, again, main_process=True)
     except signals.Interrupted as stopped:
         if not main_process:
             # the process that started this one ends everything at once where one of its own says more than 0
             raise SystemExit(0 if RUN_NAME in os.environ else stopped.code) from None
         said = str(stopped) if again in str(stopped) else f"{stopped}. To go on: {again}"
+        if from_file and not has_saved_since(folder, from_file):
+            said = said.replace(again, command_line(options, folder, from_file))
         if stopped.signal.name == "SIGUSR1":
-            said += signals.requeue()
+            said += requeue(named=config.name is not None or from_file is not None)
         raise signals.Interrupted(stopped.signal, said) from None
 
 
-def train_in(folder: Path, config: DictConfig, again: str, *, main_process: bool) -> None:
-    """Prepare the data, build the stage, train, leave the weights in the run folder."""
+def train_in(folder: Path, config: DictConfig, typed: list[str], again: str, *, main_process: bool) -> None:
+    """Prepare the data, build the stage, train, leave the weights in the run folder.
+
+    Args:
+        typed: The options that the run is started with.
+        again: The command that goes on with it.
+    """
     import torch
     from lightning.pytorch import seed_everything
+    from lightning.pytorch.callbacks import LambdaCallback
 
     from ldm.device import choose_device
     from ldm.durable import clear_partials
-    from ldm.run import RUN_FILE, Run
+    from ldm.run import CONFIG_FILE, RUN_FILE, Run
     from ldm.training.fitting import Fit, Plan, make_budget
     from ldm.training.loggers import make_loggers
     from ldm.training.manifest import find_checkpoint
@@ -86,6 +98,15 @@ def train_in(folder: Path, config: DictConfig, again: str, *, main_process: bool
     started = time.perf_counter()
     kind = HydraConfig.get().runtime.choices["stage"]
     resumed = find_checkpoint(folder, config.resume, stage=kind, quiet=not main_process)
+    source = resumed.path.parent.parent if resumed is not None else folder
+    known = Run.open(source).facts if resumed is not None and (source / RUN_FILE).is_file() else {}
+    if kind == "diffusion" and config.vae is None and "vae" in known:
+        # the newest one may be another by now
+        config.vae = config.stage.build.find_autoencoder.vae = known["vae"]
+    changed: list[str] = []
+    if resumed is not None and (source / CONFIG_FILE).is_file():
+        now: dict[str, Any] = OmegaConf.to_container(config)  # type: ignore[assignment]
+        changed = check_config(Run(source, known).config(), now, kind, known.get("options"), again)
     options: dict[str, Any] = OmegaConf.to_container(config.trainer)  # type: ignore[assignment]
     make_budget(options, config.optimizer.warmup_steps, config.optimizer.decay)  # none, or unreadable: refused now
     check_accelerator(options["accelerator"])
@@ -104,8 +125,6 @@ def train_in(folder: Path, config: DictConfig, again: str, *, main_process: bool
             f"trainer.accumulate_grad_batches={config.trainer.accumulate_grad_batches}, the parts of a step."
         )
     torch.set_flush_denormal(True)  # the first steps' tiny gradients more than halve a CPU's speed otherwise
-    source = resumed.path.parent.parent if resumed is not None else folder
-    known = Run.open(source).facts if resumed is not None and (source / RUN_FILE).is_file() else {}
     precision = known.get("precision") or choose_precision(options["precision"], options["accelerator"])
 
     def make_stage() -> Any:
@@ -127,30 +146,20 @@ def train_in(folder: Path, config: DictConfig, again: str, *, main_process: bool
     facts = {
         "stage": stage.kind,
         "name": folder.name,
+        "options": typed,
         "seed": config.seed,
         "precision": precision,
         "data": images.name,
         "data_fingerprint": images.fingerprint,
         "data_cache": str(images.path.resolve()),
         "val_fraction": images.val_fraction,
+        **({"branch": branch} if (branch := branch_of(folder, config.resume, known)) else {}),
         **stage.facts(),
     }
-    check_resumed(known, facts)
-    if main_process:
-        if config.overwrite and (resumed is None or source.resolve() != folder.resolve()):
-            shutil.rmtree(folder, ignore_errors=True)
-        for place in (folder, folder / "images"):
-            clear_partials(place)
-        if stage.trains:
-            require_room(folder, stage.module, options["keep_last"])
-    run = Run.create(folder, config, facts)
-    loggers = make_loggers(
-        config.logger,
-        run,
-        resume=bool(config.resume),
-        last_row=resumed.last_row if resumed is not None else -1,
-        main_process=main_process,
-    )
+    check_facts(known, facts)
+    if main_process and stage.trains:
+        require_room(folder, stage.module, options["keep_last"])
+    run = Run.compose(folder, config, facts)
     plan = Plan(
         stage=stage,
         folder=folder,
@@ -161,7 +170,7 @@ def train_in(folder: Path, config: DictConfig, again: str, *, main_process: bool
         val_images=config.val_images,
         seed=config.seed,
         precision=precision,
-        loggers=loggers.lightning,
+        loggers=(),
         again=again,
     )
     fit = Fit(plan, resumed)
@@ -178,6 +187,30 @@ def train_in(folder: Path, config: DictConfig, again: str, *, main_process: bool
         expected = time_expected(trainer, stage, budget, plan.micro_batch // trainer.world_size or 1, fit.step)
         fit.bar.speed = measure_speed(trainer, stage)
         rows += [("budget", f"{budget}, batches of {config.batch_size}"), ("time expected", expected)]
+    # From here on nothing is refused any more: what the folder held may go. What is known of a run that goes on is
+    # replaced where training begins: its weights may still not fit.
+    goes_on = stage.trains and resumed is not None and source.resolve() == folder.resolve()
+    if main_process:
+        if config.overwrite and (resumed is None or source.resolve() != folder.resolve()):
+            shutil.rmtree(folder, ignore_errors=True)
+        for place in (folder, folder / "images"):
+            clear_partials(place)
+        if goes_on:
+            record = LambdaCallback(on_train_start=lambda *_: run.record())
+            trainer.callbacks.insert(0, record)  # type: ignore[attr-defined]
+        else:
+            run.record()
+    loggers = make_loggers(
+        config.logger,
+        run,
+        resume=bool(config.resume),
+        last_row=resumed.last_row if resumed is not None else -1,
+        main_process=main_process,
+    )
+    fit.plan = replace(plan, loggers=loggers.lightning)
+    trainer.loggers = list(loggers.lightning)
+    if changed:
+        rows.append(("changed", "; ".join(changed)))
     rows.append(("folder", str(folder)))
     if trainer.is_global_zero:
         print_table(f"stage {stage.kind}" + (f", resumed from {resumed.path}" if resumed else ""), rows)
@@ -187,6 +220,8 @@ def train_in(folder: Path, config: DictConfig, again: str, *, main_process: bool
         stage, trainer, budget = fit.plan.stage, fit.trainer, fit.budget
     if not trainer.is_global_zero:
         return
+    if goes_on:
+        run.record()  # where all was trained before, nothing began
     if fit.ema.ema is not None:
         fit.ema.ema.copy_to_module()
     stage.module.to(trainer.strategy.root_device)  # Lightning left it on the CPU
@@ -209,9 +244,16 @@ def train_in(folder: Path, config: DictConfig, again: str, *, main_process: bool
     print(f"next: {outcome.next_command}")
 
 
-def command_to_continue(config: DictConfig, folder: Path) -> str:
-    """The command line that goes on with a run: the one that it was started with, its name, and resume=true."""
-    kept = []
+def requeue(*, named: bool) -> str:
+    """Ask SLURM for the job to be started again, where it would find its run; in words what came of it."""
+    if named or "SLURM_JOB_ID" not in os.environ:
+        return signals.requeue()
+    return ". SLURM is not asked to start the job again: without name= it would begin another run each time"
+
+
+def options_to_continue(config: DictConfig) -> list[str]:
+    """The options that this run was started with, but for its name and place, as a user types them."""
+    kept = own_config_options(sys.argv[1:])
     for override in HydraConfig.get().overrides.task:
         key = override.partition("=")[0]
         if key.lstrip("+") in ("name", "resume", "overwrite", "runs_dir"):
@@ -219,15 +261,14 @@ def command_to_continue(config: DictConfig, folder: Path) -> str:
         # free text was quoted for Hydra; the user types it as it is
         value = OmegaConf.select(config, key.lstrip("+")) if key.lstrip("+") in command.FREE_TEXT else None
         kept.append(f"{key}={value}" if isinstance(value, str) else override)
-    if (runs := str(folder.parent.parent)) != "runs":
-        kept.append(f"runs_dir={runs}")
-    return shlex.join(["python", "-m", "ldm.train", *kept, f"name={folder.name}", "resume=true"])
+    return kept
 
 
 def run_folder(config: DictConfig, *, main_process: bool) -> Path:
     """runs_dir/<stage>/<name>. Processes that Lightning starts find the name of the first in the environment.
 
     Without a name, resume=<checkpoint> goes on in the run that it lies in; with another name it begins a run there.
+    A job that SLURM started again goes on from what it saved itself, whatever it was begun from.
 
     Raises:
         UserError: the folder is in use by another run and neither resume nor overwrite was asked for.
@@ -247,14 +288,22 @@ def run_folder(config: DictConfig, *, main_process: bool) -> Path:
         raise UserError(f"name={name} must be a plain folder name. Choose another place with runs_dir=.")
     folder = Path(config.runs_dir).expanduser() / stage / name
     exists = (folder / "run.json").exists()
-    if exists and config.name is not None and int(os.environ.get("SLURM_RESTART_COUNT") or 0):
-        config.resume = config.resume or True  # the same job, put into the queue again
+    restarted = bool(int(os.environ.get("SLURM_RESTART_COUNT") or 0))  # the same job, put into the queue again
+    if exists and config.name is not None and restarted:
+        config.resume = config.resume or True
     continues = config.resume
     if config.resume not in (None, False, True, "true"):
-        source = run_of(Path(str(config.resume)).expanduser())
+        file = Path(str(config.resume)).expanduser()
+        place = folder if config.name is not None else file.parent.parent
+        saved = has_saved_since(place, file)
+        if restarted and saved:
+            config.resume = True
+            return place
+        source = run_of(file)
         if config.name is None:
             return source
-        continues = source.resolve() == folder.resolve()
+        # a run that was stopped before it saved anything begins at the file once more
+        continues = source.resolve() == folder.resolve() or saved is False
     if main_process and exists and not (continues or config.overwrite):
         each = " With -m, each job needs a name of its own: 'name=NAME-${hydra:job.num}', or no name="
         raise UserError(
@@ -274,36 +323,6 @@ def check_accelerator(accelerator: str) -> None:
 
     if accelerator in ("gpu", "cuda") and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
         raise UserError("This trainer= needs a GPU, and torch finds none here. Choose trainer=cpu or trainer=auto.")
-
-
-def check_resumed(known: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Refuse to continue a run as something else than it was started as.
-
-    Raises:
-        UserError: naming the first thing that differs.
-    """
-    for key in (
-        "stage",
-        "data_fingerprint",
-        "latent_shape",
-        "chain_sha256",
-        "loss",
-        "prediction",
-        "variance",
-        "pretrained",
-        "regulariser",
-        "perceptual",
-        "adversarial",
-        "discriminator",
-        "codebook_size",
-        "likelihood",
-        "trained",
-    ):
-        if key in known and key in facts and known[key] != facts[key]:
-            raise UserError(
-                f"resume= continues a run whose {key} is {known[key]}, but the options given now make it {facts[key]}. "
-                "Give the options that it was started with: they are in its config.yaml."
-            )
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import os
 import re
 import types
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -127,14 +127,19 @@ def read_array(path: Path) -> np.memmap:
     return array
 
 
-def refuse_links_out(folder: Path) -> None:
+def refuse_links_out(folder: Path, *, but: Collection[str] = ()) -> None:
     """Refuse a folder with a link in it that leads out of it: what is read or written there would be another file.
+
+    Args:
+        but: Names directly in it that may lead anywhere.
 
     Raises:
         UserError: naming the link.
     """
     root = folder.resolve()
     for place, folders, names in os.walk(root):
+        if Path(place) == root:
+            folders[:], names[:] = ([name for name in found if name not in but] for found in (folders, names))
         for name in [*folders, *names]:
             path = Path(place, name)
             if path.is_symlink() and not path.resolve().is_relative_to(root):

@@ -343,7 +343,7 @@ CASES = [
     Case("a run's name is a path", "vae", "config", changed("run.json", name="../../victim"), "plain folder name"),
     Case("a run's images elsewhere", "vae", "images", changed("run.json", data_cache="/etc"), "no longer in /etc"),
     Case("a link to another file", "vae", "config", link("evaluation.json", "/etc/hostname"), "is a link to"),
-    Case("a link to another folder", "vae", "config", link("checkpoints", "/"), "is a link to"),
+    Case("a link to another folder", "vae", "config", link("pipeline", "/"), "is a link to"),
     Case("an evaluation that is deep", "vae", "compare", text("evaluation.json", '{"a":' * 10**5), "as JSON"),
     Case("a table of text", "vae", "compare", text("metrics.csv", "step,loss\nx,y\n"), "no table of numbers"),
     Case("an id that is a path", "vae", "wandb", text("wandb_id.txt", "../../victim"), "id of a W&B run"),

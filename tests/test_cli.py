@@ -236,16 +236,16 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(train):
 @pytest.mark.parametrize(
     ("option", "said"),
     [
-        ("schedule=cosine", "whose chain_sha256 is"),
-        ("objective.prediction=eps", "whose prediction is v, but the options given now make it eps"),
-        ("objective=hybrid", "whose loss is simple, but the options given now make it hybrid"),
+        ("schedule=cosine", "schedule._target_ was ldm.diffusion.schedule.linear and is"),
+        ("objective.prediction=eps", "objective.prediction was v and is eps now"),
+        ("objective=hybrid", "objective.loss was simple and is hybrid now"),
     ],
 )
 def test_a_run_is_continued_as_what_it_was(trained, call, option, said):
     before = (trained.diffusion.path / "run.json").read_text()
     options = [*TINY_DIFFUSION, *SIX_STEPS, "trainer.max_steps=10", "name=first", "resume=true", option]
     ended = call(ldm.train.main, *options)
-    assert ended.code == 2 and said in ended.err and "config.yaml" in ended.err, ended
+    assert ended.code == 2 and said in ended.err and "that it was started with: python -m" in ended.err, ended
     assert (trained.diffusion.path / "run.json").read_text() == before
 
 

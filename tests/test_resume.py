@@ -1,6 +1,7 @@
 """A run that was stopped and continued ends as one that never stopped: weights, average, optimizers, schedule, RNG."""
 
 import hashlib
+import json
 import os
 import random
 import signal
@@ -11,7 +12,9 @@ import pytest
 import torch
 
 import ldm.train
+from ldm.errors import UserError
 from ldm.training.checkpoint import Checkpoints
+from ldm.training.fitting import Fit
 from ldm.training.manifest import manifests
 
 DATA = ["data=image_folder", "data.path=pets", "data.resolution=16", "data.val_fraction=0.2", "logger=csv"]
@@ -177,3 +180,94 @@ def test_accumulated_batches_and_dropout_go_on(train, stop, monkeypatch):
     parts = train("vae", "noisy", *options, "resume=true")
     assert drawn == expected and len({first for first, _, _ in drawn}) == 14
     assert state_sha256(parts) == state_sha256(whole)
+
+
+OWN = ["trainer.precision=32-true", "runs_dir=own"]
+TINY_VAE = ["autoencoder.model.block_out_channels=[32]", "trainer.max_steps=2"]
+TINY_DIFFUSION = ["conditioning=none", *STAGES["diffusion"][2:7], "network.patch_size=1", "sampler.steps=2"]
+
+
+@pytest.fixture
+def command(place, call, monkeypatch):
+    """Train with exactly these options and what the images are; returns how it ended."""
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("LDM_CACHE", str(place / "cache"))
+    return lambda *options: call(ldm.train.main, *DATA, *BUDGET, *OWN, *options)
+
+
+def facts_of(run: Path) -> dict:
+    return json.loads((run / "run.json").read_text())
+
+
+@pytest.fixture
+def mine(command, place) -> Path:
+    """A stage 2 of two steps on the autoencoder that was the newest then."""
+    run = place / "own/diffusion/mine"
+    if not run.exists():
+        assert command("stage=vae", "name=first", *TINY_VAE).code == 0
+        assert command("stage=diffusion", "name=mine", *TINY_DIFFUSION, "trainer.max_steps=2").code == 0
+    return run
+
+
+def record_of(run: Path) -> list[bytes]:
+    return [(run / name).read_bytes() for name in ("run.json", "config.yaml")]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (TINY_DIFFUSION[:1], "network._target_ was ldm.networks.dit.DiT and is ldm.networks.unet.unet now; network."),
+        ([*TINY_DIFFUSION, "optimizer=adamw"], "optimizer.build._target_ was ldm.training.muon.MuonAdamW and is torch"),
+        ([*TINY_DIFFUSION, "seed=1"], "seed was 0 and is 1 now. Give"),
+        ([*TINY_DIFFUSION, "data.flip=true"], "data.flip was False and is True now. Give"),
+    ],
+)
+def test_other_options_than_a_run_was_started_with(command, mine, options, said):
+    """They are named, with the command that goes on, and nothing of the run is touched."""
+    before = record_of(mine)
+    ended = command("stage=diffusion", "name=mine", "resume=true", *options)
+    assert ended.code == 2 and said in ended.err and "Traceback" not in ended.err, ended
+    assert "python -m ldm.train data=image_folder data.path=pets" in ended.err
+    assert "network=dit network.hidden_dim=32" in ended.err and "name=mine resume=true" in ended.err
+    assert record_of(mine) == before
+
+
+def test_the_record_stays_until_training_begins(command, mine, monkeypatch):
+    def fails(*_):
+        raise UserError("no memory left")
+
+    before = record_of(mine)
+    monkeypatch.setattr(Fit, "to_the_end", fails)
+    ended = command("stage=diffusion", "name=mine", "resume=true", *TINY_DIFFUSION)
+    assert ended.code == 2 and "no memory left" in ended.err and record_of(mine) == before
+
+
+def test_a_run_goes_on_on_its_own_latents(command, mine, place):
+    """Whatever autoencoder is the newest by now; another one's latents are refused by name. Its rate may change."""
+    assert command("stage=vae", "name=second", *TINY_VAE, "seed=1").code == 0
+    before, options = facts_of(mine), ["stage=diffusion", "name=mine", *TINY_DIFFUSION, "trainer.max_steps=3"]
+    ended = command(*options, "resume=true", "vae=own/vae/second")
+    assert ended.code == 2 and "in vae=own/vae/first, but vae=own/vae/second holds" in ended.err, ended
+    assert facts_of(mine) == before
+    ended = command(*options, "resume=true", "optimizer.lr=1e-3")
+    after = facts_of(mine)
+    assert ended.code == 0 and after["finished"] and after["figures"]["steps"] == 3, ended
+    assert "optimizer.lr 0.004 -> 0.001; trainer.max_steps 2 -> 3" in ended.out
+    assert (after["vae"], after["contract"]) == (before["vae"], before["contract"])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["trainer.guard.max_spike=0"], "trainer.guard.max_spike=0 must be above 1"),
+        (["trainer.devices=0"], "Choose trainer=cpu"),
+        ([], "needs room for"),
+    ],
+)
+def test_a_run_is_deleted_only_for_one_that_can_begin(command, mine, monkeypatch, options, said):
+    if not options:
+        monkeypatch.setattr("ldm.training.room.checkpoint_bytes", lambda _: 1 << 60)
+    held = {file: file.read_bytes() for file in sorted(mine.rglob("*")) if file.is_file()}
+    ended = command("stage=diffusion", "name=mine", "overwrite=true", *TINY_DIFFUSION, *options)
+    assert ended.code == 2 and said in ended.err, ended
+    assert {file: file.read_bytes() for file in sorted(mine.rglob("*")) if file.is_file()} == held

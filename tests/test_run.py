@@ -49,6 +49,30 @@ def test_the_newest_finished_run_on_the_same_data_is_found(tmp_path):
     assert found.weights_sha256() == autoencoder(1).weights_sha256()
 
 
+@pytest.mark.parametrize("name", ["checkpoints", "images"])
+def test_checkpoints_may_lie_on_another_disk(tmp_path, name):
+    """Weights for use may not: they would be another file's."""
+    run = make_run(tmp_path / "vae/a", 0, finished=1.0).path
+    if (run / name).exists():
+        (run / name).rmdir()
+    (run / name).symlink_to(tmp_path / "scratch")
+    assert Run.open(run).autoencoder().weights_sha256() == autoencoder(0).weights_sha256()
+    (run / "autoencoder" / name).symlink_to(tmp_path / "scratch")
+    with pytest.raises(UserError, match=f"autoencoder/{name} is a link to"):
+        Run.open(run)
+
+
+def test_a_bad_folder_keeps_nobody_from_another_run(tmp_path, capsys):
+    found = make_run(tmp_path / "vae/good", 0, finished=1.0)
+    linked = make_run(tmp_path / "vae/linked", 1, finished=2.0)
+    (linked.path / "contract.json").symlink_to("/etc/hostname")
+    broken = make_run(tmp_path / "vae/broken", 2, finished=3.0)
+    (broken.path / "run.json").write_text("{")
+    assert find_autoencoder(None, str(tmp_path), "images")[1] == str(found.path)
+    said = capsys.readouterr().err
+    assert said.count("warning: ") == 2 and "vae/linked is left out of" in said and "vae/broken is left out of" in said
+
+
 def test_nothing_to_find_names_the_command(tmp_path):
     make_run(tmp_path / "vae/running", 3, finished=None)
     with pytest.raises(UserError, match=r"no finished autoencoder for this data in .*vae\. Train one first: python -m"):

@@ -15,6 +15,7 @@ import ldm.train
 from ldm import signals
 from ldm.errors import UserError
 from ldm.training.checkpoint import Checkpoints
+from ldm.training.fitting import Fit
 from ldm.training.lock import only_one
 from ldm.training.manifest import manifests
 from ldm.training.vae_stage import VAEStage
@@ -218,6 +219,46 @@ def test_a_preempted_job_of_slurm_goes_on_by_itself(train, place, scontrol, monk
     ended = train("name=a woman's")
     assert ended.code == 0 and "resumed from" in ended.out
     assert json.loads((run / "run.json").read_text())["figures"]["steps"] == 4
+
+
+def test_a_job_that_would_not_find_its_run_is_not_queued_again(train, scontrol, place, monkeypatch):
+    """Without a name it would begin another run each time. Configs of one's own stay in the command that goes on."""
+    asked = scontrol(0)
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    (place / "my configs").mkdir()
+    arriving(monkeypatch, VAEStage, "__init__", "SIGUSR1")
+    ended = train("--config-dir", "my configs")
+    assert ended.code == 138 and not asked.exists(), ended
+    assert "python -m ldm.train '--config-dir=my configs' stage=vae" in ended.err
+    assert ended.err.strip().endswith("without name= it would begin another run each time")
+
+
+def test_a_job_that_began_at_another_runs_checkpoint_is_queued_again(train, scontrol, place, monkeypatch):
+    """It begins there until it has saved something of its own, and goes on from that then."""
+    assert train("name=a", "trainer.max_steps=2").code == 0
+    asked = scontrol(0)
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    start = "runs/vae/a/checkpoints/step-00000002.ckpt"
+    command = (f"resume={start}", "name=b")
+
+    def stops(*_):
+        raise signals.Interrupted(signal.SIGUSR1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Fit, "to_the_end", stops)
+        ended = train(*command)
+    assert ended.code == 138 and f"name=b resume={start}. SLURM starts" in ended.err, ended
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    arriving(monkeypatch, Checkpoints, "on_train_batch_end", "SIGUSR1", lambda trainer, *_: trainer.global_step == 3)
+    ended = train(*command)
+    assert ended.code == 138 and start in ended.out, ended
+    assert "saved runs/vae/b/checkpoints/step-00000003.ckpt" in ended.err and "name=b resume=true. SLURM" in ended.err
+    assert asked.read_text() == "requeue 17\n" * 2
+    ended = train(*command)
+    assert ended.code == 0 and "runs/vae/b/checkpoints/step-00000003.ckpt" in ended.out, ended
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
+    ended = train(*command)
+    assert ended.code == 2 and "runs/vae/b exists already" in ended.err, ended
 
 
 @pytest.mark.parametrize("hook", ["finish", "__init__"])

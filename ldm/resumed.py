@@ -1,0 +1,165 @@
+"""What a continued run must have in common with the run as it was begun."""
+
+import argparse
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ldm.artifact import flatten
+from ldm.errors import UserError
+from ldm.run import RUN_FILE
+from ldm.training.manifest import FOLDER, manifests
+from ldm.untrusted import read_json
+
+FACTS = (
+    "stage",
+    "data_fingerprint",
+    "latent_shape",
+    "chain_sha256",
+    "loss",
+    "prediction",
+    "variance",
+    "pretrained",
+    "regulariser",
+    "perceptual",
+    "adversarial",
+    "discriminator",
+    "codebook_size",
+    "likelihood",
+    "trained",
+)
+"""Of run.json: what must not differ."""
+
+
+SHARED = (
+    *("seed", "batch_size", "latent_statistics", "init_from", "optimizer"),
+    *("data.resolution", "data.resize", "data.flip", "data.val_fraction"),
+)
+DECIDES = {
+    "vae": (*SHARED, "autoencoder", "regulariser", "perceptual", "adversarial"),
+    "diffusion": (
+        *(*SHARED, "network", "schedule", "objective", "variance", "conditioning"),
+        *("data.caption_column", "data.label_column"),
+    ),
+}
+"""Of the config of each stage: what decides weights, order and noise. Which images they are, their fingerprint says."""
+MAY_CHANGE = ("optimizer.lr", "optimizer.build.lr", "optimizer.warmup_steps", "optimizer.decay")
+SHOWN = (*MAY_CHANGE, "trainer.max_steps", "trainer.max_time", "trainer.gradient_clip_val", "trainer.ema_decay")
+"""What a user may change on purpose, and is told of."""
+OF_GRIDS = ("conditioning.guidance", "conditioning.prompts")
+PATHS = ("init_from", "autoencoder.path", "conditioning.encoder", "conditioning.build.encoder", "pretrained")
+
+
+def command_line(options: Sequence[str], folder: Path, resume: Path | str = "true") -> str:
+    """The command that goes on with the run in `folder`, from what was typed when it was started."""
+    runs = str(folder.parent.parent)
+    place = [] if runs == "runs" else [f"runs_dir={runs}"]
+    return shlex.join(["python", "-m", "ldm.train", *options, *place, f"name={folder.name}", f"resume={resume}"])
+
+
+def own_config_options(arguments: Sequence[str]) -> list[str]:
+    """Of a command line: the options that say where configs of the user's own lie."""
+    parser = argparse.ArgumentParser(add_help=False)
+    for short, name in (("-cp", "--config-path"), ("-cn", "--config-name"), ("-cd", "--config-dir")):
+        parser.add_argument(short, name)
+    found, _ = parser.parse_known_args(arguments)
+    return [f"--{name.replace('_', '-')}={value}" for name, value in vars(found).items() if value is not None]
+
+
+def branch_of(folder: Path, resume: bool | str | None, known: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a run notes of the file that it went on from, and of the newest checkpoint that its folder held then.
+
+    Args:
+        known: What is known of the run that is continued.
+    """
+    if resume in (None, False, True, "true"):
+        return known.get("branch")
+    newest = max((found.sequence for found in manifests(folder / FOLDER)), default=-1)
+    return {"file": str(Path(str(resume)).expanduser().resolve()), "after": newest}
+
+
+def has_saved_since(folder: Path, file: Path) -> bool | None:
+    """Whether the run in `folder` went on from that file, and has saved since; None where it never went on from it."""
+    try:
+        branch = read_json(folder / RUN_FILE).get("branch") if (folder / RUN_FILE).is_file() else None
+    except UserError:
+        return None
+    if not isinstance(branch, dict) or branch.get("file") != str(file.expanduser().resolve()):
+        return None
+    after = branch.get("after")
+    return any(type(after) is int and found.sequence > after for found in manifests(folder / FOLDER))
+
+
+def check_config(then: Mapping[str, Any], now: Mapping[str, Any], stage: str, options: object, again: str) -> list[str]:
+    """Refuse options under which other weights would come out of a continued run.
+
+    Args:
+        then: The config that the run was started with, as plain values; `now` the one of this moment.
+        options: What was typed then, where run.json says it.
+        again: The command that goes on, as typed now.
+
+    Returns:
+        What else changed and is worth a word, as "optimizer.lr 0.001 -> 0.0005".
+
+    Raises:
+        UserError: naming what differs, and the command that goes on.
+    """
+    before, after = flatten(then), flatten(now)
+    changed = [key for key in sorted({*before, *after}) if not _same(key, before.get(key), after.get(key))]
+    free = (*MAY_CHANGE, *OF_GRIDS)
+    wrong = [key for key in changed if _is_in(key, DECIDES[stage]) and not _is_in(key, free)]
+    if wrong:
+        named = "; ".join(f"{key} was {_text(before.get(key))} and is {_text(after.get(key))} now" for key in wrong[:3])
+        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(
+            f"resume= continues a run with other options than it was started with: {named}{more}. "
+            f"{_remedy(options, again)}"
+        )
+    shown = [key for key in changed if key in SHOWN and key != "optimizer.build.lr"]
+    return [f"{key} {_text(before.get(key))} -> {_text(after.get(key))}" for key in shown]
+
+
+def _remedy(options: object, again: str) -> str:
+    """With the command of then, if it is text that a terminal may show."""
+    known = isinstance(options, list) and all(isinstance(option, str) and option.isprintable() for option in options)
+    if not known:
+        return "Give the options that it was started with: they are in its config.yaml."
+    assert isinstance(options, list)
+    place = [part for part in shlex.split(again) if part.startswith(("runs_dir=", "name=", "resume="))]
+    return f"Give the options that it was started with: {shlex.join(['python', '-m', 'ldm.train', *options, *place])}"
+
+
+def _is_in(key: str, names: Sequence[str]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+def _same(key: str, then: Any, now: Any) -> bool:
+    if key in PATHS and isinstance(then, str) and isinstance(now, str):  # one folder may be written in two ways
+        return then == now or Path(then).expanduser().resolve() == Path(now).expanduser().resolve()
+    return bool(then == now)
+
+
+def _text(value: Any) -> str:
+    return "".join(sign if sign.isprintable() else "?" for sign in str(value))[:60]
+
+
+def check_facts(known: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Refuse to continue a run as something else than it was started as, or on another autoencoder's latents.
+
+    Raises:
+        UserError: naming the first thing that differs.
+    """
+    for key in FACTS:
+        if key in known and key in facts and not _same(key, known[key], facts[key]):
+            raise UserError(
+                f"resume= continues a run whose {key} is {known[key]}, but the options given now make it {facts[key]}. "
+                "Give the options that it was started with: they are in its config.yaml."
+            )
+    then, now = (content.get("contract", {}).get("autoencoder_sha256") for content in (known, facts))
+    if then is not None and now is not None and then != now:
+        raise UserError(
+            f"resume= continues a run on the latents of the autoencoder {str(then)[:12]}, which was in "
+            f"vae={known.get('vae')}, but vae={facts.get('vae')} holds {now[:12]}. Name a folder that holds the one "
+            "that it was started with, or begin another run with another name=."
+        )
