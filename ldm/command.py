@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from ldm import signals
 from ldm.config_files import check_foreign_files
 from ldm.constructors import check_config
+from ldm.constructors import construct as construct_values
 from ldm.errors import UserError
 from ldm.home import folder
 from ldm.tracking import finish_open_run
@@ -62,14 +63,18 @@ _OPTIONS_WITH_VALUE += ("--config-path", "-cp", "--config-name", "-cn", "--confi
 """Of Hydra: the argument after them is theirs."""
 
 
+def construct(config: Any, **options: Any) -> Any:
+    """What a part of a config describes, made: `_target_` with the rest as its arguments, and `options` besides."""
+    values = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
+    return construct_values(values, **options)
+
+
 def prepare_images(data: DictConfig) -> Any:
     """The ImageData of a config's `data` group, prepared and cached where it was not yet."""
-    from hydra.utils import instantiate
-
     from ldm.data.images import prepare
 
     keys = ("resolution", "resize", "cache_dir", "val_fraction", "max_bad_fraction", "max_pixels")
-    return prepare(instantiate(data.source), **{key: data[key] for key in keys})
+    return prepare(construct(data.source), **{key: data[key] for key in keys})
 
 
 def run(
@@ -124,7 +129,7 @@ def run(
             require_values(config)
             values = OmegaConf.to_container(config, resolve=True)
             check_config(values, "the config", typed=typed, interpolations="any")
-            task(config)
+            task(as_config(values))
         except Exception as error:
             (report_job if sweeps else report)(error)  # here already: Hydra would print a line of its own first
 
@@ -151,6 +156,21 @@ def run(
     if failed:
         print(f"error: {len(failed)} of the jobs failed: {'; '.join(failed)}", file=sys.stderr)
         sys.exit(2)
+
+
+def as_config(values: Any) -> DictConfig:
+    """Resolved values as a config that reads as exactly these: a text with ${ in it is no interpolation of its own."""
+
+    def literal(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: literal(part) for key, part in value.items()}
+        if isinstance(value, list):
+            return [literal(part) for part in value]
+        return _escape(value) if isinstance(value, str) else value
+
+    config = OmegaConf.create(literal(values))
+    OmegaConf.set_struct(config, True)
+    return config
 
 
 def check_arguments(arguments: Sequence[str]) -> None:
@@ -225,11 +245,14 @@ def gather(arguments: Sequence[str], key: str) -> list[str]:
 
 def _quote(text: str) -> str:
     """Text that Hydra and OmegaConf leave as it is."""
-    # no interpolation: OmegaConf takes an odd number of backslashes before ${ as its escape
-    escaped = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
     # in Hydra's grammar a backslash counts as an escape only before a quote
-    escaped = _double_backslashes_before_quote(escaped).replace('"', '\\"')
+    escaped = _double_backslashes_before_quote(_escape(text)).replace('"', '\\"')
     return f'"{escaped}"'
+
+
+def _escape(text: str) -> str:
+    """Text without interpolations: OmegaConf takes an odd number of backslashes before ${ as its escape."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
 def bracket_lists(arguments: Sequence[str], keys: Sequence[str]) -> list[str]:

@@ -13,7 +13,6 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from ldm import command, signals
@@ -43,7 +42,6 @@ def train(config: DictConfig) -> None:
         raise UserError(
             "stage is required: stage=vae trains the autoencoder, stage=diffusion the model on its latents."
         )
-    OmegaConf.resolve(config)
     check_options(OmegaConf.to_container(config))  # type: ignore[arg-type]
     if config.resume is True and config.name is None:
         raise UserError("resume=true continues the run that name= gives: add name=NAME, its folder in runs/<stage>/.")
@@ -90,7 +88,7 @@ def train_in(folder: Path, config: DictConfig, again: str, *, main_process: bool
     make_budget(options, config.optimizer.warmup_steps, config.optimizer.decay)  # none, or unreadable: refused now
     check_accelerator(options["accelerator"])
     with refused_options():
-        build_stage = instantiate(config.stage.build)
+        build_stage = command.construct(config.stage.build)
         build_stage.func.check(config.data.resolution, **build_stage.keywords, init_from=config.init_from)
         images = command.prepare_images(config.data)
     if len(images.train_indices) < config.batch_size:
