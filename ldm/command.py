@@ -28,8 +28,9 @@ from ldm.constructors import check_config
 from ldm.constructors import construct as construct_values
 from ldm.errors import UserError
 from ldm.home import folder
+from ldm.options import settle
 from ldm.tracking import finish_open_run
-from ldm.untrusted import clean_text
+from ldm.untrusted import clean_text, one_line
 
 FREE_TEXT = (
     "prompt",
@@ -58,6 +59,13 @@ FREE_TEXT = (
 
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_ELSEWHERE = "choose another disk with runs_dir=, data.cache_dir= or out="
+_DISK_FAULTS = {
+    errno.EROFS: f"The disk can only be read{{place}}. Mount it for writing, or {_ELSEWHERE}.",
+    errno.EIO: f"The disk failed to read or write{{place}}. Look at the system's log for its faults, and {_ELSEWHERE}.",
+    errno.EFBIG: f"A file became larger than is allowed{{place}}. Raise the limit (ulimit -f), or {_ELSEWHERE}.",
+}
+"""What was saved before is kept; of each a paragraph, with its place."""
 _OPTIONS_WITH_VALUE: tuple[str, ...] = ("--cfg", "-c", "--package", "-p", "--info", "-i", "--experimental-rerun")
 _OPTIONS_WITH_VALUE += ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")
 """Of Hydra: the argument after them is theirs."""
@@ -108,7 +116,7 @@ def run(
             raise error
         if verbose:
             traceback.print_exc()
-        print(f"error: {message}", file=sys.stderr)
+        print(one_line(f"error: {message}"), file=sys.stderr)
         sys.exit(2)
 
     def report_job(error: Exception) -> None:
@@ -118,7 +126,7 @@ def run(
         message = explain(error)
         if message is None or verbose:
             traceback.print_exception(error)
-        print(f"error in {name}: {message or repr(error)}", file=sys.stderr)
+        print(one_line(f"error in {name}: {message or repr(error)}"), file=sys.stderr)
         failed.append(name)
         finish_open_run()
 
@@ -128,6 +136,7 @@ def run(
         try:
             require_values(config)
             values = OmegaConf.to_container(config, resolve=True)
+            settle(values)
             check_config(values, "the config", typed=typed, interpolations="any")
             task(as_config(values))
         except Exception as error:
@@ -154,7 +163,7 @@ def run(
     except Exception as error:
         report(error)
     if failed:
-        print(f"error: {len(failed)} of the jobs failed: {'; '.join(failed)}", file=sys.stderr)
+        print(one_line(f"error: {len(failed)} of the jobs failed: {'; '.join(failed)}"), file=sys.stderr)
         sys.exit(2)
 
 
@@ -284,13 +293,17 @@ def explain(error: BaseException) -> str | None:
         if isinstance(cause, UserError):
             return str(cause)
     for cause in chain:
-        if _is_disk_full(cause):
+        if _is_from(cause, _DISK_FULL):
             file = getattr(cause, "filename", None)
             place = f" at {file}" if file else ""
             return (
                 f"The disk is full{place}. What was saved before is kept: make room, then continue with the same "
                 "command and resume=true, or choose another disk with runs_dir= and data.cache_dir=."
             )
+        for number, said in _DISK_FAULTS.items():
+            if _is_from(cause, (number,)):
+                file = getattr(cause, "filename", None)
+                return said.format(place=f" at {file}" if file else "") + " What was saved before is kept."
         if isinstance(cause, PermissionError):
             return f"No permission to write or read {cause.filename}. Choose another place with runs_dir= or out=."
     for cause in chain:
@@ -312,10 +325,11 @@ def explain(error: BaseException) -> str | None:
     return None
 
 
-def _is_disk_full(error: BaseException) -> bool:
+def _is_from(error: BaseException, numbers: tuple[int, ...]) -> bool:
+    """Whether the system gave one of these for its reason."""
     if isinstance(error, SafetensorError):
-        return any(f"(os error {number})" in str(error) for number in _DISK_FULL)
-    return isinstance(error, OSError) and error.errno in _DISK_FULL
+        return any(f"(os error {number})" in str(error) for number in numbers)
+    return isinstance(error, OSError) and error.errno in numbers
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

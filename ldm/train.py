@@ -73,7 +73,7 @@ def train_in(folder: Path, config: DictConfig, again: str, *, main_process: bool
     from ldm.device import choose_device
     from ldm.durable import clear_partials
     from ldm.run import RUN_FILE, Run
-    from ldm.training.fitting import Fit, Plan, make_budget
+    from ldm.training.fitting import Fit, Plan, check_trainer, make_budget
     from ldm.training.loggers import make_loggers
     from ldm.training.manifest import find_checkpoint
     from ldm.training.precision import choose_precision
@@ -85,6 +85,7 @@ def train_in(folder: Path, config: DictConfig, again: str, *, main_process: bool
     kind = HydraConfig.get().runtime.choices["stage"]
     resumed = find_checkpoint(folder, config.resume, stage=kind, quiet=not main_process)
     options: dict[str, Any] = OmegaConf.to_container(config.trainer)  # type: ignore[assignment]
+    check_trainer(options)
     make_budget(options, config.optimizer.warmup_steps, config.optimizer.decay)  # none, or unreadable: refused now
     check_accelerator(options["accelerator"])
     with refused_options():
@@ -108,15 +109,16 @@ def train_in(folder: Path, config: DictConfig, again: str, *, main_process: bool
 
     def make_stage() -> Any:
         seed_everything(config.seed, verbose=False)
-        stage = build_stage(
-            images=images,
-            flip=config.data.flip,
-            cache_dir=config.data.cache_dir,
-            seed=config.seed,
-            folder=folder,
-            device=choose_device("cpu" if options["accelerator"] == "cpu" else "auto"),
-            init_from=config.init_from,
-        )
+        with refused_options():
+            stage = build_stage(
+                images=images,
+                flip=config.data.flip,
+                cache_dir=config.data.cache_dir,
+                seed=config.seed,
+                folder=folder,
+                device=choose_device("cpu" if options["accelerator"] == "cpu" else "auto"),
+                init_from=config.init_from,
+            )
         if config.trainer.compile:
             stage.compile()
         return stage
