@@ -67,6 +67,7 @@ MISTAKES = [
     ([*VAE, "trainer.max_steps=-1"], ["needs a budget", "trainer.max_steps=N or trainer.max_time=HH:MM:SS"]),
     ([*VAE, "trainer.precision=16-mixed"], ["half precision", "Choose bf16-mixed or 32-true"]),
     ([*VAE, "trainer.precision=16"], ["trainer.precision=16: half precision"]),
+    ([*VAE, "trainer.precision=64-true"], ["trainer.precision=64-true is unknown", "auto, bf16-mixed, 32-true"]),
     ([*VAE, "trainer.precision=8"], ["trainer.precision=8 is unknown", "auto, bf16-mixed, 32-true"]),
     ([*VAE, "trainer.guard=true"], ["trainer.guard=True must be null", "max_spike, warmup_steps"]),
     ([*VAE, "+trainer.guard.x=1"], ["must be null, or hold none but: max_spike"]),

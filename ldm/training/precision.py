@@ -9,12 +9,12 @@ from torch import nn
 from ldm.errors import UserError
 
 GAIN_NEEDED = 1.1
-PRECISIONS = ("auto", "bf16-mixed", "32-true", "bf16-true", "64-true")
-SHORT = {"32": "32-true", "64": "64-true", "bf16": "bf16-mixed"}
+PRECISIONS = ("auto", "bf16-mixed", "32-true")
+SHORT = {"32": "32-true", "bf16": "bf16-mixed"}
 
 
 def named_precision(requested: Any) -> str:
-    """One of PRECISIONS, which 32, 64 and bf16 stand for too.
+    """One of PRECISIONS, which 32 and bf16 stand for too.
 
     Raises:
         UserError: another, or half precision.
