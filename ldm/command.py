@@ -64,6 +64,7 @@ _DISK_FAULTS = {
     errno.EROFS: f"The disk can only be read{{place}}. Mount it for writing, or {_ELSEWHERE}.",
     errno.EIO: f"The disk failed to read or write{{place}}. Look at the system's log for its faults, and {_ELSEWHERE}.",
     errno.EFBIG: f"A file became larger than is allowed{{place}}. Raise the limit (ulimit -f), or {_ELSEWHERE}.",
+    errno.ENAMETOOLONG: "A name or a path is longer than the disk takes{place}. Give a shorter one.",
 }
 """What was saved before is kept; of each a paragraph, with its place."""
 _OPTIONS_WITH_VALUE: tuple[str, ...] = ("--cfg", "-c", "--package", "-p", "--info", "-i", "--experimental-rerun")
@@ -303,7 +304,7 @@ def explain(error: BaseException) -> str | None:
         for number, said in _DISK_FAULTS.items():
             if _is_from(cause, (number,)):
                 file = getattr(cause, "filename", None)
-                return said.format(place=f" at {file}" if file else "") + " What was saved before is kept."
+                return said.format(place=f" at {str(file)[:200]}" if file else "") + " What was saved before is kept."
         if isinstance(cause, PermissionError):
             return f"No permission to write or read {cause.filename}. Choose another place with runs_dir= or out=."
     for cause in chain:

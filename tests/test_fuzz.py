@@ -189,12 +189,14 @@ def test_any_override_is_taken_or_refused_in_a_paragraph(place, keys, stage):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_any_override_at_length(place, keys, stage):
-    fuzz_overrides(stage, keys, 2000)
+    fuzz_overrides(stage, keys, 500)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
-def test_every_key_with_every_wild_value(place, keys, stage):
+def test_every_key_with_every_wild_value(place, keys, stage, monkeypatch):
+    """Thousands: only as far as the preparation of images."""
+    monkeypatch.setattr(ldm.data.images, "damage", lambda _: "it is not there")
     for key in keys[stage]:
         for value in WILD:
             ended(ldm.train.main, *STAGES[stage], f"{key}={value}")
