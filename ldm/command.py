@@ -25,10 +25,12 @@ from safetensors import SafetensorError
 from ldm import signals
 from ldm.config_files import check_foreign_files
 from ldm.constructors import check_config
+from ldm.constructors import construct as construct_values
 from ldm.errors import UserError
 from ldm.home import folder
+from ldm.options import settle
 from ldm.tracking import finish_open_run
-from ldm.untrusted import clean_text
+from ldm.untrusted import clean_text, one_line
 
 FREE_TEXT = (
     "prompt",
@@ -57,19 +59,31 @@ FREE_TEXT = (
 
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_ELSEWHERE = "choose another disk with runs_dir=, data.cache_dir= or out="
+_DISK_FAULTS = {
+    errno.EROFS: f"The disk can only be read{{place}}. Mount it for writing, or {_ELSEWHERE}.",
+    errno.EIO: f"The disk failed to read or write{{place}}. Look at the system's log for its faults, and {_ELSEWHERE}.",
+    errno.EFBIG: f"A file became larger than is allowed{{place}}. Raise the limit (ulimit -f), or {_ELSEWHERE}.",
+    errno.ENAMETOOLONG: "A name or a path is longer than the disk takes{place}. Give a shorter one.",
+}
+"""What was saved before is kept; of each a paragraph, with its place."""
 _OPTIONS_WITH_VALUE: tuple[str, ...] = ("--cfg", "-c", "--package", "-p", "--info", "-i", "--experimental-rerun")
 _OPTIONS_WITH_VALUE += ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")
 """Of Hydra: the argument after them is theirs."""
 
 
+def construct(config: Any, **options: Any) -> Any:
+    """What a part of a config describes, made: `_target_` with the rest as its arguments, and `options` besides."""
+    values = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
+    return construct_values(values, **options)
+
+
 def prepare_images(data: DictConfig) -> Any:
     """The ImageData of a config's `data` group, prepared and cached where it was not yet."""
-    from hydra.utils import instantiate
-
     from ldm.data.images import prepare
 
     keys = ("resolution", "resize", "cache_dir", "val_fraction", "max_bad_fraction", "max_pixels")
-    return prepare(instantiate(data.source), **{key: data[key] for key in keys})
+    return prepare(construct(data.source), **{key: data[key] for key in keys})
 
 
 def run(
@@ -103,7 +117,7 @@ def run(
             raise error
         if verbose:
             traceback.print_exc()
-        print(f"error: {message}", file=sys.stderr)
+        print(one_line(f"error: {message}"), file=sys.stderr)
         sys.exit(2)
 
     def report_job(error: Exception) -> None:
@@ -113,7 +127,7 @@ def run(
         message = explain(error)
         if message is None or verbose:
             traceback.print_exception(error)
-        print(f"error in {name}: {message or repr(error)}", file=sys.stderr)
+        print(one_line(f"error in {name}: {message or repr(error)}"), file=sys.stderr)
         failed.append(name)
         finish_open_run()
 
@@ -123,8 +137,9 @@ def run(
         try:
             require_values(config)
             values = OmegaConf.to_container(config, resolve=True)
+            settle(values)
             check_config(values, "the config", typed=typed, interpolations="any")
-            task(config)
+            task(as_config(values))
         except Exception as error:
             (report_job if sweeps else report)(error)  # here already: Hydra would print a line of its own first
 
@@ -149,8 +164,23 @@ def run(
     except Exception as error:
         report(error)
     if failed:
-        print(f"error: {len(failed)} of the jobs failed: {'; '.join(failed)}", file=sys.stderr)
+        print(one_line(f"error: {len(failed)} of the jobs failed: {'; '.join(failed)}"), file=sys.stderr)
         sys.exit(2)
+
+
+def as_config(values: Any) -> DictConfig:
+    """Resolved values as a config that reads as exactly these: a text with ${ in it is no interpolation of its own."""
+
+    def literal(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: literal(part) for key, part in value.items()}
+        if isinstance(value, list):
+            return [literal(part) for part in value]
+        return _escape(value) if isinstance(value, str) else value
+
+    config = OmegaConf.create(literal(values))
+    OmegaConf.set_struct(config, True)
+    return config
 
 
 def check_arguments(arguments: Sequence[str]) -> None:
@@ -225,11 +255,14 @@ def gather(arguments: Sequence[str], key: str) -> list[str]:
 
 def _quote(text: str) -> str:
     """Text that Hydra and OmegaConf leave as it is."""
-    # no interpolation: OmegaConf takes an odd number of backslashes before ${ as its escape
-    escaped = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
     # in Hydra's grammar a backslash counts as an escape only before a quote
-    escaped = _double_backslashes_before_quote(escaped).replace('"', '\\"')
+    escaped = _double_backslashes_before_quote(_escape(text)).replace('"', '\\"')
     return f'"{escaped}"'
+
+
+def _escape(text: str) -> str:
+    """Text without interpolations: OmegaConf takes an odd number of backslashes before ${ as its escape."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
 def bracket_lists(arguments: Sequence[str], keys: Sequence[str]) -> list[str]:
@@ -261,13 +294,17 @@ def explain(error: BaseException) -> str | None:
         if isinstance(cause, UserError):
             return str(cause)
     for cause in chain:
-        if _is_disk_full(cause):
+        if _is_from(cause, _DISK_FULL):
             file = getattr(cause, "filename", None)
             place = f" at {file}" if file else ""
             return (
                 f"The disk is full{place}. What was saved before is kept: make room, then continue with the same "
                 "command and resume=true, or choose another disk with runs_dir= and data.cache_dir=."
             )
+        for number, said in _DISK_FAULTS.items():
+            if _is_from(cause, (number,)):
+                file = getattr(cause, "filename", None)
+                return said.format(place=f" at {str(file)[:200]}" if file else "") + " What was saved before is kept."
         if isinstance(cause, PermissionError):
             return f"No permission to write or read {cause.filename}. Choose another place with runs_dir= or out=."
     for cause in chain:
@@ -289,10 +326,11 @@ def explain(error: BaseException) -> str | None:
     return None
 
 
-def _is_disk_full(error: BaseException) -> bool:
+def _is_from(error: BaseException, numbers: tuple[int, ...]) -> bool:
+    """Whether the system gave one of these for its reason."""
     if isinstance(error, SafetensorError):
-        return any(f"(os error {number})" in str(error) for number in _DISK_FULL)
-    return isinstance(error, OSError) and error.errno in _DISK_FULL
+        return any(f"(os error {number})" in str(error) for number in numbers)
+    return isinstance(error, OSError) and error.errno in numbers
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

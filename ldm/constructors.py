@@ -6,9 +6,13 @@ that runs, opens or fetches something: no YAML tags, no resolvers, none of Hydra
 
 Your own classes: `_target_=package.Class` on the command line is your word and is taken as it is; in a file of yours
 the class is named in LDM_TRUST as well, whole, several with commas between them.
+
+What was checked is what is made: `construct` takes plain values, in which nothing is interpolated any more.
 """
 
+import functools
 import os
+import pkgutil
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -64,8 +68,8 @@ KNOWN = frozenset(
 
 MOST_SIGNS = 4_000_000
 DEEPEST = 64
-_REFERENCE = re.compile(r"\$\{[\w.${}\[\]]*\}|\$\{oc\.select:[\w.,\s]*\}")
-"""Interpolations that only repeat another value of the same config."""
+_REFERENCE = re.compile(r"\$\{[\w.\[\]]*\}|\$\{oc\.select:[\w.,\s]*\}")
+"""Interpolations that only repeat another value of the same config: one, and nothing beside it."""
 _LOGGING_OFF = ("override hydra/job_logging", "override hydra/hydra_logging")
 
 
@@ -76,7 +80,7 @@ def check_config(config: Any, source: str, *, typed: Sequence[str] = (), interpo
         config: Plain values.
         source: The file, or what else the values came from, for the message.
         typed: Arguments of the command line.
-        interpolations: `none` of them, `references` to other values, or `any`.
+        interpolations: `none` of them, `references` as whole values to other values, or `any`.
 
     Raises:
         UserError: naming the source, the key, the value and the remedy.
@@ -89,12 +93,12 @@ def check_config(config: Any, source: str, *, typed: Sequence[str] = (), interpo
                 "run when it is used. If it is a class of your own, name it on the command line, or say that you "
                 f"trust it: {TRUST}=package.module.Class. If the file is not yours, do not use it."
             )
-        if not isinstance(value, str) or "${" not in value or interpolations == "any":
+        if interpolations == "any" or "${" not in f"{key}{value}":
             continue
-        if interpolations == "none" or "${" in _REFERENCE.sub("", value):
+        if interpolations == "none" or "${" in key or not _REFERENCE.fullmatch(value):
             raise UserError(
-                f"{source}: {key}={_shown(value)} is an interpolation, which reads or makes something else than "
-                "the value that stands there. Write the value itself."
+                f"{source}: {_shown(key)}={_shown(value)} is an interpolation, which reads or makes something else "
+                "than the value that stands there. Write the value itself."
             )
 
 
@@ -152,7 +156,8 @@ def check_composed_file(text: str, source: str, group: str, package: str | None)
     ]
     sets_hydra = [key for key in values if str(key).partition(".")[0] == "hydra"]
     sets_hydra += [choice for choice in chosen if "hydra" in str(choice)]
-    if sets_hydra or group.lstrip("/").startswith("hydra") or str(package or "").startswith("hydra"):
+    # a header may say _global_.hydra, or _group_ and _name_: parts of the path
+    if sets_hydra or "hydra" in str(package or "") or re.search(r"(^|[/.])hydra($|[/.])", group):
         what = sets_hydra[0] if sets_hydra else package or group
         raise UserError(
             f"{source} sets Hydra itself ({str(what)[:80]}), which can run what it names before anything is checked. "
@@ -161,6 +166,35 @@ def check_composed_file(text: str, source: str, group: str, package: str | None)
     overwrite = values.get("overwrite", "")
     if not isinstance(overwrite, str) or overwrite.lower() not in ("", "false", "no", "off", "null", "~"):
         raise UserError(f"{source}: overwrite={_shown(overwrite)} deletes a run. Give it on the command line.")
+
+
+def construct(value: Any, **options: Any) -> Any:
+    """What the `_target_`s in plain values make, from the inside out; `options` go to the outermost.
+
+    As Hydra's instantiate, with _partial_, _args_ and _recursive_; it resolves interpolations once more, and would so
+    make live what `check_config` saw as text.
+
+    Raises:
+        UserError: a constructor is not there, or refuses its arguments.
+    """
+    if isinstance(value, list):
+        return [construct(part) for part in value]
+    if not isinstance(value, dict):
+        return value
+    recursive = value.get("_recursive_", True)
+    made = {key: construct(part) if recursive else part for key, part in value.items()} | options
+    if "_target_" not in value:
+        return made
+    target, positional, partial = made.pop("_target_"), made.pop("_args_", []), made.pop("_partial_", False)
+    for key in ("_recursive_", "_convert_"):
+        made.pop(key, None)
+    try:
+        constructor = pkgutil.resolve_name(target)
+        return functools.partial(constructor, *positional, **made) if partial else constructor(*positional, **made)
+    except (UserError, OSError):  # which say themselves what is to be done
+        raise
+    except Exception as error:
+        raise UserError(f"{target}: {first_line(error)}. --help lists the choices and the keys.") from error
 
 
 def _is_allowed(target: Any, typed: Sequence[str]) -> bool:

@@ -73,6 +73,10 @@ RULES = {
     "trainer.ema_decay": Rule(-math.inf, math.inf),
     "trainer.checkpoint_every_s": Rule(0),
     "trainer.keep_last": whole(1, 1e6),
+    "trainer.guard.max_spike": Rule(1, math.inf),
+    "trainer.guard.warmup_steps": whole(1),
+    "trainer.guard.skips_before_rollback": whole(1),
+    "trainer.guard.max_rollbacks": whole(0),
     "optimizer.lr": Rule(0),
     "optimizer.warmup_steps": whole(0),
     "optimizer.build.weight_decay": Rule(0),
@@ -145,6 +149,26 @@ OF_SAMPLING = {
     "label": whole(0, null=True),
     "guidance": Rule(-1e6, 1e6),
 }
+
+
+def settle(values: Any) -> None:
+    """Take values of a config for what they mean, in place: 1e5 is a whole number, and an empty name none."""
+    for key, rule in {**RULES, **OF_SAMPLING, "trainer.val_check_interval": Rule(SMALLEST, whole=True)}.items():
+        parent, _, name = key.rpartition(".")
+        found, inside = _select(values, parent) if parent else (True, values)
+        if not rule.whole or not found or not isinstance(inside, dict) or name not in inside:
+            continue
+        value = inside[name]
+        if isinstance(value, list) and rule.several:
+            inside[name] = [_whole(part) for part in value]
+        elif key != "trainer.val_check_interval" or value != 1:  # 1.0 is a whole epoch
+            inside[name] = _whole(value)
+    if isinstance(values, dict) and values.get("name") == "":
+        values["name"] = None
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if type(value) is float and value.is_integer() and abs(value) < 2**53 else value
 
 
 def check_options(

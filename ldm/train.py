@@ -14,7 +14,6 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from ldm import command, signals
@@ -45,7 +44,6 @@ def train(config: DictConfig) -> None:
         raise UserError(
             "stage is required: stage=vae trains the autoencoder, stage=diffusion the model on its latents."
         )
-    OmegaConf.resolve(config)
     check_options(OmegaConf.to_container(config))  # type: ignore[arg-type]
     if config.resume is True and config.name is None:
         raise UserError("resume=true continues the run that name= gives: add name=NAME, its folder in runs/<stage>/.")
@@ -87,7 +85,7 @@ def train_in(folder: Path, config: DictConfig, typed: list[str], again: str, *, 
     from ldm.device import choose_device
     from ldm.durable import clear_partials
     from ldm.run import CONFIG_FILE, RUN_FILE, Run
-    from ldm.training.fitting import Fit, Plan, make_budget
+    from ldm.training.fitting import Fit, Plan, check_trainer, make_budget
     from ldm.training.loggers import make_loggers
     from ldm.training.manifest import find_checkpoint
     from ldm.training.precision import choose_precision
@@ -108,10 +106,11 @@ def train_in(folder: Path, config: DictConfig, typed: list[str], again: str, *, 
         now: dict[str, Any] = OmegaConf.to_container(config)  # type: ignore[assignment]
         changed = check_config(Run(source, known).config(), now, kind, known.get("options"), again)
     options: dict[str, Any] = OmegaConf.to_container(config.trainer)  # type: ignore[assignment]
+    check_trainer(options)
     make_budget(options, config.optimizer.warmup_steps, config.optimizer.decay)  # none, or unreadable: refused now
     check_accelerator(options["accelerator"])
     with refused_options():
-        build_stage = instantiate(config.stage.build)
+        build_stage = command.construct(config.stage.build)
         build_stage.func.check(config.data.resolution, **build_stage.keywords, init_from=config.init_from)
         images = command.prepare_images(config.data)
     if len(images.train_indices) < config.batch_size:
@@ -129,15 +128,16 @@ def train_in(folder: Path, config: DictConfig, typed: list[str], again: str, *, 
 
     def make_stage() -> Any:
         seed_everything(config.seed, verbose=False)
-        stage = build_stage(
-            images=images,
-            flip=config.data.flip,
-            cache_dir=config.data.cache_dir,
-            seed=config.seed,
-            folder=folder,
-            device=choose_device("cpu" if options["accelerator"] == "cpu" else "auto"),
-            init_from=config.init_from,
-        )
+        with refused_options():
+            stage = build_stage(
+                images=images,
+                flip=config.data.flip,
+                cache_dir=config.data.cache_dir,
+                seed=config.seed,
+                folder=folder,
+                device=choose_device("cpu" if options["accelerator"] == "cpu" else "auto"),
+                init_from=config.init_from,
+            )
         if config.trainer.compile:
             stage.compile()
         return stage

@@ -167,6 +167,11 @@ def clean_text(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
+def one_line(text: str) -> str:
+    """A text as one line of a terminal: control signs, breaks and what reorders a line are escaped."""
+    return re.sub("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", lambda sign: ascii(sign[0])[1:-1], text)
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, in one line of no more than 200 signs."""
     lines = str(error).split("\n")

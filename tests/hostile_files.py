@@ -212,6 +212,7 @@ YAML = {
     "twice the same key": ("a: 1\na: 2", "cannot be read"),
     "a list": ("[1, 2]", "holds no keys"),
 }
+MADE = "{oc.create:{_target_: os.system, command: touch CANARY}}"
 FOREIGN = {
     "_target_": ("network: {_target_: os.system, command: touch CANARY}", "network._target_=os.system"),
     "a callback": (
@@ -223,6 +224,23 @@ FOREIGN = {
     "a launcher": ("defaults: [{override hydra/launcher: evil}]", "sets Hydra itself"),
     "a resolver": ("seed: ${oc.env:HOME}", "is an interpolation"),
     "a tag": ("seed: !!python/object/apply:os.system [touch CANARY]", "the tag"),
+    "a reference in two parts": (f'd: "$"\ne: "{MADE}"\nnetwork: "${{d}}${{e}}"', "network=${d}${e} is an interp"),
+    "a reference and text": (f"e: '{MADE[:-1]}'\nnetwork: '${{e}}}}'", "is an interpolation"),
+    "text and a reference": (f"e: '{MADE[1:]}'\nnetwork: '${{${{e}}'", "is an interpolation"),
+    "parts in a list": (f'd: ["$", "{MADE}"]\nnetwork: "${{d[0]}}${{d[1]}}"', "is an interpolation"),
+    "parts within parts": ('d: b\nb: {c: x}\nnetwork: "${${d}.c}"', "is an interpolation"),
+    "parts of a default": ('d: x\nnetwork: "${oc.select:nosuch,$}${oc.select:d}"', "is an interpolation"),
+    "an escape": (f"network: '\\${MADE}'", "is an interpolation"),
+    "a key": ("'a${oc.env:HOME}': 1", "is an interpolation"),
+    "a choice": ("defaults: [{override /network: '${d}${e}'}]", "is an interpolation"),
+    "a choice's place": ("defaults: [{'/network@${oc.env:HOME}': dit}]", "is an interpolation"),
+    "a _target_ in parts": ("d: os\nnetwork: {_target_: '${d}.system'}", "network._target_=${d}.system"),
+    "a _target_ repeated": ("d: os.system\nnetwork: {_target_: '${d}'}", "network._target_=${d} is none"),
+    "its package, by way of ours": (
+        "# @package _global_.hydra.job_logging\nhandlers: {a: {(): subprocess.Popen, args: [touch, CANARY]}}\n"
+        "root: {handlers: [a]}",
+        "sets Hydra itself",
+    ),
     "another run's end": ("overwrite: true\nname: first", "overwrite=true deletes a run"),
 }
 HUGE = 10**9
@@ -447,6 +465,13 @@ CASES = [
         for name, (made, said) in FOREIGN.items()
     ),
     Case(
+        "Hydra's logging by its file's name",
+        "vae",
+        "logging",
+        text("experiment/hydra.yaml", "# @package _name_\njob_logging: {handlers: {a: {(): os.system}}}"),
+        "sets Hydra itself",
+    ),
+    Case(
         "composed by a way up", "vae", "climb", text("evil.yaml", FOREIGN["_target_"][0]), "network._target_=os.system"
     ),
     Case(
@@ -553,6 +578,9 @@ class Doors:
     def compose(self, folder: Path) -> None:
         train("--config-dir", str(folder), "stage=vae", "experiment=evil", *SHORT)
 
+    def logging(self, folder: Path) -> None:
+        train("--config-dir", str(folder), "stage=vae", "experiment=hydra", *SHORT)
+
     def climb(self, folder: Path) -> None:
         from ldm.home import folder as ours
 
@@ -652,7 +680,7 @@ def main(place: Path) -> None:
     os.chdir(place)
     doors = Doors(place / "sound")
     for base, door in dict.fromkeys((case.base, case.door) for case in CASES):
-        if door not in ("resume", "rerun", "compose", "climb", "whole", "wandb", "compare", "decode"):
+        if door not in ("resume", "rerun", "compose", "logging", "climb", "whole", "wandb", "compare", "decode"):
             getattr(doors, door)(place / "sound" / base)
     with contextlib.suppress(ValueError):
         doors.compare(place / "sound" / "diffusion")

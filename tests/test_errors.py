@@ -11,8 +11,10 @@ from safetensors import SafetensorError
 
 import ldm.train
 from ldm import console
+from ldm.command import explain
 from ldm.data.image_folder import ImageFolder
 from ldm.data.images import prepare
+from ldm.training.precision import choose_precision
 
 MINE = ["data=image_folder", "data.path=pictures", "data.resolution=16"]
 SHORT = ["trainer=cpu", "trainer.max_steps=1", "trainer.max_time=null", "trainer.precision=32-true", "batch_size=8"]
@@ -64,6 +66,24 @@ MISTAKES = [
     ([*VAE, "trainer.max_time=5m"], ["trainer.max_time=5m must be HH:MM:SS", "00:05:00"]),
     ([*VAE, "trainer.max_steps=-1"], ["needs a budget", "trainer.max_steps=N or trainer.max_time=HH:MM:SS"]),
     ([*VAE, "trainer.precision=16-mixed"], ["half precision", "Choose bf16-mixed or 32-true"]),
+    ([*VAE, "trainer.precision=16"], ["trainer.precision=16: half precision"]),
+    ([*VAE, "trainer.precision=64-true"], ["trainer.precision=64-true is unknown", "auto, bf16-mixed, 32-true"]),
+    ([*VAE, "trainer.precision=8"], ["trainer.precision=8 is unknown", "auto, bf16-mixed, 32-true"]),
+    ([*VAE, "trainer.guard=true"], ["trainer.guard=True must be null", "max_spike, warmup_steps"]),
+    ([*VAE, "+trainer.guard.x=1"], ["must be null, or hold none but: max_spike"]),
+    ([*VAE, "trainer.guard.max_spike=null"], ["trainer.guard.max_spike=None must be a number"]),
+    ([*VAE, "trainer.guard.max_spike=abc"], ["trainer.guard.max_spike=abc must be a number"]),
+    ([*VAE, "trainer.guard.max_spike=1"], ["trainer.guard.max_spike=1 must be above 1"]),
+    ([*VAE, "trainer.guard.warmup_steps=0"], ["trainer.guard.warmup_steps=0 must be a whole number of 1"]),
+    ([*VAE, "+trainer.x=1"], ["No trainer can be made", "unexpected keyword argument 'x'"]),
+    ([*VAE, "trainer.strategy=foo"], ["No trainer can be made", "invalid strategy name"]),
+    ([*VAE, "trainer.accelerator=foo"], ["invalid accelerator name", "cpu"]),
+    ([*VAE, "trainer.devices=foo"], ["`devices`", "trainer=cpu"]),
+    ([*VAE, "~trainer.guard"], ["Training needs trainer.guard"]),
+    ([*VAE, "trainer.max_steps=1.5"], ["trainer.max_steps=1.5 must be a whole number"]),
+    ([*VAE, "runs_dir="], ["runs_dir= must be text"]),
+    ([*VAE, "name=a\nb"], ["name=a\\nb must be a plain folder name"]),
+    ([*VAE, "name=\x1b[2J\u202ea/b"], ["name=\\x1b[2J\\u202ea/b must be"]),
     ([*VAE, "optimizer.decay=sudden"], ["optimizer.decay=sudden is unknown", "linear, cosine, constant"]),
     ([*VAE, "trainer.ema_decay=1.5", "name=ema"], ["trainer.ema_decay must be in [0, 1), not 1.5"]),
     ([*VAE, "autoencoder.model.latent_channels=49"], ["49 latent channels exceed the 48 dimensions"]),
@@ -106,9 +126,26 @@ def test_a_gpu_that_is_not_here(fails):
     assert not Path("runs/vae/gpu").exists(), "a name is not taken by a run that never began"
 
 
-def test_a_size_that_does_not_fit_is_refused_before_the_images_are_read(fails, monkeypatch):
+def test_what_does_not_fit_is_refused_before_the_images_are_read(fails, monkeypatch):
     monkeypatch.setattr("ldm.data.images.prepare", lambda *_, **__: pytest.fail("prepared first"))
     assert "Choose data.resolution=16 or 20" in fails(train, *VAE, "data.resolution=18")
+    for argument in ("trainer.guard.max_spike=1", "+trainer.x=1", "trainer.devices=foo", "trainer.precision=16"):
+        fails(train, *VAE, argument)
+
+
+def test_numbers_that_mean_whole_ones(call, place, monkeypatch):
+    """1e1 steps are ten, an empty name is none, and 32 is fp32."""
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("LDM_CACHE", str(place / "cache"))
+    seen = []
+
+    def look(folder, config, again, main_process):
+        assert choose_precision(config.trainer.precision, "cpu") == "32-true"
+        seen.append((config.trainer.max_steps, type(config.trainer.max_steps), config.name, config.seed))
+
+    monkeypatch.setattr(ldm.train, "train_in", look)
+    assert call(train, *VAE, "trainer.max_steps=1e1", "name=", "trainer.precision=32", "seed=7.0").code == 0
+    assert seen == [(10, int, None, 7)]
 
 
 def test_a_hub_whose_model_is_of_another_kind(fails, monkeypatch, tmp_path):
@@ -130,6 +167,21 @@ FULL = [
     OSError(errno.ENOSPC, "No space left on device", "runs/last.partial"),
     SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (errno.EROFS, "The disk can only be read at runs/x"),
+        (errno.EIO, "The disk failed to read or write at runs/x"),
+        (errno.EFBIG, "A file became larger than is allowed at runs/x"),
+        (errno.ENAMETOOLONG, "A name or a path is longer than the disk takes at runs/x"),
+    ],
+)
+def test_a_disk_with_a_fault(number, said):
+    message = explain(OSError(number, "told by the system", "runs/x"))
+    assert message.startswith(said)
+    assert explain(SafetensorError(f"I/O error: x (os error {number})")).startswith(said.removesuffix(" at runs/x"))
 
 
 @pytest.mark.parametrize("error", FULL, ids=lambda error: type(error).__name__)

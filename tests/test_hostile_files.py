@@ -12,10 +12,13 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from hydra.utils import get_object
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from ldm.autoencoder.autoencoder import Autoencoder, LatentStatistics, weights_sha256
+from ldm.command import as_config, construct, run
 from ldm.constructors import KNOWN, TRUST, check_config
 from ldm.data.image_folder import ImageFolder
 from ldm.data.images import ImageData, prepare
@@ -33,7 +36,7 @@ from ldm.untrusted import file_name, is_plain_name
 from tests.hostile_files import CANARY, CASES
 
 ROOT = Path(__file__).parents[1]
-NUM_FILES = 92
+NUM_FILES = 106
 """Hostile files that are tried."""
 
 
@@ -186,6 +189,57 @@ def test_a_folder_of_ones_own_configs(call, tmp_path, monkeypatch):
     ended = call(ldm.train.main, "--config-dir", str(tmp_path), "stage=vae", "experiment=mine")
     assert ended.code == 0, ended
     assert (seen[0].seed, seen[0].val_images, seen[0].network._target_) == (7, 7, "ldm.networks.dit.DiT")
+
+
+SPLIT = """
+d: $
+e: '{oc.create:{_target_: torch.load, f: evil.pt}}'
+network: ${d}${e}
+sampler: {a: ["${d}{oc.env:HOME}"]}
+"""
+
+
+def test_what_was_checked_is_what_is_made(monkeypatch, tmp_path):
+    """Values are resolved once: a text that then reads as an interpolation, typed or put together, stays text."""
+    checked = OmegaConf.to_container(OmegaConf.create(SPLIT), resolve=True)
+    config = as_config(checked)
+    assert OmegaConf.to_container(config, resolve=True) == checked
+    assert config.network == construct(config).get("network") == "${oc.create:{_target_: torch.load, f: evil.pt}}"
+    assert construct(config.sampler) == {"a": ["${oc.env:HOME}"]}
+    seen = []
+    mine = tmp_path / "${seed}"
+    mine.mkdir()
+    (mine / "a.png").touch()
+    typed = ["stage=vae", "data=image_folder", f"data.path={mine}", "name=${oc.env:HOME}"]
+    monkeypatch.setattr("sys.argv", ["train", *typed])
+    run("train", lambda config: seen.append((config.name, construct(config.data.source).path)))
+    assert seen == [("${oc.env:HOME}", mine)]
+
+
+@given(st.text("\\${}a:.'\" \n", max_size=12))
+@settings(max_examples=200, derandomize=True, database=None, deadline=None)
+def test_every_text_is_read_as_it_is(text):
+    config = as_config({"a": [text], "b": 1})
+    assert config.a[0] == text and construct(config) == {"a": [text], "b": 1}
+
+
+def test_what_is_constructed():
+    """As Hydra constructs it, with the constructor's own words where it refuses."""
+    made = construct(
+        {"_target_": "collections.Counter", "_args_": [["a", {"_target_": "builtins.str", "_args_": [7]}]]}
+    )
+    assert made == {"a": 1, "7": 1}
+    assert construct({"_target_": "builtins.dict", "_partial_": True, "_convert_": "all", "a": [1]}, b=2)(c=3) == {
+        "a": [1],
+        "b": 2,
+        "c": 3,
+    }
+    assert (
+        construct({"_target_": "builtins.dict", "_recursive_": False, "a": {"_target_": "x"}})["a"]["_target_"] == "x"
+    )
+    for target, said in (("builtins.int", "builtins.int: invalid literal"), ("nosuch.Net", "No module named 'nosuch'")):
+        with pytest.raises(UserError, match=said):
+            construct({"_target_": target, "_args_": ["x"]})
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,6 @@ def bench(config: DictConfig) -> None:
 def stage_1_losses(config: DictConfig, run: Any) -> None:
     """A step of stage 1 with one part of the loss more each time, and lambda the way that is usually published."""
     import torch
-    from hydra.utils import instantiate
     from torch import Tensor
 
     from ldm.autoencoder.loss import AutoencoderLoss
@@ -39,7 +38,7 @@ def stage_1_losses(config: DictConfig, run: Any) -> None:
     from ldm.training.stage import OptimizerFactory
     from ldm.training.vae import VAETraining
 
-    perceptual, adversarial = instantiate(config.perceptual.build), instantiate(config.adversarial.build)
+    perceptual, adversarial = command.construct(config.perceptual.build), command.construct(config.adversarial.build)
     if perceptual is None or adversarial is None:
         raise UserError("A run of stage=vae is timed with every part: leave perceptual= and adversarial= to be some.")
     device, autoencoder = choose_device(config.device), run.autoencoder()

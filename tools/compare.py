@@ -12,7 +12,6 @@ LONGEST_NAME = 80
 
 
 def compare(config: DictConfig) -> None:
-    from hydra.utils import instantiate
     from rich.console import Console
 
     from ldm.device import choose_device
@@ -24,7 +23,7 @@ def compare(config: DictConfig) -> None:
     device = choose_device(config.device)
     comparison = compare(list(map(str, config.runs)) if isinstance(config.runs, ListConfig) else [str(config.runs)])
     options = {key: config[key] for key in ("num_samples", "prompts", "guidance", "seed", "batch_size")}
-    picture, notes = side_by_side(comparison, instantiate(config.sampler), device=device, **options)
+    picture, notes = side_by_side(comparison, command.construct(config.sampler), device=device, **options)
     drawn = {key: options[key] for key in ("num_samples", "seed")}
     if comparison.runs[0][1].stage == "diffusion":
         settings: Any = OmegaConf.to_container(config.sampler, resolve=True)

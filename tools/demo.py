@@ -9,8 +9,6 @@ from ldm import command
 
 
 def demo(config: DictConfig) -> None:
-    from hydra.utils import instantiate
-
     from ldm.device import choose_device
     from ldm.evaluation import report
     from ldm.lineage import weights_sha256
@@ -23,7 +21,7 @@ def demo(config: DictConfig) -> None:
     vae = Run.open(run.facts["vae"])
     pipeline = run.pipeline().to(choose_device(config.device))
     images = run.image_data()
-    sampler = instantiate(config.sampler)
+    sampler = command.construct(config.sampler)
     options = {"guidance": config.guidance, "seed": config.seed}
     out = Path(config.out).expanduser()
     out.mkdir(parents=True, exist_ok=True)

@@ -39,7 +39,6 @@ def reconstructions(config: DictConfig, run: Any) -> dict[str, Any]:
 
 def samples(config: DictConfig, run: Any) -> dict[str, Any]:
     """The same of a run of stage=diffusion; first a sweep, where sampler.steps or guidance is a list, then its knee."""
-    from hydra.utils import instantiate
     from PIL import Image
 
     from ldm.device import choose_device
@@ -49,7 +48,7 @@ def samples(config: DictConfig, run: Any) -> dict[str, Any]:
     keys = ("features", "features_path", "num_samples", "guidance_interval", "seed", "batch_size")
     options: dict[str, Any] = {key: config[key] for key in keys} | {"folder": run.path / "evaluation"}
     steps, guidances = (list(x) if OmegaConf.is_list(x) else [x] for x in (config.sampler.steps, config.guidance))
-    samplers = {value: instantiate(config.sampler, steps=value) for value in steps}
+    samplers = {value: command.construct(config.sampler, steps=value) for value in steps}
     pipeline, images = run.pipeline().to(choose_device(config.device)), run.image_data()
     swept, more, files, tables = None, {}, [run.path / "evaluation.json"], {}
     if len(steps) > 1 or len(guidances) > 1:

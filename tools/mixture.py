@@ -8,15 +8,14 @@ from ldm import command
 
 
 def mixture(config: DictConfig) -> None:
-    from hydra.utils import instantiate
     from rich.console import Console
 
     from ldm.device import choose_device
     from ldm.evaluation.mixture_study import study
 
     found = study(
-        instantiate(config.schedule),
-        instantiate(config.sampler),
+        command.construct(config.schedule),
+        command.construct(config.sampler),
         steps=config.steps,
         num_samples=config.num_samples,
         seed=config.seed,

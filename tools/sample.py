@@ -8,8 +8,6 @@ from ldm import command
 
 
 def sample(config: DictConfig) -> None:
-    from hydra.utils import instantiate
-
     from ldm.device import choose_device
     from ldm.options import OF_SAMPLING, check_options
     from ldm.pictures import to_pil
@@ -19,7 +17,7 @@ def sample(config: DictConfig) -> None:
     check_options({key: config[key] for key in OF_SAMPLING}, OF_SAMPLING)
     run = Run.open(config.run)
     pipeline = run.pipeline().to(choose_device(config.device))
-    sampler = instantiate(config.sampler)
+    sampler = command.construct(config.sampler)
     request = Request.make(
         pipeline,
         prompt=config.prompt,

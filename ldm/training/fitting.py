@@ -16,6 +16,7 @@ from ldm import signals
 from ldm.data.loaders import train_loader, val_loader
 from ldm.data.order import batch_at
 from ldm.errors import UserError
+from ldm.options import FAULTS
 from ldm.ranks import from_first
 from ldm.training.budget import Budget, parse_duration
 from ldm.training.callbacks import EMACallback, ProgressBar
@@ -23,7 +24,9 @@ from ldm.training.checkpoint import Checkpoints, StopTraining
 from ldm.training.guard import Guard, RollBack, offset_of
 from ldm.training.loggers import CsvLogger
 from ldm.training.manifest import Manifest
+from ldm.training.precision import named_precision
 from ldm.training.stage import Stage
+from ldm.untrusted import first_line
 
 OWN_OPTIONS = (
     "_target_",
@@ -36,6 +39,55 @@ OWN_OPTIONS = (
     "guard",
 )
 """Of the config group `trainer`: what Lightning's Trainer does not take."""
+NEEDED = (*OWN_OPTIONS[1:], "max_steps", "precision", "accelerator", "accumulate_grad_batches", "log_every_n_steps")
+
+
+def check_trainer(options: Mapping[str, Any]) -> None:
+    """Refuse options of the config group `trainer` that no trainer and no guard can be made of.
+
+    Raises:
+        UserError: naming what is wrong.
+    """
+    if missing := [f"trainer.{key}" for key in NEEDED if key not in options]:
+        raise UserError(f"Training needs {', '.join(missing)}: leave what trainer= sets there, or give it a value.")
+    guard_of(options, Path("skipped_steps.jsonl"))
+    precision = named_precision(options["precision"])
+    make_trainer(options, "32-true" if precision == "auto" else precision, logger=False, enable_checkpointing=False)
+
+
+def make_trainer(options: Mapping[str, Any], precision: str, **others: Any) -> Trainer:
+    """Lightning's Trainer, from the config group `trainer` and what we give it besides.
+
+    Raises:
+        UserError: it refuses the options.
+    """
+    known = {key: value for key, value in options.items() if key not in OWN_OPTIONS}
+    if type(every := known.get("val_check_interval")) is int:  # Lightning counts batches, and validates amid a step
+        known["val_check_interval"] = every * options["accumulate_grad_batches"]
+    try:
+        return Trainer(**known | {"precision": precision}, **others, max_epochs=-1)  # steps and time are the budget
+    except MisconfigurationException as error:
+        raise UserError(f"{' '.join(str(error).split())} Choose trainer=cpu or trainer=auto.") from error
+    except (*FAULTS, ImportError) as error:
+        raise UserError(
+            f"No trainer can be made of the options trainer.*: {first_line(error)}. Leave out what was given there, "
+            "or choose trainer=cpu or trainer=auto."
+        ) from error
+
+
+def guard_of(options: Mapping[str, Any], notes: Path, *images: Callable[[int], Sequence[str]]) -> Guard | None:
+    """The guard that the config group `trainer` asks for; None with trainer.guard=null.
+
+    Raises:
+        UserError: it is no such guard.
+    """
+    if (wanted := options["guard"]) in (None, False):
+        return None
+    known = ("max_spike", "warmup_steps", "skips_before_rollback", "max_rollbacks")
+    if not isinstance(wanted, dict) or not wanted.keys() <= set(known):
+        said = wanted if not isinstance(wanted, dict) else ", ".join(map(str, wanted))
+        raise UserError(f"trainer.guard={str(said)[:80]} must be null, or hold none but: {', '.join(known)}.")
+    return Guard(notes, *images, log_every=options["log_every_n_steps"], **wanted)
 
 
 def make_budget(options: Mapping[str, Any], warmup_steps: int, decay: str) -> Budget:
@@ -78,16 +130,13 @@ class Plan:
 
 def make_guard(plan: Plan) -> Guard | None:
     """What watches over each step's numbers; None with trainer.guard=null."""
-    if not plan.options["guard"]:
-        return None
     images = plan.stage.images
 
     def names(batch: int) -> list[str]:
         positions = batch_at(batch, size=len(images.train_indices), batch_size=plan.batch_size, seed=plan.seed)
         return [images.names[images.train_indices[position]] for position in positions]
 
-    notes, log_every = plan.folder / "skipped_steps.jsonl", plan.options["log_every_n_steps"]
-    return Guard(notes, names, log_every=log_every, **plan.options["guard"])
+    return guard_of(plan.options, plan.folder / "skipped_steps.jsonl", names)
 
 
 class Fit:
@@ -118,20 +167,14 @@ class Fit:
         if (guard := self.guard) is not None:
             self.checkpoints.withheld = lambda: guard.skipped_last
         stage.module.log_every, stage.module.progress = options["log_every_n_steps"], self.budget.progress
-        known = {key: value for key, value in options.items() if key not in OWN_OPTIONS}
-        if type(every := known["val_check_interval"]) is int:  # Lightning counts batches, and validates amid a step
-            known["val_check_interval"] = every * options["accumulate_grad_batches"]
-        try:
-            self.trainer = Trainer(
-                **known | {"precision": plan.precision},
-                max_epochs=-1,  # steps and time are the budget
-                # the guard first: what it knows of a step is asked for when the others decide what follows
-                callbacks=[*([guard] if guard else []), self.budget, self.ema, self.bar, self.checkpoints],
-                logger=list(plan.loggers),
-                default_root_dir=plan.folder,
-            )
-        except MisconfigurationException as error:
-            raise UserError(f"{' '.join(str(error).split())} Choose trainer=cpu or trainer=auto.") from error
+        self.trainer = make_trainer(
+            options,
+            plan.precision,
+            # the guard first: what it knows of a step is asked for when the others decide what follows
+            callbacks=[*([guard] if guard else []), self.budget, self.ema, self.bar, self.checkpoints],
+            logger=list(plan.loggers),
+            default_root_dir=plan.folder,
+        )
 
     def to_the_end(self, make_stage: Callable[[], Stage]) -> "Fit":
         """Run this fit, and those that go on where it rolled back; the last of them.

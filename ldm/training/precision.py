@@ -1,6 +1,7 @@
 """Which precision to train in: bf16 on GPUs; on a CPU, whichever a short measurement finds faster."""
 
 import time
+from typing import Any
 
 import torch
 from torch import nn
@@ -8,17 +9,35 @@ from torch import nn
 from ldm.errors import UserError
 
 GAIN_NEEDED = 1.1
+PRECISIONS = ("auto", "bf16-mixed", "32-true")
+SHORT = {"32": "32-true", "bf16": "bf16-mixed"}
 
 
-def choose_precision(requested: str, accelerator: str) -> str:
-    """`auto` -> bf16-mixed or 32-true; anything else is left as it is."""
-    if requested.startswith("16"):
+def named_precision(requested: Any) -> str:
+    """One of PRECISIONS, which 32 and bf16 stand for too.
+
+    Raises:
+        UserError: another, or half precision.
+    """
+    name = SHORT.get(str(requested), requested)
+    if str(name).startswith("16"):
         raise UserError(
             f"trainer.precision={requested}: half precision overflows in autoencoders and cannot be clipped here. "
             "Choose bf16-mixed or 32-true."
         )
-    if requested != "auto":
-        return requested
+    if name not in PRECISIONS:
+        raise UserError(f"trainer.precision={str(requested)[:80]} is unknown. Choose one of: {', '.join(PRECISIONS)}.")
+    return name
+
+
+def choose_precision(requested: Any, accelerator: str) -> str:
+    """`auto` -> bf16-mixed or 32-true; anything else by its name.
+
+    Raises:
+        UserError: as `named_precision`.
+    """
+    if (name := named_precision(requested)) != "auto":
+        return name
     if accelerator != "cpu" and torch.cuda.is_available():
         return "bf16-mixed"
     if accelerator != "cpu" and torch.backends.mps.is_available():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ldm.errors import UserError
 from ldm.training import precision
 from ldm.training.precision import GAIN_NEEDED, bf16_gain, choose_precision
 
@@ -32,12 +33,22 @@ def test_a_gpu_takes_bf16_and_mps_fp32(monkeypatch):
     assert choose_precision("auto", "auto") == choose_precision("auto", "gpu") == "bf16-mixed"
 
 
-@pytest.mark.parametrize("requested", ["32-true", "bf16-mixed", "bf16-true", "64-true"])
-def test_what_is_asked_for_is_left_alone(requested):
-    assert choose_precision(requested, "cpu") == requested
+@pytest.mark.parametrize(
+    ("requested", "name"),
+    [("32-true", "32-true"), ("bf16-mixed", "bf16-mixed"), (32, "32-true"), ("32", "32-true"), ("bf16", "bf16-mixed")],
+)
+def test_what_is_asked_for_is_taken(requested, name):
+    assert choose_precision(requested, "cpu") == name
 
 
-@pytest.mark.parametrize("requested", ["16-mixed", "16-true", "16"])
+@pytest.mark.parametrize("requested", ["bf16-true", "64-true", 8, None, "", []])
+def test_what_does_not_train_is_refused(requested):
+    """Networks are handed fp32: wholly in another type they fail at the first convolution."""
+    with pytest.raises(UserError, match="is unknown. Choose one of: auto, bf16-mixed, 32-true"):
+        choose_precision(requested, "cpu")
+
+
+@pytest.mark.parametrize("requested", ["16-mixed", "16-true", "16", 16])
 def test_half_precision_is_refused(requested):
     with pytest.raises(ValueError, match=f"trainer.precision={requested}: .*Choose bf16-mixed or 32-true"):
         choose_precision(requested, "cpu")
