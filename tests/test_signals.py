@@ -10,10 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+from lightning.pytorch import Trainer
 
 import ldm.train
 from ldm import signals
 from ldm.errors import UserError
+from ldm.training.agreement import Agreement
+from ldm.training.callbacks import ProgressBar
 from ldm.training.checkpoint import Checkpoints
 from ldm.training.lock import only_one
 from ldm.training.manifest import manifests
@@ -271,6 +274,38 @@ def test_the_lock_of_a_killed_process_is_free(place, monkeypatch):
     with only_one(place / "runs/vae/held"):
         """Free again."""
     assert not list((place / "runs/vae").glob("*.json"))
+
+
+@pytest.mark.parametrize("moment", ["amid the last step", "amid the last validation"])
+def test_a_signal_of_another_rank_at_the_end_ends_this_one_too(train, place, monkeypatch, moment):
+    """A rank that validated or went on alone would wait for the others for ever."""
+    decide, seen = Agreement.decide, []
+
+    def answers(self, trainer):
+        over = not trainer.training and ("on_validation_end" in seen or moment == "amid the last step")
+        return decide(self, trainer) | ({"signal": signal.SIGTERM} if over else {})
+
+    monkeypatch.setattr(Agreement, "decide", answers)
+    for hook in ("on_validation_start", "on_validation_end"):
+        monkeypatch.setattr(ProgressBar, hook, lambda *_, hook=hook: seen.append(hook))
+    name = f"end-{moment.split()[-1]}"
+    ended = train(f"name={name}", "trainer.val_check_interval=null", "trainer.max_steps=1")
+    assert ended.code == 143 and "stopped by SIGTERM after step 1; saved" in ended.err
+    assert bool(seen) == (moment == "amid the last validation")
+    assert not (place / "runs/vae" / name / "autoencoder").exists()
+
+
+def test_lightning_puts_no_handler_in_our_place(train, monkeypatch):
+    """Its own for SIGTERM talks to the other ranks wherever this one is."""
+    original, found = Trainer._run_stage, []
+
+    def looks(self):
+        found.append(signal.getsignal(signal.SIGTERM))
+        return original(self)
+
+    monkeypatch.setattr(Trainer, "_run_stage", looks)
+    assert train("name=handlers", "trainer.max_steps=1").code == 0
+    assert set(found) == {signals._receive}
 
 
 RANKS = """

@@ -178,16 +178,21 @@ class Fit:
             warnings.filterwarnings("ignore", ".*LeafSpec.*")
             try:
                 trainer.fit(stage.module, fit_batches, val_batches, ckpt_path=resumed, weights_only=True)
-                if self.ema.validated_at != trainer.global_step and signals.pending() is None:
+                if self.ema.validated_at != trainer.global_step and not self._signal():
                     trainer.validate(stage.module, val_batches, verbose=False)
+                number = self._signal()  # it came when all was trained
             except StopTraining as stopped:
                 raise signals.Interrupted(stopped.signal, self._farewell(stopped.signal)) from None
             except SystemExit as ended:  # how Lightning passes on a KeyboardInterrupt, before the first step
                 raise ended.__context__ if isinstance(ended.__context__, KeyboardInterrupt) else ended from None
             finally:
                 signals.release()
-        if (number := signals.pending()) is not None:  # it came when all was trained
+        if number := number or signals.pending() or 0:
             raise signals.Interrupted(number, self._farewell(number))
+
+    def _signal(self) -> int:
+        """The signal that any rank was sent, 0 without one: all validate and end together, or none does."""
+        return self.budget.agreement.decide(self.trainer)["signal"]
 
     def _farewell(self, number: int) -> str:
         name, last = Signals(number).name, self.checkpoints.saved or self.resumed
