@@ -168,6 +168,7 @@ class Checkpoints(Checkpoint):
         if trainer.world_size > 1:
             dist.all_gather_object(every, own)
         checkpoint["random"] = every
+        checkpoint["step_offset"] = getattr(module, "step_offset", 0)  # also where no guard is there to save it
         loops = checkpoint["loops"]["fit_loop"]
         if self._validating:  # to be begun anew: Lightning would validate on the batches that were left
             val = loops["epoch_loop.val_loop.batch_progress"]

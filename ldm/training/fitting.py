@@ -116,6 +116,7 @@ class Fit:
         )
         self.guard, self.offset = make_guard(plan), offset_of(None if resumed is None else resumed.path)
         if (guard := self.guard) is not None:
+            guard.tallies["offset"] = self.offset  # training may have gone on without a guard since
             self.checkpoints.withheld = lambda: guard.skipped_last
         stage.module.log_every, stage.module.progress = options["log_every_n_steps"], self.budget.progress
         known = {key: value for key, value in options.items() if key not in OWN_OPTIONS}
@@ -176,6 +177,8 @@ class Fit:
             # ours is an endless loader over memory-mapped arrays: workers and epochs do not apply to it
             warnings.filterwarnings("ignore", ".*does not have many workers.*")
             warnings.filterwarnings("ignore", ".*LeafSpec.*")
+            if self.guard is None:  # the run may have had one before
+                warnings.filterwarnings("ignore", ".*add the following callbacks: .'Guard'.*")
             try:
                 trainer.fit(stage.module, fit_batches, val_batches, ckpt_path=resumed, weights_only=True)
                 if self.ema.validated_at != trainer.global_step and not self._signal():
