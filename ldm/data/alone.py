@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ldm.durable import PARTIAL
+from ldm.durable import PARTIAL, restore
 
 
 @contextmanager
@@ -29,6 +29,7 @@ def made_alone(folder: Path) -> Iterator[None]:
         logging.getLogger(__name__).warning("Another process is making %s: waiting for it to end.", folder)
         lock.acquire()
     try:
+        restore(folder)
         for left in folder.parent.glob(f"{PARTIAL}*-{glob.escape(folder.name)}"):
             shutil.rmtree(left, ignore_errors=True)
         yield
