@@ -77,6 +77,33 @@ def test_noted_where_it_is_held(capfd):
     assert signals.pending() is None and "Ctrl-C again stops at once" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_one_that_a_library_swallowed_is_raised_again_later(name, monkeypatch):
+    number, moments = getattr(signal, name), iter([100, 104, 106, 109, 112])
+    monkeypatch.setattr(time, "monotonic", lambda: next(moments))
+    raised = []
+    with signals.handled():
+        for _ in range(5):
+            try:
+                os.kill(os.getpid(), number)
+                raised.append(False)
+            except signals.Interrupted:
+                raised.append(True)
+    assert raised == [True, False, True, False, True], "5 s after the one before"
+
+
+def test_one_that_follows_a_held_one_does_not_break_the_unwinding(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with signals.handled():
+        signals.hold()
+        os.kill(os.getpid(), signal.SIGTERM)
+        now[0] += 60  # saving
+        signals.release()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.pending() == signal.SIGTERM
+
+
 def test_what_the_caller_ignores_stays_ignored():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -132,6 +159,9 @@ def test_a_second_interrupt_stops_at_once(tmp_path):
         until(process, "working")
         process.send_signal(signal.SIGINT)
         until(process, "saving")
+        process.send_signal(signal.SIGINT)  # the same Ctrl-C, passed on by a wrapper
+        time.sleep(signals.SAME_S + 0.1)
+        assert process.poll() is None
         began = time.perf_counter()
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=20)
