@@ -20,7 +20,7 @@ SAME_S = 0.5
 """A SIGINT so soon after another is the same one."""
 
 UNWINDING_S = 5.0
-"""So long after one that asked to stop, others do not raise. What still runs then has swallowed it, and is asked again."""
+"""So long after one that asked to stop, others do not raise. What runs on then has swallowed it, and is asked again."""
 
 HANDLED = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 

@@ -78,7 +78,9 @@ class CsvLogger(Logger):
         """Keep of what is there the rows that a power cut left readable."""
         self._columns, rows, lost = _read(self.file)
         if lost:
-            print(f"warning: {self.file}: {lost} lines cannot be read and are left out; {len(rows)} are kept.", flush=True)
+            print(
+                f"warning: {self.file}: {lost} lines cannot be read and are left out; {len(rows)} are kept.", flush=True
+            )
             write_text(self.file, _as_csv(self._columns, rows, header=True))
 
     def go_back(self, last: int) -> None:

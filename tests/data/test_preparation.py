@@ -292,4 +292,5 @@ def test_what_a_killed_preparation_left_is_cleared(folder, cache):
     (cache / f".partial-0badcafe-{name}" / "images.npy").write_bytes(b"half")
     assert remains(cache) == [cache / f".partial-0badcafe-{name}"]
     open_quietly(ImageFolder(folder), cache)
-    assert list(cache.iterdir()) == [cache / name], "neither the remains nor the lock"
+    lock = cache / f".{name}.lock"
+    assert {*cache.iterdir()} == {cache / name, lock}, "not the remains, and the lock for whoever waits"
