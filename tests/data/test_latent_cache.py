@@ -216,7 +216,7 @@ def test_a_disk_that_fails_while_a_cache_is_compared_is_no_damage(images, contra
     with monkeypatch.context() as patch:
         patch.setattr("ldm.data.arrays._digest", fails)
         with pytest.raises(UserError, match=r"cannot be read \(Input/output error\).*left as it is"):
-            opened(Encoder(0), contract, images, tmp_path)
+            opened(Encoder(0, RuntimeError), contract, images, tmp_path)
     encoder = Encoder()
     opened(encoder, contract, images, tmp_path)
     assert encoder.calls < 16, "what was encoded is there still"
