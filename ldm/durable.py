@@ -3,6 +3,7 @@
 A reader never sees half of one, and neither a kill nor a power cut leaves half of one under its name.
 """
 
+import glob
 import hashlib
 import os
 import shutil
@@ -13,6 +14,9 @@ from pathlib import Path
 
 PARTIAL = ".partial-"
 """Begins the name of what is not finished; what a kill left of it may be deleted when nothing writes."""
+
+REPLACED = f"{PARTIAL}old-"
+"""Begins the name of a whole folder in the moment in which another takes its place."""
 
 
 @contextmanager
@@ -33,8 +37,9 @@ def durable_file(path: Path) -> Iterator[Path]:
 def durable_folder(path: Path) -> Iterator[Path]:
     """A folder beside `path` to fill; at the end of the block it takes the name, and what had it before is deleted."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    tag = f"{PARTIAL}{uuid.uuid4().hex[:8]}"
-    partial, replaced = path.with_name(f"{tag}-{path.name}"), path.with_name(f"{tag}-old-{path.name}")
+    restore(path)
+    tag = uuid.uuid4().hex[:8]
+    partial, replaced = path.with_name(f"{PARTIAL}{tag}-{path.name}"), path.with_name(f"{REPLACED}{tag}-{path.name}")
     try:
         partial.mkdir()
         yield partial
@@ -47,8 +52,17 @@ def durable_folder(path: Path) -> Iterator[Path]:
         partial.replace(path)
         sync(path.parent)
     finally:
+        restore(path)
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
+        if path.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+
+
+def restore(path: Path) -> None:
+    """Give a folder its name back where an error or a kill came between the two renames of `durable_folder`."""
+    for replaced in path.parent.glob(f"{REPLACED}{'[0-9a-f]' * 8}-{glob.escape(path.name)}"):
+        if not path.exists():
+            replaced.replace(path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -84,7 +98,10 @@ def sha256_of(path: Path) -> str:
 
 
 def clear_partials(folder: Path) -> None:
-    """Delete what a kill left unfinished directly in `folder`. Only where nothing else writes there."""
+    """Delete what a kill left unfinished directly in `folder`, but for a folder that was about to be replaced: it gets
+    its name back. Only where nothing else writes there."""
+    for replaced in list(folder.glob(f"{REPLACED}*")):
+        restore(folder / replaced.name[len(REPLACED) + 9 :])
     for partial in folder.glob(f"{PARTIAL}*"):
         if partial.is_dir():
             shutil.rmtree(partial, ignore_errors=True)

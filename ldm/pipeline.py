@@ -21,6 +21,7 @@ from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import Guided
 from ldm.diffusion.sampler import OnStep, Sampler, SamplerLike
 from ldm.diffusion.schedule import NoiseSchedule
+from ldm.durable import write_text
 from ldm.errors import UserError
 from ldm.model_folder import load_model
 from ldm.networks.conditioning import Condition, Conditioning, restore
@@ -252,9 +253,7 @@ def _schedule(content: dict[str, Any], prediction: str, path: Path) -> NoiseSche
 def save_z_0_mse(folder: Path, table: Tensor, made_by: dict[str, Any]) -> None:
     """Keep the table of the per-t optimal Sigma with a pipeline; `made_by` says how it was fitted."""
     content = {"format": FORMAT, **made_by, "z_0_mse": table.tolist()}
-    partial = folder / f".{VARIANCE_FILE}.partial"
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(folder / VARIANCE_FILE)
+    write_text(folder / VARIANCE_FILE, json.dumps(content, indent=2) + "\n")
 
 
 def load_z_0_mse(folder: Path) -> Tensor | None:

@@ -2,17 +2,25 @@
 
 SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (sent ahead of a preemption) raise `Interrupted` wherever the command is, so that
 it unwinds through its `finally` blocks. A training holds them and looks between its steps. A second SIGINT ends the
-process where it stands: whatever is on the disk is whole at any moment.
+process where it stands: whatever is on the disk is whole at any moment. One that comes together with the first is the
+same Ctrl-C, which the terminal sent and a wrapper passed on.
 """
 
 import os
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
+
+SAME_S = 0.5
+"""A SIGINT so soon after another is the same one."""
+
+UNWINDING_S = 5.0
+"""So long after one that asked to stop, others do not raise. What runs on then has swallowed it, and is asked again."""
 
 HANDLED = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
@@ -32,7 +40,8 @@ class Interrupted(KeyboardInterrupt):
 @dataclass
 class _Received:
     first: int | None = None
-    interrupts: int = 0
+    interrupted_at: float | None = None
+    asked_at: float = 0.0
     held: bool = False
 
 
@@ -40,18 +49,23 @@ _received = _Received()
 
 
 def _receive(number: int, frame: FrameType | None) -> None:
-    _received.interrupts += number == signal.SIGINT
-    if _received.interrupts > 1:
-        os.write(2, b"stopped at once\n")
-        os._exit(128 + signal.SIGINT)
-    again = _received.first is not None
-    if not again:
+    now = time.monotonic()
+    if number == signal.SIGINT:
+        if _received.interrupted_at is None:
+            _received.interrupted_at = now
+            if _received.held:
+                os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
+        elif now - _received.interrupted_at >= SAME_S:
+            os.write(2, b"stopped at once\n")
+            os._exit(128 + signal.SIGINT)
+    first = _received.first is None
+    if first:
         _received.first = number
-    if _received.held:
-        if number == signal.SIGINT:
-            os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
-    elif not again:  # one that follows must not break the unwinding of the first
-        raise Interrupted(number)
+    # one that follows must not break the unwinding of the one before
+    if first or (not _received.held and now - _received.asked_at > UNWINDING_S):
+        _received.asked_at = now
+        if not _received.held:
+            raise Interrupted(number)
 
 
 def install() -> None:
@@ -80,7 +94,8 @@ def handled() -> Iterator[None]:
 
 
 def _forget() -> None:
-    _received.first, _received.interrupts, _received.held = None, 0, False
+    _received.first = _received.interrupted_at = None
+    _received.held = False
 
 
 def hold() -> None:
@@ -91,7 +106,7 @@ def hold() -> None:
 
 def release() -> None:
     """From now on a signal raises at once again; one that was noted is still `pending`."""
-    _received.held = False
+    _received.held, _received.asked_at = False, time.monotonic()
 
 
 def pending() -> int | None:

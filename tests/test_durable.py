@@ -42,6 +42,41 @@ def test_a_folder_replaces_the_one_before_it_whole(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["folder"]
 
 
+@pytest.mark.parametrize("then", ["an error", "a kill, cleared", "a kill, made again"])
+def test_between_the_two_renames_a_folder_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then) -> None:
+    """The folder that was about to be replaced is there again."""
+    path = tmp_path / "a [folder]"
+    with durable_folder(path) as partial:
+        (partial / "before").touch()
+    replace, renamed = Path.replace, []
+
+    def fails(self: Path, target: Path) -> Path:
+        renamed.append(target)
+        if len(renamed) == 2:
+            raise OSError("no more")
+        return replace(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", fails)
+        if then != "an error":  # nothing is tidied up
+            patch.setattr("ldm.durable.restore", lambda path: None)
+            patch.setattr("shutil.rmtree", lambda *_, **__: None)
+        with pytest.raises(OSError, match="no more"), durable_folder(path) as partial:
+            (partial / "after").touch()
+    if then == "a kill, cleared":
+        clear_partials(tmp_path)
+    if then == "a kill, made again":
+        assert not path.exists() and len(list(tmp_path.iterdir())) == 2
+        with pytest.raises(OSError, match="again"), durable_folder(path):
+            raise OSError("again")
+        assert [file.name for file in path.iterdir()] == ["before"]
+        with durable_folder(path) as partial:
+            (partial / "before").touch()
+        clear_partials(tmp_path)
+    assert [file.name for file in path.iterdir()] == ["before"]
+    assert [file.name for file in tmp_path.iterdir()] == ["a [folder]"]
+
+
 def test_what_a_kill_left_is_cleared(tmp_path: Path) -> None:
     (tmp_path / "kept").touch()
     (tmp_path / ".partial-0-file").touch()

@@ -10,10 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+from lightning.pytorch import Trainer
 
 import ldm.train
 from ldm import signals
 from ldm.errors import UserError
+from ldm.training.agreement import Agreement
+from ldm.training.callbacks import ProgressBar
 from ldm.training.checkpoint import Checkpoints
 from ldm.training.fitting import Fit
 from ldm.training.lock import only_one
@@ -75,6 +78,33 @@ def test_noted_where_it_is_held(capfd):
     assert signals.pending() is None and "Ctrl-C again stops at once" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_one_that_a_library_swallowed_is_raised_again_later(name, monkeypatch):
+    number, moments = getattr(signal, name), iter([100, 104, 106, 109, 112])
+    monkeypatch.setattr(time, "monotonic", lambda: next(moments))
+    raised = []
+    with signals.handled():
+        for _ in range(5):
+            try:
+                os.kill(os.getpid(), number)
+                raised.append(False)
+            except signals.Interrupted:
+                raised.append(True)
+    assert raised == [True, False, True, False, True], "5 s after the one before"
+
+
+def test_one_that_follows_a_held_one_does_not_break_the_unwinding(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with signals.handled():
+        signals.hold()
+        os.kill(os.getpid(), signal.SIGTERM)
+        now[0] += 60  # saving
+        signals.release()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.pending() == signal.SIGTERM
+
+
 def test_what_the_caller_ignores_stays_ignored():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -130,6 +160,9 @@ def test_a_second_interrupt_stops_at_once(tmp_path):
         until(process, "working")
         process.send_signal(signal.SIGINT)
         until(process, "saving")
+        process.send_signal(signal.SIGINT)  # the same Ctrl-C, passed on by a wrapper
+        time.sleep(signals.SAME_S + 0.1)
+        assert process.poll() is None
         began = time.perf_counter()
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=20)
@@ -312,6 +345,38 @@ def test_the_lock_of_a_killed_process_is_free(place, monkeypatch):
     with only_one(place / "runs/vae/held"):
         """Free again."""
     assert not list((place / "runs/vae").glob("*.json"))
+
+
+@pytest.mark.parametrize("moment", ["amid the last step", "amid the last validation"])
+def test_a_signal_of_another_rank_at_the_end_ends_this_one_too(train, place, monkeypatch, moment):
+    """A rank that validated or went on alone would wait for the others for ever."""
+    decide, seen = Agreement.decide, []
+
+    def answers(self, trainer):
+        over = not trainer.training and ("on_validation_end" in seen or moment == "amid the last step")
+        return decide(self, trainer) | ({"signal": signal.SIGTERM} if over else {})
+
+    monkeypatch.setattr(Agreement, "decide", answers)
+    for hook in ("on_validation_start", "on_validation_end"):
+        monkeypatch.setattr(ProgressBar, hook, lambda *_, hook=hook: seen.append(hook))
+    name = f"end-{moment.split()[-1]}"
+    ended = train(f"name={name}", "trainer.val_check_interval=null", "trainer.max_steps=1")
+    assert ended.code == 143 and "stopped by SIGTERM after step 1; saved" in ended.err
+    assert bool(seen) == (moment == "amid the last validation")
+    assert not (place / "runs/vae" / name / "autoencoder").exists()
+
+
+def test_lightning_puts_no_handler_in_our_place(train, monkeypatch):
+    """Its own for SIGTERM talks to the other ranks wherever this one is."""
+    original, found = Trainer._run_stage, []
+
+    def looks(self):
+        found.append(signal.getsignal(signal.SIGTERM))
+        return original(self)
+
+    monkeypatch.setattr(Trainer, "_run_stage", looks)
+    assert train("name=handlers", "trainer.max_steps=1").code == 0
+    assert set(found) == {signals._receive}
 
 
 RANKS = """

@@ -3,10 +3,12 @@
 import hashlib
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ldm.data.arrays import Layout, changed, digests
+from ldm.data.reading import MISSING, retried, unreadable
 from ldm.errors import UserError
 from ldm.untrusted import read_array, read_json
 
@@ -42,10 +44,12 @@ def damage(folder: Path) -> str | None:
     """Why the folder is no finished cache of this format with the bytes that were written; None where it is one.
 
     One from before digests were kept is taken as it is.
+
+    Raises:
+        UserError: its disk does not let it be read.
     """
     try:
-        index = read_json(folder / INDEX_FILE)
-        layout = _layout(folder / IMAGES_FILE)
+        index, layout = retried(partial(_read, folder), folder)
         if index["format"] != FORMAT_VERSION or layout.num_rows != len(index["names"]):
             return "it is of another format"
         if not {"sha256", "pixels_sha256"} & set(index):
@@ -53,8 +57,10 @@ def damage(folder: Path) -> str | None:
         bad = [] if index["sha256"] == _sha256_of(index) else [INDEX_FILE]
         rows = changed(folder / IMAGES_FILE, layout, index["pixels_sha256"])
         bad += [f"images {part.start} to {part.stop - 1} in {IMAGES_FILE}" for part in rows]
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError):
+    except (*MISSING, EOFError, ValueError, KeyError, TypeError, AttributeError):
         return "it is not whole"
+    except OSError as error:
+        raise unreadable(folder, error) from error
     return f"{shorten(bad)} changed since the images were prepared" if bad else None
 
 
@@ -85,6 +91,17 @@ def read_quarantine(listing: Path) -> list[dict[str, str]]:
 def shorten(names: list[str], shown: int = 5) -> str:
     """The first few of a list, for an error message."""
     return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], Layout]:
+    if not ((folder / INDEX_FILE).is_file() and (folder / IMAGES_FILE).is_file()):
+        raise ValueError("not there")  # who asks again holds the lock
+    try:
+        return read_json(folder / INDEX_FILE), _layout(folder / IMAGES_FILE)
+    except UserError as error:
+        if isinstance(error.__cause__, OSError):
+            raise error.__cause__ from error
+        raise
 
 
 def _layout(file: Path) -> Layout:

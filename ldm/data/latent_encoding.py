@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from ldm.data.arrays import Layout, changed, digests
 from ldm.data.images import ImageData
+from ldm.data.reading import MISSING, retried, unreadable
 from ldm.durable import write_text
 from ldm.errors import UserError
 
@@ -94,7 +96,7 @@ def check_moments(folder: Path) -> None:
     """Compare every byte of a moments file with the journal beside it. A folder of before has none, and is believed.
 
     Raises:
-        UserError: naming the images whose latents changed.
+        UserError: naming the images whose latents changed; or its disk does not let it be read.
     """
     if not (folder / JOURNAL_FILE).is_file():
         logging.getLogger(__name__).info("%s keeps no digests: its bytes are not compared.", folder)
@@ -103,10 +105,12 @@ def check_moments(folder: Path) -> None:
         journal = _read_journal(folder)
         layout = Layout(*(journal[key] for key in ("header_bytes", "row_bytes", "num_rows", "chunk_rows")))
         bad = changed(folder / MOMENTS_FILE, layout, journal["sha256"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (*MISSING, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{folder / JOURNAL_FILE}, which says what {MOMENTS_FILE} holds, does not fit ({error}). {_remedy(folder)}"
         ) from error
+    except OSError as error:
+        raise unreadable(folder, error) from error
     if bad:
         parts = ", ".join(f"{rows.start} to {rows.stop - 1}" for rows in bad[:5]) + ", ..." * (len(bad) > 5)
         raise UserError(f"{folder / MOMENTS_FILE} changed since it was encoded: images {parts}. {_remedy(folder)}")
@@ -144,7 +148,10 @@ def _header(shape: tuple[int, ...], dtype: str) -> bytes:
 
 
 def _read_journal(folder: Path) -> dict[str, Any]:
-    journal = json.loads((folder / JOURNAL_FILE).read_text(encoding="utf-8"))
+    file = folder / JOURNAL_FILE
+    if not file.is_file():
+        raise ValueError("not there")
+    journal = json.loads(retried(partial(file.read_text, encoding="utf-8"), file))
     if journal["format"] != JOURNAL_FORMAT:
         raise ValueError(f"format {journal['format']} instead of {JOURNAL_FORMAT}")
     return journal
@@ -160,14 +167,20 @@ def _save(file: io.FileIO, folder: Path, layout: Layout, batch_size: int, kept: 
 
 
 def _kept(folder: Path, layout: Layout, batch_size: int) -> list[str]:
-    """The digests of the chunks that are done: none where the journal is of other batches, or is not whole."""
+    """The digests of the chunks that are done: none where the journal is of other batches, or is not whole.
+
+    Raises:
+        UserError: the disk does not let them be read.
+    """
     try:
         journal = _read_journal(folder)
         known = journal.pop("sha256")
         if journal != _journal(layout, batch_size):
             return []
         found = digests(folder / MOMENTS_FILE, layout, layout.chunks()[: len(known)])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (*MISSING, ValueError, KeyError, TypeError, AttributeError):
         return []
+    except OSError as error:
+        raise unreadable(folder, error) from error
     same = [one == other for one, other in zip(found, known, strict=False)]
     return found[: same.index(False) if False in same else len(same)]

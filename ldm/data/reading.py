@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from ldm.errors import UserError
+
 Result = TypeVar("Result")
 
 WAITS_S = (0.1, 0.4, 1.6, 3.2)
@@ -26,6 +28,18 @@ PASSING = frozenset(getattr(errno, name) for name in f"{_NAMES} ENETUNREACH EREM
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What a disk answers that has no room, or no more for this user."""
+
+
+MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+"""Errors of a file that is not there, and no disk's failure."""
+
+
+def unreadable(path: Path, error: OSError) -> UserError:
+    """What to say of a cache that may be whole, on a disk that does not let it be read."""
+    return UserError(
+        f"{path} cannot be read ({error.strerror}): its disk fails or refuses. It is left as it is. Start the same "
+        "command again when the disk is well, or choose another place with data.cache_dir=DIR."
+    )
 
 
 def retried(read: Callable[[], Result], what: object) -> Result:

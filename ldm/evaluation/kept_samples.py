@@ -10,16 +10,17 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from torch import Tensor
 
+from ldm.alone import alone
 from ldm.autoencoder.autoencoder import weights_sha256
 from ldm.data.images import ImageData, to_uint8
 from ldm.data.order import derive_seed
@@ -140,18 +141,15 @@ def _alone(file: Path) -> Iterator[None]:
     Raises:
         UserError: one is.
     """
-    lock = FileLock(file)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise UserError(
-            f"Another process draws these samples, {file.with_suffix('.bin')}. Wait for its end: then they are taken "
-            "from there. Or choose another seed= or sampler.steps=."
-        ) from error
-    try:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(alone(file))
+        except Timeout as error:
+            raise UserError(
+                f"Another process draws these samples, {file.with_suffix('.bin')}. Wait for its end: then they are "
+                "taken from there. Or choose another seed= or sampler.steps=."
+            ) from error
         yield
-    finally:
-        lock.release()
 
 
 def check_guidance(guidance: Any) -> float:

@@ -19,9 +19,11 @@ from typing import Any
 from rich.table import Table
 
 from ldm import signals
+from ldm.durable import write_text
 from ldm.errors import UserError
 from ldm.evaluation.size_sweep import Training, keyed
 from ldm.run import RUN_FILE, Run
+from ldm.untrusted import check_fields, read_json
 
 SWEEP_FILE = "sweep.json"
 NEW, CONTINUED, KEPT = "new", "continued", "finished, kept"
@@ -30,9 +32,28 @@ GRACE_S = 30
 
 
 def known_trainings(folder: Path) -> dict[str, Any]:
-    """By name, the overrides that each training of this folder was started with."""
+    """By name, the overrides that each training of this folder was started with.
+
+    Raises:
+        UserError: the folder's file cannot be read.
+    """
+    return _content(folder).get("trainings", {})
+
+
+def _content(folder: Path) -> dict[str, Any]:
     file = folder / SWEEP_FILE
-    return json.loads(file.read_text(encoding="utf-8"))["trainings"] if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    try:
+        content = read_json(file)
+        check_fields(content, {"trainings": dict}, file, required=False)
+        known = content.get("trainings", {})
+        check_fields(known, dict.fromkeys(known, list[str]), file)
+    except UserError as error:
+        raise UserError(
+            f"{error} Or choose another name=; the trainings in {folder} are then left as they are."
+        ) from error
+    return content
 
 
 def state(training: Training, folder: Path, known: Mapping[str, Sequence[str]]) -> str:
@@ -125,10 +146,7 @@ def execute(command: Sequence[str]) -> int:
 def write(folder: Path, **parts: Any) -> Path:
     """Put parts into the sweep's file, beside those that it has."""
     file = folder / SWEEP_FILE
-    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(before | parts, indent=2) + "\n", encoding="utf-8")
-    partial.replace(file)
+    write_text(file, json.dumps(_content(folder) | parts, indent=2) + "\n")
     return file
 
 

@@ -76,6 +76,10 @@ class Checkpoints(Checkpoint):
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         trainer.strategy.checkpoint_io = self._io
+        # Lightning's handlers would stand until training begins, and its own for SIGTERM waits for the other ranks
+        # where it was called, which may be amid another of their conversations
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        signals.install()
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.is_global_zero:
@@ -108,7 +112,7 @@ class Checkpoints(Checkpoint):
         self._stop = self.budget.agreement.answers.get("signal", 0)
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
-        signals.hold()  # Lightning has put its own handlers in our place where validation was asked for alone
+        signals.hold()
         self._validating = True
         self._random = random_state(trainer.strategy.root_device)
         self._stop_in_validation()
@@ -164,6 +168,7 @@ class Checkpoints(Checkpoint):
         if trainer.world_size > 1:
             dist.all_gather_object(every, own)
         checkpoint["random"] = every
+        checkpoint["step_offset"] = getattr(module, "step_offset", 0)  # also where no guard is there to save it
         loops = checkpoint["loops"]["fit_loop"]
         if self._validating:  # to be begun anew: Lightning would validate on the batches that were left
             val = loops["epoch_loop.val_loop.batch_progress"]

@@ -165,6 +165,7 @@ class Fit:
         )
         self.guard, self.offset = make_guard(plan), offset_of(None if resumed is None else resumed.path)
         if (guard := self.guard) is not None:
+            guard.tallies["offset"] = self.offset  # training may have gone on without a guard since
             self.checkpoints.withheld = lambda: guard.skipped_last
         stage.module.log_every, stage.module.progress = options["log_every_n_steps"], self.budget.progress
         self.trainer = make_trainer(
@@ -219,18 +220,25 @@ class Fit:
             # ours is an endless loader over memory-mapped arrays: workers and epochs do not apply to it
             warnings.filterwarnings("ignore", ".*does not have many workers.*")
             warnings.filterwarnings("ignore", ".*LeafSpec.*")
+            if self.guard is None:  # the run may have had one before
+                warnings.filterwarnings("ignore", ".*add the following callbacks: .'Guard'.*")
             try:
                 trainer.fit(stage.module, fit_batches, val_batches, ckpt_path=resumed, weights_only=True)
-                if self.ema.validated_at != trainer.global_step and signals.pending() is None:
+                if self.ema.validated_at != trainer.global_step and not self._signal():
                     trainer.validate(stage.module, val_batches, verbose=False)
+                number = self._signal()  # it came when all was trained
             except StopTraining as stopped:
                 raise signals.Interrupted(stopped.signal, self._farewell(stopped.signal)) from None
             except SystemExit as ended:  # how Lightning passes on a KeyboardInterrupt, before the first step
                 raise ended.__context__ if isinstance(ended.__context__, KeyboardInterrupt) else ended from None
             finally:
                 signals.release()
-        if (number := signals.pending()) is not None:  # it came when all was trained
+        if number := number or signals.pending() or 0:
             raise signals.Interrupted(number, self._farewell(number))
+
+    def _signal(self) -> int:
+        """The signal that any rank was sent, 0 without one: all validate and end together, or none does."""
+        return self.budget.agreement.decide(self.trainer)["signal"]
 
     def _farewell(self, number: int) -> str:
         name, last = Signals(number).name, self.checkpoints.saved or self.resumed

@@ -1,7 +1,7 @@
 """Steps whose numbers went wrong: left out, counted, noted, and after too many in a row taken back.
 
 A step is bad where the loss of one of its batches or its gradient is not finite, or where the gradient's norm is a
-spike: more than `max_spike` times its running average over good steps. The optimizer then leaves weights, moments and
+spike: more than `max_spike` times its running average. The optimizer then leaves weights, moments and
 step counts as they are. So do the discriminator and its optimizer, which also leave out gradients of their own that are
 not finite, and the codebook's idle counts and restarts. The step still counts for the budget, the learning rate and the
 order of the data, and the averaged weights take in the unchanged ones once more.
@@ -37,11 +37,12 @@ class RollBack(Exception):
         began: The first of the steps that were left out in a row; a checkpoint of that step was saved before it.
         at: The step that training has come to.
         tallies: What the guard counted until now, which stays counted.
+        average: The gradient's norm that training had come to.
     """
 
-    def __init__(self, began: int, at: int, tallies: Mapping[str, Any]) -> None:
+    def __init__(self, began: int, at: int, tallies: Mapping[str, Any], average: float = 0.0) -> None:
         super().__init__(f"the steps from {began} on went wrong")
-        self.began, self.at, self.tallies = began, at, dict(tallies)
+        self.began, self.at, self.tallies, self.average = began, at, dict(tallies), average
 
     def choose(self, checkpoints: Mapping[int, Saved]) -> tuple[int, Saved | None]:
         """Which of the checkpoints by step to go on from: the newest from before the steps that went wrong.
@@ -62,7 +63,7 @@ class Guard(Callback):
         notes: The file that each step left out is noted in, one line of JSON each.
         images: Names those that a batch of the order holds, for the notes.
         max_spike: Times the running average that the gradient's norm may be.
-        warmup_steps: Good steps before spikes are told, and about as many that the average remembers.
+        warmup_steps: Steps before spikes are told, and about as many that the average remembers.
         skips_before_rollback: Steps left out in a row after which training goes back to a checkpoint.
         max_rollbacks: How often it does so in a run before it gives up.
         log_every: Steps between the counts' rows.
@@ -103,6 +104,7 @@ class Guard(Callback):
         self._losses: list[Tensor] = []
         self._unclipped: list[Tensor] = []
         self._carried: dict[str, Any] = {}
+        self._average = 0.0
         self._pending: Numbers | None = None
         self._step, self._alone = 0, False
 
@@ -184,7 +186,7 @@ class Guard(Callback):
             "offset": asked.tallies["offset"] + passed_over,
             "went_to": step,
         }
-        self.tallies = dict(self._carried)
+        self.tallies, self._average = dict(self._carried), asked.average
         self._write({"step": asked.began, "rolled_back_to": step, "batches_passed_over": passed_over})
         self._say(
             f"the steps from {asked.began} on went wrong: back to step {step}, and on with the batches after them "
@@ -201,9 +203,8 @@ class Guard(Callback):
 
     def _count(self, numbers: Numbers) -> None:
         """Take in a step's numbers, one step late; so are they in the limit, whether they waited or not."""
-        left_out, _, norm, *_ = numbers.read()
-        if not left_out:
-            self.running.add(norm)
+        _, _, norm, *_ = numbers.read()
+        self.running.add(norm)
         if not numbers.bad:
             self.streak = 0
             return
@@ -260,7 +261,7 @@ class Guard(Callback):
     def _go_back(self, trainer: Trainer) -> None:
         """Raises RollBack, or the UserError that says what to try."""
         if self.tallies["rollbacks"] < self.max_rollbacks:
-            raise RollBack(self.began, trainer.global_step, self.tallies)
+            raise RollBack(self.began, trainer.global_step, self.tallies, self.running.mean)
         group, clip = trainer.optimizers[0].param_groups[0], trainer.gradient_clip_val
         raise UserError(
             f"Training diverged: the {self.streak} steps from {self.began} on had a loss or a gradient that is not "
@@ -282,7 +283,8 @@ class Guard(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.running.mean, self.running.count = state_dict["running"]
+        mean, self.running.count = state_dict["running"]
+        self.running.mean = max(mean, self._average)  # norms that are high once more are no fault, but how they are
         self.streak, self.began = state_dict["streak"]
         self.tallies = {**state_dict["tallies"], **self._carried}
         self._pending = Numbers(**state_dict["pending"]) if state_dict["pending"] else None
@@ -292,8 +294,9 @@ def offset_of(checkpoint: Path | None) -> int:
     """Batches that roll-backs passed over before a checkpoint was saved."""
     if checkpoint is None:
         return 0
-    saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["callbacks"].get("Guard")
-    return int(saved["tallies"]["offset"]) if saved else 0
+    saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    guard = saved["callbacks"].get("Guard")  # which alone knew it in older checkpoints
+    return int(saved.get("step_offset", guard["tallies"]["offset"] if guard else 0))
 
 
 def _plain(value: float) -> float | str:

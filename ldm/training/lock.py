@@ -5,11 +5,12 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
+from ldm.alone import alone
 from ldm.durable import write_text
 from ldm.errors import UserError
 
@@ -26,36 +27,30 @@ def only_one(folder: Path) -> Iterator[None]:
         UserError: somebody does; naming who, where and since when. Or nothing can be written there.
     """
     folder = folder.absolute().resolve()
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
-    holder = folder.with_name(f".{folder.name}.lock.json")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _acquire(lock, holder)
-        write_text(holder, json.dumps(_myself()) + "\n")
-    except Timeout as error:
-        raise UserError(
-            f"{folder} is in use by another training: {_describe(_read(holder))}. Wait until it has ended, stop it, or "
-            "choose another name=."
-        ) from error
-    except OSError as error:
-        raise UserError(
-            f"{folder.parent} cannot be written ({error.strerror}). Choose another place for runs with runs_dir=."
-        ) from error
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            holder.unlink(missing_ok=True)
-        lock.release()
+    lock, holder = (folder.with_name(f".{folder.name}.lock{end}") for end in ("", ".json"))
 
+    def taken() -> float:
+        return WAIT_FOR_DEAD_S if _is_dead(_read(holder)) else 0.0
 
-def _acquire(lock: FileLock, holder: Path) -> None:
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        if not _is_dead(_read(holder)):
-            raise
-        lock.acquire(timeout=WAIT_FOR_DEAD_S, poll_interval=0.2)
+    with ExitStack() as stack:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(alone(lock, taken))
+            write_text(holder, json.dumps(_myself()) + "\n")
+        except Timeout as error:
+            raise UserError(
+                f"{folder} is in use by another training: {_describe(_read(holder))}. Wait until it has ended, stop "
+                "it, or choose another name=."
+            ) from error
+        except OSError as error:
+            raise UserError(
+                f"{folder.parent} cannot be written ({error.strerror}). Choose another place for runs with runs_dir=."
+            ) from error
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                holder.unlink(missing_ok=True)
 
 
 def _myself() -> dict[str, object]:

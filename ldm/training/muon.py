@@ -84,15 +84,14 @@ class MuonAdamW(Optimizer):
 
 @torch.no_grad()
 def step_unless(muon: Muon, found_inf: Tensor) -> None:
-    """A step of torch's Muon, which knows no found_inf: where that is 1, matrices and momenta are put back."""
-    matrices = [p for group in muon.param_groups for p in group["params"] if p.grad is not None]
-    before = [
-        (p.clone(), muon.state[p]["momentum_buffer"].clone() if muon.state[p] else torch.zeros_like(p))
-        for p in matrices
-    ]
-    muon.step()
+    """A step of torch's Muon, which knows no found_inf: where that is 1, matrices are put back, and momenta averaged
+    with themselves, which changes no bit of them."""
     left_out = found_inf.bool()
-    for p, (matrix, momentum) in zip(matrices, before, strict=True):
-        buffer = muon.state[p]["momentum_buffer"]
+    matrices = [p for group in muon.param_groups for p in group["params"] if p.grad is not None]
+    before = [p.clone() for p in matrices]
+    for p in matrices:
+        momentum = muon.state[p].get("momentum_buffer", p.new_zeros(()))
+        p.grad = torch.where(left_out, momentum, p.grad)
+    muon.step()
+    for p, matrix in zip(matrices, before, strict=True):
         p.copy_(torch.where(left_out, matrix, p))
-        buffer.copy_(torch.where(left_out, momentum, buffer))

@@ -5,6 +5,7 @@ meanwhile and read after the next step has been queued. An optimizer that does n
 with fused=True) costs a wait for the device at each step instead. On a CPU all of it is known at once.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,11 @@ LARGEST = torch.finfo(torch.float32).max
 
 @dataclass
 class RunningNorm:
-    """The average gradient norm of good steps, over about the last `memory` of them, and the limit that follows."""
+    """The geometric mean of gradient norms, over about the last `memory` of them, and the limit that follows.
+
+    A norm above the limit counts as the limit: one spike moves the mean little, also while none is told yet, and where
+    norms stay high the mean follows them.
+    """
 
     max_spike: float
     memory: int
@@ -30,8 +35,13 @@ class RunningNorm:
         return min(self.max_spike * self.mean, LARGEST) if known else LARGEST
 
     def add(self, norm: float) -> None:
+        """Take in a norm; one of 0, or that is not finite, says nothing."""
+        if not 0 < norm < math.inf:
+            return
+        norm = min(norm, self.limit)
         self.count += 1
-        self.mean += (norm - self.mean) / min(self.count, self.memory)
+        weight = 1 / min(self.count, self.memory)
+        self.mean = self.mean ** (1 - weight) * norm**weight
 
 
 @dataclass

@@ -37,7 +37,7 @@ def test_what_is_cached_is_not_encoded_again(tmp_path):
     first = open_captions(encode, CAPTIONS, ENCODER, cache_dir=tmp_path)
     again = open_captions(refuse, CAPTIONS, ENCODER, cache_dir=tmp_path)
     torch.testing.assert_close(again.batch([2]), first.batch([2]), rtol=0, atol=0)
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list(tmp_path.glob("[!.]*"))) == 1
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_what_is_cached_is_not_encoded_again(tmp_path):
 def test_another_content_has_a_cache_of_its_own(tmp_path, captions, encoder):
     open_captions(encode, CAPTIONS, ENCODER, cache_dir=tmp_path)
     open_captions(encode, captions, encoder, cache_dir=tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.glob("[!.]*"))) == 2
 
 
 def test_a_broken_encoding_leaves_nothing(tmp_path):

@@ -1,6 +1,7 @@
 """The cache of latents: killed, interrupted, out of room, raced for, damaged; whole and the same bytes, or refused."""
 
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -105,7 +106,7 @@ def test_an_interrupted_encoding_keeps_its_chunks(images, contract, tmp_path, wh
     latents = opened(again, contract, images, tmp_path / "cache")
     assert bytes_of(latents.path) == whole
     assert again.calls == 16 - stops_at // 4 * 4, "whole chunks are not encoded again"
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == [latents.path.name]
+    assert [path.name for path in (tmp_path / "cache").glob("[!.]*")] == [latents.path.name]
 
 
 @pytest.mark.parametrize("damage", ["a byte of chunk 1", "cut", "no journal", "journal", "other batches", "contract"])
@@ -199,6 +200,26 @@ def test_a_changed_byte_names_the_images_and_the_remedy(images, contract, tmp_pa
     (folder / "moments.npy").write_bytes(content)
     with pytest.raises(UserError, match=r"moments\.npy changed .* images 16 to 23\. Delete .*encoded again"):
         opened(Encoder(0), contract, images, tmp_path)
+
+
+@pytest.mark.parametrize("stopped", [False, True], ids=["finished", "interrupted"])
+def test_a_disk_that_fails_while_a_cache_is_compared_is_no_damage(images, contract, tmp_path, monkeypatch, stopped):
+    if stopped:
+        with pytest.raises(KeyboardInterrupt):
+            opened(Encoder(5), contract, images, tmp_path)
+    else:
+        opened(Encoder(), contract, images, tmp_path)
+
+    def fails(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ldm.data.arrays._digest", fails)
+        with pytest.raises(UserError, match=r"cannot be read \(Input/output error\).*left as it is"):
+            opened(Encoder(0, RuntimeError), contract, images, tmp_path)
+    encoder = Encoder()
+    opened(encoder, contract, images, tmp_path)
+    assert encoder.calls < 16, "what was encoded is there still"
 
 
 @pytest.mark.parametrize("file", ["moments.npy", "contract.json"])

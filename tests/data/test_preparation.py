@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import ldm.data.preparation as preparation
-from ldm.data import image_cache
+from ldm.data import arrays, image_cache, reading
 from ldm.data.image_folder import ImageFolder
 from ldm.data.images import ImageData, prepare
 from ldm.data.loaders import train_loader
@@ -64,6 +64,40 @@ def test_an_old_or_damaged_cache_is_prepared_again(folder, cache, damage):
     again = open_quietly(ImageFolder(folder), cache)
     assert again.path == data.path and again.fingerprint == data.fingerprint
     np.testing.assert_array_equal(again.images[:, 0, 0, 0], np.arange(100))
+
+
+@pytest.mark.parametrize("file", ["index.json", "images.npy"])
+@pytest.mark.parametrize("for_good", [False, True])
+def test_a_disk_that_fails_while_a_cache_is_compared_is_no_damage(folder, cache, monkeypatch, file, for_good):
+    """Asked again; and where it fails still, said so, and nothing is prepared again."""
+    data = open_quietly(ImageFolder(folder), cache)
+    inode, opens, failed = (data.path / "images.npy").stat().st_ino, io.open, []
+
+    def fails(path, *args, **kwargs):
+        if str(path).endswith(file) and (for_good or not failed):
+            failed.append(path)
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return opens(path, *args, **kwargs)
+
+    monkeypatch.setattr(reading.time, "sleep", lambda seconds: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(io, "open", fails)
+        if for_good:
+            with pytest.raises(UserError, match=r"reds.* cannot be read \(Input/output error\).*left as it is"):
+                open_quietly(ImageFolder(folder), cache)
+        else:
+            open_quietly(ImageFolder(folder), cache)
+    assert failed and (data.path / "images.npy").stat().st_ino == inode
+
+
+def test_a_process_that_the_first_rank_started_does_not_compare_again(folder, cache, monkeypatch):
+    path = open_quietly(ImageFolder(folder), cache).path
+    monkeypatch.setattr(arrays, "digests", lambda *_: pytest.fail("compared"))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    open_quietly(ImageFolder(folder), cache)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "all at once")
+    with pytest.raises(pytest.fail.Exception, match="compared"):
+        image_cache.damage(path)
 
 
 def test_a_killed_preparation_leaves_no_half_cache(folder, cache):
@@ -258,4 +292,5 @@ def test_what_a_killed_preparation_left_is_cleared(folder, cache):
     (cache / f".partial-0badcafe-{name}" / "images.npy").write_bytes(b"half")
     assert remains(cache) == [cache / f".partial-0badcafe-{name}"]
     open_quietly(ImageFolder(folder), cache)
-    assert list(cache.iterdir()) == [cache / name], "neither the remains nor the lock"
+    lock = cache / f".{name}.lock"
+    assert {*cache.iterdir()} == {cache / name, lock}, "not the remains, and the lock for whoever waits"

@@ -193,6 +193,29 @@ def test_other_options_are_refused_before_any_training(trainer, other, said):
         runs.train(trainings("f8c16"), Path("sweep"))
 
 
+@pytest.mark.parametrize("content", [b"", b"\x00" * 99, b"[]", b'{"trainings": []}', b'{"trainings": {"a": 1}}'])
+def test_a_damaged_file_of_a_sweep_is_refused_by_name(trainer, content):
+    file = Path("sweep/sweep.json")
+    file.parent.mkdir()
+    file.write_bytes(content)
+    for ask in (runs.train, lambda *options: runs.tabulate(*options, 32)):
+        with pytest.raises(UserError, match="sweep/sweep.json.* Or choose another name=; .*left as they are"):
+            ask(trainings("f8c16"), Path("sweep"))
+    assert not trainer.commands and file.read_bytes() == content
+
+
+def test_a_sweep_keeps_its_file_where_a_new_one_cannot_be_written(tmp_path, monkeypatch):
+    file = runs.write(tmp_path, trainings={})
+
+    def full(path):
+        raise OSError("no room")
+
+    monkeypatch.setattr("ldm.durable.sync", full)
+    with pytest.raises(OSError, match="no room"):
+        runs.write(tmp_path, report={})
+    assert json.loads(file.read_text()) == {"trainings": {}} and list(tmp_path.iterdir()) == [file]
+
+
 def test_a_process_of_its_own(monkeypatch):
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     script = "import os, sys; sys.exit(7 + ('HYDRA_FULL_ERROR' in os.environ))"

@@ -41,11 +41,13 @@ FAULTS = ["loss is nan", "loss is inf", "gradient is nan", "gradient is inf", "s
 
 
 def spoil(module: nn.Module, loss: torch.Tensor, fault: str) -> torch.Tensor:
-    """A loss that is not finite while its own gradient is, a gradient that is not while the loss is, or 1e4 of both."""
+    """A loss that is not finite while its own gradient is, a gradient that is not while the loss is, or 1e8 of both."""
     if fault.startswith("loss"):
         return loss + float(fault.split()[-1])
     if fault == "spike":
-        return 1e4 * loss
+        return 1e8 * loss
+    if fault == "higher":
+        return 300 * loss
     parameter = next(module.parameters())
     handle = parameter.register_hook(lambda gradient: (handle.remove(), gradient * float(fault.split()[-1]))[1])
     return loss
@@ -233,18 +235,33 @@ def test_a_gradient_beside_the_clipped_ones_counts(fit, make, guard):
     assert [note["step"] for note in notes(watch)] == [2] and watched.moved() == [True, False, True]
 
 
-def test_spikes_are_told_by_the_good_steps_average():
+def test_spikes_are_told_by_the_geometric_mean():
     running = RunningNorm(max_spike=10, memory=4)
-    for norm in (8.0, 4.0, 2.0):
+    for norm in (8.0, 4.0, 2.0, 4.0):
         assert running.limit == LARGEST
         running.add(norm)
-    running.add(2.0)
-    assert running.mean == 4 and running.limit == 40
-    running.add(8.0)
-    assert running.mean == 5, "the fifth counts for a quarter"
-    still = RunningNorm(10, 2)
-    still.add(0.0), still.add(0.0)
-    assert still.limit == LARGEST
+    assert running.mean == pytest.approx(4) and running.limit == pytest.approx(40)
+    running.add(64.0)
+    assert running.mean == pytest.approx(4 * 10**0.25), "the fifth counts for a quarter, and for no more than the limit"
+    known = running.mean, running.count
+    for nothing in (0.0, math.inf, math.nan):
+        running.add(nothing)
+    assert (running.mean, running.count) == known
+
+
+def test_a_spike_before_any_can_be_told_does_not_blind():
+    running = RunningNorm(max_spike=100, memory=100)
+    for k in range(100):
+        running.add(1e30 if k == 50 else 1.0)
+    assert 100 < running.limit < 250
+
+
+def test_norms_that_stay_high_are_how_they_are(fit, make, guard, where):
+    """300 times what was: a few steps are left out, and training goes on."""
+    watched, watch = Watched(), guard(skips_before_rollback=4)
+    faults = dict.fromkeys(range(4, 12), "higher")
+    fit(make(faults, lr=1e-3), [watched, watch], max_steps=12)
+    assert watched.moved() == [True, True, True, False, False, *[True] * 6] and watch.skipped_steps == 2
 
 
 @pytest.mark.parametrize("build", [ADAMW, partial(torch.optim.Adam, fused=True), MuonAdamW])
@@ -383,6 +400,9 @@ def test_too_many_in_a_row_ask_for_a_roll_back(fit, make, guard):
     last = guard(skips_before_rollback=3, max_rollbacks=1)
     last.go_on_after(asked.value, 7)
     assert (last.offset, last.tallies["rollbacks"], last.skipped_steps) == (4, 1, 5)
+    low = {**guard().state_dict(), "running": [1e-9, 7]}
+    last.load_state_dict(low)
+    assert last.running.mean == asked.value.average > 1e-9, "norms that are as high once more are no spikes"
     message = "steps from 4 on .* also after 1 roll-backs .*skipped_steps.jsonl .*optimizer.lr .*is 0.1.*32-true"
     with pytest.raises(UserError, match=message):
         fit(make({k: "loss is nan" for k in range(4, 9)}), [last], max_steps=20, gradient_clip_val=1.0)
@@ -483,6 +503,12 @@ def test_training_goes_back_and_on_with_the_batches_after(train, pets):
     ended, seen = train("parts", {3, 4}, "trainer.max_steps=8", "resume=true")
     assert ended.code == 0 and seen == [(6, 9), (7, 10)]
     assert same(last_checkpoint("parts"), last_checkpoint("back"))
+
+    train("parts", {3, 4}, "trainer.max_steps=9", "trainer.guard=null", "resume=true")
+    ended, seen = train("parts", {3, 4}, "trainer.max_steps=10", "trainer.guard=null", "resume=true")
+    assert ended.code == 0 and seen == [(9, 12)], "the data does not go back where no guard knows of it"
+    ended, seen = train("parts", {3, 4}, "trainer.max_steps=11", "resume=true")
+    assert ended.code == 0 and seen == [(10, 13)]
 
     ended, seen = train("anew", {0, 1}, "trainer.max_steps=3")
     assert ended.code == 0 and [batch for _, batch in seen] == list(range(6))
