@@ -139,7 +139,7 @@ def test_numbers_that_mean_whole_ones(call, place, monkeypatch):
     monkeypatch.setenv("LDM_CACHE", str(place / "cache"))
     seen = []
 
-    def look(folder, config, again, main_process):
+    def look(folder, config, *_, **__):
         assert choose_precision(config.trainer.precision, "cpu") == "32-true"
         seen.append((config.trainer.max_steps, type(config.trainer.max_steps), config.name, config.seed))
 

@@ -259,7 +259,7 @@ def test_a_run_goes_on_on_its_own_latents(command, mine, place):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["trainer.guard.max_spike=0"], "trainer.guard.max_spike=0 must be above 1"),
+        (["trainer.guard.max_spike=1"], "trainer.guard.max_spike=1 must be above 1"),
         (["trainer.devices=0"], "Choose trainer=cpu"),
         ([], "needs room for"),
     ],
