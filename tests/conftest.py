@@ -1,5 +1,6 @@
 """Shared by all tests: one thread, a command line in this process, small images."""
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,13 +24,26 @@ class Ended:
     err: str
 
 
+OF_A_COMMAND = ("HYDRA_FULL_ERROR", "LDM_RUN_NAME")
+"""What a command sets in the environment of its process, and would hand on to the next test's."""
+
+
+@pytest.fixture(autouse=True)
+def no_command_before():
+    for name in OF_A_COMMAND:
+        os.environ.pop(name, None)
+    yield
+    for name in OF_A_COMMAND:
+        os.environ.pop(name, None)
+
+
 @pytest.fixture
 def call(monkeypatch, capsys) -> Callable[..., Ended]:
     """Call the `main` of a command in this process, as its command line would."""
 
     def call(main: Callable[[], None], *arguments: str) -> Ended:
         monkeypatch.setattr(sys, "argv", [main.__module__, *arguments])
-        for name in ("HYDRA_FULL_ERROR", "LDM_RUN_NAME"):  # what a command sets, the test takes back
+        for name in OF_A_COMMAND:  # of a call before it
             monkeypatch.setenv(name, "")
             monkeypatch.delenv(name)
         capsys.readouterr()
