@@ -141,6 +141,8 @@ def run(
             check_config(values, "the config", typed=typed, interpolations="any")
             task(as_config(values))
         except Exception as error:
+            if (number := signals.pending()) is not None:
+                raise signals.Interrupted(number) from error
             (report_job if sweeps else report)(error)  # here already: Hydra would print a line of its own first
 
     try:
@@ -162,6 +164,9 @@ def run(
         print("stopped by the user", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
+        if (number := signals.pending()) is not None:  # a library took the interruption for an error of its own
+            print(signals.Interrupted(number), file=sys.stderr)
+            sys.exit(128 + number)
         report(error)
     if failed:
         print(one_line(f"error: {len(failed)} of the jobs failed: {'; '.join(failed)}"), file=sys.stderr)

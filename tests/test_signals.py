@@ -13,7 +13,7 @@ import pytest
 from lightning.pytorch import Trainer
 
 import ldm.train
-from ldm import signals
+from ldm import command, signals
 from ldm.errors import UserError
 from ldm.training.agreement import Agreement
 from ldm.training.callbacks import ProgressBar
@@ -405,3 +405,15 @@ def test_all_ranks_leave_together(place):
     assert process.returncode == 143, err
     assert err.count("stopped by SIGTERM after step 3; saved runs/vae/ranks/checkpoints/step-00000003.ckpt") == 1, err
     assert [manifest.step for manifest in manifests(place / "runs/vae/ranks/checkpoints")] == [3]
+
+
+def test_an_interruption_that_a_library_takes_for_an_error_is_one(call):
+    def task(config):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        except BaseException as error:
+            raise ValueError("There is no key") from error
+
+    ended = call(lambda: command.run("mixture", task))
+    assert ended.code == 143 and ended.err == "stopped by SIGTERM\n"
