@@ -3,11 +3,9 @@
 import errno
 import functools
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -23,6 +21,7 @@ from omegaconf.errors import (
 from safetensors import SafetensorError
 
 from ldm import signals
+from ldm.arguments import bracket_lists, check_arguments, escape, gather, quote_free_text
 from ldm.config_files import check_foreign_files
 from ldm.constructors import check_config
 from ldm.constructors import construct as construct_values
@@ -30,33 +29,7 @@ from ldm.errors import UserError
 from ldm.home import folder
 from ldm.options import settle
 from ldm.tracking import finish_open_run
-from ldm.untrusted import clean_text, one_line
-
-FREE_TEXT = (
-    "prompt",
-    "prompts",
-    "run",
-    "against",
-    "out",
-    "image",
-    "images",
-    "latents",
-    "vae",
-    "init_from",
-    "resume",
-    "name",
-    "runs_dir",
-    "sweep",
-    "losses",
-    "train",
-    "data.path",
-    "data.cache_dir",
-    "autoencoder.path",
-    "conditioning.encoder",
-    "features_path",
-)
-"""Keys whose values are text or paths: they reach the config as they were typed, whatever Hydra's grammar says."""
-
+from ldm.untrusted import one_line
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _ELSEWHERE = "choose another disk with runs_dir=, data.cache_dir= or out="
@@ -67,9 +40,6 @@ _DISK_FAULTS = {
     errno.ENAMETOOLONG: "A name or a path is longer than the disk takes{place}. Give a shorter one.",
 }
 """What was saved before is kept; of each a paragraph, with its place."""
-_OPTIONS_WITH_VALUE: tuple[str, ...] = ("--cfg", "-c", "--package", "-p", "--info", "-i", "--experimental-rerun")
-_OPTIONS_WITH_VALUE += ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")
-"""Of Hydra: the argument after them is theirs."""
 
 
 def construct(config: Any, **options: Any) -> Any:
@@ -181,27 +151,11 @@ def as_config(values: Any) -> DictConfig:
             return {key: literal(part) for key, part in value.items()}
         if isinstance(value, list):
             return [literal(part) for part in value]
-        return _escape(value) if isinstance(value, str) else value
+        return escape(value) if isinstance(value, str) else value
 
     config = OmegaConf.create(literal(values))
     OmegaConf.set_struct(config, True)
     return config
-
-
-def check_arguments(arguments: Sequence[str]) -> None:
-    """Refuse arguments that are no text, and the one of Hydra's that reads a pickle.
-
-    Raises:
-        UserError: naming it.
-    """
-    for argument in arguments:
-        if "\0" in argument or clean_text(argument) != argument:
-            raise UserError(f"{argument!a} is not text in UTF-8. Type it again, or name files without such signs.")
-        if argument.startswith("--e"):  # Hydra takes beginnings of an option for the whole
-            raise UserError(
-                f"{argument} reads a pickle, which can run code, and is not used here. Name the config with "
-                "--config-dir= and --config-name= instead."
-            )
 
 
 def require_values(config: DictConfig) -> None:
@@ -221,75 +175,6 @@ def _missing(value: Any, key: str = "") -> Iterator[str]:
             yield from _missing(part, f"{key}.{name}" if key else str(name))
     elif value == "???":
         yield key
-
-
-def quote_free_text(arguments: Sequence[str], keys: Sequence[str] = FREE_TEXT) -> list[str]:
-    """Quote the values of free-text keys, so that Hydra's grammar takes them as one string."""
-    quoted = []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        switch = key == "resume" and value.lower() in ("true", "false")
-        if equals and key.lstrip("+") in keys and not switch and value not in ("null", "???", ""):
-            argument = f"{key}={_quote(value)}"
-        quoted.append(argument)
-    return quoted
-
-
-def gather(arguments: Sequence[str], key: str) -> list[str]:
-    """Arguments without a key become key=[...], each as it was typed.
-
-    One with an equals sign in it is among them where it names something on the disk, as a folder of a sweep does.
-
-    Raises:
-        UserError: key= is given as well.
-    """
-    kept, gathered = [], []
-    for before, argument in zip(["", *arguments], arguments, strict=False):
-        named = "=" not in argument or Path(argument).expanduser().exists()
-        deletes = argument.startswith("~") and not argument.startswith("~/")
-        if named and not deletes and not argument.startswith("-") and before not in _OPTIONS_WITH_VALUE:
-            gathered.append(argument)
-        else:
-            kept.append(argument)
-    if not gathered:
-        return kept
-    if any(argument.startswith(f"{key}=") for argument in kept):
-        raise UserError(f"{' '.join(gathered)} and {key}= are two ways to say the same. Use one of them.")
-    return [*kept, f"{key}=[{','.join(_quote(argument) for argument in gathered)}]"]
-
-
-def _quote(text: str) -> str:
-    """Text that Hydra and OmegaConf leave as it is."""
-    # in Hydra's grammar a backslash counts as an escape only before a quote
-    escaped = _double_backslashes_before_quote(_escape(text)).replace('"', '\\"')
-    return f'"{escaped}"'
-
-
-def _escape(text: str) -> str:
-    """Text without interpolations: OmegaConf takes an odd number of backslashes before ${ as its escape."""
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
-
-
-def bracket_lists(arguments: Sequence[str], keys: Sequence[str]) -> list[str]:
-    """key=5,10,20 as key=[5,10,20]: bare commas are a sweep of runs in Hydra's grammar."""
-    bracketed = []
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        is_list = key.lstrip("+") in keys and "," in value and not value.startswith(("[", "'", '"'))
-        bracketed.append(f"{key}=[{value}]" if is_list else argument)
-    return bracketed
-
-
-def _double_backslashes_before_quote(text: str) -> str:
-    parts, backslashes = [], 0
-    for character in text + "\0":
-        if character == "\\":
-            backslashes += 1
-            continue
-        parts.append("\\" * (backslashes * 2 if character in '"\0' else backslashes))
-        backslashes = 0
-        parts.append(character)
-    return "".join(parts)[:-1]
 
 
 def explain(error: BaseException) -> str | None:

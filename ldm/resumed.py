@@ -1,17 +1,27 @@
-"""What a continued run must have in common with the run as it was begun."""
+"""A run that goes on: where it lies, by what command, and what it has in common with the run as it was begun."""
 
 import argparse
+import os
 import shlex
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from ldm.arguments import FREE_TEXT
 from ldm.artifact import flatten
 from ldm.errors import UserError
 from ldm.run import RUN_FILE
-from ldm.training.manifest import FOLDER, manifests
-from ldm.untrusted import read_json
+from ldm.training.manifest import FOLDER, manifests, run_of
+from ldm.untrusted import is_plain_name, read_json
 
+RUN_NAME = "LDM_RUN_NAME"
+"""The name of this process's run, for the processes that Lightning starts."""
 FACTS = (
     "stage",
     "data_fingerprint",
@@ -49,6 +59,66 @@ SHOWN = (*MAY_CHANGE, "trainer.max_steps", "trainer.max_time", "trainer.gradient
 """What a user may change on purpose, and is told of."""
 OF_GRIDS = ("conditioning.guidance", "conditioning.prompts")
 PATHS = ("init_from", "autoencoder.path", "conditioning.encoder", "conditioning.build.encoder", "pretrained")
+
+
+def run_folder(config: DictConfig, *, main_process: bool) -> Path:
+    """runs_dir/<stage>/<name>. Processes that Lightning starts find the name of the first in the environment.
+
+    Without a name, resume=<checkpoint> goes on in the run that it lies in; with another name it begins a run there.
+    A job that SLURM started again goes on from what it saved itself, whatever it was begun from.
+
+    Raises:
+        UserError: the folder is in use by another run and neither resume nor overwrite was asked for.
+    """
+    choices = HydraConfig.get().runtime.choices
+    stage = choices["stage"]
+    part = choices["autoencoder" if stage == "vae" else "network"]
+    default = f"{choices['data']}-{part}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        default += f"-{HydraConfig.get().job.num}"  # jobs may start in the same second
+    if main_process:
+        os.environ[RUN_NAME] = config.name or default
+    name = os.environ.get(RUN_NAME, default)
+    if not is_plain_name(name) or len(name.encode()) > 200:
+        raise UserError(f"name={name} must be a plain folder name. Choose another place with runs_dir=.")
+    folder = Path(config.runs_dir).expanduser() / stage / name
+    exists = (folder / "run.json").exists()
+    restarted = bool(int(os.environ.get("SLURM_RESTART_COUNT") or 0))  # the same job, put into the queue again
+    if exists and config.name is not None and restarted:
+        config.resume = config.resume or True
+    continues = config.resume
+    if config.resume not in (None, False, True, "true"):
+        file = Path(str(config.resume)).expanduser()
+        place = folder if config.name is not None else file.parent.parent
+        saved = has_saved_since(place, file)
+        if restarted and saved:
+            config.resume = True
+            return place
+        source = run_of(file)
+        if config.name is None:
+            return source
+        # a run that was stopped before it saved anything begins at the file once more
+        continues = source.resolve() == folder.resolve() or saved is False
+    if main_process and exists and not (continues or config.overwrite):
+        each = " With -m, each job needs a name of its own: 'name=NAME-${hydra:job.num}', or no name="
+        raise UserError(
+            f"{folder} exists already. Choose another name=, continue it with resume=true, or start it anew "
+            f"with overwrite=true.{each + '.' if HydraConfig.get().mode == RunMode.MULTIRUN else ''}"
+        )
+    return folder
+
+
+def options_to_continue(config: DictConfig) -> list[str]:
+    """The options that this run was started with, but for its name and place, as a user types them."""
+    kept = own_config_options(sys.argv[1:])
+    for override in HydraConfig.get().overrides.task:
+        key = override.partition("=")[0]
+        if key.lstrip("+") in ("name", "resume", "overwrite", "runs_dir"):
+            continue
+        # free text was quoted for Hydra; the user types it as it is
+        value = OmegaConf.select(config, key.lstrip("+")) if key.lstrip("+") in FREE_TEXT else None
+        kept.append(f"{key}={value}" if isinstance(value, str) else override)
+    return kept
 
 
 def command_line(options: Sequence[str], folder: Path, resume: Path | str = "true") -> str:

@@ -6,7 +6,6 @@ python -m ldm.train stage=vae|diffusion [group=choice ...] [key=value ...]
 import logging
 import os
 import shutil
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +18,16 @@ from omegaconf import DictConfig, OmegaConf
 from ldm import command, signals
 from ldm.errors import UserError
 from ldm.options import check_options, refused_options
-from ldm.resumed import branch_of, check_config, check_facts, command_line, has_saved_since, own_config_options
-from ldm.untrusted import is_plain_name
-
-RUN_NAME = "LDM_RUN_NAME"
+from ldm.resumed import (
+    RUN_NAME,
+    branch_of,
+    check_config,
+    check_facts,
+    command_line,
+    has_saved_since,
+    options_to_continue,
+    run_folder,
+)
 
 
 def train(config: DictConfig) -> None:
@@ -84,27 +89,17 @@ def train_in(folder: Path, config: DictConfig, typed: list[str], again: str, *, 
 
     from ldm.device import choose_device
     from ldm.durable import clear_partials
-    from ldm.run import CONFIG_FILE, RUN_FILE, Run
+    from ldm.run import Run
     from ldm.training.fitting import Fit, Plan, check_trainer, make_budget
     from ldm.training.loggers import make_loggers
-    from ldm.training.manifest import find_checkpoint
     from ldm.training.precision import choose_precision
     from ldm.training.room import require_room
     from ldm.training.summary import describe_device, print_table, time_expected
-    from ldm.training.throughput import measure_speed, peak_memory_gb
+    from ldm.training.throughput import measure_speed
 
     started = time.perf_counter()
     kind = HydraConfig.get().runtime.choices["stage"]
-    resumed = find_checkpoint(folder, config.resume, stage=kind, quiet=not main_process)
-    source = resumed.path.parent.parent if resumed is not None else folder
-    known = Run.open(source).facts if resumed is not None and (source / RUN_FILE).is_file() else {}
-    if kind == "diffusion" and config.vae is None and "vae" in known:
-        # the newest one may be another by now
-        config.vae = config.stage.build.find_autoencoder.vae = known["vae"]
-    changed: list[str] = []
-    if resumed is not None and (source / CONFIG_FILE).is_file():
-        now: dict[str, Any] = OmegaConf.to_container(config)  # type: ignore[assignment]
-        changed = check_config(Run(source, known).config(), now, kind, known.get("options"), again)
+    resumed, source, known, changed = what_went_before(folder, config, kind, again, quiet=not main_process)
     options: dict[str, Any] = OmegaConf.to_container(config.trainer)  # type: ignore[assignment]
     check_trainer(options)
     make_budget(options, config.optimizer.warmup_steps, config.optimizer.decay)  # none, or unreadable: refused now
@@ -113,16 +108,7 @@ def train_in(folder: Path, config: DictConfig, typed: list[str], again: str, *, 
         build_stage = command.construct(config.stage.build)
         build_stage.func.check(config.data.resolution, **build_stage.keywords, init_from=config.init_from)
         images = command.prepare_images(config.data)
-    if len(images.train_indices) < config.batch_size:
-        raise UserError(
-            f"There are {len(images.train_indices)} training images, fewer than batch_size={config.batch_size}. "
-            f"Choose batch_size={len(images.train_indices)} or less, or add images."
-        )
-    if config.batch_size % config.trainer.accumulate_grad_batches:
-        raise UserError(
-            f"batch_size={config.batch_size} must be a multiple of "
-            f"trainer.accumulate_grad_batches={config.trainer.accumulate_grad_batches}, the parts of a step."
-        )
+    check_batch(config, len(images.train_indices))
     torch.set_flush_denormal(True)  # the first steps' tiny gradients more than halve a CPU's speed otherwise
     precision = known.get("precision") or choose_precision(options["precision"], options["accelerator"])
 
@@ -225,22 +211,75 @@ def train_in(folder: Path, config: DictConfig, typed: list[str], again: str, *, 
     if fit.ema.ema is not None:
         fit.ema.ema.copy_to_module()
     stage.module.to(trainer.strategy.root_device)  # Lightning left it on the CPU
-    outcome = stage.finish(run)
-    duration_s = time.perf_counter() - started
-    figures = {
-        **outcome.figures,
-        "steps": trainer.global_step,
-        "training_s": round(budget.elapsed_s, 1),
-    }
-    if (memory := peak_memory_gb()) is not None:
-        figures["peak_memory_gb"] = memory
+    figures: dict[str, Any] = {"steps": trainer.global_step, "training_s": round(budget.elapsed_s, 1)}
     if fit.guard is not None and fit.guard.skipped_steps:
         figures["skipped_steps"] = fit.guard.skipped_steps
+    conclude(run, loggers, stage.finish(run), figures, started)
+
+
+def what_went_before(
+    folder: Path, config: DictConfig, kind: str, again: str, *, quiet: bool
+) -> tuple[Any, Path, dict[str, Any], list[str]]:
+    """The checkpoint that resume= asks for, its run's folder and facts, and which options are others now.
+
+    Raises:
+        UserError: there is no whole checkpoint, or the options given now would lead to other weights.
+    """
+    from ldm.run import CONFIG_FILE, RUN_FILE, Run
+    from ldm.training.manifest import find_checkpoint
+
+    resumed = find_checkpoint(folder, config.resume, stage=kind, quiet=quiet)
+    if resumed is None:
+        return None, folder, {}, []
+    source = resumed.path.parent.parent
+    known = Run.open(source).facts if (source / RUN_FILE).is_file() else {}
+    if config.vae is None and "vae" in known:
+        # the newest one may be another by now
+        config.vae = config.stage.build.find_autoencoder.vae = known["vae"]
+    changed: list[str] = []
+    if (source / CONFIG_FILE).is_file():
+        now: dict[str, Any] = OmegaConf.to_container(config)  # type: ignore[assignment]
+        changed = check_config(Run(source, known).config(), now, kind, known.get("options"), again)
+    return resumed, source, known, changed
+
+
+def check_batch(config: DictConfig, num_images: int) -> None:
+    """Refuse a batch that the images do not fill, or that does not fall into its parts.
+
+    Raises:
+        UserError: saying which sizes do.
+    """
+    if num_images < config.batch_size:
+        raise UserError(
+            f"There are {num_images} training images, fewer than batch_size={config.batch_size}. "
+            f"Choose batch_size={num_images} or less, or add images."
+        )
+    if config.batch_size % config.trainer.accumulate_grad_batches:
+        raise UserError(
+            f"batch_size={config.batch_size} must be a multiple of "
+            f"trainer.accumulate_grad_batches={config.trainer.accumulate_grad_batches}, the parts of a step."
+        )
+
+
+def conclude(run: Any, loggers: Any, outcome: Any, figures: dict[str, Any], started: float) -> None:
+    """Record what a run came to, where it is logged and on the screen, and say what to do next.
+
+    Args:
+        figures: Of the training itself; the stage's own stand in its outcome.
+        started: When the run began, by time.perf_counter, in seconds.
+    """
+    from ldm.training.summary import print_table
+    from ldm.training.throughput import peak_memory_gb
+
+    duration_s = time.perf_counter() - started
+    figures = {**outcome.figures, **figures}
+    if (memory := peak_memory_gb()) is not None:
+        figures["peak_memory_gb"] = memory
     run.update(finished=time.time(), duration_s=round(duration_s, 1), figures=figures, next=outcome.next_command)
     loggers.conclude(run, figures, outcome.pictures)
     shown = [(key, f"{value:.4g}" if isinstance(value, float) else str(value)) for key, value in figures.items()]
     shown += [("pictures", picture) for picture in [*outcome.pictures, str(run.images)]]
-    print_table(f"stage {stage.kind} finished in {duration_s:.0f} s", shown)
+    print_table(f"stage {run.stage} finished in {duration_s:.0f} s", shown)
     print(f"next: {outcome.next_command}")
 
 
@@ -249,68 +288,6 @@ def requeue(*, named: bool) -> str:
     if named or "SLURM_JOB_ID" not in os.environ:
         return signals.requeue()
     return ". SLURM is not asked to start the job again: without name= it would begin another run each time"
-
-
-def options_to_continue(config: DictConfig) -> list[str]:
-    """The options that this run was started with, but for its name and place, as a user types them."""
-    kept = own_config_options(sys.argv[1:])
-    for override in HydraConfig.get().overrides.task:
-        key = override.partition("=")[0]
-        if key.lstrip("+") in ("name", "resume", "overwrite", "runs_dir"):
-            continue
-        # free text was quoted for Hydra; the user types it as it is
-        value = OmegaConf.select(config, key.lstrip("+")) if key.lstrip("+") in command.FREE_TEXT else None
-        kept.append(f"{key}={value}" if isinstance(value, str) else override)
-    return kept
-
-
-def run_folder(config: DictConfig, *, main_process: bool) -> Path:
-    """runs_dir/<stage>/<name>. Processes that Lightning starts find the name of the first in the environment.
-
-    Without a name, resume=<checkpoint> goes on in the run that it lies in; with another name it begins a run there.
-    A job that SLURM started again goes on from what it saved itself, whatever it was begun from.
-
-    Raises:
-        UserError: the folder is in use by another run and neither resume nor overwrite was asked for.
-    """
-    from ldm.training.manifest import run_of
-
-    choices = HydraConfig.get().runtime.choices
-    stage = choices["stage"]
-    part = choices["autoencoder" if stage == "vae" else "network"]
-    default = f"{choices['data']}-{part}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
-        default += f"-{HydraConfig.get().job.num}"  # jobs may start in the same second
-    if main_process:
-        os.environ[RUN_NAME] = config.name or default
-    name = os.environ.get(RUN_NAME, default)
-    if not is_plain_name(name) or len(name.encode()) > 200:
-        raise UserError(f"name={name} must be a plain folder name. Choose another place with runs_dir=.")
-    folder = Path(config.runs_dir).expanduser() / stage / name
-    exists = (folder / "run.json").exists()
-    restarted = bool(int(os.environ.get("SLURM_RESTART_COUNT") or 0))  # the same job, put into the queue again
-    if exists and config.name is not None and restarted:
-        config.resume = config.resume or True
-    continues = config.resume
-    if config.resume not in (None, False, True, "true"):
-        file = Path(str(config.resume)).expanduser()
-        place = folder if config.name is not None else file.parent.parent
-        saved = has_saved_since(place, file)
-        if restarted and saved:
-            config.resume = True
-            return place
-        source = run_of(file)
-        if config.name is None:
-            return source
-        # a run that was stopped before it saved anything begins at the file once more
-        continues = source.resolve() == folder.resolve() or saved is False
-    if main_process and exists and not (continues or config.overwrite):
-        each = " With -m, each job needs a name of its own: 'name=NAME-${hydra:job.num}', or no name="
-        raise UserError(
-            f"{folder} exists already. Choose another name=, continue it with resume=true, or start it anew "
-            f"with overwrite=true.{each + '.' if HydraConfig.get().mode == RunMode.MULTIRUN else ''}"
-        )
-    return folder
 
 
 def check_accelerator(accelerator: str) -> None:

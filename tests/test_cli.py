@@ -553,14 +553,26 @@ def test_evaluation_over_several_steps(trained, tool, monkeypatch):
     monkeypatch.setitem(ldm.features.CHOICES, "mean_colours", MeanColours)
     options = ["run=runs/diffusion/first", "features=mean_colours", "num_samples=16"]
     printed = tool("evaluate", *options, "sampler.steps=1,2,3")
-    figures = json.loads((trained.diffusion.path / "evaluation.json").read_text())
-    swept = figures["sweep"]
+    figures, swept = (
+        json.loads((trained.diffusion.path / f"{name}.json").read_text()) for name in ("evaluation", "steps")
+    )
     assert [row["value"] for row in swept["rows"]] == [1, 2, 3] and "steps.png" in files_of(trained.diffusion)
     assert [row["network_evaluations"] for row in swept["rows"]] == [2, 4, 6], "both branches of guidance"
     assert figures["sampler"]["steps"] == swept["knee"] and f"sampler.steps={swept['knee']} is the knee" in printed
     assert "guidance scale" not in printed and (trained.diffusion.path / "evaluation").is_dir()
     tool("evaluate", *options, "sampler.steps=2", "guidance=[1,2.5]")
-    assert "guidance.png" in files_of(trained.diffusion)
+    assert {"guidance.png", "guidance.json"} <= files_of(trained.diffusion)
+
+
+def test_a_sweep_of_fewer_samples_leaves_the_figures_of_more(trained, tool, monkeypatch):
+    monkeypatch.setitem(ldm.features.CHOICES, "mean_colours", MeanColours)
+    options = ["run=runs/diffusion/first", "features=mean_colours", "guidance=1", "sampler=ddim"]
+    tool("evaluate", *options, "num_samples=24", "sampler.steps=2")
+    kept = (trained.diffusion.path / "evaluation.json").read_bytes()
+    printed = tool("evaluate", *options, "num_samples=16", "sampler.steps=1,2")
+    assert (trained.diffusion.path / "evaluation.json").read_bytes() == kept
+    knee = json.loads((trained.diffusion.path / "evaluation/knee.json").read_text())
+    assert knee["num_samples"] == 16 and "all figures: runs/diffusion/first/evaluation/knee.json" in printed
 
 
 @pytest.mark.slow

@@ -11,7 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from ldm import command
-from ldm.command import explain, gather, quote_free_text, require_values
+from ldm.arguments import FREE_TEXT, bracket_lists, gather, quote_free_text
+from ldm.command import explain, require_values
 from ldm.errors import UserError
 from ldm.home import folder
 
@@ -154,7 +155,7 @@ def test_arguments_without_a_key_are_gathered_as_they_were_typed(tmp_path, monke
 def test_keys_that_take_several_values():
     arguments = ["steps=5,10", "steps=5", "steps=[5,10]", "+steps=1,2", "other=1,2", "steps='1,2'", "--help"]
     expected = ["steps=[5,10]", "steps=5", "steps=[5,10]", "+steps=[1,2]", "other=1,2", "steps='1,2'", "--help"]
-    assert command.bracket_lists(arguments, ["steps"]) == expected
+    assert bracket_lists(arguments, ["steps"]) == expected
 
 
 def test_free_text_keys_exist():
@@ -163,8 +164,8 @@ def test_free_text_keys_exist():
     with initialize_config_dir(str(folder("conf")), version_base="1.3"):
         for name in ("train", "sample", "encode", "decode", "forward", "evaluate", "likelihood", "latents"):
             config = compose(name, ["data=image_folder", "autoencoder=pretrained"] if name == "train" else [])
-            known |= {key for key in command.FREE_TEXT if key.rpartition(".")[2] in _parent(config, key)}
-    assert known == set(command.FREE_TEXT)
+            known |= {key for key in FREE_TEXT if key.rpartition(".")[2] in _parent(config, key)}
+    assert known == set(FREE_TEXT)
 
 
 def _parent(config: DictConfig, key: str) -> set[str]:

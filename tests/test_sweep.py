@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
-import ldm.train
+import ldm.resumed
 from ldm import tracking
 from ldm.home import folder
 
@@ -71,15 +71,15 @@ def test_a_job_that_fails_is_named_and_stops_no_other(swept):
 
 
 def test_jobs_of_the_same_second_have_names_of_their_own(monkeypatch, tmp_path):
-    monkeypatch.setattr(ldm.train.time, "strftime", lambda form: "20260101-000000")
+    monkeypatch.setattr(ldm.resumed.time, "strftime", lambda form: "20260101-000000")
     config = OmegaConf.create({"name": None, "runs_dir": str(tmp_path), "resume": False, "overwrite": False})
     found = []
     for mode, number in ((RunMode.RUN, None), (RunMode.MULTIRUN, 0), (RunMode.MULTIRUN, 1)):
         choices = {"stage": "vae", "data": "squares", "autoencoder": "patch"}
         hydra = SimpleNamespace(mode=mode, job=SimpleNamespace(num=number), runtime=SimpleNamespace(choices=choices))
         monkeypatch.setattr(HydraConfig, "get", staticmethod(lambda hydra=hydra: hydra))
-        monkeypatch.setenv(ldm.train.RUN_NAME, "")
-        found.append(ldm.train.run_folder(config, main_process=True).name)
+        monkeypatch.setenv(ldm.resumed.RUN_NAME, "")
+        found.append(ldm.resumed.run_folder(config, main_process=True).name)
     assert found == [f"squares-patch-20260101-000000{end}" for end in ("", "-0", "-1")]
 
 

@@ -12,7 +12,7 @@ def evaluate(config: DictConfig) -> None:
 
     run = Run.open(config.run)
     found = (reconstructions if run.stage == "vae" else samples)(config, run)
-    print(f"all figures: {run.path / 'evaluation.json'}")
+    print(f"all figures: {found['files'][0]}")
     if config.logger.wandb:
         track(config, run, found)
 
@@ -38,10 +38,16 @@ def reconstructions(config: DictConfig, run: Any) -> dict[str, Any]:
 
 
 def samples(config: DictConfig, run: Any) -> dict[str, Any]:
-    """The same of a run of stage=diffusion; first a sweep, where sampler.steps or guidance is a list, then its knee."""
+    """The same of a run of stage=diffusion; first a sweep, where sampler.steps or guidance is a list, then its knee.
+
+    The knee's figures do not take the place of those of more samples.
+    """
+    import json
+
     from PIL import Image
 
     from ldm.device import choose_device
+    from ldm.durable import write_text
     from ldm.evaluation import report, sampler_sweep
     from ldm.lineage import weights_sha256
 
@@ -50,27 +56,31 @@ def samples(config: DictConfig, run: Any) -> dict[str, Any]:
     steps, guidances = (list(x) if OmegaConf.is_list(x) else [x] for x in (config.sampler.steps, config.guidance))
     samplers = {value: command.construct(config.sampler, steps=value) for value in steps}
     pipeline, images = run.pipeline().to(choose_device(config.device)), run.image_data()
-    swept, more, files, tables = None, {}, [run.path / "evaluation.json"], {}
+    weights = weights_sha256(run)
+    swept, more, files, tables = None, {}, [], {}
     if len(steps) > 1 or len(guidances) > 1:
         swept = sampler_sweep.sweep(pipeline, images, samplers, guidances, **options)
-        picture = run.path / ("steps.png" if len(steps) > 1 else "guidance.png")
+        table = run.path / ("steps.json" if len(steps) > 1 else "guidance.json")
+        write_text(table, json.dumps({"weights_sha256": weights, **swept}, indent=2) + "\n")
+        picture = table.with_suffix(".png")
         sampler_sweep.draw(swept).savefig(picture, dpi=130)
         with Image.open(picture) as drawn:
             more = {picture.name: drawn.convert("RGB")}
-        files.append(picture)
-        tables = {"sweep": sampler_sweep.table(swept)}
-        print("\n".join([*sampler_sweep.lines(swept), f"drawn in {picture}", ""]))
+        files, tables = [table, picture], {"sweep": sampler_sweep.table(swept)}
+        print("\n".join([*sampler_sweep.lines(swept), f"drawn in {picture}, as numbers in {table}", ""]))
         steps, guidances = ([swept["knee"]] if len(values) > 1 else values for values in (steps, guidances))
-    options["weights_sha256"] = weights_sha256(run)
-    evaluation = report.evaluate(pipeline, images, samplers[steps[0]], guidance=guidances[0], **options)
-    if swept is not None:
-        evaluation.figures["sweep"] = swept
-    evaluation.save(run.path / "evaluation.json")
+    sampler = samplers[steps[0]]
+    evaluation = report.evaluate(pipeline, images, sampler, guidance=guidances[0], weights_sha256=weights, **options)
+    place = run.path / "evaluation.json"
+    if swept is None:
+        evaluation.save(place)
+    else:
+        place = evaluation.save_unless_smaller(place, run.path / "evaluation" / "knee.json")
     print("\n".join(evaluation.lines))
     return {
-        "values": evaluation.figures,
+        "values": evaluation.figures | ({} if swept is None else {"sweep": swept}),
         "pictures": evaluation.pictures | more,
-        "files": files,
+        "files": [place, *files],
         "tables": tables,
     }
 

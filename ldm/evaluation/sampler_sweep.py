@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from torch import Tensor
 
 from ldm.data.images import ImageData
@@ -186,6 +187,7 @@ def draw(found: Mapping[str, Any]) -> Figure:
             fontsize=9,
             color=INK if is_knee else FAINT,
             fontweight="bold" if is_knee else "normal",
+            path_effects=[withStroke(linewidth=3, foreground="white")],
         )
     first.set(xlabel=label, ylabel=f"{found['metric']}\n{found['features_key']}", title=f"{found['metric']} by {over}")
     _draw_beside(second, rows, x, label, by_steps)

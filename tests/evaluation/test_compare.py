@@ -745,14 +745,15 @@ def test_a_sweep_and_its_knee_reach_wandb_and_the_table(trained, images, call, o
     asked = ["run=runs/diffusion/a", "features=mean_colour", "num_samples=24", "device=cpu", "sampler=ddim"]
     ended = call(evaluate, *asked, "sampler.steps=2,4", "guidance=1", "logger=wandb")
     assert ended.code == 0, ended.err
-    figures, told = json.loads((run.path / "evaluation.json").read_text()), Tracked.last
-    assert figures["weights_sha256"] == weights_sha256(run) == told.taken.digest
+    figures, swept = (json.loads((run.path / f"{name}.json").read_text()) for name in ("evaluation", "steps"))
+    told = Tracked.last
+    assert figures["weights_sha256"] == swept["weights_sha256"] == weights_sha256(run) == told.taken.digest
     columns, rows = told.tables["sweep"]
     assert columns[0] == "sampler.steps" and [row[0] for row in rows] == [2, 4]
     assert set(told.pictures) == {"nearest.png", "steps.png"}
-    assert {file.name for file in told.left.files} == {"evaluation.json", "steps.png"}
+    assert {file.name for file in told.left.files} == {"evaluation.json", "steps.json", "steps.png"}
     assert told.config["training_id"] == "aaa"
-    assert told.summary["sampler.steps"] == figures["sampler"]["steps"] == figures["sweep"]["knee"]
+    assert told.summary["sampler.steps"] == figures["sampler"]["steps"] == swept["knee"]
     other = make(Path("runs"), "other", evaluation=figures)
     api = of_wandb({"me/ldm/aaa": other})
     training, _, evaluation = api.known

@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from ldm.command import quote_free_text
+from ldm.arguments import quote_free_text
 from ldm.errors import UserError
 from ldm.evaluation import size_sweep_runs as runs
 from ldm.evaluation.size_sweep import LOSSES, Size, duration, parse_list, parse_losses, parse_sizes, plan
