@@ -83,6 +83,8 @@ class SwiGLU(nn.Module):
     def __init__(self, dim: int, mlp_ratio: float) -> None:
         super().__init__()
         hidden = int(dim * mlp_ratio * 2 / 3 / 32 + 0.5) * 32
+        if hidden <= 0:
+            raise ValueError(f"mlp_ratio={mlp_ratio} must be {24 / dim:g} at least with hidden_dim={dim}.")
         self.gate_and_value = nn.Linear(dim, 2 * hidden)
         self.out = nn.Linear(hidden, dim)
 

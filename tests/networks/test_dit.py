@@ -140,6 +140,7 @@ def test_every_nth_block_attends_to_the_text(every, attending, inputs):
         ({"patch_size": 3}, "patch_size=3 must divide the latent's side, 4"),
         ({"head_dim": 24}, "head_dim=24 must be a multiple of 4 that divides hidden_dim=32"),
         ({"hidden_dim": 36, "head_dim": 18}, "head_dim=18 must be a multiple of 4"),
+        ({"mlp_ratio": 0.7}, "mlp_ratio=0.7 must be 0.75 at least with hidden_dim=32"),
     ],
 )
 def test_sizes_that_do_not_go_together_are_refused(options, message):
