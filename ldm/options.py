@@ -154,15 +154,14 @@ OF_SAMPLING = {
 def settle(values: Any) -> None:
     """Take values of a config for what they mean, in place: 1e5 is a whole number, and an empty name none."""
     for key, rule in {**RULES, **OF_SAMPLING, "trainer.val_check_interval": Rule(SMALLEST, whole=True)}.items():
-        parent, _, name = key.rpartition(".")
-        found, inside = _select(values, parent) if parent else (True, values)
-        if not rule.whole or not found or not isinstance(inside, dict) or name not in inside:
+        if not rule.whole:
             continue
-        value = inside[name]
-        if isinstance(value, list) and rule.several:
-            inside[name] = [_whole(part) for part in value]
-        elif key != "trainer.val_check_interval" or value != 1:  # 1.0 is a whole epoch
-            inside[name] = _whole(value)
+        for _, inside, name in _places(values, key):
+            value = inside[name]
+            if isinstance(value, list) and rule.several:
+                inside[name] = [_whole(part) for part in value]
+            elif key != "trainer.val_check_interval" or value != 1:  # 1.0 is a whole epoch
+                inside[name] = _whole(value)
     if isinstance(values, dict) and values.get("name") == "":
         values["name"] = None
 
@@ -180,17 +179,18 @@ def check_options(
         UserError: naming the key, its value and what it may be.
     """
     for key, rule in rules.items():
-        found, value = _select(config, key)
-        if found and not rule.allows(value):
-            raise UserError(f"{key}={_shown(value)} must be {rule}.")
+        for place, inside, name in _places(config, key):
+            if not rule.allows(value := inside[name]):
+                raise UserError(f"{place}={_shown(value)} must be {rule}.")
     for key in switches:
-        found, value = _select(config, key)
-        if found and not isinstance(value, bool):
-            raise UserError(f"{key}={_shown(value)} must be true or false.")
+        for place, inside, name in _places(config, key):
+            if not isinstance(value := inside[name], bool):
+                raise UserError(f"{place}={_shown(value)} must be true or false.")
     for key in TEXTS:
-        found, value = _select(config, key)
-        if found and (isinstance(value, dict | list | bool) or value == "" or (value is None and key == "runs_dir")):
-            raise UserError(f"{key}={_shown(value)} must be text, such as a name or a path.")
+        for place, inside, name in _places(config, key):
+            value = inside[name]
+            if isinstance(value, dict | list | bool) or value == "" or (value is None and key == "runs_dir"):
+                raise UserError(f"{place}={_shown(value)} must be text, such as a name or a path.")
 
 
 @contextmanager
@@ -211,13 +211,19 @@ def refused_options() -> Iterator[None]:
         ) from error
 
 
-def _select(config: Mapping[str, Any], key: str) -> tuple[bool, Any]:
-    value: Any = config
-    for part in key.split("."):
-        if not isinstance(value, dict) or part not in value:
-            return False, None
-        value = value[part]
-    return True, value
+def _places(config: Any, key: str) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Where a config holds a key: as it is named, and in what is built or read from it, which may be typed as well.
+
+    Yields:
+        The whole key, the mapping that holds it and its name there.
+    """
+    *groups, name = key.split(".")
+    for group in (groups, [*groups, "build"], [*groups, "source"]) if groups else ([],):
+        inside = config
+        for part in group:
+            inside = inside.get(part) if isinstance(inside, dict) else None
+        if isinstance(inside, dict) and name in inside:
+            yield ".".join([*group, name]), inside, name
 
 
 def _shown(value: Any) -> str:

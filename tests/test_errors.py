@@ -81,6 +81,10 @@ MISTAKES = [
     ([*VAE, "trainer.devices=foo"], ["`devices`", "trainer=cpu"]),
     ([*VAE, "~trainer.guard"], ["Training needs trainer.guard"]),
     ([*VAE, "trainer.max_steps=1.5"], ["trainer.max_steps=1.5 must be a whole number"]),
+    (
+        [*VAE, "adversarial=hinge", "adversarial.build.layers=1" + "0" * 30],
+        ["adversarial.build.layers=1000", "64 at most"],
+    ),
     ([*VAE, "runs_dir="], ["runs_dir= must be text"]),
     ([*VAE, "name=a\nb"], ["name=a\\nb must be a plain folder name"]),
     ([*VAE, "name=\x1b[2J\u202ea/b"], ["name=\\x1b[2J\\u202ea/b must be"]),
