@@ -8,12 +8,8 @@ runs/<stage>/<name>/  config.yaml  run.json  metrics.csv  images/  checkpoints/ 
 
 import copy
 import json
-import platform
-import subprocess
 import sys
-import time
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +27,7 @@ from ldm.durable import write_text
 from ldm.errors import UserError
 from ldm.model_folder import WEIGHTS, load_model
 from ldm.pipeline import INDEX_FILE, LatentDiffusionPipeline
+from ldm.provenance import provenance
 from ldm.untrusted import check_fields, first_line, is_plain_name, read_json, refuse_links_out
 
 RUN_FILE = "run.json"
@@ -60,7 +57,6 @@ KINDS: dict[str, Any] = {
 """Of the facts that are used of a run; it need not have them all."""
 LINKED = ("checkpoints", "images")
 """Folders in a run that clusters keep on another disk; nothing of a run's weights for use is read from them."""
-PACKAGES = ("ldm", "torch", "lightning", "diffusers", "transformers", "hydra-core", "wandb", "numpy")
 
 
 class Facts(dict[str, Any]):
@@ -314,37 +310,3 @@ def _from_hub(name: str) -> Autoencoder:
         f"{name} is no folder here, and no autoencoder could be loaded from the hub under that name "
         f"({errors[0]}). Give a run folder, a diffusers folder or a hub id that can be reached."
     )
-
-
-def provenance() -> dict[str, Any]:
-    """Command, time, machine, commit and library versions."""
-    versions: dict[str, str | None] = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    return {
-        "command": " ".join(sys.argv),
-        "started": time.time(),
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "system": platform.system(),
-        "commit": _commit(),
-        "versions": versions,
-    }
-
-
-def _commit() -> str | None:
-    try:
-        result = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return result.stdout.strip()

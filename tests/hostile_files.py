@@ -672,11 +672,11 @@ def main(place: Path) -> None:
     """Open every hostile folder in `place`; a line of JSON each."""
     import wandb  # what is imported at first use is imported before the watch begins
 
-    import ldm.run
+    import ldm.provenance
     from ldm.command import explain
 
     assert wandb
-    ldm.run._commit = lambda: None  # asks git, whose answer a run notes
+    ldm.provenance._commit = lambda: None  # asks git, whose answer a run notes
     os.chdir(place)
     doors = Doors(place / "sound")
     for base, door in dict.fromkeys((case.base, case.door) for case in CASES):
