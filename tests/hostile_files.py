@@ -181,7 +181,7 @@ TARGETS = {
     "builtins.eval": "network: {_target_: builtins.eval, _args_: ['1']}",
     "get_method": "network: {_target_: hydra.utils.get_method, path: os.system}",
     "functools.partial": "a: {b: {_target_: functools.partial, _args_: [{_target_: os.system}]}}",
-    "a module in ours": "network: {_target_: ldm.run.subprocess.run, args: [touch, CANARY]}",
+    "a module in ours": "network: {_target_: ldm.provenance.subprocess.run, args: [touch, CANARY]}",
     "in a list": "a: [1, [{b: {_target_: os.system, _partial_: true}}]]",
     "in arguments of ours": "a: {_target_: ldm.networks.dit.DiT, _args_: [{_target_: os.system}], _recursive_: true}",
     "interpolated": "b: os.system\na: {_target_: '${b}'}",
