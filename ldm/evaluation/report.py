@@ -3,7 +3,7 @@
 import json
 import tempfile
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from ldm.evaluation.sample_distances import COLUMNS, Measures, fd_name, halves, 
 from ldm.networks.conditioning import ClassCondition, TextCondition
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.sampling import check_interval, describe
+from ldm.untrusted import read_json
 
 FLOOR = "floor, train to train"
 FEWEST = 2 * NUM_SUBSETS
@@ -51,10 +52,15 @@ class Evaluation:
         write_text(path, json.dumps(self.figures, indent=2) + "\n")
 
     def save_unless_smaller(self, path: Path, elsewhere: Path) -> Path:
-        """At `path`; `elsewhere` where that holds figures of more samples of the same weights. Returns which."""
-        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        same = known.get("weights_sha256") == self.figures["weights_sha256"]
-        larger = same and known.get("num_samples", 0) > self.figures["num_samples"]
+        """At `path`; `elsewhere` where that holds figures of more samples of the same weights. Returns which.
+
+        A file that cannot be read holds none.
+        """
+        known: dict[str, Any] = {}
+        with suppress(UserError):
+            known = read_json(path)
+        num, same = known.get("num_samples"), known.get("weights_sha256") == self.figures["weights_sha256"]
+        larger = same and isinstance(num, int) and num > self.figures["num_samples"]
         chosen = elsewhere if larger else path
         self.save(chosen)
         return chosen

@@ -281,6 +281,9 @@ def test_a_smaller_evaluation_of_the_same_weights_does_not_replace_a_larger_one(
     assert json.loads(place.read_text())["num_samples"] == 3000 and elsewhere.with_name("nearest.png").is_file()
     assert made(256, "b") == place and json.loads(place.read_text())["num_samples"] == 256, "of other weights"
     assert made(256, "b") == place
+    for damaged in ("", "[1]", '{"weights_sha256": "b", "num_samples": "many"}'):
+        place.write_text(damaged)
+        assert made(256, "b") == place, "what cannot be read holds no figures"
 
 
 def test_classes_that_were_asked_for(pipeline, images, tmp_path):
