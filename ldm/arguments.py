@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ldm.errors import UserError
 from ldm.untrusted import clean_text
@@ -31,6 +32,8 @@ FREE_TEXT = (
     "features_path",
 )
 """Keys whose values are text or paths: they reach the config as they were typed, whatever Hydra's grammar says."""
+_WORD = re.compile(r"(?!(?:null|true|false|inf|nan)$|\d[\d_.]*(?:e[+-]?\d+)?$)\w[\w.:/+-]*", re.ASCII | re.IGNORECASE)
+"""A text that Hydra's grammar takes as it stands, and for text."""
 _OPTIONS_WITH_VALUE: tuple[str, ...] = ("--cfg", "-c", "--package", "-p", "--info", "-i", "--experimental-rerun")
 _OPTIONS_WITH_VALUE += ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")
 """Of Hydra: the argument after them is theirs."""
@@ -85,6 +88,28 @@ def gather(arguments: Sequence[str], key: str) -> list[str]:
     if any(argument.startswith(f"{key}=") for argument in kept):
         raise UserError(f"{' '.join(gathered)} and {key}= are two ways to say the same. Use one of them.")
     return [*kept, f"{key}=[{','.join(_quote(argument) for argument in gathered)}]"]
+
+
+def typed(key: str, value: Any, *, new: bool = False) -> str:
+    """An override as a user types it: text of FREE_TEXT as it stands, anything else in Hydra's grammar.
+
+    Args:
+        new: The key is not in the config that is composed.
+    """
+    text = value if key in FREE_TEXT and isinstance(value, str) else _in_grammar(value)
+    return f"{'+' * new}{key}={text}"
+
+
+def _in_grammar(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(_in_grammar, value))}]"
+    if isinstance(value, str) and not _WORD.fullmatch(value):
+        return _quote(value)
+    return str(value)
 
 
 def _quote(text: str) -> str:

@@ -188,8 +188,8 @@ def explain(error: BaseException) -> str | None:
             file = getattr(cause, "filename", None)
             place = f" at {file}" if file else ""
             return (
-                f"The disk is full{place}. What was saved before is kept: make room, then continue with the same "
-                "command and resume=true, or choose another disk with runs_dir= and data.cache_dir=."
+                f"The disk is full{place}. What was saved before is kept: make room, then repeat the command, with "
+                "resume=true if it had saved a checkpoint, or choose another disk with runs_dir= and data.cache_dir=."
             )
         for number, said in _DISK_FAULTS.items():
             if _is_from(cause, (number,)):

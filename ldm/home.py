@@ -1,8 +1,24 @@
-"""Where conf/ and tools/ are: beside the package in a checkout, inside it in an installed wheel."""
+"""Where conf/ and tools/ are, next to the package in a checkout and inside it in a wheel, and how a run is known."""
 
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
+RUN_FILE = "run.json"
+"""The file that marks a run folder."""
+STAGES = ("vae", "diffusion")
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a run, as far as it can be read."""
+    try:
+        return (folder / RUN_FILE).is_file()
+    except OSError:
+        return False
+
+
+def set_aside(run: Path) -> Path:
+    """Where a run folder lies while another run, which has not saved anything yet, takes its place."""
+    return run.with_name(f".{run.name}.replaced")
 
 
 def folder(name: str) -> Path:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm import shell
 from ldm.autoencoder.autoencoder import Autoencoder
 from ldm.data.latents import LatentContract
 from ldm.diffusion.chain import check_prediction, check_z_0_mse, forward_step
@@ -59,6 +60,7 @@ class LatentDiffusionPipeline:
         variance: Sigma of the reverse chain: fixed_small, fixed_large, or learned_range where the network learned it.
         z_0_mse: Per-t mean squared error of z_0 on the training split, [T + 1], for variance optimal; None until it
             is fitted.
+        run: The run folder that it was loaded from, for messages.
     """
 
     network: nn.Module
@@ -70,6 +72,7 @@ class LatentDiffusionPipeline:
     latent_shape: tuple[int, int, int]
     variance: str = "fixed_small"
     z_0_mse: Tensor | None = None
+    run: str = "RUN"
 
     @property
     def device(self) -> torch.device:
@@ -100,7 +103,7 @@ class LatentDiffusionPipeline:
         Raises:
             UserError: saying how to fit it.
         """
-        how = "Fit it on the training split: python tools/likelihood.py run=<this run> variance=optimal"
+        how = f"Fit it on the training split: {shell.tool('likelihood', f'run={self.run}', 'variance=optimal')}"
         if self.z_0_mse is None:
             raise UserError(f"variance=optimal is not fitted for this model yet. {how}")
         try:

@@ -2,24 +2,29 @@
 
 import argparse
 import os
-import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from ldm.arguments import FREE_TEXT
+from ldm import shell
+from ldm.arguments import FREE_TEXT, quote_free_text, typed
 from ldm.artifact import flatten
 from ldm.errors import UserError
-from ldm.run import RUN_FILE
+from ldm.home import RUN_FILE
 from ldm.training.manifest import FOLDER, manifests, run_of
+from ldm.training.replacement import recover
 from ldm.untrusted import is_plain_name, read_json
 
+SEARCH_PATH = "hydra.searchpath="
 RUN_NAME = "LDM_RUN_NAME"
 """The name of this process's run, for the processes that Lightning starts."""
 FACTS = (
@@ -58,6 +63,12 @@ MAY_CHANGE = ("optimizer.lr", "optimizer.build.lr", "optimizer.warmup_steps", "o
 SHOWN = (*MAY_CHANGE, "trainer.max_steps", "trainer.max_time", "trainer.gradient_clip_val", "trainer.ema_decay")
 """What a user may change on purpose, and is told of."""
 OF_GRIDS = ("conditioning.guidance", "conditioning.prompts")
+SHARED_WITH_OTHER_STAGE = (
+    *("data", "seed", "batch_size", "val_images", "latent_statistics", "runs_dir", "logger"),
+    *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.precision"),
+    *("trainer.num_workers", "trainer.compile"),
+)
+"""What the next stage's command repeats of this one's: its data, its place and its machine."""
 PATHS = ("init_from", "autoencoder.path", "conditioning.encoder", "conditioning.build.encoder", "pretrained")
 
 
@@ -82,9 +93,11 @@ def run_folder(config: DictConfig, *, main_process: bool) -> Path:
     if not is_plain_name(name) or len(name.encode()) > 200:
         raise UserError(f"name={name} must be a plain folder name. Choose another place with runs_dir=.")
     folder = Path(config.runs_dir).expanduser() / stage / name
-    exists = (folder / "run.json").exists()
+    if main_process:
+        recover(folder, resume=config.resume in (True, "true") and not config.overwrite)
+    exists = (folder / RUN_FILE).exists()
     restarted = bool(int(os.environ.get("SLURM_RESTART_COUNT") or 0))  # the same job, put into the queue again
-    if exists and config.name is not None and restarted:
+    if exists and config.name is not None and restarted and (not config.overwrite or _is_of_this_job(folder)):
         config.resume = config.resume or True
     continues = config.resume
     if config.resume not in (None, False, True, "true"):
@@ -108,24 +121,91 @@ def run_folder(config: DictConfig, *, main_process: bool) -> Path:
     return folder
 
 
+def slurm_job() -> dict[str, str]:
+    """The job that this process belongs to under SLURM, which keeps its number when it is put into the queue again."""
+    return {key: os.environ[key] for key in ("SLURM_JOB_ID", "SLURM_ARRAY_TASK_ID") if key in os.environ}
+
+
+def _is_of_this_job(folder: Path) -> bool:
+    """Whether this SLURM job began the run in a folder, which it may therefore continue instead of overwriting it."""
+    return read_json(folder / RUN_FILE).get("slurm_job") == slurm_job()
+
+
 def options_to_continue(config: DictConfig) -> list[str]:
     """The options that this run was started with, but for its name and place, as a user types them."""
-    kept = own_config_options(sys.argv[1:])
+    elsewhere = ("name", "resume", "overwrite", "runs_dir")
+    return [*config_sources(), *(option for key, option in _typed_options(config) if key not in elsewhere)]
+
+
+def _typed_options(config: DictConfig) -> list[tuple[str, str]]:
+    """The overrides of this command by key, as the user typed them: free text was quoted for Hydra."""
+    options = []
     for override in HydraConfig.get().overrides.task:
         key = override.partition("=")[0]
-        if key.lstrip("+") in ("name", "resume", "overwrite", "runs_dir"):
-            continue
-        # free text was quoted for Hydra; the user types it as it is
-        value = OmegaConf.select(config, key.lstrip("+")) if key.lstrip("+") in FREE_TEXT else None
-        kept.append(f"{key}={value}" if isinstance(value, str) else override)
-    return kept
+        bare = key.lstrip("+")
+        value = OmegaConf.select(config, bare) if bare in FREE_TEXT else None
+        options.append((bare, f"{key}={value}" if isinstance(value, str) else override))
+    return options
 
 
-def command_line(options: Sequence[str], folder: Path, resume: Path | str = "true") -> str:
-    """The command that goes on with the run in `folder`, from what was typed when it was started."""
+def options_to_share(config: DictConfig, stage: str) -> list[str]:
+    """The options under which another stage sees the same data on the same machine, as a user types them.
+
+    They are the difference between the config in force, wherever its values came from, and the one that Hydra composes
+    for that stage by itself. Budgets, learning rates and networks are each stage's own.
+    """
+    given = _typed_options(config)
+    options = [f"stage={stage}", f"data={HydraConfig.get().runtime.choices['data']}"]
+    options += [option for key, option in given if key in ("experiment", "trainer", "logger")]
+    try:
+        options += _differences(config, options)
+    except (HydraException, OmegaConfBaseException):  # the user's own configs have no such stage: what was typed
+        options += [option for key, option in given if key.startswith("data.")]
+    return [*config_sources(), *options]
+
+
+def _differences(config: DictConfig, options: Sequence[str]) -> list[str]:
+    """What the config that Hydra composes from `options` lacks of the values in `config` that stages share."""
+    searched = [option for option in config_sources() if option.startswith(SEARCH_PATH)]
+    own = hydra.compose(HydraConfig.get().job.config_name, [*searched, *quote_free_text(options)])
+    OmegaConf.set_struct(own, False)
+    groups = sorted({key.partition(".")[0] for key in SHARED_WITH_OTHER_STAGE})
+    values: Any = OmegaConf.to_container(config, resolve=True)
+    wanted = flatten({group: values[group] for group in groups})
+    found: list[str] = []
+    # what a source is built from repeats other keys: only what still differs once they are set was given by itself
+    for is_source in (False, True):
+        values = OmegaConf.to_container(OmegaConf.masked_copy(own, groups))
+        if is_source:
+            values["data"] = OmegaConf.to_container(own.data, resolve=True)
+        known = flatten(values)
+        for key, value in wanted.items():
+            shared = _is_in(key, SHARED_WITH_OTHER_STAGE) and key.startswith("data.source.") == is_source
+            if shared and (key not in known or value != known[key]):
+                found.append(typed(key, value, new=key not in known))
+                OmegaConf.update(own, key, value)
+    return found
+
+
+def place_of(folder: Path) -> list[str]:
+    """The options that name a run folder."""
     runs = str(folder.parent.parent)
-    place = [] if runs == "runs" else [f"runs_dir={runs}"]
-    return shlex.join(["python", "-m", "ldm.train", *options, *place, f"name={folder.name}", f"resume={resume}"])
+    return [*([] if runs == "runs" else [f"runs_dir={runs}"]), f"name={folder.name}"]
+
+
+def command_line(options: Sequence[str], folder: Path, end: str = "resume=true") -> str:
+    """The command that goes on with the run in `folder`, from what was typed when it was started.
+
+    Args:
+        end: How it goes on: resume=true, resume=FILE or overwrite=true.
+    """
+    return shell.train(*options, *place_of(folder), end)
+
+
+def config_sources() -> list[str]:
+    """The options of this command that say where configs of the user's own lie."""
+    searched = [option for option in HydraConfig.get().overrides.hydra if option.startswith(SEARCH_PATH)]
+    return [*own_config_options(sys.argv[1:]), *searched]
 
 
 def own_config_options(arguments: Sequence[str]) -> list[str]:
@@ -161,13 +241,15 @@ def has_saved_since(folder: Path, file: Path) -> bool | None:
     return any(type(after) is int and found.sequence > after for found in manifests(folder / FOLDER))
 
 
-def check_config(then: Mapping[str, Any], now: Mapping[str, Any], stage: str, options: object, again: str) -> list[str]:
+def check_config(
+    then: Mapping[str, Any], now: Mapping[str, Any], stage: str, options: object, place: Sequence[str]
+) -> list[str]:
     """Refuse options under which other weights would come out of a continued run.
 
     Args:
         then: The config that the run was started with, as plain values; `now` the one of this moment.
         options: What was typed then, where run.json says it.
-        again: The command that goes on, as typed now.
+        place: The options that name the run and how it goes on.
 
     Returns:
         What else changed and is worth a word, as "optimizer.lr 0.001 -> 0.0005".
@@ -184,20 +266,19 @@ def check_config(then: Mapping[str, Any], now: Mapping[str, Any], stage: str, op
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(
             f"resume= continues a run with other options than it was started with: {named}{more}. "
-            f"{_remedy(options, again)}"
+            f"{_remedy(options, place)}"
         )
     shown = [key for key in changed if key in SHOWN and key != "optimizer.build.lr"]
     return [f"{key} {_text(before.get(key))} -> {_text(after.get(key))}" for key in shown]
 
 
-def _remedy(options: object, again: str) -> str:
+def _remedy(options: object, place: Sequence[str]) -> str:
     """With the command of then, if it is text that a terminal may show."""
     known = isinstance(options, list) and all(isinstance(option, str) and option.isprintable() for option in options)
     if not known:
         return "Give the options that it was started with: they are in its config.yaml."
     assert isinstance(options, list)
-    place = [part for part in shlex.split(again) if part.startswith(("runs_dir=", "name=", "resume="))]
-    return f"Give the options that it was started with: {shlex.join(['python', '-m', 'ldm.train', *options, *place])}"
+    return f"Give the options that it was started with: {shell.train(*options, *place)}"
 
 
 def _is_in(key: str, names: Sequence[str]) -> bool:

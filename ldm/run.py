@@ -8,6 +8,7 @@ runs/<stage>/<name>/  config.yaml  run.json  metrics.csv  images/  checkpoints/ 
 
 import copy
 import json
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,23 +20,23 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from ldm import shell
 from ldm.autoencoder.autoencoder import CLASSES, Autoencoder
 from ldm.autoencoder.identity import IdentityAutoencoder
 from ldm.constructors import check_yaml
 from ldm.data.images import ImageData
 from ldm.durable import write_text
 from ldm.errors import UserError
+from ldm.home import RUN_FILE, STAGES, is_run, set_aside
 from ldm.model_folder import WEIGHTS, load_model
 from ldm.pipeline import INDEX_FILE, LatentDiffusionPipeline
 from ldm.provenance import provenance
 from ldm.untrusted import check_fields, first_line, is_plain_name, read_json, refuse_links_out
 
-RUN_FILE = "run.json"
 CONFIG_FILE = "config.yaml"
 IDENTITY = "identity"
 """Instead of an autoencoder: the chain works on pixels."""
 FORMAT = 1
-STAGES = ("vae", "diffusion")
 KINDS: dict[str, Any] = {
     "name": str,
     "finished": float | None,
@@ -48,6 +49,8 @@ KINDS: dict[str, Any] = {
     "chain_sha256": str,
     "contract": dict,
     "options": list[str],
+    "next_options": list[str],
+    "autoencoder_data": dict | None,
     "branch": dict | None,
     "latent_shape": list[int],
     "versions": dict,
@@ -111,8 +114,9 @@ class Run:
         """
         path = Path(path).expanduser()
         if not (path / RUN_FILE).is_file():
-            found = [str(folder) for folder in sorted(path.glob("*/*/")) if (folder / RUN_FILE).is_file()]
-            hint = f" Runs below it: {', '.join(found[:5])}." if found else ""
+            below = (folder for folder in sorted(path.glob("*/*/")) if not folder.name.startswith("."))
+            found = [str(folder) for folder in below if (folder / RUN_FILE).is_file()]
+            hint = f" Runs below it: {', '.join(found[:5])}." if found else _hint_at_replaced(path)
             what = "is not a run folder" if path.exists() else "does not exist"
             raise UserError(
                 f"{key}={path} {what} (no {RUN_FILE}).{hint} A run is made by `python -m ldm.train stage=vae` or "
@@ -184,10 +188,11 @@ class Run:
         if self.stage != "diffusion":
             raise UserError(
                 f"{self.path} is a run of stage={self.stage}; this needs one of stage=diffusion. "
-                f"Train it: python -m ldm.train stage=diffusion vae={self.path}"
+                f"Train it: {self.next_training()}"
             )
         self._require(self.path / "pipeline" / INDEX_FILE)
         pipeline = LatentDiffusionPipeline.load(self.path / "pipeline")
+        pipeline.run = str(self.path)
         trained = self.facts.get("chain_sha256", pipeline.chain_sha256)  # runs of before do not say
         if pipeline.chain_sha256 != trained:
             raise UserError(
@@ -196,6 +201,21 @@ class Run:
                 f"instead of {trained[:12]}. Put the file that training wrote back."
             )
         return pipeline
+
+    def next_training(self) -> str:
+        """The command that trains stage 2 on this autoencoder, with its data and the conditioning that they allow."""
+        options = self.facts.get("next_options")
+        if options is None:  # a run of an earlier version: what was typed for stage 1
+            shared = ("data", "runs_dir", "batch_size", "--config-dir", "--config-path", "--config-name")
+            typed = self.facts.get("options", [])
+            options = ["stage=diffusion", *(option for option in typed if re.split("[.=]", option)[0] in shared)]
+        # a stranger's run.json may put neither a constructor nor control characters into a command that a user copies
+        safe = [option for option in options if "_target_" not in option and option.isprintable()]
+        return shell.train(*safe, f"vae={self.path}")
+
+    def describe_data(self) -> str:
+        """The data that it was trained on, by name and fingerprint."""
+        return f"{self.facts.get('data', 'unknown data')} {str(self.facts.get('data_fingerprint'))[:8]}"
 
     def image_data(self) -> ImageData:
         """The prepared images that this run was trained on.
@@ -220,10 +240,9 @@ class Run:
 
     def _require(self, file: Path) -> None:
         if not file.is_file():
-            raise UserError(
-                f"{self.path} holds no weights for use yet ({file.relative_to(self.path)} is missing): its "
-                "training did not end. Continue it with the same command and resume=true."
-            )
+            missing = f"{self.path} holds no weights for use yet ({file.relative_to(self.path)} is missing)"
+            remedy = f"Continue it with the same command and resume=true.{_hint_at_replaced(self.path)}"
+            raise UserError(f"{missing}: its training did not end. {remedy}")
 
     def update(self, **facts: Any) -> None:
         """Change what run.json says, and write it."""
@@ -234,6 +253,18 @@ class Run:
         write_text(self.path / RUN_FILE, json.dumps(self.facts, indent=2) + "\n")
 
 
+def _hint_at_replaced(path: Path) -> str:
+    """Where the earlier run is, if a start with overwrite=true was killed before it saved anything."""
+    aside = set_aside(path.absolute().resolve())
+    if not (aside / RUN_FILE).is_file():
+        return ""
+    return f" The earlier run, which a start with overwrite=true was replacing when it was killed, is in {aside}."
+
+
+class NoAutoencoder(UserError):
+    """No run of stage 1 has this data."""
+
+
 def find_autoencoder(vae: str | None, runs: str, data_fingerprint: str) -> tuple[Autoencoder, str]:
     """The first stage for a stage-2 run, and where it came from.
 
@@ -242,26 +273,49 @@ def find_autoencoder(vae: str | None, runs: str, data_fingerprint: str) -> tuple
             newest finished VAE run in `runs` on the same data; one that cannot be opened is named and left out.
 
     Raises:
-        UserError: nothing there, with the command that trains one.
+        NoAutoencoder: nothing there.
     """
     if vae is not None:
         return load_autoencoder(vae), vae
-    candidates = []
-    for file in Path(runs).expanduser().glob(f"vae/*/{RUN_FILE}"):
+    candidates, others = [], []
+    for file in sorted(Path(runs).expanduser().glob(f"vae/*/{RUN_FILE}")):
+        if file.parent.name.startswith("."):  # a run that another one replaces
+            continue
         try:
             run = Run.open(file.parent)
             if run.finished and run.facts["data_fingerprint"] == data_fingerprint:
                 candidates.append(run)
+            elif run.finished:
+                others.append(f"{run.path} ({run.describe_data()})")
         except UserError as error:
             print(f"warning: {file.parent} is left out of the autoencoders to choose from: {error}", file=sys.stderr)
     if not candidates:
-        raise UserError(
-            f"There is no finished autoencoder for this data in {Path(runs) / 'vae'}. Train one first: "
-            "python -m ldm.train stage=vae with the same data= options; or name one with vae=<run folder, "
-            "diffusers folder or hub id>."
+        other = f", only on other data: {', '.join(others[:5])}" if others else ""
+        raise NoAutoencoder(
+            f"There is no finished autoencoder for this data in {Path(runs) / 'vae'}{other}. Name one with vae=<run "
+            "folder, diffusers folder or hub id>, or train one first."
         )
     newest = max(candidates, key=lambda run: run.facts["finished"])
     return newest.autoencoder(), str(newest.path)
+
+
+def data_of_autoencoder(place: str, autoencoder: Autoencoder) -> tuple[str, str] | None:
+    """Fingerprint and description of the data that an autoencoder, loaded from `place`, was trained on.
+
+    None where nothing is known of it, and for a pretrained one that was used as it came.
+    """
+    folder = Path(place).expanduser().absolute()
+    # `place` is a run, its autoencoder, its pipeline or that pipeline's
+    if (path := next((path for path in (folder, *folder.parents[:2]) if is_run(path)), None)) is not None:
+        run = Run.open(path)
+        if run.stage == "diffusion":
+            known = run.facts.get("autoencoder_data")
+            return (known["fingerprint"], known["description"]) if known else None
+        if run.facts.get("trained") == "nothing" or "data_fingerprint" not in run.facts:
+            return None
+        return run.facts["data_fingerprint"], run.describe_data()
+    statistics = autoencoder.statistics
+    return None if statistics is None else (statistics.data, f"data {statistics.data[:8]}")
 
 
 def load_autoencoder(place: str) -> Autoencoder:

@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import re
-import shlex
 import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 
 from PIL import Image
 
+from ldm import shell
 from ldm.artifact import Artifact, flatten, sha256
 from ldm.durable import write_text
 from ldm.errors import UserError
@@ -28,10 +28,14 @@ TRAINING_ID = "training_id"
 """Key in the config of a tool's run: the id of the training that it is of."""
 OPTIONS = ("project", "entity", "group", "tags", "mode", "timeout_s", "finish_timeout_s", "max_artifact_mb")
 """What is read of the config group `logger` for any run."""
+OFFLINE_TIMEOUT_S = 30.0
+"""For W&B's own process to start; there is no server to wait for."""
+PLAIN: dict[str, Any] = {"project": "ldm", "entity": None, "group": None, "tags": []}
+"""What a run is recorded under where W&B rejects what was asked for."""
 
 
 class WandbRun:
-    """One run in W&B, its id kept in the run folder so that a resumed run continues it.
+    """One run in W&B, its id kept in the run folder so that a resumed run continues it. Nothing that W&B raises passes.
 
     Args:
         timeout_s: The most that the start and each artifact wait for the server.
@@ -57,12 +61,8 @@ class WandbRun:
     ) -> None:
         # their telemetry would hold up the end of the process for 20 s where the server does not answer
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        import wandb
-
-        self._wandb = wandb
         self.folder, self.timeout_s, self.max_artifact_mb = folder, timeout_s, max_artifact_mb
-        id_file, known = folder / ID_FILE, known_id(folder) if resume else None
-        run_id = known or uuid.uuid4().hex[:8]
+        self.finish_timeout_s = finish_timeout_s
         self._options: dict[str, Any] = {
             "dir": folder,
             "project": project,
@@ -70,34 +70,51 @@ class WandbRun:
             "name": name,
             "group": group,
             "job_type": name.partition("/")[0],
-            "tags": list(tags),
-            "id": run_id,
+            "tags": tags,
             "config": flatten(config),
-            "settings": wandb.Settings(
-                silent=True,
-                console="off",
-                init_timeout=timeout_s,
-                finish_timeout=finish_timeout_s,
-                finish_timeout_raises=True,
-            ),
         }
+        self._wandb: Any = None
         self.run: Any = None
+        """W&B's own; None where it takes no run at all."""
         self._row, self._records, self._inputs = -1, list[str](), dict[str, str]()
-        self.mode = choose_mode(mode)
+        known: str | None = None
         try:
+            known = known_id(folder) if resume else None
+        except (UserError, OSError) as error:
+            print(f"warning: {error}", flush=True)
+        self._options["id"] = known or uuid.uuid4().hex[:8]
+        self.mode = MODES[0]
+        try:
+            import wandb
+
+            self._wandb = wandb
+            self.mode = choose_mode(mode)
             self._start(resume=known is not None)
-        except Exception as error:
-            if self.mode != "online":
-                raise
-            self._go_on_without_server(error, resume=known is not None)
-        write_text(id_file, f"{self._options['id']}\n")
+        except Exception as error:  # of a server, a setting, a variable, an installation
+            attempts: list[tuple[str, Mapping[str, Any]]] = [("offline", {}), ("offline", PLAIN)]
+            self._fall_back(error, attempts[self.mode != "online" :], resume=known is not None)
+        with contextlib.suppress(OSError):
+            write_text(folder / ID_FILE, f"{self._options['id']}\n")
+
+    @property
+    def id(self) -> str:
+        """The W&B run id."""
+        return self._options["id"]
 
     def _start(self, *, resume: bool) -> None:
         if self.mode == "online" and not has_key():
             raise UserError("logger.mode=online, but no API key was found")
+        settings = self._wandb.Settings(
+            silent=True,
+            console="off",
+            init_timeout=self.timeout_s if self.mode == "online" else OFFLINE_TIMEOUT_S,
+            finish_timeout=self.finish_timeout_s,
+            finish_timeout_raises=True,
+        )
+        tags = list(self._options["tags"])
         # marked in the record as well where it is offline: an upload then appends instead of beginning anew
-        options = {**self._options, "mode": self.mode, "resume": "allow" if resume else None}
-        self.run = self._wandb.init(**options)
+        options = {**self._options, "tags": tags, "mode": self.mode, "resume": "allow" if resume else None}
+        self.run = self._wandb.init(**options, settings=settings)
         if self.mode != "disabled":
             self._options["id"] = self.run.id  # an agent of a sweep gives it another one than we asked for
         # an axis of our own: W&B drops what comes with a smaller step than the last, as after a validation or a resume
@@ -106,41 +123,55 @@ class WandbRun:
         if self.mode != "disabled":
             self._records.append(str(self.run.settings.sync_dir))
 
-    def _go_on_without_server(self, error: BaseException, *, resume: bool = True) -> None:
-        """Continue the run offline, or without a record where that cannot be written either; say so in one line."""
+    def _fall_back(
+        self, error: BaseException, attempts: Sequence[tuple[str, Mapping[str, Any]]], *, resume: bool = True
+    ) -> None:
+        """Start the run again in the first of these ways that works, else go on without a record; say so in one line.
+
+        Args:
+            attempts: Modes, with what takes the place of our settings.
+        """
         # its process holds on to the run's id, or is dead; the run's own threads end with `finish`
-        for end in ([self.run.finish] if self.run is not None else []) + [self._wandb.teardown]:
+        ends = [self.run.finish] if self.run is not None else []
+        for end in ends + ([self._wandb.teardown] if self._wandb is not None else []):
             with contextlib.suppress(Exception):
                 bounded(end, self.timeout_s)
-        for mode in MODES[MODES.index(self.mode) + 1 :]:
+        self.run = None
+        for mode, settings in attempts:
             self.mode = mode
+            self._options |= settings
             try:
                 self._start(resume=resume)
-                break
-            except Exception:  # a folder that cannot be written, say: the next mode needs less
+                self._tell(error, rejected=bool(settings))
+                return
+            except Exception:  # a folder that cannot be written, say: the next attempt needs less
                 continue
+        self.mode = "disabled"
         self._tell(error)
 
-    def _tell(self, error: BaseException) -> None:
+    def _tell(self, error: BaseException, *, rejected: bool = False) -> None:
         said, _, _ = " ".join(str(error).split()).partition(" Consider increasing")  # their advice, not our option
         reason = said[:300] or type(error).__name__
-        later = "Nothing more is recorded there."
+        what = "rejects a setting" if rejected else "is not available"
+        message = f"W&B {what} ({reason}). Continuing without a record."
         if self._records and self.mode != "disabled":
-            later = (
-                f"Its record is on disk; to upload it later: wandb sync --include-online {shlex.join(self._records)}"
-            )
-        print(f"W&B is not available ({reason}). The run goes on. {later}", flush=True)
+            under = f", in project {PLAIN['project']} without entity, group and tags" if rejected else ""
+            upload = shell.python("-m", "wandb", "sync", "--include-online", *self._records)
+            message = f"W&B {what} ({reason}). Continuing; its record is on disk{under}. To upload it later: {upload}"
+        print(message, flush=True)
 
     def _record(self, call: Callable[[Any], Any]) -> None:
         """`call` with the run; again with the one that takes its place where W&B fails."""
         for _ in MODES:
+            if self.run is None:
+                return
             try:
                 call(self.run)
                 return
             except Exception as error:
                 if self.mode not in MODES[:2]:
                     return
-                self._go_on_without_server(error)
+                self._fall_back(error, [(mode, {}) for mode in MODES[MODES.index(self.mode) + 1 :]])
 
     def _log(self, values: Callable[[], Mapping[str, Any]], step: int) -> None:
         # W&B's own count follows the steps, so that a resumed run's record goes on where the last one ended
@@ -227,6 +258,8 @@ class WandbRun:
 
     def finish(self) -> None:
         """Close the run, and wait for what is still to be uploaded no longer than `finish_timeout_s`."""
+        if self.run is None:
+            return
         try:
             self.run.finish()
         except Exception as error:
@@ -305,4 +338,5 @@ def finish_open_run() -> None:
     """Close the run that a training left open which failed, or a next one in the same process would log into it."""
     wandb = sys.modules.get("wandb")
     if wandb is not None and wandb.run is not None:
-        wandb.run.finish(exit_code=1)
+        with contextlib.suppress(Exception):
+            bounded(lambda: wandb.run.finish(exit_code=1), OFFLINE_TIMEOUT_S)

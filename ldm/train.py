@@ -5,8 +5,8 @@ python -m ldm.train stage=vae|diffusion [group=choice ...] [key=value ...]
 
 import logging
 import os
-import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from ldm import command, signals
+from ldm import command, shell, signals
 from ldm.errors import UserError
 from ldm.options import check_options, refused_options
 from ldm.resumed import (
@@ -26,7 +26,10 @@ from ldm.resumed import (
     command_line,
     has_saved_since,
     options_to_continue,
+    options_to_share,
+    place_of,
     run_folder,
+    slurm_job,
 )
 
 
@@ -39,6 +42,7 @@ def train(config: DictConfig) -> None:
     from lightning.pytorch.utilities import rank_zero_only
 
     from ldm.training.lock import only_one
+    from ldm.training.replacement import Replacement
     from ldm.training.room import require_writable
     from ldm.training.throughput import begin_peak_memory
 
@@ -57,31 +61,37 @@ def train(config: DictConfig) -> None:
     options = options_to_continue(config)
     again = command_line(options, folder)
     from_file = None if config.resume in (None, False, True, "true") else Path(str(config.resume))
+    replacement = Replacement(folder)
     try:
         if not main_process:
-            train_in(folder, config, options, again, main_process=False)
+            train_in(folder, config, options, again, replacement, main_process=False)
             return
         require_writable(folder)
         with only_one(folder):
-            train_in(folder, config, options, again, main_process=True)
+            train_in(folder, config, options, again, replacement, main_process=True)
     except signals.Interrupted as stopped:
         if not main_process:
             # the process that started this one ends everything at once where one of its own says more than 0
             raise SystemExit(0 if RUN_NAME in os.environ else stopped.code) from None
         said = str(stopped) if again in str(stopped) else f"{stopped}. To go on: {again}"
         if from_file and not has_saved_since(folder, from_file):
-            said = said.replace(again, command_line(options, folder, from_file))
+            said = said.replace(again, command_line(options, folder, f"resume={from_file}"))
+        elif config.overwrite and not replacement.is_final:  # resume=true would continue the earlier run
+            said = said.replace(again, command_line(options, folder, "overwrite=true"))
         if stopped.signal.name == "SIGUSR1":
             said += requeue(named=config.name is not None or from_file is not None)
         raise signals.Interrupted(stopped.signal, said) from None
 
 
-def train_in(folder: Path, config: DictConfig, typed: list[str], again: str, *, main_process: bool) -> None:
+def train_in(
+    folder: Path, config: DictConfig, typed: list[str], again: str, replacement: Any, *, main_process: bool
+) -> None:
     """Prepare the data, build the stage, train, leave the weights in the run folder.
 
     Args:
         typed: The options that the run is started with.
         again: The command that goes on with it.
+        replacement: The run that this one may replace.
     """
     import torch
     from lightning.pytorch import seed_everything
@@ -89,13 +99,14 @@ def train_in(folder: Path, config: DictConfig, typed: list[str], again: str, *, 
 
     from ldm.device import choose_device
     from ldm.durable import clear_partials
-    from ldm.run import Run
+    from ldm.run import NoAutoencoder, Run
     from ldm.training.fitting import Fit, Plan, check_trainer, make_budget
     from ldm.training.loggers import make_loggers
     from ldm.training.precision import choose_precision
     from ldm.training.room import require_room
     from ldm.training.summary import describe_device, print_table, time_expected
-    from ldm.training.throughput import measure_speed
+    from ldm.training.throughput import measure_speed, peak_memory_gb
+    from ldm.wandb_server import check_mode
 
     started = time.perf_counter()
     kind = HydraConfig.get().runtime.choices["stage"]
@@ -104,6 +115,7 @@ def train_in(folder: Path, config: DictConfig, typed: list[str], again: str, *, 
     check_trainer(options)
     make_budget(options, config.optimizer.warmup_steps, config.optimizer.decay)  # none, or unreadable: refused now
     check_accelerator(options["accelerator"])
+    check_mode(config.logger.get("mode"))
     with refused_options():
         build_stage = command.construct(config.stage.build)
         build_stage.func.check(config.data.resolution, **build_stage.keywords, init_from=config.init_from)
@@ -114,16 +126,19 @@ def train_in(folder: Path, config: DictConfig, typed: list[str], again: str, *, 
 
     def make_stage() -> Any:
         seed_everything(config.seed, verbose=False)
-        with refused_options():
-            stage = build_stage(
-                images=images,
-                flip=config.data.flip,
-                cache_dir=config.data.cache_dir,
-                seed=config.seed,
-                folder=folder,
-                device=choose_device("cpu" if options["accelerator"] == "cpu" else "auto"),
-                init_from=config.init_from,
-            )
+        try:
+            with refused_options():
+                stage = build_stage(
+                    images=images,
+                    flip=config.data.flip,
+                    cache_dir=config.data.cache_dir,
+                    seed=config.seed,
+                    folder=folder,
+                    device=choose_device("cpu" if options["accelerator"] == "cpu" else "auto"),
+                    init_from=config.init_from,
+                )
+        except NoAutoencoder as error:
+            raise UserError(f"{str(error)[:-1]}: {shell.train(*options_to_share(config, 'vae'))}") from error
         if config.trainer.compile:
             stage.compile()
         return stage
@@ -142,6 +157,10 @@ def train_in(folder: Path, config: DictConfig, typed: list[str], again: str, *, 
         **({"branch": branch} if (branch := branch_of(folder, config.resume, known)) else {}),
         **stage.facts(),
     }
+    if kind == "vae":
+        needed = [] if images.conditioning == "text" else [f"conditioning={images.conditioning}"]
+        facts["next_options"] = [*options_to_share(config, "diffusion"), *needed]
+    facts |= {"slurm_job": job} if (job := slurm_job()) else {}
     check_facts(known, facts)
     if main_process and stage.trains:
         require_room(folder, stage.module, options["keep_last"])
@@ -158,6 +177,7 @@ def train_in(folder: Path, config: DictConfig, typed: list[str], again: str, *, 
         precision=precision,
         loggers=(),
         again=again,
+        on_saved=replacement.finish,
     )
     fit = Fit(plan, resumed)
     trainer, budget = fit.trainer, fit.budget
@@ -165,6 +185,7 @@ def train_in(folder: Path, config: DictConfig, typed: list[str], again: str, *, 
         ("data", f"{images.name}: {len(images.train_indices)} train, {len(images.val_indices)} validation"),
         ("size", f"{images.resolution} x {images.resolution} px, {images.num_bytes / 1e6:.0f} MB"),
         ("licence", images.licence or "not stated by the source"),
+        *([("colour profiles", profiles)] if (profiles := images.describe_profiles()) else []),
         *stage.rows(),
         ("device", describe_device(trainer)),
         ("precision", f"{precision}"),
@@ -173,48 +194,59 @@ def train_in(folder: Path, config: DictConfig, typed: list[str], again: str, *, 
         expected = time_expected(trainer, stage, budget, plan.micro_batch // trainer.world_size or 1, fit.step)
         fit.bar.speed = measure_speed(trainer, stage)
         rows += [("budget", f"{budget}, batches of {config.batch_size}"), ("time expected", expected)]
-    # From here on nothing is refused any more: what the folder held may go. What is known of a run that goes on is
-    # replaced where training begins: its weights may still not fit.
-    goes_on = stage.trains and resumed is not None and source.resolve() == folder.resolve()
-    if main_process:
-        if config.overwrite and (resumed is None or source.resolve() != folder.resolve()):
-            shutil.rmtree(folder, ignore_errors=True)
-        for place in (folder, folder / "images"):
-            clear_partials(place)
-        if goes_on:
-            record = LambdaCallback(on_train_start=lambda *_: run.record())
-            trainer.callbacks.insert(0, record)  # type: ignore[attr-defined]
-        else:
-            run.record()
-    loggers = make_loggers(
-        config.logger,
-        run,
-        resume=bool(config.resume),
-        last_row=resumed.last_row if resumed is not None else -1,
-        main_process=main_process,
-    )
-    fit.plan = replace(plan, loggers=loggers.lightning)
-    trainer.loggers = list(loggers.lightning)
-    if changed:
-        rows.append(("changed", "; ".join(changed)))
-    rows.append(("folder", str(folder)))
-    if trainer.is_global_zero:
-        print_table(f"stage {stage.kind}" + (f", resumed from {resumed.path}" if resumed else ""), rows)
+    # What is known of a run that goes on is replaced where training begins: its weights may still not fit.
+    is_same_run = resumed is not None and source.resolve() == folder.resolve()
+    goes_on = stage.trains and is_same_run
+    with replacement.begin(overwrite=config.overwrite and not is_same_run) if main_process else nullcontext():
+        if main_process:
+            for place in (folder, folder / "images"):
+                clear_partials(place)
+            if goes_on:
+                record = LambdaCallback(on_train_start=lambda *_: run.record())
+                trainer.callbacks.insert(0, record)  # type: ignore[attr-defined]
+            else:
+                run.record()
+        loggers = make_loggers(
+            config.logger,
+            run,
+            resume=bool(config.resume),
+            last_row=resumed.last_row if resumed is not None else -1,
+            main_process=main_process,
+        )
+        fit.plan = replace(plan, loggers=loggers.lightning)
+        trainer.loggers = list(loggers.lightning)
+        if changed:
+            rows.append(("changed", "; ".join(changed)))
+        rows.append(("folder", str(folder)))
+        if trainer.is_global_zero:
+            print_table(f"stage {stage.kind}" + (f", resumed from {resumed.path}" if resumed else ""), rows)
 
-    if stage.trains:
-        fit = fit.to_the_end(make_stage)
-        stage, trainer, budget = fit.plan.stage, fit.trainer, fit.budget
-    if not trainer.is_global_zero:
-        return
-    if goes_on:
-        run.record()  # where all was trained before, nothing began
-    if fit.ema.ema is not None:
-        fit.ema.ema.copy_to_module()
-    stage.module.to(trainer.strategy.root_device)  # Lightning left it on the CPU
-    figures: dict[str, Any] = {"steps": trainer.global_step, "training_s": round(budget.elapsed_s, 1)}
-    if fit.guard is not None and fit.guard.skipped_steps:
-        figures["skipped_steps"] = fit.guard.skipped_steps
-    conclude(run, loggers, stage.finish(run), figures, started)
+        if stage.trains:
+            fit = fit.to_the_end(make_stage)
+            stage, trainer, budget = fit.plan.stage, fit.trainer, fit.budget
+        if not trainer.is_global_zero:
+            return
+        if goes_on:
+            run.record()  # where all was trained before, nothing began
+        if fit.ema.ema is not None:
+            fit.ema.ema.copy_to_module()
+        stage.module.to(trainer.strategy.root_device)  # Lightning left it on the CPU
+        figures: dict[str, Any] = {"steps": trainer.global_step, "training_s": round(budget.elapsed_s, 1)}
+        if fit.guard is not None and fit.guard.skipped_steps:
+            figures["skipped_steps"] = fit.guard.skipped_steps
+        outcome = stage.finish(run)
+        figures = {**outcome.figures, **figures}
+        duration_s = time.perf_counter() - started
+        if (memory := peak_memory_gb()) is not None:
+            figures["peak_memory_gb"] = memory
+        next_command = stage.next_command(run)
+        run.update(finished=time.time(), duration_s=round(duration_s, 1), figures=figures, next=next_command)
+        replacement.finish()
+        loggers.conclude(run, figures, outcome.pictures)
+        shown = [(key, f"{value:.4g}" if isinstance(value, float) else str(value)) for key, value in figures.items()]
+        shown += [("pictures", picture) for picture in [*outcome.pictures, str(run.images)]]
+        print_table(f"stage {run.stage} finished in {duration_s:.0f} s", shown)
+        print(f"next: {next_command}")
 
 
 def what_went_before(
@@ -239,7 +271,8 @@ def what_went_before(
     changed: list[str] = []
     if (source / CONFIG_FILE).is_file():
         now: dict[str, Any] = OmegaConf.to_container(config)  # type: ignore[assignment]
-        changed = check_config(Run(source, known).config(), now, kind, known.get("options"), again)
+        place = [*place_of(folder), f"resume={str(config.resume).lower() if config.resume is True else config.resume}"]
+        changed = check_config(Run(source, known).config(), now, kind, known.get("options"), place)
     return resumed, source, known, changed
 
 
@@ -259,28 +292,6 @@ def check_batch(config: DictConfig, num_images: int) -> None:
             f"batch_size={config.batch_size} must be a multiple of "
             f"trainer.accumulate_grad_batches={config.trainer.accumulate_grad_batches}, the parts of a step."
         )
-
-
-def conclude(run: Any, loggers: Any, outcome: Any, figures: dict[str, Any], started: float) -> None:
-    """Record what a run came to, where it is logged and on the screen, and say what to do next.
-
-    Args:
-        figures: Of the training itself; the stage's own stand in its outcome.
-        started: When the run began, by time.perf_counter, in seconds.
-    """
-    from ldm.training.summary import print_table
-    from ldm.training.throughput import peak_memory_gb
-
-    duration_s = time.perf_counter() - started
-    figures = {**outcome.figures, **figures}
-    if (memory := peak_memory_gb()) is not None:
-        figures["peak_memory_gb"] = memory
-    run.update(finished=time.time(), duration_s=round(duration_s, 1), figures=figures, next=outcome.next_command)
-    loggers.conclude(run, figures, outcome.pictures)
-    shown = [(key, f"{value:.4g}" if isinstance(value, float) else str(value)) for key, value in figures.items()]
-    shown += [("pictures", picture) for picture in [*outcome.pictures, str(run.images)]]
-    print_table(f"stage {run.stage} finished in {duration_s:.0f} s", shown)
-    print(f"next: {outcome.next_command}")
 
 
 def requeue(*, named: bool) -> str:

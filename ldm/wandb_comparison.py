@@ -116,7 +116,7 @@ def track_comparison(
     tracker.log_table("comparison", columns, rows, 0)
     for title, picture in pictures.items():
         tracker.log_images(title, [picture], [name.rpartition("/")[2]], 0)
-    online, entity = tracker.mode == "online", tracker.run.entity
+    online, entity = tracker.mode == "online", getattr(tracker.run, "entity", None)
     tracker.finish()
     if not online:
         return "No W&B report: this run is offline. It needs a login (`wandb login`)."

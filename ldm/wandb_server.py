@@ -12,6 +12,16 @@ MODES = ("online", "offline", "disabled")
 """Each falls back to the next."""
 
 
+def check_mode(mode: str | None, key: str = "logger.mode") -> None:
+    """Refuse an unknown mode; None is none asked for.
+
+    Raises:
+        UserError: naming the key and the modes that exist.
+    """
+    if mode and mode not in MODES:
+        raise UserError(f"{key}={mode} is unknown. Choose one of: {', '.join(MODES)}, or leave it out.")
+
+
 def choose_mode(requested: str | None) -> str:
     """`online` only where an API key is at hand; W&B would otherwise ask for one on the terminal.
 
@@ -19,8 +29,7 @@ def choose_mode(requested: str | None) -> str:
         UserError: an unknown mode.
     """
     for key, mode in (("logger.mode", requested), ("WANDB_MODE", os.environ.get("WANDB_MODE"))):
-        if mode and mode not in MODES:
-            raise UserError(f"{key}={mode} is unknown. Choose one of: {', '.join(MODES)}, or leave it out.")
+        check_mode(mode, key)
         if mode:
             return mode
     return "online" if has_key() else "offline"

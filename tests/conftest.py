@@ -1,6 +1,7 @@
 """Shared by all tests: one thread, a command line in this process, small images."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from ldm import signals
 
 # The tensors are small: more threads only wait for each other, ten times slower on a busy machine.
 torch.set_num_threads(1)
@@ -35,6 +38,17 @@ def no_command_before():
     yield
     for name in OF_A_COMMAND:
         os.environ.pop(name, None)
+
+
+@pytest.fixture
+def default_signals():
+    """A shell that starts the suite in the background has it ignore SIGINT, and what it starts inherits that."""
+    before = {number: signal.getsignal(number) for number in signals.HANDLED}
+    for number in signals.HANDLED:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -42,9 +42,10 @@ def fails(call, place, monkeypatch):
     def fails(main, *arguments: str) -> str:
         ended = call(main, *arguments)
         assert ended.code == 2, ended
-        assert ended.err.startswith("error: ") and ended.err.endswith("\n"), ended.err
-        message = ended.err.removeprefix("error: ").removesuffix("\n")
-        assert message and "\n" not in message and "Traceback" not in message, ended.err
+        *warnings, last = ended.err.removesuffix("\n").split("\n")
+        assert all(line.startswith("warning: ") for line in warnings) and last.startswith("error: "), ended.err
+        message = last.removeprefix("error: ")
+        assert message and "Traceback" not in message, ended.err
         return message
 
     return fails
@@ -77,6 +78,8 @@ MISTAKES = [
     ([*VAE, "trainer.guard.warmup_steps=0"], ["trainer.guard.warmup_steps=0 must be a whole number of 1"]),
     ([*VAE, "+trainer.x=1"], ["No trainer can be made", "unexpected keyword argument 'x'"]),
     ([*VAE, "trainer.strategy=foo"], ["No trainer can be made", "invalid strategy name"]),
+    ([*VAE, "trainer=fsdp"], ["trainer=fsdp does not work yet: use trainer=ddp"]),
+    ([*VAE, "trainer.strategy=fsdp_cpu_offload"], ["trainer=fsdp does not work yet: use trainer=ddp"]),
     ([*VAE, "trainer.accelerator=foo"], ["invalid accelerator name", "cpu"]),
     ([*VAE, "trainer.devices=foo"], ["`devices`", "trainer=cpu"]),
     ([*VAE, "~trainer.guard"], ["Training needs trainer.guard"]),

@@ -65,6 +65,11 @@ class Server(http.server.ThreadingHTTPServer):
         self.stalled = threading.Event()
         self.asked: list[str] = []
 
+    def handle_error(self, request, client_address) -> None:
+        """A client that gave up waiting is what these tests are about, and no error."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
     @contextmanager
     def serving(self):
         thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05})
@@ -145,7 +150,7 @@ def test_training_does_not_depend_on_the_server(train, at, place, outage):
         assert time.perf_counter() - start < 15
     (line,) = [line for line in said.splitlines() if OUTAGE in line]
     record = next((place / "runs/vae" / outage.__name__ / "wandb").glob("offline-run-*"))
-    assert "The run goes on" in line and f"wandb sync --include-online runs/vae/{outage.__name__}/wandb" in line
+    assert "Continuing" in line and f"wandb sync --include-online runs/vae/{outage.__name__}/wandb" in line
     assert line.endswith(record.name)
     assert weights.keys() == alone.keys() and all(weights[key].equal(alone[key]) for key in alone)
     assert types_in(record) >= {"history", "artifact", "exit"}
@@ -217,7 +222,7 @@ def test_a_process_of_wandb_that_dies_ends_no_training(tmp_path, capsys, monkeyp
     run.log({"loss": 1.0}, 10)
     run.log({"loss": 0.5}, 20)
     run.finish()
-    assert run.mode == "disabled" and capsys.readouterr().out.count("(Connection lost). The run goes on") == 1
+    assert run.mode == "disabled" and capsys.readouterr().out.count("(Connection lost). Continuing") == 1
 
 
 def test_online_without_a_key_asks_nobody(at, tmp_path, capsys, monkeypatch):

@@ -12,7 +12,7 @@ from ldm.autoencoder.autoencoder import Autoencoder, weights_sha256
 from ldm.data.image_folder import ImageFolder
 from ldm.data.images import prepare
 from ldm.errors import UserError
-from ldm.run import Run, find_autoencoder, load_autoencoder
+from ldm.run import NoAutoencoder, Run, find_autoencoder, load_autoencoder
 
 
 def autoencoder(seed: int) -> Autoencoder:
@@ -73,10 +73,23 @@ def test_a_bad_folder_keeps_nobody_from_another_run(tmp_path, capsys):
     assert said.count("warning: ") == 2 and "vae/linked is left out of" in said and "vae/broken is left out of" in said
 
 
-def test_nothing_to_find_names_the_command(tmp_path):
+def test_nothing_to_find_names_those_on_other_data(tmp_path):
     make_run(tmp_path / "vae/running", 3, finished=None)
-    with pytest.raises(UserError, match=r"no finished autoencoder for this data in .*vae\. Train one first: python -m"):
+    with pytest.raises(NoAutoencoder, match=r"no finished autoencoder for this data in .*vae\. Name one with vae="):
         find_autoencoder(None, str(tmp_path), "images")
+    make_run(tmp_path / "vae/other", 3, finished=1.0, data="f" * 64).update(data="cats")
+    with pytest.raises(NoAutoencoder, match=r"only on other data: .*vae/other \(cats ffffffff\)"):
+        find_autoencoder(None, str(tmp_path), "images")
+
+
+def test_a_run_that_is_being_replaced_is_never_chosen(tmp_path):
+    make_run(tmp_path / "vae/x", 3, finished=1.0)
+    find_autoencoder(None, str(tmp_path), "images")
+    (tmp_path / "vae/x").rename(tmp_path / "vae/.x.replaced")
+    with pytest.raises(NoAutoencoder):
+        find_autoencoder(None, str(tmp_path), "images")
+    with pytest.raises(UserError, match=r"earlier run, .* is in .*\.x\.replaced"):
+        Run.open(tmp_path / "vae/x")
 
 
 @pytest.mark.parametrize("layout", ["a run", "a diffusers folder", "a diffusers pipeline"])

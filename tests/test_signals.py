@@ -54,6 +54,9 @@ def until(process: subprocess.Popen[str], line: str) -> None:
     raise AssertionError(process.stderr.read())
 
 
+pytestmark = pytest.mark.usefixtures("default_signals")
+
+
 @pytest.mark.parametrize("name", CODES)
 def test_at_once_where_nothing_is_held(name):
     number = getattr(signal, name)

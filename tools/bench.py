@@ -174,7 +174,7 @@ def training_loop(config: DictConfig) -> None:
         return NoOp(torch.nn.Linear(1, 1), optimizer, seed=0)
 
     def loader() -> torch.utils.data.DataLoader:
-        return train_loader(lambda indices: indices, np.arange(1000), batch_size=8, seed=0)
+        return train_loader(lambda indices, epochs: indices, np.arange(1000), batch_size=8, seed=0)
 
     def bare() -> float:
         module, batches = make(), iter(loader())

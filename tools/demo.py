@@ -5,7 +5,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from ldm import command
+from ldm import command, shell
 
 
 def demo(config: DictConfig) -> None:
@@ -53,7 +53,7 @@ def demo(config: DictConfig) -> None:
     total_s = sum(seconds for _, seconds in parts)
     print(f"Time: {', '.join(f'{name} {seconds:.0f} s' for name, seconds in parts)}; {total_s / 60:.1f} minutes in all")
     print(f"Look at {out / 'samples.png'}, {out / 'held_out.png'} and {out / 'strip.png'}")
-    print(f'next: python tools/sample.py run={run.path} prompt="red heart"')
+    print(f"next: {shell.tool('sample', f'run={run.path}', 'prompt=red heart')}")
 
 
 def main() -> None:

@@ -26,6 +26,8 @@ FULL_RANK = 0.9
 """Channels are in use nearly equally whose effective rank is this share of their number at least."""
 PCA_COUNTS = 64
 """At how many numbers of components a PCA is measured, where a patch has more."""
+CHUNK_PIXELS = 2**20
+"""Pixels in float64 at a time while the covariance of patches is accumulated: 25 MB."""
 
 
 @dataclass(frozen=True)
@@ -159,15 +161,16 @@ def num_components(eigenvalues: Tensor, share: float) -> int:
 def patch_components(batches: Iterable[Tensor], factor: int) -> tuple[Tensor, Tensor]:
     """Mean [d] and principal components [d, d], as columns, the largest first, of f x f patches of images; d = 3 f^2.
 
-    What `metrics.pca_reconstruction` projects on, for every number of components at once and of images that come in
-    batches [b, 3, H, W].
+    The covariance is accumulated over the batches [b, 3, H, W], each in parts of CHUNK_PIXELS, so that memory depends
+    on neither the number nor the size of the images.
     """
     count, total, squares = 0, torch.zeros(1).double(), torch.zeros(1, 1).double()
     for images in batches:
-        patches = unfold(images, factor).flatten(0, 2)
-        count += len(patches)
-        total = total + patches.sum(0)
-        squares = squares + patches.T @ patches
+        for part in images.split(max(1, CHUNK_PIXELS // images[0, 0].numel())):
+            patches = unfold(part, factor).flatten(0, 2)
+            count += len(patches)
+            total = total + patches.sum(0)
+            squares = squares + patches.T @ patches
     mean = total / count
     _, basis = torch.linalg.eigh(squares / count - torch.outer(mean, mean))
     return mean, basis.flip(1)

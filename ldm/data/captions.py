@@ -18,20 +18,33 @@ from ldm.untrusted import read_array
 
 
 class CaptionData:
-    """Arrays by name, memory-mapped; row i belongs to image i."""
+    """The embeddings of each image's captions, memory-mapped.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        counts: How many captions each image has, [N]; those of one image are rows after each other. None: one each.
+    """
+
+    def __init__(self, folder: Path, counts: np.ndarray | None = None) -> None:
         self.arrays = {path.stem: read_array(path) for path in sorted(folder.glob("*.npy"))}
+        self.counts = counts
+        self._first = None if counts is None else np.concatenate([[0], counts.cumsum()[:-1]])
 
-    def batch(self, indices: Any) -> dict[str, Tensor]:
-        """A condition for these images."""
+    def batch(self, indices: Any, draws: np.ndarray | None = None) -> dict[str, Tensor]:
+        """A condition for these images, by their first captions.
+
+        Args:
+            draws: A number from [0, 1) for each of them, [b], which chooses among its captions instead.
+        """
         rows = np.asarray(indices)
+        if self.counts is not None and self._first is not None:
+            chosen = 0 if draws is None else (draws * self.counts[rows]).astype(np.int64)
+            rows = self._first[rows] + chosen
         return {name: torch.from_numpy(np.array(array[rows])) for name, array in self.arrays.items()}
 
 
 def open_captions(
     encode: Callable[[Sequence[str]], dict[str, Tensor]],
-    captions: Sequence[str],
+    captions: Sequence[str | Sequence[str]],
     encoder: dict[str, Any],
     *,
     cache_dir: Path | str | None = None,
@@ -41,16 +54,20 @@ def open_captions(
 
     Args:
         encode: captions -> batch-first tensors by name; row i depends on caption i alone.
+        captions: Of each image, one or several.
         encoder: Plain values that identify the encoder; they key the cache together with the captions.
     """
-    key = hashlib.sha256(json.dumps([encoder, list(captions)], sort_keys=True).encode()).hexdigest()[:12]
+    several = [[one] if isinstance(one, str) else list(one) for one in captions]
+    counts = np.array([len(of_image) for of_image in several], dtype=np.int64)
+    texts = [text for of_image in several for text in of_image]
+    key = hashlib.sha256(json.dumps([encoder, texts], sort_keys=True).encode()).hexdigest()[:12]
     folder = Path(cache_dir or default_cache_dir()).expanduser() / f"captions-{key}"
     if not folder.is_dir():
         with made_alone(folder):
             if not folder.is_dir():
                 with durable_folder(folder) as partial:
-                    _embed(partial, encode, captions, batch_size)
-    return CaptionData(folder)
+                    _embed(partial, encode, texts, batch_size)
+    return CaptionData(folder, None if (counts == 1).all() else counts)
 
 
 def _embed(

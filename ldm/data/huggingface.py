@@ -1,15 +1,20 @@
 """Datasets of the Hugging Face hub, or local ones in the same formats, downloaded or streamed."""
 
 import itertools
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from ldm.data.excluded import Excluded
 from ldm.data.reading import read_file
 from ldm.data.sources import Record, digest_of_files, folder_name
 from ldm.errors import UserError
+from ldm.home import is_run
 
+READER = 2
+"""Reader version; changing it invalidates prepared caches."""
 DEFAULT_COLUMNS = ("text", "label")
 """A dataset may lack these. A caption or label column that was asked for by another name must be there."""
 
@@ -19,6 +24,10 @@ class HuggingFace:
 
     A hub dataset is known by its id and revision alone, so that its cache opens offline; set `revision` where
     the dataset may change. Streaming reads the first `num_images` and stores nothing but the prepared cache.
+    A list in the column of captions holds several captions of one image.
+
+    Args:
+        exclude: Folders that are no data, where runs and caches are kept.
 
     Raises:
         UserError: streaming without num_images; on reading: `datasets` is missing, or what was asked for is.
@@ -35,7 +44,8 @@ class HuggingFace:
         num_images: int | None = None,
         revision: str | None = None,
         config: str | None = None,
-    ):
+        exclude: Sequence[str | Path | None] = (),
+    ) -> None:
         if streaming and num_images is None:
             raise UserError("data.streaming=true needs data.num_images=N: how many images to read from the stream.")
         if num_images is not None and num_images < 1:
@@ -49,6 +59,7 @@ class HuggingFace:
         self.num_images = num_images
         self.revision = revision
         self.config = config
+        self.exclude = exclude
         self.name = folder_name(self.path if not self._is_local else Path(self.path).resolve().name)
         self.class_names: list[str] | None = None
 
@@ -74,7 +85,7 @@ class HuggingFace:
             "label_column",
             "num_images",
         )
-        identity = {key: getattr(self, key) for key in keys}
+        identity = {key: getattr(self, key) for key in keys} | {"reader": READER}
         if self._is_local:
             root = Path(self.path).expanduser().resolve()
             files = [path for path in root.rglob("*") if path.is_file()] if root.is_dir() else [root]
@@ -96,11 +107,16 @@ class HuggingFace:
             label = row.get(label_column or "")
             if isinstance(label, str):
                 label = seen.setdefault(label, len(seen))
+            cell = row.get(caption_column or "")
+            cells = cell if isinstance(cell, list) else [cell]
+            texts = [self._checked(text, str, "caption_column") for text in cells]
+            captions = list(dict.fromkeys(text for text in texts if text))
             yield Record(
                 name=f"{self.split}[{number}]",
                 load=partial(_image_bytes, row[self.image_column]),
-                caption=self._checked(row.get(caption_column or ""), str, "caption_column"),
+                caption=captions[0] if captions else None,
                 label=self._checked(label, int, "label_column"),
+                more_captions=tuple(captions[1:]),
             )
         self.class_names = list(class_names or seen) or None
 
@@ -135,8 +151,25 @@ class HuggingFace:
         options: dict[str, Any] = {"split": self.split, "streaming": self.streaming}
         if local.suffix == ".parquet":
             return datasets.load_dataset("parquet", data_files=str(local), **options)
+        if local.is_dir():
+            self._refuse_excluded(local)
         path = str(local) if local.exists() else self.path
         return datasets.load_dataset(path, self.config, revision=self.revision, **options)
+
+    def _refuse_excluded(self, folder: Path) -> None:
+        """`datasets` reads every file below a folder, those of our own runs and of operating systems as well."""
+        excluded = Excluded(self.exclude)
+        for place, folders, _ in os.walk(folder):
+            folders[:] = excluded.prune(place, folders, folder)
+        if is_run(folder):
+            raise UserError(f"data.path={self.path} is a run folder; its figures are not training images.")
+        # what begins with two underscores is hidden to `datasets`
+        if unwanted := sorted({*excluded.skipped, *(name for name in excluded.system if "__" not in name)}):
+            shown = ", ".join(unwanted[:5])
+            raise UserError(
+                f"data.path={self.path} contains {shown}, whose images `datasets` would read too. Use "
+                "data=image_folder, which skips them, or move them out of that folder."
+            )
 
     def _rows(self, dataset: Any) -> Iterator[dict[str, Any]]:
         rows = iter(itertools.islice(dataset, self.num_images))

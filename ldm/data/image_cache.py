@@ -23,12 +23,21 @@ CHUNK_BYTES = 2**23
 
 def fingerprint(
     hashes: list[str],
-    captions: list[str | None] | None,
+    captions: list[str | list[str] | None] | None,
     labels: list[int | None] | None,
     transform: dict[str, Any],
+    *,
+    converted: bool = False,
 ) -> str:
-    """SHA-256 over everything that a model can learn from a prepared set, and the order it comes in."""
-    parts = {"hashes": hashes, "captions": captions, "labels": labels, "transform": transform}
+    """SHA-256 over everything that a model can learn from a prepared set, and the order it comes in.
+
+    Args:
+        hashes: Of the images' files, their colour profiles included.
+        converted: Whether any colours were converted by a profile.
+    """
+    parts: dict[str, Any] = {"hashes": hashes, "captions": captions, "labels": labels, "transform": transform}
+    if converted:
+        parts["colours"] = "sRGB"
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -46,6 +46,9 @@ class ImageData:
     images: np.ndarray  # uint8 [N, H, W, 3]
     names: list[str]
     captions: list[str | None] | None
+    """The first caption of each image."""
+    more_captions: dict[int, list[str]]
+    """By image, the captions after its first, where it has several."""
     labels: list[int | None] | None
     class_names: list[str] | None
     fingerprint: str
@@ -54,6 +57,8 @@ class ImageData:
     val_indices: np.ndarray
     val_fraction: float
     num_skipped: int
+    profiles: dict[str, int]
+    """Images per outcome of their colour profile: `converted` to sRGB, or `unreadable`."""
 
     @classmethod
     def open(cls, path: Path | str, val_fraction: float = 0.05) -> "ImageData":
@@ -72,12 +77,17 @@ class ImageData:
                 "options: the images are prepared again."
             ) from error
         train_indices, val_indices = split_by_hash(index["hashes"], val_fraction)
+        several = {i: texts for i, texts in enumerate(index["captions"] or ()) if isinstance(texts, list)}
+        for i, texts in several.items():
+            index["captions"][i] = texts[0]
         return cls(
             path=path,
             images=images,
+            more_captions={i: texts[1:] for i, texts in several.items()},
             train_indices=train_indices,
             val_indices=val_indices,
             val_fraction=val_fraction,
+            profiles=index.get("profiles", {}),
             **{key: index[key] for key in _KEPT},
         )
 
@@ -109,14 +119,30 @@ class ImageData:
         images = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
         return images.div_(127.5).sub_(1)
 
+    @property
+    def conditioning(self) -> str:
+        """What a model of these images can be conditioned on: text, class or none."""
+        known = {"text": self.captions, "class": self.labels}
+        return next((kind for kind, values in known.items() if values is not None and None not in values), "none")
+
+    def describe_profiles(self) -> str:
+        """What became of the images' colour profiles; empty where none needed anything."""
+        parts = {"converted": "converted to sRGB", "unreadable": "unreadable, treated as sRGB"}
+        return ", ".join(f"{self.profiles[kind]} {text}" for kind, text in parts.items() if kind in self.profiles)
+
     def quarantine(self) -> list[dict[str, str]]:
         """What could not be read and was left out: name, reason, the error's class."""
         return read_quarantine(quarantine_of(self.path))
 
     def require_captions(self) -> list[str]:
-        """Every caption; a UserError where one is missing."""
+        """The first caption of every image; a UserError where one is missing."""
         remedy = "Give each image one: conf/data/image_folder.yaml says where captions are looked for."
         return _all_present(self, "caption", self.captions, f"{remedy} Or train with conditioning=none.")
+
+    def captions_of(self, index: int) -> list[str]:
+        """Every caption of an image, the first one first."""
+        first = self.captions[index] if self.captions is not None else None
+        return [] if first is None else [first, *self.more_captions.get(int(index), [])]
 
     def require_labels(self) -> list[int]:
         """Every class label; a UserError where one is missing."""
@@ -129,7 +155,7 @@ _KINDS: dict[str, Any] = {
     "licence": str | None,
     "names": list[str],
     "hashes": list[str],
-    "captions": list[str | None] | None,
+    "captions": list[str | list[str] | None] | None,
     "labels": list[int | None] | None,
     "class_names": list[str] | None,
     "fingerprint": str,
@@ -140,12 +166,15 @@ _KEPT = ("name", "licence", "names", "captions", "labels", "class_names", "finge
 
 def _check(index: dict[str, Any], images: np.ndarray, path: Path) -> None:
     check_fields(index, _KINDS, path / INDEX_FILE)
+    check_fields(index, {"profiles": dict}, path / INDEX_FILE, required=False)
     lists = [index[key] for key in ("names", "hashes", "captions", "labels") if index[key] is not None]
     square = images.ndim == 4 and images.shape[1:] == (images.shape[1], images.shape[1], 3)
     if images.dtype != np.uint8 or not square or any(len(values) != len(images) for values in lists):
         raise UserError(
             f"{IMAGES_FILE} is {images.dtype} {images.shape}, and {INDEX_FILE} tells of {len(index['names'])} images"
         )
+    if any(texts == [] for texts in index["captions"] or ()):
+        raise UserError(f"{INDEX_FILE} has an empty list of captions")
 
 
 def _all_present(data: ImageData, what: str, values: list[Any] | None, remedy: str) -> list[Any]:

@@ -4,6 +4,7 @@ The moments are kept, not one frozen draw: z_raw is sampled and standardised whe
 contract says which weights, images and transform the latents come from; it is checked wherever they are used.
 """
 
+import hashlib
 import json
 import shutil
 from dataclasses import asdict, dataclass, fields
@@ -44,8 +45,10 @@ class LatentContract:
 
     @property
     def key(self) -> str:
-        """Which latents, in a file's name."""
-        return f"{self.autoencoder_sha256[:12]}-{self.data_fingerprint[:12]}" + ("-flip" * self.flip)
+        """Names the cache folder. It covers every field that `check` compares, so that latents under one contract never
+        meet the cache of another: the first two fields to recognise, a digest of all of them."""
+        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return f"{self.autoencoder_sha256[:12]}-{self.data_fingerprint[:12]}-{digest[:12]}"
 
     def check(self, other: "LatentContract", here: str, there: str) -> None:
         """Compare with the other side.
@@ -115,8 +118,12 @@ class LatentData:
 
 
 def latents_folder(contract: LatentContract, cache_dir: Path | str | None = None) -> Path:
-    """Where the cache of these latents is."""
-    return Path(cache_dir or default_cache_dir()).expanduser() / f"latents-{contract.key}"
+    """Where the cache of these latents is. One from before its name covered the whole contract is used as it is."""
+    cache = Path(cache_dir or default_cache_dir()).expanduser()
+    folder = cache / f"latents-{contract.key}"
+    parts = (contract.autoencoder_sha256[:12], contract.data_fingerprint[:12], *["flip"] * contract.flip)
+    earlier = cache / "-".join(["latents", *parts])
+    return earlier if not folder.exists() and _is_of(earlier, contract) else folder
 
 
 def open_latents(
@@ -204,9 +211,9 @@ def _encode(folder: Path, encode: Encode, contract: LatentContract, images: Imag
         ) from error
 
 
-def _is_of(unfinished: Path, contract: LatentContract) -> bool:
+def _is_of(folder: Path, contract: LatentContract) -> bool:
     try:
-        return LatentContract.load(unfinished) == contract
+        return LatentContract.load(folder) == contract
     except UserError:
         return False
 

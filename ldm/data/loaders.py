@@ -10,11 +10,14 @@ from torch.utils.data import DataLoader, Dataset
 from ldm.data.order import StepBatches
 from ldm.signals import leave_to_parent
 
+Fetch = Callable[..., Any]
+"""(indices, epochs) -> a batch; without epochs, what validation sees."""
+
 
 class Batches(Dataset):
     """`fetch(indices)` as a data set: one call per batch, no per-sample collation."""
 
-    def __init__(self, fetch: Callable[[np.ndarray], Any], indices: np.ndarray) -> None:
+    def __init__(self, fetch: Fetch, indices: np.ndarray) -> None:
         self.fetch, self.indices = fetch, indices
 
     def __len__(self) -> int:
@@ -27,12 +30,20 @@ class Batches(Dataset):
         return self.fetch(self.indices[list(positions)])
 
 
+class Visits(Batches):
+    """`fetch(indices, epochs)`: a sample may be another one in another epoch, as an image with several captions is."""
+
+    def __getitems__(self, visits: Sequence[tuple[int, int]]) -> Any:  # type: ignore[override]
+        epochs, positions = np.array(visits, dtype=np.int64).T
+        return self.fetch(self.indices[positions], epochs)
+
+
 def _whole(batch: Any) -> Any:
     return batch
 
 
 def train_loader(
-    fetch: Callable[[np.ndarray], Any],
+    fetch: Fetch,
     indices: np.ndarray,
     *,
     batch_size: int,
@@ -46,7 +57,7 @@ def train_loader(
     """One rank's micro-batches of endless optimizer steps of `batch_size` samples, from step `start` on."""
     order = StepBatches(len(indices), batch_size, seed, start, accumulate, rank, num_ranks)
     return DataLoader(
-        Batches(fetch, indices),
+        Visits(fetch, indices),
         batch_sampler=order,
         collate_fn=_whole,
         num_workers=num_workers,
@@ -57,7 +68,7 @@ def train_loader(
     )
 
 
-def val_loader(fetch: Callable[[np.ndarray], Any], indices: np.ndarray, *, batch_size: int) -> DataLoader:
+def val_loader(fetch: Fetch, indices: np.ndarray, *, batch_size: int) -> DataLoader:
     """All of `indices` once, in order."""
     return DataLoader(
         Batches(fetch, indices), batch_size=batch_size, shuffle=False, collate_fn=_whole, generator=torch.Generator()

@@ -14,6 +14,8 @@ from torch.utils.data import Sampler
 
 from ldm.errors import UserError
 
+OF_SAMPLES = 2
+"""Sets the draws of samples, such as which of its captions, apart from the order and from those of rows."""
 BLOCK = 16
 """Rows that share a generator: a part draws at most 2 BLOCK - 2 rows more than it has, in a sixteenth of the calls."""
 
@@ -35,10 +37,21 @@ def _permutation(size: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(size, generator=generator).tolist()
 
 
+def visits_at(step: int, *, size: int, batch_size: int, seed: int) -> list[tuple[int, int]]:
+    """Epoch and position (0..size-1) of each sample that batch `step` (from 0) holds."""
+    visits = range(step * batch_size, (step + 1) * batch_size)
+    return [(visit // size, _permutation(size, seed, visit // size)[visit % size]) for visit in visits]
+
+
 def batch_at(step: int, *, size: int, batch_size: int, seed: int) -> list[int]:
     """Positions (0..size-1) of the samples that batch `step` (from 0) holds."""
-    positions = range(step * batch_size, (step + 1) * batch_size)
-    return [_permutation(size, seed, position // size)[position % size] for position in positions]
+    return [position for _, position in visits_at(step, size=size, batch_size=batch_size, seed=seed)]
+
+
+@lru_cache(maxsize=2)
+def draws_of_epoch(size: int, seed: int, epoch: int) -> Tensor:
+    """One number from [0, 1) for each sample, float32 [size]: of what is chosen once for each visit, its caption."""
+    return torch.rand(size, generator=torch.Generator().manual_seed(derive_seed(seed, epoch, 0, OF_SAMPLES)))
 
 
 def part_rows(micro_batch: int, rank: int, num_ranks: int, count: int) -> range:
@@ -47,8 +60,8 @@ def part_rows(micro_batch: int, rank: int, num_ranks: int, count: int) -> range:
     return range(first, first + count)
 
 
-class StepBatches(Sampler[list[int]]):
-    """An endless batch sampler that starts at any step and gives one rank's micro-batches of it.
+class StepBatches(Sampler[list[tuple[int, int]]]):
+    """An endless batch sampler that starts at any step and gives one rank's micro-batches of it, as `visits_at`.
 
     Args:
         size: Number of training samples.
@@ -78,10 +91,10 @@ class StepBatches(Sampler[list[int]]):
         self.size, self.batch_size, self.seed = size, batch_size, seed
         self.start, self.accumulate, self.rank, self.num_ranks = start, accumulate, rank, num_ranks
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         step, count = self.start, self.batch_size // (self.accumulate * self.num_ranks)
         while True:
-            batch = batch_at(step, size=self.size, batch_size=self.batch_size, seed=self.seed)
+            batch = visits_at(step, size=self.size, batch_size=self.batch_size, seed=self.seed)
             for micro_batch in range(self.accumulate):
                 rows = part_rows(micro_batch, self.rank, self.num_ranks, count)
                 yield batch[rows.start : rows.stop]

@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from ldm.data.colour import Profile, to_srgb
 from ldm.data.reading import read_file
 from ldm.errors import UserError
 
@@ -46,7 +47,15 @@ _UPRIGHT = {
 
 
 def decode(data: bytes | Image.Image, resolution: int, resize: Resize, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """The pixels [resolution, resolution, 3] of an encoded or already open image.
+    """The pixels [resolution, resolution, 3] in sRGB of an encoded or already open image; raises as `read_pixels`."""
+    pixels, _ = read_pixels(data, resolution, resize, max_pixels)
+    return pixels
+
+
+def read_pixels(
+    data: bytes | Image.Image, resolution: int, resize: Resize, max_pixels: int = MAX_PIXELS
+) -> tuple[np.ndarray, Profile]:
+    """The pixels [resolution, resolution, 3] in sRGB of an image, and what became of its colour profile.
 
     Raises:
         Exception: the image is not readable. On bad bytes Pillow's plugins raise anything, from struct.error to
@@ -54,7 +63,7 @@ def decode(data: bytes | Image.Image, resolution: int, resize: Resize, max_pixel
     """
     if isinstance(data, Image.Image):
         _check_size(data, max_pixels)
-        return np.asarray(resize_to_square(to_rgb(data), resolution, resize))
+        return _square(data, resolution, resize)
     if not data:
         raise ValueError("the file is empty")
     try:
@@ -68,7 +77,12 @@ def decode(data: bytes | Image.Image, resolution: int, resize: Resize, max_pixel
         # JPEG can drop octaves while it decodes; 3 pixels for each one kept leave the final filter its say.
         image.draft(None, (3 * resolution, 3 * resolution))
         with _large if image.width * image.height > LARGE_PIXELS else nullcontext():
-            return np.asarray(resize_to_square(to_rgb(image), resolution, resize))
+            return _square(image, resolution, resize)
+
+
+def _square(image: Image.Image, resolution: int, resize: Resize) -> tuple[np.ndarray, Profile]:
+    rgb, profile = _to_rgb(image)
+    return np.asarray(resize_to_square(rgb, resolution, resize)), profile
 
 
 @cache
@@ -86,22 +100,34 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Upright RGB: EXIF rotation applied, transparency laid on white, 16-bit grey scaled by 1/257.
+    """Upright sRGB: EXIF rotation and colour profile applied, transparency laid on white, 16-bit grey scaled by 1/257.
 
     Raises:
         ValueError: for 32-bit integers outside 0..65535 and for floats: nothing says which value is white.
     """
+    return _to_rgb(image)[0]
+
+
+def _to_rgb(image: Image.Image) -> tuple[Image.Image, Profile]:
     image.load()
+    # Pillow leaves an empty one where the file has a profile that it cannot unpack
+    icc_profile = image.info["icc_profile"] or b"" if "icc_profile" in image.info else None
     image = _upright(image)
     if image.mode == "I" or image.mode.startswith("I;16"):
-        return _from_16_bit_grey(image)
+        return to_srgb(_from_16_bit_grey(image), icc_profile)
     if image.mode == "F":
         raise ValueError("floating-point pixels have no defined white; save the image with 8 or 16 bits")
     if image.has_transparency_data:
         # Pillow's own RGBA -> RGB drops alpha and shows whatever colour lay hidden under it.
         rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, (*WHITE, 255)), rgba).convert("RGB")
-    return image.convert("RGB")
+        is_grey = image.mode in ("1", "L", "LA", "La")
+        colours = image.convert("LA").getchannel("L") if is_grey else rgba.convert("RGB")
+        rgb, profile = to_srgb(colours, icc_profile)
+        rgb.putalpha(rgba.getchannel("A"))
+        return Image.alpha_composite(Image.new("RGBA", rgb.size, (*WHITE, 255)), rgb).convert("RGB"), profile
+    if image.mode not in ("L", "RGB", "CMYK"):
+        image = image.convert("L" if image.mode == "1" else "RGB")
+    return to_srgb(image, icc_profile)
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -115,7 +141,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _from_16_bit_grey(image: Image.Image) -> Image.Image:
-    """65535 becomes 255. Pillow's own conversion clips at 255, which turns nearly every pixel white."""
+    """8-bit grey: 65535 becomes 255. Pillow's own conversion clips at 255, which turns nearly every pixel white."""
     grey = np.asarray(image).astype(np.int32)
     if grey.min() < 0 or grey.max() > 65535:
         raise ValueError(f"grey values {grey.min()} to {grey.max()} do not fit in 16 bits")
@@ -123,7 +149,7 @@ def _from_16_bit_grey(image: Image.Image) -> Image.Image:
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
         eight_bit[grey == transparent] = 255
-    return Image.fromarray(eight_bit).convert("RGB")
+    return Image.fromarray(eight_bit)
 
 
 def resize_to_square(image: Image.Image, resolution: int, resize: Resize) -> Image.Image:

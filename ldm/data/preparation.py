@@ -24,8 +24,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ldm.data.alone import made_alone
+from ldm.data.colour import Profile, count_profiles
 from ldm.data.image_cache import IMAGES_FILE, QUARANTINE_FILE, check_quarantine, damage, fingerprint, write_index
-from ldm.data.pixels import Resize, decode
+from ldm.data.pixels import Resize, read_pixels
 from ldm.data.reading import FULL, PASSING
 from ldm.data.sources import Record, Source
 from ldm.durable import durable_folder
@@ -63,7 +64,8 @@ def fill_cache(
                 if not index["names"]:
                     raise UserError(f"{source.name} holds no images: {json.dumps(source.identity())}")
                 index.update(made_from, name=source.name, licence=source.licence, class_names=source.class_names)
-                index["fingerprint"] = fingerprint(index["hashes"], index["captions"], index["labels"], transform)
+                parts = (index["hashes"], index["captions"], index["labels"], transform)
+                index["fingerprint"] = fingerprint(*parts, converted="converted" in index["profiles"])
                 write_index(scratch, index)
         except OSError as error:
             if error.errno in FULL:
@@ -106,10 +108,10 @@ def _quiet_pillow(max_pixels: int) -> Iterator[None]:
 def _write_images(
     scratch: Path, source: Source, transform: dict[str, Any], max_pixels: int, progress: bool
 ) -> dict[str, Any]:
-    names, hashes, captions, labels, num_skipped, num_failures = [], [], [], [], 0, 0
+    names, hashes, captions, labels, profiles, num_skipped, num_failures = [], [], [], [], [], 0, 0
     resolution, resize = transform["resolution"], transform["resize"]
 
-    def read(record: Record) -> tuple[str, np.ndarray] | Exception:
+    def read(record: Record) -> tuple[str, np.ndarray, Profile] | Exception:
         return _read(record, resolution, resize, max_pixels)
 
     bar = Progress(
@@ -141,12 +143,13 @@ def _write_images(
                 line = {"name": record.name, "reason": _reason(result), "error": type(result).__name__}
                 quarantine.write(json.dumps(line) + "\n")
                 continue
-            digest, pixels = result
+            digest, pixels, profile = result
             pixels_file.write(pixels.tobytes())
             names.append(record.name)
             hashes.append(digest)
-            captions.append(record.caption)
+            captions.append([record.caption, *record.more_captions] if record.more_captions else record.caption)
             labels.append(record.label)
+            profiles.append(profile)
         pixels_file.seek(0)
         final_bytes = _write_header(pixels_file, len(names), resolution)
         assert final_bytes == header_bytes, "the header grew over the first pixels"
@@ -156,14 +159,17 @@ def _write_images(
         "captions": captions if any(caption is not None for caption in captions) else None,
         "labels": labels if any(label is not None for label in labels) else None,
         "num_skipped": num_skipped,
+        "profiles": count_profiles(profiles),
     }
 
 
-def _read(record: Record, resolution: int, resize: Resize, max_pixels: int) -> tuple[str, np.ndarray] | Exception:
-    """An image's hash and pixels, or why there are none."""
+def _read(
+    record: Record, resolution: int, resize: Resize, max_pixels: int
+) -> tuple[str, np.ndarray, Profile] | Exception:
+    """An image's hash, its pixels and what became of its colour profile, or why there are none."""
     try:
         loaded = record.load()
-        return content_hash(record, loaded), decode(loaded, resolution, resize, max_pixels)
+        return content_hash(record, loaded), *read_pixels(loaded, resolution, resize, max_pixels)
     except UserError:
         raise
     except MemoryError as error:  # left out here, it would be there on a larger machine: another set

@@ -25,6 +25,8 @@ class Record:
     caption: str | None = None
     label: int | None = None
     content: bytes | None = None
+    more_captions: tuple[str, ...] = ()
+    """Captions of the same image after the first."""
 
 
 class Source(Protocol):

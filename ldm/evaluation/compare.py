@@ -4,8 +4,10 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from ldm import shell
 from ldm.evaluation.compare_runs import Measured, load
 from ldm.evaluation.compare_statistics import (
     CONFIDENCE,
@@ -186,6 +188,11 @@ def _shown(key: str, value: Any) -> str:
     return text[:12] if re.fullmatch(r"[0-9a-f]{40,}", text) else text
 
 
+def _evaluation_of(places: Sequence[str]) -> str:
+    """The command that evaluates the first of these runs that lies on this machine."""
+    return shell.tool("evaluate", f"run={next((place for place in places if Path(place).is_dir()), 'RUN')}")
+
+
 def _few(places: Sequence[str]) -> str:
     return ", ".join(places[:3]) + (f" and {len(places) - 3} more" if len(places) > 3 else "")
 
@@ -202,7 +209,7 @@ def _notes(groups: Sequence[Group], rows: Sequence[Row]) -> Iterator[str]:
     if SAMPLING in noise:
         yield (
             f"{SAMPLING}: 95 % intervals from the standard errors of the evaluations. Another seed of training may "
-            f"move a figure further; {FEWEST_SEEDS} seeds a group would tell: python -m ldm.train -m seed=0,1,2 ..."
+            f"move a figure further; {FEWEST_SEEDS} seeds a group would tell: train each again with -m seed=0,1,2."
         )
     for i, group in enumerate(groups[1:]):
         found = {row.metric: row.verdicts[i] for row in rows if row.way}
@@ -227,7 +234,7 @@ def _notes(groups: Sequence[Group], rows: Sequence[Row]) -> Iterator[str]:
     if stale := [run.place for run in runs if run.stale]:
         yield (
             f"Trained on since they were evaluated, so that those figures are left out: {_few(stale)}. Evaluate again: "
-            "python tools/evaluate.py run=<run>"
+            f"{_evaluation_of(stale)}"
         )
     if doubtful := [run.place for run in runs if run.doubtful]:
         yield f"Their evaluations do not say of which weights they are: {_few(doubtful)}."
@@ -237,7 +244,7 @@ def _notes(groups: Sequence[Group], rows: Sequence[Row]) -> Iterator[str]:
         if not run.stale
         and not any(f.settings.get("reference") or f.settings.get("images") for f in run.figures.values())
     ]:
-        yield f"Without an evaluation: {_few(without)}. Make one: python tools/evaluate.py run=<run>"
+        yield f"Without an evaluation: {_few(without)}. Make one: {_evaluation_of(without)}"
     for group in groups:
         names = dict.fromkeys(name for run in group.runs for name in run.figures)
         unlike = {setting: None for name in names for setting in differing_settings(group.of(name))}

@@ -231,13 +231,17 @@ def class_balance(labels: Sequence[int | None], class_names: Sequence[str] | Non
 
 
 def caption_statistics(captions: Sequence[str | None], most: int = 20) -> dict[str, Any]:
-    """How many captions there are, how many of them differ, how long they are, and what they say most often."""
+    """How many captions there are, how many of them differ, how long they are, and what they say most often.
+
+    Args:
+        captions: Of all images, those of one image after each other; None for an image without any.
+    """
     given = [caption for caption in captions if caption is not None and caption.strip()]
     words = [re.findall(r"\w+(?:['’]\w+)*", caption.lower()) for caption in given]
     lengths = [len(found) for found in words] or [0]
     return {
         "num_captions": len(given),
-        "num_missing": len(captions) - len(given),
+        "num_missing": sum(caption is None or not caption.strip() for caption in captions),
         "num_distinct": len(set(given)),
         "fewest_words": min(lengths),
         "median_words": statistics.median(lengths),

@@ -81,13 +81,17 @@ def inspect(
         "num_train": len(images.train_indices),
         "num_val": len(images.val_indices),
         "unreadable": images.quarantine(),
+        "colour_profiles": images.describe_profiles() or "none",
     }
     copies, alike = _copies(images, max_bits, max_levels)
     figures |= copies
     if images.labels is not None:
         figures["classes"] = metrics.class_balance(images.labels, images.class_names)
     if images.captions is not None:
-        figures["captions"] = metrics.caption_statistics(images.captions)
+        texts: list[str | None] = []
+        for i in range(len(images)):
+            texts += images.captions_of(i) or [None]
+        figures["captions"] = metrics.caption_statistics(texts)
     distances: dict[str, Tensor] = {}
     if network is not None:
         figures["features"], distances = _in_features(images, reference_features(network, features, images), seed)

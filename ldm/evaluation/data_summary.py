@@ -19,6 +19,7 @@ def tabulate(figures: dict[str, Any]) -> Table:
             "size": f"{figures['num_bytes']:,} bytes, prepared in {figures['cache']}",
             "licence": figures["licence"] or "not stated by the source",
             "unreadable": f"{len(figures['unreadable']):,}",
+            "colour profiles": figures["colour_profiles"],
             "of one colour": f"{len(figures['blank']):,}",
         },
         {

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from ldm.autoencoder.spectrum import fold, patch_components, unfold
+
 NUM_SUBSETS, MOST_COMPONENTS = 4, 64
 """Disjoint subsets over which a measure is averaged for its error; dimensions of the PCA form of a Fréchet distance."""
 MOST_SIMILARITIES = 2**24
@@ -39,13 +41,13 @@ def pca_reconstruction(train: Tensor, images: Tensor, *, factor: int, channels: 
     Returns:
         [b, 3, H, W], clamped to [-1, 1].
     """
-    patches = F.pixel_unshuffle(train, factor).permute(0, 2, 3, 1).flatten(0, 2).double()
-    mean = patches.mean(0)
-    _, basis = torch.linalg.eigh(torch.cov((patches - mean).T))
-    basis = basis.flip(1)[:, :channels]
-    centred = F.pixel_unshuffle(images, factor).permute(0, 2, 3, 1).double() - mean
-    projected = (centred @ basis) @ basis.T + mean
-    return F.pixel_shuffle(projected.permute(0, 3, 1, 2), factor).float().clamp(-1, 1)
+    return project(patch_components([train], factor), images, factor=factor, channels=channels)
+
+
+def project(components: tuple[Tensor, Tensor], images: Tensor, *, factor: int, channels: int) -> Tensor:
+    """`pca_reconstruction` from the mean and basis of `patch_components`."""
+    mean, basis = components[0], components[1][:, :channels]
+    return fold((unfold(images, factor) - mean) @ basis @ basis.T + mean, factor).clamp(-1, 1)
 
 
 def frechet_distance(samples: Tensor, reference: Tensor) -> float:

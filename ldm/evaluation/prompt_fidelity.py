@@ -1,9 +1,10 @@
 """Does an image show what its caption says? By the caption's own image, and for captions that training never saw."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -51,8 +52,9 @@ def of_held_out(
     lines.append("  cosine of the prompt's embedding and that of the caption of the nearest training image:")
     for name, part in found.items():
         _, nearest = nearest_by_cosine(part, train)
-        shown = conditioning.encode([captions[images.train_indices[row]] for row in nearest.tolist()])["pooled"]
-        own, permuted, error = caption_agreement(prompts, shown)
+        texts = [images.captions_of(images.train_indices[row]) for row in nearest.tolist()]
+        shown = conditioning.encode([text for several in texts for text in several])["pooled"]
+        own, permuted, error = caption_agreement(prompts, shown.split([len(several) for several in texts]))
         figures |= {f"caption_cosine_held_out_{name}": own, f"caption_cosine_held_out_{name}_standard_error": error}
         figures.setdefault("caption_cosine_held_out_permuted", permuted)  # of the samples, which come first
         lines.append(f"  {name:18} {own:.3f} +- {error:.3f}, with other prompts {permuted:.3f}")
@@ -61,14 +63,14 @@ def of_held_out(
     return {"num_held_out": len(rows), **figures}, [head, *lines]
 
 
-def caption_agreement(prompts: Tensor, shown: Tensor) -> tuple[float, float, float]:
-    """How near captions are to prompts, beside all the same captions with other prompts.
+def caption_agreement(prompts: Tensor, shown: Sequence[Tensor]) -> tuple[float, float, float]:
+    """How near the captions of an image are to a prompt, next to all the same captions with other prompts.
 
-        own = mean_i cos(p_i, c_i),   permuted = mean_{i, j != i} cos(p_j, c_i)
+        own = mean_i max_k cos(p_i, c_ik),   permuted = mean_{i, j != i} max_k cos(p_j, c_ik)
 
     Args:
         prompts: Embeddings of what was asked for, [n, d].
-        shown: Of what was found, row by row of the same sample.
+        shown: Of what was found, by sample the embeddings of all captions of one image, [k_i, d] each.
 
     Returns:
         Both means, and the standard error of the first.
@@ -79,9 +81,11 @@ def caption_agreement(prompts: Tensor, shown: Tensor) -> tuple[float, float, flo
     n = len(prompts)
     if n < 2:
         raise ValueError(f"{n} prompts cannot be permuted: two are needed.")
-    prompts, shown = (F.normalize(part.double(), dim=1) for part in (prompts, shown))
-    own = (prompts * shown).sum(1)
-    others = (prompts.sum(0) @ shown.sum(0) - own.sum()) / (n * (n - 1))
+    prompts = F.normalize(prompts.double(), dim=1)
+    # [n, n], the captions of image i in column i
+    best = torch.stack([(prompts @ F.normalize(part.double(), dim=1).T).amax(1) for part in shown], dim=1)
+    own = best.diagonal()
+    others = (best.sum() - own.sum()) / (n * (n - 1))
     return own.mean().item(), others.item(), own.std().item() / math.sqrt(n)
 
 

@@ -1,11 +1,12 @@
 """Which latent size of a sweep to go on with, why, and the commands that do."""
 
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ldm import shell
 from ldm.evaluation.size_sweep import Training, duration
+from ldm.run import Run
 
 LONGER, MOST_MINUTES = 10, 5999
 """The training that is proposed takes so many times the sweep's minutes, and so many at most."""
@@ -63,9 +64,7 @@ def commands(training: Training, folder: Path) -> dict[str, str]:
     hours, minutes, seconds = map(int, spent.partition("=")[2].split(":"))
     longer = f"trainer.max_time={duration(min(LONGER * (60 * hours + minutes + seconds / 60), MOST_MINUTES))}"
     overrides = [longer if override == spent else override for override in training.overrides]
-    data = [override for override in overrides if override.partition("=")[0].lstrip("+~").split(".")[0] == "data"]
-    front = ["python", "-m", "ldm.train"]
     return {
-        "train": shlex.join([*front, "stage=vae", f"name={training.name}", *overrides]),
-        "next": shlex.join([*front, "stage=diffusion", f"vae={training.folder(folder)}", *data]),
+        "train": shell.train("stage=vae", f"name={training.name}", *overrides),
+        "next": Run.open(training.folder(folder)).next_training(),
     }

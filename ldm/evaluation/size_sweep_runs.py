@@ -8,7 +8,6 @@ runs/sweeps/<name>/  sweep.json  sweep.png  vae/<size>-<loss>/, run folders
 
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ldm import signals
+from ldm import shell, signals
 from ldm.durable import write_text
 from ldm.errors import UserError
 from ldm.evaluation.size_sweep import Training, keyed
@@ -109,7 +108,7 @@ def train(trainings: Sequence[Training], folder: Path) -> None:
         if code:
             raise UserError(
                 f"The training {training.name} in {place} ended with exit code {code}, for the reason that it gave "
-                f"above. Its command was: {shlex.join(['python', *command])}. Those before it are kept: when the "
+                f"above. Its command was: {shell.python(*command)}. Those before it are kept: when the "
                 "reason is mended, the same sweep goes on."
             )
 

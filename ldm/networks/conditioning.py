@@ -152,6 +152,15 @@ class TextCondition(NoCondition):
             "encoder_sha256": digest,
         }
 
+    def is_same_encoder(self, other: "TextCondition") -> bool:
+        """Whether both have the same weights, as far as these are known, else the same name."""
+        here, there = self.state()["encoder_sha256"], other.state()["encoder_sha256"]
+        return here == there if here and there else self.encoder == other.encoder
+
+    def describe(self) -> str:
+        digest = self.state()["encoder_sha256"]
+        return self.encoder + (f" ({digest[:12]})" if digest else "")
+
 
 Conditioning = NoCondition | ClassCondition | TextCondition
 

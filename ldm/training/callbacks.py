@@ -167,7 +167,7 @@ class WandbLogger(Logger):
 
     @property
     def version(self) -> str:
-        return self.tracker.run.id
+        return self.tracker.id
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:

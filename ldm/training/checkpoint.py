@@ -40,6 +40,7 @@ class Checkpoints(Checkpoint):
         folder: The run folder.
         budget: Its seconds are noted; what ranks decide together goes through its `agreement`.
         resumed: What training continues from; what that run saved afterwards is deleted once this one saves.
+        on_saved: Called on the first rank after every checkpoint.
     """
 
     def __init__(
@@ -52,11 +53,13 @@ class Checkpoints(Checkpoint):
         stage: str = "",
         monitored: str = "val/loss",
         resumed: Manifest | None = None,
+        on_saved: Callable[[], None] = lambda: None,
     ) -> None:
         if keep_last < 1:
             raise UserError(f"trainer.keep_last={keep_last} must be 1 or more.")
         self.folder, self.budget, self.every_s = folder / FOLDER, budget, every_s
         self.keep_last, self.stage, self.monitored, self.resumed = keep_last, stage, monitored, resumed
+        self.on_saved = on_saved
         self.saved: Manifest | None = None
         """The newest that this training saved, as the first rank knows it."""
         self.withheld: Callable[[], bool] = lambda: False
@@ -228,6 +231,7 @@ class Checkpoints(Checkpoint):
         if trainer.is_global_zero and self.saved is not None:
             self._own.add(path)
             self._told = False
+            self.on_saved()
             with forgiving(self.folder):
                 prune(self.folder, self.branch(), self.keep_last)
             figures = {"checkpoint/size_mb": self.saved.bytes / 1e6, "checkpoint/save_s": self.saved.save_s}

@@ -9,18 +9,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ldm import shell
 from ldm.autoencoder.autoencoder import Autoencoder
 from ldm.data.captions import CaptionData, open_captions
 from ldm.data.images import ImageData
+from ldm.data.order import draws_of_epoch
 from ldm.diffusion.loss import check_objective
 from ldm.diffusion.sampler import SamplerLike
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.durable import durable_folder
 from ldm.errors import UserError
+from ldm.networks.class_rows import ClassChange, with_classes
 from ldm.networks.conditioning import ClassCondition, Condition, Conditioning, NoCondition, TextCondition
 from ldm.pictures import grid
 from ldm.pipeline import LatentDiffusionPipeline
-from ldm.run import Run, load_autoencoder, load_pipeline
+from ldm.run import Run, data_of_autoencoder, load_autoencoder, load_pipeline
 from ldm.training.diffusion import BATCH, NUM_BANDS, DiffusionTraining, Objective
 from ldm.training.latents import StatisticsType, check_statistics, encode_latents, published
 from ldm.training.stage import OptimizerFactory, Outcome, Stage
@@ -66,11 +69,13 @@ class DiffusionStage(Stage):
         latent_statistics: StatisticsType = "measured",
         init_from: str | None = None,
     ) -> None:
-        self.images = images
+        self.images, self.seed = images, seed
+        self.class_change: ClassChange | None = None
         sigma = objective.variance(variance)
         made = conditioning(images)
         continued = None if init_from is None else load_pipeline(init_from)
         autoencoder, self.vae = find_autoencoder(data_fingerprint=images.fingerprint)
+        self.autoencoder_data = data_of_autoencoder(self.vae, autoencoder)
         autoencoder.to(device)
         standard = published(autoencoder, latent_statistics)
         if continued is not None:
@@ -91,12 +96,19 @@ class DiffusionStage(Stage):
         self.captions: CaptionData | None = None
         self.labels: Tensor | None = None
         if isinstance(made, TextCondition):
-            self.captions = open_captions(made.encode, images.require_captions(), made.state(), cache_dir=cache_dir)
+            images.require_captions()
+            texts = [images.captions_of(i) for i in range(len(images))]
+            self.captions = open_captions(made.encode, texts, made.state(), cache_dir=cache_dir)
         elif isinstance(made, ClassCondition):
             self.labels = torch.tensor(images.require_labels())
         channels, side, _ = self.latents.shape
         if continued is not None:
-            model = continued.network.requires_grad_(True)
+            model = continued.network
+            if isinstance(made, ClassCondition) and isinstance(continued.conditioning, ClassCondition):
+                old, new = continued.conditioning.class_names, made.class_names
+                model = with_classes(model, old, new)
+                self.class_change = ClassChange.between(old, new)
+            model = model.requires_grad_(True)
         else:
             outputs = 2 * channels if sigma == "learned_range" else channels
             try:
@@ -156,11 +168,15 @@ class DiffusionStage(Stage):
             return conditioning.encode(labels), [conditioning.class_names[label] for label in labels]
         return {}, [None] * 16
 
-    def fetch(self, indices: np.ndarray) -> BATCH:
+    def fetch(self, indices: np.ndarray, epochs: np.ndarray | None = None) -> BATCH:
         views = [self.latents.batch(indices, view) for view in range(self.latents.moments.shape[1])]
         condition: Condition = {}
         if self.captions is not None:
-            condition = self.captions.batch(indices)
+            draws = None
+            if epochs is not None and self.captions.counts is not None:
+                of_epoch = {e: draws_of_epoch(len(self.images), self.seed, e).numpy() for e in set(epochs.tolist())}
+                draws = np.array([of_epoch[e][i] for e, i in zip(epochs.tolist(), indices.tolist(), strict=True)])
+            condition = self.captions.batch(indices, draws)
         elif self.labels is not None:
             condition = {"label": self.labels[torch.from_numpy(indices)]}
         return {
@@ -174,22 +190,31 @@ class DiffusionStage(Stage):
         parameters = sum(p.numel() for p in network.parameters())
         channels, height, width = self.latents.shape
         patch = getattr(network.config, "patch_size", 1)
+        warnings = []
+        if self.autoencoder_data is not None and self.autoencoder_data[0] != self.images.fingerprint:
+            here = f"{self.images.name} {self.images.fingerprint[:8]}"
+            other = f"the autoencoder was trained on other data: {self.autoencoder_data[1]}"
+            warnings.append(("warning", f"{other}, while this run trains on {here}"))
         return [
             ("autoencoder", self.vae),
+            *warnings,
             ("model", f"{type(network).__name__}, {parameters / 1e6:.1f} M parameters"),
             ("latent", f"{channels} x {height} x {width} from {self.contract.resolution} px"),
             ("tokens", f"{height * width // patch**2} of {patch} x {patch}"),
             ("conditioning", self.pipeline.conditioning.kind),
+            *([("classes of init_from", str(self.class_change))] if self.class_change is not None else []),
             ("chain", f"{self.pipeline.schedule.name}, T = {self.pipeline.schedule.num_steps}"),
             ("prediction", self.pipeline.prediction),
             ("variance", self.pipeline.variance),
         ]
 
     def facts(self) -> dict[str, Any]:
+        data = self.autoencoder_data
         return {
             "latent_shape": list(self.latents.shape),
             "vae": self.vae,
             "contract": asdict(self.contract),
+            **({"autoencoder_data": dict(zip(("fingerprint", "description"), data, strict=True))} if data else {}),
             "chain_sha256": self.pipeline.chain_sha256,
             "loss": self.module.objective.loss,
             "prediction": self.pipeline.prediction,
@@ -203,8 +228,12 @@ class DiffusionStage(Stage):
         images, captions = self.module.draw()
         path = run.images / "samples_final.png"
         grid(images, captions if any(captions) else None, columns=4).save(path)
-        option = {"text": ' prompt="red heart"', "class": " label=0"}.get(self.pipeline.conditioning.kind, "")
-        return Outcome(pictures=[str(path)], next_command=f"python tools/sample.py run={run.path}{option}")
+        return Outcome(pictures=[str(path)])
+
+    def next_command(self, run: Run) -> str:
+        _, captions = self.module.shown
+        options = {"text": [f"prompt={' '.join(str(captions[0]).split())}"], "class": ["label=0"]}
+        return shell.tool("sample", f"run={run.path}", *options.get(self.pipeline.conditioning.kind, []))
 
 
 def _check_grid(asked: str | None, trained: str) -> None:
@@ -218,10 +247,10 @@ def _check_grid(asked: str | None, trained: str) -> None:
 
 
 def _check_continued(continued: LatentDiffusionPipeline, autoencoder: Autoencoder, conditioning: Conditioning) -> None:
-    """A pipeline can be continued on the same latents and the same kind of condition only.
+    """A pipeline can be continued on the same latents and the same kind of condition only; on other classes too.
 
     Raises:
-        UserError: another autoencoder, or another condition.
+        UserError: another autoencoder, another kind of condition, or another text encoder.
     """
     here, there = autoencoder.weights_sha256(), continued.contract.autoencoder_sha256
     if here != there:
@@ -229,11 +258,15 @@ def _check_continued(continued: LatentDiffusionPipeline, autoencoder: Autoencode
             f"init_from was trained on latents of the autoencoder {there[:12]}, but vae= gives {here[:12]}. "
             "Name the one that it was trained with: vae=<its folder>/vae."
         )
-    theirs, ours = continued.conditioning.network_options(), conditioning.network_options()
-    if theirs != ours:
+    theirs, ours = continued.conditioning, conditioning
+    if theirs.kind != ours.kind:
         raise UserError(
-            f"init_from is conditioned on {continued.conditioning.kind} {theirs}, this run on "
-            f"{conditioning.kind} {ours}. Choose conditioning={continued.conditioning.kind} and the same encoder."
+            f"init_from is conditioned on {theirs.kind}, this run on {ours.kind}. Choose conditioning={theirs.kind}."
+        )
+    if isinstance(theirs, TextCondition) and isinstance(ours, TextCondition) and not theirs.is_same_encoder(ours):
+        raise UserError(
+            f"init_from was trained on captions through the text encoder {theirs.describe()}, this run uses "
+            f"{ours.describe()}. Choose conditioning.encoder={theirs.encoder}."
         )
 
 

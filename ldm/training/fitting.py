@@ -50,6 +50,8 @@ def check_trainer(options: Mapping[str, Any]) -> None:
     """
     if missing := [f"trainer.{key}" for key in NEEDED if key not in options]:
         raise UserError(f"Training needs {', '.join(missing)}: leave what trainer= sets there, or give it a value.")
+    if "fsdp" in str(options.get("strategy")).lower():
+        raise UserError("trainer=fsdp does not work yet: use trainer=ddp, which keeps the whole network on every GPU.")
     guard_of(options, Path("skipped_steps.jsonl"))
     precision = named_precision(options["precision"])
     make_trainer(options, "32-true" if precision == "auto" else precision, logger=False, enable_checkpointing=False)
@@ -108,6 +110,7 @@ class Plan:
         batch_size: Images per optimizer step, over all devices.
         val_images: At most this many validation images are looked at.
         again: The command that continues the run.
+        on_saved: Called after every checkpoint that is saved.
     """
 
     stage: Stage
@@ -121,6 +124,7 @@ class Plan:
     precision: Any
     loggers: Sequence[Logger]
     again: str
+    on_saved: Callable[[], None] = lambda: None
 
     @property
     def micro_batch(self) -> int:
@@ -162,6 +166,7 @@ class Fit:
             keep_last=options["keep_last"],
             stage=stage.kind,
             resumed=resumed,
+            on_saved=plan.on_saved,
         )
         self.guard, self.offset = make_guard(plan), offset_of(None if resumed is None else resumed.path)
         if (guard := self.guard) is not None:

@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.nn.utils import get_total_norm
@@ -124,8 +123,6 @@ class Guard(Callback):
         return self._pending is not None and self._pending.bad
 
     def setup(self, trainer: Trainer, module: Any, stage: str) -> None:
-        if isinstance(trainer.strategy, FSDPStrategy):
-            raise UserError("trainer.guard needs whole gradients, and FSDP shards them: set trainer.guard=null.")
         module.guard = self
 
     def on_train_start(self, trainer: Trainer, module: Any) -> None:

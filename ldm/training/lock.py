@@ -27,7 +27,8 @@ def only_one(folder: Path) -> Iterator[None]:
         UserError: somebody does; naming who, where and since when. Or nothing can be written there.
     """
     folder = folder.absolute().resolve()
-    lock, holder = (folder.with_name(f".{folder.name}.lock{end}") for end in ("", ".json"))
+    lock = lock_file(folder)
+    holder = lock.with_name(f"{lock.name}.json")
 
     def taken() -> float:
         return WAIT_FOR_DEAD_S if _is_dead(_read(holder)) else 0.0
@@ -51,6 +52,11 @@ def only_one(folder: Path) -> Iterator[None]:
         finally:
             with suppress(OSError):
                 holder.unlink(missing_ok=True)
+
+
+def lock_file(folder: Path) -> Path:
+    """The lock of a run folder, next to it."""
+    return folder.with_name(f".{folder.name}.lock")
 
 
 def _myself() -> dict[str, object]:

@@ -15,7 +15,7 @@ from ldm.data.latents import LatentContract, latents_folder
 from ldm.durable import write_text
 from ldm.lineage import inputs, outputs
 from ldm.run import Run
-from ldm.tracking import OPTIONS, WandbRun
+from ldm.tracking import OPTIONS, PLAIN, WandbRun
 from ldm.training.callbacks import WandbLogger
 from ldm.training.room import forgiving
 
@@ -37,7 +37,7 @@ class Loggers:
             with Image.open(path) as picture:
                 self.wandb.log_images(path.stem, [picture], [path.stem], figures["steps"])
         latents = None
-        if run.stage == "vae" and self.options["upload_latents"]:
+        if run.stage == "vae" and self.options.get("upload_latents"):
             latents = latents_folder(LatentContract.load(run.path), run.config()["data"]["cache_dir"])
         for item in inputs(run):
             self.wandb.take(item)
@@ -178,7 +178,8 @@ def make_loggers(
     if not options["wandb"]:
         return Loggers([table])
     name = run.facts["name"]
-    chosen = {key: options[key] for key in OPTIONS} | {"group": options["group"] or name}
+    chosen = PLAIN | {key: options[key] for key in OPTIONS if key in options}
+    chosen["group"] = chosen["group"] or name
     tracker = WandbRun(
         run.path, {**run.config(), "run": run.facts}, name=f"{run.stage}/{name}", resume=resume, **chosen
     )

@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 from ldm.durable import sha256_of, write_text
 from ldm.errors import UserError
+from ldm.home import RUN_FILE
 
 FORMAT = 1
 FOLDER = "checkpoints"
-RUN_FILE = "run.json"
 REMEDY = "Name a checkpoint as training leaves it: resume=<run folder>/checkpoints/step-*.ckpt."
 Why = Literal["interval", "validation", "end", "signal"]
 

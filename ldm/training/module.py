@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 
 from ldm.data.order import Draws, derive_seed, part_rows
@@ -95,9 +94,6 @@ class TrainingModule(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip, judge and log the gradient's norm. Lightning's refuses fused optimizers; yet bf16 needs no scaler."""
-        if isinstance(self.trainer.strategy, FSDPStrategy):
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-            return
         if gradient_clip_val:
             norm = nn.utils.clip_grad_norm_(self.trained.parameters(), gradient_clip_val)
         elif self.logs_now or self.guard is not None:

@@ -48,7 +48,6 @@ class Outcome:
 
     figures: dict[str, Any] = field(default_factory=dict)
     pictures: list[str] = field(default_factory=list)
-    next_command: str = ""
 
 
 class Stage(ABC):
@@ -70,8 +69,8 @@ class Stage(ABC):
         """
 
     @abstractmethod
-    def fetch(self, indices: np.ndarray) -> Any:
-        """One batch, on the CPU."""
+    def fetch(self, indices: np.ndarray, epochs: np.ndarray | None = None) -> Any:
+        """One batch, on the CPU; with the epoch of each sample while training, whose draws are those of that epoch."""
 
     def compile(self) -> None:
         """Compile what a step runs."""
@@ -88,3 +87,7 @@ class Stage(ABC):
     @abstractmethod
     def finish(self, run: Run) -> Outcome:
         """Write the weights for use, pictures and figures. The module holds the averaged weights."""
+
+    @abstractmethod
+    def next_command(self, run: Run) -> str:
+        """What to do with a finished run, as a command that can be typed."""

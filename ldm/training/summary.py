@@ -2,7 +2,6 @@
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import FSDPStrategy
 from rich.console import Console
 from rich.table import Table
 
@@ -32,8 +31,6 @@ def time_expected(trainer: Trainer, stage: Stage, budget: Budget, batch_size: in
     """How long training will take from `step` on; a budget in steps is timed on one batch of `batch_size`."""
     if budget.max_steps <= 0:
         return budget.expected(step, 0.0)
-    if isinstance(trainer.strategy, FSDPStrategy):
-        return "shown by the bar: a sharded network cannot be timed before it is sharded"
     module = stage.module.to(trainer.strategy.root_device)
     batch = module.transfer_batch_to_device(stage.fetch(stage.images.train_indices[:batch_size]), module.device, 0)
     seconds = module.measure_step(batch, trainer.precision_plugin.forward_context)

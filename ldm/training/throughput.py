@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import FSDPStrategy
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -71,10 +70,8 @@ class Speed:
         return {"tflops_per_s": flops / 1e12} | ({"mfu": flops / self.peak} if self.peak else {})
 
 
-def measure_speed(trainer: Trainer, stage: Stage, num_images: int = 2) -> Speed | None:
-    """Count the operations of a step on a few images; None where the network is only known in parts."""
-    if isinstance(trainer.strategy, FSDPStrategy):
-        return None
+def measure_speed(trainer: Trainer, stage: Stage, num_images: int = 2) -> Speed:
+    """Count the operations of a step on a few images."""
     device = trainer.strategy.root_device
     module = stage.module.to(device)
     chosen = stage.images.train_indices[:num_images]

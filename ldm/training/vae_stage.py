@@ -1,7 +1,7 @@
 """Stage 1 as the front door runs it, and the latents that it leaves for stage 2."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,10 +15,11 @@ from ldm.autoencoder.patch import PatchAutoencoder
 from ldm.autoencoder.point import pin_posterior
 from ldm.autoencoder.pretrained import TrainType, choose_trained
 from ldm.autoencoder.regulariser import Regulariser
+from ldm.autoencoder.spectrum import patch_components
 from ldm.data.images import ImageData
 from ldm.durable import durable_folder
 from ldm.errors import UserError
-from ldm.evaluation.metrics import pca_reconstruction, psnr, ssim
+from ldm.evaluation.metrics import project, psnr, ssim
 from ldm.pictures import rows, to_pil
 from ldm.run import RUN_FILE, Run, load_autoencoder
 from ldm.training.adversary import Adversary
@@ -28,6 +29,8 @@ from ldm.training.vae import VAETraining
 
 START_IMAGES, START_PIXELS = 4096, 4096 * 64 * 64
 """At most so many training images, and pixels of them, start the shortcut and the codebook and fit PCA."""
+HELD_OUT_PIXELS = 2**20
+"""Pixels of a batch while held-out images are measured: 64 images at 128 px."""
 
 
 class VAEStage(Stage):
@@ -146,7 +149,7 @@ class VAEStage(Stage):
         core.encoder.compile()
         core.decoder.compile()
 
-    def fetch(self, indices: np.ndarray) -> Tensor:
+    def fetch(self, indices: np.ndarray, epochs: np.ndarray | None = None) -> Tensor:
         return self.images.batch(indices)
 
     @property
@@ -215,29 +218,39 @@ class VAEStage(Stage):
             self.autoencoder.save(partial)
         contract.save(run.path)
         figures, picture = self._held_out(run)
-        return Outcome(
-            figures=figures,
-            pictures=[str(picture)],
-            next_command=f"python -m ldm.train stage=diffusion vae={run.path}",
-        )
+        return Outcome(figures=figures, pictures=[str(picture)])
+
+    def next_command(self, run: Run) -> str:
+        return run.next_training()
 
     def _held_out(self, run: Run) -> tuple[dict[str, Any], Path]:
-        """PSNR and SSIM of the validation images beside a PCA of the same size, and a picture of both."""
-        originals = self.images.batch(self.images.val_indices[:512])
-        encoded = [self.autoencoder.encode(part)[0] for part in originals.split(64)]
-        reconstructed = torch.cat([self.autoencoder.decode(part).cpu() for part in encoded])
-        train = self.images.batch(np.sort(self.images.train_indices[:START_IMAGES]))
-        pca = pca_reconstruction(train, originals, factor=self.autoencoder.factor, channels=self.autoencoder.channels)
-        figures = {
-            "val_images": len(originals),
-            "psnr_db": psnr(originals, reconstructed).mean().item(),
-            "pca_psnr_db": psnr(originals, pca).mean().item(),
-            "ssim": ssim(originals, reconstructed).mean().item(),
-            "compression": self.compression,
-        }
-        named = [("original", originals), ("autoencoder", reconstructed), ("PCA, same size", pca)]
+        """PSNR and SSIM of the validation images next to a PCA of the same size, and a figure of both.
+
+        In batches whose memory does not depend on the resolution.
+        """
+        factor, channels = self.autoencoder.factor, self.autoencoder.channels
+        batch_size = min(64, max(1, HELD_OUT_PIXELS // self.images.resolution**2))
+
+        def batches(indices: np.ndarray) -> Iterator[Tensor]:
+            for start in range(0, len(indices), batch_size):
+                yield self.images.batch(indices[start : start + batch_size])
+
+        components = patch_components(batches(np.sort(self.images.train_indices[:START_IMAGES])), factor)
+        columns: dict[str, list[Any]] = {"original": [], "autoencoder": [], "PCA, same size": []}
+        values: dict[str, list[Tensor]] = {"psnr_db": [], "pca_psnr_db": [], "ssim": []}
+        for originals in batches(self.images.val_indices[:512]):
+            reconstructed = self.autoencoder.decode(self.autoencoder.encode(originals)[0]).cpu()
+            pca = project(components, originals, factor=factor, channels=channels)
+            values["psnr_db"].append(psnr(originals, reconstructed))
+            values["pca_psnr_db"].append(psnr(originals, pca))
+            values["ssim"].append(ssim(originals, reconstructed))
+            for column, images in zip(columns.values(), (originals, reconstructed, pca), strict=True):
+                column += to_pil(images[: 10 - len(column)])
+        figures: dict[str, Any] = {"val_images": min(512, len(self.images.val_indices))}
+        figures |= {name: torch.cat(parts).mean().item() for name, parts in values.items()}
+        figures["compression"] = self.compression
         path = run.images / "held_out_reconstructions.png"
-        rows([(name, to_pil(images[:10])) for name, images in named]).save(path)
+        rows(list(columns.items())).save(path)
         return figures, path
 
 

@@ -73,3 +73,31 @@ def test_arrays_are_memory_mapped_and_batches_are_not(tmp_path):
     assert all(isinstance(array, np.memmap) for array in data.arrays.values())
     data.batch([0])["tokens"].zero_()
     torch.testing.assert_close(data.batch([0])["tokens"], encode(CAPTIONS[:1])["tokens"])
+
+
+def test_of_several_captions_the_draw_chooses_one(tmp_path):
+    several = ["red heart", ["blue", "square", "box"], ["cat"], ["x", "y"]]
+    data = open_captions(encode, several, ENCODER, cache_dir=tmp_path)
+    flat = ["red heart", "blue", "square", "box", "cat", "x", "y"]
+
+    def chosen(indices, draws=None) -> list[str]:
+        found = data.batch(indices, None if draws is None else np.array(draws, np.float32))["tokens"]
+        known = encode(flat)["tokens"]
+        return [next(text for text, one in zip(flat, known, strict=True) if torch.equal(one, row)) for row in found]
+
+    assert chosen([0, 1, 2, 3]) == ["red heart", "blue", "cat", "x"], "without draws the first, as validation sees it"
+    assert chosen([1, 1, 1, 1, 3, 3], [0, 0.34, 0.67, 0.9999999, 0.49, 0.5]) == [
+        "blue",
+        "square",
+        "box",
+        "box",
+        "x",
+        "y",
+    ]
+    assert chosen([2, 0], [0.99, 0.99]) == ["cat", "red heart"]
+
+
+def test_one_caption_each_is_the_cache_that_it_always_was(tmp_path):
+    one = open_captions(encode, CAPTIONS, ENCODER, cache_dir=tmp_path)
+    open_captions(refuse, [[caption] for caption in CAPTIONS], ENCODER, cache_dir=tmp_path)
+    assert one.counts is None

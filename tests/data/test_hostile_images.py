@@ -328,7 +328,7 @@ def test_an_image_that_no_memory_holds_is_an_error_and_not_another_set(folder, t
     def full(*args):
         raise MemoryError
 
-    monkeypatch.setattr(preparation, "decode", full)
+    monkeypatch.setattr(preparation, "read_pixels", full)
     with pytest.raises(UserError, match=r"00\.png needs more memory .*data\.max_pixels"):
         open_quietly(twenty(folder), tmp_path / "cache")
 
@@ -401,7 +401,7 @@ def test_mutated_images_are_read_or_refused_and_nothing_else():
             reason = preparation._reason(found)
             assert reason and len(reason) <= 300 and "\n" not in reason and "0x7" not in reason
             return
-        _, pixels = found
+        _, pixels, _ = found
         assert pixels.shape == (8, 8, 3) and pixels.dtype == np.uint8
         read.append(data)
 

@@ -131,7 +131,7 @@ def test_columns_that_were_asked_for_must_be_there(parquet, option):
         list(HuggingFace(str(parquet), **{option: "nope"}).records())
 
 
-@pytest.mark.parametrize(("column", "value"), [("text", ["a", "b"]), ("label", 0.5)])
+@pytest.mark.parametrize(("column", "value"), [("text", 3), ("label", 0.5)])
 def test_columns_of_another_kind_are_refused(tmp_path, column, value):
     dataset(**{column: [value] * 6}).save_to_disk(tmp_path / "saved")
     with pytest.raises(UserError, match=f"column '{column}' holds .*=null"):
@@ -186,3 +186,31 @@ def test_a_missing_package_names_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r'pip install "ldm\[data\]"'):
         list(HuggingFace("user/set").records())
+
+
+@pytest.mark.parametrize("options", [{}, {"streaming": True, "num_images": 6}], ids=["downloaded", "streamed"])
+def test_a_list_of_texts_is_several_captions(tmp_path, options):
+    texts = [["one", "two", "one"], ["three"], [], None, ["", "four"], ["five", "six"]]
+    dataset(text=texts).to_parquet(tmp_path / "train.parquet")
+    data = prepare(
+        HuggingFace(str(tmp_path / "train.parquet"), **options), resolution=8, cache_dir=tmp_path / "c", progress=False
+    )
+    assert data.captions == ["one", "three", None, None, "four", "five"]
+    assert data.more_captions == {0: ["two"], 5: ["six"]} and data.captions_of(5) == ["five", "six"]
+
+
+def test_runs_below_a_folder_are_refused(tmp_path):
+    """`datasets` would read their figures."""
+    folder = tmp_path / "files"
+    run = folder / "experiments" / "vae" / "x"
+    (run / "images").mkdir(parents=True)
+    for number in range(2):
+        (folder / f"{number}.png").write_bytes(png(number))
+    (run / "images" / "figure.png").write_bytes(png(7))
+    assert HuggingFace(str(folder)).num_records == 3
+    (run / "run.json").write_text("{}")
+    (folder / "@eaDir").mkdir()
+    with pytest.raises(UserError, match=r"contains @eaDir/, experiments/, .*data=image_folder"):
+        HuggingFace(str(folder)).num_records  # noqa: B018
+    with pytest.raises(UserError, match="is a run folder"):
+        HuggingFace(str(run)).num_records  # noqa: B018

@@ -39,6 +39,46 @@ def test_images_at_any_depth_in_the_order_of_their_names(folder):
     assert next(source.records()).load() == (folder / "a.JPG").read_bytes()
 
 
+SYSTEM = ("__MACOSX/z.png", "@eaDir/a.png/THUMB.jpg", "#recycle/o.png", "$RECYCLE.BIN/r.png", ".Trash-1000/t.png",
+          "deep/@EADIR/x.png", "deep/System Volume Information/s.png", "._a.png", "deep/.hidden/h.png")  # fmt: skip
+
+
+def test_what_systems_keep_among_images_never_counts(folder, caplog):
+    before = ImageFolder(folder).identity()
+    for name in SYSTEM:
+        write(folder / name)
+    (folder / "__MACOSX" / "metadata.csv").write_text("no,table")
+    source = ImageFolder(folder)
+    assert source.num_records == 4 and source.identity() == before and source.class_names is None
+    assert not caplog.records, "nobody is told of what nobody misses"
+
+
+@pytest.mark.parametrize("runs", ["runs", "deep/experiments"])
+def test_runs_and_caches_below_the_folder_never_count(folder, runs, caplog):
+    before = ImageFolder(folder).identity()
+    for name in (f"{runs}/vae/x/images/held_out.png", f"{runs}/demo/samples.png", "cache/x.png", "one run/figure.png"):
+        write(folder / name)
+    for place in (f"{runs}/vae/x", "one run"):
+        (folder / place / "run.json").write_text("{}")
+    source = ImageFolder(folder, exclude=[folder / "cache", None])
+    assert source.num_records == 4 and source.identity() == before
+    assert runs + "/" in caplog.text and "cache/" in caplog.text and "one run/" in caplog.text
+
+
+def test_a_run_is_no_folder_of_images(folder):
+    (folder / "run.json").write_text("{}")
+    with pytest.raises(UserError, match=r"data\.path=.* is a run folder"):
+        ImageFolder(folder)
+    assert ImageFolder(folder / "deep").num_records == 1, "a folder in it that is named is the user's word"
+
+
+def test_a_folder_with_nothing_but_runs_says_so(tmp_path):
+    write(tmp_path / "runs" / "vae" / "x" / "images" / "a.png")
+    (tmp_path / "runs" / "vae" / "x" / "run.json").write_text("{}")
+    with pytest.raises(UserError, match=r"holds no images outside the run and cache folders runs/"):
+        ImageFolder(tmp_path)
+
+
 def test_a_folder_without_captions(folder):
     assert set(captions_of(folder).values()) == {None}
 
@@ -72,6 +112,89 @@ def test_captions_from_text_files_give_way_to_metadata(folder):
     assert captions_of(folder) == {"a.JPG": None, "deep/er/c.webp": None} | expected
 
 
+def all_captions(folder: Path, **options) -> dict[str, list[str]]:
+    return {
+        record.name: [record.caption, *record.more_captions]
+        for record in ImageFolder(folder, **options).records()
+        if record.caption is not None
+    }
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        ("metadata.csv", "file_name,text\nb.png,one\nd.jpeg,other\nb.png,two\nb.png,one\nb.png,\n"),
+        ("metadata.jsonl", '{"file_name": "b.png", "text": ["one", "two", "one", " "]}\n'
+         '{"file_name": "d.jpeg", "text": "other"}\n{"file_name": "a.JPG", "text": []}'),
+        ("metadata.jsonl", '{"file_name": "b.png", "text": "one"}\n{"file_name": "./b.png", "text": "two"}\n'
+         '{"file_name": "d.jpeg", "text": ["other"]}'),
+    ],
+)  # fmt: skip
+def test_rows_of_one_image_and_lists_are_several_captions(folder, metadata):
+    (folder / "b.txt").write_text("from the text file")
+    (folder / metadata[0]).write_text(metadata[1])
+    assert all_captions(folder) == {"b.png": ["one", "two"], "d.jpeg": ["other"]}
+
+
+@pytest.mark.parametrize(
+    ("rows", "line", "rule"),
+    [
+        ("b.png,a red, shiny ball", 2, "3 fields, but the header has 2 (file_name, text)"),
+        ("b.png,fine\nd.jpeg", 3, "1 fields, but the header has 2"),
+        ('b.png,fine\n\nd.jpeg,"a red ball\nb.png,a blue box', 4, "unclosed quote"),
+        ('d.jpeg,"a red ball\nb.png,a "blue" box', 2, "',' expected after"),
+        (
+            'd.jpeg,"a red ball\nb.png,a blue box"',
+            2,
+            "unclosed quote. The field that it opens reaches into the row of b.png",
+        ),
+        ('"d.jpeg,a red ball\nb.png",a blue box', 2, "no file_name in this row, or one of several lines"),
+        (",a red ball", 2, "no file_name in this row"),
+    ],
+)
+def test_a_row_that_would_lose_a_caption_is_refused_by_line(folder, rows, line, rule):
+    (folder / "metadata.csv").write_text(f"file_name,text\n{rows}\n")
+    with pytest.raises(UserError) as refused:
+        captions_of(folder)
+    assert f"metadata.csv, line {line}: " in str(refused.value) and rule in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        'file_name,notes,text\nd.jpeg,"bad\nb.png,ok",cap b',
+        'id,file_name,text\n1,d.jpeg,"one\n2,b.png,two"',
+        'text,file_name\n"one,d.jpeg\ntwo",b.png',
+    ],
+)
+def test_a_quote_that_is_closed_in_a_later_row_is_found_in_any_column(folder, table):
+    (folder / "metadata.csv").write_text(table)
+    with pytest.raises(UserError, match=r"metadata\.csv, line 2: unclosed quote"):
+        captions_of(folder)
+
+
+def test_spaces_after_commas_and_blank_rows_do_no_harm(folder):
+    (folder / "metadata.csv").write_text('file_name, text\n b.png, "a ball, red"\n  \n,\nd.jpeg, x\n')
+    assert captions_of(folder)["b.png"] == "a ball, red" and captions_of(folder)["d.jpeg"] == "x"
+
+
+@pytest.mark.parametrize(
+    "header", ["file_name;text", "file_name\ttext", "b.png,a ball", "name,text", "file_name,text,text"]
+)
+def test_an_unknown_layout_of_columns_is_refused(folder, header):
+    (folder / "metadata.csv").write_text(f"{header}\nb.png,a ball\n")
+    with pytest.raises(UserError, match=r"metadata\.csv, line 1: (no column|duplicate column text)"):
+        captions_of(folder)
+
+
+def test_csv_lines_end_at_newlines_only(folder):
+    """And a caption may have lines of its own, in quotes."""
+    rows = 'b.png,"a red\u2028ball, ""round"""\r\nd.jpeg,a\x0cform\x85feed\r\na.JPG,"two\r\nlines"\r\n'
+    (folder / "metadata.csv").write_bytes(("\ufefffile_name, text\r\n" + rows).encode())
+    found = {name: caption for name, caption in captions_of(folder).items() if caption}
+    assert found == {"b.png": 'a red\u2028ball, "round"', "d.jpeg": "a\x0cform\x85feed", "a.JPG": "two\nlines"}
+
+
 def test_the_caption_column_can_be_named_or_left_unread(folder):
     (folder / "metadata.jsonl").write_text('{"file_name": "b.png", "title": "bee"}')
     assert captions_of(folder, caption_column="title")["b.png"] == "bee"
@@ -93,9 +216,11 @@ def test_missing_captions_are_an_error_only_when_text_is_asked_for(folder, tmp_p
 @pytest.mark.parametrize(
     ("metadata", "words"),
     [
-        ('{"file_name": "b.png", "text": 3}', "must be text, not 3"),
+        ('{"file_name": "b.png", "text": 3}', "line 1: the caption of b.png must be text, not 3"),
+        ('{"file_name": "b.png", "text": ["x", 3]}', "must be text, not 3"),
         ('{"file_name": "b.png", "text": "x"}\n{broken', "line 2, is not JSON"),
         ("[1]", "line 1, must be a JSON object"),
+        ('{"file_name": "b.png", "text": "x"}\n{"image": "d.jpeg", "text": "y"}', "line 2: no file_name in this row"),
         ('{"text": "x"}', "no column 'file_name'"),
         ('{"file_name": "images/b.png", "text": "x"}', "names no image that exists.*images/b.png"),
         ("\udcff".encode("utf-8", "surrogateescape"), "not UTF-8"),

@@ -1,5 +1,6 @@
 """ldm.data.images: prepare once, open ever after, split by content."""
 
+import hashlib
 import io
 import json
 import pickle
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 from ldm.data.image_folder import ImageFolder
 from ldm.data.images import (
@@ -168,6 +169,55 @@ def test_the_fingerprint_follows_content_captions_and_transform(tmp_path):
     (folder / "2.txt").unlink()
     (folder / "3.png").write_bytes(png(3))
     assert fingerprint() == first, "the same content has the same fingerprint, whenever it was written"
+
+
+def test_the_fingerprint_of_data_without_profiles_is_what_it_always_was(tmp_path):
+    """SHA-256 of hashes, captions, labels and transform; several captions of an image, and colours that a profile
+    converted, are in it only where there are any."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(3):
+        Image.new("RGB", (8, 8), (180, 40 * number, 20)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"number {number}")
+    data = open_quietly(ImageFolder(folder), tmp_path / "c")
+    index = json.loads((data.path / "index.json").read_text())
+    parts = {key: index[key] for key in ("hashes", "captions", "labels", "transform")}
+    assert parts["captions"] == ["number 0", "number 1", "number 2"] and data.profiles == {}
+
+    def digest(parts) -> str:
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    assert data.fingerprint == digest(parts)
+    rows = [{"file_name": "1.png", "text": ["one", "uno"]}]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    several = open_quietly(ImageFolder(folder), tmp_path / "c")
+    assert several.fingerprint == digest({**parts, "captions": ["number 0", ["one", "uno"], "number 2"]})
+    assert (
+        several.captions[1] == "one"
+        and several.captions_of(1) == ["one", "uno"]
+        and several.more_captions == {1: ["uno"]}
+    )
+
+    bare = open_quietly(ImageFolder(folder, caption_column=None), tmp_path / "c")
+    adobe = ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ")).tobytes()
+    Image.new("RGB", (8, 8), (180, 0, 20)).save(folder / "0.png", icc_profile=adobe)
+    found = open_quietly(ImageFolder(folder, caption_column=None), tmp_path / "c")
+    assert found.profiles == {"unreadable": 1} and found.describe_profiles() == "1 unreadable, treated as sRGB"
+    hashes = json.loads((found.path / "index.json").read_text())["hashes"]
+    unprofiled = {"captions": None, "labels": None, "transform": index["transform"]}
+    assert found.fingerprint == digest({**unprofiled, "hashes": hashes}) != bare.fingerprint
+
+
+def test_colours_that_a_profile_converts_are_another_set(tmp_path, monkeypatch):
+    """The files and so their hashes are the same as without the conversion."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(2):
+        Image.new("RGB", (8, 8), (180, 40 * number, 20)).save(folder / f"{number}.png")
+    plain = open_quietly(ImageFolder(folder), tmp_path / "c")
+    monkeypatch.setattr("ldm.data.pixels.to_srgb", lambda image, profile: (image, "converted"))
+    converted = open_quietly(ImageFolder(folder), tmp_path / "other")
+    assert converted.fingerprint != plain.fingerprint and converted.describe_profiles() == "2 converted to sRGB"
 
 
 def test_an_image_without_bytes_is_hashed_by_its_pixels(tmp_path):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from ldm.data.image_folder import ImageFolder
 from ldm.data.images import ImageData, prepare
-from ldm.data.latents import LatentContract, measure, open_latents
+from ldm.data.latents import LatentContract, latents_folder, measure, open_latents
 from ldm.errors import UserError
 
 
@@ -155,3 +155,31 @@ def test_too_little_space_is_seen_before_writing(images, contract, tmp_path, mon
     with pytest.raises(UserError, match=r"data\.cache_dir="):
         open_latents(refuse, contract, images, cache_dir=tmp_path)
     assert [path for path in tmp_path.iterdir() if path.suffix != ".lock"] == []
+
+
+def test_every_field_that_is_compared_names_the_cache(images, contract, tmp_path):
+    """So that a user who changes one of them never meets the cache of another contract."""
+    folders = {latents_folder(contract, tmp_path)}
+    for field in dataclasses.fields(LatentContract):
+        value = getattr(contract, field.name)
+        other = {str: f"{value}x", int: 7, float: 0.123, bool: True}[type(value)]
+        folders.add(latents_folder(dataclasses.replace(contract, **{field.name: other}), tmp_path))
+    assert len(folders) == 1 + len(dataclasses.fields(LatentContract))
+
+
+def test_another_share_for_validation_over_the_same_weights_is_encoded_beside_the_first(images, contract, tmp_path):
+    first = open_latents(encode, contract, images, cache_dir=tmp_path)
+    other = dataclasses.replace(contract, val_fraction=0.4)
+    second = open_latents(encode, other, ImageData.open(images.path, 0.4), cache_dir=tmp_path)
+    assert second.path != first.path and len(second.val_indices) > len(first.val_indices)
+    assert open_latents(refuse, contract, images, cache_dir=tmp_path).path == first.path
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_cache_under_its_earlier_name_is_used(images, contract, tmp_path, flip):
+    contract = dataclasses.replace(contract, flip=flip)
+    path = open_latents(encode, contract, images, cache_dir=tmp_path).path
+    earlier = path.rename(tmp_path / f"latents-{'a' * 12}-{images.fingerprint[:12]}{'-flip' * flip}")
+    assert open_latents(refuse, contract, images, cache_dir=tmp_path).path == earlier
+    other = dataclasses.replace(contract, val_fraction=0.4)
+    assert open_latents(encode, other, ImageData.open(images.path, 0.4), cache_dir=tmp_path).path != earlier

@@ -12,7 +12,7 @@ from ldm.data.order import batch_at
 INDICES = np.array([5, 7, 11, 13, 17, 19, 23])
 
 
-def fetch(indices: np.ndarray) -> dict[str, torch.Tensor]:
+def fetch(indices: np.ndarray, epochs: np.ndarray | None = None) -> dict[str, torch.Tensor]:
     return {"index": torch.from_numpy(indices), "square": torch.from_numpy(indices**2)}
 
 
@@ -28,7 +28,7 @@ def test_training_batches_follow_the_order(start):
 def test_a_batch_is_one_call():
     """Collating samples one by one would cost more than reading them."""
     calls = []
-    loader = train_loader(lambda indices: calls.append(len(indices)), INDICES, batch_size=3, seed=0)
+    loader = train_loader(lambda indices, epochs: calls.append(len(indices)), INDICES, batch_size=3, seed=0)
     list(islice(loader, 4))
     assert calls == [3, 3, 3, 3]
 
@@ -54,3 +54,8 @@ def test_validation_reads_everything_once_in_order():
     batches = list(val_loader(fetch, INDICES, batch_size=3))
     assert [len(batch["index"]) for batch in batches] == [3, 3, 1]
     assert torch.cat([batch["index"] for batch in batches]).tolist() == INDICES.tolist()
+
+
+def test_training_is_told_the_epoch_of_each_sample():
+    told = list(islice(train_loader(lambda indices, epochs: epochs.tolist(), INDICES, batch_size=5, seed=2), 3))
+    assert told == [[0] * 5, [0, 0, 1, 1, 1], [1, 1, 1, 1, 2]]

@@ -5,12 +5,12 @@ from itertools import islice, product
 import pytest
 import torch
 
-from ldm.data.order import Draws, StepBatches, batch_at, derive_seed, part_rows
+from ldm.data.order import Draws, StepBatches, batch_at, derive_seed, draws_of_epoch, part_rows, visits_at
 from ldm.diffusion.loss import sample_timesteps
 from ldm.errors import UserError
 
 
-def take(batches: StepBatches, count: int) -> list[list[int]]:
+def take(batches: StepBatches, count: int) -> list[list[tuple[int, int]]]:
     return list(islice(batches, count))
 
 
@@ -40,6 +40,20 @@ def test_a_start_at_k_equals_skipping_k(start):
     assert take(StepBatches(10, 4, seed=3, start=start), 6) == whole[start:]
 
 
+def test_a_visit_is_an_epoch_and_a_position():
+    visits = [visit for step in range(9) for visit in visits_at(step, size=7, batch_size=5, seed=3)]
+    assert [epoch for epoch, _ in visits] == [i // 7 for i in range(45)]
+    assert [position for _, position in visits[5:10]] == batch_at(1, size=7, batch_size=5, seed=3)
+
+
+def test_draws_of_an_epoch_depend_on_seed_and_epoch_alone():
+    draws = [draws_of_epoch(1000, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    assert all(((part >= 0) & (part < 1)).all() and 0.45 < part.mean() < 0.55 for part in draws)
+    assert len({tuple(part.tolist()) for part in draws}) == 3
+    draws_of_epoch.cache_clear()
+    assert torch.equal(draws_of_epoch(1000, 0, 1), draws[1])
+
+
 def test_iterating_twice_begins_again():
     batches = StepBatches(10, 4, seed=3, start=2)
     assert take(batches, 3) == take(batches, 3)
@@ -52,7 +66,7 @@ def test_micro_batches_and_ranks_share_the_batch_of_a_step(accumulate, num_ranks
     ranks = [take(StepBatches(30, 8, seed=0, rank=rank, **parts), 9 * accumulate) for rank in range(num_ranks)]
     count = 8 // (accumulate * num_ranks)
     for step in range(9):
-        whole, found = batch_at(step, size=30, batch_size=8, seed=0), [-1] * 8
+        whole, found = visits_at(step, size=30, batch_size=8, seed=0), [(-1, -1)] * 8
         for rank, micro_batch in product(range(num_ranks), range(accumulate)):
             rows = part_rows(micro_batch, rank, num_ranks, count)
             found[rows.start : rows.stop] = ranks[rank][step * accumulate + micro_batch]

@@ -1,12 +1,14 @@
 """ldm.data.pixels: every colour mode, orientation and aspect ratio, against values worked out by hand."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
-from ldm.data.pixels import decode, to_rgb
+from ldm.data.pixels import decode, read_pixels, to_rgb
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -127,3 +129,144 @@ def test_crop_pad_and_squash():
 def test_the_right_size_is_left_alone():
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
     np.testing.assert_array_equal(decode(encode(Image.fromarray(pixels)), 16, "crop"), pixels)
+
+
+# Colour profiles
+
+D50 = (0.9642, 1.0, 0.8249)
+COLORANTS = {  # of red, green and blue, adapted to D50
+    "Display P3": ((0.5151, 0.2412, -0.0011), (0.2920, 0.6922, 0.0419), (0.1571, 0.0666, 0.7841)),
+    "Adobe RGB": ((0.6097, 0.3111, 0.0195), (0.2053, 0.6257, 0.0609), (0.1492, 0.0632, 0.7446)),
+    "sRGB": ((0.4361, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7141)),
+}
+TO_SRGB = np.linalg.inv(np.array(COLORANTS["sRGB"]).T)
+"""XYZ at D50 -> linear sRGB."""
+
+
+def profile(space: str, gamma: float, colorants=()) -> bytes:
+    """A version-2 ICC profile: a curve for each channel, and the colours of an RGB display."""
+
+    def fixed(*values: float) -> bytes:
+        return b"".join(struct.pack(">i", round(65536 * value)) for value in values)
+
+    xyz = [b"XYZ \0\0\0\0" + fixed(*values) for values in colorants]
+    curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(256 * gamma)) + b"\0\0"
+    names = [b"rXYZ", b"gXYZ", b"bXYZ", b"rTRC", b"gTRC", b"bTRC"] if colorants else [b"kTRC"]
+    parts = [*xyz, *[curve] * 3] if colorants else [curve]
+    text = b"desc\0\0\0\0" + struct.pack(">I", 2) + b"x\0" + b"\0" * 78 + b"\0" * 2
+    tags = [(b"wtpt", b"XYZ \0\0\0\0" + fixed(*D50)), (b"desc", text), *zip(names, parts, strict=True)]
+    table, body, offset = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
+    for name, part in tags:
+        table += name + struct.pack(">II", offset + len(body), len(part))
+        body += part
+    head = b"none\2\x40\0\0mntr" + space.encode().ljust(4) + b"XYZ " + b"\0" * 12 + b"acsp" + b"\0" * 28
+    return struct.pack(">I", offset + len(body)) + head + fixed(*D50) + b"\0" * 48 + table + body
+
+
+def encoded_srgb(linear: np.ndarray) -> np.ndarray:
+    linear = linear.clip(0, 1)
+    return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+def expected_srgb(colour, gamma: float, colorants) -> np.ndarray:
+    """By the definition of a matrix profile, without LittleCMS."""
+    return encoded_srgb(TO_SRGB @ np.array(colorants).T @ (np.array(colour) / 255) ** gamma)
+
+
+COLOUR = (180, 90, 60)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize(("name", "gamma"), [("Display P3", 2.2), ("Adobe RGB", 2.2), ("sRGB", 1.0), ("sRGB", 1.8)])
+def test_a_colour_profile_is_applied(name, gamma, kind):
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = encode(Image.new("RGB", (8, 8), COLOUR), kind, icc_profile=profile("RGB", gamma, COLORANTS[name]), **options)
+    assert centre(data) == pytest.approx(expected_srgb(COLOUR, gamma, COLORANTS[name]), abs=1.5)
+    assert read_pixels(data, 8, "crop")[1] == "converted"
+
+
+def test_a_profile_applies_before_transparency_and_to_palettes():
+    p3 = profile("RGB", 2.2, COLORANTS["Display P3"])
+    opaque = expected_srgb(COLOUR, 2.2, COLORANTS["Display P3"])
+    half = encode(Image.new("RGBA", (8, 8), (*COLOUR, 51)), icc_profile=p3)
+    assert centre(half) == pytest.approx(255 + 0.2 * (opaque - 255), abs=1.5)
+    assert centre(encode(Image.new("RGBA", (8, 8), (*COLOUR, 0)), icc_profile=p3)) == (255, 255, 255)
+    assert centre(encode(Image.new("RGB", (8, 8), COLOUR).quantize(4), icc_profile=p3)) == pytest.approx(
+        opaque, abs=1.5
+    )
+    key = encode(Image.new("RGB", (8, 8), COLOUR), transparency=COLOUR, icc_profile=p3)
+    assert centre(key) == (255, 255, 255), "a colour key is a colour of the file"
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "16 bits"])
+def test_a_grey_profile_is_applied(mode):
+    linear, grey = profile("GRAY", 1.0), encoded_srgb(np.array(100 / 255))
+    image = {
+        "L": Image.new("L", (8, 8), 100),
+        "LA": Image.new("LA", (8, 8), (100, 255)),
+        "16 bits": Image.fromarray(np.full((8, 8), 257 * 100, np.uint16)),
+    }[mode]
+    assert centre(encode(image, icc_profile=linear)) == pytest.approx((grey,) * 3, abs=1.5)
+
+
+def test_a_profile_of_rgb_describes_grey_pixels_too():
+    linear, grey = profile("RGB", 1.0, COLORANTS["sRGB"]), encoded_srgb(np.array(100 / 255))
+    assert centre(encode(Image.new("L", (8, 8), 100), icc_profile=linear)) == pytest.approx((grey,) * 3, abs=1.5)
+
+
+def test_cmyk_with_a_profile_goes_through_it():
+    """A table of 2 points a side, whose Lab is by our own rule: ink of K alone darkens."""
+    data = encode(Image.new("CMYK", (16, 16), (0, 0, 0, 128)), "TIFF", icc_profile=cmyk_profile())
+    pixels, kind = read_pixels(data, 16, "crop")
+    assert kind == "converted" and pixels[8, 8] == pytest.approx((119, 119, 119), abs=2), "L* = 50"
+    assert centre(encode(Image.new("CMYK", (16, 16), (0, 0, 0, 128)), "TIFF")) == pytest.approx((127,) * 3, abs=1)
+
+
+def cmyk_profile() -> bytes:
+    """Lab = (100 (1 - k), 0, 0) for every c, m, y: an 8-bit lookup table, for output devices."""
+    identity = bytes(range(256))
+    table = b"".join(bytes([0 if i & 1 else 255, 128, 128]) for i in range(16))
+    matrix = b"".join(struct.pack(">i", 65536 * (i % 4 == 0)) for i in range(9))
+    lut = b"mft1\0\0\0\0" + bytes([4, 3, 2, 0]) + matrix + identity * 4 + table + identity * 3
+    text = b"desc\0\0\0\0" + struct.pack(">I", 2) + b"x\0" + b"\0" * 80
+    white = b"XYZ \0\0\0\0" + b"".join(struct.pack(">i", round(65536 * v)) for v in D50)
+    tags = [(b"A2B0", lut), (b"A2B1", lut), (b"wtpt", white), (b"desc", text)]
+    listing, body, offset = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
+    for name, part in tags:
+        part += b"\0" * (-len(part) % 4)
+        listing += name + struct.pack(">II", offset + len(body), len(part))
+        body += part
+    head = b"none\2\x40\0\0prtrCMYKLab " + b"\0" * 12 + b"acsp" + b"\0" * 28
+    return struct.pack(">I", offset + len(body)) + head + white[8:] + b"\0" * 48 + listing + body
+
+
+P3 = profile("RGB", 2.2, COLORANTS["Display P3"])
+
+
+@pytest.mark.parametrize(
+    "damaged", [b"no profile" * 20, P3[:300], P3[:16] + b"CMYK" + P3[20:], P3[:16] + b"XYZ " + P3[20:]]
+)
+def test_an_unreadable_profile_is_taken_for_srgb(damaged):
+    pixels, kind = read_pixels(encode(Image.new("RGB", (8, 8), COLOUR), icc_profile=damaged), 8, "crop")
+    assert tuple(pixels[4, 4]) == COLOUR and kind == "unreadable"
+
+
+def test_a_profile_that_cannot_be_unpacked_is_counted():
+    """Pillow opens such a file, and gives an empty profile."""
+    data = encode(Image.new("RGB", (8, 8), COLOUR), icc_profile=P3)
+    start = data.index(b"iCCP")
+    length = struct.unpack(">I", data[start - 4 : start])[0]
+    body = b"iCCPname\0\0" + b"not zlib"
+    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    pixels, kind = read_pixels(data[: start - 4] + chunk + data[start + 8 + length :], 8, "crop")
+    assert tuple(pixels[4, 4]) == COLOUR and kind == "unreadable"
+
+
+@pytest.mark.parametrize(
+    "data", [{}, {"icc_profile": ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()}]
+)
+def test_without_a_profile_or_with_that_of_srgb_the_pixels_are_the_file_s(data):
+    noise = Image.effect_noise((32, 32), 90).convert("RGB")
+    pixels, kind = read_pixels(encode(noise, **data), 32, "crop")
+    np.testing.assert_array_equal(pixels, np.asarray(noise))
+    assert kind == ("sRGB" if data else "none")

@@ -258,7 +258,7 @@ def test_what_is_left_out_depends_on_no_thread_and_no_order(folder, cache, unrea
 
 def test_batches_stay_full_whatever_was_left_out(folder, cache, unreadable):
     data = open_quietly(ImageFolder(folder), cache, max_bad_fraction=0.1, max_pixels=10_000)
-    batches = iter(train_loader(data.batch, data.train_indices, batch_size=32, seed=0))
+    batches = iter(train_loader(lambda indices, _: data.batch(indices), data.train_indices, batch_size=32, seed=0))
     assert [len(next(batches)) for _ in range(9)] == [32] * 9, "three epochs"
 
 

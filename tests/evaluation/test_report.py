@@ -462,13 +462,25 @@ def test_a_difference_of_values_that_share_their_noise_is_told_more_sharply():
 def test_captions_beside_those_of_other_prompts():
     prompts, shown = (torch.randn(9, 5, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     cosines = torch.nn.functional.cosine_similarity(prompts[:, None], shown, dim=-1)
-    own, permuted, error = caption_agreement(prompts, 3 * shown)
+    own, permuted, error = caption_agreement(prompts, (3 * shown).split(1))
     assert own == pytest.approx(cosines.diagonal().mean().item(), rel=1e-5)
     assert permuted == pytest.approx(cosines[~torch.eye(9, dtype=torch.bool)].mean().item(), rel=1e-5)
     assert error == pytest.approx(cosines.diagonal().std().item() / 3, rel=1e-5)
-    assert caption_agreement(prompts, prompts)[0] == pytest.approx(1)
+    assert caption_agreement(prompts, prompts.split(1))[0] == pytest.approx(1)
     with pytest.raises(ValueError, match="two are needed"):
-        caption_agreement(prompts[:1], shown[:1])
+        caption_agreement(prompts[:1], shown[:1].split(1))
+
+
+def test_any_caption_of_the_image_that_was_found_counts():
+    prompts, shown = (torch.randn(n, 5, generator=torch.Generator().manual_seed(n)) for n in (4, 9))
+    counts = [1, 3, 2, 3]
+    cosines = torch.nn.functional.cosine_similarity(prompts[:, None], shown, dim=-1)
+    best = torch.stack([part.amax(1) for part in cosines.split(counts, dim=1)], dim=1)
+    own, permuted, _ = caption_agreement(prompts, shown.split(counts))
+    assert own == pytest.approx(best.diagonal().mean().item(), rel=1e-5)
+    assert permuted == pytest.approx(best[~torch.eye(4, dtype=torch.bool)].mean().item(), rel=1e-5)
+    mine = [torch.cat([-prompt[None], prompt[None]]) for prompt in prompts]
+    assert caption_agreement(prompts, mine)[0] == pytest.approx(1), "whichever of them it is"
 
 
 def test_held_out_captions_are_looked_for_among_held_out_images(images):

@@ -330,7 +330,8 @@ def test_a_sweep_from_the_command_line(call, make_images, tmp_path, monkeypatch)
         assert f"{measured['psnr_db']:.2f}" in ended.out and f"{measured['gain_db']:+.2f}" in ended.out
     assert found["recommendation"]["name"] == "f4c4-plain" and f"Recommendation: {small['size']}" in ended.out
     assert "autoencoder.model.latent_channels=4" in ended.out and "trainer.max_time=00:10:00" in ended.out
-    assert f"stage=diffusion vae={place / 'vae/f4c4-plain'} data=image_folder" in ended.out
+    chosen = Run.open(place / "vae/f4c4-plain")
+    assert chosen.next_training() in ended.out and "data=image_folder" in chosen.next_training()
     assert "2 of 2: f4c4 plain: new" in ended.out and "2 x 1 = 2 minutes" in ended.out
     assert (place / "sweep.png").stat().st_size > 10_000
 

@@ -60,7 +60,7 @@ def fit(tmp_path):
             }
         )
 
-        def fetch(indices: np.ndarray) -> torch.Tensor:
+        def fetch(indices: np.ndarray, epochs: np.ndarray | None = None) -> torch.Tensor:
             return data[torch.from_numpy(indices)]
 
         accumulate = options.get("accumulate_grad_batches", 1)

@@ -89,7 +89,7 @@ def fit(module: VAETraining, place: Path, *, steps: int = 6, batch_size: int = 8
     )
     start = torch.load(resume, weights_only=True)["global_step"] if resume else 0
     order = {"batch_size": batch_size * accumulate, "seed": 0, "start": start, "accumulate": accumulate}
-    batches = train_loader(lambda indices: IMAGES[indices], torch.arange(32).numpy(), **order)
+    batches = train_loader(lambda indices, _: IMAGES[indices], torch.arange(32).numpy(), **order)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer.fit(module, batches, ckpt_path=resume, weights_only=True)

@@ -79,6 +79,7 @@ class Sends(Callback):
             os.kill(os.getpid(), self.number)
 
 
+@pytest.mark.usefixtures("default_signals")
 @pytest.mark.parametrize("number", signals.HANDLED)
 def test_a_signal_saves_before_the_next_step(fit, make_module, tmp_path, number):
     with signals.handled(), pytest.raises(StopTraining) as stopped:

@@ -93,7 +93,7 @@ def chain(objective=Objective(), optimizer=SGD, steps: int = 100) -> DiffusionTr
     return DiffusionTraining(pipeline, objective, OptimizerFactory(optimizer), drop_condition=0.5, seed=0, **options)
 
 
-def fetch(module: TrainingModule, indices: np.ndarray) -> Any:
+def fetch(module: TrainingModule, indices: np.ndarray, epochs: np.ndarray | None = None) -> Any:
     rows = torch.from_numpy(indices)
     if isinstance(module, VAETraining):
         return IMAGES[rows]

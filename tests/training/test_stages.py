@@ -1,11 +1,15 @@
 """ldm.training.vae and .diffusion: what a step sees, what validation says, what a stage leaves."""
 
+import dataclasses
+import shutil
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from ldm.autoencoder.loss import AutoencoderLoss
 from ldm.autoencoder.patch import PatchAutoencoderKL
@@ -23,7 +27,7 @@ from ldm.run import load_autoencoder
 from ldm.training.budget import Budget
 from ldm.training.callbacks import EMACallback
 from ldm.training.diffusion import Objective
-from ldm.training.diffusion_stage import DiffusionStage, class_condition, no_condition
+from ldm.training.diffusion_stage import DiffusionStage, class_condition, no_condition, text_condition
 from ldm.training.latents import decoder_scale
 from ldm.training.vae_stage import VAEStage
 
@@ -221,7 +225,7 @@ def test_a_pipeline_continues_on_its_own_latents_only(diffusion_stage, vae_stage
     place = str(tmp_path / "pipeline")
     again = diffusion_stage(conditioning=class_condition, init_from=place)
     assert again.pipeline.autoencoder.statistics == stage.pipeline.autoencoder.statistics
-    with pytest.raises(UserError, match="init_from is conditioned on class .*Choose conditioning=class"):
+    with pytest.raises(UserError, match="init_from is conditioned on class, .*Choose conditioning=class"):
         diffusion_stage(init_from=place)
     other = vae_stage().autoencoder
     with torch.no_grad():
@@ -232,6 +236,84 @@ def test_a_pipeline_continues_on_its_own_latents_only(diffusion_stage, vae_stage
         )
 
 
+def test_a_pipeline_continues_on_other_classes_by_name(diffusion_stage, images, make_images, tmp_path):
+    """[cat, dog] goes on as [ant, cat, fox]: what cat learned stays cat's."""
+    stage = diffusion_stage(conditioning=class_condition)
+    torch.nn.init.normal_(stage.pipeline.network.class_embedding.weight)
+    stage.pipeline.save(tmp_path / "pipeline")
+    trained = stage.pipeline.network.class_embedding.weight.detach()
+    for number, name in enumerate(("ant", "cat", "fox")):
+        make_images(tmp_path / "zoo" / name, 4, size=8, seed=number)
+    zoo = prepare(ImageFolder(tmp_path / "zoo"), resolution=8, cache_dir=tmp_path, progress=False)
+    again = diffusion_stage(conditioning=class_condition, images=zoo, init_from=str(tmp_path / "pipeline"))
+    rows = again.pipeline.network.class_embedding.weight
+    assert torch.equal(rows[1], trained[0]) and torch.equal(rows[3], trained[2]) and len(rows) == 4
+    assert again.pipeline.conditioning.class_names == ["ant", "cat", "fox"]
+    assert ("classes of init_from", "kept: cat; new: ant, fox; dropped: dog") in again.rows()
+
+
+def test_a_pipeline_goes_on_with_its_own_text_encoder_only(diffusion_stage, images, tmp_path):
+    """Two encoders of the same width, whose weights differ, are different; the same one may have moved."""
+    first, other = (tiny_encoder(tmp_path / name, seed) for seed, name in enumerate(("first", "other")))
+    shutil.copytree(first, tmp_path / "moved")
+    told = dataclasses.replace(images, captions=[f"number {i}" for i in range(len(images))])
+    stage = diffusion_stage(images=told, conditioning=partial(text_condition, encoder=str(first), max_tokens=4))
+    stage.pipeline.save(tmp_path / "pipeline")
+
+    def again(encoder: Path) -> DiffusionStage:
+        condition = partial(text_condition, encoder=str(encoder), max_tokens=4)
+        return diffusion_stage(images=told, conditioning=condition, init_from=str(tmp_path / "pipeline"))
+
+    again(tmp_path / "moved")
+    with pytest.raises(UserError) as refused:
+        again(other)
+    assert f"trained on captions through the text encoder {first} (" in str(refused.value)
+    assert f"this run uses {other} (" in str(refused.value)
+    assert f"Choose conditioning.encoder={first}." in str(refused.value)
+
+
+def tiny_encoder(folder: Path, seed: int) -> Path:
+    """A BERT of one layer with a vocabulary of a few words."""
+    folder.mkdir()
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "number", *map(str, range(60))]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertModel(BertConfig(vocab_size=len(words), **sizes)).save_pretrained(folder)
+    return folder
+
+
+def test_of_several_captions_one_is_drawn_each_epoch_and_validation_sees_the_first(diffusion_stage, images, tmp_path):
+    """Which one follows from seed, epoch and image alone, whatever the batch; all of them come in time."""
+    more = {i: [f"number {i} 1", f"number {i} 2"] for i in range(0, len(images), 2)}
+    told = dataclasses.replace(images, captions=[f"number {i}" for i in range(len(images))], more_captions=more)
+    encoder = tiny_encoder(tmp_path / "encoder", 0)
+    stage = diffusion_stage(images=told, conditioning=partial(text_condition, encoder=str(encoder), max_tokens=8))
+    conditioning = stage.pipeline.conditioning
+
+    def drawn(indices, epoch=None) -> list[int]:
+        """The number of the caption that each image is trained on."""
+        epochs = None if epoch is None else np.full(len(indices), epoch)
+        pooled = stage.fetch(np.array(indices), epochs)["condition"]["pooled"]
+        found = []
+        for index, row in zip(indices, pooled, strict=True):
+            known = conditioning.encode(told.captions_of(index))["pooled"]
+            found.append(int((known - row).abs().sum(1).argmin()))
+        return found
+
+    every = list(range(len(images)))
+    assert drawn(every) == [0] * len(every)
+    epochs = [drawn(every, epoch) for epoch in range(12)]
+    assert all(epoch[1::2] == [0] * (len(every) // 2) for epoch in epochs), "those that have one caption"
+    counts = np.bincount([number for epoch in epochs for number in epoch[::2]], minlength=3)
+    assert (np.abs(counts - counts.mean()) < 5 * counts.mean() ** 0.5).all() and len({tuple(e) for e in epochs}) == 12
+    assert drawn([7, 4, 0], 5) == [epochs[5][i] for i in (7, 4, 0)]
+    other = diffusion_stage(images=told, conditioning=lambda _: conditioning, seed=1)
+    stage, first = other, epochs[0]
+    assert drawn(every, 0) != first
+
+
 def test_what_a_stage_leaves_is_what_it_trained(diffusion_stage, tmp_path):
     stage = diffusion_stage(conditioning=class_condition)
     with torch.no_grad():
@@ -239,7 +321,8 @@ def test_what_a_stage_leaves_is_what_it_trained(diffusion_stage, tmp_path):
             parameter.normal_()
     run = type("Run", (), {"path": tmp_path / "run", "images": tmp_path})()
     outcome = stage.finish(run)
-    assert "label=0" in outcome.next_command and all(Path(picture).is_file() for picture in outcome.pictures)
+    assert stage.next_command(run).endswith(f"sample.py run={run.path} label=0")
+    assert all(Path(picture).is_file() for picture in outcome.pictures)
     loaded = load_autoencoder(str(tmp_path / "run/pipeline"))
     assert loaded.weights_sha256() == stage.contract.autoencoder_sha256
     assert isinstance(stage.pipeline.conditioning, ClassCondition)

@@ -1,0 +1,80 @@
+"""What never counts as data: runs, the folders of runs and caches, and what operating systems put among files."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from ldm.data.images import default_cache_dir
+from ldm.home import STAGES, is_run
+
+SYSTEM_NAMES = frozenset(
+    {
+        "__macosx",
+        "@eadir",
+        "@recycle",
+        "@sharebin",
+        "@tmp",
+        "#recycle",
+        "#snapshot",
+        "~snapshot",
+        "$recycle.bin",
+        "recycler",
+        "recycled",
+        "system volume information",
+        "network trash folder",
+        "temporary items",
+        "lost+found",
+        "thumbs.db",
+        "desktop.ini",
+    }
+)
+"""Of macOS archives, NAS systems and Windows, in lower case. Other systems use hidden names."""
+
+
+def is_system_name(name: str) -> bool:
+    """Whether a file or folder is hidden, or a system's own."""
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES
+
+
+class Excluded:
+    """Decides which folders below a folder of data are not data, and remembers them.
+
+    Args:
+        folders: Always excluded: where runs and caches are kept. None stands for the default cache.
+    """
+
+    def __init__(self, folders: Sequence[str | Path | None] = ()) -> None:
+        self._folders = {Path(folder or default_cache_dir()).expanduser().resolve() for folder in (None, *folders)}
+        self.skipped: list[str] = []
+        self.system: list[str] = []
+        """Folders of operating systems among them that are not hidden."""
+
+    def prune(self, parent: str | Path, names: Sequence[str], root: Path) -> list[str]:
+        """Those of the folders `names` in `parent` that count as data; `root` is where the search began."""
+        kept = []
+        for name in names:
+            folder = Path(parent, name)
+            if is_system_name(name):
+                self.system += [] if name.startswith(".") else [folder.relative_to(root).as_posix() + "/"]
+            elif folder.resolve() in self._folders or is_run(folder) or _holds_runs(folder):
+                self.skipped.append(folder.relative_to(root).as_posix() + "/")
+            else:
+                kept.append(name)
+        return kept
+
+    def describe(self) -> str:
+        """The run and cache folders that were skipped, as text."""
+        shown = sorted(set(self.skipped))
+        return ", ".join(shown[:5]) + (", ..." if len(shown) > 5 else "")
+
+
+def _holds_runs(folder: Path) -> bool:
+    """Whether runs are kept in a folder, in <folder>/<stage>/<name>."""
+    for stage in STAGES:
+        try:
+            with os.scandir(folder / stage) as entries:
+                if any(is_run(Path(entry.path)) for entry in entries):
+                    return True
+        except OSError:
+            continue
+    return False

@@ -1,0 +1,93 @@
+"""A folder as people have it, from images to samples: what counts, and what is said of it."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import ldm.train
+from ldm.run import Run
+
+SHORT = [
+    *("data=image_folder", "data.path=.", "data.resolution=16", "data.val_fraction=0.2", "batch_size=4", "logger=csv"),
+    *("trainer=cpu", "trainer.precision=32-true", "trainer.max_steps=2", "trainer.max_time=null"),
+]
+VAE = ["stage=vae", "autoencoder.model.block_out_channels=[32]", *SHORT]
+DIT = ["network=dit", "network.hidden_dim=64", "network.depth=1", "network.head_dim=32", "sampler.steps=2"]
+
+
+def draw(path: Path, seed: int, mode: str = "RGB", **options) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path, **options)
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch, p3) -> Path:
+    """Two classes of 8 images with captions in three ways, and much that is none of the data."""
+    folder = tmp_path / "my photos"
+    for i in range(8):
+        draw(folder / "cat" / f"{i}.png", i, mode=("RGB", "RGBA", "L", "P")[i % 4])
+        draw(folder / "dog" / f"{i}.jpg", 10 + i, mode="CMYK" if i == 7 else "RGB")
+        (folder / "cat" / f"{i}.txt").write_text(f"a cat,\nnumber {i}\n")
+    draw(folder / "dog" / "0.jpg", 10, icc_profile=p3)
+    draw(folder / "dog" / "1.jpg", 11, icc_profile=b"not a profile")
+    rows = [f"{i}.jpg,a dog" for i in range(7)] + ['0.jpg,"a dog, brown"', "7.jpg,ein\u2028Hund"]
+    (folder / "dog" / "metadata.csv").write_text("\n".join(["file_name,text", *rows]), encoding="utf-8")
+    for name in ("__MACOSX/cat/0.png", "@eaDir/dog/0.png", "#recycle/old.png", "$RECYCLE.BIN/r.png", ".Trash-0/t.png"):
+        draw(folder / name, 99)
+    draw(folder / "cat" / "._0.png", 99)
+    (folder / "Thumbs.db").write_bytes(b"system")
+    (folder / "notes.txt").write_text("not a caption of anything")
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("LDM_CACHE", str(folder / "cache"))
+    return folder
+
+
+@pytest.fixture
+def p3() -> bytes:
+    from tests.data.test_pixels import P3
+
+    return P3
+
+
+def rows_of(out: str) -> dict[str, str]:
+    """The table that training prints, by label."""
+    cells = [line.strip("│ ").split("│") for line in out.splitlines() if line.startswith("│")]
+    return {label.strip(): value.strip() for label, value in cells if label.strip()}
+
+
+def test_from_a_messy_folder_to_samples(photos, call, caplog):
+    """With data.path=. : neither the first run's own figures nor the caches change the data of the second stage."""
+    ended = call(ldm.train.main, *VAE, "name=messy")
+    assert ended.code == 0, ended
+    said = rows_of(ended.out)
+    train, val = map(int, re.fullmatch(r"my-photos: (\d+) train, (\d+) validation", said["data"]).groups())
+    assert train + val == 16
+    assert said["colour profiles"] == "1 converted to sRGB, 1 unreadable, treated as sRGB"
+    run = Run.open("runs/vae/messy")
+    images = run.image_data()
+    names = [f"{kind}/{i}.{suffix}" for kind, suffix in (("cat", "png"), ("dog", "jpg")) for i in range(8)]
+    assert images.names == names and images.class_names == ["cat", "dog"] and images.labels == [0] * 8 + [1] * 8
+    assert images.captions == [f"a cat, number {i}" for i in range(8)] + ["a dog"] * 7 + ["ein\u2028Hund"]
+    assert images.more_captions == {8: ["a dog, brown"]}
+    next_command = shlex.split(ended.out.splitlines()[-1].removeprefix("next: "))
+    assert {"data=image_folder", "data.path=.", "data.resolution=16", "data.val_fraction=0.2"} < {*next_command}
+    assert next_command[-1] == "vae=runs/vae/messy" and "conditioning" not in " ".join(next_command), "it has captions"
+
+    assert list(Path("runs").rglob("*.png")), "figures of the run, below the folder of images"
+    again = call(ldm.train.main, *VAE, "name=again")
+    assert (
+        rows_of(again.out)["data"] == said["data"] and "data.path=.: skipped the run and cache folders " in caplog.text
+    )
+    assert Run.open("runs/vae/again").facts["data_fingerprint"] == run.facts["data_fingerprint"]
+    ended = call(ldm.train.main, "stage=diffusion", *DIT, *SHORT, "conditioning=class", "name=messy")
+    assert ended.code == 0, ended
+    assert rows_of(ended.out)["autoencoder"] == "runs/vae/again" and "warning" not in rows_of(ended.out)
+    assert shlex.split(ended.out.splitlines()[-1])[-1] == "label=0"
+    index = json.loads(Path("runs/diffusion/messy/pipeline/model_index.json").read_text())
+    assert index["conditioning"]["class_names"] == ["cat", "dog"]

@@ -1,0 +1,282 @@
+"""overwrite=true: the run that is replaced stays until the new one has saved a checkpoint."""
+
+import os
+import re
+import shlex
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import wandb
+from PIL import Image
+
+import ldm.train
+from ldm.alone import alone
+from ldm.artifact import Artifact
+from ldm.run import Run, find_autoencoder
+from ldm.tracking import WandbRun
+from ldm.training.checkpoint import Checkpoints
+from ldm.training.lock import lock_file
+from ldm.training.replacement import Replacement, recover
+
+VAE = [
+    *("stage=vae", "autoencoder.model.block_out_channels=[32]", "data=image_folder", "data.path=pets"),
+    *("data.resolution=16", "data.val_fraction=0.2", "batch_size=8", "trainer=cpu", "trainer.max_time=null"),
+    *("trainer.max_steps=4", "trainer.precision=32-true", "name=x"),
+]
+RUN, ASIDE, FAILED = Path("runs/vae/x"), Path("runs/vae/.x.replaced"), Path("runs/vae/.x.failed")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, make_images) -> Path:
+    folder = tmp_path_factory.mktemp("place")
+    make_images(folder / "pets", 40)
+    return folder
+
+
+@pytest.fixture
+def train(place, call, monkeypatch):
+    """Train in this process; returns how it ended. Every test begins with a finished run."""
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("LDM_CACHE", str(place / "cache"))
+    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+
+    def train(*options: str):
+        return call(ldm.train.main, *VAE, "logger=csv", *options)
+
+    if not RUN.exists():
+        assert train().code == 0
+    return train
+
+
+def digest() -> dict[str, bytes]:
+    """Every file of the run but its times."""
+    return {str(file): file.read_bytes() for file in sorted(RUN.rglob("*")) if file.is_file()}
+
+
+def fails(monkeypatch, error: BaseException) -> None:
+    def fail(*args, **kwargs):
+        assert not RUN.joinpath("autoencoder").exists() and ASIDE.joinpath("autoencoder").is_dir(), "set aside by now"
+        raise error
+
+    monkeypatch.setattr(ldm.train, "replace", fail)  # after the loggers were made, before training
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("ours"), KeyboardInterrupt()])
+def test_a_start_that_fails_puts_the_earlier_run_back(train, monkeypatch, error):
+    before = digest()
+    with monkeypatch.context() as patch:
+        fails(patch, error)
+        if isinstance(error, RuntimeError):
+            with pytest.raises(RuntimeError):
+                train("overwrite=true")
+        else:
+            assert train("overwrite=true").code in (2, 130)
+    assert digest() == before and not ASIDE.exists() and (FAILED / "run.json").is_file()
+
+
+def test_a_stop_before_the_first_checkpoint_says_how_to_start_again(train, monkeypatch):
+    """resume=true would continue the earlier run instead."""
+    before = digest()
+
+    def stopped(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ldm.train, "replace", stopped)
+        ended = train("overwrite=true", "optimizer.lr=1e-4")
+    assert ended.code == 143 and digest() == before and f"the earlier run is back in {RUN.resolve()}" in ended.err
+    again = shlex.split(ended.err.strip().splitlines()[-1].partition("To go on: ")[2])
+    assert again[1:3] == ["-m", "ldm.train"] and again[-1] == "overwrite=true" and "optimizer.lr=1e-4" in again
+    ended = train(*again[3:])
+    assert ended.code == 0 and digest() != before and not ASIDE.exists()
+
+
+def test_the_earlier_run_goes_with_the_first_checkpoint(train, monkeypatch):
+    """Also of a run that is stopped by a signal: what it saved then can be continued."""
+    seen = []
+    save = Checkpoints._save
+
+    def watched(self, *args, **kwargs):
+        seen.append(ASIDE.is_dir())
+        save(self, *args, **kwargs)
+        seen.append(ASIDE.is_dir())
+
+    monkeypatch.setattr(Checkpoints, "_save", watched)
+    assert train("overwrite=true").code == 0
+    assert seen[:2] == [True, False] and not ASIDE.exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        ("logger.project=a/b", "Invalid project name 'a/b'"),
+        ("logger.tags=[" + "x" * 65 + "]", "65 characters"),
+        ("logger.tags=3", "int"),
+        ("logger.group=7", "run_group"),
+        ("logger.finish_timeout_s=0", None),
+    ],
+)
+def test_wandb_rejects_a_setting_and_training_goes_on(train, monkeypatch, option, reason):
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    ended = train("overwrite=true", "logger=wandb", option)
+    assert ended.code == 0 and Run.open(RUN).finished, ended
+    if reason is not None:
+        line = next(line for line in ended.out.splitlines() if line.startswith("W&B rejects a setting"))
+        assert reason in line and "in project ldm" in line and "wandb sync --include-online" in line
+        assert list(RUN.glob("wandb/offline-run-*/*.wandb"))
+
+
+@pytest.mark.parametrize(
+    "variable",
+    [
+        "WANDB_MODE=nonsense",
+        "WANDB_BASE_URL=no-address",
+        "WANDB_INIT_TIMEOUT=soon",
+        "WANDB_CONSOLE=x",
+        "WANDB_RESUME=x",
+    ],
+)
+def test_no_variable_of_wandb_ends_a_training(tmp_path, monkeypatch, capsys, variable):
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(*variable.split("="))
+    wandb.teardown()  # it reads them once
+    run = WandbRun(tmp_path, {}, project="ldm", name="vae/x")
+    run.log({"loss": 1.0}, 0)
+    run.log_images("images", [Image.new("RGB", (8, 8))], [None], 1)
+    run.leave(Artifact("evaluation", "x", "0" * 64))
+    run.finish()
+    assert capsys.readouterr().out.count("Continuing") == 1
+    monkeypatch.delenv(variable.partition("=")[0])
+    wandb.teardown()
+
+
+def test_an_unknown_mode_is_refused_while_the_earlier_run_is_whole(train):
+    before = digest()
+    ended = train("overwrite=true", "logger=wandb", "logger.mode=onlin")
+    assert ended.code == 2 and "logger.mode=onlin is unknown" in ended.err and digest() == before
+
+
+def test_a_damaged_wandb_id_does_not_prevent_a_resume(train):
+    assert train("overwrite=true", "logger=wandb", "logger.mode=offline").code == 0
+    (RUN / "wandb_id.txt").write_text("../../x")
+    ended = train("resume=true", "logger=wandb", "logger.mode=offline", "trainer.max_steps=5")
+    assert ended.code == 0 and "must hold the id of a W&B run" in ended.out
+    assert re.fullmatch(r"\w+", (RUN / "wandb_id.txt").read_text().strip())
+
+
+@pytest.fixture
+def killed(train, monkeypatch):
+    """A start with overwrite=true that was killed while its loggers were made."""
+    if not (RUN / "autoencoder").is_dir():
+        assert train("overwrite=true").code == 0
+    before = digest()
+
+    class Killed(BaseException):
+        pass
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ldm.train, "replace", lambda *_, **__: (_ for _ in ()).throw(Killed))
+        patch.setattr(Replacement, "_keep_as_failed", lambda self: None)
+        patch.setattr(Path, "replace", _only_aside(Path.replace))
+        with pytest.raises(Killed):
+            train("overwrite=true", "optimizer.lr=1e-4")
+    assert ASIDE.is_dir() and (RUN / "run.json").is_file() and not (RUN / "checkpoints").exists()
+    return before
+
+
+def _only_aside(replace):
+    """Path.replace, but for what puts a run back."""
+
+    def only_aside(self: Path, target: Path):
+        return target if self.name == ASIDE.name else replace(self, target)
+
+    return only_aside
+
+
+def test_after_a_kill_the_next_command_says_where_the_run_is(killed, train):
+    ended = train()
+    assert ended.code == 2 and str(ASIDE.resolve()) in ended.err and f"rename {ASIDE.name} to x" in ended.err
+    with pytest.raises(ValueError, match=re.escape(str(ASIDE.resolve()))):
+        Run.open(RUN).autoencoder()
+    fingerprint = Run.open(ASIDE).facts["data_fingerprint"]
+    with pytest.raises(ValueError, match="no finished autoencoder for this data"):
+        find_autoencoder(None, "runs", fingerprint)
+
+
+def test_after_a_kill_another_start_keeps_the_earlier_run_until_it_has_saved(killed, train, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(ldm.train, "replace", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("again")))
+        with pytest.raises(RuntimeError, match="again"):
+            train("overwrite=true")
+    assert digest() == killed, "the run from before both starts"
+    assert train("overwrite=true").code == 0 and not ASIDE.exists()
+
+
+def test_after_a_kill_a_resume_is_refused_with_both_ways_out(killed, train):
+    """It would train from the beginning, and then delete the run that the user may mean."""
+    ended = train("resume=true")
+    assert ended.code == 2 and str(ASIDE.resolve()) in ended.err and "overwrite=true instead of resume=" in ended.err
+    assert ASIDE.is_dir()
+    shutil.rmtree(RUN)
+    ASIDE.rename(RUN)
+    assert digest() == killed and train("resume=true").code == 0
+
+
+def test_whatever_was_set_aside_is_kept_until_a_checkpoint(tmp_path):
+    """Also a folder that is no whole run: it had the name, and may hold all that is left of one."""
+    run = tmp_path / "x"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "weights.bin").write_bytes(b"years of work")
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt), Replacement(run).begin(overwrite=True):
+            raise KeyboardInterrupt
+        assert (run / "checkpoints" / "weights.bin").is_file()
+    run.rename(tmp_path / ".x.replaced")  # as a kill leaves it
+    with Replacement(run).begin(overwrite=True):
+        assert (tmp_path / ".x.replaced" / "checkpoints" / "weights.bin").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != ".x.failed") == ["x"]
+
+
+def test_a_run_folder_that_is_a_link_stays_one(train, tmp_path):
+    shutil.copytree(RUN, tmp_path / "elsewhere")
+    link = RUN.with_name("linked")
+    link.symlink_to(tmp_path / "elsewhere")
+    before = (tmp_path / "elsewhere/run.json").read_bytes()
+    assert train("name=linked", "overwrite=true").code == 0
+    assert link.is_symlink() and (tmp_path / "elsewhere/run.json").read_bytes() != before
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["elsewhere"]
+
+
+def test_a_kill_between_two_renames_is_put_right(train):
+    before = digest()
+    RUN.resolve().replace(ASIDE.resolve())
+    ended = train()
+    assert ended.code == 2 and "exists already" in ended.err and f"{RUN.resolve()} was moved aside" in ended.err
+    assert digest() == before
+
+
+def test_a_run_that_another_training_replaces_now_is_not_reported(tmp_path, capsys):
+    aside = tmp_path / "vae" / ".x.replaced"
+    aside.mkdir(parents=True)
+    (aside / "run.json").write_text("{}")
+    with alone(lock_file(tmp_path / "vae" / "x")):
+        recover(tmp_path / "vae" / "y", resume=False)
+        assert capsys.readouterr().err == ""
+    for other in ("vae/y", "diffusion/x"):
+        recover(tmp_path / other, resume=True)
+        assert str(aside) in capsys.readouterr().err
+
+
+def test_a_slurm_job_that_starts_again_overwrites_once(train, monkeypatch):
+    """Put into the queue again it continues what it began itself, and overwrites what it did not."""
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    ended = train("overwrite=true")
+    assert ended.code == 0 and "resumed from" not in ended.out
+    ended = train("overwrite=true", "trainer.max_steps=5")
+    assert ended.code == 0 and "resumed from" in ended.out
