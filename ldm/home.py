@@ -6,6 +6,8 @@ _PACKAGE = Path(__file__).resolve().parent
 RUN_FILE = "run.json"
 """The file that marks a run folder."""
 STAGES = ("vae", "diffusion")
+DISTRIBUTION = "ldm-trainer"
+"""Our name on PyPI, where `ldm` is another project."""
 
 
 def is_run(folder: Path) -> bool:

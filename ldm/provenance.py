@@ -8,7 +8,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("ldm", "torch", "lightning", "diffusers", "transformers", "hydra-core", "wandb", "numpy")
+from ldm.home import DISTRIBUTION
+
+PACKAGES = (DISTRIBUTION, "torch", "lightning", "diffusers", "transformers", "hydra-core", "wandb", "numpy")
 
 
 def provenance() -> dict[str, Any]:

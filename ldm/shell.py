@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldm.home import folder
+from ldm.home import DISTRIBUTION, folder
 
 _PLAIN = re.compile(r"-[\w-]+|[\w.:=/\\+][\w.:=/\\+-]*", re.ASCII)
 """Arguments that cmd and PowerShell both take as they are. PowerShell splits -option=a.b at the dot."""
@@ -51,6 +51,11 @@ def train(*options: str) -> str:
 def tool(name: str, *options: str) -> str:
     """`python tools/<name>.py` with options as a user types them."""
     return python(_shown(folder("tools") / f"{name}.py"), *options)
+
+
+def install(extra: str) -> str:
+    """The command that installs the packages of one of our extras for this interpreter."""
+    return python("-m", "pip", "install", f"{DISTRIBUTION}[{extra}]")
 
 
 def _interpreter() -> str:

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
+from ldm import shell
 from ldm.errors import UserError
 from ldm.tracking import OPTIONS, TRAINING_ID, WandbRun
 from ldm.wandb_server import bounded, has_key
@@ -123,7 +124,7 @@ def track_comparison(
     try:
         import wandb_workspaces.reports.v2 as reports
     except ImportError:
-        return 'No W&B report: its package is not installed: pip install "ldm[reports]"'
+        return f"No W&B report: its package is not installed: {shell.install('reports')}"
     where = {"project": options["project"], "entity": entity}
     runs = reports.Runset(**where, name="compared", filters=f"Metric('Name') in {list(compared)}")
     panels = [reports.LinePlot(title=curve, x="step", y=[curve]) for curve in curves]

@@ -18,6 +18,12 @@ from ldm import signals
 torch.set_num_threads(1)
 
 
+collect_ignore = []
+if os.name == "nt":  # these need fork, named pipes, alarms or POSIX signals
+    collect_ignore += ["test_signals.py", "test_fuzz.py", "stress", "data/test_latent_cache.py"]
+    collect_ignore += ["data/test_hostile_images.py", "training/test_replacement.py"]
+
+
 @dataclass(frozen=True)
 class Ended:
     """How a command ended, and what it printed."""

@@ -50,7 +50,7 @@ def test_a_value_per_image_with_a_gradient_and_frozen_weights(stand_in):
 
 def test_without_the_package():
     assert not features.has_lpips()
-    with pytest.raises(UserError, match=r'pip install "ldm\[lpips\]".*perceptual=efficientnet_lite'):
+    with pytest.raises(UserError, match=r"pip install 'ldm-trainer\[lpips\]'.*perceptual=efficientnet_lite"):
         features.LPIPS()
 
 
@@ -150,7 +150,7 @@ def test_a_folder_that_is_none(tmp_path, dinov2, monkeypatch):
 
 def test_inception_without_its_package(monkeypatch):
     monkeypatch.setattr(features, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r'pip install "ldm\[inception\]".*features=efficientnet_lite'):
+    with pytest.raises(UserError, match=r"pip install 'ldm-trainer\[inception\]'.*features=efficientnet_lite"):
         load_features("inception")
 
 

@@ -5,7 +5,6 @@ import copy
 import io
 import os
 import re
-import resource
 import shutil
 import signal
 import sys
@@ -106,11 +105,24 @@ def place(tmp_path_factory, make_images):
         patch.setattr(ldm.train, "run_folder", inside)
         patch.setattr(ldm.training.loggers, "make_loggers", without_wandb)
         patch.setattr(Trainer, "fit", reached)
-        limits = resource.getrlimit(resource.RLIMIT_AS)
-        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (taken + MORE_MEMORY, limits[1]))
-        yield place
-        resource.setrlimit(resource.RLIMIT_AS, limits)
+        with bounded_memory():
+            yield place
+
+
+@contextlib.contextmanager
+def bounded_memory():
+    """Not much more memory than now; no bound where the system has no such limits, as on Windows and macOS."""
+    statm = Path("/proc/self/statm")
+    if not statm.is_file():
+        yield
+        return
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    taken = int(statm.read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + MORE_MEMORY, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import configparser
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -104,7 +105,7 @@ def test_the_wheel_holds_configs_and_tools_and_no_tests(wheel):
     names = {path.relative_to(wheel).as_posix() for path in wheel.rglob("*") if path.is_file()}
     assert files_of("ldm") <= names
     assert {f"ldm/{name}" for name in files_of("conf") | files_of("tools")} <= names
-    assert {name.partition("/")[0] for name in names} == {"ldm", f"ldm-{PROJECT['version']}.dist-info"}
+    assert {name.partition("/")[0] for name in names} == {"ldm", f"ldm_trainer-{PROJECT['version']}.dist-info"}
 
 
 def test_each_command_has_its_tool(wheel):
@@ -136,3 +137,29 @@ def test_the_wheel_finds_its_own_configs_and_tools(wheel, tmp_path):
 def test_a_command_of_the_wheel_answers_in_any_folder(wheel, tmp_path, arguments):
     assert run_away_from_the_checkout(wheel, tmp_path, *arguments).strip()
     assert not list(tmp_path.iterdir()), "help leaves nothing behind"
+
+
+STRANGERS = re.compile(
+    r"""install\s+(?:-[\w-]+\s+)*["'`]?ldm(?=[\s"'`\[=<>~]|$)|\bldm\[(?:demo|eval|lpips|inception|data|reports|dev)\b"""
+)
+"""PyPI's `ldm` is another project: whoever is told to install it may get that over ours."""
+
+
+def test_nothing_tells_users_to_install_another_project():
+    folders = ("ldm", "conf", "tools", "docs", "tests", "examples", "benchmarks", ".github")
+    files = [file for folder in folders for file in (ROOT / folder).rglob("*")] + list(ROOT.glob("*"))
+    texts = (".py", ".md", ".yaml", ".yml", ".toml", ".txt", ".cff", "")
+    found = [
+        f"{file.relative_to(ROOT)}:{number}: {line.strip()}"
+        for file in files
+        if file.is_file() and file.suffix in texts and file != Path(__file__)
+        for number, line in enumerate(file.read_text(encoding="utf-8", errors="ignore").splitlines(), start=1)
+        if STRANGERS.search(line)
+    ]
+    assert found == []
+    assert all(map(STRANGERS.search, ['pip install "ldm[demo]"', "python -m pip install ldm", "needs ldm[eval]"]))
+    assert not any(map(STRANGERS.search, ["pip install 'ldm-trainer[demo]'", "pip install -e .", "import ldm"]))
+
+
+def test_the_wheel_is_typed(wheel):
+    assert (wheel / "ldm" / "py.typed").is_file()

