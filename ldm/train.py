@@ -15,10 +15,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from ldm import command, shell, signals
+from ldm.cli import main as command
+from ldm.cli.options import check_options, refused_options
 from ldm.errors import UserError
-from ldm.options import check_options, refused_options
-from ldm.resumed import (
+from ldm.runs.resume import (
     RUN_NAME,
     branch_of,
     check_config,
@@ -31,6 +31,7 @@ from ldm.resumed import (
     run_folder,
     slurm_job,
 )
+from ldm.runtime import shell, signals
 
 
 def train(config: DictConfig) -> None:
@@ -41,10 +42,10 @@ def train(config: DictConfig) -> None:
     """
     from lightning.pytorch.utilities import rank_zero_only
 
-    from ldm.training.lock import only_one
-    from ldm.training.replacement import Replacement
-    from ldm.training.room import require_writable
-    from ldm.training.throughput import begin_peak_memory
+    from ldm.runs.disk import require_writable
+    from ldm.runs.lock import only_one
+    from ldm.runs.replacement import Replacement
+    from ldm.training.callbacks.speed import begin_peak_memory
 
     job = HydraConfig.get()
     begin_peak_memory(first=job.mode != RunMode.MULTIRUN or job.job.num == 0)
@@ -97,16 +98,15 @@ def train_in(
     from lightning.pytorch import seed_everything
     from lightning.pytorch.callbacks import LambdaCallback
 
-    from ldm.device import choose_device
-    from ldm.durable import clear_partials
-    from ldm.run import NoAutoencoder, Run
-    from ldm.training.fitting import Fit, Plan, check_trainer, make_budget
-    from ldm.training.loggers import make_loggers
-    from ldm.training.precision import choose_precision
-    from ldm.training.room import require_room
-    from ldm.training.summary import describe_device, print_table, time_expected
-    from ldm.training.throughput import measure_speed, peak_memory_gb
-    from ldm.wandb_server import check_mode
+    from ldm.files.atomic import clear_partials
+    from ldm.runs.disk import require_room
+    from ldm.runs.run import NoAutoencoder, Run
+    from ldm.runtime.device import choose_device
+    from ldm.tracking.server import check_mode
+    from ldm.training.callbacks.loggers import make_loggers
+    from ldm.training.callbacks.speed import describe_device, measure_speed, peak_memory_gb, print_table, time_expected
+    from ldm.training.fit import Fit, Plan, check_trainer, make_budget
+    from ldm.training.optim.precision import choose_precision
 
     started = time.perf_counter()
     kind = HydraConfig.get().runtime.choices["stage"]
@@ -257,8 +257,8 @@ def what_went_before(
     Raises:
         UserError: there is no whole checkpoint, or the options given now would lead to other weights.
     """
-    from ldm.run import CONFIG_FILE, RUN_FILE, Run
-    from ldm.training.manifest import find_checkpoint
+    from ldm.runs.checkpoints import find_checkpoint
+    from ldm.runs.run import CONFIG_FILE, RUN_FILE, Run
 
     resumed = find_checkpoint(folder, config.resume, stage=kind, quiet=quiet)
     if resumed is None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm import signals
+from ldm.runtime import signals
 
 # The tensors are small: more threads only wait for each other, ten times slower on a busy machine.
 torch.set_num_threads(1)

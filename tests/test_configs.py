@@ -18,9 +18,9 @@ from ldm.autoencoder.autoencoder import Autoencoder
 from ldm.diffusion.chain import PredictionType
 from ldm.diffusion.loss import check_objective
 from ldm.diffusion.schedule import NoiseSchedule, cosine
-from ldm.home import folder
-from ldm.tracking import OPTIONS
-from ldm.training.stage import OptimizerFactory
+from ldm.runtime.paths import folder
+from ldm.tracking.run import OPTIONS
+from ldm.training.optim.factory import OptimizerFactory
 
 CONF = folder("conf")
 STAGES = ("vae", "diffusion")
@@ -145,7 +145,10 @@ def test_perceptual_distances_carry_their_weight(choice):
         "train", "stage=vae", f"perceptual={choice}", *([] if choice == "none" else ["perceptual.weight=3"])
     )
     if choice == "lpips":  # an extra of its own
-        assert config.perceptual.build.network._target_ == "ldm.features.LPIPS" and config.perceptual.build.weight == 3
+        assert (
+            config.perceptual.build.network._target_ == "ldm.autoencoder.perceptual.LPIPS"
+            and config.perceptual.build.weight == 3
+        )
         return
     perceptual = instantiate(config.stage.build).keywords["perceptual"]
     assert perceptual is None if choice == "none" else (perceptual.name, perceptual.weight) == (choice, 3)

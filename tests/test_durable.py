@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ldm.durable import clear_partials, durable_file, durable_folder, sha256_of, write_text
+from ldm.files.atomic import clear_partials, durable_file, durable_folder, sha256_of, write_text
 
 
 def test_a_file_appears_at_the_end_of_its_block(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_between_the_two_renames_a_folder_is_not_lost(tmp_path: Path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", fails)
         if then != "an error":  # nothing is tidied up
-            patch.setattr("ldm.durable.restore", lambda path: None)
+            patch.setattr("ldm.files.atomic.restore", lambda path: None)
             patch.setattr("shutil.rmtree", lambda *_, **__: None)
         with pytest.raises(OSError, match="no more"), durable_folder(path) as partial:
             (partial / "after").touch()

@@ -10,11 +10,11 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError
 
 import ldm.train
-from ldm import console
-from ldm.command import explain
-from ldm.data.image_folder import ImageFolder
+from ldm.cli import console
+from ldm.cli.main import explain
 from ldm.data.images import prepare
-from ldm.training.precision import choose_precision
+from ldm.data.sources.image_folder import ImageFolder
+from ldm.training.optim.precision import choose_precision
 
 MINE = ["data=image_folder", "data.path=pictures", "data.resolution=16"]
 SHORT = ["trainer=cpu", "trainer.max_steps=1", "trainer.max_time=null", "trainer.precision=32-true", "batch_size=8"]
@@ -157,7 +157,7 @@ def test_numbers_that_mean_whole_ones(call, place, monkeypatch):
 
 def test_a_hub_whose_model_is_of_another_kind(fails, monkeypatch, tmp_path):
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderTiny"}')
-    monkeypatch.setattr("ldm.run.hf_hub_download", lambda *_, **__: str(tmp_path / "config.json"))
+    monkeypatch.setattr("ldm.runs.load.hf_hub_download", lambda *_, **__: str(tmp_path / "config.json"))
     assert "it holds a AutoencoderTiny, not one of AutoencoderKL" in fails(train, *DIFFUSION, "vae=madebyollin/taesd")
 
 
@@ -165,7 +165,7 @@ def test_a_hub_that_cannot_be_reached(fails, monkeypatch):
     def offline(name, file, **options):
         raise LocalEntryNotFoundError(f"{name} cannot be reached\nand more lines")
 
-    monkeypatch.setattr("ldm.run.hf_hub_download", offline)
+    monkeypatch.setattr("ldm.runs.load.hf_hub_download", offline)
     message = fails(train, *DIFFUSION, "vae=stabilityai/nosuch")
     assert "stabilityai/nosuch is no folder here" in message and "hub id that can be reached" in message
 

@@ -1,4 +1,4 @@
-"""ldm.features: LPIPS and Inception with stand-ins for their packages, vision transformers from folders."""
+"""ldm.metrics.features: LPIPS and Inception with stand-ins for their packages, vision transformers from folders."""
 
 import json
 import shutil
@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2Config, Dinov2Model
 
-from ldm import features
+from ldm.autoencoder import perceptual
 from ldm.errors import UserError
-from ldm.evaluation.feature_extraction import load_features
+from ldm.evaluation.features import load_features
+from ldm.metrics import features
 
 
 @pytest.fixture
@@ -39,8 +40,8 @@ def stand_in(monkeypatch):
 
 
 def test_a_value_per_image_with_a_gradient_and_frozen_weights(stand_in):
-    network = features.LPIPS()
-    assert features.has_lpips() and network.name == "lpips"
+    network = perceptual.LPIPS()
+    assert perceptual.has_lpips() and network.name == "lpips"
     x, y = torch.zeros(3, 3, 8, 8), torch.full((3, 3, 8, 8), 0.5, requires_grad=True)
     found = network(x, y)
     torch.testing.assert_close(found, torch.full((3,), 0.25))
@@ -49,9 +50,9 @@ def test_a_value_per_image_with_a_gradient_and_frozen_weights(stand_in):
 
 
 def test_without_the_package():
-    assert not features.has_lpips()
+    assert not perceptual.has_lpips()
     with pytest.raises(UserError, match=r"pip install 'ldm-trainer\[lpips\]'.*perceptual=efficientnet_lite"):
-        features.LPIPS()
+        perceptual.LPIPS()
 
 
 def test_without_a_network_to_fetch_the_weights(stand_in, monkeypatch):
@@ -60,7 +61,7 @@ def test_without_a_network_to_fetch_the_weights(stand_in, monkeypatch):
 
     monkeypatch.setattr(stand_in, "LPIPS", refuse)
     with pytest.raises(UserError, match="VGG-16 for LPIPS could not be fetched.*no route"):
-        features.LPIPS()
+        perceptual.LPIPS()
 
 
 PIXELS = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4]}

@@ -25,18 +25,19 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 
 import ldm.data.images
 import ldm.train
-import ldm.training.loggers
-from ldm import command
-from ldm.artifact import flatten
-from ldm.data.image_folder import ImageFolder
+import ldm.training.callbacks.loggers
+from ldm.cli import main as command
 from ldm.data.images import prepare
+from ldm.data.sources.image_folder import ImageFolder
 from ldm.errors import UserError
-from ldm.home import folder
+from ldm.files.untrusted import file_name, is_plain_name
+from ldm.image_grid import grid, rows
 from ldm.networks.conditioning import TextCondition
-from ldm.pictures import grid, rows
-from ldm.pipeline import LatentDiffusionPipeline
-from ldm.sampling import Request, read_prompts, write
-from ldm.untrusted import file_name, is_plain_name
+from ldm.runtime.paths import folder
+from ldm.sampling.draw import write
+from ldm.sampling.pipeline import LatentDiffusionPipeline
+from ldm.sampling.request import Request, read_prompts
+from ldm.tracking.artifact import flatten
 
 SLOWEST_S = 20.0
 """No command may take longer to be refused, on a busy machine."""
@@ -93,7 +94,7 @@ def place(tmp_path_factory, make_images):
     def without_wandb(config, *arguments, **options):
         return reached() if config.wandb else make_loggers(config, *arguments, **options)
 
-    run_folder, make_loggers = ldm.train.run_folder, ldm.training.loggers.make_loggers
+    run_folder, make_loggers = ldm.train.run_folder, ldm.training.callbacks.loggers.make_loggers
     prepare(ImageFolder(place / "pictures"), resolution=16, cache_dir=place / "cache", progress=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
@@ -103,7 +104,7 @@ def place(tmp_path_factory, make_images):
         patch.setattr(FileConfigSource, "load_config", load)
         patch.setattr(ldm.data.images, "fill_cache", reached)
         patch.setattr(ldm.train, "run_folder", inside)
-        patch.setattr(ldm.training.loggers, "make_loggers", without_wandb)
+        patch.setattr(ldm.training.callbacks.loggers, "make_loggers", without_wandb)
         patch.setattr(Trainer, "fit", reached)
         with bounded_memory():
             yield place

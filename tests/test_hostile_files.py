@@ -18,21 +18,22 @@ from omegaconf import OmegaConf
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from ldm.autoencoder.autoencoder import Autoencoder, LatentStatistics, weights_sha256
-from ldm.command import as_config, construct, run
-from ldm.constructors import KNOWN, TRUST, check_config
-from ldm.data.image_folder import ImageFolder
+from ldm.cli.main import as_config, construct, run
+from ldm.cli.targets import KNOWN, TRUST, check_config
 from ldm.data.images import ImageData, prepare
-from ldm.data.latents import LatentContract, open_latents
+from ldm.data.sources.image_folder import ImageFolder
 from ldm.diffusion.sampler import Sampler
 from ldm.diffusion.schedule import linear
 from ldm.errors import UserError
-from ldm.evaluation.kept_samples import draw_and_keep
-from ldm.home import folder
+from ldm.evaluation.samples.kept import draw_and_keep
+from ldm.files.untrusted import file_name, is_plain_name
+from ldm.latents.cache import open_latents
+from ldm.latents.contract import LatentContract
 from ldm.networks.conditioning import NoCondition
 from ldm.networks.dit import DiT
-from ldm.pipeline import LatentDiffusionPipeline
-from ldm.run import Run
-from ldm.untrusted import file_name, is_plain_name
+from ldm.runs.run import Run
+from ldm.runtime.paths import folder
+from ldm.sampling.pipeline import LatentDiffusionPipeline
 from tests.hostile_files import CANARY, CASES
 
 ROOT = Path(__file__).parents[1]
@@ -159,7 +160,7 @@ def test_the_table_holds_what_conf_names():
         for target in targets(OmegaConf.to_container(OmegaConf.load(file), resolve=False))
     }
     assert named <= KNOWN
-    for name in KNOWN - {"ldm.features.LPIPS"}:
+    for name in KNOWN - {"ldm.autoencoder.perceptual.LPIPS"}:
         assert callable(get_object(name)), name
 
 

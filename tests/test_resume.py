@@ -13,9 +13,9 @@ import torch
 
 import ldm.train
 from ldm.errors import UserError
-from ldm.training.checkpoint import Checkpoints
-from ldm.training.fitting import Fit
-from ldm.training.manifest import manifests
+from ldm.runs.checkpoints import manifests
+from ldm.training.callbacks.checkpoints import Checkpoints
+from ldm.training.fit import Fit
 
 DATA = ["data=image_folder", "data.path=pets", "data.resolution=16", "data.val_fraction=0.2", "logger=csv"]
 BUDGET = ["trainer=cpu", "trainer.max_time=null", "trainer.max_steps=7", "trainer.val_check_interval=3", "batch_size=8"]
@@ -159,7 +159,7 @@ def test_stopped_at_any_step(train, stop, never_stopped, stage, precision, hook,
 
 def test_accumulated_batches_and_dropout_go_on(train, stop, monkeypatch):
     """What draws from the global generators does so as if nothing had happened."""
-    from ldm.training.vae import VAETraining
+    from ldm.training.modules.autoencoder import VAETraining
 
     drawn: list[tuple[float, float, float]] = []
     losses = VAETraining.losses
@@ -217,7 +217,10 @@ def record_of(run: Path) -> list[bytes]:
     ("options", "said"),
     [
         (TINY_DIFFUSION[:1], "network._target_ was ldm.networks.dit.DiT and is ldm.networks.unet.unet now; network."),
-        ([*TINY_DIFFUSION, "optimizer=adamw"], "optimizer.build._target_ was ldm.training.muon.MuonAdamW and is torch"),
+        (
+            [*TINY_DIFFUSION, "optimizer=adamw"],
+            "optimizer.build._target_ was ldm.training.optim.muon.MuonAdamW and is torch",
+        ),
         ([*TINY_DIFFUSION, "seed=1"], "seed was 0 and is 1 now. Give"),
         ([*TINY_DIFFUSION, "data.flip=true"], "data.flip was False and is True now. Give"),
     ],
@@ -266,7 +269,7 @@ def test_a_run_goes_on_on_its_own_latents(command, mine, place):
 )
 def test_a_run_is_deleted_only_for_one_that_can_begin(command, mine, monkeypatch, options, said):
     if not options:
-        monkeypatch.setattr("ldm.training.room.checkpoint_bytes", lambda _: 1 << 60)
+        monkeypatch.setattr("ldm.runs.disk.checkpoint_bytes", lambda _: 1 << 60)
     held = {file: file.read_bytes() for file in sorted(mine.rglob("*")) if file.is_file()}
     ended = command("stage=diffusion", "name=mine", "overwrite=true", *TINY_DIFFUSION, *options)
     assert ended.code == 2 and said in ended.err, ended

@@ -1,4 +1,4 @@
-"""ldm.run: a run folder says what it is; the autoencoder that a second stage finds."""
+"""ldm.runs.run: a run folder says what it is; the autoencoder that a second stage finds."""
 
 import json
 from pathlib import Path
@@ -9,10 +9,11 @@ from diffusers import AutoencoderKL
 from omegaconf import OmegaConf
 
 from ldm.autoencoder.autoencoder import Autoencoder, weights_sha256
-from ldm.data.image_folder import ImageFolder
 from ldm.data.images import prepare
+from ldm.data.sources.image_folder import ImageFolder
 from ldm.errors import UserError
-from ldm.run import NoAutoencoder, Run, find_autoencoder, load_autoencoder
+from ldm.runs.load import find_autoencoder, load_autoencoder
+from ldm.runs.run import NoAutoencoder, Run
 
 
 def autoencoder(seed: int) -> Autoencoder:

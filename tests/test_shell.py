@@ -1,4 +1,4 @@
-"""ldm.shell: printed commands mean the same when they are typed."""
+"""ldm.runtime.shell: printed commands mean the same when they are typed."""
 
 import shlex
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ldm import shell
+from ldm.runtime import shell
 
 AWKWARD = [
     "python",

@@ -13,15 +13,16 @@ import pytest
 from lightning.pytorch import Trainer
 
 import ldm.train
-from ldm import command, signals
+from ldm.cli import main as command
 from ldm.errors import UserError
-from ldm.training.agreement import Agreement
-from ldm.training.callbacks import ProgressBar
-from ldm.training.checkpoint import Checkpoints
-from ldm.training.fitting import Fit
-from ldm.training.lock import only_one
-from ldm.training.manifest import manifests
-from ldm.training.vae_stage import VAEStage
+from ldm.runs.checkpoints import manifests
+from ldm.runs.lock import only_one
+from ldm.runtime import signals
+from ldm.runtime.distributed import Agreement
+from ldm.training.callbacks.checkpoints import Checkpoints
+from ldm.training.callbacks.progress import ProgressBar
+from ldm.training.fit import Fit
+from ldm.training.stages.autoencoder import VAEStage
 
 ROOT = Path(__file__).parents[1]
 CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 138}
@@ -120,7 +121,7 @@ def test_what_the_caller_ignores_stays_ignored():
 
 TOOL = """
 import time
-from ldm import command
+from ldm.cli import main as command
 
 def task(config):
     try:
@@ -146,7 +147,7 @@ def test_a_tool_unwinds_and_says_so(tmp_path, name):
 
 HOLDS = """
 import signal, sys, time
-from ldm import signals
+from ldm.runtime import signals
 
 with signals.handled():
     signals.hold()
@@ -328,7 +329,7 @@ def test_a_second_training_in_a_run_folder_is_refused(train, place):
 HOLDER = """
 import time
 from pathlib import Path
-from ldm.training.lock import only_one
+from ldm.runs.lock import only_one
 
 with only_one(Path("runs/vae/held")):
     print("working", flush=True)
@@ -384,7 +385,7 @@ def test_lightning_puts_no_handler_in_our_place(train, monkeypatch):
 
 RANKS = """
 import os, signal
-from ldm.training.checkpoint import Checkpoints
+from ldm.training.callbacks.checkpoints import Checkpoints
 
 original = Checkpoints.on_train_batch_start
 

@@ -16,9 +16,9 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
-import ldm.resumed
-from ldm import tracking
-from ldm.home import folder
+import ldm.runs.resume
+from ldm.runtime.paths import folder
+from ldm.tracking import run as tracking
 
 ROOT = Path(__file__).parents[1]
 SWEEP = yaml.safe_load((ROOT / "docs" / "wandb_sweep.yaml").read_text(encoding="utf-8"))
@@ -71,15 +71,15 @@ def test_a_job_that_fails_is_named_and_stops_no_other(swept):
 
 
 def test_jobs_of_the_same_second_have_names_of_their_own(monkeypatch, tmp_path):
-    monkeypatch.setattr(ldm.resumed.time, "strftime", lambda form: "20260101-000000")
+    monkeypatch.setattr(ldm.runs.resume.time, "strftime", lambda form: "20260101-000000")
     config = OmegaConf.create({"name": None, "runs_dir": str(tmp_path), "resume": False, "overwrite": False})
     found = []
     for mode, number in ((RunMode.RUN, None), (RunMode.MULTIRUN, 0), (RunMode.MULTIRUN, 1)):
         choices = {"stage": "vae", "data": "squares", "autoencoder": "patch"}
         hydra = SimpleNamespace(mode=mode, job=SimpleNamespace(num=number), runtime=SimpleNamespace(choices=choices))
         monkeypatch.setattr(HydraConfig, "get", staticmethod(lambda hydra=hydra: hydra))
-        monkeypatch.setenv(ldm.resumed.RUN_NAME, "")
-        found.append(ldm.resumed.run_folder(config, main_process=True).name)
+        monkeypatch.setenv(ldm.runs.resume.RUN_NAME, "")
+        found.append(ldm.runs.resume.run_folder(config, main_process=True).name)
     assert found == [f"squares-patch-20260101-000000{end}" for end in ("", "-0", "-1")]
 
 

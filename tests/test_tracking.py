@@ -1,4 +1,4 @@
-"""ldm.tracking and ldm.training.loggers: W&B that never asks, and figures that a resume keeps."""
+"""ldm.tracking.run and ldm.training.callbacks.loggers: W&B that never asks, and figures that a resume keeps."""
 
 import csv
 import json
@@ -14,15 +14,15 @@ import pytest
 import wandb
 from PIL import Image
 
-import ldm.wandb_server
-from ldm.artifact import Artifact, flatten, sha256
-from ldm.data.latents import LatentContract
+import ldm.tracking.server
 from ldm.errors import UserError
-from ldm.lineage import inputs, outputs, weights_sha256
-from ldm.run import Run
-from ldm.tracking import OPTIONS, WandbRun, known_id, track_report
-from ldm.training.loggers import make_loggers
-from ldm.wandb_server import choose_mode, has_key
+from ldm.latents.contract import LatentContract
+from ldm.runs.lineage import inputs, outputs, weights_sha256
+from ldm.runs.run import Run
+from ldm.tracking.artifact import Artifact, flatten, sha256
+from ldm.tracking.run import OPTIONS, WandbRun, known_id, track_report
+from ldm.tracking.server import choose_mode, has_key
+from ldm.training.callbacks.loggers import make_loggers
 
 
 class Recorder:
@@ -81,7 +81,7 @@ def test_only_a_key_at_hand_means_online(monkeypatch, requested, environment, ke
     monkeypatch.delenv("WANDB_MODE", raising=False)
     if environment:
         monkeypatch.setenv("WANDB_MODE", environment)
-    monkeypatch.setattr(ldm.wandb_server, "has_key", lambda: key)
+    monkeypatch.setattr(ldm.tracking.server, "has_key", lambda: key)
     assert choose_mode(requested) == mode
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
-from ldm import command
+from ldm.cli import main as command
 
 
 def bench(config: DictConfig) -> None:
-    from ldm.run import Run
+    from ldm.runs.run import Run
 
     if config.run is None:
         training_loop(config)
@@ -30,13 +30,13 @@ def stage_1_losses(config: DictConfig, run: Any) -> None:
     import torch
     from torch import Tensor
 
-    from ldm.autoencoder.loss import AutoencoderLoss
-    from ldm.autoencoder.regulariser import KL, Unregularised, VectorQuantised
-    from ldm.data.order import Draws
-    from ldm.device import choose_device
+    from ldm.autoencoder.losses import AutoencoderLoss
+    from ldm.autoencoder.regularisers import KL, Unregularised, VectorQuantised
     from ldm.errors import UserError
-    from ldm.training.stage import OptimizerFactory
-    from ldm.training.vae import VAETraining
+    from ldm.runtime.device import choose_device
+    from ldm.runtime.random import Draws
+    from ldm.training.modules.autoencoder import VAETraining
+    from ldm.training.optim.factory import OptimizerFactory
 
     perceptual, adversarial = command.construct(config.perceptual.build), command.construct(config.adversarial.build)
     if perceptual is None or adversarial is None:
@@ -114,10 +114,10 @@ def bound(config: DictConfig, run: Any) -> None:
     """All T terms of one image's bound against as many bare calls of the network."""
     import torch
 
-    from ldm.device import choose_device
     from ldm.diffusion.bound import variational_bound
-    from ldm.pipeline import sample_generators
-    from ldm.sampling import Request
+    from ldm.runtime.device import choose_device
+    from ldm.runtime.random import sample_generators
+    from ldm.sampling.request import Request
 
     pipeline = run.pipeline().to(choose_device(config.device))
     num_steps, size, denoiser = pipeline.schedule.num_steps, config.batch_size, pipeline.denoiser()
@@ -159,11 +159,12 @@ def training_loop(config: DictConfig) -> None:
     from lightning.pytorch.loggers import CSVLogger
 
     from ldm.data.loaders import train_loader
-    from ldm.data.order import Draws
-    from ldm.training.budget import Budget
-    from ldm.training.callbacks import EMACallback, ProgressBar
-    from ldm.training.module import TrainingModule
-    from ldm.training.stage import OptimizerFactory
+    from ldm.runtime.random import Draws
+    from ldm.training.callbacks.progress import ProgressBar
+    from ldm.training.modules.base import TrainingModule
+    from ldm.training.optim.budget import Budget
+    from ldm.training.optim.ema import EMACallback
+    from ldm.training.optim.factory import OptimizerFactory
 
     class NoOp(TrainingModule):
         def losses(self, batch: object, draws: Draws) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from ldm import command
+from ldm.cli import main as command
 
 LONGEST_NAME = 80
 
@@ -14,10 +14,10 @@ LONGEST_NAME = 80
 def compare(config: DictConfig) -> None:
     from rich.console import Console
 
-    from ldm.device import choose_device
-    from ldm.evaluation.compare import compare
-    from ldm.evaluation.compare_images import side_by_side
-    from ldm.evaluation.compare_report import Report
+    from ldm.evaluation.comparison.compare import compare
+    from ldm.evaluation.comparison.images import side_by_side
+    from ldm.evaluation.comparison.report import Report
+    from ldm.runtime.device import choose_device
 
     check(config)
     device = choose_device(config.device)
@@ -47,7 +47,7 @@ def check(config: DictConfig) -> None:
         UserError: naming the key, its value and the rule.
     """
     from ldm.errors import UserError
-    from ldm.sampling import read_prompts
+    from ldm.sampling.request import read_prompts
 
     for key, least in (("num_samples", 0), ("seed", 0), ("batch_size", 1)):
         if type(value := config[key]) is not int or value < least:
@@ -60,7 +60,7 @@ def check(config: DictConfig) -> None:
 
 def folder_name(report: Any) -> str:
     """The names of the runs, a long list cut and told apart by its hash."""
-    from ldm.untrusted import file_name
+    from ldm.files.untrusted import file_name
 
     name = file_name("-vs-".join(run.name for _, run in report.comparison.runs), 100_000)
     if len(name.encode()) <= LONGEST_NAME:
@@ -72,8 +72,8 @@ def track(config: DictConfig, out: Path, report: Any, files: list[Path]) -> str:
     """Table and pictures in a W&B run of its own, and a W&B report; the line that says where it is."""
     from PIL import Image
 
-    from ldm.evaluation.compare_picture import curve_names
-    from ldm.wandb_comparison import track_comparison
+    from ldm.evaluation.comparison.curves import curve_names
+    from ldm.tracking.comparison import track_comparison
 
     settings: Any = OmegaConf.to_container(config, resolve=True)
     columns, rows = report.sheet()

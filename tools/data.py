@@ -5,15 +5,15 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ldm import command
+from ldm.cli import main as command
 
 
 def data(config: DictConfig) -> None:
     from rich.console import Console
 
-    from ldm.device import choose_device
-    from ldm.evaluation.data_report import inspect
-    from ldm.evaluation.data_summary import advice, tabulate
+    from ldm.evaluation.data.report import inspect
+    from ldm.evaluation.data.summary import advice, tabulate
+    from ldm.runtime.device import choose_device
 
     check(config)
     device = choose_device(config.device)
@@ -40,8 +40,8 @@ def check(config: DictConfig) -> None:
         UserError: naming the key, its value and the rule.
     """
     from ldm.errors import UserError
-    from ldm.evaluation.data_report import NO_FEATURES
-    from ldm.features import CHOICES
+    from ldm.evaluation.data.report import NO_FEATURES
+    from ldm.metrics.features import CHOICES
 
     if config.features not in (NO_FEATURES, *CHOICES):
         known = ", ".join([*CHOICES, NO_FEATURES])
@@ -57,8 +57,8 @@ def check(config: DictConfig) -> None:
 
 def track(config: DictConfig, out: Path, report: Any, images: Any, files: list[Path]) -> None:
     """The numbers as W&B's summary, and the contact sheet."""
-    from ldm.lineage import data_artifact
-    from ldm.tracking import track_report
+    from ldm.runs.lineage import data_artifact
+    from ldm.tracking.run import track_report
 
     parts = {part: found for part, found in report.figures.items() if isinstance(found, dict)}
     shown = {f"{part}/{key}": value for part, found in parts.items() for key, value in found.items()}

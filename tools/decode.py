@@ -4,15 +4,15 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from ldm import command
+from ldm.cli import main as command
 
 
 def decode(config: DictConfig) -> None:
-    from ldm.device import choose_device
-    from ldm.latent_files import decode_file
-    from ldm.pictures import grid, to_pil
-    from ldm.run import Run
-    from ldm.untrusted import file_name
+    from ldm.files.untrusted import file_name
+    from ldm.image_grid import grid, to_pil
+    from ldm.latents.files import decode_file
+    from ldm.runs.run import Run
+    from ldm.runtime.device import choose_device
 
     autoencoder = Run.open(config.run).autoencoder().to(choose_device(config.device))
     batches, names = decode_file(autoencoder, Path(config.latents).expanduser(), config.batch_size)

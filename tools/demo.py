@@ -5,16 +5,18 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from ldm import command, shell
+from ldm.cli import main as command
+from ldm.runtime import shell
 
 
 def demo(config: DictConfig) -> None:
-    from ldm.device import choose_device
-    from ldm.evaluation import report
-    from ldm.lineage import weights_sha256
-    from ldm.pictures import grid, to_pil
-    from ldm.run import Run
-    from ldm.sampling import Request, draw, film_strip
+    from ldm.evaluation.samples import report
+    from ldm.image_grid import grid, to_pil
+    from ldm.runs.lineage import weights_sha256
+    from ldm.runs.run import Run
+    from ldm.runtime.device import choose_device
+    from ldm.sampling.draw import draw, film_strip
+    from ldm.sampling.request import Request
 
     started = time.perf_counter()
     run = Run.open(config.run)

@@ -5,15 +5,15 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from ldm import command
+from ldm.cli import main as command
 
 
 def encode(config: DictConfig) -> None:
-    from ldm.data.image_folder import ImageFolder
     from ldm.data.images import prepare
-    from ldm.device import choose_device
-    from ldm.latent_files import encode_file
-    from ldm.run import Run
+    from ldm.data.sources.image_folder import ImageFolder
+    from ldm.latents.files import encode_file
+    from ldm.runs.run import Run
+    from ldm.runtime.device import choose_device
 
     run = Run.open(config.run)
     autoencoder = run.autoencoder().to(choose_device(config.device))

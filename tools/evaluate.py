@@ -4,11 +4,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ldm import command
+from ldm.cli import main as command
 
 
 def evaluate(config: DictConfig) -> None:
-    from ldm.run import Run
+    from ldm.runs.run import Run
 
     run = Run.open(config.run)
     found = (reconstructions if run.stage == "vae" else samples)(config, run)
@@ -21,9 +21,9 @@ def reconstructions(config: DictConfig, run: Any) -> dict[str, Any]:
     """Of a run of stage=vae: what `track_report` takes."""
     from rich.console import Console
 
-    from ldm.device import choose_device
-    from ldm.evaluation.reconstruction_report import measure
-    from ldm.evaluation.training_picture import draw, read_curves
+    from ldm.evaluation.reconstructions.curves import draw, read_curves
+    from ldm.evaluation.reconstructions.report import measure
+    from ldm.runtime.device import choose_device
 
     options = {key: config[key] for key in ("features", "features_path", "num_images", "seed", "batch_size")}
     report = measure(run, device=choose_device(config.device), **options)
@@ -46,10 +46,11 @@ def samples(config: DictConfig, run: Any) -> dict[str, Any]:
 
     from PIL import Image
 
-    from ldm.device import choose_device
-    from ldm.durable import write_text
-    from ldm.evaluation import report, sampler_sweep
-    from ldm.lineage import weights_sha256
+    from ldm.evaluation.samples import report
+    from ldm.evaluation.samples import sweep as sampler_sweep
+    from ldm.files.atomic import write_text
+    from ldm.runs.lineage import weights_sha256
+    from ldm.runtime.device import choose_device
 
     keys = ("features", "features_path", "num_samples", "guidance_interval", "seed", "batch_size")
     options: dict[str, Any] = {key: config[key] for key in keys} | {"folder": run.path / "evaluation"}
@@ -87,8 +88,8 @@ def samples(config: DictConfig, run: Any) -> dict[str, Any]:
 
 def track(config: DictConfig, run: Any, found: dict[str, Any]) -> None:
     """The figures as the summary of a W&B run of its own, in the group of the run that they are of."""
-    from ldm.lineage import outputs
-    from ldm.tracking import TRAINING_ID, known_id, track_report
+    from ldm.runs.lineage import outputs
+    from ldm.tracking.run import TRAINING_ID, known_id, track_report
 
     name: str = run.facts.get("name", run.path.name)
     settings: Any = OmegaConf.to_container(config, resolve=True)

@@ -4,14 +4,14 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from ldm import command
+from ldm.cli import main as command
 
 
 def forward(config: DictConfig) -> None:
     from ldm.data.pixels import read_image
-    from ldm.device import choose_device
-    from ldm.pictures import grid, to_pil
-    from ldm.run import Run
+    from ldm.image_grid import grid, to_pil
+    from ldm.runs.run import Run
+    from ldm.runtime.device import choose_device
 
     run = Run.open(config.run)
     pipeline = run.pipeline().to(choose_device(config.device))

@@ -6,12 +6,12 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from ldm import command
+from ldm.cli import main as command
 
 
 def latents(config: DictConfig) -> None:
-    from ldm.device import choose_device
     from ldm.errors import UserError
+    from ldm.runtime.device import choose_device
 
     if (config.run is None) == (config.sweep is None):
         raise UserError(
@@ -34,8 +34,8 @@ def measure_run(config: DictConfig, options: dict[str, Any]) -> None:
     """Channels, spectra and PCAs of one autoencoder."""
     from rich.console import Console
 
-    from ldm.evaluation.latents_report import measure
-    from ldm.run import Run
+    from ldm.evaluation.latents.report import measure
+    from ldm.runs.run import Run
 
     run = Run.open(config.run)
     report = measure(run, split=config.split, **options)
@@ -51,10 +51,10 @@ def sweep_sizes(config: DictConfig, options: dict[str, Any]) -> None:
     from rich.console import Console
 
     from ldm.errors import UserError
-    from ldm.evaluation import size_sweep_report as report
-    from ldm.evaluation import size_sweep_runs as runs
-    from ldm.evaluation.report import load_features
-    from ldm.evaluation.size_sweep import parse_list, parse_losses, parse_sizes, plan
+    from ldm.evaluation.latents import sweep_report as report
+    from ldm.evaluation.latents import sweep_runs as runs
+    from ldm.evaluation.latents.sweep import parse_list, parse_losses, parse_sizes, plan
+    from ldm.evaluation.samples.report import load_features
 
     resolution, choice = config.data.resolution, HydraConfig.get().runtime.choices["data"]
     if type(resolution) is not int or resolution < 1:

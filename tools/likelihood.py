@@ -2,16 +2,16 @@
 
 from omegaconf import DictConfig
 
-from ldm import command
+from ldm.cli import main as command
 
 
 def likelihood(config: DictConfig) -> None:
     from rich.console import Console
 
-    from ldm.device import choose_device
     from ldm.errors import UserError
-    from ldm.evaluation.likelihood_report import check_comparable, compare, measure
-    from ldm.run import Run
+    from ldm.likelihood.report import check_comparable, compare, measure
+    from ldm.runs.run import Run
+    from ldm.runtime.device import choose_device
 
     run = Run.open(config.run)
     chosen = {

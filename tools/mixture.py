@@ -4,14 +4,14 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from ldm import command
+from ldm.cli import main as command
 
 
 def mixture(config: DictConfig) -> None:
     from rich.console import Console
 
-    from ldm.device import choose_device
     from ldm.evaluation.mixture_study import study
+    from ldm.runtime.device import choose_device
 
     found = study(
         command.construct(config.schedule),

@@ -4,15 +4,16 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from ldm import command
+from ldm.cli import main as command
 
 
 def sample(config: DictConfig) -> None:
-    from ldm.device import choose_device
-    from ldm.options import OF_SAMPLING, check_options
-    from ldm.pictures import to_pil
-    from ldm.run import Run
-    from ldm.sampling import Request, check_interval, describe, draw, film_strip, write
+    from ldm.cli.options import OF_SAMPLING, check_options
+    from ldm.image_grid import to_pil
+    from ldm.runs.run import Run
+    from ldm.runtime.device import choose_device
+    from ldm.sampling.draw import check_interval, describe, draw, film_strip, write
+    from ldm.sampling.request import Request
 
     check_options({key: config[key] for key in OF_SAMPLING}, OF_SAMPLING)
     run = Run.open(config.run)

@@ -11,7 +11,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, VQModel
@@ -19,11 +19,17 @@ from torch import Tensor, nn
 
 from ldm.autoencoder.identity import IdentityAutoencoder
 from ldm.autoencoder.patch import PatchAutoencoder, PatchAutoencoderKL, PatchVQModel
-from ldm.autoencoder.point import LOG_VARIANCE, is_pinned
-from ldm.autoencoder.regulariser import flat, quantiser
+from ldm.autoencoder.point_posterior import LOG_VARIANCE, is_pinned
+from ldm.autoencoder.regularisers import flat, quantiser
 from ldm.errors import UserError
-from ldm.model_folder import load_model
-from ldm.untrusted import read_json, to_dataclass
+from ldm.files.models import load_model
+from ldm.files.untrusted import read_json, to_dataclass
+
+TrainType = Literal["all", "decoder", "nothing"]
+
+ENCODING = ("encoder", "quant_conv", "shortcut_in", "quantize")
+"""The parts of a model that decide what a latent is."""
+
 
 STATISTICS_FILE = "latents.json"
 STATISTICS_FORMAT = 1
@@ -217,3 +223,30 @@ def weights_sha256(model: nn.Module) -> str:
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def published_statistics(model: Any) -> tuple[list[float], list[float]] | None:
+    """Per-channel mean and standard deviation of z_raw that its makers scale latents by; None where it states none.
+
+        z = (z_raw - shift) * scaling                               shift is 0 where none is stated (SD 1, 2, SDXL)
+        z = (z_raw - latents_mean) * scaling / latents_std          per channel, where the config has both
+
+    which are those of other images than yours; stable-diffusion networks expect latents of this scale.
+    Source: diffusers' StableDiffusion(XL|3) and Flux pipelines.
+    """
+    config = model.config
+    channels = config.get("vq_embed_dim") or config.get("latent_channels")
+    scaling = config.get("scaling_factor")
+    if scaling is None:
+        return None
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is not None and std is not None:
+        return list(mean), [value / scaling for value in std]
+    return [config.get("shift_factor") or 0.0] * channels, [1 / scaling] * channels
+
+
+def choose_trained(model: nn.Module, part: TrainType) -> None:
+    """Leave gradients to `all` weights, to those of the `decoder` (latents stay what they are), or to `nothing`."""
+    for name, parameter in model.named_parameters():
+        owner = name.removeprefix("core.").split(".")[0]
+        parameter.requires_grad_(part == "all" or (part == "decoder" and owner not in ENCODING))

@@ -9,7 +9,7 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from ldm.autoencoder.point import LOG_VARIANCE
+from ldm.autoencoder.point_posterior import LOG_VARIANCE
 
 
 class IdentityAutoencoder(ModelMixin, ConfigMixin):

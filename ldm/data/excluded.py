@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ldm.data.images import default_cache_dir
-from ldm.home import STAGES, is_run
+from ldm.runtime.paths import STAGES, is_run
 
 SYSTEM_NAMES = frozenset(
     {

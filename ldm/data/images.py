@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.data.arrays import check_length
-from ldm.data.image_cache import (
+from ldm.data.cache import (
     FORMAT_VERSION,
     IMAGES_FILE,
     INDEX_FILE,
@@ -28,10 +27,11 @@ from ldm.data.image_cache import (
     shorten,
 )
 from ldm.data.pixels import MAX_PIXELS, RESIZE_MODES, Resize
-from ldm.data.preparation import fill_cache
-from ldm.data.sources import Record, Source
+from ldm.data.prepare import fill_cache
+from ldm.data.sources.base import Record, Source
 from ldm.errors import UserError
-from ldm.untrusted import check_fields, read_array, read_json
+from ldm.files.arrays import check_length
+from ldm.files.untrusted import check_fields, read_array, read_json
 
 __all__ = ["ImageData", "Record", "Source", "default_cache_dir", "prepare", "split_by_hash", "to_uint8"]
 

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ldm.data.order import StepBatches
-from ldm.signals import leave_to_parent
+from ldm.runtime.signals import leave_to_parent
 
 Fetch = Callable[..., Any]
 """(indices, epochs) -> a batch; without epochs, what validation sees."""

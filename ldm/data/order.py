@@ -5,7 +5,7 @@ permutation of its own; its random numbers from (seed, k, row). Nothing is remem
 step k, with other workers, ranks or micro-batches, sees what it would have seen.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
@@ -13,22 +13,10 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from ldm.errors import UserError
+from ldm.runtime.random import derive_seed
 
 OF_SAMPLES = 2
 """Sets the draws of samples, such as which of its captions, apart from the order and from those of rows."""
-BLOCK = 16
-"""Rows that share a generator: a part draws at most 2 BLOCK - 2 rows more than it has, in a sixteenth of the calls."""
-
-
-def derive_seed(*parts: int) -> int:
-    """One 63-bit seed from several integers (SplitMix64's finaliser), for a generator of its own."""
-    mask, state = 2**64 - 1, 0
-    for part in parts:
-        state = (state + part + 0x9E3779B97F4A7C15) & mask
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
-        state ^= state >> 31
-    return state >> 1
 
 
 @lru_cache(maxsize=2)
@@ -99,38 +87,3 @@ class StepBatches(Sampler[list[tuple[int, int]]]):
                 rows = part_rows(micro_batch, self.rank, self.num_ranks, count)
                 yield batch[rows.start : rows.stop]
             step += 1
-
-
-class Draws:
-    """The random numbers of some rows of a step: bit for bit those that the whole step would draw for them.
-
-    Rows are drawn in blocks, each from a generator of its own, seeded by (seed, step, block). Every part of a step
-    makes the same draws in the same order.
-
-    Args:
-        rows: Which rows of the step's batch.
-        device: Where numbers are drawn; each kind of device has a stream of its own.
-    """
-
-    def __init__(self, seed: int, step: int, rows: range, device: torch.device | str = "cpu") -> None:
-        first, end = rows.start // BLOCK, -(-rows.stop // BLOCK)
-        self._rows = slice(rows.start - first * BLOCK, rows.stop - first * BLOCK)
-        self._generators = [torch.Generator(device=device) for _ in range(first, end)]
-        for block, generator in enumerate(self._generators, start=first):
-            generator.manual_seed(derive_seed(seed, step, block))
-
-    def draw(self, function: Callable[[int, torch.Generator], Tensor]) -> Tensor:
-        """These rows of what `function(count, generator)` draws, [count, ...], row by row independent."""
-        return torch.cat([function(BLOCK, generator) for generator in self._generators])[self._rows]
-
-    def randn(self, shape: Sequence[int]) -> Tensor:
-        """N(0, 1) of a shape that begins with the number of rows."""
-        return self.draw(lambda count, g: torch.randn(count, *shape[1:], generator=g, device=g.device))
-
-    def rand(self, shape: Sequence[int]) -> Tensor:
-        """Uniform in [0, 1) of a shape that begins with the number of rows."""
-        return self.draw(lambda count, g: torch.rand(count, *shape[1:], generator=g, device=g.device))
-
-    def randint(self, low: int, high: int) -> Tensor:
-        """One of low, ..., high - 1 for each row."""
-        return self.draw(lambda count, g: torch.randint(low, high, (count,), generator=g, device=g.device))

@@ -17,8 +17,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ldm.data.colour import Profile, to_srgb
-from ldm.data.reading import read_file
 from ldm.errors import UserError
+from ldm.files.reading import read_file
 
 Resize = Literal["crop", "pad", "squash"]
 RESIZE_MODES: tuple[str, ...] = get_args(Resize)

@@ -20,11 +20,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ldm.data.images import ImageData
-from ldm.data.order import batch_at, derive_seed
-from ldm.durable import durable_file, write_text
+from ldm.data.order import batch_at
 from ldm.errors import UserError
-from ldm.features import weights_digest
-from ldm.untrusted import check_fields, first_line, read_json
+from ldm.files.atomic import durable_file, write_text
+from ldm.files.untrusted import check_fields, first_line, read_json
+from ldm.metrics.features import weights_digest
+from ldm.metrics.subsets import NUM_GROUPS, jackknife_error
+from ldm.runtime.random import derive_seed
 
 FORMAT = 1
 """Of the architecture, the recipe and the files: another number trains again."""
@@ -177,3 +179,37 @@ def accuracy(classifier: Classifier, images: ImageData, labels: Tensor, indices:
         chosen = indices[start : start + BATCH_SIZE]
         right += int((classifier.logits(images.batch(chosen)).argmax(1) == labels[chosen]).sum())
     return right / len(indices)
+
+
+def class_accuracy(named: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Share of `named_classes` [n] that are the class that was asked for, [n], and sqrt(p (1 - p) / n)."""
+    share = (named == labels).double().mean().item()
+    return share, math.sqrt(share * (1 - share) / len(named))
+
+
+@torch.no_grad()
+def named_classes(classifier: Classifier, features: Tensor) -> Tensor:
+    """The class that it names by its own features, [n, d] -> [n]."""
+    return classifier.head(features.to(classifier.head.weight.device)).argmax(1).cpu()
+
+
+def class_shift(named: Tensor, reference: Tensor, *, num_groups: int = NUM_GROUPS) -> tuple[float, float]:
+    """How far the shares of the classes are from those of a reference: their total variation, and its standard error.
+
+        TV = 1/2 sum_c |p_c - q_c|,   from 0 to 1
+
+    The error is a jackknife's over groups of the samples. Of equal shares TV is above 0 by the noise of counting.
+
+    Args:
+        named, reference: Classes, [n] and [m], both as a classifier names them: what it takes for another it takes so
+            in both.
+    """
+    num_classes = int(torch.cat([named, reference]).max()) + 1
+    shares = reference.bincount(minlength=num_classes).double() / len(reference)
+    group = torch.arange(len(named)) % num_groups
+    counts = torch.stack([named[group == i].bincount(minlength=num_classes) for i in range(num_groups)]).double()
+
+    def distance(counted: Tensor) -> Tensor:
+        return (counted / counted.sum(-1, keepdim=True) - shares).abs().sum(-1) / 2
+
+    return distance(counts.sum(0)).item(), jackknife_error(distance(counts.sum(0) - counts))

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ldm.data.images import ImageData
-from ldm.pipeline import LatentDiffusionPipeline, sample_generators
+from ldm.runtime.random import sample_generators
+from ldm.sampling.pipeline import LatentDiffusionPipeline
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from jaxtyping import Float, Int
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from ldm.data.order import derive_seed
 from ldm.diffusion.chain import forward_step, marginal, target, to_eps
 from ldm.diffusion.denoiser import Condition, Denoiser, DenoiserLike, Prediction
 from ldm.diffusion.loss import sample_timesteps, simple_loss
 from ldm.diffusion.sampler import SamplerLike
 from ldm.diffusion.schedule import NoiseSchedule, Step
+from ldm.runtime.random import derive_seed
 
 FRAMES = (0, 0.08, 0.2, 0.4, 0.65, 1)
 """u = t / T at which a chain is looked at."""

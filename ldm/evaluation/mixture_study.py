@@ -13,7 +13,6 @@ from rich.table import Table
 from scipy.stats import chi2, chisquare
 from torch import Tensor
 
-from ldm.data.order import derive_seed
 from ldm.diffusion.denoiser import DenoiserLike
 from ldm.diffusion.sampler import SamplerLike
 from ldm.diffusion.schedule import NoiseSchedule
@@ -28,7 +27,8 @@ from ldm.evaluation.mixture import (
     train,
 )
 from ldm.evaluation.mixture_picture import POINTS, draw
-from ldm.sampling import describe
+from ldm.runtime.random import derive_seed
+from ldm.sampling.draw import describe
 
 STRAY = 4.0
 """A sample is astray that is more standard deviations than this from the centre of its mode."""

@@ -1,0 +1,1 @@
+"""(z_t, t, condition) -> output."""

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm import shell
+from ldm.data.images import ImageData
 from ldm.errors import UserError
-from ldm.untrusted import check_fields, clean_text, first_line
+from ldm.files.untrusted import check_fields, clean_text, first_line
+from ldm.runtime import shell
 
 Condition = dict[str, Tensor]
 
@@ -217,3 +218,21 @@ def drop(condition: Condition, null: Condition, dropped: Tensor) -> Condition:
         name: torch.where(dropped.view(-1, *(1,) * (value.ndim - 1)), null[name].to(value.device, value.dtype), value)
         for name, value in condition.items()
     }
+
+
+def no_condition(images: ImageData) -> NoCondition:
+    """conditioning=none."""
+    return NoCondition()
+
+
+def class_condition(images: ImageData) -> ClassCondition:
+    """conditioning=class; the images must carry labels."""
+    labels = images.require_labels()
+    names = images.class_names or [str(label) for label in range(max(labels) + 1)]
+    return ClassCondition(names)
+
+
+def text_condition(images: ImageData, encoder: str, max_tokens: int) -> TextCondition:
+    """conditioning=text; the images must carry captions."""
+    images.require_captions()
+    return TextCondition(encoder, max_tokens)

@@ -1,0 +1,1 @@
+"""Both stages as Lightning trains them."""

@@ -1,4 +1,4 @@
-"""ldm.autoencoder.loss: each term is its formula, and moves the weights that it should."""
+"""ldm.autoencoder.losses: each term is its formula, and moves the weights that it should."""
 
 import numpy as np
 import pytest
@@ -7,9 +7,9 @@ from scipy.stats import norm
 from torch.distributions import Normal, kl_divergence
 
 from ldm.autoencoder.autoencoder import weights_sha256
-from ldm.autoencoder.loss import BIN, AutoencoderLoss, Perceptual
+from ldm.autoencoder.losses import BIN, AutoencoderLoss
 from ldm.autoencoder.patch import PatchAutoencoderKL
-from ldm.features import EfficientNetLiteDistance
+from ldm.autoencoder.perceptual import EfficientNetLiteDistance, Perceptual
 
 NONE = {"l1": 0.0, "mse": 0.0, "kl": 0.0}
 

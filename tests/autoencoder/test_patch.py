@@ -5,7 +5,7 @@ import torch
 
 from ldm.autoencoder.autoencoder import Autoencoder, weights_sha256
 from ldm.autoencoder.patch import INITIAL_LOG_VARIANCE, PatchAutoencoderKL
-from ldm.evaluation.metrics import pca_reconstruction, psnr
+from ldm.metrics.image import pca_reconstruction, psnr
 
 
 def build(**options) -> PatchAutoencoderKL:

@@ -7,11 +7,11 @@ import torch
 from diffusers import AutoencoderKL
 
 import ldm.train
-from ldm.autoencoder.autoencoder import Autoencoder, weights_sha256
+from ldm.autoencoder.autoencoder import Autoencoder, choose_trained, published_statistics, weights_sha256
 from ldm.autoencoder.patch import PatchAutoencoderKL
-from ldm.autoencoder.pretrained import choose_trained, published_statistics
 from ldm.errors import UserError
-from ldm.run import Run, load_autoencoder
+from ldm.runs.load import load_autoencoder
+from ldm.runs.run import Run
 
 SMALL = {
     "block_out_channels": (8, 8, 16, 16),

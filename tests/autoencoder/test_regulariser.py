@@ -1,4 +1,4 @@
-"""ldm.autoencoder.regulariser: what each leaves of the latents, and which weights its terms move."""
+"""ldm.autoencoder.regularisers: what each leaves of the latents, and which weights its terms move."""
 
 from functools import partial
 
@@ -8,8 +8,8 @@ from diffusers import AutoencoderKL, VQModel
 
 from ldm.autoencoder.autoencoder import Autoencoder
 from ldm.autoencoder.patch import PatchAutoencoderKL, PatchVQModel
-from ldm.autoencoder.point import LOG_VARIANCE
-from ldm.autoencoder.regulariser import KL, Unregularised, VectorQuantised, flat, quantiser
+from ldm.autoencoder.point_posterior import LOG_VARIANCE
+from ldm.autoencoder.regularisers import KL, Unregularised, VectorQuantised, flat, quantiser
 from ldm.errors import UserError
 
 PATCH = partial(PatchAutoencoderKL, patch=2, latent_channels=3, block_out_channels=(8,), norm_num_groups=4)

@@ -1,4 +1,4 @@
-"""ldm.autoencoder.spectrum against closed forms, torch.distributions, numpy and scipy."""
+"""ldm.latents.spectrum against closed forms, torch.distributions, numpy and scipy."""
 
 import math
 
@@ -8,21 +8,19 @@ import scipy.stats
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from ldm.autoencoder.spectrum import (
+from ldm.latents.spectrum import (
     DEAD_NATS,
     channel_spectrum,
     channel_statistics,
     covariance_eigenvalues,
     effective_rank,
-    fold,
     latent_spectrum,
     num_components,
     participation_ratio,
-    patch_components,
     pca_counts,
     recommend,
-    unfold,
 )
+from ldm.metrics.image import fold, patch_components, unfold
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:

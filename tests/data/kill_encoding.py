@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from ldm.data import latent_encoding
-from ldm.data.image_folder import ImageFolder
 from ldm.data.images import ImageData, prepare
-from ldm.data.latents import LatentContract, open_latents
+from ldm.data.sources.image_folder import ImageFolder
+from ldm.latents import encoding as latent_encoding
+from ldm.latents.cache import open_latents
+from ldm.latents.contract import LatentContract
 from tests.conftest import draw_images
 
 BATCH_SIZE, CHUNK_IMAGES = 4, 8

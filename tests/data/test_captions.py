@@ -1,10 +1,10 @@
-"""ldm.data.captions: embeddings computed once, keyed by captions and encoder."""
+"""ldm.latents.captions: embeddings computed once, keyed by captions and encoder."""
 
 import numpy as np
 import pytest
 import torch
 
-from ldm.data.captions import CaptionData, open_captions
+from ldm.latents.captions import CaptionData, open_captions
 
 CAPTIONS = ["red heart", "", "blue square", "red heart", "cat, with (brackets)", "ein Käse", "woman’s hat"]
 ENCODER = {"kind": "counting", "max_tokens": 4}

@@ -1,4 +1,4 @@
-"""ldm.data.fashion_mnist: small IDX files made here, the hub's format, and the real files where they are."""
+"""ldm.data.sources.fashion_mnist: small IDX files made here, the hub's format, and the real files where they are."""
 
 import gzip
 import io
@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import ldm.data.fashion_mnist as fashion_mnist
-from ldm.data.fashion_mnist import DEBIAN_PATH, FashionMNIST
+import ldm.data.sources.fashion_mnist as fashion_mnist
 from ldm.data.images import prepare
+from ldm.data.sources.fashion_mnist import DEBIAN_PATH, FashionMNIST
 from ldm.errors import UserError
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 28, 28), np.uint8)

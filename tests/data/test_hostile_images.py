@@ -19,12 +19,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ldm.data import preparation, reading
-from ldm.data.image_folder import ImageFolder
+from ldm.data import prepare as preparation
 from ldm.data.images import ImageData, prepare
 from ldm.data.pixels import decode, read_image
-from ldm.data.sources import Record
+from ldm.data.sources.base import Record
+from ldm.data.sources.image_folder import ImageFolder
 from ldm.errors import UserError
+from ldm.files import reading
 
 FUZZED_FILES = 2000
 POSIX = pytest.mark.skipif(os.name == "nt", reason="no such files on Windows")

@@ -1,4 +1,4 @@
-"""ldm.data.huggingface on local datasets in the hub's formats, downloaded and streamed."""
+"""ldm.data.sources.huggingface on local datasets in the hub's formats, downloaded and streamed."""
 
 import io
 import json
@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ldm.data.huggingface import HuggingFace
 from ldm.data.images import prepare
+from ldm.data.sources.huggingface import HuggingFace
 from ldm.errors import UserError
 
 datasets = pytest.importorskip("datasets")

@@ -1,4 +1,4 @@
-"""ldm.data.image_folder: which files count, where captions come from, what makes a class."""
+"""ldm.data.sources.image_folder: which files count, where captions come from, what makes a class."""
 
 import io
 import json
@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ldm.data.image_folder import ImageFolder
 from ldm.data.images import prepare
+from ldm.data.sources.image_folder import ImageFolder
 from ldm.errors import UserError
 
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from ldm.data.image_folder import ImageFolder
 from ldm.data.images import (
     ImageData,
     Record,
@@ -22,6 +21,7 @@ from ldm.data.images import (
     split_by_hash,
     to_uint8,
 )
+from ldm.data.sources.image_folder import ImageFolder
 from ldm.errors import UserError
 
 

@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.data import latent_encoding
-from ldm.data.image_folder import ImageFolder
 from ldm.data.images import ImageData, prepare
-from ldm.data.latents import LatentContract, LatentData, open_latents
+from ldm.data.sources.image_folder import ImageFolder
 from ldm.errors import UserError
+from ldm.latents import encoding as latent_encoding
+from ldm.latents.cache import LatentData, open_latents
+from ldm.latents.contract import LatentContract
 
 ROOT = Path(__file__).parents[2]
 KILLS = 10
@@ -214,7 +215,7 @@ def test_a_disk_that_fails_while_a_cache_is_compared_is_no_damage(images, contra
         raise OSError(errno.EIO, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr("ldm.data.arrays._digest", fails)
+        patch.setattr("ldm.files.arrays._digest", fails)
         with pytest.raises(UserError, match=r"cannot be read \(Input/output error\).*left as it is"):
             opened(Encoder(0, RuntimeError), contract, images, tmp_path)
     encoder = Encoder()

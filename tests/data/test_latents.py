@@ -1,4 +1,4 @@
-"""ldm.data.latents: moments of every image under a contract that both sides keep."""
+"""ldm.latents.cache: moments of every image under a contract that both sides keep."""
 
 import dataclasses
 import json
@@ -9,10 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ldm.data.image_folder import ImageFolder
 from ldm.data.images import ImageData, prepare
-from ldm.data.latents import LatentContract, latents_folder, measure, open_latents
+from ldm.data.sources.image_folder import ImageFolder
 from ldm.errors import UserError
+from ldm.latents.cache import latents_folder, open_latents
+from ldm.latents.contract import LatentContract
+from ldm.latents.statistics import measure
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +153,7 @@ def test_latents_that_are_not_finite_are_refused(images, contract, tmp_path, val
 
 
 def test_too_little_space_is_seen_before_writing(images, contract, tmp_path, monkeypatch):
-    monkeypatch.setattr("ldm.data.latents.shutil.disk_usage", lambda path: type("Usage", (), {"free": 100})())
+    monkeypatch.setattr("ldm.latents.cache.shutil.disk_usage", lambda path: type("Usage", (), {"free": 100})())
     with pytest.raises(UserError, match=r"data\.cache_dir="):
         open_latents(refuse, contract, images, cache_dir=tmp_path)
     assert [path for path in tmp_path.iterdir() if path.suffix != ".lock"] == []

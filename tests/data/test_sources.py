@@ -1,4 +1,4 @@
-"""ldm.data.sources, and the choices of conf/data that build one."""
+"""ldm.data.sources.base, and the choices of conf/data that build one."""
 
 import os
 from pathlib import Path
@@ -8,11 +8,11 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 
-from ldm.data.fashion_mnist import FashionMNIST
-from ldm.data.huggingface import HuggingFace
-from ldm.data.image_folder import ImageFolder
-from ldm.data.openmoji import OpenMoji
-from ldm.data.sources import digest_of_files, folder_name
+from ldm.data.sources.base import digest_of_files, folder_name
+from ldm.data.sources.fashion_mnist import FashionMNIST
+from ldm.data.sources.huggingface import HuggingFace
+from ldm.data.sources.image_folder import ImageFolder
+from ldm.data.sources.openmoji import OpenMoji
 
 CONF = Path(__file__).parents[2] / "conf" / "data"
 SHARED = ["resolution", "resize", "val_fraction", "flip", "max_bad_fraction", "max_pixels", "cache_dir", "source"]

@@ -6,12 +6,12 @@ import scipy.integrate
 import scipy.stats
 import torch
 
-from ldm.diffusion.clock import clock_ends, clock_time
+from ldm.diffusion.continuous.clock import clock_ends, clock_time
+from ldm.diffusion.continuous.ode import ODESampler, integrate
+from ldm.diffusion.continuous.sde import probability_flow
 from ldm.diffusion.denoiser import Denoiser, Prediction
 from ldm.diffusion.guidance import Guided
-from ldm.diffusion.ode import ODESampler, integrate
 from ldm.diffusion.schedule import NoiseSchedule, cosine, linear, rectified_flow
-from ldm.diffusion.sde import probability_flow
 
 SCHEDULES = [linear(), cosine(), rectified_flow()]
 STEPS = [10, 20, 40, 80]

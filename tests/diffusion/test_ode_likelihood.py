@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from ldm.diffusion.continuous.ode_likelihood import ode_log_likelihood
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import Guided
-from ldm.diffusion.ode_likelihood import ode_log_likelihood
 from ldm.diffusion.schedule import cosine, linear, rectified_flow
 
 TIGHT = {"rtol": 1e-6, "atol": 1e-6}

@@ -5,12 +5,13 @@ import pytest
 import scipy.stats
 import torch
 
-from ldm.diffusion import chain, sde
-from ldm.diffusion.clock import clock_ends, clock_nodes, clock_time
+from ldm.diffusion import chain
+from ldm.diffusion.continuous import sde
+from ldm.diffusion.continuous.clock import clock_ends, clock_nodes, clock_time
+from ldm.diffusion.continuous.sde import SDESampler, forward_sde_step, langevin_step, probability_flow, reverse_sde_step
 from ldm.diffusion.denoiser import Denoiser, Prediction
 from ldm.diffusion.guidance import Guided
 from ldm.diffusion.schedule import NoiseSchedule, cosine, linear, rectified_flow
-from ldm.diffusion.sde import SDESampler, forward_sde_step, langevin_step, probability_flow, reverse_sde_step
 
 SCHEDULES = [linear(), cosine(), rectified_flow()]
 STEPS = [50, 100, 200, 400]

@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from ldm.data.image_folder import ImageFolder
 from ldm.data.images import ImageData, prepare
+from ldm.data.sources.image_folder import ImageFolder
 from ldm.errors import UserError
 from ldm.evaluation import classifier as module
 from ldm.evaluation.classifier import Classifier, accuracy, load_classifier
-from ldm.evaluation.feature_extraction import load_features, reference_features
+from ldm.evaluation.features import load_features, reference_features
 
 STEPS = 25
 

@@ -21,32 +21,33 @@ from PIL import Image
 from rich.console import Console
 from scipy import stats
 
-import ldm.features
-import ldm.tracking
-from ldm.artifact import sha256
+import ldm.metrics.features
+import ldm.tracking.run
 from ldm.autoencoder.autoencoder import Autoencoder, LatentStatistics
 from ldm.autoencoder.patch import PatchAutoencoderKL
-from ldm.data.image_folder import ImageFolder
 from ldm.data.images import ImageData, prepare
-from ldm.data.latents import LatentContract
+from ldm.data.sources.image_folder import ImageFolder
 from ldm.diffusion.sampler import Sampler
 from ldm.diffusion.schedule import linear
 from ldm.errors import UserError
-from ldm.evaluation import compare_images, compare_statistics
-from ldm.evaluation.compare import Comparison, compare
-from ldm.evaluation.compare_images import side_by_side
-from ldm.evaluation.compare_picture import draw
-from ldm.evaluation.compare_report import Report, number
-from ldm.evaluation.compare_runs import is_of_wandb
-from ldm.evaluation.compare_statistics import SAMPLING, SEEDS, Figure, direction, hold, judge, of_seeds, share_error
-from ldm.home import folder
-from ldm.lineage import weights_sha256
+from ldm.evaluation.comparison import images as compare_images
+from ldm.evaluation.comparison import statistics as compare_statistics
+from ldm.evaluation.comparison.compare import Comparison, compare
+from ldm.evaluation.comparison.curves import draw
+from ldm.evaluation.comparison.images import side_by_side
+from ldm.evaluation.comparison.report import Report, number
+from ldm.evaluation.comparison.runs import is_of_wandb
+from ldm.evaluation.comparison.statistics import SAMPLING, SEEDS, Figure, direction, hold, judge, of_seeds, share_error
+from ldm.latents.contract import LatentContract
 from ldm.networks.conditioning import ClassCondition, NoCondition
 from ldm.networks.dit import DiT
-from ldm.pipeline import LatentDiffusionPipeline
-from ldm.run import Run
-from ldm.tracking import flatten
-from ldm.wandb_comparison import track_comparison
+from ldm.runs.lineage import weights_sha256
+from ldm.runs.run import Run
+from ldm.runtime.paths import folder
+from ldm.sampling.pipeline import LatentDiffusionPipeline
+from ldm.tracking.artifact import sha256
+from ldm.tracking.comparison import track_comparison
+from ldm.tracking.run import flatten
 
 EVALUATION = {
     "features": "efficientnet_lite",
@@ -445,7 +446,7 @@ def of_wandb(monkeypatch):
 
     def of_wandb(places: dict[str, str]) -> Recorded:
         api = Recorded(places)
-        monkeypatch.setattr("ldm.wandb_comparison.has_key", lambda: True)
+        monkeypatch.setattr("ldm.tracking.comparison.has_key", lambda: True)
         monkeypatch.setattr(wandb, "Api", lambda: api)
         return api
 
@@ -464,7 +465,7 @@ def test_runs_of_wandb_give_the_same_table(tmp_path, of_wandb, monkeypatch):
     assert picture is None and "me/ldm/aaa" in notes[0]
     with pytest.raises(UserError, match="me/ldm/ccc is no run folder here, and W&B gave no run"):
         compare(["me/ldm/aaa", "me/ldm/ccc"])
-    monkeypatch.setattr("ldm.wandb_comparison.has_key", lambda: False)
+    monkeypatch.setattr("ldm.tracking.comparison.has_key", lambda: False)
     with pytest.raises(UserError, match="there is no login"):
         compare(["me/ldm/aaa", "me/ldm/bbb"])
 
@@ -574,7 +575,7 @@ def track(place: Path, mode: str, found: Comparison, timeout_s: float = 5.0) -> 
 def test_wandb_gets_the_table_and_a_report_where_one_can_be_made(tmp_path, monkeypatch):
     found = compare([make(tmp_path, "a"), make(tmp_path, "b", kd=0.2, lr=2e-3)])
     monkeypatch.setattr(wandb, "init", lambda **options: Tracker(**options))
-    monkeypatch.setattr("ldm.tracking.has_key", lambda: True)
+    monkeypatch.setattr("ldm.tracking.run.has_key", lambda: True)
     assert "offline" in track(tmp_path, "offline", found)
     table = Tracker.last.logged["comparison"]
     assert table.columns[:2] == ["figure", "better"] and "kd_samples" in [row[0] for row in table.data]
@@ -735,8 +736,8 @@ class MeanColour(torch.nn.Module):
 
 def test_a_sweep_and_its_knee_reach_wandb_and_the_table(trained, images, call, of_wandb, monkeypatch):
     """What tools/evaluate.py logs of a sweep is what compare reads: sampler of the knee, this training, its weights."""
-    monkeypatch.setitem(ldm.features.CHOICES, "mean_colour", MeanColour)
-    monkeypatch.setattr(ldm.tracking, "WandbRun", Tracked)
+    monkeypatch.setitem(ldm.metrics.features.CHOICES, "mean_colour", MeanColour)
+    monkeypatch.setattr(ldm.tracking.run, "WandbRun", Tracked)
     run = Run.open("runs/diffusion/a")
     parts = model(0)
     parts.statistics = LatentStatistics([0.0] * 4, [1.0] * 4, [0.1] * 4, "images", parts.weights_sha256())

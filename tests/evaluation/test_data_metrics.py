@@ -1,4 +1,4 @@
-"""ldm.evaluation.data_metrics against brute force, counting by hand, and what is known in closed form."""
+"""ldm.metrics.duplicates against brute force, counting by hand, and what is known in closed form."""
 
 import math
 
@@ -6,20 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.evaluation import data_metrics
-from ldm.evaluation.data_metrics import (
-    Copies,
-    caption_statistics,
-    class_balance,
-    density_coverage,
-    dhash,
-    expected_coverage,
-    near_pairs,
-    nearest_distances,
-    num_block_pairs,
-    thumbnails,
-    vendi_score,
-)
+from ldm.evaluation.data.report import caption_statistics, class_balance
+from ldm.metrics import duplicates as data_metrics
+from ldm.metrics.duplicates import Copies, dhash, near_pairs, num_block_pairs, thumbnails
+from ldm.metrics.kernel import vendi_score
+from ldm.metrics.neighbours import density_coverage, expected_coverage, nearest_distances
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-import ldm.features
-import ldm.tracking
-from ldm.data.image_folder import ImageFolder
+import ldm.metrics.features
+import ldm.tracking.run
 from ldm.data.images import prepare
-from ldm.evaluation import data_report
-from ldm.evaluation.data_report import inspect
-from ldm.home import folder
+from ldm.data.sources.image_folder import ImageFolder
+from ldm.evaluation.data import report as data_report
+from ldm.evaluation.data.report import inspect
+from ldm.runtime.paths import folder
 
 VAL_FRACTION = "data.val_fraction=0.3"
 PICTURES = ["balance.png", "contact_sheet.png", "near_duplicates.png"]
@@ -37,7 +37,7 @@ class MeanColours(torch.nn.Module):
 def in_place(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setitem(ldm.features.CHOICES, "mean_colours", MeanColours)
+    monkeypatch.setitem(ldm.metrics.features.CHOICES, "mean_colours", MeanColours)
 
 
 @pytest.fixture
@@ -190,7 +190,7 @@ class Recorder:
 
 
 def test_logger_wandb_gets_the_numbers_and_the_sheet(data, pets, monkeypatch):
-    monkeypatch.setattr(ldm.tracking, "WandbRun", Recorder)
+    monkeypatch.setattr(ldm.tracking.run, "WandbRun", Recorder)
     ended = data(f"data.path={pets}", "features=none", "logger=wandb")
     assert ended.code == 0, ended
     run = Recorder.last

@@ -1,4 +1,4 @@
-"""ldm.evaluation.feature_metrics and memorisation against brute force, scipy and known cases."""
+"""ldm.metrics.subsets and memorisation against brute force, scipy and known cases."""
 
 import math
 
@@ -7,20 +7,14 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from ldm.evaluation import data_metrics, feature_metrics, memorisation
-from ldm.evaluation.classifier import Classifier
-from ldm.evaluation.feature_metrics import (
-    class_accuracy,
-    class_shift,
-    cmmd,
-    frechet_interval,
-    jackknife_error,
-    named_classes,
-    over_subsets,
-    precision_recall,
-)
-from ldm.evaluation.memorisation import nearest_by_cosine, nearest_training
-from ldm.evaluation.metrics import frechet_distance
+from ldm.evaluation.classifier import Classifier, class_accuracy, class_shift, named_classes
+from ldm.evaluation.samples import memorisation
+from ldm.evaluation.samples.memorisation import nearest_by_cosine, nearest_training
+from ldm.metrics import kernel, neighbours
+from ldm.metrics.frechet import frechet_distance, frechet_interval
+from ldm.metrics.kernel import cmmd
+from ldm.metrics.neighbours import precision_recall
+from ldm.metrics.subsets import jackknife_error, over_subsets
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -29,7 +23,7 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.fixture(params=[1024, 7], ids=["one block", "many blocks"])
 def blocks(request, monkeypatch) -> None:
-    for module in (data_metrics, feature_metrics, memorisation):
+    for module in (neighbours, kernel, memorisation):
         monkeypatch.setattr(module, "BLOCK", request.param)
 
 

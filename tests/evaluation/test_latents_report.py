@@ -14,15 +14,15 @@ from PIL import Image
 from ldm.autoencoder.autoencoder import Autoencoder
 from ldm.autoencoder.identity import IdentityAutoencoder
 from ldm.autoencoder.patch import PatchAutoencoderKL
-from ldm.autoencoder.spectrum import channel_statistics, patch_components
-from ldm.data.image_folder import ImageFolder
 from ldm.data.images import ImageData, prepare
+from ldm.data.sources.image_folder import ImageFolder
 from ldm.errors import UserError
-from ldm.evaluation import latents_report
-from ldm.evaluation.latents_report import MOVES, measure, move, pca_curve
-from ldm.evaluation.metrics import pca_reconstruction, psnr
-from ldm.home import folder
-from ldm.run import Run
+from ldm.evaluation.latents import report as latents_report
+from ldm.evaluation.latents.report import MOVES, measure, move, pca_curve
+from ldm.latents.spectrum import channel_statistics
+from ldm.metrics.image import patch_components, pca_reconstruction, psnr
+from ldm.runs.run import Run
+from ldm.runtime.paths import folder
 
 DEAD = 2
 

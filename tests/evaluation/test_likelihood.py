@@ -19,28 +19,30 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import nn
 
-from ldm import console
 from ldm.autoencoder.autoencoder import Autoencoder, LatentStatistics
 from ldm.autoencoder.identity import IdentityAutoencoder
 from ldm.autoencoder.patch import PatchAutoencoderKL, PatchVQModel
-from ldm.data.image_folder import ImageFolder
+from ldm.cli import console
 from ldm.data.images import ImageData, prepare
-from ldm.data.latents import LatentContract
+from ldm.data.sources.image_folder import ImageFolder
 from ldm.diffusion.bound import fit_z_0_mse, variational_bound
 from ldm.diffusion.chain import log_variance, marginal, posterior
 from ldm.diffusion.sampler import Sampler
 from ldm.diffusion.schedule import NoiseSchedule, cosine
 from ldm.errors import UserError
-from ldm.evaluation import likelihood, optimal_variance
-from ldm.evaluation.likelihood import Terms, check_eight_bit, mean_and_error, two_stage_bound, vae_bound
-from ldm.evaluation.likelihood_picture import draw
-from ldm.evaluation.likelihood_report import BOUND_ROWS, Report, compare, measure
+from ldm.latents.contract import LatentContract
+from ldm.likelihood import optimal_variance
+from ldm.likelihood import two_stage as likelihood
+from ldm.likelihood.figure import draw
+from ldm.likelihood.report import BOUND_ROWS, Report, compare, measure
+from ldm.likelihood.two_stage import Terms, check_eight_bit, mean_and_error, two_stage_bound, vae_bound
 from ldm.networks.conditioning import ClassCondition, NoCondition
 from ldm.networks.dit import DiT
-from ldm.pipeline import VARIANCE_FILE, LatentDiffusionPipeline, load_z_0_mse, sample_generators
-from ldm.run import Run
-from ldm.sampling import Request
-from ldm.sampling import draw as sample
+from ldm.runs.run import Run
+from ldm.runtime.random import sample_generators
+from ldm.sampling.draw import draw as sample
+from ldm.sampling.pipeline import VARIANCE_FILE, LatentDiffusionPipeline, load_z_0_mse
+from ldm.sampling.request import Request
 
 C = 0.1
 SQRT_3 = 3**0.5

@@ -1,4 +1,4 @@
-"""ldm.evaluation.metrics against numpy, brute force and torchmetrics."""
+"""ldm.metrics.frechet against numpy, brute force and torchmetrics."""
 
 import subprocess
 import sys
@@ -10,17 +10,11 @@ import torch
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import poly_mmd
 
-from ldm.evaluation import metrics
-from ldm.evaluation.metrics import (
-    _mmd2,
-    feature_components,
-    frechet_distance,
-    kernel_distance,
-    pca_reconstruction,
-    psnr,
-    retrieval_ranks,
-    ssim,
-)
+from ldm.metrics import neighbours
+from ldm.metrics.frechet import feature_components, frechet_distance
+from ldm.metrics.image import pca_reconstruction, psnr, ssim
+from ldm.metrics.kernel import _mmd2, kernel_distance
+from ldm.metrics.neighbours import retrieval_ranks
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -99,7 +93,7 @@ def test_memory_of_a_pca_depends_on_neither_the_number_nor_the_size_of_images():
     """Of the peak above what was there: 16 images of 1024 px are 200 MB in float32, and 400 MB in float64."""
     script = """
 import resource, sys, torch
-from ldm.autoencoder.spectrum import patch_components
+from ldm.metrics.image import patch_components
 def batches(side, count):
     for i in range(count):
         yield torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(i))
@@ -287,7 +281,7 @@ def test_retrieval_goes_by_blocks(monkeypatch):
     whole = retrieval_ranks(queries, gallery, own)
     seen = []
     matmul = torch.Tensor.__matmul__
-    monkeypatch.setattr(metrics, "MOST_SIMILARITIES", 200)
+    monkeypatch.setattr(neighbours, "MOST_SIMILARITIES", 200)
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: seen.append(matmul(a, b)) or seen[-1])
     assert retrieval_ranks(queries, gallery, own).tolist() == whole.tolist()
     assert max(part.numel() for part in seen) <= 200 and len(seen) == 5

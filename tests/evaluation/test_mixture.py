@@ -28,7 +28,7 @@ from ldm.evaluation.mixture import (
     train,
 )
 from ldm.evaluation.mixture_study import check, count_modes, study
-from ldm.home import folder
+from ldm.runtime.paths import folder
 
 ROOT = Path(__file__).parents[2]
 SCHEDULE = cosine(200)

@@ -17,14 +17,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ldm.data.fashion_mnist import DEBIAN_PATH, FashionMNIST
 from ldm.data.images import prepare
-from ldm.data.sources import Record
-from ldm.evaluation.classifier import Classifier, load_classifier
-from ldm.evaluation.feature_extraction import extract
-from ldm.evaluation.feature_metrics import class_shift, named_classes
-from ldm.evaluation.memorisation import nearest_training
-from ldm.evaluation.sample_distances import Measures
+from ldm.data.sources.base import Record
+from ldm.data.sources.fashion_mnist import DEBIAN_PATH, FashionMNIST
+from ldm.evaluation.classifier import Classifier, class_shift, load_classifier, named_classes
+from ldm.evaluation.features import extract
+from ldm.evaluation.samples.distances import Measures
+from ldm.evaluation.samples.memorisation import nearest_training
 
 VAL_FRACTION = 0.25
 QUICK, ALL = (12_000, 100, 2000), (70_000, 1000, 15_000)

@@ -12,22 +12,26 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-import ldm.features
-import ldm.tracking
+import ldm.metrics.features
+import ldm.tracking.run
 from ldm.autoencoder.autoencoder import Autoencoder
 from ldm.autoencoder.patch import PatchAutoencoderKL, PatchVQModel
-from ldm.data.image_folder import ImageFolder
 from ldm.data.images import ImageData, prepare
-from ldm.data.latents import LatentContract
+from ldm.data.sources.image_folder import ImageFolder
 from ldm.errors import UserError
-from ldm.evaluation import classifier, reconstruction_report
-from ldm.evaluation.metrics import feature_components, frechet_distance, kernel_distance, pca_reconstruction, psnr, ssim
-from ldm.evaluation.reconstruction_metrics import codebook, distances
-from ldm.evaluation.reconstruction_picture import draw, shows
-from ldm.evaluation.reconstruction_report import measure
-from ldm.home import folder
-from ldm.pictures import to_pil
-from ldm.run import Run
+from ldm.evaluation import classifier
+from ldm.evaluation.reconstructions import report as reconstruction_report
+from ldm.evaluation.reconstructions.figure import draw, shows
+from ldm.evaluation.reconstructions.rate import distances
+from ldm.evaluation.reconstructions.report import measure
+from ldm.image_grid import to_pil
+from ldm.latents.contract import LatentContract
+from ldm.metrics.codes import codebook
+from ldm.metrics.frechet import feature_components, frechet_distance
+from ldm.metrics.image import pca_reconstruction, psnr, ssim
+from ldm.metrics.kernel import kernel_distance
+from ldm.runs.run import Run
+from ldm.runtime.paths import folder
 
 CPU = torch.device("cpu")
 
@@ -90,7 +94,7 @@ def place(trained, tmp_path, monkeypatch) -> Path:
     (cache,) = (trained / "cache").glob("pets-*")
     shutil.copytree(cache, tmp_path / "pets")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(ldm.features.CHOICES, "mean_colours", MeanColours)
+    monkeypatch.setitem(ldm.metrics.features.CHOICES, "mean_colours", MeanColours)
     monkeypatch.setattr(reconstruction_report, "has_lpips", lambda: False)
     return tmp_path
 
@@ -315,7 +319,7 @@ class Recorder:
 
 
 def test_logger_wandb_gets_the_figures_and_the_picture(call, opened, monkeypatch):
-    monkeypatch.setattr(ldm.tracking, "WandbRun", Recorder)
+    monkeypatch.setattr(ldm.tracking.run, "WandbRun", Recorder)
     run = opened()
     digest, images = run.autoencoder().weights_sha256(), run.image_data()
     LatentContract(digest, images.fingerprint, 8, 2, 4, images.val_fraction, flip=False).save(run.path)

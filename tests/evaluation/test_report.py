@@ -11,28 +11,32 @@ from diffusers import AutoencoderKL
 from filelock import FileLock
 from PIL import Image
 
-import ldm.features
-from ldm import durable
+import ldm.metrics.features
 from ldm.autoencoder.autoencoder import Autoencoder, LatentStatistics, weights_sha256
-from ldm.data.image_folder import ImageFolder
 from ldm.data.images import ImageData, prepare, to_uint8
-from ldm.data.latents import LatentContract
+from ldm.data.sources.image_folder import ImageFolder
 from ldm.diffusion.sampler import Sampler
 from ldm.diffusion.schedule import linear
 from ldm.errors import UserError
-from ldm.evaluation import classifier, kept_samples, report, sampler_sweep
-from ldm.evaluation.feature_extraction import reference_features
-from ldm.evaluation.feature_metrics import frechet_replicates
+from ldm.evaluation import classifier
+from ldm.evaluation.features import reference_features
 from ldm.evaluation.image_sets import VAEAlone
-from ldm.evaluation.kept_samples import chosen_rows, draw_and_keep
-from ldm.evaluation.metrics import frechet_distance
-from ldm.evaluation.prompt_fidelity import caption_agreement, of_held_out
-from ldm.evaluation.report import Evaluation, evaluate
-from ldm.evaluation.sample_distances import Measures, fd_name, halves, table
+from ldm.evaluation.samples import kept as kept_samples
+from ldm.evaluation.samples import report
+from ldm.evaluation.samples import sweep as sampler_sweep
+from ldm.evaluation.samples.distances import Measures, fd_name, halves, table
+from ldm.evaluation.samples.kept import chosen_rows, draw_and_keep
+from ldm.evaluation.samples.report import Evaluation, evaluate
+from ldm.evaluation.samples.retrieval import caption_agreement, of_held_out
+from ldm.files import atomic as durable
+from ldm.latents.contract import LatentContract
+from ldm.metrics.frechet import frechet_distance, frechet_replicates
 from ldm.networks.conditioning import ClassCondition, NoCondition
 from ldm.networks.dit import DiT
-from ldm.pipeline import LatentDiffusionPipeline, sample_generators
-from ldm.sampling import Request, draw
+from ldm.runtime.random import sample_generators
+from ldm.sampling.draw import draw
+from ldm.sampling.pipeline import LatentDiffusionPipeline
+from ldm.sampling.request import Request
 
 SAMPLER = Sampler("ddim", 3)
 OPTIONS = {"guidance": 2.0, "seed": 0, "batch_size": 4}
@@ -58,7 +62,7 @@ class MeanColour(MeanColours):
 
 @pytest.fixture(autouse=True)
 def cheap(monkeypatch) -> None:
-    monkeypatch.setitem(ldm.features.CHOICES, "mean_colours", MeanColours)
+    monkeypatch.setitem(ldm.metrics.features.CHOICES, "mean_colours", MeanColours)
     monkeypatch.setattr(classifier.load_classifier, "__kwdefaults__", {"seed": 0, "num_steps": 20})
 
 
@@ -393,7 +397,7 @@ def test_a_sweep_over_steps_and_one_over_guidance(steps, tmp_path):
 
 
 def test_a_sweep_by_the_distance_in_all_dimensions(pipeline, images, tmp_path, monkeypatch):
-    monkeypatch.setitem(ldm.features.CHOICES, "mean_colour", MeanColour)
+    monkeypatch.setitem(ldm.metrics.features.CHOICES, "mean_colour", MeanColour)
     samplers = {n: Sampler("ddim", n) for n in (2, 4)}
     found = sampler_sweep.sweep(
         pipeline, images, samplers, [2.0], tmp_path, features="mean_colour", num_samples=24, batch_size=8

@@ -13,14 +13,14 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from ldm.arguments import quote_free_text
+from ldm.cli.arguments import quote_free_text
 from ldm.errors import UserError
-from ldm.evaluation import size_sweep_runs as runs
-from ldm.evaluation.size_sweep import LOSSES, Size, duration, parse_list, parse_losses, parse_sizes, plan
-from ldm.evaluation.size_sweep_choice import recommend
-from ldm.evaluation.size_sweep_picture import draw
-from ldm.home import folder
-from ldm.run import Run
+from ldm.evaluation.latents import sweep_runs as runs
+from ldm.evaluation.latents.sweep import LOSSES, Size, duration, parse_list, parse_losses, parse_sizes, plan
+from ldm.evaluation.latents.sweep_figure import draw
+from ldm.evaluation.latents.sweep_report import recommend
+from ldm.runs.run import Run
+from ldm.runtime.paths import folder
 
 ROOT = Path(__file__).parents[2]
 TINY = "trainer=cpu,trainer.precision=32-true,trainer.max_steps=3,batch_size=8,val_images=8,logger=csv"
@@ -210,7 +210,7 @@ def test_a_sweep_keeps_its_file_where_a_new_one_cannot_be_written(tmp_path, monk
     def full(path):
         raise OSError("no room")
 
-    monkeypatch.setattr("ldm.durable.sync", full)
+    monkeypatch.setattr("ldm.files.atomic.sync", full)
     with pytest.raises(OSError, match="no room"):
         runs.write(tmp_path, report={})
     assert json.loads(file.read_text()) == {"trainings": {}} and list(tmp_path.iterdir()) == [file]

@@ -1,6 +1,6 @@
-"""ldm.evaluation.training_picture: what is read of a metrics.csv, and what is drawn of it."""
+"""ldm.evaluation.reconstructions.curves: what is read of a metrics.csv, and what is drawn of it."""
 
-from ldm.evaluation.training_picture import draw, read_curves
+from ldm.evaluation.reconstructions.curves import draw, read_curves
 
 PLAIN = "epoch,step,train/l1,val/psnr_db\n0,9,0.5,\n0,9,,20.5\n0,19,0.4,\n"
 GAME = """epoch,step,train/l1,train/adversarial,train/adaptive_weight,train/discriminator_accuracy,val/psnr_db

@@ -300,10 +300,10 @@ def main() -> NoReturn:
     arguments = parser.parse_args()
     global COMMON
     COMMON += (f"data={arguments.data}", *([f"data.path={arguments.path.resolve()}"] if arguments.path else []))
-    for module in ("diffusers", "transformers", "lightning.pytorch", "ldm.train", "ldm.training.vae_stage"):
+    for module in ("diffusers", "transformers", "lightning.pytorch", "ldm.train", "ldm.training.stages.autoencoder"):
         __import__(module)
-    import ldm.training.diffusion_stage  # noqa: F401
-    from ldm import command
+    import ldm.training.stages.diffusion  # noqa: F401
+    from ldm.cli import main as command
 
     with tempfile.TemporaryDirectory() as scratch:
         work = (arguments.folder or Path(scratch)).resolve()
@@ -312,7 +312,7 @@ def main() -> NoReturn:
             os.chdir(work)
             from hydra import compose, initialize_config_dir
 
-            from ldm.home import folder
+            from ldm.runtime.paths import folder
 
             with initialize_config_dir(str(folder("conf")), version_base=None):
                 config = compose("train", ["stage=vae", *(x for x in COMMON if x.startswith("data"))])

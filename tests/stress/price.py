@@ -32,10 +32,10 @@ def make_plan(stage: str, folder: Path, vae: Path | None) -> Any:
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
-    from ldm import command
-    from ldm.home import folder as home
-    from ldm.training.fitting import Plan
-    from ldm.training.precision import choose_precision
+    from ldm.cli import main as command
+    from ldm.runtime.paths import folder as home
+    from ldm.training.fit import Plan
+    from ldm.training.optim.precision import choose_precision
 
     overrides = [f"stage={stage}", "trainer=cpu", "trainer.max_time=null", "trainer.max_steps=1000000", "logger=csv"]
     overrides += [f"vae={vae}"] if vae else []
@@ -69,7 +69,7 @@ def block(plan: Any, steps: int, *, protected: bool) -> float:
 
     from lightning.pytorch import Callback
 
-    from ldm.training.fitting import Fit
+    from ldm.training.fit import Fit
 
     times: list[float] = []
 
@@ -102,7 +102,7 @@ def price(stage: str, plan: Any, blocks: int, steps: int) -> float:
             flush=True,
         )
     mean, error = statistics.mean(lost), statistics.stdev(lost) / len(lost) ** 0.5
-    from ldm.training.manifest import manifests
+    from ldm.runs.checkpoints import manifests
 
     newest = max(manifests(plan.folder / "checkpoints"), key=lambda found: found.step)
     every_s = plan.options["checkpoint_every_s"]

@@ -9,8 +9,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from ldm.data.loaders import train_loader, val_loader
-from ldm.training.module import TrainingModule
-from ldm.training.stage import OptimizerFactory
+from ldm.training.modules.base import TrainingModule
+from ldm.training.optim.factory import OptimizerFactory
 
 
 class Line(TrainingModule):

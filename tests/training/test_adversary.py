@@ -1,4 +1,4 @@
-"""ldm.training.adversary and .vae: who moves whose weights, when it begins, what counts as a step, and resuming."""
+"""adversary and .vae: who moves whose weights, when it begins, what counts as a step, and resuming."""
 
 import warnings
 from functools import partial
@@ -9,17 +9,18 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from ldm.autoencoder.autoencoder import weights_sha256
-from ldm.autoencoder.loss import AutoencoderLoss, Perceptual
+from ldm.autoencoder.losses import AutoencoderLoss
 from ldm.autoencoder.patch import PatchAutoencoderKL
-from ldm.autoencoder.regulariser import KL, VectorQuantised
+from ldm.autoencoder.perceptual import Perceptual
+from ldm.autoencoder.regularisers import KL, VectorQuantised
 from ldm.data.loaders import train_loader
 from ldm.errors import UserError
-from ldm.training.adversary import Adversary
-from ldm.training.budget import Budget
-from ldm.training.callbacks import EMACallback
-from ldm.training.checkpoint import Checkpoints
-from ldm.training.stage import OptimizerFactory
-from ldm.training.vae import VAETraining
+from ldm.training.callbacks.checkpoints import Checkpoints
+from ldm.training.modules.adversary import Adversary
+from ldm.training.modules.autoencoder import VAETraining
+from ldm.training.optim.budget import Budget
+from ldm.training.optim.ema import EMACallback
+from ldm.training.optim.factory import OptimizerFactory
 
 IMAGES = torch.nn.functional.interpolate(
     torch.rand(32, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1, 16, mode="nearest"
@@ -231,7 +232,7 @@ def test_what_is_frozen_stays(tmp_path):
 def test_the_expected_time_counts_the_game_by_its_share(monkeypatch):
     module = make(partial(ADVERSARY, start=0.25))
     times = {False: 1.0, True: 3.0}
-    monkeypatch.setattr("ldm.training.module.TrainingModule.measure_step", lambda self, *_: times[self.playing])
+    monkeypatch.setattr("ldm.training.modules.base.TrainingModule.measure_step", lambda self, *_: times[self.playing])
     assert module.measure_step(IMAGES, None) == 0.25 * 1 + 0.75 * 3
     assert not module.playing
 

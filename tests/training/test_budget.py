@@ -1,11 +1,11 @@
-"""ldm.training.budget.Budget: the learning rate and the end, by steps and by time."""
+"""ldm.training.optim.budget.Budget: the learning rate and the end, by steps and by time."""
 
 import math
 
 import pytest
 from lightning.pytorch import Callback
 
-from ldm.training.budget import Budget
+from ldm.training.optim.budget import Budget
 
 
 class Rates(Callback):
@@ -29,7 +29,7 @@ def clock(monkeypatch):
             return self.now_s
 
     clock = Clock()
-    monkeypatch.setattr("ldm.training.budget.time", clock)
+    monkeypatch.setattr("ldm.training.optim.budget.time", clock)
     return clock
 
 

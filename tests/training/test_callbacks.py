@@ -7,9 +7,10 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import Logger
 
-from ldm.training.budget import Budget
-from ldm.training.callbacks import EMACallback, ProgressBar
-from ldm.training.stage import OptimizerFactory
+from ldm.training.callbacks.progress import ProgressBar
+from ldm.training.optim.budget import Budget
+from ldm.training.optim.ema import EMACallback
+from ldm.training.optim.factory import OptimizerFactory
 
 
 class Weights(Callback):

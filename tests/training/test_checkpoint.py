@@ -1,4 +1,4 @@
-"""ldm.training.checkpoint and manifest: what is saved is whole, what is kept, and which one is gone on from."""
+"""checkpoints and manifest: what is saved is whole, what is kept, and which one is gone on from."""
 
 import errno
 import json
@@ -13,13 +13,13 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from ldm import signals
 from ldm.errors import UserError
-from ldm.training.budget import Budget
-from ldm.training.callbacks import EMACallback
-from ldm.training.checkpoint import Checkpoints, StopTraining
-from ldm.training.manifest import Manifest, find_checkpoint, manifests
-from ldm.training.room import checkpoint_bytes, require_room, require_writable
+from ldm.runs.checkpoints import Manifest, find_checkpoint, manifests
+from ldm.runs.disk import checkpoint_bytes, require_room, require_writable
+from ldm.runtime import signals
+from ldm.training.callbacks.checkpoints import Checkpoints, StopTraining
+from ldm.training.optim.budget import Budget
+from ldm.training.optim.ema import EMACallback
 
 
 def callbacks(folder: Path, steps: int, *, every_s: float = 3600, **options) -> list[Callback]:
@@ -353,7 +353,7 @@ def test_room_is_estimated_before_training(make_module, tmp_path, monkeypatch, f
     assert checkpoint_bytes(module) == 4 * 6 * 4
     require_room(tmp_path, module, 2)
     free = type("Usage", (), {"free": 300})
-    monkeypatch.setattr("ldm.training.room.shutil.disk_usage", lambda _: free)
+    monkeypatch.setattr("ldm.runs.disk.shutil.disk_usage", lambda _: free)
     with pytest.raises(UserError, match="room for 4 checkpoints of about .*runs_dir=.*trainer.keep_last=1"):
         require_room(tmp_path / "not/yet", module, 2)
     require_room(tmp_path, module, 1)

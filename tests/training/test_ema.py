@@ -1,10 +1,10 @@
-"""ldm.training.ema: the average against a loop, and the weights that it stands in for."""
+"""ldm.training.optim.ema: the average against a loop, and the weights that it stands in for."""
 
 import pytest
 import torch
 from torch import nn
 
-from ldm.training.ema import EMA
+from ldm.training.optim.ema import EMA
 
 
 def build() -> nn.Sequential:

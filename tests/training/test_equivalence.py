@@ -20,26 +20,28 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from safetensors.torch import load_file
 
-import ldm.training.module
+import ldm.training.modules.base
 from ldm.autoencoder.autoencoder import Autoencoder, LatentStatistics, weights_sha256
-from ldm.autoencoder.loss import AutoencoderLoss
+from ldm.autoencoder.losses import AutoencoderLoss
 from ldm.autoencoder.patch import PatchAutoencoderKL
-from ldm.autoencoder.regulariser import KL, VectorQuantised
-from ldm.data.latents import LatentContract
+from ldm.autoencoder.regularisers import KL, VectorQuantised
 from ldm.data.loaders import train_loader, val_loader
-from ldm.data.order import Draws, batch_at
+from ldm.data.order import batch_at
 from ldm.diffusion.sampler import Sampler
 from ldm.diffusion.schedule import cosine
+from ldm.latents.contract import LatentContract
 from ldm.networks.conditioning import ClassCondition
 from ldm.networks.dit import DiT
-from ldm.pipeline import LatentDiffusionPipeline
-from ldm.training.adversary import Adversary
-from ldm.training.callbacks import EMACallback
-from ldm.training.diffusion import DiffusionTraining, Objective
-from ldm.training.module import TrainingModule
-from ldm.training.stage import OptimizerFactory, Stage
-from ldm.training.vae import VAETraining
-from ldm.training.vae_stage import VAEStage
+from ldm.runtime.random import Draws
+from ldm.sampling.pipeline import LatentDiffusionPipeline
+from ldm.training.modules.adversary import Adversary
+from ldm.training.modules.autoencoder import VAETraining
+from ldm.training.modules.base import TrainingModule
+from ldm.training.modules.diffusion import DiffusionTraining, Objective
+from ldm.training.optim.ema import EMACallback
+from ldm.training.optim.factory import OptimizerFactory
+from ldm.training.stages.autoencoder import VAEStage
+from ldm.training.stages.base import Stage
 
 SUMS, SIGNS = 3e-5, 3e-3
 """With SGD, whose weights move as the gradients do; with Adam, whose first steps are signs, some of them of noise."""
@@ -192,7 +194,7 @@ def recorded(monkeypatch) -> list[list[torch.Tensor]]:
             found[-1].append(drawn)
             return drawn
 
-    monkeypatch.setattr(ldm.training.module, "Draws", Recorded)
+    monkeypatch.setattr(ldm.training.modules.base, "Draws", Recorded)
     return found
 
 

@@ -1,4 +1,4 @@
-"""ldm.training.guard: what a step that went wrong leaves as it is, how it is noted, and how training goes back."""
+"""guard: what a step that went wrong leaves as it is, how it is noted, and how training goes back."""
 
 import csv
 import json
@@ -18,22 +18,22 @@ from torch import nn
 
 import ldm.train
 from ldm.autoencoder.autoencoder import weights_sha256
-from ldm.autoencoder.loss import AutoencoderLoss
+from ldm.autoencoder.losses import AutoencoderLoss
 from ldm.autoencoder.patch import PatchAutoencoderKL
-from ldm.autoencoder.regulariser import VectorQuantised, quantiser
+from ldm.autoencoder.regularisers import VectorQuantised, quantiser
 from ldm.errors import UserError
 from ldm.networks.dit import DiT
-from ldm.run import Run
-from ldm.training.adversary import Adversary
-from ldm.training.budget import Budget
-from ldm.training.callbacks import EMACallback
-from ldm.training.checkpoint import Checkpoints
-from ldm.training.guard import Guard, RollBack
-from ldm.training.manifest import manifests
-from ldm.training.muon import MuonAdamW
-from ldm.training.stage import OptimizerFactory
-from ldm.training.vae import VAETraining
-from ldm.training.verdict import LARGEST, RunningNorm
+from ldm.runs.checkpoints import manifests
+from ldm.runs.run import Run
+from ldm.training.callbacks.checkpoints import Checkpoints
+from ldm.training.callbacks.guard import Guard, RollBack
+from ldm.training.callbacks.skip_step import LARGEST, RunningNorm
+from ldm.training.modules.adversary import Adversary
+from ldm.training.modules.autoencoder import VAETraining
+from ldm.training.optim.budget import Budget
+from ldm.training.optim.ema import EMACallback
+from ldm.training.optim.factory import OptimizerFactory
+from ldm.training.optim.muon import MuonAdamW
 
 ADAMW = partial(torch.optim.AdamW, fused=True)
 MOMENTUM = partial(torch.optim.SGD, momentum=0.9, weight_decay=0.1)
@@ -85,8 +85,8 @@ def guard(tmp_path):
 def where(request, monkeypatch) -> str:
     """Where the verdict is known: on the host at once, or as on an accelerator, in a tensor that is not looked at."""
     if request.param == "device":
-        for module in ("verdict", "guard"):
-            monkeypatch.setattr(f"ldm.training.{module}.known_at_once", lambda value: False)
+        for module in ("skip_step", "guard"):
+            monkeypatch.setattr(f"ldm.training.callbacks.{module}.known_at_once", lambda value: False)
     return request.param
 
 
@@ -547,7 +547,7 @@ def test_without_a_guard_nothing_is_looked_at(train):
 ON_RANK_1 = """
 import math
 import ldm.train
-from ldm.training.vae import VAETraining
+from ldm.training.modules.autoencoder import VAETraining
 
 losses = VAETraining.losses
 

@@ -1,4 +1,4 @@
-"""ldm.training.loggers.CsvLogger: rows by step, also where the disk refuses them or training goes back."""
+"""ldm.training.callbacks.loggers.CsvLogger: rows by step, also where the disk refuses them or training goes back."""
 
 import csv
 import errno
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ldm.training.loggers import CsvLogger
+from ldm.training.callbacks.loggers import CsvLogger
 
 
 def steps(file: Path) -> list[int]:

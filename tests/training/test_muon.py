@@ -1,4 +1,4 @@
-"""ldm.training.muon: Muon for the blocks' matrices, AdamW for the rest, as one optimizer."""
+"""ldm.training.optim.muon: Muon for the blocks' matrices, AdamW for the rest, as one optimizer."""
 
 import copy
 
@@ -7,8 +7,8 @@ import torch
 from torch.optim import AdamW, Muon
 
 from ldm.networks.dit import DiT
-from ldm.training.muon import MuonAdamW
-from ldm.training.stage import OptimizerFactory
+from ldm.training.optim.factory import OptimizerFactory
+from ldm.training.optim.muon import MuonAdamW
 
 
 def build() -> DiT:

@@ -1,11 +1,11 @@
-"""ldm.training.precision: what `auto` becomes, and what is refused."""
+"""ldm.training.optim.precision: what `auto` becomes, and what is refused."""
 
 import pytest
 import torch
 
 from ldm.errors import UserError
-from ldm.training import precision
-from ldm.training.precision import GAIN_NEEDED, bf16_gain, choose_precision
+from ldm.training.optim import precision
+from ldm.training.optim.precision import GAIN_NEEDED, bf16_gain, choose_precision
 
 
 @pytest.fixture(autouse=True)

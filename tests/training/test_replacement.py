@@ -12,13 +12,14 @@ import wandb
 from PIL import Image
 
 import ldm.train
-from ldm.alone import alone
-from ldm.artifact import Artifact
-from ldm.run import Run, find_autoencoder
-from ldm.tracking import WandbRun
-from ldm.training.checkpoint import Checkpoints
-from ldm.training.lock import lock_file
-from ldm.training.replacement import Replacement, recover
+from ldm.files.lock import alone
+from ldm.runs.load import find_autoencoder
+from ldm.runs.lock import lock_file
+from ldm.runs.replacement import Replacement, recover
+from ldm.runs.run import Run
+from ldm.tracking.artifact import Artifact
+from ldm.tracking.run import WandbRun
+from ldm.training.callbacks.checkpoints import Checkpoints
 
 VAE = [
     *("stage=vae", "autoencoder.model.block_out_channels=[32]", "data=image_folder", "data.path=pets"),

@@ -1,4 +1,4 @@
-"""ldm.training.vae and .diffusion: what a step sees, what validation says, what a stage leaves."""
+"""ldm.training.modules.autoencoder and .diffusion: what a step sees, what validation says, what a stage leaves."""
 
 import dataclasses
 import shutil
@@ -11,25 +11,26 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-from ldm.autoencoder.loss import AutoencoderLoss
+from ldm.autoencoder.losses import AutoencoderLoss
 from ldm.autoencoder.patch import PatchAutoencoderKL
-from ldm.autoencoder.regulariser import KL
-from ldm.data.image_folder import ImageFolder
+from ldm.autoencoder.regularisers import KL
 from ldm.data.images import ImageData, prepare
 from ldm.data.loaders import val_loader
+from ldm.data.sources.image_folder import ImageFolder
 from ldm.diffusion.sampler import Sampler
 from ldm.diffusion.schedule import cosine
 from ldm.errors import UserError
-from ldm.networks.conditioning import ClassCondition
+from ldm.latents.statistics import decoder_scale
+from ldm.networks.conditioning import ClassCondition, class_condition, no_condition, text_condition
 from ldm.networks.dit import DiT
-from ldm.pipeline import LatentDiffusionPipeline, sample_generators
-from ldm.run import load_autoencoder
-from ldm.training.budget import Budget
-from ldm.training.callbacks import EMACallback
-from ldm.training.diffusion import Objective
-from ldm.training.diffusion_stage import DiffusionStage, class_condition, no_condition, text_condition
-from ldm.training.latents import decoder_scale
-from ldm.training.vae_stage import VAEStage
+from ldm.runs.load import load_autoencoder
+from ldm.runtime.random import sample_generators
+from ldm.sampling.pipeline import LatentDiffusionPipeline
+from ldm.training.modules.diffusion import Objective
+from ldm.training.optim.budget import Budget
+from ldm.training.optim.ema import EMACallback
+from ldm.training.stages.autoencoder import VAEStage
+from ldm.training.stages.diffusion import DiffusionStage
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 
@@ -206,8 +207,8 @@ def test_validation_and_the_sample_grid_use_the_averaged_weights(diffusion_stage
     stage, drawn, ema = diffusion_stage(), [], EMACallback(0.9)
     module = stage.module
     monkeypatch.setattr(module, "draw", lambda: drawn.append(module.trained.patch_in.weight.clone()) or ([], []))
-    monkeypatch.setattr("ldm.training.diffusion.save_grid", lambda *_: None)
-    monkeypatch.setattr("ldm.training.diffusion.grid", lambda *_, **__: None)
+    monkeypatch.setattr("ldm.training.modules.diffusion.save_grid", lambda *_: None)
+    monkeypatch.setattr("ldm.training.modules.diffusion.grid", lambda *_, **__: None)
     batch = stage.fetch(images.train_indices[:4])
     monkeypatch.setattr(module, "on_before_batch_transfer", lambda *_: batch)
     trainer = fit(module, [Budget(4), ema], max_steps=4, val_check_interval=2)

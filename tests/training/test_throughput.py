@@ -1,4 +1,4 @@
-"""ldm.training.throughput: operations counted against the formula, shares of a known peak, and what is logged of it."""
+"""speed: operations counted against the formula, shares of a known peak, and what is logged of it."""
 
 import contextlib
 import copy
@@ -11,14 +11,11 @@ from lightning.pytorch.loggers import Logger
 from torch.nn import functional
 
 from ldm.autoencoder.autoencoder import weights_sha256
-from ldm.autoencoder.loss import AutoencoderLoss
+from ldm.autoencoder.losses import AutoencoderLoss
 from ldm.autoencoder.patch import PatchAutoencoderKL
-from ldm.autoencoder.regulariser import KL
-from ldm.training.adversary import Adversary
-from ldm.training.budget import Budget
-from ldm.training.callbacks import ProgressBar
-from ldm.training.stage import OptimizerFactory
-from ldm.training.throughput import (
+from ldm.autoencoder.regularisers import KL
+from ldm.training.callbacks.progress import ProgressBar
+from ldm.training.callbacks.speed import (
     Speed,
     begin_peak_memory,
     count_flops,
@@ -27,7 +24,10 @@ from ldm.training.throughput import (
     peak_flops,
     peak_memory_gb,
 )
-from ldm.training.vae import VAETraining
+from ldm.training.modules.adversary import Adversary
+from ldm.training.modules.autoencoder import VAETraining
+from ldm.training.optim.budget import Budget
+from ldm.training.optim.factory import OptimizerFactory
 
 EAGER = contextlib.nullcontext
 
@@ -123,7 +123,7 @@ def test_utilisation_is_the_share_of_the_peak():
 
 
 def test_operations_are_per_image_and_the_peak_is_of_all_gpus(make_module, monkeypatch):
-    monkeypatch.setattr("ldm.training.throughput.peak_flops", lambda device: 1e12)
+    monkeypatch.setattr("ldm.training.callbacks.speed.peak_flops", lambda device: 1e12)
     module = make_module()
     stage = SimpleNamespace(
         module=module, fetch=lambda indices: torch.ones(len(indices), 2), images=SimpleNamespace(train_indices=range(9))
@@ -166,7 +166,7 @@ def test_each_row_says_how_fast_and_how_steep(fit, make_module, clip):
 
 def test_validation_is_no_part_of_the_speed(fit, make_module, monkeypatch):
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr("ldm.training.callbacks.time.perf_counter", lambda: clock.now)
+    monkeypatch.setattr("ldm.training.callbacks.progress.time.perf_counter", lambda: clock.now)
 
     class Slow(type(make_module())):
         def training_step(self, *batch):

@@ -1,0 +1,1 @@
+"""The command line: composing, checking and explaining options. The home of Hydra."""

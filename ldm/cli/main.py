@@ -1,0 +1,229 @@
+"""From the command line to a composed config: free text is quoted, mistakes become one paragraph and exit code 2."""
+
+import errno
+import functools
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
+from safetensors import SafetensorError
+
+from ldm.cli.arguments import bracket_lists, check_arguments, escape, gather, quote_free_text
+from ldm.cli.config_files import check_foreign_files
+from ldm.cli.options import settle
+from ldm.cli.targets import check_config, with_current_targets
+from ldm.cli.targets import construct as construct_values
+from ldm.errors import UserError
+from ldm.files.untrusted import one_line
+from ldm.runtime import signals
+from ldm.runtime.paths import folder
+from ldm.tracking.run import finish_open_run
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_ELSEWHERE = "choose another disk with runs_dir=, data.cache_dir= or out="
+_DISK_FAULTS = {
+    errno.EROFS: f"The disk can only be read{{place}}. Mount it for writing, or {_ELSEWHERE}.",
+    errno.EIO: f"The disk failed to read or write{{place}}. Look at the system's log for its faults, and {_ELSEWHERE}.",
+    errno.EFBIG: f"A file became larger than is allowed{{place}}. Raise the limit (ulimit -f), or {_ELSEWHERE}.",
+    errno.ENAMETOOLONG: "A name or a path is longer than the disk takes{place}. Give a shorter one.",
+}
+"""What was saved before is kept; of each a paragraph, with its place."""
+
+
+def construct(config: Any, **options: Any) -> Any:
+    """What a part of a config describes, made: `_target_` with the rest as its arguments, and `options` besides."""
+    values = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
+    return construct_values(values, **options)
+
+
+def prepare_images(data: DictConfig) -> Any:
+    """The ImageData of a config's `data` group, prepared and cached where it was not yet."""
+    from ldm.data.images import prepare
+
+    keys = ("resolution", "resize", "cache_dir", "val_fraction", "max_bad_fraction", "max_pixels")
+    return prepare(construct(data.source), **{key: data[key] for key in keys})
+
+
+def run(
+    config_name: str,
+    task: Callable[[DictConfig], Any],
+    *,
+    positional: str | None = None,
+    lists: Sequence[str] = (),
+) -> None:
+    """Compose conf/<config_name>.yaml with the command line and run the task.
+
+    With -m the task runs once per job; one that fails does not keep the others from running.
+
+    A file outside conf/ is composed only where ldm.cli.targets finds plain values and known constructors in it.
+
+    Exits with 2 after bad input, with 128 and the number of a signal that ended it. HYDRA_FULL_ERROR=1 shows the
+    traceback.
+
+    Args:
+        positional: The key of a list that arguments without a key are gathered in.
+        lists: Keys that take several values, as 5,10,20.
+    """
+    verbose = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
+    typed = sys.argv[1:]
+    sweeps = any(argument in ("-m", "--multirun") for argument in typed)
+    failed: list[str] = []
+
+    def report(error: Exception) -> None:
+        message = explain(error)
+        if message is None:
+            raise error
+        if verbose:
+            traceback.print_exc()
+        print(one_line(f"error: {message}"), file=sys.stderr)
+        sys.exit(2)
+
+    def report_job(error: Exception) -> None:
+        job = HydraConfig.get()
+        own = [override for override in job.overrides.task if override not in typed]  # not those of every job
+        name = f"job {job.job.num} ({' '.join(own)})"
+        message = explain(error)
+        if message is None or verbose:
+            traceback.print_exception(error)
+        print(one_line(f"error in {name}: {message or repr(error)}"), file=sys.stderr)
+        failed.append(name)
+        finish_open_run()
+
+    @functools.wraps(task)
+    def complete(config: DictConfig) -> None:
+        sys.argv[1:] = typed  # for the record, and for the processes that Lightning starts with the same arguments
+        try:
+            require_values(config)
+            values = with_current_targets(OmegaConf.to_container(config, resolve=True))
+            settle(values)
+            check_config(values, "the config", typed=typed, interpolations="any")
+            task(as_config(values))
+        except Exception as error:
+            if (number := signals.pending()) is not None:
+                raise signals.Interrupted(number) from error
+            (report_job if sweeps else report)(error)  # here already: Hydra would print a line of its own first
+
+    try:
+        check_arguments(typed)
+        arguments = typed if positional is None else gather(typed, positional)
+        sys.argv[1:] = arguments if sweeps else bracket_lists(quote_free_text(arguments), lists)
+    except UserError as error:
+        report(error)
+    check_foreign_files()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to Hydra's own report
+    application = hydra.main(version_base="1.3", config_path=str(folder("conf")), config_name=config_name)(complete)
+    try:
+        with signals.handled():
+            application()
+    except signals.Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(stopped.code)
+    except KeyboardInterrupt:
+        print("stopped by the user", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if (number := signals.pending()) is not None:  # a library took the interruption for an error of its own
+            print(signals.Interrupted(number), file=sys.stderr)
+            sys.exit(128 + number)
+        report(error)
+    if failed:
+        print(one_line(f"error: {len(failed)} of the jobs failed: {'; '.join(failed)}"), file=sys.stderr)
+        sys.exit(2)
+
+
+def as_config(values: Any) -> DictConfig:
+    """Resolved values as a config that reads as exactly these: a text with ${ in it is no interpolation of its own."""
+
+    def literal(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: literal(part) for key, part in value.items()}
+        if isinstance(value, list):
+            return [literal(part) for part in value]
+        return escape(value) if isinstance(value, str) else value
+
+    config = OmegaConf.create(literal(values))
+    OmegaConf.set_struct(config, True)
+    return config
+
+
+def require_values(config: DictConfig) -> None:
+    """Every key has a value.
+
+    Raises:
+        UserError: naming those that have none.
+    """
+    if missing := list(_missing(OmegaConf.to_container(config))):
+        given = " ".join(f"{key}=..." for key in missing)
+        raise UserError(f"Required, and without a default: {', '.join(missing)}. Add to the command line: {given}")
+
+
+def _missing(value: Any, key: str = "") -> Iterator[str]:
+    if isinstance(value, dict):
+        for name, part in value.items():
+            yield from _missing(part, f"{key}.{name}" if key else str(name))
+    elif value == "???":
+        yield key
+
+
+def explain(error: BaseException) -> str | None:
+    """One paragraph for a mistake of the user's or of their machine's; None for an error of ours."""
+    chain = list(_causes(error))
+    for cause in chain:
+        if isinstance(cause, UserError):
+            return str(cause)
+    for cause in chain:
+        if _is_from(cause, _DISK_FULL):
+            file = getattr(cause, "filename", None)
+            place = f" at {file}" if file else ""
+            return (
+                f"The disk is full{place}. What was saved before is kept: make room, then repeat the command, with "
+                "resume=true if it had saved a checkpoint, or choose another disk with runs_dir= and data.cache_dir=."
+            )
+        for number, said in _DISK_FAULTS.items():
+            if _is_from(cause, (number,)):
+                file = getattr(cause, "filename", None)
+                return said.format(place=f" at {str(file)[:200]}" if file else "") + " What was saved before is kept."
+        if isinstance(cause, PermissionError):
+            return f"No permission to write or read {cause.filename}. Choose another place with runs_dir= or out=."
+    for cause in chain:
+        if isinstance(cause, MissingMandatoryValue):
+            key = getattr(cause, "full_key", None) or "a value"
+            return f"{key} is required and has no default. Give it on the command line: {key}=..."
+    for cause in chain:
+        if isinstance(cause, OverrideParseException):
+            return f"{cause.override} cannot be read. Put text with special characters in quotes: key='\"...\"'."
+        if isinstance(cause, MissingConfigException) and cause.options:
+            choice = str(cause.missing_cfg_file).replace("/", "=")
+            return f"{choice} does not exist. Choose one of: {', '.join(cause.options)}."
+        if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.full_key:
+            return f"There is no key {cause.full_key}. --help lists the keys, --cfg job shows all of them."
+    if any(isinstance(cause, HydraException | OmegaConfBaseException) for cause in chain):
+        # the innermost cause is what a user can act on: a constructor's rule, a value of the wrong type
+        message = str(chain[-1] if isinstance(chain[-1], ValueError | TypeError | OmegaConfBaseException) else error)
+        return " ".join(message.split()) + " --help lists the choices and the keys."
+    return None
+
+
+def _is_from(error: BaseException, numbers: tuple[int, ...]) -> bool:
+    """Whether the system gave one of these for its reason."""
+    if isinstance(error, SafetensorError):
+        return any(f"(os error {number})" in str(error) for number in numbers)
+    return isinstance(error, OSError) and error.errno in numbers
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -1,0 +1,124 @@
+"""A cache folder of prepared images: what names it, what was left out of it, whether its bytes are still its own."""
+
+import hashlib
+import json
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ldm.errors import UserError
+from ldm.files.arrays import Layout, changed, digests
+from ldm.files.reading import MISSING, retried, unreadable
+from ldm.files.untrusted import read_array, read_json
+
+FORMAT_VERSION = 1
+"""Of the cache folder. A folder that says another number is prepared again."""
+
+IMAGES_FILE = "images.npy"
+INDEX_FILE = "index.json"
+QUARANTINE_FILE = "quarantine.jsonl"
+CHUNK_BYTES = 2**23
+
+
+def fingerprint(
+    hashes: list[str],
+    captions: list[str | list[str] | None] | None,
+    labels: list[int | None] | None,
+    transform: dict[str, Any],
+    *,
+    converted: bool = False,
+) -> str:
+    """SHA-256 over everything that a model can learn from a prepared set, and the order it comes in.
+
+    Args:
+        hashes: Of the images' files, their colour profiles included.
+        converted: Whether any colours were converted by a profile.
+    """
+    parts: dict[str, Any] = {"hashes": hashes, "captions": captions, "labels": labels, "transform": transform}
+    if converted:
+        parts["colours"] = "sRGB"
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def write_index(folder: Path, index: dict[str, Any]) -> None:
+    """Write index.json with the SHA-256 of the pixels, in chunks, and of itself."""
+    index = index | {"pixels_sha256": digests(folder / IMAGES_FILE, _layout(folder / IMAGES_FILE))}
+    # ASCII: what a caption or a file's name holds can always be written
+    text = json.dumps(index | {"sha256": _sha256_of(index)})
+    (folder / INDEX_FILE).write_text(text, encoding="utf-8")
+
+
+def damage(folder: Path) -> str | None:
+    """Why the folder is no finished cache of this format with the bytes that were written; None where it is one.
+
+    One from before digests were kept is taken as it is.
+
+    Raises:
+        UserError: its disk does not let it be read.
+    """
+    try:
+        index, layout = retried(partial(_read, folder), folder)
+        if index["format"] != FORMAT_VERSION or layout.num_rows != len(index["names"]):
+            return "it is of another format"
+        if not {"sha256", "pixels_sha256"} & set(index):
+            return None
+        bad = [] if index["sha256"] == _sha256_of(index) else [INDEX_FILE]
+        rows = changed(folder / IMAGES_FILE, layout, index["pixels_sha256"])
+        bad += [f"images {part.start} to {part.stop - 1} in {IMAGES_FILE}" for part in rows]
+    except (*MISSING, EOFError, ValueError, KeyError, TypeError, AttributeError):
+        return "it is not whole"
+    except OSError as error:
+        raise unreadable(folder, error) from error
+    return f"{shorten(bad)} changed since the images were prepared" if bad else None
+
+
+def check_quarantine(num_skipped: int, num_images: int, max_bad_fraction: float, listing: Path) -> None:
+    """Raise a UserError that names the first unreadable images when there are too many of them."""
+    total = num_skipped + num_images
+    if num_skipped <= max_bad_fraction * total:
+        return
+    bad = [f"{entry['name']} ({entry['reason']})" for entry in read_quarantine(listing)[:6]]
+    raise UserError(
+        f"{num_skipped} of {total} images cannot be read, more than data.max_bad_fraction={max_bad_fraction} "
+        f"allows: {shorten(bad)}. All are listed in {listing}. Repair or remove them, or accept the loss "
+        f"with data.max_bad_fraction={math.ceil(100 * num_skipped / total) / 100}."
+    )
+
+
+def quarantine_of(folder: Path) -> Path:
+    """The list of what was left out of a cache folder."""
+    listing, before = folder / QUARANTINE_FILE, folder / "skipped.jsonl"  # its name in older caches
+    return before if before.is_file() and not listing.is_file() else listing
+
+
+def read_quarantine(listing: Path) -> list[dict[str, str]]:
+    """Name, reason and, but in older caches, the error's class of each image that was left out."""
+    return [json.loads(line) for line in listing.read_text(encoding="utf-8").splitlines()]
+
+
+def shorten(names: list[str], shown: int = 5) -> str:
+    """The first few of a list, for an error message."""
+    return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], Layout]:
+    if not ((folder / INDEX_FILE).is_file() and (folder / IMAGES_FILE).is_file()):
+        raise ValueError("not there")  # who asks again holds the lock
+    try:
+        return read_json(folder / INDEX_FILE), _layout(folder / IMAGES_FILE)
+    except UserError as error:
+        if isinstance(error.__cause__, OSError):
+            raise error.__cause__ from error
+        raise
+
+
+def _layout(file: Path) -> Layout:
+    images = read_array(file)
+    row_bytes = images[:1].nbytes
+    return Layout(images.offset, row_bytes, len(images), max(1, CHUNK_BYTES // max(1, row_bytes)))
+
+
+def _sha256_of(index: dict[str, Any]) -> str:
+    rest = {key: value for key, value in index.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

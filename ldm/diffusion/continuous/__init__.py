@@ -1,0 +1,1 @@
+"""The chain in continuous time: SDE, probability-flow ODE and its likelihood."""

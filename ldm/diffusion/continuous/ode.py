@@ -1,0 +1,236 @@
+"""The probability-flow ODE: a deterministic sampler, and its inverse, which encodes a latent to noise.
+
+Setting: dz/dt = -1/2 b (z + score) of `sde`, on the clock w of `clock`:
+
+    dz/dw = 1/2 (d log-SNR / dw) alpha (z_0 - alpha z),   log-SNR = 2 sinh(w)
+"""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from scipy.integrate import RK45
+from torch import Tensor
+
+from ldm.diffusion.chain import at_least_float32
+from ldm.diffusion.continuous.clock import clock_elapsed, clock_ends, clock_nodes, clock_time
+from ldm.diffusion.continuous.sde import probability_flow
+from ldm.diffusion.denoiser import Condition, DenoiserLike
+from ldm.diffusion.sampler import Generators, OnStep
+from ldm.diffusion.schedule import NoiseSchedule
+
+SOLVERS = ("heun", "adaptive")
+
+
+def integrate(
+    derivative: Callable[[float, np.ndarray], np.ndarray],
+    state: np.ndarray,
+    start: float,
+    stop: float,
+    *,
+    rtol: float,
+    atol: float,
+    on_accept: Callable[[float, np.ndarray], None] | None = None,
+) -> tuple[np.ndarray, int]:
+    """Integrate d state / dw from start to stop; the state at stop, and the evaluations of the derivative.
+
+    Dormand and Prince's pair of orders 5 and 4, which keeps no past states. The derivative at an accepted
+    state is the last one evaluated before on_accept(w, state).
+
+    Raises:
+        ValueError: unless rtol and atol are at least 1e-12.
+        ArithmeticError: if the derivative is not finite; if no step is small enough.
+    """
+    check_tolerances(rtol, atol)
+
+    def finite(w: float, state: np.ndarray) -> np.ndarray:
+        slope = derivative(w, state)
+        if not np.isfinite(slope).all():
+            raise ArithmeticError(f"the ODE is not finite where its clock shows {w}: the network answers inf or nan")
+        return slope
+
+    solver = RK45(finite, start, state, stop, rtol=rtol, atol=atol)
+    while solver.status == "running":
+        message = solver.step()
+        if solver.status == "failed":
+            raise ArithmeticError(f"the adaptive solver is stuck where the clock shows {solver.t}: {message}")
+        if on_accept is not None:
+            on_accept(solver.t, solver.y)
+    return solver.y, solver.nfev
+
+
+def check_tolerances(rtol: float, atol: float) -> None:
+    """Refuse tolerances that float64 cannot meet.
+
+    Raises:
+        ValueError: unless rtol and atol are at least 1e-12.
+    """
+    if not (rtol >= 1e-12 and atol >= 1e-12):
+        raise ValueError(f"rtol and atol must be at least 1e-12; got rtol = {rtol}, atol = {atol}")
+
+
+@dataclass(frozen=True)
+class ODESampler:
+    """The probability-flow ODE from noise to t_min, and back.
+
+    Args:
+        solver: heun, of order 2 on equal steps of the clock; or adaptive, of order 5 with steps chosen by the
+            error. The state of adaptive is float64 on the CPU and its steps are shared by the batch: a sample
+            depends on the others within the tolerance.
+        steps: of heun: number of transitions, the last one from t_min to 0. Sampling calls the denoiser
+            2 steps - 1 times, `encode` and `decode` 2 steps - 2 times. adaptive has no use for it.
+        rtol, atol: of adaptive: tolerated error per step, relative and absolute, as in scipy.
+        t_min: where the ODE stops; the last transition takes the denoiser's z_0 from there.
+
+    Source: Song et al. 2021, arXiv:2011.13456, section 4.3; heun, Karras et al. 2022, arXiv:2206.00364.
+
+    Raises:
+        ValueError: if an option is unknown or out of range.
+    """
+
+    method: ClassVar[str] = "ode"
+    solver: str = "heun"
+    steps: int = 20
+    rtol: float = 1e-4
+    atol: float = 1e-4
+    t_min: int | float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.solver not in SOLVERS:
+            raise ValueError(f"unknown ODE solver {self.solver!r}; known: {', '.join(SOLVERS)}")
+        if type(self.steps) is not int:
+            raise ValueError(f"sampler.steps must be a whole number; got {self.steps}")
+        if self.steps < 1:
+            raise ValueError(f"a sampler takes at least one step; got steps = {self.steps}")
+        check_tolerances(self.rtol, self.atol)
+
+    def check(self, schedule: NoiseSchedule) -> None:
+        """Refuse a chain on which this sampler cannot run.
+
+        Raises:
+            ValueError: as `clock_ends` does.
+        """
+        clock_ends(schedule, self.t_min)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        denoiser: DenoiserLike,
+        z_T: Float[Tensor, " b *z"],
+        condition: Condition = None,
+        *,
+        generator: Generators = None,
+        on_step: OnStep | None = None,
+    ) -> Float[Tensor, " b *z"]:
+        """Take z_T ~ N(0, I) down to z_0.
+
+        Args:
+            generator: not used, the way down is deterministic.
+            on_step: called as on_step(s, z_s, z_0) after every transition, with the real s where it arrived
+                (0 at last) and a predicted z_0: of heun the one at its start, of adaptive the one at s.
+
+        Raises:
+            ValueError: as `check` does.
+            ArithmeticError: as `integrate` does.
+        """
+        z = self._travel(denoiser, z_T, condition, on_step=on_step)
+        t = self.t_min if self.solver == "adaptive" or self.steps > 1 else self._noise_end(denoiser.schedule)
+        z_0 = denoiser(z, t, condition).z_0
+        if on_step is not None:
+            on_step(0, z_0, z_0)
+        return z_0
+
+    @torch.no_grad()
+    def encode(
+        self, denoiser: DenoiserLike, z: Float[Tensor, " b *z"], condition: Condition = None
+    ) -> Float[Tensor, " b *z"]:
+        """Take z at t_min up to the noise at the noise end, where `decode` brings it back from.
+
+        The way back is as good as the solver: heun errs by its order 2, adaptive by its tolerance.
+
+        Raises:
+            ValueError: as `check` does; for heun, in a single step.
+            ArithmeticError: as `integrate` does.
+        """
+        self._check_travels()
+        return self._travel(denoiser, z, condition, backwards=True)
+
+    @torch.no_grad()
+    def decode(
+        self, denoiser: DenoiserLike, z_T: Float[Tensor, " b *z"], condition: Condition = None
+    ) -> Float[Tensor, " b *z"]:
+        """Take noise down to z at t_min, without the last transition to 0: the inverse of `encode`.
+
+        Raises:
+            ValueError: as `check` does; for heun, in a single step.
+            ArithmeticError: as `integrate` does.
+        """
+        self._check_travels()
+        return self._travel(denoiser, z_T, condition)
+
+    def _check_travels(self) -> None:
+        if self.solver == "heun" and self.steps < 2:
+            raise ValueError("heun in one step goes from noise to z_0 at once; encode and decode need two or more")
+
+    def _noise_end(self, schedule: NoiseSchedule) -> float:
+        return clock_time(schedule, clock_ends(schedule, self.t_min)[0])
+
+    def _travel(
+        self,
+        denoiser: DenoiserLike,
+        z: Tensor,
+        condition: Condition,
+        *,
+        backwards: bool = False,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        schedule = denoiser.schedule
+        z = at_least_float32(z)
+
+        def velocity(z: Tensor, w: float) -> tuple[Tensor, Tensor]:
+            t, elapsed = clock_elapsed(schedule, w)
+            z_0 = denoiser(z, t, condition).z_0
+            return elapsed * probability_flow(schedule, z_0, z, t), z_0
+
+        if self.solver == "adaptive":
+            start, stop = clock_ends(schedule, self.t_min)
+            return _adaptive(velocity, schedule, z, (stop, start) if backwards else (start, stop), self, on_step)
+        nodes = clock_nodes(schedule, self.steps, self.t_min)
+        for w, next_w in itertools.pairwise(nodes[::-1] if backwards else nodes):
+            slope, z_0 = velocity(z, w)
+            next_slope, _ = velocity(z + (next_w - w) * slope, next_w)
+            z = z + (next_w - w) / 2 * (slope + next_slope)
+            if on_step is not None:
+                on_step(clock_time(schedule, next_w), z, z_0)
+        return z
+
+
+def _adaptive(
+    velocity: Callable[[Tensor, float], tuple[Tensor, Tensor]],
+    schedule: NoiseSchedule,
+    like: Tensor,
+    span: tuple[float, float],
+    options: ODESampler,
+    on_step: OnStep | None,
+) -> Tensor:
+    z_0 = like
+
+    def tensor(state: np.ndarray) -> Tensor:
+        return torch.tensor(state, dtype=like.dtype, device=like.device).reshape(like.shape)
+
+    def derivative(w: float, state: np.ndarray) -> np.ndarray:
+        nonlocal z_0
+        slope, z_0 = velocity(tensor(state), w)
+        return slope.flatten().cpu().double().numpy()
+
+    def accept(w: float, state: np.ndarray) -> None:
+        if on_step is not None:
+            on_step(clock_time(schedule, w), tensor(state), z_0)
+
+    start = like.flatten().cpu().double().numpy()
+    state, _ = integrate(derivative, start, *span, rtol=options.rtol, atol=options.atol, on_accept=accept)
+    return tensor(state)

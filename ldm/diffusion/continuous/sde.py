@@ -1,0 +1,232 @@
+"""The continuous view of the chain: its stochastic differential equations, and samplers of the reverse one.
+
+Setting: time t is real and falls from T to t_min >= 1; b(t) = -d log a / dt is the schedule's rate. With
+score = grad log q(z_t),
+
+    forward           dz = -1/2 b z dt + sqrt(b) dw
+    reverse           dz = (-1/2 b z - b score) dt + sqrt(b) dw-bar
+    probability flow  dz/dt = -1/2 b (z + score)
+
+share the marginals q(z_t). Time enters through the elapsed b dt = -d log a = -(1 - a) d log-SNR alone. Steps
+measure it by log-SNR, whose equations are nowhere stiffer than one per unit, and so need no b. The sampler's
+steps are equal on the clock of `ldm.diffusion.continuous.clock`, where sampling starts from N(0, I) at the noise end.
+
+Source: Song et al. 2021, arXiv:2011.13456.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ldm.diffusion.chain import at_least_float32, check_order, score
+from ldm.diffusion.continuous.clock import clock_ends, clock_nodes, clock_time
+from ldm.diffusion.denoiser import Condition, DenoiserLike
+from ldm.diffusion.sampler import Generators, OnStep, draw_noise
+from ldm.diffusion.schedule import NoiseSchedule, Step
+
+
+def reverse_drift(
+    schedule: NoiseSchedule, z_0: Float[Tensor, " b *z"], z_t: Float[Tensor, " b *z"], t: Step
+) -> Float[Tensor, " b *z"]:
+    """Drift of the reverse SDE per elapsed b dt, given the predicted z_0:  -1/2 z_t - score.
+
+    Times schedule.rate(t) it is dz/dt.
+    Source: Song et al. 2021, arXiv:2011.13456, eq. 6.
+
+    Raises:
+        ValueError: unless 1 <= t <= T.
+    """
+    return -0.5 * at_least_float32(z_t) - score(schedule, z_0, z_t, t)
+
+
+def probability_flow(
+    schedule: NoiseSchedule, z_0: Float[Tensor, " b *z"], z_t: Float[Tensor, " b *z"], t: Step
+) -> Float[Tensor, " b *z"]:
+    """The probability flow per elapsed b dt, given the predicted z_0.
+
+        -1/2 (z_t + score) = -1/2 alpha (z_0 - alpha z_t) / (1 - a_t)
+
+    Times schedule.rate(t) it is dz/dt. The second form is computed: at the noise end the first one cancels.
+    Source: Song et al. 2021, arXiv:2011.13456, eq. 13.
+
+    Raises:
+        ValueError: unless 1 <= t <= T.
+    """
+    check_order(schedule, 0, t)
+    z_0, z_t = at_least_float32(z_0), at_least_float32(z_t)
+    a_t = schedule.at(t, z_t)
+    alpha = a_t.sqrt().to(z_t)
+    return (-0.5 * a_t.sqrt() / (1 - a_t)).to(z_t) * (z_0 - alpha * z_t)
+
+
+def forward_sde_step(
+    schedule: NoiseSchedule, z_s: Float[Tensor, " b *z"], s: int | float, t: int | float, eps: Float[Tensor, " b *z"]
+) -> Float[Tensor, " b *z"]:
+    """One Euler-Maruyama step of the forward SDE, from s up to t.
+
+        z_t = z_s - 1/2 h z_s + sqrt(h) eps,   h = (1 - a_s) (log-SNR_s - log-SNR_t)
+
+    Of weak order 1; `chain.forward_step` is exact.
+
+    Raises:
+        ValueError: unless 1 <= s < t <= T.
+    """
+    _check_real_order(schedule, s, t)
+    z_s = at_least_float32(z_s)
+    h = _elapsed(schedule, s, t)
+    return (1 - h / 2) * z_s + math.sqrt(h) * eps
+
+
+def reverse_sde_step(
+    schedule: NoiseSchedule,
+    z_0: Float[Tensor, " b *z"],
+    z_t: Float[Tensor, " b *z"],
+    *,
+    s: int | float,
+    t: int | float,
+    generator: Generators = None,
+) -> Float[Tensor, " b *z"]:
+    """One Euler-Maruyama step of the reverse SDE, from t down to s, given the predicted z_0.
+
+        z_s = z_t + (1/2 z_t + score) h + sqrt(h) n,   h = (1 - a_t) (log-SNR_s - log-SNR_t),   n ~ N(0, I)
+
+    Of weak order 1.
+
+    Raises:
+        ValueError: unless 1 <= s < t <= T.
+    """
+    _check_real_order(schedule, s, t)
+    z_t = at_least_float32(z_t)
+    h = _elapsed(schedule, t, s)
+    return z_t - h * reverse_drift(schedule, z_0, z_t, t) + math.sqrt(h) * draw_noise(z_t, generator)
+
+
+def langevin_step(
+    schedule: NoiseSchedule,
+    z_0: Float[Tensor, " b *z"],
+    z_t: Float[Tensor, " b *z"],
+    *,
+    t: Step,
+    snr: float,
+    generator: Generators = None,
+) -> Float[Tensor, " b *z"]:
+    """One step of Langevin dynamics in q(z_t), which leaves t where it is.
+
+        z = z_t + h score + sqrt(2 h) n,   h = 2 snr^2 (1 - a_t),   n ~ N(0, I)
+
+    The paper's step 2 snr^2 (|n| / |score|)^2 is an average over the batch, and grows without bound where the
+    score of a sample vanishes. Here |n| / |score| is sigma, which it is where the score is that of noise.
+    Source: Song et al. 2021, arXiv:2011.13456, algorithm 5.
+
+    Raises:
+        ValueError: unless 1 <= t <= T.
+    """
+    z_t = at_least_float32(z_t)
+    h = 2 * snr**2 * (1 - schedule.at(t, z_t))
+    drift = h.to(z_t) * score(schedule, z_0, z_t, t)
+    return z_t + drift + (2 * h).sqrt().to(z_t) * draw_noise(z_t, generator)
+
+
+@dataclass(frozen=True)
+class SDESampler:
+    """The reverse SDE by Euler-Maruyama, optionally corrected by Langevin dynamics after every step.
+
+    Args:
+        steps: number of transitions, the last one from t_min to 0. The denoiser is called
+            steps + (steps - 1) corrector_steps times.
+        corrector_steps: Langevin steps after every transition but the last.
+        corrector_snr: their signal-to-noise ratio, see `langevin_step`.
+        t_min: where the SDE stops; the last transition takes the denoiser's z_0 from there.
+
+    Source: Song et al. 2021, arXiv:2011.13456, algorithms 1 and 5.
+
+    Raises:
+        ValueError: if an option is out of range.
+    """
+
+    method: ClassVar[str] = "sde"
+    steps: int
+    corrector_steps: int = 0
+    corrector_snr: float = 0.16
+    t_min: int | float = 1.0
+
+    def __post_init__(self) -> None:
+        if type(self.steps) is not int:
+            raise ValueError(f"sampler.steps must be a whole number; got {self.steps}")
+        if self.steps < 1:
+            raise ValueError(f"a sampler takes at least one step; got steps = {self.steps}")
+        if self.corrector_steps < 0:
+            raise ValueError(f"corrector_steps must be 0, for none, or more; got {self.corrector_steps}")
+        if not 0 < self.corrector_snr < 1:
+            raise ValueError(f"corrector_snr must be in (0, 1), where Langevin is stable; got {self.corrector_snr}")
+
+    def check(self, schedule: NoiseSchedule) -> None:
+        """Refuse a chain on which this sampler cannot run.
+
+        Raises:
+            ValueError: as `clock_ends` does; if so few steps make Euler-Maruyama amplify its errors.
+        """
+        start, stop = clock_ends(schedule, self.t_min)
+        # A step of log-SNR multiplies a deviation by 1 - step (1 + a) / 2 at worst, and is largest at an end.
+        growth = max(math.cosh(w) * (1 + 1 / (1 + math.exp(-2 * math.sinh(w)))) for w in (start, stop))
+        needed = 1 + math.ceil((stop - start) * growth / 2)
+        if 1 < self.steps < needed:
+            raise ValueError(
+                f"Euler-Maruyama is unstable in {self.steps} steps on schedule {schedule.name!r}: it needs at least "
+                f"{needed}; use ddpm, or the ODE"
+            )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        denoiser: DenoiserLike,
+        z_T: Float[Tensor, " b *z"],
+        condition: Condition = None,
+        *,
+        generator: Generators = None,
+        on_step: OnStep | None = None,
+    ) -> Float[Tensor, " b *z"]:
+        """Take z_T ~ N(0, I) down to z_0.
+
+        Args:
+            generator: one for the batch, or a list with one per sample.
+            on_step: called as on_step(s, z_s, z_0) after every transition, with the real s where it arrived
+                (0 at last) and the predicted z_0 that it used.
+
+        Raises:
+            ValueError: as `check` does; if a list of generators is not one per sample.
+        """
+        if isinstance(generator, list) and len(generator) != len(z_T):
+            raise ValueError(f"{len(generator)} generators for a batch of {len(z_T)}: give one per sample, or one")
+        schedule = denoiser.schedule
+        self.check(schedule)
+        z_t = at_least_float32(z_T)
+        visited = [clock_time(schedule, w) for w in clock_nodes(schedule, self.steps, self.t_min)]
+        for t, s in itertools.pairwise(visited):
+            z_0 = denoiser(z_t, t, condition).z_0
+            z_t = reverse_sde_step(schedule, z_0, z_t, s=s, t=t, generator=generator)
+            for _ in range(self.corrector_steps):
+                again = denoiser(z_t, s, condition).z_0
+                z_t = langevin_step(schedule, again, z_t, t=s, snr=self.corrector_snr, generator=generator)
+            if on_step is not None:
+                on_step(s, z_t, z_0)
+        z_0 = denoiser(z_t, visited[-1], condition).z_0
+        if on_step is not None:
+            on_step(0, z_0, z_0)
+        return z_0
+
+
+def _check_real_order(schedule: NoiseSchedule, s: int | float, t: int | float) -> None:
+    if not 1 <= s < t <= schedule.num_steps:
+        raise ValueError(f"an SDE's times must satisfy 1 <= s < t <= T = {schedule.num_steps}; got s = {s}, t = {t}")
+
+
+def _elapsed(schedule: NoiseSchedule, start: int | float, stop: int | float) -> float:
+    """b dt of a step from `start`, by its log-SNR: |d log a| to first order."""
+    curve = schedule.log_snr_curve
+    return float(abs(curve(stop) - curve(start)) / (1 + math.exp(float(curve(start)))))

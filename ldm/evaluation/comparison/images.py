@@ -1,0 +1,116 @@
+"""The same images of several runs in one picture: samples from the same noise, or reconstructions of the same."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ldm.data.images import ImageData
+from ldm.diffusion.sampler import SamplerLike
+from ldm.errors import UserError
+from ldm.evaluation.comparison.compare import Comparison
+from ldm.image_grid import rows, to_pil
+from ldm.networks.conditioning import ClassCondition
+from ldm.runs.run import Run
+from ldm.sampling.draw import draw
+from ldm.sampling.pipeline import LatentDiffusionPipeline
+from ldm.sampling.request import Request
+
+
+def side_by_side(
+    comparison: Comparison,
+    sampler: SamplerLike,
+    *,
+    device: torch.device,
+    num_samples: int = 8,
+    prompts: str | None = None,
+    guidance: float = 3.0,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> tuple[Image.Image | None, list[str]]:
+    """One row per run, what belongs together in one column; for stage=vae the originals on top.
+
+    Column i is drawn from noise of seed and i alone: the same in all runs whose latents are of one shape.
+
+    Args:
+        num_samples: Columns; 0 draws nothing.
+        prompts: A file with a caption per line; None takes the captions or classes of validation images.
+
+    Returns:
+        The picture, None where no run could draw, and lines that say which rows are missing and why.
+    """
+    if not num_samples:
+        return None, []
+    notes = [
+        f"Not in the picture: {run.place}, for W&B holds no weights of it." for _, run in comparison.runs if not run.run
+    ]
+    folders = [(f"{group.label} {run.name}", run.run) for group, run in comparison.runs if run.run]
+    images, reason = _first_images([run for _, run in folders])
+    found: list[tuple[str, list[Image.Image]]] = []
+    captions: list[str | None] | None = None
+    vae = comparison.runs[0][1].stage == "vae"
+    if vae and images is None:
+        return None, [*notes, *reason]
+    for name, run in folders:
+        try:
+            if vae and images is not None:
+                found.append((name, _reconstructions(run, images, num_samples, device)))
+                continue
+            pipeline = run.pipeline().to(device)
+            request = _request(pipeline, images, prompts, num_samples, captions)
+            drawn = draw(pipeline, request, sampler, guidance=guidance, seed=seed, batch_size=batch_size)
+            found.append((name, to_pil(torch.cat(list(drawn)))))
+            captions = captions or (request.captions if any(request.captions) else None)
+        except UserError as error:
+            notes.append(f"Not in the picture: {name}. {error}")
+    if not found:
+        return None, notes
+    if vae and images is not None:
+        found.insert(0, ("originals", to_pil(images.batch(_held_out(images, num_samples)))))
+    return rows(found, captions=captions), notes
+
+
+def _first_images(runs: Sequence[Run]) -> tuple[ImageData | None, list[str]]:
+    """The prepared images of the first run whose are at hand, or why there are none."""
+    reason = ""
+    for run in runs:
+        try:
+            return run.image_data(), []
+        except UserError as error:
+            reason = reason or str(error)
+    return None, [f"No held-out images at hand. {reason}"] if reason else []
+
+
+def _held_out(images: ImageData, num: int) -> np.ndarray:
+    """Validation images at equal distances: neighbours in the data are alike, flags or faces."""
+    rows = np.linspace(0, len(images.val_indices) - 1, min(num, len(images.val_indices))).round().astype(int)
+    return images.val_indices[rows]
+
+
+def _reconstructions(run: Run, images: ImageData, num_samples: int, device: torch.device) -> list[Image.Image]:
+    if run.facts["data_fingerprint"] != images.fingerprint:
+        raise UserError("It was trained on other images than the first run, which may be among those shown.")
+    autoencoder = run.autoencoder().to(device)
+    originals = images.batch(_held_out(images, num_samples))
+    return to_pil(autoencoder.decode(autoencoder.encode(originals)[0]))
+
+
+def _request(
+    pipeline: LatentDiffusionPipeline,
+    images: ImageData | None,
+    prompts: str | None,
+    num_samples: int,
+    above: list[str | None] | None,
+) -> Request:
+    """What the columns show; `above`, what those of the rows before are, of which classes are the same by name."""
+    if prompts:
+        asked = Request.make(pipeline, prompts=prompts)
+        part = {name: value[:num_samples] for name, value in asked.condition.items()}
+        return Request(part, asked.captions[:num_samples])
+    if images is None:
+        names = [name for name in above or () if name is not None]
+        if names and isinstance(pipeline.conditioning, ClassCondition):
+            return Request.of_classes(pipeline.conditioning, names)
+        return Request.make(pipeline, num_samples=num_samples)
+    return Request.of_images(pipeline, images, _held_out(images, num_samples))

@@ -1,0 +1,243 @@
+"""What is known of runs that are to be compared, read from their folders or from W&B into one form."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ldm.errors import UserError
+from ldm.evaluation.comparison.statistics import Figure, direction, share_error
+from ldm.evaluation.reconstructions.curves import Curve, as_curve, read_curves
+from ldm.files.untrusted import read_json
+from ldm.metrics.subsets import NUM_GROUPS, NUM_SUBSETS
+from ldm.runs.lineage import weights_sha256
+from ldm.runs.run import Run
+from ldm.tracking.comparison import fetch_run
+from ldm.tracking.run import flatten
+
+DATA_PLACES = ("data.path", "data.source.path", "data.cache_dir")
+PLACES = ("name", "runs_dir", "vae", "resume", "overwrite", "logger", "stage", *DATA_PLACES)
+"""Keys of a config that name, place or log a run, for which its hashes stand; `stage` repeats the other keys."""
+OF_LOSS = {
+    "vae": ("autoencoder.loss", "regulariser", "perceptual", "adversarial"),
+    "diffusion": ("objective", "schedule", "variance"),
+}
+"""Keys on which the value of a loss depends, whatever the model is worth."""
+SETTINGS: tuple[str, ...] = (
+    "features",
+    "features_key",
+    "num_samples",
+    "num_images",
+    "images",
+    "reference",
+    "num_reference",
+)
+SETTINGS += ("fd_components", "features_in_loss", "lpips_in_loss", "guidance", "guidance_interval", "sampler")
+"""Of an evaluation: what it was made with."""
+NO_FIGURES = ("seed", "factor", "feature_dim", "seconds", "kl_nats", "codebook_size", "val_images")
+OF_PIXELS = ("psnr", "ssim", "lpips", "kl", "codebook", "pca")
+"""First words of figures that no features are in."""
+WITHOUT_SAMPLER = ("reconstructions", "validation", "vae", "floor", "chance")
+"""Last words of figures that no samples are in."""
+BY_SUBSETS = ("kd", "precision", "recall", "density", "coverage", "cmmd")
+BY_JACKKNIFE = ("fd", "class_shift")
+DOF = dict.fromkeys(BY_SUBSETS, NUM_SUBSETS - 1) | dict.fromkeys(BY_JACKKNIFE, NUM_GROUPS - 1)
+"""Degrees of freedom of the standard error of figures that begin so: of so many subsets, or groups of a jackknife."""
+EVALUATION = "evaluation."
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is known of one run, wherever it was read."""
+
+    place: str
+    name: str
+    stage: str
+    seed: Any
+    finished: bool
+    config: dict[str, Any]
+    """Flat, without PLACES."""
+    facts: dict[str, Any]
+    """Flat."""
+    figures: dict[str, Figure]
+    evaluation_seed: Any
+    stale: bool
+    """Its evaluation is of other weights than it has now, and left out."""
+    doubtful: bool
+    """Its evaluation does not say of which weights it is."""
+    curves: dict[str, Curve]
+    run: Run | None = field(repr=False, default=None)
+    """Where it is a folder, whose weights are at hand."""
+
+    @property
+    def diverged(self) -> list[str]:
+        """Curves that end in no number."""
+        return [name for name, (_, values) in self.curves.items() if not math.isfinite(values[-1])]
+
+
+def load(places: Sequence[str]) -> list[Measured]:
+    """Read runs: folders, or `entity/project/run` of W&B.
+
+    Raises:
+        UserError: fewer than two, one that is none, one twice, runs of both stages.
+    """
+    if len(places) < 2:
+        given = f", not {places[0]} alone" if places else ""
+        raise UserError(f"A comparison needs two runs at least{given}: python tools/compare.py RUN RUN [RUN ...].")
+    known: dict[str, str] = {}
+    for place in places:
+        same = str(Path(place).expanduser().resolve())
+        if same in known:
+            raise UserError(f"{place} is given twice (as {known[same]}): a run says nothing about itself.")
+        known[same] = place
+    runs = [from_wandb(place) if is_of_wandb(place) else from_folder(place) for place in places]
+    stages = {
+        stage: [run.place for run in runs if run.stage == stage] for stage in dict.fromkeys(r.stage for r in runs)
+    }
+    if len(stages) > 1:
+        of = "; ".join(f"stage={stage}: {', '.join(named)}" for stage, named in stages.items())
+        raise UserError(f"Runs of different stages have no figure in common. {of}. Compare those of one stage.")
+    return runs
+
+
+def is_of_wandb(place: str) -> bool:
+    """`entity/project/run`, unless it lies here or its first folder does."""
+    path = Path(place).expanduser()
+    here = path.exists() or Path(path.parts[0]).is_dir() or path.parts[0] == "runs"
+    return not here and re.fullmatch(r"[\w.-]+/[\w. -]+/[\w-]+", place) is not None
+
+
+def from_folder(place: str) -> Measured:
+    """A run folder: config.yaml, run.json, metrics.csv and evaluation.json, the last two where there are any."""
+    run = Run.open(place, "runs")
+    facts = {key: value for key, value in run.facts.items() if key != "figures"}
+    evaluation = run.path / "evaluation.json"
+    metrics = run.path / "metrics.csv"
+    return _measured(
+        str(run.path),
+        config=flatten(run.config()),
+        facts=flatten(facts),
+        figures=run.facts.get("figures") or {},
+        evaluation=read_json(evaluation) if evaluation.is_file() else {},
+        weights=weights_sha256(run),
+        curves=read_curves(metrics) if metrics.is_file() else {},
+        run=run,
+    )
+
+
+def from_wandb(place: str) -> Measured:
+    """A run of W&B, with the figures of the newest tools/evaluate.py on it that was logged there."""
+    config, summary, history = fetch_run(place)
+    facts = {key.removeprefix("run."): value for key, value in config.items() if key.startswith("run.")}
+    if facts.get("stage") not in OF_LOSS:
+        raise UserError(f"{place} is in W&B, but no training of this program: its config has no run.stage.")
+    logged = _of(summary, EVALUATION)  # flat: what stands inside a mapping is `sampler.steps`
+    evaluation = {key: value for key, value in logged.items() if "." not in key}
+    if sampler := _of(logged, "sampler."):
+        evaluation["sampler"] = sampler
+    own = [key for key in config if not key.startswith(("run.", EVALUATION))]
+    points: dict[str, dict[int, float]] = {}
+    for row in history:
+        for name, value in row.items():
+            if "/" in name and isinstance(value, int | float) and row.get("step") is not None:
+                points.setdefault(name, {})[int(row["step"])] = float(value)
+    curves = {name: as_curve(values) for name, values in points.items()}
+    figures = {key: value for key, value in summary.items() if not re.search(r"^_|/|^step$|^evaluation\.", key)}
+    last = max((steps[-1] for steps, _ in curves.values()), default=0)
+    # the config was written at the start; figures of an end that was trained on since are not of this end
+    finished = facts.get("finished") is not None or ("training_s" in figures and last <= figures.get("steps", last))
+    return _measured(
+        place,
+        config={key: config[key] for key in own},
+        facts={**facts, "finished": finished or None},
+        figures=figures,
+        evaluation=evaluation,
+        weights=summary.get({"vae": "autoencoder_sha256", "diffusion": "pipeline_sha256"}[facts["stage"]]),
+        curves=curves,
+    )
+
+
+def _of(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
+
+
+def _measured(
+    place: str,
+    *,
+    config: dict[str, Any],
+    facts: dict[str, Any],
+    figures: Mapping[str, Any],
+    evaluation: Mapping[str, Any],
+    weights: str | None,
+    curves: dict[str, Curve],
+    run: Run | None = None,
+) -> Measured:
+    stage, evaluated = facts["stage"], evaluation.get("weights_sha256")
+    of_weights = None if weights is None or evaluated is None else evaluated == weights
+    doubtful = bool(evaluation) and of_weights is None and (weights or evaluated) is not None
+    if of_weights is False:
+        evaluation = {}
+    data = {"data_fingerprint": facts.get("data_fingerprint"), "val_images": config.get("val_images")}
+    latents = {
+        "autoencoder": facts.get("contract.autoencoder_sha256"),
+        "latent_statistics": config.get("latent_statistics"),
+    }
+    loss = {part: {key: config[key] for key in config if key.startswith(part)} for part in OF_LOSS[stage]}
+    found: dict[str, Figure] = {}
+    for name, (_, values) in curves.items():
+        if name.startswith("val/") and (short := name.removeprefix("val/")) not in {**figures, **evaluation}:
+            settings = {**data, **(latents if stage == "diffusion" else {}), **(loss if "loss" in short else {})}
+            if math.isfinite(values[-1]):
+                found[name] = Figure(values[-1], settings=settings)
+    for name, value in _numbers(figures):
+        found[name] = Figure(value, settings=data if direction(name) else {})
+    for name, value in _numbers(evaluation):
+        found[name] = _evaluated(name, value, evaluation)
+    inside = tuple(f"{key}." for key in PLACES)
+    return Measured(
+        place=place,
+        name=str(facts.get("name") or Path(place).name),
+        stage=stage,
+        seed=config.get("seed", facts.get("seed")),
+        finished=facts.get("finished") is not None,
+        config={key: v for key, v in config.items() if key not in PLACES and not key.startswith(inside)},
+        facts=facts,
+        figures=found,
+        evaluation_seed=evaluation.get("seed"),
+        stale=of_weights is False,
+        doubtful=doubtful,
+        curves=curves,
+        run=run,
+    )
+
+
+def _numbers(figures: Mapping[str, Any]) -> list[tuple[str, float]]:
+    return [
+        (name, float(value))
+        for name, value in figures.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if name not in (*SETTINGS, *NO_FIGURES) and not name.startswith("num_") and not name.endswith("_standard_error")
+    ]
+
+
+def _evaluated(name: str, value: float, evaluation: Mapping[str, Any]) -> Figure:
+    """With its standard error, the degrees of freedom of it, and the settings that a figure of that name depends on."""
+    first, last = name.split("_")[0], name.split("_")[-1]
+    of_pixels = {"images", "num_images", "num_samples", *({"lpips_in_loss"} if first == "lpips" else ())}
+    chosen = {
+        key: evaluation[key]
+        for key in SETTINGS
+        if evaluation.get(key) is not None
+        and (key in of_pixels if first in OF_PIXELS else key != "lpips_in_loss")
+        and (key != "fd_components" or first == "fd")
+        and not (last in WITHOUT_SAMPLER and key.startswith(("guidance", "sampler")))
+    }
+    error = evaluation.get(f"{name}_standard_error")
+    dof: float = next((dof for begin, dof in DOF.items() if name.startswith(f"{begin}_")), math.inf)
+    if error is None and first == "retrieval" and last != "chance":
+        # of as many images as the samples', but where there are fewer of them
+        num = evaluation.get("num_held_out" if "_held_out_" in name else f"num_{last}")
+        error = share_error(value, num or evaluation["num_samples"])
+    return Figure(value, error, dof, flatten(chosen))

@@ -1,0 +1,90 @@
+"""Frozen features by name, of images in batches; those of a whole data set are kept."""
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from ldm.data.images import ImageData
+from ldm.errors import UserError
+from ldm.evaluation.classifier import Classifier, load_classifier
+from ldm.files.atomic import durable_file
+from ldm.files.untrusted import read_array
+from ldm.metrics.features import CHOICES, HUB_IDS
+
+
+class ImageSet(Protocol):
+    """Images that are made or read as they are asked for."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Any) -> Tensor: ...
+
+
+def load_features(name: str, images: ImageData | None = None, path: str | None = None) -> nn.Module:
+    """Frozen features by name; with `images` also those of a classifier that is trained on them.
+
+    Args:
+        path: Folder or hub id of the weights, for those of `HUB_IDS`.
+
+    Raises:
+        UserError: unknown, a path for what takes none, or what the network itself refuses.
+    """
+    if path is not None and name not in HUB_IDS:
+        raise UserError(f"features_path={path} is for features={' or '.join(HUB_IDS)}; features={name} takes none.")
+    if images is not None and name == Classifier.name:
+        return load_classifier(images)
+    if name not in CHOICES:
+        known = [*CHOICES, *([] if images is None else [Classifier.name])]
+        raise UserError(f"features={name} is unknown. Choose one of: {', '.join(known)}.")
+    return CHOICES[name](path) if name in HUB_IDS else CHOICES[name]()
+
+
+def key_of(network: nn.Module, name: str) -> str:
+    """What tells features apart: the network's name, a digest of its weights, the size that images are brought to."""
+    return getattr(network, "key", name)
+
+
+def describe_features(network: nn.Module, name: str) -> dict[str, str | None]:
+    """For a report: the name, the key and the library of features, without which a distance means nothing."""
+    return {
+        "features": name,
+        "features_key": key_of(network, name),
+        "features_library": getattr(network, "library", None),
+    }
+
+
+def extract(network: nn.Module, images: Tensor | ImageSet, title: str, batch_size: int = 64) -> Tensor:
+    """Features of images [N, 3, H, W], or of a whole set, a batch at a time; with a progress bar."""
+    device = next(network.parameters()).device
+    parts = []
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, transient=True) as bar, torch.no_grad():
+        task = bar.add_task("", total=len(images))
+        for start in range(0, len(images), batch_size):
+            rows = range(start, min(start + batch_size, len(images)))
+            part = images[rows.start : rows.stop] if isinstance(images, Tensor) else images.batch(rows)
+            parts.append(network(part.to(device)).float().cpu())
+            bar.advance(task, len(part))
+    return torch.cat(parts)
+
+
+def reference_features(network: nn.Module, name: str, images: ImageData) -> Tensor:
+    """Features of every image of a data set, computed once and kept in its cache folder.
+
+    Under `key_of` the network and the data's fingerprint.
+    """
+    file = images.path / f"features-{key_of(network, name)}-{images.fingerprint[:8]}.npy"
+    if not file.is_file():
+        found = extract(network, images, f"features of {images.name}")
+        with durable_file(file) as partial:
+            np.save(partial, found.numpy())
+    kept = read_array(file)
+    if kept.ndim != 2 or len(kept) != len(images) or kept.dtype.kind != "f" or not np.isfinite(kept).all():
+        raise UserError(
+            f"{file} holds {kept.dtype} {kept.shape}, which are no finite features of {len(images)} images. Delete it; "
+            "it is made again."
+        )
+    return torch.from_numpy(np.array(kept))

@@ -1,0 +1,241 @@
+"""How many latent dimensions a run's images need: a table, words with one recommendation, a JSON and two pictures."""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor
+
+from ldm.autoencoder.autoencoder import Autoencoder
+from ldm.errors import UserError
+from ldm.evaluation.latents.figure import draw, draw_channels
+from ldm.latents import spectrum
+from ldm.latents.spectrum import ChannelStatistics, channel_statistics
+from ldm.metrics.image import fold, patch_components, psnr, unfold
+from ldm.runs.run import Run, choose_images
+from ldm.runtime.random import derive_seed
+
+SHARES = (0.9, 0.95, 0.99)
+PCA_IMAGES, HELD_OUT = 4096, 512
+"""The first training and validation images: those of the PSNR that training writes into run.json."""
+MOVED_IMAGES, MOVED_CHANNELS = 4, 24
+MOVES = (-2.0, 0.0, 2.0)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Figures for latents_report.json, and what the pictures show beside them."""
+
+    figures: dict[str, Any]
+    z_raw: Tensor
+    """One draw per image, [n, C, h, w]."""
+    moved: dict[int, Tensor]
+    """By channel, those with the most information: [k, 3, 3, H, W], each of k images with it moved by MOVES."""
+
+    def table(self) -> Table:
+        """What each channel holds."""
+        found = self.figures
+        channels, height, width = found["latent_shape"]
+        title = f"{channels} channels of {height} x {width}, {found['num_images']} images of {found['images']}"
+        table = Table(title=title, title_justify="left")
+        table.add_column("channel", justify="right")
+        for name in ("KL, bits/image", "information at most", "mean", "std", "signal share"):
+            table.add_column(name, justify="right")
+        table.add_column("dead?")
+        for row in found["channels"]:
+            numbers = (row["kl_bits"], row["information_bits"])
+            spread = (row["mean"], row["std"], row["signal_share"])
+            table.add_row(
+                str(row["channel"]),
+                *(f"{value:.1f}" for value in numbers),
+                *(f"{value:.3f}" for value in spread),
+                "[bold red]dead[/bold red]" if row["dead"] else "",
+            )
+        table.add_section()
+        table.add_row("all", *(f"{found[key]:.1f}" for key in ("kl_bits", "information_bits")), *[""] * 4)
+        return table
+
+    @property
+    def lines(self) -> list[str]:
+        """The spectra and the PSNR in words, and the recommendation."""
+        found, held_out = self.figures, self.figures["held_out"]
+        between, whole = found["spectrum"]["channels"], found["spectrum"]["latents"]
+        channels, dims = found["latent_shape"][0], int(np.prod(found["latent_shape"]))
+        few = f", bounded by the {found['num_images']} images" if found["num_images"] <= dims else ""
+        equal = held_out["pca_channels_of_equal_psnr"]
+        return [
+            f"Effective rank of the signal: {between['effective_rank']:.1f} of {channels} channels, "
+            f"{whole['effective_rank']:.0f} of {dims} dimensions{few}. 99 % of its variance is in "
+            f"{between['components']['0.99']} directions between channels, in {whole['components']['0.99']} of whole "
+            "latents.",
+            f"PSNR of {held_out['num_images']} held-out images: {held_out['psnr_db']:.2f} dB; of a PCA of the same "
+            f"size {held_out['pca_psnr_db']:.2f} dB, and {equal} channels would bring one to as much.",
+            f"Recommendation: {found['recommendation']['text']}",
+        ]
+
+    def save(self, folder: Path) -> tuple[Path, Path, Path]:
+        """latents_report.json, latents.png and latents_channels.png."""
+        data, picture, channels = (folder / f"latents{end}" for end in ("_report.json", ".png", "_channels.png"))
+        data.write_text(json.dumps(self.figures, indent=2) + "\n", encoding="utf-8")
+        draw(self.figures, self.z_raw).savefig(picture, dpi=130)
+        draw_channels(self.figures, self.moved, MOVES).save(channels)
+        return data, picture, channels
+
+
+def measure(
+    run: Run,
+    *,
+    device: torch.device,
+    split: str = "train",
+    num_images: int = 2048,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> Report:
+    """What the autoencoder of a run of either stage does with the run's images.
+
+    Args:
+        split: val or train; `num_images` of it at most, chosen by the seed. PSNR is always that of validation images.
+
+    Raises:
+        UserError: what `choose_images` refuses, an autoencoder without moments, latents that are not finite.
+    """
+    if type(batch_size) is not int or batch_size < 1:
+        raise UserError(f"batch_size={batch_size} must be a whole number of 1 at least.")
+    started = time.perf_counter()
+    images, indices = choose_images(run, split, num_images, seed)
+    autoencoder = run.autoencoder()
+    if not autoencoder.has_density:
+        raise UserError(
+            f"The autoencoder {type(autoencoder.model).__name__} of {run.path} has points for latents, without the "
+            "variance that a rate is measured by. Give run= a run of regulariser=kl."
+        )
+    autoencoder.to(device)
+    factor = autoencoder.factor
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, transient=True) as bar:
+
+        def batches(indices: np.ndarray, what: str) -> Any:
+            starts = range(0, len(indices), batch_size)
+            return (images.batch(indices[i : i + batch_size]) for i in bar.track(starts, description=what))
+
+        mean, log_variance = encode(autoencoder, batches(indices, "encoding, batches"))
+        components = patch_components(batches(np.sort(images.train_indices[:PCA_IMAGES]), "PCA, batches"), factor)
+        counts = spectrum.pca_counts(len(components[0]), autoencoder.channels)
+        parts = [
+            _distortion(autoencoder, part, components, counts)
+            for part in batches(images.val_indices[:HELD_OUT], "held-out images, batches")
+        ]
+        psnr_db, *curve = torch.cat(parts, dim=1).mean(1).tolist()
+        found = channel_statistics(mean, log_variance)
+        shown = found.information.argsort(descending=True)[:MOVED_CHANNELS].sort().values.tolist()
+        # neighbours in the data are alike: flags, faces
+        apart = np.linspace(0, len(images.val_indices) - 1, MOVED_IMAGES).round().astype(int)
+        first = autoencoder.encode(images.batch(images.val_indices[np.unique(apart)]))[0]
+        moved = {
+            channel: move(autoencoder, first, channel, found.std[channel].item())
+            for channel in bar.track(shown, description="moving channels")
+        }
+    spectra = {
+        "channels": _spectrum(spectrum.channel_spectrum(mean, found.std)),
+        "latents": _spectrum(spectrum.latent_spectrum(mean, found.std)),
+    }
+    pca = dict(zip(counts, curve, strict=True))
+    held_out = {
+        "num_images": len(images.val_indices[:HELD_OUT]),
+        "psnr_db": psnr_db,
+        "pca_psnr_db": pca[min(autoencoder.channels, max(counts))],
+        "pca_channels_of_equal_psnr": next((n for n, value in pca.items() if value >= psnr_db), max(counts)),
+        "pca_curve": {"channels": counts, "psnr_db": curve},
+    }
+    figures: dict[str, Any] = {
+        "run": str(run.path),
+        "images": f"{images.name}/{split}@{images.fingerprint[:8]}",
+        "num_images": len(indices),
+        "seed": seed,
+        "latent_shape": list(mean.shape[1:]),
+        "factor": factor,
+        "kl_bits": found.kl_bits.sum().item(),
+        "information_bits": found.information_bits.sum().item(),
+        "dead_below_nats_per_location": spectrum.DEAD_NATS,
+        "dead": found.dead,
+        "channels": _rows(found),
+        "spectrum": spectra,
+        "held_out": held_out,
+        "recommendation": spectrum.recommend(found.dead, spectra["channels"], pca, psnr_db, autoencoder.channels),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    generator = torch.Generator().manual_seed(derive_seed(seed, 4))
+    noise = torch.randn(mean.shape, generator=generator)
+    return Report(figures, mean + (0.5 * log_variance).exp() * noise, moved)
+
+
+def encode(autoencoder: Autoencoder, batches: Any) -> tuple[Tensor, Tensor]:
+    """Mean and log-variance of batches of images, float32 [n, C, h, w] each.
+
+    Raises:
+        UserError: they are not finite.
+    """
+    moments = torch.cat([torch.stack(autoencoder.encode(part), dim=1).float().cpu() for part in batches])
+    wrong = ~moments.flatten(1).isfinite().all(1)
+    if wrong.any():
+        raise UserError(
+            f"The autoencoder's latents of {int(wrong.sum())} of {len(moments)} images are not finite: its training "
+            "diverged. Train it again, with a lower optimizer.lr."
+        )
+    return moments[:, 0], moments[:, 1]
+
+
+def move(autoencoder: Autoencoder, mean: Tensor, channel: int, std: float) -> Tensor:
+    """Images [k, 3, 3, H, W] decoded from latents [k, C, h, w] with one channel moved everywhere by MOVES times std."""
+    z_raw = mean[:, None].repeat(1, len(MOVES), 1, 1, 1)
+    z_raw[:, :, channel] += std * torch.tensor(MOVES, device=mean.device)[:, None, None]
+    return autoencoder.decode(z_raw.flatten(0, 1)).float().cpu().unflatten(0, z_raw.shape[:2])
+
+
+def pca_curve(components: tuple[Tensor, Tensor], images: Tensor, factor: int, counts: list[int]) -> Tensor:
+    """PSNR in dB of each image [b, 3, H, W] reconstructed from so many components, [len(counts), b]: what
+    `metrics.pca_reconstruction` gives for each count, from one decomposition.
+
+    Args:
+        components: Of `patch_components`.
+        counts: Ascending.
+    """
+    mean, basis = components
+    coefficients = (unfold(images, factor) - mean) @ basis
+    found, patches, done = [], mean.expand_as(coefficients), 0
+    for count in counts:
+        patches = patches + coefficients[..., done:count] @ basis[:, done:count].T
+        found.append(psnr(images, fold(patches, factor).clamp(-1, 1)))
+        done = count
+    return torch.stack(found)
+
+
+def _distortion(
+    autoencoder: Autoencoder, images: Tensor, components: tuple[Tensor, Tensor], counts: list[int]
+) -> Tensor:
+    """PSNR of the autoencoder, and of the PCA for each count, [1 + len(counts), b]."""
+    own = psnr(images, autoencoder.decode(autoencoder.encode(images)[0]).cpu())
+    return torch.cat([own[None], pca_curve(components, images, autoencoder.factor, counts)])
+
+
+def _spectrum(eigenvalues: Tensor) -> dict[str, Any]:
+    return {
+        "effective_rank": spectrum.effective_rank(eigenvalues),
+        "participation_ratio": spectrum.participation_ratio(eigenvalues),
+        "components": {str(share): spectrum.num_components(eigenvalues, share) for share in SHARES},
+        "eigenvalues": eigenvalues.tolist(),
+    }
+
+
+def _rows(found: ChannelStatistics) -> list[dict[str, Any]]:
+    names = ("kl_bits", "information_bits", "mean", "std", "signal_share")
+    values = zip(*(getattr(found, name).tolist() for name in names), strict=True)
+    return [
+        {"channel": i, **dict(zip(names, row, strict=True)), "dead": i in found.dead} for i, row in enumerate(values)
+    ]

@@ -1,0 +1,1 @@
+"""How close are samples to the data?"""

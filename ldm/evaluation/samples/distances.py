@@ -1,0 +1,118 @@
+"""One table: how far sets of images are from the training images, every row by the same measures."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ldm.metrics.frechet import feature_components, frechet_replicates
+from ldm.metrics.kernel import cmmd, kernel_distance
+from ldm.metrics.neighbours import density_coverage, precision_recall
+from ldm.metrics.subsets import MOST_COMPONENTS, NUM_GROUPS, NUM_SUBSETS, jackknife_error, over_subsets
+
+COLUMNS = {"fd": 2, "kd": 4, "precision": 3, "recall": 3, "density": 3, "coverage": 3, "cmmd": 3}
+"""Figures by name, with the digits that are shown."""
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What every row of one table is measured by.
+
+    Args:
+        train: Features of the training images, [n, d].
+        components: Mean and basis of the PCA form of the Fréchet distance; None: in all dimensions.
+        with_cmmd: CMMD too, which is made for CLIP's embeddings.
+    """
+
+    train: Tensor
+    components: tuple[Tensor, Tensor] | None
+    with_cmmd: bool = False
+
+    @classmethod
+    def choose(cls, train: Tensor, num_samples: int, *, with_cmmd: bool = False) -> "Measures":
+        """The Fréchet distance in all dimensions where samples and half of the training images are 2 d each."""
+        num, dim = min(num_samples, len(train) // 2), train.shape[1]
+        most = min(MOST_COMPONENTS, num // 2)
+        return cls(train, None if num >= 2 * dim else feature_components(train, most), with_cmmd)
+
+    @property
+    def num_components(self) -> int | None:
+        return None if self.components is None else self.components[1].shape[1]
+
+    def num_per_subset(self, features: Tensor, reference: Tensor | None = None) -> int:
+        """Of either set: all that precision, recall, density and coverage see at a time."""
+        return min(len(features), len(self.train if reference is None else reference)) // NUM_SUBSETS
+
+    def of(
+        self, features: Tensor, reference: Tensor | None = None, *, frechet: tuple[float, Tensor] | None = None
+    ) -> dict[str, tuple[float, float] | None]:
+        """By name of `COLUMNS`, a value and its standard error; None where a set is too small for it.
+
+        Args:
+            reference: Instead of all training images.
+            frechet: What `frechet` found of the same features, where it was asked before.
+        """
+        size = self.num_per_subset(features, reference)
+        frechet = frechet or self.frechet(features, reference)
+        reference = self.train if reference is None else reference
+        distance = None if frechet is None else (frechet[0], jackknife_error(frechet[1]))
+        found: dict[str, tuple[float, float] | None] = {"fd": distance}
+        found["kd"] = kernel_distance(features, reference, num_subsets=NUM_SUBSETS) if size >= 2 else None
+        for names, metric, smallest in (
+            (("precision", "recall"), precision_recall, 4),
+            (("density", "coverage"), lambda a, b: density_coverage(b, a), 6),
+        ):
+            values = over_subsets(metric, features, reference, num_subsets=NUM_SUBSETS) if size >= smallest else None
+            found |= dict(zip(names, values or (None, None), strict=True))
+        if self.with_cmmd:
+            parts = over_subsets(lambda a, b: (cmmd(a, b),), features, reference) if size else None
+            found["cmmd"] = (cmmd(features, reference), parts[0][1]) if parts else None
+        return found
+
+    def frechet(self, features: Tensor, reference: Tensor | None = None) -> tuple[float, Tensor] | None:
+        """The distance and its jackknife replicates; None where a set is too small for it."""
+        reference = self.train if reference is None else reference
+        if self.components is not None:
+            mean, basis = self.components
+            features, reference = ((part.double() - mean) @ basis for part in (features, reference))
+        if min(len(features), len(reference)) < 2 * features.shape[1]:
+            return None
+        return frechet_replicates(features, reference, num_groups=min(NUM_GROUPS, len(features) // 2))
+
+
+def fd_name(network: nn.Module, num_components: int | None) -> str:
+    """FID only of the features that it is defined for, in all dimensions."""
+    if num_components is not None:
+        return f"FD on {num_components} components"
+    return "FID" if getattr(network, "is_fid", False) else "FD"
+
+
+def halves(train: Tensor, num_samples: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Disjoint training images: as many as there are samples, half of all at most, and all others."""
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(train)))
+    num = min(num_samples, len(train) // 2)
+    return train[order[:num]], train[order[num:]]
+
+
+def table(
+    rows: Mapping[str, tuple[int, int, Mapping[str, tuple[float, float] | None]]], fd_name: str = "FD"
+) -> list[str]:
+    """Lines of text, with value +- standard error; rows are (N, N of a subset, figures) by name."""
+    columns = [["", *rows], ["N", *(str(num) for num, _, _ in rows.values())]]
+    columns.append(["subset", *(str(num) for _, num, _ in rows.values())])
+    for name in (name for name in COLUMNS if any(name in found for *_, found in rows.values())):
+        head = fd_name if name == "fd" else name.upper() if name in ("kd", "cmmd") else name
+        columns.append([head, *(_cell(found.get(name), COLUMNS[name]) for *_, found in rows.values())])
+    widths = [max(map(len, column)) + 2 for column in columns]
+    return [
+        "  "
+        + f"{line[0]:{widths[0]}}"
+        + "".join(f"{cell:>{width}}" for cell, width in zip(line[1:], widths[1:], strict=True))
+        for line in zip(*columns, strict=True)
+    ]
+
+
+def _cell(numbers: tuple[float, float] | None, digits: int) -> str:
+    return "-" if numbers is None else " +- ".join(f"{number:.{digits}f}" for number in numbers)

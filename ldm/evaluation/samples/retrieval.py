@@ -1,0 +1,102 @@
+"""Does an image show what its caption says? By the caption's own image, and for captions that training never saw."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldm.data.images import ImageData
+from ldm.evaluation.samples.memorisation import nearest_by_cosine
+from ldm.metrics.neighbours import retrieval_ranks
+from ldm.networks.conditioning import TextCondition
+
+Found = tuple[dict[str, float], list[str]]
+"""Figures by name, and lines that say them."""
+
+
+def of_training(found: Mapping[str, Tensor], train: Tensor, rows: Tensor, features: str) -> Found:
+    """Is the training image of a training caption the one that its sample is nearest to?
+
+    Args:
+        found: Features of samples and of reconstructions of the captions' own images, [n, d] and at most as many.
+        train: Of the training images, [m, d].
+        rows: The training image of each sample's caption, [n].
+        features: Their key.
+    """
+    figures, lines = _retrieval(found, train, rows, "{}")
+    return figures, [f"Retrieval of the caption's own image among {len(train)} training images, {features}:", *lines]
+
+
+def of_held_out(
+    found: Mapping[str, Tensor],
+    validation: Tensor,
+    train: Tensor,
+    rows: Tensor,
+    images: ImageData,
+    conditioning: TextCondition,
+    features: str,
+) -> Found:
+    """The same for captions of validation images: which of these is nearest, and what the nearest training image shows.
+
+    Args:
+        found: Features of samples for held-out captions and of reconstructions of their own images, [n, d] each.
+        validation, train: Of all validation and training images.
+        rows: The validation image of each sample's caption, [n].
+    """
+    figures, lines = _retrieval(found, validation, rows, "held_out_{}")
+    captions = images.require_captions()
+    prompts = conditioning.encode([captions[images.val_indices[row]] for row in rows.tolist()])["pooled"]
+    lines.append("  cosine of the prompt's embedding and that of the caption of the nearest training image:")
+    for name, part in found.items():
+        _, nearest = nearest_by_cosine(part, train)
+        texts = [images.captions_of(images.train_indices[row]) for row in nearest.tolist()]
+        shown = conditioning.encode([text for several in texts for text in several])["pooled"]
+        own, permuted, error = caption_agreement(prompts, shown.split([len(several) for several in texts]))
+        figures |= {f"caption_cosine_held_out_{name}": own, f"caption_cosine_held_out_{name}_standard_error": error}
+        figures.setdefault("caption_cosine_held_out_permuted", permuted)  # of the samples, which come first
+        lines.append(f"  {name:18} {own:.3f} +- {error:.3f}, with other prompts {permuted:.3f}")
+    among = f"retrieval of the own image among {len(validation)} validation images, {features}:"
+    head = f"{len(rows)} captions that training never saw: {among}"
+    return {"num_held_out": len(rows), **figures}, [head, *lines]
+
+
+def caption_agreement(prompts: Tensor, shown: Sequence[Tensor]) -> tuple[float, float, float]:
+    """How near the captions of an image are to a prompt, next to all the same captions with other prompts.
+
+        own = mean_i max_k cos(p_i, c_ik),   permuted = mean_{i, j != i} max_k cos(p_j, c_ik)
+
+    Args:
+        prompts: Embeddings of what was asked for, [n, d].
+        shown: Of what was found, by sample the embeddings of all captions of one image, [k_i, d] each.
+
+    Returns:
+        Both means, and the standard error of the first.
+
+    Raises:
+        ValueError: fewer than two prompts.
+    """
+    n = len(prompts)
+    if n < 2:
+        raise ValueError(f"{n} prompts cannot be permuted: two are needed.")
+    prompts = F.normalize(prompts.double(), dim=1)
+    # [n, n], the captions of image i in column i
+    best = torch.stack([(prompts @ F.normalize(part.double(), dim=1).T).amax(1) for part in shown], dim=1)
+    own = best.diagonal()
+    others = (best.sum() - own.sum()) / (n * (n - 1))
+    return own.mean().item(), others.item(), own.std().item() / math.sqrt(n)
+
+
+def _retrieval(found: Mapping[str, Tensor], gallery: Tensor, rows: Tensor, form: str) -> Found:
+    figures: dict[str, Any] = {}
+    lines = []
+    for name, features in found.items():
+        ranks = retrieval_ranks(features, gallery, rows[: len(features)])
+        shares = [(ranks < k).float().mean().item() for k in (1, 5)]
+        figures |= {f"retrieval_at_{k}_{form.format(name)}": share for k, share in zip((1, 5), shares, strict=True)}
+        lines.append(f"  {name:18} @1 {shares[0]:6.1%}   @5 {shares[1]:6.1%}")
+    chances = [min(1.0, k / len(gallery)) for k in (1, 5)]
+    figures |= {f"retrieval_at_{k}_{form.format('chance')}": share for k, share in zip((1, 5), chances, strict=True)}
+    return figures, [*lines, f"  {'chance':18} @1 {chances[0]:6.2%}   @5 {chances[1]:6.2%}"]

@@ -1,0 +1,1 @@
+"""Files: atomic writes, locks, arrays, retrying reads, files from strangers."""

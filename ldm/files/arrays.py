@@ -1,0 +1,99 @@
+"""Arrays in .npy files, memory-mapped, whose bytes are known: SHA-256 by chunks of rows.
+
+What a mapping promises while training runs: a file that is deleted or replaced stays readable as it was, for the
+mapping holds it. One that is cut short would end the process (SIGBUS) when a row beyond its end is touched:
+`check_length` asks before every batch and raises instead, but for a cut in the microseconds between. Bytes that are
+overwritten in place are seen by the training: they are compared when a cache is opened, not at every step.
+"""
+
+import hashlib
+import mmap
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from ldm.errors import UserError
+from ldm.files.reading import retried
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the rows of an array are in its file, and which of them share a digest."""
+
+    header_bytes: int
+    row_bytes: int
+    num_rows: int
+    chunk_rows: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.end(self.num_rows)
+
+    def end(self, row: int) -> int:
+        """Where the row before this one ends."""
+        return self.header_bytes + row * self.row_bytes
+
+    def chunks(self) -> list[range]:
+        """The rows of every chunk."""
+        starts = range(0, self.num_rows, self.chunk_rows)
+        return [range(start, min(start + self.chunk_rows, self.num_rows)) for start in starts]
+
+
+def digests(path: Path, layout: Layout, chunks: Sequence[range] | None = None) -> list[str]:
+    """SHA-256 of these chunks, all by default, in threads; the first includes the header."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(partial(_digest, path, layout), layout.chunks() if chunks is None else chunks))
+
+
+def _digest(path: Path, layout: Layout, rows: range) -> str:
+    start = layout.end(rows.start) if rows.start else 0
+
+    def read() -> str:
+        with path.open("rb") as file:
+            file.seek(start)
+            return hashlib.sha256(file.read(layout.end(rows.stop) - start)).hexdigest()
+
+    return retried(read, path)
+
+
+def changed(path: Path, layout: Layout, known: Sequence[str]) -> list[range]:
+    """The rows of the chunks that are not what they were; all, where the file's length is another.
+
+    In a process that a first rank started the length alone is compared: that one has compared the bytes.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    chunks = layout.chunks()
+    if len(known) != len(chunks) or path.stat().st_size != layout.num_bytes:
+        return [range(layout.num_rows)]
+    if _started_by_first_rank():
+        return []
+    found = digests(path, layout, chunks)
+    return [rows for rows, one, other in zip(chunks, found, known, strict=True) if one != other]
+
+
+def _started_by_first_rank() -> bool:
+    """Whether Lightning started this process, from one that came as far as training. torchrun starts all at once."""
+    return os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ
+
+
+def check_length(array: np.ndarray) -> None:
+    """Refuse a memory-mapped array whose file has become shorter, before reading beyond its end ends the process.
+
+    Raises:
+        UserError: it has.
+    """
+    mapping = array.base
+    if not isinstance(mapping, mmap.mmap) or not isinstance(array, np.memmap):
+        return
+    if (length := mapping.size()) < array.offset + array.nbytes:
+        raise UserError(
+            f"{array.filename} was cut to {length:,} bytes while it was in use; {array.offset + array.nbytes:,} belong "
+            "to it. Delete its folder and start the command again: it is made anew."
+        )

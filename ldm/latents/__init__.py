@@ -1,0 +1,1 @@
+"""What passes between the stages: latents under a contract, their statistics and captions."""

@@ -1,0 +1,152 @@
+"""Latents as data: every image encoded once to its posterior's moments, in a memory-mapped cache under a contract.
+
+The moments are kept, not one frozen draw: z_raw is sampled and standardised whenever a batch is read. The
+contract says which weights, images and transform the latents come from; it is checked wherever they are used.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.data.images import ImageData, default_cache_dir
+from ldm.errors import UserError
+from ldm.files.arrays import check_length
+from ldm.files.atomic import clear_partials, sync
+from ldm.files.lock import made_alone
+from ldm.files.reading import FULL
+from ldm.files.untrusted import read_array
+from ldm.latents.contract import CONTRACT_FILE, LatentContract
+from ldm.latents.encoding import MOMENTS_FILE, Encode, NotFinite, check_moments, encode_moments
+
+
+class LatentData:
+    """The moments of every image, memory-mapped float32 [N, views, 2, C, h, w] (mean, log-variance).
+
+    View 1, where there are two, is the image flipped left to right.
+    """
+
+    def __init__(self, path: Path, contract: LatentContract, images: ImageData) -> None:
+        self.path, self.contract = path, contract
+        self.moments = read_array(path / MOMENTS_FILE)
+        self.train_indices, self.val_indices = images.train_indices, images.val_indices
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of one latent."""
+        _, _, _, channels, height, width = self.moments.shape
+        return channels, height, width
+
+    def batch(self, indices: Any, view: int = 0) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance, each [b, C, h, w].
+
+        Raises:
+            UserError: the file was cut short while it was in use.
+        """
+        check_length(self.moments)
+        moments = torch.from_numpy(np.array(self.moments[np.asarray(indices), view]))
+        return moments[:, 0], moments[:, 1]
+
+
+def latents_folder(contract: LatentContract, cache_dir: Path | str | None = None) -> Path:
+    """Where the cache of these latents is. One from before its name covered the whole contract is used as it is."""
+    cache = Path(cache_dir or default_cache_dir()).expanduser()
+    folder = cache / f"latents-{contract.key}"
+    parts = (contract.autoencoder_sha256[:12], contract.data_fingerprint[:12], *["flip"] * contract.flip)
+    earlier = cache / "-".join(["latents", *parts])
+    return earlier if not folder.exists() and _is_of(earlier, contract) else folder
+
+
+def open_latents(
+    encode: Encode,
+    contract: LatentContract,
+    images: ImageData,
+    *,
+    cache_dir: Path | str | None = None,
+    batch_size: int = 64,
+) -> LatentData:
+    """Open the cache of these latents, encoding train and validation images first where it does not exist.
+
+    An encoding that was interrupted goes on where it was. A second process waits for the first. Every byte of what is
+    opened is compared with its SHA-256.
+
+    Args:
+        encode: images [b, 3, H, W] in [-1, 1] -> mean and log-variance [b, C, h, w].
+
+    Raises:
+        UserError: a cache that breaks its contract or whose bytes changed, too little room, latents not finite.
+    """
+    folder = latents_folder(contract, cache_dir)
+    if not folder.exists():
+        with made_alone(folder):
+            if not folder.exists():
+                _encode(folder, encode, contract, images, batch_size)
+    if not (folder / CONTRACT_FILE).is_file():
+        raise UserError(
+            f"{folder} has no {CONTRACT_FILE}: it does not say which latents it holds. Delete that folder; the "
+            "latents will be encoded again."
+        )
+    contract.check(LatentContract.load(folder), "this run", str(folder))
+    check_moments(folder)
+    try:
+        latents = LatentData(folder, contract, images)
+    except (OSError, EOFError, ValueError) as error:
+        raise UserError(
+            f"{folder / MOMENTS_FILE} cannot be opened ({error}). Delete that folder; the latents will be "
+            "encoded again."
+        ) from error
+    side = contract.resolution // contract.factor
+    expected = (len(images), 1 + contract.flip, 2, contract.channels, side, side)
+    if latents.moments.shape != expected or latents.moments.dtype != contract.dtype:
+        raise UserError(
+            f"{folder} holds {latents.moments.dtype} {latents.moments.shape}, but its contract means "
+            f"{contract.dtype} {expected}. Delete that folder; the latents will be encoded again."
+        )
+    return latents
+
+
+def _encode(folder: Path, encode: Encode, contract: LatentContract, images: ImageData, batch_size: int) -> None:
+    """Fill `.<folder>.unfinished`, which a later call finds again, and give it the folder's name."""
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    if unfinished.exists() and not _is_of(unfinished, contract):
+        shutil.rmtree(unfinished)
+    side = contract.resolution // contract.factor
+    shape = (len(images), 1 + contract.flip, 2, contract.channels, side, side)
+    done = unfinished / MOMENTS_FILE
+    needed = 4 * int(np.prod(shape)) - (done.stat().st_size if done.is_file() else 0)
+    free = shutil.disk_usage(folder.parent).free
+    if needed > free:
+        raise UserError(
+            f"The latents need {needed / 1e9:.1f} GB in {folder.parent}, where {free / 1e9:.1f} GB are free. "
+            "Make room, or choose another place with data.cache_dir=."
+        )
+    try:
+        if not unfinished.exists():
+            unfinished.mkdir()
+            contract.save(unfinished)
+        clear_partials(unfinished)
+        encode_moments(unfinished, encode, images, shape, contract.dtype, batch_size)
+        sync(unfinished)
+        unfinished.replace(folder)
+        sync(folder.parent)
+    except NotFinite:
+        shutil.rmtree(unfinished)
+        raise
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise UserError(
+            f"The disk of {folder.parent} filled up while latents were encoded. What is done is kept in {unfinished}: "
+            "make room and start the same command again, it goes on from there; or choose another place with "
+            "data.cache_dir=."
+        ) from error
+
+
+def _is_of(folder: Path, contract: LatentContract) -> bool:
+    try:
+        return LatentContract.load(folder) == contract
+    except UserError:
+        return False

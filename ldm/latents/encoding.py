@@ -1,0 +1,186 @@
+"""Images -> a file of moments, in chunks that an interruption does not take back.
+
+Rows are appended in the order of the images, always in the same batches, for networks round differently in batches of
+another size. Every chunk of whole batches gets a SHA-256 in a journal; whoever comes next compares the chunks with it,
+goes on after the last good one, and ends with the bytes of an encoding that was never interrupted (on the same machine
+with the same number of threads). The journal of a finished file is what it is compared with whenever it is opened.
+"""
+
+import io
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from ldm.data.images import ImageData
+from ldm.errors import UserError
+from ldm.files.arrays import Layout, changed, digests
+from ldm.files.atomic import write_text
+from ldm.files.reading import MISSING, retried, unreadable
+
+MOMENTS_FILE = "moments.npy"
+JOURNAL_FILE = "chunks.json"
+JOURNAL_FORMAT = 1
+CHUNK_IMAGES = 512
+JOURNAL_S = 2.0
+"""The journal is written so often while encoding, and when it ends in whatever way but a kill."""
+
+Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+class NotFinite(UserError):
+    """Latents that no later attempt will make finite."""
+
+
+def encode_moments(
+    folder: Path, encode: Encode, images: ImageData, shape: tuple[int, ...], dtype: str, batch_size: int
+) -> None:
+    """Write the moments file of a folder, going on where an earlier call was interrupted.
+
+    Args:
+        shape: (images, views, 2, C, h, w)
+
+    Raises:
+        NotFinite: the autoencoder diverged.
+    """
+    header = _header(shape, dtype)
+    row_bytes = int(np.prod(shape[1:])) * np.dtype(dtype).itemsize
+    chunk_rows = batch_size * max(1, CHUNK_IMAGES // batch_size)
+    layout = Layout(len(header), row_bytes, shape[0], chunk_rows)
+    chunks = layout.chunks()
+    file_path = folder / MOMENTS_FILE
+    kept = _kept(folder, layout, batch_size)
+    done = chunks[len(kept) - 1].stop if kept else 0
+    if done:
+        logging.getLogger(__name__).info("%d of %d images were encoded before: going on there.", done, shape[0])
+
+    columns = (TextColumn("encoding latents"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    # unbuffered: what a full disk refused is not tried again when the file is closed
+    with file_path.open("r+b" if kept else "w+b", buffering=0) as file, Progress(*columns, transient=True) as bar:
+        task = bar.add_task("", total=shape[0], completed=done)
+        saved = time.monotonic()
+        try:
+            if not kept:
+                _append(file, header)
+            file.truncate(layout.end(done))
+            file.seek(layout.end(done))
+            for rows in chunks[len(kept) :]:
+                for start in range(rows.start, rows.stop, batch_size):
+                    indices = range(start, min(start + batch_size, rows.stop))
+                    _append(file, _moments(encode, images, indices, shape, dtype))
+                    bar.advance(task, len(indices))
+                kept += digests(file_path, layout, [rows])
+                if time.monotonic() - saved >= JOURNAL_S:
+                    _save(file, folder, layout, batch_size, kept)
+                    saved = time.monotonic()
+        except BaseException:
+            with suppress(OSError):  # half a chunk makes room for the journal
+                file.truncate(layout.end(chunks[len(kept) - 1].stop if kept else 0))
+            with suppress(OSError):
+                _save(file, folder, layout, batch_size, kept)
+            raise
+        _save(file, folder, layout, batch_size, kept)
+
+
+def check_moments(folder: Path) -> None:
+    """Compare every byte of a moments file with the journal beside it. A folder of before has none, and is believed.
+
+    Raises:
+        UserError: naming the images whose latents changed; or its disk does not let it be read.
+    """
+    if not (folder / JOURNAL_FILE).is_file():
+        logging.getLogger(__name__).info("%s keeps no digests: its bytes are not compared.", folder)
+        return
+    try:
+        journal = _read_journal(folder)
+        layout = Layout(*(journal[key] for key in ("header_bytes", "row_bytes", "num_rows", "chunk_rows")))
+        bad = changed(folder / MOMENTS_FILE, layout, journal["sha256"])
+    except (*MISSING, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{folder / JOURNAL_FILE}, which says what {MOMENTS_FILE} holds, does not fit ({error}). {_remedy(folder)}"
+        ) from error
+    except OSError as error:
+        raise unreadable(folder, error) from error
+    if bad:
+        parts = ", ".join(f"{rows.start} to {rows.stop - 1}" for rows in bad[:5]) + ", ..." * (len(bad) > 5)
+        raise UserError(f"{folder / MOMENTS_FILE} changed since it was encoded: images {parts}. {_remedy(folder)}")
+
+
+def _remedy(folder: Path) -> str:
+    return f"Delete {folder}; the latents will be encoded again."
+
+
+def _moments(encode: Encode, images: ImageData, indices: range, shape: tuple[int, ...], dtype: str) -> memoryview:
+    pixels = images.batch(indices)
+    moments = np.empty((len(indices), *shape[1:]), dtype)
+    for view in range(shape[1]):
+        encoded = torch.stack(encode(pixels.flip(-1) if view else pixels), dim=1).float().cpu()
+        if not encoded.isfinite().all():
+            raise NotFinite(
+                f"The autoencoder's latents of images {indices.start} to {indices.stop - 1} are not finite: its "
+                "training diverged. Train it again, with a lower optimizer.lr."
+            )
+        moments[:, view] = encoded.numpy()
+    return moments.data.cast("B")
+
+
+def _append(file: io.FileIO, data: bytes | memoryview) -> None:
+    rest = memoryview(data)
+    while rest:  # a file may take less than it is given
+        rest = rest[file.write(rest) :]
+
+
+def _header(shape: tuple[int, ...], dtype: str) -> bytes:
+    buffer = io.BytesIO()
+    descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
+    np.lib.format.write_array_header_1_0(buffer, {"descr": descr, "fortran_order": False, "shape": shape})
+    return buffer.getvalue()
+
+
+def _read_journal(folder: Path) -> dict[str, Any]:
+    file = folder / JOURNAL_FILE
+    if not file.is_file():
+        raise ValueError("not there")
+    journal = json.loads(retried(partial(file.read_text, encoding="utf-8"), file))
+    if journal["format"] != JOURNAL_FORMAT:
+        raise ValueError(f"format {journal['format']} instead of {JOURNAL_FORMAT}")
+    return journal
+
+
+def _journal(layout: Layout, batch_size: int) -> dict[str, Any]:
+    return {"format": JOURNAL_FORMAT, "batch_size": batch_size, **vars(layout)}
+
+
+def _save(file: io.FileIO, folder: Path, layout: Layout, batch_size: int, kept: list[str]) -> None:
+    os.fsync(file.fileno())
+    write_text(folder / JOURNAL_FILE, json.dumps(_journal(layout, batch_size) | {"sha256": kept}) + "\n")
+
+
+def _kept(folder: Path, layout: Layout, batch_size: int) -> list[str]:
+    """The digests of the chunks that are done: none where the journal is of other batches, or is not whole.
+
+    Raises:
+        UserError: the disk does not let them be read.
+    """
+    try:
+        journal = _read_journal(folder)
+        known = journal.pop("sha256")
+        if journal != _journal(layout, batch_size):
+            return []
+        found = digests(folder / MOMENTS_FILE, layout, layout.chunks()[: len(known)])
+    except (*MISSING, ValueError, KeyError, TypeError, AttributeError):
+        return []
+    except OSError as error:
+        raise unreadable(folder, error) from error
+    same = [one == other for one, other in zip(found, known, strict=False)]
+    return found[: same.index(False) if False in same else len(same)]

@@ -1,0 +1,1 @@
+"""Bits per dimension through both stages."""

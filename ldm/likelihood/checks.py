@@ -1,0 +1,86 @@
+"""What a likelihood cannot be asked for, refused before anything is computed."""
+
+from typing import Any, get_args
+
+from torch import Tensor
+
+from ldm.autoencoder.autoencoder import Autoencoder, LatentStatistics
+from ldm.diffusion.chain import VarianceType
+from ldm.diffusion.continuous.clock import clock_ends
+from ldm.diffusion.continuous.ode import check_tolerances
+from ldm.errors import UserError
+from ldm.sampling.pipeline import LatentDiffusionPipeline
+
+
+def require_density(autoencoder: Autoencoder) -> LatentStatistics:
+    """The measured scales of p(x | z_raw) and of z, of an autoencoder that defines q(z_raw | x) and p(x | z_raw).
+
+    Raises:
+        UserError: it defines none, or was not measured.
+    """
+    name, statistics = type(autoencoder.model).__name__, autoencoder.statistics
+    if not autoencoder.has_density:
+        raise UserError(
+            f"The autoencoder {name} has no density over its latents, so images have no likelihood under it. "
+            "Train one with regulariser=kl (autoencoder=patch or kl_f2, kl_f4, kl_f8) for likelihoods."
+        )
+    if statistics is None:
+        raise UserError(
+            f"The autoencoder {name} was not measured on its training split, so the scale of p(x | z) is unknown: "
+            "latents.json is missing beside its weights. Put that file back, or train the autoencoder again."
+        )
+    if min(statistics.decoder_scale) <= 0:
+        raise UserError(
+            f"The autoencoder {name} reproduces its training split exactly (its decoder_scale is "
+            f"{statistics.decoder_scale}), so p(x | z) is no density. Train it on images that differ."
+        )
+    return statistics
+
+
+def check_chain(pipeline: LatentDiffusionPipeline, variance: str, steps: Any, ode: dict[str, Any] | None) -> None:
+    """Refuse what a pipeline's chain cannot answer, before anything is computed.
+
+    Raises:
+        UserError: naming the key, its value and the rule.
+    """
+    if not pipeline.autoencoder.is_identity:
+        require_density(pipeline.autoencoder)
+    schedule, known = pipeline.schedule, get_args(VarianceType)
+    if variance not in known:
+        raise UserError(f"variance={variance} is unknown. Choose one of: {', '.join(known)}.")
+    if variance != "optimal":  # which may be fitted first
+        pipeline.check_sigma(variance)
+    if variance in ("fixed_small", "learned_range") and schedule.num_steps < 2:
+        raise UserError(f"variance={variance} needs a chain of 2 steps at least. Choose fixed_large or optimal.")
+    if steps is not None and (type(steps) is not int or steps % 2 or not 4 <= steps <= schedule.num_steps):
+        raise UserError(
+            f"steps={steps} must be an even number from 4 to T = {schedule.num_steps}, or all for every t of the chain."
+        )
+    if ode is None:
+        return
+    tolerances, probes = {key: ode.get(key, 1e-4) for key in ("rtol", "atol")}, ode.get("probes", 1)
+    if not all(isinstance(value, int | float) for value in tolerances.values()):
+        raise UserError(f"rtol={tolerances['rtol']} must be a number of 1e-12 at least.")
+    if probes is not None and (type(probes) is not int or probes < 1):
+        raise UserError(f"probes={probes} must be a whole number of 1 at least, or null for the exact trace.")
+    try:
+        check_tolerances(**{key: float(value) for key, value in tolerances.items()})
+        clock_ends(schedule, 1.0)
+    except ValueError as error:
+        raise UserError(f"The ODE has no density here: {error}. Change that, or leave ode= out.") from error
+
+
+def check_eight_bit(images: Tensor) -> None:
+    """Refuse images that are no 8-bit values: a discretised likelihood of them would mean nothing.
+
+    Raises:
+        UserError: naming the first image and the offending value.
+    """
+    for i, image in enumerate(images):
+        values = (image.double() + 1) * 127.5
+        exact = ((values - values.round()).abs() <= 1e-3) & (values >= -1e-3) & (values <= 255 + 1e-3)
+        if not exact.all():
+            raise UserError(
+                f"Image {i} holds the value {values[~exact][0].item():.4g}, which is no 8-bit value (0, 1, ..., 255). "
+                "Bits per dimension are those of 8-bit images: give images [n, 3, H, W] as k / 127.5 - 1."
+            )

@@ -1,0 +1,63 @@
+"""Fit the per-t optimal Sigma of a trained model on its training split."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import Progress
+from torch import Tensor
+
+from ldm.data.images import ImageData
+from ldm.diffusion.bound import fit_z_0_mse
+from ldm.errors import UserError
+from ldm.likelihood.two_stage import (
+    draw_latents,
+)
+from ldm.progress import Bars
+from ldm.runtime.random import derive_seed
+from ldm.sampling.pipeline import LatentDiffusionPipeline, save_z_0_mse
+from ldm.sampling.request import Request
+
+FITTED_IMAGES = 1024
+
+
+def fit_optimal(
+    pipeline: LatentDiffusionPipeline,
+    images: ImageData,
+    folder: Path,
+    *,
+    seed: int,
+    batch_size: int,
+    bar: Progress,
+    images_per_step: int = 16,
+) -> None:
+    """Fit the per-t optimal Sigma on the training split, and keep it in the pipeline's folder.
+
+    Raises:
+        UserError: an answer of the autoencoder or the network is not finite.
+    """
+    indices = np.random.default_rng(derive_seed(seed, 3)).permutation(images.train_indices)[:FITTED_IMAGES]
+    generator = torch.Generator().manual_seed(derive_seed(seed, 3))
+    latents: list[Tensor] = []
+    for start in range(0, len(indices), batch_size):
+        part = images.batch(indices[start : start + batch_size])
+        latents.append(draw_latents(pipeline.autoencoder, part, [generator] * len(part))[2])
+    z_0 = pipeline.autoencoder.standardise(torch.cat(latents))
+    report = Bars(bar)
+    pipeline.network.eval()
+    request = Request.of_images(pipeline, images, indices)
+    moved = {name: value.to(pipeline.device) for name, value in request.condition.items()}
+    try:
+        pipeline.z_0_mse = fit_z_0_mse(
+            pipeline.denoiser(),
+            z_0.to(pipeline.device),
+            moved,
+            generator=generator,
+            images_per_step=images_per_step,
+            batch_size=batch_size,
+            on_batch=lambda done, total: report("fitting Sigma", done, total),
+        )
+    except ValueError as error:
+        raise UserError(f"variance=optimal cannot be fitted: {error}. Choose another variance.") from error
+    made_by = {"images": len(indices), "images_per_step": images_per_step, "seed": seed, "data": images.fingerprint}
+    save_z_0_mse(folder, pipeline.z_0_mse, made_by)

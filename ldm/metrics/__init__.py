@@ -1,0 +1,1 @@
+"""Pure functions of tensors: distortion, distances between sets of features, codes."""

@@ -1,0 +1,107 @@
+"""Distances between sets of features by kernels, and how diverse one set is."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldm.metrics.neighbours import BLOCK, squared_distances
+from ldm.metrics.subsets import NUM_SUBSETS
+
+
+def kernel_distance(
+    samples: Tensor, reference: Tensor, *, num_subsets: int = NUM_SUBSETS, seed: int = 0, paired: bool = False
+) -> tuple[float, float]:
+    """Kernel distance between two sets of features, averaged over disjoint subsets of both.
+
+        KD = unbiased MMD^2 with k(a, b) = (a.b / d + 1)^3
+
+    Called KID where the features are Inception's. Source: Binkowski et al. 2018, arXiv:1801.01401.
+
+    Args:
+        samples, reference: [n, d] and [m, d].
+        paired: Row i of both belongs together, as an image and its reconstruction do. Kernels within a pair are left
+            out then, without which the estimate of dependent sets is biased downwards. Source: Gretton et al. 2012,
+            "A kernel two-sample test", eq. 4.
+
+    Returns:
+        The mean over the subsets and its standard error, computed in float64.
+
+    Raises:
+        ValueError: fewer than two features per subset, or than two subsets; pairs that are not as many on both sides.
+    """
+    if num_subsets < 2:
+        raise ValueError(f"a standard error needs at least two subsets, not {num_subsets}.")
+    if paired and len(samples) != len(reference):
+        raise ValueError(f"{len(samples)} and {len(reference)} features are no pairs.")
+    generator = torch.Generator().manual_seed(seed)
+    size = min(len(samples), len(reference)) // num_subsets
+    if size < 2:
+        raise ValueError(f"{len(samples)} and {len(reference)} features are too few for {num_subsets} subsets.")
+    order = torch.randperm(len(samples), generator=generator)
+    other = order if paired else torch.randperm(len(reference), generator=generator)
+    first, second = (
+        features[chosen[: size * num_subsets]].double().split(size)
+        for features, chosen in ((samples, order), (reference, other))
+    )
+    values = torch.stack([_mmd2(a, b, paired) for a, b in zip(first, second, strict=True)])
+    return values.mean().item(), (values.std() / num_subsets**0.5).item()
+
+
+def _mmd2(a: Tensor, b: Tensor, paired: bool = False) -> Tensor:
+    n, m = len(a), len(b)
+    k_aa, k_bb, k_ab = (_polynomial(x, y) for x, y in ((a, a), (b, b), (a, b)))
+    within_a = (k_aa.sum() - k_aa.trace()) / (n * (n - 1))
+    within_b = (k_bb.sum() - k_bb.trace()) / (m * (m - 1))
+    across = (k_ab.sum() - k_ab.trace()) / (n * (n - 1)) if paired else k_ab.mean()
+    return within_a + within_b - 2 * across
+
+
+def _polynomial(a: Tensor, b: Tensor) -> Tensor:
+    return (a @ b.T / a.shape[1] + 1) ** 3
+
+
+def cmmd(samples: Tensor, reference: Tensor, *, sigma: float = 10.0, scale: float = 1000.0) -> float:
+    """Squared maximum mean discrepancy under a Gaussian kernel, of features of unit length; made for CLIP's.
+
+        CMMD = scale (mean k(x, x') + mean k(y, y') - 2 mean k(x, y)),   k(a, b) = exp(-|a - b|^2 / (2 sigma^2))
+
+    The biased V-statistic of the authors' code, every feature's kernel with itself included, where the paper's eq. 4
+    is the unbiased one: never negative, and of sets of one distribution about scale (1/n + 1/m) (1 - mean k) above 0.
+    Features are scaled to unit length, as in that code. Source: Jayasumana et al. 2024, arXiv:2401.09603, section 4.
+
+    Args:
+        samples, reference: [n, d] and [m, d].
+    """
+    x, y = (F.normalize(features.double(), dim=1) for features in (samples, reference))
+    means = [_mean_kernel(a, b, sigma) for a, b in ((x, x), (y, y), (x, y))]
+    return scale * max(0.0, means[0] + means[1] - 2 * means[2])
+
+
+def _mean_kernel(a: Tensor, b: Tensor, sigma: float) -> float:
+    total = 0.0
+    for rows in a.split(BLOCK):
+        for columns in b.split(8 * BLOCK):
+            # 1 - k first: all kernels are near 1, and only what they lack of it tells the sets apart
+            total += torch.expm1(-squared_distances(rows, columns) / (2 * sigma**2)).sum().item()
+    return 1 + total / (len(a) * len(b))
+
+
+def vendi_score(features: Tensor) -> float:
+    """How many different images there are in effect, from 1 to n: exp(-sum_i l_i log l_i).
+
+    l_i are the eigenvalues of K / n with the cosine similarity K. Those of the d x d matrix X^T X / n are the same
+    but for zeros, so the cost is linear in n. Source: Friedman and Dieng 2022, arXiv:2210.02410.
+    """
+    n, d = features.shape
+    if n <= d:
+        unit = F.normalize(features.double(), dim=1)
+        kernel = unit @ unit.T
+    else:
+        units = (F.normalize(part, dim=1) for part in features.split(BLOCK))
+        kernel = torch.zeros(d, d, dtype=torch.float64)
+        for unit in units:
+            kernel += (unit.T @ unit).double()
+    shares = torch.linalg.eigvalsh(kernel / n).clamp(min=0)
+    return math.exp(torch.special.entr(shares).sum().item())

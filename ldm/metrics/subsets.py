@@ -1,0 +1,52 @@
+"""Metrics over subsets of features [n, d]: their mean, and standard errors by the jackknife."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+NUM_SUBSETS, MOST_COMPONENTS = 4, 64
+"""Disjoint subsets over which a measure is averaged for its error; dimensions of the PCA form of a Fréchet distance."""
+
+
+NUM_GROUPS = 20
+"""Of a jackknife."""
+
+
+def jackknife_error(replicates: Tensor) -> float:
+    """Standard error from replicates [g], each without one of g groups: sqrt((g - 1) var), var with 1 / g."""
+    return math.sqrt((len(replicates) - 1) * replicates.double().var(correction=0).item())
+
+
+def over_subsets(
+    metric: Callable[[Tensor, Tensor], Sequence[float]],
+    samples: Tensor,
+    reference: Tensor,
+    *,
+    num_subsets: int = NUM_SUBSETS,
+    seed: int = 0,
+) -> list[tuple[float, float]]:
+    """Mean and standard error of each value of a metric over disjoint subsets of both sets, all of one size.
+
+    Args:
+        metric: (samples, reference) -> values.
+        samples, reference: [n, d] and [m, d]; subsets have min(n, m) // num_subsets of each, drawn with the seed.
+
+    Returns:
+        (mean, standard error) per value.
+
+    Raises:
+        ValueError: fewer than two subsets, or none to put into them.
+    """
+    size = min(len(samples), len(reference)) // num_subsets if num_subsets > 1 else 0
+    if size < 1:
+        raise ValueError(f"{len(samples)} and {len(reference)} features for {num_subsets} subsets: two are needed.")
+    generator = torch.Generator().manual_seed(seed)
+    parts = [
+        features[torch.randperm(len(features), generator=generator)[: size * num_subsets]].double().split(size)
+        for features in (samples, reference)
+    ]
+    values = torch.tensor([metric(a, b) for a, b in zip(*parts, strict=True)], dtype=torch.float64)
+    errors = values.std(0) / num_subsets**0.5
+    return list(zip(values.mean(0).tolist(), errors.tolist(), strict=True))

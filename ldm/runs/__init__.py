@@ -1,0 +1,1 @@
+"""A run folder: opening, checkpoints, resuming, replacing, locks, provenance and lineage."""

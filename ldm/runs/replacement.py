@@ -1,0 +1,122 @@
+"""overwrite=true: the run that is replaced is set aside, and deleted once the new one has saved a checkpoint.
+
+runs/<stage>/.<name>.replaced  the earlier run, until then; a start that fails puts it back
+runs/<stage>/.<name>.failed    files of the last start that failed, such as its logs and skipped steps
+"""
+
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import Timeout
+
+from ldm.errors import UserError
+from ldm.files.lock import alone
+from ldm.files.untrusted import read_json
+from ldm.runs.checkpoints import FOLDER, manifests
+from ldm.runs.lock import lock_file
+from ldm.runtime.paths import RUN_FILE, is_run, set_aside
+from ldm.tracking.run import finish_open_run
+
+
+class Replacement:
+    """The earlier run in a folder, while a new one takes its place."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.absolute().resolve()  # a link to another disk stays one
+        self.aside = set_aside(self.folder)
+        self.failed, self._trash = (
+            self.folder.with_name(f".{self.folder.name}.{end}") for end in ("failed", "deleted")
+        )
+        self.is_final = False
+        """The new run has saved a checkpoint, and the earlier one is deleted."""
+
+    @contextmanager
+    def begin(self, *, overwrite: bool) -> Iterator[None]:
+        """Set the earlier run aside. It is put back if the block fails before `finish`; a kill leaves it aside.
+
+        Only while the lock of the run folder is held.
+        """
+        if self.aside.exists() and has_saved(self.folder):
+            self._delete_aside()  # a kill came between the first checkpoint and the deletion
+        if overwrite and self.folder.exists():
+            if self.aside.exists():
+                self._keep_as_failed()  # the beginning of a start that was killed
+            else:
+                self.folder.replace(self.aside)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            yield
+        except BaseException:
+            if not self.is_final and self.aside.exists():
+                finish_open_run()  # it writes into the folder
+                self._keep_as_failed()
+                self.aside.replace(self.folder)
+                _warn(f"the earlier run is back in {self.folder}. The failed start's files are in {self.failed}.")
+            raise
+        self.finish()
+
+    def finish(self) -> None:
+        """Delete the earlier run: the new one has saved a checkpoint, or is complete."""
+        if not self.is_final:
+            self.is_final = True
+            self._delete_aside()
+
+    def _delete_aside(self) -> None:
+        """Under another name, so that what is left of a deletion that was cut short is never taken for a run."""
+        shutil.rmtree(self._trash, ignore_errors=True)
+        if self.aside.exists():
+            self.aside.replace(self._trash)
+            shutil.rmtree(self._trash, ignore_errors=True)
+
+    def _keep_as_failed(self) -> None:
+        if self.folder.exists():
+            shutil.rmtree(self.failed, ignore_errors=True)
+            self.folder.replace(self.failed)
+
+
+def recover(folder: Path, *, resume: bool) -> None:
+    """Say where the runs are that a start with overwrite=true was replacing when it was killed, of either stage.
+
+    The run in `folder` gets its name back where nothing has taken it.
+
+    Raises:
+        UserError: that start is to be resumed, but it saved nothing.
+    """
+    folder = folder.absolute().resolve()
+    for aside in sorted({set_aside(folder), *folder.parent.parent.glob("*/.*.replaced")}):
+        named = aside.with_name(aside.name[1 : -len(".replaced")])
+        if not aside.exists():
+            continue
+        try:
+            with alone(lock_file(named)):
+                if named == folder and not named.exists():
+                    aside.replace(named)
+                    _warn(f"{named} was moved aside by a start that was killed; restored.")
+                    continue
+        except (Timeout, OSError):
+            continue  # a training is replacing it now
+        where = f"{aside} holds the earlier run of {named}, which a start with overwrite=true was replacing when it was"
+        remedy = f"To bring it back, delete {named} and rename {aside.name} to {named.name}"
+        if resume and named == folder and not has_saved(folder):
+            raise UserError(
+                f"{where} killed, before it saved a checkpoint to resume from. {remedy}; to start over, use "
+                "overwrite=true instead of resume=."
+            )
+        _warn(f"{where} killed. {remedy}.")
+
+
+def has_saved(folder: Path) -> bool:
+    """Whether a run has a checkpoint, or is complete without one."""
+    if any(manifests(folder / FOLDER)):
+        return True
+    try:
+        return is_run(folder) and read_json(folder / RUN_FILE).get("finished") is not None
+    except UserError:
+        return False
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)

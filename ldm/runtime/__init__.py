@@ -1,0 +1,1 @@
+"""The process: signals, ranks, devices, random numbers, paths, commands as text."""

@@ -1,0 +1,284 @@
+"""Trained parts -> images: conditions, the reverse chain on latents, the decoder. What a run leaves for use.
+
+The folder is laid out as diffusers lays one out: model_index.json, network/, vae/ (safetensors + JSON), and the
+latent contract. Nothing in it is unpickled.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.autoencoder.autoencoder import Autoencoder
+from ldm.diffusion.chain import check_prediction, check_z_0_mse, forward_step
+from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.guidance import Guided
+from ldm.diffusion.sampler import OnStep, Sampler, SamplerLike
+from ldm.diffusion.schedule import NoiseSchedule
+from ldm.errors import UserError
+from ldm.files.atomic import write_text
+from ldm.files.models import load_model
+from ldm.files.untrusted import check_fields, read_json
+from ldm.latents.contract import LatentContract
+from ldm.networks.conditioning import Condition, Conditioning, restore
+from ldm.networks.dit import DiT
+from ldm.networks.unet import ImageUNet, TextUNet
+from ldm.runtime import shell
+
+INDEX_FILE = "model_index.json"
+FORMAT = 2
+VARIANCE_FILE = "optimal_variance.json"
+KINDS: dict[str, Any] = {
+    "network": str,
+    "prediction": str,
+    "latent_shape": list[int],
+    "schedule": dict,
+    "conditioning": dict,
+}
+"""Of what an index says; variance was none of it in format 1."""
+VARIANCES = ("fixed_small", "fixed_large", "learned_range")
+NETWORKS: dict[str, Any] = {"DiT": DiT, "ImageUNet": ImageUNet, "TextUNet": TextUNet}
+
+
+@dataclass
+class LatentDiffusionPipeline:
+    """A trained latent diffusion model.
+
+    Args:
+        network: (z_t, timestep, **condition) -> output; a diffusers ModelMixin.
+        autoencoder: With measured statistics.
+        schedule: The chain that the network was trained on.
+        prediction: What the network outputs: eps, z_0, v or flow.
+        conditioning: What it is conditioned on.
+        contract: Which latents it was trained on.
+        latent_shape: (C, h, w).
+        variance: Sigma of the reverse chain: fixed_small, fixed_large, or learned_range where the network learned it.
+        z_0_mse: Per-t mean squared error of z_0 on the training split, [T + 1], for variance optimal; None until it
+            is fitted.
+        run: The run folder that it was loaded from, for messages.
+    """
+
+    network: nn.Module
+    autoencoder: Autoencoder
+    schedule: NoiseSchedule
+    prediction: str
+    conditioning: Conditioning
+    contract: LatentContract
+    latent_shape: tuple[int, int, int]
+    variance: str = "fixed_small"
+    z_0_mse: Tensor | None = None
+    run: str = "RUN"
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def to(self, device: torch.device | str) -> "LatentDiffusionPipeline":
+        self.network.to(device)
+        self.autoencoder.to(device)
+        return self
+
+    def check_sigma(self, variance: str | None) -> None:
+        """Refuse a Sigma that this model does not have; None is its own.
+
+        Raises:
+            UserError: learned_range of a network that did not learn it, or what `require_fitted` refuses.
+        """
+        if variance == "learned_range" and self.variance != "learned_range":
+            raise UserError(
+                f"variance=learned_range: this network did not learn Sigma, it was trained for {self.variance}. "
+                "Choose fixed_small, fixed_large or optimal, or leave variance= out."
+            )
+        if variance == "optimal":
+            self.require_fitted()
+
+    def require_fitted(self) -> None:
+        """Refuse variance=optimal where its table is missing, or of another chain.
+
+        Raises:
+            UserError: saying how to fit it.
+        """
+        how = f"Fit it on the training split: {shell.tool('likelihood', f'run={self.run}', 'variance=optimal')}"
+        if self.z_0_mse is None:
+            raise UserError(f"variance=optimal is not fitted for this model yet. {how}")
+        try:
+            check_z_0_mse(self.schedule, self.z_0_mse)
+        except ValueError as error:
+            raise UserError(f"{VARIANCE_FILE} does not fit this model: {error}. Delete it, then: {how}") from error
+
+    @property
+    def chain_sha256(self) -> str:
+        """SHA-256 of the chain's alpha_bar: which chain the network knows."""
+        return hashlib.sha256(self.schedule.alpha_bar.cpu().numpy().tobytes()).hexdigest()
+
+    def denoiser(self) -> Denoiser:
+        def call(z_t: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
+            return self.network(z_t, timestep, **(condition or {}))
+
+        return Denoiser(self.schedule, call, self.prediction, self.variance == "learned_range")
+
+    @torch.no_grad()
+    def sample(
+        self,
+        sampler: SamplerLike,
+        condition: Condition,
+        generators: list[torch.Generator],
+        *,
+        guidance: float = 1.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Draw standardised latents z_0 [b, C, h, w], one CPU generator per sample.
+
+        Args:
+            condition: Batch-first tensors for the b samples; {} for none.
+            guidance: Scale of classifier-free guidance; 1 is none.
+            guidance_interval: Lowest and highest u = t / T at which it acts.
+        """
+        self.network.eval()
+        denoiser: Any = self.denoiser()
+        if guidance != 1 and condition:
+            null = {name: value.to(self.device) for name, value in self.conditioning.null().items()}
+            denoiser = Guided(denoiser, guidance, null, guidance_interval)
+        noise = torch.stack([torch.randn(self.latent_shape, generator=g) for g in generators]).to(self.device)
+        moved = {name: value.to(self.device) for name, value in condition.items()}
+        options: dict[str, Any] = {}
+        if isinstance(sampler, Sampler) and sampler.method == "ddpm":
+            sampler = replace(sampler, variance=sampler.variance or self.variance)
+            options = {"z_0_mse": self.z_0_mse} if sampler.variance == "optimal" else {}
+        return sampler(denoiser, noise, moved, generator=generators, on_step=on_step, **options)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Standardised latents -> images [b, 3, H, W] in [-1, 1]."""
+        return self.autoencoder.decode(self.autoencoder.unstandardise(z))
+
+    @torch.no_grad()
+    def forward_chain(self, image: Tensor, *, steps: int, seed: int) -> tuple[list[int], Tensor]:
+        """The forward chain on one image, z_t | z_s step by step, decoded at `steps` + 1 times from 0 to T.
+
+        Args:
+            image: [1, 3, H, W] in [-1, 1].
+
+        Returns:
+            The visited t, and the decoded z_t, [steps + 1, 3, H, W].
+        """
+        mean, _ = self.autoencoder.encode(image)
+        generator = torch.Generator().manual_seed(seed)
+        visited = sorted(set(torch.linspace(0, self.schedule.num_steps, steps + 1).round().long().tolist()))
+        z_t = self.autoencoder.standardise(mean)
+        frames = [self.decode(z_t)]
+        for s, t in zip(visited, visited[1:], strict=False):
+            eps = torch.randn(z_t.shape, generator=generator).to(z_t)
+            z_t = forward_step(self.schedule, z_t, s, t, eps)
+            frames.append(self.decode(z_t))
+        return visited, torch.cat(frames)
+
+    def save(self, folder: Path) -> None:
+        """Write everything that sampling needs."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.network.save_pretrained(folder / "network")  # type: ignore[operator]
+        self.autoencoder.save(folder / "vae")
+        self.contract.save(folder)
+        index = {
+            "_class_name": type(self).__name__,
+            "format": FORMAT,
+            "network": type(self.network).__name__,
+            "prediction": self.prediction,
+            "variance": self.variance,
+            "latent_shape": list(self.latent_shape),
+            "schedule": {"name": self.schedule.name, "alpha_bar": self.schedule.alpha_bar.tolist()},
+            "conditioning": self.conditioning.state(),
+        }
+        if self.z_0_mse is None:
+            (folder / VARIANCE_FILE).unlink(missing_ok=True)  # fitted to the weights that were here before
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> "LatentDiffusionPipeline":
+        """Read a pipeline folder.
+
+        Raises:
+            UserError: not such a folder, another format, or parts that do not belong together.
+        """
+        path = folder / INDEX_FILE
+        if not path.is_file():
+            raise UserError(f"{folder} is no pipeline: {INDEX_FILE} is missing. Train one with stage=diffusion.")
+        index = read_json(path)
+        if index.get("format") not in (1, FORMAT):
+            raise UserError(f"{path} has format {index.get('format')}; this version reads 1 and {FORMAT}.")
+        check_fields(index, KINDS, path)
+        if index.get("variance", VARIANCES[0]) not in VARIANCES:
+            raise UserError(f"{path}: variance={index['variance']} is unknown. Known are: {', '.join(VARIANCES)}.")
+        schedule = _schedule(index["schedule"], index["prediction"], path)
+        autoencoder = Autoencoder.load(folder / "vae")
+        contract = LatentContract.load(folder)
+        if (weights := autoencoder.weights_sha256()) != contract.autoencoder_sha256:
+            raise UserError(
+                f"{folder} was trained on latents of the autoencoder {contract.autoencoder_sha256[:12]}, but "
+                f"{folder / 'vae'} holds {weights[:12]}. Put the autoencoder that it was trained with back."
+            )
+        network: Any = load_network(folder / "network", index["network"])
+        side = contract.resolution // max(1, contract.factor)
+        shape = (contract.channels, side, side)
+        if tuple(index["latent_shape"]) != shape or network.config.in_channels != contract.channels:
+            raise UserError(
+                f"{path}: latents of {index['latent_shape']} and a network of {network.config.in_channels} channels do "
+                f"not fit {folder / 'contract.json'}, which means {list(shape)}. Put back the files of training."
+            )
+        return cls(
+            network=network,
+            autoencoder=autoencoder,
+            schedule=schedule,
+            prediction=index["prediction"],
+            conditioning=restore(index["conditioning"], path),
+            contract=contract,
+            latent_shape=tuple(index["latent_shape"]),
+            variance=index.get("variance", VARIANCES[0]),  # format 1 knew no other
+            z_0_mse=load_z_0_mse(folder),
+        )
+
+
+def _schedule(content: dict[str, Any], prediction: str, path: Path) -> NoiseSchedule:
+    check_fields(content, {"name": str, "alpha_bar": list[float]}, path)
+    try:
+        schedule = NoiseSchedule(content["name"], torch.tensor(content["alpha_bar"], dtype=torch.float64))
+        check_prediction(prediction, schedule.alpha_bar)
+    except ValueError as error:
+        raise UserError(f"{path} holds no chain: {error}. Put back the file that training wrote.") from error
+    return schedule
+
+
+def save_z_0_mse(folder: Path, table: Tensor, made_by: dict[str, Any]) -> None:
+    """Keep the table of the per-t optimal Sigma with a pipeline; `made_by` says how it was fitted."""
+    content = {"format": FORMAT, **made_by, "z_0_mse": table.tolist()}
+    write_text(folder / VARIANCE_FILE, json.dumps(content, indent=2) + "\n")
+
+
+def load_z_0_mse(folder: Path) -> Tensor | None:
+    """The table of the per-t optimal Sigma, or None where it was not fitted."""
+    path = folder / VARIANCE_FILE
+    if not path.is_file():
+        return None
+    try:
+        content = read_json(path)
+        check_fields(content, {"z_0_mse": list[float]}, path)
+    except UserError as error:
+        raise UserError(f"{path} cannot be read ({error}). Delete it; it is fitted again when asked for.") from error
+    return torch.tensor(content["z_0_mse"], dtype=torch.float64)
+
+
+def load_network(folder: Path, name: str) -> nn.Module:
+    """One of our networks from safetensors.
+
+    Raises:
+        UserError: an unknown network, or no such folder.
+    """
+    if name not in NETWORKS:
+        raise UserError(f"{folder} holds a network {name}. Readable networks: {', '.join(NETWORKS)}.")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds no network: config.json is missing.")
+    return load_model(NETWORKS[name], folder)

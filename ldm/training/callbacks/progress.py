@@ -1,0 +1,99 @@
+"""The progress bar of a training, and what it logs of the speed."""
+
+import math
+import sys
+import time
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ldm.training.callbacks.speed import Speed, peak_memory_gb
+from ldm.training.optim.budget import Budget
+
+
+class ProgressBar(Callback):
+    """One bar for the whole budget: time left, loss, images/s. Off a terminal: a line every half minute."""
+
+    LINE_EVERY_S = 30.0
+    REFRESH_EVERY_S = 0.2
+
+    def __init__(self, budget: Budget, batch_size: int, log_every: int, title: str) -> None:
+        self.budget, self.batch_size, self.log_every, self.title = budget, batch_size, log_every, title
+        self._bar: Progress | None = None
+        self._shown = self._window_start = self._paused = 0.0
+        self._window_step = 0
+        self.images_per_s = math.nan
+        self.speed: Speed | None = None
+
+    @rank_zero_only
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._shown = self._window_start = time.perf_counter()
+        self._window_step = trainer.global_step
+        if sys.stderr.isatty():
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.percentage:3.0f}%"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("step {task.fields[step]}  loss {task.fields[loss]}  {task.fields[rate]} images/s"),
+            )
+            self._bar.start()
+            self._bar.add_task(self.title, total=1.0, step=0, loss="-", rate="-")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step, now = trainer.global_step, time.perf_counter()
+        if step % self.log_every == 0 and step > self._window_step:
+            self.images_per_s = (step - self._window_step) * self.batch_size / (now - self._window_start)
+            self._window_step, self._window_start = step, now
+            self._log_speed(trainer, getattr(module, "playing", False))
+        every_s = self.REFRESH_EVERY_S if self._bar else self.LINE_EVERY_S
+        if now - self._shown >= every_s and trainer.is_global_zero:
+            self._shown = now
+            self._show(trainer.global_step, float(outputs["loss"]))
+
+    def _log_speed(self, trainer: Trainer, playing: bool) -> None:
+        """Straight to the loggers: what a module logs costs Lightning time at every step, written or not."""
+        figures = {"images_per_s": self.images_per_s}
+        if (memory := peak_memory_gb()) is not None:
+            figures["peak_memory_gb"] = memory
+        if self.speed is not None:
+            figures |= self.speed.figures(self.images_per_s, playing)
+        for logger in trainer.loggers:
+            logger.log_metrics({f"train/{name}": value for name, value in figures.items()}, trainer.global_step - 1)
+
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._paused = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._window_start += time.perf_counter() - self._paused
+
+    def _show(self, step: int, loss: float) -> None:
+        progress = self.budget.progress(step)
+        if self._bar:
+            rate = f"{self.images_per_s:.0f}"
+            self._bar.update(self._bar.task_ids[0], completed=progress, step=step, loss=f"{loss:.4f}", rate=rate)
+        else:
+            left_s = self.budget.elapsed_s * (1 - progress) / max(progress, 1e-9)
+            minutes, seconds = divmod(round(left_s), 60)
+            print(
+                f"{self.title}: {progress:4.0%}, {minutes}:{seconds:02d} left, step {step}, loss {loss:.4f}, "
+                f"{self.images_per_s:.0f} images/s",
+                flush=True,
+            )
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._stop()
+
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._bar:
+            self._bar.stop()
+            self._bar = None

@@ -1,0 +1,166 @@
+"""The discriminator's side of stage 1: its weights, its optimizer, when it begins, and how hard it pulls.
+
+It stands outside of the LightningModule on purpose. Lightning counts every optimizer's steps, and DDP waits for every
+parameter's gradient: so the trainer knows the generator alone, `max_steps` are generator steps, and this side steps
+once after each of them, with its gradients averaged over ranks here.
+"""
+
+from typing import Any, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ldm.autoencoder.discriminator import (
+    Balance,
+    GameType,
+    LastLayer,
+    PatchDiscriminator,
+    discriminator_loss,
+    generator_loss,
+)
+from ldm.errors import UserError
+from ldm.training.callbacks.guard import Guard
+
+
+class Adversary:
+    """A patch discriminator with its own Adam.
+
+    Args:
+        loss: hinge or non_saturating.
+        weight: Of the adversarial loss, times lambda and the ramp.
+        start: The generator step at which the discriminator begins to learn; below 1, a share of the budget.
+        ramp: Generator steps over which the weight grows from 0: the discriminator learns before it is listened to.
+        lr: Its peak learning rate; it decays as the generator's does.
+        max_weight: The most that lambda may be.
+
+    Raises:
+        UserError: a number out of its range.
+    """
+
+    def __init__(
+        self,
+        loss: GameType = "hinge",
+        *,
+        weight: float = 0.1,
+        start: float = 0.5,
+        ramp: int = 200,
+        lr: float = 5e-4,
+        max_weight: float = 1e4,
+        channels: int = 32,
+        layers: int = 3,
+    ) -> None:
+        if loss not in get_args(GameType):
+            raise UserError(f"adversarial.loss={loss} is unknown. Choose one of: {', '.join(get_args(GameType))}.")
+        for key, value in (
+            ("start", start),
+            ("ramp", ramp),
+            ("weight", weight),
+            ("max_weight", max_weight),
+            ("lr", lr),
+        ):
+            if not value >= 0:
+                raise UserError(f"adversarial.{key}={value} must be 0 or more.")
+        if start >= 1 and start != int(start):
+            raise UserError(f"adversarial.start={start} must be a whole step, or below 1 a share of the budget.")
+        for key, size, least in (("channels", channels, 1), ("layers", layers, 1)):
+            if type(size) is not int or size < least:
+                raise UserError(f"adversarial.{key}={size} must be a whole number of {least} at least.")
+        self.shape = [channels, layers]
+        self.game, self.weight, self.start, self.ramp, self.lr = loss, weight, start, ramp, lr
+        self.max_weight = max_weight
+        self.discriminator: nn.Module = PatchDiscriminator(channels, layers)
+        # fused: it heeds found_inf, and so leaves a step out without a wait
+        self.optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=lr, betas=(0.5, 0.9), fused=True)
+        self.begun_at: int | None = None
+        self.share = 1.0
+        """A batch's part of a step: one over the batches that are accumulated."""
+        self.balance: Any = None
+
+    def check(self, resolution: int) -> None:
+        """Refuse images that are too small.
+
+        Raises:
+            UserError: with the layers that fit.
+        """
+        side = resolution
+        layers = len([layer for layer in self.discriminator.modules() if isinstance(layer, nn.Conv2d)]) - 2
+        for _ in range(layers):
+            side //= 2
+        if side < 3:
+            fitting = max(1, (resolution // 3).bit_length() - 1)
+            raise UserError(
+                f"The discriminator's adversarial.layers={layers} leave no patch of data.resolution={resolution}: "
+                f"choose adversarial.layers={fitting}."
+            )
+
+    def attach(self, model: nn.Module) -> None:
+        """Look at the gradients of this autoencoder's last layer."""
+        self.balance = Balance(LastLayer(model), self.max_weight)
+
+    def begins(self, step: int, progress: float) -> bool:
+        """Whether `start` is reached at this generator step, at this share of the budget."""
+        return progress >= self.start if self.start < 1 else step >= self.start
+
+    def begin_step(self, step: int) -> None:
+        """Before the first batch of generator step `step`: lambda is measured anew."""
+        assert self.begun_at is not None
+        self.balance.weight = None
+        self.balance.factor = self.weight * min(1.0, (step - self.begun_at) / max(1, self.ramp))
+
+    def generator_loss(self, reconstruction: Tensor) -> Tensor:
+        """The adversarial term, before its weight. Its gradient leaves the discriminator's weights alone."""
+        parameters = list(self.discriminator.parameters())
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        try:
+            return generator_loss(self.game, self.discriminator(reconstruction))
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+
+    def learn(self, images: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
+        """Add the discriminator's gradients of a batch, `share` of a step."""
+        real, false = self.discriminator(torch.cat([images, reconstruction.detach().to(images.dtype)])).chunk(2)
+        loss = discriminator_loss(self.game, real, false)
+        with torch.autocast(images.device.type, enabled=False):
+            (loss * self.share).backward()
+        right = ((real > 0).float().mean() + (false <= 0).float().mean()) / 2
+        return {"discriminator": loss.detach(), "discriminator_accuracy": right}
+
+    def step(self, decay: float, guard: Guard | None = None) -> None:
+        """One step on the gathered gradients, averaged over ranks, at the learning rate lr * decay.
+
+        A guard leaves it out with the autoencoder's, and where these gradients are not finite.
+        """
+        if dist.is_available() and dist.is_initialized():
+            for parameter in self.discriminator.parameters():
+                assert parameter.grad is not None
+                dist.all_reduce(parameter.grad)
+                parameter.grad.div_(dist.get_world_size())
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * decay
+        if guard is not None:
+            guard.judge_beside(self.optimizer)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def join(self, device: torch.device) -> None:
+        """Move to this rank's device, with the weights of the first rank."""
+        self.discriminator.to(device)
+        self.optimizer.load_state_dict(self.optimizer.state_dict())  # its moments follow the weights
+        if dist.is_available() and dist.is_initialized():
+            for parameter in self.discriminator.parameters():
+                dist.broadcast(parameter.data, src=0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "discriminator": self.discriminator.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "begun_at": self.begun_at,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.discriminator.load_state_dict(state["discriminator"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.begun_at = state["begun_at"]

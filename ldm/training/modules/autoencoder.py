@@ -1,0 +1,181 @@
+"""Stage 1's training: an autoencoder on images, with a discriminator beside it where one is asked for."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.autoencoder.losses import AutoencoderLoss
+from ldm.autoencoder.regularisers import Regulariser
+from ldm.errors import UserError
+from ldm.image_grid import rows, to_pil
+from ldm.metrics.codes import codebook
+from ldm.metrics.image import psnr, ssim
+from ldm.runtime.random import Draws, derive_seed
+from ldm.training.callbacks.loggers import save_grid
+from ldm.training.modules.adversary import Adversary
+from ldm.training.modules.base import TrainingModule
+from ldm.training.optim.factory import OptimizerFactory
+
+NUM_SHOWN = 8
+AFTER_STEP = 2**32
+"""Sets the draws after a step apart from those of its rows, which have their block in this place."""
+
+
+class VAETraining(TrainingModule):
+    """Trains an autoencoder on images [b, 3, H, W] in [-1, 1].
+
+    Args:
+        model: Called as diffusers' AutoencoderKL or VQModel is.
+        loss: Terms by name from images, reconstruction and what the regulariser says.
+        regulariser: Takes a batch through the model.
+        optimizer: Builds the optimizer.
+        seed: Noise and flips of row i of step k depend on seed, k and i alone.
+        flip: Mirror half of the images.
+        adversary: The discriminator and its optimizer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: AutoencoderLoss,
+        regulariser: Regulariser,
+        optimizer: OptimizerFactory,
+        *,
+        seed: int,
+        flip: bool,
+        pictures: Path,
+        adversary: Adversary | None = None,
+    ) -> None:
+        super().__init__(model, optimizer, seed)
+        self.loss, self.regulariser, self.flip, self.pictures = loss, regulariser, flip, pictures
+        self.adversary, self.playing = adversary, False
+        if adversary is not None:
+            adversary.attach(model)
+        self._used_codes: Tensor | None = None
+
+    def losses(self, images: Tensor, draws: Draws) -> dict[str, Tensor]:
+        """`loss` is without the adversarial term, so that its curve has no jump; its gradient has it."""
+        if self.flip:
+            mirrored = draws.rand((len(images), 1, 1, 1)) < 0.5
+            images = torch.where(mirrored, images.flip(-1), images)
+        if self.adversary is not None:
+            self.adversary.balance.last_layer.keeping = self.playing
+        made = self.regulariser.reconstruct(self.trained, images, draws.randn)
+        if not self.playing:
+            return self.loss(images, made.images, made.terms)
+        assert self.adversary is not None
+        reconstruction, judged = self.adversary.balance.split(made.images)
+        terms = self.loss(images, reconstruction, made.terms)
+        adversarial = self.adversary.generator_loss(judged)
+        terms |= {"adversarial": adversarial, "loss": terms["loss"] + adversarial - adversarial.detach()}
+        return terms | self.adversary.learn(images, made.images)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.optimizer(self.trained, self.loss)
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self.regulariser.forget()
+        if self.adversary is not None:
+            self.adversary.join(self.device)
+            self.adversary.share = self.adversary.balance.share = 1 / self.trainer.accumulate_grad_batches
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.adversary is None or batch_idx % self.trainer.accumulate_grad_batches:
+            return
+        step = self.trainer.global_step
+        if self.adversary.begun_at is None:
+            begins = self.adversary.begins(step, self.progress(step))
+            if self.trainer.strategy.reduce_boolean_decision(begins, all=False):
+                self.adversary.begun_at = step
+        self.playing = self.adversary.begun_at is not None
+        if self.playing:
+            self.adversary.begin_step(step)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.playing and self.logs_now:
+            assert self.adversary is not None
+            balance = self.adversary.balance
+            self.log_dict({"train/adaptive_weight": balance.weight, "train/adversarial_factor": balance.factor})
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        generator = torch.Generator(device=self.device)
+        generator.manual_seed(derive_seed(self.seed, self.data_step, AFTER_STEP))
+        step = self.trainer.global_step
+        left_out = None if self.guard is None else self.guard.skips
+        self.regulariser.after_step(self.trained, generator, self.progress(step), left_out)
+        if self.playing:
+            assert self.adversary is not None
+            group = self.trainer.optimizers[0].param_groups[0]
+            self.adversary.step(decay=group["lr"] / group.get("peak_lr", group["lr"]), guard=self.guard)
+
+    def measure_step(self, batch: Any, autocast: Callable[[], AbstractContextManager], repeats: int = 3) -> float:
+        """Seconds of a step, those with the discriminator counted by their share of the budget."""
+        alone = super().measure_step(batch, autocast, repeats)
+        if self.adversary is None:
+            return alone
+        self.adversary.join(self.device)
+        self.playing = True
+        together = super().measure_step(batch, autocast, repeats)
+        self.playing = False
+        self.adversary.optimizer.zero_grad()
+        start = self.adversary.start
+        before = start if start < 1 else self.progress(int(start))
+        return before * alone + (1 - before) * together
+
+    def count_flops(self, batch: Any, autocast: Callable[[], AbstractContextManager]) -> dict[bool, float]:
+        counted = super().count_flops(batch, autocast)
+        if self.adversary is None:
+            return counted
+        self.adversary.join(self.device)
+        self.playing = True
+        counted[True] = super().count_flops(batch, autocast)[False]
+        self.playing = False
+        self.adversary.optimizer.zero_grad()
+        return counted
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.adversary is not None:
+            checkpoint["adversary"] = self.adversary.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.adversary is not None:
+            if "adversary" not in checkpoint:
+                raise UserError(
+                    "resume= continues a run without a discriminator, and adversarial= asks for one. Leave it out, or "
+                    "start a run of its own from those weights with init_from=."
+                )
+            self.adversary.load_state_dict(checkpoint["adversary"])
+
+    def validation_step(self, images: Tensor, batch_idx: int) -> None:
+        made = self.regulariser.reconstruct(self.trained, images, None)
+        reconstruction = made.images.float().clamp(-1, 1)
+        terms = self.loss(images, reconstruction, made.terms)
+        metrics = {f"val/{name}": value for name, value in terms.items()}
+        metrics["val/psnr_db"] = psnr(images, reconstruction).mean()
+        metrics["val/ssim"] = ssim(images, reconstruction).mean()
+        self.log_dict(metrics, batch_size=len(images), sync_dist=True)
+        if made.codes is not None:
+            counts = torch.bincount(made.codes, minlength=self.regulariser.codebook_size or 0)
+            self._used_codes = counts if batch_idx == 0 or self._used_codes is None else self._used_codes + counts
+        if batch_idx == 0 and not self.trainer.sanity_checking:
+            self._show(images[:NUM_SHOWN], reconstruction[:NUM_SHOWN])
+
+    def on_validation_epoch_end(self) -> None:
+        if self._used_codes is not None:
+            counts = self.trainer.strategy.reduce(self._used_codes, reduce_op="sum")
+            found = codebook(counts)
+            for name in ("codebook_usage", "codebook_perplexity"):
+                self.log(f"val/{name}", found[name], sync_dist=True)
+
+    def _show(self, images: Tensor, reconstruction: Tensor) -> None:
+        originals, reconstructed = to_pil(images), to_pil(reconstruction)
+        picture = rows([("original", originals), ("reconstruction", reconstructed)])
+        pairs = [image for pair in zip(originals, reconstructed, strict=True) for image in pair]
+        captions = [f"{kind} {i}" for i in range(len(originals)) for kind in ("original", "reconstruction")]
+        save_grid(self, self.pictures, "reconstructions", picture, pairs, captions)

@@ -1,0 +1,1 @@
+"""Optimizers, averages, budget and precision."""

@@ -1,0 +1,119 @@
+"""How long training goes on, and the learning rate fitted to it."""
+
+import math
+import time
+from datetime import timedelta
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from ldm.errors import UserError
+from ldm.runtime.distributed import Agreement
+
+
+def parse_duration(text: str | None) -> float | None:
+    """`HH:MM:SS` (or `DD:HH:MM:SS`) in seconds.
+
+    Raises:
+        UserError: another form.
+    """
+    if text is None:
+        return None
+    parts = str(text).split(":")
+    if len(parts) not in (3, 4) or not all(part.isdigit() for part in parts):
+        raise UserError(f"trainer.max_time={text} must be HH:MM:SS, for example trainer.max_time=00:05:00.")
+    days, hours, minutes, seconds = [0] * (4 - len(parts)) + [int(part) for part in parts]
+    return timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds).total_seconds()
+
+
+class Budget(Callback):
+    """Ends training after `max_steps` or `max_time_s`, with the learning rate fitted to what is left.
+
+    lr(k) = peak * min(1, (k + 1) / warmup_steps) * decay(progress), progress = the larger of both budgets' spent
+    shares; decay is `linear` (1 - p), `cosine` ((1 + cos pi p) / 2) or `constant`.
+
+    Whether the time is over is one of the questions of `agreement`, which is decided here after every step.
+    """
+
+    DECAYS = {
+        "linear": lambda p: 1 - p,
+        "cosine": lambda p: (1 + math.cos(math.pi * p)) / 2,
+        "constant": lambda p: 1.0,
+    }
+
+    def __init__(
+        self,
+        max_steps: int = -1,
+        max_time_s: float | None = None,
+        warmup_steps: int = 0,
+        decay: str = "linear",
+    ) -> None:
+        if decay not in self.DECAYS:
+            raise UserError(f"optimizer.decay={decay} is unknown. Choose one of: {', '.join(self.DECAYS)}.")
+        if max_steps < 0 and max_time_s is None:
+            raise UserError("Training needs a budget: trainer.max_steps=N or trainer.max_time=HH:MM:SS.")
+        self.max_steps, self.max_time_s = max_steps, max_time_s
+        self.warmup_steps, self.decay = warmup_steps, self.DECAYS[decay]
+        self.spent_s, self._started = 0.0, 0.0
+        self._peaks: list[list[float]] = []
+        self.agreement = Agreement()
+        self.agreement.ask("time_over", self._is_time_over)
+
+    def __str__(self) -> str:
+        steps = [f"{self.max_steps} steps"] if self.max_steps > 0 else []
+        minutes = [f"{self.max_time_s / 60:.4g} minutes"] if self.max_time_s is not None else []
+        return " or ".join(steps + minutes)
+
+    def expected(self, step: int, seconds_per_step: float) -> str:
+        """In words: how long training will take from `step` on."""
+        seconds = math.inf
+        if self.max_steps > 0:
+            seconds = (self.max_steps - step) * seconds_per_step
+        if self.max_time_s is not None:
+            seconds = min(seconds, self.max_time_s - self.spent_s)
+        seconds = max(0.0, seconds)
+        return f"{seconds:.3g} seconds" if seconds < 60 else f"{seconds / 60:.3g} minutes"
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds of training, those before a resume included."""
+        return self.spent_s + (time.perf_counter() - self._started if self._started else 0.0)
+
+    def progress(self, step: int) -> float:
+        by_steps = step / self.max_steps if self.max_steps > 0 else 0.0
+        by_time = self.elapsed_s / self.max_time_s if self.max_time_s else 0.0
+        return min(1.0, max(by_steps, by_time))
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._started = time.perf_counter()
+        # the peak is kept in the group, so that a resumed optimizer knows it too
+        self._peaks = [
+            [group.setdefault("peak_lr", group["lr"]) for group in optimizer.param_groups]
+            for optimizer in trainer.optimizers
+        ]
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        step = trainer.global_step
+        factor = self.decay(self.progress(step)) * min(1.0, (step + 1) / max(1, self.warmup_steps))
+        for optimizer, peaks in zip(trainer.optimizers, self._peaks, strict=True):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # never amid an accumulated step: its gradients would be lost, and a resumed run out of phase
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and self.agreement.decide(trainer)["time_over"]:
+            trainer.should_stop = True
+
+    def _is_time_over(self) -> bool:
+        return self.max_time_s is not None and self.elapsed_s >= self.max_time_s
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self.spent_s, self._started = self.elapsed_s, 0.0  # what follows is no training
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"spent_s": self.elapsed_s}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.spent_s = max(self.spent_s, state_dict["spent_s"])  # a roll-back takes back steps, no time

@@ -1,0 +1,120 @@
+"""Exponential moving average of the trained parameters, and of nothing else.
+
+    ema <- d ema + (1 - d) theta,   d_k = min(d, (1 + k) / (10 + k)) after k updates
+
+The warm-up lets short runs forget their start. One foreach kernel per update.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from ldm.errors import UserError
+
+
+class EMA:
+    """Shadow weights of a module's trainable parameters.
+
+    Raises:
+        UserError: decay is not in [0, 1).
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise UserError(f"trainer.ema_decay must be in [0, 1), not {decay}.")
+        self.decay = decay
+        self.num_updates = 0
+        self._names, self._parameters = zip(
+            *((name, p) for name, p in module.named_parameters() if p.requires_grad), strict=True
+        )
+        self.shadow: list[Tensor] = [p.detach().clone() for p in self._parameters]
+        self.raw: dict[str, Tensor] = {}
+        """The module's own weights by name, while the average stands in."""
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the shadow towards the weights; once per optimizer step."""
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        if self.shadow[0].device != self._parameters[0].device:
+            self.shadow = [s.to(p.device) for s, p in zip(self.shadow, self._parameters, strict=True)]
+        torch._foreach_lerp_(self.shadow, [p.detach() for p in self._parameters], 1 - decay)
+        self.num_updates += 1
+
+    @contextmanager
+    @torch.no_grad()
+    def applied(self) -> Iterator[None]:
+        """The module holds the averaged weights inside, and its own again after, whatever happens."""
+        self.raw = {name: p.detach().clone() for name, p in zip(self._names, self._parameters, strict=True)}
+        self._write(self.shadow)
+        try:
+            yield
+        finally:
+            self._write(list(self.raw.values()))
+            self.raw = {}
+
+    def copy_to_module(self) -> None:
+        """Leave the averaged weights in the module for good."""
+        self._write(self.shadow)
+
+    @torch.no_grad()
+    def _write(self, values: list[Tensor]) -> None:
+        for parameter, value in zip(self._parameters, values, strict=True):
+            parameter.copy_(value)
+
+    def state_dict(self) -> dict[str, object]:
+        return {"num_updates": self.num_updates, "shadow": dict(zip(self._names, self.shadow, strict=True))}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.num_updates = state["num_updates"]
+        self.shadow = [state["shadow"][name].clone() for name in self._names]
+
+
+class EMACallback(Callback):
+    """Averages `module.trained`, and puts the average in its place while validating."""
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self.ema: EMA | None = None
+        self._state: dict[str, Any] | None = None
+        self._validating = ExitStack()
+        self._last_step = 0
+        self.validated_at = -1
+
+    def on_fit_start(self, trainer: Trainer, module: Any) -> None:
+        self.ema = EMA(module.trained, self.decay)
+        if self._state is not None:
+            self.ema.load_state_dict(self._state)
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._last_step = trainer.global_step  # not in on_fit_start: a resumed trainer does not know it there yet
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if self.ema is not None and trainer.global_step > self._last_step:
+            self._last_step = trainer.global_step
+            self.ema.update()
+
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if self.ema is not None:
+            self._validating.enter_context(self.ema.applied())
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._validating.close()
+        self.validated_at = trainer.global_step
+
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        self._validating.close()
+
+    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint of a moment while validating holds the weights that are trained, as any other."""
+        if self.ema is not None:
+            checkpoint["state_dict"].update({f"trained.{name}": value for name, value in self.ema.raw.items()})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.ema is None else self.ema.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._state = state_dict or None

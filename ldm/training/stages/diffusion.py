@@ -1,0 +1,277 @@
+"""Stage 2 as the front door runs it: latents, conditions and a network become a pipeline that is trained."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ldm.autoencoder.autoencoder import Autoencoder
+from ldm.data.images import ImageData
+from ldm.data.order import draws_of_epoch
+from ldm.diffusion.loss import check_objective
+from ldm.diffusion.sampler import SamplerLike
+from ldm.diffusion.schedule import NoiseSchedule
+from ldm.errors import UserError
+from ldm.files.atomic import durable_folder
+from ldm.image_grid import grid
+from ldm.latents.captions import CaptionData, open_captions
+from ldm.latents.statistics import StatisticsType, check_statistics, encode_latents, published
+from ldm.networks.class_rows import ClassChange, with_classes
+from ldm.networks.conditioning import (
+    ClassCondition,
+    Condition,
+    Conditioning,
+    TextCondition,
+)
+from ldm.runs.load import load_autoencoder, load_pipeline
+from ldm.runs.run import Run, data_of_autoencoder
+from ldm.runtime import shell
+from ldm.sampling.pipeline import LatentDiffusionPipeline
+from ldm.training.modules.diffusion import BATCH, NUM_BANDS, DiffusionTraining, Objective
+from ldm.training.optim.factory import OptimizerFactory
+from ldm.training.stages.base import Outcome, Stage
+
+
+class DiffusionStage(Stage):
+    """Stage 2 as the front door runs it.
+
+    Args:
+        network: Makes the network from sample_size, in_channels, out_channels and the conditioning's options.
+        variance: Sigma of the reverse chain; None: learned_range where the objective trains it, else fixed_small.
+        conditioning: Makes the conditioning from the images.
+        sampler: For the grids while training.
+        device: Where the images are encoded.
+        prompts: Captions of the sample grid; [] takes the first validation captions.
+        latent_statistics: What latents are standardised by.
+        find_autoencoder: data_fingerprint -> the first stage and where it came from.
+        init_from: A run or pipeline folder to continue from, instead of a fresh `network`.
+    """
+
+    kind = "diffusion"
+
+    def __init__(
+        self,
+        *,
+        network: Callable[..., nn.Module],
+        schedule: NoiseSchedule,
+        objective: Objective,
+        variance: str | None,
+        conditioning: Callable[[ImageData], Conditioning],
+        drop_condition: float,
+        sampler: SamplerLike,
+        guidance: float,
+        prompts: list[str],
+        optimizer: Callable[..., torch.optim.Optimizer],
+        images: ImageData,
+        flip: bool,
+        cache_dir: str | None,
+        seed: int,
+        folder: Path,
+        device: torch.device,
+        find_autoencoder: Callable[..., tuple[Autoencoder, str]],
+        latent_statistics: StatisticsType = "measured",
+        init_from: str | None = None,
+    ) -> None:
+        self.images, self.seed = images, seed
+        self.class_change: ClassChange | None = None
+        sigma = objective.variance(variance)
+        made = conditioning(images)
+        continued = None if init_from is None else load_pipeline(init_from)
+        autoencoder, self.vae = find_autoencoder(data_fingerprint=images.fingerprint)
+        self.autoencoder_data = data_of_autoencoder(self.vae, autoencoder)
+        autoencoder.to(device)
+        standard = published(autoencoder, latent_statistics)
+        if continued is not None:
+            # standardised latents keep the meaning that the network was trained with
+            _check_continued(continued, autoencoder, made)
+            same_chain = torch.equal(continued.schedule.alpha_bar, schedule.alpha_bar)
+            learned = (continued.variance == "learned_range", sigma == "learned_range")
+            if continued.prediction != objective.prediction or not same_chain or learned[0] != learned[1]:
+                raise UserError(
+                    f"init_from predicts {continued.prediction} with {continued.variance} on the schedule "
+                    f"{continued.schedule.name}, this run {objective.prediction} with {sigma} on {schedule.name}. "
+                    "Choose the same objective.prediction=, variance= and schedule=."
+                )
+            known = continued.autoencoder.statistics
+            assert known is not None
+            standard = (known.latent_mean, known.latent_std)
+        self.contract, self.latents = encode_latents(autoencoder, images, flip, cache_dir, standard=standard)
+        self.captions: CaptionData | None = None
+        self.labels: Tensor | None = None
+        if isinstance(made, TextCondition):
+            images.require_captions()
+            texts = [images.captions_of(i) for i in range(len(images))]
+            self.captions = open_captions(made.encode, texts, made.state(), cache_dir=cache_dir)
+        elif isinstance(made, ClassCondition):
+            self.labels = torch.tensor(images.require_labels())
+        channels, side, _ = self.latents.shape
+        if continued is not None:
+            model = continued.network
+            if isinstance(made, ClassCondition) and isinstance(continued.conditioning, ClassCondition):
+                old, new = continued.conditioning.class_names, made.class_names
+                model = with_classes(model, old, new)
+                self.class_change = ClassChange.between(old, new)
+            model = model.requires_grad_(True)
+        else:
+            outputs = 2 * channels if sigma == "learned_range" else channels
+            try:
+                model = network(sample_size=side, in_channels=channels, out_channels=outputs, **made.network_options())
+            except ValueError as error:
+                raise UserError(
+                    f"This network does not fit latents of {channels} x {side} x {side}: {error}"
+                ) from error
+        self.pipeline = LatentDiffusionPipeline(
+            network=model.train(),
+            autoencoder=autoencoder,
+            schedule=schedule,
+            prediction=objective.prediction,
+            conditioning=made,
+            contract=self.contract,
+            latent_shape=self.latents.shape,
+            variance=sigma,
+        )
+        self.module = DiffusionTraining(
+            self.pipeline,
+            objective,
+            OptimizerFactory(optimizer),
+            drop_condition=drop_condition,
+            seed=seed,
+            shown=self._shown(made, prompts),
+            sampler=sampler,
+            guidance=guidance,
+            pictures=folder / "images",
+        )
+
+    @classmethod
+    def check(cls, resolution: int, **options: Any) -> None:
+        check_statistics(options["latent_statistics"])
+        if options["latent_statistics"] != "measured" and options["init_from"] is not None:
+            raise UserError(
+                "init_from= keeps the statistics that its network was trained with: leave latent_statistics= out."
+            )
+        schedule, objective = options["schedule"], options["objective"]
+        variance = objective.variance(options["variance"])
+        try:
+            check_objective(objective.loss, variance, objective.timesteps, objective.prediction, schedule.alpha_bar)
+            options["sampler"].check(schedule)
+            _check_grid(getattr(options["sampler"], "variance", None), variance)
+            if schedule.num_steps < NUM_BANDS:
+                raise ValueError(f"a chain needs {NUM_BANDS} steps at least; got {schedule.num_steps}")
+        except ValueError as error:
+            raise UserError(f"objective=, variance=, schedule= and sampler= do not go together: {error}.") from error
+        if (vae := options["find_autoencoder"].keywords["vae"]) is not None:
+            load_autoencoder(vae).latent_shape(resolution)
+
+    def _shown(self, conditioning: Conditioning, prompts: list[str]) -> tuple[Condition, list[str | None]]:
+        if isinstance(conditioning, TextCondition):
+            captions = list(prompts) or [self.images.require_captions()[i] for i in self.images.val_indices[:16]]
+            return conditioning.encode(captions), list(captions)
+        if isinstance(conditioning, ClassCondition):
+            labels = [i % len(conditioning.class_names) for i in range(16)]
+            return conditioning.encode(labels), [conditioning.class_names[label] for label in labels]
+        return {}, [None] * 16
+
+    def fetch(self, indices: np.ndarray, epochs: np.ndarray | None = None) -> BATCH:
+        views = [self.latents.batch(indices, view) for view in range(self.latents.moments.shape[1])]
+        condition: Condition = {}
+        if self.captions is not None:
+            draws = None
+            if epochs is not None and self.captions.counts is not None:
+                of_epoch = {e: draws_of_epoch(len(self.images), self.seed, e).numpy() for e in set(epochs.tolist())}
+                draws = np.array([of_epoch[e][i] for e, i in zip(epochs.tolist(), indices.tolist(), strict=True)])
+            condition = self.captions.batch(indices, draws)
+        elif self.labels is not None:
+            condition = {"label": self.labels[torch.from_numpy(indices)]}
+        return {
+            "mean": torch.stack([mean for mean, _ in views], dim=1),
+            "log_variance": torch.stack([log_variance for _, log_variance in views], dim=1),
+            "condition": condition,
+        }
+
+    def rows(self) -> list[tuple[str, str]]:
+        network = self.pipeline.network
+        parameters = sum(p.numel() for p in network.parameters())
+        channels, height, width = self.latents.shape
+        patch = getattr(network.config, "patch_size", 1)
+        warnings = []
+        if self.autoencoder_data is not None and self.autoencoder_data[0] != self.images.fingerprint:
+            here = f"{self.images.name} {self.images.fingerprint[:8]}"
+            other = f"the autoencoder was trained on other data: {self.autoencoder_data[1]}"
+            warnings.append(("warning", f"{other}, while this run trains on {here}"))
+        return [
+            ("autoencoder", self.vae),
+            *warnings,
+            ("model", f"{type(network).__name__}, {parameters / 1e6:.1f} M parameters"),
+            ("latent", f"{channels} x {height} x {width} from {self.contract.resolution} px"),
+            ("tokens", f"{height * width // patch**2} of {patch} x {patch}"),
+            ("conditioning", self.pipeline.conditioning.kind),
+            *([("classes of init_from", str(self.class_change))] if self.class_change is not None else []),
+            ("chain", f"{self.pipeline.schedule.name}, T = {self.pipeline.schedule.num_steps}"),
+            ("prediction", self.pipeline.prediction),
+            ("variance", self.pipeline.variance),
+        ]
+
+    def facts(self) -> dict[str, Any]:
+        data = self.autoencoder_data
+        return {
+            "latent_shape": list(self.latents.shape),
+            "vae": self.vae,
+            "contract": asdict(self.contract),
+            **({"autoencoder_data": dict(zip(("fingerprint", "description"), data, strict=True))} if data else {}),
+            "chain_sha256": self.pipeline.chain_sha256,
+            "loss": self.module.objective.loss,
+            "prediction": self.pipeline.prediction,
+            "variance": self.pipeline.variance,
+        }
+
+    def finish(self, run: Run) -> Outcome:
+        self.pipeline.network.eval().float()
+        with durable_folder(run.path / "pipeline") as partial:
+            self.pipeline.save(partial)
+        images, captions = self.module.draw()
+        path = run.images / "samples_final.png"
+        grid(images, captions if any(captions) else None, columns=4).save(path)
+        return Outcome(pictures=[str(path)])
+
+    def next_command(self, run: Run) -> str:
+        _, captions = self.module.shown
+        options = {"text": [f"prompt={' '.join(str(captions[0]).split())}"], "class": ["label=0"]}
+        return shell.tool("sample", f"run={run.path}", *options.get(self.pipeline.conditioning.kind, []))
+
+
+def _check_grid(asked: str | None, trained: str) -> None:
+    """The grids while training are drawn with what the network has.
+
+    Raises:
+        ValueError: a Sigma that it has not.
+    """
+    if asked == "optimal" or (asked == "learned_range" and trained != "learned_range"):
+        raise ValueError(f"sampler.variance={asked} is none of this network, which is trained for {trained}")
+
+
+def _check_continued(continued: LatentDiffusionPipeline, autoencoder: Autoencoder, conditioning: Conditioning) -> None:
+    """A pipeline can be continued on the same latents and the same kind of condition only; on other classes too.
+
+    Raises:
+        UserError: another autoencoder, another kind of condition, or another text encoder.
+    """
+    here, there = autoencoder.weights_sha256(), continued.contract.autoencoder_sha256
+    if here != there:
+        raise UserError(
+            f"init_from was trained on latents of the autoencoder {there[:12]}, but vae= gives {here[:12]}. "
+            "Name the one that it was trained with: vae=<its folder>/vae."
+        )
+    theirs, ours = continued.conditioning, conditioning
+    if theirs.kind != ours.kind:
+        raise UserError(
+            f"init_from is conditioned on {theirs.kind}, this run on {ours.kind}. Choose conditioning={theirs.kind}."
+        )
+    if isinstance(theirs, TextCondition) and isinstance(ours, TextCondition) and not theirs.is_same_encoder(ours):
+        raise UserError(
+            f"init_from was trained on captions through the text encoder {theirs.describe()}, this run uses "
+            f"{ours.describe()}. Choose conditioning.encoder={theirs.encoder}."
+        )
