@@ -1,6 +1,7 @@
 """A run that goes on: where it lies, by what command, and what it has in common with the run as it was begun."""
 
 import argparse
+import functools
 import os
 import sys
 import time
@@ -167,8 +168,8 @@ def options_to_share(config: DictConfig, stage: str) -> list[str]:
 def _differences(config: DictConfig, options: Sequence[str]) -> list[str]:
     """What the config that Hydra composes from `options` lacks of the values in `config` that stages share."""
     searched = [option for option in config_sources() if option.startswith(SEARCH_PATH)]
-    own = hydra.compose(HydraConfig.get().job.config_name, [*searched, *quote_free_text(options)])
-    OmegaConf.set_struct(own, False)
+    overrides = (*searched, *quote_free_text(options))
+    own = OmegaConf.create(_composed(HydraConfig.get().job.config_name, overrides, tuple(config_sources())))
     groups = sorted({key.partition(".")[0] for key in SHARED_WITH_OTHER_STAGE})
     values: Any = OmegaConf.to_container(config, resolve=True)
     wanted = flatten({group: values[group] for group in groups})
@@ -185,6 +186,16 @@ def _differences(config: DictConfig, options: Sequence[str]) -> list[str]:
                 found.append(typed(key, value, new=key not in known))
                 OmegaConf.update(own, key, value)
     return found
+
+
+@functools.lru_cache(maxsize=8)
+def _composed(config_name: str | None, overrides: tuple[str, ...], sources: tuple[str, ...]) -> Any:
+    """What Hydra composes, as plain values with their interpolations; the jobs of a multirun ask for the same.
+
+    Args:
+        sources: Where configs lie, which tells apart what has the same overrides.
+    """
+    return OmegaConf.to_container(hydra.compose(config_name, list(overrides)))
 
 
 def place_of(folder: Path) -> list[str]:
