@@ -41,13 +41,12 @@ class Replacement:
         """
         if self.aside.exists() and has_saved(self.folder):
             self._delete_aside()  # a kill came between the first checkpoint and the deletion
-        if overwrite and self.folder.exists():
-            if self.aside.exists():
-                self._keep_as_failed()  # the beginning of a start that was killed
-            else:
-                self.folder.replace(self.aside)
-        self.folder.mkdir(parents=True, exist_ok=True)
         try:
+            if overwrite and self.aside.exists():
+                self._keep_as_failed()  # the beginning of a start that was killed
+            elif overwrite and self.folder.exists():
+                self.folder.replace(self.aside)
+            self.folder.mkdir(parents=True, exist_ok=True)
             yield
         except BaseException:
             if not self.is_final and self.aside.exists():

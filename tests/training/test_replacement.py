@@ -243,6 +243,20 @@ def test_whatever_was_set_aside_is_kept_until_a_checkpoint(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != ".x.failed") == ["x"]
 
 
+def test_a_folder_that_cannot_be_made_costs_no_run(tmp_path, monkeypatch):
+    """Nothing that fails may stand between the renaming and what restores it."""
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "weights.bin").write_bytes(b"years of work")
+
+    def refuse(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(OSError, match="No space left"), Replacement(tmp_path / "x").begin(overwrite=True):
+        pass
+    assert (tmp_path / "x" / "weights.bin").is_file() and not (tmp_path / ".x.replaced").exists()
+
+
 def test_a_run_folder_that_is_a_link_stays_one(train, tmp_path):
     shutil.copytree(RUN, tmp_path / "elsewhere")
     link = RUN.with_name("linked")
