@@ -20,8 +20,8 @@ torch.set_num_threads(1)
 
 collect_ignore = []
 if os.name == "nt":  # these need fork, named pipes, alarms or POSIX signals
-    collect_ignore += ["test_signals.py", "test_fuzz.py", "stress", "data/test_latent_cache.py"]
-    collect_ignore += ["data/test_hostile_images.py", "training/test_replacement.py"]
+    collect_ignore += ["runtime/test_signals.py", "cli/test_fuzz.py", "stress", "latents/test_killed_cache.py"]
+    collect_ignore += ["data/test_hostile_images.py", "runs/test_replacement.py"]
 
 
 @dataclass(frozen=True)

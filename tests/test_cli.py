@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 import ldm.metrics.features
 import ldm.train
-from ldm.cli import console
+from ldm.cli.main import main
 from ldm.data.images import default_cache_dir, prepare
 from ldm.data.sources.openmoji import OpenMoji
 from ldm.diffusion.continuous.ode import ODESampler
@@ -127,10 +127,8 @@ def tool(call):
 
 
 def main_of(name: str):
-    def main() -> None:
-        runpy.run_path(str(folder("tools") / f"{name}.py"), run_name="__main__")
-
-    return main
+    place = ROOT / "benchmarks" if name == "bench" else folder("tools")
+    return lambda: runpy.run_path(str(place / f"{name}.py"), run_name="__main__")
 
 
 def pixels_of(file: Path) -> np.ndarray:
@@ -506,7 +504,7 @@ def test_decoding_what_was_encoded_is_the_autoencoders_reconstruction(trained, t
 def test_latents_of_another_autoencoder_are_refused(trained, train, tool, call, pictures, tmp_path):
     other = train(*TINY_VAE, "trainer.max_steps=1", "name=other", "seed=9", "runs_dir=others")
     tool("encode", f"run={other.path}", f"images={pictures}", f"out={tmp_path / 'latents'}")
-    ended = call(console.decode, "run=runs/vae/first", f"latents={tmp_path / 'latents'}", f"out={tmp_path / 'out'}")
+    ended = call(main, "decode", "run=runs/vae/first", f"latents={tmp_path / 'latents'}", f"out={tmp_path / 'out'}")
     assert ended.code == 2 and "belong to the autoencoder" in ended.err
     assert other.autoencoder().weights_sha256()[:12] in ended.err and not (tmp_path / "out").exists()
 

@@ -1,33 +1,6 @@
 """Latents in a safetensors file -> images."""
 
-from pathlib import Path
-
-from omegaconf import DictConfig
-
-from ldm.cli import main as command
-
-
-def decode(config: DictConfig) -> None:
-    from ldm.files.untrusted import file_name
-    from ldm.image_grid import grid, to_pil
-    from ldm.latents.files import decode_file
-    from ldm.runs.run import Run
-    from ldm.runtime.device import choose_device
-
-    autoencoder = Run.open(config.run).autoencoder().to(choose_device(config.device))
-    batches, names = decode_file(autoencoder, Path(config.latents).expanduser(), config.batch_size)
-    images = [image for batch in batches for image in to_pil(batch)]
-    out = Path(config.out).expanduser()
-    out.mkdir(parents=True, exist_ok=True)
-    for i, (image, name) in enumerate(zip(images, names, strict=True)):
-        image.save(out / f"{i:05d}_{file_name(Path(name).stem)}.png")
-    grid(images[:256]).save(out / "grid.png")
-    print(f"{len(images)} images in {out}, the first of them on {out / 'grid.png'}")
-
-
-def main() -> None:
-    command.run("decode", decode)
-
+from ldm.cli.main import run
 
 if __name__ == "__main__":
-    main()
+    run("decode", "ldm.commands.decode:decode")

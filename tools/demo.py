@@ -1,66 +1,6 @@
 """What the demo shows: a grid of 16 prompts, one of 16 held-out captions, the reverse chain, and its figures."""
 
-import time
-from pathlib import Path
-
-from omegaconf import DictConfig
-
-from ldm.cli import main as command
-from ldm.runtime import shell
-
-
-def demo(config: DictConfig) -> None:
-    from ldm.evaluation.samples import report
-    from ldm.image_grid import grid, to_pil
-    from ldm.runs.lineage import weights_sha256
-    from ldm.runs.run import Run
-    from ldm.runtime.device import choose_device
-    from ldm.sampling.draw import draw, film_strip
-    from ldm.sampling.request import Request
-
-    started = time.perf_counter()
-    run = Run.open(config.run)
-    vae = Run.open(run.facts["vae"])
-    pipeline = run.pipeline().to(choose_device(config.device))
-    images = run.image_data()
-    sampler = command.construct(config.sampler)
-    options = {"guidance": config.guidance, "seed": config.seed}
-    out = Path(config.out).expanduser()
-    out.mkdir(parents=True, exist_ok=True)
-
-    captions = images.require_captions()
-    wanted = {
-        "samples.png": ("Sixteen prompts", list(config.prompts)),
-        "held_out.png": ("Captions never trained on", [captions[i] for i in images.val_indices[:16]]),
-    }
-    for file, (title, prompts) in wanted.items():
-        request = Request(pipeline.conditioning.encode(prompts), prompts)
-        drawn = [image for batch in draw(pipeline, request, sampler, **options) for image in to_pil(batch)]
-        grid(drawn, prompts, columns=4, title=title).save(out / file)
-        if file == "samples.png":
-            film_strip(pipeline, request, sampler, **options).save(out / "strip.png")
-
-    figures = vae.facts["figures"]
-    print(
-        f"Autoencoder on {figures['val_images']} held-out images: PSNR {figures['psnr_db']:.2f} dB, SSIM "
-        f"{figures['ssim']:.3f}; PCA of the same size {figures['pca_psnr_db']:.2f} dB; compression "
-        f"{figures['compression']:.1f}"
-    )
-    options |= {"num_samples": config.num_samples, "weights_sha256": weights_sha256(run)}
-    evaluation = report.evaluate(pipeline, images, sampler, **options)
-    saved = evaluation.save_unless_smaller(run.path / "evaluation.json", out / "evaluation.json")
-    print("\n".join([*evaluation.lines, f"all figures: {saved}"]))
-    here_s = time.perf_counter() - started
-    parts = [("stage 1", vae.facts["duration_s"]), ("stage 2", run.facts["duration_s"]), ("pictures, figures", here_s)]
-    total_s = sum(seconds for _, seconds in parts)
-    print(f"Time: {', '.join(f'{name} {seconds:.0f} s' for name, seconds in parts)}; {total_s / 60:.1f} minutes in all")
-    print(f"Look at {out / 'samples.png'}, {out / 'held_out.png'} and {out / 'strip.png'}")
-    print(f"next: {shell.tool('sample', f'run={run.path}', 'prompt=red heart')}")
-
-
-def main() -> None:
-    command.run("demo", demo)
-
+from ldm.cli.main import run
 
 if __name__ == "__main__":
-    main()
+    run("demo", "ldm.commands.demo:demo")

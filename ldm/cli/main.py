@@ -1,11 +1,16 @@
 """From the command line to a composed config: free text is quoted, mistakes become one paragraph and exit code 2."""
 
+import ast
+import difflib
 import errno
-import functools
 import os
+import pkgutil
+import runpy
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -28,7 +33,7 @@ from ldm.cli.targets import construct as construct_values
 from ldm.errors import UserError
 from ldm.files.untrusted import one_line
 from ldm.runtime import signals
-from ldm.runtime.paths import folder
+from ldm.runtime.paths import DISTRIBUTION, folder
 from ldm.tracking.run import finish_open_run
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -56,9 +61,41 @@ def prepare_images(data: DictConfig) -> Any:
     return prepare(construct(data.source), **{key: data[key] for key in keys})
 
 
+def main() -> None:
+    """`ldm COMMAND ...`: a training, or the script of that name in tools/, with the rest as its arguments."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        print(_overview())
+    elif name == "--version":
+        print(f"{DISTRIBUTION} {version(DISTRIBUTION)}")
+    elif name == "train":
+        del sys.argv[1]
+        runpy.run_module("ldm.train", run_name="__main__", alter_sys=True)
+    elif (script := folder("tools") / f"{name}.py") in _tools():
+        del sys.argv[1]
+        runpy.run_path(str(script), run_name="__main__")
+    else:
+        names = ["train", *(tool.stem for tool in _tools())]
+        near = difflib.get_close_matches(name, names, n=1) or names
+        print(one_line(f"error: ldm {name} is no command. Choose one of: {', '.join(near)}."), file=sys.stderr)
+        sys.exit(2)
+
+
+def _tools() -> list[Path]:
+    return sorted(folder("tools").glob("[a-z]*.py"))
+
+
+def _overview() -> str:
+    """Every command with the first line of its script."""
+    lines = {"train": "Train one stage: first stage=vae, then stage=diffusion."}
+    lines |= {tool.stem: ast.get_docstring(ast.parse(tool.read_text("utf-8"))) or "" for tool in _tools()}
+    rows = [f"  {name:12}{said}" for name, said in lines.items()]
+    return "\n".join(["ldm COMMAND [key=value ...]    ldm COMMAND --help shows the options of a command", "", *rows])
+
+
 def run(
     config_name: str,
-    task: Callable[[DictConfig], Any],
+    task: Callable[[DictConfig], Any] | str,
     *,
     positional: str | None = None,
     lists: Sequence[str] = (),
@@ -73,6 +110,8 @@ def run(
     traceback.
 
     Args:
+        task: A function of the config, or where one is, as package.module:name: --help and a mistake in the options
+            do not wait for its imports.
         positional: The key of a list that arguments without a key are gathered in.
         lists: Keys that take several values, as 5,10,20.
     """
@@ -101,7 +140,6 @@ def run(
         failed.append(name)
         finish_open_run()
 
-    @functools.wraps(task)
     def complete(config: DictConfig) -> None:
         sys.argv[1:] = typed  # for the record, and for the processes that Lightning starts with the same arguments
         try:
@@ -109,7 +147,7 @@ def run(
             values = with_current_targets(OmegaConf.to_container(config, resolve=True))
             settle(values)
             check_config(values, "the config", typed=typed, interpolations="any")
-            task(as_config(values))
+            (pkgutil.resolve_name(task) if isinstance(task, str) else task)(as_config(values))
         except Exception as error:
             if (number := signals.pending()) is not None:
                 raise signals.Interrupted(number) from error

@@ -1,0 +1,207 @@
+"""What our code costs beside the bare work: the training loop, and with run= the bound or the losses of stage 1."""
+
+import statistics
+import tempfile
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger
+from omegaconf import DictConfig
+from torch import Tensor
+
+from ldm.autoencoder.losses import AutoencoderLoss
+from ldm.autoencoder.regularisers import KL, Unregularised, VectorQuantised
+from ldm.cli import main as command
+from ldm.data.loaders import train_loader
+from ldm.diffusion.bound import variational_bound
+from ldm.errors import UserError
+from ldm.runs.run import Run
+from ldm.runtime.device import choose_device
+from ldm.runtime.random import Draws, sample_generators
+from ldm.sampling.request import Request
+from ldm.training.callbacks.progress import ProgressBar
+from ldm.training.modules.autoencoder import VAETraining
+from ldm.training.modules.base import TrainingModule
+from ldm.training.optim.budget import Budget
+from ldm.training.optim.ema import EMACallback
+from ldm.training.optim.factory import OptimizerFactory
+
+
+def bench(config: DictConfig) -> None:
+    if config.run is None:
+        training_loop(config)
+    elif (run := Run.open(config.run)).stage == "vae":
+        stage_1_losses(config, run)
+    else:
+        bound(config, run)
+
+
+def stage_1_losses(config: DictConfig, run: Any) -> None:
+    """A step of stage 1 with one part of the loss more each time, and lambda the way that is usually published."""
+    perceptual, adversarial = command.construct(config.perceptual.build), command.construct(config.adversarial.build)
+    if perceptual is None or adversarial is None:
+        raise UserError("A run of stage=vae is timed with every part: leave perceptual= and adversarial= to be some.")
+    device, autoencoder = choose_device(config.device), run.autoencoder()
+    images = run.image_data()
+    batch = images.batch(images.train_indices[: config.batch_size]).to(device)
+    weights = {key: value for key, value in run.config()["autoencoder"]["loss"].items() if key != "_target_"}
+    rules: dict[str, Any] = {"kl": KL, "none": Unregularised, "vq": lambda: VectorQuantised(autoencoder.codebook_size)}
+    module = VAETraining(
+        autoencoder.model.train().requires_grad_(True),
+        AutoencoderLoss(**weights),
+        rules[autoencoder.regulariser](),
+        OptimizerFactory(partial(torch.optim.AdamW, lr=0.0)),
+        seed=0,
+        flip=False,
+        pictures=Path(),
+        adversary=adversarial(),
+    ).to(device)
+    adversary: Any = module.adversary
+    optimizer = module.configure_optimizers()
+    adversary.join(device)
+    adversary.lr = 0.0
+    learn, last = adversary.learn, adversary.balance.last_layer.layer.weight
+
+    def by_autograd(draws: Draws) -> Tensor:
+        """lambda by a backward pass of each loss to the last layer, before the one that trains."""
+        made = module.regulariser.reconstruct(module.trained, batch, draws.randn)
+        distortion = module.loss(batch, made.images, made.terms)["loss"]
+        adversarial = adversary.generator_loss(made.images)
+        norms = [torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (distortion, adversarial)]
+        adversary.learn(batch, made.images)
+        return distortion + (norms[0] / (norms[1] + 1e-4)).detach() * adversarial
+
+    def step(*parts: str) -> float:
+        module.loss.perceptual = perceptual if "perceptual" in parts else None
+        module.playing, adversary.balance.weight = "adversarial" in parts, None
+        adversary.learn = learn if "discriminator" in parts else lambda *_: {}
+        draws, start = module.trial_draws(batch), time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=str(run.facts["precision"]).startswith("bf16")):
+            published = "lambda by autograd" in parts
+            loss = by_autograd(draws) if published else module.losses(batch, draws)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if "discriminator" in parts:
+            adversary.step(decay=1.0)
+        loss.item()  # an accelerator has finished only now
+        return time.perf_counter() - start
+
+    every = ("perceptual", "adversarial", "discriminator")
+    variants = {
+        "autoencoder alone": (),
+        "+ perceptual features": every[:1],
+        "+ adversarial term and lambda": every[:2],
+        "+ discriminator's own step": every,
+        "the same, lambda by autograd": (*every, "lambda by autograd"),
+    }
+    torch.set_flush_denormal(True)  # as training does
+    for parts in variants.values():
+        step(*parts)
+    rows = [[step(*parts) for parts in variants.values()] for _ in range(config.blocks)]
+    times = [statistics.median(column) for column in zip(*rows, strict=True)]
+    whole, before = times[-2], 0.0
+    print(f"{len(batch)} images of {images.resolution} px, {run.facts['precision']}, median of {config.blocks} blocks")
+    for name, seconds in zip(variants, times, strict=True):
+        ratio = f"{1000 * seconds:7.1f} ms a step, {seconds / times[0]:.2f}x the autoencoder alone"
+        share = f", adds {max(0.0, seconds - before) / whole:4.0%} of the whole" if seconds is not times[-1] else ""
+        print(f"{name:30} {ratio}{share}")
+        before = seconds
+    print(f"lambda where the gradients meet makes a step {times[-1] / whole:.2f}x as fast as lambda by autograd")
+
+
+def bound(config: DictConfig, run: Any) -> None:
+    """All T terms of one image's bound against as many bare calls of the network."""
+    pipeline = run.pipeline().to(choose_device(config.device))
+    num_steps, size, denoiser = pipeline.schedule.num_steps, config.batch_size, pipeline.denoiser()
+    z = torch.randn(size, *pipeline.latent_shape, device=pipeline.device)
+    condition = {
+        name: value.to(pipeline.device)
+        for name, value in Request.of_images(pipeline, run.image_data(), np.zeros(1, dtype=int)).condition.items()
+    }
+    repeated = {name: value.expand(size, *value.shape[1:]) for name, value in condition.items()}
+    t = torch.arange(size, device=pipeline.device)
+
+    def bare() -> float:
+        start = time.perf_counter()
+        with torch.no_grad():
+            for first in range(0, num_steps, size):
+                n = min(size, num_steps - first)
+                output = pipeline.network(z[:n], t[:n], **{name: value[:n] for name, value in repeated.items()})
+            output.cpu()  # an accelerator has finished only now
+        return time.perf_counter() - start
+
+    def ours() -> float:
+        generators, variance = sample_generators(0, [0]), pipeline.variance
+        start = time.perf_counter()
+        variational_bound(denoiser, z[:1], condition, generators=generators, variance=variance, batch_size=size)
+        return time.perf_counter() - start
+
+    bare(), ours()
+    rows = [(bare(), ours()) for _ in range(config.blocks)]
+    for alone, with_bound in rows:
+        print(f"{num_steps} bare calls of the network {alone:.2f} s, all {num_steps} terms {with_bound:.2f} s")
+    ratio = statistics.median(with_bound / alone for alone, with_bound in rows)
+    print(f"the bound costs {ratio:.3f}x the bare network (median of {config.blocks} blocks, batches of {size})")
+
+
+def training_loop(config: DictConfig) -> None:
+    """Our Trainer with its callbacks on a step that does nothing, against a bare loop."""
+
+    class NoOp(TrainingModule):
+        def losses(self, batch: object, draws: Draws) -> dict[str, torch.Tensor]:
+            return {"loss": self.trained.weight.sum()}
+
+    def make() -> NoOp:
+        optimizer = OptimizerFactory(partial(torch.optim.AdamW, lr=1e-3, fused=True))
+        return NoOp(torch.nn.Linear(1, 1), optimizer, seed=0)
+
+    def loader() -> torch.utils.data.DataLoader:
+        return train_loader(lambda indices, epochs: indices, np.arange(1000), batch_size=8, seed=0)
+
+    def bare() -> float:
+        module, batches = make(), iter(loader())
+        optimizer = module.configure_optimizers()
+        start = time.perf_counter()
+        for _ in range(config.steps):
+            next(batches)
+            loss = module.trained.weight.sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return (time.perf_counter() - start) / config.steps
+
+    def ours(folder: Path) -> float:
+        budget = Budget(max_steps=config.steps, warmup_steps=100)
+        trainer = Trainer(
+            accelerator="cpu",
+            max_steps=config.steps,
+            callbacks=[budget, EMACallback(0.999), ProgressBar(budget, 8, 50, "no-op")],
+            logger=CSVLogger(folder),
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            use_distributed_sampler=False,
+            gradient_clip_val=1.0,
+            log_every_n_steps=50,
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.fit(make(), loader())
+        return budget.elapsed_s / config.steps
+
+    bare()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for block in range(config.blocks):
+            rows.append((bare(), ours(Path(folder) / str(block))))
+    added = [1000 * (with_loop - alone) for alone, with_loop in rows]
+    for alone, with_loop in rows:
+        print(f"bare loop {1000 * alone:.3f} ms per step, ours {1000 * with_loop:.3f} ms")
+    print(f"the training loop adds {statistics.median(added):.3f} ms to a step (median of {config.blocks} blocks)")

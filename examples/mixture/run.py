@@ -1,0 +1,6 @@
+"""Noise into many modes: a mixture of Gaussians, sampled with a trained network and with the exact denoiser."""
+
+from ldm.cli.main import run
+
+if __name__ == "__main__":
+    run("mixture", "examples.mixture.study:mixture")

@@ -1,0 +1,190 @@
+"""A mixture through both chains, counted mode by mode against the truth: figures, a table and a picture."""
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import chi2, chisquare
+from torch import Tensor
+
+from examples.mixture.figure import POINTS, draw
+from examples.mixture.mixture import (
+    ExactDenoiser,
+    Mixture,
+    ascend,
+    descend,
+    five_modes,
+    mean_loss,
+    train,
+)
+from ldm.cli.main import construct
+from ldm.diffusion.denoiser import DenoiserLike
+from ldm.diffusion.sampler import SamplerLike
+from ldm.diffusion.schedule import NoiseSchedule
+from ldm.errors import UserError
+from ldm.runtime.device import choose_device
+from ldm.runtime.random import derive_seed
+from ldm.sampling.draw import describe
+
+STRAY = 4.0
+"""A sample is astray that is more standard deviations than this from the centre of its mode."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """What came out: all figures by name, the modes as a table, and both chains as a picture."""
+
+    figures: dict[str, Any]
+    table: Table
+    picture: Figure
+
+    def save(self, folder: Path) -> None:
+        """Write mixture.json and mixture.png."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "mixture.json").write_text(json.dumps(self.figures, indent=2) + "\n", encoding="utf-8")
+        self.picture.savefig(folder / "mixture.png", facecolor="white")
+
+
+def mixture(config: DictConfig) -> None:
+    """`python examples/mixture/run.py`."""
+    found = study(
+        construct(config.schedule),
+        construct(config.sampler),
+        steps=config.steps,
+        num_samples=config.num_samples,
+        seed=config.seed,
+        device=choose_device(config.device),
+    )
+    out = Path(config.out).expanduser()
+    found.save(out)
+    Console().print(found.table)
+    print(f"both chains as a picture: {out / 'mixture.png'}; all figures: {out / 'mixture.json'}")
+
+
+def study(
+    schedule: NoiseSchedule,
+    sampler: SamplerLike,
+    *,
+    steps: int,
+    num_samples: int,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    mixture: Mixture | None = None,
+) -> Study:
+    """Train on the mixture, sample with the network and with the exact denoiser, count the modes.
+
+    Both start from the same noise and draw the same noise on the way.
+
+    Raises:
+        UserError: a number that is none or too small, a sampler that does not fit the chain or the network.
+    """
+    mixture = mixture or five_modes()
+    check(mixture, schedule, sampler, steps=steps, num_samples=num_samples, seed=seed)
+    started = time.perf_counter()
+    network = train(mixture, schedule, steps=steps, seed=seed, device=device)
+    training_s = time.perf_counter() - started
+    denoisers: dict[str, DenoiserLike] = {"exact": ExactDenoiser(schedule, mixture), "trained": network}
+    descents, measured = {}, {}
+    for name, denoiser in denoisers.items():
+        generator = torch.Generator().manual_seed(derive_seed(seed, 3))
+        z_T = torch.randn(num_samples, mixture.means.shape[1], generator=generator).to(device)
+        started = time.perf_counter()
+        descents[name] = descend(denoiser, sampler, z_T, generator, f"sampling, {name}")
+        measured[name] = {
+            "sampling_s": time.perf_counter() - started,
+            "loss": mean_loss(denoiser, mixture, seed=seed, device=device),
+            **count_modes(mixture, schedule, descents[name].z_0),
+        }
+    ends = [mixture.mode_of(schedule, descents[name].z_0) for name in denoisers]
+    figures = {
+        "seed": seed,
+        "steps": steps,
+        "num_samples": num_samples,
+        "T": schedule.num_steps,
+        "schedule": schedule.name,
+        "sampler": describe(sampler),
+        "device": str(device),
+        "training_s": training_s,
+        "stray_of_data": float(chi2.sf(STRAY**2, mixture.means.shape[1])),
+        "means": mixture.means.tolist(),
+        "weights": mixture.weights.tolist(),
+        "variance": mixture.variance,
+        **measured,
+        "same_mode": (ends[0] == ends[1]).double().mean().item(),
+    }
+    generator = torch.Generator().manual_seed(derive_seed(seed, 4))
+    z_0, origin = mixture.sample(min(POINTS, num_samples), generator)
+    forward = ascend(schedule, z_0, list(descents["trained"].frames), generator)
+    picture = draw(mixture, schedule, figures, forward, origin, descents["trained"])
+    return Study(figures, tabulate(figures), picture)
+
+
+def check(
+    mixture: Mixture, schedule: NoiseSchedule, sampler: SamplerLike, *, steps: int, num_samples: int, seed: int
+) -> None:
+    """Refuse what cannot be studied, before the training.
+
+    Raises:
+        UserError: naming the key, its value and the rule.
+    """
+    for key, value in (("steps", steps), ("num_samples", num_samples), ("seed", seed)):
+        if not isinstance(value, int):
+            raise UserError(f"{key}={value} must be a whole number.")
+    if steps < 1:
+        raise UserError(f"steps={steps} must be at least 1: it is how long the network is trained.")
+    rarest = mixture.weights.min().item()
+    if num_samples * rarest < 5:
+        raise UserError(
+            f"num_samples={num_samples} must be at least {math.ceil(5 / rarest)}: a chi-square test wants five samples "
+            f"in the rarest mode, which has {rarest:.0%} of them."
+        )
+    try:
+        sampler.check(schedule)
+    except ValueError as error:
+        raise UserError(f"sampler={sampler.method} with {sampler.steps} steps: {error}.") from error
+    if (variance := getattr(sampler, "variance", None)) in ("learned_range", "optimal"):
+        raise UserError(f"sampler.variance={variance}: Sigma is fixed here. Choose fixed_small or fixed_large.")
+
+
+def count_modes(mixture: Mixture, schedule: NoiseSchedule, z_0: Tensor) -> dict[str, Any]:
+    """How many samples are in each mode, and by Pearson's test how often chance alone is as far from the weights.
+
+    stray is the share of samples more than STRAY standard deviations from the centre of their mode.
+    """
+    mode = mixture.mode_of(schedule, z_0)
+    counts = mode.bincount(minlength=len(mixture.weights))
+    share = counts.double() / len(z_0)
+    distance = (z_0 - mixture.means.to(z_0)[mode]).norm(dim=1)
+    test = chisquare(counts.numpy(), mixture.weights.numpy() * len(z_0))
+    return {
+        "counts": counts.tolist(),
+        "shares": share.tolist(),
+        "standard_errors": (share * (1 - share) / len(z_0)).sqrt().tolist(),
+        "chi_square": float(test.statistic),
+        "p_value": float(test.pvalue),
+        "stray": (distance > STRAY * mixture.variance**0.5).double().mean().item(),
+    }
+
+
+def tabulate(figures: dict[str, Any]) -> Table:
+    """Weight and shares mode by mode; below them what is said of all."""
+    table = Table(title=f"{figures['num_samples']} samples, {figures['sampler']}, T = {figures['T']}")
+    for name in ("mode", "true weight", "exact denoiser", "trained network"):
+        table.add_column(name, justify="left" if name == "mode" else "right")
+    both = [figures["exact"], figures["trained"]]
+    for mode, weight in enumerate(figures["weights"]):
+        shares = (f"{part['shares'][mode]:.1%} +- {part['standard_errors'][mode]:.1%}" for part in both)
+        table.add_row(str(mode + 1), f"{weight:.1%}", *shares, end_section=mode + 1 == len(figures["weights"]))
+    table.add_row("chi-square p", "", *(f"{part['p_value']:.3g}" for part in both))
+    stray = (figures["stray_of_data"], *(part["stray"] for part in both))
+    table.add_row(f"beyond {STRAY:g} std", *(f"{share:.2%}" for share in stray))
+    table.add_row("L_simple in v", "", *(f"{part['loss']:.4f}" for part in both))
+    return table

@@ -1,0 +1,1 @@
+"""What each command does with its config; the scripts in tools/ name these functions."""

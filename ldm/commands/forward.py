@@ -1,0 +1,23 @@
+"""The forward chain on one image, decoded at chosen t."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from ldm.data.pixels import read_image
+from ldm.image_grid import grid, to_pil
+from ldm.runs.run import Run
+from ldm.runtime.device import choose_device
+
+
+def forward(config: DictConfig) -> None:
+    run = Run.open(config.run)
+    pipeline = run.pipeline().to(choose_device(config.device))
+    image = read_image(config.image, pipeline.contract.resolution)
+    steps, frames = pipeline.forward_chain(image, steps=config.steps, seed=config.seed)
+    out = Path(config.out).expanduser() if config.out else run.images / "forward.png"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    captions = ["image", *(f"t = {t}" for t in steps)]
+    title = f"The forward chain, T = {pipeline.schedule.num_steps}: z_t decoded"
+    grid([*to_pil(image), *to_pil(frames)], captions, columns=6, title=title).save(out)
+    print(f"z_t decoded at t = {', '.join(map(str, steps))}: {out}")

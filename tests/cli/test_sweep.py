@@ -1,0 +1,121 @@
+"""Several trainings from one command line, by Hydra's -m or a W&B agent: runs of their own, failures with a name."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
+
+import ldm.runs.resume
+from ldm.runtime.paths import folder
+from ldm.tracking import run as tracking
+
+ROOT = Path(__file__).parents[2]
+SWEEP = yaml.safe_load((ROOT / "docs" / "wandb_sweep.yaml").read_text(encoding="utf-8"))
+SHORT = [
+    "trainer=cpu",
+    "trainer.max_time=null",
+    "trainer.max_steps=2",
+    "trainer.val_check_interval=2",
+    "trainer.precision=32-true",
+    "autoencoder.model.block_out_channels=[32]",
+    "logger=csv",
+]
+
+
+@pytest.fixture(scope="module")
+def swept(make_images, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A folder in which two of three jobs were trained, the one between them having asked for too large a batch."""
+    place = tmp_path_factory.mktemp("sweep")
+    make_images(place / "squares", 40)
+    data = ["data=image_folder", "data.path=squares", "data.resolution=16"]
+    command = [sys.executable, "-m", "ldm.train", "-m", "stage=vae", *data, *SHORT, "batch_size=8,64,4"]
+    environment = {
+        "PYTHONPATH": str(ROOT),
+        "LDM_CACHE": str(place / "cache"),
+        "PYTHONUTF8": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        command, cwd=place, env={**os.environ, **environment}, capture_output=True, text=True, encoding="utf-8"
+    )
+    return place, done
+
+
+def test_each_job_of_a_sweep_is_a_run_of_its_own(swept):
+    place, done = swept
+    runs = sorted((place / "runs/vae").glob("[!.]*"), key=lambda run: run.name[-1])
+    assert [run.name[-2:] for run in runs] == ["-0", "-2"], done.stderr
+    for run, batch_size in zip(runs, (8, 4), strict=True):
+        assert OmegaConf.load(run / "config.yaml").batch_size == batch_size
+        facts = json.loads((run / "run.json").read_text())
+        assert facts["finished"] and facts["figures"]["steps"] == 2 and facts["name"] == run.name
+
+
+def test_a_job_that_fails_is_named_and_stops_no_other(swept):
+    _, done = swept
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    first, last = done.stderr.strip().splitlines()[-2:]
+    assert first.startswith("error in job 1 (batch_size=64): There are ") and "fewer than batch_size=64" in first
+    assert last == "error: 1 of the jobs failed: job 1 (batch_size=64)"
+
+
+def test_jobs_of_the_same_second_have_names_of_their_own(monkeypatch, tmp_path):
+    monkeypatch.setattr(ldm.runs.resume.time, "strftime", lambda form: "20260101-000000")
+    config = OmegaConf.create({"name": None, "runs_dir": str(tmp_path), "resume": False, "overwrite": False})
+    found = []
+    for mode, number in ((RunMode.RUN, None), (RunMode.MULTIRUN, 0), (RunMode.MULTIRUN, 1)):
+        choices = {"stage": "vae", "data": "squares", "autoencoder": "patch"}
+        hydra = SimpleNamespace(mode=mode, job=SimpleNamespace(num=number), runtime=SimpleNamespace(choices=choices))
+        monkeypatch.setattr(HydraConfig, "get", staticmethod(lambda hydra=hydra: hydra))
+        monkeypatch.setenv(ldm.runs.resume.RUN_NAME, "")
+        found.append(ldm.runs.resume.run_folder(config, main_process=True).name)
+    assert found == [f"squares-patch-20260101-000000{end}" for end in ("", "-0", "-1")]
+
+
+def test_a_failed_job_leaves_no_open_wandb_run(monkeypatch):
+    """The next job in the process would log into it."""
+    ended = []
+    open_run = SimpleNamespace(finish=lambda exit_code: ended.append(exit_code))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(run=open_run))
+    tracking.finish_open_run()
+    assert ended == [1]
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(run=None))
+    tracking.finish_open_run()
+
+
+def trials(key: str, position: int) -> dict:
+    """A trial as W&B's server sends it, with that value of one key and the first of the others."""
+    values = {name: options["values"][0] for name, options in SWEEP["parameters"].items()}
+    values[key] = SWEEP["parameters"][key]["values"][position]
+    return {"args": {name: {"value": value} for name, value in values.items()}}
+
+
+@pytest.mark.parametrize("key", SWEEP["parameters"])
+def test_the_wandb_sweep_calls_the_command_line(key):
+    assert set(SWEEP) == {"program", "command", "method", "metric", "parameters"}
+    assert SWEEP["command"][:4] == ["${env}", "${interpreter}", "-m", "${program}"] and SWEEP["program"] == "ldm.train"
+    for position, value in enumerate(SWEEP["parameters"][key]["values"]):
+        expanded = create_sweep_command_args(trials(key, position))["args_no_hyphens"]
+        assert f"{key}={value}" in expanded and SWEEP["command"][-1] == "${args_no_hyphens}"
+        with initialize_config_dir(str(folder("conf")), version_base="1.3"):
+            config = compose("train", [*SWEEP["command"][4:-1], *expanded])
+        assert OmegaConf.select(config, key) == value
+
+
+def test_the_wandb_sweep_asks_for_a_figure_that_is_logged(swept):
+    place, _ = swept
+    (metrics,) = (place / "runs/vae").glob("*-0/metrics.csv")
+    with metrics.open(newline="") as file:
+        assert SWEEP["metric"]["name"] in next(csv.reader(file))
+    assert SWEEP["metric"]["goal"] == "maximize"

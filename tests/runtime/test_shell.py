@@ -1,0 +1,61 @@
+"""ldm.runtime.shell: printed commands mean the same when they are typed."""
+
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from ldm.runtime import shell
+
+AWKWARD = [
+    "python",
+    "-m",
+    "ldm.train",
+    'data.path=it\'s a/"folder"',
+    "name=$HOME `x` %PATH%",
+    "betas=[0.9,0.99]",
+    "x=a;b",
+]
+
+
+def test_a_posix_shell_reads_what_was_meant():
+    assert shlex.split(shell.join(AWKWARD, windows=False)) == AWKWARD
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["python", "-m", "ldm.train", "stage=vae"], "python -m ldm.train stage=vae"),
+        (["data.path=C:\\My Photos\\a"], '"data.path=C:\\My Photos\\a"'),
+        (["data.path=C:\\photos"], "data.path=C:\\photos"),
+        (["n=[1,2]", "x=(a)", "y=a&b", "z=@b", "it's"], '"n=[1,2]" "x=(a)" "y=a&b" "z=@b" "it\'s"'),
+        (["data.path=C:\\My Photos\\"], '"data.path=C:\\My Photos\\\\"'),
+        (["--config-dir=my.configs"], '"--config-dir=my.configs"'),
+        (["p=a$b it's"], "\"p=a$b it's\" (in PowerShell: 'p=a$b it''s')"),
+        (['p=a "b"'], '"p=a \\"b\\"" (in PowerShell: \'p=a "b"\')'),
+    ],
+)
+def test_on_windows_both_shells_read_what_was_meant(arguments, text):
+    """PowerShell splits at commas and at the dot of an option, and takes @, (, & and ; for its own."""
+    assert shell.join(arguments, windows=True) == text
+
+
+def test_the_interpreter_is_the_one_that_runs(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    here = Path(sys.executable).absolute()
+    monkeypatch.setenv("PATH", str(here.parent))
+    assert shell.train("stage=vae") == "python -m ldm.train stage=vae"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert shell.train("stage=vae") == f"{here} -m ldm.train stage=vae"
+    monkeypatch.chdir(here.parents[1])
+    assert shell.train() == f"{Path(here.parent.name, here.name)} -m ldm.train", "from where it is printed"
+
+
+def test_a_tool_is_found_from_any_folder(monkeypatch, tmp_path):
+    root = Path(__file__).parents[2]
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    monkeypatch.chdir(root)
+    assert shell.tool("sample", "run=a b") == f"python {Path('tools', 'sample.py')} 'run=a b'"
+    monkeypatch.chdir(tmp_path)
+    assert shell.tool("sample") == f"python {root / 'tools' / 'sample.py'}"
