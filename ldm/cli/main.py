@@ -16,6 +16,7 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
@@ -26,6 +27,7 @@ from omegaconf.errors import (
 from safetensors import SafetensorError
 
 from ldm.cli.arguments import bracket_lists, check_arguments, escape, gather, quote_free_text
+from ldm.cli.command_line import SEARCH_PATH, CommandLine
 from ldm.cli.config_files import check_foreign_files
 from ldm.cli.options import settle
 from ldm.cli.targets import check_config, with_current_targets
@@ -51,14 +53,6 @@ def construct(config: Any, **options: Any) -> Any:
     """What a part of a config describes, made: `_target_` with the rest as its arguments, and `options` besides."""
     values = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
     return construct_values(values, **options)
-
-
-def prepare_images(data: DictConfig) -> Any:
-    """The ImageData of a config's `data` group, prepared and cached where it was not yet."""
-    from ldm.data.images import prepare
-
-    keys = ("resolution", "resize", "cache_dir", "val_fraction", "max_bad_fraction", "max_pixels")
-    return prepare(construct(data.source), **{key: data[key] for key in keys})
 
 
 def main() -> None:
@@ -115,56 +109,19 @@ def run(
         positional: The key of a list that arguments without a key are gathered in.
         lists: Keys that take several values, as 5,10,20.
     """
-    verbose = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
-    typed = sys.argv[1:]
-    sweeps = any(argument in ("-m", "--multirun") for argument in typed)
-    failed: list[str] = []
-
-    def report(error: Exception) -> None:
-        message = explain(error)
-        if message is None:
-            raise error
-        if verbose:
-            traceback.print_exc()
-        print(one_line(f"error: {message}"), file=sys.stderr)
-        sys.exit(2)
-
-    def report_job(error: Exception) -> None:
-        job = HydraConfig.get()
-        own = [override for override in job.overrides.task if override not in typed]  # not those of every job
-        name = f"job {job.job.num} ({' '.join(own)})"
-        message = explain(error)
-        if message is None or verbose:
-            traceback.print_exception(error)
-        print(one_line(f"error in {name}: {message or repr(error)}"), file=sys.stderr)
-        failed.append(name)
-        finish_open_run()
-
-    def complete(config: DictConfig) -> None:
-        sys.argv[1:] = typed  # for the record, and for the processes that Lightning starts with the same arguments
-        try:
-            require_values(config)
-            values = with_current_targets(OmegaConf.to_container(config, resolve=True))
-            settle(values)
-            check_config(values, "the config", typed=typed, interpolations="any")
-            (pkgutil.resolve_name(task) if isinstance(task, str) else task)(as_config(values))
-        except Exception as error:
-            if (number := signals.pending()) is not None:
-                raise signals.Interrupted(number) from error
-            (report_job if sweeps else report)(error)  # here already: Hydra would print a line of its own first
-
+    command = _Command(task)
     try:
-        check_arguments(typed)
-        arguments = typed if positional is None else gather(typed, positional)
-        sys.argv[1:] = arguments if sweeps else bracket_lists(quote_free_text(arguments), lists)
+        check_arguments(command.typed)
+        arguments = command.typed if positional is None else gather(command.typed, positional)
+        sys.argv[1:] = arguments if command.sweeps else bracket_lists(quote_free_text(arguments), lists)
     except UserError as error:
-        report(error)
+        command.report(error)
     check_foreign_files()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to Hydra's own report
-    application = hydra.main(version_base="1.3", config_path=str(folder("conf")), config_name=config_name)(complete)
+    start = hydra.main(version_base="1.3", config_path=str(folder("conf")), config_name=config_name)(command.run_job)
     try:
         with signals.handled():
-            application()
+            start()
     except signals.Interrupted as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(stopped.code)
@@ -175,10 +132,72 @@ def run(
         if (number := signals.pending()) is not None:  # a library took the interruption for an error of its own
             print(signals.Interrupted(number), file=sys.stderr)
             sys.exit(128 + number)
-        report(error)
-    if failed:
+        command.report(error)
+    if failed := command.failed:
         print(one_line(f"error: {len(failed)} of the jobs failed: {'; '.join(failed)}"), file=sys.stderr)
         sys.exit(2)
+
+
+class _Command:
+    """One command line: its jobs, and what is said of those that fail."""
+
+    def __init__(self, task: Callable[[DictConfig], Any] | str) -> None:
+        self.task = task
+        self.typed = sys.argv[1:]
+        self.sweeps = any(argument in ("-m", "--multirun") for argument in self.typed)
+        self.verbose = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
+        self.failed: list[str] = []
+
+    def run_job(self, config: DictConfig) -> None:
+        """What Hydra calls with each composed config."""
+        sys.argv[1:] = self.typed  # for the record, and for the processes that Lightning starts with the same arguments
+        try:
+            require_values(config)
+            values = with_current_targets(OmegaConf.to_container(config, resolve=True))
+            settle(values)
+            check_config(values, "the config", typed=self.typed, interpolations="any")
+            task = pkgutil.resolve_name(self.task) if isinstance(self.task, str) else self.task
+            task(as_config(values))
+        except Exception as error:
+            if (number := signals.pending()) is not None:
+                raise signals.Interrupted(number) from error
+            (self.report_job if self.sweeps else self.report)(error)  # here: Hydra would print a line of its own first
+
+    def report(self, error: Exception) -> None:
+        """Say what was wrong, and exit with 2; an error of ours is raised."""
+        message = explain(error)
+        if message is None:
+            raise error
+        if self.verbose:
+            traceback.print_exc()
+        print(one_line(f"error: {message}"), file=sys.stderr)
+        sys.exit(2)
+
+    def report_job(self, error: Exception) -> None:
+        """Say what was wrong with a job, and let the others run."""
+        job = command_line()
+        own = [override for override in job.overrides if override not in self.typed]  # not those of every job
+        name = f"job {job.job} ({' '.join(own)})"
+        message = explain(error)
+        if message is None or self.verbose:
+            traceback.print_exception(error)
+        print(one_line(f"error in {name}: {message or repr(error)}"), file=sys.stderr)
+        self.failed.append(name)
+        finish_open_run()
+
+
+def command_line() -> CommandLine:
+    """What was typed, once Hydra has composed the config."""
+    state = HydraConfig.get()
+    return CommandLine(
+        program=sys.argv[0],
+        arguments=tuple(sys.argv[1:]),
+        overrides=tuple(state.overrides.task),
+        search_path=tuple(option for option in state.overrides.hydra if option.startswith(SEARCH_PATH)),
+        choices=dict(state.runtime.choices),
+        config_name=state.job.config_name,
+        job=state.job.num if state.mode == RunMode.MULTIRUN else None,
+    )
 
 
 def as_config(values: Any) -> DictConfig:
@@ -193,6 +212,7 @@ def as_config(values: Any) -> DictConfig:
 
     config = OmegaConf.create(literal(values))
     OmegaConf.set_struct(config, True)
+    OmegaConf.set_readonly(config, True)  # what was checked is what is used
     return config
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from ldm.cli import main as command
+from ldm.cli.images import prepare_images
 from ldm.errors import UserError
 from ldm.evaluation.data.report import NO_FEATURES, inspect
 from ldm.evaluation.data.summary import advice, tabulate
@@ -19,7 +19,7 @@ from ldm.tracking.run import track_report
 def data(config: DictConfig) -> None:
     check(config)
     device = choose_device(config.device)
-    images = command.prepare_images(config.data)
+    images = prepare_images(config.data)
     options = {key: config[key] for key in ("features", "max_bits", "max_levels", "seed")}
     report = inspect(images, device=device, **options)
     report.figures["what_to_do"] = list(advice(report.figures))

@@ -1,14 +1,13 @@
 """How many latent dimensions images need: of one autoencoder, its channels and spectra; of a sweep, sizes compared."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 
 from ldm.cli import main as command
+from ldm.cli.images import prepare_images
 from ldm.errors import UserError
 from ldm.evaluation.latents import sweep_report as report
 from ldm.evaluation.latents import sweep_runs as runs
@@ -49,7 +48,8 @@ def measure_run(config: DictConfig, options: dict[str, Any]) -> None:
 
 def sweep_sizes(config: DictConfig, options: dict[str, Any]) -> None:
     """An autoencoder of each size, and what each is worth."""
-    resolution, choice = config.data.resolution, HydraConfig.get().runtime.choices["data"]
+    resolution, typed = config.data.resolution, command.command_line()
+    choice = typed.choices["data"]
     if type(resolution) is not int or resolution < 1:
         raise UserError(f"data.resolution={resolution} must be a whole number of 1 at least.")
     name = config.name or f"{choice}-{resolution}"
@@ -57,7 +57,7 @@ def sweep_sizes(config: DictConfig, options: dict[str, Any]) -> None:
         raise UserError(f"name={name} must be a plain folder name. Choose another place with runs_dir=.")
     report.check(config.features, config.target_psnr_db, config.num_images, config.seed, config.batch_size)
     # as they were typed, for the training's own front door to read
-    data = [argument for argument in sys.argv[1:] if argument.lstrip("+~").startswith("data.")]
+    data = [argument for argument in typed.arguments if argument.lstrip("+~").startswith("data.")]
     trainings = plan(
         parse_sizes(config.sweep, resolution),
         parse_losses(config.losses),
@@ -66,7 +66,7 @@ def sweep_sizes(config: DictConfig, options: dict[str, Any]) -> None:
         extra=parse_list(config.train),
     )
     if config.features != report.NO_FEATURES:  # what it lacks shows now, and a classifier is trained before the rest
-        load_features(config.features, command.prepare_images(config.data))
+        load_features(config.features, prepare_images(config.data))
     folder = Path(config.runs_dir).expanduser() / "sweeps" / name
     console = Console(highlight=False)
     console.print(runs.tabulate(trainings, folder, resolution))

@@ -11,6 +11,7 @@ from ldm.errors import UserError
 from ldm.files.arrays import Layout, changed, digests
 from ldm.files.reading import MISSING, retried, unreadable
 from ldm.files.untrusted import read_array, read_json
+from ldm.runtime.launcher import is_started_by_first_rank
 
 FORMAT_VERSION = 1
 """Of the cache folder. A folder that says another number is prepared again."""
@@ -64,7 +65,7 @@ def damage(folder: Path) -> str | None:
         if not {"sha256", "pixels_sha256"} & set(index):
             return None
         bad = [] if index["sha256"] == _sha256_of(index) else [INDEX_FILE]
-        rows = changed(folder / IMAGES_FILE, layout, index["pixels_sha256"])
+        rows = changed(folder / IMAGES_FILE, layout, index["pixels_sha256"], length_only=is_started_by_first_rank())
         bad += [f"images {part.start} to {part.stop - 1} in {IMAGES_FILE}" for part in rows]
     except (*MISSING, EOFError, ValueError, KeyError, TypeError, AttributeError):
         return "it is not whole"

@@ -61,10 +61,11 @@ def _digest(path: Path, layout: Layout, rows: range) -> str:
     return retried(read, path)
 
 
-def changed(path: Path, layout: Layout, known: Sequence[str]) -> list[range]:
+def changed(path: Path, layout: Layout, known: Sequence[str], *, length_only: bool = False) -> list[range]:
     """The rows of the chunks that are not what they were; all, where the file's length is another.
 
-    In a process that a first rank started the length alone is compared: that one has compared the bytes.
+    Args:
+        length_only: Another process has compared the bytes.
 
     Raises:
         OSError: the file cannot be read.
@@ -72,15 +73,10 @@ def changed(path: Path, layout: Layout, known: Sequence[str]) -> list[range]:
     chunks = layout.chunks()
     if len(known) != len(chunks) or path.stat().st_size != layout.num_bytes:
         return [range(layout.num_rows)]
-    if _started_by_first_rank():
+    if length_only:
         return []
     found = digests(path, layout, chunks)
     return [rows for rows, one, other in zip(chunks, found, known, strict=True) if one != other]
-
-
-def _started_by_first_rank() -> bool:
-    """Whether Lightning started this process, from one that came as far as training. torchrun starts all at once."""
-    return os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ
 
 
 def check_length(array: np.ndarray) -> None:

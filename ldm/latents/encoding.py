@@ -27,6 +27,7 @@ from ldm.errors import UserError
 from ldm.files.arrays import Layout, changed, digests
 from ldm.files.atomic import write_text
 from ldm.files.reading import MISSING, retried, unreadable
+from ldm.runtime.launcher import is_started_by_first_rank
 
 MOMENTS_FILE = "moments.npy"
 JOURNAL_FILE = "chunks.json"
@@ -104,7 +105,7 @@ def check_moments(folder: Path) -> None:
     try:
         journal = _read_journal(folder)
         layout = Layout(*(journal[key] for key in ("header_bytes", "row_bytes", "num_rows", "chunk_rows")))
-        bad = changed(folder / MOMENTS_FILE, layout, journal["sha256"])
+        bad = changed(folder / MOMENTS_FILE, layout, journal["sha256"], length_only=is_started_by_first_rank())
     except (*MISSING, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{folder / JOURNAL_FILE}, which says what {MOMENTS_FILE} holds, does not fit ({error}). {_remedy(folder)}"

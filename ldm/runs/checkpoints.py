@@ -127,7 +127,7 @@ def prune(folder: Path, branch: list[Manifest], keep_last: int) -> None:
             path.unlink()  # a kill came between the checkpoint and its manifest
 
 
-def find_checkpoint(folder: Path, resume: bool | str | None, *, stage: str, quiet: bool = False) -> Manifest | None:
+def find_checkpoint(folder: Path, resume: bool | Path, *, stage: str, quiet: bool = False) -> Manifest | None:
     """The checkpoint to continue from: the newest whole one of the run folder, or the file that is named.
 
     None to start anew: nothing was asked for, or nothing was saved yet, so that a job that is started again and again
@@ -138,8 +138,8 @@ def find_checkpoint(folder: Path, resume: bool | str | None, *, stage: str, quie
     """
     if not resume:
         return None
-    if resume not in (True, "true"):
-        return _named(Path(str(resume)).expanduser(), stage)
+    if isinstance(resume, Path):
+        return _named(resume, stage)
     place = folder / FOLDER
     known = manifests(place, quiet=quiet)
     for manifest in known:

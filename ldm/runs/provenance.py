@@ -1,8 +1,7 @@
-"""What made a run: the command, the machine, the commit, the versions of what it stands on."""
+"""What made a run: the machine, the commit, the versions of what it stands on."""
 
 import platform
 import subprocess
-import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,7 +13,7 @@ PACKAGES = (DISTRIBUTION, "torch", "lightning", "diffusers", "transformers", "hy
 
 
 def provenance() -> dict[str, Any]:
-    """Command, time, machine, commit and library versions."""
+    """Time, machine, commit and library versions."""
     versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
@@ -22,7 +21,6 @@ def provenance() -> dict[str, Any]:
         except PackageNotFoundError:
             versions[package] = None
     return {
-        "command": " ".join(sys.argv),
         "started": time.time(),
         "python": platform.python_version(),
         "machine": platform.machine(),

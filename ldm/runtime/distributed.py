@@ -6,9 +6,15 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 Value = TypeVar("Value")
+
+
+def is_main_process() -> bool:
+    """Whether this is the first of the processes, or the only one; known before they find each other."""
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def from_first(value: Value) -> Value:

@@ -8,7 +8,6 @@ same Ctrl-C, which the terminal sent and a wrapper passed on.
 
 import os
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -112,22 +111,6 @@ def release() -> None:
 def pending() -> int | None:
     """The signal that asks to stop, if there is one."""
     return _received.first
-
-
-def requeue() -> str:
-    """Under SLURM, ask for the job to be started again later; says in words whether that was granted."""
-    job = os.environ.get("SLURM_JOB_ID")
-    if (array := os.environ.get("SLURM_ARRAY_JOB_ID")) is not None:
-        job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    if job is None:
-        return ""
-    try:
-        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f". SLURM could not be asked to start job {job} again: {error}"
-    if done.returncode:
-        return f". SLURM does not start job {job} again: {' '.join(done.stderr.split())}"
-    return f". SLURM starts job {job} again"
 
 
 def leave_to_parent(_: int = 0) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from signal import Signals
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
@@ -53,6 +54,10 @@ def check_trainer(options: Mapping[str, Any]) -> None:
         raise UserError(f"Training needs {', '.join(missing)}: leave what trainer= sets there, or give it a value.")
     if "fsdp" in str(options.get("strategy")).lower():
         raise UserError("trainer=fsdp does not work yet: use trainer=ddp, which keeps the whole network on every GPU.")
+    if options["accelerator"] in ("gpu", "cuda") and not (
+        torch.cuda.is_available() or torch.backends.mps.is_available()
+    ):
+        raise UserError("This trainer= needs a GPU, and torch finds none here. Choose trainer=cpu or trainer=auto.")
     guard_of(options, Path("skipped_steps.jsonl"))
     precision = named_precision(options["precision"])
     make_trainer(options, "32-true" if precision == "auto" else precision, logger=False, enable_checkpointing=False)
@@ -183,20 +188,27 @@ class Fit:
             default_root_dir=plan.folder,
         )
 
+    def log_to(self, loggers: Sequence[Logger]) -> None:
+        """From here on metrics go to these."""
+        self.plan = replace(self.plan, loggers=loggers)
+        self.trainer.loggers = list(loggers)
+
     def to_the_end(self, make_stage: Callable[[], Stage]) -> "Fit":
-        """Run this fit, and those that go on where it rolled back; the last of them.
+        """Run this fit, and those that go on where it rolled back; the last of them. Nothing runs of a stage that
+        takes its weights as they come.
 
         Raises:
             Interrupted: a signal asked to stop; what was reached is saved.
             UserError: training diverged.
         """
         fit = self
-        while True:
+        while fit.plan.stage.trains:
             try:
                 fit.run()
-                return fit
+                break
             except RollBack as asked:
                 fit = fit.after(asked, make_stage)
+        return fit
 
     def after(self, asked: RollBack, make_stage: Callable[[], Stage]) -> "Fit":
         """The fit that goes on from a checkpoint from before the steps that went wrong, else from the beginning."""

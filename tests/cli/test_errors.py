@@ -145,11 +145,11 @@ def test_numbers_that_mean_whole_ones(call, place, monkeypatch):
     monkeypatch.setenv("LDM_CACHE", str(place / "cache"))
     seen = []
 
-    def look(folder, config, *_, **__):
+    def look(config):
         assert choose_precision(config.trainer.precision, "cpu") == "32-true"
         seen.append((config.trainer.max_steps, type(config.trainer.max_steps), config.name, config.seed))
 
-    monkeypatch.setattr(ldm.train, "train_in", look)
+    monkeypatch.setattr("ldm.training.session.train", look)
     assert call(train, *VAE, "trainer.max_steps=1e1", "name=", "trainer.precision=32", "seed=7.0").code == 0
     assert seen == [(10, int, None, 7)]
 
@@ -236,7 +236,7 @@ def test_tools_want_a_run(fails, place, tool, options):
 
 def test_an_autoencoder_cannot_draw(fails, place):
     pretend(place / "vae", "vae")
-    message = fails("sample", "run=vae")
+    message = fails(main, "sample", "run=vae")
     assert "run of stage=vae" in message and "python -m ldm.train stage=diffusion vae=vae" in message
 
 

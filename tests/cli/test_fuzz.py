@@ -25,7 +25,6 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 
 import ldm.data.images
 import ldm.train
-import ldm.training.callbacks.loggers
 from ldm.cli import main as command
 from ldm.data.images import prepare
 from ldm.data.sources.image_folder import ImageFolder
@@ -33,11 +32,13 @@ from ldm.errors import UserError
 from ldm.files.untrusted import file_name, is_plain_name
 from ldm.image_grid import grid, rows
 from ldm.networks.conditioning import TextCondition
+from ldm.runs.resume import Continuation
 from ldm.runtime.paths import folder
 from ldm.sampling.draw import write
 from ldm.sampling.pipeline import LatentDiffusionPipeline
 from ldm.sampling.request import Request, read_prompts
 from ldm.tracking.artifact import flatten
+from ldm.training import session
 
 SLOWEST_S = 20.0
 """No command may take longer to be refused, on a busy machine."""
@@ -87,14 +88,14 @@ def place(tmp_path_factory, make_images):
     def reached(*_, **__):
         raise Reached
 
-    def inside(config, **options):
-        made = run_folder(config, **options)
-        return made if made.resolve().is_relative_to(place) else reached()
+    def inside(*arguments, **options):
+        made = plan(*arguments, **options)
+        return made if made.folder.resolve().is_relative_to(place) else reached()
 
     def without_wandb(config, *arguments, **options):
         return reached() if config.wandb else make_loggers(config, *arguments, **options)
 
-    run_folder, make_loggers = ldm.train.run_folder, ldm.training.callbacks.loggers.make_loggers
+    plan, make_loggers = Continuation.plan, session.make_loggers
     prepare(ImageFolder(place / "pictures"), resolution=16, cache_dir=place / "cache", progress=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
@@ -103,8 +104,8 @@ def place(tmp_path_factory, make_images):
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         patch.setattr(FileConfigSource, "load_config", load)
         patch.setattr(ldm.data.images, "fill_cache", reached)
-        patch.setattr(ldm.train, "run_folder", inside)
-        patch.setattr(ldm.training.callbacks.loggers, "make_loggers", without_wandb)
+        patch.setattr(Continuation, "plan", inside)
+        patch.setattr(session, "make_loggers", without_wandb)
         patch.setattr(Trainer, "fit", reached)
         with bounded_memory():
             yield place

@@ -212,7 +212,7 @@ def test_configs_that_lack_the_other_stage_cost_no_training(type_in, monkeypatch
     def fails(*_, **__):
         raise HydraException("no such stage")
 
-    monkeypatch.setattr("ldm.runs.resume._composed", fails)
+    monkeypatch.setattr("ldm.cli.command_line._composed", fails)
     ended = type_in(command("stage=vae", "name=alone", "runs_dir=all runs"))
     assert ended.code == 0 and f"data.path={FOLDER}" in shlex.split(after(ended.out, "next: "))
 

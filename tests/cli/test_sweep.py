@@ -11,12 +11,11 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import OmegaConf
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 import ldm.runs.resume
+from ldm.cli.command_line import CommandLine
 from ldm.runtime.paths import folder
 from ldm.tracking import run as tracking
 
@@ -73,13 +72,11 @@ def test_a_job_that_fails_is_named_and_stops_no_other(swept):
 def test_jobs_of_the_same_second_have_names_of_their_own(monkeypatch, tmp_path):
     monkeypatch.setattr(ldm.runs.resume.time, "strftime", lambda form: "20260101-000000")
     config = OmegaConf.create({"name": None, "runs_dir": str(tmp_path), "resume": False, "overwrite": False})
+    choices = {"stage": "vae", "data": "squares", "autoencoder": "patch"}
     found = []
-    for mode, number in ((RunMode.RUN, None), (RunMode.MULTIRUN, 0), (RunMode.MULTIRUN, 1)):
-        choices = {"stage": "vae", "data": "squares", "autoencoder": "patch"}
-        hydra = SimpleNamespace(mode=mode, job=SimpleNamespace(num=number), runtime=SimpleNamespace(choices=choices))
-        monkeypatch.setattr(HydraConfig, "get", staticmethod(lambda hydra=hydra: hydra))
-        monkeypatch.setenv(ldm.runs.resume.RUN_NAME, "")
-        found.append(ldm.runs.resume.run_folder(config, main_process=True).name)
+    for job in (None, 0, 1):
+        command = CommandLine("train", (), (), (), choices, "train", job)
+        found.append(ldm.runs.resume.Continuation.plan(config, command, main_process=True).folder.name)
     assert found == [f"squares-patch-20260101-000000{end}" for end in ("", "-0", "-1")]
 
 

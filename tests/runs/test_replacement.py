@@ -20,6 +20,7 @@ from ldm.runs.run import Run
 from ldm.tracking.artifact import Artifact
 from ldm.tracking.run import WandbRun
 from ldm.training.callbacks.checkpoints import Checkpoints
+from ldm.training.fit import Fit
 
 VAE = [
     *("stage=vae", "autoencoder.model.block_out_channels=[32]", "data=image_folder", "data.path=pets"),
@@ -62,7 +63,7 @@ def fails(monkeypatch, error: BaseException) -> None:
         assert not RUN.joinpath("autoencoder").exists() and ASIDE.joinpath("autoencoder").is_dir(), "set aside by now"
         raise error
 
-    monkeypatch.setattr(ldm.train, "replace", fail)  # after the loggers were made, before training
+    monkeypatch.setattr(Fit, "log_to", fail)  # after the loggers were made, before training
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("ours"), KeyboardInterrupt()])
@@ -86,7 +87,7 @@ def test_a_stop_before_the_first_checkpoint_says_how_to_start_again(train, monke
         os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ldm.train, "replace", stopped)
+        patch.setattr(Fit, "log_to", stopped)
         ended = train("overwrite=true", "optimizer.lr=1e-4")
     assert ended.code == 143 and digest() == before and f"the earlier run is back in {RUN.resolve()}" in ended.err
     again = shlex.split(ended.err.strip().splitlines()[-1].partition("To go on: ")[2])
@@ -181,7 +182,7 @@ def killed(train, monkeypatch):
         pass
 
     with monkeypatch.context() as patch:
-        patch.setattr(ldm.train, "replace", lambda *_, **__: (_ for _ in ()).throw(Killed))
+        patch.setattr(Fit, "log_to", lambda *_, **__: (_ for _ in ()).throw(Killed))
         patch.setattr(Replacement, "_keep_as_failed", lambda self: None)
         patch.setattr(Path, "replace", _only_aside(Path.replace))
         with pytest.raises(Killed):
@@ -211,7 +212,7 @@ def test_after_a_kill_the_next_command_says_where_the_run_is(killed, train):
 
 def test_after_a_kill_another_start_keeps_the_earlier_run_until_it_has_saved(killed, train, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(ldm.train, "replace", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("again")))
+        patch.setattr(Fit, "log_to", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("again")))
         with pytest.raises(RuntimeError, match="again"):
             train("overwrite=true")
     assert digest() == killed, "the run from before both starts"

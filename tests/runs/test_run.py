@@ -35,7 +35,7 @@ def test_a_run_says_where_it_comes_from(tmp_path):
     assert run.finished and run.stage == "vae" and run.facts["name"] == "demo"
     assert run.config() == {"data": {"resolution": 8}, "batch": 8}
     assert run.facts["versions"]["torch"] == torch.__version__
-    assert {"command", "started", "python", "machine", "commit"} <= run.facts.keys()
+    assert {"started", "python", "machine", "commit"} <= run.facts.keys()
     assert sorted(path.name for path in run.path.iterdir()) == ["autoencoder", "config.yaml", "images", "run.json"]
 
 

@@ -17,7 +17,7 @@ from ldm.cli import main as command
 from ldm.errors import UserError
 from ldm.runs.checkpoints import manifests
 from ldm.runs.lock import only_one
-from ldm.runtime import signals
+from ldm.runtime import launcher, signals
 from ldm.runtime.distributed import Agreement
 from ldm.training.callbacks.checkpoints import Checkpoints
 from ldm.training.callbacks.progress import ProgressBar
@@ -192,21 +192,21 @@ def scontrol(tmp_path, monkeypatch):
 
 def test_slurm_is_asked_to_start_the_job_again(scontrol, monkeypatch):
     asked = scontrol(0)
-    assert signals.requeue() == "" and not asked.exists()
+    assert launcher.requeue() == "" and not asked.exists()
     monkeypatch.setenv("SLURM_JOB_ID", "17")
-    assert signals.requeue() == ". SLURM starts job 17 again"
+    assert launcher.requeue() == ". SLURM starts job 17 again"
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "5")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
-    signals.requeue()
+    launcher.requeue()
     assert asked.read_text() == "requeue 17\nrequeue 5_3\n"
 
 
 def test_slurm_that_refuses_or_is_not_there(scontrol, monkeypatch, tmp_path):
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     scontrol(1)
-    assert signals.requeue() == ". SLURM does not start job 17 again: no such job"
+    assert launcher.requeue() == ". SLURM does not start job 17 again: no such job"
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "could not be asked to start job 17 again" in signals.requeue()
+    assert "could not be asked to start job 17 again" in launcher.requeue()
 
 
 # Training

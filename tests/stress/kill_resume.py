@@ -300,10 +300,16 @@ def main() -> NoReturn:
     arguments = parser.parse_args()
     global COMMON
     COMMON += (f"data={arguments.data}", *([f"data.path={arguments.path.resolve()}"] if arguments.path else []))
-    for module in ("diffusers", "transformers", "lightning.pytorch", "ldm.train", "ldm.training.stages.autoencoder"):
+    for module in (
+        "diffusers",
+        "transformers",
+        "lightning.pytorch",
+        "ldm.training.session",
+        "ldm.training.stages.autoencoder",
+    ):
         __import__(module)
     import ldm.training.stages.diffusion  # noqa: F401
-    from ldm.cli import main as command
+    from ldm.cli.images import prepare_images
 
     with tempfile.TemporaryDirectory() as scratch:
         work = (arguments.folder or Path(scratch)).resolve()
@@ -317,7 +323,7 @@ def main() -> NoReturn:
             with initialize_config_dir(str(folder("conf")), version_base=None):
                 config = compose("train", ["stage=vae", *(x for x in COMMON if x.startswith("data"))])
             config.data.cache_dir = str(work / "images")
-            command.prepare_images(config.data)
+            prepare_images(config.data)
             os._exit(0)
         os.waitpid(child, 0)
         same = stress(arguments.kills, signal.Signals[f"SIG{arguments.signal}"], arguments.seed, work)

@@ -32,7 +32,7 @@ def make_plan(stage: str, folder: Path, vae: Path | None) -> Any:
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
-    from ldm.cli import main as command
+    from ldm.cli.images import prepare_images
     from ldm.runtime.paths import folder as home
     from ldm.training.fit import Plan
     from ldm.training.optim.precision import choose_precision
@@ -43,7 +43,7 @@ def make_plan(stage: str, folder: Path, vae: Path | None) -> Any:
         config = compose("train", overrides, return_hydra_config=True)
         HydraConfig.instance().set_config(config)
         build = instantiate(config.stage.build)
-        images = command.prepare_images(config.data)
+        images = prepare_images(config.data)
     made = build(
         images=images, flip=config.data.flip, cache_dir=None, seed=0, folder=folder, device="cpu", init_from=None
     )

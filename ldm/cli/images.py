@@ -1,0 +1,12 @@
+"""The images that a config describes."""
+
+from omegaconf import DictConfig
+
+from ldm.cli.main import construct
+from ldm.data.images import ImageData, prepare
+
+
+def prepare_images(data: DictConfig) -> ImageData:
+    """Those of a config's `data` group, prepared and cached where they were not yet."""
+    keys = ("resolution", "resize", "cache_dir", "val_fraction", "max_bad_fraction", "max_pixels")
+    return prepare(construct(data.source), **{key: data[key] for key in keys})
