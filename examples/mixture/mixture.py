@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ldm.diffusion.chain import forward_step, marginal, target, to_eps
 from ldm.diffusion.denoiser import Condition, Denoiser, DenoiserLike, Prediction
 from ldm.diffusion.loss import sample_timesteps, simple_loss
-from ldm.diffusion.sampler import SamplerLike
+from ldm.diffusion.samplers.base import SamplerLike
 from ldm.diffusion.schedule import NoiseSchedule, Step
 from ldm.runtime.random import derive_seed
 
@@ -86,7 +86,7 @@ class ExactDenoiser:
     schedule: NoiseSchedule
     mixture: Mixture
 
-    def __call__(self, z_t: Float[Tensor, " b d"], t: Step, condition: Condition = None) -> Prediction:
+    def __call__(self, z_t: Float[Tensor, " b d"], t: Step, condition: Condition | None = None) -> Prediction:
         """Predict z_0 from z_t."""
         a_t = self.schedule.at(t, z_t)
         gain = a_t.sqrt() * self.mixture.variance / (a_t * self.mixture.variance + 1 - a_t)
@@ -125,7 +125,7 @@ class SmallNetwork(nn.Module):
             nn.Linear(width, dimensions),
         )
 
-    def forward(self, z_t: Tensor, timesteps: Tensor, condition: Condition = None) -> Tensor:
+    def forward(self, z_t: Tensor, timesteps: Tensor, condition: Condition | None = None) -> Tensor:
         angles = (timesteps[:, None] + 1) / self.num_steps * self.rates
         return self.layers(torch.cat([z_t, angles.sin(), angles.cos()], dim=1))
 

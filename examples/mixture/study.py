@@ -27,7 +27,7 @@ from examples.mixture.mixture import (
 )
 from ldm.cli.main import construct
 from ldm.diffusion.denoiser import DenoiserLike
-from ldm.diffusion.sampler import SamplerLike
+from ldm.diffusion.samplers.base import SamplerLike
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
 from ldm.runtime.device import choose_device
@@ -150,8 +150,8 @@ def check(
         sampler.check(schedule)
     except ValueError as error:
         raise UserError(f"sampler={sampler.method} with {sampler.steps} steps: {error}.") from error
-    if (variance := getattr(sampler, "variance", None)) in ("learned_range", "optimal"):
-        raise UserError(f"sampler.variance={variance}: Sigma is fixed here. Choose fixed_small or fixed_large.")
+    if sampler.variance in ("learned_range", "optimal"):
+        raise UserError(f"sampler.variance={sampler.variance}: Sigma is fixed here. Choose fixed_small or fixed_large.")
 
 
 def count_modes(mixture: Mixture, schedule: NoiseSchedule, z_0: Tensor) -> dict[str, Any]:

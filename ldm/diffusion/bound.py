@@ -80,7 +80,7 @@ class Bound:
 def variational_bound(
     denoiser: DenoiserLike,
     z_0: Float[Tensor, " b *z"],
-    condition: Condition = None,
+    condition: Condition | None = None,
     *,
     generators: list[torch.Generator],
     variance: str,
@@ -165,7 +165,7 @@ def variational_bound(
 def fit_z_0_mse(
     denoiser: DenoiserLike,
     z_0: Float[Tensor, " n *z"],
-    condition: Condition = None,
+    condition: Condition | None = None,
     *,
     generator: torch.Generator,
     images_per_step: int = 16,
@@ -220,7 +220,7 @@ def _draw_steps(edges: Int[Tensor, " edges"], generators: list[torch.Generator])
 def _predict(
     denoiser: DenoiserLike,
     z_0: Tensor,
-    condition: Condition,
+    condition: Condition | None,
     image: Int[Tensor, " n"],
     t: Int[Tensor, " n"],
     generators: list[torch.Generator],

@@ -22,7 +22,7 @@ from ldm.cli.main import as_config, construct, run
 from ldm.cli.targets import KNOWN, TRUST, check_config
 from ldm.data.images import ImageData, prepare
 from ldm.data.sources.image_folder import ImageFolder
-from ldm.diffusion.sampler import Sampler
+from ldm.diffusion.samplers.ddim import DDIM
 from ldm.diffusion.schedule import linear
 from ldm.errors import UserError
 from ldm.evaluation.samples.kept import draw_and_keep
@@ -67,7 +67,7 @@ def make_sound(place: Path, images: ImageData) -> None:
     autoencoder.save(place / "vae" / "autoencoder")
     pipeline.save(place / "diffusion" / "pipeline")
     open_latents(lambda x: (x, x), contract, images, cache_dir=place).path.rename(place / "latents")
-    draw_and_keep(pipeline, images, Sampler("ddim", 2), place / "kept", num_samples=1, guidance=1.0, seed=0)
+    draw_and_keep(pipeline, images, DDIM(2), place / "kept", num_samples=1, guidance=1.0, seed=0)
     for file in (place / "kept").glob("*.json"):
         shutil.copy(file, place / "kept/samples.json")
     (place / "encoder").mkdir()

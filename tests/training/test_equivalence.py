@@ -27,7 +27,7 @@ from ldm.autoencoder.patch import PatchAutoencoderKL
 from ldm.autoencoder.regularisers import KL, VectorQuantised
 from ldm.data.loaders import train_loader, val_loader
 from ldm.data.order import batch_at
-from ldm.diffusion.sampler import Sampler
+from ldm.diffusion.samplers.ddim import DDIM
 from ldm.diffusion.schedule import cosine
 from ldm.latents.contract import LatentContract
 from ldm.networks.conditioning import ClassCondition
@@ -91,7 +91,7 @@ def chain(objective=Objective(), optimizer=SGD, steps: int = 100) -> DiffusionTr
         latent_shape=(3, 4, 4),
     )
     shown = (classes.encode([0]), ["cat"])
-    options = {"shown": shown, "sampler": Sampler("ddim", 2), "guidance": 1.0, "pictures": Path()}
+    options = {"shown": shown, "sampler": DDIM(2), "guidance": 1.0, "pictures": Path()}
     return DiffusionTraining(pipeline, objective, OptimizerFactory(optimizer), drop_condition=0.5, seed=0, **options)
 
 

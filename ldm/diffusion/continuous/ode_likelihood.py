@@ -21,7 +21,7 @@ from ldm.diffusion.continuous.clock import clock_elapsed, clock_ends
 from ldm.diffusion.continuous.ode import integrate
 from ldm.diffusion.continuous.sde import probability_flow
 from ldm.diffusion.denoiser import Condition, DenoiserLike
-from ldm.diffusion.sampler import Generators
+from ldm.diffusion.samplers.base import Generators, check_generators
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class ODELikelihood:
 def ode_log_likelihood(
     denoiser: DenoiserLike,
     z: Float[Tensor, " b *z"],
-    condition: Condition = None,
+    condition: Condition | None = None,
     *,
     t_min: int | float = 1.0,
     rtol: float = 1e-4,
@@ -77,8 +77,7 @@ def ode_log_likelihood(
     """
     if probes is not None and probes < 1:
         raise ValueError(f"probes must be at least 1, or None for the exact trace; got {probes}")
-    if isinstance(generators, list) and len(generators) != len(z):
-        raise ValueError(f"{len(generators)} generators for a batch of {len(z)}: give one per sample, or one")
+    check_generators(generators, len(z))
     schedule = denoiser.schedule
     noise_end, data_end = clock_ends(schedule, t_min)
     z = at_least_float32(z)

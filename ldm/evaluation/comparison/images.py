@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from ldm.data.images import ImageData
-from ldm.diffusion.sampler import SamplerLike
+from ldm.diffusion.samplers.base import SamplerLike
 from ldm.errors import UserError
 from ldm.evaluation.comparison.compare import Comparison
 from ldm.image_grid import rows, to_pil

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ldm.autoencoder.autoencoder import weights_sha256
 from ldm.data.images import ImageData, to_uint8
-from ldm.diffusion.sampler import SamplerLike
+from ldm.diffusion.samplers.base import SamplerLike
 from ldm.errors import UserError
 from ldm.files.atomic import write_text
 from ldm.files.lock import alone

@@ -14,7 +14,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from ldm.data.images import ImageData
-from ldm.diffusion.sampler import SamplerLike
+from ldm.diffusion.samplers.base import SamplerLike
 from ldm.errors import UserError
 from ldm.evaluation.classifier import Classifier, class_accuracy, class_shift, named_classes
 from ldm.evaluation.features import ImageSet, describe_features, extract, load_features, reference_features

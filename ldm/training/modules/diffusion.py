@@ -17,7 +17,7 @@ from ldm.diffusion.loss import (
     simple_loss,
     vlb_loss,
 )
-from ldm.diffusion.sampler import SamplerLike
+from ldm.diffusion.samplers.base import SamplerLike
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.image_grid import grid, to_pil
 from ldm.networks.conditioning import Condition, drop

@@ -13,7 +13,7 @@ from ldm.autoencoder.autoencoder import Autoencoder
 from ldm.data.images import ImageData
 from ldm.data.order import draws_of_epoch
 from ldm.diffusion.loss import check_objective
-from ldm.diffusion.sampler import SamplerLike
+from ldm.diffusion.samplers.base import SamplerLike
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
 from ldm.files.atomic import durable_folder
@@ -158,7 +158,7 @@ class DiffusionStage(Stage):
         try:
             check_objective(objective.loss, variance, objective.timesteps, objective.prediction, schedule.alpha_bar)
             options["sampler"].check(schedule)
-            _check_grid(getattr(options["sampler"], "variance", None), variance)
+            _check_grid(options["sampler"].variance, variance)
             if schedule.num_steps < NUM_BANDS:
                 raise ValueError(f"a chain needs {NUM_BANDS} steps at least; got {schedule.num_steps}")
         except ValueError as error:

@@ -17,7 +17,8 @@ from ldm.autoencoder.regularisers import KL
 from ldm.data.images import ImageData, prepare
 from ldm.data.loaders import val_loader
 from ldm.data.sources.image_folder import ImageFolder
-from ldm.diffusion.sampler import Sampler
+from ldm.diffusion.samplers.ddim import DDIM
+from ldm.diffusion.samplers.ddpm import DDPM
 from ldm.diffusion.schedule import cosine
 from ldm.errors import UserError
 from ldm.latents.statistics import decoder_scale
@@ -82,7 +83,7 @@ def diffusion_stage(images, vae_stage, tmp_path):
                 "variance": None,
                 "conditioning": conditioning,
                 "drop_condition": 0.5,
-                "sampler": Sampler("ddim", 2),
+                "sampler": DDIM(2),
                 "guidance": 2.0,
                 "prompts": [],
                 "optimizer": SGD,
@@ -366,5 +367,5 @@ def test_an_objective_trains_and_leaves_a_pipeline_with_its_sigma(
     stage.finish(type("Run", (), {"path": tmp_path, "images": tmp_path})())
     loaded = LatentDiffusionPipeline.load(tmp_path / "pipeline")
     assert loaded.variance == variance
-    z = loaded.sample(Sampler("ddpm", 5), {}, sample_generators(0, range(2)))
+    z = loaded.sample(DDPM(5), {}, sample_generators(0, range(2)))
     assert z.isfinite().all()
