@@ -28,6 +28,7 @@ from ldm.networks.conditioning import Condition, Conditioning, restore
 from ldm.networks.dit import DiT
 from ldm.networks.unet import ImageUNet, TextUNet
 from ldm.runtime import shell
+from ldm.runtime.random import torch_generator
 
 INDEX_FILE = "model_index.json"
 FORMAT = 2
@@ -164,7 +165,7 @@ class LatentDiffusionPipeline:
             The visited t, and the decoded z_t, [steps + 1, 3, H, W].
         """
         mean, _ = self.autoencoder.encode(image)
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch_generator(seed)
         visited = sorted(set(torch.linspace(0, self.schedule.num_steps, steps + 1).round().long().tolist()))
         z_t = self.autoencoder.standardise(mean)
         frames = [self.decode(z_t)]
