@@ -27,6 +27,7 @@ from ldm.autoencoder.patch import PatchAutoencoderKL
 from ldm.autoencoder.regularisers import KL, VectorQuantised
 from ldm.data.loaders import train_loader, val_loader
 from ldm.data.order import batch_at
+from ldm.diffusion.objective import Objective
 from ldm.diffusion.samplers.ddim import DDIM
 from ldm.diffusion.schedule import cosine
 from ldm.latents.contract import LatentContract
@@ -37,7 +38,7 @@ from ldm.sampling.pipeline import LatentDiffusionPipeline
 from ldm.training.modules.adversary import Adversary
 from ldm.training.modules.autoencoder import VAETraining
 from ldm.training.modules.base import TrainingModule
-from ldm.training.modules.diffusion import DiffusionTraining, Objective
+from ldm.training.modules.diffusion import DiffusionTraining
 from ldm.training.optim.ema import EMACallback
 from ldm.training.optim.factory import OptimizerFactory
 from ldm.training.stages.autoencoder import VAEStage

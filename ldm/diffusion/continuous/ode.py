@@ -16,11 +16,11 @@ from jaxtyping import Float, Float64
 from scipy.integrate import RK45
 from torch import Tensor
 
-from ldm.diffusion.chain import at_least_float32
+from ldm.diffusion.chain import at_least_float32, check_choice
 from ldm.diffusion.continuous.clock import clock_elapsed, clock_ends, clock_nodes, clock_time
 from ldm.diffusion.continuous.sde import probability_flow
 from ldm.diffusion.denoiser import Condition, DenoiserLike
-from ldm.diffusion.samplers.base import Generators, OnStep, check_choice, check_steps
+from ldm.diffusion.samplers.base import Generators, OnStep, check_steps
 from ldm.diffusion.schedule import NoiseSchedule
 
 SOLVERS = ("heun", "adaptive")

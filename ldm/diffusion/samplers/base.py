@@ -14,7 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from ldm.diffusion.chain import at_least_float32
+from ldm.diffusion.chain import at_least_float32, check_choice
 from ldm.diffusion.denoiser import Condition, DenoiserLike, Prediction
 from ldm.diffusion.schedule import NoiseSchedule
 
@@ -166,6 +166,7 @@ def timesteps(num_steps: int, steps: int, spacing: str = "trailing") -> list[int
     Raises:
         ValueError: if `spacing` is unknown; unless 1 <= steps <= T.
     """
+    check_choice("spacing", spacing, SPACINGS)
     if not 1 <= steps <= num_steps:
         raise ValueError(f"a chain of T = {num_steps} steps can be sampled in 1 to {num_steps} steps; got {steps}")
     down = range(steps - 1, -1, -1)
@@ -173,9 +174,7 @@ def timesteps(num_steps: int, steps: int, spacing: str = "trailing") -> list[int
         return [round(num_steps * i / steps) for i in range(steps, -1, -1)]
     if spacing == "leading":
         return [1 + i * (num_steps // steps) for i in down] + [0]
-    if spacing == "linspace":
-        return [1 + round((num_steps - 1) * i / (steps - 1)) if steps > 1 else num_steps for i in down] + [0]
-    raise ValueError(f"unknown spacing {spacing!r}; known: {', '.join(SPACINGS)}")
+    return [1 + round((num_steps - 1) * i / (steps - 1)) if steps > 1 else num_steps for i in down] + [0]
 
 
 def draw_noise(like: Tensor, generator: Generators) -> Tensor:
@@ -189,12 +188,6 @@ def check_steps(steps: int) -> None:
         raise ValueError(f"steps must be a whole number; got {steps}")
     if steps < 1:
         raise ValueError(f"a sampler takes at least one step; got steps = {steps}")
-
-
-def check_choice(option: str, value: str | None, known: tuple[str, ...]) -> None:
-    """Refuse an unknown value, and list the known ones."""
-    if value not in known:
-        raise ValueError(f"unknown {option} {value!r}; known: {', '.join(known)}")
 
 
 def check_generators(generator: Generators, batch: int) -> None:

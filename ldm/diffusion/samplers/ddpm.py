@@ -6,9 +6,9 @@ from typing import Any, ClassVar, get_args
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from ldm.diffusion.chain import VarianceType, log_variance, posterior
+from ldm.diffusion.chain import VarianceType, check_choice, log_variance, posterior
 from ldm.diffusion.denoiser import Prediction
-from ldm.diffusion.samplers.base import ChainSampler, Generators, Transition, Walk, check_choice, draw_noise
+from ldm.diffusion.samplers.base import ChainSampler, Generators, Transition, Walk, draw_noise
 from ldm.diffusion.schedule import NoiseSchedule
 
 

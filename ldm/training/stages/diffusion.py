@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ldm.autoencoder.autoencoder import Autoencoder
 from ldm.data.images import ImageData
 from ldm.data.order import draws_of_epoch
-from ldm.diffusion.loss import check_objective
+from ldm.diffusion.objective import Objective
 from ldm.diffusion.samplers.base import SamplerLike
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
@@ -31,7 +31,7 @@ from ldm.runs.load import load_autoencoder, load_pipeline
 from ldm.runs.run import Run, data_of_autoencoder
 from ldm.runtime import shell
 from ldm.sampling.pipeline import LatentDiffusionPipeline
-from ldm.training.modules.diffusion import BATCH, NUM_BANDS, DiffusionTraining, Objective
+from ldm.training.modules.diffusion import BATCH, NUM_BANDS, DiffusionTraining
 from ldm.training.optim.factory import OptimizerFactory
 from ldm.training.stages.base import Outcome, Stage
 
@@ -156,7 +156,7 @@ class DiffusionStage(Stage):
         schedule, objective = options["schedule"], options["objective"]
         variance = objective.variance(options["variance"])
         try:
-            check_objective(objective.loss, variance, objective.timesteps, objective.prediction, schedule.alpha_bar)
+            objective.check(variance, schedule.alpha_bar)
             options["sampler"].check(schedule)
             _check_grid(options["sampler"].variance, variance)
             if schedule.num_steps < NUM_BANDS:
