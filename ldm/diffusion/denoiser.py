@@ -87,7 +87,7 @@ class Denoiser:
         if output.shape[1] != channels:
             raise ValueError(
                 f"the network must output {channels} channels, for latents of {z_t.shape[1]} and "
-                f"learned_variance={self.learned_variance}; got {output.shape[1]}"
+                f"{'a learned' if self.learned_variance else 'no learned'} variance; got {output.shape[1]}"
             )
         if not self.learned_variance:
             return output, None

@@ -21,9 +21,9 @@ from ldm.diffusion.bound import Bound, LastTerm, NotFiniteError, variational_bou
 from ldm.diffusion.bound_terms import discretised_nll
 from ldm.diffusion.chain import at_least_float32, marginal
 from ldm.diffusion.continuous.ode_likelihood import ode_log_likelihood
+from ldm.diffusion.denoiser import Condition
 from ldm.errors import UserError
 from ldm.likelihood.checks import check_chain, check_eight_bit, require_density
-from ldm.networks.conditioning import Condition
 from ldm.runtime.random import sample_generators, torch_generator
 from ldm.sampling.pipeline import LatentDiffusionPipeline
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ldm.autoencoder.autoencoder import Autoencoder
 from ldm.diffusion.chain import check_prediction, check_z_0_mse, forward_step
-from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.denoiser import Condition, Denoiser
 from ldm.diffusion.guidance import Guided
 from ldm.diffusion.samplers.base import OnStep, SamplerLike
 from ldm.diffusion.schedule import NoiseSchedule
@@ -24,7 +24,7 @@ from ldm.files.atomic import write_text
 from ldm.files.models import load_model
 from ldm.files.untrusted import check_fields, read_json
 from ldm.latents.contract import LatentContract
-from ldm.networks.conditioning import Condition, Conditioning, restore
+from ldm.networks.conditioning import Conditioning, restore
 from ldm.networks.dit import DiT
 from ldm.networks.unet import ImageUNet, TextUNet
 from ldm.runtime import shell

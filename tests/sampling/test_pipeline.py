@@ -181,9 +181,9 @@ def test_the_forward_chain_ends_in_noise():
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("none", {"prompt": "cat"}, "conditioned on none, not on text: leave prompt= out"),
-        ("class", {"prompts": "file"}, "conditioned on class, not on text"),
-        ("none", {"label": 1}, "unconditional: leave label= out"),
+        ("none", {"prompt": "cat"}, "unconditional: it takes neither a prompt nor a label"),
+        ("class", {"prompt": "cat"}, "conditioned on class, not on text: it takes a label"),
+        ("none", {"label": 1}, "unconditional: it takes neither a prompt nor a label"),
         ("class", {"label": 2}, "label=2 does not exist. Choose one of: 0=cat, 1=dog"),
         ("none", {"num_samples": 0}, "num_samples=0 must be at least 1"),
     ],

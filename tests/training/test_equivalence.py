@@ -91,7 +91,7 @@ def chain(objective=Objective(), optimizer=SGD, steps: int = 100) -> DiffusionTr
         contract=LatentContract(first.weights_sha256(), "images", 8, 2, 3, 0.05, True),
         latent_shape=(3, 4, 4),
     )
-    shown = (classes.encode([0]), ["cat"])
+    shown = classes.of_request(classes=[0])
     options = {"shown": shown, "sampler": DDIM(2), "guidance": 1.0, "pictures": Path()}
     return DiffusionTraining(pipeline, objective, OptimizerFactory(optimizer), drop_condition=0.5, seed=0, **options)
 

@@ -300,7 +300,7 @@ def test_of_several_captions_one_is_drawn_each_epoch_and_validation_sees_the_fir
         pooled = stage.fetch(np.array(indices), epochs)["condition"]["pooled"]
         found = []
         for index, row in zip(indices, pooled, strict=True):
-            known = conditioning.encode(told.captions_of(index))["pooled"]
+            known = conditioning.of_request(told.captions_of(index))[0]["pooled"]
             found.append(int((known - row).abs().sum(1).argmin()))
         return found
 
@@ -331,7 +331,9 @@ def test_what_a_stage_leaves_is_what_it_trained(diffusion_stage, tmp_path):
 
 
 def test_a_network_that_does_not_fit_is_explained(diffusion_stage):
-    with pytest.raises(UserError, match="does not fit latents of 3 x 4 x 4: patch_size=3 must divide"):
+    with pytest.raises(
+        UserError, match="does not fit latents of 3 x 4 x 4: patch_size must divide the latent's side, 4; got 3"
+    ):
         diffusion_stage(network=partial(DiT, patch_size=3, hidden_dim=16, depth=1, head_dim=8))
 
 
