@@ -84,24 +84,13 @@ def ode_log_likelihood(
     batch, dimensions = len(z), z[0].numel()
     signs = None if probes is None else _signs(z, probes, generators)
 
-    def tensor(state: np.ndarray) -> Tensor:
-        return torch.tensor(state[: z.numel()], dtype=z.dtype, device=z.device).reshape(z.shape)
-
     def derivative(w: float, state: np.ndarray) -> np.ndarray:
         t, elapsed = clock_elapsed(schedule, w)
         if on_evaluation is not None:
             on_evaluation(t)
-        z_t = tensor(state)
-        with torch.enable_grad():
-            z_t.requires_grad_()
-            z_0 = denoiser(z_t, t, condition).z_0
-            traces = _trace(z_0, z_t) if signs is None else _quadratic_forms(z_0, z_t, signs)
-        velocity = elapsed * probability_flow(schedule, z_0.detach(), z_t.detach(), t)
-        a_t = schedule.at(t, traces).cpu()
-        divergence = (
-            elapsed * -0.5 * a_t.sqrt() / (1 - a_t) * (traces.detach().cpu().double() - a_t.sqrt() * dimensions)
-        )
-        return np.concatenate([part.flatten().cpu().double().numpy() for part in (velocity, divergence)])
+        z_t = torch.tensor(state[: z.numel()], dtype=z.dtype, device=z.device).reshape(z.shape)
+        parts = _velocity_and_divergence(denoiser, z_t, t, elapsed, condition, signs)
+        return np.concatenate([part.flatten().cpu().double().numpy() for part in parts])
 
     columns = 1 if probes is None else probes
     start = np.concatenate([z.detach().flatten().cpu().double().numpy(), np.zeros(batch * columns)])
@@ -110,6 +99,21 @@ def ode_log_likelihood(
     prior = -0.5 * (noise.reshape(batch, -1) ** 2).sum(1) - dimensions / 2 * np.log(2 * np.pi)
     estimates = torch.from_numpy(prior[:, None] + change.reshape(batch, columns))
     return ODELikelihood(estimates.mean(1), evaluations, estimates.var(1) if columns > 1 else None)
+
+
+def _velocity_and_divergence(
+    denoiser: DenoiserLike, z_t: Tensor, t: float, elapsed: float, condition: Condition | None, signs: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """dz/dw, [b, *z], and its divergence by each probe, [b, probes], or exactly, [b, 1], in float64."""
+    schedule = denoiser.schedule
+    with torch.enable_grad():
+        z_t.requires_grad_()
+        z_0 = denoiser(z_t, t, condition).z_0
+        traces = _trace(z_0, z_t) if signs is None else _quadratic_forms(z_0, z_t, signs)
+    velocity = elapsed * probability_flow(schedule, z_0.detach(), z_t.detach(), t)
+    a_t = schedule.at(t, traces).cpu()
+    excess = traces.detach().cpu().double() - a_t.sqrt() * z_t[0].numel()
+    return velocity, elapsed * -0.5 * a_t.sqrt() / (1 - a_t) * excess
 
 
 def _signs(like: Tensor, probes: int, generators: Generators) -> Tensor:

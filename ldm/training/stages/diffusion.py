@@ -84,10 +84,7 @@ class DiffusionStage(Stage):
         if continued is not None:
             _check_continued(continued, autoencoder, made)
             _check_same_chain(continued, objective, schedule, sigma)
-            # standardised latents keep the meaning that the network was trained with
-            known = continued.autoencoder.statistics
-            assert known is not None
-            standard = (known.latent_mean, known.latent_std)
+            standard = _standardisation(continued)
         self.contract, self.latents = encode_latents(autoencoder, images, flip, cache_dir, standard=standard)
         self.condition_of = made.lookup(images, partial(open_captions, cache_dir=cache_dir))
         self.pipeline = LatentDiffusionPipeline(
@@ -245,6 +242,13 @@ def _check_continued(continued: LatentDiffusionPipeline, autoencoder: Autoencode
             f"init_from was trained on captions through the text encoder {_encoder(theirs)}, this run uses "
             f"{_encoder(ours)}. Choose conditioning.encoder={theirs.state()['encoder']}."
         )
+
+
+def _standardisation(continued: LatentDiffusionPipeline) -> tuple[list[float], list[float]]:
+    """Its own: standardised latents keep the meaning that the network was trained with."""
+    known = continued.autoencoder.statistics
+    assert known is not None
+    return known.latent_mean, known.latent_std
 
 
 def _encoder(conditioning: Conditioning) -> str:

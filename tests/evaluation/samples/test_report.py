@@ -493,8 +493,9 @@ def test_held_out_captions_are_looked_for_among_held_out_images(images):
     here = replace(images, captions=captions)
 
     class Encoder:
-        def encode(self, texts):
-            return {"pooled": torch.nn.functional.one_hot(torch.tensor([int(text) for text in texts]), 4).float()}
+        def of_request(self, prompts):
+            numbers = torch.tensor([int(prompt) for prompt in prompts])
+            return {"pooled": torch.nn.functional.one_hot(numbers, 4).float()}, prompts
 
     features = torch.randn(len(images), 8, generator=torch.Generator().manual_seed(0))
     train, validation = (features[torch.from_numpy(rows)] for rows in (images.train_indices, images.val_indices))
