@@ -26,7 +26,8 @@ from ldm.data.images import default_cache_dir, prepare
 from ldm.data.sources.openmoji import OpenMoji
 from ldm.diffusion.continuous.ode import ODESampler
 from ldm.diffusion.continuous.sde import SDESampler
-from ldm.diffusion.sampler import Sampler
+from ldm.diffusion.samplers.ddpm import DDPM
+from ldm.diffusion.samplers.multistep import DPMSolver
 from ldm.image_grid import to_pil
 from ldm.runs.lineage import weights_sha256
 from ldm.runs.run import Run
@@ -435,7 +436,7 @@ def draw_in_batches(pipeline, sampler, batch_size: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "sampler",
-    [Sampler("ddpm", 20), Sampler("dpmpp", 20), SDESampler(30, corrector_steps=1), ODESampler(steps=10)],
+    [DDPM(20), DPMSolver(20), SDESampler(30, corrector_steps=1), ODESampler(steps=10)],
     ids=["ddpm", "dpmpp", "sde", "ode"],
 )
 def test_a_sample_does_not_depend_on_its_batch(trained, sampler):

@@ -3,13 +3,14 @@
 import json
 import runpy
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.cli.targets import MOVED, with_current_targets
+from ldm.cli.targets import MOVED, SAMPLER, SAMPLERS, construct, with_current_targets
 from ldm.evaluation.comparison.compare import compare
 from ldm.runs.run import Run
 from ldm.runtime.paths import folder
@@ -47,7 +48,7 @@ def test_the_autoencoder_is_the_one_that_both_stages_name(runs):
 def test_a_config_names_constructors_where_they_are_now(runs, stage):
     text, config = (runs / stage / "config.yaml").read_text(), Run.open(runs / stage).config()
     earlier = [name for name in MOVED if name in text]
-    assert earlier and not any(name in json.dumps(config) for name in earlier)
+    assert earlier and not any(name in json.dumps(config) for name in (*earlier, SAMPLER))
     assert config["data"]["source"]["_target_"] == "ldm.data.sources.image_folder.ImageFolder"
 
 
@@ -62,7 +63,15 @@ def test_a_constructor_that_moved_is_no_difference(runs):
     assert len(group.runs) == 2, "one group: they differ in nothing but the seed"
 
 
+@pytest.mark.parametrize("method", SAMPLERS)
+def test_the_one_class_of_samplers_becomes_that_of_its_method(method):
+    """It took eta and variance for any method, and used them for one."""
+    options = {"steps": 4, "clip": 2.0, "spacing": "trailing", "eta": 0.0, "variance": None}
+    sampler = construct(with_current_targets({"_target_": SAMPLER, "method": method, **options}))
+    assert sampler.method == method and {**options, **asdict(sampler)} == options
+
+
 def test_every_name_that_moved_leads_to_a_constructor():
-    for name in MOVED.values():
+    for name in (*MOVED.values(), *SAMPLERS.values()):
         module, _, attribute = name.rpartition(".")
         assert callable(getattr(__import__(module, fromlist=[attribute]), attribute)), name

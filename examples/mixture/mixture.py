@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from ldm.diffusion.chain import forward_step, marginal, target, to_eps
 from ldm.diffusion.denoiser import Condition, Denoiser, DenoiserLike, Prediction
 from ldm.diffusion.loss import sample_timesteps, simple_loss
-from ldm.diffusion.sampler import SamplerLike
+from ldm.diffusion.samplers.base import SamplerLike
 from ldm.diffusion.schedule import NoiseSchedule, Step
-from ldm.runtime.random import derive_seed
+from ldm.runtime.random import derive_seed, torch_generator
 
 FRAMES = (0, 0.08, 0.2, 0.4, 0.65, 1)
 """u = t / T at which a chain is looked at."""
@@ -86,7 +86,7 @@ class ExactDenoiser:
     schedule: NoiseSchedule
     mixture: Mixture
 
-    def __call__(self, z_t: Float[Tensor, " b d"], t: Step, condition: Condition = None) -> Prediction:
+    def __call__(self, z_t: Float[Tensor, " b d"], t: Step, condition: Condition | None = None) -> Prediction:
         """Predict z_0 from z_t."""
         a_t = self.schedule.at(t, z_t)
         gain = a_t.sqrt() * self.mixture.variance / (a_t * self.mixture.variance + 1 - a_t)
@@ -125,7 +125,7 @@ class SmallNetwork(nn.Module):
             nn.Linear(width, dimensions),
         )
 
-    def forward(self, z_t: Tensor, timesteps: Tensor, condition: Condition = None) -> Tensor:
+    def forward(self, z_t: Tensor, timesteps: Tensor, condition: Condition | None = None) -> Tensor:
         angles = (timesteps[:, None] + 1) / self.num_steps * self.rates
         return self.layers(torch.cat([z_t, angles.sin(), angles.cos()], dim=1))
 
@@ -141,7 +141,7 @@ def train(
     device: torch.device | str = "cpu",
 ) -> Denoiser:
     """Train a small network on fresh draws of the mixture: L_simple in v, Adam with a rate that falls to 0."""
-    generator = torch.Generator().manual_seed(derive_seed(seed, 0))
+    generator = torch_generator(seed, 0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, 1))
         network = SmallNetwork(schedule.num_steps, mixture.means.shape[1]).to(device)
@@ -170,7 +170,7 @@ def mean_loss(
     device: torch.device | str = "cpu",
 ) -> float:
     """L_simple in v over fresh draws, of whatever answers with z_0; the exact denoiser's is the least there is."""
-    generator = torch.Generator().manual_seed(derive_seed(seed, 2))
+    generator = torch_generator(seed, 2)
     schedule = denoiser.schedule
     z_0, z_t, eps, t = _noised(mixture, schedule, num_samples, generator, device)
     predicted = denoiser(z_t, t).z_0

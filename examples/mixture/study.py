@@ -27,11 +27,11 @@ from examples.mixture.mixture import (
 )
 from ldm.cli.main import construct
 from ldm.diffusion.denoiser import DenoiserLike
-from ldm.diffusion.sampler import SamplerLike
+from ldm.diffusion.samplers.base import SamplerLike
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
 from ldm.runtime.device import choose_device
-from ldm.runtime.random import derive_seed
+from ldm.runtime.random import torch_generator
 from ldm.sampling.draw import describe
 
 STRAY = 4.0
@@ -94,7 +94,7 @@ def study(
     denoisers: dict[str, DenoiserLike] = {"exact": ExactDenoiser(schedule, mixture), "trained": network}
     descents, measured = {}, {}
     for name, denoiser in denoisers.items():
-        generator = torch.Generator().manual_seed(derive_seed(seed, 3))
+        generator = torch_generator(seed, 3)
         z_T = torch.randn(num_samples, mixture.means.shape[1], generator=generator).to(device)
         started = time.perf_counter()
         descents[name] = descend(denoiser, sampler, z_T, generator, f"sampling, {name}")
@@ -120,7 +120,7 @@ def study(
         **measured,
         "same_mode": (ends[0] == ends[1]).double().mean().item(),
     }
-    generator = torch.Generator().manual_seed(derive_seed(seed, 4))
+    generator = torch_generator(seed, 4)
     z_0, origin = mixture.sample(min(POINTS, num_samples), generator)
     forward = ascend(schedule, z_0, list(descents["trained"].frames), generator)
     picture = draw(mixture, schedule, figures, forward, origin, descents["trained"])
@@ -150,8 +150,8 @@ def check(
         sampler.check(schedule)
     except ValueError as error:
         raise UserError(f"sampler={sampler.method} with {sampler.steps} steps: {error}.") from error
-    if (variance := getattr(sampler, "variance", None)) in ("learned_range", "optimal"):
-        raise UserError(f"sampler.variance={variance}: Sigma is fixed here. Choose fixed_small or fixed_large.")
+    if sampler.variance in ("learned_range", "optimal"):
+        raise UserError(f"sampler.variance={sampler.variance}: Sigma is fixed here. Choose fixed_small or fixed_large.")
 
 
 def count_modes(mixture: Mixture, schedule: NoiseSchedule, z_0: Tensor) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from ldm.autoencoder.patch import PatchAutoencoderKL, PatchVQModel
 from ldm.autoencoder.point_posterior import is_pinned, pin_posterior
 from ldm.errors import UserError
 from ldm.runtime.distributed import gather_rows
+from ldm.runtime.random import torch_generator
 
 CODEBOOK_FORM: dict[Any, type[nn.Module]] = {AutoencoderKL: VQModel, PatchAutoencoderKL: PatchVQModel}
 """The same architecture with a codebook instead of a posterior."""
@@ -178,7 +179,7 @@ class VectorQuantised(Regulariser):
         z = torch.cat(found).round(decimals=3).unique(dim=0)
         if len(z) < self.codebook_size:
             return  # as diffusers begins: so few vectors have no means
-        chosen = torch.randperm(len(z), generator=torch.Generator().manual_seed(seed))[:KMEANS_VECTORS]
+        chosen = torch.randperm(len(z), generator=torch_generator(seed))[:KMEANS_VECTORS]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "One of the clusters is empty")  # it stays where it began
             centroids, _ = kmeans2(

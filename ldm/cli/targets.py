@@ -38,7 +38,11 @@ KNOWN = frozenset(
         "ldm.data.sources.image_folder.ImageFolder",
         "ldm.data.sources.openmoji.OpenMoji",
         "ldm.diffusion.continuous.ode.ODESampler",
-        "ldm.diffusion.sampler.Sampler",
+        "ldm.diffusion.objective.Objective",
+        "ldm.diffusion.samplers.ddim.DDIM",
+        "ldm.diffusion.samplers.ddpm.DDPM",
+        "ldm.diffusion.samplers.multistep.DPMSolver",
+        "ldm.diffusion.samplers.multistep.UniPC",
         "ldm.diffusion.schedule.cosine",
         "ldm.diffusion.schedule.linear",
         "ldm.diffusion.schedule.rectified_flow",
@@ -50,7 +54,6 @@ KNOWN = frozenset(
         "ldm.networks.unet.unet",
         "ldm.runs.load.find_autoencoder",
         "ldm.training.modules.adversary.Adversary",
-        "ldm.training.modules.diffusion.Objective",
         "ldm.training.stages.diffusion.DiffusionStage",
         "ldm.networks.conditioning.class_condition",
         "ldm.networks.conditioning.no_condition",
@@ -82,15 +85,24 @@ MOVED = {
     "ldm.features.LPIPS": "ldm.autoencoder.perceptual.LPIPS",
     "ldm.run.find_autoencoder": "ldm.runs.load.find_autoencoder",
     "ldm.training.adversary.Adversary": "ldm.training.modules.adversary.Adversary",
-    "ldm.training.diffusion.Objective": "ldm.training.modules.diffusion.Objective",
+    "ldm.training.diffusion.Objective": "ldm.diffusion.objective.Objective",
     "ldm.training.diffusion_stage.DiffusionStage": "ldm.training.stages.diffusion.DiffusionStage",
     "ldm.training.diffusion_stage.class_condition": "ldm.networks.conditioning.class_condition",
     "ldm.training.diffusion_stage.no_condition": "ldm.networks.conditioning.no_condition",
     "ldm.training.diffusion_stage.text_condition": "ldm.networks.conditioning.text_condition",
+    "ldm.training.modules.diffusion.Objective": "ldm.diffusion.objective.Objective",
     "ldm.training.muon.MuonAdamW": "ldm.training.optim.muon.MuonAdamW",
     "ldm.training.vae_stage.VAEStage": "ldm.training.stages.autoencoder.VAEStage",
 }
 """Names that constructors had in earlier versions, in whose runs and configs they still stand."""
+SAMPLER = "ldm.diffusion.sampler.Sampler"
+SAMPLERS = {
+    "ddim": "ldm.diffusion.samplers.ddim.DDIM",
+    "ddpm": "ldm.diffusion.samplers.ddpm.DDPM",
+    "dpmpp": "ldm.diffusion.samplers.multistep.DPMSolver",
+    "unipc": "ldm.diffusion.samplers.multistep.UniPC",
+}
+"""What SAMPLER, the one class of earlier versions, was by its `method`."""
 MOST_SIGNS = 4_000_000
 DEEPEST = 64
 _REFERENCE = re.compile(r"\$\{[\w.\[\]]*\}|\$\{oc\.select:[\w.,\s]*\}")
@@ -165,10 +177,15 @@ def with_current_targets(config: Any) -> Any:
         return [with_current_targets(part) for part in config]
     if not isinstance(config, dict):
         return config
-    return {
+    current = {
         key: MOVED.get(value, value) if key == "_target_" and isinstance(value, str) else with_current_targets(value)
         for key, value in config.items()
     }
+    if current.get("_target_") == SAMPLER and (method := current.get("method")) in SAMPLERS:
+        current["_target_"] = SAMPLERS[method]
+        others = {"method", "eta" if method != "ddim" else "", "variance" if method != "ddpm" else ""}
+        return {key: value for key, value in current.items() if key not in others}
+    return current
 
 
 def check_composed_file(text: str, source: str, group: str, package: str | None) -> None:
@@ -238,7 +255,7 @@ def _is_allowed(target: Any, typed: Sequence[str]) -> bool:
     if not isinstance(target, str):
         return False
     trusted = [name.strip() for name in os.environ.get(TRUST, "").split(",") if name.strip()]
-    if MOVED.get(target, target) in KNOWN or target in trusted:
+    if target == SAMPLER or MOVED.get(target, target) in KNOWN or target in trusted:
         return True
     whole = re.compile(rf"(?<![\w.]){re.escape(target)}(?![\w.])") if target else None
     return whole is not None and any("_target_" in argument and whole.search(argument) for argument in typed)

@@ -16,6 +16,7 @@ from ldm.evaluation.comparison.images import side_by_side
 from ldm.evaluation.comparison.report import Report
 from ldm.files.untrusted import file_name
 from ldm.runtime.device import choose_device
+from ldm.sampling.draw import describe
 from ldm.sampling.request import read_prompts
 from ldm.tracking.comparison import track_comparison
 
@@ -27,11 +28,11 @@ def compare_runs(config: DictConfig) -> None:
     device = choose_device(config.device)
     comparison = compare(list(map(str, config.runs)) if isinstance(config.runs, ListConfig) else [str(config.runs)])
     options = {key: config[key] for key in ("num_samples", "prompts", "guidance", "seed", "batch_size")}
-    picture, notes = side_by_side(comparison, command.construct(config.sampler), device=device, **options)
+    sampler = command.construct(config.sampler)
+    picture, notes = side_by_side(comparison, sampler, device=device, **options)
     drawn = {key: options[key] for key in ("num_samples", "seed")}
     if comparison.runs[0][1].stage == "diffusion":
-        settings: Any = OmegaConf.to_container(config.sampler, resolve=True)
-        drawn |= {"prompts": config.prompts, "guidance": config.guidance, "sampler": settings}
+        drawn |= {"prompts": config.prompts, "guidance": config.guidance, "sampler": describe(sampler)}
     report = Report(comparison, picture, notes, drawn if picture is not None else {})
     out = Path(config.out or Path("runs", "compare", folder_name(report))).expanduser()
     files = report.save(out)

@@ -8,7 +8,6 @@ from omegaconf import DictConfig
 from ldm.cli import main as command
 from ldm.evaluation.samples import report
 from ldm.image_grid import grid, to_pil
-from ldm.networks.conditioning import TextCondition
 from ldm.runs.lineage import weights_sha256
 from ldm.runs.run import Run
 from ldm.runtime import shell
@@ -29,13 +28,12 @@ def demo(config: DictConfig) -> None:
     out.mkdir(parents=True, exist_ok=True)
 
     captions = images.require_captions()
-    assert isinstance(pipeline.conditioning, TextCondition)  # the demo's model is trained on captions
     wanted = {
         "samples.png": ("Sixteen prompts", list(config.prompts)),
         "held_out.png": ("Captions never trained on", [captions[i] for i in images.val_indices[:16]]),
     }
     for file, (title, prompts) in wanted.items():
-        request = Request(pipeline.conditioning.encode(prompts), prompts)
+        request = Request(*pipeline.conditioning.of_request(prompts=prompts))
         drawn = [image for batch in draw(pipeline, request, sampler, **options) for image in to_pil(batch)]
         grid(drawn, prompts, columns=4, title=title).save(out / file)
         if file == "samples.png":

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from ldm.errors import UserError
-from ldm.runtime.random import derive_seed
+from ldm.runtime.random import torch_generator
 
 OF_SAMPLES = 2
 """Sets the draws of samples, such as which of its captions, apart from the order and from those of rows."""
@@ -21,7 +21,7 @@ OF_SAMPLES = 2
 
 @lru_cache(maxsize=2)
 def _permutation(size: int, seed: int, epoch: int) -> list[int]:
-    generator = torch.Generator().manual_seed(derive_seed(seed, epoch))
+    generator = torch_generator(seed, epoch)
     return torch.randperm(size, generator=generator).tolist()
 
 
@@ -39,7 +39,7 @@ def batch_at(step: int, *, size: int, batch_size: int, seed: int) -> list[int]:
 @lru_cache(maxsize=2)
 def draws_of_epoch(size: int, seed: int, epoch: int) -> Tensor:
     """One number from [0, 1) for each sample, float32 [size]: of what is chosen once for each visit, its caption."""
-    return torch.rand(size, generator=torch.Generator().manual_seed(derive_seed(seed, epoch, 0, OF_SAMPLES)))
+    return torch.rand(size, generator=torch_generator(seed, epoch, 0, OF_SAMPLES))
 
 
 def part_rows(micro_batch: int, rank: int, num_ranks: int, count: int) -> range:

@@ -23,6 +23,7 @@ from torch import Tensor
 from ldm.diffusion.bound_terms import bound_term, precise, prior_kl
 from ldm.diffusion.chain import at_least_float32, check_z_0_mse, log_variance, marginal
 from ldm.diffusion.denoiser import Condition, DenoiserLike, Prediction
+from ldm.diffusion.samplers.base import check_generators
 from ldm.diffusion.schedule import NoiseSchedule
 
 OnBatch = Callable[[int, int], None]
@@ -80,7 +81,7 @@ class Bound:
 def variational_bound(
     denoiser: DenoiserLike,
     z_0: Float[Tensor, " b *z"],
-    condition: Condition = None,
+    condition: Condition | None = None,
     *,
     generators: list[torch.Generator],
     variance: str,
@@ -97,10 +98,8 @@ def variational_bound(
     log(1 + snr) equally and are at least a step wide: data N(0, I) has mse(t) = 1 / (1 + snr), so that each carries
     as much of the bound.
 
-    The Monte Carlo variance is estimated without bias too: from the two terms of a stratum, w^2 (x - x')^2 / 4.
     Where all t are visited, T / 32 strata (8 at least) get one more prediction, with other noise at a random t of
-    theirs, for w (x - x')^2 / 2 and for nothing else. Neighbouring t cannot stand for other noise: where L_{t-1}
-    falls steeply their difference grows with the number of dimensions, and noise with its root.
+    theirs, for the Monte Carlo variance and for nothing else, see `_layers`.
 
     What image i draws comes from its own generator in a fixed order: its result depends neither on the other images
     nor on batch_size.
@@ -119,42 +118,22 @@ def variational_bound(
     """
     z_0, schedule = at_least_float32(z_0), denoiser.schedule
     T, b = schedule.num_steps, len(z_0)
-    if len(generators) != b:
-        raise ValueError(f"{len(generators)} generators for {b} images: give one per image")
+    check_generators(generators, b)
     if steps is not None and (steps % 2 or not 4 <= steps <= T):
         raise ValueError(f"a bound takes an even number of steps in 4..T = {T}, or None for all; got {steps}")
     _check_finite(z_0)
     edges = _strata(schedule, min(T, max(8, T // 32)) if steps is None else steps // 2)
-    if steps is None:
-        t = torch.cat([torch.arange(1, T + 1)[:, None].expand(T, b), _draw_steps(edges, generators)])
-    else:
-        t = torch.cat([_draw_steps(edges, generators), _draw_steps(edges, generators)])
+    first = torch.arange(1, T + 1)[:, None].expand(T, b) if steps is None else _draw_steps(edges, generators)
+    t = torch.cat([first, _draw_steps(edges, generators)])
     image, at = torch.arange(b).repeat(len(t)), t.flatten()
-    terms = torch.empty(len(at), dtype=torch.float64)
-    for rows, clean, prediction in _predict(denoiser, z_0, condition, image, at, generators, batch_size, on_batch):
-        term = bound_term(schedule, prediction, clean, at[rows] - 1, at[rows], variance=variance, z_0_mse=z_0_mse)
-        if last is not None and (first := at[rows] == 1).any():
-            mean, v = prediction.z_0[first], None if prediction.v is None else prediction.v[first]
-            log_sigma = log_variance(schedule, 0, 1, variance, like=mean, v=v, z_0_mse=z_0_mse)
-            term[first] = last(image[rows][first], mean, (0.5 * log_sigma).exp()).to(term)
-        terms[rows] = term.cpu().double()
-        _check_finite_at(terms[rows], "the bound", image[rows], at[rows])
-    terms = terms.reshape(t.shape)
-    stratum_widths = edges.diff().double()
-    if steps is None:
-        layers, widths = terms[:T], torch.ones(T, dtype=torch.float64)
-        spread = stratum_widths[:, None] * (layers.gather(0, t[T:] - 1) - terms[T:]).square() / 2
-        middle = t[:T, 0].double()
-    else:
-        first, second = stratum_widths[:, None] * terms.reshape(2, -1, b)
-        layers, widths = (first + second) / 2, stratum_widths
-        spread = (first - second).square() / 4
-        middle = (edges[1:] + edges[:-1] + 1).double() / 2
+    batches = _predict(denoiser, z_0, condition, image, at, generators, batch_size, on_batch)
+    terms = _terms(schedule, batches, image, at, variance, z_0_mse, last).reshape(t.shape)
+    layers, variances, middle, widths = _layers(terms, t, edges, T)
     return Bound(
         prior=prior_kl(schedule, z_0).cpu().double(),
         layers=layers[1:].sum(0),
         last=layers[0],
-        monte_carlo_variance=spread.sum(0),
+        monte_carlo_variance=variances.sum(0),
         steps=middle,
         widths=widths,
         curve=layers.mean(1) / widths,
@@ -165,7 +144,7 @@ def variational_bound(
 def fit_z_0_mse(
     denoiser: DenoiserLike,
     z_0: Float[Tensor, " n *z"],
-    condition: Condition = None,
+    condition: Condition | None = None,
     *,
     generator: torch.Generator,
     images_per_step: int = 16,
@@ -200,6 +179,47 @@ def fit_z_0_mse(
     return table
 
 
+def _terms(
+    schedule: NoiseSchedule,
+    batches: Iterator[tuple[slice, Tensor, Prediction]],
+    image: Int[Tensor, " n"],
+    t: Int[Tensor, " n"],
+    variance: str,
+    z_0_mse: Tensor | None,
+    last: LastTerm | None,
+) -> Float64[Tensor, " n"]:
+    """L_{t-1} of every image[k] at t[k]; where t = 1 by `last`, if there is one."""
+    terms = torch.empty(len(t), dtype=torch.float64)
+    for rows, clean, prediction in batches:
+        term = bound_term(schedule, prediction, clean, t[rows] - 1, t[rows], variance=variance, z_0_mse=z_0_mse)
+        if last is not None and (first := t[rows] == 1).any():
+            mean, v = prediction.z_0[first], None if prediction.v is None else prediction.v[first]
+            log_sigma = log_variance(schedule, 0, 1, variance, like=mean, v=v, z_0_mse=z_0_mse)
+            term[first] = last(image[rows][first], mean, (0.5 * log_sigma).exp()).to(term)
+        terms[rows] = term.cpu().double()
+        _check_finite_at(terms[rows], "the bound", image[rows], t[rows])
+    return terms
+
+
+def _layers(
+    terms: Float64[Tensor, " n b"], t: Int[Tensor, " n b"], edges: Int[Tensor, " edges"], T: int
+) -> tuple[Float64[Tensor, " k b"], Float64[Tensor, " strata b"], Float64[Tensor, " k"], Float64[Tensor, " k"]]:
+    """The bound's part at every point of the curve, its Monte Carlo variance by strata, and each point's t and width.
+
+    The variance is without bias: from the two terms of a stratum, w^2 (x - x')^2 / 4; where all t were visited, from a
+    term and the one with other noise at the same t, w (x - x')^2 / 2. Neighbouring t cannot stand for other noise:
+    where L_{t-1} falls steeply their difference grows with the number of dimensions, and noise with its root.
+    """
+    stratum_widths = edges.diff().double()
+    if len(t) > T:
+        layers = terms[:T]
+        variances = stratum_widths[:, None] * (layers.gather(0, t[T:] - 1) - terms[T:]).square() / 2
+        return layers, variances, t[:T, 0].double(), torch.ones(T, dtype=torch.float64)
+    first, second = stratum_widths[:, None] * terms.reshape(2, -1, terms.shape[1])
+    middle = (edges[1:] + edges[:-1] + 1).double() / 2
+    return (first + second) / 2, (first - second).square() / 4, middle, stratum_widths
+
+
 def _strata(schedule: NoiseSchedule, count: int) -> Int[Tensor, " edges"]:
     """Edges 0, 1, ..., T of `count` strata, 2..T of them (T = 1: one); stratum i is edges[i] + 1..edges[i + 1]."""
     log_1_snr = -torch.log1p(-schedule.alpha_bar[1:].cpu())
@@ -220,7 +240,7 @@ def _draw_steps(edges: Int[Tensor, " edges"], generators: list[torch.Generator])
 def _predict(
     denoiser: DenoiserLike,
     z_0: Tensor,
-    condition: Condition,
+    condition: Condition | None,
     image: Int[Tensor, " n"],
     t: Int[Tensor, " n"],
     generators: list[torch.Generator],

@@ -27,14 +27,23 @@ def at_least_float32(z: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     return z.to(torch.promote_types(z.dtype, torch.float32))
 
 
+def check_choice(option: str, value: str, known: tuple[str, ...]) -> None:
+    """Refuse an unknown value of an option.
+
+    Raises:
+        ValueError: listing the known ones.
+    """
+    if value not in known:
+        raise ValueError(f"unknown {option} {value!r}; known: {', '.join(known)}")
+
+
 def check_prediction(prediction: str, alpha_bar: Float[Tensor, "..."]) -> None:
     """Refuse an unknown prediction, and eps where nothing of z_0 is left.
 
     Raises:
         ValueError: if `prediction` is unknown; if it is eps and an entry of alpha_bar is 0.
     """
-    if prediction not in get_args(PredictionType):
-        raise ValueError(f"unknown prediction {prediction!r}; known: {', '.join(get_args(PredictionType))}")
+    check_choice("prediction", prediction, get_args(PredictionType))
     if prediction == "eps" and (alpha_bar == 0).any():
         raise ValueError("eps does not determine z_0 where alpha_bar = 0; predict z_0, v or flow instead")
 
@@ -128,8 +137,7 @@ def log_variance(
             without its table; if bt is asked for at s = 0 of a chain of a single step.
     """
     check_order(schedule, s, t)
-    if variance not in get_args(VarianceType):
-        raise ValueError(f"unknown variance {variance!r}; known: {', '.join(get_args(VarianceType))}")
+    check_choice("variance", variance, get_args(VarianceType))
     like = at_least_float32(like)
     a_s, a_t = schedule.at(s, like), schedule.at(t, like)
     b, bt = _step_variances(a_s, a_t)

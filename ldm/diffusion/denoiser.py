@@ -10,7 +10,7 @@ from torch import Tensor
 from ldm.diffusion.chain import at_least_float32, check_order, check_prediction, to_z_0
 from ldm.diffusion.schedule import NoiseSchedule, Step
 
-Condition = dict[str, Tensor] | None
+Condition = dict[str, Tensor]
 """What the network is conditioned on: batch-first tensors by name."""
 
 
@@ -28,7 +28,7 @@ class DenoiserLike(Protocol):
     @property
     def schedule(self) -> NoiseSchedule: ...
 
-    def __call__(self, z_t: Tensor, t: Step, condition: Condition = None) -> Prediction: ...
+    def __call__(self, z_t: Tensor, t: Step, condition: Condition | None = None) -> Prediction: ...
 
 
 class Denoiser:
@@ -50,7 +50,7 @@ class Denoiser:
     def __init__(
         self,
         schedule: NoiseSchedule,
-        network: Callable[[Tensor, Tensor, Condition], Tensor],
+        network: Callable[[Tensor, Tensor, Condition | None], Tensor],
         prediction: str,
         learned_variance: bool = False,
     ) -> None:
@@ -60,7 +60,7 @@ class Denoiser:
         self.prediction = prediction
         self.learned_variance = learned_variance
 
-    def __call__(self, z_t: Float[Tensor, " b c *hw"], t: Step, condition: Condition = None) -> Prediction:
+    def __call__(self, z_t: Float[Tensor, " b c *hw"], t: Step, condition: Condition | None = None) -> Prediction:
         """Predict z_0 from z_t.
 
         Raises:
@@ -70,7 +70,7 @@ class Denoiser:
         return Prediction(to_z_0(self.schedule, output, z_t, t, self.prediction), v)
 
     def output(
-        self, z_t: Float[Tensor, " b c *hw"], t: Step, condition: Condition = None
+        self, z_t: Float[Tensor, " b c *hw"], t: Step, condition: Condition | None = None
     ) -> tuple[Float[Tensor, " b c *hw"], Float[Tensor, " b c *hw"] | None]:
         """The network's own prediction, which a loss compares with `chain.target`, and v; at least float32.
 
@@ -87,7 +87,7 @@ class Denoiser:
         if output.shape[1] != channels:
             raise ValueError(
                 f"the network must output {channels} channels, for latents of {z_t.shape[1]} and "
-                f"learned_variance={self.learned_variance}; got {output.shape[1]}"
+                f"{'a learned' if self.learned_variance else 'no learned'} variance; got {output.shape[1]}"
             )
         if not self.learned_variance:
             return output, None

@@ -33,7 +33,7 @@ class Guided:
         self,
         denoiser: DenoiserLike,
         scale: float,
-        null_condition: dict[str, Tensor],
+        null_condition: Condition,
         interval: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         if not 0 <= interval[0] <= interval[1] <= 1:
@@ -51,7 +51,7 @@ class Guided:
         """The chain of the guided denoiser."""
         return self.denoiser.schedule
 
-    def __call__(self, z_t: Float[Tensor, " b *z"], t: Step, condition: Condition = None) -> Prediction:
+    def __call__(self, z_t: Float[Tensor, " b *z"], t: Step, condition: Condition | None = None) -> Prediction:
         """Predict z_0 from z_t under guidance.
 
         Raises:
@@ -70,7 +70,7 @@ class Guided:
         scale = 1 + (self.scale - 1) * inside
         return Prediction(null + scale * (cond - null), None if both.v is None else both.v.chunk(2)[0])
 
-    def _both(self, condition: Condition) -> dict[str, Tensor]:
+    def _both(self, condition: Condition | None) -> dict[str, Tensor]:
         names, known = sorted(condition or {}), sorted(self.null_condition)
         if condition is None or names != known:
             raise ValueError(f"guidance needs the conditions {known}, as in its null condition; got {names}")

@@ -6,76 +6,25 @@ squared error is that of z_0 times a known factor, since at a given z_t all pred
     eps: snr        z_0: 1        v: snr + 1        flow: (alpha + sigma)^2 / sigma^2
 
 A weighting that is stated on z_0 is divided by this factor, and then means the same in every space.
-
-    simple, min_snr   L_simple: Sigma is fixed
-    hybrid            L_simple + 0.001 L_vlb: L_simple moves the mean, L_vlb Sigma alone
-    vlb               L_vlb moves both
 """
 
 import math
-from typing import get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ldm.diffusion.bound_terms import bound_term
-from ldm.diffusion.chain import VarianceType, at_least_float32, check_order, check_prediction, target, to_z_0
+from ldm.diffusion.chain import at_least_float32, check_choice, check_order, check_prediction, target, to_z_0
 from ldm.diffusion.denoiser import Prediction
 from ldm.diffusion.schedule import NoiseSchedule
 
 DISTRIBUTIONS = ("uniform", "logit_normal")
 TIMESTEPS = (*DISTRIBUTIONS, "importance")
 WEIGHTINGS = ("simple", "min_snr")
-OBJECTIVES = (*WEIGHTINGS, "hybrid", "vlb")
 
 VLB_WEIGHT = 0.001
 """Of L_vlb in L_hybrid: small, so that the network's shared layers learn from L_simple."""
-
-
-def check_objective(
-    objective: str, variance: str, timesteps: str, prediction: str, alpha_bar: Float[Tensor, "..."]
-) -> None:
-    """Refuse choices that would train nothing, something else than they say, or what does not exist.
-
-    Args:
-        objective: one of OBJECTIVES.
-        variance: Sigma that is trained with: fixed_small, fixed_large or learned_range.
-        timesteps: how t is drawn, one of TIMESTEPS.
-
-    Raises:
-        ValueError: saying why the choices do not go together, and what to choose.
-    """
-    for option, value, known in (
-        ("objective", objective, OBJECTIVES),
-        ("variance", variance, get_args(VarianceType)),
-        ("timesteps", timesteps, TIMESTEPS),
-    ):
-        if value not in known:
-            raise ValueError(f"unknown {option} {value!r}; known: {', '.join(known)}")
-    check_prediction(prediction, alpha_bar)
-    if variance == "optimal":
-        raise ValueError(
-            "variance optimal is fitted to a trained denoiser: train with fixed_small or fixed_large, and choose "
-            "optimal when sampling or measuring the bound"
-        )
-    if variance == "learned_range" and objective in WEIGHTINGS:
-        raise ValueError(f"objective {objective} would leave the learned Sigma untrained: choose hybrid or vlb")
-    if variance != "learned_range" and objective == "hybrid":
-        raise ValueError(
-            f"the VLB term of hybrid trains Sigma alone, and {variance} has nothing to train: choose variance "
-            "learned_range, or objective simple"
-        )
-    if timesteps == "importance" and objective != "vlb":
-        raise ValueError(
-            f"importance draws t by the history of L_vlb, which {objective} does not minimise: choose timesteps uniform"
-        )
-    if timesteps == "logit_normal" and objective not in WEIGHTINGS:
-        other = " or importance" if objective == "vlb" else ""
-        raise ValueError(
-            f"{objective} estimates the sum of L_vlb over all t, which logit_normal would bias: choose timesteps "
-            f"uniform{other}"
-        )
 
 
 def sample_timesteps(
@@ -96,13 +45,12 @@ def sample_timesteps(
     Raises:
         ValueError: if `distribution` is unknown.
     """
+    check_choice("timestep distribution", distribution, DISTRIBUTIONS)
     source = device if generator is None else generator.device
     if distribution == "uniform":
         return torch.randint(1, num_steps + 1, (batch,), generator=generator, device=source).to(device)
-    if distribution == "logit_normal":
-        u = torch.randn(batch, generator=generator, device=source).sigmoid()
-        return (u * num_steps).ceil().long().clamp(1, num_steps).to(device)
-    raise ValueError(f"unknown timestep distribution {distribution!r}; known: {', '.join(DISTRIBUTIONS)}")
+    u = torch.randn(batch, generator=generator, device=source).sigmoid()
+    return (u * num_steps).ceil().long().clamp(1, num_steps).to(device)
 
 
 def weight(
@@ -122,13 +70,12 @@ def weight(
     """
     check_order(schedule, 0, t)
     check_prediction(prediction, schedule.alpha_bar)
+    check_choice("weighting", weighting, WEIGHTINGS)
     if gamma <= 0:
         raise ValueError(f"gamma of min_snr must be positive; got {gamma}")
     snr = schedule.snr(t)
     if weighting == "simple":
         return torch.ones_like(snr)
-    if weighting != "min_snr":
-        raise ValueError(f"unknown weighting {weighting!r}; known: {', '.join(WEIGHTINGS)}")
     # (alpha + sigma) / sigma = sqrt(snr) + 1.
     factor = {"eps": snr, "z_0": torch.ones_like(snr), "v": snr + 1, "flow": (snr.sqrt() + 1) ** 2}[prediction]
     return snr.clamp(max=gamma) / factor

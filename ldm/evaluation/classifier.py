@@ -26,7 +26,7 @@ from ldm.files.atomic import durable_file, write_text
 from ldm.files.untrusted import check_fields, first_line, read_json
 from ldm.metrics.features import weights_digest
 from ldm.metrics.subsets import NUM_GROUPS, jackknife_error
-from ldm.runtime.random import derive_seed
+from ldm.runtime.random import derive_seed, torch_generator
 
 FORMAT = 1
 """Of the architecture, the recipe and the files: another number trains again."""
@@ -140,7 +140,7 @@ def train(classifier: Classifier, images: ImageData, labels: Tensor, *, seed: in
 
     On the CPU, so that every machine finds the same features. Weights and order depend on the seed alone.
     """
-    _initialise(classifier, torch.Generator().manual_seed(derive_seed(seed, 1)))
+    _initialise(classifier, torch_generator(seed, 1))
     indices, order = images.train_indices, derive_seed(seed, 2)
     batch_size = min(BATCH_SIZE, len(indices))
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=PEAK_LR, weight_decay=WEIGHT_DECAY)

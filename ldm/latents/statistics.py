@@ -10,6 +10,7 @@ from ldm.data.images import ImageData
 from ldm.errors import UserError
 from ldm.latents.cache import LatentData, open_latents
 from ldm.latents.contract import LatentContract
+from ldm.runtime.random import numpy_generator, torch_generator
 
 SCALE_IMAGES = 8192
 StatisticsType = Literal["measured", "published"]
@@ -69,9 +70,9 @@ def decoder_scale(autoencoder: Autoencoder, images: ImageData, latents: Any, bat
     Of more than SCALE_IMAGES so many are drawn, which leaves an error of about half a percent. The maximum-likelihood
     scale of a Gaussian p(x | z_raw) with one standard deviation per colour.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch_generator(0)
     squares, count = torch.zeros(3, dtype=torch.float64), 0
-    chosen = np.sort(np.random.default_rng(0).permutation(images.train_indices)[:SCALE_IMAGES])
+    chosen = np.sort(numpy_generator(0).permutation(images.train_indices)[:SCALE_IMAGES])
     for start in range(0, len(chosen), batch_size):
         indices = chosen[start : start + batch_size]
         mean, log_variance = latents.batch(indices)

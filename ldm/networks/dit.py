@@ -84,7 +84,7 @@ class SwiGLU(nn.Module):
         super().__init__()
         hidden = int(dim * mlp_ratio * 2 / 3 / 32 + 0.5) * 32
         if hidden <= 0:
-            raise ValueError(f"mlp_ratio={mlp_ratio} must be {24 / dim:g} at least with hidden_dim={dim}.")
+            raise ValueError(f"mlp_ratio must be at least {24 / dim:g} where hidden_dim is {dim}; got {mlp_ratio}")
         self.gate_and_value = nn.Linear(dim, 2 * hidden)
         self.out = nn.Linear(hidden, dim)
 
@@ -157,9 +157,9 @@ class DiT(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         if hidden_dim % head_dim or head_dim % 4:
-            raise ValueError(f"head_dim={head_dim} must be a multiple of 4 that divides hidden_dim={hidden_dim}.")
+            raise ValueError(f"head_dim must be a multiple of 4 that divides hidden_dim, {hidden_dim}; got {head_dim}")
         if sample_size % patch_size:
-            raise ValueError(f"patch_size={patch_size} must divide the latent's side, {sample_size}.")
+            raise ValueError(f"patch_size must divide the latent's side, {sample_size}; got {patch_size}")
         self.patch_in = nn.Linear(in_channels * patch_size**2, hidden_dim)
         self.time_mlp = nn.Sequential(nn.Linear(256, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, hidden_dim))
         if text_dim is not None:

@@ -52,7 +52,9 @@ def unet(
     """
     levels = len(block_out_channels)
     if sample_size % 2 ** (levels - 1):
-        raise ValueError(f"A UNet of {levels} levels needs a latent side divisible by {2 ** (levels - 1)}.")
+        raise ValueError(
+            f"a UNet of {levels} levels needs a latent side divisible by {2 ** (levels - 1)}; got {sample_size}"
+        )
     common: dict[str, Any] = {
         "sample_size": sample_size,
         "in_channels": in_channels,

@@ -27,7 +27,7 @@ from ldm.files.untrusted import check_fields, first_line, is_plain_name, read_js
 from ldm.runs.provenance import provenance
 from ldm.runtime import shell
 from ldm.runtime.paths import RUN_FILE, STAGES, is_run, set_aside
-from ldm.runtime.random import derive_seed
+from ldm.runtime.random import numpy_generator
 from ldm.sampling.pipeline import INDEX_FILE, LatentDiffusionPipeline
 
 SPLITS = ("val", "train")
@@ -302,4 +302,4 @@ def choose_images(run: Run, split: str, num_images: int, seed: int) -> tuple[Ima
             f"The {split} split of {images.name} holds {len(members)} image, and a standard error needs 2. Choose "
             f"split={'train' if split == 'val' else 'val'}, or train with a larger data.val_fraction."
         )
-    return images, np.random.default_rng(derive_seed(seed, 2)).permutation(members)[:num_images]
+    return images, numpy_generator(seed, 2).permutation(members)[:num_images]

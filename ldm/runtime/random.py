@@ -1,7 +1,8 @@
-"""Random numbers as a pure function of seed, step and row, and the generators of samples."""
+"""Random numbers as a pure function of seed, step and row: every generator of this project is seeded here."""
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,28 @@ def derive_seed(*parts: int) -> int:
     return state >> 1
 
 
+def torch_generator(*parts: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator of its own for these integers; a single one is the seed itself, several are derived from."""
+    return torch.Generator(device=device).manual_seed(_seed(parts))
+
+
+def numpy_generator(*parts: int) -> np.random.Generator:
+    """The same for numpy."""
+    return np.random.default_rng(_seed(parts))
+
+
+def sample_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
+    """One CPU generator per sample: what sample i draws depends on seed and i alone, on any device.
+
+    Not by `derive_seed`: sample i of a seed stays the image that it always was.
+    """
+    return [torch_generator(seed * 1_000_003 + index) for index in indices]
+
+
+def _seed(parts: Sequence[int]) -> int:
+    return parts[0] if len(parts) == 1 else derive_seed(*parts)
+
+
 class Draws:
     """The random numbers of some rows of a step: bit for bit those that the whole step would draw for them.
 
@@ -34,9 +57,7 @@ class Draws:
     def __init__(self, seed: int, step: int, rows: range, device: torch.device | str = "cpu") -> None:
         first, end = rows.start // BLOCK, -(-rows.stop // BLOCK)
         self._rows = slice(rows.start - first * BLOCK, rows.stop - first * BLOCK)
-        self._generators = [torch.Generator(device=device) for _ in range(first, end)]
-        for block, generator in enumerate(self._generators, start=first):
-            generator.manual_seed(derive_seed(seed, step, block))
+        self._generators = [torch_generator(seed, step, block, device=device) for block in range(first, end)]
 
     def draw(self, function: Callable[[int, torch.Generator], Tensor]) -> Tensor:
         """These rows of what `function(count, generator)` draws, [count, ...], row by row independent."""
@@ -53,8 +74,3 @@ class Draws:
     def randint(self, low: int, high: int) -> Tensor:
         """One of low, ..., high - 1 for each row."""
         return self.draw(lambda count, g: torch.randint(low, high, (count,), generator=g, device=g.device))
-
-
-def sample_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
-    """One CPU generator per sample: what sample i draws depends on seed and i alone, on any device."""
-    return [torch.Generator().manual_seed(seed * 1_000_003 + index) for index in indices]

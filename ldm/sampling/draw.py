@@ -18,7 +18,7 @@ from rich.progress import (
 )
 from torch import Tensor
 
-from ldm.diffusion.sampler import OnStep, SamplerLike
+from ldm.diffusion.samplers.base import OnStep, SamplerLike
 from ldm.errors import UserError
 from ldm.image_grid import grid, rows, to_pil
 from ldm.runtime.random import sample_generators
@@ -54,7 +54,7 @@ def draw(
         sampler.check(pipeline.schedule)
     except ValueError as error:
         raise UserError(f"sampler={sampler.method} with {sampler.steps} steps: {error}.") from error
-    pipeline.check_sigma(getattr(sampler, "variance", None))
+    pipeline.check_sigma(sampler.variance)
     total = len(request)
     columns = (TextColumn("sampling"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, transient=True) as bar:

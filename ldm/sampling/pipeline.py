@@ -6,7 +6,7 @@ latent contract. Nothing in it is unpickled.
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,20 @@ from torch import Tensor, nn
 
 from ldm.autoencoder.autoencoder import Autoencoder
 from ldm.diffusion.chain import check_prediction, check_z_0_mse, forward_step
-from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.denoiser import Condition, Denoiser
 from ldm.diffusion.guidance import Guided
-from ldm.diffusion.sampler import OnStep, Sampler, SamplerLike
+from ldm.diffusion.samplers.base import OnStep, SamplerLike
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
 from ldm.files.atomic import write_text
 from ldm.files.models import load_model
 from ldm.files.untrusted import check_fields, read_json
 from ldm.latents.contract import LatentContract
-from ldm.networks.conditioning import Condition, Conditioning, restore
+from ldm.networks.conditioning import Conditioning, restore
 from ldm.networks.dit import DiT
 from ldm.networks.unet import ImageUNet, TextUNet
 from ldm.runtime import shell
+from ldm.runtime.random import torch_generator
 
 INDEX_FILE = "model_index.json"
 FORMAT = 2
@@ -146,11 +147,8 @@ class LatentDiffusionPipeline:
             denoiser = Guided(denoiser, guidance, null, guidance_interval)
         noise = torch.stack([torch.randn(self.latent_shape, generator=g) for g in generators]).to(self.device)
         moved = {name: value.to(self.device) for name, value in condition.items()}
-        options: dict[str, Any] = {}
-        if isinstance(sampler, Sampler) and sampler.method == "ddpm":
-            sampler = replace(sampler, variance=sampler.variance or self.variance)
-            options = {"z_0_mse": self.z_0_mse} if sampler.variance == "optimal" else {}
-        return sampler(denoiser, noise, moved, generator=generators, on_step=on_step, **options)
+        sigma: dict[str, Any] = {"variance": self.variance, "z_0_mse": self.z_0_mse}
+        return sampler(denoiser, noise, moved, **sigma, generator=generators, on_step=on_step)
 
     def decode(self, z: Tensor) -> Tensor:
         """Standardised latents -> images [b, 3, H, W] in [-1, 1]."""
@@ -167,7 +165,7 @@ class LatentDiffusionPipeline:
             The visited t, and the decoded z_t, [steps + 1, 3, H, W].
         """
         mean, _ = self.autoencoder.encode(image)
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch_generator(seed)
         visited = sorted(set(torch.linspace(0, self.schedule.num_steps, steps + 1).round().long().tolist()))
         z_t = self.autoencoder.standardise(mean)
         frames = [self.decode(z_t)]

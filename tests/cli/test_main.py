@@ -231,7 +231,7 @@ def test_the_task_gets_the_composed_config(sample):
     assert ended.code == 0 and ended.err == ""
     (config,) = seen
     assert (config.run, config.prompt, config.seed) == ("a place/b", "woman’s hat, (big)", 3)
-    assert config.sampler.method == "ddim"
+    assert config.sampler._target_ == "ldm.diffusion.samplers.ddim.DDIM"
 
 
 def test_the_command_line_is_left_as_it_was_typed(sample):

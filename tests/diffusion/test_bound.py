@@ -434,7 +434,7 @@ def test_errors(exact_gaussian, randn):
     def measure(denoiser=exact, images=3, z_0=z_0, **options):
         return variational_bound(denoiser, z_0, generators=seeds(images), **{"variance": "fixed_large", **options})
 
-    with pytest.raises(ValueError, match="2 generators for 3 images"):
+    with pytest.raises(ValueError, match="2 generators for a batch of 3"):
         measure(images=2)
     for steps in (2, 5, 12):
         with pytest.raises(ValueError, match=rf"even number of steps in 4..T = 10, or None for all; got {steps}"):

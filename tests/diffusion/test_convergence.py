@@ -7,7 +7,8 @@ import pytest
 import scipy.integrate
 import torch
 
-from ldm.diffusion.sampler import Sampler
+from ldm.diffusion.samplers.ddim import DDIM
+from ldm.diffusion.samplers.multistep import DPMSolver, UniPC
 from ldm.diffusion.schedule import NoiseSchedule
 
 # diffusers rounds timesteps to integers: T is large, and a multiple of every number of steps.
@@ -30,7 +31,7 @@ def flow(u, z):
     return -0.5 * (0.1 + 19.9 * u) * (z + score)
 
 
-def measure(exact_mixture, method, s):
+def measure(exact_mixture, sampler, s):
     """Largest error at step s for each number of steps, and the observed order of each halving."""
     schedule = NoiseSchedule("vp", torch.from_numpy(alpha_bar(np.arange(T + 1) / T)))
     exact = exact_mixture(schedule, MEANS[:, None], WEIGHTS, VARIANCE)
@@ -39,7 +40,7 @@ def measure(exact_mixture, method, s):
     errors = []
     for steps in STEPS:
         arrived = {}
-        Sampler(method, steps)(
+        sampler(steps)(
             exact,
             torch.from_numpy(z_T)[:, None],
             on_step=lambda at, z_s, z_0, arrived=arrived: arrived.update({at: z_s}),
@@ -47,21 +48,21 @@ def measure(exact_mixture, method, s):
         errors.append(np.abs(arrived[s].flatten().numpy() - path.y[:, -1]).max())
     orders = [math.log2(coarse / fine) for coarse, fine in zip(errors, errors[1:], strict=False)]
     series = " ".join(f"{error:.2e}" for error in errors), " ".join(f"{order:.2f}" for order in orders)
-    print(f"\n{method} at t = {s} in {STEPS} steps: errors {series[0]}, orders {series[1]}")
+    print(f"\n{sampler.method} at t = {s} in {STEPS} steps: errors {series[0]}, orders {series[1]}")
     return errors, orders
 
 
 # UniPC's corrector adds one to the order of its predictor, which is 2 here.
-@pytest.mark.parametrize(("method", "order"), [("ddim", 1), ("dpmpp", 2), ("unipc", 3)])
-def test_order_at_a_noise_level_that_every_run_visits(exact_mixture, method, order):
-    errors, orders = measure(exact_mixture, method, T // 10)
+@pytest.mark.parametrize(("sampler", "order"), [(DDIM, 1), (DPMSolver, 2), (UniPC, 3)])
+def test_order_at_a_noise_level_that_every_run_visits(exact_mixture, sampler, order):
+    errors, orders = measure(exact_mixture, sampler, T // 10)
     assert errors[-1] < errors[0] / 10**order
     assert orders[-1] == pytest.approx(order, abs=0.2)
 
 
-@pytest.mark.parametrize("method", ["ddim", "dpmpp", "unipc"])
-def test_all_the_way_down_converges_too(exact_mixture, method):
+@pytest.mark.parametrize("sampler", [DDIM, DPMSolver, UniPC])
+def test_all_the_way_down_converges_too(exact_mixture, sampler):
     # The last step, to alpha_bar = 1, is of first order in every method, and dominates in the end.
-    errors, orders = measure(exact_mixture, method, 0)
+    errors, orders = measure(exact_mixture, sampler, 0)
     assert min(orders) > 0.5
     assert errors[-1] < errors[0] / 14

@@ -1,4 +1,3 @@
-import itertools
 import math
 
 import numpy as np
@@ -10,10 +9,7 @@ from ldm.diffusion import chain
 from ldm.diffusion.bound_terms import bound_term
 from ldm.diffusion.denoiser import Prediction
 from ldm.diffusion.loss import (
-    OBJECTIVES,
-    TIMESTEPS,
     ImportanceTimesteps,
-    check_objective,
     hybrid_loss,
     sample_timesteps,
     simple_loss,
@@ -218,49 +214,3 @@ def test_importance_sampling_resumes():
     assert draws[0][1].equal(draws[1][1])
     with pytest.raises(ValueError, match="not finite"):
         first.update(torch.tensor([1]), torch.tensor([math.nan]))
-
-
-ALLOWED = {
-    *(
-        (o, v, t)
-        for o in ("simple", "min_snr")
-        for v in ("fixed_small", "fixed_large")
-        for t in ("uniform", "logit_normal")
-    ),
-    ("hybrid", "learned_range", "uniform"),
-    *(("vlb", v, t) for v in ("fixed_small", "fixed_large", "learned_range") for t in ("uniform", "importance")),
-}
-
-
-def test_every_other_combination_of_choices_is_refused():
-    alpha_bar = linear(10).alpha_bar
-    variances = ["fixed_small", "fixed_large", "learned_range", "optimal"]
-    for choice in itertools.product(OBJECTIVES, variances, TIMESTEPS):
-        if choice in ALLOWED:
-            check_objective(*choice, "eps", alpha_bar)
-        else:
-            with pytest.raises(ValueError, match="choose "):
-                check_objective(*choice, "eps", alpha_bar)
-
-
-@pytest.mark.parametrize(
-    ("choice", "rule"),
-    [
-        (("simple", "learned_range", "uniform"), "leave the learned Sigma untrained: choose hybrid or vlb"),
-        (("min_snr", "learned_range", "uniform"), "leave the learned Sigma untrained: choose hybrid or vlb"),
-        (("hybrid", "fixed_small", "uniform"), "fixed_small has nothing to train: choose variance learned_range, or"),
-        (("vlb", "optimal", "uniform"), "fitted to a trained denoiser: train with fixed_small"),
-        (("hybrid", "learned_range", "importance"), "which hybrid does not minimise: choose timesteps uniform"),
-        (("simple", "fixed_small", "importance"), "which simple does not minimise: choose timesteps uniform"),
-        (("hybrid", "learned_range", "logit_normal"), "logit_normal would bias: choose timesteps uniform$"),
-        (("vlb", "learned_range", "logit_normal"), "logit_normal would bias: choose timesteps uniform or importance$"),
-        (("elbo", "fixed_small", "uniform"), "unknown objective 'elbo'; known: simple, min_snr, hybrid, vlb"),
-        (("vlb", "learned", "uniform"), "unknown variance 'learned'; known: fixed_small"),
-        (("vlb", "fixed_small", "cosine"), "unknown timesteps 'cosine'; known: uniform, logit_normal, importance"),
-    ],
-)
-def test_choices_that_do_not_go_together_say_why(choice, rule):
-    with pytest.raises(ValueError, match=rule):
-        check_objective(*choice, "v", linear(10).alpha_bar)
-    with pytest.raises(ValueError, match="alpha_bar = 0"):
-        check_objective("simple", "fixed_small", "uniform", "eps", rectified_flow(10).alpha_bar)

@@ -25,7 +25,9 @@ from examples.mixture.mixture import (
 from examples.mixture.study import check, count_modes, study
 from ldm.diffusion import chain
 from ldm.diffusion.denoiser import DenoiserLike
-from ldm.diffusion.sampler import Sampler
+from ldm.diffusion.samplers.ddim import DDIM
+from ldm.diffusion.samplers.ddpm import DDPM
+from ldm.diffusion.samplers.multistep import DPMSolver
 from ldm.diffusion.schedule import cosine
 from ldm.errors import UserError
 
@@ -128,11 +130,11 @@ def test_the_forward_chain_widens_every_mode_as_told():
             assert (part.var(0) - 1).abs().max() < 5 * (2 / len(part)) ** 0.5
 
 
-@pytest.mark.parametrize("method", ["ddpm", "ddim"])
-def test_the_reverse_chain_finds_every_mode_with_its_weight(method):
+@pytest.mark.parametrize("sampler", [DDPM, DDIM])
+def test_the_reverse_chain_finds_every_mode_with_its_weight(sampler):
     generator = seeded(2)
     z_T = torch.randn(4000, 2, generator=generator)
-    descent = descend(EXACT, Sampler(method, 200), z_T, generator)
+    descent = descend(EXACT, sampler(200), z_T, generator)
     found = count_modes(MIXTURE, SCHEDULE, descent.z_0)
     assert found["p_value"] > 1e-3 and min(found["counts"]) > 0 and found["stray"] < 0.005
     assert descent.steps == list(range(200, -1, -1)) and descent.paths.shape == (201, 60, 2)
@@ -143,7 +145,7 @@ def test_the_reverse_chain_finds_every_mode_with_its_weight(method):
 
 def test_a_short_way_down_is_looked_at_where_it_stops():
     z_T = torch.randn(100, 2, generator=seeded())
-    descent = descend(EXACT, Sampler("dpmpp", 4), z_T, seeded())
+    descent = descend(EXACT, DPMSolver(4), z_T, seeded())
     assert descent.steps == [200, 150, 100, 50, 0] and set(descent.frames) <= set(descent.steps)
 
 
@@ -170,7 +172,7 @@ def test_a_network_learns_the_modes_and_their_weights():
     loss = mean_loss(trained, MIXTURE)
     assert least < loss < least + 0.2 * (barely - least)
     generator = seeded(3)
-    z_0 = descend(trained, Sampler("ddpm", 200), torch.randn(2000, 2, generator=generator), generator).z_0
+    z_0 = descend(trained, DDPM(200), torch.randn(2000, 2, generator=generator), generator).z_0
     found = count_modes(MIXTURE, SCHEDULE, z_0)
     assert found["shares"] == pytest.approx(MIXTURE.weights.tolist(), abs=0.05)
     assert found["stray"] < 0.1
@@ -178,7 +180,7 @@ def test_a_network_learns_the_modes_and_their_weights():
 
 def test_a_study_repeats_itself_and_is_written(tmp_path):
     options = {"steps": 20, "num_samples": 70, "seed": 3}
-    studies = [study(SCHEDULE, Sampler("ddpm", 20), **options) for _ in range(2)]
+    studies = [study(SCHEDULE, DDPM(20), **options) for _ in range(2)]
     first, again = ({k: v for k, v in s.figures["trained"].items() if k != "sampling_s"} for s in studies)
     assert first == again
     studies[0].save(tmp_path / "new" / "place")
@@ -220,12 +222,12 @@ def test_what_is_no_mixture_is_refused(means, weights, variance, rule):
         ({"steps": 0}, "steps=0 must be at least 1"),
         ({"steps": 1.5}, "steps=1.5 must be a whole number"),
         ({"seed": None}, "seed=None must be a whole number"),
-        ({"sampler": Sampler("ddpm", 1000)}, "sampler=ddpm with 1000 steps: a chain of T = 200 steps"),
-        ({"sampler": Sampler("ddpm", 10, variance="learned_range")}, "sampler.variance=learned_range"),
+        ({"sampler": DDPM(1000)}, "sampler=ddpm with 1000 steps: a chain of T = 200 steps"),
+        ({"sampler": DDPM(10, variance="learned_range")}, "sampler.variance=learned_range"),
     ],
 )
 def test_what_cannot_be_studied_is_refused(changed, message):
-    options = {"sampler": Sampler("ddpm", 200), "steps": 1, "num_samples": 63, "seed": 0}
+    options = {"sampler": DDPM(200), "steps": 1, "num_samples": 63, "seed": 0}
     check(MIXTURE, SCHEDULE, **options)
     with pytest.raises(UserError, match=message):
         check(MIXTURE, SCHEDULE, **(options | changed))

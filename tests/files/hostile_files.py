@@ -550,13 +550,13 @@ class Doors:
 
     def kept(self, folder: Path) -> None:
         from ldm.data.images import ImageData
-        from ldm.diffusion.sampler import Sampler
+        from ldm.diffusion.samplers.ddim import DDIM
         from ldm.evaluation.samples.kept import draw_and_keep
 
         images = ImageData.open(self.sound / "cache")
         for file in folder.glob("samples.json"):
             file.replace(next(folder.glob("samples-*.json")))
-        draw_and_keep(self.parts, images, Sampler("ddim", 2), folder, num_samples=3, guidance=1.0, seed=0)
+        draw_and_keep(self.parts, images, DDIM(2), folder, num_samples=3, guidance=1.0, seed=0)
 
     def encoder(self, folder: Path) -> None:
         from ldm.networks.conditioning import TextCondition

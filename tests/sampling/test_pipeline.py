@@ -10,7 +10,8 @@ import torch
 from diffusers import AutoencoderKL
 
 from ldm.autoencoder.autoencoder import Autoencoder, LatentStatistics, weights_sha256
-from ldm.diffusion.sampler import Sampler
+from ldm.diffusion.samplers.ddim import DDIM
+from ldm.diffusion.samplers.ddpm import DDPM
 from ldm.diffusion.schedule import linear
 from ldm.errors import UserError
 from ldm.latents.contract import LatentContract
@@ -22,7 +23,7 @@ from ldm.sampling.draw import draw, film_strip, write
 from ldm.sampling.pipeline import VARIANCE_FILE, LatentDiffusionPipeline
 from ldm.sampling.request import Request, read_prompts
 
-SAMPLER = Sampler("ddim", 3)
+SAMPLER = DDIM(3)
 
 
 def autoencoder() -> Autoencoder:
@@ -135,7 +136,7 @@ def test_a_sigma_that_the_model_has_not_is_refused(classes, tmp_path):
     request = Request.make(classes, num_samples=1)
     for variance, message in (("learned_range", "did not learn Sigma"), ("optimal", "not fitted for this model yet")):
         with pytest.raises(UserError, match=message):
-            next(draw(classes, request, Sampler("ddpm", 5, variance=variance), guidance=1.0, seed=0))
+            next(draw(classes, request, DDPM(5, variance=variance), guidance=1.0, seed=0))
     classes.save(tmp_path)
     (tmp_path / VARIANCE_FILE).write_text('{"z_0_mse": [0.0, 0.')
     with pytest.raises(UserError, match="cannot be read .* Delete it"):
@@ -180,9 +181,9 @@ def test_the_forward_chain_ends_in_noise():
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("none", {"prompt": "cat"}, "conditioned on none, not on text: leave prompt= out"),
-        ("class", {"prompts": "file"}, "conditioned on class, not on text"),
-        ("none", {"label": 1}, "unconditional: leave label= out"),
+        ("none", {"prompt": "cat"}, "unconditional: it takes neither a prompt nor a label"),
+        ("class", {"prompt": "cat"}, "conditioned on class, not on text: it takes a label"),
+        ("none", {"label": 1}, "unconditional: it takes neither a prompt nor a label"),
         ("class", {"label": 2}, "label=2 does not exist. Choose one of: 0=cat, 1=dog"),
         ("none", {"num_samples": 0}, "num_samples=0 must be at least 1"),
     ],
@@ -201,7 +202,7 @@ def test_labels_take_turns_where_none_is_asked_for(classes):
 
 def test_more_steps_than_the_chain_has_are_refused(classes):
     with pytest.raises(UserError, match="sampler=ddim with 51 steps: .*1 to 50 steps"):
-        next(draw(classes, Request.make(classes), Sampler("ddim", 51), guidance=1.0, seed=0))
+        next(draw(classes, Request.make(classes), DDIM(51), guidance=1.0, seed=0))
 
 
 def test_prompts_are_read_line_by_line(tmp_path):

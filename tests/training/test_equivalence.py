@@ -27,7 +27,8 @@ from ldm.autoencoder.patch import PatchAutoencoderKL
 from ldm.autoencoder.regularisers import KL, VectorQuantised
 from ldm.data.loaders import train_loader, val_loader
 from ldm.data.order import batch_at
-from ldm.diffusion.sampler import Sampler
+from ldm.diffusion.objective import Objective
+from ldm.diffusion.samplers.ddim import DDIM
 from ldm.diffusion.schedule import cosine
 from ldm.latents.contract import LatentContract
 from ldm.networks.conditioning import ClassCondition
@@ -37,7 +38,7 @@ from ldm.sampling.pipeline import LatentDiffusionPipeline
 from ldm.training.modules.adversary import Adversary
 from ldm.training.modules.autoencoder import VAETraining
 from ldm.training.modules.base import TrainingModule
-from ldm.training.modules.diffusion import DiffusionTraining, Objective
+from ldm.training.modules.diffusion import DiffusionTraining
 from ldm.training.optim.ema import EMACallback
 from ldm.training.optim.factory import OptimizerFactory
 from ldm.training.stages.autoencoder import VAEStage
@@ -90,8 +91,8 @@ def chain(objective=Objective(), optimizer=SGD, steps: int = 100) -> DiffusionTr
         contract=LatentContract(first.weights_sha256(), "images", 8, 2, 3, 0.05, True),
         latent_shape=(3, 4, 4),
     )
-    shown = (classes.encode([0]), ["cat"])
-    options = {"shown": shown, "sampler": Sampler("ddim", 2), "guidance": 1.0, "pictures": Path()}
+    shown = classes.of_request(classes=[0])
+    options = {"shown": shown, "sampler": DDIM(2), "guidance": 1.0, "pictures": Path()}
     return DiffusionTraining(pipeline, objective, OptimizerFactory(optimizer), drop_condition=0.5, seed=0, **options)
 
 

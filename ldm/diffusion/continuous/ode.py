@@ -12,15 +12,15 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from scipy.integrate import RK45
 from torch import Tensor
 
-from ldm.diffusion.chain import at_least_float32
+from ldm.diffusion.chain import at_least_float32, check_choice
 from ldm.diffusion.continuous.clock import clock_elapsed, clock_ends, clock_nodes, clock_time
 from ldm.diffusion.continuous.sde import probability_flow
 from ldm.diffusion.denoiser import Condition, DenoiserLike
-from ldm.diffusion.sampler import Generators, OnStep
+from ldm.diffusion.samplers.base import Generators, OnStep, check_steps
 from ldm.diffusion.schedule import NoiseSchedule
 
 SOLVERS = ("heun", "adaptive")
@@ -93,6 +93,7 @@ class ODESampler:
     """
 
     method: ClassVar[str] = "ode"
+    variance: ClassVar[str | None] = None
     solver: str = "heun"
     steps: int = 20
     rtol: float = 1e-4
@@ -100,12 +101,8 @@ class ODESampler:
     t_min: int | float = 1.0
 
     def __post_init__(self) -> None:
-        if self.solver not in SOLVERS:
-            raise ValueError(f"unknown ODE solver {self.solver!r}; known: {', '.join(SOLVERS)}")
-        if type(self.steps) is not int:
-            raise ValueError(f"sampler.steps must be a whole number; got {self.steps}")
-        if self.steps < 1:
-            raise ValueError(f"a sampler takes at least one step; got steps = {self.steps}")
+        check_choice("ODE solver", self.solver, SOLVERS)
+        check_steps(self.steps)
         check_tolerances(self.rtol, self.atol)
 
     def check(self, schedule: NoiseSchedule) -> None:
@@ -121,14 +118,17 @@ class ODESampler:
         self,
         denoiser: DenoiserLike,
         z_T: Float[Tensor, " b *z"],
-        condition: Condition = None,
+        condition: Condition | None = None,
         *,
+        variance: str | None = None,
+        z_0_mse: Float64[Tensor, " num_entries"] | None = None,
         generator: Generators = None,
         on_step: OnStep | None = None,
     ) -> Float[Tensor, " b *z"]:
         """Take z_T ~ N(0, I) down to z_0.
 
         Args:
+            variance, z_0_mse: not used, an ODE has no Sigma.
             generator: not used, the way down is deterministic.
             on_step: called as on_step(s, z_s, z_0) after every transition, with the real s where it arrived
                 (0 at last) and a predicted z_0: of heun the one at its start, of adaptive the one at s.
@@ -146,7 +146,7 @@ class ODESampler:
 
     @torch.no_grad()
     def encode(
-        self, denoiser: DenoiserLike, z: Float[Tensor, " b *z"], condition: Condition = None
+        self, denoiser: DenoiserLike, z: Float[Tensor, " b *z"], condition: Condition | None = None
     ) -> Float[Tensor, " b *z"]:
         """Take z at t_min up to the noise at the noise end, where `decode` brings it back from.
 
@@ -161,7 +161,7 @@ class ODESampler:
 
     @torch.no_grad()
     def decode(
-        self, denoiser: DenoiserLike, z_T: Float[Tensor, " b *z"], condition: Condition = None
+        self, denoiser: DenoiserLike, z_T: Float[Tensor, " b *z"], condition: Condition | None = None
     ) -> Float[Tensor, " b *z"]:
         """Take noise down to z at t_min, without the last transition to 0: the inverse of `encode`.
 
@@ -183,7 +183,7 @@ class ODESampler:
         self,
         denoiser: DenoiserLike,
         z: Tensor,
-        condition: Condition,
+        condition: Condition | None,
         *,
         backwards: bool = False,
         on_step: OnStep | None = None,

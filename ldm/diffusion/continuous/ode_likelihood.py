@@ -21,7 +21,7 @@ from ldm.diffusion.continuous.clock import clock_elapsed, clock_ends
 from ldm.diffusion.continuous.ode import integrate
 from ldm.diffusion.continuous.sde import probability_flow
 from ldm.diffusion.denoiser import Condition, DenoiserLike
-from ldm.diffusion.sampler import Generators
+from ldm.diffusion.samplers.base import Generators, check_generators
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class ODELikelihood:
 def ode_log_likelihood(
     denoiser: DenoiserLike,
     z: Float[Tensor, " b *z"],
-    condition: Condition = None,
+    condition: Condition | None = None,
     *,
     t_min: int | float = 1.0,
     rtol: float = 1e-4,
@@ -77,32 +77,20 @@ def ode_log_likelihood(
     """
     if probes is not None and probes < 1:
         raise ValueError(f"probes must be at least 1, or None for the exact trace; got {probes}")
-    if isinstance(generators, list) and len(generators) != len(z):
-        raise ValueError(f"{len(generators)} generators for a batch of {len(z)}: give one per sample, or one")
+    check_generators(generators, len(z))
     schedule = denoiser.schedule
     noise_end, data_end = clock_ends(schedule, t_min)
     z = at_least_float32(z)
     batch, dimensions = len(z), z[0].numel()
     signs = None if probes is None else _signs(z, probes, generators)
 
-    def tensor(state: np.ndarray) -> Tensor:
-        return torch.tensor(state[: z.numel()], dtype=z.dtype, device=z.device).reshape(z.shape)
-
     def derivative(w: float, state: np.ndarray) -> np.ndarray:
         t, elapsed = clock_elapsed(schedule, w)
         if on_evaluation is not None:
             on_evaluation(t)
-        z_t = tensor(state)
-        with torch.enable_grad():
-            z_t.requires_grad_()
-            z_0 = denoiser(z_t, t, condition).z_0
-            traces = _trace(z_0, z_t) if signs is None else _quadratic_forms(z_0, z_t, signs)
-        velocity = elapsed * probability_flow(schedule, z_0.detach(), z_t.detach(), t)
-        a_t = schedule.at(t, traces).cpu()
-        divergence = (
-            elapsed * -0.5 * a_t.sqrt() / (1 - a_t) * (traces.detach().cpu().double() - a_t.sqrt() * dimensions)
-        )
-        return np.concatenate([part.flatten().cpu().double().numpy() for part in (velocity, divergence)])
+        z_t = torch.tensor(state[: z.numel()], dtype=z.dtype, device=z.device).reshape(z.shape)
+        parts = _velocity_and_divergence(denoiser, z_t, t, elapsed, condition, signs)
+        return np.concatenate([part.flatten().cpu().double().numpy() for part in parts])
 
     columns = 1 if probes is None else probes
     start = np.concatenate([z.detach().flatten().cpu().double().numpy(), np.zeros(batch * columns)])
@@ -111,6 +99,21 @@ def ode_log_likelihood(
     prior = -0.5 * (noise.reshape(batch, -1) ** 2).sum(1) - dimensions / 2 * np.log(2 * np.pi)
     estimates = torch.from_numpy(prior[:, None] + change.reshape(batch, columns))
     return ODELikelihood(estimates.mean(1), evaluations, estimates.var(1) if columns > 1 else None)
+
+
+def _velocity_and_divergence(
+    denoiser: DenoiserLike, z_t: Tensor, t: float, elapsed: float, condition: Condition | None, signs: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """dz/dw, [b, *z], and its divergence by each probe, [b, probes], or exactly, [b, 1], in float64."""
+    schedule = denoiser.schedule
+    with torch.enable_grad():
+        z_t.requires_grad_()
+        z_0 = denoiser(z_t, t, condition).z_0
+        traces = _trace(z_0, z_t) if signs is None else _quadratic_forms(z_0, z_t, signs)
+    velocity = elapsed * probability_flow(schedule, z_0.detach(), z_t.detach(), t)
+    a_t = schedule.at(t, traces).cpu()
+    excess = traces.detach().cpu().double() - a_t.sqrt() * z_t[0].numel()
+    return velocity, elapsed * -0.5 * a_t.sqrt() / (1 - a_t) * excess
 
 
 def _signs(like: Tensor, probes: int, generators: Generators) -> Tensor:

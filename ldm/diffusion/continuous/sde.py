@@ -20,13 +20,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from ldm.diffusion.chain import at_least_float32, check_order, score
 from ldm.diffusion.continuous.clock import clock_ends, clock_nodes, clock_time
 from ldm.diffusion.denoiser import Condition, DenoiserLike
-from ldm.diffusion.sampler import Generators, OnStep, draw_noise
+from ldm.diffusion.samplers.base import Generators, OnStep, check_generators, check_steps, draw_noise
 from ldm.diffusion.schedule import NoiseSchedule, Step
 
 
@@ -150,16 +150,14 @@ class SDESampler:
     """
 
     method: ClassVar[str] = "sde"
+    variance: ClassVar[str | None] = None
     steps: int
     corrector_steps: int = 0
     corrector_snr: float = 0.16
     t_min: int | float = 1.0
 
     def __post_init__(self) -> None:
-        if type(self.steps) is not int:
-            raise ValueError(f"sampler.steps must be a whole number; got {self.steps}")
-        if self.steps < 1:
-            raise ValueError(f"a sampler takes at least one step; got steps = {self.steps}")
+        check_steps(self.steps)
         if self.corrector_steps < 0:
             raise ValueError(f"corrector_steps must be 0, for none, or more; got {self.corrector_steps}")
         if not 0 < self.corrector_snr < 1:
@@ -186,14 +184,17 @@ class SDESampler:
         self,
         denoiser: DenoiserLike,
         z_T: Float[Tensor, " b *z"],
-        condition: Condition = None,
+        condition: Condition | None = None,
         *,
+        variance: str | None = None,
+        z_0_mse: Float64[Tensor, " num_entries"] | None = None,
         generator: Generators = None,
         on_step: OnStep | None = None,
     ) -> Float[Tensor, " b *z"]:
         """Take z_T ~ N(0, I) down to z_0.
 
         Args:
+            variance, z_0_mse: not used, an SDE has no Sigma.
             generator: one for the batch, or a list with one per sample.
             on_step: called as on_step(s, z_s, z_0) after every transition, with the real s where it arrived
                 (0 at last) and the predicted z_0 that it used.
@@ -201,8 +202,7 @@ class SDESampler:
         Raises:
             ValueError: as `check` does; if a list of generators is not one per sample.
         """
-        if isinstance(generator, list) and len(generator) != len(z_T):
-            raise ValueError(f"{len(generator)} generators for a batch of {len(z_T)}: give one per sample, or one")
+        check_generators(generator, len(z_T))
         schedule = denoiser.schedule
         self.check(schedule)
         z_t = at_least_float32(z_T)

@@ -7,11 +7,10 @@ import torch
 from PIL import Image
 
 from ldm.data.images import ImageData
-from ldm.diffusion.sampler import SamplerLike
+from ldm.diffusion.samplers.base import SamplerLike
 from ldm.errors import UserError
 from ldm.evaluation.comparison.compare import Comparison
 from ldm.image_grid import rows, to_pil
-from ldm.networks.conditioning import ClassCondition
 from ldm.runs.run import Run
 from ldm.sampling.draw import draw
 from ldm.sampling.pipeline import LatentDiffusionPipeline
@@ -109,8 +108,7 @@ def _request(
         part = {name: value[:num_samples] for name, value in asked.condition.items()}
         return Request(part, asked.captions[:num_samples])
     if images is None:
-        names = [name for name in above or () if name is not None]
-        if names and isinstance(pipeline.conditioning, ClassCondition):
-            return Request.of_classes(pipeline.conditioning, names)
-        return Request.make(pipeline, num_samples=num_samples)
+        known = pipeline.conditioning.class_names is not None
+        names = [name for name in above or () if known and name is not None]
+        return Request(*pipeline.conditioning.of_request(classes=names or None, num_samples=num_samples))
     return Request.of_images(pipeline, images, _held_out(images, num_samples))

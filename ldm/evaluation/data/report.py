@@ -24,7 +24,7 @@ from ldm.image_grid import MARGIN, PAPER, grid, to_pil
 from ldm.metrics import duplicates as metrics
 from ldm.metrics.kernel import vendi_score
 from ldm.metrics.neighbours import density_coverage, expected_coverage, nearest_distances
-from ldm.runtime.random import derive_seed
+from ldm.runtime.random import numpy_generator
 
 NO_FEATURES = "none"
 NEIGHBOURS, COMPARED = 5, 2000
@@ -162,7 +162,7 @@ def _copies(images: ImageData, max_bits: int, max_levels: float) -> tuple[dict[s
 
 def _in_features(images: ImageData, features: Tensor, seed: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Figures, and distances of validation and training images to the nearest other training image."""
-    generator = np.random.default_rng(derive_seed(seed, 1))
+    generator = numpy_generator(seed, 1)
     train, val = (torch.from_numpy(generator.permutation(part)) for part in (images.train_indices, images.val_indices))
     n, gallery = min(len(train), len(val), COMPARED), features[train]
     figures: dict[str, Any] = {"vendi_score": vendi_score(gallery), "k": NEIGHBOURS, "num_compared": n}
@@ -193,7 +193,7 @@ def _pictures(
     distances: dict[str, Tensor],
     seed: int,
 ) -> dict[str, Image.Image | Figure]:
-    drawn = np.random.default_rng(derive_seed(seed, 2)).permutation(len(images))[:SHEET].tolist()
+    drawn = numpy_generator(seed, 2).permutation(len(images))[:SHEET].tolist()
     title = f"{images.name}: {len(drawn)} of {len(images):,} images, drawn with seed {seed}"
     sheet = grid(to_pil(images.batch(drawn)), [_label(images, i) for i in drawn], title=title)
     pictures: dict[str, Image.Image | Figure] = {"contact_sheet": sheet}

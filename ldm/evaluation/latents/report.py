@@ -19,7 +19,7 @@ from ldm.latents import spectrum
 from ldm.latents.spectrum import ChannelStatistics, channel_statistics
 from ldm.metrics.image import fold, patch_components, psnr, unfold
 from ldm.runs.run import Run, choose_images
-from ldm.runtime.random import derive_seed
+from ldm.runtime.random import torch_generator
 
 SHARES = (0.9, 0.95, 0.99)
 PCA_IMAGES, HELD_OUT = 4096, 512
@@ -170,7 +170,7 @@ def measure(
         "recommendation": spectrum.recommend(found.dead, spectra["channels"], pca, psnr_db, autoencoder.channels),
         "seconds": round(time.perf_counter() - started, 1),
     }
-    generator = torch.Generator().manual_seed(derive_seed(seed, 4))
+    generator = torch_generator(seed, 4)
     noise = torch.randn(mean.shape, generator=generator)
     return Report(figures, mean + (0.5 * log_variance).exp() * noise, moved)
 

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +10,7 @@ from ldm.metrics.frechet import feature_components, frechet_replicates
 from ldm.metrics.kernel import cmmd, kernel_distance
 from ldm.metrics.neighbours import density_coverage, precision_recall
 from ldm.metrics.subsets import MOST_COMPONENTS, NUM_GROUPS, NUM_SUBSETS, jackknife_error, over_subsets
+from ldm.runtime.random import numpy_generator
 
 COLUMNS = {"fd": 2, "kd": 4, "precision": 3, "recall": 3, "density": 3, "coverage": 3, "cmmd": 3}
 """Figures by name, with the digits that are shown."""
@@ -91,7 +91,7 @@ def fd_name(network: nn.Module, num_components: int | None) -> str:
 
 def halves(train: Tensor, num_samples: int, seed: int) -> tuple[Tensor, Tensor]:
     """Disjoint training images: as many as there are samples, half of all at most, and all others."""
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(train)))
+    order = torch.from_numpy(numpy_generator(seed).permutation(len(train)))
     num = min(num_samples, len(train) // 2)
     return train[order[:num]], train[order[num:]]
 

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from ldm.autoencoder.autoencoder import weights_sha256
 from ldm.data.images import ImageData, to_uint8
-from ldm.diffusion.sampler import SamplerLike
+from ldm.diffusion.samplers.base import SamplerLike
 from ldm.errors import UserError
 from ldm.files.atomic import write_text
 from ldm.files.lock import alone
 from ldm.files.untrusted import check_fields, read_json
-from ldm.runtime.random import derive_seed
+from ldm.runtime.random import numpy_generator
 from ldm.sampling.draw import check_interval, describe, draw
 from ldm.sampling.pipeline import LatentDiffusionPipeline
 from ldm.sampling.request import Request
@@ -57,7 +57,7 @@ class KeptSamples:
 
 def chosen_rows(members: np.ndarray, num_samples: int, seed: int) -> np.ndarray:
     """Rows of a split whose captions or classes the samples are of; more samples than images begin again."""
-    order = np.random.default_rng(derive_seed(seed, 1)).permutation(len(members))
+    order = numpy_generator(seed, 1).permutation(len(members))
     return np.resize(order, num_samples)
 
 

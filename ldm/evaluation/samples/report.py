@@ -14,7 +14,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from ldm.data.images import ImageData
-from ldm.diffusion.sampler import SamplerLike
+from ldm.diffusion.samplers.base import SamplerLike
 from ldm.errors import UserError
 from ldm.evaluation.classifier import Classifier, class_accuracy, class_shift, named_classes
 from ldm.evaluation.features import ImageSet, describe_features, extract, load_features, reference_features
@@ -26,7 +26,6 @@ from ldm.evaluation.samples.memorisation import QUANTILE, Memorisation, nearest_
 from ldm.files.atomic import durable_file, write_text
 from ldm.files.untrusted import read_json
 from ldm.metrics.subsets import NUM_GROUPS, NUM_SUBSETS
-from ldm.networks.conditioning import ClassCondition, TextCondition
 from ldm.sampling.draw import check_interval, describe
 from ldm.sampling.pipeline import LatentDiffusionPipeline
 
@@ -134,9 +133,9 @@ def evaluate(
         }
         lines = _distances(network, found, train, figures)
         if isinstance(network, Classifier):
-            asked = torch.tensor(images.labels)[own] if isinstance(pipeline.conditioning, ClassCondition) else None
+            asked = torch.tensor(images.labels)[own] if pipeline.conditioning.class_names is not None else None
             lines += _classes(network, found, train, asked, figures)
-        if isinstance(pipeline.conditioning, TextCondition):
+        if pipeline.conditioning.text_dim is not None:
             ours = {name: found[name] for name in ("samples", "reconstructions")}
             parts = [prompt_fidelity.of_training(ours, train, torch.from_numpy(chosen), figures["features_key"])]
             if (num_held_out := min(num_samples, len(validation))) >= 2:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ldm.data.images import ImageData
 from ldm.evaluation.samples.memorisation import nearest_by_cosine
 from ldm.metrics.neighbours import retrieval_ranks
-from ldm.networks.conditioning import TextCondition
+from ldm.networks.conditioning import Conditioning
 
 Found = tuple[dict[str, float], list[str]]
 """Figures by name, and lines that say them."""
@@ -36,7 +36,7 @@ def of_held_out(
     train: Tensor,
     rows: Tensor,
     images: ImageData,
-    conditioning: TextCondition,
+    conditioning: Conditioning,
     features: str,
 ) -> Found:
     """The same for captions of validation images: which of these is nearest, and what the nearest training image shows.
@@ -48,12 +48,12 @@ def of_held_out(
     """
     figures, lines = _retrieval(found, validation, rows, "held_out_{}")
     captions = images.require_captions()
-    prompts = conditioning.encode([captions[images.val_indices[row]] for row in rows.tolist()])["pooled"]
+    prompts = conditioning.of_request(prompts=[captions[images.val_indices[row]] for row in rows.tolist()])[0]["pooled"]
     lines.append("  cosine of the prompt's embedding and that of the caption of the nearest training image:")
     for name, part in found.items():
         _, nearest = nearest_by_cosine(part, train)
         texts = [images.captions_of(images.train_indices[row]) for row in nearest.tolist()]
-        shown = conditioning.encode([text for several in texts for text in several])["pooled"]
+        shown = conditioning.of_request(prompts=[text for several in texts for text in several])[0]["pooled"]
         own, permuted, error = caption_agreement(prompts, shown.split([len(several) for several in texts]))
         figures |= {f"caption_cosine_held_out_{name}": own, f"caption_cosine_held_out_{name}_standard_error": error}
         figures.setdefault("caption_cosine_held_out_permuted", permuted)  # of the samples, which come first

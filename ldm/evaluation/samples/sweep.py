@@ -12,7 +12,7 @@ from matplotlib.patheffects import withStroke
 from torch import Tensor
 
 from ldm.data.images import ImageData
-from ldm.diffusion.sampler import SamplerLike
+from ldm.diffusion.samplers.base import SamplerLike
 from ldm.errors import UserError
 from ldm.evaluation.features import describe_features, extract, load_features, reference_features
 from ldm.evaluation.samples.distances import Measures, fd_name

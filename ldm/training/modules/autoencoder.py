@@ -14,7 +14,7 @@ from ldm.errors import UserError
 from ldm.image_grid import rows, to_pil
 from ldm.metrics.codes import codebook
 from ldm.metrics.image import psnr, ssim
-from ldm.runtime.random import Draws, derive_seed
+from ldm.runtime.random import Draws, torch_generator
 from ldm.training.callbacks.loggers import save_grid
 from ldm.training.modules.adversary import Adversary
 from ldm.training.modules.base import TrainingModule
@@ -104,8 +104,7 @@ class VAETraining(TrainingModule):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
-        generator = torch.Generator(device=self.device)
-        generator.manual_seed(derive_seed(self.seed, self.data_step, AFTER_STEP))
+        generator = torch_generator(self.seed, self.data_step, AFTER_STEP, device=self.device)
         step = self.trainer.global_step
         left_out = None if self.guard is None else self.guard.skips
         self.regulariser.after_step(self.trained, generator, self.progress(step), left_out)

@@ -1,26 +1,18 @@
 """Stage 2: a denoising diffusion model on the latents of stage 1 (Algorithm 1 of Ho et al. 2020, arXiv:2006.11239)."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ldm.diffusion.chain import marginal, to_z_0
-from ldm.diffusion.denoiser import Prediction
-from ldm.diffusion.loss import (
-    WEIGHTINGS,
-    ImportanceTimesteps,
-    hybrid_loss,
-    sample_timesteps,
-    simple_loss,
-    vlb_loss,
-)
-from ldm.diffusion.sampler import SamplerLike
+from ldm.diffusion.denoiser import Condition
+from ldm.diffusion.loss import ImportanceTimesteps, sample_timesteps
+from ldm.diffusion.objective import Denoising, Objective
+from ldm.diffusion.samplers.base import SamplerLike
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.image_grid import grid, to_pil
-from ldm.networks.conditioning import Condition, drop
+from ldm.networks.conditioning import drop
 from ldm.runtime.distributed import gather_rows
 from ldm.runtime.random import Draws, sample_generators
 from ldm.sampling.pipeline import LatentDiffusionPipeline
@@ -30,26 +22,6 @@ from ldm.training.optim.factory import OptimizerFactory
 
 NUM_BANDS = 4
 BATCH = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What is minimised; `ldm.diffusion.loss.check_objective` says which choices go together.
-
-    Args:
-        loss: simple, min_snr (with `gamma`), hybrid or vlb.
-        prediction: What the network outputs: eps, z_0, v or flow.
-        timesteps: How t is drawn while training: uniform, logit_normal or importance.
-    """
-
-    loss: str = "simple"
-    prediction: str = "v"
-    timesteps: str = "uniform"
-    gamma: float = 5.0
-
-    def variance(self, asked: str | None) -> str:
-        """Sigma to train with: what is asked for, else the network's own where the bound trains it."""
-        return asked or ("fixed_small" if self.loss in WEIGHTINGS else "learned_range")
 
 
 class DiffusionTraining(TrainingModule):
@@ -91,34 +63,8 @@ class DiffusionTraining(TrainingModule):
     def schedule(self) -> NoiseSchedule:
         return self.pipeline.schedule
 
-    def _loss(self, z_0: Tensor, t: Tensor, condition: Condition, draws: Draws) -> Tensor:
-        """Loss per sample, [b]."""
-        loss, prediction = self.objective.loss, self.objective.prediction
-        z_t, eps, output, v = self._predict(z_0, t, condition, draws)
-        if loss == "hybrid":
-            return hybrid_loss(self.schedule, output, v, z_0, z_t, eps, t, prediction)
-        if loss == "vlb":
-            return self._vlb(z_0, z_t, t, output, v)
-        return self._weighted(z_0, eps, t, output)
-
-    def _predict(
-        self, z_0: Tensor, t: Tensor, condition: Condition, draws: Draws
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """z_t, its noise, and what the network makes of it."""
-        eps = draws.randn(z_0.shape)
-        z_t = marginal(self.schedule, z_0, t, eps)
-        return z_t, eps, *self.pipeline.denoiser().output(z_t, t, condition)
-
-    def _weighted(self, z_0: Tensor, eps: Tensor, t: Tensor, output: Tensor) -> Tensor:
-        """L_simple per sample, weighted by min-SNR where that is the objective."""
-        weighting = self.objective.loss if self.objective.loss in WEIGHTINGS else "simple"
-        options: dict[str, Any] = {"weighting": weighting, "gamma": self.objective.gamma}
-        return simple_loss(self.schedule, output, z_0, eps, t, self.objective.prediction, **options)
-
-    def _vlb(self, z_0: Tensor, z_t: Tensor, t: Tensor, output: Tensor, v: Tensor | None) -> Tensor:
-        """L_vlb per sample, in bits per latent dimension."""
-        predicted = Prediction(to_z_0(self.schedule, output, z_t, t, self.objective.prediction), v)
-        return vlb_loss(self.schedule, predicted, z_0, t, self.pipeline.variance)
+    def _denoise(self, z_0: Tensor, t: Tensor, condition: Condition, draws: Draws) -> Denoising:
+        return Denoising.run(self.pipeline.denoiser(), z_0, draws.randn(z_0.shape), t, condition)
 
     def losses(self, batch: BATCH, draws: Draws) -> dict[str, Tensor]:
         mean, log_variance, condition = batch["mean"], batch["log_variance"], batch["condition"]
@@ -136,7 +82,8 @@ class DiffusionTraining(TrainingModule):
             weights = importance.weights(t)
         if condition:
             condition = drop(condition, self.null, draws.rand((size,)) < self.drop_condition)
-        loss = self._loss(z_0, t, condition, draws)
+        made = self._denoise(z_0, t, condition, draws)
+        loss = self.objective.per_sample(self.schedule, made, self.pipeline.variance)
         self._drawn = (t, loss.detach())
         return {"loss": (loss if weights is None else loss * weights).mean()}
 
@@ -169,9 +116,9 @@ class DiffusionTraining(TrainingModule):
         for band in range(NUM_BANDS):
             low, high = steps * band // NUM_BANDS, steps * (band + 1) // NUM_BANDS
             t = draws.randint(low + 1, high + 1)
-            z_t, eps, output, v = self._predict(z_0, t, batch["condition"], draws)
-            losses.append(self._weighted(z_0, eps, t, output).mean())
-            bounds.append(self._vlb(z_0, z_t, t, output, v).mean())
+            made = self.schedule, self._denoise(z_0, t, batch["condition"], draws), self.pipeline.variance
+            losses.append(self.objective.simple(*made).mean())
+            bounds.append(self.objective.vlb(*made).mean())
             name = f"val/loss_t{low + 1}_to_{high}"
             self.log(name, losses[-1], batch_size=size, sync_dist=True)
         self.log("val/loss", torch.stack(losses).mean(), batch_size=size, sync_dist=True)

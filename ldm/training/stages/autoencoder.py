@@ -23,6 +23,7 @@ from ldm.latents.statistics import StatisticsType, check_statistics, encode_late
 from ldm.metrics.image import patch_components, project, psnr, ssim
 from ldm.runs.load import load_autoencoder
 from ldm.runs.run import RUN_FILE, Run
+from ldm.runtime.random import numpy_generator
 from ldm.training.modules.adversary import Adversary
 from ldm.training.modules.autoencoder import VAETraining
 from ldm.training.optim.factory import OptimizerFactory
@@ -111,7 +112,7 @@ class VAEStage(Stage):
 
     def _first_images(self, seed: int) -> Tensor:
         count = min(START_IMAGES, START_PIXELS // self.images.resolution**2)
-        chosen = np.random.default_rng(seed).permutation(self.images.train_indices)[: max(1, count)]
+        chosen = numpy_generator(seed).permutation(self.images.train_indices)[: max(1, count)]
         return self.images.batch(np.sort(chosen))
 
     @classmethod

@@ -2,36 +2,32 @@
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ldm.autoencoder.autoencoder import Autoencoder
 from ldm.data.images import ImageData
 from ldm.data.order import draws_of_epoch
-from ldm.diffusion.loss import check_objective
-from ldm.diffusion.sampler import SamplerLike
+from ldm.diffusion.objective import Objective
+from ldm.diffusion.samplers.base import SamplerLike
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
 from ldm.files.atomic import durable_folder
 from ldm.image_grid import grid
-from ldm.latents.captions import CaptionData, open_captions
+from ldm.latents.captions import open_captions
 from ldm.latents.statistics import StatisticsType, check_statistics, encode_latents, published
 from ldm.networks.class_rows import ClassChange, with_classes
-from ldm.networks.conditioning import (
-    ClassCondition,
-    Condition,
-    Conditioning,
-    TextCondition,
-)
+from ldm.networks.conditioning import Conditioning
 from ldm.runs.load import load_autoencoder, load_pipeline
 from ldm.runs.run import Run, data_of_autoencoder
 from ldm.runtime import shell
 from ldm.sampling.pipeline import LatentDiffusionPipeline
-from ldm.training.modules.diffusion import BATCH, NUM_BANDS, DiffusionTraining, Objective
+from ldm.training.modules.diffusion import BATCH, NUM_BANDS, DiffusionTraining
 from ldm.training.optim.factory import OptimizerFactory
 from ldm.training.stages.base import Outcome, Stage
 
@@ -86,46 +82,13 @@ class DiffusionStage(Stage):
         autoencoder.to(device)
         standard = published(autoencoder, latent_statistics)
         if continued is not None:
-            # standardised latents keep the meaning that the network was trained with
             _check_continued(continued, autoencoder, made)
-            same_chain = torch.equal(continued.schedule.alpha_bar, schedule.alpha_bar)
-            learned = (continued.variance == "learned_range", sigma == "learned_range")
-            if continued.prediction != objective.prediction or not same_chain or learned[0] != learned[1]:
-                raise UserError(
-                    f"init_from predicts {continued.prediction} with {continued.variance} on the schedule "
-                    f"{continued.schedule.name}, this run {objective.prediction} with {sigma} on {schedule.name}. "
-                    "Choose the same objective.prediction=, variance= and schedule=."
-                )
-            known = continued.autoencoder.statistics
-            assert known is not None
-            standard = (known.latent_mean, known.latent_std)
+            _check_same_chain(continued, objective, schedule, sigma)
+            standard = _standardisation(continued)
         self.contract, self.latents = encode_latents(autoencoder, images, flip, cache_dir, standard=standard)
-        self.captions: CaptionData | None = None
-        self.labels: Tensor | None = None
-        if isinstance(made, TextCondition):
-            images.require_captions()
-            texts = [images.captions_of(i) for i in range(len(images))]
-            self.captions = open_captions(made.encode, texts, made.state(), cache_dir=cache_dir)
-        elif isinstance(made, ClassCondition):
-            self.labels = torch.tensor(images.require_labels())
-        channels, side, _ = self.latents.shape
-        if continued is not None:
-            model = continued.network
-            if isinstance(made, ClassCondition) and isinstance(continued.conditioning, ClassCondition):
-                old, new = continued.conditioning.class_names, made.class_names
-                model = with_classes(model, old, new)
-                self.class_change = ClassChange.between(old, new)
-            model = model.requires_grad_(True)
-        else:
-            outputs = 2 * channels if sigma == "learned_range" else channels
-            try:
-                model = network(sample_size=side, in_channels=channels, out_channels=outputs, **made.network_options())
-            except ValueError as error:
-                raise UserError(
-                    f"This network does not fit latents of {channels} x {side} x {side}: {error}"
-                ) from error
+        self.condition_of = made.lookup(images, partial(open_captions, cache_dir=cache_dir))
         self.pipeline = LatentDiffusionPipeline(
-            network=model.train(),
+            network=self._network(network, made, sigma) if continued is None else self._continue(continued, made),
             autoencoder=autoencoder,
             schedule=schedule,
             prediction=objective.prediction,
@@ -140,11 +103,29 @@ class DiffusionStage(Stage):
             OptimizerFactory(optimizer),
             drop_condition=drop_condition,
             seed=seed,
-            shown=self._shown(made, prompts),
+            shown=made.examples(images, prompts),
             sampler=sampler,
             guidance=guidance,
             pictures=folder / "images",
         )
+
+    def _network(self, network: Callable[..., nn.Module], conditioning: Conditioning, variance: str) -> nn.Module:
+        """A fresh network for the latents."""
+        channels, side, _ = self.latents.shape
+        outputs = 2 * channels if variance == "learned_range" else channels
+        options = conditioning.network_options()
+        try:
+            return network(sample_size=side, in_channels=channels, out_channels=outputs, **options).train()
+        except ValueError as error:
+            raise UserError(f"This network does not fit latents of {channels} x {side} x {side}: {error}") from error
+
+    def _continue(self, continued: LatentDiffusionPipeline, conditioning: Conditioning) -> nn.Module:
+        """The network of `init_from`, for the classes of these images."""
+        network, old, new = continued.network, continued.conditioning.class_names, conditioning.class_names
+        if old is not None and new is not None:
+            network = with_classes(network, old, new)
+            self.class_change = ClassChange.between(old, new)
+        return network.requires_grad_(True).train()
 
     @classmethod
     def check(cls, resolution: int, **options: Any) -> None:
@@ -156,9 +137,9 @@ class DiffusionStage(Stage):
         schedule, objective = options["schedule"], options["objective"]
         variance = objective.variance(options["variance"])
         try:
-            check_objective(objective.loss, variance, objective.timesteps, objective.prediction, schedule.alpha_bar)
+            objective.check(variance, schedule.alpha_bar)
             options["sampler"].check(schedule)
-            _check_grid(getattr(options["sampler"], "variance", None), variance)
+            _check_grid(options["sampler"].variance, variance)
             if schedule.num_steps < NUM_BANDS:
                 raise ValueError(f"a chain needs {NUM_BANDS} steps at least; got {schedule.num_steps}")
         except ValueError as error:
@@ -166,30 +147,16 @@ class DiffusionStage(Stage):
         if (vae := options["find_autoencoder"].keywords["vae"]) is not None:
             load_autoencoder(vae).latent_shape(resolution)
 
-    def _shown(self, conditioning: Conditioning, prompts: list[str]) -> tuple[Condition, list[str | None]]:
-        if isinstance(conditioning, TextCondition):
-            captions = list(prompts) or [self.images.require_captions()[i] for i in self.images.val_indices[:16]]
-            return conditioning.encode(captions), list(captions)
-        if isinstance(conditioning, ClassCondition):
-            labels = [i % len(conditioning.class_names) for i in range(16)]
-            return conditioning.encode(labels), [conditioning.class_names[label] for label in labels]
-        return {}, [None] * 16
-
     def fetch(self, indices: np.ndarray, epochs: np.ndarray | None = None) -> BATCH:
         views = [self.latents.batch(indices, view) for view in range(self.latents.moments.shape[1])]
-        condition: Condition = {}
-        if self.captions is not None:
-            draws = None
-            if epochs is not None and self.captions.counts is not None:
-                of_epoch = {e: draws_of_epoch(len(self.images), self.seed, e).numpy() for e in set(epochs.tolist())}
-                draws = np.array([of_epoch[e][i] for e, i in zip(epochs.tolist(), indices.tolist(), strict=True)])
-            condition = self.captions.batch(indices, draws)
-        elif self.labels is not None:
-            condition = {"label": self.labels[torch.from_numpy(indices)]}
+        draws = None
+        if epochs is not None:
+            of_epoch = {e: draws_of_epoch(len(self.images), self.seed, e).numpy() for e in set(epochs.tolist())}
+            draws = np.array([of_epoch[e][i] for e, i in zip(epochs.tolist(), indices.tolist(), strict=True)])
         return {
             "mean": torch.stack([mean for mean, _ in views], dim=1),
             "log_variance": torch.stack([log_variance for _, log_variance in views], dim=1),
-            "condition": condition,
+            "condition": self.condition_of(indices, draws),
         }
 
     def rows(self) -> list[tuple[str, str]]:
@@ -270,8 +237,38 @@ def _check_continued(continued: LatentDiffusionPipeline, autoencoder: Autoencode
         raise UserError(
             f"init_from is conditioned on {theirs.kind}, this run on {ours.kind}. Choose conditioning={theirs.kind}."
         )
-    if isinstance(theirs, TextCondition) and isinstance(ours, TextCondition) and not theirs.is_same_encoder(ours):
+    if not theirs.is_same_encoder(ours):
         raise UserError(
-            f"init_from was trained on captions through the text encoder {theirs.describe()}, this run uses "
-            f"{ours.describe()}. Choose conditioning.encoder={theirs.encoder}."
+            f"init_from was trained on captions through the text encoder {_encoder(theirs)}, this run uses "
+            f"{_encoder(ours)}. Choose conditioning.encoder={theirs.state()['encoder']}."
+        )
+
+
+def _standardisation(continued: LatentDiffusionPipeline) -> tuple[list[float], list[float]]:
+    """Its own: standardised latents keep the meaning that the network was trained with."""
+    known = continued.autoencoder.statistics
+    assert known is not None
+    return known.latent_mean, known.latent_std
+
+
+def _encoder(conditioning: Conditioning) -> str:
+    state = conditioning.state()
+    return state["encoder"] + (f" ({state['encoder_sha256'][:12]})" if state["encoder_sha256"] else "")
+
+
+def _check_same_chain(
+    continued: LatentDiffusionPipeline, objective: Objective, schedule: NoiseSchedule, variance: str
+) -> None:
+    """A network goes on with what it predicts, its chain, and a learned Sigma or none.
+
+    Raises:
+        UserError: naming both sides.
+    """
+    same_chain = torch.equal(continued.schedule.alpha_bar, schedule.alpha_bar)
+    same_outputs = (continued.variance == "learned_range") == (variance == "learned_range")
+    if continued.prediction != objective.prediction or not same_chain or not same_outputs:
+        raise UserError(
+            f"init_from predicts {continued.prediction} with {continued.variance} on the schedule "
+            f"{continued.schedule.name}, this run {objective.prediction} with {variance} on {schedule.name}. "
+            "Choose the same objective.prediction=, variance= and schedule=."
         )

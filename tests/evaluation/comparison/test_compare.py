@@ -27,7 +27,7 @@ from ldm.autoencoder.autoencoder import Autoencoder, LatentStatistics
 from ldm.autoencoder.patch import PatchAutoencoderKL
 from ldm.data.images import ImageData, prepare
 from ldm.data.sources.image_folder import ImageFolder
-from ldm.diffusion.sampler import Sampler
+from ldm.diffusion.samplers.ddim import DDIM
 from ldm.diffusion.schedule import linear
 from ldm.errors import UserError
 from ldm.evaluation.comparison import images as compare_images
@@ -461,7 +461,7 @@ def test_runs_of_wandb_give_the_same_table(tmp_path, of_wandb, monkeypatch):
     assert Report(near).sheet() == Report(far).sheet() == Report(mixed).sheet()
     assert near.differences == far.differences
     assert all(run.finished for _, run in far.runs)
-    picture, notes = side_by_side(far, Sampler("ddim", 2), device=torch.device("cpu"))
+    picture, notes = side_by_side(far, DDIM(2), device=torch.device("cpu"))
     assert picture is None and "me/ldm/aaa" in notes[0]
     with pytest.raises(UserError, match="me/ldm/ccc is no run folder here, and W&B gave no run"):
         compare(["me/ldm/aaa", "me/ldm/ccc"])
@@ -666,7 +666,7 @@ def trained(images, tmp_path, monkeypatch) -> Path:
 
 def test_reconstructions_stand_below_their_originals(trained, images):
     found = compare(["runs/vae/a", "runs/vae/b", "runs/vae/elsewhere"])
-    picture, notes = side_by_side(found, Sampler("ddim", 2), device=torch.device("cpu"), num_samples=3)
+    picture, notes = side_by_side(found, DDIM(2), device=torch.device("cpu"), num_samples=3)
     cell = 128 + 6
     assert picture.size == (110 + 3 * cell, 6 + 3 * cell)
     rows = [np.asarray(picture.crop((110, 6 + i * cell, 110 + 128, 134 + i * cell))) for i in range(3)]
@@ -693,7 +693,7 @@ def test_classes_are_the_same_by_name(trained, images, monkeypatch, labelled):
 
     monkeypatch.setattr(compare_images, "draw", draw)
     found = compare([f"runs/diffusion/of_{name}" for name in "abc"])
-    picture, notes = side_by_side(found, Sampler("ddim", 2), device=torch.device("cpu"), num_samples=6)
+    picture, notes = side_by_side(found, DDIM(2), device=torch.device("cpu"), num_samples=6)
     assert picture is not None and len(drawn) == 2 and drawn[0] == drawn[1] and set(drawn[0]) == {"cat", "dog"}
     (note,) = [note for note in notes if "of_c" in note]
     assert "knows no class cat" in note and "dog, bird, fish" in note

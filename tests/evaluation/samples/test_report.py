@@ -15,7 +15,7 @@ import ldm.metrics.features
 from ldm.autoencoder.autoencoder import Autoencoder, LatentStatistics, weights_sha256
 from ldm.data.images import ImageData, prepare, to_uint8
 from ldm.data.sources.image_folder import ImageFolder
-from ldm.diffusion.sampler import Sampler
+from ldm.diffusion.samplers.ddim import DDIM
 from ldm.diffusion.schedule import linear
 from ldm.errors import UserError
 from ldm.evaluation import classifier
@@ -38,7 +38,7 @@ from ldm.sampling.draw import draw
 from ldm.sampling.pipeline import LatentDiffusionPipeline
 from ldm.sampling.request import Request
 
-SAMPLER = Sampler("ddim", 3)
+SAMPLER = DDIM(3)
 OPTIONS = {"guidance": 2.0, "seed": 0, "batch_size": 4}
 
 
@@ -153,7 +153,7 @@ def test_whatever_decides_a_sample_names_its_file(pipeline, images, tmp_path, mo
     kept(pipeline, images, tmp_path, 4)
     for changed in ({"guidance": 3.0}, {"seed": 1}, {"guidance_interval": (0.2, 0.8)}):
         kept(pipeline, images, tmp_path, 4, **changed)
-    draw_and_keep(pipeline, images, Sampler("ddim", 4), tmp_path, num_samples=4, **OPTIONS)
+    draw_and_keep(pipeline, images, DDIM(4), tmp_path, num_samples=4, **OPTIONS)
     kept(pipeline, images, tmp_path, 4, split="val")
     next(pipeline.network.parameters()).data += 1
     kept(pipeline, images, tmp_path, 4)
@@ -370,7 +370,7 @@ def test_numbers_that_are_none(pipeline, images, options, message):
 
 @pytest.fixture
 def steps(pipeline, images, tmp_path):
-    samplers = {n: Sampler("ddim", n) for n in (2, 4, 8)}
+    samplers = {n: DDIM(n) for n in (2, 4, 8)}
     options = {"features": "mean_colours", "num_samples": 24, "batch_size": 8}
     return lambda guidances: sampler_sweep.sweep(
         pipeline, images, samplers if len(guidances) == 1 else {3: SAMPLER}, guidances, tmp_path, **options
@@ -398,7 +398,7 @@ def test_a_sweep_over_steps_and_one_over_guidance(steps, tmp_path):
 
 def test_a_sweep_by_the_distance_in_all_dimensions(pipeline, images, tmp_path, monkeypatch):
     monkeypatch.setitem(ldm.metrics.features.CHOICES, "mean_colour", MeanColour)
-    samplers = {n: Sampler("ddim", n) for n in (2, 4)}
+    samplers = {n: DDIM(n) for n in (2, 4)}
     found = sampler_sweep.sweep(
         pipeline, images, samplers, [2.0], tmp_path, features="mean_colour", num_samples=24, batch_size=8
     )
@@ -420,7 +420,7 @@ def test_the_guidance_of_a_model_without_conditions_is_not_swept(pipeline, image
 
 def test_a_sweep_refuses_before_it_draws(pipeline, images, tmp_path, monkeypatch):
     monkeypatch.setattr(kept_samples, "draw", lambda *_, **__: pytest.fail("drew"))
-    many = {n: Sampler("ddim", n) for n in (2, 51)}
+    many = {n: DDIM(n) for n in (2, 51)}
     with pytest.raises(UserError, match="both lists"):
         sampler_sweep.sweep(pipeline, images, many, [1.0, 2.0], tmp_path)
     for guidance in ("high", True, float("nan")):
@@ -493,8 +493,9 @@ def test_held_out_captions_are_looked_for_among_held_out_images(images):
     here = replace(images, captions=captions)
 
     class Encoder:
-        def encode(self, texts):
-            return {"pooled": torch.nn.functional.one_hot(torch.tensor([int(text) for text in texts]), 4).float()}
+        def of_request(self, prompts):
+            numbers = torch.tensor([int(prompt) for prompt in prompts])
+            return {"pooled": torch.nn.functional.one_hot(numbers, 4).float()}, prompts
 
     features = torch.randn(len(images), 8, generator=torch.Generator().manual_seed(0))
     train, validation = (features[torch.from_numpy(rows)] for rows in (images.train_indices, images.val_indices))

@@ -17,7 +17,9 @@ from ldm.autoencoder.regularisers import KL
 from ldm.data.images import ImageData, prepare
 from ldm.data.loaders import val_loader
 from ldm.data.sources.image_folder import ImageFolder
-from ldm.diffusion.sampler import Sampler
+from ldm.diffusion.objective import Objective
+from ldm.diffusion.samplers.ddim import DDIM
+from ldm.diffusion.samplers.ddpm import DDPM
 from ldm.diffusion.schedule import cosine
 from ldm.errors import UserError
 from ldm.latents.statistics import decoder_scale
@@ -26,7 +28,6 @@ from ldm.networks.dit import DiT
 from ldm.runs.load import load_autoencoder
 from ldm.runtime.random import sample_generators
 from ldm.sampling.pipeline import LatentDiffusionPipeline
-from ldm.training.modules.diffusion import Objective
 from ldm.training.optim.budget import Budget
 from ldm.training.optim.ema import EMACallback
 from ldm.training.stages.autoencoder import VAEStage
@@ -82,7 +83,7 @@ def diffusion_stage(images, vae_stage, tmp_path):
                 "variance": None,
                 "conditioning": conditioning,
                 "drop_condition": 0.5,
-                "sampler": Sampler("ddim", 2),
+                "sampler": DDIM(2),
                 "guidance": 2.0,
                 "prompts": [],
                 "optimizer": SGD,
@@ -143,20 +144,27 @@ def test_an_autoencoder_starts_at_pca(vae_stage, images, tmp_path):
     assert figures["val_images"] == len(images.val_indices)
 
 
+def watch(stage, monkeypatch) -> list[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """z_0 and condition of every batch that the network is given."""
+    seen, denoise = [], stage.module._denoise
+
+    def note(z_0, t, condition, draws):
+        seen.append((z_0, condition))
+        return denoise(z_0, t, condition, draws)
+
+    monkeypatch.setattr(stage.module, "_denoise", note)
+    return seen
+
+
 @pytest.mark.parametrize("flip", [False, True])
 def test_latents_reach_the_chain_with_unit_variance(diffusion_stage, images, monkeypatch, flip):
     """Over all views, and drawn from their posteriors."""
-    stage, seen = diffusion_stage(flip), []
-    batch = stage.fetch(images.train_indices)
+    stage = diffusion_stage(flip)
+    batch, seen = stage.fetch(images.train_indices), watch(stage, monkeypatch)
     assert batch["mean"].shape == (len(images.train_indices), 1 + flip, 3, 4, 4)
-
-    def note(z_0, t, condition, draws):
-        seen.append(z_0)
-        return z_0.flatten(1).mean(1)
-
-    monkeypatch.setattr(stage.module, "_loss", note)
     for k in range(40):
         step(stage, batch, k)
+    seen = [z_0 for z_0, _ in seen]
     z = torch.stack(seen).transpose(0, 2).flatten(1)
     torch.testing.assert_close(z.mean(1), torch.zeros(3), rtol=0, atol=0.02)
     torch.testing.assert_close(z.std(1), torch.ones(3), rtol=0, atol=0.02)
@@ -164,14 +172,13 @@ def test_latents_reach_the_chain_with_unit_variance(diffusion_stage, images, mon
 
 
 def test_each_image_is_seen_in_either_view(diffusion_stage, images, monkeypatch):
-    stage, seen = diffusion_stage(flip=True), []
-    batch = stage.fetch(images.train_indices)
+    stage = diffusion_stage(flip=True)
+    batch, seen = stage.fetch(images.train_indices), watch(stage, monkeypatch)
     batch["log_variance"].fill_(-100)
-    monkeypatch.setattr(stage.module, "_loss", lambda z_0, *_: seen.append(z_0) or z_0.flatten(1).mean(1))
     for k in range(4):
         step(stage, batch, k)
     views = [stage.pipeline.autoencoder.standardise(batch["mean"][:, view]) for view in range(2)]
-    drawn = zip(torch.cat(seen), *(view.repeat(4, 1, 1, 1) for view in views), strict=True)
+    drawn = zip(torch.cat([z_0 for z_0, _ in seen]), *(view.repeat(4, 1, 1, 1) for view in views), strict=True)
     taken = [(torch.allclose(z, first), torch.allclose(z, second)) for z, first, second in drawn]
     assert all(first or second for first, second in taken)
     mirrored = [second for first, second in taken if not (first and second)]  # a symmetric image has one view
@@ -185,18 +192,12 @@ def test_a_batch_is_the_same_noise_again(diffusion_stage, images):
 
 
 def test_labels_are_dropped_at_the_asked_rate(diffusion_stage, images, monkeypatch):
-    stage, seen = diffusion_stage(conditioning=class_condition), []
-    batch = stage.fetch(images.train_indices)
+    stage = diffusion_stage(conditioning=class_condition)
+    batch, seen = stage.fetch(images.train_indices), watch(stage, monkeypatch)
     assert batch["condition"]["label"].tolist() == [images.labels[i] for i in images.train_indices]
-
-    def note(z_0, t, condition, draws):
-        seen.append(condition["label"])
-        return z_0.flatten(1).mean(1)
-
-    monkeypatch.setattr(stage.module, "_loss", note)
     for k in range(40):
         step(stage, batch, k)
-    labels = torch.stack(seen)
+    labels = torch.stack([condition["label"] for _, condition in seen])
     dropped = labels == 2
     assert dropped.float().mean().item() == pytest.approx(0.5, abs=0.05)
     assert (labels == batch["condition"]["label"])[~dropped].all()
@@ -299,7 +300,7 @@ def test_of_several_captions_one_is_drawn_each_epoch_and_validation_sees_the_fir
         pooled = stage.fetch(np.array(indices), epochs)["condition"]["pooled"]
         found = []
         for index, row in zip(indices, pooled, strict=True):
-            known = conditioning.encode(told.captions_of(index))["pooled"]
+            known = conditioning.of_request(told.captions_of(index))[0]["pooled"]
             found.append(int((known - row).abs().sum(1).argmin()))
         return found
 
@@ -330,7 +331,9 @@ def test_what_a_stage_leaves_is_what_it_trained(diffusion_stage, tmp_path):
 
 
 def test_a_network_that_does_not_fit_is_explained(diffusion_stage):
-    with pytest.raises(UserError, match="does not fit latents of 3 x 4 x 4: patch_size=3 must divide"):
+    with pytest.raises(
+        UserError, match="does not fit latents of 3 x 4 x 4: patch_size must divide the latent's side, 4; got 3"
+    ):
         diffusion_stage(network=partial(DiT, patch_size=3, hidden_dim=16, depth=1, head_dim=8))
 
 
@@ -366,5 +369,5 @@ def test_an_objective_trains_and_leaves_a_pipeline_with_its_sigma(
     stage.finish(type("Run", (), {"path": tmp_path, "images": tmp_path})())
     loaded = LatentDiffusionPipeline.load(tmp_path / "pipeline")
     assert loaded.variance == variance
-    z = loaded.sample(Sampler("ddpm", 5), {}, sample_generators(0, range(2)))
+    z = loaded.sample(DDPM(5), {}, sample_generators(0, range(2)))
     assert z.isfinite().all()

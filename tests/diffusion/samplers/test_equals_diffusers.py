@@ -5,7 +5,10 @@ import pytest
 import torch
 
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.sampler import Sampler, timesteps
+from ldm.diffusion.samplers.base import timesteps
+from ldm.diffusion.samplers.ddim import DDIM
+from ldm.diffusion.samplers.ddpm import DDPM
+from ldm.diffusion.samplers.multistep import DPMSolver, UniPC
 from ldm.diffusion.schedule import linear, scaled_linear
 
 
@@ -39,7 +42,7 @@ def test_ddpm_equals_diffusers(variance, steps, randn):
         return output if learned else output[:, : z_t.shape[1]]
 
     z_T = randn(3, 4, 5, dtype=torch.float32)
-    ours = Sampler("ddpm", steps, spacing="leading", variance=variance)(
+    ours = DDPM(steps, spacing="leading", variance=variance)(
         Denoiser(schedule, predict, "eps", learned), z_T, generator=seeded()
     )
     z, generator = z_T, seeded()
@@ -65,9 +68,7 @@ def test_ddim_equals_diffusers(eta, spacing, prediction, randn):
         return network(z_t, timesteps, condition)[:, : z_t.shape[1]]
 
     z_T = randn(3, 4, 5, dtype=torch.float32)
-    ours = Sampler("ddim", 20, eta=eta, spacing=spacing)(
-        Denoiser(schedule, predict, prediction), z_T, generator=seeded()
-    )
+    ours = DDIM(20, eta=eta, spacing=spacing)(Denoiser(schedule, predict, prediction), z_T, generator=seeded())
     z, generator = z_T, seeded()
     for t in theirs.timesteps:
         z = theirs.step(predict(z, t.expand(3), None), int(t), z, eta=eta, generator=generator).prev_sample
@@ -76,12 +77,11 @@ def test_ddim_equals_diffusers(eta, spacing, prediction, randn):
 
 # Their set_timesteps speaks to numpy 2 in a way that it deprecates; ours is not called.
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-@pytest.mark.parametrize("method", ["dpmpp", "unipc"])
-def test_multistep_solvers_run_on_our_steps_and_sigmas(method, randn):
+@pytest.mark.parametrize("sampler", [DPMSolver, UniPC])
+def test_multistep_solvers_run_on_our_steps_and_sigmas(sampler, randn):
     # Equality with diffusers proves no solver here, only that it was handed the same problem.
     schedule = scaled_linear()
-    name = {"dpmpp": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler"}[method]
-    theirs = getattr(diffusers, name)(
+    theirs = sampler.solver(
         trained_betas=schedule.betas.tolist(), prediction_type="sample", timestep_spacing="trailing"
     )
     theirs.set_timesteps(20)
@@ -90,7 +90,7 @@ def test_multistep_solvers_run_on_our_steps_and_sigmas(method, randn):
         return network(z_t, timesteps, condition)[:, : z_t.shape[1]]
 
     z_T = randn(3, 4, 5, dtype=torch.float32)
-    ours = Sampler(method, 20)(Denoiser(schedule, predict, "z_0"), z_T)
+    ours = sampler(20)(Denoiser(schedule, predict, "z_0"), z_T)
     z = z_T
     for t in theirs.timesteps:
         z = theirs.step(predict(z, t.expand(3), None), t, z).prev_sample

@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -6,10 +7,13 @@ import scipy.stats
 import torch
 
 from ldm.diffusion.denoiser import Prediction
-from ldm.diffusion.sampler import Sampler, ddim_step, ddpm_step, timesteps
+from ldm.diffusion.samplers.base import timesteps
+from ldm.diffusion.samplers.ddim import DDIM, ddim_step
+from ldm.diffusion.samplers.ddpm import DDPM, ddpm_step
+from ldm.diffusion.samplers.multistep import DPMSolver, UniPC
 from ldm.diffusion.schedule import NoiseSchedule, cosine, linear, rectified_flow
 
-METHODS = ["ddpm", "ddim", "dpmpp", "unipc"]
+SAMPLERS = [DDPM, DDIM, DPMSolver, UniPC]
 
 
 def seeded(seed=0):
@@ -20,7 +24,7 @@ def seeded(seed=0):
 def test_ddpm_samples_have_the_datas_moments(exact_gaussian, randn, variance):
     schedule = linear(1000)
     exact = exact_gaussian(schedule, 0.7, 0.3, dimensions=4)
-    sampler = Sampler("ddpm", 1000, variance=variance)
+    sampler = DDPM(1000, variance=variance)
     z = sampler(exact, randn(4000, 4, dtype=torch.float32), generator=seeded())
     count = z.numel()
     assert abs(z.mean() - 0.7) < 4 * (0.3 / count) ** 0.5
@@ -37,7 +41,7 @@ def test_the_two_fixed_variances_are_exact_for_the_data_they_are_optimal_for(
     mean = 0.0 if data_variance else 0.5
     exact = exact_gaussian(schedule, mean, data_variance)
     moments = {}
-    Sampler("ddpm", 5, variance=variance)(
+    DDPM(5, variance=variance)(
         exact,
         randn(200_000, 1),
         generator=seeded(),
@@ -58,7 +62,7 @@ def test_the_optimal_variance_is_exact_at_any_stride(exact_gaussian, randn, step
     a = schedule.alpha_bar
     table = c * (1 - a) / (a * c + 1 - a)
     moments = {}
-    Sampler("ddpm", steps, variance="optimal")(
+    DDPM(steps, variance="optimal")(
         exact_gaussian(schedule, mean, c),
         randn(200_000, 1),
         z_0_mse=table,
@@ -83,19 +87,19 @@ def test_the_default_variance_is_what_the_model_has(exact_gaussian, randn, learn
             return Prediction(z_0, torch.full_like(z_0, 0.3) if learned else None)
 
     kinds = {
-        kind: Sampler("ddpm", 5, variance=kind)(Model(), z_T, generator=seeded())
+        kind: DDPM(5, variance=kind)(Model(), z_T, generator=seeded())
         for kind in (None, "fixed_small", *(["learned_range"] if learned else []))
     }
     assert kinds[None].equal(kinds["learned_range" if learned else "fixed_small"])
     assert not learned or not kinds[None].equal(kinds["fixed_small"])
 
 
-@pytest.mark.parametrize(("method", "steps"), [("ddpm", 200), ("ddim", 100), ("dpmpp", 50), ("unipc", 50)])
-def test_every_mode_of_a_mixture_is_found_with_its_weight(exact_mixture, randn, method, steps):
+@pytest.mark.parametrize(("sampler", "steps"), [(DDPM, 200), (DDIM, 100), (DPMSolver, 50), (UniPC, 50)])
+def test_every_mode_of_a_mixture_is_found_with_its_weight(exact_mixture, randn, sampler, steps):
     means = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [-1.0, 1.0], [1.5, 1.5]])
     weights = [0.1, 0.2, 0.3, 0.4]
     exact = exact_mixture(cosine(), means, weights, variance=0.01)
-    z = Sampler(method, steps)(exact, randn(5000, 2, dtype=torch.float32), generator=seeded())
+    z = sampler(steps)(exact, randn(5000, 2, dtype=torch.float32), generator=seeded())
     distance, mode = torch.cdist(z, means).min(1)
     assert distance.max() < 6 * 0.1
     counts = torch.bincount(mode, minlength=4).numpy()
@@ -103,12 +107,12 @@ def test_every_mode_of_a_mixture_is_found_with_its_weight(exact_mixture, randn, 
 
 
 @pytest.mark.parametrize("schedule", [cosine(), rectified_flow()], ids=lambda schedule: schedule.name)
-@pytest.mark.parametrize("method", METHODS)
-def test_few_steps_carry_a_gaussian_from_pure_noise(exact_gaussian, randn, schedule, method):
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_few_steps_carry_a_gaussian_from_pure_noise(exact_gaussian, randn, schedule, sampler):
     exact = exact_gaussian(schedule, 0.7, 0.3)
-    z = Sampler(method, 50)(exact, randn(20_000, 1, dtype=torch.float32), generator=seeded())
+    z = sampler(50)(exact, randn(20_000, 1, dtype=torch.float32), generator=seeded())
     assert z.mean().item() == pytest.approx(0.7, abs=0.02)
-    assert z.var().item() == pytest.approx(0.3, rel=0.13 if method in ("ddpm", "ddim") else 0.04)
+    assert z.var().item() == pytest.approx(0.3, rel=0.13 if sampler in (DDPM, DDIM) else 0.04)
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
@@ -135,10 +139,9 @@ def test_ddim_at_eta_1_is_ddpm(schedule, s, t, randn):
         torch.testing.assert_close(ddpm, z_0)
 
 
-@pytest.mark.parametrize(("method", "eta"), [("ddpm", 0.0), ("ddim", 1.0)])
-def test_a_sample_depends_on_its_own_generator_alone(exact_gaussian, randn, method, eta):
-    exact = exact_gaussian(linear(100), 0.5, 0.2, dimensions=3)
-    sampler, z_T = Sampler(method, 10, eta=eta), randn(5, 3, dtype=torch.float32)
+@pytest.mark.parametrize("sampler", [DDPM(10), DDIM(10, eta=1.0)])
+def test_a_sample_depends_on_its_own_generator_alone(exact_gaussian, randn, sampler):
+    exact, z_T = exact_gaussian(linear(100), 0.5, 0.2, dimensions=3), randn(5, 3, dtype=torch.float32)
     together = sampler(exact, z_T, generator=[seeded(i) for i in range(5)])
     for i in range(5):
         alone = sampler(exact, z_T[i : i + 1], generator=[seeded(i)])
@@ -148,18 +151,18 @@ def test_a_sample_depends_on_its_own_generator_alone(exact_gaussian, randn, meth
     assert not together.equal(sampler(exact, z_T, generator=[seeded(i + 5) for i in range(5)]))
 
 
-@pytest.mark.parametrize(("method", "eta"), [("ddim", 0.0), ("dpmpp", 0.0), ("unipc", 0.0)])
-def test_deterministic_samplers_draw_nothing(exact_gaussian, randn, method, eta):
+@pytest.mark.parametrize("sampler", [DDIM, DPMSolver, UniPC])
+def test_deterministic_samplers_draw_nothing(exact_gaussian, randn, sampler):
     generator = seeded()
     before = generator.get_state()
-    Sampler(method, 5, eta=eta)(exact_gaussian(linear(100), 0.5, 0.2), randn(2, 1), generator=generator)
+    sampler(5)(exact_gaussian(linear(100), 0.5, 0.2), randn(2, 1), generator=generator)
     assert generator.get_state().equal(before)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_on_step_sees_every_transition(exact_gaussian, randn, method):
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_on_step_sees_every_transition(exact_gaussian, randn, sampler):
     seen = []
-    z = Sampler(method, 4)(
+    z = sampler(4)(
         exact_gaussian(linear(100), 0.5, 0.2),
         randn(2, 1),
         generator=seeded(),
@@ -170,11 +173,11 @@ def test_on_step_sees_every_transition(exact_gaussian, randn, method):
     torch.testing.assert_close(z, seen[-1][2])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("steps", [1, 2, 10])
-def test_clip_bounds_the_result_and_half_precision_is_raised(exact_gaussian, randn, method, steps):
+def test_clip_bounds_the_result_and_half_precision_is_raised(exact_gaussian, randn, sampler, steps):
     z_T = randn(50, 1).bfloat16()
-    z = Sampler(method, steps, clip=0.6)(exact_gaussian(linear(100), 0.5, 1.0), z_T, generator=seeded())
+    z = sampler(steps, clip=0.6)(exact_gaussian(linear(100), 0.5, 1.0), z_T, generator=seeded())
     assert z.dtype == torch.float32
     assert z.abs().max().item() == pytest.approx(0.6, abs=1e-5)
 
@@ -191,45 +194,53 @@ def test_condition_reaches_the_denoiser_and_no_graph_is_kept(randn):
 
     scale = torch.ones((), requires_grad=True)
     condition = {"label": torch.tensor([1, 2])}
-    z = Sampler("ddim", 2)(Conditional(), randn(2, 3), condition)
+    z = DDIM(2)(Conditional(), randn(2, 3), condition)
     assert seen == [(100, condition), (50, condition)]
     assert not z.requires_grad
 
 
 @pytest.mark.parametrize(
-    ("options", "rule"),
+    ("sampler", "options", "rule"),
     [
-        ({"method": "euler"}, "method 'euler'; known: ddpm, ddim, dpmpp, unipc"),
-        ({"spacing": "karras"}, "spacing 'karras'; known: trailing, leading, linspace"),
-        ({"variance": "learned"}, "variance 'learned'; known: fixed_small"),
-        ({"eta": 1.5}, r"eta must be in \[0, 1\]"),
-        ({"method": "ddpm", "eta": 0.5}, "eta is an option of ddim"),
-        ({"steps": 0}, "at least one step"),
-        ({"clip": 0.0}, "clip must be positive"),
+        (UniPC, {"spacing": "karras"}, "spacing 'karras'; known: trailing, leading, linspace"),
+        (DDPM, {"variance": "learned"}, "variance 'learned'; known: fixed_small"),
+        (DDIM, {"eta": 1.5}, r"eta must be in \[0, 1\]"),
+        (DDIM, {"steps": 0}, "at least one step"),
+        (DPMSolver, {"clip": 0.0}, "clip must be positive"),
     ],
 )
-def test_options_are_checked(options, rule):
+def test_options_are_checked(sampler, options, rule):
     with pytest.raises(ValueError, match=rule):
-        Sampler(**{"method": "ddim", "steps": 10, **options})
+        sampler(**{"steps": 10, **options})
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(("option", "owner"), [("eta", DDIM), ("variance", DDPM)])
+def test_a_sampler_takes_only_its_own_options(sampler, option, owner):
+    if sampler is owner:
+        assert option in asdict(sampler(10))
+    else:
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{option}'"):
+            sampler(10, **{option: None})
 
 
 def test_calls_are_checked(exact_gaussian, randn):
     exact, z_T = exact_gaussian(linear(100), 0.5, 0.2), randn(3, 1)
     with pytest.raises(ValueError, match="in 1 to 100 steps; got 101"):
-        Sampler("ddim", 101)(exact, z_T)
-    assert Sampler("ddim", 100).check(exact.schedule) is None
+        DDIM(101)(exact, z_T)
+    assert DDIM(100).check(exact.schedule) is None
     with pytest.raises(ValueError, match="in 1 to 100 steps; got 101"):
-        Sampler("ddim", 101).check(exact.schedule)
+        DDIM(101).check(exact.schedule)
     with pytest.raises(ValueError, match="optimal needs z_0_mse"):
-        Sampler("ddpm", 5, variance="optimal")(exact, z_T)
+        DDPM(5, variance="optimal")(exact, z_T)
     with pytest.raises(ValueError, match="2 generators for a batch of 3"):
-        Sampler("ddpm", 5)(exact, z_T, generator=[seeded(0), seeded(1)])
+        DDPM(5)(exact, z_T, generator=[seeded(0), seeded(1)])
     with pytest.raises(ValueError, match="learned_range needs v"):
-        Sampler("ddpm", 5, variance="learned_range")(exact, z_T)
+        DDPM(5, variance="learned_range")(exact, z_T)
     with pytest.raises(ValueError, match="unknown spacing 'even'; known: trailing"):
         timesteps(100, 10, "even")
     with pytest.raises(ValueError, match=r"0 <= s < t <= T = 100; got s = 5, t = 5"):
         ddim_step(linear(100), z_T, z_T, s=5, t=5)
     drowned = NoiseSchedule("drowned", torch.tensor([1, 0.5, 1e-30, 1e-40], dtype=torch.float64))
     with pytest.raises(ValueError, match="between steps of pure noise"):
-        Sampler("dpmpp", 3)(exact_gaussian(drowned, 0.5, 0.2), z_T)
+        DPMSolver(3)(exact_gaussian(drowned, 0.5, 0.2), z_T)

@@ -1,0 +1,73 @@
+"""DDIM, from deterministic (eta = 0) to ancestral (eta = 1) (Song et al. 2021, arXiv:2010.02502)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+from ldm.diffusion.chain import check_order, to_eps
+from ldm.diffusion.denoiser import Prediction
+from ldm.diffusion.samplers.base import ChainSampler, Generators, Transition, Walk, draw_noise
+from ldm.diffusion.schedule import NoiseSchedule
+
+
+def ddim_step(
+    schedule: NoiseSchedule,
+    z_0: Float[Tensor, " b *z"],
+    z_t: Float[Tensor, " b *z"],
+    *,
+    s: int,
+    t: int,
+    eta: float = 0.0,
+    generator: Generators = None,
+) -> Float[Tensor, " b *z"]:
+    """Move from z_t down to z_s, given the predicted clean latent z_0.
+
+        z_s = sqrt(a_s) z_0 + sqrt(1 - a_s - v) eps + sqrt(v) n,   n ~ N(0, I)
+        v   = eta^2 (1 - a_s) / (1 - a_t) (1 - a_t / a_s)
+
+    eta = 0 draws nothing; eta = 1 draws from the posterior q(z_s | z_t, z_0).
+    Source: Song et al. 2021, arXiv:2010.02502, eqs. 12 and 16.
+
+    Raises:
+        ValueError: unless 0 <= s < t <= T; unless 0 <= eta <= 1.
+    """
+    check_order(schedule, s, t)
+    _check_eta(eta)
+    eps = to_eps(schedule, z_0, z_t, t)
+    a_s, a_t = schedule.at(s, eps), schedule.at(t, eps)
+    v = eta**2 * (1 - a_s) / (1 - a_t) * (1 - a_t / a_s)
+    # Where a_t is near 0 and eta = 1, v = 1 - a_s up to rounding: the difference may fall below 0.
+    along_eps = (1 - a_s - v).clamp(min=0).sqrt()
+    z_s = a_s.sqrt().to(eps) * z_0 + along_eps.to(eps) * eps
+    if eta == 0 or s == 0:
+        return z_s
+    return z_s + v.sqrt().to(eps) * draw_noise(eps, generator)
+
+
+@dataclass(frozen=True)
+class DDIM(ChainSampler):
+    """DDIM.
+
+    Args:
+        eta: noise, 0 (deterministic) to 1 (ancestral).
+    """
+
+    method: ClassVar[str] = "ddim"
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_eta(self.eta)
+
+    def _transition(self, walk: Walk) -> Transition:
+        def transition(prediction: Prediction, z_t: Tensor, s: int, t: int) -> Tensor:
+            return ddim_step(walk.schedule, prediction.z_0, z_t, s=s, t=t, eta=self.eta, generator=walk.generator)
+
+        return transition
+
+
+def _check_eta(eta: float) -> None:
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must be in [0, 1]; got {eta}")

@@ -1,0 +1,71 @@
+"""Ancestral sampling: the reverse Markov chain itself (Ho et al. 2020, arXiv:2006.11239, algorithm 2)."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, get_args
+
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from ldm.diffusion.chain import VarianceType, check_choice, log_variance, posterior
+from ldm.diffusion.denoiser import Prediction
+from ldm.diffusion.samplers.base import ChainSampler, Generators, Transition, Walk, draw_noise
+from ldm.diffusion.schedule import NoiseSchedule
+
+
+def ddpm_step(
+    schedule: NoiseSchedule,
+    z_0: Float[Tensor, " b *z"],
+    z_t: Float[Tensor, " b *z"],
+    *,
+    s: int,
+    t: int,
+    variance: str = "fixed_small",
+    v: Float[Tensor, " b *z"] | None = None,
+    z_0_mse: Float64[Tensor, " num_entries"] | None = None,
+    generator: Generators = None,
+) -> Float[Tensor, " b *z"]:
+    """Draw z_s from p(z_s | z_t), given the predicted clean latent z_0.
+
+        z_s = mean of q(z_s | z_t, z_0) + sqrt(Sigma(s, t, v)) n,   n ~ N(0, I)
+
+    The step to s = 0 returns the mean and draws nothing.
+    Source: Ho et al. 2020, arXiv:2006.11239, algorithm 2; any s < t.
+
+    Raises:
+        ValueError: unless 0 <= s < t <= T; where s > 0, if `variance` is unknown, or lacks the v or the z_0_mse
+            that `log_variance` wants.
+    """
+    mean, _ = posterior(schedule, z_0, z_t, s, t)
+    if s == 0:
+        return mean
+    std = (0.5 * log_variance(schedule, s, t, variance, like=mean, v=v, z_0_mse=z_0_mse)).exp()
+    return mean + std * draw_noise(mean, generator)
+
+
+@dataclass(frozen=True)
+class DDPM(ChainSampler):
+    """Ancestral sampling, on any strided subset of the steps.
+
+    Args:
+        variance: Sigma. None takes the model's own; if the caller states none, learned_range where the denoiser
+            answers with v, else fixed_small.
+    """
+
+    method: ClassVar[str] = "ddpm"
+    variance: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.variance is not None:
+            check_choice("variance", self.variance, get_args(VarianceType))
+
+    def _transition(self, walk: Walk) -> Transition:
+        asked = self.variance or walk.variance
+
+        def transition(prediction: Prediction, z_t: Tensor, s: int, t: int) -> Tensor:
+            z_0, v = prediction
+            variance = asked or ("fixed_small" if v is None else "learned_range")
+            sigma: dict[str, Any] = {"variance": variance, "v": v, "z_0_mse": walk.z_0_mse}
+            return ddpm_step(walk.schedule, z_0, z_t, s=s, t=t, **sigma, generator=walk.generator)
+
+        return transition

@@ -1,0 +1,81 @@
+import itertools
+
+import pytest
+import torch
+
+from ldm.diffusion.chain import marginal
+from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.loss import TIMESTEPS, hybrid_loss, simple_loss, vlb_loss
+from ldm.diffusion.objective import LOSSES, Denoising, Objective
+from ldm.diffusion.schedule import linear, rectified_flow
+
+
+def network(z_t, timesteps, condition):
+    return torch.cat([z_t.sin(), z_t.cos()], 1)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_an_objective_is_the_loss_of_its_name(loss, randn):
+    denoiser = Denoiser(linear(20), network, "v", learned_variance=True)
+    z_0, eps, t = randn(3, 2, 4), randn(3, 2, 4), torch.tensor([1, 7, 20])
+    made = Denoising.run(denoiser, z_0, eps, t)
+    assert made.z_t.equal(marginal(denoiser.schedule, z_0, t, eps))
+    output, v = denoiser.output(made.z_t, t)
+    expected = {
+        "simple": lambda: simple_loss(denoiser.schedule, output, z_0, eps, t, "v"),
+        "min_snr": lambda: simple_loss(denoiser.schedule, output, z_0, eps, t, "v", weighting="min_snr", gamma=2.0),
+        "hybrid": lambda: hybrid_loss(denoiser.schedule, output, v, z_0, made.z_t, eps, t, "v"),
+        "vlb": lambda: vlb_loss(denoiser.schedule, denoiser(made.z_t, t), z_0, t, "learned_range"),
+    }[loss]()
+    found = Objective(loss, gamma=2.0).per_sample(denoiser.schedule, made, "learned_range")
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def check(loss, variance, timesteps, prediction, alpha_bar):
+    Objective(loss, prediction, timesteps).check(variance, alpha_bar)
+
+
+ALLOWED = {
+    *(
+        (o, v, t)
+        for o in ("simple", "min_snr")
+        for v in ("fixed_small", "fixed_large")
+        for t in ("uniform", "logit_normal")
+    ),
+    ("hybrid", "learned_range", "uniform"),
+    *(("vlb", v, t) for v in ("fixed_small", "fixed_large", "learned_range") for t in ("uniform", "importance")),
+}
+
+
+def test_every_other_combination_of_choices_is_refused():
+    alpha_bar = linear(10).alpha_bar
+    variances = ["fixed_small", "fixed_large", "learned_range", "optimal"]
+    for choice in itertools.product(LOSSES, variances, TIMESTEPS):
+        if choice in ALLOWED:
+            check(*choice, "eps", alpha_bar)
+        else:
+            with pytest.raises(ValueError, match="choose "):
+                check(*choice, "eps", alpha_bar)
+
+
+@pytest.mark.parametrize(
+    ("choice", "rule"),
+    [
+        (("simple", "learned_range", "uniform"), "leave the learned Sigma untrained: choose hybrid or vlb"),
+        (("min_snr", "learned_range", "uniform"), "leave the learned Sigma untrained: choose hybrid or vlb"),
+        (("hybrid", "fixed_small", "uniform"), "fixed_small has nothing to train: choose variance learned_range, or"),
+        (("vlb", "optimal", "uniform"), "fitted to a trained denoiser: train with fixed_small"),
+        (("hybrid", "learned_range", "importance"), "which hybrid does not minimise: choose timesteps uniform"),
+        (("simple", "fixed_small", "importance"), "which simple does not minimise: choose timesteps uniform"),
+        (("hybrid", "learned_range", "logit_normal"), "logit_normal would bias: choose timesteps uniform$"),
+        (("vlb", "learned_range", "logit_normal"), "logit_normal would bias: choose timesteps uniform or importance$"),
+        (("elbo", "fixed_small", "uniform"), "unknown objective 'elbo'; known: simple, min_snr, hybrid, vlb"),
+        (("vlb", "learned", "uniform"), "unknown variance 'learned'; known: fixed_small"),
+        (("vlb", "fixed_small", "cosine"), "unknown timesteps 'cosine'; known: uniform, logit_normal, importance"),
+    ],
+)
+def test_choices_that_do_not_go_together_say_why(choice, rule):
+    with pytest.raises(ValueError, match=rule):
+        check(*choice, "v", linear(10).alpha_bar)
+    with pytest.raises(ValueError, match="alpha_bar = 0"):
+        check("simple", "fixed_small", "uniform", "eps", rectified_flow(10).alpha_bar)
