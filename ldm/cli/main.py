@@ -8,7 +8,7 @@ import pkgutil
 import runpy
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,23 +28,23 @@ from safetensors import SafetensorError
 from ldm.cli.arguments import bracket_lists, check_arguments, escape, gather, quote_free_text
 from ldm.cli.config_files import check_foreign_files
 from ldm.cli.options import settle
+from ldm.cli.remedies import elsewhere, explain_input, has_key
 from ldm.cli.targets import check_config, with_current_targets
 from ldm.cli.targets import construct as construct_values
-from ldm.errors import UserError
+from ldm.errors import InputError, UserError
 from ldm.files.untrusted import one_line
 from ldm.runtime import signals
 from ldm.runtime.paths import DISTRIBUTION, folder
 from ldm.tracking.run import finish_open_run
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-_ELSEWHERE = "choose another disk with runs_dir=, data.cache_dir= or out="
 _DISK_FAULTS = {
-    errno.EROFS: f"The disk can only be read{{place}}. Mount it for writing, or {_ELSEWHERE}.",
-    errno.EIO: f"The disk failed to read or write{{place}}. Look at the system's log for its faults, and {_ELSEWHERE}.",
-    errno.EFBIG: f"A file became larger than is allowed{{place}}. Raise the limit (ulimit -f), or {_ELSEWHERE}.",
-    errno.ENAMETOOLONG: "A name or a path is longer than the disk takes{place}. Give a shorter one.",
+    errno.EROFS: "The disk is read-only{place}. Mount it for writing{elsewhere}.",
+    errno.EIO: "The disk failed to read or write{place}. Look for its faults in the system's log{elsewhere}.",
+    errno.EFBIG: "A file grew larger than is allowed{place}. Raise the limit (ulimit -f){elsewhere}.",
+    errno.ENAMETOOLONG: "A name or a path is longer than the disk allows{place}. Give a shorter one.",
 }
-"""What was saved before is kept; of each a paragraph, with its place."""
+"""By error number: a paragraph, with its place and the options that name another one."""
 
 
 def construct(config: Any, **options: Any) -> Any:
@@ -119,9 +119,10 @@ def run(
     typed = sys.argv[1:]
     sweeps = any(argument in ("-m", "--multirun") for argument in typed)
     failed: list[str] = []
+    composed: dict[str, Any] = {}
 
     def report(error: Exception) -> None:
-        message = explain(error)
+        message = explain(error, composed)
         if message is None:
             raise error
         if verbose:
@@ -133,7 +134,7 @@ def run(
         job = HydraConfig.get()
         own = [override for override in job.overrides.task if override not in typed]  # not those of every job
         name = f"job {job.job.num} ({' '.join(own)})"
-        message = explain(error)
+        message = explain(error, composed)
         if message is None or verbose:
             traceback.print_exception(error)
         print(one_line(f"error in {name}: {message or repr(error)}"), file=sys.stderr)
@@ -146,6 +147,8 @@ def run(
             require_values(config)
             values = with_current_targets(OmegaConf.to_container(config, resolve=True))
             settle(values)
+            composed.clear()
+            composed.update(values)
             check_config(values, "the config", typed=typed, interpolations="any")
             (pkgutil.resolve_name(task) if isinstance(task, str) else task)(as_config(values))
         except Exception as error:
@@ -215,26 +218,21 @@ def _missing(value: Any, key: str = "") -> Iterator[str]:
         yield key
 
 
-def explain(error: BaseException) -> str | None:
-    """One paragraph for a mistake of the user's or of their machine's; None for an error of ours."""
+def explain(error: BaseException, config: Mapping[str, Any] = {}) -> str | None:
+    """One paragraph for a mistake of the user's or of their machine's; None for an error of ours.
+
+    Args:
+        config: The command's, as plain values: options are named where it has them.
+    """
     chain = list(_causes(error))
     for cause in chain:
+        if isinstance(cause, InputError):
+            return explain_input(cause, config)
         if isinstance(cause, UserError):
             return str(cause)
     for cause in chain:
-        if _is_from(cause, _DISK_FULL):
-            file = getattr(cause, "filename", None)
-            place = f" at {file}" if file else ""
-            return (
-                f"The disk is full{place}. What was saved before is kept: make room, then repeat the command, with "
-                "resume=true if it had saved a checkpoint, or choose another disk with runs_dir= and data.cache_dir=."
-            )
-        for number, said in _DISK_FAULTS.items():
-            if _is_from(cause, (number,)):
-                file = getattr(cause, "filename", None)
-                return said.format(place=f" at {str(file)[:200]}" if file else "") + " What was saved before is kept."
-        if isinstance(cause, PermissionError):
-            return f"No permission to write or read {cause.filename}. Choose another place with runs_dir= or out=."
+        if (told := _explain_disk(cause, config)) is not None:
+            return told
     for cause in chain:
         if isinstance(cause, MissingMandatoryValue):
             key = getattr(cause, "full_key", None) or "a value"
@@ -251,6 +249,23 @@ def explain(error: BaseException) -> str | None:
         # the innermost cause is what a user can act on: a constructor's rule, a value of the wrong type
         message = str(chain[-1] if isinstance(chain[-1], ValueError | TypeError | OmegaConfBaseException) else error)
         return " ".join(message.split()) + " --help lists the choices and the keys."
+    return None
+
+
+def _explain_disk(error: BaseException, config: Mapping[str, Any]) -> str | None:
+    file = getattr(error, "filename", None)
+    place = f" at {str(file)[:200]}" if file else ""
+    if _is_from(error, _DISK_FULL):
+        resume = ", with resume=true if it had saved a checkpoint" * has_key(config, "resume")
+        return (
+            f"The disk is full{place}. What was saved before is kept. Free some space and repeat the command{resume}"
+            f"{elsewhere(config)}."
+        )
+    for number, said in _DISK_FAULTS.items():
+        if _is_from(error, (number,)):
+            return said.format(place=place, elsewhere=elsewhere(config)) + " What was saved before is kept."
+    if isinstance(error, PermissionError):
+        return f"No permission to read or write {file}. Change its permissions{elsewhere(config)}."
     return None
 
 
