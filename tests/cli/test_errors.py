@@ -93,7 +93,7 @@ MISTAKES = [
     ([*VAE, "optimizer.decay=sudden"], ["optimizer.decay=sudden is unknown", "linear, cosine, constant"]),
     ([*VAE, "trainer.ema_decay=1.5", "name=ema"], ["trainer.ema_decay must be in [0, 1), not 1.5"]),
     ([*VAE, "autoencoder.model.latent_channels=49"], ["49 latent channels exceed the 48 dimensions"]),
-    ([*VAE, "data.resize=melt"], ["data.resize=melt is unknown", "crop, pad, squash"]),
+    ([*VAE, "data.resize=melt"], ["data.resize=melt must be one of", "crop, pad, squash"]),
     ([*VAE, "name=a/b"], ["name=a/b must be a plain folder name", "runs_dir="]),
     ([*VAE, "init_from=pictures"], ["pictures is neither a run folder nor a diffusers folder"]),
     ([*DIFFUSION], ["no finished autoencoder", "python -m ldm.train stage=vae", "vae="]),
@@ -237,7 +237,7 @@ def test_tools_want_a_run(fails, place, tool, options):
 def test_an_autoencoder_cannot_draw(fails, place):
     pretend(place / "vae", "vae")
     message = fails(main, "sample", "run=vae")
-    assert "run of stage=vae" in message and "python -m ldm.train stage=diffusion vae=vae" in message
+    assert "run of stage vae" in message and "python -m ldm.train stage=diffusion vae=vae" in message
 
 
 def test_an_unfinished_autoencoder_is_not_found(fails, place):
