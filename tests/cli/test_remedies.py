@@ -1,5 +1,7 @@
 """ldm.cli.remedies: the library's errors, with the options that the command has."""
 
+import pickle
+
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
@@ -54,6 +56,12 @@ def test_a_value_stands_as_it_is_typed(options):
 def test_an_argument_that_is_no_option_is_named_plainly(options):
     assert explain(InputError("share", 2, "must be at most 1"), options("latents")) == "share 2 must be at most 1."
     assert explain(InputError("share", 2, "must be at most 1")) == "share 2 must be at most 1."
+
+
+def test_an_error_of_another_process_keeps_its_parts():
+    error = pickle.loads(pickle.dumps(InputError("share", 2, "must be at most 1")))
+    assert (error.argument, error.value, error.rule) == ("share", 2, "must be at most 1")
+    assert str(error) == "share=2 must be at most 1."
 
 
 @pytest.mark.parametrize("argument", REMEDIES)

@@ -530,7 +530,7 @@ def of_one_step(pipeline):
 @pytest.mark.parametrize(
     ("spoil", "options", "said"),
     [
-        (without_density, {}, "The autoencoder PatchVQModel has no density.*autoencoder=patch"),
+        (without_density, {}, "The autoencoder PatchVQModel has no density.*stage=vae regulariser=kl"),
         (unmeasured, {}, r"was not measured on its training split.*latents\.json"),
         (without_error, {}, r"reproduces its training split exactly.*\[0\.1, 0\.0, 0\.1\]"),
         (None, {"variance": "huge"}, "variance=huge is unknown.*fixed_small, fixed_large, learned_range, optimal"),
