@@ -23,3 +23,6 @@ class InputError(UserError):
     def __init__(self, argument: str, value: object, rule: str) -> None:
         self.argument, self.value, self.rule = argument, value, rule
         super().__init__(f"{argument}={value} {rule}.")
+
+    def __reduce__(self) -> tuple[type["InputError"], tuple[str, object, str]]:
+        return type(self), (self.argument, self.value, self.rule)  # as another process raises it

@@ -6,13 +6,16 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import ldm.cli.main
 from ldm.runtime import signals
+from tests.option_keys import foreign_keys
 
 # The tensors are small: more threads only wait for each other, ten times slower on a busy machine.
 torch.set_num_threads(1)
@@ -59,9 +62,21 @@ def default_signals():
 
 @pytest.fixture
 def call(monkeypatch, capsys) -> Callable[..., Ended]:
-    """Call the `main` of a command in this process, as its command line would."""
+    """Call the `main` of a command in this process, as its command line would.
+
+    Of a mistake, the message may name only options that the command has.
+    """
+    commands: list[str] = []
+    real = ldm.cli.main.run
+
+    def run(config_name: str, *arguments: Any, **options: Any) -> None:
+        commands.append(config_name)
+        real(config_name, *arguments, **options)
+
+    monkeypatch.setattr("ldm.cli.main.run", run)
 
     def call(main: Callable[[], None], *arguments: str) -> Ended:
+        commands.clear()
         monkeypatch.setattr(sys, "argv", [main.__module__, *arguments])
         for name in OF_A_COMMAND:  # of a call before it
             monkeypatch.setenv(name, "")
@@ -74,7 +89,10 @@ def call(monkeypatch, capsys) -> Callable[..., Ended]:
             code = int(stopped.code or 0)
         finally:
             torch.set_flush_denormal(False)  # training sets it for the whole process
-        return Ended(code, *capsys.readouterr())
+        ended = Ended(code, *capsys.readouterr())
+        if code == 2 and commands:
+            assert not foreign_keys(ended.err, commands[0], arguments), ended.err
+        return ended
 
     return call
 

@@ -21,7 +21,7 @@ from ldm.autoencoder.identity import IdentityAutoencoder
 from ldm.autoencoder.patch import PatchAutoencoder, PatchAutoencoderKL, PatchVQModel
 from ldm.autoencoder.point_posterior import LOG_VARIANCE, is_pinned
 from ldm.autoencoder.regularisers import flat, quantiser
-from ldm.errors import UserError
+from ldm.errors import InputError, UserError
 from ldm.files.models import load_model
 from ldm.files.untrusted import read_json, to_dataclass
 
@@ -111,15 +111,13 @@ class Autoencoder:
         """(C, h, w) for square images.
 
         Raises:
-            UserError: f does not divide the resolution.
+            InputError: f does not divide the resolution.
         """
         if resolution % self.factor:
             down, up = resolution // self.factor * self.factor, -(-resolution // self.factor) * self.factor
             near = f"{down} or {up}" if down else str(up)
-            raise UserError(
-                f"The autoencoder reduces a side by f = {self.factor}, which does not divide "
-                f"data.resolution={resolution}. Choose data.resolution={near}, or another autoencoder."
-            )
+            rule = f"must be a multiple of f = {self.factor}, the autoencoder's downsampling factor, such as {near}"
+            raise InputError("resolution", resolution, rule)
         side = resolution // self.factor
         return self.channels, side, side
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.errors import UserError
+from ldm.errors import InputError
 from ldm.metrics.features import _efficientnet_lite, _scaled
 from ldm.runtime import shell
 
@@ -31,7 +31,7 @@ class EfficientNetLiteDistance(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        network = _efficientnet_lite("perceptual=efficientnet_lite")
+        network = _efficientnet_lite("The perceptual distance of EfficientNet-lite0")
         self.stem = nn.Sequential(network._conv_stem, network._bn0, network._swish)
         halvings = [i for i, block in enumerate(network._blocks) if block._block_args.stride in (2, [2])]
         # deeper ones would double the cost, for features of which an image of 32 px has four
@@ -63,7 +63,7 @@ class LPIPS(nn.Module):
     Source: Zhang et al. 2018, arXiv:1801.03924.
 
     Raises:
-        UserError: the package is not installed, or the weights cannot be fetched.
+        InputError: the package is not installed, or the weights cannot be fetched.
     """
 
     name = "lpips"
@@ -71,19 +71,17 @@ class LPIPS(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         if not has_lpips():
-            raise UserError(
-                f"perceptual=lpips needs torchvision and lpips: {shell.install('lpips')}. Without them choose "
-                "perceptual=efficientnet_lite."
-            )
+            raise InputError("perceptual", self.name, f"needs torchvision and lpips: {shell.install('lpips')}")
         import lpips
 
         try:
             self.network = lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
         except URLError as error:
-            raise UserError(
-                f"The weights of VGG-16 for LPIPS could not be fetched ({error.reason}). Fetch them on a machine with "
-                "a network and copy its ~/.cache/torch/hub/checkpoints here, or choose perceptual=efficientnet_lite."
-            ) from error
+            rule = (
+                f"needs the weights of VGG-16, which could not be downloaded ({error.reason}): download them "
+                "elsewhere and copy that machine's ~/.cache/torch/hub/checkpoints here"
+            )
+            raise InputError("perceptual", self.name, rule) from error
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return self.network(x, y).flatten()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ldm.autoencoder.patch import PatchAutoencoderKL, PatchVQModel
 from ldm.autoencoder.point_posterior import is_pinned, pin_posterior
-from ldm.errors import UserError
+from ldm.errors import InputError
 from ldm.runtime.distributed import gather_rows
 from ldm.runtime.random import torch_generator
 
@@ -60,10 +60,11 @@ class Regulariser(nn.Module):
         """Refuse a model that was loaded and is of another kind.
 
         Raises:
-            UserError: naming the regulariser that goes with it.
+            InputError: naming the regulariser that goes with it.
         """
         if isinstance(model, VQModel | PatchVQModel):
-            raise UserError(f"regulariser={self.name} does not fit a {type(model).__name__}: choose regulariser=vq.")
+            rule = f"must be vq: the autoencoder to start from is a {type(model).__name__}, which has a codebook"
+            raise InputError("regulariser", self.name, rule)
 
     def start(self, model: nn.Module, images: ImageSource, seed: int, device: torch.device) -> None:  # noqa: B027
         """Bring a fresh model to where training begins; `images` gives some of the training split, [b, 3, H, W]."""
@@ -92,10 +93,8 @@ class KL(Regulariser):
     def check(self, model: nn.Module) -> None:
         super().check(model)
         if is_pinned(model):
-            raise UserError(
-                "regulariser=kl cannot start from an autoencoder that was trained with regulariser=none: its posterior "
-                "is a point. Choose regulariser=none."
-            )
+            rule = "must be none: the posterior of the autoencoder to start from is a point, without a KL"
+            raise InputError("regulariser", self.name, rule)
 
     def reconstruct(self, model: Any, images: Tensor, noise: Noise | None) -> Reconstruction:
         posterior = model.encode(images).latent_dist
@@ -129,7 +128,7 @@ class VectorQuantised(Regulariser):
     whose draw is uniform.
 
     Raises:
-        UserError: a codebook of fewer than two vectors, or numbers out of their range.
+        InputError: a codebook of fewer than two vectors, or numbers out of their range.
     """
 
     name = "vq"
@@ -140,32 +139,28 @@ class VectorQuantised(Regulariser):
         super().__init__()
         for key, value, least in (("codebook_size", codebook_size, 2), ("restart_after", restart_after, 1)):
             if type(value) is not int or value < least:
-                raise UserError(f"regulariser.{key}={value} must be a whole number of {least} at least.")
+                raise InputError(key, value, f"must be a whole number of at least {least}")
         if not commitment >= 0:
-            raise UserError(f"regulariser.commitment={commitment} must be 0 or more.")
+            raise InputError("commitment", commitment, "must be 0 or more")
         self.codebook_size, self.commitment, self.restart_after = codebook_size, commitment, restart_after
         self.register_buffer("idle_steps", torch.zeros(codebook_size, dtype=torch.long))
         self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def build(self, model: Callable[..., nn.Module], sample_size: int) -> nn.Module:
         if not isinstance(model, partial) or model.func not in CODEBOOK_FORM:
-            raise UserError(
-                "regulariser=vq has no codebook form of this autoencoder: choose autoencoder=patch or kl_f*."
-            )
+            kinds = " or ".join(kind.__name__ for kind in CODEBOOK_FORM)
+            raise InputError("regulariser", self.name, f"needs a form with a codebook, which only {kinds} has")
         options = {**model.keywords, "vq_embed_dim": model.keywords.get("latent_channels", 4)}
         return CODEBOOK_FORM[model.func](**options, num_vq_embeddings=self.codebook_size, sample_size=sample_size)
 
     def check(self, model: nn.Module) -> None:
         if not isinstance(model, VQModel | PatchVQModel):
-            raise UserError(
-                f"regulariser=vq needs a codebook, and a {type(model).__name__} has none: choose kl or none."
-            )
+            rule = f"must be kl or none: the autoencoder to start from is a {type(model).__name__}, without a codebook"
+            raise InputError("regulariser", self.name, rule)
         size = quantiser(model).n_e
         if size != self.codebook_size:
-            raise UserError(
-                f"regulariser.codebook_size={self.codebook_size}, but the model to start from has {size} codes: "
-                f"choose regulariser.codebook_size={size}."
-            )
+            rule = f"must be {size}, the size of the codebook to start from"
+            raise InputError("codebook_size", self.codebook_size, rule)
 
     @torch.no_grad()
     def start(self, model: Any, images: ImageSource, seed: int, device: torch.device) -> None:

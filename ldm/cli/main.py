@@ -8,7 +8,7 @@ import pkgutil
 import runpy
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,23 +30,23 @@ from ldm.cli.arguments import bracket_lists, check_arguments, escape, gather, qu
 from ldm.cli.command_line import SEARCH_PATH, CommandLine
 from ldm.cli.config_files import check_foreign_files
 from ldm.cli.options import settle
+from ldm.cli.remedies import elsewhere, explain_input, has_key
 from ldm.cli.targets import check_config, with_current_targets
 from ldm.cli.targets import construct as construct_values
-from ldm.errors import UserError
+from ldm.errors import InputError, UserError
 from ldm.files.untrusted import one_line
 from ldm.runtime import signals
 from ldm.runtime.paths import DISTRIBUTION, folder
 from ldm.tracking.run import finish_open_run
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-_ELSEWHERE = "choose another disk with runs_dir=, data.cache_dir= or out="
 _DISK_FAULTS = {
-    errno.EROFS: f"The disk can only be read{{place}}. Mount it for writing, or {_ELSEWHERE}.",
-    errno.EIO: f"The disk failed to read or write{{place}}. Look at the system's log for its faults, and {_ELSEWHERE}.",
-    errno.EFBIG: f"A file became larger than is allowed{{place}}. Raise the limit (ulimit -f), or {_ELSEWHERE}.",
-    errno.ENAMETOOLONG: "A name or a path is longer than the disk takes{place}. Give a shorter one.",
+    errno.EROFS: "The disk is read-only{place}. Mount it for writing{elsewhere}.",
+    errno.EIO: "The disk failed to read or write{place}. Look for its faults in the system's log{elsewhere}.",
+    errno.EFBIG: "A file grew larger than is allowed{place}. Raise the limit (ulimit -f){elsewhere}.",
+    errno.ENAMETOOLONG: "A name or a path is longer than the disk allows{place}. Give a shorter one.",
 }
-"""What was saved before is kept; of each a paragraph, with its place."""
+"""By error number: a paragraph, with its place and the options that name another one."""
 
 
 def construct(config: Any, **options: Any) -> Any:
@@ -147,6 +147,8 @@ class _Command:
         self.sweeps = any(argument in ("-m", "--multirun") for argument in self.typed)
         self.verbose = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
         self.failed: list[str] = []
+        self.composed: dict[str, Any] = {}
+        """The config of the job, by which a message names options."""
 
     def run_job(self, config: DictConfig) -> None:
         """What Hydra calls with each composed config."""
@@ -155,6 +157,7 @@ class _Command:
             require_values(config)
             values = with_current_targets(OmegaConf.to_container(config, resolve=True))
             settle(values)
+            self.composed = values
             check_config(values, "the config", typed=self.typed, interpolations="any")
             task = pkgutil.resolve_name(self.task) if isinstance(self.task, str) else self.task
             task(as_config(values))
@@ -165,7 +168,7 @@ class _Command:
 
     def report(self, error: Exception) -> None:
         """Say what was wrong, and exit with 2; an error of ours is raised."""
-        message = explain(error)
+        message = explain(error, self.composed)
         if message is None:
             raise error
         if self.verbose:
@@ -178,7 +181,7 @@ class _Command:
         job = command_line()
         own = [override for override in job.overrides if override not in self.typed]  # not those of every job
         name = f"job {job.job} ({' '.join(own)})"
-        message = explain(error)
+        message = explain(error, self.composed)
         if message is None or self.verbose:
             traceback.print_exception(error)
         print(one_line(f"error in {name}: {message or repr(error)}"), file=sys.stderr)
@@ -235,26 +238,21 @@ def _missing(value: Any, key: str = "") -> Iterator[str]:
         yield key
 
 
-def explain(error: BaseException) -> str | None:
-    """One paragraph for a mistake of the user's or of their machine's; None for an error of ours."""
+def explain(error: BaseException, config: Mapping[str, Any] = {}) -> str | None:
+    """One paragraph for a mistake of the user's or of their machine's; None for an error of ours.
+
+    Args:
+        config: The command's, as plain values: options are named where it has them.
+    """
     chain = list(_causes(error))
     for cause in chain:
+        if isinstance(cause, InputError):
+            return explain_input(cause, config)
         if isinstance(cause, UserError):
             return str(cause)
     for cause in chain:
-        if _is_from(cause, _DISK_FULL):
-            file = getattr(cause, "filename", None)
-            place = f" at {file}" if file else ""
-            return (
-                f"The disk is full{place}. What was saved before is kept: make room, then repeat the command, with "
-                "resume=true if it had saved a checkpoint, or choose another disk with runs_dir= and data.cache_dir=."
-            )
-        for number, said in _DISK_FAULTS.items():
-            if _is_from(cause, (number,)):
-                file = getattr(cause, "filename", None)
-                return said.format(place=f" at {str(file)[:200]}" if file else "") + " What was saved before is kept."
-        if isinstance(cause, PermissionError):
-            return f"No permission to write or read {cause.filename}. Choose another place with runs_dir= or out=."
+        if (told := _explain_disk(cause, config)) is not None:
+            return told
     for cause in chain:
         if isinstance(cause, MissingMandatoryValue):
             key = getattr(cause, "full_key", None) or "a value"
@@ -271,6 +269,23 @@ def explain(error: BaseException) -> str | None:
         # the innermost cause is what a user can act on: a constructor's rule, a value of the wrong type
         message = str(chain[-1] if isinstance(chain[-1], ValueError | TypeError | OmegaConfBaseException) else error)
         return " ".join(message.split()) + " --help lists the choices and the keys."
+    return None
+
+
+def _explain_disk(error: BaseException, config: Mapping[str, Any]) -> str | None:
+    file = getattr(error, "filename", None)
+    place = f" at {str(file)[:200]}" if file else ""
+    if _is_from(error, _DISK_FULL):
+        resume = ", with resume=true if it had saved a checkpoint" * has_key(config, "resume")
+        return (
+            f"The disk is full{place}. What was saved before is kept. Free some space and repeat the command{resume}"
+            f"{elsewhere(config)}."
+        )
+    for number, said in _DISK_FAULTS.items():
+        if _is_from(error, (number,)):
+            return said.format(place=place, elsewhere=elsewhere(config)) + " What was saved before is kept."
+    if isinstance(error, PermissionError):
+        return f"No permission to read or write {file}. Change its permissions{elsewhere(config)}."
     return None
 
 

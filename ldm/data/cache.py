@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ldm.errors import UserError
+from ldm.errors import InputError, UserError
 from ldm.files.arrays import Layout, changed, digests
 from ldm.files.reading import MISSING, retried, unreadable
 from ldm.files.untrusted import read_array, read_json
@@ -80,11 +80,11 @@ def check_quarantine(num_skipped: int, num_images: int, max_bad_fraction: float,
     if num_skipped <= max_bad_fraction * total:
         return
     bad = [f"{entry['name']} ({entry['reason']})" for entry in read_quarantine(listing)[:6]]
-    raise UserError(
-        f"{num_skipped} of {total} images cannot be read, more than data.max_bad_fraction={max_bad_fraction} "
-        f"allows: {shorten(bad)}. All are listed in {listing}. Repair or remove them, or accept the loss "
-        f"with data.max_bad_fraction={math.ceil(100 * num_skipped / total) / 100}."
+    rule = (
+        f"must be at least {math.ceil(100 * num_skipped / total) / 100} to skip the {num_skipped} of {total} images "
+        f"that cannot be read: {shorten(bad)}. All are listed in {listing}"
     )
+    raise InputError("max_bad_fraction", max_bad_fraction, rule)
 
 
 def quarantine_of(folder: Path) -> Path:

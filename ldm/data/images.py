@@ -29,7 +29,7 @@ from ldm.data.cache import (
 from ldm.data.pixels import MAX_PIXELS, RESIZE_MODES, Resize
 from ldm.data.prepare import fill_cache
 from ldm.data.sources.base import Record, Source
-from ldm.errors import UserError
+from ldm.errors import InputError, UserError
 from ldm.files.arrays import check_length
 from ldm.files.untrusted import check_fields, read_array, read_json
 
@@ -73,7 +73,7 @@ class ImageData:
             _check(index, images, path)
         except UserError as error:
             raise UserError(
-                f"{path} cannot be opened ({error}). Delete that folder and start any training with the same data= "
+                f"{path} cannot be opened ({error}). Delete that folder and start any training with the same data "
                 "options: the images are prepared again."
             ) from error
         train_indices, val_indices = split_by_hash(index["hashes"], val_fraction)
@@ -136,8 +136,8 @@ class ImageData:
 
     def require_captions(self) -> list[str]:
         """The first caption of every image; a UserError where one is missing."""
-        remedy = "Give each image one: conf/data/image_folder.yaml says where captions are looked for."
-        return _all_present(self, "caption", self.captions, f"{remedy} Or train with conditioning=none.")
+        remedy = "Give each image one: conf/data/image_folder.yaml says where captions are looked for"
+        return _all_present(self, "text", "caption", self.captions, remedy)
 
     def captions_of(self, index: int) -> list[str]:
         """Every caption of an image, the first one first."""
@@ -146,8 +146,8 @@ class ImageData:
 
     def require_labels(self) -> list[int]:
         """Every class label; a UserError where one is missing."""
-        remedy = "Sort them into one folder per class, or name the label column with data.label_column=."
-        return _all_present(self, "class label", self.labels, f"{remedy} Or train with conditioning=none.")
+        remedy = "Sort them into one folder per class, or name the column of a dataset that holds the labels"
+        return _all_present(self, "class", "class label", self.labels, remedy)
 
 
 _KINDS: dict[str, Any] = {
@@ -177,12 +177,14 @@ def _check(index: dict[str, Any], images: np.ndarray, path: Path) -> None:
         raise UserError(f"{INDEX_FILE} has an empty list of captions")
 
 
-def _all_present(data: ImageData, what: str, values: list[Any] | None, remedy: str) -> list[Any]:
+def _all_present(data: ImageData, condition: str, what: str, values: list[Any] | None, remedy: str) -> list[Any]:
+    needs = f"needs a {what} for every image, but"
     if values is None:
-        raise UserError(f"The images of {data.name} have no {what}s. {remedy}")
+        raise InputError("conditioning", condition, f"{needs} the images of {data.name} have no {what}s. {remedy}")
     missing = [name for name, value in zip(data.names, values, strict=True) if value is None]
     if missing:
-        raise UserError(f"{len(missing)} of {len(data)} images have no {what}: {shorten(missing)}. {remedy}")
+        rule = f"{needs} {len(missing)} of {len(data)} images have no {what}: {shorten(missing)}. {remedy}"
+        raise InputError("conditioning", condition, rule)
     return values
 
 
@@ -237,14 +239,14 @@ def prepare(
         UserError: too many unreadable images, too little disk space, fewer than 2 images, an unknown option.
     """
     if resize not in RESIZE_MODES:
-        raise UserError(f"data.resize={resize} is unknown. Choose one of: {', '.join(RESIZE_MODES)}.")
+        raise InputError("resize", resize, f"must be one of: {', '.join(RESIZE_MODES)}")
     if resolution < 1:
-        raise UserError(f"data.resolution must be at least 1 pixel, not {resolution}.")
+        raise InputError("resolution", resolution, "must be at least 1 pixel")
     if max_pixels < 1:
-        raise UserError(f"data.max_pixels must be at least 1, not {max_pixels}.")
+        raise InputError("max_pixels", max_pixels, "must be at least 1")
     for option, share in (("val_fraction", val_fraction), ("max_bad_fraction", max_bad_fraction)):
         if not 0 <= share < 1:
-            raise UserError(f"data.{option} must be at least 0 and below 1, not {share}.")
+            raise InputError(option, share, "must be at least 0 and below 1")
     transform = {"resolution": resolution, "resize": resize}
     made_from = {"format": FORMAT_VERSION, "identity": source.identity(), "transform": transform}
     if max_pixels != MAX_PIXELS:  # it may change what is left out; at its default the key is what it always was

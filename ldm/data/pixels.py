@@ -17,7 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ldm.data.colour import Profile, to_srgb
-from ldm.errors import UserError
+from ldm.errors import InputError
 from ldm.files.reading import read_file
 
 Resize = Literal["crop", "pad", "squash"]
@@ -71,7 +71,7 @@ def read_pixels(
     except UnidentifiedImageError:
         raise ValueError(f"not an image in a format that is read ({', '.join(_formats())}), or a damaged one") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"more than data.max_pixels={max_pixels} allows: {error}") from error
+        raise ValueError(f"more than max_pixels, {max_pixels}, allows: {error}") from error
     with image:
         _check_size(image, max_pixels)
         # JPEG can drop octaves while it decodes; 3 pixels for each one kept leave the final filter its say.
@@ -96,7 +96,7 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
     if min(width, height) < MIN_SIDE:
         raise ValueError(f"{width} x {height} pixels: a side has {MIN_SIDE} at least, or there is no picture")
     if width * height > max_pixels:
-        raise ValueError(f"{width} x {height} pixels are more than data.max_pixels={max_pixels} allows")
+        raise ValueError(f"{width} x {height} pixels are more than max_pixels, {max_pixels}, allows")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -179,9 +179,9 @@ def read_image(path: str, resolution: int, resize: Resize = "crop") -> Tensor:
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        raise UserError(f"image={path} is not a file.")
+        raise InputError("image", path, "is not a file")
     try:
         pixels = decode(read_file(file), resolution, resize)
     except Exception as error:  # on bad bytes Pillow raises anything
-        raise UserError(f"image={path} could not be read: {error}. Give a png, jpg or webp file.") from error
+        raise InputError("image", path, f"could not be read: {error}") from error
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1

@@ -27,7 +27,7 @@ from ldm.data.cache import IMAGES_FILE, QUARANTINE_FILE, check_quarantine, damag
 from ldm.data.colour import Profile, count_profiles
 from ldm.data.pixels import Resize, read_pixels
 from ldm.data.sources.base import Record, Source
-from ldm.errors import UserError
+from ldm.errors import InputError, UserError
 from ldm.files.atomic import durable_folder
 from ldm.files.lock import made_alone
 from ldm.files.reading import FULL, PASSING
@@ -69,10 +69,8 @@ def fill_cache(
                 write_index(scratch, index)
         except OSError as error:
             if error.errno in FULL:
-                raise UserError(
-                    f"The disk of {folder.parent} filled up while the images were prepared. Free some space, or "
-                    "choose another disk with data.cache_dir=DIR."
-                ) from error
+                rule = "filled up while the images were prepared: free some space"
+                raise InputError("cache_dir", folder.parent, rule) from error
             raise
     if index["num_skipped"]:
         listing = folder / QUARANTINE_FILE
@@ -86,10 +84,8 @@ def fill_cache(
 def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise UserError(
-            f"Preparing the images needs {needed:,} bytes in {folder}, where {free:,} are free. Free some "
-            "space, choose another disk with data.cache_dir=DIR, or lower data.resolution."
-        )
+        rule = f"has {free:,} bytes free, but the images need {needed:,}: free some space, or lower the resolution"
+        raise InputError("cache_dir", folder, rule)
 
 
 @contextmanager
@@ -173,9 +169,8 @@ def _read(
     except UserError:
         raise
     except MemoryError as error:  # left out here, it would be there on a larger machine: another set
-        raise UserError(
-            f"{record.name} needs more memory than there is. Remove it, or lower data.max_pixels={max_pixels}."
-        ) from error
+        rule = f"must be lower: {record.name} needs more memory than there is. Or remove that image"
+        raise InputError("max_pixels", max_pixels, rule) from error
     # On bad bytes Pillow's plugins raise anything, from struct.error to IndexError.
     except Exception as error:
         return error

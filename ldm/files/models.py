@@ -31,14 +31,7 @@ def load_model(kind: Any, folder: Path) -> Any:
     if config.get("quantization_config") is not None:
         raise UserError(f"{file} asks for quantised weights (quantization_config), which are not read. Convert them.")
     num_tensors, num_values = _count(_weight_files(folder))
-    for key, value in config.items():
-        numbers = [number for number in (value if isinstance(value, list) else [value]) if isinstance(number, int)]
-        deep = ("layers" in key or "depth" in key) and any(number > num_tensors for number in numbers)
-        if deep or (isinstance(value, list) and len(value) > LONGEST_LIST):
-            raise UserError(
-                f"{file}: {key}={str(value)[:40]} is more than the {num_tensors} tensors of the weights beside it "
-                "can be of. Put back the config that belongs to them."
-            )
+    _check_config(config, num_tensors, file)
     try:
         # shapes alone: neither memory nor random numbers are taken
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
@@ -74,9 +67,21 @@ def load_model(kind: Any, folder: Path) -> Any:
         if value.is_floating_point() and not value.isfinite().all():
             raise UserError(
                 f"The weights in {folder} are not finite ({name}): training diverged, or the file was changed. Train "
-                "it again with a lower optimizer.lr, or put back the file that training wrote."
+                "it again with a lower learning rate, or put back the file that training wrote."
             )
     return model.eval()
+
+
+def _check_config(config: dict[str, Any], num_tensors: int, file: Path) -> None:
+    """Refuse a config with more layers than there are tensors, or with endless lists, before a model is built."""
+    for key, value in config.items():
+        numbers = [number for number in (value if isinstance(value, list) else [value]) if isinstance(number, int)]
+        deep = ("layers" in key or "depth" in key) and any(number > num_tensors for number in numbers)
+        if deep or (isinstance(value, list) and len(value) > LONGEST_LIST):
+            raise UserError(
+                f"{file}: {key}={str(value)[:40]} is more than the {num_tensors} tensors of the weights beside it "
+                "can be of. Put back the config that belongs to them."
+            )
 
 
 def _weight_files(folder: Path) -> list[Path]:

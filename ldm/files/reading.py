@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from ldm.errors import UserError
+from ldm.errors import InputError
 
 Result = TypeVar("Result")
 
@@ -34,12 +34,13 @@ MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 """Errors of a file that is not there, and no disk's failure."""
 
 
-def unreadable(path: Path, error: OSError) -> UserError:
+def unreadable(path: Path, error: OSError) -> InputError:
     """What to say of a cache that may be whole, on a disk that does not let it be read."""
-    return UserError(
-        f"{path} cannot be read ({error.strerror}): its disk fails or refuses. It is left as it is. Start the same "
-        "command again when the disk is well, or choose another place with data.cache_dir=DIR."
+    rule = (
+        f"cannot be read ({error.strerror}): its disk fails or refuses. The cache is left as it is: repeat the command "
+        "when the disk answers"
     )
+    return InputError("cache_dir", path, rule)
 
 
 def retried(read: Callable[[], Result], what: object) -> Result:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ldm.data.images import ImageData, default_cache_dir
-from ldm.errors import UserError
+from ldm.errors import InputError, UserError
 from ldm.files.arrays import check_length
 from ldm.files.atomic import clear_partials, sync
 from ldm.files.lock import made_alone
@@ -119,10 +119,8 @@ def _encode(folder: Path, encode: Encode, contract: LatentContract, images: Imag
     needed = 4 * int(np.prod(shape)) - (done.stat().st_size if done.is_file() else 0)
     free = shutil.disk_usage(folder.parent).free
     if needed > free:
-        raise UserError(
-            f"The latents need {needed / 1e9:.1f} GB in {folder.parent}, where {free / 1e9:.1f} GB are free. "
-            "Make room, or choose another place with data.cache_dir=."
-        )
+        rule = f"has {free / 1e9:.1f} GB free, but the latents need {needed / 1e9:.1f} GB: free some space"
+        raise InputError("cache_dir", folder.parent, rule)
     try:
         if not unfinished.exists():
             unfinished.mkdir()
@@ -138,11 +136,11 @@ def _encode(folder: Path, encode: Encode, contract: LatentContract, images: Imag
     except OSError as error:
         if error.errno not in FULL:
             raise
-        raise UserError(
-            f"The disk of {folder.parent} filled up while latents were encoded. What is done is kept in {unfinished}: "
-            "make room and start the same command again, it goes on from there; or choose another place with "
-            "data.cache_dir=."
-        ) from error
+        rule = (
+            f"filled up while latents were encoded. What is done is kept in {unfinished}: free some space, and the "
+            "same command continues from there"
+        )
+        raise InputError("cache_dir", folder.parent, rule) from error
 
 
 def _is_of(folder: Path, contract: LatentContract) -> bool:

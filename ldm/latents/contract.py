@@ -13,7 +13,7 @@ CONTRACT_FILE = "contract.json"
 
 CONTRACT_FORMAT = 1
 
-REMEDY = "Make it again: a cache of latents is encoded again once its folder is deleted."
+REMEDY = "Delete its folder if that is a cache of latents; they will be encoded again."
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ def _moments(encode: Encode, images: ImageData, indices: range, shape: tuple[int
         if not encoded.isfinite().all():
             raise NotFinite(
                 f"The autoencoder's latents of images {indices.start} to {indices.stop - 1} are not finite: its "
-                "training diverged. Train it again, with a lower optimizer.lr."
+                "training diverged. Train it again with a lower learning rate."
             )
         moments[:, view] = encoded.numpy()
     return moments.data.cast("B")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ldm.autoencoder.autoencoder import Autoencoder
 from ldm.data.images import ImageData
-from ldm.errors import UserError
+from ldm.errors import InputError, UserError
 from ldm.files.untrusted import first_line
 
 FORMAT = "1"
@@ -41,22 +41,22 @@ def decode_file(autoencoder: Autoencoder, file: Path, batch_size: int = 64) -> t
         UserError: not such a file, latents of another autoencoder, or no latents.
     """
     if not file.is_file():
-        raise UserError(f"latents={file} is not a file. tools/encode.py writes one.")
+        raise InputError("latents", file, "is not a file")
     try:
         with safe_open(file, framework="pt") as reader:
             header, keys = reader.metadata() or {}, list(reader.keys())
             mean = reader.get_tensor("mean") if "mean" in keys else None
     except (SafetensorError, OSError, ValueError) as error:
-        reason = first_line(error)
-        raise UserError(f"latents={file} is no safetensors file ({reason}). tools/encode.py writes one.") from error
+        raise InputError("latents", file, f"is no safetensors file ({first_line(error)})") from error
     if mean is None or header.get("format") != FORMAT:
-        raise UserError(f"latents={file} holds no latents of format {FORMAT}. Write it again with tools/encode.py.")
+        raise InputError("latents", file, f"holds no latents of format {FORMAT}")
     names = header.get("names", "").split("\n")
     if mean.ndim != 4 or mean.shape[1] != autoencoder.channels or len(names) != len(mean) or not mean.isfinite().all():
-        raise UserError(
-            f"latents={file} holds {list(mean.shape)} values for {len(names)} images, which are no finite latents of "
-            f"{autoencoder.channels} channels. Write it again with tools/encode.py."
+        rule = (
+            f"holds {list(mean.shape)} values for {len(names)} images, which are no finite latents of "
+            f"{autoencoder.channels} channels"
         )
+        raise InputError("latents", file, rule)
     here, there = autoencoder.weights_sha256(), header.get("autoencoder_sha256", "unknown")
     if here != there:
         raise UserError(

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.errors import InputError
+
 DEAD_NATS = 0.01
 """A channel that holds less than this about x, per location, is dead."""
 FULL_RANK = 0.9
@@ -143,10 +145,10 @@ def num_components(eigenvalues: Tensor, share: float) -> int:
     """How many of the largest eigenvalues have this share of the sum at least; 0 where all are 0.
 
     Raises:
-        ValueError: unless 0 < share <= 1.
+        InputError: unless 0 < share <= 1.
     """
     if not 0 < share <= 1:
-        raise ValueError(f"share={share} must be above 0, and 1 at most.")
+        raise InputError("share", share, "must be above 0 and at most 1")
     reached = eigenvalues.cumsum(0)
     if reached[-1] == 0:
         return 0

@@ -7,7 +7,7 @@ import torch
 
 from ldm.autoencoder.autoencoder import Autoencoder, LatentStatistics, published_statistics
 from ldm.data.images import ImageData
-from ldm.errors import UserError
+from ldm.errors import InputError
 from ldm.latents.cache import LatentData, open_latents
 from ldm.latents.contract import LatentContract
 from ldm.runtime.random import numpy_generator, torch_generator
@@ -20,10 +20,10 @@ def check_statistics(value: str) -> None:
     """Refuse what is no way to standardise latents.
 
     Raises:
-        UserError: naming those that are.
+        InputError: naming those that are.
     """
     if value not in get_args(StatisticsType):
-        raise UserError(f"latent_statistics={value} is unknown. Choose one of: {', '.join(get_args(StatisticsType))}.")
+        raise InputError("latent_statistics", value, f"must be one of: {', '.join(get_args(StatisticsType))}")
 
 
 def encode_latents(
@@ -84,18 +84,16 @@ def decoder_scale(autoencoder: Autoencoder, images: ImageData, latents: Any, bat
 
 
 def published(autoencoder: Autoencoder, statistics: StatisticsType) -> tuple[list[float], list[float]] | None:
-    """What `latent_statistics=published` standardises by: what a pretrained autoencoder states. None with `measured`.
+    """What `published` standardises by: what a pretrained autoencoder states. None with `measured`.
 
     Raises:
-        UserError: it states nothing.
+        InputError: it states nothing.
     """
     if statistics == "measured":
         return None
     if (found := published_statistics(autoencoder.model)) is None:
-        raise UserError(
-            f"latent_statistics=published: this {type(autoencoder.model).__name__} states no scaling factor. Choose "
-            "latent_statistics=measured."
-        )
+        rule = f"must be measured: this {type(autoencoder.model).__name__} states no scaling factor"
+        raise InputError("latent_statistics", statistics, rule)
     return found
 
 

@@ -22,7 +22,7 @@ def require_density(autoencoder: Autoencoder) -> LatentStatistics:
     if not autoencoder.has_density:
         raise UserError(
             f"The autoencoder {name} has no density over its latents, so images have no likelihood under it. "
-            "Train one with regulariser=kl (autoencoder=patch or kl_f2, kl_f4, kl_f8) for likelihoods."
+            "Train one with a KL: python -m ldm.train stage=vae regulariser=kl"
         )
     if statistics is None:
         raise UserError(

@@ -155,7 +155,7 @@ def open_model(
     if run.stage == "vae":
         if variance is not None or ode is not None:
             asked = "ode=true" if ode is not None else f"variance={variance}"
-            raise UserError(f"{asked} is about the chain, but {run.path} is a run of stage=vae: leave it out.")
+            raise UserError(f"{asked} is about the chain, but {run.path} is a run of stage vae: leave it out.")
         autoencoder = run.autoencoder()
         require_density(autoencoder)
         return autoencoder
@@ -200,7 +200,7 @@ def compare(report: Report, other: Report) -> dict[str, float]:
 def _of_other_images(run: str, other: str) -> UserError:
     return UserError(
         f"{run} and against={other} were not trained and validated on the same images, which a paired difference "
-        "needs. Choose a run with the same data= options and the same data.val_fraction."
+        "needs. Choose a run with the same data options and the same data.val_fraction."
     )
 
 

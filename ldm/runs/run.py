@@ -21,7 +21,7 @@ from yaml import YAMLError
 from ldm.autoencoder.autoencoder import Autoencoder
 from ldm.cli.targets import check_yaml, with_current_targets
 from ldm.data.images import ImageData
-from ldm.errors import UserError
+from ldm.errors import InputError, UserError
 from ldm.files.atomic import write_text
 from ldm.files.untrusted import check_fields, first_line, is_plain_name, read_json, refuse_links_out
 from ldm.runs.provenance import provenance
@@ -118,7 +118,7 @@ class Run:
             what = "is not a run folder" if path.exists() else "does not exist"
             raise UserError(
                 f"{key}={path} {what} (no {RUN_FILE}).{hint} A run is made by `python -m ldm.train stage=vae` or "
-                "`stage=diffusion`, in runs/<stage>/<name>."
+                "`python -m ldm.train stage=diffusion`, in runs/<stage>/<name>."
             )
         refuse_links_out(path, but=LINKED)
         facts = read_json(path / RUN_FILE)
@@ -127,8 +127,8 @@ class Run:
         check_fields(facts, KINDS, path / RUN_FILE, required=False)
         if facts.get("stage") not in STAGES or not is_plain_name(facts.get("name", "a")):
             raise UserError(
-                f"{path / RUN_FILE}: stage={facts.get('stage')!r} must be {' or '.join(STAGES)}, and "
-                f"name={facts.get('name')!r} a plain folder name. Put back the file that training wrote."
+                f"{path / RUN_FILE}: the stage {facts.get('stage')!r} must be {' or '.join(STAGES)}, and the name "
+                f"{facts.get('name')!r} a plain folder name. Put back the file that training wrote."
             )
         return cls(path, Facts(facts, path / RUN_FILE))
 
@@ -185,7 +185,7 @@ class Run:
         """
         if self.stage != "diffusion":
             raise UserError(
-                f"{self.path} is a run of stage={self.stage}; this needs one of stage=diffusion. "
+                f"{self.path} is a run of stage {self.stage}; this needs one of stage diffusion. "
                 f"Train it: {self.next_training()}"
             )
         self._require(self.path / "pipeline" / INDEX_FILE)
@@ -225,7 +225,7 @@ class Run:
         if not (folder / "index.json").is_file():
             raise UserError(
                 f"The prepared images of {self.path} are no longer in {folder}. Prepare them again: start any "
-                "training with the same data= options."
+                "training with the same data options."
             )
         refuse_links_out(folder)
         images = ImageData.open(folder, self.facts["val_fraction"])
@@ -239,7 +239,7 @@ class Run:
     def _require(self, file: Path) -> None:
         if not file.is_file():
             missing = f"{self.path} holds no weights for use yet ({file.relative_to(self.path)} is missing)"
-            remedy = f"Continue it with the same command and resume=true.{_hint_at_replaced(self.path)}"
+            remedy = f"Continue it: python -m ldm.train ... resume=true.{_hint_at_replaced(self.path)}"
             raise UserError(f"{missing}: its training did not end. {remedy}")
 
     def update(self, **facts: Any) -> None:
@@ -256,7 +256,7 @@ def _hint_at_replaced(path: Path) -> str:
     aside = set_aside(path.absolute().resolve())
     if not (aside / RUN_FILE).is_file():
         return ""
-    return f" The earlier run, which a start with overwrite=true was replacing when it was killed, is in {aside}."
+    return f" The earlier run, which was being replaced when that training was killed, is in {aside}."
 
 
 class NoAutoencoder(UserError):
@@ -298,8 +298,5 @@ def choose_images(run: Run, split: str, num_images: int, seed: int) -> tuple[Ima
     images = run.image_data()
     members = images.val_indices if split == "val" else images.train_indices
     if len(members) < 2:
-        raise UserError(
-            f"The {split} split of {images.name} holds {len(members)} image, and a standard error needs 2. Choose "
-            f"split={'train' if split == 'val' else 'val'}, or train with a larger data.val_fraction."
-        )
+        raise InputError("split", split, f"holds {len(members)} image of {images.name}, and a standard error needs 2")
     return images, numpy_generator(seed, 2).permutation(members)[:num_images]

@@ -19,7 +19,7 @@ from ldm.diffusion.denoiser import Condition, Denoiser
 from ldm.diffusion.guidance import Guided
 from ldm.diffusion.samplers.base import OnStep, SamplerLike
 from ldm.diffusion.schedule import NoiseSchedule
-from ldm.errors import UserError
+from ldm.errors import InputError, UserError
 from ldm.files.atomic import write_text
 from ldm.files.models import load_model
 from ldm.files.untrusted import check_fields, read_json
@@ -90,10 +90,11 @@ class LatentDiffusionPipeline:
             UserError: learned_range of a network that did not learn it, or what `require_fitted` refuses.
         """
         if variance == "learned_range" and self.variance != "learned_range":
-            raise UserError(
-                f"variance=learned_range: this network did not learn Sigma, it was trained for {self.variance}. "
-                "Choose fixed_small, fixed_large or optimal, or leave variance= out."
+            rule = (
+                f"needs a network that learned Sigma, and this one was trained for {self.variance}. Choose "
+                "fixed_small, fixed_large or optimal, or leave it out"
             )
+            raise InputError("variance", variance, rule)
         if variance == "optimal":
             self.require_fitted()
 
@@ -105,7 +106,7 @@ class LatentDiffusionPipeline:
         """
         how = f"Fit it on the training split: {shell.tool('likelihood', f'run={self.run}', 'variance=optimal')}"
         if self.z_0_mse is None:
-            raise UserError(f"variance=optimal is not fitted for this model yet. {how}")
+            raise UserError(f"The optimal variance is not fitted for this model yet. {how}")
         try:
             check_z_0_mse(self.schedule, self.z_0_mse)
         except ValueError as error:
@@ -204,13 +205,15 @@ class LatentDiffusionPipeline:
         """
         path = folder / INDEX_FILE
         if not path.is_file():
-            raise UserError(f"{folder} is no pipeline: {INDEX_FILE} is missing. Train one with stage=diffusion.")
+            raise UserError(
+                f"{folder} is no pipeline: {INDEX_FILE} is missing. Train one: python -m ldm.train stage=diffusion"
+            )
         index = read_json(path)
         if index.get("format") not in (1, FORMAT):
             raise UserError(f"{path} has format {index.get('format')}; this version reads 1 and {FORMAT}.")
         check_fields(index, KINDS, path)
         if index.get("variance", VARIANCES[0]) not in VARIANCES:
-            raise UserError(f"{path}: variance={index['variance']} is unknown. Known are: {', '.join(VARIANCES)}.")
+            raise UserError(f"{path}: the variance {index['variance']} is unknown. Known are: {', '.join(VARIANCES)}.")
         schedule = _schedule(index["schedule"], index["prediction"], path)
         autoencoder = Autoencoder.load(folder / "vae")
         contract = LatentContract.load(folder)

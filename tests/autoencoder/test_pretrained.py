@@ -188,8 +188,11 @@ def test_stage_2_takes_it_directly(models, train):
     [
         (["autoencoder.path=nowhere/at/all"], "nowhere/at/all"),
         (["autoencoder.train=encoder"], "autoencoder.train=encoder is unknown. Choose one of: all, decoder, nothing"),
-        (["autoencoder.train=all", "regulariser=vq"], "regulariser=vq needs a codebook"),
-        (["data.resolution=36"], "Choose data.resolution=32 or 40"),
+        (["autoencoder.train=all", "regulariser=vq"], "regulariser=vq must be kl or none"),
+        (
+            ["data.resolution=36"],
+            "data.resolution=36 must be a multiple of f = 8, the autoencoder's downsampling factor, such as 32 or 40",
+        ),
     ],
 )
 def test_mistakes(models, train, options, message):

@@ -230,20 +230,20 @@ def test_kl_draws_from_the_posterior_and_decodes_its_mean_without_noise(images):
 
 def test_what_does_not_go_together_is_refused(images):
     for wrong in ({"codebook_size": 1}, {"codebook_size": 2.5}, {"restart_after": 0}):
-        with pytest.raises(UserError, match=f"regulariser.{next(iter(wrong))}="):
+        with pytest.raises(UserError, match=f"{next(iter(wrong))}="):
             VectorQuantised(**wrong)
     with pytest.raises(UserError, match="commitment=-1"):
         VectorQuantised(commitment=-1)
     kl, vq, none = (built(rule, PATCH, images) for rule in (KL(), VectorQuantised(16), Unregularised()))
-    with pytest.raises(UserError, match="cannot start from an autoencoder that was trained with regulariser=none"):
+    with pytest.raises(UserError, match="regulariser=kl must be none"):
         KL().check(none)
     for regulariser in (KL(), Unregularised()):
         regulariser.check(kl)
-        with pytest.raises(UserError, match="choose regulariser=vq"):
+        with pytest.raises(UserError, match="must be vq"):
             regulariser.check(vq)
-    with pytest.raises(UserError, match="needs a codebook"):
+    with pytest.raises(UserError, match="regulariser=vq must be kl or none"):
         VectorQuantised(16).check(kl)
-    with pytest.raises(UserError, match="codebook_size=16"):
+    with pytest.raises(UserError, match="codebook_size=8 must be 16"):
         VectorQuantised(8).check(vq)
-    with pytest.raises(UserError, match="no codebook form"):
+    with pytest.raises(UserError, match="needs a form with a codebook"):
         VectorQuantised(8).build(lambda **options: kl, 16)

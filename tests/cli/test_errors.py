@@ -62,7 +62,7 @@ MISTAKES = [
     ([*VAE, "data.path=empty"], ["data.path=empty holds no images", ".png"]),
     ([*VAE, "batch_size=64"], ["fewer than batch_size=64", "Choose batch_size="]),
     ([*VAE, "trainer.accumulate_grad_batches=3"], ["batch_size=8 must be a multiple of", "=3"]),
-    ([*VAE, "data.resolution=18"], ["data.resolution=18", "Choose data.resolution=16 or 20"]),
+    ([*VAE, "data.resolution=18"], ["data.resolution=18 must be a multiple of f = 4", "16 or 20"]),
     ([*VAE, "trainer.max_time=5m"], ["trainer.max_time=5m must be HH:MM:SS", "00:05:00"]),
     ([*VAE, "trainer.max_steps=-1"], ["needs a budget", "trainer.max_steps=N or trainer.max_time=HH:MM:SS"]),
     ([*VAE, "trainer.precision=16-mixed"], ["half precision", "Choose bf16-mixed or 32-true"]),
@@ -93,7 +93,7 @@ MISTAKES = [
     ([*VAE, "optimizer.decay=sudden"], ["optimizer.decay=sudden is unknown", "linear, cosine, constant"]),
     ([*VAE, "trainer.ema_decay=1.5", "name=ema"], ["trainer.ema_decay must be in [0, 1), not 1.5"]),
     ([*VAE, "autoencoder.model.latent_channels=49"], ["49 latent channels exceed the 48 dimensions"]),
-    ([*VAE, "data.resize=melt"], ["data.resize=melt is unknown", "crop, pad, squash"]),
+    ([*VAE, "data.resize=melt"], ["data.resize=melt must be one of", "crop, pad, squash"]),
     ([*VAE, "name=a/b"], ["name=a/b must be a plain folder name", "runs_dir="]),
     ([*VAE, "init_from=pictures"], ["pictures is neither a run folder nor a diffusers folder"]),
     ([*DIFFUSION], ["no finished autoencoder", "python -m ldm.train stage=vae", "vae="]),
@@ -134,7 +134,7 @@ def test_a_gpu_that_is_not_here(fails):
 
 def test_what_does_not_fit_is_refused_before_the_images_are_read(fails, monkeypatch):
     monkeypatch.setattr("ldm.data.images.prepare", lambda *_, **__: pytest.fail("prepared first"))
-    assert "Choose data.resolution=16 or 20" in fails(train, *VAE, "data.resolution=18")
+    assert "such as 16 or 20" in fails(train, *VAE, "data.resolution=18")
     for argument in ("trainer.guard.max_spike=1", "+trainer.x=1", "trainer.devices=foo", "trainer.precision=16"):
         fails(train, *VAE, argument)
 
@@ -178,10 +178,10 @@ FULL = [
 @pytest.mark.parametrize(
     ("number", "said"),
     [
-        (errno.EROFS, "The disk can only be read at runs/x"),
+        (errno.EROFS, "The disk is read-only at runs/x"),
         (errno.EIO, "The disk failed to read or write at runs/x"),
-        (errno.EFBIG, "A file became larger than is allowed at runs/x"),
-        (errno.ENAMETOOLONG, "A name or a path is longer than the disk takes at runs/x"),
+        (errno.EFBIG, "A file grew larger than is allowed at runs/x"),
+        (errno.ENAMETOOLONG, "A name or a path is longer than the disk allows at runs/x"),
     ],
 )
 def test_a_disk_with_a_fault(number, said):
@@ -237,7 +237,7 @@ def test_tools_want_a_run(fails, place, tool, options):
 def test_an_autoencoder_cannot_draw(fails, place):
     pretend(place / "vae", "vae")
     message = fails(main, "sample", "run=vae")
-    assert "run of stage=vae" in message and "python -m ldm.train stage=diffusion vae=vae" in message
+    assert "run of stage vae" in message and "python -m ldm.train stage=diffusion vae=vae" in message
 
 
 def test_an_unfinished_autoencoder_is_not_found(fails, place):

@@ -187,14 +187,16 @@ def test_a_user_error_is_itself_however_deep():
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_says_what_to_do(number):
-    message = explain(raised(OSError(number, "full", "/data/last.ckpt"), RuntimeError("cannot save")))
+    error = raised(OSError(number, "full", "/data/last.ckpt"), RuntimeError("cannot save"))
+    message = explain(error, {"resume": False, "runs_dir": "runs"})
     assert "disk is full at /data/last.ckpt" in message
-    assert "resume=true" in message and "runs_dir=" in message
+    assert "resume=true" in message and "another disk with runs_dir=." in message
+    assert "=" not in explain(error), "a command without these options names none"
 
 
 def test_a_missing_permission_names_the_place():
-    message = explain(PermissionError(errno.EACCES, "no", "/data/runs"))
-    assert "/data/runs" in message and "runs_dir=" in message
+    message = explain(PermissionError(errno.EACCES, "no", "/data/runs"), {"out": "x"})
+    assert "/data/runs" in message and "another disk with out=." in message
 
 
 def test_an_error_of_ours_is_left_to_its_traceback():

@@ -239,9 +239,9 @@ def test_no_images_at_all(tmp_path):
     ("option", "value", "words"),
     [
         ("resize", "stretch", "crop, pad, squash"),
-        ("resolution", 0, "data.resolution"),
-        ("val_fraction", 1.0, "data.val_fraction"),
-        ("max_bad_fraction", -0.1, "data.max_bad_fraction"),
+        ("resolution", 0, "resolution=0"),
+        ("val_fraction", 1.0, "val_fraction=1.0"),
+        ("max_bad_fraction", -0.1, "max_bad_fraction"),
     ],
 )
 def test_impossible_options_name_themselves(tmp_path, hundred, option, value, words):

@@ -530,11 +530,11 @@ def of_one_step(pipeline):
 @pytest.mark.parametrize(
     ("spoil", "options", "said"),
     [
-        (without_density, {}, "The autoencoder PatchVQModel has no density.*autoencoder=patch"),
+        (without_density, {}, "The autoencoder PatchVQModel has no density.*stage=vae regulariser=kl"),
         (unmeasured, {}, r"was not measured on its training split.*latents\.json"),
         (without_error, {}, r"reproduces its training split exactly.*\[0\.1, 0\.0, 0\.1\]"),
         (None, {"variance": "huge"}, "variance=huge is unknown.*fixed_small, fixed_large, learned_range, optimal"),
-        (None, {"variance": "learned_range"}, "variance=learned_range: this network did not learn Sigma.*fixed_small"),
+        (None, {"variance": "learned_range"}, "variance=learned_range needs a network that learned Sigma.*fixed_small"),
         (None, {"variance": "optimal"}, r"not fitted for this model yet.*tools/likelihood\.py .* variance=optimal"),
         (of_another_chain, {"variance": "optimal"}, r"optimal_variance\.json does not fit.*T \+ 1 = 13.*Delete"),
         (of_one_step, {}, "variance=fixed_small needs a chain of 2 steps.*fixed_large or optimal"),
@@ -753,7 +753,7 @@ MISTAKES = [
     (["steps=7"], ["steps=7 must be an even number"]),
     ([], ["steps=64 must be an even number from 4 to T = 12"]),
     (["steps=4", "variance=huge"], ["variance=huge is unknown", "optimal"]),
-    (["steps=4", "variance=learned_range"], ["did not learn Sigma"]),
+    (["steps=4", "variance=learned_range"], ["variance=learned_range needs a network that learned Sigma"]),
     (["steps=4", "ode=true", "rtol=0"], ["rtol and atol must be at least 1e-12"]),
     (["steps=4", "ode=true", "probes=0"], ["probes=0 must be a whole number"]),
     (["steps=4", "against_variance=optimal"], ["against_variance=optimal needs against="]),

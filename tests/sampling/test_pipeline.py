@@ -134,7 +134,10 @@ def test_guidance_acts_on_its_interval(classes):
 
 def test_a_sigma_that_the_model_has_not_is_refused(classes, tmp_path):
     request = Request.make(classes, num_samples=1)
-    for variance, message in (("learned_range", "did not learn Sigma"), ("optimal", "not fitted for this model yet")):
+    for variance, message in (
+        ("learned_range", "needs a network that learned Sigma"),
+        ("optimal", "not fitted for this model yet"),
+    ):
         with pytest.raises(UserError, match=message):
             next(draw(classes, request, DDPM(5, variance=variance), guidance=1.0, seed=0))
     classes.save(tmp_path)

@@ -13,7 +13,7 @@ from typing import Any
 
 from ldm.data.excluded import Excluded, is_system_name
 from ldm.data.sources.base import Record, digest_of_files, folder_name, printable
-from ldm.errors import UserError
+from ldm.errors import InputError, UserError
 from ldm.files.reading import PASSING, read_file, retried
 from ldm.runtime.paths import is_run
 
@@ -51,31 +51,24 @@ class ImageFolder:
         self.caption_column = caption_column
         self.name = folder_name(self.path.resolve().name)
         if not self.path.is_dir():
-            raise UserError(f"data.path={path} is not a folder. Name the folder that holds your images.")
+            raise InputError("path", path, "is not a folder")
         self._excluded = Excluded(exclude)
         if is_run(self.path):
-            raise UserError(
-                f"data.path={path} is a run folder; its figures are not training images. Name the folder that holds "
-                "your images."
-            )
+            raise InputError("path", path, "is a run folder, whose figures are not training images")
         self._closed: dict[str, OSError] = {}
         try:
             self._files = retried(self._visible_files, self.path)
         except OSError as error:
-            raise UserError(
-                f"data.path={path} cannot be listed: {error.strerror}. Make it readable, or start again when its disk "
-                "answers."
-            ) from error
+            rule = f"cannot be listed: {error.strerror}. Make it readable, or try again when its disk answers"
+            raise InputError("path", path, rule) from error
         self._images = [name for name in self._files if name.lower().endswith(IMAGE_SUFFIXES)]
         if not self._images:
             found = f" outside the run and cache folders {self._excluded.describe()}" if self._excluded.skipped else ""
-            raise UserError(
-                f"data.path={path} holds no images{found}. It needs files that end in {', '.join(IMAGE_SUFFIXES)}, "
-                "at any depth."
-            )
+            rule = f"holds no images{found}: no file, at any depth, ends in {', '.join(IMAGE_SUFFIXES)}"
+            raise InputError("path", path, rule)
         if self._excluded.skipped:
             skipped = self._excluded.describe()
-            logging.getLogger(__name__).warning("data.path=%s: skipped the run and cache folders %s.", path, skipped)
+            logging.getLogger(__name__).warning("Skipped the run and cache folders %s in %s.", skipped, path)
         self.class_names = self._find_classes()
 
     @property
@@ -148,8 +141,8 @@ class ImageFolder:
             name = posixpath.normpath(posixpath.join(folder, relative))
             if name.startswith(("../", "/")) or name == "..":
                 raise UserError(
-                    f"{metadata} names {relative[:200]!r}, outside of data.path={self.path}. Write each file_name "
-                    "relative to the folder of the metadata file, and put the images below data.path."
+                    f"{metadata} names {relative[:200]!r}, outside of {self.path}. Write each file_name relative to "
+                    "the folder of the metadata file, and put the images below that folder."
                 )
             num_found += name in self._files
             if metadata.suffix == ".csv":
@@ -182,9 +175,7 @@ class ImageFolder:
     def _read_text(self, path: Path) -> str:
         """A caption or metadata file, which is passed on as text: none that a link leads to outside of `path`."""
         if not path.resolve().is_relative_to(self.path.resolve()):
-            raise UserError(
-                f"{path} is a link to {path.resolve()}, outside of data.path={self.path}. Copy the file there."
-            )
+            raise UserError(f"{path} is a link to {path.resolve()}, outside of {self.path}. Copy the file there.")
         try:
             return read_file(path).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
         except UnicodeDecodeError as error:

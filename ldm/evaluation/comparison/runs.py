@@ -97,7 +97,7 @@ def load(places: Sequence[str]) -> list[Measured]:
         stage: [run.place for run in runs if run.stage == stage] for stage in dict.fromkeys(r.stage for r in runs)
     }
     if len(stages) > 1:
-        of = "; ".join(f"stage={stage}: {', '.join(named)}" for stage, named in stages.items())
+        of = "; ".join(f"stage {stage}: {', '.join(named)}" for stage, named in stages.items())
         raise UserError(f"Runs of different stages have no figure in common. {of}. Compare those of one stage.")
     return runs
 

@@ -113,7 +113,7 @@ def measure(
     if not autoencoder.has_density:
         raise UserError(
             f"The autoencoder {type(autoencoder.model).__name__} of {run.path} has points for latents, without the "
-            "variance that a rate is measured by. Give run= a run of regulariser=kl."
+            "variance that a rate is measured by. Give run= a run with a KL."
         )
     autoencoder.to(device)
     factor = autoencoder.factor

@@ -71,8 +71,8 @@ def state(training: Training, folder: Path, known: Mapping[str, Sequence[str]]) 
     for key in sorted(then.keys() | now.keys()):
         if (before := then.get(key)) != (after := now.get(key)):
             raise UserError(
-                f"{place} was trained with {key}={before or '(its default)'}, and now {key}={after or '(its default)'} "
-                f"is asked for. {remedy}"
+                f"{place} was trained with {key} = {before or '(default)'}, and this command asks for "
+                f"{after or '(default)'}. {remedy}"
             )
     return KEPT if Run.open(place).finished else CONTINUED
 

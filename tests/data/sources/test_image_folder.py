@@ -67,7 +67,7 @@ def test_runs_and_caches_below_the_folder_never_count(folder, runs, caplog):
 
 def test_a_run_is_no_folder_of_images(folder):
     (folder / "run.json").write_text("{}")
-    with pytest.raises(UserError, match=r"data\.path=.* is a run folder"):
+    with pytest.raises(UserError, match=r"path=.* is a run folder"):
         ImageFolder(folder)
     assert ImageFolder(folder / "deep").num_records == 1, "a folder in it that is named is the user's word"
 
@@ -273,7 +273,7 @@ def test_the_cache_is_named_after_the_folder(tmp_path):
 
 
 def test_a_missing_or_empty_folder(tmp_path):
-    with pytest.raises(UserError, match=r"data\.path=.*nowhere is not a folder"):
+    with pytest.raises(UserError, match="path=.*nowhere is not a folder"):
         ImageFolder(tmp_path / "nowhere")
     (tmp_path / "notes.txt").write_text("no image")
     with pytest.raises(UserError, match=r"holds no images.*\.png, \.jpg, \.jpeg, \.webp"):

@@ -363,7 +363,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
     one, vae = make(tmp_path, "a"), make(tmp_path, "v", stage="vae")
     with pytest.raises(UserError, match="two runs at least, not .*a alone"):
         compare([one])
-    with pytest.raises(UserError, match=r"stage=diffusion: .*a; stage=vae: .*v\."):
+    with pytest.raises(UserError, match=r"stage diffusion: .*a; stage vae: .*v\."):
         compare([one, vae])
     with pytest.raises(UserError, match="given twice"):
         compare([one, f"{one}/../a"])

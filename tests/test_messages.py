@@ -1,0 +1,95 @@
+"""Messages name options that exist, and the library names none: that is left to the command line."""
+
+import ast
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import ldm
+from ldm.cli.remedies import REMEDIES, keys_in
+from tests.option_keys import COMMANDS, all_keys, foreign_keys, keys_of
+
+ROOT = Path(inspect.getfile(ldm)).parent
+FREE_OF_OPTIONS = ("autoencoder", "latents")
+"""Packages in which no error names an option."""
+NO_OPTIONS = {
+    *("alt", "charset", "class", "content", "lang", "src", "width"),  # HTML
+    *(
+        "config",
+        "k",
+        "latent_channels",
+        "learned_variance",
+        "ref",
+        "revision",
+        "vq_embed_dim",
+    ),  # arguments, and what a figure is measured against
+    *("head_dim", "hidden_dim", "mlp_ratio", "patch_size"),  # of networks
+    "key",  # any
+}
+"""What may stand before an equals sign without being an option."""
+
+
+def files(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def texts(node: ast.AST) -> Iterator[tuple[int, str]]:
+    """Every string below a node, by its line, but for docstrings."""
+    for part in ast.walk(node):
+        if isinstance(body := getattr(part, "body", None), list):
+            part.body = [line for line in body if not (isinstance(line, ast.Expr) and is_text(line.value))]  # type: ignore[attr-defined]
+    for part in ast.walk(node):
+        if is_text(part):
+            yield part.lineno, part.value  # type: ignore[attr-defined]
+
+
+def is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+def messages(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """The strings of functions that raise an error, and of constants of the module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and any(isinstance(part, ast.Raise) for part in ast.walk(node)):
+            yield from texts(node)
+    for node in tree.body:
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            yield from texts(node)
+
+
+@pytest.mark.parametrize("package", FREE_OF_OPTIONS)
+def test_no_error_of_the_library_names_an_option(package):
+    found = [
+        f"{file.relative_to(ROOT)}:{line}: {text}"
+        for file in files(package)
+        for line, text in messages(ast.parse(file.read_text(encoding="utf-8")))
+        if set(keys_in(text)) & all_keys()
+    ]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("file", files("."), ids=lambda file: str(file.relative_to(ROOT)))
+def test_every_option_that_is_named_exists(file):
+    for line, text in texts(ast.parse(file.read_text(encoding="utf-8"))):
+        unknown = {key for key in keys_in(text) if not key.startswith("hydra.")} - all_keys() - NO_OPTIONS
+        assert not unknown, f"line {line}: {text}"
+
+
+@pytest.mark.parametrize("argument", REMEDIES)
+def test_remedies_name_options_that_some_command_has_together(argument):
+    keys, *remedies = REMEDIES[argument]
+    assert all(key in all_keys() for key in keys.split())
+    for remedy in remedies:
+        assert any(set(keys_in(remedy)) <= keys_of(command) for command in COMMANDS), remedy
+        assert not foreign_keys(remedy, next(c for c in COMMANDS if set(keys_in(remedy)) <= keys_of(c)))
+
+
+def test_options_of_another_command_are_found():
+    assert keys_of("train") >= {"data.path", "network.mlp_ratio", "experiment", "autoencoder.path", "vae", "stage"}
+    assert "data.cache_dir" not in keys_of("encode") and keys_of("bench") >= {"perceptual", "perceptual.weight"}
+    assert foreign_keys("Choose another disk with data.cache_dir=.", "encode") == ["data.cache_dir="]
+    assert foreign_keys("Choose data.cache_dir=, eta=2.", "encode", ["run=data.cache_dir=x"]) == []
+    assert foreign_keys("Train one: python -m ldm.train stage=vae 'name=a b' x, or stage=vae.", "encode") == ["stage="]
+    assert foreign_keys("Type python tools/encode.py stage=vae.", "train") == ["encode stage="]
