@@ -23,6 +23,14 @@ from ldm.errors import UserError
 from ldm.files.untrusted import first_line
 
 TRUST = "LDM_TRUST"
+SAMPLER = "ldm.diffusion.sampler.Sampler"
+SAMPLERS = {
+    "ddim": "ldm.diffusion.samplers.ddim.DDIM",
+    "ddpm": "ldm.diffusion.samplers.ddpm.DDPM",
+    "dpmpp": "ldm.diffusion.samplers.multistep.DPMSolver",
+    "unipc": "ldm.diffusion.samplers.multistep.UniPC",
+}
+"""What SAMPLER, the one class of earlier versions, was by its `method`."""
 KNOWN = frozenset(
     {
         "diffusers.AutoencoderKL",
@@ -39,10 +47,7 @@ KNOWN = frozenset(
         "ldm.data.sources.openmoji.OpenMoji",
         "ldm.diffusion.continuous.ode.ODESampler",
         "ldm.diffusion.objective.Objective",
-        "ldm.diffusion.samplers.ddim.DDIM",
-        "ldm.diffusion.samplers.ddpm.DDPM",
-        "ldm.diffusion.samplers.multistep.DPMSolver",
-        "ldm.diffusion.samplers.multistep.UniPC",
+        *SAMPLERS.values(),
         "ldm.diffusion.schedule.cosine",
         "ldm.diffusion.schedule.linear",
         "ldm.diffusion.schedule.rectified_flow",
@@ -95,14 +100,6 @@ MOVED = {
     "ldm.training.vae_stage.VAEStage": "ldm.training.stages.autoencoder.VAEStage",
 }
 """Names that constructors had in earlier versions, in whose runs and configs they still stand."""
-SAMPLER = "ldm.diffusion.sampler.Sampler"
-SAMPLERS = {
-    "ddim": "ldm.diffusion.samplers.ddim.DDIM",
-    "ddpm": "ldm.diffusion.samplers.ddpm.DDPM",
-    "dpmpp": "ldm.diffusion.samplers.multistep.DPMSolver",
-    "unipc": "ldm.diffusion.samplers.multistep.UniPC",
-}
-"""What SAMPLER, the one class of earlier versions, was by its `method`."""
 MOST_SIGNS = 4_000_000
 DEEPEST = 64
 _REFERENCE = re.compile(r"\$\{[\w.\[\]]*\}|\$\{oc\.select:[\w.,\s]*\}")
@@ -181,10 +178,9 @@ def with_current_targets(config: Any) -> Any:
         key: MOVED.get(value, value) if key == "_target_" and isinstance(value, str) else with_current_targets(value)
         for key, value in config.items()
     }
-    if current.get("_target_") == SAMPLER and (method := current.get("method")) in SAMPLERS:
-        current["_target_"] = SAMPLERS[method]
-        others = {"method", "eta" if method != "ddim" else "", "variance" if method != "ddpm" else ""}
-        return {key: value for key, value in current.items() if key not in others}
+    if current.get("_target_") == SAMPLER and (method := str(current.get("method"))) in SAMPLERS:
+        unused = {"method", "eta", "variance"} - {"ddim": {"eta"}, "ddpm": {"variance"}}.get(method, set())
+        current = {key: value for key, value in current.items() if key not in unused} | {"_target_": SAMPLERS[method]}
     return current
 
 

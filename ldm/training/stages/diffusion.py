@@ -117,7 +117,7 @@ class DiffusionStage(Stage):
         try:
             return network(sample_size=side, in_channels=channels, out_channels=outputs, **options).train()
         except ValueError as error:
-            raise UserError(f"This network does not fit latents of {channels} x {side} x {side}: {error}") from error
+            raise UserError(f"This network does not fit latents of {channels} x {side} x {side}: {error}.") from error
 
     def _continue(self, continued: LatentDiffusionPipeline, conditioning: Conditioning) -> nn.Module:
         """The network of `init_from`, for the classes of these images."""

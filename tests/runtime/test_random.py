@@ -1,0 +1,29 @@
+"""Where generators are seeded: their numbers are those of every earlier version."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ldm.runtime.random import derive_seed, numpy_generator, sample_generators, torch_generator
+
+
+def test_one_part_is_the_seed_and_several_are_mixed():
+    assert torch_generator(7).initial_seed() == 7
+    assert torch_generator(7, 1).initial_seed() == derive_seed(7, 1) == 1437869018007346628
+    assert numpy_generator(7).random() == np.random.default_rng(7).random()
+    assert numpy_generator(7, 1).random() == np.random.default_rng(derive_seed(7, 1)).random()
+
+
+def test_sample_i_of_a_seed_is_the_image_that_it_always_was():
+    (generator,) = sample_generators(3, [5])
+    expected = torch.randn(4, generator=torch.Generator().manual_seed(3_000_014))
+    assert torch.equal(torch.randn(4, generator=generator), expected)
+
+
+def test_no_other_module_seeds_a_generator():
+    root = Path(__file__).parents[2]
+    files = [file for folder in ("ldm", "tools", "examples", "benchmarks") for file in (root / folder).rglob("*.py")]
+    seeding = re.compile(r"Generator\([^()]*\)\.manual_seed|default_rng\(")
+    assert [file.name for file in files if seeding.search(file.read_text(encoding="utf-8"))] == ["random.py"]
