@@ -10,10 +10,10 @@ from rich.console import Console
 
 from ldm.cli import main as command
 from ldm.errors import UserError
-from ldm.evaluation.comparison.compare import compare
+from ldm.evaluation.comparison.compare import compare_runs
 from ldm.evaluation.comparison.curves import curve_names
 from ldm.evaluation.comparison.images import side_by_side
-from ldm.evaluation.comparison.report import Report
+from ldm.evaluation.comparison.report import ComparisonReport
 from ldm.files.untrusted import file_name
 from ldm.runtime.device import choose_device
 from ldm.sampling.request import read_prompts
@@ -22,29 +22,31 @@ from ldm.tracking.comparison import track_comparison
 LONGEST_NAME = 80
 
 
-def compare_runs(config: DictConfig) -> None:
-    check(config)
+def compare(config: DictConfig) -> None:
+    check_compare_options(config)
     device = choose_device(config.device)
-    comparison = compare(list(map(str, config.runs)) if isinstance(config.runs, ListConfig) else [str(config.runs)])
+    comparison = compare_runs(
+        list(map(str, config.runs)) if isinstance(config.runs, ListConfig) else [str(config.runs)]
+    )
     options = {key: config[key] for key in ("num_samples", "prompts", "guidance", "seed", "batch_size")}
     picture, notes = side_by_side(comparison, command.construct(config.sampler), device=device, **options)
     drawn = {key: options[key] for key in ("num_samples", "seed")}
     if comparison.runs[0][1].stage == "diffusion":
         settings: Any = OmegaConf.to_container(config.sampler, resolve=True)
         drawn |= {"prompts": config.prompts, "guidance": config.guidance, "sampler": settings}
-    report = Report(comparison, picture, notes, drawn if picture is not None else {})
-    out = Path(config.out or Path("runs", "compare", folder_name(report))).expanduser()
+    report = ComparisonReport(comparison, picture, notes, drawn if picture is not None else {})
+    out = Path(config.out or Path("runs", "compare", report_folder_name(report))).expanduser()
     files = report.save(out)
     console = Console(highlight=False)
     for table in report.tables():
         console.print(table)
     print("\n".join(report.lines))
     if config.logger.wandb:
-        print(track(config, out, report, files))
+        print(log_comparison(config, out, report, files))
     print(f"all figures: {files[0]}\nas a page: {files[1]}\npictures: {', '.join(map(str, files[2:])) or 'none'}")
 
 
-def check(config: DictConfig) -> None:
+def check_compare_options(config: DictConfig) -> None:
     """Refuse options before any run is read.
 
     Raises:
@@ -60,7 +62,7 @@ def check(config: DictConfig) -> None:
         read_prompts(config.prompts)
 
 
-def folder_name(report: Any) -> str:
+def report_folder_name(report: Any) -> str:
     """The names of the runs, a long list cut and told apart by its hash."""
     name = file_name("-vs-".join(run.name for _, run in report.comparison.runs), 100_000)
     if len(name.encode()) <= LONGEST_NAME:
@@ -68,7 +70,7 @@ def folder_name(report: Any) -> str:
     return f"{file_name(name, LONGEST_NAME - 9)}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
-def track(config: DictConfig, out: Path, report: Any, files: list[Path]) -> str:
+def log_comparison(config: DictConfig, out: Path, report: Any, files: list[Path]) -> str:
     """Table and pictures in a W&B run of its own, and a W&B report; the line that says where it is."""
     settings: Any = OmegaConf.to_container(config, resolve=True)
     columns, rows = report.sheet()
@@ -79,7 +81,7 @@ def track(config: DictConfig, out: Path, report: Any, files: list[Path]) -> str:
     return track_comparison(
         out,
         settings,
-        name=f"compare/{folder_name(report)}",
+        name=f"compare/{report_folder_name(report)}",
         columns=columns,
         rows=rows,
         pictures=pictures,

@@ -8,8 +8,8 @@ from rich.console import Console
 
 from ldm.cli import main as command
 from ldm.errors import UserError
-from ldm.evaluation.data.report import NO_FEATURES, inspect
-from ldm.evaluation.data.summary import advice, tabulate
+from ldm.evaluation.data.report import NO_FEATURES, inspect_data
+from ldm.evaluation.data.summary import advice, data_table
 from ldm.metrics.features import CHOICES
 from ldm.runs.lineage import data_artifact
 from ldm.runtime.device import choose_device
@@ -17,17 +17,17 @@ from ldm.tracking.run import track_report
 
 
 def data(config: DictConfig) -> None:
-    check(config)
+    check_data_options(config)
     device = choose_device(config.device)
     images = command.prepare_images(config.data)
     options = {key: config[key] for key in ("features", "max_bits", "max_levels", "seed")}
-    report = inspect(images, device=device, **options)
+    report = inspect_data(images, device=device, **options)
     report.figures["what_to_do"] = list(advice(report.figures))
     out = Path(config.out or Path("runs", "data", images.name)).expanduser()
     files = report.save(out)
     if config.logger.wandb:
-        track(config, out, report, images, files)
-    Console(highlight=False).print(tabulate(report.figures))
+        log_data_report(config, out, report, images, files)
+    Console(highlight=False).print(data_table(report.figures))
     print("What to do:" if report.figures["what_to_do"] else "Nothing calls for a change.")
     for number, line in enumerate(report.figures["what_to_do"], start=1):
         print(f"{number}. {line}")
@@ -35,7 +35,7 @@ def data(config: DictConfig) -> None:
     print(f"all figures: {data}\npictures: {', '.join(map(str, pictures))}")
 
 
-def check(config: DictConfig) -> None:
+def check_data_options(config: DictConfig) -> None:
     """Refuse options before any image is prepared.
 
     Raises:
@@ -54,7 +54,7 @@ def check(config: DictConfig) -> None:
         raise UserError(f"max_levels={config.max_levels} must be a number from 0 to 255.")
 
 
-def track(config: DictConfig, out: Path, report: Any, images: Any, files: list[Path]) -> None:
+def log_data_report(config: DictConfig, out: Path, report: Any, images: Any, files: list[Path]) -> None:
     """The numbers as W&B's summary, and the contact sheet."""
     parts = {part: found for part, found in report.figures.items() if isinstance(found, dict)}
     shown = {f"{part}/{key}": value for part, found in parts.items() for key, value in found.items()}

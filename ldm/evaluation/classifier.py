@@ -109,7 +109,7 @@ def load_classifier(images: ImageData, *, seed: int = 0, num_steps: int = NUM_ST
         check_fields(known, {"val_accuracy": float}, facts)
         classifier.val_accuracy = known["val_accuracy"]
     else:
-        train(classifier, images, labels, seed=seed, num_steps=num_steps)
+        fit_classifier(classifier, images, labels, seed=seed, num_steps=num_steps)
         classifier.val_accuracy = accuracy(classifier, images, labels, images.val_indices)
         figures = {**made_from, "val_accuracy": classifier.val_accuracy, "num_val": len(images.val_indices)}
         write_text(facts, json.dumps(figures, indent=2) + "\n")
@@ -135,7 +135,7 @@ def _labels(images: ImageData) -> Tensor:
     return labels
 
 
-def train(classifier: Classifier, images: ImageData, labels: Tensor, *, seed: int, num_steps: int) -> None:
+def fit_classifier(classifier: Classifier, images: ImageData, labels: Tensor, *, seed: int, num_steps: int) -> None:
     """Fit it to the training split: cross-entropy, AdamW, a linear warm-up and a cosine to zero.
 
     On the CPU, so that every machine finds the same features. Weights and order depend on the seed alone.

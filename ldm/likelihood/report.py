@@ -13,7 +13,7 @@ from rich.table import Table
 from ldm.autoencoder.autoencoder import Autoencoder
 from ldm.errors import UserError
 from ldm.likelihood.checks import check_chain, require_density
-from ldm.likelihood.figure import draw
+from ldm.likelihood.figure import plot_likelihood
 from ldm.likelihood.optimal_variance import fit_optimal
 from ldm.likelihood.two_stage import Terms, TwoStage, mean_and_error, two_stage_bound, vae_bound
 from ldm.progress import Bars, progress
@@ -34,7 +34,7 @@ BOUND_ROWS = {
 
 
 @dataclass(frozen=True)
-class Report:
+class LikelihoodReport:
     """Figures for likelihood.json, and the terms behind them by column of the table."""
 
     figures: dict[str, Any]
@@ -68,11 +68,11 @@ class Report:
         data, picture = folder / "likelihood.json", folder / "likelihood.png"
         data.write_text(json.dumps(self.figures, indent=2) + "\n", encoding="utf-8")
         title = f"{self.figures['images']}, {self.figures['num_images']} images"
-        draw(self.columns, title).savefig(picture, dpi=130)
+        plot_likelihood(self.columns, title).savefig(picture, dpi=130)
         return data, picture
 
 
-def measure(
+def measure_likelihood(
     run: Run,
     *,
     device: torch.device,
@@ -83,7 +83,7 @@ def measure(
     ode: dict[str, Any] | None = None,
     seed: int = 0,
     batch_size: int = 64,
-) -> Report:
+) -> LikelihoodReport:
     """The bound of a run's images; a run of stage vae has its own, with the prior N(0, I).
 
     Args:
@@ -141,7 +141,7 @@ def measure(
     figures["per_image"] = {name: terms.bits_per_dim(terms.total).tolist() for name, terms in columns.items()}
     figures["per_image"]["index"] = indices.tolist()
     figures["seconds"] = round(time.perf_counter() - started, 1)
-    return Report(figures, columns)
+    return LikelihoodReport(figures, columns)
 
 
 def open_model(
@@ -183,7 +183,7 @@ def check_comparable(
     open_model(other, variance, steps, None)
 
 
-def compare(report: Report, other: Report) -> dict[str, float]:
+def paired_difference(report: LikelihoodReport, other: LikelihoodReport) -> dict[str, float]:
     """The mean of report - other over the images, in bits/dim, and its standard error: paired, image by image.
 
     Raises:

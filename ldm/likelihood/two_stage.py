@@ -96,7 +96,9 @@ class _Encoded(NamedTuple):
     standard_normal: Tensor
 
 
-def _encode(autoencoder: Autoencoder, images: Tensor, generators: list[torch.Generator], batch_size: int) -> _Encoded:
+def _encode_images(
+    autoencoder: Autoencoder, images: Tensor, generators: list[torch.Generator], batch_size: int
+) -> _Encoded:
     scale = torch.tensor(require_density(autoencoder).decoder_scale, dtype=torch.float64)[:, None, None]
     found: list[_Encoded] = []
     for start in range(0, len(images), batch_size):
@@ -130,7 +132,7 @@ def vae_bound(autoencoder: Autoencoder, images: Tensor, *, seed: int = 0, batch_
     """
     require_density(autoencoder)
     check_eight_bit(images)
-    encoded = _encode(autoencoder, images, sample_generators(seed, range(len(images))), batch_size)
+    encoded = _encode_images(autoencoder, images, sample_generators(seed, range(len(images))), batch_size)
     return _standard_normal_prior(encoded, images[0].numel())
 
 
@@ -231,7 +233,7 @@ StageOne = tuple[Tensor, dict[str, Tensor], Terms | None, LastTerm | None]
 
 
 def _latents(autoencoder: Autoencoder, images: Tensor, generators: list[torch.Generator], batch_size: int) -> StageOne:
-    encoded = _encode(autoencoder, images, generators, batch_size)
+    encoded = _encode_images(autoencoder, images, generators, batch_size)
     z_0 = autoencoder.standardise(encoded.z_raw)
     latent_std = torch.tensor(require_density(autoencoder).latent_std, dtype=torch.float64)
     volume = z_0[0, 0].numel() * latent_std.log().sum()

@@ -33,8 +33,8 @@ from ldm.errors import UserError
 from ldm.latents.contract import LatentContract
 from ldm.likelihood import optimal_variance
 from ldm.likelihood import two_stage as likelihood
-from ldm.likelihood.figure import draw
-from ldm.likelihood.report import BOUND_ROWS, Report, compare, measure
+from ldm.likelihood.figure import plot_likelihood
+from ldm.likelihood.report import BOUND_ROWS, LikelihoodReport, measure_likelihood, paired_difference
 from ldm.likelihood.two_stage import Terms, check_eight_bit, mean_and_error, two_stage_bound, vae_bound
 from ldm.networks.conditioning import ClassCondition, NoCondition
 from ldm.networks.dit import DiT
@@ -553,7 +553,7 @@ def test_what_a_chain_cannot_answer_is_refused_before_anything_is_computed(
     pipeline = tiny()
     if spoil is not None:
         spoil(pipeline)
-    monkeypatch.setattr(likelihood, "_encode", lambda *_: pytest.fail("computed first"))
+    monkeypatch.setattr(likelihood, "_encode_images", lambda *_: pytest.fail("computed first"))
     with pytest.raises(UserError, match=said) as refused:
         two_stage_bound(pipeline, eight_bit, {}, **options)
     assert "\n" not in str(refused.value)
@@ -666,10 +666,10 @@ def test_a_diffusion_run(runs, tool, images):
 def test_the_images_are_the_same_however_many_they_are(runs):
     _, run = runs
     options = {"device": torch.device("cpu"), "steps": 4}
-    few, more = (measure(run, num_images=n, **options).figures for n in (3, 7))
+    few, more = (measure_likelihood(run, num_images=n, **options).figures for n in (3, 7))
     assert more["per_image"]["index"][:3] == few["per_image"]["index"]
     assert more["per_image"]["chain"][:3] == pytest.approx(few["per_image"]["chain"], rel=1e-5)
-    everything = measure(run, num_images=1000, **options).figures
+    everything = measure_likelihood(run, num_images=1000, **options).figures
     assert everything["num_images"] == len(run.image_data().val_indices)
 
 
@@ -764,7 +764,7 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("arguments", "said"), MISTAKES, ids=[" ".join(given) or "T < 64" for given, _ in MISTAKES])
 def test_mistakes_on_the_command_line(fails, runs, monkeypatch, arguments, said):
-    monkeypatch.setattr(likelihood, "_encode", lambda *_: pytest.fail("computed first"))
+    monkeypatch.setattr(likelihood, "_encode_images", lambda *_: pytest.fail("computed first"))
     message = fails(f"run={runs[1].path}", *arguments)
     assert all(part in message for part in said), message
 
@@ -783,17 +783,17 @@ def test_a_split_of_one_image(fails, runs):
 def test_a_run_on_other_images_is_no_comparison(fails, runs, monkeypatch):
     vae, run = runs
     vae.update(val_fraction=0.4)
-    monkeypatch.setattr(likelihood, "_encode", lambda *_: pytest.fail("measured first"))
+    monkeypatch.setattr(likelihood, "_encode_images", lambda *_: pytest.fail("measured first"))
     message = fails(f"run={run.path}", "steps=4", f"against={vae.path}")
     assert "not trained and validated on the same images" in message and "data.val_fraction" in message
 
 
 def test_reports_of_other_images_are_not_compared(runs):
     options = {"device": torch.device("cpu"), "num_images": 3}
-    one, two = (measure(runs[0], seed=seed, **options) for seed in (0, 1))
-    assert compare(one, one) == {"mean": 0.0, "standard_error": 0.0}
+    one, two = (measure_likelihood(runs[0], seed=seed, **options) for seed in (0, 1))
+    assert paired_difference(one, one) == {"mean": 0.0, "standard_error": 0.0}
     with pytest.raises(UserError, match="not trained and validated on the same images"):
-        compare(one, two)
+        paired_difference(one, two)
 
 
 def test_a_chain_that_was_edited_is_refused(fails, runs):
@@ -818,8 +818,8 @@ def test_a_sigma_that_cannot_be_fitted(fails, runs, monkeypatch):
 def test_every_stratum_and_term_is_drawn(eight_bit, tmp_path, steps):
     found = two_stage_bound(tiny(), eight_bit, {}, steps=steps)
     columns = {"chain": found.chain, "VAE": found.vae}
-    report = Report({"images": "pets/val@0", "num_images": 6, "num_dims": 192}, columns)
-    figure = draw(columns, "title")
+    report = LikelihoodReport({"images": "pets/val@0", "num_images": 6, "num_dims": 192}, columns)
+    figure = plot_likelihood(columns, "title")
     layers, terms, share = figure.axes
     (stairs,) = layers.patches
     values, edges, _ = stairs.get_data()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import UserError
-from ldm.evaluation.comparison.statistics import Figure, direction, share_error
+from ldm.evaluation.comparison.statistics import Figure, better_direction, share_error
 from ldm.evaluation.reconstructions.curves import Curve, as_curve, read_curves
 from ldm.files.untrusted import read_json
 from ldm.metrics.subsets import NUM_GROUPS, NUM_SUBSETS
@@ -49,7 +49,7 @@ EVALUATION = "evaluation."
 
 
 @dataclass(frozen=True)
-class Measured:
+class RunRecord:
     """What is known of one run, wherever it was read."""
 
     place: str
@@ -77,7 +77,7 @@ class Measured:
         return [name for name, (_, values) in self.curves.items() if not math.isfinite(values[-1])]
 
 
-def load(places: Sequence[str]) -> list[Measured]:
+def read_runs(places: Sequence[str]) -> list[RunRecord]:
     """Read runs: folders, or `entity/project/run` of W&B.
 
     Raises:
@@ -109,13 +109,13 @@ def is_of_wandb(place: str) -> bool:
     return not here and re.fullmatch(r"[\w.-]+/[\w. -]+/[\w-]+", place) is not None
 
 
-def from_folder(place: str) -> Measured:
+def from_folder(place: str) -> RunRecord:
     """A run folder: config.yaml, run.json, metrics.csv and evaluation.json, the last two where there are any."""
     run = Run.open(place, "runs")
     facts = {key: value for key, value in run.facts.items() if key != "figures"}
     evaluation = run.path / "evaluation.json"
     metrics = run.path / "metrics.csv"
-    return _measured(
+    return _record(
         str(run.path),
         config=flatten(run.config()),
         facts=flatten(facts),
@@ -127,15 +127,15 @@ def from_folder(place: str) -> Measured:
     )
 
 
-def from_wandb(place: str) -> Measured:
+def from_wandb(place: str) -> RunRecord:
     """A run of W&B, with the figures of the newest tools/evaluate.py on it that was logged there."""
     config, summary, history = fetch_run(place)
     facts = {key.removeprefix("run."): value for key, value in config.items() if key.startswith("run.")}
     if facts.get("stage") not in OF_LOSS:
         raise UserError(f"{place} is in W&B, but no training of this program: its config has no run.stage.")
-    logged = _of(summary, EVALUATION)  # flat: what stands inside a mapping is `sampler.steps`
+    logged = _with_prefix(summary, EVALUATION)  # flat: what stands inside a mapping is `sampler.steps`
     evaluation = {key: value for key, value in logged.items() if "." not in key}
-    if sampler := _of(logged, "sampler."):
+    if sampler := _with_prefix(logged, "sampler."):
         evaluation["sampler"] = sampler
     own = [key for key in config if not key.startswith(("run.", EVALUATION))]
     points: dict[str, dict[int, float]] = {}
@@ -148,7 +148,7 @@ def from_wandb(place: str) -> Measured:
     last = max((steps[-1] for steps, _ in curves.values()), default=0)
     # the config was written at the start; figures of an end that was trained on since are not of this end
     finished = facts.get("finished") is not None or ("training_s" in figures and last <= figures.get("steps", last))
-    return _measured(
+    return _record(
         place,
         config={key: config[key] for key in own},
         facts={**facts, "finished": finished or None},
@@ -159,11 +159,11 @@ def from_wandb(place: str) -> Measured:
     )
 
 
-def _of(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+def _with_prefix(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
 
 
-def _measured(
+def _record(
     place: str,
     *,
     config: dict[str, Any],
@@ -173,7 +173,7 @@ def _measured(
     weights: str | None,
     curves: dict[str, Curve],
     run: Run | None = None,
-) -> Measured:
+) -> RunRecord:
     stage, evaluated = facts["stage"], evaluation.get("weights_sha256")
     of_weights = None if weights is None or evaluated is None else evaluated == weights
     doubtful = bool(evaluation) and of_weights is None and (weights or evaluated) is not None
@@ -192,11 +192,11 @@ def _measured(
             if math.isfinite(values[-1]):
                 found[name] = Figure(values[-1], settings=settings)
     for name, value in _numbers(figures):
-        found[name] = Figure(value, settings=data if direction(name) else {})
+        found[name] = Figure(value, settings=data if better_direction(name) else {})
     for name, value in _numbers(evaluation):
         found[name] = _evaluated(name, value, evaluation)
     inside = tuple(f"{key}." for key in PLACES)
-    return Measured(
+    return RunRecord(
         place=place,
         name=str(facts.get("name") or Path(place).name),
         stage=stage,

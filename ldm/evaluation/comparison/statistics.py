@@ -15,7 +15,7 @@ A group is what differs in nothing but its seed. The rule, per figure, everythin
    which is no proof of equality: the interval says how large a difference could hide in it.
 
 Verdicts are not corrected for their number: of twenty figures without any difference, one is expected to look real.
-`hold` says which of them do so all together.
+`holm` says which of them do so all together.
 """
 
 import math
@@ -51,7 +51,7 @@ class Figure:
 
     def content(self) -> dict[str, Any]:
         """For compare.json."""
-        interval = of_sampling([self]).interval()
+        interval = estimate_from_sampling([self]).interval()
         known = {"value": self.value, "standard_error": self.standard_error, "interval": interval}
         return {**known, "settings": dict(self.settings)}
 
@@ -106,7 +106,7 @@ class Verdict:
         return {"verdict": self.text, "difference": None if self.difference is None else self.difference.content()}
 
 
-def direction(name: str) -> int:
+def better_direction(name: str) -> int:
     """1 where a higher figure is better, -1 where a lower one is, 0 where its name does not say."""
     words = set(re.split(r"[^a-z0-9]+", name.lower()))
     if words & NEITHER:
@@ -123,14 +123,14 @@ def share_error(share: float, num: int) -> float:
     return math.sqrt(moved * (1 - moved) / (num + 2))
 
 
-def of_seeds(figures: Sequence[Figure]) -> Estimate:
+def estimate_from_seeds(figures: Sequence[Figure]) -> Estimate:
     """The mean over runs of different seeds, with s / sqrt(n) and n - 1 degrees of freedom."""
     values = [figure.value for figure in figures]
     n, variance = len(values), statistics.variance(values)  # exact: 0 where all are the same
     return Estimate(statistics.mean(values), math.sqrt(variance / n), n - 1, SEEDS, n)
 
 
-def of_sampling(figures: Sequence[Figure]) -> Estimate:
+def estimate_from_sampling(figures: Sequence[Figure]) -> Estimate:
     """The mean over runs, with the root mean square of their standard errors."""
     mean = statistics.mean(figure.value for figure in figures)
     errors = [figure.standard_error for figure in figures if figure.standard_error is not None]
@@ -140,14 +140,14 @@ def of_sampling(figures: Sequence[Figure]) -> Estimate:
     return Estimate(mean, error, min(figure.dof for figure in figures), SAMPLING, len(figures))
 
 
-def estimate(figures: Sequence[Figure], *, enough_seeds: bool) -> Estimate:
+def estimate_mean(figures: Sequence[Figure], *, enough_seeds: bool) -> Estimate:
     """Of one group: between seeds where there are enough and they move the figure, of sampling otherwise."""
-    if enough_seeds and (found := of_seeds(figures)).standard_error:
+    if enough_seeds and (found := estimate_from_seeds(figures)).standard_error:
         return found
-    return of_sampling(figures)
+    return estimate_from_sampling(figures)
 
 
-def difference(first: Estimate, second: Estimate) -> Estimate:
+def estimate_difference(first: Estimate, second: Estimate) -> Estimate:
     """second - first, with the degrees of freedom of Welch and Satterthwaite.
 
         v = (v_1 + v_2)^2 / (v_1^2 / d_1 + v_2^2 / d_2),   v_i = squared standard error, d_i = its degrees of freedom
@@ -163,7 +163,7 @@ def difference(first: Estimate, second: Estimate) -> Estimate:
     return Estimate(apart, math.sqrt(sum(parts)), dof, first.noise, num_runs)
 
 
-def judge(
+def compare_groups(
     name: str, first: Sequence[Figure], second: Sequence[Figure], labels: tuple[str, str], *, enough_seeds: bool
 ) -> Verdict:
     """The rule of this module, for one figure of two groups.
@@ -174,11 +174,13 @@ def judge(
     """
     if unlike := differing_settings([*first, *second]):
         return Verdict(f"not comparable: {', '.join(unlike)}", None)
-    sides = [estimate(side, enough_seeds=enough_seeds) for side in (first, second)]
+    sides = [estimate_mean(side, enough_seeds=enough_seeds) for side in (first, second)]
     if sides[0].noise != sides[1].noise:
-        sides = [of_seeds(side) if enough_seeds else of_sampling(side) for side in (first, second)]
-    found = difference(*sides)
-    width, way = found.half_width, direction(name)
+        sides = [
+            estimate_from_seeds(side) if enough_seeds else estimate_from_sampling(side) for side in (first, second)
+        ]
+    found = estimate_difference(*sides)
+    width, way = found.half_width, better_direction(name)
     if width is None:
         return Verdict("noise unknown", found)
     if abs(found.mean) <= width:
@@ -188,7 +190,7 @@ def judge(
     return Verdict(f"{labels[1] if found.mean * way > 0 else labels[0]} better", found)
 
 
-def hold(p_values: Mapping[str, float]) -> list[str]:
+def holm(p_values: Mapping[str, float]) -> list[str]:
     """Names of the differences that hold together: one or more of them without any difference in 5 % of cases at most,
     however the figures depend on each other.
 

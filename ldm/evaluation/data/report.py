@@ -58,7 +58,7 @@ class DataReport:
         return files
 
 
-def inspect(
+def inspect_data(
     images: ImageData,
     *,
     features: str = "efficientnet_lite",
@@ -88,7 +88,7 @@ def inspect(
         "unreadable": images.quarantine(),
         "colour_profiles": images.describe_profiles() or "none",
     }
-    copies, alike = _copies(images, max_bits, max_levels)
+    copies, alike = _find_copies(images, max_bits, max_levels)
     figures |= copies
     if images.labels is not None:
         figures["classes"] = class_balance(images.labels, images.class_names)
@@ -99,10 +99,12 @@ def inspect(
         figures["captions"] = caption_statistics(texts)
     distances: dict[str, Tensor] = {}
     if network is not None:
-        figures["features"], distances = _in_features(images, reference_features(network, features, images), seed)
+        figures["features"], distances = _measure_in_features(
+            images, reference_features(network, features, images), seed
+        )
         figures["features"] = {"network": features, **figures["features"]}
     figures["seconds"] = round(time.perf_counter() - started, 1)
-    return DataReport(figures, _pictures(images, figures, alike, distances, seed))
+    return DataReport(figures, _draw_pictures(images, figures, alike, distances, seed))
 
 
 def _track(steps: Iterable[Any], title: str, total: int) -> Iterator[Any]:
@@ -111,7 +113,9 @@ def _track(steps: Iterable[Any], title: str, total: int) -> Iterator[Any]:
         yield from bar.track(steps, total=total)
 
 
-def _copies(images: ImageData, max_bits: int, max_levels: float) -> tuple[dict[str, Any], list[tuple[int, int, str]]]:
+def _find_copies(
+    images: ImageData, max_bits: int, max_levels: float
+) -> tuple[dict[str, Any], list[tuple[int, int, str]]]:
     """Figures, and the most alike pairs with how they differ."""
     digests: list[bytes] = []
     hashes, colours, blank = [], [], []
@@ -160,7 +164,7 @@ def _copies(images: ImageData, max_bits: int, max_levels: float) -> tuple[dict[s
     return figures, alike + [(group[0], group[-1], "the same pixels") for group in groups]
 
 
-def _in_features(images: ImageData, features: Tensor, seed: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _measure_in_features(images: ImageData, features: Tensor, seed: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Figures, and distances of validation and training images to the nearest other training image."""
     generator = np.random.default_rng(derive_seed(seed, 1))
     train, val = (torch.from_numpy(generator.permutation(part)) for part in (images.train_indices, images.val_indices))
@@ -186,7 +190,7 @@ def _in_features(images: ImageData, features: Tensor, seed: int) -> tuple[dict[s
     return figures, distances
 
 
-def _pictures(
+def _draw_pictures(
     images: ImageData,
     figures: dict[str, Any],
     alike: list[tuple[int, int, str]],
@@ -195,13 +199,13 @@ def _pictures(
 ) -> dict[str, Image.Image | Figure]:
     drawn = np.random.default_rng(derive_seed(seed, 2)).permutation(len(images))[:SHEET].tolist()
     title = f"{images.name}: {len(drawn)} of {len(images):,} images, drawn with seed {seed}"
-    sheet = grid(to_pil(images.batch(drawn)), [_label(images, i) for i in drawn], title=title)
+    sheet = grid(to_pil(images.batch(drawn)), [_image_label(images, i) for i in drawn], title=title)
     pictures: dict[str, Image.Image | Figure] = {"contact_sheet": sheet}
     if alike:
         val = set(images.val_indices.tolist())
         tiles = []
         for *pair, how in alike[:PAIRS]:
-            texts = [f"{'val' if i in val else 'train'}: {_label(images, i)}" for i in pair]
+            texts = [f"{'val' if i in val else 'train'}: {_image_label(images, i)}" for i in pair]
             tiles.append(grid(to_pil(images.batch(pair)), texts, columns=2, title=how))
         width, height, columns = tiles[0].width + 4 * MARGIN, tiles[0].height + 2 * MARGIN, min(3, len(tiles))
         board = Image.new("RGB", (columns * width, -(-len(tiles) // columns) * height), PAPER)
@@ -209,11 +213,11 @@ def _pictures(
             board.paste(tile, (i % columns * width, i // columns * height))
         pictures["near_duplicates"] = board
     if distances or figures.keys() & {"classes", "captions"}:
-        pictures["balance"] = _balance(figures, distances)
+        pictures["balance"] = _plot_balance(figures, distances)
     return pictures
 
 
-def _label(images: ImageData, i: int) -> str:
+def _image_label(images: ImageData, i: int) -> str:
     """What an image shows: its caption, else its class, else its name."""
     if images.captions and (caption := images.captions[i]):
         return caption
@@ -222,7 +226,7 @@ def _label(images: ImageData, i: int) -> str:
     return images.names[i]
 
 
-def _balance(figures: dict[str, Any], distances: dict[str, Tensor]) -> Figure:
+def _plot_balance(figures: dict[str, Any], distances: dict[str, Tensor]) -> Figure:
     """Classes, words and lengths of captions, and distances in the feature space: those that there are."""
     bars = {}
     if "classes" in figures:

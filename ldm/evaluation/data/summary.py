@@ -9,7 +9,7 @@ from rich.table import Table
 from ldm.data.cache import shorten
 
 
-def tabulate(figures: dict[str, Any]) -> Table:
+def data_table(figures: dict[str, Any]) -> Table:
     """Everything that is one number or one line."""
     copies, near = figures["copies"], figures["near_duplicates"]
     sections: list[dict[str, str]] = [

@@ -19,7 +19,7 @@ FLOOR = 1e-6
 CELL, GUTTER, HEADER, GAP = 64, 150, 26, 14
 
 
-def draw(figures: dict[str, Any], z_raw: Tensor) -> Figure:
+def plot_latents(figures: dict[str, Any], z_raw: Tensor) -> Figure:
     """Spectra between channels and of whole latents, the PCA curve; KL, std and histograms of channels.
 
     Args:
@@ -28,12 +28,12 @@ def draw(figures: dict[str, Any], z_raw: Tensor) -> Figure:
     """
     figure = Figure(figsize=(15, 8.4), layout="constrained")
     (between, whole, distortion), (rate, spread, histogram) = figure.subplots(2, 3)
-    _draw_spectrum(between, figures["spectrum"]["channels"], "between channels", "component of the channels")
-    _draw_spectrum(whole, figures["spectrum"]["latents"], "whole latents", "component of the latent")
-    _draw_distortion(distortion, figures["held_out"], figures["latent_shape"][0])
-    _draw_rate(rate, figures)
-    _draw_spread(spread, figures)
-    _draw_histogram(histogram, figures, z_raw)
+    _plot_spectrum(between, figures["spectrum"]["channels"], "between channels", "component of the channels")
+    _plot_spectrum(whole, figures["spectrum"]["latents"], "whole latents", "component of the latent")
+    _plot_distortion(distortion, figures["held_out"], figures["latent_shape"][0])
+    _plot_rate(rate, figures)
+    _plot_spread(spread, figures)
+    _plot_histogram(histogram, figures, z_raw)
     for axes in (between, whole, distortion, rate, spread, histogram):
         axes.spines[["top", "right"]].set_visible(False)
         axes.title.set_fontsize(10)
@@ -42,7 +42,7 @@ def draw(figures: dict[str, Any], z_raw: Tensor) -> Figure:
     return figure
 
 
-def _draw_spectrum(axes: Axes, spectrum: dict[str, Any], of: str, what: str) -> None:
+def _plot_spectrum(axes: Axes, spectrum: dict[str, Any], of: str, what: str) -> None:
     """Eigenvalues on a log axis, with the effective rank, and what 90, 95 and 99 % of the variance need."""
     eigenvalues = np.array(spectrum["eigenvalues"])
     rank, components = spectrum["effective_rank"], spectrum["components"]
@@ -53,7 +53,7 @@ def _draw_spectrum(axes: Axes, spectrum: dict[str, Any], of: str, what: str) -> 
     for i, count in enumerate(sorted({*components.values()} - {0})):
         axes.plot(count, eigenvalues[count - 1], "|", color=INK, ms=14, mew=1.5)
         names = ", ".join(f"{float(share):.0%}" for share, of_it in components.items() if of_it == count)
-        _note(axes, names, (count, eigenvalues[count - 1]), INK, -20 if i % 2 else 11)
+        _annotate(axes, names, (count, eigenvalues[count - 1]), INK, -20 if i % 2 else 11)
     if len(shown):
         axes.set(yscale="log", ylim=(min(shown[-1] / 2, shown[0] / 30), 3 * shown[0]))
     axes.set(xlabel=what, ylabel="eigenvalue", xlim=(0 if many else 0.5, len(eigenvalues) + 0.5))
@@ -62,7 +62,7 @@ def _draw_spectrum(axes: Axes, spectrum: dict[str, Any], of: str, what: str) -> 
     axes.grid(alpha=0.25)
 
 
-def _draw_distortion(axes: Axes, held_out: dict[str, Any], channels: int) -> None:
+def _plot_distortion(axes: Axes, held_out: dict[str, Any], channels: int) -> None:
     """PSNR of a PCA over its channels, less the one that loses nothing, and the autoencoder's."""
     counts, curve = held_out["pca_curve"]["channels"], held_out["pca_curve"]["psnr_db"]
     psnr_db = held_out["psnr_db"]
@@ -75,20 +75,20 @@ def _draw_distortion(axes: Axes, held_out: dict[str, Any], channels: int) -> Non
     axes.grid(alpha=0.25)
 
 
-def _draw_rate(axes: Axes, figures: dict[str, Any]) -> None:
+def _plot_rate(axes: Axes, figures: dict[str, Any]) -> None:
     rows = figures["channels"]
     axes.bar([r["channel"] for r in rows], [r["kl_bits"] for r in rows], color=_colours(rows, SIGNAL))
     for row in rows:
         left = row["channel"] - 0.4
         axes.hlines(row["information_bits"], left, left + 0.8, color=INK, lw=1.5)
         if row["dead"]:
-            _note(axes, "dead", (row["channel"], row["kl_bits"]), DEAD, 3)
+            _annotate(axes, "dead", (row["channel"], row["kl_bits"]), DEAD, 3)
     axes.set(xlabel="channel", ylabel="bits per image")
     axes.set_title(f"KL to N(0, I), in all {figures['kl_bits']:.0f} bits; line: information at most")
-    _number(axes, rows)
+    _number_channels(axes, rows)
 
 
-def _draw_spread(axes: Axes, figures: dict[str, Any]) -> None:
+def _plot_spread(axes: Axes, figures: dict[str, Any]) -> None:
     """Std of z_raw, and in front of it that of the noise: their squares differ by the variance of the signal."""
     rows, places = figures["channels"], [row["channel"] for row in figures["channels"]]
     axes.bar(places, [r["std"] for r in rows], color=_colours(rows, SIGNAL), label="z_raw")
@@ -99,10 +99,10 @@ def _draw_spread(axes: Axes, figures: dict[str, Any]) -> None:
     axes.set_ylim(0, 1.25 * max(1.0, *(r["std"] for r in rows)))
     axes.set_title("Spread of each channel; dashed: N(0, 1)")
     axes.legend(frameon=False, fontsize=9, loc="upper right", ncols=2)
-    _number(axes, rows)
+    _number_channels(axes, rows)
 
 
-def _draw_histogram(axes: Axes, figures: dict[str, Any], z_raw: Tensor) -> None:
+def _plot_histogram(axes: Axes, figures: dict[str, Any], z_raw: Tensor) -> None:
     """The channels with the most, the median and the least information, beside the prior that the KL asks for."""
     order = sorted(figures["channels"], key=lambda row: row["information_bits"], reverse=True)
     chosen = {order[i]["channel"]: name for i, name in ((-1, "least"), (len(order) // 2, "median"), (0, "most"))}
@@ -123,17 +123,17 @@ def _colours(rows: list[dict[str, Any]], alive: str) -> list[str]:
     return [DEAD if row["dead"] else alive for row in rows]
 
 
-def _note(axes: Axes, text: str, point: tuple[float, float], colour: str, above: float) -> None:
+def _annotate(axes: Axes, text: str, point: tuple[float, float], colour: str, above: float) -> None:
     axes.annotate(text, point, (0, above), textcoords="offset points", ha="center", fontsize=8, color=colour)
 
 
-def _number(axes: Axes, rows: list[dict[str, Any]]) -> None:
+def _number_channels(axes: Axes, rows: list[dict[str, Any]]) -> None:
     step = max(1, len(rows) // 16)
     axes.set_xticks(range(0, len(rows), step))
     axes.set_xlim(-0.7, len(rows) - 0.3)
 
 
-def draw_channels(figures: dict[str, Any], moved: dict[int, Tensor], moves: Sequence[float]) -> Image.Image:
+def plot_channels(figures: dict[str, Any], moved: dict[int, Tensor], moves: Sequence[float]) -> Image.Image:
     """A row per channel; for each image, the same channel moved by each of `moves` standard deviations everywhere.
 
     Args:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ldm.autoencoder.autoencoder import Autoencoder
 from ldm.errors import UserError
-from ldm.evaluation.latents.figure import draw, draw_channels
+from ldm.evaluation.latents.figure import plot_channels, plot_latents
 from ldm.latents import spectrum
 from ldm.latents.spectrum import ChannelStatistics, channel_statistics
 from ldm.metrics.image import fold, patch_components, psnr, unfold
@@ -29,7 +29,7 @@ MOVES = (-2.0, 0.0, 2.0)
 
 
 @dataclass(frozen=True)
-class Report:
+class LatentReport:
     """Figures for latents_report.json, and what the pictures show beside them."""
 
     figures: dict[str, Any]
@@ -83,12 +83,12 @@ class Report:
         """latents_report.json, latents.png and latents_channels.png."""
         data, picture, channels = (folder / f"latents{end}" for end in ("_report.json", ".png", "_channels.png"))
         data.write_text(json.dumps(self.figures, indent=2) + "\n", encoding="utf-8")
-        draw(self.figures, self.z_raw).savefig(picture, dpi=130)
-        draw_channels(self.figures, self.moved, MOVES).save(channels)
+        plot_latents(self.figures, self.z_raw).savefig(picture, dpi=130)
+        plot_channels(self.figures, self.moved, MOVES).save(channels)
         return data, picture, channels
 
 
-def measure(
+def measure_latents(
     run: Run,
     *,
     device: torch.device,
@@ -96,7 +96,7 @@ def measure(
     num_images: int = 2048,
     seed: int = 0,
     batch_size: int = 64,
-) -> Report:
+) -> LatentReport:
     """What the autoencoder of a run of either stage does with the run's images.
 
     Args:
@@ -124,7 +124,7 @@ def measure(
             starts = range(0, len(indices), batch_size)
             return (images.batch(indices[i : i + batch_size]) for i in bar.track(starts, description=what))
 
-        mean, log_variance = encode(autoencoder, batches(indices, "encoding, batches"))
+        mean, log_variance = encode_finite(autoencoder, batches(indices, "encoding, batches"))
         components = patch_components(batches(np.sort(images.train_indices[:PCA_IMAGES]), "PCA, batches"), factor)
         counts = spectrum.pca_counts(len(components[0]), autoencoder.channels)
         parts = [
@@ -138,7 +138,7 @@ def measure(
         apart = np.linspace(0, len(images.val_indices) - 1, MOVED_IMAGES).round().astype(int)
         first = autoencoder.encode(images.batch(images.val_indices[np.unique(apart)]))[0]
         moved = {
-            channel: move(autoencoder, first, channel, found.std[channel].item())
+            channel: move_channel(autoencoder, first, channel, found.std[channel].item())
             for channel in bar.track(shown, description="moving channels")
         }
     spectra = {
@@ -164,7 +164,7 @@ def measure(
         "information_bits": found.information_bits.sum().item(),
         "dead_below_nats_per_location": spectrum.DEAD_NATS,
         "dead": found.dead,
-        "channels": _rows(found),
+        "channels": _channel_rows(found),
         "spectrum": spectra,
         "held_out": held_out,
         "recommendation": spectrum.recommend(found.dead, spectra["channels"], pca, psnr_db, autoencoder.channels),
@@ -172,10 +172,10 @@ def measure(
     }
     generator = torch.Generator().manual_seed(derive_seed(seed, 4))
     noise = torch.randn(mean.shape, generator=generator)
-    return Report(figures, mean + (0.5 * log_variance).exp() * noise, moved)
+    return LatentReport(figures, mean + (0.5 * log_variance).exp() * noise, moved)
 
 
-def encode(autoencoder: Autoencoder, batches: Any) -> tuple[Tensor, Tensor]:
+def encode_finite(autoencoder: Autoencoder, batches: Any) -> tuple[Tensor, Tensor]:
     """Mean and log-variance of batches of images, float32 [n, C, h, w] each.
 
     Raises:
@@ -191,7 +191,7 @@ def encode(autoencoder: Autoencoder, batches: Any) -> tuple[Tensor, Tensor]:
     return moments[:, 0], moments[:, 1]
 
 
-def move(autoencoder: Autoencoder, mean: Tensor, channel: int, std: float) -> Tensor:
+def move_channel(autoencoder: Autoencoder, mean: Tensor, channel: int, std: float) -> Tensor:
     """Images [k, 3, 3, H, W] decoded from latents [k, C, h, w] with one channel moved everywhere by MOVES times std."""
     z_raw = mean[:, None].repeat(1, len(MOVES), 1, 1, 1)
     z_raw[:, :, channel] += std * torch.tensor(MOVES, device=mean.device)[:, None, None]
@@ -200,7 +200,7 @@ def move(autoencoder: Autoencoder, mean: Tensor, channel: int, std: float) -> Te
 
 def pca_curve(components: tuple[Tensor, Tensor], images: Tensor, factor: int, counts: list[int]) -> Tensor:
     """PSNR in dB of each image [b, 3, H, W] reconstructed from so many components, [len(counts), b]: what
-    `metrics.pca_reconstruction` gives for each count, from one decomposition.
+    `pca_reconstruction` gives for each count, from one decomposition.
 
     Args:
         components: Of `patch_components`.
@@ -233,7 +233,7 @@ def _spectrum(eigenvalues: Tensor) -> dict[str, Any]:
     }
 
 
-def _rows(found: ChannelStatistics) -> list[dict[str, Any]]:
+def _channel_rows(found: ChannelStatistics) -> list[dict[str, Any]]:
     names = ("kl_bits", "information_bits", "mean", "std", "signal_share")
     values = zip(*(getattr(found, name).tolist() for name in names), strict=True)
     return [

@@ -21,13 +21,13 @@ APART = 1.06
 """Sizes of equally many values are drawn this factor apart."""
 
 
-def draw(figures: Mapping[str, Any]) -> Figure:
+def plot_size_sweep(figures: Mapping[str, Any]) -> Figure:
     """PSNR over values per image, and over bits per image where latents have a density; FD by run, where measured.
 
     Args:
         figures: The `report` of sweep.json.
     """
-    rows = _beside_each_other(figures["rows"])
+    rows = _spread_equal_sizes(figures["rows"])
     with_rate = [row for row in rows if row["kl_bits"] is not None]
     with_fd = [row for row in rows if row["fd"] is not None]
     widths = [1.15, *([1.0] if with_rate else []), *([0.75] if with_fd else [])]
@@ -35,17 +35,17 @@ def draw(figures: Mapping[str, Any]) -> Figure:
     size, *others = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
     colours = dict(zip(sorted({row["factor"] for row in rows}), COLOURS * 2, strict=False))
     markers = dict(zip(dict.fromkeys(row["loss"] for row in rows), MARKERS, strict=False))
-    _draw_size(size, rows, figures, colours, markers)
+    _plot_by_size(size, rows, figures, colours, markers)
     shown = [(size, "place", rows)]
     if with_rate:
         rate = others.pop(0)
-        _draw_points(rate, with_rate, "kl_bits", figures, colours, markers)
+        _plot_points(rate, with_rate, "kl_bits", figures, colours, markers)
         rate.set(xlabel="rate: KL in bits per image", ylabel="PSNR, dB", title="Distortion by rate")
         _log_axis(rate, [row["kl_bits"] for row in with_rate])
         rate.set_ylim(size.get_ylim())
         shown.append((rate, "kl_bits", with_rate))
     if with_fd:
-        _draw_fd(others[0], with_fd, figures, colours, markers)
+        _plot_fd(others[0], with_fd, figures, colours, markers)
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.title.set_fontsize(11)
@@ -53,11 +53,11 @@ def draw(figures: Mapping[str, Any]) -> Figure:
     figure.suptitle(f"Latent sizes for {side} x {side} px, {images} of {figures['images']}", fontsize=13)
     figure.draw_without_rendering()  # the layout settles, and with it where labels collide
     for axes, key, drawn in shown:
-        _label(axes, drawn, key, figures["recommendation"]["name"], colours)
+        _label_points(axes, drawn, key, figures["recommendation"]["name"], colours)
     return figure
 
 
-def _beside_each_other(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _spread_equal_sizes(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """With `place`, the values per image, and sizes of equally many a little apart."""
     sizes: dict[int, list[str]] = {}
     for row in rows:
@@ -71,7 +71,7 @@ def _beside_each_other(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
     return found
 
 
-def _draw_size(
+def _plot_by_size(
     axes: Axes,
     rows: Sequence[Mapping[str, Any]],
     figures: Mapping[str, Any],
@@ -84,7 +84,7 @@ def _draw_size(
         axes.plot(curve["num_values"], curve["psnr_db"], "-", color=colour, lw=1.6, alpha=0.75)
     for row in rows:
         axes.vlines(row["place"], *sorted((row["psnr_db"], row["pca_psnr_db"])), color=FAINT, lw=1, ls=":")
-    _draw_points(axes, rows, "place", figures, colours, markers)
+    _plot_points(axes, rows, "place", figures, colours, markers)
     _log_axis(axes, [row["num_values"] for row in rows])
     top = max(row["psnr_db"] for row in rows) + 3  # a PCA that loses nothing would squash the rest
     around = [value for row in rows for value in (row["psnr_db"], min(row["pca_psnr_db"], top))]
@@ -111,7 +111,7 @@ def _draw_size(
     )
 
 
-def _draw_points(
+def _plot_points(
     axes: Axes,
     rows: Sequence[Mapping[str, Any]],
     key: str,
@@ -134,7 +134,7 @@ def _draw_points(
     axes.grid(alpha=0.22)
 
 
-def _draw_fd(
+def _plot_fd(
     axes: Axes,
     rows: Sequence[Mapping[str, Any]],
     figures: Mapping[str, Any],
@@ -171,7 +171,9 @@ def _log_axis(axes: Axes, values: Sequence[float]) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _label(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, recommended: str, colours: dict[int, str]) -> None:
+def _label_points(
+    axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, recommended: str, colours: dict[int, str]
+) -> None:
     """The size beside each point, where it covers neither a point nor another label."""
     taken, frame = [], axes.get_window_extent()
     for row, (x, y) in zip(rows, axes.transData.transform([(row[key], row["psnr_db"]) for row in rows]), strict=True):

@@ -14,9 +14,9 @@ from rich.table import Table
 from ldm.errors import UserError
 from ldm.evaluation.classifier import Classifier
 from ldm.evaluation.latents.report import PCA_IMAGES, pca_curve
-from ldm.evaluation.latents.sweep import Training, duration
-from ldm.evaluation.latents.sweep_figure import draw
-from ldm.evaluation.latents.sweep_runs import write
+from ldm.evaluation.latents.sweep import SweepTraining, format_duration
+from ldm.evaluation.latents.sweep_figure import plot_size_sweep
+from ldm.evaluation.latents.sweep_runs import update_sweep_file
 from ldm.evaluation.reconstructions import report as reconstruction_report
 from ldm.latents import spectrum
 from ldm.metrics.features import CHOICES
@@ -57,7 +57,7 @@ LABELS, COLUMN = 22, 14
 
 
 @dataclass(frozen=True)
-class Report:
+class SweepReport:
     """Figures for sweep.json."""
 
     figures: dict[str, Any]
@@ -80,14 +80,16 @@ class Report:
             if key in IN_FEATURES and found["features"] == NO_FEATURES:
                 continue
             mark = "*" if key in ("fd", "kd") else ""
-            table.add_row(name, *(_cell(row[key], form, mark * row["features_in_loss"]) for row in found["rows"]))
+            table.add_row(
+                name, *(_format_cell(row[key], form, mark * row["features_in_loss"]) for row in found["rows"])
+            )
         return table
 
     @property
     def lines(self) -> list[str]:
         """The features, the recommendation, and the commands that follow it."""
         found, advice = self.figures, self.figures["recommendation"]
-        features = [_features(found["rows"][0], found["features"], found["num_images"])]
+        features = [_feature_line(found["rows"][0], found["features"], found["num_images"])]
         if any(row["features_in_loss"] for row in found["rows"]):
             features = [f"{features[0]} *: these features are in the loss, so that their FD and KD prove nothing."]
         return [
@@ -100,12 +102,12 @@ class Report:
     def save(self, folder: Path) -> tuple[Path, Path]:
         """sweep.json and sweep.png."""
         picture = folder / "sweep.png"
-        draw(self.figures).savefig(picture, dpi=130)
-        return write(folder, report=self.figures), picture
+        plot_size_sweep(self.figures).savefig(picture, dpi=130)
+        return update_sweep_file(folder, report=self.figures), picture
 
 
-def check(features: str, target_psnr_db: Any, num_images: Any, seed: Any, batch_size: Any) -> None:
-    """Refuse what `gather` could not do, before anything is trained.
+def check_sweep_options(features: str, target_psnr_db: Any, num_images: Any, seed: Any, batch_size: Any) -> None:
+    """Refuse what `measure_sweep` could not do, before anything is trained.
 
     Raises:
         UserError: naming the key, its value and the rule.
@@ -120,8 +122,8 @@ def check(features: str, target_psnr_db: Any, num_images: Any, seed: Any, batch_
             raise UserError(f"{key}={value} must be a whole number{f' of {least} at least' if least else ''}.")
 
 
-def gather(
-    trainings: Sequence[Training],
+def measure_sweep(
+    trainings: Sequence[SweepTraining],
     folder: Path,
     *,
     device: torch.device,
@@ -130,11 +132,11 @@ def gather(
     num_images: int = 2048,
     seed: int = 0,
     batch_size: int = 64,
-) -> Report:
+) -> SweepReport:
     """Measure every run on the same held-out images, beside PCAs of the sizes between them.
 
     Raises:
-        UserError: runs on different images; what `reconstruction_report.measure` refuses.
+        UserError: runs on different images; what `measure_reconstructions` refuses.
     """
     runs = [Run.open(training.folder(folder)) for training in trainings]
     for run in runs[1:]:
@@ -147,17 +149,19 @@ def gather(
     rows = []
     for number, (training, run) in enumerate(zip(trainings, runs, strict=True), start=1):
         print(f"measuring {number} of {len(runs)}: {training.name}", flush=True)
-        report = reconstruction_report.measure(run, device=device, **options)
+        report = reconstruction_report.measure_reconstructions(run, device=device, **options)
         report.save(run.path)
-        rows.append(_row(training, run, report.figures))
+        rows.append(_sweep_row(training, run, report.figures))
     pca: dict[str, Any] = {}
     for factor in sorted({training.size.factor for training in trainings}):
         most = max(training.size.channels for training in trainings if training.size.factor == factor)
-        pca[str(factor)] = _pca(runs[0], factor, most, num_images=num_images, seed=seed, batch_size=batch_size)
+        pca[str(factor)] = _pca_of_factor(
+            runs[0], factor, most, num_images=num_images, seed=seed, batch_size=batch_size
+        )
     images = runs[0].image_data()
-    advice = recommend(rows, target_psnr_db)
+    advice = recommend_size(rows, target_psnr_db)
     chosen = next(training for training in trainings if training.name == advice["name"])
-    return Report(
+    return SweepReport(
         {
             "images": f"{images.name}/val@{images.fingerprint[:8]}",
             "resolution": images.resolution,
@@ -166,12 +170,12 @@ def gather(
             "target_psnr_db": target_psnr_db,
             "rows": rows,
             "pca": pca,
-            "recommendation": {**advice, **commands(chosen, folder)},
+            "recommendation": {**advice, **follow_up_commands(chosen, folder)},
         }
     )
 
 
-def _row(training: Training, run: Run, measured: Mapping[str, Any]) -> dict[str, Any]:
+def _sweep_row(training: SweepTraining, run: Run, measured: Mapping[str, Any]) -> dict[str, Any]:
     channels, height, width = run.facts["latent_shape"]
     values, done = channels * height * width, run.facts["figures"]
     return {
@@ -191,7 +195,9 @@ def _row(training: Training, run: Run, measured: Mapping[str, Any]) -> dict[str,
     }
 
 
-def _pca(run: Run, factor: int, channels: int, *, num_images: int, seed: int, batch_size: int) -> dict[str, Any]:
+def _pca_of_factor(
+    run: Run, factor: int, channels: int, *, num_images: int, seed: int, batch_size: int
+) -> dict[str, Any]:
     """Held-out PSNR by the number of components of f x f patches, without the number that loses nothing."""
     images, indices = choose_images(run, "val", num_images, seed)
     train = np.sort(images.train_indices[:PCA_IMAGES])
@@ -205,18 +211,18 @@ def _pca(run: Run, factor: int, channels: int, *, num_images: int, seed: int, ba
     return {"channels": counts, "num_values": [n * locations for n in counts], "psnr_db": curves.mean(1).tolist()}
 
 
-def _features(row: Mapping[str, Any], features: str, num_images: int) -> str:
+def _feature_line(row: Mapping[str, Any], features: str, num_images: int) -> str:
     of = f", {row['fd_components']} components" if row["fd_components"] else ""
     return f"FD ({features}{of}) and KD ({features}): {num_images} reconstructions against the images themselves."
 
 
-def _cell(value: Any, form: str, mark: str) -> str:
+def _format_cell(value: Any, form: str, mark: str) -> str:
     if value is None:
         return "-"
     return (" x ".join(map(str, value)) if isinstance(value, list) else f"{value:{form}}") + mark
 
 
-def recommend(rows: Sequence[Mapping[str, Any]], target_psnr_db: float) -> dict[str, Any]:
+def recommend_size(rows: Sequence[Mapping[str, Any]], target_psnr_db: float) -> dict[str, Any]:
     """One size with its reason, and which of its runs.
 
     1. smallest: of the sizes with a run of `target_psnr_db` at least, the one with the fewest values per image, which
@@ -262,11 +268,11 @@ def _compare_losses(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"{text}, of one training each."
 
 
-def commands(training: Training, folder: Path) -> dict[str, str]:
+def follow_up_commands(training: SweepTraining, folder: Path) -> dict[str, str]:
     """The same size trained for longer, and stage 2 on the run of the sweep."""
     spent = next(o for o in training.overrides if o.startswith("trainer.max_time="))
     hours, minutes, seconds = map(int, spent.partition("=")[2].split(":"))
-    longer = f"trainer.max_time={duration(min(LONGER * (60 * hours + minutes + seconds / 60), MOST_MINUTES))}"
+    longer = f"trainer.max_time={format_duration(min(LONGER * (60 * hours + minutes + seconds / 60), MOST_MINUTES))}"
     overrides = [longer if override == spent else override for override in training.overrides]
     return {
         "train": shell.train("stage=vae", f"name={training.name}", *overrides),

@@ -9,7 +9,7 @@ from ldm.metrics.kernel import kernel_distance
 from ldm.metrics.subsets import MOST_COMPONENTS, NUM_GROUPS, NUM_SUBSETS
 
 
-def distances(reconstructed: Tensor, own: Tensor, train: Tensor) -> dict[str, Any]:
+def reconstruction_distances(reconstructed: Tensor, own: Tensor, train: Tensor) -> dict[str, Any]:
     """FD and KD of reconstructions to the originals of the same images, and of those to the training images.
 
     FD is on the first principal components of the training images where one of the sets has fewer than 2 d images; KD

@@ -20,8 +20,8 @@ from ldm.data.images import ImageData
 from ldm.errors import UserError
 from ldm.evaluation.features import describe_features, load_features, reference_features
 from ldm.evaluation.latents.report import PCA_IMAGES, pca_curve
-from ldm.evaluation.reconstructions.figure import draw, shows
-from ldm.evaluation.reconstructions.rate import distances
+from ldm.evaluation.reconstructions.figure import image_text, plot_reconstructions
+from ldm.evaluation.reconstructions.rate import reconstruction_distances
 from ldm.evaluation.samples.distances import fd_name
 from ldm.files.atomic import durable_file, write_text
 from ldm.metrics.codes import codebook, kl, rate
@@ -36,7 +36,7 @@ WORST, TRAIN_IMAGES = 12, 4096
 
 
 @dataclass(frozen=True)
-class Report:
+class ReconstructionReport:
     """Figures for evaluation.json, and a picture of the worst reconstructions."""
 
     figures: dict[str, Any]
@@ -45,7 +45,7 @@ class Report:
     def table(self) -> Table:
         """A row per measure, with its standard error over the images and what stands beside it."""
         found, size = self.figures, f"{self.figures['num_images']} held-out images"
-        of = f"; features: {_named(found)}" if found["features"] else ""
+        of = f"; features: {_feature_title(found)}" if found["features"] else ""
         table = Table(title=f"Reconstructions of {size}, {found['images']}{of}", title_justify="left")
         table.add_column("")
         for name in ("value", "+-"):
@@ -80,10 +80,11 @@ class Report:
         if found["features"]:
             n, reference = found["num_images"], found["reference"]
             of = f", PCA of {reference}" if found["fd_components"] else ""
+            name = found["fd_name"]
             lines.append(
-                f"{found['fd_name']}{of}, and KD of {_named(found)}: N={n}, ref=originals of the same {n} images; "
-                f"validation against training images: ref={reference}, N={found['num_reference']}. {found['fd_name']} "
-                "compares at equal N only."
+                f"{name}{of}, and KD of {_feature_title(found)}: N={n}, ref=originals of the same {n} images; "
+                f"validation against training images: ref={reference}, N={found['num_reference']}. {name} compares at "
+                "equal N only."
             )
             if found["kd_reconstructions"] is None:
                 lines.append(f"KD is left out: {NUM_SUBSETS} subsets of two need {2 * NUM_SUBSETS} images.")
@@ -110,12 +111,12 @@ class Report:
         return data, picture
 
 
-def _named(figures: dict[str, Any]) -> str:
+def _feature_title(figures: dict[str, Any]) -> str:
     """Features by what tells them apart: name, weights, size, library."""
     return figures["features_key"] + (f" ({figures['features_library']})" if figures["features_library"] else "")
 
 
-def measure(
+def measure_reconstructions(
     run: Run,
     *,
     device: torch.device,
@@ -124,7 +125,7 @@ def measure(
     num_images: int = 4096,
     seed: int = 0,
     batch_size: int = 64,
-) -> Report:
+) -> ReconstructionReport:
     """Compare a run's validation images with what its autoencoder makes of them, decode(mean of q(z_raw|x)).
 
     Args:
@@ -143,7 +144,7 @@ def measure(
     lpips, without = _lpips()
     in_loss = run.facts.get("perceptual_features", [])
     gallery = None if network is None else reference_features(network, features, images)
-    found = _compare(autoencoder, images, indices, network, lpips, batch_size)
+    found = _compare_images(autoencoder, images, indices, network, lpips, batch_size)
     worst = found["psnr"].argsort()[:WORST]
     figures: dict[str, Any] = {
         "run": str(run.path),
@@ -154,10 +155,10 @@ def measure(
         "regulariser": autoencoder.regulariser,
         "latent_shape": list(autoencoder.latent_shape(images.resolution)),
         "factor": autoencoder.factor,
-        **_mean("psnr_db", found["psnr"]),
+        **_mean_over_images("psnr_db", found["psnr"]),
         "pca_psnr_db": found["pca_psnr"].mean().item(),
-        **_mean("ssim", found["ssim"]),
-        **_mean("lpips", found.get("lpips")),
+        **_mean_over_images("ssim", found["ssim"]),
+        **_mean_over_images("lpips", found.get("lpips")),
         "lpips_left_out": without,
         "lpips_in_loss": lpips is not None and "lpips" in in_loss,
         "features": None,
@@ -170,12 +171,14 @@ def measure(
         train, own = (gallery[torch.from_numpy(rows)] for rows in (images.train_indices, indices))
         figures |= describe_features(network, features)
         figures |= {"reference": f"{images.name}/train@{images.fingerprint[:8]}"}
-        figures |= distances(found["features"], own, train)
+        figures |= reconstruction_distances(found["features"], own, train)
         figures["fd_name"] = fd_name(network, figures["fd_components"])
         if (share := getattr(network, "val_accuracy", None)) is not None:
             figures["classifier_val_accuracy"] = share
     figures["seconds"] = round(time.perf_counter() - started, 1)
-    return Report(figures, _picture(autoencoder, images, indices[worst.numpy()], figures, found["psnr"][worst]))
+    return ReconstructionReport(
+        figures, _plot_worst(autoencoder, images, indices[worst.numpy()], figures, found["psnr"][worst])
+    )
 
 
 def _lpips() -> tuple[LPIPS | None, str | None]:
@@ -188,7 +191,7 @@ def _lpips() -> tuple[LPIPS | None, str | None]:
         return None, "the weights of its network could not be fetched"
 
 
-def _compare(
+def _compare_images(
     autoencoder: Autoencoder,
     images: ImageData,
     indices: np.ndarray,
@@ -235,23 +238,23 @@ def _compare(
     return found if size is None else {**found, "codes": counts, "train_codes": of_train}
 
 
-def _mean(name: str, values: Tensor | None) -> dict[str, float | None]:
+def _mean_over_images(name: str, values: Tensor | None) -> dict[str, float | None]:
     """A mean over images and its standard error; None where nothing was measured."""
     if values is None:
         return {name: None, f"{name}_standard_error": None}
     return {name: values.mean().item(), f"{name}_standard_error": values.std().item() / math.sqrt(len(values))}
 
 
-def _picture(
+def _plot_worst(
     autoencoder: Autoencoder, images: ImageData, worst: np.ndarray, figures: dict[str, Any], psnr_db: Tensor
 ) -> Image.Image:
     originals = images.batch(worst)
     reconstructions = autoencoder.decode(autoencoder.encode(originals)[0]).float().cpu()
     headings = [
-        (f"{value:.1f} dB", shows(images, i)) for i, value in zip(worst.tolist(), psnr_db.tolist(), strict=True)
+        (f"{value:.1f} dB", image_text(images, i)) for i, value in zip(worst.tolist(), psnr_db.tolist(), strict=True)
     ]
     title = (
         f"The {len(worst)} worst of {figures['num_images']} held-out images of {figures['images']} by PSNR; "
         f"the mean of all is {figures['psnr_db']:.1f} dB"
     )
-    return draw(originals, reconstructions, headings, title)
+    return plot_reconstructions(originals, reconstructions, headings, title)

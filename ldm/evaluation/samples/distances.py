@@ -96,7 +96,7 @@ def halves(train: Tensor, num_samples: int, seed: int) -> tuple[Tensor, Tensor]:
     return train[order[:num]], train[order[num:]]
 
 
-def table(
+def distance_table(
     rows: Mapping[str, tuple[int, int, Mapping[str, tuple[float, float] | None]]], fd_name: str = "FD"
 ) -> list[str]:
     """Lines of text, with value +- standard error; rows are (N, N of a subset, figures) by name."""
@@ -104,7 +104,7 @@ def table(
     columns.append(["subset", *(str(num) for _, num, _ in rows.values())])
     for name in (name for name in COLUMNS if any(name in found for *_, found in rows.values())):
         head = fd_name if name == "fd" else name.upper() if name in ("kd", "cmmd") else name
-        columns.append([head, *(_cell(found.get(name), COLUMNS[name]) for *_, found in rows.values())])
+        columns.append([head, *(_format_error(found.get(name), COLUMNS[name]) for *_, found in rows.values())])
     widths = [max(map(len, column)) + 2 for column in columns]
     return [
         "  "
@@ -114,5 +114,5 @@ def table(
     ]
 
 
-def _cell(numbers: tuple[float, float] | None, digits: int) -> str:
+def _format_error(numbers: tuple[float, float] | None, digits: int) -> str:
     return "-" if numbers is None else " +- ".join(f"{number:.{digits}f}" for number in numbers)

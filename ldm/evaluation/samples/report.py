@@ -20,7 +20,7 @@ from ldm.evaluation.classifier import Classifier, class_accuracy, class_shift, n
 from ldm.evaluation.features import ImageSet, describe_features, extract, load_features, reference_features
 from ldm.evaluation.image_sets import Reconstructions, VAEAlone
 from ldm.evaluation.samples import retrieval as prompt_fidelity
-from ldm.evaluation.samples.distances import COLUMNS, Measures, fd_name, halves, table
+from ldm.evaluation.samples.distances import COLUMNS, Measures, distance_table, fd_name, halves
 from ldm.evaluation.samples.kept import chosen_rows, draw_and_keep
 from ldm.evaluation.samples.memorisation import QUANTILE, Memorisation, nearest_training, plot_nearest
 from ldm.files.atomic import durable_file, write_text
@@ -36,7 +36,7 @@ FEWEST = 2 * NUM_SUBSETS
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class SampleReport:
     """Figures by name, lines that say them in words, pictures by file name."""
 
     figures: dict[str, Any]
@@ -65,7 +65,7 @@ class Evaluation:
         return chosen
 
 
-def evaluate(
+def measure_samples(
     pipeline: LatentDiffusionPipeline,
     images: ImageData,
     sampler: SamplerLike,
@@ -79,7 +79,7 @@ def evaluate(
     batch_size: int = 64,
     folder: Path | None = None,
     weights_sha256: str | None = None,
-) -> Evaluation:
+) -> SampleReport:
     """Compare samples for seed-drawn training captions with the training images.
 
     The anchors: the autoencoder's reconstructions of the same images (the best that its decoder can show), the
@@ -138,7 +138,7 @@ def evaluate(
             lines += _classes(network, found, train, asked, figures)
         if isinstance(pipeline.conditioning, TextCondition):
             ours = {name: found[name] for name in ("samples", "reconstructions")}
-            parts = [prompt_fidelity.of_training(ours, train, torch.from_numpy(chosen), figures["features_key"])]
+            parts = [prompt_fidelity.training_retrieval(ours, train, torch.from_numpy(chosen), figures["features_key"])]
             if (num_held_out := min(num_samples, len(validation))) >= 2:
                 rows = chosen_rows(images.val_indices, num_held_out, seed)
                 held_out: dict[str, ImageSet] = {
@@ -152,14 +152,14 @@ def evaluate(
                     for name, part in held_out.items()
                 }
                 answered = validation, train, torch.from_numpy(rows), images, pipeline.conditioning
-                parts.append(prompt_fidelity.of_held_out(theirs, *answered, figures["features_key"]))
+                parts.append(prompt_fidelity.held_out_retrieval(theirs, *answered, figures["features_key"]))
             for more, told in parts:
                 figures |= more
                 lines += told
         memorisation = nearest_training(found["samples"], train, validation)
         lines += _memorisation(memorisation, images, figures)
         picture = plot_nearest(kept, images, memorisation)
-    return Evaluation(figures, lines, {"nearest.png": picture})
+    return SampleReport(figures, lines, {"nearest.png": picture})
 
 
 def _distances(network: nn.Module, found: Mapping[str, Tensor], train: Tensor, figures: dict[str, Any]) -> list[str]:
@@ -183,7 +183,7 @@ def _distances(network: nn.Module, found: Mapping[str, Tensor], train: Tensor, f
     return [
         f"{figures['features_key']}{library}{form}, ref={reference}, N={len(train)}; floor: {len(some)} of these "
         f"against the other {len(others)}:",
-        *table(rows, figures["fd_name"]),
+        *distance_table(rows, figures["fd_name"]),
         "  +- is a standard error of drawing other images, not of training again. Compare rows of one N only.",
         f"  FD is of all N; its error, a jackknife's, has {NUM_GROUPS - 1} degrees of freedom (95 % within "
         f"{_half_width(NUM_GROUPS - 1):.1f} of them).",

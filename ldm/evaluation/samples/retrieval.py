@@ -17,7 +17,7 @@ Found = tuple[dict[str, float], list[str]]
 """Figures by name, and lines that say them."""
 
 
-def of_training(found: Mapping[str, Tensor], train: Tensor, rows: Tensor, features: str) -> Found:
+def training_retrieval(found: Mapping[str, Tensor], train: Tensor, rows: Tensor, features: str) -> Found:
     """Is the training image of a training caption the one that its sample is nearest to?
 
     Args:
@@ -30,7 +30,7 @@ def of_training(found: Mapping[str, Tensor], train: Tensor, rows: Tensor, featur
     return figures, [f"Retrieval of the caption's own image among {len(train)} training images, {features}:", *lines]
 
 
-def of_held_out(
+def held_out_retrieval(
     found: Mapping[str, Tensor],
     validation: Tensor,
     train: Tensor,

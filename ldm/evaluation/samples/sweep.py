@@ -30,7 +30,7 @@ RULE = (
 INK, LINE, FAINT = "#333333", "#0072B2", "#8a8a8a"
 
 
-def sweep(
+def sweep_sampler(
     pipeline: LatentDiffusionPipeline,
     images: ImageData,
     samplers: Mapping[float, SamplerLike],
@@ -101,7 +101,7 @@ def sweep(
                 row[name] = None if (numbers := measured[name]) is None else numbers[0]
             rows.append(row)
             replicates.append(frechet[1])
-    hold_against_the_best(rows, replicates)
+    compare_with_best(rows, replicates)
     return {
         "over": over,
         "metric": fd_name(network, measures.num_components),
@@ -119,7 +119,7 @@ def sweep(
     }
 
 
-def hold_against_the_best(rows: Sequence[dict[str, Any]], replicates: Sequence[Tensor]) -> None:
+def compare_with_best(rows: Sequence[dict[str, Any]], replicates: Sequence[Tensor]) -> None:
     """Add to each row how far its distance is above the smallest one, and the standard error of that difference.
 
     Args:
@@ -138,13 +138,13 @@ def knee(rows: Sequence[Mapping[str, Any]]) -> float:
     return min(equal, key=lambda row: (row["network_evaluations"], row["distance"]))["value"]
 
 
-def table(found: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
+def sweep_table(found: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
     """Columns and rows of a sweep, its numbers as they are."""
     columns = [found["over"], *(name for name in found["rows"][0] if name != "value")]
     return columns, [list(row.values()) for row in found["rows"]]
 
 
-def lines(found: Mapping[str, Any]) -> list[str]:
+def sweep_lines(found: Mapping[str, Any]) -> list[str]:
     """The table in words, and the rule."""
     metric, over, library = found["metric"], found["over"], found["features_library"]
     of = f"{found['features_key']}{f' ({library})' if library else ''}"
@@ -167,7 +167,7 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     return [*listed, f"{over}={found['knee']:g} is the knee: {found['rule']}."]
 
 
-def draw(found: Mapping[str, Any]) -> Figure:
+def plot_sampler_sweep(found: Mapping[str, Any]) -> Figure:
     """Distance over the network evaluations or the guidance, precision and recall, and what a sample costs in time."""
     rows, over = found["rows"], found["over"]
     by_steps = over == "sampler.steps"
@@ -190,7 +190,7 @@ def draw(found: Mapping[str, Any]) -> Figure:
             path_effects=[withStroke(linewidth=3, foreground="white")],
         )
     first.set(xlabel=label, ylabel=f"{found['metric']}\n{found['features_key']}", title=f"{found['metric']} by {over}")
-    _draw_beside(second, rows, x, label, by_steps)
+    _plot_cost_or_precision(second, rows, x, label, by_steps)
     for axes in (first, second):
         axes.spines[["top", "right"]].set_visible(False)
         axes.title.set_fontsize(11)
@@ -204,7 +204,9 @@ def draw(found: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _draw_beside(axes: Axes, rows: Sequence[Mapping[str, Any]], x: Sequence[float], label: str, by_steps: bool) -> None:
+def _plot_cost_or_precision(
+    axes: Axes, rows: Sequence[Mapping[str, Any]], x: Sequence[float], label: str, by_steps: bool
+) -> None:
     axes.set_xlabel(label)
     if by_steps:
         axes.plot(x, [row["seconds"] for row in rows], color=LINE, marker="o", markersize=4)
