@@ -76,7 +76,7 @@ def evaluate_diffusion(config: DictConfig, run: Any) -> dict[str, Any]:
         place = evaluation.save_unless_smaller(place, run.path / "evaluation" / "knee.json")
     print("\n".join(evaluation.lines))
     return {
-        "values": evaluation.figures | ({} if swept is None else {"sweep": swept}),
+        "values": evaluation.to_json() | ({} if swept is None else {"sweep": swept}),
         "pictures": evaluation.pictures | more,
         "files": [place, *files],
         "tables": tables,

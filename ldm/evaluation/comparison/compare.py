@@ -1,4 +1,4 @@
-"""Runs beside each other: what differs between them, their figures by group, and which of them are better."""
+"""Runs beside each other: what differs between them, their metrics by group, and which of them are better."""
 
 import json
 import re
@@ -14,14 +14,15 @@ from ldm.evaluation.comparison.statistics import (
     SAMPLING,
     SEEDS,
     Estimate,
-    Figure,
     Verdict,
     better_direction,
     compare_groups,
     differing_settings,
+    estimate_from_sampling,
     estimate_mean,
     holm,
 )
+from ldm.metrics.metric import Metric
 from ldm.runtime import shell
 
 IDENTITY = ("data_fingerprint", "contract.autoencoder_sha256", "precision")
@@ -43,18 +44,18 @@ class Group:
         more = f" and {len(self.runs) - 1} more" if len(self.runs) > 1 else ""
         return f"{self.label}: {self.runs[0].name}{more}"
 
-    def of(self, metric: str) -> list[Figure]:
-        return [run.figures[metric] for run in self.runs if metric in run.figures]
+    def of(self, metric: str) -> list[Metric]:
+        return [run.metrics[metric] for run in self.runs if metric in run.metrics]
 
     def enough_seeds(self, metric: str) -> bool:
-        """Of the runs that have the figure: as many as a spread needs, and no seed twice."""
-        seeds = [str(run.seed) for run in self.runs if metric in run.figures]
+        """Of the runs that have the metric: as many as a spread needs, and no seed twice."""
+        seeds = [str(run.seed) for run in self.runs if metric in run.metrics]
         return len(seeds) >= FEWEST_SEEDS and len(set(seeds)) == len(seeds)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One figure in every group, and what is said of each group but the first beside the first."""
+    """One metric in every group, and what is said of each group but the first beside the first."""
 
     metric: str
     way: int
@@ -82,7 +83,7 @@ class Comparison:
         """For compare.json."""
         of_runs = [
             {"group": group.label, "run": run.place, "name": run.name, "stage": run.stage, "seed": run.seed}
-            | {"figures": {name: figure.content() for name, figure in run.figures.items()}}
+            | {"figures": {name: _metric_content(metric) for name, metric in run.metrics.items()}}
             for group, run in self.runs
         ]
         of_rows = [
@@ -111,11 +112,11 @@ def compare_runs(places: Sequence[str]) -> Comparison:
         UserError: what `read_runs` refuses.
     """
     groups = group_runs(read_runs(places))
-    names = dict.fromkeys(name for group in groups for run in group.runs for name in run.figures)
+    names = dict.fromkeys(name for group in groups for run in group.runs for name in run.metrics)
     rows, equal, members = [], {}, sum(len(group.runs) for group in groups)
     for name in sorted(names, key=_row_order):
-        figures = [group.of(name) for group in groups]
-        values = [figure.value for found in figures for figure in found]
+        metrics = [group.of(name) for group in groups]
+        values = [metric.value for found in metrics for metric in found]
         if len(values) == members and len(set(values)) == 1:
             equal[name] = values[0]
             continue
@@ -124,10 +125,16 @@ def compare_runs(places: Sequence[str]) -> Comparison:
             estimate_mean(found, enough_seeds=group.enough_seeds(name))
             if found and not differing_settings(found)
             else None
-            for group, found in zip(groups, figures, strict=True)
+            for group, found in zip(groups, metrics, strict=True)
         ]
         rows.append(Row(name, better_direction(name), estimates, verdicts))
     return Comparison(groups, config_differences(groups), rows, equal, list(_notes(groups, rows)))
+
+
+def _metric_content(metric: Metric) -> dict[str, Any]:
+    interval = estimate_from_sampling([metric]).interval()
+    known = {"value": metric.value, "standard_error": metric.standard_error, "interval": interval}
+    return {**known, "settings": dict(metric.settings)}
 
 
 def _group_verdict(name: str, first: Group, other: Group) -> Verdict:
@@ -244,11 +251,11 @@ def _notes(groups: Sequence[Group], rows: Sequence[Row]) -> Iterator[str]:
         run.place
         for run in runs
         if not run.stale
-        and not any(f.settings.get("reference") or f.settings.get("images") for f in run.figures.values())
+        and not any(f.settings.get("reference") or f.settings.get("images") for f in run.metrics.values())
     ]:
         yield f"Without an evaluation: {_first_three(without)}. Make one: {_evaluation_of(without)}"
     for group in groups:
-        names = dict.fromkeys(name for run in group.runs for name in run.figures)
+        names = dict.fromkeys(name for run in group.runs for name in run.metrics)
         unlike = {setting: None for name in names for setting in differing_settings(group.of(name))}
         if unlike:
             yield f"The runs of {group.label} were not measured alike ({', '.join(unlike)}): no mean of those figures."

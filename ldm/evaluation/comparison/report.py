@@ -18,6 +18,7 @@ from ldm.evaluation.comparison.compare import Comparison, Row
 from ldm.evaluation.comparison.curves import plot_curves
 from ldm.evaluation.comparison.statistics import SAMPLING, Estimate, Verdict, estimate_mean
 from ldm.files.atomic import durable_file, write_text
+from ldm.metrics.metric import Metric
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1f2328; --faint: #656d76; --line: #d0d7de; --paper: #fff; --good: #0b6e4f; }
@@ -126,7 +127,7 @@ class ComparisonReport:
         members = [[group.label, run.place, str(run.seed), run.name] for group, run in self.comparison.runs]
         unlike = [[key, *values] for key, values in self.comparison.differences.items()]
         by_run = [
-            [row.metric, *(_format_metric(run.figures.get(row.metric)) for _, run in self.comparison.runs)]
+            [row.metric, *(_format_single(run.metrics.get(row.metric)) for _, run in self.comparison.runs)]
             for row in self.comparison.rows
         ]
         names = [f"{group.label} {run.name}" for group, run in self.comparison.runs]
@@ -197,8 +198,8 @@ def format_verdict(row: Row, verdict: Verdict) -> str:
     return verdict.text if row.way else ""
 
 
-def _format_metric(figure: Any) -> str:
-    return format_estimate(None if figure is None else estimate_mean([figure], enough_seeds=False))
+def _format_single(metric: Metric | None) -> str:
+    return format_estimate(None if metric is None else estimate_mean([metric], enough_seeds=False))
 
 
 def _row_title(row: Row) -> str:

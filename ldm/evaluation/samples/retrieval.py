@@ -10,11 +10,12 @@ from torch import Tensor
 
 from ldm.data.images import ImageData
 from ldm.evaluation.samples.memorisation import nearest_by_cosine
+from ldm.metrics.metric import Metric
 from ldm.metrics.neighbours import retrieval_ranks
 from ldm.networks.conditioning import TextCondition
 
-Found = tuple[dict[str, float], list[str]]
-"""Figures by name, and lines that say them."""
+Found = tuple[dict[str, Any], list[str]]
+"""Metrics by name, and lines that explain them."""
 
 
 def training_retrieval(found: Mapping[str, Tensor], train: Tensor, rows: Tensor, features: str) -> Found:
@@ -26,8 +27,8 @@ def training_retrieval(found: Mapping[str, Tensor], train: Tensor, rows: Tensor,
         rows: The training image of each sample's caption, [n].
         features: Their key.
     """
-    figures, lines = _retrieval(found, train, rows, "{}")
-    return figures, [f"Retrieval of the caption's own image among {len(train)} training images, {features}:", *lines]
+    metrics, lines = _retrieval(found, train, rows, "{}")
+    return metrics, [f"Retrieval of the caption's own image among {len(train)} training images, {features}:", *lines]
 
 
 def held_out_retrieval(
@@ -46,7 +47,7 @@ def held_out_retrieval(
         validation, train: Of all validation and training images.
         rows: The validation image of each sample's caption, [n].
     """
-    figures, lines = _retrieval(found, validation, rows, "held_out_{}")
+    metrics, lines = _retrieval(found, validation, rows, "held_out_{}")
     captions = images.require_captions()
     prompts = conditioning.encode([captions[images.val_indices[row]] for row in rows.tolist()])["pooled"]
     lines.append("  cosine of the prompt's embedding and that of the caption of the nearest training image:")
@@ -55,12 +56,12 @@ def held_out_retrieval(
         texts = [images.captions_of(images.train_indices[row]) for row in nearest.tolist()]
         shown = conditioning.encode([text for several in texts for text in several])["pooled"]
         own, permuted, error = caption_agreement(prompts, shown.split([len(several) for several in texts]))
-        figures |= {f"caption_cosine_held_out_{name}": own, f"caption_cosine_held_out_{name}_standard_error": error}
-        figures.setdefault("caption_cosine_held_out_permuted", permuted)  # of the samples, which come first
+        metrics[f"caption_cosine_held_out_{name}"] = Metric(own, error)
+        metrics.setdefault("caption_cosine_held_out_permuted", permuted)  # of the samples, which come first
         lines.append(f"  {name:18} {own:.3f} +- {error:.3f}, with other prompts {permuted:.3f}")
     among = f"retrieval of the own image among {len(validation)} validation images, {features}:"
     head = f"{len(rows)} captions that training never saw: {among}"
-    return {"num_held_out": len(rows), **figures}, [head, *lines]
+    return {"num_held_out": len(rows), **metrics}, [head, *lines]
 
 
 def caption_agreement(prompts: Tensor, shown: Sequence[Tensor]) -> tuple[float, float, float]:
@@ -90,13 +91,13 @@ def caption_agreement(prompts: Tensor, shown: Sequence[Tensor]) -> tuple[float, 
 
 
 def _retrieval(found: Mapping[str, Tensor], gallery: Tensor, rows: Tensor, form: str) -> Found:
-    figures: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
     lines = []
     for name, features in found.items():
         ranks = retrieval_ranks(features, gallery, rows[: len(features)])
         shares = [(ranks < k).float().mean().item() for k in (1, 5)]
-        figures |= {f"retrieval_at_{k}_{form.format(name)}": share for k, share in zip((1, 5), shares, strict=True)}
+        metrics |= {f"retrieval_at_{k}_{form.format(name)}": share for k, share in zip((1, 5), shares, strict=True)}
         lines.append(f"  {name:18} @1 {shares[0]:6.1%}   @5 {shares[1]:6.1%}")
     chances = [min(1.0, k / len(gallery)) for k in (1, 5)]
-    figures |= {f"retrieval_at_{k}_{form.format('chance')}": share for k, share in zip((1, 5), chances, strict=True)}
-    return figures, [*lines, f"  {'chance':18} @1 {chances[0]:6.2%}   @5 {chances[1]:6.2%}"]
+    metrics |= {f"retrieval_at_{k}_{form.format('chance')}": share for k, share in zip((1, 5), chances, strict=True)}
+    return metrics, [*lines, f"  {'chance':18} @1 {chances[0]:6.2%}   @5 {chances[1]:6.2%}"]

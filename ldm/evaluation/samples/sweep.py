@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from torch import Tensor
 from ldm.data.images import ImageData
 from ldm.diffusion.sampler import SamplerLike
 from ldm.errors import UserError
+from ldm.evaluation.evaluation_file import metrics_to_json
 from ldm.evaluation.features import describe_features, extract, load_features, reference_features
 from ldm.evaluation.samples.distances import Measures, fd_name
 from ldm.evaluation.samples.kept import check_guidance, draw_and_keep
-from ldm.metrics.subsets import jackknife_error
+from ldm.metrics.subsets import NUM_SUBSETS, jackknife_error
 from ldm.sampling.draw import describe
 from ldm.sampling.pipeline import LatentDiffusionPipeline
 
@@ -56,6 +58,47 @@ def sweep_sampler(
         UserError: both vary, guidance of a model that knows none, too few samples, what `draw_and_keep` refuses; of
             every value before the first is drawn.
     """
+    _check_sweep(pipeline, samplers, guidances, num_samples)
+    guidances = [check_guidance(guidance) for guidance in guidances]
+    over = "sampler.steps" if len(samplers) > 1 else "guidance"
+    network = load_features(features, images, features_path).to(pipeline.device)
+    train = reference_features(network, features, images)[torch.from_numpy(images.train_indices)]
+    measures = Measures.choose(train, num_samples)
+    draw = partial(draw_and_keep, pipeline, images, folder=folder, num_samples=num_samples, seed=seed, **options)
+    rows: list[dict[str, Any]] = []
+    replicates = []
+    for steps, sampler in samplers.items():
+        for guidance in guidances:
+            value = steps if over == "sampler.steps" else guidance
+            kept = draw(sampler=sampler, guidance=guidance)
+            row, without = _measure_value(measures, extract(network, kept, f"features, {over}={value}"))
+            cost = {"network_evaluations": kept.evaluations, "seconds": kept.seconds}
+            rows.append({"value": value, **cost, **row})
+            replicates.append(without)
+    compare_with_best(rows, replicates)
+    return {
+        "over": over,
+        "metric": fd_name(network, measures.num_components),
+        **describe_features(network, features),
+        "num_samples": num_samples,
+        "num_per_subset": min(num_samples, len(train)) // NUM_SUBSETS,
+        "reference": f"{images.name}/train@{images.fingerprint[:8]}",
+        "num_reference": len(train),
+        "sampler": {**describe(next(iter(samplers.values()))), "steps": list(samplers)},
+        "guidance": list(guidances),
+        "seed": seed,
+        "rows": rows,
+        "knee": knee(rows),
+        "rule": RULE,
+    }
+
+
+def _check_sweep(
+    pipeline: LatentDiffusionPipeline,
+    samplers: Mapping[float, SamplerLike],
+    guidances: Sequence[float],
+    num_samples: int,
+) -> None:
     if len(samplers) > 1 and len(guidances) > 1:
         raise UserError("sampler.steps= and guidance= are both lists. Vary one, then the other.")
     if len(guidances) > 1 and pipeline.conditioning.kind == "none":
@@ -70,53 +113,16 @@ def sweep_sampler(
             sampler.check(pipeline.schedule)
         except ValueError as error:
             raise UserError(f"sampler={sampler.method} with {steps} steps: {error}.") from error
-    guidances = [check_guidance(guidance) for guidance in guidances]
-    over = "sampler.steps" if len(samplers) > 1 else "guidance"
-    network = load_features(features, images, features_path).to(pipeline.device)
-    train = reference_features(network, features, images)[torch.from_numpy(images.train_indices)]
-    measures = Measures.choose(train, num_samples)
-    rows: list[dict[str, Any]] = []
-    replicates = []
-    for steps, sampler in samplers.items():
-        for guidance in guidances:
-            kept = draw_and_keep(
-                pipeline,
-                images,
-                sampler,
-                folder,
-                num_samples=num_samples,
-                guidance=guidance,
-                seed=seed,
-                **options,
-            )
-            value = steps if over == "sampler.steps" else guidance
-            found = extract(network, kept, f"features, {over}={value}")
-            frechet = measures.frechet(found)
-            assert frechet is not None, "as many components as the samples allow"
-            measured = measures.of(found, frechet=frechet)
-            row: dict[str, Any] = {"value": value, "network_evaluations": kept.evaluations, "seconds": kept.seconds}
-            row |= {"distance": frechet[0], "standard_error": jackknife_error(frechet[1])}
-            row["kd"], row["kd_standard_error"] = measured["kd"] or (None, None)
-            for name in ("precision", "recall"):
-                row[name] = None if (numbers := measured[name]) is None else numbers[0]
-            rows.append(row)
-            replicates.append(frechet[1])
-    compare_with_best(rows, replicates)
-    return {
-        "over": over,
-        "metric": fd_name(network, measures.num_components),
-        **describe_features(network, features),
-        "num_samples": num_samples,
-        "num_per_subset": measures.num_per_subset(found),
-        "reference": f"{images.name}/train@{images.fingerprint[:8]}",
-        "num_reference": len(train),
-        "sampler": {**describe(next(iter(samplers.values()))), "steps": list(samplers)},
-        "guidance": list(guidances),
-        "seed": seed,
-        "rows": rows,
-        "knee": knee(rows),
-        "rule": RULE,
-    }
+
+
+def _measure_value(measures: Measures, features: Tensor) -> tuple[dict[str, Any], Tensor]:
+    """Metrics of the samples of one value, and the replicates of their distance."""
+    frechet = measures.frechet(features)
+    assert frechet is not None, "as many components as the samples allow"
+    found = measures.of(features, frechet=frechet)
+    row = {"distance": frechet[0], "standard_error": found["fd"].standard_error, **metrics_to_json({"kd": found["kd"]})}
+    row |= {name: found[name].value if found[name].is_measured else None for name in ("precision", "recall")}
+    return row, frechet[1]
 
 
 def compare_with_best(rows: Sequence[dict[str, Any]], replicates: Sequence[Tensor]) -> None:

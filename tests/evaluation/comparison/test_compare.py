@@ -40,14 +40,13 @@ from ldm.evaluation.comparison.runs import is_of_wandb
 from ldm.evaluation.comparison.statistics import (
     SAMPLING,
     SEEDS,
-    Figure,
     better_direction,
     compare_groups,
     estimate_from_seeds,
     holm,
-    share_error,
 )
 from ldm.latents.contract import LatentContract
+from ldm.metrics.metric import Metric, share_error
 from ldm.networks.conditioning import ClassCondition, NoCondition
 from ldm.networks.dit import DiT
 from ldm.runs.lineage import weights_sha256
@@ -176,10 +175,10 @@ def test_names_say_which_way_is_better(name, way):
 def test_the_intervals_are_scipys():
     generator = np.random.default_rng(0)
     first, second = generator.normal(0, 1, 4), generator.normal(0.5, 3, 6)
-    own = estimate_from_seeds([Figure(value) for value in first])
+    own = estimate_from_seeds([Metric(value) for value in first])
     low, high = stats.ttest_1samp(first, 0).confidence_interval(0.95)
     assert own.interval() == pytest.approx([low, high]) and own.noise == SEEDS
-    found = compare_groups("kd", [Figure(x) for x in first], [Figure(x) for x in second], ("A", "B"), enough_seeds=True)
+    found = compare_groups("kd", [Metric(x) for x in first], [Metric(x) for x in second], ("A", "B"), enough_seeds=True)
     low, high = stats.ttest_ind(second, first, equal_var=False).confidence_interval(0.95)
     assert found.difference.interval() == pytest.approx([low, high])
 
@@ -188,7 +187,7 @@ def test_verdicts_of_nothing_are_wrong_one_time_in_twenty():
     generator = np.random.default_rng(1)
     claimed = 0
     for _ in range(2000):
-        first, second = ([Figure(value) for value in generator.normal(0, 1, 3)] for _ in range(2))
+        first, second = ([Metric(value) for value in generator.normal(0, 1, 3)] for _ in range(2))
         claimed += compare_groups("kd", first, second, ("A", "B"), enough_seeds=True).text != "within noise"
     assert 0.015 < claimed / 2000 < 0.06  # Welch's test is a little shy with three a side
 
@@ -201,7 +200,7 @@ def test_of_many_figures_together_one_is_wrong_in_one_case_of_twenty():
     for _ in range(1000):
         shared = generator.normal(0, 1, (2, 3, 1))
         drawn = shared * (np.arange(17) < 10) + generator.normal(0, 1, (2, 3, 17))
-        sides = [[estimate_from_seeds([Figure(value) for value in side[:, i]]) for i in range(17)] for side in drawn]
+        sides = [[estimate_from_seeds([Metric(value) for value in side[:, i]]) for i in range(17)] for side in drawn]
         tests = {str(i): compare_statistics.estimate_difference(sides[0][i], sides[1][i]).p_value for i in range(17)}
         claimed += bool(holm(tests))
     assert claimed / 1000 < 0.06
@@ -774,12 +773,12 @@ def test_a_sweep_and_its_knee_reach_wandb_and_the_table(trained, images, call, o
     training.summary_metrics |= {**run.facts["figures"], "pipeline_sha256": told.taken.digest}
     evaluation.config, evaluation.summary_metrics = flatten(told.config), told.summary
     near, far = (compare_runs([place, other]).runs[0][1] for place in ("runs/diffusion/a", "me/ldm/aaa"))
-    assert near.figures["fd_samples"].settings["sampler.steps"] == figures["sampler"]["steps"]
+    assert near.metrics["fd_samples"].settings["sampler.steps"] == figures["sampler"]["steps"]
 
     def stated(measured):
         return {
-            name: (figure.value, {key: value for key, value in figure.settings.items() if value is not None})
-            for name, figure in measured.figures.items()
+            name: (metric.value, {key: value for key, value in metric.settings.items() if value is not None})
+            for name, metric in measured.metrics.items()
         }
 
     assert stated(far) == stated(near) and not far.stale and not far.doubtful

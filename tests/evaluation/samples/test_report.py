@@ -218,34 +218,34 @@ def test_every_row_is_measured_alike(pipeline, images, tmp_path):
     found = measure_samples(
         pipeline, images, SAMPLER, features="mean_colours", num_samples=24, folder=tmp_path, **OPTIONS
     )
-    figures = found.figures
+    metrics = found.to_json()
     n = len(images.train_indices)
-    assert (figures["num_samples"], figures["num_reference"]) == (24, n)
-    assert figures["num_floor"] == min(24, n // 2) and figures["num_validation"] == len(images.val_indices)
-    assert figures["fd_components"] == min(24, n // 2) // 2
-    assert figures["fd_name"] == f"FD on {figures['fd_components']} components"
+    assert (metrics["num_samples"], metrics["num_reference"]) == (24, n)
+    assert metrics["num_floor"] == min(24, n // 2) and metrics["num_validation"] == len(images.val_indices)
+    assert metrics["fd_components"] == min(24, n // 2) // 2
+    assert metrics["fd_name"] == f"FD on {metrics['fd_components']} components"
     assert (
-        figures["num_per_subset_samples"] == 6
-        and figures["num_per_subset_validation"] == figures["num_validation"] // 4
+        metrics["num_per_subset_samples"] == 6
+        and metrics["num_per_subset_validation"] == metrics["num_validation"] // 4
     )
     assert "subset" in found.lines[1].split()
-    assert f"FD on {figures['fd_components']} PCA components of pets/train@" in found.lines[0]
+    assert f"FD on {metrics['fd_components']} PCA components of pets/train@" in found.lines[0]
     said = " ".join(found.lines)
     assert "has 19 degrees of freedom (95 % within 2.1 of them)" in said and max(map(len, found.lines)) < 160
     assert "their errors have 3 degrees of freedom (95 % within 3.2 of them)" in said
     for row in ("samples", "reconstructions", "vae", "floor"):
-        assert figures[f"num_{row}"] >= 22 and figures[f"fd_{row}"] >= 0, row
-        assert figures[f"kd_{row}_standard_error"] > 0 and 0 <= figures[f"precision_{row}"] <= 1
-        assert figures[f"density_{row}"] is None or figures[f"density_{row}"] >= 0
-    assert figures["fd_floor"] < figures["fd_samples"] and "cmmd_samples" not in figures
-    assert len(figures["closest_pairs"]) == 12 and figures["closest_pairs"][0]["training_image"] in images.names
-    assert figures["network_evaluations_per_sample"] == 6
+        assert metrics[f"num_{row}"] >= 22 and metrics[f"fd_{row}"] >= 0, row
+        assert metrics[f"kd_{row}_standard_error"] > 0 and 0 <= metrics[f"precision_{row}"] <= 1
+        assert metrics[f"density_{row}"] is None or metrics[f"density_{row}"] >= 0
+    assert metrics["fd_floor"] < metrics["fd_samples"] and "cmmd_samples" not in metrics
+    assert len(metrics["closest_pairs"]) == 12 and metrics["closest_pairs"][0]["training_image"] in images.names
+    assert metrics["network_evaluations_per_sample"] == 6
     found.save(tmp_path / "evaluation.json")
-    assert json.loads((tmp_path / "evaluation.json").read_text()) == json.loads(json.dumps(figures))
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == json.loads(json.dumps(metrics))
     assert (tmp_path / "nearest.png").is_file()
     again = measure_samples(pipeline, images, SAMPLER, features="mean_colours", num_samples=24, **OPTIONS)
-    assert {k: v for k, v in again.figures.items() if "seconds" not in k} == {
-        k: v for k, v in figures.items() if "seconds" not in k
+    assert {k: v for k, v in again.to_json().items() if "seconds" not in k} == {
+        k: v for k, v in metrics.items() if "seconds" not in k
     }, "kept or drawn again, it is the same"
 
 
@@ -268,10 +268,10 @@ def test_what_a_classifier_mistakes_is_no_shift(pipeline, images, tmp_path, monk
     monkeypatch.setattr(report, "load_features", lambda *_: mistaken)
     here = replace(images, path=tmp_path)
     found = measure_samples(pipeline, here, SAMPLER, features="classifier", num_samples=24, folder=tmp_path, **OPTIONS)
-    assert found.figures["class_shift_samples"] == found.figures["class_shift_validation"] == 0
+    assert found.to_json()["class_shift_samples"] == found.to_json()["class_shift_validation"] == 0
     chosen = images.train_indices[chosen_rows(images.train_indices, 24, 0)]
     dogs = np.mean([images.labels[i] == 1 for i in chosen])
-    assert found.figures["class_accuracy_samples"] == pytest.approx(dogs)
+    assert found.to_json()["class_accuracy_samples"] == pytest.approx(dogs)
     assert sum(calls) == len(images) + 3 * 24, "every image once: all data, samples, reconstructions, the VAE alone"
 
 
@@ -280,8 +280,8 @@ def test_a_smaller_evaluation_of_the_same_weights_does_not_replace_a_larger_one(
     place.parent.mkdir()
 
     def made(num_samples: int, weights: str) -> Path:
-        figures = {"weights_sha256": weights, "num_samples": num_samples}
-        return SampleReport(figures, [], {"nearest.png": Image.new("RGB", (4, 4))}).save_unless_smaller(
+        metrics = {"weights_sha256": weights, "num_samples": num_samples}
+        return SampleReport(metrics, [], {"nearest.png": Image.new("RGB", (4, 4))}).save_unless_smaller(
             place, elsewhere
         )
 
@@ -298,9 +298,9 @@ def test_classes_that_were_asked_for(pipeline, images, tmp_path):
     found = measure_samples(
         pipeline, images, SAMPLER, features="classifier", num_samples=24, folder=tmp_path, **OPTIONS
     )
-    assert 0 <= found.figures["class_accuracy_samples"] <= 1
-    assert found.figures["class_accuracy_samples_standard_error"] <= 0.5 / 24**0.5
-    assert 0 <= found.figures["class_shift_samples"] <= 1
+    assert 0 <= found.to_json()["class_accuracy_samples"] <= 1
+    assert found.to_json()["class_accuracy_samples_standard_error"] <= 0.5 / 24**0.5
+    assert 0 <= found.to_json()["class_shift_samples"] <= 1
     assert any("the class that was asked for" in line for line in found.lines)
 
 
@@ -349,12 +349,12 @@ def test_the_frechet_distance_takes_all_dimensions_where_it_can():
     assert Measures.choose(train, 39).num_components == 19
     assert Measures.choose(train, 1000).components is None and Measures.choose(train[:78], 1000).num_components == 19
     few = Measures.choose(train, 1000).of(train[:10])
-    assert few["fd"] is None and few["kd"] is not None and few["density"] is None
+    assert [few[name].is_measured for name in ("fd", "kd", "density")] == [False, True, False]
     some, others = halves(train, 30, seed=0)
     assert len(some) == 30 and len(others) == 70
     assert torch.equal(torch.cat([some, others]).sort(0).values, train.sort(0).values)
     clip = Measures(train, None, with_cmmd=True).of(train[:50])
-    assert clip["cmmd"][0] > 0 < clip["cmmd"][1]
+    assert clip["cmmd"].value > 0 < clip["cmmd"].standard_error
     lines = distance_table({"a": (10, 2, few), "bb": (50, 12, clip)}, "FID")
     assert fd_name(MeanColours(), None) == "FD" and fd_name(MeanColours(), 3) == "FD on 3 components"
     assert (
@@ -508,10 +508,10 @@ def test_held_out_captions_are_looked_for_among_held_out_images(images):
     same = {name: [i for i in images.train_indices if captions[i] == name][0] for name in "0123"}
     asked = [captions[images.val_indices[row]] for row in rows]
     found = {"samples": features[[same[name] for name in asked]], "reconstructions": validation[rows]}
-    figures, lines = held_out_retrieval(found, validation, train, rows, here, Encoder(), "random")
-    assert figures["num_held_out"] == 9 and figures["retrieval_at_1_held_out_reconstructions"] == 1
-    assert figures["retrieval_at_5_held_out_chance"] == 5 / len(validation)
-    assert figures["caption_cosine_held_out_samples"] == 1 > figures["caption_cosine_held_out_permuted"]
+    metrics, lines = held_out_retrieval(found, validation, train, rows, here, Encoder(), "random")
+    assert metrics["num_held_out"] == 9 and metrics["retrieval_at_1_held_out_reconstructions"] == 1
+    assert metrics["retrieval_at_5_held_out_chance"] == 5 / len(validation)
+    assert metrics["caption_cosine_held_out_samples"].value == 1 > metrics["caption_cosine_held_out_permuted"]
     expected = np.mean([a == b for i, a in enumerate(asked) for j, b in enumerate(asked) if i != j])
-    assert figures["caption_cosine_held_out_permuted"] == pytest.approx(expected)
+    assert metrics["caption_cosine_held_out_permuted"] == pytest.approx(expected)
     assert "9 captions that training never saw" in lines[0] and f"{len(validation)} validation images" in lines[0]
