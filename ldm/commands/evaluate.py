@@ -38,7 +38,7 @@ def evaluate_autoencoder(config: DictConfig, run: Any) -> dict[str, Any]:
         curve = run.path / "training.png"
         plot_training(read_curves(metrics), f"Training of {run.path}").savefig(curve, dpi=130)
         print(f"how training went: {curve}")
-    return {"values": report.figures, "pictures": {"worst reconstructions": report.picture}, "files": files}
+    return {"values": report.to_json(), "pictures": {"worst reconstructions": report.picture}, "files": files}
 
 
 def evaluate_diffusion(config: DictConfig, run: Any) -> dict[str, Any]:

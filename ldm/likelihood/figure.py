@@ -57,7 +57,7 @@ def _plot_terms(axes: Any, columns: dict[str, Terms]) -> None:
     labels: list[str] = []
     reached = [0.0]
     for name, terms in columns.items():
-        found, end = terms.figures(), 0.0
+        found, end = {name: metric.value for name, metric in terms.metrics().items()}, 0.0
         for key in terms.parts:
             axes.barh(len(labels), found[key], left=end, height=0.7, color=CREDIT if found[key] < 0 else CHAIN)
             at = max(end, end + found[key])
@@ -66,7 +66,7 @@ def _plot_terms(axes: Any, columns: dict[str, Terms]) -> None:
             reached.append(end)
             labels.append(key)
         axes.barh(len(labels), end, height=0.7, color=INK)
-        text = f" {end:.3f} ± {found['standard_error']:.3f}"
+        text = f" {end:.3f} ± {terms.metrics()['total'].standard_error:.3f}"
         axes.text(max(end, 0.0), len(labels), text, va="center", fontsize=8, weight="bold")
         labels += [f"{name}: total", ""]
     axes.set_yticks([y for y, label in enumerate(labels) if label], [label for label in labels if label], fontsize=8)

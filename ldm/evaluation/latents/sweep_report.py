@@ -13,6 +13,7 @@ from rich.table import Table
 
 from ldm.errors import UserError
 from ldm.evaluation.classifier import Classifier
+from ldm.evaluation.evaluation_file import metrics_to_json
 from ldm.evaluation.latents.report import PCA_IMAGES, pca_curve
 from ldm.evaluation.latents.sweep import SweepTraining, format_duration
 from ldm.evaluation.latents.sweep_figure import plot_size_sweep
@@ -21,6 +22,7 @@ from ldm.evaluation.reconstructions import report as reconstruction_report
 from ldm.latents import spectrum
 from ldm.metrics.features import CHOICES
 from ldm.metrics.image import patch_components
+from ldm.metrics.metric import UNMEASURED
 from ldm.runs.run import Run, choose_images
 from ldm.runtime import shell
 
@@ -29,14 +31,8 @@ LONGER, MOST_MINUTES = 10, 5999
 
 
 NO_FEATURES = "none"
-MEASURED = ("psnr_db", "psnr_db_standard_error", "pca_psnr_db", "ssim", "kl_bits", "features_in_loss")
-IN_FEATURES = {
-    "fd": "fd_reconstructions",
-    "fd_components": "fd_components",
-    "kd": "kd_reconstructions",
-    "kd_standard_error": "kd_reconstructions_standard_error",
-}
-"""What a row calls the figures that there are only where features were measured."""
+IN_FEATURES = ("fd", "kd", "kd_standard_error")
+"""Keys of a row that are null where no features were measured."""
 ROWS = (
     ("latent", "latent_shape", ""),
     ("values per image", "num_values", "d"),
@@ -151,7 +147,7 @@ def measure_sweep(
         print(f"measuring {number} of {len(runs)}: {training.name}", flush=True)
         report = reconstruction_report.measure_reconstructions(run, device=device, **options)
         report.save(run.path)
-        rows.append(_sweep_row(training, run, report.figures))
+        rows.append(_sweep_row(training, run, report.content))
     pca: dict[str, Any] = {}
     for factor in sorted({training.size.factor for training in trainings}):
         most = max(training.size.channels for training in trainings if training.size.factor == factor)
@@ -166,7 +162,7 @@ def measure_sweep(
             "images": f"{images.name}/val@{images.fingerprint[:8]}",
             "resolution": images.resolution,
             **options,
-            "num_images": report.figures["num_images"],
+            "num_images": report.content["num_images"],
             "target_psnr_db": target_psnr_db,
             "rows": rows,
             "pca": pca,
@@ -178,6 +174,7 @@ def measure_sweep(
 def _sweep_row(training: SweepTraining, run: Run, measured: Mapping[str, Any]) -> dict[str, Any]:
     channels, height, width = run.facts["latent_shape"]
     values, done = channels * height * width, run.facts["figures"]
+    distance = measured.get("fd_reconstructions", UNMEASURED)
     return {
         "name": training.name,
         "run": str(run.path),
@@ -187,9 +184,15 @@ def _sweep_row(training: SweepTraining, run: Run, measured: Mapping[str, Any]) -
         "latent_shape": [channels, height, width],
         "num_values": values,
         "compression": 3 * (height * training.size.factor) ** 2 / values,
-        **{key: measured[key] for key in MEASURED},
-        "gain_db": measured["psnr_db"] - measured["pca_psnr_db"],
-        **{key: measured.get(name) for key, name in IN_FEATURES.items()},
+        **metrics_to_json({"psnr_db": measured["psnr_db"]}),
+        "pca_psnr_db": measured["pca_psnr_db"],
+        "ssim": measured["ssim"].value,
+        "kl_bits": measured["kl_bits"],
+        "features_in_loss": measured["features_in_loss"],
+        "gain_db": measured["psnr_db"].value - measured["pca_psnr_db"],
+        "fd": distance.value if distance.is_measured else None,
+        "fd_components": measured.get("fd_components"),
+        **metrics_to_json({"kd": measured.get("kd_reconstructions", UNMEASURED)}),
         "steps": done["steps"],
         "minutes": done["training_s"] / 60,
     }

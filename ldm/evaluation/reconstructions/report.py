@@ -18,6 +18,7 @@ from ldm.autoencoder.autoencoder import Autoencoder
 from ldm.autoencoder.perceptual import LPIPS, has_lpips
 from ldm.data.images import ImageData
 from ldm.errors import UserError
+from ldm.evaluation.evaluation_file import metrics_to_json
 from ldm.evaluation.features import describe_features, load_features, reference_features
 from ldm.evaluation.latents.report import PCA_IMAGES, pca_curve
 from ldm.evaluation.reconstructions.figure import image_text, plot_reconstructions
@@ -26,6 +27,7 @@ from ldm.evaluation.samples.distances import fd_name
 from ldm.files.atomic import durable_file, write_text
 from ldm.metrics.codes import codebook, kl, rate
 from ldm.metrics.image import patch_components, psnr, ssim
+from ldm.metrics.metric import UNMEASURED, Metric
 from ldm.metrics.subsets import NUM_SUBSETS
 from ldm.runs.run import Run, choose_images
 from ldm.runtime import shell
@@ -37,14 +39,17 @@ WORST, TRAIN_IMAGES = 12, 4096
 
 @dataclass(frozen=True)
 class ReconstructionReport:
-    """Figures for evaluation.json, and a picture of the worst reconstructions."""
+    """Metrics and their settings by name, and a picture of the worst reconstructions."""
 
-    figures: dict[str, Any]
+    content: dict[str, Any]
     picture: Image.Image
 
+    def to_json(self) -> dict[str, Any]:
+        return metrics_to_json(self.content)
+
     def table(self) -> Table:
-        """A row per measure, with its standard error over the images and what stands beside it."""
-        found, size = self.figures, f"{self.figures['num_images']} held-out images"
+        """A row per metric, with its standard error over the images and what stands beside it."""
+        found, size = self.content, f"{self.content['num_images']} held-out images"
         of = f"; features: {_feature_title(found)}" if found["features"] else ""
         table = Table(title=f"Reconstructions of {size}, {found['images']}{of}", title_justify="left")
         table.add_column("")
@@ -53,17 +58,18 @@ class ReconstructionReport:
         table.add_column("beside it")
 
         def add(name: str, key: str, digits: int, beside: str = "") -> None:
-            numbers = (found.get(key), found.get(f"{key}_standard_error"))
-            if numbers[0] is not None:
+            metric = found[key] if isinstance(found[key], Metric) else Metric(found[key])
+            if metric.is_measured:
+                numbers = (metric.value, metric.standard_error)
                 table.add_row(name, *("" if x is None else f"{x:.{digits}f}" for x in numbers), beside)
 
         add("PSNR, dB", "psnr_db", 2, f"PCA of the same size: {found['pca_psnr_db']:.2f}")
         add("SSIM", "ssim", 4)
         add("LPIPS", "lpips", 4)
         for kind in ("fd", "kd") if found["features"] else ():
-            floor, error = found[f"{kind}_validation"], found[f"{kind}_validation_standard_error"]
-            more = "" if error is None else f" +- {error:.4f}"
-            beside = "" if floor is None else f"validation to training: {floor:.4f}{more}"
+            floor = found[f"{kind}_validation"]
+            more = "" if floor.standard_error is None else f" +- {floor.standard_error:.4f}"
+            beside = f"validation to training: {floor.value:.4f}{more}" if floor.is_measured else ""
             add(found["fd_name"] if kind == "fd" else "KD", f"{kind}_reconstructions", 4, beside)
         if found["kl_bits"] is not None:
             add("KL, bits per image", "kl_bits", 1, f"per pixel value: {found['kl_bits_per_value']:.3f}")
@@ -76,7 +82,7 @@ class ReconstructionReport:
     @property
     def lines(self) -> list[str]:
         """What the distances are of, and what they do not prove."""
-        found, lines = self.figures, []
+        found, lines = self.content, []
         if found["features"]:
             n, reference = found["num_images"], found["reference"]
             of = f", PCA of {reference}" if found["fd_components"] else ""
@@ -86,7 +92,7 @@ class ReconstructionReport:
                 f"validation against training images: ref={reference}, N={found['num_reference']}. {name} compares at "
                 "equal N only."
             )
-            if found["kd_reconstructions"] is None:
+            if not found["kd_reconstructions"].is_measured:
                 lines.append(f"KD is left out: {NUM_SUBSETS} subsets of two need {2 * NUM_SUBSETS} images.")
             if "classifier_val_accuracy" in found:
                 share = found["classifier_val_accuracy"]
@@ -107,13 +113,13 @@ class ReconstructionReport:
         data, picture = folder / "evaluation.json", folder / "worst_reconstructions.png"
         with durable_file(picture) as partial:
             self.picture.save(partial)
-        write_text(data, json.dumps(self.figures, indent=2) + "\n")
+        write_text(data, json.dumps(self.to_json(), indent=2) + "\n")
         return data, picture
 
 
-def _feature_title(figures: dict[str, Any]) -> str:
+def _feature_title(content: dict[str, Any]) -> str:
     """Features by what tells them apart: name, weights, size, library."""
-    return figures["features_key"] + (f" ({figures['features_library']})" if figures["features_library"] else "")
+    return content["features_key"] + (f" ({content['features_library']})" if content["features_library"] else "")
 
 
 def measure_reconstructions(
@@ -145,8 +151,7 @@ def measure_reconstructions(
     in_loss = run.facts.get("perceptual_features", [])
     gallery = None if network is None else reference_features(network, features, images)
     found = _compare_images(autoencoder, images, indices, network, lpips, batch_size)
-    worst = found["psnr"].argsort()[:WORST]
-    figures: dict[str, Any] = {
+    content: dict[str, Any] = {
         "run": str(run.path),
         "weights_sha256": autoencoder.weights_sha256(),
         "images": f"{images.name}/val@{images.fingerprint[:8]}",
@@ -155,10 +160,10 @@ def measure_reconstructions(
         "regulariser": autoencoder.regulariser,
         "latent_shape": list(autoencoder.latent_shape(images.resolution)),
         "factor": autoencoder.factor,
-        **_mean_over_images("psnr_db", found["psnr"]),
+        "psnr_db": _mean_over_images(found["psnr"]),
         "pca_psnr_db": found["pca_psnr"].mean().item(),
-        **_mean_over_images("ssim", found["ssim"]),
-        **_mean_over_images("lpips", found.get("lpips")),
+        "ssim": _mean_over_images(found["ssim"]),
+        "lpips": _mean_over_images(found["lpips"]) if "lpips" in found else UNMEASURED,
         "lpips_left_out": without,
         "lpips_in_loss": lpips is not None and "lpips" in in_loss,
         "features": None,
@@ -169,16 +174,21 @@ def measure_reconstructions(
     }
     if network is not None and gallery is not None:
         train, own = (gallery[torch.from_numpy(rows)] for rows in (images.train_indices, indices))
-        figures |= describe_features(network, features)
-        figures |= {"reference": f"{images.name}/train@{images.fingerprint[:8]}"}
-        figures |= reconstruction_distances(found["features"], own, train)
-        figures["fd_name"] = fd_name(network, figures["fd_components"])
-        if (share := getattr(network, "val_accuracy", None)) is not None:
-            figures["classifier_val_accuracy"] = share
-    figures["seconds"] = round(time.perf_counter() - started, 1)
-    return ReconstructionReport(
-        figures, _plot_worst(autoencoder, images, indices[worst.numpy()], figures, found["psnr"][worst])
-    )
+        content |= {
+            **describe_features(network, features),
+            "reference": f"{images.name}/train@{images.fingerprint[:8]}",
+        }
+        content |= _feature_metrics(network, found["features"], own, train)
+    content["seconds"] = round(time.perf_counter() - started, 1)
+    return ReconstructionReport(content, _plot_worst(autoencoder, images, indices, content, found["psnr"]))
+
+
+def _feature_metrics(network: nn.Module, reconstructed: Tensor, own: Tensor, train: Tensor) -> dict[str, Any]:
+    found = reconstruction_distances(reconstructed, own, train)
+    found["fd_name"] = fd_name(network, found["fd_components"])
+    if (share := getattr(network, "val_accuracy", None)) is not None:
+        found["classifier_val_accuracy"] = share
+    return found
 
 
 def _lpips() -> tuple[LPIPS | None, str | None]:
@@ -238,23 +248,20 @@ def _compare_images(
     return found if size is None else {**found, "codes": counts, "train_codes": of_train}
 
 
-def _mean_over_images(name: str, values: Tensor | None) -> dict[str, float | None]:
-    """A mean over images and its standard error; None where nothing was measured."""
-    if values is None:
-        return {name: None, f"{name}_standard_error": None}
-    return {name: values.mean().item(), f"{name}_standard_error": values.std().item() / math.sqrt(len(values))}
+def _mean_over_images(values: Tensor) -> Metric:
+    return Metric(values.mean().item(), values.std().item() / math.sqrt(len(values)))
 
 
 def _plot_worst(
-    autoencoder: Autoencoder, images: ImageData, worst: np.ndarray, figures: dict[str, Any], psnr_db: Tensor
+    autoencoder: Autoencoder, images: ImageData, indices: np.ndarray, content: dict[str, Any], psnr_db: Tensor
 ) -> Image.Image:
+    rows = psnr_db.argsort()[:WORST]
+    worst = indices[rows.numpy()].tolist()
     originals = images.batch(worst)
     reconstructions = autoencoder.decode(autoencoder.encode(originals)[0]).float().cpu()
-    headings = [
-        (f"{value:.1f} dB", image_text(images, i)) for i, value in zip(worst.tolist(), psnr_db.tolist(), strict=True)
-    ]
+    headings = [(f"{psnr_db[row]:.1f} dB", image_text(images, i)) for row, i in zip(rows, worst, strict=True)]
     title = (
-        f"The {len(worst)} worst of {figures['num_images']} held-out images of {figures['images']} by PSNR; "
-        f"the mean of all is {figures['psnr_db']:.1f} dB"
+        f"The {len(worst)} worst of {content['num_images']} held-out images of {content['images']} by PSNR; "
+        f"the mean of all is {content['psnr_db'].value:.1f} dB"
     )
     return plot_reconstructions(originals, reconstructions, headings, title)
