@@ -23,3 +23,13 @@ class InputError(UserError):
     def __init__(self, argument: str, value: object, rule: str) -> None:
         self.argument, self.value, self.rule = argument, value, rule
         super().__init__(f"{argument}={value} {rule}.")
+
+
+def require_whole(argument: str, value: object, least: int) -> None:
+    """Refuse what is no whole number, or a smaller one.
+
+    Raises:
+        InputError: naming the argument.
+    """
+    if type(value) is not int or value < least:
+        raise InputError(argument, value, f"must be a whole number of {least} at least")

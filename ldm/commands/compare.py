@@ -9,7 +9,7 @@ from PIL import Image
 from rich.console import Console
 
 from ldm.cli import main as command
-from ldm.errors import UserError
+from ldm.errors import UserError, require_whole
 from ldm.evaluation.comparison.compare import compare_runs
 from ldm.evaluation.comparison.curves import curve_names
 from ldm.evaluation.comparison.images import side_by_side
@@ -54,8 +54,7 @@ def check_compare_options(config: DictConfig) -> None:
     """
 
     for key, least in (("num_samples", 0), ("seed", 0), ("batch_size", 1)):
-        if type(value := config[key]) is not int or value < least:
-            raise UserError(f"{key}={value} must be a whole number of {least} at least.")
+        require_whole(key, config[key], least)
     if type(config.guidance) not in (int, float):
         raise UserError(f"guidance={config.guidance} must be a number, 1 for none.")
     if config.prompts:

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from ldm.cli import main as command
-from ldm.errors import UserError
+from ldm.errors import UserError, require_whole
 from ldm.evaluation.latents import sweep_report as report
 from ldm.evaluation.latents import sweep_runs as runs
 from ldm.evaluation.latents.report import measure_latents
@@ -50,8 +50,7 @@ def measure_run(config: DictConfig, options: dict[str, Any]) -> None:
 def sweep_sizes(config: DictConfig, options: dict[str, Any]) -> None:
     """An autoencoder of each size, and what each is worth."""
     resolution, choice = config.data.resolution, HydraConfig.get().runtime.choices["data"]
-    if type(resolution) is not int or resolution < 1:
-        raise UserError(f"data.resolution={resolution} must be a whole number of 1 at least.")
+    require_whole("data.resolution", resolution, 1)
     name = config.name or f"{choice}-{resolution}"
     if name in (".", "..") or "/" in name or "\\" in name:
         raise UserError(f"name={name} must be a plain folder name. Choose another place with runs_dir=.")

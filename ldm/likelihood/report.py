@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ldm.autoencoder.autoencoder import Autoencoder
 from ldm.data.images import ImageData
-from ldm.errors import UserError
+from ldm.errors import UserError, require_whole
 from ldm.likelihood.checks import check_chain, require_density
 from ldm.likelihood.figure import plot_likelihood
 from ldm.likelihood.optimal_variance import fit_optimal
@@ -126,8 +126,7 @@ def measure_likelihood(
     Raises:
         UserError: what `choose_images`, `open_model` and `two_stage_bound` refuse.
     """
-    if type(batch_size) is not int or batch_size < 1:
-        raise UserError(f"batch_size={batch_size} must be a whole number of 1 at least.")
+    require_whole("batch_size", batch_size, 1)
     started = time.perf_counter()
     images, indices = choose_images(run, split, num_images, seed)
     model = open_model(run, variance, steps, ode).to(device)

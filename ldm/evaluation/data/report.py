@@ -1,4 +1,4 @@
-"""What is in a data set: its figures, and pictures for people to look at."""
+"""What is in a data set: its metrics, and pictures for people to look at."""
 
 import hashlib
 import json
@@ -39,14 +39,14 @@ BLUE, ORANGE = "#0072B2", "#E69F00"
 class DataReport:
     """Figures for data.json, and pictures by the name of their file."""
 
-    figures: dict[str, Any]
+    content: dict[str, Any]
     pictures: dict[str, Image.Image | Figure]
 
     def save(self, folder: Path) -> list[Path]:
         """Write data.json and the pictures; an earlier report's picture that this one has not is removed."""
         folder.mkdir(parents=True, exist_ok=True)
         files = [folder / "data.json"]
-        text = json.dumps(self.figures, indent=2, ensure_ascii=False)
+        text = json.dumps(self.content, indent=2, ensure_ascii=False)
         files[0].write_text(text + "\n", encoding="utf-8")
         for name in PICTURES:
             file, picture = folder / f"{name}.png", self.pictures.get(name)
@@ -79,7 +79,7 @@ def inspect_data(
     network = None if features == NO_FEATURES else load_features(features).to(device)
     started = time.perf_counter()
     kept = ("name", "fingerprint", "licence", "resolution", "num_bytes", "val_fraction")
-    figures: dict[str, Any] = {
+    content: dict[str, Any] = {
         **{key: getattr(images, key) for key in kept},
         "cache": str(images.path),
         "num_images": len(images),
@@ -89,22 +89,22 @@ def inspect_data(
         "colour_profiles": images.describe_profiles() or "none",
     }
     copies, alike = _find_copies(images, max_bits, max_levels)
-    figures |= copies
+    content |= copies
     if images.labels is not None:
-        figures["classes"] = class_balance(images.labels, images.class_names)
+        content["classes"] = class_balance(images.labels, images.class_names)
     if images.captions is not None:
         texts: list[str | None] = []
         for i in range(len(images)):
             texts += images.captions_of(i) or [None]
-        figures["captions"] = caption_statistics(texts)
+        content["captions"] = caption_statistics(texts)
     distances: dict[str, Tensor] = {}
     if network is not None:
-        figures["features"], distances = _measure_in_features(
+        content["features"], distances = _measure_in_features(
             images, reference_features(network, features, images), seed
         )
-        figures["features"] = {"network": features, **figures["features"]}
-    figures["seconds"] = round(time.perf_counter() - started, 1)
-    return DataReport(figures, _draw_pictures(images, figures, alike, distances, seed))
+        content["features"] = {"network": features, **content["features"]}
+    content["seconds"] = round(time.perf_counter() - started, 1)
+    return DataReport(content, _draw_pictures(images, content, alike, distances, seed))
 
 
 def _track(steps: Iterable[Any], title: str, total: int) -> Iterator[Any]:
@@ -143,7 +143,7 @@ def _find_copies(
     shared = is_val & (copies.member[0, first] >= 0)
     repeated = ~is_val & (copies.member[0, first] != np.arange(len(first)))
     is_near = copies.is_near[0, first]
-    figures = {
+    content = {
         "blank": [named(i) for i in torch.cat(blank).nonzero().flatten().tolist()],
         "copies": {
             "num_groups": len(groups),
@@ -161,7 +161,7 @@ def _find_copies(
         },
     }
     alike = [(i, j, f"{bits} of 64 bits, {levels:.1f} levels apart") for i, j, bits, levels in pairs]
-    return figures, alike + [(group[0], group[-1], "the same pixels") for group in groups]
+    return content, alike + [(group[0], group[-1], "the same pixels") for group in groups]
 
 
 def _measure_in_features(images: ImageData, features: Tensor, seed: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -169,13 +169,13 @@ def _measure_in_features(images: ImageData, features: Tensor, seed: int) -> tupl
     generator = np.random.default_rng(derive_seed(seed, 1))
     train, val = (torch.from_numpy(generator.permutation(part)) for part in (images.train_indices, images.val_indices))
     n, gallery = min(len(train), len(val), COMPARED), features[train]
-    figures: dict[str, Any] = {"vendi_score": vendi_score(gallery), "k": NEIGHBOURS, "num_compared": n}
+    content: dict[str, Any] = {"vendi_score": vendi_score(gallery), "k": NEIGHBOURS, "num_compared": n}
     if n > NEIGHBOURS:
-        # as many of each, for then both figures have an expectation near 1
+        # as many of each, for then both metrics have an expectation near 1
         parts = [part for part in train[: 4 * n].split(n) if len(part) == n]
         found = [density_coverage(features[val[:n]], features[part], k=NEIGHBOURS) for part in parts]
-        figures |= {"num_subsets": len(parts), "expected_coverage": expected_coverage(n, n, k=NEIGHBOURS)}
-        figures |= zip(("density", "coverage"), np.mean(found, axis=0).tolist(), strict=True)
+        content |= {"num_subsets": len(parts), "expected_coverage": expected_coverage(n, n, k=NEIGHBOURS)}
+        content |= zip(("density", "coverage"), np.mean(found, axis=0).tolist(), strict=True)
     queries = {"val": (features[val[:COMPARED]], None), "train": (gallery[:COMPARED], torch.arange(len(train)))}
     distances = {}
     for split, (rows, own) in queries.items():
@@ -186,13 +186,13 @@ def _measure_in_features(images: ImageData, features: Tensor, seed: int) -> tupl
                 for i in _track(starts, f"nearest training images, {split}", len(starts))
             ]
             distances[split] = torch.cat(nearest)[:, 0]
-            figures[f"nearest_distance_{split}"] = distances[split].mean().item()
-    return figures, distances
+            content[f"nearest_distance_{split}"] = distances[split].mean().item()
+    return content, distances
 
 
 def _draw_pictures(
     images: ImageData,
-    figures: dict[str, Any],
+    content: dict[str, Any],
     alike: list[tuple[int, int, str]],
     distances: dict[str, Tensor],
     seed: int,
@@ -212,8 +212,8 @@ def _draw_pictures(
         for i, tile in enumerate(tiles):
             board.paste(tile, (i % columns * width, i // columns * height))
         pictures["near_duplicates"] = board
-    if distances or figures.keys() & {"classes", "captions"}:
-        pictures["balance"] = _plot_balance(figures, distances)
+    if distances or content.keys() & {"classes", "captions"}:
+        pictures["balance"] = _plot_balance(content, distances)
     return pictures
 
 
@@ -226,15 +226,15 @@ def _image_label(images: ImageData, i: int) -> str:
     return images.names[i]
 
 
-def _plot_balance(figures: dict[str, Any], distances: dict[str, Tensor]) -> Figure:
+def _plot_balance(content: dict[str, Any], distances: dict[str, Tensor]) -> Figure:
     """Classes, words and lengths of captions, and distances in the feature space: those that there are."""
     bars = {}
-    if "classes" in figures:
-        counts = list(figures["classes"]["counts"].items())
+    if "classes" in content:
+        counts = list(content["classes"]["counts"].items())
         bars["images per class"] = counts if len(counts) <= 24 else counts[:12] + [("...", 0)] + counts[-12:]
-    if "captions" in figures:
-        bars["most frequent words of the captions"] = list(figures["captions"]["most_frequent_words"].items())
-    num_panels = len(bars) + ("captions" in figures) + bool(distances)
+    if "captions" in content:
+        bars["most frequent words of the captions"] = list(content["captions"]["most_frequent_words"].items())
+    num_panels = len(bars) + ("captions" in content) + bool(distances)
     figure = Figure(figsize=(5.2 * num_panels, 5), layout="constrained")
     panels = iter(figure.subplots(1, num_panels, squeeze=False)[0])
     for title, counts in bars.items():
@@ -243,8 +243,8 @@ def _plot_balance(figures: dict[str, Any], distances: dict[str, Tensor]) -> Figu
         axes.bar_label(drawn, [f"{count:,}" if count else "" for _, count in counts], padding=2, fontsize=8)
         axes.set_yticks(range(len(counts)), [name[:24] for name, _ in counts], fontsize=8)
         axes.set(title=title, ylim=(len(counts) - 0.4, -0.6))
-    if "captions" in figures:
-        axes, lengths = next(panels), figures["captions"]["lengths"]
+    if "captions" in content:
+        axes, lengths = next(panels), content["captions"]["lengths"]
         axes.bar(lengths.keys(), lengths.values(), width=1, color=BLUE, edgecolor="white")
         axes.set(title="length of the captions", xlabel="words", ylabel="captions")
     if distances:

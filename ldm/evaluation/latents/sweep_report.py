@@ -54,18 +54,18 @@ LABELS, COLUMN = 22, 14
 
 @dataclass(frozen=True)
 class SweepReport:
-    """Figures for sweep.json."""
+    """The report of sweep.json."""
 
-    figures: dict[str, Any]
+    content: dict[str, Any]
 
     @property
     def width(self) -> int:
         """Characters a line that the table needs."""
-        return LABELS + COLUMN * len(self.figures["rows"])
+        return LABELS + COLUMN * len(self.content["rows"])
 
     def table(self) -> Table:
         """A column for each size and loss."""
-        found = self.figures
+        found = self.content
         title = f"{found['num_images']} held-out images of {found['images']}"
         table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
         table.add_column("", no_wrap=True)
@@ -84,7 +84,7 @@ class SweepReport:
     @property
     def lines(self) -> list[str]:
         """The features, the recommendation, and the commands that follow it."""
-        found, advice = self.figures, self.figures["recommendation"]
+        found, advice = self.content, self.content["recommendation"]
         features = [_feature_line(found["rows"][0], found["features"], found["num_images"])]
         if any(row["features_in_loss"] for row in found["rows"]):
             features = [f"{features[0]} *: these features are in the loss, so that their FD and KD prove nothing."]
@@ -98,8 +98,8 @@ class SweepReport:
     def save(self, folder: Path) -> tuple[Path, Path]:
         """sweep.json and sweep.png."""
         picture = folder / "sweep.png"
-        plot_size_sweep(self.figures).savefig(picture, dpi=130)
-        return update_sweep_file(folder, report=self.figures), picture
+        plot_size_sweep(self.content).savefig(picture, dpi=130)
+        return update_sweep_file(folder, report=self.content), picture
 
 
 def check_sweep_options(features: str, target_psnr_db: Any, num_images: Any, seed: Any, batch_size: Any) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ldm.autoencoder.autoencoder import Autoencoder
 from ldm.autoencoder.perceptual import LPIPS, has_lpips
 from ldm.data.images import ImageData
-from ldm.errors import UserError
+from ldm.errors import UserError, require_whole
 from ldm.evaluation.evaluation_file import metrics_to_json
 from ldm.evaluation.features import describe_features, load_features, reference_features
 from ldm.evaluation.latents.report import PCA_IMAGES, pca_curve
@@ -142,8 +142,7 @@ def measure_reconstructions(
     Raises:
         UserError: what `choose_images` and `load_features` refuse, reconstructions that are not finite.
     """
-    if type(batch_size) is not int or batch_size < 1:
-        raise UserError(f"batch_size={batch_size} must be a whole number of 1 at least.")
+    require_whole("batch_size", batch_size, 1)
     started, autoencoder = time.perf_counter(), run.autoencoder().to(device)
     images, indices = choose_images(run, "val", num_images, seed)
     network = None if features == NO_FEATURES else load_features(features, images, features_path).to(device)

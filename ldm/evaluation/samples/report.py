@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ldm.data.images import ImageData
 from ldm.diffusion.sampler import SamplerLike
-from ldm.errors import UserError
+from ldm.errors import UserError, require_whole
 from ldm.evaluation.classifier import Classifier, class_accuracy, class_shift, named_classes
 from ldm.evaluation.evaluation_file import metrics_to_json
 from ldm.evaluation.features import ImageSet, describe_features, extract, load_features, reference_features
@@ -98,9 +98,8 @@ def measure_samples(
     Raises:
         UserError: numbers that are none, what `load_features` and `draw_and_keep` refuse.
     """
-    for key, value, least in (("num_samples", num_samples, FEWEST), ("batch_size", batch_size, 1)):
-        if type(value) is not int or value < least:
-            raise UserError(f"{key}={value} must be a whole number of {least} at least.")
+    require_whole("num_samples", num_samples, FEWEST)
+    require_whole("batch_size", batch_size, 1)
     if len(images.train_indices) < FEWEST:
         raise UserError(f"{images.name} has {len(images.train_indices)} training images; distances need {FEWEST}.")
     network = load_features(features, images, features_path).to(pipeline.device)

@@ -158,7 +158,7 @@ def test_pictures_show_what_they_say(pets, monkeypatch):
     images = prepare(ImageFolder(pets), resolution=16, progress=False)
     report = inspect_data(images, features="none", max_bits=20, max_levels=60)
     assert report.pictures["contact_sheet"].width < 4 * 140
-    assert len(report.figures["near_duplicates"]["pairs"]) > 12, "loose enough to fill the picture"
+    assert len(report.content["near_duplicates"]["pairs"]) > 12, "loose enough to fill the picture"
     width, height = report.pictures["near_duplicates"].size
     assert 3 * 274 < width < 4 * 274 and 4 * 180 < height < 5 * 180, "twelve of them"
     titles = [axes.get_title() for axes in report.pictures["balance"].axes]

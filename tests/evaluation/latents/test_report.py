@@ -126,12 +126,12 @@ def test_the_same_autoencoder_in_a_diffusion_run_on_fewer_images(runs, images):
     one, other = (
         measure_latents(runs[name], **options, batch_size=size) for name, size in (("vae", 2), ("diffusion", 64))
     )
-    assert one.figures["num_images"] == 4 and "/val@" in one.figures["images"]
+    assert one.content["num_images"] == 4 and "/val@" in one.content["images"]
     torch.testing.assert_close(one.z_raw, other.z_raw, rtol=1e-4, atol=1e-4)
-    assert one.figures["kl_bits"] == pytest.approx(other.figures["kl_bits"], rel=1e-4)
-    assert one.figures["held_out"]["pca_psnr_db"] == pytest.approx(other.figures["held_out"]["pca_psnr_db"])
-    assert measure_latents(runs["vae"], **{**options, "seed": 4}).figures["kl_bits"] != pytest.approx(
-        one.figures["kl_bits"]
+    assert one.content["kl_bits"] == pytest.approx(other.content["kl_bits"], rel=1e-4)
+    assert one.content["held_out"]["pca_psnr_db"] == pytest.approx(other.content["held_out"]["pca_psnr_db"])
+    assert measure_latents(runs["vae"], **{**options, "seed": 4}).content["kl_bits"] != pytest.approx(
+        one.content["kl_bits"]
     )
 
 
@@ -163,7 +163,7 @@ def test_a_channel_is_moved_everywhere_and_alone(runs, monkeypatch):
 def test_only_the_channels_that_hold_most_are_moved(runs, monkeypatch, tmp_path):
     monkeypatch.setattr(latents_report, "MOVED_CHANNELS", 2)
     report = measure_latents(runs["vae"], device=torch.device("cpu"))
-    held = [row["information_bits"] for row in report.figures["channels"]]
+    held = [row["information_bits"] for row in report.content["channels"]]
     assert set(report.moved) == set(np.argsort(held)[-2:].tolist()) and DEAD not in report.moved
     assert all(path.is_file() for path in report.save(tmp_path))
 
@@ -174,8 +174,8 @@ def test_an_autoencoder_without_any_signal_is_reported_too(runs, monkeypatch, tm
 
     monkeypatch.setattr(Autoencoder, "encode", nothing)
     report = measure_latents(runs["vae"], device=torch.device("cpu"))
-    assert report.figures["dead"] == [0, 1, 2, 3] and report.figures["recommendation"]["rule"] == "all_dead"
-    assert report.figures["spectrum"]["channels"]["effective_rank"] == 0
+    assert report.content["dead"] == [0, 1, 2, 3] and report.content["recommendation"]["rule"] == "all_dead"
+    assert report.content["spectrum"]["channels"]["effective_rank"] == 0
     assert colours(report.save(tmp_path)[1]) > 50
 
 
