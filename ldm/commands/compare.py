@@ -1,6 +1,5 @@
 """Which run is better, and is the difference more than noise? A table, a page, curves and images of several runs."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,9 @@ from ldm.evaluation.comparison.compare import compare_runs
 from ldm.evaluation.comparison.curves import curve_names
 from ldm.evaluation.comparison.images import side_by_side
 from ldm.evaluation.comparison.report import ComparisonReport
-from ldm.files.untrusted import file_name
 from ldm.runtime.device import choose_device
 from ldm.sampling.request import read_prompts
 from ldm.tracking.comparison import track_comparison
-
-LONGEST_NAME = 80
 
 
 def compare(config: DictConfig) -> None:
@@ -35,7 +31,7 @@ def compare(config: DictConfig) -> None:
         settings: Any = OmegaConf.to_container(config.sampler, resolve=True)
         drawn |= {"prompts": config.prompts, "guidance": config.guidance, "sampler": settings}
     report = ComparisonReport(comparison, picture, notes, drawn if picture is not None else {})
-    out = Path(config.out or Path("runs", "compare", report_folder_name(report))).expanduser()
+    out = Path(config.out or Path("runs", "compare", report.folder_name)).expanduser()
     files = report.save(out)
     console = Console(highlight=False)
     for table in report.tables():
@@ -61,14 +57,6 @@ def check_compare_options(config: DictConfig) -> None:
         read_prompts(config.prompts)
 
 
-def report_folder_name(report: Any) -> str:
-    """The names of the runs, a long list cut and told apart by its hash."""
-    name = file_name("-vs-".join(run.name for _, run in report.comparison.runs), 100_000)
-    if len(name.encode()) <= LONGEST_NAME:
-        return name
-    return f"{file_name(name, LONGEST_NAME - 9)}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-
-
 def log_comparison(config: DictConfig, out: Path, report: Any, files: list[Path]) -> str:
     """Table and pictures in a W&B run of its own, and a W&B report; the line that says where it is."""
     settings: Any = OmegaConf.to_container(config, resolve=True)
@@ -80,7 +68,7 @@ def log_comparison(config: DictConfig, out: Path, report: Any, files: list[Path]
     return track_comparison(
         out,
         settings,
-        name=f"compare/{report_folder_name(report)}",
+        name=f"compare/{report.folder_name}",
         columns=columns,
         rows=rows,
         pictures=pictures,

@@ -8,8 +8,9 @@ from rich.console import Console
 
 from ldm.cli import main as command
 from ldm.errors import UserError
-from ldm.evaluation.data.report import NO_FEATURES, inspect_data
-from ldm.evaluation.data.summary import advice, data_table
+from ldm.evaluation.data.report import inspect_data
+from ldm.evaluation.data.summary import data_table
+from ldm.evaluation.features import NO_FEATURES
 from ldm.metrics.features import CHOICES
 from ldm.runs.lineage import data_artifact
 from ldm.runtime.device import choose_device
@@ -22,7 +23,6 @@ def data(config: DictConfig) -> None:
     images = command.prepare_images(config.data)
     options = {key: config[key] for key in ("features", "max_bits", "max_levels", "seed")}
     report = inspect_data(images, device=device, **options)
-    report.content["what_to_do"] = list(advice(report.content))
     out = Path(config.out or Path("runs", "data", images.name)).expanduser()
     files = report.save(out)
     if config.logger.wandb:

@@ -10,11 +10,11 @@ from rich.console import Console
 
 from ldm.cli import main as command
 from ldm.errors import UserError, require_whole
+from ldm.evaluation.features import NO_FEATURES, load_features
 from ldm.evaluation.latents import sweep_report as report
 from ldm.evaluation.latents import sweep_runs as runs
 from ldm.evaluation.latents.report import measure_latents
 from ldm.evaluation.latents.sweep import parse_list, parse_losses, parse_sizes, plan_trainings
-from ldm.evaluation.samples.report import load_features
 from ldm.runs.run import Run
 from ldm.runtime.device import choose_device
 
@@ -66,7 +66,7 @@ def sweep_sizes(config: DictConfig, options: dict[str, Any]) -> None:
         data=[f"data={choice}", *data],
         extra=parse_list(config.train),
     )
-    if config.features != report.NO_FEATURES:  # what it lacks shows now, and a classifier is trained before the rest
+    if config.features != NO_FEATURES:  # what it lacks shows now, and a classifier is trained before the rest
         load_features(config.features, command.prepare_images(config.data))
     folder = Path(config.runs_dir).expanduser() / "sweeps" / name
     console = Console(highlight=False)

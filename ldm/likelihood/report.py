@@ -11,7 +11,6 @@ import torch
 from rich.table import Table
 
 from ldm.autoencoder.autoencoder import Autoencoder
-from ldm.data.images import ImageData
 from ldm.errors import UserError, require_whole
 from ldm.likelihood.checks import check_chain, require_density
 from ldm.likelihood.figure import plot_likelihood
@@ -139,56 +138,29 @@ def measure_likelihood(
         "unit": "bits per dimension of the 8-bit image",
         "seed": seed,
     }
+    options: dict[str, Any] = {"seed": seed, "batch_size": batch_size}
     if isinstance(model, Autoencoder):
-        columns = {"VAE": vae_bound(model, pixels, seed=seed, batch_size=batch_size)}
+        columns = {"VAE": vae_bound(model, pixels, **options)}
     else:
-        found = _bound_of_chain(
-            run, model, images, indices, variance, steps=steps, ode=ode, seed=seed, batch_size=batch_size
-        )
+        chosen = variance or model.variance
+        condition = Request.of_images(model, images, indices).condition
+        with progress() as bar:
+            if chosen == "optimal" and model.z_0_mse is None:
+                fit_optimal(model, images, run.path / "pipeline", bar=bar, **options)
+            options |= {"variance": chosen, "steps": steps, "ode": ode}
+            found = two_stage_bound(model, pixels, condition, on_progress=Bars(bar), **options)
         named = {"chain": found.chain, "ODE": found.ode, "VAE": found.vae}
         columns = {name: terms for name, terms in named.items() if terms is not None}
-        content |= {
-            "condition": model.conditioning.kind,
-            "variance": variance or model.variance,
-            "num_steps": model.schedule.num_steps,
-            "steps": "all" if steps is None else steps,
-            **_chain_content(found, ode),
-        }
+        content |= {"condition": model.conditioning.kind, "variance": chosen, "num_steps": model.schedule.num_steps}
+        content |= {"steps": "all" if steps is None else steps, **_chain_content(found, ode)}
     report = LikelihoodReport(content, columns)
     if (difference := report.ode_minus_chain) is not None:
         content["ode_minus_chain"] = {**_mean_to_json(difference), "paired": True, "num_dims": content["num_dims"]}
     content |= {name: _terms_to_json(terms) for name, terms in columns.items()}
-    content["per_image"] = {name: terms.bits_per_dim(terms.total).tolist() for name, terms in columns.items()}
-    content["per_image"]["index"] = indices.tolist()
+    per_image = {name: terms.bits_per_dim(terms.total).tolist() for name, terms in columns.items()}
+    content["per_image"] = {**per_image, "index": indices.tolist()}
     content["seconds"] = round(time.perf_counter() - started, 1)
     return report
-
-
-def _bound_of_chain(
-    run: Run,
-    model: LatentDiffusionPipeline,
-    images: ImageData,
-    indices: np.ndarray,
-    variance: str | None,
-    *,
-    seed: int,
-    batch_size: int,
-    **options: Any,
-) -> TwoStage:
-    variance = variance or model.variance
-    with progress() as bar:
-        if variance == "optimal" and model.z_0_mse is None:
-            fit_optimal(model, images, run.path / "pipeline", seed=seed, batch_size=batch_size, bar=bar)
-        return two_stage_bound(
-            model,
-            images.batch(indices),
-            Request.of_images(model, images, indices).condition,
-            seed=seed,
-            variance=variance,
-            batch_size=batch_size,
-            on_progress=Bars(bar),
-            **options,
-        )
 
 
 def open_model(

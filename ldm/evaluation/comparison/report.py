@@ -1,6 +1,7 @@
 """A comparison as tables for the terminal, as compare.json, and as one page that needs nothing beside itself."""
 
 import base64
+import hashlib
 import io
 import json
 import math
@@ -18,6 +19,7 @@ from ldm.evaluation.comparison.compare import Comparison, Row
 from ldm.evaluation.comparison.curves import plot_curves
 from ldm.evaluation.comparison.statistics import SAMPLING, Estimate, Verdict, estimate_mean
 from ldm.files.atomic import durable_file, write_text
+from ldm.files.untrusted import file_name
 from ldm.metrics.metric import Metric
 
 STYLE = """
@@ -35,6 +37,7 @@ th { font-weight: 600; } small, .faint { color: var(--faint); } .good { color: v
 img { max-width: 100%; background: #fff; border-radius: 6px; }
 """
 
+LONGEST_NAME = 80
 WIDEST = len(SAMPLING)
 """Of a column of verdicts, whose words stay together."""
 
@@ -53,6 +56,14 @@ class ComparisonReport:
     @property
     def title(self) -> str:
         return " vs ".join(group.runs[0].name for group in self.comparison.groups)
+
+    @property
+    def folder_name(self) -> str:
+        """The names of the runs, a long list cut and told apart by its hash."""
+        name = file_name("-vs-".join(run.name for _, run in self.comparison.runs), 100_000)
+        if len(name.encode()) <= LONGEST_NAME:
+            return name
+        return f"{file_name(name, LONGEST_NAME - 9)}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
     @property
     def lines(self) -> list[str]:

@@ -6,7 +6,7 @@ import re
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,19 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import track
 from torch import Tensor
 
 from ldm.data.images import ImageData
-from ldm.evaluation.features import load_features, reference_features
+from ldm.evaluation.data.summary import advice
+from ldm.evaluation.features import NO_FEATURES, load_features, reference_features
+from ldm.evaluation.reconstructions.figure import image_text
 from ldm.image_grid import MARGIN, PAPER, grid, to_pil
 from ldm.metrics import duplicates as metrics
 from ldm.metrics.kernel import vendi_score
 from ldm.metrics.neighbours import density_coverage, expected_coverage, nearest_distances
 from ldm.runtime.random import derive_seed
 
-NO_FEATURES = "none"
 NEIGHBOURS, COMPARED = 5, 2000
 """k of density and coverage; most images of each split whose places in the feature space are compared."""
 LISTED, SHEET, PAIRS = 1000, 100, 12
@@ -103,14 +104,9 @@ def inspect_data(
             images, reference_features(network, features, images), seed
         )
         content["features"] = {"network": features, **content["features"]}
+    content["what_to_do"] = list(advice(content))
     content["seconds"] = round(time.perf_counter() - started, 1)
     return DataReport(content, _draw_pictures(images, content, alike, distances, seed))
-
-
-def _track(steps: Iterable[Any], title: str, total: int) -> Iterator[Any]:
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True) as bar:
-        yield from bar.track(steps, total=total)
 
 
 def _find_copies(
@@ -120,7 +116,7 @@ def _find_copies(
     digests: list[bytes] = []
     hashes, colours, blank = [], [], []
     starts = range(0, len(images), 256)
-    for start in _track(starts, "reading pixels", len(starts)):
+    for start in track(starts, "reading pixels", transient=True):
         part = range(start, min(start + 256, len(images)))
         digests += [hashlib.sha256(image.tobytes()).digest() for image in images.images[start : start + 256]]
         pixels = images.batch(part)
@@ -132,7 +128,7 @@ def _find_copies(
     near = metrics.near_pairs(
         torch.cat(hashes)[rows], torch.cat(colours)[rows], max_bits=max_bits, max_levels=max_levels
     )
-    for found in _track(near, "near duplicates", metrics.num_block_pairs(len(rows))):
+    for found in track(near, "near duplicates", metrics.num_block_pairs(len(rows)), transient=True):
         copies.add(*found, keep=LISTED)
 
     def named(i: int) -> dict[str, Any]:
@@ -183,7 +179,7 @@ def _measure_in_features(images: ImageData, features: Tensor, seed: int) -> tupl
             starts = range(0, len(rows), 256)
             nearest = [
                 nearest_distances(rows[i : i + 256], gallery, own=None if own is None else own[i : i + 256])
-                for i in _track(starts, f"nearest training images, {split}", len(starts))
+                for i in track(starts, f"nearest training images, {split}", transient=True)
             ]
             distances[split] = torch.cat(nearest)[:, 0]
             content[f"nearest_distance_{split}"] = distances[split].mean().item()
@@ -199,13 +195,13 @@ def _draw_pictures(
 ) -> dict[str, Image.Image | Figure]:
     drawn = np.random.default_rng(derive_seed(seed, 2)).permutation(len(images))[:SHEET].tolist()
     title = f"{images.name}: {len(drawn)} of {len(images):,} images, drawn with seed {seed}"
-    sheet = grid(to_pil(images.batch(drawn)), [_image_label(images, i) for i in drawn], title=title)
+    sheet = grid(to_pil(images.batch(drawn)), [image_text(images, i) or images.names[i] for i in drawn], title=title)
     pictures: dict[str, Image.Image | Figure] = {"contact_sheet": sheet}
     if alike:
         val = set(images.val_indices.tolist())
         tiles = []
         for *pair, how in alike[:PAIRS]:
-            texts = [f"{'val' if i in val else 'train'}: {_image_label(images, i)}" for i in pair]
+            texts = [f"{'val' if i in val else 'train'}: {image_text(images, i) or images.names[i]}" for i in pair]
             tiles.append(grid(to_pil(images.batch(pair)), texts, columns=2, title=how))
         width, height, columns = tiles[0].width + 4 * MARGIN, tiles[0].height + 2 * MARGIN, min(3, len(tiles))
         board = Image.new("RGB", (columns * width, -(-len(tiles) // columns) * height), PAPER)
@@ -215,15 +211,6 @@ def _draw_pictures(
     if distances or content.keys() & {"classes", "captions"}:
         pictures["balance"] = _plot_balance(content, distances)
     return pictures
-
-
-def _image_label(images: ImageData, i: int) -> str:
-    """What an image shows: its caption, else its class, else its name."""
-    if images.captions and (caption := images.captions[i]):
-        return caption
-    if images.labels and images.class_names and (of_class := images.labels[i]) is not None:
-        return images.class_names[of_class]
-    return images.names[i]
 
 
 def _plot_balance(content: dict[str, Any], distances: dict[str, Tensor]) -> Figure:

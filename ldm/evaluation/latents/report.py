@@ -4,18 +4,20 @@ import json
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
 from ldm.autoencoder.autoencoder import Autoencoder
 from ldm.data.images import ImageData
 from ldm.errors import UserError, require_whole
+from ldm.evaluation.image_sets import track_batches
 from ldm.evaluation.latents.figure import plot_channels, plot_latents
 from ldm.latents import spectrum
 from ldm.latents.spectrum import ChannelStatistics, channel_statistics
@@ -111,21 +113,14 @@ def measure_latents(
     started = time.perf_counter()
     images, indices = choose_images(run, split, num_images, seed)
     autoencoder = _open_autoencoder(run).to(device)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True) as bar:
-
-        def batches(indices: np.ndarray, what: str) -> Any:
-            starts = range(0, len(indices), batch_size)
-            return (images.batch(indices[i : i + batch_size]) for i in bar.track(starts, description=what))
-
-        mean, log_variance = encode_finite(autoencoder, batches(indices, "encoding, batches"))
-        components = patch_components(
-            batches(np.sort(images.train_indices[:PCA_IMAGES]), "PCA, batches"), autoencoder.factor
-        )
-        held_out = batches(images.val_indices[:HELD_OUT], "held-out images, batches")
-        distortion, pca = _measure_distortion(autoencoder, held_out, components)
-        found = channel_statistics(mean, log_variance)
-        moved = _move_channels(autoencoder, images, found, bar)
+    batches = partial(track_batches, images, batch_size=batch_size)
+    mean, log_variance = encode_finite(autoencoder, batches(indices, title="encoding, batches"))
+    train = batches(np.sort(images.train_indices[:PCA_IMAGES]), title="PCA, batches")
+    components = patch_components(train, autoencoder.factor)
+    held_out = batches(images.val_indices[:HELD_OUT], title="held-out images, batches")
+    distortion, pca = _measure_distortion(autoencoder, held_out, components)
+    found = channel_statistics(mean, log_variance)
+    moved = _move_channels(autoencoder, images, found)
     spectra = {
         "channels": _spectrum(spectrum.channel_spectrum(mean, found.std)),
         "latents": _spectrum(spectrum.latent_spectrum(mean, found.std)),
@@ -183,9 +178,7 @@ def _measure_distortion(
     }, pca
 
 
-def _move_channels(
-    autoencoder: Autoencoder, images: ImageData, found: ChannelStatistics, bar: Progress
-) -> dict[int, Tensor]:
+def _move_channels(autoencoder: Autoencoder, images: ImageData, found: ChannelStatistics) -> dict[int, Tensor]:
     """Images with each of the channels moved that hold the most information."""
     shown = found.information.argsort(descending=True)[:MOVED_CHANNELS].sort().values.tolist()
     # neighbours in the data are alike: flags, faces
@@ -193,7 +186,7 @@ def _move_channels(
     first = autoencoder.encode(images.batch(images.val_indices[np.unique(apart)]))[0]
     return {
         channel: move_channel(autoencoder, first, channel, found.std[channel].item())
-        for channel in bar.track(shown, description="moving channels")
+        for channel in track(shown, "moving channels", transient=True)
     }
 
 

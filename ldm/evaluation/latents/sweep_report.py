@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 from rich.box import SIMPLE_HEAD
-from rich.progress import track
 from rich.table import Table
 
-from ldm.errors import UserError
+from ldm.errors import UserError, require_whole
 from ldm.evaluation.classifier import Classifier
 from ldm.evaluation.evaluation_file import metrics_to_json
+from ldm.evaluation.features import NO_FEATURES
+from ldm.evaluation.image_sets import track_batches
 from ldm.evaluation.latents.report import PCA_IMAGES, pca_curve
 from ldm.evaluation.latents.sweep import SweepTraining, format_duration
 from ldm.evaluation.latents.sweep_figure import plot_size_sweep
@@ -30,7 +31,6 @@ LONGER, MOST_MINUTES = 10, 5999
 """The training that is proposed takes so many times the sweep's minutes, and so many at most."""
 
 
-NO_FEATURES = "none"
 IN_FEATURES = ("fd", "kd", "kd_standard_error")
 """Keys of a row that are null where no features were measured."""
 ROWS = (
@@ -113,9 +113,10 @@ def check_sweep_options(features: str, target_psnr_db: Any, num_images: Any, see
         raise UserError(f"features={features} is unknown. Choose one of: {', '.join(known)}.")
     if type(target_psnr_db) not in (int, float):
         raise UserError(f"target_psnr_db={target_psnr_db} must be a number of decibels.")
-    for key, value, least in (("num_images", num_images, 2), ("seed", seed, None), ("batch_size", batch_size, 1)):
-        if type(value) is not int or (least is not None and value < least):
-            raise UserError(f"{key}={value} must be a whole number{f' of {least} at least' if least else ''}.")
+    if type(seed) is not int:
+        raise UserError(f"seed={seed} must be a whole number.")
+    require_whole("num_images", num_images, 2)
+    require_whole("batch_size", batch_size, 1)
 
 
 def measure_sweep(
@@ -174,7 +175,6 @@ def measure_sweep(
 def _sweep_row(training: SweepTraining, run: Run, measured: Mapping[str, Any]) -> dict[str, Any]:
     channels, height, width = run.facts["latent_shape"]
     values, done = channels * height * width, run.facts["figures"]
-    distance = measured.get("fd_reconstructions", UNMEASURED)
     return {
         "name": training.name,
         "run": str(run.path),
@@ -190,7 +190,7 @@ def _sweep_row(training: SweepTraining, run: Run, measured: Mapping[str, Any]) -
         "kl_bits": measured["kl_bits"],
         "features_in_loss": measured["features_in_loss"],
         "gain_db": measured["psnr_db"].value - measured["pca_psnr_db"],
-        "fd": distance.value if distance.is_measured else None,
+        "fd": measured["fd_reconstructions"].value if "fd_reconstructions" in measured else None,
         "fd_components": measured.get("fd_components"),
         **metrics_to_json({"kd": measured.get("kd_reconstructions", UNMEASURED)}),
         "steps": done["steps"],
@@ -204,12 +204,10 @@ def _pca_of_factor(
     """Held-out PSNR by the number of components of f x f patches, without the number that loses nothing."""
     images, indices = choose_images(run, "val", num_images, seed)
     train = np.sort(images.train_indices[:PCA_IMAGES])
-    batches = [train[i : i + batch_size] for i in range(0, len(train), batch_size)]
-    found = patch_components((images.batch(part) for part in batches), factor)
+    found = patch_components(track_batches(images, train, batch_size, f"PCA, f = {factor}"), factor)
     counts = [count for count in spectrum.pca_counts(3 * factor**2, channels) if count < 3 * factor**2]
-    parts = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
-    shown = track(parts, description=f"PCA, f = {factor}", transient=True)
-    curves = torch.cat([pca_curve(found, images.batch(part), factor, counts) for part in shown], dim=1)
+    parts = track_batches(images, indices, batch_size, f"PCA, f = {factor}")
+    curves = torch.cat([pca_curve(found, part, factor, counts) for part in parts], dim=1)
     locations = (images.resolution // factor) ** 2
     return {"channels": counts, "num_values": [n * locations for n in counts], "psnr_db": curves.mean(1).tolist()}
 

@@ -4,13 +4,13 @@ import json
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -19,7 +19,8 @@ from ldm.autoencoder.perceptual import LPIPS, has_lpips
 from ldm.data.images import ImageData
 from ldm.errors import UserError, require_whole
 from ldm.evaluation.evaluation_file import metrics_to_json
-from ldm.evaluation.features import describe_features, load_features, reference_features
+from ldm.evaluation.features import NO_FEATURES, describe_features, load_features, reference_features
+from ldm.evaluation.image_sets import track_batches
 from ldm.evaluation.latents.report import PCA_IMAGES, pca_curve
 from ldm.evaluation.reconstructions.figure import image_text, plot_reconstructions
 from ldm.evaluation.reconstructions.rate import reconstruction_distances
@@ -32,7 +33,6 @@ from ldm.metrics.subsets import NUM_SUBSETS
 from ldm.runs.run import Run, choose_images
 from ldm.runtime import shell
 
-NO_FEATURES = "none"
 WORST, TRAIN_IMAGES = 12, 4096
 """Images that are shown, and training images whose codes are counted."""
 
@@ -200,6 +200,7 @@ def _lpips() -> tuple[LPIPS | None, str | None]:
         return None, "the weights of its network could not be fetched"
 
 
+@torch.no_grad()
 def _compare_images(
     autoencoder: Autoencoder,
     images: ImageData,
@@ -212,32 +213,26 @@ def _compare_images(
     factor, size, with_kl = autoencoder.factor, autoencoder.codebook_size, autoencoder.has_density
     parts: dict[str, list[Tensor]] = {}
     counts, of_train = torch.zeros(2, size or 0, dtype=torch.long)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True) as bar, torch.no_grad():
-
-        def batches(rows: np.ndarray, what: str) -> Any:
-            starts = range(0, len(rows), batch_size)
-            return (images.batch(rows[i : i + batch_size]) for i in bar.track(starts, description=what))
-
-        components = patch_components(batches(np.sort(images.train_indices[:PCA_IMAGES]), "PCA, batches"), factor)
-        for part in batches(indices, "held-out images, batches"):
-            mean, log_variance = autoencoder.encode(part)
-            original, reconstruction = part.to(autoencoder.device), autoencoder.decode(mean).float()
-            values = {"psnr": psnr(original, reconstruction), "ssim": ssim(original, reconstruction)}
-            values["pca_psnr"] = pca_curve(components, part, factor, [min(autoencoder.channels, 3 * factor**2)])[0]
-            if lpips is not None:
-                values["lpips"] = lpips.to(autoencoder.device)(original, reconstruction)
-            if network is not None:
-                values["features"] = network(reconstruction).float()
-            if with_kl:
-                values["kl"] = kl(mean, log_variance)
-            if size is not None:
-                counts += autoencoder.codes(mean).flatten().cpu().bincount(minlength=size)
-            for name, value in values.items():
-                parts.setdefault(name, []).append(value.cpu())
-        if size is not None:  # of few held-out images, most codes could not be in use
-            for part in batches(images.train_indices[:TRAIN_IMAGES], "codes of training images, batches"):
-                of_train += autoencoder.codes(autoencoder.encode(part)[0]).flatten().cpu().bincount(minlength=size)
+    batches = partial(track_batches, images, batch_size=batch_size)
+    components = patch_components(batches(np.sort(images.train_indices[:PCA_IMAGES]), title="PCA, batches"), factor)
+    for part in batches(indices, title="held-out images, batches"):
+        mean, log_variance = autoencoder.encode(part)
+        original, reconstruction = part.to(autoencoder.device), autoencoder.decode(mean).float()
+        values = {"psnr": psnr(original, reconstruction), "ssim": ssim(original, reconstruction)}
+        values["pca_psnr"] = pca_curve(components, part, factor, [min(autoencoder.channels, 3 * factor**2)])[0]
+        if lpips is not None:
+            values["lpips"] = lpips.to(autoencoder.device)(original, reconstruction)
+        if network is not None:
+            values["features"] = network(reconstruction).float()
+        if with_kl:
+            values["kl"] = kl(mean, log_variance)
+        if size is not None:
+            counts += autoencoder.codes(mean).flatten().cpu().bincount(minlength=size)
+        for name, value in values.items():
+            parts.setdefault(name, []).append(value.cpu())
+    if size is not None:  # of few held-out images, most codes could not be in use
+        for part in batches(images.train_indices[:TRAIN_IMAGES], title="codes of training images, batches"):
+            of_train += autoencoder.codes(autoencoder.encode(part)[0]).flatten().cpu().bincount(minlength=size)
     found = {name: torch.cat(values) for name, values in parts.items()}
     if wrong := int((~found["psnr"].isfinite()).sum()):
         raise UserError(
