@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from ldm.cli.targets import MOVED, SAMPLER, SAMPLERS, construct, with_current_targets
-from ldm.evaluation.comparison.compare import compare
+from ldm.evaluation.comparison.compare import compare_runs
 from ldm.runs.run import Run
 from ldm.runtime.paths import folder
 
@@ -59,7 +59,7 @@ def test_a_constructor_that_moved_is_no_difference(runs):
     (other / "config.yaml").write_text(json.dumps(config))
     facts = json.loads((other / "run.json").read_text())
     (other / "run.json").write_text(json.dumps({**facts, "seed": 1, "name": "other"}))
-    (group,) = compare([str(runs / "vae"), str(other)]).groups
+    (group,) = compare_runs([str(runs / "vae"), str(other)]).groups
     assert len(group.runs) == 2, "one group: they differ in nothing but the seed"
 
 

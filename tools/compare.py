@@ -3,4 +3,4 @@
 from ldm.cli.main import run
 
 if __name__ == "__main__":
-    run("compare", "ldm.commands.compare:compare_runs", positional="runs")
+    run("compare", "ldm.commands.compare:compare", positional="runs")

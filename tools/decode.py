@@ -3,4 +3,4 @@
 from ldm.cli.main import run
 
 if __name__ == "__main__":
-    run("decode", "ldm.commands.decode:decode")
+    run("decode", "ldm.commands.decode:decode_latents")

@@ -3,4 +3,4 @@
 from ldm.cli.main import run
 
 if __name__ == "__main__":
-    run("encode", "ldm.commands.encode:encode")
+    run("encode", "ldm.commands.encode:encode_images")

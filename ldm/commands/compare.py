@@ -1,6 +1,5 @@
 """Which run is better, and is the difference more than noise? A table, a page, curves and images of several runs."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -9,43 +8,42 @@ from PIL import Image
 from rich.console import Console
 
 from ldm.cli import main as command
-from ldm.errors import UserError
-from ldm.evaluation.comparison.compare import compare
+from ldm.errors import UserError, require_whole
+from ldm.evaluation.comparison.compare import compare_runs
 from ldm.evaluation.comparison.curves import curve_names
 from ldm.evaluation.comparison.images import side_by_side
-from ldm.evaluation.comparison.report import Report
-from ldm.files.untrusted import file_name
+from ldm.evaluation.comparison.report import ComparisonReport
 from ldm.runtime.device import choose_device
 from ldm.sampling.draw import describe
 from ldm.sampling.request import read_prompts
 from ldm.tracking.comparison import track_comparison
 
-LONGEST_NAME = 80
 
-
-def compare_runs(config: DictConfig) -> None:
-    check(config)
+def compare(config: DictConfig) -> None:
+    check_compare_options(config)
     device = choose_device(config.device)
-    comparison = compare(list(map(str, config.runs)) if isinstance(config.runs, ListConfig) else [str(config.runs)])
+    comparison = compare_runs(
+        list(map(str, config.runs)) if isinstance(config.runs, ListConfig) else [str(config.runs)]
+    )
     options = {key: config[key] for key in ("num_samples", "prompts", "guidance", "seed", "batch_size")}
     sampler = command.construct(config.sampler)
     picture, notes = side_by_side(comparison, sampler, device=device, **options)
     drawn = {key: options[key] for key in ("num_samples", "seed")}
     if comparison.runs[0][1].stage == "diffusion":
         drawn |= {"prompts": config.prompts, "guidance": config.guidance, "sampler": describe(sampler)}
-    report = Report(comparison, picture, notes, drawn if picture is not None else {})
-    out = Path(config.out or Path("runs", "compare", folder_name(report))).expanduser()
+    report = ComparisonReport(comparison, picture, notes, drawn if picture is not None else {})
+    out = Path(config.out or Path("runs", "compare", report.folder_name)).expanduser()
     files = report.save(out)
     console = Console(highlight=False)
     for table in report.tables():
         console.print(table)
     print("\n".join(report.lines))
     if config.logger.wandb:
-        print(track(config, out, report, files))
+        print(log_comparison(config, out, report, files))
     print(f"all figures: {files[0]}\nas a page: {files[1]}\npictures: {', '.join(map(str, files[2:])) or 'none'}")
 
 
-def check(config: DictConfig) -> None:
+def check_compare_options(config: DictConfig) -> None:
     """Refuse options before any run is read.
 
     Raises:
@@ -53,23 +51,14 @@ def check(config: DictConfig) -> None:
     """
 
     for key, least in (("num_samples", 0), ("seed", 0), ("batch_size", 1)):
-        if type(value := config[key]) is not int or value < least:
-            raise UserError(f"{key}={value} must be a whole number of {least} at least.")
+        require_whole(key, config[key], least)
     if type(config.guidance) not in (int, float):
         raise UserError(f"guidance={config.guidance} must be a number, 1 for none.")
     if config.prompts:
         read_prompts(config.prompts)
 
 
-def folder_name(report: Any) -> str:
-    """The names of the runs, a long list cut and told apart by its hash."""
-    name = file_name("-vs-".join(run.name for _, run in report.comparison.runs), 100_000)
-    if len(name.encode()) <= LONGEST_NAME:
-        return name
-    return f"{file_name(name, LONGEST_NAME - 9)}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-
-
-def track(config: DictConfig, out: Path, report: Any, files: list[Path]) -> str:
+def log_comparison(config: DictConfig, out: Path, report: Any, files: list[Path]) -> str:
     """Table and pictures in a W&B run of its own, and a W&B report; the line that says where it is."""
     settings: Any = OmegaConf.to_container(config, resolve=True)
     columns, rows = report.sheet()
@@ -80,7 +69,7 @@ def track(config: DictConfig, out: Path, report: Any, files: list[Path]) -> str:
     return track_comparison(
         out,
         settings,
-        name=f"compare/{folder_name(report)}",
+        name=f"compare/{report.folder_name}",
         columns=columns,
         rows=rows,
         pictures=pictures,

@@ -8,8 +8,9 @@ from rich.console import Console
 
 from ldm.cli.images import prepare_images
 from ldm.errors import UserError
-from ldm.evaluation.data.report import NO_FEATURES, inspect
-from ldm.evaluation.data.summary import advice, tabulate
+from ldm.evaluation.data.report import inspect_data
+from ldm.evaluation.data.summary import data_table
+from ldm.evaluation.features import NO_FEATURES
 from ldm.metrics.features import CHOICES
 from ldm.runs.lineage import data_artifact
 from ldm.runtime.device import choose_device
@@ -17,25 +18,24 @@ from ldm.tracking.run import track_report
 
 
 def data(config: DictConfig) -> None:
-    check(config)
+    check_data_options(config)
     device = choose_device(config.device)
     images = prepare_images(config.data)
     options = {key: config[key] for key in ("features", "max_bits", "max_levels", "seed")}
-    report = inspect(images, device=device, **options)
-    report.figures["what_to_do"] = list(advice(report.figures))
+    report = inspect_data(images, device=device, **options)
     out = Path(config.out or Path("runs", "data", images.name)).expanduser()
     files = report.save(out)
     if config.logger.wandb:
-        track(config, out, report, images, files)
-    Console(highlight=False).print(tabulate(report.figures))
-    print("What to do:" if report.figures["what_to_do"] else "Nothing calls for a change.")
-    for number, line in enumerate(report.figures["what_to_do"], start=1):
+        log_data_report(config, out, report, images, files)
+    Console(highlight=False).print(data_table(report.content))
+    print("What to do:" if report.content["what_to_do"] else "Nothing calls for a change.")
+    for number, line in enumerate(report.content["what_to_do"], start=1):
         print(f"{number}. {line}")
     data, *pictures = files
     print(f"all figures: {data}\npictures: {', '.join(map(str, pictures))}")
 
 
-def check(config: DictConfig) -> None:
+def check_data_options(config: DictConfig) -> None:
     """Refuse options before any image is prepared.
 
     Raises:
@@ -54,17 +54,17 @@ def check(config: DictConfig) -> None:
         raise UserError(f"max_levels={config.max_levels} must be a number from 0 to 255.")
 
 
-def track(config: DictConfig, out: Path, report: Any, images: Any, files: list[Path]) -> None:
+def log_data_report(config: DictConfig, out: Path, report: Any, images: Any, files: list[Path]) -> None:
     """The numbers as W&B's summary, and the contact sheet."""
-    parts = {part: found for part, found in report.figures.items() if isinstance(found, dict)}
+    parts = {part: found for part, found in report.content.items() if isinstance(found, dict)}
     shown = {f"{part}/{key}": value for part, found in parts.items() for key, value in found.items()}
-    numbers = {key: value for key, value in {**report.figures, **shown}.items() if isinstance(value, int | float)}
+    numbers = {key: value for key, value in {**report.content, **shown}.items() if isinstance(value, int | float)}
     settings: Any = OmegaConf.to_container(config, resolve=True)
     track_report(
         out,
         settings,
-        name=f"data/{report.figures['name']}",
-        values={**numbers, "what_to_do": "\n".join(report.figures["what_to_do"])},
+        name=f"data/{report.content['name']}",
+        values={**numbers, "what_to_do": "\n".join(report.content["what_to_do"])},
         pictures={"contact sheet": report.pictures["contact_sheet"]},
         made_from=[data_artifact(images.name, images.fingerprint, images.val_fraction)],
         files=files,

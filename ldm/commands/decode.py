@@ -11,7 +11,7 @@ from ldm.runs.run import Run
 from ldm.runtime.device import choose_device
 
 
-def decode(config: DictConfig) -> None:
+def decode_latents(config: DictConfig) -> None:
     autoencoder = Run.open(config.run).autoencoder().to(choose_device(config.device))
     batches, names = decode_file(autoencoder, Path(config.latents).expanduser(), config.batch_size)
     images = [image for batch in batches for image in to_pil(batch)]

@@ -46,7 +46,7 @@ def demo(config: DictConfig) -> None:
         f"{figures['compression']:.1f}"
     )
     options |= {"num_samples": config.num_samples, "weights_sha256": weights_sha256(run)}
-    evaluation = report.evaluate(pipeline, images, sampler, **options)
+    evaluation = report.measure_samples(pipeline, images, sampler, **options)
     saved = evaluation.save_unless_smaller(run.path / "evaluation.json", out / "evaluation.json")
     print("\n".join([*evaluation.lines, f"all figures: {saved}"]))
     here_s = time.perf_counter() - started

@@ -12,7 +12,7 @@ from ldm.runs.run import Run
 from ldm.runtime.device import choose_device
 
 
-def encode(config: DictConfig) -> None:
+def encode_images(config: DictConfig) -> None:
     run = Run.open(config.run)
     autoencoder = run.autoencoder().to(choose_device(config.device))
     resolution = config.resolution or run.config()["data"]["resolution"]

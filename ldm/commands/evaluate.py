@@ -8,8 +8,8 @@ from PIL import Image
 from rich.console import Console
 
 from ldm.cli import main as command
-from ldm.evaluation.reconstructions.curves import draw, read_curves
-from ldm.evaluation.reconstructions.report import measure
+from ldm.evaluation.reconstructions.curves import plot_training, read_curves
+from ldm.evaluation.reconstructions.report import measure_reconstructions
 from ldm.evaluation.samples import report
 from ldm.evaluation.samples import sweep as sampler_sweep
 from ldm.files.atomic import write_text
@@ -21,27 +21,27 @@ from ldm.tracking.run import TRAINING_ID, known_id, track_report
 
 def evaluate(config: DictConfig) -> None:
     run = Run.open(config.run)
-    found = (reconstructions if run.stage == "vae" else samples)(config, run)
+    found = (evaluate_autoencoder if run.stage == "vae" else evaluate_diffusion)(config, run)
     print(f"all figures: {found['files'][0]}")
     if config.logger.wandb:
-        track(config, run, found)
+        log_evaluation(config, run, found)
 
 
-def reconstructions(config: DictConfig, run: Any) -> dict[str, Any]:
+def evaluate_autoencoder(config: DictConfig, run: Any) -> dict[str, Any]:
     """Of a run of stage=vae: what `track_report` takes."""
     options = {key: config[key] for key in ("features", "features_path", "num_images", "seed", "batch_size")}
-    report = measure(run, device=choose_device(config.device), **options)
+    report = measure_reconstructions(run, device=choose_device(config.device), **options)
     files = report.save(run.path)
     Console(highlight=False).print(report.table())
     print("\n".join([*report.lines, f"worst reconstructions: {files[1]}"]))
     if (metrics := run.path / "metrics.csv").is_file():  # none of a pretrained autoencoder that was not trained
         curve = run.path / "training.png"
-        draw(read_curves(metrics), f"Training of {run.path}").savefig(curve, dpi=130)
+        plot_training(read_curves(metrics), f"Training of {run.path}").savefig(curve, dpi=130)
         print(f"how training went: {curve}")
-    return {"values": report.figures, "pictures": {"worst reconstructions": report.picture}, "files": files}
+    return {"values": report.to_json(), "pictures": {"worst reconstructions": report.picture}, "files": files}
 
 
-def samples(config: DictConfig, run: Any) -> dict[str, Any]:
+def evaluate_diffusion(config: DictConfig, run: Any) -> dict[str, Any]:
     """The same of a run of stage=diffusion; first a sweep, where sampler.steps or guidance is a list, then its knee.
 
     The knee's figures do not take the place of those of more samples.
@@ -55,18 +55,20 @@ def samples(config: DictConfig, run: Any) -> dict[str, Any]:
     weights = weights_sha256(run)
     swept, more, files, tables = None, {}, [], {}
     if len(steps) > 1 or len(guidances) > 1:
-        swept = sampler_sweep.sweep(pipeline, images, samplers, guidances, **options)
+        swept = sampler_sweep.sweep_sampler(pipeline, images, samplers, guidances, **options)
         table = run.path / ("steps.json" if len(steps) > 1 else "guidance.json")
         write_text(table, json.dumps({"weights_sha256": weights, **swept}, indent=2) + "\n")
         picture = table.with_suffix(".png")
-        sampler_sweep.draw(swept).savefig(picture, dpi=130)
+        sampler_sweep.plot_sampler_sweep(swept).savefig(picture, dpi=130)
         with Image.open(picture) as drawn:
             more = {picture.name: drawn.convert("RGB")}
-        files, tables = [table, picture], {"sweep": sampler_sweep.table(swept)}
-        print("\n".join([*sampler_sweep.lines(swept), f"drawn in {picture}, as numbers in {table}", ""]))
+        files, tables = [table, picture], {"sweep": sampler_sweep.sweep_table(swept)}
+        print("\n".join([*sampler_sweep.sweep_lines(swept), f"drawn in {picture}, as numbers in {table}", ""]))
         steps, guidances = ([swept["knee"]] if len(values) > 1 else values for values in (steps, guidances))
     sampler = samplers[steps[0]]
-    evaluation = report.evaluate(pipeline, images, sampler, guidance=guidances[0], weights_sha256=weights, **options)
+    evaluation = report.measure_samples(
+        pipeline, images, sampler, guidance=guidances[0], weights_sha256=weights, **options
+    )
     place = run.path / "evaluation.json"
     if swept is None:
         evaluation.save(place)
@@ -74,14 +76,14 @@ def samples(config: DictConfig, run: Any) -> dict[str, Any]:
         place = evaluation.save_unless_smaller(place, run.path / "evaluation" / "knee.json")
     print("\n".join(evaluation.lines))
     return {
-        "values": evaluation.figures | ({} if swept is None else {"sweep": swept}),
+        "values": evaluation.to_json() | ({} if swept is None else {"sweep": swept}),
         "pictures": evaluation.pictures | more,
         "files": [place, *files],
         "tables": tables,
     }
 
 
-def track(config: DictConfig, run: Any, found: dict[str, Any]) -> None:
+def log_evaluation(config: DictConfig, run: Any, found: dict[str, Any]) -> None:
     """The figures as the summary of a W&B run of its own, in the group of the run that they are of."""
     name: str = run.facts.get("name", run.path.name)
     settings: Any = OmegaConf.to_container(config, resolve=True)

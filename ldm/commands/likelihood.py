@@ -4,7 +4,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from ldm.errors import UserError
-from ldm.likelihood.report import check_comparable, compare, measure
+from ldm.likelihood.report import check_comparable, format_difference, measure_likelihood
 from ldm.runs.run import Run
 from ldm.runtime.device import choose_device
 
@@ -24,17 +24,15 @@ def likelihood(config: DictConfig) -> None:
         check_comparable(run, other, variance=config.against_variance, **chosen)
     elif config.against_variance is not None:
         raise UserError(f"against_variance={config.against_variance} needs against=, the run to compare with.")
-    report = measure(run, variance=config.variance, ode=ode, **options)
+    report = measure_likelihood(run, variance=config.variance, ode=ode, **options)
     Console(highlight=False).print(report.table())
-    if difference := report.figures.get("ode_minus_chain"):
-        mean, error = difference["mean"], difference["standard_error"]
-        print(f"ODE minus chain, paired over the images: {mean:+.4f} ± {error:.4f} bits/dim")
+    if (difference := report.ode_minus_chain) is not None:
+        print(f"ODE minus chain, {format_difference(difference)}")
     data, picture = report.save(run.path)
     if other is not None:
-        against = measure(other, variance=config.against_variance, **options)
-        report.figures["difference"] = {**compare(report, against), "against": against.figures}
-        mean, error = (report.figures["difference"][key] for key in ("mean", "standard_error"))
-        name = " ".join([str(other.path), *filter(None, [against.figures.get("variance")])])
-        print(f"this minus {name}, paired over the images: {mean:+.4f} ± {error:.4f} bits/dim")
+        against = measure_likelihood(other, variance=config.against_variance, **options)
+        difference = report.add_difference(against)
+        name = " ".join([str(other.path), *filter(None, [against.content.get("variance")])])
+        print(f"this minus {name}, {format_difference(difference)}")
         report.save(run.path)
     print(f"all figures: {data}\nlayer by layer: {picture}")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import track
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -109,7 +109,7 @@ def load_classifier(images: ImageData, *, seed: int = 0, num_steps: int = NUM_ST
         check_fields(known, {"val_accuracy": float}, facts)
         classifier.val_accuracy = known["val_accuracy"]
     else:
-        train(classifier, images, labels, seed=seed, num_steps=num_steps)
+        fit_classifier(classifier, images, labels, seed=seed, num_steps=num_steps)
         classifier.val_accuracy = accuracy(classifier, images, labels, images.val_indices)
         figures = {**made_from, "val_accuracy": classifier.val_accuracy, "num_val": len(images.val_indices)}
         write_text(facts, json.dumps(figures, indent=2) + "\n")
@@ -135,7 +135,7 @@ def _labels(images: ImageData) -> Tensor:
     return labels
 
 
-def train(classifier: Classifier, images: ImageData, labels: Tensor, *, seed: int, num_steps: int) -> None:
+def fit_classifier(classifier: Classifier, images: ImageData, labels: Tensor, *, seed: int, num_steps: int) -> None:
     """Fit it to the training split: cross-entropy, AdamW, a linear warm-up and a cosine to zero.
 
     On the CPU, so that every machine finds the same features. Weights and order depend on the seed alone.
@@ -148,17 +148,15 @@ def train(classifier: Classifier, images: ImageData, labels: Tensor, *, seed: in
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda k: min((k + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * k / num_steps))
     )
-    columns = (TextColumn("training a classifier"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     network: Any = classifier.train()
     network.to(memory_format=torch.channels_last)  # 1.4 times as fast on a CPU
-    with Progress(*columns, transient=True) as bar:
-        for step in bar.track(range(num_steps)):
-            chosen = indices[batch_at(step, size=len(indices), batch_size=batch_size, seed=order)]
-            loss = F.cross_entropy(classifier.logits(images.batch(chosen)), labels[chosen])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+    for step in track(range(num_steps), "training a classifier", transient=True):
+        chosen = indices[batch_at(step, size=len(indices), batch_size=batch_size, seed=order)]
+        loss = F.cross_entropy(classifier.logits(images.batch(chosen)), labels[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
     network.eval().to(memory_format=torch.contiguous_format)
 
 

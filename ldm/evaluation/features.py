@@ -4,7 +4,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import track
 from torch import Tensor, nn
 
 from ldm.data.images import ImageData
@@ -13,6 +13,8 @@ from ldm.evaluation.classifier import Classifier, load_classifier
 from ldm.files.atomic import durable_file
 from ldm.files.untrusted import read_array
 from ldm.metrics.features import CHOICES, HUB_IDS
+
+NO_FEATURES = "none"
 
 
 class ImageSet(Protocol):
@@ -60,14 +62,11 @@ def extract(network: nn.Module, images: Tensor | ImageSet, title: str, batch_siz
     """Features of images [N, 3, H, W], or of a whole set, a batch at a time; with a progress bar."""
     device = next(network.parameters()).device
     parts = []
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True) as bar, torch.no_grad():
-        task = bar.add_task("", total=len(images))
-        for start in range(0, len(images), batch_size):
+    with torch.no_grad():
+        for start in track(range(0, len(images), batch_size), title, transient=True):
             rows = range(start, min(start + batch_size, len(images)))
             part = images[rows.start : rows.stop] if isinstance(images, Tensor) else images.batch(rows)
             parts.append(network(part.to(device)).float().cpu())
-            bar.advance(task, len(part))
     return torch.cat(parts)
 
 

@@ -1,10 +1,12 @@
-"""Images that samples are compared with, made as they are asked for: nothing holds all of them at once."""
+"""Images that are read or made as they are asked for: nothing holds all of them at once."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from rich.progress import track
 from torch import Tensor
 
 from ldm.data.images import ImageData
@@ -43,3 +45,9 @@ class VAEAlone:
         generators = sample_generators(self.seed, indices)
         noise = [torch.randn(self.pipeline.latent_shape, generator=g) for g in generators]
         return self.pipeline.autoencoder.decode(torch.stack(noise)).cpu()
+
+
+def track_batches(images: ImageData, rows: np.ndarray, batch_size: int, title: str) -> Iterator[Tensor]:
+    """Yield the images of these rows in batches, with a progress bar."""
+    for start in track(range(0, len(rows), batch_size), title, transient=True):
+        yield images.batch(rows[start : start + batch_size])

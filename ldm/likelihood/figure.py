@@ -10,7 +10,7 @@ from ldm.likelihood.two_stage import Terms
 INK, CHAIN, SHARE, CREDIT = "#333333", "#2f6fb0", "#c9782c", "#4b9b63"
 
 
-def draw(columns: dict[str, Terms], title: str) -> Figure:
+def plot_likelihood(columns: dict[str, Terms], title: str) -> Figure:
     """The terms of each bound on the way to its total, and the KL of every layer of the chain over t."""
     chain = columns.get("chain")
     layered = chain is not None and chain.chain is not None and len(chain.chain.steps) > 1
@@ -18,14 +18,14 @@ def draw(columns: dict[str, Terms], title: str) -> Figure:
     figure = Figure(figsize=(13 if layered else 6.8, max(3.2, 1.2 + 0.27 * rows)), layout="constrained")
     axes = figure.subplots(1, 2 if layered else 1, squeeze=False)[0]
     if chain is not None and layered:
-        _draw_layers(axes[0], chain)
-    _draw_terms(axes[-1], columns)
+        _plot_layers(axes[0], chain)
+    _plot_terms(axes[-1], columns)
     what = "the chain is a hierarchical VAE with a layer for every t" if layered else "the bound"
     figure.suptitle(f"{title}: {what}", fontsize=11)
     return figure
 
 
-def _draw_layers(axes: Any, chain: Terms) -> None:
+def _plot_layers(axes: Any, chain: Terms) -> None:
     """The mean KL of a layer in each stratum of t, and what share of the sum the layers from t up have."""
     bound = chain.chain
     assert bound is not None
@@ -52,12 +52,12 @@ def _draw_layers(axes: Any, chain: Terms) -> None:
     other.tick_params(colors=SHARE)
 
 
-def _draw_terms(axes: Any, columns: dict[str, Terms]) -> None:
+def _plot_terms(axes: Any, columns: dict[str, Terms]) -> None:
     """A waterfall per column of the table: each term starts where the one before it ended."""
     labels: list[str] = []
     reached = [0.0]
     for name, terms in columns.items():
-        found, end = terms.figures(), 0.0
+        found, end = {name: metric.value for name, metric in terms.metrics().items()}, 0.0
         for key in terms.parts:
             axes.barh(len(labels), found[key], left=end, height=0.7, color=CREDIT if found[key] < 0 else CHAIN)
             at = max(end, end + found[key])
@@ -66,7 +66,7 @@ def _draw_terms(axes: Any, columns: dict[str, Terms]) -> None:
             reached.append(end)
             labels.append(key)
         axes.barh(len(labels), end, height=0.7, color=INK)
-        text = f" {end:.3f} ± {found['standard_error']:.3f}"
+        text = f" {end:.3f} ± {terms.metrics()['total'].standard_error:.3f}"
         axes.text(max(end, 0.0), len(labels), text, va="center", fontsize=8, weight="bold")
         labels += [f"{name}: total", ""]
     axes.set_yticks([y for y, label in enumerate(labels) if label], [label for label in labels if label], fontsize=8)

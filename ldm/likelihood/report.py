@@ -11,11 +11,12 @@ import torch
 from rich.table import Table
 
 from ldm.autoencoder.autoencoder import Autoencoder
-from ldm.errors import UserError
+from ldm.errors import UserError, require_whole
 from ldm.likelihood.checks import check_chain, require_density
-from ldm.likelihood.figure import draw
+from ldm.likelihood.figure import plot_likelihood
 from ldm.likelihood.optimal_variance import fit_optimal
-from ldm.likelihood.two_stage import Terms, TwoStage, mean_and_error, two_stage_bound, vae_bound
+from ldm.likelihood.two_stage import Terms, TwoStage, mean_metric, two_stage_bound, vae_bound
+from ldm.metrics.metric import Metric
 from ldm.progress import Bars, progress
 from ldm.runs.run import Run, choose_images
 from ldm.sampling.pipeline import LatentDiffusionPipeline
@@ -34,45 +35,74 @@ BOUND_ROWS = {
 
 
 @dataclass(frozen=True)
-class Report:
-    """Figures for likelihood.json, and the terms behind them by column of the table."""
+class LikelihoodReport:
+    """Content of likelihood.json, and the terms behind it by column of the table."""
 
-    figures: dict[str, Any]
+    content: dict[str, Any]
     columns: dict[str, Terms]
+
+    @property
+    def ode_minus_chain(self) -> Metric | None:
+        """In bits/dim, paired over the images; None without an ODE."""
+        if "ODE" not in self.columns:
+            return None
+        chain, ode = self.columns["chain"], self.columns["ODE"]
+        return mean_metric(chain.bits_per_dim(ode.total - chain.total))
+
+    def add_difference(self, other: "LikelihoodReport") -> Metric:
+        """Add what `paired_difference` finds, with the other report."""
+        difference = paired_difference(self, other)
+        self.content["difference"] = {**_mean_to_json(difference), "against": other.content}
+        return difference
 
     def table(self) -> Table:
         """Bits per dimension of every term, one column per prior of the latent."""
-        images, of = self.figures["num_images"], self.figures["num_dims"]
+        images, of = self.content["num_images"], self.content["num_dims"]
         table = Table(title=f"bits/dim of {images} images ({of} dimensions each)", title_justify="left")
         table.add_column("term")
         for name in self.columns:
             table.add_column(name, justify="right")
-        figures = {name: terms.figures() for name, terms in self.columns.items()}
+        metrics = [terms.metrics() for terms in self.columns.values()]
         for key, label in BOUND_ROWS.items():
-            if any(key in found for found in figures.values()):
-                table.add_row(label, *(f"{found[key]:.4f}" if key in found else "" for found in figures.values()))
+            if any(key in found for found in metrics):
+                table.add_row(label, *(f"{found[key].value:.4f}" if key in found else "" for found in metrics))
         table.add_section()
-        table.add_row("total", *(f"[bold]{found['total']:.4f}[/bold]" for found in figures.values()))
-        table.add_row(
-            "standard error, between images", *(f"{found['standard_error']:.4f}" for found in figures.values())
-        )
-        errors = [
-            f"{found['monte_carlo_error']:.4f}" if "monte_carlo_error" in found else "" for found in figures.values()
-        ]
-        if any(errors):
-            table.add_row("standard error, of t and noise", *errors)
+        totals = [found["total"] for found in metrics]
+        table.add_row("total", *(f"[bold]{total.value:.4f}[/bold]" for total in totals))
+        table.add_row("standard error, between images", *(f"{total.standard_error:.4f}" for total in totals))
+        errors = [terms.monte_carlo_error for terms in self.columns.values()]
+        if any(error is not None for error in errors):
+            shown = ("" if error is None else f"{error:.4f}" for error in errors)
+            table.add_row("standard error, of t and noise", *shown)
         return table
 
     def save(self, folder: Path) -> tuple[Path, Path]:
         """likelihood.json and likelihood.png."""
         data, picture = folder / "likelihood.json", folder / "likelihood.png"
-        data.write_text(json.dumps(self.figures, indent=2) + "\n", encoding="utf-8")
-        title = f"{self.figures['images']}, {self.figures['num_images']} images"
-        draw(self.columns, title).savefig(picture, dpi=130)
+        data.write_text(json.dumps(self.content, indent=2) + "\n", encoding="utf-8")
+        title = f"{self.content['images']}, {self.content['num_images']} images"
+        plot_likelihood(self.columns, title).savefig(picture, dpi=130)
         return data, picture
 
 
-def measure(
+def format_difference(metric: Metric) -> str:
+    return f"paired over the images: {metric.value:+.4f} ± {metric.standard_error:.4f} bits/dim"
+
+
+def _terms_to_json(terms: Terms) -> dict[str, float | None]:
+    metrics, error = terms.metrics(), terms.monte_carlo_error
+    found = {
+        **{name: metric.value for name, metric in metrics.items()},
+        "standard_error": metrics["total"].standard_error,
+    }
+    return found if error is None else {**found, "monte_carlo_error": error}
+
+
+def _mean_to_json(metric: Metric) -> dict[str, float | None]:
+    return {"mean": metric.value, "standard_error": metric.standard_error}
+
+
+def measure_likelihood(
     run: Run,
     *,
     device: torch.device,
@@ -83,7 +113,7 @@ def measure(
     ode: dict[str, Any] | None = None,
     seed: int = 0,
     batch_size: int = 64,
-) -> Report:
+) -> LikelihoodReport:
     """The bound of a run's images; a run of stage vae has its own, with the prior N(0, I).
 
     Args:
@@ -95,14 +125,12 @@ def measure(
     Raises:
         UserError: what `choose_images`, `open_model` and `two_stage_bound` refuse.
     """
-    if type(batch_size) is not int or batch_size < 1:
-        raise UserError(f"batch_size={batch_size} must be a whole number of 1 at least.")
+    require_whole("batch_size", batch_size, 1)
     started = time.perf_counter()
     images, indices = choose_images(run, split, num_images, seed)
-    model = open_model(run, variance, steps, ode)
-    model.to(device)
+    model = open_model(run, variance, steps, ode).to(device)
     pixels = images.batch(indices)
-    figures: dict[str, Any] = {
+    content: dict[str, Any] = {
         "run": str(run.path),
         "images": f"{images.name}/{split}@{images.fingerprint[:8]}",
         "num_images": len(pixels),
@@ -110,38 +138,29 @@ def measure(
         "unit": "bits per dimension of the 8-bit image",
         "seed": seed,
     }
+    options: dict[str, Any] = {"seed": seed, "batch_size": batch_size}
     if isinstance(model, Autoencoder):
-        columns = {"VAE": vae_bound(model, pixels, seed=seed, batch_size=batch_size)}
+        columns = {"VAE": vae_bound(model, pixels, **options)}
     else:
         chosen = variance or model.variance
+        condition = Request.of_images(model, images, indices).condition
         with progress() as bar:
             if chosen == "optimal" and model.z_0_mse is None:
-                fit_optimal(model, images, run.path / "pipeline", seed=seed, batch_size=batch_size, bar=bar)
-            found = two_stage_bound(
-                model,
-                pixels,
-                Request.of_images(model, images, indices).condition,
-                seed=seed,
-                variance=chosen,
-                steps=steps,
-                batch_size=batch_size,
-                ode=ode,
-                on_progress=Bars(bar),
-            )
+                fit_optimal(model, images, run.path / "pipeline", bar=bar, **options)
+            options |= {"variance": chosen, "steps": steps, "ode": ode}
+            found = two_stage_bound(model, pixels, condition, on_progress=Bars(bar), **options)
         named = {"chain": found.chain, "ODE": found.ode, "VAE": found.vae}
         columns = {name: terms for name, terms in named.items() if terms is not None}
-        figures |= {
-            "condition": model.conditioning.kind,
-            "variance": chosen,
-            "num_steps": model.schedule.num_steps,
-            "steps": "all" if steps is None else steps,
-            **_chain_figures(found, ode),
-        }
-    figures |= {name: terms.figures() for name, terms in columns.items()}
-    figures["per_image"] = {name: terms.bits_per_dim(terms.total).tolist() for name, terms in columns.items()}
-    figures["per_image"]["index"] = indices.tolist()
-    figures["seconds"] = round(time.perf_counter() - started, 1)
-    return Report(figures, columns)
+        content |= {"condition": model.conditioning.kind, "variance": chosen, "num_steps": model.schedule.num_steps}
+        content |= {"steps": "all" if steps is None else steps, **_chain_content(found, ode)}
+    report = LikelihoodReport(content, columns)
+    if (difference := report.ode_minus_chain) is not None:
+        content["ode_minus_chain"] = {**_mean_to_json(difference), "paired": True, "num_dims": content["num_dims"]}
+    content |= {name: _terms_to_json(terms) for name, terms in columns.items()}
+    per_image = {name: terms.bits_per_dim(terms.total).tolist() for name, terms in columns.items()}
+    content["per_image"] = {**per_image, "index": indices.tolist()}
+    content["seconds"] = round(time.perf_counter() - started, 1)
+    return report
 
 
 def open_model(
@@ -183,18 +202,17 @@ def check_comparable(
     open_model(other, variance, steps, None)
 
 
-def compare(report: Report, other: Report) -> dict[str, float]:
+def paired_difference(report: LikelihoodReport, other: LikelihoodReport) -> Metric:
     """The mean of report - other over the images, in bits/dim, and its standard error: paired, image by image.
 
     Raises:
         UserError: they are of other images.
     """
-    one, two = report.figures, other.figures
+    one, two = report.content, other.content
     if one["images"] != two["images"] or one["per_image"]["index"] != two["per_image"]["index"]:
         raise _of_other_images(one["run"], two["run"])
     (first, *_), (second, *_) = report.columns.values(), other.columns.values()
-    mean, error = mean_and_error(first.bits_per_dim(first.total - second.total))
-    return {"mean": mean, "standard_error": error}
+    return mean_metric(first.bits_per_dim(first.total - second.total))
 
 
 def _of_other_images(run: str, other: str) -> UserError:
@@ -204,17 +222,14 @@ def _of_other_images(run: str, other: str) -> UserError:
     )
 
 
-def _chain_figures(found: TwoStage, ode: dict[str, Any] | None) -> dict[str, Any]:
+def _chain_content(found: TwoStage, ode: dict[str, Any] | None) -> dict[str, Any]:
     chain = found.chain.chain
     assert chain is not None
-    dims = found.chain.num_dims
     curve = [found.chain.bits_per_dim(chain.curve).tolist(), chain.steps.tolist(), chain.widths.tolist()]
-    figures: dict[str, Any] = {"curve": dict(zip(("bits_per_dim_of_one_t", "t", "width"), curve, strict=True))}
+    content: dict[str, Any] = {"curve": dict(zip(("bits_per_dim_of_one_t", "t", "width"), curve, strict=True))}
     if found.ode is not None:
-        difference, error = mean_and_error(found.chain.bits_per_dim(found.ode.total - found.chain.total))
-        figures["ode_options"] = {**(ode or {}), "evaluations": found.ode_evaluations}
+        content["ode_options"] = {**(ode or {}), "evaluations": found.ode_evaluations}
         if found.ode_probe_variance is not None:
             of_the_mean = found.ode_probe_variance.sum().sqrt() / len(found.ode_probe_variance)
-            figures["ode_options"]["probe_error"] = found.chain.bits_per_dim(of_the_mean).item()
-        figures["ode_minus_chain"] = {"mean": difference, "standard_error": error, "paired": True, "num_dims": dims}
-    return figures
+            content["ode_options"]["probe_error"] = found.chain.bits_per_dim(of_the_mean).item()
+    return content

@@ -24,6 +24,7 @@ from ldm.diffusion.continuous.ode_likelihood import ode_log_likelihood
 from ldm.diffusion.denoiser import Condition
 from ldm.errors import UserError
 from ldm.likelihood.checks import check_chain, check_eight_bit, require_density
+from ldm.metrics.metric import Metric
 from ldm.runtime.random import sample_generators, torch_generator
 from ldm.sampling.pipeline import LatentDiffusionPipeline
 
@@ -58,23 +59,24 @@ class Terms:
         """Nats per image -> bits per dimension of the image (a pixel's colour value)."""
         return nats / (self.num_dims * math.log(2))
 
-    def figures(self) -> dict[str, float]:
-        """Means over the images in bits/dim, the total's standard error between images, and that of the estimate.
+    def metrics(self) -> dict[str, Metric]:
+        """Means of every term and of the total over the images, in bits/dim, with their standard errors between images.
 
-        The first says how far the mean over other images may be; the second how far this one is from what all t
-        and infinitely much noise would give for the same images and latents.
+        They say how far the mean over other images may be.
         """
-        found = {name: self.bits_per_dim(values).mean().item() for name, values in self.parts.items()}
-        found["total"], found["standard_error"] = mean_and_error(self.bits_per_dim(self.total))
-        if self.monte_carlo_variance is not None:
-            error = self.monte_carlo_variance.sum().sqrt() / len(self.total)
-            found["monte_carlo_error"] = self.bits_per_dim(error).item()
-        return found
+        return {name: mean_metric(self.bits_per_dim(x)) for name, x in {**self.parts, "total": self.total}.items()}
+
+    @property
+    def monte_carlo_error(self) -> float | None:
+        """How far the mean total is from what all t and infinitely much noise would give for the same latents."""
+        if self.monte_carlo_variance is None:
+            return None
+        return self.bits_per_dim(self.monte_carlo_variance.sum().sqrt() / len(self.total)).item()
 
 
-def mean_and_error(values: Tensor) -> tuple[float, float]:
+def mean_metric(values: Tensor) -> Metric:
     """Mean and its standard error between images (nan for a single one)."""
-    return values.mean().item(), (values.std().item() / len(values) ** 0.5 if len(values) > 1 else math.nan)
+    return Metric(values.mean().item(), values.std().item() / len(values) ** 0.5 if len(values) > 1 else math.nan)
 
 
 def draw_latents(
@@ -96,7 +98,9 @@ class _Encoded(NamedTuple):
     standard_normal: Tensor
 
 
-def _encode(autoencoder: Autoencoder, images: Tensor, generators: list[torch.Generator], batch_size: int) -> _Encoded:
+def _encode_images(
+    autoencoder: Autoencoder, images: Tensor, generators: list[torch.Generator], batch_size: int
+) -> _Encoded:
     scale = torch.tensor(require_density(autoencoder).decoder_scale, dtype=torch.float64)[:, None, None]
     found: list[_Encoded] = []
     for start in range(0, len(images), batch_size):
@@ -130,7 +134,7 @@ def vae_bound(autoencoder: Autoencoder, images: Tensor, *, seed: int = 0, batch_
     """
     require_density(autoencoder)
     check_eight_bit(images)
-    encoded = _encode(autoencoder, images, sample_generators(seed, range(len(images))), batch_size)
+    encoded = _encode_images(autoencoder, images, sample_generators(seed, range(len(images))), batch_size)
     return _standard_normal_prior(encoded, images[0].numel())
 
 
@@ -196,26 +200,17 @@ def two_stage_bound(
     z_0, parts, vae, last = stage_1(pipeline.autoencoder, images, generators, batch_size)
     moved = {name: value.to(pipeline.device) for name, value in condition.items()}
     report = on_progress or (lambda *_: None)
-    try:
-        chain = variational_bound(
-            pipeline.denoiser(),
-            z_0.to(pipeline.device),
-            moved,
-            generators=generators,
-            variance=variance,
-            z_0_mse=pipeline.z_0_mse,
-            steps=steps,
-            last=last,
-            batch_size=batch_size,
-            on_batch=lambda done, total: report("chain", done, total),
-        )
-    except NotFiniteError as error:
-        raise UserError(
-            f"The bound cannot be computed: {error}. A network that answers so diverged in training: train it again, "
-            "with a lower optimizer.lr."
-        ) from error
-    except ValueError as error:
-        raise UserError(f"The bound cannot be computed: {error}.") from error
+    chain = _chain_bound(
+        pipeline,
+        z_0.to(pipeline.device),
+        moved,
+        generators=generators,
+        variance=variance,
+        steps=steps,
+        last=last,
+        batch_size=batch_size,
+        on_batch=lambda done, total: report("chain", done, total),
+    )
     num_dims = images[0].numel()
     of_chain = parts | {"L_T": chain.prior, "sum of L_t-1": chain.layers, "L_0": chain.last}
     terms = Terms(of_chain, num_dims, chain.monte_carlo_variance, chain)
@@ -226,12 +221,24 @@ def two_stage_bound(
     return TwoStage(terms, vae, of_ode, evaluations, probe_variance)
 
 
+def _chain_bound(pipeline: LatentDiffusionPipeline, z_0: Tensor, condition: Condition, **options: Any) -> Bound:
+    try:
+        return variational_bound(pipeline.denoiser(), z_0, condition, z_0_mse=pipeline.z_0_mse, **options)
+    except NotFiniteError as error:
+        raise UserError(
+            f"The bound cannot be computed: {error}. A network that answers so diverged in training: train it again, "
+            "with a lower optimizer.lr."
+        ) from error
+    except ValueError as error:
+        raise UserError(f"The bound cannot be computed: {error}.") from error
+
+
 StageOne = tuple[Tensor, dict[str, Tensor], Terms | None, LastTerm | None]
 """z_0, the first stage's own terms, its bound without a chain, and L_0 where that is no density."""
 
 
 def _latents(autoencoder: Autoencoder, images: Tensor, generators: list[torch.Generator], batch_size: int) -> StageOne:
-    encoded = _encode(autoencoder, images, generators, batch_size)
+    encoded = _encode_images(autoencoder, images, generators, batch_size)
     z_0 = autoencoder.standardise(encoded.z_raw)
     latent_std = torch.tensor(require_density(autoencoder).latent_std, dtype=torch.float64)
     volume = z_0[0, 0].numel() * latent_std.log().sum()

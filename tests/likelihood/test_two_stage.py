@@ -33,9 +33,10 @@ from ldm.errors import UserError
 from ldm.latents.contract import LatentContract
 from ldm.likelihood import optimal_variance
 from ldm.likelihood import two_stage as likelihood
-from ldm.likelihood.figure import draw
-from ldm.likelihood.report import BOUND_ROWS, Report, compare, measure
-from ldm.likelihood.two_stage import Terms, check_eight_bit, mean_and_error, two_stage_bound, vae_bound
+from ldm.likelihood.figure import plot_likelihood
+from ldm.likelihood.report import BOUND_ROWS, LikelihoodReport, measure_likelihood, paired_difference
+from ldm.likelihood.two_stage import Terms, check_eight_bit, mean_metric, two_stage_bound, vae_bound
+from ldm.metrics.metric import Metric
 from ldm.networks.conditioning import ClassCondition, NoCondition
 from ldm.networks.dit import DiT
 from ldm.runs.run import Run
@@ -378,23 +379,22 @@ def test_the_terms_add_up_and_have_units(eight_bit):
     assert list(found.ode.parts) == ["decoder", "encoder", "volume", "ODE, z_1", "L_0"]
     for terms in (found.chain, found.vae, found.ode):
         torch.testing.assert_close(terms.total, sum(terms.parts.values()))
-        figures = terms.figures()
+        metrics = terms.metrics()
+        assert set(metrics) == {*terms.parts, "total"}
         in_bits = terms.total / (3 * 8 * 8 * math.log(2))
         torch.testing.assert_close(terms.bits_per_dim(terms.total), in_bits)
-        assert figures["total"] == pytest.approx(in_bits.mean().item())
-        assert figures["total"] == pytest.approx(sum(figures[name] for name in terms.parts))
-        assert figures["standard_error"] == pytest.approx(scipy.stats.sem(in_bits.numpy()))
+        assert metrics["total"].value == pytest.approx(in_bits.mean().item())
+        assert metrics["total"].value == pytest.approx(sum(metrics[name].value for name in terms.parts))
+        assert metrics["total"].standard_error == pytest.approx(scipy.stats.sem(in_bits.numpy()))
         for name in ("decoder", "encoder"):
             assert torch.equal(terms.parts[name], found.vae.parts[name]), "priors share the draw of z_raw"
-    assert set(found.chain.figures()) == {*names, "total", "standard_error", "monte_carlo_error"}
-    assert set(found.vae.figures()) == {*found.vae.parts, "total", "standard_error"}
     error = found.chain.monte_carlo_variance.sum().sqrt().item() / 6 / (192 * math.log(2))
-    assert found.chain.figures()["monte_carlo_error"] == pytest.approx(error)
+    assert found.chain.monte_carlo_error == pytest.approx(error) and found.vae.monte_carlo_error is None
     volume = 16 * math.log(1.5 * 0.5 * 1.0)
     assert found.chain.parts["volume"].tolist() == pytest.approx([volume] * 6)
     assert found.chain.total.dtype == torch.float64
     same_terms(vae_bound(tiny().autoencoder, eight_bit), found.vae)
-    assert math.isnan(mean_and_error(torch.ones(1))[1])
+    assert math.isnan(mean_metric(torch.ones(1)).standard_error)
 
 
 @pytest.mark.parametrize("steps", [None, 6])
@@ -553,7 +553,7 @@ def test_what_a_chain_cannot_answer_is_refused_before_anything_is_computed(
     pipeline = tiny()
     if spoil is not None:
         spoil(pipeline)
-    monkeypatch.setattr(likelihood, "_encode", lambda *_: pytest.fail("computed first"))
+    monkeypatch.setattr(likelihood, "_encode_images", lambda *_: pytest.fail("computed first"))
     with pytest.raises(UserError, match=said) as refused:
         two_stage_bound(pipeline, eight_bit, {}, **options)
     assert "\n" not in str(refused.value)
@@ -666,10 +666,10 @@ def test_a_diffusion_run(runs, tool, images):
 def test_the_images_are_the_same_however_many_they_are(runs):
     _, run = runs
     options = {"device": torch.device("cpu"), "steps": 4}
-    few, more = (measure(run, num_images=n, **options).figures for n in (3, 7))
+    few, more = (measure_likelihood(run, num_images=n, **options).content for n in (3, 7))
     assert more["per_image"]["index"][:3] == few["per_image"]["index"]
     assert more["per_image"]["chain"][:3] == pytest.approx(few["per_image"]["chain"], rel=1e-5)
-    everything = measure(run, num_images=1000, **options).figures
+    everything = measure_likelihood(run, num_images=1000, **options).content
     assert everything["num_images"] == len(run.image_data().val_indices)
 
 
@@ -764,7 +764,7 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("arguments", "said"), MISTAKES, ids=[" ".join(given) or "T < 64" for given, _ in MISTAKES])
 def test_mistakes_on_the_command_line(fails, runs, monkeypatch, arguments, said):
-    monkeypatch.setattr(likelihood, "_encode", lambda *_: pytest.fail("computed first"))
+    monkeypatch.setattr(likelihood, "_encode_images", lambda *_: pytest.fail("computed first"))
     message = fails(f"run={runs[1].path}", *arguments)
     assert all(part in message for part in said), message
 
@@ -783,17 +783,17 @@ def test_a_split_of_one_image(fails, runs):
 def test_a_run_on_other_images_is_no_comparison(fails, runs, monkeypatch):
     vae, run = runs
     vae.update(val_fraction=0.4)
-    monkeypatch.setattr(likelihood, "_encode", lambda *_: pytest.fail("measured first"))
+    monkeypatch.setattr(likelihood, "_encode_images", lambda *_: pytest.fail("measured first"))
     message = fails(f"run={run.path}", "steps=4", f"against={vae.path}")
     assert "not trained and validated on the same images" in message and "data.val_fraction" in message
 
 
 def test_reports_of_other_images_are_not_compared(runs):
     options = {"device": torch.device("cpu"), "num_images": 3}
-    one, two = (measure(runs[0], seed=seed, **options) for seed in (0, 1))
-    assert compare(one, one) == {"mean": 0.0, "standard_error": 0.0}
+    one, two = (measure_likelihood(runs[0], seed=seed, **options) for seed in (0, 1))
+    assert paired_difference(one, one) == Metric(0.0, 0.0)
     with pytest.raises(UserError, match="not trained and validated on the same images"):
-        compare(one, two)
+        paired_difference(one, two)
 
 
 def test_a_chain_that_was_edited_is_refused(fails, runs):
@@ -818,8 +818,8 @@ def test_a_sigma_that_cannot_be_fitted(fails, runs, monkeypatch):
 def test_every_stratum_and_term_is_drawn(eight_bit, tmp_path, steps):
     found = two_stage_bound(tiny(), eight_bit, {}, steps=steps)
     columns = {"chain": found.chain, "VAE": found.vae}
-    report = Report({"images": "pets/val@0", "num_images": 6, "num_dims": 192}, columns)
-    figure = draw(columns, "title")
+    report = LikelihoodReport({"images": "pets/val@0", "num_images": 6, "num_dims": 192}, columns)
+    figure = plot_likelihood(columns, "title")
     layers, terms, share = figure.axes
     (stairs,) = layers.patches
     values, edges, _ = stairs.get_data()

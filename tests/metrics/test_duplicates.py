@@ -155,7 +155,7 @@ def test_nearest_distances_are_those_of_brute_force(monkeypatch):
     torch.testing.assert_close(nearest_distances(gallery[rows], gallery, k=3, own=rows), expected[:, 1:4])
     moved = nearest_distances(gallery[rows] + 0.01, gallery)[:, 0]
     torch.testing.assert_close(moved, torch.full((5,), 0.01 * 6**0.5), atol=0, rtol=1e-2)
-    with pytest.raises(ValueError, match="k=3 must be"):
+    with pytest.raises(ValueError, match="k must be.*it is 3"):
         nearest_distances(gallery, gallery[:3], k=3, own=torch.zeros(90))
 
 

@@ -27,7 +27,7 @@ def curve_names(groups: Sequence[Group]) -> list[str]:
     return [*chosen, *(["train/loss"] if "train/loss" in found else [])]
 
 
-def draw(groups: Sequence[Group]) -> Figure | None:
+def plot_curves(groups: Sequence[Group]) -> Figure | None:
     """A panel per curve over the steps; None where no run has any."""
     names = curve_names(groups)
     if not names:
@@ -39,8 +39,8 @@ def draw(groups: Sequence[Group]) -> Figure | None:
     colours = {group.label: COLOURS[i % len(COLOURS)] for i, group in enumerate(groups)}
     for axes, name in zip(panels, names, strict=False):
         for group in groups:
-            curves = [_shown(name, run.curves[name]) for run in group.runs if name in run.curves]
-            _draw_group(axes, curves, colours[group.label])
+            curves = [_smoothed(name, run.curves[name]) for run in group.runs if name in run.curves]
+            _plot_group(axes, curves, colours[group.label])
         mean = ", mean of neighbouring batches" if name.startswith("train/") else ""
         axes.set_title(f"{name}{mean}", fontsize=10)
         axes.set_xlabel("step", fontsize=9)
@@ -55,7 +55,7 @@ def draw(groups: Sequence[Group]) -> Figure | None:
     return figure
 
 
-def _draw_group(axes: Axes, curves: Sequence[Curve], colour: str) -> None:
+def _plot_group(axes: Axes, curves: Sequence[Curve], colour: str) -> None:
     marks = ["o" if len(steps) < FEW else None for steps, _ in curves]  # of one point there is no line
     if len(curves) == 1:
         axes.plot(*curves[0], color=colour, lw=1.5, marker=marks[0], ms=3)
@@ -69,7 +69,7 @@ def _draw_group(axes: Axes, curves: Sequence[Curve], colour: str) -> None:
         axes.plot(common, np.mean(at_common, axis=0), color=colour, lw=1.8, marker=mark, ms=4)
 
 
-def _shown(name: str, curve: Curve) -> Curve:
+def _smoothed(name: str, curve: Curve) -> Curve:
     """As it is, or the running mean of a loss of single batches, at its middle steps."""
     steps, values = curve
     width = min(SMOOTHED, len(values) // 10)

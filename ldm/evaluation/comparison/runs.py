@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import UserError
-from ldm.evaluation.comparison.statistics import Figure, direction, share_error
+from ldm.evaluation.comparison.statistics import better_direction
+from ldm.evaluation.evaluation_file import finite_numbers, metrics_from_json
 from ldm.evaluation.reconstructions.curves import Curve, as_curve, read_curves
 from ldm.files.untrusted import read_json
-from ldm.metrics.subsets import NUM_GROUPS, NUM_SUBSETS
+from ldm.metrics.metric import Metric
 from ldm.runs.lineage import weights_sha256
 from ldm.runs.run import Run
 from ldm.tracking.comparison import fetch_run
@@ -25,31 +26,11 @@ OF_LOSS = {
     "diffusion": ("objective", "schedule", "variance"),
 }
 """Keys on which the value of a loss depends, whatever the model is worth."""
-SETTINGS: tuple[str, ...] = (
-    "features",
-    "features_key",
-    "num_samples",
-    "num_images",
-    "images",
-    "reference",
-    "num_reference",
-)
-SETTINGS += ("fd_components", "features_in_loss", "lpips_in_loss", "guidance", "guidance_interval", "sampler")
-"""Of an evaluation: what it was made with."""
-NO_FIGURES = ("seed", "factor", "feature_dim", "seconds", "kl_nats", "codebook_size", "val_images")
-OF_PIXELS = ("psnr", "ssim", "lpips", "kl", "codebook", "pca")
-"""First words of figures that no features are in."""
-WITHOUT_SAMPLER = ("reconstructions", "validation", "vae", "floor", "chance")
-"""Last words of figures that no samples are in."""
-BY_SUBSETS = ("kd", "precision", "recall", "density", "coverage", "cmmd")
-BY_JACKKNIFE = ("fd", "class_shift")
-DOF = dict.fromkeys(BY_SUBSETS, NUM_SUBSETS - 1) | dict.fromkeys(BY_JACKKNIFE, NUM_GROUPS - 1)
-"""Degrees of freedom of the standard error of figures that begin so: of so many subsets, or groups of a jackknife."""
 EVALUATION = "evaluation."
 
 
 @dataclass(frozen=True)
-class Measured:
+class RunRecord:
     """What is known of one run, wherever it was read."""
 
     place: str
@@ -61,7 +42,7 @@ class Measured:
     """Flat, without PLACES."""
     facts: dict[str, Any]
     """Flat."""
-    figures: dict[str, Figure]
+    metrics: dict[str, Metric]
     evaluation_seed: Any
     stale: bool
     """Its evaluation is of other weights than it has now, and left out."""
@@ -77,7 +58,7 @@ class Measured:
         return [name for name, (_, values) in self.curves.items() if not math.isfinite(values[-1])]
 
 
-def load(places: Sequence[str]) -> list[Measured]:
+def read_runs(places: Sequence[str]) -> list[RunRecord]:
     """Read runs: folders, or `entity/project/run` of W&B.
 
     Raises:
@@ -109,13 +90,13 @@ def is_of_wandb(place: str) -> bool:
     return not here and re.fullmatch(r"[\w.-]+/[\w. -]+/[\w-]+", place) is not None
 
 
-def from_folder(place: str) -> Measured:
+def from_folder(place: str) -> RunRecord:
     """A run folder: config.yaml, run.json, metrics.csv and evaluation.json, the last two where there are any."""
     run = Run.open(place, "runs")
     facts = {key: value for key, value in run.facts.items() if key != "figures"}
     evaluation = run.path / "evaluation.json"
     metrics = run.path / "metrics.csv"
-    return _measured(
+    return _record(
         str(run.path),
         config=flatten(run.config()),
         facts=flatten(facts),
@@ -127,15 +108,15 @@ def from_folder(place: str) -> Measured:
     )
 
 
-def from_wandb(place: str) -> Measured:
-    """A run of W&B, with the figures of the newest tools/evaluate.py on it that was logged there."""
+def from_wandb(place: str) -> RunRecord:
+    """A run of W&B, with the metrics of the newest tools/evaluate.py on it that was logged there."""
     config, summary, history = fetch_run(place)
     facts = {key.removeprefix("run."): value for key, value in config.items() if key.startswith("run.")}
     if facts.get("stage") not in OF_LOSS:
         raise UserError(f"{place} is in W&B, but no training of this program: its config has no run.stage.")
-    logged = _of(summary, EVALUATION)  # flat: what stands inside a mapping is `sampler.steps`
+    logged = _with_prefix(summary, EVALUATION)  # flat: what stands inside a mapping is `sampler.steps`
     evaluation = {key: value for key, value in logged.items() if "." not in key}
-    if sampler := _of(logged, "sampler."):
+    if sampler := _with_prefix(logged, "sampler."):
         evaluation["sampler"] = sampler
     own = [key for key in config if not key.startswith(("run.", EVALUATION))]
     points: dict[str, dict[int, float]] = {}
@@ -146,9 +127,9 @@ def from_wandb(place: str) -> Measured:
     curves = {name: as_curve(values) for name, values in points.items()}
     figures = {key: value for key, value in summary.items() if not re.search(r"^_|/|^step$|^evaluation\.", key)}
     last = max((steps[-1] for steps, _ in curves.values()), default=0)
-    # the config was written at the start; figures of an end that was trained on since are not of this end
+    # the config was written at the start; metrics of an end that was trained on since are not of this end
     finished = facts.get("finished") is not None or ("training_s" in figures and last <= figures.get("steps", last))
-    return _measured(
+    return _record(
         place,
         config={key: config[key] for key in own},
         facts={**facts, "finished": finished or None},
@@ -159,11 +140,11 @@ def from_wandb(place: str) -> Measured:
     )
 
 
-def _of(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+def _with_prefix(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
 
 
-def _measured(
+def _record(
     place: str,
     *,
     config: dict[str, Any],
@@ -173,7 +154,7 @@ def _measured(
     weights: str | None,
     curves: dict[str, Curve],
     run: Run | None = None,
-) -> Measured:
+) -> RunRecord:
     stage, evaluated = facts["stage"], evaluation.get("weights_sha256")
     of_weights = None if weights is None or evaluated is None else evaluated == weights
     doubtful = bool(evaluation) and of_weights is None and (weights or evaluated) is not None
@@ -185,18 +166,17 @@ def _measured(
         "latent_statistics": config.get("latent_statistics"),
     }
     loss = {part: {key: config[key] for key in config if key.startswith(part)} for part in OF_LOSS[stage]}
-    found: dict[str, Figure] = {}
+    found: dict[str, Metric] = {}
     for name, (_, values) in curves.items():
         if name.startswith("val/") and (short := name.removeprefix("val/")) not in {**figures, **evaluation}:
             settings = {**data, **(latents if stage == "diffusion" else {}), **(loss if "loss" in short else {})}
             if math.isfinite(values[-1]):
-                found[name] = Figure(values[-1], settings=settings)
-    for name, value in _numbers(figures):
-        found[name] = Figure(value, settings=data if direction(name) else {})
-    for name, value in _numbers(evaluation):
-        found[name] = _evaluated(name, value, evaluation)
+                found[name] = Metric(values[-1], settings=settings)
+    for name, value in finite_numbers(figures).items():
+        found[name] = Metric(value, settings=data if better_direction(name) else {})
+    found |= metrics_from_json(evaluation)
     inside = tuple(f"{key}." for key in PLACES)
-    return Measured(
+    return RunRecord(
         place=place,
         name=str(facts.get("name") or Path(place).name),
         stage=stage,
@@ -204,40 +184,10 @@ def _measured(
         finished=facts.get("finished") is not None,
         config={key: v for key, v in config.items() if key not in PLACES and not key.startswith(inside)},
         facts=facts,
-        figures=found,
+        metrics=found,
         evaluation_seed=evaluation.get("seed"),
         stale=of_weights is False,
         doubtful=doubtful,
         curves=curves,
         run=run,
     )
-
-
-def _numbers(figures: Mapping[str, Any]) -> list[tuple[str, float]]:
-    return [
-        (name, float(value))
-        for name, value in figures.items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if name not in (*SETTINGS, *NO_FIGURES) and not name.startswith("num_") and not name.endswith("_standard_error")
-    ]
-
-
-def _evaluated(name: str, value: float, evaluation: Mapping[str, Any]) -> Figure:
-    """With its standard error, the degrees of freedom of it, and the settings that a figure of that name depends on."""
-    first, last = name.split("_")[0], name.split("_")[-1]
-    of_pixels = {"images", "num_images", "num_samples", *({"lpips_in_loss"} if first == "lpips" else ())}
-    chosen = {
-        key: evaluation[key]
-        for key in SETTINGS
-        if evaluation.get(key) is not None
-        and (key in of_pixels if first in OF_PIXELS else key != "lpips_in_loss")
-        and (key != "fd_components" or first == "fd")
-        and not (last in WITHOUT_SAMPLER and key.startswith(("guidance", "sampler")))
-    }
-    error = evaluation.get(f"{name}_standard_error")
-    dof: float = next((dof for begin, dof in DOF.items() if name.startswith(f"{begin}_")), math.inf)
-    if error is None and first == "retrieval" and last != "chance":
-        # of as many images as the samples', but where there are fewer of them
-        num = evaluation.get("num_held_out" if "_held_out_" in name else f"num_{last}")
-        error = share_error(value, num or evaluation["num_samples"])
-    return Figure(value, error, dof, flatten(chosen))

@@ -1,12 +1,12 @@
-"""Is one group of runs better in a figure than another, or is the difference noise?
+"""Is one group of runs better in a metric than another, or is the difference noise?
 
-A group is what differs in nothing but its seed. The rule, per figure, everything at 95 %:
+A group is what differs in nothing but its seed. The rule, per metric, everything at 95 %:
 
 1. Figures that were not measured alike (features, N, reference set, sampler, guidance) get no verdict.
 2. Three or more runs with seeds of their own in both groups: Welch's t test on the runs. Their spread holds all that a
    seed moves, training and sampling.
-3. Otherwise, and where seeds do not move a figure, the standard errors of the evaluations. They hold the noise of
-   sampling alone: another seed of training may move a figure further, and the verdict says so. The runs of a group are
+3. Otherwise, and where seeds do not move a metric, the standard errors of the evaluations. They hold the noise of
+   sampling alone: another seed of training may move a metric further, and the verdict says so. The runs of a group are
    measured on the same images, so that the mean's error is taken to be theirs, not smaller by the root of their number;
    and two groups as if on images of their own, which makes the interval of a difference too wide rather than too
    narrow.
@@ -14,46 +14,29 @@ A group is what differs in nothing but its seed. The rule, per figure, everythin
 5. `better` where the interval of the difference leaves out 0 and it is known which way is better; else `within noise`,
    which is no proof of equality: the interval says how large a difference could hide in it.
 
-Verdicts are not corrected for their number: of twenty figures without any difference, one is expected to look real.
-`hold` says which of them do so all together.
+Verdicts are not corrected for their number: of twenty metrics without any difference, one is expected to look real.
+`holm` says which of them do so all together.
 """
 
 import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from scipy import stats
+
+from ldm.metrics.metric import Metric
 
 CONFIDENCE = 0.95
 FEWEST_SEEDS = 3
 SEEDS, SAMPLING = "between seeds", "sampling noise only"
 HIGHER = frozenset({"psnr", "ssim", "retrieval", "cosine", "precision", "recall", "density", "coverage", "accuracy"})
 LOWER = frozenset({"kd", "fd", "fid", "kid", "cmmd", "loss", "lpips", "bits", "l1", "mse", "shift"})
-"""Words of a figure's name that say which way is better."""
+"""Words of a metric's name that say which way is better."""
 NEITHER = frozenset({"kl", "chance", "permuted", "validation", "floor", "pca", "classifier"})
 """Words of a rate, which is worth nothing without its distortion, and of the anchors, which are of the data."""
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One figure of one run."""
-
-    value: float
-    standard_error: float | None = None
-    """Of sampling, as the evaluation states it."""
-    dof: float = math.inf
-    """Degrees of freedom of that standard error."""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    """How it was measured: figures compare where these are equal."""
-
-    def content(self) -> dict[str, Any]:
-        """For compare.json."""
-        interval = of_sampling([self]).interval()
-        known = {"value": self.value, "standard_error": self.standard_error, "interval": interval}
-        return {**known, "settings": dict(self.settings)}
 
 
 @dataclass(frozen=True)
@@ -95,7 +78,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is said of two groups in one figure."""
+    """What is said of two groups in one metric."""
 
     text: str
     difference: Estimate | None
@@ -106,48 +89,39 @@ class Verdict:
         return {"verdict": self.text, "difference": None if self.difference is None else self.difference.content()}
 
 
-def direction(name: str) -> int:
-    """1 where a higher figure is better, -1 where a lower one is, 0 where its name does not say."""
+def better_direction(name: str) -> int:
+    """Return 1 where a higher metric is better, -1 where a lower one is, 0 where its name does not say."""
     words = set(re.split(r"[^a-z0-9]+", name.lower()))
     if words & NEITHER:
         return 0
     return int(bool(words & HIGHER)) - int(bool(words & LOWER))
 
 
-def share_error(share: float, num: int) -> float:
-    """Standard error of a share of `num`, with one success and one failure added, so that 0 and 1 have one as well.
-
-    Source: Agresti and Caffo 2000, The American Statistician 54(4).
-    """
-    moved = (share * num + 1) / (num + 2)
-    return math.sqrt(moved * (1 - moved) / (num + 2))
-
-
-def of_seeds(figures: Sequence[Figure]) -> Estimate:
+def estimate_from_seeds(metrics: Sequence[Metric]) -> Estimate:
     """The mean over runs of different seeds, with s / sqrt(n) and n - 1 degrees of freedom."""
-    values = [figure.value for figure in figures]
+    values = [metric.value for metric in metrics]
     n, variance = len(values), statistics.variance(values)  # exact: 0 where all are the same
     return Estimate(statistics.mean(values), math.sqrt(variance / n), n - 1, SEEDS, n)
 
 
-def of_sampling(figures: Sequence[Figure]) -> Estimate:
+def estimate_from_sampling(metrics: Sequence[Metric]) -> Estimate:
     """The mean over runs, with the root mean square of their standard errors."""
-    mean = statistics.mean(figure.value for figure in figures)
-    errors = [figure.standard_error for figure in figures if figure.standard_error is not None]
-    if len(errors) < len(figures):
-        return Estimate(mean, None, math.inf, None, len(figures))
+    mean = statistics.mean(metric.value for metric in metrics)
+    errors = [metric.standard_error for metric in metrics if metric.standard_error is not None]
+    if len(errors) < len(metrics):
+        return Estimate(mean, None, math.inf, None, len(metrics))
     error = math.sqrt(math.fsum(error**2 for error in errors) / len(errors))
-    return Estimate(mean, error, min(figure.dof for figure in figures), SAMPLING, len(figures))
+    return Estimate(mean, error, min(metric.dof for metric in metrics), SAMPLING, len(metrics))
 
 
-def estimate(figures: Sequence[Figure], *, enough_seeds: bool) -> Estimate:
-    """Of one group: between seeds where there are enough and they move the figure, of sampling otherwise."""
-    if enough_seeds and (found := of_seeds(figures)).standard_error:
+def estimate_mean(metrics: Sequence[Metric], *, enough_seeds: bool) -> Estimate:
+    """Of one group: between seeds where there are enough and they move the metric, of sampling otherwise."""
+    if enough_seeds and (found := estimate_from_seeds(metrics)).standard_error:
         return found
-    return of_sampling(figures)
+    return estimate_from_sampling(metrics)
 
 
-def difference(first: Estimate, second: Estimate) -> Estimate:
+def estimate_difference(first: Estimate, second: Estimate) -> Estimate:
     """second - first, with the degrees of freedom of Welch and Satterthwaite.
 
         v = (v_1 + v_2)^2 / (v_1^2 / d_1 + v_2^2 / d_2),   v_i = squared standard error, d_i = its degrees of freedom
@@ -163,10 +137,10 @@ def difference(first: Estimate, second: Estimate) -> Estimate:
     return Estimate(apart, math.sqrt(sum(parts)), dof, first.noise, num_runs)
 
 
-def judge(
-    name: str, first: Sequence[Figure], second: Sequence[Figure], labels: tuple[str, str], *, enough_seeds: bool
+def compare_groups(
+    name: str, first: Sequence[Metric], second: Sequence[Metric], labels: tuple[str, str], *, enough_seeds: bool
 ) -> Verdict:
-    """The rule of this module, for one figure of two groups.
+    """The rule of this module, for one metric of two groups.
 
     Args:
         labels: Of the groups, for `<label> better`.
@@ -174,11 +148,13 @@ def judge(
     """
     if unlike := differing_settings([*first, *second]):
         return Verdict(f"not comparable: {', '.join(unlike)}", None)
-    sides = [estimate(side, enough_seeds=enough_seeds) for side in (first, second)]
+    sides = [estimate_mean(side, enough_seeds=enough_seeds) for side in (first, second)]
     if sides[0].noise != sides[1].noise:
-        sides = [of_seeds(side) if enough_seeds else of_sampling(side) for side in (first, second)]
-    found = difference(*sides)
-    width, way = found.half_width, direction(name)
+        sides = [
+            estimate_from_seeds(side) if enough_seeds else estimate_from_sampling(side) for side in (first, second)
+        ]
+    found = estimate_difference(*sides)
+    width, way = found.half_width, better_direction(name)
     if width is None:
         return Verdict("noise unknown", found)
     if abs(found.mean) <= width:
@@ -188,9 +164,9 @@ def judge(
     return Verdict(f"{labels[1] if found.mean * way > 0 else labels[0]} better", found)
 
 
-def hold(p_values: Mapping[str, float]) -> list[str]:
+def holm(p_values: Mapping[str, float]) -> list[str]:
     """Names of the differences that hold together: one or more of them without any difference in 5 % of cases at most,
-    however the figures depend on each other.
+    however the metrics depend on each other.
 
     Source: Holm 1979, Scandinavian Journal of Statistics 6(2).
     """
@@ -202,15 +178,15 @@ def hold(p_values: Mapping[str, float]) -> list[str]:
     return found
 
 
-def differing_settings(figures: Sequence[Figure]) -> list[str]:
+def differing_settings(metrics: Sequence[Metric]) -> list[str]:
     """Names of the settings that are not the same for all; one that somebody does not state is not the same.
 
     The options of a sampler may be left to their defaults: its method decides which there are.
     """
     found = []
-    for key in dict.fromkeys(key for figure in figures for key in figure.settings):
-        stated = [figure.settings[key] for figure in figures if key in figure.settings]
+    for key in dict.fromkeys(key for metric in metrics for key in metric.settings):
+        stated = [metric.settings[key] for metric in metrics if key in metric.settings]
         optional = key.startswith("sampler.") and key != "sampler.method"
-        if any(value != stated[0] for value in stated) or (len(stated) < len(figures) and not optional):
+        if any(value != stated[0] for value in stated) or (len(stated) < len(metrics) and not optional):
             found.append(key)
     return found

@@ -1,4 +1,4 @@
-"""What is in a data set: its figures, and pictures for people to look at."""
+"""What is in a data set: its metrics, and pictures for people to look at."""
 
 import hashlib
 import json
@@ -6,7 +6,7 @@ import re
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,19 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import track
 from torch import Tensor
 
 from ldm.data.images import ImageData
-from ldm.evaluation.features import load_features, reference_features
+from ldm.evaluation.data.summary import advice
+from ldm.evaluation.features import NO_FEATURES, load_features, reference_features
+from ldm.evaluation.reconstructions.figure import image_text
 from ldm.image_grid import MARGIN, PAPER, grid, to_pil
 from ldm.metrics import duplicates as metrics
 from ldm.metrics.kernel import vendi_score
 from ldm.metrics.neighbours import density_coverage, expected_coverage, nearest_distances
 from ldm.runtime.random import numpy_generator
 
-NO_FEATURES = "none"
 NEIGHBOURS, COMPARED = 5, 2000
 """k of density and coverage; most images of each split whose places in the feature space are compared."""
 LISTED, SHEET, PAIRS = 1000, 100, 12
@@ -39,14 +40,14 @@ BLUE, ORANGE = "#0072B2", "#E69F00"
 class DataReport:
     """Figures for data.json, and pictures by the name of their file."""
 
-    figures: dict[str, Any]
+    content: dict[str, Any]
     pictures: dict[str, Image.Image | Figure]
 
     def save(self, folder: Path) -> list[Path]:
         """Write data.json and the pictures; an earlier report's picture that this one has not is removed."""
         folder.mkdir(parents=True, exist_ok=True)
         files = [folder / "data.json"]
-        text = json.dumps(self.figures, indent=2, ensure_ascii=False)
+        text = json.dumps(self.content, indent=2, ensure_ascii=False)
         files[0].write_text(text + "\n", encoding="utf-8")
         for name in PICTURES:
             file, picture = folder / f"{name}.png", self.pictures.get(name)
@@ -58,7 +59,7 @@ class DataReport:
         return files
 
 
-def inspect(
+def inspect_data(
     images: ImageData,
     *,
     features: str = "efficientnet_lite",
@@ -79,7 +80,7 @@ def inspect(
     network = None if features == NO_FEATURES else load_features(features).to(device)
     started = time.perf_counter()
     kept = ("name", "fingerprint", "licence", "resolution", "num_bytes", "val_fraction")
-    figures: dict[str, Any] = {
+    content: dict[str, Any] = {
         **{key: getattr(images, key) for key in kept},
         "cache": str(images.path),
         "num_images": len(images),
@@ -88,35 +89,34 @@ def inspect(
         "unreadable": images.quarantine(),
         "colour_profiles": images.describe_profiles() or "none",
     }
-    copies, alike = _copies(images, max_bits, max_levels)
-    figures |= copies
+    copies, alike = _find_copies(images, max_bits, max_levels)
+    content |= copies
     if images.labels is not None:
-        figures["classes"] = class_balance(images.labels, images.class_names)
+        content["classes"] = class_balance(images.labels, images.class_names)
     if images.captions is not None:
         texts: list[str | None] = []
         for i in range(len(images)):
             texts += images.captions_of(i) or [None]
-        figures["captions"] = caption_statistics(texts)
+        content["captions"] = caption_statistics(texts)
     distances: dict[str, Tensor] = {}
     if network is not None:
-        figures["features"], distances = _in_features(images, reference_features(network, features, images), seed)
-        figures["features"] = {"network": features, **figures["features"]}
-    figures["seconds"] = round(time.perf_counter() - started, 1)
-    return DataReport(figures, _pictures(images, figures, alike, distances, seed))
+        content["features"], distances = _measure_in_features(
+            images, reference_features(network, features, images), seed
+        )
+        content["features"] = {"network": features, **content["features"]}
+    content["what_to_do"] = list(advice(content))
+    content["seconds"] = round(time.perf_counter() - started, 1)
+    return DataReport(content, _draw_pictures(images, content, alike, distances, seed))
 
 
-def _track(steps: Iterable[Any], title: str, total: int) -> Iterator[Any]:
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True) as bar:
-        yield from bar.track(steps, total=total)
-
-
-def _copies(images: ImageData, max_bits: int, max_levels: float) -> tuple[dict[str, Any], list[tuple[int, int, str]]]:
+def _find_copies(
+    images: ImageData, max_bits: int, max_levels: float
+) -> tuple[dict[str, Any], list[tuple[int, int, str]]]:
     """Figures, and the most alike pairs with how they differ."""
     digests: list[bytes] = []
     hashes, colours, blank = [], [], []
     starts = range(0, len(images), 256)
-    for start in _track(starts, "reading pixels", len(starts)):
+    for start in track(starts, "reading pixels", transient=True):
         part = range(start, min(start + 256, len(images)))
         digests += [hashlib.sha256(image.tobytes()).digest() for image in images.images[start : start + 256]]
         pixels = images.batch(part)
@@ -128,7 +128,7 @@ def _copies(images: ImageData, max_bits: int, max_levels: float) -> tuple[dict[s
     near = metrics.near_pairs(
         torch.cat(hashes)[rows], torch.cat(colours)[rows], max_bits=max_bits, max_levels=max_levels
     )
-    for found in _track(near, "near duplicates", metrics.num_block_pairs(len(rows))):
+    for found in track(near, "near duplicates", metrics.num_block_pairs(len(rows)), transient=True):
         copies.add(*found, keep=LISTED)
 
     def named(i: int) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def _copies(images: ImageData, max_bits: int, max_levels: float) -> tuple[dict[s
     shared = is_val & (copies.member[0, first] >= 0)
     repeated = ~is_val & (copies.member[0, first] != np.arange(len(first)))
     is_near = copies.is_near[0, first]
-    figures = {
+    content = {
         "blank": [named(i) for i in torch.cat(blank).nonzero().flatten().tolist()],
         "copies": {
             "num_groups": len(groups),
@@ -157,21 +157,21 @@ def _copies(images: ImageData, max_bits: int, max_levels: float) -> tuple[dict[s
         },
     }
     alike = [(i, j, f"{bits} of 64 bits, {levels:.1f} levels apart") for i, j, bits, levels in pairs]
-    return figures, alike + [(group[0], group[-1], "the same pixels") for group in groups]
+    return content, alike + [(group[0], group[-1], "the same pixels") for group in groups]
 
 
-def _in_features(images: ImageData, features: Tensor, seed: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _measure_in_features(images: ImageData, features: Tensor, seed: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Figures, and distances of validation and training images to the nearest other training image."""
     generator = numpy_generator(seed, 1)
     train, val = (torch.from_numpy(generator.permutation(part)) for part in (images.train_indices, images.val_indices))
     n, gallery = min(len(train), len(val), COMPARED), features[train]
-    figures: dict[str, Any] = {"vendi_score": vendi_score(gallery), "k": NEIGHBOURS, "num_compared": n}
+    content: dict[str, Any] = {"vendi_score": vendi_score(gallery), "k": NEIGHBOURS, "num_compared": n}
     if n > NEIGHBOURS:
-        # as many of each, for then both figures have an expectation near 1
+        # as many of each, for then both metrics have an expectation near 1
         parts = [part for part in train[: 4 * n].split(n) if len(part) == n]
         found = [density_coverage(features[val[:n]], features[part], k=NEIGHBOURS) for part in parts]
-        figures |= {"num_subsets": len(parts), "expected_coverage": expected_coverage(n, n, k=NEIGHBOURS)}
-        figures |= zip(("density", "coverage"), np.mean(found, axis=0).tolist(), strict=True)
+        content |= {"num_subsets": len(parts), "expected_coverage": expected_coverage(n, n, k=NEIGHBOURS)}
+        content |= zip(("density", "coverage"), np.mean(found, axis=0).tolist(), strict=True)
     queries = {"val": (features[val[:COMPARED]], None), "train": (gallery[:COMPARED], torch.arange(len(train)))}
     distances = {}
     for split, (rows, own) in queries.items():
@@ -179,58 +179,49 @@ def _in_features(images: ImageData, features: Tensor, seed: int) -> tuple[dict[s
             starts = range(0, len(rows), 256)
             nearest = [
                 nearest_distances(rows[i : i + 256], gallery, own=None if own is None else own[i : i + 256])
-                for i in _track(starts, f"nearest training images, {split}", len(starts))
+                for i in track(starts, f"nearest training images, {split}", transient=True)
             ]
             distances[split] = torch.cat(nearest)[:, 0]
-            figures[f"nearest_distance_{split}"] = distances[split].mean().item()
-    return figures, distances
+            content[f"nearest_distance_{split}"] = distances[split].mean().item()
+    return content, distances
 
 
-def _pictures(
+def _draw_pictures(
     images: ImageData,
-    figures: dict[str, Any],
+    content: dict[str, Any],
     alike: list[tuple[int, int, str]],
     distances: dict[str, Tensor],
     seed: int,
 ) -> dict[str, Image.Image | Figure]:
     drawn = numpy_generator(seed, 2).permutation(len(images))[:SHEET].tolist()
     title = f"{images.name}: {len(drawn)} of {len(images):,} images, drawn with seed {seed}"
-    sheet = grid(to_pil(images.batch(drawn)), [_label(images, i) for i in drawn], title=title)
+    sheet = grid(to_pil(images.batch(drawn)), [image_text(images, i) or images.names[i] for i in drawn], title=title)
     pictures: dict[str, Image.Image | Figure] = {"contact_sheet": sheet}
     if alike:
         val = set(images.val_indices.tolist())
         tiles = []
         for *pair, how in alike[:PAIRS]:
-            texts = [f"{'val' if i in val else 'train'}: {_label(images, i)}" for i in pair]
+            texts = [f"{'val' if i in val else 'train'}: {image_text(images, i) or images.names[i]}" for i in pair]
             tiles.append(grid(to_pil(images.batch(pair)), texts, columns=2, title=how))
         width, height, columns = tiles[0].width + 4 * MARGIN, tiles[0].height + 2 * MARGIN, min(3, len(tiles))
         board = Image.new("RGB", (columns * width, -(-len(tiles) // columns) * height), PAPER)
         for i, tile in enumerate(tiles):
             board.paste(tile, (i % columns * width, i // columns * height))
         pictures["near_duplicates"] = board
-    if distances or figures.keys() & {"classes", "captions"}:
-        pictures["balance"] = _balance(figures, distances)
+    if distances or content.keys() & {"classes", "captions"}:
+        pictures["balance"] = _plot_balance(content, distances)
     return pictures
 
 
-def _label(images: ImageData, i: int) -> str:
-    """What an image shows: its caption, else its class, else its name."""
-    if images.captions and (caption := images.captions[i]):
-        return caption
-    if images.labels and images.class_names and (of_class := images.labels[i]) is not None:
-        return images.class_names[of_class]
-    return images.names[i]
-
-
-def _balance(figures: dict[str, Any], distances: dict[str, Tensor]) -> Figure:
+def _plot_balance(content: dict[str, Any], distances: dict[str, Tensor]) -> Figure:
     """Classes, words and lengths of captions, and distances in the feature space: those that there are."""
     bars = {}
-    if "classes" in figures:
-        counts = list(figures["classes"]["counts"].items())
+    if "classes" in content:
+        counts = list(content["classes"]["counts"].items())
         bars["images per class"] = counts if len(counts) <= 24 else counts[:12] + [("...", 0)] + counts[-12:]
-    if "captions" in figures:
-        bars["most frequent words of the captions"] = list(figures["captions"]["most_frequent_words"].items())
-    num_panels = len(bars) + ("captions" in figures) + bool(distances)
+    if "captions" in content:
+        bars["most frequent words of the captions"] = list(content["captions"]["most_frequent_words"].items())
+    num_panels = len(bars) + ("captions" in content) + bool(distances)
     figure = Figure(figsize=(5.2 * num_panels, 5), layout="constrained")
     panels = iter(figure.subplots(1, num_panels, squeeze=False)[0])
     for title, counts in bars.items():
@@ -239,8 +230,8 @@ def _balance(figures: dict[str, Any], distances: dict[str, Tensor]) -> Figure:
         axes.bar_label(drawn, [f"{count:,}" if count else "" for _, count in counts], padding=2, fontsize=8)
         axes.set_yticks(range(len(counts)), [name[:24] for name, _ in counts], fontsize=8)
         axes.set(title=title, ylim=(len(counts) - 0.4, -0.6))
-    if "captions" in figures:
-        axes, lengths = next(panels), figures["captions"]["lengths"]
+    if "captions" in content:
+        axes, lengths = next(panels), content["captions"]["lengths"]
         axes.bar(lengths.keys(), lengths.values(), width=1, color=BLUE, edgecolor="white")
         axes.set(title="length of the captions", xlabel="words", ylabel="captions")
     if distances:

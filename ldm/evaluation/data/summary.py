@@ -1,4 +1,4 @@
-"""A data set's figures in words: a table, and what to do about what was found."""
+"""A data set's report in words: a table, and what to do about what was found."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,48 +9,53 @@ from rich.table import Table
 from ldm.data.cache import shorten
 
 
-def tabulate(figures: dict[str, Any]) -> Table:
+def data_table(content: dict[str, Any]) -> Table:
     """Everything that is one number or one line."""
-    copies, near = figures["copies"], figures["near_duplicates"]
-    sections: list[dict[str, str]] = [
-        {
-            "images": f"{figures['num_images']:,}: {figures['num_train']:,} train, {figures['num_val']:,} validation",
-            "resolution": f"{figures['resolution']} x {figures['resolution']} px",
-            "size": f"{figures['num_bytes']:,} bytes, prepared in {figures['cache']}",
-            "licence": figures["licence"] or "not stated by the source",
-            "unreadable": f"{len(figures['unreadable']):,}",
-            "colour profiles": figures["colour_profiles"],
-            "of one colour": f"{len(figures['blank']):,}",
-        },
-        {
-            "copies, pixel by pixel": f"{copies['num_train']:,} within training, {copies['num_val_in_train']:,} "
-            "validation images in training",
-            "near duplicates": f"{near['num_train']:,} training and {near['num_val_in_train']:,} validation images "
-            "have one in training",
-            "": f"{near['num_pairs']:,} pairs up to {near['max_bits']} bits and {near['max_levels']} levels apart",
-        },
-    ]
-    if classes := figures.get("classes"):
+    table = Table(title=escape(content["name"]), title_justify="left", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for section in _sections(content):
+        for what, value in section.items():
+            table.add_row(what, escape(value))
+        table.add_section()
+    return table
+
+
+def _sections(content: dict[str, Any]) -> Iterator[dict[str, str]]:
+    copies, near = content["copies"], content["near_duplicates"]
+    yield {
+        "images": f"{content['num_images']:,}: {content['num_train']:,} train, {content['num_val']:,} validation",
+        "resolution": f"{content['resolution']} x {content['resolution']} px",
+        "size": f"{content['num_bytes']:,} bytes, prepared in {content['cache']}",
+        "licence": content["licence"] or "not stated by the source",
+        "unreadable": f"{len(content['unreadable']):,}",
+        "colour profiles": content["colour_profiles"],
+        "of one colour": f"{len(content['blank']):,}",
+    }
+    yield {
+        "copies, pixel by pixel": f"{copies['num_train']:,} within training, {copies['num_val_in_train']:,} "
+        "validation images in training",
+        "near duplicates": f"{near['num_train']:,} training and {near['num_val_in_train']:,} validation images "
+        "have one in training",
+        "": f"{near['num_pairs']:,} pairs up to {near['max_bits']} bits and {near['max_levels']} levels apart",
+    }
+    if classes := content.get("classes"):
         (most, many), *_, (least, few) = [*classes["counts"].items()] * 2
-        sections.append(
-            {
-                "classes": f"{classes['num_classes']:,}, as good as {classes['effective_classes']:.1f} equal ones "
-                f"(entropy {classes['entropy_bits']:.2f} bits)",
-                "most and least": f"{most}: {many:,}; {least}: {few:,}",
-                "without a class": f"{classes['num_missing']:,}",
-            }
-        )
-    if captions := figures.get("captions"):
-        sections.append(
-            {
-                "captions": f"{captions['num_captions']:,}, {captions['num_distinct']:,} of them distinct",
-                "words": f"{captions['fewest_words']} to {captions['most_words']}, median {captions['median_words']:g}",
-                "most frequent": frequent(captions["most_frequent"]),
-                "most frequent words": frequent(captions["most_frequent_words"], 10),
-                "without a caption": f"{captions['num_missing']:,}",
-            }
-        )
-    if found := figures.get("features"):
+        yield {
+            "classes": f"{classes['num_classes']:,}, as good as {classes['effective_classes']:.1f} equal ones "
+            f"(entropy {classes['entropy_bits']:.2f} bits)",
+            "most and least": f"{most}: {many:,}; {least}: {few:,}",
+            "without a class": f"{classes['num_missing']:,}",
+        }
+    if captions := content.get("captions"):
+        yield {
+            "captions": f"{captions['num_captions']:,}, {captions['num_distinct']:,} of them distinct",
+            "words": f"{captions['fewest_words']} to {captions['most_words']}, median {captions['median_words']:g}",
+            "most frequent": frequent(captions["most_frequent"]),
+            "most frequent words": frequent(captions["most_frequent_words"], 10),
+            "without a caption": f"{captions['num_missing']:,}",
+        }
+    if found := content.get("features"):
         part = {"features": found["network"]}
         if "density" in found:
             part["density"] = f"{found['density']:.3f} of validation by training (alike: 1)"
@@ -61,16 +66,8 @@ def tabulate(figures: dict[str, Any]) -> Table:
                 f"{found['nearest_distance_val']:.3f} from validation, {found['nearest_distance_train']:.3f} from "
                 "training, on average"
             )
-        part["Vendi score"] = f"{found['vendi_score']:.1f} different images in effect, of {figures['num_train']:,}"
-        sections.append(part)
-    table = Table(title=escape(figures["name"]), title_justify="left", show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for section in sections:
-        for what, value in section.items():
-            table.add_row(what, escape(value))
-        table.add_section()
-    return table
+        part["Vendi score"] = f"{found['vendi_score']:.1f} different images in effect, of {content['num_train']:,}"
+        yield part
 
 
 def frequent(counts: dict[str, int], shown: int = 3) -> str:
@@ -78,7 +75,7 @@ def frequent(counts: dict[str, int], shown: int = 3) -> str:
     return ", ".join(f"{text} ({count:,})" for text, count in list(counts.items())[:shown])
 
 
-def advice(figures: dict[str, Any]) -> Iterator[str]:
+def advice(content: dict[str, Any]) -> Iterator[str]:
     """What to do about what was found, one sentence or two for each."""
 
     def named(image: dict[str, Any]) -> str:
@@ -88,13 +85,13 @@ def advice(figures: dict[str, Any]) -> Iterator[str]:
         crossing = [(p[0], p[-1]) for p in parts if p[0]["split"] == "val" and p[-1]["split"] == "train"]
         return shorten([f"{named(a)} {between} {named(b)}" for a, b in crossing], 3)
 
-    num_train, num_val = figures["num_train"], figures["num_val"]
-    if bad := figures["unreadable"]:
+    num_train, num_val = content["num_train"], content["num_val"]
+    if bad := content["unreadable"]:
         names = shorten([f"{entry['name']} ({entry['reason']})" for entry in bad], 3)
         yield f"{len(bad):,} files cannot be read and are left out: {names}. Repair or remove them."
-    if blank := figures["blank"]:
+    if blank := content["blank"]:
         yield f"{len(blank):,} images are of one colour: {shorten([named(i) for i in blank], 3)}. Remove them."
-    copies, near = figures["copies"], figures["near_duplicates"]
+    copies, near = content["copies"], content["near_duplicates"]
     if count := copies["num_val_in_train"]:
         examples = across(copies["groups"], "=")
         yield (
@@ -117,7 +114,7 @@ def advice(figures: dict[str, Any]) -> Iterator[str]:
     if near["num_train"] > 0.1 * num_train:
         share = near["num_train"] / num_train
         yield f"{share:.0%} of the training images have a near duplicate in training: there is less here than it seems."
-    classes, captions, found = (figures.get(part) for part in ("classes", "captions", "features"))
+    classes, captions, found = (content.get(part) for part in ("classes", "captions", "features"))
     if classes:
         (most, many), *_, (least, few) = [*classes["counts"].items()] * 2
         if many > 10 * few:

@@ -19,30 +19,30 @@ FLOOR = 1e-6
 CELL, GUTTER, HEADER, GAP = 64, 150, 26, 14
 
 
-def draw(figures: dict[str, Any], z_raw: Tensor) -> Figure:
+def plot_latents(content: dict[str, Any], z_raw: Tensor) -> Figure:
     """Spectra between channels and of whole latents, the PCA curve; KL, std and histograms of channels.
 
     Args:
-        figures: As latents_report.json has them.
+        content: As latents_report.json has them.
         z_raw: One draw per image, [n, C, h, w].
     """
     figure = Figure(figsize=(15, 8.4), layout="constrained")
     (between, whole, distortion), (rate, spread, histogram) = figure.subplots(2, 3)
-    _draw_spectrum(between, figures["spectrum"]["channels"], "between channels", "component of the channels")
-    _draw_spectrum(whole, figures["spectrum"]["latents"], "whole latents", "component of the latent")
-    _draw_distortion(distortion, figures["held_out"], figures["latent_shape"][0])
-    _draw_rate(rate, figures)
-    _draw_spread(spread, figures)
-    _draw_histogram(histogram, figures, z_raw)
+    _plot_spectrum(between, content["spectrum"]["channels"], "between channels", "component of the channels")
+    _plot_spectrum(whole, content["spectrum"]["latents"], "whole latents", "component of the latent")
+    _plot_distortion(distortion, content["held_out"], content["latent_shape"][0])
+    _plot_rate(rate, content)
+    _plot_spread(spread, content)
+    _plot_histogram(histogram, content, z_raw)
     for axes in (between, whole, distortion, rate, spread, histogram):
         axes.spines[["top", "right"]].set_visible(False)
         axes.title.set_fontsize(10)
-    shape = " x ".join(map(str, figures["latent_shape"]))
-    figure.suptitle(f"{figures['images']}, {figures['num_images']} images: latents of {shape}", fontsize=12)
+    shape = " x ".join(map(str, content["latent_shape"]))
+    figure.suptitle(f"{content['images']}, {content['num_images']} images: latents of {shape}", fontsize=12)
     return figure
 
 
-def _draw_spectrum(axes: Axes, spectrum: dict[str, Any], of: str, what: str) -> None:
+def _plot_spectrum(axes: Axes, spectrum: dict[str, Any], of: str, what: str) -> None:
     """Eigenvalues on a log axis, with the effective rank, and what 90, 95 and 99 % of the variance need."""
     eigenvalues = np.array(spectrum["eigenvalues"])
     rank, components = spectrum["effective_rank"], spectrum["components"]
@@ -53,7 +53,7 @@ def _draw_spectrum(axes: Axes, spectrum: dict[str, Any], of: str, what: str) -> 
     for i, count in enumerate(sorted({*components.values()} - {0})):
         axes.plot(count, eigenvalues[count - 1], "|", color=INK, ms=14, mew=1.5)
         names = ", ".join(f"{float(share):.0%}" for share, of_it in components.items() if of_it == count)
-        _note(axes, names, (count, eigenvalues[count - 1]), INK, -20 if i % 2 else 11)
+        _annotate(axes, names, (count, eigenvalues[count - 1]), INK, -20 if i % 2 else 11)
     if len(shown):
         axes.set(yscale="log", ylim=(min(shown[-1] / 2, shown[0] / 30), 3 * shown[0]))
     axes.set(xlabel=what, ylabel="eigenvalue", xlim=(0 if many else 0.5, len(eigenvalues) + 0.5))
@@ -62,7 +62,7 @@ def _draw_spectrum(axes: Axes, spectrum: dict[str, Any], of: str, what: str) -> 
     axes.grid(alpha=0.25)
 
 
-def _draw_distortion(axes: Axes, held_out: dict[str, Any], channels: int) -> None:
+def _plot_distortion(axes: Axes, held_out: dict[str, Any], channels: int) -> None:
     """PSNR of a PCA over its channels, less the one that loses nothing, and the autoencoder's."""
     counts, curve = held_out["pca_curve"]["channels"], held_out["pca_curve"]["psnr_db"]
     psnr_db = held_out["psnr_db"]
@@ -75,22 +75,22 @@ def _draw_distortion(axes: Axes, held_out: dict[str, Any], channels: int) -> Non
     axes.grid(alpha=0.25)
 
 
-def _draw_rate(axes: Axes, figures: dict[str, Any]) -> None:
-    rows = figures["channels"]
+def _plot_rate(axes: Axes, content: dict[str, Any]) -> None:
+    rows = content["channels"]
     axes.bar([r["channel"] for r in rows], [r["kl_bits"] for r in rows], color=_colours(rows, SIGNAL))
     for row in rows:
         left = row["channel"] - 0.4
         axes.hlines(row["information_bits"], left, left + 0.8, color=INK, lw=1.5)
         if row["dead"]:
-            _note(axes, "dead", (row["channel"], row["kl_bits"]), DEAD, 3)
+            _annotate(axes, "dead", (row["channel"], row["kl_bits"]), DEAD, 3)
     axes.set(xlabel="channel", ylabel="bits per image")
-    axes.set_title(f"KL to N(0, I), in all {figures['kl_bits']:.0f} bits; line: information at most")
-    _number(axes, rows)
+    axes.set_title(f"KL to N(0, I), in all {content['kl_bits']:.0f} bits; line: information at most")
+    _number_channels(axes, rows)
 
 
-def _draw_spread(axes: Axes, figures: dict[str, Any]) -> None:
+def _plot_spread(axes: Axes, content: dict[str, Any]) -> None:
     """Std of z_raw, and in front of it that of the noise: their squares differ by the variance of the signal."""
-    rows, places = figures["channels"], [row["channel"] for row in figures["channels"]]
+    rows, places = content["channels"], [row["channel"] for row in content["channels"]]
     axes.bar(places, [r["std"] for r in rows], color=_colours(rows, SIGNAL), label="z_raw")
     noise = [r["std"] * max(0.0, 1 - r["signal_share"]) ** 0.5 for r in rows]
     axes.bar(places, noise, width=0.5, color=NOISE, label="its noise around the means")
@@ -99,12 +99,12 @@ def _draw_spread(axes: Axes, figures: dict[str, Any]) -> None:
     axes.set_ylim(0, 1.25 * max(1.0, *(r["std"] for r in rows)))
     axes.set_title("Spread of each channel; dashed: N(0, 1)")
     axes.legend(frameon=False, fontsize=9, loc="upper right", ncols=2)
-    _number(axes, rows)
+    _number_channels(axes, rows)
 
 
-def _draw_histogram(axes: Axes, figures: dict[str, Any], z_raw: Tensor) -> None:
+def _plot_histogram(axes: Axes, content: dict[str, Any], z_raw: Tensor) -> None:
     """The channels with the most, the median and the least information, beside the prior that the KL asks for."""
-    order = sorted(figures["channels"], key=lambda row: row["information_bits"], reverse=True)
+    order = sorted(content["channels"], key=lambda row: row["information_bits"], reverse=True)
     chosen = {order[i]["channel"]: name for i, name in ((-1, "least"), (len(order) // 2, "median"), (0, "most"))}
     reach = max(4.0, *(abs(row["mean"]) + 4 * row["std"] for row in order if row["channel"] in chosen))
     x = np.linspace(-reach, reach, 400)
@@ -123,17 +123,17 @@ def _colours(rows: list[dict[str, Any]], alive: str) -> list[str]:
     return [DEAD if row["dead"] else alive for row in rows]
 
 
-def _note(axes: Axes, text: str, point: tuple[float, float], colour: str, above: float) -> None:
+def _annotate(axes: Axes, text: str, point: tuple[float, float], colour: str, above: float) -> None:
     axes.annotate(text, point, (0, above), textcoords="offset points", ha="center", fontsize=8, color=colour)
 
 
-def _number(axes: Axes, rows: list[dict[str, Any]]) -> None:
+def _number_channels(axes: Axes, rows: list[dict[str, Any]]) -> None:
     step = max(1, len(rows) // 16)
     axes.set_xticks(range(0, len(rows), step))
     axes.set_xlim(-0.7, len(rows) - 0.3)
 
 
-def draw_channels(figures: dict[str, Any], moved: dict[int, Tensor], moves: Sequence[float]) -> Image.Image:
+def plot_channels(content: dict[str, Any], moved: dict[int, Tensor], moves: Sequence[float]) -> Image.Image:
     """A row per channel; for each image, the same channel moved by each of `moves` standard deviations everywhere.
 
     Args:
@@ -144,7 +144,7 @@ def draw_channels(figures: dict[str, Any], moved: dict[int, Tensor], moves: Sequ
     size = (GUTTER + num_images * group, 2 * HEADER + len(moved) * (CELL + MARGIN) + MARGIN)
     canvas = Image.new("RGB", size, PAPER)
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
-    of = f", the {len(moved)} with the most information" if len(moved) < len(figures["channels"]) else ""
+    of = f", the {len(moved)} with the most information" if len(moved) < len(content["channels"]) else ""
     title = f"Each channel of the mean latent moved everywhere by so many of its standard deviations{of}"
     pen.text((MARGIN, MARGIN), title, fill=PEN, font=ImageFont.load_default(14))
     for image in range(num_images):
@@ -153,7 +153,7 @@ def draw_channels(figures: dict[str, Any], moved: dict[int, Tensor], moves: Sequ
             pen.text((middle, HEADER + 14), f"{by:+g}" if by else "0", fill=PEN, font=font, anchor="mm")
     for row, (channel, images) in enumerate(moved.items()):
         top = 2 * HEADER + row * (CELL + MARGIN)
-        held = figures["channels"][channel]
+        held = content["channels"][channel]
         colour = DEAD if held["dead"] else PEN
         words = (
             f"channel {channel}{', dead' if held['dead'] else ''}\n{held['kl_bits']:.0f} bits, std {held['std']:.2f}"

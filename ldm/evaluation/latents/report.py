@@ -2,24 +2,27 @@
 
 import json
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
 from ldm.autoencoder.autoencoder import Autoencoder
-from ldm.errors import UserError
-from ldm.evaluation.latents.figure import draw, draw_channels
+from ldm.data.images import ImageData
+from ldm.errors import UserError, require_whole
+from ldm.evaluation.image_sets import track_batches
+from ldm.evaluation.latents.figure import plot_channels, plot_latents
 from ldm.latents import spectrum
 from ldm.latents.spectrum import ChannelStatistics, channel_statistics
 from ldm.metrics.image import fold, patch_components, psnr, unfold
 from ldm.runs.run import Run, choose_images
-from ldm.runtime.random import torch_generator
 
 SHARES = (0.9, 0.95, 0.99)
 PCA_IMAGES, HELD_OUT = 4096, 512
@@ -29,10 +32,10 @@ MOVES = (-2.0, 0.0, 2.0)
 
 
 @dataclass(frozen=True)
-class Report:
-    """Figures for latents_report.json, and what the pictures show beside them."""
+class LatentReport:
+    """Content of latents_report.json, and what the pictures show beside them."""
 
-    figures: dict[str, Any]
+    content: dict[str, Any]
     z_raw: Tensor
     """One draw per image, [n, C, h, w]."""
     moved: dict[int, Tensor]
@@ -40,7 +43,7 @@ class Report:
 
     def table(self) -> Table:
         """What each channel holds."""
-        found = self.figures
+        found = self.content
         channels, height, width = found["latent_shape"]
         title = f"{channels} channels of {height} x {width}, {found['num_images']} images of {found['images']}"
         table = Table(title=title, title_justify="left")
@@ -64,7 +67,7 @@ class Report:
     @property
     def lines(self) -> list[str]:
         """The spectra and the PSNR in words, and the recommendation."""
-        found, held_out = self.figures, self.figures["held_out"]
+        found, held_out = self.content, self.content["held_out"]
         between, whole = found["spectrum"]["channels"], found["spectrum"]["latents"]
         channels, dims = found["latent_shape"][0], int(np.prod(found["latent_shape"]))
         few = f", bounded by the {found['num_images']} images" if found["num_images"] <= dims else ""
@@ -82,13 +85,13 @@ class Report:
     def save(self, folder: Path) -> tuple[Path, Path, Path]:
         """latents_report.json, latents.png and latents_channels.png."""
         data, picture, channels = (folder / f"latents{end}" for end in ("_report.json", ".png", "_channels.png"))
-        data.write_text(json.dumps(self.figures, indent=2) + "\n", encoding="utf-8")
-        draw(self.figures, self.z_raw).savefig(picture, dpi=130)
-        draw_channels(self.figures, self.moved, MOVES).save(channels)
+        data.write_text(json.dumps(self.content, indent=2) + "\n", encoding="utf-8")
+        plot_latents(self.content, self.z_raw).savefig(picture, dpi=130)
+        plot_channels(self.content, self.moved, MOVES).save(channels)
         return data, picture, channels
 
 
-def measure(
+def measure_latents(
     run: Run,
     *,
     device: torch.device,
@@ -96,7 +99,7 @@ def measure(
     num_images: int = 2048,
     seed: int = 0,
     batch_size: int = 64,
-) -> Report:
+) -> LatentReport:
     """What the autoencoder of a run of either stage does with the run's images.
 
     Args:
@@ -105,77 +108,88 @@ def measure(
     Raises:
         UserError: what `choose_images` refuses, an autoencoder without moments, latents that are not finite.
     """
-    if type(batch_size) is not int or batch_size < 1:
-        raise UserError(f"batch_size={batch_size} must be a whole number of 1 at least.")
+    require_whole("batch_size", batch_size, 1)
     started = time.perf_counter()
     images, indices = choose_images(run, split, num_images, seed)
+    autoencoder = _open_autoencoder(run).to(device)
+    batches = partial(track_batches, images, batch_size=batch_size)
+    mean, log_variance = encode_finite(autoencoder, batches(indices, title="encoding, batches"))
+    train = batches(np.sort(images.train_indices[:PCA_IMAGES]), title="PCA, batches")
+    components = patch_components(train, autoencoder.factor)
+    held_out = batches(images.val_indices[:HELD_OUT], title="held-out images, batches")
+    distortion, pca = _measure_distortion(autoencoder, held_out, components)
+    found = channel_statistics(mean, log_variance)
+    moved = _move_channels(autoencoder, images, found)
+    spectra = {
+        "channels": _spectrum(spectrum.channel_spectrum(mean, found.std)),
+        "latents": _spectrum(spectrum.latent_spectrum(mean, found.std)),
+    }
+    advice = spectrum.recommend(found.dead, spectra["channels"], pca, distortion["psnr_db"], autoencoder.channels)
+    content: dict[str, Any] = {
+        "run": str(run.path),
+        "images": f"{images.name}/{split}@{images.fingerprint[:8]}",
+        "num_images": len(indices),
+        "seed": seed,
+        "latent_shape": list(mean.shape[1:]),
+        "factor": autoencoder.factor,
+        "kl_bits": found.kl_bits.sum().item(),
+        "information_bits": found.information_bits.sum().item(),
+        "dead_below_nats_per_location": spectrum.DEAD_NATS,
+        "dead": found.dead,
+        "channels": _channel_rows(found),
+        "spectrum": spectra,
+        "held_out": distortion,
+        "recommendation": advice,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    noise = torch.randn(mean.shape, generator=torch_generator(seed, 4))
+    return LatentReport(content, mean + (0.5 * log_variance).exp() * noise, moved)
+
+
+def _open_autoencoder(run: Run) -> Autoencoder:
     autoencoder = run.autoencoder()
     if not autoencoder.has_density:
         raise UserError(
             f"The autoencoder {type(autoencoder.model).__name__} of {run.path} has points for latents, without the "
             "variance that a rate is measured by. Give run= a run with a KL."
         )
-    autoencoder.to(device)
-    factor = autoencoder.factor
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True) as bar:
+    return autoencoder
 
-        def batches(indices: np.ndarray, what: str) -> Any:
-            starts = range(0, len(indices), batch_size)
-            return (images.batch(indices[i : i + batch_size]) for i in bar.track(starts, description=what))
 
-        mean, log_variance = encode(autoencoder, batches(indices, "encoding, batches"))
-        components = patch_components(batches(np.sort(images.train_indices[:PCA_IMAGES]), "PCA, batches"), factor)
-        counts = spectrum.pca_counts(len(components[0]), autoencoder.channels)
-        parts = [
-            _distortion(autoencoder, part, components, counts)
-            for part in batches(images.val_indices[:HELD_OUT], "held-out images, batches")
-        ]
-        psnr_db, *curve = torch.cat(parts, dim=1).mean(1).tolist()
-        found = channel_statistics(mean, log_variance)
-        shown = found.information.argsort(descending=True)[:MOVED_CHANNELS].sort().values.tolist()
-        # neighbours in the data are alike: flags, faces
-        apart = np.linspace(0, len(images.val_indices) - 1, MOVED_IMAGES).round().astype(int)
-        first = autoencoder.encode(images.batch(images.val_indices[np.unique(apart)]))[0]
-        moved = {
-            channel: move(autoencoder, first, channel, found.std[channel].item())
-            for channel in bar.track(shown, description="moving channels")
-        }
-    spectra = {
-        "channels": _spectrum(spectrum.channel_spectrum(mean, found.std)),
-        "latents": _spectrum(spectrum.latent_spectrum(mean, found.std)),
-    }
+def _measure_distortion(
+    autoencoder: Autoencoder, batches: Iterable[Tensor], components: tuple[Tensor, Tensor]
+) -> tuple[dict[str, Any], dict[int, float]]:
+    """PSNR of held-out images beside that of PCAs, and the latter by their number of channels."""
+    counts = spectrum.pca_counts(len(components[0]), autoencoder.channels)
+    parts = []
+    for images in batches:
+        own = psnr(images, autoencoder.decode(autoencoder.encode(images)[0]).cpu())
+        parts.append(torch.cat([own[None], pca_curve(components, images, autoencoder.factor, counts)]))
+    values = torch.cat(parts, dim=1)
+    psnr_db, *curve = values.mean(1).tolist()
     pca = dict(zip(counts, curve, strict=True))
-    held_out = {
-        "num_images": len(images.val_indices[:HELD_OUT]),
+    return {
+        "num_images": values.shape[1],
         "psnr_db": psnr_db,
         "pca_psnr_db": pca[min(autoencoder.channels, max(counts))],
         "pca_channels_of_equal_psnr": next((n for n, value in pca.items() if value >= psnr_db), max(counts)),
         "pca_curve": {"channels": counts, "psnr_db": curve},
-    }
-    figures: dict[str, Any] = {
-        "run": str(run.path),
-        "images": f"{images.name}/{split}@{images.fingerprint[:8]}",
-        "num_images": len(indices),
-        "seed": seed,
-        "latent_shape": list(mean.shape[1:]),
-        "factor": factor,
-        "kl_bits": found.kl_bits.sum().item(),
-        "information_bits": found.information_bits.sum().item(),
-        "dead_below_nats_per_location": spectrum.DEAD_NATS,
-        "dead": found.dead,
-        "channels": _rows(found),
-        "spectrum": spectra,
-        "held_out": held_out,
-        "recommendation": spectrum.recommend(found.dead, spectra["channels"], pca, psnr_db, autoencoder.channels),
-        "seconds": round(time.perf_counter() - started, 1),
-    }
-    generator = torch_generator(seed, 4)
-    noise = torch.randn(mean.shape, generator=generator)
-    return Report(figures, mean + (0.5 * log_variance).exp() * noise, moved)
+    }, pca
 
 
-def encode(autoencoder: Autoencoder, batches: Any) -> tuple[Tensor, Tensor]:
+def _move_channels(autoencoder: Autoencoder, images: ImageData, found: ChannelStatistics) -> dict[int, Tensor]:
+    """Images with each of the channels moved that hold the most information."""
+    shown = found.information.argsort(descending=True)[:MOVED_CHANNELS].sort().values.tolist()
+    # neighbours in the data are alike: flags, faces
+    apart = np.linspace(0, len(images.val_indices) - 1, MOVED_IMAGES).round().astype(int)
+    first = autoencoder.encode(images.batch(images.val_indices[np.unique(apart)]))[0]
+    return {
+        channel: move_channel(autoencoder, first, channel, found.std[channel].item())
+        for channel in track(shown, "moving channels", transient=True)
+    }
+
+
+def encode_finite(autoencoder: Autoencoder, batches: Any) -> tuple[Tensor, Tensor]:
     """Mean and log-variance of batches of images, float32 [n, C, h, w] each.
 
     Raises:
@@ -191,7 +205,7 @@ def encode(autoencoder: Autoencoder, batches: Any) -> tuple[Tensor, Tensor]:
     return moments[:, 0], moments[:, 1]
 
 
-def move(autoencoder: Autoencoder, mean: Tensor, channel: int, std: float) -> Tensor:
+def move_channel(autoencoder: Autoencoder, mean: Tensor, channel: int, std: float) -> Tensor:
     """Images [k, 3, 3, H, W] decoded from latents [k, C, h, w] with one channel moved everywhere by MOVES times std."""
     z_raw = mean[:, None].repeat(1, len(MOVES), 1, 1, 1)
     z_raw[:, :, channel] += std * torch.tensor(MOVES, device=mean.device)[:, None, None]
@@ -200,7 +214,7 @@ def move(autoencoder: Autoencoder, mean: Tensor, channel: int, std: float) -> Te
 
 def pca_curve(components: tuple[Tensor, Tensor], images: Tensor, factor: int, counts: list[int]) -> Tensor:
     """PSNR in dB of each image [b, 3, H, W] reconstructed from so many components, [len(counts), b]: what
-    `metrics.pca_reconstruction` gives for each count, from one decomposition.
+    `pca_reconstruction` gives for each count, from one decomposition.
 
     Args:
         components: Of `patch_components`.
@@ -216,14 +230,6 @@ def pca_curve(components: tuple[Tensor, Tensor], images: Tensor, factor: int, co
     return torch.stack(found)
 
 
-def _distortion(
-    autoencoder: Autoencoder, images: Tensor, components: tuple[Tensor, Tensor], counts: list[int]
-) -> Tensor:
-    """PSNR of the autoencoder, and of the PCA for each count, [1 + len(counts), b]."""
-    own = psnr(images, autoencoder.decode(autoencoder.encode(images)[0]).cpu())
-    return torch.cat([own[None], pca_curve(components, images, autoencoder.factor, counts)])
-
-
 def _spectrum(eigenvalues: Tensor) -> dict[str, Any]:
     return {
         "effective_rank": spectrum.effective_rank(eigenvalues),
@@ -233,7 +239,7 @@ def _spectrum(eigenvalues: Tensor) -> dict[str, Any]:
     }
 
 
-def _rows(found: ChannelStatistics) -> list[dict[str, Any]]:
+def _channel_rows(found: ChannelStatistics) -> list[dict[str, Any]]:
     names = ("kl_bits", "information_bits", "mean", "std", "signal_share")
     values = zip(*(getattr(found, name).tolist() for name in names), strict=True)
     return [

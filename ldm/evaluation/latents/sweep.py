@@ -22,7 +22,7 @@ OWN_KEYS = {"stage", "name", "runs_dir", "resume", "overwrite"}
 
 
 @dataclass(frozen=True)
-class Size:
+class LatentSize:
     """Latents of C channels at 1 / f of the resolution."""
 
     factor: int
@@ -47,10 +47,10 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Training:
+class SweepTraining:
     """One run of a sweep: a size, a loss, and the overrides that make them, data and budget included."""
 
-    size: Size
+    size: LatentSize
     loss: str
     overrides: tuple[str, ...]
 
@@ -67,21 +67,21 @@ class Training:
         return ["-m", "ldm.train", "stage=vae", f"name={self.name}", f"runs_dir={sweep}", *self.overrides]
 
 
-def parse_sizes(text: str, resolution: int) -> list[Size]:
+def parse_sizes(text: str, resolution: int) -> list[LatentSize]:
     """`f4c4,f4c16` for images of `resolution` pixels a side.
 
     Raises:
         UserError: another form, an f that is no power of 2 or does not divide the resolution, more channels than a
             patch has values, the same size twice.
     """
-    sizes: list[Size] = []
+    sizes: list[LatentSize] = []
     for spec in (part.strip() for part in str(text).split(",")):
         found = re.fullmatch(r"f([1-9]\d*)c([1-9]\d*)", spec)
         if not found:
             raise UserError(
                 f"sweep: {spec!r} is no latent size. Write f, the factor, c, the channels: sweep=f4c4,f8c16."
             )
-        size = Size(int(found[1]), int(found[2]))
+        size = LatentSize(int(found[1]), int(found[2]))
         pixels = 3 * size.factor**2
         if size.factor & (size.factor - 1):
             raise UserError(f"sweep: f = {size.factor} of {spec} must be a power of 2: 1, 2, 4, 8, 16, ...")
@@ -140,7 +140,7 @@ def parse_list(text: Any) -> list[str]:
     return found
 
 
-def duration(minutes: Any) -> str:
+def format_duration(minutes: Any) -> str:
     """Minutes as HH:MM:SS.
 
     Raises:
@@ -152,9 +152,9 @@ def duration(minutes: Any) -> str:
     return f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 
-def plan(
-    sizes: Sequence[Size], losses: Sequence[str], *, minutes: Any, data: Sequence[str], extra: Sequence[str]
-) -> list[Training]:
+def plan_trainings(
+    sizes: Sequence[LatentSize], losses: Sequence[str], *, minutes: Any, data: Sequence[str], extra: Sequence[str]
+) -> list[SweepTraining]:
     """Every size with every loss.
 
     Args:
@@ -164,14 +164,16 @@ def plan(
     Raises:
         UserError: `extra` sets what the sweep sets itself.
     """
-    time = f"trainer.max_time={duration(minutes)}"
+    time = f"trainer.max_time={format_duration(minutes)}"
     found = [
-        Training(size, loss, (*data, *size.overrides(), *LOSSES[loss], time, *extra))
+        SweepTraining(size, loss, (*data, *size.overrides(), *LOSSES[loss], time, *extra))
         for size in sizes
         for loss in losses
     ]
-    named = {key for training in found for key in keyed(training.overrides[: -len(extra) or None])} | OWN_KEYS
-    for key in keyed(extra):
+    named = {
+        key for training in found for key in overrides_by_key(training.overrides[: -len(extra) or None])
+    } | OWN_KEYS
+    for key in overrides_by_key(extra):
         if key in named or key.partition(".")[0] == "data":
             raise UserError(
                 f"train=[{key}=...] is set by the sweep itself. Sizes come from sweep=, losses from losses=, time from "
@@ -180,6 +182,6 @@ def plan(
     return found
 
 
-def keyed(overrides: Sequence[str]) -> dict[str, str]:
+def overrides_by_key(overrides: Sequence[str]) -> dict[str, str]:
     """Overrides by key: the last one counts."""
     return {key.lstrip("+~"): value for key, _, value in (override.partition("=") for override in overrides)}

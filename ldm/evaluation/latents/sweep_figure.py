@@ -21,13 +21,13 @@ APART = 1.06
 """Sizes of equally many values are drawn this factor apart."""
 
 
-def draw(figures: Mapping[str, Any]) -> Figure:
+def plot_size_sweep(report: Mapping[str, Any]) -> Figure:
     """PSNR over values per image, and over bits per image where latents have a density; FD by run, where measured.
 
     Args:
-        figures: The `report` of sweep.json.
+        report: That of sweep.json.
     """
-    rows = _beside_each_other(figures["rows"])
+    rows = _spread_equal_sizes(report["rows"])
     with_rate = [row for row in rows if row["kl_bits"] is not None]
     with_fd = [row for row in rows if row["fd"] is not None]
     widths = [1.15, *([1.0] if with_rate else []), *([0.75] if with_fd else [])]
@@ -35,29 +35,29 @@ def draw(figures: Mapping[str, Any]) -> Figure:
     size, *others = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
     colours = dict(zip(sorted({row["factor"] for row in rows}), COLOURS * 2, strict=False))
     markers = dict(zip(dict.fromkeys(row["loss"] for row in rows), MARKERS, strict=False))
-    _draw_size(size, rows, figures, colours, markers)
+    _plot_by_size(size, rows, report, colours, markers)
     shown = [(size, "place", rows)]
     if with_rate:
         rate = others.pop(0)
-        _draw_points(rate, with_rate, "kl_bits", figures, colours, markers)
+        _plot_points(rate, with_rate, "kl_bits", report, colours, markers)
         rate.set(xlabel="rate: KL in bits per image", ylabel="PSNR, dB", title="Distortion by rate")
         _log_axis(rate, [row["kl_bits"] for row in with_rate])
         rate.set_ylim(size.get_ylim())
         shown.append((rate, "kl_bits", with_rate))
     if with_fd:
-        _draw_fd(others[0], with_fd, figures, colours, markers)
+        _plot_fd(others[0], with_fd, report, colours, markers)
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.title.set_fontsize(11)
-    side, images = figures["resolution"], f"{figures['num_images']} held-out images"
-    figure.suptitle(f"Latent sizes for {side} x {side} px, {images} of {figures['images']}", fontsize=13)
+    side, images = report["resolution"], f"{report['num_images']} held-out images"
+    figure.suptitle(f"Latent sizes for {side} x {side} px, {images} of {report['images']}", fontsize=13)
     figure.draw_without_rendering()  # the layout settles, and with it where labels collide
     for axes, key, drawn in shown:
-        _label(axes, drawn, key, figures["recommendation"]["name"], colours)
+        _label_points(axes, drawn, key, report["recommendation"]["name"], colours)
     return figure
 
 
-def _beside_each_other(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _spread_equal_sizes(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """With `place`, the values per image, and sizes of equally many a little apart."""
     sizes: dict[int, list[str]] = {}
     for row in rows:
@@ -71,31 +71,31 @@ def _beside_each_other(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
     return found
 
 
-def _draw_size(
+def _plot_by_size(
     axes: Axes,
     rows: Sequence[Mapping[str, Any]],
-    figures: Mapping[str, Any],
+    report: Mapping[str, Any],
     colours: dict[int, str],
     markers: dict[str, str],
 ) -> None:
-    pca = figures["pca"]
+    pca = report["pca"]
     for factor, colour in colours.items():
         curve = pca[str(factor)]
         axes.plot(curve["num_values"], curve["psnr_db"], "-", color=colour, lw=1.6, alpha=0.75)
     for row in rows:
         axes.vlines(row["place"], *sorted((row["psnr_db"], row["pca_psnr_db"])), color=FAINT, lw=1, ls=":")
-    _draw_points(axes, rows, "place", figures, colours, markers)
+    _plot_points(axes, rows, "place", report, colours, markers)
     _log_axis(axes, [row["num_values"] for row in rows])
     top = max(row["psnr_db"] for row in rows) + 3  # a PCA that loses nothing would squash the rest
     around = [value for row in rows for value in (row["psnr_db"], min(row["pca_psnr_db"], top))]
-    if min(around) - 6 < figures["target_psnr_db"] < max(around) + 6:
-        around.append(figures["target_psnr_db"])
+    if min(around) - 6 < report["target_psnr_db"] < max(around) + 6:
+        around.append(report["target_psnr_db"])
     margin = 0.12 * max(max(around) - min(around), 3)
     axes.set_ylim(min(around) - margin, max(around) + margin)
     together = any(row["place"] != row["num_values"] for row in rows)
     what = "values per image (sizes of equally many side by side)" if together else "values per image"
     axes.set(xlabel=what, ylabel="PSNR, dB", title="Distortion by size")
-    chosen = figures["recommendation"]["size"]
+    chosen = report["recommendation"]["size"]
     axes.legend(
         handles=[
             *(Line2D([], [], color=colour, lw=1.6, label=f"PCA, f = {f}") for f, colour in colours.items()),
@@ -111,16 +111,16 @@ def _draw_size(
     )
 
 
-def _draw_points(
+def _plot_points(
     axes: Axes,
     rows: Sequence[Mapping[str, Any]],
     key: str,
-    figures: Mapping[str, Any],
+    report: Mapping[str, Any],
     colours: dict[int, str],
     markers: dict[str, str],
 ) -> None:
     """Every run with the standard error of its PSNR, and the target."""
-    target, advice = figures["target_psnr_db"], figures["recommendation"]
+    target, advice = report["target_psnr_db"], report["recommendation"]
     axes.axhline(target, color=FAINT, lw=1, ls="--")
     for row in rows:
         place = (row[key], row["psnr_db"])
@@ -134,10 +134,10 @@ def _draw_points(
     axes.grid(alpha=0.22)
 
 
-def _draw_fd(
+def _plot_fd(
     axes: Axes,
     rows: Sequence[Mapping[str, Any]],
-    figures: Mapping[str, Any],
+    report: Mapping[str, Any],
     colours: dict[int, str],
     markers: dict[str, str],
 ) -> None:
@@ -159,7 +159,7 @@ def _draw_fd(
     components = rows[0]["fd_components"]
     of = f", {components} components" if components else ""
     hollow = "\nhollow: with these features in the loss" if any(row["features_in_loss"] for row in rows) else ""
-    axes.set(xlabel=f"FD ({figures['features']}{of}){hollow}", title="Distance of the reconstructions")
+    axes.set(xlabel=f"FD ({report['features']}{of}){hollow}", title="Distance of the reconstructions")
 
 
 def _log_axis(axes: Axes, values: Sequence[float]) -> None:
@@ -171,7 +171,9 @@ def _log_axis(axes: Axes, values: Sequence[float]) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _label(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, recommended: str, colours: dict[int, str]) -> None:
+def _label_points(
+    axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, recommended: str, colours: dict[int, str]
+) -> None:
     """The size beside each point, where it covers neither a point nor another label."""
     taken, frame = [], axes.get_window_extent()
     for row, (x, y) in zip(rows, axes.transData.transform([(row[key], row["psnr_db"]) for row in rows]), strict=True):

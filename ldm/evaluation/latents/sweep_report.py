@@ -8,19 +8,22 @@ from typing import Any
 import numpy as np
 import torch
 from rich.box import SIMPLE_HEAD
-from rich.progress import track
 from rich.table import Table
 
-from ldm.errors import UserError
+from ldm.errors import UserError, require_whole
 from ldm.evaluation.classifier import Classifier
+from ldm.evaluation.evaluation_file import metrics_to_json
+from ldm.evaluation.features import NO_FEATURES
+from ldm.evaluation.image_sets import track_batches
 from ldm.evaluation.latents.report import PCA_IMAGES, pca_curve
-from ldm.evaluation.latents.sweep import Training, duration
-from ldm.evaluation.latents.sweep_figure import draw
-from ldm.evaluation.latents.sweep_runs import write
+from ldm.evaluation.latents.sweep import SweepTraining, format_duration
+from ldm.evaluation.latents.sweep_figure import plot_size_sweep
+from ldm.evaluation.latents.sweep_runs import update_sweep_file
 from ldm.evaluation.reconstructions import report as reconstruction_report
 from ldm.latents import spectrum
 from ldm.metrics.features import CHOICES
 from ldm.metrics.image import patch_components
+from ldm.metrics.metric import UNMEASURED
 from ldm.runs.run import Run, choose_images
 from ldm.runtime import shell
 
@@ -28,15 +31,8 @@ LONGER, MOST_MINUTES = 10, 5999
 """The training that is proposed takes so many times the sweep's minutes, and so many at most."""
 
 
-NO_FEATURES = "none"
-MEASURED = ("psnr_db", "psnr_db_standard_error", "pca_psnr_db", "ssim", "kl_bits", "features_in_loss")
-IN_FEATURES = {
-    "fd": "fd_reconstructions",
-    "fd_components": "fd_components",
-    "kd": "kd_reconstructions",
-    "kd_standard_error": "kd_reconstructions_standard_error",
-}
-"""What a row calls the figures that there are only where features were measured."""
+IN_FEATURES = ("fd", "kd", "kd_standard_error")
+"""Keys of a row that are null where no features were measured."""
 ROWS = (
     ("latent", "latent_shape", ""),
     ("values per image", "num_values", "d"),
@@ -57,19 +53,19 @@ LABELS, COLUMN = 22, 14
 
 
 @dataclass(frozen=True)
-class Report:
-    """Figures for sweep.json."""
+class SweepReport:
+    """The report of sweep.json."""
 
-    figures: dict[str, Any]
+    content: dict[str, Any]
 
     @property
     def width(self) -> int:
         """Characters a line that the table needs."""
-        return LABELS + COLUMN * len(self.figures["rows"])
+        return LABELS + COLUMN * len(self.content["rows"])
 
     def table(self) -> Table:
         """A column for each size and loss."""
-        found = self.figures
+        found = self.content
         title = f"{found['num_images']} held-out images of {found['images']}"
         table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
         table.add_column("", no_wrap=True)
@@ -80,14 +76,16 @@ class Report:
             if key in IN_FEATURES and found["features"] == NO_FEATURES:
                 continue
             mark = "*" if key in ("fd", "kd") else ""
-            table.add_row(name, *(_cell(row[key], form, mark * row["features_in_loss"]) for row in found["rows"]))
+            table.add_row(
+                name, *(_format_cell(row[key], form, mark * row["features_in_loss"]) for row in found["rows"])
+            )
         return table
 
     @property
     def lines(self) -> list[str]:
         """The features, the recommendation, and the commands that follow it."""
-        found, advice = self.figures, self.figures["recommendation"]
-        features = [_features(found["rows"][0], found["features"], found["num_images"])]
+        found, advice = self.content, self.content["recommendation"]
+        features = [_feature_line(found["rows"][0], found["features"], found["num_images"])]
         if any(row["features_in_loss"] for row in found["rows"]):
             features = [f"{features[0]} *: these features are in the loss, so that their FD and KD prove nothing."]
         return [
@@ -100,12 +98,12 @@ class Report:
     def save(self, folder: Path) -> tuple[Path, Path]:
         """sweep.json and sweep.png."""
         picture = folder / "sweep.png"
-        draw(self.figures).savefig(picture, dpi=130)
-        return write(folder, report=self.figures), picture
+        plot_size_sweep(self.content).savefig(picture, dpi=130)
+        return update_sweep_file(folder, report=self.content), picture
 
 
-def check(features: str, target_psnr_db: Any, num_images: Any, seed: Any, batch_size: Any) -> None:
-    """Refuse what `gather` could not do, before anything is trained.
+def check_sweep_options(features: str, target_psnr_db: Any, num_images: Any, seed: Any, batch_size: Any) -> None:
+    """Refuse what `measure_sweep` could not do, before anything is trained.
 
     Raises:
         UserError: naming the key, its value and the rule.
@@ -115,13 +113,14 @@ def check(features: str, target_psnr_db: Any, num_images: Any, seed: Any, batch_
         raise UserError(f"features={features} is unknown. Choose one of: {', '.join(known)}.")
     if type(target_psnr_db) not in (int, float):
         raise UserError(f"target_psnr_db={target_psnr_db} must be a number of decibels.")
-    for key, value, least in (("num_images", num_images, 2), ("seed", seed, None), ("batch_size", batch_size, 1)):
-        if type(value) is not int or (least is not None and value < least):
-            raise UserError(f"{key}={value} must be a whole number{f' of {least} at least' if least else ''}.")
+    if type(seed) is not int:
+        raise UserError(f"seed={seed} must be a whole number.")
+    require_whole("num_images", num_images, 2)
+    require_whole("batch_size", batch_size, 1)
 
 
-def gather(
-    trainings: Sequence[Training],
+def measure_sweep(
+    trainings: Sequence[SweepTraining],
     folder: Path,
     *,
     device: torch.device,
@@ -130,11 +129,11 @@ def gather(
     num_images: int = 2048,
     seed: int = 0,
     batch_size: int = 64,
-) -> Report:
+) -> SweepReport:
     """Measure every run on the same held-out images, beside PCAs of the sizes between them.
 
     Raises:
-        UserError: runs on different images; what `reconstruction_report.measure` refuses.
+        UserError: runs on different images; what `measure_reconstructions` refuses.
     """
     runs = [Run.open(training.folder(folder)) for training in trainings]
     for run in runs[1:]:
@@ -147,31 +146,33 @@ def gather(
     rows = []
     for number, (training, run) in enumerate(zip(trainings, runs, strict=True), start=1):
         print(f"measuring {number} of {len(runs)}: {training.name}", flush=True)
-        report = reconstruction_report.measure(run, device=device, **options)
+        report = reconstruction_report.measure_reconstructions(run, device=device, **options)
         report.save(run.path)
-        rows.append(_row(training, run, report.figures))
+        rows.append(_sweep_row(training, run, report.content))
     pca: dict[str, Any] = {}
     for factor in sorted({training.size.factor for training in trainings}):
         most = max(training.size.channels for training in trainings if training.size.factor == factor)
-        pca[str(factor)] = _pca(runs[0], factor, most, num_images=num_images, seed=seed, batch_size=batch_size)
+        pca[str(factor)] = _pca_of_factor(
+            runs[0], factor, most, num_images=num_images, seed=seed, batch_size=batch_size
+        )
     images = runs[0].image_data()
-    advice = recommend(rows, target_psnr_db)
+    advice = recommend_size(rows, target_psnr_db)
     chosen = next(training for training in trainings if training.name == advice["name"])
-    return Report(
+    return SweepReport(
         {
             "images": f"{images.name}/val@{images.fingerprint[:8]}",
             "resolution": images.resolution,
             **options,
-            "num_images": report.figures["num_images"],
+            "num_images": report.content["num_images"],
             "target_psnr_db": target_psnr_db,
             "rows": rows,
             "pca": pca,
-            "recommendation": {**advice, **commands(chosen, folder)},
+            "recommendation": {**advice, **follow_up_commands(chosen, folder)},
         }
     )
 
 
-def _row(training: Training, run: Run, measured: Mapping[str, Any]) -> dict[str, Any]:
+def _sweep_row(training: SweepTraining, run: Run, measured: Mapping[str, Any]) -> dict[str, Any]:
     channels, height, width = run.facts["latent_shape"]
     values, done = channels * height * width, run.facts["figures"]
     return {
@@ -183,40 +184,46 @@ def _row(training: Training, run: Run, measured: Mapping[str, Any]) -> dict[str,
         "latent_shape": [channels, height, width],
         "num_values": values,
         "compression": 3 * (height * training.size.factor) ** 2 / values,
-        **{key: measured[key] for key in MEASURED},
-        "gain_db": measured["psnr_db"] - measured["pca_psnr_db"],
-        **{key: measured.get(name) for key, name in IN_FEATURES.items()},
+        **metrics_to_json({"psnr_db": measured["psnr_db"]}),
+        "pca_psnr_db": measured["pca_psnr_db"],
+        "ssim": measured["ssim"].value,
+        "kl_bits": measured["kl_bits"],
+        "features_in_loss": measured["features_in_loss"],
+        "gain_db": measured["psnr_db"].value - measured["pca_psnr_db"],
+        "fd": measured["fd_reconstructions"].value if "fd_reconstructions" in measured else None,
+        "fd_components": measured.get("fd_components"),
+        **metrics_to_json({"kd": measured.get("kd_reconstructions", UNMEASURED)}),
         "steps": done["steps"],
         "minutes": done["training_s"] / 60,
     }
 
 
-def _pca(run: Run, factor: int, channels: int, *, num_images: int, seed: int, batch_size: int) -> dict[str, Any]:
+def _pca_of_factor(
+    run: Run, factor: int, channels: int, *, num_images: int, seed: int, batch_size: int
+) -> dict[str, Any]:
     """Held-out PSNR by the number of components of f x f patches, without the number that loses nothing."""
     images, indices = choose_images(run, "val", num_images, seed)
     train = np.sort(images.train_indices[:PCA_IMAGES])
-    batches = [train[i : i + batch_size] for i in range(0, len(train), batch_size)]
-    found = patch_components((images.batch(part) for part in batches), factor)
+    found = patch_components(track_batches(images, train, batch_size, f"PCA, f = {factor}"), factor)
     counts = [count for count in spectrum.pca_counts(3 * factor**2, channels) if count < 3 * factor**2]
-    parts = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
-    shown = track(parts, description=f"PCA, f = {factor}", transient=True)
-    curves = torch.cat([pca_curve(found, images.batch(part), factor, counts) for part in shown], dim=1)
+    parts = track_batches(images, indices, batch_size, f"PCA, f = {factor}")
+    curves = torch.cat([pca_curve(found, part, factor, counts) for part in parts], dim=1)
     locations = (images.resolution // factor) ** 2
     return {"channels": counts, "num_values": [n * locations for n in counts], "psnr_db": curves.mean(1).tolist()}
 
 
-def _features(row: Mapping[str, Any], features: str, num_images: int) -> str:
+def _feature_line(row: Mapping[str, Any], features: str, num_images: int) -> str:
     of = f", {row['fd_components']} components" if row["fd_components"] else ""
     return f"FD ({features}{of}) and KD ({features}): {num_images} reconstructions against the images themselves."
 
 
-def _cell(value: Any, form: str, mark: str) -> str:
+def _format_cell(value: Any, form: str, mark: str) -> str:
     if value is None:
         return "-"
     return (" x ".join(map(str, value)) if isinstance(value, list) else f"{value:{form}}") + mark
 
 
-def recommend(rows: Sequence[Mapping[str, Any]], target_psnr_db: float) -> dict[str, Any]:
+def recommend_size(rows: Sequence[Mapping[str, Any]], target_psnr_db: float) -> dict[str, Any]:
     """One size with its reason, and which of its runs.
 
     1. smallest: of the sizes with a run of `target_psnr_db` at least, the one with the fewest values per image, which
@@ -262,11 +269,11 @@ def _compare_losses(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"{text}, of one training each."
 
 
-def commands(training: Training, folder: Path) -> dict[str, str]:
+def follow_up_commands(training: SweepTraining, folder: Path) -> dict[str, str]:
     """The same size trained for longer, and stage 2 on the run of the sweep."""
     spent = next(o for o in training.overrides if o.startswith("trainer.max_time="))
     hours, minutes, seconds = map(int, spent.partition("=")[2].split(":"))
-    longer = f"trainer.max_time={duration(min(LONGER * (60 * hours + minutes + seconds / 60), MOST_MINUTES))}"
+    longer = f"trainer.max_time={format_duration(min(LONGER * (60 * hours + minutes + seconds / 60), MOST_MINUTES))}"
     overrides = [longer if override == spent else override for override in training.overrides]
     return {
         "train": shell.train("stage=vae", f"name={training.name}", *overrides),

@@ -18,7 +18,7 @@ from typing import Any
 from rich.table import Table
 
 from ldm.errors import UserError
-from ldm.evaluation.latents.sweep import Training, keyed
+from ldm.evaluation.latents.sweep import SweepTraining, overrides_by_key
 from ldm.files.atomic import write_text
 from ldm.files.untrusted import check_fields, read_json
 from ldm.runs.run import RUN_FILE, Run
@@ -36,10 +36,10 @@ def known_trainings(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: the folder's file cannot be read.
     """
-    return _content(folder).get("trainings", {})
+    return _read_sweep_file(folder).get("trainings", {})
 
 
-def _content(folder: Path) -> dict[str, Any]:
+def _read_sweep_file(folder: Path) -> dict[str, Any]:
     file = folder / SWEEP_FILE
     if not file.is_file():
         return {}
@@ -55,7 +55,7 @@ def _content(folder: Path) -> dict[str, Any]:
     return content
 
 
-def state(training: Training, folder: Path, known: Mapping[str, Sequence[str]]) -> str:
+def training_state(training: SweepTraining, folder: Path, known: Mapping[str, Sequence[str]]) -> str:
     """Whether a training is new, to be continued, or finished.
 
     Raises:
@@ -67,7 +67,7 @@ def state(training: Training, folder: Path, known: Mapping[str, Sequence[str]]) 
     remedy = f"Choose another name=, or delete the folder {place}."
     if training.name not in known:
         raise UserError(f"{place} holds a run of which {folder / SWEEP_FILE} knows nothing. {remedy}")
-    then, now = keyed(known[training.name]), keyed(training.overrides)
+    then, now = overrides_by_key(known[training.name]), overrides_by_key(training.overrides)
     for key in sorted(then.keys() | now.keys()):
         if (before := then.get(key)) != (after := now.get(key)):
             raise UserError(
@@ -77,27 +77,27 @@ def state(training: Training, folder: Path, known: Mapping[str, Sequence[str]]) 
     return KEPT if Run.open(place).finished else CONTINUED
 
 
-def train(trainings: Sequence[Training], folder: Path) -> None:
+def run_trainings(trainings: Sequence[SweepTraining], folder: Path) -> None:
     """Run what is new, continue what was interrupted, keep what is finished.
 
     Raises:
-        UserError: as `state` says, before any training; or one of them failed, and the others were not begun.
+        UserError: as `training_state` says, before any training; or one of them failed, and the others were not begun.
         KeyboardInterrupt: the user stopped it; the training of that moment has saved its checkpoint.
     """
     known = known_trainings(folder)
-    states = {training.name: state(training, folder, known) for training in trainings}
+    states = {training.name: training_state(training, folder, known) for training in trainings}
     folder.mkdir(parents=True, exist_ok=True)
     for number, training in enumerate(trainings, start=1):
         found, place = states[training.name], training.folder(folder)
         print(f"\n{number} of {len(trainings)}: {training.size} {training.loss}: {found}", flush=True)
         if found == KEPT:
             continue
-        write(folder, trainings=known_trainings(folder) | {training.name: training.overrides})
+        update_sweep_file(folder, trainings=known_trainings(folder) | {training.name: training.overrides})
         checkpoint = any((place / "checkpoints").glob("step-*.json"))
         again = found == CONTINUED
         command = [*training.arguments(folder), *(["resume=true" if checkpoint else "overwrite=true"] if again else [])]
         try:
-            code = execute([sys.executable, *command])
+            code = run_process([sys.executable, *command])
             if code - 128 in signals.HANDLED:
                 raise signals.Interrupted(code - 128)
             if code == -signal.SIGINT:
@@ -113,10 +113,10 @@ def train(trainings: Sequence[Training], folder: Path) -> None:
             )
 
 
-def time_expected(trainings: Sequence[Training], folder: Path, minutes: float) -> str:
+def describe_time_left(trainings: Sequence[SweepTraining], folder: Path, minutes: float) -> str:
     """In words: the training that is left, at most."""
     known = known_trainings(folder)
-    left = sum(state(training, folder, known) != KEPT for training in trainings)
+    left = sum(training_state(training, folder, known) != KEPT for training in trainings)
     if not left:
         return "all are finished, and only measured"
     return (
@@ -124,7 +124,7 @@ def time_expected(trainings: Sequence[Training], folder: Path, minutes: float) -
     )
 
 
-def execute(command: Sequence[str]) -> int:
+def run_process(command: Sequence[str]) -> int:
     """Run a process in front of the user and return its exit code; it ends before this does."""
     # this process asks Hydra for errors with their causes; whether a training shows tracebacks is its own affair
     environment = {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}
@@ -142,14 +142,14 @@ def execute(command: Sequence[str]) -> int:
             raise
 
 
-def write(folder: Path, **parts: Any) -> Path:
+def update_sweep_file(folder: Path, **parts: Any) -> Path:
     """Put parts into the sweep's file, beside those that it has."""
     file = folder / SWEEP_FILE
-    write_text(file, json.dumps(_content(folder) | parts, indent=2) + "\n")
+    write_text(file, json.dumps(_read_sweep_file(folder) | parts, indent=2) + "\n")
     return file
 
 
-def tabulate(trainings: Sequence[Training], folder: Path, resolution: int) -> Table:
+def training_table(trainings: Sequence[SweepTraining], folder: Path, resolution: int) -> Table:
     """What will be trained."""
     known = known_trainings(folder)
     table = Table(title=f"latent sizes of {resolution} x {resolution} px, in {folder}", title_justify="left")
@@ -159,5 +159,7 @@ def tabulate(trainings: Sequence[Training], folder: Path, resolution: int) -> Ta
         size, side = training.size, resolution // training.size.factor
         values = size.num_values(resolution)
         shape, compression = f"{size.channels} x {side} x {side}", f"{3 * resolution**2 / values:.1f}"
-        table.add_row(str(size), training.loss, shape, str(values), compression, state(training, folder, known))
+        table.add_row(
+            str(size), training.loss, shape, str(values), compression, training_state(training, folder, known)
+        )
     return table

@@ -40,7 +40,7 @@ def as_curve(values: Mapping[int, float]) -> Curve:
     return steps, [values[step] for step in steps]
 
 
-def draw(curves: dict[str, Curve], title: str) -> Figure:
+def plot_training(curves: dict[str, Curve], title: str) -> Figure:
     """Held-out PSNR over the training loss; lambda and the discriminator's accuracy beside them.
 
     Args:
@@ -49,13 +49,13 @@ def draw(curves: dict[str, Curve], title: str) -> Figure:
     played = "train/adversarial" in curves
     figure = Figure(figsize=(11 if played else 6, 3.8), layout="constrained")
     first, *second = figure.subplots(1, 2 if played else 1, squeeze=False)[0]
-    _both(
+    _plot_pair(
         first, curves, ("val/psnr_db", "held-out PSNR, dB", HELD_OUT), ("train/l1", "l1 of training batches", TRAINED)
     )
     first.set_title("Distortion", fontsize=11)
     if played:
         weight = ("train/adaptive_weight", "adaptive weight lambda", GAME)
-        _both(second[0], curves, weight, ("train/discriminator_accuracy", "discriminator's accuracy", RIGHT))
+        _plot_pair(second[0], curves, weight, ("train/discriminator_accuracy", "discriminator's accuracy", RIGHT))
         second[0].set_title("Adversarial training", fontsize=11)
         start = curves["train/adversarial"][0][0]
         for axes in (first, second[0]):
@@ -67,7 +67,7 @@ def draw(curves: dict[str, Curve], title: str) -> Figure:
     return figure
 
 
-def _both(axes: Axes, curves: dict[str, Curve], left: tuple[str, str, str], right: tuple[str, str, str]) -> None:
+def _plot_pair(axes: Axes, curves: dict[str, Curve], left: tuple[str, str, str], right: tuple[str, str, str]) -> None:
     """Two curves of different units over the same steps, each with an axis in its colour."""
     axes.set_xlabel("generator step")
     for place, (name, label, colour) in zip((axes, axes.twinx()), (left, right), strict=True):

@@ -14,7 +14,7 @@ GUTTER, HEADER, HEADING, GAP = 110, 36, 38, 10
 PALE = (110, 110, 110)
 
 
-def draw(
+def plot_reconstructions(
     originals: Tensor, reconstructions: Tensor, headings: Sequence[tuple[str, str]], title: str, *, columns: int = 6
 ) -> Image.Image:
     """Original, reconstruction and |error| of each image in one column, in bands of so many columns.
@@ -44,14 +44,14 @@ def draw(
         for i in range(first, min(first + columns, len(originals))):
             left = GUTTER + (i - first) * (CELL + MARGIN)
             for line, (text, colour) in enumerate(zip(headings[i], (INK, PALE), strict=True)):
-                pen.text((left, top + 4 + 16 * line), _shortened(text, font), fill=colour, font=font)
+                pen.text((left, top + 4 + 16 * line), _shorten_line(text, font), fill=colour, font=font)
             for row, (_, pictures) in enumerate(rows):
                 enlarged = pictures[i].resize((CELL, CELL), Image.Resampling.BICUBIC)
                 canvas.paste(enlarged, (left, top + HEADING + row * (CELL + MARGIN)))
     return canvas
 
 
-def _shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+def _shorten_line(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     """As much of a line as stands above one picture."""
     text = " ".join(text.split())
     if font.getlength(text) <= CELL:
@@ -61,7 +61,7 @@ def _shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) ->
     return text.rstrip() + "…"
 
 
-def shows(images: ImageData, i: int) -> str:
+def image_text(images: ImageData, i: int) -> str:
     """What an image shows: its caption, else its class, else nothing."""
     if images.captions and (caption := images.captions[i]):
         return caption

@@ -4,48 +4,53 @@ import json
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
 
 from ldm.autoencoder.autoencoder import Autoencoder
 from ldm.autoencoder.perceptual import LPIPS, has_lpips
 from ldm.data.images import ImageData
-from ldm.errors import UserError
-from ldm.evaluation.features import describe_features, load_features, reference_features
+from ldm.errors import UserError, require_whole
+from ldm.evaluation.evaluation_file import metrics_to_json
+from ldm.evaluation.features import NO_FEATURES, describe_features, load_features, reference_features
+from ldm.evaluation.image_sets import track_batches
 from ldm.evaluation.latents.report import PCA_IMAGES, pca_curve
-from ldm.evaluation.reconstructions.figure import draw, shows
-from ldm.evaluation.reconstructions.rate import distances
+from ldm.evaluation.reconstructions.figure import image_text, plot_reconstructions
+from ldm.evaluation.reconstructions.rate import reconstruction_distances
 from ldm.evaluation.samples.distances import fd_name
 from ldm.files.atomic import durable_file, write_text
 from ldm.metrics.codes import codebook, kl, rate
 from ldm.metrics.image import patch_components, psnr, ssim
+from ldm.metrics.metric import UNMEASURED, Metric
 from ldm.metrics.subsets import NUM_SUBSETS
 from ldm.runs.run import Run, choose_images
 from ldm.runtime import shell
 
-NO_FEATURES = "none"
 WORST, TRAIN_IMAGES = 12, 4096
 """Images that are shown, and training images whose codes are counted."""
 
 
 @dataclass(frozen=True)
-class Report:
-    """Figures for evaluation.json, and a picture of the worst reconstructions."""
+class ReconstructionReport:
+    """Metrics and their settings by name, and a picture of the worst reconstructions."""
 
-    figures: dict[str, Any]
+    content: dict[str, Any]
     picture: Image.Image
 
+    def to_json(self) -> dict[str, Any]:
+        return metrics_to_json(self.content)
+
     def table(self) -> Table:
-        """A row per measure, with its standard error over the images and what stands beside it."""
-        found, size = self.figures, f"{self.figures['num_images']} held-out images"
-        of = f"; features: {_named(found)}" if found["features"] else ""
+        """A row per metric, with its standard error over the images and what stands beside it."""
+        found, size = self.content, f"{self.content['num_images']} held-out images"
+        of = f"; features: {_feature_title(found)}" if found["features"] else ""
         table = Table(title=f"Reconstructions of {size}, {found['images']}{of}", title_justify="left")
         table.add_column("")
         for name in ("value", "+-"):
@@ -53,17 +58,18 @@ class Report:
         table.add_column("beside it")
 
         def add(name: str, key: str, digits: int, beside: str = "") -> None:
-            numbers = (found.get(key), found.get(f"{key}_standard_error"))
-            if numbers[0] is not None:
+            metric = found[key] if isinstance(found[key], Metric) else Metric(found[key])
+            if metric.is_measured:
+                numbers = (metric.value, metric.standard_error)
                 table.add_row(name, *("" if x is None else f"{x:.{digits}f}" for x in numbers), beside)
 
         add("PSNR, dB", "psnr_db", 2, f"PCA of the same size: {found['pca_psnr_db']:.2f}")
         add("SSIM", "ssim", 4)
         add("LPIPS", "lpips", 4)
         for kind in ("fd", "kd") if found["features"] else ():
-            floor, error = found[f"{kind}_validation"], found[f"{kind}_validation_standard_error"]
-            more = "" if error is None else f" +- {error:.4f}"
-            beside = "" if floor is None else f"validation to training: {floor:.4f}{more}"
+            floor = found[f"{kind}_validation"]
+            more = "" if floor.standard_error is None else f" +- {floor.standard_error:.4f}"
+            beside = f"validation to training: {floor.value:.4f}{more}" if floor.is_measured else ""
             add(found["fd_name"] if kind == "fd" else "KD", f"{kind}_reconstructions", 4, beside)
         if found["kl_bits"] is not None:
             add("KL, bits per image", "kl_bits", 1, f"per pixel value: {found['kl_bits_per_value']:.3f}")
@@ -76,16 +82,17 @@ class Report:
     @property
     def lines(self) -> list[str]:
         """What the distances are of, and what they do not prove."""
-        found, lines = self.figures, []
+        found, lines = self.content, []
         if found["features"]:
             n, reference = found["num_images"], found["reference"]
             of = f", PCA of {reference}" if found["fd_components"] else ""
+            name = found["fd_name"]
             lines.append(
-                f"{found['fd_name']}{of}, and KD of {_named(found)}: N={n}, ref=originals of the same {n} images; "
-                f"validation against training images: ref={reference}, N={found['num_reference']}. {found['fd_name']} "
-                "compares at equal N only."
+                f"{name}{of}, and KD of {_feature_title(found)}: N={n}, ref=originals of the same {n} images; "
+                f"validation against training images: ref={reference}, N={found['num_reference']}. {name} compares at "
+                "equal N only."
             )
-            if found["kd_reconstructions"] is None:
+            if not found["kd_reconstructions"].is_measured:
                 lines.append(f"KD is left out: {NUM_SUBSETS} subsets of two need {2 * NUM_SUBSETS} images.")
             if "classifier_val_accuracy" in found:
                 share = found["classifier_val_accuracy"]
@@ -106,16 +113,16 @@ class Report:
         data, picture = folder / "evaluation.json", folder / "worst_reconstructions.png"
         with durable_file(picture) as partial:
             self.picture.save(partial)
-        write_text(data, json.dumps(self.figures, indent=2) + "\n")
+        write_text(data, json.dumps(self.to_json(), indent=2) + "\n")
         return data, picture
 
 
-def _named(figures: dict[str, Any]) -> str:
+def _feature_title(content: dict[str, Any]) -> str:
     """Features by what tells them apart: name, weights, size, library."""
-    return figures["features_key"] + (f" ({figures['features_library']})" if figures["features_library"] else "")
+    return content["features_key"] + (f" ({content['features_library']})" if content["features_library"] else "")
 
 
-def measure(
+def measure_reconstructions(
     run: Run,
     *,
     device: torch.device,
@@ -124,7 +131,7 @@ def measure(
     num_images: int = 4096,
     seed: int = 0,
     batch_size: int = 64,
-) -> Report:
+) -> ReconstructionReport:
     """Compare a run's validation images with what its autoencoder makes of them, decode(mean of q(z_raw|x)).
 
     Args:
@@ -135,17 +142,15 @@ def measure(
     Raises:
         UserError: what `choose_images` and `load_features` refuse, reconstructions that are not finite.
     """
-    if type(batch_size) is not int or batch_size < 1:
-        raise UserError(f"batch_size={batch_size} must be a whole number of 1 at least.")
+    require_whole("batch_size", batch_size, 1)
     started, autoencoder = time.perf_counter(), run.autoencoder().to(device)
     images, indices = choose_images(run, "val", num_images, seed)
     network = None if features == NO_FEATURES else load_features(features, images, features_path).to(device)
     lpips, without = _lpips()
     in_loss = run.facts.get("perceptual_features", [])
     gallery = None if network is None else reference_features(network, features, images)
-    found = _compare(autoencoder, images, indices, network, lpips, batch_size)
-    worst = found["psnr"].argsort()[:WORST]
-    figures: dict[str, Any] = {
+    found = _compare_images(autoencoder, images, indices, network, lpips, batch_size)
+    content: dict[str, Any] = {
         "run": str(run.path),
         "weights_sha256": autoencoder.weights_sha256(),
         "images": f"{images.name}/val@{images.fingerprint[:8]}",
@@ -154,10 +159,10 @@ def measure(
         "regulariser": autoencoder.regulariser,
         "latent_shape": list(autoencoder.latent_shape(images.resolution)),
         "factor": autoencoder.factor,
-        **_mean("psnr_db", found["psnr"]),
+        "psnr_db": _mean_over_images(found["psnr"]),
         "pca_psnr_db": found["pca_psnr"].mean().item(),
-        **_mean("ssim", found["ssim"]),
-        **_mean("lpips", found.get("lpips")),
+        "ssim": _mean_over_images(found["ssim"]),
+        "lpips": _mean_over_images(found["lpips"]) if "lpips" in found else UNMEASURED,
         "lpips_left_out": without,
         "lpips_in_loss": lpips is not None and "lpips" in in_loss,
         "features": None,
@@ -168,14 +173,21 @@ def measure(
     }
     if network is not None and gallery is not None:
         train, own = (gallery[torch.from_numpy(rows)] for rows in (images.train_indices, indices))
-        figures |= describe_features(network, features)
-        figures |= {"reference": f"{images.name}/train@{images.fingerprint[:8]}"}
-        figures |= distances(found["features"], own, train)
-        figures["fd_name"] = fd_name(network, figures["fd_components"])
-        if (share := getattr(network, "val_accuracy", None)) is not None:
-            figures["classifier_val_accuracy"] = share
-    figures["seconds"] = round(time.perf_counter() - started, 1)
-    return Report(figures, _picture(autoencoder, images, indices[worst.numpy()], figures, found["psnr"][worst]))
+        content |= {
+            **describe_features(network, features),
+            "reference": f"{images.name}/train@{images.fingerprint[:8]}",
+        }
+        content |= _feature_metrics(network, found["features"], own, train)
+    content["seconds"] = round(time.perf_counter() - started, 1)
+    return ReconstructionReport(content, _plot_worst(autoencoder, images, indices, content, found["psnr"]))
+
+
+def _feature_metrics(network: nn.Module, reconstructed: Tensor, own: Tensor, train: Tensor) -> dict[str, Any]:
+    found = reconstruction_distances(reconstructed, own, train)
+    found["fd_name"] = fd_name(network, found["fd_components"])
+    if (share := getattr(network, "val_accuracy", None)) is not None:
+        found["classifier_val_accuracy"] = share
+    return found
 
 
 def _lpips() -> tuple[LPIPS | None, str | None]:
@@ -188,7 +200,8 @@ def _lpips() -> tuple[LPIPS | None, str | None]:
         return None, "the weights of its network could not be fetched"
 
 
-def _compare(
+@torch.no_grad()
+def _compare_images(
     autoencoder: Autoencoder,
     images: ImageData,
     indices: np.ndarray,
@@ -200,32 +213,26 @@ def _compare(
     factor, size, with_kl = autoencoder.factor, autoencoder.codebook_size, autoencoder.has_density
     parts: dict[str, list[Tensor]] = {}
     counts, of_train = torch.zeros(2, size or 0, dtype=torch.long)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True) as bar, torch.no_grad():
-
-        def batches(rows: np.ndarray, what: str) -> Any:
-            starts = range(0, len(rows), batch_size)
-            return (images.batch(rows[i : i + batch_size]) for i in bar.track(starts, description=what))
-
-        components = patch_components(batches(np.sort(images.train_indices[:PCA_IMAGES]), "PCA, batches"), factor)
-        for part in batches(indices, "held-out images, batches"):
-            mean, log_variance = autoencoder.encode(part)
-            original, reconstruction = part.to(autoencoder.device), autoencoder.decode(mean).float()
-            values = {"psnr": psnr(original, reconstruction), "ssim": ssim(original, reconstruction)}
-            values["pca_psnr"] = pca_curve(components, part, factor, [min(autoencoder.channels, 3 * factor**2)])[0]
-            if lpips is not None:
-                values["lpips"] = lpips.to(autoencoder.device)(original, reconstruction)
-            if network is not None:
-                values["features"] = network(reconstruction).float()
-            if with_kl:
-                values["kl"] = kl(mean, log_variance)
-            if size is not None:
-                counts += autoencoder.codes(mean).flatten().cpu().bincount(minlength=size)
-            for name, value in values.items():
-                parts.setdefault(name, []).append(value.cpu())
-        if size is not None:  # of few held-out images, most codes could not be in use
-            for part in batches(images.train_indices[:TRAIN_IMAGES], "codes of training images, batches"):
-                of_train += autoencoder.codes(autoencoder.encode(part)[0]).flatten().cpu().bincount(minlength=size)
+    batches = partial(track_batches, images, batch_size=batch_size)
+    components = patch_components(batches(np.sort(images.train_indices[:PCA_IMAGES]), title="PCA, batches"), factor)
+    for part in batches(indices, title="held-out images, batches"):
+        mean, log_variance = autoencoder.encode(part)
+        original, reconstruction = part.to(autoencoder.device), autoencoder.decode(mean).float()
+        values = {"psnr": psnr(original, reconstruction), "ssim": ssim(original, reconstruction)}
+        values["pca_psnr"] = pca_curve(components, part, factor, [min(autoencoder.channels, 3 * factor**2)])[0]
+        if lpips is not None:
+            values["lpips"] = lpips.to(autoencoder.device)(original, reconstruction)
+        if network is not None:
+            values["features"] = network(reconstruction).float()
+        if with_kl:
+            values["kl"] = kl(mean, log_variance)
+        if size is not None:
+            counts += autoencoder.codes(mean).flatten().cpu().bincount(minlength=size)
+        for name, value in values.items():
+            parts.setdefault(name, []).append(value.cpu())
+    if size is not None:  # of few held-out images, most codes could not be in use
+        for part in batches(images.train_indices[:TRAIN_IMAGES], title="codes of training images, batches"):
+            of_train += autoencoder.codes(autoencoder.encode(part)[0]).flatten().cpu().bincount(minlength=size)
     found = {name: torch.cat(values) for name, values in parts.items()}
     if wrong := int((~found["psnr"].isfinite()).sum()):
         raise UserError(
@@ -235,23 +242,20 @@ def _compare(
     return found if size is None else {**found, "codes": counts, "train_codes": of_train}
 
 
-def _mean(name: str, values: Tensor | None) -> dict[str, float | None]:
-    """A mean over images and its standard error; None where nothing was measured."""
-    if values is None:
-        return {name: None, f"{name}_standard_error": None}
-    return {name: values.mean().item(), f"{name}_standard_error": values.std().item() / math.sqrt(len(values))}
+def _mean_over_images(values: Tensor) -> Metric:
+    return Metric(values.mean().item(), values.std().item() / math.sqrt(len(values)))
 
 
-def _picture(
-    autoencoder: Autoencoder, images: ImageData, worst: np.ndarray, figures: dict[str, Any], psnr_db: Tensor
+def _plot_worst(
+    autoencoder: Autoencoder, images: ImageData, indices: np.ndarray, content: dict[str, Any], psnr_db: Tensor
 ) -> Image.Image:
+    rows = psnr_db.argsort()[:WORST]
+    worst = indices[rows.numpy()].tolist()
     originals = images.batch(worst)
     reconstructions = autoencoder.decode(autoencoder.encode(originals)[0]).float().cpu()
-    headings = [
-        (f"{value:.1f} dB", shows(images, i)) for i, value in zip(worst.tolist(), psnr_db.tolist(), strict=True)
-    ]
+    headings = [(f"{psnr_db[row]:.1f} dB", image_text(images, i)) for row, i in zip(rows, worst, strict=True)]
     title = (
-        f"The {len(worst)} worst of {figures['num_images']} held-out images of {figures['images']} by PSNR; "
-        f"the mean of all is {figures['psnr_db']:.1f} dB"
+        f"The {len(worst)} worst of {content['num_images']} held-out images of {content['images']} by PSNR; "
+        f"the mean of all is {content['psnr_db'].value:.1f} dB"
     )
-    return draw(originals, reconstructions, headings, title)
+    return plot_reconstructions(originals, reconstructions, headings, title)

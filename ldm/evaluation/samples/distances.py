@@ -8,12 +8,13 @@ from torch import Tensor, nn
 
 from ldm.metrics.frechet import feature_components, frechet_replicates
 from ldm.metrics.kernel import cmmd, kernel_distance
+from ldm.metrics.metric import UNMEASURED, Metric
 from ldm.metrics.neighbours import density_coverage, precision_recall
 from ldm.metrics.subsets import MOST_COMPONENTS, NUM_GROUPS, NUM_SUBSETS, jackknife_error, over_subsets
 from ldm.runtime.random import numpy_generator
 
 COLUMNS = {"fd": 2, "kd": 4, "precision": 3, "recall": 3, "density": 3, "coverage": 3, "cmmd": 3}
-"""Figures by name, with the digits that are shown."""
+"""Metrics by name, with the digits that are shown."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ class Measures:
 
     def of(
         self, features: Tensor, reference: Tensor | None = None, *, frechet: tuple[float, Tensor] | None = None
-    ) -> dict[str, tuple[float, float] | None]:
-        """By name of `COLUMNS`, a value and its standard error; None where a set is too small for it.
+    ) -> dict[str, Metric]:
+        """Metrics by name of `COLUMNS`; UNMEASURED where a set is too small for one.
 
         Args:
             reference: Instead of all training images.
@@ -57,18 +58,17 @@ class Measures:
         size = self.num_per_subset(features, reference)
         frechet = frechet or self.frechet(features, reference)
         reference = self.train if reference is None else reference
-        distance = None if frechet is None else (frechet[0], jackknife_error(frechet[1]))
-        found: dict[str, tuple[float, float] | None] = {"fd": distance}
-        found["kd"] = kernel_distance(features, reference, num_subsets=NUM_SUBSETS) if size >= 2 else None
+        found = {"fd": UNMEASURED if frechet is None else Metric(frechet[0], jackknife_error(frechet[1]))}
+        found["kd"] = Metric(*kernel_distance(features, reference)) if size >= 2 else UNMEASURED
         for names, metric, smallest in (
             (("precision", "recall"), precision_recall, 4),
             (("density", "coverage"), lambda a, b: density_coverage(b, a), 6),
         ):
-            values = over_subsets(metric, features, reference, num_subsets=NUM_SUBSETS) if size >= smallest else None
-            found |= dict(zip(names, values or (None, None), strict=True))
+            values = over_subsets(metric, features, reference) if size >= smallest else None
+            found |= {name: Metric(*values[i]) if values else UNMEASURED for i, name in enumerate(names)}
         if self.with_cmmd:
-            parts = over_subsets(lambda a, b: (cmmd(a, b),), features, reference) if size else None
-            found["cmmd"] = (cmmd(features, reference), parts[0][1]) if parts else None
+            parts = over_subsets(lambda a, b: (cmmd(a, b),), features, reference) if size else ()
+            found["cmmd"] = Metric(cmmd(features, reference), parts[0][1]) if parts else UNMEASURED
         return found
 
     def frechet(self, features: Tensor, reference: Tensor | None = None) -> tuple[float, Tensor] | None:
@@ -96,15 +96,15 @@ def halves(train: Tensor, num_samples: int, seed: int) -> tuple[Tensor, Tensor]:
     return train[order[:num]], train[order[num:]]
 
 
-def table(
-    rows: Mapping[str, tuple[int, int, Mapping[str, tuple[float, float] | None]]], fd_name: str = "FD"
-) -> list[str]:
-    """Lines of text, with value +- standard error; rows are (N, N of a subset, figures) by name."""
+def distance_table(rows: Mapping[str, tuple[int, int, Mapping[str, Metric]]], fd_name: str = "FD") -> list[str]:
+    """Lines of text, with value +- standard error; rows are (N, N of a subset, metrics) by name."""
     columns = [["", *rows], ["N", *(str(num) for num, _, _ in rows.values())]]
     columns.append(["subset", *(str(num) for _, num, _ in rows.values())])
     for name in (name for name in COLUMNS if any(name in found for *_, found in rows.values())):
         head = fd_name if name == "fd" else name.upper() if name in ("kd", "cmmd") else name
-        columns.append([head, *(_cell(found.get(name), COLUMNS[name]) for *_, found in rows.values())])
+        columns.append(
+            [head, *(_format_metric(found.get(name, UNMEASURED), COLUMNS[name]) for *_, found in rows.values())]
+        )
     widths = [max(map(len, column)) + 2 for column in columns]
     return [
         "  "
@@ -114,5 +114,5 @@ def table(
     ]
 
 
-def _cell(numbers: tuple[float, float] | None, digits: int) -> str:
-    return "-" if numbers is None else " +- ".join(f"{number:.{digits}f}" for number in numbers)
+def _format_metric(metric: Metric, digits: int) -> str:
+    return f"{metric.value:.{digits}f} +- {metric.standard_error:.{digits}f}" if metric.is_measured else "-"

@@ -86,20 +86,20 @@ def draw_and_keep(
             another process that draws the same.
     """
     guidance = check_guidance(guidance)
-    made_by = _made_by(pipeline, images, sampler, guidance, guidance_interval, seed) | {"split": split}
+    made_by = _sample_settings(pipeline, images, sampler, guidance, guidance_interval, seed) | {"split": split}
     key = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:12]
     folder.mkdir(parents=True, exist_ok=True)
     pixels, facts = (folder / f"samples-{key}{end}" for end in (".bin", ".json"))
     side = images.resolution
     size = 3 * side**2
-    drawn, cost = _known(pixels, facts, size)
+    drawn, cost = _drawn_before(pixels, facts, size)
     if drawn < num_samples:
         members = images.train_indices if split == "train" else images.val_indices
         request = Request.of_images(pipeline, images, members[chosen_rows(members, num_samples, seed)])
         calls: list[int] = []
         options: dict[str, Any] = {"guidance": guidance, "guidance_interval": guidance_interval, "seed": seed}
-        with _alone(pixels.with_suffix(".lock")), pixels.open("ab") as file:
-            drawn, cost = _known(pixels, facts, size)  # another process may have drawn some since
+        with _samples_lock(pixels.with_suffix(".lock")), pixels.open("ab") as file:
+            drawn, cost = _drawn_before(pixels, facts, size)  # another process may have drawn some since
             hook = pipeline.network.register_forward_pre_hook(lambda _, arguments: calls.append(len(arguments[0])))
             began = time.perf_counter()
             try:
@@ -121,7 +121,7 @@ def draw_and_keep(
     return KeptSamples(kept, *(cost[name] / cost["samples"] for name in ("network_evaluations", "seconds")))
 
 
-def _known(pixels: Path, facts: Path, size: int) -> tuple[int, dict[str, Any]]:
+def _drawn_before(pixels: Path, facts: Path, size: int) -> tuple[int, dict[str, Any]]:
     """How many samples of so many bytes there are, and what they cost."""
     drawn = pixels.stat().st_size // size if pixels.is_file() and facts.is_file() else 0
     if not drawn:
@@ -136,7 +136,7 @@ def _known(pixels: Path, facts: Path, size: int) -> tuple[int, dict[str, Any]]:
 
 
 @contextmanager
-def _alone(file: Path) -> Iterator[None]:
+def _samples_lock(file: Path) -> Iterator[None]:
     """No other process is in the block of the same file.
 
     Raises:
@@ -164,7 +164,7 @@ def check_guidance(guidance: Any) -> float:
     return float(guidance)
 
 
-def _made_by(
+def _sample_settings(
     pipeline: LatentDiffusionPipeline,
     images: ImageData,
     sampler: SamplerLike,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ldm.data.images import ImageData
 from ldm.evaluation.features import ImageSet
-from ldm.evaluation.reconstructions.figure import shows
+from ldm.evaluation.reconstructions.figure import image_text
 from ldm.image_grid import grid, to_pil
 from ldm.metrics.neighbours import BLOCK
 
@@ -101,6 +101,6 @@ def plot_nearest(samples: ImageSet, images: ImageData, found: Memorisation) -> I
     pictures, captions = [], []
     for sample, row in zip(chosen, rows, strict=True):
         pictures += to_pil(samples.batch([sample])) + to_pil(images.batch([row]))
-        captions += [f"sample {sample}, distance {found.distances[sample]:.3f}", f"training: {shows(images, row)}"]
+        captions += [f"sample {sample}, distance {found.distances[sample]:.3f}", f"training: {image_text(images, row)}"]
     title = f"The {len(chosen)} closest pairs of {len(found.distances)} samples and {images.name}'s training images"
     return grid(pictures, captions, columns=2 * PAIRS_PER_ROW, title=title)

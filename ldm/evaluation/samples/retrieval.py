@@ -10,14 +10,15 @@ from torch import Tensor
 
 from ldm.data.images import ImageData
 from ldm.evaluation.samples.memorisation import nearest_by_cosine
+from ldm.metrics.metric import Metric
 from ldm.metrics.neighbours import retrieval_ranks
 from ldm.networks.conditioning import Conditioning
 
-Found = tuple[dict[str, float], list[str]]
-"""Figures by name, and lines that say them."""
+Found = tuple[dict[str, Any], list[str]]
+"""Metrics by name, and lines that explain them."""
 
 
-def of_training(found: Mapping[str, Tensor], train: Tensor, rows: Tensor, features: str) -> Found:
+def training_retrieval(found: Mapping[str, Tensor], train: Tensor, rows: Tensor, features: str) -> Found:
     """Is the training image of a training caption the one that its sample is nearest to?
 
     Args:
@@ -26,11 +27,11 @@ def of_training(found: Mapping[str, Tensor], train: Tensor, rows: Tensor, featur
         rows: The training image of each sample's caption, [n].
         features: Their key.
     """
-    figures, lines = _retrieval(found, train, rows, "{}")
-    return figures, [f"Retrieval of the caption's own image among {len(train)} training images, {features}:", *lines]
+    metrics, lines = _retrieval(found, train, rows, "{}")
+    return metrics, [f"Retrieval of the caption's own image among {len(train)} training images, {features}:", *lines]
 
 
-def of_held_out(
+def held_out_retrieval(
     found: Mapping[str, Tensor],
     validation: Tensor,
     train: Tensor,
@@ -46,7 +47,7 @@ def of_held_out(
         validation, train: Of all validation and training images.
         rows: The validation image of each sample's caption, [n].
     """
-    figures, lines = _retrieval(found, validation, rows, "held_out_{}")
+    metrics, lines = _retrieval(found, validation, rows, "held_out_{}")
     captions = images.require_captions()
     prompts = conditioning.of_request(prompts=[captions[images.val_indices[row]] for row in rows.tolist()])[0]["pooled"]
     lines.append("  cosine of the prompt's embedding and that of the caption of the nearest training image:")
@@ -55,12 +56,12 @@ def of_held_out(
         texts = [images.captions_of(images.train_indices[row]) for row in nearest.tolist()]
         shown = conditioning.of_request(prompts=[text for several in texts for text in several])[0]["pooled"]
         own, permuted, error = caption_agreement(prompts, shown.split([len(several) for several in texts]))
-        figures |= {f"caption_cosine_held_out_{name}": own, f"caption_cosine_held_out_{name}_standard_error": error}
-        figures.setdefault("caption_cosine_held_out_permuted", permuted)  # of the samples, which come first
+        metrics[f"caption_cosine_held_out_{name}"] = Metric(own, error)
+        metrics.setdefault("caption_cosine_held_out_permuted", permuted)  # of the samples, which come first
         lines.append(f"  {name:18} {own:.3f} +- {error:.3f}, with other prompts {permuted:.3f}")
     among = f"retrieval of the own image among {len(validation)} validation images, {features}:"
     head = f"{len(rows)} captions that training never saw: {among}"
-    return {"num_held_out": len(rows), **figures}, [head, *lines]
+    return {"num_held_out": len(rows), **metrics}, [head, *lines]
 
 
 def caption_agreement(prompts: Tensor, shown: Sequence[Tensor]) -> tuple[float, float, float]:
@@ -90,13 +91,13 @@ def caption_agreement(prompts: Tensor, shown: Sequence[Tensor]) -> tuple[float, 
 
 
 def _retrieval(found: Mapping[str, Tensor], gallery: Tensor, rows: Tensor, form: str) -> Found:
-    figures: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
     lines = []
     for name, features in found.items():
         ranks = retrieval_ranks(features, gallery, rows[: len(features)])
         shares = [(ranks < k).float().mean().item() for k in (1, 5)]
-        figures |= {f"retrieval_at_{k}_{form.format(name)}": share for k, share in zip((1, 5), shares, strict=True)}
+        metrics |= {f"retrieval_at_{k}_{form.format(name)}": share for k, share in zip((1, 5), shares, strict=True)}
         lines.append(f"  {name:18} @1 {shares[0]:6.1%}   @5 {shares[1]:6.1%}")
     chances = [min(1.0, k / len(gallery)) for k in (1, 5)]
-    figures |= {f"retrieval_at_{k}_{form.format('chance')}": share for k, share in zip((1, 5), chances, strict=True)}
-    return figures, [*lines, f"  {'chance':18} @1 {chances[0]:6.2%}   @5 {chances[1]:6.2%}"]
+    metrics |= {f"retrieval_at_{k}_{form.format('chance')}": share for k, share in zip((1, 5), chances, strict=True)}
+    return metrics, [*lines, f"  {'chance':18} @1 {chances[0]:6.2%}   @5 {chances[1]:6.2%}"]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from torch import Tensor
 from ldm.data.images import ImageData
 from ldm.diffusion.samplers.base import SamplerLike
 from ldm.errors import UserError
+from ldm.evaluation.evaluation_file import metrics_to_json
 from ldm.evaluation.features import describe_features, extract, load_features, reference_features
 from ldm.evaluation.samples.distances import Measures, fd_name
 from ldm.evaluation.samples.kept import check_guidance, draw_and_keep
-from ldm.metrics.subsets import jackknife_error
+from ldm.metrics.subsets import NUM_SUBSETS, jackknife_error
 from ldm.sampling.draw import describe
 from ldm.sampling.pipeline import LatentDiffusionPipeline
 
@@ -30,7 +32,7 @@ RULE = (
 INK, LINE, FAINT = "#333333", "#0072B2", "#8a8a8a"
 
 
-def sweep(
+def sweep_sampler(
     pipeline: LatentDiffusionPipeline,
     images: ImageData,
     samplers: Mapping[float, SamplerLike],
@@ -56,6 +58,47 @@ def sweep(
         UserError: both vary, guidance of a model that knows none, too few samples, what `draw_and_keep` refuses; of
             every value before the first is drawn.
     """
+    _check_sweep(pipeline, samplers, guidances, num_samples)
+    guidances = [check_guidance(guidance) for guidance in guidances]
+    over = "sampler.steps" if len(samplers) > 1 else "guidance"
+    network = load_features(features, images, features_path).to(pipeline.device)
+    train = reference_features(network, features, images)[torch.from_numpy(images.train_indices)]
+    measures = Measures.choose(train, num_samples)
+    draw = partial(draw_and_keep, pipeline, images, folder=folder, num_samples=num_samples, seed=seed, **options)
+    rows: list[dict[str, Any]] = []
+    replicates = []
+    for steps, sampler in samplers.items():
+        for guidance in guidances:
+            value = steps if over == "sampler.steps" else guidance
+            kept = draw(sampler=sampler, guidance=guidance)
+            row, without = _measure_value(measures, extract(network, kept, f"features, {over}={value}"))
+            cost = {"network_evaluations": kept.evaluations, "seconds": kept.seconds}
+            rows.append({"value": value, **cost, **row})
+            replicates.append(without)
+    compare_with_best(rows, replicates)
+    return {
+        "over": over,
+        "metric": fd_name(network, measures.num_components),
+        **describe_features(network, features),
+        "num_samples": num_samples,
+        "num_per_subset": min(num_samples, len(train)) // NUM_SUBSETS,
+        "reference": f"{images.name}/train@{images.fingerprint[:8]}",
+        "num_reference": len(train),
+        "sampler": {**describe(next(iter(samplers.values()))), "steps": list(samplers)},
+        "guidance": list(guidances),
+        "seed": seed,
+        "rows": rows,
+        "knee": knee(rows),
+        "rule": RULE,
+    }
+
+
+def _check_sweep(
+    pipeline: LatentDiffusionPipeline,
+    samplers: Mapping[float, SamplerLike],
+    guidances: Sequence[float],
+    num_samples: int,
+) -> None:
     if len(samplers) > 1 and len(guidances) > 1:
         raise UserError("sampler.steps= and guidance= are both lists. Vary one, then the other.")
     if len(guidances) > 1 and pipeline.conditioning.kind == "none":
@@ -70,56 +113,19 @@ def sweep(
             sampler.check(pipeline.schedule)
         except ValueError as error:
             raise UserError(f"sampler={sampler.method} with {steps} steps: {error}.") from error
-    guidances = [check_guidance(guidance) for guidance in guidances]
-    over = "sampler.steps" if len(samplers) > 1 else "guidance"
-    network = load_features(features, images, features_path).to(pipeline.device)
-    train = reference_features(network, features, images)[torch.from_numpy(images.train_indices)]
-    measures = Measures.choose(train, num_samples)
-    rows: list[dict[str, Any]] = []
-    replicates = []
-    for steps, sampler in samplers.items():
-        for guidance in guidances:
-            kept = draw_and_keep(
-                pipeline,
-                images,
-                sampler,
-                folder,
-                num_samples=num_samples,
-                guidance=guidance,
-                seed=seed,
-                **options,
-            )
-            value = steps if over == "sampler.steps" else guidance
-            found = extract(network, kept, f"features, {over}={value}")
-            frechet = measures.frechet(found)
-            assert frechet is not None, "as many components as the samples allow"
-            measured = measures.of(found, frechet=frechet)
-            row: dict[str, Any] = {"value": value, "network_evaluations": kept.evaluations, "seconds": kept.seconds}
-            row |= {"distance": frechet[0], "standard_error": jackknife_error(frechet[1])}
-            row["kd"], row["kd_standard_error"] = measured["kd"] or (None, None)
-            for name in ("precision", "recall"):
-                row[name] = None if (numbers := measured[name]) is None else numbers[0]
-            rows.append(row)
-            replicates.append(frechet[1])
-    hold_against_the_best(rows, replicates)
-    return {
-        "over": over,
-        "metric": fd_name(network, measures.num_components),
-        **describe_features(network, features),
-        "num_samples": num_samples,
-        "num_per_subset": measures.num_per_subset(found),
-        "reference": f"{images.name}/train@{images.fingerprint[:8]}",
-        "num_reference": len(train),
-        "sampler": {**describe(next(iter(samplers.values()))), "steps": list(samplers)},
-        "guidance": list(guidances),
-        "seed": seed,
-        "rows": rows,
-        "knee": knee(rows),
-        "rule": RULE,
-    }
 
 
-def hold_against_the_best(rows: Sequence[dict[str, Any]], replicates: Sequence[Tensor]) -> None:
+def _measure_value(measures: Measures, features: Tensor) -> tuple[dict[str, Any], Tensor]:
+    """Metrics of the samples of one value, and the replicates of their distance."""
+    frechet = measures.frechet(features)
+    assert frechet is not None, "as many components as the samples allow"
+    found = measures.of(features, frechet=frechet)
+    row = {"distance": frechet[0], "standard_error": found["fd"].standard_error, **metrics_to_json({"kd": found["kd"]})}
+    row |= {name: found[name].value if found[name].is_measured else None for name in ("precision", "recall")}
+    return row, frechet[1]
+
+
+def compare_with_best(rows: Sequence[dict[str, Any]], replicates: Sequence[Tensor]) -> None:
     """Add to each row how far its distance is above the smallest one, and the standard error of that difference.
 
     Args:
@@ -138,13 +144,13 @@ def knee(rows: Sequence[Mapping[str, Any]]) -> float:
     return min(equal, key=lambda row: (row["network_evaluations"], row["distance"]))["value"]
 
 
-def table(found: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
+def sweep_table(found: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
     """Columns and rows of a sweep, its numbers as they are."""
     columns = [found["over"], *(name for name in found["rows"][0] if name != "value")]
     return columns, [list(row.values()) for row in found["rows"]]
 
 
-def lines(found: Mapping[str, Any]) -> list[str]:
+def sweep_lines(found: Mapping[str, Any]) -> list[str]:
     """The table in words, and the rule."""
     metric, over, library = found["metric"], found["over"], found["features_library"]
     of = f"{found['features_key']}{f' ({library})' if library else ''}"
@@ -167,7 +173,7 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     return [*listed, f"{over}={found['knee']:g} is the knee: {found['rule']}."]
 
 
-def draw(found: Mapping[str, Any]) -> Figure:
+def plot_sampler_sweep(found: Mapping[str, Any]) -> Figure:
     """Distance over the network evaluations or the guidance, precision and recall, and what a sample costs in time."""
     rows, over = found["rows"], found["over"]
     by_steps = over == "sampler.steps"
@@ -190,7 +196,7 @@ def draw(found: Mapping[str, Any]) -> Figure:
             path_effects=[withStroke(linewidth=3, foreground="white")],
         )
     first.set(xlabel=label, ylabel=f"{found['metric']}\n{found['features_key']}", title=f"{found['metric']} by {over}")
-    _draw_beside(second, rows, x, label, by_steps)
+    _plot_cost_or_precision(second, rows, x, label, by_steps)
     for axes in (first, second):
         axes.spines[["top", "right"]].set_visible(False)
         axes.title.set_fontsize(11)
@@ -204,7 +210,9 @@ def draw(found: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _draw_beside(axes: Axes, rows: Sequence[Mapping[str, Any]], x: Sequence[float], label: str, by_steps: bool) -> None:
+def _plot_cost_or_precision(
+    axes: Axes, rows: Sequence[Mapping[str, Any]], x: Sequence[float], label: str, by_steps: bool
+) -> None:
     axes.set_xlabel(label)
     if by_steps:
         axes.plot(x, [row["seconds"] for row in rows], color=LINE, marker="o", markersize=4)

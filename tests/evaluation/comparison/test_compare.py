@@ -32,13 +32,21 @@ from ldm.diffusion.schedule import linear
 from ldm.errors import UserError
 from ldm.evaluation.comparison import images as compare_images
 from ldm.evaluation.comparison import statistics as compare_statistics
-from ldm.evaluation.comparison.compare import Comparison, compare
-from ldm.evaluation.comparison.curves import draw
+from ldm.evaluation.comparison.compare import Comparison, compare_runs
+from ldm.evaluation.comparison.curves import plot_curves
 from ldm.evaluation.comparison.images import side_by_side
-from ldm.evaluation.comparison.report import Report, number
+from ldm.evaluation.comparison.report import ComparisonReport, format_number
 from ldm.evaluation.comparison.runs import is_of_wandb
-from ldm.evaluation.comparison.statistics import SAMPLING, SEEDS, Figure, direction, hold, judge, of_seeds, share_error
+from ldm.evaluation.comparison.statistics import (
+    SAMPLING,
+    SEEDS,
+    better_direction,
+    compare_groups,
+    estimate_from_seeds,
+    holm,
+)
 from ldm.latents.contract import LatentContract
+from ldm.metrics.metric import Metric, share_error
 from ldm.networks.conditioning import ClassCondition, NoCondition
 from ldm.networks.dit import DiT
 from ldm.runs.lineage import weights_sha256
@@ -128,7 +136,7 @@ def verdict(found: Comparison, metric: str, group: int = 1):
     return row.verdicts[group - 1]
 
 
-def printed(report: Report) -> str:
+def printed(report: ComparisonReport) -> str:
     console = Console(width=80, record=True, file=io.StringIO())
     for table in report.tables():
         console.print(table)
@@ -161,16 +169,16 @@ def printed(report: Report) -> str:
     ],
 )
 def test_names_say_which_way_is_better(name, way):
-    assert direction(name) == way
+    assert better_direction(name) == way
 
 
 def test_the_intervals_are_scipys():
     generator = np.random.default_rng(0)
     first, second = generator.normal(0, 1, 4), generator.normal(0.5, 3, 6)
-    own = of_seeds([Figure(value) for value in first])
+    own = estimate_from_seeds([Metric(value) for value in first])
     low, high = stats.ttest_1samp(first, 0).confidence_interval(0.95)
     assert own.interval() == pytest.approx([low, high]) and own.noise == SEEDS
-    found = judge("kd", [Figure(x) for x in first], [Figure(x) for x in second], ("A", "B"), enough_seeds=True)
+    found = compare_groups("kd", [Metric(x) for x in first], [Metric(x) for x in second], ("A", "B"), enough_seeds=True)
     low, high = stats.ttest_ind(second, first, equal_var=False).confidence_interval(0.95)
     assert found.difference.interval() == pytest.approx([low, high])
 
@@ -179,22 +187,22 @@ def test_verdicts_of_nothing_are_wrong_one_time_in_twenty():
     generator = np.random.default_rng(1)
     claimed = 0
     for _ in range(2000):
-        first, second = ([Figure(value) for value in generator.normal(0, 1, 3)] for _ in range(2))
-        claimed += judge("kd", first, second, ("A", "B"), enough_seeds=True).text != "within noise"
+        first, second = ([Metric(value) for value in generator.normal(0, 1, 3)] for _ in range(2))
+        claimed += compare_groups("kd", first, second, ("A", "B"), enough_seeds=True).text != "within noise"
     assert 0.015 < claimed / 2000 < 0.06  # Welch's test is a little shy with three a side
 
 
 def test_of_many_figures_together_one_is_wrong_in_one_case_of_twenty():
     """Holm's step-down, by hand and on 17 figures of which most move together."""
-    assert hold({"a": 0.03, "b": 0.001, "c": 0.016, "d": 0.9}) == ["b", "c"]  # 0.05 / 4, / 3, / 2: 0.03 > 0.025
-    assert hold({"a": 0.02}) == ["a"] and hold({"a": 0.02, "b": 0.06, "c": 0.5}) == [] and hold({}) == []
+    assert holm({"a": 0.03, "b": 0.001, "c": 0.016, "d": 0.9}) == ["b", "c"]  # 0.05 / 4, / 3, / 2: 0.03 > 0.025
+    assert holm({"a": 0.02}) == ["a"] and holm({"a": 0.02, "b": 0.06, "c": 0.5}) == [] and holm({}) == []
     generator, claimed = np.random.default_rng(3), 0
     for _ in range(1000):
         shared = generator.normal(0, 1, (2, 3, 1))
         drawn = shared * (np.arange(17) < 10) + generator.normal(0, 1, (2, 3, 17))
-        sides = [[of_seeds([Figure(value) for value in side[:, i]]) for i in range(17)] for side in drawn]
-        tests = {str(i): compare_statistics.difference(sides[0][i], sides[1][i]).p_value for i in range(17)}
-        claimed += bool(hold(tests))
+        sides = [[estimate_from_seeds([Metric(value) for value in side[:, i]]) for i in range(17)] for side in drawn]
+        tests = {str(i): compare_statistics.estimate_difference(sides[0][i], sides[1][i]).p_value for i in range(17)}
+        claimed += bool(holm(tests))
     assert claimed / 1000 < 0.06
 
 
@@ -204,11 +212,11 @@ def test_a_share_of_nothing_has_an_error_as_well():
 
 
 def test_seeds_of_one_config_are_a_group_and_of_two_within_noise(tmp_path):
-    same = compare([*three(tmp_path, "a", (0.10, 0.12, 0.11))])
+    same = compare_runs([*three(tmp_path, "a", (0.10, 0.12, 0.11))])
     assert [len(group.runs) for group in same.groups] == [3] and not same.rows[0].verdicts
     assert any("nothing to judge" in note for note in same.notes)
     other = three(tmp_path, "b", (0.115, 0.1, 0.112), lr=2e-3)
-    found = compare([*three(tmp_path, "c", (0.10, 0.12, 0.11)), *other])
+    found = compare_runs([*three(tmp_path, "c", (0.10, 0.12, 0.11)), *other])
     assert [[run.name for run in group.runs] for group in found.groups] == [["c0", "c1", "c2"], ["b0", "b1", "b2"]]
     assert found.differences == {"optimizer.lr": ["0.001", "0.002"]}
     said = verdict(found, "kd_samples")
@@ -222,27 +230,27 @@ def test_seeds_of_one_config_are_a_group_and_of_two_within_noise(tmp_path):
 def test_a_shifted_group_is_beyond_noise_in_the_right_direction(tmp_path):
     first = three(tmp_path, "a", (0.10, 0.12, 0.11))
     second = three(tmp_path, "b", (0.20, 0.22, 0.21), lr=2e-3, evaluation={"retrieval_at_1_samples": 0.3})
-    found = compare([*first, *second])
+    found = compare_runs([*first, *second])
     assert verdict(found, "kd_samples").text == "A better"
     # every seed finds as many: what is left is the noise of 256 samples
     said = verdict(found, "retrieval_at_1_samples")
     assert said.text == "B better" and said.difference.noise == SAMPLING
     assert found.equal["kd_reconstructions"] == 0.01
     assert any("together" in note and "kd samples (A better)" in note for note in found.notes)
-    assert verdict(compare([*second, *first]), "kd_samples").text == "B better"
+    assert verdict(compare_runs([*second, *first]), "kd_samples").text == "B better"
 
 
 def test_single_runs_know_the_noise_of_sampling_alone(tmp_path):
-    found = compare([make(tmp_path, "a", kd=0.1), make(tmp_path, "b", kd=0.105, lr=2e-3)])
+    found = compare_runs([make(tmp_path, "a", kd=0.1), make(tmp_path, "b", kd=0.105, lr=2e-3)])
     said = verdict(found, "kd_samples")
     assert said.text == "within noise" and said.difference.noise == SAMPLING
     error = np.hypot(0.004, 0.004)  # of four disjoint subsets each: 3 + 3 degrees of freedom
     assert said.difference.half_width == pytest.approx(stats.t.ppf(0.975, 6) * error)
-    text = printed(Report(found))
+    text = printed(ComparisonReport(found))
     assert SAMPLING in text and max(map(len, text.splitlines())) <= 80
     assert any("-m seed=0,1,2" in note for note in found.notes)
-    far = compare([make(tmp_path, "c", kd=0.1), make(tmp_path, "d", kd=0.2, lr=2e-3)])
-    assert verdict(far, "kd_samples").text == "A better" and "A better" in printed(Report(far))
+    far = compare_runs([make(tmp_path, "c", kd=0.1), make(tmp_path, "d", kd=0.2, lr=2e-3)])
+    assert verdict(far, "kd_samples").text == "A better" and "A better" in printed(ComparisonReport(far))
 
 
 @pytest.mark.parametrize(
@@ -260,7 +268,7 @@ def test_an_error_of_few_subsets_or_groups_is_students(tmp_path, metric, dof):
     for name, value, lr in (("a", 0.5, 1e-3), ("b", 0.5 + 0.01 * 2.2 * 2**0.5, 2e-3)):
         figures = {f"{metric}_samples": value, f"{metric}_samples_standard_error": 0.01}
         runs.append(make(tmp_path, name, lr=lr, evaluation=figures))
-    said = verdict(compare(runs), f"{metric}_samples")
+    said = verdict(compare_runs(runs), f"{metric}_samples")
     assert said.difference.dof == pytest.approx(2 * dof)
     assert said.difference.half_width == pytest.approx(stats.t.ppf(0.975, 2 * dof) * 0.01 * 2**0.5)
     assert (said.text == "within noise") == (dof == 3)
@@ -270,7 +278,7 @@ def test_the_floor_is_of_the_data_whatever_the_sampler(tmp_path):
     """It has no verdict and needs no sampler that is the same."""
     floor = {"fd_floor": 1.0, "fd_floor_standard_error": 0.01}
     other = {**floor, "fd_floor": 1.2, "sampler": {"method": "ddim", "steps": 3}, "guidance": 1.0}
-    found = compare([make(tmp_path, "a", evaluation=floor), make(tmp_path, "b", lr=2e-3, evaluation=other)])
+    found = compare_runs([make(tmp_path, "a", evaluation=floor), make(tmp_path, "b", lr=2e-3, evaluation=other)])
     said = verdict(found, "fd_floor")
     assert said.text == "differ" and said.difference is not None
     assert not [row.way for row in found.rows if row.metric == "fd_floor"][0]
@@ -278,14 +286,14 @@ def test_the_floor_is_of_the_data_whatever_the_sampler(tmp_path):
 
 def test_two_seeds_are_no_spread(tmp_path):
     runs = [make(tmp_path, f"a{seed}", seed=seed, kd=0.1 + seed / 1000) for seed in range(2)]
-    found = compare([*runs, *three(tmp_path, "b", (0.1, 0.11, 0.12), lr=2e-3)])
+    found = compare_runs([*runs, *three(tmp_path, "b", (0.1, 0.11, 0.12), lr=2e-3)])
     assert verdict(found, "kd_samples").difference.noise == SAMPLING
     assert found.rows[0].estimates[1].noise == SEEDS, "of the three alone there is one"
 
 
 def test_a_seed_that_stands_twice_is_no_spread(tmp_path):
     runs = [make(tmp_path, f"a{i}", seed=min(i, 1), kd=0.1 + i / 1000) for i in range(3)]
-    found = compare([*runs, *three(tmp_path, "b", (0.1, 0.11, 0.12), lr=2e-3)])
+    found = compare_runs([*runs, *three(tmp_path, "b", (0.1, 0.11, 0.12), lr=2e-3)])
     assert verdict(found, "kd_samples").difference.noise == SAMPLING
     assert any("stands twice in A" in note for note in found.notes)
 
@@ -304,29 +312,29 @@ def test_a_seed_that_stands_twice_is_no_spread(tmp_path):
     ],
 )
 def test_figures_that_were_measured_otherwise_get_no_verdict(tmp_path, changed, named):
-    found = compare([make(tmp_path, "a"), make(tmp_path, "b", kd=0.9, lr=2e-3, evaluation=changed)])
+    found = compare_runs([make(tmp_path, "a"), make(tmp_path, "b", kd=0.9, lr=2e-3, evaluation=changed)])
     said = verdict(found, "kd_samples")
     assert said.text.startswith("not comparable: ") and named in said.text and said.difference is None
 
 
 def test_a_group_that_was_not_measured_alike_has_no_mean(tmp_path):
-    found = compare([make(tmp_path, "a"), make(tmp_path, "b", seed=1, kd=0.3, evaluation={"features": "dinov2"})])
+    found = compare_runs([make(tmp_path, "a"), make(tmp_path, "b", seed=1, kd=0.3, evaluation={"features": "dinov2"})])
     (row,) = [row for row in found.rows if row.metric == "kd_samples"]
     assert row.estimates == [None]
     assert any("A were not measured alike (features)" in note for note in found.notes)
 
 
 def test_a_loss_of_another_objective_is_another_loss(tmp_path):
-    found = compare([make(tmp_path, "a"), make(tmp_path, "b", seed=1, objective="hybrid")])
+    found = compare_runs([make(tmp_path, "a"), make(tmp_path, "b", seed=1, objective="hybrid")])
     assert verdict(found, "val/loss").text == "not comparable: objective"
-    same = compare([make(tmp_path, "c"), make(tmp_path, "d", seed=1, lr=2e-3)])
+    same = compare_runs([make(tmp_path, "c"), make(tmp_path, "d", seed=1, lr=2e-3)])
     assert verdict(same, "val/loss").text == "noise unknown"
 
 
 def test_what_differs_is_short(tmp_path):
     """No names, no places, nothing twice; what runs were made with beside what they were told."""
     facts = {"commit": "0123456789" * 4, "versions": {"torch": "2.12"}, "precision": "bf16-mixed"}
-    found = compare([make(tmp_path / "x", "a"), make(tmp_path / "y", "b", seed=3, lr=2e-3, **facts)])
+    found = compare_runs([make(tmp_path / "x", "a"), make(tmp_path / "y", "b", seed=3, lr=2e-3, **facts)])
     keys = set(found.differences)
     assert {"optimizer.lr", "seed", "precision", "commit", "versions.torch"} <= keys
     assert not keys & {"name", "runs_dir", "optimizer.build.lr"} and not any(key.startswith("stage") for key in keys)
@@ -334,7 +342,7 @@ def test_what_differs_is_short(tmp_path):
 
 
 def test_other_data_or_precision_is_another_group(tmp_path):
-    found = compare([make(tmp_path, "a"), make(tmp_path, "b", seed=1, data_fingerprint="ef" * 32)])
+    found = compare_runs([make(tmp_path, "a"), make(tmp_path, "b", seed=1, data_fingerprint="ef" * 32)])
     assert len(found.groups) == 2
     assert "data_fingerprint" in verdict(found, "val/loss").text
 
@@ -342,7 +350,7 @@ def test_other_data_or_precision_is_another_group(tmp_path):
 def test_an_unfinished_run_without_evaluation_is_said_to_be_one(tmp_path):
     place = make(tmp_path, "b", lr=2e-3, finished=None)
     (Path(place) / "evaluation.json").unlink()
-    found = compare([make(tmp_path, "a"), place])
+    found = compare_runs([make(tmp_path, "a"), place])
     assert verdict(found, "kd_samples").text == "not in B"
     assert any("Not at the end" in note and place in note for note in found.notes)
     assert any("Without an evaluation" in note and "tools/evaluate.py" in note for note in found.notes)
@@ -352,29 +360,29 @@ def test_what_diverged_is_not_judged(tmp_path):
     place = make(tmp_path, "b", lr=2e-3, evaluation={"kd_samples": float("nan")})
     with (Path(place) / "metrics.csv").open("a", newline="") as file:
         file.write("0,399,nan,nan\n")
-    found = compare([make(tmp_path, "a"), place])
+    found = compare_runs([make(tmp_path, "a"), place])
     assert verdict(found, "val/loss").text == verdict(found, "kd_samples").text == "not in B"
     assert any(f"Diverged, so that no such figure is judged: {place} (train/loss, val/loss)" in n for n in found.notes)
-    Report(found).save(tmp_path / "out")
+    ComparisonReport(found).save(tmp_path / "out")
     json.loads((tmp_path / "out/compare.json").read_text(), parse_constant=pytest.fail)
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path):
     one, vae = make(tmp_path, "a"), make(tmp_path, "v", stage="vae")
     with pytest.raises(UserError, match="two runs at least, not .*a alone"):
-        compare([one])
+        compare_runs([one])
     with pytest.raises(UserError, match=r"stage diffusion: .*a; stage vae: .*v\."):
-        compare([one, vae])
+        compare_runs([one, vae])
     with pytest.raises(UserError, match="given twice"):
-        compare([one, f"{one}/../a"])
+        compare_runs([one, f"{one}/../a"])
     with pytest.raises(UserError, match=r"runs=.*nothing does not exist"):
-        compare([one, str(tmp_path / "nothing")])
+        compare_runs([one, str(tmp_path / "nothing")])
 
 
 def test_the_page_needs_nothing_beside_itself(tmp_path):
-    found = compare([make(tmp_path, "a<b"), make(tmp_path, "b", kd=0.2, lr=2e-3)])
+    found = compare_runs([make(tmp_path, "a<b"), make(tmp_path, "b", kd=0.2, lr=2e-3)])
     samples = Image.new("RGB", (20, 10), "red")
-    files = Report(found, samples, ["a note"], {"seed": 0}).save(tmp_path / "out")
+    files = ComparisonReport(found, samples, ["a note"], {"seed": 0}).save(tmp_path / "out")
     assert [file.name for file in files] == ["compare.json", "compare.html", "compare.png", "compare_images.png"]
     page = files[1].read_text(encoding="utf-8")
     assert not re.search(r"https?:|<script|<link|url\(|src=\"(?!data:)", page)
@@ -393,7 +401,7 @@ def test_the_page_needs_nothing_beside_itself(tmp_path):
     [(0.12345, 0.0123, "0.123"), (28.4567, 1.9, "28.5"), (1e3, 99, "1000"), (-1e-5, 0.011, "0.000")],
 )
 def test_numbers_end_where_their_noise_begins(value, width, text):
-    assert number(value, width) == text
+    assert format_number(value, width) == text
 
 
 class Recorded:
@@ -456,18 +464,18 @@ def of_wandb(monkeypatch):
 def test_runs_of_wandb_give_the_same_table(tmp_path, of_wandb, monkeypatch):
     places = {"me/ldm/aaa": make(tmp_path, "a"), "me/ldm/bbb": make(tmp_path, "b", kd=0.2, lr=2e-3)}
     of_wandb(places)
-    near, far = compare(list(places.values())), compare(list(places))
-    mixed = compare(["me/ldm/aaa", places["me/ldm/bbb"]])
-    assert Report(near).sheet() == Report(far).sheet() == Report(mixed).sheet()
+    near, far = compare_runs(list(places.values())), compare_runs(list(places))
+    mixed = compare_runs(["me/ldm/aaa", places["me/ldm/bbb"]])
+    assert ComparisonReport(near).sheet() == ComparisonReport(far).sheet() == ComparisonReport(mixed).sheet()
     assert near.differences == far.differences
     assert all(run.finished for _, run in far.runs)
     picture, notes = side_by_side(far, DDIM(2), device=torch.device("cpu"))
     assert picture is None and "me/ldm/aaa" in notes[0]
     with pytest.raises(UserError, match="me/ldm/ccc is no run folder here, and W&B gave no run"):
-        compare(["me/ldm/aaa", "me/ldm/ccc"])
+        compare_runs(["me/ldm/aaa", "me/ldm/ccc"])
     monkeypatch.setattr("ldm.tracking.comparison.has_key", lambda: False)
     with pytest.raises(UserError, match="there is no login"):
-        compare(["me/ldm/aaa", "me/ldm/bbb"])
+        compare_runs(["me/ldm/aaa", "me/ldm/bbb"])
 
 
 def test_an_evaluation_is_of_the_training_that_it_says(tmp_path, of_wandb):
@@ -477,7 +485,10 @@ def test_an_evaluation_is_of_the_training_that_it_says(tmp_path, of_wandb):
     of_another = {**EVALUATION, "kd_samples": 0.9}
     api.add("me/ldm/zzz", "evaluation/diffusion/a", "2026-02-01", {"training_id": "zz"}, flatten(of_another), [])
     api.run("me/ldm/bbb").name = "my favourite"
-    assert Report(compare(list(places))).sheet() == Report(compare(list(places.values()))).sheet()
+    assert (
+        ComparisonReport(compare_runs(list(places))).sheet()
+        == ComparisonReport(compare_runs(list(places.values()))).sheet()
+    )
 
 
 def test_a_run_of_wandb_that_was_resumed_is_not_at_its_end(tmp_path, of_wandb):
@@ -486,7 +497,7 @@ def test_a_run_of_wandb_that_was_resumed_is_not_at_its_end(tmp_path, of_wandb):
     api = of_wandb(places)
     rows = [*api.run("me/ldm/aaa").scan_history(), {"step": 400.0, "train/loss": 0.1}]
     api.run("me/ldm/aaa").scan_history = lambda: iter(rows)
-    found = compare(list(places))
+    found = compare_runs(list(places))
     assert [run.finished for _, run in found.runs] == [False, True]
     assert any("Not at the end of their training" in note and "me/ldm/aaa" in note for note in found.notes)
 
@@ -500,11 +511,11 @@ def test_steps_that_a_resume_logged_twice_count_once(tmp_path, of_wandb):
         writer.writerow({"epoch": 0, "step": 299, "val/loss": 0.75})
     places = {f"me/ldm/{name}": run for name, run in zip(("aaa", "bbb", "ccc"), runs, strict=True)}
     of_wandb(places)
-    for found in (compare(runs), compare(list(places))):
+    for found in (compare_runs(runs), compare_runs(list(places))):
         steps, values = found.runs[1][1].curves["train/loss"]
         assert steps == list(range(0, 320, 10)) and values[20:] == [5.0] * 12 and values[19] < 1
         assert found.runs[1][1].curves["val/loss"] == ([299], [0.75])
-        assert draw(found.groups) is not None, "three curves of one group have a mean"
+        assert plot_curves(found.groups) is not None, "three curves of one group have a mean"
 
 
 @pytest.mark.parametrize("place", ["folder", "wandb"])
@@ -519,16 +530,16 @@ def test_an_evaluation_of_other_weights_is_left_out(tmp_path, of_wandb, place):
     of_them = {"me/ldm/aaa": runs[0], "me/ldm/bbb": runs[1]}
     api = of_wandb(of_them)
     asked = runs if place == "folder" else list(of_them)
-    assert verdict(compare(asked), "kd_samples").text == "A better"
+    assert verdict(compare_runs(asked), "kd_samples").text == "A better"
     weights.write_bytes(b"trained on")
     api.run("me/ldm/bbb").summary_metrics["pipeline_sha256"] = sha256([weights])
-    found = compare(asked)
+    found = compare_runs(asked)
     assert verdict(found, "kd_samples").text == "not in B"
     (note,) = [note for note in found.notes if "Trained on since they were evaluated" in note]
     assert asked[1] in note and asked[0] not in note and "tools/evaluate.py" in note
     if place == "folder":
         (Path(runs[0]) / "evaluation.json").write_text(json.dumps(EVALUATION))
-        assert any("do not say of which weights" in note and runs[0] in note for note in compare(runs).notes)
+        assert any("do not say of which weights" in note and runs[0] in note for note in compare_runs(runs).notes)
 
 
 def test_a_mistyped_folder_is_not_looked_for_in_wandb(tmp_path, monkeypatch):
@@ -555,7 +566,7 @@ class Tracker:
 
 
 def track(place: Path, mode: str, found: Comparison, timeout_s: float = 5.0) -> str:
-    report = Report(found)
+    report = ComparisonReport(found)
     columns, rows = report.sheet()
     logger = {"project": "ldm", "entity": None, "group": None, "tags": [], "mode": mode}
     logger |= {"timeout_s": timeout_s, "finish_timeout_s": 5.0, "max_artifact_mb": 1.0}
@@ -573,7 +584,7 @@ def track(place: Path, mode: str, found: Comparison, timeout_s: float = 5.0) -> 
 
 
 def test_wandb_gets_the_table_and_a_report_where_one_can_be_made(tmp_path, monkeypatch):
-    found = compare([make(tmp_path, "a"), make(tmp_path, "b", kd=0.2, lr=2e-3)])
+    found = compare_runs([make(tmp_path, "a"), make(tmp_path, "b", kd=0.2, lr=2e-3)])
     monkeypatch.setattr(wandb, "init", lambda **options: Tracker(**options))
     monkeypatch.setattr("ldm.tracking.run.has_key", lambda: True)
     assert "offline" in track(tmp_path, "offline", found)
@@ -665,7 +676,7 @@ def trained(images, tmp_path, monkeypatch) -> Path:
 
 
 def test_reconstructions_stand_below_their_originals(trained, images):
-    found = compare(["runs/vae/a", "runs/vae/b", "runs/vae/elsewhere"])
+    found = compare_runs(["runs/vae/a", "runs/vae/b", "runs/vae/elsewhere"])
     picture, notes = side_by_side(found, DDIM(2), device=torch.device("cpu"), num_samples=3)
     cell = 128 + 6
     assert picture.size == (110 + 3 * cell, 6 + 3 * cell)
@@ -692,7 +703,7 @@ def test_classes_are_the_same_by_name(trained, images, monkeypatch, labelled):
         return [torch.zeros(len(request), 3, 8, 8)]
 
     monkeypatch.setattr(compare_images, "draw", draw)
-    found = compare([f"runs/diffusion/of_{name}" for name in "abc"])
+    found = compare_runs([f"runs/diffusion/of_{name}" for name in "abc"])
     picture, notes = side_by_side(found, DDIM(2), device=torch.device("cpu"), num_samples=6)
     assert picture is not None and len(drawn) == 2 and drawn[0] == drawn[1] and set(drawn[0]) == {"cat", "dog"}
     (note,) = [note for note in notes if "of_c" in note]
@@ -761,13 +772,13 @@ def test_a_sweep_and_its_knee_reach_wandb_and_the_table(trained, images, call, o
     training.config = flatten({**run.config(), "run": {**run.facts, "figures": None}})
     training.summary_metrics |= {**run.facts["figures"], "pipeline_sha256": told.taken.digest}
     evaluation.config, evaluation.summary_metrics = flatten(told.config), told.summary
-    near, far = (compare([place, other]).runs[0][1] for place in ("runs/diffusion/a", "me/ldm/aaa"))
-    assert near.figures["fd_samples"].settings["sampler.steps"] == figures["sampler"]["steps"]
+    near, far = (compare_runs([place, other]).runs[0][1] for place in ("runs/diffusion/a", "me/ldm/aaa"))
+    assert near.metrics["fd_samples"].settings["sampler.steps"] == figures["sampler"]["steps"]
 
     def stated(measured):
         return {
-            name: (figure.value, {key: value for key, value in figure.settings.items() if value is not None})
-            for name, figure in measured.figures.items()
+            name: (metric.value, {key: value for key, value in metric.settings.items() if value is not None})
+            for name, metric in measured.metrics.items()
         }
 
     assert stated(far) == stated(near) and not far.stale and not far.doubtful
@@ -815,7 +826,7 @@ def test_the_rule_is_stated_where_it_is_applied():
 
 
 def test_a_curve_of_one_point_is_seen(tmp_path):
-    found = compare([*three(tmp_path, "a", (0.10, 0.12, 0.11)), *three(tmp_path, "b", (0.2, 0.22, 0.21), lr=2e-3)])
-    figure = draw(found.groups)
+    found = compare_runs([*three(tmp_path, "a", (0.10, 0.12, 0.11)), *three(tmp_path, "b", (0.2, 0.22, 0.21), lr=2e-3)])
+    figure = plot_curves(found.groups)
     (panel,) = [axes for axes in figure.axes if axes.get_title() == "val/loss"]
     assert len(panel.lines) == 8 and all(line.get_marker() == "o" for line in panel.lines)

@@ -15,7 +15,7 @@ import ldm.tracking.run
 from ldm.data.images import prepare
 from ldm.data.sources.image_folder import ImageFolder
 from ldm.evaluation.data import report as data_report
-from ldm.evaluation.data.report import inspect
+from ldm.evaluation.data.report import inspect_data
 from ldm.runtime.paths import folder
 
 VAL_FRACTION = "data.val_fraction=0.3"
@@ -156,14 +156,14 @@ def test_pictures_show_what_they_say(pets, monkeypatch):
     shutil.copy(pets / "cat/005.png", pets / "cat/again.png")
     monkeypatch.setattr(data_report, "SHEET", 9)
     images = prepare(ImageFolder(pets), resolution=16, progress=False)
-    report = inspect(images, features="none", max_bits=20, max_levels=60)
+    report = inspect_data(images, features="none", max_bits=20, max_levels=60)
     assert report.pictures["contact_sheet"].width < 4 * 140
-    assert len(report.figures["near_duplicates"]["pairs"]) > 12, "loose enough to fill the picture"
+    assert len(report.content["near_duplicates"]["pairs"]) > 12, "loose enough to fill the picture"
     width, height = report.pictures["near_duplicates"].size
     assert 3 * 274 < width < 4 * 274 and 4 * 180 < height < 5 * 180, "twelve of them"
     titles = [axes.get_title() for axes in report.pictures["balance"].axes]
     assert titles == ["images per class", "most frequent words of the captions", "length of the captions"]
-    same = inspect(images, features="none", max_bits=20, max_levels=60)
+    same = inspect_data(images, features="none", max_bits=20, max_levels=60)
     assert np.array_equal(*(np.asarray(r.pictures["contact_sheet"]) for r in (report, same)))
 
 

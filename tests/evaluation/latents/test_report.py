@@ -18,7 +18,7 @@ from ldm.data.images import ImageData, prepare
 from ldm.data.sources.image_folder import ImageFolder
 from ldm.errors import UserError
 from ldm.evaluation.latents import report as latents_report
-from ldm.evaluation.latents.report import MOVES, measure, move, pca_curve
+from ldm.evaluation.latents.report import MOVES, measure_latents, move_channel, pca_curve
 from ldm.latents.spectrum import channel_statistics
 from ldm.metrics.image import patch_components, pca_reconstruction, psnr
 from ldm.runs.run import Run
@@ -123,12 +123,16 @@ def test_a_run(call, runs, images, monkeypatch):
 
 def test_the_same_autoencoder_in_a_diffusion_run_on_fewer_images(runs, images):
     options = {"device": torch.device("cpu"), "split": "val", "num_images": 4, "seed": 3}
-    one, other = (measure(runs[name], **options, batch_size=size) for name, size in (("vae", 2), ("diffusion", 64)))
-    assert one.figures["num_images"] == 4 and "/val@" in one.figures["images"]
+    one, other = (
+        measure_latents(runs[name], **options, batch_size=size) for name, size in (("vae", 2), ("diffusion", 64))
+    )
+    assert one.content["num_images"] == 4 and "/val@" in one.content["images"]
     torch.testing.assert_close(one.z_raw, other.z_raw, rtol=1e-4, atol=1e-4)
-    assert one.figures["kl_bits"] == pytest.approx(other.figures["kl_bits"], rel=1e-4)
-    assert one.figures["held_out"]["pca_psnr_db"] == pytest.approx(other.figures["held_out"]["pca_psnr_db"])
-    assert measure(runs["vae"], **{**options, "seed": 4}).figures["kl_bits"] != pytest.approx(one.figures["kl_bits"])
+    assert one.content["kl_bits"] == pytest.approx(other.content["kl_bits"], rel=1e-4)
+    assert one.content["held_out"]["pca_psnr_db"] == pytest.approx(other.content["held_out"]["pca_psnr_db"])
+    assert measure_latents(runs["vae"], **{**options, "seed": 4}).content["kl_bits"] != pytest.approx(
+        one.content["kl_bits"]
+    )
 
 
 def test_one_decomposition_gives_every_pca():
@@ -147,7 +151,7 @@ def test_a_channel_is_moved_everywhere_and_alone(runs, monkeypatch):
     mean = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     decode = autoencoder.decode
     monkeypatch.setattr(autoencoder, "decode", lambda z_raw: seen.append(z_raw) or decode(z_raw))
-    moved = move(autoencoder, mean, 1, std=0.3)
+    moved = move_channel(autoencoder, mean, 1, std=0.3)
     assert moved.shape == (2, 3, 3, 8, 8)
     torch.testing.assert_close(moved[:, 1], decode(mean))
     for by, z_raw in zip(MOVES, seen[0].unflatten(0, (2, 3)).unbind(1), strict=True):
@@ -158,8 +162,8 @@ def test_a_channel_is_moved_everywhere_and_alone(runs, monkeypatch):
 
 def test_only_the_channels_that_hold_most_are_moved(runs, monkeypatch, tmp_path):
     monkeypatch.setattr(latents_report, "MOVED_CHANNELS", 2)
-    report = measure(runs["vae"], device=torch.device("cpu"))
-    held = [row["information_bits"] for row in report.figures["channels"]]
+    report = measure_latents(runs["vae"], device=torch.device("cpu"))
+    held = [row["information_bits"] for row in report.content["channels"]]
     assert set(report.moved) == set(np.argsort(held)[-2:].tolist()) and DEAD not in report.moved
     assert all(path.is_file() for path in report.save(tmp_path))
 
@@ -169,15 +173,15 @@ def test_an_autoencoder_without_any_signal_is_reported_too(runs, monkeypatch, tm
         return torch.zeros(len(part), 4, 4, 4), torch.zeros(len(part), 4, 4, 4)
 
     monkeypatch.setattr(Autoencoder, "encode", nothing)
-    report = measure(runs["vae"], device=torch.device("cpu"))
-    assert report.figures["dead"] == [0, 1, 2, 3] and report.figures["recommendation"]["rule"] == "all_dead"
-    assert report.figures["spectrum"]["channels"]["effective_rank"] == 0
+    report = measure_latents(runs["vae"], device=torch.device("cpu"))
+    assert report.content["dead"] == [0, 1, 2, 3] and report.content["recommendation"]["rule"] == "all_dead"
+    assert report.content["spectrum"]["channels"]["effective_rank"] == 0
     assert colours(report.save(tmp_path)[1]) > 50
 
 
 def test_pixels_have_no_moments(runs):
     with pytest.raises(UserError, match="IdentityAutoencoder of .* has points for latents"):
-        measure(runs["pixels"], device=torch.device("cpu"))
+        measure_latents(runs["pixels"], device=torch.device("cpu"))
 
 
 def test_latents_that_are_not_finite(runs, monkeypatch):
@@ -186,7 +190,7 @@ def test_latents_that_are_not_finite(runs, monkeypatch):
 
     monkeypatch.setattr(Autoencoder, "encode", nothing)
     with pytest.raises(UserError, match="latents of 5 of 5 images are not finite"):
-        measure(runs["vae"], device=torch.device("cpu"), num_images=5)
+        measure_latents(runs["vae"], device=torch.device("cpu"), num_images=5)
 
 
 @pytest.mark.parametrize(

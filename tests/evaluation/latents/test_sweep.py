@@ -16,9 +16,17 @@ from omegaconf import OmegaConf
 from ldm.cli.arguments import quote_free_text
 from ldm.errors import UserError
 from ldm.evaluation.latents import sweep_runs as runs
-from ldm.evaluation.latents.sweep import LOSSES, Size, duration, parse_list, parse_losses, parse_sizes, plan
-from ldm.evaluation.latents.sweep_figure import draw
-from ldm.evaluation.latents.sweep_report import recommend
+from ldm.evaluation.latents.sweep import (
+    LOSSES,
+    LatentSize,
+    format_duration,
+    parse_list,
+    parse_losses,
+    parse_sizes,
+    plan_trainings,
+)
+from ldm.evaluation.latents.sweep_figure import plot_size_sweep
+from ldm.evaluation.latents.sweep_report import recommend_size
 from ldm.runs.run import Run
 from ldm.runtime.paths import folder
 
@@ -38,13 +46,13 @@ def in_place(tmp_path, monkeypatch) -> None:
 
 def trainings(sweep: str = "f4c4,f8c16", losses: str = "plain", extra: tuple[str, ...] = (), minutes: float = 2):
     sizes = parse_sizes(sweep, 32)
-    return plan(sizes, parse_losses(losses), minutes=minutes, data=["data=openmoji"], extra=extra)
+    return plan_trainings(sizes, parse_losses(losses), minutes=minutes, data=["data=openmoji"], extra=extra)
 
 
 def test_sizes():
-    assert parse_sizes("f4c4, f8c16,f1c3", 32) == [Size(4, 4), Size(8, 16), Size(1, 3)]
+    assert parse_sizes("f4c4, f8c16,f1c3", 32) == [LatentSize(4, 4), LatentSize(8, 16), LatentSize(1, 3)]
     assert [str(size) for size in parse_sizes("f16c32", 64)] == ["f16c32"]
-    assert Size(8, 16).num_values(32) == 16 * 4 * 4
+    assert LatentSize(8, 16).num_values(32) == 16 * 4 * 4
 
 
 @pytest.mark.parametrize(
@@ -73,7 +81,7 @@ def test_losses_and_lists_and_minutes():
         "optimizer.build.betas=[0.9,0.95]",
         "a='b,c'",
     ]
-    assert [duration(minutes) for minutes in (0.05, 2, 90.5)] == ["00:00:03", "00:02:00", "01:30:30"]
+    assert [format_duration(minutes) for minutes in (0.05, 2, 90.5)] == ["00:00:03", "00:02:00", "01:30:30"]
     for wrong, said in (("l2", "'l2' is unknown. Choose one or more of: plain, adversarial"), ("plain,plain", "twice")):
         with pytest.raises(UserError, match=said):
             parse_losses(wrong)
@@ -82,7 +90,7 @@ def test_losses_and_lists_and_minutes():
             parse_list(wrong)
     for wrong in (0, -1, "2 h", True, None, float("inf"), float("nan")):
         with pytest.raises(UserError, match="minutes=.* must be a number of minutes"):
-            duration(wrong)
+            format_duration(wrong)
 
 
 @pytest.mark.parametrize("name", ["f1c2", "f2c12", "f4c4", "f8c16", "f16c24", "f32c8"])
@@ -137,15 +145,15 @@ class Trainer:
 @pytest.fixture
 def trainer(monkeypatch) -> Trainer:
     found = Trainer()
-    monkeypatch.setattr(runs, "execute", found)
+    monkeypatch.setattr(runs, "run_process", found)
     return found
 
 
 def test_what_is_finished_is_kept_and_sizes_can_be_added(trainer, capsys):
-    runs.train(trainings(), Path("sweep"))
+    runs.run_trainings(trainings(), Path("sweep"))
     assert [command[3] for command in trainer.commands] == ["name=f4c4-plain", "name=f8c16-plain"]
     assert "1 of 2: f4c4 plain: new" in capsys.readouterr().out
-    runs.train(trainings("f4c4,f4c8,f8c16"), Path("sweep"))
+    runs.run_trainings(trainings("f4c4,f4c8,f8c16"), Path("sweep"))
     assert [command[3] for command in trainer.commands[2:]] == ["name=f4c8-plain"]
     printed = capsys.readouterr().out
     assert "1 of 3: f4c4 plain: finished, kept" in printed and "2 of 3: f4c8 plain: new" in printed
@@ -156,11 +164,11 @@ def test_what_is_finished_is_kept_and_sizes_can_be_added(trainer, capsys):
 def test_what_was_interrupted_goes_on(trainer, capsys, checkpoint):
     trainer.codes = iter([130, 0, 0])
     with pytest.raises(KeyboardInterrupt):
-        runs.train(trainings(), Path("sweep"))
+        runs.run_trainings(trainings(), Path("sweep"))
     assert "f4c4-plain was stopped. The same command goes on from there." in capsys.readouterr().err
     if not checkpoint:
         Path("sweep/vae/f4c4-plain/checkpoints/step-00000001.json").unlink()
-    runs.train(trainings(), Path("sweep"))
+    runs.run_trainings(trainings(), Path("sweep"))
     first, again, second = trainer.commands
     assert again == [*first, "resume=true" if checkpoint else "overwrite=true"] and second[3] == "name=f8c16-plain"
     assert "1 of 2: f4c4 plain: continued" in capsys.readouterr().out
@@ -171,7 +179,7 @@ def test_a_failure_ends_the_sweep_and_keeps_the_rest(trainer):
     with pytest.raises(
         UserError, match="The training f8c16-plain in sweep/vae/f8c16-plain ended with exit code 2"
     ) as e:
-        runs.train(trainings("f4c4,f8c16,f4c8"), Path("sweep"))
+        runs.run_trainings(trainings("f4c4,f8c16,f4c8"), Path("sweep"))
     assert shlex.join(["python", *trainer.commands[-1]]) in str(e.value) and len(trainer.commands) == 2
     assert Run.open("sweep/vae/f4c4-plain").finished
 
@@ -184,13 +192,13 @@ def test_a_failure_ends_the_sweep_and_keeps_the_rest(trainer):
     ],
 )
 def test_other_options_are_refused_before_any_training(trainer, other, said):
-    runs.train(trainings("f8c16"), Path("sweep"))
+    runs.run_trainings(trainings("f8c16"), Path("sweep"))
     with pytest.raises(UserError, match=f"{said}. Choose another name=, or delete the folder sweep/vae/f8c16-plain"):
-        runs.train(trainings("f4c4,f8c16", **other), Path("sweep"))
+        runs.run_trainings(trainings("f4c4,f8c16", **other), Path("sweep"))
     assert len(trainer.commands) == 1
     Path("sweep/sweep.json").unlink()
     with pytest.raises(UserError, match="holds a run of which sweep/sweep.json knows nothing"):
-        runs.train(trainings("f8c16"), Path("sweep"))
+        runs.run_trainings(trainings("f8c16"), Path("sweep"))
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00" * 99, b"[]", b'{"trainings": []}', b'{"trainings": {"a": 1}}'])
@@ -198,28 +206,28 @@ def test_a_damaged_file_of_a_sweep_is_refused_by_name(trainer, content):
     file = Path("sweep/sweep.json")
     file.parent.mkdir()
     file.write_bytes(content)
-    for ask in (runs.train, lambda *options: runs.tabulate(*options, 32)):
+    for ask in (runs.run_trainings, lambda *options: runs.training_table(*options, 32)):
         with pytest.raises(UserError, match="sweep/sweep.json.* Or choose another name=; .*left as they are"):
             ask(trainings("f8c16"), Path("sweep"))
     assert not trainer.commands and file.read_bytes() == content
 
 
 def test_a_sweep_keeps_its_file_where_a_new_one_cannot_be_written(tmp_path, monkeypatch):
-    file = runs.write(tmp_path, trainings={})
+    file = runs.update_sweep_file(tmp_path, trainings={})
 
     def full(path):
         raise OSError("no room")
 
     monkeypatch.setattr("ldm.files.atomic.sync", full)
     with pytest.raises(OSError, match="no room"):
-        runs.write(tmp_path, report={})
+        runs.update_sweep_file(tmp_path, report={})
     assert json.loads(file.read_text()) == {"trainings": {}} and list(tmp_path.iterdir()) == [file]
 
 
 def test_a_process_of_its_own(monkeypatch):
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     script = "import os, sys; sys.exit(7 + ('HYDRA_FULL_ERROR' in os.environ))"
-    assert runs.execute([sys.executable, "-c", script]) == 7
+    assert runs.run_process([sys.executable, "-c", script]) == 7
 
 
 def row(size: str, psnr_db: float, loss: str = "plain", fd: float | None = None, in_loss: bool = False) -> dict:
@@ -243,28 +251,28 @@ def row(size: str, psnr_db: float, loss: str = "plain", fd: float | None = None,
 
 def test_the_smallest_size_that_is_good_enough():
     rows = [row("f4c16", 28), row("f4c4", 25.5), row("f8c16", 26), row("f8c4", 20)]
-    found = recommend(rows, 25.0)
+    found = recommend_size(rows, 25.0)
     assert (found["rule"], found["name"]) == ("smallest", "f8c16-plain"), "as small as f4c4, and better"
     assert "26.00 dB on held-out images" in found["text"] and "target_psnr_db=25" in found["text"]
     assert "FD" not in found["text"]
-    assert recommend(rows, 27)["size"] == "f4c16" and recommend(rows, 19)["size"] == "f8c4"
+    assert recommend_size(rows, 27)["size"] == "f4c16" and recommend_size(rows, 19)["size"] == "f8c4"
 
 
 def test_no_size_is_good_enough():
-    found = recommend([row("f4c16", 28), row("f8c4", 20)], 30.0)
+    found = recommend_size([row("f4c16", 28), row("f8c4", 20)], 30.0)
     assert (found["rule"], found["name"]) == ("best", "f4c16-plain")
     assert "no size reaches target_psnr_db=30" in found["text"] and "Try more minutes=" in found["text"]
-    assert "1.5 dB below a PCA" in recommend([{**row("f8c4", 20), "gain_db": -1.5}], 30.0)["text"]
+    assert "1.5 dB below a PCA" in recommend_size([{**row("f8c4", 20), "gain_db": -1.5}], 30.0)["text"]
 
 
 def test_losses_of_the_recommended_size_are_compared():
     rows = [row("f4c4", 26, fd=9), row("f4c4", 25.2, "adversarial", fd=4)]
-    found = recommend(rows, 25.0)
+    found = recommend_size(rows, 25.0)
     assert (
         found["name"] == "f4c4-adversarial" and "adversarial has the lower FD: 4, against 9 with plain" in found["text"]
     )
-    assert recommend(rows, 25.5)["name"] == "f4c4-plain", "the other one does not reach the target"
-    shared = recommend([rows[0], {**rows[1], "features_in_loss": True}], 25.0)
+    assert recommend_size(rows, 25.5)["name"] == "f4c4-plain", "the other one does not reach the target"
+    shared = recommend_size([rows[0], {**rows[1], "features_in_loss": True}], 25.0)
     assert shared["name"] == "f4c4-plain" and "proves nothing" in shared["text"]
 
 
@@ -287,7 +295,7 @@ def test_labels_stand_apart(fd):
     """Sizes of equally many values, whose distortions are nearly equal."""
     pairs = itertools.product(("f4c4", "f8c16", "f2c1", "f4c16"), enumerate(("plain", "adversarial")))
     rows = [row(size, 24 + len(size) / 9 - i / 5, loss, fd, bool(i)) for size, (i, loss) in pairs]
-    figure = draw(figures_of(rows, "f4c4-plain"))
+    figure = plot_size_sweep(figures_of(rows, "f4c4-plain"))
     assert len(figure.axes) == (2 if fd is None else 3)
     for axes in figure.axes[:2]:
         boxes = [text.get_window_extent() for text in axes.texts if text.get_text().startswith("f")]
@@ -297,9 +305,9 @@ def test_labels_stand_apart(fd):
 
 
 def test_one_run_can_be_drawn_and_codes_without_a_density(tmp_path):
-    draw(figures_of([row("f4c4", 25)], "f4c4-plain")).savefig(tmp_path / "one.png")
-    draw({**figures_of([row("f4c4", 25)], "f4c4-plain"), "target_psnr_db": 99}).savefig(tmp_path / "far.png")
-    codes = draw(figures_of([{**row("f4c4", 25), "kl_bits": None}], "f4c4-plain"))
+    plot_size_sweep(figures_of([row("f4c4", 25)], "f4c4-plain")).savefig(tmp_path / "one.png")
+    plot_size_sweep({**figures_of([row("f4c4", 25)], "f4c4-plain"), "target_psnr_db": 99}).savefig(tmp_path / "far.png")
+    codes = plot_size_sweep(figures_of([{**row("f4c4", 25), "kl_bits": None}], "f4c4-plain"))
     assert [axes.get_title() for axes in codes.axes] == ["Distortion by size"]
 
 
@@ -335,7 +343,7 @@ def test_a_sweep_from_the_command_line(call, make_images, tmp_path, monkeypatch)
     assert "2 of 2: f4c4 plain: new" in ended.out and "2 x 1 = 2 minutes" in ended.out
     assert (place / "sweep.png").stat().st_size > 10_000
 
-    monkeypatch.setattr(runs, "execute", lambda _: pytest.fail("it is finished"))
+    monkeypatch.setattr(runs, "run_process", lambda _: pytest.fail("it is finished"))
     again = call(latents, "sweep=f4c4", "minutes=1", "target_psnr_db=99", *options)
     assert again.code == 0 and "all are finished" in again.out and "no size reaches" in again.out, again
     other = call(latents, "sweep=f4c4", "minutes=2", *options)
@@ -361,6 +369,6 @@ def test_a_sweep_from_the_command_line(call, make_images, tmp_path, monkeypatch)
     ],
 )
 def test_mistakes_on_the_command_line(call, monkeypatch, arguments, said):
-    monkeypatch.setattr(runs, "execute", lambda _: pytest.fail("trained first"))
+    monkeypatch.setattr(runs, "run_process", lambda _: pytest.fail("trained first"))
     ended = call(latents, *arguments)
     assert ended.code == 2 and said in ended.err and ended.err.count("\n") == 1, ended

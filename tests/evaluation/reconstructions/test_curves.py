@@ -1,6 +1,6 @@
 """ldm.evaluation.reconstructions.curves: what is read of a metrics.csv, and what is drawn of it."""
 
-from ldm.evaluation.reconstructions.curves import draw, read_curves
+from ldm.evaluation.reconstructions.curves import plot_training, read_curves
 
 PLAIN = "epoch,step,train/l1,val/psnr_db\n0,9,0.5,\n0,9,,20.5\n0,19,0.4,\n"
 GAME = """epoch,step,train/l1,train/adversarial,train/adaptive_weight,train/discriminator_accuracy,val/psnr_db
@@ -30,7 +30,7 @@ def test_of_a_step_that_was_logged_twice_the_last_value_counts(tmp_path):
 def test_the_game_is_drawn_where_there_was_one(tmp_path):
     for text, panels in ((PLAIN, 1), (GAME, 2)):
         (tmp_path / "metrics.csv").write_text(text)
-        figure = draw(read_curves(tmp_path / "metrics.csv"), "title")
+        figure = plot_training(read_curves(tmp_path / "metrics.csv"), "title")
         titled = [axes for axes in figure.axes if axes.get_title()]
         assert [axes.get_title() for axes in titled] == ["Distortion", "Adversarial training"][:panels]
         if panels == 2:
@@ -41,6 +41,6 @@ def test_the_game_is_drawn_where_there_was_one(tmp_path):
 
 def test_a_run_without_those_columns_has_an_empty_picture(tmp_path):
     (tmp_path / "metrics.csv").write_text("epoch,step,train/kl\n0,9,3.0\n")
-    figure = draw(read_curves(tmp_path / "metrics.csv"), "title")
+    figure = plot_training(read_curves(tmp_path / "metrics.csv"), "title")
     figure.savefig(tmp_path / "training.png")
     assert not any(axes.lines for axes in figure.axes)

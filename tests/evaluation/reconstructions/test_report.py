@@ -21,15 +21,16 @@ from ldm.data.sources.image_folder import ImageFolder
 from ldm.errors import UserError
 from ldm.evaluation import classifier
 from ldm.evaluation.reconstructions import report as reconstruction_report
-from ldm.evaluation.reconstructions.figure import draw, shows
-from ldm.evaluation.reconstructions.rate import distances
-from ldm.evaluation.reconstructions.report import measure
+from ldm.evaluation.reconstructions.figure import image_text, plot_reconstructions
+from ldm.evaluation.reconstructions.rate import reconstruction_distances
+from ldm.evaluation.reconstructions.report import measure_reconstructions
 from ldm.image_grid import to_pil
 from ldm.latents.contract import LatentContract
 from ldm.metrics.codes import codebook
 from ldm.metrics.frechet import feature_components, frechet_distance
 from ldm.metrics.image import pca_reconstruction, psnr, ssim
 from ldm.metrics.kernel import kernel_distance
+from ldm.metrics.metric import Metric
 from ldm.runs.run import Run
 from ldm.runtime.paths import folder
 
@@ -121,7 +122,7 @@ def reconstruct(run: Run) -> tuple[ImageData, torch.Tensor, torch.Tensor]:
 def test_figures_against_brute_force(opened):
     run = opened()
     images, originals, reconstructed = reconstruct(run)
-    found = measure(run, device=CPU, features="mean_colours", batch_size=7).figures
+    found = measure_reconstructions(run, device=CPU, features="mean_colours", batch_size=7).to_json()
     n = len(originals)
     assert (found["num_images"], found["images"]) == (n, f"pets/val@{images.fingerprint[:8]}") and n >= 24
     for key, values in (("psnr_db", psnr(originals, reconstructed)), ("ssim", ssim(originals, reconstructed))):
@@ -156,7 +157,7 @@ def test_figures_against_brute_force(opened):
 
 def test_the_images_are_chosen_by_the_seed(opened):
     options = {"device": CPU, "features": "none", "num_images": 5}
-    first, same, other = (measure(opened(), **options, seed=seed).figures for seed in (0, 0, 1))
+    first, same, other = (measure_reconstructions(opened(), **options, seed=seed).to_json() for seed in (0, 0, 1))
     assert first["num_images"] == 5 and first["psnr_db"] == same["psnr_db"] != other["psnr_db"]
     assert first["features"] is None and not first["features_in_loss"] and "fd_reconstructions" not in first
 
@@ -165,31 +166,29 @@ def test_few_images_are_compared_in_components_of_the_training_images():
     generator = torch.Generator().manual_seed(0)
     own, train = (torch.randn(n, 40, generator=generator) for n in (30, 90))
     made = own + 0.2 * torch.randn(own.shape, generator=generator)
-    found = distances(made, own, train)
+    found = reconstruction_distances(made, own, train)
     mean, basis = feature_components(train, 15)
     expected = [(x.double() - mean) @ basis for x in (made, own, train)]
     assert found["fd_components"] == 15
-    assert found["fd_reconstructions"] == pytest.approx(frechet_distance(*expected[:2]), rel=1e-9)
-    assert found["fd_validation"] == pytest.approx(frechet_distance(*expected[1:]), rel=1e-9)
-    assert (found["kd_reconstructions"], found["kd_reconstructions_standard_error"]) == kernel_distance(
-        made, own, paired=True
-    )
+    assert found["fd_reconstructions"].value == pytest.approx(frechet_distance(*expected[:2]), rel=1e-9)
+    assert found["fd_validation"].value == pytest.approx(frechet_distance(*expected[1:]), rel=1e-9)
+    assert found["kd_reconstructions"] == Metric(*kernel_distance(made, own, paired=True))
     many = torch.randn(200, 120, generator=generator)
-    assert distances(many, many, many)["fd_components"] == 64
-    few = distances(made[:7], own[:7], train)
-    assert few["fd_components"] == 3 and few["kd_reconstructions"] is None
-    assert few["fd_reconstructions_standard_error"] > 0
-    fewest = distances(made[:3], own[:3], train)
-    assert fewest["fd_reconstructions"] > 0 and fewest["fd_reconstructions_standard_error"] is None
+    assert reconstruction_distances(many, many, many)["fd_components"] == 64
+    few = reconstruction_distances(made[:7], own[:7], train)
+    assert few["fd_components"] == 3 and not few["kd_reconstructions"].is_measured
+    assert few["fd_reconstructions"].standard_error > 0
+    fewest = reconstruction_distances(made[:3], own[:3], train)["fd_reconstructions"]
+    assert fewest.value > 0 and fewest.standard_error is None
 
 
 def test_a_codebook(opened):
     run = opened("vq")
     images, originals, _ = reconstruct(run)
-    report = measure(run, device=CPU, features="none", batch_size=7)
+    report = measure_reconstructions(run, device=CPU, features="none", batch_size=7)
     codes = run.autoencoder().codes(run.autoencoder().encode(originals)[0]).flatten().tolist()
     share = np.array([codes.count(k) for k in set(codes)]) / len(codes)
-    found = report.figures
+    found = report.to_json()
     assert found["regulariser"] == "vq" and found["codebook_size"] == 16 and found["kl_bits"] is None
     assert found["codebook_usage"] == len(share) / 16
     assert found["codebook_perplexity"] == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-9)
@@ -198,9 +197,9 @@ def test_a_codebook(opened):
 
 def test_the_picture_shows_the_worst_twelve(opened, monkeypatch):
     run, seen = opened(), {}
-    monkeypatch.setattr(reconstruction_report, "draw", lambda *parts: seen.update(enumerate(parts)))
+    monkeypatch.setattr(reconstruction_report, "plot_reconstructions", lambda *parts: seen.update(enumerate(parts)))
     images, originals, reconstructed = reconstruct(run)
-    measure(run, device=CPU, features="none")
+    measure_reconstructions(run, device=CPU, features="none")
     values = psnr(originals, reconstructed)
     worst = values.argsort()[:12]
     torch.testing.assert_close(seen[0], originals[worst])
@@ -212,7 +211,9 @@ def test_the_picture_shows_the_worst_twelve(opened, monkeypatch):
 
 def test_the_error_is_amplified_four_times():
     original = torch.full((1, 3, 4, 4), -0.5)
-    picture = draw(original, original + 0.1, [("1 dB", "a very long caption that stands above no picture")], "title")
+    picture = plot_reconstructions(
+        original, original + 0.1, [("1 dB", "a very long caption that stands above no picture")], "title"
+    )
     middle = picture.getpixel((110 + 64, picture.height - 10 - 6 - 64))
     assert middle == pytest.approx((51, 51, 51), abs=1), "0.4 of the 2 between black and white"
     assert picture.getpixel((110 + 64, 36 + 38 + 64)) == to_pil(original)[0].getpixel((0, 0))
@@ -220,11 +221,11 @@ def test_the_error_is_amplified_four_times():
 
 def test_what_an_image_shows(opened):
     images = opened().image_data()
-    assert shows(images, 0) == "cat"
+    assert image_text(images, 0) == "cat"
     object.__setattr__(images, "captions", ["a sleeping cat", *[None] * (len(images) - 1)])
-    assert shows(images, 0) == "a sleeping cat" and shows(images, len(images) - 1) == "dog"
+    assert image_text(images, 0) == "a sleeping cat" and image_text(images, len(images) - 1) == "dog"
     object.__setattr__(images, "class_names", None)
-    assert shows(images, 1) == ""
+    assert image_text(images, 1) == ""
 
 
 def test_the_command(call, opened, monkeypatch):
@@ -249,51 +250,54 @@ def test_only_inceptions_distance_in_all_dimensions_is_the_fid(opened, monkeypat
     monkeypatch.setattr(MeanColours, "is_fid", True, raising=False)
     monkeypatch.setattr(MeanColours, "key", "inception-12345678-299px", raising=False)
     monkeypatch.setattr(MeanColours, "library", "pytorch_fid", raising=False)
-    report = measure(opened(), device=CPU, features="mean_colours")
+    report = measure_reconstructions(opened(), device=CPU, features="mean_colours")
     names = [str(cell) for cell in report.table().columns[0].cells]
-    assert report.figures["fd_name"] == "FID" and "FID" in names and "KD" in names
+    assert report.to_json()["fd_name"] == "FID" and "FID" in names and "KD" in names
     said = " ".join(report.lines)
     assert "inception-12345678-299px (pytorch_fid)" in said and "FID compares at equal N only" in said
     assert "inception-12345678-299px (pytorch_fid)" in str(report.table().title)
-    few = measure(opened(), device=CPU, features="mean_colours", num_images=16).figures
+    few = measure_reconstructions(opened(), device=CPU, features="mean_colours", num_images=16).to_json()
     assert few["fd_components"] == 8 and few["fd_name"] == "FD on 8 components"
 
 
 def test_features_of_the_loss_prove_nothing_about_it(opened):
-    seen = measure(opened(perceptual_features=["mean_colours"]), device=CPU, features="mean_colours")
-    assert seen.figures["features_in_loss"] and any("prove nothing about that term" in line for line in seen.lines)
-    other = measure(opened(perceptual_features=["lpips"]), device=CPU, features="mean_colours")
-    assert not other.figures["features_in_loss"] and not any("prove" in line for line in other.lines)
+    seen = measure_reconstructions(opened(perceptual_features=["mean_colours"]), device=CPU, features="mean_colours")
+    assert seen.to_json()["features_in_loss"] and any("prove nothing about that term" in line for line in seen.lines)
+    other = measure_reconstructions(opened(perceptual_features=["lpips"]), device=CPU, features="mean_colours")
+    assert not other.to_json()["features_in_loss"] and not any("prove" in line for line in other.lines)
 
 
 def test_lpips_where_it_is_at_hand(opened, monkeypatch):
     monkeypatch.setattr(reconstruction_report, "has_lpips", lambda: True)
     monkeypatch.setattr(reconstruction_report, "LPIPS", L1)
     run = opened(perceptual_features=["lpips"])
-    report = measure(run, device=CPU, features="none")
+    report = measure_reconstructions(run, device=CPU, features="none")
     _, originals, reconstructed = reconstruct(run)
     values = (originals - reconstructed).abs().mean((1, 2, 3))
-    assert report.figures["lpips"] == pytest.approx(values.mean().item(), rel=1e-4)
-    assert report.figures["lpips_standard_error"] == pytest.approx(values.std().item() / len(values) ** 0.5, rel=1e-3)
+    assert report.to_json()["lpips"] == pytest.approx(values.mean().item(), rel=1e-4)
+    assert report.to_json()["lpips_standard_error"] == pytest.approx(values.std().item() / len(values) ** 0.5, rel=1e-3)
     assert any("its LPIPS proves nothing about that term" in line for line in report.lines)
 
     def unreachable():
         raise UserError("no network")
 
     monkeypatch.setattr(reconstruction_report, "LPIPS", unreachable)
-    without = measure(run, device=CPU, features="none")
-    assert without.figures["lpips"] is None and "could not be fetched" in without.lines[0]
+    without = measure_reconstructions(run, device=CPU, features="none")
+    assert without.to_json()["lpips"] is None and "could not be fetched" in without.lines[0]
 
 
 def test_features_of_a_classifier(opened, monkeypatch):
     monkeypatch.setattr(classifier.load_classifier, "__kwdefaults__", {"seed": 0, "num_steps": 2})
     run = opened()
-    report = measure(run, device=CPU, features="classifier")
-    n = report.figures["num_images"]
-    assert report.figures["feature_dim"] == 64 and report.figures["fd_components"] == n // 2 < 64
-    assert 0 <= report.figures["classifier_val_accuracy"] <= 1
+    report = measure_reconstructions(run, device=CPU, features="classifier")
+    n = report.to_json()["num_images"]
+    assert report.to_json()["feature_dim"] == 64 and report.to_json()["fd_components"] == n // 2 < 64
+    assert 0 <= report.to_json()["classifier_val_accuracy"] <= 1
     assert any("The classifier names the class of" in line for line in report.lines)
-    assert measure(run, device=CPU, features="classifier").figures["fd_validation"] == report.figures["fd_validation"]
+    assert (
+        measure_reconstructions(run, device=CPU, features="classifier").to_json()["fd_validation"]
+        == report.to_json()["fd_validation"]
+    )
 
 
 class Recorder:
@@ -339,7 +343,7 @@ def test_logger_wandb_gets_the_figures_and_the_picture(call, opened, monkeypatch
 def test_reconstructions_that_are_not_finite(opened, monkeypatch):
     monkeypatch.setattr(Autoencoder, "decode", lambda _, z: torch.full((len(z), 3, 8, 8), torch.nan))
     with pytest.raises(UserError, match="reconstructions of 5 of 5 images are not finite"):
-        measure(opened(), device=CPU, features="none", num_images=5)
+        measure_reconstructions(opened(), device=CPU, features="none", num_images=5)
 
 
 @pytest.mark.parametrize(

@@ -24,10 +24,10 @@ from ldm.evaluation.image_sets import VAEAlone
 from ldm.evaluation.samples import kept as kept_samples
 from ldm.evaluation.samples import report
 from ldm.evaluation.samples import sweep as sampler_sweep
-from ldm.evaluation.samples.distances import Measures, fd_name, halves, table
+from ldm.evaluation.samples.distances import Measures, distance_table, fd_name, halves
 from ldm.evaluation.samples.kept import chosen_rows, draw_and_keep
-from ldm.evaluation.samples.report import Evaluation, evaluate
-from ldm.evaluation.samples.retrieval import caption_agreement, of_held_out
+from ldm.evaluation.samples.report import SampleReport, measure_samples
+from ldm.evaluation.samples.retrieval import caption_agreement, held_out_retrieval
 from ldm.files import atomic as durable
 from ldm.latents.contract import LatentContract
 from ldm.metrics.frechet import frechet_distance, frechet_replicates
@@ -215,35 +215,37 @@ def test_more_samples_than_images_begin_again(images):
 
 
 def test_every_row_is_measured_alike(pipeline, images, tmp_path):
-    found = evaluate(pipeline, images, SAMPLER, features="mean_colours", num_samples=24, folder=tmp_path, **OPTIONS)
-    figures = found.figures
+    found = measure_samples(
+        pipeline, images, SAMPLER, features="mean_colours", num_samples=24, folder=tmp_path, **OPTIONS
+    )
+    metrics = found.to_json()
     n = len(images.train_indices)
-    assert (figures["num_samples"], figures["num_reference"]) == (24, n)
-    assert figures["num_floor"] == min(24, n // 2) and figures["num_validation"] == len(images.val_indices)
-    assert figures["fd_components"] == min(24, n // 2) // 2
-    assert figures["fd_name"] == f"FD on {figures['fd_components']} components"
+    assert (metrics["num_samples"], metrics["num_reference"]) == (24, n)
+    assert metrics["num_floor"] == min(24, n // 2) and metrics["num_validation"] == len(images.val_indices)
+    assert metrics["fd_components"] == min(24, n // 2) // 2
+    assert metrics["fd_name"] == f"FD on {metrics['fd_components']} components"
     assert (
-        figures["num_per_subset_samples"] == 6
-        and figures["num_per_subset_validation"] == figures["num_validation"] // 4
+        metrics["num_per_subset_samples"] == 6
+        and metrics["num_per_subset_validation"] == metrics["num_validation"] // 4
     )
     assert "subset" in found.lines[1].split()
-    assert f"FD on {figures['fd_components']} PCA components of pets/train@" in found.lines[0]
+    assert f"FD on {metrics['fd_components']} PCA components of pets/train@" in found.lines[0]
     said = " ".join(found.lines)
     assert "has 19 degrees of freedom (95 % within 2.1 of them)" in said and max(map(len, found.lines)) < 160
     assert "their errors have 3 degrees of freedom (95 % within 3.2 of them)" in said
     for row in ("samples", "reconstructions", "vae", "floor"):
-        assert figures[f"num_{row}"] >= 22 and figures[f"fd_{row}"] >= 0, row
-        assert figures[f"kd_{row}_standard_error"] > 0 and 0 <= figures[f"precision_{row}"] <= 1
-        assert figures[f"density_{row}"] is None or figures[f"density_{row}"] >= 0
-    assert figures["fd_floor"] < figures["fd_samples"] and "cmmd_samples" not in figures
-    assert len(figures["closest_pairs"]) == 12 and figures["closest_pairs"][0]["training_image"] in images.names
-    assert figures["network_evaluations_per_sample"] == 6
+        assert metrics[f"num_{row}"] >= 22 and metrics[f"fd_{row}"] >= 0, row
+        assert metrics[f"kd_{row}_standard_error"] > 0 and 0 <= metrics[f"precision_{row}"] <= 1
+        assert metrics[f"density_{row}"] is None or metrics[f"density_{row}"] >= 0
+    assert metrics["fd_floor"] < metrics["fd_samples"] and "cmmd_samples" not in metrics
+    assert len(metrics["closest_pairs"]) == 12 and metrics["closest_pairs"][0]["training_image"] in images.names
+    assert metrics["network_evaluations_per_sample"] == 6
     found.save(tmp_path / "evaluation.json")
-    assert json.loads((tmp_path / "evaluation.json").read_text()) == json.loads(json.dumps(figures))
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == json.loads(json.dumps(metrics))
     assert (tmp_path / "nearest.png").is_file()
-    again = evaluate(pipeline, images, SAMPLER, features="mean_colours", num_samples=24, **OPTIONS)
-    assert {k: v for k, v in again.figures.items() if "seconds" not in k} == {
-        k: v for k, v in figures.items() if "seconds" not in k
+    again = measure_samples(pipeline, images, SAMPLER, features="mean_colours", num_samples=24, **OPTIONS)
+    assert {k: v for k, v in again.to_json().items() if "seconds" not in k} == {
+        k: v for k, v in metrics.items() if "seconds" not in k
     }, "kept or drawn again, it is the same"
 
 
@@ -265,11 +267,11 @@ def test_what_a_classifier_mistakes_is_no_shift(pipeline, images, tmp_path, monk
     mistaken.register_forward_pre_hook(lambda _, arguments: calls.append(len(arguments[0])))
     monkeypatch.setattr(report, "load_features", lambda *_: mistaken)
     here = replace(images, path=tmp_path)
-    found = evaluate(pipeline, here, SAMPLER, features="classifier", num_samples=24, folder=tmp_path, **OPTIONS)
-    assert found.figures["class_shift_samples"] == found.figures["class_shift_validation"] == 0
+    found = measure_samples(pipeline, here, SAMPLER, features="classifier", num_samples=24, folder=tmp_path, **OPTIONS)
+    assert found.to_json()["class_shift_samples"] == found.to_json()["class_shift_validation"] == 0
     chosen = images.train_indices[chosen_rows(images.train_indices, 24, 0)]
     dogs = np.mean([images.labels[i] == 1 for i in chosen])
-    assert found.figures["class_accuracy_samples"] == pytest.approx(dogs)
+    assert found.to_json()["class_accuracy_samples"] == pytest.approx(dogs)
     assert sum(calls) == len(images) + 3 * 24, "every image once: all data, samples, reconstructions, the VAE alone"
 
 
@@ -278,8 +280,10 @@ def test_a_smaller_evaluation_of_the_same_weights_does_not_replace_a_larger_one(
     place.parent.mkdir()
 
     def made(num_samples: int, weights: str) -> Path:
-        figures = {"weights_sha256": weights, "num_samples": num_samples}
-        return Evaluation(figures, [], {"nearest.png": Image.new("RGB", (4, 4))}).save_unless_smaller(place, elsewhere)
+        metrics = {"weights_sha256": weights, "num_samples": num_samples}
+        return SampleReport(metrics, [], {"nearest.png": Image.new("RGB", (4, 4))}).save_unless_smaller(
+            place, elsewhere
+        )
 
     assert made(3000, "a") == place and made(256, "a") == elsewhere
     assert json.loads(place.read_text())["num_samples"] == 3000 and elsewhere.with_name("nearest.png").is_file()
@@ -291,10 +295,12 @@ def test_a_smaller_evaluation_of_the_same_weights_does_not_replace_a_larger_one(
 
 
 def test_classes_that_were_asked_for(pipeline, images, tmp_path):
-    found = evaluate(pipeline, images, SAMPLER, features="classifier", num_samples=24, folder=tmp_path, **OPTIONS)
-    assert 0 <= found.figures["class_accuracy_samples"] <= 1
-    assert found.figures["class_accuracy_samples_standard_error"] <= 0.5 / 24**0.5
-    assert 0 <= found.figures["class_shift_samples"] <= 1
+    found = measure_samples(
+        pipeline, images, SAMPLER, features="classifier", num_samples=24, folder=tmp_path, **OPTIONS
+    )
+    assert 0 <= found.to_json()["class_accuracy_samples"] <= 1
+    assert found.to_json()["class_accuracy_samples_standard_error"] <= 0.5 / 24**0.5
+    assert 0 <= found.to_json()["class_shift_samples"] <= 1
     assert any("the class that was asked for" in line for line in found.lines)
 
 
@@ -316,7 +322,7 @@ def test_a_write_that_fails_leaves_what_was_there(images, pipeline, tmp_path, mo
     """Nobody reads half a file, and two processes share no scratch file."""
     place, figure = tmp_path / "evaluation.json", Image.new("RGB", (4, 4))
     here = replace(images, path=tmp_path)
-    Evaluation({"fd": 1}, [], {"nearest.png": figure}).save(place)
+    SampleReport({"fd": 1}, [], {"nearest.png": figure}).save(place)
     kept(pipeline, images, tmp_path / "kept", 4)
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
 
@@ -325,8 +331,8 @@ def test_a_write_that_fails_leaves_what_was_there(images, pipeline, tmp_path, mo
 
     monkeypatch.setattr(durable, "sync", full)
     for write in (
-        Evaluation({"fd": 2}, []).save,
-        Evaluation({}, [], {"nearest.png": Image.new("RGB", (9, 9))}).save,
+        SampleReport({"fd": 2}, []).save,
+        SampleReport({}, [], {"nearest.png": Image.new("RGB", (9, 9))}).save,
         lambda _: kept(pipeline, images, tmp_path / "kept", 8),
         lambda _: reference_features(MeanColours(), "mean_colours", here),
         lambda _: classifier.load_classifier(here),
@@ -343,13 +349,13 @@ def test_the_frechet_distance_takes_all_dimensions_where_it_can():
     assert Measures.choose(train, 39).num_components == 19
     assert Measures.choose(train, 1000).components is None and Measures.choose(train[:78], 1000).num_components == 19
     few = Measures.choose(train, 1000).of(train[:10])
-    assert few["fd"] is None and few["kd"] is not None and few["density"] is None
+    assert [few[name].is_measured for name in ("fd", "kd", "density")] == [False, True, False]
     some, others = halves(train, 30, seed=0)
     assert len(some) == 30 and len(others) == 70
     assert torch.equal(torch.cat([some, others]).sort(0).values, train.sort(0).values)
     clip = Measures(train, None, with_cmmd=True).of(train[:50])
-    assert clip["cmmd"][0] > 0 < clip["cmmd"][1]
-    lines = table({"a": (10, 2, few), "bb": (50, 12, clip)}, "FID")
+    assert clip["cmmd"].value > 0 < clip["cmmd"].standard_error
+    lines = distance_table({"a": (10, 2, few), "bb": (50, 12, clip)}, "FID")
     assert fd_name(MeanColours(), None) == "FD" and fd_name(MeanColours(), 3) == "FD on 3 components"
     assert (
         "FID" in lines[0]
@@ -365,14 +371,14 @@ def test_the_frechet_distance_takes_all_dimensions_where_it_can():
 )
 def test_numbers_that_are_none(pipeline, images, options, message):
     with pytest.raises(UserError, match=message):
-        evaluate(pipeline, images, SAMPLER, **{"features": "mean_colours", "seed": 0, **options})
+        measure_samples(pipeline, images, SAMPLER, **{"features": "mean_colours", "seed": 0, **options})
 
 
 @pytest.fixture
 def steps(pipeline, images, tmp_path):
     samplers = {n: DDIM(n) for n in (2, 4, 8)}
     options = {"features": "mean_colours", "num_samples": 24, "batch_size": 8}
-    return lambda guidances: sampler_sweep.sweep(
+    return lambda guidances: sampler_sweep.sweep_sampler(
         pipeline, images, samplers if len(guidances) == 1 else {3: SAMPLER}, guidances, tmp_path, **options
     )
 
@@ -382,24 +388,24 @@ def test_a_sweep_over_steps_and_one_over_guidance(steps, tmp_path):
     assert [row["value"] for row in found["rows"]] == [2, 4, 8] and found["over"] == "sampler.steps"
     assert [row["network_evaluations"] for row in found["rows"]] == [4, 8, 16]
     assert found["metric"].startswith("FD on ") and found["metric"].endswith(" components"), "24 for 27 dimensions"
-    lines = sampler_sweep.lines(found)
+    lines = sampler_sweep.sweep_lines(found)
     assert found["metric"] in lines[0] and "KD" in lines[1] and "mean_colours" in lines[0]
     assert len({len(line) for line in lines[1:5]}) == 1
-    columns, cells = sampler_sweep.table(found)
+    columns, cells = sampler_sweep.sweep_table(found)
     assert columns[:2] == ["sampler.steps", "network_evaluations"] and {len(row) for row in cells} == {len(columns)}
     assert [row[0] for row in cells] == [2, 4, 8]
     found = steps([1.0, 2.0])
     assert found["over"] == "guidance" and [row["network_evaluations"] for row in found["rows"]] == [3, 6]
     for swept in (found, steps([2.0])):
-        sampler_sweep.draw(swept).savefig(tmp_path / "sweep.png")
-        assert f"{swept['over']}={swept['knee']:g} is the knee" in sampler_sweep.lines(swept)[-1]
+        sampler_sweep.plot_sampler_sweep(swept).savefig(tmp_path / "sweep.png")
+        assert f"{swept['over']}={swept['knee']:g} is the knee" in sampler_sweep.sweep_lines(swept)[-1]
         json.dumps(swept)
 
 
 def test_a_sweep_by_the_distance_in_all_dimensions(pipeline, images, tmp_path, monkeypatch):
     monkeypatch.setitem(ldm.metrics.features.CHOICES, "mean_colour", MeanColour)
     samplers = {n: DDIM(n) for n in (2, 4)}
-    found = sampler_sweep.sweep(
+    found = sampler_sweep.sweep_sampler(
         pipeline, images, samplers, [2.0], tmp_path, features="mean_colour", num_samples=24, batch_size=8
     )
     assert found["metric"] == "FD"
@@ -415,21 +421,21 @@ def test_the_guidance_of_a_model_without_conditions_is_not_swept(pipeline, image
     monkeypatch.setattr(kept_samples, "draw", lambda *_, **__: pytest.fail("drew"))
     pipeline.conditioning = NoCondition()
     with pytest.raises(UserError, match="guidance=1,2,3: this model is unconditional"):
-        sampler_sweep.sweep(pipeline, images, {3: SAMPLER}, [1, 2, 3], tmp_path)
+        sampler_sweep.sweep_sampler(pipeline, images, {3: SAMPLER}, [1, 2, 3], tmp_path)
 
 
 def test_a_sweep_refuses_before_it_draws(pipeline, images, tmp_path, monkeypatch):
     monkeypatch.setattr(kept_samples, "draw", lambda *_, **__: pytest.fail("drew"))
     many = {n: DDIM(n) for n in (2, 51)}
     with pytest.raises(UserError, match="both lists"):
-        sampler_sweep.sweep(pipeline, images, many, [1.0, 2.0], tmp_path)
+        sampler_sweep.sweep_sampler(pipeline, images, many, [1.0, 2.0], tmp_path)
     for guidance in ("high", True, float("nan")):
         with pytest.raises(UserError, match=f"guidance={guidance} must be a number"):
-            sampler_sweep.sweep(pipeline, images, {3: SAMPLER}, [1, guidance], tmp_path)
+            sampler_sweep.sweep_sampler(pipeline, images, {3: SAMPLER}, [1, guidance], tmp_path)
     with pytest.raises(UserError, match="sampler=ddim with 51 steps"):
-        sampler_sweep.sweep(pipeline, images, many, [1.0], tmp_path)
+        sampler_sweep.sweep_sampler(pipeline, images, many, [1.0], tmp_path)
     with pytest.raises(UserError, match="num_samples=7"):
-        sampler_sweep.sweep(pipeline, images, many, [1.0], tmp_path, num_samples=7)
+        sampler_sweep.sweep_sampler(pipeline, images, many, [1.0], tmp_path, num_samples=7)
 
 
 def test_the_knee_is_the_cheapest_that_is_no_worse():
@@ -453,7 +459,7 @@ def test_a_difference_of_values_that_share_their_noise_is_told_more_sharply():
         drawn = [noise + 0.5, noise + 0.55 + 0.05 * torch.randn(200, 4, generator=generator)]
         distances, replicates = zip(*(frechet_replicates(part, reference) for part in drawn), strict=True)
         rows = [{"distance": distance} for distance in distances]
-        sampler_sweep.hold_against_the_best(rows, replicates)
+        sampler_sweep.compare_with_best(rows, replicates)
         assert (rows[0]["above_best"], rows[0]["above_best_standard_error"]) == (0, 0)
         found.append((rows[1]["above_best"], rows[1]["above_best_standard_error"]))
         alone.append(distances[1])
@@ -503,10 +509,10 @@ def test_held_out_captions_are_looked_for_among_held_out_images(images):
     same = {name: [i for i in images.train_indices if captions[i] == name][0] for name in "0123"}
     asked = [captions[images.val_indices[row]] for row in rows]
     found = {"samples": features[[same[name] for name in asked]], "reconstructions": validation[rows]}
-    figures, lines = of_held_out(found, validation, train, rows, here, Encoder(), "random")
-    assert figures["num_held_out"] == 9 and figures["retrieval_at_1_held_out_reconstructions"] == 1
-    assert figures["retrieval_at_5_held_out_chance"] == 5 / len(validation)
-    assert figures["caption_cosine_held_out_samples"] == 1 > figures["caption_cosine_held_out_permuted"]
+    metrics, lines = held_out_retrieval(found, validation, train, rows, here, Encoder(), "random")
+    assert metrics["num_held_out"] == 9 and metrics["retrieval_at_1_held_out_reconstructions"] == 1
+    assert metrics["retrieval_at_5_held_out_chance"] == 5 / len(validation)
+    assert metrics["caption_cosine_held_out_samples"].value == 1 > metrics["caption_cosine_held_out_permuted"]
     expected = np.mean([a == b for i, a in enumerate(asked) for j, b in enumerate(asked) if i != j])
-    assert figures["caption_cosine_held_out_permuted"] == pytest.approx(expected)
+    assert metrics["caption_cosine_held_out_permuted"] == pytest.approx(expected)
     assert "9 captions that training never saw" in lines[0] and f"{len(validation)} validation images" in lines[0]

@@ -1,0 +1,36 @@
+"""A metric: one number of a run, and how far chance may have moved it."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number with its standard error, where that is known."""
+
+    value: float
+    standard_error: float | None = None
+    """Of drawing other images, not of training again."""
+    dof: float = math.inf
+    """Degrees of freedom of the standard error."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """How it was measured: metrics compare where these are equal."""
+
+    @property
+    def is_measured(self) -> bool:
+        return not math.isnan(self.value)
+
+
+UNMEASURED = Metric(math.nan)
+"""A metric for which there are too few images, or no network."""
+
+
+def share_error(share: float, num: int) -> float:
+    """Standard error of a share of `num`, with one success and one failure added, so that 0 and 1 have one as well.
+
+    Source: Agresti and Caffo 2000, The American Statistician 54(4).
+    """
+    moved = (share * num + 1) / (num + 2)
+    return math.sqrt(moved * (1 - moved) / (num + 2))

@@ -1,0 +1,45 @@
+"""ldm.evaluation.evaluation_file: what is written into evaluation.json is read back."""
+
+import json
+
+import pytest
+
+from ldm.evaluation.evaluation_file import metrics_from_json, metrics_to_json
+from ldm.metrics.metric import UNMEASURED, Metric, share_error
+
+CONTENT = {
+    "features": "dinov2",
+    "num_samples": 100,
+    "fd_components": 7,
+    "guidance": 3.0,
+    "sampler": {"method": "ddim", "steps": 5},
+    "num_reconstructions": 50,
+    "fd_samples": Metric(2.0, 0.1),
+    "kd_floor": Metric(0.5, 0.2),
+    "density_samples": UNMEASURED,
+    "fd_reconstructions": Metric(1.0),
+    "retrieval_at_1_reconstructions": 0.3,
+    "psnr_db": Metric(20.0, 0.5),
+}
+
+
+def test_metrics_are_written_flat():
+    written = metrics_to_json(CONTENT)
+    assert written["fd_samples"] == 2.0 and written["fd_samples_standard_error"] == 0.1
+    assert written["density_samples"] is written["density_samples_standard_error"] is None
+    assert written["fd_reconstructions_standard_error"] is None
+    assert "retrieval_at_1_reconstructions_standard_error" not in written and written["sampler"] == CONTENT["sampler"]
+
+
+def test_metrics_are_read_with_what_they_depend_on():
+    found = metrics_from_json(json.loads(json.dumps(metrics_to_json(CONTENT))))
+    numbers = {name: value for name, value in CONTENT.items() if isinstance(value, Metric) and value.is_measured}
+    assert {*found} == {*numbers, "retrieval_at_1_reconstructions"}
+    for name, metric in numbers.items():
+        assert (found[name].value, found[name].standard_error) == (metric.value, metric.standard_error)
+    assert (found["fd_samples"].dof, found["kd_floor"].dof) == (19, 3)
+    assert found["retrieval_at_1_reconstructions"].standard_error == pytest.approx(share_error(0.3, 50))
+    everything = {"features", "num_samples", "fd_components", "guidance", "sampler.method", "sampler.steps"}
+    assert {*found["fd_samples"].settings} == everything
+    assert {*found["kd_floor"].settings} == {"features", "num_samples"}, "no sampler, no components"
+    assert {*found["psnr_db"].settings} == {"num_samples"}, "no features"
