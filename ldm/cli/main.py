@@ -30,7 +30,7 @@ from ldm.cli.arguments import bracket_lists, check_arguments, escape, gather, qu
 from ldm.cli.command_line import SEARCH_PATH, CommandLine
 from ldm.cli.config_files import check_foreign_files
 from ldm.cli.options import settle
-from ldm.cli.remedies import elsewhere, explain_input, has_key
+from ldm.cli.remedies import elsewhere, explain_input, has_option
 from ldm.cli.targets import check_config, with_current_targets
 from ldm.cli.targets import construct as construct_values
 from ldm.errors import InputError, UserError
@@ -136,6 +136,11 @@ def run(
     if failed := command.failed:
         print(one_line(f"error: {len(failed)} of the jobs failed: {'; '.join(failed)}"), file=sys.stderr)
         sys.exit(2)
+
+
+def environment_of_children() -> dict[str, str]:
+    """For a command that this one starts: whether it shows tracebacks is not up to what `run` asks of Hydra."""
+    return {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}
 
 
 class _Command:
@@ -276,7 +281,7 @@ def _explain_disk(error: BaseException, config: Mapping[str, Any]) -> str | None
     file = getattr(error, "filename", None)
     place = f" at {str(file)[:200]}" if file else ""
     if _is_from(error, _DISK_FULL):
-        resume = ", with resume=true if it had saved a checkpoint" * has_key(config, "resume")
+        resume = ", with resume=true if it had saved a checkpoint" * has_option(config, "resume")
         return (
             f"The disk is full{place}. What was saved before is kept. Free some space and repeat the command{resume}"
             f"{elsewhere(config)}."

@@ -59,15 +59,15 @@ PLACES = ("runs_dir", "data.cache_dir", "out")
 def explain_input(error: InputError, config: Mapping[str, Any]) -> str:
     """The error as a user of the command with this config is meant to read it."""
     keys, *remedies = REMEDIES.get(error.argument, (error.argument,))
-    key = next((key for key in keys.split() if has_key(config, key)), None)
+    key = next((key for key in keys.split() if has_option(config, key)), None)
     given = typed(key, error.value) if key else f"{error.argument} {error.value}"
-    remedy = next((text for text in remedies if all(has_key(config, key) for key in keys_in(text))), "")
+    remedy = next((text for text in remedies if all(has_option(config, key) for key in keys_in(text))), "")
     return f"{given} {error.rule}. {remedy}".rstrip()
 
 
 def elsewhere(config: Mapping[str, Any]) -> str:
     """The end of a sentence about a disk, with the options by which this command can use another one."""
-    options = [f"{key}=" for key in PLACES if has_key(config, key)]
+    options = [f"{key}=" for key in PLACES if has_option(config, key)]
     return f", or choose another disk with {' or '.join(options)}" if options else ""
 
 
@@ -76,7 +76,7 @@ def keys_in(text: str) -> list[str]:
     return _KEY.findall(text)
 
 
-def has_key(config: Mapping[str, Any], key: str) -> bool:
+def has_option(config: Mapping[str, Any], key: str) -> bool:
     """Whether a config, as plain values, holds a key such as `data.path`."""
     part: Any = config
     for name in key.split("."):

@@ -23,6 +23,7 @@ from ldm.latents import spectrum
 from ldm.latents.spectrum import ChannelStatistics, channel_statistics
 from ldm.metrics.image import fold, patch_components, psnr, unfold
 from ldm.runs.run import Run, choose_images
+from ldm.runtime.random import torch_generator
 
 SHARES = (0.9, 0.95, 0.99)
 PCA_IMAGES, HELD_OUT = 4096, 512

@@ -7,7 +7,6 @@ runs/sweeps/<name>/  sweep.json  sweep.png  vae/<size>-<loss>/, run folders
 """
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 
 from rich.table import Table
 
+from ldm.cli.main import environment_of_children
 from ldm.errors import UserError
 from ldm.evaluation.latents.sweep import SweepTraining, overrides_by_key
 from ldm.files.atomic import write_text
@@ -126,9 +126,7 @@ def describe_time_left(trainings: Sequence[SweepTraining], folder: Path, minutes
 
 def run_process(command: Sequence[str]) -> int:
     """Run a process in front of the user and return its exit code; it ends before this does."""
-    # this process asks Hydra for errors with their causes; whether a training shows tracebacks is its own affair
-    environment = {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}
-    with subprocess.Popen(command, env=environment) as process:
+    with subprocess.Popen(command, env=environment_of_children()) as process:
         try:
             return process.wait()
         except KeyboardInterrupt as stopped:
