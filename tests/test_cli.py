@@ -29,7 +29,7 @@ from ldm.diffusion.continuous.sde import SDESampler
 from ldm.diffusion.samplers.ddpm import DDPM
 from ldm.diffusion.samplers.multistep import DPMSolver
 from ldm.image_grid import to_pil
-from ldm.runs.lineage import weights_sha256
+from ldm.runs.lineage import run_weights_sha256
 from ldm.runs.run import Run
 from ldm.runtime.paths import folder
 from ldm.sampling.draw import draw
@@ -540,7 +540,7 @@ def check_evaluation(trained, printed: str, features: str, num_samples: int) -> 
     assert figures["retrieval_at_1_chance"] == pytest.approx(1 / 1831)
     assert figures["num_held_out"] == num_samples and figures["retrieval_at_1_held_out_chance"] == pytest.approx(1 / 87)
     assert figures["retrieval_at_1_held_out_reconstructions"] > figures["retrieval_at_1_held_out_samples"]
-    assert figures["weights_sha256"] == weights_sha256(trained.diffusion)
+    assert figures["weights_sha256"] == run_weights_sha256(trained.diffusion)
     assert figures["retrieval_at_1_reconstructions"] > 0.5 > figures["retrieval_at_1_samples"]
     for part in ("samples", "reconstructions", "VAE alone", "validation images", "chance", "evaluation.json"):
         assert part in printed

@@ -12,7 +12,7 @@ from ldm.cli.remedies import REMEDIES, keys_in
 from tests.option_keys import COMMANDS, all_keys, foreign_keys, keys_of
 
 ROOT = Path(inspect.getfile(ldm)).parent
-FREE_OF_OPTIONS = ("autoencoder", "latents")
+FREE_OF_OPTIONS = ("diffusion", "autoencoder", "networks", "metrics", "latents")
 """Packages in which no error names an option."""
 NO_OPTIONS = {
     *("alt", "charset", "class", "content", "lang", "src", "width"),  # HTML

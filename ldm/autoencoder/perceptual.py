@@ -71,7 +71,7 @@ class LPIPS(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         if not has_lpips():
-            raise InputError("perceptual", self.name, f"needs torchvision and lpips: {shell.install('lpips')}")
+            raise InputError("perceptual", self.name, f"needs torchvision and lpips: {shell.install_command('lpips')}")
         import lpips
 
         try:

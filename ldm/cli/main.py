@@ -31,8 +31,7 @@ from ldm.cli.command_line import SEARCH_PATH, CommandLine
 from ldm.cli.config_files import check_foreign_files
 from ldm.cli.options import settle
 from ldm.cli.remedies import elsewhere, explain_input, has_option
-from ldm.cli.targets import check_config, with_current_targets
-from ldm.cli.targets import construct as construct_values
+from ldm.cli.targets import check_config, construct_values, with_current_targets
 from ldm.errors import InputError, UserError
 from ldm.files.untrusted import one_line
 from ldm.runtime import signals

@@ -218,7 +218,7 @@ def check_composed_file(text: str, source: str, group: str, package: str | None)
         raise UserError(f"{source}: overwrite={_shown(overwrite)} deletes a run. Give it on the command line.")
 
 
-def construct(value: Any, **options: Any) -> Any:
+def construct_values(value: Any, **options: Any) -> Any:
     """What the `_target_`s in plain values make, from the inside out; `options` go to the outermost.
 
     As Hydra's instantiate, with _partial_, _args_ and _recursive_; it resolves interpolations once more, and would so
@@ -228,11 +228,11 @@ def construct(value: Any, **options: Any) -> Any:
         UserError: a constructor is not there, or refuses its arguments.
     """
     if isinstance(value, list):
-        return [construct(part) for part in value]
+        return [construct_values(part) for part in value]
     if not isinstance(value, dict):
         return value
     recursive = value.get("_recursive_", True)
-    made = {key: construct(part) if recursive else part for key, part in value.items()} | options
+    made = {key: construct_values(part) if recursive else part for key, part in value.items()} | options
     if "_target_" not in value:
         return made
     target, positional, partial = made.pop("_target_"), made.pop("_args_", []), made.pop("_partial_", False)

@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from ldm.cli import main as command
 from ldm.evaluation.samples import report
 from ldm.image_grid import grid, to_pil
-from ldm.runs.lineage import weights_sha256
+from ldm.runs.lineage import run_weights_sha256
 from ldm.runs.run import Run
 from ldm.runtime import shell
 from ldm.runtime.device import choose_device
@@ -45,7 +45,7 @@ def demo(config: DictConfig) -> None:
         f"{figures['ssim']:.3f}; PCA of the same size {figures['pca_psnr_db']:.2f} dB; compression "
         f"{figures['compression']:.1f}"
     )
-    options |= {"num_samples": config.num_samples, "weights_sha256": weights_sha256(run)}
+    options |= {"num_samples": config.num_samples, "weights_sha256": run_weights_sha256(run)}
     evaluation = report.measure_samples(pipeline, images, sampler, **options)
     saved = evaluation.save_unless_smaller(run.path / "evaluation.json", out / "evaluation.json")
     print("\n".join([*evaluation.lines, f"all figures: {saved}"]))
@@ -54,4 +54,4 @@ def demo(config: DictConfig) -> None:
     total_s = sum(seconds for _, seconds in parts)
     print(f"Time: {', '.join(f'{name} {seconds:.0f} s' for name, seconds in parts)}; {total_s / 60:.1f} minutes in all")
     print(f"Look at {out / 'samples.png'}, {out / 'held_out.png'} and {out / 'strip.png'}")
-    print(f"next: {shell.tool('sample', f'run={run.path}', 'prompt=red heart')}")
+    print(f"next: {shell.tool_command('sample', f'run={run.path}', 'prompt=red heart')}")

@@ -13,7 +13,7 @@ from ldm.evaluation.reconstructions.report import measure_reconstructions
 from ldm.evaluation.samples import report
 from ldm.evaluation.samples import sweep as sampler_sweep
 from ldm.files.atomic import write_text
-from ldm.runs.lineage import outputs, weights_sha256
+from ldm.runs.lineage import outputs, run_weights_sha256
 from ldm.runs.run import Run
 from ldm.runtime.device import choose_device
 from ldm.tracking.run import TRAINING_ID, known_id, track_report
@@ -52,7 +52,7 @@ def evaluate_diffusion(config: DictConfig, run: Any) -> dict[str, Any]:
     steps, guidances = (list(x) if OmegaConf.is_list(x) else [x] for x in (config.sampler.steps, config.guidance))
     samplers = {value: command.construct(config.sampler, steps=value) for value in steps}
     pipeline, images = run.pipeline().to(choose_device(config.device)), run.image_data()
-    weights = weights_sha256(run)
+    weights = run_weights_sha256(run)
     swept, more, files, tables = None, {}, [], {}
     if len(steps) > 1 or len(guidances) > 1:
         swept = sampler_sweep.sweep_sampler(pipeline, images, samplers, guidances, **options)

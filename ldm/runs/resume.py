@@ -158,7 +158,7 @@ class Continuation:
         if (found.source / CONFIG_FILE).is_file():
             then = Run(found.source, dict(found.known)).config()
             place = [*place_of(self.folder), f"resume={'true' if self.resume is True else self.resume}"]
-            changed = check_config(then, now, self.stage, found.known.get("options"), place)
+            changed = refuse_other_options(then, now, self.stage, found.known.get("options"), place)
             found = replace(found, changed=tuple(changed))
         return found
 
@@ -178,7 +178,7 @@ class Continuation:
         return self._command("resume=true")
 
     def _command(self, end: str) -> str:
-        return shell.train(*self.options, *place_of(self.folder), end)
+        return shell.train_command(*self.options, *place_of(self.folder), end)
 
     @property
     def branch(self) -> dict[str, Any] | None:
@@ -255,7 +255,7 @@ def has_saved_since(folder: Path, file: Path) -> bool | None:
     return any(type(after) is int and found.sequence > after for found in manifests(folder / FOLDER))
 
 
-def check_config(
+def refuse_other_options(
     then: Mapping[str, Any], now: Mapping[str, Any], stage: str, options: object, place: Sequence[str]
 ) -> list[str]:
     """Refuse options under which other weights would come out of a continued run.
@@ -292,7 +292,7 @@ def _remedy(options: object, place: Sequence[str]) -> str:
     if not known:
         return "Give the options that it was started with: they are in its config.yaml."
     assert isinstance(options, list)
-    return f"Give the options that it was started with: {shell.train(*options, *place)}"
+    return f"Give the options that it was started with: {shell.train_command(*options, *place)}"
 
 
 def _same(key: str, then: Any, now: Any) -> bool:

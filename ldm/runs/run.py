@@ -209,7 +209,7 @@ class Run:
             options = ["stage=diffusion", *(option for option in typed if re.split("[.=]", option)[0] in shared)]
         # a stranger's run.json may put neither a constructor nor control characters into a command that a user copies
         safe = [option for option in options if "_target_" not in option and option.isprintable()]
-        return shell.train(*safe, f"vae={self.path}")
+        return shell.train_command(*safe, f"vae={self.path}")
 
     def describe_data(self) -> str:
         """The data that it was trained on, by name and fingerprint."""

@@ -43,17 +43,17 @@ def python(*arguments: str) -> str:
     return join([_interpreter(), *arguments])
 
 
-def train(*options: str) -> str:
+def train_command(*options: str) -> str:
     """`python -m ldm.train` with options as a user types them."""
     return python("-m", "ldm.train", *options)
 
 
-def tool(name: str, *options: str) -> str:
+def tool_command(name: str, *options: str) -> str:
     """`python tools/<name>.py` with options as a user types them."""
     return python(_shown(folder("tools") / f"{name}.py"), *options)
 
 
-def install(extra: str) -> str:
+def install_command(extra: str) -> str:
     """The command that installs the packages of one of our extras for this interpreter."""
     return python("-m", "pip", "install", f"{DISTRIBUTION}[{extra}]")
 

@@ -67,7 +67,7 @@ def _receive(number: int, frame: FrameType | None) -> None:
             raise Interrupted(number)
 
 
-def install() -> None:
+def install_handlers() -> None:
     """Our handlers, over whatever a library has put in their place. A signal that the caller ignores stays ignored."""
     if threading.current_thread() is threading.main_thread():
         for number in HANDLED:
@@ -83,7 +83,7 @@ def handled() -> Iterator[None]:
         return
     before = {number: signal.getsignal(number) for number in HANDLED}
     _forget()
-    install()
+    install_handlers()
     try:
         yield
     finally:
@@ -100,7 +100,7 @@ def _forget() -> None:
 def hold() -> None:
     """From now on a signal is noted only: look for it with `pending`."""
     _received.held = True
-    install()
+    install_handlers()
 
 
 def release() -> None:

@@ -24,7 +24,7 @@ from ldm.files.atomic import write_text
 from ldm.files.models import load_model
 from ldm.files.untrusted import check_fields, read_json
 from ldm.latents.contract import LatentContract
-from ldm.networks.conditioning import Conditioning, restore
+from ldm.networks.conditioning import Conditioning, restore_conditioning
 from ldm.networks.dit import DiT
 from ldm.networks.unet import ImageUNet, TextUNet
 from ldm.runtime import shell
@@ -104,7 +104,7 @@ class LatentDiffusionPipeline:
         Raises:
             UserError: saying how to fit it.
         """
-        how = f"Fit it on the training split: {shell.tool('likelihood', f'run={self.run}', 'variance=optimal')}"
+        how = f"Fit it on the training split: {shell.tool_command('likelihood', f'run={self.run}', 'variance=optimal')}"
         if self.z_0_mse is None:
             raise UserError(f"The optimal variance is not fitted for this model yet. {how}")
         try:
@@ -235,7 +235,7 @@ class LatentDiffusionPipeline:
             autoencoder=autoencoder,
             schedule=schedule,
             prediction=index["prediction"],
-            conditioning=restore(index["conditioning"], path),
+            conditioning=restore_conditioning(index["conditioning"], path),
             contract=contract,
             latent_shape=tuple(index["latent_shape"]),
             variance=index.get("variance", VARIANCES[0]),  # format 1 knew no other

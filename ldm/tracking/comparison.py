@@ -124,7 +124,7 @@ def track_comparison(
     try:
         import wandb_workspaces.reports.v2 as reports
     except ImportError:
-        return f"No W&B report: its package is not installed: {shell.install('reports')}"
+        return f"No W&B report: its package is not installed: {shell.install_command('reports')}"
     where = {"project": options["project"], "entity": entity}
     runs = reports.Runset(**where, name="compared", filters=f"Metric('Name') in {list(compared)}")
     panels = [reports.LinePlot(title=curve, x="step", y=[curve]) for curve in curves]

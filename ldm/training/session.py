@@ -159,7 +159,7 @@ class Session:
                     init_from=config.init_from,
                 )
         except NoAutoencoder as error:
-            first = shell.train(*self.command.options_to_share(config, "vae"))
+            first = shell.train_command(*self.command.options_to_share(config, "vae"))
             raise UserError(f"{str(error)[:-1]}: {first}") from error
         if config.trainer.compile:
             stage.compile()

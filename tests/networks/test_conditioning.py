@@ -7,7 +7,7 @@ import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from ldm.errors import UserError
-from ldm.networks.conditioning import ClassCondition, NoCondition, TextCondition, drop, restore
+from ldm.networks.conditioning import ClassCondition, NoCondition, TextCondition, drop, restore_conditioning
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "blue", "heart", "square", "very", "big", ",", "(", ")"]
@@ -122,7 +122,7 @@ def test_a_label_that_does_not_exist_is_refused(label):
 @pytest.mark.parametrize("kind", ["none", "class", "text"])
 def test_a_conditioning_is_restored_from_its_state(kind, text):
     original = {"none": NoCondition(), "class": ClassCondition(["cat", "dog"]), "text": text}[kind]
-    restored = restore(original.state())
+    restored = restore_conditioning(original.state())
     assert type(restored) is type(original) and restored.kind == kind
     assert restored.state() == original.state()
     assert restored.network_options() == original.network_options()
@@ -133,9 +133,9 @@ def test_a_conditioning_is_restored_from_its_state(kind, text):
 
 def test_an_encoder_with_other_weights_is_refused(text):
     with pytest.raises(UserError, match=r"has weights .* but the pipeline was trained with eeeeeeeeeeee"):
-        restore(text.state() | {"encoder_sha256": "e" * 64})
+        restore_conditioning(text.state() | {"encoder_sha256": "e" * 64})
 
 
 def test_an_unknown_kind_is_refused():
     with pytest.raises(UserError, match="on smell is unknown. Known are: none, class, text"):
-        restore({"kind": "smell"})
+        restore_conditioning({"kind": "smell"})

@@ -45,17 +45,17 @@ def test_the_interpreter_is_the_one_that_runs(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     here = Path(sys.executable).absolute()
     monkeypatch.setenv("PATH", str(here.parent))
-    assert shell.train("stage=vae") == "python -m ldm.train stage=vae"
+    assert shell.train_command("stage=vae") == "python -m ldm.train stage=vae"
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert shell.train("stage=vae") == f"{here} -m ldm.train stage=vae"
+    assert shell.train_command("stage=vae") == f"{here} -m ldm.train stage=vae"
     monkeypatch.chdir(here.parents[1])
-    assert shell.train() == f"{Path(here.parent.name, here.name)} -m ldm.train", "from where it is printed"
+    assert shell.train_command() == f"{Path(here.parent.name, here.name)} -m ldm.train", "from where it is printed"
 
 
 def test_a_tool_is_found_from_any_folder(monkeypatch, tmp_path):
     root = Path(__file__).parents[2]
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
     monkeypatch.chdir(root)
-    assert shell.tool("sample", "run=a b") == f"python {Path('tools', 'sample.py')} 'run=a b'"
+    assert shell.tool_command("sample", "run=a b") == f"python {Path('tools', 'sample.py')} 'run=a b'"
     monkeypatch.chdir(tmp_path)
-    assert shell.tool("sample") == f"python {root / 'tools' / 'sample.py'}"
+    assert shell.tool_command("sample") == f"python {root / 'tools' / 'sample.py'}"

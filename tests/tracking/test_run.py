@@ -17,7 +17,7 @@ from PIL import Image
 import ldm.tracking.server
 from ldm.errors import UserError
 from ldm.latents.contract import LatentContract
-from ldm.runs.lineage import inputs, outputs, weights_sha256
+from ldm.runs.lineage import inputs, outputs, run_weights_sha256
 from ldm.runs.run import Run
 from ldm.tracking.artifact import Artifact, flatten, sha256
 from ldm.tracking.run import OPTIONS, WandbRun, known_id, track_report
@@ -310,7 +310,7 @@ def test_the_lineage_reads_from_data_to_evaluation(tmp_path):
     (row,) = record.rows
     assert row["sweep._type"] == "table-file" and row["sweep.nrows"] == 2
     trained = {key: value for part in trained_as.of("summary") for key, value in part["update"].items()}
-    assert trained["pipeline_sha256"] == pipeline["weights_sha256"] == weights_sha256(diffusion)
+    assert trained["pipeline_sha256"] == pipeline["weights_sha256"] == run_weights_sha256(diffusion)
 
 
 def test_disabled_leaves_no_record(tmp_path):

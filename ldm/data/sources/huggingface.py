@@ -224,5 +224,5 @@ def _import_datasets() -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise UserError(f"This data needs the package datasets: {shell.install('data')}") from error
+        raise UserError(f"This data needs the package datasets: {shell.install_command('data')}") from error
     return datasets

@@ -91,4 +91,6 @@ def _import(module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UserError(f"OpenMoji needs the package {module}. Install it with: {shell.install('demo')}") from error
+        raise UserError(
+            f"OpenMoji needs the package {module}. Install it with: {shell.install_command('demo')}"
+        ) from error

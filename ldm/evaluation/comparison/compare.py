@@ -199,7 +199,7 @@ def _short_value(key: str, value: Any) -> str:
 
 def _evaluation_of(places: Sequence[str]) -> str:
     """The command that evaluates the first of these runs that lies on this machine."""
-    return shell.tool("evaluate", f"run={next((place for place in places if Path(place).is_dir()), 'RUN')}")
+    return shell.tool_command("evaluate", f"run={next((place for place in places if Path(place).is_dir()), 'RUN')}")
 
 
 def _first_three(places: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from ldm.evaluation.evaluation_file import finite_numbers, metrics_from_json
 from ldm.evaluation.reconstructions.curves import Curve, as_curve, read_curves
 from ldm.files.untrusted import read_json
 from ldm.metrics.metric import Metric
-from ldm.runs.lineage import weights_sha256
+from ldm.runs.lineage import run_weights_sha256
 from ldm.runs.run import Run
 from ldm.tracking.comparison import fetch_run
 from ldm.tracking.run import flatten
@@ -102,7 +102,7 @@ def from_folder(place: str) -> RunRecord:
         facts=flatten(facts),
         figures=run.facts.get("figures") or {},
         evaluation=read_json(evaluation) if evaluation.is_file() else {},
-        weights=weights_sha256(run),
+        weights=run_weights_sha256(run),
         curves=read_curves(metrics) if metrics.is_file() else {},
         run=run,
     )

@@ -276,6 +276,6 @@ def follow_up_commands(training: SweepTraining, folder: Path) -> dict[str, str]:
     longer = f"trainer.max_time={format_duration(min(LONGER * (60 * hours + minutes + seconds / 60), MOST_MINUTES))}"
     overrides = [longer if override == spent else override for override in training.overrides]
     return {
-        "train": shell.train("stage=vae", f"name={training.name}", *overrides),
+        "train": shell.train_command("stage=vae", f"name={training.name}", *overrides),
         "next": Run.open(training.folder(folder)).next_training(),
     }

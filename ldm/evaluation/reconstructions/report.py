@@ -193,7 +193,7 @@ def _feature_metrics(network: nn.Module, reconstructed: Tensor, own: Tensor, tra
 def _lpips() -> tuple[LPIPS | None, str | None]:
     """The network, or why there is none: a report without a network at hand is a report all the same."""
     if not has_lpips():
-        return None, f"its packages are not installed: {shell.install('lpips')}"
+        return None, f"its packages are not installed: {shell.install_command('lpips')}"
     try:
         return LPIPS(), None
     except UserError:

@@ -82,7 +82,7 @@ class Checkpoints(Checkpoint):
         # Lightning's handlers would stand until training begins, and its own for SIGTERM waits for the other ranks
         # where it was called, which may be amid another of their conversations
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-        signals.install()
+        signals.install_handlers()
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.is_global_zero:

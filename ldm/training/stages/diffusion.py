@@ -207,7 +207,7 @@ class DiffusionStage(Stage):
     def next_command(self, run: Run) -> str:
         _, captions = self.module.shown
         options = {"text": [f"prompt={' '.join(str(captions[0]).split())}"], "class": ["label=0"]}
-        return shell.tool("sample", f"run={run.path}", *options.get(self.pipeline.conditioning.kind, []))
+        return shell.tool_command("sample", f"run={run.path}", *options.get(self.pipeline.conditioning.kind, []))
 
 
 def _check_grid(asked: str | None, trained: str) -> None:

@@ -49,7 +49,7 @@ from ldm.latents.contract import LatentContract
 from ldm.metrics.metric import Metric, share_error
 from ldm.networks.conditioning import ClassCondition, NoCondition
 from ldm.networks.dit import DiT
-from ldm.runs.lineage import weights_sha256
+from ldm.runs.lineage import run_weights_sha256
 from ldm.runs.run import Run
 from ldm.runtime.paths import folder
 from ldm.sampling.pipeline import LatentDiffusionPipeline
@@ -759,7 +759,7 @@ def test_a_sweep_and_its_knee_reach_wandb_and_the_table(trained, images, call, o
     assert ended.code == 0, ended.err
     figures, swept = (json.loads((run.path / f"{name}.json").read_text()) for name in ("evaluation", "steps"))
     told = Tracked.last
-    assert figures["weights_sha256"] == swept["weights_sha256"] == weights_sha256(run) == told.taken.digest
+    assert figures["weights_sha256"] == swept["weights_sha256"] == run_weights_sha256(run) == told.taken.digest
     columns, rows = told.tables["sweep"]
     assert columns[0] == "sampler.steps" and [row[0] for row in rows] == [2, 4]
     assert set(told.pictures) == {"nearest.png", "steps.png"}
