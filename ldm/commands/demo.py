@@ -1,4 +1,4 @@
-"""What the demo shows: a grid of 16 prompts, one of 16 held-out captions, the reverse chain, and its figures."""
+"""What the demo shows: a grid of 16 prompts, one of 16 held-out captions, the reverse chain, and its metrics."""
 
 import time
 from pathlib import Path

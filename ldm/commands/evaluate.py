@@ -1,4 +1,4 @@
-"""Figures of a run: what an autoencoder loses of held-out images, or how near samples are to the training images."""
+"""Metrics of a run: what an autoencoder loses of held-out images, or how near samples are to the training images."""
 
 import json
 from typing import Any
@@ -44,7 +44,7 @@ def evaluate_autoencoder(config: DictConfig, run: Any) -> dict[str, Any]:
 def evaluate_diffusion(config: DictConfig, run: Any) -> dict[str, Any]:
     """The same of a run of stage=diffusion; first a sweep, where sampler.steps or guidance is a list, then its knee.
 
-    The knee's figures do not take the place of those of more samples.
+    The knee's metrics do not replace those of more samples.
     """
 
     keys = ("features", "features_path", "num_samples", "guidance_interval", "seed", "batch_size")
@@ -84,7 +84,7 @@ def evaluate_diffusion(config: DictConfig, run: Any) -> dict[str, Any]:
 
 
 def log_evaluation(config: DictConfig, run: Any, found: dict[str, Any]) -> None:
-    """The figures as the summary of a W&B run of its own, in the group of the run that they are of."""
+    """Log the metrics as the summary of a W&B run of its own, in the group of the run that they are of."""
     name: str = run.facts.get("name", run.path.name)
     settings: Any = OmegaConf.to_container(config, resolve=True)
     settings["logger"]["group"] = config.logger.group or name

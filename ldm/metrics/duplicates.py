@@ -17,7 +17,6 @@ from ldm.metrics.neighbours import BLOCK, squared_distances
 LUMA = (0.299, 0.587, 0.114)
 LEVEL = 1 / 127.5
 """One of the 255 steps from -1 to 1."""
-HASH_BITS = 64
 
 
 def dhash(images: Tensor, *, margin: float = LEVEL) -> Tensor:

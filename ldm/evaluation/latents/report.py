@@ -197,13 +197,24 @@ def encode_finite(autoencoder: Autoencoder, batches: Any) -> tuple[Tensor, Tenso
         UserError: they are not finite.
     """
     moments = torch.cat([torch.stack(autoencoder.encode(part), dim=1).float().cpu() for part in batches])
-    wrong = ~moments.flatten(1).isfinite().all(1)
-    if wrong.any():
-        raise UserError(
-            f"The autoencoder's latents of {int(wrong.sum())} of {len(moments)} images are not finite: its training "
-            "diverged. Train it again, with a lower optimizer.lr."
-        )
+    require_finite(moments, "latents")
     return moments[:, 0], moments[:, 1]
+
+
+def require_finite(values: Tensor, what: str) -> None:
+    """Refuse what an autoencoder made of images where it is not finite.
+
+    Args:
+        values: One row per image.
+
+    Raises:
+        UserError: saying of how many images.
+    """
+    if wrong := int((~values.flatten(1).isfinite().all(1)).sum()):
+        raise UserError(
+            f"The autoencoder's {what} of {wrong} of {len(values)} images are not finite: its training diverged. Train "
+            "it again, with a lower optimizer.lr."
+        )
 
 
 def move_channel(autoencoder: Autoencoder, mean: Tensor, channel: int, std: float) -> Tensor:

@@ -21,7 +21,7 @@ from ldm.errors import UserError, require_whole
 from ldm.evaluation.evaluation_file import metrics_to_json
 from ldm.evaluation.features import NO_FEATURES, describe_features, load_features, reference_features
 from ldm.evaluation.image_sets import track_batches
-from ldm.evaluation.latents.report import PCA_IMAGES, pca_curve
+from ldm.evaluation.latents.report import PCA_IMAGES, pca_curve, require_finite
 from ldm.evaluation.reconstructions.figure import image_text, plot_reconstructions
 from ldm.evaluation.reconstructions.rate import reconstruction_distances
 from ldm.evaluation.samples.distances import fd_name
@@ -234,11 +234,7 @@ def _compare_images(
         for part in batches(images.train_indices[:TRAIN_IMAGES], title="codes of training images, batches"):
             of_train += autoencoder.codes(autoencoder.encode(part)[0]).flatten().cpu().bincount(minlength=size)
     found = {name: torch.cat(values) for name, values in parts.items()}
-    if wrong := int((~found["psnr"].isfinite()).sum()):
-        raise UserError(
-            f"The autoencoder's reconstructions of {wrong} of {len(indices)} images are not finite: its training "
-            "diverged. Train it again, with a lower optimizer.lr."
-        )
+    require_finite(found["psnr"][:, None], "reconstructions")
     return found if size is None else {**found, "codes": counts, "train_codes": of_train}
 
 
