@@ -452,11 +452,11 @@ def test_the_noise_of_a_sample_is_its_own_to_the_bit(trained):
     """What it starts from, and what it draws on the way."""
 
     class Draws:
-        method, steps = "draws", 1
+        method, steps, variance = "draws", 1, None
 
         def check(self, schedule) -> None: ...
 
-        def __call__(self, denoiser, z_T, condition, *, generator, on_step):
+        def __call__(self, denoiser, z_T, condition, *, generator, on_step, **sigma):
             seen.append(torch.cat([z_T, torch.stack([torch.randn(z_T[0].shape, generator=g) for g in generator])], 1))
             return z_T
 

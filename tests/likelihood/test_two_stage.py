@@ -40,7 +40,7 @@ from ldm.metrics.metric import Metric
 from ldm.networks.conditioning import ClassCondition, NoCondition
 from ldm.networks.dit import DiT
 from ldm.runs.run import Run
-from ldm.runtime.random import sample_generators
+from ldm.runtime.random import derive_seed, sample_generators
 from ldm.sampling.draw import draw as sample
 from ldm.sampling.pipeline import VARIANCE_FILE, LatentDiffusionPipeline, load_z_0_mse
 from ldm.sampling.request import Request
@@ -318,7 +318,7 @@ def test_the_ode_has_the_density_of_the_flow(any_pixel):
     # The Jacobian is a multiple of the identity, of which a probe is exact.
     assert found.ode_probe_variance.shape == (5,) and found.ode_probe_variance.max() < 1e-9
 
-    generators = [torch.Generator().manual_seed(likelihood.derive_seed(0, 4, i)) for i in range(5)]
+    generators = [torch.Generator().manual_seed(derive_seed(0, 4, i)) for i in range(5)]
     eps = torch.stack([torch.randn(shape, generator=own) for own in generators])
     draws = [torch.randn(shape, generator=own) for own in likelihood.sample_generators(0, range(5))]
     mean, log_var = model.encode(x)
