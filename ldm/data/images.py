@@ -210,9 +210,9 @@ def split_by_hash(hashes: list[str], val_fraction: float) -> tuple[np.ndarray, n
         raise UserError("Training needs 2 different images at least: one to learn from, one to validate with.")
     is_val = np.array([int(digest[:8], 16) / 2**32 < val_fraction for digest in hashes])
     if not is_val.any():
-        is_val = np.array([digest == min(hashes) for digest in hashes])
+        is_val = np.array(hashes) == min(hashes)
     elif is_val.all():
-        is_val = np.array([digest != max(hashes) for digest in hashes])
+        is_val = np.array(hashes) != max(hashes)
     return np.flatnonzero(~is_val).astype(np.int64), np.flatnonzero(is_val).astype(np.int64)
 
 

@@ -70,8 +70,8 @@ def open_latents(
 ) -> LatentData:
     """Open the cache of these latents, encoding train and validation images first where it does not exist.
 
-    An encoding that was interrupted goes on where it was. A second process waits for the first. Every byte of what is
-    opened is compared with its SHA-256.
+    An encoding that was interrupted goes on where it was. A second process waits for the first. What was written to
+    since it was last compared with its SHA-256 is compared again.
 
     Args:
         encode: images [b, 3, H, W] in [-1, 1] -> mean and log-variance [b, C, h, w].
