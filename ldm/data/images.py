@@ -188,6 +188,17 @@ def _all_present(data: ImageData, condition: str, what: str, values: list[Any] |
     return values
 
 
+def verify_images(data: ImageData) -> Path:
+    """Compare every byte of the prepared images with what was written; returns their folder.
+
+    Raises:
+        UserError: naming the images that changed.
+    """
+    if (found := damage(data.path, every_byte=True)) is not None:
+        raise UserError(f"{data.path}: {found}. Delete that folder: the images are prepared again.")
+    return data.path
+
+
 def to_uint8(images: Tensor) -> Tensor:
     """The inverse of `ImageData.batch`: [-1, 1] -> uint8 of the same shape, rounded and clamped."""
     return ((images.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
