@@ -7,10 +7,12 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from ldm.cli.images import prepare_images
+from ldm.data.images import verify_images
 from ldm.errors import UserError
 from ldm.evaluation.data.report import inspect_data
 from ldm.evaluation.data.summary import data_table
 from ldm.evaluation.features import NO_FEATURES
+from ldm.latents.cache import verify_latents
 from ldm.metrics.features import CHOICES
 from ldm.runs.lineage import data_artifact
 from ldm.runtime.device import choose_device
@@ -21,6 +23,9 @@ def data(config: DictConfig) -> None:
     check_data_options(config)
     device = choose_device(config.device)
     images = prepare_images(config.data)
+    if config.verify:
+        verified = [verify_images(images), *verify_latents(images)]
+        print(f"every byte is as it was written: {', '.join(map(str, verified))}")
     options = {key: config[key] for key in ("features", "max_bits", "max_levels", "seed")}
     report = inspect_data(images, device=device, **options)
     out = Path(config.out or Path("runs", "data", images.name)).expanduser()

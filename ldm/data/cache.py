@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import InputError, UserError
-from ldm.files.arrays import Layout, changed, digests
+from ldm.files.arrays import Layout, changed, digests, mark_verified
 from ldm.files.reading import MISSING, retried, unreadable
 from ldm.files.untrusted import read_array, read_json
-from ldm.runtime.launcher import is_started_by_first_rank
 
 FORMAT_VERSION = 1
 """Of the cache folder. A folder that says another number is prepared again."""
@@ -44,16 +43,21 @@ def fingerprint(
 
 def write_index(folder: Path, index: dict[str, Any]) -> None:
     """Write index.json with the SHA-256 of the pixels, in chunks, and of itself."""
-    index = index | {"pixels_sha256": digests(folder / IMAGES_FILE, _layout(folder / IMAGES_FILE))}
+    file = folder / IMAGES_FILE
+    index = index | {"pixels_sha256": digests(file, _layout(file))}
+    mark_verified(file, index["pixels_sha256"])
     # ASCII: what a caption or a file's name holds can always be written
     text = json.dumps(index | {"sha256": _sha256_of(index)})
     (folder / INDEX_FILE).write_text(text, encoding="utf-8")
 
 
-def damage(folder: Path) -> str | None:
+def damage(folder: Path, *, every_byte: bool = False) -> str | None:
     """Why the folder is no finished cache of this format with the bytes that were written; None where it is one.
 
     One from before digests were kept is taken as it is.
+
+    Args:
+        every_byte: Compare all pixels, also where file sizes and times say that nothing was written.
 
     Raises:
         UserError: its disk does not let it be read.
@@ -65,7 +69,7 @@ def damage(folder: Path) -> str | None:
         if not {"sha256", "pixels_sha256"} & set(index):
             return None
         bad = [] if index["sha256"] == _sha256_of(index) else [INDEX_FILE]
-        rows = changed(folder / IMAGES_FILE, layout, index["pixels_sha256"], length_only=is_started_by_first_rank())
+        rows = changed(folder / IMAGES_FILE, layout, index["pixels_sha256"], every_byte=every_byte)
         bad += [f"images {part.start} to {part.stop - 1} in {IMAGES_FILE}" for part in rows]
     except (*MISSING, EOFError, ValueError, KeyError, TypeError, AttributeError):
         return "it is not whole"

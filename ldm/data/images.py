@@ -188,6 +188,17 @@ def _all_present(data: ImageData, condition: str, what: str, values: list[Any] |
     return values
 
 
+def verify_images(data: ImageData) -> Path:
+    """Compare every byte of the prepared images with what was written; returns their folder.
+
+    Raises:
+        UserError: naming the images that changed.
+    """
+    if (found := damage(data.path, every_byte=True)) is not None:
+        raise UserError(f"{data.path}: {found}. Delete that folder: the images are prepared again.")
+    return data.path
+
+
 def to_uint8(images: Tensor) -> Tensor:
     """The inverse of `ImageData.batch`: [-1, 1] -> uint8 of the same shape, rounded and clamped."""
     return ((images.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
@@ -210,9 +221,9 @@ def split_by_hash(hashes: list[str], val_fraction: float) -> tuple[np.ndarray, n
         raise UserError("Training needs 2 different images at least: one to learn from, one to validate with.")
     is_val = np.array([int(digest[:8], 16) / 2**32 < val_fraction for digest in hashes])
     if not is_val.any():
-        is_val = np.array([digest == min(hashes) for digest in hashes])
+        is_val = np.array(hashes) == min(hashes)
     elif is_val.all():
-        is_val = np.array([digest != max(hashes) for digest in hashes])
+        is_val = np.array(hashes) != max(hashes)
     return np.flatnonzero(~is_val).astype(np.int64), np.flatnonzero(is_val).astype(np.int64)
 
 

@@ -3,22 +3,32 @@
 What a mapping promises while training runs: a file that is deleted or replaced stays readable as it was, for the
 mapping holds it. One that is cut short would end the process (SIGBUS) when a row beyond its end is touched:
 `check_length` asks before every batch and raises instead, but for a cut in the microseconds between. Bytes that are
-overwritten in place are seen by the training: they are compared when a cache is opened, not at every step.
+overwritten in place are seen by the training: they are compared when a cache is opened whose file has another
+modification time than at the last comparison, and on request.
 """
 
 import hashlib
+import json
 import mmap
 import os
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ldm.errors import UserError
+from ldm.files.atomic import write_text
+from ldm.files.lock import FOR_EVER, alone
 from ldm.files.reading import retried
+
+COARSE_NS = 2_000_000_000
+"""The coarsest modification time that a file system keeps, that of FAT."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +71,14 @@ def _digest(path: Path, layout: Layout, rows: range) -> str:
     return retried(read, path)
 
 
-def changed(path: Path, layout: Layout, known: Sequence[str], *, length_only: bool = False) -> list[range]:
+def changed(path: Path, layout: Layout, known: Sequence[str], *, every_byte: bool = False) -> list[range]:
     """The rows of the chunks that are not what they were; all, where the file's length is another.
 
+    A file that has the size and the modification time of its last comparison is not read again. The processes of a
+    machine compare one after the other, so that the first of them does it for all.
+
     Args:
-        length_only: Another process has compared the bytes.
+        every_byte: Read it all the same.
 
     Raises:
         OSError: the file cannot be read.
@@ -73,10 +86,46 @@ def changed(path: Path, layout: Layout, known: Sequence[str], *, length_only: bo
     chunks = layout.chunks()
     if len(known) != len(chunks) or path.stat().st_size != layout.num_bytes:
         return [range(layout.num_rows)]
-    if length_only:
-        return []
-    found = digests(path, layout, chunks)
-    return [rows for rows, one, other in zip(chunks, found, known, strict=True) if one != other]
+    with ExitStack() as stack:
+        if _is_verified(path, known) and not every_byte:
+            return []
+        with suppress(OSError):  # a disk that can only be read takes no lock
+            stack.enter_context(alone(path.with_name(f".{path.name}.lock"), lambda: FOR_EVER))
+        if _is_verified(path, known) and not every_byte:
+            return []
+        found = digests(path, layout, chunks)
+        bad = [rows for rows, one, other in zip(chunks, found, known, strict=True) if one != other]
+        if not bad:
+            mark_verified(path, known)
+    return bad
+
+
+def mark_verified(path: Path, known: Sequence[str]) -> None:
+    """Note that the file's bytes are those of these digests, as long as its size and modification time stay.
+
+    Not of a file that was written a moment ago: file systems count time so coarsely that a second write may not show.
+    """
+    if time.time_ns() - path.stat().st_mtime_ns < COARSE_NS:
+        return
+    with suppress(OSError):
+        write_text(_note(path), json.dumps(_state(path, known)) + "\n")
+
+
+def _is_verified(path: Path, known: Sequence[str]) -> bool:
+    try:
+        return bool(json.loads(_note(path).read_text(encoding="utf-8")) == _state(path, known))
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def _note(path: Path) -> Path:
+    return path.with_name(f".{path.name}.verified.json")
+
+
+def _state(path: Path, known: Sequence[str]) -> dict[str, Any]:
+    stat = path.stat()
+    digest = hashlib.sha256("".join(known).encode()).hexdigest()
+    return {"bytes": stat.st_size, "modified_ns": stat.st_mtime_ns, "sha256": digest}
 
 
 def check_length(array: np.ndarray) -> None:

@@ -5,6 +5,7 @@ contract says which weights, images and transform the latents come from; it is c
 """
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,8 @@ def open_latents(
 ) -> LatentData:
     """Open the cache of these latents, encoding train and validation images first where it does not exist.
 
-    An encoding that was interrupted goes on where it was. A second process waits for the first. Every byte of what is
-    opened is compared with its SHA-256.
+    An encoding that was interrupted goes on where it was. A second process waits for the first. What was written to
+    since it was last compared with its SHA-256 is compared again.
 
     Args:
         encode: images [b, 3, H, W] in [-1, 1] -> mean and log-variance [b, C, h, w].
@@ -106,6 +107,18 @@ def open_latents(
             f"{contract.dtype} {expected}. Delete that folder; the latents will be encoded again."
         )
     return latents
+
+
+def verify_latents(images: ImageData) -> Iterator[Path]:
+    """Compare every byte of the latents of these images with what was written; yields their folders.
+
+    Raises:
+        UserError: naming the images whose latents changed.
+    """
+    for folder in sorted(images.path.parent.glob("latents-*")):
+        if LatentContract.load(folder).data_fingerprint == images.fingerprint:
+            check_moments(folder, every_byte=True)
+            yield folder
 
 
 def _encode(folder: Path, encode: Encode, contract: LatentContract, images: ImageData, batch_size: int) -> None:

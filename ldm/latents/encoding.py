@@ -24,10 +24,9 @@ from torch import Tensor
 
 from ldm.data.images import ImageData
 from ldm.errors import UserError
-from ldm.files.arrays import Layout, changed, digests
+from ldm.files.arrays import Layout, changed, digests, mark_verified
 from ldm.files.atomic import write_text
 from ldm.files.reading import MISSING, retried, unreadable
-from ldm.runtime.launcher import is_started_by_first_rank
 
 MOMENTS_FILE = "moments.npy"
 JOURNAL_FILE = "chunks.json"
@@ -91,10 +90,14 @@ def encode_moments(
                 _save(file, folder, layout, batch_size, kept)
             raise
         _save(file, folder, layout, batch_size, kept)
+    mark_verified(file_path, kept)
 
 
-def check_moments(folder: Path) -> None:
-    """Compare every byte of a moments file with the journal beside it. A folder of before has none, and is believed.
+def check_moments(folder: Path, *, every_byte: bool = False) -> None:
+    """Compare a moments file with the journal beside it. A folder of an earlier version has none and passes.
+
+    Args:
+        every_byte: Compare all of it, also where its size and time say that nothing was written.
 
     Raises:
         UserError: naming the images whose latents changed; or its disk does not let it be read.
@@ -105,7 +108,7 @@ def check_moments(folder: Path) -> None:
     try:
         journal = _read_journal(folder)
         layout = Layout(*(journal[key] for key in ("header_bytes", "row_bytes", "num_rows", "chunk_rows")))
-        bad = changed(folder / MOMENTS_FILE, layout, journal["sha256"], length_only=is_started_by_first_rank())
+        bad = changed(folder / MOMENTS_FILE, layout, journal["sha256"], every_byte=every_byte)
     except (*MISSING, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{folder / JOURNAL_FILE}, which says what {MOMENTS_FILE} holds, does not fit ({error}). {_remedy(folder)}"

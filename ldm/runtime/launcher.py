@@ -19,11 +19,6 @@ def has_shared_run_name() -> bool:
     return RUN_NAME in os.environ
 
 
-def is_started_by_first_rank() -> bool:
-    """Whether Lightning started this process, from one that came as far as training. torchrun starts all at once."""
-    return os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ
-
-
 def slurm_job() -> dict[str, str]:
     """The job that this process belongs to under SLURM, which keeps its number when it is put into the queue again."""
     return {key: os.environ[key] for key in ("SLURM_JOB_ID", "SLURM_ARRAY_TASK_ID") if key in os.environ}

@@ -9,6 +9,7 @@ import random
 import shutil
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,13 @@ from PIL import Image
 
 import ldm.data.prepare as preparation
 from ldm.data import cache as image_cache
+from ldm.data.cache import damage
 from ldm.data.images import ImageData, prepare
 from ldm.data.loaders import train_loader
 from ldm.data.sources.image_folder import ImageFolder
 from ldm.errors import UserError
 from ldm.files import arrays, reading
+from ldm.files.arrays import digests
 
 
 @pytest.fixture
@@ -91,14 +94,32 @@ def test_a_disk_that_fails_while_a_cache_is_compared_is_no_damage(folder, cache,
     assert failed and (data.path / "images.npy").stat().st_ino == inode
 
 
-def test_a_process_that_the_first_rank_started_does_not_compare_again(folder, cache, monkeypatch):
+def test_what_was_compared_is_not_read_again_before_it_is_written_to(folder, cache, monkeypatch):
     path = open_quietly(ImageFolder(folder), cache).path
-    monkeypatch.setattr(arrays, "digests", lambda *_: pytest.fail("compared"))
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    open_quietly(ImageFolder(folder), cache)
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "all at once")
-    with pytest.raises(pytest.fail.Exception, match="compared"):
-        image_cache.damage(path)
+    images = path / "images.npy"
+    os.utime(images, ns=(0, 10**9))  # long ago
+    read = []
+    monkeypatch.setattr(arrays, "digests", lambda *given: read.append(given) or digests(*given))
+    for _ in range(3):
+        open_quietly(ImageFolder(folder), cache)
+    assert len(read) == 1
+    content = bytearray(images.read_bytes())
+    content[200] ^= 1
+    images.write_bytes(content)
+    assert damage(path) == "images 0 to 99 in images.npy changed since the images were prepared"
+    os.utime(images, ns=(0, 10**9))
+    assert damage(path) is None, "its time says that nothing was written"
+    assert damage(path, every_byte=True) is not None
+
+
+def test_the_processes_of_a_machine_compare_once(folder, cache, monkeypatch):
+    path = open_quietly(ImageFolder(folder), cache).path
+    os.utime(path / "images.npy", ns=(0, 10**9))
+    read = []
+    monkeypatch.setattr(arrays, "digests", lambda *given: read.append(given) or time.sleep(0.3) or digests(*given))
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(damage, [path] * 4)) == [None] * 4
+    assert len(read) == 1
 
 
 def test_a_killed_preparation_leaves_no_half_cache(folder, cache):

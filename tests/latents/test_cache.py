@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ldm.data.images import ImageData, prepare
+from ldm.data.images import ImageData, prepare, verify_images
 from ldm.data.sources.image_folder import ImageFolder
 from ldm.errors import UserError
-from ldm.latents.cache import latents_folder, open_latents
+from ldm.latents.cache import latents_folder, open_latents, verify_latents
 from ldm.latents.contract import LatentContract
 from ldm.latents.statistics import measure
 
@@ -185,3 +187,20 @@ def test_a_cache_under_its_earlier_name_is_used(images, contract, tmp_path, flip
     assert open_latents(refuse, contract, images, cache_dir=tmp_path).path == earlier
     other = dataclasses.replace(contract, val_fraction=0.4)
     assert open_latents(encode, other, ImageData.open(images.path, 0.4), cache_dir=tmp_path).path != earlier
+
+
+def test_every_byte_is_compared_on_request(images, contract):
+    """Also where a file's size and time say that nothing was written to it."""
+    folder = open_latents(encode, contract, images, cache_dir=images.path.parent).path
+    file = folder / "moments.npy"
+    os.utime(file, ns=(0, 10**9))
+    assert list(verify_latents(images)) == [folder]
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(0, 10**9))
+    open_latents(refuse, contract, images, cache_dir=images.path.parent)
+    with pytest.raises(UserError, match="changed since it was encoded: images 0 to 29"):
+        list(verify_latents(images))
+    assert verify_images(images) == images.path
+    shutil.rmtree(folder)

@@ -29,7 +29,6 @@ from ldm.training.callbacks.skip_step import (
     Numbers,
     RunningNorm,
     exceeds,
-    known_at_once,
     leave_out,
     parameters_of,
 )
@@ -104,16 +103,15 @@ class Guard(Callback):
         self.running = RunningNorm(max_spike, warmup_steps)
         self.tallies: dict[str, Any] = {"skipped_steps": 0, "rollbacks": 0, "offset": 0, "went_to": None}
         self.streak, self.began = 0, 0
-        self.skips: Tensor | None = None
-        """Whether the step that is being taken is left out, [] bool on its device; None: known not to be."""
-        self._beside: Tensor | None = None
+        self.skips = self._beside = torch.zeros((), dtype=torch.bool)
+        """Whether the step that is being taken is left out, [] bool on its device."""
         self._norm, self._limit = torch.zeros(()), LARGEST
         self._losses: list[Tensor] = []
         self._unclipped: list[Tensor] = []
         self._carried: dict[str, Any] = {}
         self._average = 0.0
         self._pending: Numbers | None = None
-        self._step, self._alone = 0, False
+        self._step = 0
 
     @property
     def offset(self) -> int:
@@ -134,26 +132,21 @@ class Guard(Callback):
         module.guard = self
 
     def on_train_start(self, trainer: Trainer, module: Any) -> None:
-        self._step, self._alone = trainer.global_step, trainer.world_size == 1
+        self._step = trainer.global_step
         clipped = {id(parameter) for parameter in module.trained.parameters()}
         self._unclipped = [p for p in parameters_of(trainer.optimizers[0]) if id(p) not in clipped]
 
     def watch(self, loss: Tensor) -> Tensor:
-        """The loss of a batch, to be minimised. One that is not finite makes the gradient NaN, on all ranks.
-
-        Where one host knows all losses at once, `judge` looks at them instead.
-        """
+        """The loss of a batch, to be minimised. One that is not finite makes the gradient NaN, on all ranks."""
         value = loss.detach()
         self._losses.append(value)
-        return loss if self._alone and known_at_once(value) else loss * (1 + 0 * value)
+        return loss * (1 + 0 * value)
 
     def judge(self, optimizer: Optimizer, norm: Tensor) -> None:
         """Leave the optimizer's step out where its gradient's norm says so: after backward, before the step."""
         for parameter in self._unclipped:  # a learned scale of the loss
             if parameter.grad is not None:
                 norm = norm + 0 * parameter.grad.sum()
-        if self._alone and known_at_once(norm) and not all(math.isfinite(loss.item()) for loss in self._losses):
-            norm = norm * math.nan
         self._norm, self._limit = norm.detach(), self.running.limit
         self.skips = self._beside = exceeds(self._norm, self._limit)
         leave_out(optimizer, self.skips)
@@ -161,8 +154,7 @@ class Guard(Callback):
     def judge_beside(self, optimizer: Optimizer) -> None:
         """The same for the step of a second optimizer, whose gradient must be finite and may spike."""
         norm = get_total_norm([p.grad for p in parameters_of(optimizer) if p.grad is not None])
-        own = exceeds(norm, LARGEST)
-        self._beside = own if self.skips is None else self.skips if own is None else self.skips | own
+        self._beside = self.skips | exceeds(norm, LARGEST)
         leave_out(optimizer, self._beside)
 
     def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -198,12 +190,8 @@ class Guard(Callback):
             f"(roll-back {self.tallies['rollbacks']} of {self.max_rollbacks}; see {self.notes})"
         )
 
-    def _gather(self) -> list[float] | Tensor:
+    def _gather(self) -> Tensor:
         losses, self._losses = self._losses, []
-        if known_at_once(self._norm):
-            flags = [float(bad is not None) for bad in (self.skips, self._beside)]
-            return [*flags, *(value.item() for value in (self._norm, *losses))]
-        assert self.skips is not None and self._beside is not None
         return torch.stack([value.float() for value in (self.skips, self._beside, self._norm, *losses)])
 
     def _count(self, numbers: Numbers) -> None:

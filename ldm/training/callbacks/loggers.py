@@ -64,9 +64,6 @@ class CsvLogger(Logger):
         self._columns: list[str] = []
         if not resume:
             file.unlink(missing_ok=True)
-        elif file.is_file():
-            with forgiving(file):
-                self._mend()
 
     @property
     def name(self) -> str:
@@ -76,23 +73,15 @@ class CsvLogger(Logger):
     def version(self) -> str:
         return ""
 
-    def _mend(self) -> None:
-        """Keep of what is there the rows that a power cut left readable."""
-        self._columns, rows, lost = _read(self.file)
-        if lost:
-            print(
-                f"warning: {self.file}: {lost} lines cannot be read and are left out; {len(rows)} are kept.", flush=True
-            )
-            write_text(self.file, _as_csv(self._columns, rows, header=True))
-
     def go_back(self, last: int) -> None:
         """Forget the rows of steps after `last`: training goes on from there, and they will come again."""
         self._rows = [row for row in self._rows if row["step"] <= last]
         if self.file.is_file():
             with forgiving(self.file):
-                _, rows, _ = _read(self.file)
-                kept = [row for row in rows if row["step"].isdigit() and int(row["step"]) <= last]
-                write_text(self.file, _as_csv(self._columns, kept, header=True))
+                columns, rows = _read(self.file)
+                rows = [row for row in rows if row["step"].isdigit() and int(row["step"]) <= last]
+                write_text(self.file, _as_csv(columns, rows, header=True))
+                self._columns = columns
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """The config is in config.yaml."""
@@ -123,7 +112,7 @@ class CsvLogger(Logger):
 
     def _rewrite(self) -> None:
         """Whole, with the columns that are new."""
-        columns, rows, _ = _read(self.file) if self.file.is_file() else ([], [], 0)
+        columns, rows = _read(self.file) if self.file.is_file() else ([], [])
         columns = sorted(set(columns).union(*self._rows))
         write_text(self.file, _as_csv(columns, [*rows, *self._rows], header=True))
         self._columns = columns
@@ -132,26 +121,12 @@ class CsvLogger(Logger):
         self.save()
 
 
-def _read(file: Path) -> tuple[list[str], list[dict[str, Any]], int]:
-    """Columns, rows, and how many lines are neither: torn, not text, or under a first line that names no `step`."""
-    *lines, torn = file.read_bytes().decode("utf-8", errors="replace").split("\n")
-    table = [_cells(line) for line in lines]
-    columns = table[0] if table else []
-    if "step" not in columns:
-        return ["step"], [], len(table) + bool(torn)
-    rows = [dict(zip(columns, cells, strict=True)) for cells in table[1:] if len(cells) == len(columns)]
-    return columns, rows, len(table) - 1 - len(rows) + bool(torn)
-
-
-def _cells(line: str) -> list[str]:
-    """Of a line as `_as_csv` writes it; none where it is something else."""
-    line = line.removesuffix("\r")
-    if not line.isprintable() or "\ufffd" in line:
-        return []
-    try:
-        return next(csv.reader([line]), [])
-    except csv.Error:
-        return []
+def _read(file: Path) -> tuple[list[str], list[dict[str, Any]]]:
+    """Columns and rows; a last line that a kill cut is dropped."""
+    *lines, _ = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    table = csv.DictReader(lines, restval="")
+    rows = list(table)
+    return (list(table.fieldnames or []), rows) if "step" in (table.fieldnames or []) else (["step"], [])
 
 
 def _as_csv(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], *, header: bool = False) -> str:

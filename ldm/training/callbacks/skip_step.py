@@ -2,7 +2,7 @@
 
 The verdict stays on the device, where the optimizer reads it as `found_inf`; the step's numbers are copied to the host
 meanwhile and read after the next step has been queued. An optimizer that does not know `found_inf` (torch's own know it
-with fused=True) costs a wait for the device at each step instead. On a CPU all of it is known at once.
+with fused=True) costs a wait for the device at each step instead.
 """
 
 import math
@@ -54,9 +54,9 @@ class Numbers:
     arrived: torch.cuda.Event | None = None
 
     @classmethod
-    def send(cls, step: int, limit: float, values: list[float] | Tensor) -> "Numbers":
+    def send(cls, step: int, limit: float, values: Tensor) -> "Numbers":
         """Start the copy; only CUDA's goes on beside the next step."""
-        if isinstance(values, list) or values.device.type != "cuda":
+        if values.device.type != "cuda":
             return cls(step, limit, values)
         host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         host.copy_(values, non_blocking=True)
@@ -76,23 +76,19 @@ class Numbers:
         return any(self.read()[:2])
 
 
-def known_at_once(value: Tensor) -> bool:
-    """Whether the host may read it without a wait."""
-    return value.device.type == "cpu"
-
-
-def exceeds(norm: Tensor, limit: float) -> Tensor | None:
-    """Whether a norm is above the limit or NaN, [] bool on its device; None: known not to be."""
-    if known_at_once(norm):
-        return None if norm.item() <= limit else torch.ones((), dtype=torch.bool)
+def exceeds(norm: Tensor, limit: float) -> Tensor:
+    """Whether a norm is above the limit or NaN, [] bool on its device."""
     return (norm <= limit).logical_not()
 
 
-def leave_out(optimizer: Optimizer, bad: Tensor | None) -> None:
+def is_on_host(value: Tensor) -> bool:
+    """Whether it is read without a wait."""
+    return value.device.type == "cpu"
+
+
+def leave_out(optimizer: Optimizer, bad: Tensor) -> None:
     """Make the optimizer's next step change nothing, neither weights nor state, where `bad`."""
-    if bad is None:
-        return
-    if not known_at_once(bad) and getattr(optimizer, "_step_supports_amp_scaling", False):
+    if not is_on_host(bad) and getattr(optimizer, "_step_supports_amp_scaling", False):
         optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # as torch's GradScaler hands it over
     elif bad:
         for parameter in parameters_of(optimizer):

@@ -54,33 +54,6 @@ def test_a_row_that_a_kill_cut_is_left_out(file):
     assert steps(file) == [0, 1]
 
 
-GARBAGE = {
-    "zeros": (lambda rows: rows[:3] + [bytes(4096)], 2),
-    "not text": (lambda rows: rows[:2] + [b"\xff\xfe,\x80\n"] + rows[2:], 3),
-    "no step": (lambda rows: [b"a,b\n"] + rows[1:], 0),
-    "torn amid": (lambda rows: rows[:2] + [b"1.0,\n"] + rows[2:], 3),
-    "a long line": (lambda rows: rows + [b"1" * 200_000 + b",2,3\n"], 3),
-    "nothing": (lambda rows: [], 0),
-}
-
-
-@pytest.mark.parametrize("kind", GARBAGE)
-def test_what_a_power_cut_made_of_it_ends_nothing(file, capsys, kind):
-    logger = CsvLogger(file, resume=False)
-    for step in range(3):
-        logger.log_metrics({"a": 1.0, "z": 2.0}, step)
-    logger.save()
-    spoil, kept = GARBAGE[kind]
-    file.write_bytes(b"".join(spoil(file.read_bytes().splitlines(keepends=True))))
-    again = CsvLogger(file, resume=True)
-    assert capsys.readouterr().out.count("warning: ") == (kind != "nothing")
-    assert kind == "nothing" or len(steps(file)) == kept
-    again.go_back(2)
-    again.log_metrics({"a": 1.0, "z": 2.0}, 3)
-    again.save()
-    assert len(steps(file)) == kept + 1 and steps(file)[-1] == 3
-
-
 @pytest.mark.parametrize("more", [{}, {"val/loss": 1.0}], ids=["the same columns", "a new column"])
 def test_a_full_disk_is_said_once_and_loses_nothing(file, capsys, monkeypatch, more):
     logger = CsvLogger(file, resume=False)
