@@ -132,10 +132,10 @@ class Session:
 
     def _stage_builder(self) -> Any:
         """A partial of the stage's class, on the autoencoder of the run that is continued: another may be newer."""
-        options: Any = OmegaConf.to_container(self.config.stage.build)
+        build, options = self.config.stage.build, {}
         if self.config.vae is None and (vae := self.continuation.known.get("vae")) is not None:
-            options["find_autoencoder"]["vae"] = vae
-        return construct(options)
+            options["find_autoencoder"] = construct(build.find_autoencoder, vae=vae)
+        return construct(build, **options)
 
     def build_stage(self, images: ImageData) -> Stage:
         """The stage with fresh weights, the same each time."""
