@@ -30,7 +30,7 @@ from ldm.data.sources.base import Record, Source
 from ldm.errors import InputError, UserError
 from ldm.files.atomic import durable_folder
 from ldm.files.lock import made_alone
-from ldm.files.reading import FULL, PASSING
+from ldm.files.reading import FULL, is_failure
 
 MAX_DISK_FAILURES = 8
 """Files that a failing disk kept from being read, after every try: more, and it is the disk that needs repair."""
@@ -129,10 +129,10 @@ def _write_images(
             bar.advance(task)
             if isinstance(result, Exception):
                 num_skipped += 1
-                num_failures += isinstance(result, OSError) and result.errno in PASSING
+                num_failures += is_failure(result)
                 if num_failures > MAX_DISK_FAILURES:
                     raise UserError(
-                        f"The disk of {source.name} fails: {num_failures} files could not be read after several tries "
+                        f"The disk of {source.name} fails: {num_failures} files could not be read in two tries "
                         f"each, the last being {record.name} ({_reason(result)}). Nothing was kept; start the same "
                         "command again when it answers."
                     )

@@ -14,7 +14,7 @@ from typing import Any
 from ldm.data.excluded import Excluded, is_system_name
 from ldm.data.sources.base import Record, digest_of_files, folder_name, printable
 from ldm.errors import InputError, UserError
-from ldm.files.reading import PASSING, read_file, retried
+from ldm.files.reading import is_failure, read_file, retried
 from ldm.runtime.paths import is_run
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -107,7 +107,7 @@ class ImageFolder:
         return dict(sorted(files.items()))
 
     def _closed_folder(self, error: OSError) -> None:
-        if error.errno in PASSING or Path(error.filename) == self.path:
+        if is_failure(error) or Path(error.filename) == self.path:
             raise error
         self._closed[Path(error.filename).relative_to(self.path).as_posix() + "/"] = error
 
