@@ -75,4 +75,5 @@ def _read_metric(name: str, value: float, content: Mapping[str, Any]) -> Metric:
         # as many images as there are samples, unless there were fewer
         num = content.get("num_held_out" if "_held_out_" in name else f"num_{last}")
         error = share_error(value, num or content["num_samples"])
-    return Metric(value, error, dof, flatten(settings))
+    n = content.get(f"num_{last}") or content.get("num_samples") or content.get("num_images")
+    return Metric(value, error, dof, flatten(settings), n)

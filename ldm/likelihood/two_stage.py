@@ -76,7 +76,8 @@ class Terms:
 
 def mean_metric(values: Tensor) -> Metric:
     """Mean and its standard error between images (nan for a single one)."""
-    return Metric(values.mean().item(), values.std().item() / len(values) ** 0.5 if len(values) > 1 else math.nan)
+    n = len(values)
+    return Metric(values.mean().item(), values.std().item() / n**0.5 if n > 1 else math.nan, n=n)
 
 
 def draw_latents(

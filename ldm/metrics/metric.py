@@ -17,6 +17,8 @@ class Metric:
     """Degrees of freedom of the standard error."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """How it was measured: metrics compare where these are equal."""
+    n: int | None = None
+    """Of how many images or samples it is."""
 
     @property
     def is_measured(self) -> bool:

@@ -791,7 +791,7 @@ def test_a_run_on_other_images_is_no_comparison(fails, runs, monkeypatch):
 def test_reports_of_other_images_are_not_compared(runs):
     options = {"device": torch.device("cpu"), "num_images": 3}
     one, two = (measure_likelihood(runs[0], seed=seed, **options) for seed in (0, 1))
-    assert paired_difference(one, one) == Metric(0.0, 0.0)
+    assert paired_difference(one, one) == Metric(0.0, 0.0, n=3)
     with pytest.raises(UserError, match="not trained and validated on the same images"):
         paired_difference(one, two)
 

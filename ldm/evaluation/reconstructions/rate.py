@@ -35,12 +35,14 @@ def reconstruction_distances(reconstructed: Tensor, own: Tensor, train: Tensor) 
     groups = min(NUM_GROUPS, len(own) // 2)
     for name, (first, second) in {"reconstructions": seen[:2], "validation": seen[1:]}.items():
         found[f"fd_{name}"] = (
-            Metric(*frechet_interval(first, second, num_groups=groups, paired=name == "reconstructions"))
+            Metric(*frechet_interval(first, second, num_groups=groups, paired=name == "reconstructions"), n=len(first))
             if groups >= 2
-            else Metric(frechet_distance(first, second))
+            else Metric(frechet_distance(first, second), n=len(first))
         )
     for name, first, second in (("reconstructions", reconstructed, own), ("validation", own, train)):
         enough = num >= 2 * NUM_SUBSETS
         paired = name == "reconstructions"
-        found[f"kd_{name}"] = Metric(*kernel_distance(first, second, paired=paired)) if enough else UNMEASURED
+        found[f"kd_{name}"] = (
+            Metric(*kernel_distance(first, second, paired=paired), n=len(first)) if enough else UNMEASURED
+        )
     return found

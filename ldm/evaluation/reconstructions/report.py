@@ -239,7 +239,7 @@ def _compare_images(
 
 
 def _mean_over_images(values: Tensor) -> Metric:
-    return Metric(values.mean().item(), values.std().item() / math.sqrt(len(values)))
+    return Metric(values.mean().item(), values.std().item() / math.sqrt(len(values)), n=len(values))
 
 
 def _plot_worst(

@@ -55,20 +55,20 @@ class Measures:
             reference: Instead of all training images.
             frechet: What `frechet` found of the same features, where it was asked before.
         """
-        size = self.num_per_subset(features, reference)
+        size, n = self.num_per_subset(features, reference), len(features)
         frechet = frechet or self.frechet(features, reference)
         reference = self.train if reference is None else reference
-        found = {"fd": UNMEASURED if frechet is None else Metric(frechet[0], jackknife_error(frechet[1]))}
-        found["kd"] = Metric(*kernel_distance(features, reference)) if size >= 2 else UNMEASURED
+        found = {"fd": UNMEASURED if frechet is None else Metric(frechet[0], jackknife_error(frechet[1]), n=n)}
+        found["kd"] = Metric(*kernel_distance(features, reference), n=n) if size >= 2 else UNMEASURED
         for names, metric, smallest in (
             (("precision", "recall"), precision_recall, 4),
             (("density", "coverage"), lambda a, b: density_coverage(b, a), 6),
         ):
             values = over_subsets(metric, features, reference) if size >= smallest else None
-            found |= {name: Metric(*values[i]) if values else UNMEASURED for i, name in enumerate(names)}
+            found |= {name: Metric(*values[i], n=n) if values else UNMEASURED for i, name in enumerate(names)}
         if self.with_cmmd:
             parts = over_subsets(lambda a, b: (cmmd(a, b),), features, reference) if size else ()
-            found["cmmd"] = Metric(cmmd(features, reference), parts[0][1]) if parts else UNMEASURED
+            found["cmmd"] = Metric(cmmd(features, reference), parts[0][1], n=n) if parts else UNMEASURED
         return found
 
     def frechet(self, features: Tensor, reference: Tensor | None = None) -> tuple[float, Tensor] | None:

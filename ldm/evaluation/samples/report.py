@@ -221,12 +221,12 @@ def _classes(
     lines = ["Classes that the classifier names, against those it names of the training images: total variation"]
     for name in named:
         shift, error = class_shift(named[name], reference)
-        content[f"class_shift_{name.split()[0]}"] = Metric(shift, error)
+        content[f"class_shift_{name.split()[0]}"] = Metric(shift, error, n=len(named[name]))
         lines.append(f"  {name:18} {shift:.3f} +- {error:.3f}")
     content["classifier_val_accuracy"] = classifier.val_accuracy
     if asked is not None:
         share, error = class_accuracy(named["samples"], asked)
-        content["class_accuracy_samples"] = Metric(share, error)
+        content["class_accuracy_samples"] = Metric(share, error, n=len(asked))
         lines.append(
             f"  the class that was asked for: {share:.1%} +- {error:.1%} of the samples; of the validation images "
             f"it names {classifier.val_accuracy:.1%}"
@@ -240,7 +240,7 @@ def _memorisation(found: Memorisation, images: ImageData, content: dict[str, Any
     medians = [part.median().item() for part in (found.distances, found.validation_distances)]
     content |= {
         "close_threshold": found.threshold,
-        "close_share_samples": Metric(found.close_share, found.close_share_standard_error),
+        "close_share_samples": Metric(found.close_share, found.close_share_standard_error, n=len(found.distances)),
         "nearest_distance_median_samples": medians[0],
         "nearest_distance_median_validation": medians[1],
         "closest_pairs": [

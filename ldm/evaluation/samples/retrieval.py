@@ -56,7 +56,7 @@ def held_out_retrieval(
         texts = [images.captions_of(images.train_indices[row]) for row in nearest.tolist()]
         shown = conditioning.of_request(prompts=[text for several in texts for text in several])[0]["pooled"]
         own, permuted, error = caption_agreement(prompts, shown.split([len(several) for several in texts]))
-        metrics[f"caption_cosine_held_out_{name}"] = Metric(own, error)
+        metrics[f"caption_cosine_held_out_{name}"] = Metric(own, error, n=len(part))
         metrics.setdefault("caption_cosine_held_out_permuted", permuted)  # of the samples, which come first
         lines.append(f"  {name:18} {own:.3f} +- {error:.3f}, with other prompts {permuted:.3f}")
     among = f"retrieval of the own image among {len(validation)} validation images, {features}:"
