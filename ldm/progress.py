@@ -1,10 +1,24 @@
 """The progress bar of long work."""
 
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+T = TypeVar("T")
 
 
-def progress() -> Progress:
-    """A bar with time left for long measurements."""
+def progress(*more: ProgressColumn, transient: bool = True, disable: bool = False) -> Progress:
+    """A bar on standard error, with the time spent and the time left; `more` columns come after these."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -12,8 +26,17 @@ def progress() -> Progress:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        transient=True,
+        *more,
+        console=Console(stderr=True),
+        transient=transient,
+        disable=disable,
     )
+
+
+def track(items: Iterable[T], what: str, total: float | None = None) -> Iterator[T]:
+    """The same items, with a bar that tells how many are done."""
+    with progress() as bar:
+        yield from bar.track(items, total, description=what)
 
 
 class Bars:

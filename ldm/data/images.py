@@ -266,7 +266,7 @@ def prepare(
     folder = Path(cache_dir or default_cache_dir()).expanduser() / f"{source.name}-{key}"
     if damage(folder) is not None:
         fill_cache(
-            folder, source, made_from, max_bad_fraction=max_bad_fraction, max_pixels=max_pixels, progress=progress
+            folder, source, made_from, max_bad_fraction=max_bad_fraction, max_pixels=max_pixels, show_progress=progress
         )
     data = ImageData.open(folder, val_fraction)
     check_quarantine(data.num_skipped, len(data), max_bad_fraction, quarantine_of(folder))

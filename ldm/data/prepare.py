@@ -20,8 +20,6 @@ from typing import IO, Any
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ldm.data.cache import IMAGES_FILE, QUARANTINE_FILE, check_quarantine, damage, fingerprint, write_index
 from ldm.data.colour import Profile, count_profiles
@@ -31,13 +29,20 @@ from ldm.errors import InputError, UserError
 from ldm.files.atomic import durable_folder
 from ldm.files.lock import made_alone
 from ldm.files.reading import FULL, is_failure
+from ldm.progress import progress
 
 MAX_DISK_FAILURES = 8
 """Files that a failing disk kept from being read, after every try: more, and it is the disk that needs repair."""
 
 
 def fill_cache(
-    folder: Path, source: Source, made_from: dict[str, Any], *, max_bad_fraction: float, max_pixels: int, progress: bool
+    folder: Path,
+    source: Source,
+    made_from: dict[str, Any],
+    *,
+    max_bad_fraction: float,
+    max_pixels: int,
+    show_progress: bool,
 ) -> None:
     """Write the cache folder of a source. It appears whole or not at all; a second process waits for the first.
 
@@ -54,7 +59,7 @@ def fill_cache(
             _check_space(folder.parent, source.num_records * 3 * transform["resolution"] ** 2)
         try:
             with durable_folder(folder) as scratch, _quiet_pillow(max_pixels):
-                index = _write_images(scratch, source, transform, max_pixels, progress)
+                index = _write_images(scratch, source, transform, max_pixels, show_progress)
                 if index["num_skipped"]:
                     # Left beside the cache when the preparation fails, so that the whole list can be read.
                     complete = folder.with_name(f"{folder.name}.{QUARANTINE_FILE}")
@@ -102,7 +107,7 @@ def _quiet_pillow(max_pixels: int) -> Iterator[None]:
 
 
 def _write_images(
-    scratch: Path, source: Source, transform: dict[str, Any], max_pixels: int, progress: bool
+    scratch: Path, source: Source, transform: dict[str, Any], max_pixels: int, show_progress: bool
 ) -> dict[str, Any]:
     names, hashes, captions, labels, profiles, num_skipped, num_failures = [], [], [], [], [], 0, 0
     resolution, resize = transform["resolution"], transform["resize"]
@@ -110,16 +115,8 @@ def _write_images(
     def read(record: Record) -> tuple[str, np.ndarray, Profile] | Exception:
         return _read(record, resolution, resize, max_pixels)
 
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not progress,
-    )
     with (
-        bar,
+        progress(transient=False, disable=not show_progress) as bar,
         (scratch / IMAGES_FILE).open("wb") as pixels_file,
         (scratch / QUARANTINE_FILE).open("w", encoding="utf-8") as quarantine,
     ):

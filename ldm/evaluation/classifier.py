@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.progress import track
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ from ldm.files.atomic import durable_file, write_text
 from ldm.files.untrusted import check_fields, first_line, read_json
 from ldm.metrics.features import weights_digest
 from ldm.metrics.subsets import NUM_GROUPS, jackknife_error
+from ldm.progress import track
 from ldm.runtime.random import derive_seed, torch_generator
 
 FORMAT = 1
@@ -150,7 +150,7 @@ def fit_classifier(classifier: Classifier, images: ImageData, labels: Tensor, *,
     )
     network: Any = classifier.train()
     network.to(memory_format=torch.channels_last)  # 1.4 times as fast on a CPU
-    for step in track(range(num_steps), "training a classifier", transient=True):
+    for step in track(range(num_steps), "training a classifier"):
         chosen = indices[batch_at(step, size=len(indices), batch_size=batch_size, seed=order)]
         loss = F.cross_entropy(classifier.logits(images.batch(chosen)), labels[chosen])
         optimizer.zero_grad()

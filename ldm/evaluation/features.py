@@ -4,7 +4,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 
 from ldm.data.images import ImageData
@@ -13,6 +12,7 @@ from ldm.evaluation.classifier import Classifier, load_classifier
 from ldm.files.atomic import durable_file
 from ldm.files.untrusted import read_array
 from ldm.metrics.features import CHOICES, HUB_IDS
+from ldm.progress import track
 
 NO_FEATURES = "none"
 
@@ -63,7 +63,7 @@ def extract(network: nn.Module, images: Tensor | ImageSet, title: str, batch_siz
     device = next(network.parameters()).device
     parts = []
     with torch.no_grad():
-        for start in track(range(0, len(images), batch_size), title, transient=True):
+        for start in track(range(0, len(images), batch_size), title):
             rows = range(start, min(start + batch_size, len(images)))
             part = images[rows.start : rows.stop] if isinstance(images, Tensor) else images.batch(rows)
             parts.append(network(part.to(device)).float().cpu())

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import track
 from torch import Tensor
 
 from ldm.data.images import ImageData
+from ldm.progress import track
 from ldm.runtime.random import sample_generators
 from ldm.sampling.pipeline import LatentDiffusionPipeline
 
@@ -49,5 +49,5 @@ class VAEAlone:
 
 def track_batches(images: ImageData, rows: np.ndarray, batch_size: int, title: str) -> Iterator[Tensor]:
     """Yield the images of these rows in batches, with a progress bar."""
-    for start in track(range(0, len(rows), batch_size), title, transient=True):
+    for start in track(range(0, len(rows), batch_size), title):
         yield images.batch(rows[start : start + batch_size])

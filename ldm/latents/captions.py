@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from ldm.data.images import default_cache_dir
 from ldm.files.atomic import durable_folder
 from ldm.files.lock import made_alone
 from ldm.files.untrusted import read_array
+from ldm.progress import progress
 
 
 class CaptionData:
@@ -74,9 +74,8 @@ def _embed(
     folder: Path, encode: Callable[[Sequence[str]], dict[str, Tensor]], captions: Sequence[str], batch_size: int
 ) -> None:
     arrays: dict[str, np.memmap] = {}
-    columns = (TextColumn("embedding captions"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True) as bar:
-        task = bar.add_task("", total=len(captions))
+    with progress() as bar:
+        task = bar.add_task("embedding captions", total=len(captions))
         for start in range(0, len(captions), batch_size):
             part = encode(captions[start : start + batch_size])
             for name, value in part.items():

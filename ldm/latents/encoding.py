@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from ldm.data.images import ImageData
@@ -27,6 +26,7 @@ from ldm.errors import UserError
 from ldm.files.arrays import Layout, changed, digests, mark_verified
 from ldm.files.atomic import write_text
 from ldm.files.reading import MISSING, retried, unreadable
+from ldm.progress import progress
 
 MOMENTS_FILE = "moments.npy"
 JOURNAL_FILE = "chunks.json"
@@ -64,10 +64,9 @@ def encode_moments(
     if done:
         logging.getLogger(__name__).info("%d of %d images were encoded before: going on there.", done, shape[0])
 
-    columns = (TextColumn("encoding latents"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     # unbuffered: what a full disk refused is not tried again when the file is closed
-    with file_path.open("r+b" if kept else "w+b", buffering=0) as file, Progress(*columns, transient=True) as bar:
-        task = bar.add_task("", total=shape[0], completed=done)
+    with file_path.open("r+b" if kept else "w+b", buffering=0) as file, progress() as bar:
+        task = bar.add_task("encoding latents", total=shape[0], completed=done)
         saved = time.monotonic()
         try:
             if not kept:

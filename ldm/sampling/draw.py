@@ -8,19 +8,12 @@ from typing import Any
 
 import torch
 from PIL import Image
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from torch import Tensor
 
 from ldm.diffusion.samplers.base import OnStep, SamplerLike
 from ldm.errors import UserError
 from ldm.image_grid import grid, rows, to_pil
+from ldm.progress import progress
 from ldm.runtime.random import sample_generators
 from ldm.sampling.pipeline import LatentDiffusionPipeline
 from ldm.sampling.request import Request
@@ -56,9 +49,8 @@ def draw(
         raise UserError(f"sampler={sampler.method} with {sampler.steps} steps: {error}.") from error
     pipeline.check_sigma(sampler.variance)
     total = len(request)
-    columns = (TextColumn("sampling"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True) as bar:
-        task = bar.add_task("", total=total, completed=first)
+    with progress() as bar:
+        task = bar.add_task("sampling", total=total, completed=first)
         done = first
 
         def step(s: float, z_s: Tensor, z_0: Tensor) -> None:

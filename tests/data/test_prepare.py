@@ -219,7 +219,7 @@ def test_a_disk_that_fills_up_is_a_user_error(folder, cache, monkeypatch):
 def test_progress_is_shown_on_stderr(folder, cache, capsys):
     open_quietly(ImageFolder(folder), cache, progress=True)
     captured = capsys.readouterr()
-    assert "Preparing reds at 8 px" in captured.err and "100/100" in captured.err and captured.out == ""
+    assert "Preparing reds at 8 px" in captured.err and "100%" in captured.err and captured.out == ""
 
 
 def test_a_cache_of_before_opens_as_it_is(folder, cache):

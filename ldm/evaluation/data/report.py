@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from rich.progress import track
 from torch import Tensor
 
 from ldm.data.images import ImageData
@@ -26,6 +25,7 @@ from ldm.image_grid import MARGIN, PAPER, grid, to_pil
 from ldm.metrics import duplicates as metrics
 from ldm.metrics.kernel import vendi_score
 from ldm.metrics.neighbours import density_coverage, expected_coverage, nearest_distances
+from ldm.progress import track
 from ldm.runtime.random import numpy_generator
 
 NEIGHBOURS, COMPARED = 5, 2000
@@ -116,7 +116,7 @@ def _find_copies(
     digests: list[bytes] = []
     hashes, colours, blank = [], [], []
     starts = range(0, len(images), 256)
-    for start in track(starts, "reading pixels", transient=True):
+    for start in track(starts, "reading pixels"):
         part = range(start, min(start + 256, len(images)))
         digests += [hashlib.sha256(image.tobytes()).digest() for image in images.images[start : start + 256]]
         pixels = images.batch(part)
@@ -128,7 +128,7 @@ def _find_copies(
     near = metrics.near_pairs(
         torch.cat(hashes)[rows], torch.cat(colours)[rows], max_bits=max_bits, max_levels=max_levels
     )
-    for found in track(near, "near duplicates", metrics.num_block_pairs(len(rows)), transient=True):
+    for found in track(near, "near duplicates", metrics.num_block_pairs(len(rows))):
         copies.add(*found, keep=LISTED)
 
     def named(i: int) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def _measure_in_features(images: ImageData, features: Tensor, seed: int) -> tupl
             starts = range(0, len(rows), 256)
             nearest = [
                 nearest_distances(rows[i : i + 256], gallery, own=None if own is None else own[i : i + 256])
-                for i in track(starts, f"nearest training images, {split}", transient=True)
+                for i in track(starts, f"nearest training images, {split}")
             ]
             distances[split] = torch.cat(nearest)[:, 0]
             content[f"nearest_distance_{split}"] = distances[split].mean().item()

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from ldm.evaluation.latents.figure import plot_channels, plot_latents
 from ldm.latents import spectrum
 from ldm.latents.spectrum import ChannelStatistics, channel_statistics
 from ldm.metrics.image import fold, patch_components, psnr, unfold
+from ldm.progress import track
 from ldm.runs.run import Run, choose_images
 from ldm.runtime.random import torch_generator
 
@@ -186,7 +186,7 @@ def _move_channels(autoencoder: Autoencoder, images: ImageData, found: ChannelSt
     first = autoencoder.encode(images.batch(images.val_indices[np.unique(apart)]))[0]
     return {
         channel: move_channel(autoencoder, first, channel, found.std[channel].item())
-        for channel in track(shown, "moving channels", transient=True)
+        for channel in track(shown, "moving channels")
     }
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress, TextColumn
 
+from ldm.progress import progress
 from ldm.training.callbacks.speed import Speed, peak_memory_gb
 from ldm.training.optim.budget import Budget
 
@@ -32,15 +33,8 @@ class ProgressBar(Callback):
         self._shown = self._window_start = time.perf_counter()
         self._window_step = trainer.global_step
         if sys.stderr.isatty():
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.percentage:3.0f}%"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                TextColumn("step {task.fields[step]}  loss {task.fields[loss]}  {task.fields[rate]} images/s"),
-            )
+            last = "step {task.fields[step]}  loss {task.fields[loss]}  {task.fields[rate]} images/s"
+            self._bar = progress(TextColumn(last), transient=False)
             self._bar.start()
             self._bar.add_task(self.title, total=1.0, step=0, loss="-", rate="-")
 
@@ -74,15 +68,15 @@ class ProgressBar(Callback):
         self._window_start += time.perf_counter() - self._paused
 
     def _show(self, step: int, loss: float) -> None:
-        progress = self.budget.progress(step)
+        share = self.budget.progress(step)
         if self._bar:
             rate = f"{self.images_per_s:.0f}"
-            self._bar.update(self._bar.task_ids[0], completed=progress, step=step, loss=f"{loss:.4f}", rate=rate)
+            self._bar.update(self._bar.task_ids[0], completed=share, step=step, loss=f"{loss:.4f}", rate=rate)
         else:
-            left_s = self.budget.elapsed_s * (1 - progress) / max(progress, 1e-9)
+            left_s = self.budget.elapsed_s * (1 - share) / max(share, 1e-9)
             minutes, seconds = divmod(round(left_s), 60)
             print(
-                f"{self.title}: {progress:4.0%}, {minutes}:{seconds:02d} left, step {step}, loss {loss:.4f}, "
+                f"{self.title}: {share:4.0%}, {minutes}:{seconds:02d} left, step {step}, loss {loss:.4f}, "
                 f"{self.images_per_s:.0f} images/s",
                 flush=True,
             )
