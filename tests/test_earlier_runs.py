@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.cli.targets import MOVED, SAMPLER, SAMPLERS, construct_values, with_current_targets
+from ldm.cli.main import construct
+from ldm.cli.targets import MOVED, SAMPLER, SAMPLERS, with_current_targets
 from ldm.evaluation.comparison.compare import compare_runs
 from ldm.runs.run import Run
 from ldm.runtime.paths import folder
@@ -67,7 +68,7 @@ def test_a_constructor_that_moved_is_no_difference(runs):
 def test_the_one_class_of_samplers_becomes_that_of_its_method(method):
     """It took eta and variance for any method, and used them for one."""
     options = {"steps": 4, "clip": 2.0, "spacing": "trailing", "eta": 0.0, "variance": None}
-    sampler = construct_values(with_current_targets({"_target_": SAMPLER, "method": method, **options}))
+    sampler = construct(with_current_targets({"_target_": SAMPLER, "method": method, **options}))
     assert sampler.method == method and {**options, **asdict(sampler)} == options
 
 

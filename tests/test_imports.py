@@ -66,7 +66,6 @@ READERS = {
     "sys.argv": {"ldm/cli/main.py"},
     "os.environ": {
         "ldm/cli/main.py",  # HYDRA_FULL_ERROR
-        "ldm/cli/targets.py",  # LDM_TRUST
         "ldm/data/images.py",  # LDM_CACHE
         "ldm/runtime/launcher.py",  # ranks, SLURM, the run's name
         "ldm/tracking/run.py",  # WANDB_*

@@ -17,6 +17,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
@@ -28,10 +29,9 @@ from safetensors import SafetensorError
 
 from ldm.cli.arguments import bracket_lists, check_arguments, escape, gather, quote_free_text
 from ldm.cli.command_line import SEARCH_PATH, CommandLine
-from ldm.cli.config_files import check_foreign_files
 from ldm.cli.options import settle
 from ldm.cli.remedies import elsewhere, explain_input, has_option
-from ldm.cli.targets import check_config, construct_values, with_current_targets
+from ldm.cli.targets import with_current_targets
 from ldm.errors import InputError, UserError
 from ldm.files.untrusted import one_line
 from ldm.runtime import signals
@@ -49,9 +49,10 @@ _DISK_FAULTS = {
 
 
 def construct(config: Any, **options: Any) -> Any:
-    """What a part of a config describes, made: `_target_` with the rest as its arguments, and `options` besides."""
+    """What a part of a config describes, made by Hydra: `_target_` with the rest as its arguments, plain values all."""
     values = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
-    return construct_values(values, **options)
+    # twice: Hydra resolves a config, and every value of it once more when it hands it over
+    return instantiate(_escaped(_escaped(values)), _convert_="all", **options)
 
 
 def main() -> None:
@@ -97,8 +98,6 @@ def run(
 
     With -m the task runs once per job; one that fails does not keep the others from running.
 
-    A file outside conf/ is composed only where ldm.cli.targets finds plain values and known constructors in it.
-
     Exits with 2 after bad input, with 128 and the number of a signal that ended it. HYDRA_FULL_ERROR=1 shows the
     traceback.
 
@@ -115,7 +114,6 @@ def run(
         sys.argv[1:] = arguments if command.sweeps else bracket_lists(quote_free_text(arguments), lists)
     except UserError as error:
         command.report(error)
-    check_foreign_files()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to Hydra's own report
     start = hydra.main(version_base="1.3", config_path=str(folder("conf")), config_name=config_name)(command.run_job)
     try:
@@ -162,7 +160,6 @@ class _Command:
             values = with_current_targets(OmegaConf.to_container(config, resolve=True))
             settle(values)
             self.composed = values
-            check_config(values, "the config", typed=self.typed, interpolations="any")
             task = pkgutil.resolve_name(self.task) if isinstance(self.task, str) else self.task
             task(as_config(values))
         except Exception as error:
@@ -209,18 +206,18 @@ def command_line() -> CommandLine:
 
 def as_config(values: Any) -> DictConfig:
     """Resolved values as a config that reads as exactly these: a text with ${ in it is no interpolation of its own."""
-
-    def literal(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: literal(part) for key, part in value.items()}
-        if isinstance(value, list):
-            return [literal(part) for part in value]
-        return escape(value) if isinstance(value, str) else value
-
-    config = OmegaConf.create(literal(values))
+    config = OmegaConf.create(_escaped(values))
     OmegaConf.set_struct(config, True)
     OmegaConf.set_readonly(config, True)  # what was checked is what is used
     return config
+
+
+def _escaped(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _escaped(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_escaped(part) for part in value]
+    return escape(value) if isinstance(value, str) else value
 
 
 def require_values(config: DictConfig) -> None:

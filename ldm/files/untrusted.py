@@ -1,7 +1,7 @@
 """Files that a stranger may have written: read as data or refused by name, and nothing in them is ever run.
 
 JSON objects with the types of their fields, arrays of numpy, weights in safetensors, names that become files, links
-that leave a folder. What a config may name is said in ldm.cli.targets.
+that leave a folder.
 """
 
 import json

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from ldm.autoencoder.autoencoder import Autoencoder
-from ldm.cli.targets import check_yaml, with_current_targets
+from ldm.cli.targets import with_current_targets
 from ldm.data.images import ImageData
 from ldm.errors import InputError, UserError
 from ldm.files.atomic import write_text
@@ -152,18 +152,18 @@ class Run:
         """The config as plain values. Nothing in it is instantiated, interpolated or made by a tag.
 
         Raises:
-            UserError: it is missing or no YAML, or names what ldm.cli.targets does not know.
+            UserError: it is missing, or no YAML of plain values.
         """
         if self.composed is not None:
             return copy.deepcopy(self.composed)
         file = self.path / CONFIG_FILE
         try:
             text = file.read_text(encoding="utf-8")
-            check_yaml(text, str(file))
+            events = yaml.parse(text, Loader=yaml.SafeLoader)
+            if any(getattr(event, "tag", None) or getattr(event, "anchor", None) for event in events):
+                raise ValueError("it holds a tag or an alias, which training writes nowhere")
             content = OmegaConf.to_container(OmegaConf.create(text))
-        except UserError:
-            raise
-        except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
             raise UserError(
                 f"{file} cannot be read ({first_line(error)}). Put back the file as it was written."
             ) from error

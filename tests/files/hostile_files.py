@@ -175,73 +175,27 @@ def wrong_shape(tensors: dict[str, torch.Tensor]) -> None:
 
 
 RUNS_CODE = 'import os\nos.system("touch CANARY")\n'
-TARGETS = {
-    "os.system": "network: {_target_: os.system, command: touch CANARY}",
-    "torch.load": "network: {_target_: torch.load, f: evil.pt, weights_only: false}",
-    "builtins.eval": "network: {_target_: builtins.eval, _args_: ['1']}",
-    "get_method": "network: {_target_: hydra.utils.get_method, path: os.system}",
-    "functools.partial": "a: {b: {_target_: functools.partial, _args_: [{_target_: os.system}]}}",
-    "a module in ours": "network: {_target_: ldm.runs.provenance.subprocess.run, args: [touch, CANARY]}",
-    "in a list": "a: [1, [{b: {_target_: os.system, _partial_: true}}]]",
-    "in arguments of ours": "a: {_target_: ldm.networks.dit.DiT, _args_: [{_target_: os.system}], _recursive_: true}",
-    "interpolated": "b: os.system\na: {_target_: '${b}'}",
-    "no text": "a: {_target_: [os.system]}",
-    "ours with blanks": "a: {_target_: 'ldm.networks.dit.DiT '}",
+INERT = {
+    "_target_": "network: {_target_: os.system, command: touch CANARY}",
+    "an interpolation": "name: '${oc.create:{_target_: os.system}}'",
 }
-INTERPOLATIONS = {
-    "the environment": "name: ${oc.env:HOME}",
-    "decoded": "name: '${oc.decode:\"{_target_: os.system}\"}'",
-    "made": "name: '${oc.create:{_target_: os.system}}'",
-    "nested": "a: b\nname: ${a.${oc.env:HOME}}",
-    "plain": "a: 1\nb: ${a}",
-}
+"""What runs in a config that is composed, and is text in the record of a run."""
 YAML = {
     "a tag that runs": (
         "a: !!python/object/apply:os.system ['touch CANARY']",
-        "the tag tag:yaml.org,2002:python/object",
+        "a tag or an alias",
     ),
-    "a tag that makes a module": ("a: !!python/module:os", "the tag"),
-    "a tag that OmegaConf knows": ("a: !!python/object/apply:pathlib.Path [x]", "the tag"),
+    "a tag that makes a module": ("a: !!python/module:os", "a tag or an alias"),
+    "a tag that OmegaConf knows": ("a: !!python/object/apply:pathlib.Path [x]", "a tag or an alias"),
     "aliases that multiply": (
         "a: &a [x, x, x, x, x, x, x, x, x]\n"
         + "\n".join(f"{b}: &{b} [{', '.join(['*' + a] * 9)}]" for a, b in zip("abcdefgh", "bcdefghi", strict=True)),
-        "the anchor or alias a",
+        "a tag or an alias",
     ),
-    "deep": ("[" * 5000 + "]" * 5000, "levels deep"),
-    "no YAML": ("a: [1,\nb: {", "is not YAML"),
+    "deep": ("[" * 5000 + "]" * 5000, "cannot be read"),
+    "no YAML": ("a: [1,\nb: {", "cannot be read"),
     "twice the same key": ("a: 1\na: 2", "cannot be read"),
     "a list": ("[1, 2]", "holds no keys"),
-}
-MADE = "{oc.create:{_target_: os.system, command: touch CANARY}}"
-FOREIGN = {
-    "_target_": ("network: {_target_: os.system, command: touch CANARY}", "network._target_=os.system"),
-    "a callback": (
-        "hydra: {callbacks: {a: {_target_: os.system, command: touch CANARY}}}",
-        "hydra.callbacks.a._target_=os.system",
-    ),
-    "its logging": ("hydra: {job_logging: {handlers: {a: {(): os.system}}}}", "sets Hydra itself"),
-    "its package": ("# @package hydra.callbacks\na: {_target_: ldm.networks.dit.DiT}", "sets Hydra itself"),
-    "a launcher": ("defaults: [{override hydra/launcher: evil}]", "sets Hydra itself"),
-    "a resolver": ("seed: ${oc.env:HOME}", "is an interpolation"),
-    "a tag": ("seed: !!python/object/apply:os.system [touch CANARY]", "the tag"),
-    "a reference in two parts": (f'd: "$"\ne: "{MADE}"\nnetwork: "${{d}}${{e}}"', "network=${d}${e} is an interp"),
-    "a reference and text": (f"e: '{MADE[:-1]}'\nnetwork: '${{e}}}}'", "is an interpolation"),
-    "text and a reference": (f"e: '{MADE[1:]}'\nnetwork: '${{${{e}}'", "is an interpolation"),
-    "parts in a list": (f'd: ["$", "{MADE}"]\nnetwork: "${{d[0]}}${{d[1]}}"', "is an interpolation"),
-    "parts within parts": ('d: b\nb: {c: x}\nnetwork: "${${d}.c}"', "is an interpolation"),
-    "parts of a default": ('d: x\nnetwork: "${oc.select:nosuch,$}${oc.select:d}"', "is an interpolation"),
-    "an escape": (f"network: '\\${MADE}'", "is an interpolation"),
-    "a key": ("'a${oc.env:HOME}': 1", "is an interpolation"),
-    "a choice": ("defaults: [{override /network: '${d}${e}'}]", "is an interpolation"),
-    "a choice's place": ("defaults: [{'/network@${oc.env:HOME}': dit}]", "is an interpolation"),
-    "a _target_ in parts": ("d: os\nnetwork: {_target_: '${d}.system'}", "network._target_=${d}.system"),
-    "a _target_ repeated": ("d: os.system\nnetwork: {_target_: '${d}'}", "network._target_=${d} is none"),
-    "its package, by way of ours": (
-        "# @package _global_.hydra.job_logging\nhandlers: {a: {(): subprocess.Popen, args: [touch, CANARY]}}\n"
-        "root: {handlers: [a]}",
-        "sets Hydra itself",
-    ),
-    "another run's end": ("overwrite: true\nname: first", "overwrite=true deletes a run"),
 }
 HUGE = 10**9
 
@@ -451,32 +405,8 @@ CASES = [
     Case("a checkpoint is a pickle", "vae", "resume", pickled("checkpoints/last.ckpt"), "resume="),
     Case("a checkpoint with code", "vae", "resume", torch_pickled("checkpoints/step-00000010.ckpt"), "resume="),
     Case("a config in a pickle", "vae", "rerun", pickled("config.pickle"), "reads a pickle"),
-    *(
-        Case(f"config: {name}", "vae", "config", text("config.yaml", said), "_target_=")
-        for name, said in TARGETS.items()
-    ),
-    *(
-        Case(f"config: {name}", "vae", "config", text("config.yaml", said), "is an interpolation")
-        for name, said in INTERPOLATIONS.items()
-    ),
+    *(Case(f"config: {name}", "vae", "config", text("config.yaml", made), None) for name, made in INERT.items()),
     *(Case(f"config: {name}", "vae", "config", text("config.yaml", made), said) for name, (made, said) in YAML.items()),
-    *(
-        Case(f"composed: {name}", "vae", "compose", text("experiment/evil.yaml", made), said)
-        for name, (made, said) in FOREIGN.items()
-    ),
-    Case(
-        "Hydra's logging by its file's name",
-        "vae",
-        "logging",
-        text("experiment/hydra.yaml", "# @package _name_\njob_logging: {handlers: {a: {(): os.system}}}"),
-        "sets Hydra itself",
-    ),
-    Case(
-        "composed by a way up", "vae", "climb", text("evil.yaml", FOREIGN["_target_"][0]), "network._target_=os.system"
-    ),
-    Case(
-        "a run's config, trained with", "vae", "whole", text("config.yaml", TARGETS["os.system"]), "_target_=os.system"
-    ),
 ]
 """Every hostile file, with its door."""
 
@@ -576,20 +506,6 @@ class Doors:
     def rerun(self, folder: Path) -> None:
         train("--experimental-rerun", str(folder))
 
-    def compose(self, folder: Path) -> None:
-        train("--config-dir", str(folder), "stage=vae", "experiment=evil", *SHORT)
-
-    def logging(self, folder: Path) -> None:
-        train("--config-dir", str(folder), "stage=vae", "experiment=hydra", *SHORT)
-
-    def climb(self, folder: Path) -> None:
-        from ldm.runtime.paths import folder as ours
-
-        train(f"experiment={os.path.relpath(folder, ours('conf') / 'experiment')}/evil", "stage=vae", *SHORT)
-
-    def whole(self, folder: Path) -> None:
-        train("--config-dir", str(folder), "--config-name", "config")
-
 
 SHORT = ["data=image_folder", "data.path=pictures", "data.resolution=8", "trainer=cpu", "trainer.max_steps=1"]
 SHORT += ["trainer.precision=32-true", "batch_size=4", "logger=csv", "data.cache_dir=cache"]
@@ -681,7 +597,7 @@ def main(place: Path) -> None:
     os.chdir(place)
     doors = Doors(place / "sound")
     for base, door in dict.fromkeys((case.base, case.door) for case in CASES):
-        if door not in ("resume", "rerun", "compose", "logging", "climb", "whole", "wandb", "compare", "decode"):
+        if door not in ("resume", "rerun", "wandb", "compare", "decode"):
             getattr(doors, door)(place / "sound" / base)
     with contextlib.suppress(ValueError):
         doors.compare(place / "sound" / "diffusion")
