@@ -18,7 +18,11 @@ T = TypeVar("T")
 
 
 def progress(*more: ProgressColumn, transient: bool = True, disable: bool = False) -> Progress:
-    """A bar on standard error, with the time spent and the time left; `more` columns come after these."""
+    """A bar on standard error, with the time spent and the time left; `more` columns come after these.
+
+    In a log file a transient bar would leave an empty line, and is not shown.
+    """
+    console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -27,9 +31,9 @@ def progress(*more: ProgressColumn, transient: bool = True, disable: bool = Fals
         TextColumn("left"),
         TimeRemainingColumn(),
         *more,
-        console=Console(stderr=True),
+        console=console,
         transient=transient,
-        disable=disable,
+        disable=disable or (transient and not console.is_terminal),
     )
 
 

@@ -70,8 +70,9 @@ def main() -> None:
         runpy.run_path(str(script), run_name="__main__")
     else:
         names = ["train", *(tool.stem for tool in _tools())]
-        near = difflib.get_close_matches(name, names, n=1) or names
-        print(one_line(f"error: ldm {name} is no command. Choose one of: {', '.join(near)}."), file=sys.stderr)
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"Did you mean ldm {near[0]}?" if near else f"The commands are: {', '.join(names)}."
+        print(one_line(f"error: ldm {name} is not a command. {hint}"), file=sys.stderr)
         sys.exit(2)
 
 

@@ -300,3 +300,12 @@ def test_ctrl_c_ends_quietly(sample):
     ended = sample(task, "run=x")
     assert (ended.code, ended.err) == (130, "stopped by the user\n")
     assert "Traceback" not in ended.err and sys.argv
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [("sampel", "Did you mean ldm sample?"), ("xyz", "The commands are: train, compare, data, decode")],
+)
+def test_an_unknown_command_is_told_what_there_is(call, typed, said):
+    ended = call(command.main, typed, "run=x")
+    assert ended.code == 2 and ended.err.startswith(f"error: ldm {typed} is not a command. ") and said in ended.err
