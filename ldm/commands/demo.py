@@ -9,7 +9,7 @@ from ldm.cli import main as command
 from ldm.evaluation.samples import report
 from ldm.image_grid import grid, to_pil
 from ldm.runs.lineage import run_weights_sha256
-from ldm.runs.run import Run
+from ldm.runs.run import EVALUATION_FILE, Run
 from ldm.runtime import shell
 from ldm.runtime.device import choose_device
 from ldm.sampling.draw import draw, film_strip
@@ -47,7 +47,7 @@ def demo(config: DictConfig) -> None:
     )
     options |= {"num_samples": config.num_samples, "weights_sha256": run_weights_sha256(run)}
     evaluation = report.measure_samples(pipeline, images, sampler, **options)
-    saved = evaluation.save_unless_smaller(run.path / "evaluation.json", out / "evaluation.json")
+    saved = evaluation.save_unless_smaller(run.evaluation_file, out / EVALUATION_FILE)
     print("\n".join([*evaluation.lines, f"all figures: {saved}"]))
     here_s = time.perf_counter() - started
     parts = [("stage 1", vae.facts["duration_s"]), ("stage 2", run.facts["duration_s"]), ("pictures, figures", here_s)]

@@ -34,7 +34,7 @@ def evaluate_autoencoder(config: DictConfig, run: Any) -> dict[str, Any]:
     files = report.save(run.path)
     Console(highlight=False).print(report.table())
     print("\n".join([*report.lines, f"worst reconstructions: {files[1]}"]))
-    if (metrics := run.path / "metrics.csv").is_file():  # none of a pretrained autoencoder that was not trained
+    if (metrics := run.metrics_file).is_file():
         curve = run.path / "training.png"
         plot_training(read_curves(metrics), f"Training of {run.path}").savefig(curve, dpi=130)
         print(f"how training went: {curve}")
@@ -69,7 +69,7 @@ def evaluate_diffusion(config: DictConfig, run: Any) -> dict[str, Any]:
     evaluation = report.measure_samples(
         pipeline, images, sampler, guidance=guidances[0], weights_sha256=weights, **options
     )
-    place = run.path / "evaluation.json"
+    place = run.evaluation_file
     if swept is None:
         evaluation.save(place)
     else:

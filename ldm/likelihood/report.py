@@ -146,7 +146,7 @@ def measure_likelihood(
         condition = Request.of_images(model, images, indices).condition
         with progress() as bar:
             if chosen == "optimal" and model.z_0_mse is None:
-                fit_optimal(model, images, run.path / "pipeline", bar=bar, **options)
+                fit_optimal(model, images, run.pipeline_folder, bar=bar, **options)
             options |= {"variance": chosen, "steps": steps, "ode": ode}
             found = two_stage_bound(model, pixels, condition, on_progress=Bars(bar), **options)
         named = {"chain": found.chain, "ODE": found.ode, "VAE": found.vae}

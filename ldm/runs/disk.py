@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ldm.errors import UserError
+from ldm.runs.checkpoints import FOLDER
 
 _forgiven: set[Path] = set()
 
@@ -44,7 +45,7 @@ def require_room(folder: Path, module: nn.Module, keep_last: int) -> None:
         UserError: saying how much is missing.
     """
     size = checkpoint_bytes(module)
-    present = sum(file.stat().st_size for file in (folder / "checkpoints").glob("*.ckpt"))
+    present = sum(file.stat().st_size for file in (folder / FOLDER).glob("*.ckpt"))
     count = keep_last + 2  # the best one, and the next while those before it are still there
     free = shutil.disk_usage(_existing(folder)).free
     if free + present < count * size:

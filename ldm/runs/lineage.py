@@ -15,7 +15,7 @@ def inputs(run: Run) -> list[Artifact]:
     data = data_artifact(run.facts["data"], run.facts["data_fingerprint"], run.facts["val_fraction"])
     if run.stage == "vae":
         return [data]
-    contract = LatentContract.load(run.path / "pipeline")
+    contract = LatentContract.load(run.pipeline_folder)
     facts = {"weights_sha256": contract.autoencoder_sha256, "data_fingerprint": contract.data_fingerprint}
     autoencoder = Artifact("autoencoder", _name_of(run.facts["vae"]), contract.autoencoder_sha256, facts)
     return [data, autoencoder, latents_artifact(contract)]
@@ -26,7 +26,7 @@ def run_weights_sha256(run: Run) -> str | None:
     if run.stage == "vae":
         stated = (run.path / CONTRACT_FILE).is_file()
         return LatentContract.load(run.path).autoencoder_sha256 if stated else None
-    files = sorted((run.path / "pipeline" / "network").glob("*.safetensors"))
+    files = sorted((run.pipeline_folder / "network").glob("*.safetensors"))
     return sha256(files) if files else None
 
 
@@ -51,7 +51,7 @@ def outputs(run: Run, latents: Path | None = None) -> list[Artifact]:
             Artifact("autoencoder", run.facts["name"], contract.autoencoder_sha256, metadata, files),
             replace(encoded, files=(latents,)) if latents is not None else encoded,
         ]
-    folder = run.path / "pipeline"
+    folder = run.pipeline_folder
     contract = LatentContract.load(folder)
     digest = run_weights_sha256(run) or sha256([])
     known = told("chain_sha256", "loss", "prediction", "variance")

@@ -34,6 +34,7 @@ SPLITS = ("val", "train")
 
 
 CONFIG_FILE = "config.yaml"
+EVALUATION_FILE = "evaluation.json"
 FORMAT = 1
 KINDS: dict[str, Any] = {
     "name": str,
@@ -146,7 +147,21 @@ class Run:
 
     @property
     def autoencoder_folder(self) -> Path:
-        return self.path / ("autoencoder" if self.stage == "vae" else "pipeline/vae")
+        return self.path / "autoencoder" if self.stage == "vae" else self.pipeline_folder / "vae"
+
+    @property
+    def pipeline_folder(self) -> Path:
+        return self.path / "pipeline"
+
+    @property
+    def metrics_file(self) -> Path:
+        """What was logged while it trained; none of an autoencoder that was not trained."""
+        return self.path / "metrics.csv"
+
+    @property
+    def evaluation_file(self) -> Path:
+        """The metrics that tools/evaluate.py measured last, where it did."""
+        return self.path / EVALUATION_FILE
 
     def config(self) -> dict[str, Any]:
         """The config as plain values. Nothing in it is instantiated, interpolated or made by a tag.
@@ -188,8 +203,8 @@ class Run:
                 f"{self.path} is a run of stage {self.stage}; this needs one of stage diffusion. "
                 f"Train it: {self.next_training()}"
             )
-        self._require(self.path / "pipeline" / INDEX_FILE)
-        pipeline = LatentDiffusionPipeline.load(self.path / "pipeline")
+        self._require(self.pipeline_folder / INDEX_FILE)
+        pipeline = LatentDiffusionPipeline.load(self.pipeline_folder)
         pipeline.run = str(self.path)
         trained = self.facts.get("chain_sha256", pipeline.chain_sha256)  # runs of before do not say
         if pipeline.chain_sha256 != trained:

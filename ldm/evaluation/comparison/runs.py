@@ -94,8 +94,8 @@ def from_folder(place: str) -> RunRecord:
     """A run folder: config.yaml, run.json, metrics.csv and evaluation.json, the last two where there are any."""
     run = Run.open(place, "runs")
     facts = {key: value for key, value in run.facts.items() if key != "figures"}
-    evaluation = run.path / "evaluation.json"
-    metrics = run.path / "metrics.csv"
+    evaluation = run.evaluation_file
+    metrics = run.metrics_file
     return _record(
         str(run.path),
         config=flatten(run.config()),

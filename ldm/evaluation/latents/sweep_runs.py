@@ -21,6 +21,7 @@ from ldm.errors import UserError
 from ldm.evaluation.latents.sweep import SweepTraining, overrides_by_key
 from ldm.files.atomic import write_text
 from ldm.files.untrusted import check_fields, read_json
+from ldm.runs.checkpoints import FOLDER
 from ldm.runs.run import RUN_FILE, Run
 from ldm.runtime import shell, signals
 
@@ -93,7 +94,7 @@ def run_trainings(trainings: Sequence[SweepTraining], folder: Path) -> None:
         if found == KEPT:
             continue
         update_sweep_file(folder, trainings=known_trainings(folder) | {training.name: training.overrides})
-        checkpoint = any((place / "checkpoints").glob("step-*.json"))
+        checkpoint = any((place / FOLDER).glob("step-*.json"))
         again = found == CONTINUED
         command = [*training.arguments(folder), *(["resume=true" if checkpoint else "overwrite=true"] if again else [])]
         try:

@@ -30,7 +30,7 @@ from ldm.metrics.codes import codebook, kl, rate
 from ldm.metrics.image import patch_components, psnr, ssim
 from ldm.metrics.metric import UNMEASURED, Metric
 from ldm.metrics.subsets import NUM_SUBSETS
-from ldm.runs.run import Run, choose_images
+from ldm.runs.run import EVALUATION_FILE, Run, choose_images
 from ldm.runtime import shell
 
 WORST, TRAIN_IMAGES = 12, 4096
@@ -110,7 +110,7 @@ class ReconstructionReport:
 
     def save(self, folder: Path) -> tuple[Path, Path]:
         """evaluation.json and worst_reconstructions.png."""
-        data, picture = folder / "evaluation.json", folder / "worst_reconstructions.png"
+        data, picture = folder / EVALUATION_FILE, folder / "worst_reconstructions.png"
         with durable_file(picture) as partial:
             self.picture.save(partial)
         write_text(data, json.dumps(self.to_json(), indent=2) + "\n")

@@ -149,7 +149,7 @@ def make_loggers(
     """
     if not main_process:
         return Loggers([])
-    table = CsvLogger(run.path / "metrics.csv", resume=resume)
+    table = CsvLogger(run.metrics_file, resume=resume)
     if resume and last_row is not None:
         table.go_back(last_row)
     if not options["wandb"]:

@@ -197,7 +197,7 @@ class DiffusionStage(Stage):
 
     def finish(self, run: Run) -> Outcome:
         self.pipeline.network.eval().float()
-        with durable_folder(run.path / "pipeline") as partial:
+        with durable_folder(run.pipeline_folder) as partial:
             self.pipeline.save(partial)
         images, captions = self.module.draw()
         path = run.images / "samples_final.png"

@@ -321,7 +321,9 @@ def test_what_a_stage_leaves_is_what_it_trained(diffusion_stage, tmp_path):
     with torch.no_grad():
         for parameter in stage.module.trained.parameters():
             parameter.normal_()
-    run = type("Run", (), {"path": tmp_path / "run", "images": tmp_path})()
+    run = type(
+        "Run", (), {"path": tmp_path / "run", "images": tmp_path, "pipeline_folder": tmp_path / "run" / "pipeline"}
+    )()
     outcome = stage.finish(run)
     assert stage.next_command(run).endswith(f"sample.py run={run.path} label=0")
     assert all(Path(picture).is_file() for picture in outcome.pictures)
@@ -366,7 +368,7 @@ def test_an_objective_trains_and_leaves_a_pipeline_with_its_sigma(
     if objective == "vlb":
         assert stage.module.importance.counts.sum() == len(batch["mean"]), "the last batch alone was remembered"
         assert "importance.history" in stage.module.state_dict()
-    stage.finish(type("Run", (), {"path": tmp_path, "images": tmp_path})())
+    stage.finish(type("Run", (), {"path": tmp_path, "images": tmp_path, "pipeline_folder": tmp_path / "pipeline"})())
     loaded = LatentDiffusionPipeline.load(tmp_path / "pipeline")
     assert loaded.variance == variance
     z = loaded.sample(DDPM(5), {}, sample_generators(0, range(2)))
