@@ -1,6 +1,5 @@
 """A cache folder of prepared images: what names it, what was left out of it, whether its bytes are still its own."""
 
-import hashlib
 import json
 import math
 from functools import partial
@@ -9,6 +8,7 @@ from typing import Any
 
 from ldm.errors import InputError, UserError
 from ldm.files.arrays import Layout, changed, digests, mark_verified
+from ldm.files.digest import sha256_of_values
 from ldm.files.reading import MISSING, retried, unreadable
 from ldm.files.untrusted import read_array, read_json
 
@@ -38,7 +38,7 @@ def fingerprint(
     parts: dict[str, Any] = {"hashes": hashes, "captions": captions, "labels": labels, "transform": transform}
     if converted:
         parts["colours"] = "sRGB"
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return sha256_of_values(parts)
 
 
 def write_index(folder: Path, index: dict[str, Any]) -> None:
@@ -126,4 +126,4 @@ def _layout(file: Path) -> Layout:
 
 def _sha256_of(index: dict[str, Any]) -> str:
     rest = {key: value for key, value in index.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    return sha256_of_values(rest)

@@ -4,8 +4,6 @@ A cache folder holds `images.npy` [N, H, W, 3], `index.json` (captions, labels, 
 made, SHA-256 of it all) and `quarantine.jsonl` (what could not be read, and why).
 """
 
-import hashlib
-import json
 import os
 import sys
 from dataclasses import dataclass
@@ -31,6 +29,7 @@ from ldm.data.prepare import fill_cache
 from ldm.data.sources.base import Record, Source
 from ldm.errors import InputError, UserError
 from ldm.files.arrays import check_length
+from ldm.files.digest import sha256_of_values
 from ldm.files.untrusted import check_fields, read_array, read_json
 
 __all__ = ["ImageData", "Record", "Source", "default_cache_dir", "prepare", "split_by_hash", "to_uint8"]
@@ -262,7 +261,7 @@ def prepare(
     made_from = {"format": FORMAT_VERSION, "identity": source.identity(), "transform": transform}
     if max_pixels != MAX_PIXELS:  # it may change what is left out; at its default the key is what it always was
         made_from["max_pixels"] = max_pixels
-    key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
+    key = sha256_of_values(made_from)[:12]
     folder = Path(cache_dir or default_cache_dir()).expanduser() / f"{source.name}-{key}"
     if damage(folder) is not None:
         fill_cache(

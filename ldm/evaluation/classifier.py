@@ -6,7 +6,6 @@ than others, so a distance from validation to training images holds its overfitt
 and their reconstructions does not.
 """
 
-import hashlib
 import json
 import math
 from typing import Any
@@ -22,6 +21,7 @@ from ldm.data.images import ImageData
 from ldm.data.order import batch_at
 from ldm.errors import UserError
 from ldm.files.atomic import durable_file, write_text
+from ldm.files.digest import sha256_of_values
 from ldm.files.untrusted import check_fields, first_line, read_json
 from ldm.metrics.features import weights_digest
 from ldm.metrics.subsets import NUM_GROUPS, jackknife_error
@@ -95,7 +95,7 @@ def load_classifier(images: ImageData, *, seed: int = 0, num_steps: int = NUM_ST
         "num_steps": num_steps,
         "num_classes": int(labels.max()) + 1,
     }
-    digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:8]
+    digest = sha256_of_values(made_from)[:8]
     classifier, name = Classifier(made_from["num_classes"]), f"{Classifier.name}-{digest}"
     weights, facts = (images.path / f"features-{name}{end}" for end in (".safetensors", ".json"))
     if weights.is_file():

@@ -4,7 +4,6 @@ A reader never sees half of one, and neither a kill nor a power cut leaves half 
 """
 
 import glob
-import hashlib
 import os
 import shutil
 import uuid
@@ -89,12 +88,6 @@ def _sync(path: Path, flags: int) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def clear_partials(folder: Path) -> None:

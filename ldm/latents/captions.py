@@ -1,7 +1,5 @@
 """Caption embeddings as data: computed once by a frozen text encoder, memory-mapped ever after."""
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from torch import Tensor
 
 from ldm.data.images import default_cache_dir
 from ldm.files.atomic import durable_folder
+from ldm.files.digest import sha256_of_values
 from ldm.files.lock import made_alone
 from ldm.files.untrusted import read_array
 from ldm.progress import progress
@@ -60,7 +59,7 @@ def open_captions(
     several = [[one] if isinstance(one, str) else list(one) for one in captions]
     counts = np.array([len(of_image) for of_image in several], dtype=np.int64)
     texts = [text for of_image in several for text in of_image]
-    key = hashlib.sha256(json.dumps([encoder, texts], sort_keys=True).encode()).hexdigest()[:12]
+    key = sha256_of_values([encoder, texts])[:12]
     folder = Path(cache_dir or default_cache_dir()).expanduser() / f"captions-{key}"
     if not folder.is_dir():
         with made_alone(folder):

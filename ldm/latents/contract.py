@@ -1,12 +1,12 @@
 """The contract between the stages: which weights, images and transform latents come from."""
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from ldm.errors import UserError
 from ldm.files.atomic import write_text
+from ldm.files.digest import sha256_of_values
 from ldm.files.untrusted import read_json, to_dataclass
 
 CONTRACT_FILE = "contract.json"
@@ -34,7 +34,7 @@ class LatentContract:
     def key(self) -> str:
         """Names the cache folder. It covers every field that `check` compares, so that latents under one contract never
         meet the cache of another: the first two fields to recognise, a digest of all of them."""
-        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        digest = sha256_of_values(asdict(self))
         return f"{self.autoencoder_sha256[:12]}-{self.data_fingerprint[:12]}-{digest[:12]}"
 
     def check(self, other: "LatentContract", here: str, there: str) -> None:

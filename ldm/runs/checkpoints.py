@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ldm.errors import UserError
-from ldm.files.atomic import sha256_of, write_text
+from ldm.files.atomic import write_text
+from ldm.files.digest import sha256_of_file
 from ldm.runtime.paths import RUN_FILE
 
 FORMAT = 1
@@ -91,7 +92,7 @@ class Manifest:
         if (size := self.path.stat().st_size) != self.bytes:
             return f"it has {size} bytes, and was saved with {self.bytes}"
         try:
-            if (found := sha256_of(self.path)) != self.sha256:
+            if (found := sha256_of_file(self.path)) != self.sha256:
                 return f"its SHA-256 is {found[:12]}, and was {str(self.sha256)[:12]} when it was saved"
         except OSError as error:
             return f"it cannot be read: {error.strerror}"

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from ldm.files.atomic import clear_partials, durable_file, durable_folder, sha256_of, write_text
+from ldm.files.atomic import clear_partials, durable_file, durable_folder, write_text
+from ldm.files.digest import sha256_of_file
 
 
 def test_a_file_appears_at_the_end_of_its_block(tmp_path: Path) -> None:
@@ -87,4 +88,4 @@ def test_what_a_kill_left_is_cleared(tmp_path: Path) -> None:
 
 def test_sha256_is_that_of_the_bytes(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
-    assert sha256_of(tmp_path / "empty") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+    assert sha256_of_file(tmp_path / "empty") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"

@@ -25,6 +25,7 @@ from ldm.data.images import ImageData, to_uint8
 from ldm.diffusion.samplers.base import SamplerLike
 from ldm.errors import UserError
 from ldm.files.atomic import write_text
+from ldm.files.digest import sha256_of_values
 from ldm.files.lock import alone
 from ldm.files.untrusted import check_fields, read_json
 from ldm.runtime.random import numpy_generator
@@ -87,7 +88,7 @@ def draw_and_keep(
     """
     guidance = check_guidance(guidance)
     made_by = _sample_settings(pipeline, images, sampler, guidance, guidance_interval, seed) | {"split": split}
-    key = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:12]
+    key = sha256_of_values(made_by)[:12]
     folder.mkdir(parents=True, exist_ok=True)
     pixels, facts = (folder / f"samples-{key}{end}" for end in (".bin", ".json"))
     side = images.resolution
