@@ -25,7 +25,11 @@ from ldm.training.optim.factory import OptimizerFactory
 CONF = folder("conf")
 STAGES = ("vae", "diffusion")
 TOOLS = sorted(path.stem for path in CONF.glob("*.yaml") if path.stem not in ("train", "tool"))
-GROUPS = {path.name: sorted(file.stem for file in path.glob("*.yaml")) for path in CONF.iterdir() if path.is_dir()}
+GROUPS = {
+    path.name: sorted(file.stem for file in path.glob("*.yaml") if file.stem != "base")
+    for path in CONF.iterdir()
+    if path.is_dir()
+}
 CHOICES = [(group, choice) for group, choices in GROUPS.items() for choice in choices if group != "stage"]
 PLACE = ["++data.path=/a/place", "++autoencoder.path=/a/place"]
 OWN_TRAINER_KEYS = {
