@@ -23,6 +23,7 @@ def progress(*more: ProgressColumn, transient: bool = True, disable: bool = Fals
     In a log file a transient bar would leave an empty line, and is not shown.
     """
     console = Console(stderr=True)
+    console.quiet = disable or (transient and not console.is_terminal)
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -33,7 +34,7 @@ def progress(*more: ProgressColumn, transient: bool = True, disable: bool = Fals
         *more,
         console=console,
         transient=transient,
-        disable=disable or (transient and not console.is_terminal),
+        disable=console.quiet,  # alone it would still print an empty line in rich 14.2
     )
 
 

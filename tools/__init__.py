@@ -1,0 +1,1 @@
+"""Command scripts: each names its function in ldm.commands."""
