@@ -85,7 +85,7 @@ class Session:
             raise UserError(
                 "stage is required: stage=vae trains the autoencoder, stage=diffusion the model on its latents."
             )
-        check_options(OmegaConf.to_container(config))  # type: ignore[arg-type]
+        check_options(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
         session = cls(config, command, Continuation.plan(config, command, main_process=is_main_process()))
         check_trainer(session.options)
         make_budget(session.options, config.optimizer.warmup_steps, config.optimizer.decay)
@@ -105,7 +105,7 @@ class Session:
                 if self.main_process:
                     require_writable(self.continuation.folder)
                     self._stack.enter_context(only_one(self.continuation.folder))
-                now: Any = OmegaConf.to_container(self.config)
+                now: Any = OmegaConf.to_container(self.config, resolve=True)
                 self.continuation = self.continuation.find(now, quiet=not self.main_process)
                 yield
         except signals.Interrupted as stopped:

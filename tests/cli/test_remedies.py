@@ -46,9 +46,9 @@ def test_a_remedy_names_no_option_that_the_command_lacks(options):
 
 
 def test_a_value_stands_as_it_is_typed(options):
-    config = options("train", "stage=diffusion", "network=dit")
-    assert explain(InputError("head_dim", None, "must be a number"), config) == (
-        "network.head_dim=null must be a number."
+    config = options("train", "stage=diffusion")
+    assert (
+        explain(InputError("max_pixels", None, "must be a number"), config) == "data.max_pixels=null must be a number."
     )
     assert explain(InputError("batch_size", True, "must be a number"), config) == "batch_size=true must be a number."
 
