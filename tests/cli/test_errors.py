@@ -10,7 +10,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError
 
 import ldm.train
-from ldm.cli.main import explain, main
+from ldm.cli.explain import explain
+from ldm.cli.main import main
 from ldm.data.images import prepare
 from ldm.data.sources.image_folder import ImageFolder
 from ldm.training.optim.precision import choose_precision

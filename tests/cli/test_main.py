@@ -12,7 +12,8 @@ from omegaconf.errors import MissingMandatoryValue
 
 from ldm.cli import main as command
 from ldm.cli.arguments import FREE_TEXT, bracket_lists, gather, quote_free_text
-from ldm.cli.main import explain, require_values
+from ldm.cli.explain import explain
+from ldm.cli.main import require_values
 from ldm.errors import UserError
 from ldm.runtime.paths import folder
 

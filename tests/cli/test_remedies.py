@@ -6,7 +6,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from ldm.cli.main import explain
+from ldm.cli.explain import explain
 from ldm.cli.remedies import REMEDIES
 from ldm.errors import InputError
 from ldm.runtime.paths import folder

@@ -590,7 +590,7 @@ def main(place: Path) -> None:
     import wandb  # what is imported at first use is imported before the watch begins
 
     import ldm.runs.provenance
-    from ldm.cli.main import explain
+    from ldm.cli.explain import explain
 
     assert wandb
     ldm.runs.provenance._commit = lambda: None  # asks git, whose answer a run notes
