@@ -15,21 +15,19 @@ class Example:
 def test_what_follows_its_rule_is_kept():
     assert Example(2, sizes=[1, 2]).sizes == [1, 2]
     assert Example(1).sizes is None
-    steps = Example(1e5).steps
-    assert steps == 100_000 and type(steps) is int
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         ({"steps": 0}, "steps=0 must be 1 or more."),
-        ({"steps": 1.5}, "steps=1.5 must be a whole number."),
-        ({"steps": "5"}, "steps=5 must be a number."),
-        ({"steps": True}, "steps=True must be a number."),
+        ({"steps": 5.0}, "steps=5.0 must be a whole number."),
+        ({"steps": "5"}, "steps=5 must be a whole number."),
+        ({"steps": True}, "steps=True must be a whole number."),
         ({"steps": None}, "steps=None must be a whole number."),
         ({"steps": 1, "sizes": [4, 0]}, "sizes=[4, 0] must be 1 or more."),
         ({"steps": 1, "sizes": 4}, "sizes=4 must be a list."),
-        ({"steps": 1, "drop": float("nan")}, "drop=nan must be 0 or more."),
+        ({"steps": 1, "drop": float("nan")}, "drop=nan must be 1 or less."),
         ({"steps": 1, "drop": 1.5}, "drop=1.5 must be 1 or less."),
     ],
 )

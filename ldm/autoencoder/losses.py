@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ldm.autoencoder.perceptual import Perceptual
 from ldm.diffusion.bound_terms import discretised_nll
+from ldm.rules import NonNegative, checked
 
 BIN = 2 / 255
 """Width of an 8-bit value's bin in images of [-1, 1]."""
@@ -32,7 +33,10 @@ class AutoencoderLoss(nn.Module):
             keeps the latents near N(0, I) without costing sharpness.
     """
 
-    def __init__(self, l1: float = 1.0, mse: float = 1.0, nll: float = 0.0, kl: float = 1e-2) -> None:
+    @checked
+    def __init__(
+        self, l1: NonNegative = 1.0, mse: NonNegative = 1.0, nll: NonNegative = 0.0, kl: NonNegative = 1e-2
+    ) -> None:
         super().__init__()
         self.l1, self.mse, self.nll, self.kl = l1, mse, nll, kl
         self.perceptual: Perceptual | None = None

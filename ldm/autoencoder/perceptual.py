@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ldm.errors import InputError
 from ldm.metrics.features import _efficientnet_lite, _scaled
+from ldm.rules import NonNegative, checked
 from ldm.runtime import shell
 
 NUM_LEVELS = 3
@@ -99,7 +100,8 @@ class Perceptual:
         network: (x, y), both [b, 3, H, W] in [-1, 1] -> [b]; `name` is what the command line calls it.
     """
 
-    def __init__(self, network: nn.Module, weight: float = 1.0) -> None:
+    @checked
+    def __init__(self, network: nn.Module, weight: NonNegative = 1.0) -> None:
         self.network, self.weight = network.eval().requires_grad_(False), weight
         self.name: str = network.name  # type: ignore[assignment]
 

@@ -9,17 +9,19 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from diffusers import AutoencoderKL, VQModel
+from pydantic import Field
 from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
 
 from ldm.autoencoder.patch import PatchAutoencoderKL, PatchVQModel
 from ldm.autoencoder.point_posterior import is_pinned, pin_posterior
 from ldm.errors import InputError
+from ldm.rules import Count, NonNegative, Whole, checked
 from ldm.runtime.distributed import gather_rows
 from ldm.runtime.random import torch_generator
 
@@ -135,13 +137,14 @@ class VectorQuantised(Regulariser):
     codebook_size: int
     idle_steps: Tensor
 
-    def __init__(self, codebook_size: int = 1024, commitment: float = 0.25, restart_after: int = 100) -> None:
+    @checked
+    def __init__(
+        self,
+        codebook_size: Annotated[Whole, Field(ge=2, le=2**24)] = 1024,
+        commitment: NonNegative = 0.25,
+        restart_after: Count = 100,
+    ) -> None:
         super().__init__()
-        for key, value, least in (("codebook_size", codebook_size, 2), ("restart_after", restart_after, 1)):
-            if type(value) is not int or value < least:
-                raise InputError(key, value, f"must be a whole number of at least {least}")
-        if not commitment >= 0:
-            raise InputError("commitment", commitment, "must be 0 or more")
         self.codebook_size, self.commitment, self.restart_after = codebook_size, commitment, restart_after
         self.register_buffer("idle_steps", torch.zeros(codebook_size, dtype=torch.long))
         self._seen: list[tuple[Tensor, Tensor, Tensor]] = []

@@ -32,6 +32,8 @@ FREE_TEXT = (
     "features_path",
 )
 """Keys whose values are text or paths: they reach the config as they were typed, whatever Hydra's grammar says."""
+_WHOLE = re.compile(r"(\+*[\w.]+=)(\d+[eE]\+?\d{1,2})")
+"""A whole number in powers of ten, which Hydra's grammar takes for a float."""
 _WORD = re.compile(r"(?!(?:null|true|false|inf|nan)$|\d[\d_.]*(?:e[+-]?\d+)?$)\w[\w.:/+-]*", re.ASCII | re.IGNORECASE)
 """A text that Hydra's grammar takes as it stands, and for text."""
 _OPTIONS_WITH_VALUE: tuple[str, ...] = ("--cfg", "-c", "--package", "-p", "--info", "-i", "--experimental-rerun")
@@ -56,13 +58,15 @@ def check_arguments(arguments: Sequence[str]) -> None:
 
 
 def quote_free_text(arguments: Sequence[str], keys: Sequence[str] = FREE_TEXT) -> list[str]:
-    """Quote the values of free-text keys, so that Hydra's grammar takes them as one string."""
+    """Quote the values of free-text keys, so that Hydra's grammar takes them as one string; 1e5 is a whole number."""
     quoted = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
         switch = key == "resume" and value.lower() in ("true", "false")
         if equals and key.lstrip("+") in keys and not switch and value not in ("null", "???", ""):
             argument = f"{key}={_quote(value)}"
+        elif number := _WHOLE.fullmatch(argument):
+            argument = f"{number[1]}{int(float(number[2]))}"
         quoted.append(argument)
     return quoted
 

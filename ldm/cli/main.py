@@ -21,7 +21,6 @@ from omegaconf import DictConfig, OmegaConf
 from ldm.cli.arguments import bracket_lists, check_arguments, escape, gather, quote_free_text
 from ldm.cli.command_line import SEARCH_PATH, CommandLine
 from ldm.cli.explain import explain
-from ldm.cli.options import settle
 from ldm.cli.targets import with_current_targets
 from ldm.errors import UserError
 from ldm.files.untrusted import one_line
@@ -141,7 +140,6 @@ class _Command:
         try:
             require_values(config)
             values = with_current_targets(OmegaConf.to_container(config, resolve=True))
-            settle(values)
             self.composed = values
             task = pkgutil.resolve_name(self.task) if isinstance(self.task, str) else self.task
             task(as_config(values))

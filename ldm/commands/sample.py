@@ -5,7 +5,6 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from ldm.cli import main as command
-from ldm.cli.options import OF_SAMPLING, check_options
 from ldm.image_grid import to_pil
 from ldm.runs.run import Run
 from ldm.runtime.device import choose_device
@@ -14,7 +13,6 @@ from ldm.sampling.request import Request
 
 
 def sample(config: DictConfig) -> None:
-    check_options({key: config[key] for key in OF_SAMPLING}, OF_SAMPLING)
     run = Run.open(config.run)
     pipeline = run.pipeline().to(choose_device(config.device))
     sampler = command.construct(config.sampler)

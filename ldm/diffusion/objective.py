@@ -16,6 +16,7 @@ from ldm.diffusion.chain import VarianceType, check_choice, check_prediction, ma
 from ldm.diffusion.denoiser import Condition, Denoiser, Prediction
 from ldm.diffusion.loss import TIMESTEPS, WEIGHTINGS, hybrid_loss, simple_loss, vlb_loss
 from ldm.diffusion.schedule import NoiseSchedule
+from ldm.rules import Positive, apply_rules
 
 
 class Denoising(NamedTuple):
@@ -50,7 +51,7 @@ class Objective:
     loss: str = "simple"
     prediction: str = "v"
     timesteps: str = "uniform"
-    gamma: float = 5.0
+    gamma: Positive = 5.0
 
     def variance(self, asked: str | None) -> str:
         """Sigma to train with: what is asked for, else the network's own where the bound trains it."""
@@ -85,6 +86,7 @@ class Objective:
         Raises:
             ValueError: saying why the choices do not go together, and what to choose.
         """
+        apply_rules(Objective, vars(self))
         check_choice("objective", self.loss, tuple(LOSSES))
         check_choice("variance", variance, get_args(VarianceType))
         check_choice("timesteps", self.timesteps, TIMESTEPS)

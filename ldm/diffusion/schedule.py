@@ -19,6 +19,8 @@ from scipy.interpolate import PchipInterpolator
 from scipy.optimize import brentq
 from torch import Tensor
 
+from ldm.rules import Steps, checked
+
 Step = int | float | Int[Tensor, " b"] | Float[Tensor, " b"]
 """A step of the chain, or a real time in [1, T] between two: one for the whole batch, or one per sample."""
 
@@ -169,7 +171,8 @@ def step_tensor(t: Step) -> Tensor:
     return torch.as_tensor(t, dtype=torch.float64 if isinstance(t, float) else None)
 
 
-def linear(num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
+@checked
+def linear(num_steps: Steps = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
     """beta_t linear in t.
 
     Source: Ho et al. 2020, arXiv:2006.11239, section 4.
@@ -180,7 +183,8 @@ def linear(num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.
     return _from_betas("linear", torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64))
 
 
-def scaled_linear(num_steps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> NoiseSchedule:
+@checked
+def scaled_linear(num_steps: Steps = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> NoiseSchedule:
     """sqrt(beta_t) linear in t, the schedule of latent diffusion and Stable Diffusion.
 
     Source: Rombach et al. 2022, arXiv:2112.10752 (the authors' code; the paper does not state it).
@@ -192,7 +196,8 @@ def scaled_linear(num_steps: int = 1000, beta_start: float = 0.00085, beta_end: 
     return _from_betas("scaled_linear", roots**2)
 
 
-def cosine(num_steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> NoiseSchedule:
+@checked
+def cosine(num_steps: Steps = 1000, offset: float = 0.008, max_beta: float = 0.999) -> NoiseSchedule:
     """a_t = f(u) / f(0) with f(u) = cos^2(pi/2 (u + offset) / (1 + offset)) and beta_t capped at max_beta.
 
     The cap keeps a_T above 0, so that eps can be predicted at every t.
@@ -206,7 +211,8 @@ def cosine(num_steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999
     return _from_betas("cosine", (1 - f[1:] / f[:-1]).clamp(max=max_beta))
 
 
-def rectified_flow(num_steps: int = 1000) -> NoiseSchedule:
+@checked
+def rectified_flow(num_steps: Steps = 1000) -> NoiseSchedule:
     """a_t = (1-u)^2 / ((1-u)^2 + u^2): straight paths (1-u) z_0 + u eps, rescaled to preserve variance.
 
     a_T = 0: the chain ends in pure noise, and eps cannot be predicted there.

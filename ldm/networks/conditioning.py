@@ -7,10 +7,11 @@ none {}; class {label [b]}; text {tokens [b, l, d], mask [b, l], pooled [b, d]}.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from ldm.data.images import ImageData
@@ -18,6 +19,7 @@ from ldm.diffusion.denoiser import Condition
 from ldm.errors import InputError, UserError
 from ldm.files.untrusted import check_fields
 from ldm.networks.text_encoder import TextEncoder
+from ldm.rules import Count
 
 Captioned = tuple[Condition, list[str | None]]
 """A condition, and in words what it asks of each sample."""
@@ -238,7 +240,7 @@ def class_condition(images: ImageData) -> ClassCondition:
     return ClassCondition(_class_names(images))
 
 
-def text_condition(images: ImageData, encoder: str, max_tokens: int) -> TextCondition:
+def text_condition(images: ImageData, encoder: str, max_tokens: Annotated[Count, Field(le=100_000)]) -> TextCondition:
     """Conditioned on the caption; the images must carry captions."""
     images.require_captions()
     return TextCondition(encoder, max_tokens)

@@ -92,7 +92,7 @@ class Continuation:
             UserError: the folder is in use by another run and neither resume nor overwrite was asked for.
         """
         resume = {None: False, "true": True}.get(config.resume, config.resume)
-        if resume is True and config.name is None:
+        if resume is True and not config.name:
             raise UserError(
                 "resume=true continues the run that name= gives: add name=NAME, its folder in runs/<stage>/."
             )
@@ -105,7 +105,7 @@ class Continuation:
             stage=stage,
             resume=resume if isinstance(resume, bool) else Path(str(resume)).expanduser(),
             overwrite=config.overwrite,
-            named=config.name is not None,
+            named=bool(config.name),
             options=tuple(command.options_to_continue(config)),
         )
         if main_process:

@@ -5,19 +5,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from signal import Signals
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
+from pydantic import Field
 from torch.utils.data import DataLoader
 
-from ldm.cli.options import FAULTS
 from ldm.data.loaders import train_loader, val_loader
 from ldm.data.order import batch_at
 from ldm.errors import UserError
 from ldm.files.untrusted import first_line
+from ldm.rules import Count, NonNegative, Positive, Switch, Whole, apply_rules
 from ldm.runs.checkpoints import Manifest
 from ldm.runtime import signals
 from ldm.runtime.distributed import from_first
@@ -30,18 +31,34 @@ from ldm.training.optim.ema import EMACallback
 from ldm.training.optim.precision import named_precision
 from ldm.training.stages.base import Stage
 
-OWN_OPTIONS = (
-    "_target_",
-    "max_time",
-    "ema_decay",
-    "compile",
-    "num_workers",
-    "checkpoint_every_s",
-    "keep_last",
-    "guard",
-)
-"""Of the config group `trainer`: what Lightning's Trainer does not take."""
-NEEDED = (*OWN_OPTIONS[1:], "max_steps", "precision", "accelerator", "accumulate_grad_batches", "log_every_n_steps")
+FAULTS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RuntimeError, MemoryError)
+"""What constructors of others raise on arguments that they were not made for."""
+
+
+class OwnOptions(TypedDict):
+    """Of the config group `trainer`: what Lightning's Trainer does not take."""
+
+    max_time: str | None
+    ema_decay: float
+    compile: Switch
+    num_workers: Annotated[Whole, Field(ge=0, le=1024)]
+    checkpoint_every_s: NonNegative
+    keep_last: Count
+    guard: dict[str, Any] | None
+
+
+class TrainerOptions(OwnOptions):
+    """Those, and what is not left to Lightning. A config names all of them."""
+
+    max_steps: Annotated[Whole, Field(ge=-1)]
+    precision: Any
+    accelerator: str
+    accumulate_grad_batches: Count
+    log_every_n_steps: Count
+    num_nodes: Count
+    num_sanity_val_steps: Annotated[Whole, Field(ge=-1)]
+    gradient_clip_val: NonNegative | None
+    val_check_interval: Positive | None
 
 
 def check_trainer(options: Mapping[str, Any]) -> None:
@@ -50,8 +67,9 @@ def check_trainer(options: Mapping[str, Any]) -> None:
     Raises:
         UserError: naming what is wrong.
     """
-    if missing := [f"trainer.{key}" for key in NEEDED if key not in options]:
+    if missing := [f"trainer.{key}" for key in TrainerOptions.__annotations__ if key not in options]:
         raise UserError(f"Training needs {', '.join(missing)}: leave what trainer= sets there, or give it a value.")
+    apply_rules(TrainerOptions, options)
     if "fsdp" in str(options.get("strategy")).lower():
         raise UserError("trainer=fsdp does not work yet: use trainer=ddp, which keeps the whole network on every GPU.")
     if options["accelerator"] in ("gpu", "cuda") and not (
@@ -69,7 +87,7 @@ def make_trainer(options: Mapping[str, Any], precision: str, **others: Any) -> T
     Raises:
         UserError: it refuses the options.
     """
-    known = {key: value for key, value in options.items() if key not in OWN_OPTIONS}
+    known = {key: value for key, value in options.items() if key not in ("_target_", *OwnOptions.__annotations__)}
     if type(every := known.get("val_check_interval")) is int:  # Lightning counts batches, and validates amid a step
         known["val_check_interval"] = every * options["accumulate_grad_batches"]
     try:

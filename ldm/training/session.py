@@ -4,20 +4,22 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import LambdaCallback
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from ldm.cli.command_line import CommandLine
 from ldm.cli.images import prepare_images
 from ldm.cli.main import command_line, construct
-from ldm.cli.options import check_options, refused_options
 from ldm.data.images import ImageData
 from ldm.errors import UserError
 from ldm.files.atomic import clear_partials
+from ldm.files.untrusted import first_line
+from ldm.rules import Count, Seed, Switch, Text, apply_rules
 from ldm.runs.disk import require_room, require_writable
 from ldm.runs.lock import only_one
 from ldm.runs.replacement import Replacement
@@ -36,7 +38,8 @@ from ldm.training.callbacks.speed import (
     print_table,
     time_expected,
 )
-from ldm.training.fit import Fit, Plan, check_trainer, make_budget
+from ldm.training.fit import FAULTS, Fit, Plan, check_trainer, make_budget
+from ldm.training.optim.factory import OptimizerFactory
 from ldm.training.optim.precision import choose_precision
 from ldm.training.stages.base import Stage
 
@@ -55,6 +58,16 @@ def train(config: DictConfig) -> None:
         fit = session.fit(stage)
         session.begin(fit)
         session.finish(fit.to_the_end(lambda: session.build_stage(images)))
+
+
+class TrainOptions(TypedDict):
+    """Options of a training that belong to none of its parts."""
+
+    runs_dir: Text
+    seed: Seed
+    batch_size: Count
+    val_images: Count
+    overwrite: Switch
 
 
 class Session:
@@ -85,7 +98,7 @@ class Session:
             raise UserError(
                 "stage is required: stage=vae trains the autoencoder, stage=diffusion the model on its latents."
             )
-        check_options(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
+        apply_rules(TrainOptions, config)
         session = cls(config, command, Continuation.plan(config, command, main_process=is_main_process()))
         check_trainer(session.options)
         make_budget(session.options, config.optimizer.warmup_steps, config.optimizer.decay)
@@ -125,7 +138,13 @@ class Session:
         """
         with refused_options():
             build = self._stage_builder()
-            build.func.check(self.config.data.resolution, **build.keywords, init_from=self.config.init_from)
+            OptimizerFactory(build.keywords["optimizer"])(nn.Linear(1, 1))
+            build.func.check(
+                self.config.data.resolution,
+                **build.keywords,
+                init_from=self.config.init_from,
+                flip=self.config.data.flip,
+            )
             images = prepare_images(self.config.data)
         check_batch(self.config, len(images.train_indices))
         return images
@@ -291,6 +310,24 @@ class Session:
         shown += [("pictures", picture) for picture in [*outcome.pictures, str(run.images)]]
         print_table(f"stage {run.stage} finished in {duration_s:.0f} s", shown)
         print(f"next: {next_command}")
+
+
+@contextmanager
+def refused_options() -> Iterator[None]:
+    """Of what is made from options alone, an error is one of theirs.
+
+    Raises:
+        UserError: with what the constructor said.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except FAULTS as error:
+        raise UserError(
+            f"No training can be made of these options: {first_line(error)}. --help lists the choices and the keys; "
+            "HYDRA_FULL_ERROR=1 shows where it happened."
+        ) from error
 
 
 def check_batch(config: DictConfig, num_images: int) -> None:

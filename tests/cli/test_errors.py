@@ -72,10 +72,10 @@ MISTAKES = [
     ([*VAE, "trainer.precision=8"], ["trainer.precision=8 is unknown", "auto, bf16-mixed, 32-true"]),
     ([*VAE, "trainer.guard=true"], ["trainer.guard=True must be null", "max_spike, warmup_steps"]),
     ([*VAE, "+trainer.guard.x=1"], ["must be null, or hold none but: max_spike"]),
-    ([*VAE, "trainer.guard.max_spike=null"], ["trainer.guard.max_spike=None must be a number"]),
+    ([*VAE, "trainer.guard.max_spike=null"], ["trainer.guard.max_spike=null must be a number"]),
     ([*VAE, "trainer.guard.max_spike=abc"], ["trainer.guard.max_spike=abc must be a number"]),
     ([*VAE, "trainer.guard.max_spike=1"], ["trainer.guard.max_spike=1 must be above 1"]),
-    ([*VAE, "trainer.guard.warmup_steps=0"], ["trainer.guard.warmup_steps=0 must be a whole number of 1"]),
+    ([*VAE, "trainer.guard.warmup_steps=0"], ["trainer.guard.warmup_steps=0 must be"]),
     ([*VAE, "+trainer.x=1"], ["No trainer can be made", "unexpected keyword argument 'x'"]),
     ([*VAE, "trainer.strategy=foo"], ["No trainer can be made", "invalid strategy name"]),
     ([*VAE, "trainer=fsdp"], ["trainer=fsdp does not work yet: use trainer=ddp"]),
@@ -86,9 +86,9 @@ MISTAKES = [
     ([*VAE, "trainer.max_steps=1.5"], ["trainer.max_steps=1.5 must be a whole number"]),
     (
         [*VAE, "adversarial=hinge", "adversarial.build.layers=1" + "0" * 30],
-        ["adversarial.build.layers=1000", "64 at most"],
+        ["adversarial.build.layers=1000", "64 or less"],
     ),
-    ([*VAE, "runs_dir="], ["runs_dir= must be text"]),
+    ([*VAE, "runs_dir="], ["runs_dir= must not be empty"]),
     ([*VAE, "name=a\nb"], ["name=a\\nb must be a plain folder name"]),
     ([*VAE, "name=\x1b[2J\u202ea/b"], ["name=\\x1b[2J\\u202ea/b must be"]),
     ([*VAE, "optimizer.decay=sudden"], ["optimizer.decay=sudden is unknown", "linear, cosine, constant"]),
@@ -113,7 +113,7 @@ MISTAKES = [
     ([*DIFFUSION, "variance=optimal"], ["fitted to a trained denoiser"]),
     ([*DIFFUSION, "sampler=ddpm", "sampler.steps=2000"], ["1 to 1000 steps; got 2000"]),
     ([*DIFFUSION, "sampler=ddpm", "sampler.eta=1"], ["There is no key sampler.eta"]),
-    ([*DIFFUSION, "sampler=ddim", "sampler.eta=7.0"], ["eta must be in [0, 1]; got 7.0"]),
+    ([*DIFFUSION, "sampler=ddim", "sampler.eta=7.0"], ["sampler.eta=7.0 must be 1 or less"]),
     ([*DIFFUSION, "sampler=ddpm", "sampler.variance=learned_range"], ["learned_range is none of this network"]),
     ([*DIFFUSION, "sampler=ddpm", "sampler.variance=optimal"], ["optimal is none of this network"]),
     ([*DIFFUSION, "sampler=sde", "sampler.steps=3"], ["sampler= do not go together"]),
@@ -141,18 +141,18 @@ def test_what_does_not_fit_is_refused_before_the_images_are_read(fails, monkeypa
 
 
 def test_numbers_that_mean_whole_ones(call, place, monkeypatch):
-    """1e1 steps are ten, an empty name is none, and 32 is fp32."""
+    """1e1 steps are ten, and 32 is fp32."""
     monkeypatch.chdir(place)
     monkeypatch.setenv("LDM_CACHE", str(place / "cache"))
     seen = []
 
     def look(config):
         assert choose_precision(config.trainer.precision, "cpu") == "32-true"
-        seen.append((config.trainer.max_steps, type(config.trainer.max_steps), config.name, config.seed))
+        seen.append((config.trainer.max_steps, type(config.trainer.max_steps), config.name))
 
     monkeypatch.setattr("ldm.training.session.train", look)
-    assert call(train, *VAE, "trainer.max_steps=1e1", "name=", "trainer.precision=32", "seed=7.0").code == 0
-    assert seen == [(10, int, None, 7)]
+    assert call(train, *VAE, "trainer.max_steps=1e1", "name=", "trainer.precision=32").code == 0
+    assert seen == [(10, int, "")]
 
 
 def test_a_hub_whose_model_is_of_another_kind(fails, monkeypatch, tmp_path):

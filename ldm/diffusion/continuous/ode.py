@@ -20,8 +20,9 @@ from ldm.diffusion.chain import at_least_float32, check_choice
 from ldm.diffusion.continuous.clock import clock_elapsed, clock_ends, clock_nodes, clock_time
 from ldm.diffusion.continuous.sde import probability_flow
 from ldm.diffusion.denoiser import Condition, DenoiserLike
-from ldm.diffusion.samplers.base import Generators, OnStep, check_steps
+from ldm.diffusion.samplers.base import Generators, OnStep
 from ldm.diffusion.schedule import NoiseSchedule
+from ldm.rules import Steps, apply_rules
 
 SOLVERS = ("heun", "adaptive")
 
@@ -95,14 +96,14 @@ class ODESampler:
     method: ClassVar[str] = "ode"
     variance: ClassVar[str | None] = None
     solver: str = "heun"
-    steps: int = 20
+    steps: Steps = 20
     rtol: float = 1e-4
     atol: float = 1e-4
     t_min: int | float = 1.0
 
     def __post_init__(self) -> None:
         check_choice("ODE solver", self.solver, SOLVERS)
-        check_steps(self.steps)
+        apply_rules(type(self), vars(self))
         check_tolerances(self.rtol, self.atol)
 
     def check(self, schedule: NoiseSchedule) -> None:

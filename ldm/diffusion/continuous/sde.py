@@ -17,17 +17,19 @@ Source: Song et al. 2021, arXiv:2011.13456.
 import itertools
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from jaxtyping import Float, Float64
+from pydantic import Field
 from torch import Tensor
 
 from ldm.diffusion.chain import at_least_float32, check_order, score
 from ldm.diffusion.continuous.clock import clock_ends, clock_nodes, clock_time
 from ldm.diffusion.denoiser import Condition, DenoiserLike
-from ldm.diffusion.samplers.base import Generators, OnStep, check_generators, check_steps, draw_noise
+from ldm.diffusion.samplers.base import Generators, OnStep, check_generators, draw_noise
 from ldm.diffusion.schedule import NoiseSchedule, Step
+from ldm.rules import Number, Steps, Whole, apply_rules
 
 
 def reverse_drift(
@@ -151,17 +153,13 @@ class SDESampler:
 
     method: ClassVar[str] = "sde"
     variance: ClassVar[str | None] = None
-    steps: int
-    corrector_steps: int = 0
-    corrector_snr: float = 0.16
+    steps: Steps
+    corrector_steps: Annotated[Whole, Field(ge=0)] = 0
+    corrector_snr: Annotated[Number, Field(gt=0, lt=1)] = 0.16  # Langevin is stable
     t_min: int | float = 1.0
 
     def __post_init__(self) -> None:
-        check_steps(self.steps)
-        if self.corrector_steps < 0:
-            raise ValueError(f"corrector_steps must be 0, for none, or more; got {self.corrector_steps}")
-        if not 0 < self.corrector_snr < 1:
-            raise ValueError(f"corrector_snr must be in (0, 1), where Langevin is stable; got {self.corrector_snr}")
+        apply_rules(type(self), vars(self))
 
     def check(self, schedule: NoiseSchedule) -> None:
         """Refuse a chain on which this sampler cannot run.

@@ -17,6 +17,7 @@ from torch import Tensor
 from ldm.diffusion.chain import at_least_float32, check_choice
 from ldm.diffusion.denoiser import Condition, DenoiserLike, Prediction
 from ldm.diffusion.schedule import NoiseSchedule
+from ldm.rules import Positive, Steps, apply_rules
 
 SPACINGS = ("trailing", "leading", "linspace")
 
@@ -86,15 +87,13 @@ class ChainSampler(ABC):
     """
 
     method: ClassVar[str]
-    steps: int
+    steps: Steps
     spacing: str = "trailing"
-    clip: float | None = None
+    clip: Positive | None = None
 
     def __post_init__(self) -> None:
-        check_steps(self.steps)
+        apply_rules(type(self), vars(self))
         check_choice("spacing", self.spacing, SPACINGS)
-        if self.clip is not None and self.clip <= 0:
-            raise ValueError(f"clip must be positive, or None for no clipping; got {self.clip}")
 
     @property
     def variance(self) -> str | None:
@@ -180,14 +179,6 @@ def timesteps(num_steps: int, steps: int, spacing: str = "trailing") -> list[int
 def draw_noise(like: Tensor, generator: Generators) -> Tensor:
     """N(0, I) in the shape of `like`, each sample from its own generator where there is one per sample."""
     return randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype)
-
-
-def check_steps(steps: int) -> None:
-    """Refuse a number of steps that is not a whole number of 1 or more."""
-    if type(steps) is not int:
-        raise ValueError(f"steps must be a whole number; got {steps}")
-    if steps < 1:
-        raise ValueError(f"a sampler takes at least one step; got steps = {steps}")
 
 
 def check_generators(generator: Generators, batch: int) -> None:

@@ -10,8 +10,10 @@ from ldm.diffusion.chain import check_order, to_eps
 from ldm.diffusion.denoiser import Prediction
 from ldm.diffusion.samplers.base import ChainSampler, Generators, Transition, Walk, draw_noise
 from ldm.diffusion.schedule import NoiseSchedule
+from ldm.rules import Share, checked
 
 
+@checked
 def ddim_step(
     schedule: NoiseSchedule,
     z_0: Float[Tensor, " b *z"],
@@ -19,7 +21,7 @@ def ddim_step(
     *,
     s: int,
     t: int,
-    eta: float = 0.0,
+    eta: Share = 0.0,
     generator: Generators = None,
 ) -> Float[Tensor, " b *z"]:
     """Move from z_t down to z_s, given the predicted clean latent z_0.
@@ -34,7 +36,6 @@ def ddim_step(
         ValueError: unless 0 <= s < t <= T; unless 0 <= eta <= 1.
     """
     check_order(schedule, s, t)
-    _check_eta(eta)
     eps = to_eps(schedule, z_0, z_t, t)
     a_s, a_t = schedule.at(s, eps), schedule.at(t, eps)
     v = eta**2 * (1 - a_s) / (1 - a_t) * (1 - a_t / a_s)
@@ -55,19 +56,10 @@ class DDIM(ChainSampler):
     """
 
     method: ClassVar[str] = "ddim"
-    eta: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_eta(self.eta)
+    eta: Share = 0.0
 
     def _transition(self, walk: Walk) -> Transition:
         def transition(prediction: Prediction, z_t: Tensor, s: int, t: int) -> Tensor:
             return ddim_step(walk.schedule, prediction.z_0, z_t, s=s, t=t, eta=self.eta, generator=walk.generator)
 
         return transition
-
-
-def _check_eta(eta: float) -> None:
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must be in [0, 1]; got {eta}")

@@ -14,16 +14,18 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_only
+from pydantic import Field
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from ldm.errors import UserError
+from ldm.rules import Count, Number, Whole, checked
 from ldm.training.callbacks.skip_step import (
     LARGEST,
     Numbers,
@@ -75,29 +77,21 @@ class Guard(Callback):
         log_every: Steps between the counts' rows.
 
     Raises:
-        UserError: a number out of its range.
+        InputError: a number out of its range.
     """
 
+    @checked
     def __init__(
         self,
         notes: Path,
         images: Callable[[int], Iterable[str]] = lambda batch: (),
         *,
-        max_spike: float = 100.0,
-        warmup_steps: int = 100,
-        skips_before_rollback: int = 10,
-        max_rollbacks: int = 2,
+        max_spike: Annotated[Number, Field(gt=1)] = 100.0,
+        warmup_steps: Count = 100,
+        skips_before_rollback: Count = 10,
+        max_rollbacks: Annotated[Whole, Field(ge=0)] = 2,
         log_every: int = 50,
     ) -> None:
-        if not max_spike > 1:
-            raise UserError(f"trainer.guard.max_spike={max_spike} must be above 1.")
-        for key, value, least in (
-            ("warmup_steps", warmup_steps, 1),
-            ("skips_before_rollback", skips_before_rollback, 1),
-            ("max_rollbacks", max_rollbacks, 0),
-        ):
-            if type(value) is not int or value < least:
-                raise UserError(f"trainer.guard.{key}={value} must be a whole number of {least} at least.")
         self.notes, self.images, self.log_every = notes, images, log_every
         self.skips_before_rollback, self.max_rollbacks = skips_before_rollback, max_rollbacks
         self.running = RunningNorm(max_spike, warmup_steps)

@@ -5,10 +5,11 @@ parameter's gradient: so the trainer knows the generator alone, `max_steps` are 
 once after each of them, with its gradients averaged over ranks here.
 """
 
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 import torch
 import torch.distributed as dist
+from pydantic import Field
 from torch import Tensor, nn
 
 from ldm.autoencoder.discriminator import (
@@ -19,7 +20,8 @@ from ldm.autoencoder.discriminator import (
     discriminator_loss,
     generator_loss,
 )
-from ldm.errors import UserError
+from ldm.errors import InputError, UserError
+from ldm.rules import Depth, NonNegative, Size, Whole, checked
 from ldm.training.callbacks.guard import Guard
 
 
@@ -35,37 +37,26 @@ class Adversary:
         max_weight: The most that lambda may be.
 
     Raises:
-        UserError: a number out of its range.
+        InputError: a number out of its range.
     """
 
+    @checked
     def __init__(
         self,
         loss: GameType = "hinge",
         *,
-        weight: float = 0.1,
-        start: float = 0.5,
-        ramp: int = 200,
-        lr: float = 5e-4,
-        max_weight: float = 1e4,
-        channels: int = 32,
-        layers: int = 3,
+        weight: NonNegative = 0.1,
+        start: NonNegative = 0.5,
+        ramp: Annotated[Whole, Field(ge=0)] = 200,
+        lr: NonNegative = 5e-4,
+        max_weight: NonNegative = 1e4,
+        channels: Size = 32,
+        layers: Annotated[Depth, Field(le=64)] = 3,
     ) -> None:
         if loss not in get_args(GameType):
             raise UserError(f"adversarial.loss={loss} is unknown. Choose one of: {', '.join(get_args(GameType))}.")
-        for key, value in (
-            ("start", start),
-            ("ramp", ramp),
-            ("weight", weight),
-            ("max_weight", max_weight),
-            ("lr", lr),
-        ):
-            if not value >= 0:
-                raise UserError(f"adversarial.{key}={value} must be 0 or more.")
         if start >= 1 and start != int(start):
-            raise UserError(f"adversarial.start={start} must be a whole step, or below 1 a share of the budget.")
-        for key, size, least in (("channels", channels, 1), ("layers", layers, 1)):
-            if type(size) is not int or size < least:
-                raise UserError(f"adversarial.{key}={size} must be a whole number of {least} at least.")
+            raise InputError("start", start, "must be a whole step, or below 1 a share of the budget")
         self.shape = [channels, layers]
         self.game, self.weight, self.start, self.ramp, self.lr = loss, weight, start, ramp, lr
         self.max_weight = max_weight

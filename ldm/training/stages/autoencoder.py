@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypedDict, get_args
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from ldm.files.atomic import durable_folder
 from ldm.image_grid import rows, to_pil
 from ldm.latents.statistics import StatisticsType, check_statistics, encode_latents, published
 from ldm.metrics.image import patch_components, project, psnr, ssim
+from ldm.rules import Depth, Size, Switch, apply_rules
 from ldm.runs.load import load_autoencoder
 from ldm.runs.run import RUN_FILE, Run
 from ldm.runtime.random import numpy_generator
@@ -33,6 +34,16 @@ START_IMAGES, START_PIXELS = 4096, 4096 * 64 * 64
 """At most so many training images, and pixels of them, start the shortcut and the codebook and fit PCA."""
 HELD_OUT_PIXELS = 2**20
 """Pixels of a batch while held-out images are measured: 64 images at 128 px."""
+
+
+class ModelSizes(TypedDict, total=False):
+    """What a model is made of, by the names that diffusers and ours have for it."""
+
+    patch: Size
+    latent_channels: Size
+    block_out_channels: list[Size]
+    layers_per_block: Depth
+    norm_num_groups: Size
 
 
 class VAEStage(Stage):
@@ -61,7 +72,7 @@ class VAEStage(Stage):
         optimizer: Callable[..., torch.optim.Optimizer],
         regulariser: Regulariser,
         images: ImageData,
-        flip: bool,
+        flip: Switch,
         cache_dir: str | None,
         seed: int,
         folder: Path,
@@ -119,6 +130,9 @@ class VAEStage(Stage):
     def check(cls, resolution: int, **options: Any) -> None:
         pretrained, init_from, part = options["pretrained"], options["init_from"], options["train"]
         statistics, regulariser = options["latent_statistics"], options["regulariser"]
+        apply_rules(cls, options)
+        if options["model"] is not None:
+            apply_rules(ModelSizes, options["model"].keywords)
         check_statistics(statistics)
         if part not in get_args(TrainType):
             raise UserError(f"autoencoder.train={part} is unknown. Choose one of: {', '.join(get_args(TrainType))}.")

@@ -4,10 +4,11 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import nn
 
 from ldm.autoencoder.autoencoder import Autoencoder
@@ -23,6 +24,7 @@ from ldm.latents.captions import open_captions
 from ldm.latents.statistics import StatisticsType, check_statistics, encode_latents, published
 from ldm.networks.class_rows import ClassChange, with_classes
 from ldm.networks.conditioning import Conditioning
+from ldm.rules import Depth, Number, Positive, Share, Size, Switch, Whole, apply_rules
 from ldm.runs.load import load_autoencoder, load_pipeline
 from ldm.runs.run import Run, data_of_autoencoder
 from ldm.runtime import shell
@@ -30,6 +32,21 @@ from ldm.sampling.pipeline import LatentDiffusionPipeline
 from ldm.training.modules.diffusion import BATCH, NUM_BANDS, DiffusionTraining
 from ldm.training.optim.factory import OptimizerFactory
 from ldm.training.stages.base import Outcome, Stage
+
+
+class NetworkSizes(TypedDict, total=False):
+    """What a network is made of, by the names that one or the other has for it."""
+
+    patch_size: Size
+    hidden_dim: Size
+    depth: Depth
+    head_dim: Size
+    mlp_ratio: Annotated[Positive, Field(le=1000)]
+    cross_attention_every: Annotated[Whole, Field(ge=0)]
+    block_out_channels: list[Size]
+    layers_per_block: Depth
+    attention_levels: list[Annotated[Whole, Field(ge=0)]]
+    norm_num_groups: Size
 
 
 class DiffusionStage(Stage):
@@ -57,13 +74,13 @@ class DiffusionStage(Stage):
         objective: Objective,
         variance: str | None,
         conditioning: Callable[[ImageData], Conditioning],
-        drop_condition: float,
+        drop_condition: Share,
         sampler: SamplerLike,
-        guidance: float,
+        guidance: Number,
         prompts: list[str],
         optimizer: Callable[..., torch.optim.Optimizer],
         images: ImageData,
-        flip: bool,
+        flip: Switch,
         cache_dir: str | None,
         seed: int,
         folder: Path,
@@ -129,6 +146,15 @@ class DiffusionStage(Stage):
 
     @classmethod
     def check(cls, resolution: int, **options: Any) -> None:
+        network, conditioning = options["network"], options["conditioning"]
+        apply_rules(cls, options)
+        apply_rules(NetworkSizes, network.keywords)
+        apply_rules(conditioning.func, conditioning.keywords)
+        try:
+            with torch.device("meta"):
+                network(sample_size=resolution, in_channels=1, out_channels=1)
+        except ValueError as error:
+            raise UserError(f"No network can be made of the options network.*: {error}.") from error
         check_statistics(options["latent_statistics"])
         if options["latent_statistics"] != "measured" and options["init_from"] is not None:
             raise UserError(

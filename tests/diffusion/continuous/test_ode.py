@@ -216,7 +216,7 @@ def test_t_min_is_where_the_ode_stops(mixture, randn):
 def test_options_and_calls_are_checked(mixture, randn):
     for options, rule in [
         ({"solver": "euler"}, "ODE solver 'euler'; known: heun, adaptive"),
-        ({"steps": 0}, "at least one step"),
+        ({"steps": 0}, "steps=0 must be 1 or more"),
         ({"rtol": 0.0}, "rtol and atol must be at least 1e-12"),
         ({"atol": math.nan}, "rtol and atol must be at least 1e-12"),
     ]:

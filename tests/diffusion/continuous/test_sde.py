@@ -243,9 +243,9 @@ def test_a_network_and_guidance_at_real_times(randn):
 
 def test_options_and_calls_are_checked(exact_gaussian, randn):
     for options, rule in [
-        ({"steps": 0}, "at least one step"),
-        ({"corrector_steps": -1}, "corrector_steps must be 0"),
-        ({"corrector_snr": 1.5}, r"corrector_snr must be in \(0, 1\)"),
+        ({"steps": 0}, "steps=0 must be 1 or more"),
+        ({"corrector_steps": -1}, "corrector_steps=-1 must be 0 or more"),
+        ({"corrector_snr": 1.5}, "corrector_snr=1.5 must be below 1"),
     ]:
         with pytest.raises(ValueError, match=rule):
             SDESampler(**{"steps": 50, **options})

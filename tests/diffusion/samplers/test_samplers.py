@@ -204,9 +204,9 @@ def test_condition_reaches_the_denoiser_and_no_graph_is_kept(randn):
     [
         (UniPC, {"spacing": "karras"}, "spacing 'karras'; known: trailing, leading, linspace"),
         (DDPM, {"variance": "learned"}, "variance 'learned'; known: fixed_small"),
-        (DDIM, {"eta": 1.5}, r"eta must be in \[0, 1\]"),
-        (DDIM, {"steps": 0}, "at least one step"),
-        (DPMSolver, {"clip": 0.0}, "clip must be positive"),
+        (DDIM, {"eta": 1.5}, "eta=1.5 must be 1 or less"),
+        (DDIM, {"steps": 0}, "steps=0 must be 1 or more"),
+        (DPMSolver, {"clip": 0.0}, "clip=0.0 must be above 0"),
     ],
 )
 def test_options_are_checked(sampler, options, rule):

@@ -432,9 +432,9 @@ def test_a_resumed_guard_goes_on_as_one_never_stopped(fit, make, guard, tmp_path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_spike": 1}, "trainer.guard.max_spike=1 must be above 1"),
-        ({"max_spike": math.nan}, "trainer.guard.max_spike=nan"),
-        ({"warmup_steps": 0}, "trainer.guard.warmup_steps=0 must be a whole number of 1"),
+        ({"max_spike": 1}, "max_spike=1 must be above 1"),
+        ({"max_spike": math.nan}, "max_spike=nan must be above 1"),
+        ({"warmup_steps": 0}, "warmup_steps=0 must be 1 or more"),
         ({"skips_before_rollback": 1.5}, "skips_before_rollback=1.5"),
         ({"max_rollbacks": -1}, "max_rollbacks=-1"),
     ],
