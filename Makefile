@@ -15,8 +15,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup
-	$(PY) -m ldm.train stage=vae name=demo overwrite=true
-	$(PY) -m ldm.train stage=diffusion name=demo vae=runs/vae/demo overwrite=true
+	$(PY) -m ldm.train stage=all name=demo overwrite=true
 	$(PY) tools/demo.py
 
 test: setup

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import ldm
+from ldm.cli.arguments import without_stage
 from ldm.cli.remedies import REMEDIES, keys_in
 from tests.option_keys import COMMANDS, all_keys, foreign_keys, keys_of
 
@@ -73,7 +74,9 @@ def test_no_error_of_the_library_names_an_option(package):
 @pytest.mark.parametrize("file", files("."), ids=lambda file: str(file.relative_to(ROOT)))
 def test_every_option_that_is_named_exists(file):
     for line, text in texts(ast.parse(file.read_text(encoding="utf-8"))):
-        unknown = {key for key in keys_in(text) if not key.startswith("hydra.")} - all_keys() - NO_OPTIONS
+        unknown = (
+            {without_stage(key) for key in keys_in(text) if not key.startswith("hydra.")} - all_keys() - NO_OPTIONS
+        )
         assert not unknown, f"line {line}: {text}"
 
 

@@ -62,13 +62,24 @@ def quote_free_text(arguments: Sequence[str], keys: Sequence[str] = FREE_TEXT) -
     quoted = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        switch = key == "resume" and value.lower() in ("true", "false")
-        if equals and key.lstrip("+") in keys and not switch and value not in ("null", "???", ""):
+        name = without_stage(key.lstrip("+"))
+        switch = name == "resume" and value.lower() in ("true", "false")
+        if equals and name in keys and not switch and value not in ("null", "???", ""):
             argument = f"{key}={_quote(value)}"
         elif number := _WHOLE.fullmatch(argument):
             argument = f"{number[1]}{int(float(number[2]))}"
         quoted.append(argument)
     return quoted
+
+
+def without_stage(key: str) -> str:
+    """A key of stage=all that is one stage's alone, as that stage has it: stage1.batch_size is batch_size."""
+    return key.removeprefix("stage1.").removeprefix("stage2.")
+
+
+def mark_new(arguments: Sequence[str]) -> list[str]:
+    """stage1.KEY= and stage2.KEY= as ++stage1.KEY=: the config of stage=all does not hold them."""
+    return [f"++{argument}" if argument != without_stage(argument) else argument for argument in arguments]
 
 
 def gather(arguments: Sequence[str], key: str) -> list[str]:

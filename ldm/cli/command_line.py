@@ -11,7 +11,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm.cli.arguments import FREE_TEXT, quote_free_text, typed
+from ldm.cli.arguments import FREE_TEXT, quote_free_text, typed, without_stage
 from ldm.tracking.artifact import flatten
 
 SEARCH_PATH = "hydra.searchpath="
@@ -73,21 +73,28 @@ class CommandLine:
             options += [option for key, option in given if key.startswith("data.")]
         return [*self.sources, *options]
 
+    def compose(self, options: Sequence[str]) -> DictConfig:
+        """The config that Hydra composes from other options, as a user types them, with its interpolations."""
+        overrides = [option for option in options if option not in self.sources]
+        return OmegaConf.create(
+            _composed(self.config_name, (*self.search_path, *quote_free_text(overrides)), tuple(self.sources))
+        )
+
     def _typed(self, config: DictConfig) -> list[tuple[str, str]]:
         """The overrides by key, as the user typed them: free text was quoted for Hydra."""
         options = []
         for override in self.overrides:
             key = override.partition("=")[0]
             bare = key.lstrip("+")
-            value = OmegaConf.select(config, bare) if bare in FREE_TEXT else None
+            value = OmegaConf.select(config, bare) if without_stage(bare) in FREE_TEXT else None
+            if bare != without_stage(bare):
+                key, override = key.removeprefix("++"), override.removeprefix("++")
             options.append((bare, f"{key}={value}" if isinstance(value, str) else override))
         return options
 
     def _differences(self, config: DictConfig, options: Sequence[str]) -> list[str]:
         """What the config that Hydra composes from `options` lacks of the values in `config` that stages share."""
-        own = OmegaConf.create(
-            _composed(self.config_name, (*self.search_path, *quote_free_text(options)), tuple(self.sources))
-        )
+        own = self.compose(options)
         groups = sorted({key.partition(".")[0] for key in SHARED_WITH_OTHER_STAGE})
         values: Any = OmegaConf.to_container(config, resolve=True)
         wanted = flatten({group: values[group] for group in groups})

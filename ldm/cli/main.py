@@ -18,7 +18,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.cli.arguments import bracket_lists, check_arguments, escape, gather, quote_free_text
+from ldm.cli.arguments import bracket_lists, check_arguments, escape, gather, mark_new, quote_free_text
 from ldm.cli.command_line import SEARCH_PATH, CommandLine
 from ldm.cli.explain import explain
 from ldm.cli.targets import with_current_targets
@@ -63,7 +63,7 @@ def _tools() -> list[Path]:
 
 def _overview() -> str:
     """Every command with the first line of its script."""
-    lines = {"train": "Train one stage: first stage=vae, then stage=diffusion."}
+    lines = {"train": "Train both stages with stage=all, or one with stage=vae or stage=diffusion."}
     lines |= {tool.stem: ast.get_docstring(ast.parse(tool.read_text("utf-8"))) or "" for tool in _tools()}
     rows = [f"  {name:12}{said}" for name, said in lines.items()]
     return "\n".join(["ldm COMMAND [key=value ...]    ldm COMMAND --help shows the options of a command", "", *rows])
@@ -93,6 +93,7 @@ def run(
     try:
         check_arguments(command.typed)
         arguments = command.typed if positional is None else gather(command.typed, positional)
+        arguments = mark_new(arguments)
         sys.argv[1:] = arguments if command.sweeps else bracket_lists(quote_free_text(arguments), lists)
     except UserError as error:
         command.report(error)
@@ -115,6 +116,14 @@ def run(
     if failed := command.failed:
         print(one_line(f"error: {len(failed)} of the jobs failed: {'; '.join(failed)}"), file=sys.stderr)
         sys.exit(2)
+
+
+def compose(options: Sequence[str]) -> DictConfig:
+    """The config of another command like this one, with these options as a user types them."""
+    command = command_line()
+    composed = command.compose(options)
+    require_values(composed)
+    return as_config(with_current_targets(OmegaConf.to_container(composed, resolve=True)))
 
 
 def environment_of_children() -> dict[str, str]:

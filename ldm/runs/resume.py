@@ -92,12 +92,13 @@ class Continuation:
             UserError: the folder is in use by another run and neither resume nor overwrite was asked for.
         """
         resume = {None: False, "true": True}.get(config.resume, config.resume)
-        if resume is True and not config.name:
+        named = config.name not in (None, "")
+        if resume is True and not named:
             raise UserError(
                 "resume=true continues the run that name= gives: add name=NAME, its folder in runs/<stage>/."
             )
         stage = command.choices["stage"]
-        name = launcher.share_run_name(config.name or default_name(command), main_process=main_process)
+        name = launcher.share_run_name(str(config.name) if named else default_name(command), main_process=main_process)
         if not is_plain_name(name) or len(name.encode()) > 200:
             raise UserError(f"name={name} must be a plain folder name. Choose another place with runs_dir=.")
         planned = cls(
@@ -105,7 +106,7 @@ class Continuation:
             stage=stage,
             resume=resume if isinstance(resume, bool) else Path(str(resume)).expanduser(),
             overwrite=config.overwrite,
-            named=bool(config.name),
+            named=named,
             options=tuple(command.options_to_continue(config)),
         )
         if main_process:

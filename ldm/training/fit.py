@@ -1,5 +1,6 @@
 """One fit: a trainer with its callbacks and batches, made anew as often as training begins again."""
 
+import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -87,6 +88,7 @@ def make_trainer(options: Mapping[str, Any], precision: str, **others: Any) -> T
     Raises:
         UserError: it refuses the options.
     """
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     known = {key: value for key, value in options.items() if key not in ("_target_", *OwnOptions.__annotations__)}
     if type(every := known.get("val_check_interval")) is int:  # Lightning counts batches, and validates amid a step
         known["val_check_interval"] = every * options["accumulate_grad_batches"]

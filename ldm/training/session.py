@@ -1,6 +1,5 @@
 """One training as a handful of verbs: a composed config in, a run folder with weights out."""
 
-import logging
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -44,7 +43,7 @@ from ldm.training.optim.precision import choose_precision
 from ldm.training.stages.base import Stage
 
 
-def train(config: DictConfig) -> None:
+def train_stage(config: DictConfig) -> None:
     """Train one stage.
 
     Raises:
@@ -93,17 +92,8 @@ class Session:
         """
         command = command_line()
         begin_peak_memory(first=not command.job)
-        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-        if config.get("stage") is None:
-            raise UserError(
-                "stage is required: stage=vae trains the autoencoder, stage=diffusion the model on its latents."
-            )
-        apply_rules(TrainOptions, config)
-        session = cls(config, command, Continuation.plan(config, command, main_process=is_main_process()))
-        check_trainer(session.options)
-        make_budget(session.options, config.optimizer.warmup_steps, config.optimizer.decay)
-        check_mode(config.logger.get("mode"))
-        return session
+        check_options(config)
+        return cls(config, command, Continuation.plan(config, command, main_process=is_main_process()))
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
@@ -310,6 +300,39 @@ class Session:
         shown += [("pictures", picture) for picture in [*outcome.pictures, str(run.images)]]
         print_table(f"stage {run.stage} finished in {duration_s:.0f} s", shown)
         print(f"next: {next_command}")
+
+
+def check_options(config: DictConfig) -> None:
+    """Refuse what no training can be made of, whichever stage it is of.
+
+    Raises:
+        UserError: naming the option and the remedy.
+    """
+    if config.get("stage") is None:
+        raise UserError(
+            "stage is required: stage=vae trains the autoencoder, stage=diffusion the model on its latents, stage=all "
+            "one after the other."
+        )
+    apply_rules(TrainOptions, config)
+    trainer: Any = OmegaConf.to_container(config.trainer)
+    check_trainer(trainer)
+    make_budget(trainer, config.optimizer.warmup_steps, config.optimizer.decay)
+    check_mode(config.logger.get("mode"))
+
+
+def check_stage(config: DictConfig, build: Any) -> None:
+    """Refuse parts of a stage that do not go together, before its images are prepared.
+
+    Args:
+        build: A partial of the stage's class.
+
+    Raises:
+        UserError: naming the option and the remedy.
+    """
+    with refused_options():
+        OptimizerFactory(build.keywords["optimizer"])(nn.Linear(1, 1))
+        options = build.keywords | {"init_from": config.init_from, "flip": config.data.flip}
+        build.func.check(config.data.resolution, **options)
 
 
 @contextmanager

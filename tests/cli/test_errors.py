@@ -150,7 +150,7 @@ def test_numbers_that_mean_whole_ones(call, place, monkeypatch):
         assert choose_precision(config.trainer.precision, "cpu") == "32-true"
         seen.append((config.trainer.max_steps, type(config.trainer.max_steps), config.name))
 
-    monkeypatch.setattr("ldm.training.session.train", look)
+    monkeypatch.setattr("ldm.training.session.train_stage", look)
     assert call(train, *VAE, "trainer.max_steps=1e1", "name=", "trainer.precision=32").code == 0
     assert seen == [(10, int, "")]
 
