@@ -21,19 +21,11 @@ from ldm.runtime.device import choose_device
 
 def latents(config: DictConfig) -> None:
     if (config.run is None) == (config.sweep is None):
-        raise UserError(
-            "Give one of run= and sweep=: run=<run folder> measures an autoencoder that is trained, sweep=f4c4,f4c16 "
-            "trains one of each size and compares them."
-        )
+        raise UserError("Give one of run= and sweep=: a run folder to measure, or sizes to train: sweep=f4c4,f4c16.")
     options: dict[str, Any] = {key: config[key] for key in ("num_images", "seed", "batch_size")}
-    if config.run is not None:
-        measure_run(config, options)
-    else:
+    if config.sweep is not None:
         sweep_sizes(config, options)
-
-
-def measure_run(config: DictConfig, options: dict[str, Any]) -> None:
-    """Channels, spectra and PCAs of one autoencoder."""
+        return
     run = Run.open(config.run)
     report = measure_latents(run, split=config.split, device=choose_device(config.device), **options)
     Console(highlight=False).print(report.table())
@@ -51,7 +43,7 @@ def sweep_sizes(config: DictConfig, options: dict[str, Any]) -> None:
     # as they were typed, for the training's own front door to read
     chosen = [argument for argument in typed.arguments if argument.lstrip("+~").startswith("data.")]
     common = [f"data={typed.choices['data']}", *chosen, *parse_list(config.train)]
-    losses = [loss.strip() for loss in config.losses.split(",")]
+    losses: list[Any] = [loss.strip() for loss in str(config.losses).split(",")]
     trainings = plan_trainings(parse_sizes(config.sweep, resolution), losses, folder, config.minutes, common)
     if config.features != NO_FEATURES:  # what it lacks shows now, and a classifier is trained before the rest
         load_features(config.features, prepare_images(config.data) if config.features == Classifier.name else None)
@@ -59,9 +51,8 @@ def sweep_sizes(config: DictConfig, options: dict[str, Any]) -> None:
     run_trainings(trainings)
     report = measure_sweep(trainings, device=device, **options)
     data, picture = save_sweep(report, trainings, folder)
-    console = Console(highlight=False)
-    console.width = max(console.width, 25 + 14 * len(trainings))  # a file has 80 characters a line, as Rich sees it
-    console.print(size_table(report))
+    width = max(Console().width, 25 + 14 * len(trainings))  # a file has 80 characters a line, as Rich sees it
+    Console(highlight=False, width=width).print(size_table(report))
     advice = report["recommendation"]
     print(f"Recommendation: {advice['text']}\nlonger: {advice['train']}\nstage 2: {advice['next']}")
     print(f"all figures: {data}\nrate and distortion: {picture}")

@@ -100,8 +100,7 @@ class SweepTraining:
         if other := {"stage=vae", *self.overrides} ^ set(run.facts.get("options", [])):
             differ = ", ".join(sorted(other)).replace("=", " ")
             raise UserError(
-                f"{self.folder} was trained with other options than this command asks for; what differs: {differ}. "
-                "Choose another name=, or delete that folder."
+                f"{self.folder} was trained with other options: {differ}. Choose another name=, or delete that folder."
             )
         return run.finished
 

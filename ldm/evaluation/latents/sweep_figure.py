@@ -1,4 +1,4 @@
-"""Rate and distortion of the latent sizes of a sweep, beside the PCA of every size, and the FD of each run."""
+"""Rate and distortion of the latent sizes of a sweep, beside the PCA of every size."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,11 +10,11 @@ INK = "#333333"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """By f, in ascending order; readable without telling red from green (Okabe and Ito 2008)."""
 MARKERS = {"plain": "o", "adversarial": "D"}
-LABELS = {"num_values": "values per image", "kl_bits": "rate: KL in bits per image", "fd": "FD"}
+LABELS = {"num_values": "values per image", "kl_bits": "rate: KL in bits per image"}
 
 
 def plot_size_sweep(report: Mapping[str, Any]) -> Figure:
-    """PSNR over values per image, and over bits per image where latents have a density; FD by run, where measured.
+    """PSNR over values per image, and over bits per image where latents have a density.
 
     Args:
         report: That of sweep.json.
@@ -25,13 +25,7 @@ def plot_size_sweep(report: Mapping[str, Any]) -> Figure:
     shown = [key for key in LABELS if all(row[key] is not None for row in rows)]
     figure = Figure(figsize=(5.4 * len(shown), 5.4), layout="constrained")
     for axes, key in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-        if key == "fd":
-            _plot_fd(axes, rows, colours)
-        else:
-            _plot_distortion(axes, rows, key, report, colours)
-        axes.set_xlabel(LABELS[key])
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.22)
+        _plot_distortion(axes, rows, key, report, colours)
     size = figure.axes[0]
     for factor, colour in colours.items():
         curve = report["pca"][str(factor)]
@@ -39,8 +33,7 @@ def plot_size_sweep(report: Mapping[str, Any]) -> Figure:
     for loss, marker in MARKERS.items():
         size.plot([], [], marker, color=INK, label=f"trained, {loss}")
     size.legend(frameon=False, fontsize=9, loc="upper left")
-    side, images = report["resolution"], f"{report['num_images']} held-out images of {report['images']}"
-    figure.suptitle(f"Latent sizes for {side} x {side} px, {images}", fontsize=13)
+    figure.suptitle(f"{report['num_images']} held-out images of {report['images']}, {report['resolution']} px")
     return figure
 
 
@@ -63,17 +56,8 @@ def _plot_distortion(
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:,g}")
     low = min(low, *(row["pca_psnr_db"] for row in rows))
-    axes.set(xlim=(min(values) / 2.2, 2.2 * max(values)), ylim=(low - 1, high + 1), ylabel="PSNR, dB")
+    axes.set(xlim=(min(values) / 2.2, 2.2 * max(values)), ylim=(low - 1, high + 1))
+    axes.set(xlabel=LABELS[key], ylabel="PSNR, dB")
+    axes.grid(alpha=0.22)
     axes.axhline(report["target_psnr_db"], color=INK, lw=1, ls="--")
     axes.set_title(f"Distortion; dashed: target {report['target_psnr_db']:g} dB")
-
-
-def _plot_fd(axes: Axes, rows: Sequence[Mapping[str, Any]], colours: dict[int, str]) -> None:
-    """A bar per run, pale where the loss was trained on the same features."""
-    for place, row in enumerate(rows):
-        alpha = 0.3 if row["features_in_loss"] else 1
-        bar = axes.barh(place, row["fd"], color=colours[row["factor"]], alpha=alpha, height=0.5)
-        axes.bar_label(bar, [f"{row['fd']:.3g}"], padding=3)
-    axes.set_yticks(range(len(rows)), [f"{row['size']} {row['loss']}" for row in rows])
-    axes.margins(x=0.15)
-    axes.set_title("Distance; pale: these features are in the loss", fontsize=10)

@@ -28,7 +28,6 @@ from ldm.rules import Count, Number, Seed, Whole, checked
 from ldm.runs.run import Run, choose_images
 from ldm.runtime import shell
 
-Several = Annotated[Whole, Field(ge=2)]
 LONGER = 10
 """The training that is proposed takes so many times the sweep's minutes."""
 ROWS = (
@@ -56,7 +55,7 @@ def measure_sweep(
     device: torch.device,
     features: str = "efficientnet_lite",
     target_psnr_db: Number = 25.0,
-    num_images: Several = 2048,
+    num_images: Annotated[Whole, Field(ge=2)] = 2048,
     seed: Seed = 0,
     batch_size: Count = 64,
 ) -> dict[str, Any]:
@@ -106,6 +105,7 @@ def _sweep_row(training: SweepTraining, run: Run, measured: dict[str, Any]) -> d
         "compression": 3 * (shape[1] * size.factor) ** 2 / math.prod(shape),
         "gain_db": measured["psnr_db"] - measured["pca_psnr_db"],
         "fd": measured.get("fd_reconstructions"),
+        "fd_components": measured.get("fd_components"),
         "kd": measured.get("kd_reconstructions"),
         "kd_standard_error": measured.get("kd_reconstructions_standard_error"),
         "steps": run.facts["figures"]["steps"],
