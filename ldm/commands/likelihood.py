@@ -11,12 +11,8 @@ from ldm.runtime.device import choose_device
 
 def likelihood(config: DictConfig) -> None:
     run = Run.open(config.run)
-    chosen = {
-        "split": config.split,
-        "num_images": config.num_images,
-        "steps": None if config.steps == "all" else config.steps,
-        "seed": config.seed,
-    }
+    chosen = {key: config[key] for key in ("split", "num_images", "seed")}
+    chosen["steps"] = None if config.steps == "all" else config.steps
     options = {"device": choose_device(config.device), "batch_size": config.batch_size, **chosen}
     ode = {"rtol": config.rtol, "atol": config.rtol, "probes": config.probes} if config.ode else None
     other = Run.open(config.against, "against") if config.against else None
@@ -26,8 +22,8 @@ def likelihood(config: DictConfig) -> None:
         raise UserError(f"against_variance={config.against_variance} needs against=, the run to compare with.")
     report = measure_likelihood(run, variance=config.variance, ode=ode, **options)
     Console(highlight=False).print(report.table())
-    if (difference := report.ode_minus_chain) is not None:
-        print(f"ODE minus chain, {format_difference(difference)}")
+    if "ode_minus_chain" in report.content:
+        print(f"ODE minus chain, {format_difference(report.content['ode_minus_chain'])}")
     data, picture = report.save(run.path)
     if other is not None:
         against = measure_likelihood(other, variance=config.against_variance, **options)

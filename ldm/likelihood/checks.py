@@ -8,7 +8,9 @@ from ldm.autoencoder.autoencoder import Autoencoder, LatentStatistics
 from ldm.diffusion.chain import VarianceType
 from ldm.diffusion.continuous.clock import clock_ends
 from ldm.diffusion.continuous.ode import check_tolerances
+from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
+from ldm.rules import Count, Number, checked
 from ldm.sampling.pipeline import LatentDiffusionPipeline
 
 
@@ -18,21 +20,21 @@ def require_density(autoencoder: Autoencoder) -> LatentStatistics:
     Raises:
         UserError: it defines none, or was not measured.
     """
-    name, statistics = type(autoencoder.model).__name__, autoencoder.statistics
+    name, statistics = f"The autoencoder {type(autoencoder.model).__name__}", autoencoder.statistics
     if not autoencoder.has_density:
         raise UserError(
-            f"The autoencoder {name} has no density over its latents, so images have no likelihood under it. "
-            "Train one with a KL: python -m ldm.train stage=vae regulariser=kl"
+            f"{name} has no density over its latents, so images have no likelihood under it. Train one with a KL: "
+            "python -m ldm.train stage=vae regulariser=kl"
         )
     if statistics is None:
         raise UserError(
-            f"The autoencoder {name} was not measured on its training split, so the scale of p(x | z) is unknown: "
-            "latents.json is missing beside its weights. Put that file back, or train the autoencoder again."
+            f"{name} was not measured on its training split: latents.json is missing beside its weights. Put that "
+            "file back, or train the autoencoder again."
         )
     if min(statistics.decoder_scale) <= 0:
         raise UserError(
-            f"The autoencoder {name} reproduces its training split exactly (its decoder_scale is "
-            f"{statistics.decoder_scale}), so p(x | z) is no density. Train it on images that differ."
+            f"{name} reproduces its training split exactly (decoder_scale {statistics.decoder_scale}), so p(x | z) is "
+            "no density. Train it on images that differ."
         )
     return statistics
 
@@ -56,15 +58,14 @@ def check_chain(pipeline: LatentDiffusionPipeline, variance: str, steps: Any, od
         raise UserError(
             f"steps={steps} must be an even number from 4 to T = {schedule.num_steps}, or all for every t of the chain."
         )
-    if ode is None:
-        return
-    tolerances, probes = {key: ode.get(key, 1e-4) for key in ("rtol", "atol")}, ode.get("probes", 1)
-    if not all(isinstance(value, int | float) for value in tolerances.values()):
-        raise UserError(f"rtol={tolerances['rtol']} must be a number of 1e-12 at least.")
-    if probes is not None and (type(probes) is not int or probes < 1):
-        raise UserError(f"probes={probes} must be a whole number of 1 at least, or null for the exact trace.")
+    if ode is not None:
+        _check_ode(schedule, **ode)
+
+
+@checked
+def _check_ode(schedule: NoiseSchedule, *, rtol: Number = 1e-4, atol: Number = 1e-4, probes: Count | None = 1) -> None:
     try:
-        check_tolerances(**{key: float(value) for key, value in tolerances.items()})
+        check_tolerances(rtol, atol)
         clock_ends(schedule, 1.0)
     except ValueError as error:
         raise UserError(f"The ODE has no density here: {error}. Change that, or leave ode= out.") from error

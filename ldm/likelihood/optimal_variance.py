@@ -9,9 +9,7 @@ from torch import Tensor
 from ldm.data.images import ImageData
 from ldm.diffusion.bound import fit_z_0_mse
 from ldm.errors import UserError
-from ldm.likelihood.two_stage import (
-    draw_latents,
-)
+from ldm.likelihood.two_stage import draw_latents
 from ldm.progress import Bars
 from ldm.runtime.random import numpy_generator, torch_generator
 from ldm.sampling.pipeline import LatentDiffusionPipeline, save_z_0_mse

@@ -11,13 +11,13 @@ import torch
 from rich.table import Table
 
 from ldm.autoencoder.autoencoder import Autoencoder
-from ldm.errors import UserError, require_whole
+from ldm.errors import UserError
 from ldm.likelihood.checks import check_chain, require_density
 from ldm.likelihood.figure import plot_likelihood
 from ldm.likelihood.optimal_variance import fit_optimal
 from ldm.likelihood.two_stage import Terms, TwoStage, mean_metric, two_stage_bound, vae_bound
-from ldm.metrics.metric import Metric
 from ldm.progress import Bars, progress
+from ldm.rules import Count, checked
 from ldm.runs.run import Run, choose_images
 from ldm.sampling.pipeline import LatentDiffusionPipeline
 from ldm.sampling.request import Request
@@ -31,6 +31,9 @@ BOUND_ROWS = {
     "ODE, z_1": "log q(z_1 | z_0) / p(z_1), the ODE",
     "L_0": "L_0, the last step",
     "N(0, I) prior": "-log N(z_raw; 0, I), no chain",
+    "total": "total",
+    "standard_error": "standard error, between images",
+    "monte_carlo_error": "standard error, of t and noise",
 }
 
 
@@ -41,40 +44,24 @@ class LikelihoodReport:
     content: dict[str, Any]
     columns: dict[str, Terms]
 
-    @property
-    def ode_minus_chain(self) -> Metric | None:
-        """In bits/dim, paired over the images; None without an ODE."""
-        if "ODE" not in self.columns:
-            return None
-        chain, ode = self.columns["chain"], self.columns["ODE"]
-        return mean_metric(chain.bits_per_dim(ode.total - chain.total))
-
-    def add_difference(self, other: "LikelihoodReport") -> Metric:
-        """Add what `paired_difference` finds, with the other report."""
-        difference = paired_difference(self, other)
-        self.content["difference"] = {**_mean_to_json(difference), "against": other.content}
-        return difference
-
     def table(self) -> Table:
         """Bits per dimension of every term, one column per prior of the latent."""
         images, of = self.content["num_images"], self.content["num_dims"]
-        table = Table(title=f"bits/dim of {images} images ({of} dimensions each)", title_justify="left")
-        table.add_column("term")
+        table = Table("term", title=f"bits/dim of {images} images ({of} dimensions each)", title_justify="left")
         for name in self.columns:
             table.add_column(name, justify="right")
-        metrics = [terms.metrics() for terms in self.columns.values()]
+        found = [_terms_to_json(terms) for terms in self.columns.values()]
         for key, label in BOUND_ROWS.items():
-            if any(key in found for found in metrics):
-                table.add_row(label, *(f"{found[key].value:.4f}" if key in found else "" for found in metrics))
-        table.add_section()
-        totals = [found["total"] for found in metrics]
-        table.add_row("total", *(f"[bold]{total.value:.4f}[/bold]" for total in totals))
-        table.add_row("standard error, between images", *(f"{total.standard_error:.4f}" for total in totals))
-        errors = [terms.monte_carlo_error for terms in self.columns.values()]
-        if any(error is not None for error in errors):
-            shown = ("" if error is None else f"{error:.4f}" for error in errors)
-            table.add_row("standard error, of t and noise", *shown)
+            if any(key in terms for terms in found):
+                table.add_row(label, *(f"{terms[key]:.4f}" if key in terms else "" for terms in found))
         return table
+
+    def add_difference(self, other: "LikelihoodReport") -> dict[str, Any]:
+        """Add the paired difference from a report on the same images, of the first column of each."""
+        (first, *_), (second, *_) = self.columns.values(), other.columns.values()
+        difference = paired_difference(first, second)
+        self.content["difference"] = difference | {"against": other.content}
+        return difference
 
     def save(self, folder: Path) -> tuple[Path, Path]:
         """likelihood.json and likelihood.png."""
@@ -85,23 +72,19 @@ class LikelihoodReport:
         return data, picture
 
 
-def format_difference(metric: Metric) -> str:
-    return f"paired over the images: {metric.value:+.4f} ± {metric.standard_error:.4f} bits/dim"
+def format_difference(difference: dict[str, Any]) -> str:
+    """A difference as likelihood.json has it, in words."""
+    return f"paired over the images: {difference['mean']:+.4f} ± {difference['standard_error']:.4f} bits/dim"
 
 
-def _terms_to_json(terms: Terms) -> dict[str, float | None]:
+def _terms_to_json(terms: Terms) -> dict[str, Any]:
     metrics, error = terms.metrics(), terms.monte_carlo_error
-    found = {
-        **{name: metric.value for name, metric in metrics.items()},
-        "standard_error": metrics["total"].standard_error,
-    }
+    found: dict[str, Any] = {name: metric.value for name, metric in metrics.items()}
+    found["standard_error"] = metrics["total"].standard_error
     return found if error is None else {**found, "monte_carlo_error": error}
 
 
-def _mean_to_json(metric: Metric) -> dict[str, float | None]:
-    return {"mean": metric.value, "standard_error": metric.standard_error}
-
-
+@checked
 def measure_likelihood(
     run: Run,
     *,
@@ -112,7 +95,7 @@ def measure_likelihood(
     variance: str | None = None,
     ode: dict[str, Any] | None = None,
     seed: int = 0,
-    batch_size: int = 64,
+    batch_size: Count = 64,
 ) -> LikelihoodReport:
     """The bound of a run's images; a run of stage vae has its own, with the prior N(0, I).
 
@@ -125,7 +108,6 @@ def measure_likelihood(
     Raises:
         UserError: what `choose_images`, `open_model` and `two_stage_bound` refuse.
     """
-    require_whole("batch_size", batch_size, 1)
     started = time.perf_counter()
     images, indices = choose_images(run, split, num_images, seed)
     model = open_model(run, variance, steps, ode).to(device)
@@ -153,14 +135,14 @@ def measure_likelihood(
         columns = {name: terms for name, terms in named.items() if terms is not None}
         content |= {"condition": model.conditioning.kind, "variance": chosen, "num_steps": model.schedule.num_steps}
         content |= {"steps": "all" if steps is None else steps, **_chain_content(found, ode)}
-    report = LikelihoodReport(content, columns)
-    if (difference := report.ode_minus_chain) is not None:
-        content["ode_minus_chain"] = {**_mean_to_json(difference), "paired": True, "num_dims": content["num_dims"]}
+    if "ODE" in columns:
+        difference = paired_difference(columns["ODE"], columns["chain"])
+        content["ode_minus_chain"] = difference | {"paired": True, "num_dims": content["num_dims"]}
     content |= {name: _terms_to_json(terms) for name, terms in columns.items()}
     per_image = {name: terms.bits_per_dim(terms.total).tolist() for name, terms in columns.items()}
     content["per_image"] = {**per_image, "index": indices.tolist()}
     content["seconds"] = round(time.perf_counter() - started, 1)
-    return report
+    return LikelihoodReport(content, columns)
 
 
 def open_model(
@@ -180,46 +162,32 @@ def open_model(
         return autoencoder
     pipeline = run.pipeline()
     check_chain(pipeline, variance or pipeline.variance, steps, ode)
-    if variance == "optimal" and pipeline.z_0_mse is not None:
-        pipeline.require_fitted()
     return pipeline
 
 
-def check_comparable(
-    run: Run, other: Run, *, variance: str | None, split: str, num_images: int, seed: int, steps: int | None
-) -> None:
+def check_comparable(run: Run, other: Run, *, variance: str | None, steps: int | None, **chosen: Any) -> None:
     """Refuse a comparison, before anything is measured, that the other run could not answer.
 
     Args:
         variance: Sigma of the other run's chain.
+        chosen: Images, as `choose_images` chooses them.
 
     Raises:
         UserError: the runs are of other images, or as `open_model` does.
     """
-    (ours, indices), (theirs, other_indices) = (choose_images(one, split, num_images, seed) for one in (run, other))
+    (ours, indices), (theirs, other_indices) = (choose_images(one, **chosen) for one in (run, other))
     if ours.fingerprint != theirs.fingerprint or not np.array_equal(indices, other_indices):
-        raise _of_other_images(str(run.path), str(other.path))
+        raise UserError(
+            f"{run.path} and against={other.path} were not trained and validated on the same images, which a paired "
+            "difference needs. Choose a run with the same data options and the same data.val_fraction."
+        )
     open_model(other, variance, steps, None)
 
 
-def paired_difference(report: LikelihoodReport, other: LikelihoodReport) -> Metric:
-    """The mean of report - other over the images, in bits/dim, and its standard error: paired, image by image.
-
-    Raises:
-        UserError: they are of other images.
-    """
-    one, two = report.content, other.content
-    if one["images"] != two["images"] or one["per_image"]["index"] != two["per_image"]["index"]:
-        raise _of_other_images(one["run"], two["run"])
-    (first, *_), (second, *_) = report.columns.values(), other.columns.values()
-    return mean_metric(first.bits_per_dim(first.total - second.total))
-
-
-def _of_other_images(run: str, other: str) -> UserError:
-    return UserError(
-        f"{run} and against={other} were not trained and validated on the same images, which a paired difference "
-        "needs. Choose a run with the same data options and the same data.val_fraction."
-    )
+def paired_difference(terms: Terms, other: Terms) -> dict[str, Any]:
+    """The mean of terms - other in bits/dim, and its standard error: paired, image by image, of the same images."""
+    difference = mean_metric(terms.bits_per_dim(terms.total - other.total))
+    return {"mean": difference.value, "standard_error": difference.standard_error}
 
 
 def _chain_content(found: TwoStage, ode: dict[str, Any] | None) -> dict[str, Any]:

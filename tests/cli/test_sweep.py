@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -40,18 +40,17 @@ def swept(make_images, tmp_path_factory) -> tuple[Path, subprocess.CompletedProc
     data = ["data=image_folder", "data.path=squares", "data.resolution=16"]
     command = [sys.executable, "-m", "ldm.train", "-m", "stage=vae", *data, *SHORT, "batch_size=8,64,4"]
     environment = {
+        **os.environ,
         "PYTHONPATH": str(ROOT),
         "LDM_CACHE": str(place / "cache"),
         "PYTHONUTF8": "1",
         "OMP_NUM_THREADS": "1",
     }
-    done = subprocess.run(
-        command, cwd=place, env={**os.environ, **environment}, capture_output=True, text=True, encoding="utf-8"
-    )
+    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, encoding="utf-8")
     return place, done
 
 
-def test_each_job_of_a_sweep_is_a_run_of_its_own(swept):
+def test_each_job_is_a_run_of_its_own_and_one_that_fails_is_named(swept):
     place, done = swept
     runs = sorted((place / "runs/vae").glob("[!.]*"), key=lambda run: run.name[-1])
     assert [run.name[-2:] for run in runs] == ["-0", "-2"], done.stderr
@@ -59,10 +58,6 @@ def test_each_job_of_a_sweep_is_a_run_of_its_own(swept):
         assert OmegaConf.load(run / "config.yaml").batch_size == batch_size
         facts = json.loads((run / "run.json").read_text())
         assert facts["finished"] and facts["figures"]["steps"] == 2 and facts["name"] == run.name
-
-
-def test_a_job_that_fails_is_named_and_stops_no_other(swept):
-    _, done = swept
     assert done.returncode == 2 and "Traceback" not in done.stderr
     first, last = done.stderr.strip().splitlines()[-2:]
     assert first.startswith("error in job 1 (batch_size=64): There are ") and "fewer than batch_size=64" in first
@@ -80,15 +75,13 @@ def test_jobs_of_the_same_second_have_names_of_their_own(monkeypatch, tmp_path):
     assert found == [f"squares-patch-20260101-000000{end}" for end in ("", "-0", "-1")]
 
 
-def test_a_failed_job_leaves_no_open_wandb_run(monkeypatch):
+@pytest.mark.parametrize("is_open", [True, False])
+def test_a_failed_job_leaves_no_open_wandb_run(monkeypatch, is_open):
     """The next job in the process would log into it."""
-    ended = []
-    open_run = SimpleNamespace(finish=lambda exit_code: ended.append(exit_code))
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(run=open_run))
+    wandb = Mock() if is_open else Mock(run=None)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     tracking.finish_open_run()
-    assert ended == [1]
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(run=None))
-    tracking.finish_open_run()
+    assert not is_open or wandb.run.finish.call_args.kwargs == {"exit_code": 1}
 
 
 def trials(key: str, position: int) -> dict:

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from ldm.autoencoder.autoencoder import Autoencoder
 from ldm.data.images import ImageData
-from ldm.errors import UserError, require_whole
+from ldm.errors import UserError
 from ldm.evaluation.image_sets import track_batches
 from ldm.evaluation.latents.figure import plot_channels, plot_latents
 from ldm.latents import spectrum
 from ldm.latents.spectrum import ChannelStatistics, channel_statistics
 from ldm.metrics.image import fold, patch_components, psnr, unfold
 from ldm.progress import track
+from ldm.rules import Count, checked
 from ldm.runs.run import Run, choose_images
 from ldm.runtime.random import torch_generator
 
@@ -30,6 +31,14 @@ PCA_IMAGES, HELD_OUT = 4096, 512
 """The first training and validation images: those of the PSNR that training writes into run.json."""
 MOVED_IMAGES, MOVED_CHANNELS = 4, 24
 MOVES = (-2.0, 0.0, 2.0)
+COLUMNS = {
+    "kl_bits": ("KL, bits/image", ".1f"),
+    "information_bits": ("information at most", ".1f"),
+    "mean": ("mean", ".3f"),
+    "std": ("std", ".3f"),
+    "signal_share": ("signal share", ".3f"),
+}
+"""Of a channel, with their titles and forms."""
 
 
 @dataclass(frozen=True)
@@ -48,38 +57,27 @@ class LatentReport:
         channels, height, width = found["latent_shape"]
         title = f"{channels} channels of {height} x {width}, {found['num_images']} images of {found['images']}"
         table = Table(title=title, title_justify="left")
-        table.add_column("channel", justify="right")
-        for name in ("KL, bits/image", "information at most", "mean", "std", "signal share"):
+        for name in ("channel", *(label for label, _ in COLUMNS.values()), "dead?"):
             table.add_column(name, justify="right")
-        table.add_column("dead?")
         for row in found["channels"]:
-            numbers = (row["kl_bits"], row["information_bits"])
-            spread = (row["mean"], row["std"], row["signal_share"])
-            table.add_row(
-                str(row["channel"]),
-                *(f"{value:.1f}" for value in numbers),
-                *(f"{value:.3f}" for value in spread),
-                "[bold red]dead[/bold red]" if row["dead"] else "",
-            )
+            numbers = (f"{row[key]:{form}}" for key, (_, form) in COLUMNS.items())
+            table.add_row(str(row["channel"]), *numbers, "[bold red]dead[/bold red]" if row["dead"] else "")
         table.add_section()
-        table.add_row("all", *(f"{found[key]:.1f}" for key in ("kl_bits", "information_bits")), *[""] * 4)
+        table.add_row("all", *(f"{found[key]:.1f}" for key in ("kl_bits", "information_bits")))
         return table
 
     @property
     def lines(self) -> list[str]:
-        """The spectra and the PSNR in words, and the recommendation."""
+        """The spectra, the PSNR and the recommendation; docs/reading_the_numbers.md says what they mean."""
         found, held_out = self.content, self.content["held_out"]
-        between, whole = found["spectrum"]["channels"], found["spectrum"]["latents"]
-        channels, dims = found["latent_shape"][0], int(np.prod(found["latent_shape"]))
-        few = f", bounded by the {found['num_images']} images" if found["num_images"] <= dims else ""
-        equal = held_out["pca_channels_of_equal_psnr"]
         return [
-            f"Effective rank of the signal: {between['effective_rank']:.1f} of {channels} channels, "
-            f"{whole['effective_rank']:.0f} of {dims} dimensions{few}. 99 % of its variance is in "
-            f"{between['components']['0.99']} directions between channels, in {whole['components']['0.99']} of whole "
-            "latents.",
-            f"PSNR of {held_out['num_images']} held-out images: {held_out['psnr_db']:.2f} dB; of a PCA of the same "
-            f"size {held_out['pca_psnr_db']:.2f} dB, and {equal} channels would bring one to as much.",
+            *(
+                f"{name}: effective rank {of_it['effective_rank']:.1f} of {len(of_it['eigenvalues'])}, 99 % of "
+                f"the variance in {of_it['components']['0.99']}"
+                for name, of_it in found["spectrum"].items()
+            ),
+            f"{held_out['num_images']} held-out images: {held_out['psnr_db']:.2f} dB, a PCA of the same size "
+            f"{held_out['pca_psnr_db']:.2f} dB, and as much with {held_out['pca_channels_of_equal_psnr']} channels",
             f"Recommendation: {found['recommendation']['text']}",
         ]
 
@@ -92,6 +90,7 @@ class LatentReport:
         return data, picture, channels
 
 
+@checked
 def measure_latents(
     run: Run,
     *,
@@ -99,7 +98,7 @@ def measure_latents(
     split: str = "train",
     num_images: int = 2048,
     seed: int = 0,
-    batch_size: int = 64,
+    batch_size: Count = 64,
 ) -> LatentReport:
     """What the autoencoder of a run of either stage does with the run's images.
 
@@ -109,23 +108,32 @@ def measure_latents(
     Raises:
         UserError: what `choose_images` refuses, an autoencoder without moments, latents that are not finite.
     """
-    require_whole("batch_size", batch_size, 1)
     started = time.perf_counter()
     images, indices = choose_images(run, split, num_images, seed)
-    autoencoder = _open_autoencoder(run).to(device)
+    autoencoder = run.autoencoder().to(device)
+    if not autoencoder.has_density:
+        raise UserError(
+            f"The autoencoder {type(autoencoder.model).__name__} of {run.path} has points for latents, without the "
+            "variance that a rate is measured by. Give run= a run with a KL."
+        )
     batches = partial(track_batches, images, batch_size=batch_size)
-    mean, log_variance = encode_finite(autoencoder, batches(indices, title="encoding, batches"))
+    encoded = (torch.stack(autoencoder.encode(part), dim=1) for part in batches(indices, title="encoding, batches"))
+    moments = torch.cat([part.float().cpu() for part in encoded])
+    require_finite(moments, "latents")
+    mean, log_variance = moments.unbind(1)
     train = batches(np.sort(images.train_indices[:PCA_IMAGES]), title="PCA, batches")
     components = patch_components(train, autoencoder.factor)
     held_out = batches(images.val_indices[:HELD_OUT], title="held-out images, batches")
-    distortion, pca = _measure_distortion(autoencoder, held_out, components)
+    distortion = _measure_distortion(autoencoder, held_out, components)
     found = channel_statistics(mean, log_variance)
     moved = _move_channels(autoencoder, images, found)
     spectra = {
         "channels": _spectrum(spectrum.channel_spectrum(mean, found.std)),
         "latents": _spectrum(spectrum.latent_spectrum(mean, found.std)),
     }
+    pca = dict(zip(*distortion["pca_curve"].values(), strict=True))
     advice = spectrum.recommend(found.dead, spectra["channels"], pca, distortion["psnr_db"], autoencoder.channels)
+    of_channels = {name: getattr(found, name).tolist() for name in COLUMNS}
     content: dict[str, Any] = {
         "run": str(run.path),
         "images": f"{images.name}/{split}@{images.fingerprint[:8]}",
@@ -137,7 +145,10 @@ def measure_latents(
         "information_bits": found.information_bits.sum().item(),
         "dead_below_nats_per_location": spectrum.DEAD_NATS,
         "dead": found.dead,
-        "channels": _channel_rows(found),
+        "channels": [
+            {"channel": i, **{name: values[i] for name, values in of_channels.items()}, "dead": i in found.dead}
+            for i in range(autoencoder.channels)
+        ],
         "spectrum": spectra,
         "held_out": distortion,
         "recommendation": advice,
@@ -147,20 +158,10 @@ def measure_latents(
     return LatentReport(content, mean + (0.5 * log_variance).exp() * noise, moved)
 
 
-def _open_autoencoder(run: Run) -> Autoencoder:
-    autoencoder = run.autoencoder()
-    if not autoencoder.has_density:
-        raise UserError(
-            f"The autoencoder {type(autoencoder.model).__name__} of {run.path} has points for latents, without the "
-            "variance that a rate is measured by. Give run= a run with a KL."
-        )
-    return autoencoder
-
-
 def _measure_distortion(
     autoencoder: Autoencoder, batches: Iterable[Tensor], components: tuple[Tensor, Tensor]
-) -> tuple[dict[str, Any], dict[int, float]]:
-    """PSNR of held-out images beside that of PCAs, and the latter by their number of channels."""
+) -> dict[str, Any]:
+    """PSNR of held-out images beside that of PCAs."""
     counts = spectrum.pca_counts(len(components[0]), autoencoder.channels)
     parts = []
     for images in batches:
@@ -175,7 +176,7 @@ def _measure_distortion(
         "pca_psnr_db": pca[min(autoencoder.channels, max(counts))],
         "pca_channels_of_equal_psnr": next((n for n, value in pca.items() if value >= psnr_db), max(counts)),
         "pca_curve": {"channels": counts, "psnr_db": curve},
-    }, pca
+    }
 
 
 def _move_channels(autoencoder: Autoencoder, images: ImageData, found: ChannelStatistics) -> dict[int, Tensor]:
@@ -188,17 +189,6 @@ def _move_channels(autoencoder: Autoencoder, images: ImageData, found: ChannelSt
         channel: move_channel(autoencoder, first, channel, found.std[channel].item())
         for channel in track(shown, "moving channels")
     }
-
-
-def encode_finite(autoencoder: Autoencoder, batches: Any) -> tuple[Tensor, Tensor]:
-    """Mean and log-variance of batches of images, float32 [n, C, h, w] each.
-
-    Raises:
-        UserError: they are not finite.
-    """
-    moments = torch.cat([torch.stack(autoencoder.encode(part), dim=1).float().cpu() for part in batches])
-    require_finite(moments, "latents")
-    return moments[:, 0], moments[:, 1]
 
 
 def require_finite(values: Tensor, what: str) -> None:
@@ -249,11 +239,3 @@ def _spectrum(eigenvalues: Tensor) -> dict[str, Any]:
         "components": {str(share): spectrum.num_components(eigenvalues, share) for share in SHARES},
         "eigenvalues": eigenvalues.tolist(),
     }
-
-
-def _channel_rows(found: ChannelStatistics) -> list[dict[str, Any]]:
-    names = ("kl_bits", "information_bits", "mean", "std", "signal_share")
-    values = zip(*(getattr(found, name).tolist() for name in names), strict=True)
-    return [
-        {"channel": i, **dict(zip(names, row, strict=True)), "dead": i in found.dead} for i, row in enumerate(values)
-    ]

@@ -1,24 +1,39 @@
-"""Which trainings compare latent sizes: one for each size and loss, for equal minutes.
+"""Which trainings compare latent sizes: one for each size and loss, for equal minutes, one after the other.
 
 A size f4c16 has C = 16 channels at 1 / f = 1 / 4 of the resolution: C (R / f)^2 values for an image of R x R pixels.
+Each training is a command like any other, in a process of its own. The folder of a sweep:
+
+runs/sweeps/<name>/  sweep.json  sweep.png  vae/<size>-<loss>/, run folders
 """
 
 import math
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
+from pydantic import Field
+
+from ldm.cli.main import environment_of_children
 from ldm.errors import UserError
+from ldm.rules import Count, Number, checked
+from ldm.runs.run import Run
+from ldm.runtime import shell, signals
+from ldm.runtime.paths import RUN_FILE
 
 MAX_PATCH, WIDTH = 8, 128
 """Up to f = 8 a pixel-unshuffle does it all, and every convolution works at the latent's resolution. On one CPU thread
 f8c16 made 2.4 times the steps of a patch of 4 with two levels in equal time, and 20.1 dB instead of 19.7."""
-PLAIN = "plain"
-LOSSES: dict[str, tuple[str, ...]] = {PLAIN: (), "adversarial": ("perceptual=efficientnet_lite", "adversarial=hinge")}
+LOSSES = {"plain": (), "adversarial": ("perceptual=efficientnet_lite", "adversarial=hinge")}
 """By name, the overrides that turn the autoencoder's own loss into it."""
-OWN_KEYS = {"stage", "name", "runs_dir", "resume", "overwrite"}
+Loss = Annotated[Literal["plain", "adversarial"], Field()]
+MOST_MINUTES = 5999
+Minutes = Annotated[Number, Field(ge=0.02, le=MOST_MINUTES)]
+"""From a second to 100 hours."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +45,6 @@ class LatentSize:
 
     def __str__(self) -> str:
         return f"f{self.factor}c{self.channels}"
-
-    def num_values(self, resolution: int) -> int:
-        return self.channels * (resolution // self.factor) ** 2
 
     def overrides(self) -> list[str]:
         """Of the training command: f = patch * 2^(levels - 1)."""
@@ -48,140 +60,134 @@ class LatentSize:
 
 @dataclass(frozen=True)
 class SweepTraining:
-    """One run of a sweep: a size, a loss, and the overrides that make them, data and budget included."""
+    """One run of a sweep.
+
+    Args:
+        sweep: The folder of the sweep.
+        minutes: The budget.
+        overrides: What makes it that size and that loss, data and budget included.
+    """
 
     size: LatentSize
     loss: str
+    sweep: Path
+    minutes: float
     overrides: tuple[str, ...]
 
     @property
     def name(self) -> str:
         return f"{self.size}-{self.loss}"
 
-    def folder(self, sweep: Path) -> Path:
-        """Its run folder, in the folder of the sweep."""
-        return sweep / "vae" / self.name
+    @property
+    def folder(self) -> Path:
+        return self.sweep / "vae" / self.name
 
-    def arguments(self, sweep: Path) -> list[str]:
-        """The training command's, after the interpreter."""
-        return ["-m", "ldm.train", "stage=vae", f"name={self.name}", f"runs_dir={sweep}", *self.overrides]
+    def command(self) -> list[str]:
+        """The training command's arguments, after the interpreter: it begins, or goes on where it was stopped."""
+        place = [f"name={self.name}", f"runs_dir={self.sweep}"]
+        again = ["resume=true"] if (self.folder / RUN_FILE).is_file() else []
+        return ["-m", "ldm.train", "stage=vae", *self.overrides, *place, *again]
+
+    def is_finished(self) -> bool:
+        """Whether its run is there and has ended.
+
+        Raises:
+            UserError: its folder holds a run of other options.
+        """
+        if not (self.folder / RUN_FILE).is_file():
+            return False
+        run = Run.open(self.folder)
+        if other := {"stage=vae", *self.overrides} ^ set(run.facts.get("options", [])):
+            differ = ", ".join(sorted(other)).replace("=", " ")
+            raise UserError(
+                f"{self.folder} was trained with other options: {differ}. Choose another name=, or delete that folder."
+            )
+        return run.finished
 
 
-def parse_sizes(text: str, resolution: int) -> list[LatentSize]:
+@checked
+def parse_sizes(text: str, resolution: Count) -> list[LatentSize]:
     """`f4c4,f4c16` for images of `resolution` pixels a side.
 
     Raises:
-        UserError: another form, an f that is no power of 2 or does not divide the resolution, more channels than a
-            patch has values, the same size twice.
+        UserError: naming the one that is no size of such images, and the rule.
     """
-    sizes: list[LatentSize] = []
-    for spec in (part.strip() for part in str(text).split(",")):
+    sizes = {}
+    for spec in (part.strip() for part in text.split(",")):
         found = re.fullmatch(r"f([1-9]\d*)c([1-9]\d*)", spec)
-        if not found:
+        factor, channels = map(int, found.groups()) if found else (0, 0)
+        if not found or factor & (factor - 1) or resolution % factor or channels > 3 * factor**2:
             raise UserError(
-                f"sweep: {spec!r} is no latent size. Write f, the factor, c, the channels: sweep=f4c4,f8c16."
+                f"sweep: {spec!r} is no latent size for data.resolution={resolution}. Write f, a power of 2 that "
+                "divides it, and c, the channels, 3 f^2 at most: sweep=f4c4,f8c16."
             )
-        size = LatentSize(int(found[1]), int(found[2]))
-        pixels = 3 * size.factor**2
-        if size.factor & (size.factor - 1):
-            raise UserError(f"sweep: f = {size.factor} of {spec} must be a power of 2: 1, 2, 4, 8, 16, ...")
-        if resolution % size.factor:
-            raise UserError(
-                f"sweep: f = {size.factor} of {spec} must divide data.resolution={resolution}. Choose a smaller f, or "
-                f"data.resolution={max(1, round(resolution / size.factor)) * size.factor}."
-            )
-        if size.channels > pixels:
-            raise UserError(
-                f"sweep: {spec} has more channels than the 3 f^2 = {pixels} values of a patch. Choose {pixels} or "
-                f"fewer, and fewer than {pixels} to compress."
-            )
-        if size in sizes:
-            raise UserError(f"sweep: {spec} is named twice. Name every size once.")
-        sizes.append(size)
-    return sizes
+        sizes[spec] = LatentSize(factor, channels)
+    return list(sizes.values())
 
 
-def parse_losses(text: str) -> list[str]:
-    """`plain`, or `plain,adversarial`.
-
-    Raises:
-        UserError: an unknown name, or the same twice.
-    """
-    names = [part.strip() for part in str(text).split(",")]
-    for name in names:
-        if name not in LOSSES:
-            raise UserError(f"losses={text}: {name!r} is unknown. Choose one or more of: {', '.join(LOSSES)}.")
-    if len({*names}) < len(names):
-        raise UserError(f"losses={text} names one twice. Name every loss once.")
-    return names
-
-
-def parse_list(text: Any) -> list[str]:
+def parse_list(text: str | None) -> list[str]:
     """`[batch_size=64,optimizer.betas=[0.9,0.95]]` as overrides: split at the commas outside brackets and quotes.
 
     Raises:
-        UserError: brackets that do not match, or a part without a `=`.
+        UserError: a part without a `=`.
     """
-    inside = str(text or "").strip()
-    if inside.startswith("[") and inside.endswith("]"):
-        inside = inside[1:-1]
-    parts, depth, quote = [""], 0, ""
-    for character in inside:
-        if character in "\"'" and quote in ("", character):
-            quote = "" if quote else character
-        depth += 0 if quote else (character in "[{(") - (character in "]})")
-        if character == "," and not depth and not quote:
-            parts.append("")
-        else:
-            parts[-1] += character
-    found = [part.strip() for part in parts if part.strip()]
-    if depth or quote or not all("=" in part for part in found):
+    inside = re.sub(r"^\[(.*)\]$", r"\1", (text or "").strip())
+    found = [part.strip() for part in re.findall(r"""(?:[^,\["']|\[[^]]*\]|"[^"]*"|'[^']*')+""", inside)]
+    if not all("=" in part for part in found):
         raise UserError(f"train={text} must be a list of overrides: train=[batch_size=64,optimizer.lr=1e-3].")
     return found
 
 
-def format_duration(minutes: Any) -> str:
-    """Minutes as HH:MM:SS.
-
-    Raises:
-        UserError: no number, or less than a second.
-    """
-    if type(minutes) not in (int, float) or not 0.5 < 60 * minutes < 100 * 3600 - 0.5:
-        raise UserError(f"minutes={minutes} must be a number of minutes, from a second (0.02) to 100 hours.")
-    seconds = round(60 * minutes)
-    return f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
-
-
+@checked
 def plan_trainings(
-    sizes: Sequence[LatentSize], losses: Sequence[str], *, minutes: Any, data: Sequence[str], extra: Sequence[str]
+    sizes: Sequence[LatentSize], losses: list[Loss], sweep: Path, minutes: Minutes, common: Sequence[str]
 ) -> list[SweepTraining]:
     """Every size with every loss.
 
     Args:
-        data: The overrides that choose the data.
-        extra: Further overrides of every training.
-
-    Raises:
-        UserError: `extra` sets what the sweep sets itself.
+        sweep: The folder of the sweep.
+        common: Overrides of every training: the data, and what the user adds.
     """
-    time = f"trainer.max_time={format_duration(minutes)}"
-    found = [
-        SweepTraining(size, loss, (*data, *size.overrides(), *LOSSES[loss], time, *extra))
+    time = f"trainer.max_time={as_time(minutes)}"
+    return [
+        SweepTraining(size, loss, sweep, minutes, (*size.overrides(), *LOSSES[loss], time, *common))
         for size in sizes
         for loss in losses
     ]
-    named = {
-        key for training in found for key in overrides_by_key(training.overrides[: -len(extra) or None])
-    } | OWN_KEYS
-    for key in overrides_by_key(extra):
-        if key in named or key.partition(".")[0] == "data":
+
+
+def as_time(minutes: float) -> str:
+    """Minutes as HH:MM:SS."""
+    seconds = round(60 * minutes)
+    return f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+def run_trainings(trainings: Sequence[SweepTraining]) -> None:
+    """Begin what is new, continue what was interrupted, keep what is finished.
+
+    Raises:
+        UserError: as `is_finished` says, before any training; or one of them failed, and the others were not begun.
+        Interrupted: the user stopped it; the training of that moment has saved its checkpoint.
+    """
+    left = [training for training in trainings if not training.is_finished()]
+    print(f"{len(trainings)} trainings, of which {len(trainings) - len(left)} are finished and kept")
+    for number, training in enumerate(left):
+        minutes = (len(left) - number) * training.minutes
+        print(f"\n{training.name}, {number + 1} of {len(left)}: {minutes:g} minutes are left at most", flush=True)
+        command = training.command()
+        if code := run_process([sys.executable, *command]):
             raise UserError(
-                f"train=[{key}=...] is set by the sweep itself. Sizes come from sweep=, losses from losses=, time from "
-                "minutes=, the data from data= options beside sweep=, the place from name= and runs_dir=."
+                f"The training {training.name} ended with exit code {code}, for the reason that it gave above. Its "
+                f"command was: {shell.python(*command)}. When the reason is mended, the same sweep goes on."
             )
-    return found
 
 
-def overrides_by_key(overrides: Sequence[str]) -> dict[str, str]:
-    """Overrides by key: the last one counts."""
-    return {key.lstrip("+~"): value for key, _, value in (override.partition("=") for override in overrides)}
+def run_process(command: Sequence[str]) -> int:
+    """Run a process in front of the user and return its exit code; it ends before this does."""
+    with subprocess.Popen(command, env=environment_of_children()) as process:
+        try:
+            return process.wait()
+        except signals.Interrupted as stopped:
+            if stopped.signal != signal.SIGINT:  # which a terminal sends to both
+                process.send_signal(stopped.signal)
+            raise signals.Interrupted(stopped.signal, f"{stopped}. The same command goes on from there.") from stopped

@@ -4,13 +4,22 @@ import csv
 from collections.abc import Mapping
 from pathlib import Path
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ldm.errors import UserError
 from ldm.files.untrusted import first_line
 
 INK, HELD_OUT, TRAINED, GAME, RIGHT = "#333333", "#0072B2", "#8a8a8a", "#D55E00", "#009E73"
+
+PANELS = (
+    ("Distortion", ("val/psnr_db", "held-out PSNR, dB", HELD_OUT), ("train/l1", "l1 of training batches", TRAINED)),
+    (
+        "Adversarial training",
+        ("train/adaptive_weight", "adaptive weight lambda", GAME),
+        ("train/discriminator_accuracy", "discriminator's accuracy", RIGHT),
+    ),
+)
+"""Pairs of curves of different units over the same steps, each with an axis in its colour."""
 
 Curve = tuple[list[int], list[float]]
 """Steps, values."""
@@ -48,34 +57,15 @@ def plot_training(curves: dict[str, Curve], title: str) -> Figure:
     """
     played = "train/adversarial" in curves
     figure = Figure(figsize=(11 if played else 6, 3.8), layout="constrained")
-    first, *second = figure.subplots(1, 2 if played else 1, squeeze=False)[0]
-    _plot_pair(
-        first, curves, ("val/psnr_db", "held-out PSNR, dB", HELD_OUT), ("train/l1", "l1 of training batches", TRAINED)
-    )
-    first.set_title("Distortion", fontsize=11)
-    if played:
-        weight = ("train/adaptive_weight", "adaptive weight lambda", GAME)
-        _plot_pair(second[0], curves, weight, ("train/discriminator_accuracy", "discriminator's accuracy", RIGHT))
-        second[0].set_title("Adversarial training", fontsize=11)
-        start = curves["train/adversarial"][0][0]
-        for axes in (first, second[0]):
-            axes.axvline(start, color=INK, linewidth=1, linestyle=":")
-        first.annotate(
-            " discriminator begins", (start, 0.02), xycoords=("data", "axes fraction"), fontsize=8, color=INK
-        )
-    figure.suptitle(title, fontsize=12)
+    for axes, (of, *pair) in zip(figure.subplots(1, 1 + played, squeeze=False)[0], PANELS, strict=False):
+        axes.set_title(of, fontsize=11)
+        axes.set_xlabel("generator step")
+        for place, (name, label, colour) in zip((axes, axes.twinx()), pair, strict=True):
+            if name in curves:
+                place.plot(*curves[name], ".-", color=colour, linewidth=1.4)
+            place.set_ylabel(label, color=colour)
+            place.tick_params(axis="y", colors=colour)
+        if played:
+            axes.axvline(curves["train/adversarial"][0][0], color=INK, linewidth=1, linestyle=":")
+    figure.suptitle(f"{title}{'; dotted: the discriminator begins' * played}", fontsize=12)
     return figure
-
-
-def _plot_pair(axes: Axes, curves: dict[str, Curve], left: tuple[str, str, str], right: tuple[str, str, str]) -> None:
-    """Two curves of different units over the same steps, each with an axis in its colour."""
-    axes.set_xlabel("generator step")
-    for place, (name, label, colour) in zip((axes, axes.twinx()), (left, right), strict=True):
-        if name not in curves:
-            place.set_yticks([])
-            continue
-        mark = "o" if len(curves[name][0]) < 40 else None
-        place.plot(*curves[name], color=colour, linewidth=1.4, marker=mark, markersize=3)
-        place.set_ylabel(label, color=colour)
-        place.tick_params(axis="y", colors=colour)
-        place.spines["top"].set_visible(False)

@@ -3,6 +3,8 @@
 import json
 import math
 import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,24 +19,29 @@ from torch import Tensor, nn
 from ldm.autoencoder.autoencoder import Autoencoder
 from ldm.autoencoder.perceptual import LPIPS, has_lpips
 from ldm.data.images import ImageData
-from ldm.errors import UserError, require_whole
-from ldm.evaluation.evaluation_file import metrics_to_json
+from ldm.errors import UserError
+from ldm.evaluation.evaluation_file import ERROR, metrics_to_json
 from ldm.evaluation.features import NO_FEATURES, describe_features, load_features, reference_features
 from ldm.evaluation.image_sets import track_batches
 from ldm.evaluation.latents.report import PCA_IMAGES, pca_curve, require_finite
-from ldm.evaluation.reconstructions.figure import image_text, plot_reconstructions
-from ldm.evaluation.reconstructions.rate import reconstruction_distances
+from ldm.evaluation.reconstructions.figure import image_text
 from ldm.evaluation.samples.distances import fd_name
 from ldm.files.atomic import durable_file, write_text
+from ldm.image_grid import grid, to_pil
 from ldm.metrics.codes import codebook, kl, rate
+from ldm.metrics.frechet import feature_components, frechet_distance, frechet_interval
 from ldm.metrics.image import patch_components, psnr, ssim
+from ldm.metrics.kernel import kernel_distance
 from ldm.metrics.metric import UNMEASURED, Metric
-from ldm.metrics.subsets import NUM_SUBSETS
+from ldm.metrics.subsets import MOST_COMPONENTS, NUM_GROUPS, NUM_SUBSETS
+from ldm.rules import Count, checked
 from ldm.runs.run import EVALUATION_FILE, Run, choose_images
 from ldm.runtime import shell
 
 WORST, TRAIN_IMAGES = 12, 4096
 """Images that are shown, and training images whose codes are counted."""
+AMPLIFIED = 4
+"""Errors are shown so many times as bright as they are."""
 
 
 @dataclass(frozen=True)
@@ -49,64 +56,49 @@ class ReconstructionReport:
 
     def table(self) -> Table:
         """A row per metric, with its standard error over the images and what stands beside it."""
-        found, size = self.content, f"{self.content['num_images']} held-out images"
-        of = f"; features: {_feature_title(found)}" if found["features"] else ""
-        table = Table(title=f"Reconstructions of {size}, {found['images']}{of}", title_justify="left")
-        table.add_column("")
-        for name in ("value", "+-"):
-            table.add_column(name, justify="right")
-        table.add_column("beside it")
-
-        def add(name: str, key: str, digits: int, beside: str = "") -> None:
-            metric = found[key] if isinstance(found[key], Metric) else Metric(found[key])
-            if metric.is_measured:
-                numbers = (metric.value, metric.standard_error)
-                table.add_row(name, *("" if x is None else f"{x:.{digits}f}" for x in numbers), beside)
-
-        add("PSNR, dB", "psnr_db", 2, f"PCA of the same size: {found['pca_psnr_db']:.2f}")
-        add("SSIM", "ssim", 4)
-        add("LPIPS", "lpips", 4)
-        for kind in ("fd", "kd") if found["features"] else ():
-            floor = found[f"{kind}_validation"]
-            more = "" if floor.standard_error is None else f" +- {floor.standard_error:.4f}"
-            beside = f"validation to training: {floor.value:.4f}{more}" if floor.is_measured else ""
-            add(found["fd_name"] if kind == "fd" else "KD", f"{kind}_reconstructions", 4, beside)
-        if found["kl_bits"] is not None:
-            add("KL, bits per image", "kl_bits", 1, f"per pixel value: {found['kl_bits_per_value']:.3f}")
-        if found["codebook_size"] is not None:
-            size = found["codebook_size"]
-            add("codebook in use", "codebook_usage", 3, f"by the training images: {found['codebook_usage_train']:.3f}")
-            add("perplexity of the codes", "codebook_perplexity", 1, f"{size} codes")
+        found, of = self.content, ""
+        if found["features"]:
+            of = f"; features: {_feature_title(found)}{' (in the loss)' * found['features_in_loss']}"
+        title = f"Reconstructions of {found['num_images']} held-out images, {found['images']}{of}"
+        table = Table("", title=title, title_justify="left")
+        for name in ("value", "+-", "beside it"):
+            table.add_column(name, justify="left" if name == "beside it" else "right")
+        fd = found.get("fd_name", "")
+        rows = (
+            ("PSNR, dB", "psnr_db", 2, "PCA of the same size: {pca_psnr_db:.2f}"),
+            ("SSIM", "ssim", 4, ""),
+            ("LPIPS", "lpips", 4, "in the loss" * found["lpips_in_loss"]),
+            (fd, "fd_reconstructions", 4, ""),
+            (f"{fd}, validation to training", "fd_validation", 4, ""),
+            ("KD", "kd_reconstructions", 4, ""),
+            ("KD, validation to training", "kd_validation", 4, ""),
+            ("accuracy of the classifier", "classifier_val_accuracy", 3, "on validation images"),
+            ("KL, bits per image", "kl_bits", 1, "per pixel value: {kl_bits_per_value:.3f}"),
+            ("codebook in use", "codebook_usage", 3, "by the training images: {codebook_usage_train:.3f}"),
+            ("perplexity of the codes", "codebook_perplexity", 1, "{codebook_size} codes"),
+        )
+        values = self.to_json()
+        for name, key, digits, beside in rows:
+            if (value := values.get(key)) is not None:
+                error = values.get(key + ERROR)
+                numbers = ("" if number is None else f"{number:.{digits}f}" for number in (value, error))
+                table.add_row(name, *numbers, beside.format(**values))
         return table
 
     @property
     def lines(self) -> list[str]:
-        """What the distances are of, and what they do not prove."""
-        found, lines = self.content, []
-        if found["features"]:
-            n, reference = found["num_images"], found["reference"]
-            of = f", PCA of {reference}" if found["fd_components"] else ""
-            name = found["fd_name"]
-            lines.append(
-                f"{name}{of}, and KD of {_feature_title(found)}: N={n}, ref=originals of the same {n} images; "
-                f"validation against training images: ref={reference}, N={found['num_reference']}. {name} compares at "
-                "equal N only."
-            )
-            if not found["kd_reconstructions"].is_measured:
-                lines.append(f"KD is left out: {NUM_SUBSETS} subsets of two need {2 * NUM_SUBSETS} images.")
-            if "classifier_val_accuracy" in found:
-                share = found["classifier_val_accuracy"]
-                lines.append(f"The classifier names the class of {share:.1%} of the validation images.")
-        if found["features_in_loss"]:
-            lines.append(
-                f"The loss of this autoencoder was trained on these same features, {found['features']}: FD and KD "
-                "prove nothing about that term. features=classifier has seen no loss; it needs images with classes."
-            )
-        if found["lpips_left_out"]:
-            lines.append(f"LPIPS is left out: {found['lpips_left_out']}.")
-        if found["lpips_in_loss"]:
-            lines.append("The loss of this autoencoder was trained on LPIPS: its LPIPS proves nothing about that term.")
-        return lines
+        """What the distances are of; docs/reading_the_numbers.md says what they prove."""
+        found = self.content
+        without = [f"LPIPS is left out: {found['lpips_left_out']}."] if found["lpips_left_out"] else []
+        if not found["features"]:
+            return without
+        n, reference = found["num_images"], found["reference"]
+        of = f", PCA of {reference}" if found["fd_components"] else ""
+        said = (
+            f"{found['fd_name']}{of}, and KD of {_feature_title(found)}: N={n}, ref=originals of the same {n} images; "
+            f"validation against training images: ref={reference}, N={found['num_reference']}"
+        )
+        return [said, *without]
 
     def save(self, folder: Path) -> tuple[Path, Path]:
         """evaluation.json and worst_reconstructions.png."""
@@ -122,6 +114,7 @@ def _feature_title(content: dict[str, Any]) -> str:
     return content["features_key"] + (f" ({content['features_library']})" if content["features_library"] else "")
 
 
+@checked
 def measure_reconstructions(
     run: Run,
     *,
@@ -130,7 +123,7 @@ def measure_reconstructions(
     features_path: str | None = None,
     num_images: int = 4096,
     seed: int = 0,
-    batch_size: int = 64,
+    batch_size: Count = 64,
 ) -> ReconstructionReport:
     """Compare a run's validation images with what its autoencoder makes of them, decode(mean of q(z_raw|x)).
 
@@ -142,14 +135,19 @@ def measure_reconstructions(
     Raises:
         UserError: what `choose_images` and `load_features` refuse, reconstructions that are not finite.
     """
-    require_whole("batch_size", batch_size, 1)
     started, autoencoder = time.perf_counter(), run.autoencoder().to(device)
     images, indices = choose_images(run, "val", num_images, seed)
     network = None if features == NO_FEATURES else load_features(features, images, features_path).to(device)
     lpips, without = _lpips()
     in_loss = run.facts.get("perceptual_features", [])
     gallery = None if network is None else reference_features(network, features, images)
-    found = _compare_images(autoencoder, images, indices, network, lpips, batch_size)
+    batches = partial(track_batches, images, batch_size=batch_size)
+    pca_images = batches(np.sort(images.train_indices[:PCA_IMAGES]), title="PCA, batches")
+    components = patch_components(pca_images, autoencoder.factor)
+    held_out = batches(indices, title="held-out images, batches")
+    found = _compare_images(autoencoder, held_out, components, network, lpips)
+    # of few held-out images, most codes could not be in use
+    of_train = batches(images.train_indices[:TRAIN_IMAGES], title="codes of training images, batches")
     content: dict[str, Any] = {
         "run": str(run.path),
         "weights_sha256": autoencoder.weights_sha256(),
@@ -168,25 +166,49 @@ def measure_reconstructions(
         "features": None,
         "features_in_loss": network is not None and features in in_loss,
         **rate(found.get("kl"), 3 * images.resolution**2),
-        **codebook(found.get("codes")),
-        "codebook_usage_train": codebook(found.get("train_codes"))["codebook_usage"],
+        **codebook(_count_codes(autoencoder, batches(indices, title="codes"))),
+        "codebook_usage_train": codebook(_count_codes(autoencoder, of_train))["codebook_usage"],
     }
     if network is not None and gallery is not None:
         train, own = (gallery[torch.from_numpy(rows)] for rows in (images.train_indices, indices))
-        content |= {
-            **describe_features(network, features),
-            "reference": f"{images.name}/train@{images.fingerprint[:8]}",
-        }
-        content |= _feature_metrics(network, found["features"], own, train)
+        content |= describe_features(network, features) | reconstruction_distances(found["features"], own, train)
+        content["reference"] = f"{images.name}/train@{images.fingerprint[:8]}"
+        content["fd_name"] = fd_name(network, content["fd_components"])
+        if (share := getattr(network, "val_accuracy", None)) is not None:
+            content["classifier_val_accuracy"] = share
     content["seconds"] = round(time.perf_counter() - started, 1)
     return ReconstructionReport(content, _plot_worst(autoencoder, images, indices, content, found["psnr"]))
 
 
-def _feature_metrics(network: nn.Module, reconstructed: Tensor, own: Tensor, train: Tensor) -> dict[str, Any]:
-    found = reconstruction_distances(reconstructed, own, train)
-    found["fd_name"] = fd_name(network, found["fd_components"])
-    if (share := getattr(network, "val_accuracy", None)) is not None:
-        found["classifier_val_accuracy"] = share
+def reconstruction_distances(reconstructed: Tensor, own: Tensor, train: Tensor) -> dict[str, Any]:
+    """FD and KD of reconstructions to the originals of the same images, and of those to the training images.
+
+    FD is on the first principal components of the training images where one of the sets has fewer than 2 d images; KD
+    is not measured where there are too few for its subsets, nor FD's error where there are too few for two groups. An
+    image and its reconstruction are left out together.
+
+    Args:
+        reconstructed, own: Features [n, d], row by row of the same image.
+        train: [m, d].
+    """
+    num, dim = min(len(own), len(train)), own.shape[1]
+    components = None if num >= 2 * dim else min(MOST_COMPONENTS, num // 2)
+    seen = [reconstructed, own, train]
+    if components is not None:
+        mean, basis = feature_components(train, components)
+        seen = [(part.double() - mean) @ basis for part in seen]
+    groups = min(NUM_GROUPS, len(own) // 2)
+    found: dict[str, Any] = {"feature_dim": dim, "fd_components": components, "num_reference": len(train)}
+    sides = {"reconstructions": ((reconstructed, own), seen[:2]), "validation": ((own, train), seen[1:])}
+    for name, (whole, reduced) in sides.items():
+        paired = name == "reconstructions"
+        if groups >= 2:
+            fd = Metric(*frechet_interval(*reduced, num_groups=groups, paired=paired), n=len(own))
+        else:
+            fd = Metric(frechet_distance(*reduced), n=len(own))
+        found[f"fd_{name}"] = fd
+        enough = num >= 2 * NUM_SUBSETS
+        found[f"kd_{name}"] = Metric(*kernel_distance(*whole, paired=paired), n=len(own)) if enough else UNMEASURED
     return found
 
 
@@ -203,19 +225,14 @@ def _lpips() -> tuple[LPIPS | None, str | None]:
 @torch.no_grad()
 def _compare_images(
     autoencoder: Autoencoder,
-    images: ImageData,
-    indices: np.ndarray,
+    batches: Iterable[Tensor],
+    components: tuple[Tensor, Tensor],
     network: nn.Module | None,
     lpips: nn.Module | None,
-    batch_size: int,
 ) -> dict[str, Tensor]:
-    """By name, a value or a vector per image; the counts of codes are over all images."""
-    factor, size, with_kl = autoencoder.factor, autoencoder.codebook_size, autoencoder.has_density
-    parts: dict[str, list[Tensor]] = {}
-    counts, of_train = torch.zeros(2, size or 0, dtype=torch.long)
-    batches = partial(track_batches, images, batch_size=batch_size)
-    components = patch_components(batches(np.sort(images.train_indices[:PCA_IMAGES]), title="PCA, batches"), factor)
-    for part in batches(indices, title="held-out images, batches"):
+    """By name, a value or a vector per image."""
+    factor, parts = autoencoder.factor, defaultdict[str, list[Tensor]](list)
+    for part in batches:
         mean, log_variance = autoencoder.encode(part)
         original, reconstruction = part.to(autoencoder.device), autoencoder.decode(mean).float()
         values = {"psnr": psnr(original, reconstruction), "ssim": ssim(original, reconstruction)}
@@ -224,18 +241,21 @@ def _compare_images(
             values["lpips"] = lpips.to(autoencoder.device)(original, reconstruction)
         if network is not None:
             values["features"] = network(reconstruction).float()
-        if with_kl:
+        if autoencoder.has_density:
             values["kl"] = kl(mean, log_variance)
-        if size is not None:
-            counts += autoencoder.codes(mean).flatten().cpu().bincount(minlength=size)
         for name, value in values.items():
-            parts.setdefault(name, []).append(value.cpu())
-    if size is not None:  # of few held-out images, most codes could not be in use
-        for part in batches(images.train_indices[:TRAIN_IMAGES], title="codes of training images, batches"):
-            of_train += autoencoder.codes(autoencoder.encode(part)[0]).flatten().cpu().bincount(minlength=size)
+            parts[name].append(value.cpu())
     found = {name: torch.cat(values) for name, values in parts.items()}
     require_finite(found["psnr"][:, None], "reconstructions")
-    return found if size is None else {**found, "codes": counts, "train_codes": of_train}
+    return found
+
+
+def _count_codes(autoencoder: Autoencoder, batches: Iterable[Tensor]) -> Tensor | None:
+    """How often each code is used; None where there is no codebook."""
+    if (size := autoencoder.codebook_size) is None:
+        return None
+    codes = torch.cat([autoencoder.codes(autoencoder.encode(part)[0]).flatten().cpu() for part in batches])
+    return codes.bincount(minlength=size)
 
 
 def _mean_over_images(values: Tensor) -> Metric:
@@ -249,9 +269,24 @@ def _plot_worst(
     worst = indices[rows.numpy()].tolist()
     originals = images.batch(worst)
     reconstructions = autoencoder.decode(autoencoder.encode(originals)[0]).float().cpu()
-    headings = [(f"{psnr_db[row]:.1f} dB", image_text(images, i)) for row, i in zip(rows, worst, strict=True)]
+    captions = [f"{psnr_db[row]:.1f} dB {image_text(images, i)}" for row, i in zip(rows, worst, strict=True)]
     title = (
         f"The {len(worst)} worst of {content['num_images']} held-out images of {content['images']} by PSNR; "
         f"the mean of all is {content['psnr_db'].value:.1f} dB"
     )
-    return plot_reconstructions(originals, reconstructions, headings, title)
+    return plot_reconstructions(originals, reconstructions, captions, title)
+
+
+def plot_reconstructions(
+    originals: Tensor, reconstructions: Tensor, captions: Sequence[str], title: str
+) -> Image.Image:
+    """Original, reconstruction and |error| of each image in one column.
+
+    Args:
+        originals, reconstructions: [k, 3, H, W] in [-1, 1].
+        captions: Of each original.
+    """
+    errors, num = AMPLIFIED * (originals - reconstructions).abs() - 1, len(originals)
+    pictures = [*to_pil(originals), *to_pil(reconstructions), *to_pil(errors)]
+    below = [*captions, *["reconstruction"] * num, *[f"|error| x {AMPLIFIED}"] * num]
+    return grid(pictures, below, columns=num, title=title)
