@@ -9,19 +9,19 @@ import threading
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from pydantic import Field
 from torch import Tensor
 
 from ldm.data.colour import Profile, to_srgb
 from ldm.errors import InputError
 from ldm.files.reading import read_file
 
-Resize = Literal["crop", "pad", "squash"]
-RESIZE_MODES: tuple[str, ...] = get_args(Resize)
+Resize = Annotated[Literal["crop", "pad", "squash"], Field()]
 WHITE = (255, 255, 255)
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 MIN_SIDE = 2

@@ -11,10 +11,11 @@ import logging
 import os
 import shutil
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -50,13 +51,19 @@ def fill_cache(
         UserError: too many unreadable images, none at all, a disk that fails, or too little room on it.
     """
     transform = made_from["transform"]
+    listing = folder / QUARANTINE_FILE
     with made_alone(folder):
         if (found := damage(folder)) is None:
             return
         if folder.exists():
             logging.getLogger(__name__).warning("%s: %s. The images are prepared again.", folder, found)
         if source.num_records is not None:
-            _check_space(folder.parent, source.num_records * 3 * transform["resolution"] ** 2)
+            needed, free = source.num_records * 3 * transform["resolution"] ** 2, shutil.disk_usage(folder.parent).free
+            if needed > free:
+                rule = (
+                    f"has {free:,} bytes free, but the images need {needed:,}: free some space, or lower the resolution"
+                )
+                raise InputError("cache_dir", folder.parent, rule)
         try:
             with durable_folder(folder) as scratch, _quiet_pillow(max_pixels):
                 index = _write_images(scratch, source, transform, max_pixels, show_progress)
@@ -69,8 +76,7 @@ def fill_cache(
                 if not index["names"]:
                     raise UserError(f"{source.name} holds no images: {json.dumps(source.identity())}")
                 index.update(made_from, name=source.name, licence=source.licence, class_names=source.class_names)
-                parts = (index["hashes"], index["captions"], index["labels"], transform)
-                index["fingerprint"] = fingerprint(*parts, converted="converted" in index["profiles"])
+                index["fingerprint"] = fingerprint(index)
                 write_index(scratch, index)
         except OSError as error:
             if error.errno in FULL:
@@ -78,19 +84,8 @@ def fill_cache(
                 raise InputError("cache_dir", folder.parent, rule) from error
             raise
     if index["num_skipped"]:
-        listing = folder / QUARANTINE_FILE
-        logging.getLogger(__name__).warning(
-            "%d unreadable images left out, see %s. To read them again, delete that folder.",
-            index["num_skipped"],
-            listing,
-        )
-
-
-def _check_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        rule = f"has {free:,} bytes free, but the images need {needed:,}: free some space, or lower the resolution"
-        raise InputError("cache_dir", folder, rule)
+        said = "%d unreadable images left out, see %s. To read them again, delete that folder."
+        logging.getLogger(__name__).warning(said, index["num_skipped"], listing)
 
 
 @contextmanager
@@ -110,11 +105,8 @@ def _write_images(
     scratch: Path, source: Source, transform: dict[str, Any], max_pixels: int, show_progress: bool
 ) -> dict[str, Any]:
     names, hashes, captions, labels, profiles, num_skipped, num_failures = [], [], [], [], [], 0, 0
-    resolution, resize = transform["resolution"], transform["resize"]
-
-    def read(record: Record) -> tuple[str, np.ndarray, Profile] | Exception:
-        return _read(record, resolution, resize, max_pixels)
-
+    resolution = transform["resolution"]
+    read = partial(_read, resolution=resolution, resize=transform["resize"], max_pixels=max_pixels)
     with (
         progress(transient=False, disable=not show_progress) as bar,
         (scratch / IMAGES_FILE).open("wb") as pixels_file,
@@ -165,9 +157,6 @@ def _read(
         return content_hash(record, loaded), *read_pixels(loaded, resolution, resize, max_pixels)
     except UserError:
         raise
-    except MemoryError as error:  # left out here, it would be there on a larger machine: another set
-        rule = f"must be lower: {record.name} needs more memory than there is. Or remove that image"
-        raise InputError("max_pixels", max_pixels, rule) from error
     # On bad bytes Pillow's plugins raise anything, from struct.error to IndexError.
     except Exception as error:
         return error
@@ -182,8 +171,7 @@ def _reason(error: Exception) -> str:
 def _write_header(file: IO[bytes], num_images: int, resolution: int) -> int:
     """The header of the .npy format, which leaves room for the first axis to grow to any length."""
     shape = (num_images, resolution, resolution, 3)
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, header)
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
     return file.tell()
 
 
@@ -198,17 +186,7 @@ def content_hash(record: Record, loaded: bytes | Image.Image) -> str:
 
 def _in_order(function: Callable[[Record], Any], records: Iterable[Record]) -> Iterator[tuple[Record, Any]]:
     """Map in threads, keeping the order and only a few images in memory."""
-    num_workers = min(32, os.cpu_count() or 1)
-    pending: deque[tuple[Record, Future[Any]]] = deque()
+    num_workers, remaining = min(32, os.cpu_count() or 1), iter(records)
     with ThreadPoolExecutor(num_workers) as pool:
-        try:
-            for record in records:
-                pending.append((record, pool.submit(function, record)))
-                if len(pending) >= 4 * num_workers:
-                    done, future = pending.popleft()
-                    yield done, future.result()
-            while pending:
-                done, future = pending.popleft()
-                yield done, future.result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        while part := list(islice(remaining, 8 * num_workers)):
+            yield from zip(part, pool.map(function, part), strict=True)

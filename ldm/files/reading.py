@@ -6,7 +6,7 @@ import os
 import stat
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -40,7 +40,7 @@ def is_failure(error: BaseException) -> bool:
     return isinstance(error, OSError) and not isinstance(error, (PermissionError, *MISSING))
 
 
-def retried(read: Callable[[], Result], what: object) -> Result:
+def retried(read: Callable[[], Result]) -> Result:
     """What `read` returns, tried once more after a pause where the disk fails.
 
     Raises:
@@ -51,19 +51,15 @@ def retried(read: Callable[[], Result], what: object) -> Result:
     except OSError as error:
         if not is_failure(error):
             raise
-        _say(str(error.strerror), str(what))
+        _say_once(str(error.strerror))
         time.sleep(PAUSE_S)
         return read()
 
 
-_SAID: set[str] = set()
-
-
-def _say(reason: str, what: str) -> None:
-    """Once for each way of failing: thousands of files may fail alike."""
-    if reason not in _SAID:
-        _SAID.add(reason)
-        logging.getLogger(__name__).warning("%s: %s. Trying again; said once.", what, reason)
+@cache
+def _say_once(reason: str) -> None:
+    """For each way of failing: thousands of files may fail alike."""
+    logging.getLogger(__name__).warning("A file could not be read: %s. Trying again; said once.", reason)
 
 
 def read_file(path: Path) -> bytes:
@@ -73,7 +69,7 @@ def read_file(path: Path) -> bytes:
         OSError: it cannot be read.
         ValueError: it is no file but a pipe or the like, or has more than MAX_FILE_BYTES.
     """
-    return retried(partial(_read_once, path), path)
+    return retried(partial(_read_once, path))
 
 
 def _read_once(path: Path) -> bytes:

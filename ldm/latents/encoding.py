@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from ldm.data.images import ImageData
 from ldm.errors import UserError
 from ldm.files.arrays import Layout, changed, digests, mark_verified
 from ldm.files.atomic import write_text
-from ldm.files.reading import MISSING, retried, unreadable
+from ldm.files.reading import MISSING, unreadable
 from ldm.progress import progress
 
 MOMENTS_FILE = "moments.npy"
@@ -82,13 +82,10 @@ def encode_moments(
                 if time.monotonic() - saved >= JOURNAL_S:
                     _save(file, folder, layout, batch_size, kept)
                     saved = time.monotonic()
-        except BaseException:
+        finally:
             with suppress(OSError):  # half a chunk makes room for the journal
                 file.truncate(layout.end(chunks[len(kept) - 1].stop if kept else 0))
-            with suppress(OSError):
-                _save(file, folder, layout, batch_size, kept)
-            raise
-        _save(file, folder, layout, batch_size, kept)
+            _save(file, folder, layout, batch_size, kept)
     mark_verified(file_path, kept)
 
 
@@ -104,23 +101,20 @@ def check_moments(folder: Path, *, every_byte: bool = False) -> None:
     if not (folder / JOURNAL_FILE).is_file():
         logging.getLogger(__name__).info("%s keeps no digests: its bytes are not compared.", folder)
         return
+    remedy = f"Delete {folder}; the latents will be encoded again."
     try:
         journal = _read_journal(folder)
         layout = Layout(*(journal[key] for key in ("header_bytes", "row_bytes", "num_rows", "chunk_rows")))
         bad = changed(folder / MOMENTS_FILE, layout, journal["sha256"], every_byte=every_byte)
     except (*MISSING, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{folder / JOURNAL_FILE}, which says what {MOMENTS_FILE} holds, does not fit ({error}). {_remedy(folder)}"
+            f"{folder / JOURNAL_FILE}, which says what {MOMENTS_FILE} holds, does not fit ({error}). {remedy}"
         ) from error
     except OSError as error:
         raise unreadable(folder, error) from error
     if bad:
         parts = ", ".join(f"{rows.start} to {rows.stop - 1}" for rows in bad[:5]) + ", ..." * (len(bad) > 5)
-        raise UserError(f"{folder / MOMENTS_FILE} changed since it was encoded: images {parts}. {_remedy(folder)}")
-
-
-def _remedy(folder: Path) -> str:
-    return f"Delete {folder}; the latents will be encoded again."
+        raise UserError(f"{folder / MOMENTS_FILE} changed since it was encoded: images {parts}. {remedy}")
 
 
 def _moments(encode: Encode, images: ImageData, indices: range, shape: tuple[int, ...], dtype: str) -> memoryview:
@@ -145,16 +139,13 @@ def _append(file: io.FileIO, data: bytes | memoryview) -> None:
 
 def _header(shape: tuple[int, ...], dtype: str) -> bytes:
     buffer = io.BytesIO()
-    descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
-    np.lib.format.write_array_header_1_0(buffer, {"descr": descr, "fortran_order": False, "shape": shape})
+    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(buffer, header)
     return buffer.getvalue()
 
 
 def _read_journal(folder: Path) -> dict[str, Any]:
-    file = folder / JOURNAL_FILE
-    if not file.is_file():
-        raise ValueError("not there")
-    journal = json.loads(retried(partial(file.read_text, encoding="utf-8"), file))
+    journal = json.loads((folder / JOURNAL_FILE).read_text(encoding="utf-8"))
     if journal["format"] != JOURNAL_FORMAT:
         raise ValueError(f"format {journal['format']} instead of {JOURNAL_FORMAT}")
     return journal
@@ -185,5 +176,4 @@ def _kept(folder: Path, layout: Layout, batch_size: int) -> list[str]:
         return []
     except OSError as error:
         raise unreadable(folder, error) from error
-    same = [one == other for one, other in zip(found, known, strict=False)]
-    return found[: same.index(False) if False in same else len(same)]
+    return [one for one, _ in takewhile(lambda pair: pair[0] == pair[1], zip(found, known, strict=False))]

@@ -238,7 +238,7 @@ def test_no_images_at_all(tmp_path):
 @pytest.mark.parametrize(
     ("option", "value", "words"),
     [
-        ("resize", "stretch", "crop, pad, squash"),
+        ("resize", "stretch", "'crop', 'pad' or 'squash'"),
         ("resolution", 0, "resolution=0"),
         ("val_fraction", 1.0, "val_fraction=1.0"),
         ("max_bad_fraction", -0.1, "max_bad_fraction"),

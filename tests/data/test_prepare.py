@@ -9,22 +9,19 @@ import random
 import shutil
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import ldm.data.prepare as preparation
 from ldm.data import cache as image_cache
 from ldm.data.cache import damage
 from ldm.data.images import ImageData, prepare
-from ldm.data.loaders import train_loader
 from ldm.data.sources.image_folder import ImageFolder
 from ldm.errors import UserError
-from ldm.files import arrays, reading
+from ldm.files import arrays
 from ldm.files.arrays import digests
 
 
@@ -52,6 +49,12 @@ def open_quietly(source, cache_dir, **options) -> ImageData:
     return prepare(source, **{"resolution": 8, "cache_dir": cache_dir, "progress": False, **options})
 
 
+def flip(file: Path, position: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[position] ^= 1
+    file.write_bytes(content)
+
+
 @pytest.mark.parametrize("damage", ["format", "json", "pixels", "no pixels"])
 def test_an_old_or_damaged_cache_is_prepared_again(folder, cache, damage):
     data = open_quietly(ImageFolder(folder), cache)
@@ -71,27 +74,20 @@ def test_an_old_or_damaged_cache_is_prepared_again(folder, cache, damage):
 
 
 @pytest.mark.parametrize("file", ["index.json", "images.npy"])
-@pytest.mark.parametrize("for_good", [False, True])
-def test_a_disk_that_fails_while_a_cache_is_compared_is_no_damage(folder, cache, monkeypatch, file, for_good):
-    """Asked again; and where it fails still, said so, and nothing is prepared again."""
+def test_a_disk_that_fails_while_a_cache_is_compared_is_no_damage(folder, cache, monkeypatch, file):
     data = open_quietly(ImageFolder(folder), cache)
-    inode, opens, failed = (data.path / "images.npy").stat().st_ino, io.open, []
+    inode, opens = (data.path / "images.npy").stat().st_ino, io.open
 
     def fails(path, *args, **kwargs):
-        if str(path).endswith(file) and (for_good or not failed):
-            failed.append(path)
+        if str(path).endswith(file):
             raise OSError(errno.EIO, "Input/output error", str(path))
         return opens(path, *args, **kwargs)
 
-    monkeypatch.setattr(reading.time, "sleep", lambda seconds: None)
     with monkeypatch.context() as patch:
         patch.setattr(io, "open", fails)
-        if for_good:
-            with pytest.raises(UserError, match=r"reds.* cannot be read \(Input/output error\).*left as it is"):
-                open_quietly(ImageFolder(folder), cache)
-        else:
+        with pytest.raises(UserError, match=r"reds.* cannot be read \(Input/output error\).*left as it is"):
             open_quietly(ImageFolder(folder), cache)
-    assert failed and (data.path / "images.npy").stat().st_ino == inode
+    assert (data.path / "images.npy").stat().st_ino == inode, "nothing is prepared again"
 
 
 def test_what_was_compared_is_not_read_again_before_it_is_written_to(folder, cache, monkeypatch):
@@ -103,23 +99,11 @@ def test_what_was_compared_is_not_read_again_before_it_is_written_to(folder, cac
     for _ in range(3):
         open_quietly(ImageFolder(folder), cache)
     assert len(read) == 1
-    content = bytearray(images.read_bytes())
-    content[200] ^= 1
-    images.write_bytes(content)
+    flip(images, 200)
     assert damage(path) == "images 0 to 99 in images.npy changed since the images were prepared"
     os.utime(images, ns=(0, 10**9))
     assert damage(path) is None, "its time says that nothing was written"
     assert damage(path, every_byte=True) is not None
-
-
-def test_the_processes_of_a_machine_compare_once(folder, cache, monkeypatch):
-    path = open_quietly(ImageFolder(folder), cache).path
-    os.utime(path / "images.npy", ns=(0, 10**9))
-    read = []
-    monkeypatch.setattr(arrays, "digests", lambda *given: read.append(given) or time.sleep(0.3) or digests(*given))
-    with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(damage, [path] * 4)) == [None] * 4
-    assert len(read) == 1
 
 
 def test_a_killed_preparation_leaves_no_half_cache(folder, cache):
@@ -150,52 +134,30 @@ def test_two_preparations_may_race(folder, cache):
     assert len(remains(cache)) == 1
 
 
-def encode(image: Image.Image, kind: str = "PNG") -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind)
-    return buffer.getvalue()
-
-
 @pytest.fixture
 def unreadable(folder) -> list[str]:
-    """The names of six files in the folder that are no images, or none to decode."""
-    contents = {
-        "truncated.png": encode(Image.effect_noise((64, 64), 50))[:2000],
-        "truncated.jpg": encode(Image.effect_noise((64, 64), 50), "JPEG")[:700],
-        "empty.png": b"",
-        "text.png": b"<html>Not found</html>",
-        "bomb.png": encode(Image.new("1", (300, 300))),
-        "large.png": encode(Image.new("1", (120, 120))),
-    }
-    for name, content in contents.items():
-        (folder / name).write_bytes(content)
-    return sorted(contents)
+    """The names of three files in the folder that are no images, or none to decode."""
+    (folder / "empty.png").touch()
+    (folder / "text.png").write_text("<html>Not found</html>")
+    Image.new("1", (120, 120)).save(folder / "large.png")
+    return ["empty.png", "large.png", "text.png"]
 
 
-def test_unreadable_images_are_left_out_and_listed(folder, cache, unreadable, caplog):
-    data = open_quietly(ImageFolder(folder), cache, max_bad_fraction=0.1, max_pixels=10_000)
-    assert data.names == [f"{number:03}.png" for number in range(100)] and data.num_skipped == 6
-    np.testing.assert_array_equal(data.images[:, 0, 0, 0], np.arange(100))
-    lines = [json.loads(line) for line in (data.path / "quarantine.jsonl").read_text().splitlines()]
-    reasons = {line["name"]: line["reason"] for line in lines}
-    assert list(reasons) == unreadable
-    assert "truncated" in reasons["truncated.png"] and "truncated" in reasons["truncated.jpg"]
-    assert "empty" in reasons["empty.png"] and "not an image" in reasons["text.png"]
-    assert all("more than max_pixels, 10000, allows" in reasons[name] for name in ("bomb.png", "large.png"))
-    assert data.quarantine() == lines and {line["error"] for line in lines} == {"OSError", "ValueError"}
-    assert "6 unreadable images left out" in caplog.text
-
-
-def test_too_many_unreadable_images_are_an_error(folder, cache, unreadable):
-    with pytest.raises(UserError, match=r"must be at least 0\.06 to skip the 6 of 106 .*bomb\.png") as caught:
-        open_quietly(ImageFolder(folder), cache, max_pixels=10_000)
+def test_unreadable_images_are_left_out_and_listed_up_to_a_share_of_them(folder, cache, unreadable, caplog):
+    options = {"max_pixels": 10_000}
+    with pytest.raises(UserError, match=r"must be at least 0\.03 to skip the 3 of 103 .*large\.png") as caught:
+        open_quietly(ImageFolder(folder), cache, **options)
     listing = next(cache.glob("*.quarantine.jsonl"))
-    assert str(listing) in str(caught.value) and len(listing.read_text().splitlines()) == 6
+    assert str(listing) in str(caught.value) and len(listing.read_text().splitlines()) == 3
     assert len(remains(cache)) == 1
-    data = open_quietly(ImageFolder(folder), cache, max_pixels=10_000, max_bad_fraction=0.06)
-    assert remains(cache) == [data.path]
-    with pytest.raises(UserError, match="6 of 106"):
-        open_quietly(ImageFolder(folder), cache, max_pixels=10_000)
+    data = open_quietly(ImageFolder(folder), cache, **options, max_bad_fraction=0.03)
+    assert remains(cache) == [data.path] and "3 unreadable images left out" in caplog.text
+    assert data.names == [f"{number:03}.png" for number in range(100)] and data.num_skipped == 3
+    np.testing.assert_array_equal(data.images[:, 0, 0, 0], np.arange(100))
+    assert [entry["name"] for entry in data.quarantine()] == unreadable
+    assert {entry["error"] for entry in data.quarantine()} == {"ValueError"}
+    with pytest.raises(UserError, match="3 of 103"):
+        open_quietly(ImageFolder(folder), cache, **options)
 
 
 def test_too_little_disk_space_is_seen_before_writing(folder, cache, monkeypatch):
@@ -244,16 +206,12 @@ def test_a_changed_byte_is_named_and_the_images_are_prepared_again(folder, cache
     flipped = 0
     for name, step in (("images.npy", 97), ("index.json", 11)):
         for position in range(0, len(before[name]), step):
-            content = bytearray(before[name])
-            content[position] ^= 1
-            (data.path / name).write_bytes(content)
+            flip(data.path / name, position)
             assert image_cache.damage(data.path), (name, position)
             flipped += 1
-        (data.path / name).write_bytes(before[name])
+            (data.path / name).write_bytes(before[name])
     assert flipped > 1000 and image_cache.damage(data.path) is None
-    content = bytearray(before["images.npy"])
-    content[-1] ^= 1
-    (data.path / "images.npy").write_bytes(content)
+    flip(data.path / "images.npy", -1)
     again = open_quietly(ImageFolder(folder), cache)
     assert "images 80 to 99 in images.npy changed" in caplog.text
     assert {path.name: path.read_bytes() for path in again.path.iterdir()} == before
@@ -276,35 +234,6 @@ def test_what_is_left_out_depends_on_no_thread_and_no_order(folder, cache, unrea
         found.append({path.name: path.read_bytes() for path in data.path.iterdir()})
         monkeypatch.undo()
     assert len(found[0]) == 3 and found[0] == found[1] == found[2]
-
-
-def test_batches_stay_full_whatever_was_left_out(folder, cache, unreadable):
-    data = open_quietly(ImageFolder(folder), cache, max_bad_fraction=0.1, max_pixels=10_000)
-    batches = iter(train_loader(lambda indices, _: data.batch(indices), data.train_indices, batch_size=32, seed=0))
-    assert [len(next(batches)) for _ in range(9)] == [32] * 9, "three epochs"
-
-
-def test_training_does_not_see_what_happens_to_files_that_were_prepared(folder, cache):
-    """Sources change or go; the cache is replaced or deleted: a mapping keeps what it was."""
-    data = open_quietly(ImageFolder(folder), cache)
-    before = data.batch(range(100))
-    for number, path in enumerate(sorted(folder.iterdir())):
-        path.write_bytes(b"changed") if number % 2 else path.unlink()
-    assert torch.equal(data.batch(range(100)), before)
-    if os.name != "nt":
-        (data.path / "images.npy").rename(data.path / "elsewhere.npy")
-        np.save(data.path / "images.npy", np.zeros((100, 8, 8, 3), np.uint8))
-        assert torch.equal(data.batch(range(100)), before)
-        shutil.rmtree(data.path)
-        assert torch.equal(data.batch(range(100)), before)
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows cuts no mapped file")
-def test_a_cache_cut_short_while_in_use_is_an_error_and_no_crash(folder, cache):
-    data = open_quietly(ImageFolder(folder), cache)
-    os.truncate(data.path / "images.npy", 5000)
-    with pytest.raises(UserError, match=r"images\.npy was cut to 5,000 bytes while it was in use.*Delete"):
-        data.batch([99])
 
 
 def test_what_a_killed_preparation_left_is_cleared(folder, cache):

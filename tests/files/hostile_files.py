@@ -311,7 +311,9 @@ CASES = [
     Case("a network in a pickle", "diffusion", "pipeline", pickled(f"pipeline/network/{WEIGHTS}"), "is no safetensors"),
     Case("a run that is a list", "vae", "config", text("run.json", "[1]"), "must hold a JSON object"),
     Case("a run of 5000 digits", "vae", "config", text("run.json", '{"format": ' + "1" * 5000 + "}"), "as JSON"),
-    Case("a run's wrong types", "vae", "images", changed("run.json", data_cache=7), "'data_cache' must be text"),
+    Case(
+        "a run's wrong types", "vae", "images", changed("run.json", data_cache=7), "'data_cache' must be a valid string"
+    ),
     Case("a run's name is a path", "vae", "config", changed("run.json", name="../../victim"), "plain folder name"),
     Case("a run's images elsewhere", "vae", "images", changed("run.json", data_cache="/etc"), "no longer in /etc"),
     Case("a link to another file", "vae", "config", link("evaluation.json", "/etc/hostname"), "is a link to"),

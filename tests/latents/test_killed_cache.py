@@ -5,7 +5,6 @@ import errno
 import json
 import logging
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -13,7 +12,6 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -255,17 +253,3 @@ def test_a_cache_of_before_is_opened_and_that_is_said(images, contract, tmp_path
     with caplog.at_level(logging.INFO):
         assert isinstance(opened(Encoder(0), contract, images, tmp_path), LatentData)
     assert "keeps no digests" in caplog.text
-
-
-@POSIX
-def test_latents_in_use_survive_their_file(images, contract, tmp_path):
-    """Replaced or deleted: the mapping keeps what it was. Cut short: an error and no crash."""
-    latents = opened(Encoder(), contract, images, tmp_path)
-    before = latents.batch(range(30))
-    (latents.path / "moments.npy").rename(tmp_path / "elsewhere.npy")
-    np.save(latents.path / "moments.npy", np.zeros(3))
-    shutil.rmtree(latents.path)
-    assert all(map(torch.equal, latents.batch(range(30)), before))
-    os.truncate(tmp_path / "elsewhere.npy", 1000)
-    with pytest.raises(UserError, match="was cut to 1,000 bytes while it was in use"):
-        latents.batch([29])

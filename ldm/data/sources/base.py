@@ -75,7 +75,7 @@ def digest_of_files(root: Path, files: Iterable[Path]) -> str:
 
 def _moment(path: Path) -> str:
     try:
-        stat = retried(path.stat, path)
+        stat = retried(path.stat)
     except OSError as error:  # gone meanwhile, or a link that leads nowhere
         return str(error.strerror)
     return f"{stat.st_size} {stat.st_mtime_ns}"

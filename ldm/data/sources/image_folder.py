@@ -57,7 +57,7 @@ class ImageFolder:
             raise InputError("path", path, "is a run folder, whose figures are not training images")
         self._closed: dict[str, OSError] = {}
         try:
-            self._files = retried(self._visible_files, self.path)
+            self._files = retried(self._visible_files)
         except OSError as error:
             rule = f"cannot be listed: {error.strerror}. Make it readable, or try again when its disk answers"
             raise InputError("path", path, rule) from error
