@@ -76,11 +76,9 @@ def check_quarantine(num_skipped: int, num_images: int, max_bad_fraction: float,
     if num_skipped <= max_bad_fraction * total:
         return
     bad = [f"{entry['name']} ({entry['reason']})" for entry in read_quarantine(listing)[:6]]
-    rule = (
-        f"must be at least {math.ceil(100 * num_skipped / total) / 100} to skip the {num_skipped} of {total} images "
-        f"that cannot be read: {shorten(bad)}. All are listed in {listing}"
-    )
-    raise InputError("max_bad_fraction", max_bad_fraction, rule)
+    rule = f"must be at least {math.ceil(100 * num_skipped / total) / 100} to skip the {num_skipped} of {total} images"
+    said = f"{rule} that cannot be read: {shorten(bad)}. All are listed in {listing}"
+    raise InputError("max_bad_fraction", max_bad_fraction, said)
 
 
 def quarantine_of(folder: Path) -> Path:

@@ -1,6 +1,5 @@
 """What never counts as data: runs, the folders of runs and caches, and what operating systems put among files."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -70,11 +69,7 @@ class Excluded:
 
 def _holds_runs(folder: Path) -> bool:
     """Whether runs are kept in a folder, in <folder>/<stage>/<name>."""
-    for stage in STAGES:
-        try:
-            with os.scandir(folder / stage) as entries:
-                if any(is_run(Path(entry.path)) for entry in entries):
-                    return True
-        except OSError:
-            continue
-    return False
+    try:
+        return any(is_run(entry) for stage in STAGES for entry in (folder / stage).glob("*"))
+    except OSError:  # it may not be listed
+        return False

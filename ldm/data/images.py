@@ -77,10 +77,8 @@ class ImageData:
             index, images = read_json(path / INDEX_FILE), read_array(path / IMAGES_FILE)
             _check(index, images, path)
         except UserError as error:
-            raise UserError(
-                f"{path} cannot be opened ({error}). Delete that folder and start any training with the same data "
-                "options: the images are prepared again."
-            ) from error
+            remedy = "Delete that folder and start any training with the same data options: it is made again."
+            raise UserError(f"{path} cannot be opened ({error}). {remedy}") from error
         train_indices, val_indices = split_by_hash(index["hashes"], val_fraction)
         several = {i: texts for i, texts in enumerate(index["captions"] or ()) if isinstance(texts, list)}
         for i, texts in several.items():
@@ -134,7 +132,7 @@ class ImageData:
     def require_captions(self) -> list[str]:
         """The first caption of every image; a UserError where one is missing."""
         remedy = "Give each image one: conf/data/image_folder.yaml says where captions are looked for"
-        return _all_present(self, "text", "caption", self.captions, remedy)
+        return _all_present(self, "text", "captions", self.captions, remedy)
 
     def captions_of(self, index: int) -> list[str]:
         """Every caption of an image, the first one first."""
@@ -144,7 +142,7 @@ class ImageData:
     def require_labels(self) -> list[int]:
         """Every class label; a UserError where one is missing."""
         remedy = "Sort them into one folder per class, or name the column of a dataset that holds the labels"
-        return _all_present(self, "class", "class label", self.labels, remedy)
+        return _all_present(self, "class", "class labels", self.labels, remedy)
 
 
 _KEPT = ("name", "licence", "names", "captions", "labels", "class_names", "fingerprint", "num_skipped")
@@ -158,19 +156,15 @@ def _check(index: dict[str, Any], images: np.ndarray, path: Path) -> None:
     lists = [index[key] for key in ("names", "hashes", "captions", "labels") if index[key] is not None]
     square = images.ndim == 4 and images.shape[1:] == (images.shape[1], images.shape[1], 3)
     if images.dtype != np.uint8 or not square or any(len(values) != len(images) for values in lists):
-        raise UserError(
-            f"{IMAGES_FILE} is {images.dtype} {images.shape}, and {INDEX_FILE} tells of {len(index['names'])} images"
-        )
+        found = f"{IMAGES_FILE} is {images.dtype} {images.shape}"
+        raise UserError(f"{found}, and {INDEX_FILE} tells of {len(index['names'])} images")
 
 
 def _all_present(data: ImageData, condition: str, what: str, values: list[Any] | None, remedy: str) -> list[Any]:
-    needs = f"needs a {what} for every image, but"
-    if values is None:
-        raise InputError("conditioning", condition, f"{needs} the images of {data.name} have no {what}s. {remedy}")
-    missing = [name for name, value in zip(data.names, values, strict=True) if value is None]
-    if missing:
-        rule = f"{needs} {len(missing)} of {len(data)} images have no {what}: {shorten(missing)}. {remedy}"
-        raise InputError("conditioning", condition, rule)
+    values = values or [None] * len(data)
+    if missing := [name for name, value in zip(data.names, values, strict=True) if value is None]:
+        rule = f"needs {what} for every image, but {len(missing)} of {len(data)} images have no {what}"
+        raise InputError("conditioning", condition, f"{rule}: {shorten(missing)}. {remedy}")
     return values
 
 

@@ -23,9 +23,6 @@ class Batches(Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, position: int) -> Any:
-        return self.fetch(self.indices[[position]])
-
     def __getitems__(self, positions: Sequence[int]) -> Any:
         return self.fetch(self.indices[list(positions)])
 

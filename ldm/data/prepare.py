@@ -60,9 +60,7 @@ def fill_cache(
         if source.num_records is not None:
             needed, free = source.num_records * 3 * transform["resolution"] ** 2, shutil.disk_usage(folder.parent).free
             if needed > free:
-                rule = (
-                    f"has {free:,} bytes free, but the images need {needed:,}: free some space, or lower the resolution"
-                )
+                rule = f"has {free:,} bytes free, but the images need {needed:,}: free some, or lower the resolution"
                 raise InputError("cache_dir", folder.parent, rule)
         try:
             with durable_folder(folder) as scratch, _quiet_pillow(max_pixels):
@@ -80,8 +78,7 @@ def fill_cache(
                 write_index(scratch, index)
         except OSError as error:
             if error.errno in FULL:
-                rule = "filled up while the images were prepared: free some space"
-                raise InputError("cache_dir", folder.parent, rule) from error
+                raise InputError("cache_dir", folder.parent, "filled up: free some space") from error
             raise
     if index["num_skipped"]:
         said = "%d unreadable images left out, see %s. To read them again, delete that folder."
@@ -112,7 +109,7 @@ def _write_images(
         (scratch / IMAGES_FILE).open("wb") as pixels_file,
         (scratch / QUARANTINE_FILE).open("w", encoding="utf-8") as quarantine,
     ):
-        header_bytes = _write_header(pixels_file, 0, resolution)
+        header_bytes = _write_header(pixels_file, 0, resolution, resolution, 3)
         task = bar.add_task(f"Preparing {source.name} at {resolution} px", total=source.num_records)
         for record, result in _in_order(read, source.records()):
             bar.advance(task)
@@ -120,11 +117,8 @@ def _write_images(
                 num_skipped += 1
                 num_failures += is_failure(result)
                 if num_failures > MAX_DISK_FAILURES:
-                    raise UserError(
-                        f"The disk of {source.name} fails: {num_failures} files could not be read in two tries "
-                        f"each, the last being {record.name} ({_reason(result)}). Nothing was kept; start the same "
-                        "command again when it answers."
-                    )
+                    said = f"{num_failures} files could not be read, the last being {record.name} ({_reason(result)})"
+                    raise UserError(f"The disk of {source.name} fails: {said}. Start again when it answers.")
                 line = {"name": record.name, "reason": _reason(result), "error": type(result).__name__}
                 quarantine.write(json.dumps(line) + "\n")
                 continue
@@ -136,7 +130,7 @@ def _write_images(
             labels.append(record.label)
             profiles.append(profile)
         pixels_file.seek(0)
-        final_bytes = _write_header(pixels_file, len(names), resolution)
+        final_bytes = _write_header(pixels_file, len(names), resolution, resolution, 3)
         assert final_bytes == header_bytes, "the header grew over the first pixels"
     return {
         "names": names,
@@ -168,9 +162,8 @@ def _reason(error: Exception) -> str:
     return " ".join(str(said).split())[:300] or type(error).__name__
 
 
-def _write_header(file: IO[bytes], num_images: int, resolution: int) -> int:
+def _write_header(file: IO[bytes], *shape: int) -> int:
     """The header of the .npy format, which leaves room for the first axis to grow to any length."""
-    shape = (num_images, resolution, resolution, 3)
     np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
     return file.tell()
 

@@ -105,6 +105,5 @@ def _note(path: Path) -> Path:
 
 
 def _state(path: Path, known: Sequence[str]) -> dict[str, Any]:
-    stat = path.stat()
-    digest = hashlib.sha256("".join(known).encode()).hexdigest()
-    return {"bytes": stat.st_size, "modified_ns": stat.st_mtime_ns, "sha256": digest}
+    stat, digest = path.stat(), hashlib.sha256("".join(known).encode())
+    return {"bytes": stat.st_size, "modified_ns": stat.st_mtime_ns, "sha256": digest.hexdigest()}

@@ -28,10 +28,7 @@ MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 def unreadable(path: Path, error: OSError) -> InputError:
     """What to say of a cache that may be whole, on a disk that does not let it be read."""
-    rule = (
-        f"cannot be read ({error.strerror}): its disk fails or refuses. The cache is left as it is: repeat the command "
-        "when the disk answers"
-    )
+    rule = f"cannot be read ({error.strerror}). It is left as it is: repeat the command when its disk answers"
     return InputError("cache_dir", path, rule)
 
 

@@ -76,9 +76,7 @@ def to_dataclass(kind: type[T], content: Mapping[str, Any], path: Path) -> T:
     """
     kinds = get_type_hints(kind)
     if unknown := sorted(content.keys() - kinds.keys()):
-        raise UserError(
-            f"{path} has fields that this version does not know: {', '.join(unknown)[:100]}. Make it again."
-        )
+        raise UserError(f"{path} has unknown fields: {', '.join(unknown)[:100]}. Make it again.")
     required = [field.name for field in fields(kind) if field.default is MISSING]  # type: ignore[arg-type]
     check_fields(content, {name: kinds[name] for name in required}, path)
     check_fields(content, kinds, path, required=False)
@@ -117,10 +115,8 @@ def refuse_links_out(folder: Path, *, but: Collection[str] = ()) -> None:
         for name in [*folders, *names]:
             path = Path(place, name)
             if path.is_symlink() and not path.resolve().is_relative_to(root):
-                raise UserError(
-                    f"{path} is a link to {path.resolve()}, out of its folder, which may be a trap in a folder from a "
-                    "stranger. Put the file itself there, or link the whole folder instead."
-                )
+                remedy = "Put the file itself there, or link the whole folder instead."
+                raise UserError(f"{path} is a link to {path.resolve()}, out of its folder. {remedy}")
         folders[:] = [name for name in folders if name not in OWN_LINKS]
 
 

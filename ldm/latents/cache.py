@@ -22,6 +22,8 @@ from ldm.files.untrusted import read_array
 from ldm.latents.contract import CONTRACT_FILE, LatentContract
 from ldm.latents.encoding import MOMENTS_FILE, Encode, NotFinite, check_moments, encode_moments
 
+REMEDY = "Delete that folder; the latents will be encoded again."
+
 
 class LatentData:
     """The moments of every image, memory-mapped float32 [N, views, 2, C, h, w] (mean, log-variance).
@@ -49,9 +51,7 @@ def latents_folder(contract: LatentContract, cache_dir: Path | str | None = None
     """Where the cache of these latents is. One from before its name covered the whole contract is used as it is."""
     cache = Path(cache_dir or default_cache_dir()).expanduser()
     folder = cache / f"latents-{contract.key}"
-    earlier = (
-        cache / f"latents-{contract.autoencoder_sha256[:12]}-{contract.data_fingerprint[:12]}{'-flip' * contract.flip}"
-    )
+    earlier = cache / f"latents-{contract.key.rpartition('-')[0]}{'-flip' * contract.flip}"
     return earlier if not folder.exists() and _is_of(earlier, contract) else folder
 
 
@@ -80,18 +80,13 @@ def open_latents(
             if not folder.exists():
                 _encode(folder, encode, contract, images, batch_size)
     if not (folder / CONTRACT_FILE).is_file():
-        raise UserError(
-            f"{folder} has no {CONTRACT_FILE}: it does not say which latents it holds. Delete that folder; the "
-            "latents will be encoded again."
-        )
+        raise UserError(f"{folder} has no {CONTRACT_FILE}, which says what latents it holds. {REMEDY}")
     contract.check(LatentContract.load(folder), "this run", str(folder))
     check_moments(folder)
     latents, expected = LatentData(folder, contract, images), _shape(contract, images)
     if latents.moments.shape != expected or latents.moments.dtype != contract.dtype:
-        raise UserError(
-            f"{folder} holds {latents.moments.dtype} {latents.moments.shape}, but its contract means "
-            f"{contract.dtype} {expected}. Delete that folder; the latents will be encoded again."
-        )
+        found = f"{latents.moments.dtype} {latents.moments.shape}"
+        raise UserError(f"{folder} holds {found}, but its contract means {contract.dtype} {expected}. {REMEDY}")
     return latents
 
 
@@ -138,10 +133,7 @@ def _encode(folder: Path, encode: Encode, contract: LatentContract, images: Imag
     except OSError as error:
         if error.errno not in FULL:
             raise
-        rule = (
-            f"filled up while latents were encoded. What is done is kept in {unfinished}: free some space, and the "
-            "same command continues from there"
-        )
+        rule = f"filled up. What is done is kept in {unfinished}: free some space, and the same command continues there"
         raise InputError("cache_dir", folder.parent, rule) from error
 
 

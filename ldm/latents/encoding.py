@@ -10,9 +10,7 @@ import io
 import json
 import logging
 import os
-import time
 from collections.abc import Callable
-from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -32,8 +30,6 @@ MOMENTS_FILE = "moments.npy"
 JOURNAL_FILE = "chunks.json"
 JOURNAL_FORMAT = 1
 CHUNK_IMAGES = 512
-JOURNAL_S = 2.0
-"""The journal is written so often while encoding, and when it ends in whatever way but a kill."""
 
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -67,25 +63,18 @@ def encode_moments(
     # unbuffered: what a full disk refused is not tried again when the file is closed
     with file_path.open("r+b" if kept else "w+b", buffering=0) as file, progress() as bar:
         task = bar.add_task("encoding latents", total=shape[0], completed=done)
-        saved = time.monotonic()
-        try:
-            if not kept:
-                _append(file, header)
-            file.truncate(layout.end(done))
-            file.seek(layout.end(done))
-            for rows in chunks[len(kept) :]:
-                for start in range(rows.start, rows.stop, batch_size):
-                    indices = range(start, min(start + batch_size, rows.stop))
-                    _append(file, _moments(encode, images, indices, shape, dtype))
-                    bar.advance(task, len(indices))
-                kept += digests(file_path, layout, [rows])
-                if time.monotonic() - saved >= JOURNAL_S:
-                    _save(file, folder, layout, batch_size, kept)
-                    saved = time.monotonic()
-        finally:
-            with suppress(OSError):  # half a chunk makes room for the journal
-                file.truncate(layout.end(chunks[len(kept) - 1].stop if kept else 0))
-            _save(file, folder, layout, batch_size, kept)
+        if not kept:
+            _append(file, header)
+        file.truncate(layout.end(done))
+        file.seek(layout.end(done))
+        for rows in chunks[len(kept) :]:
+            for start in range(rows.start, rows.stop, batch_size):
+                indices = range(start, min(start + batch_size, rows.stop))
+                _append(file, _moments(encode, images, indices, shape, dtype))
+                bar.advance(task, len(indices))
+            kept += digests(file_path, layout, [rows])
+            os.fsync(file.fileno())
+            write_text(folder / JOURNAL_FILE, json.dumps(_journal(layout, batch_size) | {"sha256": kept}) + "\n")
     mark_verified(file_path, kept)
 
 
@@ -107,9 +96,7 @@ def check_moments(folder: Path, *, every_byte: bool = False) -> None:
         layout = Layout(*(journal[key] for key in ("header_bytes", "row_bytes", "num_rows", "chunk_rows")))
         bad = changed(folder / MOMENTS_FILE, layout, journal["sha256"], every_byte=every_byte)
     except (*MISSING, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{folder / JOURNAL_FILE}, which says what {MOMENTS_FILE} holds, does not fit ({error}). {remedy}"
-        ) from error
+        raise UserError(f"{folder / JOURNAL_FILE} does not fit {MOMENTS_FILE} ({error}). {remedy}") from error
     except OSError as error:
         raise unreadable(folder, error) from error
     if bad:
@@ -123,10 +110,8 @@ def _moments(encode: Encode, images: ImageData, indices: range, shape: tuple[int
     for view in range(shape[1]):
         encoded = torch.stack(encode(pixels.flip(-1) if view else pixels), dim=1).float().cpu()
         if not encoded.isfinite().all():
-            raise NotFinite(
-                f"The autoencoder's latents of images {indices.start} to {indices.stop - 1} are not finite: its "
-                "training diverged. Train it again with a lower learning rate."
-            )
+            remedy = "its training diverged. Train it again with a lower learning rate."
+            raise NotFinite(f"The latents of images {indices.start} to {indices.stop - 1} are not finite: {remedy}")
         moments[:, view] = encoded.numpy()
     return moments.data.cast("B")
 
@@ -153,11 +138,6 @@ def _read_journal(folder: Path) -> dict[str, Any]:
 
 def _journal(layout: Layout, batch_size: int) -> dict[str, Any]:
     return {"format": JOURNAL_FORMAT, "batch_size": batch_size, **vars(layout)}
-
-
-def _save(file: io.FileIO, folder: Path, layout: Layout, batch_size: int, kept: list[str]) -> None:
-    os.fsync(file.fileno())
-    write_text(folder / JOURNAL_FILE, json.dumps(_journal(layout, batch_size) | {"sha256": kept}) + "\n")
 
 
 def _kept(folder: Path, layout: Layout, batch_size: int) -> list[str]:

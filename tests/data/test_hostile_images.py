@@ -149,8 +149,6 @@ def test_a_limit_of_pixels_is_kept_from_the_header_alone(folder, tmp_path):
     assert reasons(data) == {"large.png": "65 x 64 pixels are more than max_pixels, 4096, allows"}
     more = open_quietly(folder, tmp_path / "cache", max_bad_fraction=0.5)
     assert len(more) == 4 and more.path != data.path, "another limit, another set"
-    with pytest.raises(UserError, match="max_pixels=0 must be 1 or more"):
-        open_quietly(folder, tmp_path / "cache", max_pixels=0)
 
 
 @POSIX
@@ -279,23 +277,11 @@ def test_a_disk_that_fails_for_good_leaves_no_thinned_out_set(folder, tmp_path, 
 def test_only_a_disk_that_fails_is_waited_for(tmp_path, monkeypatch):
     waits = []
     monkeypatch.setattr(reading.time, "sleep", waits.append)
-    with pytest.raises(FileNotFoundError):
-        reading.read_file(tmp_path / "gone.png")
-    failing(monkeypatch, errno.EACCES, times=9)
-    with pytest.raises(PermissionError):
-        reading.read_file(tmp_path / "y.png")
-    assert waits == []
-    failing(monkeypatch, errno.EIO, times=9)
-    with pytest.raises(OSError):
-        reading.read_file(tmp_path / "x.png")
-    assert waits == [reading.PAUSE_S]
-
-
-def test_a_file_that_is_too_large_is_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, "MAX_FILE_BYTES", 1000)
-    (tmp_path / "a.png").write_bytes(bytes(1001))
-    with pytest.raises(ValueError, match="1,001 bytes are more than the 1,000"):
-        reading.read_file(tmp_path / "a.png")
+    for number, expected in ((errno.ENOENT, []), (errno.EACCES, []), (errno.EIO, [reading.PAUSE_S])):
+        failing(monkeypatch, number, times=9)
+        with pytest.raises(OSError):
+            reading.read_file(tmp_path / "x.png")
+        assert waits == expected
 
 
 def test_one_hostile_image_at_a_tool_is_one_sentence(tmp_path):

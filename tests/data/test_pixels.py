@@ -71,7 +71,7 @@ def test_16_bit_grey_keeps_its_shades_instead_of_clipping():
 def test_16_bit_grey_colour_key_is_white():
     image = Image.fromarray(np.full((8, 8), 500, np.uint16))
     image.info["transparency"] = 500
-    assert to_rgb(image).getpixel((0, 0)) == (255, 255, 255)
+    assert to_rgb(image)[0].getpixel((0, 0)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,20 @@
 """What a source of images is: it says what it holds without reading it, then offers one record per image."""
 
 import hashlib
+import importlib
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 from PIL import Image
 
+from ldm.errors import UserError
 from ldm.files.reading import retried
+from ldm.runtime import shell
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,18 @@ class Source(Protocol):
 
     def records(self) -> Iterator[Record]:
         """Every image, in an order that is the same each time."""
+
+
+def optional_module(name: str, extra: str) -> ModuleType:
+    """A package that comes with one of our extras.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"This data needs the package {name}: {shell.install_command(extra)}") from error
 
 
 def folder_name(text: str) -> str:

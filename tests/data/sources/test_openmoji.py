@@ -63,11 +63,6 @@ def test_drawings_are_on_white_and_fill_the_square(data):
     assert (drawn.max(axis=0) - drawn.min(axis=0) > 16).all()
 
 
-def test_the_drawing_is_made_for_the_resolution():
-    assert next(OpenMoji(resolution=48).records()).load().size == (48, 48)
-    assert next(OpenMoji(resolution=100).records()).load().size == (100, 100)
-
-
 def test_a_missing_package_names_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "resvg_py", None)
     with pytest.raises(UserError, match=r"resvg_py.*pip install 'ldm-trainer\[demo\]'"):
