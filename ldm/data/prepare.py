@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -27,6 +27,7 @@ from ldm.data.colour import Profile, count_profiles
 from ldm.data.pixels import Resize, read_pixels
 from ldm.data.sources.base import Record, Source
 from ldm.errors import InputError, UserError
+from ldm.files.arrays import npy_header
 from ldm.files.atomic import durable_folder
 from ldm.files.lock import made_alone
 from ldm.files.reading import FULL, is_failure
@@ -109,7 +110,7 @@ def _write_images(
         (scratch / IMAGES_FILE).open("wb") as pixels_file,
         (scratch / QUARANTINE_FILE).open("w", encoding="utf-8") as quarantine,
     ):
-        header_bytes = _write_header(pixels_file, 0, resolution, resolution, 3)
+        room = pixels_file.write(npy_header((0, resolution, resolution, 3), "uint8"))
         task = bar.add_task(f"Preparing {source.name} at {resolution} px", total=source.num_records)
         for record, result in _in_order(read, source.records()):
             bar.advance(task)
@@ -130,8 +131,8 @@ def _write_images(
             labels.append(record.label)
             profiles.append(profile)
         pixels_file.seek(0)
-        final_bytes = _write_header(pixels_file, len(names), resolution, resolution, 3)
-        assert final_bytes == header_bytes, "the header grew over the first pixels"
+        written = pixels_file.write(npy_header((len(names), resolution, resolution, 3), "uint8"))
+        assert written == room, "the header grew over the first pixels"
     return {
         "names": names,
         "hashes": hashes,
@@ -160,12 +161,6 @@ def _reason(error: Exception) -> str:
     """One line of at most 300 characters."""
     said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(str(said).split())[:300] or type(error).__name__
-
-
-def _write_header(file: IO[bytes], *shape: int) -> int:
-    """The header of the .npy format, which leaves room for the first axis to grow to any length."""
-    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-    return file.tell()
 
 
 def content_hash(record: Record, loaded: bytes | Image.Image) -> str:

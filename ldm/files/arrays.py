@@ -6,6 +6,7 @@ time than at the last comparison, and on request.
 """
 
 import hashlib
+import io
 import json
 import os
 import time
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ldm.files.atomic import write_text
 
@@ -44,6 +47,14 @@ class Layout:
         """The rows of every chunk."""
         starts = range(0, self.num_rows, self.chunk_rows)
         return [range(start, min(start + self.chunk_rows, self.num_rows)) for start in starts]
+
+
+def npy_header(shape: tuple[int, ...], dtype: str) -> bytes:
+    """The header of the .npy format, which leaves room for the first axis to grow to any length."""
+    buffer = io.BytesIO()
+    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(buffer, header)
+    return buffer.getvalue()
 
 
 def digests(path: Path, layout: Layout, chunks: Sequence[range] | None = None) -> list[str]:

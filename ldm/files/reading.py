@@ -6,7 +6,7 @@ import os
 import stat
 import time
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -37,6 +37,10 @@ def is_failure(error: BaseException) -> bool:
     return isinstance(error, OSError) and not isinstance(error, (PermissionError, *MISSING))
 
 
+_SAID: set[str] = set()
+"""Ways of failing that were told of: thousands of files may fail alike."""
+
+
 def retried(read: Callable[[], Result]) -> Result:
     """What `read` returns, tried once more after a pause where the disk fails.
 
@@ -48,15 +52,11 @@ def retried(read: Callable[[], Result]) -> Result:
     except OSError as error:
         if not is_failure(error):
             raise
-        _say_once(str(error.strerror))
+        if (reason := str(error.strerror)) not in _SAID:
+            _SAID.add(reason)
+            logging.getLogger(__name__).warning("A file could not be read: %s. Trying again; said once.", reason)
         time.sleep(PAUSE_S)
         return read()
-
-
-@cache
-def _say_once(reason: str) -> None:
-    """For each way of failing: thousands of files may fail alike."""
-    logging.getLogger(__name__).warning("A file could not be read: %s. Trying again; said once.", reason)
 
 
 def read_file(path: Path) -> bytes:

@@ -21,8 +21,8 @@ from ldm.errors import UserError
 
 OWN_LINKS = ("wandb",)
 """Folders in a run in which another program keeps links of its own."""
-REMEDY = "Put back the file as it was written, or make it again."
 REMADE = "Delete the folder that it is in; it is made again."
+REMEDY = "Put back the file as it was written, or make it again."
 
 T = TypeVar("T")
 
@@ -90,13 +90,9 @@ def read_array(path: Path) -> np.memmap:
         UserError: it cannot be read, or is something else.
     """
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        return np.lib.format.open_memmap(path, mode="r")
     except Exception as error:  # on a made-up header numpy raises whatever its parser meets
         raise UserError(f"{path} cannot be read as an array ({first_line(error)}). {REMADE}") from error
-    if not isinstance(array, np.memmap):
-        array.close()
-        raise UserError(f"{path} is an archive and not an array. {REMADE}")
-    return array
 
 
 def refuse_links_out(folder: Path, *, but: Collection[str] = ()) -> None:
@@ -138,8 +134,9 @@ def clean_text(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """A text as one line of a terminal: control signs, breaks and what reorders a line are escaped."""
-    return re.sub("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", lambda sign: ascii(sign[0])[1:-1], text)
+    """A text as one line of a terminal: control signs, breaks, stray bytes and what reorders a line are escaped."""
+    strange = "[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+    return re.sub(strange, lambda sign: ascii(sign[0])[1:-1], text)
 
 
 def first_line(error: BaseException) -> str:

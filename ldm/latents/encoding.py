@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ldm.data.images import ImageData
 from ldm.errors import UserError
-from ldm.files.arrays import Layout, changed, digests, mark_verified
+from ldm.files.arrays import Layout, changed, digests, mark_verified, npy_header
 from ldm.files.atomic import write_text
 from ldm.files.reading import MISSING, unreadable
 from ldm.progress import progress
@@ -49,7 +49,7 @@ def encode_moments(
     Raises:
         NotFinite: the autoencoder diverged.
     """
-    header = _header(shape, dtype)
+    header = npy_header(shape, dtype)
     row_bytes = int(np.prod(shape[1:])) * np.dtype(dtype).itemsize
     chunk_rows = batch_size * max(1, CHUNK_IMAGES // batch_size)
     layout = Layout(len(header), row_bytes, shape[0], chunk_rows)
@@ -120,13 +120,6 @@ def _append(file: io.FileIO, data: bytes | memoryview) -> None:
     rest = memoryview(data)
     while rest:  # a file may take less than it is given
         rest = rest[file.write(rest) :]
-
-
-def _header(shape: tuple[int, ...], dtype: str) -> bytes:
-    buffer = io.BytesIO()
-    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(buffer, header)
-    return buffer.getvalue()
 
 
 def _read_journal(folder: Path) -> dict[str, Any]:

@@ -17,7 +17,6 @@ FORMAT = "1"
 
 def encode_file(autoencoder: Autoencoder, images: ImageData, out: Path, batch_size: int = 64) -> int:
     """Write `mean` and `log_variance` [N, C, h, w] of every image; returns N."""
-    autoencoder.latent_shape(images.resolution)
     starts = range(0, len(images), batch_size)
     parts = [autoencoder.encode(images.batch(range(start, min(start + batch_size, len(images))))) for start in starts]
     tensors = {

@@ -181,7 +181,7 @@ def recommend(
     of_rank = f"the effective rank is {rank:.1f} of {channels}"
     rule: str = "keep"
     asked: int | None = channels
-    text = f"no channel is dead and {of_rank}: keep {key}={channels}."
+    text = f"{of_rank}: keep {key}={channels}."
     if len(dead) == channels:
         rule, asked = "all_dead", None
         text = f"all {channels} channels are dead ({below}). Train again with a smaller autoencoder.loss.kl."
@@ -190,17 +190,12 @@ def recommend(
         text = f"dead channels: {', '.join(map(str, dead))} ({below}) of {channels}. {key}={asked} would hold the same."
     elif behind > 0:
         rule, asked = "undertrained", None
-        text = (
-            f"the autoencoder is {behind:.1f} dB below a PCA of the same size, so its channels are not used well yet. "
-            "Train it longer, or with a smaller autoencoder.loss.kl, before choosing a size."
-        )
+        text = f"{behind:.1f} dB below a PCA of the same size: train longer, or with a smaller autoencoder.loss.kl."
     elif needed < channels:
         rule, asked = "redundant", needed
         text = f"{needed} of {channels} directions have 99 % of the signal: {key}={needed} would lose little."
     elif rank >= FULL_RANK * channels and more > channels:
         rule, asked = "more", more
-        text = (
-            f"no channel is dead and {of_rank}: more channels may pay. Try {key}={more}, with which a PCA gains "
-            f"{pca[more] - pca[channels]:.1f} dB, and weigh it against a chain with more dimensions to learn."
-        )
+        gain = pca[more] - pca[channels]
+        text = f"{of_rank}: more channels may pay. Try {key}={more}, with which a PCA gains {gain:.1f} dB."
     return {"rule": rule, "latent_channels": asked, "text": text}

@@ -1,7 +1,6 @@
 """Files that are no images, lie about their size, never end, change while they are read, or are hard to name."""
 
 import errno
-import io
 import json
 import os
 import random
@@ -20,21 +19,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ldm.data import prepare as preparation
-from ldm.data.images import ImageData, prepare
+from ldm.data.images import ImageData
 from ldm.data.pixels import decode, read_image
 from ldm.data.sources.base import Record
-from ldm.data.sources.image_folder import ImageFolder
 from ldm.errors import UserError
 from ldm.files import reading
+from tests.data.encoded import encode, open_quietly
 
 FUZZED_FILES = 2000
 POSIX = pytest.mark.skipif(os.name == "nt", reason="no such files on Windows")
-
-
-def encode(image: Image.Image, kind: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def png(width: int, height: int, data: bytes, *more: tuple[bytes, bytes]) -> bytes:
@@ -97,10 +90,6 @@ READABLE = {
 }
 
 
-def open_quietly(folder: Path, cache: Path, **options) -> ImageData:
-    return prepare(ImageFolder(folder), **{"resolution": 16, "cache_dir": cache, "progress": False, **options})
-
-
 def reasons(data: ImageData) -> dict[str, str]:
     return {entry["name"]: entry["reason"] for entry in data.quarantine()}
 
@@ -139,16 +128,6 @@ def test_the_corpus_is_read_or_put_into_quarantine(folder, tmp_path, resize):
     for name in ("strip.png", "column.jpg"):  # scaled up, cut or framed: the colour is there
         close = np.abs(data.images[data.names.index(name)].astype(int) - (9, 99, 199)).max(-1) < 30
         assert close.any(), name
-
-
-def test_a_limit_of_pixels_is_kept_from_the_header_alone(folder, tmp_path):
-    for number in range(3):
-        (folder / f"{number}.png").write_bytes(encode(NOISE.rotate(90 * number), "PNG"))
-    (folder / "large.png").write_bytes(encode(NOISE.resize((65, 64)), "PNG"))
-    data = open_quietly(folder, tmp_path / "cache", max_pixels=4096, max_bad_fraction=0.5)
-    assert reasons(data) == {"large.png": "65 x 64 pixels are more than max_pixels, 4096, allows"}
-    more = open_quietly(folder, tmp_path / "cache", max_bad_fraction=0.5)
-    assert len(more) == 4 and more.path != data.path, "another limit, another set"
 
 
 @POSIX
@@ -236,7 +215,7 @@ def test_names_that_no_text_holds(folder, tmp_path):
 @pytest.fixture
 def quick(monkeypatch) -> None:
     monkeypatch.setattr(reading, "PAUSE_S", 0)
-    reading._say_once.cache_clear()
+    reading._SAID.clear()
 
 
 def failing(monkeypatch, number: int, times: int) -> None:

@@ -1,7 +1,6 @@
 """ldm.data.images: prepare once, open ever after, split by content."""
 
 import hashlib
-import io
 import json
 import pickle
 import sys
@@ -14,21 +13,14 @@ import torch
 from PIL import Image, ImageCms
 
 from ldm.data.images import (
-    ImageData,
     Record,
     default_cache_dir,
-    prepare,
     split_by_hash,
     to_uint8,
 )
 from ldm.data.sources.image_folder import ImageFolder
 from ldm.errors import UserError
-
-
-def png(number: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), (number, 0, 0)).save(buffer, "PNG")
-    return buffer.getvalue()
+from tests.data.encoded import open_quietly, png
 
 
 class Memory:
@@ -57,10 +49,6 @@ class Memory:
 @pytest.fixture
 def hundred() -> dict[str, bytes]:
     return {f"{number:03}.png": png(number) for number in range(100)}
-
-
-def open_quietly(source, cache_dir, **options) -> ImageData:
-    return prepare(source, **{"resolution": 8, "cache_dir": cache_dir, "progress": False, **options})
 
 
 def test_everything_about_a_prepared_set(tmp_path, hundred):
@@ -138,7 +126,7 @@ def test_the_fingerprint_follows_content_captions_and_transform(tmp_path):
         (folder / f"{number}.png").write_bytes(png(number))
 
     def fingerprint(**options):
-        return open_quietly(ImageFolder(folder), tmp_path / "cache", **options).fingerprint
+        return open_quietly(folder, tmp_path / "cache", **options).fingerprint
 
     first = fingerprint()
     seen = {first, fingerprint(resolution=16), fingerprint(resize="pad")}
@@ -160,7 +148,7 @@ def test_the_fingerprint_of_data_without_profiles_is_what_it_always_was(tmp_path
     for number in range(3):
         Image.new("RGB", (8, 8), (180, 40 * number, 20)).save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text(f"number {number}")
-    data = open_quietly(ImageFolder(folder), tmp_path / "c")
+    data = open_quietly(folder, tmp_path / "c")
     index = json.loads((data.path / "index.json").read_text())
     parts = {key: index[key] for key in ("hashes", "captions", "labels", "transform")}
     assert parts["captions"] == ["number 0", "number 1", "number 2"] and data.profiles == {}
@@ -171,7 +159,7 @@ def test_the_fingerprint_of_data_without_profiles_is_what_it_always_was(tmp_path
     assert data.fingerprint == digest(parts)
     rows = [{"file_name": "1.png", "text": ["one", "uno"]}]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    several = open_quietly(ImageFolder(folder), tmp_path / "c")
+    several = open_quietly(folder, tmp_path / "c")
     assert several.fingerprint == digest({**parts, "captions": ["number 0", ["one", "uno"], "number 2"]})
     assert several.captions_of(1) == ["one", "uno"] and several.more_captions == {1: ["uno"]}
 

@@ -1,14 +1,11 @@
 """ldm.data.prepare: whole or not at all, what cannot be read, what does not fit."""
 
-import dataclasses
 import errno
 import io
 import json
 import os
-import random
 import shutil
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +15,11 @@ from PIL import Image
 import ldm.data.prepare as preparation
 from ldm.data import cache as image_cache
 from ldm.data.cache import damage
-from ldm.data.images import ImageData, prepare
 from ldm.data.sources.image_folder import ImageFolder
 from ldm.errors import UserError
 from ldm.files import arrays
 from ldm.files.arrays import digests
+from tests.data.encoded import open_quietly
 
 
 @pytest.fixture
@@ -45,10 +42,6 @@ def remains(cache: Path) -> list[Path]:
     return [path for path in cache.iterdir() if path.suffix != ".lock"]
 
 
-def open_quietly(source, cache_dir, **options) -> ImageData:
-    return prepare(source, **{"resolution": 8, "cache_dir": cache_dir, "progress": False, **options})
-
-
 def flip(file: Path, position: int) -> None:
     content = bytearray(file.read_bytes())
     content[position] ^= 1
@@ -57,7 +50,7 @@ def flip(file: Path, position: int) -> None:
 
 @pytest.mark.parametrize("damage", ["format", "json", "pixels", "no pixels"])
 def test_an_old_or_damaged_cache_is_prepared_again(folder, cache, damage):
-    data = open_quietly(ImageFolder(folder), cache)
+    data = open_quietly(folder, cache)
     index = data.path / "index.json"
     if damage == "format":
         index.write_text(json.dumps(json.loads(index.read_text()) | {"format": 0}))
@@ -68,14 +61,14 @@ def test_an_old_or_damaged_cache_is_prepared_again(folder, cache, damage):
         (data.path / "images.npy").unlink()
         if damage == "pixels":
             (data.path / "images.npy").write_bytes(pixels[:-100])
-    again = open_quietly(ImageFolder(folder), cache)
+    again = open_quietly(folder, cache)
     assert again.path == data.path and again.fingerprint == data.fingerprint
     np.testing.assert_array_equal(again.images[:, 0, 0, 0], np.arange(100))
 
 
 @pytest.mark.parametrize("file", ["index.json", "images.npy"])
 def test_a_disk_that_fails_while_a_cache_is_compared_is_no_damage(folder, cache, monkeypatch, file):
-    data = open_quietly(ImageFolder(folder), cache)
+    data = open_quietly(folder, cache)
     inode, opens = (data.path / "images.npy").stat().st_ino, io.open
 
     def fails(path, *args, **kwargs):
@@ -86,18 +79,18 @@ def test_a_disk_that_fails_while_a_cache_is_compared_is_no_damage(folder, cache,
     with monkeypatch.context() as patch:
         patch.setattr(io, "open", fails)
         with pytest.raises(UserError, match=r"reds.* cannot be read \(Input/output error\).*left as it is"):
-            open_quietly(ImageFolder(folder), cache)
+            open_quietly(folder, cache)
     assert (data.path / "images.npy").stat().st_ino == inode, "nothing is prepared again"
 
 
 def test_what_was_compared_is_not_read_again_before_it_is_written_to(folder, cache, monkeypatch):
-    path = open_quietly(ImageFolder(folder), cache).path
+    path = open_quietly(folder, cache).path
     images = path / "images.npy"
     os.utime(images, ns=(0, 10**9))  # long ago
     read = []
     monkeypatch.setattr(arrays, "digests", lambda *given: read.append(given) or digests(*given))
     for _ in range(3):
-        open_quietly(ImageFolder(folder), cache)
+        open_quietly(folder, cache)
     assert len(read) == 1
     flip(images, 200)
     assert damage(path) == "images 0 to 99 in images.npy changed since the images were prepared"
@@ -117,14 +110,18 @@ def test_a_killed_preparation_leaves_no_half_cache(folder, cache):
     with pytest.raises(KeyboardInterrupt):
         open_quietly(Killed(folder), cache)
     assert remains(cache) == []
-    assert len(open_quietly(ImageFolder(folder), cache)) == 100
+    path = open_quietly(folder, cache).path
+    shutil.rmtree(path)
+    (left := cache / f".partial-0badcafe-{path.name}").mkdir()
+    (left / "images.npy").write_bytes(b"half")
+    assert len(open_quietly(folder, cache)) == 100
+    assert {*cache.iterdir()} == {path, cache / f".{path.name}.lock"}, "the lock is for whoever waits"
 
 
 def test_two_preparations_may_race(folder, cache):
     results = []
     threads = [
-        threading.Thread(target=lambda: results.append(open_quietly(ImageFolder(folder), cache).fingerprint))
-        for _ in range(3)
+        threading.Thread(target=lambda: results.append(open_quietly(folder, cache).fingerprint)) for _ in range(3)
     ]
     for thread in threads:
         thread.start()
@@ -146,25 +143,27 @@ def unreadable(folder) -> list[str]:
 def test_unreadable_images_are_left_out_and_listed_up_to_a_share_of_them(folder, cache, unreadable, caplog):
     options = {"max_pixels": 10_000}
     with pytest.raises(UserError, match=r"must be at least 0\.03 to skip the 3 of 103 .*large\.png") as caught:
-        open_quietly(ImageFolder(folder), cache, **options)
+        open_quietly(folder, cache, **options)
     listing = next(cache.glob("*.quarantine.jsonl"))
     assert str(listing) in str(caught.value) and len(listing.read_text().splitlines()) == 3
     assert len(remains(cache)) == 1
-    data = open_quietly(ImageFolder(folder), cache, **options, max_bad_fraction=0.03)
+    data = open_quietly(folder, cache, **options, max_bad_fraction=0.03)
     assert remains(cache) == [data.path] and "3 unreadable images left out" in caplog.text
     assert data.names == [f"{number:03}.png" for number in range(100)] and data.num_skipped == 3
     np.testing.assert_array_equal(data.images[:, 0, 0, 0], np.arange(100))
     assert [entry["name"] for entry in data.quarantine()] == unreadable
     assert {entry["error"] for entry in data.quarantine()} == {"ValueError"}
     with pytest.raises(UserError, match="3 of 103"):
-        open_quietly(ImageFolder(folder), cache, **options)
+        open_quietly(folder, cache, **options)
+    more = open_quietly(folder, cache, max_bad_fraction=0.03)
+    assert len(more) == 101 and more.path != data.path, "another limit of pixels, another set"
 
 
 def test_too_little_disk_space_is_seen_before_writing(folder, cache, monkeypatch):
     usage = shutil.disk_usage(folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=19_000))
     with pytest.raises(UserError, match="cache_dir=.* has 19,000 bytes free, but the images need 19,200"):
-        open_quietly(ImageFolder(folder), cache)
+        open_quietly(folder, cache)
     assert remains(cache) == []
 
 
@@ -174,26 +173,20 @@ def test_a_disk_that_fills_up_is_a_user_error(folder, cache, monkeypatch):
 
     monkeypatch.setattr(preparation, "write_index", full)
     with pytest.raises(UserError, match="filled up"):
-        open_quietly(ImageFolder(folder), cache)
+        open_quietly(folder, cache)
     assert remains(cache) == []
-
-
-def test_progress_is_shown_on_stderr(folder, cache, capsys):
-    open_quietly(ImageFolder(folder), cache, progress=True)
-    captured = capsys.readouterr()
-    assert "Preparing reds at 8 px" in captured.err and "100%" in captured.err and captured.out == ""
 
 
 def test_a_cache_of_before_opens_as_it_is(folder, cache):
     """Without digests and under its list's older name: nobody prepares again for them."""
-    data = open_quietly(ImageFolder(folder), cache)
+    data = open_quietly(folder, cache)
     index = json.loads((data.path / "index.json").read_text())
     del index["sha256"], index["pixels_sha256"]
     (data.path / "index.json").write_text(json.dumps(index))
     (data.path / "quarantine.jsonl").rename(data.path / "skipped.jsonl")
     (data.path / "skipped.jsonl").write_text('{"name": "a.png", "reason": "empty"}\n')
     written = (data.path / "index.json").stat().st_ino
-    again = open_quietly(ImageFolder(folder), cache)
+    again = open_quietly(folder, cache)
     assert (again.path / "index.json").stat().st_ino == written
     assert again.quarantine() == [{"name": "a.png", "reason": "empty"}]
 
@@ -201,7 +194,7 @@ def test_a_cache_of_before_opens_as_it_is(folder, cache):
 def test_a_changed_byte_is_named_and_the_images_are_prepared_again(folder, cache, monkeypatch, caplog):
     """Bytes spread over the pixels, and every eleventh of the index."""
     monkeypatch.setattr(image_cache, "CHUNK_BYTES", 20 * 192)
-    data = open_quietly(ImageFolder(folder), cache)
+    data = open_quietly(folder, cache)
     before = {path.name: path.read_bytes() for path in data.path.iterdir()}
     flipped = 0
     for name, step in (("images.npy", 97), ("index.json", 11)):
@@ -212,36 +205,6 @@ def test_a_changed_byte_is_named_and_the_images_are_prepared_again(folder, cache
             (data.path / name).write_bytes(before[name])
     assert flipped > 1000 and image_cache.damage(data.path) is None
     flip(data.path / "images.npy", -1)
-    again = open_quietly(ImageFolder(folder), cache)
+    again = open_quietly(folder, cache)
     assert "images 80 to 99 in images.npy changed" in caplog.text
     assert {path.name: path.read_bytes() for path in again.path.iterdir()} == before
-
-
-def test_what_is_left_out_depends_on_no_thread_and_no_order(folder, cache, unreadable, monkeypatch):
-    found = []
-    for num_threads, delay_s in ((1, 0), (13, 0.002), (5, 0.001)):
-        load = ImageFolder.records
-
-        def records(self, delay_s=delay_s, load=load):
-            for record in load(self):
-                wait = delay_s * random.random()
-                yield dataclasses.replace(record, load=lambda r=record, w=wait: (time.sleep(w), r.load())[1])
-
-        monkeypatch.setattr(preparation.os, "cpu_count", lambda count=num_threads: count)
-        monkeypatch.setattr(ImageFolder, "records", records)
-        place = cache / str(num_threads)
-        data = open_quietly(ImageFolder(folder), place, max_bad_fraction=0.1, max_pixels=10_000)
-        found.append({path.name: path.read_bytes() for path in data.path.iterdir()})
-        monkeypatch.undo()
-    assert len(found[0]) == 3 and found[0] == found[1] == found[2]
-
-
-def test_what_a_killed_preparation_left_is_cleared(folder, cache):
-    name = open_quietly(ImageFolder(folder), cache).path.name
-    shutil.rmtree(cache / name)
-    (cache / f".partial-0badcafe-{name}").mkdir()
-    (cache / f".partial-0badcafe-{name}" / "images.npy").write_bytes(b"half")
-    assert remains(cache) == [cache / f".partial-0badcafe-{name}"]
-    open_quietly(ImageFolder(folder), cache)
-    lock = cache / f".{name}.lock"
-    assert {*cache.iterdir()} == {cache / name, lock}, "not the remains, and the lock for whoever waits"

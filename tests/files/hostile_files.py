@@ -267,7 +267,7 @@ BY_DOOR: dict[tuple[str, str], dict[str, tuple[Make, str | None]]] = {
     ("cache", "cache"): {
         "images that are objects": (objects("images.npy"), NO_ARRAY),
         "images that are a pickle": (pickled("images.npy"), NO_ARRAY),
-        "images that are an archive": (bomb("images.npy"), "is an archive"),
+        "images that are an archive": (bomb("images.npy"), NO_ARRAY),
         "images of no size": (changed("index.json", names=[]), "index.json tells of 0 images"),
         "a header with code": (npy_header("__import__('os').system('touch CANARY')"), NO_ARRAY),
         "a header without end": (npy_header("(" * 10**6), NO_ARRAY),

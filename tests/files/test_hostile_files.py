@@ -30,7 +30,6 @@ from ldm.networks.conditioning import NoCondition
 from ldm.networks.dit import DiT
 from ldm.runs.run import Run
 from ldm.sampling.pipeline import LatentDiffusionPipeline
-from ldm.training import session
 from tests.files.hostile_files import CANARY, CASES
 
 ROOT = Path(__file__).parents[2]
@@ -141,20 +140,6 @@ def test_nothing_ran(opened):
     assert [event.partition("(")[0] for event in control["seen"]] == ["pickle.find_class", "os.system"], (
         "it would be seen"
     )
-
-
-def test_a_folder_of_ones_own_configs(call, tmp_path, monkeypatch):
-    """What is plain values and our choices is composed, wherever it lies."""
-    import ldm.train
-
-    (tmp_path / "experiment").mkdir()
-    mine = "# @package _global_\ndefaults:\n  - override /network: dit\nseed: 7\nval_images: ${seed}\n"
-    (tmp_path / "experiment/mine.yaml").write_text(mine)
-    seen = []
-    monkeypatch.setattr(session, "train", seen.append)
-    ended = call(ldm.train.main, "--config-dir", str(tmp_path), "stage=vae", "experiment=mine")
-    assert ended.code == 0, ended
-    assert (seen[0].seed, seen[0].val_images, seen[0].network._target_) == (7, 7, "ldm.networks.dit.DiT")
 
 
 SPLIT = """

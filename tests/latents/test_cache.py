@@ -9,25 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ldm.data.images import ImageData, prepare, verify_images
-from ldm.data.sources.image_folder import ImageFolder
+from ldm.data.images import ImageData, verify_images
 from ldm.errors import UserError
 from ldm.latents.cache import latents_folder, open_latents, verify_latents
 from ldm.latents.contract import LatentContract
 from ldm.latents.statistics import measure
-
-
-@pytest.fixture(scope="module")
-def images(make_images, tmp_path_factory) -> ImageData:
-    """Thirty images of 8 px."""
-    folder = tmp_path_factory.mktemp("images")
-    source = ImageFolder(make_images(folder / "squares", 30, size=8))
-    return prepare(source, resolution=8, cache_dir=folder / "cache", val_fraction=0.2, progress=False)
-
-
-@pytest.fixture
-def contract(images) -> LatentContract:
-    return LatentContract("a" * 64, images.fingerprint, 8, 4, 3, images.val_fraction, flip=False)
 
 
 def encode(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,8 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from ldm.data.images import ImageData, prepare
-from ldm.data.sources.image_folder import ImageFolder
 from ldm.errors import UserError
 from ldm.latents import encoding as latent_encoding
 from ldm.latents.cache import LatentData, open_latents
@@ -27,17 +25,10 @@ ROOT = Path(__file__).parents[2]
 POSIX = pytest.mark.skipif(os.name == "nt", reason="POSIX only")
 
 
-@pytest.fixture(scope="module")
-def images(make_images, tmp_path_factory) -> ImageData:
-    """Thirty images of 8 px."""
-    folder = tmp_path_factory.mktemp("images")
-    source = ImageFolder(make_images(folder / "squares", 30, size=8))
-    return prepare(source, resolution=8, cache_dir=folder / "cache", val_fraction=0.2, progress=False)
-
-
 @pytest.fixture
-def contract(images) -> LatentContract:
-    return LatentContract("a" * 64, images.fingerprint, 8, 4, 3, images.val_fraction, flip=True)
+def contract(contract) -> LatentContract:
+    """Two views."""
+    return dataclasses.replace(contract, flip=True)
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@
 import hashlib
 import importlib
 import re
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,13 +73,6 @@ def optional_module(name: str, extra: str) -> ModuleType:
 def folder_name(text: str) -> str:
     """A path or a hub id as one portable part of a file name: `user/set` becomes `user-set`."""
     return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-.") or "images"
-
-
-def printable(name: str) -> str:
-    """A file's name as one line of text that any encoding takes: control characters and stray bytes are escaped."""
-    strange = ("Cc", "Cs", "Zl", "Zp")  # a file name's bytes that are no UTF-8 come as surrogates, Cs
-    escaped = (ascii(one)[1:-1] if unicodedata.category(one) in strange else one for one in name)
-    return "".join(escaped)
 
 
 def digest_of_files(root: Path, files: Iterable[Path]) -> str:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ldm.data.excluded import Excluded, is_system_name
-from ldm.data.sources.base import Record, digest_of_files, folder_name, printable
+from ldm.data.sources.base import Record, digest_of_files, folder_name
 from ldm.errors import InputError, UserError
 from ldm.files.reading import is_failure, read_file, retried
-from ldm.files.untrusted import clean_text
+from ldm.files.untrusted import clean_text, one_line
 from ldm.runtime.paths import is_run
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -93,9 +93,9 @@ class ImageFolder:
         for name in self._images:
             texts, label = captions.get(name, []), labels.get(name.split("/")[0])
             load = partial(read_file, self._files[name])
-            yield Record(printable(name), load, next(iter(texts), None), label, more_captions=tuple(texts[1:]))
+            yield Record(one_line(name), load, next(iter(texts), None), label, more_captions=tuple(texts[1:]))
         for name, error in self._closed.items():
-            yield Record(printable(name), partial(_fail, error))
+            yield Record(one_line(name), partial(_fail, error))
 
     def _visible_files(self) -> dict[str, Path]:
         """Relative name -> path of every image, text and metadata file, sorted by name."""

@@ -1,7 +1,6 @@
 """ldm.data.sources.fashion_mnist: small IDX files made here, the hub's format, and the real files where they are."""
 
 import gzip
-import io
 import json
 import struct
 from pathlib import Path
@@ -14,6 +13,7 @@ import ldm.data.sources.fashion_mnist as fashion_mnist
 from ldm.data.images import prepare
 from ldm.data.sources.fashion_mnist import DEBIAN_PATH, FashionMNIST
 from ldm.errors import UserError
+from tests.data.encoded import encode
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 28, 28), np.uint8)
 LABELS = np.array([9, 0, 1, 2, 3, 9], np.uint8)
@@ -52,9 +52,7 @@ def test_the_hub_gives_the_same_split(folder, monkeypatch, caplog):
     for part, rows in (("train", slice(0, 4)), ("test", slice(4, 6))):
         encoded = []
         for pixels in IMAGES[rows]:
-            buffer = io.BytesIO()
-            Image.fromarray(pixels).save(buffer, "PNG")
-            encoded.append({"bytes": buffer.getvalue(), "path": None})
+            encoded.append({"bytes": encode(Image.fromarray(pixels)), "path": None})
         rows_of = {"image": encoded, "label": LABELS[rows].tolist()}
         datasets.Dataset.from_dict(rows_of).to_parquet(hub / f"{part}.parquet")
     monkeypatch.setattr(fashion_mnist, "DEBIAN_PATH", "/absent")

@@ -1,16 +1,15 @@
 """ldm.data.sources.huggingface on local datasets in the hub's formats, downloaded and streamed."""
 
-import io
 import json
 import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from ldm.data.images import prepare
 from ldm.data.sources.huggingface import HuggingFace
 from ldm.errors import UserError
+from tests.data.encoded import png
 
 datasets = pytest.importorskip("datasets")
 
@@ -20,12 +19,6 @@ def hub_offline(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hf"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-
-def png(number: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), (number, 0, 0)).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 COLUMNS = {
