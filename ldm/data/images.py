@@ -37,8 +37,8 @@ __all__ = ["ImageData", "Record", "Source", "default_cache_dir", "prepare", "spl
 
 Resolution = Annotated[Whole, Field(ge=1, le=16_384)]
 """Pixels a side."""
-BelowOne = Annotated[Number, Field(ge=0, lt=1)]
-"""A part of a whole, but not all of it."""
+BelowOne = Annotated[Number | Whole, Field(ge=0, lt=1)]
+"""A part of a whole, but not all of it. A 0 stays a whole number, for caches of latents are named after it."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)

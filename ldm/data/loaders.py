@@ -58,7 +58,6 @@ def train_loader(
         batch_sampler=order,
         collate_fn=_whole,
         num_workers=num_workers,
-        pin_memory=False,
         persistent_workers=num_workers > 0,
         worker_init_fn=leave_to_parent,
         generator=torch.Generator(),  # iterating draws from it, and not from the generator that training draws from

@@ -45,16 +45,12 @@ def load_model(kind: Any, folder: Path) -> Any:
     try:
         model, found = kind.from_pretrained(folder, **options, output_loading_info=True)
     except Exception as error:  # diffusers raises OSError, RuntimeError, KeyError, ... by what does not fit
-        raise UserError(
-            f"The weights in {folder} do not fit its config.json ({first_line(error)}). {REMEDY}"
-        ) from error
+        raise UserError(f"The weights in {folder} do not fit its config ({first_line(error)}). {REMEDY}") from error
     if missing := sorted(found["missing_keys"]):
         raise UserError(f"The weights in {folder} are incomplete: {', '.join(missing[:3])} missing. {REMEDY}")
     for name, value in model.state_dict().items():
         if value.is_floating_point() and not value.isfinite().all():
-            remedy = (
-                "Training diverged, or the file was changed: train again with a lower learning rate, or put it back."
-            )
+            remedy = "Training diverged, or the file was changed: train with a lower learning rate, or put it back."
             raise UserError(f"The weights in {folder} are not finite ({name}). {remedy}")
     return model.eval()
 
@@ -80,9 +76,7 @@ def _weight_files(folder: Path) -> list[Path]:
                 raise UserError(f"{index} names {name[:80]!r}, which is no safetensors file in that folder. {REMEDY}")
         return [folder / name for name in names]
     if not single.is_file():
-        pickled = (
-            "Pickled weights (.bin, .pt, .ckpt) can run code, and are never read: convert them where you trust them."
-        )
+        pickled = "Pickled weights (.bin, .pt, .ckpt) can run code, and are never read. Convert those that you trust."
         raise UserError(f"{folder} holds no {WEIGHTS}. {pickled}")
     return [single]
 

@@ -66,6 +66,7 @@ def test_everything_about_a_prepared_set(tmp_path, hundred):
     assert sorted(path.name for path in data.path.iterdir()) == ["images.npy", "index.json", "quarantine.jsonl"]
     assert list(tmp_path.glob("[!.]*")) == [data.path], "nothing is left beside the cache but its lock"
     again = open_quietly(source := Memory(hundred), tmp_path, val_fraction=0.5)
+    assert type(open_quietly(source, tmp_path, val_fraction=0).val_fraction) is int, "it names caches of latents"
     assert source.num_loads == 0 and again.path == data.path and again.fingerprint == data.fingerprint
     pickled = pickle.dumps(again)
     copy = pickle.loads(pickled)

@@ -195,19 +195,15 @@ def test_a_profile_applies_before_transparency_and_to_palettes():
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "16 bits"])
-def test_a_grey_profile_is_applied(mode):
-    linear, grey = profile("GRAY", 1.0), encoded_srgb(np.array(100 / 255))
+def test_a_grey_profile_is_applied_and_one_of_rgb_to_grey_pixels_too(mode):
+    grey = encoded_srgb(np.array(100 / 255))
     image = {
         "L": Image.new("L", (8, 8), 100),
         "LA": Image.new("LA", (8, 8), (100, 255)),
         "16 bits": Image.fromarray(np.full((8, 8), 257 * 100, np.uint16)),
     }[mode]
-    assert centre(encode(image, icc_profile=linear)) == pytest.approx((grey,) * 3, abs=1.5)
-
-
-def test_a_profile_of_rgb_describes_grey_pixels_too():
-    linear, grey = profile("RGB", 1.0, COLORANTS["sRGB"]), encoded_srgb(np.array(100 / 255))
-    assert centre(encode(Image.new("L", (8, 8), 100), icc_profile=linear)) == pytest.approx((grey,) * 3, abs=1.5)
+    for linear in (profile("GRAY", 1.0), profile("RGB", 1.0, COLORANTS["sRGB"])):
+        assert centre(encode(image, icc_profile=linear)) == pytest.approx((grey,) * 3, abs=1.5)
 
 
 def test_cmyk_with_a_profile_goes_through_it():

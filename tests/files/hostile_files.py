@@ -64,7 +64,7 @@ class Case:
 
     Args:
         base: Which sound folder.
-        door: What opens it, a function below.
+        door: What opens it, one of `doors`.
         said: Part of the refusal; None where it is opened as the data that it is, and the code in it is left alone.
     """
 
@@ -320,67 +320,47 @@ CASES = [Case(name, *key, *case) for key, cases in BY_DOOR.items() for name, cas
 """Every hostile file, with its door."""
 
 
-class Doors:
+def measure_features(folder: Path) -> None:
+    images = ImageData.open(folder)
+    kept = folder / "features-x.npy"
+    if kept.exists():
+        kept.rename(folder / f"features-x-{images.fingerprint[:8]}.npy")
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 4))
+    reference_features(network, "x", images)
+
+
+def draw_kept(sound: Path, folder: Path) -> None:
+    for file in folder.glob("samples.json"):
+        file.replace(next(folder.glob("samples-*.json")))
+    pipeline, images = Run.open(sound / "diffusion").pipeline(), ImageData.open(sound / "cache")
+    draw_and_keep(pipeline, images, DDIM(2), folder, num_samples=3, guidance=1.0, seed=0)
+
+
+def resume(folder: Path) -> None:
+    (checkpoint,) = (folder / "checkpoints").iterdir()
+    train("stage=vae", *SHORT, f"resume={checkpoint}", f"runs_dir={folder}")
+
+
+def doors(sound: Path) -> dict[str, Callable[[Path], Any]]:
     """The ways in, each given the hostile folder; parts that are sound lie in `sound`."""
-
-    def __init__(self, sound: Path) -> None:
-        self.sound = sound
-        self.parts = Run.open(sound / "diffusion").pipeline()
-
-    def config(self, folder: Path) -> None:
-        Run.open(folder).config()
-
-    def autoencoder(self, folder: Path) -> None:
-        load_autoencoder(str(folder))
-
-    def pipeline(self, folder: Path) -> None:
-        load_pipeline(str(folder))
-
-    def images(self, folder: Path) -> None:
-        Run.open(folder).image_data()
-
-    def compare(self, folder: Path) -> None:
-        read_runs([str(self.sound / "vae"), str(folder)])
-
-    def wandb(self, folder: Path) -> None:
-        known_id(folder)
-
-    def cache(self, folder: Path) -> None:
-        ImageData.open(folder)
-
-    def latents(self, folder: Path) -> None:
-        LatentData(folder, LatentContract.load(folder), ImageData.open(self.sound / "cache"))
-
-    def features(self, folder: Path) -> None:
-        images = ImageData.open(folder)
-        kept = folder / "features-x.npy"
-        if kept.exists():
-            kept.rename(folder / f"features-x-{images.fingerprint[:8]}.npy")
-        network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 4))
-        reference_features(network, "x", images)
-
-    def decode(self, folder: Path) -> None:
-        decode_file(self.parts.autoencoder, folder / "latents.safetensors")
-
-    def kept(self, folder: Path) -> None:
-        images = ImageData.open(self.sound / "cache")
-        for file in folder.glob("samples.json"):
-            file.replace(next(folder.glob("samples-*.json")))
-        draw_and_keep(self.parts, images, DDIM(2), folder, num_samples=3, guidance=1.0, seed=0)
-
-    def encoder(self, folder: Path) -> None:
-        TextCondition(str(folder), 8)
-
-    def pictures(self, folder: Path) -> None:
-        for record in ImageFolder(folder).records():
-            record.load()
-
-    def resume(self, folder: Path) -> None:
-        (checkpoint,) = (folder / "checkpoints").iterdir()
-        train("stage=vae", *SHORT, f"resume={checkpoint}", f"runs_dir={folder}")
-
-    def rerun(self, folder: Path) -> None:
-        train("--experimental-rerun", str(folder))
+    images, autoencoder = ImageData.open(sound / "cache"), Run.open(sound / "diffusion").pipeline().autoencoder
+    return {
+        "config": lambda folder: Run.open(folder).config(),
+        "autoencoder": lambda folder: load_autoencoder(str(folder)),
+        "pipeline": lambda folder: load_pipeline(str(folder)),
+        "images": lambda folder: Run.open(folder).image_data(),
+        "compare": lambda folder: read_runs([str(sound / "vae"), str(folder)]),
+        "wandb": known_id,
+        "cache": ImageData.open,
+        "latents": lambda folder: LatentData(folder, LatentContract.load(folder), images),
+        "features": measure_features,
+        "decode": lambda folder: decode_file(autoencoder, folder / "latents.safetensors"),
+        "kept": lambda folder: draw_kept(sound, folder),
+        "encoder": lambda folder: TextCondition(str(folder), 8),
+        "pictures": lambda folder: [record.load() for record in ImageFolder(folder).records()],
+        "resume": resume,
+        "rerun": lambda folder: train("--experimental-rerun", str(folder)),
+    }
 
 
 SHORT = ["data=image_folder", "data.path=pictures", "data.resolution=8", "trainer=cpu", "trainer.max_steps=1"]
@@ -454,19 +434,19 @@ def main(place: Path) -> None:
     assert wandb
     ldm.runs.provenance._commit = lambda: None  # asks git, whose answer a run notes
     os.chdir(place)
-    doors = Doors(place / "sound")
+    opened_by = doors(place / "sound")
     for base, door in dict.fromkeys((case.base, case.door) for case in CASES):
         if door not in ("resume", "rerun", "wandb", "compare", "decode"):
-            getattr(doors, door)(place / "sound" / base)
+            opened_by[door](place / "sound" / base)
     with contextlib.suppress(ValueError):
-        doors.compare(place / "sound" / "diffusion")
+        opened_by["compare"](place / "sound" / "diffusion")
     audit = Audit(place)
     for number, case in enumerate(CASES):
         folder, message, kind = place / f"{number:03d}", "", "opened"
         audit.seen.clear()
         audit.watching = True
         try:
-            getattr(doors, case.door)(folder)
+            opened_by[case.door](folder)
         except Exception as error:
             kind, message = type(error).__name__, explain(error) or repr(error)
         audit.watching = False

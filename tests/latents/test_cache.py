@@ -56,13 +56,6 @@ def test_measured_statistics_are_those_of_sampled_latents(images, contract, tmp_
     torch.testing.assert_close(torch.tensor(std).double(), z.std((0, 1, 3, 4)), rtol=0.005, atol=0)
 
 
-def test_a_cache_is_opened_and_not_encoded_again(images, contract, tmp_path):
-    first = open_latents(encode, contract, images, cache_dir=tmp_path)
-    again = open_latents(refuse, contract, images, cache_dir=tmp_path)
-    assert again.path == first.path and isinstance(again.moments, np.memmap)
-    torch.testing.assert_close(again.batch([3]), first.batch([3]), rtol=0, atol=0)
-
-
 def test_a_mismatch_names_both_sides_and_every_field(contract):
     other = dataclasses.replace(contract, factor=8, autoencoder_sha256="b" * 64, flip=True)
     with pytest.raises(UserError) as caught:

@@ -48,7 +48,7 @@ class HuggingFace:
     exclude: Sequence[str | Path | None] = ()
 
     def __post_init__(self) -> None:
-        apply_rules(HuggingFace, {"num_images": self.num_images})
+        self.num_images = apply_rules(HuggingFace, {"num_images": self.num_images})["num_images"]
         if self.streaming and self.num_images is None:
             raise UserError("data.streaming=true needs data.num_images=N: how many images to read from the stream.")
         self.path = str(self.path)
@@ -89,9 +89,8 @@ class HuggingFace:
             if isinstance(label, str):
                 label = seen.setdefault(label, len(seen))
             cell = row.get(caption_column or "")
-            texts = [
-                self._checked(text, str, "caption_column") for text in (cell if isinstance(cell, list) else [cell])
-            ]
+            cells = cell if isinstance(cell, list) else [cell]
+            texts = [self._checked(text, str, "caption_column") for text in cells]
             captions = list(dict.fromkeys(text for text in texts if text))
             yield Record(
                 name=f"{self.split}[{number}]",
