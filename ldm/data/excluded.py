@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from ldm.data.cache import shorten
 from ldm.data.images import default_cache_dir
 from ldm.runtime.paths import STAGES, is_run
 
@@ -49,8 +50,7 @@ class Excluded:
 
     def describe(self) -> str:
         """The run and cache folders that were skipped, as text."""
-        shown = sorted(set(self.skipped))
-        return ", ".join(shown[:5]) + (", ..." if len(shown) > 5 else "")
+        return shorten(sorted(set(self.skipped)))
 
 
 def _holds_runs(folder: Path) -> bool:
