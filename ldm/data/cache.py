@@ -2,15 +2,15 @@
 
 import json
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ldm.errors import InputError, UserError
+import numpy as np
+
+from ldm.errors import InputError
 from ldm.files.arrays import Layout, changed, digests, mark_verified
 from ldm.files.digest import sha256_of_values
-from ldm.files.reading import MISSING, retried, unreadable
-from ldm.files.untrusted import read_array, read_json
+from ldm.files.reading import MISSING, unreadable
 
 FORMAT_VERSION = 1
 """Of the cache folder. A folder that says another number is prepared again."""
@@ -21,24 +21,14 @@ QUARANTINE_FILE = "quarantine.jsonl"
 CHUNK_BYTES = 2**23
 
 
-def fingerprint(
-    hashes: list[str],
-    captions: list[str | list[str] | None] | None,
-    labels: list[int | None] | None,
-    transform: dict[str, Any],
-    *,
-    converted: bool = False,
-) -> str:
+def fingerprint(index: dict[str, Any]) -> str:
     """SHA-256 over everything that a model can learn from a prepared set, and the order it comes in.
 
-    Args:
-        hashes: Of the images' files, their colour profiles included.
-        converted: Whether any colours were converted by a profile.
+    The hashes are of the images' files, their colour profiles included; whether any of those converted colours is told
+    apart.
     """
-    parts: dict[str, Any] = {"hashes": hashes, "captions": captions, "labels": labels, "transform": transform}
-    if converted:
-        parts["colours"] = "sRGB"
-    return sha256_of_values(parts)
+    parts = {key: index[key] for key in ("hashes", "captions", "labels", "transform")}
+    return sha256_of_values(parts | ({"colours": "sRGB"} if "converted" in index["profiles"] else {}))
 
 
 def write_index(folder: Path, index: dict[str, Any]) -> None:
@@ -62,8 +52,10 @@ def damage(folder: Path, *, every_byte: bool = False) -> str | None:
     Raises:
         UserError: its disk does not let it be read.
     """
+    if not ((folder / INDEX_FILE).is_file() and (folder / IMAGES_FILE).is_file()):
+        return "it is not whole"
     try:
-        index, layout = retried(partial(_read, folder), folder)
+        index, layout = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8")), _layout(folder / IMAGES_FILE)
         if index["format"] != FORMAT_VERSION or layout.num_rows != len(index["names"]):
             return "it is of another format"
         if not {"sha256", "pixels_sha256"} & set(index):
@@ -84,11 +76,9 @@ def check_quarantine(num_skipped: int, num_images: int, max_bad_fraction: float,
     if num_skipped <= max_bad_fraction * total:
         return
     bad = [f"{entry['name']} ({entry['reason']})" for entry in read_quarantine(listing)[:6]]
-    rule = (
-        f"must be at least {math.ceil(100 * num_skipped / total) / 100} to skip the {num_skipped} of {total} images "
-        f"that cannot be read: {shorten(bad)}. All are listed in {listing}"
-    )
-    raise InputError("max_bad_fraction", max_bad_fraction, rule)
+    rule = f"must be at least {math.ceil(100 * num_skipped / total) / 100} to skip the {num_skipped} of {total} images"
+    said = f"{rule} that cannot be read: {shorten(bad)}. All are listed in {listing}"
+    raise InputError("max_bad_fraction", max_bad_fraction, said)
 
 
 def quarantine_of(folder: Path) -> Path:
@@ -107,19 +97,8 @@ def shorten(names: list[str], shown: int = 5) -> str:
     return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], Layout]:
-    if not ((folder / INDEX_FILE).is_file() and (folder / IMAGES_FILE).is_file()):
-        raise ValueError("not there")  # who asks again holds the lock
-    try:
-        return read_json(folder / INDEX_FILE), _layout(folder / IMAGES_FILE)
-    except UserError as error:
-        if isinstance(error.__cause__, OSError):
-            raise error.__cause__ from error
-        raise
-
-
 def _layout(file: Path) -> Layout:
-    images = read_array(file)
+    images = np.load(file, mmap_mode="r")
     row_bytes = images[:1].nbytes
     return Layout(images.offset, row_bytes, len(images), max(1, CHUNK_BYTES // max(1, row_bytes)))
 

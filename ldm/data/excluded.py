@@ -1,39 +1,25 @@
 """What never counts as data: runs, the folders of runs and caches, and what operating systems put among files."""
 
-import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from ldm.data.cache import shorten
 from ldm.data.images import default_cache_dir
 from ldm.runtime.paths import STAGES, is_run
 
-SYSTEM_NAMES = frozenset(
-    {
-        "__macosx",
-        "@eadir",
-        "@recycle",
-        "@sharebin",
-        "@tmp",
-        "#recycle",
-        "#snapshot",
-        "~snapshot",
-        "$recycle.bin",
-        "recycler",
-        "recycled",
-        "system volume information",
-        "network trash folder",
-        "temporary items",
-        "lost+found",
-        "thumbs.db",
-        "desktop.ini",
-    }
+SYSTEM_NAMES = re.compile(
+    r"__MACOSX|Network Trash Folder|Temporary Items"  # archives of macOS
+    r"|@eaDir|@Recycle|@sharebin|@tmp|#recycle|#snapshot|~snapshot|lost\+found"  # NAS systems and Linux
+    r"|\$Recycle\.Bin|Recycler|Recycled|System Volume Information|Thumbs\.db|desktop\.ini",  # Windows
+    re.IGNORECASE,
 )
-"""Of macOS archives, NAS systems and Windows, in lower case. Other systems use hidden names."""
+"""Of files and folders that systems put among a user's. Others are hidden."""
 
 
 def is_system_name(name: str) -> bool:
     """Whether a file or folder is hidden, or a system's own."""
-    return name.startswith(".") or name.lower() in SYSTEM_NAMES
+    return name.startswith(".") or SYSTEM_NAMES.fullmatch(name) is not None
 
 
 class Excluded:
@@ -64,17 +50,12 @@ class Excluded:
 
     def describe(self) -> str:
         """The run and cache folders that were skipped, as text."""
-        shown = sorted(set(self.skipped))
-        return ", ".join(shown[:5]) + (", ..." if len(shown) > 5 else "")
+        return shorten(sorted(set(self.skipped)))
 
 
 def _holds_runs(folder: Path) -> bool:
     """Whether runs are kept in a folder, in <folder>/<stage>/<name>."""
-    for stage in STAGES:
-        try:
-            with os.scandir(folder / stage) as entries:
-                if any(is_run(Path(entry.path)) for entry in entries):
-                    return True
-        except OSError:
-            continue
-    return False
+    try:
+        return any(is_run(entry) for stage in STAGES for entry in (folder / stage).glob("*"))
+    except OSError:  # it may not be listed
+        return False

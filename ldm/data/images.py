@@ -8,10 +8,11 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from ldm.data.cache import (
@@ -24,15 +25,20 @@ from ldm.data.cache import (
     read_quarantine,
     shorten,
 )
-from ldm.data.pixels import MAX_PIXELS, RESIZE_MODES, Resize
+from ldm.data.pixels import MAX_PIXELS, Resize
 from ldm.data.prepare import fill_cache
 from ldm.data.sources.base import Record, Source
 from ldm.errors import InputError, UserError
-from ldm.files.arrays import check_length
 from ldm.files.digest import sha256_of_values
 from ldm.files.untrusted import check_fields, read_array, read_json
+from ldm.rules import Count, Number, Whole, checked
 
 __all__ = ["ImageData", "Record", "Source", "default_cache_dir", "prepare", "split_by_hash", "to_uint8"]
+
+Resolution = Annotated[Whole, Field(ge=1, le=16_384)]
+"""Pixels a side."""
+BelowOne = Annotated[Number | Whole, Field(ge=0, lt=1)]
+"""A part of a whole, but not all of it. A 0 stays a whole number, for caches of latents are named after it."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -71,10 +77,8 @@ class ImageData:
             index, images = read_json(path / INDEX_FILE), read_array(path / IMAGES_FILE)
             _check(index, images, path)
         except UserError as error:
-            raise UserError(
-                f"{path} cannot be opened ({error}). Delete that folder and start any training with the same data "
-                "options: the images are prepared again."
-            ) from error
+            remedy = "Delete that folder and start any training with the same data options: it is made again."
+            raise UserError(f"{path} cannot be opened ({error}). {remedy}") from error
         train_indices, val_indices = split_by_hash(index["hashes"], val_fraction)
         several = {i: texts for i, texts in enumerate(index["captions"] or ()) if isinstance(texts, list)}
         for i, texts in several.items():
@@ -93,9 +97,6 @@ class ImageData:
     def __len__(self) -> int:
         return len(self.images)
 
-    def __repr__(self) -> str:
-        return f"ImageData({self.name}, {len(self)} images, {self.resolution} px, {self.path})"
-
     def __reduce__(self) -> tuple[Any, ...]:
         return ImageData.open, (self.path, self.val_fraction)
 
@@ -108,12 +109,7 @@ class ImageData:
         return self.images.nbytes
 
     def batch(self, indices: Any) -> Tensor:
-        """The images at these indices as float32 [b, 3, H, W] in [-1, 1].
-
-        Raises:
-            UserError: the file was cut short while it was in use.
-        """
-        check_length(self.images)
+        """The images at these indices as float32 [b, 3, H, W] in [-1, 1]."""
         pixels = torch.from_numpy(np.asarray(self.images[np.asarray(indices, dtype=np.int64)]))
         images = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
         return images.div_(127.5).sub_(1)
@@ -136,7 +132,7 @@ class ImageData:
     def require_captions(self) -> list[str]:
         """The first caption of every image; a UserError where one is missing."""
         remedy = "Give each image one: conf/data/image_folder.yaml says where captions are looked for"
-        return _all_present(self, "text", "caption", self.captions, remedy)
+        return _all_present(self, "text", "captions", self.captions, remedy)
 
     def captions_of(self, index: int) -> list[str]:
         """Every caption of an image, the first one first."""
@@ -146,44 +142,29 @@ class ImageData:
     def require_labels(self) -> list[int]:
         """Every class label; a UserError where one is missing."""
         remedy = "Sort them into one folder per class, or name the column of a dataset that holds the labels"
-        return _all_present(self, "class", "class label", self.labels, remedy)
+        return _all_present(self, "class", "class labels", self.labels, remedy)
 
 
-_KINDS: dict[str, Any] = {
-    "name": str,
-    "licence": str | None,
-    "names": list[str],
-    "hashes": list[str],
-    "captions": list[str | list[str] | None] | None,
-    "labels": list[int | None] | None,
-    "class_names": list[str] | None,
-    "fingerprint": str,
-    "num_skipped": int,
-}
 _KEPT = ("name", "licence", "names", "captions", "labels", "class_names", "fingerprint", "num_skipped")
 
 
 def _check(index: dict[str, Any], images: np.ndarray, path: Path) -> None:
-    check_fields(index, _KINDS, path / INDEX_FILE)
+    kinds = {key: kind for key, kind in get_type_hints(ImageData).items() if key in _KEPT}
+    kinds |= {"hashes": list[str], "captions": list[str | Annotated[list[str], Field(min_length=1)] | None] | None}
+    check_fields(index, kinds, path / INDEX_FILE)
     check_fields(index, {"profiles": dict}, path / INDEX_FILE, required=False)
     lists = [index[key] for key in ("names", "hashes", "captions", "labels") if index[key] is not None]
     square = images.ndim == 4 and images.shape[1:] == (images.shape[1], images.shape[1], 3)
     if images.dtype != np.uint8 or not square or any(len(values) != len(images) for values in lists):
-        raise UserError(
-            f"{IMAGES_FILE} is {images.dtype} {images.shape}, and {INDEX_FILE} tells of {len(index['names'])} images"
-        )
-    if any(texts == [] for texts in index["captions"] or ()):
-        raise UserError(f"{INDEX_FILE} has an empty list of captions")
+        found = f"{IMAGES_FILE} is {images.dtype} {images.shape}"
+        raise UserError(f"{found}, and {INDEX_FILE} tells of {len(index['names'])} images")
 
 
 def _all_present(data: ImageData, condition: str, what: str, values: list[Any] | None, remedy: str) -> list[Any]:
-    needs = f"needs a {what} for every image, but"
-    if values is None:
-        raise InputError("conditioning", condition, f"{needs} the images of {data.name} have no {what}s. {remedy}")
-    missing = [name for name, value in zip(data.names, values, strict=True) if value is None]
-    if missing:
-        rule = f"{needs} {len(missing)} of {len(data)} images have no {what}: {shorten(missing)}. {remedy}"
-        raise InputError("conditioning", condition, rule)
+    values = values or [None] * len(data)
+    if missing := [name for name, value in zip(data.names, values, strict=True) if value is None]:
+        rule = f"needs {what} for every image, but {len(missing)} of {len(data)} images have no {what}"
+        raise InputError("conditioning", condition, f"{rule}: {shorten(missing)}. {remedy}")
     return values
 
 
@@ -226,15 +207,16 @@ def split_by_hash(hashes: list[str], val_fraction: float) -> tuple[np.ndarray, n
     return np.flatnonzero(~is_val).astype(np.int64), np.flatnonzero(is_val).astype(np.int64)
 
 
+@checked
 def prepare(
     source: Source,
     *,
-    resolution: int,
+    resolution: Resolution,
     cache_dir: Path | str | None = None,
     resize: Resize = "crop",
-    val_fraction: float = 0.05,
-    max_bad_fraction: float = 0.01,
-    max_pixels: int = MAX_PIXELS,
+    val_fraction: BelowOne = 0.05,
+    max_bad_fraction: BelowOne = 0.01,
+    max_pixels: Count = MAX_PIXELS,
     progress: bool = True,
 ) -> ImageData:
     """Decode and resize every image of a source into the cache, or open what is there already.
@@ -248,15 +230,6 @@ def prepare(
     Raises:
         UserError: too many unreadable images, too little disk space, fewer than 2 images, an unknown option.
     """
-    if resize not in RESIZE_MODES:
-        raise InputError("resize", resize, f"must be one of: {', '.join(RESIZE_MODES)}")
-    if resolution < 1:
-        raise InputError("resolution", resolution, "must be at least 1 pixel")
-    if max_pixels < 1:
-        raise InputError("max_pixels", max_pixels, "must be at least 1")
-    for option, share in (("val_fraction", val_fraction), ("max_bad_fraction", max_bad_fraction)):
-        if not 0 <= share < 1:
-            raise InputError(option, share, "must be at least 0 and below 1")
     transform = {"resolution": resolution, "resize": resize}
     made_from = {"format": FORMAT_VERSION, "identity": source.identity(), "transform": transform}
     if max_pixels != MAX_PIXELS:  # it may change what is left out; at its default the key is what it always was

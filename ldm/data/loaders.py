@@ -23,9 +23,6 @@ class Batches(Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, position: int) -> Any:
-        return self.fetch(self.indices[[position]])
-
     def __getitems__(self, positions: Sequence[int]) -> Any:
         return self.fetch(self.indices[list(positions)])
 
@@ -61,7 +58,6 @@ def train_loader(
         batch_sampler=order,
         collate_fn=_whole,
         num_workers=num_workers,
-        pin_memory=False,
         persistent_workers=num_workers > 0,
         worker_init_fn=leave_to_parent,
         generator=torch.Generator(),  # iterating draws from it, and not from the generator that training draws from

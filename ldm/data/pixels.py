@@ -9,19 +9,19 @@ import threading
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from pydantic import Field
 from torch import Tensor
 
 from ldm.data.colour import Profile, to_srgb
 from ldm.errors import InputError
 from ldm.files.reading import read_file
 
-Resize = Literal["crop", "pad", "squash"]
-RESIZE_MODES: tuple[str, ...] = get_args(Resize)
+Resize = Annotated[Literal["crop", "pad", "squash"], Field()]
 WHITE = (255, 255, 255)
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 MIN_SIDE = 2
@@ -61,28 +61,28 @@ def read_pixels(
         Exception: the image is not readable. On bad bytes Pillow's plugins raise anything, from struct.error to
             IndexError; ValueError for what breaks a rule of ours, such as more than `max_pixels`.
     """
-    if isinstance(data, Image.Image):
-        _check_size(data, max_pixels)
-        return _square(data, resolution, resize)
+    image = data if isinstance(data, Image.Image) else _open(data, max_pixels)
+    width, height = image.size
+    if min(width, height) < MIN_SIDE:
+        raise ValueError(f"{width} x {height} pixels: a side has {MIN_SIDE} at least, or there is no picture")
+    if width * height > max_pixels:
+        raise ValueError(f"{width} x {height} pixels are more than max_pixels, {max_pixels}, allows")
+    # JPEG can drop octaves while it decodes; 3 pixels for each one kept leave the final filter its say.
+    image.draft(None, (3 * resolution, 3 * resolution))
+    with _large if image.width * image.height > LARGE_PIXELS else nullcontext():
+        rgb, profile = to_rgb(image)
+        return np.asarray(resize_to_square(rgb, resolution, resize)), profile
+
+
+def _open(data: bytes, max_pixels: int) -> Image.Image:
     if not data:
         raise ValueError("the file is empty")
     try:
-        image = Image.open(io.BytesIO(data), formats=_formats())
+        return Image.open(io.BytesIO(data), formats=_formats())
     except UnidentifiedImageError:
         raise ValueError(f"not an image in a format that is read ({', '.join(_formats())}), or a damaged one") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"more than max_pixels, {max_pixels}, allows: {error}") from error
-    with image:
-        _check_size(image, max_pixels)
-        # JPEG can drop octaves while it decodes; 3 pixels for each one kept leave the final filter its say.
-        image.draft(None, (3 * resolution, 3 * resolution))
-        with _large if image.width * image.height > LARGE_PIXELS else nullcontext():
-            return _square(image, resolution, resize)
-
-
-def _square(image: Image.Image, resolution: int, resize: Resize) -> tuple[np.ndarray, Profile]:
-    rgb, profile = _to_rgb(image)
-    return np.asarray(resize_to_square(rgb, resolution, resize)), profile
 
 
 @cache
@@ -91,24 +91,12 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)  # an older Pillow knows fewer
 
 
-def _check_size(image: Image.Image, max_pixels: int) -> None:
-    width, height = image.size
-    if min(width, height) < MIN_SIDE:
-        raise ValueError(f"{width} x {height} pixels: a side has {MIN_SIDE} at least, or there is no picture")
-    if width * height > max_pixels:
-        raise ValueError(f"{width} x {height} pixels are more than max_pixels, {max_pixels}, allows")
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> tuple[Image.Image, Profile]:
     """Upright sRGB: EXIF rotation and colour profile applied, transparency laid on white, 16-bit grey scaled by 1/257.
 
     Raises:
         ValueError: for 32-bit integers outside 0..65535 and for floats: nothing says which value is white.
     """
-    return _to_rgb(image)[0]
-
-
-def _to_rgb(image: Image.Image) -> tuple[Image.Image, Profile]:
     image.load()
     # Pillow leaves an empty one where the file has a profile that it cannot unpack
     icc_profile = image.info["icc_profile"] or b"" if "icc_profile" in image.info else None

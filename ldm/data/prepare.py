@@ -11,12 +11,13 @@ import logging
 import os
 import shutil
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -26,6 +27,7 @@ from ldm.data.colour import Profile, count_profiles
 from ldm.data.pixels import Resize, read_pixels
 from ldm.data.sources.base import Record, Source
 from ldm.errors import InputError, UserError
+from ldm.files.arrays import npy_header
 from ldm.files.atomic import durable_folder
 from ldm.files.lock import made_alone
 from ldm.files.reading import FULL, is_failure
@@ -50,13 +52,17 @@ def fill_cache(
         UserError: too many unreadable images, none at all, a disk that fails, or too little room on it.
     """
     transform = made_from["transform"]
+    listing = folder / QUARANTINE_FILE
     with made_alone(folder):
         if (found := damage(folder)) is None:
             return
         if folder.exists():
             logging.getLogger(__name__).warning("%s: %s. The images are prepared again.", folder, found)
         if source.num_records is not None:
-            _check_space(folder.parent, source.num_records * 3 * transform["resolution"] ** 2)
+            needed, free = source.num_records * 3 * transform["resolution"] ** 2, shutil.disk_usage(folder.parent).free
+            if needed > free:
+                rule = f"has {free:,} bytes free, but the images need {needed:,}: free some, or lower the resolution"
+                raise InputError("cache_dir", folder.parent, rule)
         try:
             with durable_folder(folder) as scratch, _quiet_pillow(max_pixels):
                 index = _write_images(scratch, source, transform, max_pixels, show_progress)
@@ -69,28 +75,15 @@ def fill_cache(
                 if not index["names"]:
                     raise UserError(f"{source.name} holds no images: {json.dumps(source.identity())}")
                 index.update(made_from, name=source.name, licence=source.licence, class_names=source.class_names)
-                parts = (index["hashes"], index["captions"], index["labels"], transform)
-                index["fingerprint"] = fingerprint(*parts, converted="converted" in index["profiles"])
+                index["fingerprint"] = fingerprint(index)
                 write_index(scratch, index)
         except OSError as error:
             if error.errno in FULL:
-                rule = "filled up while the images were prepared: free some space"
-                raise InputError("cache_dir", folder.parent, rule) from error
+                raise InputError("cache_dir", folder.parent, "filled up: free some space") from error
             raise
     if index["num_skipped"]:
-        listing = folder / QUARANTINE_FILE
-        logging.getLogger(__name__).warning(
-            "%d unreadable images left out, see %s. To read them again, delete that folder.",
-            index["num_skipped"],
-            listing,
-        )
-
-
-def _check_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        rule = f"has {free:,} bytes free, but the images need {needed:,}: free some space, or lower the resolution"
-        raise InputError("cache_dir", folder, rule)
+        said = "%d unreadable images left out, see %s. To read them again, delete that folder."
+        logging.getLogger(__name__).warning(said, index["num_skipped"], listing)
 
 
 @contextmanager
@@ -110,17 +103,14 @@ def _write_images(
     scratch: Path, source: Source, transform: dict[str, Any], max_pixels: int, show_progress: bool
 ) -> dict[str, Any]:
     names, hashes, captions, labels, profiles, num_skipped, num_failures = [], [], [], [], [], 0, 0
-    resolution, resize = transform["resolution"], transform["resize"]
-
-    def read(record: Record) -> tuple[str, np.ndarray, Profile] | Exception:
-        return _read(record, resolution, resize, max_pixels)
-
+    resolution = transform["resolution"]
+    read = partial(_read, resolution=resolution, resize=transform["resize"], max_pixels=max_pixels)
     with (
         progress(transient=False, disable=not show_progress) as bar,
         (scratch / IMAGES_FILE).open("wb") as pixels_file,
         (scratch / QUARANTINE_FILE).open("w", encoding="utf-8") as quarantine,
     ):
-        header_bytes = _write_header(pixels_file, 0, resolution)
+        room = pixels_file.write(npy_header((0, resolution, resolution, 3), "uint8"))
         task = bar.add_task(f"Preparing {source.name} at {resolution} px", total=source.num_records)
         for record, result in _in_order(read, source.records()):
             bar.advance(task)
@@ -128,11 +118,8 @@ def _write_images(
                 num_skipped += 1
                 num_failures += is_failure(result)
                 if num_failures > MAX_DISK_FAILURES:
-                    raise UserError(
-                        f"The disk of {source.name} fails: {num_failures} files could not be read in two tries "
-                        f"each, the last being {record.name} ({_reason(result)}). Nothing was kept; start the same "
-                        "command again when it answers."
-                    )
+                    said = f"{num_failures} files could not be read, the last being {record.name} ({_reason(result)})"
+                    raise UserError(f"The disk of {source.name} fails: {said}. Start again when it answers.")
                 line = {"name": record.name, "reason": _reason(result), "error": type(result).__name__}
                 quarantine.write(json.dumps(line) + "\n")
                 continue
@@ -144,8 +131,8 @@ def _write_images(
             labels.append(record.label)
             profiles.append(profile)
         pixels_file.seek(0)
-        final_bytes = _write_header(pixels_file, len(names), resolution)
-        assert final_bytes == header_bytes, "the header grew over the first pixels"
+        written = pixels_file.write(npy_header((len(names), resolution, resolution, 3), "uint8"))
+        assert written == room, "the header grew over the first pixels"
     return {
         "names": names,
         "hashes": hashes,
@@ -165,9 +152,6 @@ def _read(
         return content_hash(record, loaded), *read_pixels(loaded, resolution, resize, max_pixels)
     except UserError:
         raise
-    except MemoryError as error:  # left out here, it would be there on a larger machine: another set
-        rule = f"must be lower: {record.name} needs more memory than there is. Or remove that image"
-        raise InputError("max_pixels", max_pixels, rule) from error
     # On bad bytes Pillow's plugins raise anything, from struct.error to IndexError.
     except Exception as error:
         return error
@@ -177,14 +161,6 @@ def _reason(error: Exception) -> str:
     """One line of at most 300 characters."""
     said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(str(said).split())[:300] or type(error).__name__
-
-
-def _write_header(file: IO[bytes], num_images: int, resolution: int) -> int:
-    """The header of the .npy format, which leaves room for the first axis to grow to any length."""
-    shape = (num_images, resolution, resolution, 3)
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, header)
-    return file.tell()
 
 
 def content_hash(record: Record, loaded: bytes | Image.Image) -> str:
@@ -198,17 +174,7 @@ def content_hash(record: Record, loaded: bytes | Image.Image) -> str:
 
 def _in_order(function: Callable[[Record], Any], records: Iterable[Record]) -> Iterator[tuple[Record, Any]]:
     """Map in threads, keeping the order and only a few images in memory."""
-    num_workers = min(32, os.cpu_count() or 1)
-    pending: deque[tuple[Record, Future[Any]]] = deque()
+    num_workers, remaining = min(32, os.cpu_count() or 1), iter(records)
     with ThreadPoolExecutor(num_workers) as pool:
-        try:
-            for record in records:
-                pending.append((record, pool.submit(function, record)))
-                if len(pending) >= 4 * num_workers:
-                    done, future = pending.popleft()
-                    yield done, future.result()
-            while pending:
-                done, future = pending.popleft()
-                yield done, future.result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        while part := list(islice(remaining, 8 * num_workers)):
+            yield from zip(part, pool.map(function, part), strict=True)

@@ -1,20 +1,18 @@
 """Arrays in .npy files, memory-mapped, whose bytes are known: SHA-256 by chunks of rows.
 
-What a mapping promises while training runs: a file that is deleted or replaced stays readable as it was, for the
-mapping holds it. One that is cut short would end the process (SIGBUS) when a row beyond its end is touched:
-`check_length` asks before every batch and raises instead, but for a cut in the microseconds between. Bytes that are
-overwritten in place are seen by the training: they are compared when a cache is opened whose file has another
-modification time than at the last comparison, and on request.
+A training that runs still reads a file as it was that is deleted or replaced meanwhile, for the mapping holds it. It
+sees bytes that are overwritten in place: they are compared when a cache is opened whose file has another modification
+time than at the last comparison, and on request.
 """
 
 import hashlib
+import io
 import json
-import mmap
 import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,10 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ldm.errors import UserError
 from ldm.files.atomic import write_text
-from ldm.files.lock import FOR_EVER, alone
-from ldm.files.reading import retried
 
 COARSE_NS = 2_000_000_000
 """The coarsest modification time that a file system keeps, that of FAT."""
@@ -54,6 +49,14 @@ class Layout:
         return [range(start, min(start + self.chunk_rows, self.num_rows)) for start in starts]
 
 
+def npy_header(shape: tuple[int, ...], dtype: str) -> bytes:
+    """The header of the .npy format, which leaves room for the first axis to grow to any length."""
+    buffer = io.BytesIO()
+    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(buffer, header)
+    return buffer.getvalue()
+
+
 def digests(path: Path, layout: Layout, chunks: Sequence[range] | None = None) -> list[str]:
     """SHA-256 of these chunks, all by default, in threads; the first includes the header."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -62,20 +65,15 @@ def digests(path: Path, layout: Layout, chunks: Sequence[range] | None = None) -
 
 def _digest(path: Path, layout: Layout, rows: range) -> str:
     start = layout.end(rows.start) if rows.start else 0
-
-    def read() -> str:
-        with path.open("rb") as file:
-            file.seek(start)
-            return hashlib.sha256(file.read(layout.end(rows.stop) - start)).hexdigest()
-
-    return retried(read, path)
+    with path.open("rb") as file:
+        file.seek(start)
+        return hashlib.sha256(file.read(layout.end(rows.stop) - start)).hexdigest()
 
 
 def changed(path: Path, layout: Layout, known: Sequence[str], *, every_byte: bool = False) -> list[range]:
     """The rows of the chunks that are not what they were; all, where the file's length is another.
 
-    A file that has the size and the modification time of its last comparison is not read again. The processes of a
-    machine compare one after the other, so that the first of them does it for all.
+    A file that has the size and the modification time of its last comparison is not read again.
 
     Args:
         every_byte: Read it all the same.
@@ -86,17 +84,12 @@ def changed(path: Path, layout: Layout, known: Sequence[str], *, every_byte: boo
     chunks = layout.chunks()
     if len(known) != len(chunks) or path.stat().st_size != layout.num_bytes:
         return [range(layout.num_rows)]
-    with ExitStack() as stack:
-        if _is_verified(path, known) and not every_byte:
-            return []
-        with suppress(OSError):  # a disk that can only be read takes no lock
-            stack.enter_context(alone(path.with_name(f".{path.name}.lock"), lambda: FOR_EVER))
-        if _is_verified(path, known) and not every_byte:
-            return []
-        found = digests(path, layout, chunks)
-        bad = [rows for rows, one, other in zip(chunks, found, known, strict=True) if one != other]
-        if not bad:
-            mark_verified(path, known)
+    if _is_verified(path, known) and not every_byte:
+        return []
+    found = digests(path, layout, chunks)
+    bad = [rows for rows, one, other in zip(chunks, found, known, strict=True) if one != other]
+    if not bad:
+        mark_verified(path, known)
     return bad
 
 
@@ -114,7 +107,7 @@ def mark_verified(path: Path, known: Sequence[str]) -> None:
 def _is_verified(path: Path, known: Sequence[str]) -> bool:
     try:
         return bool(json.loads(_note(path).read_text(encoding="utf-8")) == _state(path, known))
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return False
 
 
@@ -123,22 +116,5 @@ def _note(path: Path) -> Path:
 
 
 def _state(path: Path, known: Sequence[str]) -> dict[str, Any]:
-    stat = path.stat()
-    digest = hashlib.sha256("".join(known).encode()).hexdigest()
-    return {"bytes": stat.st_size, "modified_ns": stat.st_mtime_ns, "sha256": digest}
-
-
-def check_length(array: np.ndarray) -> None:
-    """Refuse a memory-mapped array whose file has become shorter, before reading beyond its end ends the process.
-
-    Raises:
-        UserError: it has.
-    """
-    mapping = array.base
-    if not isinstance(mapping, mmap.mmap) or not isinstance(array, np.memmap):
-        return
-    if (length := mapping.size()) < array.offset + array.nbytes:
-        raise UserError(
-            f"{array.filename} was cut to {length:,} bytes while it was in use; {array.offset + array.nbytes:,} belong "
-            "to it. Delete its folder and start the command again: it is made anew."
-        )
+    stat, digest = path.stat(), hashlib.sha256("".join(known).encode())
+    return {"bytes": stat.st_size, "modified_ns": stat.st_mtime_ns, "sha256": digest.hexdigest()}

@@ -28,10 +28,7 @@ MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 def unreadable(path: Path, error: OSError) -> InputError:
     """What to say of a cache that may be whole, on a disk that does not let it be read."""
-    rule = (
-        f"cannot be read ({error.strerror}): its disk fails or refuses. The cache is left as it is: repeat the command "
-        "when the disk answers"
-    )
+    rule = f"cannot be read ({error.strerror}). It is left as it is: repeat the command when its disk answers"
     return InputError("cache_dir", path, rule)
 
 
@@ -40,7 +37,11 @@ def is_failure(error: BaseException) -> bool:
     return isinstance(error, OSError) and not isinstance(error, (PermissionError, *MISSING))
 
 
-def retried(read: Callable[[], Result], what: object) -> Result:
+_SAID: set[str] = set()
+"""Ways of failing that were told of: thousands of files may fail alike."""
+
+
+def retried(read: Callable[[], Result]) -> Result:
     """What `read` returns, tried once more after a pause where the disk fails.
 
     Raises:
@@ -51,19 +52,11 @@ def retried(read: Callable[[], Result], what: object) -> Result:
     except OSError as error:
         if not is_failure(error):
             raise
-        _say(str(error.strerror), str(what))
+        if (reason := str(error.strerror)) not in _SAID:
+            _SAID.add(reason)
+            logging.getLogger(__name__).warning("A file could not be read: %s. Trying again; said once.", reason)
         time.sleep(PAUSE_S)
         return read()
-
-
-_SAID: set[str] = set()
-
-
-def _say(reason: str, what: str) -> None:
-    """Once for each way of failing: thousands of files may fail alike."""
-    if reason not in _SAID:
-        _SAID.add(reason)
-        logging.getLogger(__name__).warning("%s: %s. Trying again; said once.", what, reason)
 
 
 def read_file(path: Path) -> bytes:
@@ -73,7 +66,7 @@ def read_file(path: Path) -> bytes:
         OSError: it cannot be read.
         ValueError: it is no file but a pipe or the like, or has more than MAX_FILE_BYTES.
     """
-    return retried(partial(_read_once, path), path)
+    return retried(partial(_read_once, path))
 
 
 def _read_once(path: Path) -> bytes:

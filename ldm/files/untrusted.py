@@ -5,22 +5,24 @@ that leave a folder.
 """
 
 import json
-import math
 import os
 import re
-import types
 import unicodedata
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, fields
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import numpy as np
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from ldm.errors import UserError
 
 OWN_LINKS = ("wandb",)
 """Folders in a run in which another program keeps links of its own."""
+REMADE = "Delete the folder that it is in; it is made again."
+REMEDY = "Put back the file as it was written, or make it again."
 
 T = TypeVar("T")
 
@@ -34,34 +36,16 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of 5000 digits
-        raise UserError(
-            f"{path} cannot be read as JSON ({first_line(error)}). Put back the file as it was written, or make "
-            "it again."
-        ) from error
+        raise UserError(f"{path} cannot be read as JSON ({first_line(error)}). {REMEDY}") from error
     if not isinstance(content, dict):
-        raise UserError(
-            f"{path} must hold a JSON object, not {type(content).__name__}. Put back the file as it was written, or "
-            "make it again."
-        )
+        raise UserError(f"{path} must hold a JSON object, not {type(content).__name__}. {REMEDY}")
     return content
 
 
-def is_a(value: Any, kind: Any) -> bool:
-    """Whether a value out of JSON has a type: `int`, `float` (finite; whole numbers too), `list[str] | None`, ..."""
-    if isinstance(kind, types.UnionType) or get_origin(kind) is Union:
-        return any(is_a(value, inner) for inner in get_args(kind))
-    if get_origin(kind) in (list, tuple):
-        inner = get_args(kind)[0]
-        if not isinstance(value, list):
-            return False
-        if inner in (int, str):  # a million names in a moment
-            return set(map(type, value)) <= {inner}
-        return all(is_a(part, inner) for part in value)
-    if kind is float:
-        return type(value) in (int, float) and -math.inf < value < math.inf
-    if kind is int:
-        return type(value) is int
-    return value is None if kind in (None, types.NoneType) else isinstance(value, get_origin(kind) or kind)
+@cache
+def _rule(kind: Any) -> TypeAdapter[Any]:
+    """Strict: neither "5" nor true is a number, which is finite; a whole one may stand for a float."""
+    return TypeAdapter(kind, config=ConfigDict(strict=True, allow_inf_nan=False))
 
 
 def check_fields(content: Mapping[str, Any], kinds: Mapping[str, Any], path: Path, *, required: bool = True) -> None:
@@ -73,13 +57,15 @@ def check_fields(content: Mapping[str, Any], kinds: Mapping[str, Any], path: Pat
     for name, kind in kinds.items():
         if name not in content:
             if required:
-                raise UserError(f"{path} has no {name!r}. Put back the file as it was written, or make it again.")
-        elif not is_a(content[name], kind):
-            shown = repr(content[name])
-            raise UserError(
-                f"{path}: {name!r} must be {_words(kind)}, not {shown[:60]}{'...' * (len(shown) > 60)}. Put back the "
-                "file as it was written, or make it again."
-            )
+                raise UserError(f"{path} has no {name!r}. {REMEDY}")
+            continue
+        try:
+            _rule(kind).validate_python(content[name])
+        except ValidationError as error:
+            wrong = error.errors(include_url=False)[0]
+            rule, shown = wrong["msg"].replace("Input should", "must"), repr(wrong["input"])[:60]
+            place = "".join(f"[{part}]" for part in wrong["loc"] if isinstance(part, int))
+            raise UserError(f"{path}: {name!r}{place} {rule}, not {shown}. {REMEDY}") from None
 
 
 def to_dataclass(kind: type[T], content: Mapping[str, Any], path: Path) -> T:
@@ -88,24 +74,13 @@ def to_dataclass(kind: type[T], content: Mapping[str, Any], path: Path) -> T:
     Raises:
         UserError: a field that is missing, unknown or of another type.
     """
-    hints = get_type_hints(kind)
-    known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
-    if unknown := sorted(content.keys() - known.keys()):
-        raise UserError(
-            f"{path} has fields that this version does not know: {', '.join(unknown)[:100]}. Make it again."
-        )
-    wanted = {name for name, field in known.items() if field.default is MISSING and field.default_factory is MISSING}
-    check_fields(content, {name: hints[name] for name in known if name in wanted or name in content}, path)
+    kinds = get_type_hints(kind)
+    if unknown := sorted(content.keys() - kinds.keys()):
+        raise UserError(f"{path} has unknown fields: {', '.join(unknown)[:100]}. Make it again.")
+    required = [field.name for field in fields(kind) if field.default is MISSING]  # type: ignore[arg-type]
+    check_fields(content, {name: kinds[name] for name in required}, path)
+    check_fields(content, kinds, path, required=False)
     return kind(**content)
-
-
-def _words(kind: Any) -> str:
-    if isinstance(kind, types.UnionType) or get_origin(kind) is Union:
-        return " or ".join(_words(inner) for inner in get_args(kind))
-    if get_origin(kind) in (list, tuple):
-        return f"a list, each part {_words(get_args(kind)[0])}"
-    known = {float: "a finite number", int: "a whole number", str: "text", bool: "true or false", dict: "an object"}
-    return "null" if kind in (None, types.NoneType) else known.get(get_origin(kind) or kind, str(kind))
 
 
 def read_array(path: Path) -> np.memmap:
@@ -115,16 +90,9 @@ def read_array(path: Path) -> np.memmap:
         UserError: it cannot be read, or is something else.
     """
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        return np.lib.format.open_memmap(path, mode="r")
     except Exception as error:  # on a made-up header numpy raises whatever its parser meets
-        raise UserError(
-            f"{path} cannot be read as an array ({first_line(error)}). Delete the folder that it is in; it is made "
-            "again."
-        ) from error
-    if not isinstance(array, np.memmap):
-        array.close()
-        raise UserError(f"{path} is an archive and not an array. Delete the folder that it is in; it is made again.")
-    return array
+        raise UserError(f"{path} cannot be read as an array ({first_line(error)}). {REMADE}") from error
 
 
 def refuse_links_out(folder: Path, *, but: Collection[str] = ()) -> None:
@@ -143,10 +111,8 @@ def refuse_links_out(folder: Path, *, but: Collection[str] = ()) -> None:
         for name in [*folders, *names]:
             path = Path(place, name)
             if path.is_symlink() and not path.resolve().is_relative_to(root):
-                raise UserError(
-                    f"{path} is a link to {path.resolve()}, out of its folder, which may be a trap in a folder from a "
-                    "stranger. Put the file itself there, or link the whole folder instead."
-                )
+                remedy = "Put the file itself there, or link the whole folder instead."
+                raise UserError(f"{path} is a link to {path.resolve()}, out of its folder. {remedy}")
         folders[:] = [name for name in folders if name not in OWN_LINKS]
 
 
@@ -168,8 +134,9 @@ def clean_text(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """A text as one line of a terminal: control signs, breaks and what reorders a line are escaped."""
-    return re.sub("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", lambda sign: ascii(sign[0])[1:-1], text)
+    """A text as one line of a terminal: control signs, breaks, stray bytes and what reorders a line are escaped."""
+    strange = "[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+    return re.sub(strange, lambda sign: ascii(sign[0])[1:-1], text)
 
 
 def first_line(error: BaseException) -> str:

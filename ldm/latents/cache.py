@@ -15,13 +15,14 @@ from torch import Tensor
 
 from ldm.data.images import ImageData, default_cache_dir
 from ldm.errors import InputError, UserError
-from ldm.files.arrays import check_length
 from ldm.files.atomic import clear_partials, sync
 from ldm.files.lock import made_alone
 from ldm.files.reading import FULL
 from ldm.files.untrusted import read_array
 from ldm.latents.contract import CONTRACT_FILE, LatentContract
 from ldm.latents.encoding import MOMENTS_FILE, Encode, NotFinite, check_moments, encode_moments
+
+REMEDY = "Delete that folder; the latents will be encoded again."
 
 
 class LatentData:
@@ -38,16 +39,10 @@ class LatentData:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, h, w) of one latent."""
-        _, _, _, channels, height, width = self.moments.shape
-        return channels, height, width
+        return self.moments.shape[-3:]
 
     def batch(self, indices: Any, view: int = 0) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance, each [b, C, h, w].
-
-        Raises:
-            UserError: the file was cut short while it was in use.
-        """
-        check_length(self.moments)
+        """Mean and log-variance, each [b, C, h, w]."""
         moments = torch.from_numpy(np.array(self.moments[np.asarray(indices), view]))
         return moments[:, 0], moments[:, 1]
 
@@ -56,8 +51,7 @@ def latents_folder(contract: LatentContract, cache_dir: Path | str | None = None
     """Where the cache of these latents is. One from before its name covered the whole contract is used as it is."""
     cache = Path(cache_dir or default_cache_dir()).expanduser()
     folder = cache / f"latents-{contract.key}"
-    parts = (contract.autoencoder_sha256[:12], contract.data_fingerprint[:12], *["flip"] * contract.flip)
-    earlier = cache / "-".join(["latents", *parts])
+    earlier = cache / f"latents-{contract.key.rpartition('-')[0]}{'-flip' * contract.flip}"
     return earlier if not folder.exists() and _is_of(earlier, contract) else folder
 
 
@@ -86,26 +80,13 @@ def open_latents(
             if not folder.exists():
                 _encode(folder, encode, contract, images, batch_size)
     if not (folder / CONTRACT_FILE).is_file():
-        raise UserError(
-            f"{folder} has no {CONTRACT_FILE}: it does not say which latents it holds. Delete that folder; the "
-            "latents will be encoded again."
-        )
+        raise UserError(f"{folder} has no {CONTRACT_FILE}, which says what latents it holds. {REMEDY}")
     contract.check(LatentContract.load(folder), "this run", str(folder))
     check_moments(folder)
-    try:
-        latents = LatentData(folder, contract, images)
-    except (OSError, EOFError, ValueError) as error:
-        raise UserError(
-            f"{folder / MOMENTS_FILE} cannot be opened ({error}). Delete that folder; the latents will be "
-            "encoded again."
-        ) from error
-    side = contract.resolution // contract.factor
-    expected = (len(images), 1 + contract.flip, 2, contract.channels, side, side)
+    latents, expected = LatentData(folder, contract, images), _shape(contract, images)
     if latents.moments.shape != expected or latents.moments.dtype != contract.dtype:
-        raise UserError(
-            f"{folder} holds {latents.moments.dtype} {latents.moments.shape}, but its contract means "
-            f"{contract.dtype} {expected}. Delete that folder; the latents will be encoded again."
-        )
+        found = f"{latents.moments.dtype} {latents.moments.shape}"
+        raise UserError(f"{folder} holds {found}, but its contract means {contract.dtype} {expected}. {REMEDY}")
     return latents
 
 
@@ -121,14 +102,17 @@ def verify_latents(images: ImageData) -> Iterator[Path]:
             yield folder
 
 
+def _shape(contract: LatentContract, images: ImageData) -> tuple[int, ...]:
+    side = contract.resolution // contract.factor
+    return len(images), 1 + contract.flip, 2, contract.channels, side, side
+
+
 def _encode(folder: Path, encode: Encode, contract: LatentContract, images: ImageData, batch_size: int) -> None:
     """Fill `.<folder>.unfinished`, which a later call finds again, and give it the folder's name."""
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     if unfinished.exists() and not _is_of(unfinished, contract):
         shutil.rmtree(unfinished)
-    side = contract.resolution // contract.factor
-    shape = (len(images), 1 + contract.flip, 2, contract.channels, side, side)
-    done = unfinished / MOMENTS_FILE
+    shape, done = _shape(contract, images), unfinished / MOMENTS_FILE
     needed = 4 * int(np.prod(shape)) - (done.stat().st_size if done.is_file() else 0)
     free = shutil.disk_usage(folder.parent).free
     if needed > free:
@@ -149,10 +133,7 @@ def _encode(folder: Path, encode: Encode, contract: LatentContract, images: Imag
     except OSError as error:
         if error.errno not in FULL:
             raise
-        rule = (
-            f"filled up while latents were encoded. What is done is kept in {unfinished}: free some space, and the "
-            "same command continues from there"
-        )
+        rule = f"filled up. What is done is kept in {unfinished}: free some space, and the same command continues there"
         raise InputError("cache_dir", folder.parent, rule) from error
 
 

@@ -79,12 +79,8 @@ def _embed(
             part = encode(captions[start : start + batch_size])
             for name, value in part.items():
                 if name not in arrays:
-                    arrays[name] = np.lib.format.open_memmap(
-                        folder / f"{name}.npy",
-                        mode="w+",
-                        dtype=value.numpy().dtype,
-                        shape=(len(captions), *value.shape[1:]),
-                    )
+                    shape, dtype = (len(captions), *value.shape[1:]), value.numpy().dtype
+                    arrays[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shape)
                 arrays[name][start : start + len(value)] = value.numpy()
             bar.advance(task, len(captions[start : start + batch_size]))
     for array in arrays.values():

@@ -10,10 +10,8 @@ import io
 import json
 import logging
 import os
-import time
 from collections.abc import Callable
-from contextlib import suppress
-from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +21,15 @@ from torch import Tensor
 
 from ldm.data.images import ImageData
 from ldm.errors import UserError
-from ldm.files.arrays import Layout, changed, digests, mark_verified
+from ldm.files.arrays import Layout, changed, digests, mark_verified, npy_header
 from ldm.files.atomic import write_text
-from ldm.files.reading import MISSING, retried, unreadable
+from ldm.files.reading import MISSING, unreadable
 from ldm.progress import progress
 
 MOMENTS_FILE = "moments.npy"
 JOURNAL_FILE = "chunks.json"
 JOURNAL_FORMAT = 1
 CHUNK_IMAGES = 512
-JOURNAL_S = 2.0
-"""The journal is written so often while encoding, and when it ends in whatever way but a kill."""
 
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -53,7 +49,7 @@ def encode_moments(
     Raises:
         NotFinite: the autoencoder diverged.
     """
-    header = _header(shape, dtype)
+    header = npy_header(shape, dtype)
     row_bytes = int(np.prod(shape[1:])) * np.dtype(dtype).itemsize
     chunk_rows = batch_size * max(1, CHUNK_IMAGES // batch_size)
     layout = Layout(len(header), row_bytes, shape[0], chunk_rows)
@@ -67,28 +63,18 @@ def encode_moments(
     # unbuffered: what a full disk refused is not tried again when the file is closed
     with file_path.open("r+b" if kept else "w+b", buffering=0) as file, progress() as bar:
         task = bar.add_task("encoding latents", total=shape[0], completed=done)
-        saved = time.monotonic()
-        try:
-            if not kept:
-                _append(file, header)
-            file.truncate(layout.end(done))
-            file.seek(layout.end(done))
-            for rows in chunks[len(kept) :]:
-                for start in range(rows.start, rows.stop, batch_size):
-                    indices = range(start, min(start + batch_size, rows.stop))
-                    _append(file, _moments(encode, images, indices, shape, dtype))
-                    bar.advance(task, len(indices))
-                kept += digests(file_path, layout, [rows])
-                if time.monotonic() - saved >= JOURNAL_S:
-                    _save(file, folder, layout, batch_size, kept)
-                    saved = time.monotonic()
-        except BaseException:
-            with suppress(OSError):  # half a chunk makes room for the journal
-                file.truncate(layout.end(chunks[len(kept) - 1].stop if kept else 0))
-            with suppress(OSError):
-                _save(file, folder, layout, batch_size, kept)
-            raise
-        _save(file, folder, layout, batch_size, kept)
+        if not kept:
+            _append(file, header)
+        file.truncate(layout.end(done))
+        file.seek(layout.end(done))
+        for rows in chunks[len(kept) :]:
+            for start in range(rows.start, rows.stop, batch_size):
+                indices = range(start, min(start + batch_size, rows.stop))
+                _append(file, _moments(encode, images, indices, shape, dtype))
+                bar.advance(task, len(indices))
+            kept += digests(file_path, layout, [rows])
+            os.fsync(file.fileno())
+            write_text(folder / JOURNAL_FILE, json.dumps(_journal(layout, batch_size) | {"sha256": kept}) + "\n")
     mark_verified(file_path, kept)
 
 
@@ -104,23 +90,18 @@ def check_moments(folder: Path, *, every_byte: bool = False) -> None:
     if not (folder / JOURNAL_FILE).is_file():
         logging.getLogger(__name__).info("%s keeps no digests: its bytes are not compared.", folder)
         return
+    remedy = f"Delete {folder}; the latents will be encoded again."
     try:
         journal = _read_journal(folder)
         layout = Layout(*(journal[key] for key in ("header_bytes", "row_bytes", "num_rows", "chunk_rows")))
         bad = changed(folder / MOMENTS_FILE, layout, journal["sha256"], every_byte=every_byte)
     except (*MISSING, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{folder / JOURNAL_FILE}, which says what {MOMENTS_FILE} holds, does not fit ({error}). {_remedy(folder)}"
-        ) from error
+        raise UserError(f"{folder / JOURNAL_FILE} does not fit {MOMENTS_FILE} ({error}). {remedy}") from error
     except OSError as error:
         raise unreadable(folder, error) from error
     if bad:
         parts = ", ".join(f"{rows.start} to {rows.stop - 1}" for rows in bad[:5]) + ", ..." * (len(bad) > 5)
-        raise UserError(f"{folder / MOMENTS_FILE} changed since it was encoded: images {parts}. {_remedy(folder)}")
-
-
-def _remedy(folder: Path) -> str:
-    return f"Delete {folder}; the latents will be encoded again."
+        raise UserError(f"{folder / MOMENTS_FILE} changed since it was encoded: images {parts}. {remedy}")
 
 
 def _moments(encode: Encode, images: ImageData, indices: range, shape: tuple[int, ...], dtype: str) -> memoryview:
@@ -129,10 +110,8 @@ def _moments(encode: Encode, images: ImageData, indices: range, shape: tuple[int
     for view in range(shape[1]):
         encoded = torch.stack(encode(pixels.flip(-1) if view else pixels), dim=1).float().cpu()
         if not encoded.isfinite().all():
-            raise NotFinite(
-                f"The autoencoder's latents of images {indices.start} to {indices.stop - 1} are not finite: its "
-                "training diverged. Train it again with a lower learning rate."
-            )
+            remedy = "its training diverged. Train it again with a lower learning rate."
+            raise NotFinite(f"The latents of images {indices.start} to {indices.stop - 1} are not finite: {remedy}")
         moments[:, view] = encoded.numpy()
     return moments.data.cast("B")
 
@@ -143,18 +122,8 @@ def _append(file: io.FileIO, data: bytes | memoryview) -> None:
         rest = rest[file.write(rest) :]
 
 
-def _header(shape: tuple[int, ...], dtype: str) -> bytes:
-    buffer = io.BytesIO()
-    descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
-    np.lib.format.write_array_header_1_0(buffer, {"descr": descr, "fortran_order": False, "shape": shape})
-    return buffer.getvalue()
-
-
 def _read_journal(folder: Path) -> dict[str, Any]:
-    file = folder / JOURNAL_FILE
-    if not file.is_file():
-        raise ValueError("not there")
-    journal = json.loads(retried(partial(file.read_text, encoding="utf-8"), file))
+    journal = json.loads((folder / JOURNAL_FILE).read_text(encoding="utf-8"))
     if journal["format"] != JOURNAL_FORMAT:
         raise ValueError(f"format {journal['format']} instead of {JOURNAL_FORMAT}")
     return journal
@@ -162,11 +131,6 @@ def _read_journal(folder: Path) -> dict[str, Any]:
 
 def _journal(layout: Layout, batch_size: int) -> dict[str, Any]:
     return {"format": JOURNAL_FORMAT, "batch_size": batch_size, **vars(layout)}
-
-
-def _save(file: io.FileIO, folder: Path, layout: Layout, batch_size: int, kept: list[str]) -> None:
-    os.fsync(file.fileno())
-    write_text(folder / JOURNAL_FILE, json.dumps(_journal(layout, batch_size) | {"sha256": kept}) + "\n")
 
 
 def _kept(folder: Path, layout: Layout, batch_size: int) -> list[str]:
@@ -185,5 +149,4 @@ def _kept(folder: Path, layout: Layout, batch_size: int) -> list[str]:
         return []
     except OSError as error:
         raise unreadable(folder, error) from error
-    same = [one == other for one, other in zip(found, known, strict=False)]
-    return found[: same.index(False) if False in same else len(same)]
+    return [one for one, _ in takewhile(lambda pair: pair[0] == pair[1], zip(found, known, strict=False))]

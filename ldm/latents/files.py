@@ -17,7 +17,6 @@ FORMAT = "1"
 
 def encode_file(autoencoder: Autoencoder, images: ImageData, out: Path, batch_size: int = 64) -> int:
     """Write `mean` and `log_variance` [N, C, h, w] of every image; returns N."""
-    autoencoder.latent_shape(images.resolution)
     starts = range(0, len(images), batch_size)
     parts = [autoencoder.encode(images.batch(range(start, min(start + batch_size, len(images))))) for start in starts]
     tensors = {
@@ -52,15 +51,10 @@ def decode_file(autoencoder: Autoencoder, file: Path, batch_size: int = 64) -> t
         raise InputError("latents", file, f"holds no latents of format {FORMAT}")
     names = header.get("names", "").split("\n")
     if mean.ndim != 4 or mean.shape[1] != autoencoder.channels or len(names) != len(mean) or not mean.isfinite().all():
-        rule = (
-            f"holds {list(mean.shape)} values for {len(names)} images, which are no finite latents of "
-            f"{autoencoder.channels} channels"
-        )
-        raise InputError("latents", file, rule)
+        expected = f"finite latents of {autoencoder.channels} channels"
+        raise InputError("latents", file, f"holds {list(mean.shape)} values for {len(names)} images, no {expected}")
     here, there = autoencoder.weights_sha256(), header.get("autoencoder_sha256", "unknown")
     if here != there:
-        raise UserError(
-            f"The latents in {file} belong to the autoencoder {there[:12]}, but this run's is {here[:12]}. "
-            "Decode them with the run that encoded them."
-        )
+        remedy = "Decode them with the run that encoded them."
+        raise UserError(f"The latents in {file} belong to the autoencoder {there[:12]}, not to {here[:12]}. {remedy}")
     return [autoencoder.decode(part).cpu() for part in mean.float().split(batch_size)], names

@@ -18,8 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.errors import InputError
-
 DEAD_NATS = 0.01
 """A channel that holds less than this about x, per location, is dead."""
 FULL_RANK = 0.9
@@ -142,13 +140,7 @@ def participation_ratio(eigenvalues: Tensor) -> float:
 
 
 def num_components(eigenvalues: Tensor, share: float) -> int:
-    """How many of the largest eigenvalues have this share of the sum at least; 0 where all are 0.
-
-    Raises:
-        InputError: unless 0 < share <= 1.
-    """
-    if not 0 < share <= 1:
-        raise InputError("share", share, "must be above 0 and at most 1")
+    """How many of the largest eigenvalues have this share of the sum at least, from (0, 1]; 0 where all are 0."""
     reached = eigenvalues.cumsum(0)
     if reached[-1] == 0:
         return 0
@@ -185,33 +177,25 @@ def recommend(
     key, size = "autoencoder.model.latent_channels", max(pca)
     rank, needed = between["effective_rank"], between["components"]["0.99"]
     behind, more = pca[min(channels, size)] - psnr_db, min(2 * channels, size // 2)
-    named, alive = ", ".join(map(str, dead)), channels - len(dead)
     below = f"under {DEAD_NATS} nats per location"
     of_rank = f"the effective rank is {rank:.1f} of {channels}"
-    if not alive:
+    rule: str = "keep"
+    asked: int | None = channels
+    text = f"{of_rank}: keep {key}={channels}."
+    if len(dead) == channels:
+        rule, asked = "all_dead", None
         text = f"all {channels} channels are dead ({below}). Train again with a smaller autoencoder.loss.kl."
-        return {"rule": "all_dead", "latent_channels": None, "text": text}
-    if dead:
-        are = f"channel {named} is" if len(dead) == 1 else f"channels {named} are"
-        text = f"{are} dead ({below}), {len(dead)} of {channels}: {key}={alive} would hold the same."
-        return {"rule": "dead", "latent_channels": alive, "text": text}
-    if behind > 0:
-        text = (
-            f"the autoencoder is {behind:.1f} dB below a PCA of the same size, so its channels are not used well yet. "
-            "Train it longer, or with a smaller autoencoder.loss.kl, before choosing a size."
-        )
-        return {"rule": "undertrained", "latent_channels": None, "text": text}
-    if needed < channels:
-        text = (
-            f"no channel is dead, but {needed} of {channels} directions have 99 % of the signal, the rest repeats "
-            f"them: {key}={needed} would lose little."
-        )
-        return {"rule": "redundant", "latent_channels": needed, "text": text}
-    if rank >= FULL_RANK * channels and more > channels:
-        text = (
-            f"no channel is dead and {of_rank}: more channels may pay. Try {key}={more}, with which a PCA gains "
-            f"{pca[more] - pca[channels]:.1f} dB, and weigh it against a chain with more dimensions to learn."
-        )
-        return {"rule": "more", "latent_channels": more, "text": text}
-    text = f"no channel is dead and {of_rank}: keep {key}={channels}."
-    return {"rule": "keep", "latent_channels": channels, "text": text}
+    elif dead:
+        rule, asked = "dead", channels - len(dead)
+        text = f"dead channels: {', '.join(map(str, dead))} ({below}) of {channels}. {key}={asked} would hold the same."
+    elif behind > 0:
+        rule, asked = "undertrained", None
+        text = f"{behind:.1f} dB below a PCA of the same size: train longer, or with a smaller autoencoder.loss.kl."
+    elif needed < channels:
+        rule, asked = "redundant", needed
+        text = f"{needed} of {channels} directions have 99 % of the signal: {key}={needed} would lose little."
+    elif rank >= FULL_RANK * channels and more > channels:
+        rule, asked = "more", more
+        gain = pca[more] - pca[channels]
+        text = f"{of_rank}: more channels may pay. Try {key}={more}, with which a PCA gains {gain:.1f} dB."
+    return {"rule": rule, "latent_channels": asked, "text": text}

@@ -94,7 +94,7 @@ MISTAKES = [
     ([*VAE, "optimizer.decay=sudden"], ["optimizer.decay=sudden is unknown", "linear, cosine, constant"]),
     ([*VAE, "trainer.ema_decay=1.5", "name=ema"], ["trainer.ema_decay must be in [0, 1), not 1.5"]),
     ([*VAE, "autoencoder.model.latent_channels=49"], ["49 latent channels exceed the 48 dimensions"]),
-    ([*VAE, "data.resize=melt"], ["data.resize=melt must be one of", "crop, pad, squash"]),
+    ([*VAE, "data.resize=melt"], ["data.resize=melt must be 'crop', 'pad' or 'squash'"]),
     ([*VAE, "name=a/b"], ["name=a/b must be a plain folder name", "runs_dir="]),
     ([*VAE, "init_from=pictures"], ["pictures is neither a run folder nor a diffusers folder"]),
     ([*DIFFUSION], ["no finished autoencoder", "python -m ldm.train stage=vae", "vae="]),

@@ -1,7 +1,6 @@
 """Files that are no images, lie about their size, never end, change while they are read, or are hard to name."""
 
 import errno
-import io
 import json
 import os
 import random
@@ -20,21 +19,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ldm.data import prepare as preparation
-from ldm.data.images import ImageData, prepare
+from ldm.data.images import ImageData
 from ldm.data.pixels import decode, read_image
 from ldm.data.sources.base import Record
-from ldm.data.sources.image_folder import ImageFolder
 from ldm.errors import UserError
 from ldm.files import reading
+from tests.data.encoded import encode, open_quietly
 
 FUZZED_FILES = 2000
 POSIX = pytest.mark.skipif(os.name == "nt", reason="no such files on Windows")
-
-
-def encode(image: Image.Image, kind: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def png(width: int, height: int, data: bytes, *more: tuple[bytes, bytes]) -> bytes:
@@ -97,10 +90,6 @@ READABLE = {
 }
 
 
-def open_quietly(folder: Path, cache: Path, **options) -> ImageData:
-    return prepare(ImageFolder(folder), **{"resolution": 16, "cache_dir": cache, "progress": False, **options})
-
-
 def reasons(data: ImageData) -> dict[str, str]:
     return {entry["name"]: entry["reason"] for entry in data.quarantine()}
 
@@ -139,18 +128,6 @@ def test_the_corpus_is_read_or_put_into_quarantine(folder, tmp_path, resize):
     for name in ("strip.png", "column.jpg"):  # scaled up, cut or framed: the colour is there
         close = np.abs(data.images[data.names.index(name)].astype(int) - (9, 99, 199)).max(-1) < 30
         assert close.any(), name
-
-
-def test_a_limit_of_pixels_is_kept_from_the_header_alone(folder, tmp_path):
-    for number in range(3):
-        (folder / f"{number}.png").write_bytes(encode(NOISE.rotate(90 * number), "PNG"))
-    (folder / "large.png").write_bytes(encode(NOISE.resize((65, 64)), "PNG"))
-    data = open_quietly(folder, tmp_path / "cache", max_pixels=4096, max_bad_fraction=0.5)
-    assert reasons(data) == {"large.png": "65 x 64 pixels are more than max_pixels, 4096, allows"}
-    more = open_quietly(folder, tmp_path / "cache", max_bad_fraction=0.5)
-    assert len(more) == 4 and more.path != data.path, "another limit, another set"
-    with pytest.raises(UserError, match="max_pixels=.* must be at least 1"):
-        open_quietly(folder, tmp_path / "cache", max_pixels=0)
 
 
 @POSIX
@@ -279,32 +256,11 @@ def test_a_disk_that_fails_for_good_leaves_no_thinned_out_set(folder, tmp_path, 
 def test_only_a_disk_that_fails_is_waited_for(tmp_path, monkeypatch):
     waits = []
     monkeypatch.setattr(reading.time, "sleep", waits.append)
-    with pytest.raises(FileNotFoundError):
-        reading.read_file(tmp_path / "gone.png")
-    failing(monkeypatch, errno.EACCES, times=9)
-    with pytest.raises(PermissionError):
-        reading.read_file(tmp_path / "y.png")
-    assert waits == []
-    failing(monkeypatch, errno.EIO, times=9)
-    with pytest.raises(OSError):
-        reading.read_file(tmp_path / "x.png")
-    assert waits == [reading.PAUSE_S]
-
-
-def test_a_file_that_is_too_large_is_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, "MAX_FILE_BYTES", 1000)
-    (tmp_path / "a.png").write_bytes(bytes(1001))
-    with pytest.raises(ValueError, match="1,001 bytes are more than the 1,000"):
-        reading.read_file(tmp_path / "a.png")
-
-
-def test_an_image_that_no_memory_holds_is_an_error_and_not_another_set(folder, tmp_path, monkeypatch):
-    def full(*args):
-        raise MemoryError
-
-    monkeypatch.setattr(preparation, "read_pixels", full)
-    with pytest.raises(UserError, match=r"max_pixels=.* 00\.png needs more memory"):
-        open_quietly(twenty(folder), tmp_path / "cache")
+    for number, expected in ((errno.ENOENT, []), (errno.EACCES, []), (errno.EIO, [reading.PAUSE_S])):
+        failing(monkeypatch, number, times=9)
+        with pytest.raises(OSError):
+            reading.read_file(tmp_path / "x.png")
+        assert waits == expected
 
 
 def test_one_hostile_image_at_a_tool_is_one_sentence(tmp_path):

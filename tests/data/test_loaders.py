@@ -33,15 +33,6 @@ def test_a_batch_is_one_call():
     assert calls == [3, 3, 3, 3]
 
 
-def test_ranks_see_the_whole_batch_together():
-    ranks = [
-        next(iter(train_loader(fetch, INDICES, batch_size=4, seed=2, rank=rank, num_ranks=2)))["index"].tolist()
-        for rank in range(2)
-    ]
-    expected = INDICES[batch_at(0, size=len(INDICES), batch_size=4, seed=2)].tolist()
-    assert ranks[0] + ranks[1] == expected
-
-
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_workers_keep_the_order(num_workers):
     options = {"batch_size": 4, "seed": 2, "accumulate": 2}

@@ -8,9 +8,9 @@ import contextlib
 import dataclasses
 import io
 import json
+import math
 import os
 import pickle
-import shutil
 import struct
 import sys
 import typing
@@ -22,10 +22,30 @@ from typing import Any
 
 import numpy as np
 import torch
+import wandb  # what is imported at first use is imported before the watch begins
 from safetensors.torch import load_file, save_file
 
+import ldm.runs.provenance
+import ldm.train
+from ldm.cli.explain import explain
+from ldm.data.images import ImageData
+from ldm.data.sources.image_folder import ImageFolder
+from ldm.diffusion.samplers.ddim import DDIM
+from ldm.errors import UserError
+from ldm.evaluation.comparison.runs import read_runs
+from ldm.evaluation.features import reference_features
+from ldm.evaluation.samples.kept import draw_and_keep
+from ldm.latents.cache import LatentData
+from ldm.latents.contract import LatentContract
+from ldm.latents.files import decode_file
+from ldm.networks.conditioning import TextCondition
+from ldm.runs.load import load_autoencoder, load_pipeline
+from ldm.runs.run import Run
+from ldm.tracking.run import known_id
+
 CANARY = "RAN"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+Make = Callable[[Path, Path], Any]
+"""Changes a copy of a sound folder; it is given that folder and the canary that a payload shall leave."""
 
 
 class Payload:
@@ -43,97 +63,73 @@ class Case:
     """One hostile file.
 
     Args:
-        make: Changes a copy of a sound folder; it is given that folder and the canary that a payload shall leave.
         base: Which sound folder.
-        door: What opens it, a function below.
+        door: What opens it, one of `doors`.
         said: Part of the refusal; None where it is opened as the data that it is, and the code in it is left alone.
     """
 
     name: str
     base: str
     door: str
-    make: Callable[[Path, Path], Any]
+    make: Make
     said: str | None
 
 
-def pickled(file: str) -> Callable[[Path, Path], Any]:
+def written(file: str, content: Callable[[Path], bytes]) -> Make:
+    """A file of these bytes, which may name the canary."""
+
     def make(folder: Path, canary: Path) -> None:
         (folder / file).parent.mkdir(exist_ok=True, parents=True)
-        (folder / file).write_bytes(pickle.dumps(Payload(canary)))
+        (folder / file).write_bytes(content(canary))
 
     return make
 
 
-def torch_pickled(file: str) -> Callable[[Path, Path], Any]:
+def saved(save: Callable[[Any, io.BytesIO], Any], payload: Callable[[Payload], Any]) -> Callable[[Path], bytes]:
+    """What a function writes that pickles."""
+
+    def content(canary: Path) -> bytes:
+        buffer = io.BytesIO()
+        save(payload(Payload(canary)), buffer)
+        return buffer.getvalue()
+
+    return content
+
+
+def pickled(file: str) -> Make:
+    return written(file, saved(pickle.dump, lambda payload: payload))
+
+
+def torch_pickled(file: str) -> Make:
     """As torch.save writes it, a zip."""
-
-    def make(folder: Path, canary: Path) -> None:
-        (folder / file).parent.mkdir(exist_ok=True, parents=True)
-        torch.save({"state_dict": Payload(canary), "global_step": 1}, folder / file)
-
-    return make
+    return written(file, saved(torch.save, lambda payload: {"state_dict": payload, "global_step": 1}))
 
 
-def objects(file: str) -> Callable[[Path, Path], Any]:
-    def make(folder: Path, canary: Path) -> None:
-        np.save(folder / file, np.array([Payload(canary)], dtype=object), allow_pickle=True)
-
-    return make
+def objects(file: str) -> Make:
+    save = lambda array, buffer: np.save(buffer, array, allow_pickle=True)  # noqa: E731
+    return written(file, saved(save, lambda payload: np.array([payload], dtype=object)))
 
 
-def text(file: str, content: str) -> Callable[[Path, Path], Any]:
+def text(file: str, content: str) -> Make:
     """A text, in which CANARY stands for the canary's path."""
-
-    def make(folder: Path, canary: Path) -> None:
-        (folder / file).parent.mkdir(exist_ok=True, parents=True)
-        (folder / file).write_text(content.replace("CANARY", str(canary)), encoding="utf-8")
-
-    return make
+    return written(file, lambda canary: content.replace("CANARY", str(canary)).encode())
 
 
-def binary(file: str, content: bytes) -> Callable[[Path, Path], Any]:
-    return lambda folder, canary: (folder / file).write_bytes(content)
+def npy_header(header: str) -> Make:
+    def content(canary: Path) -> bytes:
+        said = header.replace("CANARY", str(canary)).encode() + b"\n"
+        return b"\x93NUMPY\x02\x00" + struct.pack("<I", len(said)) + said + b"\0" * 64
+
+    return written("images.npy", content)
 
 
-def changed(file: str, **values: Any) -> Callable[[Path, Path], Any]:
-    def make(folder: Path, canary: Path) -> None:
-        content = json.loads((folder / file).read_text(encoding="utf-8"))
-        (folder / file).write_text(json.dumps(content | values), encoding="utf-8")
-
-    return make
+def safetensors_header(header: dict[str, Any], length: int | None = None) -> Make:
+    content = json.dumps(header).encode()
+    size = struct.pack("<Q", len(content) if length is None else length)
+    return written(WEIGHTS, lambda canary: size + content + b"\0" * 64)
 
 
-def weights(file: str, change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path, Path], Any]:
-    def make(folder: Path, canary: Path) -> None:
-        tensors = load_file(folder / file)
-        change(tensors)
-        save_file(tensors, folder / file)
-
-    return make
-
-
-def safetensors_header(header: dict[str, Any] | None, length: int | None = None) -> bytes:
-    content = json.dumps(header or {}).encode()
-    return struct.pack("<Q", len(content) if length is None else length) + content + b"\0" * 64
-
-
-def link(file: str, target: str) -> Callable[[Path, Path], Any]:
-    def make(folder: Path, canary: Path) -> None:
-        (folder / file).unlink(missing_ok=True)
-        (folder / file).symlink_to(target)
-
-    return make
-
-
-def npy_header(file: str, header: str) -> Callable[[Path, Path], Any]:
-    def make(folder: Path, canary: Path) -> None:
-        said = header.replace("CANARY", str(canary)).encode("latin1") + b"\n"
-        (folder / file).write_bytes(b"\x93NUMPY\x02\x00" + struct.pack("<I", len(said)) + said + b"\0" * 64)
-
-    return make
-
-
-def bomb(file: str) -> Callable[[Path, Path], Any]:
+def bomb(file: str) -> Make:
     def make(folder: Path, canary: Path) -> None:
         with zipfile.ZipFile(folder / file, "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr("data", b"\0" * 20_000_000)
@@ -141,370 +137,230 @@ def bomb(file: str) -> Callable[[Path, Path], Any]:
     return make
 
 
-def many(*parts: Callable[[Path, Path], Any]) -> Callable[[Path, Path], Any]:
-    return lambda folder, canary: [part(folder, canary) for part in parts]
-
-
-def pickled_shards(folder: Path, canary: Path) -> None:
-    (folder / "autoencoder" / WEIGHTS).unlink()
-    pickled("autoencoder/part.bin")(folder, canary)
-    index = {"metadata": {}, "weight_map": {"decoder.conv_in.weight": "part.bin"}}
-    (folder / f"autoencoder/{WEIGHTS}.index.json").write_text(json.dumps(index))
-
-
-def without_weights(file: str) -> Callable[[Path, Path], Any]:
+def changed(file: str, **values: Any) -> Make:
     def make(folder: Path, canary: Path) -> None:
-        shutil.move(folder / "autoencoder" / WEIGHTS, folder / "elsewhere.safetensors")
-        torch_pickled(file)(folder, canary)
+        content = json.loads((folder / file).read_text(encoding="utf-8"))
+        (folder / file).write_text(json.dumps(content | values), encoding="utf-8")
 
     return make
 
 
-def missing_weight(tensors: dict[str, torch.Tensor]) -> None:
-    del tensors["decoder.conv_in.weight"]
-    tensors["decoder.more"] = torch.zeros(100_000)
+def weights(name: str, value: torch.Tensor | float) -> Make:
+    """A weight of the autoencoder that is another one, or named otherwise, among as many values."""
+
+    def make(folder: Path, canary: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        if isinstance(value, float):
+            tensors[name][0] = value
+        else:
+            tensors |= {name: value, "decoder.more": torch.zeros(100_000)}
+        if name == "decoder.other":
+            del tensors["decoder.conv_in.weight"]
+        save_file(tensors, folder / WEIGHTS)
+
+    return make
 
 
-def not_finite(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["decoder.conv_in.weight"][0] = torch.nan
+def link(file: str, target: str) -> Make:
+    def make(folder: Path, canary: Path) -> None:
+        (folder / file).unlink(missing_ok=True)
+        (folder / file).symlink_to(target)
+
+    return make
 
 
-def wrong_shape(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["decoder.conv_in.weight"] = torch.zeros(3, 3, 3)
-    tensors["decoder.more"] = torch.zeros(100_000)
+def without(file: str, *parts: Make) -> Make:
+    """Other files in the place of one."""
+
+    def make(folder: Path, canary: Path) -> None:
+        (folder / file).unlink()
+        for part in parts:
+            part(folder, canary)
+
+    return make
 
 
+def many(*parts: Make) -> Make:
+    return lambda folder, canary: [part(folder, canary) for part in parts]
+
+
+WEIGHTS = "autoencoder/diffusion_pytorch_model.safetensors"
+NETWORK = "pipeline/network/diffusion_pytorch_model.safetensors"
+VAE, INDEX = "autoencoder/config.json", "pipeline/model_index.json"
+SHARDS = json.dumps({"metadata": {}, "weight_map": {"decoder.conv_in.weight": "part.bin"}})
+OVERLAP = {name: {"dtype": "F32", "shape": [16], "data_offsets": [i, 64 + i]} for i, name in enumerate("ab")}
 RUNS_CODE = 'import os\nos.system("touch CANARY")\n'
-INERT = {
-    "_target_": "network: {_target_: os.system, command: touch CANARY}",
-    "an interpolation": "name: '${oc.create:{_target_: os.system}}'",
-}
-"""What runs in a config that is composed, and is text in the record of a run."""
-YAML = {
-    "a tag that runs": (
-        "a: !!python/object/apply:os.system ['touch CANARY']",
-        "a tag or an alias",
-    ),
-    "a tag that makes a module": ("a: !!python/module:os", "a tag or an alias"),
-    "a tag that OmegaConf knows": ("a: !!python/object/apply:pathlib.Path [x]", "a tag or an alias"),
-    "aliases that multiply": (
-        "a: &a [x, x, x, x, x, x, x, x, x]\n"
-        + "\n".join(f"{b}: &{b} [{', '.join(['*' + a] * 9)}]" for a, b in zip("abcdefgh", "bcdefghi", strict=True)),
-        "a tag or an alias",
-    ),
-    "deep": ("[" * 5000 + "]" * 5000, "cannot be read"),
-    "no YAML": ("a: [1,\nb: {", "cannot be read"),
-    "twice the same key": ("a: 1\na: 2", "cannot be read"),
-    "a list": ("[1, 2]", "holds no keys"),
-}
+NO_ARRAY, NO_TENSORS = "cannot be read as an array", "is no safetensors file"
 HUGE = 10**9
+NINES = zip("abcdefgh", "bcdefghi", strict=True)
+ALIASES = "\n".join(["a: &a [x, x, x]", *(f"{b}: &{b} [{', '.join(['*' + a] * 9)}]" for a, b in NINES)])
+ALL_PIXELS = "{'descr': '|u1', 'fortran_order': False, 'shape': (1000000000, 8, 8, 3), }"
+AUTO_MAP = {"AutoConfig": "evil.C", "AutoModel": "evil.M"}
+TOKENIZER = {"auto_map": {"AutoTokenizer": ["evil.T", None]}, "tokenizer_class": "T"}
 
-CASES = [
-    Case(
-        "weights in a pickle", "vae", "autoencoder", without_weights("autoencoder/x.bin"), "holds no diffusion_pytorch"
-    ),
-    Case("weights are a pickle", "vae", "autoencoder", pickled(f"autoencoder/{WEIGHTS}"), "is no safetensors file"),
-    Case("weights are a torch zip", "vae", "autoencoder", torch_pickled(f"autoencoder/{WEIGHTS}"), "is no safetensors"),
-    Case("shards are pickles", "vae", "autoencoder", pickled_shards, "names 'part.bin', which is no safetensors"),
-    Case("weights are a bomb", "vae", "autoencoder", bomb(f"autoencoder/{WEIGHTS}"), "is no safetensors file"),
-    Case(
-        "a header of 2^60 bytes",
-        "vae",
-        "autoencoder",
-        binary(f"autoencoder/{WEIGHTS}", safetensors_header({}, 2**60)),
-        "is no safetensors file",
-    ),
-    Case(
-        "offsets that overlap",
-        "vae",
-        "autoencoder",
-        binary(
-            f"autoencoder/{WEIGHTS}",
-            safetensors_header(
-                {k: {"dtype": "F32", "shape": [16], "data_offsets": [i, 64 + i]} for i, k in enumerate("ab")}
+BY_DOOR: dict[tuple[str, str], dict[str, tuple[Make, str | None]]] = {
+    ("vae", "autoencoder"): {
+        "weights in a pickle": (without(WEIGHTS, torch_pickled("autoencoder/x.bin")), "holds no diffusion_pytorch"),
+        "weights are a pickle": (pickled(WEIGHTS), NO_TENSORS),
+        "weights are a torch zip": (torch_pickled(WEIGHTS), NO_TENSORS),
+        "shards are pickles": (
+            without(WEIGHTS, pickled("autoencoder/part.bin"), text(f"{WEIGHTS}.index.json", SHARDS)),
+            "names 'part.bin', which is no safetensors",
+        ),
+        "weights are a bomb": (bomb(WEIGHTS), NO_TENSORS),
+        "a header of 2^60 bytes": (safetensors_header({}, 2**60), NO_TENSORS),
+        "offsets that overlap": (safetensors_header(OVERLAP), NO_TENSORS),
+        "a weight is missing": (weights("decoder.other", torch.zeros(3)), "incomplete"),
+        "a wrong shape": (weights("decoder.conv_in.weight", torch.zeros(3, 3, 3)), "do not fit its config"),
+        "weights of NaN": (weights("decoder.conv_in.weight", math.nan), "are not finite"),
+        "a tower of layers": (changed(VAE, layers_per_block=HUGE), "more than"),
+        "a wall of channels": (changed(VAE, latent_channels=HUGE), "describes"),
+        "a class of its own": (changed(VAE, _class_name="os.system"), "holds a"),
+        "a class that is none": (changed(VAE, _class_name=["x"]), "holds a"),
+        "a quantiser": (changed(VAE, quantization_config={}), "quantised"),
+        "code beside the weights": (
+            many(changed(VAE, auto_map={"AutoModel": "evil.M"}), text("autoencoder/evil.py", RUNS_CODE)),
+            None,
+        ),
+        "statistics of text": (changed("autoencoder/latents.json", latent_mean="x"), "'latent_mean'"),
+    },
+    ("diffusion", "pipeline"): {
+        "a pipeline's own class": (changed(INDEX, network="evil.N"), "evil.N"),
+        "a custom pipeline": (
+            many(changed(INDEX, _class_name=["pipeline", "Evil"]), text("pipeline/pipeline.py", RUNS_CODE)),
+            None,
+        ),
+        "an index that is deep": (text(INDEX, "[" * 10**5), "as JSON"),
+        "a chain of NaN": (changed(INDEX, schedule={"name": "x"}), "alpha_bar"),
+        "a latent too large": (changed(INDEX, latent_shape=[HUGE] * 3), "fit"),
+        "a contract of text": (changed("pipeline/contract.json", channels="3"), "'channels'"),
+        "a variance table": (text("pipeline/optimal_variance.json", '{"z_0_mse": "x"}'), "again"),
+        "a network in a pickle": (pickled(NETWORK), NO_TENSORS),
+    },
+    ("vae", "config"): {
+        "a run that is a list": (text("run.json", "[1]"), "must hold a JSON object"),
+        "a run of 5000 digits": (text("run.json", '{"format": ' + "1" * 5000 + "}"), "as JSON"),
+        "a run's name is a path": (changed("run.json", name="../../victim"), "plain folder name"),
+        "a link to another file": (link("evaluation.json", "/etc/hostname"), "is a link to"),
+        "a link to another folder": (link("pipeline", "/"), "is a link to"),
+        # what runs in a config that is composed is text in the record of a run
+        "a _target_": (text("config.yaml", "network: {_target_: os.system, command: touch CANARY}"), None),
+        "an interpolation": (text("config.yaml", "name: '${oc.create:{_target_: os.system}}'"), None),
+        "a tag that runs": (text("config.yaml", "a: !!python/object/apply:os.system ['touch CANARY']"), "a tag or an"),
+        "a tag that makes a module": (text("config.yaml", "a: !!python/module:os"), "a tag or an alias"),
+        "a tag that OmegaConf knows": (text("config.yaml", "a: !!python/object/apply:pathlib.Path [x]"), "a tag or an"),
+        "aliases that multiply": (text("config.yaml", ALIASES), "a tag or an alias"),
+        "deep YAML": (text("config.yaml", "[" * 5000 + "]" * 5000), "cannot be read"),
+        "no YAML": (text("config.yaml", "a: [1,\nb: {"), "cannot be read"),
+        "twice the same key": (text("config.yaml", "a: 1\na: 2"), "cannot be read"),
+        "a list as a config": (text("config.yaml", "[1, 2]"), "holds no keys"),
+    },
+    ("vae", "images"): {
+        "a run's wrong types": (changed("run.json", data_cache=7), "'data_cache' must be a valid string"),
+        "a run's images elsewhere": (changed("run.json", data_cache="/etc"), "no longer in /etc"),
+    },
+    ("vae", "compare"): {
+        "an evaluation that is deep": (text("evaluation.json", '{"a":' * 10**5), "as JSON"),
+        "a table of text": (text("metrics.csv", "step,loss\nx,y\n"), "no table of numbers"),
+    },
+    ("vae", "wandb"): {"an id that is a path": (text("wandb_id.txt", "../../victim"), "id of a W&B run")},
+    ("cache", "cache"): {
+        "images that are objects": (objects("images.npy"), NO_ARRAY),
+        "images that are a pickle": (pickled("images.npy"), NO_ARRAY),
+        "images that are an archive": (bomb("images.npy"), NO_ARRAY),
+        "images of no size": (changed("index.json", names=[]), "index.json tells of 0 images"),
+        "a header with code": (npy_header("__import__('os').system('touch CANARY')"), NO_ARRAY),
+        "a header without end": (npy_header("(" * 10**6), NO_ARRAY),
+        "more pixels than bytes": (npy_header(ALL_PIXELS), NO_ARRAY),
+    },
+    ("latents", "latents"): {"moments that are objects": (objects("moments.npy"), NO_ARRAY)},
+    ("cache", "features"): {"features that are objects": (objects("features-x.npy"), NO_ARRAY)},
+    ("vae", "decode"): {
+        "latents in a pickle": (pickled("latents.safetensors"), NO_TENSORS),
+        "latents of another shape": (
+            lambda folder, _: save_file(
+                {"mean": torch.zeros(2, 2)}, folder / "latents.safetensors", {"format": "1", "names": "../a"}
             ),
+            "no finite latents",
         ),
-        "is no safetensors file",
-    ),
-    Case("a weight is missing", "vae", "autoencoder", weights(f"autoencoder/{WEIGHTS}", missing_weight), "incomplete"),
-    Case(
-        "a wrong shape", "vae", "autoencoder", weights(f"autoencoder/{WEIGHTS}", wrong_shape), "do not fit its config"
-    ),
-    Case("weights of NaN", "vae", "autoencoder", weights(f"autoencoder/{WEIGHTS}", not_finite), "are not finite"),
-    Case(
-        "a tower of layers",
-        "vae",
-        "autoencoder",
-        changed("autoencoder/config.json", layers_per_block=HUGE),
-        "more than",
-    ),
-    Case(
-        "a wall of channels",
-        "vae",
-        "autoencoder",
-        changed("autoencoder/config.json", latent_channels=HUGE),
-        "describes",
-    ),
-    Case(
-        "a class of its own",
-        "vae",
-        "autoencoder",
-        changed("autoencoder/config.json", _class_name="os.system"),
-        "holds a",
-    ),
-    Case(
-        "a class that is none", "vae", "autoencoder", changed("autoencoder/config.json", _class_name=["x"]), "holds a"
-    ),
-    Case("a quantiser", "vae", "autoencoder", changed("autoencoder/config.json", quantization_config={}), "quantised"),
-    Case(
-        "code beside the weights",
-        "vae",
-        "autoencoder",
-        many(
-            changed("autoencoder/config.json", auto_map={"AutoModel": "evil.M"}), text("autoencoder/evil.py", RUNS_CODE)
+    },
+    ("kept", "kept"): {"samples that cost text": (changed("samples.json", cost={"samples": "x"}), "'samples' must be")},
+    ("encoder", "encoder"): {
+        "a tokenizer with code": (
+            many(
+                changed("tokenizer_config.json", **TOKENIZER),
+                changed("config.json", auto_map=AUTO_MAP, model_type="evil"),
+                text("evil.py", RUNS_CODE),
+            ),
+            "could not be loaded",
         ),
-        None,
-    ),
-    Case(
-        "statistics of text",
-        "vae",
-        "autoencoder",
-        changed("autoencoder/latents.json", latent_mean="x"),
-        "'latent_mean'",
-    ),
-    Case(
-        "a pipeline's own class",
-        "diffusion",
-        "pipeline",
-        changed("pipeline/model_index.json", network="evil.N"),
-        "evil.N",
-    ),
-    Case(
-        "a custom pipeline",
-        "diffusion",
-        "pipeline",
-        many(
-            changed("pipeline/model_index.json", _class_name=["pipeline", "Evil"]),
-            text("pipeline/pipeline.py", RUNS_CODE),
+        "an encoder in a pickle": (
+            without("model.safetensors", torch_pickled("pytorch_model.bin")),
+            "could not be loaded",
         ),
-        None,
-    ),
-    Case("an index that is deep", "diffusion", "pipeline", text("pipeline/model_index.json", "[" * 10**5), "as JSON"),
-    Case(
-        "a chain of NaN",
-        "diffusion",
-        "pipeline",
-        changed("pipeline/model_index.json", schedule={"name": "x"}),
-        "alpha_bar",
-    ),
-    Case(
-        "a latent too large",
-        "diffusion",
-        "pipeline",
-        changed("pipeline/model_index.json", latent_shape=[HUGE] * 3),
-        "fit",
-    ),
-    Case("a contract of text", "diffusion", "pipeline", changed("pipeline/contract.json", channels="3"), "'channels'"),
-    Case(
-        "a variance table", "diffusion", "pipeline", text("pipeline/optimal_variance.json", '{"z_0_mse": "x"}'), "again"
-    ),
-    Case("a network in a pickle", "diffusion", "pipeline", pickled(f"pipeline/network/{WEIGHTS}"), "is no safetensors"),
-    Case("a run that is a list", "vae", "config", text("run.json", "[1]"), "must hold a JSON object"),
-    Case("a run of 5000 digits", "vae", "config", text("run.json", '{"format": ' + "1" * 5000 + "}"), "as JSON"),
-    Case("a run's wrong types", "vae", "images", changed("run.json", data_cache=7), "'data_cache' must be text"),
-    Case("a run's name is a path", "vae", "config", changed("run.json", name="../../victim"), "plain folder name"),
-    Case("a run's images elsewhere", "vae", "images", changed("run.json", data_cache="/etc"), "no longer in /etc"),
-    Case("a link to another file", "vae", "config", link("evaluation.json", "/etc/hostname"), "is a link to"),
-    Case("a link to another folder", "vae", "config", link("pipeline", "/"), "is a link to"),
-    Case("an evaluation that is deep", "vae", "compare", text("evaluation.json", '{"a":' * 10**5), "as JSON"),
-    Case("a table of text", "vae", "compare", text("metrics.csv", "step,loss\nx,y\n"), "no table of numbers"),
-    Case("an id that is a path", "vae", "wandb", text("wandb_id.txt", "../../victim"), "id of a W&B run"),
-    Case("images that are objects", "cache", "cache", objects("images.npy"), "cannot be read as an array"),
-    Case("images that are a pickle", "cache", "cache", pickled("images.npy"), "cannot be read as an array"),
-    Case("images that are an archive", "cache", "cache", bomb("images.npy"), "is an archive"),
-    Case("images of no size", "cache", "cache", changed("index.json", names=[]), "index.json tells of 0 images"),
-    Case(
-        "a header with code",
-        "cache",
-        "cache",
-        npy_header("images.npy", "__import__('os').system('touch CANARY')"),
-        "cannot be read as an array",
-    ),
-    Case("a header without end", "cache", "cache", npy_header("images.npy", "(" * 10**6), "cannot be read as an array"),
-    Case(
-        "more pixels than bytes",
-        "cache",
-        "cache",
-        npy_header("images.npy", "{'descr': '|u1', 'fortran_order': False, 'shape': (1000000000, 8, 8, 3), }"),
-        "cannot be read as an array",
-    ),
-    Case("moments that are objects", "latents", "latents", objects("moments.npy"), "cannot be read as an array"),
-    Case("features that are objects", "cache", "features", objects("features-x.npy"), "cannot be read as an array"),
-    Case("latents in a pickle", "vae", "decode", pickled("latents.safetensors"), "is no safetensors file"),
-    Case(
-        "latents of another shape",
-        "vae",
-        "decode",
-        lambda folder, _: save_file(
-            {"mean": torch.zeros(2, 2)}, folder / "latents.safetensors", {"format": "1", "names": "../a"}
+        "an encoder's kernels": (changed("config.json", attn_implementation="evil/kernel"), "kernels"),
+        "an encoder's quantiser": (changed("config.json", quantization_config={"a": 1}), "quantiser"),
+    },
+    ("pictures", "pictures"): {
+        "captions for other files": (
+            text("metadata.jsonl", '{"file_name": "../../../etc/passwd", "text": "x"}'),
+            "outside of ",
         ),
-        "no finite latents",
-    ),
-    Case("samples that cost text", "kept", "kept", changed("samples.json", cost={"samples": "x"}), "'samples' must be"),
-    Case(
-        "a tokenizer with code",
-        "encoder",
-        "encoder",
-        many(
-            changed("tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.T", None]}, tokenizer_class="T"),
-            changed("config.json", auto_map={"AutoConfig": "evil.C", "AutoModel": "evil.M"}, model_type="evil"),
-            text("evil.py", RUNS_CODE),
-        ),
-        "could not be loaded",
-    ),
-    Case(
-        "an encoder in a pickle",
-        "encoder",
-        "encoder",
-        lambda folder, canary: [
-            (folder / "model.safetensors").unlink(),
-            torch_pickled("pytorch_model.bin")(folder, canary),
-        ],
-        "could not be loaded",
-    ),
-    Case(
-        "an encoder's kernels",
-        "encoder",
-        "encoder",
-        changed("config.json", attn_implementation="evil/kernel"),
-        "kernels",
-    ),
-    Case(
-        "an encoder's quantiser",
-        "encoder",
-        "encoder",
-        changed("config.json", quantization_config={"a": 1}),
-        "quantiser",
-    ),
-    Case(
-        "captions for other files",
-        "pictures",
-        "pictures",
-        text("metadata.jsonl", '{"file_name": "../../../etc/passwd", "text": "x"}'),
-        "outside of ",
-    ),
-    Case(
-        "captions by whole paths",
-        "pictures",
-        "pictures",
-        text("metadata.csv", "file_name,text\n/etc/passwd,x\n"),
-        "outside of ",
-    ),
-    Case("captions too deep", "pictures", "pictures", text("metadata.jsonl", "[" * 10**5), "is not JSON"),
-    Case("a caption elsewhere", "pictures", "pictures", link("000.txt", "/etc/hostname"), "is a link to"),
-    Case("a checkpoint is a pickle", "vae", "resume", pickled("checkpoints/last.ckpt"), "resume="),
-    Case("a checkpoint with code", "vae", "resume", torch_pickled("checkpoints/step-00000010.ckpt"), "resume="),
-    Case("a config in a pickle", "vae", "rerun", pickled("config.pickle"), "reads a pickle"),
-    *(Case(f"config: {name}", "vae", "config", text("config.yaml", made), None) for name, made in INERT.items()),
-    *(Case(f"config: {name}", "vae", "config", text("config.yaml", made), said) for name, (made, said) in YAML.items()),
-]
+        "captions by whole paths": (text("metadata.csv", "file_name,text\n/etc/passwd,x\n"), "outside of "),
+        "captions too deep": (text("metadata.jsonl", "[" * 10**5), "is not JSON"),
+        "a caption elsewhere": (link("000.txt", "/etc/hostname"), "is a link to"),
+    },
+    ("vae", "resume"): {
+        "a checkpoint is a pickle": (pickled("checkpoints/last.ckpt"), "resume="),
+        "a checkpoint with code": (torch_pickled("checkpoints/step-00000010.ckpt"), "resume="),
+    },
+    ("vae", "rerun"): {"a config in a pickle": (pickled("config.pickle"), "reads a pickle")},
+}
+CASES = [Case(name, *key, *case) for key, cases in BY_DOOR.items() for name, case in cases.items()]
 """Every hostile file, with its door."""
 
 
-class Doors:
+def measure_features(folder: Path) -> None:
+    images = ImageData.open(folder)
+    kept = folder / "features-x.npy"
+    if kept.exists():
+        kept.rename(folder / f"features-x-{images.fingerprint[:8]}.npy")
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 4))
+    reference_features(network, "x", images)
+
+
+def draw_kept(sound: Path, folder: Path) -> None:
+    for file in folder.glob("samples.json"):
+        file.replace(next(folder.glob("samples-*.json")))
+    pipeline, images = Run.open(sound / "diffusion").pipeline(), ImageData.open(sound / "cache")
+    draw_and_keep(pipeline, images, DDIM(2), folder, num_samples=3, guidance=1.0, seed=0)
+
+
+def resume(folder: Path) -> None:
+    (checkpoint,) = (folder / "checkpoints").iterdir()
+    train("stage=vae", *SHORT, f"resume={checkpoint}", f"runs_dir={folder}")
+
+
+def doors(sound: Path) -> dict[str, Callable[[Path], Any]]:
     """The ways in, each given the hostile folder; parts that are sound lie in `sound`."""
-
-    def __init__(self, sound: Path) -> None:
-        from ldm.runs.run import Run
-
-        self.sound = sound
-        self.parts = Run.open(sound / "diffusion").pipeline()
-
-    def config(self, folder: Path) -> None:
-        from ldm.runs.run import Run
-
-        Run.open(folder).config()
-
-    def autoencoder(self, folder: Path) -> None:
-        from ldm.runs.load import load_autoencoder
-
-        load_autoencoder(str(folder))
-
-    def pipeline(self, folder: Path) -> None:
-        from ldm.runs.load import load_pipeline
-
-        load_pipeline(str(folder))
-
-    def images(self, folder: Path) -> None:
-        from ldm.runs.run import Run
-
-        Run.open(folder).image_data()
-
-    def compare(self, folder: Path) -> None:
-        from ldm.evaluation.comparison.runs import read_runs
-
-        read_runs([str(self.sound / "vae"), str(folder)])
-
-    def wandb(self, folder: Path) -> None:
-        from ldm.tracking.run import known_id
-
-        known_id(folder)
-
-    def cache(self, folder: Path) -> None:
-        from ldm.data.images import ImageData
-
-        ImageData.open(folder)
-
-    def latents(self, folder: Path) -> None:
-        from ldm.data.images import ImageData
-        from ldm.latents.cache import LatentData
-        from ldm.latents.contract import LatentContract
-
-        LatentData(folder, LatentContract.load(folder), ImageData.open(self.sound / "cache"))
-
-    def features(self, folder: Path) -> None:
-        from ldm.data.images import ImageData
-        from ldm.evaluation.features import reference_features
-
-        images = ImageData.open(folder)
-        kept = folder / "features-x.npy"
-        if kept.exists():
-            kept.rename(folder / f"features-x-{images.fingerprint[:8]}.npy")
-        network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 4))
-        reference_features(network, "x", images)
-
-    def decode(self, folder: Path) -> None:
-        from ldm.latents.files import decode_file
-
-        decode_file(self.parts.autoencoder, folder / "latents.safetensors")
-
-    def kept(self, folder: Path) -> None:
-        from ldm.data.images import ImageData
-        from ldm.diffusion.samplers.ddim import DDIM
-        from ldm.evaluation.samples.kept import draw_and_keep
-
-        images = ImageData.open(self.sound / "cache")
-        for file in folder.glob("samples.json"):
-            file.replace(next(folder.glob("samples-*.json")))
-        draw_and_keep(self.parts, images, DDIM(2), folder, num_samples=3, guidance=1.0, seed=0)
-
-    def encoder(self, folder: Path) -> None:
-        from ldm.networks.conditioning import TextCondition
-
-        TextCondition(str(folder), 8)
-
-    def pictures(self, folder: Path) -> None:
-        from ldm.data.sources.image_folder import ImageFolder
-
-        for record in ImageFolder(folder).records():
-            record.load()
-
-    def resume(self, folder: Path) -> None:
-        (checkpoint,) = (folder / "checkpoints").iterdir()
-        train("stage=vae", *SHORT, f"resume={checkpoint}", f"runs_dir={folder}")
-
-    def rerun(self, folder: Path) -> None:
-        train("--experimental-rerun", str(folder))
+    images, autoencoder = ImageData.open(sound / "cache"), Run.open(sound / "diffusion").pipeline().autoencoder
+    return {
+        "config": lambda folder: Run.open(folder).config(),
+        "autoencoder": lambda folder: load_autoencoder(str(folder)),
+        "pipeline": lambda folder: load_pipeline(str(folder)),
+        "images": lambda folder: Run.open(folder).image_data(),
+        "compare": lambda folder: read_runs([str(sound / "vae"), str(folder)]),
+        "wandb": known_id,
+        "cache": ImageData.open,
+        "latents": lambda folder: LatentData(folder, LatentContract.load(folder), images),
+        "features": measure_features,
+        "decode": lambda folder: decode_file(autoencoder, folder / "latents.safetensors"),
+        "kept": lambda folder: draw_kept(sound, folder),
+        "encoder": lambda folder: TextCondition(str(folder), 8),
+        "pictures": lambda folder: [record.load() for record in ImageFolder(folder).records()],
+        "resume": resume,
+        "rerun": lambda folder: train("--experimental-rerun", str(folder)),
+    }
 
 
 SHORT = ["data=image_folder", "data.path=pictures", "data.resolution=8", "trainer=cpu", "trainer.max_steps=1"]
@@ -514,9 +370,6 @@ SHORT += ["autoencoder.model.block_out_channels=[32]", "autoencoder.model.latent
 
 def train(*arguments: str) -> None:
     """`python -m ldm.train`, whose paragraph becomes an error again."""
-    import ldm.train
-    from ldm.errors import UserError
-
     sys.argv[1:] = arguments
     os.environ.pop("HYDRA_FULL_ERROR", None)
     said = io.StringIO()
@@ -530,17 +383,8 @@ def train(*arguments: str) -> None:
         raise UserError(message.removeprefix("error: ")) from ended
 
 
-WRITES = (
-    "os.mkdir",
-    "os.rename",
-    "os.remove",
-    "os.rmdir",
-    "os.truncate",
-    "os.symlink",
-    "os.link",
-    "os.chmod",
-    "os.utime",
-)
+WRITES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.symlink", "os.link", "os.chmod")
+WRITES += ("os.utime",)
 RUNS = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty", "pty.spawn", "subprocess.Popen")
 RUNS += ("socket.connect", "socket.getaddrinfo", "ctypes.dlopen", "pickle.find_class", "urllib.Request")
 
@@ -587,27 +431,22 @@ class Audit:
 
 def main(place: Path) -> None:
     """Open every hostile folder in `place`; a line of JSON each."""
-    import wandb  # what is imported at first use is imported before the watch begins
-
-    import ldm.runs.provenance
-    from ldm.cli.explain import explain
-
     assert wandb
     ldm.runs.provenance._commit = lambda: None  # asks git, whose answer a run notes
     os.chdir(place)
-    doors = Doors(place / "sound")
+    opened_by = doors(place / "sound")
     for base, door in dict.fromkeys((case.base, case.door) for case in CASES):
         if door not in ("resume", "rerun", "wandb", "compare", "decode"):
-            getattr(doors, door)(place / "sound" / base)
+            opened_by[door](place / "sound" / base)
     with contextlib.suppress(ValueError):
-        doors.compare(place / "sound" / "diffusion")
+        opened_by["compare"](place / "sound" / "diffusion")
     audit = Audit(place)
     for number, case in enumerate(CASES):
         folder, message, kind = place / f"{number:03d}", "", "opened"
         audit.seen.clear()
         audit.watching = True
         try:
-            getattr(doors, case.door)(folder)
+            opened_by[case.door](folder)
         except Exception as error:
             kind, message = type(error).__name__, explain(error) or repr(error)
         audit.watching = False

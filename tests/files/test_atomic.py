@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from ldm.files.atomic import clear_partials, durable_file, durable_folder, write_text
-from ldm.files.digest import sha256_of_file
 
 
 def test_a_file_appears_at_the_end_of_its_block(tmp_path: Path) -> None:
@@ -84,8 +83,3 @@ def test_what_a_kill_left_is_cleared(tmp_path: Path) -> None:
     (tmp_path / ".partial-0-folder" / "inner").mkdir(parents=True)
     clear_partials(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["kept"]
-
-
-def test_sha256_is_that_of_the_bytes(tmp_path: Path) -> None:
-    (tmp_path / "empty").touch()
-    assert sha256_of_file(tmp_path / "empty") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"

@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -30,7 +29,6 @@ from ldm.networks.conditioning import NoCondition
 from ldm.networks.dit import DiT
 from ldm.runs.run import Run
 from ldm.sampling.pipeline import LatentDiffusionPipeline
-from ldm.training import session
 from tests.files.hostile_files import CANARY, CASES
 
 ROOT = Path(__file__).parents[2]
@@ -75,17 +73,9 @@ def make_sound(place: Path, images: ImageData) -> None:
     BertModel(BertConfig(vocab_size=len(words), **sizes)).save_pretrained(place / "encoder")
 
 
-@dataclass(frozen=True)
-class Opened:
-    """How each file ended, and what is left where they were opened."""
-
-    place: Path
-    ended: list[dict]
-
-
 @pytest.fixture(scope="module")
-def opened(tmp_path_factory, make_images) -> Opened:
-    """All of them, opened one after the other by one process that is watched."""
+def opened(tmp_path_factory, make_images) -> tuple[Path, list[dict]]:
+    """Where all of them were opened one after the other by one process that is watched, and how each ended."""
     place = tmp_path_factory.mktemp("hostile")
     pictures = make_images(place / "sound/pictures", 6, size=8)
     (pictures / "000.txt").write_text("red\n")
@@ -115,17 +105,17 @@ def opened(tmp_path_factory, make_images) -> Opened:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return Opened(place, [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"name"')])
+    return place, [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"name"')]
 
 
 def test_every_file_is_opened(opened):
-    assert [found["name"] for found in opened.ended] == [*(case.name for case in CASES), "control"]
+    assert [found["name"] for found in opened[1]] == [*(case.name for case in CASES), "control"]
     assert len(CASES) == NUM_FILES == len({case.name for case in CASES})
 
 
 @pytest.mark.parametrize("number", range(NUM_FILES), ids=[case.name for case in CASES])
 def test_it_is_refused_in_a_paragraph(opened, number):
-    case, found = CASES[number], opened.ended[number]
+    case, found = CASES[number], opened[1][number]
     if case.said is None:
         assert found["kind"] == "opened", found
         return
@@ -135,26 +125,12 @@ def test_it_is_refused_in_a_paragraph(opened, number):
 
 def test_nothing_ran(opened):
     """No program, no code of theirs, no connection, no unpickling, no write outside: the audit hook saw none."""
-    *tried, control = opened.ended
+    place, (*tried, control) = opened
     assert not [found for found in tried if found["seen"]]
-    assert [canary.name for canary in opened.place.glob(f"{CANARY}*")] == [f"{CANARY}-control"]
+    assert [canary.name for canary in place.glob(f"{CANARY}*")] == [f"{CANARY}-control"]
     assert [event.partition("(")[0] for event in control["seen"]] == ["pickle.find_class", "os.system"], (
         "it would be seen"
     )
-
-
-def test_a_folder_of_ones_own_configs(call, tmp_path, monkeypatch):
-    """What is plain values and our choices is composed, wherever it lies."""
-    import ldm.train
-
-    (tmp_path / "experiment").mkdir()
-    mine = "# @package _global_\ndefaults:\n  - override /network: dit\nseed: 7\nval_images: ${seed}\n"
-    (tmp_path / "experiment/mine.yaml").write_text(mine)
-    seen = []
-    monkeypatch.setattr(session, "train", seen.append)
-    ended = call(ldm.train.main, "--config-dir", str(tmp_path), "stage=vae", "experiment=mine")
-    assert ended.code == 0, ended
-    assert (seen[0].seed, seen[0].val_images, seen[0].network._target_) == (7, 7, "ldm.networks.dit.DiT")
 
 
 SPLIT = """

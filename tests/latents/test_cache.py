@@ -1,35 +1,19 @@
 """ldm.latents.cache: moments of every image under a contract that both sides keep."""
 
 import dataclasses
-import json
 import os
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from ldm.data.images import ImageData, prepare, verify_images
-from ldm.data.sources.image_folder import ImageFolder
+from ldm.data.images import ImageData, verify_images
 from ldm.errors import UserError
 from ldm.latents.cache import latents_folder, open_latents, verify_latents
 from ldm.latents.contract import LatentContract
 from ldm.latents.statistics import measure
-
-
-@pytest.fixture(scope="module")
-def images(make_images, tmp_path_factory) -> ImageData:
-    """Thirty images of 8 px."""
-    folder = tmp_path_factory.mktemp("images")
-    source = ImageFolder(make_images(folder / "squares", 30, size=8))
-    return prepare(source, resolution=8, cache_dir=folder / "cache", val_fraction=0.2, progress=False)
-
-
-@pytest.fixture
-def contract(images) -> LatentContract:
-    return LatentContract("a" * 64, images.fingerprint, 8, 4, 3, images.val_fraction, flip=False)
 
 
 def encode(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,29 +56,6 @@ def test_measured_statistics_are_those_of_sampled_latents(images, contract, tmp_
     torch.testing.assert_close(torch.tensor(std).double(), z.std((0, 1, 3, 4)), rtol=0.005, atol=0)
 
 
-def test_only_the_training_split_is_measured(images, contract, tmp_path):
-    latents = open_latents(encode, contract, images, cache_dir=tmp_path)
-    centre, log_variance = encode(images.batch(images.train_indices))
-    variance = centre.var((0, 2, 3), correction=0) + log_variance.exp().mean((0, 2, 3))
-    mean, std = measure(latents, images.train_indices)
-    torch.testing.assert_close(torch.tensor(mean), centre.mean((0, 2, 3)))
-    torch.testing.assert_close(torch.tensor(std), variance.sqrt())
-
-
-def test_a_cache_is_opened_and_not_encoded_again(images, contract, tmp_path):
-    first = open_latents(encode, contract, images, cache_dir=tmp_path)
-    again = open_latents(refuse, contract, images, cache_dir=tmp_path)
-    assert again.path == first.path and isinstance(again.moments, np.memmap)
-    torch.testing.assert_close(again.batch([3]), first.batch([3]), rtol=0, atol=0)
-
-
-def test_other_weights_or_views_have_a_cache_of_their_own(images, contract, tmp_path):
-    for other in (contract, dataclasses.replace(contract, flip=True)):
-        open_latents(encode, other, images, cache_dir=tmp_path)
-    open_latents(encode, dataclasses.replace(contract, autoencoder_sha256="b" * 64), images, cache_dir=tmp_path)
-    assert len(list(tmp_path.glob("[!.]*"))) == 3
-
-
 def test_a_mismatch_names_both_sides_and_every_field(contract):
     other = dataclasses.replace(contract, factor=8, autoencoder_sha256="b" * 64, flip=True)
     with pytest.raises(UserError) as caught:
@@ -105,30 +66,6 @@ def test_a_mismatch_names_both_sides_and_every_field(contract):
     for same in ("resolution", "channels", "data_fingerprint", "dtype"):
         assert f"{same} is" not in message
     contract.check(dataclasses.replace(contract), "one", "its equal")
-
-
-def test_a_contract_survives_its_file(contract, tmp_path):
-    contract.save(tmp_path)
-    assert LatentContract.load(tmp_path) == contract
-
-
-def tamper(folder: Path, **changes) -> None:
-    file = folder / "contract.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"factor": 8}, "factor is 4 in this run but 8 in .*latents-"),
-        ({"data_fingerprint": "c" * 64}, "data_fingerprint is .* in this run but cccc"),
-        ({"format": 0}, "has format 0; this version reads 1"),
-    ],
-)
-def test_a_tampered_contract_is_refused(images, contract, tmp_path, change, message):
-    tamper(open_latents(encode, contract, images, cache_dir=tmp_path).path, **change)
-    with pytest.raises(UserError, match=message):
-        open_latents(refuse, contract, images, cache_dir=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -143,11 +80,10 @@ def test_moments_of_another_shape_are_refused(images, contract, tmp_path, shape,
         open_latents(refuse, contract, images, cache_dir=tmp_path)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_latents_that_are_not_finite_are_refused(images, contract, tmp_path, value):
+def test_latents_that_are_not_finite_are_refused(images, contract, tmp_path):
     def diverged(pixels):
         mean, log_variance = encode(pixels)
-        return mean, torch.where(mean == mean.max(), value, log_variance)
+        return mean, torch.where(mean == mean.max(), torch.inf, log_variance)
 
     with pytest.raises(UserError, match="not finite: its training diverged"):
         open_latents(diverged, contract, images, cache_dir=tmp_path)
@@ -169,14 +105,6 @@ def test_every_field_that_is_compared_names_the_cache(images, contract, tmp_path
         other = {str: f"{value}x", int: 7, float: 0.123, bool: True}[type(value)]
         folders.add(latents_folder(dataclasses.replace(contract, **{field.name: other}), tmp_path))
     assert len(folders) == 1 + len(dataclasses.fields(LatentContract))
-
-
-def test_another_share_for_validation_over_the_same_weights_is_encoded_beside_the_first(images, contract, tmp_path):
-    first = open_latents(encode, contract, images, cache_dir=tmp_path)
-    other = dataclasses.replace(contract, val_fraction=0.4)
-    second = open_latents(encode, other, ImageData.open(images.path, 0.4), cache_dir=tmp_path)
-    assert second.path != first.path and len(second.val_indices) > len(first.val_indices)
-    assert open_latents(refuse, contract, images, cache_dir=tmp_path).path == first.path
 
 
 @pytest.mark.parametrize("flip", [False, True])

@@ -5,7 +5,7 @@ import errno
 import json
 import logging
 import os
-import shutil
+import re
 import subprocess
 import sys
 import tempfile
@@ -13,55 +13,42 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
-from ldm.data.images import ImageData, prepare
-from ldm.data.sources.image_folder import ImageFolder
 from ldm.errors import UserError
 from ldm.latents import encoding as latent_encoding
 from ldm.latents.cache import LatentData, open_latents
 from ldm.latents.contract import LatentContract
+from tests.latents.kill_encoding import encode
 
 ROOT = Path(__file__).parents[2]
-KILLS = 10
 POSIX = pytest.mark.skipif(os.name == "nt", reason="POSIX only")
 
 
-@pytest.fixture(scope="module")
-def images(make_images, tmp_path_factory) -> ImageData:
-    """Thirty images of 8 px."""
-    folder = tmp_path_factory.mktemp("images")
-    source = ImageFolder(make_images(folder / "squares", 30, size=8))
-    return prepare(source, resolution=8, cache_dir=folder / "cache", val_fraction=0.2, progress=False)
-
-
 @pytest.fixture
-def contract(images) -> LatentContract:
-    return LatentContract("a" * 64, images.fingerprint, 8, 4, 3, images.val_fraction, flip=True)
+def contract(contract) -> LatentContract:
+    """Two views."""
+    return dataclasses.replace(contract, flip=True)
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch) -> None:
-    """Four chunks of eight images, a journal after each."""
+    """Four chunks of eight images."""
     monkeypatch.setattr(latent_encoding, "CHUNK_IMAGES", 8)
-    monkeypatch.setattr(latent_encoding, "JOURNAL_S", 0.0)
 
 
 class Encoder:
-    """Rounds differently in batches of another size, as convolutions do; stops before its batch of this number."""
+    """Counts its batches, and is interrupted before that of a number."""
 
-    def __init__(self, stops_at: int | None = None, error: type[BaseException] = KeyboardInterrupt, wait_s: float = 0):
-        self.calls, self.stops_at, self.error, self.wait_s = 0, stops_at, error, wait_s
+    def __init__(self, stops_at: int | None = None, wait_s: float = 0):
+        self.calls, self.stops_at, self.wait_s = 0, stops_at, wait_s
 
     def __call__(self, pixels):
         if self.calls == self.stops_at:
-            raise self.error
+            raise KeyboardInterrupt
         self.calls += 1
         time.sleep(self.wait_s)
-        mean = torch.nn.functional.avg_pool2d(pixels, 4) * (1 + 1e-6 * len(pixels))
-        return mean, 0.3 * mean.flip(1) - 1
+        return encode(pixels)
 
 
 def opened(encode, contract, images, cache_dir, batch_size=4) -> LatentData:
@@ -80,34 +67,20 @@ def whole(images, contract, tmp_path) -> dict[str, bytes]:
 
 @POSIX
 @pytest.mark.skipif(sys.platform == "darwin", reason="macOS aborts forked children that use its libraries")
-def test_kills_at_every_point_and_at_random_end_in_the_same_bytes(tmp_path):
-    """SIGKILL before every file operation and batch of an encoding, and KILLS caches killed at random up to 3 times."""
+def test_a_kill_at_any_point_ends_in_the_same_bytes():
+    """SIGKILL before every file operation of an encoding, which is then done again."""
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None  # a busy disk's fsync would take most of the time
     with tempfile.TemporaryDirectory(dir=memory) as place:
         done = subprocess.run(
-            [sys.executable, str(ROOT / "tests/latents/kill_encoding.py"), place, str(KILLS)],
+            [sys.executable, str(ROOT / "tests/latents/kill_encoding.py"), place],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
         )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.strip().splitlines()[-1])
-    assert found["points"] >= 60 and found["points_equal"] == found["points"], found
-    assert found["caches"] == found["caches_equal"] == KILLS and found["random"] > found["finished_before"], found
-
-
-@pytest.mark.parametrize("stops_at", range(16))
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_an_interrupted_encoding_keeps_its_chunks(images, contract, tmp_path, whole, stops_at, error):
-    """Sixteen batches, two views of eight: two batches of four images make a chunk."""
-    with pytest.raises(error):
-        opened(Encoder(stops_at, error), contract, images, tmp_path / "cache")
-    again = Encoder()
-    latents = opened(again, contract, images, tmp_path / "cache")
-    assert bytes_of(latents.path) == whole
-    assert again.calls == 16 - stops_at // 4 * 4, "whole chunks are not encoded again"
-    assert [path.name for path in (tmp_path / "cache").glob("[!.]*")] == [latents.path.name]
+    points, equal = map(int, done.stdout.split()[-2:])
+    assert points == equal >= 50, done.stdout
 
 
 @pytest.mark.parametrize("damage", ["a byte of chunk 1", "cut", "no journal", "journal", "other batches", "contract"])
@@ -148,7 +121,7 @@ def test_a_disk_that_fills_keeps_what_is_done(images, contract, tmp_path, whole)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (128 + 20 * 192 + 7, limits[1]))
     try:
-        with pytest.raises(UserError, match=r"filled up .* kept in .*unfinished.* continues"):
+        with pytest.raises(UserError, match=r"filled up.* kept in .*unfinished.* continues"):
             opened(Encoder(), contract, images, tmp_path / "cache")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -189,18 +162,11 @@ def test_every_changed_byte_is_refused_by_name(images, contract, tmp_path, whole
             except UserError as error:
                 refused += 1
                 assert str(folder) in str(error), (name, position)
+                if (name, position) == ("moments.npy", 128 + 5 * 660):
+                    assert re.search(r"moments\.npy changed .* images 16 to 23\. Delete .*encoded again", str(error))
         (folder / name).write_bytes(content)
     print(f"{refused} of {flipped} changed bytes refused, the rest without effect")
     assert flipped > 1800 and refused > 0.97 * flipped
-
-
-def test_a_changed_byte_names_the_images_and_the_remedy(images, contract, tmp_path):
-    folder = opened(Encoder(), contract, images, tmp_path).path
-    content = bytearray((folder / "moments.npy").read_bytes())
-    content[128 + 192 * 17] ^= 128
-    (folder / "moments.npy").write_bytes(content)
-    with pytest.raises(UserError, match=r"moments\.npy changed .* images 16 to 23\. Delete .*encoded again"):
-        opened(Encoder(0), contract, images, tmp_path)
 
 
 @pytest.mark.parametrize("stopped", [False, True], ids=["finished", "interrupted"])
@@ -217,7 +183,7 @@ def test_a_disk_that_fails_while_a_cache_is_compared_is_no_damage(images, contra
     with monkeypatch.context() as patch:
         patch.setattr("ldm.files.arrays._digest", fails)
         with pytest.raises(UserError, match=r"cannot be read \(Input/output error\).*left as it is"):
-            opened(Encoder(0, RuntimeError), contract, images, tmp_path)
+            opened(Encoder(0), contract, images, tmp_path)
     encoder = Encoder()
     opened(encoder, contract, images, tmp_path)
     assert encoder.calls < 16, "what was encoded is there still"
@@ -255,17 +221,3 @@ def test_a_cache_of_before_is_opened_and_that_is_said(images, contract, tmp_path
     with caplog.at_level(logging.INFO):
         assert isinstance(opened(Encoder(0), contract, images, tmp_path), LatentData)
     assert "keeps no digests" in caplog.text
-
-
-@POSIX
-def test_latents_in_use_survive_their_file(images, contract, tmp_path):
-    """Replaced or deleted: the mapping keeps what it was. Cut short: an error and no crash."""
-    latents = opened(Encoder(), contract, images, tmp_path)
-    before = latents.batch(range(30))
-    (latents.path / "moments.npy").rename(tmp_path / "elsewhere.npy")
-    np.save(latents.path / "moments.npy", np.zeros(3))
-    shutil.rmtree(latents.path)
-    assert all(map(torch.equal, latents.batch(range(30)), before))
-    os.truncate(tmp_path / "elsewhere.npy", 1000)
-    with pytest.raises(UserError, match="was cut to 1,000 bytes while it was in use"):
-        latents.batch([29])

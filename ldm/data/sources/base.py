@@ -1,16 +1,19 @@
 """What a source of images is: it says what it holds without reading it, then offers one record per image."""
 
 import hashlib
+import importlib
 import re
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 from PIL import Image
 
+from ldm.errors import UserError
 from ldm.files.reading import retried
+from ldm.runtime import shell
 
 
 @dataclass(frozen=True)
@@ -55,16 +58,21 @@ class Source(Protocol):
         """Every image, in an order that is the same each time."""
 
 
+def optional_module(name: str, extra: str) -> ModuleType:
+    """A package that comes with one of our extras.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"This data needs the package {name}: {shell.install_command(extra)}") from error
+
+
 def folder_name(text: str) -> str:
     """A path or a hub id as one portable part of a file name: `user/set` becomes `user-set`."""
     return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-.") or "images"
-
-
-def printable(name: str) -> str:
-    """A file's name as one line of text that any encoding takes: control characters and stray bytes are escaped."""
-    strange = ("Cc", "Cs", "Zl", "Zp")  # a file name's bytes that are no UTF-8 come as surrogates, Cs
-    escaped = (ascii(one)[1:-1] if unicodedata.category(one) in strange else one for one in name)
-    return "".join(escaped)
 
 
 def digest_of_files(root: Path, files: Iterable[Path]) -> str:
@@ -75,7 +83,7 @@ def digest_of_files(root: Path, files: Iterable[Path]) -> str:
 
 def _moment(path: Path) -> str:
     try:
-        stat = retried(path.stat, path)
+        stat = retried(path.stat)
     except OSError as error:  # gone meanwhile, or a link that leads nowhere
         return str(error.strerror)
     return f"{stat.st_size} {stat.st_mtime_ns}"

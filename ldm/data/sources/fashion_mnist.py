@@ -6,7 +6,6 @@ Source: Xiao et al. 2017, arXiv:1708.07747. The file format is IDX: a big-endian
 import gzip
 import io
 import logging
-import math
 import struct
 import zlib
 from collections.abc import Iterator
@@ -67,7 +66,7 @@ class FashionMNIST:
 
     @property
     def num_records(self) -> int:
-        return NUM_IMAGES if self._hub else sum(_shape_of(path)[0] for path in self._files[::2])
+        return NUM_IMAGES if self._hub else sum(len(_read_idx(path, 1)) for path in self._files[1::2])
 
     def identity(self) -> dict[str, Any]:
         if self._hub:
@@ -81,9 +80,7 @@ class FashionMNIST:
         for part, images_path, labels_path in zip(PARTS, self._files[::2], self._files[1::2], strict=True):
             images, labels = _read_idx(images_path, 3), _read_idx(labels_path, 1)
             if len(images) != len(labels):
-                raise UserError(
-                    f"{images_path} holds {len(images)} images, {labels_path} {len(labels)} labels. {REMEDY}"
-                )
+                raise UserError(f"{images_path} holds {len(images)} images, but {len(labels)} have labels. {REMEDY}")
             for number, (pixels, label) in enumerate(zip(images, labels, strict=True)):
                 image = Image.fromarray(pixels)
                 yield Record(f"{part}[{number}]", image.copy, None, int(label), pixels.tobytes())
@@ -107,30 +104,13 @@ def _find(folder: Path, stem: str) -> Path:
     raise UserError(f"{folder} has no {stem}-ubyte or {stem}-ubyte.gz. {REMEDY}")
 
 
-def _open(path: Path) -> Any:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
-
-
-def _shape_of(path: Path) -> tuple[int, ...]:
-    with _open(path) as file:
-        return _read_header(file, path)
-
-
-def _read_header(file: Any, path: Path) -> tuple[int, ...]:
-    """Two zero bytes, the element type (8 is uint8), the number of axes, then their lengths."""
-    magic = file.read(4)
-    if len(magic) < 4 or magic[:3] != b"\x00\x00\x08":
-        raise UserError(f"{path} is not an IDX file of bytes. {REMEDY}")
-    return struct.unpack(f">{magic[3]}I", file.read(4 * magic[3]))
-
-
 def _read_idx(path: Path, num_axes: int) -> np.ndarray:
+    """Two zero bytes, the element type (8 is uint8), the number of axes, their lengths, then the elements."""
     try:
-        with _open(path) as file:
-            shape = _read_header(file, path)
-            data = file.read()
-    except (EOFError, zlib.error, gzip.BadGzipFile, struct.error) as error:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        if content[:4] != bytes([0, 0, 8, num_axes]):
+            raise ValueError(f"it does not begin as bytes of {num_axes} axes do")
+        shape = struct.unpack_from(f">{num_axes}I", content, offset=4)
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * num_axes).reshape(shape)
+    except (EOFError, zlib.error, gzip.BadGzipFile, struct.error, ValueError) as error:
         raise UserError(f"{path} is damaged: {error}. {REMEDY}") from error
-    if len(shape) != num_axes or len(data) != math.prod(shape):
-        raise UserError(f"{path} is damaged: {len(data)} bytes do not fill the shape {shape}. {REMEDY}")
-    return np.frombuffer(data, np.uint8).reshape(shape)

