@@ -80,7 +80,7 @@ def apply_rules(function: Callable[..., Any], arguments: Mapping[str, Any]) -> N
             rule.validate_python(arguments[name])
         except ValidationError as error:
             wrong = error.errors(include_url=False)[0]
-            said = _SAID.get(wrong["type"], wrong["msg"].replace("Input should", "must"))
+            said = _SAID.get(wrong["type"], wrong["msg"].removeprefix("Value error, ").replace("Input should", "must"))
             raise InputError(name, arguments[name], said.format(**wrong.get("ctx", {}))) from None
 
 

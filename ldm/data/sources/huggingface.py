@@ -12,7 +12,7 @@ from ldm.data.excluded import Excluded
 from ldm.data.sources.base import Record, digest_of_files, folder_name, optional_module
 from ldm.errors import UserError
 from ldm.files.reading import read_file
-from ldm.rules import Count, apply_rules
+from ldm.rules import Count, Switch, apply_rules
 from ldm.runtime.paths import is_run
 
 READER = 2
@@ -41,14 +41,14 @@ class HuggingFace:
     image_column: str = "image"
     caption_column: str | None = "text"
     label_column: str | None = "label"
-    streaming: bool = False
+    streaming: Switch = False
     num_images: Count | None = None
     revision: str | None = None
     config: str | None = None
     exclude: Sequence[str | Path | None] = ()
 
     def __post_init__(self) -> None:
-        self.num_images = apply_rules(HuggingFace, {"num_images": self.num_images})["num_images"]
+        apply_rules(HuggingFace, vars(self))
         if self.streaming and self.num_images is None:
             raise UserError("data.streaming=true needs data.num_images=N: how many images to read from the stream.")
         self.path = str(self.path)

@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from ldm.data.sources.base import Record, optional_module
+from ldm.rules import Switch, checked
 
 SKIN_TONES = frozenset("\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff")
 VARIATION_SELECTOR = "\ufe0f"
@@ -30,7 +31,8 @@ class OpenMoji:
     licence = "OpenMoji 17.0 (CC BY-SA 4.0, openmoji.org)"
     class_names = None
 
-    def __init__(self, resolution: int = 32, skin_tones: bool = False):
+    @checked
+    def __init__(self, resolution: int = 32, skin_tones: Switch = False):
         self.resolution = resolution
         self.skin_tones = skin_tones
         self._resvg = optional_module("resvg_py", "demo")

@@ -8,9 +8,6 @@ runs/sweeps/<name>/  sweep.json  sweep.png  vae/<size>-<loss>/, run folders
 
 import math
 import re
-import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +19,7 @@ from ldm.cli.main import environment_of_children
 from ldm.errors import UserError
 from ldm.rules import Count, Number, checked
 from ldm.runs.run import Run
-from ldm.runtime import shell, signals
+from ldm.runtime import child, shell, signals
 from ldm.runtime.paths import RUN_FILE
 
 MAX_PATCH, WIDTH = 8, 128
@@ -175,19 +172,12 @@ def run_trainings(trainings: Sequence[SweepTraining]) -> None:
         minutes = (len(left) - number) * training.minutes
         print(f"\n{training.name}, {number + 1} of {len(left)}: {minutes:g} minutes are left at most", flush=True)
         command = training.command()
-        if code := run_process([sys.executable, *command]):
+        try:
+            code = child.run_python(command, environment_of_children())
+        except signals.Interrupted as stopped:
+            raise signals.Interrupted(stopped.signal, f"{stopped}. The same command goes on from there.") from stopped
+        if code:
             raise UserError(
                 f"The training {training.name} ended with exit code {code}, for the reason that it gave above. Its "
                 f"command was: {shell.python(*command)}. When the reason is mended, the same sweep goes on."
             )
-
-
-def run_process(command: Sequence[str]) -> int:
-    """Run a process in front of the user and return its exit code; it ends before this does."""
-    with subprocess.Popen(command, env=environment_of_children()) as process:
-        try:
-            return process.wait()
-        except signals.Interrupted as stopped:
-            if stopped.signal != signal.SIGINT:  # which a terminal sends to both
-                process.send_signal(stopped.signal)
-            raise signals.Interrupted(stopped.signal, f"{stopped}. The same command goes on from there.") from stopped

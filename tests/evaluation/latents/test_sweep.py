@@ -3,7 +3,6 @@
 import json
 import runpy
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,8 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from ldm.cli.arguments import quote_free_text
+from ldm.cli.main import environment_of_children
 from ldm.errors import UserError
-from ldm.evaluation.latents import sweep
 from ldm.evaluation.latents.sweep import (
     LOSSES,
     LatentSize,
@@ -27,7 +26,7 @@ from ldm.evaluation.latents.sweep import (
 from ldm.evaluation.latents.sweep_figure import plot_size_sweep
 from ldm.evaluation.latents.sweep_report import recommend_size
 from ldm.runs.run import Run
-from ldm.runtime import signals
+from ldm.runtime import child, signals
 from ldm.runtime.paths import folder
 
 ROOT = Path(__file__).parents[3]
@@ -82,19 +81,19 @@ def trained(monkeypatch) -> dict[str, list]:
     """Exit codes of the next trainings, 0 where there are no more, and the commands of those that were begun."""
     seen: dict[str, list] = {"codes": [], "commands": []}
 
-    def train(command):
+    def train(command, _):
         """Stands in for the process: a run folder, finished where it ends with 0."""
-        seen["commands"].append(command[1:])
-        given, code = dict(argument.split("=", 1) for argument in command[3:]), next(iter(seen["codes"]), 0)
+        seen["commands"].append(command)
+        given, code = dict(argument.split("=", 1) for argument in command[2:]), next(iter(seen["codes"]), 0)
         del seen["codes"][:1]
-        options = [option for option in command[3:] if not option.startswith(("name=", "runs_dir=", "resume="))]
+        options = [option for option in command[2:] if not option.startswith(("name=", "runs_dir=", "resume="))]
         facts = {"stage": "vae", "finished": None if code else 1.0, "options": options}
         Run.create(Path(given["runs_dir"], "vae", given["name"]), OmegaConf.create({}), facts)
         if code == 130:
             raise signals.Interrupted(2)
         return code
 
-    monkeypatch.setattr(sweep, "run_process", train)
+    monkeypatch.setattr(child, "run_python", train)
     return seen
 
 
@@ -129,7 +128,7 @@ def test_other_options_are_refused_before_any_training(trained, other):
 def test_a_process_of_its_own(monkeypatch):
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     script = "import os, sys; sys.exit(7 + ('HYDRA_FULL_ERROR' in os.environ))"
-    assert sweep.run_process([sys.executable, "-c", script]) == 7
+    assert child.run_python(["-c", script], environment_of_children()) == 7
 
 
 def row(size: str, psnr_db: float, loss: str = "plain", fd: float | None = None) -> dict:
@@ -204,7 +203,7 @@ def test_a_sweep_from_the_command_line(call, make_images, tmp_path, monkeypatch)
     codes = {**found, "rows": [{**measured, "kl_bits": None} for measured in found["rows"]]}
     assert len(plot_size_sweep(found).axes) == 2 and len(plot_size_sweep(codes).axes) == 1
 
-    monkeypatch.setattr(sweep, "run_process", lambda _: pytest.fail("it is finished"))
+    monkeypatch.setattr(child, "run_python", lambda *_: pytest.fail("it is finished"))
     again = call(latents, "sweep=f4c4", "minutes=1", "target_psnr_db=99", *options)
     assert again.code == 0 and "no size reaches" in again.out, again
 
@@ -230,6 +229,6 @@ def test_a_sweep_from_the_command_line(call, make_images, tmp_path, monkeypatch)
     ],
 )
 def test_mistakes_on_the_command_line(call, monkeypatch, arguments, said):
-    monkeypatch.setattr(sweep, "run_process", lambda _: pytest.fail("trained first"))
+    monkeypatch.setattr(child, "run_python", lambda *_: pytest.fail("trained first"))
     ended = call(latents, *arguments)
     assert ended.code == 2 and said in ended.err and ended.err.count("\n") == 1, ended
