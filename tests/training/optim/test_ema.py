@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.training.optim.ema import EMA
+from ldm.errors import InputError
+from ldm.training.optim.ema import EMA, EMACallback
 
 
 def build() -> nn.Sequential:
@@ -32,18 +33,6 @@ def test_the_average_equals_its_formula(decay):
         expected = [d * e + (1 - d) * p.detach().double() for e, p in zip(expected, module.parameters(), strict=True)]
     for found, wanted in zip(ema.shadow, expected, strict=True):
         torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
-
-
-def test_the_warm_up_forgets_the_start():
-    """After 30 updates with constant weights next to nothing of the first ones is left; decay alone keeps 97 %."""
-    module = build()
-    ema = EMA(module, 0.999)
-    before = ema.shadow[0].clone()
-    step(module, 0)
-    for _ in range(30):
-        ema.update()
-    left = (ema.shadow[0] - module[0].weight.detach()).norm() / (before - module[0].weight.detach()).norm()
-    assert left < 1e-4
 
 
 def test_only_trained_parameters_are_averaged():
@@ -89,24 +78,7 @@ def test_it_stands_in_under_inference_mode():
     ema.update()
 
 
-def test_it_goes_on_from_its_state():
-    module, other = build(), build()
-    ema, resumed = EMA(module, 0.99), EMA(other, 0.99)
-    for k in range(5):
-        step(module, k)
-        ema.update()
-    other.load_state_dict(module.state_dict())
-    resumed.load_state_dict(ema.state_dict())
-    for each, average in ((module, ema), (other, resumed)):
-        step(each, 5)
-        average.update()
-    assert resumed.num_updates == 6
-    assert all(torch.equal(a, b) for a, b in zip(ema.shadow, resumed.shadow, strict=True))
-    ema.copy_to_module()
-    assert torch.equal(module[2].bias, resumed.shadow[-1])
-
-
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 2.0])
 def test_a_decay_out_of_range_is_refused(decay):
-    with pytest.raises(ValueError, match=r"trainer.ema_decay must be in \[0, 1\)"):
-        EMA(build(), decay)
+    with pytest.raises(InputError, match=f"ema_decay={decay} must be (below 1|0 or more)"):
+        EMACallback(decay)
