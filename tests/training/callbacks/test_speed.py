@@ -143,18 +143,9 @@ def test_validation_is_no_part_of_the_speed(fit, make_module, monkeypatch):
     assert list(rows.of("train/images_per_s").values()) == [8.0] * 4
 
 
-def test_memory_of_a_later_job_is_its_own_or_unknown(monkeypatch):
-    """RAM's peak is of the whole process; a GPU's begins again."""
+def test_memory_of_a_later_job_is_unknown():
+    """RAM's peak is of the whole process."""
     begin_peak_memory(first=False)
     assert peak_memory_gb() is None
     begin_peak_memory(first=True)
-    assert peak_memory_gb() > 0.05
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    held = SimpleNamespace(peak=5e9)
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: setattr(held, "peak", 1e9))
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: held.peak)
-    begin_peak_memory(first=False)
-    assert peak_memory_gb() == 1
-    monkeypatch.undo()
-    begin_peak_memory(first=True)
+    assert 0.05 < peak_memory_gb() < 100

@@ -48,24 +48,6 @@ def test_only_trained_parameters_are_averaged():
         assert torch.equal(module[2].weight, ema.shadow[2])
 
 
-def raw_weights(module: nn.Module) -> list[torch.Tensor]:
-    return [p.detach().clone() for p in module.parameters()]
-
-
-def test_the_average_stands_in_and_steps_back_even_after_an_exception():
-    module = build()
-    ema = EMA(module, 0.9)
-    step(module, 0)
-    ema.update()
-    raw, shadow = raw_weights(module), [s.clone() for s in ema.shadow]
-    with pytest.raises(RuntimeError, match="in between"), ema.applied():
-        assert all(torch.equal(p, s) for p, s in zip(module.parameters(), shadow, strict=True))
-        assert not torch.equal(module[0].weight, raw[0])
-        raise RuntimeError("in between")
-    assert all(torch.equal(p, r) for p, r in zip(module.parameters(), raw, strict=True))
-    assert all(torch.equal(s, e) for s, e in zip(ema.shadow, shadow, strict=True))
-
-
 def test_it_stands_in_under_inference_mode():
     """That is where Lightning validates; the weights must be trainable afterwards."""
     module = build()
