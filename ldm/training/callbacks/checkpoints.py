@@ -21,6 +21,7 @@ from ldm.runtime.random_state import random_state, restore_random_state
 from ldm.training.callbacks.checkpoint_io import WholeCheckpointIO
 from ldm.training.optim.budget import Budget
 
+MONITORED = "val/loss"
 NOT_BEGUN = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
 
 
@@ -54,12 +55,11 @@ class Checkpoints(Checkpoint):
         *,
         keep_last: Count = 2,
         stage: str = "",
-        monitored: str = "val/loss",
         resumed: Manifest | None = None,
         on_saved: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder, self.budget, self.every_s = folder / FOLDER, budget, every_s
-        self.keep_last, self.stage, self.monitored, self.resumed = keep_last, stage, monitored, resumed
+        self.keep_last, self.stage, self.resumed = keep_last, stage, resumed
         self.on_saved = on_saved
         self.saved: Manifest | None = None
         """The newest that this training saved, as the first rank knows it."""
@@ -134,7 +134,7 @@ class Checkpoints(Checkpoint):
         self._validating, self._random = False, None
         if not (self._training and self._between_steps):
             return
-        monitored = float(trainer.callback_metrics.get(self.monitored, math.nan))
+        monitored = float(trainer.callback_metrics.get(MONITORED, math.nan))
         figure = monitored if math.isfinite(monitored) else None
         known = [manifest.figure for manifest in self.branch() if manifest.figure is not None]
         better = figure is not None and figure < min(known, default=math.inf)
@@ -251,7 +251,7 @@ class Checkpoints(Checkpoint):
             saved=time.time(),
             save_s=round(time.perf_counter() - began, 4),
             why=why,
-            monitored=self.monitored,
+            monitored=MONITORED,
             figure=figure,
             best=best,
         )
