@@ -745,8 +745,8 @@ def test_an_autoencoders_run(runs, tool):
 
 MISTAKES = [
     (["split=test"], ["split=test is unknown", "val, train"]),
-    (["num_images=1"], ["num_images=1 must be at least 2"]),
-    (["num_images=many"], ["num_images=many must be a whole number"]),
+    (["num_images=1"], ["num_images=1 must be 2 or more"]),
+    (["num_images=many"], ["num_images=many must be a number"]),
     (["seed=1.5"], ["seed=1.5 must be a whole number"]),
     (["batch_size=0"], ["batch_size=0 must be a whole number of 1 at least"]),
     (["steps=abc"], ["steps=abc must be an even number from 4 to T = 12", "or all"]),
