@@ -5,15 +5,16 @@ nothing.
 """
 
 import json
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ldm.errors import UserError
 from ldm.files.atomic import write_text
 from ldm.files.digest import sha256_of_file
-from ldm.runtime.paths import RUN_FILE
+from ldm.files.untrusted import read_json, to_dataclass
+from ldm.runtime.distributed import warn
+from ldm.runtime.paths import is_run
 
 FORMAT = 1
 FOLDER = "checkpoints"
@@ -46,7 +47,7 @@ class Manifest:
     bytes: int
     saved: float
     save_s: float
-    why: Why
+    why: str
     monitored: str
     figure: float | None = None
     best: bool = False
@@ -69,21 +70,12 @@ class Manifest:
         """Read a manifest.
 
         Raises:
-            ValueError: it is damaged, or of another format.
+            UserError: it is damaged, or of another format.
         """
-        try:
-            content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            if (found := content.pop("format", None)) != FORMAT:
-                raise ValueError(f"has format {found}; this version reads {FORMAT}")
-            manifest = cls(path=file.with_suffix(".ckpt"), **content)
-        except (TypeError, AttributeError, OSError, RecursionError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"cannot be read: {' '.join(str(error).split())}") from error
-        numbers = (manifest.step, manifest.sequence, manifest.bytes)
-        if any(type(number) is not int or number < 0 for number in numbers) or type(manifest.trained_s) is bool:
-            raise ValueError("holds something else than numbers")
-        if not isinstance(manifest.trained_s, int | float) or not isinstance(manifest.figure, int | float | None):
-            raise ValueError("holds something else than numbers")
-        return manifest
+        content = read_json(file)
+        if (found := content.pop("format", None)) != FORMAT:
+            raise UserError(f"{file} has format {found}; this version reads {FORMAT}.")
+        return to_dataclass(cls, {**content, "path": file.with_suffix(".ckpt")}, file)
 
     def fault(self) -> str | None:
         """What is wrong with the checkpoint, if anything: its file is read from beginning to end."""
@@ -110,9 +102,9 @@ def manifests(folder: Path, *, quiet: bool = True) -> list[Manifest]:
     for file in folder.glob("step-*.json"):
         try:
             found.append(Manifest.read(file))
-        except ValueError as error:
+        except UserError as error:
             if not quiet:
-                _warn(f"{file} {error}. The checkpoint beside it is not used.")
+                warn(f"{error} The checkpoint beside it is not used.")
     return sorted(found, key=lambda manifest: manifest.sequence, reverse=True)
 
 
@@ -128,7 +120,7 @@ def prune(folder: Path, branch: list[Manifest], keep_last: int) -> None:
             path.unlink()  # a kill came between the checkpoint and its manifest
 
 
-def find_checkpoint(folder: Path, resume: bool | Path, *, stage: str, quiet: bool = False) -> Manifest | None:
+def find_checkpoint(folder: Path, resume: bool | Path, *, stage: str) -> Manifest | None:
     """The checkpoint to continue from: the newest whole one of the run folder, or the file that is named.
 
     None to start anew: nothing was asked for, or nothing was saved yet, so that a job that is started again and again
@@ -142,13 +134,11 @@ def find_checkpoint(folder: Path, resume: bool | Path, *, stage: str, quiet: boo
     if isinstance(resume, Path):
         return _named(resume, stage)
     place = folder / FOLDER
-    known = manifests(place, quiet=quiet)
-    for manifest in known:
+    for manifest in manifests(place, quiet=False):
         if (fault := manifest.fault()) is None:
             return manifest
-        if not quiet:
-            _warn(f"{manifest.path} is damaged: {fault}. The one before it is used.")
-    if known or any(place.glob("step-*.json")):
+        warn(f"{manifest.path} is damaged: {fault}. The one before it is used.")
+    if any(place.glob("step-*.json")):
         raise UserError(
             f"resume={resume}: none of the checkpoints in {place} is whole. Start anew with overwrite=true instead of "
             "resume=, or bring one of them back from a backup, with the json beside it."
@@ -158,8 +148,7 @@ def find_checkpoint(folder: Path, resume: bool | Path, *, stage: str, quiet: boo
             f"resume={resume}: {old} was saved by an earlier version, without a manifest to check it by. Continue that "
             "run with the version that began it, or start anew with overwrite=true instead of resume=."
         )
-    if not quiet:
-        _warn(f"resume={resume}: nothing was saved in {folder} yet. Training starts from the beginning.")
+    warn(f"resume={resume}: nothing was saved in {folder} yet. Training starts from the beginning.")
     return None
 
 
@@ -169,32 +158,19 @@ def run_of(path: Path) -> Path:
     Raises:
         UserError: it is none that training left in one.
     """
-    if not path.is_file():
-        raise UserError(f"resume={path}: there is no checkpoint {path}. {REMEDY}")
-    folder, file = path.parent, path.with_suffix(".json")
-    if folder.name != FOLDER or not (folder.parent / RUN_FILE).is_file() or path.suffix != ".ckpt":
-        raise UserError(f"resume={path} does not lie in the {FOLDER} folder of a run. {REMEDY}")
-    if not file.is_file():
-        raise UserError(
-            f"resume={path} has no manifest {file.name} beside it: it was not saved to its end, or by an earlier "
-            f"version. {REMEDY}"
-        )
-    return folder.parent
+    run = path.parent.parent
+    if path.parent.name != FOLDER or not is_run(run) or path.suffix != ".ckpt" or not path.is_file():
+        raise UserError(f"resume={path}: there is no such checkpoint in the {FOLDER} folder of a run. {REMEDY}")
+    if not path.with_suffix(".json").is_file():
+        raise UserError(f"resume={path} has no manifest beside it: it was not saved to its end. {REMEDY}")
+    return run
 
 
 def _named(path: Path, stage: str) -> Manifest:
     run_of(path)
-    file = path.with_suffix(".json")
-    try:
-        manifest = Manifest.read(file)
-    except ValueError as error:
-        raise UserError(f"resume={path}: {file} {error}. {REMEDY}") from error
+    manifest = Manifest.read(path.with_suffix(".json"))
     if (fault := manifest.fault()) is not None:
         raise UserError(f"resume={path} is damaged: {fault}. Use another one, or resume=true for the newest whole one.")
     if manifest.stage != stage:
         raise UserError(f"resume={path} is of stage={manifest.stage}, and this is stage={stage}. {REMEDY}")
     return manifest
-
-
-def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)

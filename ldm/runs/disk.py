@@ -1,11 +1,11 @@
-"""The disk: whether it has room and can be written before training begins, and what may fail on it without an end."""
+"""The disk: whether it has room before training begins, and what may fail on it without an end."""
 
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from ldm.errors import UserError
 from ldm.runs.checkpoints import FOLDER
@@ -26,16 +26,12 @@ def forgiving(file: Path) -> Iterator[None]:
 
 
 def checkpoint_bytes(module: nn.Module) -> int:
-    """About how large a checkpoint of a training module is: weights, their average, two moments of the optimizer."""
-    weights = _num_bytes(module.state_dict().values())
-    trained = _num_bytes(p for p in module.parameters() if p.requires_grad)
+    """About how large a checkpoint of a training module is: weights, their average, two moments of the optimizer; the
+    same of a discriminator, but for the average."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     adversary = getattr(module, "adversary", None)
-    game = 3 * _num_bytes(adversary.discriminator.parameters()) if adversary is not None else 0
-    return weights + 3 * trained + game
-
-
-def _num_bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    against = [] if adversary is None else list(adversary.discriminator.parameters())
+    return sum(value.nbytes for value in [*module.state_dict().values(), *3 * trained, *3 * against])
 
 
 def require_room(folder: Path, module: nn.Module, keep_last: int) -> None:
@@ -47,32 +43,10 @@ def require_room(folder: Path, module: nn.Module, keep_last: int) -> None:
     size = checkpoint_bytes(module)
     present = sum(file.stat().st_size for file in (folder / FOLDER).glob("*.ckpt"))
     count = keep_last + 2  # the best one, and the next while those before it are still there
-    free = shutil.disk_usage(_existing(folder)).free
+    free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
     if free + present < count * size:
         raise UserError(
             f"{folder} needs room for {count} checkpoints of about {size / 1e6:.0f} MB, and its disk has "
             f"{free / 1e6:.0f} MB left. Make room, choose another disk with runs_dir=, or keep fewer with "
             "trainer.keep_last=1."
         )
-
-
-def require_writable(folder: Path) -> None:
-    """A run folder, or the one that it will be made in, takes files.
-
-    Raises:
-        UserError: naming the folder and why it does not.
-    """
-    place = _existing(folder)
-    probe = place / ".partial-probe"
-    try:
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"{place} cannot be written ({error.strerror}). Choose another place for runs with runs_dir=."
-        ) from error
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that there is."""
-    return next(place for place in (folder, *folder.absolute().parents) if place.exists())

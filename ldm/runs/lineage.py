@@ -2,12 +2,18 @@
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from ldm.errors import UserError
 from ldm.latents.contract import CONTRACT_FILE, LatentContract
 from ldm.runs.run import Run
 from ldm.tracking.artifact import Artifact, sha256
+
+OF_BOTH = ("format", "latent_shape", "data_fingerprint", "commit")
+OF_STAGE = {
+    "vae": ("regulariser", "pretrained", "latent_statistics"),
+    "diffusion": ("chain_sha256", "loss", "prediction", "variance"),
+}
+"""Facts of a run that are told with its weights."""
 
 
 def inputs(run: Run) -> list[Artifact]:
@@ -36,27 +42,16 @@ def outputs(run: Run, latents: Path | None = None) -> list[Artifact]:
     Args:
         latents: The cache that goes with a first stage's latents, where it shall be uploaded.
     """
-
-    def told(*keys: str) -> dict[str, Any]:
-        return {key: run.facts[key] for key in keys if key in run.facts}
-
-    shared = told("format", "latent_shape", "data_fingerprint", "commit")
-    if run.stage == "vae":
-        contract = LatentContract.load(run.path)
-        known = told("regulariser", "pretrained", "latent_statistics")
-        metadata = {"weights_sha256": contract.autoencoder_sha256, **shared, **known, **_of_contract(contract)}
-        files = (run.autoencoder_folder, run.path / "contract.json")
-        encoded = latents_artifact(contract)
-        return [
-            Artifact("autoencoder", run.facts["name"], contract.autoencoder_sha256, metadata, files),
-            replace(encoded, files=(latents,)) if latents is not None else encoded,
-        ]
-    folder = run.pipeline_folder
-    contract = LatentContract.load(folder)
+    contract = LatentContract.load(run.path if run.stage == "vae" else run.pipeline_folder)
     digest = run_weights_sha256(run) or sha256([])
-    known = told("chain_sha256", "loss", "prediction", "variance")
-    metadata = {"weights_sha256": digest, **shared, **known, **_of_contract(contract)}
-    return [Artifact("pipeline", run.facts["name"], digest, metadata, (folder,))]
+    known = {key: run.facts[key] for key in (*OF_BOTH, *OF_STAGE[run.stage]) if key in run.facts}
+    shown = {key: value for key, value in asdict(contract).items() if key not in ("data_fingerprint", "format")}
+    metadata = {"weights_sha256": digest, **known, **shown}
+    if run.stage == "diffusion":
+        return [Artifact("pipeline", run.facts["name"], digest, metadata, (run.pipeline_folder,))]
+    files = (run.autoencoder_folder, run.path / CONTRACT_FILE)
+    encoded = replace(latents_artifact(contract), files=() if latents is None else (latents,))
+    return [Artifact("autoencoder", run.facts["name"], digest, metadata, files), encoded]
 
 
 def data_artifact(name: str, fingerprint: str, val_fraction: float) -> Artifact:
@@ -66,10 +61,6 @@ def data_artifact(name: str, fingerprint: str, val_fraction: float) -> Artifact:
 def latents_artifact(contract: LatentContract) -> Artifact:
     fields = asdict(contract)
     return Artifact("latents", contract.key, sha256(repr(sorted(fields.items()))), fields)
-
-
-def _of_contract(contract: LatentContract) -> dict[str, Any]:
-    return {key: value for key, value in asdict(contract).items() if key not in ("data_fingerprint", "format")}
 
 
 def _name_of(place: str) -> str:

@@ -1,6 +1,5 @@
 """Autoencoders and pipelines from a run, a folder in diffusers' layout or the hub."""
 
-import sys
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
@@ -12,6 +11,7 @@ from ldm.errors import UserError
 from ldm.files.models import WEIGHTS, load_model
 from ldm.files.untrusted import first_line, read_json
 from ldm.runs.run import NoAutoencoder, Run
+from ldm.runtime.distributed import warn
 from ldm.runtime.paths import RUN_FILE
 from ldm.sampling.pipeline import LatentDiffusionPipeline
 
@@ -32,9 +32,8 @@ def find_autoencoder(vae: str | None, runs: str, data_fingerprint: str) -> tuple
     if vae is not None:
         return load_autoencoder(vae), vae
     candidates, others = [], []
-    for file in sorted(Path(runs).expanduser().glob(f"vae/*/{RUN_FILE}")):
-        if file.parent.name.startswith("."):  # a run that another one replaces
-            continue
+    # a name with a dot is that of a run that another one replaces
+    for file in sorted(Path(runs).expanduser().glob(f"vae/[!.]*/{RUN_FILE}")):
         try:
             run = Run.open(file.parent)
             if run.finished and run.facts["data_fingerprint"] == data_fingerprint:
@@ -42,7 +41,7 @@ def find_autoencoder(vae: str | None, runs: str, data_fingerprint: str) -> tuple
             elif run.finished:
                 others.append(f"{run.path} ({run.describe_data()})")
         except UserError as error:
-            print(f"warning: {file.parent} is left out of the autoencoders to choose from: {error}", file=sys.stderr)
+            warn(f"{file.parent} is left out of the autoencoders to choose from: {error}")
     if not candidates:
         other = f", only on other data: {', '.join(others[:5])}" if others else ""
         raise NoAutoencoder(

@@ -14,32 +14,28 @@ PACKAGES = (DISTRIBUTION, "torch", "lightning", "diffusers", "transformers", "hy
 
 def provenance() -> dict[str, Any]:
     """Time, machine, commit and library versions."""
-    versions: dict[str, str | None] = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
     return {
         "started": time.time(),
         "python": platform.python_version(),
         "machine": platform.machine(),
         "system": platform.system(),
         "commit": _commit(),
-        "versions": versions,
+        "versions": {package: _version(package) for package in PACKAGES},
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _commit() -> str | None:
     try:
-        result = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=True,
+        said = subprocess.check_output(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True, timeout=5
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return result.stdout.strip()
+    return said.strip()

@@ -5,9 +5,8 @@ runs/<stage>/.<name>.failed    files of the last start that failed, such as its 
 """
 
 import shutil
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import Timeout
@@ -17,6 +16,7 @@ from ldm.files.lock import alone
 from ldm.files.untrusted import read_json
 from ldm.runs.checkpoints import FOLDER, manifests
 from ldm.runs.lock import lock_file
+from ldm.runtime.distributed import warn
 from ldm.runtime.paths import RUN_FILE, is_run, set_aside
 from ldm.tracking.run import finish_open_run
 
@@ -27,9 +27,8 @@ class Replacement:
     def __init__(self, folder: Path) -> None:
         self.folder = folder.absolute().resolve()  # a link to another disk stays one
         self.aside = set_aside(self.folder)
-        self.failed, self._trash = (
-            self.folder.with_name(f".{self.folder.name}.{end}") for end in ("failed", "deleted")
-        )
+        self.failed = self.folder.with_name(f".{self.folder.name}.failed")
+        self._trash = self.folder.with_name(f".{self.folder.name}.deleted")
         self.is_final = False
         """The new run has saved a checkpoint, and the earlier one is deleted."""
 
@@ -53,7 +52,7 @@ class Replacement:
                 finish_open_run()  # it writes into the folder
                 self._keep_as_failed()
                 self.aside.replace(self.folder)
-                _warn(f"the earlier run is back in {self.folder}. The failed start's files are in {self.failed}.")
+                warn(f"the earlier run is back in {self.folder}. The failed start's files are in {self.failed}.")
             raise
         self.finish()
 
@@ -65,8 +64,8 @@ class Replacement:
 
     def _delete_aside(self) -> None:
         """Under another name, so that what is left of a deletion that was cut short is never taken for a run."""
-        shutil.rmtree(self._trash, ignore_errors=True)
-        if self.aside.exists():
+        with suppress(FileNotFoundError):
+            shutil.rmtree(self._trash, ignore_errors=True)
             self.aside.replace(self._trash)
             shutil.rmtree(self._trash, ignore_errors=True)
 
@@ -86,14 +85,14 @@ def recover(folder: Path, *, resume: bool) -> None:
     """
     folder = folder.absolute().resolve()
     for aside in sorted({set_aside(folder), *folder.parent.parent.glob("*/.*.replaced")}):
-        named = aside.with_name(aside.name[1 : -len(".replaced")])
+        named = aside.with_name(aside.name.removeprefix(".").removesuffix(".replaced"))
         if not aside.exists():
             continue
         try:
             with alone(lock_file(named)):
                 if named == folder and not named.exists():
                     aside.replace(named)
-                    _warn(f"{named} was moved aside by a start that was killed; restored.")
+                    warn(f"{named} was moved aside by a start that was killed; restored.")
                     continue
         except (Timeout, OSError):
             continue  # a training is replacing it now
@@ -104,7 +103,7 @@ def recover(folder: Path, *, resume: bool) -> None:
                 f"{where} killed, before it saved a checkpoint to resume from. {remedy}; to start over, use "
                 "overwrite=true instead of resume=."
             )
-        _warn(f"{where} killed. {remedy}.")
+        warn(f"{where} killed. {remedy}.")
 
 
 def has_saved(folder: Path) -> bool:
@@ -115,7 +114,3 @@ def has_saved(folder: Path) -> bool:
         return is_run(folder) and read_json(folder / RUN_FILE).get("finished") is not None
     except UserError:
         return False
-
-
-def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)

@@ -10,32 +10,14 @@ from omegaconf import DictConfig
 
 from ldm.cli.command_line import CommandLine, is_in
 from ldm.errors import UserError
-from ldm.files.untrusted import is_plain_name, read_json
+from ldm.files.untrusted import is_plain_name, one_line
 from ldm.runs.checkpoints import FOLDER, Manifest, find_checkpoint, manifests, run_of
 from ldm.runs.replacement import recover
-from ldm.runs.run import CONFIG_FILE, Run
+from ldm.runs.run import Run
 from ldm.runtime import launcher, shell
-from ldm.runtime.paths import RUN_FILE
+from ldm.runtime.paths import is_run
 from ldm.tracking.artifact import flatten
 
-FACTS = (
-    "stage",
-    "data_fingerprint",
-    "latent_shape",
-    "chain_sha256",
-    "loss",
-    "prediction",
-    "variance",
-    "pretrained",
-    "regulariser",
-    "perceptual",
-    "adversarial",
-    "discriminator",
-    "codebook_size",
-    "likelihood",
-    "trained",
-)
-"""Of run.json: what must not differ."""
 SHARED = (
     *("seed", "batch_size", "latent_statistics", "init_from", "optimizer"),
     *("data.resolution", "data.resize", "data.flip", "data.val_fraction"),
@@ -52,7 +34,7 @@ MAY_CHANGE = ("optimizer.lr", "optimizer.build.lr", "optimizer.warmup_steps", "o
 SHOWN = (*MAY_CHANGE, "trainer.max_steps", "trainer.max_time", "trainer.gradient_clip_val", "trainer.ema_decay")
 """What a user may change on purpose, and is told of."""
 OF_GRIDS = ("conditioning.guidance", "conditioning.prompts")
-PATHS = ("init_from", "autoencoder.path", "conditioning.encoder", "conditioning.build.encoder", "pretrained")
+PATHS = ("init_from", "autoencoder.path", "conditioning.encoder", "conditioning.build.encoder")
 
 
 @dataclass(frozen=True)
@@ -112,7 +94,7 @@ class Continuation:
         if main_process:
             recover(planned.folder, resume=resume is True and not config.overwrite)
         planned, continues = planned._settled()
-        if main_process and (planned.folder / RUN_FILE).exists() and not (continues or config.overwrite):
+        if main_process and is_run(planned.folder) and not (continues or config.overwrite):
             each = " With -m, each job needs a name of its own: 'name=NAME-${hydra:job.num}', or no name=."
             raise UserError(
                 f"{planned.folder} exists already. Choose another name=, continue it with resume=true, or start it "
@@ -122,9 +104,11 @@ class Continuation:
 
     def _settled(self) -> tuple["Continuation", bool]:
         """With the run that resume=<file> means and what SLURM makes of it; whether a run that is there goes on."""
-        exists, restarted = (self.folder / RUN_FILE).exists(), launcher.is_restarted_by_slurm()
-        if exists and self.named and restarted and not self.resume and (not self.overwrite or self._is_of_this_job()):
-            return replace(self, resume=True), True
+        restarted = launcher.is_restarted_by_slurm()
+        if restarted and self.named and not self.resume and is_run(self.folder):
+            job = Run.open(self.folder).facts.get("slurm_job")
+            if not self.overwrite or job == launcher.slurm_job():  # it does not overwrite what it began itself
+                return replace(self, resume=True), True
         if isinstance(self.resume, bool):
             return self, self.resume
         place = self.folder if self.named else self.resume.parent.parent
@@ -137,11 +121,7 @@ class Continuation:
         # a run that was stopped before it saved anything begins at the file once more
         return self, source.resolve() == self.folder.resolve() or saved is False
 
-    def _is_of_this_job(self) -> bool:
-        """Whether this SLURM job began the run that is there, which it may therefore continue and not overwrite."""
-        return read_json(self.folder / RUN_FILE).get("slurm_job") == launcher.slurm_job()
-
-    def find(self, now: Mapping[str, Any], *, quiet: bool) -> "Continuation":
+    def find(self, now: Mapping[str, Any]) -> "Continuation":
         """The same with its checkpoint, which nobody else replaces while the folder is locked.
 
         Args:
@@ -150,18 +130,13 @@ class Continuation:
         Raises:
             UserError: there is no whole checkpoint, or the options given now would lead to other weights.
         """
-        checkpoint = find_checkpoint(self.folder, self.resume, stage=self.stage, quiet=quiet)
+        checkpoint = find_checkpoint(self.folder, self.resume, stage=self.stage)
         if checkpoint is None:
             return self
-        found = replace(self, checkpoint=checkpoint)
-        if (found.source / RUN_FILE).is_file():
-            found = replace(found, known=Run.open(found.source).facts)
-        if (found.source / CONFIG_FILE).is_file():
-            then = Run(found.source, dict(found.known)).config()
-            place = [*place_of(self.folder), f"resume={'true' if self.resume is True else self.resume}"]
-            changed = refuse_other_options(then, now, self.stage, found.known.get("options"), place)
-            found = replace(found, changed=tuple(changed))
-        return found
+        run = Run.open(replace(self, checkpoint=checkpoint).source, "resume")
+        place = [*place_of(self.folder), f"resume={'true' if self.resume is True else self.resume}"]
+        changed = refuse_other_options(run, now, place)
+        return replace(self, checkpoint=checkpoint, known=run.facts, changed=tuple(changed))
 
     @property
     def source(self) -> Path:
@@ -210,18 +185,18 @@ class Continuation:
         return ". SLURM is not asked to start the job again: without name= it would begin another run each time"
 
     def check_facts(self, facts: Mapping[str, Any]) -> None:
-        """Refuse to continue a run as something else than it was started as, or on another autoencoder's latents.
+        """Refuse to continue a run on other images, or on another autoencoder's latents: options alone do not tell.
 
         Raises:
-            UserError: naming the first thing that differs.
+            UserError: naming both.
         """
         known = self.known
-        for key in FACTS:
-            if key in known and key in facts and not _same(key, known[key], facts[key]):
-                raise UserError(
-                    f"resume= continues a run whose {key} is {known[key]}, but the options given now make it "
-                    f"{facts[key]}. Give the options that it was started with: they are in its config.yaml."
-                )
+        then, now = (content.get("data_fingerprint") for content in (known, facts))
+        if then is not None and then != now:
+            raise UserError(
+                f"resume= continues a run on the images {str(then)[:12]} ({known.get('data')}), but the data given now "
+                f"are {str(now)[:12]}. Give the data that it was started with: they are in its config.yaml."
+            )
         then, now = (content.get("contract", {}).get("autoencoder_sha256") for content in (known, facts))
         if then is not None and now is not None and then != now:
             raise UserError(
@@ -246,24 +221,17 @@ def place_of(folder: Path) -> list[str]:
 
 def has_saved_since(folder: Path, file: Path) -> bool | None:
     """Whether the run in `folder` went on from that file, and has saved since; None where it never went on from it."""
-    try:
-        branch = read_json(folder / RUN_FILE).get("branch") if (folder / RUN_FILE).is_file() else None
-    except UserError:
+    branch = (Run.open(folder).facts.get("branch") or {}) if is_run(folder) else {}
+    if branch.get("file") != str(file.expanduser().resolve()):
         return None
-    if not isinstance(branch, dict) or branch.get("file") != str(file.expanduser().resolve()):
-        return None
-    after = branch.get("after")
-    return any(type(after) is int and found.sequence > after for found in manifests(folder / FOLDER))
+    return any(found.sequence > branch["after"] for found in manifests(folder / FOLDER))
 
 
-def refuse_other_options(
-    then: Mapping[str, Any], now: Mapping[str, Any], stage: str, options: object, place: Sequence[str]
-) -> list[str]:
+def refuse_other_options(run: Run, now: Mapping[str, Any], place: Sequence[str]) -> list[str]:
     """Refuse options under which other weights would come out of a continued run.
 
     Args:
-        then: The config that the run was started with, as plain values; `now` the one of this moment.
-        options: What was typed then, where run.json says it.
+        now: The config of this moment, as plain values.
         place: The options that name the run and how it goes on.
 
     Returns:
@@ -272,28 +240,21 @@ def refuse_other_options(
     Raises:
         UserError: naming what differs, and the command that goes on.
     """
-    before, after = flatten(then), flatten(now)
+    before, after = flatten(run.config()), flatten(now)
     changed = [key for key in sorted({*before, *after}) if not _same(key, before.get(key), after.get(key))]
     free = (*MAY_CHANGE, *OF_GRIDS)
-    wrong = [key for key in changed if is_in(key, DECIDES[stage]) and not is_in(key, free)]
+    wrong = [key for key in changed if is_in(key, DECIDES[run.stage]) and not is_in(key, free)]
     if wrong:
         named = "; ".join(f"{key} was {_text(before.get(key))} and is {_text(after.get(key))} now" for key in wrong[:3])
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        typed = run.facts.get("options")
+        where = "they are in its config.yaml." if typed is None else shell.train_command(*typed, *place)
         raise UserError(
-            f"resume= continues a run with other options than it was started with: {named}{more}. "
-            f"{_remedy(options, place)}"
+            f"resume= continues a run with other options than it was started with: {named}{more}. Give the options "
+            f"that it was started with: {where}"
         )
     shown = [key for key in changed if key in SHOWN and key != "optimizer.build.lr"]
     return [f"{key} {_text(before.get(key))} -> {_text(after.get(key))}" for key in shown]
-
-
-def _remedy(options: object, place: Sequence[str]) -> str:
-    """With the command of then, if it is text that a terminal may show."""
-    known = isinstance(options, list) and all(isinstance(option, str) and option.isprintable() for option in options)
-    if not known:
-        return "Give the options that it was started with: they are in its config.yaml."
-    assert isinstance(options, list)
-    return f"Give the options that it was started with: {shell.train_command(*options, *place)}"
 
 
 def _same(key: str, then: Any, now: Any) -> bool:
@@ -303,4 +264,4 @@ def _same(key: str, then: Any, now: Any) -> bool:
 
 
 def _text(value: Any) -> str:
-    return "".join(sign if sign.isprintable() else "?" for sign in str(value))[:60]
+    return one_line(str(value))[:60]

@@ -11,12 +11,13 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import Field
 
 from ldm.autoencoder.autoencoder import Autoencoder
 from ldm.cli.targets import with_current_targets
@@ -24,6 +25,7 @@ from ldm.data.images import ImageData
 from ldm.errors import InputError, UserError
 from ldm.files.atomic import write_text
 from ldm.files.untrusted import check_fields, first_line, is_plain_name, read_json, refuse_links_out
+from ldm.rules import Whole, checked
 from ldm.runs.provenance import provenance
 from ldm.runtime import shell
 from ldm.runtime.paths import RUN_FILE, STAGES, is_run, set_aside
@@ -31,8 +33,6 @@ from ldm.runtime.random import numpy_generator
 from ldm.sampling.pipeline import INDEX_FILE, LatentDiffusionPipeline
 
 SPLITS = ("val", "train")
-
-
 CONFIG_FILE = "config.yaml"
 EVALUATION_FILE = "evaluation.json"
 FORMAT = 1
@@ -113,8 +113,7 @@ class Run:
         """
         path = Path(path).expanduser()
         if not (path / RUN_FILE).is_file():
-            below = (folder for folder in sorted(path.glob("*/*/")) if not folder.name.startswith("."))
-            found = [str(folder) for folder in below if (folder / RUN_FILE).is_file()]
+            found = [str(file.parent) for file in sorted(path.glob(f"*/[!.]*/{RUN_FILE}"))]
             hint = f" Runs below it: {', '.join(found[:5])}." if found else _hint_at_replaced(path)
             what = "is not a run folder" if path.exists() else "does not exist"
             raise UserError(
@@ -178,12 +177,11 @@ class Run:
             if any(getattr(event, "tag", None) or getattr(event, "anchor", None) for event in events):
                 raise ValueError("it holds a tag or an alias, which training writes nowhere")
             content = OmegaConf.to_container(OmegaConf.create(text))
+            if not isinstance(content, dict):
+                raise ValueError("it holds no keys with values")
         except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
-            raise UserError(
-                f"{file} cannot be read ({first_line(error)}). Put back the file as it was written."
-            ) from error
-        if not isinstance(content, dict):
-            raise UserError(f"{file} holds no keys with values. Put back the file as it was written.")
+            said = first_line(error)
+            raise UserError(f"{file} cannot be read ({said}). Put back the file as it was written.") from error
         return with_current_targets(content)
 
     def autoencoder(self) -> Autoencoder:
@@ -297,19 +295,17 @@ def data_of_autoencoder(place: str, autoencoder: Autoencoder) -> tuple[str, str]
     return None if statistics is None else (statistics.data, f"data {statistics.data[:8]}")
 
 
-def choose_images(run: Run, split: str, num_images: int, seed: int) -> tuple[ImageData, np.ndarray]:
-    """The images of a run, and the indices of those that the seed chooses from a split.
+@checked
+def choose_images(
+    run: Run, split: str, num_images: Annotated[Whole, Field(ge=2)], seed: Whole
+) -> tuple[ImageData, np.ndarray]:
+    """The images of a run, and the indices of those that the seed chooses from a split: two for a standard error.
 
     Raises:
         UserError: an unknown split, fewer than two images, numbers that are none.
     """
     if split not in SPLITS:
         raise UserError(f"split={split} is unknown. Choose one of: {', '.join(SPLITS)}.")
-    for key, value in (("num_images", num_images), ("seed", seed)):
-        if type(value) is not int:
-            raise UserError(f"{key}={value} must be a whole number.")
-    if num_images < 2:
-        raise UserError(f"num_images={num_images} must be at least 2, for a standard error.")
     images = run.image_data()
     members = images.val_indices if split == "val" else images.train_indices
     if len(members) < 2:

@@ -1,5 +1,6 @@
 """What the processes of one training run hold together."""
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -15,6 +16,12 @@ Value = TypeVar("Value")
 def is_main_process() -> bool:
     """Whether this is the first of the processes, or the only one; known before they find each other."""
     return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def warn(message: str) -> None:
+    """A warning on standard error, once for all processes of a training."""
+    if is_main_process():
+        print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def from_first(value: Value) -> Value:

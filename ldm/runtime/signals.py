@@ -8,7 +8,6 @@ same Ctrl-C, which the terminal sent and a wrapper passed on.
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,9 +16,6 @@ from types import FrameType
 
 SAME_S = 0.5
 """A SIGINT so soon after another is the same one."""
-
-UNWINDING_S = 5.0
-"""So long after one that asked to stop, others do not raise. What runs on then has swallowed it, and is asked again."""
 
 HANDLED = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
@@ -40,7 +36,6 @@ class Interrupted(KeyboardInterrupt):
 class _Received:
     first: int | None = None
     interrupted_at: float | None = None
-    asked_at: float = 0.0
     held: bool = False
 
 
@@ -57,44 +52,32 @@ def _receive(number: int, frame: FrameType | None) -> None:
         elif now - _received.interrupted_at >= SAME_S:
             os.write(2, b"stopped at once\n")
             os._exit(128 + signal.SIGINT)
-    first = _received.first is None
-    if first:
+    if _received.first is None:  # one that follows must not break the unwinding of the one before
         _received.first = number
-    # one that follows must not break the unwinding of the one before
-    if first or (not _received.held and now - _received.asked_at > UNWINDING_S):
-        _received.asked_at = now
         if not _received.held:
             raise Interrupted(number)
 
 
 def install_handlers() -> None:
     """Our handlers, over whatever a library has put in their place. A signal that the caller ignores stays ignored."""
-    if threading.current_thread() is threading.main_thread():
-        for number in HANDLED:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, _receive)
+    for number in HANDLED:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _receive)
 
 
 @contextmanager
 def handled() -> Iterator[None]:
     """Signals end what runs inside, as said above; afterwards they do what they did before."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    global _received
     before = {number: signal.getsignal(number) for number in HANDLED}
-    _forget()
+    _received = _Received()
     install_handlers()
     try:
         yield
     finally:
-        _forget()
+        _received = _Received()
         for number, handler in before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-
-
-def _forget() -> None:
-    _received.first = _received.interrupted_at = None
-    _received.held = False
 
 
 def hold() -> None:
@@ -104,8 +87,8 @@ def hold() -> None:
 
 
 def release() -> None:
-    """From now on a signal raises at once again; one that was noted is still `pending`."""
-    _received.held, _received.asked_at = False, time.monotonic()
+    """From now on the first signal raises at once again; one that was noted is still `pending`."""
+    _received.held = False
 
 
 def pending() -> int | None:

@@ -19,7 +19,7 @@ from ldm.errors import UserError
 from ldm.files.atomic import clear_partials
 from ldm.files.untrusted import first_line
 from ldm.rules import Count, Seed, Switch, Text, apply_rules
-from ldm.runs.disk import require_room, require_writable
+from ldm.runs.disk import require_room
 from ldm.runs.lock import only_one
 from ldm.runs.replacement import Replacement
 from ldm.runs.resume import Continuation
@@ -106,10 +106,9 @@ class Session:
         try:
             with ExitStack() as self._stack:
                 if self.main_process:
-                    require_writable(self.continuation.folder)
                     self._stack.enter_context(only_one(self.continuation.folder))
                 now: Any = OmegaConf.to_container(self.config, resolve=True)
-                self.continuation = self.continuation.find(now, quiet=not self.main_process)
+                self.continuation = self.continuation.find(now)
                 yield
         except signals.Interrupted as stopped:
             if not self.main_process:

@@ -5,10 +5,12 @@ import re
 import shlex
 import shutil
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import wandb
+from omegaconf import OmegaConf
 from PIL import Image
 
 import ldm.train
@@ -21,12 +23,9 @@ from ldm.tracking.artifact import Artifact
 from ldm.tracking.run import WandbRun
 from ldm.training.callbacks.checkpoints import Checkpoints
 from ldm.training.fit import Fit
+from tests.small_training import STAGE_1
 
-VAE = [
-    *("stage=vae", "autoencoder.model.block_out_channels=[32]", "data=image_folder", "data.path=pets"),
-    *("data.resolution=16", "data.val_fraction=0.2", "batch_size=8", "trainer=cpu", "trainer.max_time=null"),
-    *("trainer.max_steps=4", "trainer.precision=32-true", "name=x"),
-]
+VAE = [*STAGE_1, "trainer.max_steps=4", "name=x"]
 RUN, ASIDE, FAILED = Path("runs/vae/x"), Path("runs/vae/.x.replaced"), Path("runs/vae/.x.failed")
 
 
@@ -46,7 +45,7 @@ def train(place, call, monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
     def train(*options: str):
-        return call(ldm.train.main, *VAE, "logger=csv", *options)
+        return call(ldm.train.main, *VAE, *options)
 
     if not RUN.exists():
         assert train().code == 0
@@ -58,24 +57,17 @@ def digest() -> dict[str, bytes]:
     return {str(file): file.read_bytes() for file in sorted(RUN.rglob("*")) if file.is_file()}
 
 
-def fails(monkeypatch, error: BaseException) -> None:
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("ours"), KeyboardInterrupt()])
+def test_a_start_that_fails_puts_the_earlier_run_back(train, monkeypatch, error):
+    before = digest()
+
     def fail(*args, **kwargs):
         assert not RUN.joinpath("autoencoder").exists() and ASIDE.joinpath("autoencoder").is_dir(), "set aside by now"
         raise error
 
-    monkeypatch.setattr(Fit, "log_to", fail)  # after the loggers were made, before training
-
-
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("ours"), KeyboardInterrupt()])
-def test_a_start_that_fails_puts_the_earlier_run_back(train, monkeypatch, error):
-    before = digest()
-    with monkeypatch.context() as patch:
-        fails(patch, error)
-        if isinstance(error, RuntimeError):
-            with pytest.raises(RuntimeError):
-                train("overwrite=true")
-        else:
-            assert train("overwrite=true").code in (2, 130)
+    with monkeypatch.context() as patch, suppress(RuntimeError):
+        patch.setattr(Fit, "log_to", fail)  # after the loggers were made, before training
+        assert train("overwrite=true").code in (2, 130)
     assert digest() == before and not ASIDE.exists() and (FAILED / "run.json").is_file()
 
 
@@ -118,7 +110,6 @@ def test_the_earlier_run_goes_with_the_first_checkpoint(train, monkeypatch):
         ("logger.tags=[" + "x" * 65 + "]", "65 characters"),
         ("logger.tags=3", "int"),
         ("logger.group=7", "run_group"),
-        ("logger.finish_timeout_s=0", None),
     ],
 )
 def test_wandb_rejects_a_setting_and_training_goes_on(train, monkeypatch, option, reason):
@@ -126,22 +117,15 @@ def test_wandb_rejects_a_setting_and_training_goes_on(train, monkeypatch, option
         monkeypatch.delenv(name, raising=False)
     ended = train("overwrite=true", "logger=wandb", option)
     assert ended.code == 0 and Run.open(RUN).finished, ended
-    if reason is not None:
-        line = next(line for line in ended.out.splitlines() if line.startswith("W&B rejects a setting"))
-        assert reason in line and "in project ldm" in line and "wandb sync --include-online" in line
-        assert list(RUN.glob("wandb/offline-run-*/*.wandb"))
+    line = next(line for line in ended.out.splitlines() if line.startswith("W&B rejects a setting"))
+    assert reason in line and "in project ldm" in line and "wandb sync --include-online" in line
+    assert list(RUN.glob("wandb/offline-run-*/*.wandb"))
 
 
-@pytest.mark.parametrize(
-    "variable",
-    [
-        "WANDB_MODE=nonsense",
-        "WANDB_BASE_URL=no-address",
-        "WANDB_INIT_TIMEOUT=soon",
-        "WANDB_CONSOLE=x",
-        "WANDB_RESUME=x",
-    ],
-)
+VARIABLES = ["MODE=nonsense", "BASE_URL=no-address", "INIT_TIMEOUT=soon", "CONSOLE=x", "RESUME=x"]
+
+
+@pytest.mark.parametrize("variable", [f"WANDB_{variable}" for variable in VARIABLES])
 def test_no_variable_of_wandb_ends_a_training(tmp_path, monkeypatch, capsys, variable):
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
@@ -157,12 +141,6 @@ def test_no_variable_of_wandb_ends_a_training(tmp_path, monkeypatch, capsys, var
     wandb.teardown()
 
 
-def test_an_unknown_mode_is_refused_while_the_earlier_run_is_whole(train):
-    before = digest()
-    ended = train("overwrite=true", "logger=wandb", "logger.mode=onlin")
-    assert ended.code == 2 and "logger.mode=onlin is unknown" in ended.err and digest() == before
-
-
 def test_a_damaged_wandb_id_does_not_prevent_a_resume(train):
     assert train("overwrite=true", "logger=wandb", "logger.mode=offline").code == 0
     (RUN / "wandb_id.txt").write_text("../../x")
@@ -172,32 +150,14 @@ def test_a_damaged_wandb_id_does_not_prevent_a_resume(train):
 
 
 @pytest.fixture
-def killed(train, monkeypatch):
-    """A start with overwrite=true that was killed while its loggers were made."""
+def killed(train):
+    """What a start with overwrite=true leaves that was killed while its loggers were made; returns the earlier run."""
     if not (RUN / "autoencoder").is_dir():
         assert train("overwrite=true").code == 0
     before = digest()
-
-    class Killed(BaseException):
-        pass
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Fit, "log_to", lambda *_, **__: (_ for _ in ()).throw(Killed))
-        patch.setattr(Replacement, "_keep_as_failed", lambda self: None)
-        patch.setattr(Path, "replace", _only_aside(Path.replace))
-        with pytest.raises(Killed):
-            train("overwrite=true", "optimizer.lr=1e-4")
-    assert ASIDE.is_dir() and (RUN / "run.json").is_file() and not (RUN / "checkpoints").exists()
+    RUN.rename(ASIDE)
+    Run.create(RUN, OmegaConf.load(ASIDE / "config.yaml"), {"stage": "vae", "name": "x"})
     return before
-
-
-def _only_aside(replace):
-    """Path.replace, but for what puts a run back."""
-
-    def only_aside(self: Path, target: Path):
-        return target if self.name == ASIDE.name else replace(self, target)
-
-    return only_aside
 
 
 def test_after_a_kill_the_next_command_says_where_the_run_is(killed, train):
@@ -242,20 +202,6 @@ def test_whatever_was_set_aside_is_kept_until_a_checkpoint(tmp_path):
     with Replacement(run).begin(overwrite=True):
         assert (tmp_path / ".x.replaced" / "checkpoints" / "weights.bin").is_file()
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != ".x.failed") == ["x"]
-
-
-def test_a_folder_that_cannot_be_made_costs_no_run(tmp_path, monkeypatch):
-    """Nothing that fails may stand between the renaming and what restores it."""
-    (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "weights.bin").write_bytes(b"years of work")
-
-    def refuse(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(OSError, match="No space left"), Replacement(tmp_path / "x").begin(overwrite=True):
-        pass
-    assert (tmp_path / "x" / "weights.bin").is_file() and not (tmp_path / ".x.replaced").exists()
 
 
 def test_a_run_folder_that_is_a_link_stays_one(train, tmp_path):

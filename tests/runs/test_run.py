@@ -1,6 +1,5 @@
 """ldm.runs.run: a run folder says what it is; the autoencoder that a second stage finds."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -116,12 +115,3 @@ def test_images_that_changed_or_went_are_named(tmp_path, make_images):
     (images.path / "index.json").unlink()
     with pytest.raises(UserError, match="are no longer in .*Prepare them again"):
         run.image_data()
-
-
-def test_run_json_is_never_half_written(tmp_path, monkeypatch):
-    run = make_run(tmp_path / "vae/demo", 0, finished=1.0)
-    before = (run.path / "run.json").read_text()
-    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        run.update(finished=2.0)
-    assert (run.path / "run.json").read_text() == before and json.loads(before)["finished"] == 1.0

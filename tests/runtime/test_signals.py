@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -10,7 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-from lightning.pytorch import Trainer
 
 import ldm.train
 from ldm.cli import main as command
@@ -23,14 +21,11 @@ from ldm.training.callbacks.checkpoints import Checkpoints
 from ldm.training.callbacks.progress import ProgressBar
 from ldm.training.fit import Fit
 from ldm.training.stages.autoencoder import VAEStage
+from tests.small_training import STAGE_1
 
 ROOT = Path(__file__).parents[2]
 CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 138}
-VAE = [
-    *("stage=vae", "autoencoder.model.block_out_channels=[32]", "data=image_folder", "data.path=pets"),
-    *("data.resolution=16", "data.val_fraction=0.2", "batch_size=8", "trainer=cpu", "trainer.max_time=null"),
-    *("trainer.max_steps=4", "trainer.precision=32-true", "logger=csv"),
-]
+VAE = [*STAGE_1, "trainer.max_steps=4"]
 
 
 def start(place: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
@@ -77,36 +72,10 @@ def test_noted_where_it_is_held(capfd):
         signals.hold()
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
+        signals.release()
+        os.kill(os.getpid(), signal.SIGTERM)  # one that follows does not break the unwinding
         assert signals.pending() == signal.SIGTERM, "the first one counts"
-        signals.release()
     assert signals.pending() is None and "Ctrl-C again stops at once" in capfd.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_one_that_a_library_swallowed_is_raised_again_later(name, monkeypatch):
-    number, moments = getattr(signal, name), iter([100, 104, 106, 109, 112])
-    monkeypatch.setattr(time, "monotonic", lambda: next(moments))
-    raised = []
-    with signals.handled():
-        for _ in range(5):
-            try:
-                os.kill(os.getpid(), number)
-                raised.append(False)
-            except signals.Interrupted:
-                raised.append(True)
-    assert raised == [True, False, True, False, True], "5 s after the one before"
-
-
-def test_one_that_follows_a_held_one_does_not_break_the_unwinding(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    with signals.handled():
-        signals.hold()
-        os.kill(os.getpid(), signal.SIGTERM)
-        now[0] += 60  # saving
-        signals.release()
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert signals.pending() == signal.SIGTERM
 
 
 def test_what_the_caller_ignores_stays_ignored():
@@ -119,30 +88,21 @@ def test_what_the_caller_ignores_stays_ignored():
         signal.signal(signal.SIGINT, before)
 
 
-TOOL = """
-import time
-from ldm.cli import main as command
-
-def task(config):
-    try:
-        print("working", flush=True)
-        time.sleep(30)
-    finally:
-        print("unwound", flush=True)
-
-command.run("mixture", task)
-"""
-
-
 @pytest.mark.parametrize("name", CODES)
-def test_a_tool_unwinds_and_says_so(tmp_path, name):
-    """Preparing, encoding, sampling: whatever is no training."""
-    (tmp_path / "tool.py").write_text(TOOL)
-    with start(tmp_path, "tool.py") as process:
-        until(process, "working")
-        process.send_signal(getattr(signal, name))
-        out, err = process.communicate(timeout=20)
-    assert process.returncode == CODES[name] and out == "unwound\n" and err == f"stopped by {name}\n"
+def test_a_tool_unwinds_and_says_so(call, name):
+    """Preparing, encoding, sampling: whatever is no training; also where a library takes the signal for an error."""
+    unwound = []
+
+    def task(config):
+        try:
+            os.kill(os.getpid(), getattr(signal, name))
+            time.sleep(5)
+        except BaseException as error:
+            unwound.append(type(error))
+            raise ValueError("There is no key") from error
+
+    ended = call(lambda: command.run("mixture", task))
+    assert ended.code == CODES[name] and ended.err == f"stopped by {name}\n" and unwound == [signals.Interrupted]
 
 
 HOLDS = """
@@ -190,23 +150,17 @@ def scontrol(tmp_path, monkeypatch):
     return scontrol
 
 
-def test_slurm_is_asked_to_start_the_job_again(scontrol, monkeypatch):
-    asked = scontrol(0)
+def test_slurm_is_asked_to_start_the_job_again(scontrol, monkeypatch, tmp_path):
+    asked = scontrol(1)
     assert launcher.requeue() == "" and not asked.exists()
     monkeypatch.setenv("SLURM_JOB_ID", "17")
-    assert launcher.requeue() == ". SLURM starts job 17 again"
+    assert launcher.requeue() == ". SLURM does not start job 17 again: no such job"
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "5")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     launcher.requeue()
     assert asked.read_text() == "requeue 17\nrequeue 5_3\n"
-
-
-def test_slurm_that_refuses_or_is_not_there(scontrol, monkeypatch, tmp_path):
-    monkeypatch.setenv("SLURM_JOB_ID", "17")
-    scontrol(1)
-    assert launcher.requeue() == ". SLURM does not start job 17 again: no such job"
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "could not be asked to start job 17 again" in launcher.requeue()
+    assert "could not be asked to start job 5_3 again" in launcher.requeue()
 
 
 # Training
@@ -314,18 +268,6 @@ def test_stopped_before_and_after_training(train, place, monkeypatch, hook):
     assert ("resumed from" in ended.out) == (hook == "finish")
 
 
-def test_a_second_training_in_a_run_folder_is_refused(train, place):
-    with only_one(place / "runs/vae/taken"):
-        ended = train("name=taken")
-    host = re.escape(json.dumps(os.uname().nodename).strip('"'))
-    assert ended.code == 2 and re.search(
-        rf"in use by another training: process {os.getpid()} on {host}, since 2", ended.err
-    )
-    assert not (place / "runs/vae/taken").exists()
-    with only_one(place / "runs/vae/taken"):
-        """Free again."""
-
-
 HOLDER = """
 import time
 from pathlib import Path
@@ -337,18 +279,24 @@ with only_one(Path("runs/vae/held")):
 """
 
 
-def test_the_lock_of_a_killed_process_is_free(place, monkeypatch):
-    monkeypatch.chdir(place)
+def test_a_second_training_in_a_run_folder_is_refused(train, place, monkeypatch):
+    """Until the first has ended, in whatever way."""
+    monkeypatch.setattr("ldm.runs.lock.WAIT_S", 0.1)
     with start(place, "-c", HOLDER) as process:
         until(process, "working")
-        message = f"in use by another training: process {process.pid} on "
-        with pytest.raises(UserError, match=message), only_one(place / "runs/vae/held"):
-            raise AssertionError("two at once")
+        ended = train("name=held")
+        holder = f"process {process.pid} on {os.uname().nodename}, since 2"
+        assert ended.code == 2 and f"in use by another training: {holder}" in ended.err
         process.kill()
-        process.wait()
     with only_one(place / "runs/vae/held"):
         """Free again."""
     assert not list((place / "runs/vae").glob("*.json"))
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="vae cannot be written .* runs_dir="), only_one(tmp_path / "file/vae/demo"):
+        raise AssertionError
 
 
 @pytest.mark.parametrize("moment", ["amid the last step", "amid the last validation"])
@@ -368,19 +316,6 @@ def test_a_signal_of_another_rank_at_the_end_ends_this_one_too(train, place, mon
     assert ended.code == 143 and "stopped by SIGTERM after step 1; saved" in ended.err
     assert bool(seen) == (moment == "amid the last validation")
     assert not (place / "runs/vae" / name / "autoencoder").exists()
-
-
-def test_lightning_puts_no_handler_in_our_place(train, monkeypatch):
-    """Its own for SIGTERM talks to the other ranks wherever this one is."""
-    original, found = Trainer._run_stage, []
-
-    def looks(self):
-        found.append(signal.getsignal(signal.SIGTERM))
-        return original(self)
-
-    monkeypatch.setattr(Trainer, "_run_stage", looks)
-    assert train("name=handlers", "trainer.max_steps=1").code == 0
-    assert set(found) == {signals._receive}
 
 
 RANKS = """
@@ -409,15 +344,3 @@ def test_all_ranks_leave_together(place):
     assert process.returncode == 143, err
     assert err.count("stopped by SIGTERM after step 3; saved runs/vae/ranks/checkpoints/step-00000003.ckpt") == 1, err
     assert [manifest.step for manifest in manifests(place / "runs/vae/ranks/checkpoints")] == [3]
-
-
-def test_an_interruption_that_a_library_takes_for_an_error_is_one(call):
-    def task(config):
-        try:
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(5)
-        except BaseException as error:
-            raise ValueError("There is no key") from error
-
-    ended = call(lambda: command.run("mixture", task))
-    assert ended.code == 143 and ended.err == "stopped by SIGTERM\n"

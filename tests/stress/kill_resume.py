@@ -10,7 +10,6 @@ schedule and random states. Exit code 0 only if every resumed run has it.
 
 import argparse
 import hashlib
-import json
 import os
 import random
 import shutil
@@ -33,32 +32,17 @@ import torch  # noqa: E402
 SHARE_AT_RANDOM = 0.4
 STEPS = 8
 COMMON = (
-    "name=run",
-    "logger=csv",
-    "trainer=cpu",
-    "trainer.precision=32-true",
-    "trainer.max_time=null",
-    f"trainer.max_steps={STEPS}",
-    "trainer.val_check_interval=3",
-    "data.resolution=16",
-    "data.cache_dir=cache",
-    "val_images=16",
-    "batch_size=16",
+    *("name=run", "logger=csv", "trainer=cpu", "trainer.precision=32-true", "trainer.max_time=null"),
+    *(f"trainer.max_steps={STEPS}", "trainer.val_check_interval=3", "data.resolution=16", "data.cache_dir=cache"),
+    *("val_images=16", "batch_size=16"),
 )
 STAGES = {
     "vae": (
-        "stage=vae",
-        "autoencoder.model.block_out_channels=[32]",
-        "adversarial=hinge",
-        "adversarial.start=2",
-        "adversarial.ramp=2",
-        "adversarial.layers=1",
+        *("stage=vae", "autoencoder.model.block_out_channels=[32]", "adversarial=hinge", "adversarial.start=2"),
+        *("adversarial.ramp=2", "adversarial.layers=1"),
     ),
     "diffusion": (
-        "stage=diffusion",
-        "vae=first/runs/vae/run",
-        "conditioning=none",
-        "network.block_out_channels=[32,32]",
+        *("stage=diffusion", "vae=first/runs/vae/run", "conditioning=none", "network.block_out_channels=[32,32]"),
     ),
 }
 KINDS = {"checkpoints/": "checkpoint", "cache/": "shard", "autoencoder/": "export", "pipeline/": "export"}
@@ -149,9 +133,16 @@ def record(operation: int | None, sent: int) -> None:
 def wait(child: int, began: float, folder: Path) -> Ended:
     _, status = os.waitpid(child, 0)
     seconds = time.monotonic() - began
-    operations = (folder / "operations.txt").read_text().splitlines() if (folder / "operations.txt").exists() else []
-    output = (folder / "output.txt").read_text(errors="replace") if (folder / "output.txt").exists() else ""
-    return Ended(os.waitstatus_to_exitcode(status), operations, seconds, output)
+    return Ended(os.waitstatus_to_exitcode(status), noted(folder), seconds, read(folder / "output.txt"))
+
+
+def noted(folder: Path) -> list[str]:
+    """The file operations until now."""
+    return read(folder / "operations.txt").splitlines()
+
+
+def read(file: Path) -> str:
+    return file.read_text(errors="replace") if file.exists() else ""
 
 
 def kind_of(operation: str) -> str | None:
@@ -189,20 +180,16 @@ def outcome(stage: str, folder: Path) -> dict[str, str]:
     return made
 
 
-def joined(made: dict[str, str]) -> str:
-    return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
-
-
 def new_folder(work: Path, name: str) -> Path:
     """A place of its own for one run, with the prepared images; `first` is where the reference of stage 1 is."""
     folder = work / name
-    shutil.copytree(work / "images", folder / "cache")
+    shutil.copytree(work / "images/cache", folder / "cache", ignore=shutil.ignore_patterns("latents-*"))
     (folder / "first").symlink_to(work / "never-stopped-vae")
     return folder
 
 
 def plan(kills: int, references: dict[str, Ended], seed: int) -> list[Kill]:
-    """40 % at random times, the rest spread evenly over the file operations of each kind of save, both stages alike."""
+    """40 % at random times, the rest before file operations of each kind of save, as many of each."""
     draw = random.Random(seed)
     stages = list(references)
     at_random = round(SHARE_AT_RANDOM * kills)
@@ -216,12 +203,10 @@ def plan(kills: int, references: dict[str, Ended], seed: int) -> list[Kill]:
             if kind := kind_of(operation):
                 places[kind].append((stage, number))
     kinds = [kind for kind in places if places[kind]]
-    for j, kind in enumerate(kinds):
-        wanted = len(range(at_random + j, kills, len(kinds)))
-        found = places[kind]
-        for i in range(wanted):
-            stage, number = found[(2 * i + 1) * len(found) // (2 * wanted)]
-            planned.append(Kill(stage, operation=number, kind=kind))
+    for i in range(at_random, kills):
+        kind = kinds[i % len(kinds)]
+        stage, number = draw.choice(places[kind])
+        planned.append(Kill(stage, operation=number, kind=kind))
     return planned
 
 
@@ -233,8 +218,7 @@ def kill_and_resume(kill: Kill, folder: Path, sent: signal.Signals) -> tuple[str
     else:
         child, began = start(kill.stage, folder, sent=sent)
         time.sleep(max(0.0, began + (kill.after_s or 0.0) - time.monotonic()))
-        notes = folder / "operations.txt"
-        count = len(notes.read_text().splitlines()) if notes.exists() else 0
+        count = len(noted(folder))
         if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             os.kill(child, sent)
         ended = wait(child, began, folder)
@@ -243,22 +227,19 @@ def kill_and_resume(kill: Kill, folder: Path, sent: signal.Signals) -> tuple[str
     allowed = {-sent, 0} if sent == signal.SIGKILL else {128 + sent, 0}
     if not ended.operations:
         allowed.add(-sent)  # before anything of ours ran
-    if ended.code not in allowed:
-        print(ended.output, file=sys.stderr)
-        return where, f"ended with {ended.code}", None
-    resumed = wait(*start(kill.stage, folder, "resume=true"), folder)
-    if resumed.code:
-        print(resumed.output, file=sys.stderr)
-        return where, f"the resumed run ended with {resumed.code}", None
-    return where, f"ended with {ended.code}, resumed", outcome(kill.stage, folder)
-
-
-def differing(made: dict[str, str], reference: dict[str, str]) -> str:
-    return ", ".join(name for name in sorted({*made, *reference}) if made.get(name) != reference.get(name))
+    if ended.code in allowed:
+        said, ended = f"ended with {ended.code}", wait(*start(kill.stage, folder, "resume=true"), folder)
+        if ended.code == 0:
+            return where, f"{said}, resumed", outcome(kill.stage, folder)
+    print(ended.output, file=sys.stderr)
+    return where, f"the last command ended with {ended.code}", None
 
 
 def stress(kills: int, sent: signal.Signals, seed: int, work: Path) -> int:
     """Run it all and print the table; the number of runs that resumed to the same hash."""
+    (work / "images").mkdir()
+    prepared = wait(*start("vae", work / "images", "trainer.max_steps=1"), work / "images")
+    assert prepared.code == 0, prepared.output  # the images are there before anything is killed
     references, expected = {}, {}
     for stage in STAGES:
         folder = new_folder(work, f"never-stopped-{stage}")
@@ -269,7 +250,7 @@ def stress(kills: int, sent: signal.Signals, seed: int, work: Path) -> int:
         counts = Counter(filter(None, map(kind_of, references[stage].operations)))
         print(
             f"stage {stage}, never stopped: {references[stage].seconds:.1f} s, {len(references[stage].operations)} "
-            f"file operations ({dict(counts)}), hash {joined(expected[stage])[:12]}",
+            f"file operations ({dict(counts)}), last checkpoint {expected[stage]['last checkpoint'][:12]}",
             flush=True,
         )
     planned, same = plan(kills, references, seed), 0
@@ -281,7 +262,9 @@ def stress(kills: int, sent: signal.Signals, seed: int, work: Path) -> int:
         elif made is None:
             verdict = "FAILED"
         else:
-            verdict = f"ANOTHER HASH: {differing(made, expected[kill.stage])}"
+            reference = expected[kill.stage]
+            differing = [name for name in sorted({*made, *reference}) if made.get(name) != reference.get(name)]
+            verdict = f"ANOTHER HASH: {', '.join(differing)}"
         print(f"{number:>4} {kill.stage:<10}{kill.kind:<11}{where:<88} {ended:<24} {verdict}", flush=True)
         if verdict == "same hash":
             shutil.rmtree(folder)
@@ -300,32 +283,13 @@ def main() -> NoReturn:
     arguments = parser.parse_args()
     global COMMON
     COMMON += (f"data={arguments.data}", *([f"data.path={arguments.path.resolve()}"] if arguments.path else []))
-    for module in (
-        "diffusers",
-        "transformers",
-        "lightning.pytorch",
-        "ldm.training.session",
-        "ldm.training.stages.autoencoder",
-    ):
-        __import__(module)
-    import ldm.training.stages.diffusion  # noqa: F401
-    from ldm.cli.images import prepare_images
+    import ldm.training.session
+    import ldm.training.stages.autoencoder
+    import ldm.training.stages.diffusion  # noqa: F401  # what every training imports
 
     with tempfile.TemporaryDirectory() as scratch:
         work = (arguments.folder or Path(scratch)).resolve()
         work.mkdir(parents=True, exist_ok=True)
-        if not (child := os.fork()):  # the images are prepared once, before anything is killed
-            os.chdir(work)
-            from hydra import compose, initialize_config_dir
-
-            from ldm.runtime.paths import folder
-
-            with initialize_config_dir(str(folder("conf")), version_base=None):
-                config = compose("train", ["stage=vae", *(x for x in COMMON if x.startswith("data"))])
-            config.data.cache_dir = str(work / "images")
-            prepare_images(config.data)
-            os._exit(0)
-        os.waitpid(child, 0)
         same = stress(arguments.kills, signal.Signals[f"SIG{arguments.signal}"], arguments.seed, work)
     sys.exit(0 if same == arguments.kills else 1)
 

@@ -75,6 +75,13 @@ def fit(
     return module
 
 
+def in_process(folder: Path, arguments: str) -> subprocess.Popen[bytes]:
+    """`fit` with these arguments in a process of its own."""
+    code = f"import lightning_alone as alone; alone.fit(alone.Path({str(folder)!r}), {arguments})"
+    here, silent = Path(__file__).parent, subprocess.DEVNULL
+    return subprocess.Popen([sys.executable, "-c", code], cwd=here, stdout=silent, stderr=silent)
+
+
 def digest(module: nn.Module) -> str:
     joined = torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
     return hashlib.sha256(joined.numpy().tobytes()).hexdigest()[:12]
@@ -90,30 +97,20 @@ def resume(folder: Path) -> str:
 
 
 def sigterm(folder: Path) -> str:
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import lightning_alone as alone; "
-    code += f"alone.fit(alone.Path({str(folder)!r}), alone.StopAt(4, alone.signal.SIGTERM))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120, check=False)
+    code = in_process(folder, "alone.StopAt(4, alone.signal.SIGTERM)").wait(timeout=120)
     saved = sorted(file.name for file in folder.glob("*.ckpt"))
-    return f"SIGTERM at step 4: exit code {done.returncode}, checkpoints left: {', '.join(saved) or 'none'}"
+    return f"SIGTERM at step 4: exit code {code}, checkpoints left: {', '.join(saved) or 'none'}"
 
 
 def partial(folder: Path) -> str:
     """A save of some 200 MB to another disk than that of temporary files, watched: is the file ever too short?"""
-    if Path("/dev/shm").is_dir():
-        with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
-            return watch(Path(other))
-    return watch(folder)
-
-
-def watch(folder: Path) -> str:
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import lightning_alone as alone; "
-    code += f"alone.fit(alone.Path({str(folder)!r}), max_steps=5, width=500_000)"
-    saving = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     sizes: list[int] = []
-    while saving.poll() is None:
-        sizes += [file.stat().st_size for file in folder.glob("*.ckpt")]
-        time.sleep(0.001)
-    whole = max(file.stat().st_size for file in folder.glob("*.ckpt"))
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else folder) as other:
+        saving = in_process(Path(other), "max_steps=5, width=500_000")
+        while saving.poll() is None:
+            sizes += [file.stat().st_size for file in Path(other).glob("*.ckpt")]
+            time.sleep(0.001)
+    whole = max(sizes)
     shorter = sum(size < whole for size in sizes)
     return f"of {len(sizes)} looks at a checkpoint of {whole / 1e6:.0f} MB {shorter} found it shorter than that"
 
@@ -140,9 +137,7 @@ def not_finite(folder: Path) -> str:
 
 def two_processes(folder: Path) -> str:
     """The second starts while the first trains; both say nothing."""
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import lightning_alone as alone; "
-    code += f"alone.fit(alone.Path({str(folder)!r}), max_steps=400)"
-    both = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL) for _ in range(2)]
+    both = [in_process(folder, "max_steps=400") for _ in range(2)]
     codes = [process.wait(timeout=120) for process in both]
     return f"two processes in one folder: exit codes {codes}, {len(list(folder.glob('*.ckpt')))} files of both, mixed"
 

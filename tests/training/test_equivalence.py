@@ -22,9 +22,8 @@ from safetensors.torch import load_file
 
 import ldm.training.modules.base
 from ldm.autoencoder.autoencoder import Autoencoder, LatentStatistics, weights_sha256
-from ldm.autoencoder.losses import AutoencoderLoss
 from ldm.autoencoder.patch import PatchAutoencoderKL
-from ldm.autoencoder.regularisers import KL, VectorQuantised
+from ldm.autoencoder.regularisers import VectorQuantised
 from ldm.data.loaders import train_loader, val_loader
 from ldm.data.order import batch_at
 from ldm.diffusion.objective import Objective
@@ -43,6 +42,7 @@ from ldm.training.optim.ema import EMACallback
 from ldm.training.optim.factory import OptimizerFactory
 from ldm.training.stages.autoencoder import VAEStage
 from ldm.training.stages.base import Stage
+from tests.small_training import IMAGES, SGD, same, vae
 
 SUMS, SIGNS = 3e-5, 3e-3
 """With SGD, whose weights move as the gradients do; with Adam, whose first steps are signs, some of them of noise."""
@@ -53,24 +53,11 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-IMAGES = torch.nn.functional.interpolate(random(NUM_SAMPLES, 3, 4, 4).tanh(), 16, mode="nearest")
 LATENTS = {
     "mean": random(NUM_SAMPLES, 2, 3, 4, 4),
     "log_variance": random(NUM_SAMPLES, 2, 3, 4, 4, seed=1) - 2,
     "label": torch.arange(NUM_SAMPLES) % 2,
 }
-SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
-
-
-def vae(regulariser=KL, adversary=None, optimizer=SGD) -> VAETraining:
-    torch.manual_seed(0)
-    rule = regulariser()
-    sizes = {"patch": 2, "latent_channels": 3, "block_out_channels": (8,), "norm_num_groups": 4}
-    model = rule.build(partial(PatchAutoencoderKL, **sizes), 16)
-    model.init_shortcut(IMAGES)
-    rule.start(model, lambda: IMAGES, 0, torch.device("cpu"))
-    parts = (model, AutoencoderLoss(), rule, OptimizerFactory(optimizer))
-    return VAETraining(*parts, seed=0, flip=True, pictures=Path(), adversary=adversary and adversary())
 
 
 def chain(objective=Objective(), optimizer=SGD, steps: int = 100) -> DiffusionTraining:  # noqa: B008
@@ -205,11 +192,6 @@ def by_step(recorded: list[list[torch.Tensor]], accumulate: int) -> list[list[to
     return [[torch.cat(parts) for parts in zip(*step, strict=True)] for step in steps]
 
 
-def same(found: list[list[torch.Tensor]], expected: list[list[torch.Tensor]]) -> bool:
-    pairs = [pair for one, other in zip(found, expected, strict=True) for pair in zip(one, other, strict=True)]
-    return all(torch.equal(a, b) for a, b in pairs)
-
-
 @BOTH
 def test_a_sample_sees_the_same_numbers_in_every_split(name, recorded):
     """Bit for bit: flips and posterior noise; views, posterior noise, t, drops and eps."""
@@ -317,23 +299,6 @@ def test_steps_that_were_gone_back_over_are_not_seen_again(recorded):
     assert same(recorded, whole[2:])
 
 
-def test_dropout_depends_on_the_step_alone(recorded):
-    """Whatever validation and others have drawn from the global generator in between."""
-
-    def dropped(start: int, steps: int) -> list[torch.Tensor]:
-        module, found = chain(), []
-        module.step_offset = start
-        inner = module.losses
-        module.losses = lambda *given: found.append(torch.rand(4)) or inner(*given)
-        fit(module, steps=steps, start=start)
-        return found
-
-    whole = dropped(0, 4)
-    torch.manual_seed(1234)
-    assert all(torch.equal(a, b) for a, b in zip(dropped(2, 2), whole[2:], strict=True))
-    assert len({tuple(values.tolist()) for values in whole}) == 4
-
-
 def test_validation_says_the_same_in_every_split(monkeypatch):
     monkeypatch.setattr(DiffusionTraining, "on_validation_epoch_end", lambda self: None)
     module, said = chain(), []
@@ -349,18 +314,6 @@ def test_validation_says_the_same_in_every_split(monkeypatch):
 
 
 # The average
-
-
-@BOTH
-def test_the_average_goes_on_bit_for_bit_after_a_resume(name, tmp_path):
-    whole = fit(MODULES[name](), accumulate=2)
-    part = fit(MODULES[name](), accumulate=2, steps=3)
-    part.trainer.save_checkpoint(tmp_path / "part.ckpt")
-    rest = fit(MODULES[name](), accumulate=2, start=3, resume=tmp_path / "part.ckpt")
-    assert torch.equal(weights_of(rest.module), weights_of(whole.module))
-    assert rest.ema.num_updates == whole.ema.num_updates == 6
-    assert all(torch.equal(a, b) for a, b in zip(rest.ema.shadow, whole.ema.shadow, strict=True))
-    assert not torch.equal(rest.ema.shadow[0], next(rest.module.trained.parameters()))
 
 
 @pytest.mark.parametrize("how", [RuntimeError, SystemExit])

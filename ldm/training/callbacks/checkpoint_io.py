@@ -1,6 +1,7 @@
 """A checkpoint's file: written whole, with its SHA-256 taken on the way, and read without running what is in it."""
 
 import hashlib
+from io import BufferedWriter, FileIO
 from pathlib import Path
 from typing import Any
 
@@ -10,34 +11,22 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from ldm.files.atomic import durable_file
 
 
-class HashedWriter:
-    """A file to write to that knows the SHA-256 and the size of what it was given, and why writing failed."""
+class HashedWriter(BufferedWriter):
+    """A file to write to that knows the SHA-256 of what it was given, and why writing failed."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("wb", buffering=1 << 20)
-        self._digest, self.bytes = hashlib.sha256(), 0
+        super().__init__(FileIO(path, "w"), 1 << 20)
+        self.digest = hashlib.sha256()
         self.failure: OSError | None = None
 
     def write(self, data: Any) -> int:
         try:
-            self._file.write(data)
+            size = super().write(data)
         except OSError as error:  # torch reports it as an error of its own, without the reason
             self.failure = error
             raise
-        self._digest.update(data)
-        size = memoryview(data).nbytes
-        self.bytes += size
+        self.digest.update(data)
         return size
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-    @property
-    def sha256(self) -> str:
-        return self._digest.hexdigest()
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -55,21 +44,14 @@ class WholeCheckpointIO(TorchCheckpointIO):
         self.failure = None
         try:
             with durable_file(Path(path)) as partial:
-                self._write(checkpoint, partial)
+                with HashedWriter(partial) as file:
+                    try:
+                        torch.save(checkpoint, file)
+                    except RuntimeError as error:
+                        raise file.failure or error from error
+                self.sha256, self.bytes = file.digest.hexdigest(), partial.stat().st_size
         except OSError as error:
             self.failure = error
-
-    def _write(self, checkpoint: dict[str, Any], partial: Path) -> None:
-        file = HashedWriter(partial)
-        try:
-            torch.save(checkpoint, file)  # type: ignore[arg-type]
-        except RuntimeError as error:
-            if file.failure is not None:
-                raise file.failure from error
-            raise
-        finally:
-            file.close()
-        self.sha256, self.bytes = file.sha256, file.bytes
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)

@@ -1,5 +1,6 @@
 """Checkpoints for resuming: saved whole between optimizer steps, the last ones and the best one kept."""
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -12,13 +13,15 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from ldm.errors import UserError
 from ldm.files.atomic import clear_partials
-from ldm.runs.checkpoints import FOLDER, Manifest, Why, manifests, prune
+from ldm.rules import Count, NonNegative, checked
+from ldm.runs.checkpoints import FOLDER, Manifest, manifests, prune
 from ldm.runs.disk import forgiving
 from ldm.runtime import signals
 from ldm.runtime.random_state import random_state, restore_random_state
 from ldm.training.callbacks.checkpoint_io import WholeCheckpointIO
 from ldm.training.optim.budget import Budget
 
+MONITORED = "val/loss"
 NOT_BEGUN = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
 
 
@@ -43,22 +46,20 @@ class Checkpoints(Checkpoint):
         on_saved: Called on the first rank after every checkpoint.
     """
 
+    @checked
     def __init__(
         self,
         folder: Path,
         budget: Budget,
-        every_s: float,
+        every_s: NonNegative,
         *,
-        keep_last: int = 2,
+        keep_last: Count = 2,
         stage: str = "",
-        monitored: str = "val/loss",
         resumed: Manifest | None = None,
         on_saved: Callable[[], None] = lambda: None,
     ) -> None:
-        if keep_last < 1:
-            raise UserError(f"trainer.keep_last={keep_last} must be 1 or more.")
         self.folder, self.budget, self.every_s = folder / FOLDER, budget, every_s
-        self.keep_last, self.stage, self.monitored, self.resumed = keep_last, stage, monitored, resumed
+        self.keep_last, self.stage, self.resumed = keep_last, stage, resumed
         self.on_saved = on_saved
         self.saved: Manifest | None = None
         """The newest that this training saved, as the first rank knows it."""
@@ -69,7 +70,7 @@ class Checkpoints(Checkpoint):
         self._io = WholeCheckpointIO()
         self._own: set[Path] = set()
         self._training = self._between_steps = self._before_step = self._validating = False
-        self._improved = self._told = False
+        self._improved = False
         self._saved_at, self._stop = 0.0, 0
         self._random: dict[str, Any] | None = None
         self._restored: list[dict[str, Any]] | None = None
@@ -108,9 +109,7 @@ class Checkpoints(Checkpoint):
             self._save(trainer, "interval")
         self._before_step = False
 
-    def on_train_batch_end(
-        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._between_steps = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         self._stop = self.budget.agreement.answers.get("signal", 0)
 
@@ -120,15 +119,7 @@ class Checkpoints(Checkpoint):
         self._random = random_state(trainer.strategy.root_device)
         self._stop_in_validation()
 
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if not self._stop:
             self._stop = self.budget.agreement.decide(trainer)["signal"]
         self._stop_in_validation()
@@ -143,8 +134,10 @@ class Checkpoints(Checkpoint):
         self._validating, self._random = False, None
         if not (self._training and self._between_steps):
             return
-        figure = self._figure(trainer)
-        better = figure is not None and figure < self._best_so_far()
+        monitored = float(trainer.callback_metrics.get(MONITORED, math.nan))
+        figure = monitored if math.isfinite(monitored) else None
+        known = [manifest.figure for manifest in self.branch() if manifest.figure is not None]
+        better = figure is not None and figure < min(known, default=math.inf)
         self._improved = trainer.is_global_zero and better and not self.withheld()
         answers = self.budget.agreement.decide(trainer)
         self._improved = False
@@ -193,20 +186,12 @@ class Checkpoints(Checkpoint):
     def _needs_saving(self, trainer: Trainer) -> bool:
         return self._saved_step != trainer.global_step
 
-    def _figure(self, trainer: Trainer) -> float | None:
-        figure = float(trainer.callback_metrics.get(self.monitored, float("nan")))
-        return figure if abs(figure) < float("inf") else None
-
-    def _best_so_far(self) -> float:
-        known = [manifest.figure for manifest in self.branch() if manifest.figure is not None]
-        return min(known, default=float("inf"))
-
     def branch(self) -> list[Manifest]:
         """What this run saved and what it continues, not what was saved after the point that it went back to."""
         last = self.resumed.sequence if self.resumed is not None else -1
         return [found for found in manifests(self.folder) if found.path in self._own or found.sequence <= last]
 
-    def _save(self, trainer: Trainer, why: Why, figure: float | None = None, *, best: bool = False) -> None:
+    def _save(self, trainer: Trainer, why: str, figure: float | None = None, *, best: bool = False) -> None:
         """On every rank: the strategy gathers the state, the first rank writes it.
 
         Raises:
@@ -222,15 +207,21 @@ class Checkpoints(Checkpoint):
         if trainer.is_global_zero:
             failure = self._record(path, began, step, why, figure, best)
         if trainer.strategy.reduce_boolean_decision(failure is not None, all=False):
+            reason = f" ({os.strerror(failure.errno) if failure.errno else failure})" if failure is not None else ""
+            last = self.saved or self.resumed
+            kept = f"{last.path} is kept" if last is not None else "nothing was saved before"
+            said = f"cannot be saved in {self.folder}{reason}; {kept}."
             if why in ("end", "signal"):
-                raise self._refused(failure)
+                raise UserError(
+                    f"The last checkpoint {said} Make room, then go on with the same command and resume=true."
+                )
             if failure is not None:
-                self._tell(failure)
+                again = f"Training goes on, and tries again every {self.every_s:g} s."
+                print(f"warning: a checkpoint {said} {again}", flush=True)
             return
         self._saved_step = step
         if trainer.is_global_zero and self.saved is not None:
             self._own.add(path)
-            self._told = False
             self.on_saved()
             with forgiving(self.folder):
                 prune(self.folder, self.branch(), self.keep_last)
@@ -245,7 +236,7 @@ class Checkpoints(Checkpoint):
         return next(path for path in paths if not path.exists() and not path.with_suffix(".json").exists())
 
     def _record(
-        self, path: Path, began: float, step: int, why: Why, figure: float | None, best: bool
+        self, path: Path, began: float, step: int, why: str, figure: float | None, best: bool
     ) -> OSError | None:
         if self._io.failure is not None:
             return self._io.failure
@@ -260,7 +251,7 @@ class Checkpoints(Checkpoint):
             saved=time.time(),
             save_s=round(time.perf_counter() - began, 4),
             why=why,
-            monitored=self.monitored,
+            monitored=MONITORED,
             figure=figure,
             best=best,
         )
@@ -271,28 +262,3 @@ class Checkpoints(Checkpoint):
             return error
         self.saved = manifest
         return None
-
-    def _refused(self, failure: OSError | None) -> UserError:
-        return UserError(
-            f"The last checkpoint cannot be saved in {self.folder}{_reason(failure)}; {self._kept()}. Make room, then "
-            "go on with the same command and resume=true."
-        )
-
-    def _tell(self, failure: OSError) -> None:
-        if not self._told:
-            self._told = True
-            print(
-                f"warning: a checkpoint cannot be saved in {self.folder}{_reason(failure)}; {self._kept()}. Training "
-                f"goes on, and tries again every {self.every_s:g} s.",
-                flush=True,
-            )
-
-    def _kept(self) -> str:
-        last = self.saved or self.resumed
-        return f"{last.path} is kept" if last is not None else "nothing was saved before"
-
-
-def _reason(failure: OSError | None) -> str:
-    if failure is None:  # another rank's
-        return ""
-    return f" ({os.strerror(failure.errno) if failure.errno else failure})"

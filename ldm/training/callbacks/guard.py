@@ -26,14 +26,8 @@ from torch.optim import Optimizer
 
 from ldm.errors import UserError
 from ldm.rules import Count, Number, Whole, checked
-from ldm.training.callbacks.skip_step import (
-    LARGEST,
-    Numbers,
-    RunningNorm,
-    exceeds,
-    leave_out,
-    parameters_of,
-)
+from ldm.runs.disk import forgiving
+from ldm.training.callbacks.skip_step import LARGEST, Numbers, RunningNorm, exceeds, leave_out, parameters_of
 
 Saved = TypeVar("Saved")
 
@@ -75,9 +69,6 @@ class Guard(Callback):
         skips_before_rollback: Steps left out in a row after which training goes back to a checkpoint.
         max_rollbacks: How often it does so in a run before it gives up.
         log_every: Steps between the counts' rows.
-
-    Raises:
-        InputError: a number out of its range.
     """
 
     @checked
@@ -154,7 +145,9 @@ class Guard(Callback):
     def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == self._step:
             return  # amid an accumulated step
-        before, self._pending = self._pending, Numbers.send(self._step, self._limit, self._gather())
+        values = [value.float() for value in (self.skips, self._beside, self._norm, *self._losses)]
+        before, self._pending = self._pending, Numbers.send(self._step, self._limit, torch.stack(values))
+        self._losses.clear()
         self._step = trainer.global_step
         if before is not None:
             self._count(before)
@@ -184,10 +177,6 @@ class Guard(Callback):
             f"(roll-back {self.tallies['rollbacks']} of {self.max_rollbacks}; see {self.notes})"
         )
 
-    def _gather(self) -> Tensor:
-        losses, self._losses = self._losses, []
-        return torch.stack([value.float() for value in (self.skips, self._beside, self._norm, *losses)])
-
     def _count(self, numbers: Numbers) -> None:
         """Take in a step's numbers, one step late; so are they in the limit, whether they waited or not."""
         _, _, norm, *_ = numbers.read()
@@ -211,29 +200,28 @@ class Guard(Callback):
             why = "spike" if math.isfinite(norm) else "the gradient is not finite"
             why = why if all(map(math.isfinite, losses)) else "the loss is not finite"
         batch = numbers.step + self.offset
-        line = {
-            "step": numbers.step,
-            "batch": batch,
-            "why": why,
-            "losses": [_plain(loss) for loss in losses],
-            "gradient_norm": _plain(norm),
-            "limit": numbers.limit if numbers.limit < LARGEST else None,
-            "images": list(self.images(batch)),
-        }
-        self._write(line)
+        self._write(
+            {
+                "step": numbers.step,
+                "batch": batch,
+                "why": why,
+                "losses": [_plain(loss) for loss in losses],
+                "gradient_norm": _plain(norm),
+                "limit": numbers.limit if numbers.limit < LARGEST else None,
+                "images": list(self.images(batch)),
+            }
+        )
 
     @rank_zero_only
     def _write(self, line: Mapping[str, Any]) -> None:
         """Add a line, unless it is there: steps that a resumed run takes again are noted once."""
         text = json.dumps(line)
-        try:
+        with forgiving(self.notes):
             known = self.notes.read_text(encoding="utf-8").splitlines() if self.notes.is_file() else []
             if text not in known:
                 self.notes.parent.mkdir(parents=True, exist_ok=True)
                 with self.notes.open("a", encoding="utf-8") as file:
                     file.write(text + "\n")
-        except OSError as error:  # a full disk is no reason to stop
-            self._say(f"{self.notes} cannot be written ({error.strerror}): {text}")
 
     @rank_zero_only
     def _say(self, text: str) -> None:

@@ -38,28 +38,23 @@ class ProgressBar(Callback):
             self._bar.start()
             self._bar.add_task(self.title, total=1.0, step=0, loss="-", rate="-")
 
-    def on_train_batch_end(
-        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step, now = trainer.global_step, time.perf_counter()
         if step % self.log_every == 0 and step > self._window_step:
             self.images_per_s = (step - self._window_step) * self.batch_size / (now - self._window_start)
             self._window_step, self._window_start = step, now
-            self._log_speed(trainer, getattr(module, "playing", False))
+            figures = {"images_per_s": self.images_per_s}
+            if (memory := peak_memory_gb()) is not None:
+                figures["peak_memory_gb"] = memory
+            if self.speed is not None:
+                figures |= self.speed.figures(self.images_per_s, getattr(module, "playing", False))
+            # straight to the loggers: what a module logs costs Lightning time at every step, written or not
+            for logger in trainer.loggers:
+                logger.log_metrics({f"train/{name}": value for name, value in figures.items()}, step - 1)
         every_s = self.REFRESH_EVERY_S if self._bar else self.LINE_EVERY_S
         if now - self._shown >= every_s and trainer.is_global_zero:
             self._shown = now
             self._show(trainer.global_step, float(outputs["loss"]))
-
-    def _log_speed(self, trainer: Trainer, playing: bool) -> None:
-        """Straight to the loggers: what a module logs costs Lightning time at every step, written or not."""
-        figures = {"images_per_s": self.images_per_s}
-        if (memory := peak_memory_gb()) is not None:
-            figures["peak_memory_gb"] = memory
-        if self.speed is not None:
-            figures |= self.speed.figures(self.images_per_s, playing)
-        for logger in trainer.loggers:
-            logger.log_metrics({f"train/{name}": value for name, value in figures.items()}, trainer.global_step - 1)
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._paused = time.perf_counter()
@@ -73,13 +68,9 @@ class ProgressBar(Callback):
             rate = f"{self.images_per_s:.0f}"
             self._bar.update(self._bar.task_ids[0], completed=share, step=step, loss=f"{loss:.4f}", rate=rate)
         else:
-            left_s = self.budget.elapsed_s * (1 - share) / max(share, 1e-9)
-            minutes, seconds = divmod(round(left_s), 60)
-            print(
-                f"{self.title}: {share:4.0%}, {minutes}:{seconds:02d} left, step {step}, loss {loss:.4f}, "
-                f"{self.images_per_s:.0f} images/s",
-                flush=True,
-            )
+            minutes, seconds = divmod(round(self.budget.elapsed_s * (1 - share) / max(share, 1e-9)), 60)
+            left = f"{share:4.0%}, {minutes}:{seconds:02d} left"
+            print(f"{self.title}: {left}, step {step}, loss {loss:.4f}, {self.images_per_s:.0f} images/s", flush=True)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         self._stop()

@@ -32,17 +32,16 @@ PEAK_TFLOPS = {
 """Dense bf16 operations per second with float32 sums, in units of 1e12, by the words that CUDA names a GPU with.
 
 The first that fits counts. Source: NVIDIA's data sheets of these GPUs, which state twice as much with sparsity; for
-GeForce the tables in its Ampere GA102, Ada and RTX Blackwell GPU architecture papers.
+GeForce the tables in its Ampere GA102, Ada and RTX Blackwell GPU architecture papers. Not Lightning's own table
+(`lightning.fabric.utilities.throughput`), whose numbers for H100 NVL and H200 are those with sparsity.
 """
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """Floating-point operations per second that a GPU can do in bf16; None on CPUs and for GPUs not in the table."""
-    return known_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+def peak_flops(gpu: str) -> float | None:
+    """Floating-point operations per second that a GPU of this name can do in bf16, where the table has it.
 
-
-def known_peak_flops(gpu: str) -> float | None:
-    """The same by name. Whole words: an L40 is no L4, and a part of a GPU, a Ti, D or laptop version is another GPU."""
+    Whole words: an L40 is no L4, and a part of a GPU, a Ti, D or laptop version is another GPU.
+    """
     words = f" {gpu.replace('-', ' ')} "
     if " MIG " in words:
         return None
@@ -80,10 +79,9 @@ def measure_speed(trainer: Trainer, stage: Stage, num_images: int = 2) -> Speed:
     chosen = stage.images.train_indices[:num_images]
     batch = module.transfer_batch_to_device(stage.fetch(chosen), device, 0)
     counted = module.count_flops(batch, trainer.precision_plugin.forward_context)
-    peak = peak_flops(device)
-    return Speed(
-        {playing: flops / len(chosen) for playing, flops in counted.items()}, peak and peak * trainer.world_size
-    )
+    per_image = {playing: flops / len(chosen) for playing, flops in counted.items()}
+    peak = peak_flops(torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
+    return Speed(per_image, peak and peak * trainer.world_size)
 
 
 def count_flops(step: Callable[[], Any]) -> float:
@@ -123,12 +121,10 @@ def peak_memory_gb() -> float | None:
     """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    if _shared:
+    if _shared or sys.platform == "win32":
         return None
-    try:
-        import resource
-    except ImportError:
-        return None
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 

@@ -99,9 +99,7 @@ class Budget(Callback):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
 
-    def on_train_batch_end(
-        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         # never amid an accumulated step: its gradients would be lost, and a resumed run out of phase
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and self.agreement.decide(trainer)["time_over"]:
             trainer.should_stop = True

@@ -7,25 +7,20 @@ The warm-up lets short runs forget their start. One foreach kernel per update.
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from pydantic import Field
 from torch import Tensor, nn
 
-from ldm.errors import UserError
+from ldm.rules import Number, checked
 
 
 class EMA:
-    """Shadow weights of a module's trainable parameters.
-
-    Raises:
-        UserError: decay is not in [0, 1).
-    """
+    """Shadow weights of a module's trainable parameters."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
-        if not 0 <= decay < 1:
-            raise UserError(f"trainer.ema_decay must be in [0, 1), not {decay}.")
         self.decay = decay
         self.num_updates = 0
         self._names, self._parameters = zip(
@@ -76,8 +71,9 @@ class EMA:
 class EMACallback(Callback):
     """Averages `module.trained`, and puts the average in its place while validating."""
 
-    def __init__(self, decay: float) -> None:
-        self.decay = decay
+    @checked
+    def __init__(self, ema_decay: Annotated[Number, Field(ge=0, lt=1)]) -> None:
+        self.decay = ema_decay
         self.ema: EMA | None = None
         self._state: dict[str, Any] | None = None
         self._validating = ExitStack()

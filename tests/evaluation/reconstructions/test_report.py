@@ -301,7 +301,7 @@ def test_reconstructions_that_are_not_finite(opened, monkeypatch):
     ("argument", "said"),
     [
         ("features=vgg", "features=vgg is unknown. Choose one of: efficientnet_lite, dinov2, clip, inception, mean"),
-        ("num_images=1", "num_images=1 must be at least 2"),
+        ("num_images=1", "num_images=1 must be 2 or more"),
         ("batch_size=0", "batch_size=0 must be 1 or more"),
     ],
 )

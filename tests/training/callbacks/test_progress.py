@@ -1,41 +1,15 @@
-"""ldm.training: the averaged weights while validating, the progress line, noise per batch."""
+"""ldm.training: what is logged of a step, the averaged weights while validating, the progress line."""
 
 import contextlib
 
 import pytest
 import torch
-from lightning.pytorch import Callback
-from lightning.pytorch.loggers import Logger
 
 from ldm.training.callbacks.progress import ProgressBar
 from ldm.training.optim.budget import Budget
 from ldm.training.optim.ema import EMACallback
 from ldm.training.optim.factory import OptimizerFactory
-
-
-class Weights(Callback):
-    """The weights after each optimizer step."""
-
-    def __init__(self) -> None:
-        self.found: list[torch.Tensor] = []
-
-    def on_before_zero_grad(self, trainer, module, optimizer) -> None:
-        self.found.append(module.trained.weight.detach().clone())
-
-
-class Rows(Logger):
-    """What Lightning writes, by step."""
-
-    name, version = "rows", "0"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[tuple[int, dict[str, float]]] = []
-
-    def log_hyperparams(self, *_) -> None: ...
-
-    def log_metrics(self, metrics, step) -> None:
-        self.found.append((step, metrics))
+from tests.small_training import Rows
 
 
 def test_a_row_holds_the_loss_of_its_own_step(fit, make_module):
@@ -44,7 +18,7 @@ def test_a_row_holds_the_loss_of_its_own_step(fit, make_module):
     train = module.losses
     module.losses = lambda *batch: losses.append(train(*batch)) or losses[-1]
     fit(module, [Budget(7)], max_steps=7, logger=rows, log_every_n_steps=3)
-    assert [(step, row["train/loss"]) for step, row in rows.found] == [(k, losses[k]["loss"].item()) for k in (2, 5)]
+    assert rows.of("train/loss") == {k: losses[k]["loss"].item() for k in (2, 5)}
 
 
 def test_timing_a_step_changes_nothing(make_module):
@@ -52,14 +26,6 @@ def test_timing_a_step_changes_nothing(make_module):
     weight = module.trained.weight.detach().clone()
     assert module.measure_step(torch.ones(4, 2), contextlib.nullcontext) > 0
     assert torch.equal(module.trained.weight, weight) and module.trained.weight.grad is None
-
-
-def reference_ema(start: torch.Tensor, weights: list[torch.Tensor], decay: float) -> torch.Tensor:
-    average = start.clone()
-    for k, weight in enumerate(weights):
-        d = min(decay, (1 + k) / (10 + k))
-        average = d * average + (1 - d) * weight
-    return average
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -73,39 +39,6 @@ def test_validation_sees_the_average_and_training_goes_on_without_it(fit, make_m
     assert torch.equal(module.trained.weight, plain.trained.weight), "averaging changes nothing of the training"
     assert len(module.validated) == 2
     assert not torch.equal(module.validated[1], plain.validated[1])
-
-
-def test_the_average_is_taken_once_per_optimizer_step(fit, make_module):
-    module, weights, ema = make_module(lr=0.3), Weights(), EMACallback(0.9)
-    start = module.trained.weight.detach().clone()
-    fit(module, [Budget(6), ema, weights], max_steps=6, accumulate_grad_batches=3)
-    after_each = [*weights.found[1:], module.trained.weight.detach()]
-    assert len(after_each) == 6
-    torch.testing.assert_close(ema.ema.shadow[0], reference_ema(start, after_each, 0.9))
-
-
-def test_a_failed_validation_leaves_the_raw_weights(fit, make_module):
-    class Fails(type(make_module())):
-        def validation_step(self, x, batch_idx):
-            self.inside = self.trained.weight.detach().clone()
-            raise RuntimeError("in validation")
-
-    module, weights, ema = Fails(lr=0.3), Weights(), EMACallback(0.9)
-    with pytest.raises(RuntimeError, match="in validation"):
-        fit(module, [Budget(6), ema, weights], max_steps=6, val_check_interval=3)
-    assert torch.equal(module.inside, ema.ema.shadow[0])
-    assert not torch.equal(module.inside, module.trained.weight)
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_noise_depends_on_the_seed_and_the_step_alone(fit, make_module, accumulate):
-    whole, resumed = make_module(), make_module()
-    fit(whole, max_steps=6, accumulate_grad_batches=accumulate)
-    noise = [value for _, value in whole.seen]
-    assert len(set(noise)) == 6 * accumulate
-    resumed.step_offset = 4
-    fit(resumed, max_steps=2, start=4, accumulate_grad_batches=accumulate)
-    assert [value for _, value in resumed.seen] == noise[4 * accumulate :]
 
 
 def test_gradients_are_clipped_to_the_norm(fit, make_module):

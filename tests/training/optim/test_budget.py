@@ -86,15 +86,6 @@ def test_accumulated_steps_are_counted_as_one_and_never_cut(fit, make_module, cl
     assert trainer.global_step == 1 and len(module.seen) == 5
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
-def test_max_steps_counts_optimizer_steps(fit, make_module, accumulate):
-    module, rates = make_module(lr=1.0), Rates()
-    trainer = fit(module, [Budget(4), rates], max_steps=4, accumulate_grad_batches=accumulate)
-    assert trainer.global_step == 4
-    assert [step for step, _ in module.seen] == [k for k in range(4) for _ in range(accumulate)]
-    assert rates.found == pytest.approx([1 - k / 4 for k in range(4) for _ in range(accumulate)])
-
-
 def test_time_before_a_resume_counts(clock):
     budget = Budget(max_time_s=10.0)
     budget.load_state_dict({"spent_s": 6.0})

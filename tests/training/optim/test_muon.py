@@ -1,6 +1,7 @@
 """ldm.training.optim.muon: Muon for the blocks' matrices, AdamW for the rest, as one optimizer."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.optim import AdamW, Muon
 from ldm.networks.dit import DiT
 from ldm.training.optim.factory import OptimizerFactory
 from ldm.training.optim.muon import MuonAdamW
+from tests.small_training import same
 
 
 def build() -> DiT:
@@ -108,3 +110,21 @@ def test_it_goes_on_from_its_state(network):
 def test_a_network_without_blocks_is_adamw_alone():
     optimizer = make(torch.nn.Linear(3, 3))
     assert [type(inner) for inner in optimizer.inner] == [AdamW]
+
+
+def test_found_inf_leaves_a_step_out(network):
+    """Weights, moments and step counts as they were, from the first step on; where it is 0 nothing differs."""
+    masked = copy.deepcopy(network)
+    plain, masking = make(network), make(masked)
+    for k, left_out in enumerate([1, 0, 1, 0, 0, 1]):
+        masking.found_inf = torch.tensor(float(left_out))
+        if left_out:
+            for parameter in masked.parameters():
+                parameter.grad = torch.full_like(parameter, math.nan)
+            masking.step()
+        else:
+            train(network, plain, 1, seed=k)
+            train(masked, masking, 1, seed=k)
+    assert same(list(network.parameters()), list(masked.parameters()))
+    states = [[list(inner.state.values()) for inner in optimizer.inner] for optimizer in (plain, masking)]
+    assert same(*states)
