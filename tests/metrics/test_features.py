@@ -65,15 +65,15 @@ def test_without_a_network_to_fetch_the_weights(stand_in, monkeypatch):
 
 
 PIXELS = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4]}
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
 
 
 @pytest.fixture(scope="module")
 def dinov2(tmp_path_factory):
     """A folder of a tiny one."""
     folder = tmp_path_factory.mktemp("dinov2")
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
     torch.manual_seed(0)
-    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(folder)
+    Dinov2Model(Dinov2Config(**SIZES)).save_pretrained(folder)
     processor = {**PIXELS, "size": {"shortest_edge": 32}, "crop_size": {"height": 28, "width": 28}}
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     return folder
@@ -82,9 +82,8 @@ def dinov2(tmp_path_factory):
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clip")
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
     torch.manual_seed(0)
-    config = CLIPVisionConfig(intermediate_size=32, projection_dim=8, **sizes)
+    config = CLIPVisionConfig(intermediate_size=32, projection_dim=8, **SIZES)
     CLIPVisionModelWithProjection(config).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps({**PIXELS, "size": 28, "crop_size": 28}))
     return folder
@@ -149,14 +148,11 @@ def test_a_folder_that_is_none(tmp_path, dinov2, monkeypatch):
         load_features("inception", path="/x")
 
 
-def test_inception_without_its_package(monkeypatch):
-    monkeypatch.setattr(features, "find_spec", lambda name: None)
+def test_inception_with_a_stand_in(monkeypatch):
+    """Pixels from 0 to 1 go in, [b, 2048, 1, 1] in a list comes out; nothing is known of a package that is missing."""
+    monkeypatch.setitem(sys.modules, "pytorch_fid", None)
     with pytest.raises(UserError, match=r"features=inception needs .*pip install 'ldm-trainer\[inception\]'"):
         load_features("inception")
-
-
-def test_inception_with_a_stand_in(monkeypatch):
-    """Pixels from 0 to 1 go in, [b, 2048, 1, 1] in a list comes out."""
 
     class InceptionV3(torch.nn.Module):
         trained = 1.0
