@@ -45,11 +45,19 @@ def grid(
     for i, image in enumerate(images):
         left = MARGIN + (i % columns) * (cell + MARGIN)
         top = header + MARGIN + (i // columns) * (cell + label_height + MARGIN)
-        canvas.paste(image.convert("RGB").resize((cell, cell), Image.Resampling.BICUBIC), (left, top))
-        if captions is not None and captions[i]:
-            for line, text in enumerate(_wrap(draw, str(captions[i]), cell, font)):
-                draw.text((left, top + cell + 2 + 14 * line), text, fill=INK, font=font)
+        canvas.paste(_enlarge(image, cell), (left, top))
+        if captions is not None:
+            _write(draw, captions[i] or "", (left, top + cell + 2), cell, font)
     return canvas
+
+
+def _enlarge(image: Image.Image, cell: int) -> Image.Image:
+    return image.convert("RGB").resize((cell, cell), Image.Resampling.BICUBIC)
+
+
+def _write(draw: ImageDraw.ImageDraw, text: str, place: tuple[int, int], width: int, font: Any) -> None:
+    lines = "\n".join(_wrap(draw, text, width, font))
+    draw.multiline_text(place, lines, fill=INK, font=font, spacing=2)
 
 
 def _wrap(draw: ImageDraw.ImageDraw, text: str, width: int, font: Any, lines: int = 2) -> list[str]:
@@ -88,12 +96,9 @@ def rows(
     draw = ImageDraw.Draw(canvas)
     for row, (name, images) in enumerate(named):
         top = MARGIN + row * (cell + MARGIN)
-        for line, text in enumerate(_wrap(draw, name, gutter - 2 * MARGIN, font)):
-            draw.text((MARGIN, top + cell // 2 - 8 + 16 * line), text, fill=INK, font=font)
+        _write(draw, name, (MARGIN, top + cell // 2 - 8), gutter - 2 * MARGIN, font)
         for column, image in enumerate(images):
-            enlarged = image.convert("RGB").resize((cell, cell), Image.Resampling.BICUBIC)
-            canvas.paste(enlarged, (gutter + column * (cell + MARGIN), top))
+            canvas.paste(_enlarge(image, cell), (gutter + column * (cell + MARGIN), top))
     for column, caption in enumerate(captions or ()):
-        for line, text in enumerate(_wrap(draw, str(caption or ""), cell, font)):
-            draw.text((gutter + column * (cell + MARGIN), height + 15 * line), text, fill=INK, font=font)
+        _write(draw, caption or "", (gutter + column * (cell + MARGIN), height), cell, font)
     return canvas

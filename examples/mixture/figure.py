@@ -11,10 +11,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
-from examples.mixture.mixture import (
-    Descent,
-    Mixture,
-)
+from examples.mixture.mixture import Descent, Mixture
 from ldm.diffusion.schedule import NoiseSchedule
 
 POINTS = 1500
@@ -90,9 +87,8 @@ def _plinko(figure: SubFigure, mixture: Mixture, schedule: NoiseSchedule, descen
     for axes in (start, way, piles):
         axes.yaxis.label.set(rotation=0, ha="right", va="center")
         _plain(axes)
-    for axes in (start, piles):
-        axes.set_yticks(())
-        axes.spines["left"].set_visible(False)
+    start.set_yticks(())
+    piles.set_yticks(())
 
 
 def _bars(figure: SubFigure, figures: dict[str, Any]) -> None:
@@ -105,9 +101,7 @@ def _bars(figure: SubFigure, figures: dict[str, Any]) -> None:
     samples = [Patch(facecolor="none", edgecolor=INK, linewidth=1.5, label="true weight")]
     for name, place, alpha in (("exact denoiser", 0.0, 0.45), ("trained network", 0.28, 1.0)):
         part = figures[name.split()[0]]
-        error = {"ecolor": INK, "elinewidth": 1}
-        bars = {"color": colours, "alpha": alpha, "yerr": part["standard_errors"], "error_kw": error}
-        axes.bar(places + place, part["shares"], 0.25, **bars)
+        axes.bar(places + place, part["shares"], 0.25, color=colours, alpha=alpha, yerr=part["standard_errors"])
         samples.append(Patch(color=INK, alpha=alpha, label=f"{name} (chi-square p = {part['p_value']:.2g})"))
     axes.legend(handles=samples, frameon=False, fontsize=10, loc="upper right")
     axes.set(ylim=(0, 1.25 * max(weights)), ylabel="share of samples")
