@@ -14,7 +14,6 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig
-from torch import Tensor
 
 from ldm.autoencoder.losses import AutoencoderLoss
 from ldm.autoencoder.regularisers import KL, Unregularised, VectorQuantised
@@ -49,7 +48,7 @@ def seconds_by_turns(blocks: int, *variants: Callable[[], float]) -> list[list[f
 
 
 def stage_1_losses(config: DictConfig, run: Any) -> None:
-    """A step of stage 1 with one part of the loss more each time, and lambda the way that is usually published."""
+    """A step of stage 1 with one part of the loss more each time."""
     perceptual, adversarial = command.construct(config.perceptual.build), command.construct(config.adversarial.build)
     if perceptual is None or adversarial is None:
         raise UserError("A run of stage=vae is timed with every part: leave perceptual= and adversarial= to be some.")
@@ -72,23 +71,13 @@ def stage_1_losses(config: DictConfig, run: Any) -> None:
     optimizer = module.configure_optimizers()
     adversary.join(device)
     adversary.lr = 0.0
-    learn, last = adversary.learn, adversary.balance.last_layer.layer.weight
-
-    def by_autograd(draws: Draws) -> Tensor:
-        """lambda by a backward pass of each loss to the last layer, before the one that trains."""
-        made = module.regulariser.reconstruct(module.trained, batch, draws.randn)
-        distortion = module.loss(batch, made.images, made.terms)["loss"]
-        adversarial = adversary.generator_loss(made.images)
-        norms = [torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (distortion, adversarial)]
-        adversary.learn(batch, made.images)
-        return distortion + (norms[0] / (norms[1] + 1e-4)).detach() * adversarial
+    learn = adversary.learn
 
     variants = (
         "autoencoder alone",
         "+ perceptual features",
         "+ adversarial term and lambda",
         "+ discriminator's own step",
-        "the same, lambda by autograd",
     )
 
     def step(num_parts: int) -> float:
@@ -98,7 +87,7 @@ def stage_1_losses(config: DictConfig, run: Any) -> None:
         adversary.learn = learn if num_parts >= 3 else lambda *_: {}
         draws, start = module.trial_draws(batch), time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=str(run.facts["precision"]).startswith("bf16")):
-            loss = by_autograd(draws) if num_parts == 4 else module.losses(batch, draws)["loss"]
+            loss = module.losses(batch, draws)["loss"]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -113,7 +102,6 @@ def stage_1_losses(config: DictConfig, run: Any) -> None:
     print(f"{len(batch)} images of {images.resolution} px, {run.facts['precision']}, median of {config.blocks} blocks")
     for name, seconds in zip(variants, times, strict=True):
         print(f"{name:30} {1000 * seconds:7.1f} ms a step, {seconds / times[0]:.2f}x the autoencoder alone")
-    print(f"lambda where the gradients meet makes a step {times[-1] / times[-2]:.2f}x as fast as lambda by autograd")
 
 
 def bound(config: DictConfig, run: Any) -> None:
