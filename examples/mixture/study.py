@@ -3,7 +3,6 @@
 import json
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,28 +30,17 @@ STRAY = 4.0
 """A sample is astray that is more standard deviations than this from the centre of its mode."""
 
 
-@dataclass(frozen=True)
-class Study:
-    """What came out: all figures by name, the modes as a table, and both chains as a picture."""
-
-    figures: dict[str, Any]
-    table: Table
-    picture: Figure
-
-    def save(self, folder: Path) -> None:
-        """Write mixture.json and mixture.png."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "mixture.json").write_text(json.dumps(self.figures, indent=2) + "\n", encoding="utf-8")
-        self.picture.savefig(folder / "mixture.png", facecolor="white")
-
-
 def mixture(config: DictConfig) -> None:
     """`python examples/mixture/run.py`."""
     options = {key: config[key] for key in ("steps", "num_samples", "seed")}
-    found = study(construct(config.schedule), construct(config.sampler), device=choose_device(config.device), **options)
+    figures, picture = study(
+        construct(config.schedule), construct(config.sampler), device=choose_device(config.device), **options
+    )
     out = Path(config.out).expanduser()
-    found.save(out)
-    Console().print(found.table)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "mixture.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    picture.savefig(out / "mixture.png", facecolor="white")
+    Console().print(tabulate(figures))
     print(f"both chains as a picture: {out / 'mixture.png'}; all figures: {out / 'mixture.json'}")
 
 
@@ -65,10 +53,13 @@ def study(
     num_samples: Count,
     seed: Seed = 0,
     device: torch.device | str = "cpu",
-) -> Study:
+) -> tuple[dict[str, Any], Figure]:
     """Train on the mixture, sample with the network and with the exact denoiser, count the modes.
 
     Both start from the same noise and draw the same noise on the way.
+
+    Returns:
+        All figures by name, and both chains as a picture.
 
     Raises:
         UserError: too few samples, a sampler that does not fit the chain or the network.
@@ -110,8 +101,7 @@ def study(
     generator = torch_generator(seed, 4)
     z_0, origin = mixture.sample(min(POINTS, num_samples), generator)
     forward = ascend(schedule, z_0, list(descents["trained"].frames), generator)
-    picture = draw(mixture, schedule, figures, forward, origin, descents["trained"])
-    return Study(figures, tabulate(figures), picture)
+    return figures, draw(mixture, schedule, figures, forward, origin, descents["trained"])
 
 
 def check(mixture: Mixture, schedule: NoiseSchedule, sampler: SamplerLike, num_samples: int) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 from examples.mixture.mixture import ExactDenoiser, ascend, descend, five_modes, mean_loss, train
@@ -169,20 +168,14 @@ def test_a_network_learns_the_modes_and_their_weights():
     assert found["stray"] < 0.1
 
 
-def test_a_study_repeats_itself_and_is_written(tmp_path):
+def test_a_study_repeats_itself():
     options = {"steps": 20, "num_samples": 70, "seed": 3}
-    studies = [study(SCHEDULE, DDPM(20), **options) for _ in range(2)]
-    first, again = ({k: v for k, v in s.figures["trained"].items() if k != "sampling_s"} for s in studies)
-    assert first == again
-    studies[0].save(tmp_path / "new" / "place")
-    figures = json.loads((tmp_path / "new/place/mixture.json").read_text(encoding="utf-8"))
-    assert figures == studies[0].figures and sum(figures["trained"]["counts"]) == 70
+    (figures, _), (again, _) = (study(SCHEDULE, DDPM(20), **options) for _ in range(2))
+    first, second = ({k: v for k, v in x["trained"].items() if k != "sampling_s"} for x in (figures, again))
+    assert first == second and sum(first["counts"]) == 70
     assert [figures[key] for key in ("T", "schedule", *options)] == [200, "cosine", *options.values()]
     assert figures["sampler"]["method"] == "ddpm" and figures["sampler"]["steps"] == 20
     assert figures["stray_of_data"] == pytest.approx(math.exp(-8))
-    with Image.open(tmp_path / "new/place/mixture.png") as picture:
-        assert picture.size == (1540, 1430)
-    assert studies[0].table.row_count == 5 + 3
 
 
 @pytest.mark.parametrize(
