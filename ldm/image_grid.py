@@ -1,6 +1,7 @@
 """Pictures that people look at: grids with captions, rows that compare, film strips."""
 
 import math
+import textwrap
 import unicodedata
 from collections.abc import Sequence
 from typing import Any
@@ -61,24 +62,11 @@ def _write(draw: ImageDraw.ImageDraw, text: str, place: tuple[int, int], width: 
 
 
 def _wrap(draw: ImageDraw.ImageDraw, text: str, width: int, font: Any, lines: int = 2) -> list[str]:
-    """At most `lines` lines of at most `width` pixels, cut with an ellipsis."""
-    wrapped = [""]
-    # no font has them, and a line of the length of a page would be measured for every sign that it is cut by
+    """At most `lines` lines of about `width` pixels, cut with an ellipsis."""
+    # no font has control signs, and a line of the length of a page need not be measured
     shown = "".join(" " if unicodedata.category(sign) in ("Cc", "Cs") else sign for sign in text[:LONGEST_CAPTION])
-    for word in shown.split(" ")[:40]:
-        longer = f"{wrapped[-1]} {word}".strip()
-        if draw.textlength(longer, font=font) <= width or not wrapped[-1]:
-            wrapped[-1] = longer
-        else:
-            wrapped.append(word)
-    if len(wrapped) > lines:
-        wrapped = wrapped[:lines]
-        wrapped[-1] += "…"
-    for i, line in enumerate(wrapped):
-        while draw.textlength(line, font=font) > width and len(line) > 1:
-            line = line[:-2] + "…"
-        wrapped[i] = line
-    return wrapped
+    columns = int(0.95 * width * len(shown) / max(1, draw.textlength(shown, font=font)))
+    return textwrap.wrap(shown, max(1, columns), max_lines=lines, placeholder="…")
 
 
 def rows(

@@ -86,6 +86,12 @@ def vendi_score(features: Tensor) -> float:
     but for zeros, so the cost is linear in n. Source: Friedman and Dieng 2022, arXiv:2210.02410.
     """
     n, d = features.shape
-    unit = F.normalize(features.double(), dim=1)
-    shares = torch.linalg.eigvalsh((unit @ unit.T if n <= d else unit.T @ unit) / n).clamp(min=0)
+    if n <= d:
+        unit = F.normalize(features.double(), dim=1)
+        kernel = unit @ unit.T
+    else:
+        kernel = torch.zeros(d, d, dtype=torch.float64)
+        for unit in F.normalize(features, dim=1).split(1024):
+            kernel += (unit.T @ unit).double()
+    shares = torch.linalg.eigvalsh(kernel / n).clamp(min=0)
     return math.exp(torch.special.entr(shares).sum().item())

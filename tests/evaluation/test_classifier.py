@@ -102,11 +102,3 @@ def test_images_without_classes(make_images, images, tmp_path):
     images.labels[:] = [0] * len(images)
     with pytest.raises(UserError, match="two classes at least"):
         load_classifier(images)
-
-
-def test_a_name_that_is_none(images):
-    known = "efficientnet_lite, dinov2, clip, inception"
-    with pytest.raises(UserError, match=f"features=vgg is unknown. Choose one of: {known}, classifier"):
-        load_features("vgg", images)
-    with pytest.raises(UserError, match=f"Choose one of: {known}.$"):
-        load_features("classifier")

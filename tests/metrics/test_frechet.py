@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import poly_mmd
 
 from ldm.metrics import neighbours
@@ -161,25 +160,6 @@ def test_frechet_distance_against_scipy(dim):
     expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(c_1 + c_2 - 2 * root)
     assert frechet_distance(samples, reference) == pytest.approx(expected, rel=1e-8)
     assert frechet_distance(reference, samples) == pytest.approx(expected, rel=1e-8)
-
-
-class Flat(torch.nn.Module):
-    """Pixels as features."""
-
-    num_features = 12
-
-    def forward(self, images):
-        return images.flatten(1)
-
-
-def test_frechet_distance_equals_torchmetrics():
-    samples, reference = draw(60, 3, 2, 2).double(), 1.3 * draw(90, 3, 2, 2, seed=1).double() + 0.2
-    metric = FrechetInceptionDistance(feature=Flat(), normalize=True, input_img_size=(3, 2, 2)).set_dtype(torch.float64)
-    metric.update(reference, real=True)
-    metric.update(samples, real=False)
-    assert frechet_distance(samples.flatten(1), reference.flatten(1)) == pytest.approx(
-        metric.compute().item(), rel=1e-6
-    )
 
 
 def test_frechet_distance_of_equal_sets():

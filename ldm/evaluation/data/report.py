@@ -97,13 +97,12 @@ def inspect_data(
         for i in range(len(images)):
             texts += images.captions_of(i) or [None]
         content["captions"] = caption_statistics(texts)
-    distances: dict[str, Tensor] = {}
     if network is not None:
-        found, distances = _measure_in_features(images, reference_features(network, features, images), seed)
+        found = _measure_in_features(images, reference_features(network, features, images), seed)
         content["features"] = {"network": features, **found}
     content["what_to_do"] = ["docs/reading_the_numbers.md"]
     content["seconds"] = round(time.perf_counter() - started, 1)
-    return DataReport(content, _draw_pictures(images, content, alike, distances, seed))
+    return DataReport(content, _draw_pictures(images, content, alike, seed))
 
 
 def _find_copies(
@@ -154,8 +153,8 @@ def _find_copies(
     return content, alike + [(group[0], group[-1], "the same pixels") for group in groups]
 
 
-def _measure_in_features(images: ImageData, features: Tensor, seed: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Figures, and distances of validation and training images to the nearest other training image."""
+def _measure_in_features(images: ImageData, features: Tensor, seed: int) -> dict[str, Any]:
+    """How well the training images cover the validation images, and how diverse they are."""
     generator = numpy_generator(seed, 1)
     train, val = (torch.from_numpy(generator.permutation(part)) for part in (images.train_indices, images.val_indices))
     n, gallery = min(len(train), len(val), COMPARED), features[train]
@@ -166,19 +165,17 @@ def _measure_in_features(images: ImageData, features: Tensor, seed: int) -> tupl
         found = [density_coverage(features[val[:n]], features[part], k=NEIGHBOURS) for part in parts]
         content |= {"num_subsets": len(parts), "expected_coverage": expected_coverage(n, n, k=NEIGHBOURS)}
         content |= zip(("density", "coverage"), np.mean(found, axis=0).tolist(), strict=True)
-    distances = {}
     if len(train) > 1:
         own = torch.arange(len(train))[:COMPARED]
-        distances = {"val": nearest_distances(features[val[:COMPARED]], gallery)[:, 0]}
-        distances["train"] = nearest_distances(gallery[:COMPARED], gallery, own=own)[:, 0]
-    return content | {f"nearest_distance_{split}": part.mean().item() for split, part in distances.items()}, distances
+        content["nearest_distance_val"] = nearest_distances(features[val[:COMPARED]], gallery).mean().item()
+        content["nearest_distance_train"] = nearest_distances(gallery[:COMPARED], gallery, own=own).mean().item()
+    return content
 
 
 def _draw_pictures(
     images: ImageData,
     content: dict[str, Any],
     alike: list[tuple[int, int, str]],
-    distances: dict[str, Tensor],
     seed: int,
 ) -> dict[str, Image.Image | Figure]:
     val = set(images.val_indices.tolist())
@@ -195,13 +192,13 @@ def _draw_pictures(
             ]
             texts[-1] += f"; {how}"
         pictures["near_duplicates"] = grid(shown, texts, columns=6, title="Pairs side by side, the most alike first")
-    if distances or content.keys() & {"classes", "captions"}:
-        pictures["balance"] = _plot_balance(content, distances)
+    if content.keys() & {"classes", "captions"}:
+        pictures["balance"] = _plot_balance(content)
     return pictures
 
 
-def _plot_balance(content: dict[str, Any], distances: dict[str, Tensor]) -> Figure:
-    """Classes, words and lengths of captions, and distances in the feature space: those that there are."""
+def _plot_balance(content: dict[str, Any]) -> Figure:
+    """Classes, and words and lengths of captions: those that there are."""
     bars: dict[str, dict[Any, int]] = {}
     if "classes" in content:
         counts = list(content["classes"]["counts"].items())
@@ -209,21 +206,12 @@ def _plot_balance(content: dict[str, Any], distances: dict[str, Tensor]) -> Figu
     if "captions" in content:
         bars["most frequent words of the captions"] = content["captions"]["most_frequent_words"]
         bars["words of a caption"] = content["captions"]["lengths"]
-    num_panels = len(bars) + bool(distances)
-    figure = Figure(figsize=(5.2 * num_panels, 5), layout="constrained")
-    panels = iter(figure.subplots(1, num_panels, squeeze=False)[0])
-    for title, counted in bars.items():
-        axes = next(panels)
+    figure = Figure(figsize=(5.2 * len(bars), 5), layout="constrained")
+    for axes, (title, counted) in zip(figure.subplots(1, len(bars), squeeze=False)[0], bars.items(), strict=True):
         axes.bar_label(axes.barh(range(len(counted)), list(counted.values())), padding=2, fontsize=8)
         axes.set_yticks(range(len(counted)), [str(name)[:24] for name in counted], fontsize=8)
         axes.invert_yaxis()
         axes.set_title(title)
-    if distances:
-        axes, values = next(panels), [part.numpy() for part in distances.values()]
-        shares = [np.full(len(part), 1 / len(part)) for part in values]
-        axes.hist(values, 24, weights=shares, label=[f"from {split}" for split in distances])
-        axes.set(title="distance to the nearest other training image", xlabel="in the feature space", ylabel="share")
-        axes.legend(frameon=False)
     return figure
 
 

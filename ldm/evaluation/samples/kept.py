@@ -33,6 +33,10 @@ from ldm.sampling.request import Request
 
 FORMAT = 2
 """Of the files, and of how noise and captions are chosen: samples of another are drawn again."""
+NOT_FINITE = (
+    "the network diverged in training, or the sampler is not stable. Train it again with a lower optimizer.lr, or "
+    "choose another sampler or more sampler.steps."
+)
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,8 @@ def draw_and_keep(
                 file.truncate(drawn * size)  # an image that was half written
                 began = time.perf_counter()
                 for part in draw(pipeline, request, sampler, batch_size=batch_size, first=drawn, **options):
-                    _require_finite(part)
+                    if wrong := int((~part.isfinite().flatten(1).all(1)).sum()):
+                        raise UserError(f"{wrong} of {len(part)} samples are not finite: {NOT_FINITE}")
                     file.write(to_uint8(part).permute(0, 2, 3, 1).contiguous().numpy().tobytes())
                     file.flush()
                     cost["samples"] += len(part)
@@ -157,11 +162,3 @@ def _model(pipeline: LatentDiffusionPipeline) -> dict[str, Any]:
         "z_0_mse_sha256": None if fitted is None else hashlib.sha256(fitted.numpy().tobytes()).hexdigest(),
         "conditioning_sha256": hashlib.sha256(json.dumps(pipeline.conditioning.state()).encode()).hexdigest(),
     }
-
-
-def _require_finite(part: Tensor) -> None:
-    if wrong := int((~part.isfinite().flatten(1).all(1)).sum()):
-        raise UserError(
-            f"{wrong} of {len(part)} samples are not finite: the network diverged in training, or the sampler is not "
-            "stable. Train it again with a lower optimizer.lr, or choose another sampler or more sampler.steps."
-        )

@@ -1,6 +1,5 @@
 """One setting of the sampler at several values: how good the samples are, and what they cost."""
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -130,7 +129,7 @@ def knee(rows: Sequence[Mapping[str, Any]]) -> float:
 
 def sweep_table(found: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
     """Columns and rows of a sweep, its numbers as they are."""
-    columns = [found["over"], *(name for name in found["rows"][0] if name != "value")]
+    columns = [found["over"] if name == "value" else name for name in found["rows"][0]]
     return columns, [list(row.values()) for row in found["rows"]]
 
 
@@ -158,29 +157,24 @@ def sweep_lines(found: Mapping[str, Any]) -> list[str]:
 
 
 def plot_sampler_sweep(found: Mapping[str, Any]) -> Figure:
-    """Distance over the network evaluations or the guidance, beside what a sample costs, or precision and recall."""
+    """Distance over the network evaluations or the guidance; all else stands in the table."""
     rows, by_steps = found["rows"], found["over"] == "sampler.steps"
-    figure = Figure(figsize=(11, 3.9), layout="constrained")
-    first, second = figure.subplots(1, 2)
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
     x = [row["network_evaluations" if by_steps else "value"] for row in rows]
     errors = [WITHIN * row["standard_error"] for row in rows]
-    first.errorbar(x, [row["distance"] for row in rows], errors, marker="o", markersize=4, capsize=3)
+    axes.errorbar(x, [row["distance"] for row in rows], errors, marker="o", markersize=4, capsize=3)
     for place, row in zip(x, rows, strict=True):
         text = f"{row['value']:g}" + (" (knee)" if row["value"] == found["knee"] else "")
-        first.annotate(text, (place, row["distance"]), (6, 6), textcoords="offset points", fontsize=9)
-    first.set(ylabel=f"{found['metric']}\n{found['features_key']}", title=f"{found['metric']} by {found['over']}")
-    for name in ("seconds",) if by_steps else ("precision", "recall"):
-        values = [math.nan if row[name] is None else row[name] for row in rows]
-        second.plot(x, values, marker="o", markersize=4, label="seconds per sample" if by_steps else name)
-    second.set_ylim(0, None if by_steps else 1)
-    second.legend(frameon=False)
-    for axes in (first, second):
-        axes.set_xlabel("network evaluations per sample" if by_steps else "guidance scale")
-        if by_steps:
-            axes.set_xscale("log")
-            axes.set_xticks(x, [f"{value:.4g}" for value in x])
-            axes.minorticks_off()
-    number = f"N={found['num_samples']}, {found['sampler']['method']}; ref={found['reference']}"
-    bars = f"bars are +- {WITHIN:g} standard errors of a value; the knee goes by those of differences"
-    figure.suptitle(f"{number}; {bars}", fontsize=11)
+        axes.annotate(text, (place, row["distance"]), (6, 6), textcoords="offset points", fontsize=9)
+    if by_steps:
+        axes.set_xscale("log")
+        axes.set_xticks(x, [f"{value:.4g}" for value in x])
+        axes.minorticks_off()
+    axes.set_xlabel("network evaluations per sample" if by_steps else "guidance scale")
+    axes.set_ylabel(f"{found['metric']}, {found['features_key']}")
+    number = f"{found['metric']} by {found['over']}; N={found['num_samples']}, {found['sampler']['method']}"
+    axes.set_title(
+        f"{number}\nref={found['reference']}; bars are +- {WITHIN:g} standard errors of a value", fontsize=10
+    )
     return figure

@@ -8,7 +8,6 @@ from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import ldm.metrics.features
@@ -16,20 +15,10 @@ import ldm.tracking.run
 from ldm.data.images import prepare
 from ldm.data.sources.image_folder import ImageFolder
 from ldm.runtime.paths import folder
+from tests.evaluation.samples.test_report import MeanColours
 
 VAL_FRACTION = "data.val_fraction=0.3"
 PICTURES = ["balance.png", "contact_sheet.png", "near_duplicates.png"]
-
-
-class MeanColours(torch.nn.Module):
-    """Colours of a 2 x 2 grid: features that cost nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(1), requires_grad=False)
-
-    def forward(self, images):
-        return self.weight * torch.nn.functional.adaptive_avg_pool2d(images, 2).flatten(1)
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -71,9 +72,8 @@ def pipeline() -> LatentDiffusionPipeline:
 
 
 def kept(pipeline, images, folder: Path, num_samples: int, **options) -> np.ndarray:
-    return np.array(
-        draw_and_keep(pipeline, images, SAMPLER, folder, num_samples=num_samples, **{**OPTIONS, **options}).images
-    )
+    options = {"num_samples": num_samples, **OPTIONS, **options}
+    return np.array(draw_and_keep(pipeline, images, SAMPLER, folder, **options).images)
 
 
 def test_what_is_kept_is_what_is_drawn(pipeline, images, tmp_path):
@@ -295,17 +295,9 @@ def test_the_frechet_distance_takes_all_dimensions_where_it_can():
     assert len({len(line) for line in lines}) == 1
 
 
-@pytest.fixture
-def steps(pipeline, images, tmp_path):
-    samplers = {n: DDIM(n) for n in (2, 4, 8)}
-    options = {"features": "mean_colours", "num_samples": 24, "batch_size": 8}
-    return lambda guidances: sampler_sweep.sweep_sampler(
-        pipeline, images, samplers if len(guidances) == 1 else {3: SAMPLER}, guidances, tmp_path, **options
-    )
-
-
-def test_a_sweep_over_steps_and_one_over_guidance(steps, tmp_path):
-    found = steps([2.0])
+def test_a_sweep_over_steps_and_one_over_guidance(pipeline, images, tmp_path):
+    sweep = partial(sampler_sweep.sweep_sampler, pipeline, images, features="mean_colours", num_samples=24)
+    by_steps = found = sweep({n: DDIM(n) for n in (2, 4, 8)}, [2.0], tmp_path)
     assert [row["value"] for row in found["rows"]] == [2, 4, 8] and found["over"] == "sampler.steps"
     assert [row["network_evaluations"] for row in found["rows"]] == [4, 8, 16]
     assert min(row["above_best"] for row in found["rows"]) == 0 < found["rows"][0]["standard_error"]
@@ -316,9 +308,9 @@ def test_a_sweep_over_steps_and_one_over_guidance(steps, tmp_path):
     columns, cells = sampler_sweep.sweep_table(found)
     assert columns[:2] == ["sampler.steps", "network_evaluations"] and {len(row) for row in cells} == {len(columns)}
     assert [row[0] for row in cells] == [2, 4, 8]
-    found = steps([1.0, 2.0])
+    found = sweep({3: SAMPLER}, [1.0, 2.0], tmp_path)
     assert found["over"] == "guidance" and [row["network_evaluations"] for row in found["rows"]] == [3, 6]
-    for swept in (found, steps([2.0])):
+    for swept in (found, by_steps):
         sampler_sweep.plot_sampler_sweep(swept).savefig(tmp_path / "sweep.png")
         assert f"{swept['over']}={swept['knee']:g} is the knee" in sampler_sweep.sweep_lines(swept)[-1]
         json.dumps(swept)
@@ -326,23 +318,20 @@ def test_a_sweep_over_steps_and_one_over_guidance(steps, tmp_path):
 
 def test_a_sweep_refuses_before_it_draws(pipeline, images, tmp_path, monkeypatch):
     monkeypatch.setattr(kept_samples, "draw", lambda *_, **__: pytest.fail("drew"))
-    many = {n: DDIM(n) for n in (2, 51)}
-    with pytest.raises(UserError, match="both lists"):
-        sampler_sweep.sweep_sampler(pipeline, images, many, [1.0, 2.0], tmp_path)
-    with pytest.raises(UserError, match="guidance=high must be a number"):
-        sampler_sweep.sweep_sampler(pipeline, images, {3: SAMPLER}, [1, "high"], tmp_path)
-    with pytest.raises(UserError, match="sampler=ddim with 51 steps"):
-        sampler_sweep.sweep_sampler(pipeline, images, many, [1.0], tmp_path)
-    for measure, options in (
-        (measure_samples, {}),
-        (sampler_sweep.sweep_sampler, {"guidances": [1.0], "folder": tmp_path}),
+    one, many = {3: SAMPLER}, {n: DDIM(n) for n in (2, 51)}
+    for samplers, guidances, num_samples, message in (
+        (many, [1, 2], 8, "both lists"),
+        (one, [1, "high"], 8, "guidance=high must be a number"),
+        (many, [1], 8, "sampler=ddim with 51 steps"),
+        (one, [1], 7, "num_samples=7 must be 8 or more"),
     ):
-        sampler = SAMPLER if measure is measure_samples else many
-        with pytest.raises(UserError, match="num_samples=7 must be 8 or more"):
-            measure(pipeline, images, sampler, **options, num_samples=7)
+        with pytest.raises(UserError, match=message):
+            sampler_sweep.sweep_sampler(pipeline, images, samplers, guidances, tmp_path, num_samples=num_samples)
+    with pytest.raises(UserError, match="num_samples=7 must be 8 or more"):
+        measure_samples(pipeline, images, SAMPLER, num_samples=7)
     pipeline.conditioning = NoCondition()
     with pytest.raises(UserError, match="guidance=1,2,3: this model is unconditional"):
-        sampler_sweep.sweep_sampler(pipeline, images, {3: SAMPLER}, [1, 2, 3], tmp_path)
+        sampler_sweep.sweep_sampler(pipeline, images, one, [1, 2, 3], tmp_path)
 
 
 def test_the_knee_is_the_cheapest_that_is_no_worse():
@@ -376,24 +365,18 @@ def test_a_difference_of_values_that_share_their_noise_is_told_more_sharply():
     assert (values > 2 * errors).mean() > 0.9, "which both errors together would call equal"
 
 
-def test_captions_beside_those_of_other_prompts():
-    prompts, shown = (torch.randn(9, 5, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
-    cosines = torch.nn.functional.cosine_similarity(prompts[:, None], shown, dim=-1)
-    own, permuted, error = caption_agreement(prompts, (3 * shown).split(1))
-    assert own == pytest.approx(cosines.diagonal().mean().item(), rel=1e-5)
-    assert permuted == pytest.approx(cosines[~torch.eye(9, dtype=torch.bool)].mean().item(), rel=1e-5)
-    assert error == pytest.approx(cosines.diagonal().std().item() / 3, rel=1e-5)
-    assert caption_agreement(prompts, prompts.split(1))[0] == pytest.approx(1)
-
-
-def test_any_caption_of_the_image_that_was_found_counts():
-    prompts, shown = (torch.randn(n, 5, generator=torch.Generator().manual_seed(n)) for n in (4, 9))
-    counts = [1, 3, 2, 3]
+@pytest.mark.parametrize("counts", [[1] * 9, [1, 3, 2, 3]], ids=["one caption each", "several"])
+def test_captions_beside_those_of_other_prompts(counts):
+    """Any caption of the image that was found counts."""
+    n = len(counts)
+    prompts, shown = (torch.randn(k, 5, generator=torch.Generator().manual_seed(k)) for k in (n, sum(counts) + 20))
+    shown = shown[: sum(counts)]
     cosines = torch.nn.functional.cosine_similarity(prompts[:, None], shown, dim=-1)
     best = torch.stack([part.amax(1) for part in cosines.split(counts, dim=1)], dim=1)
-    own, permuted, _ = caption_agreement(prompts, shown.split(counts))
+    own, permuted, error = caption_agreement(prompts, (3 * shown).split(counts))
     assert own == pytest.approx(best.diagonal().mean().item(), rel=1e-5)
-    assert permuted == pytest.approx(best[~torch.eye(4, dtype=torch.bool)].mean().item(), rel=1e-5)
+    assert permuted == pytest.approx(best[~torch.eye(n, dtype=torch.bool)].mean().item(), rel=1e-5)
+    assert error == pytest.approx(best.diagonal().std().item() / n**0.5, rel=1e-5)
     mine = [torch.cat([-prompt[None], prompt[None]]) for prompt in prompts]
     assert caption_agreement(prompts, mine)[0] == pytest.approx(1), "whichever of them it is"
 
