@@ -4,6 +4,7 @@ import statistics
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig
-from torch import Tensor
 
 from ldm.autoencoder.losses import AutoencoderLoss
 from ldm.autoencoder.regularisers import KL, Unregularised, VectorQuantised
@@ -42,8 +42,13 @@ def bench(config: DictConfig) -> None:
         bound(config, run)
 
 
+def seconds_by_turns(blocks: int, *variants: Callable[[], float]) -> list[list[float]]:
+    """What each variant says that it took, one list per block, after a round that does not count."""
+    return [[variant() for variant in variants] for _ in range(blocks + 1)][1:]
+
+
 def stage_1_losses(config: DictConfig, run: Any) -> None:
-    """A step of stage 1 with one part of the loss more each time, and lambda the way that is usually published."""
+    """A step of stage 1 with one part of the loss more each time."""
     perceptual, adversarial = command.construct(config.perceptual.build), command.construct(config.adversarial.build)
     if perceptual is None or adversarial is None:
         raise UserError("A run of stage=vae is timed with every part: leave perceptual= and adversarial= to be some.")
@@ -66,54 +71,37 @@ def stage_1_losses(config: DictConfig, run: Any) -> None:
     optimizer = module.configure_optimizers()
     adversary.join(device)
     adversary.lr = 0.0
-    learn, last = adversary.learn, adversary.balance.last_layer.layer.weight
+    learn = adversary.learn
 
-    def by_autograd(draws: Draws) -> Tensor:
-        """lambda by a backward pass of each loss to the last layer, before the one that trains."""
-        made = module.regulariser.reconstruct(module.trained, batch, draws.randn)
-        distortion = module.loss(batch, made.images, made.terms)["loss"]
-        adversarial = adversary.generator_loss(made.images)
-        norms = [torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (distortion, adversarial)]
-        adversary.learn(batch, made.images)
-        return distortion + (norms[0] / (norms[1] + 1e-4)).detach() * adversarial
+    variants = (
+        "autoencoder alone",
+        "+ perceptual features",
+        "+ adversarial term and lambda",
+        "+ discriminator's own step",
+    )
 
-    def step(*parts: str) -> float:
-        module.loss.perceptual = perceptual if "perceptual" in parts else None
-        module.playing, adversary.balance.weight = "adversarial" in parts, None
-        adversary.learn = learn if "discriminator" in parts else lambda *_: {}
+    def step(num_parts: int) -> float:
+        """With so many parts more than the autoencoder alone."""
+        module.loss.perceptual = perceptual if num_parts >= 1 else None
+        module.playing, adversary.balance.weight = num_parts >= 2, None
+        adversary.learn = learn if num_parts >= 3 else lambda *_: {}
         draws, start = module.trial_draws(batch), time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=str(run.facts["precision"]).startswith("bf16")):
-            published = "lambda by autograd" in parts
-            loss = by_autograd(draws) if published else module.losses(batch, draws)["loss"]
+            loss = module.losses(batch, draws)["loss"]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if "discriminator" in parts:
+        if num_parts >= 3:
             adversary.step(decay=1.0)
         loss.item()  # an accelerator has finished only now
         return time.perf_counter() - start
 
-    every = ("perceptual", "adversarial", "discriminator")
-    variants = {
-        "autoencoder alone": (),
-        "+ perceptual features": every[:1],
-        "+ adversarial term and lambda": every[:2],
-        "+ discriminator's own step": every,
-        "the same, lambda by autograd": (*every, "lambda by autograd"),
-    }
     torch.set_flush_denormal(True)  # as training does
-    for parts in variants.values():
-        step(*parts)
-    rows = [[step(*parts) for parts in variants.values()] for _ in range(config.blocks)]
+    rows = seconds_by_turns(config.blocks, *(partial(step, num_parts) for num_parts in range(len(variants))))
     times = [statistics.median(column) for column in zip(*rows, strict=True)]
-    whole, before = times[-2], 0.0
     print(f"{len(batch)} images of {images.resolution} px, {run.facts['precision']}, median of {config.blocks} blocks")
     for name, seconds in zip(variants, times, strict=True):
-        ratio = f"{1000 * seconds:7.1f} ms a step, {seconds / times[0]:.2f}x the autoencoder alone"
-        share = f", adds {max(0.0, seconds - before) / whole:4.0%} of the whole" if seconds is not times[-1] else ""
-        print(f"{name:30} {ratio}{share}")
-        before = seconds
-    print(f"lambda where the gradients meet makes a step {times[-1] / whole:.2f}x as fast as lambda by autograd")
+        print(f"{name:30} {1000 * seconds:7.1f} ms a step, {seconds / times[0]:.2f}x the autoencoder alone")
 
 
 def bound(config: DictConfig, run: Any) -> None:
@@ -121,10 +109,8 @@ def bound(config: DictConfig, run: Any) -> None:
     pipeline = run.pipeline().to(choose_device(config.device))
     num_steps, size, denoiser = pipeline.schedule.num_steps, config.batch_size, pipeline.denoiser()
     z = torch.randn(size, *pipeline.latent_shape, device=pipeline.device)
-    condition = {
-        name: value.to(pipeline.device)
-        for name, value in Request.of_images(pipeline, run.image_data(), np.zeros(1, dtype=int)).condition.items()
-    }
+    request = Request.of_images(pipeline, run.image_data(), np.zeros(1, dtype=int))
+    condition = {name: value.to(pipeline.device) for name, value in request.condition.items()}
     repeated = {name: value.expand(size, *value.shape[1:]) for name, value in condition.items()}
     t = torch.arange(size, device=pipeline.device)
 
@@ -143,8 +129,7 @@ def bound(config: DictConfig, run: Any) -> None:
         variational_bound(denoiser, z[:1], condition, generators=generators, variance=variance, batch_size=size)
         return time.perf_counter() - start
 
-    bare(), ours()
-    rows = [(bare(), ours()) for _ in range(config.blocks)]
+    rows = seconds_by_turns(config.blocks, bare, ours)
     for alone, with_bound in rows:
         print(f"{num_steps} bare calls of the network {alone:.2f} s, all {num_steps} terms {with_bound:.2f} s")
     ratio = statistics.median(with_bound / alone for alone, with_bound in rows)
@@ -177,13 +162,13 @@ def training_loop(config: DictConfig) -> None:
             optimizer.step()
         return (time.perf_counter() - start) / config.steps
 
-    def ours(folder: Path) -> float:
+    def ours() -> float:
         budget = Budget(max_steps=config.steps, warmup_steps=100)
         trainer = Trainer(
             accelerator="cpu",
             max_steps=config.steps,
             callbacks=[budget, EMACallback(0.999), ProgressBar(budget, 8, 50, "no-op")],
-            logger=CSVLogger(folder),
+            logger=CSVLogger(tempfile.mkdtemp(dir=folder)),
             enable_progress_bar=False,
             enable_model_summary=False,
             enable_checkpointing=False,
@@ -196,11 +181,8 @@ def training_loop(config: DictConfig) -> None:
             trainer.fit(make(), loader())
         return budget.elapsed_s / config.steps
 
-    bare()
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for block in range(config.blocks):
-            rows.append((bare(), ours(Path(folder) / str(block))))
+        rows = seconds_by_turns(config.blocks, bare, ours)
     added = [1000 * (with_loop - alone) for alone, with_loop in rows]
     for alone, with_loop in rows:
         print(f"bare loop {1000 * alone:.3f} ms per step, ours {1000 * with_loop:.3f} ms")

@@ -1,6 +1,7 @@
 """Pictures that people look at: grids with captions, rows that compare, film strips."""
 
 import math
+import textwrap
 import unicodedata
 from collections.abc import Sequence
 from typing import Any
@@ -45,32 +46,27 @@ def grid(
     for i, image in enumerate(images):
         left = MARGIN + (i % columns) * (cell + MARGIN)
         top = header + MARGIN + (i // columns) * (cell + label_height + MARGIN)
-        canvas.paste(image.convert("RGB").resize((cell, cell), Image.Resampling.BICUBIC), (left, top))
-        if captions is not None and captions[i]:
-            for line, text in enumerate(_wrap(draw, str(captions[i]), cell, font)):
-                draw.text((left, top + cell + 2 + 14 * line), text, fill=INK, font=font)
+        canvas.paste(_enlarge(image, cell), (left, top))
+        if captions is not None:
+            _write(draw, captions[i] or "", (left, top + cell + 2), cell, font)
     return canvas
 
 
+def _enlarge(image: Image.Image, cell: int) -> Image.Image:
+    return image.convert("RGB").resize((cell, cell), Image.Resampling.BICUBIC)
+
+
+def _write(draw: ImageDraw.ImageDraw, text: str, place: tuple[int, int], width: int, font: Any) -> None:
+    lines = "\n".join(_wrap(draw, text, width, font))
+    draw.multiline_text(place, lines, fill=INK, font=font, spacing=2)
+
+
 def _wrap(draw: ImageDraw.ImageDraw, text: str, width: int, font: Any, lines: int = 2) -> list[str]:
-    """At most `lines` lines of at most `width` pixels, cut with an ellipsis."""
-    wrapped = [""]
-    # no font has them, and a line of the length of a page would be measured for every sign that it is cut by
+    """At most `lines` lines of about `width` pixels, cut with an ellipsis."""
+    # no font has control signs, and a line of the length of a page need not be measured
     shown = "".join(" " if unicodedata.category(sign) in ("Cc", "Cs") else sign for sign in text[:LONGEST_CAPTION])
-    for word in shown.split(" ")[:40]:
-        longer = f"{wrapped[-1]} {word}".strip()
-        if draw.textlength(longer, font=font) <= width or not wrapped[-1]:
-            wrapped[-1] = longer
-        else:
-            wrapped.append(word)
-    if len(wrapped) > lines:
-        wrapped = wrapped[:lines]
-        wrapped[-1] += "…"
-    for i, line in enumerate(wrapped):
-        while draw.textlength(line, font=font) > width and len(line) > 1:
-            line = line[:-2] + "…"
-        wrapped[i] = line
-    return wrapped
+    columns = int(0.95 * width * len(shown) / max(1, draw.textlength(shown, font=font)))
+    return textwrap.wrap(shown, max(1, columns), max_lines=lines, placeholder="…")
 
 
 def rows(
@@ -88,12 +84,9 @@ def rows(
     draw = ImageDraw.Draw(canvas)
     for row, (name, images) in enumerate(named):
         top = MARGIN + row * (cell + MARGIN)
-        for line, text in enumerate(_wrap(draw, name, gutter - 2 * MARGIN, font)):
-            draw.text((MARGIN, top + cell // 2 - 8 + 16 * line), text, fill=INK, font=font)
+        _write(draw, name, (MARGIN, top + cell // 2 - 8), gutter - 2 * MARGIN, font)
         for column, image in enumerate(images):
-            enlarged = image.convert("RGB").resize((cell, cell), Image.Resampling.BICUBIC)
-            canvas.paste(enlarged, (gutter + column * (cell + MARGIN), top))
+            canvas.paste(_enlarge(image, cell), (gutter + column * (cell + MARGIN), top))
     for column, caption in enumerate(captions or ()):
-        for line, text in enumerate(_wrap(draw, str(caption or ""), cell, font)):
-            draw.text((gutter + column * (cell + MARGIN), height + 15 * line), text, fill=INK, font=font)
+        _write(draw, caption or "", (gutter + column * (cell + MARGIN), height), cell, font)
     return canvas

@@ -11,10 +11,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
-from examples.mixture.mixture import (
-    Descent,
-    Mixture,
-)
+from examples.mixture.mixture import Descent, Mixture
 from ldm.diffusion.schedule import NoiseSchedule
 
 POINTS = 1500
@@ -22,8 +19,8 @@ POINTS = 1500
 BOUNCES = 50
 """At how many t a way down is drawn."""
 INK = "#2b2b2b"
-MODE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8C6D31", "#7F3C8D")
-"""Okabe and Ito's, which colour-blind readers can tell apart, and two more."""
+MODE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00")
+"""Okabe and Ito's, which colour-blind readers can tell apart."""
 
 
 def draw(
@@ -51,7 +48,7 @@ def _frames(figure: SubFigure, title: str, frames: dict[int, Tensor], mode: Tens
     figure.suptitle(title, fontsize=13, color=INK)
     every = figure.subplots(1, len(frames), squeeze=False, sharey=True)[0]
     for axes, (t, z_t) in zip(every, frames.items(), strict=True):
-        colours = [_colour(k) for k in mode[:POINTS].tolist()]
+        colours = [MODE_COLOURS[k] for k in mode[:POINTS].tolist()]
         axes.scatter(*z_t[:POINTS].T.numpy(), s=4, c=colours, alpha=0.7, linewidths=0)
         axes.set(xlim=(-3.4, 3.4), ylim=(-3.4, 3.4), xticks=(-2, 0, 2), yticks=(-2, 0, 2), aspect="equal")
         axes.set_title(f"t = {t}", fontsize=11, color=INK)
@@ -78,11 +75,11 @@ def _plinko(figure: SubFigure, mixture: Mixture, schedule: NoiseSchedule, descen
     board = (x.numpy(), rows.numpy(), (marginals / marginals.amax(1, keepdim=True)).numpy())
     way.pcolormesh(*board, cmap="Greys", vmax=2.4, shading="gouraud", zorder=0)
     for path, mode in zip(paths, end.tolist(), strict=False):
-        way.plot(path, heights, color=_colour(mode), linewidth=0.9, alpha=0.75)
-        way.plot(path[0], heights[0], "o", color=_colour(mode), markersize=4, clip_on=False, zorder=3)
+        way.plot(path, heights, color=MODE_COLOURS[mode], linewidth=0.9, alpha=0.75)
+        way.plot(path[0], heights[0], "o", color=MODE_COLOURS[mode], markersize=4, clip_on=False, zorder=3)
     way.set(ylim=(0, num_steps), ylabel="t")
     for k, pile in enumerate(modes):
-        piles.fill_between(x.numpy(), pile, color=_colour(k), alpha=0.9, linewidth=0)
+        piles.fill_between(x.numpy(), pile, color=MODE_COLOURS[k], alpha=0.9, linewidth=0)
         top = (first.means[k, 0].item(), pile.max())
         piles.annotate(f"mode {k + 1}", top, (0, 3), textcoords="offset points", ha="center", color=INK)
     piles.set(xlim=(-reach, reach), ylim=(0, 1.3 * modes.max()))
@@ -90,9 +87,8 @@ def _plinko(figure: SubFigure, mixture: Mixture, schedule: NoiseSchedule, descen
     for axes in (start, way, piles):
         axes.yaxis.label.set(rotation=0, ha="right", va="center")
         _plain(axes)
-    for axes in (start, piles):
-        axes.set_yticks(())
-        axes.spines["left"].set_visible(False)
+    start.set_yticks(())
+    piles.set_yticks(())
 
 
 def _bars(figure: SubFigure, figures: dict[str, Any]) -> None:
@@ -100,24 +96,18 @@ def _bars(figure: SubFigure, figures: dict[str, Any]) -> None:
     figure.suptitle(f"Share of each mode, N = {figures['num_samples']}", fontsize=13, color=INK)
     axes, weights = figure.subplots(), figures["weights"]
     places = np.arange(len(weights))
-    colours = [_colour(k) for k in places.tolist()]
+    colours = [MODE_COLOURS[k] for k in places.tolist()]
     axes.bar(places - 0.28, weights, 0.25, facecolor="none", edgecolor=colours, linewidth=1.5)
     samples = [Patch(facecolor="none", edgecolor=INK, linewidth=1.5, label="true weight")]
     for name, place, alpha in (("exact denoiser", 0.0, 0.45), ("trained network", 0.28, 1.0)):
         part = figures[name.split()[0]]
-        error = {"ecolor": INK, "elinewidth": 1}
-        bars = {"color": colours, "alpha": alpha, "yerr": part["standard_errors"], "error_kw": error}
-        axes.bar(places + place, part["shares"], 0.25, **bars)
+        axes.bar(places + place, part["shares"], 0.25, color=colours, alpha=alpha, yerr=part["standard_errors"])
         samples.append(Patch(color=INK, alpha=alpha, label=f"{name} (chi-square p = {part['p_value']:.2g})"))
     axes.legend(handles=samples, frameon=False, fontsize=10, loc="upper right")
     axes.set(ylim=(0, 1.25 * max(weights)), ylabel="share of samples")
     axes.set_xticks(places, [f"mode {k + 1}" for k in places.tolist()])
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     _plain(axes)
-
-
-def _colour(mode: int) -> str:
-    return MODE_COLOURS[mode % len(MODE_COLOURS)]
 
 
 def _plain(axes: Axes) -> None:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from ldm.diffusion.chain import forward_step, marginal, target, to_eps
@@ -21,6 +20,7 @@ from ldm.diffusion.denoiser import Condition, Denoiser, DenoiserLike, Prediction
 from ldm.diffusion.loss import sample_timesteps, simple_loss
 from ldm.diffusion.samplers.base import SamplerLike
 from ldm.diffusion.schedule import NoiseSchedule, Step
+from ldm.progress import progress, track
 from ldm.runtime.random import derive_seed, torch_generator
 
 FRAMES = (0, 0.08, 0.2, 0.4, 0.65, 1)
@@ -31,24 +31,11 @@ PATHS = 60
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
-    """sum_k weights[k] N(means[k], variance I), with means [k, d] and weights [k] in float64.
-
-    Raises:
-        ValueError: unless the shapes agree, the weights are positive with sum 1, and the variance is positive.
-    """
+    """sum_k weights[k] N(means[k], variance I), with means [k, d] and weights [k] in float64, whose sum is 1."""
 
     means: Tensor
     weights: Tensor
     variance: float
-
-    def __post_init__(self) -> None:
-        if self.means.ndim != 2 or self.weights.shape != self.means.shape[:1]:
-            shapes = f"{list(self.means.shape)} and {list(self.weights.shape)}"
-            raise ValueError(f"a mixture needs means [k, d] and weights [k]; got {shapes}")
-        if not (self.weights > 0).all() or abs(self.weights.sum().item() - 1) > 1e-9:
-            raise ValueError(f"weights must be positive with sum 1; got {self.weights.tolist()}")
-        if not self.variance > 0:
-            raise ValueError(f"variance must be positive; got {self.variance}")
 
     def sample(self, num_samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draw z_0 [n, d] in float32, and the mode [n] that each comes from."""
@@ -148,42 +135,29 @@ def train(
     denoiser = Denoiser(schedule, network, "v")
     optimizer = torch.optim.Adam(network.parameters(), lr=lr)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    with _progress("training") as bar:
-        for _ in bar.track(range(steps)):
-            z_0, z_t, eps, t = _noised(mixture, schedule, batch_size, generator, device)
-            output, _ = denoiser.output(z_t, t)
-            loss = simple_loss(schedule, output, z_0, eps, t, "v").mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            decay.step()
+    for _ in track(range(steps), "training"):
+        z_0, z_t, eps, t = _noised(mixture, schedule, batch_size, generator, device)
+        output, _ = denoiser.output(z_t, t)
+        loss = simple_loss(schedule, output, z_0, eps, t, "v").mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        decay.step()
     return denoiser
 
 
 @torch.no_grad()
-def mean_loss(
-    denoiser: DenoiserLike,
-    mixture: Mixture,
-    *,
-    num_samples: int = 20_000,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-) -> float:
+def mean_loss(denoiser: DenoiserLike, mixture: Mixture, *, seed: int = 0, device: torch.device | str = "cpu") -> float:
     """L_simple in v over fresh draws, of whatever answers with z_0; the exact denoiser's is the least there is."""
-    generator = torch_generator(seed, 2)
     schedule = denoiser.schedule
-    z_0, z_t, eps, t = _noised(mixture, schedule, num_samples, generator, device)
+    z_0, z_t, eps, t = _noised(mixture, schedule, 20_000, torch_generator(seed, 2), device)
     predicted = denoiser(z_t, t).z_0
     output = target(schedule, predicted, to_eps(schedule, predicted, z_t, t), t, "v")
     return simple_loss(schedule, output, z_0, eps, t, "v").mean().item()
 
 
 def _noised(
-    mixture: Mixture,
-    schedule: NoiseSchedule,
-    batch: int,
-    generator: torch.Generator,
-    device: torch.device | str,
+    mixture: Mixture, schedule: NoiseSchedule, batch: int, generator: torch.Generator, device: torch.device | str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Draws of z_0, z_t, eps and t."""
     z_0 = mixture.sample(batch, generator)[0].to(device)
@@ -211,8 +185,8 @@ def descend(
     """Take z_T down with a progress bar, and keep what a picture of it needs."""
     num_steps = denoiser.schedule.num_steps
     steps, states = [float(num_steps)], [z_T.cpu()]
-    with _progress(title) as bar:
-        task = bar.add_task("", total=num_steps)
+    with progress() as bar:
+        task = bar.add_task(title, total=num_steps)
 
         def keep(s: float, z_s: Tensor, z_0: Tensor) -> None:
             steps.append(s)
@@ -233,8 +207,3 @@ def ascend(schedule: NoiseSchedule, z_0: Tensor, steps: Sequence[int], generator
             eps = torch.randn(z_0.shape, generator=generator)
             frames[t] = forward_step(schedule, frames[s], s, t, eps)
     return frames
-
-
-def _progress(title: str) -> Progress:
-    columns = (TextColumn(title), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    return Progress(*columns, transient=True)

@@ -3,7 +3,6 @@
 import json
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,78 +15,57 @@ from scipy.stats import chi2, chisquare
 from torch import Tensor
 
 from examples.mixture.figure import POINTS, draw
-from examples.mixture.mixture import (
-    ExactDenoiser,
-    Mixture,
-    ascend,
-    descend,
-    five_modes,
-    mean_loss,
-    train,
-)
+from examples.mixture.mixture import ExactDenoiser, Mixture, ascend, descend, five_modes, mean_loss, train
 from ldm.cli.main import construct
 from ldm.diffusion.denoiser import DenoiserLike
 from ldm.diffusion.samplers.base import SamplerLike
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
+from ldm.rules import Count, Seed, checked
 from ldm.runtime.device import choose_device
 from ldm.runtime.random import torch_generator
-from ldm.sampling.draw import describe
+from ldm.sampling.draw import check_sampler, describe
 
 STRAY = 4.0
 """A sample is astray that is more standard deviations than this from the centre of its mode."""
 
 
-@dataclass(frozen=True)
-class Study:
-    """What came out: all figures by name, the modes as a table, and both chains as a picture."""
-
-    figures: dict[str, Any]
-    table: Table
-    picture: Figure
-
-    def save(self, folder: Path) -> None:
-        """Write mixture.json and mixture.png."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "mixture.json").write_text(json.dumps(self.figures, indent=2) + "\n", encoding="utf-8")
-        self.picture.savefig(folder / "mixture.png", facecolor="white")
-
-
 def mixture(config: DictConfig) -> None:
     """`python examples/mixture/run.py`."""
-    found = study(
-        construct(config.schedule),
-        construct(config.sampler),
-        steps=config.steps,
-        num_samples=config.num_samples,
-        seed=config.seed,
-        device=choose_device(config.device),
+    options = {key: config[key] for key in ("steps", "num_samples", "seed")}
+    figures, picture = study(
+        construct(config.schedule), construct(config.sampler), device=choose_device(config.device), **options
     )
     out = Path(config.out).expanduser()
-    found.save(out)
-    Console().print(found.table)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "mixture.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    picture.savefig(out / "mixture.png", facecolor="white")
+    Console().print(tabulate(figures))
     print(f"both chains as a picture: {out / 'mixture.png'}; all figures: {out / 'mixture.json'}")
 
 
+@checked
 def study(
     schedule: NoiseSchedule,
     sampler: SamplerLike,
     *,
-    steps: int,
-    num_samples: int,
-    seed: int = 0,
+    steps: Count,
+    num_samples: Count,
+    seed: Seed = 0,
     device: torch.device | str = "cpu",
-    mixture: Mixture | None = None,
-) -> Study:
+) -> tuple[dict[str, Any], Figure]:
     """Train on the mixture, sample with the network and with the exact denoiser, count the modes.
 
     Both start from the same noise and draw the same noise on the way.
 
+    Returns:
+        All figures by name, and both chains as a picture.
+
     Raises:
-        UserError: a number that is none or too small, a sampler that does not fit the chain or the network.
+        UserError: too few samples, a sampler that does not fit the chain or the network.
     """
-    mixture = mixture or five_modes()
-    check(mixture, schedule, sampler, steps=steps, num_samples=num_samples, seed=seed)
+    mixture = five_modes()
+    check(mixture, schedule, sampler, num_samples)
     started = time.perf_counter()
     network = train(mixture, schedule, steps=steps, seed=seed, device=device)
     training_s = time.perf_counter() - started
@@ -123,33 +101,22 @@ def study(
     generator = torch_generator(seed, 4)
     z_0, origin = mixture.sample(min(POINTS, num_samples), generator)
     forward = ascend(schedule, z_0, list(descents["trained"].frames), generator)
-    picture = draw(mixture, schedule, figures, forward, origin, descents["trained"])
-    return Study(figures, tabulate(figures), picture)
+    return figures, draw(mixture, schedule, figures, forward, origin, descents["trained"])
 
 
-def check(
-    mixture: Mixture, schedule: NoiseSchedule, sampler: SamplerLike, *, steps: int, num_samples: int, seed: int
-) -> None:
+def check(mixture: Mixture, schedule: NoiseSchedule, sampler: SamplerLike, num_samples: int) -> None:
     """Refuse what cannot be studied, before the training.
 
     Raises:
         UserError: naming the key, its value and the rule.
     """
-    for key, value in (("steps", steps), ("num_samples", num_samples), ("seed", seed)):
-        if not isinstance(value, int):
-            raise UserError(f"{key}={value} must be a whole number.")
-    if steps < 1:
-        raise UserError(f"steps={steps} must be at least 1: it is how long the network is trained.")
     rarest = mixture.weights.min().item()
     if num_samples * rarest < 5:
         raise UserError(
             f"num_samples={num_samples} must be at least {math.ceil(5 / rarest)}: a chi-square test wants five samples "
             f"in the rarest mode, which has {rarest:.0%} of them."
         )
-    try:
-        sampler.check(schedule)
-    except ValueError as error:
-        raise UserError(f"sampler={sampler.method} with {sampler.steps} steps: {error}.") from error
+    check_sampler(sampler, schedule)
     if sampler.variance in ("learned_range", "optimal"):
         raise UserError(f"sampler.variance={sampler.variance}: Sigma is fixed here. Choose fixed_small or fixed_large.")
 

@@ -46,14 +46,14 @@ def evaluate_diffusion(config: DictConfig, run: Any) -> dict[str, Any]:
 
     The knee's metrics do not replace those of more samples.
     """
-
     keys = ("features", "features_path", "num_samples", "guidance_interval", "seed", "batch_size")
     options: dict[str, Any] = {key: config[key] for key in keys} | {"folder": run.path / "evaluation"}
     steps, guidances = (list(x) if OmegaConf.is_list(x) else [x] for x in (config.sampler.steps, config.guidance))
     samplers = {value: command.construct(config.sampler, steps=value) for value in steps}
     pipeline, images = run.pipeline().to(choose_device(config.device)), run.image_data()
     weights = run_weights_sha256(run)
-    swept, more, files, tables = None, {}, [], {}
+    found: dict[str, Any] = {"values": {}, "pictures": {}, "files": [], "tables": {}}
+    elsewhere = run.evaluation_file
     if len(steps) > 1 or len(guidances) > 1:
         swept = sampler_sweep.sweep_sampler(pipeline, images, samplers, guidances, **options)
         table = run.path / ("steps.json" if len(steps) > 1 else "guidance.json")
@@ -61,25 +61,21 @@ def evaluate_diffusion(config: DictConfig, run: Any) -> dict[str, Any]:
         picture = table.with_suffix(".png")
         sampler_sweep.plot_sampler_sweep(swept).savefig(picture, dpi=130)
         with Image.open(picture) as drawn:
-            more = {picture.name: drawn.convert("RGB")}
-        files, tables = [table, picture], {"sweep": sampler_sweep.sweep_table(swept)}
+            found["pictures"] = {picture.name: drawn.convert("RGB")}
+        found |= {"values": {"sweep": swept}, "files": [table, picture]}
+        found["tables"] = {"sweep": sampler_sweep.sweep_table(swept)}
+        elsewhere = run.path / "evaluation" / "knee.json"
         print("\n".join([*sampler_sweep.sweep_lines(swept), f"drawn in {picture}, as numbers in {table}", ""]))
         steps, guidances = ([swept["knee"]] if len(values) > 1 else values for values in (steps, guidances))
-    sampler = samplers[steps[0]]
-    evaluation = report.measure_samples(
-        pipeline, images, sampler, guidance=guidances[0], weights_sha256=weights, **options
-    )
-    place = run.evaluation_file
-    if swept is None:
-        evaluation.save(place)
-    else:
-        place = evaluation.save_unless_smaller(place, run.path / "evaluation" / "knee.json")
+    options |= {"guidance": guidances[0], "weights_sha256": weights}
+    evaluation = report.measure_samples(pipeline, images, samplers[steps[0]], **options)
+    place = evaluation.save_unless_smaller(run.evaluation_file, elsewhere)
     print("\n".join(evaluation.lines))
     return {
-        "values": evaluation.to_json() | ({} if swept is None else {"sweep": swept}),
-        "pictures": evaluation.pictures | more,
-        "files": [place, *files],
-        "tables": tables,
+        "values": evaluation.to_json() | found["values"],
+        "pictures": evaluation.pictures | found["pictures"],
+        "files": [place, *found["files"]],
+        "tables": found["tables"],
     }
 
 

@@ -8,7 +8,7 @@ from ldm.cli import main as command
 from ldm.image_grid import to_pil
 from ldm.runs.run import Run
 from ldm.runtime.device import choose_device
-from ldm.sampling.draw import check_interval, describe, draw, film_strip, write
+from ldm.sampling.draw import describe, draw, film_strip, write
 from ldm.sampling.request import Request
 
 
@@ -16,30 +16,18 @@ def sample(config: DictConfig) -> None:
     run = Run.open(config.run)
     pipeline = run.pipeline().to(choose_device(config.device))
     sampler = command.construct(config.sampler)
-    request = Request.make(
-        pipeline,
-        prompt=config.prompt,
-        prompts=config.prompts,
-        label=config.label,
-        num_samples=config.num_samples,
-    )
-    options = {
-        "guidance": config.guidance,
-        "guidance_interval": config.guidance_interval,
-        "seed": config.seed,
-    }
-    images = [
-        image
-        for batch in draw(pipeline, request, sampler, batch_size=config.batch_size, **options)
-        for image in to_pil(batch)
-    ]
+    asked = {key: config[key] for key in ("prompt", "prompts", "label", "num_samples")}
+    request = Request.make(pipeline, **asked)
+    options = {key: config[key] for key in ("guidance", "guidance_interval", "seed")}
+    batches = draw(pipeline, request, sampler, batch_size=config.batch_size, **options)
+    images = [image for batch in batches for image in to_pil(batch)]
     out = Path(config.out).expanduser() if config.out else run.path / "samples"
     made_by = {
         "run": str(run.path),
         "autoencoder_sha256": pipeline.contract.autoencoder_sha256,
         "sampler": describe(sampler),
         **options,
-        "guidance_interval": check_interval(config.guidance_interval),
+        "guidance_interval": list(config.guidance_interval),
         "versions": run.facts["versions"],
     }
     path = write(out, images, request.captions, made_by)

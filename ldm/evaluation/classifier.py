@@ -87,14 +87,9 @@ def load_classifier(images: ImageData, *, seed: int = 0, num_steps: int = NUM_ST
         UserError: images without class labels, or all of one class.
     """
     labels = _labels(images)
-    made_from: dict[str, Any] = {
-        "format": FORMAT,
-        "data_fingerprint": images.fingerprint,
-        "val_fraction": images.val_fraction,
-        "seed": seed,
-        "num_steps": num_steps,
-        "num_classes": int(labels.max()) + 1,
-    }
+    data = {"data_fingerprint": images.fingerprint, "val_fraction": images.val_fraction}
+    made_from: dict[str, Any] = {"format": FORMAT, **data, "seed": seed, "num_steps": num_steps}
+    made_from["num_classes"] = int(labels.max()) + 1
     digest = sha256_of_values(made_from)[:8]
     classifier, name = Classifier(made_from["num_classes"]), f"{Classifier.name}-{digest}"
     weights, facts = (images.path / f"features-{name}{end}" for end in (".safetensors", ".json"))
@@ -121,16 +116,11 @@ def load_classifier(images: ImageData, *, seed: int = 0, num_steps: int = NUM_ST
 
 def _labels(images: ImageData) -> Tensor:
     missing = len(images) if images.labels is None else images.labels.count(None)
-    if missing:
+    labels = torch.tensor([] if missing else images.labels)
+    if missing or len(labels[images.train_indices].unique()) < 2:
         raise UserError(
-            f"features=classifier is trained on class labels, and {missing} of the {len(images)} images of "
-            f"{images.name} have none. Choose features=efficientnet_lite."
-        )
-    labels = torch.tensor(images.labels)
-    if len(labels[images.train_indices].unique()) < 2:
-        raise UserError(
-            f"features=classifier needs two classes at least, and the training images of {images.name} are all of one. "
-            "Choose features=efficientnet_lite."
+            f"features=classifier is trained on two classes at least, and {missing} of the {len(images)} images of "
+            f"{images.name} have none, or all have the same. Choose features=efficientnet_lite."
         )
     return labels
 
@@ -140,7 +130,12 @@ def fit_classifier(classifier: Classifier, images: ImageData, labels: Tensor, *,
 
     On the CPU, so that every machine finds the same features. Weights and order depend on the seed alone.
     """
-    _initialise(classifier, torch_generator(seed, 1))
+    generator = torch_generator(seed, 1)
+    for layer in classifier.modules():
+        if isinstance(layer, nn.Conv2d):  # He's normal initialisation, arXiv:1502.01852
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu", generator=generator)
+    nn.init.zeros_(classifier.head.weight)
+    nn.init.zeros_(classifier.head.bias)
     indices, order = images.train_indices, derive_seed(seed, 2)
     batch_size = min(BATCH_SIZE, len(indices))
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=PEAK_LR, weight_decay=WEIGHT_DECAY)
@@ -160,23 +155,12 @@ def fit_classifier(classifier: Classifier, images: ImageData, labels: Tensor, *,
     network.eval().to(memory_format=torch.contiguous_format)
 
 
-def _initialise(classifier: Classifier, generator: torch.Generator) -> None:
-    """He's normal initialisation of the convolutions, a head that starts at zero. Source: arXiv:1502.01852."""
-    for layer in classifier.modules():
-        if isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu", generator=generator)
-    nn.init.zeros_(classifier.head.weight)
-    nn.init.zeros_(classifier.head.bias)
-
-
 @torch.no_grad()
 def accuracy(classifier: Classifier, images: ImageData, labels: Tensor, indices: np.ndarray) -> float:
     """Share of these images whose class it names."""
-    right = 0
-    for start in range(0, len(indices), BATCH_SIZE):
-        chosen = indices[start : start + BATCH_SIZE]
-        right += int((classifier.logits(images.batch(chosen)).argmax(1) == labels[chosen]).sum())
-    return right / len(indices)
+    starts = range(0, len(indices), BATCH_SIZE)
+    named = [classifier.logits(images.batch(indices[i : i + BATCH_SIZE])).argmax(1) for i in starts]
+    return (torch.cat(named) == labels[indices]).double().mean().item()
 
 
 def class_accuracy(named: Tensor, labels: Tensor) -> tuple[float, float]:

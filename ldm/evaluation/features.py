@@ -36,26 +36,19 @@ def load_features(name: str, images: ImageData | None = None, path: str | None =
     """
     if path is not None and name not in HUB_IDS:
         raise UserError(f"features_path={path} is for features={' or '.join(HUB_IDS)}; features={name} takes none.")
-    if images is not None and name == Classifier.name:
-        return load_classifier(images)
-    if name not in CHOICES:
-        known = [*CHOICES, *([] if images is None else [Classifier.name])]
-        raise UserError(f"features={name} is unknown. Choose one of: {', '.join(known)}.")
-    return CHOICES[name](path) if name in HUB_IDS else CHOICES[name]()
-
-
-def key_of(network: nn.Module, name: str) -> str:
-    """What tells features apart: the network's name, a digest of its weights, the size that images are brought to."""
-    return getattr(network, "key", name)
+    choices = CHOICES if images is None else {**CHOICES, Classifier.name: lambda: load_classifier(images)}
+    if name not in choices:
+        raise UserError(f"features={name} is unknown. Choose one of: {', '.join(choices)}.")
+    return choices[name](path) if name in HUB_IDS else choices[name]()
 
 
 def describe_features(network: nn.Module, name: str) -> dict[str, str | None]:
-    """For a report: the name, the key and the library of features, without which a distance means nothing."""
-    return {
-        "features": name,
-        "features_key": key_of(network, name),
-        "features_library": getattr(network, "library", None),
-    }
+    """For a report: the name, the key and the library of features, without which a distance means nothing.
+
+    The key is the network's name, a digest of its weights and the size that images are brought to.
+    """
+    key, library = getattr(network, "key", name), getattr(network, "library", None)
+    return {"features": name, "features_key": key, "features_library": library}
 
 
 def extract(network: nn.Module, images: Tensor | ImageSet, title: str, batch_size: int = 64) -> Tensor:
@@ -73,9 +66,10 @@ def extract(network: nn.Module, images: Tensor | ImageSet, title: str, batch_siz
 def reference_features(network: nn.Module, name: str, images: ImageData) -> Tensor:
     """Features of every image of a data set, computed once and kept in its cache folder.
 
-    Under `key_of` the network and the data's fingerprint.
+    Under the network's key and the data's fingerprint.
     """
-    file = images.path / f"features-{key_of(network, name)}-{images.fingerprint[:8]}.npy"
+    key = describe_features(network, name)["features_key"]
+    file = images.path / f"features-{key}-{images.fingerprint[:8]}.npy"
     if not file.is_file():
         found = extract(network, images, f"features of {images.name}")
         with durable_file(file) as partial:

@@ -1,18 +1,17 @@
 """Copies and near copies among images, by difference hashes and thumbnails.
 
-Setting: images are [b, 3, H, W] in [-1, 1]. Pairs are compared block by block, so that memory does not grow with their
+Setting: images are [b, 3, H, W] in [-1, 1]. Pairs are compared part by part, so that memory does not grow with their
 number.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.metrics.neighbours import BLOCK, squared_distances
+from ldm.metrics.neighbours import part_size, squared_distances
+from ldm.progress import track
 
 LUMA = (0.299, 0.587, 0.114)
 LEVEL = 1 / 127.5
@@ -36,9 +35,9 @@ def thumbnails(images: Tensor) -> Tensor:
 
 
 def near_pairs(
-    hashes: Tensor, colours: Tensor, *, max_bits: int, max_levels: float, block: int = BLOCK
+    hashes: Tensor, colours: Tensor, *, max_bits: int, max_levels: float
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Every pair whose hashes differ in few bits and whose thumbnails in few levels, one answer per pair of blocks.
+    """Every pair whose hashes differ in few bits and whose thumbnails in few levels, part by part, with a progress bar.
 
     Args:
         hashes: bool [n, 64].
@@ -46,25 +45,15 @@ def near_pairs(
         max_levels: Largest root mean square difference of the thumbnails, in levels of 255.
 
     Yields:
-        Pairs [p, 2] with i < j, bits that differ [p], levels [p]; `num_block_pairs` times, p = 0 among them.
+        Pairs [p, 2] with i < j, bits that differ [p], levels [p].
     """
-    signs = hashes.float() * 2 - 1
-    for rows in range(0, len(hashes), block):
-        for columns in range(rows, len(hashes), block):
-            i, j = slice(rows, rows + block), slice(columns, columns + block)
-            bits = (hashes.shape[1] - signs[i] @ signs[j].T) / 2  # small whole numbers, which float32 holds exactly
-            levels = (squared_distances(colours[i], colours[j]) / colours.shape[1]).sqrt() / LEVEL
-            found = (bits <= max_bits) & (levels <= max_levels)
-            if rows == columns:
-                found = found.triu(1)
-            pairs = found.nonzero()
-            yield pairs + torch.tensor([rows, columns]), bits[found].long(), levels[found]
-
-
-def num_block_pairs(n: int, block: int = BLOCK) -> int:
-    """How many answers `near_pairs` gives for n images."""
-    blocks = math.ceil(n / block)
-    return blocks * (blocks + 1) // 2
+    signs, size = hashes.float() * 2 - 1, part_size(len(hashes))
+    for start in track(range(0, len(hashes), size), "near duplicates"):
+        rows = slice(start, start + size)
+        bits = (hashes.shape[1] - signs[rows] @ signs[start:].T) / 2  # small whole numbers, which float32 holds exactly
+        levels = (squared_distances(colours[rows], colours[start:]) / colours.shape[1]).sqrt() / LEVEL
+        found = ((bits <= max_bits) & (levels <= max_levels)).triu(1)
+        yield found.nonzero() + start, bits[found].long(), levels[found]
 
 
 class Copies:

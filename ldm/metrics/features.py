@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -41,8 +40,7 @@ class EfficientNetLite(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        resized = F.interpolate(images, size=self.size, mode="bicubic", antialias=True, align_corners=False)
-        return self.network.extract_features(_scaled(resized.clamp(-1, 1))).mean(dim=(2, 3))
+        return self.network.extract_features(_scaled(_resize(images, self.size))).mean(dim=(2, 3))
 
 
 def _efficientnet_lite(purpose: str) -> Any:
@@ -56,6 +54,10 @@ def _efficientnet_lite(purpose: str) -> Any:
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     # 1.6 times as fast on a CPU, whose depthwise convolutions like channels last
     return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def _resize(images: Tensor, size: int) -> Tensor:
+    return F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
 
 
 def _scaled(images: Tensor) -> Tensor:
@@ -89,7 +91,9 @@ class VisionTransformer(nn.Module):
             self.network = model.from_pretrained(
                 self.path, use_safetensors=True, trust_remote_code=False
             ).requires_grad_(False)
-            processor = read_json(_file(self.path, "preprocessor_config.json"))
+            file = "preprocessor_config.json"
+            folder = Path(self.path)
+            processor = read_json(folder / file if folder.is_dir() else Path(hf_hub_download(self.path, file)))
         except (OSError, ValueError) as error:
             rule = (
                 f"is no folder with the config.json, safetensors and preprocessor_config.json of {kind}, and no hub id "
@@ -104,8 +108,7 @@ class VisionTransformer(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        resized = F.interpolate(images, size=self.size, mode="bicubic", antialias=True, align_corners=False)
-        pixels = ((resized.clamp(-1, 1) + 1) / 2 - self.mean.to(images)) / self.std.to(images)
+        pixels = ((_resize(images, self.size) + 1) / 2 - self.mean.to(images)) / self.std.to(images)
         found = self.network(pixel_values=pixels)
         return found.pooler_output if self.name == "dinov2" else found.image_embeds
 
@@ -127,14 +130,13 @@ class Inception(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        if find_spec("pytorch_fid") is None:
-            raise InputError(
-                "features", self.name, f"needs pytorch-fid and torchvision: {shell.install_command('inception')}"
-            )
-        from pytorch_fid.inception import InceptionV3
-
         try:
+            from pytorch_fid.inception import InceptionV3
+
             self.network = InceptionV3().eval().requires_grad_(False)
+        except ImportError as error:
+            rule = f"needs pytorch-fid and torchvision: {shell.install_command('inception')}"
+            raise InputError("features", self.name, rule) from error
         except URLError as error:
             rule = (
                 f"needs the weights of Inception-v3, which could not be downloaded ({error.reason}): download them "
@@ -146,11 +148,6 @@ class Inception(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         return self.network((images.clamp(-1, 1) + 1) / 2)[0].flatten(1)
-
-
-def _file(path: str, name: str) -> Path:
-    """A file of a folder or of a hub's repository."""
-    return Path(path, name) if Path(path).is_dir() else Path(hf_hub_download(path, name))
 
 
 def weights_digest(network: nn.Module) -> str:

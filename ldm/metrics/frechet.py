@@ -23,23 +23,13 @@ def frechet_distance(samples: Tensor, reference: Tensor) -> float:
     Raises:
         ValueError: fewer than 2 d of either, whose covariance is mostly noise.
     """
-    require_enough(samples, reference)
-    return frechet_of_moments(moments(samples), moments(reference))
-
-
-def require_enough(samples: Tensor, reference: Tensor) -> None:
-    """Refuse sets that are too small for a Fréchet distance in all dimensions."""
     dim = samples.shape[1]
     if min(len(samples), len(reference)) < 2 * dim:
         raise ValueError(
             f"{len(samples)} and {len(reference)} features of {dim} dimensions: a Fréchet distance needs {2 * dim} of "
             "each at least. Use its PCA form, in fewer dimensions: project both with feature_components."
         )
-
-
-def frechet_of_moments(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> float:
-    """`frechet_distance` of two sets whose `moments` are known."""
-    (mean_1, covariance_1), (mean_2, covariance_2) = first, second
+    (mean_1, covariance_1), (mean_2, covariance_2) = moments(samples), moments(reference)
     overlap = torch.linalg.svdvals(symmetric_root(covariance_1) @ symmetric_root(covariance_2)).sum()
     traces = covariance_1.trace() + covariance_2.trace()
     return ((mean_1 - mean_2).square().sum() + traces - 2 * overlap).clamp(min=0).item()
@@ -62,16 +52,9 @@ def feature_components(train_features: Tensor, dim: int) -> tuple[Tensor, Tensor
 
     `(x - mean) @ basis` is what a Fréchet distance of few samples compares. The components come from training images
     alone, so that no set that is compared chooses its own.
-
-    Raises:
-        ValueError: more components than dimensions, or than the training features span.
     """
-    most = min(train_features.shape[1], len(train_features) - 1)
-    if not 1 <= dim <= most:
-        raise ValueError(f"{dim} components of {len(train_features)} training features: from 1 to {most} exist.")
-    features = train_features.double()
-    _, basis = torch.linalg.eigh(torch.cov(features.T).reshape(features.shape[1], -1))
-    return features.mean(0), basis.flip(1)[:, :dim]
+    mean, covariance = moments(train_features)
+    return mean, torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :dim]
 
 
 def frechet_interval(
@@ -89,9 +72,6 @@ def frechet_interval(
     Args:
         samples, reference: [n, d] and [m, d].
         paired: Row i of both belongs together, as an image and its reconstruction do: a group is left out of both.
-
-    Raises:
-        ValueError: what `frechet_distance` refuses, fewer than two groups, pairs that are not as many on both sides.
     """
     value, without = frechet_replicates(samples, reference, num_groups=num_groups, paired=paired)
     return value, jackknife_error(without)
@@ -102,20 +82,13 @@ def frechet_replicates(
 ) -> tuple[float, Tensor]:
     """The distance of `frechet_interval` and what it is without each group, [g]; of sets that share their images in the
     same rows, the errors of their difference are those of the differences of these."""
-    if paired and len(samples) != len(reference):
-        raise ValueError(f"{len(samples)} and {len(reference)} features are no pairs.")
-    if not 2 <= num_groups <= len(samples) // 2:
-        raise ValueError(f"{num_groups} groups of {len(samples)} samples: choose from 2 to {len(samples) // 2}.")
-    require_enough(samples, reference)
-    mean, covariance = moments(reference)
-    value = frechet_of_moments(moments(samples), (mean, covariance))
-    root, trace = symmetric_root(covariance), covariance.trace()
+    value = frechet_distance(samples, reference)
     without = torch.empty(num_groups, dtype=torch.float64)
     for group in range(num_groups):
         kept = torch.arange(len(samples)) % num_groups != group
         other_mean, other = moments(samples[kept])
-        if paired:
-            mean, covariance = moments(reference[kept])
+        if paired or group == 0:
+            mean, covariance = moments(reference[kept] if paired else reference)
             root, trace = symmetric_root(covariance), covariance.trace()
         # eigenvalues cost a quarter of singular values; what they lose of precision all replicates lose alike
         overlap = torch.linalg.eigvalsh(root @ other @ root).clamp(min=0).sqrt().sum()

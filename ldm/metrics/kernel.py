@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.metrics.neighbours import BLOCK, squared_distances
+from ldm.metrics.neighbours import part_size, squared_distances
 from ldm.metrics.subsets import NUM_SUBSETS
 from ldm.runtime.random import torch_generator
 
@@ -27,19 +27,10 @@ def kernel_distance(
             "A kernel two-sample test", eq. 4.
 
     Returns:
-        The mean over the subsets and its standard error, computed in float64.
-
-    Raises:
-        ValueError: fewer than two features per subset, or than two subsets; pairs that are not as many on both sides.
+        The mean over the subsets, each of two at least, and its standard error, computed in float64.
     """
-    if num_subsets < 2:
-        raise ValueError(f"a standard error needs at least two subsets, not {num_subsets}.")
-    if paired and len(samples) != len(reference):
-        raise ValueError(f"{len(samples)} and {len(reference)} features are no pairs.")
     generator = torch_generator(seed)
     size = min(len(samples), len(reference)) // num_subsets
-    if size < 2:
-        raise ValueError(f"{len(samples)} and {len(reference)} features are too few for {num_subsets} subsets.")
     order = torch.randperm(len(samples), generator=generator)
     other = order if paired else torch.randperm(len(reference), generator=generator)
     first, second = (
@@ -82,10 +73,9 @@ def cmmd(samples: Tensor, reference: Tensor, *, sigma: float = 10.0, scale: floa
 
 def _mean_kernel(a: Tensor, b: Tensor, sigma: float) -> float:
     total = 0.0
-    for rows in a.split(BLOCK):
-        for columns in b.split(8 * BLOCK):
-            # 1 - k first: all kernels are near 1, and only what they lack of it tells the sets apart
-            total += torch.expm1(-squared_distances(rows, columns) / (2 * sigma**2)).sum().item()
+    for rows in a.split(part_size(len(b))):
+        # 1 - k first: all kernels are near 1, and only what they lack of it tells the sets apart
+        total += torch.expm1(-squared_distances(rows, b) / (2 * sigma**2)).sum().item()
     return 1 + total / (len(a) * len(b))
 
 
@@ -100,9 +90,8 @@ def vendi_score(features: Tensor) -> float:
         unit = F.normalize(features.double(), dim=1)
         kernel = unit @ unit.T
     else:
-        units = (F.normalize(part, dim=1) for part in features.split(BLOCK))
         kernel = torch.zeros(d, d, dtype=torch.float64)
-        for unit in units:
+        for unit in F.normalize(features, dim=1).split(1024):
             kernel += (unit.T @ unit).double()
     shares = torch.linalg.eigvalsh(kernel / n).clamp(min=0)
     return math.exp(torch.special.entr(shares).sum().item())

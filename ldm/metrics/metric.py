@@ -24,6 +24,10 @@ class Metric:
     def is_measured(self) -> bool:
         return not math.isnan(self.value)
 
+    def __format__(self, spec: str) -> str:
+        """`f"{metric:.3f}"` is value +- standard error, each by the format; - where it was not measured."""
+        return f"{self.value:{spec}} +- {self.standard_error:{spec}}" if self.is_measured else "-"
+
 
 UNMEASURED = Metric(math.nan)
 """A metric for which there are too few images, or no network."""

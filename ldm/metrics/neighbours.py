@@ -1,18 +1,23 @@
 """Nearest neighbours between sets of features: precision, recall, density, coverage, retrieval.
 
-Setting: features are [n, d], compared by Euclidean distance, retrieval by cosine. Pairs are compared block by block, so
-that nothing of n x m x d is ever made.
+Setting: features are [n, d], compared by Euclidean distance, retrieval by cosine. Pairs are compared part by part, so
+that neither n x m distances nor anything of n x m x d is ever held.
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 1024
-MOST_SIMILARITIES = 2**24
-"""That are held at once."""
+MOST_PAIRS = 2**24
+"""Whose distances are held at once."""
+
+
+def part_size(num_others: int) -> int:
+    """How many rows are compared with so many others at a time."""
+    return max(1, MOST_PAIRS // num_others)
 
 
 def retrieval_ranks(queries: Tensor, gallery: Tensor, own: Tensor) -> Tensor:
@@ -27,9 +32,9 @@ def retrieval_ranks(queries: Tensor, gallery: Tensor, own: Tensor) -> Tensor:
         [q], by cosine similarity.
     """
     queries, gallery = (F.normalize(features, dim=-1) for features in (queries, gallery))
-    rows = max(1, MOST_SIMILARITIES // len(gallery))
+    size = part_size(len(gallery))
     ranks = []
-    for part, its_own in zip(queries.split(rows), own.split(rows), strict=True):
+    for part, its_own in zip(queries.split(size), own.split(size), strict=True):
         similarity = part @ gallery.T
         ranks.append((similarity > similarity.gather(1, its_own[:, None])).sum(dim=1))
     return torch.cat(ranks)
@@ -44,27 +49,26 @@ def precision_recall(samples: Tensor, reference: Tensor, *, k: int = 3) -> tuple
     them at equal sizes only. Source: Kynkäänniemi et al. 2019, arXiv:1904.06991, eqs. 1 and 2, where k = 3.
 
     Args:
-        samples, reference: [m, d] and [n, d].
-
-    Raises:
-        ValueError: unless 1 <= k < n and k < m.
+        samples, reference: [m, d] and [n, d], more than k of either.
     """
     return _share_on_ground(samples, reference, k), _share_on_ground(reference, samples, k)
 
 
 def _share_on_ground(points: Tensor, ground: Tensor, k: int) -> float:
-    if not 1 <= k < len(ground):
-        raise ValueError(f"k must be at least 1 and below {len(ground)}, the size of either set; it is {k}.")
-    points, ground = points.double(), ground.double()
+    parts = [(distances <= radii).any(dim=0) for distances, radii in _balls(points.double(), ground.double(), k)]
+    return torch.stack(parts).any(dim=0).double().mean().item()
+
+
+def _balls(points: Tensor, ground: Tensor, k: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some rows of the ground at a time: their distances to all points, [b, m], and to their own k-th nearest, [b, 1].
+
+    Both by the same products, so that an equal distance is equal to the last bit.
+    """
     radii = nearest_distances(ground, ground, k=k, own=torch.arange(len(ground)))[:, -1:]
-    centre, inside = ground.mean(dim=0), torch.zeros(len(points), dtype=torch.bool)
-    for start in range(0, len(ground), BLOCK):
-        rows = slice(start, start + BLOCK)
-        for columns in range(0, len(points), 8 * BLOCK):
-            part = slice(columns, columns + 8 * BLOCK)
-            found = squared_distances(ground[rows] - centre, points[part] - centre).sqrt() <= radii[rows]
-            inside[part] |= found.any(dim=0)
-    return inside.double().mean().item()
+    centre, size = ground.mean(dim=0), part_size(len(points))
+    ground, points = ground - centre, points - centre  # near the origin less cancels
+    for rows, radius in zip(ground.split(size), radii.split(size), strict=True):
+        yield squared_distances(rows, points).sqrt(), radius
 
 
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:
@@ -78,26 +82,15 @@ def nearest_distances(queries: Tensor, gallery: Tensor, *, k: int = 1, own: Tens
 
     Args:
         own: Row of the gallery that each query is itself and that does not count, [q]; None: it is none of them.
-
-    Raises:
-        ValueError: the gallery holds fewer than k others.
     """
-    others = len(gallery) - (own is not None)
-    if not 1 <= k <= others:
-        raise ValueError(f"k must be at least 1 and at most {others}, the number of others; it is {k}.")
-    centre = gallery.mean(dim=0)  # near the origin less cancels
+    centre, size = gallery.mean(dim=0), part_size(len(gallery))
+    queries, gallery = queries - centre, gallery - centre
     found = []
-    for start in range(0, len(queries), BLOCK):
-        rows = queries[start : start + BLOCK] - centre
-        best = rows.new_full((len(rows), k), torch.inf)
-        for first in range(0, len(gallery), 8 * BLOCK):
-            columns = gallery[first : first + 8 * BLOCK] - centre
-            squared = squared_distances(rows, columns)
-            if own is not None:
-                is_own = own[start : start + BLOCK, None] == torch.arange(first, first + len(columns))
-                squared.masked_fill_(is_own, torch.inf)
-            best = torch.cat([best, squared], dim=1).topk(k, dim=1, largest=False).values
-        found.append(best.sqrt())
+    for start in range(0, len(queries), size):
+        squared = squared_distances(queries[start : start + size], gallery)
+        if own is not None:
+            squared.scatter_(1, own[start : start + size, None], torch.inf)
+        found.append(squared.topk(k, dim=1, largest=False).values.sqrt())
     return torch.cat(found)
 
 
@@ -111,23 +104,9 @@ def density_coverage(real: Tensor, fake: Tensor, *, k: int = 5) -> tuple[float, 
     authors' code, so an image with k copies covers nothing. Source: Naeem et al. 2020, arXiv:2002.09797, section 3.
 
     Args:
-        real, fake: [N, d] and [M, d].
-
-    Raises:
-        ValueError: unless 1 <= k < N and M >= 1.
+        real, fake: [N, d] and [M, d], N > k.
     """
-    if not 1 <= k < len(real):
-        raise ValueError(f"k must be at least 1 and below {len(real)}, the number of real ones; it is {k}.")
-    if not len(fake):
-        raise ValueError("there must be at least one fake to look for.")
-    radii = nearest_distances(real, real, k=k, own=torch.arange(len(real)))[:, -1:]
-    centre, hits = real.mean(dim=0), torch.zeros(len(real), dtype=torch.long)
-    # The same products as of the radii, in blocks of the same size: an equal distance is equal to the last bit.
-    for start in range(0, len(real), BLOCK):
-        rows = slice(start, start + BLOCK)
-        for columns in fake.split(8 * BLOCK):
-            distances = squared_distances(real[rows] - centre, columns - centre).sqrt()
-            hits[rows] += (distances < radii[rows]).sum(dim=1)
+    hits = torch.cat([(distances < radii).sum(dim=1) for distances, radii in _balls(fake, real, k)])
     return hits.sum().item() / (k * len(fake)), (hits > 0).float().mean().item()
 
 

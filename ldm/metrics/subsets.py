@@ -37,13 +37,8 @@ def over_subsets(
 
     Returns:
         (mean, standard error) per value.
-
-    Raises:
-        ValueError: fewer than two subsets, or none to put into them.
     """
-    size = min(len(samples), len(reference)) // num_subsets if num_subsets > 1 else 0
-    if size < 1:
-        raise ValueError(f"{len(samples)} and {len(reference)} features for {num_subsets} subsets: two are needed.")
+    size = min(len(samples), len(reference)) // num_subsets
     generator = torch_generator(seed)
     parts = [
         features[torch.randperm(len(features), generator=generator)[: size * num_subsets]].double().split(size)

@@ -4,16 +4,19 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from PIL import Image
+from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from ldm.diffusion.samplers.base import OnStep, SamplerLike
+from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
 from ldm.image_grid import grid, rows, to_pil
 from ldm.progress import progress
+from ldm.rules import Count, Number, Seed, checked
 from ldm.runtime.random import sample_generators
 from ldm.sampling.pipeline import LatentDiffusionPipeline
 from ldm.sampling.request import Request
@@ -22,15 +25,46 @@ STRIP_SAMPLES = 4
 STRIP_COLUMNS = 11
 
 
+def _read_interval(interval: Any) -> tuple[float, float]:
+    try:
+        low, high = (float(end) for end in interval)
+    except (TypeError, ValueError):
+        low, high = 1.0, 0.0
+    if not 0 <= low <= high <= 1:
+        raise ValueError(
+            "must be the lowest and the highest u = t / T at which guidance acts, such as guidance_interval=[0.2,0.8]"
+        )
+    return low, high
+
+
+Guidance = Annotated[Number, Field(ge=-1e6, le=1e6)]
+"""The scale of classifier-free guidance; 1 is none."""
+Interval = Annotated[tuple[float, float], BeforeValidator(_read_interval)]
+"""Of u = t / T, at which guidance acts."""
+
+
+def check_sampler(sampler: SamplerLike, schedule: NoiseSchedule) -> None:
+    """Refuse a sampler that does not fit a chain.
+
+    Raises:
+        UserError: naming the sampler.
+    """
+    try:
+        sampler.check(schedule)
+    except ValueError as error:
+        raise UserError(f"sampler={sampler.method} with {sampler.steps} steps: {error}.") from error
+
+
+@checked
 def draw(
     pipeline: LatentDiffusionPipeline,
     request: Request,
     sampler: SamplerLike,
     *,
-    guidance: float,
-    guidance_interval: Any = (0.0, 1.0),
-    seed: int,
-    batch_size: int = 64,
+    guidance: Guidance,
+    guidance_interval: Interval = (0.0, 1.0),
+    seed: Seed,
+    batch_size: Count = 64,
     first: int = 0,
     on_step: OnStep | None = None,
 ) -> Iterator[Tensor]:
@@ -40,13 +74,9 @@ def draw(
         first: The sample to begin with; sample i depends on the seed and i alone, so what was drawn can go on.
 
     Raises:
-        UserError: a sampler that does not fit the model, an interval that is none, a solver that does not converge.
+        UserError: a sampler that does not fit the model, a solver that does not converge.
     """
-    interval = check_interval(guidance_interval)
-    try:
-        sampler.check(pipeline.schedule)
-    except ValueError as error:
-        raise UserError(f"sampler={sampler.method} with {sampler.steps} steps: {error}.") from error
+    check_sampler(sampler, pipeline.schedule)
     pipeline.check_sigma(sampler.variance)
     total = len(request)
     with progress() as bar:
@@ -65,39 +95,15 @@ def draw(
             condition = {name: value[start:stop] for name, value in request.condition.items()}
             generators = sample_generators(seed, range(start, stop))
             try:
-                z = pipeline.sample(
-                    sampler, condition, generators, guidance=guidance, guidance_interval=interval, on_step=step
-                )
+                options: Any = {"guidance": guidance, "guidance_interval": guidance_interval, "on_step": step}
+                z = pipeline.sample(sampler, condition, generators, **options)
             except ArithmeticError as error:
                 raise UserError(f"sampler={sampler.method} failed: {error}. Choose a larger sampler.rtol=.") from error
             done = stop
             yield pipeline.decode(z).cpu()
 
 
-def check_interval(interval: Any) -> tuple[float, float]:
-    """The interval of u = t / T at which guidance acts.
-
-    Raises:
-        UserError: not two numbers, 0 <= low <= high <= 1.
-    """
-    try:
-        low, high = (float(end) for end in interval)
-    except (TypeError, ValueError):
-        low, high = 1.0, 0.0
-    if not 0 <= low <= high <= 1:
-        raise UserError(
-            f"guidance_interval={interval} must be the lowest and the highest u = t / T at which guidance acts, such "
-            "as guidance_interval=[0.2,0.8]."
-        )
-    return low, high
-
-
-def write(
-    folder: Path,
-    images: Sequence[Image.Image],
-    captions: Sequence[str | None],
-    made_by: dict[str, Any],
-) -> Path:
+def write(folder: Path, images: Sequence[Image.Image], captions: Sequence[str | None], made_by: dict[str, Any]) -> Path:
     """NNNNN.png per sample, grid.png, samples.json; returns the grid's path."""
     folder.mkdir(parents=True, exist_ok=True)
     files = [f"{i:05d}.png" for i in range(len(images))]
@@ -121,12 +127,9 @@ def film_strip(
     """
     shown = min(STRIP_SAMPLES, len(request))
     part = Request({k: v[:shown] for k, v in request.condition.items()}, request.captions[:shown])
-    noise = torch.stack(
-        [torch.randn(pipeline.latent_shape, generator=g) for g in sample_generators(seed, range(shown))]
-    )
-    latents = [noise]
-    for _ in draw(pipeline, part, sampler, seed=seed, on_step=lambda s, z_s, z_0: latents.append(z_s.cpu()), **options):
-        pass
+    generators = sample_generators(seed, range(shown))
+    latents = [torch.stack([torch.randn(pipeline.latent_shape, generator=g) for g in generators])]
+    list(draw(pipeline, part, sampler, seed=seed, on_step=lambda s, z_s, z_0: latents.append(z_s.cpu()), **options))
     kept = [latents[i] for i in torch.linspace(0, len(latents) - 1, min(STRIP_COLUMNS, len(latents))).round().long()]
     frames = [to_pil(pipeline.decode(z.to(pipeline.device))) for z in kept]
     return rows([(str(part.captions[i] or f"sample {i}"), [frame[i] for frame in frames]) for i in range(shown)])

@@ -264,11 +264,8 @@ def load_z_0_mse(folder: Path) -> Tensor | None:
     path = folder / VARIANCE_FILE
     if not path.is_file():
         return None
-    try:
-        content = read_json(path)
-        check_fields(content, {"z_0_mse": list[float]}, path)
-    except UserError as error:
-        raise UserError(f"{path} cannot be read ({error}). Delete it; it is fitted again when asked for.") from error
+    content = read_json(path)
+    check_fields(content, {"z_0_mse": list[float]}, path)
     return torch.tensor(content["z_0_mse"], dtype=torch.float64)
 
 
@@ -280,6 +277,4 @@ def load_network(folder: Path, name: str) -> nn.Module:
     """
     if name not in NETWORKS:
         raise UserError(f"{folder} holds a network {name}. Readable networks: {', '.join(NETWORKS)}.")
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} holds no network: config.json is missing.")
     return load_model(NETWORKS[name], folder)

@@ -2,13 +2,16 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
 from ldm.data.images import ImageData
 from ldm.diffusion.denoiser import Condition
 from ldm.errors import UserError
 from ldm.files.untrusted import clean_text
+from ldm.rules import Count, Whole, checked
 from ldm.sampling.pipeline import LatentDiffusionPipeline
 
 
@@ -20,14 +23,15 @@ class Request:
     captions: list[str | None]
 
     @classmethod
+    @checked
     def make(
         cls,
         pipeline: LatentDiffusionPipeline,
         *,
         prompt: str | None = None,
         prompts: str | None = None,
-        label: int | None = None,
-        num_samples: int = 16,
+        label: Annotated[Whole, Field(ge=0)] | None = None,
+        num_samples: Count = 16,
     ) -> "Request":
         """Understand what the user asked for.
 
@@ -37,13 +41,11 @@ class Request:
         Raises:
             UserError: a file that is missing or empty, or what `Conditioning.of_request` refuses.
         """
-        if num_samples < 1:
-            raise UserError(f"num_samples={num_samples} must be at least 1.")
         if prompts:
             captions: list[str] | None = read_prompts(prompts)
         else:
             captions = None if prompt is None else [clean_text(prompt)] * num_samples
-        classes = None if label is None else [int(label)] * num_samples
+        classes = None if label is None else [label] * num_samples
         return cls(*pipeline.conditioning.of_request(captions, classes, num_samples))
 
     @classmethod

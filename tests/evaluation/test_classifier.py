@@ -14,7 +14,7 @@ from ldm.data.images import ImageData, prepare
 from ldm.data.sources.image_folder import ImageFolder
 from ldm.errors import UserError
 from ldm.evaluation import classifier as module
-from ldm.evaluation.classifier import Classifier, accuracy, load_classifier
+from ldm.evaluation.classifier import Classifier, load_classifier
 from ldm.evaluation.features import load_features, reference_features
 
 STEPS = 25
@@ -53,6 +53,8 @@ def test_it_learns_the_classes_and_gives_64_features(images):
     features = classifier(images.batch(range(5)))
     assert features.shape == (5, Classifier.dim) and not features.requires_grad and not classifier.training
     torch.testing.assert_close(features[:2], classifier(images.batch(range(2))))
+    for size in (7, 65):
+        assert classifier(torch.zeros(2, 3, size, size)).shape == (2, 64)
 
 
 def test_it_is_kept_beside_the_images(images, monkeypatch):
@@ -73,62 +75,30 @@ def test_it_is_kept_beside_the_images(images, monkeypatch):
     assert torch.equal(load_classifier(images, num_steps=STEPS)(pixels), first(pixels))
 
 
-def test_another_split_is_another_classifier(images):
-    """Else the validation images of one were training images of the other."""
-    keys = {load_classifier(images, num_steps=1).key, load_classifier(images, num_steps=1, seed=1).key}
-    keys.add(load_classifier(ImageData.open(images.path, 0.4), num_steps=1).key)
-    assert len(keys) == 3
-
-
-def test_another_training_is_another_key(images):
-    """Its weights may come out otherwise on another machine: features of one are none of the other."""
+def test_another_split_or_training_is_another_key(images):
+    """Else the validation images of one were training images of the other; and weights differ between machines."""
     first = load_classifier(images, num_steps=1)
     (file,) = images.path.glob("features-*.safetensors")
     weights = load_file(file)
     save_file({**weights, "head.bias": weights["head.bias"] + 1}, file)
-    assert load_classifier(images, num_steps=1).key != first.key
+    keys = {first.key, load_classifier(images, num_steps=1).key, load_classifier(images, num_steps=1, seed=1).key}
+    keys.add(load_classifier(ImageData.open(images.path, 0.4), num_steps=1).key)
+    assert len(keys) == 4
 
 
 def test_its_features_are_kept_under_its_key(images, monkeypatch):
     monkeypatch.setattr(module.load_classifier, "__kwdefaults__", {"seed": 0, "num_steps": STEPS})
     network = load_features("classifier", images)
     found = reference_features(network, "classifier", images)
-    assert (
-        images.path / f"features-{network.key}-{images.fingerprint[:8]}.npy"
-    ).is_file() and not images.path.joinpath("features-classifier.npy").exists()
+    assert (images.path / f"features-{network.key}-{images.fingerprint[:8]}.npy").is_file()
     torch.testing.assert_close(found, network(images.batch(range(len(images)))))
-
-
-@pytest.mark.parametrize("size", [7, 32, 65, 96])
-def test_any_size(size):
-    assert Classifier(3)(torch.zeros(2, 3, size, size)).shape == (2, 64)
-
-
-def test_accuracy_of_a_coin(images):
-    """A head of zeros names the first class for all."""
-    classifier, labels = Classifier(2).eval(), torch.tensor(images.labels)
-    torch.nn.init.zeros_(classifier.head.weight)
-    torch.nn.init.zeros_(classifier.head.bias)
-    indices = images.train_indices
-    assert accuracy(classifier, images, labels, indices) == (labels[indices] == 0).double().mean().item()
 
 
 def test_images_without_classes(make_images, images, tmp_path):
     plain = make_images(tmp_path / "plain", 6, size=8)
     without = prepare(ImageFolder(plain), resolution=8, cache_dir=tmp_path / "other", progress=False)
-    with pytest.raises(UserError, match="6 of the 6 images of plain have none. Choose features=efficientnet_lite"):
+    with pytest.raises(UserError, match="6 of the 6 images of plain have none, .* Choose features=efficientnet_lite"):
         load_features("classifier", without)
     images.labels[:] = [0] * len(images)
     with pytest.raises(UserError, match="two classes at least"):
         load_classifier(images)
-    images.labels[3] = None
-    with pytest.raises(UserError, match=f"1 of the {len(images)} images"):
-        load_classifier(images)
-
-
-def test_a_name_that_is_none(images):
-    known = "efficientnet_lite, dinov2, clip, inception"
-    with pytest.raises(UserError, match=f"features=vgg is unknown. Choose one of: {known}, classifier"):
-        load_features("vgg", images)
-    with pytest.raises(UserError, match=f"Choose one of: {known}.$"):
-        load_features("classifier")

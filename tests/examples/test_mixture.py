@@ -3,26 +3,16 @@
 import json
 import math
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
-from examples.mixture.mixture import (
-    ExactDenoiser,
-    Mixture,
-    ascend,
-    descend,
-    five_modes,
-    mean_loss,
-    train,
-)
-from examples.mixture.study import check, count_modes, study
+from examples.mixture.mixture import ExactDenoiser, ascend, descend, five_modes, mean_loss, train
+from examples.mixture.study import count_modes, study
 from ldm.diffusion import chain
 from ldm.diffusion.denoiser import DenoiserLike
 from ldm.diffusion.samplers.ddim import DDIM
@@ -178,71 +168,28 @@ def test_a_network_learns_the_modes_and_their_weights():
     assert found["stray"] < 0.1
 
 
-def test_a_study_repeats_itself_and_is_written(tmp_path):
+def test_a_study_repeats_itself():
     options = {"steps": 20, "num_samples": 70, "seed": 3}
-    studies = [study(SCHEDULE, DDPM(20), **options) for _ in range(2)]
-    first, again = ({k: v for k, v in s.figures["trained"].items() if k != "sampling_s"} for s in studies)
-    assert first == again
-    studies[0].save(tmp_path / "new" / "place")
-    figures = json.loads((tmp_path / "new/place/mixture.json").read_text(encoding="utf-8"))
-    assert figures == studies[0].figures and sum(figures["trained"]["counts"]) == 70
+    (figures, _), (again, _) = (study(SCHEDULE, DDPM(20), **options) for _ in range(2))
+    first, second = ({k: v for k, v in x["trained"].items() if k != "sampling_s"} for x in (figures, again))
+    assert first == second and sum(first["counts"]) == 70
     assert [figures[key] for key in ("T", "schedule", *options)] == [200, "cosine", *options.values()]
     assert figures["sampler"]["method"] == "ddpm" and figures["sampler"]["steps"] == 20
     assert figures["stray_of_data"] == pytest.approx(math.exp(-8))
-    with Image.open(tmp_path / "new/place/mixture.png") as picture:
-        assert picture.size == (1540, 1430)
-    table = studies[0].table
-    assert table.row_count == 5 + 3 and [c.header for c in table.columns][1:] == [
-        "true weight",
-        "exact denoiser",
-        "trained network",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("means", "weights", "variance", "rule"),
-    [
-        ([[0.0], [1.0]], [1.0], 0.1, r"means \[k, d\] and weights \[k\]"),
-        ([[0.0], [1.0]], [0.5, 0.6], 0.1, "sum 1"),
-        ([[0.0], [1.0]], [0.0, 1.0], 0.1, "positive"),
-        ([[0.0], [1.0]], [0.5, 0.5], 0.0, "variance must be positive"),
-    ],
-)
-def test_what_is_no_mixture_is_refused(means, weights, variance, rule):
-    with pytest.raises(ValueError, match=rule):
-        Mixture(torch.tensor(means, dtype=torch.float64), torch.tensor(weights, dtype=torch.float64), variance)
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
         ({"num_samples": 62}, "num_samples=62 must be at least 63"),
-        ({"num_samples": -4}, "num_samples=-4 must be at least 63"),
-        ({"num_samples": "many"}, "num_samples=many must be a whole number"),
-        ({"steps": 0}, "steps=0 must be at least 1"),
-        ({"steps": 1.5}, "steps=1.5 must be a whole number"),
-        ({"seed": None}, "seed=None must be a whole number"),
+        ({"steps": 0}, "steps=0 must be 1 or more"),
         ({"sampler": DDPM(1000)}, "sampler=ddpm with 1000 steps: a chain of T = 200 steps"),
         ({"sampler": DDPM(10, variance="learned_range")}, "sampler.variance=learned_range"),
     ],
 )
 def test_what_cannot_be_studied_is_refused(changed, message):
-    options = {"sampler": DDPM(200), "steps": 1, "num_samples": 63, "seed": 0}
-    check(MIXTURE, SCHEDULE, **options)
     with pytest.raises(UserError, match=message):
-        check(MIXTURE, SCHEDULE, **(options | changed))
-
-
-def test_a_bad_value_on_the_command_line_is_one_paragraph(call, tmp_path):
-    def main() -> None:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-
-    ended = call(main, "num_samples=10", f"out={tmp_path / 'out'}")
-    assert ended.code == 2 and ended.out == "" and not (tmp_path / "out").exists()
-    assert ended.err == (
-        "error: num_samples=10 must be at least 63: a chi-square test wants five samples in the rarest mode, which "
-        "has 8% of them.\n"
-    )
+        study(SCHEDULE, **{"sampler": DDPM(200), "steps": 1, "num_samples": 63, **changed})
 
 
 def test_the_tool(tmp_path):

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from ldm.evaluation.data.report import caption_statistics, class_balance
-from ldm.metrics import duplicates as data_metrics
-from ldm.metrics.duplicates import Copies, dhash, near_pairs, num_block_pairs, thumbnails
+from ldm.metrics import neighbours
+from ldm.metrics.duplicates import LEVEL, Copies, dhash, near_pairs, thumbnails
 from ldm.metrics.kernel import vendi_score
 from ldm.metrics.neighbours import density_coverage, expected_coverage, nearest_distances
 
@@ -44,7 +44,7 @@ def test_the_hash_compares_neighbours_from_left_to_right():
 def test_noise_on_flat_ground_leaves_the_hash_alone():
     """A third of a level, about what compression leaves in the mean of a cell."""
     flat = torch.zeros(20, 3, 32, 32)
-    noisy = flat + 2 * data_metrics.LEVEL * draw(20, 3, 32, 32)
+    noisy = flat + 2 * LEVEL * draw(20, 3, 32, 32)
     assert not dhash(noisy).any() and dhash(noisy, margin=0.0).float().mean() > 0.3
 
 
@@ -66,7 +66,9 @@ def test_colours_tell_apart_what_has_the_same_hash():
     assert pairs_of(images) == set() and pairs_of(images, max_levels=255) == {(0, 1)}
 
 
-def test_pairs_do_not_depend_on_the_blocks():
+@pytest.mark.parametrize("most", [350, 2**24], ids=["many parts", "one part"])
+def test_near_pairs_are_those_of_brute_force(monkeypatch, most):
+    monkeypatch.setattr(neighbours, "MOST_PAIRS", most)
     hashes, colours = draw(50, 64) > 0, 0.03 * draw(50, 12, seed=1)
     brute = {}
     for i in range(50):
@@ -76,15 +78,9 @@ def test_pairs_do_not_depend_on_the_blocks():
             if bits <= 30 and levels <= 5.5:
                 brute[i, j] = (bits, pytest.approx(levels, abs=1e-3))
     assert 50 < len(brute) < 1000
-    for block in (7, 50, 64):
-        answers = list(near_pairs(hashes, colours, max_bits=30, max_levels=5.5, block=block))
-        found = {
-            tuple(pair): (bit, level)
-            for pairs, bits, levels in answers
-            for pair, bit, level in zip(pairs.tolist(), bits.tolist(), levels.tolist(), strict=True)
-        }
-        assert found == brute and sum(len(pairs) for pairs, _, _ in answers) == len(brute)
-        assert len(answers) == num_block_pairs(50, block)
+    pairs, bits, levels = map(torch.cat, zip(*near_pairs(hashes, colours, max_bits=30, max_levels=5.5), strict=True))
+    found = zip(bits.tolist(), levels.tolist(), strict=True)
+    assert dict(zip(map(tuple, pairs.tolist()), found, strict=True)) == brute and len(pairs) == len(brute)
 
 
 def test_copies_within_and_between_the_splits():
@@ -117,7 +113,7 @@ def brute_density_coverage(real, fake, k):
 
 @pytest.mark.parametrize("k", [1, 5])
 def test_density_and_coverage_are_those_of_brute_force(monkeypatch, k):
-    monkeypatch.setattr(data_metrics, "BLOCK", 7)  # more blocks than one, on both sides
+    monkeypatch.setattr(neighbours, "MOST_PAIRS", 500)
     real, fake = draw(60, 8) + 3, 1.2 * draw(75, 8, seed=1) + 3.2
     assert density_coverage(real, fake, k=k) == pytest.approx(brute_density_coverage(real, fake, k), rel=1e-6)
 
@@ -142,21 +138,13 @@ def test_one_of_two_modes_is_dense_and_covers_half():
     assert density == pytest.approx(1, abs=0.3) and coverage == pytest.approx(0.5, abs=0.05)
 
 
-@pytest.mark.parametrize(("num_real", "num_fake", "k"), [(5, 3, 5), (5, 3, 0), (9, 0, 5)])
-def test_too_few_are_refused(num_real, num_fake, k):
-    with pytest.raises(ValueError, match="must be at least"):
-        density_coverage(draw(num_real, 2), draw(num_fake, 2), k=k)
-
-
 def test_nearest_distances_are_those_of_brute_force(monkeypatch):
-    monkeypatch.setattr(data_metrics, "BLOCK", 4)
+    monkeypatch.setattr(neighbours, "MOST_PAIRS", 200)
     gallery, rows = draw(90, 6) + 10, torch.tensor([4, 80, 33, 2, 7])
     expected = torch.cdist(gallery[rows].double(), gallery.double()).sort(dim=1).values.float()
     torch.testing.assert_close(nearest_distances(gallery[rows], gallery, k=3, own=rows), expected[:, 1:4])
     moved = nearest_distances(gallery[rows] + 0.01, gallery)[:, 0]
     torch.testing.assert_close(moved, torch.full((5,), 0.01 * 6**0.5), atol=0, rtol=1e-2)
-    with pytest.raises(ValueError, match="k must be.*it is 3"):
-        nearest_distances(gallery, gallery[:3], k=3, own=torch.zeros(90))
 
 
 def test_the_vendi_score_counts_what_differs():

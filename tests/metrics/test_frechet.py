@@ -1,13 +1,9 @@
 """ldm.metrics.frechet against numpy, brute force and torchmetrics."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import poly_mmd
 
 from ldm.metrics import neighbours
@@ -33,11 +29,7 @@ def test_psnr_is_that_of_8_bit_pictures(pair):
     first, second = ((x.double().numpy() + 1) * 127.5 for x in pair)
     expected = 10 * np.log10(255**2 / ((first - second) ** 2).mean(axis=(1, 2, 3)))
     np.testing.assert_allclose(psnr(*pair).numpy(), expected, rtol=1e-4)
-
-
-def test_psnr_of_equal_images_is_finite():
-    images = draw(2, 3, 8, 8)
-    torch.testing.assert_close(psnr(images, images), torch.full((2,), 106.0206), rtol=0, atol=1e-3)
+    torch.testing.assert_close(psnr(pair[0], pair[0]), torch.full((4,), 106.0206), rtol=0, atol=1e-3)
 
 
 def test_ssim_against_its_formula(pair):
@@ -66,7 +58,7 @@ def test_ssim_is_the_same_where_a_validation_runs_in_bfloat16(pair):
         assert torch.equal(ssim(*pair), expected)
 
 
-@pytest.mark.parametrize(("factor", "channels"), [(2, 3), (4, 10)])
+@pytest.mark.parametrize(("factor", "channels"), [(2, 3), (4, 10), (2, 12)])
 def test_pca_against_a_singular_value_decomposition(factor, channels):
     train, images = draw(60, 3, 8, 8).mul(0.2), draw(5, 3, 8, 8, seed=1).mul(0.2)
     train[:, 0] += train[:, 1]
@@ -82,29 +74,6 @@ def test_pca_against_a_singular_value_decomposition(factor, channels):
     expected = (patches(images) - mean) @ basis.T @ basis + mean
     found = pca_reconstruction(train, images, factor=factor, channels=channels)
     np.testing.assert_allclose(patches(found), expected.clip(-1, 1), atol=1e-5)
-
-
-def test_pca_of_every_dimension_loses_nothing():
-    train = draw(60, 3, 8, 8).mul(0.2)
-    torch.testing.assert_close(pca_reconstruction(train, train, factor=2, channels=12), train, rtol=0, atol=1e-6)
-
-
-def test_memory_of_a_pca_depends_on_neither_the_number_nor_the_size_of_images():
-    """Of the peak above what was there: 16 images of 1024 px are 200 MB in float32, and 400 MB in float64."""
-    script = """
-import resource, sys, torch
-from ldm.metrics.image import patch_components
-def batches(side, count):
-    for i in range(count):
-        yield torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(i))
-patch_components(batches(64, 4), 8)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-patch_components(batches(1024, 16), 8)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
-"""
-    pytest.importorskip("resource")
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 150, "MB"
 
 
 def test_mmd_of_two_features_by_hand():
@@ -140,19 +109,6 @@ def test_kernel_distance_is_unbiased():
     assert errors.mean() == pytest.approx(means.std(ddof=1), rel=0.3), "the error that it states is the one it makes"
 
 
-def test_kernel_distance_grows_with_the_shift():
-    reference = draw(200, 4)
-    distances = [kernel_distance(draw(200, 4, seed=1) + shift, reference)[0] for shift in (0.0, 0.5, 1.0)]
-    assert distances[0] < distances[1] < distances[2]
-
-
-def test_too_few_features_are_refused():
-    with pytest.raises(ValueError, match="7 and 100 features are too few for 4 subsets"):
-        kernel_distance(draw(7, 3), draw(100, 3))
-    with pytest.raises(ValueError, match="at least two subsets, not 1"):
-        kernel_distance(draw(7, 3), draw(100, 3), num_subsets=1)
-
-
 def test_kernel_distance_of_pairs_against_a_sum_over_them():
     """Gretton et al. 2012, eq. 4: h(i, j) = k(x_i, x_j) + k(y_i, y_j) - k(x_i, y_j) - k(x_j, y_i) over i != j."""
     x, y = draw(8, 3).double(), draw(8, 3, seed=1).double()
@@ -175,8 +131,6 @@ def test_kernel_distance_of_dependent_pairs_is_unbiased():
     """y = -x has the distribution of x: the distance is zero on average with every pair in one subset."""
     means = [kernel_distance(x := draw(16, 2, seed=i), -x, num_subsets=2, paired=True)[0] for i in range(400)]
     assert abs(np.mean(means)) < 3 * np.std(means, ddof=1) / 20
-    with pytest.raises(ValueError, match="8 and 9 features are no pairs"):
-        kernel_distance(draw(8, 2), draw(9, 2), paired=True)
 
 
 def with_moments(mean: torch.Tensor, std: torch.Tensor, num: int, seed: int) -> torch.Tensor:
@@ -208,25 +162,6 @@ def test_frechet_distance_against_scipy(dim):
     assert frechet_distance(reference, samples) == pytest.approx(expected, rel=1e-8)
 
 
-class Flat(torch.nn.Module):
-    """Pixels as features."""
-
-    num_features = 12
-
-    def forward(self, images):
-        return images.flatten(1)
-
-
-def test_frechet_distance_equals_torchmetrics():
-    samples, reference = draw(60, 3, 2, 2).double(), 1.3 * draw(90, 3, 2, 2, seed=1).double() + 0.2
-    metric = FrechetInceptionDistance(feature=Flat(), normalize=True, input_img_size=(3, 2, 2)).set_dtype(torch.float64)
-    metric.update(reference, real=True)
-    metric.update(samples, real=False)
-    assert frechet_distance(samples.flatten(1), reference.flatten(1)) == pytest.approx(
-        metric.compute().item(), rel=1e-6
-    )
-
-
 def test_frechet_distance_of_equal_sets():
     """Also where features are constant or repeat each other, whose covariance has no full rank."""
     features = draw(64, 32)
@@ -250,10 +185,6 @@ def test_feature_components_against_a_singular_value_decomposition():
     _, _, expected = np.linalg.svd(train.double().numpy() - mean.numpy(), full_matrices=False)
     np.testing.assert_allclose(mean, train.double().mean(0), rtol=1e-12)
     np.testing.assert_allclose(basis @ basis.T, expected[:2].T @ expected[:2], atol=1e-9)
-    with pytest.raises(ValueError, match="7 components of 50 training features: from 1 to 6 exist"):
-        feature_components(train, 7)
-    with pytest.raises(ValueError, match="from 1 to 3 exist"):
-        feature_components(train[:4], 4)
 
 
 def test_a_frechet_distance_in_every_component_is_that_without():
@@ -263,7 +194,9 @@ def test_a_frechet_distance_in_every_component_is_that_without():
     assert frechet_distance(*projected) == pytest.approx(frechet_distance(samples, reference), rel=1e-9)
 
 
-def test_retrieval_ranks_against_brute_force():
+@pytest.mark.parametrize("most", [2**24, 200], ids=["one part", "many parts"])
+def test_retrieval_ranks_against_brute_force(monkeypatch, most):
+    monkeypatch.setattr(neighbours, "MOST_PAIRS", most)
     gallery = draw(30, 5)
     queries = gallery[torch.arange(12) * 2] + 0.8 * draw(12, 5, seed=1)
     own = torch.arange(12) * 2
@@ -274,19 +207,4 @@ def test_retrieval_ranks_against_brute_force():
     found = retrieval_ranks(queries, gallery, own)
     assert found.tolist() == expected
     assert 0 in expected and max(expected) > 1
-
-
-def test_retrieval_goes_by_blocks(monkeypatch):
-    queries, gallery, own = draw(23, 5), draw(40, 5, seed=1), torch.arange(23)
-    whole = retrieval_ranks(queries, gallery, own)
-    seen = []
-    matmul = torch.Tensor.__matmul__
-    monkeypatch.setattr(neighbours, "MOST_SIMILARITIES", 200)
-    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: seen.append(matmul(a, b)) or seen[-1])
-    assert retrieval_ranks(queries, gallery, own).tolist() == whole.tolist()
-    assert max(part.numel() for part in seen) <= 200 and len(seen) == 5
-
-
-def test_an_image_finds_itself_whatever_its_length():
-    gallery = draw(20, 5)
-    assert retrieval_ranks(3 * gallery, gallery, torch.arange(20)).tolist() == [0] * 20
+    assert retrieval_ranks(3 * gallery, gallery, torch.arange(30)).tolist() == [0] * 30, "whatever its length"

@@ -9,23 +9,24 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from pydantic import Field
 from torch import Tensor
 
 from ldm.data.images import ImageData
-from ldm.evaluation.data.summary import advice
 from ldm.evaluation.features import NO_FEATURES, load_features, reference_features
 from ldm.evaluation.reconstructions.figure import image_text
-from ldm.image_grid import MARGIN, PAPER, grid, to_pil
+from ldm.image_grid import grid, to_pil
 from ldm.metrics import duplicates as metrics
 from ldm.metrics.kernel import vendi_score
 from ldm.metrics.neighbours import density_coverage, expected_coverage, nearest_distances
 from ldm.progress import track
+from ldm.rules import Number, Seed, Whole, checked
 from ldm.runtime.random import numpy_generator
 
 NEIGHBOURS, COMPARED = 5, 2000
@@ -33,7 +34,6 @@ NEIGHBOURS, COMPARED = 5, 2000
 LISTED, SHEET, PAIRS = 1000, 100, 12
 """Most copies in data.json (all are counted), images on the contact sheet, pairs in near_duplicates.png."""
 PICTURES = ("contact_sheet", "near_duplicates", "balance")
-BLUE, ORANGE = "#0072B2", "#E69F00"
 
 
 @dataclass(frozen=True)
@@ -50,22 +50,21 @@ class DataReport:
         text = json.dumps(self.content, indent=2, ensure_ascii=False)
         files[0].write_text(text + "\n", encoding="utf-8")
         for name in PICTURES:
-            file, picture = folder / f"{name}.png", self.pictures.get(name)
-            if picture is None:
-                file.unlink(missing_ok=True)
-                continue
-            picture.savefig(file, dpi=110) if isinstance(picture, Figure) else picture.save(file)
-            files.append(file)
+            (folder / f"{name}.png").unlink(missing_ok=True)
+        for name, picture in self.pictures.items():
+            files.append(folder / f"{name}.png")
+            picture.savefig(files[-1], dpi=110) if isinstance(picture, Figure) else picture.save(files[-1])
         return files
 
 
+@checked
 def inspect_data(
     images: ImageData,
     *,
     features: str = "efficientnet_lite",
-    max_bits: int = 4,
-    max_levels: float = 4,
-    seed: int = 0,
+    max_bits: Annotated[Whole, Field(ge=0, lt=32)] = 4,  # unlike images differ in 32 of the 64 bits
+    max_levels: Annotated[Number, Field(ge=0, le=255)] = 4,
+    seed: Seed = 0,
     device: torch.device | str = "cpu",
 ) -> DataReport:
     """Count, compare and draw a prepared data set.
@@ -98,15 +97,12 @@ def inspect_data(
         for i in range(len(images)):
             texts += images.captions_of(i) or [None]
         content["captions"] = caption_statistics(texts)
-    distances: dict[str, Tensor] = {}
     if network is not None:
-        content["features"], distances = _measure_in_features(
-            images, reference_features(network, features, images), seed
-        )
-        content["features"] = {"network": features, **content["features"]}
-    content["what_to_do"] = list(advice(content))
+        found = _measure_in_features(images, reference_features(network, features, images), seed)
+        content["features"] = {"network": features, **found}
+    content["what_to_do"] = ["docs/reading_the_numbers.md"]
     content["seconds"] = round(time.perf_counter() - started, 1)
-    return DataReport(content, _draw_pictures(images, content, alike, distances, seed))
+    return DataReport(content, _draw_pictures(images, content, alike, seed))
 
 
 def _find_copies(
@@ -125,10 +121,8 @@ def _find_copies(
         blank.append((pixels.amax((2, 3)) - pixels.amin((2, 3))).amax(1) <= 4 * metrics.LEVEL)
     copies = metrics.Copies(digests, images.train_indices, images.val_indices)
     rows = torch.from_numpy(copies.distinct)
-    near = metrics.near_pairs(
-        torch.cat(hashes)[rows], torch.cat(colours)[rows], max_bits=max_bits, max_levels=max_levels
-    )
-    for found in track(near, "near duplicates", metrics.num_block_pairs(len(rows))):
+    limits: dict[str, Any] = {"max_bits": max_bits, "max_levels": max_levels}
+    for found in metrics.near_pairs(torch.cat(hashes)[rows], torch.cat(colours)[rows], **limits):
         copies.add(*found, keep=LISTED)
 
     def named(i: int) -> dict[str, Any]:
@@ -148,8 +142,7 @@ def _find_copies(
             "groups": [[named(i) for i in group] for group in groups[:LISTED]],
         },
         "near_duplicates": {
-            "max_bits": max_bits,
-            "max_levels": max_levels,
+            **limits,
             "num_pairs": copies.num_pairs,
             "num_train": int((is_near & ~is_val).sum()),
             "num_val_in_train": int((is_near & is_val & ~shared).sum()),
@@ -160,8 +153,8 @@ def _find_copies(
     return content, alike + [(group[0], group[-1], "the same pixels") for group in groups]
 
 
-def _measure_in_features(images: ImageData, features: Tensor, seed: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Figures, and distances of validation and training images to the nearest other training image."""
+def _measure_in_features(images: ImageData, features: Tensor, seed: int) -> dict[str, Any]:
+    """How well the training images cover the validation images, and how diverse they are."""
     generator = numpy_generator(seed, 1)
     train, val = (torch.from_numpy(generator.permutation(part)) for part in (images.train_indices, images.val_indices))
     n, gallery = min(len(train), len(val), COMPARED), features[train]
@@ -172,79 +165,53 @@ def _measure_in_features(images: ImageData, features: Tensor, seed: int) -> tupl
         found = [density_coverage(features[val[:n]], features[part], k=NEIGHBOURS) for part in parts]
         content |= {"num_subsets": len(parts), "expected_coverage": expected_coverage(n, n, k=NEIGHBOURS)}
         content |= zip(("density", "coverage"), np.mean(found, axis=0).tolist(), strict=True)
-    queries = {"val": (features[val[:COMPARED]], None), "train": (gallery[:COMPARED], torch.arange(len(train)))}
-    distances = {}
-    for split, (rows, own) in queries.items():
-        if len(train) > 1:
-            starts = range(0, len(rows), 256)
-            nearest = [
-                nearest_distances(rows[i : i + 256], gallery, own=None if own is None else own[i : i + 256])
-                for i in track(starts, f"nearest training images, {split}")
-            ]
-            distances[split] = torch.cat(nearest)[:, 0]
-            content[f"nearest_distance_{split}"] = distances[split].mean().item()
-    return content, distances
+    if len(train) > 1:
+        own = torch.arange(len(train))[:COMPARED]
+        content["nearest_distance_val"] = nearest_distances(features[val[:COMPARED]], gallery).mean().item()
+        content["nearest_distance_train"] = nearest_distances(gallery[:COMPARED], gallery, own=own).mean().item()
+    return content
 
 
 def _draw_pictures(
     images: ImageData,
     content: dict[str, Any],
     alike: list[tuple[int, int, str]],
-    distances: dict[str, Tensor],
     seed: int,
 ) -> dict[str, Image.Image | Figure]:
+    val = set(images.val_indices.tolist())
     drawn = numpy_generator(seed, 2).permutation(len(images))[:SHEET].tolist()
     title = f"{images.name}: {len(drawn)} of {len(images):,} images, drawn with seed {seed}"
     sheet = grid(to_pil(images.batch(drawn)), [image_text(images, i) or images.names[i] for i in drawn], title=title)
     pictures: dict[str, Image.Image | Figure] = {"contact_sheet": sheet}
     if alike:
-        val = set(images.val_indices.tolist())
-        tiles = []
-        for *pair, how in alike[:PAIRS]:
-            texts = [f"{'val' if i in val else 'train'}: {image_text(images, i) or images.names[i]}" for i in pair]
-            tiles.append(grid(to_pil(images.batch(pair)), texts, columns=2, title=how))
-        width, height, columns = tiles[0].width + 4 * MARGIN, tiles[0].height + 2 * MARGIN, min(3, len(tiles))
-        board = Image.new("RGB", (columns * width, -(-len(tiles) // columns) * height), PAPER)
-        for i, tile in enumerate(tiles):
-            board.paste(tile, (i % columns * width, i // columns * height))
-        pictures["near_duplicates"] = board
-    if distances or content.keys() & {"classes", "captions"}:
-        pictures["balance"] = _plot_balance(content, distances)
+        shown, texts = [], []
+        for first, second, how in alike[:PAIRS]:
+            shown += to_pil(images.batch([first, second]))
+            texts += [
+                f"{'val' if i in val else 'train'}: {image_text(images, i) or images.names[i]}" for i in (first, second)
+            ]
+            texts[-1] += f"; {how}"
+        pictures["near_duplicates"] = grid(shown, texts, columns=6, title="Pairs side by side, the most alike first")
+    if content.keys() & {"classes", "captions"}:
+        pictures["balance"] = _plot_balance(content)
     return pictures
 
 
-def _plot_balance(content: dict[str, Any], distances: dict[str, Tensor]) -> Figure:
-    """Classes, words and lengths of captions, and distances in the feature space: those that there are."""
-    bars = {}
+def _plot_balance(content: dict[str, Any]) -> Figure:
+    """Classes, and words and lengths of captions: those that there are."""
+    bars: dict[str, dict[Any, int]] = {}
     if "classes" in content:
         counts = list(content["classes"]["counts"].items())
-        bars["images per class"] = counts if len(counts) <= 24 else counts[:12] + [("...", 0)] + counts[-12:]
+        bars["images per class"] = dict(counts if len(counts) <= 24 else counts[:12] + counts[-12:])
     if "captions" in content:
-        bars["most frequent words of the captions"] = list(content["captions"]["most_frequent_words"].items())
-    num_panels = len(bars) + ("captions" in content) + bool(distances)
-    figure = Figure(figsize=(5.2 * num_panels, 5), layout="constrained")
-    panels = iter(figure.subplots(1, num_panels, squeeze=False)[0])
-    for title, counts in bars.items():
-        axes = next(panels)
-        drawn = axes.barh([str(place) for place in range(len(counts))], [count for _, count in counts], color=BLUE)
-        axes.bar_label(drawn, [f"{count:,}" if count else "" for _, count in counts], padding=2, fontsize=8)
-        axes.set_yticks(range(len(counts)), [name[:24] for name, _ in counts], fontsize=8)
-        axes.set(title=title, ylim=(len(counts) - 0.4, -0.6))
-    if "captions" in content:
-        axes, lengths = next(panels), content["captions"]["lengths"]
-        axes.bar(lengths.keys(), lengths.values(), width=1, color=BLUE, edgecolor="white")
-        axes.set(title="length of the captions", xlabel="words", ylabel="captions")
-    if distances:
-        axes, edges = next(panels), np.histogram_bin_edges(torch.cat(list(distances.values())).numpy(), 24)
-        for (split, values), colour in zip(distances.items(), (ORANGE, BLUE), strict=True):
-            share = torch.full_like(values, 1 / len(values))
-            axes.hist(
-                values, edges, weights=share, histtype="stepfilled", alpha=0.5, color=colour, label=f"from {split}"
-            )
-        axes.set(title="distance to the nearest other training image", xlabel="in the feature space", ylabel="share")
-        axes.legend(frameon=False)
-    for axes in figure.axes:
-        axes.spines[["top", "right"]].set_visible(False)
+        bars["most frequent words of the captions"] = content["captions"]["most_frequent_words"]
+        bars["words of a caption"] = content["captions"]["lengths"]
+    figure = Figure(figsize=(5.2 * len(bars), 5), layout="constrained")
+    for axes, (title, counted) in zip(figure.subplots(1, len(bars), squeeze=False)[0], bars.items(), strict=True):
+        axes.bar_label(axes.barh(range(len(counted)), list(counted.values())), padding=2, fontsize=8)
+        axes.set_yticks(range(len(counted)), [str(name)[:24] for name in counted], fontsize=8)
+        axes.invert_yaxis()
+        axes.set_title(title)
     return figure
 
 

@@ -1,20 +1,28 @@
 """One table: how far sets of images are from the training images, every row by the same measures."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
+from ldm.data.images import ImageData
+from ldm.evaluation.features import describe_features
 from ldm.metrics.frechet import feature_components, frechet_replicates
 from ldm.metrics.kernel import cmmd, kernel_distance
 from ldm.metrics.metric import UNMEASURED, Metric
 from ldm.metrics.neighbours import density_coverage, precision_recall
 from ldm.metrics.subsets import MOST_COMPONENTS, NUM_GROUPS, NUM_SUBSETS, jackknife_error, over_subsets
+from ldm.rules import Whole
 from ldm.runtime.random import numpy_generator
 
 COLUMNS = {"fd": 2, "kd": 4, "precision": 3, "recall": 3, "density": 3, "coverage": 3, "cmmd": 3}
 """Metrics by name, with the digits that are shown."""
+FEWEST = 2 * NUM_SUBSETS
+Enough = Annotated[Whole, Field(ge=FEWEST)]
+"""Images of which a distance and its error can be told."""
 
 
 @dataclass(frozen=True)
@@ -46,29 +54,29 @@ class Measures:
         """Of either set: all that precision, recall, density and coverage see at a time."""
         return min(len(features), len(self.train if reference is None else reference)) // NUM_SUBSETS
 
-    def of(
-        self, features: Tensor, reference: Tensor | None = None, *, frechet: tuple[float, Tensor] | None = None
-    ) -> dict[str, Metric]:
+    def of(self, features: Tensor, reference: Tensor | None = None) -> dict[str, Metric]:
         """Metrics by name of `COLUMNS`; UNMEASURED where a set is too small for one.
 
         Args:
             reference: Instead of all training images.
-            frechet: What `frechet` found of the same features, where it was asked before.
         """
-        size, n = self.num_per_subset(features, reference), len(features)
-        frechet = frechet or self.frechet(features, reference)
-        reference = self.train if reference is None else reference
-        found = {"fd": UNMEASURED if frechet is None else Metric(frechet[0], jackknife_error(frechet[1]), n=n)}
-        found["kd"] = Metric(*kernel_distance(features, reference), n=n) if size >= 2 else UNMEASURED
+        frechet = self.frechet(features, reference)
+        fd = UNMEASURED if frechet is None else Metric(frechet[0], jackknife_error(frechet[1]))
+        return {"fd": fd, **self.by_subsets(features, reference)}
+
+    def by_subsets(self, features: Tensor, reference: Tensor | None = None) -> dict[str, Metric]:
+        """All of them but the Fréchet distance."""
+        size, reference = self.num_per_subset(features, reference), self.train if reference is None else reference
+        found = {"kd": Metric(*kernel_distance(features, reference)) if size >= 2 else UNMEASURED}
         for names, metric, smallest in (
             (("precision", "recall"), precision_recall, 4),
             (("density", "coverage"), lambda a, b: density_coverage(b, a), 6),
         ):
             values = over_subsets(metric, features, reference) if size >= smallest else None
-            found |= {name: Metric(*values[i], n=n) if values else UNMEASURED for i, name in enumerate(names)}
+            found |= {name: Metric(*values[i]) if values else UNMEASURED for i, name in enumerate(names)}
         if self.with_cmmd:
             parts = over_subsets(lambda a, b: (cmmd(a, b),), features, reference) if size else ()
-            found["cmmd"] = Metric(cmmd(features, reference), parts[0][1], n=n) if parts else UNMEASURED
+            found["cmmd"] = Metric(cmmd(features, reference), parts[0][1]) if parts else UNMEASURED
         return found
 
     def frechet(self, features: Tensor, reference: Tensor | None = None) -> tuple[float, Tensor] | None:
@@ -80,6 +88,12 @@ class Measures:
         if min(len(features), len(reference)) < 2 * features.shape[1]:
             return None
         return frechet_replicates(features, reference, num_groups=min(NUM_GROUPS, len(features) // 2))
+
+
+def describe_setting(network: nn.Module, features: str, images: ImageData) -> dict[str, Any]:
+    """For a report: which features are compared, and with which images."""
+    reference = {"reference": f"{images.name}/train@{images.fingerprint[:8]}"}
+    return {**describe_features(network, features), **reference, "num_reference": len(images.train_indices)}
 
 
 def fd_name(network: nn.Module, num_components: int | None) -> str:
@@ -98,21 +112,16 @@ def halves(train: Tensor, num_samples: int, seed: int) -> tuple[Tensor, Tensor]:
 
 def distance_table(rows: Mapping[str, tuple[int, int, Mapping[str, Metric]]], fd_name: str = "FD") -> list[str]:
     """Lines of text, with value +- standard error; rows are (N, N of a subset, metrics) by name."""
-    columns = [["", *rows], ["N", *(str(num) for num, _, _ in rows.values())]]
-    columns.append(["subset", *(str(num) for _, num, _ in rows.values())])
-    for name in (name for name in COLUMNS if any(name in found for *_, found in rows.values())):
-        head = fd_name if name == "fd" else name.upper() if name in ("kd", "cmmd") else name
-        columns.append(
-            [head, *(_format_metric(found.get(name, UNMEASURED), COLUMNS[name]) for *_, found in rows.values())]
-        )
-    widths = [max(map(len, column)) + 2 for column in columns]
-    return [
-        "  "
-        + f"{line[0]:{widths[0]}}"
-        + "".join(f"{cell:>{width}}" for cell, width in zip(line[1:], widths[1:], strict=True))
-        for line in zip(*columns, strict=True)
-    ]
+    names = [name for name in COLUMNS if any(name in found for *_, found in rows.values())]
+    heads = {"fd": fd_name, "kd": "KD", "cmmd": "CMMD"}
+    table = [["", "N", "subset", *(heads.get(name, name) for name in names)]]
+    for row, (num, num_per_subset, found) in rows.items():
+        cells = (f"{found.get(name, UNMEASURED):.{COLUMNS[name]}f}" for name in names)
+        table.append([row, str(num), str(num_per_subset), *cells])
+    return align(table)
 
 
-def _format_metric(metric: Metric, digits: int) -> str:
-    return f"{metric.value:.{digits}f} +- {metric.standard_error:.{digits}f}" if metric.is_measured else "-"
+def align(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of text with the cells of a table below each other, the first of each row to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(["", first.ljust(widths[0]), *(map(str.rjust, cells, widths[1:]))]) for first, *cells in rows]

@@ -7,10 +7,7 @@ process draws, samples-<key>.lock keeps others from it.
 
 import hashlib
 import json
-import math
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,13 +25,18 @@ from ldm.files.atomic import write_text
 from ldm.files.digest import sha256_of_values
 from ldm.files.lock import alone
 from ldm.files.untrusted import check_fields, read_json
+from ldm.rules import Count, Seed, checked
 from ldm.runtime.random import numpy_generator
-from ldm.sampling.draw import check_interval, describe, draw
+from ldm.sampling.draw import Guidance, Interval, describe, draw
 from ldm.sampling.pipeline import LatentDiffusionPipeline
 from ldm.sampling.request import Request
 
 FORMAT = 2
 """Of the files, and of how noise and captions are chosen: samples of another are drawn again."""
+NOT_FINITE = (
+    "the network diverged in training, or the sampler is not stable. Train it again with a lower optimizer.lr, or "
+    "choose another sampler or more sampler.steps."
+)
 
 
 @dataclass(frozen=True)
@@ -62,17 +64,18 @@ def chosen_rows(members: np.ndarray, num_samples: int, seed: int) -> np.ndarray:
     return np.resize(order, num_samples)
 
 
+@checked
 def draw_and_keep(
     pipeline: LatentDiffusionPipeline,
     images: ImageData,
     sampler: SamplerLike,
     folder: Path,
     *,
-    num_samples: int,
-    guidance: float,
-    guidance_interval: Any = (0.0, 1.0),
-    seed: int,
-    batch_size: int = 64,
+    num_samples: Count,
+    guidance: Guidance,
+    guidance_interval: Interval = (0.0, 1.0),
+    seed: Seed,
+    batch_size: Count = 64,
     split: str = "train",
 ) -> KeptSamples:
     """Samples for captions or classes of training images, or of held-out ones, drawn from where an earlier call ended.
@@ -86,8 +89,16 @@ def draw_and_keep(
         UserError: what `draw` refuses, samples that are not finite, facts beside kept samples that cannot be read,
             another process that draws the same.
     """
-    guidance = check_guidance(guidance)
-    made_by = _sample_settings(pipeline, images, sampler, guidance, guidance_interval, seed) | {"split": split}
+    options: Any = {"guidance": guidance, "guidance_interval": guidance_interval, "seed": seed}
+    made_by = {
+        "format": FORMAT,
+        **_model(pipeline),
+        "data_fingerprint": images.fingerprint,
+        "val_fraction": images.val_fraction,
+        "sampler": describe(sampler),
+        **options,
+        "split": split,
+    }
     key = sha256_of_values(made_by)[:12]
     folder.mkdir(parents=True, exist_ok=True)
     pixels, facts = (folder / f"samples-{key}{end}" for end in (".bin", ".json"))
@@ -98,15 +109,15 @@ def draw_and_keep(
         members = images.train_indices if split == "train" else images.val_indices
         request = Request.of_images(pipeline, images, members[chosen_rows(members, num_samples, seed)])
         calls: list[int] = []
-        options: dict[str, Any] = {"guidance": guidance, "guidance_interval": guidance_interval, "seed": seed}
-        with _samples_lock(pixels.with_suffix(".lock")), pixels.open("ab") as file:
-            drawn, cost = _drawn_before(pixels, facts, size)  # another process may have drawn some since
-            hook = pipeline.network.register_forward_pre_hook(lambda _, arguments: calls.append(len(arguments[0])))
-            began = time.perf_counter()
-            try:
+        hook = pipeline.network.register_forward_pre_hook(lambda _, arguments: calls.append(len(arguments[0])))
+        try:
+            with alone(pixels.with_suffix(".lock")), pixels.open("ab") as file:
+                drawn, cost = _drawn_before(pixels, facts, size)  # another process may have drawn some since
                 file.truncate(drawn * size)  # an image that was half written
+                began = time.perf_counter()
                 for part in draw(pipeline, request, sampler, batch_size=batch_size, first=drawn, **options):
-                    _require_finite(part)
+                    if wrong := int((~part.isfinite().flatten(1).all(1)).sum()):
+                        raise UserError(f"{wrong} of {len(part)} samples are not finite: {NOT_FINITE}")
                     file.write(to_uint8(part).permute(0, 2, 3, 1).contiguous().numpy().tobytes())
                     file.flush()
                     cost["samples"] += len(part)
@@ -116,10 +127,15 @@ def draw_and_keep(
                     write_text(facts, json.dumps(content, indent=2) + "\n")
                     calls.clear()
                     began = time.perf_counter()
-            finally:
-                hook.remove()
+        except Timeout as error:
+            raise UserError(
+                f"Another process draws these samples, {pixels}. Wait for its end: then they are taken from there. Or "
+                "choose another seed= or sampler.steps=."
+            ) from error
+        finally:
+            hook.remove()
     kept = np.memmap(pixels, np.uint8, "r", shape=(num_samples, side, side, 3))
-    return KeptSamples(kept, *(cost[name] / cost["samples"] for name in ("network_evaluations", "seconds")))
+    return KeptSamples(kept, *(cost[name] / max(1, cost["samples"]) for name in ("network_evaluations", "seconds")))
 
 
 def _drawn_before(pixels: Path, facts: Path, size: int) -> tuple[int, dict[str, Any]]:
@@ -129,54 +145,14 @@ def _drawn_before(pixels: Path, facts: Path, size: int) -> tuple[int, dict[str, 
         return 0, {"samples": 0, "network_evaluations": 0, "seconds": 0.0}
     content = read_json(facts)
     check_fields(content, {"cost": dict}, facts)
-    cost: dict[str, Any] = content["cost"]
-    check_fields(cost, {"samples": int, "network_evaluations": float, "seconds": float}, facts)
-    if cost["samples"] < 1:
-        raise UserError(f"{facts} counts no samples. Delete it and {pixels}; they are drawn again.")
-    return drawn, cost
+    check_fields(content["cost"], {"samples": int, "network_evaluations": float, "seconds": float}, facts)
+    return drawn, content["cost"]
 
 
-@contextmanager
-def _samples_lock(file: Path) -> Iterator[None]:
-    """No other process is in the block of the same file.
-
-    Raises:
-        UserError: one is.
-    """
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(alone(file))
-        except Timeout as error:
-            raise UserError(
-                f"Another process draws these samples, {file.with_suffix('.bin')}. Wait for its end: then they are "
-                "taken from there. Or choose another seed= or sampler.steps=."
-            ) from error
-        yield
-
-
-def check_guidance(guidance: Any) -> float:
-    """The scale of guidance, 3 and 3.0 alike.
-
-    Raises:
-        UserError: no finite number.
-    """
-    if not isinstance(guidance, int | float) or isinstance(guidance, bool) or not math.isfinite(guidance):
-        raise UserError(f"guidance={guidance} must be a number, such as 3; 1 is no guidance.")
-    return float(guidance)
-
-
-def _sample_settings(
-    pipeline: LatentDiffusionPipeline,
-    images: ImageData,
-    sampler: SamplerLike,
-    guidance: float,
-    guidance_interval: Any,
-    seed: int,
-) -> dict[str, Any]:
-    """All that decides a sample; the number of samples is no part of it."""
+def _model(pipeline: LatentDiffusionPipeline) -> dict[str, Any]:
+    """All of a model that decides a sample."""
     fitted = pipeline.z_0_mse
     return {
-        "format": FORMAT,
         "network_sha256": weights_sha256(pipeline.network),
         "autoencoder_sha256": pipeline.contract.autoencoder_sha256,
         "statistics": repr(pipeline.autoencoder.statistics),
@@ -185,18 +161,4 @@ def _sample_settings(
         "variance": pipeline.variance,
         "z_0_mse_sha256": None if fitted is None else hashlib.sha256(fitted.numpy().tobytes()).hexdigest(),
         "conditioning_sha256": hashlib.sha256(json.dumps(pipeline.conditioning.state()).encode()).hexdigest(),
-        "data_fingerprint": images.fingerprint,
-        "val_fraction": images.val_fraction,
-        "sampler": describe(sampler),
-        "guidance": guidance,
-        "guidance_interval": check_interval(guidance_interval),
-        "seed": seed,
     }
-
-
-def _require_finite(part: Tensor) -> None:
-    if wrong := int((~part.isfinite().flatten(1).all(1)).sum()):
-        raise UserError(
-            f"{wrong} of {len(part)} samples are not finite: the network diverged in training, or the sampler is not "
-            "stable. Train it again with a lower optimizer.lr, or choose another sampler or more sampler.steps."
-        )

@@ -12,11 +12,9 @@ from ldm.data.images import ImageData
 from ldm.evaluation.features import ImageSet
 from ldm.evaluation.reconstructions.figure import image_text
 from ldm.image_grid import grid, to_pil
-from ldm.metrics.neighbours import BLOCK
+from ldm.metrics.neighbours import part_size
 
 PAIRS_PER_ROW = 4
-
-
 QUANTILE = 0.01
 """Of the distances of held-out images: nearer than that is close."""
 NUM_PAIRS = 12
@@ -67,12 +65,7 @@ def nearest_training(
 
     Args:
         samples, train, own_validation: Features, [n, d], [m, d] and [v, d].
-
-    Raises:
-        ValueError: one of them is empty.
     """
-    if not min(len(samples), len(train), len(own_validation)):
-        raise ValueError("memorisation needs samples, training images and held-out images.")
     distances, nearest = nearest_by_cosine(samples, train)
     validation, _ = nearest_by_cosine(own_validation, train)
     closest = distances.argsort(stable=True)[:num_pairs]
@@ -81,17 +74,9 @@ def nearest_training(
 
 def nearest_by_cosine(queries: Tensor, gallery: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine distance of each query to its nearest in the gallery, and which one that is; [q] and [q], in float64."""
-    best = torch.full((len(queries),), torch.inf, dtype=torch.float64)
-    which = torch.zeros(len(queries), dtype=torch.long)
-    for first in range(0, len(gallery), 8 * BLOCK):
-        columns = F.normalize(gallery[first : first + 8 * BLOCK].double(), dim=1)
-        for start in range(0, len(queries), BLOCK):
-            rows = slice(start, start + BLOCK)
-            found, index = (1 - F.normalize(queries[rows].double(), dim=1) @ columns.T).min(dim=1)
-            nearer = found < best[rows]
-            which[rows] = torch.where(nearer, first + index, which[rows])
-            best[rows] = torch.where(nearer, found, best[rows])
-    return best.clamp(min=0), which
+    queries, gallery = (F.normalize(features.double(), dim=1) for features in (queries, gallery))
+    found = [(1 - rows @ gallery.T).min(dim=1) for rows in queries.split(part_size(len(gallery)))]
+    return torch.cat([part.values for part in found]).clamp(min=0), torch.cat([part.indices for part in found])
 
 
 def plot_nearest(samples: ImageSet, images: ImageData, found: Memorisation) -> Image.Image:

@@ -3,7 +3,7 @@
 import json
 import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -11,30 +11,25 @@ from typing import Any
 
 import torch
 from PIL import Image
-from scipy import stats
 from torch import Tensor, nn
 
 from ldm.data.images import ImageData
 from ldm.diffusion.samplers.base import SamplerLike
-from ldm.errors import UserError, require_whole
+from ldm.errors import UserError
 from ldm.evaluation.classifier import Classifier, class_accuracy, class_shift, named_classes
 from ldm.evaluation.evaluation_file import metrics_to_json
-from ldm.evaluation.features import ImageSet, describe_features, extract, load_features, reference_features
+from ldm.evaluation.features import ImageSet, extract, load_features, reference_features
 from ldm.evaluation.image_sets import Reconstructions, VAEAlone
-from ldm.evaluation.samples import retrieval as prompt_fidelity
-from ldm.evaluation.samples.distances import COLUMNS, Measures, distance_table, fd_name, halves
+from ldm.evaluation.samples import distances, retrieval
+from ldm.evaluation.samples.distances import Enough, Measures
 from ldm.evaluation.samples.kept import KeptSamples, chosen_rows, draw_and_keep
-from ldm.evaluation.samples.memorisation import QUANTILE, Memorisation, nearest_training, plot_nearest
+from ldm.evaluation.samples.memorisation import Memorisation, nearest_training, plot_nearest
 from ldm.files.atomic import durable_file, write_text
 from ldm.files.untrusted import read_json
 from ldm.metrics.metric import Metric
-from ldm.metrics.subsets import NUM_GROUPS, NUM_SUBSETS
-from ldm.sampling.draw import check_interval, describe
+from ldm.rules import Count, Seed, checked
+from ldm.sampling.draw import Guidance, Interval, describe
 from ldm.sampling.pipeline import LatentDiffusionPipeline
-
-FLOOR = "floor, train to train"
-FEWEST = 2 * NUM_SUBSETS
-"""Images of which a distance and its error can be told."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +58,14 @@ class SampleReport:
         known: dict[str, Any] = {}
         with suppress(UserError):
             known = read_json(path)
-        num, same = known.get("num_samples"), known.get("weights_sha256") == self.content["weights_sha256"]
-        larger = same and isinstance(num, int) and num > self.content["num_samples"]
-        chosen = elsewhere if larger else path
-        self.save(chosen)
-        return chosen
+        same, num = known.get("weights_sha256") == self.content["weights_sha256"], known.get("num_samples")
+        if same and isinstance(num, int) and num > self.content["num_samples"]:
+            path = elsewhere
+        self.save(path)
+        return path
 
 
+@checked
 def measure_samples(
     pipeline: LatentDiffusionPipeline,
     images: ImageData,
@@ -77,11 +73,11 @@ def measure_samples(
     *,
     features: str = "efficientnet_lite",
     features_path: str | None = None,
-    num_samples: int = 256,
-    guidance: float = 3.0,
-    guidance_interval: Any = (0.0, 1.0),
-    seed: int = 0,
-    batch_size: int = 64,
+    num_samples: Enough = 256,
+    guidance: Guidance = 3.0,
+    guidance_interval: Interval = (0.0, 1.0),
+    seed: Seed = 0,
+    batch_size: Count = 64,
     folder: Path | None = None,
     weights_sha256: str | None = None,
 ) -> SampleReport:
@@ -95,27 +91,23 @@ def measure_samples(
         weights_sha256: By which the run names its weights, written beside the metrics.
 
     Raises:
-        UserError: numbers that are none, what `load_features` and `draw_and_keep` refuse.
+        UserError: few training images, what `load_features` and `draw_and_keep` refuse.
     """
-    require_whole("num_samples", num_samples, FEWEST)
-    require_whole("batch_size", batch_size, 1)
-    if len(images.train_indices) < FEWEST:
-        raise UserError(f"{images.name} has {len(images.train_indices)} training images; distances need {FEWEST}.")
+    if len(images.train_indices) < distances.FEWEST:
+        raise UserError(
+            f"{images.name} has {len(images.train_indices)} training images; distances need {distances.FEWEST}."
+        )
     network = load_features(features, images, features_path).to(pipeline.device)
+    options: Any = {"guidance": guidance, "guidance_interval": guidance_interval, "seed": seed}
     content: dict[str, Any] = {
         "weights_sha256": weights_sha256,
-        **describe_features(network, features),
+        **distances.describe_setting(network, features, images),
         "num_samples": num_samples,
-        "reference": f"{images.name}/train@{images.fingerprint[:8]}",
-        "num_reference": len(images.train_indices),
-        "guidance": guidance,
-        "guidance_interval": check_interval(guidance_interval),
         "sampler": describe(sampler),
-        "seed": seed,
+        **options,
     }
-    options: dict[str, Any] = {"guidance": guidance, "guidance_interval": guidance_interval, "seed": seed}
-    with ExitStack() as stack:
-        place = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        place = folder or Path(scratch)
         draw = partial(draw_and_keep, pipeline, images, sampler, place, batch_size=batch_size, **options)
         return _compare_sets(pipeline, images, network, draw, content, batch_size)
 
@@ -156,21 +148,18 @@ def _compare_sets(
         lines += _classes(network, found, train, asked, content)
     if pipeline.conditioning.text_dim is not None:
         ours = {name: found[name] for name in ("samples", "reconstructions")}
-        parts = [prompt_fidelity.training_retrieval(ours, train, torch.from_numpy(chosen), content["features_key"])]
+        parts = [retrieval.training_retrieval(ours, train, torch.from_numpy(chosen), content["features_key"])]
         if (num_held_out := min(num_samples, len(validation))) >= 2:
             rows = chosen_rows(images.val_indices, num_held_out, seed)
-            held_out: dict[str, ImageSet] = {
+            sets = {
                 "samples": draw(num_samples=num_held_out, split="val"),
                 "reconstructions": Reconstructions(pipeline, images, images.val_indices[rows]),
             }
-            theirs = {
-                name: extract(network, part, f"features of held-out {name}", batch_size)
-                for name, part in held_out.items()
-            }
+            theirs = {name: extract(network, part, f"held-out {name}", batch_size) for name, part in sets.items()}
             answered = validation, train, torch.from_numpy(rows), images, pipeline.conditioning
-            parts.append(prompt_fidelity.held_out_retrieval(theirs, *answered, content["features_key"]))
-        for more, told in parts:
-            content |= more
+            parts.append(retrieval.held_out_retrieval(theirs, *answered, content["features_key"]))
+        for metrics, told in parts:
+            content |= metrics
             lines += told
     memorisation = nearest_training(found["samples"], train, validation)
     lines += _memorisation(memorisation, images, content)
@@ -182,65 +171,50 @@ def _distances(network: nn.Module, found: Mapping[str, Tensor], train: Tensor, c
     features, reference = content["features"], content["reference"]
     measures = Measures.choose(train, len(found["samples"]), with_cmmd=features == "clip")
     rows = {name: (len(values), measures.num_per_subset(values), measures.of(values)) for name, values in found.items()}
-    some, others = halves(train, len(found["samples"]), content["seed"])
-    rows[FLOOR] = (len(some), measures.num_per_subset(some, others), measures.of(some, others))
+    some, others = distances.halves(train, len(found["samples"]), content["seed"])
+    rows["floor, train to train"] = (len(some), measures.num_per_subset(some, others), measures.of(some, others))
     components = content["fd_components"] = measures.num_components
-    content["fd_name"] = fd_name(network, components)
+    content["fd_name"] = distances.fd_name(network, components)
     for name, (num, num_per_subset, values) in rows.items():
         key = name.split()[0].lower().rstrip(",")
         content[f"num_{key}"], content[f"num_per_subset_{key}"] = num, num_per_subset
-        content |= {f"{measure}_{key}": values[measure] for measure in COLUMNS if measure in values}
+        content |= {f"{measure}_{key}": values[measure] for measure in distances.COLUMNS if measure in values}
     library = f" ({content['features_library']})" if content["features_library"] else ""
     form = "" if components is None else f", FD on {components} PCA components of {reference}"
     return [
         f"{content['features_key']}{library}{form}, ref={reference}, N={len(train)}; floor: {len(some)} of these "
         f"against the other {len(others)}:",
-        *distance_table(rows, content["fd_name"]),
-        "  +- is a standard error of drawing other images, not of training again. Compare rows of one N only.",
-        f"  FD is of all N; its error, a jackknife's, has {NUM_GROUPS - 1} degrees of freedom (95 % within "
-        f"{_half_width(NUM_GROUPS - 1):.1f} of them).",
-        f"  The rest are means of {NUM_SUBSETS} disjoint subsets of both sides, so large as stands under `subset`"
-        + (" (CMMD: of all N)" if measures.with_cmmd else "")
-        + ";",
-        f"  their errors have {NUM_SUBSETS - 1} degrees of freedom (95 % within {_half_width(NUM_SUBSETS - 1):.1f} of "
-        "them).",
+        *distances.distance_table(rows, content["fd_name"]),
+        "  +- is a standard error of drawing other images. Compare rows of one N only: docs/reading_the_numbers.md",
     ]
-
-
-def _half_width(dof: int) -> float:
-    """Of a 95 % interval, in standard errors of so many degrees of freedom."""
-    return float(stats.t.ppf(0.975, dof))
 
 
 def _classes(
     classifier: Classifier, found: Mapping[str, Tensor], train: Tensor, asked: Tensor | None, content: dict[str, Any]
 ) -> list[str]:
     """Are all classes drawn, and where one was asked for, that one?"""
-    named = {name: named_classes(classifier, found[name]) for name in ("samples", "validation images")}
-    reference = named_classes(classifier, train)
-    lines = ["Classes that the classifier names, against those it names of the training images: total variation"]
-    for name in named:
-        shift, error = class_shift(named[name], reference)
-        content[f"class_shift_{name.split()[0]}"] = Metric(shift, error, n=len(named[name]))
-        lines.append(f"  {name:18} {shift:.3f} +- {error:.3f}")
+    rows = []
+    for name in ("samples", "validation images"):
+        shift = Metric(*class_shift(named_classes(classifier, found[name]), named_classes(classifier, train)))
+        content[f"class_shift_{name.split()[0]}"] = shift
+        rows.append([name, f"{shift:.3f}"])
     content["classifier_val_accuracy"] = classifier.val_accuracy
     if asked is not None:
-        share, error = class_accuracy(named["samples"], asked)
-        content["class_accuracy_samples"] = Metric(share, error, n=len(asked))
-        lines.append(
-            f"  the class that was asked for: {share:.1%} +- {error:.1%} of the samples; of the validation images "
-            f"it names {classifier.val_accuracy:.1%}"
-        )
-    return lines
+        share = Metric(*class_accuracy(named_classes(classifier, found["samples"]), asked))
+        content["class_accuracy_samples"] = share
+        rows.append(["the class that was asked for, samples", f"{share:.1%}"])
+        rows.append(["the same, validation images", f"{classifier.val_accuracy:.1%}"])
+    head = "Classes that the classifier names, against those it names of the training images: total variation"
+    return [head, *distances.align(rows)]
 
 
 def _memorisation(found: Memorisation, images: ImageData, content: dict[str, Any]) -> list[str]:
     """Are samples nearer to training images than new images are?"""
-    num = len(found.validation_distances)
+    share = Metric(found.close_share, found.close_share_standard_error)
     medians = [part.median().item() for part in (found.distances, found.validation_distances)]
     content |= {
         "close_threshold": found.threshold,
-        "close_share_samples": Metric(found.close_share, found.close_share_standard_error, n=len(found.distances)),
+        "close_share_samples": share,
         "nearest_distance_median_samples": medians[0],
         "nearest_distance_median_validation": medians[1],
         "closest_pairs": [
@@ -252,12 +226,9 @@ def _memorisation(found: Memorisation, images: ImageData, content: dict[str, Any
             for i in found.closest.tolist()
         ],
     }
-    share = f"{found.close_share:.1%} +- {found.close_share_standard_error:.1%}"
-    lines = [
-        f"Memorisation: {share} of the samples are nearer to a training image than {QUANTILE:.0%} of the {num}",
-        f"  validation images are (cosine distance {found.threshold:.4f}); median distance {medians[0]:.3f}, of "
-        f"validation images {medians[1]:.3f}. The closest pairs: nearest.png",
+    return [
+        f"Memorisation: {share:.1%} of the samples are nearer to a training image than {found.threshold:.4f}, the 1st "
+        f"percentile of {len(found.validation_distances)} validation images",
+        f"  (cosine distance); median {medians[0]:.3f}, of validation images {medians[1]:.3f}. The closest pairs: "
+        "nearest.png",
     ]
-    if num < 1 / QUANTILE:
-        lines.append(f"  {num} validation images are few for that percentile: it is nearly their smallest distance.")
-    return lines

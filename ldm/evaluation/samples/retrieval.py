@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.data.images import ImageData
+from ldm.evaluation.samples.distances import align
 from ldm.evaluation.samples.memorisation import nearest_by_cosine
 from ldm.metrics.metric import Metric
 from ldm.metrics.neighbours import retrieval_ranks
@@ -50,15 +51,19 @@ def held_out_retrieval(
     metrics, lines = _retrieval(found, validation, rows, "held_out_{}")
     captions = images.require_captions()
     prompts = conditioning.of_request(prompts=[captions[images.val_indices[row]] for row in rows.tolist()])[0]["pooled"]
-    lines.append("  cosine of the prompt's embedding and that of the caption of the nearest training image:")
+    cosines = []
     for name, part in found.items():
         _, nearest = nearest_by_cosine(part, train)
         texts = [images.captions_of(images.train_indices[row]) for row in nearest.tolist()]
         shown = conditioning.of_request(prompts=[text for several in texts for text in several])[0]["pooled"]
         own, permuted, error = caption_agreement(prompts, shown.split([len(several) for several in texts]))
-        metrics[f"caption_cosine_held_out_{name}"] = Metric(own, error, n=len(part))
+        metrics[f"caption_cosine_held_out_{name}"] = Metric(own, error)
         metrics.setdefault("caption_cosine_held_out_permuted", permuted)  # of the samples, which come first
-        lines.append(f"  {name:18} {own:.3f} +- {error:.3f}, with other prompts {permuted:.3f}")
+        cosines.append([name, f"{Metric(own, error):.3f}", f"with other prompts {permuted:.3f}"])
+    lines += [
+        "  cosine of the prompt's embedding and that of the caption of the nearest training image:",
+        *align(cosines),
+    ]
     among = f"retrieval of the own image among {len(validation)} validation images, {features}:"
     head = f"{len(rows)} captions that training never saw: {among}"
     return {"num_held_out": len(rows), **metrics}, [head, *lines]
@@ -70,18 +75,13 @@ def caption_agreement(prompts: Tensor, shown: Sequence[Tensor]) -> tuple[float, 
         own = mean_i max_k cos(p_i, c_ik),   permuted = mean_{i, j != i} max_k cos(p_j, c_ik)
 
     Args:
-        prompts: Embeddings of what was asked for, [n, d].
+        prompts: Embeddings of what was asked for, [n, d], two or more.
         shown: Of what was found, by sample the embeddings of all captions of one image, [k_i, d] each.
 
     Returns:
         Both means, and the standard error of the first.
-
-    Raises:
-        ValueError: fewer than two prompts.
     """
     n = len(prompts)
-    if n < 2:
-        raise ValueError(f"{n} prompts cannot be permuted: two are needed.")
     prompts = F.normalize(prompts.double(), dim=1)
     # [n, n], the captions of image i in column i
     best = torch.stack([(prompts @ F.normalize(part.double(), dim=1).T).amax(1) for part in shown], dim=1)
@@ -91,13 +91,12 @@ def caption_agreement(prompts: Tensor, shown: Sequence[Tensor]) -> tuple[float, 
 
 
 def _retrieval(found: Mapping[str, Tensor], gallery: Tensor, rows: Tensor, form: str) -> Found:
-    metrics: dict[str, Any] = {}
-    lines = []
+    shares = {}
     for name, features in found.items():
         ranks = retrieval_ranks(features, gallery, rows[: len(features)])
-        shares = [(ranks < k).float().mean().item() for k in (1, 5)]
-        metrics |= {f"retrieval_at_{k}_{form.format(name)}": share for k, share in zip((1, 5), shares, strict=True)}
-        lines.append(f"  {name:18} @1 {shares[0]:6.1%}   @5 {shares[1]:6.1%}")
-    chances = [min(1.0, k / len(gallery)) for k in (1, 5)]
-    metrics |= {f"retrieval_at_{k}_{form.format('chance')}": share for k, share in zip((1, 5), chances, strict=True)}
-    return metrics, [*lines, f"  {'chance':18} @1 {chances[0]:6.2%}   @5 {chances[1]:6.2%}"]
+        shares[name] = [(ranks < k).float().mean().item() for k in (1, 5)]
+    shares["chance"] = [min(1.0, k / len(gallery)) for k in (1, 5)]
+    metrics = {f"retrieval_at_{k}_{form.format(name)}": both[k == 5] for name, both in shares.items() for k in (1, 5)}
+    return metrics, align(
+        [[name, "@1", f"{first:.2%}", "@5", f"{fifth:.2%}"] for name, (first, fifth) in shares.items()]
+    )

@@ -1,26 +1,25 @@
 """One setting of the sampler at several values: how good the samples are, and what they cost."""
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 from torch import Tensor
 
 from ldm.data.images import ImageData
 from ldm.diffusion.samplers.base import SamplerLike
 from ldm.errors import UserError
 from ldm.evaluation.evaluation_file import metrics_to_json
-from ldm.evaluation.features import describe_features, extract, load_features, reference_features
-from ldm.evaluation.samples.distances import Measures, fd_name
-from ldm.evaluation.samples.kept import check_guidance, draw_and_keep
+from ldm.evaluation.features import extract, load_features, reference_features
+from ldm.evaluation.samples.distances import Enough, Measures, align, describe_setting, fd_name
+from ldm.evaluation.samples.kept import draw_and_keep
+from ldm.metrics.metric import Metric
 from ldm.metrics.subsets import NUM_SUBSETS, jackknife_error
-from ldm.sampling.draw import describe
+from ldm.rules import Seed, apply_rules, checked
+from ldm.sampling.draw import check_sampler, describe
 from ldm.sampling.pipeline import LatentDiffusionPipeline
 
 WITHIN = 2.0
@@ -29,9 +28,9 @@ RULE = (
     f"the fewest network evaluations whose distance is within {WITHIN:g} standard errors of the smallest one; the "
     "errors are of the difference, whose both sides share noise, captions and groups of the jackknife"
 )
-INK, LINE, FAINT = "#333333", "#0072B2", "#8a8a8a"
 
 
+@checked
 def sweep_sampler(
     pipeline: LatentDiffusionPipeline,
     images: ImageData,
@@ -41,8 +40,8 @@ def sweep_sampler(
     *,
     features: str = "efficientnet_lite",
     features_path: str | None = None,
-    num_samples: int = 256,
-    seed: int = 0,
+    num_samples: Enough = 256,
+    seed: Seed = 0,
     **options: Any,
 ) -> dict[str, Any]:
     """Distance to the training images over several samplers, by their steps, or several guidances; one of them is one.
@@ -58,8 +57,16 @@ def sweep_sampler(
         UserError: both vary, guidance of a model that knows none, too few samples, what `draw_and_keep` refuses; of
             every value before the first is drawn.
     """
-    _check_sweep(pipeline, samplers, guidances, num_samples)
-    guidances = [check_guidance(guidance) for guidance in guidances]
+    if len(samplers) > 1 and len(guidances) > 1:
+        raise UserError("sampler.steps= and guidance= are both lists. Vary one, then the other.")
+    if len(guidances) > 1 and pipeline.conditioning.kind == "none":
+        raise UserError(
+            f"guidance={','.join(map(str, guidances))}: this model is unconditional, so that guidance changes nothing. "
+            "Leave guidance= out, or vary sampler.steps=."
+        )
+    guidances = [apply_rules(draw_and_keep, {"guidance": guidance})["guidance"] for guidance in guidances]
+    for sampler in samplers.values():
+        check_sampler(sampler, pipeline.schedule)
     over = "sampler.steps" if len(samplers) > 1 else "guidance"
     network = load_features(features, images, features_path).to(pipeline.device)
     train = reference_features(network, features, images)[torch.from_numpy(images.train_indices)]
@@ -71,19 +78,27 @@ def sweep_sampler(
         for guidance in guidances:
             value = steps if over == "sampler.steps" else guidance
             kept = draw(sampler=sampler, guidance=guidance)
-            row, without = _measure_value(measures, extract(network, kept, f"features, {over}={value}"))
-            cost = {"network_evaluations": kept.evaluations, "seconds": kept.seconds}
-            rows.append({"value": value, **cost, **row})
-            replicates.append(without)
+            drawn = extract(network, kept, f"features, {over}={value}")
+            frechet, found = measures.frechet(drawn), measures.by_subsets(drawn)
+            assert frechet is not None, "as many components as the samples allow"
+            row: dict[str, Any] = {
+                "value": value,
+                "network_evaluations": kept.evaluations,
+                "seconds": kept.seconds,
+                "distance": frechet[0],
+                "standard_error": jackknife_error(frechet[1]),
+                **metrics_to_json({"kd": found["kd"]}),
+            }
+            row |= {name: found[name].value if found[name].is_measured else None for name in ("precision", "recall")}
+            rows.append(row)
+            replicates.append(frechet[1])
     compare_with_best(rows, replicates)
     return {
         "over": over,
         "metric": fd_name(network, measures.num_components),
-        **describe_features(network, features),
+        **describe_setting(network, features, images),
         "num_samples": num_samples,
         "num_per_subset": min(num_samples, len(train)) // NUM_SUBSETS,
-        "reference": f"{images.name}/train@{images.fingerprint[:8]}",
-        "num_reference": len(train),
         "sampler": {**describe(next(iter(samplers.values()))), "steps": list(samplers)},
         "guidance": list(guidances),
         "seed": seed,
@@ -91,38 +106,6 @@ def sweep_sampler(
         "knee": knee(rows),
         "rule": RULE,
     }
-
-
-def _check_sweep(
-    pipeline: LatentDiffusionPipeline,
-    samplers: Mapping[float, SamplerLike],
-    guidances: Sequence[float],
-    num_samples: int,
-) -> None:
-    if len(samplers) > 1 and len(guidances) > 1:
-        raise UserError("sampler.steps= and guidance= are both lists. Vary one, then the other.")
-    if len(guidances) > 1 and pipeline.conditioning.kind == "none":
-        raise UserError(
-            f"guidance={','.join(map(str, guidances))}: this model is unconditional, so that guidance changes nothing. "
-            "Leave guidance= out, or vary sampler.steps=."
-        )
-    if num_samples < 8:
-        raise UserError(f"num_samples={num_samples}: a distance with its error needs 8 at least.")
-    for steps, sampler in samplers.items():
-        try:
-            sampler.check(pipeline.schedule)
-        except ValueError as error:
-            raise UserError(f"sampler={sampler.method} with {steps} steps: {error}.") from error
-
-
-def _measure_value(measures: Measures, features: Tensor) -> tuple[dict[str, Any], Tensor]:
-    """Metrics of the samples of one value, and the replicates of their distance."""
-    frechet = measures.frechet(features)
-    assert frechet is not None, "as many components as the samples allow"
-    found = measures.of(features, frechet=frechet)
-    row = {"distance": frechet[0], "standard_error": found["fd"].standard_error, **metrics_to_json({"kd": found["kd"]})}
-    row |= {name: found[name].value if found[name].is_measured else None for name in ("precision", "recall")}
-    return row, frechet[1]
 
 
 def compare_with_best(rows: Sequence[dict[str, Any]], replicates: Sequence[Tensor]) -> None:
@@ -146,81 +129,52 @@ def knee(rows: Sequence[Mapping[str, Any]]) -> float:
 
 def sweep_table(found: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
     """Columns and rows of a sweep, its numbers as they are."""
-    columns = [found["over"], *(name for name in found["rows"][0] if name != "value")]
+    columns = [found["over"] if name == "value" else name for name in found["rows"][0]]
     return columns, [list(row.values()) for row in found["rows"]]
 
 
 def sweep_lines(found: Mapping[str, Any]) -> list[str]:
     """The table in words, and the rule."""
     metric, over, library = found["metric"], found["over"], found["features_library"]
-    of = f"{found['features_key']}{f' ({library})' if library else ''}"
-    wide = max(19, len(metric) + 2)
-    listed = [
-        f"{metric} and KD ({of}, N={found['num_samples']}, ref={found['reference']}, N={found['num_reference']}) by "
-        f"{over}; precision and recall on subsets of {found['num_per_subset']}:",
-        f"  {over:>13}{'evaluations':>13}{'s a sample':>12}{metric:>{wide}}{'above the best':>19}{'KD':>18}"
-        f"{'precision':>11}{'recall':>8}",
-    ]
+    features = found["features_key"] + (f" ({library})" if library else "")
+    of = f"{features}, N={found['num_samples']}, ref={found['reference']}, N={found['num_reference']}"
+    head = f"{metric} and KD ({of}) by {over}; precision and recall on subsets of {found['num_per_subset']}:"
+    table = [[over, "evaluations", "s a sample", metric, "above the best", "KD", "precision", "recall"]]
     for row in found["rows"]:
         shares = ["-" if row[name] is None else f"{row[name]:.3f}" for name in ("precision", "recall")]
-        distance = f"{row['distance']:.3f} +- {row['standard_error']:.3f}"
-        above = f"{row['above_best']:.3f} +- {row['above_best_standard_error']:.3f}"
-        kd = "-" if row["kd"] is None else f"{row['kd']:.4f} +- {row['kd_standard_error']:.4f}"
-        listed.append(
-            f"  {row['value']:>13g}{row['network_evaluations']:>13.4g}{row['seconds']:>12.3g}{distance:>{wide}}"
-            f"{above:>19}{kd:>18}{shares[0]:>11}{shares[1]:>8}"
+        table.append(
+            [
+                f"{row['value']:g}",
+                f"{row['network_evaluations']:.4g}",
+                f"{row['seconds']:.3g}",
+                f"{Metric(row['distance'], row['standard_error']):.3f}",
+                f"{Metric(row['above_best'], row['above_best_standard_error']):.3f}",
+                "-" if row["kd"] is None else f"{Metric(row['kd'], row['kd_standard_error']):.4f}",
+                *shares,
+            ]
         )
-    return [*listed, f"{over}={found['knee']:g} is the knee: {found['rule']}."]
+    return [head, *align(table), f"{over}={found['knee']:g} is the knee: {found['rule']}."]
 
 
 def plot_sampler_sweep(found: Mapping[str, Any]) -> Figure:
-    """Distance over the network evaluations or the guidance, precision and recall, and what a sample costs in time."""
-    rows, over = found["rows"], found["over"]
-    by_steps = over == "sampler.steps"
-    figure = Figure(figsize=(11, 3.9), layout="constrained")
-    first, second = figure.subplots(1, 2)
+    """Distance over the network evaluations or the guidance; all else stands in the table."""
+    rows, by_steps = found["rows"], found["over"] == "sampler.steps"
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
     x = [row["network_evaluations" if by_steps else "value"] for row in rows]
-    label = "network evaluations per sample" if by_steps else "guidance scale"
     errors = [WITHIN * row["standard_error"] for row in rows]
-    first.errorbar(x, [row["distance"] for row in rows], errors, color=LINE, marker="o", markersize=4, capsize=3)
+    axes.errorbar(x, [row["distance"] for row in rows], errors, marker="o", markersize=4, capsize=3)
     for place, row in zip(x, rows, strict=True):
-        is_knee = row["value"] == found["knee"]
-        first.annotate(
-            f"{row['value']:g}" + (" (knee)" if is_knee else ""),
-            (place, row["distance"]),
-            xytext=(6, 6),
-            textcoords="offset points",
-            fontsize=9,
-            color=INK if is_knee else FAINT,
-            fontweight="bold" if is_knee else "normal",
-            path_effects=[withStroke(linewidth=3, foreground="white")],
-        )
-    first.set(xlabel=label, ylabel=f"{found['metric']}\n{found['features_key']}", title=f"{found['metric']} by {over}")
-    _plot_cost_or_precision(second, rows, x, label, by_steps)
-    for axes in (first, second):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.title.set_fontsize(11)
-        if by_steps:
-            axes.set_xscale("log")
-            axes.set_xticks(x, [f"{value:.4g}" for value in x])
-            axes.minorticks_off()
-    number = f"N={found['num_samples']}, {found['sampler']['method']}; ref={found['reference']}"
-    bars = f"bars are +- {WITHIN:g} standard errors of a value; the knee goes by those of differences"
-    figure.suptitle(f"{number}; {bars}", fontsize=11)
-    return figure
-
-
-def _plot_cost_or_precision(
-    axes: Axes, rows: Sequence[Mapping[str, Any]], x: Sequence[float], label: str, by_steps: bool
-) -> None:
-    axes.set_xlabel(label)
+        text = f"{row['value']:g}" + (" (knee)" if row["value"] == found["knee"] else "")
+        axes.annotate(text, (place, row["distance"]), (6, 6), textcoords="offset points", fontsize=9)
     if by_steps:
-        axes.plot(x, [row["seconds"] for row in rows], color=LINE, marker="o", markersize=4)
-        axes.set(ylabel="seconds per sample", title="Cost")
-        axes.set_ylim(bottom=0)
-        return
-    for name, colour in (("precision", LINE), ("recall", "#D55E00")):
-        values = [math.nan if row[name] is None else row[name] for row in rows]
-        axes.plot(x, values, color=colour, marker="o", markersize=4, label=name)
-    axes.set(title="Precision and recall", ylim=(0, 1))
-    axes.legend(frameon=False)
+        axes.set_xscale("log")
+        axes.set_xticks(x, [f"{value:.4g}" for value in x])
+        axes.minorticks_off()
+    axes.set_xlabel("network evaluations per sample" if by_steps else "guidance scale")
+    axes.set_ylabel(f"{found['metric']}, {found['features_key']}")
+    number = f"{found['metric']} by {found['over']}; N={found['num_samples']}, {found['sampler']['method']}"
+    axes.set_title(
+        f"{number}\nref={found['reference']}; bars are +- {WITHIN:g} standard errors of a value", fontsize=10
+    )
+    return figure
