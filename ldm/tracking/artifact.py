@@ -39,7 +39,7 @@ class Artifact:
         return {
             file.relative_to(path if path.is_dir() else path.parent).as_posix(): file
             for path in self.files
-            for file in _files_in([path])
+            for file in _files_in(path)
         }
 
     @property
@@ -52,21 +52,16 @@ def sha256(content: str | Iterable[Path]) -> str:
     if isinstance(content, str):
         return hashlib.sha256(content.encode()).hexdigest()
     digest = hashlib.sha256()
-    for path in _files_in(content):
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+    for path in content:
+        for inner in _files_in(path):
+            with inner.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
     return digest.hexdigest()
 
 
-def _files_in(paths: Iterable[Path]) -> list[Path]:
-    """Files, and those in folders; what a link in a folder names outside of it is none of the folder's."""
-    found = []
-    for path in paths:
-        root = path.resolve()
-        inside = sorted(path.rglob("*")) if path.is_dir() else [path]
-        found += [inner for inner in inside if inner.is_file() and inner.resolve().is_relative_to(root)]
-    return found
+def _files_in(path: Path) -> list[Path]:
+    return [file for file in (path, *sorted(path.rglob("*"))) if file.is_file()]
 
 
 def plain(value: Any) -> Any:

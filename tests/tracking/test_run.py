@@ -119,7 +119,7 @@ def test_the_id_that_an_agent_gives_is_kept(monkeypatch, tmp_path):
     assert start(tmp_path, resume=True).run.options["id"] == "of-the-agent"
     asked = []
     monkeypatch.setattr(wandb, "init", lambda **options: asked.append(options["id"]) or Recorder(**options))
-    run._fall_back(OSError("gone"), [("offline", {})])
+    run._start_in([("offline", {})], OSError("gone"))
     assert asked == ["of-the-agent"] and known_id(tmp_path / "nothing") is None
 
 

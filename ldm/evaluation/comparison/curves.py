@@ -1,12 +1,14 @@
 """Training curves of several runs over each other, one colour per group, its seeds faint behind their mean."""
 
 from collections.abc import Sequence
+from itertools import cycle
+from statistics import fmean
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 
 from ldm.evaluation.comparison.compare import Group
 from ldm.evaluation.reconstructions.curves import Curve
@@ -35,38 +37,32 @@ def plot_curves(groups: Sequence[Group]) -> Figure | None:
     columns = min(COLUMNS, len(names))
     rows = -(-len(names) // columns)
     figure = Figure(figsize=(4.3 * columns, 2.9 * rows + 0.7), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flat
-    colours = {group.label: COLOURS[i % len(COLOURS)] for i, group in enumerate(groups)}
-    for axes, name in zip(panels, names, strict=False):
-        for group in groups:
-            curves = [_smoothed(name, run.curves[name]) for run in group.runs if name in run.curves]
-            _plot_group(axes, curves, colours[group.label])
-        mean = ", mean of neighbouring batches" if name.startswith("train/") else ""
-        axes.set_title(f"{name}{mean}", fontsize=10)
+    for i, name in enumerate(names):
+        axes = figure.add_subplot(rows, columns, i + 1)
+        for group, colour in zip(groups, cycle(COLOURS), strict=False):
+            _plot_group(axes, [_smoothed(name, run.curves[name]) for run in group.runs if name in run.curves], colour)
+        axes.set_title(name + (", mean of neighbouring batches" if name.startswith("train/") else ""), fontsize=10)
         axes.set_xlabel("step", fontsize=9)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.22)
-        axes.spines[["top", "right"]].set_visible(False)
-    for axes in list(figure.axes)[len(names) :]:
-        axes.set_axis_off()
-    handles = [Line2D([], [], color=colours[group.label], lw=2, label=group.title) for group in groups]
+    colours = zip(groups, cycle(COLOURS), strict=False)
+    handles = [Line2D([], [], color=colour, lw=2, label=group.title) for group, colour in colours]
     figure.legend(handles=handles, loc="outside upper left", ncols=min(4, len(handles)), frameon=False, fontsize=10)
     return figure
 
 
 def _plot_group(axes: Axes, curves: Sequence[Curve], colour: str) -> None:
-    marks = ["o" if len(steps) < FEW else None for steps, _ in curves]  # of one point there is no line
-    if len(curves) == 1:
-        axes.plot(*curves[0], color=colour, lw=1.5, marker=marks[0], ms=3)
-        return
-    for (steps, values), mark in zip(curves, marks, strict=True):
-        axes.plot(steps, values, color=colour, lw=0.9, alpha=0.3, marker=mark, ms=3)
-    common = sorted(set.intersection(*({*steps} for steps, _ in curves))) if curves else []
+    """Every run, faint where their mean at the steps that they share stands before them."""
+
+    def plot(steps: Sequence[int], values: Sequence[float], **style: Any) -> None:
+        axes.plot(steps, values, color=colour, marker="o" if len(steps) < FEW else None, ms=3, **style)
+
+    for curve in curves:
+        plot(*curve, lw=1.5, alpha=0.3 if len(curves) > 1 else 1.0)
+    common = sorted(set.intersection(*({*steps} for steps, _ in curves))) if len(curves) > 1 else []
     if common:
-        at_common = [[value for step, value in zip(*curve, strict=True) if step in {*common}] for curve in curves]
-        mark = "o" if len(common) < FEW else None
-        axes.plot(common, np.mean(at_common, axis=0), color=colour, lw=1.8, marker=mark, ms=4)
+        by_step = [dict(zip(*curve, strict=True)) for curve in curves]
+        plot(common, [fmean(values[step] for values in by_step) for step in common], lw=1.8)
 
 
 def _smoothed(name: str, curve: Curve) -> Curve:

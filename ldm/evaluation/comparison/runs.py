@@ -43,11 +43,9 @@ class RunRecord:
     facts: dict[str, Any]
     """Flat."""
     metrics: dict[str, Metric]
-    evaluation_seed: Any
+    evaluated: bool
     stale: bool
     """Its evaluation is of other weights than it has now, and left out."""
-    doubtful: bool
-    """Its evaluation does not say of which weights it is."""
     curves: dict[str, Curve]
     run: Run | None = field(repr=False, default=None)
     """Where it is a folder, whose weights are at hand."""
@@ -67,19 +65,17 @@ def read_runs(places: Sequence[str]) -> list[RunRecord]:
     if len(places) < 2:
         given = f", not {places[0]} alone" if places else ""
         raise UserError(f"A comparison needs two runs at least{given}: python tools/compare.py RUN RUN [RUN ...].")
-    known: dict[str, str] = {}
-    for place in places:
-        same = str(Path(place).expanduser().resolve())
-        if same in known:
-            raise UserError(f"{place} is given twice (as {known[same]}): a run says nothing about itself.")
-        known[same] = place
+    resolved = [Path(place).expanduser().resolve() for place in places]
+    for i, place in enumerate(places):
+        if resolved[i] in resolved[:i]:
+            raise UserError(f"{place} is given twice: a run says nothing about itself.")
     runs = [from_wandb(place) if is_of_wandb(place) else from_folder(place) for place in places]
-    stages = {
-        stage: [run.place for run in runs if run.stage == stage] for stage in dict.fromkeys(r.stage for r in runs)
-    }
+    stages: dict[str, list[str]] = {}
+    for run in runs:
+        stages.setdefault(run.stage, []).append(run.place)
     if len(stages) > 1:
         of = "; ".join(f"stage {stage}: {', '.join(named)}" for stage, named in stages.items())
-        raise UserError(f"Runs of different stages have no figure in common. {of}. Compare those of one stage.")
+        raise UserError(f"Runs of different stages have no metric in common. {of}. Compare those of one stage.")
     return runs
 
 
@@ -93,17 +89,15 @@ def is_of_wandb(place: str) -> bool:
 def from_folder(place: str) -> RunRecord:
     """A run folder: config.yaml, run.json, metrics.csv and evaluation.json, the last two where there are any."""
     run = Run.open(place, "runs")
-    facts = {key: value for key, value in run.facts.items() if key != "figures"}
-    evaluation = run.evaluation_file
-    metrics = run.metrics_file
     return _record(
         str(run.path),
         config=flatten(run.config()),
-        facts=flatten(facts),
+        facts=flatten({key: value for key, value in run.facts.items() if key != "figures"}),
+        finished=run.facts.get("finished") is not None,
         figures=run.facts.get("figures") or {},
-        evaluation=read_json(evaluation) if evaluation.is_file() else {},
+        evaluation=read_json(run.evaluation_file) if run.evaluation_file.is_file() else {},
         weights=run_weights_sha256(run),
-        curves=read_curves(metrics) if metrics.is_file() else {},
+        curves=read_curves(run.metrics_file) if run.metrics_file.is_file() else {},
         run=run,
     )
 
@@ -111,14 +105,13 @@ def from_folder(place: str) -> RunRecord:
 def from_wandb(place: str) -> RunRecord:
     """A run of W&B, with the metrics of the newest tools/evaluate.py on it that was logged there."""
     config, summary, history = fetch_run(place)
-    facts = {key.removeprefix("run."): value for key, value in config.items() if key.startswith("run.")}
+    facts = _with_prefix(config, "run.")
     if facts.get("stage") not in OF_LOSS:
         raise UserError(f"{place} is in W&B, but no training of this program: its config has no run.stage.")
     logged = _with_prefix(summary, EVALUATION)  # flat: what stands inside a mapping is `sampler.steps`
     evaluation = {key: value for key, value in logged.items() if "." not in key}
     if sampler := _with_prefix(logged, "sampler."):
         evaluation["sampler"] = sampler
-    own = [key for key in config if not key.startswith(("run.", EVALUATION))]
     points: dict[str, dict[int, float]] = {}
     for row in history:
         for name, value in row.items():
@@ -127,12 +120,11 @@ def from_wandb(place: str) -> RunRecord:
     curves = {name: as_curve(values) for name, values in points.items()}
     figures = {key: value for key, value in summary.items() if not re.search(r"^_|/|^step$|^evaluation\.", key)}
     last = max((steps[-1] for steps, _ in curves.values()), default=0)
-    # the config was written at the start; metrics of an end that was trained on since are not of this end
-    finished = facts.get("finished") is not None or ("training_s" in figures and last <= figures.get("steps", last))
     return _record(
         place,
-        config={key: config[key] for key in own},
-        facts={**facts, "finished": finished or None},
+        config={key: value for key, value in config.items() if not key.startswith(("run.", EVALUATION))},
+        facts=facts,
+        finished="training_s" in figures and last <= figures.get("steps", last),  # else it was trained on since
         figures=figures,
         evaluation=evaluation,
         weights=summary.get({"vae": "autoencoder_sha256", "diffusion": "pipeline_sha256"}[facts["stage"]]),
@@ -149,45 +141,44 @@ def _record(
     *,
     config: dict[str, Any],
     facts: dict[str, Any],
+    finished: bool,
     figures: Mapping[str, Any],
     evaluation: Mapping[str, Any],
     weights: str | None,
     curves: dict[str, Curve],
     run: Run | None = None,
 ) -> RunRecord:
-    stage, evaluated = facts["stage"], evaluation.get("weights_sha256")
-    of_weights = None if weights is None or evaluated is None else evaluated == weights
-    doubtful = bool(evaluation) and of_weights is None and (weights or evaluated) is not None
-    if of_weights is False:
+    stage = facts["stage"]
+    stale = evaluation.get("weights_sha256") not in (None, weights) and weights is not None
+    if stale:
         evaluation = {}
     data = {"data_fingerprint": facts.get("data_fingerprint"), "val_images": config.get("val_images")}
-    latents = {
-        "autoencoder": facts.get("contract.autoencoder_sha256"),
-        "latent_statistics": config.get("latent_statistics"),
+    found = {
+        name: Metric(value, settings=data if better_direction(name) else {})
+        for name, value in finite_numbers(figures).items()
     }
-    loss = {part: {key: config[key] for key in config if key.startswith(part)} for part in OF_LOSS[stage]}
-    found: dict[str, Metric] = {}
-    for name, (_, values) in curves.items():
-        if name.startswith("val/") and (short := name.removeprefix("val/")) not in {**figures, **evaluation}:
-            settings = {**data, **(latents if stage == "diffusion" else {}), **(loss if "loss" in short else {})}
-            if math.isfinite(values[-1]):
-                found[name] = Metric(values[-1], settings=settings)
-    for name, value in finite_numbers(figures).items():
-        found[name] = Metric(value, settings=data if better_direction(name) else {})
     found |= metrics_from_json(evaluation)
+    latents = {}
+    if stage == "diffusion":
+        autoencoder = facts.get("contract.autoencoder_sha256")
+        latents = {"autoencoder": autoencoder, "latent_statistics": config.get("latent_statistics")}
+    loss = {part: {key: config[key] for key in config if key.startswith(part)} for part in OF_LOSS[stage]}
+    for name, (_, values) in curves.items():
+        short = name.removeprefix("val/")
+        if short != name and short not in {**figures, **evaluation} and math.isfinite(values[-1]):
+            found[name] = Metric(values[-1], settings={**data, **latents, **(loss if "loss" in short else {})})
     inside = tuple(f"{key}." for key in PLACES)
     return RunRecord(
         place=place,
         name=str(facts.get("name") or Path(place).name),
         stage=stage,
         seed=config.get("seed", facts.get("seed")),
-        finished=facts.get("finished") is not None,
+        finished=finished,
         config={key: v for key, v in config.items() if key not in PLACES and not key.startswith(inside)},
         facts=facts,
         metrics=found,
-        evaluation_seed=evaluation.get("seed"),
-        stale=of_weights is False,
-        doubtful=doubtful,
+        evaluated=bool(evaluation),
+        stale=stale,
         curves=curves,
         run=run,
     )
