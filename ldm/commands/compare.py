@@ -35,7 +35,6 @@ def compare(config: DictConfig) -> None:
     out = Path(config.out or Path("runs", "compare", report.folder_name)).expanduser()
     files = report.save(out)
     report.print(Console(highlight=False, markup=False))
-    print("\n".join(report.lines))
     if config.logger.wandb:
         print(log_comparison(config, out, report, files[2:]))
     print(f"all metrics: {files[0]}\nas a page: {files[1]}\npictures: {', '.join(map(str, files[2:])) or 'none'}")

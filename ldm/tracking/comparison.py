@@ -15,31 +15,30 @@ LOOK_UP_S, HISTORY_S = 60.0, 600.0
 """The most that the server is waited for: until it names a run, and until all of its history is here."""
 
 
-def fetch_run(path: str) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
+Values = dict[str, Any]
+
+
+def fetch_run(path: str) -> tuple[Values, Values, Values, list[Values]]:
     """A training's run from W&B's server, with what tools/evaluate.py logged of it last.
 
     Args:
         path: `entity/project/run`, the last being the run's id.
 
     Returns:
-        Its flat config, its summary and its history, row by row. Config and summary of the evaluation stand among them
-        under `evaluation.`.
+        Its flat config, its summary, the summary of its evaluation and its history, row by row.
 
     Raises:
         UserError: no login here, no such run, or no answer in time.
     """
     import wandb
 
-    def look_up() -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    def look_up() -> tuple[Any, Values, Values, Values]:
         api = wandb.Api()
         run = api.run(path)
-        config, summary = dict(run.config), dict(run.summary_metrics)
         evaluations = api.runs(path.rpartition("/")[0], filters={f"config.{TRAINING_ID}": run.id})
         newest = max(evaluations, key=lambda other: other.created_at, default=None)
-        if newest is not None:
-            config |= {f"evaluation.{key}": value for key, value in newest.config.items()}
-            summary |= {f"evaluation.{key}": value for key, value in newest.summary_metrics.items()}
-        return run, config, summary
+        evaluation = {} if newest is None else dict(newest.summary_metrics)
+        return run, dict(run.config), dict(run.summary_metrics), evaluation
 
     if not has_key():
         raise UserError(
@@ -47,8 +46,8 @@ def fetch_run(path: str) -> tuple[dict[str, Any], dict[str, Any], list[dict[str,
             "WANDB_API_KEY."
         )
     try:
-        run, config, summary = bounded(look_up, LOOK_UP_S)
-        return config, summary, bounded(lambda: list(run.scan_history()), HISTORY_S)
+        run, config, summary, evaluation = bounded(look_up, LOOK_UP_S)
+        return config, summary, evaluation, bounded(lambda: list(run.scan_history()), HISTORY_S)
     except (wandb.Error, ValueError, OSError) as error:
         raise UserError(
             f"{path} is no run folder here, and W&B gave no run of that path (entity/project/run): {error}"

@@ -155,17 +155,9 @@ class WandbRun:
         self._log(lambda: metrics, step)
 
     def log_images(self, key: str, images: Sequence[Image.Image], captions: Sequence[str | None], step: int) -> None:
-        """A panel of pictures with captions; of several a table too, to sort, filter and compare runs by."""
+        """A panel of pictures with captions."""
         pairs = list(zip(images, captions, strict=True))
-
-        def logged() -> dict[str, Any]:
-            panel = {key: [self._wandb.Image(image, caption=caption) for image, caption in pairs]}
-            if len(pairs) == 1:
-                return panel
-            rows = [[step, caption, self._wandb.Image(image)] for image, caption in pairs]
-            return panel | {f"{key}_table": self._wandb.Table(columns=["step", "caption", "image"], data=rows)}
-
-        self._log(logged, step)
+        self._log(lambda: {key: [self._wandb.Image(image, caption=caption) for image, caption in pairs]}, step)
 
     def log_table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
         """A table of texts and numbers."""
@@ -211,8 +203,8 @@ class WandbRun:
         artifact = self._wandb.Artifact(item.label, item.type, metadata=metadata)
         described = self.folder / "lineage" / f"{item.label}.json"
         described.parent.mkdir(exist_ok=True)
-        content = {"type": item.type, "name": item.name, **metadata}
-        described.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        content = json.dumps({"type": item.type, "name": item.name, **metadata}, indent=2)
+        described.write_text(f"{content}\n", encoding="utf-8")
         # immutable: uploaded from where they are, instead of copied to W&B's folder in the user's home first
         artifact.add_file(str(described.resolve()), policy="immutable")
         for name, file in item.contents.items() if files else ():
@@ -269,8 +261,7 @@ def track_report(
     folder.mkdir(parents=True, exist_ok=True)
     tracker = WandbRun(folder, config, name=name, **{key: config["logger"][key] for key in OPTIONS})
     in_lists = re.compile(r"(^|\.)\d+\.")  # a list of mappings is counted, `a.0.b`
-    flat = flatten(values).items()
-    figures = {key: value for key, value in flat if value is not None and not in_lists.search(key)}
+    figures = {key: v for key, v in flatten(values).items() if v is not None and not in_lists.search(key)}
     tracker.summarise(figures)
     for title, (columns, rows) in (tables or {}).items():
         tracker.log_table(title, columns, rows, 0)

@@ -1,24 +1,15 @@
 """Runs beside each other: what differs between them, their metrics by group, and which of them are better."""
 
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ldm.evaluation.comparison import statistics
 from ldm.evaluation.comparison.runs import RunRecord, read_runs
-from ldm.evaluation.comparison.statistics import (
-    CONFIDENCE,
-    FEWEST_SEEDS,
-    SAMPLING,
-    Estimate,
-    Verdict,
-    better_direction,
-    compare_groups,
-    differing_settings,
-    estimate,
-    holm,
-)
+from ldm.evaluation.comparison.statistics import Estimate, Verdict, better_direction, differing_settings
 from ldm.metrics.metric import Metric
 
 IDENTITY = ("data_fingerprint", "contract.autoencoder_sha256", "precision")
@@ -45,7 +36,7 @@ class Group:
     def enough_seeds(self, metric: str) -> bool:
         """Of the runs that have the metric: as many as a spread needs, and no seed twice."""
         seeds = [str(run.seed) for run in self.runs if metric in run.metrics]
-        return len(seeds) >= FEWEST_SEEDS and len(set(seeds)) == len(seeds)
+        return len(seeds) >= statistics.FEWEST_SEEDS and len(set(seeds)) == len(seeds)
 
 
 @dataclass(frozen=True)
@@ -84,14 +75,13 @@ class Comparison:
             | {"figures": {name: _metric_content(metric) for name, metric in run.metrics.items()}}
             for group, run in self.runs
         ]
-        known = {"confidence": CONFIDENCE, "runs": runs, "differences": self.differences}
+        known = {"confidence": statistics.CONFIDENCE, "runs": runs, "differences": self.differences}
         return {**known, "figures": list(map(asdict, self.rows)), "equal": self.equal, "notes": self.notes}
 
 
 def _metric_content(metric: Metric) -> dict[str, Any]:
-    interval = estimate([metric], enough_seeds=False).interval
-    known = {"value": metric.value, "standard_error": metric.standard_error, "interval": interval}
-    return {**known, "settings": dict(metric.settings)}
+    interval = statistics.estimate([metric], enough_seeds=False).interval
+    return {key: getattr(metric, key) for key in ("value", "standard_error", "settings")} | {"interval": interval}
 
 
 def compare_runs(places: Sequence[str]) -> Comparison:
@@ -121,15 +111,16 @@ def _row_order(name: str) -> tuple[bool, bool]:
 
 
 def _compare_metric(name: str, groups: Sequence[Group]) -> Row:
-    metrics, enough = [group.of(name) for group in groups], [group.enough_seeds(name) for group in groups]
+    sides = [(group.label, group.of(name), group.enough_seeds(name)) for group in groups]
     estimates = [
-        estimate(found, enough_seeds=enough[i]) if found and not differing_settings(found) else None
-        for i, found in enumerate(metrics)
+        statistics.estimate(metrics, enough_seeds=enough) if metrics and not differing_settings(metrics) else None
+        for _, metrics, enough in sides
     ]
-    verdicts = []
-    for i, other in enumerate(groups[1:], 1):
-        labels = (groups[0].label, other.label)
-        verdicts.append(compare_groups(name, metrics[0], metrics[i], labels, enough_seeds=enough[0] and enough[i]))
+    (first, held, enough), *others = sides
+    verdicts = [
+        statistics.compare_groups(name, held, metrics, (first, label), enough_seeds=enough and enough_too)
+        for label, metrics, enough_too in others
+    ]
     return Row(name, {1: "higher", -1: "lower", 0: None}[better_direction(name)], estimates, verdicts)
 
 
@@ -137,7 +128,7 @@ def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
     """Groups in the order of their first runs, labelled A, B, C and so on."""
     found: dict[str, list[RunRecord]] = {}
     for run in runs:
-        config = {key: value for key, value in run.config.items() if key != "seed"}
+        config = {key: value for key, value in run.options.items() if key != "seed"}
         key = json.dumps([config, [run.facts.get(fact) for fact in IDENTITY]], sort_keys=True, default=str)
         found.setdefault(key, []).append(run)
     labels = [chr(65 + i) if i < 26 else f"G{i + 1}" for i in range(len(found))]
@@ -149,21 +140,18 @@ def config_differences(groups: Sequence[Group]) -> dict[str, list[str]]:
     described = [[_describe(run) for run in group.runs] for group in groups]
     runs = [run for group in described for run in group]
     found: dict[str, list[str]] = {}
-    seen = set()
     for key in dict.fromkeys(key for run in runs for key in run):
         by_group = [", ".join(dict.fromkeys(run.get(key, "-") for run in group)) for group in described]
-        differs = len(set(by_group)) > 1 or len({run.get(key) for run in runs}) > 1 == len(groups)
-        # an option and the constructor that it is interpolated into: optimizer.lr, optimizer.build.lr
-        repeated = (key.split(".")[0], key.split(".")[-1], *by_group)
-        if differs and repeated not in seen:
+        if len(set(by_group)) > 1 or len({run.get(key) for run in runs}) > 1 == len(groups):
             found[key] = by_group
-            seen.add(repeated)
     return found
 
 
 def _describe(run: RunRecord) -> dict[str, str]:
     """What may differ between runs, as short texts."""
-    told = {key: value for key, value in run.config.items() if key != "seed" and not key.endswith(OF_HYDRA)}
+    told = {key: value for key, value in run.options.items() if key != "seed" and not key.endswith(OF_HYDRA)}
+    # an option and the constructor that it is interpolated into: optimizer.lr, optimizer.build.lr
+    told = {key: value for key, value in told.items() if ".build." not in key or key.replace("build.", "") not in told}
     made = {key: value for key, value in run.facts.items() if key in FACTS or key.startswith("versions.")}
     return {key: _short_value(key, value) for key, value in {**told, "seed": run.seed, **made}.items()}
 
@@ -177,37 +165,27 @@ def _short_value(key: str, value: Any) -> str:
 
 def _notes(groups: Sequence[Group], rows: Sequence[Row]) -> Iterator[str]:
     """What to know before a verdict is believed; docs/reading_the_numbers.md says what it means."""
-    if len(groups) == 1:
-        yield "These runs differ in nothing but their seed: their spread is shown, and there is nothing to judge."
     differences = [verdict.difference for row in rows if row.better for verdict in row.verdicts]
-    if any(found is not None and found.of == SAMPLING for found in differences):
-        yield (
-            f"{SAMPLING}: another seed of training may move a metric further; {FEWEST_SEEDS} seeds a group would tell."
-        )
+    if any(found is not None and found.of == statistics.SAMPLING for found in differences):
+        yield f"{statistics.SAMPLING}: another seed may move a metric further; three seeds a group would tell."
     for i, group in enumerate(groups[1:]):
         found = {row.metric: row.verdicts[i] for row in rows if row.better}
         tests = {name: one.difference.p_value for name, one in found.items() if one.difference is not None}
         known = {name: value for name, value in tests.items() if value is not None}
-        real = [f"{name.replace('_', ' ')} ({found[name].verdict})" for name in holm(known)]
+        real = [f"{name.replace('_', ' ')} ({found[name].verdict})" for name in statistics.holm(known)]
+        said = f"a difference in {', '.join(real)}" if real else "within noise"
+        together = f"{group.label} beside {groups[0].label}, all {len(known)} figures together (Holm's test, 5 %)"
         if known:
-            yield (
-                f"{group.label} beside {groups[0].label}, all {len(known)} figures together (Holm's test, 5 %): "
-                + (f"a difference in {', '.join(real)}." if real else "within noise.")
-            )
+            yield f"{together}: {said}."
     runs = [run for group in groups for run in group.runs]
     concerns = {
         "Not at the end of their training": [run for run in runs if not run.finished],
-        "Curves that end in no number and are not judged": [run for run in runs if run.diverged],
+        "Curves that end in no number and are not judged": [
+            run for run in runs if not all(math.isfinite(values[-1]) for _, values in run.curves.values())
+        ],
         "Trained on since they were evaluated, to be evaluated again (tools/evaluate.py)": [r for r in runs if r.stale],
-        "Without an evaluation (tools/evaluate.py)": [run for run in runs if not run.evaluated and not run.stale],
+        "Without an evaluation (tools/evaluate.py)": [run for run in runs if not run.evaluation],
     }
     for concern, of in concerns.items():
         if of:
             yield f"{concern}: {', '.join(run.place for run in of)}."
-    for group in groups:
-        names = dict.fromkeys(name for run in group.runs for name in run.metrics)
-        unlike = {setting: None for name in names for setting in differing_settings(group.of(name))}
-        if unlike:
-            yield f"The runs of {group.label} were not measured alike ({', '.join(unlike)}): no mean of those metrics."
-        if len({str(run.seed) for run in group.runs}) < len(group.runs):
-            yield f"A seed stands twice in {group.label}: not independent runs, so that no spread of seeds is taken."

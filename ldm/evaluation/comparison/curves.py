@@ -1,12 +1,9 @@
-"""Training curves of several runs over each other, one colour per group, its seeds faint behind their mean."""
+"""Training curves of several runs over each other, one colour per group."""
 
 from collections.abc import Sequence
 from itertools import cycle
-from statistics import fmean
-from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -40,7 +37,8 @@ def plot_curves(groups: Sequence[Group]) -> Figure | None:
     for i, name in enumerate(names):
         axes = figure.add_subplot(rows, columns, i + 1)
         for group, colour in zip(groups, cycle(COLOURS), strict=False):
-            _plot_group(axes, [_smoothed(name, run.curves[name]) for run in group.runs if name in run.curves], colour)
+            for steps, values in (_smoothed(name, run.curves[name]) for run in group.runs if name in run.curves):
+                axes.plot(steps, values, color=colour, lw=1, marker="o" if len(steps) < FEW else None, ms=3)
         axes.set_title(name + (", mean of neighbouring batches" if name.startswith("train/") else ""), fontsize=10)
         axes.set_xlabel("step", fontsize=9)
         axes.tick_params(labelsize=8)
@@ -51,26 +49,10 @@ def plot_curves(groups: Sequence[Group]) -> Figure | None:
     return figure
 
 
-def _plot_group(axes: Axes, curves: Sequence[Curve], colour: str) -> None:
-    """Every run, faint where their mean at the steps that they share stands before them."""
-
-    def plot(steps: Sequence[int], values: Sequence[float], **style: Any) -> None:
-        axes.plot(steps, values, color=colour, marker="o" if len(steps) < FEW else None, ms=3, **style)
-
-    for curve in curves:
-        plot(*curve, lw=1.5, alpha=0.3 if len(curves) > 1 else 1.0)
-    common = sorted(set.intersection(*({*steps} for steps, _ in curves))) if len(curves) > 1 else []
-    if common:
-        by_step = [dict(zip(*curve, strict=True)) for curve in curves]
-        plot(common, [fmean(values[step] for values in by_step) for step in common], lw=1.8)
-
-
 def _smoothed(name: str, curve: Curve) -> Curve:
-    """As it is, or the running mean of a loss of single batches, at its middle steps."""
+    """As it is, or of a loss of single batches the mean of the last ones."""
     steps, values = curve
     width = min(SMOOTHED, len(values) // 10)
     if not name.startswith("train/") or width < 2:
         return curve
-    smooth = np.convolve(values, np.full(width, 1 / width), mode="valid")
-    first = (width - 1) // 2
-    return steps[first : first + len(smooth)], smooth.tolist()
+    return steps[width - 1 :], np.convolve(values, np.full(width, 1 / width), mode="valid").tolist()

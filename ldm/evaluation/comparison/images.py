@@ -45,28 +45,27 @@ def side_by_side(
     if not num_samples:
         return None, []
     images, notes = _first_images(comparison)
-    found: list[tuple[str, list[Image.Image]]] = []
+    shown: list[tuple[str, list[Image.Image]]] = []
     captions: list[str | None] | None = None
     for group, run in comparison.runs:
         try:
             if run.run is None:
                 raise UserError("W&B holds no weights of it.")
             if run.stage == "vae":
-                drawn = _reconstructions(run.run, images, num_samples, device)
+                originals = _originals(run.run, images, num_samples)
+                autoencoder = run.run.autoencoder().to(device)
+                drawn = autoencoder.decode(autoencoder.encode(originals)[0])
+                shown += [] if shown else [("originals", to_pil(originals))]
             else:
                 pipeline = run.run.pipeline().to(device)
                 request = _request(pipeline, images, prompts, num_samples, captions)
                 batches = draw(pipeline, request, sampler, guidance=guidance, seed=seed, batch_size=batch_size)
                 drawn = torch.cat(list(batches))
                 captions = captions or (request.captions if any(request.captions) else None)
-            found.append((f"{group.label} {run.name}", to_pil(drawn)))
+            shown.append((f"{group.label} {run.name}", to_pil(drawn)))
         except UserError as error:
             notes.append(f"Not in the picture: {run.place}. {error}")
-    if not found:
-        return None, notes
-    if images is not None and comparison.runs[0][1].stage == "vae":
-        found.insert(0, ("originals", to_pil(images.batch(_held_out(images, num_samples)))))
-    return rows(found, captions=captions), notes
+    return rows(shown, captions=captions) if shown else None, notes
 
 
 def _first_images(comparison: Comparison) -> tuple[ImageData | None, list[str]]:
@@ -87,11 +86,10 @@ def _held_out(images: ImageData, num: int) -> np.ndarray:
     return images.val_indices[rows]
 
 
-def _reconstructions(run: Run, images: ImageData | None, num_samples: int, device: torch.device) -> torch.Tensor:
+def _originals(run: Run, images: ImageData | None, num: int) -> torch.Tensor:
     if images is None or run.facts["data_fingerprint"] != images.fingerprint:
         raise UserError("It was trained on other images than those shown, or there are none at hand.")
-    autoencoder = run.autoencoder().to(device)
-    return autoencoder.decode(autoencoder.encode(images.batch(_held_out(images, num_samples)))[0])
+    return images.batch(_held_out(images, num))
 
 
 def _request(

@@ -18,7 +18,7 @@ from ldm.latents.contract import LatentContract
 from ldm.runs.disk import forgiving
 from ldm.runs.lineage import inputs, outputs
 from ldm.runs.run import Run
-from ldm.tracking.run import OPTIONS, PLAIN, WandbRun
+from ldm.tracking.run import OPTIONS, WandbRun
 
 
 @dataclass
@@ -47,35 +47,26 @@ class Loggers:
         self.wandb.finish()
 
 
-class _Logger(Logger):
-    """A logger without a folder and versions of its own; the config is logged elsewhere."""
-
-    @property
-    def name(self) -> str:
-        return type(self).__name__
-
-    @property
-    def version(self) -> str:
-        return ""
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """The config is in config.yaml, and W&B has it from the start."""
-
-
-class CsvLogger(_Logger):
+class CsvLogger(Logger):
     """metrics.csv: a row of what is logged together, in columns by name. A disk that refuses it ends nothing.
 
     Args:
         resume: The rows that are there are kept; otherwise they are deleted.
+        tracker: A W&B run, which is handed the same. It is left open at the end: pictures and the summary follow.
     """
 
-    def __init__(self, file: Path, *, resume: bool) -> None:
+    name, version = "csv", ""
+
+    def __init__(self, file: Path, *, resume: bool, tracker: WandbRun | None = None) -> None:
         super().__init__()
-        self.file = file
+        self.file, self.tracker = file, tracker
         self._rows: list[dict[str, Any]] = []
         self._rows_at_a_time = 100
         if not resume:
             file.unlink(missing_ok=True)
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """The config is in config.yaml, and W&B has it from the start."""
 
     def go_back(self, last: int) -> None:
         """Forget the rows of steps after `last`: training goes on from there, and they will come again."""
@@ -85,6 +76,8 @@ class CsvLogger(_Logger):
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         self._rows.append({**metrics, "step": step or 0})
+        if self.tracker is not None:
+            self.tracker.log(metrics, step or 0)
         if len(self._rows) >= self._rows_at_a_time:
             self.save()
 
@@ -130,28 +123,16 @@ def make_loggers(
     """
     if not main_process:
         return Loggers([])
-    table = CsvLogger(run.metrics_file, resume=resume)
+    tracker = None
+    if options["wandb"]:
+        name = run.facts["name"]
+        chosen = {key: options[key] for key in OPTIONS if key in options} | {"group": options.get("group") or name}
+        config = {**run.config(), "run": run.facts}
+        tracker = WandbRun(run.path, config, name=f"{run.stage}/{name}", resume=resume, **chosen)
+    table = CsvLogger(run.metrics_file, resume=resume, tracker=tracker)
     if resume and last_row is not None:
         table.go_back(last_row)
-    if not options["wandb"]:
-        return Loggers([table])
-    name = run.facts["name"]
-    chosen = PLAIN | {key: options[key] for key in OPTIONS if key in options}
-    chosen["group"] = chosen["group"] or name
-    config = {**run.config(), "run": run.facts}
-    tracker = WandbRun(run.path, config, name=f"{run.stage}/{name}", resume=resume, **chosen)
-    return Loggers([table, WandbLogger(tracker)], tracker, options)
-
-
-class WandbLogger(_Logger):
-    """Hands Lightning's metrics to our W&B run, left open at the end: pictures and the summary follow."""
-
-    def __init__(self, run: WandbRun) -> None:
-        super().__init__()
-        self.tracker = run
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        self.tracker.log(metrics, step or 0)
+    return Loggers([table], tracker, options)
 
 
 def save_grid(
@@ -171,5 +152,5 @@ def save_grid(
         folder.mkdir(parents=True, exist_ok=True)
         grid.save(file)
     for logger in module.loggers:
-        if isinstance(logger, WandbLogger):
+        if isinstance(logger, CsvLogger) and logger.tracker is not None:
             logger.tracker.log_images(name, images, captions, step)

@@ -5,9 +5,9 @@ import io
 import json
 import re
 import runpy
+import shutil
 import sys
 import threading
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -22,12 +22,9 @@ from scipy import stats
 
 import ldm.metrics.features
 import ldm.tracking.run
-from ldm.autoencoder.autoencoder import Autoencoder, LatentStatistics
-from ldm.autoencoder.patch import PatchAutoencoderKL
 from ldm.data.images import ImageData, prepare
 from ldm.data.sources.image_folder import ImageFolder
 from ldm.diffusion.samplers.ddim import DDIM
-from ldm.diffusion.schedule import linear
 from ldm.errors import UserError
 from ldm.evaluation.comparison import images as compare_images
 from ldm.evaluation.comparison.compare import Comparison, compare_runs
@@ -39,22 +36,19 @@ from ldm.evaluation.comparison.statistics import (
     SAMPLING,
     SEEDS,
     better_direction,
-    compare_groups,
     estimate,
     holm,
 )
-from ldm.latents.contract import LatentContract
 from ldm.metrics.metric import Metric, share_error
-from ldm.networks.conditioning import ClassCondition, NoCondition
-from ldm.networks.dit import DiT
+from ldm.networks.conditioning import ClassCondition
 from ldm.runs.lineage import run_weights_sha256
 from ldm.runs.run import Run
 from ldm.runtime.paths import folder
-from ldm.sampling.pipeline import LatentDiffusionPipeline
 from ldm.tracking.artifact import sha256
 from ldm.tracking.comparison import track_comparison
 from ldm.tracking.run import flatten
 
+EARLIER = Path(__file__).parents[2] / "earlier_runs"
 EVALUATION = {
     "features": "efficientnet_lite",
     "features_key": "efficientnet_lite-12345678-224px",
@@ -143,15 +137,6 @@ def test_names_say_which_way_is_better():
         assert [better_direction(name) for name in names.split()] == [way] * len(names.split())
 
 
-def test_verdicts_of_nothing_are_wrong_one_time_in_twenty():
-    generator = np.random.default_rng(1)
-    claimed = 0
-    for _ in range(1000):
-        first, second = ([Metric(value) for value in generator.normal(0, 1, 3)] for _ in range(2))
-        claimed += compare_groups("kd", first, second, ("A", "B"), enough_seeds=True).verdict != "within noise"
-    assert 0.015 < claimed / 1000 < 0.06  # Welch's test is a little shy with three a side
-
-
 def test_of_many_metrics_together_one_is_wrong_in_one_case_of_twenty():
     """Holm's step-down, by hand and on 17 metrics of which most move together."""
     assert holm({"a": 0.03, "b": 0.001, "c": 0.016, "d": 0.9}) == ["b", "c"]  # 0.05 / 4, / 3, / 2: 0.03 > 0.025
@@ -172,7 +157,7 @@ def test_seeds_of_one_config_are_a_group_and_of_two_within_noise(tmp_path):
     kds, others = (0.10, 0.12, 0.11), (0.115, 0.1, 0.112)
     same = compare_runs([*three(tmp_path, "a", kds)])
     assert [len(group.runs) for group in same.groups] == [3] and not same.rows[0].verdicts
-    assert any("nothing to judge" in note for note in same.notes) and SEEDS in printed(same)
+    assert SEEDS in printed(same)
     (row,) = [row for row in same.rows if row.metric == "kd_samples"]
     assert row.groups[0].interval == pytest.approx(stats.ttest_1samp(kds, 0).confidence_interval(0.95))
     found = compare_runs([*three(tmp_path, "c", kds), *three(tmp_path, "b", others, lr=2e-3)])
@@ -199,7 +184,7 @@ def test_a_shifted_group_is_beyond_noise_in_the_right_direction(tmp_path):
     assert verdict(compare_runs([*second, *first]), "kd_samples").verdict == "B better"
     figure = plot_curves(found.groups)
     (panel,) = [axes for axes in figure.axes if axes.get_title() == "val/loss"]
-    assert len(panel.lines) == 8 and all(line.get_marker() == "o" for line in panel.lines), "one point is seen"
+    assert len(panel.lines) == 6 and all(line.get_marker() == "o" for line in panel.lines), "one point is seen"
 
 
 def test_a_group_whose_seeds_agree_is_compared_with_one_whose_do_not():
@@ -213,8 +198,8 @@ def test_single_runs_know_the_noise_of_sampling_alone(tmp_path):
     found = compare_runs([make(tmp_path, "a", kd=0.1), make(tmp_path, "b", kd=0.105, lr=2e-3)])
     said = verdict(found, "kd_samples")
     assert said.verdict == "within noise" and said.difference.of == SAMPLING
-    assert max(map(len, printed(found).splitlines())) <= 80 and SAMPLING in printed(found)
-    assert any(note.startswith(SAMPLING) and "3 seeds a group" in note for note in found.notes)
+    assert SAMPLING in printed(found), "in one piece"
+    assert any(note.startswith(SAMPLING) and "three seeds a group" in note for note in found.notes)
     far = compare_runs([make(tmp_path, "c", kd=0.1), make(tmp_path, "d", kd=0.2, lr=2e-3)])
     assert verdict(far, "kd_samples").verdict == "A better" and "A better" in printed(far)
 
@@ -238,7 +223,6 @@ def test_few_seeds_are_no_spread(tmp_path, seeds):
     found = compare_runs([*runs, *three(tmp_path, "b", (0.1, 0.11, 0.12), lr=2e-3)])
     assert verdict(found, "kd_samples").difference.of == SAMPLING
     assert found.rows[0].groups[1].of == SEEDS, "of the three alone there is one"
-    assert any("stands twice in A" in note for note in found.notes) == (len(seeds) == 3)
 
 
 @pytest.mark.parametrize(
@@ -266,7 +250,6 @@ def test_a_group_that_was_not_measured_alike_has_no_mean(tmp_path):
     found = compare_runs([make(tmp_path, "a"), make(tmp_path, "b", seed=1, kd=0.3, evaluation={"features": "dinov2"})])
     (row,) = [row for row in found.rows if row.metric == "kd_samples"]
     assert row.groups == [None]
-    assert any("A were not measured alike (features)" in note for note in found.notes)
 
 
 def test_a_loss_of_another_objective_is_another_loss(tmp_path):
@@ -320,13 +303,12 @@ def test_the_page_needs_nothing_beside_itself(tmp_path):
     page = files[1].read_text(encoding="utf-8")
     assert not re.search(r"https?:|<script|<link|url\(|src=\"(?!data:)", page)
     assert page.count("data:image/png;base64,") == 2 and "a&lt;b" in page and "a<b" not in page
-    assert "color-scheme: light dark" in page and SAMPLING in page and "A better" in page
+    assert SAMPLING in page and "A better" in page
     content = json.loads(files[0].read_text())
+    assert set(content) == {"confidence", "runs", "differences", "figures", "equal", "notes", "images"}
     assert [run["seed"] for run in content["runs"]] == [0, 0] and "a note" in content["notes"]
-    assert set(content) == set(["confidence", "runs", "differences", "figures", "equal", "notes", "images"])
     (row,) = [row for row in content["figures"] if row["metric"] == "kd_samples"]
-    assert set(row) == {"metric", "better", "groups", "verdicts"} and row["better"] == "lower"
-    assert set(row["groups"][0]) == {"mean", "interval", "of", "dof", "runs", "p_value"}
+    assert row["better"] == "lower" and {"mean", "interval", "of", "dof", "runs"} <= set(row["groups"][0])
     assert row["verdicts"][0]["verdict"] == "A better" and len(row["verdicts"][0]["difference"]["interval"]) == 2
     with Image.open(files[2]) as picture:
         assert picture.width > 600 and len(picture.convert("RGB").getcolors(10_000_000)) > 50
@@ -409,17 +391,6 @@ def test_runs_of_wandb_give_the_same_table(tmp_path, of_wandb, monkeypatch):
         compare_runs(["me/ldm/aaa", "me/ldm/bbb"])
 
 
-def test_a_run_of_wandb_that_was_resumed_is_not_at_its_end(tmp_path, of_wandb):
-    """Its summary holds the end of before, its history steps beyond that."""
-    places = {"me/ldm/aaa": make(tmp_path, "a"), "me/ldm/bbb": make(tmp_path, "b", lr=2e-3)}
-    api = of_wandb(places)
-    rows = [*api.run("me/ldm/aaa").scan_history(), {"step": 400.0, "train/loss": 0.1}]
-    api.run("me/ldm/aaa").scan_history = lambda: iter(rows)
-    found = compare_runs(list(places))
-    assert [run.finished for _, run in found.runs] == [False, True]
-    assert any("Not at the end of their training" in note and "me/ldm/aaa" in note for note in found.notes)
-
-
 def test_steps_that_a_resume_logged_twice_count_once(tmp_path, of_wandb):
     """Killed after step 290, gone on from 200: the last value of a step is the one that led to the weights."""
     runs = three(tmp_path, "a", (0.10, 0.12, 0.11))
@@ -429,11 +400,13 @@ def test_steps_that_a_resume_logged_twice_count_once(tmp_path, of_wandb):
         writer.writerow({"epoch": 0, "step": 299, "val/loss": 0.75})
     places = {f"me/ldm/{name}": run for name, run in zip(("aaa", "bbb", "ccc"), runs, strict=True)}
     of_wandb(places)
-    for found in (compare_runs(runs), compare_runs(list(places))):
+    near, far = compare_runs(runs), compare_runs(list(places))
+    for found in (near, far):
         steps, values = found.runs[1][1].curves["train/loss"]
         assert steps == list(range(0, 320, 10)) and values[20:] == [5.0] * 12 and values[19] < 1
         assert found.runs[1][1].curves["val/loss"] == ([299], [0.75])
-        assert plot_curves(found.groups) is not None, "three curves of one group have a mean"
+    # in W&B the summary holds the end of before, the history steps beyond it
+    assert "Not at the end of their training: me/ldm/bbb." in far.notes and all(run.finished for _, run in near.runs)
 
 
 @pytest.mark.parametrize("place", ["folder", "wandb"])
@@ -466,9 +439,7 @@ def test_a_mistyped_folder_is_not_looked_for_in_wandb(tmp_path, monkeypatch):
 
 def test_wandb_gets_a_report_where_one_can_be_made(tmp_path, monkeypatch):
     tracker = SimpleNamespace(mode="offline", run=SimpleNamespace(entity="me"))
-    monkeypatch.setattr("ldm.tracking.comparison.track_report", lambda *_, tables, **__: tracker)
-    report = ComparisonReport(compare_runs([make(tmp_path, "a"), make(tmp_path, "b", kd=0.2, lr=2e-3)]))
-    assert "kd samples" in report.markdown()
+    monkeypatch.setattr("ldm.tracking.comparison.track_report", lambda *_, **__: tracker)
 
     def track() -> str:
         config = {"logger": {"project": "ldm", "timeout_s": 0.3}}
@@ -509,52 +480,20 @@ def test_wandb_gets_a_report_where_one_can_be_made(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def images(make_images, tmp_path_factory) -> ImageData:
     place = tmp_path_factory.mktemp("compared")
-    make_images(place / "squares", 40, size=8)
+    for seed, name in enumerate(("cat", "dog")):
+        make_images(place / "squares" / name, 20, size=8, seed=seed)
     return prepare(ImageFolder(place / "squares"), resolution=8, cache_dir=place, val_fraction=0.3, progress=False)
-
-
-def model(seed: int) -> Autoencoder:
-    torch.manual_seed(seed)
-    return Autoencoder(
-        PatchAutoencoderKL(patch=2, latent_channels=4, block_out_channels=(8,), norm_num_groups=4, sample_size=8).eval()
-    )
-
-
-def of_noise(seed: int, parts: Autoencoder, conditioning: NoCondition, images: ImageData) -> LatentDiffusionPipeline:
-    """A network of random weights in front of an autoencoder."""
-    torch.manual_seed(seed)
-    network = DiT(
-        sample_size=4, in_channels=4, out_channels=4, patch_size=2, hidden_dim=16, depth=1, head_dim=8,
-        **conditioning.network_options(),
-    )  # fmt: skip
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return LatentDiffusionPipeline(
-        network=network.eval(),
-        autoencoder=parts,
-        schedule=linear(50),
-        prediction="v",
-        conditioning=conditioning,
-        contract=LatentContract(parts.weights_sha256(), images.fingerprint, 8, 2, 4, 0.3, False),
-        latent_shape=(4, 4, 4),
-    )
 
 
 @pytest.fixture
 def trained(images, tmp_path, monkeypatch) -> Path:
     """Two runs of each stage with weights, and one of stage vae on other images."""
     monkeypatch.chdir(tmp_path)
-    of_images = {
-        "data_fingerprint": images.fingerprint,
-        "data_cache": str(images.path),
-        "val_fraction": images.val_fraction,
-    }
-    for seed, name in enumerate("ab"):
-        run = Run.open(make(Path("runs"), name, stage="vae", kd=0.1 + seed, lr=1e-3 * (1 + seed), **of_images))
-        model(seed).save(run.autoencoder_folder)
-        run = Run.open(make(Path("runs"), name, lr=1e-3 * (1 + seed), **of_images))
-        parts, conditioning = model(0), ClassCondition(["cat", "dog"])
-        of_noise(seed, parts, conditioning, images).save(run.path / "pipeline")
+    of_images = {"data_fingerprint": images.fingerprint, "data_cache": str(images.path), "val_fraction": 0.3}
+    for i, name in enumerate("ab"):
+        for stage, part in (("vae", "autoencoder"), ("diffusion", "pipeline")):
+            place = make(Path("runs"), name, stage=stage, kd=0.1 + i, lr=1e-3 * (1 + i), **of_images)
+            shutil.copytree(EARLIER / stage / part, Path(place) / part)
     make(Path("runs"), "elsewhere", stage="vae", **{**of_images, "data_fingerprint": "0" * 64})
     return tmp_path
 
@@ -567,47 +506,40 @@ def test_reconstructions_stand_below_their_originals(trained, images):
     rows = [np.asarray(picture.crop((110, 6 + i * cell, 110 + 128, 134 + i * cell))) for i in range(3)]
     original = images.batch(images.val_indices[:1])[0, :, 0, 0]
     assert rows[0][0, 0] == pytest.approx(((original + 1) * 127.5).numpy(), abs=3)
-    assert not np.array_equal(rows[1], rows[2])
+    assert np.array_equal(rows[1], rows[2]) and not np.array_equal(rows[0], rows[1]), "of the same weights"
     assert len(notes) == 1 and "elsewhere" in notes[0] and "other images" in notes[0]
 
 
 @pytest.mark.parametrize("labelled", [True, False], ids=["held-out images", "no images"])
-def test_classes_are_the_same_by_name(trained, images, monkeypatch, labelled):
+def test_classes_are_the_same_by_name(images, labelled):
     """Of models with other classes, or the same in another order: a column is of one class, or a run is left out."""
-    for name, classes in (("a", ["cat", "dog"]), ("b", ["cow", "dog", "cat"]), ("c", ["dog", "bird", "fish"])):
-        run = Run.open(make(Path("runs"), f"of_{name}", lr=ord(name) * 1e-3))
-        of_noise(0, model(0), ClassCondition(classes), images).save(run.path / "pipeline")
-    known = {"labels": [i % 2 for i in range(len(images))], "class_names": ["cat", "dog"]}
-    first = (replace(images, **known), []) if labelled else (None, ["No held-out images at hand."])
-    monkeypatch.setattr(compare_images, "_first_images", lambda runs: first)
-    drawn = []
-
-    def draw(pipeline, request, *_, **__):
-        drawn.append([pipeline.conditioning.class_names[i] for i in request.condition["label"]])
-        return [torch.zeros(len(request), 3, 8, 8)]
-
-    monkeypatch.setattr(compare_images, "draw", draw)
-    found = compare_runs([f"runs/diffusion/of_{name}" for name in "abc"])
-    picture, notes = side_by_side(found, DDIM(2), device=torch.device("cpu"), num_samples=6)
-    assert picture is not None and len(drawn) == 2 and drawn[0] == drawn[1] and set(drawn[0]) == {"cat", "dog"}
-    (note,) = [note for note in notes if "of_c" in note]
-    assert "knows no class cat" in note and "dog, bird, fish" in note
+    known = images if labelled else None
+    names: list[list[str]] = []
+    captions = None
+    for classes in (["cat", "dog"], ["cow", "dog", "cat"]):
+        pipeline = SimpleNamespace(conditioning=ClassCondition(classes))
+        request = compare_images._request(pipeline, known, None, 6, captions)
+        captions = captions or request.captions
+        names.append([classes[i] for i in request.condition["label"]])
+    assert names[0] == names[1] and set(names[0]) == {"cat", "dog"}
+    pipeline.conditioning = ClassCondition(["dog", "bird", "fish"])
+    with pytest.raises(UserError, match="knows no class cat.*dog, bird, fish"):
+        compare_images._request(pipeline, known, None, 6, captions)
 
 
 class Tracked:
     """Stands in for the W&B run of a tool."""
 
     def __init__(self, out, config, **options) -> None:
-        Tracked.last, self.config, self.tables, self.pictures = self, config, {}, []
+        Tracked.last, self.config = self, config
 
     def summarise(self, values) -> None:
         self.summary = values
 
-    def log_images(self, key, images, captions, step) -> None:
-        self.pictures.append(key)
+    def log_images(self, *_) -> None: ...
 
     def log_table(self, key, columns, rows, step) -> None:
-        self.tables[key] = (columns, rows)
+        self.table = (key, columns[0], [row[0] for row in rows])
 
     def take(self, item) -> None:
         self.taken = item
@@ -634,9 +566,6 @@ def test_a_sweep_and_its_knee_reach_wandb_and_the_table(trained, images, call, o
     monkeypatch.setitem(ldm.metrics.features.CHOICES, "mean_colour", MeanColour)
     monkeypatch.setattr(ldm.tracking.run, "WandbRun", Tracked)
     run = Run.open("runs/diffusion/a")
-    parts = model(0)
-    parts.statistics = LatentStatistics([0.0] * 4, [1.0] * 4, [0.1] * 4, "images", parts.weights_sha256())
-    of_noise(0, parts, NoCondition(), images).save(run.path / "pipeline")
     (run.path / "wandb_id.txt").write_text("aaa\n")
     asked = ["run=runs/diffusion/a", "features=mean_colour", "num_samples=24", "device=cpu", "sampler=ddim"]
     ended = call_tool(call, "evaluate", *asked, "sampler.steps=2,4", "guidance=1", "logger=wandb")
@@ -644,9 +573,7 @@ def test_a_sweep_and_its_knee_reach_wandb_and_the_table(trained, images, call, o
     figures, swept = (json.loads((run.path / f"{name}.json").read_text()) for name in ("evaluation", "steps"))
     told = Tracked.last
     assert figures["weights_sha256"] == swept["weights_sha256"] == run_weights_sha256(run) == told.taken.digest
-    columns, rows = told.tables["sweep"]
-    assert columns[0] == "sampler.steps" and [row[0] for row in rows] == [2, 4]
-    assert set(told.pictures) == {"nearest.png", "steps.png"}
+    assert told.table == ("sweep", "sampler.steps", [2, 4])
     assert {file.name for file in told.left.files} == {"evaluation.json", "steps.json", "steps.png"}
     assert told.config["training_id"] == "aaa"
     assert told.summary["sampler.steps"] == figures["sampler"]["steps"] == swept["knee"]
@@ -692,10 +619,7 @@ def test_the_command_draws_samples_and_writes_the_page(trained, call):
     [
         ([], "Required, and without a default: runs"),
         (["runs/vae/a"], "A comparison needs two runs at least, not runs/vae/a alone"),
-        (
-            ["runs/vae/a", "runs/diffusion/a"],
-            "Runs of different stages have no metric in common",
-        ),
+        (["runs/vae/a", "runs/diffusion/a"], "Runs of different stages have no metric in common"),
         (["runs/vae/a", "runs/vae/../vae/a"], "runs/vae/../vae/a is given twice"),
         (["runs/vae/a", "runs/vae/none"], "runs=runs/vae/none does not exist"),
         (["runs/vae/a", "runs/vae/b", "num_samples=-1"], "num_samples=-1 must be 0 or more"),
