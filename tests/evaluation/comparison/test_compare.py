@@ -22,6 +22,7 @@ from scipy import stats
 
 import ldm.metrics.features
 import ldm.tracking.run
+from ldm.commands.evaluate import log_evaluation
 from ldm.data.images import ImageData, prepare
 from ldm.data.sources.image_folder import ImageFolder
 from ldm.diffusion.samplers.ddim import DDIM
@@ -46,7 +47,7 @@ from ldm.runs.run import Run
 from ldm.runtime.paths import folder
 from ldm.tracking.artifact import sha256
 from ldm.tracking.comparison import track_comparison
-from ldm.tracking.run import flatten
+from ldm.tracking.run import OPTIONS, flatten
 
 EARLIER = Path(__file__).parents[2] / "earlier_runs"
 EVALUATION = {
@@ -252,11 +253,17 @@ def test_a_group_that_was_not_measured_alike_has_no_mean(tmp_path):
     assert row.groups == [None]
 
 
-def test_a_loss_of_another_objective_is_another_loss(tmp_path):
-    found = compare_runs([make(tmp_path, "a"), make(tmp_path, "b", seed=1, objective="hybrid")])
-    assert verdict(found, "val/loss").verdict == "not comparable: objective"
-    same = compare_runs([make(tmp_path, "c"), make(tmp_path, "d", seed=1, lr=2e-3)])
-    assert verdict(same, "val/loss").verdict == "noise unknown"
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"lr": 2e-3}, "noise unknown"),
+        ({"objective": "hybrid"}, "not comparable: objective"),
+        ({"data_fingerprint": "ef" * 32}, "not comparable: data_fingerprint"),
+    ],
+)
+def test_losses_compare_where_loss_and_data_are_the_same(tmp_path, changed, said):
+    found = compare_runs([make(tmp_path, "a"), make(tmp_path, "b", seed=1, **changed)])
+    assert len(found.groups) == 2 and verdict(found, "val/loss").verdict == said
 
 
 def test_what_differs_is_short(tmp_path):
@@ -267,12 +274,6 @@ def test_what_differs_is_short(tmp_path):
     assert {"optimizer.lr", "seed", "precision", "commit", "versions.torch"} <= keys
     assert not keys & {"name", "runs_dir", "optimizer.build.lr"} and not any(key.startswith("stage") for key in keys)
     assert found.differences["commit"][1] == "012345678901" and found.differences["seed"] == ["0", "3"]
-
-
-def test_other_data_or_precision_is_another_group(tmp_path):
-    found = compare_runs([make(tmp_path, "a"), make(tmp_path, "b", seed=1, data_fingerprint="ef" * 32)])
-    assert len(found.groups) == 2
-    assert "data_fingerprint" in verdict(found, "val/loss").verdict
 
 
 def test_an_unfinished_run_without_evaluation_is_said_to_be_one(tmp_path):
@@ -536,11 +537,6 @@ class Tracked:
     def summarise(self, values) -> None:
         self.summary = values
 
-    def log_images(self, *_) -> None: ...
-
-    def log_table(self, key, columns, rows, step) -> None:
-        self.table = (key, columns[0], [row[0] for row in rows])
-
     def take(self, item) -> None:
         self.taken = item
 
@@ -550,49 +546,22 @@ class Tracked:
     def finish(self) -> None: ...
 
 
-class MeanColour(torch.nn.Module):
-    """Features that cost nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(1), requires_grad=False)
-
-    def forward(self, images):
-        return self.weight * images.mean((2, 3))
-
-
-def test_a_sweep_and_its_knee_reach_wandb_and_the_table(trained, images, call, of_wandb, monkeypatch):
-    """What tools/evaluate.py logs of a sweep is what compare reads: sampler of the knee, this training, its weights."""
-    monkeypatch.setitem(ldm.metrics.features.CHOICES, "mean_colour", MeanColour)
+def test_what_evaluate_logs_is_what_compare_reads(trained, of_wandb, monkeypatch):
+    """The sampler, this training and its weights."""
     monkeypatch.setattr(ldm.tracking.run, "WandbRun", Tracked)
     run = Run.open("runs/diffusion/a")
+    metrics = {**json.loads(run.evaluation_file.read_text()), "weights_sha256": run_weights_sha256(run)}
+    run.evaluation_file.write_text(json.dumps(metrics))
     (run.path / "wandb_id.txt").write_text("aaa\n")
-    asked = ["run=runs/diffusion/a", "features=mean_colour", "num_samples=24", "device=cpu", "sampler=ddim"]
-    ended = call_tool(call, "evaluate", *asked, "sampler.steps=2,4", "guidance=1", "logger=wandb")
-    assert ended.code == 0, ended.err
-    figures, swept = (json.loads((run.path / f"{name}.json").read_text()) for name in ("evaluation", "steps"))
+    found = {"values": {**metrics, "sweep": {"knee": 20}}, "pictures": {}, "files": [run.evaluation_file]}
+    log_evaluation(OmegaConf.create({"logger": dict.fromkeys(OPTIONS)}), run, found)
     told = Tracked.last
-    assert figures["weights_sha256"] == swept["weights_sha256"] == run_weights_sha256(run) == told.taken.digest
-    assert told.table == ("sweep", "sampler.steps", [2, 4])
-    assert {file.name for file in told.left.files} == {"evaluation.json", "steps.json", "steps.png"}
-    assert told.config["training_id"] == "aaa"
-    assert told.summary["sampler.steps"] == figures["sampler"]["steps"] == swept["knee"]
-    other = make(Path("runs"), "other", evaluation=figures)
-    api = of_wandb({"me/ldm/aaa": other})
-    training, _, evaluation, _ = api.known
-    training.config = flatten({**run.config(), "run": {**run.facts, "figures": None}})
-    training.summary_metrics |= {**run.facts["figures"], "pipeline_sha256": told.taken.digest}
-    evaluation.config, evaluation.summary_metrics = flatten(told.config), told.summary
-    near, far = (compare_runs([place, other]).runs[0][1] for place in ("runs/diffusion/a", "me/ldm/aaa"))
-    assert near.metrics["fd_samples"].settings["sampler.steps"] == figures["sampler"]["steps"]
-
-    def stated(measured):
-        return {
-            name: (metric.value, {key: value for key, value in metric.settings.items() if value is not None})
-            for name, metric in measured.metrics.items()
-        }
-
-    assert stated(far) == stated(near) and not far.stale
+    assert told.config["training_id"] == "aaa" and told.taken.digest == metrics["weights_sha256"]
+    assert told.left.files == (run.evaluation_file,) and told.summary["sweep.knee"] == 20
+    api = of_wandb({"me/ldm/aaa": str(run.path)})
+    api.add("me/ldm/new", "2026-03-01", flatten(told.config), told.summary, [])
+    near, far = (compare_runs([place, "runs/diffusion/b"]) for place in ("runs/diffusion/a", "me/ldm/aaa"))
+    assert near.rows == far.rows and not far.groups[0].runs[0].stale and SAMPLING in printed(far)
 
 
 def test_the_command_draws_samples_and_writes_the_page(trained, call):
