@@ -37,8 +37,8 @@ def compare(config: DictConfig) -> None:
     report.print(Console(highlight=False, markup=False))
     if config.logger.wandb:
         print(log_comparison(config, out, report, files[2:]))
-    print(f"all metrics: {files[0]}\nas a page: {files[1]}\npictures: {', '.join(map(str, files[2:])) or 'none'}")
-    print("how to read them: docs/reading_the_numbers.md")
+    print(f"all metrics: {files[0]}, explained in docs/reading_the_numbers.md")
+    print(f"as a page: {files[1]}\npictures: {', '.join(map(str, files[2:])) or 'none'}")
 
 
 def log_comparison(config: DictConfig, out: Path, report: ComparisonReport, files: list[Path]) -> str:

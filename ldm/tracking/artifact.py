@@ -40,10 +40,6 @@ class Artifact:
         found = [(path if path.is_dir() else path.parent, file) for path in self.files for file in _files_in(path)]
         return {file.relative_to(folder).as_posix(): file for folder, file in found}
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(file.stat().st_size for file in self.contents.values())
-
 
 def sha256(content: str | Iterable[Path]) -> str:
     """SHA-256 of a text, or of the contents of files and folders one after the other, in the order of their names."""

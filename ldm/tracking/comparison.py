@@ -15,10 +15,7 @@ LOOK_UP_S, HISTORY_S = 60.0, 600.0
 """The most that the server is waited for: until it names a run, and until all of its history is here."""
 
 
-Values = dict[str, Any]
-
-
-def fetch_run(path: str) -> tuple[Values, Values, Values, list[Values]]:
+def fetch_run(path: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
     """A training's run from W&B's server, with what tools/evaluate.py logged of it last.
 
     Args:
@@ -32,7 +29,7 @@ def fetch_run(path: str) -> tuple[Values, Values, Values, list[Values]]:
     """
     import wandb
 
-    def look_up() -> tuple[Any, Values, Values, Values]:
+    def look_up() -> tuple[Any, dict[str, Any], dict[str, Any], dict[str, Any]]:
         api = wandb.Api()
         run = api.run(path)
         evaluations = api.runs(path.rpartition("/")[0], filters={f"config.{TRAINING_ID}": run.id})

@@ -186,10 +186,11 @@ class WandbRun:
     def leave(self, item: Artifact) -> None:
         """Log an item that the run made, its files where they are few enough."""
         made = replace(item, metadata={**item.metadata, "inputs": dict(self._inputs)})
-        kept = item.num_bytes <= 1e6 * self.max_artifact_mb
+        size_mb = sum(file.stat().st_size for file in item.contents.values()) / 1e6
+        kept = size_mb <= self.max_artifact_mb
         if not kept:
             most = f"logger.max_artifact_mb={self.max_artifact_mb:g}"
-            print(f"{item.label} has {item.num_bytes / 1e6:.0f} MB, more than {most}: W&B gets its description alone.")
+            print(f"{item.label} has {size_mb:.0f} MB, more than {most}: W&B gets its description alone.")
 
         def leave(run: Any) -> None:
             run.log_artifact(self._describe(made, files=kept), aliases=["latest", item.alias])
@@ -213,10 +214,9 @@ class WandbRun:
 
     def finish(self) -> None:
         """Close the run, and wait for what is still to be uploaded no longer than `finish_timeout_s`."""
-        if self.run is None:
-            return
         try:
-            self.run.finish()
+            if self.run is not None:
+                self.run.finish()
         except Exception as error:
             self._tell(error)
 
@@ -260,8 +260,8 @@ def track_report(
     """
     folder.mkdir(parents=True, exist_ok=True)
     tracker = WandbRun(folder, config, name=name, **{key: config["logger"][key] for key in OPTIONS})
-    in_lists = re.compile(r"(^|\.)\d+\.")  # a list of mappings is counted, `a.0.b`
-    figures = {key: v for key, v in flatten(values).items() if v is not None and not in_lists.search(key)}
+    flat = {key: value for key, value in flatten(values).items() if value is not None}
+    figures = {key: value for key, value in flat.items() if not re.search(r"(^|\.)\d+\.", key)}  # as in a.0.b
     tracker.summarise(figures)
     for title, (columns, rows) in (tables or {}).items():
         tracker.log_table(title, columns, rows, 0)

@@ -56,7 +56,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     @contextmanager
     def serving(self):
-        thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05})
+        thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         thread.start()
         yield self.server_port
         self.shutdown()

@@ -14,8 +14,8 @@ from ldm.metrics.metric import Metric
 
 IDENTITY = ("data_fingerprint", "contract.autoencoder_sha256", "precision")
 """Facts that the runs of a group share, as they share their configs."""
-FACTS = ("data", *IDENTITY, "commit", "python", "machine", "system")
 OF_HYDRA = ("_partial_", "_convert_")
+FACTS = ("data", *IDENTITY, "commit", "python", "machine", "system")
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,7 @@ class Group:
 
     @property
     def title(self) -> str:
-        more = f" and {len(self.runs) - 1} more" if len(self.runs) > 1 else ""
-        return f"{self.label}: {self.runs[0].name}{more}"
+        return f"{self.label}: {self.runs[0].name}" + (f" and {len(self.runs) - 1} more" if len(self.runs) > 1 else "")
 
     def of(self, metric: str) -> list[Metric]:
         return [run.metrics[metric] for run in self.runs if metric in run.metrics]

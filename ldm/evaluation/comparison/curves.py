@@ -15,8 +15,6 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#3
 COLUMNS = 3
 SMOOTHED = 20
 """Values of a training loss that are averaged, one batch each: at most so many, and a tenth of the curve."""
-FEW = 20
-"""Points of a curve that are marked one by one."""
 
 
 def curve_names(groups: Sequence[Group]) -> list[str]:
@@ -38,7 +36,7 @@ def plot_curves(groups: Sequence[Group]) -> Figure | None:
         axes = figure.add_subplot(rows, columns, i + 1)
         for group, colour in zip(groups, cycle(COLOURS), strict=False):
             for steps, values in (_smoothed(name, run.curves[name]) for run in group.runs if name in run.curves):
-                axes.plot(steps, values, color=colour, lw=1, marker="o" if len(steps) < FEW else None, ms=3)
+                axes.plot(steps, values, color=colour, lw=1, marker="o" if len(steps) < SMOOTHED else None, ms=3)
         axes.set_title(name + (", mean of neighbouring batches" if name.startswith("train/") else ""), fontsize=10)
         axes.set_xlabel("step", fontsize=9)
         axes.tick_params(labelsize=8)

@@ -13,7 +13,6 @@ from ldm.errors import UserError
 from ldm.evaluation.comparison.compare import Comparison
 from ldm.image_grid import rows, to_pil
 from ldm.rules import Count, Number, Seed, Whole, checked
-from ldm.runs.run import Run
 from ldm.sampling.draw import draw
 from ldm.sampling.pipeline import LatentDiffusionPipeline
 from ldm.sampling.request import Request
@@ -52,7 +51,9 @@ def side_by_side(
             if run.run is None:
                 raise UserError("W&B holds no weights of it.")
             if run.stage == "vae":
-                originals = _originals(run.run, images, num_samples)
+                if images is None or run.run.facts["data_fingerprint"] != images.fingerprint:
+                    raise UserError("It was trained on other images than those shown, or there are none at hand.")
+                originals = images.batch(_held_out(images, num_samples))
                 autoencoder = run.run.autoencoder().to(device)
                 drawn = autoencoder.decode(autoencoder.encode(originals)[0])
                 shown += [] if shown else [("originals", to_pil(originals))]
@@ -84,12 +85,6 @@ def _held_out(images: ImageData, num: int) -> np.ndarray:
     """Validation images at equal distances: neighbours in the data are alike, flags or faces."""
     rows = np.linspace(0, len(images.val_indices) - 1, min(num, len(images.val_indices))).round().astype(int)
     return images.val_indices[rows]
-
-
-def _originals(run: Run, images: ImageData | None, num: int) -> torch.Tensor:
-    if images is None or run.facts["data_fingerprint"] != images.fingerprint:
-        raise UserError("It was trained on other images than those shown, or there are none at hand.")
-    return images.batch(_held_out(images, num))
 
 
 def _request(

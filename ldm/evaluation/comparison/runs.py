@@ -97,8 +97,7 @@ def read_runs(places: Sequence[str]) -> list[RunRecord]:
         UserError: fewer than two, one that is none, one twice, runs of both stages.
     """
     if len(places) < 2:
-        given = f", not {places[0]} alone" if places else ""
-        raise UserError(f"A comparison needs two runs at least{given}: python tools/compare.py RUN RUN [RUN ...].")
+        raise UserError(f"A comparison needs two runs, not {len(places)}: python tools/compare.py RUN RUN [RUN ...].")
     resolved = [Path(place).expanduser().resolve() for place in places]
     for i, place in enumerate(places):
         if resolved[i] in resolved[:i]:

@@ -99,15 +99,10 @@ class CsvLogger(Logger):
             self._rows = []
             self._rows_at_a_time = max(100, len(rows) // 100)  # or the writing would come to cost more than training
 
-    def finalize(self, status: str) -> None:
-        self.save()
-
 
 def _read(file: Path) -> tuple[Sequence[str], list[dict[str, Any]]]:
     """Columns and rows that have a step; a last line that a kill cut is dropped."""
-    if not file.is_file():
-        return [], []
-    *lines, _ = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    *lines, _ = (file.read_text(encoding="utf-8", errors="replace") if file.is_file() else "").split("\n")
     table = csv.DictReader(lines, restval="")
     return table.fieldnames or [], [row for row in table if row.get("step", "").isdigit()]
 
