@@ -40,10 +40,9 @@ class ComparisonReport:
     @property
     def folder_name(self) -> str:
         """The names of the runs, a long list cut and told apart by its hash."""
-        name = file_name("-vs-".join(run.name for _, run in self.comparison.runs), 100_000)
-        if len(name.encode()) <= LONGEST_NAME:
-            return name
-        return f"{file_name(name, LONGEST_NAME - 9)}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+        name = "-vs-".join(run.name for _, run in self.comparison.runs)
+        cut = file_name(name, LONGEST_NAME)
+        return cut if len(name.encode()) <= LONGEST_NAME else f"{cut}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
     @property
     def lines(self) -> list[str]:
@@ -100,9 +99,10 @@ class ComparisonReport:
         """One page with its pictures inside."""
         page = self.print(_recorder()).export_html(inline_styles=True)
         encoded = [base64.b64encode(file.read_bytes()).decode() for file in pictures]
-        images = [f'<p><img style="max-width: 100%" src="data:image/png;base64,{image}">' for image in encoded]
-        settings = ", ".join(f"{key}={value}" for key, value in self.drawn.items())
-        return page.replace("</body>", f"{''.join(images)}\n<p>{escape(settings)}\n</body>")
+        images = "".join(f'<p><img src="data:image/png;base64,{image}">' for image in encoded)
+        settings = escape(", ".join(f"{key}={value}" for key, value in self.drawn.items()))
+        page = page.replace("</body>", f"{images}\n<p>{settings}\n</body>")
+        return page.replace("<style>", "<style>\nimg { max-width: 100%; }")
 
     def save(self, folder: Path) -> list[Path]:
         """compare.json, compare.html, compare.png of the curves and compare_images.png, where there are such."""
