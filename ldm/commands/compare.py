@@ -8,11 +8,11 @@ from PIL import Image
 from rich.console import Console
 
 from ldm.cli import main as command
-from ldm.errors import UserError, require_whole
 from ldm.evaluation.comparison.compare import compare_runs
 from ldm.evaluation.comparison.curves import curve_names
 from ldm.evaluation.comparison.images import side_by_side
 from ldm.evaluation.comparison.report import ComparisonReport
+from ldm.rules import apply_rules
 from ldm.runtime.device import choose_device
 from ldm.sampling.draw import describe
 from ldm.sampling.request import read_prompts
@@ -20,12 +20,12 @@ from ldm.tracking.comparison import track_comparison
 
 
 def compare(config: DictConfig) -> None:
-    check_compare_options(config)
-    device = choose_device(config.device)
-    comparison = compare_runs(
-        list(map(str, config.runs)) if isinstance(config.runs, ListConfig) else [str(config.runs)]
-    )
     options = {key: config[key] for key in ("num_samples", "prompts", "guidance", "seed", "batch_size")}
+    options |= apply_rules(side_by_side, options)
+    if config.prompts:
+        read_prompts(config.prompts)
+    device = choose_device(config.device)
+    comparison = compare_runs(list(map(str, config.runs if isinstance(config.runs, ListConfig) else [config.runs])))
     sampler = command.construct(config.sampler)
     picture, notes = side_by_side(comparison, sampler, device=device, **options)
     drawn = {key: options[key] for key in ("num_samples", "seed")}
@@ -34,44 +34,25 @@ def compare(config: DictConfig) -> None:
     report = ComparisonReport(comparison, picture, notes, drawn if picture is not None else {})
     out = Path(config.out or Path("runs", "compare", report.folder_name)).expanduser()
     files = report.save(out)
-    console = Console(highlight=False)
-    for table in report.tables():
-        console.print(table)
-    print("\n".join(report.lines))
+    report.print(Console(highlight=False, markup=False))
     if config.logger.wandb:
-        print(log_comparison(config, out, report, files))
-    print(f"all figures: {files[0]}\nas a page: {files[1]}\npictures: {', '.join(map(str, files[2:])) or 'none'}")
+        print(log_comparison(config, out, report, files[2:]))
+    print(f"all metrics: {files[0]}, explained in docs/reading_the_numbers.md")
+    print(f"as a page: {files[1]}\npictures: {', '.join(map(str, files[2:])) or 'none'}")
 
 
-def check_compare_options(config: DictConfig) -> None:
-    """Refuse options before any run is read.
-
-    Raises:
-        UserError: naming the key, its value and the rule.
-    """
-
-    for key, least in (("num_samples", 0), ("seed", 0), ("batch_size", 1)):
-        require_whole(key, config[key], least)
-    if type(config.guidance) not in (int, float):
-        raise UserError(f"guidance={config.guidance} must be a number, 1 for none.")
-    if config.prompts:
-        read_prompts(config.prompts)
-
-
-def log_comparison(config: DictConfig, out: Path, report: Any, files: list[Path]) -> str:
-    """Table and pictures in a W&B run of its own, and a W&B report; the line that says where it is."""
+def log_comparison(config: DictConfig, out: Path, report: ComparisonReport, files: list[Path]) -> str:
+    """Tables and pictures in a W&B run of its own, and a W&B report; the line that says where it is."""
     settings: Any = OmegaConf.to_container(config, resolve=True)
-    columns, rows = report.sheet()
     pictures = {}
-    for file in files[2:]:
+    for file in files:
         with Image.open(file) as picture:
             pictures[file.stem] = picture.convert("RGB")
     return track_comparison(
         out,
         settings,
         name=f"compare/{report.folder_name}",
-        columns=columns,
-        rows=rows,
+        tables={title: (columns, rows) for title, (columns, *rows) in report.sheets().items()},
         pictures=pictures,
         markdown=report.markdown(),
         curves=curve_names(report.comparison.groups),

@@ -1,6 +1,7 @@
 """A thing that a run takes or leaves, with the digest by which other runs name it."""
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -36,15 +37,8 @@ class Artifact:
     @property
     def contents(self) -> dict[str, Path]:
         """Every file by its name in the artifact; those of a folder keep their place in it."""
-        return {
-            file.relative_to(path if path.is_dir() else path.parent).as_posix(): file
-            for path in self.files
-            for file in _files_in([path])
-        }
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(file.stat().st_size for file in self.contents.values())
+        found = [(path if path.is_dir() else path.parent, file) for path in self.files for file in _files_in(path)]
+        return {file.relative_to(folder).as_posix(): file for folder, file in found}
 
 
 def sha256(content: str | Iterable[Path]) -> str:
@@ -52,30 +46,20 @@ def sha256(content: str | Iterable[Path]) -> str:
     if isinstance(content, str):
         return hashlib.sha256(content.encode()).hexdigest()
     digest = hashlib.sha256()
-    for path in _files_in(content):
-        with path.open("rb") as file:
+    for inner in (inner for path in content for inner in _files_in(path)):
+        with inner.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
 
 
-def _files_in(paths: Iterable[Path]) -> list[Path]:
-    """Files, and those in folders; what a link in a folder names outside of it is none of the folder's."""
-    found = []
-    for path in paths:
-        root = path.resolve()
-        inside = sorted(path.rglob("*")) if path.is_dir() else [path]
-        found += [inner for inner in inside if inner.is_file() and inner.resolve().is_relative_to(root)]
-    return found
+def _files_in(path: Path) -> list[Path]:
+    return [file for file in (path, *sorted(path.rglob("*"))) if file.is_file()]
 
 
 def plain(value: Any) -> Any:
     """A value as JSON has it: lists stay lists, numpy's numbers become numbers, what else is no plain type its text."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, list | tuple):
-        return [plain(inner) for inner in value]
-    return plain(value.item()) if hasattr(value, "item") else str(value)
+    return json.loads(json.dumps(value, default=lambda other: other.item() if hasattr(other, "item") else str(other)))
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,45 +1,41 @@
 """Runs compared through W&B: read from its server, and reported there."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from PIL import Image
 
 from ldm.errors import UserError
 from ldm.runtime import shell
-from ldm.tracking.run import OPTIONS, TRAINING_ID, WandbRun
+from ldm.tracking.run import TRAINING_ID, track_report
 from ldm.tracking.server import bounded, has_key
 
 LOOK_UP_S, HISTORY_S = 60.0, 600.0
 """The most that the server is waited for: until it names a run, and until all of its history is here."""
 
-T = TypeVar("T")
 
-
-def fetch_run(path: str) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
-    """A training's run from W&B's server, with what tools/evaluate.py logged of it.
+def fetch_run(path: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
+    """A training's run from W&B's server, with what tools/evaluate.py logged of it last.
 
     Args:
         path: `entity/project/run`, the last being the run's id.
 
     Returns:
-        Its flat config, its summary and its history, row by row. Config and summary of the evaluation stand among them
-        under `evaluation.`.
+        Its flat config, its summary, the summary of its evaluation and its history, row by row.
 
     Raises:
         UserError: no login here, no such run, or no answer in time.
     """
     import wandb
 
-    def look_up() -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    def look_up() -> tuple[Any, dict[str, Any], dict[str, Any], dict[str, Any]]:
         api = wandb.Api()
         run = api.run(path)
-        config, summary = dict(run.config), dict(run.summary_metrics)
-        if (newest := _newest_evaluation(api, run, path.rpartition("/")[0])) is not None:
-            config |= {f"evaluation.{key}": value for key, value in newest.config.items()}
-            summary |= {f"evaluation.{key}": value for key, value in newest.summary_metrics.items()}
-        return run, config, summary
+        evaluations = api.runs(path.rpartition("/")[0], filters={f"config.{TRAINING_ID}": run.id})
+        newest = max(evaluations, key=lambda other: other.created_at, default=None)
+        evaluation = {} if newest is None else dict(newest.summary_metrics)
+        return run, dict(run.config), dict(run.summary_metrics), evaluation
 
     if not has_key():
         raise UserError(
@@ -47,44 +43,12 @@ def fetch_run(path: str) -> tuple[dict[str, Any], dict[str, Any], list[dict[str,
             "WANDB_API_KEY."
         )
     try:
-        run, config, summary = _answer(look_up, LOOK_UP_S)
-        return config, summary, _answer(lambda: list(run.scan_history()), HISTORY_S)
+        run, config, summary, evaluation = bounded(look_up, LOOK_UP_S)
+        return config, summary, evaluation, bounded(lambda: list(run.scan_history()), HISTORY_S)
     except (wandb.Error, ValueError, OSError) as error:
         raise UserError(
             f"{path} is no run folder here, and W&B gave no run of that path (entity/project/run): {error}"
         ) from error
-
-
-def _newest_evaluation(api: Any, run: Any, project: str) -> Any:
-    """The newest that says it is of this training; None where there is none.
-
-    Of those that do not say: the newest that bears its name, before another training of that name.
-    """
-    named = {"display_name": f"evaluation/{run.name}"}
-    found = list(api.runs(project, filters={"$or": [{f"config.{TRAINING_ID}": run.id}, named]}))
-    own = [other for other in found if other.config.get(TRAINING_ID) == run.id]
-    if not own:
-        trainings = api.runs(project, filters={"display_name": run.name})
-        end = min((other.created_at for other in trainings if other.created_at > run.created_at), default=None)
-        own = [
-            other
-            for other in found
-            if not other.config.get(TRAINING_ID)
-            and other.created_at > run.created_at
-            and (end is None or other.created_at < end)
-        ]
-    return max(own, key=lambda other: other.created_at, default=None)
-
-
-def _answer(call: Callable[[], T], seconds: float) -> T:
-    """What `call` returns.
-
-    Raises:
-        TimeoutError: nothing, within so many seconds.
-    """
-    found: list[T] = []
-    bounded(lambda: found.append(call()), seconds)
-    return found[0]
 
 
 def track_comparison(
@@ -92,8 +56,7 @@ def track_comparison(
     config: Mapping[str, Any],
     *,
     name: str,
-    columns: Sequence[str],
-    rows: Sequence[Sequence[str]],
+    tables: Mapping[str, tuple[Sequence[str], Sequence[Sequence[str]]]],
     pictures: Mapping[str, Image.Image],
     markdown: str,
     curves: Sequence[str],
@@ -102,8 +65,7 @@ def track_comparison(
     """A comparison as a W&B run of its own, and as a W&B report where one can be made.
 
     Args:
-        folder, config, pictures: As `track_report` takes them.
-        columns, rows: Of its table.
+        folder, config, tables, pictures: As `track_report` takes them.
         markdown: The text of the report.
         curves: Names of what the report plots by step.
         compared: Names of the W&B runs that it plots, `<stage>/<name>`.
@@ -111,31 +73,24 @@ def track_comparison(
     Returns:
         A line that says where the report is, or what is missing for one.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    options = {key: config["logger"][key] for key in OPTIONS}
-    tracker = WandbRun(folder, config, name=name, **options)
-    tracker.log_table("comparison", columns, rows, 0)
-    for title, picture in pictures.items():
-        tracker.log_images(title, [picture], [name.rpartition("/")[2]], 0)
-    online, entity = tracker.mode == "online", getattr(tracker.run, "entity", None)
-    tracker.finish()
-    if not online:
+    tracker = track_report(folder, config, name=name, values={}, pictures=pictures, tables=tables)
+    if tracker.mode != "online":
         return "No W&B report: this run is offline. It needs a login (`wandb login`)."
     try:
         import wandb_workspaces.reports.v2 as reports
     except ImportError:
         return f"No W&B report: its package is not installed: {shell.install_command('reports')}"
-    where = {"project": options["project"], "entity": entity}
-    runs = reports.Runset(**where, name="compared", filters=f"Metric('Name') in {list(compared)}")
-    panels = [reports.LinePlot(title=curve, x="step", y=[curve]) for curve in curves]
-    blocks = [reports.MarkdownBlock(text=markdown), reports.PanelGrid(runsets=[runs], panels=panels)]
+    where = {"project": config["logger"]["project"], "entity": tracker.run.entity}
 
     def save() -> str:
+        runs = reports.Runset(**where, name="compared", filters=f"Metric('Name') in {list(compared)}")
+        panels = [reports.LinePlot(title=curve, x="step", y=[curve]) for curve in curves]
+        blocks = [reports.MarkdownBlock(text=markdown), reports.PanelGrid(runsets=[runs], panels=panels)]
         report = reports.Report(**where, title=name[:128], blocks=blocks)
         report.save()
         return report.url
 
     try:
-        return f"W&B report: {_answer(save, options['timeout_s'])}"
+        return f"W&B report: {bounded(save, config['logger']['timeout_s'])}"
     except Exception as error:  # the package raises plain ones; what was found is written and logged already
         return f"No W&B report: {error}"

@@ -4,12 +4,15 @@ import netrc
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, wait
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 from ldm.errors import UserError
 
 MODES = ("online", "offline", "disabled")
-"""Each falls back to the next."""
+
+T = TypeVar("T")
 
 
 def check_mode(mode: str | None, key: str = "logger.mode") -> None:
@@ -49,24 +52,21 @@ def has_key() -> bool:
     return known.authenticators(urlsplit(settings.base_url).netloc) is not None
 
 
-def bounded(call: Callable[[], None], seconds: float) -> None:
-    """Run `call`, and give it up after so many seconds.
+def bounded(call: Callable[[], T], seconds: float) -> T:
+    """Return what `call` returns, and give it up after so many seconds.
 
     Raises:
         TimeoutError: given up. It may go on in its thread, which ends with the process at the latest.
     """
-    raised: list[BaseException] = []
+    answer: Future[T] = Future()
 
     def run() -> None:
         try:
-            call()
+            answer.set_result(call())
         except BaseException as error:
-            raised.append(error)
+            answer.set_exception(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
+    threading.Thread(target=run, daemon=True).start()
+    if not wait([answer], seconds).done:
         raise TimeoutError(f"no answer within {seconds:g} s")
-    if raised:
-        raise raised[0]
+    return answer.result()

@@ -1,32 +1,34 @@
 """The same images of several runs in one picture: samples from the same noise, or reconstructions of the same."""
 
-from collections.abc import Sequence
+from typing import Annotated
 
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import Field
 
 from ldm.data.images import ImageData
 from ldm.diffusion.samplers.base import SamplerLike
 from ldm.errors import UserError
 from ldm.evaluation.comparison.compare import Comparison
 from ldm.image_grid import rows, to_pil
-from ldm.runs.run import Run
+from ldm.rules import Count, Number, Seed, Whole, checked
 from ldm.sampling.draw import draw
 from ldm.sampling.pipeline import LatentDiffusionPipeline
 from ldm.sampling.request import Request
 
 
+@checked
 def side_by_side(
     comparison: Comparison,
     sampler: SamplerLike,
     *,
     device: torch.device,
-    num_samples: int = 8,
+    num_samples: Annotated[Whole, Field(ge=0)] = 8,
     prompts: str | None = None,
-    guidance: float = 3.0,
-    seed: int = 0,
-    batch_size: int = 64,
+    guidance: Number = 3.0,
+    seed: Seed = 0,
+    batch_size: Count = 64,
 ) -> tuple[Image.Image | None, list[str]]:
     """One row per run, what belongs together in one column; for stage=vae the originals on top.
 
@@ -41,58 +43,48 @@ def side_by_side(
     """
     if not num_samples:
         return None, []
-    notes = [
-        f"Not in the picture: {run.place}, for W&B holds no weights of it." for _, run in comparison.runs if not run.run
-    ]
-    folders = [(f"{group.label} {run.name}", run.run) for group, run in comparison.runs if run.run]
-    images, reason = _first_images([run for _, run in folders])
-    found: list[tuple[str, list[Image.Image]]] = []
+    images, notes = _first_images(comparison)
+    shown: list[tuple[str, list[Image.Image]]] = []
     captions: list[str | None] | None = None
-    vae = comparison.runs[0][1].stage == "vae"
-    if vae and images is None:
-        return None, [*notes, *reason]
-    for name, run in folders:
+    for group, run in comparison.runs:
         try:
-            if vae and images is not None:
-                found.append((name, _reconstructions(run, images, num_samples, device)))
-                continue
-            pipeline = run.pipeline().to(device)
-            request = _request(pipeline, images, prompts, num_samples, captions)
-            drawn = draw(pipeline, request, sampler, guidance=guidance, seed=seed, batch_size=batch_size)
-            found.append((name, to_pil(torch.cat(list(drawn)))))
-            captions = captions or (request.captions if any(request.captions) else None)
+            if run.run is None:
+                raise UserError("W&B holds no weights of it.")
+            if run.stage == "vae":
+                if images is None or run.run.facts["data_fingerprint"] != images.fingerprint:
+                    raise UserError("It was trained on other images than those shown, or there are none at hand.")
+                originals = images.batch(_held_out(images, num_samples))
+                autoencoder = run.run.autoencoder().to(device)
+                drawn = autoencoder.decode(autoencoder.encode(originals)[0])
+                shown += [] if shown else [("originals", to_pil(originals))]
+            else:
+                pipeline = run.run.pipeline().to(device)
+                request = _request(pipeline, images, prompts, num_samples, captions)
+                batches = draw(pipeline, request, sampler, guidance=guidance, seed=seed, batch_size=batch_size)
+                drawn = torch.cat(list(batches))
+                captions = captions or (request.captions if any(request.captions) else None)
+            shown.append((f"{group.label} {run.name}", to_pil(drawn)))
         except UserError as error:
-            notes.append(f"Not in the picture: {name}. {error}")
-    if not found:
-        return None, notes
-    if vae and images is not None:
-        found.insert(0, ("originals", to_pil(images.batch(_held_out(images, num_samples)))))
-    return rows(found, captions=captions), notes
+            notes.append(f"Not in the picture: {run.place}. {error}")
+    return rows(shown, captions=captions) if shown else None, notes
 
 
-def _first_images(runs: Sequence[Run]) -> tuple[ImageData | None, list[str]]:
+def _first_images(comparison: Comparison) -> tuple[ImageData | None, list[str]]:
     """The prepared images of the first run whose are at hand, or why there are none."""
-    reason = ""
-    for run in runs:
+    reasons = []
+    for _, run in comparison.runs:
         try:
-            return run.image_data(), []
+            if run.run is not None:
+                return run.run.image_data(), []
         except UserError as error:
-            reason = reason or str(error)
-    return None, [f"No held-out images at hand. {reason}"] if reason else []
+            reasons.append(f"No held-out images at hand. {error}")
+    return None, reasons[:1]
 
 
 def _held_out(images: ImageData, num: int) -> np.ndarray:
     """Validation images at equal distances: neighbours in the data are alike, flags or faces."""
     rows = np.linspace(0, len(images.val_indices) - 1, min(num, len(images.val_indices))).round().astype(int)
     return images.val_indices[rows]
-
-
-def _reconstructions(run: Run, images: ImageData, num_samples: int, device: torch.device) -> list[Image.Image]:
-    if run.facts["data_fingerprint"] != images.fingerprint:
-        raise UserError("It was trained on other images than the first run, which may be among those shown.")
-    autoencoder = run.autoencoder().to(device)
-    originals = images.batch(_held_out(images, num_samples))
-    return to_pil(autoencoder.decode(autoencoder.encode(originals)[0]))
 
 
 def _request(
@@ -107,8 +99,8 @@ def _request(
         asked = Request.make(pipeline, prompts=prompts)
         part = {name: value[:num_samples] for name, value in asked.condition.items()}
         return Request(part, asked.captions[:num_samples])
-    if images is None:
-        known = pipeline.conditioning.class_names is not None
-        names = [name for name in above or () if known and name is not None]
-        return Request(*pipeline.conditioning.of_request(classes=names or None, num_samples=num_samples))
-    return Request.of_images(pipeline, images, _held_out(images, num_samples))
+    if images is not None:
+        return Request.of_images(pipeline, images, _held_out(images, num_samples))
+    known = pipeline.conditioning.class_names is not None
+    names = [name for name in above or () if known and name is not None]
+    return Request(*pipeline.conditioning.of_request(classes=names or None, num_samples=num_samples))

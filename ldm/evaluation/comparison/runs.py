@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ OF_LOSS = {
     "diffusion": ("objective", "schedule", "variance"),
 }
 """Keys on which the value of a loss depends, whatever the model is worth."""
-EVALUATION = "evaluation."
 
 
 @dataclass(frozen=True)
@@ -34,28 +34,60 @@ class RunRecord:
     """What is known of one run, wherever it was read."""
 
     place: str
-    name: str
-    stage: str
-    seed: Any
-    finished: bool
     config: dict[str, Any]
-    """Flat, without PLACES."""
+    """Flat."""
     facts: dict[str, Any]
     """Flat."""
-    metrics: dict[str, Metric]
-    evaluation_seed: Any
-    stale: bool
-    """Its evaluation is of other weights than it has now, and left out."""
-    doubtful: bool
-    """Its evaluation does not say of which weights it is."""
+    finished: bool
+    figures: Mapping[str, Any]
+    evaluation: Mapping[str, Any]
+    weights: str | None
     curves: dict[str, Curve]
     run: Run | None = field(repr=False, default=None)
     """Where it is a folder, whose weights are at hand."""
 
     @property
-    def diverged(self) -> list[str]:
-        """Curves that end in no number."""
-        return [name for name, (_, values) in self.curves.items() if not math.isfinite(values[-1])]
+    def stage(self) -> str:
+        return self.facts["stage"]
+
+    @property
+    def name(self) -> str:
+        return str(self.facts.get("name") or Path(self.place).name)
+
+    @property
+    def seed(self) -> Any:
+        return self.config.get("seed", self.facts.get("seed"))
+
+    @property
+    def stale(self) -> bool:
+        """Its evaluation is of other weights than it has now, and left out."""
+        evaluated = self.evaluation.get("weights_sha256")
+        return None not in (evaluated, self.weights) and evaluated != self.weights
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The config without PLACES."""
+        inside = tuple(f"{key}." for key in PLACES)
+        return {key: v for key, v in self.config.items() if key not in PLACES and not key.startswith(inside)}
+
+    @cached_property
+    def metrics(self) -> dict[str, Metric]:
+        """Those of the evaluation, of the end of training and of its curves, with what they depend on."""
+        data = {key: {**self.facts, **self.config}.get(key) for key in ("data_fingerprint", "val_images")}
+        found = {
+            name: Metric(value, settings=data if better_direction(name) else {})
+            for name, value in finite_numbers(self.figures).items()
+        }
+        found |= {} if self.stale else metrics_from_json(self.evaluation)
+        if self.stage == "diffusion":
+            latents = {"autoencoder": self.facts.get("contract.autoencoder_sha256")}
+            data = {**data, **latents, "latent_statistics": self.config.get("latent_statistics")}
+        loss = {part: _with_prefix(self.config, part) for part in OF_LOSS[self.stage]}
+        for name, (_, values) in self.curves.items():
+            short = name.removeprefix("val/")
+            if short != name and short not in found and math.isfinite(values[-1]):
+                found[name] = Metric(values[-1], settings={**data, **(loss if "loss" in short else {})})
+        return found
 
 
 def read_runs(places: Sequence[str]) -> list[RunRecord]:
@@ -65,21 +97,15 @@ def read_runs(places: Sequence[str]) -> list[RunRecord]:
         UserError: fewer than two, one that is none, one twice, runs of both stages.
     """
     if len(places) < 2:
-        given = f", not {places[0]} alone" if places else ""
-        raise UserError(f"A comparison needs two runs at least{given}: python tools/compare.py RUN RUN [RUN ...].")
-    known: dict[str, str] = {}
-    for place in places:
-        same = str(Path(place).expanduser().resolve())
-        if same in known:
-            raise UserError(f"{place} is given twice (as {known[same]}): a run says nothing about itself.")
-        known[same] = place
+        raise UserError(f"A comparison needs two runs, not {len(places)}: python tools/compare.py RUN RUN [RUN ...].")
+    resolved = [Path(place).expanduser().resolve() for place in places]
+    for i, place in enumerate(places):
+        if resolved[i] in resolved[:i]:
+            raise UserError(f"{place} is given twice: a run says nothing about itself.")
     runs = [from_wandb(place) if is_of_wandb(place) else from_folder(place) for place in places]
-    stages = {
-        stage: [run.place for run in runs if run.stage == stage] for stage in dict.fromkeys(r.stage for r in runs)
-    }
-    if len(stages) > 1:
-        of = "; ".join(f"stage {stage}: {', '.join(named)}" for stage, named in stages.items())
-        raise UserError(f"Runs of different stages have no figure in common. {of}. Compare those of one stage.")
+    if len({run.stage for run in runs}) > 1:
+        of = ", ".join(f"{run.place} ({run.stage})" for run in runs)
+        raise UserError(f"Runs of different stages have no metric in common: {of}. Compare those of one stage.")
     return runs
 
 
@@ -93,46 +119,42 @@ def is_of_wandb(place: str) -> bool:
 def from_folder(place: str) -> RunRecord:
     """A run folder: config.yaml, run.json, metrics.csv and evaluation.json, the last two where there are any."""
     run = Run.open(place, "runs")
-    facts = {key: value for key, value in run.facts.items() if key != "figures"}
-    evaluation = run.evaluation_file
-    metrics = run.metrics_file
-    return _record(
+    return RunRecord(
         str(run.path),
         config=flatten(run.config()),
-        facts=flatten(facts),
+        facts=flatten({key: value for key, value in run.facts.items() if key != "figures"}),
+        finished=run.facts.get("finished") is not None,
         figures=run.facts.get("figures") or {},
-        evaluation=read_json(evaluation) if evaluation.is_file() else {},
+        evaluation=read_json(run.evaluation_file) if run.evaluation_file.is_file() else {},
         weights=run_weights_sha256(run),
-        curves=read_curves(metrics) if metrics.is_file() else {},
+        curves=read_curves(run.metrics_file) if run.metrics_file.is_file() else {},
         run=run,
     )
 
 
 def from_wandb(place: str) -> RunRecord:
     """A run of W&B, with the metrics of the newest tools/evaluate.py on it that was logged there."""
-    config, summary, history = fetch_run(place)
-    facts = {key.removeprefix("run."): value for key, value in config.items() if key.startswith("run.")}
+    config, summary, logged, history = fetch_run(place)
+    facts = _with_prefix(config, "run.")
     if facts.get("stage") not in OF_LOSS:
         raise UserError(f"{place} is in W&B, but no training of this program: its config has no run.stage.")
-    logged = _with_prefix(summary, EVALUATION)  # flat: what stands inside a mapping is `sampler.steps`
+    # flat: what stands inside a mapping is `sampler.steps`
     evaluation = {key: value for key, value in logged.items() if "." not in key}
     if sampler := _with_prefix(logged, "sampler."):
         evaluation["sampler"] = sampler
-    own = [key for key in config if not key.startswith(("run.", EVALUATION))]
     points: dict[str, dict[int, float]] = {}
     for row in history:
         for name, value in row.items():
             if "/" in name and isinstance(value, int | float) and row.get("step") is not None:
                 points.setdefault(name, {})[int(row["step"])] = float(value)
     curves = {name: as_curve(values) for name, values in points.items()}
-    figures = {key: value for key, value in summary.items() if not re.search(r"^_|/|^step$|^evaluation\.", key)}
+    figures = {key: value for key, value in summary.items() if not re.search(r"^_|/|^step$", key)}
     last = max((steps[-1] for steps, _ in curves.values()), default=0)
-    # the config was written at the start; metrics of an end that was trained on since are not of this end
-    finished = facts.get("finished") is not None or ("training_s" in figures and last <= figures.get("steps", last))
-    return _record(
+    return RunRecord(
         place,
-        config={key: config[key] for key in own},
-        facts={**facts, "finished": finished or None},
+        config={key: value for key, value in config.items() if not key.startswith("run.")},
+        facts=facts,
+        finished="training_s" in figures and last <= figures.get("steps", last),  # else it was trained on since
         figures=figures,
         evaluation=evaluation,
         weights=summary.get({"vae": "autoencoder_sha256", "diffusion": "pipeline_sha256"}[facts["stage"]]),
@@ -142,52 +164,3 @@ def from_wandb(place: str) -> RunRecord:
 
 def _with_prefix(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
-
-
-def _record(
-    place: str,
-    *,
-    config: dict[str, Any],
-    facts: dict[str, Any],
-    figures: Mapping[str, Any],
-    evaluation: Mapping[str, Any],
-    weights: str | None,
-    curves: dict[str, Curve],
-    run: Run | None = None,
-) -> RunRecord:
-    stage, evaluated = facts["stage"], evaluation.get("weights_sha256")
-    of_weights = None if weights is None or evaluated is None else evaluated == weights
-    doubtful = bool(evaluation) and of_weights is None and (weights or evaluated) is not None
-    if of_weights is False:
-        evaluation = {}
-    data = {"data_fingerprint": facts.get("data_fingerprint"), "val_images": config.get("val_images")}
-    latents = {
-        "autoencoder": facts.get("contract.autoencoder_sha256"),
-        "latent_statistics": config.get("latent_statistics"),
-    }
-    loss = {part: {key: config[key] for key in config if key.startswith(part)} for part in OF_LOSS[stage]}
-    found: dict[str, Metric] = {}
-    for name, (_, values) in curves.items():
-        if name.startswith("val/") and (short := name.removeprefix("val/")) not in {**figures, **evaluation}:
-            settings = {**data, **(latents if stage == "diffusion" else {}), **(loss if "loss" in short else {})}
-            if math.isfinite(values[-1]):
-                found[name] = Metric(values[-1], settings=settings)
-    for name, value in finite_numbers(figures).items():
-        found[name] = Metric(value, settings=data if better_direction(name) else {})
-    found |= metrics_from_json(evaluation)
-    inside = tuple(f"{key}." for key in PLACES)
-    return RunRecord(
-        place=place,
-        name=str(facts.get("name") or Path(place).name),
-        stage=stage,
-        seed=config.get("seed", facts.get("seed")),
-        finished=facts.get("finished") is not None,
-        config={key: v for key, v in config.items() if key not in PLACES and not key.startswith(inside)},
-        facts=facts,
-        metrics=found,
-        evaluation_seed=evaluation.get("seed"),
-        stale=of_weights is False,
-        doubtful=doubtful,
-        curves=curves,
-        run=run,
-    )

@@ -2,7 +2,7 @@
 
 A group is what differs in nothing but its seed. The rule, per metric, everything at 95 %:
 
-1. Figures that were not measured alike (features, N, reference set, sampler, guidance) get no verdict.
+1. Metrics that were not measured alike (features, N, reference set, sampler, guidance) get no verdict.
 2. Three or more runs with seeds of their own in both groups: Welch's t test on the runs. Their spread holds all that a
    seed moves, training and sampling.
 3. Otherwise, and where seeds do not move a metric, the standard errors of the evaluations. They hold the noise of
@@ -20,10 +20,10 @@ Verdicts are not corrected for their number: of twenty metrics without any diffe
 
 import math
 import re
-import statistics
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from statistics import fmean
 
 from scipy import stats
 
@@ -41,52 +41,27 @@ NEITHER = frozenset({"kl", "chance", "permuted", "validation", "floor", "pca", "
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean, or a difference of means, and how far noise may have moved it."""
+    """A mean, or a difference of means, and how far noise may have moved it. Its fields are keys of compare.json."""
 
     mean: float
-    standard_error: float | None
-    dof: float
-    noise: str | None
-    """SEEDS, SAMPLING or None: what the standard error holds."""
-    num_runs: int
-
-    @property
-    def half_width(self) -> float | None:
-        """t(0.975, dof) times the standard error. Source: Student 1908, Biometrika 6(1)."""
-        if self.standard_error is None:
-            return None
-        return float(stats.t.ppf((1 + CONFIDENCE) / 2, self.dof)) * self.standard_error if self.standard_error else 0.0
-
-    @property
-    def p_value(self) -> float | None:
-        """Of the two-sided t test against 0; None where the noise is not known."""
-        if self.standard_error is None:
-            return None
-        if not self.standard_error:
-            return float(not self.mean)
-        return float(2 * stats.t.sf(abs(self.mean) / self.standard_error, self.dof))
-
-    def interval(self) -> list[float] | None:
-        width = self.half_width
-        return None if width is None else [self.mean - width, self.mean + width]
-
-    def content(self) -> dict[str, Any]:
-        """For compare.json, which knows no infinity."""
-        dof = self.dof if math.isfinite(self.dof) else None
-        return {"mean": self.mean, "interval": self.interval(), "of": self.noise, "dof": dof, "runs": self.num_runs}
+    runs: int
+    of: str | None = None
+    """SEEDS or SAMPLING: what the interval is of; None where the noise is not known."""
+    dof: float | None = None
+    """Degrees of freedom; None of a normal distribution."""
+    interval: tuple[float, float] | None = None
+    p_value: float | None = None
+    """Of the two-sided t test against 0."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is said of two groups in one metric."""
+    """What is said of two groups in one metric. Its fields are keys of compare.json."""
 
-    text: str
-    difference: Estimate | None
+    groups: tuple[str, str]
+    verdict: str
+    difference: Estimate | None = None
     """Of the second from the first; None where they do not compare."""
-
-    def content(self) -> dict[str, Any]:
-        """For compare.json."""
-        return {"verdict": self.text, "difference": None if self.difference is None else self.difference.content()}
 
 
 def better_direction(name: str) -> int:
@@ -97,44 +72,31 @@ def better_direction(name: str) -> int:
     return int(bool(words & HIGHER)) - int(bool(words & LOWER))
 
 
-def estimate_from_seeds(metrics: Sequence[Metric]) -> Estimate:
-    """The mean over runs of different seeds, with s / sqrt(n) and n - 1 degrees of freedom."""
-    values = [metric.value for metric in metrics]
-    n, variance = len(values), statistics.variance(values)  # exact: 0 where all are the same
-    return Estimate(statistics.mean(values), math.sqrt(variance / n), n - 1, SEEDS, n)
+def estimate(*sides: Sequence[Metric], enough_seeds: bool) -> Estimate:
+    """The mean of one group, or by how much the mean of the second is above that of the first.
 
-
-def estimate_from_sampling(metrics: Sequence[Metric]) -> Estimate:
-    """The mean over runs, with the root mean square of their standard errors."""
-    mean = statistics.mean(metric.value for metric in metrics)
-    errors = [metric.standard_error for metric in metrics if metric.standard_error is not None]
-    if len(errors) < len(metrics):
-        return Estimate(mean, None, math.inf, None, len(metrics))
-    error = math.sqrt(math.fsum(error**2 for error in errors) / len(errors))
-    return Estimate(mean, error, min(metric.dof for metric in metrics), SAMPLING, len(metrics))
-
-
-def estimate_mean(metrics: Sequence[Metric], *, enough_seeds: bool) -> Estimate:
-    """Of one group: between seeds where there are enough and they move the metric, of sampling otherwise."""
-    if enough_seeds and (found := estimate_from_seeds(metrics)).standard_error:
-        return found
-    return estimate_from_sampling(metrics)
-
-
-def estimate_difference(first: Estimate, second: Estimate) -> Estimate:
-    """second - first, with the degrees of freedom of Welch and Satterthwaite.
-
-        v = (v_1 + v_2)^2 / (v_1^2 / d_1 + v_2^2 / d_2),   v_i = squared standard error, d_i = its degrees of freedom
-
-    Source: Welch 1947, Biometrika 34(1-2).
+    Args:
+        enough_seeds: Each side has FEWEST_SEEDS or more runs, with seeds of their own.
     """
-    apart, num_runs = second.mean - first.mean, first.num_runs + second.num_runs
-    if first.standard_error is None or second.standard_error is None:
-        return Estimate(apart, None, math.inf, None, num_runs)
-    parts = (first.standard_error**2, second.standard_error**2)
-    rest = math.fsum(part**2 / side.dof for part, side in zip(parts, (first, second), strict=True))
-    dof = sum(parts) ** 2 / rest if rest else math.inf
-    return Estimate(apart, math.sqrt(sum(parts)), dof, first.noise, num_runs)
+    values = [[metric.value for metric in side] for side in reversed(sides)]
+    mean = fmean(values[0]) - (fmean(values[1]) if len(sides) > 1 else 0.0)
+    runs = sum(map(len, sides))
+    if enough_seeds and any(len(set(side)) > 1 for side in values):
+        with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # one side's runs may be all the same
+            test = stats.ttest_ind(*values, equal_var=False) if len(sides) > 1 else stats.ttest_1samp(values[0], 0)
+        low, high = test.confidence_interval(CONFIDENCE)
+        return Estimate(mean, runs, SEEDS, float(test.df), (float(low), float(high)), float(test.pvalue))
+    if any(metric.standard_error is None for side in sides for metric in side):
+        return Estimate(mean, runs)
+    variances = [fmean((metric.standard_error or 0.0) ** 2 for metric in side) for side in sides]
+    error = math.sqrt(sum(variances))
+    if not error:
+        return Estimate(mean, runs, SAMPLING, None, (mean, mean), float(not mean))
+    # the degrees of freedom of Welch and Satterthwaite. Source: Welch 1947, Biometrika 34(1-2)
+    rest = sum(variance**2 / side[0].dof for variance, side in zip(variances, sides, strict=True))
+    noise = stats.t(error**4 / rest, scale=error) if rest else stats.norm(scale=error)
+    width, p_value = float(noise.ppf((1 + CONFIDENCE) / 2)), float(2 * noise.sf(abs(mean)))
+    return Estimate(mean, runs, SAMPLING, error**4 / rest if rest else None, (mean - width, mean + width), p_value)
 
 
 def compare_groups(
@@ -146,22 +108,18 @@ def compare_groups(
         labels: Of the groups, for `<label> better`.
         enough_seeds: Both have FEWEST_SEEDS or more runs, with seeds of their own.
     """
+    if lacking := [label for label, side in zip(labels, (first, second), strict=True) if not side]:
+        return Verdict(labels, f"not in {' and '.join(lacking)}")
     if unlike := differing_settings([*first, *second]):
-        return Verdict(f"not comparable: {', '.join(unlike)}", None)
-    sides = [estimate_mean(side, enough_seeds=enough_seeds) for side in (first, second)]
-    if sides[0].noise != sides[1].noise:
-        sides = [
-            estimate_from_seeds(side) if enough_seeds else estimate_from_sampling(side) for side in (first, second)
-        ]
-    found = estimate_difference(*sides)
-    width, way = found.half_width, better_direction(name)
-    if width is None:
-        return Verdict("noise unknown", found)
-    if abs(found.mean) <= width:
-        return Verdict("within noise", found)
+        return Verdict(labels, f"not comparable: {', '.join(unlike)}")
+    found, way = estimate(first, second, enough_seeds=enough_seeds), better_direction(name)
+    if found.interval is None:
+        return Verdict(labels, "noise unknown", found)
+    if found.interval[0] <= 0 <= found.interval[1]:
+        return Verdict(labels, "within noise", found)
     if not way:
-        return Verdict("differ", found)
-    return Verdict(f"{labels[1] if found.mean * way > 0 else labels[0]} better", found)
+        return Verdict(labels, "differ", found)
+    return Verdict(labels, f"{labels[1] if found.mean * way > 0 else labels[0]} better", found)
 
 
 def holm(p_values: Mapping[str, float]) -> list[str]:

@@ -2,7 +2,7 @@
 
 import csv
 import io
-import os
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +10,6 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
 from ldm.files.atomic import write_text
@@ -19,7 +18,7 @@ from ldm.latents.contract import LatentContract
 from ldm.runs.disk import forgiving
 from ldm.runs.lineage import inputs, outputs
 from ldm.runs.run import Run
-from ldm.tracking.run import OPTIONS, PLAIN, WandbRun
+from ldm.tracking.run import OPTIONS, WandbRun
 
 
 @dataclass
@@ -53,89 +52,59 @@ class CsvLogger(Logger):
 
     Args:
         resume: The rows that are there are kept; otherwise they are deleted.
+        tracker: A W&B run, which is handed the same. It is left open at the end: pictures and the summary follow.
     """
 
-    ROWS_AT_A_TIME = 100
+    name, version = "csv", ""
 
-    def __init__(self, file: Path, *, resume: bool) -> None:
+    def __init__(self, file: Path, *, resume: bool, tracker: WandbRun | None = None) -> None:
         super().__init__()
-        self.file = file
+        self.file, self.tracker = file, tracker
         self._rows: list[dict[str, Any]] = []
-        self._columns: list[str] = []
+        self._rows_at_a_time = 100
         if not resume:
             file.unlink(missing_ok=True)
 
-    @property
-    def name(self) -> str:
-        return "csv"
-
-    @property
-    def version(self) -> str:
-        return ""
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """The config is in config.yaml, and W&B has it from the start."""
 
     def go_back(self, last: int) -> None:
         """Forget the rows of steps after `last`: training goes on from there, and they will come again."""
         self._rows = [row for row in self._rows if row["step"] <= last]
         if self.file.is_file():
-            with forgiving(self.file):
-                columns, rows = _read(self.file)
-                rows = [row for row in rows if row["step"].isdigit() and int(row["step"]) <= last]
-                write_text(self.file, _as_csv(columns, rows, header=True))
-                self._columns = columns
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """The config is in config.yaml."""
+            self._write(last)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         self._rows.append({**metrics, "step": step or 0})
-        if len(self._rows) >= self.ROWS_AT_A_TIME:
+        if self.tracker is not None:
+            self.tracker.log(metrics, step or 0)
+        if len(self._rows) >= self._rows_at_a_time:
             self.save()
 
     def save(self) -> None:
-        if not self._rows:
-            return
+        if self._rows:
+            self._write()
+
+    def _write(self, last: float = math.inf) -> None:
+        """The file anew: its rows up to a step, and those that it has not got yet."""
         with forgiving(self.file):
-            if set().union(*self._rows) <= set(self._columns) and self.file.is_file():
-                self._append()
-            else:
-                self._rewrite()
+            columns, rows = _read(self.file)
+            rows = [row for row in rows if int(row["step"]) <= last] + self._rows
+            columns = sorted({"step"}.union(columns, *self._rows))
+            text = io.StringIO(newline="")
+            writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+            write_text(self.file, text.getvalue())
             self._rows = []
-
-    def _append(self) -> None:
-        size = self.file.stat().st_size
-        try:
-            with self.file.open("a", encoding="utf-8", newline="") as file:
-                file.write(_as_csv(self._columns, self._rows))
-        except OSError:
-            os.truncate(self.file, size)
-            raise
-
-    def _rewrite(self) -> None:
-        """Whole, with the columns that are new."""
-        columns, rows = _read(self.file) if self.file.is_file() else ([], [])
-        columns = sorted(set(columns).union(*self._rows))
-        write_text(self.file, _as_csv(columns, [*rows, *self._rows], header=True))
-        self._columns = columns
-
-    def finalize(self, status: str) -> None:
-        self.save()
+            self._rows_at_a_time = max(100, len(rows) // 100)  # or the writing would come to cost more than training
 
 
-def _read(file: Path) -> tuple[list[str], list[dict[str, Any]]]:
-    """Columns and rows; a last line that a kill cut is dropped."""
-    *lines, _ = file.read_text(encoding="utf-8", errors="replace").split("\n")
+def _read(file: Path) -> tuple[Sequence[str], list[dict[str, Any]]]:
+    """Columns and rows that have a step; a last line that a kill cut is dropped."""
+    *lines, _ = (file.read_text(encoding="utf-8", errors="replace") if file.is_file() else "").split("\n")
     table = csv.DictReader(lines, restval="")
-    rows = list(table)
-    return (list(table.fieldnames or []), rows) if "step" in (table.fieldnames or []) else (["step"], [])
-
-
-def _as_csv(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], *, header: bool = False) -> str:
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    if header:
-        writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return table.fieldnames or [], [row for row in table if row.get("step", "").isdigit()]
 
 
 def make_loggers(
@@ -149,46 +118,16 @@ def make_loggers(
     """
     if not main_process:
         return Loggers([])
-    table = CsvLogger(run.metrics_file, resume=resume)
+    tracker = None
+    if options["wandb"]:
+        name = run.facts["name"]
+        chosen = {key: options[key] for key in OPTIONS if key in options} | {"group": options.get("group") or name}
+        config = {**run.config(), "run": run.facts}
+        tracker = WandbRun(run.path, config, name=f"{run.stage}/{name}", resume=resume, **chosen)
+    table = CsvLogger(run.metrics_file, resume=resume, tracker=tracker)
     if resume and last_row is not None:
         table.go_back(last_row)
-    if not options["wandb"]:
-        return Loggers([table])
-    name = run.facts["name"]
-    chosen = PLAIN | {key: options[key] for key in OPTIONS if key in options}
-    chosen["group"] = chosen["group"] or name
-    tracker = WandbRun(
-        run.path, {**run.config(), "run": run.facts}, name=f"{run.stage}/{name}", resume=resume, **chosen
-    )
-    return Loggers([table, WandbLogger(tracker)], tracker, options)
-
-
-class WandbLogger(Logger):
-    """Hands Lightning's metrics to our W&B run."""
-
-    def __init__(self, run: WandbRun) -> None:
-        super().__init__()
-        self.tracker = run
-
-    @property
-    def name(self) -> str:
-        return "wandb"
-
-    @property
-    def version(self) -> str:
-        return self.tracker.id
-
-    @rank_zero_only
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        self.tracker.configure(dict(params))
-
-    @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        self.tracker.log(metrics, step or 0)
-
-    @rank_zero_only
-    def finalize(self, status: str) -> None:
-        """Left open: pictures and the summary follow after training; the command closes it."""
+    return Loggers([table], tracker, options)
 
 
 def save_grid(
@@ -208,5 +147,5 @@ def save_grid(
         folder.mkdir(parents=True, exist_ok=True)
         grid.save(file)
     for logger in module.loggers:
-        if isinstance(logger, WandbLogger):
+        if isinstance(logger, CsvLogger) and logger.tracker is not None:
             logger.tracker.log_images(name, images, captions, step)
