@@ -593,3 +593,12 @@ def test_the_loop_can_be_timed(tool):
 def test_the_bound_can_be_timed(trained, tool):
     printed = tool("bench", "run=runs/diffusion/first", "blocks=1")
     assert re.search(r"the bound costs \d+\.\d+x the bare network", printed), printed
+
+
+def test_the_readme_from_python(trained, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert "runs/diffusion/demo" in block
+    names: dict = {}
+    exec(block.replace("runs/diffusion/demo", str(trained.place / "runs/diffusion/first")), names)
+    assert len(names["images"]) == 2 and Path("heart.png").is_file() and names["z_s"].shape == (1, 4, 8, 8)

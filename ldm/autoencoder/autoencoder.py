@@ -55,7 +55,16 @@ class LatentStatistics:
 
 
 class Autoencoder:
-    """A diffusers autoencoder with its factor f, its channels and, once measured, its latent statistics."""
+    """A diffusers autoencoder with its factor f, its channels and, once measured, its latent statistics.
+
+    >>> import torch
+    >>> from ldm import Run
+    >>> autoencoder = Run.open("runs/vae/demo").autoencoder()
+    >>> mean, log_variance = autoencoder.encode(torch.zeros(1, 3, 8, 8))
+    >>> z = autoencoder.standardise(mean)  # near N(0, 1) per channel: what the chain learns
+    >>> autoencoder.decode(autoencoder.unstandardise(z)).shape
+    torch.Size([1, 3, 8, 8])
+    """
 
     def __init__(self, model: nn.Module, statistics: LatentStatistics | None = None) -> None:
         self.model: Any = model  # called as diffusers' AutoencoderKL is, which types cannot say

@@ -34,6 +34,15 @@ class DenoiserLike(Protocol):
 class Denoiser:
     """A network on a noise schedule, behind a call that answers with z_0.
 
+    >>> import torch
+    >>> from ldm import Denoiser, cosine
+    >>> schedule = cosine(1000)
+    >>> denoiser = Denoiser(schedule, lambda z_t, timestep, condition: torch.zeros_like(z_t), prediction="eps")
+    >>> z_t = torch.ones(1, 4, 8, 8)
+    >>> z_0 = denoiser(z_t, 500).z_0  # a network that sees no noise takes z_t for sqrt(alpha_bar) z_0
+    >>> torch.allclose(z_0, z_t / schedule.alpha_bar[500].sqrt().float())
+    True
+
     Args:
         schedule: the chain that the network is trained on.
         network: called as network(z_t, timesteps, condition) with timesteps = t - 1 in 0..T-1, a long tensor

@@ -11,6 +11,13 @@ from ldm.diffusion.schedule import NoiseSchedule, Step
 class Guided:
     """A denoiser under classifier-free guidance, with the same call.
 
+    >>> import torch
+    >>> from ldm import Denoiser, Guided, cosine
+    >>> denoiser = Denoiser(cosine(1000), lambda z_t, timestep, condition: z_t * condition["label"], prediction="z_0")
+    >>> guided = Guided(denoiser, scale=3.0, null_condition={"label": torch.zeros(1, 1)})
+    >>> guided(torch.ones(1, 2), 500, {"label": torch.ones(1, 1)}).z_0  # 0 + 3 (1 - 0)
+    tensor([[3., 3.]])
+
         z_0 = null + scale (cond - null)   while u = t / T is in the interval, else cond
 
     Guiding z_0 equals guiding eps, v or flow: at a given z_t each is affine in the others. The v of

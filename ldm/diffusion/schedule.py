@@ -32,6 +32,12 @@ ALPHA_BAR_FLOOR = 1e-20
 class NoiseSchedule:
     """A table of alpha_bar over the steps 0..T, in float64.
 
+    >>> import torch
+    >>> from ldm import NoiseSchedule
+    >>> schedule = NoiseSchedule("halving", 0.5 ** torch.arange(5, dtype=torch.float64))
+    >>> schedule.num_steps, schedule.snr(1).item()
+    (4, 1.0)
+
     Float64 because 1 - a_t and 1 - a_t / a_s cancel in float32. Coefficients are computed in float64 from
     `at` and cast once, by `.to(z)`, where they meet the tensor. The arithmetic happens on the table's device:
     move it with `to`, or leave it on the CPU (MPS has no float64). Real times are interpolated on the CPU.
@@ -199,6 +205,10 @@ def scaled_linear(num_steps: Steps = 1000, beta_start: float = 0.00085, beta_end
 @checked
 def cosine(num_steps: Steps = 1000, offset: float = 0.008, max_beta: float = 0.999) -> NoiseSchedule:
     """a_t = f(u) / f(0) with f(u) = cos^2(pi/2 (u + offset) / (1 + offset)) and beta_t capped at max_beta.
+
+    >>> from ldm import cosine
+    >>> [round(cosine(1000).alpha_bar[t].item(), 3) for t in (0, 250, 500, 750, 1000)]
+    [1.0, 0.848, 0.494, 0.144, 0.0]
 
     The cap keeps a_T above 0, so that eps can be predicted at every t.
     Source: Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 17.

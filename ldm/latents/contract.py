@@ -18,7 +18,14 @@ REMEDY = "Delete its folder if that is a cache of latents; they will be encoded 
 
 @dataclass(frozen=True)
 class LatentContract:
-    """What latents are: two sides that exchange latents must agree in every field."""
+    """What latents are: two sides that exchange latents must agree in every field.
+
+    >>> from pathlib import Path
+    >>> from ldm import LatentContract
+    >>> here = LatentContract.load(Path("runs/vae/demo"))
+    >>> there = LatentContract.load(Path("runs/diffusion/demo/pipeline"))
+    >>> here.check(there, "the autoencoder", "the pipeline")  # raises UserError where they differ
+    """
 
     autoencoder_sha256: str
     data_fingerprint: str

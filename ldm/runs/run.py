@@ -74,7 +74,14 @@ class Facts(dict[str, Any]):
 
 @dataclass
 class Run:
-    """A run folder and what run.json says of it (stage, seed, precision, versions, data, whether it finished)."""
+    """A run folder and what run.json says of it (stage, seed, precision, versions, data, whether it finished).
+
+    >>> from ldm import Run
+    >>> run = Run.open("runs/diffusion/demo")
+    >>> run.stage, run.finished, run.config()["schedule"]["num_steps"]
+    ('diffusion', True, 1000)
+    >>> pipeline = run.pipeline()
+    """
 
     path: Path
     facts: dict[str, Any]

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from ldm.diffusion.samplers.base import OnStep, SamplerLike
+from ldm.diffusion.samplers.multistep import DPMSolver
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
 from ldm.image_grid import grid, rows, to_pil
@@ -101,6 +102,40 @@ def draw(
                 raise UserError(f"sampler={sampler.method} failed: {error}. Choose a larger sampler.rtol=.") from error
             done = stop
             yield pipeline.decode(z).cpu()
+
+
+def draw_images(
+    pipeline: LatentDiffusionPipeline,
+    *,
+    prompts: Sequence[str] | None = None,
+    labels: Sequence[int | str] | None = None,
+    num_samples: int = 16,
+    sampler: SamplerLike | None = None,
+    guidance: float = 3.0,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> list[Image.Image]:
+    """Images for prompts or for classes, by their number or name; image i depends on the seed and i alone.
+
+    >>> from ldm import DDIM, Run, draw_images
+    >>> pipeline = Run.open("runs/diffusion/demo").pipeline()
+    >>> first, second = draw_images(pipeline, labels=["cat", 1], sampler=DDIM(steps=5), seed=3)
+    >>> first.size
+    (8, 8)
+
+    Args:
+        num_samples: Where neither is given: without a prompt, or of all classes in turn.
+        sampler: None: DPM-Solver++ of 20 steps.
+        guidance: Scale of classifier-free guidance; 1 is none.
+
+    Raises:
+        UserError: prompts or labels that the model does not take, and what `draw` refuses.
+    """
+    request = Request(*pipeline.conditioning.of_request(prompts, labels, num_samples))
+    batches = draw(
+        pipeline, request, sampler or DPMSolver(steps=20), guidance=guidance, seed=seed, batch_size=batch_size
+    )
+    return [image for batch in batches for image in to_pil(batch)]
 
 
 def write(folder: Path, images: Sequence[Image.Image], captions: Sequence[str | None], made_by: dict[str, Any]) -> Path:

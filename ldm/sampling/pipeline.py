@@ -49,6 +49,12 @@ NETWORKS: dict[str, Any] = {"DiT": DiT, "ImageUNet": ImageUNet, "TextUNet": Text
 class LatentDiffusionPipeline:
     """A trained latent diffusion model.
 
+    >>> from pathlib import Path
+    >>> from ldm import LatentDiffusionPipeline
+    >>> pipeline = LatentDiffusionPipeline.load(Path("runs/diffusion/demo/pipeline"))
+    >>> pipeline.prediction, pipeline.variance, pipeline.latent_shape
+    ('v', 'fixed_small', (4, 4, 4))
+
     Args:
         network: (z_t, timestep, **condition) -> output; a diffusers ModelMixin.
         autoencoder: With measured statistics.

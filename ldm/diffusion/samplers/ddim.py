@@ -51,6 +51,13 @@ def ddim_step(
 class DDIM(ChainSampler):
     """DDIM.
 
+    >>> import torch
+    >>> from ldm import DDIM, Denoiser, cosine
+    >>> denoiser = Denoiser(cosine(1000), lambda z_t, timestep, condition: 0 * z_t + 1, prediction="z_0")
+    >>> z_0 = DDIM(steps=10)(denoiser, torch.randn(2, 4, 8, 8))
+    >>> z_0.min().item(), z_0.max().item()
+    (1.0, 1.0)
+
     Args:
         eta: noise, 0 (deterministic) to 1 (ancestral).
     """

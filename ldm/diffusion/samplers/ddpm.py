@@ -26,6 +26,14 @@ def ddpm_step(
 ) -> Float[Tensor, " b *z"]:
     """Draw z_s from p(z_s | z_t), given the predicted clean latent z_0.
 
+    >>> import torch
+    >>> from ldm import cosine, ddpm_step
+    >>> z_t, z_0 = torch.ones(1, 4, 8, 8), torch.zeros(1, 4, 8, 8)
+    >>> ddpm_step(cosine(1000), z_0, z_t, s=499, t=500, generator=torch.Generator().manual_seed(0)).shape
+    torch.Size([1, 4, 8, 8])
+    >>> ddpm_step(cosine(1000), z_0, z_t, s=0, t=1).abs().max().item()  # the last step returns the mean: z_0
+    0.0
+
         z_s = mean of q(z_s | z_t, z_0) + sqrt(Sigma(s, t, v)) n,   n ~ N(0, I)
 
     The step to s = 0 returns the mean and draws nothing.
@@ -45,6 +53,12 @@ def ddpm_step(
 @dataclass(frozen=True)
 class DDPM(ChainSampler):
     """Ancestral sampling, on any strided subset of the steps.
+
+    >>> import torch
+    >>> from ldm import DDPM, Denoiser, cosine
+    >>> denoiser = Denoiser(cosine(1000), lambda z_t, timestep, condition: 0 * z_t, prediction="z_0")
+    >>> DDPM(steps=50)(denoiser, torch.randn(2, 4, 8, 8)).abs().max().item()
+    0.0
 
     Args:
         variance: Sigma. None takes the model's own; if the caller states none, learned_range where the denoiser

@@ -48,7 +48,15 @@ class Multistep(ChainSampler):
 
 
 class DPMSolver(Multistep):
-    """DPM-Solver++ of order 2 (Lu et al. 2022, arXiv:2211.01095)."""
+    """DPM-Solver++ of order 2 (Lu et al. 2022, arXiv:2211.01095).
+
+    >>> import torch
+    >>> from ldm import Denoiser, DPMSolver, cosine
+    >>> denoiser = Denoiser(cosine(1000), lambda z_t, timestep, condition: 0 * z_t + 1, prediction="z_0")
+    >>> z_0 = DPMSolver(steps=10)(denoiser, torch.randn(2, 4, 8, 8))
+    >>> torch.allclose(z_0, torch.ones_like(z_0), atol=1e-4)
+    True
+    """
 
     method = "dpmpp"
     solver = DPMSolverMultistepScheduler
