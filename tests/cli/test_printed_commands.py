@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from hydra.errors import HydraException
 
 import ldm.train
 from ldm.runs.run import Run
@@ -206,15 +205,6 @@ def test_configs_on_a_search_path_are_named_again(type_in, place, monkeypatch):
     monkeypatch.setattr(Fit, "to_the_end", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     said = after(ended.out, "next: ")
     assert search in shlex.split(said) and f"{data_name()}: " in type_in(said).out
-
-
-def test_configs_that_lack_the_other_stage_cost_no_training(type_in, monkeypatch):
-    def fails(*_, **__):
-        raise HydraException("no such stage")
-
-    monkeypatch.setattr("ldm.cli.command_line._composed", fails)
-    ended = type_in(command("stage=vae", "name=alone", "runs_dir=all runs"))
-    assert ended.code == 0 and f"data.path={FOLDER}" in shlex.split(after(ended.out, "next: "))
 
 
 def test_a_run_of_an_earlier_version_keeps_its_data_too(autoencoder):
