@@ -105,14 +105,10 @@ def gather(arguments: Sequence[str], key: str) -> list[str]:
     return [*kept, f"{key}=[{','.join(_quote(argument) for argument in gathered)}]"]
 
 
-def typed(key: str, value: Any, *, new: bool = False) -> str:
-    """An override as a user types it: text of FREE_TEXT as it stands, anything else in Hydra's grammar.
-
-    Args:
-        new: The key is not in the config that is composed.
-    """
+def typed(key: str, value: Any) -> str:
+    """An override as a user types it: text of FREE_TEXT as it stands, anything else in Hydra's grammar."""
     text = value if key in FREE_TEXT and isinstance(value, str) else _in_grammar(value)
-    return f"{'+' * new}{key}={text}"
+    return f"{key}={text}"
 
 
 def _in_grammar(value: Any) -> str:

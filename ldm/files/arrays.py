@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,9 +21,11 @@ from typing import Any
 import numpy as np
 
 from ldm.files.atomic import write_text
+from ldm.files.lock import FOR_EVER, alone
 
 COARSE_NS = 2_000_000_000
 """The coarsest modification time that a file system keeps, that of FAT."""
+LARGE_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ def _digest(path: Path, layout: Layout, rows: range) -> str:
 def changed(path: Path, layout: Layout, known: Sequence[str], *, every_byte: bool = False) -> list[range]:
     """The rows of the chunks that are not what they were; all, where the file's length is another.
 
-    A file that has the size and the modification time of its last comparison is not read again.
+    A file that has the size and the modification time of its last comparison is not read again. The processes of a
+    machine compare one after the other, so that the first of them does it for all.
 
     Args:
         every_byte: Read it all the same.
@@ -84,22 +87,30 @@ def changed(path: Path, layout: Layout, known: Sequence[str], *, every_byte: boo
     chunks = layout.chunks()
     if len(known) != len(chunks) or path.stat().st_size != layout.num_bytes:
         return [range(layout.num_rows)]
-    if _is_verified(path, known) and not every_byte:
-        return []
-    found = digests(path, layout, chunks)
-    bad = [rows for rows, one, other in zip(chunks, found, known, strict=True) if one != other]
-    if not bad:
-        mark_verified(path, known)
+    with ExitStack() as stack:
+        if not _is_verified(path, known):
+            with suppress(OSError):  # a disk that can only be read takes no lock
+                stack.enter_context(alone(path.with_name(f".{path.name}.lock"), lambda: FOR_EVER))
+        if _is_verified(path, known) and not every_byte:
+            return []
+        found = digests(path, layout, chunks)
+        bad = [rows for rows, one, other in zip(chunks, found, known, strict=True) if one != other]
+        if not bad:
+            mark_verified(path, known)
     return bad
 
 
 def mark_verified(path: Path, known: Sequence[str]) -> None:
     """Note that the file's bytes are those of these digests, as long as its size and modification time stay.
 
-    Not of a file that was written a moment ago: file systems count time so coarsely that a second write may not show.
+    File systems count time so coarsely that a second write may not show: of a file that was written a moment ago, a
+    small one is not marked, and one that would take long to compare only when that moment is over.
     """
-    if time.time_ns() - path.stat().st_mtime_ns < COARSE_NS:
-        return
+    age, size = time.time_ns() - path.stat().st_mtime_ns, path.stat().st_size
+    if age < COARSE_NS:
+        if size < LARGE_BYTES:
+            return
+        time.sleep((COARSE_NS - age) / 1e9)
     with suppress(OSError):
         write_text(_note(path), json.dumps(_state(path, known)) + "\n")
 

@@ -114,7 +114,7 @@ def test_a_stage_that_fails_ends_both(trained):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["conditioning=text"], "conditioning=text needs a caption"),
+        (["conditioning=text"], "conditioning=text needs captions"),
         (["network.depth=0"], "network.depth=0 must be 1 or more"),
         (["stage2.batch_size=64"], "fewer than batch_size=64"),
         (["stage1.nosuch=1"], "There is no key nosuch"),

@@ -506,7 +506,7 @@ EXACT = LatentStatistics([0.0] * 3, [1.0] * 3, [0.1, 0.0, 0.1], "", "")
         ({}, {"variance": "learned_range"}, "variance=learned_range needs a network that learned Sigma.*fixed_small"),
         ({}, {"variance": "optimal"}, r"not fitted for this model yet.*tools/likelihood\.py .* variance=optimal"),
         (
-            {"z_0_mse": torch.ones(12)},
+            {"z_0_mse": torch.ones(12, dtype=torch.float64)},
             {"variance": "optimal"},
             r"does not fit.*T \+ 1 = 13.*Delete",
         ),

@@ -178,7 +178,7 @@ def test_latents_without_moments_or_not_finite(runs, monkeypatch):
     [
         ("split=test", "split=test is unknown. Choose one of: val, train"),
         ("num_images=1", "num_images=1 must be 2 or more"),
-        ("num_images=many", "num_images=many must be a number"),
+        ("num_images=many", "num_images=many must be a whole number"),
         ("seed=1.5", "seed=1.5 must be a whole number"),
         ("batch_size=0", "batch_size=0 must be 1 or more"),
     ],
