@@ -49,7 +49,7 @@ def seconds_by_turns(blocks: int, *variants: Callable[[], float]) -> list[list[f
 
 def stage_1_losses(config: DictConfig, run: Any) -> None:
     """A step of stage 1 with one part of the loss more each time."""
-    perceptual, adversarial = command.construct(config.perceptual.build), command.construct(config.adversarial.build)
+    perceptual, adversarial = command.construct(config.perceptual), command.construct(config.adversarial)
     if perceptual is None or adversarial is None:
         raise UserError("A run of stage=vae is timed with every part: leave perceptual= and adversarial= to be some.")
     device, autoencoder = choose_device(config.device), run.autoencoder()

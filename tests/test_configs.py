@@ -150,10 +150,8 @@ def test_perceptual_distances_carry_their_weight(choice):
         "train", "stage=vae", f"perceptual={choice}", *([] if choice == "none" else ["perceptual.weight=3"])
     )
     if choice == "lpips":  # an extra of its own
-        assert (
-            config.perceptual.build.network._target_ == "ldm.autoencoder.perceptual.LPIPS"
-            and config.perceptual.build.weight == 3
-        )
+        assert config.perceptual.network._target_ == "ldm.autoencoder.perceptual.LPIPS"
+        assert config.perceptual.weight == 3
         return
     perceptual = instantiate(config.stage.build).keywords["perceptual"]
     assert perceptual is None if choice == "none" else (perceptual.name, perceptual.weight) == (choice, 3)
@@ -161,11 +159,11 @@ def test_perceptual_distances_carry_their_weight(choice):
 
 @of("adversarial")
 def test_adversaries_take_all_of_their_keys(choice):
-    build = instantiate(chosen("adversarial", choice)).build
-    assert (build is None) == (choice == "none")
-    if build is not None:
-        assert build().game == choice
-        assert set(chosen("adversarial", choice)) - {"build"} == set(inspect.signature(build.func).parameters)
+    config = chosen("adversarial", choice)
+    assert (config is None) == (choice == "none")
+    if config is not None:
+        build = instantiate(config)
+        assert build().game == choice and {*build.keywords} == {*inspect.signature(build.func).parameters}
 
 
 @of("schedule")

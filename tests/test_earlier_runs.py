@@ -53,6 +53,16 @@ def test_a_config_names_constructors_where_they_are_now(runs, stage):
     assert config["data"]["source"]["_target_"] == "ldm.data.sources.image_folder.ImageFolder"
 
 
+def test_a_group_that_has_become_flat_is_read_as_it_is_now(runs):
+    """No loss beside l1 and mse in these; of a discriminator, its constructor stood in `build`."""
+    config = Run.open(runs / "vae").config()
+    assert config["perceptual"] is None and config["adversarial"] is None
+    hinge = {"_target_": "ldm.training.adversary.Adversary", "loss": "hinge", "weight": 0.1}
+    earlier = {"adversarial": {"build": hinge, "loss": "hinge", "weight": 0.1}}
+    expected = hinge | {"_target_": "ldm.training.modules.adversary.Adversary"}
+    assert with_current_targets(earlier) == {"adversarial": expected}
+
+
 def test_a_constructor_that_moved_is_no_difference(runs):
     """Of two runs that differ in their seed alone, one is written by the present code."""
     other = Path(shutil.copytree(runs / "vae", runs / "other"))

@@ -37,6 +37,9 @@ MOVED = {
     "ldm.training.vae_stage.VAEStage": "ldm.training.stages.autoencoder.VAEStage",
 }
 
+FLATTENED = ("adversarial", "perceptual")
+"""Groups whose constructor stood one level down, in `build`, with their own keys as its arguments."""
+
 
 def with_current_targets(config: Any) -> Any:
     """Plain values in which each `_target_` has its present name."""
@@ -44,10 +47,12 @@ def with_current_targets(config: Any) -> Any:
         return [with_current_targets(part) for part in config]
     if not isinstance(config, dict):
         return config
-    current = {
-        key: MOVED.get(value, value) if key == "_target_" and isinstance(value, str) else with_current_targets(value)
-        for key, value in config.items()
-    }
+    current = {}
+    for key, value in config.items():
+        if key in FLATTENED and isinstance(value, dict) and "build" in value:
+            value = value["build"]
+        moved = key == "_target_" and isinstance(value, str)
+        current[key] = MOVED.get(value, value) if moved else with_current_targets(value)
     if current.get("_target_") == SAMPLER and (method := str(current.get("method"))) in SAMPLERS:
         unused = {"method", "eta", "variance"} - {"ddim": {"eta"}, "ddpm": {"variance"}}.get(method, set())
         current = {key: value for key, value in current.items() if key not in unused} | {"_target_": SAMPLERS[method]}

@@ -84,8 +84,8 @@ MISTAKES = [
     ([*VAE, "~trainer.guard"], ["Training needs trainer.guard"]),
     ([*VAE, "trainer.max_steps=1.5"], ["trainer.max_steps=1.5 must be a whole number"]),
     (
-        [*VAE, "adversarial=hinge", "adversarial.build.layers=1" + "0" * 30],
-        ["adversarial.build.layers=1000", "64 or less"],
+        [*VAE, "adversarial=hinge", "adversarial.layers=1" + "0" * 30],
+        ["adversarial.layers=1000", "64 or less"],
     ),
     ([*VAE, "runs_dir="], ["runs_dir= must not be empty"]),
     ([*VAE, "name=a\nb"], ["name=a\\nb must be a plain folder name"]),
