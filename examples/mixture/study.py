@@ -1,6 +1,5 @@
 """A mixture through both chains, counted mode by mode against the truth: figures, a table and a picture."""
 
-import json
 import math
 import time
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
-from rich.console import Console
 from rich.table import Table
 from scipy.stats import chi2, chisquare
 from torch import Tensor
@@ -21,6 +19,7 @@ from ldm.diffusion.denoiser import DenoiserLike
 from ldm.diffusion.samplers.base import SamplerLike
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
+from ldm.metrics.report import Report
 from ldm.rules import Count, Seed, checked
 from ldm.runtime.device import choose_device
 from ldm.runtime.random import torch_generator
@@ -37,11 +36,10 @@ def mixture(config: DictConfig) -> None:
         construct(config.schedule), construct(config.sampler), device=choose_device(config.device), **options
     )
     out = Path(config.out).expanduser()
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "mixture.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    picture.savefig(out / "mixture.png", facecolor="white")
-    Console().print(tabulate(figures))
-    print(f"both chains as a picture: {out / 'mixture.png'}; all figures: {out / 'mixture.json'}")
+    report = Report("mixture.json", figures, tabulate(figures), pictures={"mixture.png": picture})
+    data, drawn = report.save(out)
+    report.print()
+    print(f"both chains as a picture: {drawn}; all figures: {data}")
 
 
 @checked

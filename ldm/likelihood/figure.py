@@ -13,7 +13,7 @@ INK, CHAIN, SHARE, CREDIT = "#333333", "#2f6fb0", "#c9782c", "#4b9b63"
 def plot_likelihood(columns: dict[str, Terms], title: str) -> Figure:
     """The terms of each bound on the way to its total, and the KL of every layer of the chain over t."""
     layered = "chain" in columns
-    figure = Figure(figsize=(13 if layered else 6.8, 1.7 + 2 * len(columns)), layout="constrained")
+    figure = Figure(figsize=(13 if layered else 6.8, 1.7 + 2 * len(columns)), dpi=130, layout="constrained")
     axes = figure.subplots(1, 2 if layered else 1, squeeze=False)[0]
     if layered:
         _plot_layers(axes[0], columns["chain"])

@@ -77,7 +77,7 @@ class Terms:
 def mean_metric(values: Tensor) -> Metric:
     """Mean and its standard error between images (nan for a single one)."""
     n = len(values)
-    return Metric(values.mean().item(), values.std().item() / n**0.5 if n > 1 else math.nan, n=n)
+    return Metric(values.mean().item(), values.std().item() / n**0.5 if n > 1 else math.nan)
 
 
 def draw_latents(

@@ -17,8 +17,6 @@ class Metric:
     """Degrees of freedom of the standard error."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """How it was measured: metrics compare where these are equal."""
-    n: int | None = None
-    """Of how many images or samples it is."""
 
     @property
     def is_measured(self) -> bool:
@@ -31,6 +29,20 @@ class Metric:
 
 UNMEASURED = Metric(math.nan)
 """A metric for which there are too few images, or no network."""
+ERROR = "_standard_error"
+"""Ends the key of a metric's error in a JSON."""
+
+
+def metrics_to_json(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Write every Metric among the values as two keys, null where it was not measured; leave other values alone."""
+    found: dict[str, Any] = {}
+    for name, value in content.items():
+        if isinstance(value, Metric):
+            found[name] = value.value if value.is_measured else None
+            found[name + ERROR] = value.standard_error
+        else:
+            found[name] = value
+    return found
 
 
 def share_error(share: float, num: int) -> float:

@@ -1,11 +1,8 @@
 """How many latent dimensions a run's images need: a table, words with one recommendation, a JSON and two pictures."""
 
-import json
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +18,7 @@ from ldm.evaluation.latents.figure import plot_channels, plot_latents
 from ldm.latents import spectrum
 from ldm.latents.spectrum import ChannelStatistics, channel_statistics
 from ldm.metrics.image import fold, patch_components, psnr, unfold
+from ldm.metrics.report import Report
 from ldm.progress import track
 from ldm.rules import Count, checked
 from ldm.runs.run import Run, choose_images
@@ -41,53 +39,34 @@ COLUMNS = {
 """Of a channel, with their titles and forms."""
 
 
-@dataclass(frozen=True)
-class LatentReport:
-    """Content of latents_report.json, and what the pictures show beside them."""
+def latent_table(found: dict[str, Any]) -> Table:
+    """What each channel holds."""
+    channels, height, width = found["latent_shape"]
+    title = f"{channels} channels of {height} x {width}, {found['num_images']} images of {found['images']}"
+    table = Table(title=title, title_justify="left")
+    for name in ("channel", *(label for label, _ in COLUMNS.values()), "dead?"):
+        table.add_column(name, justify="right")
+    for row in found["channels"]:
+        numbers = (f"{row[key]:{form}}" for key, (_, form) in COLUMNS.items())
+        table.add_row(str(row["channel"]), *numbers, "[bold red]dead[/bold red]" if row["dead"] else "")
+    table.add_section()
+    table.add_row("all", *(f"{found[key]:.1f}" for key in ("kl_bits", "information_bits")))
+    return table
 
-    content: dict[str, Any]
-    z_raw: Tensor
-    """One draw per image, [n, C, h, w]."""
-    moved: dict[int, Tensor]
-    """By channel, those with the most information: [k, 3, 3, H, W], each of k images with it moved by MOVES."""
 
-    def table(self) -> Table:
-        """What each channel holds."""
-        found = self.content
-        channels, height, width = found["latent_shape"]
-        title = f"{channels} channels of {height} x {width}, {found['num_images']} images of {found['images']}"
-        table = Table(title=title, title_justify="left")
-        for name in ("channel", *(label for label, _ in COLUMNS.values()), "dead?"):
-            table.add_column(name, justify="right")
-        for row in found["channels"]:
-            numbers = (f"{row[key]:{form}}" for key, (_, form) in COLUMNS.items())
-            table.add_row(str(row["channel"]), *numbers, "[bold red]dead[/bold red]" if row["dead"] else "")
-        table.add_section()
-        table.add_row("all", *(f"{found[key]:.1f}" for key in ("kl_bits", "information_bits")))
-        return table
-
-    @property
-    def lines(self) -> list[str]:
-        """The spectra, the PSNR and the recommendation; docs/reading_the_numbers.md says what they mean."""
-        found, held_out = self.content, self.content["held_out"]
-        return [
-            *(
-                f"{name}: effective rank {of_it['effective_rank']:.1f} of {len(of_it['eigenvalues'])}, 99 % of "
-                f"the variance in {of_it['components']['0.99']}"
-                for name, of_it in found["spectrum"].items()
-            ),
-            f"{held_out['num_images']} held-out images: {held_out['psnr_db']:.2f} dB, a PCA of the same size "
-            f"{held_out['pca_psnr_db']:.2f} dB, and as much with {held_out['pca_channels_of_equal_psnr']} channels",
-            f"Recommendation: {found['recommendation']['text']}",
-        ]
-
-    def save(self, folder: Path) -> tuple[Path, Path, Path]:
-        """latents_report.json, latents.png and latents_channels.png."""
-        data, picture, channels = (folder / f"latents{end}" for end in ("_report.json", ".png", "_channels.png"))
-        data.write_text(json.dumps(self.content, indent=2) + "\n", encoding="utf-8")
-        plot_latents(self.content, self.z_raw).savefig(picture, dpi=130)
-        plot_channels(self.content, self.moved, MOVES).save(channels)
-        return data, picture, channels
+def latent_lines(found: dict[str, Any]) -> list[str]:
+    """The spectra, the PSNR and the recommendation; docs/reading_the_numbers.md says what they mean."""
+    held_out = found["held_out"]
+    return [
+        *(
+            f"{name}: effective rank {of_it['effective_rank']:.1f} of {len(of_it['eigenvalues'])}, 99 % of "
+            f"the variance in {of_it['components']['0.99']}"
+            for name, of_it in found["spectrum"].items()
+        ),
+        f"{held_out['num_images']} held-out images: {held_out['psnr_db']:.2f} dB, a PCA of the same size "
+        f"{held_out['pca_psnr_db']:.2f} dB, and as much with {held_out['pca_channels_of_equal_psnr']} channels",
+        f"Recommendation: {found['recommendation']['text']}",
+    ]
 
 
 @checked
@@ -99,7 +78,7 @@ def measure_latents(
     num_images: int = 2048,
     seed: int = 0,
     batch_size: Count = 64,
-) -> LatentReport:
+) -> Report:
     """What the autoencoder of a run of either stage does with the run's images.
 
     Args:
@@ -155,7 +134,11 @@ def measure_latents(
         "seconds": round(time.perf_counter() - started, 1),
     }
     noise = torch.randn(mean.shape, generator=torch_generator(seed, 4))
-    return LatentReport(content, mean + (0.5 * log_variance).exp() * noise, moved)
+    pictures: dict[str, Any] = {
+        "latents.png": plot_latents(content, mean + (0.5 * log_variance).exp() * noise),
+        "latents_channels.png": plot_channels(content, moved, MOVES),
+    }
+    return Report("latents_report.json", content, latent_table(content), latent_lines(content), pictures)
 
 
 def _measure_distortion(

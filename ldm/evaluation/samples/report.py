@@ -1,68 +1,47 @@
 """How good the samples are, in numbers that name their features, N and reference set."""
 
-import json
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from ldm.data.images import ImageData
 from ldm.diffusion.samplers.base import SamplerLike
 from ldm.errors import UserError
 from ldm.evaluation.classifier import Classifier, class_accuracy, class_shift, named_classes
-from ldm.evaluation.evaluation_file import metrics_to_json
-from ldm.evaluation.features import ImageSet, extract, load_features, reference_features
+from ldm.evaluation.features import ImageSet, extract, feature_title, load_features, reference_features
 from ldm.evaluation.image_sets import Reconstructions, VAEAlone
 from ldm.evaluation.samples import distances, retrieval
 from ldm.evaluation.samples.distances import Enough, Measures
 from ldm.evaluation.samples.kept import KeptSamples, chosen_rows, draw_and_keep
 from ldm.evaluation.samples.memorisation import Memorisation, nearest_training, plot_nearest
-from ldm.files.atomic import durable_file, write_text
 from ldm.files.untrusted import read_json
 from ldm.metrics.metric import Metric
+from ldm.metrics.report import Report
 from ldm.rules import Count, Seed, checked
+from ldm.runs.run import EVALUATION_FILE
 from ldm.sampling.draw import Guidance, Interval, describe
 from ldm.sampling.pipeline import LatentDiffusionPipeline
 
 
-@dataclass(frozen=True)
-class SampleReport:
-    """Metrics and their settings by name, lines that explain them, pictures by file name."""
+def save_unless_smaller(report: Report, folder: Path, elsewhere: Path) -> Path:
+    """Save a report in `folder`, or as `elsewhere` where that holds metrics of more samples of the same weights.
 
-    content: dict[str, Any]
-    lines: list[str]
-    pictures: dict[str, Image.Image] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        return metrics_to_json(self.content)
-
-    def save(self, path: Path) -> None:
-        """The metrics at `path`, the pictures beside it."""
-        for name, picture in self.pictures.items():
-            with durable_file(path.with_name(name)) as partial:
-                picture.save(partial)
-        write_text(path, json.dumps(self.to_json(), indent=2) + "\n")
-
-    def save_unless_smaller(self, path: Path, elsewhere: Path) -> Path:
-        """At `path`; `elsewhere` where that holds metrics of more samples of the same weights. Returns which.
-
-        A file that cannot be read holds none.
-        """
-        known: dict[str, Any] = {}
-        with suppress(UserError):
-            known = read_json(path)
-        same, num = known.get("weights_sha256") == self.content["weights_sha256"], known.get("num_samples")
-        if same and isinstance(num, int) and num > self.content["num_samples"]:
-            path = elsewhere
-        self.save(path)
-        return path
+    A file that cannot be read holds none. Returns where its JSON is.
+    """
+    known: dict[str, Any] = {}
+    with suppress(UserError):
+        known = read_json(folder / report.name)
+    same, num = known.get("weights_sha256") == report.content["weights_sha256"], known.get("num_samples")
+    if same and isinstance(num, int) and num > report.content["num_samples"]:
+        report, folder = replace(report, name=elsewhere.name), elsewhere.parent
+    return report.save(folder)[0]
 
 
 @checked
@@ -80,7 +59,7 @@ def measure_samples(
     batch_size: Count = 64,
     folder: Path | None = None,
     weights_sha256: str | None = None,
-) -> SampleReport:
+) -> Report:
     """Compare samples for seed-drawn training captions with the training images.
 
     Of a model of text, samples for the captions of validation images too, which training never saw.
@@ -119,7 +98,7 @@ def _compare_sets(
     draw: Callable[..., KeptSamples],
     content: dict[str, Any],
     batch_size: int,
-) -> SampleReport:
+) -> Report:
     """Draw samples and measure them beside their anchors.
 
     The anchors: the autoencoder's reconstructions of the same images (the best that its decoder can show), the
@@ -163,7 +142,8 @@ def _compare_sets(
             lines += told
     memorisation = nearest_training(found["samples"], train, validation)
     lines += _memorisation(memorisation, images, content)
-    return SampleReport(content, lines, {"nearest.png": plot_nearest(kept, images, memorisation)})
+    pictures = {"nearest.png": plot_nearest(kept, images, memorisation)}
+    return Report(EVALUATION_FILE, content, lines=lines, pictures=pictures)
 
 
 def _distances(network: nn.Module, found: Mapping[str, Tensor], train: Tensor, content: dict[str, Any]) -> list[str]:
@@ -179,10 +159,9 @@ def _distances(network: nn.Module, found: Mapping[str, Tensor], train: Tensor, c
         key = name.split()[0].lower().rstrip(",")
         content[f"num_{key}"], content[f"num_per_subset_{key}"] = num, num_per_subset
         content |= {f"{measure}_{key}": values[measure] for measure in distances.COLUMNS if measure in values}
-    library = f" ({content['features_library']})" if content["features_library"] else ""
     form = "" if components is None else f", FD on {components} PCA components of {reference}"
     return [
-        f"{content['features_key']}{library}{form}, ref={reference}, N={len(train)}; floor: {len(some)} of these "
+        f"{feature_title(content)}{form}, ref={reference}, N={len(train)}; floor: {len(some)} of these "
         f"against the other {len(others)}:",
         *distances.distance_table(rows, content["fd_name"]),
         "  +- is a standard error of drawing other images. Compare rows of one N only: docs/reading_the_numbers.md",

@@ -225,7 +225,7 @@ def test_a_sweep_from_the_command_line(call, make_images, tmp_path, monkeypatch)
         (["sweep=f4c4", "num_images=1"], "num_images=1 must be 2 or more"),
         (["sweep=f4c4", "seed=1.5"], "seed=1.5 must be a whole number"),
         (["sweep=f4c4", "batch_size=0"], "batch_size=0 must be 1 or more"),
-        (["sweep=f4c4", "data.resolution=big"], "data.resolution=big must be a number"),
+        (["sweep=f4c4", "data.resolution=big"], "data.resolution=big must be a whole number"),
     ],
 )
 def test_mistakes_on_the_command_line(call, monkeypatch, arguments, said):
