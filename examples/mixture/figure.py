@@ -1,14 +1,9 @@
-"""A mixture through both chains as a picture: points at chosen t, their ways down, and the share of each mode."""
+"""A mixture through both chains as a picture: points at chosen t, and their ways down."""
 
-from typing import Any
-
-import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.patches import Patch
-from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
 from examples.mixture.mixture import Descent, Mixture
@@ -26,21 +21,18 @@ MODE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00")
 def draw(
     mixture: Mixture,
     schedule: NoiseSchedule,
-    figures: dict[str, Any],
     forward: dict[int, Tensor],
     origin: Tensor,
     descent: Descent,
 ) -> Figure:
-    """Both chains at the same t, the first coordinate all the way down, and the shares of the modes."""
+    """Both chains at the same t, and the first coordinate all the way down."""
     end = mixture.mode_of(schedule, descent.z_0)
     figure = Figure(figsize=(14, 13), dpi=110, layout=ConstrainedLayoutEngine(h_pad=0.09, w_pad=0.06))
     parts = figure.subfigures(3, 1, squeeze=False, height_ratios=(1, 1, 2.6))[:, 0]
     _frames(parts[0], "Forward chain, left to right. Colour: the mode that a point comes from", forward, origin)
     title = "Reverse chain of the trained network, right to left. Colour: the mode that a point ends in"
     _frames(parts[1], title, descent.frames, end)
-    left, right = parts[2].subfigures(1, 2, width_ratios=(1.9, 1))
-    _plinko(left, mixture, schedule, descent, end)
-    _bars(right, figures)
+    _plinko(parts[2], mixture, schedule, descent, end)
     return figure
 
 
@@ -89,25 +81,6 @@ def _plinko(figure: SubFigure, mixture: Mixture, schedule: NoiseSchedule, descen
         _plain(axes)
     start.set_yticks(())
     piles.set_yticks(())
-
-
-def _bars(figure: SubFigure, figures: dict[str, Any]) -> None:
-    """Weight and shares of each mode, one standard error each way."""
-    figure.suptitle(f"Share of each mode, N = {figures['num_samples']}", fontsize=13, color=INK)
-    axes, weights = figure.subplots(), figures["weights"]
-    places = np.arange(len(weights))
-    colours = [MODE_COLOURS[k] for k in places.tolist()]
-    axes.bar(places - 0.28, weights, 0.25, facecolor="none", edgecolor=colours, linewidth=1.5)
-    samples = [Patch(facecolor="none", edgecolor=INK, linewidth=1.5, label="true weight")]
-    for name, place, alpha in (("exact denoiser", 0.0, 0.45), ("trained network", 0.28, 1.0)):
-        part = figures[name.split()[0]]
-        axes.bar(places + place, part["shares"], 0.25, color=colours, alpha=alpha, yerr=part["standard_errors"])
-        samples.append(Patch(color=INK, alpha=alpha, label=f"{name} (chi-square p = {part['p_value']:.2g})"))
-    axes.legend(handles=samples, frameon=False, fontsize=10, loc="upper right")
-    axes.set(ylim=(0, 1.25 * max(weights)), ylabel="share of samples")
-    axes.set_xticks(places, [f"mode {k + 1}" for k in places.tolist()])
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    _plain(axes)
 
 
 def _plain(axes: Axes) -> None:

@@ -99,7 +99,7 @@ def study(
     generator = torch_generator(seed, 4)
     z_0, origin = mixture.sample(min(POINTS, num_samples), generator)
     forward = ascend(schedule, z_0, list(descents["trained"].frames), generator)
-    return figures, draw(mixture, schedule, figures, forward, origin, descents["trained"])
+    return figures, draw(mixture, schedule, forward, origin, descents["trained"])
 
 
 def check(mixture: Mixture, schedule: NoiseSchedule, sampler: SamplerLike, num_samples: int) -> None:

@@ -46,7 +46,7 @@ def demo(config: DictConfig) -> None:
         f"{figures['compression']:.1f}"
     )
     options |= {"num_samples": config.num_samples, "weights_sha256": run_weights_sha256(run)}
-    evaluation = report.measure_samples(pipeline, images, sampler, **options)
+    evaluation = report.measure_samples(pipeline, images, sampler, run.path / "evaluation", **options)
     saved = report.save_unless_smaller(evaluation, run.path, out / EVALUATION_FILE)
     evaluation.print()
     print(f"all figures: {saved}")

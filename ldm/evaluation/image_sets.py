@@ -60,3 +60,9 @@ def image_text(images: ImageData, i: int) -> str:
     if images.labels and images.class_names and (of_class := images.labels[i]) is not None:
         return images.class_names[of_class]
     return ""
+
+
+def held_out_apart(images: ImageData, num: int) -> np.ndarray:
+    """So many validation images, at equal distances: neighbours in the data are alike, flags or faces."""
+    num = min(num, len(images.val_indices))
+    return images.val_indices[np.linspace(0, len(images.val_indices) - 1, num).round().astype(int)]

@@ -12,7 +12,8 @@ from ldm.errors import UserError
 from ldm.likelihood.checks import check_chain, require_density
 from ldm.likelihood.figure import plot_likelihood
 from ldm.likelihood.optimal_variance import fit_optimal
-from ldm.likelihood.two_stage import Terms, TwoStage, mean_metric, two_stage_bound, vae_bound
+from ldm.likelihood.two_stage import Terms, TwoStage, two_stage_bound, vae_bound
+from ldm.metrics.metric import mean_metric
 from ldm.metrics.report import Report
 from ldm.progress import Bars, progress
 from ldm.rules import Count, checked

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -29,6 +31,14 @@ class Metric:
 
 UNMEASURED = Metric(math.nan)
 """A metric for which there are too few images, or no network."""
+
+
+def mean_metric(values: Tensor) -> Metric:
+    """Mean and its standard error between images (nan for a single one)."""
+    n = len(values)
+    return Metric(values.mean().item(), values.std().item() / n**0.5 if n > 1 else math.nan)
+
+
 ERROR = "_standard_error"
 """Ends the key of a metric's error in a JSON."""
 

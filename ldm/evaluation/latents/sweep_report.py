@@ -7,20 +7,17 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 from pydantic import Field
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ldm.errors import UserError
-from ldm.evaluation.image_sets import track_batches
-from ldm.evaluation.latents.report import PCA_IMAGES, pca_curve
+from ldm.evaluation.latents.report import held_out_pca
 from ldm.evaluation.latents.sweep import MOST_MINUTES, SweepTraining, as_time
 from ldm.evaluation.latents.sweep_figure import plot_size_sweep
 from ldm.evaluation.reconstructions import report as reconstruction_report
 from ldm.latents import spectrum
-from ldm.metrics.image import patch_components
 from ldm.metrics.report import Report
 from ldm.rules import Count, Number, Seed, Whole, checked
 from ldm.runs.run import Run, choose_images
@@ -118,13 +115,10 @@ def _sweep_row(training: SweepTraining, run: Run, measured: dict[str, Any]) -> d
 def _pca_beside(run: Run, row: dict[str, Any], *, num_images: int, seed: int, batch_size: int) -> dict[str, Any]:
     """Held-out PSNR by the number of components of f x f patches, without the number that loses nothing."""
     factor, (images, indices) = row["factor"], choose_images(run, "val", num_images, seed)
-    train = np.sort(images.train_indices[:PCA_IMAGES])
-    found = patch_components(track_batches(images, train, batch_size, f"PCA, f = {factor}"), factor)
     counts = [count for count in spectrum.pca_counts(3 * factor**2, row["latent_shape"][0]) if count < 3 * factor**2]
-    parts = track_batches(images, indices, batch_size, f"PCA, f = {factor}")
-    curves = torch.cat([pca_curve(found, part, factor, counts) for part in parts], dim=1)
     locations = (images.resolution // factor) ** 2
-    return {"channels": counts, "num_values": [n * locations for n in counts], "psnr_db": curves.mean(1).tolist()}
+    curve = held_out_pca(images, indices, factor, counts, batch_size)
+    return {"channels": counts, "num_values": [n * locations for n in counts], "psnr_db": curve}
 
 
 def recommend_size(rows: Sequence[Mapping[str, Any]], target_psnr_db: float) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """How well an autoencoder gives held-out images back: distortion, distances in features, rate, and its worst images."""
 
-import math
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -17,14 +16,14 @@ from ldm.autoencoder.autoencoder import Autoencoder
 from ldm.autoencoder.perceptual import LPIPS, has_lpips
 from ldm.data.images import ImageData
 from ldm.errors import UserError
-from ldm.evaluation.features import NO_FEATURES, describe_features, feature_title, load_features, reference_features
+from ldm.evaluation.features import NO_FEATURES, feature_title, load_features, reference_features
 from ldm.evaluation.image_sets import image_text, track_batches
-from ldm.evaluation.latents.report import PCA_IMAGES, pca_curve, require_finite
-from ldm.evaluation.samples.distances import Measures, fd_name
+from ldm.evaluation.latents.report import held_out_pca, require_finite
+from ldm.evaluation.samples.distances import Measures, describe_setting, fd_name
 from ldm.image_grid import grid, to_pil
 from ldm.metrics.codes import codebook, kl, rate
-from ldm.metrics.image import patch_components, psnr, ssim
-from ldm.metrics.metric import ERROR, UNMEASURED, Metric, metrics_to_json
+from ldm.metrics.image import psnr, ssim
+from ldm.metrics.metric import ERROR, UNMEASURED, mean_metric, metrics_to_json
 from ldm.metrics.report import Report
 from ldm.rules import Count, checked
 from ldm.runs.run import EVALUATION_FILE, Run, choose_images
@@ -111,10 +110,9 @@ def measure_reconstructions(
     in_loss = run.facts.get("perceptual_features", [])
     gallery = None if network is None else reference_features(network, features, images)
     batches = partial(track_batches, images, batch_size=batch_size)
-    pca_images = batches(np.sort(images.train_indices[:PCA_IMAGES]), title="PCA, batches")
-    components = patch_components(pca_images, autoencoder.factor)
-    held_out = batches(indices, title="held-out images, batches")
-    found = _compare_images(autoencoder, held_out, components, network, lpips)
+    found = _compare_images(autoencoder, batches(indices, title="held-out images, batches"), network, lpips)
+    factor = autoencoder.factor
+    pca_channels = [min(autoencoder.channels, 3 * factor**2)]
     # of few held-out images, most codes could not be in use
     of_train = batches(images.train_indices[:TRAIN_IMAGES], title="codes of training images, batches")
     content: dict[str, Any] = {
@@ -125,11 +123,11 @@ def measure_reconstructions(
         "seed": seed,
         "regulariser": autoencoder.regulariser,
         "latent_shape": list(autoencoder.latent_shape(images.resolution)),
-        "factor": autoencoder.factor,
-        "psnr_db": _mean_over_images(found["psnr"]),
-        "pca_psnr_db": found["pca_psnr"].mean().item(),
-        "ssim": _mean_over_images(found["ssim"]),
-        "lpips": _mean_over_images(found["lpips"]) if "lpips" in found else UNMEASURED,
+        "factor": factor,
+        "psnr_db": mean_metric(found["psnr"]),
+        "pca_psnr_db": held_out_pca(images, indices, factor, pca_channels, batch_size)[0],
+        "ssim": mean_metric(found["ssim"]),
+        "lpips": mean_metric(found["lpips"]) if "lpips" in found else UNMEASURED,
         "lpips_left_out": without,
         "lpips_in_loss": lpips is not None and "lpips" in in_loss,
         "features": None,
@@ -140,8 +138,8 @@ def measure_reconstructions(
     }
     if network is not None and gallery is not None:
         train, own = (gallery[torch.from_numpy(rows)] for rows in (images.train_indices, indices))
-        content |= describe_features(network, features) | reconstruction_distances(found["features"], own, train)
-        content["reference"] = f"{images.name}/train@{images.fingerprint[:8]}"
+        content |= describe_setting(network, features, images)
+        content |= reconstruction_distances(found["features"], own, train)
         content["fd_name"] = fd_name(network, content["fd_components"])
         if (share := getattr(network, "val_accuracy", None)) is not None:
             content["classifier_val_accuracy"] = share
@@ -162,7 +160,7 @@ def reconstruction_distances(reconstructed: Tensor, own: Tensor, train: Tensor) 
         train: [m, d].
     """
     measures, dim = Measures.choose(train, len(own), num_reference=len(train)), own.shape[1]
-    found: dict[str, Any] = {"feature_dim": dim, "fd_components": measures.num_components, "num_reference": len(train)}
+    found: dict[str, Any] = {"feature_dim": dim, "fd_components": measures.num_components}
     sides = {"reconstructions": (reconstructed, own, True), "validation": (own, train, False)}
     for name, (features, reference, paired) in sides.items():
         found[f"fd_{name}"] = measures.fd(features, reference, paired=paired)
@@ -184,17 +182,15 @@ def _lpips() -> tuple[LPIPS | None, str | None]:
 def _compare_images(
     autoencoder: Autoencoder,
     batches: Iterable[Tensor],
-    components: tuple[Tensor, Tensor],
     network: nn.Module | None,
     lpips: nn.Module | None,
 ) -> dict[str, Tensor]:
     """By name, a value or a vector per image."""
-    factor, parts = autoencoder.factor, defaultdict[str, list[Tensor]](list)
+    parts = defaultdict[str, list[Tensor]](list)
     for part in batches:
         mean, log_variance = autoencoder.encode(part)
         original, reconstruction = part.to(autoencoder.device), autoencoder.decode(mean).float()
         values = {"psnr": psnr(original, reconstruction), "ssim": ssim(original, reconstruction)}
-        values["pca_psnr"] = pca_curve(components, part, factor, [min(autoencoder.channels, 3 * factor**2)])[0]
         if lpips is not None:
             values["lpips"] = lpips.to(autoencoder.device)(original, reconstruction)
         if network is not None:
@@ -214,10 +210,6 @@ def _count_codes(autoencoder: Autoencoder, batches: Iterable[Tensor]) -> Tensor 
         return None
     codes = torch.cat([autoencoder.codes(autoencoder.encode(part)[0]).flatten().cpu() for part in batches])
     return codes.bincount(minlength=size)
-
-
-def _mean_over_images(values: Tensor) -> Metric:
-    return Metric(values.mean().item(), values.std().item() / math.sqrt(len(values)))
 
 
 def _plot_worst(

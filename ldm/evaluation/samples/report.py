@@ -1,7 +1,6 @@
 """How good the samples are, in numbers that name their features, N and reference set."""
 
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -19,7 +18,7 @@ from ldm.evaluation.features import ImageSet, extract, feature_title, load_featu
 from ldm.evaluation.image_sets import Reconstructions, VAEAlone
 from ldm.evaluation.samples import distances, retrieval
 from ldm.evaluation.samples.distances import Enough, Measures
-from ldm.evaluation.samples.kept import KeptSamples, chosen_rows, draw_and_keep
+from ldm.evaluation.samples.kept import chosen_rows, draw_and_keep
 from ldm.evaluation.samples.memorisation import Memorisation, nearest_training, plot_nearest
 from ldm.files.untrusted import read_json
 from ldm.metrics.metric import Metric
@@ -49,6 +48,7 @@ def measure_samples(
     pipeline: LatentDiffusionPipeline,
     images: ImageData,
     sampler: SamplerLike,
+    folder: Path,
     *,
     features: str = "efficientnet_lite",
     features_path: str | None = None,
@@ -57,16 +57,19 @@ def measure_samples(
     guidance_interval: Interval = (0.0, 1.0),
     seed: Seed = 0,
     batch_size: Count = 64,
-    folder: Path | None = None,
     weights_sha256: str | None = None,
 ) -> Report:
     """Compare samples for seed-drawn training captions with the training images.
 
-    Of a model of text, samples for the captions of validation images too, which training never saw.
+    Of a model of text, samples for the captions of validation images too, which training never saw. Beside them stand
+    the autoencoder's reconstructions of the same images (the best that its decoder can show), the autoencoder as a
+    generator of its own (z_raw ~ N(0, I) decoded, what a VAE without the chain would draw), the validation images (what
+    new images of this kind look like), training images against the others (the floor: what the metrics say of one
+    distribution), and for retrieval chance.
 
     Args:
         features_path: Folder or hub id of the features' weights.
-        folder: Where samples are kept as they are drawn, and are looked for first; None keeps none.
+        folder: Where samples are kept as they are drawn, and are looked for first.
         weights_sha256: By which the run names its weights, written beside the metrics.
 
     Raises:
@@ -78,38 +81,18 @@ def measure_samples(
         )
     network = load_features(features, images, features_path).to(pipeline.device)
     options: Any = {"guidance": guidance, "guidance_interval": guidance_interval, "seed": seed}
+    draw = partial(draw_and_keep, pipeline, images, sampler, folder, batch_size=batch_size, **options)
+    kept = draw(num_samples=num_samples)
     content: dict[str, Any] = {
         "weights_sha256": weights_sha256,
         **distances.describe_setting(network, features, images),
         "num_samples": num_samples,
         "sampler": describe(sampler),
         **options,
+        "network_evaluations_per_sample": kept.evaluations,
+        "seconds_per_sample": kept.seconds,
     }
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-        place = folder or Path(scratch)
-        draw = partial(draw_and_keep, pipeline, images, sampler, place, batch_size=batch_size, **options)
-        return _compare_sets(pipeline, images, network, draw, content, batch_size)
-
-
-def _compare_sets(
-    pipeline: LatentDiffusionPipeline,
-    images: ImageData,
-    network: nn.Module,
-    draw: Callable[..., KeptSamples],
-    content: dict[str, Any],
-    batch_size: int,
-) -> Report:
-    """Draw samples and measure them beside their anchors.
-
-    The anchors: the autoencoder's reconstructions of the same images (the best that its decoder can show), the
-    autoencoder as a generator of its own (z_raw ~ N(0, I) decoded, what a VAE without the chain would draw), the
-    validation images (what new images of this kind look like), training images against the others (the floor: what
-    the metrics say of one distribution), and for retrieval chance.
-    """
-    num_samples, seed = content["num_samples"], content["seed"]
-    kept = draw(num_samples=num_samples)
-    content |= {"network_evaluations_per_sample": kept.evaluations, "seconds_per_sample": kept.seconds}
-    reference = reference_features(network, content["features"], images)
+    reference = reference_features(network, features, images)
     train, validation = (reference[torch.from_numpy(rows)] for rows in (images.train_indices, images.val_indices))
     chosen = chosen_rows(images.train_indices, num_samples, seed)
     own = images.train_indices[chosen]

@@ -53,16 +53,11 @@ def sweep_sampler(
         precision and recall), and the `knee`, see `RULE`.
 
     Raises:
-        UserError: both vary, guidance of a model that knows none, too few samples, what `draw_and_keep` refuses; of
+        UserError: both vary, too few samples, what `draw_and_keep` refuses; of
             every value before the first is drawn.
     """
     if len(samplers) > 1 and len(guidances) > 1:
         raise UserError("sampler.steps= and guidance= are both lists. Vary one, then the other.")
-    if len(guidances) > 1 and pipeline.conditioning.kind == "none":
-        raise UserError(
-            f"guidance={','.join(map(str, guidances))}: this model is unconditional, so that guidance changes nothing. "
-            "Leave guidance= out, or vary sampler.steps=."
-        )
     guidances = [apply_rules(draw_and_keep, {"guidance": guidance})["guidance"] for guidance in guidances]
     for sampler in samplers.values():
         check_sampler(sampler, pipeline.schedule)
