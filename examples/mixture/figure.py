@@ -51,7 +51,7 @@ def _plinko(figure: SubFigure, mixture: Mixture, schedule: NoiseSchedule, descen
     """The first coordinate of some points from z_T, at the top, down into the modes, on the exact q(z_t) in grey."""
     title = f"Plinko: the first coordinate of {descent.paths.shape[1]} points, from noise down into the modes"
     figure.suptitle(title, fontsize=13, color=INK)
-    start, way, piles = figure.subplots(3, 1, sharex=True, height_ratios=(0.14, 1, 0.24))
+    way, piles = figure.subplots(2, 1, sharex=True, height_ratios=(1, 0.24))
     num_steps = schedule.num_steps
     # One bounce in so many steps: every step of a random walk would paint the board over.
     shown = torch.linspace(0, len(descent.steps) - 1, BOUNCES + 1).round().long().unique()
@@ -62,8 +62,6 @@ def _plinko(figure: SubFigure, mixture: Mixture, schedule: NoiseSchedule, descen
     marginals = torch.stack([first.log_density(schedule, x[:, None], int(t)).exp() for t in rows])
     modes = first.log_joint(schedule, x[:, None], 0).exp().T.numpy()
 
-    start.fill_between(x.numpy(), marginals[-1].numpy(), color="#a8a8a8", linewidth=0)
-    start.set(ylim=(0, None), ylabel=f"q(z_t)\nt = {num_steps}")
     board = (x.numpy(), rows.numpy(), (marginals / marginals.amax(1, keepdim=True)).numpy())
     way.pcolormesh(*board, cmap="Greys", vmax=2.4, shading="gouraud", zorder=0)
     for path, mode in zip(paths, end.tolist(), strict=False):
@@ -76,10 +74,9 @@ def _plinko(figure: SubFigure, mixture: Mixture, schedule: NoiseSchedule, descen
         piles.annotate(f"mode {k + 1}", top, (0, 3), textcoords="offset points", ha="center", color=INK)
     piles.set(xlim=(-reach, reach), ylim=(0, 1.3 * modes.max()))
     piles.set(xlabel="first coordinate of z_t", ylabel="q(z_t)\nt = 0")
-    for axes in (start, way, piles):
+    for axes in (way, piles):
         axes.yaxis.label.set(rotation=0, ha="right", va="center")
         _plain(axes)
-    start.set_yticks(())
     piles.set_yticks(())
 
 

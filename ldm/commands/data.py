@@ -13,7 +13,7 @@ from ldm.latents.cache import verify_latents
 from ldm.rules import apply_rules
 from ldm.runs.lineage import data_artifact
 from ldm.runtime.device import choose_device
-from ldm.tracking.run import track_report
+from ldm.tracking.run import flatten, track_report
 
 
 def data(config: DictConfig) -> None:
@@ -29,9 +29,8 @@ def data(config: DictConfig) -> None:
     report = inspect_data(images, device=device, **options)
     out = Path(config.out or Path("runs", "data", images.name)).expanduser()
     data, *pictures = files = report.save(out)
-    for name in PICTURES:
-        if name not in report.pictures:  # of an earlier report
-            (out / name).unlink(missing_ok=True)
+    for name in PICTURES - report.pictures.keys():  # of an earlier report
+        (out / name).unlink(missing_ok=True)
     if config.logger.wandb:
         log_data_report(config, out, report, images, files)
     report.print()
@@ -41,8 +40,7 @@ def data(config: DictConfig) -> None:
 
 def log_data_report(config: DictConfig, out: Path, report: Any, images: Any, files: list[Path]) -> None:
     """The numbers as W&B's summary, and the contact sheet."""
-    parts = [(f"{part}/", found) for part, found in report.content.items() if isinstance(found, dict)]
-    shown = {begin + key: value for begin, part in [("", report.content), *parts] for key, value in part.items()}
+    shown = {key.replace(".", "/"): value for key, value in flatten(report.content).items() if key.count(".") < 2}
     settings: Any = OmegaConf.to_container(config, resolve=True)
     track_report(
         out,

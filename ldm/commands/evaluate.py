@@ -52,7 +52,7 @@ def evaluate_diffusion(config: DictConfig, run: Any) -> dict[str, Any]:
     samplers = {value: command.construct(config.sampler, steps=value) for value in steps}
     pipeline, images = run.pipeline().to(choose_device(config.device)), run.image_data()
     weights = run_weights_sha256(run)
-    found: dict[str, Any] = {"values": {}, "pictures": {}, "files": [], "tables": {}}
+    found: dict[str, Any] = {"values": {}, "pictures": {}, "files": []}
     elsewhere = run.evaluation_file
     if len(steps) > 1 or len(guidances) > 1:
         swept = sampler_sweep.sweep_sampler(pipeline, images, samplers, guidances, **options)
@@ -69,12 +69,10 @@ def evaluate_diffusion(config: DictConfig, run: Any) -> dict[str, Any]:
     evaluation = report.measure_samples(pipeline, images, samplers[steps[0]], **options)
     place = report.save_unless_smaller(evaluation, run.path, elsewhere)
     evaluation.print()
-    return {
-        "values": evaluation.to_json() | found["values"],
-        "pictures": evaluation.pictures | found["pictures"],
-        "files": [place, *found["files"]],
-        "tables": found["tables"],
-    }
+    found["files"].insert(0, place)
+    found["values"] |= evaluation.to_json()
+    found["pictures"] |= evaluation.pictures
+    return found
 
 
 def log_evaluation(config: DictConfig, run: Any, found: dict[str, Any]) -> None:

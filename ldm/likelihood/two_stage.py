@@ -222,8 +222,6 @@ def _chain_bound(pipeline: LatentDiffusionPipeline, z_0: Tensor, condition: Cond
             f"The bound cannot be computed: {error}. A network that answers so diverged in training: train it again, "
             "with a lower optimizer.lr."
         ) from error
-    except ValueError as error:
-        raise UserError(f"The bound cannot be computed: {error}.") from error
 
 
 StageOne = tuple[Tensor, dict[str, Tensor], Terms | None, LastTerm | None]

@@ -15,7 +15,7 @@ from ldm.image_grid import rows, to_pil
 from ldm.rules import Count, Number, Seed, Whole, checked
 from ldm.sampling.draw import draw
 from ldm.sampling.pipeline import LatentDiffusionPipeline
-from ldm.sampling.request import Request
+from ldm.sampling.request import Request, read_prompts
 
 
 @checked
@@ -90,9 +90,7 @@ def _request(
 ) -> Request:
     """What the columns show; `above`, what those of the rows before are, of which classes are the same by name."""
     if prompts:
-        asked = Request.make(pipeline, prompts=prompts)
-        part = {name: value[:num_samples] for name, value in asked.condition.items()}
-        return Request(part, asked.captions[:num_samples])
+        return Request(*pipeline.conditioning.of_request(read_prompts(prompts)[:num_samples]))
     if images is not None:
         return Request.of_images(pipeline, images, held_out_apart(images, num_samples))
     known = pipeline.conditioning.class_names is not None

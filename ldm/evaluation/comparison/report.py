@@ -6,7 +6,6 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +98,7 @@ class ComparisonReport:
         page = self.print(_recorder()).export_html(inline_styles=True)
         encoded = [base64.b64encode(file.read_bytes()).decode() for file in pictures]
         images = "".join(f'<p><img src="data:image/png;base64,{image}">' for image in encoded)
-        settings = escape(", ".join(f"{key}={value}" for key, value in self.drawn.items()))
-        page = page.replace("</body>", f"{images}\n<p>{settings}\n</body>")
-        return page.replace("<style>", "<style>\nimg { max-width: 100%; }")
+        return page.replace("</body>", f"{images}\n</body>").replace("<style>", "<style>\nimg { max-width: 100%; }")
 
     def save(self, folder: Path) -> list[Path]:
         """compare.json, compare.html, compare.png of the curves and compare_images.png, where there are such."""

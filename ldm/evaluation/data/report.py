@@ -32,8 +32,8 @@ NEIGHBOURS, COMPARED = 5, 2000
 """k of density and coverage; most images of each split whose places in the feature space are compared."""
 LISTED, SHEET, PAIRS = 1000, 100, 12
 """Most copies in data.json (all are counted), images on the contact sheet, pairs in near_duplicates.png."""
-PICTURES = ("contact_sheet.png", "near_duplicates.png", "balance.png")
-"""The last two where there is something to show."""
+PICTURES = {"contact_sheet.png", "near_duplicates.png", "balance.png"}
+"""Where there is something to show."""
 
 
 @checked

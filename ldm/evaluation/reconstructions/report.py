@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from ldm.autoencoder.autoencoder import Autoencoder
-from ldm.autoencoder.perceptual import LPIPS, has_lpips
+from ldm.autoencoder.perceptual import LPIPS
 from ldm.data.images import ImageData
 from ldm.errors import UserError
 from ldm.evaluation.features import NO_FEATURES, feature_title, load_features, reference_features
@@ -27,7 +27,6 @@ from ldm.metrics.metric import ERROR, UNMEASURED, mean_metric, metrics_to_json
 from ldm.metrics.report import Report
 from ldm.rules import Count, checked
 from ldm.runs.run import EVALUATION_FILE, Run, choose_images
-from ldm.runtime import shell
 
 WORST, TRAIN_IMAGES = 12, 4096
 """Images that are shown, and training images whose codes are counted."""
@@ -170,12 +169,10 @@ def reconstruction_distances(reconstructed: Tensor, own: Tensor, train: Tensor) 
 
 def _lpips() -> tuple[LPIPS | None, str | None]:
     """The network, or why there is none: a report without a network at hand is a report all the same."""
-    if not has_lpips():
-        return None, f"its packages are not installed: {shell.install_command('lpips')}"
     try:
         return LPIPS(), None
-    except UserError:
-        return None, "the weights of its network could not be fetched"
+    except UserError as error:
+        return None, str(error).rstrip(".")
 
 
 @torch.no_grad()

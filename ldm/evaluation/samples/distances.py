@@ -20,8 +20,7 @@ from ldm.runtime.random import numpy_generator
 
 COLUMNS = {"fd": 2, "kd": 4, "precision": 3, "recall": 3, "density": 3, "coverage": 3, "cmmd": 3}
 """Metrics by name, with the digits that are shown."""
-FEWEST = 2 * NUM_SUBSETS
-Enough = Annotated[Whole, Field(ge=FEWEST)]
+Enough = Annotated[Whole, Field(ge=2 * NUM_SUBSETS)]
 """Images of which a distance and its error can be told."""
 
 

@@ -73,12 +73,8 @@ def measure_samples(
         weights_sha256: By which the run names its weights, written beside the metrics.
 
     Raises:
-        UserError: few training images, what `load_features` and `draw_and_keep` refuse.
+        UserError: what `load_features` and `draw_and_keep` refuse.
     """
-    if len(images.train_indices) < distances.FEWEST:
-        raise UserError(
-            f"{images.name} has {len(images.train_indices)} training images; distances need {distances.FEWEST}."
-        )
     network = load_features(features, images, features_path).to(pipeline.device)
     options: Any = {"guidance": guidance, "guidance_interval": guidance_interval, "seed": seed}
     draw = partial(draw_and_keep, pipeline, images, sampler, folder, batch_size=batch_size, **options)
@@ -110,7 +106,7 @@ def measure_samples(
         lines += _classes(network, found, train, asked, content)
     if pipeline.conditioning.text_dim is not None:
         ours = {name: found[name] for name in ("samples", "reconstructions")}
-        parts = [retrieval.training_retrieval(ours, train, torch.from_numpy(chosen), content["features_key"])]
+        lines += retrieval.training_retrieval(ours, train, torch.from_numpy(chosen), content)
         if (num_held_out := min(num_samples, len(validation))) >= 2:
             rows = chosen_rows(images.val_indices, num_held_out, seed)
             sets = {
@@ -119,10 +115,7 @@ def measure_samples(
             }
             theirs = {name: extract(network, part, f"held-out {name}", batch_size) for name, part in sets.items()}
             answered = validation, train, torch.from_numpy(rows), images, pipeline.conditioning
-            parts.append(retrieval.held_out_retrieval(theirs, *answered, content["features_key"]))
-        for metrics, told in parts:
-            content |= metrics
-            lines += told
+            lines += retrieval.held_out_retrieval(theirs, *answered, content)
     memorisation = nearest_training(found["samples"], train, validation)
     lines += _memorisation(memorisation, images, content)
     pictures = {"nearest.png": plot_nearest(kept, images, memorisation)}

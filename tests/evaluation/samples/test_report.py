@@ -392,7 +392,8 @@ def test_held_out_captions_are_looked_for_among_held_out_images(images):
     same = {name: [i for i in images.train_indices if captions[i] == name][0] for name in "0123"}
     asked = [captions[images.val_indices[row]] for row in rows]
     found = {"samples": features[[same[name] for name in asked]], "reconstructions": validation[rows]}
-    metrics, lines = held_out_retrieval(found, validation, train, rows, here, Encoder(), "random")
+    metrics = {"features_key": "random"}
+    lines = held_out_retrieval(found, validation, train, rows, here, Encoder(), metrics)
     assert metrics["num_held_out"] == 9 and metrics["retrieval_at_1_held_out_reconstructions"] == 1
     assert metrics["retrieval_at_5_held_out_chance"] == 5 / len(validation)
     assert metrics["caption_cosine_held_out_samples"].value == 1 > metrics["caption_cosine_held_out_permuted"]
