@@ -1,14 +1,9 @@
-"""A mixture through both chains as a picture: points at chosen t, their ways down, and the share of each mode."""
+"""A mixture through both chains as a picture: points at chosen t, and their ways down."""
 
-from typing import Any
-
-import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.patches import Patch
-from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
 from examples.mixture.mixture import Descent, Mixture
@@ -26,21 +21,18 @@ MODE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00")
 def draw(
     mixture: Mixture,
     schedule: NoiseSchedule,
-    figures: dict[str, Any],
     forward: dict[int, Tensor],
     origin: Tensor,
     descent: Descent,
 ) -> Figure:
-    """Both chains at the same t, the first coordinate all the way down, and the shares of the modes."""
+    """Both chains at the same t, and the first coordinate all the way down."""
     end = mixture.mode_of(schedule, descent.z_0)
     figure = Figure(figsize=(14, 13), dpi=110, layout=ConstrainedLayoutEngine(h_pad=0.09, w_pad=0.06))
     parts = figure.subfigures(3, 1, squeeze=False, height_ratios=(1, 1, 2.6))[:, 0]
     _frames(parts[0], "Forward chain, left to right. Colour: the mode that a point comes from", forward, origin)
     title = "Reverse chain of the trained network, right to left. Colour: the mode that a point ends in"
     _frames(parts[1], title, descent.frames, end)
-    left, right = parts[2].subfigures(1, 2, width_ratios=(1.9, 1))
-    _plinko(left, mixture, schedule, descent, end)
-    _bars(right, figures)
+    _plinko(parts[2], mixture, schedule, descent, end)
     return figure
 
 
@@ -59,7 +51,7 @@ def _plinko(figure: SubFigure, mixture: Mixture, schedule: NoiseSchedule, descen
     """The first coordinate of some points from z_T, at the top, down into the modes, on the exact q(z_t) in grey."""
     title = f"Plinko: the first coordinate of {descent.paths.shape[1]} points, from noise down into the modes"
     figure.suptitle(title, fontsize=13, color=INK)
-    start, way, piles = figure.subplots(3, 1, sharex=True, height_ratios=(0.14, 1, 0.24))
+    way, piles = figure.subplots(2, 1, sharex=True, height_ratios=(1, 0.24))
     num_steps = schedule.num_steps
     # One bounce in so many steps: every step of a random walk would paint the board over.
     shown = torch.linspace(0, len(descent.steps) - 1, BOUNCES + 1).round().long().unique()
@@ -70,8 +62,6 @@ def _plinko(figure: SubFigure, mixture: Mixture, schedule: NoiseSchedule, descen
     marginals = torch.stack([first.log_density(schedule, x[:, None], int(t)).exp() for t in rows])
     modes = first.log_joint(schedule, x[:, None], 0).exp().T.numpy()
 
-    start.fill_between(x.numpy(), marginals[-1].numpy(), color="#a8a8a8", linewidth=0)
-    start.set(ylim=(0, None), ylabel=f"q(z_t)\nt = {num_steps}")
     board = (x.numpy(), rows.numpy(), (marginals / marginals.amax(1, keepdim=True)).numpy())
     way.pcolormesh(*board, cmap="Greys", vmax=2.4, shading="gouraud", zorder=0)
     for path, mode in zip(paths, end.tolist(), strict=False):
@@ -84,30 +74,10 @@ def _plinko(figure: SubFigure, mixture: Mixture, schedule: NoiseSchedule, descen
         piles.annotate(f"mode {k + 1}", top, (0, 3), textcoords="offset points", ha="center", color=INK)
     piles.set(xlim=(-reach, reach), ylim=(0, 1.3 * modes.max()))
     piles.set(xlabel="first coordinate of z_t", ylabel="q(z_t)\nt = 0")
-    for axes in (start, way, piles):
+    for axes in (way, piles):
         axes.yaxis.label.set(rotation=0, ha="right", va="center")
         _plain(axes)
-    start.set_yticks(())
     piles.set_yticks(())
-
-
-def _bars(figure: SubFigure, figures: dict[str, Any]) -> None:
-    """Weight and shares of each mode, one standard error each way."""
-    figure.suptitle(f"Share of each mode, N = {figures['num_samples']}", fontsize=13, color=INK)
-    axes, weights = figure.subplots(), figures["weights"]
-    places = np.arange(len(weights))
-    colours = [MODE_COLOURS[k] for k in places.tolist()]
-    axes.bar(places - 0.28, weights, 0.25, facecolor="none", edgecolor=colours, linewidth=1.5)
-    samples = [Patch(facecolor="none", edgecolor=INK, linewidth=1.5, label="true weight")]
-    for name, place, alpha in (("exact denoiser", 0.0, 0.45), ("trained network", 0.28, 1.0)):
-        part = figures[name.split()[0]]
-        axes.bar(places + place, part["shares"], 0.25, color=colours, alpha=alpha, yerr=part["standard_errors"])
-        samples.append(Patch(color=INK, alpha=alpha, label=f"{name} (chi-square p = {part['p_value']:.2g})"))
-    axes.legend(handles=samples, frameon=False, fontsize=10, loc="upper right")
-    axes.set(ylim=(0, 1.25 * max(weights)), ylabel="share of samples")
-    axes.set_xticks(places, [f"mode {k + 1}" for k in places.tolist()])
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    _plain(axes)
 
 
 def _plain(axes: Axes) -> None:

@@ -1,15 +1,13 @@
 """A mixture through both chains, counted mode by mode against the truth: figures, a table and a picture."""
 
-import json
-import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
-from rich.console import Console
+from pydantic import Field
 from rich.table import Table
 from scipy.stats import chi2, chisquare
 from torch import Tensor
@@ -21,7 +19,8 @@ from ldm.diffusion.denoiser import DenoiserLike
 from ldm.diffusion.samplers.base import SamplerLike
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
-from ldm.rules import Count, Seed, checked
+from ldm.metrics.report import Report
+from ldm.rules import Count, Seed, Whole, checked
 from ldm.runtime.device import choose_device
 from ldm.runtime.random import torch_generator
 from ldm.sampling.draw import check_sampler, describe
@@ -37,11 +36,10 @@ def mixture(config: DictConfig) -> None:
         construct(config.schedule), construct(config.sampler), device=choose_device(config.device), **options
     )
     out = Path(config.out).expanduser()
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "mixture.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    picture.savefig(out / "mixture.png", facecolor="white")
-    Console().print(tabulate(figures))
-    print(f"both chains as a picture: {out / 'mixture.png'}; all figures: {out / 'mixture.json'}")
+    report = Report("mixture.json", figures, tabulate(figures), pictures={"mixture.png": picture})
+    data, drawn = report.save(out)
+    report.print()
+    print(f"both chains as a picture: {drawn}; all figures: {data}")
 
 
 @checked
@@ -50,7 +48,7 @@ def study(
     sampler: SamplerLike,
     *,
     steps: Count,
-    num_samples: Count,
+    num_samples: Annotated[Whole, Field(ge=63)],  # five in the rarest mode, as a chi-square test wants
     seed: Seed = 0,
     device: torch.device | str = "cpu",
 ) -> tuple[dict[str, Any], Figure]:
@@ -65,7 +63,9 @@ def study(
         UserError: too few samples, a sampler that does not fit the chain or the network.
     """
     mixture = five_modes()
-    check(mixture, schedule, sampler, num_samples)
+    check_sampler(sampler, schedule)
+    if sampler.variance in ("learned_range", "optimal"):
+        raise UserError(f"sampler.variance={sampler.variance}: Sigma is fixed here. Choose fixed_small or fixed_large.")
     started = time.perf_counter()
     network = train(mixture, schedule, steps=steps, seed=seed, device=device)
     training_s = time.perf_counter() - started
@@ -101,24 +101,7 @@ def study(
     generator = torch_generator(seed, 4)
     z_0, origin = mixture.sample(min(POINTS, num_samples), generator)
     forward = ascend(schedule, z_0, list(descents["trained"].frames), generator)
-    return figures, draw(mixture, schedule, figures, forward, origin, descents["trained"])
-
-
-def check(mixture: Mixture, schedule: NoiseSchedule, sampler: SamplerLike, num_samples: int) -> None:
-    """Refuse what cannot be studied, before the training.
-
-    Raises:
-        UserError: naming the key, its value and the rule.
-    """
-    rarest = mixture.weights.min().item()
-    if num_samples * rarest < 5:
-        raise UserError(
-            f"num_samples={num_samples} must be at least {math.ceil(5 / rarest)}: a chi-square test wants five samples "
-            f"in the rarest mode, which has {rarest:.0%} of them."
-        )
-    check_sampler(sampler, schedule)
-    if sampler.variance in ("learned_range", "optimal"):
-        raise UserError(f"sampler.variance={sampler.variance}: Sigma is fixed here. Choose fixed_small or fixed_large.")
+    return figures, draw(mixture, schedule, forward, origin, descents["trained"])
 
 
 def count_modes(mixture: Mixture, schedule: NoiseSchedule, z_0: Tensor) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from rich.console import Console
 
 from ldm.cli import main as command
 from ldm.evaluation.comparison.compare import compare_runs
-from ldm.evaluation.comparison.curves import curve_names
 from ldm.evaluation.comparison.images import side_by_side
 from ldm.evaluation.comparison.report import ComparisonReport
 from ldm.rules import apply_rules
@@ -44,17 +43,13 @@ def compare(config: DictConfig) -> None:
 def log_comparison(config: DictConfig, out: Path, report: ComparisonReport, files: list[Path]) -> str:
     """Tables and pictures in a W&B run of its own, and a W&B report; the line that says where it is."""
     settings: Any = OmegaConf.to_container(config, resolve=True)
-    pictures = {}
-    for file in files:
-        with Image.open(file) as picture:
-            pictures[file.stem] = picture.convert("RGB")
     return track_comparison(
         out,
         settings,
         name=f"compare/{report.folder_name}",
         tables={title: (columns, rows) for title, (columns, *rows) in report.sheets().items()},
-        pictures=pictures,
+        pictures={file.stem: Image.open(file).convert("RGB") for file in files},
         markdown=report.markdown(),
-        curves=curve_names(report.comparison.groups),
+        curves=report.comparison.curve_names(),
         compared=[f"{run.stage}/{run.name}" for _, run in report.comparison.runs],
     )

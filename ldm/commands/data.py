@@ -4,18 +4,16 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 from ldm.cli.images import prepare_images
 from ldm.data.images import verify_images
-from ldm.evaluation.data.report import inspect_data
-from ldm.evaluation.data.summary import data_table
+from ldm.evaluation.data.report import PICTURES, inspect_data
 from ldm.evaluation.features import NO_FEATURES, load_features
 from ldm.latents.cache import verify_latents
 from ldm.rules import apply_rules
 from ldm.runs.lineage import data_artifact
 from ldm.runtime.device import choose_device
-from ldm.tracking.run import track_report
+from ldm.tracking.run import flatten, track_report
 
 
 def data(config: DictConfig) -> None:
@@ -30,26 +28,26 @@ def data(config: DictConfig) -> None:
         print(f"every byte is as it was written: {', '.join(map(str, verified))}")
     report = inspect_data(images, device=device, **options)
     out = Path(config.out or Path("runs", "data", images.name)).expanduser()
-    files = report.save(out)
+    data, *pictures = files = report.save(out)
+    for name in PICTURES - report.pictures.keys():  # of an earlier report
+        (out / name).unlink(missing_ok=True)
     if config.logger.wandb:
         log_data_report(config, out, report, images, files)
-    Console(highlight=False).print(data_table(report.content))
-    data, *pictures = files
+    report.print()
     print(f"all figures: {data}\npictures: {', '.join(map(str, pictures))}")
-    print(f"what to do about what was found: {report.content['what_to_do'][0]}")
+    print("what to do about what was found: docs/reading_the_numbers.md")
 
 
 def log_data_report(config: DictConfig, out: Path, report: Any, images: Any, files: list[Path]) -> None:
     """The numbers as W&B's summary, and the contact sheet."""
-    parts = [(f"{part}/", found) for part, found in report.content.items() if isinstance(found, dict)]
-    shown = {begin + key: value for begin, part in [("", report.content), *parts] for key, value in part.items()}
+    shown = {key.replace(".", "/"): value for key, value in flatten(report.content).items() if key.count(".") < 2}
     settings: Any = OmegaConf.to_container(config, resolve=True)
     track_report(
         out,
         settings,
         name=f"data/{report.content['name']}",
         values={key: value for key, value in shown.items() if isinstance(value, int | float)},
-        pictures={"contact sheet": report.pictures["contact_sheet"]},
+        pictures={"contact sheet": report.pictures["contact_sheet.png"]},
         made_from=[data_artifact(images.name, images.fingerprint, images.val_fraction)],
         files=files,
     )

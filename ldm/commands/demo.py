@@ -46,9 +46,10 @@ def demo(config: DictConfig) -> None:
         f"{figures['compression']:.1f}"
     )
     options |= {"num_samples": config.num_samples, "weights_sha256": run_weights_sha256(run)}
-    evaluation = report.measure_samples(pipeline, images, sampler, **options)
-    saved = evaluation.save_unless_smaller(run.evaluation_file, out / EVALUATION_FILE)
-    print("\n".join([*evaluation.lines, f"all figures: {saved}"]))
+    evaluation = report.measure_samples(pipeline, images, sampler, run.path / "evaluation", **options)
+    saved = report.save_unless_smaller(evaluation, run.path, out / EVALUATION_FILE)
+    evaluation.print()
+    print(f"all figures: {saved}")
     here_s = time.perf_counter() - started
     parts = [("stage 1", vae.facts["duration_s"]), ("stage 2", run.facts["duration_s"]), ("pictures, figures", here_s)]
     total_s = sum(seconds for _, seconds in parts)

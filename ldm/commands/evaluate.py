@@ -1,18 +1,16 @@
 """Metrics of a run: what an autoencoder loses of held-out images, or how near samples are to the training images."""
 
-import json
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
-from rich.console import Console
 
 from ldm.cli import main as command
-from ldm.evaluation.reconstructions.curves import plot_training, read_curves
+from ldm.evaluation.curves import OF_STAGE_1, plot_curves, read_curves
 from ldm.evaluation.reconstructions.report import measure_reconstructions
 from ldm.evaluation.samples import report
 from ldm.evaluation.samples import sweep as sampler_sweep
-from ldm.files.atomic import write_text
+from ldm.metrics.report import Report
 from ldm.runs.lineage import outputs, run_weights_sha256
 from ldm.runs.run import Run
 from ldm.runtime.device import choose_device
@@ -32,13 +30,15 @@ def evaluate_autoencoder(config: DictConfig, run: Any) -> dict[str, Any]:
     options = {key: config[key] for key in ("features", "features_path", "num_images", "seed", "batch_size")}
     report = measure_reconstructions(run, device=choose_device(config.device), **options)
     files = report.save(run.path)
-    Console(highlight=False).print(report.table())
-    print("\n".join([*report.lines, f"worst reconstructions: {files[1]}"]))
-    if (metrics := run.metrics_file).is_file():
-        curve = run.path / "training.png"
-        plot_training(read_curves(metrics), f"Training of {run.path}").savefig(curve, dpi=130)
-        print(f"how training went: {curve}")
-    return {"values": report.to_json(), "pictures": {"worst reconstructions": report.picture}, "files": files}
+    report.print()
+    print(f"worst reconstructions: {files[1]}")
+    if run.metrics_file.is_file():
+        curves = [(f"Training of {run.path}", read_curves(run.metrics_file))]
+        if (figure := plot_curves(OF_STAGE_1, curves)) is not None:
+            figure.savefig(run.path / "training.png", dpi=130)
+            print(f"how training went: {run.path / 'training.png'}")
+    pictures = {"worst reconstructions": report.pictures[files[1].name]}
+    return {"values": report.to_json(), "pictures": pictures, "files": files}
 
 
 def evaluate_diffusion(config: DictConfig, run: Any) -> dict[str, Any]:
@@ -52,31 +52,27 @@ def evaluate_diffusion(config: DictConfig, run: Any) -> dict[str, Any]:
     samplers = {value: command.construct(config.sampler, steps=value) for value in steps}
     pipeline, images = run.pipeline().to(choose_device(config.device)), run.image_data()
     weights = run_weights_sha256(run)
-    found: dict[str, Any] = {"values": {}, "pictures": {}, "files": [], "tables": {}}
+    found: dict[str, Any] = {"values": {}, "pictures": {}, "files": []}
     elsewhere = run.evaluation_file
     if len(steps) > 1 or len(guidances) > 1:
         swept = sampler_sweep.sweep_sampler(pipeline, images, samplers, guidances, **options)
-        table = run.path / ("steps.json" if len(steps) > 1 else "guidance.json")
-        write_text(table, json.dumps({"weights_sha256": weights, **swept}, indent=2) + "\n")
-        picture = table.with_suffix(".png")
-        sampler_sweep.plot_sampler_sweep(swept).savefig(picture, dpi=130)
-        with Image.open(picture) as drawn:
-            found["pictures"] = {picture.name: drawn.convert("RGB")}
-        found |= {"values": {"sweep": swept}, "files": [table, picture]}
+        name, drawn = "steps" if len(steps) > 1 else "guidance", sampler_sweep.plot_sampler_sweep(swept)
+        sweep = Report(f"{name}.json", {"weights_sha256": weights, **swept}, pictures={f"{name}.png": drawn})
+        table, picture = sweep.save(run.path)
+        found = {"values": {"sweep": swept}, "files": [table, picture]}
+        found["pictures"] = {picture.name: Image.open(picture).convert("RGB")}
         found["tables"] = {"sweep": sampler_sweep.sweep_table(swept)}
         elsewhere = run.path / "evaluation" / "knee.json"
         print("\n".join([*sampler_sweep.sweep_lines(swept), f"drawn in {picture}, as numbers in {table}", ""]))
         steps, guidances = ([swept["knee"]] if len(values) > 1 else values for values in (steps, guidances))
     options |= {"guidance": guidances[0], "weights_sha256": weights}
     evaluation = report.measure_samples(pipeline, images, samplers[steps[0]], **options)
-    place = evaluation.save_unless_smaller(run.evaluation_file, elsewhere)
-    print("\n".join(evaluation.lines))
-    return {
-        "values": evaluation.to_json() | found["values"],
-        "pictures": evaluation.pictures | found["pictures"],
-        "files": [place, *found["files"]],
-        "tables": found["tables"],
-    }
+    place = report.save_unless_smaller(evaluation, run.path, elsewhere)
+    evaluation.print()
+    found["files"].insert(0, place)
+    found["values"] |= evaluation.to_json()
+    found["pictures"] |= evaluation.pictures
+    return found
 
 
 def log_evaluation(config: DictConfig, run: Any, found: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from ldm.evaluation.classifier import Classifier
 from ldm.evaluation.features import NO_FEATURES, load_features
 from ldm.evaluation.latents.report import measure_latents
 from ldm.evaluation.latents.sweep import parse_list, parse_sizes, plan_trainings, run_trainings
-from ldm.evaluation.latents.sweep_report import measure_sweep, save_sweep, size_table
+from ldm.evaluation.latents.sweep_report import measure_sweep
 from ldm.rules import apply_rules
 from ldm.runs.run import Run
 from ldm.runtime.device import choose_device
@@ -28,8 +28,7 @@ def latents(config: DictConfig) -> None:
         return
     run = Run.open(config.run)
     report = measure_latents(run, split=config.split, device=choose_device(config.device), **options)
-    Console(highlight=False).print(report.table())
-    print("\n".join(report.lines))
+    report.print()
     data, picture, channels = report.save(run.path)
     print(f"all figures: {data}\nspectra, channels, PCA: {picture}\nwhat each channel does: {channels}")
 
@@ -50,9 +49,7 @@ def sweep_sizes(config: DictConfig, options: dict[str, Any]) -> None:
     device = choose_device(config.device)
     run_trainings(trainings)
     report = measure_sweep(trainings, device=device, **options)
-    data, picture = save_sweep(report, trainings, folder)
-    width = max(Console().width, 25 + 14 * len(trainings))  # a file has 80 characters a line, as Rich sees it
-    Console(highlight=False, width=width).print(size_table(report))
-    advice = report["recommendation"]
-    print(f"Recommendation: {advice['text']}\nlonger: {advice['train']}\nstage 2: {advice['next']}")
+    data, picture = report.save(folder)
+    # a file has 80 characters a line, as Rich sees it
+    report.print(width=max(Console().width, 25 + 14 * len(trainings)))
     print(f"all figures: {data}\nrate and distortion: {picture}")

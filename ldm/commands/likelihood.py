@@ -1,10 +1,9 @@
 """How many bits per dimension a run needs for its images: the two-stage bound, term by term."""
 
 from omegaconf import DictConfig
-from rich.console import Console
 
 from ldm.errors import UserError
-from ldm.likelihood.report import check_comparable, format_difference, measure_likelihood
+from ldm.likelihood.report import add_difference, check_comparable, measure_likelihood
 from ldm.runs.run import Run
 from ldm.runtime.device import choose_device
 
@@ -21,14 +20,11 @@ def likelihood(config: DictConfig) -> None:
     elif config.against_variance is not None:
         raise UserError(f"against_variance={config.against_variance} needs against=, the run to compare with.")
     report = measure_likelihood(run, variance=config.variance, ode=ode, **options)
-    Console(highlight=False).print(report.table())
-    if "ode_minus_chain" in report.content:
-        print(f"ODE minus chain, {format_difference(report.content['ode_minus_chain'])}")
+    report.print()
     data, picture = report.save(run.path)
     if other is not None:
         against = measure_likelihood(other, variance=config.against_variance, **options)
-        difference = report.add_difference(against)
         name = " ".join([str(other.path), *filter(None, [against.content.get("variance")])])
-        print(f"this minus {name}, {format_difference(difference)}")
+        print(f"this minus {name}, {add_difference(report, against)}")
         report.save(run.path)
     print(f"all figures: {data}\nlayer by layer: {picture}")

@@ -37,7 +37,7 @@ MOST_PIXELS = 64
 class Classifier(nn.Module):
     """A convolutional classifier whose penultimate layer gives features: [b, 3, H, W] in [-1, 1] -> [b, 64].
 
-    Images of more than 64 px are resized to 64 (bilinear, antialiased).
+    Images of more than 64 px are resized to 64 (bilinear, antialiased); H and W are even.
     """
 
     name = "classifier"
@@ -63,9 +63,6 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if images.shape[-1] > MOST_PIXELS:
             images = F.interpolate(images, size=MOST_PIXELS, mode="bilinear", antialias=True)
-        height, width = images.shape[-2:]
-        if height % 2 or width % 2:
-            images = F.pad(images, (0, width % 2, 0, height % 2), mode="replicate")
         return self.layers(images).mean(dim=(2, 3))
 
     def logits(self, images: Tensor) -> Tensor:

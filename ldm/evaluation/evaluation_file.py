@@ -4,11 +4,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ldm.metrics.metric import Metric, share_error
+from ldm.metrics.metric import ERROR, Metric, share_error
 from ldm.metrics.subsets import NUM_GROUPS, NUM_SUBSETS
 from ldm.tracking.run import flatten
 
-ERROR = "_standard_error"
 SETTINGS: tuple[str, ...] = (
     "features",
     "features_key",
@@ -29,18 +28,6 @@ BY_SUBSETS = ("kd", "precision", "recall", "density", "coverage", "cmmd")
 BY_JACKKNIFE = ("fd", "class_shift")
 DOF = dict.fromkeys(BY_SUBSETS, NUM_SUBSETS - 1) | dict.fromkeys(BY_JACKKNIFE, NUM_GROUPS - 1)
 """Degrees of freedom by the first words of a metric: its error is one of subsets, or of groups of a jackknife."""
-
-
-def metrics_to_json(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Write every Metric among the values as two keys, null where it was not measured; leave other values alone."""
-    found: dict[str, Any] = {}
-    for name, value in content.items():
-        if isinstance(value, Metric):
-            found[name] = value.value if value.is_measured else None
-            found[name + ERROR] = value.standard_error
-        else:
-            found[name] = value
-    return found
 
 
 def metrics_from_json(content: Mapping[str, Any]) -> dict[str, Metric]:
@@ -75,5 +62,4 @@ def _read_metric(name: str, value: float, content: Mapping[str, Any]) -> Metric:
         # as many images as there are samples, unless there were fewer
         num = content.get("num_held_out" if "_held_out_" in name else f"num_{last}")
         error = share_error(value, num or content["num_samples"])
-    n = content.get(f"num_{last}") or content.get("num_samples") or content.get("num_images")
-    return Metric(value, error, dof, flatten(settings), n)
+    return Metric(value, error, dof, flatten(settings))

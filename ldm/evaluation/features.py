@@ -1,5 +1,6 @@
 """Frozen features by name, of images in batches; those of a whole data set are kept."""
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -49,6 +50,12 @@ def describe_features(network: nn.Module, name: str) -> dict[str, str | None]:
     """
     key, library = getattr(network, "key", name), getattr(network, "library", None)
     return {"features": name, "features_key": key, "features_library": library}
+
+
+def feature_title(content: Mapping[str, Any]) -> str:
+    """Features of `describe_features` in words: name, weights, size, library."""
+    library = content["features_library"]
+    return content["features_key"] + (f" ({library})" if library else "")
 
 
 def extract(network: nn.Module, images: Tensor | ImageSet, title: str, batch_size: int = 64) -> Tensor:

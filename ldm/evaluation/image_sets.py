@@ -1,4 +1,4 @@
-"""Images that are read or made as they are asked for: nothing holds all of them at once."""
+"""Images that are read or made as they are asked for, so that nothing holds all of them at once, and what they show."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,3 +51,18 @@ def track_batches(images: ImageData, rows: np.ndarray, batch_size: int, title: s
     """Yield the images of these rows in batches, with a progress bar."""
     for start in track(range(0, len(rows), batch_size), title):
         yield images.batch(rows[start : start + batch_size])
+
+
+def image_text(images: ImageData, i: int) -> str:
+    """What an image shows: its caption, else its class, else nothing."""
+    if images.captions and (caption := images.captions[i]):
+        return caption
+    if images.labels and images.class_names and (of_class := images.labels[i]) is not None:
+        return images.class_names[of_class]
+    return ""
+
+
+def held_out_apart(images: ImageData, num: int) -> np.ndarray:
+    """So many validation images, at equal distances: neighbours in the data are alike, flags or faces."""
+    num = min(num, len(images.val_indices))
+    return images.val_indices[np.linspace(0, len(images.val_indices) - 1, num).round().astype(int)]

@@ -2,8 +2,6 @@
 
 from typing import Any, get_args
 
-from torch import Tensor
-
 from ldm.autoencoder.autoencoder import Autoencoder, LatentStatistics
 from ldm.diffusion.chain import VarianceType
 from ldm.diffusion.continuous.clock import clock_ends
@@ -31,11 +29,6 @@ def require_density(autoencoder: Autoencoder) -> LatentStatistics:
             f"{name} was not measured on its training split: latents.json is missing beside its weights. Put that "
             "file back, or train the autoencoder again."
         )
-    if min(statistics.decoder_scale) <= 0:
-        raise UserError(
-            f"{name} reproduces its training split exactly (decoder_scale {statistics.decoder_scale}), so p(x | z) is "
-            "no density. Train it on images that differ."
-        )
     return statistics
 
 
@@ -52,8 +45,6 @@ def check_chain(pipeline: LatentDiffusionPipeline, variance: str, steps: Any, od
         raise UserError(f"variance={variance} is unknown. Choose one of: {', '.join(known)}.")
     if variance != "optimal":  # which may be fitted first
         pipeline.check_sigma(variance)
-    if variance in ("fixed_small", "learned_range") and schedule.num_steps < 2:
-        raise UserError(f"variance={variance} needs a chain of 2 steps at least. Choose fixed_large or optimal.")
     if steps is not None and (type(steps) is not int or steps % 2 or not 4 <= steps <= schedule.num_steps):
         raise UserError(
             f"steps={steps} must be an even number from 4 to T = {schedule.num_steps}, or all for every t of the chain."
@@ -69,19 +60,3 @@ def _check_ode(schedule: NoiseSchedule, *, rtol: Number = 1e-4, atol: Number = 1
         clock_ends(schedule, 1.0)
     except ValueError as error:
         raise UserError(f"The ODE has no density here: {error}. Change that, or leave ode= out.") from error
-
-
-def check_eight_bit(images: Tensor) -> None:
-    """Refuse images that are no 8-bit values: a discretised likelihood of them would mean nothing.
-
-    Raises:
-        UserError: naming the first image and the offending value.
-    """
-    for i, image in enumerate(images):
-        values = (image.double() + 1) * 127.5
-        exact = ((values - values.round()).abs() <= 1e-3) & (values >= -1e-3) & (values <= 255 + 1e-3)
-        if not exact.all():
-            raise UserError(
-                f"Image {i} holds the value {values[~exact][0].item():.4g}, which is no 8-bit value (0, 1, ..., 255). "
-                "Bits per dimension are those of 8-bit images: give images [n, 3, H, W] as k / 127.5 - 1."
-            )

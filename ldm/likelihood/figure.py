@@ -13,7 +13,7 @@ INK, CHAIN, SHARE, CREDIT = "#333333", "#2f6fb0", "#c9782c", "#4b9b63"
 def plot_likelihood(columns: dict[str, Terms], title: str) -> Figure:
     """The terms of each bound on the way to its total, and the KL of every layer of the chain over t."""
     layered = "chain" in columns
-    figure = Figure(figsize=(13 if layered else 6.8, 1.7 + 2 * len(columns)), layout="constrained")
+    figure = Figure(figsize=(13 if layered else 6.8, 1.7 + 2 * len(columns)), dpi=130, layout="constrained")
     axes = figure.subplots(1, 2 if layered else 1, squeeze=False)[0]
     if layered:
         _plot_layers(axes[0], columns["chain"])
@@ -47,16 +47,15 @@ def _plot_terms(axes: Any, columns: dict[str, Terms]) -> None:
     """A waterfall per column of the table: each term starts where the one before it ended."""
     labels: list[str] = []
     for name, terms in columns.items():
-        found, end = terms.metrics(), 0.0
-        for key in terms.parts:
-            value = found[key].value
-            bar = axes.barh(len(labels), value, left=end, height=0.7, color=CREDIT if value < 0 else CHAIN)
-            axes.bar_label(bar, [f"{value:+.3f}"], padding=3, fontsize=8)
-            end += value
-            labels.append(key)
-        bar = axes.barh(len(labels), end, height=0.7, color=INK)
-        axes.bar_label(bar, [f"{end:.3f} ± {found['total'].standard_error:.3f}"], padding=3, fontsize=8, weight="bold")
-        labels += [f"{name}: total", ""]
+        found = terms.metrics()
+        values = np.array([found[key].value for key in terms.parts])
+        ends, total = values.cumsum(), found["total"]
+        starts, widths = [*(ends - values), 0.0], [*values, ends[-1]]
+        colours = [*np.where(values < 0, CREDIT, CHAIN), INK]
+        bars = axes.barh(len(labels) + np.arange(len(widths)), widths, left=starts, height=0.7, color=colours)
+        said = [*(f"{value:+.3f}" for value in values), f"{total.value:.3f} ± {total.standard_error:.3f}"]
+        axes.bar_label(bars, said, padding=3, fontsize=8)
+        labels += [*terms.parts, f"{name}: total", ""]
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.2, y=0.01)

@@ -1,9 +1,6 @@
 """The likelihood of a run's images as people read it: a table, a JSON, and the bound layer by layer as a picture."""
 
-import json
 import time
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +12,9 @@ from ldm.errors import UserError
 from ldm.likelihood.checks import check_chain, require_density
 from ldm.likelihood.figure import plot_likelihood
 from ldm.likelihood.optimal_variance import fit_optimal
-from ldm.likelihood.two_stage import Terms, TwoStage, mean_metric, two_stage_bound, vae_bound
+from ldm.likelihood.two_stage import Terms, TwoStage, two_stage_bound, vae_bound
+from ldm.metrics.metric import mean_metric
+from ldm.metrics.report import Report
 from ldm.progress import Bars, progress
 from ldm.rules import Count, checked
 from ldm.runs.run import Run, choose_images
@@ -37,39 +36,30 @@ BOUND_ROWS = {
 }
 
 
-@dataclass(frozen=True)
-class LikelihoodReport:
-    """Content of likelihood.json, and the terms behind it by column of the table."""
+def likelihood_table(content: dict[str, Any], columns: dict[str, Any]) -> Table:
+    """Bits per dimension of every term, one column per prior of the latent."""
+    images, of = content["num_images"], content["num_dims"]
+    table = Table("term", title=f"bits/dim of {images} images ({of} dimensions each)", title_justify="left")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for key, label in BOUND_ROWS.items():
+        if any(key in terms for terms in columns.values()):
+            table.add_row(label, *(f"{terms[key]:.4f}" if key in terms else "" for terms in columns.values()))
+    return table
 
-    content: dict[str, Any]
-    columns: dict[str, Terms]
 
-    def table(self) -> Table:
-        """Bits per dimension of every term, one column per prior of the latent."""
-        images, of = self.content["num_images"], self.content["num_dims"]
-        table = Table("term", title=f"bits/dim of {images} images ({of} dimensions each)", title_justify="left")
-        for name in self.columns:
-            table.add_column(name, justify="right")
-        found = [_terms_to_json(terms) for terms in self.columns.values()]
-        for key, label in BOUND_ROWS.items():
-            if any(key in terms for terms in found):
-                table.add_row(label, *(f"{terms[key]:.4f}" if key in terms else "" for terms in found))
-        return table
+def add_difference(report: Report, other: Report) -> str:
+    """Add the paired difference from a report on the same images, of the first column of each; returns it in words."""
+    first, second = (next(iter(one.content["per_image"].values())) for one in (report, other))
+    difference = paired_difference(first, second)
+    report.content["difference"] = difference | {"against": other.content}
+    return format_difference(difference)
 
-    def add_difference(self, other: "LikelihoodReport") -> dict[str, Any]:
-        """Add the paired difference from a report on the same images, of the first column of each."""
-        (first, *_), (second, *_) = self.columns.values(), other.columns.values()
-        difference = paired_difference(first, second)
-        self.content["difference"] = difference | {"against": other.content}
-        return difference
 
-    def save(self, folder: Path) -> tuple[Path, Path]:
-        """likelihood.json and likelihood.png."""
-        data, picture = folder / "likelihood.json", folder / "likelihood.png"
-        data.write_text(json.dumps(self.content, indent=2) + "\n", encoding="utf-8")
-        title = f"{self.content['images']}, {self.content['num_images']} images"
-        plot_likelihood(self.columns, title).savefig(picture, dpi=130)
-        return data, picture
+def paired_difference(first: list[float], second: list[float]) -> dict[str, Any]:
+    """The mean of first - second in bits/dim, and its standard error: paired, image by image, of the same images."""
+    difference = mean_metric(torch.tensor(first, dtype=torch.float64) - torch.tensor(second, dtype=torch.float64))
+    return {"mean": difference.value, "standard_error": difference.standard_error}
 
 
 def format_difference(difference: dict[str, Any]) -> str:
@@ -96,7 +86,7 @@ def measure_likelihood(
     ode: dict[str, Any] | None = None,
     seed: int = 0,
     batch_size: Count = 64,
-) -> LikelihoodReport:
+) -> Report:
     """The bound of a run's images; a run of stage vae has its own, with the prior N(0, I).
 
     Args:
@@ -135,14 +125,16 @@ def measure_likelihood(
         columns = {name: terms for name, terms in named.items() if terms is not None}
         content |= {"condition": model.conditioning.kind, "variance": chosen, "num_steps": model.schedule.num_steps}
         content |= {"steps": "all" if steps is None else steps, **_chain_content(found, ode)}
+    per_image, lines = {name: terms.bits_per_dim(terms.total).tolist() for name, terms in columns.items()}, []
     if "ODE" in columns:
-        difference = paired_difference(columns["ODE"], columns["chain"])
+        difference = paired_difference(per_image["ODE"], per_image["chain"])
         content["ode_minus_chain"] = difference | {"paired": True, "num_dims": content["num_dims"]}
-    content |= {name: _terms_to_json(terms) for name, terms in columns.items()}
-    per_image = {name: terms.bits_per_dim(terms.total).tolist() for name, terms in columns.items()}
-    content["per_image"] = {**per_image, "index": indices.tolist()}
+        lines.append(f"ODE minus chain, {format_difference(difference)}")
+    terms = {name: _terms_to_json(found) for name, found in columns.items()}
+    content |= {**terms, "per_image": {**per_image, "index": indices.tolist()}}
     content["seconds"] = round(time.perf_counter() - started, 1)
-    return LikelihoodReport(content, columns)
+    picture = plot_likelihood(columns, f"{content['images']}, {len(pixels)} images")
+    return Report("likelihood.json", content, likelihood_table(content, terms), lines, {"likelihood.png": picture})
 
 
 def open_model(
@@ -182,12 +174,6 @@ def check_comparable(run: Run, other: Run, *, variance: str | None, steps: int |
             "difference needs. Choose a run with the same data options and the same data.val_fraction."
         )
     open_model(other, variance, steps, None)
-
-
-def paired_difference(terms: Terms, other: Terms) -> dict[str, Any]:
-    """The mean of terms - other in bits/dim, and its standard error: paired, image by image, of the same images."""
-    difference = mean_metric(terms.bits_per_dim(terms.total - other.total))
-    return {"mean": difference.value, "standard_error": difference.standard_error}
 
 
 def _chain_content(found: TwoStage, ode: dict[str, Any] | None) -> dict[str, Any]:

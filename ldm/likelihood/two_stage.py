@@ -23,8 +23,8 @@ from ldm.diffusion.chain import at_least_float32, marginal
 from ldm.diffusion.continuous.ode_likelihood import ode_log_likelihood
 from ldm.diffusion.denoiser import Condition
 from ldm.errors import UserError
-from ldm.likelihood.checks import check_chain, check_eight_bit, require_density
-from ldm.metrics.metric import Metric
+from ldm.likelihood.checks import check_chain, require_density
+from ldm.metrics.metric import Metric, mean_metric
 from ldm.runtime.random import sample_generators, torch_generator
 from ldm.sampling.pipeline import LatentDiffusionPipeline
 
@@ -72,12 +72,6 @@ class Terms:
         if self.monte_carlo_variance is None:
             return None
         return self.bits_per_dim(self.monte_carlo_variance.sum().sqrt() / len(self.total)).item()
-
-
-def mean_metric(values: Tensor) -> Metric:
-    """Mean and its standard error between images (nan for a single one)."""
-    n = len(values)
-    return Metric(values.mean().item(), values.std().item() / n**0.5 if n > 1 else math.nan, n=n)
 
 
 def draw_latents(
@@ -131,10 +125,9 @@ def vae_bound(autoencoder: Autoencoder, images: Tensor, *, seed: int = 0, batch_
         images: [n, 3, H, W] in [-1, 1], 8-bit values.
 
     Raises:
-        UserError: an autoencoder without a density, images that are not 8-bit, latents that are not finite.
+        UserError: an autoencoder without a density, latents that are not finite.
     """
     require_density(autoencoder)
-    check_eight_bit(images)
     encoded = _encode_images(autoencoder, images, sample_generators(seed, range(len(images))), batch_size)
     return _standard_normal_prior(encoded, images[0].numel())
 
@@ -187,14 +180,13 @@ def two_stage_bound(
         on_progress: Called as on_progress(what, done, total).
 
     Raises:
-        UserError: what `check_chain` refuses, optimal without its table, images that are not 8-bit, an answer of the
-            autoencoder or the network that is not finite.
+        UserError: what `check_chain` refuses, optimal without its table, an answer of the autoencoder or the
+            network that is not finite.
     """
     variance = variance or pipeline.variance
     check_chain(pipeline, variance, steps, ode)
     if variance == "optimal":
         pipeline.require_fitted()
-    check_eight_bit(images)
     pipeline.network.eval()
     generators = sample_generators(seed, range(len(images)))
     stage_1 = _pixels if pipeline.autoencoder.is_identity else _latents
@@ -230,8 +222,6 @@ def _chain_bound(pipeline: LatentDiffusionPipeline, z_0: Tensor, condition: Cond
             f"The bound cannot be computed: {error}. A network that answers so diverged in training: train it again, "
             "with a lower optimizer.lr."
         ) from error
-    except ValueError as error:
-        raise UserError(f"The bound cannot be computed: {error}.") from error
 
 
 StageOne = tuple[Tensor, dict[str, Tensor], Terms | None, LastTerm | None]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ldm.metrics.subsets import NUM_GROUPS, jackknife_error
+from ldm.metrics.subsets import NUM_GROUPS
 
 
 def frechet_distance(samples: Tensor, reference: Tensor) -> float:
@@ -57,31 +57,23 @@ def feature_components(train_features: Tensor, dim: int) -> tuple[Tensor, Tensor
     return mean, torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :dim]
 
 
-def frechet_interval(
+def frechet_replicates(
     samples: Tensor, reference: Tensor, *, num_groups: int = NUM_GROUPS, paired: bool = False
-) -> tuple[float, float]:
-    """Fréchet distance, and its standard error by the delete-d jackknife over groups of the samples.
+) -> tuple[float, Tensor]:
+    """Fréchet distance, and what it is without each group of the samples, [g]: for the delete-d jackknife.
 
-        se^2 = (g - 1) / g sum_i (FD_i - mean FD)^2,   FD_i without group i of g
+        se^2 = (g - 1) / g sum_i (FD_i - mean FD)^2,   FD_i without group i of g: `jackknife_error`
 
     A bootstrap is not used: its duplicates shift the distance, so that its interval need not hold the estimate. The
     error is that of drawing other samples; the reference stays, and so does the bias of a finite N. Groups are rows
-    i, i + g, i + 2 g, ... Source: Shao and Wu 1989, "A general theory for jackknife variance estimation"; Busing et
+    i, i + g, i + 2 g, ... Of sets that share their images in the same rows, the error of a difference is that of the
+    differences of these. Source: Shao and Wu 1989, "A general theory for jackknife variance estimation"; Busing et
     al. 1999, "Delete-m jackknife for unequal m", of whose groups ours are the equal ones.
 
     Args:
         samples, reference: [n, d] and [m, d].
         paired: Row i of both belongs together, as an image and its reconstruction do: a group is left out of both.
     """
-    value, without = frechet_replicates(samples, reference, num_groups=num_groups, paired=paired)
-    return value, jackknife_error(without)
-
-
-def frechet_replicates(
-    samples: Tensor, reference: Tensor, *, num_groups: int = NUM_GROUPS, paired: bool = False
-) -> tuple[float, Tensor]:
-    """The distance of `frechet_interval` and what it is without each group, [g]; of sets that share their images in the
-    same rows, the errors of their difference are those of the differences of these."""
     value = frechet_distance(samples, reference)
     without = torch.empty(num_groups, dtype=torch.float64)
     for group in range(num_groups):

@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.metrics.neighbours import part_size, squared_distances
-from ldm.metrics.subsets import NUM_SUBSETS
-from ldm.runtime.random import torch_generator
+from ldm.metrics.subsets import NUM_SUBSETS, over_subsets
 
 
 def kernel_distance(
@@ -29,16 +28,11 @@ def kernel_distance(
     Returns:
         The mean over the subsets, each of two at least, and its standard error, computed in float64.
     """
-    generator = torch_generator(seed)
-    size = min(len(samples), len(reference)) // num_subsets
-    order = torch.randperm(len(samples), generator=generator)
-    other = order if paired else torch.randperm(len(reference), generator=generator)
-    first, second = (
-        features[chosen[: size * num_subsets]].double().split(size)
-        for features, chosen in ((samples, order), (reference, other))
-    )
-    values = torch.stack([_mmd2(a, b, paired) for a, b in zip(first, second, strict=True)])
-    return values.mean().item(), (values.std() / num_subsets**0.5).item()
+
+    def distance(a: Tensor, b: Tensor) -> tuple[float]:
+        return (_mmd2(a, b, paired).item(),)
+
+    return over_subsets(distance, samples, reference, num_subsets=num_subsets, seed=seed, paired=paired)[0]
 
 
 def _mmd2(a: Tensor, b: Tensor, paired: bool = False) -> Tensor:

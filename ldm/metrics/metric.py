@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -17,8 +19,6 @@ class Metric:
     """Degrees of freedom of the standard error."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """How it was measured: metrics compare where these are equal."""
-    n: int | None = None
-    """Of how many images or samples it is."""
 
     @property
     def is_measured(self) -> bool:
@@ -31,6 +31,28 @@ class Metric:
 
 UNMEASURED = Metric(math.nan)
 """A metric for which there are too few images, or no network."""
+
+
+def mean_metric(values: Tensor) -> Metric:
+    """Mean and its standard error between images (nan for a single one)."""
+    n = len(values)
+    return Metric(values.mean().item(), values.std().item() / n**0.5 if n > 1 else math.nan)
+
+
+ERROR = "_standard_error"
+"""Ends the key of a metric's error in a JSON."""
+
+
+def metrics_to_json(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Write every Metric among the values as two keys, null where it was not measured; leave other values alone."""
+    found: dict[str, Any] = {}
+    for name, value in content.items():
+        if isinstance(value, Metric):
+            found[name] = value.value if value.is_measured else None
+            found[name + ERROR] = value.standard_error
+        else:
+            found[name] = value
+    return found
 
 
 def share_error(share: float, num: int) -> float:

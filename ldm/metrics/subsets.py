@@ -28,21 +28,25 @@ def over_subsets(
     *,
     num_subsets: int = NUM_SUBSETS,
     seed: int = 0,
+    paired: bool = False,
 ) -> list[tuple[float, float]]:
     """Mean and standard error of each value of a metric over disjoint subsets of both sets, all of one size.
 
     Args:
         metric: (samples, reference) -> values.
         samples, reference: [n, d] and [m, d]; subsets have min(n, m) // num_subsets of each, drawn with the seed.
+        paired: Row i of both belongs together: subsets have the same rows of both.
 
     Returns:
         (mean, standard error) per value.
     """
     size = min(len(samples), len(reference)) // num_subsets
     generator = torch_generator(seed)
+    order = torch.randperm(len(samples), generator=generator)
+    other = order if paired else torch.randperm(len(reference), generator=generator)
     parts = [
-        features[torch.randperm(len(features), generator=generator)[: size * num_subsets]].double().split(size)
-        for features in (samples, reference)
+        features[chosen[: size * num_subsets]].double().split(size)
+        for features, chosen in ((samples, order), (reference, other))
     ]
     values = torch.tensor([metric(a, b) for a, b in zip(*parts, strict=True)], dtype=torch.float64)
     errors = values.std(0) / num_subsets**0.5

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from ldm.evaluation.evaluation_file import metrics_from_json, metrics_to_json
-from ldm.metrics.metric import UNMEASURED, Metric, share_error
+from ldm.evaluation.evaluation_file import metrics_from_json
+from ldm.metrics.metric import UNMEASURED, Metric, metrics_to_json, share_error
 
 CONTENT = {
     "features": "dinov2",

@@ -181,7 +181,7 @@ def test_a_study_repeats_itself():
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"num_samples": 62}, "num_samples=62 must be at least 63"),
+        ({"num_samples": 62}, "num_samples=62 must be 63 or more"),
         ({"steps": 0}, "steps=0 must be 1 or more"),
         ({"sampler": DDPM(1000)}, "sampler=ddpm with 1000 steps: a chain of T = 200 steps"),
         ({"sampler": DDPM(10, variance="learned_range")}, "sampler.variance=learned_range"),

@@ -31,7 +31,7 @@ from ldm.latents.contract import LatentContract
 from ldm.likelihood import optimal_variance
 from ldm.likelihood import two_stage as likelihood
 from ldm.likelihood.report import BOUND_ROWS
-from ldm.likelihood.two_stage import Terms, check_eight_bit, mean_metric, two_stage_bound, vae_bound
+from ldm.likelihood.two_stage import Terms, mean_metric, two_stage_bound, vae_bound
 from ldm.networks.conditioning import ClassCondition, NoCondition
 from ldm.networks.dit import DiT
 from ldm.runs.run import Run
@@ -163,7 +163,6 @@ def quadrature(monkeypatch):
 @pytest.fixture
 def any_pixel(monkeypatch):
     """Images of any values."""
-    monkeypatch.setattr(likelihood, "check_eight_bit", lambda images: None)
 
 
 @pytest.fixture
@@ -441,16 +440,6 @@ def test_the_ode_is_paired_and_depends_on_the_batch_within_its_tolerance(eight_b
     assert score.abs().max() < 4 and 0.1 < score.square().mean() < 3
 
 
-@pytest.mark.parametrize(
-    ("value", "said"), [(0.5, r"the value 191\.2"), (1.2, r"the value 280\.5"), (math.nan, "the value nan")]
-)
-def test_images_that_are_not_8_bit(eight_bit, value, said):
-    check_eight_bit(eight_bit)
-    eight_bit[4, 1, 2, 3] = value
-    with pytest.raises(UserError, match=rf"Image 4 holds {said}.*give images \[n, 3, H, W\] as k / 127.5 - 1"):
-        two_stage_bound(tiny(), eight_bit, {})
-
-
 def test_an_autoencoder_that_answers_nan(eight_bit, monkeypatch):
     pipeline = tiny()
     encode, broken = pipeline.autoencoder.encode, eight_bit[4]
@@ -493,7 +482,6 @@ def test_an_ode_that_cannot_be_solved(eight_bit):
 
 
 VQ = PatchVQModel(patch=1, block_out_channels=(8,), norm_num_groups=4)
-EXACT = LatentStatistics([0.0] * 3, [1.0] * 3, [0.1, 0.0, 0.1], "", "")
 
 
 @pytest.mark.parametrize(
@@ -501,7 +489,6 @@ EXACT = LatentStatistics([0.0] * 3, [1.0] * 3, [0.1, 0.0, 0.1], "", "")
     [
         ({"model": VQ}, {}, "The autoencoder PatchVQModel has no density.*stage=vae regulariser=kl"),
         ({"statistics": None}, {}, r"was not measured on its training split.*latents\.json"),
-        ({"statistics": EXACT}, {}, r"reproduces its training split exactly.*\[0\.1, 0\.0, 0\.1\]"),
         ({}, {"variance": "huge"}, "variance=huge is unknown.*fixed_small, fixed_large, learned_range, optimal"),
         ({}, {"variance": "learned_range"}, "variance=learned_range needs a network that learned Sigma.*fixed_small"),
         ({}, {"variance": "optimal"}, r"not fitted for this model yet.*tools/likelihood\.py .* variance=optimal"),
@@ -510,7 +497,6 @@ EXACT = LatentStatistics([0.0] * 3, [1.0] * 3, [0.1, 0.0, 0.1], "", "")
             {"variance": "optimal"},
             r"does not fit.*T \+ 1 = 13.*Delete",
         ),
-        ({"schedule": cosine(1)}, {}, "variance=fixed_small needs a chain of 2 steps.*fixed_large or optimal"),
         ({}, {"steps": 5}, "steps=5 must be an even number from 4 to T = 12, or all"),
         ({}, {"steps": "abc"}, "steps=abc must be an even number"),
         ({}, {"ode": {"probes": 0}}, "probes=0 must be 1 or more"),

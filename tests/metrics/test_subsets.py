@@ -10,7 +10,7 @@ from scipy.stats import norm
 from ldm.evaluation.classifier import Classifier, class_accuracy, class_shift, named_classes
 from ldm.evaluation.samples.memorisation import nearest_by_cosine, nearest_training
 from ldm.metrics import neighbours
-from ldm.metrics.frechet import frechet_distance, frechet_interval
+from ldm.metrics.frechet import frechet_distance, frechet_replicates
 from ldm.metrics.kernel import cmmd
 from ldm.metrics.neighbours import precision_recall
 from ldm.metrics.subsets import jackknife_error, over_subsets
@@ -18,6 +18,11 @@ from ldm.metrics.subsets import jackknife_error, over_subsets
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def frechet_interval(*sets: torch.Tensor, **options) -> tuple[float, float]:
+    value, without = frechet_replicates(*sets, **options)
+    return value, jackknife_error(without)
 
 
 @pytest.fixture(params=[2**24, 500], ids=["one part", "many parts"])

@@ -67,6 +67,11 @@ class Comparison:
     def runs(self) -> list[tuple[Group, RunRecord]]:
         return [(group, run) for group in self.groups for run in group.runs]
 
+    def curve_names(self) -> list[str]:
+        """What is drawn: everything of the held-out images, and the training loss."""
+        found = {name for _, run in self.runs for name in run.curves}
+        return sorted(name for name in found if name.startswith("val/")) + sorted({"train/loss"} & found)
+
     def content(self) -> dict[str, Any]:
         """For compare.json."""
         runs = [

@@ -2,7 +2,6 @@
 
 from typing import Annotated
 
-import numpy as np
 import torch
 from PIL import Image
 from pydantic import Field
@@ -11,11 +10,12 @@ from ldm.data.images import ImageData
 from ldm.diffusion.samplers.base import SamplerLike
 from ldm.errors import UserError
 from ldm.evaluation.comparison.compare import Comparison
+from ldm.evaluation.image_sets import held_out_apart
 from ldm.image_grid import rows, to_pil
 from ldm.rules import Count, Number, Seed, Whole, checked
 from ldm.sampling.draw import draw
 from ldm.sampling.pipeline import LatentDiffusionPipeline
-from ldm.sampling.request import Request
+from ldm.sampling.request import Request, read_prompts
 
 
 @checked
@@ -53,7 +53,7 @@ def side_by_side(
             if run.stage == "vae":
                 if images is None or run.run.facts["data_fingerprint"] != images.fingerprint:
                     raise UserError("It was trained on other images than those shown, or there are none at hand.")
-                originals = images.batch(_held_out(images, num_samples))
+                originals = images.batch(held_out_apart(images, num_samples))
                 autoencoder = run.run.autoencoder().to(device)
                 drawn = autoencoder.decode(autoencoder.encode(originals)[0])
                 shown += [] if shown else [("originals", to_pil(originals))]
@@ -81,12 +81,6 @@ def _first_images(comparison: Comparison) -> tuple[ImageData | None, list[str]]:
     return None, reasons[:1]
 
 
-def _held_out(images: ImageData, num: int) -> np.ndarray:
-    """Validation images at equal distances: neighbours in the data are alike, flags or faces."""
-    rows = np.linspace(0, len(images.val_indices) - 1, min(num, len(images.val_indices))).round().astype(int)
-    return images.val_indices[rows]
-
-
 def _request(
     pipeline: LatentDiffusionPipeline,
     images: ImageData | None,
@@ -96,11 +90,9 @@ def _request(
 ) -> Request:
     """What the columns show; `above`, what those of the rows before are, of which classes are the same by name."""
     if prompts:
-        asked = Request.make(pipeline, prompts=prompts)
-        part = {name: value[:num_samples] for name, value in asked.condition.items()}
-        return Request(part, asked.captions[:num_samples])
+        return Request(*pipeline.conditioning.of_request(read_prompts(prompts)[:num_samples]))
     if images is not None:
-        return Request.of_images(pipeline, images, _held_out(images, num_samples))
+        return Request.of_images(pipeline, images, held_out_apart(images, num_samples))
     known = pipeline.conditioning.class_names is not None
     names = [name for name in above or () if known and name is not None]
     return Request(*pipeline.conditioning.of_request(classes=names or None, num_samples=num_samples))

@@ -3,25 +3,23 @@
 import base64
 import hashlib
 import io
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
 from PIL import Image
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from ldm.evaluation.comparison.compare import Comparison, Row
-from ldm.evaluation.comparison.curves import plot_curves
 from ldm.evaluation.comparison.statistics import SAMPLING, Estimate, Verdict
-from ldm.files.atomic import durable_file, write_text
+from ldm.evaluation.curves import plot_curves
+from ldm.files.atomic import write_text
 from ldm.files.untrusted import file_name
+from ldm.metrics.report import Report
 
 LONGEST_NAME = 80
 
@@ -100,23 +98,18 @@ class ComparisonReport:
         page = self.print(_recorder()).export_html(inline_styles=True)
         encoded = [base64.b64encode(file.read_bytes()).decode() for file in pictures]
         images = "".join(f'<p><img src="data:image/png;base64,{image}">' for image in encoded)
-        settings = escape(", ".join(f"{key}={value}" for key, value in self.drawn.items()))
-        page = page.replace("</body>", f"{images}\n<p>{settings}\n</body>")
-        return page.replace("<style>", "<style>\nimg { max-width: 100%; }")
+        return page.replace("</body>", f"{images}\n</body>").replace("<style>", "<style>\nimg { max-width: 100%; }")
 
     def save(self, folder: Path) -> list[Path]:
         """compare.json, compare.html, compare.png of the curves and compare_images.png, where there are such."""
-        figure = plot_curves(self.comparison.groups)
-        files = [folder / "compare.json", folder / "compare.html"]
-        for picture, name in ((figure, "compare.png"), (self.samples, "compare_images.png")):
-            if picture is not None:
-                files.append(folder / name)
-                with durable_file(files[-1]) as partial:
-                    picture.savefig(partial) if isinstance(picture, Figure) else picture.save(partial)
+        curves = [(group.title, run.curves) for group, run in self.comparison.runs]
+        drawn = {"compare.png": plot_curves(self.comparison.curve_names(), curves), "compare_images.png": self.samples}
+        pictures = {name: picture for name, picture in drawn.items() if picture is not None}
         content = {**self.comparison.content(), "images": self.drawn, "notes": self.lines}
-        write_text(files[0], json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        write_text(files[1], self.html(files[2:]))
-        return files
+        data, *files = Report("compare.json", content, pictures=pictures).save(folder)
+        page = folder / "compare.html"
+        write_text(page, self.html(files))
+        return [data, page, *files]
 
 
 def format_number(value: float, width: float | None = None) -> str:

@@ -10,8 +10,8 @@ from typing import Any
 
 from ldm.errors import UserError
 from ldm.evaluation.comparison.statistics import better_direction
+from ldm.evaluation.curves import Curve, as_curve, read_curves
 from ldm.evaluation.evaluation_file import finite_numbers, metrics_from_json
-from ldm.evaluation.reconstructions.curves import Curve, as_curve, read_curves
 from ldm.files.untrusted import read_json
 from ldm.metrics.metric import Metric
 from ldm.runs.lineage import run_weights_sha256

@@ -1,14 +1,11 @@
 """What is in a data set: its metrics, and pictures for people to look at."""
 
 import hashlib
-import json
 import re
 import statistics
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -19,12 +16,14 @@ from pydantic import Field
 from torch import Tensor
 
 from ldm.data.images import ImageData
+from ldm.evaluation.data.summary import data_table
 from ldm.evaluation.features import NO_FEATURES, load_features, reference_features
-from ldm.evaluation.reconstructions.figure import image_text
+from ldm.evaluation.image_sets import image_text
 from ldm.image_grid import grid, to_pil
 from ldm.metrics import duplicates as metrics
 from ldm.metrics.kernel import vendi_score
 from ldm.metrics.neighbours import density_coverage, expected_coverage, nearest_distances
+from ldm.metrics.report import Report
 from ldm.progress import track
 from ldm.rules import Number, Seed, Whole, checked
 from ldm.runtime.random import numpy_generator
@@ -33,28 +32,8 @@ NEIGHBOURS, COMPARED = 5, 2000
 """k of density and coverage; most images of each split whose places in the feature space are compared."""
 LISTED, SHEET, PAIRS = 1000, 100, 12
 """Most copies in data.json (all are counted), images on the contact sheet, pairs in near_duplicates.png."""
-PICTURES = ("contact_sheet", "near_duplicates", "balance")
-
-
-@dataclass(frozen=True)
-class DataReport:
-    """Figures for data.json, and pictures by the name of their file."""
-
-    content: dict[str, Any]
-    pictures: dict[str, Image.Image | Figure]
-
-    def save(self, folder: Path) -> list[Path]:
-        """Write data.json and the pictures; an earlier report's picture that this one has not is removed."""
-        folder.mkdir(parents=True, exist_ok=True)
-        files = [folder / "data.json"]
-        text = json.dumps(self.content, indent=2, ensure_ascii=False)
-        files[0].write_text(text + "\n", encoding="utf-8")
-        for name in PICTURES:
-            (folder / f"{name}.png").unlink(missing_ok=True)
-        for name, picture in self.pictures.items():
-            files.append(folder / f"{name}.png")
-            picture.savefig(files[-1], dpi=110) if isinstance(picture, Figure) else picture.save(files[-1])
-        return files
+PICTURES = {"contact_sheet.png", "near_duplicates.png", "balance.png"}
+"""Where there is something to show."""
 
 
 @checked
@@ -66,7 +45,7 @@ def inspect_data(
     max_levels: Annotated[Number, Field(ge=0, le=255)] = 4,
     seed: Seed = 0,
     device: torch.device | str = "cpu",
-) -> DataReport:
+) -> Report:
     """Count, compare and draw a prepared data set.
 
     Args:
@@ -100,9 +79,9 @@ def inspect_data(
     if network is not None:
         found = _measure_in_features(images, reference_features(network, features, images), seed)
         content["features"] = {"network": features, **found}
-    content["what_to_do"] = ["docs/reading_the_numbers.md"]
     content["seconds"] = round(time.perf_counter() - started, 1)
-    return DataReport(content, _draw_pictures(images, content, alike, seed))
+    pictures = _draw_pictures(images, content, alike, seed)
+    return Report("data.json", content, data_table(content), pictures=pictures)
 
 
 def _find_copies(
@@ -182,7 +161,7 @@ def _draw_pictures(
     drawn = numpy_generator(seed, 2).permutation(len(images))[:SHEET].tolist()
     title = f"{images.name}: {len(drawn)} of {len(images):,} images, drawn with seed {seed}"
     sheet = grid(to_pil(images.batch(drawn)), [image_text(images, i) or images.names[i] for i in drawn], title=title)
-    pictures: dict[str, Image.Image | Figure] = {"contact_sheet": sheet}
+    pictures: dict[str, Image.Image | Figure] = {"contact_sheet.png": sheet}
     if alike:
         shown, texts = [], []
         for first, second, how in alike[:PAIRS]:
@@ -191,9 +170,11 @@ def _draw_pictures(
                 f"{'val' if i in val else 'train'}: {image_text(images, i) or images.names[i]}" for i in (first, second)
             ]
             texts[-1] += f"; {how}"
-        pictures["near_duplicates"] = grid(shown, texts, columns=6, title="Pairs side by side, the most alike first")
+        pictures["near_duplicates.png"] = grid(
+            shown, texts, columns=6, title="Pairs side by side, the most alike first"
+        )
     if content.keys() & {"classes", "captions"}:
-        pictures["balance"] = _plot_balance(content)
+        pictures["balance.png"] = _plot_balance(content)
     return pictures
 
 
@@ -206,7 +187,7 @@ def _plot_balance(content: dict[str, Any]) -> Figure:
     if "captions" in content:
         bars["most frequent words of the captions"] = content["captions"]["most_frequent_words"]
         bars["words of a caption"] = content["captions"]["lengths"]
-    figure = Figure(figsize=(5.2 * len(bars), 5), layout="constrained")
+    figure = Figure(figsize=(5.2 * len(bars), 5), dpi=110, layout="constrained")
     for axes, (title, counted) in zip(figure.subplots(1, len(bars), squeeze=False)[0], bars.items(), strict=True):
         axes.bar_label(axes.barh(range(len(counted)), list(counted.values())), padding=2, fontsize=8)
         axes.set_yticks(range(len(counted)), [str(name)[:24] for name in counted], fontsize=8)

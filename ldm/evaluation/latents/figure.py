@@ -12,33 +12,28 @@ from torch import Tensor
 
 from ldm.image_grid import rows, to_pil
 
-INK, SIGNAL, MARK, DEAD, NOISE = "#333333", "#2f6fb0", "#c9782c", "#c0392b", "#a9c3de"
+INK, SIGNAL, MARK = "#333333", "#2f6fb0", "#c9782c"
 FLOOR = 1e-6
 """Eigenvalues below this share of the largest are not drawn."""
 
 
 def plot_latents(content: dict[str, Any], z_raw: Tensor) -> Figure:
-    """Spectra between channels and of whole latents, the PCA curve; KL, std and histograms of channels.
+    """Spectra between channels and of whole latents, the PCA curve, histograms of channels.
 
     Args:
         content: As latents_report.json has them.
         z_raw: One draw per image, [n, C, h, w].
     """
-    figure = Figure(figsize=(15, 8.4), layout="constrained")
-    (between, whole, distortion), (rate, spread, histogram) = figure.subplots(2, 3)
+    figure = Figure(figsize=(10, 8.4), dpi=130, layout="constrained")
+    between, whole, distortion, histogram = figure.subplots(2, 2).flat
     _plot_spectrum(between, content["spectrum"]["channels"], "between channels")
     _plot_spectrum(whole, content["spectrum"]["latents"], "whole latents")
     _plot_distortion(distortion, content["held_out"], content["latent_shape"][0])
-    channels = {key: np.array([row[key] for row in content["channels"]]) for key in content["channels"][0]}
-    colours = [DEAD if dead else SIGNAL for dead in channels["dead"]]
-    _plot_rate(rate, channels, colours)
-    _plot_spread(spread, channels, colours)
     _plot_histogram(histogram, content["channels"], z_raw)
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.title.set_fontsize(10)
         axes.grid(alpha=0.25)
-    for axes in (between, whole, distortion, spread, histogram):
         axes.legend(frameon=False, fontsize=9)
     shape = " x ".join(map(str, content["latent_shape"]))
     figure.suptitle(f"{content['images']}, {content['num_images']} images: latents of {shape}", fontsize=12)
@@ -66,22 +61,6 @@ def _plot_distortion(axes: Axes, held_out: dict[str, Any], channels: int) -> Non
     axes.vlines(channels, *sorted((psnr_db, held_out["pca_psnr_db"])), color=MARK, lw=1, ls=":")
     axes.set(xlabel="channels: values per patch", ylabel="PSNR, dB", xlim=(0, counts[-1]))
     axes.set_title(f"{held_out['num_images']} held-out images; a PCA of {counts[-1]} channels loses nothing")
-
-
-def _plot_rate(axes: Axes, channels: dict[str, np.ndarray], colours: list[str]) -> None:
-    axes.bar(channels["channel"], channels["kl_bits"], color=colours)
-    axes.plot(channels["channel"], channels["information_bits"], "_", color=INK, ms=12)
-    axes.set(xlabel="channel; red: dead", ylabel="bits per image")
-    axes.set_title(f"KL to N(0, I), in all {channels['kl_bits'].sum():.0f} bits; line: information at most")
-
-
-def _plot_spread(axes: Axes, channels: dict[str, np.ndarray], colours: list[str]) -> None:
-    """Std of z_raw, and in front of it that of the noise: their squares differ by the variance of the signal."""
-    noise = channels["std"] * np.sqrt(np.clip(1 - channels["signal_share"], 0, None))
-    axes.bar(channels["channel"], channels["std"], color=colours, label="z_raw")
-    axes.bar(channels["channel"], noise, width=0.5, color=NOISE, label="its noise around the means")
-    axes.axhline(1, color=INK, lw=0.8, ls="--")
-    axes.set(xlabel="channel", ylabel="standard deviation", title="Spread of each channel; dashed: N(0, 1)")
 
 
 def _plot_histogram(axes: Axes, channels: list[dict[str, Any]], z_raw: Tensor) -> None:

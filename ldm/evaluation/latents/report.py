@@ -1,11 +1,6 @@
 """How many latent dimensions a run's images need: a table, words with one recommendation, a JSON and two pictures."""
 
-import json
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,11 +11,12 @@ from torch import Tensor
 from ldm.autoencoder.autoencoder import Autoencoder
 from ldm.data.images import ImageData
 from ldm.errors import UserError
-from ldm.evaluation.image_sets import track_batches
+from ldm.evaluation.image_sets import held_out_apart, track_batches
 from ldm.evaluation.latents.figure import plot_channels, plot_latents
 from ldm.latents import spectrum
 from ldm.latents.spectrum import ChannelStatistics, channel_statistics
 from ldm.metrics.image import fold, patch_components, psnr, unfold
+from ldm.metrics.report import Report
 from ldm.progress import track
 from ldm.rules import Count, checked
 from ldm.runs.run import Run, choose_images
@@ -41,53 +37,34 @@ COLUMNS = {
 """Of a channel, with their titles and forms."""
 
 
-@dataclass(frozen=True)
-class LatentReport:
-    """Content of latents_report.json, and what the pictures show beside them."""
+def latent_table(found: dict[str, Any]) -> Table:
+    """What each channel holds."""
+    channels, height, width = found["latent_shape"]
+    title = f"{channels} channels of {height} x {width}, {found['num_images']} images of {found['images']}"
+    table = Table(title=title, title_justify="left")
+    for name in ("channel", *(label for label, _ in COLUMNS.values()), "dead?"):
+        table.add_column(name, justify="right")
+    for row in found["channels"]:
+        numbers = (f"{row[key]:{form}}" for key, (_, form) in COLUMNS.items())
+        table.add_row(str(row["channel"]), *numbers, "[bold red]dead[/bold red]" if row["dead"] else "")
+    table.add_section()
+    table.add_row("all", *(f"{found[key]:.1f}" for key in ("kl_bits", "information_bits")))
+    return table
 
-    content: dict[str, Any]
-    z_raw: Tensor
-    """One draw per image, [n, C, h, w]."""
-    moved: dict[int, Tensor]
-    """By channel, those with the most information: [k, 3, 3, H, W], each of k images with it moved by MOVES."""
 
-    def table(self) -> Table:
-        """What each channel holds."""
-        found = self.content
-        channels, height, width = found["latent_shape"]
-        title = f"{channels} channels of {height} x {width}, {found['num_images']} images of {found['images']}"
-        table = Table(title=title, title_justify="left")
-        for name in ("channel", *(label for label, _ in COLUMNS.values()), "dead?"):
-            table.add_column(name, justify="right")
-        for row in found["channels"]:
-            numbers = (f"{row[key]:{form}}" for key, (_, form) in COLUMNS.items())
-            table.add_row(str(row["channel"]), *numbers, "[bold red]dead[/bold red]" if row["dead"] else "")
-        table.add_section()
-        table.add_row("all", *(f"{found[key]:.1f}" for key in ("kl_bits", "information_bits")))
-        return table
-
-    @property
-    def lines(self) -> list[str]:
-        """The spectra, the PSNR and the recommendation; docs/reading_the_numbers.md says what they mean."""
-        found, held_out = self.content, self.content["held_out"]
-        return [
-            *(
-                f"{name}: effective rank {of_it['effective_rank']:.1f} of {len(of_it['eigenvalues'])}, 99 % of "
-                f"the variance in {of_it['components']['0.99']}"
-                for name, of_it in found["spectrum"].items()
-            ),
-            f"{held_out['num_images']} held-out images: {held_out['psnr_db']:.2f} dB, a PCA of the same size "
-            f"{held_out['pca_psnr_db']:.2f} dB, and as much with {held_out['pca_channels_of_equal_psnr']} channels",
-            f"Recommendation: {found['recommendation']['text']}",
-        ]
-
-    def save(self, folder: Path) -> tuple[Path, Path, Path]:
-        """latents_report.json, latents.png and latents_channels.png."""
-        data, picture, channels = (folder / f"latents{end}" for end in ("_report.json", ".png", "_channels.png"))
-        data.write_text(json.dumps(self.content, indent=2) + "\n", encoding="utf-8")
-        plot_latents(self.content, self.z_raw).savefig(picture, dpi=130)
-        plot_channels(self.content, self.moved, MOVES).save(channels)
-        return data, picture, channels
+def latent_lines(found: dict[str, Any]) -> list[str]:
+    """The spectra, the PSNR and the recommendation; docs/reading_the_numbers.md says what they mean."""
+    held_out = found["held_out"]
+    return [
+        *(
+            f"{name}: effective rank {of_it['effective_rank']:.1f} of {len(of_it['eigenvalues'])}, 99 % of "
+            f"the variance in {of_it['components']['0.99']}"
+            for name, of_it in found["spectrum"].items()
+        ),
+        f"{held_out['num_images']} held-out images: {held_out['psnr_db']:.2f} dB, a PCA of the same size "
+        f"{held_out['pca_psnr_db']:.2f} dB, and as much with {held_out['pca_channels_of_equal_psnr']} channels",
+        f"Recommendation: {found['recommendation']['text']}",
+    ]
 
 
 @checked
@@ -99,7 +76,7 @@ def measure_latents(
     num_images: int = 2048,
     seed: int = 0,
     batch_size: Count = 64,
-) -> LatentReport:
+) -> Report:
     """What the autoencoder of a run of either stage does with the run's images.
 
     Args:
@@ -116,15 +93,12 @@ def measure_latents(
             f"The autoencoder {type(autoencoder.model).__name__} of {run.path} has points for latents, without the "
             "variance that a rate is measured by. Give run= a run with a KL."
         )
-    batches = partial(track_batches, images, batch_size=batch_size)
-    encoded = (torch.stack(autoencoder.encode(part), dim=1) for part in batches(indices, title="encoding, batches"))
+    parts = track_batches(images, indices, batch_size, "encoding, batches")
+    encoded = (torch.stack(autoencoder.encode(part), dim=1) for part in parts)
     moments = torch.cat([part.float().cpu() for part in encoded])
     require_finite(moments, "latents")
     mean, log_variance = moments.unbind(1)
-    train = batches(np.sort(images.train_indices[:PCA_IMAGES]), title="PCA, batches")
-    components = patch_components(train, autoencoder.factor)
-    held_out = batches(images.val_indices[:HELD_OUT], title="held-out images, batches")
-    distortion = _measure_distortion(autoencoder, held_out, components)
+    distortion = _measure_distortion(autoencoder, images, batch_size)
     found = channel_statistics(mean, log_variance)
     moved = _move_channels(autoencoder, images, found)
     spectra = {
@@ -155,23 +129,23 @@ def measure_latents(
         "seconds": round(time.perf_counter() - started, 1),
     }
     noise = torch.randn(mean.shape, generator=torch_generator(seed, 4))
-    return LatentReport(content, mean + (0.5 * log_variance).exp() * noise, moved)
+    pictures: dict[str, Any] = {
+        "latents.png": plot_latents(content, mean + (0.5 * log_variance).exp() * noise),
+        "latents_channels.png": plot_channels(content, moved, MOVES),
+    }
+    return Report("latents_report.json", content, latent_table(content), latent_lines(content), pictures)
 
 
-def _measure_distortion(
-    autoencoder: Autoencoder, batches: Iterable[Tensor], components: tuple[Tensor, Tensor]
-) -> dict[str, Any]:
+def _measure_distortion(autoencoder: Autoencoder, images: ImageData, batch_size: int) -> dict[str, Any]:
     """PSNR of held-out images beside that of PCAs."""
-    counts = spectrum.pca_counts(len(components[0]), autoencoder.channels)
-    parts = []
-    for images in batches:
-        own = psnr(images, autoencoder.decode(autoencoder.encode(images)[0]).cpu())
-        parts.append(torch.cat([own[None], pca_curve(components, images, autoencoder.factor, counts)]))
-    values = torch.cat(parts, dim=1)
-    psnr_db, *curve = values.mean(1).tolist()
+    held_out, factor = images.val_indices[:HELD_OUT], autoencoder.factor
+    batches = track_batches(images, held_out, batch_size, "held-out images, batches")
+    own = torch.cat([psnr(part, autoencoder.decode(autoencoder.encode(part)[0]).cpu()) for part in batches])
+    psnr_db, counts = own.mean().item(), spectrum.pca_counts(3 * factor**2, autoencoder.channels)
+    curve = held_out_pca(images, held_out, factor, counts, batch_size)
     pca = dict(zip(counts, curve, strict=True))
     return {
-        "num_images": values.shape[1],
+        "num_images": len(held_out),
         "psnr_db": psnr_db,
         "pca_psnr_db": pca[min(autoencoder.channels, max(counts))],
         "pca_channels_of_equal_psnr": next((n for n, value in pca.items() if value >= psnr_db), max(counts)),
@@ -179,12 +153,21 @@ def _measure_distortion(
     }
 
 
+def held_out_pca(
+    images: ImageData, indices: np.ndarray, factor: int, counts: list[int], batch_size: int
+) -> list[float]:
+    """Mean PSNR in dB of images by the number of components of f x f patches, which are those of training images."""
+    train = np.sort(images.train_indices[:PCA_IMAGES])
+    title = f"PCA, f = {factor}, batches"
+    components = patch_components(track_batches(images, train, batch_size, title), factor)
+    parts = track_batches(images, indices, batch_size, title)
+    return torch.cat([pca_curve(components, part, factor, counts) for part in parts], dim=1).mean(1).tolist()
+
+
 def _move_channels(autoencoder: Autoencoder, images: ImageData, found: ChannelStatistics) -> dict[int, Tensor]:
     """Images with each of the channels moved that hold the most information."""
     shown = found.information.argsort(descending=True)[:MOVED_CHANNELS].sort().values.tolist()
-    # neighbours in the data are alike: flags, faces
-    apart = np.linspace(0, len(images.val_indices) - 1, MOVED_IMAGES).round().astype(int)
-    first = autoencoder.encode(images.batch(images.val_indices[np.unique(apart)]))[0]
+    first = autoencoder.encode(images.batch(held_out_apart(images, MOVED_IMAGES)))[0]
     return {
         channel: move_channel(autoencoder, first, channel, found.std[channel].item())
         for channel in track(shown, "moving channels")

@@ -1,14 +1,15 @@
 """Rate and distortion of the latent sizes of a sweep, beside the PCA of every size."""
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ldm.evaluation.curves import COLOURS
+
 INK = "#333333"
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""By f, in ascending order; readable without telling red from green (Okabe and Ito 2008)."""
 MARKERS = {"plain": "o", "adversarial": "D"}
 LABELS = {"num_values": "values per image", "kl_bits": "rate: KL in bits per image"}
 
@@ -21,9 +22,9 @@ def plot_size_sweep(report: Mapping[str, Any]) -> Figure:
     """
     rows = sorted(report["rows"], key=lambda row: row["psnr_db"])
     factors = sorted({row["factor"] for row in rows})
-    colours = {factor: COLOURS[i % len(COLOURS)] for i, factor in enumerate(factors)}
+    colours = dict(zip(factors, cycle(COLOURS), strict=False))
     shown = [key for key in LABELS if all(row[key] is not None for row in rows)]
-    figure = Figure(figsize=(5.4 * len(shown), 5.4), layout="constrained")
+    figure = Figure(figsize=(5.4 * len(shown), 5.4), dpi=130, layout="constrained")
     for axes, key in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         _plot_distortion(axes, rows, key, report, colours)
     size = figure.axes[0]

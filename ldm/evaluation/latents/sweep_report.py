@@ -3,27 +3,22 @@
 How to read them: docs/reading_the_numbers.md.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 from pydantic import Field
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ldm.errors import UserError
-from ldm.evaluation.image_sets import track_batches
-from ldm.evaluation.latents.report import PCA_IMAGES, pca_curve
+from ldm.evaluation.latents.report import held_out_pca
 from ldm.evaluation.latents.sweep import MOST_MINUTES, SweepTraining, as_time
 from ldm.evaluation.latents.sweep_figure import plot_size_sweep
 from ldm.evaluation.reconstructions import report as reconstruction_report
-from ldm.files.atomic import write_text
 from ldm.latents import spectrum
-from ldm.metrics.image import patch_components
+from ldm.metrics.report import Report
 from ldm.rules import Count, Number, Seed, Whole, checked
 from ldm.runs.run import Run, choose_images
 from ldm.runtime import shell
@@ -58,8 +53,8 @@ def measure_sweep(
     num_images: Annotated[Whole, Field(ge=2)] = 2048,
     seed: Seed = 0,
     batch_size: Count = 64,
-) -> dict[str, Any]:
-    """Measure every run on the same held-out images, beside PCAs of the sizes between them: the report of sweep.json.
+) -> Report:
+    """Measure every run on the same held-out images, beside PCAs of the sizes between them.
 
     Raises:
         UserError: runs on different images; what `measure_reconstructions` refuses.
@@ -82,7 +77,7 @@ def measure_sweep(
     best = next(training for training in trainings if training.name == advice["name"])
     again = shell.train_command("stage=vae", f"name={best.name}", *best.overrides)
     longer = again.replace(as_time(best.minutes), as_time(min(LONGER * best.minutes, MOST_MINUTES)))
-    return {
+    found = {
         **options,
         "images": rows[0]["images"],
         "num_images": rows[0]["num_images"],
@@ -93,6 +88,10 @@ def measure_sweep(
         "pca": {str(factor): _pca_beside(runs[0], widest[factor], **options) for factor in sorted(widest)},
         "recommendation": {**advice, "train": longer, "next": Run.open(best.folder).next_training()},
     }
+    advice = found["recommendation"]
+    lines = [f"Recommendation: {advice['text']}", f"longer: {advice['train']}", f"stage 2: {advice['next']}"]
+    content = {"trainings": {training.name: training.overrides for training in trainings}, "report": found}
+    return Report("sweep.json", content, size_table(found), lines, {"sweep.png": plot_size_sweep(found)})
 
 
 def _sweep_row(training: SweepTraining, run: Run, measured: dict[str, Any]) -> dict[str, Any]:
@@ -116,13 +115,10 @@ def _sweep_row(training: SweepTraining, run: Run, measured: dict[str, Any]) -> d
 def _pca_beside(run: Run, row: dict[str, Any], *, num_images: int, seed: int, batch_size: int) -> dict[str, Any]:
     """Held-out PSNR by the number of components of f x f patches, without the number that loses nothing."""
     factor, (images, indices) = row["factor"], choose_images(run, "val", num_images, seed)
-    train = np.sort(images.train_indices[:PCA_IMAGES])
-    found = patch_components(track_batches(images, train, batch_size, f"PCA, f = {factor}"), factor)
     counts = [count for count in spectrum.pca_counts(3 * factor**2, row["latent_shape"][0]) if count < 3 * factor**2]
-    parts = track_batches(images, indices, batch_size, f"PCA, f = {factor}")
-    curves = torch.cat([pca_curve(found, part, factor, counts) for part in parts], dim=1)
     locations = (images.resolution // factor) ** 2
-    return {"channels": counts, "num_values": [n * locations for n in counts], "psnr_db": curves.mean(1).tolist()}
+    curve = held_out_pca(images, indices, factor, counts, batch_size)
+    return {"channels": counts, "num_values": [n * locations for n in counts], "psnr_db": curve}
 
 
 def recommend_size(rows: Sequence[Mapping[str, Any]], target_psnr_db: float) -> dict[str, Any]:
@@ -159,12 +155,3 @@ def size_table(report: Mapping[str, Any]) -> Table:
     for label, key, form in ROWS:
         table.add_row(label, *("-" if row[key] is None else f"{row[key]:{form}}" for row in report["rows"]))
     return table
-
-
-def save_sweep(report: dict[str, Any], trainings: Sequence[SweepTraining], folder: Path) -> tuple[Path, Path]:
-    """sweep.json, with the overrides of each training, and sweep.png."""
-    data, picture = folder / "sweep.json", folder / "sweep.png"
-    content = {"trainings": {training.name: training.overrides for training in trainings}, "report": report}
-    write_text(data, json.dumps(content, indent=2) + "\n")
-    plot_size_sweep(report).savefig(picture, dpi=130)
-    return data, picture

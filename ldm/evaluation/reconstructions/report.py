@@ -1,13 +1,9 @@
 """How well an autoencoder gives held-out images back: distortion, distances in features, rate, and its worst images."""
 
-import json
-import math
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,26 +13,20 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from ldm.autoencoder.autoencoder import Autoencoder
-from ldm.autoencoder.perceptual import LPIPS, has_lpips
+from ldm.autoencoder.perceptual import LPIPS
 from ldm.data.images import ImageData
 from ldm.errors import UserError
-from ldm.evaluation.evaluation_file import ERROR, metrics_to_json
-from ldm.evaluation.features import NO_FEATURES, describe_features, load_features, reference_features
-from ldm.evaluation.image_sets import track_batches
-from ldm.evaluation.latents.report import PCA_IMAGES, pca_curve, require_finite
-from ldm.evaluation.reconstructions.figure import image_text
-from ldm.evaluation.samples.distances import fd_name
-from ldm.files.atomic import durable_file, write_text
+from ldm.evaluation.features import NO_FEATURES, feature_title, load_features, reference_features
+from ldm.evaluation.image_sets import image_text, track_batches
+from ldm.evaluation.latents.report import held_out_pca, require_finite
+from ldm.evaluation.samples.distances import Measures, describe_setting, fd_name
 from ldm.image_grid import grid, to_pil
 from ldm.metrics.codes import codebook, kl, rate
-from ldm.metrics.frechet import feature_components, frechet_distance, frechet_interval
-from ldm.metrics.image import patch_components, psnr, ssim
-from ldm.metrics.kernel import kernel_distance
-from ldm.metrics.metric import UNMEASURED, Metric
-from ldm.metrics.subsets import MOST_COMPONENTS, NUM_GROUPS, NUM_SUBSETS
+from ldm.metrics.image import psnr, ssim
+from ldm.metrics.metric import ERROR, UNMEASURED, mean_metric, metrics_to_json
+from ldm.metrics.report import Report
 from ldm.rules import Count, checked
 from ldm.runs.run import EVALUATION_FILE, Run, choose_images
-from ldm.runtime import shell
 
 WORST, TRAIN_IMAGES = 12, 4096
 """Images that are shown, and training images whose codes are counted."""
@@ -44,74 +34,51 @@ AMPLIFIED = 4
 """Errors are shown so many times as bright as they are."""
 
 
-@dataclass(frozen=True)
-class ReconstructionReport:
-    """Metrics and their settings by name, and a picture of the worst reconstructions."""
+def reconstruction_table(content: dict[str, Any]) -> Table:
+    """A row per metric, with its standard error over the images and what stands beside it."""
+    of = ""
+    if content["features"]:
+        of = f"; features: {feature_title(content)}{' (in the loss)' * content['features_in_loss']}"
+    title = f"Reconstructions of {content['num_images']} held-out images, {content['images']}{of}"
+    table = Table("", title=title, title_justify="left")
+    for name in ("value", "+-", "beside it"):
+        table.add_column(name, justify="left" if name == "beside it" else "right")
+    fd = content.get("fd_name", "")
+    rows = (
+        ("PSNR, dB", "psnr_db", 2, "PCA of the same size: {pca_psnr_db:.2f}"),
+        ("SSIM", "ssim", 4, ""),
+        ("LPIPS", "lpips", 4, "in the loss" * content["lpips_in_loss"]),
+        (fd, "fd_reconstructions", 4, ""),
+        (f"{fd}, validation to training", "fd_validation", 4, ""),
+        ("KD", "kd_reconstructions", 4, ""),
+        ("KD, validation to training", "kd_validation", 4, ""),
+        ("accuracy of the classifier", "classifier_val_accuracy", 3, "on validation images"),
+        ("KL, bits per image", "kl_bits", 1, "per pixel value: {kl_bits_per_value:.3f}"),
+        ("codebook in use", "codebook_usage", 3, "by the training images: {codebook_usage_train:.3f}"),
+        ("perplexity of the codes", "codebook_perplexity", 1, "{codebook_size} codes"),
+    )
+    values = metrics_to_json(content)
+    for name, key, digits, beside in rows:
+        if (value := values.get(key)) is not None:
+            error = values.get(key + ERROR)
+            numbers = ("" if number is None else f"{number:.{digits}f}" for number in (value, error))
+            table.add_row(name, *numbers, beside.format(**values))
+    return table
 
-    content: dict[str, Any]
-    picture: Image.Image
 
-    def to_json(self) -> dict[str, Any]:
-        return metrics_to_json(self.content)
-
-    def table(self) -> Table:
-        """A row per metric, with its standard error over the images and what stands beside it."""
-        found, of = self.content, ""
-        if found["features"]:
-            of = f"; features: {_feature_title(found)}{' (in the loss)' * found['features_in_loss']}"
-        title = f"Reconstructions of {found['num_images']} held-out images, {found['images']}{of}"
-        table = Table("", title=title, title_justify="left")
-        for name in ("value", "+-", "beside it"):
-            table.add_column(name, justify="left" if name == "beside it" else "right")
-        fd = found.get("fd_name", "")
-        rows = (
-            ("PSNR, dB", "psnr_db", 2, "PCA of the same size: {pca_psnr_db:.2f}"),
-            ("SSIM", "ssim", 4, ""),
-            ("LPIPS", "lpips", 4, "in the loss" * found["lpips_in_loss"]),
-            (fd, "fd_reconstructions", 4, ""),
-            (f"{fd}, validation to training", "fd_validation", 4, ""),
-            ("KD", "kd_reconstructions", 4, ""),
-            ("KD, validation to training", "kd_validation", 4, ""),
-            ("accuracy of the classifier", "classifier_val_accuracy", 3, "on validation images"),
-            ("KL, bits per image", "kl_bits", 1, "per pixel value: {kl_bits_per_value:.3f}"),
-            ("codebook in use", "codebook_usage", 3, "by the training images: {codebook_usage_train:.3f}"),
-            ("perplexity of the codes", "codebook_perplexity", 1, "{codebook_size} codes"),
+def reconstruction_lines(content: dict[str, Any]) -> list[str]:
+    """What the distances are of; docs/reading_the_numbers.md says what they prove."""
+    lines = []
+    if content["features"]:
+        n, reference = content["num_images"], content["reference"]
+        of = f", PCA of {reference}" if content["fd_components"] else ""
+        lines.append(
+            f"{content['fd_name']}{of}, and KD of {feature_title(content)}: N={n}, ref=originals of the same {n} "
+            f"images; validation against training images: ref={reference}, N={content['num_reference']}"
         )
-        values = self.to_json()
-        for name, key, digits, beside in rows:
-            if (value := values.get(key)) is not None:
-                error = values.get(key + ERROR)
-                numbers = ("" if number is None else f"{number:.{digits}f}" for number in (value, error))
-                table.add_row(name, *numbers, beside.format(**values))
-        return table
-
-    @property
-    def lines(self) -> list[str]:
-        """What the distances are of; docs/reading_the_numbers.md says what they prove."""
-        found = self.content
-        without = [f"LPIPS is left out: {found['lpips_left_out']}."] if found["lpips_left_out"] else []
-        if not found["features"]:
-            return without
-        n, reference = found["num_images"], found["reference"]
-        of = f", PCA of {reference}" if found["fd_components"] else ""
-        said = (
-            f"{found['fd_name']}{of}, and KD of {_feature_title(found)}: N={n}, ref=originals of the same {n} images; "
-            f"validation against training images: ref={reference}, N={found['num_reference']}"
-        )
-        return [said, *without]
-
-    def save(self, folder: Path) -> tuple[Path, Path]:
-        """evaluation.json and worst_reconstructions.png."""
-        data, picture = folder / EVALUATION_FILE, folder / "worst_reconstructions.png"
-        with durable_file(picture) as partial:
-            self.picture.save(partial)
-        write_text(data, json.dumps(self.to_json(), indent=2) + "\n")
-        return data, picture
-
-
-def _feature_title(content: dict[str, Any]) -> str:
-    """Features by what tells them apart: name, weights, size, library."""
-    return content["features_key"] + (f" ({content['features_library']})" if content["features_library"] else "")
+    if content["lpips_left_out"]:
+        lines.append(f"LPIPS is left out: {content['lpips_left_out']}.")
+    return lines
 
 
 @checked
@@ -124,7 +91,7 @@ def measure_reconstructions(
     num_images: int = 4096,
     seed: int = 0,
     batch_size: Count = 64,
-) -> ReconstructionReport:
+) -> Report:
     """Compare a run's validation images with what its autoencoder makes of them, decode(mean of q(z_raw|x)).
 
     Args:
@@ -142,10 +109,9 @@ def measure_reconstructions(
     in_loss = run.facts.get("perceptual_features", [])
     gallery = None if network is None else reference_features(network, features, images)
     batches = partial(track_batches, images, batch_size=batch_size)
-    pca_images = batches(np.sort(images.train_indices[:PCA_IMAGES]), title="PCA, batches")
-    components = patch_components(pca_images, autoencoder.factor)
-    held_out = batches(indices, title="held-out images, batches")
-    found = _compare_images(autoencoder, held_out, components, network, lpips)
+    found = _compare_images(autoencoder, batches(indices, title="held-out images, batches"), network, lpips)
+    factor = autoencoder.factor
+    pca_channels = [min(autoencoder.channels, 3 * factor**2)]
     # of few held-out images, most codes could not be in use
     of_train = batches(images.train_indices[:TRAIN_IMAGES], title="codes of training images, batches")
     content: dict[str, Any] = {
@@ -156,11 +122,11 @@ def measure_reconstructions(
         "seed": seed,
         "regulariser": autoencoder.regulariser,
         "latent_shape": list(autoencoder.latent_shape(images.resolution)),
-        "factor": autoencoder.factor,
-        "psnr_db": _mean_over_images(found["psnr"]),
-        "pca_psnr_db": found["pca_psnr"].mean().item(),
-        "ssim": _mean_over_images(found["ssim"]),
-        "lpips": _mean_over_images(found["lpips"]) if "lpips" in found else UNMEASURED,
+        "factor": factor,
+        "psnr_db": mean_metric(found["psnr"]),
+        "pca_psnr_db": held_out_pca(images, indices, factor, pca_channels, batch_size)[0],
+        "ssim": mean_metric(found["ssim"]),
+        "lpips": mean_metric(found["lpips"]) if "lpips" in found else UNMEASURED,
         "lpips_left_out": without,
         "lpips_in_loss": lpips is not None and "lpips" in in_loss,
         "features": None,
@@ -171,72 +137,57 @@ def measure_reconstructions(
     }
     if network is not None and gallery is not None:
         train, own = (gallery[torch.from_numpy(rows)] for rows in (images.train_indices, indices))
-        content |= describe_features(network, features) | reconstruction_distances(found["features"], own, train)
-        content["reference"] = f"{images.name}/train@{images.fingerprint[:8]}"
+        content |= describe_setting(network, features, images)
+        content |= reconstruction_distances(found["features"], own, train)
         content["fd_name"] = fd_name(network, content["fd_components"])
         if (share := getattr(network, "val_accuracy", None)) is not None:
             content["classifier_val_accuracy"] = share
     content["seconds"] = round(time.perf_counter() - started, 1)
-    return ReconstructionReport(content, _plot_worst(autoencoder, images, indices, content, found["psnr"]))
+    worst = _plot_worst(autoencoder, images, indices, content, found["psnr"])
+    table, lines = reconstruction_table(content), reconstruction_lines(content)
+    return Report(EVALUATION_FILE, content, table, lines, {"worst_reconstructions.png": worst})
 
 
 def reconstruction_distances(reconstructed: Tensor, own: Tensor, train: Tensor) -> dict[str, Any]:
     """FD and KD of reconstructions to the originals of the same images, and of those to the training images.
 
-    FD is on the first principal components of the training images where one of the sets has fewer than 2 d images; KD
-    is not measured where there are too few for its subsets, nor FD's error where there are too few for two groups. An
-    image and its reconstruction are left out together.
+    FD is on the first principal components of the training images where one of the sets has fewer than 2 d images.
+    Either is UNMEASURED where there are too few for its error. An image and its reconstruction are left out together.
 
     Args:
         reconstructed, own: Features [n, d], row by row of the same image.
         train: [m, d].
     """
-    num, dim = min(len(own), len(train)), own.shape[1]
-    components = None if num >= 2 * dim else min(MOST_COMPONENTS, num // 2)
-    seen = [reconstructed, own, train]
-    if components is not None:
-        mean, basis = feature_components(train, components)
-        seen = [(part.double() - mean) @ basis for part in seen]
-    groups = min(NUM_GROUPS, len(own) // 2)
-    found: dict[str, Any] = {"feature_dim": dim, "fd_components": components, "num_reference": len(train)}
-    sides = {"reconstructions": ((reconstructed, own), seen[:2]), "validation": ((own, train), seen[1:])}
-    for name, (whole, reduced) in sides.items():
-        paired = name == "reconstructions"
-        if groups >= 2:
-            fd = Metric(*frechet_interval(*reduced, num_groups=groups, paired=paired), n=len(own))
-        else:
-            fd = Metric(frechet_distance(*reduced), n=len(own))
-        found[f"fd_{name}"] = fd
-        enough = num >= 2 * NUM_SUBSETS
-        found[f"kd_{name}"] = Metric(*kernel_distance(*whole, paired=paired), n=len(own)) if enough else UNMEASURED
+    measures, dim = Measures.choose(train, len(own), num_reference=len(train)), own.shape[1]
+    found: dict[str, Any] = {"feature_dim": dim, "fd_components": measures.num_components}
+    sides = {"reconstructions": (reconstructed, own, True), "validation": (own, train, False)}
+    for name, (features, reference, paired) in sides.items():
+        found[f"fd_{name}"] = measures.fd(features, reference, paired=paired)
+        found[f"kd_{name}"] = measures.kd(features, reference, paired=paired)
     return found
 
 
 def _lpips() -> tuple[LPIPS | None, str | None]:
     """The network, or why there is none: a report without a network at hand is a report all the same."""
-    if not has_lpips():
-        return None, f"its packages are not installed: {shell.install_command('lpips')}"
     try:
         return LPIPS(), None
-    except UserError:
-        return None, "the weights of its network could not be fetched"
+    except UserError as error:
+        return None, str(error).rstrip(".")
 
 
 @torch.no_grad()
 def _compare_images(
     autoencoder: Autoencoder,
     batches: Iterable[Tensor],
-    components: tuple[Tensor, Tensor],
     network: nn.Module | None,
     lpips: nn.Module | None,
 ) -> dict[str, Tensor]:
     """By name, a value or a vector per image."""
-    factor, parts = autoencoder.factor, defaultdict[str, list[Tensor]](list)
+    parts = defaultdict[str, list[Tensor]](list)
     for part in batches:
         mean, log_variance = autoencoder.encode(part)
         original, reconstruction = part.to(autoencoder.device), autoencoder.decode(mean).float()
         values = {"psnr": psnr(original, reconstruction), "ssim": ssim(original, reconstruction)}
-        values["pca_psnr"] = pca_curve(components, part, factor, [min(autoencoder.channels, 3 * factor**2)])[0]
         if lpips is not None:
             values["lpips"] = lpips.to(autoencoder.device)(original, reconstruction)
         if network is not None:
@@ -256,10 +207,6 @@ def _count_codes(autoencoder: Autoencoder, batches: Iterable[Tensor]) -> Tensor 
         return None
     codes = torch.cat([autoencoder.codes(autoencoder.encode(part)[0]).flatten().cpu() for part in batches])
     return codes.bincount(minlength=size)
-
-
-def _mean_over_images(values: Tensor) -> Metric:
-    return Metric(values.mean().item(), values.std().item() / math.sqrt(len(values)), n=len(values))
 
 
 def _plot_worst(

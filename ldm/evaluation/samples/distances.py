@@ -20,8 +20,7 @@ from ldm.runtime.random import numpy_generator
 
 COLUMNS = {"fd": 2, "kd": 4, "precision": 3, "recall": 3, "density": 3, "coverage": 3, "cmmd": 3}
 """Metrics by name, with the digits that are shown."""
-FEWEST = 2 * NUM_SUBSETS
-Enough = Annotated[Whole, Field(ge=FEWEST)]
+Enough = Annotated[Whole, Field(ge=2 * NUM_SUBSETS)]
 """Images of which a distance and its error can be told."""
 
 
@@ -40,9 +39,15 @@ class Measures:
     with_cmmd: bool = False
 
     @classmethod
-    def choose(cls, train: Tensor, num_samples: int, *, with_cmmd: bool = False) -> "Measures":
-        """The Fréchet distance in all dimensions where samples and half of the training images are 2 d each."""
-        num, dim = min(num_samples, len(train) // 2), train.shape[1]
+    def choose(
+        cls, train: Tensor, num_samples: int, *, num_reference: int | None = None, with_cmmd: bool = False
+    ) -> "Measures":
+        """The Fréchet distance in all dimensions where samples and reference are 2 d each.
+
+        Args:
+            num_reference: None: half of the training images, as the floor has.
+        """
+        num, dim = min(num_samples, num_reference or len(train) // 2), train.shape[1]
         most = min(MOST_COMPONENTS, num // 2)
         return cls(train, None if num >= 2 * dim else feature_components(train, most), with_cmmd)
 
@@ -60,14 +65,23 @@ class Measures:
         Args:
             reference: Instead of all training images.
         """
-        frechet = self.frechet(features, reference)
-        fd = UNMEASURED if frechet is None else Metric(frechet[0], jackknife_error(frechet[1]))
-        return {"fd": fd, **self.by_subsets(features, reference)}
+        return {"fd": self.fd(features, reference), **self.by_subsets(features, reference)}
+
+    def fd(self, features: Tensor, reference: Tensor | None = None, *, paired: bool = False) -> Metric:
+        """The Fréchet distance; `paired` as in `frechet_replicates`."""
+        found = self.frechet(features, reference, paired=paired)
+        return UNMEASURED if found is None else Metric(found[0], jackknife_error(found[1]))
+
+    def kd(self, features: Tensor, reference: Tensor | None = None, *, paired: bool = False) -> Metric:
+        """The kernel distance; `paired` as in `kernel_distance`."""
+        if self.num_per_subset(features, reference) < 2:
+            return UNMEASURED
+        return Metric(*kernel_distance(features, self.train if reference is None else reference, paired=paired))
 
     def by_subsets(self, features: Tensor, reference: Tensor | None = None) -> dict[str, Metric]:
         """All of them but the Fréchet distance."""
         size, reference = self.num_per_subset(features, reference), self.train if reference is None else reference
-        found = {"kd": Metric(*kernel_distance(features, reference)) if size >= 2 else UNMEASURED}
+        found = {"kd": self.kd(features, reference)}
         for names, metric, smallest in (
             (("precision", "recall"), precision_recall, 4),
             (("density", "coverage"), lambda a, b: density_coverage(b, a), 6),
@@ -79,15 +93,18 @@ class Measures:
             found["cmmd"] = Metric(cmmd(features, reference), parts[0][1]) if parts else UNMEASURED
         return found
 
-    def frechet(self, features: Tensor, reference: Tensor | None = None) -> tuple[float, Tensor] | None:
+    def frechet(
+        self, features: Tensor, reference: Tensor | None = None, *, paired: bool = False
+    ) -> tuple[float, Tensor] | None:
         """The distance and its jackknife replicates; None where a set is too small for it."""
         reference = self.train if reference is None else reference
         if self.components is not None:
             mean, basis = self.components
             features, reference = ((part.double() - mean) @ basis for part in (features, reference))
-        if min(len(features), len(reference)) < 2 * features.shape[1]:
+        if min(len(features), len(reference)) < max(4, 2 * features.shape[1]):
             return None
-        return frechet_replicates(features, reference, num_groups=min(NUM_GROUPS, len(features) // 2))
+        num_groups = min(NUM_GROUPS, len(features) // 2)
+        return frechet_replicates(features, reference, num_groups=num_groups, paired=paired)
 
 
 def describe_setting(network: nn.Module, features: str, images: ImageData) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ldm.data.images import ImageData
 from ldm.evaluation.features import ImageSet
-from ldm.evaluation.reconstructions.figure import image_text
+from ldm.evaluation.image_sets import image_text
 from ldm.image_grid import grid, to_pil
 from ldm.metrics.neighbours import part_size
 

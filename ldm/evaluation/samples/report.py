@@ -1,68 +1,46 @@
 """How good the samples are, in numbers that name their features, N and reference set."""
 
-import json
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from ldm.data.images import ImageData
 from ldm.diffusion.samplers.base import SamplerLike
 from ldm.errors import UserError
 from ldm.evaluation.classifier import Classifier, class_accuracy, class_shift, named_classes
-from ldm.evaluation.evaluation_file import metrics_to_json
-from ldm.evaluation.features import ImageSet, extract, load_features, reference_features
+from ldm.evaluation.features import ImageSet, extract, feature_title, load_features, reference_features
 from ldm.evaluation.image_sets import Reconstructions, VAEAlone
 from ldm.evaluation.samples import distances, retrieval
 from ldm.evaluation.samples.distances import Enough, Measures
-from ldm.evaluation.samples.kept import KeptSamples, chosen_rows, draw_and_keep
+from ldm.evaluation.samples.kept import chosen_rows, draw_and_keep
 from ldm.evaluation.samples.memorisation import Memorisation, nearest_training, plot_nearest
-from ldm.files.atomic import durable_file, write_text
 from ldm.files.untrusted import read_json
 from ldm.metrics.metric import Metric
+from ldm.metrics.report import Report
 from ldm.rules import Count, Seed, checked
+from ldm.runs.run import EVALUATION_FILE
 from ldm.sampling.draw import Guidance, Interval, describe
 from ldm.sampling.pipeline import LatentDiffusionPipeline
 
 
-@dataclass(frozen=True)
-class SampleReport:
-    """Metrics and their settings by name, lines that explain them, pictures by file name."""
+def save_unless_smaller(report: Report, folder: Path, elsewhere: Path) -> Path:
+    """Save a report in `folder`, or as `elsewhere` where that holds metrics of more samples of the same weights.
 
-    content: dict[str, Any]
-    lines: list[str]
-    pictures: dict[str, Image.Image] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        return metrics_to_json(self.content)
-
-    def save(self, path: Path) -> None:
-        """The metrics at `path`, the pictures beside it."""
-        for name, picture in self.pictures.items():
-            with durable_file(path.with_name(name)) as partial:
-                picture.save(partial)
-        write_text(path, json.dumps(self.to_json(), indent=2) + "\n")
-
-    def save_unless_smaller(self, path: Path, elsewhere: Path) -> Path:
-        """At `path`; `elsewhere` where that holds metrics of more samples of the same weights. Returns which.
-
-        A file that cannot be read holds none.
-        """
-        known: dict[str, Any] = {}
-        with suppress(UserError):
-            known = read_json(path)
-        same, num = known.get("weights_sha256") == self.content["weights_sha256"], known.get("num_samples")
-        if same and isinstance(num, int) and num > self.content["num_samples"]:
-            path = elsewhere
-        self.save(path)
-        return path
+    A file that cannot be read holds none. Returns where its JSON is.
+    """
+    known: dict[str, Any] = {}
+    with suppress(UserError):
+        known = read_json(folder / report.name)
+    same, num = known.get("weights_sha256") == report.content["weights_sha256"], known.get("num_samples")
+    if same and isinstance(num, int) and num > report.content["num_samples"]:
+        report, folder = replace(report, name=elsewhere.name), elsewhere.parent
+    return report.save(folder)[0]
 
 
 @checked
@@ -70,6 +48,7 @@ def measure_samples(
     pipeline: LatentDiffusionPipeline,
     images: ImageData,
     sampler: SamplerLike,
+    folder: Path,
     *,
     features: str = "efficientnet_lite",
     features_path: str | None = None,
@@ -78,59 +57,38 @@ def measure_samples(
     guidance_interval: Interval = (0.0, 1.0),
     seed: Seed = 0,
     batch_size: Count = 64,
-    folder: Path | None = None,
     weights_sha256: str | None = None,
-) -> SampleReport:
+) -> Report:
     """Compare samples for seed-drawn training captions with the training images.
 
-    Of a model of text, samples for the captions of validation images too, which training never saw.
+    Of a model of text, samples for the captions of validation images too, which training never saw. Beside them stand
+    the autoencoder's reconstructions of the same images (the best that its decoder can show), the autoencoder as a
+    generator of its own (z_raw ~ N(0, I) decoded, what a VAE without the chain would draw), the validation images (what
+    new images of this kind look like), training images against the others (the floor: what the metrics say of one
+    distribution), and for retrieval chance.
 
     Args:
         features_path: Folder or hub id of the features' weights.
-        folder: Where samples are kept as they are drawn, and are looked for first; None keeps none.
+        folder: Where samples are kept as they are drawn, and are looked for first.
         weights_sha256: By which the run names its weights, written beside the metrics.
 
     Raises:
-        UserError: few training images, what `load_features` and `draw_and_keep` refuse.
+        UserError: what `load_features` and `draw_and_keep` refuse.
     """
-    if len(images.train_indices) < distances.FEWEST:
-        raise UserError(
-            f"{images.name} has {len(images.train_indices)} training images; distances need {distances.FEWEST}."
-        )
     network = load_features(features, images, features_path).to(pipeline.device)
     options: Any = {"guidance": guidance, "guidance_interval": guidance_interval, "seed": seed}
+    draw = partial(draw_and_keep, pipeline, images, sampler, folder, batch_size=batch_size, **options)
+    kept = draw(num_samples=num_samples)
     content: dict[str, Any] = {
         "weights_sha256": weights_sha256,
         **distances.describe_setting(network, features, images),
         "num_samples": num_samples,
         "sampler": describe(sampler),
         **options,
+        "network_evaluations_per_sample": kept.evaluations,
+        "seconds_per_sample": kept.seconds,
     }
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-        place = folder or Path(scratch)
-        draw = partial(draw_and_keep, pipeline, images, sampler, place, batch_size=batch_size, **options)
-        return _compare_sets(pipeline, images, network, draw, content, batch_size)
-
-
-def _compare_sets(
-    pipeline: LatentDiffusionPipeline,
-    images: ImageData,
-    network: nn.Module,
-    draw: Callable[..., KeptSamples],
-    content: dict[str, Any],
-    batch_size: int,
-) -> SampleReport:
-    """Draw samples and measure them beside their anchors.
-
-    The anchors: the autoencoder's reconstructions of the same images (the best that its decoder can show), the
-    autoencoder as a generator of its own (z_raw ~ N(0, I) decoded, what a VAE without the chain would draw), the
-    validation images (what new images of this kind look like), training images against the others (the floor: what
-    the metrics say of one distribution), and for retrieval chance.
-    """
-    num_samples, seed = content["num_samples"], content["seed"]
-    kept = draw(num_samples=num_samples)
-    content |= {"network_evaluations_per_sample": kept.evaluations, "seconds_per_sample": kept.seconds}
-    reference = reference_features(network, content["features"], images)
+    reference = reference_features(network, features, images)
     train, validation = (reference[torch.from_numpy(rows)] for rows in (images.train_indices, images.val_indices))
     chosen = chosen_rows(images.train_indices, num_samples, seed)
     own = images.train_indices[chosen]
@@ -148,7 +106,7 @@ def _compare_sets(
         lines += _classes(network, found, train, asked, content)
     if pipeline.conditioning.text_dim is not None:
         ours = {name: found[name] for name in ("samples", "reconstructions")}
-        parts = [retrieval.training_retrieval(ours, train, torch.from_numpy(chosen), content["features_key"])]
+        lines += retrieval.training_retrieval(ours, train, torch.from_numpy(chosen), content)
         if (num_held_out := min(num_samples, len(validation))) >= 2:
             rows = chosen_rows(images.val_indices, num_held_out, seed)
             sets = {
@@ -157,13 +115,11 @@ def _compare_sets(
             }
             theirs = {name: extract(network, part, f"held-out {name}", batch_size) for name, part in sets.items()}
             answered = validation, train, torch.from_numpy(rows), images, pipeline.conditioning
-            parts.append(retrieval.held_out_retrieval(theirs, *answered, content["features_key"]))
-        for metrics, told in parts:
-            content |= metrics
-            lines += told
+            lines += retrieval.held_out_retrieval(theirs, *answered, content)
     memorisation = nearest_training(found["samples"], train, validation)
     lines += _memorisation(memorisation, images, content)
-    return SampleReport(content, lines, {"nearest.png": plot_nearest(kept, images, memorisation)})
+    pictures = {"nearest.png": plot_nearest(kept, images, memorisation)}
+    return Report(EVALUATION_FILE, content, lines=lines, pictures=pictures)
 
 
 def _distances(network: nn.Module, found: Mapping[str, Tensor], train: Tensor, content: dict[str, Any]) -> list[str]:
@@ -179,10 +135,9 @@ def _distances(network: nn.Module, found: Mapping[str, Tensor], train: Tensor, c
         key = name.split()[0].lower().rstrip(",")
         content[f"num_{key}"], content[f"num_per_subset_{key}"] = num, num_per_subset
         content |= {f"{measure}_{key}": values[measure] for measure in distances.COLUMNS if measure in values}
-    library = f" ({content['features_library']})" if content["features_library"] else ""
     form = "" if components is None else f", FD on {components} PCA components of {reference}"
     return [
-        f"{content['features_key']}{library}{form}, ref={reference}, N={len(train)}; floor: {len(some)} of these "
+        f"{feature_title(content)}{form}, ref={reference}, N={len(train)}; floor: {len(some)} of these "
         f"against the other {len(others)}:",
         *distances.distance_table(rows, content["fd_name"]),
         "  +- is a standard error of drawing other images. Compare rows of one N only: docs/reading_the_numbers.md",

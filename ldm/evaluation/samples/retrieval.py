@@ -15,21 +15,18 @@ from ldm.metrics.metric import Metric
 from ldm.metrics.neighbours import retrieval_ranks
 from ldm.networks.conditioning import Conditioning
 
-Found = tuple[dict[str, Any], list[str]]
-"""Metrics by name, and lines that explain them."""
 
-
-def training_retrieval(found: Mapping[str, Tensor], train: Tensor, rows: Tensor, features: str) -> Found:
+def training_retrieval(found: Mapping[str, Tensor], train: Tensor, rows: Tensor, content: dict[str, Any]) -> list[str]:
     """Is the training image of a training caption the one that its sample is nearest to?
 
     Args:
         found: Features of samples and of reconstructions of the captions' own images, [n, d] and at most as many.
         train: Of the training images, [m, d].
         rows: The training image of each sample's caption, [n].
-        features: Their key.
+        content: Of the report, to which metrics are added; lines that explain them are returned.
     """
-    metrics, lines = _retrieval(found, train, rows, "{}")
-    return metrics, [f"Retrieval of the caption's own image among {len(train)} training images, {features}:", *lines]
+    head = f"Retrieval of the caption's own image among {len(train)} training images, {content['features_key']}:"
+    return [head, *_retrieval(found, train, rows, "{}", content)]
 
 
 def held_out_retrieval(
@@ -39,8 +36,8 @@ def held_out_retrieval(
     rows: Tensor,
     images: ImageData,
     conditioning: Conditioning,
-    features: str,
-) -> Found:
+    content: dict[str, Any],
+) -> list[str]:
     """The same for captions of validation images: which of these is nearest, and what the nearest training image shows.
 
     Args:
@@ -48,7 +45,9 @@ def held_out_retrieval(
         validation, train: Of all validation and training images.
         rows: The validation image of each sample's caption, [n].
     """
-    metrics, lines = _retrieval(found, validation, rows, "held_out_{}")
+    among = f"retrieval of the own image among {len(validation)} validation images, {content['features_key']}:"
+    lines = [f"{len(rows)} captions that training never saw: {among}"]
+    lines += _retrieval(found, validation, rows, "held_out_{}", content)
     captions = images.require_captions()
     prompts = conditioning.of_request(prompts=[captions[images.val_indices[row]] for row in rows.tolist()])[0]["pooled"]
     cosines = []
@@ -57,16 +56,12 @@ def held_out_retrieval(
         texts = [images.captions_of(images.train_indices[row]) for row in nearest.tolist()]
         shown = conditioning.of_request(prompts=[text for several in texts for text in several])[0]["pooled"]
         own, permuted, error = caption_agreement(prompts, shown.split([len(several) for several in texts]))
-        metrics[f"caption_cosine_held_out_{name}"] = Metric(own, error)
-        metrics.setdefault("caption_cosine_held_out_permuted", permuted)  # of the samples, which come first
+        content[f"caption_cosine_held_out_{name}"] = Metric(own, error)
+        content.setdefault("caption_cosine_held_out_permuted", permuted)  # of the samples, which come first
         cosines.append([name, f"{Metric(own, error):.3f}", f"with other prompts {permuted:.3f}"])
-    lines += [
-        "  cosine of the prompt's embedding and that of the caption of the nearest training image:",
-        *align(cosines),
-    ]
-    among = f"retrieval of the own image among {len(validation)} validation images, {features}:"
-    head = f"{len(rows)} captions that training never saw: {among}"
-    return {"num_held_out": len(rows), **metrics}, [head, *lines]
+    content["num_held_out"] = len(rows)
+    lines.append("  cosine of the prompt's embedding and that of the caption of the nearest training image:")
+    return [*lines, *align(cosines)]
 
 
 def caption_agreement(prompts: Tensor, shown: Sequence[Tensor]) -> tuple[float, float, float]:
@@ -90,13 +85,13 @@ def caption_agreement(prompts: Tensor, shown: Sequence[Tensor]) -> tuple[float, 
     return own.mean().item(), others.item(), own.std().item() / math.sqrt(n)
 
 
-def _retrieval(found: Mapping[str, Tensor], gallery: Tensor, rows: Tensor, form: str) -> Found:
+def _retrieval(
+    found: Mapping[str, Tensor], gallery: Tensor, rows: Tensor, form: str, content: dict[str, Any]
+) -> list[str]:
     shares = {}
     for name, features in found.items():
         ranks = retrieval_ranks(features, gallery, rows[: len(features)])
         shares[name] = [(ranks < k).float().mean().item() for k in (1, 5)]
     shares["chance"] = [min(1.0, k / len(gallery)) for k in (1, 5)]
-    metrics = {f"retrieval_at_{k}_{form.format(name)}": both[k == 5] for name, both in shares.items() for k in (1, 5)}
-    return metrics, align(
-        [[name, "@1", f"{first:.2%}", "@5", f"{fifth:.2%}"] for name, (first, fifth) in shares.items()]
-    )
+    content |= {f"retrieval_at_{k}_{form.format(name)}": both[k == 5] for name, both in shares.items() for k in (1, 5)}
+    return align([[name, "@1", f"{first:.2%}", "@5", f"{fifth:.2%}"] for name, (first, fifth) in shares.items()])

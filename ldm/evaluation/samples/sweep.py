@@ -12,11 +12,10 @@ from torch import Tensor
 from ldm.data.images import ImageData
 from ldm.diffusion.samplers.base import SamplerLike
 from ldm.errors import UserError
-from ldm.evaluation.evaluation_file import metrics_to_json
-from ldm.evaluation.features import extract, load_features, reference_features
+from ldm.evaluation.features import extract, feature_title, load_features, reference_features
 from ldm.evaluation.samples.distances import Enough, Measures, align, describe_setting, fd_name
 from ldm.evaluation.samples.kept import draw_and_keep
-from ldm.metrics.metric import Metric
+from ldm.metrics.metric import Metric, metrics_to_json
 from ldm.metrics.subsets import NUM_SUBSETS, jackknife_error
 from ldm.rules import Seed, apply_rules, checked
 from ldm.sampling.draw import check_sampler, describe
@@ -54,16 +53,11 @@ def sweep_sampler(
         precision and recall), and the `knee`, see `RULE`.
 
     Raises:
-        UserError: both vary, guidance of a model that knows none, too few samples, what `draw_and_keep` refuses; of
+        UserError: both vary, too few samples, what `draw_and_keep` refuses; of
             every value before the first is drawn.
     """
     if len(samplers) > 1 and len(guidances) > 1:
         raise UserError("sampler.steps= and guidance= are both lists. Vary one, then the other.")
-    if len(guidances) > 1 and pipeline.conditioning.kind == "none":
-        raise UserError(
-            f"guidance={','.join(map(str, guidances))}: this model is unconditional, so that guidance changes nothing. "
-            "Leave guidance= out, or vary sampler.steps=."
-        )
     guidances = [apply_rules(draw_and_keep, {"guidance": guidance})["guidance"] for guidance in guidances]
     for sampler in samplers.values():
         check_sampler(sampler, pipeline.schedule)
@@ -135,9 +129,8 @@ def sweep_table(found: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
 
 def sweep_lines(found: Mapping[str, Any]) -> list[str]:
     """The table in words, and the rule."""
-    metric, over, library = found["metric"], found["over"], found["features_library"]
-    features = found["features_key"] + (f" ({library})" if library else "")
-    of = f"{features}, N={found['num_samples']}, ref={found['reference']}, N={found['num_reference']}"
+    metric, over = found["metric"], found["over"]
+    of = f"{feature_title(found)}, N={found['num_samples']}, ref={found['reference']}, N={found['num_reference']}"
     head = f"{metric} and KD ({of}) by {over}; precision and recall on subsets of {found['num_per_subset']}:"
     table = [[over, "evaluations", "s a sample", metric, "above the best", "KD", "precision", "recall"]]
     for row in found["rows"]:
@@ -159,7 +152,7 @@ def sweep_lines(found: Mapping[str, Any]) -> list[str]:
 def plot_sampler_sweep(found: Mapping[str, Any]) -> Figure:
     """Distance over the network evaluations or the guidance; all else stands in the table."""
     rows, by_steps = found["rows"], found["over"] == "sampler.steps"
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(7, 4.2), dpi=130, layout="constrained")
     axes = figure.subplots()
     x = [row["network_evaluations" if by_steps else "value"] for row in rows]
     errors = [WITHIN * row["standard_error"] for row in rows]

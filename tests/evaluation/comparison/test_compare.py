@@ -28,11 +28,11 @@ from ldm.diffusion.samplers.ddim import DDIM
 from ldm.errors import UserError
 from ldm.evaluation.comparison import images as compare_images
 from ldm.evaluation.comparison.compare import Comparison, compare_runs
-from ldm.evaluation.comparison.curves import plot_curves
 from ldm.evaluation.comparison.images import side_by_side
 from ldm.evaluation.comparison.report import ComparisonReport, format_number
 from ldm.evaluation.comparison.runs import is_of_wandb
 from ldm.evaluation.comparison.statistics import SAMPLING, SEEDS, better_direction, compare_groups, estimate, holm
+from ldm.evaluation.curves import plot_curves
 from ldm.metrics.metric import Metric, share_error
 from ldm.networks.conditioning import ClassCondition
 from ldm.runs.lineage import run_weights_sha256
@@ -170,7 +170,7 @@ def test_a_shifted_group_is_beyond_noise_in_the_right_direction(tmp_path):
     assert found.equal["kd_reconstructions"] == 0.01
     assert any("together" in note and "kd samples (A better)" in note for note in found.notes)
     assert verdict(compare_runs([*second, *first]), "kd_samples").verdict == "B better"
-    figure = plot_curves(found.groups)
+    figure = plot_curves(found.curve_names(), [(group.title, run.curves) for group, run in found.runs])
     (panel,) = [axes for axes in figure.axes if axes.get_title() == "val/loss"]
     assert len(panel.lines) == 6 and all(line.get_marker() == "o" for line in panel.lines), "one point is seen"
 

@@ -24,11 +24,12 @@ from ldm.evaluation.samples import report
 from ldm.evaluation.samples import sweep as sampler_sweep
 from ldm.evaluation.samples.distances import Measures, distance_table, fd_name, halves
 from ldm.evaluation.samples.kept import chosen_rows, draw_and_keep
-from ldm.evaluation.samples.report import SampleReport, measure_samples
+from ldm.evaluation.samples.report import measure_samples, save_unless_smaller
 from ldm.evaluation.samples.retrieval import caption_agreement, held_out_retrieval
 from ldm.files import atomic as durable
 from ldm.metrics.frechet import frechet_replicates
-from ldm.networks.conditioning import ClassCondition, NoCondition
+from ldm.metrics.report import Report
+from ldm.networks.conditioning import ClassCondition
 from ldm.runtime.random import sample_generators
 from ldm.sampling.draw import draw
 from ldm.sampling.pipeline import LatentDiffusionPipeline
@@ -170,9 +171,7 @@ def test_more_samples_than_images_begin_again(images):
 
 
 def test_every_row_is_measured_alike(pipeline, images, tmp_path):
-    found = measure_samples(
-        pipeline, images, SAMPLER, features="mean_colours", num_samples=24, folder=tmp_path, **OPTIONS
-    )
+    found = measure_samples(pipeline, images, SAMPLER, tmp_path, features="mean_colours", num_samples=24, **OPTIONS)
     metrics = found.to_json()
     n, components = len(images.train_indices), metrics["fd_components"]
     assert (metrics["num_samples"], metrics["num_reference"]) == (24, n) and components == min(24, n // 2) // 2
@@ -188,10 +187,11 @@ def test_every_row_is_measured_alike(pipeline, images, tmp_path):
     assert metrics["fd_floor"] < metrics["fd_samples"] and "cmmd_samples" not in metrics
     assert len(metrics["closest_pairs"]) == 12 and metrics["closest_pairs"][0]["training_image"] in images.names
     assert metrics["network_evaluations_per_sample"] == 6
-    found.save(tmp_path / "evaluation.json")
+    found.save(tmp_path)
     assert json.loads((tmp_path / "evaluation.json").read_text()) == json.loads(json.dumps(metrics))
     assert (tmp_path / "nearest.png").is_file()
-    again = measure_samples(pipeline, images, SAMPLER, features="mean_colours", num_samples=24, **OPTIONS).to_json()
+    options = {"features": "mean_colours", "num_samples": 24, **OPTIONS}
+    again = measure_samples(pipeline, images, SAMPLER, tmp_path / "again", **options).to_json()
     first, second = ({k: v for k, v in one.items() if "seconds" not in k} for one in (metrics, again))
     assert first == second, "kept or drawn again, it is the same"
 
@@ -214,7 +214,7 @@ def test_what_a_classifier_mistakes_is_no_shift(pipeline, images, tmp_path, monk
     mistaken.register_forward_pre_hook(lambda _, arguments: calls.append(len(arguments[0])))
     monkeypatch.setattr(report, "load_features", lambda *_: mistaken)
     here = replace(images, path=tmp_path)
-    found = measure_samples(pipeline, here, SAMPLER, features="classifier", num_samples=24, folder=tmp_path, **OPTIONS)
+    found = measure_samples(pipeline, here, SAMPLER, tmp_path, features="classifier", num_samples=24, **OPTIONS)
     assert found.to_json()["class_shift_samples"] == found.to_json()["class_shift_validation"] == 0
     chosen = images.train_indices[chosen_rows(images.train_indices, 24, 0)]
     dogs = np.mean([images.labels[i] == 1 for i in chosen])
@@ -224,12 +224,11 @@ def test_what_a_classifier_mistakes_is_no_shift(pipeline, images, tmp_path, monk
 
 def test_a_smaller_evaluation_of_the_same_weights_does_not_replace_a_larger_one(tmp_path):
     place, elsewhere = tmp_path / "run/evaluation.json", tmp_path / "demo/evaluation.json"
-    place.parent.mkdir()
 
     def made(num_samples: int, weights: str) -> Path:
         metrics = {"weights_sha256": weights, "num_samples": num_samples}
-        report = SampleReport(metrics, [], {"nearest.png": Image.new("RGB", (4, 4))})
-        return report.save_unless_smaller(place, elsewhere)
+        report = Report(place.name, metrics, pictures={"nearest.png": Image.new("RGB", (4, 4))})
+        return save_unless_smaller(report, place.parent, elsewhere)
 
     assert made(3000, "a") == place and made(256, "a") == elsewhere
     assert json.loads(place.read_text())["num_samples"] == 3000 and elsewhere.with_name("nearest.png").is_file()
@@ -254,9 +253,8 @@ def test_a_reference_of_other_data_or_features_is_not_taken_for_this(images, tmp
 
 def test_a_write_that_fails_leaves_what_was_there(images, pipeline, tmp_path, monkeypatch):
     """Nobody reads half a file, and two processes share no scratch file."""
-    place, figure = tmp_path / "evaluation.json", Image.new("RGB", (4, 4))
     here = replace(images, path=tmp_path)
-    SampleReport({"fd": 1}, [], {"nearest.png": figure}).save(place)
+    Report("evaluation.json", {"fd": 1}, pictures={"nearest.png": Image.new("RGB", (4, 4))}).save(tmp_path)
     kept(pipeline, images, tmp_path / "kept", 4)
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
 
@@ -265,14 +263,14 @@ def test_a_write_that_fails_leaves_what_was_there(images, pipeline, tmp_path, mo
 
     monkeypatch.setattr(durable, "sync", full)
     for write in (
-        SampleReport({"fd": 2}, []).save,
-        SampleReport({}, [], {"nearest.png": Image.new("RGB", (9, 9))}).save,
+        Report("evaluation.json", {"fd": 2}).save,
+        Report("other.json", {}, pictures={"nearest.png": Image.new("RGB", (9, 9))}).save,
         lambda _: kept(pipeline, images, tmp_path / "kept", 8),
         lambda _: reference_features(MeanColours(), "mean_colours", here),
         lambda _: classifier.load_classifier(here),
     ):
         with pytest.raises(OSError, match="No space"):
-            write(place)
+            write(tmp_path)
     after = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file() and file.suffix != ".bin"}
     assert after == {file: content for file, content in before.items() if file.suffix != ".bin"}
 
@@ -328,10 +326,7 @@ def test_a_sweep_refuses_before_it_draws(pipeline, images, tmp_path, monkeypatch
         with pytest.raises(UserError, match=message):
             sampler_sweep.sweep_sampler(pipeline, images, samplers, guidances, tmp_path, num_samples=num_samples)
     with pytest.raises(UserError, match="num_samples=7 must be 8 or more"):
-        measure_samples(pipeline, images, SAMPLER, num_samples=7)
-    pipeline.conditioning = NoCondition()
-    with pytest.raises(UserError, match="guidance=1,2,3: this model is unconditional"):
-        sampler_sweep.sweep_sampler(pipeline, images, one, [1, 2, 3], tmp_path)
+        measure_samples(pipeline, images, SAMPLER, tmp_path, num_samples=7)
 
 
 def test_the_knee_is_the_cheapest_that_is_no_worse():
@@ -397,7 +392,8 @@ def test_held_out_captions_are_looked_for_among_held_out_images(images):
     same = {name: [i for i in images.train_indices if captions[i] == name][0] for name in "0123"}
     asked = [captions[images.val_indices[row]] for row in rows]
     found = {"samples": features[[same[name] for name in asked]], "reconstructions": validation[rows]}
-    metrics, lines = held_out_retrieval(found, validation, train, rows, here, Encoder(), "random")
+    metrics = {"features_key": "random"}
+    lines = held_out_retrieval(found, validation, train, rows, here, Encoder(), metrics)
     assert metrics["num_held_out"] == 9 and metrics["retrieval_at_1_held_out_reconstructions"] == 1
     assert metrics["retrieval_at_5_held_out_chance"] == 5 / len(validation)
     assert metrics["caption_cosine_held_out_samples"].value == 1 > metrics["caption_cosine_held_out_permuted"]
