@@ -208,7 +208,7 @@ def cosine(num_steps: Steps = 1000, offset: float = 0.008, max_beta: float = 0.9
 
     >>> from ldm import cosine
     >>> [round(cosine(1000).alpha_bar[t].item(), 3) for t in (0, 250, 500, 750, 1000)]
-    [1.0, 0.848, 0.494, 0.144, 0.0]
+    [1.0, 0.847, 0.494, 0.144, 0.0]
 
     The cap keeps a_T above 0, so that eps can be predicted at every t.
     Source: Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 17.
