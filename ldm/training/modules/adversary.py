@@ -5,7 +5,7 @@ parameter's gradient: so the trainer knows the generator alone, `max_steps` are 
 once after each of them, with its gradients averaged over ranks here.
 """
 
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
@@ -43,7 +43,7 @@ class Adversary:
     @checked
     def __init__(
         self,
-        loss: GameType = "hinge",
+        loss: Annotated[GameType, Field()] = "hinge",
         *,
         weight: NonNegative = 0.1,
         start: NonNegative = 0.5,
@@ -53,8 +53,6 @@ class Adversary:
         channels: Size = 32,
         layers: Annotated[Depth, Field(le=64)] = 3,
     ) -> None:
-        if loss not in get_args(GameType):
-            raise UserError(f"adversarial.loss={loss} is unknown. Choose one of: {', '.join(get_args(GameType))}.")
         if start >= 1 and start != int(start):
             raise InputError("start", start, "must be a whole step, or below 1 a share of the budget")
         self.shape = [channels, layers]
@@ -74,11 +72,8 @@ class Adversary:
         Raises:
             UserError: with the layers that fit.
         """
-        side = resolution
-        layers = len([layer for layer in self.discriminator.modules() if isinstance(layer, nn.Conv2d)]) - 2
-        for _ in range(layers):
-            side //= 2
-        if side < 3:
+        layers = self.shape[1]
+        if resolution >> layers < 3:
             fitting = max(1, (resolution // 3).bit_length() - 1)
             raise UserError(
                 f"The discriminator's adversarial.layers={layers} leave no patch of data.resolution={resolution}: "

@@ -1,7 +1,6 @@
 """Stage 1's training: an autoencoder on images, with a discriminator beside it where one is asked for."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -113,30 +112,17 @@ class VAETraining(TrainingModule):
             group = self.trainer.optimizers[0].param_groups[0]
             self.adversary.step(decay=group["lr"] / group.get("peak_lr", group["lr"]), guard=self.guard)
 
-    def measure_step(self, batch: Any, autocast: Callable[[], AbstractContextManager], repeats: int = 3) -> float:
-        """Seconds of a step, those with the discriminator counted by their share of the budget."""
-        alone = super().measure_step(batch, autocast, repeats)
-        if self.adversary is None:
-            return alone
-        self.adversary.join(self.device)
-        self.playing = True
-        together = super().measure_step(batch, autocast, repeats)
-        self.playing = False
-        self.adversary.optimizer.zero_grad()
-        start = self.adversary.start
-        before = start if start < 1 else self.progress(int(start))
-        return before * alone + (1 - before) * together
-
-    def count_flops(self, batch: Any, autocast: Callable[[], AbstractContextManager]) -> dict[bool, float]:
-        counted = super().count_flops(batch, autocast)
-        if self.adversary is None:
-            return counted
-        self.adversary.join(self.device)
-        self.playing = True
-        counted[True] = super().count_flops(batch, autocast)[False]
-        self.playing = False
-        self.adversary.optimizer.zero_grad()
-        return counted
+    def each_way(self, measure: Callable[[], float]) -> dict[bool, float]:
+        found = super().each_way(measure)
+        if self.adversary is not None:
+            start = self.adversary.start
+            self.share_alone = start if start < 1 else self.progress(int(start))
+            self.adversary.join(self.device)
+            self.playing = True
+            found[True] = super().each_way(measure)[False]
+            self.playing = False
+            self.adversary.optimizer.zero_grad()
+        return found
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.adversary is not None:

@@ -2,7 +2,6 @@
 
 import math
 import time
-from datetime import timedelta
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -12,7 +11,7 @@ from ldm.runtime.distributed import Agreement
 
 
 def parse_duration(text: str | None) -> float | None:
-    """`HH:MM:SS` (or `DD:HH:MM:SS`) in seconds.
+    """`HH:MM:SS` in seconds.
 
     Raises:
         UserError: another form.
@@ -20,10 +19,10 @@ def parse_duration(text: str | None) -> float | None:
     if text is None:
         return None
     parts = str(text).split(":")
-    if len(parts) not in (3, 4) or not all(part.isdigit() for part in parts):
+    if len(parts) != 3 or not all(part.isdigit() for part in parts):
         raise UserError(f"trainer.max_time={text} must be HH:MM:SS, for example trainer.max_time=00:05:00.")
-    days, hours, minutes, seconds = [0] * (4 - len(parts)) + [int(part) for part in parts]
-    return timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds).total_seconds()
+    hours, minutes, seconds = map(int, parts)
+    return 3600.0 * hours + 60 * minutes + seconds
 
 
 class Budget(Callback):

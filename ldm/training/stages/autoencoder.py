@@ -3,10 +3,11 @@
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypedDict, get_args
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from ldm.autoencoder.autoencoder import Autoencoder, TrainType, choose_trained
@@ -19,7 +20,7 @@ from ldm.data.images import ImageData
 from ldm.errors import UserError
 from ldm.files.atomic import durable_folder
 from ldm.image_grid import rows, to_pil
-from ldm.latents.statistics import StatisticsType, check_statistics, encode_latents, published
+from ldm.latents.statistics import StatisticsType, encode_latents, published
 from ldm.metrics.image import patch_components, project, psnr, ssim
 from ldm.rules import Depth, Size, Switch, apply_rules
 from ldm.runs.load import load_autoencoder
@@ -80,8 +81,8 @@ class VAEStage(Stage):
         perceptual: Perceptual | None = None,
         adversarial: Callable[[], Adversary] | None = None,
         pretrained: str | None = None,
-        train: TrainType = "all",
-        latent_statistics: StatisticsType = "measured",
+        train: Annotated[TrainType, Field()] = "all",
+        latent_statistics: Annotated[StatisticsType, Field()] = "measured",
         init_from: str | None = None,
     ) -> None:
         self.images, self.flip, self.cache_dir = images, flip, cache_dir
@@ -133,9 +134,6 @@ class VAEStage(Stage):
         apply_rules(cls, options)
         if options["model"] is not None:
             apply_rules(ModelSizes, options["model"].keywords)
-        check_statistics(statistics)
-        if part not in get_args(TrainType):
-            raise UserError(f"autoencoder.train={part} is unknown. Choose one of: {', '.join(get_args(TrainType))}.")
         if pretrained is not None and init_from is not None:
             raise UserError("autoencoder.path= and init_from= both name weights to start from: give one of them.")
         if part == "nothing" and (options["perceptual"] is not None or options["adversarial"] is not None):
@@ -176,15 +174,12 @@ class VAEStage(Stage):
     def rows(self) -> list[tuple[str, str]]:
         channels, height, width = self.latent_shape
         weights = list(self.module.trained.parameters())
-        size, trained = (
-            sum(p.numel() for p in some) / 1e6 for some in (weights, [p for p in weights if p.requires_grad])
-        )
-        of_them = (
-            "" if trained == size else f", {trained:.1f} M of them trained" if trained else ", none of them trained"
-        )
+        size, trained = sum(p.numel() for p in weights), sum(p.numel() for p in weights if p.requires_grad)
+        part = f"{trained / 1e6:.1f} M" if trained else "none"
+        counts = f"{size / 1e6:.1f} M parameters, {part} of them trained"
         factor, values = self.autoencoder.factor, math.prod(self.latent_shape)
         return [
-            ("model", f"{type(self.module.trained).__name__}, {size:.1f} M parameters{of_them}"),
+            ("model", f"{type(self.module.trained).__name__}, {counts}"),
             ("latent", f"{channels} x {height} x {width} = {values} values, f = {factor}"),
             ("compression", f"{self.compression:.1f} pixel values per latent value"),
             ("regulariser", self._describe_regulariser()),

@@ -232,7 +232,7 @@ def test_what_is_frozen_stays(tmp_path):
 def test_the_expected_time_counts_the_game_by_its_share(monkeypatch):
     module = make(partial(ADVERSARY, start=0.25))
     times = {False: 1.0, True: 3.0}
-    monkeypatch.setattr("ldm.training.modules.base.TrainingModule.measure_step", lambda self, *_: times[self.playing])
+    monkeypatch.setattr(VAETraining, "try_step", lambda self, *_: times[self.playing])
     assert module.measure_step(IMAGES, None) == 0.25 * 1 + 0.75 * 3
     assert not module.playing
 
@@ -240,7 +240,7 @@ def test_the_expected_time_counts_the_game_by_its_share(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss": "wasserstein"}, "adversarial.loss=wasserstein is unknown. Choose one of: hinge, non_saturating"),
+        ({"loss": "wasserstein"}, "^loss=wasserstein must be 'hinge' or 'non_saturating'"),
         ({"start": -1}, "^start=-1 must be 0 or more"),
         ({"start": 1.5}, "start=1.5 must be a whole step"),
         ({"weight": -0.1}, "weight=-0.1 must be 0 or more"),

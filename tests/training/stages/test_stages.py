@@ -227,7 +227,7 @@ def test_a_pipeline_continues_on_its_own_latents_only(diffusion_stage, vae_stage
     place = str(tmp_path / "pipeline")
     again = diffusion_stage(conditioning=class_condition, init_from=place)
     assert again.pipeline.autoencoder.statistics == stage.pipeline.autoencoder.statistics
-    with pytest.raises(UserError, match="init_from is conditioned on class, .*Choose conditioning=class"):
+    with pytest.raises(UserError, match="trained on the condition class, .*Choose conditioning=class"):
         diffusion_stage(init_from=place)
     other = vae_stage().autoencoder
     with torch.no_grad():
