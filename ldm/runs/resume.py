@@ -36,7 +36,6 @@ MAY_CHANGE = (
 )
 SHOWN = (*MAY_CHANGE, "trainer.max_steps", "trainer.max_time", "trainer.gradient_clip_val", "trainer.ema_decay")
 """What a user may change on purpose, and is told of."""
-PATHS = ("init_from", "autoencoder.path", "conditioning.encoder", "conditioning.build.encoder")
 
 
 @dataclass(frozen=True)
@@ -231,7 +230,7 @@ def refuse_other_options(run: Run, now: Mapping[str, Any], place: Sequence[str])
         UserError: naming what differs, and the command that goes on.
     """
     before, after = flatten(run.config()), flatten(now)
-    changed = [key for key in sorted({*before, *after}) if not _same(key, before.get(key), after.get(key))]
+    changed = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
     wrong = [key for key in changed if is_in(key, DECIDES[run.stage]) and not is_in(key, MAY_CHANGE)]
     if wrong:
         named = "; ".join(f"{key} was {_text(before.get(key))} and is {_text(after.get(key))} now" for key in wrong[:3])
@@ -244,12 +243,6 @@ def refuse_other_options(run: Run, now: Mapping[str, Any], place: Sequence[str])
         )
     shown = [key for key in changed if key in SHOWN and key != "optimizer.build.lr"]
     return [f"{key} {_text(before.get(key))} -> {_text(after.get(key))}" for key in shown]
-
-
-def _same(key: str, then: Any, now: Any) -> bool:
-    if key in PATHS and isinstance(then, str) and isinstance(now, str):  # one folder may be written in two ways
-        return then == now or Path(then).expanduser().resolve() == Path(now).expanduser().resolve()
-    return bool(then == now)
 
 
 def _text(value: Any) -> str:

@@ -260,8 +260,8 @@ class NoAutoencoder(UserError):
     """No run of stage 1 has this data."""
 
 
-def data_of_autoencoder(place: str, autoencoder: Autoencoder) -> tuple[str, str] | None:
-    """Fingerprint and description of the data that an autoencoder, loaded from `place`, was trained on.
+def data_of_autoencoder(place: str, autoencoder: Autoencoder) -> dict[str, str] | None:
+    """`fingerprint` and `description` of the data that an autoencoder, loaded from `place`, was trained on.
 
     None where nothing is known of it, and for a pretrained one that was used as it came.
     """
@@ -270,13 +270,12 @@ def data_of_autoencoder(place: str, autoencoder: Autoencoder) -> tuple[str, str]
     if (path := next((path for path in (folder, *folder.parents[:2]) if is_run(path)), None)) is not None:
         run = Run.open(path)
         if run.stage == "diffusion":
-            known = run.facts.get("autoencoder_data")
-            return (known["fingerprint"], known["description"]) if known else None
+            return run.facts.get("autoencoder_data")
         if run.facts.get("trained") == "nothing" or "data_fingerprint" not in run.facts:
             return None
-        return run.facts["data_fingerprint"], run.describe_data()
-    statistics = autoencoder.statistics
-    return None if statistics is None else (statistics.data, f"data {statistics.data[:8]}")
+        return {"fingerprint": run.facts["data_fingerprint"], "description": run.describe_data()}
+    known = autoencoder.statistics
+    return None if known is None else {"fingerprint": known.data, "description": f"data {known.data[:8]}"}
 
 
 @checked

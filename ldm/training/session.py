@@ -250,13 +250,12 @@ class Session:
         stage, trainer, run = fit.plan.stage, fit.trainer, self.run
         if not self.main_process:
             return
-        if stage.trains and self.continuation.is_same_run:
-            run.record()  # where all was trained before, nothing began
+        run.record()  # where all was trained before, nothing began
         if fit.ema.ema is not None:
             fit.ema.ema.copy_to_module()
         stage.module.to(trainer.strategy.root_device)  # Lightning left it on the CPU
-        outcome = stage.finish(run)
-        figures = {**outcome.figures, "steps": trainer.global_step, "training_s": round(fit.budget.elapsed_s, 1)}
+        figures, picture = stage.finish(run)
+        figures |= {"steps": trainer.global_step, "training_s": round(fit.budget.elapsed_s, 1)}
         if fit.guard is not None and fit.guard.skipped_steps:
             figures["skipped_steps"] = fit.guard.skipped_steps
         duration_s = time.perf_counter() - self.started
@@ -265,9 +264,9 @@ class Session:
         next_command = stage.next_command(run)
         run.update(finished=time.time(), duration_s=round(duration_s, 1), figures=figures, next=next_command)
         self.replacement.finish()
-        self.loggers.conclude(run, figures, outcome.pictures)
+        self.loggers.conclude(run, figures, picture)
         shown = [(key, f"{value:.4g}" if isinstance(value, float) else str(value)) for key, value in figures.items()]
-        shown += [("pictures", picture) for picture in [*outcome.pictures, str(run.images)]]
+        shown += [("pictures", str(place)) for place in (picture, run.images)]
         print_table(f"stage {run.stage} finished in {duration_s:.0f} s", shown)
         print(f"next: {next_command}")
 

@@ -103,7 +103,7 @@ class Checkpoints(Checkpoint):
         self._before_step = True
         if stop:
             raise StopTraining(stop)
-        if answers.get("save") and self._needs_saving(trainer):
+        if answers.get("save") and self._saved_step != trainer.global_step:
             self._save(trainer, "interval")
         self._before_step = False
 
@@ -146,12 +146,12 @@ class Checkpoints(Checkpoint):
             raise StopTraining(answers["signal"])
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        if self._needs_saving(trainer):
+        if self._saved_step != trainer.global_step:
             self._save(trainer, "end")
         self._training = False
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, StopTraining) and self._training and self._needs_saving(trainer):
+        if isinstance(exception, StopTraining) and self._training and self._saved_step != trainer.global_step:
             self._save(trainer, "signal")
         self._training = False
 
@@ -179,9 +179,6 @@ class Checkpoints(Checkpoint):
 
     def _is_due(self) -> bool:
         return time.monotonic() - self._saved_at >= self.every_s and not self.withheld()
-
-    def _needs_saving(self, trainer: Trainer) -> bool:
-        return self._saved_step != trainer.global_step
 
     def branch(self) -> list[Manifest]:
         """What this run saved and what it continues, not what was saved after the point that it went back to."""

@@ -29,14 +29,13 @@ class Loggers:
     wandb: WandbRun | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def conclude(self, run: Run, figures: Mapping[str, Any], pictures: Sequence[str]) -> None:
-        """Log how a finished run ended: its figures, its pictures, what it was made from and what it leaves."""
+    def conclude(self, run: Run, figures: Mapping[str, Any], picture: Path) -> None:
+        """Log how a finished run ended: its figures, its picture, what it was made from and what it leaves."""
         if self.wandb is None:
             return
         self.wandb.summarise(figures)
-        for path in map(Path, pictures):
-            with Image.open(path) as picture:
-                self.wandb.log_images(path.stem, [picture], [path.stem], figures["steps"])
+        with Image.open(picture) as image:
+            self.wandb.log_images(picture.stem, [image], [picture.stem], figures["steps"])
         latents = None
         if run.stage == "vae" and self.options.get("upload_latents"):
             latents = latents_folder(LatentContract.load(run.path), run.config()["data"]["cache_dir"])

@@ -12,14 +12,7 @@ import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor, nn
 
-from ldm.autoencoder.discriminator import (
-    Balance,
-    GameType,
-    LastLayer,
-    PatchDiscriminator,
-    discriminator_loss,
-    generator_loss,
-)
+from ldm.autoencoder.discriminator import GameType, PatchDiscriminator, discriminator_loss, generator_loss
 from ldm.errors import InputError, UserError
 from ldm.rules import Depth, NonNegative, Size, Whole, checked
 from ldm.training.callbacks.guard import Guard
@@ -65,6 +58,7 @@ class Adversary:
         self.share = 1.0
         """A batch's part of a step: one over the batches that are accumulated."""
         self.balance: Any = None
+        """Looks at the gradients of the autoencoder's last layer, once there is one."""
 
     def check(self, resolution: int) -> None:
         """Refuse images that are too small.
@@ -80,30 +74,12 @@ class Adversary:
                 f"choose adversarial.layers={fitting}."
             )
 
-    def attach(self, model: nn.Module) -> None:
-        """Look at the gradients of this autoencoder's last layer."""
-        self.balance = Balance(LastLayer(model), self.max_weight)
-
-    def begins(self, step: int, progress: float) -> bool:
-        """Whether `start` is reached at this generator step, at this share of the budget."""
-        return progress >= self.start if self.start < 1 else step >= self.start
-
-    def begin_step(self, step: int) -> None:
-        """Before the first batch of generator step `step`: lambda is measured anew."""
-        assert self.begun_at is not None
-        self.balance.weight = None
-        self.balance.factor = self.weight * min(1.0, (step - self.begun_at) / max(1, self.ramp))
-
     def generator_loss(self, reconstruction: Tensor) -> Tensor:
         """The adversarial term, before its weight. Its gradient leaves the discriminator's weights alone."""
-        parameters = list(self.discriminator.parameters())
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-        try:
-            return generator_loss(self.game, self.discriminator(reconstruction))
-        finally:
-            for parameter in parameters:
-                parameter.requires_grad_(True)
+        self.discriminator.requires_grad_(False)
+        loss = generator_loss(self.game, self.discriminator(reconstruction))
+        self.discriminator.requires_grad_(True)
+        return loss
 
     def learn(self, images: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
         """Add the discriminator's gradients of a batch, `share` of a step."""

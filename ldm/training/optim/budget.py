@@ -54,9 +54,8 @@ class Budget(Callback):
         self.max_steps, self.max_time_s = max_steps, max_time_s
         self.warmup_steps, self.decay = warmup_steps, self.DECAYS[decay]
         self.spent_s, self._started = 0.0, 0.0
-        self._peaks: list[list[float]] = []
         self.agreement = Agreement()
-        self.agreement.ask("time_over", self._is_time_over)
+        self.agreement.ask("time_over", lambda: self.max_time_s is not None and self.elapsed_s >= self.max_time_s)
 
     def __str__(self) -> str:
         steps = [f"{self.max_steps} steps"] if self.max_steps > 0 else []
@@ -85,26 +84,21 @@ class Budget(Callback):
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._started = time.perf_counter()
-        # the peak is kept in the group, so that a resumed optimizer knows it too
-        self._peaks = [
-            [group.setdefault("peak_lr", group["lr"]) for group in optimizer.param_groups]
-            for optimizer in trainer.optimizers
-        ]
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                group.setdefault("peak_lr", group["lr"])  # in the group, so that a resumed optimizer knows it too
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
         factor = self.decay(self.progress(step)) * min(1.0, (step + 1) / max(1, self.warmup_steps))
-        for optimizer, peaks in zip(trainer.optimizers, self._peaks, strict=True):
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * factor
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * factor
 
     def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         # never amid an accumulated step: its gradients would be lost, and a resumed run out of phase
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and self.agreement.decide(trainer)["time_over"]:
             trainer.should_stop = True
-
-    def _is_time_over(self) -> bool:
-        return self.max_time_s is not None and self.elapsed_s >= self.max_time_s
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         self.spent_s, self._started = self.elapsed_s, 0.0  # what follows is no training

@@ -29,7 +29,7 @@ from ldm.runtime.random import numpy_generator
 from ldm.training.modules.adversary import Adversary
 from ldm.training.modules.autoencoder import VAETraining
 from ldm.training.optim.factory import OptimizerFactory
-from ldm.training.stages.base import Outcome, Stage
+from ldm.training.stages.base import Stage
 
 START_IMAGES, START_PIXELS = 4096, 4096 * 64 * 64
 """At most so many training images, and pixels of them, start the shortcut and the codebook and fit PCA."""
@@ -178,18 +178,16 @@ class VAEStage(Stage):
         part = f"{trained / 1e6:.1f} M" if trained else "none"
         counts = f"{size / 1e6:.1f} M parameters, {part} of them trained"
         factor, values = self.autoencoder.factor, math.prod(self.latent_shape)
+        kind = self.autoencoder.regulariser
+        if (codes := self.autoencoder.codebook_size) is not None:
+            kind = f"vq, {codes} codes = {math.log2(codes):.3g} bits per location"
         return [
             ("model", f"{type(self.module.trained).__name__}, {counts}"),
             ("latent", f"{channels} x {height} x {width} = {values} values, f = {factor}"),
             ("compression", f"{self.compression:.1f} pixel values per latent value"),
-            ("regulariser", self._describe_regulariser()),
+            ("regulariser", kind),
             *([("loss", self._describe_loss())] if self.trains else []),
         ]
-
-    def _describe_regulariser(self) -> str:
-        if (size := self.autoencoder.codebook_size) is not None:
-            return f"vq, {size} codes = {math.log2(size):.3g} bits per location"
-        return self.autoencoder.regulariser
 
     def _describe_loss(self) -> str:
         loss, adversary = self.module.loss, self.module.adversary
@@ -218,7 +216,7 @@ class VAEStage(Stage):
             "latent_statistics": self.latent_statistics,
         }
 
-    def finish(self, run: Run) -> Outcome:
+    def finish(self, run: Run) -> tuple[dict[str, Any], Path]:
         self.module.trained.eval().float()
         standard = published(self.autoencoder, self.latent_statistics)
         contract, latents = encode_latents(self.autoencoder, self.images, self.flip, self.cache_dir, standard=standard)
@@ -228,8 +226,7 @@ class VAEStage(Stage):
         with durable_folder(run.autoencoder_folder) as partial:
             self.autoencoder.save(partial)
         contract.save(run.path)
-        figures, picture = self._held_out(run)
-        return Outcome(figures=figures, pictures=[str(picture)])
+        return self._held_out(run)
 
     def next_command(self, run: Run) -> str:
         return run.next_training()

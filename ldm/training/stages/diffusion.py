@@ -31,7 +31,7 @@ from ldm.runtime import shell
 from ldm.sampling.pipeline import LatentDiffusionPipeline
 from ldm.training.modules.diffusion import BATCH, NUM_BANDS, DiffusionTraining
 from ldm.training.optim.factory import OptimizerFactory
-from ldm.training.stages.base import Outcome, Stage
+from ldm.training.stages.base import Stage
 
 
 class NetworkSizes(TypedDict, total=False):
@@ -193,9 +193,9 @@ class DiffusionStage(Stage):
         channels, height, width = self.latents.shape
         patch = getattr(network.config, "patch_size", 1)
         warnings = []
-        if self.autoencoder_data is not None and self.autoencoder_data[0] != self.images.fingerprint:
+        if self.autoencoder_data is not None and self.autoencoder_data["fingerprint"] != self.images.fingerprint:
             here = f"{self.images.name} {self.images.fingerprint[:8]}"
-            other = f"the autoencoder was trained on other data: {self.autoencoder_data[1]}"
+            other = f"the autoencoder was trained on other data: {self.autoencoder_data['description']}"
             warnings.append(("warning", f"{other}, while this run trains on {here}"))
         return [
             ("autoencoder", self.vae),
@@ -211,26 +211,25 @@ class DiffusionStage(Stage):
         ]
 
     def facts(self) -> dict[str, Any]:
-        data = self.autoencoder_data
         return {
             "latent_shape": list(self.latents.shape),
             "vae": self.vae,
             "contract": asdict(self.contract),
-            **({"autoencoder_data": dict(zip(("fingerprint", "description"), data, strict=True))} if data else {}),
+            **({"autoencoder_data": self.autoencoder_data} if self.autoencoder_data else {}),
             "chain_sha256": self.pipeline.chain_sha256,
             "loss": self.module.objective.loss,
             "prediction": self.pipeline.prediction,
             "variance": self.pipeline.variance,
         }
 
-    def finish(self, run: Run) -> Outcome:
+    def finish(self, run: Run) -> tuple[dict[str, Any], Path]:
         self.pipeline.network.eval().float()
         with durable_folder(run.pipeline_folder) as partial:
             self.pipeline.save(partial)
         images, captions = self.module.draw()
         path = run.images / "samples_final.png"
         grid(images, captions if any(captions) else None, columns=4).save(path)
-        return Outcome(pictures=[str(path)])
+        return {}, path
 
     def next_command(self, run: Run) -> str:
         _, captions = self.module.shown

@@ -195,12 +195,6 @@ def test_a_resumed_run_ends_as_one_never_stopped(tmp_path, regulariser, precisio
     assert whole.adversary.begun_at == resumed.adversary.begun_at == 2
 
 
-def test_a_discriminator_cannot_join_a_run_without_one(tmp_path):
-    fit(make(None), tmp_path, steps=2)
-    with pytest.raises(UserError, match="a run without a discriminator.*init_from="):
-        fit(make(), tmp_path, steps=4, resume=str(tmp_path / "checkpoints/step-00000002.ckpt"))
-
-
 def test_accumulated_batches_make_one_step(tmp_path):
     """The discriminator's gradient is the mean over the parts; lambda is measured on the first part alone."""
     whole, parts = ADVERSARY(), ADVERSARY()
