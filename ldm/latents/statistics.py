@@ -1,6 +1,6 @@
 """The latents that a stage leaves or takes: encoded under their contract, with the statistics that standardise them."""
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,16 +14,6 @@ from ldm.runtime.random import numpy_generator, torch_generator
 
 SCALE_IMAGES = 8192
 StatisticsType = Literal["measured", "published"]
-
-
-def check_statistics(value: str) -> None:
-    """Refuse what is no way to standardise latents.
-
-    Raises:
-        InputError: naming those that are.
-    """
-    if value not in get_args(StatisticsType):
-        raise InputError("latent_statistics", value, f"must be one of: {', '.join(get_args(StatisticsType))}")
 
 
 def encode_latents(

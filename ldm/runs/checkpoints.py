@@ -7,7 +7,6 @@ nothing.
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 from ldm.errors import UserError
 from ldm.files.atomic import write_text
@@ -19,7 +18,6 @@ from ldm.runtime.paths import is_run
 FORMAT = 1
 FOLDER = "checkpoints"
 REMEDY = "Name a checkpoint as training leaves it: resume=<run folder>/checkpoints/step-*.ckpt."
-Why = Literal["interval", "validation", "end", "signal"]
 
 
 @dataclass(frozen=True)
@@ -138,15 +136,10 @@ def find_checkpoint(folder: Path, resume: bool | Path, *, stage: str) -> Manifes
         if (fault := manifest.fault()) is None:
             return manifest
         warn(f"{manifest.path} is damaged: {fault}. The one before it is used.")
-    if any(place.glob("step-*.json")):
+    if any(place.glob("step-*.json")) or (place / "last.ckpt").is_file():  # so an earlier version named its own
         raise UserError(
             f"resume={resume}: none of the checkpoints in {place} is whole. Start anew with overwrite=true instead of "
             "resume=, or bring one of them back from a backup, with the json beside it."
-        )
-    if (old := place / "last.ckpt").is_file():
-        raise UserError(
-            f"resume={resume}: {old} was saved by an earlier version, without a manifest to check it by. Continue that "
-            "run with the version that began it, or start anew with overwrite=true instead of resume=."
         )
     warn(f"resume={resume}: nothing was saved in {folder} yet. Training starts from the beginning.")
     return None

@@ -1,6 +1,5 @@
 """One training at a time in a run folder."""
 
-import json
 import os
 import socket
 import time
@@ -13,7 +12,6 @@ from filelock import Timeout
 from ldm.errors import UserError
 from ldm.files.atomic import write_text
 from ldm.files.lock import alone
-from ldm.files.untrusted import read_json
 
 WAIT_S = 10.0
 """A process that was killed holds its lock until the workers that it started have noticed, which takes seconds."""
@@ -29,16 +27,17 @@ def only_one(folder: Path) -> Iterator[None]:
     """
     folder = folder.absolute().resolve()
     lock = lock_file(folder)
-    holder = lock.with_name(f"{lock.name}.json")
-    myself = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    holder = lock.with_name(f"{lock.name}.txt")
+    myself = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
     with ExitStack() as stack:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(alone(lock, lambda: WAIT_S))
-            write_text(holder, json.dumps(myself) + "\n")
+            write_text(holder, myself)
         except Timeout as error:
+            who = f": {holder.read_text(encoding='utf-8')}" if holder.is_file() else ""
             raise UserError(
-                f"{folder} is in use by another training{_describe(holder)}. Wait until it has ended, stop it, or "
+                f"{folder} is in use by another training{who}. Wait until it has ended, stop it, or "
                 "choose another name=."
             ) from error
         except OSError as error:
@@ -52,11 +51,3 @@ def only_one(folder: Path) -> Iterator[None]:
 def lock_file(folder: Path) -> Path:
     """The lock of a run folder, next to it."""
     return folder.with_name(f".{folder.name}.lock")
-
-
-def _describe(holder: Path) -> str:
-    try:
-        known = read_json(holder)
-    except UserError:  # it has not said so yet
-        return ""
-    return f": process {known.get('pid')} on {known.get('host')}, since {known.get('since')}"

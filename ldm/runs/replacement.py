@@ -6,7 +6,7 @@ runs/<stage>/.<name>.failed    files of the last start that failed, such as its 
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import Timeout
@@ -28,7 +28,6 @@ class Replacement:
         self.folder = folder.absolute().resolve()  # a link to another disk stays one
         self.aside = set_aside(self.folder)
         self.failed = self.folder.with_name(f".{self.folder.name}.failed")
-        self._trash = self.folder.with_name(f".{self.folder.name}.deleted")
         self.is_final = False
         """The new run has saved a checkpoint, and the earlier one is deleted."""
 
@@ -38,8 +37,8 @@ class Replacement:
 
         Only while the lock of the run folder is held.
         """
-        if self.aside.exists() and has_saved(self.folder):
-            self._delete_aside()  # a kill came between the first checkpoint and the deletion
+        if has_saved(self.folder):  # a kill came between the first checkpoint and the end of the deletion
+            shutil.rmtree(self.aside, ignore_errors=True)
         try:
             if overwrite and self.aside.exists():
                 self._keep_as_failed()  # the beginning of a start that was killed
@@ -60,14 +59,7 @@ class Replacement:
         """Delete the earlier run: the new one has saved a checkpoint, or is complete."""
         if not self.is_final:
             self.is_final = True
-            self._delete_aside()
-
-    def _delete_aside(self) -> None:
-        """Under another name, so that what is left of a deletion that was cut short is never taken for a run."""
-        with suppress(FileNotFoundError):
-            shutil.rmtree(self._trash, ignore_errors=True)
-            self.aside.replace(self._trash)
-            shutil.rmtree(self._trash, ignore_errors=True)
+            shutil.rmtree(self.aside, ignore_errors=True)
 
     def _keep_as_failed(self) -> None:
         if self.folder.exists():
@@ -76,34 +68,32 @@ class Replacement:
 
 
 def recover(folder: Path, *, resume: bool) -> None:
-    """Say where the runs are that a start with overwrite=true was replacing when it was killed, of either stage.
+    """Say where the run is that a start with overwrite=true was replacing in `folder` when it was killed.
 
-    The run in `folder` gets its name back where nothing has taken it.
+    It gets its name back where nothing has taken it.
 
     Raises:
         UserError: that start is to be resumed, but it saved nothing.
     """
     folder = folder.absolute().resolve()
-    for aside in sorted({set_aside(folder), *folder.parent.parent.glob("*/.*.replaced")}):
-        named = aside.with_name(aside.name.removeprefix(".").removesuffix(".replaced"))
-        if not aside.exists():
-            continue
-        try:
-            with alone(lock_file(named)):
-                if named == folder and not named.exists():
-                    aside.replace(named)
-                    warn(f"{named} was moved aside by a start that was killed; restored.")
-                    continue
-        except (Timeout, OSError):
-            continue  # a training is replacing it now
-        where = f"{aside} holds the earlier run of {named}, which a start with overwrite=true was replacing when it was"
-        remedy = f"To bring it back, delete {named} and rename {aside.name} to {named.name}"
-        if resume and named == folder and not has_saved(folder):
-            raise UserError(
-                f"{where} killed, before it saved a checkpoint to resume from. {remedy}; to start over, use "
-                "overwrite=true instead of resume=."
-            )
-        warn(f"{where} killed. {remedy}.")
+    aside = set_aside(folder)
+    if not aside.exists() or has_saved(folder):
+        return
+    try:
+        with alone(lock_file(folder)):
+            if not folder.exists():
+                aside.replace(folder)
+                warn(f"{folder} was moved aside by a start that was killed; restored.")
+                return
+    except (Timeout, OSError):
+        return  # a training is replacing it now
+    said = (
+        f"{aside} holds the earlier run of {folder}, which a start with overwrite=true was replacing when it was killed"
+        f", before it saved a checkpoint. To bring it back, delete {folder} and rename {aside.name} to {folder.name}"
+    )
+    if resume:
+        raise UserError(f"{said}; to start over, use overwrite=true instead of resume=.")
+    warn(f"{said}.")
 
 
 def has_saved(folder: Path) -> bool:

@@ -30,11 +30,12 @@ DECIDES = {
     ),
 }
 """Of the config of each stage: what decides weights, order and noise. Which images they are, their fingerprint says."""
-MAY_CHANGE = ("optimizer.lr", "optimizer.build.lr", "optimizer.warmup_steps", "optimizer.decay")
+MAY_CHANGE = (
+    *("optimizer.lr", "optimizer.build.lr", "optimizer.warmup_steps", "optimizer.decay"),
+    *("conditioning.guidance", "conditioning.prompts"),
+)
 SHOWN = (*MAY_CHANGE, "trainer.max_steps", "trainer.max_time", "trainer.gradient_clip_val", "trainer.ema_decay")
 """What a user may change on purpose, and is told of."""
-OF_GRIDS = ("conditioning.guidance", "conditioning.prompts")
-PATHS = ("init_from", "autoencoder.path", "conditioning.encoder", "conditioning.build.encoder")
 
 
 @dataclass(frozen=True)
@@ -149,14 +150,6 @@ class Continuation:
         return self.checkpoint is not None and self.source.resolve() == self.folder.resolve()
 
     @property
-    def command(self) -> str:
-        """The command that goes on with the run."""
-        return self._command("resume=true")
-
-    def _command(self, end: str) -> str:
-        return shell.train_command(*self.options, *place_of(self.folder), end)
-
-    @property
     def branch(self) -> dict[str, Any] | None:
         """What the run notes of the file that it went on from, and of the newest checkpoint that its folder held."""
         if isinstance(self.resume, bool):
@@ -170,13 +163,12 @@ class Continuation:
         Args:
             has_replaced: overwrite=true has deleted the earlier run, so that resume=true no longer means that.
         """
-        if self.command not in said:
-            said = f"{said}. To go on: {self.command}"
+        end = "resume=true"
         if not isinstance(self.resume, bool) and not has_saved_since(self.folder, self.resume):
-            return said.replace(self.command, self._command(f"resume={self.resume}"))
-        if self.overwrite and not has_replaced:
-            return said.replace(self.command, self._command("overwrite=true"))
-        return said
+            end = f"resume={self.resume}"
+        elif self.overwrite and not has_replaced:
+            end = "overwrite=true"
+        return f"{said}. To go on: {shell.train_command(*self.options, *place_of(self.folder), end)}"
 
     def requeue(self) -> str:
         """Ask SLURM for the job to be started again, where it would find its run; in words what came of it."""
@@ -190,20 +182,17 @@ class Continuation:
         Raises:
             UserError: naming both.
         """
-        known = self.known
-        then, now = (content.get("data_fingerprint") for content in (known, facts))
-        if then is not None and then != now:
-            raise UserError(
-                f"resume= continues a run on the images {str(then)[:12]} ({known.get('data')}), but the data given now "
-                f"are {str(now)[:12]}. Give the data that it was started with: they are in its config.yaml."
-            )
-        then, now = (content.get("contract", {}).get("autoencoder_sha256") for content in (known, facts))
-        if then is not None and now is not None and then != now:
-            raise UserError(
-                f"resume= continues a run on the latents of the autoencoder {str(then)[:12]}, which was in "
-                f"vae={known.get('vae')}, but vae={facts.get('vae')} holds {now[:12]}. Name a folder that holds the "
-                "one that it was started with, or begin another run with another name=."
-            )
+        for key, digest in (
+            ("data", lambda content: content.get("data_fingerprint")),
+            ("vae", lambda content: content.get("contract", {}).get("autoencoder_sha256")),
+        ):
+            then, now = digest(self.known), digest(facts)
+            if then is not None and then != now:
+                raise UserError(
+                    f"resume= continues a run on {str(then)[:12]} in {key}={self.known.get(key)}, but "
+                    f"{key}={facts.get(key)} holds {str(now)[:12]}. Name what it was started with, which is in its "
+                    "config.yaml, or begin another run with another name=."
+                )
 
 
 def default_name(command: CommandLine) -> str:
@@ -241,9 +230,8 @@ def refuse_other_options(run: Run, now: Mapping[str, Any], place: Sequence[str])
         UserError: naming what differs, and the command that goes on.
     """
     before, after = flatten(run.config()), flatten(now)
-    changed = [key for key in sorted({*before, *after}) if not _same(key, before.get(key), after.get(key))]
-    free = (*MAY_CHANGE, *OF_GRIDS)
-    wrong = [key for key in changed if is_in(key, DECIDES[run.stage]) and not is_in(key, free)]
+    changed = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
+    wrong = [key for key in changed if is_in(key, DECIDES[run.stage]) and not is_in(key, MAY_CHANGE)]
     if wrong:
         named = "; ".join(f"{key} was {_text(before.get(key))} and is {_text(after.get(key))} now" for key in wrong[:3])
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
@@ -255,12 +243,6 @@ def refuse_other_options(run: Run, now: Mapping[str, Any], place: Sequence[str])
         )
     shown = [key for key in changed if key in SHOWN and key != "optimizer.build.lr"]
     return [f"{key} {_text(before.get(key))} -> {_text(after.get(key))}" for key in shown]
-
-
-def _same(key: str, then: Any, now: Any) -> bool:
-    if key in PATHS and isinstance(then, str) and isinstance(now, str):  # one folder may be written in two ways
-        return then == now or Path(then).expanduser().resolve() == Path(now).expanduser().resolve()
-    return bool(then == now)
 
 
 def _text(value: Any) -> str:

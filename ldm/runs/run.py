@@ -6,7 +6,6 @@ runs/<stage>/<name>/  config.yaml  run.json  metrics.csv  images/  checkpoints/ 
                       autoencoder/ (stage vae)  or  pipeline/ (stage diffusion)
 """
 
-import copy
 import json
 import re
 from dataclasses import dataclass, field
@@ -37,24 +36,14 @@ CONFIG_FILE = "config.yaml"
 EVALUATION_FILE = "evaluation.json"
 FORMAT = 1
 KINDS: dict[str, Any] = {
-    "name": str,
+    **dict.fromkeys(("name", "vae", "data", "data_cache", "data_fingerprint", "chain_sha256"), str),
+    **dict.fromkeys(("options", "next_options", "perceptual_features"), list[str]),
+    **dict.fromkeys(("contract", "versions"), dict),
+    **dict.fromkeys(("autoencoder_data", "branch", "figures"), dict | None),
     "finished": float | None,
     "seed": int,
-    "vae": str,
-    "data": str,
-    "data_cache": str,
-    "data_fingerprint": str,
     "val_fraction": float,
-    "chain_sha256": str,
-    "contract": dict,
-    "options": list[str],
-    "next_options": list[str],
-    "autoencoder_data": dict | None,
-    "branch": dict | None,
     "latent_shape": list[int],
-    "versions": dict,
-    "figures": dict | None,
-    "perceptual_features": list[str],
 }
 """Of the facts that are used of a run; it need not have them all."""
 LINKED = ("checkpoints", "images")
@@ -85,9 +74,8 @@ class Run:
 
     path: Path
     facts: dict[str, Any]
-    composed: dict[str, Any] | None = field(default=None, repr=False)
-    """The config that this process composed for the run itself; `text` is what config.yaml will say."""
-    text: str = field(default="", repr=False)
+    composed: DictConfig | None = field(default=None, repr=False)
+    """The config that this process composed for the run itself."""
 
     @classmethod
     def create(cls, path: Path, config: DictConfig, facts: dict[str, Any]) -> "Run":
@@ -100,14 +88,12 @@ class Run:
     def compose(cls, path: Path, config: DictConfig, facts: dict[str, Any]) -> "Run":
         """A run of this process, of which nothing is on the disk before `record`."""
         content = {"format": FORMAT, "finished": None, **provenance(), **facts}
-        composed = OmegaConf.to_container(config, resolve=True)
-        text = OmegaConf.to_yaml(config, resolve=True)
-        return cls(path, Facts(content, path / RUN_FILE), composed, text)  # type: ignore[arg-type]
+        return cls(path, Facts(content, path / RUN_FILE), config)
 
     def record(self) -> None:
         """Write config and provenance, over those that were there."""
         self.images.mkdir(parents=True, exist_ok=True)
-        write_text(self.path / CONFIG_FILE, self.text)
+        write_text(self.path / CONFIG_FILE, OmegaConf.to_yaml(self.composed, resolve=True))
         self.save()
 
     @classmethod
@@ -133,10 +119,8 @@ class Run:
             raise UserError(f"{path / RUN_FILE} has format {facts.get('format')}; this version reads {FORMAT}.")
         check_fields(facts, KINDS, path / RUN_FILE, required=False)
         if facts.get("stage") not in STAGES or not is_plain_name(facts.get("name", "a")):
-            raise UserError(
-                f"{path / RUN_FILE}: the stage {facts.get('stage')!r} must be {' or '.join(STAGES)}, and the name "
-                f"{facts.get('name')!r} a plain folder name. Put back the file that training wrote."
-            )
+            rule = f"the stage must be {' or '.join(STAGES)}, and the name a plain folder name"
+            raise UserError(f"{path / RUN_FILE}: {rule}. Put back the file that training wrote.")
         return cls(path, Facts(facts, path / RUN_FILE))
 
     @property
@@ -176,7 +160,7 @@ class Run:
             UserError: it is missing, or no YAML of plain values.
         """
         if self.composed is not None:
-            return copy.deepcopy(self.composed)
+            return OmegaConf.to_container(self.composed, resolve=True)  # type: ignore[return-value]
         file = self.path / CONFIG_FILE
         try:
             text = file.read_text(encoding="utf-8")
@@ -283,8 +267,8 @@ class NoAutoencoder(UserError):
     """No run of stage 1 has this data."""
 
 
-def data_of_autoencoder(place: str, autoencoder: Autoencoder) -> tuple[str, str] | None:
-    """Fingerprint and description of the data that an autoencoder, loaded from `place`, was trained on.
+def data_of_autoencoder(place: str, autoencoder: Autoencoder) -> dict[str, str] | None:
+    """`fingerprint` and `description` of the data that an autoencoder, loaded from `place`, was trained on.
 
     None where nothing is known of it, and for a pretrained one that was used as it came.
     """
@@ -293,13 +277,12 @@ def data_of_autoencoder(place: str, autoencoder: Autoencoder) -> tuple[str, str]
     if (path := next((path for path in (folder, *folder.parents[:2]) if is_run(path)), None)) is not None:
         run = Run.open(path)
         if run.stage == "diffusion":
-            known = run.facts.get("autoencoder_data")
-            return (known["fingerprint"], known["description"]) if known else None
+            return run.facts.get("autoencoder_data")
         if run.facts.get("trained") == "nothing" or "data_fingerprint" not in run.facts:
             return None
-        return run.facts["data_fingerprint"], run.describe_data()
-    statistics = autoencoder.statistics
-    return None if statistics is None else (statistics.data, f"data {statistics.data[:8]}")
+        return {"fingerprint": run.facts["data_fingerprint"], "description": run.describe_data()}
+    known = autoencoder.statistics
+    return None if known is None else {"fingerprint": known.data, "description": f"data {known.data[:8]}"}
 
 
 @checked

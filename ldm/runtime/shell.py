@@ -12,24 +12,13 @@ from ldm.runtime.paths import DISTRIBUTION, folder
 
 _PLAIN = re.compile(r"-[\w-]+|[\w.:=/\\+][\w.:=/\\+-]*", re.ASCII)
 """Arguments that cmd and PowerShell both take as they are. PowerShell splits -option=a.b at the dot."""
-_SPECIAL = re.compile('["$`]')
-"""What PowerShell replaces inside double quotes, and the quote itself."""
 
 
 def join(arguments: Sequence[str], *, windows: bool = os.name == "nt") -> str:
-    """A command line, quoted for a POSIX shell; on Windows for cmd and PowerShell.
-
-    Double quotes serve both of these, except around characters that PowerShell replaces there; then the text gives
-    a form for each.
-    """
+    """A command line, quoted for a POSIX shell; on Windows for cmd, which PowerShell reads alike but for ", $ and `."""
     if not windows:
         return shlex.join(arguments)
-    cmd = " ".join(argument if _PLAIN.fullmatch(argument) else _double(argument) for argument in arguments)
-    if not any(map(_SPECIAL.search, arguments)):
-        return cmd
-    literal = (argument.replace("'", "''") for argument in arguments)
-    powershell = " ".join(argument if _PLAIN.fullmatch(argument) else f"'{argument}'" for argument in literal)
-    return f"{cmd} (in PowerShell: {powershell})"
+    return " ".join(argument if _PLAIN.fullmatch(argument) else _double(argument) for argument in arguments)
 
 
 def _double(argument: str) -> str:
@@ -63,9 +52,7 @@ def _interpreter() -> str:
     ours, found = Path(sys.executable).absolute(), shutil.which("python")
     if found is not None and Path(found).absolute().parent == ours.parent and Path(found).samefile(ours):
         return "python"
-    shown = _shown(ours)
-    # PowerShell takes a quoted text for a value and not for a command
-    return shown if os.name != "nt" or _PLAIN.fullmatch(shown) else "python"
+    return _shown(ours)
 
 
 def _shown(path: Path) -> str:

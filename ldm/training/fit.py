@@ -8,7 +8,6 @@ from pathlib import Path
 from signal import Signals
 from typing import Annotated, Any, TypedDict
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
@@ -19,7 +18,7 @@ from ldm.data.loaders import train_loader, val_loader
 from ldm.data.order import batch_at
 from ldm.errors import UserError
 from ldm.files.untrusted import first_line
-from ldm.rules import Count, NonNegative, Positive, Switch, Whole, apply_rules
+from ldm.rules import Count, NonNegative, Number, Positive, Switch, Whole, apply_rules
 from ldm.runs.checkpoints import Manifest
 from ldm.runtime import signals
 from ldm.runtime.distributed import from_first
@@ -40,7 +39,7 @@ class OwnOptions(TypedDict):
     """Of the config group `trainer`: what Lightning's Trainer does not take."""
 
     max_time: str | None
-    ema_decay: float
+    ema_decay: Annotated[Number, Field(ge=0, lt=1)]
     compile: Switch
     num_workers: Annotated[Whole, Field(ge=0, le=1024)]
     checkpoint_every_s: NonNegative
@@ -73,10 +72,6 @@ def check_trainer(options: Mapping[str, Any]) -> None:
     apply_rules(TrainerOptions, options)
     if "fsdp" in str(options.get("strategy")).lower():
         raise UserError("trainer=fsdp does not work yet: use trainer=ddp, which keeps the whole network on every GPU.")
-    if options["accelerator"] in ("gpu", "cuda") and not (
-        torch.cuda.is_available() or torch.backends.mps.is_available()
-    ):
-        raise UserError("This trainer= needs a GPU, and torch finds none here. Choose trainer=cpu or trainer=auto.")
     guard_of(options, Path("skipped_steps.jsonl"))
     precision = named_precision(options["precision"])
     make_trainer(options, "32-true" if precision == "auto" else precision, logger=False, enable_checkpointing=False)
@@ -94,12 +89,10 @@ def make_trainer(options: Mapping[str, Any], precision: str, **others: Any) -> T
         known["val_check_interval"] = every * options["accumulate_grad_batches"]
     try:
         return Trainer(**known | {"precision": precision}, **others, max_epochs=-1)  # steps and time are the budget
-    except MisconfigurationException as error:
-        raise UserError(f"{' '.join(str(error).split())} Choose trainer=cpu or trainer=auto.") from error
-    except (*FAULTS, ImportError) as error:
+    except (*FAULTS, ImportError, MisconfigurationException) as error:
         raise UserError(
-            f"No trainer can be made of the options trainer.*: {first_line(error)}. Leave out what was given there, "
-            "or choose trainer=cpu or trainer=auto."
+            f"No trainer can be made of the options trainer.*: {first_line(error)}. Choose trainer=cpu or "
+            "trainer=auto, or leave out what was given there."
         ) from error
 
 
@@ -109,22 +102,22 @@ def guard_of(options: Mapping[str, Any], notes: Path, *images: Callable[[int], S
     Raises:
         UserError: it is no such guard.
     """
-    if (wanted := options["guard"]) in (None, False):
+    if (wanted := options["guard"]) is None:
         return None
     known = ("max_spike", "warmup_steps", "skips_before_rollback", "max_rollbacks")
     if not isinstance(wanted, dict) or not wanted.keys() <= set(known):
-        said = wanted if not isinstance(wanted, dict) else ", ".join(map(str, wanted))
-        raise UserError(f"trainer.guard={str(said)[:80]} must be null, or hold none but: {', '.join(known)}.")
+        raise UserError(f"trainer.guard={str(wanted)[:80]} must be null, or hold none but: {', '.join(known)}.")
     return Guard(notes, *images, log_every=options["log_every_n_steps"], **wanted)
 
 
-def make_budget(options: Mapping[str, Any], warmup_steps: int, decay: str) -> Budget:
-    """The budget of a training, from the config group `trainer`.
+def make_budget(config: Mapping[str, Any]) -> Budget:
+    """The budget of a training.
 
     Raises:
         UserError: there is none, or it cannot be read.
     """
-    return Budget(options["max_steps"], parse_duration(options["max_time"]), warmup_steps, decay)
+    steps, time_s = config["trainer"]["max_steps"], parse_duration(config["trainer"]["max_time"])
+    return Budget(steps, time_s, config["optimizer"]["warmup_steps"], config["optimizer"]["decay"])
 
 
 @dataclass(frozen=True)
@@ -132,41 +125,29 @@ class Plan:
     """What every fit of a run is made from.
 
     Args:
-        options: The config group `trainer` as plain values.
-        batch_size: Images per optimizer step, over all devices.
-        val_images: At most this many validation images are looked at.
-        again: The command that continues the run.
+        config: Of the training, as plain values.
         on_saved: Called after every checkpoint that is saved.
     """
 
     stage: Stage
     folder: Path
-    options: Mapping[str, Any]
-    warmup_steps: int
-    decay: str
-    batch_size: int
-    val_images: int
-    seed: int
+    config: Mapping[str, Any]
     precision: Any
-    loggers: Sequence[Logger]
-    again: str
-    on_saved: Callable[[], None] = lambda: None
+    on_saved: Callable[[], None]
+    loggers: Sequence[Logger] = ()
 
     @property
     def micro_batch(self) -> int:
         """Images per forward pass, over all devices."""
-        return self.batch_size // self.options["accumulate_grad_batches"]
+        return self.config["batch_size"] // self.config["trainer"]["accumulate_grad_batches"]
 
-
-def make_guard(plan: Plan) -> Guard | None:
-    """What watches over each step's numbers; None with trainer.guard=null."""
-    images = plan.stage.images
-
-    def names(batch: int) -> list[str]:
-        positions = batch_at(batch, size=len(images.train_indices), batch_size=plan.batch_size, seed=plan.seed)
+    def names(self, batch: int) -> list[str]:
+        """The images in a batch of the order."""
+        images, config = self.stage.images, self.config
+        positions = batch_at(
+            batch, size=len(images.train_indices), batch_size=config["batch_size"], seed=config["seed"]
+        )
         return [images.names[images.train_indices[position]] for position in positions]
-
-    return guard_of(plan.options, plan.folder / "skipped_steps.jsonl", names)
 
 
 class Fit:
@@ -178,13 +159,15 @@ class Fit:
 
     def __init__(self, plan: Plan, resumed: Manifest | None) -> None:
         self.plan, self.resumed = plan, resumed
-        stage, options = plan.stage, plan.options
-        self.budget = make_budget(options, plan.warmup_steps, plan.decay)
+        stage, options = plan.stage, plan.config["trainer"]
+        self.budget = make_budget(plan.config)
         self.step = 0
         if resumed is not None:
             self.step, self.budget.spent_s = resumed.step, resumed.trained_s
         self.ema = EMACallback(options["ema_decay"])
-        self.bar = ProgressBar(self.budget, plan.batch_size, options["log_every_n_steps"], f"stage {stage.kind}")
+        self.bar = ProgressBar(
+            self.budget, plan.config["batch_size"], options["log_every_n_steps"], f"stage {stage.kind}"
+        )
         self.checkpoints = Checkpoints(
             plan.folder,
             self.budget,
@@ -194,9 +177,10 @@ class Fit:
             resumed=resumed,
             on_saved=plan.on_saved,
         )
-        self.guard, self.offset = make_guard(plan), offset_of(None if resumed is None else resumed.path)
+        self.guard = guard_of(options, plan.folder / "skipped_steps.jsonl", plan.names)
+        stage.module.step_offset = offset_of(None if resumed is None else resumed.path)
         if (guard := self.guard) is not None:
-            guard.tallies["offset"] = self.offset  # training may have gone on without a guard since
+            guard.tallies["offset"] = stage.module.step_offset  # training may have gone on without a guard since
             self.checkpoints.withheld = lambda: guard.skipped_last
         stage.module.log_every, stage.module.progress = options["log_every_n_steps"], self.budget.progress
         self.trainer = make_trainer(
@@ -237,7 +221,8 @@ class Fit:
         fit = Fit(self.plan if resumed is not None else replace(self.plan, stage=make_stage()), resumed)
         assert fit.guard is not None
         fit.guard.go_on_after(asked, step)
-        fit.offset, fit.budget.spent_s, fit.bar.speed = fit.guard.offset, self.budget.elapsed_s, self.bar.speed
+        fit.plan.stage.module.step_offset = fit.guard.offset
+        fit.budget.spent_s, fit.bar.speed = self.budget.elapsed_s, self.bar.speed
         for logger in self.plan.loggers:
             if isinstance(logger, CsvLogger):
                 logger.go_back(resumed.last_row if resumed is not None else -1)
@@ -251,50 +236,46 @@ class Fit:
             RollBack: too many steps in a row went wrong; `after` goes on from before them.
         """
         stage, trainer = self.plan.stage, self.trainer
-        stage.module.step_offset = self.offset
         fit_batches, val_batches = self._batches()
         resumed = str(self.resumed.path) if self.resumed is not None else None
         with warnings.catch_warnings():
             # ours is an endless loader over memory-mapped arrays: workers and epochs do not apply to it
             warnings.filterwarnings("ignore", ".*does not have many workers.*")
             warnings.filterwarnings("ignore", ".*LeafSpec.*")
-            if self.guard is None:  # the run may have had one before
-                warnings.filterwarnings("ignore", ".*add the following callbacks: .'Guard'.*")
+            warnings.filterwarnings("ignore", ".*add the following callbacks: .'Guard'.*")  # now trainer.guard=null
             try:
                 trainer.fit(stage.module, fit_batches, val_batches, ckpt_path=resumed, weights_only=True)
                 if self.ema.validated_at != trainer.global_step and not self._signal():
                     trainer.validate(stage.module, val_batches, verbose=False)
                 number = self._signal()  # it came when all was trained
             except StopTraining as stopped:
-                raise signals.Interrupted(stopped.signal, self._farewell(stopped.signal)) from None
+                number = stopped.signal
             except SystemExit as ended:  # how Lightning passes on a KeyboardInterrupt, before the first step
                 raise ended.__context__ if isinstance(ended.__context__, KeyboardInterrupt) else ended from None
             finally:
                 signals.release()
         if number := number or signals.pending() or 0:
-            raise signals.Interrupted(number, self._farewell(number))
+            last, step = self.checkpoints.saved or self.resumed, self.trainer.global_step
+            kept = f"saved {last.path}" if last is not None else "nothing was trained"
+            said = f"stopped by {Signals(number).name} after step {step}; {kept}"
+            raise signals.Interrupted(number, said)
 
     def _signal(self) -> int:
         """The signal that any rank was sent, 0 without one: all validate and end together, or none does."""
         return self.budget.agreement.decide(self.trainer)["signal"]
 
-    def _farewell(self, number: int) -> str:
-        name, last = Signals(number).name, self.checkpoints.saved or self.resumed
-        kept = f"saved {last.path}" if last is not None else "nothing was trained"
-        return f"stopped by {name} after step {self.trainer.global_step}; {kept}. To go on: {self.plan.again}"
-
     def _batches(self) -> tuple[DataLoader, DataLoader]:
-        plan, images = self.plan, self.plan.stage.images
+        plan, config, images = self.plan, self.plan.config, self.plan.stage.images
         fit_batches = train_loader(
             plan.stage.fetch,
             images.train_indices,
-            batch_size=plan.batch_size,
-            seed=plan.seed,
-            start=self.step + self.offset,
-            accumulate=plan.options["accumulate_grad_batches"],
+            batch_size=config["batch_size"],
+            seed=config["seed"],
+            start=self.step + plan.stage.module.step_offset,
+            accumulate=config["trainer"]["accumulate_grad_batches"],
             rank=self.trainer.global_rank,
             num_ranks=self.trainer.world_size,
-            num_workers=plan.options["num_workers"],
+            num_workers=config["trainer"]["num_workers"],
         )
-        held_out = images.val_indices[: plan.val_images]
+        held_out = images.val_indices[: config["val_images"]]
         return fit_batches, val_loader(plan.stage.fetch, held_out, batch_size=plan.micro_batch)

@@ -11,7 +11,6 @@ from lightning.pytorch.callbacks import LambdaCallback
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ldm.cli.command_line import CommandLine
 from ldm.cli.images import prepare_images
 from ldm.cli.main import command_line, construct
 from ldm.data.images import ImageData
@@ -29,14 +28,7 @@ from ldm.runtime.device import choose_device
 from ldm.runtime.distributed import is_main_process
 from ldm.tracking.server import check_mode
 from ldm.training.callbacks.loggers import Loggers, make_loggers
-from ldm.training.callbacks.speed import (
-    begin_peak_memory,
-    describe_device,
-    measure_speed,
-    peak_memory_gb,
-    print_table,
-    time_expected,
-)
+from ldm.training.callbacks.speed import describe_device, measure_speed, peak_memory_gb, print_table, time_expected
 from ldm.training.fit import FAULTS, Fit, Plan, check_trainer, make_budget
 from ldm.training.optim.factory import OptimizerFactory
 from ldm.training.optim.precision import choose_precision
@@ -50,7 +42,7 @@ def train_stage(config: DictConfig) -> None:
         Interrupted: a signal asked to stop; with how to go on.
         UserError: bad input, before anything is changed.
     """
-    session = Session.plan(config)
+    session = Session(config)
     with session.claimed():
         images = session.prepare_images()
         stage = session.build_stage(images)
@@ -70,30 +62,25 @@ class TrainOptions(TypedDict):
 
 
 class Session:
-    """What a training knows beside its stage: config, command, run folder, what it continues and what it replaces."""
+    """What a training knows beside its stage: config, command, run folder, what it continues and what it replaces.
+
+    Raises:
+        UserError: what can be refused without looking into the run folder; naming the option and the remedy.
+    """
 
     run: Run
     loggers: Loggers
 
-    def __init__(self, config: DictConfig, command: CommandLine, continuation: Continuation) -> None:
-        self.config, self.command, self.continuation = config, command, continuation
-        self.options: dict[str, Any] = OmegaConf.to_container(config.trainer)  # type: ignore[assignment]
+    def __init__(self, config: DictConfig) -> None:
         self.main_process, self.started = is_main_process(), time.perf_counter()
-        self.precision: str | None = None
-        self.replacement = Replacement(continuation.folder)
-        self._stack = ExitStack()
-
-    @classmethod
-    def plan(cls, config: DictConfig) -> "Session":
-        """Choose the run folder, and refuse what can be refused without looking into it.
-
-        Raises:
-            UserError: naming the option and the remedy.
-        """
-        command = command_line()
-        begin_peak_memory(first=not command.job)
+        if torch.cuda.is_available() and torch.cuda.is_initialized():  # by an earlier job of a multirun
+            torch.cuda.reset_peak_memory_stats()
         check_options(config)
-        return cls(config, command, Continuation.plan(config, command, main_process=is_main_process()))
+        self.config, self.command = config, command_line()
+        self.continuation = Continuation.plan(config, self.command, main_process=self.main_process)
+        self.replacement = Replacement(self.continuation.folder)
+        self.precision: str | None = None
+        self.values: Any = OmegaConf.to_container(config, resolve=True)
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
@@ -107,8 +94,7 @@ class Session:
             with ExitStack() as self._stack:
                 if self.main_process:
                     self._stack.enter_context(only_one(self.continuation.folder))
-                now: Any = OmegaConf.to_container(self.config, resolve=True)
-                self.continuation = self.continuation.find(now)
+                self.continuation = self.continuation.find(self.values)
                 yield
         except signals.Interrupted as stopped:
             if not self.main_process:
@@ -126,14 +112,7 @@ class Session:
             UserError: options that do not go together, images that do not fill a batch, or none.
         """
         with refused_options():
-            build = self._stage_builder()
-            OptimizerFactory(build.keywords["optimizer"])(nn.Linear(1, 1))
-            build.func.check(
-                self.config.data.resolution,
-                **build.keywords,
-                init_from=self.config.init_from,
-                flip=self.config.data.flip,
-            )
+            check_stage(self.config, self._stage_builder())
             images = prepare_images(self.config.data)
         check_batch(self.config, len(images.train_indices))
         return images
@@ -148,12 +127,12 @@ class Session:
     def build_stage(self, images: ImageData) -> Stage:
         """The stage with fresh weights, the same each time."""
         torch.set_flush_denormal(True)  # the first steps' tiny gradients more than halve a CPU's speed otherwise
+        config, trainer = self.config, self.config.trainer
         self.precision = (
             self.precision  # known before the seed is set: measuring it draws random numbers
             or self.continuation.known.get("precision")
-            or choose_precision(self.options["precision"], self.options["accelerator"])
+            or choose_precision(trainer.precision, trainer.accelerator)
         )
-        config = self.config
         seed_everything(config.seed, verbose=False)
         try:
             with refused_options():
@@ -163,13 +142,13 @@ class Session:
                     cache_dir=config.data.cache_dir,
                     seed=config.seed,
                     folder=self.continuation.folder,
-                    device=choose_device("cpu" if self.options["accelerator"] == "cpu" else "auto"),
+                    device=choose_device("cpu" if trainer.accelerator == "cpu" else "auto"),
                     init_from=config.init_from,
                 )
         except NoAutoencoder as error:
             first = shell.train_command(*self.command.options_to_share(config, "vae"))
             raise UserError(f"{str(error)[:-1]}: {first}") from error
-        if config.trainer.compile:
+        if trainer.compile:
             stage.compile()
         return stage
 
@@ -183,20 +162,13 @@ class Session:
         facts = self._facts(stage)
         continuation.check_facts(facts)
         if self.main_process and stage.trains:
-            require_room(continuation.folder, stage.module, self.options["keep_last"])
+            require_room(continuation.folder, stage.module, config.trainer.keep_last)
         self.run = Run.compose(continuation.folder, config, facts)
         plan = Plan(
             stage=stage,
             folder=continuation.folder,
-            options=self.options,
-            warmup_steps=config.optimizer.warmup_steps,
-            decay=config.optimizer.decay,
-            batch_size=config.batch_size,
-            val_images=config.val_images,
-            seed=config.seed,
+            config=self.values,
             precision=self.precision,
-            loggers=(),
-            again=continuation.command,
             on_saved=self.replacement.finish,
         )
         return Fit(plan, continuation.checkpoint)
@@ -268,7 +240,7 @@ class Session:
             batch_size = plan.micro_batch // trainer.world_size or 1
             expected = time_expected(trainer, plan.stage, fit.budget, batch_size, fit.step)
             fit.bar.speed = measure_speed(trainer, plan.stage)
-            rows += [("budget", f"{fit.budget}, batches of {plan.batch_size}"), ("time expected", expected)]
+            rows += [("budget", f"{fit.budget}, batches of {self.config.batch_size}"), ("time expected", expected)]
         if self.continuation.changed:
             rows.append(("changed", "; ".join(self.continuation.changed)))
         return [*rows, ("folder", str(plan.folder))]
@@ -278,25 +250,23 @@ class Session:
         stage, trainer, run = fit.plan.stage, fit.trainer, self.run
         if not self.main_process:
             return
-        if stage.trains and self.continuation.is_same_run:
-            run.record()  # where all was trained before, nothing began
+        run.record()  # where all was trained before, nothing began
         if fit.ema.ema is not None:
             fit.ema.ema.copy_to_module()
         stage.module.to(trainer.strategy.root_device)  # Lightning left it on the CPU
-        figures: dict[str, Any] = {"steps": trainer.global_step, "training_s": round(fit.budget.elapsed_s, 1)}
+        figures, picture = stage.finish(run)
+        figures |= {"steps": trainer.global_step, "training_s": round(fit.budget.elapsed_s, 1)}
         if fit.guard is not None and fit.guard.skipped_steps:
             figures["skipped_steps"] = fit.guard.skipped_steps
-        outcome = stage.finish(run)
-        figures = {**outcome.figures, **figures}
         duration_s = time.perf_counter() - self.started
         if (memory := peak_memory_gb()) is not None:
             figures["peak_memory_gb"] = memory
         next_command = stage.next_command(run)
         run.update(finished=time.time(), duration_s=round(duration_s, 1), figures=figures, next=next_command)
         self.replacement.finish()
-        self.loggers.conclude(run, figures, outcome.pictures)
+        self.loggers.conclude(run, figures, picture)
         shown = [(key, f"{value:.4g}" if isinstance(value, float) else str(value)) for key, value in figures.items()]
-        shown += [("pictures", picture) for picture in [*outcome.pictures, str(run.images)]]
+        shown += [("pictures", str(place)) for place in (picture, run.images)]
         print_table(f"stage {run.stage} finished in {duration_s:.0f} s", shown)
         print(f"next: {next_command}")
 
@@ -313,9 +283,9 @@ def check_options(config: DictConfig) -> None:
             "one after the other."
         )
     apply_rules(TrainOptions, config)
-    trainer: Any = OmegaConf.to_container(config.trainer)
-    check_trainer(trainer)
-    make_budget(trainer, config.optimizer.warmup_steps, config.optimizer.decay)
+    values: Any = OmegaConf.to_container(config, resolve=True)
+    check_trainer(values["trainer"])
+    make_budget(values)
     check_mode(config.logger.get("mode"))
 
 

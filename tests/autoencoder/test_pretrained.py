@@ -187,7 +187,7 @@ def test_stage_2_takes_it_directly(models, train):
     ("options", "message"),
     [
         (["autoencoder.path=nowhere/at/all"], "nowhere/at/all"),
-        (["autoencoder.train=encoder"], "autoencoder.train=encoder is unknown. Choose one of: all, decoder, nothing"),
+        (["autoencoder.train=encoder"], "autoencoder.train=encoder must be 'all', 'decoder' or 'nothing'"),
         (["autoencoder.train=all", "regulariser=vq"], "regulariser=vq must be kl or none"),
         (
             ["data.resolution=36"],

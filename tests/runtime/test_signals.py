@@ -290,7 +290,7 @@ def test_a_second_training_in_a_run_folder_is_refused(train, place, monkeypatch)
         process.kill()
     with only_one(place / "runs/vae/held"):
         """Free again."""
-    assert not list((place / "runs/vae").glob("*.json"))
+    assert not list((place / "runs/vae").glob(".*.txt"))
 
 
 def test_a_place_that_cannot_be_written(tmp_path):

@@ -160,7 +160,7 @@ def conclude(run: Run, **changed: Any) -> Record:
     loggers = make_loggers(options(**changed), run, resume=False)
     loggers.wandb.log({"train/loss": 0.5}, 10)
     Image.new("RGB", (4, 4)).save(run.path / "samples_final.png")
-    loggers.conclude(run, {"steps": 10, "psnr_db": 20.0}, [str(run.path / "samples_final.png")])
+    loggers.conclude(run, {"steps": 10, "psnr_db": 20.0}, run.path / "samples_final.png")
     return records(run.path)[-1]
 
 

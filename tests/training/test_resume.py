@@ -142,8 +142,7 @@ def test_accumulated_batches_and_dropout_go_on(train, stop, monkeypatch):
             drawn.append((torch.rand(()).item(), random.random(), float(np.random.rand())))  # noqa: NPY002
         return losses(self, images + 0.01 * (drawn[-1][0] if drawn else 0.0), generator)
 
-    monkeypatch.setattr(VAETraining, "measure_step", lambda *_: 0.1)
-    monkeypatch.setattr(VAETraining, "count_flops", lambda *_: {False: 1.0})
+    monkeypatch.setattr(VAETraining, "each_way", lambda *_: {False: 0.1})
     monkeypatch.setattr(VAETraining, "losses", noisy)
     options = ["trainer.precision=32-true", "trainer.accumulate_grad_batches=2"]
     whole = train("vae", "noisy-whole", *options)

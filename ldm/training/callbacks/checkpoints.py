@@ -1,7 +1,6 @@
 """Checkpoints for resuming: saved whole between optimizer steps, the last ones and the best one kept."""
 
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,6 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from ldm.errors import UserError
 from ldm.files.atomic import clear_partials
-from ldm.rules import Count, NonNegative, checked
 from ldm.runs.checkpoints import FOLDER, Manifest, manifests, prune
 from ldm.runs.disk import forgiving
 from ldm.runtime import signals
@@ -46,14 +44,13 @@ class Checkpoints(Checkpoint):
         on_saved: Called on the first rank after every checkpoint.
     """
 
-    @checked
     def __init__(
         self,
         folder: Path,
         budget: Budget,
-        every_s: NonNegative,
+        every_s: float,
         *,
-        keep_last: Count = 2,
+        keep_last: int = 2,
         stage: str = "",
         resumed: Manifest | None = None,
         on_saved: Callable[[], None] = lambda: None,
@@ -69,10 +66,11 @@ class Checkpoints(Checkpoint):
         self._saved_step = resumed.step if resumed is not None and goes_on else -1
         self._io = WholeCheckpointIO()
         self._own: set[Path] = set()
-        self._training = self._between_steps = self._before_step = self._validating = False
+        self._training = self._between_steps = self._before_step = False
         self._improved = False
         self._saved_at, self._stop = 0.0, 0
         self._random: dict[str, Any] | None = None
+        """The random state from before a validation, while one goes on."""
         self._restored: list[dict[str, Any]] | None = None
         budget.agreement.ask("save", self._is_due)
         budget.agreement.ask("signal", lambda: signals.pending() or 0)
@@ -105,7 +103,7 @@ class Checkpoints(Checkpoint):
         self._before_step = True
         if stop:
             raise StopTraining(stop)
-        if answers.get("save") and self._needs_saving(trainer):
+        if answers.get("save") and self._saved_step != trainer.global_step:
             self._save(trainer, "interval")
         self._before_step = False
 
@@ -115,7 +113,6 @@ class Checkpoints(Checkpoint):
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
         signals.hold()
-        self._validating = True
         self._random = random_state(trainer.strategy.root_device)
         self._stop_in_validation()
 
@@ -131,7 +128,7 @@ class Checkpoints(Checkpoint):
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         if self._random is not None:  # training draws on as if there had been no validation
             restore_random_state(self._random, trainer.strategy.root_device)
-        self._validating, self._random = False, None
+        self._random = None
         if not (self._training and self._between_steps):
             return
         monitored = float(trainer.callback_metrics.get(MONITORED, math.nan))
@@ -149,24 +146,24 @@ class Checkpoints(Checkpoint):
             raise StopTraining(answers["signal"])
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        if self._needs_saving(trainer):
+        if self._saved_step != trainer.global_step:
             self._save(trainer, "end")
         self._training = False
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, StopTraining) and self._training and self._needs_saving(trainer):
+        if isinstance(exception, StopTraining) and self._training and self._saved_step != trainer.global_step:
             self._save(trainer, "signal")
         self._training = False
 
     def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        own = self._random if self._validating else random_state(trainer.strategy.root_device)
+        own = self._random or random_state(trainer.strategy.root_device)
         every: list[Any] = [own] * trainer.world_size
         if trainer.world_size > 1:
             dist.all_gather_object(every, own)
         checkpoint["random"] = every
         checkpoint["step_offset"] = getattr(module, "step_offset", 0)  # also where no guard is there to save it
         loops = checkpoint["loops"]["fit_loop"]
-        if self._validating:  # to be begun anew: Lightning would validate on the batches that were left
+        if self._random is not None:  # to be begun anew: Lightning would validate on the batches that were left
             val = loops["epoch_loop.val_loop.batch_progress"]
             val.update(total=dict(NOT_BEGUN), current=dict(NOT_BEGUN), is_last_batch=False)
         elif self._before_step:  # as at the end of the last batch: Lightning has counted the next one already
@@ -183,9 +180,6 @@ class Checkpoints(Checkpoint):
     def _is_due(self) -> bool:
         return time.monotonic() - self._saved_at >= self.every_s and not self.withheld()
 
-    def _needs_saving(self, trainer: Trainer) -> bool:
-        return self._saved_step != trainer.global_step
-
     def branch(self) -> list[Manifest]:
         """What this run saved and what it continues, not what was saved after the point that it went back to."""
         last = self.resumed.sequence if self.resumed is not None else -1
@@ -200,46 +194,11 @@ class Checkpoints(Checkpoint):
         began, step = time.perf_counter(), trainer.global_step
         for logger in trainer.loggers:
             logger.save()  # the rows up to here are never logged again
-        path = self._free_name(step)
+        # never over another: checkpoint and manifest cannot be replaced as one
+        names = [f"step-{step:08d}", *(f"step-{step:08d}-{i}" for i in range(1, 100))]
+        path = next(self.folder / f"{name}.ckpt" for name in names if not any(self.folder.glob(f"{name}.*")))
         trainer.save_checkpoint(path, weights_only=False)
         self._saved_at = time.monotonic()
-        failure: OSError | None = None
-        if trainer.is_global_zero:
-            failure = self._record(path, began, step, why, figure, best)
-        if trainer.strategy.reduce_boolean_decision(failure is not None, all=False):
-            reason = f" ({os.strerror(failure.errno) if failure.errno else failure})" if failure is not None else ""
-            last = self.saved or self.resumed
-            kept = f"{last.path} is kept" if last is not None else "nothing was saved before"
-            said = f"cannot be saved in {self.folder}{reason}; {kept}."
-            if why in ("end", "signal"):
-                raise UserError(
-                    f"The last checkpoint {said} Make room, then go on with the same command and resume=true."
-                )
-            if failure is not None:
-                again = f"Training goes on, and tries again every {self.every_s:g} s."
-                print(f"warning: a checkpoint {said} {again}", flush=True)
-            return
-        self._saved_step = step
-        if trainer.is_global_zero and self.saved is not None:
-            self._own.add(path)
-            self.on_saved()
-            with forgiving(self.folder):
-                prune(self.folder, self.branch(), self.keep_last)
-            figures = {"checkpoint/size_mb": self.saved.bytes / 1e6, "checkpoint/save_s": self.saved.save_s}
-            for logger in trainer.loggers:
-                logger.log_metrics(figures, step - 1)
-
-    def _free_name(self, step: int) -> Path:
-        # never over another: checkpoint and manifest cannot be replaced as one
-        names = [f"step-{step:08d}"] + [f"step-{step:08d}-{i}" for i in range(1, 100)]
-        paths = (self.folder / f"{name}.ckpt" for name in names)
-        return next(path for path in paths if not path.exists() and not path.with_suffix(".json").exists())
-
-    def _record(
-        self, path: Path, began: float, step: int, why: str, figure: float | None, best: bool
-    ) -> OSError | None:
-        if self._io.failure is not None:
-            return self._io.failure
         manifest = Manifest(
             path=path,
             stage=self.stage,
@@ -255,10 +214,34 @@ class Checkpoints(Checkpoint):
             figure=figure,
             best=best,
         )
-        try:
-            manifest.write()
-        except OSError as error:
-            path.unlink(missing_ok=True)
-            return error
-        self.saved = manifest
-        return None
+        failure = self._io.failure
+        if trainer.is_global_zero and failure is None:
+            try:
+                manifest.write()
+            except OSError as error:
+                path.unlink(missing_ok=True)
+                failure = error
+        if trainer.strategy.reduce_boolean_decision(failure is not None, all=False):
+            last = self.saved or self.resumed
+            kept = f"{last.path} is kept" if last is not None else "nothing was saved before"
+            reason = failure.strerror if failure is not None else "says the first process"
+            said = f"cannot be saved in {self.folder} ({reason}); {kept}."
+            if why in ("end", "signal"):
+                raise UserError(
+                    f"The last checkpoint {said} Make room, then go on with the same command and resume=true."
+                )
+            if trainer.is_global_zero:
+                again = f"Training goes on, and tries again every {self.every_s:g} s."
+                print(f"warning: a checkpoint {said} {again}", flush=True)
+            return
+        self._saved_step = step
+        if trainer.is_global_zero:
+            self.saved = manifest
+            self._own.add(path)
+            self.on_saved()
+            with forgiving(self.folder):
+                prune(self.folder, self.branch(), self.keep_last)
+            for logger in trainer.loggers:
+                logger.log_metrics(
+                    {"checkpoint/size_mb": manifest.bytes / 1e6, "checkpoint/save_s": manifest.save_s}, step - 1
+                )

@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -26,10 +26,11 @@ from torch.optim import Optimizer
 
 from ldm.errors import UserError
 from ldm.rules import Count, Number, Whole, checked
+from ldm.runs.checkpoints import Manifest
 from ldm.runs.disk import forgiving
-from ldm.training.callbacks.skip_step import LARGEST, Numbers, RunningNorm, exceeds, leave_out, parameters_of
+from ldm.training.callbacks.skip_step import LARGEST, Numbers, RunningNorm, leave_out, parameters_of
 
-Saved = TypeVar("Saved")
+say = rank_zero_only(print)
 
 
 class RollBack(Exception):
@@ -46,7 +47,7 @@ class RollBack(Exception):
         super().__init__(f"the steps from {began} on went wrong")
         self.began, self.at, self.tallies, self.average = began, at, dict(tallies), average
 
-    def choose(self, checkpoints: Mapping[int, Saved]) -> tuple[int, Saved | None]:
+    def choose(self, checkpoints: Mapping[int, Manifest]) -> tuple[int, Manifest | None]:
         """Which of the checkpoints by step to go on from: the newest from before the steps that went wrong.
 
         Not the one that the last roll-back went to, where there is another: its weights may be what is wrong. Without
@@ -133,13 +134,13 @@ class Guard(Callback):
             if parameter.grad is not None:
                 norm = norm + 0 * parameter.grad.sum()
         self._norm, self._limit = norm.detach(), self.running.limit
-        self.skips = self._beside = exceeds(self._norm, self._limit)
+        self.skips = self._beside = ~(self._norm <= self._limit)  # also where it is NaN
         leave_out(optimizer, self.skips)
 
     def judge_beside(self, optimizer: Optimizer) -> None:
         """The same for the step of a second optimizer, whose gradient must be finite and may spike."""
         norm = get_total_norm([p.grad for p in parameters_of(optimizer) if p.grad is not None])
-        self._beside = self.skips | exceeds(norm, LARGEST)
+        self._beside = self.skips | ~(norm <= LARGEST)
         leave_out(optimizer, self._beside)
 
     def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -172,9 +173,10 @@ class Guard(Callback):
         }
         self.tallies, self._average = dict(self._carried), asked.average
         self._write({"step": asked.began, "rolled_back_to": step, "batches_passed_over": passed_over})
-        self._say(
+        say(
             f"the steps from {asked.began} on went wrong: back to step {step}, and on with the batches after them "
-            f"(roll-back {self.tallies['rollbacks']} of {self.max_rollbacks}; see {self.notes})"
+            f"(roll-back {self.tallies['rollbacks']} of {self.max_rollbacks}; see {self.notes})",
+            flush=True,
         )
 
     def _count(self, numbers: Numbers) -> None:
@@ -191,7 +193,7 @@ class Guard(Callback):
         self._note(numbers)
         count = self.tallies["skipped_steps"]
         if math.log10(count).is_integer():  # the 1st, 10th, 100th
-            self._say(f"step {numbers.step} was left out, {count} until now: {self.notes} says why")
+            say(f"step {numbers.step} was left out, {count} until now: {self.notes} says why", flush=True)
 
     def _note(self, numbers: Numbers) -> None:
         left_out, _, norm, *losses = numbers.read()
@@ -222,10 +224,6 @@ class Guard(Callback):
                 self.notes.parent.mkdir(parents=True, exist_ok=True)
                 with self.notes.open("a", encoding="utf-8") as file:
                     file.write(text + "\n")
-
-    @rank_zero_only
-    def _say(self, text: str) -> None:
-        print(text, flush=True)
 
     def _log(self, trainer: Trainer, skipped_steps: int) -> None:
         """Straight to the loggers: what a module logs costs Lightning time at every step, written or not."""

@@ -29,14 +29,13 @@ class Loggers:
     wandb: WandbRun | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def conclude(self, run: Run, figures: Mapping[str, Any], pictures: Sequence[str]) -> None:
-        """Log how a finished run ended: its figures, its pictures, what it was made from and what it leaves."""
+    def conclude(self, run: Run, figures: Mapping[str, Any], picture: Path) -> None:
+        """Log how a finished run ended: its figures, its picture, what it was made from and what it leaves."""
         if self.wandb is None:
             return
         self.wandb.summarise(figures)
-        for path in map(Path, pictures):
-            with Image.open(path) as picture:
-                self.wandb.log_images(path.stem, [picture], [path.stem], figures["steps"])
+        with Image.open(picture) as image:
+            self.wandb.log_images(picture.stem, [image], [picture.stem], figures["steps"])
         latents = None
         if run.stage == "vae" and self.options.get("upload_latents"):
             latents = latents_folder(LatentContract.load(run.path), run.config()["data"]["cache_dir"])
@@ -51,19 +50,18 @@ class CsvLogger(Logger):
     """metrics.csv: a row of what is logged together, in columns by name. A disk that refuses it ends nothing.
 
     Args:
-        resume: The rows that are there are kept; otherwise they are deleted.
+        last_row: The step up to which the rows that are there are kept.
         tracker: A W&B run, which is handed the same. It is left open at the end: pictures and the summary follow.
     """
 
     name, version = "csv", ""
 
-    def __init__(self, file: Path, *, resume: bool, tracker: WandbRun | None = None) -> None:
+    def __init__(self, file: Path, last_row: int = -1, tracker: WandbRun | None = None) -> None:
         super().__init__()
         self.file, self.tracker = file, tracker
         self._rows: list[dict[str, Any]] = []
         self._rows_at_a_time = 100
-        if not resume:
-            file.unlink(missing_ok=True)
+        self.go_back(last_row)
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """The config is in config.yaml, and W&B has it from the start."""
@@ -108,13 +106,13 @@ def _read(file: Path) -> tuple[Sequence[str], list[dict[str, Any]]]:
 
 
 def make_loggers(
-    options: Mapping[str, Any], run: Run, *, resume: bool, last_row: int | None = None, main_process: bool = True
+    options: Mapping[str, Any], run: Run, *, resume: bool, last_row: int = -1, main_process: bool = True
 ) -> Loggers:
     """Loggers for a run folder, from the config group `logger`; none in the other processes of a distributed run.
 
     Args:
         resume: The run is continued, not begun.
-        last_row: The step up to which the rows in metrics.csv are kept; None keeps all.
+        last_row: The step up to which the rows in metrics.csv are kept.
     """
     if not main_process:
         return Loggers([])
@@ -124,10 +122,7 @@ def make_loggers(
         chosen = {key: options[key] for key in OPTIONS if key in options} | {"group": options.get("group") or name}
         config = {**run.config(), "run": run.facts}
         tracker = WandbRun(run.path, config, name=f"{run.stage}/{name}", resume=resume, **chosen)
-    table = CsvLogger(run.metrics_file, resume=resume, tracker=tracker)
-    if resume and last_row is not None:
-        table.go_back(last_row)
-    return Loggers([table], tracker, options)
+    return Loggers([CsvLogger(run.metrics_file, last_row, tracker)], tracker, options)
 
 
 def save_grid(

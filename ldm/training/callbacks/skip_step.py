@@ -76,11 +76,6 @@ class Numbers:
         return any(self.read()[:2])
 
 
-def exceeds(norm: Tensor, limit: float) -> Tensor:
-    """Whether a norm is above the limit or NaN, [] bool on its device."""
-    return (norm <= limit).logical_not()
-
-
 def is_on_host(value: Tensor) -> bool:
     """Whether it is read without a wait."""
     return value.device.type == "cpu"

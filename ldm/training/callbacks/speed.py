@@ -74,11 +74,11 @@ class Speed:
 
 def measure_speed(trainer: Trainer, stage: Stage, num_images: int = 2) -> Speed:
     """Count the operations of a step on a few images."""
-    device = trainer.strategy.root_device
+    device, autocast = trainer.strategy.root_device, trainer.precision_plugin.forward_context
     module = stage.module.to(device)
     chosen = stage.images.train_indices[:num_images]
     batch = module.transfer_batch_to_device(stage.fetch(chosen), device, 0)
-    counted = module.count_flops(batch, trainer.precision_plugin.forward_context)
+    counted = module.each_way(lambda: count_flops(lambda: module.try_step(batch, autocast)))
     per_image = {playing: flops / len(chosen) for playing, flops in counted.items()}
     peak = peak_flops(torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
     return Speed(per_image, peak and peak * trainer.world_size)
@@ -98,30 +98,13 @@ def count_flops(step: Callable[[], Any]) -> float:
     return float(counter.get_total_flops())
 
 
-_shared = False
-
-
-def begin_peak_memory(*, first: bool) -> None:
-    """From here on peak memory is this training's, not that of an earlier one in the same process.
-
-    Args:
-        first: No training was in this process before. RAM's peak is of the whole process and cannot be set back: of a
-            later one it is not known.
-    """
-    global _shared
-    _shared = not first
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.reset_peak_memory_stats()
-
-
 def peak_memory_gb() -> float | None:
-    """The most memory that this training held: on the GPU where there is one, else in RAM.
-
-    None on Windows, and of a later job of a multirun in RAM, see `begin_peak_memory`.
+    """The most memory that this training held on the GPU where there is one, else this process in RAM, with the
+    earlier jobs of a multirun; None on Windows.
     """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    if _shared or sys.platform == "win32":
+    if sys.platform == "win32":
         return None
     import resource
 

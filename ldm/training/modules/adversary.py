@@ -5,21 +5,14 @@ parameter's gradient: so the trainer knows the generator alone, `max_steps` are 
 once after each of them, with its gradients averaged over ranks here.
 """
 
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor, nn
 
-from ldm.autoencoder.discriminator import (
-    Balance,
-    GameType,
-    LastLayer,
-    PatchDiscriminator,
-    discriminator_loss,
-    generator_loss,
-)
+from ldm.autoencoder.discriminator import GameType, PatchDiscriminator, discriminator_loss, generator_loss
 from ldm.errors import InputError, UserError
 from ldm.rules import Depth, NonNegative, Size, Whole, checked
 from ldm.training.callbacks.guard import Guard
@@ -43,7 +36,7 @@ class Adversary:
     @checked
     def __init__(
         self,
-        loss: GameType = "hinge",
+        loss: Annotated[GameType, Field()] = "hinge",
         *,
         weight: NonNegative = 0.1,
         start: NonNegative = 0.5,
@@ -53,8 +46,6 @@ class Adversary:
         channels: Size = 32,
         layers: Annotated[Depth, Field(le=64)] = 3,
     ) -> None:
-        if loss not in get_args(GameType):
-            raise UserError(f"adversarial.loss={loss} is unknown. Choose one of: {', '.join(get_args(GameType))}.")
         if start >= 1 and start != int(start):
             raise InputError("start", start, "must be a whole step, or below 1 a share of the budget")
         self.shape = [channels, layers]
@@ -67,6 +58,7 @@ class Adversary:
         self.share = 1.0
         """A batch's part of a step: one over the batches that are accumulated."""
         self.balance: Any = None
+        """Looks at the gradients of the autoencoder's last layer, once there is one."""
 
     def check(self, resolution: int) -> None:
         """Refuse images that are too small.
@@ -74,41 +66,20 @@ class Adversary:
         Raises:
             UserError: with the layers that fit.
         """
-        side = resolution
-        layers = len([layer for layer in self.discriminator.modules() if isinstance(layer, nn.Conv2d)]) - 2
-        for _ in range(layers):
-            side //= 2
-        if side < 3:
+        layers = self.shape[1]
+        if resolution >> layers < 3:
             fitting = max(1, (resolution // 3).bit_length() - 1)
             raise UserError(
                 f"The discriminator's adversarial.layers={layers} leave no patch of data.resolution={resolution}: "
                 f"choose adversarial.layers={fitting}."
             )
 
-    def attach(self, model: nn.Module) -> None:
-        """Look at the gradients of this autoencoder's last layer."""
-        self.balance = Balance(LastLayer(model), self.max_weight)
-
-    def begins(self, step: int, progress: float) -> bool:
-        """Whether `start` is reached at this generator step, at this share of the budget."""
-        return progress >= self.start if self.start < 1 else step >= self.start
-
-    def begin_step(self, step: int) -> None:
-        """Before the first batch of generator step `step`: lambda is measured anew."""
-        assert self.begun_at is not None
-        self.balance.weight = None
-        self.balance.factor = self.weight * min(1.0, (step - self.begun_at) / max(1, self.ramp))
-
     def generator_loss(self, reconstruction: Tensor) -> Tensor:
         """The adversarial term, before its weight. Its gradient leaves the discriminator's weights alone."""
-        parameters = list(self.discriminator.parameters())
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-        try:
-            return generator_loss(self.game, self.discriminator(reconstruction))
-        finally:
-            for parameter in parameters:
-                parameter.requires_grad_(True)
+        self.discriminator.requires_grad_(False)
+        loss = generator_loss(self.game, self.discriminator(reconstruction))
+        self.discriminator.requires_grad_(True)
+        return loss
 
     def learn(self, images: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
         """Add the discriminator's gradients of a batch, `share` of a step."""

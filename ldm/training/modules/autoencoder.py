@@ -1,16 +1,15 @@
 """Stage 1's training: an autoencoder on images, with a discriminator beside it where one is asked for."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ldm.autoencoder.discriminator import Balance, LastLayer
 from ldm.autoencoder.losses import AutoencoderLoss
 from ldm.autoencoder.regularisers import Regulariser
-from ldm.errors import UserError
 from ldm.image_grid import rows, to_pil
 from ldm.metrics.codes import codebook
 from ldm.metrics.image import psnr, ssim
@@ -54,7 +53,7 @@ class VAETraining(TrainingModule):
         self.loss, self.regulariser, self.flip, self.pictures = loss, regulariser, flip, pictures
         self.adversary, self.playing = adversary, False
         if adversary is not None:
-            adversary.attach(model)
+            adversary.balance = Balance(LastLayer(model), adversary.max_weight)
         self._used_codes: Tensor | None = None
 
     def losses(self, images: Tensor, draws: Draws) -> dict[str, Tensor]:
@@ -65,9 +64,8 @@ class VAETraining(TrainingModule):
         if self.adversary is not None:
             self.adversary.balance.last_layer.keeping = self.playing
         made = self.regulariser.reconstruct(self.trained, images, draws.randn)
-        if not self.playing:
+        if self.adversary is None or not self.playing:
             return self.loss(images, made.images, made.terms)
-        assert self.adversary is not None
         reconstruction, judged = self.adversary.balance.split(made.images)
         terms = self.loss(images, reconstruction, made.terms)
         adversarial = self.adversary.generator_loss(judged)
@@ -85,20 +83,20 @@ class VAETraining(TrainingModule):
             self.adversary.share = self.adversary.balance.share = 1 / self.trainer.accumulate_grad_batches
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        if self.adversary is None or batch_idx % self.trainer.accumulate_grad_batches:
+        adversary, step = self.adversary, self.trainer.global_step
+        if adversary is None or batch_idx % self.trainer.accumulate_grad_batches:
             return
-        step = self.trainer.global_step
-        if self.adversary.begun_at is None:
-            begins = self.adversary.begins(step, self.progress(step))
+        if adversary.begun_at is None:
+            begins = (self.progress(step) if adversary.start < 1 else step) >= adversary.start
             if self.trainer.strategy.reduce_boolean_decision(begins, all=False):
-                self.adversary.begun_at = step
-        self.playing = self.adversary.begun_at is not None
-        if self.playing:
-            self.adversary.begin_step(step)
+                adversary.begun_at = step
+        self.playing = adversary.begun_at is not None
+        if adversary.begun_at is not None:
+            adversary.balance.weight = None  # lambda is measured anew
+            adversary.balance.factor = adversary.weight * min(1.0, (step - adversary.begun_at) / max(1, adversary.ramp))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.playing and self.logs_now:
-            assert self.adversary is not None
+        if self.adversary is not None and self.playing and self.logs_now:
             balance = self.adversary.balance
             self.log_dict({"train/adaptive_weight": balance.weight, "train/adversarial_factor": balance.factor})
 
@@ -108,35 +106,21 @@ class VAETraining(TrainingModule):
         step = self.trainer.global_step
         left_out = None if self.guard is None else self.guard.skips
         self.regulariser.after_step(self.trained, generator, self.progress(step), left_out)
-        if self.playing:
-            assert self.adversary is not None
+        if self.adversary is not None and self.playing:
             group = self.trainer.optimizers[0].param_groups[0]
             self.adversary.step(decay=group["lr"] / group.get("peak_lr", group["lr"]), guard=self.guard)
 
-    def measure_step(self, batch: Any, autocast: Callable[[], AbstractContextManager], repeats: int = 3) -> float:
-        """Seconds of a step, those with the discriminator counted by their share of the budget."""
-        alone = super().measure_step(batch, autocast, repeats)
-        if self.adversary is None:
-            return alone
-        self.adversary.join(self.device)
-        self.playing = True
-        together = super().measure_step(batch, autocast, repeats)
-        self.playing = False
-        self.adversary.optimizer.zero_grad()
-        start = self.adversary.start
-        before = start if start < 1 else self.progress(int(start))
-        return before * alone + (1 - before) * together
-
-    def count_flops(self, batch: Any, autocast: Callable[[], AbstractContextManager]) -> dict[bool, float]:
-        counted = super().count_flops(batch, autocast)
-        if self.adversary is None:
-            return counted
-        self.adversary.join(self.device)
-        self.playing = True
-        counted[True] = super().count_flops(batch, autocast)[False]
-        self.playing = False
-        self.adversary.optimizer.zero_grad()
-        return counted
+    def each_way(self, measure: Callable[[], float]) -> dict[bool, float]:
+        found = super().each_way(measure)
+        if self.adversary is not None:
+            start = self.adversary.start
+            self.share_alone = start if start < 1 else self.progress(int(start))
+            self.adversary.join(self.device)
+            self.playing = True
+            found[True] = super().each_way(measure)[False]
+            self.playing = False
+            self.adversary.optimizer.zero_grad()
+        return found
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.adversary is not None:
@@ -144,11 +128,6 @@ class VAETraining(TrainingModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.adversary is not None:
-            if "adversary" not in checkpoint:
-                raise UserError(
-                    "resume= continues a run without a discriminator, and adversarial= asks for one. Leave it out, or "
-                    "start a run of its own from those weights with init_from=."
-                )
             self.adversary.load_state_dict(checkpoint["adversary"])
 
     def validation_step(self, images: Tensor, batch_idx: int) -> None:

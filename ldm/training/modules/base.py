@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from ldm.data.order import part_rows
 from ldm.runtime.random import Draws, derive_seed
 from ldm.training.callbacks.guard import Guard
-from ldm.training.callbacks.speed import count_flops
 from ldm.training.optim.factory import OptimizerFactory
 
 OF_NETWORK = 1
@@ -35,6 +34,8 @@ class TrainingModule(LightningModule):
     """The share of the budget that is spent at a step; the front door sets it."""
     guard: Guard | None = None
     """Leaves out steps whose numbers go wrong; the callback puts itself here."""
+    share_alone = 1.0
+    """Of the budget, what is trained without a discriminator."""
     step_offset = 0
     """Steps by which samples and draws are ahead of the optimizer: those that training went back over."""
 
@@ -60,30 +61,25 @@ class TrainingModule(LightningModule):
         loss = terms["loss"]
         return {"loss": loss if self.guard is None else self.guard.watch(loss)}
 
-    def measure_step(self, batch: Any, autocast: Callable[[], AbstractContextManager], repeats: int = 3) -> float:
-        """Seconds that a forward and backward pass takes, the fastest of `repeats`. Leaves no gradients behind."""
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            with autocast():
-                loss = self.losses(batch, self.trial_draws(batch))["loss"]
-            loss.backward()
-            loss.item()  # an accelerator has finished only now
-            times.append(time.perf_counter() - start)
+    def try_step(self, batch: Any, autocast: Callable[[], AbstractContextManager]) -> float:
+        """A forward and backward pass on a batch that is not trained on; its seconds."""
+        start = time.perf_counter()
+        with autocast():
+            loss = self.losses(batch, self.trial_draws(batch))["loss"]
+        loss.backward()
+        loss.item()  # an accelerator has finished only now
+        return time.perf_counter() - start
+
+    def each_way(self, measure: Callable[[], float]) -> dict[bool, float]:
+        """What `measure` finds of tried steps, by whether a discriminator takes part. Leaves no gradients behind."""
+        found = measure()
         self.trained.zero_grad(set_to_none=True)
-        return min(times)
+        return {False: found}
 
-    def count_flops(self, batch: Any, autocast: Callable[[], AbstractContextManager]) -> dict[bool, float]:
-        """Floating-point operations of a forward and backward pass, by whether a discriminator takes part."""
-
-        def step() -> None:
-            with autocast():
-                loss = self.losses(batch, self.trial_draws(batch))["loss"]
-            loss.backward()
-
-        flops = count_flops(step)
-        self.trained.zero_grad(set_to_none=True)
-        return {False: flops}
+    def measure_step(self, batch: Any, autocast: Callable[[], AbstractContextManager]) -> float:
+        """Seconds of a step, the fastest of three; those with a discriminator count by their share of the budget."""
+        seconds = self.each_way(lambda: min(self.try_step(batch, autocast) for _ in range(3)))
+        return self.share_alone * seconds[False] + (1 - self.share_alone) * seconds.get(True, 0.0)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optimizer(self.trained)

@@ -2,7 +2,6 @@
 
 import math
 import time
-from datetime import timedelta
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -12,7 +11,7 @@ from ldm.runtime.distributed import Agreement
 
 
 def parse_duration(text: str | None) -> float | None:
-    """`HH:MM:SS` (or `DD:HH:MM:SS`) in seconds.
+    """`HH:MM:SS` in seconds.
 
     Raises:
         UserError: another form.
@@ -20,10 +19,10 @@ def parse_duration(text: str | None) -> float | None:
     if text is None:
         return None
     parts = str(text).split(":")
-    if len(parts) not in (3, 4) or not all(part.isdigit() for part in parts):
+    if len(parts) != 3 or not all(part.isdigit() for part in parts):
         raise UserError(f"trainer.max_time={text} must be HH:MM:SS, for example trainer.max_time=00:05:00.")
-    days, hours, minutes, seconds = [0] * (4 - len(parts)) + [int(part) for part in parts]
-    return timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds).total_seconds()
+    hours, minutes, seconds = map(int, parts)
+    return 3600.0 * hours + 60 * minutes + seconds
 
 
 class Budget(Callback):
@@ -55,9 +54,8 @@ class Budget(Callback):
         self.max_steps, self.max_time_s = max_steps, max_time_s
         self.warmup_steps, self.decay = warmup_steps, self.DECAYS[decay]
         self.spent_s, self._started = 0.0, 0.0
-        self._peaks: list[list[float]] = []
         self.agreement = Agreement()
-        self.agreement.ask("time_over", self._is_time_over)
+        self.agreement.ask("time_over", lambda: self.max_time_s is not None and self.elapsed_s >= self.max_time_s)
 
     def __str__(self) -> str:
         steps = [f"{self.max_steps} steps"] if self.max_steps > 0 else []
@@ -86,26 +84,21 @@ class Budget(Callback):
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._started = time.perf_counter()
-        # the peak is kept in the group, so that a resumed optimizer knows it too
-        self._peaks = [
-            [group.setdefault("peak_lr", group["lr"]) for group in optimizer.param_groups]
-            for optimizer in trainer.optimizers
-        ]
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                group.setdefault("peak_lr", group["lr"])  # in the group, so that a resumed optimizer knows it too
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
         factor = self.decay(self.progress(step)) * min(1.0, (step + 1) / max(1, self.warmup_steps))
-        for optimizer, peaks in zip(trainer.optimizers, self._peaks, strict=True):
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * factor
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * factor
 
     def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         # never amid an accumulated step: its gradients would be lost, and a resumed run out of phase
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and self.agreement.decide(trainer)["time_over"]:
             trainer.should_stop = True
-
-    def _is_time_over(self) -> bool:
-        return self.max_time_s is not None and self.elapsed_s >= self.max_time_s
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         self.spent_s, self._started = self.elapsed_s, 0.0  # what follows is no training

@@ -7,14 +7,11 @@ The warm-up lets short runs forget their start. One foreach kernel per update.
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from pydantic import Field
 from torch import Tensor, nn
-
-from ldm.rules import Number, checked
 
 
 class EMA:
@@ -44,20 +41,17 @@ class EMA:
     def applied(self) -> Iterator[None]:
         """The module holds the averaged weights inside, and its own again after, whatever happens."""
         self.raw = {name: p.detach().clone() for name, p in zip(self._names, self._parameters, strict=True)}
-        self._write(self.shadow)
+        self.copy_to_module()
         try:
             yield
         finally:
-            self._write(list(self.raw.values()))
+            self.copy_to_module(list(self.raw.values()))
             self.raw = {}
 
-    def copy_to_module(self) -> None:
-        """Leave the averaged weights in the module for good."""
-        self._write(self.shadow)
-
     @torch.no_grad()
-    def _write(self, values: list[Tensor]) -> None:
-        for parameter, value in zip(self._parameters, values, strict=True):
+    def copy_to_module(self, values: list[Tensor] | None = None) -> None:
+        """Leave the averaged weights in the module for good, or these."""
+        for parameter, value in zip(self._parameters, self.shadow if values is None else values, strict=True):
             parameter.copy_(value)
 
     def state_dict(self) -> dict[str, object]:
@@ -71,9 +65,8 @@ class EMA:
 class EMACallback(Callback):
     """Averages `module.trained`, and puts the average in its place while validating."""
 
-    @checked
-    def __init__(self, ema_decay: Annotated[Number, Field(ge=0, lt=1)]) -> None:
-        self.decay = ema_decay
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
         self.ema: EMA | None = None
         self._state: dict[str, Any] | None = None
         self._validating = ExitStack()

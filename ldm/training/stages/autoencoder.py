@@ -3,10 +3,11 @@
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypedDict, get_args
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from ldm.autoencoder.autoencoder import Autoencoder, TrainType, choose_trained
@@ -19,7 +20,7 @@ from ldm.data.images import ImageData
 from ldm.errors import UserError
 from ldm.files.atomic import durable_folder
 from ldm.image_grid import rows, to_pil
-from ldm.latents.statistics import StatisticsType, check_statistics, encode_latents, published
+from ldm.latents.statistics import StatisticsType, encode_latents, published
 from ldm.metrics.image import patch_components, project, psnr, ssim
 from ldm.rules import Depth, Size, Switch, apply_rules
 from ldm.runs.load import load_autoencoder
@@ -28,7 +29,7 @@ from ldm.runtime.random import numpy_generator
 from ldm.training.modules.adversary import Adversary
 from ldm.training.modules.autoencoder import VAETraining
 from ldm.training.optim.factory import OptimizerFactory
-from ldm.training.stages.base import Outcome, Stage
+from ldm.training.stages.base import Stage
 
 START_IMAGES, START_PIXELS = 4096, 4096 * 64 * 64
 """At most so many training images, and pixels of them, start the shortcut and the codebook and fit PCA."""
@@ -80,8 +81,8 @@ class VAEStage(Stage):
         perceptual: Perceptual | None = None,
         adversarial: Callable[[], Adversary] | None = None,
         pretrained: str | None = None,
-        train: TrainType = "all",
-        latent_statistics: StatisticsType = "measured",
+        train: Annotated[TrainType, Field()] = "all",
+        latent_statistics: Annotated[StatisticsType, Field()] = "measured",
         init_from: str | None = None,
     ) -> None:
         self.images, self.flip, self.cache_dir = images, flip, cache_dir
@@ -133,9 +134,6 @@ class VAEStage(Stage):
         apply_rules(cls, options)
         if options["model"] is not None:
             apply_rules(ModelSizes, options["model"].keywords)
-        check_statistics(statistics)
-        if part not in get_args(TrainType):
-            raise UserError(f"autoencoder.train={part} is unknown. Choose one of: {', '.join(get_args(TrainType))}.")
         if pretrained is not None and init_from is not None:
             raise UserError("autoencoder.path= and init_from= both name weights to start from: give one of them.")
         if part == "nothing" and (options["perceptual"] is not None or options["adversarial"] is not None):
@@ -176,25 +174,20 @@ class VAEStage(Stage):
     def rows(self) -> list[tuple[str, str]]:
         channels, height, width = self.latent_shape
         weights = list(self.module.trained.parameters())
-        size, trained = (
-            sum(p.numel() for p in some) / 1e6 for some in (weights, [p for p in weights if p.requires_grad])
-        )
-        of_them = (
-            "" if trained == size else f", {trained:.1f} M of them trained" if trained else ", none of them trained"
-        )
+        size, trained = sum(p.numel() for p in weights), sum(p.numel() for p in weights if p.requires_grad)
+        part = f"{trained / 1e6:.1f} M" if trained else "none"
+        counts = f"{size / 1e6:.1f} M parameters, {part} of them trained"
         factor, values = self.autoencoder.factor, math.prod(self.latent_shape)
+        kind = self.autoencoder.regulariser
+        if (codes := self.autoencoder.codebook_size) is not None:
+            kind = f"vq, {codes} codes = {math.log2(codes):.3g} bits per location"
         return [
-            ("model", f"{type(self.module.trained).__name__}, {size:.1f} M parameters{of_them}"),
+            ("model", f"{type(self.module.trained).__name__}, {counts}"),
             ("latent", f"{channels} x {height} x {width} = {values} values, f = {factor}"),
             ("compression", f"{self.compression:.1f} pixel values per latent value"),
-            ("regulariser", self._describe_regulariser()),
+            ("regulariser", kind),
             *([("loss", self._describe_loss())] if self.trains else []),
         ]
-
-    def _describe_regulariser(self) -> str:
-        if (size := self.autoencoder.codebook_size) is not None:
-            return f"vq, {size} codes = {math.log2(size):.3g} bits per location"
-        return self.autoencoder.regulariser
 
     def _describe_loss(self) -> str:
         loss, adversary = self.module.loss, self.module.adversary
@@ -223,7 +216,7 @@ class VAEStage(Stage):
             "latent_statistics": self.latent_statistics,
         }
 
-    def finish(self, run: Run) -> Outcome:
+    def finish(self, run: Run) -> tuple[dict[str, Any], Path]:
         self.module.trained.eval().float()
         standard = published(self.autoencoder, self.latent_statistics)
         contract, latents = encode_latents(self.autoencoder, self.images, self.flip, self.cache_dir, standard=standard)
@@ -233,8 +226,7 @@ class VAEStage(Stage):
         with durable_folder(run.autoencoder_folder) as partial:
             self.autoencoder.save(partial)
         contract.save(run.path)
-        figures, picture = self._held_out(run)
-        return Outcome(figures=figures, pictures=[str(picture)])
+        return self._held_out(run)
 
     def next_command(self, run: Run) -> str:
         return run.next_training()

@@ -1,21 +1,13 @@
 """What the front door asks of a stage, whichever it is."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ldm.data.images import ImageData
 from ldm.runs.run import Run
-
-
-@dataclass
-class Outcome:
-    """What a finished stage tells the user."""
-
-    figures: dict[str, Any] = field(default_factory=dict)
-    pictures: list[str] = field(default_factory=list)
 
 
 class Stage(ABC):
@@ -53,8 +45,8 @@ class Stage(ABC):
         """Plain values for run.json."""
 
     @abstractmethod
-    def finish(self, run: Run) -> Outcome:
-        """Write the weights for use, pictures and figures. The module holds the averaged weights."""
+    def finish(self, run: Run) -> tuple[dict[str, Any], Path]:
+        """Write the weights for use; returns what was measured and a picture. The module holds the averaged weights."""
 
     @abstractmethod
     def next_command(self, run: Run) -> str:

@@ -21,7 +21,7 @@ from ldm.errors import UserError
 from ldm.files.atomic import durable_folder
 from ldm.image_grid import grid
 from ldm.latents.captions import open_captions
-from ldm.latents.statistics import StatisticsType, check_statistics, encode_latents, published
+from ldm.latents.statistics import StatisticsType, encode_latents, published
 from ldm.networks.class_rows import ClassChange, with_classes
 from ldm.networks.conditioning import Conditioning
 from ldm.rules import Depth, Number, Positive, Share, Size, Switch, Whole, apply_rules
@@ -31,7 +31,7 @@ from ldm.runtime import shell
 from ldm.sampling.pipeline import LatentDiffusionPipeline
 from ldm.training.modules.diffusion import BATCH, NUM_BANDS, DiffusionTraining
 from ldm.training.optim.factory import OptimizerFactory
-from ldm.training.stages.base import Outcome, Stage
+from ldm.training.stages.base import Stage
 
 
 class NetworkSizes(TypedDict, total=False):
@@ -86,7 +86,7 @@ class DiffusionStage(Stage):
         folder: Path,
         device: torch.device,
         find_autoencoder: Callable[..., tuple[Autoencoder, str]],
-        latent_statistics: StatisticsType = "measured",
+        latent_statistics: Annotated[StatisticsType, Field()] = "measured",
         init_from: str | None = None,
     ) -> None:
         self.images, self.seed = images, seed
@@ -99,9 +99,10 @@ class DiffusionStage(Stage):
         autoencoder.to(device)
         standard = published(autoencoder, latent_statistics)
         if continued is not None:
-            _check_continued(continued, autoencoder, made)
-            _check_same_chain(continued, objective, schedule, sigma)
-            standard = _standardisation(continued)
+            _check_continued(continued, autoencoder, made, objective, schedule, sigma)
+            known = continued.autoencoder.statistics
+            assert known is not None
+            standard = known.latent_mean, known.latent_std  # with the meaning that the network was trained with
         self.contract, self.latents = encode_latents(autoencoder, images, flip, cache_dir, standard=standard)
         self.condition_of = made.lookup(images, partial(open_captions, cache_dir=cache_dir))
         self.pipeline = LatentDiffusionPipeline(
@@ -155,7 +156,6 @@ class DiffusionStage(Stage):
                 network(sample_size=resolution, in_channels=1, out_channels=1)
         except ValueError as error:
             raise UserError(f"No network can be made of the options network.*: {error}.") from error
-        check_statistics(options["latent_statistics"])
         if options["latent_statistics"] != "measured" and options["init_from"] is not None:
             raise UserError(
                 "init_from= keeps the statistics that its network was trained with: leave latent_statistics= out."
@@ -165,7 +165,9 @@ class DiffusionStage(Stage):
         try:
             objective.check(variance, schedule.alpha_bar)
             options["sampler"].check(schedule)
-            _check_grid(options["sampler"].variance, variance)
+            asked = options["sampler"].variance
+            if asked == "optimal" or (asked == "learned_range" and variance != "learned_range"):
+                raise ValueError(f"sampler.variance={asked} is none of this network, which is trained for {variance}")
             if schedule.num_steps < NUM_BANDS:
                 raise ValueError(f"a chain needs {NUM_BANDS} steps at least; got {schedule.num_steps}")
         except ValueError as error:
@@ -191,9 +193,9 @@ class DiffusionStage(Stage):
         channels, height, width = self.latents.shape
         patch = getattr(network.config, "patch_size", 1)
         warnings = []
-        if self.autoencoder_data is not None and self.autoencoder_data[0] != self.images.fingerprint:
+        if self.autoencoder_data is not None and self.autoencoder_data["fingerprint"] != self.images.fingerprint:
             here = f"{self.images.name} {self.images.fingerprint[:8]}"
-            other = f"the autoencoder was trained on other data: {self.autoencoder_data[1]}"
+            other = f"the autoencoder was trained on other data: {self.autoencoder_data['description']}"
             warnings.append(("warning", f"{other}, while this run trains on {here}"))
         return [
             ("autoencoder", self.vae),
@@ -209,26 +211,25 @@ class DiffusionStage(Stage):
         ]
 
     def facts(self) -> dict[str, Any]:
-        data = self.autoencoder_data
         return {
             "latent_shape": list(self.latents.shape),
             "vae": self.vae,
             "contract": asdict(self.contract),
-            **({"autoencoder_data": dict(zip(("fingerprint", "description"), data, strict=True))} if data else {}),
+            **({"autoencoder_data": self.autoencoder_data} if self.autoencoder_data else {}),
             "chain_sha256": self.pipeline.chain_sha256,
             "loss": self.module.objective.loss,
             "prediction": self.pipeline.prediction,
             "variance": self.pipeline.variance,
         }
 
-    def finish(self, run: Run) -> Outcome:
+    def finish(self, run: Run) -> tuple[dict[str, Any], Path]:
         self.pipeline.network.eval().float()
         with durable_folder(run.pipeline_folder) as partial:
             self.pipeline.save(partial)
         images, captions = self.module.draw()
         path = run.images / "samples_final.png"
         grid(images, captions if any(captions) else None, columns=4).save(path)
-        return Outcome(pictures=[str(path)])
+        return {}, path
 
     def next_command(self, run: Run) -> str:
         _, captions = self.module.shown
@@ -236,65 +237,42 @@ class DiffusionStage(Stage):
         return shell.tool_command("sample", f"run={run.path}", *options.get(self.pipeline.conditioning.kind, []))
 
 
-def _check_grid(asked: str | None, trained: str) -> None:
-    """The grids while training are drawn with what the network has.
-
-    Raises:
-        ValueError: a Sigma that it has not.
-    """
-    if asked == "optimal" or (asked == "learned_range" and trained != "learned_range"):
-        raise ValueError(f"sampler.variance={asked} is none of this network, which is trained for {trained}")
-
-
-def _check_continued(continued: LatentDiffusionPipeline, autoencoder: Autoencoder, conditioning: Conditioning) -> None:
-    """A pipeline can be continued on the same latents and the same kind of condition only; on other classes too.
-
-    Raises:
-        UserError: another autoencoder, another kind of condition, or another text encoder.
-    """
-    here, there = autoencoder.weights_sha256(), continued.contract.autoencoder_sha256
-    if here != there:
-        raise UserError(
-            f"init_from was trained on latents of the autoencoder {there[:12]}, but vae= gives {here[:12]}. "
-            "Name the one that it was trained with: vae=<its folder>/vae."
-        )
-    theirs, ours = continued.conditioning, conditioning
-    if theirs.kind != ours.kind:
-        raise UserError(
-            f"init_from is conditioned on {theirs.kind}, this run on {ours.kind}. Choose conditioning={theirs.kind}."
-        )
-    if not theirs.is_same_encoder(ours):
-        raise UserError(
-            f"init_from was trained on captions through the text encoder {_encoder(theirs)}, this run uses "
-            f"{_encoder(ours)}. Choose conditioning.encoder={theirs.state()['encoder']}."
-        )
-
-
-def _standardisation(continued: LatentDiffusionPipeline) -> tuple[list[float], list[float]]:
-    """Its own: standardised latents keep the meaning that the network was trained with."""
-    known = continued.autoencoder.statistics
-    assert known is not None
-    return known.latent_mean, known.latent_std
-
-
-def _encoder(conditioning: Conditioning) -> str:
-    state = conditioning.state()
-    return state["encoder"] + (f" ({state['encoder_sha256'][:12]})" if state["encoder_sha256"] else "")
-
-
-def _check_same_chain(
-    continued: LatentDiffusionPipeline, objective: Objective, schedule: NoiseSchedule, variance: str
+def _check_continued(
+    continued: LatentDiffusionPipeline,
+    autoencoder: Autoencoder,
+    conditioning: Conditioning,
+    objective: Objective,
+    schedule: NoiseSchedule,
+    variance: str,
 ) -> None:
-    """A network goes on with what it predicts, its chain, and a learned Sigma or none.
+    """A network goes on on its latents and its kind of condition, with what it predicts, its chain, and a learned Sigma
+    or none; on other classes too.
 
     Raises:
         UserError: naming both sides.
     """
+    known, was, here = continued.conditioning, continued.contract.autoencoder_sha256, autoencoder.weights_sha256()
     same_chain = torch.equal(continued.schedule.alpha_bar, schedule.alpha_bar)
     same_outputs = (continued.variance == "learned_range") == (variance == "learned_range")
-    if continued.prediction != objective.prediction or not same_chain or not same_outputs:
-        raise UserError(
-            f"init_from predicts {continued.prediction} with {continued.variance} on the schedule "
-            f"{continued.schedule.name}, this run {objective.prediction} with {variance} on {schedule.name}. "
-            "Choose the same objective.prediction=, variance= and schedule=."
-        )
+    encoder, kind, prediction = known.state().get("encoder"), known.kind, continued.prediction
+    for is_same, what, before, now, remedy in (
+        (was == here, "latents of the autoencoder", was[:12], here[:12], "vae=<the folder of its pipeline>/vae"),
+        (kind == conditioning.kind, "the condition", kind, conditioning.kind, f"conditioning={kind}"),
+        (
+            *(known.is_same_encoder(conditioning), "captions through the text encoder"),
+            *(_encoder(known), _encoder(conditioning), f"conditioning.encoder={encoder}"),
+        ),
+        (
+            *(prediction == objective.prediction, "the prediction"),
+            *(prediction, objective.prediction, f"objective.prediction={prediction}"),
+        ),
+        (same_outputs, "the variance", continued.variance, variance, f"variance={continued.variance}"),
+        (same_chain, "the schedule", continued.schedule.name, schedule.name, "the same schedule="),
+    ):
+        if not is_same:
+            raise UserError(f"init_from was trained on {what} {before}, and this run uses {now}. Choose {remedy}.")
+
+
+def _encoder(conditioning: Conditioning) -> str:
+    state = conditioning.state()
+    return f"{state.get('encoder')} ({str(state.get('encoder_sha256'))[:12]})"

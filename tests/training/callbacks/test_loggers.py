@@ -20,51 +20,52 @@ def file(tmp_path) -> Path:
     return tmp_path / "metrics.csv"
 
 
-def log(file: Path, steps: range, *, resume: bool, **values: float) -> CsvLogger:
-    logger = CsvLogger(file, resume=resume)
+def log(file: Path, steps: range, **values: float) -> CsvLogger:
+    """From the first of some steps on, as training begins or goes on there."""
+    logger = CsvLogger(file, steps[0] - 1)
     for step in steps:
         logger.log_metrics({"train/loss": 1.0, **values}, step)
     return logger
 
 
 def test_rows_are_written_a_hundred_at_a_time_and_at_the_end(file):
-    logger = log(file, range(150), resume=False)
+    logger = log(file, range(150))
     assert steps(file) == list(range(100))
     logger.finalize("success")
     assert steps(file) == list(range(150))
 
 
 def test_rows_go_on_after_a_resume_and_begin_anew_without(file):
-    log(file, range(3), resume=False).save()
-    log(file, range(3, 5), resume=True, **{"val/loss": 7.0}).save()
+    log(file, range(3)).save()
+    log(file, range(3, 5), **{"val/loss": 7.0}).save()
     assert steps(file) == [0, 1, 2, 3, 4]
     with file.open() as lines:
         rows = list(csv.DictReader(lines))
     assert rows[-1]["val/loss"] == "7.0" and rows[0]["val/loss"] == "" and rows[0]["train/loss"] == "1.0"
-    log(file, range(1), resume=False).save()
+    log(file, range(1)).save()
     assert steps(file) == [0]
 
 
 def test_training_that_goes_back_logs_no_step_twice(file):
-    log(file, range(4), resume=False).save()
-    logger = log(file, range(4, 6), resume=True)
+    log(file, range(4)).save()
+    logger = log(file, range(4, 6))
     logger.go_back(2)
     logger.log_metrics({"train/loss": 2.0, "val/loss": 3.0}, 3)
     logger.save()
     assert steps(file) == [0, 1, 2, 3]
-    CsvLogger(file, resume=True).go_back(-1)
+    CsvLogger(file)
     assert steps(file) == []
 
 
 def test_a_row_that_a_kill_cut_is_left_out(file):
-    log(file, range(3), resume=False, z=2.0).save()
+    log(file, range(3), z=2.0).save()
     file.write_text(file.read_text()[:-8])
-    CsvLogger(file, resume=True).go_back(2)
+    CsvLogger(file, 2)
     assert steps(file) == [0, 1]
 
 
 def test_a_full_disk_is_said_once_and_loses_nothing(file, capsys, monkeypatch):
-    logger = log(file, range(1), resume=False)
+    logger = log(file, range(1))
     logger.save()
     before = file.read_text()
 

@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from ldm.errors import InputError
-from ldm.training.optim.ema import EMA, EMACallback
+from ldm.rules import apply_rules
+from ldm.training.fit import TrainerOptions
+from ldm.training.optim.ema import EMA
 
 
 def build() -> nn.Sequential:
@@ -63,4 +65,4 @@ def test_it_stands_in_under_inference_mode():
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 2.0])
 def test_a_decay_out_of_range_is_refused(decay):
     with pytest.raises(InputError, match=f"ema_decay={decay} must be (below 1|0 or more)"):
-        EMACallback(decay)
+        apply_rules(TrainerOptions, {"ema_decay": decay})

@@ -227,7 +227,7 @@ def test_a_pipeline_continues_on_its_own_latents_only(diffusion_stage, vae_stage
     place = str(tmp_path / "pipeline")
     again = diffusion_stage(conditioning=class_condition, init_from=place)
     assert again.pipeline.autoencoder.statistics == stage.pipeline.autoencoder.statistics
-    with pytest.raises(UserError, match="init_from is conditioned on class, .*Choose conditioning=class"):
+    with pytest.raises(UserError, match="trained on the condition class, .*Choose conditioning=class"):
         diffusion_stage(init_from=place)
     other = vae_stage().autoencoder
     with torch.no_grad():
@@ -324,9 +324,9 @@ def test_what_a_stage_leaves_is_what_it_trained(diffusion_stage, tmp_path):
     run = type(
         "Run", (), {"path": tmp_path / "run", "images": tmp_path, "pipeline_folder": tmp_path / "run" / "pipeline"}
     )()
-    outcome = stage.finish(run)
+    _, picture = stage.finish(run)
     assert stage.next_command(run).endswith(f"sample.py run={run.path} label=0")
-    assert all(Path(picture).is_file() for picture in outcome.pictures)
+    assert picture.is_file()
     loaded = load_autoencoder(str(tmp_path / "run/pipeline"))
     assert loaded.weights_sha256() == stage.contract.autoencoder_sha256
     assert isinstance(stage.pipeline.conditioning, ClassCondition)
