@@ -28,7 +28,14 @@ from ldm.runtime.device import choose_device
 from ldm.runtime.distributed import is_main_process
 from ldm.tracking.server import check_mode
 from ldm.training.callbacks.loggers import Loggers, make_loggers
-from ldm.training.callbacks.speed import describe_device, measure_speed, peak_memory_gb, print_table, time_expected
+from ldm.training.callbacks.speed import (
+    begin_peak_memory,
+    describe_device,
+    measure_speed,
+    peak_memory_gb,
+    print_table,
+    time_expected,
+)
 from ldm.training.fit import FAULTS, Fit, Plan, check_trainer, make_budget
 from ldm.training.optim.factory import OptimizerFactory
 from ldm.training.optim.precision import choose_precision
@@ -73,10 +80,9 @@ class Session:
 
     def __init__(self, config: DictConfig) -> None:
         self.main_process, self.started = is_main_process(), time.perf_counter()
-        if torch.cuda.is_available() and torch.cuda.is_initialized():  # by an earlier job of a multirun
-            torch.cuda.reset_peak_memory_stats()
-        check_options(config)
         self.config, self.command = config, command_line()
+        begin_peak_memory(first=not self.command.job)
+        check_options(config)
         self.continuation = Continuation.plan(config, self.command, main_process=self.main_process)
         self.replacement = Replacement(self.continuation.folder)
         self.precision: str | None = None

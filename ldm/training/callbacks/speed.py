@@ -98,13 +98,26 @@ def count_flops(step: Callable[[], Any]) -> float:
     return float(counter.get_total_flops())
 
 
+_shared = False
+"""Whether another training was in this process before."""
+
+
+def begin_peak_memory(*, first: bool) -> None:
+    """From here on peak memory is this training's, not that of an earlier job of a multirun."""
+    global _shared
+    _shared = not first
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+
+
 def peak_memory_gb() -> float | None:
-    """The most memory that this training held on the GPU where there is one, else this process in RAM, with the
-    earlier jobs of a multirun; None on Windows.
+    """The most memory that this training held on the GPU where there is one, else its process in RAM.
+
+    None where RAM's peak, which cannot be set back, may be that of an earlier training, and on Windows.
     """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    if sys.platform == "win32":
+    if _shared or sys.platform == "win32":
         return None
     import resource
 
