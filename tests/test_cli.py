@@ -195,7 +195,7 @@ def test_the_newest_autoencoder_on_this_data_is_found(trained):
 def test_each_stage_says_what_comes_next(trained):
     last = {stage: text.splitlines()[-1] for stage, text in trained.printed.items()}
     assert re.search(r"time expected +│ about \d+(\.\d+)? seconds, without validation", trained.printed["vae"])
-    assert "python -m ldm.train stage=diffusion data=openmoji " in last["vae"] and last["vae"].startswith("next: ")
+    assert "python -m ldm.train stage=diffusion trainer=cpu " in last["vae"] and last["vae"].startswith("next: ")
     assert last["vae"].endswith(" vae=runs/vae/first") and "conditioning=" not in last["vae"]
     images = trained.diffusion.image_data()
     assert last["diffusion"].startswith("next: ") and shlex.split(last["diffusion"])[-2:] == [

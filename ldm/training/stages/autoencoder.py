@@ -176,7 +176,7 @@ class VAEStage(Stage):
         weights = list(self.module.trained.parameters())
         size, trained = sum(p.numel() for p in weights), sum(p.numel() for p in weights if p.requires_grad)
         part = f"{trained / 1e6:.1f} M" if trained else "none"
-        counts = f"{size / 1e6:.1f} M parameters, {part} of them trained"
+        counts = f"{size / 1e6:.1f} M parameters" + ("" if trained == size else f", {part} of them trained")
         factor, values = self.autoencoder.factor, math.prod(self.latent_shape)
         kind = self.autoencoder.regulariser
         if (codes := self.autoencoder.codebook_size) is not None:
