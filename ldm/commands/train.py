@@ -16,7 +16,7 @@ from ldm.runs.resume import default_name, place_of
 from ldm.runs.run import Run
 from ldm.runtime import child, launcher, shell, signals
 from ldm.runtime.distributed import is_main_process
-from ldm.runtime.paths import RUN_FILE, STAGES
+from ldm.runtime.paths import STAGES, is_run
 from ldm.training import session
 
 OWN = {
@@ -86,7 +86,7 @@ class TwoStages:
             typed=tuple(typed),
         )
         for stage, folder in planned.folders.items():
-            if is_main_process() and (folder / RUN_FILE).exists() and not (planned.resume or planned.overwrite[stage]):
+            if is_main_process() and is_run(folder) and not (planned.resume or planned.overwrite[stage]):
                 raise UserError(
                     f"{folder} exists already. Choose another name=, continue both stages with resume=true, or start "
                     "them anew with overwrite=true."
@@ -135,7 +135,7 @@ class TwoStages:
     def _started(self, stage: str) -> float | None:
         """When the run in the folder of a stage began; None without one."""
         folder = self.folders[stage]
-        return Run.open(folder).facts.get("started", 0.0) if (folder / RUN_FILE).is_file() else None
+        return Run.open(folder).facts.get("started", 0.0) if is_run(folder) else None
 
     def _to_go_on(self, stage: str, then: float | None) -> str:
         """The command that goes on with both stages.
