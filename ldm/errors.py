@@ -26,13 +26,3 @@ class InputError(UserError):
 
     def __reduce__(self) -> tuple[type["InputError"], tuple[str, object, str]]:
         return type(self), (self.argument, self.value, self.rule)  # as another process raises it
-
-
-def require_whole(argument: str, value: object, least: int) -> None:
-    """Refuse what is no whole number, or a smaller one.
-
-    Raises:
-        InputError: naming the argument.
-    """
-    if type(value) is not int or value < least:
-        raise InputError(argument, value, f"must be a whole number of {least} at least")
