@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -135,11 +133,13 @@ def test_runs_that_are_there_are_kept(trained):
     assert ended.code == 2 and "runs/vae/a exists already" in ended.err and not commands
 
 
-def test_two_stages_from_pictures_to_samples(place):
-    command = [sys.executable, "-m", "ldm.train", *BOTH, "name=real"]
-    environment = {"PYTHONPATH": str(folder("conf").parent), "LDM_CACHE": str(place / "cache"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    vae, diffusion = Run.open(place / "runs/vae/real"), Run.open(place / "runs/diffusion/real")
+def test_two_stages_from_pictures_to_samples(call, place, monkeypatch):
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("LDM_CACHE", str(place / "cache"))
+    monkeypatch.setenv("PYTHONPATH", str(folder("conf").parent))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    ended = call(ldm.train.main, *BOTH, "name=real")
+    assert ended.code == 0, ended
+    vae, diffusion = Run.open("runs/vae/real"), Run.open("runs/diffusion/real")
     assert vae.finished and diffusion.finished and diffusion.facts["vae"] == "runs/vae/real"
     assert (diffusion.images / "samples_final.png").is_file()
