@@ -81,7 +81,7 @@ def stage_1_losses(config: DictConfig, run: Any) -> None:
     )
 
     def step(num_parts: int) -> float:
-        """With so many parts more than the autoencoder alone."""
+        """A step with the first `num_parts` of perceptual loss, adversarial loss and discriminator."""
         module.loss.perceptual = perceptual if num_parts >= 1 else None
         module.playing, adversary.balance.weight = num_parts >= 2, None
         adversary.learn = learn if num_parts >= 3 else lambda *_: {}

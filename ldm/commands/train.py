@@ -12,7 +12,7 @@ from ldm.cli.images import prepare_images
 from ldm.cli.main import command_line, compose, construct, environment_of_children
 from ldm.errors import UserError
 from ldm.latents.contract import LatentContract
-from ldm.runs.resume import default_name, place_of
+from ldm.runs.resume import default_name, place_of, read_resume
 from ldm.runs.run import Run
 from ldm.runtime import child, launcher, shell, signals
 from ldm.runtime.distributed import is_main_process
@@ -40,8 +40,10 @@ def train(config: DictConfig) -> None:
     command = command_line()
     if command.choices["stage"] == "all":
         TwoStages.plan(config, command).train()
-    else:
-        session.train_stage(config)
+        return
+    if {"stage1", "stage2"} & set(config):
+        raise UserError("The prefixes stage1. and stage2. go with stage=all: leave them out to train one stage.")
+    session.train_stage(config)
 
 
 @dataclass(frozen=True)
@@ -68,14 +70,11 @@ class TwoStages:
         Raises:
             UserError: naming the option and the remedy.
         """
-        resume = {None: False, "true": True}.get(config.resume, config.resume)
+        resume, named = read_resume(config)
         if not isinstance(resume, bool):
             raise UserError(f"resume={resume} is a checkpoint of one stage: continue that with stage=vae|diffusion.")
         if config.vae is not None and command.choices["autoencoder"] != "pretrained":
             raise UserError(f"stage=all trains an autoencoder, and vae={config.vae} is one: choose stage=diffusion.")
-        named = config.name not in (None, "")
-        if resume and not named:
-            raise UserError("resume=true continues the runs that name= gives: add name=NAME.")
         typed = command.options_to_continue(config)
         name = str(config.name) if named else default_name(command)
         planned = cls(

@@ -74,12 +74,7 @@ class Continuation:
         Raises:
             UserError: the folder is in use by another run and neither resume nor overwrite was asked for.
         """
-        resume = {None: False, "true": True}.get(config.resume, config.resume)
-        named = config.name not in (None, "")
-        if resume is True and not named:
-            raise UserError(
-                "resume=true continues the run that name= gives: add name=NAME, its folder in runs/<stage>/."
-            )
+        resume, named = read_resume(config)
         stage = command.choices["stage"]
         name = launcher.share_run_name(str(config.name) if named else default_name(command), main_process=main_process)
         if not is_plain_name(name) or len(name.encode()) > 200:
@@ -193,6 +188,18 @@ class Continuation:
                     f"{key}={facts.get(key)} holds {str(now)[:12]}. Name what it was started with, which is in its "
                     "config.yaml, or begin another run with another name=."
                 )
+
+
+def read_resume(config: DictConfig) -> tuple[bool | str, bool]:
+    """What resume= comes to, a file or whether to continue, and whether the run is named.
+
+    Raises:
+        UserError: resume=true without a name.
+    """
+    resume, named = {None: False, "true": True}.get(config.resume, config.resume), config.name not in (None, "")
+    if resume is True and not named:
+        raise UserError("resume=true continues the run that name= gives: add name=NAME, its folder in runs/<stage>/.")
+    return resume, named
 
 
 def default_name(command: CommandLine) -> str:

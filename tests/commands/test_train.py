@@ -127,6 +127,11 @@ def test_mistakes_in_either_stage_end_it_before_the_first(trained, options, said
     assert not Path("runs").exists()
 
 
+def test_an_option_of_one_stage_is_refused_without_both(call):
+    ended = call(ldm.train.main, "stage=vae", "stage1.batch_size=4")
+    assert ended.code == 2 and "go with stage=all" in ended.err
+
+
 def test_runs_that_are_there_are_kept(trained):
     assert trained("name=a")[0].code == 0
     ended, commands = trained("name=a")

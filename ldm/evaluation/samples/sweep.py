@@ -58,6 +58,8 @@ def sweep_sampler(
     """
     if len(samplers) > 1 and len(guidances) > 1:
         raise UserError("sampler.steps= and guidance= are both lists. Vary one, then the other.")
+    if len(guidances) > 1 and pipeline.conditioning.kind == "none":
+        raise UserError("guidance= changes nothing of an unconditional model: leave it out, or vary sampler.steps=.")
     guidances = [apply_rules(draw_and_keep, {"guidance": guidance})["guidance"] for guidance in guidances]
     for sampler in samplers.values():
         check_sampler(sampler, pipeline.schedule)
