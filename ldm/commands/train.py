@@ -17,7 +17,7 @@ from ldm.runs.run import Run
 from ldm.runtime import child, launcher, shell, signals
 from ldm.runtime.distributed import is_main_process
 from ldm.runtime.paths import STAGES, is_run
-from ldm.training import session
+from ldm.training import checks, session
 
 OWN = {
     "vae": ("autoencoder", "regulariser", "perceptual", "adversarial"),
@@ -96,11 +96,11 @@ class TwoStages:
     def _check(self) -> None:
         configs = {stage: compose([*self.options[stage], *place_of(self.folders[stage])]) for stage in STAGES}
         for config in configs.values():
-            session.check_options(config)
-            session.check_stage(config, construct(config.stage.build))
+            checks.check_options(config)
+            checks.check_stage(config, construct(config.stage.build))
         images = prepare_images(configs["vae"].data)
         for config in configs.values():
-            session.check_batch(config, len(images.train_indices))
+            checks.check_batch(config, len(images.train_indices))
         construct(configs["diffusion"].conditioning.build)(images)
 
     def train(self) -> None:

@@ -3,21 +3,18 @@
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import LambdaCallback
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
 
 from ldm.cli.images import prepare_images
 from ldm.cli.main import command_line, construct
 from ldm.data.images import ImageData
 from ldm.errors import UserError
 from ldm.files.atomic import clear_partials
-from ldm.files.untrusted import first_line
-from ldm.rules import Count, Seed, Switch, Text, apply_rules
 from ldm.runs.disk import require_room
 from ldm.runs.lock import only_one
 from ldm.runs.replacement import Replacement
@@ -26,7 +23,6 @@ from ldm.runs.run import NoAutoencoder, Run
 from ldm.runtime import launcher, shell, signals
 from ldm.runtime.device import choose_device
 from ldm.runtime.distributed import is_main_process
-from ldm.tracking.server import check_mode
 from ldm.training.callbacks.loggers import Loggers, make_loggers
 from ldm.training.callbacks.speed import (
     begin_peak_memory,
@@ -36,8 +32,8 @@ from ldm.training.callbacks.speed import (
     print_table,
     time_expected,
 )
-from ldm.training.fit import FAULTS, Fit, Plan, check_trainer, make_budget
-from ldm.training.optim.factory import OptimizerFactory
+from ldm.training.checks import check_batch, check_options, check_stage, refused_options
+from ldm.training.fit import Fit, Plan
 from ldm.training.optim.precision import choose_precision
 from ldm.training.stages.base import Stage
 
@@ -56,16 +52,6 @@ def train_stage(config: DictConfig) -> None:
         fit = session.fit(stage)
         session.begin(fit)
         session.finish(fit.to_the_end(lambda: session.build_stage(images)))
-
-
-class TrainOptions(TypedDict):
-    """Options of a training that belong to none of its parts."""
-
-    runs_dir: Text
-    seed: Seed
-    batch_size: Count
-    val_images: Count
-    overwrite: Switch
 
 
 class Session:
@@ -275,72 +261,3 @@ class Session:
         shown += [("pictures", str(place)) for place in (picture, run.images)]
         print_table(f"stage {run.stage} finished in {duration_s:.0f} s", shown)
         print(f"next: {next_command}")
-
-
-def check_options(config: DictConfig) -> None:
-    """Refuse what no training can be made of, whichever stage it is of.
-
-    Raises:
-        UserError: naming the option and the remedy.
-    """
-    if config.get("stage") is None:
-        raise UserError(
-            "stage is required: stage=vae trains the autoencoder, stage=diffusion the model on its latents, stage=all "
-            "one after the other."
-        )
-    apply_rules(TrainOptions, config)
-    values: Any = OmegaConf.to_container(config, resolve=True)
-    check_trainer(values["trainer"])
-    make_budget(values)
-    check_mode(config.logger.get("mode"))
-
-
-def check_stage(config: DictConfig, build: Any) -> None:
-    """Refuse parts of a stage that do not go together, before its images are prepared.
-
-    Args:
-        build: A partial of the stage's class.
-
-    Raises:
-        UserError: naming the option and the remedy.
-    """
-    with refused_options():
-        OptimizerFactory(build.keywords["optimizer"])(nn.Linear(1, 1))
-        options = build.keywords | {"init_from": config.init_from, "flip": config.data.flip}
-        build.func.check(config.data.resolution, **options)
-
-
-@contextmanager
-def refused_options() -> Iterator[None]:
-    """Of what is made from options alone, an error is one of theirs.
-
-    Raises:
-        UserError: with what the constructor said.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except FAULTS as error:
-        raise UserError(
-            f"No training can be made of these options: {first_line(error)}. --help lists the choices and the keys; "
-            "HYDRA_FULL_ERROR=1 shows where it happened."
-        ) from error
-
-
-def check_batch(config: DictConfig, num_images: int) -> None:
-    """Refuse a batch that the images do not fill, or that does not fall into its parts.
-
-    Raises:
-        UserError: saying which sizes do.
-    """
-    if num_images < config.batch_size:
-        raise UserError(
-            f"There are {num_images} training images, fewer than batch_size={config.batch_size}. "
-            f"Choose batch_size={num_images} or less, or add images."
-        )
-    if config.batch_size % config.trainer.accumulate_grad_batches:
-        raise UserError(
-            f"batch_size={config.batch_size} must be a multiple of "
-            f"trainer.accumulate_grad_batches={config.trainer.accumulate_grad_batches}, the parts of a step."
-        )
