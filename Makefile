@@ -1,4 +1,4 @@
-# demo and test each set up what they need first. PYTHON names the interpreter of the virtual environment.
+# The targets demo and test first run setup. PYTHON is the interpreter that creates the virtual environment.
 PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/.ready
@@ -7,9 +7,9 @@ READY := .venv/.ready
 
 setup: $(READY)
 
-# Made last, so an install that broke off is taken up again; older than either file, and it is renewed.
+# The stamp is written last, so an interrupted install is repeated, and a change to either file triggers a new install.
 $(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is required. Set its path: make PYTHON=/path/to/python")'
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --disable-pip-version-check -c constraints.txt -e ".[demo,eval,data,dev]"
 	@touch $@

@@ -1,4 +1,4 @@
-"""What our code costs beside the bare work: the training loop, and with run= the bound or the losses of stage 1."""
+"""Benchmark the training loop or, with run=, the variational bound or the losses of stage 1."""
 
 from ldm.cli.main import run
 

@@ -1,4 +1,4 @@
-"""What our code costs beside the bare work: the training loop, and with run= the bound or the losses of stage 1."""
+"""Benchmark the training loop or, with run=, the variational bound or the losses of stage 1."""
 
 import statistics
 import tempfile
@@ -34,24 +34,28 @@ from ldm.training.optim.factory import OptimizerFactory
 
 
 def bench(config: DictConfig) -> None:
+    """`python benchmarks/bench.py`."""
     if config.run is None:
-        training_loop(config)
+        time_training_loop(config)
     elif (run := Run.open(config.run)).stage == "vae":
-        stage_1_losses(config, run)
+        time_stage_1_losses(config, run)
     else:
-        bound(config, run)
+        time_bound(config, run)
 
 
-def seconds_by_turns(blocks: int, *variants: Callable[[], float]) -> list[list[float]]:
-    """What each variant says that it took, one list per block, after a round that does not count."""
+def time_interleaved(blocks: int, *variants: Callable[[], float]) -> list[list[float]]:
+    """Call the variants in turn and return the seconds that each reports, one list per block, after a warm-up round."""
     return [[variant() for variant in variants] for _ in range(blocks + 1)][1:]
 
 
-def stage_1_losses(config: DictConfig, run: Any) -> None:
-    """A step of stage 1 with one part of the loss more each time."""
+def time_stage_1_losses(config: DictConfig, run: Any) -> None:
+    """Time a training step of stage 1 while adding one part of the loss after the other."""
     perceptual, adversarial = command.construct(config.perceptual), command.construct(config.adversarial)
     if perceptual is None or adversarial is None:
-        raise UserError("A run of stage=vae is timed with every part: leave perceptual= and adversarial= to be some.")
+        raise UserError(
+            "The benchmark of a stage=vae run needs both losses, but one of perceptual= and adversarial= is none. "
+            "Omit both options to use the defaults."
+        )
     device, autoencoder = choose_device(config.device), run.autoencoder()
     images = run.image_data()
     batch = images.batch(images.train_indices[: config.batch_size]).to(device)
@@ -64,27 +68,27 @@ def stage_1_losses(config: DictConfig, run: Any) -> None:
         OptimizerFactory(partial(torch.optim.AdamW, lr=0.0)),
         seed=0,
         flip=False,
-        pictures=Path(),
+        figures_dir=Path(),
         adversary=adversarial(),
     ).to(device)
     adversary: Any = module.adversary
     optimizer = module.configure_optimizers()
-    adversary.join(device)
+    adversary.place_on(device)
     adversary.lr = 0.0
-    learn = adversary.learn
+    accumulate = adversary.accumulate_gradients
 
     variants = (
         "autoencoder alone",
         "+ perceptual features",
-        "+ adversarial term and lambda",
-        "+ discriminator's own step",
+        "+ adversarial loss and its weight",
+        "+ update of the discriminator",
     )
 
     def step(num_parts: int) -> float:
-        """A step with the first `num_parts` of perceptual loss, adversarial loss and discriminator."""
+        """Time a step with the first `num_parts` of: perceptual loss, adversarial loss, update of the discriminator."""
         module.loss.perceptual = perceptual if num_parts >= 1 else None
-        module.playing, adversary.balance.weight = num_parts >= 2, None
-        adversary.learn = learn if num_parts >= 3 else lambda *_: {}
+        module.adversarial_on, adversary.adaptive_weight.weight = num_parts >= 2, None
+        adversary.accumulate_gradients = accumulate if num_parts >= 3 else lambda *_: {}
         draws, start = module.trial_draws(batch), time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=str(run.facts["precision"]).startswith("bf16")):
             loss = module.losses(batch, draws)["loss"]
@@ -93,23 +97,23 @@ def stage_1_losses(config: DictConfig, run: Any) -> None:
         optimizer.zero_grad()
         if num_parts >= 3:
             adversary.step(decay=1.0)
-        loss.item()  # an accelerator has finished only now
+        loss.item()  # waits for the accelerator
         return time.perf_counter() - start
 
-    torch.set_flush_denormal(True)  # as training does
-    rows = seconds_by_turns(config.blocks, *(partial(step, num_parts) for num_parts in range(len(variants))))
+    torch.set_flush_denormal(True)  # as in training
+    rows = time_interleaved(config.blocks, *(partial(step, num_parts) for num_parts in range(len(variants))))
     times = [statistics.median(column) for column in zip(*rows, strict=True)]
     print(f"{len(batch)} images of {images.resolution} px, {run.facts['precision']}, median of {config.blocks} blocks")
     for name, seconds in zip(variants, times, strict=True):
-        print(f"{name:30} {1000 * seconds:7.1f} ms a step, {seconds / times[0]:.2f}x the autoencoder alone")
+        print(f"{name:30} {1000 * seconds:7.1f} ms per step, {seconds / times[0]:.2f}x the autoencoder alone")
 
 
-def bound(config: DictConfig, run: Any) -> None:
-    """All T terms of one image's bound against as many bare calls of the network."""
+def time_bound(config: DictConfig, run: Any) -> None:
+    """Time all T terms of the variational bound of one image, against the same number of bare network calls."""
     pipeline = run.pipeline().to(choose_device(config.device))
     num_steps, size, denoiser = pipeline.schedule.num_steps, config.batch_size, pipeline.denoiser()
     z = torch.randn(size, *pipeline.latent_shape, device=pipeline.device)
-    request = Request.of_images(pipeline, run.image_data(), np.zeros(1, dtype=int))
+    request = Request.for_images(pipeline, run.image_data(), np.zeros(1, dtype=int))
     condition = {name: value.to(pipeline.device) for name, value in request.condition.items()}
     repeated = {name: value.expand(size, *value.shape[1:]) for name, value in condition.items()}
     t = torch.arange(size, device=pipeline.device)
@@ -120,7 +124,7 @@ def bound(config: DictConfig, run: Any) -> None:
             for first in range(0, num_steps, size):
                 n = min(size, num_steps - first)
                 output = pipeline.network(z[:n], t[:n], **{name: value[:n] for name, value in repeated.items()})
-            output.cpu()  # an accelerator has finished only now
+            output.cpu()  # waits for the accelerator
         return time.perf_counter() - start
 
     def ours() -> float:
@@ -129,21 +133,21 @@ def bound(config: DictConfig, run: Any) -> None:
         variational_bound(denoiser, z[:1], condition, generators=generators, variance=variance, batch_size=size)
         return time.perf_counter() - start
 
-    rows = seconds_by_turns(config.blocks, bare, ours)
-    for alone, with_bound in rows:
-        print(f"{num_steps} bare calls of the network {alone:.2f} s, all {num_steps} terms {with_bound:.2f} s")
-    ratio = statistics.median(with_bound / alone for alone, with_bound in rows)
+    rows = time_interleaved(config.blocks, bare, ours)
+    for bare_s, bound_s in rows:
+        print(f"{num_steps} bare network calls {bare_s:.2f} s, all {num_steps} terms of the bound {bound_s:.2f} s")
+    ratio = statistics.median(bound_s / bare_s for bare_s, bound_s in rows)
     print(f"the bound costs {ratio:.3f}x the bare network (median of {config.blocks} blocks, batches of {size})")
 
 
-def training_loop(config: DictConfig) -> None:
-    """Our Trainer with its callbacks on a step that does nothing, against a bare loop."""
+def time_training_loop(config: DictConfig) -> None:
+    """Time empty training steps with our Trainer and its callbacks, against a bare loop."""
 
     class NoOp(TrainingModule):
         def losses(self, batch: object, draws: Draws) -> dict[str, torch.Tensor]:
             return {"loss": self.trained.weight.sum()}
 
-    def make() -> NoOp:
+    def build() -> NoOp:
         optimizer = OptimizerFactory(partial(torch.optim.AdamW, lr=1e-3, fused=True))
         return NoOp(torch.nn.Linear(1, 1), optimizer, seed=0)
 
@@ -151,7 +155,7 @@ def training_loop(config: DictConfig) -> None:
         return train_loader(lambda indices, epochs: indices, np.arange(1000), batch_size=8, seed=0)
 
     def bare() -> float:
-        module, batches = make(), iter(loader())
+        module, batches = build(), iter(loader())
         optimizer = module.configure_optimizers()
         start = time.perf_counter()
         for _ in range(config.steps):
@@ -178,12 +182,12 @@ def training_loop(config: DictConfig) -> None:
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            trainer.fit(make(), loader())
+            trainer.fit(build(), loader())
         return budget.elapsed_s / config.steps
 
     with tempfile.TemporaryDirectory() as folder:
-        rows = seconds_by_turns(config.blocks, bare, ours)
-    added = [1000 * (with_loop - alone) for alone, with_loop in rows]
-    for alone, with_loop in rows:
-        print(f"bare loop {1000 * alone:.3f} ms per step, ours {1000 * with_loop:.3f} ms")
-    print(f"the training loop adds {statistics.median(added):.3f} ms to a step (median of {config.blocks} blocks)")
+        rows = time_interleaved(config.blocks, bare, ours)
+    overheads = [1000 * (ours_s - bare_s) for bare_s, ours_s in rows]
+    for bare_s, ours_s in rows:
+        print(f"bare loop {1000 * bare_s:.3f} ms per step, ours {1000 * ours_s:.3f} ms")
+    print(f"the training loop adds {statistics.median(overheads):.3f} ms per step (median of {config.blocks} blocks)")

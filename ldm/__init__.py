@@ -1,6 +1,6 @@
 """Train a latent diffusion model of your own, end to end.
 
-What a program of your own needs of it, each imported where it is first used:
+The public Python API, imported lazily:
 
 >>> import ldm
 >>> run = ldm.Run.open("runs/diffusion/demo")

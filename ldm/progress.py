@@ -1,4 +1,4 @@
-"""The progress bar of long work."""
+"""Progress bars."""
 
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -17,10 +17,10 @@ from rich.progress import (
 T = TypeVar("T")
 
 
-def progress(*more: ProgressColumn, transient: bool = True, disable: bool = False) -> Progress:
-    """A bar on standard error, with the time spent and the time left; `more` columns come after these.
+def progress(*columns: ProgressColumn, transient: bool = True, disable: bool = False) -> Progress:
+    """Create a progress bar on standard error, with elapsed and remaining time, followed by any extra columns.
 
-    In a log file a transient bar would leave an empty line, and is not shown.
+    A transient bar is hidden if standard error is not a terminal: in a log file it would leave an empty line.
     """
     console = Console(stderr=True)
     console.quiet = disable or (transient and not console.is_terminal)
@@ -31,27 +31,27 @@ def progress(*more: ProgressColumn, transient: bool = True, disable: bool = Fals
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        *more,
+        *columns,
         console=console,
         transient=transient,
-        disable=console.quiet,  # alone it would still print an empty line in rich 14.2
+        disable=console.quiet,  # rich 14.2 prints an empty line for a quiet console unless the bar is disabled too
     )
 
 
-def track(items: Iterable[T], what: str, total: float | None = None) -> Iterator[T]:
-    """The same items, with a bar that tells how many are done."""
+def track(items: Iterable[T], description: str, total: float | None = None) -> Iterator[T]:
+    """Iterate over the items with a progress bar."""
     with progress() as bar:
-        yield from bar.track(items, total, description=what)
+        yield from bar.track(items, total, description=description)
 
 
-class Bars:
-    """A bar for each thing that reports its progress."""
+class ProgressBars:
+    """Several progress bars in one display, one per description; a callback for functions that report progress."""
 
     def __init__(self, bar: Progress) -> None:
         self.bar = bar
         self.tasks: dict[str, TaskID] = {}
 
-    def __call__(self, what: str, done: int, total: int) -> None:
-        if what not in self.tasks:
-            self.tasks[what] = self.bar.add_task(what, total=total)
-        self.bar.update(self.tasks[what], completed=done)
+    def __call__(self, description: str, completed: int, total: int) -> None:
+        if description not in self.tasks:
+            self.tasks[description] = self.bar.add_task(description, total=total)
+        self.bar.update(self.tasks[description], completed=completed)

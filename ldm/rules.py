@@ -1,4 +1,4 @@
-"""Rules on arguments, stated in annotations and enforced where a function is called."""
+"""Validation rules for arguments, declared as annotations and enforced when a function is called."""
 
 import functools
 import inspect
@@ -13,25 +13,25 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-Whole = Annotated[int, Strict()]
-"""A whole number: neither 5.0, true nor "5"."""
+Integer = Annotated[int, Strict()]
+"""An integer; 5.0, True and "5" are not accepted."""
 Number = Annotated[float, Strict()]
-Count = Annotated[Whole, Field(ge=1, le=10**9)]
-"""How many, from 1 on."""
+Count = Annotated[Integer, Field(ge=1, le=10**9)]
+"""A positive count."""
 Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
-Size = Annotated[Whole, Field(ge=1, le=65_536)]
-"""Of a layer: no machine holds a larger one."""
-Depth = Annotated[Whole, Field(ge=1, le=1000)]
-"""How many layers."""
-Steps = Annotated[Whole, Field(ge=1, le=100_000)]
-"""Of a chain, or of a sampler."""
-Share = Annotated[Number, Field(ge=0, le=1)]
-"""A part of a whole, from 0 to 1."""
-Seed = Annotated[Whole, Field(ge=0, lt=2**32)]
-Switch = Annotated[bool, Strict()]
+Size = Annotated[Integer, Field(ge=1, le=65_536)]
+"""Width of a layer; the limit is beyond any machine's memory."""
+Depth = Annotated[Integer, Field(ge=1, le=1000)]
+"""Number of layers."""
+Steps = Annotated[Integer, Field(ge=1, le=100_000)]
+"""Steps of a chain or a sampler."""
+Fraction = Annotated[Number, Field(ge=0, le=1)]
+"""A fraction of a total, from 0 to 1."""
+Seed = Annotated[Integer, Field(ge=0, lt=2**32)]
+Flag = Annotated[bool, Strict()]
 Text = Annotated[str, Field(min_length=1)]
-_SAID = {
+_RULES_BY_ERROR = {
     "int_type": "must be a whole number",
     "float_type": "must be a number",
     "bool_type": "must be true or false",
@@ -43,17 +43,17 @@ _SAID = {
     "less_than": "must be below {lt:.12g}",
     "less_than_equal": "must be {le:.12g} or less",
 }
-"""By kind of error, where pydantic would say it in other words."""
+"""Wording of a rule by pydantic error type; types not listed keep pydantic's own message."""
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """Enforce the annotations of a function, or of an `__init__`, that carry rules: `steps: Count`.
+    """Enforce the rules in the annotations of a function or an `__init__`, such as `steps: Count`.
 
-    Other annotations are documentation. The function receives what a rule makes of its argument: a float where a
-    `Number` was given as 3.
+    Other annotations are only documentation. The function receives the validated values: a `Number` given as 3 arrives
+    as 3.0.
 
     Raises:
-        InputError: naming the first argument that breaks its rule.
+        InputError: for the first argument that breaks its rule.
     """
     signature = inspect.signature(function)
 
@@ -67,30 +67,31 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def apply_rules(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of some arguments that have rules, as their rules make them.
+    """Validate the arguments that have rules, and return their validated values.
 
     Args:
-        function: Or a class, whose annotations are those of its `__init__`, or of its fields.
+        function: A function, or a class: then the annotations of its `__init__`, or else of its fields, are used.
 
     Raises:
-        InputError: naming the first argument that breaks its rule.
+        InputError: for the first argument that breaks its rule.
     """
-    followed = {}
+    validated = {}
     for name, rule in _rules(function).items():
         if name not in arguments:
             continue
         try:
-            followed[name] = rule.validate_python(arguments[name])
+            validated[name] = rule.validate_python(arguments[name])
         except ValidationError as error:
-            wrong = error.errors(include_url=False)[0]
-            said = _SAID.get(wrong["type"], wrong["msg"].removeprefix("Value error, ").replace("Input should", "must"))
-            raise InputError(name, arguments[name], said.format(**wrong.get("ctx", {}))) from None
-    return followed
+            details = error.errors(include_url=False)[0]
+            default = details["msg"].removeprefix("Value error, ").replace("Input should", "must")
+            message = _RULES_BY_ERROR.get(details["type"], default)
+            raise InputError(name, arguments[name], message.format(**details.get("ctx", {}))) from None
+    return validated
 
 
 @functools.cache
 def _rules(function: Callable[..., Any]) -> dict[str, TypeAdapter[Any]]:
-    """By argument, where its annotation has a rule in it."""
+    """Validators by argument, for the arguments whose annotation has a rule."""
     is_plain_class = isinstance(function, type) and "__init__" in vars(function)
     hints = get_type_hints(function.__init__ if is_plain_class else function, include_extras=True)
     return {name: TypeAdapter(hint) for name, hint in hints.items() if name != "return" and "Annotated[" in repr(hint)}

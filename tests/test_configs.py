@@ -1,4 +1,4 @@
-"""Every yaml in conf/ composes, names things that exist, and makes what it says."""
+"""All configs in conf/ compose, refer to existing constructors and keys, and build what their name says."""
 
 import inspect
 import re
@@ -18,11 +18,11 @@ from omegaconf import DictConfig, OmegaConf
 from ldm.autoencoder.autoencoder import Autoencoder
 from ldm.diffusion.chain import PredictionType
 from ldm.diffusion.schedule import NoiseSchedule, cosine
-from ldm.runtime.paths import folder
+from ldm.runtime.paths import bundled_folder
 from ldm.tracking.run import OPTIONS
 from ldm.training.optim.factory import OptimizerFactory
 
-CONF = folder("conf")
+CONF = bundled_folder("conf")
 STAGES = ("vae", "diffusion")
 TOOLS = sorted(path.stem for path in CONF.glob("*.yaml") if path.stem not in ("train", "tool"))
 GROUPS = {
@@ -31,8 +31,8 @@ GROUPS = {
     if path.is_dir()
 }
 CHOICES = [(group, choice) for group, choices in GROUPS.items() for choice in choices if group != "stage"]
-PLACE = ["++data.path=/a/place", "++autoencoder.path=/a/place"]
-OWN_TRAINER_KEYS = {
+PATHS = ["++data.path=/a/path", "++autoencoder.path=/a/path"]
+EXTRA_TRAINER_KEYS = {
     "_target_",
     "max_time",
     "ema_decay",
@@ -45,21 +45,21 @@ OWN_TRAINER_KEYS = {
 
 
 @cache
-def composed(name: str, *overrides: str) -> DictConfig:
+def compose_config(name: str, *overrides: str) -> DictConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose(name, list(overrides), return_hydra_config=True)
 
 
-def of(group: str) -> pytest.MarkDecorator:
+def for_each_choice(group: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("choice", GROUPS[group])
 
 
-def chosen(group: str, choice: str) -> DictConfig:
-    return composed("train", "stage=diffusion", f"{group}={choice}", *PLACE)[group]
+def group_config(group: str, choice: str) -> DictConfig:
+    return compose_config("train", "stage=diffusion", f"{group}={choice}", *PATHS)[group]
 
 
 def targets(config: object) -> Iterator[dict]:
-    """Every node with a _target_, as plain values."""
+    """Yield every node with a _target_, as plain values."""
     if isinstance(config, dict):
         if "_target_" in config:
             yield config
@@ -70,13 +70,13 @@ def targets(config: object) -> Iterator[dict]:
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize(("group", "choice"), CHOICES, ids=[f"{group}-{choice}" for group, choice in CHOICES])
 def test_every_choice_composes_with_both_stages(stage, group, choice):
-    """Whatever it interpolates is there, and each target takes the arguments that it is given."""
-    config = composed("train", f"stage={stage}", f"{group}={choice}", *PLACE)
+    """All interpolations resolve, and each target accepts its arguments."""
+    config = compose_config("train", f"stage={stage}", f"{group}={choice}", *PATHS)
     assert config.stage.build._target_
     plain = OmegaConf.to_container(OmegaConf.masked_copy(config, [k for k in config if k != "hydra"]), resolve=True)
-    found = list(targets(plain))
-    assert len(found) >= 8
-    for node in found:
+    nodes = list(targets(plain))
+    assert len(nodes) >= 8
+    for node in nodes:
         target = get_object(node["_target_"])
         arguments = {key: value for key, value in node.items() if not re.fullmatch("_.*_", key)}
         if node["_target_"] != "lightning.Trainer":
@@ -85,32 +85,34 @@ def test_every_choice_composes_with_both_stages(stage, group, choice):
 
 @pytest.mark.parametrize("tool", TOOLS)
 def test_every_tool_composes(tool):
-    assert "device" in composed(tool)
-    places = {"bench": "benchmarks/bench.py", "mixture": "examples/mixture/run.py"}
-    assert (folder("tools").parent / places.get(tool, f"tools/{tool}.py")).is_file()
+    assert "device" in compose_config(tool)
+    scripts = {"bench": "benchmarks/bench.py", "mixture": "examples/mixture/run.py"}
+    assert (bundled_folder("tools").parent / scripts.get(tool, f"tools/{tool}.py")).is_file()
 
 
-def test_the_command_line_chooses_over_the_stage():
-    assert composed("train", "stage=diffusion", "optimizer=adamw").optimizer.build._target_ == "torch.optim.AdamW"
-    assert composed("train", "stage=diffusion", "batch_size=7").batch_size == 7
-    assert composed("train", "stage=vae", "trainer.max_time=null").trainer.max_time is None
+def test_command_line_overrides_the_defaults_of_a_stage():
+    assert compose_config("train", "stage=diffusion", "optimizer=adamw").optimizer.build._target_ == "torch.optim.AdamW"
+    assert compose_config("train", "stage=diffusion", "batch_size=7").batch_size == 7
+    assert compose_config("train", "stage=vae", "trainer.max_time=null").trainer.max_time is None
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_is_built_with_all_that_it_needs(stage):
-    """Beside the config, train() gives it the images and what belongs to the run."""
-    build = instantiate(composed("train", f"stage={stage}").stage.build)
+def test_stage_config_binds_all_arguments_of_its_constructor(stage):
+    """The training session passes the remaining arguments: the images and those that depend on the run."""
+    build = instantiate(compose_config("train", f"stage={stage}").stage.build)
     given = ("images", "flip", "cache_dir", "seed", "folder", "device", "init_from")
     bound = inspect.signature(build.func).bind(**build.keywords, **dict.fromkeys(given))
     assert {*given, "optimizer"} <= set(bound.arguments)
 
 
-@of("network")
+@for_each_choice("network")
 @pytest.mark.parametrize("kind", ["none", "class", "text"])
-def test_networks_answer_in_the_shape_of_the_latent(choice, kind):
+def test_networks_return_the_shape_of_the_latents(choice, kind):
     options = {"none": {}, "class": {"num_classes": 10}, "text": {"text_dim": 384}}[kind]
     with torch.device("meta"):
-        network = instantiate(chosen("network", choice))(sample_size=8, in_channels=12, out_channels=12, **options)
+        network = instantiate(group_config("network", choice))(
+            sample_size=8, in_channels=12, out_channels=12, **options
+        )
         condition = {
             "none": {},
             "class": {"label": torch.zeros(2, dtype=torch.long)},
@@ -121,35 +123,35 @@ def test_networks_answer_in_the_shape_of_the_latent(choice, kind):
 
 
 @pytest.mark.parametrize("choice", [choice for choice in GROUPS["autoencoder"] if choice != "pretrained"])
-def test_autoencoders_reduce_by_the_factor_of_their_name(choice):
-    config = chosen("autoencoder", choice)
+def test_autoencoders_have_the_downsampling_factor_of_their_name(choice):
+    config = group_config("autoencoder", choice)
     with torch.device("meta"):
         autoencoder = Autoencoder(instantiate(config.model)(sample_size=32))
         mean, _ = autoencoder.encode(torch.zeros(1, 3, 32, 32))
         assert autoencoder.decode(mean).shape == (1, 3, 32, 32)
     assert mean.shape == (1, *autoencoder.latent_shape(32))
-    named = re.fullmatch(r"kl_f(\d+)", choice)
-    assert autoencoder.factor == (int(named[1]) if named else 4)
+    match = re.fullmatch(r"kl_f(\d+)", choice)
+    assert autoencoder.factor == (int(match[1]) if match else 4)
     assert instantiate(config.loss).kl > 0
 
 
 @pytest.mark.parametrize("autoencoder", [choice for choice in GROUPS["autoencoder"] if choice != "pretrained"])
-@of("regulariser")
-def test_regularisers_build_every_autoencoder(autoencoder, choice):
-    regulariser = instantiate(chosen("regulariser", choice))
+@for_each_choice("regulariser")
+def test_every_regulariser_builds_every_autoencoder(autoencoder, choice):
+    regulariser = instantiate(group_config("regulariser", choice))
     with torch.device("meta"):
-        built = Autoencoder(regulariser.build(instantiate(chosen("autoencoder", autoencoder).model), 32))
+        built = Autoencoder(regulariser.build(instantiate(group_config("autoencoder", autoencoder).model), 32))
         mean, _ = built.encode(torch.zeros(1, 3, 32, 32))
     assert regulariser.name == choice and mean.shape == (1, *built.latent_shape(32))
     assert built.has_codebook == (choice == "vq")
 
 
-@of("perceptual")
-def test_perceptual_distances_carry_their_weight(choice):
-    config = composed(
+@for_each_choice("perceptual")
+def test_perceptual_losses_have_their_weight(choice):
+    config = compose_config(
         "train", "stage=vae", f"perceptual={choice}", *([] if choice == "none" else ["perceptual.weight=3"])
     )
-    if choice == "lpips":  # an extra of its own
+    if choice == "lpips":  # needs an optional package
         assert config.perceptual.network._target_ == "ldm.autoencoder.perceptual.LPIPS"
         assert config.perceptual.weight == 3
         return
@@ -157,32 +159,32 @@ def test_perceptual_distances_carry_their_weight(choice):
     assert perceptual is None if choice == "none" else (perceptual.name, perceptual.weight) == (choice, 3)
 
 
-@of("adversarial")
-def test_adversaries_take_all_of_their_keys(choice):
-    config = chosen("adversarial", choice)
+@for_each_choice("adversarial")
+def test_adversary_configs_set_all_arguments(choice):
+    config = group_config("adversarial", choice)
     assert (config is None) == (choice == "none")
     if config is not None:
         build = instantiate(config)
-        assert build().game == choice and {*build.keywords} == {*inspect.signature(build.func).parameters}
+        assert build().gan_loss == choice and {*build.keywords} == {*inspect.signature(build.func).parameters}
 
 
-@of("schedule")
-def test_schedules(choice):
-    schedule = instantiate(chosen("schedule", choice))
+@for_each_choice("schedule")
+def test_schedules_have_1000_steps(choice):
+    schedule = instantiate(group_config("schedule", choice))
     assert isinstance(schedule, NoiseSchedule) and schedule.name == choice and schedule.num_steps == 1000
 
 
-@of("sampler")
-def test_samplers_fit_the_schedules(choice):
-    sampler = instantiate(chosen("sampler", choice))
+@for_each_choice("sampler")
+def test_every_sampler_supports_every_schedule(choice):
+    sampler = instantiate(group_config("sampler", choice))
     assert sampler.method == choice
     for schedule in GROUPS["schedule"]:
-        sampler.check(instantiate(chosen("schedule", schedule)))
+        sampler.check(instantiate(group_config("schedule", schedule)))
 
 
-@of("objective")
-def test_objectives(choice):
-    objective = instantiate(chosen("objective", choice))
+@for_each_choice("objective")
+def test_objectives_support_every_prediction_type(choice):
+    objective = instantiate(group_config("objective", choice))
     assert objective.loss == choice and objective.prediction == "v"
     variance = objective.variance(None)
     assert variance == ("learned_range" if choice in ("hybrid", "vlb") else "fixed_small")
@@ -190,9 +192,9 @@ def test_objectives(choice):
         replace(objective, prediction=prediction).check(variance, cosine().alpha_bar)
 
 
-@of("optimizer")
-def test_optimizers_take_a_step(choice):
-    config = composed("train", "stage=vae", f"optimizer={choice}", "optimizer.lr=0.125").optimizer
+@for_each_choice("optimizer")
+def test_optimizers_update_all_parameters(choice):
+    config = compose_config("train", "stage=vae", f"optimizer={choice}", "optimizer.lr=0.125").optimizer
     assert config.warmup_steps >= 0 and config.decay in ("linear", "cosine", "constant")
     network = torch.nn.ModuleDict({"blocks": torch.nn.Linear(3, 3), "out": torch.nn.Linear(3, 1)})
     optimizer = OptimizerFactory(instantiate(config.build))(network)
@@ -203,21 +205,21 @@ def test_optimizers_take_a_step(choice):
     assert not any(torch.equal(p, b) for p, b in zip(network.parameters(), before, strict=True))
 
 
-@of("conditioning")
-def test_conditionings_take_the_images(choice):
-    config = chosen("conditioning", choice)
+@for_each_choice("conditioning")
+def test_condition_constructors_take_the_images_first(choice):
+    config = group_config("conditioning", choice)
     assert 0 <= config.drop < 1 and config.guidance >= 1 and config.prompts == []
     build = instantiate(config.build)
     assert isinstance(build, partial) and list(inspect.signature(build).parameters)[0] == "images"
     assert build.func.__name__ == {"none": "no_condition"}.get(choice, f"{choice}_condition")
 
 
-@of("trainer")
-def test_trainers_know_their_keys(choice, tmp_path):
-    config = chosen("trainer", choice)
-    options = {key: value for key, value in config.items() if key not in OWN_TRAINER_KEYS}
+@for_each_choice("trainer")
+def test_trainer_keys_are_accepted_by_lightning(choice, tmp_path):
+    config = group_config("trainer", choice)
+    options = {key: value for key, value in config.items() if key not in EXTRA_TRAINER_KEYS}
     inspect.signature(lightning.Trainer).bind_partial(**options)
-    assert set(config) >= OWN_TRAINER_KEYS and config._target_ == "lightning.Trainer"
+    assert set(config) >= EXTRA_TRAINER_KEYS and config._target_ == "lightning.Trainer"
     if choice in ("auto", "cpu"):
         precision = "32-true" if config.precision == "auto" else config.precision
         trainer = lightning.Trainer(
@@ -227,30 +229,30 @@ def test_trainers_know_their_keys(choice, tmp_path):
         assert trainer.val_check_interval == config.val_check_interval
 
 
-@of("data")
-def test_data_choices_share_their_keys(choice):
+@for_each_choice("data")
+def test_data_configs_have_the_shared_keys(choice):
     shared = {"resolution", "resize", "val_fraction", "flip", "max_bad_fraction", "max_pixels", "cache_dir", "source"}
-    config = chosen("data", choice)
+    config = group_config("data", choice)
     assert shared <= set(config)
 
 
-@of("logger")
-def test_loggers_say_all_that_is_read_of_them(choice):
-    config = chosen("logger", choice)
+@for_each_choice("logger")
+def test_logger_configs_have_all_keys(choice):
+    config = group_config("logger", choice)
     assert not config.wandb or set(config) == {"wandb", "upload_latents", *OPTIONS}
 
 
 def keys_of_help(text: str) -> set[str]:
-    """`key=value   what it does` line by line, or `Keys: a, b (file), c.` at the end."""
-    listed = re.search(r"Keys: (.*?)\.\n", text, re.DOTALL)
-    if listed:
-        return {re.sub(r"\(.*?\)", "", key).strip() for key in listed[1].split(",")}
+    """Return the keys in a help text, from lines like `key=value   description` or from `Keys: a, b (file), c.`"""
+    key_list = re.search(r"Keys: (.*?)\.\n", text, re.DOTALL)
+    if key_list:
+        return {re.sub(r"\(.*?\)", "", key).strip() for key in key_list[1].split(",")}
     return set(re.findall(r"^ {2}([a-z_.]+)=\S+ {2,}\w", text, re.MULTILINE))
 
 
 @pytest.mark.parametrize("name", ["train", *TOOLS])
-def test_help_names_keys_that_exist(name):
-    config = composed(name, *(["stage=diffusion"] if name == "train" else []))
+def test_keys_in_help_exist(name):
+    config = compose_config(name, *(["stage=diffusion"] if name == "train" else []))
     keys = keys_of_help(config.hydra.help.template)
     assert len(keys) >= 2, config.hydra.help.template
     for key in keys:
@@ -259,14 +261,14 @@ def test_help_names_keys_that_exist(name):
 
 
 @pytest.mark.parametrize("name", TOOLS)
-def test_help_of_a_tool_names_every_key(name):
-    """Groups are listed by Hydra; bench shares the tools' `device` and has no use for it."""
-    config = composed(name)
-    named = keys_of_help(config.hydra.help.template)
-    assert set(config) - {"hydra", "device" if name == "bench" else "hydra"} - set(GROUPS) <= named
+def test_help_of_a_tool_lists_all_keys(name):
+    """Except groups, which Hydra lists, and the shared key `device`, which bench does not use."""
+    config = compose_config(name)
+    listed = keys_of_help(config.hydra.help.template)
+    assert set(config) - {"hydra", "device" if name == "bench" else "hydra"} - set(GROUPS) <= listed
 
 
-def test_the_readme_of_a_yaml_is_its_first_line():
-    """What a choice is stands at the top of its file."""
+def test_configs_start_with_a_comment():
+    """The first line of each file describes it."""
     for file in Path(CONF).rglob("*.yaml"):
         assert file.read_text(encoding="utf-8").startswith("# "), file

@@ -1,4 +1,4 @@
-"""Runs that the code of an earlier layout wrote are opened, sampled and compared as ever."""
+"""Runs written by earlier versions of the code can still be opened, sampled and compared."""
 
 import json
 import runpy
@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from ldm.cli.main import construct
-from ldm.cli.targets import MOVED, SAMPLER, SAMPLERS, with_current_targets
+from ldm.cli.targets import MOVED_TARGETS, SAMPLER, SAMPLERS, update_targets
 from ldm.evaluation.comparison.compare import compare_runs
 from ldm.runs.run import Run
-from ldm.runtime.paths import folder
+from ldm.runtime.paths import bundled_folder
 
 EARLIER = Path(__file__).parent / "earlier_runs"
 
@@ -24,65 +24,65 @@ def runs(tmp_path) -> Path:
     return Path(shutil.copytree(EARLIER, tmp_path / "runs"))
 
 
-def test_the_same_pixels_are_sampled(runs, call, tmp_path):
-    """Within a level: another machine's convolutions round differently."""
+def test_earlier_run_gives_the_same_samples(runs, call, tmp_path):
+    """Pixels agree within one of 255 levels, because convolutions round differently on other machines."""
 
     def main() -> None:
-        runpy.run_path(str(folder("tools") / "sample.py"), run_name="__main__")
+        runpy.run_path(str(bundled_folder("tools") / "sample.py"), run_name="__main__")
 
-    asked = [f"run={runs / 'diffusion'}", "num_samples=2", "label=1", "seed=5", "sampler=ddim", "sampler.steps=3"]
-    ended = call(main, *asked, "device=cpu", f"out={tmp_path / 'out'}")
+    options = [f"run={runs / 'diffusion'}", "num_samples=2", "label=1", "seed=5", "sampler=ddim", "sampler.steps=3"]
+    ended = call(main, *options, "device=cpu", f"out={tmp_path / 'out'}")
     assert ended.code == 0, ended
     for name in ("00000.png", "00001.png"):
-        places = (tmp_path / "out", EARLIER / "samples")
-        found, expected = (np.asarray(Image.open(place / name)).astype(int) for place in places)
-        assert np.abs(found - expected).max() <= 1 and expected.std() > 10
+        folders = (tmp_path / "out", EARLIER / "samples")
+        actual, expected = (np.asarray(Image.open(folder / name)).astype(int) for folder in folders)
+        assert np.abs(actual - expected).max() <= 1 and expected.std() > 10
 
 
-def test_the_autoencoder_is_the_one_that_both_stages_name(runs):
+def test_both_stages_refer_to_the_same_autoencoder(runs):
     vae, diffusion = Run.open(runs / "vae"), Run.open(runs / "diffusion")
     assert vae.autoencoder().weights_sha256() == diffusion.facts["contract"]["autoencoder_sha256"]
     assert diffusion.pipeline().conditioning.class_names == ["cat", "dog"]
 
 
 @pytest.mark.parametrize("stage", ["vae", "diffusion"])
-def test_a_config_names_constructors_where_they_are_now(runs, stage):
+def test_config_is_read_with_current_targets(runs, stage):
     text, config = (runs / stage / "config.yaml").read_text(), Run.open(runs / stage).config()
-    earlier = [name for name in MOVED if name in text]
+    earlier = [name for name in MOVED_TARGETS if name in text]
     assert earlier and not any(name in json.dumps(config) for name in (*earlier, SAMPLER))
     assert config["data"]["source"]["_target_"] == "ldm.data.sources.image_folder.ImageFolder"
 
 
-def test_a_group_that_has_become_flat_is_read_as_it_is_now(runs):
-    """No loss beside l1 and mse in these; of a discriminator, its constructor stood in `build`."""
+def test_nested_groups_of_earlier_versions_are_flattened(runs):
+    """Earlier versions had the constructor of a discriminator under `build`; null stays null."""
     config = Run.open(runs / "vae").config()
     assert config["perceptual"] is None and config["adversarial"] is None
     hinge = {"_target_": "ldm.training.adversary.Adversary", "loss": "hinge", "weight": 0.1}
     earlier = {"adversarial": {"build": hinge, "loss": "hinge", "weight": 0.1}}
     expected = hinge | {"_target_": "ldm.training.modules.adversary.Adversary"}
-    assert with_current_targets(earlier) == {"adversarial": expected}
+    assert update_targets(earlier) == {"adversarial": expected}
 
 
-def test_a_constructor_that_moved_is_no_difference(runs):
-    """Of two runs that differ in their seed alone, one is written by the present code."""
+def test_moved_targets_do_not_count_as_a_difference(runs):
+    """Two runs that differ only in their seed are one group, even if only one has the current targets."""
     other = Path(shutil.copytree(runs / "vae", runs / "other"))
-    config = with_current_targets({**Run.open(other).config(), "seed": 1})
+    config = update_targets({**Run.open(other).config(), "seed": 1})
     (other / "config.yaml").write_text(json.dumps(config))
     facts = json.loads((other / "run.json").read_text())
     (other / "run.json").write_text(json.dumps({**facts, "seed": 1, "name": "other"}))
     (group,) = compare_runs([str(runs / "vae"), str(other)]).groups
-    assert len(group.runs) == 2, "one group: they differ in nothing but the seed"
+    assert len(group.runs) == 2, "runs that differ only in their seed are one group"
 
 
 @pytest.mark.parametrize("method", SAMPLERS)
-def test_the_one_class_of_samplers_becomes_that_of_its_method(method):
-    """It took eta and variance for any method, and used them for one."""
+def test_earlier_sampler_class_is_replaced_by_its_method(method):
+    """It accepted eta and variance for every method, although each applies to only one."""
     options = {"steps": 4, "clip": 2.0, "spacing": "trailing", "eta": 0.0, "variance": None}
-    sampler = construct(with_current_targets({"_target_": SAMPLER, "method": method, **options}))
+    sampler = construct(update_targets({"_target_": SAMPLER, "method": method, **options}))
     assert sampler.method == method and {**options, **asdict(sampler)} == options
 
 
-def test_every_name_that_moved_leads_to_a_constructor():
-    for name in (*MOVED.values(), *SAMPLERS.values()):
+def test_moved_targets_can_be_imported():
+    for name in (*MOVED_TARGETS.values(), *SAMPLERS.values()):
         module, _, attribute = name.rpartition(".")
         assert callable(getattr(__import__(module, fromlist=[attribute]), attribute)), name

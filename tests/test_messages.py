@@ -1,4 +1,4 @@
-"""Messages name options that exist, and the library names none: that is left to the command line."""
+"""Messages name only existing options, and library code names none, because the command line adds them."""
 
 import ast
 import inspect
@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 import ldm
-from ldm.cli.arguments import without_stage
+from ldm.cli.arguments import strip_stage_prefix
 from ldm.cli.remedies import REMEDIES, keys_in
 from tests.option_keys import COMMANDS, all_keys, foreign_keys, keys_of
 
 ROOT = Path(inspect.getfile(ldm)).parent
 FREE_OF_OPTIONS = ("diffusion", "autoencoder", "networks", "metrics", "latents")
-"""Packages in which no error names an option."""
+"""Packages whose errors must not name options."""
 NO_OPTIONS = {
     *("alt", "charset", "class", "content", "lang", "src", "width"),  # HTML
     *(
@@ -25,11 +25,11 @@ NO_OPTIONS = {
         "ref",
         "revision",
         "vq_embed_dim",
-    ),  # arguments, and what a figure is measured against
-    *("head_dim", "hidden_dim", "mlp_ratio", "patch_size"),  # of networks
-    "key",  # any
+    ),  # arguments, and the reference set of a metric
+    *("head_dim", "hidden_dim", "mlp_ratio", "patch_size"),  # arguments of networks
+    "key",  # placeholder
 }
-"""What may stand before an equals sign without being an option."""
+"""Words that may appear before an equals sign without being an option."""
 
 
 def files(package: str) -> list[Path]:
@@ -37,7 +37,7 @@ def files(package: str) -> list[Path]:
 
 
 def texts(node: ast.AST) -> Iterator[tuple[int, str]]:
-    """Every string below a node, by its line, but for docstrings."""
+    """Yield (line number, text) of every string in a node, except docstrings."""
     for part in ast.walk(node):
         if isinstance(body := getattr(part, "body", None), list):
             part.body = [line for line in body if not (isinstance(line, ast.Expr) and is_text(line.value))]  # type: ignore[attr-defined]
@@ -51,7 +51,7 @@ def is_text(node: ast.AST) -> bool:
 
 
 def messages(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """The strings of functions that raise an error, and of constants of the module."""
+    """Yield the strings in functions that raise, and in module constants."""
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and any(isinstance(part, ast.Raise) for part in ast.walk(node)):
             yield from texts(node)
@@ -61,33 +61,33 @@ def messages(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 @pytest.mark.parametrize("package", FREE_OF_OPTIONS)
-def test_no_error_of_the_library_names_an_option(package):
-    found = [
+def test_library_errors_name_no_option(package):
+    violations = [
         f"{file.relative_to(ROOT)}:{line}: {text}"
         for file in files(package)
         for line, text in messages(ast.parse(file.read_text(encoding="utf-8")))
         if set(keys_in(text)) & all_keys()
     ]
-    assert not found, "\n".join(found)
+    assert not violations, "\n".join(violations)
 
 
 @pytest.mark.parametrize("file", files("."), ids=lambda file: str(file.relative_to(ROOT)))
-def test_every_option_that_is_named_exists(file):
+def test_options_in_messages_exist(file):
     for line, text in texts(ast.parse(file.read_text(encoding="utf-8"))):
         unknown = (
-            {without_stage(key) for key in keys_in(text) if not key.startswith("hydra.")} - all_keys() - NO_OPTIONS
+            {strip_stage_prefix(key) for key in keys_in(text) if not key.startswith("hydra.")} - all_keys() - NO_OPTIONS
         )
         assert not unknown, f"line {line}: {text}"
 
 
 @pytest.mark.parametrize("argument", REMEDIES)
-def test_remedies_name_options_that_some_command_has_together(argument):
+def test_some_command_has_all_options_of_a_remedy(argument):
     for remedy in REMEDIES[argument]:
         assert any(set(keys_in(remedy)) <= keys_of(command) for command in COMMANDS), remedy
         assert not foreign_keys(remedy, next(c for c in COMMANDS if set(keys_in(remedy)) <= keys_of(c)))
 
 
-def test_options_of_another_command_are_found():
+def test_foreign_keys_finds_options_of_other_commands():
     assert keys_of("train") >= {"data.path", "network.mlp_ratio", "experiment", "autoencoder.path", "vae", "stage"}
     assert "data.cache_dir" not in keys_of("encode") and keys_of("bench") >= {"perceptual", "perceptual.weight"}
     assert foreign_keys("Choose another disk with data.cache_dir=.", "encode") == ["data.cache_dir="]

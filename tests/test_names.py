@@ -1,4 +1,4 @@
-"""One name, one meaning: public classes and functions of modules have names that are unique in the package."""
+"""Names of public classes and module-level functions are unique in the package."""
 
 import ast
 from collections import defaultdict
@@ -6,13 +6,13 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "ldm"
 SHARED = {"main"}
-"""Entry points."""
+"""Names that several modules may define: entry points."""
 
 
-def test_names_have_one_meaning():
-    places = defaultdict(list)
+def test_public_names_are_unique():
+    definitions = defaultdict(list)
     for file in sorted(PACKAGE.rglob("*.py")):
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
-                places[node.name].append(file.relative_to(PACKAGE).as_posix())
-    assert {name: files for name, files in places.items() if len(files) > 1 and name not in SHARED} == {}
+                definitions[node.name].append(file.relative_to(PACKAGE).as_posix())
+    assert {name: files for name, files in definitions.items() if len(files) > 1 and name not in SHARED} == {}

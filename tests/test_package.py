@@ -1,4 +1,4 @@
-"""What is installed: the pins, the wheel and the source archive, and the commands that a wheel brings."""
+"""Packaging: pinned versions, the wheel and the source archive, and the commands of the wheel."""
 
 import configparser
 import os
@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 COMMAND = ("-c", "from ldm.cli.main import main; main()")
-"""What the console command `ldm` is in a wheel that is not installed."""
+"""Runs the console command `ldm` from a wheel that is not installed."""
 PINS = {
     canonicalize_name(pin.name): pin
     for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
@@ -28,12 +28,12 @@ REQUIREMENTS = [
     Requirement(text)
     for group in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())
     for text in group
-    if "torchvision" not in group  # such an extra is for a torch build of one's own, which no pin knows
+    if "torchvision" not in group  # these extras must match the user's torch build, so they are not pinned
 ]
 
 
 def files_of(folder: str) -> set[str]:
-    """What a folder of the checkout holds, less the caches."""
+    """Return the files in a folder of the checkout, without caches."""
     return {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / folder).rglob("*")
@@ -43,7 +43,7 @@ def files_of(folder: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
-    """A folder with the source archive and the wheel that was built from it, offline."""
+    """A folder with the source archive and the wheel built from it, offline."""
     out = tmp_path_factory.mktemp("dist")
     build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT)]
     done = subprocess.run(build, capture_output=True, text=True)
@@ -53,7 +53,7 @@ def built(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(built, tmp_path_factory) -> Path:
-    """The wheel, unpacked; a folder to put on the import path."""
+    """The unpacked wheel: a folder to put on the import path."""
     (archive,) = built.glob("*.whl")
     unpacked = tmp_path_factory.mktemp("wheel")
     with zipfile.ZipFile(archive) as opened:
@@ -61,8 +61,8 @@ def wheel(built, tmp_path_factory) -> Path:
     return unpacked
 
 
-def run_away_from_the_checkout(wheel: Path, folder: Path, *arguments: str) -> str:
-    """Python in an empty folder, with the wheel before anything that is installed; its standard output."""
+def run_with_wheel(wheel: Path, folder: Path, *arguments: str) -> str:
+    """Run Python in an empty folder, with the wheel first on the import path; return its standard output."""
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=folder,
@@ -75,27 +75,27 @@ def run_away_from_the_checkout(wheel: Path, folder: Path, *arguments: str) -> st
     return done.stdout
 
 
-def test_every_pin_is_one_public_version():
+def test_pins_are_exact_public_versions():
     for name, pin in PINS.items():
         (specifier,) = pin.specifier
         assert specifier.operator == "==" and "*" not in specifier.version, name
-        assert "+" not in specifier.version, f"{name}: a local version exists for some platforms only"
+        assert "+" not in specifier.version, f"{name}: local versions exist only for some platforms"
 
 
-def test_nothing_pinned_ties_torch_to_another_build():
-    """torchvision belongs to one torch build; CUDA's libraries belong to one platform."""
+def test_pins_do_not_require_a_specific_torch_build():
+    """torchvision requires one torch build; CUDA libraries require one platform."""
     assert not {"torchvision", "torchaudio", "torch-fidelity", "triton"} & PINS.keys()
     assert not [name for name in PINS if name.startswith(("nvidia-", "cuda-"))]
 
 
 @pytest.mark.parametrize("requirement", REQUIREMENTS, ids=str)
-def test_what_is_required_is_pinned_within_its_range(requirement):
+def test_requirements_are_pinned_within_their_range(requirement):
     (pin,) = PINS[canonicalize_name(requirement.name)].specifier
     assert requirement.specifier.contains(pin.version)
-    assert not requirement.extras, "an extra may bring what the pins leave out: name its packages instead"
+    assert not requirement.extras, "extras can install unpinned packages: list the packages instead"
 
 
-def test_the_source_archive_holds_what_the_checkout_holds(built):
+def test_source_archive_is_complete(built):
     (archive,) = built.glob("*.tar.gz")
     with tarfile.open(archive) as opened:
         names = {name.partition("/")[2] for name in opened.getnames()}
@@ -104,25 +104,25 @@ def test_the_source_archive_holds_what_the_checkout_holds(built):
     assert {"LICENSE", "README.md", "constraints.txt", "pyproject.toml"} <= names
 
 
-def test_the_wheel_holds_configs_and_tools_and_no_tests(wheel):
+def test_wheel_contains_configs_and_tools_but_no_tests(wheel):
     names = {path.relative_to(wheel).as_posix() for path in wheel.rglob("*") if path.is_file()}
     assert files_of("ldm") <= names
     assert {f"ldm/{name}" for name in files_of("conf") | files_of("tools")} <= names
     assert {name.partition("/")[0] for name in names} == {"ldm", f"ldm_trainer-{PROJECT['version']}.dist-info"}
 
 
-def test_one_command_lists_every_tool(wheel):
+def test_help_of_ldm_lists_all_tools(wheel):
     entry_points = configparser.ConfigParser()
     entry_points.read(next(wheel.glob("*.dist-info")) / "entry_points.txt", encoding="utf-8")
     assert dict(entry_points["console_scripts"]) == {"ldm": "ldm.cli.main:main"}
-    listed = run_away_from_the_checkout(wheel, wheel, *COMMAND, "--help")
+    listed = run_with_wheel(wheel, wheel, *COMMAND, "--help")
     for tool in (ROOT / "tools").glob("[a-z]*.py"):
         assert re.search(rf"^  {tool.stem} +\w", listed, re.MULTILINE), tool
 
 
-def test_the_wheel_finds_its_own_configs_and_tools(wheel, tmp_path):
-    look = "from ldm.runtime.paths import folder; print(folder('conf')); print(folder('tools'))"
-    conf, tools = run_away_from_the_checkout(wheel, tmp_path, "-c", look).splitlines()
+def test_wheel_uses_its_own_configs_and_tools(wheel, tmp_path):
+    look = "from ldm.runtime.paths import bundled_folder; print(bundled_folder('conf')); print(bundled_folder('tools'))"
+    conf, tools = run_with_wheel(wheel, tmp_path, "-c", look).splitlines()
     assert Path(conf).samefile(wheel / "ldm" / "conf")
     assert Path(tools).samefile(wheel / "ldm" / "tools")
 
@@ -136,32 +136,32 @@ def test_the_wheel_finds_its_own_configs_and_tools(wheel, tmp_path):
     ],
     ids=["module", "ldm train", "ldm sample"],
 )
-def test_a_command_of_the_wheel_answers_in_any_folder(wheel, tmp_path, arguments):
-    assert run_away_from_the_checkout(wheel, tmp_path, *arguments).strip()
-    assert not list(tmp_path.iterdir()), "help leaves nothing behind"
+def test_commands_of_the_wheel_run_in_any_folder(wheel, tmp_path, arguments):
+    assert run_with_wheel(wheel, tmp_path, *arguments).strip()
+    assert not list(tmp_path.iterdir()), "--help must not write files"
 
 
-STRANGERS = re.compile(
+OTHER_PROJECT = re.compile(
     r"""install\s+(?:-[\w-]+\s+)*["'`]?ldm(?=[\s"'`\[=<>~]|$)|\bldm\[(?:demo|eval|lpips|inception|data|reports|dev)\b"""
 )
-"""PyPI's `ldm` is another project: whoever is told to install it may get that over ours."""
+"""Instructions to install `ldm`, which is another project on PyPI."""
 
 
-def test_nothing_tells_users_to_install_another_project():
+def test_no_instructions_install_another_project():
     folders = ("ldm", "conf", "tools", "docs", "tests", "examples", "benchmarks", ".github")
     files = [file for folder in folders for file in (ROOT / folder).rglob("*")] + list(ROOT.glob("*"))
     texts = (".py", ".md", ".yaml", ".yml", ".toml", ".txt", ".cff", "")
-    found = [
+    matches = [
         f"{file.relative_to(ROOT)}:{number}: {line.strip()}"
         for file in files
         if file.is_file() and file.suffix in texts and file != Path(__file__)
         for number, line in enumerate(file.read_text(encoding="utf-8", errors="ignore").splitlines(), start=1)
-        if STRANGERS.search(line)
+        if OTHER_PROJECT.search(line)
     ]
-    assert found == []
-    assert all(map(STRANGERS.search, ['pip install "ldm[demo]"', "python -m pip install ldm", "needs ldm[eval]"]))
-    assert not any(map(STRANGERS.search, ["pip install 'ldm-trainer[demo]'", "pip install -e .", "import ldm"]))
+    assert matches == []
+    assert all(map(OTHER_PROJECT.search, ['pip install "ldm[demo]"', "python -m pip install ldm", "needs ldm[eval]"]))
+    assert not any(map(OTHER_PROJECT.search, ["pip install 'ldm-trainer[demo]'", "pip install -e .", "import ldm"]))
 
 
-def test_the_wheel_is_typed(wheel):
+def test_wheel_has_type_information(wheel):
     assert (wheel / "ldm" / "py.typed").is_file()

@@ -1,4 +1,4 @@
-"""What the CI matrix promises: every module imports without POSIX modules and signals, as on Windows."""
+"""Portability: every module imports without POSIX modules and signals, as on Windows."""
 
 import json
 import subprocess
@@ -59,16 +59,16 @@ print(json.dumps({"failed": failed, "count": count}))
 """
 
 
-def test_every_module_imports_without_posix():
+def test_all_modules_import_without_posix():
     done = subprocess.run(
         [sys.executable, "-c", IMPORT_EVERYTHING, str(ROOT)], capture_output=True, text=True, encoding="utf-8"
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["failed"] == {} and found["count"] > 200
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["failed"] == {} and result["count"] > 200
 
 
-def test_the_hooks_name_no_folder_of_one_system():
+def test_pre_commit_hooks_are_platform_independent():
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0]["hooks"]
     for hook in hooks:
         program, *_ = hook["entry"].split()

@@ -1,24 +1,26 @@
-"""Rules in annotations: what is refused, and in which words."""
+"""Validation rules in annotations: which values are refused, and the wording of the messages."""
 
 import pytest
 
 from ldm.errors import InputError
-from ldm.rules import Count, Number, Share, checked
+from ldm.rules import Count, Fraction, Number, checked
 
 
 class Example:
     @checked
-    def __init__(self, steps: Count, *, sizes: list[Count] | None = None, drop: Share = 0.5, shift: Number = 0) -> None:
+    def __init__(
+        self, steps: Count, *, sizes: list[Count] | None = None, drop: Fraction = 0.5, shift: Number = 0
+    ) -> None:
         self.steps, self.sizes = steps, sizes
 
 
-def test_what_follows_its_rule_is_kept():
+def test_valid_arguments_are_passed_on():
     assert Example(2, sizes=[1, 2]).sizes == [1, 2]
     assert Example(1).sizes is None
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ({"steps": 0}, "steps=0 must be 1 or more."),
         ({"steps": 5.0}, "steps=5.0 must be a whole number."),
@@ -31,7 +33,7 @@ def test_what_follows_its_rule_is_kept():
         ({"steps": 1, "drop": 1.5}, "drop=1.5 must be 1 or less."),
     ],
 )
-def test_what_breaks_a_rule_is_named(arguments, said):
+def test_invalid_argument_is_named_with_its_rule(arguments, message):
     with pytest.raises(InputError) as error:
         Example(**arguments)
-    assert str(error.value) == said
+    assert str(error.value) == message

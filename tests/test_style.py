@@ -1,4 +1,4 @@
-"""One style and sound types over the whole tree."""
+"""The whole tree passes ruff and mypy."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
     ],
     ids=lambda command: " ".join(command[:2]) if command[0] == "ruff" else command[0],
 )
-def test_the_tree_passes(command):
+def test_linter_passes(command):
     done = subprocess.run(
         [sys.executable, "-m", *command],
         cwd=ROOT,

@@ -1,1 +1,1 @@
-"""Command scripts: each names its function in ldm.commands."""
+"""Command-line scripts; each runs a function of ldm.commands."""

@@ -1,4 +1,4 @@
-"""Which run is better, and is the difference more than noise? A table, a page, curves and images of several runs."""
+"""Compare runs: which one is better, and is the difference more than noise?"""
 
 from ldm.cli.main import run
 

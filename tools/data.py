@@ -1,4 +1,4 @@
-"""What is in a data set, before anything is trained on it: copies, balance, captions, coverage and diversity."""
+"""Check a data set before training: duplicates, class balance, captions, coverage and diversity."""
 
 from ldm.cli.main import run
 

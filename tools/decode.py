@@ -1,4 +1,4 @@
-"""Latents in a safetensors file -> images."""
+"""Decode the latents in a safetensors file into images."""
 
 from ldm.cli.main import run
 

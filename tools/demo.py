@@ -1,4 +1,4 @@
-"""What the demo shows: a grid of 16 prompts, one of 16 held-out captions, the reverse chain, and its figures."""
+"""Draw the demo's images and compute its metrics: 16 prompts, 16 held-out captions, and the reverse chain."""
 
 from ldm.cli.main import run
 

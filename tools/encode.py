@@ -1,4 +1,4 @@
-"""Images -> latents in a safetensors file."""
+"""Encode a folder of images into latents in a safetensors file."""
 
 from ldm.cli.main import run
 

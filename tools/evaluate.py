@@ -1,4 +1,4 @@
-"""Figures of a run: what an autoencoder loses of held-out images, or how near samples are to the training images."""
+"""Measure the quality of a run: an autoencoder's reconstructions, or the samples of a diffusion model."""
 
 from ldm.cli.main import run
 

@@ -1,4 +1,4 @@
-"""The forward chain on one image, decoded at chosen t."""
+"""Show the forward chain on one image, decoded at several t."""
 
 from ldm.cli.main import run
 

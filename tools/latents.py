@@ -1,4 +1,4 @@
-"""How many latent dimensions images need: of one autoencoder, its channels and spectra; of a sweep, sizes compared."""
+"""Find out how many latent dimensions images need: measure one autoencoder, or train and compare several sizes."""
 
 from ldm.cli.main import run
 

@@ -1,4 +1,4 @@
-"""How many bits per dimension a run needs for its images: the two-stage bound, term by term."""
+"""Compute the likelihood of images under a run, in bits per dimension: the two-stage bound, term by term."""
 
 from ldm.cli.main import run
 

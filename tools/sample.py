@@ -1,4 +1,4 @@
-"""Draw images with a trained model: PNGs, a grid and a JSON with what made them."""
+"""Generate images with a trained model: PNG files, a grid, and a JSON file with the settings."""
 
 from ldm.cli.main import run
 

@@ -1,4 +1,4 @@
-"""Noise into many modes: a mixture of Gaussians, sampled with a trained network and with the exact denoiser."""
+"""Sample a mixture of five Gaussians with a trained network and with the exact denoiser."""
 
 from ldm.cli.main import run
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.errors import InputError
-from ldm.metrics.features import _efficientnet_lite, _scaled
+from ldm.metrics.features import _efficientnet_lite, _normalise
 from ldm.rules import NonNegative, checked
 from ldm.runtime import shell
 
@@ -42,7 +42,7 @@ class EfficientNetLiteDistance(nn.Module):
 
     def features(self, images: Tensor) -> list[Tensor]:
         """One feature per level, each of unit length over its channels."""
-        x = self.stem(_scaled(images).to(memory_format=torch.channels_last))
+        x = self.stem(_normalise(images).to(memory_format=torch.channels_last))
         found = []
         for level in self.levels:
             x = level(x)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ldm.autoencoder.patch import PatchAutoencoderKL, PatchVQModel
 from ldm.autoencoder.point_posterior import is_pinned, pin_posterior
 from ldm.errors import InputError
-from ldm.rules import Count, NonNegative, Whole, checked
+from ldm.rules import Count, Integer, NonNegative, checked
 from ldm.runtime.distributed import gather_rows
 from ldm.runtime.random import torch_generator
 
@@ -140,7 +140,7 @@ class VectorQuantised(Regulariser):
     @checked
     def __init__(
         self,
-        codebook_size: Annotated[Whole, Field(ge=2, le=2**24)] = 1024,
+        codebook_size: Annotated[Integer, Field(ge=2, le=2**24)] = 1024,
         commitment: NonNegative = 0.25,
         restart_after: Count = 100,
     ) -> None:

@@ -1,1 +1,1 @@
-"""The command line: composing, checking and explaining options. The home of Hydra."""
+"""The command line: parse options, compose the config with Hydra, and explain errors to the user."""

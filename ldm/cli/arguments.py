@@ -1,4 +1,4 @@
-"""What was typed: free text is quoted for Hydra's grammar, arguments without a key and bare lists are gathered."""
+"""Translate command-line arguments for Hydra: quote free text, bracket lists, and collect arguments without a key."""
 
 import re
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import UserError
-from ldm.files.untrusted import clean_text
+from ldm.files.untrusted import replace_surrogates
 
 FREE_TEXT = (
     "prompt",
@@ -31,112 +31,116 @@ FREE_TEXT = (
     "conditioning.encoder",
     "features_path",
 )
-"""Keys whose values are text or paths: they reach the config as they were typed, whatever Hydra's grammar says."""
-_WHOLE = re.compile(r"(\+*[\w.]+=)(\d+[eE]\+?\d{1,2})")
-"""A whole number in powers of ten, which Hydra's grammar takes for a float."""
-_WORD = re.compile(r"(?!(?:null|true|false|inf|nan)$|\d[\d_.]*(?:e[+-]?\d+)?$)\w[\w.:/+-]*", re.ASCII | re.IGNORECASE)
-"""A text that Hydra's grammar takes as it stands, and for text."""
+"""Keys with text or paths as values, which reach the config verbatim instead of being parsed by Hydra's grammar."""
+_POWER_OF_TEN = re.compile(r"(\+*[\w.]+=)(\d+[eE]\+?\d{1,2})")
+"""An integer in scientific notation, such as batch_size=1e3, which Hydra's grammar would parse as a float."""
+_PLAIN_TEXT = re.compile(
+    r"(?!(?:null|true|false|inf|nan)$|\d[\d_.]*(?:e[+-]?\d+)?$)\w[\w.:/+-]*", re.ASCII | re.IGNORECASE
+)
+"""Text that Hydra's grammar parses as a string without quotes."""
 _OPTIONS_WITH_VALUE: tuple[str, ...] = ("--cfg", "-c", "--package", "-p", "--info", "-i", "--experimental-rerun")
 _OPTIONS_WITH_VALUE += ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")
-"""Of Hydra: the argument after them is theirs."""
+"""Hydra's options that take the next argument as their value."""
 
 
 def check_arguments(arguments: Sequence[str]) -> None:
-    """Refuse arguments that are no text, and the one of Hydra's that reads a pickle.
+    """Refuse arguments that are not valid UTF-8 text, and Hydra's option that unpickles a file.
 
     Raises:
-        UserError: naming it.
+        UserError: naming the argument.
     """
     for argument in arguments:
-        if "\0" in argument or clean_text(argument) != argument:
-            raise UserError(f"{argument!a} is not text in UTF-8. Type it again, or name files without such signs.")
-        if argument.startswith("--e"):  # Hydra takes beginnings of an option for the whole
+        if "\0" in argument or replace_surrogates(argument) != argument:
             raise UserError(
-                f"{argument} reads a pickle, which can run code, and is not used here. Name the config with "
-                "--config-dir= and --config-name= instead."
+                f"{argument!a} is not valid UTF-8 text. Type it again, or rename files with such characters."
+            )
+        if argument.startswith("--e"):  # argparse accepts abbreviated options
+            raise UserError(
+                f"{argument} is not supported: it reads a pickle file, which can run arbitrary code. Use --config-dir= "
+                "and --config-name= instead."
             )
 
 
 def quote_free_text(arguments: Sequence[str], keys: Sequence[str] = FREE_TEXT) -> list[str]:
-    """Quote the values of free-text keys, so that Hydra's grammar takes them as one string; 1e5 is a whole number."""
+    """Quote the values of free-text keys so that Hydra parses them as strings, and expand integers such as 1e5."""
     quoted = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        name = without_stage(key.lstrip("+"))
-        switch = name == "resume" and value.lower() in ("true", "false")
-        if equals and name in keys and not switch and value not in ("null", "???", ""):
+        name = strip_stage_prefix(key.lstrip("+"))
+        is_switch = name == "resume" and value.lower() in ("true", "false")
+        if equals and name in keys and not is_switch and value not in ("null", "???", ""):
             argument = f"{key}={_quote(value)}"
-        elif number := _WHOLE.fullmatch(argument):
+        elif number := _POWER_OF_TEN.fullmatch(argument):
             argument = f"{number[1]}{int(float(number[2]))}"
         quoted.append(argument)
     return quoted
 
 
-def without_stage(key: str) -> str:
-    """A key of stage=all that is one stage's alone, as that stage has it: stage1.batch_size is batch_size."""
+def strip_stage_prefix(key: str) -> str:
+    """Remove the stage prefix of a key: stage1.batch_size -> batch_size."""
     return key.removeprefix("stage1.").removeprefix("stage2.")
 
 
-def mark_new(arguments: Sequence[str]) -> list[str]:
-    """stage1.KEY= and stage2.KEY= as ++stage1.KEY=: the config of stage=all does not hold them."""
-    return [f"++{argument}" if argument != without_stage(argument) else argument for argument in arguments]
+def add_stage_keys(arguments: Sequence[str]) -> list[str]:
+    """Write stage1.KEY= and stage2.KEY= as ++stage1.KEY=, because the config of stage=all lacks these keys."""
+    return [f"++{argument}" if argument != strip_stage_prefix(argument) else argument for argument in arguments]
 
 
-def gather(arguments: Sequence[str], key: str) -> list[str]:
-    """Arguments without a key become key=[...], each as it was typed.
+def collect_positional(arguments: Sequence[str], key: str) -> list[str]:
+    """Collect arguments without a key into key=[...], verbatim.
 
-    One with an equals sign in it is among them where it names something on the disk, as a folder of a sweep does.
+    An argument with an equals sign is collected too if it is an existing path, such as a folder of a sweep.
 
     Raises:
-        UserError: key= is given as well.
+        UserError: if key= is given as well.
     """
-    kept, gathered = [], []
-    for before, argument in zip(["", *arguments], arguments, strict=False):
-        named = "=" not in argument or Path(argument).expanduser().exists()
-        deletes = argument.startswith("~") and not argument.startswith("~/")
-        if named and not deletes and not argument.startswith("-") and before not in _OPTIONS_WITH_VALUE:
-            gathered.append(argument)
+    options, positional = [], []
+    for previous, argument in zip(["", *arguments], arguments, strict=False):
+        has_no_key = "=" not in argument or Path(argument).expanduser().exists()
+        deletes_key = argument.startswith("~") and not argument.startswith("~/")
+        if has_no_key and not deletes_key and not argument.startswith("-") and previous not in _OPTIONS_WITH_VALUE:
+            positional.append(argument)
         else:
-            kept.append(argument)
-    if not gathered:
-        return kept
-    if any(argument.startswith(f"{key}=") for argument in kept):
-        raise UserError(f"{' '.join(gathered)} and {key}= are two ways to say the same. Use one of them.")
-    return [*kept, f"{key}=[{','.join(_quote(argument) for argument in gathered)}]"]
+            options.append(argument)
+    if not positional:
+        return options
+    if any(argument.startswith(f"{key}=") for argument in options):
+        raise UserError(f"{' '.join(positional)} and {key}= set the same option. Use only one of the two forms.")
+    return [*options, f"{key}=[{','.join(_quote(argument) for argument in positional)}]"]
 
 
-def typed(key: str, value: Any) -> str:
-    """An override as a user types it: text of FREE_TEXT as it stands, anything else in Hydra's grammar."""
-    text = value if key in FREE_TEXT and isinstance(value, str) else _in_grammar(value)
+def format_option(key: str, value: Any) -> str:
+    """Format key=value as a user types it: free text verbatim, anything else in Hydra's grammar."""
+    text = value if key in FREE_TEXT and isinstance(value, str) else _to_hydra_grammar(value)
     return f"{key}={text}"
 
 
-def _in_grammar(value: Any) -> str:
+def _to_hydra_grammar(value: Any) -> str:
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list | tuple):
-        return f"[{','.join(map(_in_grammar, value))}]"
-    if isinstance(value, str) and not _WORD.fullmatch(value):
+        return f"[{','.join(map(_to_hydra_grammar, value))}]"
+    if isinstance(value, str) and not _PLAIN_TEXT.fullmatch(value):
         return _quote(value)
     return str(value)
 
 
 def _quote(text: str) -> str:
-    """Text that Hydra and OmegaConf leave as it is."""
-    # in Hydra's grammar a backslash counts as an escape only before a quote
+    """Quote text so that Hydra and OmegaConf return it unchanged."""
+    # in Hydra's grammar a backslash is an escape character only before a quote
     escaped = _double_backslashes_before_quote(escape(text)).replace('"', '\\"')
     return f'"{escaped}"'
 
 
 def escape(text: str) -> str:
-    """Text without interpolations: OmegaConf takes an odd number of backslashes before ${ as its escape."""
+    """Escape ${ so that OmegaConf does not interpolate: an odd number of backslashes before it is an escape."""
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
 def bracket_lists(arguments: Sequence[str], keys: Sequence[str]) -> list[str]:
-    """key=5,10,20 as key=[5,10,20]: bare commas are a sweep of runs in Hydra's grammar."""
+    """Write key=5,10,20 as key=[5,10,20], because in Hydra's grammar bare commas are a sweep over runs."""
     bracketed = []
     for argument in arguments:
         key, _, value = argument.partition("=")

@@ -1,4 +1,4 @@
-"""The images that a config describes."""
+"""Prepare the data set that a config describes."""
 
 from omegaconf import DictConfig
 
@@ -7,6 +7,6 @@ from ldm.data.images import ImageData, prepare
 
 
 def prepare_images(data: DictConfig) -> ImageData:
-    """Those of a config's `data` group, prepared and cached where they were not yet."""
+    """Return the images of a config's `data` group, preparing and caching them if necessary."""
     keys = ("resolution", "resize", "cache_dir", "val_fraction", "max_bad_fraction", "max_pixels")
     return prepare(construct(data.source), **{key: data[key] for key in keys})

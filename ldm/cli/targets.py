@@ -1,4 +1,4 @@
-"""The names that constructors had in earlier versions, in whose runs and configs they still stand."""
+"""Constructor names of earlier versions, which still appear in the configs of existing runs."""
 
 from typing import Any
 
@@ -9,9 +9,9 @@ SAMPLERS = {
     "dpmpp": "ldm.diffusion.samplers.multistep.DPMSolver",
     "unipc": "ldm.diffusion.samplers.multistep.UniPC",
 }
-"""What SAMPLER, the one class of earlier versions, was by its `method`."""
+"""Replacements for SAMPLER, the only sampler class of earlier versions, by its `method`."""
 
-MOVED = {
+MOVED_TARGETS = {
     "ldm.autoencoder.loss.AutoencoderLoss": "ldm.autoencoder.losses.AutoencoderLoss",
     "ldm.autoencoder.loss.Perceptual": "ldm.autoencoder.perceptual.Perceptual",
     "ldm.autoencoder.regulariser.KL": "ldm.autoencoder.regularisers.KL",
@@ -37,23 +37,23 @@ MOVED = {
     "ldm.training.vae_stage.VAEStage": "ldm.training.stages.autoencoder.VAEStage",
 }
 
-FLATTENED = ("adversarial", "perceptual")
-"""Groups whose constructor stood one level down, in `build`, with their own keys as its arguments."""
+FLATTENED_GROUPS = ("adversarial", "perceptual")
+"""Groups whose constructor used to be nested one level down, under `build`."""
 
 
-def with_current_targets(config: Any) -> Any:
-    """Plain values in which each `_target_` has its present name."""
+def update_targets(config: Any) -> Any:
+    """Return a config, as plain values, with every `_target_` replaced by its current name."""
     if isinstance(config, list):
-        return [with_current_targets(part) for part in config]
+        return [update_targets(item) for item in config]
     if not isinstance(config, dict):
         return config
-    current = {}
+    updated = {}
     for key, value in config.items():
-        if key in FLATTENED and isinstance(value, dict) and "build" in value:
+        if key in FLATTENED_GROUPS and isinstance(value, dict) and "build" in value:
             value = value["build"]
-        moved = key == "_target_" and isinstance(value, str)
-        current[key] = MOVED.get(value, value) if moved else with_current_targets(value)
-    if current.get("_target_") == SAMPLER and (method := str(current.get("method"))) in SAMPLERS:
+        is_target = key == "_target_" and isinstance(value, str)
+        updated[key] = MOVED_TARGETS.get(value, value) if is_target else update_targets(value)
+    if updated.get("_target_") == SAMPLER and (method := str(updated.get("method"))) in SAMPLERS:
         unused = {"method", "eta", "variance"} - {"ddim": {"eta"}, "ddpm": {"variance"}}.get(method, set())
-        current = {key: value for key, value in current.items() if key not in unused} | {"_target_": SAMPLERS[method]}
-    return current
+        updated = {key: value for key, value in updated.items() if key not in unused} | {"_target_": SAMPLERS[method]}
+    return updated

@@ -1,1 +1,1 @@
-"""What each command does with its config; the scripts in tools/ name these functions."""
+"""The functions behind the commands; each script in tools/ calls one of them with its config."""

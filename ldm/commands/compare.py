@@ -1,4 +1,4 @@
-"""Which run is better, and is the difference more than noise? A table, a page, curves and images of several runs."""
+"""Compare runs: which one is better, and is the difference more than noise?"""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from ldm.evaluation.comparison.images import side_by_side
 from ldm.evaluation.comparison.report import ComparisonReport
 from ldm.rules import apply_rules
 from ldm.runtime.device import choose_device
-from ldm.sampling.draw import describe
+from ldm.sampling.draw import sampler_settings
 from ldm.sampling.request import read_prompts
 from ldm.tracking.comparison import track_comparison
 
@@ -26,29 +26,29 @@ def compare(config: DictConfig) -> None:
     device = choose_device(config.device)
     comparison = compare_runs(list(map(str, config.runs if isinstance(config.runs, ListConfig) else [config.runs])))
     sampler = command.construct(config.sampler)
-    picture, notes = side_by_side(comparison, sampler, device=device, **options)
-    drawn = {key: options[key] for key in ("num_samples", "seed")}
+    images, notes = side_by_side(comparison, sampler, device=device, **options)
+    settings = {key: options[key] for key in ("num_samples", "seed")}
     if comparison.runs[0][1].stage == "diffusion":
-        drawn |= {"prompts": config.prompts, "guidance": config.guidance, "sampler": describe(sampler)}
-    report = ComparisonReport(comparison, picture, notes, drawn if picture is not None else {})
+        settings |= {"prompts": config.prompts, "guidance": config.guidance, "sampler": sampler_settings(sampler)}
+    report = ComparisonReport(comparison, images, notes, settings if images is not None else {})
     out = Path(config.out or Path("runs", "compare", report.folder_name)).expanduser()
     files = report.save(out)
     report.print(Console(highlight=False, markup=False))
     if config.logger.wandb:
         print(log_comparison(config, out, report, files[2:]))
-    print(f"all metrics: {files[0]}, explained in docs/reading_the_numbers.md")
-    print(f"as a page: {files[1]}\npictures: {', '.join(map(str, files[2:])) or 'none'}")
+    print(f"all metrics: {files[0]} (explained in docs/reading_the_numbers.md)")
+    print(f"HTML report: {files[1]}\nfigures: {', '.join(map(str, files[2:])) or 'none'}")
 
 
 def log_comparison(config: DictConfig, out: Path, report: ComparisonReport, files: list[Path]) -> str:
-    """Tables and pictures in a W&B run of its own, and a W&B report; the line that says where it is."""
+    """Log tables and figures to a separate W&B run with a W&B report; return a line that says where it is."""
     settings: Any = OmegaConf.to_container(config, resolve=True)
     return track_comparison(
         out,
         settings,
         name=f"compare/{report.folder_name}",
         tables={title: (columns, rows) for title, (columns, *rows) in report.sheets().items()},
-        pictures={file.stem: Image.open(file).convert("RGB") for file in files},
+        figures={file.stem: Image.open(file).convert("RGB") for file in files},
         markdown=report.markdown(),
         curves=report.comparison.curve_names(),
         compared=[f"{run.stage}/{run.name}" for _, run in report.comparison.runs],

@@ -1,4 +1,4 @@
-"""What is in a data set, before anything is trained on it: copies, balance, captions, coverage and diversity."""
+"""Check a data set before training: duplicates, class balance, captions, coverage and diversity."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.cli.images import prepare_images
 from ldm.data.images import verify_images
-from ldm.evaluation.data.report import PICTURES, inspect_data
+from ldm.evaluation.data.report import FIGURES, inspect_data
 from ldm.evaluation.features import NO_FEATURES, load_features
 from ldm.latents.cache import verify_latents
 from ldm.rules import apply_rules
@@ -25,29 +25,29 @@ def data(config: DictConfig) -> None:
     images = prepare_images(config.data)
     if config.verify:
         verified = [verify_images(images), *verify_latents(images)]
-        print(f"every byte is as it was written: {', '.join(map(str, verified))}")
+        print(f"checksums verified: {', '.join(map(str, verified))}")
     report = inspect_data(images, device=device, **options)
     out = Path(config.out or Path("runs", "data", images.name)).expanduser()
-    data, *pictures = files = report.save(out)
-    for name in PICTURES - report.pictures.keys():  # of an earlier report
+    metrics, *figures = files = report.save(out)
+    for name in FIGURES - report.figures.keys():  # left over from an earlier report
         (out / name).unlink(missing_ok=True)
     if config.logger.wandb:
         log_data_report(config, out, report, images, files)
     report.print()
-    print(f"all figures: {data}\npictures: {', '.join(map(str, pictures))}")
-    print("what to do about what was found: docs/reading_the_numbers.md")
+    print(f"all metrics: {metrics}\nfigures: {', '.join(map(str, figures))}")
+    print("how to interpret the results: docs/reading_the_numbers.md")
 
 
 def log_data_report(config: DictConfig, out: Path, report: Any, images: Any, files: list[Path]) -> None:
-    """The numbers as W&B's summary, and the contact sheet."""
-    shown = {key.replace(".", "/"): value for key, value in flatten(report.content).items() if key.count(".") < 2}
+    """Log the metrics as the summary of a W&B run, and the contact sheet as an image."""
+    metrics = {key.replace(".", "/"): value for key, value in flatten(report.content).items() if key.count(".") < 2}
     settings: Any = OmegaConf.to_container(config, resolve=True)
     track_report(
         out,
         settings,
         name=f"data/{report.content['name']}",
-        values={key: value for key, value in shown.items() if isinstance(value, int | float)},
-        pictures={"contact sheet": report.pictures["contact_sheet.png"]},
-        made_from=[data_artifact(images.name, images.fingerprint, images.val_fraction)],
+        values={key: value for key, value in metrics.items() if isinstance(value, int | float)},
+        figures={"contact sheet": report.figures["contact_sheet.png"]},
+        inputs=[data_artifact(images.name, images.fingerprint, images.val_fraction)],
         files=files,
     )

@@ -1,10 +1,10 @@
-"""Latents in a safetensors file -> images."""
+"""Decode the latents in a safetensors file into images."""
 
 from pathlib import Path
 
 from omegaconf import DictConfig
 
-from ldm.files.untrusted import file_name
+from ldm.files.untrusted import to_file_name
 from ldm.image_grid import grid, to_pil
 from ldm.latents.files import decode_file
 from ldm.runs.run import Run
@@ -18,6 +18,6 @@ def decode_latents(config: DictConfig) -> None:
     out = Path(config.out).expanduser()
     out.mkdir(parents=True, exist_ok=True)
     for i, (image, name) in enumerate(zip(images, names, strict=True)):
-        image.save(out / f"{i:05d}_{file_name(Path(name).stem)}.png")
+        image.save(out / f"{i:05d}_{to_file_name(Path(name).stem)}.png")
     grid(images[:256]).save(out / "grid.png")
-    print(f"{len(images)} images in {out}, the first of them on {out / 'grid.png'}")
+    print(f"{len(images)} images saved to {out}; overview: {out / 'grid.png'}")

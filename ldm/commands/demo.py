@@ -1,4 +1,4 @@
-"""What the demo shows: a grid of 16 prompts, one of 16 held-out captions, the reverse chain, and its metrics."""
+"""Draw the demo's images and compute its metrics: 16 prompts, 16 held-out captions, and the reverse chain."""
 
 import time
 from pathlib import Path
@@ -12,7 +12,7 @@ from ldm.runs.lineage import run_weights_sha256
 from ldm.runs.run import EVALUATION_FILE, Run
 from ldm.runtime import shell
 from ldm.runtime.device import choose_device
-from ldm.sampling.draw import draw, film_strip
+from ldm.sampling.draw import draw_batches, film_strip
 from ldm.sampling.request import Request
 
 
@@ -28,31 +28,31 @@ def demo(config: DictConfig) -> None:
     out.mkdir(parents=True, exist_ok=True)
 
     captions = images.require_captions()
-    wanted = {
+    grids = {
         "samples.png": ("Sixteen prompts", list(config.prompts)),
-        "held_out.png": ("Captions never trained on", [captions[i] for i in images.val_indices[:16]]),
+        "held_out.png": ("Held-out captions", [captions[i] for i in images.val_indices[:16]]),
     }
-    for file, (title, prompts) in wanted.items():
+    for file, (title, prompts) in grids.items():
         request = Request(*pipeline.conditioning.of_request(prompts=prompts))
-        drawn = [image for batch in draw(pipeline, request, sampler, **options) for image in to_pil(batch)]
-        grid(drawn, prompts, columns=4, title=title).save(out / file)
+        samples = [image for batch in draw_batches(pipeline, request, sampler, **options) for image in to_pil(batch)]
+        grid(samples, prompts, columns=4, title=title).save(out / file)
         if file == "samples.png":
             film_strip(pipeline, request, sampler, **options).save(out / "strip.png")
 
-    figures = vae.facts["figures"]
+    metrics = vae.facts["figures"]
     print(
-        f"Autoencoder on {figures['val_images']} held-out images: PSNR {figures['psnr_db']:.2f} dB, SSIM "
-        f"{figures['ssim']:.3f}; PCA of the same size {figures['pca_psnr_db']:.2f} dB; compression "
-        f"{figures['compression']:.1f}"
+        f"Autoencoder on {metrics['val_images']} held-out images: PSNR {metrics['psnr_db']:.2f} dB, SSIM "
+        f"{metrics['ssim']:.3f}; PCA with the same latent size {metrics['pca_psnr_db']:.2f} dB; compression "
+        f"{metrics['compression']:.1f}"
     )
     options |= {"num_samples": config.num_samples, "weights_sha256": run_weights_sha256(run)}
     evaluation = report.measure_samples(pipeline, images, sampler, run.path / "evaluation", **options)
     saved = report.save_unless_smaller(evaluation, run.path, out / EVALUATION_FILE)
     evaluation.print()
-    print(f"all figures: {saved}")
-    here_s = time.perf_counter() - started
-    parts = [("stage 1", vae.facts["duration_s"]), ("stage 2", run.facts["duration_s"]), ("pictures, figures", here_s)]
+    print(f"all metrics: {saved}")
+    demo_s = time.perf_counter() - started
+    parts = [("stage 1", vae.facts["duration_s"]), ("stage 2", run.facts["duration_s"]), ("images, metrics", demo_s)]
     total_s = sum(seconds for _, seconds in parts)
-    print(f"Time: {', '.join(f'{name} {seconds:.0f} s' for name, seconds in parts)}; {total_s / 60:.1f} minutes in all")
-    print(f"Look at {out / 'samples.png'}, {out / 'held_out.png'} and {out / 'strip.png'}")
+    print(f"time: {', '.join(f'{name} {seconds:.0f} s' for name, seconds in parts)}; {total_s / 60:.1f} minutes total")
+    print(f"images: {out / 'samples.png'}, {out / 'held_out.png'} and {out / 'strip.png'}")
     print(f"next: {shell.tool_command('sample', f'run={run.path}', 'prompt=red heart')}")

@@ -1,4 +1,4 @@
-"""Images -> latents in a safetensors file."""
+"""Encode a folder of images into latents in a safetensors file."""
 
 import tempfile
 from pathlib import Path

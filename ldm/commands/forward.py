@@ -1,4 +1,4 @@
-"""The forward chain on one image, decoded at chosen t."""
+"""Show the forward chain on one image, decoded at several t."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def forward(config: DictConfig) -> None:
     steps, frames = pipeline.forward_chain(image, steps=config.steps, seed=config.seed)
     out = Path(config.out).expanduser() if config.out else run.images / "forward.png"
     out.parent.mkdir(parents=True, exist_ok=True)
-    captions = ["image", *(f"t = {t}" for t in steps)]
-    title = f"The forward chain, T = {pipeline.schedule.num_steps}: z_t decoded"
+    captions = ["original", *(f"t = {t}" for t in steps)]
+    title = f"Forward chain with T = {pipeline.schedule.num_steps}, decoded z_t"
     grid([*to_pil(image), *to_pil(frames)], captions, columns=6, title=title).save(out)
     print(f"z_t decoded at t = {', '.join(map(str, steps))}: {out}")

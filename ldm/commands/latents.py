@@ -1,4 +1,4 @@
-"""How many latent dimensions images need: of one autoencoder, its channels and spectra; of a sweep, sizes compared."""
+"""Find out how many latent dimensions images need: measure one autoencoder, or train and compare several sizes."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from ldm.runtime.device import choose_device
 
 def latents(config: DictConfig) -> None:
     if (config.run is None) == (config.sweep is None):
-        raise UserError("Give one of run= and sweep=: a run folder to measure, or sizes to train: sweep=f4c4,f4c16.")
+        raise UserError("Set either run=, a run folder to measure, or sweep=, latent sizes to train: sweep=f4c4,f4c16.")
     options: dict[str, Any] = {key: config[key] for key in ("num_images", "seed", "batch_size")}
     if config.sweep is not None:
         sweep_sizes(config, options)
@@ -29,27 +29,27 @@ def latents(config: DictConfig) -> None:
     run = Run.open(config.run)
     report = measure_latents(run, split=config.split, device=choose_device(config.device), **options)
     report.print()
-    data, picture, channels = report.save(run.path)
-    print(f"all figures: {data}\nspectra, channels, PCA: {picture}\nwhat each channel does: {channels}")
+    metrics, spectra, channels = report.save(run.path)
+    print(f"all metrics: {metrics}\nspectra, channels and PCA: {spectra}\neffect of each channel: {channels}")
 
 
 def sweep_sizes(config: DictConfig, options: dict[str, Any]) -> None:
-    """An autoencoder of each size, and what each is worth."""
-    resolution, typed = config.data.resolution, command.command_line()
-    folder = Path(config.runs_dir, "sweeps", config.name or f"{typed.choices['data']}-{resolution}").expanduser()
+    """Train an autoencoder of each size, and compare them."""
+    resolution, current = config.data.resolution, command.command_line()
+    folder = Path(config.runs_dir, "sweeps", config.name or f"{current.choices['data']}-{resolution}").expanduser()
     options |= {"features": config.features, "target_psnr_db": config.target_psnr_db}
     apply_rules(measure_sweep, options)
-    # as they were typed, for the training's own front door to read
-    chosen = [argument for argument in typed.arguments if argument.lstrip("+~").startswith("data.")]
-    common = [f"data={typed.choices['data']}", *chosen, *parse_list(config.train)]
+    # passed on verbatim, because the training command parses them itself
+    data_options = [argument for argument in current.arguments if argument.lstrip("+~").startswith("data.")]
+    common = [f"data={current.choices['data']}", *data_options, *parse_list(config.train)]
     losses: list[Any] = [loss.strip() for loss in str(config.losses).split(",")]
     trainings = plan_trainings(parse_sizes(config.sweep, resolution), losses, folder, config.minutes, common)
-    if config.features != NO_FEATURES:  # what it lacks shows now, and a classifier is trained before the rest
+    if config.features != NO_FEATURES:  # fail early if packages are missing, and train the classifier first
         load_features(config.features, prepare_images(config.data) if config.features == Classifier.name else None)
     device = choose_device(config.device)
     run_trainings(trainings)
     report = measure_sweep(trainings, device=device, **options)
-    data, picture = report.save(folder)
-    # a file has 80 characters a line, as Rich sees it
+    metrics, figure = report.save(folder)
+    # Rich assumes 80 columns if the output is not a terminal, too few for this table
     report.print(width=max(Console().width, 25 + 14 * len(trainings)))
-    print(f"all figures: {data}\nrate and distortion: {picture}")
+    print(f"all metrics: {metrics}\nrate-distortion plot: {figure}")

@@ -1,4 +1,4 @@
-"""How many bits per dimension a run needs for its images: the two-stage bound, term by term."""
+"""Compute the likelihood of images under a run, in bits per dimension: the two-stage bound, term by term."""
 
 from omegaconf import DictConfig
 
@@ -10,21 +10,21 @@ from ldm.runtime.device import choose_device
 
 def likelihood(config: DictConfig) -> None:
     run = Run.open(config.run)
-    chosen = {key: config[key] for key in ("split", "num_images", "seed")}
-    chosen["steps"] = None if config.steps == "all" else config.steps
-    options = {"device": choose_device(config.device), "batch_size": config.batch_size, **chosen}
+    selection = {key: config[key] for key in ("split", "num_images", "seed")}
+    selection["steps"] = None if config.steps == "all" else config.steps
+    options = {"device": choose_device(config.device), "batch_size": config.batch_size, **selection}
     ode = {"rtol": config.rtol, "atol": config.rtol, "probes": config.probes} if config.ode else None
     other = Run.open(config.against, "against") if config.against else None
     if other is not None:
-        check_comparable(run, other, variance=config.against_variance, **chosen)
+        check_comparable(run, other, variance=config.against_variance, **selection)
     elif config.against_variance is not None:
-        raise UserError(f"against_variance={config.against_variance} needs against=, the run to compare with.")
+        raise UserError(f"against_variance={config.against_variance} also needs against=, the run to compare with.")
     report = measure_likelihood(run, variance=config.variance, ode=ode, **options)
     report.print()
-    data, picture = report.save(run.path)
+    metrics, figure = report.save(run.path)
     if other is not None:
         against = measure_likelihood(other, variance=config.against_variance, **options)
         name = " ".join([str(other.path), *filter(None, [against.content.get("variance")])])
-        print(f"this minus {name}, {add_difference(report, against)}")
+        print(f"this run minus {name}, {add_difference(report, against)}")
         report.save(run.path)
-    print(f"all figures: {data}\nlayer by layer: {picture}")
+    print(f"all metrics: {metrics}\nKL term at every t: {figure}")

@@ -1,1 +1,1 @@
-"""Images in: sources, preparation, the cache of prepared images, the order of training."""
+"""Image data: sources, preparation, the cache of prepared images, and the training order."""

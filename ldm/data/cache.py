@@ -1,4 +1,4 @@
-"""A cache folder of prepared images: what names it, what was left out of it, whether its bytes are still its own."""
+"""Cache folders of prepared images: their fingerprint, the list of skipped images, and integrity checks."""
 
 import json
 import math
@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from ldm.errors import InputError
-from ldm.files.arrays import Layout, changed, digests, mark_verified
+from ldm.files.arrays import Layout, changed_rows, chunk_digests, mark_verified
 from ldm.files.digest import sha256_of_values
-from ldm.files.reading import MISSING, unreadable
+from ldm.files.reading import MISSING_FILE, unreadable_error
 
 FORMAT_VERSION = 1
-"""Of the cache folder. A folder that says another number is prepared again."""
+"""Version of the cache format. Caches of another version are prepared again."""
 
 IMAGES_FILE = "images.npy"
 INDEX_FILE = "index.json"
@@ -22,78 +22,78 @@ CHUNK_BYTES = 2**23
 
 
 def fingerprint(index: dict[str, Any]) -> str:
-    """SHA-256 over everything that a model can learn from a prepared set, and the order it comes in.
+    """Return a SHA-256 digest of everything that a model can learn from a prepared set, in order.
 
-    The hashes are of the images' files, their colour profiles included; whether any of those converted colours is told
-    apart.
+    The image hashes cover the original files, including their colour profiles. Sets in which a profile was converted
+    get a different fingerprint from sets prepared without colour conversion.
     """
     parts = {key: index[key] for key in ("hashes", "captions", "labels", "transform")}
     return sha256_of_values(parts | ({"colours": "sRGB"} if "converted" in index["profiles"] else {}))
 
 
 def write_index(folder: Path, index: dict[str, Any]) -> None:
-    """Write index.json with the SHA-256 of the pixels, in chunks, and of itself."""
+    """Write index.json, including SHA-256 digests of the chunks of pixels and of the index itself."""
     file = folder / IMAGES_FILE
-    index = index | {"pixels_sha256": digests(file, _layout(file))}
+    index = index | {"pixels_sha256": chunk_digests(file, _layout(file))}
     mark_verified(file, index["pixels_sha256"])
-    # ASCII: what a caption or a file's name holds can always be written
+    # json.dumps escapes to ASCII, so any caption or file name can be written
     text = json.dumps(index | {"sha256": _sha256_of(index)})
     (folder / INDEX_FILE).write_text(text, encoding="utf-8")
 
 
-def damage(folder: Path, *, every_byte: bool = False) -> str | None:
-    """Why the folder is no finished cache of this format with the bytes that were written; None where it is one.
+def find_cache_damage(folder: Path, *, every_byte: bool = False) -> str | None:
+    """Return why the folder is not an intact cache of the current format, or None if it is.
 
-    One from before digests were kept is taken as it is.
+    Caches written before digests existed are accepted unchecked.
 
     Args:
-        every_byte: Compare all pixels, also where file sizes and times say that nothing was written.
+        every_byte: Compare all pixels, even if file sizes and modification times are unchanged.
 
     Raises:
-        UserError: its disk does not let it be read.
+        UserError: the folder cannot be read because of a disk failure.
     """
     if not ((folder / INDEX_FILE).is_file() and (folder / IMAGES_FILE).is_file()):
-        return "it is not whole"
+        return "the cache is incomplete"
     try:
         index, layout = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8")), _layout(folder / IMAGES_FILE)
         if index["format"] != FORMAT_VERSION or layout.num_rows != len(index["names"]):
-            return "it is of another format"
+            return "the cache has a different format"
         if not {"sha256", "pixels_sha256"} & set(index):
             return None
         bad = [] if index["sha256"] == _sha256_of(index) else [INDEX_FILE]
-        rows = changed(folder / IMAGES_FILE, layout, index["pixels_sha256"], every_byte=every_byte)
+        rows = changed_rows(folder / IMAGES_FILE, layout, index["pixels_sha256"], every_byte=every_byte)
         bad += [f"images {part.start} to {part.stop - 1} in {IMAGES_FILE}" for part in rows]
-    except (*MISSING, EOFError, ValueError, KeyError, TypeError, AttributeError):
-        return "it is not whole"
+    except (*MISSING_FILE, EOFError, ValueError, KeyError, TypeError, AttributeError):
+        return "the cache is incomplete"
     except OSError as error:
-        raise unreadable(folder, error) from error
+        raise unreadable_error(folder, error) from error
     return f"{shorten(bad)} changed since the images were prepared" if bad else None
 
 
 def check_quarantine(num_skipped: int, num_images: int, max_bad_fraction: float, listing: Path) -> None:
-    """Raise a UserError that names the first unreadable images when there are too many of them."""
+    """Raise a UserError that names the first unreadable images if there are too many of them."""
     total = num_skipped + num_images
     if num_skipped <= max_bad_fraction * total:
         return
     bad = [f"{entry['name']} ({entry['reason']})" for entry in read_quarantine(listing)[:6]]
     rule = f"must be at least {math.ceil(100 * num_skipped / total) / 100} to skip the {num_skipped} of {total} images"
-    said = f"{rule} that cannot be read: {shorten(bad)}. All are listed in {listing}"
-    raise InputError("max_bad_fraction", max_bad_fraction, said)
+    message = f"{rule} that cannot be read: {shorten(bad)}. {listing} lists all of them"
+    raise InputError("max_bad_fraction", max_bad_fraction, message)
 
 
-def quarantine_of(folder: Path) -> Path:
-    """The list of what was left out of a cache folder."""
-    listing, before = folder / QUARANTINE_FILE, folder / "skipped.jsonl"  # its name in older caches
-    return before if before.is_file() and not listing.is_file() else listing
+def quarantine_file(folder: Path) -> Path:
+    """Return the path of the list of images that were skipped when the cache was prepared."""
+    listing, older = folder / QUARANTINE_FILE, folder / "skipped.jsonl"  # its name in older caches
+    return older if older.is_file() and not listing.is_file() else listing
 
 
 def read_quarantine(listing: Path) -> list[dict[str, str]]:
-    """Name, reason and, but in older caches, the error's class of each image that was left out."""
+    """Return the name, the reason and the error class of each skipped image. Older caches lack the error class."""
     return [json.loads(line) for line in listing.read_text(encoding="utf-8").splitlines()]
 
 
 def shorten(names: list[str], shown: int = 5) -> str:
-    """The first few of a list, for an error message."""
+    """Join the first few names of a list, for messages."""
     return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
 
 

@@ -1,7 +1,7 @@
-"""Embedded ICC colour profiles -> sRGB, by LittleCMS as Pillow's ImageCms calls it, with relative colorimetric intent.
+"""Conversion of embedded ICC colour profiles to sRGB with Pillow's ImageCms (LittleCMS), relative colorimetric intent.
 
-What a model learns are sRGB values: without a conversion, the red of a photograph in Display P3 would come out duller
-than it is. An image without a profile is sRGB.
+Models learn sRGB values. Without conversion, the reds of a photograph in Display P3 would look duller than they are.
+Images without a profile are assumed to be sRGB.
 """
 
 import io
@@ -14,17 +14,17 @@ import numpy as np
 from PIL import Image, ImageCms
 
 Profile = Literal["none", "sRGB", "converted", "unreadable"]
-"""What became of an image's profile. `unreadable`: damaged or of another colour space, and treated as sRGB."""
+"""Outcome for an image's profile. `unreadable`: damaged or for another colour space; the pixels are treated as sRGB."""
 
 _SPACES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
-"""Colour space of a profile -> the mode of the images that it describes."""
-_BUILDING = threading.Lock()
+"""Colour space of a profile -> Pillow mode of the images that it describes."""
+_build_lock = threading.Lock()
 
 
 def to_srgb(image: Image.Image, icc_profile: bytes | None) -> tuple[Image.Image, Profile]:
-    """An image of mode L, RGB or CMYK as sRGB, mode RGB.
+    """Convert an image of mode L, RGB or CMYK to sRGB in mode RGB, and return it with the outcome for its profile.
 
-    A profile of RGB also describes grey pixels, as equal amounts of red, green and blue.
+    An RGB profile also applies to grey images, whose pixels have equal red, green and blue values.
     """
     if icc_profile is None:
         return image.convert("RGB"), "none"
@@ -35,19 +35,19 @@ def to_srgb(image: Image.Image, icc_profile: bytes | None) -> tuple[Image.Image,
         if transform is None:
             return image.convert("RGB"), "sRGB"
         converted = transform.apply(image if image.mode == mode else image.convert(mode))
-    except (ImageCms.PyCMSError, OSError, ValueError, KeyError, TypeError):  # what LittleCMS and Pillow say of damage
+    except (ImageCms.PyCMSError, OSError, ValueError, KeyError, TypeError):  # raised for damaged profiles
         return image.convert("RGB"), "unreadable"
     return converted, "converted"
 
 
 @lru_cache(maxsize=64)
 def _transform(icc_profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | None]:
-    """The mode that a profile describes and how it becomes sRGB; None where it is sRGB, within rounding.
+    """Return the mode that a profile describes and its transform to sRGB, or None if it equals sRGB within rounding.
 
     Raises:
-        Exception: one of those that `to_srgb` takes for an unreadable profile.
+        Exception: the profile is unreadable. `to_srgb` lists the exception types.
     """
-    with _BUILDING:  # LittleCMS reports errors through state that threads share
+    with _build_lock:  # LittleCMS reports errors through state that is shared by threads
         profile = ImageCms.ImageCmsProfile(io.BytesIO(icc_profile))
         mode = _SPACES[profile.profile.xcolor_space.strip()]
         transform = ImageCms.buildTransform(
@@ -57,11 +57,11 @@ def _transform(icc_profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | No
         return mode, transform
     levels = np.linspace(0, 255, 18).round().astype(np.uint8)
     cube = Image.fromarray(np.stack(np.meshgrid(levels, levels, levels), -1).reshape(18, -1, 3))
-    moved = np.abs(np.asarray(transform.apply(cube)).astype(int) - np.asarray(cube)).max()
-    return mode, transform if moved > 1 else None
+    largest_change = np.abs(np.asarray(transform.apply(cube)).astype(int) - np.asarray(cube)).max()
+    return mode, transform if largest_change > 1 else None
 
 
 def count_profiles(profiles: list[Profile]) -> dict[str, int]:
-    """How many images were converted, and how many have a profile that cannot be read; {} where none has."""
+    """Count the images with a converted and with an unreadable profile. Zero counts are omitted."""
     counts = Counter(profiles)
     return {kind: counts[kind] for kind in ("converted", "unreadable") if counts[kind]}

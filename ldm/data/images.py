@@ -1,7 +1,7 @@
-"""Prepared images, whatever their source: a memory-mapped uint8 array with captions, labels and a split.
+"""Prepared images from any source: a memory-mapped uint8 array with captions, labels and a train/validation split.
 
-A cache folder holds `images.npy` [N, H, W, 3], `index.json` (captions, labels, hashes, licence, how it was
-made, SHA-256 of it all) and `quarantine.jsonl` (what could not be read, and why).
+A cache folder contains `images.npy` [N, H, W, 3], `index.json` (captions, labels, hashes, licence, preparation options,
+SHA-256 digests) and `quarantine.jsonl` (the images that could not be read, with reasons).
 """
 
 import os
@@ -20,8 +20,8 @@ from ldm.data.cache import (
     IMAGES_FILE,
     INDEX_FILE,
     check_quarantine,
-    damage,
-    quarantine_of,
+    find_cache_damage,
+    quarantine_file,
     read_quarantine,
     shorten,
 )
@@ -31,19 +31,19 @@ from ldm.data.sources.base import Record, Source
 from ldm.errors import InputError, UserError
 from ldm.files.digest import sha256_of_values
 from ldm.files.untrusted import check_fields, read_array, read_json
-from ldm.rules import Count, Number, Whole, checked
+from ldm.rules import Count, Integer, Number, checked
 
 __all__ = ["ImageData", "Record", "Source", "default_cache_dir", "prepare", "split_by_hash", "to_uint8"]
 
-Resolution = Annotated[Whole, Field(ge=1, le=16_384)]
-"""Pixels a side."""
-BelowOne = Annotated[Number | Whole, Field(ge=0, lt=1)]
-"""A part of a whole, but not all of it. A 0 stays a whole number, for caches of latents are named after it."""
+Resolution = Annotated[Integer, Field(ge=1, le=16_384)]
+"""Image height and width in pixels."""
+Fraction = Annotated[Number | Integer, Field(ge=0, lt=1)]
+"""A fraction in [0, 1). The integer 0 is not converted to a float, because latent cache names depend on it."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ImageData:
-    """A prepared set of images, memory-mapped. It pickles as its path, so that workers share the pages."""
+    """A prepared, memory-mapped set of images. Only the path is pickled, so that workers share the memory pages."""
 
     path: Path
     name: str
@@ -53,31 +53,31 @@ class ImageData:
     captions: list[str | None] | None
     """The first caption of each image."""
     more_captions: dict[int, list[str]]
-    """By image, the captions after its first, where it has several."""
+    """Image index -> captions after the first, for images with several captions."""
     labels: list[int | None] | None
     class_names: list[str] | None
     fingerprint: str
-    """SHA-256 of the content hashes in order, the captions, the labels and the transform."""
+    """SHA-256 digest of the content hashes in order, the captions, the labels and the transform."""
     train_indices: np.ndarray
     val_indices: np.ndarray
     val_fraction: float
     num_skipped: int
     profiles: dict[str, int]
-    """Images per outcome of their colour profile: `converted` to sRGB, or `unreadable`."""
+    """Number of images by colour profile outcome: `converted` to sRGB, or `unreadable`."""
 
     @classmethod
     def open(cls, path: Path | str, val_fraction: float = 0.05) -> "ImageData":
-        """Open a cache folder that `prepare` left. Its bytes are not compared: `prepare` does that.
+        """Open a cache folder written by `prepare`. Digests are not compared here, but by `prepare`.
 
         Raises:
-            UserError: it is damaged.
+            UserError: the cache is damaged.
         """
         path = Path(path)
         try:
             index, images = read_json(path / INDEX_FILE), read_array(path / IMAGES_FILE)
             _check(index, images, path)
         except UserError as error:
-            remedy = "Delete that folder and start any training with the same data options: it is made again."
+            remedy = "Delete that folder. Any training run with the same data options will create it again."
             raise UserError(f"{path} cannot be opened ({error}). {remedy}") from error
         train_indices, val_indices = split_by_hash(index["hashes"], val_fraction)
         several = {i: texts for i, texts in enumerate(index["captions"] or ()) if isinstance(texts, list)}
@@ -91,7 +91,7 @@ class ImageData:
             val_indices=val_indices,
             val_fraction=val_fraction,
             profiles=index.get("profiles", {}),
-            **{key: index[key] for key in _KEPT},
+            **{key: index[key] for key in _INDEX_FIELDS},
         )
 
     def __len__(self) -> int:
@@ -109,96 +109,97 @@ class ImageData:
         return self.images.nbytes
 
     def batch(self, indices: Any) -> Tensor:
-        """The images at these indices as float32 [b, 3, H, W] in [-1, 1]."""
+        """Return the images at these indices as float32 [b, 3, H, W] in [-1, 1]."""
         pixels = torch.from_numpy(np.asarray(self.images[np.asarray(indices, dtype=np.int64)]))
         images = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
         return images.div_(127.5).sub_(1)
 
     @property
     def conditioning(self) -> str:
-        """What a model of these images can be conditioned on: text, class or none."""
-        known = {"text": self.captions, "class": self.labels}
-        return next((kind for kind, values in known.items() if values is not None and None not in values), "none")
+        """Conditioning that these images support: "text", "class" or "none"."""
+        options = {"text": self.captions, "class": self.labels}
+        return next((kind for kind, values in options.items() if values is not None and None not in values), "none")
 
     def describe_profiles(self) -> str:
-        """What became of the images' colour profiles; empty where none needed anything."""
+        """Describe the converted and unreadable colour profiles. The text is empty if there are none."""
         parts = {"converted": "converted to sRGB", "unreadable": "unreadable, treated as sRGB"}
         return ", ".join(f"{self.profiles[kind]} {text}" for kind, text in parts.items() if kind in self.profiles)
 
     def quarantine(self) -> list[dict[str, str]]:
-        """What could not be read and was left out: name, reason, the error's class."""
-        return read_quarantine(quarantine_of(self.path))
+        """Return the name, reason and error class of each image that was skipped because it could not be read."""
+        return read_quarantine(quarantine_file(self.path))
 
     def require_captions(self) -> list[str]:
-        """The first caption of every image; a UserError where one is missing."""
-        remedy = "Give each image one: conf/data/image_folder.yaml says where captions are looked for"
+        """Return the first caption of every image. Raise a UserError if any is missing."""
+        remedy = "Add the missing captions as described in conf/data/image_folder.yaml"
         return _all_present(self, "text", "captions", self.captions, remedy)
 
     def captions_of(self, index: int) -> list[str]:
-        """Every caption of an image, the first one first."""
+        """Return all captions of an image, in order."""
         first = self.captions[index] if self.captions is not None else None
         return [] if first is None else [first, *self.more_captions.get(int(index), [])]
 
     def require_labels(self) -> list[int]:
-        """Every class label; a UserError where one is missing."""
-        remedy = "Sort them into one folder per class, or name the column of a dataset that holds the labels"
+        """Return the class label of every image. Raise a UserError if any is missing."""
+        remedy = "Sort the images into one folder per class, or select the dataset column that contains the labels"
         return _all_present(self, "class", "class labels", self.labels, remedy)
 
 
-_KEPT = ("name", "licence", "names", "captions", "labels", "class_names", "fingerprint", "num_skipped")
+_INDEX_FIELDS = ("name", "licence", "names", "captions", "labels", "class_names", "fingerprint", "num_skipped")
 
 
 def _check(index: dict[str, Any], images: np.ndarray, path: Path) -> None:
-    kinds = {key: kind for key, kind in get_type_hints(ImageData).items() if key in _KEPT}
+    kinds = {key: kind for key, kind in get_type_hints(ImageData).items() if key in _INDEX_FIELDS}
     kinds |= {"hashes": list[str], "captions": list[str | Annotated[list[str], Field(min_length=1)] | None] | None}
     check_fields(index, kinds, path / INDEX_FILE)
     check_fields(index, {"profiles": dict}, path / INDEX_FILE, required=False)
     lists = [index[key] for key in ("names", "hashes", "captions", "labels") if index[key] is not None]
     square = images.ndim == 4 and images.shape[1:] == (images.shape[1], images.shape[1], 3)
     if images.dtype != np.uint8 or not square or any(len(values) != len(images) for values in lists):
-        found = f"{IMAGES_FILE} is {images.dtype} {images.shape}"
-        raise UserError(f"{found}, and {INDEX_FILE} tells of {len(index['names'])} images")
+        actual = f"{IMAGES_FILE} is {images.dtype} {images.shape}"
+        raise UserError(f"{actual}, but {INDEX_FILE} lists {len(index['names'])} images")
 
 
-def _all_present(data: ImageData, condition: str, what: str, values: list[Any] | None, remedy: str) -> list[Any]:
+def _all_present(data: ImageData, condition: str, kind: str, values: list[Any] | None, remedy: str) -> list[Any]:
     values = values or [None] * len(data)
     if missing := [name for name, value in zip(data.names, values, strict=True) if value is None]:
-        rule = f"needs {what} for every image, but {len(missing)} of {len(data)} images have no {what}"
+        rule = f"needs {kind} for every image, but {len(missing)} of {len(data)} images have no {kind}"
         raise InputError("conditioning", condition, f"{rule}: {shorten(missing)}. {remedy}")
     return values
 
 
 def verify_images(data: ImageData) -> Path:
-    """Compare every byte of the prepared images with what was written; returns their folder.
+    """Compare every byte of the prepared images with its recorded digest, and return the cache folder.
 
     Raises:
-        UserError: naming the images that changed.
+        UserError: the cache is damaged. The message names the images that changed.
     """
-    if (found := damage(data.path, every_byte=True)) is not None:
-        raise UserError(f"{data.path}: {found}. Delete that folder: the images are prepared again.")
+    if (damage := find_cache_damage(data.path, every_byte=True)) is not None:
+        raise UserError(f"{data.path}: {damage}. Delete that folder. The next run prepares the images again.")
     return data.path
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """The inverse of `ImageData.batch`: [-1, 1] -> uint8 of the same shape, rounded and clamped."""
+    """Convert images in [-1, 1] to uint8 of the same shape, rounded and clamped. Inverts `ImageData.batch`."""
     return ((images.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def default_cache_dir() -> Path:
-    """LDM_CACHE, or `ldm` in the platform's folder for caches."""
-    if chosen := os.environ.get("LDM_CACHE"):
-        return Path(chosen).expanduser()
+    """Return the folder in LDM_CACHE, or `ldm` in the platform's cache folder."""
+    if folder := os.environ.get("LDM_CACHE"):
+        return Path(folder).expanduser()
     platform = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME")
     return (Path(platform) if platform else Path.home() / ".cache") / "ldm"
 
 
 def split_by_hash(hashes: list[str], val_fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Train and validation indices, by the first 32 bits of an image's hash: none moves when others come.
+    """Return training and validation indices, split by the first 32 bits of each image's hash.
 
-    Copies of an image stay together. Neither side is ever empty: the image nearest to the border crosses it.
+    Adding images never moves existing ones to the other side, and copies of an image stay together. If one side would
+    be empty, the image closest to the threshold is moved there.
     """
     if len(set(hashes)) < 2:
-        raise UserError("Training needs 2 different images at least: one to learn from, one to validate with.")
+        raise UserError("Training needs at least 2 different images: one for training and one for validation.")
     is_val = np.array([int(digest[:8], 16) / 2**32 < val_fraction for digest in hashes])
     if not is_val.any():
         is_val = np.array(hashes) == min(hashes)
@@ -214,32 +215,33 @@ def prepare(
     resolution: Resolution,
     cache_dir: Path | str | None = None,
     resize: Resize = "crop",
-    val_fraction: BelowOne = 0.05,
-    max_bad_fraction: BelowOne = 0.01,
+    val_fraction: Fraction = 0.05,
+    max_bad_fraction: Fraction = 0.01,
     max_pixels: Count = MAX_PIXELS,
     progress: bool = True,
 ) -> ImageData:
-    """Decode and resize every image of a source into the cache, or open what is there already.
+    """Decode and resize all images of a source into the cache, or open the existing cache.
 
-    Every byte of a cache that is there is compared with its SHA-256, and a damaged one is made again.
+    An existing cache is compared with its SHA-256 digests, and prepared again if it is damaged.
 
     Args:
-        max_bad_fraction: Share of unreadable images that are left out before it is an error.
-        max_pixels: Images with more are left out, before they are decoded.
+        max_bad_fraction: Largest tolerated fraction of unreadable images, which are skipped.
+        max_pixels: Images with more pixels are skipped without decoding them.
 
     Raises:
-        UserError: too many unreadable images, too little disk space, fewer than 2 images, an unknown option.
+        UserError: an option is invalid, too many images are unreadable, fewer than 2 images remain, or the disk does
+            not have enough free space.
     """
     transform = {"resolution": resolution, "resize": resize}
     made_from = {"format": FORMAT_VERSION, "identity": source.identity(), "transform": transform}
-    if max_pixels != MAX_PIXELS:  # it may change what is left out; at its default the key is what it always was
+    if max_pixels != MAX_PIXELS:  # omitted at its default, so that the keys of older caches stay valid
         made_from["max_pixels"] = max_pixels
     key = sha256_of_values(made_from)[:12]
     folder = Path(cache_dir or default_cache_dir()).expanduser() / f"{source.name}-{key}"
-    if damage(folder) is not None:
+    if find_cache_damage(folder) is not None:
         fill_cache(
             folder, source, made_from, max_bad_fraction=max_bad_fraction, max_pixels=max_pixels, show_progress=progress
         )
     data = ImageData.open(folder, val_fraction)
-    check_quarantine(data.num_skipped, len(data), max_bad_fraction, quarantine_of(folder))
+    check_quarantine(data.num_skipped, len(data), max_bad_fraction, quarantine_file(folder))
     return data

@@ -1,4 +1,4 @@
-"""Whole batches from memory-mapped arrays, in the stateless order."""
+"""Data loaders that fetch whole batches from memory-mapped arrays, in an order derived from seed and step."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,14 +8,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ldm.data.order import StepBatches
-from ldm.runtime.signals import leave_to_parent
+from ldm.runtime.signals import ignore_in_worker
 
 Fetch = Callable[..., Any]
-"""(indices, epochs) -> a batch; without epochs, what validation sees."""
+"""(indices, epochs) -> training batch, or (indices) -> validation batch."""
 
 
 class Batches(Dataset):
-    """`fetch(indices)` as a data set: one call per batch, no per-sample collation."""
+    """Dataset that calls `fetch(indices)` once per batch, without per-sample collation."""
 
     def __init__(self, fetch: Fetch, indices: np.ndarray) -> None:
         self.fetch, self.indices = fetch, indices
@@ -28,14 +28,17 @@ class Batches(Dataset):
 
 
 class Visits(Batches):
-    """`fetch(indices, epochs)`: a sample may be another one in another epoch, as an image with several captions is."""
+    """Dataset that calls `fetch(indices, epochs)` once per batch.
+
+    A sample can differ between epochs, for example when an image has several captions.
+    """
 
     def __getitems__(self, visits: Sequence[tuple[int, int]]) -> Any:  # type: ignore[override]
         epochs, positions = np.array(visits, dtype=np.int64).T
         return self.fetch(self.indices[positions], epochs)
 
 
-def _whole(batch: Any) -> Any:
+def _keep_batch(batch: Any) -> Any:
     return batch
 
 
@@ -51,21 +54,24 @@ def train_loader(
     num_ranks: int = 1,
     num_workers: int = 0,
 ) -> DataLoader:
-    """One rank's micro-batches of endless optimizer steps of `batch_size` samples, from step `start` on."""
+    """Return an endless loader of one rank's micro-batches, starting at optimizer step `start`.
+
+    Each optimizer step uses `batch_size` samples over all ranks and micro-batches.
+    """
     order = StepBatches(len(indices), batch_size, seed, start, accumulate, rank, num_ranks)
     return DataLoader(
         Visits(fetch, indices),
         batch_sampler=order,
-        collate_fn=_whole,
+        collate_fn=_keep_batch,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
-        worker_init_fn=leave_to_parent,
-        generator=torch.Generator(),  # iterating draws from it, and not from the generator that training draws from
+        worker_init_fn=ignore_in_worker,
+        generator=torch.Generator(),  # keeps iteration from drawing from the global generator that training uses
     )
 
 
 def val_loader(fetch: Fetch, indices: np.ndarray, *, batch_size: int) -> DataLoader:
-    """All of `indices` once, in order."""
-    return DataLoader(
-        Batches(fetch, indices), batch_size=batch_size, shuffle=False, collate_fn=_whole, generator=torch.Generator()
-    )
+    """Return a loader over all of `indices`, once and in order."""
+    dataset = Batches(fetch, indices)
+    generator = torch.Generator()
+    return DataLoader(dataset, batch_size=batch_size, shuffle=False, collate_fn=_keep_batch, generator=generator)

@@ -1,8 +1,8 @@
-"""What an optimizer step sees, samples and noise, as a pure function of seed and step.
+"""Order of the training samples, as a pure function of the seed and the step.
 
-Step k has one batch of rows over all ranks and micro-batches. Its samples follow from (seed, k), each epoch a
-permutation of its own; its random numbers from (seed, k, row). Nothing is remembered, so training that continues at
-step k, with other workers, ranks or micro-batches, sees what it would have seen.
+Step k has one batch of rows, divided over all ranks and micro-batches. Its samples are determined by (seed, k), with a
+new permutation in each epoch. Its random numbers are determined by (seed, k, row). There is no state, so training that
+resumes at step k sees the same data even with a different number of workers, ranks or micro-batches.
 """
 
 from collections.abc import Iterator
@@ -15,8 +15,8 @@ from torch.utils.data import Sampler
 from ldm.errors import UserError
 from ldm.runtime.random import torch_generator
 
-OF_SAMPLES = 2
-"""Sets the draws of samples, such as which of its captions, apart from the order and from those of rows."""
+SAMPLE_STREAM = 2
+"""Seed component of per-sample draws, such as the choice of a caption. It keeps them independent of other draws."""
 
 
 @lru_cache(maxsize=2)
@@ -26,39 +26,39 @@ def _permutation(size: int, seed: int, epoch: int) -> list[int]:
 
 
 def visits_at(step: int, *, size: int, batch_size: int, seed: int) -> list[tuple[int, int]]:
-    """Epoch and position (0..size-1) of each sample that batch `step` (from 0) holds."""
+    """Return the epoch and the position (0..size-1) of each sample in batch `step` (from 0)."""
     visits = range(step * batch_size, (step + 1) * batch_size)
     return [(visit // size, _permutation(size, seed, visit // size)[visit % size]) for visit in visits]
 
 
 def batch_at(step: int, *, size: int, batch_size: int, seed: int) -> list[int]:
-    """Positions (0..size-1) of the samples that batch `step` (from 0) holds."""
+    """Return the positions (0..size-1) of the samples in batch `step` (from 0)."""
     return [position for _, position in visits_at(step, size=size, batch_size=batch_size, seed=seed)]
 
 
 @lru_cache(maxsize=2)
-def draws_of_epoch(size: int, seed: int, epoch: int) -> Tensor:
-    """One number from [0, 1) for each sample, float32 [size]: of what is chosen once for each visit, its caption."""
-    return torch.rand(size, generator=torch_generator(seed, epoch, 0, OF_SAMPLES))
+def epoch_draws(size: int, seed: int, epoch: int) -> Tensor:
+    """Draw one number in [0, 1) per sample, float32 [size], for choices made once per epoch, such as the caption."""
+    return torch.rand(size, generator=torch_generator(seed, epoch, 0, SAMPLE_STREAM))
 
 
-def part_rows(micro_batch: int, rank: int, num_ranks: int, count: int) -> range:
-    """The rows of a step's batch that are in this micro-batch (from 0) on this rank, `count` of them."""
+def micro_batch_rows(micro_batch: int, rank: int, num_ranks: int, count: int) -> range:
+    """Return the `count` rows of a step's batch that form micro-batch `micro_batch` (from 0) on this rank."""
     first = (micro_batch * num_ranks + rank) * count
     return range(first, first + count)
 
 
 class StepBatches(Sampler[list[tuple[int, int]]]):
-    """An endless batch sampler that starts at any step and gives one rank's micro-batches of it, as `visits_at`.
+    """Endless batch sampler that can start at any step. It yields one rank's micro-batches of (epoch, position) pairs.
 
     Args:
         size: Number of training samples.
         batch_size: Samples per optimizer step, over all micro-batches and ranks.
-        start: First optimizer step to give.
+        start: First optimizer step.
         accumulate: Micro-batches per step.
 
     Raises:
-        UserError: batch_size does not divide by the number of parts.
+        UserError: `batch_size` is not a multiple of `accumulate * num_ranks`.
     """
 
     def __init__(
@@ -73,8 +73,8 @@ class StepBatches(Sampler[list[tuple[int, int]]]):
     ) -> None:
         if batch_size % (accumulate * num_ranks):
             raise UserError(
-                f"batch_size={batch_size} must be a multiple of {accumulate * num_ranks}: {num_ranks} processes times "
-                f"trainer.accumulate_grad_batches={accumulate}."
+                f"batch_size={batch_size} must be a multiple of {accumulate * num_ranks}, which is the number of "
+                f"processes ({num_ranks}) times trainer.accumulate_grad_batches={accumulate}."
             )
         self.size, self.batch_size, self.seed = size, batch_size, seed
         self.start, self.accumulate, self.rank, self.num_ranks = start, accumulate, rank, num_ranks
@@ -84,6 +84,6 @@ class StepBatches(Sampler[list[tuple[int, int]]]):
         while True:
             batch = visits_at(step, size=self.size, batch_size=self.batch_size, seed=self.seed)
             for micro_batch in range(self.accumulate):
-                rows = part_rows(micro_batch, self.rank, self.num_ranks, count)
+                rows = micro_batch_rows(micro_batch, self.rank, self.num_ranks, count)
                 yield batch[rows.start : rows.stop]
             step += 1

@@ -1,7 +1,7 @@
-"""One encoded image -> an RGB square of uint8, in every colour mode that Pillow reads.
+"""Decoding of one image in any colour mode supported by Pillow into a square uint8 RGB array.
 
-The bytes may come from anywhere: only formats that are decoded in this process are tried (no EPS, which Pillow hands to
-Ghostscript), the size is checked before a pixel is decoded, and of an animation the first picture is taken.
+The bytes can come from untrusted sources. Only formats decoded in this process are supported (not EPS, which Pillow
+passes to Ghostscript). The size is checked before any pixel is decoded. Only the first frame of an animation is used.
 """
 
 import io
@@ -25,15 +25,15 @@ Resize = Annotated[Literal["crop", "pad", "squash"], Field()]
 WHITE = (255, 255, 255)
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 MIN_SIDE = 2
-"""A line or a point holds no picture: spacers and tracking pixels are left out, larger ones are scaled up."""
+"""Images with a shorter side, such as spacers and tracking pixels, are rejected. Other small images are scaled up."""
 
 MAX_PIXELS = 89_478_485
-"""Of an image, unless `data.max_pixels` says otherwise; Pillow's own limit."""
+"""Default of `data.max_pixels`, the largest number of pixels of an image. The value is Pillow's own limit."""
 
 LARGE_PIXELS = 2**24
-"""More are decoded one image at a time, so that memory does not grow with the number of threads."""
+"""Images with more pixels are decoded one at a time, so that memory does not grow with the number of threads."""
 
-_large = threading.Lock()
+_large_image_lock = threading.Lock()
 _ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -47,7 +47,7 @@ _UPRIGHT = {
 
 
 def decode(data: bytes | Image.Image, resolution: int, resize: Resize, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """The pixels [resolution, resolution, 3] in sRGB of an encoded or already open image; raises as `read_pixels`."""
+    """Return the sRGB pixels [resolution, resolution, 3] of an encoded or open image. Raises as `read_pixels`."""
     pixels, _ = read_pixels(data, resolution, resize, max_pixels)
     return pixels
 
@@ -55,21 +55,21 @@ def decode(data: bytes | Image.Image, resolution: int, resize: Resize, max_pixel
 def read_pixels(
     data: bytes | Image.Image, resolution: int, resize: Resize, max_pixels: int = MAX_PIXELS
 ) -> tuple[np.ndarray, Profile]:
-    """The pixels [resolution, resolution, 3] in sRGB of an image, and what became of its colour profile.
+    """Return the sRGB pixels [resolution, resolution, 3] of an image, and the outcome for its colour profile.
 
     Raises:
-        Exception: the image is not readable. On bad bytes Pillow's plugins raise anything, from struct.error to
-            IndexError; ValueError for what breaks a rule of ours, such as more than `max_pixels`.
+        Exception: the image is not readable. Pillow's plugins can raise anything on invalid data, from struct.error to
+            IndexError. Violations of our own rules, such as `max_pixels`, raise ValueError.
     """
     image = data if isinstance(data, Image.Image) else _open(data, max_pixels)
     width, height = image.size
     if min(width, height) < MIN_SIDE:
-        raise ValueError(f"{width} x {height} pixels: a side has {MIN_SIDE} at least, or there is no picture")
+        raise ValueError(f"{width} x {height} pixels: each side must have at least {MIN_SIDE} pixels")
     if width * height > max_pixels:
-        raise ValueError(f"{width} x {height} pixels are more than max_pixels, {max_pixels}, allows")
-    # JPEG can drop octaves while it decodes; 3 pixels for each one kept leave the final filter its say.
+        raise ValueError(f"{width} x {height} pixels exceed the limit of {max_pixels} pixels (max_pixels)")
+    # JPEG can be decoded at a reduced scale. 3 decoded pixels per output pixel are enough detail for the final filter.
     image.draft(None, (3 * resolution, 3 * resolution))
-    with _large if image.width * image.height > LARGE_PIXELS else nullcontext():
+    with _large_image_lock if image.width * image.height > LARGE_PIXELS else nullcontext():
         rgb, profile = to_rgb(image)
         return np.asarray(resize_to_square(rgb, resolution, resize)), profile
 
@@ -80,25 +80,27 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data), formats=_formats())
     except UnidentifiedImageError:
-        raise ValueError(f"not an image in a format that is read ({', '.join(_formats())}), or a damaged one") from None
+        raise ValueError(f"not an image in a supported format ({', '.join(_formats())}), or damaged") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"more than max_pixels, {max_pixels}, allows: {error}") from error
+        raise ValueError(f"the size exceeds the limit of {max_pixels} pixels (max_pixels): {error}") from error
 
 
 @cache
 def _formats() -> tuple[str, ...]:
     Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)  # an older Pillow knows fewer
+    return tuple(name for name in FORMATS if name in Image.OPEN)  # older versions of Pillow support fewer formats
 
 
 def to_rgb(image: Image.Image) -> tuple[Image.Image, Profile]:
-    """Upright sRGB: EXIF rotation and colour profile applied, transparency laid on white, 16-bit grey scaled by 1/257.
+    """Convert an image to upright sRGB. Also return the outcome for its colour profile.
+
+    Applies the EXIF rotation and the colour profile, puts transparent images on white, scales 16-bit grey by 1/257.
 
     Raises:
-        ValueError: for 32-bit integers outside 0..65535 and for floats: nothing says which value is white.
+        ValueError: the pixels are floats or 32-bit integers outside 0..65535, for which no white level is defined.
     """
     image.load()
-    # Pillow leaves an empty one where the file has a profile that it cannot unpack
+    # Pillow sets None if the file has a profile that it cannot unpack
     icc_profile = image.info["icc_profile"] or b"" if "icc_profile" in image.info else None
     image = _upright(image)
     if image.mode == "I" or image.mode.startswith("I;16"):
@@ -106,7 +108,7 @@ def to_rgb(image: Image.Image) -> tuple[Image.Image, Profile]:
     if image.mode == "F":
         raise ValueError("floating-point pixels have no defined white; save the image with 8 or 16 bits")
     if image.has_transparency_data:
-        # Pillow's own RGBA -> RGB drops alpha and shows whatever colour lay hidden under it.
+        # Pillow's own RGBA -> RGB conversion drops alpha, which reveals the hidden colour of transparent pixels.
         rgba = image.convert("RGBA")
         is_grey = image.mode in ("1", "L", "LA", "La")
         colours = image.convert("LA").getchannel("L") if is_grey else rgba.convert("RGB")
@@ -119,7 +121,7 @@ def to_rgb(image: Image.Image) -> tuple[Image.Image, Profile]:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turned as EXIF says. Metadata that cannot be read says nothing of the pixels: the image stays as it is."""
+    """Apply the EXIF orientation. The image is returned unchanged if its metadata cannot be read."""
     try:
         orientation = image.getexif().get(_ORIENTATION)
     except Exception:
@@ -129,7 +131,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _from_16_bit_grey(image: Image.Image) -> Image.Image:
-    """8-bit grey: 65535 becomes 255. Pillow's own conversion clips at 255, which turns nearly every pixel white."""
+    """Convert 16-bit to 8-bit grey, 65535 to 255. Pillow would clip at 255 instead, making nearly all pixels white."""
     grey = np.asarray(image).astype(np.int32)
     if grey.min() < 0 or grey.max() > 65535:
         raise ValueError(f"grey values {grey.min()} to {grey.max()} do not fit in 16 bits")
@@ -141,7 +143,7 @@ def _from_16_bit_grey(image: Image.Image) -> Image.Image:
 
 
 def resize_to_square(image: Image.Image, resolution: int, resize: Resize) -> Image.Image:
-    """Antialiased resize of an RGB image: Lanczos, its support widened by the reduction factor.
+    """Resize an RGB image to a square with an antialiased Lanczos filter, widened by the reduction factor.
 
     crop keeps the centre square, pad adds white bars, squash ignores the aspect ratio.
     """
@@ -152,7 +154,7 @@ def resize_to_square(image: Image.Image, resolution: int, resize: Resize) -> Ima
         return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
     if resize == "pad":
         short, long = sorted(image.size)
-        if round(short / long * resolution) == 0:  # Pillow would leave nothing of such a strip
+        if round(short / long * resolution) == 0:  # Pillow would shrink such a strip to zero pixels
             strip = (resolution, 1) if image.width == long else (1, resolution)
             image = image.resize(strip, Image.Resampling.LANCZOS)
         return ImageOps.pad(image, size, Image.Resampling.LANCZOS, color=WHITE)
@@ -160,16 +162,16 @@ def resize_to_square(image: Image.Image, resolution: int, resize: Resize) -> Ima
 
 
 def read_image(path: str, resolution: int, resize: Resize = "crop") -> Tensor:
-    """One image file as float32 [1, 3, resolution, resolution] in [-1, 1].
+    """Read one image file as float32 [1, 3, resolution, resolution] in [-1, 1].
 
     Raises:
-        UserError: missing or not readable.
+        UserError: the file is missing or cannot be read.
     """
     file = Path(path).expanduser()
     if not file.is_file():
         raise InputError("image", path, "is not a file")
     try:
         pixels = decode(read_file(file), resolution, resize)
-    except Exception as error:  # on bad bytes Pillow raises anything
+    except Exception as error:  # Pillow can raise anything on invalid data
         raise InputError("image", path, f"could not be read: {error}") from error
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1

@@ -1,8 +1,7 @@
-"""Turn a source's records into a cache folder: decode in threads, keep the order, rename at the end.
+"""Preparation of a source's images into a cache folder: decode in threads, keep the order, rename at the end.
 
-What cannot be read is left out, once and for all, and listed in `quarantine.jsonl`: the order of training counts what
-was prepared, so every batch is full, and what stands in a broken image's place depends on the set alone, not on
-threads, workers, restarts or the step.
+Unreadable images are skipped once, during preparation, and listed in `quarantine.jsonl`. The training order only counts
+prepared images. Every batch is therefore full, and its content does not depend on threads, workers or restarts.
 """
 
 import hashlib
@@ -22,19 +21,19 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ldm.data.cache import IMAGES_FILE, QUARANTINE_FILE, check_quarantine, damage, fingerprint, write_index
+from ldm.data.cache import IMAGES_FILE, QUARANTINE_FILE, check_quarantine, find_cache_damage, fingerprint, write_index
 from ldm.data.colour import Profile, count_profiles
 from ldm.data.pixels import Resize, read_pixels
 from ldm.data.sources.base import Record, Source
 from ldm.errors import InputError, UserError
 from ldm.files.arrays import npy_header
-from ldm.files.atomic import durable_folder
-from ldm.files.lock import made_alone
-from ldm.files.reading import FULL, is_failure
+from ldm.files.atomic import atomic_folder
+from ldm.files.lock import cache_lock
+from ldm.files.reading import DISK_FULL, is_disk_failure
 from ldm.progress import progress
 
 MAX_DISK_FAILURES = 8
-"""Files that a failing disk kept from being read, after every try: more, and it is the disk that needs repair."""
+"""Number of files that can fail because of disk errors. Beyond it, preparation stops with an error about the disk."""
 
 
 def fill_cache(
@@ -46,49 +45,52 @@ def fill_cache(
     max_pixels: int,
     show_progress: bool,
 ) -> None:
-    """Write the cache folder of a source. It appears whole or not at all; a second process waits for the first.
+    """Write the cache folder of a source atomically. A second process waits for the first.
 
     Raises:
-        UserError: too many unreadable images, none at all, a disk that fails, or too little room on it.
+        UserError: there are too many unreadable images or no images at all, or the disk fails or is full.
     """
     transform = made_from["transform"]
     listing = folder / QUARANTINE_FILE
-    with made_alone(folder):
-        if (found := damage(folder)) is None:
+    with cache_lock(folder):
+        if (damage := find_cache_damage(folder)) is None:
             return
         if folder.exists():
-            logging.getLogger(__name__).warning("%s: %s. The images are prepared again.", folder, found)
+            logging.getLogger(__name__).warning("%s: %s. The images will be prepared again.", folder, damage)
         if source.num_records is not None:
             needed, free = source.num_records * 3 * transform["resolution"] ** 2, shutil.disk_usage(folder.parent).free
             if needed > free:
-                rule = f"has {free:,} bytes free, but the images need {needed:,}: free some, or lower the resolution"
-                raise InputError("cache_dir", folder.parent, rule)
+                rule = f"has {free:,} bytes free, but the images need {needed:,}"
+                raise InputError("cache_dir", folder.parent, f"{rule}. Free some disk space or lower the resolution")
         try:
-            with durable_folder(folder) as scratch, _quiet_pillow(max_pixels):
+            with atomic_folder(folder) as scratch, _quiet_pillow(max_pixels):
                 index = _write_images(scratch, source, transform, max_pixels, show_progress)
                 if index["num_skipped"]:
-                    # Left beside the cache when the preparation fails, so that the whole list can be read.
+                    # Stays next to the cache if preparation fails, so that the user can read the complete list.
                     complete = folder.with_name(f"{folder.name}.{QUARANTINE_FILE}")
                     shutil.copyfile(scratch / QUARANTINE_FILE, complete)
                     check_quarantine(index["num_skipped"], len(index["names"]), max_bad_fraction, complete)
                     complete.unlink()
                 if not index["names"]:
-                    raise UserError(f"{source.name} holds no images: {json.dumps(source.identity())}")
+                    raise UserError(f"{source.name} contains no images: {json.dumps(source.identity())}")
                 index.update(made_from, name=source.name, licence=source.licence, class_names=source.class_names)
                 index["fingerprint"] = fingerprint(index)
                 write_index(scratch, index)
         except OSError as error:
-            if error.errno in FULL:
-                raise InputError("cache_dir", folder.parent, "filled up: free some space") from error
+            if error.errno in DISK_FULL:
+                raise InputError("cache_dir", folder.parent, "is full. Free some disk space") from error
             raise
     if index["num_skipped"]:
-        said = "%d unreadable images left out, see %s. To read them again, delete that folder."
-        logging.getLogger(__name__).warning(said, index["num_skipped"], listing)
+        message = "Skipped %d unreadable images, listed in %s. Delete the folder of that file to try them again."
+        logging.getLogger(__name__).warning(message, index["num_skipped"], listing)
 
 
 @contextmanager
 def _quiet_pillow(max_pixels: int) -> Iterator[None]:
-    """Remarks on metadata help nobody. Pillow's own limit, at twice our number, guards what is inside an image."""
+    """Silence Pillow's warnings about metadata, and set its own limit on the number of pixels.
+
+    Pillow raises an error at twice its limit. This also covers images embedded in other images.
+    """
     limit = Image.MAX_IMAGE_PIXELS
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")
@@ -110,16 +112,17 @@ def _write_images(
         (scratch / IMAGES_FILE).open("wb") as pixels_file,
         (scratch / QUARANTINE_FILE).open("w", encoding="utf-8") as quarantine,
     ):
-        room = pixels_file.write(npy_header((0, resolution, resolution, 3), "uint8"))
+        header_bytes = pixels_file.write(npy_header((0, resolution, resolution, 3), "uint8"))
         task = bar.add_task(f"Preparing {source.name} at {resolution} px", total=source.num_records)
         for record, result in _in_order(read, source.records()):
             bar.advance(task)
             if isinstance(result, Exception):
                 num_skipped += 1
-                num_failures += is_failure(result)
+                num_failures += is_disk_failure(result)
                 if num_failures > MAX_DISK_FAILURES:
-                    said = f"{num_failures} files could not be read, the last being {record.name} ({_reason(result)})"
-                    raise UserError(f"The disk of {source.name} fails: {said}. Start again when it answers.")
+                    failures = f"{num_failures} files could not be read, including {record.name} ({_reason(result)})"
+                    remedy = "Try again when the disk is available."
+                    raise UserError(f"The disk that stores {source.name} is failing: {failures}. {remedy}")
                 line = {"name": record.name, "reason": _reason(result), "error": type(result).__name__}
                 quarantine.write(json.dumps(line) + "\n")
                 continue
@@ -132,7 +135,7 @@ def _write_images(
             profiles.append(profile)
         pixels_file.seek(0)
         written = pixels_file.write(npy_header((len(names), resolution, resolution, 3), "uint8"))
-        assert written == room, "the header grew over the first pixels"
+        assert written == header_bytes, "the header overwrote the first pixels"
     return {
         "names": names,
         "hashes": hashes,
@@ -146,25 +149,25 @@ def _write_images(
 def _read(
     record: Record, resolution: int, resize: Resize, max_pixels: int
 ) -> tuple[str, np.ndarray, Profile] | Exception:
-    """An image's hash, its pixels and what became of its colour profile, or why there are none."""
+    """Return an image's hash, its pixels and the outcome for its colour profile, or the error that occurred."""
     try:
         loaded = record.load()
         return content_hash(record, loaded), *read_pixels(loaded, resolution, resize, max_pixels)
     except UserError:
         raise
-    # On bad bytes Pillow's plugins raise anything, from struct.error to IndexError.
+    # Pillow's plugins can raise anything on invalid data, from struct.error to IndexError.
     except Exception as error:
         return error
 
 
 def _reason(error: Exception) -> str:
-    """One line of at most 300 characters."""
-    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(str(said).split())[:300] or type(error).__name__
+    """Describe an error in one line of at most 300 characters."""
+    message = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(str(message).split())[:300] or type(error).__name__
 
 
 def content_hash(record: Record, loaded: bytes | Image.Image) -> str:
-    """SHA-256 of an image's own bytes: its file, or its pixels where it has none."""
+    """Return the SHA-256 of `record.content` if given, else of the image file, or of the pixels if there is no file."""
     if record.content is not None:
         return hashlib.sha256(record.content).hexdigest()
     if isinstance(loaded, Image.Image):
@@ -173,8 +176,8 @@ def content_hash(record: Record, loaded: bytes | Image.Image) -> str:
 
 
 def _in_order(function: Callable[[Record], Any], records: Iterable[Record]) -> Iterator[tuple[Record, Any]]:
-    """Map in threads, keeping the order and only a few images in memory."""
+    """Map `function` over the records in threads. Results are in order, and only a few images are in memory at once."""
     num_workers, remaining = min(32, os.cpu_count() or 1), iter(records)
     with ThreadPoolExecutor(num_workers) as pool:
-        while part := list(islice(remaining, 8 * num_workers)):
-            yield from zip(part, pool.map(function, part), strict=True)
+        while group := list(islice(remaining, 8 * num_workers)):
+            yield from zip(group, pool.map(function, group), strict=True)

@@ -1,1 +1,1 @@
-"""How good a run is: one folder per question."""
+"""Evaluation of runs, data sets and latents: one folder per question."""

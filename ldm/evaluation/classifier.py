@@ -1,9 +1,9 @@
-"""Features that no training loss has seen: those of a small classifier of a data set's own classes.
+"""A small classifier of a data set's own classes, whose features are independent of every training loss.
 
-A distance in the features that a perceptual loss was trained on says little about that loss. These are learned from
-the labels alone, by the training split alone, and kept beside the prepared images. It knows the training images better
-than others, so a distance from validation to training images holds its overfitting too; one between validation images
-and their reconstructions does not.
+If a perceptual loss uses a feature network, a distance in the features of that network says little about the quality of
+the result. The classifier is trained on the labels of the training split only and cached next to the prepared images.
+It overfits to the training images, which affects distances from validation images to training images, but not distances
+between validation images and their reconstructions.
 """
 
 import json
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ldm.data.images import ImageData
 from ldm.data.order import batch_at
 from ldm.errors import UserError
-from ldm.files.atomic import durable_file, write_text
+from ldm.files.atomic import atomic_write, write_text
 from ldm.files.digest import sha256_of_values
 from ldm.files.untrusted import check_fields, first_line, read_json
 from ldm.metrics.features import weights_digest
@@ -29,9 +29,9 @@ from ldm.progress import track
 from ldm.runtime.random import derive_seed, torch_generator
 
 FORMAT = 1
-"""Of the architecture, the recipe and the files: another number trains again."""
+"""Version of the architecture, the training recipe and the files. A different version trains a new classifier."""
 NUM_STEPS, BATCH_SIZE, PEAK_LR, WEIGHT_DECAY = 1000, 256, 1e-2, 0.05
-MOST_PIXELS = 64
+MAX_SIZE_PX = 64
 
 
 class Classifier(nn.Module):
@@ -47,9 +47,9 @@ class Classifier(nn.Module):
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.key = self.name
-        """What its features are kept under: the classifier of these images, this split and this seed, its weights."""
+        """Cache key of the features: identifies the data set, the split, the seed, the weights and the image size."""
         self.val_accuracy: float | None = None
-        """Share of the validation images whose class it names."""
+        """Proportion of validation images that are classified correctly."""
         self.layers = nn.Sequential(
             nn.PixelUnshuffle(2),
             _convolution(12, 32),
@@ -61,12 +61,12 @@ class Classifier(nn.Module):
         self.head = nn.Linear(self.dim, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        if images.shape[-1] > MOST_PIXELS:
-            images = F.interpolate(images, size=MOST_PIXELS, mode="bilinear", antialias=True)
+        if images.shape[-1] > MAX_SIZE_PX:
+            images = F.interpolate(images, size=MAX_SIZE_PX, mode="bilinear", antialias=True)
         return self.layers(images).mean(dim=(2, 3))
 
     def logits(self, images: Tensor) -> Tensor:
-        """[b, num_classes]."""
+        """Return the class logits, [b, num_classes]."""
         return self.head(self(images))
 
 
@@ -76,38 +76,38 @@ def _convolution(channels: int, out: int, stride: int = 1) -> nn.Module:
 
 
 def load_classifier(images: ImageData, *, seed: int = 0, num_steps: int = NUM_STEPS) -> Classifier:
-    """The classifier of a data set, frozen: read from its cache folder, or trained and kept there.
+    """Return the frozen classifier of a data set: load it from the cache folder, or train it and save it there.
 
-    Its files are features-classifier-<digest>.safetensors and .json, which says how it was made and what it is worth.
+    The files are features-classifier-<digest>.safetensors and a .json file with the training settings and the accuracy.
 
     Raises:
-        UserError: images without class labels, or all of one class.
+        UserError: If an image has no class label, or all training images belong to the same class.
     """
     labels = _labels(images)
     data = {"data_fingerprint": images.fingerprint, "val_fraction": images.val_fraction}
-    made_from: dict[str, Any] = {"format": FORMAT, **data, "seed": seed, "num_steps": num_steps}
-    made_from["num_classes"] = int(labels.max()) + 1
-    digest = sha256_of_values(made_from)[:8]
-    classifier, name = Classifier(made_from["num_classes"]), f"{Classifier.name}-{digest}"
+    settings: dict[str, Any] = {"format": FORMAT, **data, "seed": seed, "num_steps": num_steps}
+    settings["num_classes"] = int(labels.max()) + 1
+    digest = sha256_of_values(settings)[:8]
+    classifier, name = Classifier(settings["num_classes"]), f"{Classifier.name}-{digest}"
     weights, facts = (images.path / f"features-{name}{end}" for end in (".safetensors", ".json"))
     if weights.is_file():
         try:
             classifier.load_state_dict(load_file(weights))
         except (SafetensorError, OSError, RuntimeError) as error:
             raise UserError(
-                f"{weights} cannot be read ({first_line(error)}). Delete it; it is trained again."
+                f"{weights} cannot be read ({first_line(error)}). Delete the file to train the classifier again."
             ) from error
-        known = read_json(facts)
-        check_fields(known, {"val_accuracy": float}, facts)
-        classifier.val_accuracy = known["val_accuracy"]
+        content = read_json(facts)
+        check_fields(content, {"val_accuracy": float}, facts)
+        classifier.val_accuracy = content["val_accuracy"]
     else:
         fit_classifier(classifier, images, labels, seed=seed, num_steps=num_steps)
         classifier.val_accuracy = accuracy(classifier, images, labels, images.val_indices)
-        figures = {**made_from, "val_accuracy": classifier.val_accuracy, "num_val": len(images.val_indices)}
-        write_text(facts, json.dumps(figures, indent=2) + "\n")
-        with durable_file(weights) as partial:  # last: where the weights are, the facts are too
+        content = {**settings, "val_accuracy": classifier.val_accuracy, "num_val": len(images.val_indices)}
+        write_text(facts, json.dumps(content, indent=2) + "\n")
+        with atomic_write(weights) as partial:  # written last, so that weights never exist without facts
             save_file(classifier.state_dict(), partial)
-    classifier.key = f"{name}-{weights_digest(classifier)}-{min(images.resolution, MOST_PIXELS)}px"
+    classifier.key = f"{name}-{weights_digest(classifier)}-{min(images.resolution, MAX_SIZE_PX)}px"
     return classifier.eval().requires_grad_(False)
 
 
@@ -116,20 +116,22 @@ def _labels(images: ImageData) -> Tensor:
     labels = torch.tensor([] if missing else images.labels)
     if missing or len(labels[images.train_indices].unique()) < 2:
         raise UserError(
-            f"features=classifier is trained on two classes at least, and {missing} of the {len(images)} images of "
-            f"{images.name} have none, or all have the same. Choose features=efficientnet_lite."
+            f"features=classifier needs a class label for every image and at least 2 classes, but in {images.name} "
+            f"{missing} of the {len(images)} images have no label{'' if missing else ', and all have the same class'}. "
+            "Use features=efficientnet_lite, which needs no labels."
         )
     return labels
 
 
 def fit_classifier(classifier: Classifier, images: ImageData, labels: Tensor, *, seed: int, num_steps: int) -> None:
-    """Fit it to the training split: cross-entropy, AdamW, a linear warm-up and a cosine to zero.
+    """Train on the training split with cross-entropy, AdamW, a linear warm-up and a cosine decay to zero.
 
-    On the CPU, so that every machine finds the same features. Weights and order depend on the seed alone.
+    Training runs on the CPU, so that every machine obtains the same features. The initial weights and the order of the
+    images depend only on the seed.
     """
     generator = torch_generator(seed, 1)
     for layer in classifier.modules():
-        if isinstance(layer, nn.Conv2d):  # He's normal initialisation, arXiv:1502.01852
+        if isinstance(layer, nn.Conv2d):  # He initialisation, arXiv:1502.01852
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu", generator=generator)
     nn.init.zeros_(classifier.head.weight)
     nn.init.zeros_(classifier.head.bias)
@@ -141,10 +143,10 @@ def fit_classifier(classifier: Classifier, images: ImageData, labels: Tensor, *,
         optimizer, lambda k: min((k + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * k / num_steps))
     )
     network: Any = classifier.train()
-    network.to(memory_format=torch.channels_last)  # 1.4 times as fast on a CPU
-    for step in track(range(num_steps), "training a classifier"):
-        chosen = indices[batch_at(step, size=len(indices), batch_size=batch_size, seed=order)]
-        loss = F.cross_entropy(classifier.logits(images.batch(chosen)), labels[chosen])
+    network.to(memory_format=torch.channels_last)  # 1.4 times faster on a CPU
+    for step in track(range(num_steps), "training the classifier"):
+        batch = indices[batch_at(step, size=len(indices), batch_size=batch_size, seed=order)]
+        loss = F.cross_entropy(classifier.logits(images.batch(batch)), labels[batch])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -154,41 +156,42 @@ def fit_classifier(classifier: Classifier, images: ImageData, labels: Tensor, *,
 
 @torch.no_grad()
 def accuracy(classifier: Classifier, images: ImageData, labels: Tensor, indices: np.ndarray) -> float:
-    """Share of these images whose class it names."""
+    """Return the proportion of the images at `indices` that are classified correctly."""
     starts = range(0, len(indices), BATCH_SIZE)
-    named = [classifier.logits(images.batch(indices[i : i + BATCH_SIZE])).argmax(1) for i in starts]
-    return (torch.cat(named) == labels[indices]).double().mean().item()
+    predicted = [classifier.logits(images.batch(indices[i : i + BATCH_SIZE])).argmax(1) for i in starts]
+    return (torch.cat(predicted) == labels[indices]).double().mean().item()
 
 
-def class_accuracy(named: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Share of `named_classes` [n] that are the class that was asked for, [n], and sqrt(p (1 - p) / n)."""
-    share = (named == labels).double().mean().item()
-    return share, math.sqrt(share * (1 - share) / len(named))
+def class_accuracy(predicted: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Return the proportion p of predicted classes [n] that equal the labels [n], and its error sqrt(p (1 - p) / n)."""
+    share = (predicted == labels).double().mean().item()
+    return share, math.sqrt(share * (1 - share) / len(predicted))
 
 
 @torch.no_grad()
-def named_classes(classifier: Classifier, features: Tensor) -> Tensor:
-    """The class that it names by its own features, [n, d] -> [n]."""
+def predict_classes(classifier: Classifier, features: Tensor) -> Tensor:
+    """Return the classes that the classifier predicts from its own features, [n, d] -> [n]."""
     return classifier.head(features.to(classifier.head.weight.device)).argmax(1).cpu()
 
 
-def class_shift(named: Tensor, reference: Tensor, *, num_groups: int = NUM_GROUPS) -> tuple[float, float]:
-    """How far the shares of the classes are from those of a reference: their total variation, and its standard error.
+def class_shift(predicted: Tensor, reference: Tensor, *, num_groups: int = NUM_GROUPS) -> tuple[float, float]:
+    """Return the total variation distance between two class distributions, and its standard error.
 
         TV = 1/2 sum_c |p_c - q_c|,   from 0 to 1
 
-    The error is a jackknife's over groups of the samples. Of equal shares TV is above 0 by the noise of counting.
+    The standard error is a jackknife estimate over groups of the samples. Because class counts are random, TV is
+    positive even if both distributions are equal.
 
     Args:
-        named, reference: Classes, [n] and [m], both as a classifier names them: what it takes for another it takes so
-            in both.
+        predicted, reference: Classes [n] and [m] of the samples and of a reference set. Use predictions of the same
+            classifier for both, so that its mistakes affect both alike.
     """
-    num_classes = int(torch.cat([named, reference]).max()) + 1
+    num_classes = int(torch.cat([predicted, reference]).max()) + 1
     shares = reference.bincount(minlength=num_classes).double() / len(reference)
-    group = torch.arange(len(named)) % num_groups
-    counts = torch.stack([named[group == i].bincount(minlength=num_classes) for i in range(num_groups)]).double()
+    group = torch.arange(len(predicted)) % num_groups
+    counts = torch.stack([predicted[group == i].bincount(minlength=num_classes) for i in range(num_groups)]).double()
 
-    def distance(counted: Tensor) -> Tensor:
-        return (counted / counted.sum(-1, keepdim=True) - shares).abs().sum(-1) / 2
+    def distance(counts: Tensor) -> Tensor:
+        return (counts / counts.sum(-1, keepdim=True) - shares).abs().sum(-1) / 2
 
     return distance(counts.sum(0)).item(), jackknife_error(distance(counts.sum(0) - counts))

@@ -1,4 +1,4 @@
-"""What was logged while runs trained: their curves by name, and pictures of them, one colour per group of runs."""
+"""Training curves: reading them from metrics.csv and plotting them, with one colour per group of runs."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -13,22 +13,22 @@ from ldm.errors import UserError
 from ldm.files.untrusted import first_line
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333", "#8a8a8a")
-"""Readable without telling red from green (Okabe and Ito 2008)."""
+"""Colour-blind safe palette (Okabe and Ito 2008)."""
 COLUMNS = 3
-SMOOTHED = 20
-"""Values of a training loss that are averaged, one batch each: at most so many, and a tenth of the curve."""
-OF_STAGE_1 = ("val/psnr_db", "train/l1", "train/adaptive_weight", "train/discriminator_accuracy")
-"""How a training of an autoencoder went, with its discriminator's game where there was one."""
+SMOOTHING_WIDTH = 20
+"""Maximum width of the moving average of training curves, in logged values. It is at most a tenth of the curve."""
+STAGE_1_CURVES = ("val/psnr_db", "train/l1", "train/adaptive_weight", "train/discriminator_accuracy")
+"""Curves that show the training of an autoencoder and, if there is one, of its discriminator."""
 
 Curve = tuple[list[int], list[float]]
-"""Steps, values."""
+"""Steps and values."""
 
 
 def read_curves(file: Path) -> dict[str, Curve]:
-    """Every column of a metrics.csv by name, with the steps at which it has a value.
+    """Read all columns of a metrics.csv file, by name. Each curve contains only the steps at which it has a value.
 
     Raises:
-        UserError: it is no table of numbers by step.
+        UserError: If the file is not a table of numbers by step.
     """
     points: dict[str, dict[int, float]] = {}
     try:
@@ -38,21 +38,21 @@ def read_curves(file: Path) -> dict[str, Curve]:
                     if name not in ("epoch", "step") and text:
                         points.setdefault(name, {})[int(row["step"])] = float(text)
     except (ValueError, KeyError, TypeError, csv.Error) as error:
-        raise UserError(f"{file} is no table of numbers by step: {first_line(error)}. Delete it.") from error
+        raise UserError(f"{file} is not a table of numbers by step: {first_line(error)}. Delete the file.") from error
     return {name: as_curve(values) for name, values in points.items()}
 
 
 def as_curve(values: Mapping[int, float]) -> Curve:
-    """Values by step, in the order of the steps. A run that was killed and resumed logs some twice: the last counts."""
+    """Return the values sorted by step."""
     steps = sorted(values)
     return steps, [values[step] for step in steps]
 
 
 def plot_curves(names: Sequence[str], runs: Sequence[tuple[str, Mapping[str, Curve]]]) -> Figure | None:
-    """A panel over the steps for each of the names that some run has; None where there is none.
+    """Plot one panel for each name that at least one run has a curve for; return None if there are no such names.
 
     Args:
-        runs: Titles and curves by name; runs with the same title share a colour.
+        runs: The title of each run, and its curves by name. Runs with the same title share a colour.
     """
     shown = [name for name in names if any(name in curves for _, curves in runs)]
     if not shown:
@@ -66,9 +66,9 @@ def plot_curves(names: Sequence[str], runs: Sequence[tuple[str, Mapping[str, Cur
         for title, curves in runs:
             if name in curves:
                 steps, values = _smoothed(name, curves[name])
-                marker = "o" if len(steps) < SMOOTHED else None
+                marker = "o" if len(steps) < SMOOTHING_WIDTH else None
                 axes.plot(steps, values, color=colours[title], lw=1, marker=marker, ms=3)
-        axes.set_title(name + (", mean of neighbouring batches" if name.startswith("train/") else ""), fontsize=10)
+        axes.set_title(name + (", moving average" if name.startswith("train/") else ""), fontsize=10)
         axes.set_xlabel("step", fontsize=9)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.22)
@@ -78,9 +78,9 @@ def plot_curves(names: Sequence[str], runs: Sequence[tuple[str, Mapping[str, Cur
 
 
 def _smoothed(name: str, curve: Curve) -> Curve:
-    """As it is, or of a loss of single batches the mean of the last ones."""
+    """Return the moving average of a training curve, whose values are of single batches; return other curves as is."""
     steps, values = curve
-    width = min(SMOOTHED, len(values) // 10)
+    width = min(SMOOTHING_WIDTH, len(values) // 10)
     if not name.startswith("train/") or width < 2:
         return curve
     return steps[width - 1 :], np.convolve(values, np.full(width, 1 / width), mode="valid").tolist()

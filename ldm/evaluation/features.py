@@ -1,4 +1,4 @@
-"""Frozen features by name, of images in batches; those of a whole data set are kept."""
+"""Frozen feature networks by name. Features are extracted in batches; those of a whole data set are cached."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from ldm.data.images import ImageData
 from ldm.errors import UserError
 from ldm.evaluation.classifier import Classifier, load_classifier
-from ldm.files.atomic import durable_file
+from ldm.files.atomic import atomic_write
 from ldm.files.untrusted import read_array
-from ldm.metrics.features import CHOICES, HUB_IDS
+from ldm.metrics.features import FEATURE_NETWORKS, HUB_IDS
 from ldm.progress import track
 
 NO_FEATURES = "none"
 
 
 class ImageSet(Protocol):
-    """Images that are made or read as they are asked for."""
+    """Images that are loaded or generated on demand."""
 
     def __len__(self) -> int: ...
 
@@ -27,39 +27,45 @@ class ImageSet(Protocol):
 
 
 def load_features(name: str, images: ImageData | None = None, path: str | None = None) -> nn.Module:
-    """Frozen features by name; with `images` also those of a classifier that is trained on them.
+    """Return a frozen feature network by name.
 
     Args:
-        path: Folder or hub id of the weights, for those of `HUB_IDS`.
+        images: The data set on which features=classifier is trained. Without it, that network is not available.
+        path: Folder or hub id of the weights, for the networks in `HUB_IDS`.
 
     Raises:
-        UserError: unknown, a path for what takes none, or what the network itself refuses.
+        UserError: If the name is unknown, a path is given for a network that has none, or the network cannot be loaded.
     """
     if path is not None and name not in HUB_IDS:
-        raise UserError(f"features_path={path} is for features={' or '.join(HUB_IDS)}; features={name} takes none.")
-    choices = CHOICES if images is None else {**CHOICES, Classifier.name: lambda: load_classifier(images)}
+        raise UserError(
+            f"features_path={path} applies only to features={' or '.join(HUB_IDS)}, not to features={name}. Remove it."
+        )
+    choices = dict(FEATURE_NETWORKS)
+    if images is not None:
+        choices[Classifier.name] = lambda: load_classifier(images)
     if name not in choices:
         raise UserError(f"features={name} is unknown. Choose one of: {', '.join(choices)}.")
     return choices[name](path) if name in HUB_IDS else choices[name]()
 
 
 def describe_features(network: nn.Module, name: str) -> dict[str, str | None]:
-    """For a report: the name, the key and the library of features, without which a distance means nothing.
+    """Return the name, the key and the library of a feature network, for a report.
 
-    The key is the network's name, a digest of its weights and the size that images are brought to.
+    Distances are only comparable if all of them are equal. The key consists of the network's name, a digest of its
+    weights and the size to which it resizes images.
     """
     key, library = getattr(network, "key", name), getattr(network, "library", None)
     return {"features": name, "features_key": key, "features_library": library}
 
 
 def feature_title(content: Mapping[str, Any]) -> str:
-    """Features of `describe_features` in words: name, weights, size, library."""
+    """Return the key and the library from `describe_features` as text."""
     library = content["features_library"]
     return content["features_key"] + (f" ({library})" if library else "")
 
 
 def extract(network: nn.Module, images: Tensor | ImageSet, title: str, batch_size: int = 64) -> Tensor:
-    """Features of images [N, 3, H, W], or of a whole set, a batch at a time; with a progress bar."""
+    """Return the features of images [N, 3, H, W] or of an image set, computed in batches, with a progress bar."""
     device = next(network.parameters()).device
     parts = []
     with torch.no_grad():
@@ -71,20 +77,17 @@ def extract(network: nn.Module, images: Tensor | ImageSet, title: str, batch_siz
 
 
 def reference_features(network: nn.Module, name: str, images: ImageData) -> Tensor:
-    """Features of every image of a data set, computed once and kept in its cache folder.
-
-    Under the network's key and the data's fingerprint.
-    """
+    """Return the features of all images of a data set. They are cached by network key and data fingerprint."""
     key = describe_features(network, name)["features_key"]
     file = images.path / f"features-{key}-{images.fingerprint[:8]}.npy"
     if not file.is_file():
-        found = extract(network, images, f"features of {images.name}")
-        with durable_file(file) as partial:
-            np.save(partial, found.numpy())
-    kept = read_array(file)
-    if kept.ndim != 2 or len(kept) != len(images) or kept.dtype.kind != "f" or not np.isfinite(kept).all():
+        features = extract(network, images, f"features of {images.name}")
+        with atomic_write(file) as partial:
+            np.save(partial, features.numpy())
+    cached = read_array(file)
+    if cached.ndim != 2 or len(cached) != len(images) or cached.dtype.kind != "f" or not np.isfinite(cached).all():
         raise UserError(
-            f"{file} holds {kept.dtype} {kept.shape}, which are no finite features of {len(images)} images. Delete it; "
-            "it is made again."
+            f"{file} contains {cached.dtype} {cached.shape}, not finite features [{len(images)}, d] of the "
+            f"{len(images)} images. Delete the file to compute them again."
         )
-    return torch.from_numpy(np.array(kept))
+    return torch.from_numpy(np.array(cached))

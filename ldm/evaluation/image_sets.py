@@ -1,4 +1,4 @@
-"""Images that are read or made as they are asked for, so that nothing holds all of them at once, and what they show."""
+"""Image sets that are loaded or generated in batches, to limit memory use, and the captions of images."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from ldm.sampling.pipeline import LatentDiffusionPipeline
 
 @dataclass(frozen=True)
 class Reconstructions:
-    """What the autoencoder makes of these images, decode(mean of q(z_raw|x)): the best that its decoder can show."""
+    """Reconstructions decode(mean of q(z_raw|x)): an upper bound on the quality that the decoder can reach."""
 
     pipeline: LatentDiffusionPipeline
     images: ImageData
@@ -32,7 +32,7 @@ class Reconstructions:
 
 @dataclass(frozen=True)
 class VAEAlone:
-    """z_raw ~ N(0, I), decoded: what the VAE would draw without the chain."""
+    """Samples of the VAE alone: it decodes z_raw ~ N(0, I) directly, without the diffusion model."""
 
     pipeline: LatentDiffusionPipeline
     num: int
@@ -48,21 +48,21 @@ class VAEAlone:
 
 
 def track_batches(images: ImageData, rows: np.ndarray, batch_size: int, title: str) -> Iterator[Tensor]:
-    """Yield the images of these rows in batches, with a progress bar."""
+    """Yield the images at `rows` in batches, with a progress bar."""
     for start in track(range(0, len(rows), batch_size), title):
         yield images.batch(rows[start : start + batch_size])
 
 
 def image_text(images: ImageData, i: int) -> str:
-    """What an image shows: its caption, else its class, else nothing."""
+    """Return the caption of an image; without a caption, its class name; without either, an empty string."""
     if images.captions and (caption := images.captions[i]):
         return caption
-    if images.labels and images.class_names and (of_class := images.labels[i]) is not None:
-        return images.class_names[of_class]
+    if images.labels and images.class_names and (label := images.labels[i]) is not None:
+        return images.class_names[label]
     return ""
 
 
-def held_out_apart(images: ImageData, num: int) -> np.ndarray:
-    """So many validation images, at equal distances: neighbours in the data are alike, flags or faces."""
+def spaced_val_indices(images: ImageData, num: int) -> np.ndarray:
+    """Return `num` evenly spaced validation indices, because neighbouring images of a data set are often similar."""
     num = min(num, len(images.val_indices))
     return images.val_indices[np.linspace(0, len(images.val_indices) - 1, num).round().astype(int)]

@@ -1,1 +1,1 @@
-"""Files: atomic writes, locks, arrays, retrying reads, files from strangers."""
+"""File handling: atomic writes, locks, checksummed arrays, reads with a retry, and validation of untrusted files."""

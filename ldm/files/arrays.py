@@ -1,8 +1,8 @@
-"""Arrays in .npy files, memory-mapped, whose bytes are known: SHA-256 by chunks of rows.
+"""Integrity checks of memory-mapped .npy files, with one SHA-256 digest per chunk of rows.
 
-A training that runs still reads a file as it was that is deleted or replaced meanwhile, for the mapping holds it. It
-sees bytes that are overwritten in place: they are compared when a cache is opened whose file has another modification
-time than at the last comparison, and on request.
+If a file is deleted or replaced during training, the memory mapping keeps the old contents available. Bytes that are
+overwritten in place do become visible. Opening a cache therefore compares the digests again if the modification time
+has changed since the last comparison, or on request.
 """
 
 import hashlib
@@ -21,16 +21,17 @@ from typing import Any
 import numpy as np
 
 from ldm.files.atomic import write_text
-from ldm.files.lock import FOR_EVER, alone
+from ldm.files.lock import FOREVER, file_lock
 
-COARSE_NS = 2_000_000_000
-"""The coarsest modification time that a file system keeps, that of FAT."""
+MTIME_RESOLUTION_NS = 2_000_000_000
+"""Coarsest resolution of modification times among file systems (FAT)."""
 LARGE_BYTES = 2**30
+"""Files of at least this size are worth waiting for before they are marked as verified."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the rows of an array are in its file, and which of them share a digest."""
+    """Position of an array's rows in its file, and their grouping into chunks that share a digest."""
 
     header_bytes: int
     row_bytes: int
@@ -39,93 +40,97 @@ class Layout:
 
     @property
     def num_bytes(self) -> int:
-        return self.end(self.num_rows)
+        return self.offset(self.num_rows)
 
-    def end(self, row: int) -> int:
-        """Where the row before this one ends."""
+    def offset(self, row: int) -> int:
+        """Return the byte offset at which a row starts."""
         return self.header_bytes + row * self.row_bytes
 
     def chunks(self) -> list[range]:
-        """The rows of every chunk."""
+        """Return the range of rows of each chunk."""
         starts = range(0, self.num_rows, self.chunk_rows)
         return [range(start, min(start + self.chunk_rows, self.num_rows)) for start in starts]
 
 
 def npy_header(shape: tuple[int, ...], dtype: str) -> bytes:
-    """The header of the .npy format, which leaves room for the first axis to grow to any length."""
+    """Return a .npy header. It is padded, so its length stays the same however long the first axis grows."""
     buffer = io.BytesIO()
     header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(buffer, header)
     return buffer.getvalue()
 
 
-def digests(path: Path, layout: Layout, chunks: Sequence[range] | None = None) -> list[str]:
-    """SHA-256 of these chunks, all by default, in threads; the first includes the header."""
+def chunk_digests(path: Path, layout: Layout, chunks: Sequence[range] | None = None) -> list[str]:
+    """Return the SHA-256 digest of each chunk (default: all chunks). The first chunk includes the header.
+
+    The digests are computed in parallel threads.
+    """
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(partial(_digest, path, layout), layout.chunks() if chunks is None else chunks))
 
 
 def _digest(path: Path, layout: Layout, rows: range) -> str:
-    start = layout.end(rows.start) if rows.start else 0
+    start = layout.offset(rows.start) if rows.start else 0
     with path.open("rb") as file:
         file.seek(start)
-        return hashlib.sha256(file.read(layout.end(rows.stop) - start)).hexdigest()
+        return hashlib.sha256(file.read(layout.offset(rows.stop) - start)).hexdigest()
 
 
-def changed(path: Path, layout: Layout, known: Sequence[str], *, every_byte: bool = False) -> list[range]:
-    """The rows of the chunks that are not what they were; all, where the file's length is another.
+def changed_rows(path: Path, layout: Layout, expected: Sequence[str], *, every_byte: bool = False) -> list[range]:
+    """Return the row ranges of all chunks whose digest has changed, or all rows if the file size has changed.
 
-    A file that has the size and the modification time of its last comparison is not read again. The processes of a
-    machine compare one after the other, so that the first of them does it for all.
+    A file whose size and modification time are unchanged since the last comparison is not read again. Processes on the
+    same machine take turns, so only the first one has to compare.
 
     Args:
-        every_byte: Read it all the same.
+        every_byte: Compare even if the size and modification time are unchanged.
 
     Raises:
         OSError: the file cannot be read.
     """
     chunks = layout.chunks()
-    if len(known) != len(chunks) or path.stat().st_size != layout.num_bytes:
+    if len(expected) != len(chunks) or path.stat().st_size != layout.num_bytes:
         return [range(layout.num_rows)]
     with ExitStack() as stack:
-        if not _is_verified(path, known):
-            with suppress(OSError):  # a disk that can only be read takes no lock
-                stack.enter_context(alone(path.with_name(f".{path.name}.lock"), lambda: FOR_EVER))
-        if _is_verified(path, known) and not every_byte:
+        if not _is_verified(path, expected):
+            with suppress(OSError):  # no lock file can be created on a read-only disk
+                stack.enter_context(file_lock(path.with_name(f".{path.name}.lock"), lambda: FOREVER))
+        if _is_verified(path, expected) and not every_byte:
             return []
-        found = digests(path, layout, chunks)
-        bad = [rows for rows, one, other in zip(chunks, found, known, strict=True) if one != other]
+        actual = chunk_digests(path, layout, chunks)
+        bad = [rows for rows, a, b in zip(chunks, actual, expected, strict=True) if a != b]
         if not bad:
-            mark_verified(path, known)
+            mark_verified(path, expected)
     return bad
 
 
-def mark_verified(path: Path, known: Sequence[str]) -> None:
-    """Note that the file's bytes are those of these digests, as long as its size and modification time stay.
+def mark_verified(path: Path, digests: Sequence[str]) -> None:
+    """Record that the file matches these digests, valid until its size or modification time changes.
 
-    File systems count time so coarsely that a second write may not show: of a file that was written a moment ago, a
-    small one is not marked, and one that would take long to compare only when that moment is over.
+    Because modification times are coarse, a second write shortly after the first may leave the time unchanged. A small
+    file that has just been written is therefore not marked. A large one, which takes long to compare, is marked once
+    the modification time can no longer be ambiguous.
     """
     age, size = time.time_ns() - path.stat().st_mtime_ns, path.stat().st_size
-    if age < COARSE_NS:
+    if age < MTIME_RESOLUTION_NS:
         if size < LARGE_BYTES:
             return
-        time.sleep((COARSE_NS - age) / 1e9)
+        time.sleep((MTIME_RESOLUTION_NS - age) / 1e9)
     with suppress(OSError):
-        write_text(_note(path), json.dumps(_state(path, known)) + "\n")
+        write_text(_record_file(path), json.dumps(_verified_state(path, digests)) + "\n")
 
 
-def _is_verified(path: Path, known: Sequence[str]) -> bool:
+def _is_verified(path: Path, digests: Sequence[str]) -> bool:
     try:
-        return bool(json.loads(_note(path).read_text(encoding="utf-8")) == _state(path, known))
+        return bool(json.loads(_record_file(path).read_text(encoding="utf-8")) == _verified_state(path, digests))
     except (OSError, ValueError):
         return False
 
 
-def _note(path: Path) -> Path:
+def _record_file(path: Path) -> Path:
     return path.with_name(f".{path.name}.verified.json")
 
 
-def _state(path: Path, known: Sequence[str]) -> dict[str, Any]:
-    stat, digest = path.stat(), hashlib.sha256("".join(known).encode())
+def _verified_state(path: Path, digests: Sequence[str]) -> dict[str, Any]:
+    stat, digest = path.stat(), hashlib.sha256("".join(digests).encode())
     return {"bytes": stat.st_size, "modified_ns": stat.st_mtime_ns, "sha256": digest.hexdigest()}

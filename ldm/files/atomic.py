@@ -1,6 +1,6 @@
-"""Files and folders that are whole or not there: written beside, synced to the disk, renamed, the folder synced.
+"""Atomic writes of files and folders: write under a temporary name, sync to disk, rename, sync the parent folder.
 
-A reader never sees half of one, and neither a kill nor a power cut leaves half of one under its name.
+Readers never see an incomplete file, and neither a killed process nor a power failure leaves one under the final name.
 """
 
 import glob
@@ -12,15 +12,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PARTIAL = ".partial-"
-"""Begins the name of what is not finished; what a kill left of it may be deleted when nothing writes."""
+"""Name prefix of unfinished files and folders. Those of a killed process can be deleted once nothing is writing."""
 
 REPLACED = f"{PARTIAL}old-"
-"""Begins the name of a whole folder in the moment in which another takes its place."""
+"""Name prefix of a complete folder while it is being replaced."""
 
 
 @contextmanager
-def durable_file(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write to; at the end of the block it takes the name, or is deleted on an error."""
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary file next to `path`. It is renamed to `path` when the block ends, or deleted on an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{PARTIAL}{uuid.uuid4().hex[:8]}-{path.name}")
     try:
@@ -33,8 +33,11 @@ def durable_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def durable_folder(path: Path) -> Iterator[Path]:
-    """A folder beside `path` to fill; at the end of the block it takes the name, and what had it before is deleted."""
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder next to `path`. It replaces any folder at `path` when the block ends.
+
+    On an error it is deleted, and an existing folder at `path` is kept.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     restore(path)
     tag = uuid.uuid4().hex[:8]
@@ -58,25 +61,25 @@ def durable_folder(path: Path) -> Iterator[Path]:
 
 
 def restore(path: Path) -> None:
-    """Give a folder its name back where an error or a kill came between the two renames of `durable_folder`."""
+    """Restore a folder's name after an error or a kill between the two renames in `atomic_folder`."""
     for replaced in path.parent.glob(f"{REPLACED}{'[0-9a-f]' * 8}-{glob.escape(path.name)}"):
         if not path.exists():
             replaced.replace(path)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file whole."""
-    with durable_file(path) as partial:
+    """Write a small text file atomically."""
+    with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def sync(path: Path) -> None:
-    """Ask the disk to keep a file, or a folder's list of names, now."""
+    """Flush a file, or the entries of a folder, to disk."""
     flags = os.O_RDONLY
     if path.is_dir():
         if os.name == "nt":
-            return  # Windows opens no folders
-        with suppress(OSError):  # file systems that cannot sync folders say so here
+            return  # folders cannot be opened on Windows
+        with suppress(OSError):  # some file systems cannot sync folders
             _sync(path, flags)
         return
     _sync(path, flags if os.name != "nt" else os.O_RDWR)
@@ -91,8 +94,10 @@ def _sync(path: Path, flags: int) -> None:
 
 
 def clear_partials(folder: Path) -> None:
-    """Delete what a kill left unfinished directly in `folder`, but for a folder that was about to be replaced: it gets
-    its name back. Only where nothing else writes there."""
+    """Delete unfinished files and folders that a killed process left directly in `folder`.
+
+    A folder that was being replaced gets its name back. Call this only when no other process writes to `folder`.
+    """
     for replaced in list(folder.glob(f"{REPLACED}*")):
         restore(folder / replaced.name[len(REPLACED) + 9 :])
     for partial in folder.glob(f"{PARTIAL}*"):

@@ -1,4 +1,4 @@
-"""SHA-256 of files and of plain values: what tells whether two of them are the same."""
+"""SHA-256 digests of files and of plain values."""
 
 import hashlib
 import json
@@ -7,11 +7,11 @@ from typing import Any
 
 
 def sha256_of_file(path: Path) -> str:
-    """Of a file's bytes."""
+    """Return the SHA-256 hex digest of a file's contents."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_of_values(values: Any) -> str:
-    """Of what JSON can hold, whatever the order of its keys."""
+    """Return the SHA-256 hex digest of a JSON-serialisable value, independent of the order of keys."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""One process at a time, by a lock file. The system takes the lock back from a process that ends in whatever way."""
+"""Exclusive locks based on lock files. The operating system releases the lock when a process ends or is killed."""
 
 import glob
 import logging
@@ -11,26 +11,28 @@ from filelock import FileLock, Timeout
 
 from ldm.files.atomic import PARTIAL, restore
 
-FOR_EVER = -1.0
+FOREVER = -1.0
+"""Timeout that never expires."""
 
 
 @contextmanager
-def alone(file: Path, taken: Callable[[], float] = lambda: 0.0) -> Iterator[None]:
-    """No other process is in the block of the same file.
+def file_lock(file: Path, wait_s: Callable[[], float] = lambda: 0.0) -> Iterator[None]:
+    """Hold an exclusive lock on `file` within the block.
 
-    The file stays: were it deleted, one who waits for it and one who makes it anew would both get in.
+    The lock file is never deleted. Otherwise a process waiting for the old file and a process creating a new one could
+    both acquire the lock.
 
     Args:
-        taken: Asked once where another process is in the block: the seconds to wait for its end.
+        wait_s: Called once if another process holds the lock. Returns the number of seconds to wait for it.
 
     Raises:
-        Timeout: it is in there still.
+        Timeout: another process still holds the lock after that time.
     """
     lock = FileLock(file)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        lock.acquire(timeout=taken(), poll_interval=0.2)
+        lock.acquire(timeout=wait_s(), poll_interval=0.2)
     try:
         yield
     finally:
@@ -38,18 +40,19 @@ def alone(file: Path, taken: Callable[[], float] = lambda: 0.0) -> Iterator[None
 
 
 @contextmanager
-def made_alone(folder: Path) -> Iterator[None]:
-    """Hold the lock of a cache folder, `.<folder>.lock`. Who had to wait should look first whether the folder is there
-    now. What a killed process left of a `durable_folder` of that name is deleted.
+def cache_lock(folder: Path) -> Iterator[None]:
+    """Hold the lock of a cache folder, `.<folder>.lock`, and delete partial folders that a killed process left.
+
+    If the lock was held by another process, the folder may exist afterwards. Check for it inside the block.
     """
 
-    def taken() -> float:
-        logging.getLogger(__name__).warning("Another process is making %s: waiting for it to end.", folder)
-        return FOR_EVER
+    def wait_s() -> float:
+        logging.getLogger(__name__).warning("Another process is creating %s. Waiting for it to finish.", folder)
+        return FOREVER
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with alone(folder.with_name(f".{folder.name}.lock"), taken):
+    with file_lock(folder.with_name(f".{folder.name}.lock"), wait_s):
         restore(folder)
-        for left in folder.parent.glob(f"{PARTIAL}*-{glob.escape(folder.name)}"):
-            shutil.rmtree(left, ignore_errors=True)
+        for partial in folder.parent.glob(f"{PARTIAL}*-{glob.escape(folder.name)}"):
+            shutil.rmtree(partial, ignore_errors=True)
         yield

@@ -1,4 +1,4 @@
-"""Files read whole, from disks that fail for a moment."""
+"""Reading files from disks with transient failures."""
 
 import errno
 import logging
@@ -14,68 +14,70 @@ from ldm.errors import InputError
 
 Result = TypeVar("Result")
 
-PAUSE_S = 0.5
-"""Between a failed try and the next; after that the failure stands."""
+RETRY_DELAY_S = 0.5
+"""Delay before the single retry."""
 
 MAX_FILE_BYTES = 2**30
+"""Largest image file that is read."""
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What a disk answers that has no room, or no more for this user."""
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Error numbers of a full disk or an exceeded quota."""
 
-MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-"""Errors of a file that is not there, and no disk's failure."""
+MISSING_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+"""Errors for a missing file. They do not indicate a disk failure."""
 
 
-def unreadable(path: Path, error: OSError) -> InputError:
-    """What to say of a cache that may be whole, on a disk that does not let it be read."""
-    rule = f"cannot be read ({error.strerror}). It is left as it is: repeat the command when its disk answers"
+def unreadable_error(path: Path, error: OSError) -> InputError:
+    """Return the error for a cache that cannot be read because of its disk, although it may be intact."""
+    rule = f"cannot be read ({error.strerror}). It was not modified. Repeat the command when the disk is available"
     return InputError("cache_dir", path, rule)
 
 
-def is_failure(error: BaseException) -> bool:
-    """Whether a disk failed, rather than refused a file or had none."""
-    return isinstance(error, OSError) and not isinstance(error, (PermissionError, *MISSING))
+def is_disk_failure(error: BaseException) -> bool:
+    """Return True if the disk failed, False if the file is missing or access to it is denied."""
+    return isinstance(error, OSError) and not isinstance(error, (PermissionError, *MISSING_FILE))
 
 
-_SAID: set[str] = set()
-"""Ways of failing that were told of: thousands of files may fail alike."""
+_warned_reasons: set[str] = set()
+"""Reasons already reported, since thousands of files can fail for the same reason."""
 
 
-def retried(read: Callable[[], Result]) -> Result:
-    """What `read` returns, tried once more after a pause where the disk fails.
+def retry_once(read: Callable[[], Result]) -> Result:
+    """Call `read`, and once more after a pause if the disk fails.
 
     Raises:
-        OSError: it fails again, refuses the file or has none.
+        OSError: the second attempt failed as well, the file is missing, or access is denied.
     """
     try:
         return read()
     except OSError as error:
-        if not is_failure(error):
+        if not is_disk_failure(error):
             raise
-        if (reason := str(error.strerror)) not in _SAID:
-            _SAID.add(reason)
-            logging.getLogger(__name__).warning("A file could not be read: %s. Trying again; said once.", reason)
-        time.sleep(PAUSE_S)
+        if (reason := str(error.strerror)) not in _warned_reasons:
+            _warned_reasons.add(reason)
+            message = "A file could not be read: %s. Retrying. This warning is shown once."
+            logging.getLogger(__name__).warning(message, reason)
+        time.sleep(RETRY_DELAY_S)
         return read()
 
 
 def read_file(path: Path) -> bytes:
-    """A regular file's bytes.
+    """Return the contents of a regular file.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is no file but a pipe or the like, or has more than MAX_FILE_BYTES.
+        OSError: the file cannot be read.
+        ValueError: it is not a regular file (for example a pipe), or is larger than MAX_FILE_BYTES.
     """
-    return retried(partial(_read_once, path))
+    return retry_once(partial(_read_once, path))
 
 
 def _read_once(path: Path) -> bytes:
-    # Without O_NONBLOCK opening a named pipe waits for a writer, for ever.
+    # Without O_NONBLOCK, opening a named pipe would wait forever for a writer.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     with os.fdopen(descriptor, "rb") as file:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
+        file_stat = os.fstat(descriptor)
+        if not stat.S_ISREG(file_stat.st_mode):
             raise ValueError("not a regular file but a pipe, a device or a folder")
-        if found.st_size > MAX_FILE_BYTES:
-            raise ValueError(f"{found.st_size:,} bytes are more than the {MAX_FILE_BYTES:,} that an image may have")
+        if file_stat.st_size > MAX_FILE_BYTES:
+            raise ValueError(f"{file_stat.st_size:,} bytes exceed the limit of {MAX_FILE_BYTES:,} bytes per image file")
         return file.read(MAX_FILE_BYTES)

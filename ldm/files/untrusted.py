@@ -1,7 +1,6 @@
-"""Files that a stranger may have written: read as data or refused by name, and nothing in them is ever run.
+"""Reading untrusted files. They are parsed as data or rejected with an error, and no code in them is ever run.
 
-JSON objects with the types of their fields, arrays of numpy, weights in safetensors, names that become files, links
-that leave a folder.
+Covers JSON objects with typed fields, NumPy arrays, text used as a file name, and symbolic links out of a folder.
 """
 
 import json
@@ -20,39 +19,39 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from ldm.errors import UserError
 
 OWN_LINKS = ("wandb",)
-"""Folders in a run in which another program keeps links of its own."""
-REMADE = "Delete the folder that it is in; it is made again."
-REMEDY = "Put back the file as it was written, or make it again."
+"""Folders of a run in which other programs create links."""
+RECREATE_REMEDY = "Delete the folder that contains it. It is created again on the next run."
+REMEDY = "Restore the original file or create it again."
 
 T = TypeVar("T")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Read a JSON file that contains an object.
 
     Raises:
-        UserError: it cannot be read, is not JSON, or holds something else than an object.
+        UserError: the file cannot be read, is not valid JSON, or does not contain an object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of 5000 digits
+    except (OSError, ValueError, RecursionError) as error:  # also invalid UTF-8, or a number with 5000 digits
         raise UserError(f"{path} cannot be read as JSON ({first_line(error)}). {REMEDY}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} must hold a JSON object, not {type(content).__name__}. {REMEDY}")
+        raise UserError(f"{path} must contain a JSON object, not {type(content).__name__}. {REMEDY}")
     return content
 
 
 @cache
-def _rule(kind: Any) -> TypeAdapter[Any]:
-    """Strict: neither "5" nor true is a number, which is finite; a whole one may stand for a float."""
+def _strict_adapter(kind: Any) -> TypeAdapter[Any]:
+    """Return a strict validator: "5" and true are not numbers, numbers must be finite, an int is a valid float."""
     return TypeAdapter(kind, config=ConfigDict(strict=True, allow_inf_nan=False))
 
 
 def check_fields(content: Mapping[str, Any], kinds: Mapping[str, Any], path: Path, *, required: bool = True) -> None:
-    """Refuse a JSON object whose fields are of other types than `kinds` says; other fields are left alone.
+    """Check that the fields of a JSON object have the types in `kinds`. Other fields are ignored.
 
     Raises:
-        UserError: naming the file, the field and what it should be.
+        UserError: a field is missing or has the wrong type. The message names the file, the field and the rule.
     """
     for name, kind in kinds.items():
         if name not in content:
@@ -60,23 +59,23 @@ def check_fields(content: Mapping[str, Any], kinds: Mapping[str, Any], path: Pat
                 raise UserError(f"{path} has no {name!r}. {REMEDY}")
             continue
         try:
-            _rule(kind).validate_python(content[name])
+            _strict_adapter(kind).validate_python(content[name])
         except ValidationError as error:
-            wrong = error.errors(include_url=False)[0]
-            rule, shown = wrong["msg"].replace("Input should", "must"), repr(wrong["input"])[:60]
-            place = "".join(f"[{part}]" for part in wrong["loc"] if isinstance(part, int))
-            raise UserError(f"{path}: {name!r}{place} {rule}, not {shown}. {REMEDY}") from None
+            details = error.errors(include_url=False)[0]
+            rule, value = details["msg"].replace("Input should", "must"), repr(details["input"])[:60]
+            index = "".join(f"[{part}]" for part in details["loc"] if isinstance(part, int))
+            raise UserError(f"{path}: {name!r}{index} {rule}, not {value}. {REMEDY}") from None
 
 
 def to_dataclass(kind: type[T], content: Mapping[str, Any], path: Path) -> T:
-    """A dataclass of plain fields out of a JSON object.
+    """Build a dataclass with plain fields from a JSON object.
 
     Raises:
-        UserError: a field that is missing, unknown or of another type.
+        UserError: a field is missing, unknown or of the wrong type.
     """
     kinds = get_type_hints(kind)
     if unknown := sorted(content.keys() - kinds.keys()):
-        raise UserError(f"{path} has unknown fields: {', '.join(unknown)[:100]}. Make it again.")
+        raise UserError(f"{path} has unknown fields: {', '.join(unknown)[:100]}. Create the file again.")
     required = [field.name for field in fields(kind) if field.default is MISSING]  # type: ignore[arg-type]
     check_fields(content, {name: kinds[name] for name in required}, path)
     check_fields(content, kinds, path, required=False)
@@ -84,63 +83,66 @@ def to_dataclass(kind: type[T], content: Mapping[str, Any], path: Path) -> T:
 
 
 def read_array(path: Path) -> np.memmap:
-    """The array in a .npy file, memory-mapped. Arrays of objects are pickles, and refused.
+    """Memory-map the array in a .npy file. Object arrays are rejected because they are pickled.
 
     Raises:
-        UserError: it cannot be read, or is something else.
+        UserError: the file cannot be read, or is not a valid array.
     """
     try:
         return np.lib.format.open_memmap(path, mode="r")
-    except Exception as error:  # on a made-up header numpy raises whatever its parser meets
-        raise UserError(f"{path} cannot be read as an array ({first_line(error)}). {REMADE}") from error
+    except Exception as error:  # numpy's header parser can raise anything on malicious input
+        raise UserError(f"{path} cannot be read as an array ({first_line(error)}). {RECREATE_REMEDY}") from error
 
 
-def refuse_links_out(folder: Path, *, but: Collection[str] = ()) -> None:
-    """Refuse a folder with a link in it that leads out of it: what is read or written there would be another file.
+def refuse_escaping_links(folder: Path, *, allowed: Collection[str] = ()) -> None:
+    """Reject a folder that contains a symbolic link to a file or folder outside it.
 
     Args:
-        but: Names directly in it that may lead anywhere.
+        allowed: Names of entries directly in `folder` that can link anywhere.
 
     Raises:
-        UserError: naming the link.
+        UserError: a link leads out of the folder. The message names it.
     """
     root = folder.resolve()
-    for place, folders, names in os.walk(root):
-        if Path(place) == root:
-            folders[:], names[:] = ([name for name in found if name not in but] for found in (folders, names))
+    for parent, folders, names in os.walk(root):
+        if Path(parent) == root:
+            folders[:], names[:] = ([name for name in entries if name not in allowed] for entries in (folders, names))
         for name in [*folders, *names]:
-            path = Path(place, name)
+            path = Path(parent, name)
             if path.is_symlink() and not path.resolve().is_relative_to(root):
-                remedy = "Put the file itself there, or link the whole folder instead."
-                raise UserError(f"{path} is a link to {path.resolve()}, out of its folder. {remedy}")
+                remedy = "Copy the file there, or link the whole folder instead."
+                raise UserError(f"{path} is a link to {path.resolve()}, which is outside its folder. {remedy}")
         folders[:] = [name for name in folders if name not in OWN_LINKS]
 
 
 def is_plain_name(text: str) -> bool:
-    """Whether a text names a file in a folder, and nothing elsewhere."""
+    """Return True if the text is a plain file name that cannot refer to a file in another folder."""
     return text not in ("", ".", "..") and not re.search(r"[\/\\\x00-\x1f\x7f\ud800-\udfff]", text)
 
 
-def file_name(text: str, longest: int = 100) -> str:
-    """A text as part of the name of a file: no separators or control signs, and no more bytes than that."""
-    kept = "".join("-" if unicodedata.category(sign)[0] == "C" else sign for sign in text)
-    kept = re.sub(r'[/\\:*?"<>|]+', "-", kept).strip(" .")
-    return kept.encode()[:longest].decode(errors="ignore") or "-"
+def to_file_name(text: str, max_bytes: int = 100) -> str:
+    """Convert text to part of a file name, without separators or control characters, of at most `max_bytes` bytes."""
+    name = "".join("-" if unicodedata.category(character)[0] == "C" else character for character in text)
+    name = re.sub(r'[/\\:*?"<>|]+', "-", name).strip(" .")
+    return name.encode()[:max_bytes].decode(errors="ignore") or "-"
 
 
-def clean_text(text: str) -> str:
-    """A text that UTF-8 can hold: JSON and command lines may bring lone surrogates, which become question marks."""
+def replace_surrogates(text: str) -> str:
+    """Replace lone surrogates, which JSON and command lines can contain but UTF-8 cannot, by question marks."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def one_line(text: str) -> str:
-    """A text as one line of a terminal: control signs, breaks, stray bytes and what reorders a line are escaped."""
-    strange = "[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
-    return re.sub(strange, lambda sign: ascii(sign[0])[1:-1], text)
+def to_one_line(text: str) -> str:
+    """Make text safe for one line of terminal output.
+
+    Control characters, line breaks, undecodable bytes and bidirectional formatting characters are escaped.
+    """
+    unsafe = "[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+    return re.sub(unsafe, lambda match: ascii(match[0])[1:-1], text)
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line of no more than 200 signs."""
+    """Return the first non-empty line of an error message, shortened to 200 characters, without a full stop."""
     lines = str(error).split("\n")
-    said = next((" ".join(line.split()) for line in lines if line.strip()), "")
-    return (said or type(error).__name__)[:200].rstrip(".")
+    message = next((" ".join(line.split()) for line in lines if line.strip()), "")
+    return (message or type(error).__name__)[:200].rstrip(".")

@@ -16,8 +16,8 @@ from torch import Tensor
 from ldm.data.images import ImageData, default_cache_dir
 from ldm.errors import InputError, UserError
 from ldm.files.atomic import clear_partials, sync
-from ldm.files.lock import made_alone
-from ldm.files.reading import FULL
+from ldm.files.lock import cache_lock
+from ldm.files.reading import DISK_FULL
 from ldm.files.untrusted import read_array
 from ldm.latents.contract import CONTRACT_FILE, LatentContract
 from ldm.latents.encoding import MOMENTS_FILE, Encode, NotFinite, check_moments, encode_moments
@@ -76,7 +76,7 @@ def open_latents(
     """
     folder = latents_folder(contract, cache_dir)
     if not folder.exists():
-        with made_alone(folder):
+        with cache_lock(folder):
             if not folder.exists():
                 _encode(folder, encode, contract, images, batch_size)
     if not (folder / CONTRACT_FILE).is_file():
@@ -131,7 +131,7 @@ def _encode(folder: Path, encode: Encode, contract: LatentContract, images: Imag
         shutil.rmtree(unfinished)
         raise
     except OSError as error:
-        if error.errno not in FULL:
+        if error.errno not in DISK_FULL:
             raise
         rule = f"filled up. What is done is kept in {unfinished}: free some space, and the same command continues there"
         raise InputError("cache_dir", folder.parent, rule) from error

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ldm.data.images import default_cache_dir
-from ldm.files.atomic import durable_folder
+from ldm.files.atomic import atomic_folder
 from ldm.files.digest import sha256_of_values
-from ldm.files.lock import made_alone
+from ldm.files.lock import cache_lock
 from ldm.files.untrusted import read_array
 from ldm.progress import progress
 
@@ -62,9 +62,9 @@ def open_captions(
     key = sha256_of_values([encoder, texts])[:12]
     folder = Path(cache_dir or default_cache_dir()).expanduser() / f"captions-{key}"
     if not folder.is_dir():
-        with made_alone(folder):
+        with cache_lock(folder):
             if not folder.is_dir():
-                with durable_folder(folder) as partial:
+                with atomic_folder(folder) as partial:
                     _embed(partial, encode, texts, batch_size)
     return CaptionData(folder, None if (counts == 1).all() else counts)
 

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from ldm.data.images import ImageData
 from ldm.errors import UserError
-from ldm.files.arrays import Layout, changed, digests, mark_verified, npy_header
+from ldm.files.arrays import Layout, changed_rows, chunk_digests, mark_verified, npy_header
 from ldm.files.atomic import write_text
-from ldm.files.reading import MISSING, unreadable
+from ldm.files.reading import MISSING_FILE, unreadable_error
 from ldm.progress import progress
 
 MOMENTS_FILE = "moments.npy"
@@ -65,14 +65,14 @@ def encode_moments(
         task = bar.add_task("encoding latents", total=shape[0], completed=done)
         if not kept:
             _append(file, header)
-        file.truncate(layout.end(done))
-        file.seek(layout.end(done))
+        file.truncate(layout.offset(done))
+        file.seek(layout.offset(done))
         for rows in chunks[len(kept) :]:
             for start in range(rows.start, rows.stop, batch_size):
                 indices = range(start, min(start + batch_size, rows.stop))
                 _append(file, _moments(encode, images, indices, shape, dtype))
                 bar.advance(task, len(indices))
-            kept += digests(file_path, layout, [rows])
+            kept += chunk_digests(file_path, layout, [rows])
             os.fsync(file.fileno())
             write_text(folder / JOURNAL_FILE, json.dumps(_journal(layout, batch_size) | {"sha256": kept}) + "\n")
     mark_verified(file_path, kept)
@@ -94,11 +94,11 @@ def check_moments(folder: Path, *, every_byte: bool = False) -> None:
     try:
         journal = _read_journal(folder)
         layout = Layout(*(journal[key] for key in ("header_bytes", "row_bytes", "num_rows", "chunk_rows")))
-        bad = changed(folder / MOMENTS_FILE, layout, journal["sha256"], every_byte=every_byte)
-    except (*MISSING, ValueError, KeyError, TypeError, AttributeError) as error:
+        bad = changed_rows(folder / MOMENTS_FILE, layout, journal["sha256"], every_byte=every_byte)
+    except (*MISSING_FILE, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / JOURNAL_FILE} does not fit {MOMENTS_FILE} ({error}). {remedy}") from error
     except OSError as error:
-        raise unreadable(folder, error) from error
+        raise unreadable_error(folder, error) from error
     if bad:
         parts = ", ".join(f"{rows.start} to {rows.stop - 1}" for rows in bad[:5]) + ", ..." * (len(bad) > 5)
         raise UserError(f"{folder / MOMENTS_FILE} changed since it was encoded: images {parts}. {remedy}")
@@ -144,9 +144,9 @@ def _kept(folder: Path, layout: Layout, batch_size: int) -> list[str]:
         known = journal.pop("sha256")
         if journal != _journal(layout, batch_size):
             return []
-        found = digests(folder / MOMENTS_FILE, layout, layout.chunks()[: len(known)])
-    except (*MISSING, ValueError, KeyError, TypeError, AttributeError):
+        found = chunk_digests(folder / MOMENTS_FILE, layout, layout.chunks()[: len(known)])
+    except (*MISSING_FILE, ValueError, KeyError, TypeError, AttributeError):
         return []
     except OSError as error:
-        raise unreadable(folder, error) from error
+        raise unreadable_error(folder, error) from error
     return [one for one, _ in takewhile(lambda pair: pair[0] == pair[1], zip(found, known, strict=False))]

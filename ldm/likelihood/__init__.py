@@ -1,1 +1,1 @@
-"""Bits per dimension through both stages."""
+"""Likelihood of images under both stages, in bits per dimension."""

@@ -1,4 +1,4 @@
-"""Fit the per-t optimal Sigma of a trained model on its training split."""
+"""Fitting the optimal Sigma at each t for a trained model."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from ldm.data.images import ImageData
 from ldm.diffusion.bound import fit_z_0_mse
 from ldm.errors import UserError
 from ldm.likelihood.two_stage import draw_latents
-from ldm.progress import Bars
+from ldm.progress import ProgressBars
 from ldm.runtime.random import numpy_generator, torch_generator
 from ldm.sampling.pipeline import LatentDiffusionPipeline, save_z_0_mse
 from ldm.sampling.request import Request
@@ -28,27 +28,27 @@ def fit_optimal(
     bar: Progress,
     images_per_step: int = 16,
 ) -> None:
-    """Fit the per-t optimal Sigma on the training split, and keep it in the pipeline's folder.
+    """Fit the optimal Sigma at each t on the training split, and save it in the pipeline's folder.
 
     Raises:
-        UserError: an answer of the autoencoder or the network is not finite.
+        UserError: if an output of the autoencoder or the network is not finite.
     """
     indices = numpy_generator(seed, 3).permutation(images.train_indices)[:FITTED_IMAGES]
     generator = torch_generator(seed, 3)
     latents: list[Tensor] = []
     for start in range(0, len(indices), batch_size):
-        part = images.batch(indices[start : start + batch_size])
-        latents.append(draw_latents(pipeline.autoencoder, part, [generator] * len(part))[2])
+        batch = images.batch(indices[start : start + batch_size])
+        latents.append(draw_latents(pipeline.autoencoder, batch, [generator] * len(batch))[2])
     z_0 = pipeline.autoencoder.standardise(torch.cat(latents))
-    report = Bars(bar)
+    report = ProgressBars(bar)
     pipeline.network.eval()
-    request = Request.of_images(pipeline, images, indices)
-    moved = {name: value.to(pipeline.device) for name, value in request.condition.items()}
+    request = Request.for_images(pipeline, images, indices)
+    condition = {name: value.to(pipeline.device) for name, value in request.condition.items()}
     try:
         pipeline.z_0_mse = fit_z_0_mse(
             pipeline.denoiser(),
             z_0.to(pipeline.device),
-            moved,
+            condition,
             generator=generator,
             images_per_step=images_per_step,
             batch_size=batch_size,
@@ -56,5 +56,5 @@ def fit_optimal(
         )
     except ValueError as error:
         raise UserError(f"variance=optimal cannot be fitted: {error}. Choose another variance.") from error
-    made_by = {"images": len(indices), "images_per_step": images_per_step, "seed": seed, "data": images.fingerprint}
-    save_z_0_mse(folder, pipeline.z_0_mse, made_by)
+    settings = {"images": len(indices), "images_per_step": images_per_step, "seed": seed, "data": images.fingerprint}
+    save_z_0_mse(folder, pipeline.z_0_mse, settings)

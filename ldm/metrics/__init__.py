@@ -1,1 +1,1 @@
-"""Pure functions of tensors: distortion, distances between sets of features, codes; and reports of what they find."""
+"""Metrics of images and of their features, the networks that compute features, and reports."""

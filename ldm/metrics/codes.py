@@ -1,4 +1,4 @@
-"""What the codes of an autoencoder hold: KL, rate, use of a codebook."""
+"""Metrics of an autoencoder's latent codes: KL divergence, rate and codebook usage."""
 
 import math
 from typing import Any
@@ -8,13 +8,18 @@ from torch import Tensor
 
 
 def kl(mean: Tensor, log_variance: Tensor) -> Tensor:
-    """KL(q(z_raw|x) || N(0, I)) per image in nats, [b], of moments [b, C, h, w]; in float64."""
+    """Return KL(q(z_raw|x) || N(0, I)) of each image in nats, [b], from moments [b, C, h, w], in float64."""
     mean, log_variance = mean.cpu().double(), log_variance.cpu().double()
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=(1, 2, 3))
 
 
-def rate(nats: Tensor | None, num_values: int) -> dict[str, float | None]:
-    """The mean KL of images of so many pixel values, in three units; None where there is no density."""
+def kl_metrics(nats: Tensor | None, num_values: int) -> dict[str, float | None]:
+    """Return the mean KL per image in nats, in bits, and in bits per pixel value.
+
+    Args:
+        nats: KL of each image, [b]; None for a model without a density, whose metrics are None.
+        num_values: Number of pixel values per image.
+    """
     if nats is None:
         return {"kl_nats": None, "kl_bits": None, "kl_bits_per_value": None}
     mean = nats.mean().item()
@@ -22,11 +27,15 @@ def rate(nats: Tensor | None, num_values: int) -> dict[str, float | None]:
     return {"kl_nats": mean, "kl_bits": bits, "kl_bits_per_value": bits / num_values}
 
 
-def codebook(counts: Tensor | None) -> dict[str, Any]:
-    """Share of the codes in use, and exp of the entropy of how often each one is; None where there are none."""
+def codebook_metrics(counts: Tensor | None) -> dict[str, Any]:
+    """Return the size of a codebook, the fraction of its codes in use, and the perplexity of their frequencies.
+
+    Args:
+        counts: How often each code occurs, [n]; None for a model without a codebook, whose metrics are None.
+    """
     if counts is None:
         return {"codebook_size": None, "codebook_usage": None, "codebook_perplexity": None}
-    counts = counts.cpu()  # float64 is not for every accelerator
+    counts = counts.cpu()  # not every accelerator supports float64
     entropy = torch.special.entr(counts.double() / counts.sum()).sum()
     usage = (counts > 0).double().mean().item()
     return {"codebook_size": len(counts), "codebook_usage": usage, "codebook_perplexity": entropy.exp().item()}

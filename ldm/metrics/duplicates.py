@@ -1,7 +1,7 @@
-"""Copies and near copies among images, by difference hashes and thumbnails.
+"""Exact and near duplicates among images, found with difference hashes and thumbnails.
 
-Setting: images are [b, 3, H, W] in [-1, 1]. Pairs are compared part by part, so that memory does not grow with their
-number.
+Setting: images are [b, 3, H, W] in [-1, 1]. Pairs are compared in chunks, so that memory does not grow with the number
+of pairs.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,19 +10,20 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.metrics.neighbours import part_size, squared_distances
+from ldm.metrics.neighbours import chunk_size, squared_distances
 from ldm.progress import track
 
 LUMA = (0.299, 0.587, 0.114)
 LEVEL = 1 / 127.5
-"""One of the 255 steps from -1 to 1."""
+"""One 8-bit intensity level, for values in [-1, 1]."""
 
 
 def dhash(images: Tensor, *, margin: float = LEVEL) -> Tensor:
-    """Difference hash, bool [b, 64]: is a cell of the grey 8 x 9 thumbnail brighter than its left neighbour?
+    """Return the difference hash, bool [b, 64], of a grey 8 x 9 thumbnail: is a cell brighter than its left neighbour?
 
-    By more than `margin`, unlike the original: on flat ground, as around drawings, the sign of a difference is that
-    of the noise of the compression. Source: N. Krawetz, "Kind of Like That", 2013, hackerfactor.com.
+    Unlike in the original, a cell must be brighter by more than `margin`. In flat regions, such as the background of a
+    drawing, the sign of a difference is determined by compression noise alone.
+    Source: N. Krawetz, "Kind of Like That", 2013, hackerfactor.com.
     """
     grey = (images * images.new_tensor(LUMA)[:, None, None]).sum(dim=1, keepdim=True)
     cells = F.interpolate(grey, size=(8, 9), mode="bilinear", antialias=True, align_corners=False)[:, 0]
@@ -30,78 +31,89 @@ def dhash(images: Tensor, *, margin: float = LEVEL) -> Tensor:
 
 
 def thumbnails(images: Tensor) -> Tensor:
-    """The colours of 8 x 8 cells, [b, 192] in [-1, 1]: they tell apart what has the same hash, such as flags."""
+    """Return the colours of 8 x 8 cells, [b, 192] in [-1, 1]. They distinguish images with equal hashes, like flags."""
     return F.interpolate(images, size=8, mode="bilinear", antialias=True, align_corners=False).flatten(1)
 
 
-def near_pairs(
+def near_duplicate_pairs(
     hashes: Tensor, colours: Tensor, *, max_bits: int, max_levels: float
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Every pair whose hashes differ in few bits and whose thumbnails in few levels, part by part, with a progress bar.
+    """Find all pairs of images with similar hashes and thumbnails, chunk by chunk, with a progress bar.
 
     Args:
         hashes: bool [n, 64].
         colours: Thumbnails, [n, d].
-        max_levels: Largest root mean square difference of the thumbnails, in levels of 255.
+        max_bits: Largest number of differing hash bits.
+        max_levels: Largest root mean square difference between thumbnails, in 8-bit levels.
 
     Yields:
-        Pairs [p, 2] with i < j, bits that differ [p], levels [p].
+        Pairs [p, 2] with i < j, their numbers of differing bits [p], and their thumbnail differences in levels [p].
     """
-    signs, size = hashes.float() * 2 - 1, part_size(len(hashes))
+    signs, size = hashes.float() * 2 - 1, chunk_size(len(hashes))
     for start in track(range(0, len(hashes), size), "near duplicates"):
         rows = slice(start, start + size)
-        bits = (hashes.shape[1] - signs[rows] @ signs[start:].T) / 2  # small whole numbers, which float32 holds exactly
+        bits = (hashes.shape[1] - signs[rows] @ signs[start:].T) / 2  # small integers, exact in float32
         levels = (squared_distances(colours[rows], colours[start:]) / colours.shape[1]).sqrt() / LEVEL
-        found = ((bits <= max_bits) & (levels <= max_levels)).triu(1)
-        yield found.nonzero() + start, bits[found].long(), levels[found]
+        matches = ((bits <= max_bits) & (levels <= max_levels)).triu(1)
+        yield matches.nonzero() + start, bits[matches].long(), levels[matches]
 
 
-class Copies:
-    """Who has the pixels of whom, and who is near to whom, with training (0) and validation (1) kept apart.
+class DuplicateIndex:
+    """Exact and near duplicates of each image, tracked separately for the training (0) and validation (1) splits.
 
     Args:
-        digests: Of the pixels of each image; equal where every pixel is.
+        digests: Digest of each image's pixels; equal for images with identical pixels.
+        train, val: Indices of the images of each split.
     """
 
     def __init__(self, digests: Sequence[bytes], train: np.ndarray, val: np.ndarray) -> None:
         seen: dict[bytes, int] = {}
         self.first = np.array([seen.setdefault(digest, i) for i, digest in enumerate(digests)], dtype=np.int64)
-        """The first image with the same pixels, [n]."""
+        """Index of the first image with the same pixels, [n]."""
         self.distinct = np.unique(self.first)
         self.is_val = np.isin(np.arange(len(digests)), val)
         self.member = np.full((2, len(digests)), -1)
-        """By split, the first image with the pixels of `first`'s i; -1: none."""
+        """First image of each split with the same pixels as the distinct image i; -1 if there is none, [2, n]."""
         for split, indices in enumerate((train, val)):
             self.member[split, self.first[indices[::-1]]] = indices[::-1]
         self.is_near = np.zeros((2, len(digests)), dtype=bool)
-        """By split, whether it holds a near duplicate, other than a copy, of `first`'s i."""
+        """True if a split contains a near duplicate of the distinct image i, exact copies not counted, [2, n]."""
         self.num_pairs = 0
         self._closest = np.empty((0, 5))
 
     def add(self, pairs: Tensor, bits: Tensor, levels: Tensor, *, keep: int) -> None:
-        """Take in near pairs of rows of `distinct`, and keep so many of the closest, those across the splits first."""
+        """Add near-duplicate pairs, given as rows of `distinct`.
+
+        Only the `keep` closest pairs are stored. Pairs across the splits take precedence.
+        """
         i, j = self.distinct[pairs.numpy()].T
         for a, b in ((i, j), (j, i)):
             for split in (0, 1):
                 self.is_near[split, a[self.member[split, b] >= 0]] = True
-        has = self.member >= 0
-        crosses = (has[0, i] & has[1, j]) | (has[1, i] & has[0, j])
+        present = self.member >= 0
+        crosses = (present[0, i] & present[1, j]) | (present[1, i] & present[0, j])
         self._closest = np.concatenate([self._closest, np.column_stack([~crosses, bits, levels, i, j])])
         self._closest = self._closest[np.lexsort(self._closest[:, 2::-1].T)][:keep]
         self.num_pairs += len(pairs)
 
-    def near(self) -> list[tuple[int, int, int, float]]:
-        """Images, bits and levels of the closest pairs; across the splits the validation image comes first."""
-        return [(*self._across(int(i), int(j)), int(bits), levels) for _, bits, levels, i, j in self._closest.tolist()]
+    def closest_pairs(self) -> list[tuple[int, int, int, float]]:
+        """Return both images, the differing bits and the levels of each of the closest pairs.
 
-    def groups(self) -> list[list[int]]:
-        """Images of equal pixels, those across the splits first and with a validation image in front."""
+        In a pair across the splits, the validation image comes first.
+        """
+        return [
+            (*self._validation_first(int(i), int(j)), int(bits), levels)
+            for _, bits, levels, i, j in self._closest.tolist()
+        ]
+
+    def copy_groups(self) -> list[list[int]]:
+        """Return groups of identical images. Groups across the splits come first and start with a validation image."""
         order = np.argsort(self.first, kind="stable")
-        parts = np.split(order, np.flatnonzero(np.diff(self.first[order])) + 1)
-        found = [sorted(part.tolist(), key=lambda i: not self.is_val[i]) for part in parts if len(part) > 1]
-        return sorted(found, key=lambda part: self.is_val[part[0]] <= self.is_val[part[-1]])
+        equal = np.split(order, np.flatnonzero(np.diff(self.first[order])) + 1)
+        groups = [sorted(group.tolist(), key=lambda i: not self.is_val[i]) for group in equal if len(group) > 1]
+        return sorted(groups, key=lambda group: self.is_val[group[0]] <= self.is_val[group[-1]])
 
-    def _across(self, i: int, j: int) -> tuple[int, int]:
+    def _validation_first(self, i: int, j: int) -> tuple[int, int]:
         (train_i, val_i), (train_j, val_j) = self.member[:, i].tolist(), self.member[:, j].tolist()
         if val_i >= 0 and train_j >= 0:
             return val_i, train_j

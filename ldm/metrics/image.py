@@ -1,4 +1,4 @@
-"""Distortion of images, and the best linear code of their patches."""
+"""Image distortion (PSNR, SSIM), and PCA of image patches as a linear baseline."""
 
 from collections.abc import Iterable
 
@@ -8,32 +8,35 @@ from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 CHUNK_PIXELS = 2**20
-"""Pixels in float64 at a time while the covariance of patches is accumulated: 25 MB."""
+"""Pixels converted to float64 at a time while the covariance of patches is accumulated (25 MB)."""
 
 
 def psnr(images: Tensor, reconstruction: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB per image, [b]; both [b, c, H, W] in [-1, 1], so the peak is 2."""
+    """Return the peak signal-to-noise ratio of each image in dB, [b], for images [b, c, H, W] in [-1, 1] (peak 2)."""
     mse = (images.float() - reconstruction.float()).square().mean(dim=(1, 2, 3)).clamp(min=1e-10)
     return 10 * torch.log10(4 / mse)
 
 
 def ssim(images: Tensor, reconstruction: Tensor) -> Tensor:
-    """Structural similarity per image, [b]; both [b, c, H, W] in [-1, 1], 11 x 11 Gaussian window (torchmetrics).
+    """Return the structural similarity of each image, [b], for images [b, c, H, W] in [-1, 1].
 
-    Taken on intensities from 0 to 1, as published values are: its luminance term means nothing below 0.
+    The window is an 11 x 11 Gaussian (torchmetrics). Intensities are mapped to [0, 1] first, as for published values:
+    the luminance term is meaningless for negative intensities.
     """
     first, second = ((x.float() + 1) / 2 for x in (reconstruction, images))
-    with torch.autocast(first.device.type, enabled=False):  # variances as differences of means: bfloat16 cannot
+    with torch.autocast(first.device.type, enabled=False):  # variances are differences of means, too coarse in bfloat16
         values = structural_similarity_index_measure(first, second, data_range=(0.0, 1.0), reduction="none")
     assert isinstance(values, Tensor)
     return values
 
 
 def pca_reconstruction(train: Tensor, images: Tensor, *, factor: int, channels: int) -> Tensor:
-    """Reconstruct from the first `channels` principal components of f x f patches: as many values as a latent.
+    """Reconstruct images from the first `channels` principal components of their f x f patches.
+
+    They have as many values as a latent with the same downsampling factor and number of channels.
 
     Args:
-        train: Images that the components are fitted on, [n, 3, H, W] in [-1, 1].
+        train: Images to fit the components to, [n, 3, H, W] in [-1, 1].
         images: Images to reconstruct, [b, 3, H, W].
 
     Returns:
@@ -43,21 +46,21 @@ def pca_reconstruction(train: Tensor, images: Tensor, *, factor: int, channels: 
 
 
 def project(components: tuple[Tensor, Tensor], images: Tensor, *, factor: int, channels: int) -> Tensor:
-    """`pca_reconstruction` from the mean and basis of `patch_components`."""
+    """Reconstruct images as `pca_reconstruction` does, given the mean and basis from `patch_components`."""
     mean, basis = components[0], components[1][:, :channels]
     return fold((unfold(images, factor) - mean) @ basis @ basis.T + mean, factor).clamp(-1, 1)
 
 
 def patch_components(batches: Iterable[Tensor], factor: int) -> tuple[Tensor, Tensor]:
-    """Mean [d] and principal components [d, d], as columns, the largest first, of f x f patches of images; d = 3 f^2.
+    """Return the mean [d] and the principal components [d, d] of f x f image patches, where d = 3 f^2.
 
-    The covariance is accumulated over the batches [b, 3, H, W], each in parts of CHUNK_PIXELS, so that memory depends
-    on neither the number nor the size of the images.
+    The components are the columns, in order of decreasing variance. The covariance is accumulated over the batches
+    [b, 3, H, W] in chunks of CHUNK_PIXELS, so that memory depends on neither the number nor the size of the images.
     """
     count, total, squares = 0, torch.zeros(1).double(), torch.zeros(1, 1).double()
     for images in batches:
-        for part in images.split(max(1, CHUNK_PIXELS // images[0, 0].numel())):
-            patches = unfold(part, factor).flatten(0, 2)
+        for chunk in images.split(max(1, CHUNK_PIXELS // images[0, 0].numel())):
+            patches = unfold(chunk, factor).flatten(0, 2)
             count += len(patches)
             total = total + patches.sum(0)
             squares = squares + patches.T @ patches
@@ -67,10 +70,10 @@ def patch_components(batches: Iterable[Tensor], factor: int) -> tuple[Tensor, Te
 
 
 def unfold(images: Tensor, factor: int) -> Tensor:
-    """[b, 3, H, W] -> its f x f patches [b, H / f, W / f, 3 f^2] in float64."""
+    """Split images [b, 3, H, W] into f x f patches, [b, H / f, W / f, 3 f^2] in float64."""
     return F.pixel_unshuffle(images, factor).permute(0, 2, 3, 1).double()
 
 
 def fold(patches: Tensor, factor: int) -> Tensor:
-    """The inverse of `unfold`, in float32."""
+    """Invert `unfold`, in float32."""
     return F.pixel_shuffle(patches.permute(0, 3, 1, 2), factor).float()

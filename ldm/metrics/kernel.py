@@ -1,4 +1,4 @@
-"""Distances between sets of features by kernels, and how diverse one set is."""
+"""Kernel distances between two sets of features, and the Vendi score for the diversity of one set."""
 
 import math
 
@@ -6,33 +6,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.metrics.neighbours import part_size, squared_distances
-from ldm.metrics.subsets import NUM_SUBSETS, over_subsets
+from ldm.metrics.neighbours import chunk_size, squared_distances
+from ldm.metrics.subsets import NUM_SUBSETS, mean_over_subsets
 
 
 def kernel_distance(
     samples: Tensor, reference: Tensor, *, num_subsets: int = NUM_SUBSETS, seed: int = 0, paired: bool = False
 ) -> tuple[float, float]:
-    """Kernel distance between two sets of features, averaged over disjoint subsets of both.
+    """Return the kernel distance between two sets of features, averaged over disjoint subsets of both.
 
         KD = unbiased MMD^2 with k(a, b) = (a.b / d + 1)^3
 
-    Called KID where the features are Inception's. Source: Binkowski et al. 2018, arXiv:1801.01401.
+    With Inception features, this is the KID. Source: Binkowski et al. 2018, arXiv:1801.01401.
 
     Args:
-        samples, reference: [n, d] and [m, d].
-        paired: Row i of both belongs together, as an image and its reconstruction do. Kernels within a pair are left
-            out then, without which the estimate of dependent sets is biased downwards. Source: Gretton et al. 2012,
-            "A kernel two-sample test", eq. 4.
+        samples, reference: Features [n, d] and [m, d].
+        paired: Row i of both sets belongs together, as an image and its reconstruction do. Kernels within a pair are
+            then excluded, because they would bias the estimate downwards. Source: Gretton et al. 2012, "A kernel
+            two-sample test", eq. 4.
 
     Returns:
-        The mean over the subsets, each of two at least, and its standard error, computed in float64.
+        The mean over the subsets and its standard error, computed in float64. Subsets need at least two rows.
     """
 
     def distance(a: Tensor, b: Tensor) -> tuple[float]:
         return (_mmd2(a, b, paired).item(),)
 
-    return over_subsets(distance, samples, reference, num_subsets=num_subsets, seed=seed, paired=paired)[0]
+    return mean_over_subsets(distance, samples, reference, num_subsets=num_subsets, seed=seed, paired=paired)[0]
 
 
 def _mmd2(a: Tensor, b: Tensor, paired: bool = False) -> Tensor:
@@ -49,16 +49,17 @@ def _polynomial(a: Tensor, b: Tensor) -> Tensor:
 
 
 def cmmd(samples: Tensor, reference: Tensor, *, sigma: float = 10.0, scale: float = 1000.0) -> float:
-    """Squared maximum mean discrepancy under a Gaussian kernel, of features of unit length; made for CLIP's.
+    """Return the squared maximum mean discrepancy of unit-length features under a Gaussian kernel.
 
         CMMD = scale (mean k(x, x') + mean k(y, y') - 2 mean k(x, y)),   k(a, b) = exp(-|a - b|^2 / (2 sigma^2))
 
-    The biased V-statistic of the authors' code, every feature's kernel with itself included, where the paper's eq. 4
-    is the unbiased one: never negative, and of sets of one distribution about scale (1/n + 1/m) (1 - mean k) above 0.
-    Features are scaled to unit length, as in that code. Source: Jayasumana et al. 2024, arXiv:2401.09603, section 4.
+    This is the biased V-statistic of the authors' code, which includes the kernel of each feature with itself, whereas
+    eq. 4 of the paper is the unbiased estimator. It is never negative, and for two sets from the same distribution its
+    expectation is about scale (1/n + 1/m) (1 - mean k). Features are normalised to unit length, as in the authors'
+    code. Source: Jayasumana et al. 2024, arXiv:2401.09603, section 4.
 
     Args:
-        samples, reference: [n, d] and [m, d].
+        samples, reference: Features [n, d] and [m, d]; the metric is defined for those of CLIP.
     """
     x, y = (F.normalize(features.double(), dim=1) for features in (samples, reference))
     means = [_mean_kernel(a, b, sigma) for a, b in ((x, x), (y, y), (x, y))]
@@ -67,17 +68,17 @@ def cmmd(samples: Tensor, reference: Tensor, *, sigma: float = 10.0, scale: floa
 
 def _mean_kernel(a: Tensor, b: Tensor, sigma: float) -> float:
     total = 0.0
-    for rows in a.split(part_size(len(b))):
-        # 1 - k first: all kernels are near 1, and only what they lack of it tells the sets apart
+    for rows in a.split(chunk_size(len(b))):
+        # sum k - 1 rather than k: all kernels are close to 1, and the sets differ only in the small remainder
         total += torch.expm1(-squared_distances(rows, b) / (2 * sigma**2)).sum().item()
     return 1 + total / (len(a) * len(b))
 
 
 def vendi_score(features: Tensor) -> float:
-    """How many different images there are in effect, from 1 to n: exp(-sum_i l_i log l_i).
+    """Return the effective number of distinct images, from 1 to n: exp(-sum_i l_i log l_i).
 
-    l_i are the eigenvalues of K / n with the cosine similarity K. Those of the d x d matrix X^T X / n are the same
-    but for zeros, so the cost is linear in n. Source: Friedman and Dieng 2022, arXiv:2210.02410.
+    l_i are the eigenvalues of K / n, where K is the matrix of cosine similarities. The d x d matrix X^T X / n has the
+    same nonzero eigenvalues, so the cost is linear in n. Source: Friedman and Dieng 2022, arXiv:2210.02410.
     """
     n, d = features.shape
     if n <= d:
@@ -87,5 +88,5 @@ def vendi_score(features: Tensor) -> float:
         kernel = torch.zeros(d, d, dtype=torch.float64)
         for unit in F.normalize(features, dim=1).split(1024):
             kernel += (unit.T @ unit).double()
-    shares = torch.linalg.eigvalsh(kernel / n).clamp(min=0)
-    return math.exp(torch.special.entr(shares).sum().item())
+    eigenvalues = torch.linalg.eigvalsh(kernel / n).clamp(min=0)
+    return math.exp(torch.special.entr(eigenvalues).sum().item())

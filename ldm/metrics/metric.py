@@ -1,4 +1,4 @@
-"""A metric: one number of a run, and how far chance may have moved it."""
+"""A measured value with its standard error."""
 
 import math
 from collections.abc import Mapping
@@ -10,55 +10,57 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Metric:
-    """A number with its standard error, where that is known."""
+    """A value with its standard error, if that is known."""
 
     value: float
     standard_error: float | None = None
-    """Of drawing other images, not of training again."""
+    """Covers the sampling of images, not the variation between training runs."""
     dof: float = math.inf
     """Degrees of freedom of the standard error."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """How it was measured: metrics compare where these are equal."""
+    """How the value was measured. Metrics are comparable only if their settings are equal."""
 
     @property
     def is_measured(self) -> bool:
         return not math.isnan(self.value)
 
     def __format__(self, spec: str) -> str:
-        """`f"{metric:.3f}"` is value +- standard error, each by the format; - where it was not measured."""
+        """Return "value +- standard error", both formatted with `spec`, or "-" if the metric was not measured."""
         return f"{self.value:{spec}} +- {self.standard_error:{spec}}" if self.is_measured else "-"
 
 
 UNMEASURED = Metric(math.nan)
-"""A metric for which there are too few images, or no network."""
+"""A metric that could not be measured, because there are too few images or there is no feature network."""
 
 
 def mean_metric(values: Tensor) -> Metric:
-    """Mean and its standard error between images (nan for a single one)."""
+    """Return the mean over images and its standard error (nan for a single image)."""
     n = len(values)
     return Metric(values.mean().item(), values.std().item() / n**0.5 if n > 1 else math.nan)
 
 
-ERROR = "_standard_error"
-"""Ends the key of a metric's error in a JSON."""
+ERROR_SUFFIX = "_standard_error"
+"""Suffix of the key of a standard error in JSON files."""
 
 
 def metrics_to_json(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Write every Metric among the values as two keys, null where it was not measured; leave other values alone."""
-    found: dict[str, Any] = {}
+    """Replace each Metric by two keys, its value (null if not measured) and its standard error; keep other values."""
+    values: dict[str, Any] = {}
     for name, value in content.items():
         if isinstance(value, Metric):
-            found[name] = value.value if value.is_measured else None
-            found[name + ERROR] = value.standard_error
+            values[name] = value.value if value.is_measured else None
+            values[name + ERROR_SUFFIX] = value.standard_error
         else:
-            found[name] = value
-    return found
+            values[name] = value
+    return values
 
 
-def share_error(share: float, num: int) -> float:
-    """Standard error of a share of `num`, with one success and one failure added, so that 0 and 1 have one as well.
+def proportion_error(proportion: float, num: int) -> float:
+    """Return the standard error of a proportion of `num` trials.
+
+    One success and one failure are added, so that the error is not 0 for the proportions 0 and 1.
 
     Source: Agresti and Caffo 2000, The American Statistician 54(4).
     """
-    moved = (share * num + 1) / (num + 2)
-    return math.sqrt(moved * (1 - moved) / (num + 2))
+    adjusted = (proportion * num + 1) / (num + 2)
+    return math.sqrt(adjusted * (1 - adjusted) / (num + 2))

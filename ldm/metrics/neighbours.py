@@ -1,7 +1,7 @@
-"""Nearest neighbours between sets of features: precision, recall, density, coverage, retrieval.
+"""Nearest-neighbour metrics of features: precision, recall, density, coverage and retrieval.
 
-Setting: features are [n, d], compared by Euclidean distance, retrieval by cosine. Pairs are compared part by part, so
-that neither n x m distances nor anything of n x m x d is ever held.
+Setting: features are [n, d] and compared by Euclidean distance, except for retrieval, which uses cosine similarity.
+Pairs are processed in chunks, so that the n x m matrix of distances is never held in memory.
 """
 
 import math
@@ -11,108 +11,116 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MOST_PAIRS = 2**24
-"""Whose distances are held at once."""
+MAX_PAIRS = 2**24
+"""Number of pairwise distances held in memory at once."""
 
 
-def part_size(num_others: int) -> int:
-    """How many rows are compared with so many others at a time."""
-    return max(1, MOST_PAIRS // num_others)
+def chunk_size(num_others: int) -> int:
+    """Return how many rows to compare with `num_others` rows at a time."""
+    return max(1, MAX_PAIRS // num_others)
 
 
-def retrieval_ranks(queries: Tensor, gallery: Tensor, own: Tensor) -> Tensor:
-    """How many gallery images are nearer to each query than its own one; 0 is a hit at 1.
+def retrieval_ranks(queries: Tensor, gallery: Tensor, targets: Tensor) -> Tensor:
+    """Return how many gallery images are more similar to each query than its target. Rank 0 is a hit at 1.
 
     Args:
         queries: Features of generated images, [q, d].
         gallery: Features of the training images, [n, d].
-        own: Gallery row that each query belongs to, [q].
+        targets: Gallery row of each query's target, [q].
 
     Returns:
-        [q], by cosine similarity.
+        Ranks by cosine similarity, [q].
     """
     queries, gallery = (F.normalize(features, dim=-1) for features in (queries, gallery))
-    size = part_size(len(gallery))
+    size = chunk_size(len(gallery))
     ranks = []
-    for part, its_own in zip(queries.split(size), own.split(size), strict=True):
-        similarity = part @ gallery.T
-        ranks.append((similarity > similarity.gather(1, its_own[:, None])).sum(dim=1))
+    for rows, columns in zip(queries.split(size), targets.split(size), strict=True):
+        similarity = rows @ gallery.T
+        ranks.append((similarity > similarity.gather(1, columns[:, None])).sum(dim=1))
     return torch.cat(ranks)
 
 
 def precision_recall(samples: Tensor, reference: Tensor, *, k: int = 3) -> tuple[float, float]:
-    """Precision: the share of samples on the ground of the reference. Recall: of the reference on that of the samples.
+    """Return the precision and recall of samples y with respect to reference features x.
 
-        precision = mean_j [ |y_j - x_i| <= r_i for any i ],   recall the same with x and y exchanged
+    Precision is the fraction of samples that lie on the manifold of the reference; recall is the fraction of the
+    reference that lies on the manifold of the samples.
 
-    r_i is the distance of x_i to its k-th nearest other one of its set. Both depend on the sizes of the sets: compare
-    them at equal sizes only. Source: Kynkäänniemi et al. 2019, arXiv:1904.06991, eqs. 1 and 2, where k = 3.
+        precision = mean_j [ |y_j - x_i| <= r_i for any i ],   recall: the same with x and y exchanged
+
+    r_i is the distance from x_i to its k-th nearest neighbour within its own set. Both metrics depend on the sizes of
+    the sets, so compare them only at equal sizes.
+    Source: Kynkäänniemi et al. 2019, arXiv:1904.06991, eqs. 1 and 2, where k = 3.
 
     Args:
-        samples, reference: [m, d] and [n, d], more than k of either.
+        samples, reference: Features [m, d] and [n, d], where m > k and n > k.
     """
-    return _share_on_ground(samples, reference, k), _share_on_ground(reference, samples, k)
+    return _fraction_on_manifold(samples, reference, k), _fraction_on_manifold(reference, samples, k)
 
 
-def _share_on_ground(points: Tensor, ground: Tensor, k: int) -> float:
-    parts = [(distances <= radii).any(dim=0) for distances, radii in _balls(points.double(), ground.double(), k)]
-    return torch.stack(parts).any(dim=0).double().mean().item()
+def _fraction_on_manifold(points: Tensor, manifold: Tensor, k: int) -> float:
+    chunks = [(distances <= radii).any(dim=0) for distances, radii in _balls(points.double(), manifold.double(), k)]
+    return torch.stack(chunks).any(dim=0).double().mean().item()
 
 
-def _balls(points: Tensor, ground: Tensor, k: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Some rows of the ground at a time: their distances to all points, [b, m], and to their own k-th nearest, [b, 1].
+def _balls(points: Tensor, manifold: Tensor, k: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the balls around the manifold's features in chunks: distances to all points [b, m], and radii [b, 1].
 
-    Both by the same products, so that an equal distance is equal to the last bit.
+    A radius is the distance to the k-th nearest neighbour. Distances and radii are computed with the same matrix
+    products, so that equal distances are bit-identical.
     """
-    radii = nearest_distances(ground, ground, k=k, own=torch.arange(len(ground)))[:, -1:]
-    centre, size = ground.mean(dim=0), part_size(len(points))
-    ground, points = ground - centre, points - centre  # near the origin less cancels
-    for rows, radius in zip(ground.split(size), radii.split(size), strict=True):
+    radii = nearest_distances(manifold, manifold, k=k, self_rows=torch.arange(len(manifold)))[:, -1:]
+    centre, size = manifold.mean(dim=0), chunk_size(len(points))
+    manifold, points = manifold - centre, points - centre  # centring reduces cancellation
+    for rows, radius in zip(manifold.split(size), radii.split(size), strict=True):
         yield squared_distances(rows, points).sqrt(), radius
 
 
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """|a_i - b_j|^2 = |a_i|^2 - 2 a_i.b_j + |b_j|^2, [n, m]; what cancels below 0 is 0."""
+    """Return |a_i - b_j|^2 = |a_i|^2 - 2 a_i.b_j + |b_j|^2, [n, m]. Values below 0 due to rounding are set to 0."""
     norms = a.square().sum(1)[:, None] + b.square().sum(1)
     return torch.addmm(norms, a, b.T, alpha=-2).clamp(min=0)
 
 
-def nearest_distances(queries: Tensor, gallery: Tensor, *, k: int = 1, own: Tensor | None = None) -> Tensor:
-    """Distances of each query to its k nearest in the gallery, ascending, [q, k].
+def nearest_distances(queries: Tensor, gallery: Tensor, *, k: int = 1, self_rows: Tensor | None = None) -> Tensor:
+    """Return the distances from each query to its k nearest neighbours in the gallery, ascending, [q, k].
 
     Args:
-        own: Row of the gallery that each query is itself and that does not count, [q]; None: it is none of them.
+        self_rows: Gallery row of each query itself, which is excluded, [q]; None if no query is in the gallery.
     """
-    centre, size = gallery.mean(dim=0), part_size(len(gallery))
+    centre, size = gallery.mean(dim=0), chunk_size(len(gallery))
     queries, gallery = queries - centre, gallery - centre
-    found = []
+    distances = []
     for start in range(0, len(queries), size):
         squared = squared_distances(queries[start : start + size], gallery)
-        if own is not None:
-            squared.scatter_(1, own[start : start + size, None], torch.inf)
-        found.append(squared.topk(k, dim=1, largest=False).values.sqrt())
-    return torch.cat(found)
+        if self_rows is not None:
+            squared.scatter_(1, self_rows[start : start + size, None], torch.inf)
+        distances.append(squared.topk(k, dim=1, largest=False).values.sqrt())
+    return torch.cat(distances)
 
 
 def density_coverage(real: Tensor, fake: Tensor, *, k: int = 5) -> tuple[float, float]:
-    """How densely and how widely `fake` lies on the ground of `real`.
+    """Return the density and coverage of fake features y with respect to real features x.
 
-        density  = 1 / (k M) sum_j sum_i 1[|y_j - x_i| < r_i]         expected 1 where both are from one distribution
-        coverage = 1 / N sum_i 1[min_j |y_j - x_i| < r_i]             expected: `expected_coverage`
+        density  = 1 / (k M) sum_j sum_i 1[|y_j - x_i| < r_i]
+        coverage = 1 / N sum_i 1[min_j |y_j - x_i| < r_i]
 
-    r_i is the distance of the real x_i to its k-th nearest other real one; the inequality is strict, as in the
-    authors' code, so an image with k copies covers nothing. Source: Naeem et al. 2020, arXiv:2002.09797, section 3.
+    r_i is the distance from x_i to its k-th nearest real neighbour. The inequality is strict, as in the authors' code,
+    so an image with k copies has an empty ball. If both sets come from the same distribution, the expected density is
+    1 and the expected coverage is `expected_coverage`. Source: Naeem et al. 2020, arXiv:2002.09797, section 3.
 
     Args:
-        real, fake: [N, d] and [M, d], N > k.
+        real, fake: Features [N, d] and [M, d], where N > k.
     """
     hits = torch.cat([(distances < radii).sum(dim=1) for distances, radii in _balls(fake, real, k)])
     return hits.sum().item() / (k * len(fake)), (hits > 0).float().mean().item()
 
 
 def expected_coverage(num_real: int, num_fake: int, *, k: int = 5) -> float:
-    """Coverage of N real ones by M fakes of the same distribution, 1 - prod_{j=1..k} (N - j) / (N + M - j).
+    """Return the expected coverage of N real and M fake features from the same distribution.
 
-    Source: Naeem et al. 2020, arXiv:2002.09797, section 3, where k = 5 is chosen by it.
+        1 - prod_{j=1..k} (N - j) / (N + M - j)
+
+    Source: Naeem et al. 2020, arXiv:2002.09797, section 3, which chooses k = 5 based on it.
     """
     return 1 - math.prod((num_real - j) / (num_real + num_fake - j) for j in range(1, k + 1))

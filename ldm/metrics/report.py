@@ -1,4 +1,4 @@
-"""What a tool found, as people and programs read it: a table, lines, pictures, and a JSON of everything."""
+"""The results of a tool: a table, text and figures for people, and a JSON file for programs."""
 
 import json
 from collections.abc import Mapping
@@ -11,23 +11,23 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from ldm.files.atomic import durable_file, write_text
+from ldm.files.atomic import atomic_write, write_text
 from ldm.metrics.metric import metrics_to_json
 
 
 @dataclass(frozen=True)
 class Report:
-    """Metrics and their settings, and how they are shown."""
+    """Metrics, their settings and their presentation."""
 
     name: str
-    """Of the JSON file."""
+    """Name of the JSON file."""
     content: dict[str, Any]
-    """By name; a Metric becomes two keys of the JSON."""
+    """Values by name. Each Metric becomes two keys in the JSON file."""
     table: Table | None = None
     lines: list[str] = field(default_factory=list)
-    """What stands below the table."""
-    pictures: Mapping[str, Image.Image | Figure] = field(default_factory=dict)
-    """By file name."""
+    """Lines of text printed below the table."""
+    figures: Mapping[str, Image.Image | Figure] = field(default_factory=dict)
+    """Figures and images by file name."""
 
     def to_json(self) -> dict[str, Any]:
         return metrics_to_json(self.content)
@@ -40,9 +40,9 @@ class Report:
             print(line)
 
     def save(self, folder: Path) -> list[Path]:
-        """Write the JSON, as the last of the files, and the pictures beside it; returns them, the JSON first."""
-        for name, picture in self.pictures.items():
-            with durable_file(folder / name) as partial:
-                picture.savefig(partial) if isinstance(picture, Figure) else picture.save(partial)
+        """Write the figures and then the JSON file to the folder; return their paths, with the JSON file first."""
+        for name, figure in self.figures.items():
+            with atomic_write(folder / name) as partial:
+                figure.savefig(partial) if isinstance(figure, Figure) else figure.save(partial)
         write_text(folder / self.name, json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n")
-        return [folder / name for name in (self.name, *self.pictures)]
+        return [folder / name for name in (self.name, *self.figures)]

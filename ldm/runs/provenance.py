@@ -1,4 +1,4 @@
-"""What made a run: the machine, the commit, the versions of what it stands on."""
+"""Provenance of a run: time, machine, git commit and library versions."""
 
 import platform
 import subprocess
@@ -13,7 +13,7 @@ PACKAGES = (DISTRIBUTION, "torch", "lightning", "diffusers", "transformers", "hy
 
 
 def provenance() -> dict[str, Any]:
-    """Time, machine, commit and library versions."""
+    """Return the current time, the machine, the git commit and library versions, as entries of run.json."""
     return {
         "started": time.time(),
         "python": platform.python_version(),
@@ -33,9 +33,9 @@ def _version(package: str) -> str | None:
 
 def _commit() -> str | None:
     try:
-        said = subprocess.check_output(
+        output = subprocess.check_output(
             ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True, timeout=5
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return said.strip()
+    return output.strip()

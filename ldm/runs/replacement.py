@@ -1,7 +1,7 @@
-"""overwrite=true: the run that is replaced is set aside, and deleted once the new one has saved a checkpoint.
+"""Replacing a run with overwrite=true: the earlier run is deleted only once the new one has saved a checkpoint.
 
-runs/<stage>/.<name>.replaced  the earlier run, until then; a start that fails puts it back
-runs/<stage>/.<name>.failed    files of the last start that failed, such as its logs and skipped steps
+runs/<stage>/.<name>.replaced  the earlier run until then; restored if the new run fails before
+runs/<stage>/.<name>.failed    files of the last run that failed before its first checkpoint, such as its logs
 """
 
 import shutil
@@ -12,51 +12,52 @@ from pathlib import Path
 from filelock import Timeout
 
 from ldm.errors import UserError
-from ldm.files.lock import alone
+from ldm.files.lock import file_lock
 from ldm.files.untrusted import read_json
-from ldm.runs.checkpoints import FOLDER, manifests
+from ldm.runs.checkpoints import FOLDER, list_checkpoints
 from ldm.runs.lock import lock_file
 from ldm.runtime.distributed import warn
-from ldm.runtime.paths import RUN_FILE, is_run, set_aside
+from ldm.runtime.paths import RUN_FILE, is_run, replaced_folder
 from ldm.tracking.run import finish_open_run
 
 
 class Replacement:
-    """The earlier run in a folder, while a new one takes its place."""
+    """Replacement of the run in a folder by a new one."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder.absolute().resolve()  # a link to another disk stays one
-        self.aside = set_aside(self.folder)
+        self.folder = folder.absolute().resolve()  # keeps a symbolic link to another disk in place
+        self.aside = replaced_folder(self.folder)
         self.failed = self.folder.with_name(f".{self.folder.name}.failed")
         self.is_final = False
-        """The new run has saved a checkpoint, and the earlier one is deleted."""
+        """True once the new run has saved a checkpoint and the earlier run is deleted."""
 
     @contextmanager
     def begin(self, *, overwrite: bool) -> Iterator[None]:
-        """Set the earlier run aside. It is put back if the block fails before `finish`; a kill leaves it aside.
+        """Set the earlier run aside, and restore it if the block fails before `finish`.
 
-        Only while the lock of the run folder is held.
+        If the process is killed, the earlier run stays aside, see `recover`. The caller must hold the lock of the run
+        folder.
         """
-        if has_saved(self.folder):  # a kill came between the first checkpoint and the end of the deletion
+        if has_saved(self.folder):  # killed after its first checkpoint, before the earlier run was deleted completely
             shutil.rmtree(self.aside, ignore_errors=True)
         try:
             if overwrite and self.aside.exists():
-                self._keep_as_failed()  # the beginning of a start that was killed
+                self._keep_as_failed()  # left by a process that was killed before its first checkpoint
             elif overwrite and self.folder.exists():
                 self.folder.replace(self.aside)
             self.folder.mkdir(parents=True, exist_ok=True)
             yield
         except BaseException:
             if not self.is_final and self.aside.exists():
-                finish_open_run()  # it writes into the folder
+                finish_open_run()  # W&B still writes into the folder
                 self._keep_as_failed()
                 self.aside.replace(self.folder)
-                warn(f"the earlier run is back in {self.folder}. The failed start's files are in {self.failed}.")
+                warn(f"the earlier run was restored in {self.folder}. Files of the failed run are in {self.failed}.")
             raise
         self.finish()
 
     def finish(self) -> None:
-        """Delete the earlier run: the new one has saved a checkpoint, or is complete."""
+        """Delete the earlier run. Call it once the new run has saved a checkpoint or is complete."""
         if not self.is_final:
             self.is_final = True
             shutil.rmtree(self.aside, ignore_errors=True)
@@ -68,37 +69,41 @@ class Replacement:
 
 
 def recover(folder: Path, *, resume: bool) -> None:
-    """Say where the run is that a start with overwrite=true was replacing in `folder` when it was killed.
+    """Handle an earlier run that was set aside by a training that was killed before its first checkpoint.
 
-    It gets its name back where nothing has taken it.
+    Move it back if `folder` does not exist, else warn where it is.
+
+    Args:
+        folder: Run folder.
+        resume: True if the run in the folder is to be resumed.
 
     Raises:
-        UserError: that start is to be resumed, but it saved nothing.
+        UserError: for resume=True, as the killed training saved nothing to resume from.
     """
     folder = folder.absolute().resolve()
-    aside = set_aside(folder)
+    aside = replaced_folder(folder)
     if not aside.exists() or has_saved(folder):
         return
     try:
-        with alone(lock_file(folder)):
+        with file_lock(lock_file(folder)):
             if not folder.exists():
                 aside.replace(folder)
-                warn(f"{folder} was moved aside by a start that was killed; restored.")
+                warn(f"{folder} was restored: a training with overwrite=true had moved it and was then killed.")
                 return
     except (Timeout, OSError):
-        return  # a training is replacing it now
-    said = (
-        f"{aside} holds the earlier run of {folder}, which a start with overwrite=true was replacing when it was killed"
-        f", before it saved a checkpoint. To bring it back, delete {folder} and rename {aside.name} to {folder.name}"
+        return  # another training is replacing it right now
+    message = (
+        f"A training with overwrite=true was killed before its first checkpoint. The earlier run of {folder} is still "
+        f"in {aside}. To restore it, delete {folder} and rename {aside.name} to {folder.name}."
     )
     if resume:
-        raise UserError(f"{said}; to start over, use overwrite=true instead of resume=.")
-    warn(f"{said}.")
+        raise UserError(f"{message} To start over, use overwrite=true instead of resume=.")
+    warn(message)
 
 
 def has_saved(folder: Path) -> bool:
-    """Whether a run has a checkpoint, or is complete without one."""
-    if any(manifests(folder / FOLDER)):
+    """Return True if a run has a checkpoint, or is complete without one."""
+    if any(list_checkpoints(folder / FOLDER)):
         return True
     try:
         return is_run(folder) and read_json(folder / RUN_FILE).get("finished") is not None

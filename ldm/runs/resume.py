@@ -1,4 +1,4 @@
-"""What a training goes on from: run, checkpoint and command, and whether it is still the same training."""
+"""Resuming a run: its folder, its checkpoint, and which options must not change."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -8,249 +8,271 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from ldm.cli.command_line import CommandLine, is_in
+from ldm.cli.command_line import CommandLine, is_key_under
 from ldm.errors import UserError
-from ldm.files.untrusted import is_plain_name, one_line
-from ldm.runs.checkpoints import FOLDER, Manifest, find_checkpoint, manifests, run_of
+from ldm.files.untrusted import is_plain_name, to_one_line
+from ldm.runs.checkpoints import FOLDER, Manifest, find_checkpoint, list_checkpoints, run_folder_of
 from ldm.runs.replacement import recover
 from ldm.runs.run import Run
 from ldm.runtime import launcher, shell
 from ldm.runtime.paths import is_run
 from ldm.tracking.artifact import flatten
 
-SHARED = (
+FIXED_IN_BOTH_STAGES = (
     *("seed", "batch_size", "latent_statistics", "init_from", "optimizer"),
     *("data.resolution", "data.resize", "data.flip", "data.val_fraction"),
 )
-DECIDES = {
-    "vae": (*SHARED, "autoencoder", "regulariser", "perceptual", "adversarial"),
+FIXED_OPTIONS = {
+    "vae": (*FIXED_IN_BOTH_STAGES, "autoencoder", "regulariser", "perceptual", "adversarial"),
     "diffusion": (
-        *(*SHARED, "network", "schedule", "objective", "variance", "conditioning"),
+        *(*FIXED_IN_BOTH_STAGES, "network", "schedule", "objective", "variance", "conditioning"),
         *("data.caption_column", "data.label_column"),
     ),
 }
-"""Of the config of each stage: what decides weights, order and noise. Which images they are, their fingerprint says."""
-MAY_CHANGE = (
+"""Config keys of each stage that determine its weights, data order and noise. A resumed run must not change them.
+
+The images themselves are compared by their fingerprint, see `ResumePlan.check_inputs`.
+"""
+CHANGEABLE_OPTIONS = (
     *("optimizer.lr", "optimizer.build.lr", "optimizer.warmup_steps", "optimizer.decay"),
     *("conditioning.guidance", "conditioning.prompts"),
 )
-SHOWN = (*MAY_CHANGE, "trainer.max_steps", "trainer.max_time", "trainer.gradient_clip_val", "trainer.ema_decay")
-"""What a user may change on purpose, and is told of."""
+"""Exceptions from FIXED_OPTIONS."""
+REPORTED_OPTIONS = (
+    *CHANGEABLE_OPTIONS,
+    *("trainer.max_steps", "trainer.max_time", "trainer.gradient_clip_val", "trainer.ema_decay"),
+)
+"""Options that users change on purpose when they resume a run. Changes are listed in the table before training."""
 
 
 @dataclass(frozen=True)
-class Continuation:
-    """Every answer about what went before: first from what was typed, and once the folder is locked, from the disk.
+class ResumePlan:
+    """Where a run is saved, and which checkpoint it resumes from, if any.
+
+    `from_config` decides on the folder from the command line. `with_checkpoint` then reads the checkpoint, once the
+    folder is locked.
 
     Args:
-        folder: Of the run.
-        stage: Of the run.
-        resume: What resume= comes to: False, True for the newest whole checkpoint, or the file of one.
-        overwrite: The run that is there is replaced.
-        named: The user chose the run's name.
-        options: Those that the run is started with, as typed, but for its name and place.
-        checkpoint: Where training goes on from; None to begin.
-        known: Facts of the run that the checkpoint lies in.
-        changed: Options that are others than that run's, and are worth a word, as "optimizer.lr 0.001 -> 0.0005".
+        folder: Run folder.
+        stage: Stage of the run, vae or diffusion.
+        resume: Value of resume=: False, True for the newest intact checkpoint, or the path of a checkpoint.
+        overwrite: True to replace the run that is in the folder.
+        has_name: True if the user chose a name with name=.
+        options: Command-line options of the run, without those that set its folder.
+        checkpoint: Checkpoint to resume from; None to train from scratch.
+        source_facts: Content of run.json of the run that saved the checkpoint.
+        changed_options: Options that differ from those of that run and are worth reporting, such as
+            "optimizer.lr 0.001 -> 0.0005".
     """
 
     folder: Path
     stage: str
     resume: bool | Path
     overwrite: bool
-    named: bool
+    has_name: bool
     options: tuple[str, ...]
     checkpoint: Manifest | None = None
-    known: Mapping[str, Any] = field(default_factory=dict)
-    changed: tuple[str, ...] = ()
+    source_facts: Mapping[str, Any] = field(default_factory=dict)
+    changed_options: tuple[str, ...] = ()
 
     @classmethod
-    def plan(cls, config: DictConfig, command: CommandLine, *, main_process: bool) -> "Continuation":
-        """runs_dir/<stage>/<name>, and what is asked for there.
+    def from_config(cls, config: DictConfig, command: CommandLine, *, main_process: bool) -> "ResumePlan":
+        """Choose the run folder, runs_dir/<stage>/<name>, and check that it is free or may be used.
 
-        Without a name, resume=<checkpoint> goes on in the run that it lies in; with another name it begins a run
-        there. A job that SLURM started again goes on from what it saved itself, whatever it was begun from.
+        resume=<checkpoint> without name= continues the run that saved the checkpoint. Together with name=, it starts a
+        new run from the checkpoint. A job restarted by SLURM resumes from its own newest checkpoint, even if it was
+        originally started from another one.
 
         Raises:
-            UserError: the folder is in use by another run and neither resume nor overwrite was asked for.
+            UserError: if the folder contains a run, and neither resume= nor overwrite= is set.
         """
-        resume, named = read_resume(config)
+        resume, has_name = read_resume(config)
         stage = command.choices["stage"]
-        name = launcher.share_run_name(str(config.name) if named else default_name(command), main_process=main_process)
+        name = str(config.name) if has_name else default_name(command)
+        name = launcher.share_run_name(name, main_process=main_process)
         if not is_plain_name(name) or len(name.encode()) > 200:
-            raise UserError(f"name={name} must be a plain folder name. Choose another place with runs_dir=.")
-        planned = cls(
+            raise UserError(
+                f"name={name} must be a plain folder name: no slashes or control characters, at most 200 bytes. To "
+                "save runs elsewhere, use runs_dir=."
+            )
+        plan = cls(
             folder=Path(config.runs_dir).expanduser() / stage / name,
             stage=stage,
             resume=resume if isinstance(resume, bool) else Path(str(resume)).expanduser(),
             overwrite=config.overwrite,
-            named=named,
-            options=tuple(command.options_to_continue(config)),
+            has_name=has_name,
+            options=tuple(command.options_to_resume(config)),
         )
         if main_process:
-            recover(planned.folder, resume=resume is True and not config.overwrite)
-        planned, continues = planned._settled()
-        if main_process and is_run(planned.folder) and not (continues or config.overwrite):
-            each = " With -m, each job needs a name of its own: 'name=NAME-${hydra:job.num}', or no name=."
+            recover(plan.folder, resume=resume is True and not config.overwrite)
+        plan, continues = plan._resolve()
+        if main_process and is_run(plan.folder) and not (continues or config.overwrite):
+            multirun = " With -m, give each job its own name with 'name=NAME-${hydra:job.num}', or leave out name=."
             raise UserError(
-                f"{planned.folder} exists already. Choose another name=, continue it with resume=true, or start it "
-                f"anew with overwrite=true.{each if command.job is not None else ''}"
+                f"{plan.folder} already exists. Choose another name=, resume the run with resume=true, or replace it "
+                f"with overwrite=true.{multirun if command.job is not None else ''}"
             )
-        return planned
+        return plan
 
-    def _settled(self) -> tuple["Continuation", bool]:
-        """With the run that resume=<file> means and what SLURM makes of it; whether a run that is there goes on."""
+    def _resolve(self) -> tuple["ResumePlan", bool]:
+        """Apply resume=<checkpoint> and SLURM restarts. Also return True if the run in the folder is continued."""
         restarted = launcher.is_restarted_by_slurm()
-        if restarted and self.named and not self.resume and is_run(self.folder):
+        if restarted and self.has_name and not self.resume and is_run(self.folder):
             job = Run.open(self.folder).facts.get("slurm_job")
-            if not self.overwrite or job == launcher.slurm_job():  # it does not overwrite what it began itself
+            if not self.overwrite or job == launcher.slurm_job():  # a job never overwrites the run that it started
                 return replace(self, resume=True), True
         if isinstance(self.resume, bool):
             return self, self.resume
-        place = self.folder if self.named else self.resume.parent.parent
-        saved = has_saved_since(place, self.resume)
-        if restarted and saved:
-            return replace(self, folder=place, resume=True), True
-        source = run_of(self.resume)
-        if not self.named:
+        folder = self.folder if self.has_name else self.resume.parent.parent
+        has_saved = has_saved_since(folder, self.resume)
+        if restarted and has_saved:
+            return replace(self, folder=folder, resume=True), True
+        source = run_folder_of(self.resume)
+        if not self.has_name:
             return replace(self, folder=source), True
-        # a run that was stopped before it saved anything begins at the file once more
-        return self, source.resolve() == self.folder.resolve() or saved is False
+        # a run that was stopped before its first save starts again from the given checkpoint
+        return self, source.resolve() == self.folder.resolve() or has_saved is False
 
-    def find(self, now: Mapping[str, Any]) -> "Continuation":
-        """The same with its checkpoint, which nobody else replaces while the folder is locked.
+    def with_checkpoint(self, config: Mapping[str, Any]) -> "ResumePlan":
+        """Return a copy with the checkpoint to resume from. Call it while the folder is locked.
 
         Args:
-            now: The config in force, as plain values.
+            config: Config of this command, as plain values.
 
         Raises:
-            UserError: there is no whole checkpoint, or the options given now would lead to other weights.
+            UserError: if no checkpoint is intact, or an option would change the resulting weights.
         """
         checkpoint = find_checkpoint(self.folder, self.resume, stage=self.stage)
         if checkpoint is None:
             return self
         run = Run.open(replace(self, checkpoint=checkpoint).source, "resume")
-        place = [*place_of(self.folder), f"resume={'true' if self.resume is True else self.resume}"]
-        changed = refuse_other_options(run, now, place)
-        return replace(self, checkpoint=checkpoint, known=run.facts, changed=tuple(changed))
+        resume_options = [*folder_options(self.folder), f"resume={'true' if self.resume is True else self.resume}"]
+        changed = refuse_fixed_changes(run, config, resume_options)
+        return replace(self, checkpoint=checkpoint, source_facts=run.facts, changed_options=tuple(changed))
 
     @property
     def source(self) -> Path:
-        """The folder of the run that is continued."""
+        """Folder of the run that saved the checkpoint."""
         return self.folder if self.checkpoint is None else self.checkpoint.path.parent.parent
 
     @property
     def is_same_run(self) -> bool:
-        """Whether the run in the folder itself goes on, whose record is there."""
+        """True if the checkpoint is from this run's own folder, so that its record continues."""
         return self.checkpoint is not None and self.source.resolve() == self.folder.resolve()
 
     @property
     def branch(self) -> dict[str, Any] | None:
-        """What the run notes of the file that it went on from, and of the newest checkpoint that its folder held."""
+        """Entry `branch` of run.json: the file given by resume=, and the folder's newest checkpoint at that time."""
         if isinstance(self.resume, bool):
-            return self.known.get("branch")
-        newest = max((found.sequence for found in manifests(self.folder / FOLDER)), default=-1)
+            return self.source_facts.get("branch")
+        newest = max((manifest.sequence for manifest in list_checkpoints(self.folder / FOLDER)), default=-1)
         return {"file": str(self.resume.resolve()), "after": newest}
 
-    def after_stop(self, said: str, *, has_replaced: bool) -> str:
-        """What a signal that ended the training comes to in words, with the command that goes on.
+    def stop_message(self, reason: str, *, has_replaced: bool) -> str:
+        """Return the message for a training that a signal stopped, with the command that continues it.
 
         Args:
-            has_replaced: overwrite=true has deleted the earlier run, so that resume=true no longer means that.
+            reason: What stopped the training.
+            has_replaced: True once overwrite=true has deleted the earlier run. Before that, resume=true would resume
+                the earlier run.
         """
-        end = "resume=true"
+        mode = "resume=true"
         if not isinstance(self.resume, bool) and not has_saved_since(self.folder, self.resume):
-            end = f"resume={self.resume}"
+            mode = f"resume={self.resume}"
         elif self.overwrite and not has_replaced:
-            end = "overwrite=true"
-        return f"{said}. To go on: {shell.train_command(*self.options, *place_of(self.folder), end)}"
+            mode = "overwrite=true"
+        return f"{reason}. To continue: {shell.train_command(*self.options, *folder_options(self.folder), mode)}"
 
     def requeue(self) -> str:
-        """Ask SLURM for the job to be started again, where it would find its run; in words what came of it."""
-        if self.named or not isinstance(self.resume, bool) or not launcher.slurm_job():
+        """Ask SLURM to requeue the job if it would find its run again. Return the outcome as text."""
+        if self.has_name or not isinstance(self.resume, bool) or not launcher.slurm_job():
             return launcher.requeue()
-        return ". SLURM is not asked to start the job again: without name= it would begin another run each time"
+        return ". The SLURM job was not requeued: without name=, each restart would begin a new run"
 
-    def check_facts(self, facts: Mapping[str, Any]) -> None:
-        """Refuse to continue a run on other images, or on another autoencoder's latents: options alone do not tell.
+    def check_inputs(self, facts: Mapping[str, Any]) -> None:
+        """Check that the images and the autoencoder are those of the earlier run, even if the options are the same.
 
         Raises:
-            UserError: naming both.
+            UserError: if they differ, with both digests.
         """
-        for key, digest in (
+        for key, digest_of in (
             ("data", lambda content: content.get("data_fingerprint")),
             ("vae", lambda content: content.get("contract", {}).get("autoencoder_sha256")),
         ):
-            then, now = digest(self.known), digest(facts)
-            if then is not None and then != now:
+            expected, digest = digest_of(self.source_facts), digest_of(facts)
+            if expected is not None and expected != digest:
                 raise UserError(
-                    f"resume= continues a run on {str(then)[:12]} in {key}={self.known.get(key)}, but "
-                    f"{key}={facts.get(key)} holds {str(now)[:12]}. Name what it was started with, which is in its "
-                    "config.yaml, or begin another run with another name=."
+                    f"The run to resume was trained with {key}={self.source_facts.get(key)} ({str(expected)[:12]}), "
+                    f"which differs from {key}={facts.get(key)} ({str(digest)[:12]}). Use the same {key}= options as "
+                    "in its config.yaml, or start a new run with another name=."
                 )
 
 
 def read_resume(config: DictConfig) -> tuple[bool | str, bool]:
-    """What resume= comes to, a file or whether to continue, and whether the run is named.
+    """Return the value of resume= (True, False or the path of a checkpoint) and whether the run has a name.
 
     Raises:
-        UserError: resume=true without a name.
+        UserError: for resume=true without a name.
     """
-    resume, named = {None: False, "true": True}.get(config.resume, config.resume), config.name not in (None, "")
-    if resume is True and not named:
-        raise UserError("resume=true continues the run that name= gives: add name=NAME, its folder in runs/<stage>/.")
-    return resume, named
+    resume, has_name = {None: False, "true": True}.get(config.resume, config.resume), config.name not in (None, "")
+    if resume is True and not has_name:
+        raise UserError("resume=true needs name=NAME, the name of the run's folder in runs/<stage>/.")
+    return resume, has_name
 
 
 def default_name(command: CommandLine) -> str:
-    """Data, model and time, with the number of the job in a multirun: jobs may start in the same second."""
-    part = command.choices["autoencoder" if command.choices["stage"] == "vae" else "network"]
-    name = f"{command.choices['data']}-{part}-{time.strftime('%Y%m%d-%H%M%S')}"
+    """Return a run name from data, model and time. In a multirun, where jobs can start together, add the job number."""
+    model = command.choices["autoencoder" if command.choices["stage"] == "vae" else "network"]
+    name = f"{command.choices['data']}-{model}-{time.strftime('%Y%m%d-%H%M%S')}"
     return name if command.job is None else f"{name}-{command.job}"
 
 
-def place_of(folder: Path) -> list[str]:
-    """The options that name a run folder."""
+def folder_options(folder: Path) -> list[str]:
+    """Return the options that select a run folder: name=, and runs_dir= unless it is the default."""
     runs = str(folder.parent.parent)
     return [*([] if runs == "runs" else [f"runs_dir={runs}"]), f"name={folder.name}"]
 
 
-def has_saved_since(folder: Path, file: Path) -> bool | None:
-    """Whether the run in `folder` went on from that file, and has saved since; None where it never went on from it."""
+def has_saved_since(folder: Path, checkpoint: Path) -> bool | None:
+    """Return True if the run in `folder` was started from this checkpoint and has since saved another one.
+
+    Return None if it was not started from this checkpoint.
+    """
     branch = (Run.open(folder).facts.get("branch") or {}) if is_run(folder) else {}
-    if branch.get("file") != str(file.expanduser().resolve()):
+    if branch.get("file") != str(checkpoint.expanduser().resolve()):
         return None
-    return any(found.sequence > branch["after"] for found in manifests(folder / FOLDER))
+    return any(manifest.sequence > branch["after"] for manifest in list_checkpoints(folder / FOLDER))
 
 
-def refuse_other_options(run: Run, now: Mapping[str, Any], place: Sequence[str]) -> list[str]:
-    """Refuse options under which other weights would come out of a continued run.
+def refuse_fixed_changes(run: Run, config: Mapping[str, Any], resume_options: Sequence[str]) -> list[str]:
+    """Refuse to resume a run with options that would change the resulting weights.
 
     Args:
-        now: The config of this moment, as plain values.
-        place: The options that name the run and how it goes on.
+        config: Config of this command, as plain values.
+        resume_options: Options that select the run and its checkpoint.
 
     Returns:
-        What else changed and is worth a word, as "optimizer.lr 0.001 -> 0.0005".
+        The other changes worth reporting, such as "optimizer.lr 0.001 -> 0.0005".
 
     Raises:
-        UserError: naming what differs, and the command that goes on.
+        UserError: with the options that differ, and the right command.
     """
-    before, after = flatten(run.config()), flatten(now)
+    before, after = flatten(run.config()), flatten(config)
     changed = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
-    wrong = [key for key in changed if is_in(key, DECIDES[run.stage]) and not is_in(key, MAY_CHANGE)]
-    if wrong:
-        named = "; ".join(f"{key} was {_text(before.get(key))} and is {_text(after.get(key))} now" for key in wrong[:3])
-        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        typed = run.facts.get("options")
-        where = "they are in its config.yaml." if typed is None else shell.train_command(*typed, *place)
+    fixed = [key for key in changed if is_key_under(key, FIXED_OPTIONS[run.stage])]
+    refused = [key for key in fixed if not is_key_under(key, CHANGEABLE_OPTIONS)]
+    if refused:
+        differences = [f"{key} was {_text(before.get(key))} and is {_text(after.get(key))} now" for key in refused[:3]]
+        more = f"; and {len(refused) - 3} more" if len(refused) > 3 else ""
+        options = run.facts.get("options")
+        where = "see its config.yaml." if options is None else shell.train_command(*options, *resume_options)
         raise UserError(
-            f"resume= continues a run with other options than it was started with: {named}{more}. Give the options "
-            f"that it was started with: {where}"
+            f"The run cannot be resumed with these options: {'; '.join(differences)}{more}. Give the options that it "
+            f"was started with: {where}"
         )
-    shown = [key for key in changed if key in SHOWN and key != "optimizer.build.lr"]
-    return [f"{key} {_text(before.get(key))} -> {_text(after.get(key))}" for key in shown]
+    reported = [key for key in changed if key in REPORTED_OPTIONS and key != "optimizer.build.lr"]
+    return [f"{key} {_text(before.get(key))} -> {_text(after.get(key))}" for key in reported]
 
 
 def _text(value: Any) -> str:
-    return one_line(str(value))[:60]
+    return to_one_line(str(value))[:60]

@@ -1,1 +1,1 @@
-"""The process: signals, ranks, devices, random numbers, paths, commands as text."""
+"""Process-level tools: signals, ranks, devices, random numbers, paths and printable commands."""

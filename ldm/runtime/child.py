@@ -1,4 +1,4 @@
-"""Another Python process in front of the user, which ends before this one does."""
+"""Child Python processes in the foreground."""
 
 import signal
 import subprocess
@@ -9,15 +9,15 @@ from ldm.runtime import signals
 
 
 def run_python(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Run this interpreter with other arguments, and return the exit code.
+    """Run this Python interpreter with the arguments, wait for it, and return its exit code.
 
     Raises:
-        Interrupted: a signal asked to stop, and was passed on; the process has ended.
+        Interrupted: if a signal arrived. It was forwarded to the child process, which has ended.
     """
     with subprocess.Popen([sys.executable, *arguments], env=environment) as process:
         try:
             return process.wait()
-        except signals.Interrupted as stopped:
-            if stopped.signal != signal.SIGINT:  # which a terminal sends to both
-                process.send_signal(stopped.signal)
+        except signals.Interrupted as interrupted:
+            if interrupted.signal != signal.SIGINT:  # the terminal sends SIGINT to both processes
+                process.send_signal(interrupted.signal)
             raise

@@ -1,4 +1,4 @@
-"""Where a tool computes."""
+"""Choice of the device."""
 
 import torch
 
@@ -6,15 +6,15 @@ from ldm.errors import UserError
 
 
 def choose_device(requested: str) -> torch.device:
-    """`auto` takes a GPU where there is one, then MPS, then the CPU.
+    """Return the requested device. `auto` prefers CUDA, then MPS, then the CPU.
 
     Raises:
-        UserError: a device that is not here.
+        UserError: if the device is not available.
     """
-    here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if requested == "auto":
-        return torch.device("cuda" if here["cuda"] else "mps" if here["mps"] else "cpu")
-    if not here.get(requested.split(":")[0], False):
-        found = ", ".join(name for name, present in here.items() if present)
-        raise UserError(f"device={requested} is not available. Choose auto or one of: {found}.")
+        return torch.device("cuda" if available["cuda"] else "mps" if available["mps"] else "cpu")
+    if not available.get(requested.split(":")[0], False):
+        names = ", ".join(name for name, is_available in available.items() if is_available)
+        raise UserError(f"device={requested} is not available. Choose auto or one of: {names}.")
     return torch.device(requested)

@@ -1,4 +1,4 @@
-"""What the processes of one training run hold together."""
+"""Communication between the ranks of a training."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -14,18 +14,18 @@ Value = TypeVar("Value")
 
 
 def is_main_process() -> bool:
-    """Whether this is the first of the processes, or the only one; known before they find each other."""
+    """Return True on rank 0, and in a single process. Also works before the process group is initialised."""
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def warn(message: str) -> None:
-    """A warning on standard error, once for all processes of a training."""
+    """Print a warning to standard error, on rank 0 only."""
     if is_main_process():
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
-def from_first(value: Value) -> Value:
-    """What the first rank has here; every rank must ask."""
+def broadcast_from_rank_0(value: Value) -> Value:
+    """Return rank 0's value on every rank. A collective: call it on every rank."""
     if not (dist.is_available() and dist.is_initialized()):
         return value
     values = [value]
@@ -34,35 +34,38 @@ def from_first(value: Value) -> Value:
 
 
 def gather_rows(micro_batches: Sequence[Tensor]) -> Tensor:
-    """All rows of a step in their order (`ldm.data.order.part_rows`), from those of this rank's micro-batches.
+    """Gather the rows of a step from all ranks, in the order of `ldm.data.order.micro_batch_rows`.
 
-    Each is [n, ...], of the same shape on every rank; every rank must ask.
+    A collective: call it on every rank.
+
+    Args:
+        micro_batches: The rows of this rank by micro-batch, [n, ...] each, with the same shape on every rank.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return torch.cat(list(micro_batches))
-    own = torch.stack(list(micro_batches))
-    ranks = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(ranks, own)
+    local = torch.stack(list(micro_batches))
+    ranks = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+    dist.all_gather(ranks, local)
     return torch.stack(ranks, dim=1).flatten(0, 2)
 
 
 class Agreement:
-    """Questions that every rank answers with a number; the largest of them is everybody's answer."""
+    """Named values on which all ranks agree: each rank computes its own, and the largest counts."""
 
     def __init__(self) -> None:
-        self._questions: dict[str, Callable[[], int]] = {}
-        self.answers: dict[str, int] = {}
+        self._functions: dict[str, Callable[[], int]] = {}
+        self.values: dict[str, int] = {}
 
-    def ask(self, name: str, question: Callable[[], int]) -> None:
-        """Put a question, on every rank in the same order."""
-        self._questions[name] = question
+    def register(self, name: str, function: Callable[[], int]) -> None:
+        """Register the function that computes a value. Every rank must register the same names in the same order."""
+        self._functions[name] = function
 
-    def decide(self, trainer: Trainer) -> dict[str, int]:
-        """The answers of this moment, which every rank must reach. One process asks nobody."""
-        values = [int(question()) for question in self._questions.values()]
+    def update(self, trainer: Trainer) -> dict[str, int]:
+        """Compute all values and return their maxima over the ranks. A collective: call it on every rank."""
+        values = [int(function()) for function in self._functions.values()]
         if trainer.world_size > 1:
             shared = torch.tensor(values, device=trainer.strategy.root_device)
             dist.all_reduce(shared, dist.ReduceOp.MAX)
             values = shared.tolist()
-        self.answers = dict(zip(self._questions, values, strict=True))
-        return self.answers
+        self.values = dict(zip(self._functions, values, strict=True))
+        return self.values

@@ -1,36 +1,36 @@
-"""What the launchers of this process say in its environment: Lightning, torchrun and SLURM."""
+"""Environment variables of the launchers (Lightning and SLURM), and SLURM's requeue command."""
 
 import os
 import subprocess
 
 RUN_NAME = "LDM_RUN_NAME"
-"""The name of this process's run, for the processes that Lightning starts."""
+"""Environment variable with the name of the run, for the processes that Lightning starts."""
 
 
 def share_run_name(name: str, *, main_process: bool) -> str:
-    """The name that the main process chose, in all processes that it starts."""
+    """Return the run name chosen by the main process, in all processes that it starts."""
     if main_process:
         os.environ[RUN_NAME] = name
     return os.environ.get(RUN_NAME, name)
 
 
 def has_shared_run_name() -> bool:
-    """Whether this process, or the one that started it, has named its run."""
+    """Return True if this process, or the one that started it, has set the name of the run."""
     return RUN_NAME in os.environ
 
 
 def slurm_job() -> dict[str, str]:
-    """The job that this process belongs to under SLURM, which keeps its number when it is put into the queue again."""
+    """Return the ids of the SLURM job of this process. They stay the same when the job is requeued."""
     return {key: os.environ[key] for key in ("SLURM_JOB_ID", "SLURM_ARRAY_TASK_ID") if key in os.environ}
 
 
 def is_restarted_by_slurm() -> bool:
-    """Whether SLURM put this very job into the queue again."""
+    """Return True if SLURM has requeued this job."""
     return bool(int(os.environ.get("SLURM_RESTART_COUNT") or 0))
 
 
 def requeue() -> str:
-    """Under SLURM, ask for the job to be started again later; says in words whether that was granted."""
+    """Ask SLURM to requeue the job. Return the outcome as the end of a sentence; "" outside of SLURM."""
     job = os.environ.get("SLURM_JOB_ID")
     if (array := os.environ.get("SLURM_ARRAY_JOB_ID")) is not None:
         job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
@@ -39,7 +39,7 @@ def requeue() -> str:
     try:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return f". SLURM could not be asked to start job {job} again: {error}"
+        return f". SLURM job {job} could not be requeued: {error}"
     if done.returncode:
-        return f". SLURM does not start job {job} again: {' '.join(done.stderr.split())}"
-    return f". SLURM starts job {job} again"
+        return f". SLURM refused to requeue job {job}: {' '.join(done.stderr.split())}"
+    return f". SLURM requeued job {job}"

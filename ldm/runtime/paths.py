@@ -1,4 +1,4 @@
-"""Where conf/ and tools/ are, next to the package in a checkout and inside it in a wheel, and how a run is known."""
+"""Paths of run folders, and of conf/ and tools/, which are inside the package in a wheel, else next to it."""
 
 from pathlib import Path
 
@@ -7,23 +7,23 @@ RUN_FILE = "run.json"
 """The file that marks a run folder."""
 STAGES = ("vae", "diffusion")
 DISTRIBUTION = "ldm-trainer"
-"""Our name on PyPI, where `ldm` is another project."""
+"""Name of this package on PyPI, where `ldm` is another project."""
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder holds a run, as far as it can be read."""
+    """Return True if a folder contains a run, and False if it cannot be read."""
     try:
         return (folder / RUN_FILE).is_file()
     except OSError:
         return False
 
 
-def set_aside(run: Path) -> Path:
-    """Where a run folder lies while another run, which has not saved anything yet, takes its place."""
+def replaced_folder(run: Path) -> Path:
+    """Return the folder to which a run is moved until the run that replaces it has saved its first checkpoint."""
     return run.with_name(f".{run.name}.replaced")
 
 
-def folder(name: str) -> Path:
-    """The folder `conf` or `tools`."""
-    inside = _PACKAGE / name
-    return inside if inside.is_dir() else _PACKAGE.parent / name
+def bundled_folder(name: str) -> Path:
+    """Return the path of the folder `conf` or `tools`."""
+    in_package = _PACKAGE / name
+    return in_package if in_package.is_dir() else _PACKAGE.parent / name

@@ -1,4 +1,4 @@
-"""Random numbers as a pure function of seed, step and row: every generator of this project is seeded here."""
+"""Random numbers as a pure function of seed, step and row. All random generators of the project are seeded here."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,11 +7,14 @@ import torch
 from torch import Tensor
 
 BLOCK = 16
-"""Rows that share a generator: a part draws at most 2 BLOCK - 2 rows more than it has, in a sixteenth of the calls."""
+"""Rows that share a generator.
+
+Compared with one generator per row, this needs 1/16 of the calls and draws at most 2 BLOCK - 2 unused rows.
+"""
 
 
 def derive_seed(*parts: int) -> int:
-    """One 63-bit seed from several integers (SplitMix64's finaliser), for a generator of its own."""
+    """Derive a 63-bit seed from several integers with SplitMix64's finaliser."""
     mask, state = 2**64 - 1, 0
     for part in parts:
         state = (state + part + 0x9E3779B97F4A7C15) & mask
@@ -22,19 +25,19 @@ def derive_seed(*parts: int) -> int:
 
 
 def torch_generator(*parts: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator of its own for these integers; a single one is the seed itself, several are derived from."""
+    """Return a new torch generator. A single integer is its seed; several are combined by `derive_seed`."""
     return torch.Generator(device=device).manual_seed(_seed(parts))
 
 
 def numpy_generator(*parts: int) -> np.random.Generator:
-    """The same for numpy."""
+    """Return a new NumPy generator, seeded in the same way as by `torch_generator`."""
     return np.random.default_rng(_seed(parts))
 
 
 def sample_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
-    """One CPU generator per sample: what sample i draws depends on seed and i alone, on any device.
+    """Return one CPU generator per sample, so that sample i depends only on the seed and i, on any device.
 
-    Not by `derive_seed`: sample i of a seed stays the image that it always was.
+    Does not use `derive_seed`, so that a seed yields the same samples as in earlier versions.
     """
     return [torch_generator(seed * 1_000_003 + index) for index in indices]
 
@@ -44,14 +47,16 @@ def _seed(parts: Sequence[int]) -> int:
 
 
 class Draws:
-    """The random numbers of some rows of a step: bit for bit those that the whole step would draw for them.
+    """Random numbers for some rows of a step, bit-identical to those rows of the full batch.
 
-    Rows are drawn in blocks, each from a generator of its own, seeded by (seed, step, block). Every part of a step
-    makes the same draws in the same order.
+    Rows are drawn in blocks, each with its own generator, seeded by (seed, step, block). Every part of a step must make
+    the same draws in the same order.
 
     Args:
-        rows: Which rows of the step's batch.
-        device: Where numbers are drawn; each kind of device has a stream of its own.
+        seed: Seed of the run.
+        step: Optimizer step.
+        rows: Range of rows in the step's batch.
+        device: Device of the generators. Each type of device has its own random stream.
     """
 
     def __init__(self, seed: int, step: int, rows: range, device: torch.device | str = "cpu") -> None:
@@ -60,17 +65,17 @@ class Draws:
         self._generators = [torch_generator(seed, step, block, device=device) for block in range(first, end)]
 
     def draw(self, function: Callable[[int, torch.Generator], Tensor]) -> Tensor:
-        """These rows of what `function(count, generator)` draws, [count, ...], row by row independent."""
+        """Return the rows of `function(count, generator)`, which draws [count, ...] with independent rows."""
         return torch.cat([function(BLOCK, generator) for generator in self._generators])[self._rows]
 
     def randn(self, shape: Sequence[int]) -> Tensor:
-        """N(0, 1) of a shape that begins with the number of rows."""
+        """Draw from N(0, 1). The first dimension of the shape must be the number of rows."""
         return self.draw(lambda count, g: torch.randn(count, *shape[1:], generator=g, device=g.device))
 
     def rand(self, shape: Sequence[int]) -> Tensor:
-        """Uniform in [0, 1) of a shape that begins with the number of rows."""
+        """Draw uniformly from [0, 1). The first dimension of the shape must be the number of rows."""
         return self.draw(lambda count, g: torch.rand(count, *shape[1:], generator=g, device=g.device))
 
     def randint(self, low: int, high: int) -> Tensor:
-        """One of low, ..., high - 1 for each row."""
+        """Draw one of low, ..., high - 1 for each row."""
         return self.draw(lambda count, g: torch.randint(low, high, (count,), generator=g, device=g.device))

@@ -1,4 +1,4 @@
-"""The state of the global random generators, as tensors and plain numbers that a checkpoint holds."""
+"""State of the global random generators, in the form of tensors and plain numbers for a checkpoint."""
 
 import random
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """State of torch's generators (the CPU's, and the device's where it is CUDA), numpy's and Python's."""
+    """Return the state of the global generators of torch (CPU, and CUDA if that is the device), NumPy and Python."""
     version, keys, gauss = random.getstate()
     _, words, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002
     state = {
@@ -22,7 +22,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Go on drawing where `state` was taken."""
+    """Restore a state returned by `random_state`."""
     torch.set_rng_state(state["torch"])
     words, position, has_gauss, cached = state["numpy"]
     np.random.set_state(("MT19937", words.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002

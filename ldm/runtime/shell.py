@@ -1,4 +1,4 @@
-"""Commands as text that a user can copy: they run in the user's shell, from the folder where they are printed."""
+"""Commands as text that a user can copy and run in the same shell and folder."""
 
 import os
 import re
@@ -8,54 +8,57 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldm.runtime.paths import DISTRIBUTION, folder
+from ldm.runtime.paths import DISTRIBUTION, bundled_folder
 
-_PLAIN = re.compile(r"-[\w-]+|[\w.:=/\\+][\w.:=/\\+-]*", re.ASCII)
-"""Arguments that cmd and PowerShell both take as they are. PowerShell splits -option=a.b at the dot."""
+_NEEDS_NO_QUOTES = re.compile(r"-[\w-]+|[\w.:=/\\+][\w.:=/\\+-]*", re.ASCII)
+"""Arguments that neither cmd nor PowerShell modifies. PowerShell would split -option=a.b at the dot."""
 
 
 def join(arguments: Sequence[str], *, windows: bool = os.name == "nt") -> str:
-    """A command line, quoted for a POSIX shell; on Windows for cmd, which PowerShell reads alike but for ", $ and `."""
+    """Return a command line quoted for a POSIX shell, or on Windows for cmd.
+
+    PowerShell parses the latter in the same way, except for ", $ and `.
+    """
     if not windows:
         return shlex.join(arguments)
-    return " ".join(argument if _PLAIN.fullmatch(argument) else _double(argument) for argument in arguments)
+    return " ".join(text if _NEEDS_NO_QUOTES.fullmatch(text) else _double_quote(text) for text in arguments)
 
 
-def _double(argument: str) -> str:
-    """In double quotes, as the C runtime parses it: backslashes count as escapes only before a quote."""
+def _double_quote(argument: str) -> str:
+    """Double-quote an argument for the C runtime, where backslashes are escapes only before a quote."""
     escaped = re.sub(r'(\\*)"', r'\1\1\\"', argument)
     return '"' + re.sub(r"(\\+)$", r"\1\1", escaped) + '"'
 
 
 def python(*arguments: str) -> str:
-    """A command of the interpreter of this process, by the shortest name under which the user's shell finds it."""
+    """Return a command for this process's Python interpreter, by the shortest name that works in the user's shell."""
     return join([_interpreter(), *arguments])
 
 
 def train_command(*options: str) -> str:
-    """`python -m ldm.train` with options as a user types them."""
+    """Return the command `python -m ldm.train` with the options, quoted for the shell."""
     return python("-m", "ldm.train", *options)
 
 
 def tool_command(name: str, *options: str) -> str:
-    """`python tools/<name>.py` with options as a user types them."""
-    return python(_shown(folder("tools") / f"{name}.py"), *options)
+    """Return the command `python tools/<name>.py` with the options, quoted for the shell."""
+    return python(_display_path(bundled_folder("tools") / f"{name}.py"), *options)
 
 
 def install_command(extra: str) -> str:
-    """The command that installs the packages of one of our extras for this interpreter."""
+    """Return the command that installs one of this package's extras for this interpreter."""
     return python("-m", "pip", "install", f"{DISTRIBUTION}[{extra}]")
 
 
 def _interpreter() -> str:
-    # not resolved: in a virtual environment it is a link
-    ours, found = Path(sys.executable).absolute(), shutil.which("python")
-    if found is not None and Path(found).absolute().parent == ours.parent and Path(found).samefile(ours):
+    # not resolved: in a virtual environment, sys.executable is a link
+    current, default = Path(sys.executable).absolute(), shutil.which("python")
+    if default is not None and Path(default).absolute().parent == current.parent and Path(default).samefile(current):
         return "python"
-    return _shown(ours)
+    return _display_path(current)
 
 
-def _shown(path: Path) -> str:
-    """A path as the user sees it: relative where it is below the working folder."""
+def _display_path(path: Path) -> str:
+    """Return a path for display, relative if it is below the working directory."""
     here = Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

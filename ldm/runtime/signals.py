@@ -1,9 +1,9 @@
-"""Signals that end a command: at once, or held back until what was done so far is saved.
+"""Signals that stop a command, immediately or after its work is saved.
 
-SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (sent ahead of a preemption) raise `Interrupted` wherever the command is, so that
-it unwinds through its `finally` blocks. A training holds them and looks between its steps. A second SIGINT ends the
-process where it stands: whatever is on the disk is whole at any moment. One that comes together with the first is the
-same Ctrl-C, which the terminal sent and a wrapper passed on.
+SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (sent before a preemption) raise `Interrupted` in the main thread, so that the
+command unwinds through its `finally` blocks. Training defers them and checks for a pending signal between steps. A
+second SIGINT ends the process immediately, which is safe because files are written atomically. A second SIGINT right
+after the first is ignored: it is the same Ctrl-C, sent by the terminal and forwarded by a wrapper.
 """
 
 import os
@@ -14,14 +14,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-SAME_S = 0.5
-"""A SIGINT so soon after another is the same one."""
+DUPLICATE_S = 0.5
+"""A SIGINT within this time after the first is a duplicate of it."""
 
 HANDLED = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asks to stop; `code` is the exit code that says so: 130 SIGINT, 143 SIGTERM, 138 SIGUSR1."""
+    """A signal asked the command to stop."""
 
     def __init__(self, number: int, message: str = "") -> None:
         self.signal = signal.Signals(number)
@@ -29,6 +29,7 @@ class Interrupted(KeyboardInterrupt):
 
     @property
     def code(self) -> int:
+        """Exit code: 130 for SIGINT, 143 for SIGTERM, 138 for SIGUSR1."""
         return 128 + self.signal
 
 
@@ -36,7 +37,7 @@ class Interrupted(KeyboardInterrupt):
 class _Received:
     first: int | None = None
     interrupted_at: float | None = None
-    held: bool = False
+    is_deferring: bool = False
 
 
 _received = _Received()
@@ -47,56 +48,56 @@ def _receive(number: int, frame: FrameType | None) -> None:
     if number == signal.SIGINT:
         if _received.interrupted_at is None:
             _received.interrupted_at = now
-            if _received.held:
-                os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
-        elif now - _received.interrupted_at >= SAME_S:
-            os.write(2, b"stopped at once\n")
+            if _received.is_deferring:
+                os.write(2, b"\nstopping after this step; press Ctrl-C again to stop immediately\n")
+        elif now - _received.interrupted_at >= DUPLICATE_S:
+            os.write(2, b"stopped immediately\n")
             os._exit(128 + signal.SIGINT)
-    if _received.first is None:  # one that follows must not break the unwinding of the one before
+    if _received.first is None:  # later signals must not interrupt the unwinding
         _received.first = number
-        if not _received.held:
+        if not _received.is_deferring:
             raise Interrupted(number)
 
 
 def install_handlers() -> None:
-    """Our handlers, over whatever a library has put in their place. A signal that the caller ignores stays ignored."""
+    """Install our handlers, replacing those of libraries. Signals that are set to be ignored stay ignored."""
     for number in HANDLED:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _receive)
 
 
 @contextmanager
-def handled() -> Iterator[None]:
-    """Signals end what runs inside, as said above; afterwards they do what they did before."""
+def handling() -> Iterator[None]:
+    """Handle signals inside the block as described above, and restore the previous handlers afterwards."""
     global _received
-    before = {number: signal.getsignal(number) for number in HANDLED}
+    previous = {number: signal.getsignal(number) for number in HANDLED}
     _received = _Received()
     install_handlers()
     try:
         yield
     finally:
         _received = _Received()
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
-def hold() -> None:
-    """From now on a signal is noted only: look for it with `pending`."""
-    _received.held = True
+def defer() -> None:
+    """Only record signals from now on, without raising. `pending` returns the first of them."""
+    _received.is_deferring = True
     install_handlers()
 
 
-def release() -> None:
-    """From now on the first signal raises at once again; one that was noted is still `pending`."""
-    _received.held = False
+def stop_deferring() -> None:
+    """Raise on the first signal again. A signal that was already recorded stays `pending`."""
+    _received.is_deferring = False
 
 
 def pending() -> int | None:
-    """The signal that asks to stop, if there is one."""
+    """Return the first signal received, if any."""
     return _received.first
 
 
-def leave_to_parent(_: int = 0) -> None:
-    """For a worker process: the process that started it decides when to stop, also where both are sent the signal."""
+def ignore_in_worker(_: int = 0) -> None:
+    """Ignore signals in a worker process: its parent, which receives the same signals, decides when to stop."""
     for number in HANDLED:
         signal.signal(number, signal.SIG_IGN)

@@ -1,1 +1,1 @@
-"""Trained parts -> images."""
+"""Sampling images from a trained model."""

@@ -1,4 +1,4 @@
-"""Samples from a pipeline: drawing in batches, film strips, and the files they leave."""
+"""Draw images from a pipeline in batches, write them to a folder, and render the reverse chain as a film strip."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ from ldm.diffusion.samplers.base import OnStep, SamplerLike
 from ldm.diffusion.samplers.multistep import DPMSolver
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
-from ldm.image_grid import grid, rows, to_pil
+from ldm.image_grid import grid, labelled_rows, to_pil
 from ldm.progress import progress
 from ldm.rules import Count, Number, Seed, checked
 from ldm.runtime.random import sample_generators
@@ -33,22 +33,22 @@ def _read_interval(interval: Any) -> tuple[float, float]:
         low, high = 1.0, 0.0
     if not 0 <= low <= high <= 1:
         raise ValueError(
-            "must be the lowest and the highest u = t / T at which guidance acts, such as guidance_interval=[0.2,0.8]"
+            "must be the lowest and highest u = t / T at which guidance applies, such as guidance_interval=[0.2,0.8]"
         )
     return low, high
 
 
 Guidance = Annotated[Number, Field(ge=-1e6, le=1e6)]
-"""The scale of classifier-free guidance; 1 is none."""
-Interval = Annotated[tuple[float, float], BeforeValidator(_read_interval)]
-"""Of u = t / T, at which guidance acts."""
+"""Scale of classifier-free guidance; 1 disables it."""
+GuidanceInterval = Annotated[tuple[float, float], BeforeValidator(_read_interval)]
+"""Lowest and highest u = t / T at which guidance applies."""
 
 
 def check_sampler(sampler: SamplerLike, schedule: NoiseSchedule) -> None:
-    """Refuse a sampler that does not fit a chain.
+    """Check that a sampler fits the noise schedule.
 
     Raises:
-        UserError: naming the sampler.
+        UserError: If the sampler's options do not fit the schedule, for example more steps than the chain has.
     """
     try:
         sampler.check(schedule)
@@ -57,37 +57,39 @@ def check_sampler(sampler: SamplerLike, schedule: NoiseSchedule) -> None:
 
 
 @checked
-def draw(
+def draw_batches(
     pipeline: LatentDiffusionPipeline,
     request: Request,
     sampler: SamplerLike,
     *,
     guidance: Guidance,
-    guidance_interval: Interval = (0.0, 1.0),
+    guidance_interval: GuidanceInterval = (0.0, 1.0),
     seed: Seed,
     batch_size: Count = 64,
     first: int = 0,
     on_step: OnStep | None = None,
 ) -> Iterator[Tensor]:
-    """Images [b, 3, H, W] in [-1, 1], batch by batch, with a progress bar over samples x steps.
+    """Draw images [b, 3, H, W] in [-1, 1], batch by batch, with a progress bar.
 
     Args:
-        first: The sample to begin with; sample i depends on the seed and i alone, so what was drawn can go on.
+        first: Index of the first sample to draw. Sample i depends only on the seed and i, so an interrupted call can
+            be continued.
+        on_step: Called after each sampler step.
 
     Raises:
-        UserError: a sampler that does not fit the model, a solver that does not converge.
+        UserError: If the sampler does not fit the model, or if a solver does not converge.
     """
     check_sampler(sampler, pipeline.schedule)
-    pipeline.check_sigma(sampler.variance)
+    pipeline.check_variance(sampler.variance)
     total = len(request)
     with progress() as bar:
         task = bar.add_task("sampling", total=total, completed=first)
         done = first
 
         def step(s: float, z_s: Tensor, z_0: Tensor) -> None:
-            # how far down the chain, which an adaptive solver knows of itself where it cannot count its steps
-            share = 1 - s / pipeline.schedule.num_steps
-            bar.update(task, completed=done + share * min(batch_size, total - done))
+            # progress is measured in t: an adaptive solver does not know its number of steps in advance
+            fraction = 1 - s / pipeline.schedule.num_steps
+            bar.update(task, completed=done + fraction * min(batch_size, total - done))
             if on_step is not None:
                 on_step(s, z_s, z_0)
 
@@ -99,7 +101,9 @@ def draw(
                 options: Any = {"guidance": guidance, "guidance_interval": guidance_interval, "on_step": step}
                 z = pipeline.sample(sampler, condition, generators, **options)
             except ArithmeticError as error:
-                raise UserError(f"sampler={sampler.method} failed: {error}. Choose a larger sampler.rtol=.") from error
+                raise UserError(
+                    f"sampler={sampler.method} failed: {error}. Try a larger tolerance, such as sampler.rtol=0.001."
+                ) from error
             done = stop
             yield pipeline.decode(z).cpu()
 
@@ -115,7 +119,7 @@ def draw_images(
     seed: int = 0,
     batch_size: int = 64,
 ) -> list[Image.Image]:
-    """Images for prompts or for classes, by their number or name; image i depends on the seed and i alone.
+    """Draw images for prompts, or for classes given by number or name. Image i depends only on the seed and i.
 
     >>> from ldm import DDIM, Run, draw_images
     >>> pipeline = Run.open("runs/diffusion/demo").pipeline()
@@ -124,22 +128,29 @@ def draw_images(
     (8, 8)
 
     Args:
-        num_samples: Where neither is given: without a prompt, or of all classes in turn.
-        sampler: None: DPM-Solver++ of 20 steps.
-        guidance: Scale of classifier-free guidance; 1 is none.
+        num_samples: Number of images if neither prompts nor labels are given. A class-conditional model then cycles
+            through its classes; a text-conditional one uses the empty prompt.
+        sampler: None for DPM-Solver++ with 20 steps.
+        guidance: Scale of classifier-free guidance; 1 disables it.
 
     Raises:
-        UserError: prompts or labels that the model does not take, and what `draw` refuses.
+        UserError: If the model does not accept the prompts or labels, or as raised by `draw_batches`.
     """
     request = Request(*pipeline.conditioning.of_request(prompts, labels, num_samples))
-    batches = draw(
+    batches = draw_batches(
         pipeline, request, sampler or DPMSolver(steps=20), guidance=guidance, seed=seed, batch_size=batch_size
     )
     return [image for batch in batches for image in to_pil(batch)]
 
 
-def write(folder: Path, images: Sequence[Image.Image], captions: Sequence[str | None], made_by: dict[str, Any]) -> Path:
-    """NNNNN.png per sample, grid.png, samples.json; returns the grid's path."""
+def write_samples(
+    folder: Path, images: Sequence[Image.Image], captions: Sequence[str | None], settings: dict[str, Any]
+) -> Path:
+    """Write one NNNNN.png per sample, grid.png and samples.json; return the path of the grid.
+
+    Args:
+        settings: The settings that the samples were drawn with, for samples.json.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     files = [f"{i:05d}.png" for i in range(len(images))]
     for name, image in zip(files, images, strict=True):
@@ -147,7 +158,7 @@ def write(folder: Path, images: Sequence[Image.Image], captions: Sequence[str | 
     path = folder / "grid.png"
     grid(images[:256], captions[:256] if any(captions) else None).save(path)
     samples = [{"file": name, "caption": caption} for name, caption in zip(files, captions, strict=True)]
-    content = {**made_by, "samples": samples}
+    content = {**settings, "samples": samples}
     (folder / "samples.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
 
@@ -155,22 +166,25 @@ def write(folder: Path, images: Sequence[Image.Image], captions: Sequence[str | 
 def film_strip(
     pipeline: LatentDiffusionPipeline, request: Request, sampler: SamplerLike, *, seed: int, **options: Any
 ) -> Image.Image:
-    """The reverse chain of the first samples, from z_T to z_0: z_t decoded at equal distances in steps.
+    """Render the reverse chain of the first samples from z_T to z_0, decoding z_t at evenly spaced steps.
 
     Args:
-        options: As `draw` takes them.
+        options: Further options of `draw_batches`.
     """
-    shown = min(STRIP_SAMPLES, len(request))
-    part = Request({k: v[:shown] for k, v in request.condition.items()}, request.captions[:shown])
-    generators = sample_generators(seed, range(shown))
+    num = min(STRIP_SAMPLES, len(request))
+    request = Request({k: v[:num] for k, v in request.condition.items()}, request.captions[:num])
+    generators = sample_generators(seed, range(num))
     latents = [torch.stack([torch.randn(pipeline.latent_shape, generator=g) for g in generators])]
-    list(draw(pipeline, part, sampler, seed=seed, on_step=lambda s, z_s, z_0: latents.append(z_s.cpu()), **options))
-    kept = [latents[i] for i in torch.linspace(0, len(latents) - 1, min(STRIP_COLUMNS, len(latents))).round().long()]
-    frames = [to_pil(pipeline.decode(z.to(pipeline.device))) for z in kept]
-    return rows([(str(part.captions[i] or f"sample {i}"), [frame[i] for frame in frames]) for i in range(shown)])
+    options["on_step"] = lambda s, z_s, z_0: latents.append(z_s.cpu())
+    list(draw_batches(pipeline, request, sampler, seed=seed, **options))
+    shown = torch.linspace(0, len(latents) - 1, min(STRIP_COLUMNS, len(latents))).round().long()
+    frames = [to_pil(pipeline.decode(latents[i].to(pipeline.device))) for i in shown]
+    return labelled_rows(
+        [(str(request.captions[i] or f"sample {i}"), [frame[i] for frame in frames]) for i in range(num)]
+    )
 
 
-def describe(sampler: SamplerLike) -> dict[str, Any]:
-    """The sampler's settings, for samples.json."""
+def sampler_settings(sampler: SamplerLike) -> dict[str, Any]:
+    """Return the sampler's method and options as plain values."""
     options: Any = sampler
     return {"method": sampler.method, **asdict(options)}

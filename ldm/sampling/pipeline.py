@@ -1,7 +1,7 @@
-"""Trained parts -> images: conditions, the reverse chain on latents, the decoder. What a run leaves for use.
+"""A trained model with everything that sampling needs: conditioning, network, noise schedule and autoencoder.
 
-The folder is laid out as diffusers lays one out: model_index.json, network/, vae/ (safetensors + JSON), and the
-latent contract. Nothing in it is unpickled.
+A pipeline folder has the layout of diffusers: model_index.json, network/ and vae/ (safetensors and JSON), and the
+latent contract. Loading one never unpickles anything.
 """
 
 import hashlib
@@ -33,14 +33,14 @@ from ldm.runtime.random import torch_generator
 INDEX_FILE = "model_index.json"
 FORMAT = 2
 VARIANCE_FILE = "optimal_variance.json"
-KINDS: dict[str, Any] = {
+INDEX_FIELDS: dict[str, Any] = {
     "network": str,
     "prediction": str,
     "latent_shape": list[int],
     "schedule": dict,
     "conditioning": dict,
 }
-"""Of what an index says; variance was none of it in format 1."""
+"""Required fields of the index and their types. The field variance is absent in format 1."""
 VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 NETWORKS: dict[str, Any] = {"DiT": DiT, "ImageUNet": ImageUNet, "TextUNet": TextUNet}
 
@@ -56,17 +56,17 @@ class LatentDiffusionPipeline:
     ('v', 'fixed_small', (4, 4, 4))
 
     Args:
-        network: (z_t, timestep, **condition) -> output; a diffusers ModelMixin.
-        autoencoder: With measured statistics.
-        schedule: The chain that the network was trained on.
-        prediction: What the network outputs: eps, z_0, v or flow.
-        conditioning: What it is conditioned on.
-        contract: Which latents it was trained on.
+        network: A diffusers ModelMixin, (z_t, timestep, **condition) -> output.
+        autoencoder: The autoencoder, with measured latent statistics.
+        schedule: The noise schedule that the network was trained with.
+        prediction: The network's output: eps, z_0, v or flow.
+        conditioning: The kind of condition: none, class or text.
+        contract: Description of the latents that the network was trained on.
         latent_shape: (C, h, w).
-        variance: Sigma of the reverse chain: fixed_small, fixed_large, or learned_range where the network learned it.
-        z_0_mse: Per-t mean squared error of z_0 on the training split, [T + 1], for variance optimal; None until it
-            is fitted.
-        run: The run folder that it was loaded from, for messages.
+        variance: Sigma of the reverse chain: fixed_small, fixed_large, or learned_range if the network learned it.
+        z_0_mse: Mean squared error of the predicted z_0 at each t on the training split, [T + 1], which the optimal
+            variance is computed from; None until it is fitted.
+        run: The run folder that the pipeline was loaded from, for messages.
     """
 
     network: nn.Module
@@ -89,38 +89,41 @@ class LatentDiffusionPipeline:
         self.autoencoder.to(device)
         return self
 
-    def check_sigma(self, variance: str | None) -> None:
-        """Refuse a Sigma that this model does not have; None is its own.
+    def check_variance(self, variance: str | None) -> None:
+        """Check that the model supports a variance of the reverse chain; None stands for the model's own.
 
         Raises:
-            UserError: learned_range of a network that did not learn it, or what `require_fitted` refuses.
+            UserError: If the variance is learned_range and the network did not learn it, or as raised by
+                `check_optimal_variance`.
         """
         if variance == "learned_range" and self.variance != "learned_range":
             rule = (
-                f"needs a network that learned Sigma, and this one was trained for {self.variance}. Choose "
-                "fixed_small, fixed_large or optimal, or leave it out"
+                f"needs a network that learned Sigma, but this one was trained with {self.variance}. Choose "
+                "fixed_small, fixed_large or optimal, or omit the option"
             )
             raise InputError("variance", variance, rule)
         if variance == "optimal":
-            self.require_fitted()
+            self.check_optimal_variance()
 
-    def require_fitted(self) -> None:
-        """Refuse variance=optimal where its table is missing, or of another chain.
+    def check_optimal_variance(self) -> None:
+        """Check that the optimal variance has been fitted for this model's noise schedule.
 
         Raises:
-            UserError: saying how to fit it.
+            UserError: If it has not been. The message contains the command that fits it.
         """
-        how = f"Fit it on the training split: {shell.tool_command('likelihood', f'run={self.run}', 'variance=optimal')}"
+        remedy = (
+            f"Fit it on the training split: {shell.tool_command('likelihood', f'run={self.run}', 'variance=optimal')}"
+        )
         if self.z_0_mse is None:
-            raise UserError(f"The optimal variance is not fitted for this model yet. {how}")
+            raise UserError(f"The optimal variance is not fitted for this model yet. {remedy}")
         try:
             check_z_0_mse(self.schedule, self.z_0_mse)
         except ValueError as error:
-            raise UserError(f"{VARIANCE_FILE} does not fit this model: {error}. Delete it, then: {how}") from error
+            raise UserError(f"{VARIANCE_FILE} does not fit this model: {error}. Delete it. {remedy}") from error
 
     @property
     def chain_sha256(self) -> str:
-        """SHA-256 of the chain's alpha_bar: which chain the network knows."""
+        """SHA-256 of the alpha_bar of the network's noise schedule."""
         return hashlib.sha256(self.schedule.alpha_bar.cpu().numpy().tobytes()).hexdigest()
 
     def denoiser(self) -> Denoiser:
@@ -143,9 +146,10 @@ class LatentDiffusionPipeline:
         """Draw standardised latents z_0 [b, C, h, w], one CPU generator per sample.
 
         Args:
-            condition: Batch-first tensors for the b samples; {} for none.
-            guidance: Scale of classifier-free guidance; 1 is none.
-            guidance_interval: Lowest and highest u = t / T at which it acts.
+            condition: Batch-first tensors for the b samples; {} without a condition.
+            guidance: Scale of classifier-free guidance; 1 disables it.
+            guidance_interval: Lowest and highest u = t / T at which guidance applies.
+            on_step: Called after each sampler step.
         """
         self.network.eval()
         denoiser: Any = self.denoiser()
@@ -153,37 +157,37 @@ class LatentDiffusionPipeline:
             null = {name: value.to(self.device) for name, value in self.conditioning.null().items()}
             denoiser = Guided(denoiser, guidance, null, guidance_interval)
         noise = torch.stack([torch.randn(self.latent_shape, generator=g) for g in generators]).to(self.device)
-        moved = {name: value.to(self.device) for name, value in condition.items()}
+        condition = {name: value.to(self.device) for name, value in condition.items()}
         sigma: dict[str, Any] = {"variance": self.variance, "z_0_mse": self.z_0_mse}
-        return sampler(denoiser, noise, moved, **sigma, generator=generators, on_step=on_step)
+        return sampler(denoiser, noise, condition, **sigma, generator=generators, on_step=on_step)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Standardised latents -> images [b, 3, H, W] in [-1, 1]."""
+        """Decode standardised latents to images [b, 3, H, W] in [-1, 1]."""
         return self.autoencoder.decode(self.autoencoder.unstandardise(z))
 
     @torch.no_grad()
     def forward_chain(self, image: Tensor, *, steps: int, seed: int) -> tuple[list[int], Tensor]:
-        """The forward chain on one image, z_t | z_s step by step, decoded at `steps` + 1 times from 0 to T.
+        """Run the forward chain q(z_t | z_s) on one image, and decode it at `steps` + 1 times from 0 to T.
 
         Args:
             image: [1, 3, H, W] in [-1, 1].
 
         Returns:
-            The visited t, and the decoded z_t, [steps + 1, 3, H, W].
+            The times t and the decoded z_t, [steps + 1, 3, H, W].
         """
         mean, _ = self.autoencoder.encode(image)
         generator = torch_generator(seed)
-        visited = sorted(set(torch.linspace(0, self.schedule.num_steps, steps + 1).round().long().tolist()))
+        times = sorted(set(torch.linspace(0, self.schedule.num_steps, steps + 1).round().long().tolist()))
         z_t = self.autoencoder.standardise(mean)
         frames = [self.decode(z_t)]
-        for s, t in zip(visited, visited[1:], strict=False):
+        for s, t in zip(times, times[1:], strict=False):
             eps = torch.randn(z_t.shape, generator=generator).to(z_t)
             z_t = forward_step(self.schedule, z_t, s, t, eps)
             frames.append(self.decode(z_t))
-        return visited, torch.cat(frames)
+        return times, torch.cat(frames)
 
     def save(self, folder: Path) -> None:
-        """Write everything that sampling needs."""
+        """Write everything that sampling needs to a folder."""
         folder.mkdir(parents=True, exist_ok=True)
         self.network.save_pretrained(folder / "network")  # type: ignore[operator]
         self.autoencoder.save(folder / "vae")
@@ -199,42 +203,44 @@ class LatentDiffusionPipeline:
             "conditioning": self.conditioning.state(),
         }
         if self.z_0_mse is None:
-            (folder / VARIANCE_FILE).unlink(missing_ok=True)  # fitted to the weights that were here before
+            (folder / VARIANCE_FILE).unlink(missing_ok=True)  # it was fitted to the weights that are being replaced
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> "LatentDiffusionPipeline":
-        """Read a pipeline folder.
+        """Load a pipeline folder.
 
         Raises:
-            UserError: not such a folder, another format, or parts that do not belong together.
+            UserError: If it is not a pipeline folder, has an unknown format, or its parts do not belong together.
         """
         path = folder / INDEX_FILE
         if not path.is_file():
             raise UserError(
-                f"{folder} is no pipeline: {INDEX_FILE} is missing. Train one: python -m ldm.train stage=diffusion"
+                f"{folder} is not a pipeline folder: {INDEX_FILE} is missing. Train a pipeline: "
+                "python -m ldm.train stage=diffusion"
             )
         index = read_json(path)
         if index.get("format") not in (1, FORMAT):
             raise UserError(f"{path} has format {index.get('format')}; this version reads 1 and {FORMAT}.")
-        check_fields(index, KINDS, path)
+        check_fields(index, INDEX_FIELDS, path)
         if index.get("variance", VARIANCES[0]) not in VARIANCES:
-            raise UserError(f"{path}: the variance {index['variance']} is unknown. Known are: {', '.join(VARIANCES)}.")
+            raise UserError(f"{path}: unknown variance {index['variance']}. Choose from {', '.join(VARIANCES)}.")
         schedule = _schedule(index["schedule"], index["prediction"], path)
         autoencoder = Autoencoder.load(folder / "vae")
         contract = LatentContract.load(folder)
         if (weights := autoencoder.weights_sha256()) != contract.autoencoder_sha256:
             raise UserError(
                 f"{folder} was trained on latents of the autoencoder {contract.autoencoder_sha256[:12]}, but "
-                f"{folder / 'vae'} holds {weights[:12]}. Put the autoencoder that it was trained with back."
+                f"{folder / 'vae'} contains {weights[:12]}. Restore the autoencoder that it was trained with."
             )
         network: Any = load_network(folder / "network", index["network"])
         side = contract.resolution // max(1, contract.factor)
         shape = (contract.channels, side, side)
         if tuple(index["latent_shape"]) != shape or network.config.in_channels != contract.channels:
             raise UserError(
-                f"{path}: latents of {index['latent_shape']} and a network of {network.config.in_channels} channels do "
-                f"not fit {folder / 'contract.json'}, which means {list(shape)}. Put back the files of training."
+                f"{path}: the latent shape {index['latent_shape']} and a network of {network.config.in_channels} input "
+                f"channels do not match {folder / 'contract.json'}, which implies the shape {list(shape)}. Restore the "
+                "files that training wrote."
             )
         return cls(
             network=network,
@@ -244,7 +250,7 @@ class LatentDiffusionPipeline:
             conditioning=restore_conditioning(index["conditioning"], path),
             contract=contract,
             latent_shape=tuple(index["latent_shape"]),
-            variance=index.get("variance", VARIANCES[0]),  # format 1 knew no other
+            variance=index.get("variance", VARIANCES[0]),  # the only one in format 1
             z_0_mse=load_z_0_mse(folder),
         )
 
@@ -255,18 +261,20 @@ def _schedule(content: dict[str, Any], prediction: str, path: Path) -> NoiseSche
         schedule = NoiseSchedule(content["name"], torch.tensor(content["alpha_bar"], dtype=torch.float64))
         check_prediction(prediction, schedule.alpha_bar)
     except ValueError as error:
-        raise UserError(f"{path} holds no chain: {error}. Put back the file that training wrote.") from error
+        raise UserError(
+            f"{path} contains no valid noise schedule: {error}. Restore the file that training wrote."
+        ) from error
     return schedule
 
 
-def save_z_0_mse(folder: Path, table: Tensor, made_by: dict[str, Any]) -> None:
-    """Keep the table of the per-t optimal Sigma with a pipeline; `made_by` says how it was fitted."""
-    content = {"format": FORMAT, **made_by, "z_0_mse": table.tolist()}
+def save_z_0_mse(folder: Path, table: Tensor, settings: dict[str, Any]) -> None:
+    """Save the table for the optimal Sigma to a pipeline folder, with the settings that it was fitted with."""
+    content = {"format": FORMAT, **settings, "z_0_mse": table.tolist()}
     write_text(folder / VARIANCE_FILE, json.dumps(content, indent=2) + "\n")
 
 
 def load_z_0_mse(folder: Path) -> Tensor | None:
-    """The table of the per-t optimal Sigma, or None where it was not fitted."""
+    """Load the table for the optimal Sigma; None if it has not been fitted."""
     path = folder / VARIANCE_FILE
     if not path.is_file():
         return None
@@ -276,11 +284,11 @@ def load_z_0_mse(folder: Path) -> Tensor | None:
 
 
 def load_network(folder: Path, name: str) -> nn.Module:
-    """One of our networks from safetensors.
+    """Load one of our networks from safetensors.
 
     Raises:
-        UserError: an unknown network, or no such folder.
+        UserError: If the network's name is unknown or the folder does not exist.
     """
     if name not in NETWORKS:
-        raise UserError(f"{folder} holds a network {name}. Readable networks: {', '.join(NETWORKS)}.")
+        raise UserError(f"{folder} contains an unknown network {name}. Supported networks: {', '.join(NETWORKS)}.")
     return load_model(NETWORKS[name], folder)

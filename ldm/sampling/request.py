@@ -1,4 +1,4 @@
-"""What samples are asked for: prompts, classes, or the conditions of images."""
+"""A request for samples: prompts, classes, or the conditions of given images."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,50 +10,52 @@ from pydantic import Field
 from ldm.data.images import ImageData
 from ldm.diffusion.denoiser import Condition
 from ldm.errors import UserError
-from ldm.files.untrusted import clean_text
-from ldm.rules import Count, Whole, checked
+from ldm.files.untrusted import replace_surrogates
+from ldm.rules import Count, Integer, checked
 from ldm.sampling.pipeline import LatentDiffusionPipeline
 
 
 @dataclass(frozen=True)
 class Request:
-    """What each sample is conditioned on; `captions` says it in words."""
+    """The condition of each sample, as tensors and as a caption."""
 
     condition: Condition
     captions: list[str | None]
 
     @classmethod
     @checked
-    def make(
+    def from_options(
         cls,
         pipeline: LatentDiffusionPipeline,
         *,
         prompt: str | None = None,
         prompts: str | None = None,
-        label: Annotated[Whole, Field(ge=0)] | None = None,
+        label: Annotated[Integer, Field(ge=0)] | None = None,
         num_samples: Count = 16,
     ) -> "Request":
-        """Understand what the user asked for.
+        """Build a request from command-line options.
 
         Args:
-            prompts: A file with one prompt per line, for a sample each.
+            prompt: The prompt of all samples.
+            prompts: A text file with one prompt per line; one sample is drawn for each.
+            label: The class of all samples, as a number.
 
         Raises:
-            UserError: a file that is missing or empty, or what `Conditioning.of_request` refuses.
+            UserError: If the file is missing or empty, or as raised by `Conditioning.of_request`.
         """
         if prompts:
             captions: list[str] | None = read_prompts(prompts)
         else:
-            captions = None if prompt is None else [clean_text(prompt)] * num_samples
+            captions = None if prompt is None else [replace_surrogates(prompt)] * num_samples
         classes = None if label is None else [label] * num_samples
         return cls(*pipeline.conditioning.of_request(captions, classes, num_samples))
 
     @classmethod
-    def of_images(cls, pipeline: LatentDiffusionPipeline, images: ImageData, indices: np.ndarray) -> "Request":
-        """The captions or classes of these images, where the model takes them.
+    def for_images(cls, pipeline: LatentDiffusionPipeline, images: ImageData, indices: np.ndarray) -> "Request":
+        """Build a request with the captions or classes of the given images, as the model requires.
 
         Raises:
-            UserError: as `Conditioning.of_images` does.
+            UserError: As raised by `Conditioning.of_images`.
         """
         return cls(*pipeline.conditioning.of_images(images, indices))
 
@@ -62,15 +64,15 @@ class Request:
 
 
 def read_prompts(file: str) -> list[str]:
-    """One caption per line; blank lines are left out."""
+    """Read one caption per line from a text file, skipping blank lines."""
     path = Path(file).expanduser()
     if not path.is_file():
-        raise UserError(f"prompts={file} is not a file. It should hold one caption per line.")
+        raise UserError(f"prompts={file} is not a file. Give a text file with one caption per line.")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise UserError(f"prompts={file} is not UTF-8 ({error.reason}). Save it again in UTF-8.") from error
+        raise UserError(f"prompts={file} is not encoded in UTF-8 ({error.reason}). Save it as UTF-8.") from error
     captions = [line.strip() for line in lines if line.strip()]
     if not captions:
-        raise UserError(f"prompts={file} holds no caption. Write one per line.")
+        raise UserError(f"prompts={file} contains no captions. Write one per line.")
     return captions

@@ -1,1 +1,1 @@
-"""The home of W&B."""
+"""Experiment tracking with W&B."""

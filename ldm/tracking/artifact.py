@@ -1,4 +1,4 @@
-"""A thing that a run takes or leaves, with the digest by which other runs name it."""
+"""Inputs and outputs of runs, identified by their digest."""
 
 import hashlib
 import json
@@ -14,9 +14,11 @@ class Artifact:
     """Data, an autoencoder, latents, a pipeline or an evaluation.
 
     Args:
-        digest: SHA-256 of what it is.
-        metadata: What is said of it, plain values.
-        files: Files and folders that belong to it; none where its description is all that may leave this machine.
+        type: data, autoencoder, latents, pipeline or evaluation.
+        name: Name of the run or data set.
+        digest: SHA-256 of the content.
+        metadata: Description, as plain values.
+        files: Files and folders to upload; empty to upload the description only.
     """
 
     type: str
@@ -27,22 +29,23 @@ class Artifact:
 
     @property
     def label(self) -> str:
-        """Its name in W&B, where a name has one type, no other signs than these and 128 of them at most."""
+        """Name in W&B. A name there has a single type, at most 128 characters, and only letters, digits, _, . and -."""
         return re.sub(r"[^\w.-]+", "-", f"{self.type}-{self.name}", flags=re.ASCII)[:128]
 
     @property
     def alias(self) -> str:
+        """Alias in W&B, by which a version can be found from its digest."""
         return f"sha-{self.digest[:12]}"
 
     @property
     def contents(self) -> dict[str, Path]:
-        """Every file by its name in the artifact; those of a folder keep their place in it."""
-        found = [(path if path.is_dir() else path.parent, file) for path in self.files for file in _files_in(path)]
-        return {file.relative_to(folder).as_posix(): file for folder, file in found}
+        """All files by their name in the artifact. Files in a folder are named by their path relative to it."""
+        files = [(path if path.is_dir() else path.parent, file) for path in self.files for file in _files_in(path)]
+        return {file.relative_to(folder).as_posix(): file for folder, file in files}
 
 
 def sha256(content: str | Iterable[Path]) -> str:
-    """SHA-256 of a text, or of the contents of files and folders one after the other, in the order of their names."""
+    """Return the SHA-256 of a text, or of the concatenated contents of files and folders, sorted by name in each."""
     if isinstance(content, str):
         return hashlib.sha256(content.encode()).hexdigest()
     digest = hashlib.sha256()
@@ -57,13 +60,13 @@ def _files_in(path: Path) -> list[Path]:
     return [file for file in (path, *sorted(path.rglob("*"))) if file.is_file()]
 
 
-def plain(value: Any) -> Any:
-    """A value as JSON has it: lists stay lists, numpy's numbers become numbers, what else is no plain type its text."""
+def to_plain(value: Any) -> Any:
+    """Convert a value to JSON types: NumPy scalars to numbers, and anything else that JSON lacks to its str()."""
     return json.loads(json.dumps(value, default=lambda other: other.item() if hasattr(other, "item") else str(other)))
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested config -> `a.b.c` keys with plain values; a list that holds mappings counts them, `a.0.b`."""
+    """Flatten a nested config to `a.b.c` keys with plain values. Lists of mappings use indices, as in `a.0.b`."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         name = f"{prefix}{key}"
@@ -72,5 +75,5 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping):
             flat.update(flatten(value, f"{name}."))
         else:
-            flat[name] = plain(value)
+            flat[name] = to_plain(value)
     return flat

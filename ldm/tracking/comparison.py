@@ -1,4 +1,4 @@
-"""Runs compared through W&B: read from its server, and reported there."""
+"""Comparisons of runs with W&B: reading runs from its server, and publishing a comparison as a report."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,23 +9,23 @@ from PIL import Image
 from ldm.errors import UserError
 from ldm.runtime import shell
 from ldm.tracking.run import TRAINING_ID, track_report
-from ldm.tracking.server import bounded, has_key
+from ldm.tracking.server import has_key, with_timeout
 
 LOOK_UP_S, HISTORY_S = 60.0, 600.0
-"""The most that the server is waited for: until it names a run, and until all of its history is here."""
+"""Timeouts for finding a run and for downloading its history."""
 
 
 def fetch_run(path: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
-    """A training's run from W&B's server, with what tools/evaluate.py logged of it last.
+    """Fetch a training run from W&B's server, with its latest evaluation by tools/evaluate.py.
 
     Args:
-        path: `entity/project/run`, the last being the run's id.
+        path: `entity/project/run`, where the last part is the id of the run.
 
     Returns:
-        Its flat config, its summary, the summary of its evaluation and its history, row by row.
+        The flat config, the summary, the summary of the evaluation, and the rows of the history.
 
     Raises:
-        UserError: no login here, no such run, or no answer in time.
+        UserError: if there is no login, no such run, or no answer in time.
     """
     import wandb
 
@@ -39,15 +39,14 @@ def fetch_run(path: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]
 
     if not has_key():
         raise UserError(
-            f"{path} is no run folder here, and to look for it in W&B there is no login: `wandb login`, or set "
-            "WANDB_API_KEY."
+            f"{path} is not a run folder. To search for it in W&B, log in with `wandb login` or set WANDB_API_KEY."
         )
     try:
-        run, config, summary, evaluation = bounded(look_up, LOOK_UP_S)
-        return config, summary, evaluation, bounded(lambda: list(run.scan_history()), HISTORY_S)
+        run, config, summary, evaluation = with_timeout(look_up, LOOK_UP_S)
+        return config, summary, evaluation, with_timeout(lambda: list(run.scan_history()), HISTORY_S)
     except (wandb.Error, ValueError, OSError) as error:
         raise UserError(
-            f"{path} is no run folder here, and W&B gave no run of that path (entity/project/run): {error}"
+            f"{path} is not a run folder, and W&B returned no run for this path (entity/project/run): {error}"
         ) from error
 
 
@@ -57,40 +56,40 @@ def track_comparison(
     *,
     name: str,
     tables: Mapping[str, tuple[Sequence[str], Sequence[Sequence[str]]]],
-    pictures: Mapping[str, Image.Image],
+    figures: Mapping[str, Image.Image],
     markdown: str,
     curves: Sequence[str],
     compared: Sequence[str],
 ) -> str:
-    """A comparison as a W&B run of its own, and as a W&B report where one can be made.
+    """Log a comparison to a W&B run of its own, and publish it as a W&B report if possible.
 
     Args:
-        folder, config, tables, pictures: As `track_report` takes them.
-        markdown: The text of the report.
-        curves: Names of what the report plots by step.
+        folder, config, name, tables, figures: See `track_report`.
+        markdown: Text of the report.
+        curves: Names of the metrics that the report plots over steps.
         compared: Names of the W&B runs that it plots, `<stage>/<name>`.
 
     Returns:
-        A line that says where the report is, or what is missing for one.
+        A line with the address of the report, or the reason why there is none.
     """
-    tracker = track_report(folder, config, name=name, values={}, pictures=pictures, tables=tables)
+    tracker = track_report(folder, config, name=name, values={}, figures=figures, tables=tables)
     if tracker.mode != "online":
-        return "No W&B report: this run is offline. It needs a login (`wandb login`)."
+        return "No W&B report: this run is offline. Log in with `wandb login`."
     try:
         import wandb_workspaces.reports.v2 as reports
     except ImportError:
-        return f"No W&B report: its package is not installed: {shell.install_command('reports')}"
-    where = {"project": config["logger"]["project"], "entity": tracker.run.entity}
+        return f"No W&B report: its package is not installed. To install it: {shell.install_command('reports')}"
+    location = {"project": config["logger"]["project"], "entity": tracker.run.entity}
 
     def save() -> str:
-        runs = reports.Runset(**where, name="compared", filters=f"Metric('Name') in {list(compared)}")
+        runs = reports.Runset(**location, name="compared", filters=f"Metric('Name') in {list(compared)}")
         panels = [reports.LinePlot(title=curve, x="step", y=[curve]) for curve in curves]
         blocks = [reports.MarkdownBlock(text=markdown), reports.PanelGrid(runsets=[runs], panels=panels)]
-        report = reports.Report(**where, title=name[:128], blocks=blocks)
+        report = reports.Report(**location, title=name[:128], blocks=blocks)
         report.save()
         return report.url
 
     try:
-        return f"W&B report: {bounded(save, config['logger']['timeout_s'])}"
-    except Exception as error:  # the package raises plain ones; what was found is written and logged already
+        return f"W&B report: {with_timeout(save, config['logger']['timeout_s'])}"
+    except Exception as error:  # the package raises bare Exceptions; the comparison itself is already saved and logged
         return f"No W&B report: {error}"

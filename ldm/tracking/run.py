@@ -1,7 +1,7 @@
-"""W&B behind one small face: a run that logs numbers, pictures and what was made from what, and never asks or waits.
+"""Logging of metrics, images and lineage to W&B, without prompts, long waits or exceptions.
 
-Whatever W&B raises, training is worth more than its record: a run that cannot reach its server goes on offline under
-the same id, says so in one line, and can be uploaded later.
+Training never fails because of W&B. If the server cannot be reached, the run continues offline under the same id, one
+line says so, and the run can be uploaded later.
 """
 
 import contextlib
@@ -21,74 +21,82 @@ from ldm.errors import UserError
 from ldm.files.atomic import write_text
 from ldm.runtime import shell
 from ldm.tracking.artifact import Artifact, flatten, sha256
-from ldm.tracking.server import bounded, choose_mode, has_key
+from ldm.tracking.server import choose_mode, has_key, with_timeout
 
 ID_FILE = "wandb_id.txt"
 TRAINING_ID = "training_id"
-"""Key in the config of a tool's run: the id of the training that it is of."""
+"""Config key of an evaluation's W&B run, for the id of the W&B run of the training that it evaluates."""
 OFFLINE_TIMEOUT_S = 30.0
-"""For W&B's own process to start; there is no server to wait for."""
-PLAIN: dict[str, Any] = {"project": "ldm", "entity": None, "group": None, "tags": []}
-"""What a run is recorded under where W&B rejects what was asked for."""
-DEFAULTS = PLAIN | {"mode": None, "timeout_s": 30.0, "finish_timeout_s": 300.0, "max_artifact_mb": 1000.0}
+"""Timeout for W&B's own process to start offline, where there is no server to wait for."""
+FALLBACKS: dict[str, Any] = {"project": "ldm", "entity": None, "group": None, "tags": []}
+"""Options used instead if W&B rejects those of the user."""
+DEFAULTS = FALLBACKS | {"mode": None, "timeout_s": 30.0, "finish_timeout_s": 300.0, "max_artifact_mb": 1000.0}
 OPTIONS = tuple(DEFAULTS)
-"""What is read of the config group `logger` for any run."""
+"""Keys of the config group `logger` that `WandbRun` uses."""
 
 
 class WandbRun:
-    """One run in W&B, its id kept in the run folder so that a resumed run continues it. Nothing that W&B raises passes.
+    """A W&B run, whose errors never reach the caller.
+
+    Its id is stored in the run folder, so that resuming continues the same W&B run.
 
     Args:
-        options: Of OPTIONS, those that are not to be DEFAULTS. `timeout_s` is the most that the start and each artifact
-            wait for the server, `finish_timeout_s` the most that the end waits for what is still to be uploaded; of
-            artifacts larger than `max_artifact_mb` the description alone is logged.
+        folder: Run folder.
+        config: Config to log, nested.
+        name: Name of the run in W&B, `<type>/<name>`.
+        resume: True to continue the W&B run whose id is in the folder.
+        options: Values for any of OPTIONS, instead of DEFAULTS. `timeout_s` limits the start and each artifact,
+            `finish_timeout_s` the upload at the end. Artifacts larger than `max_artifact_mb` are logged without their
+            files.
     """
 
     def __init__(
         self, folder: Path, config: Mapping[str, Any], *, name: str, resume: bool = False, **options: Any
     ) -> None:
-        # their telemetry would hold up the end of the process for 20 s where the server does not answer
+        # W&B's error reporting would delay the end of the process by 20 s if the server does not answer
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         options = DEFAULTS | options
         self.folder, self.timeout_s = folder, options["timeout_s"]
         self.finish_timeout_s, self.max_artifact_mb = options["finish_timeout_s"], options["max_artifact_mb"]
-        known: str | None = None
+        saved_id: str | None = None
         try:
-            known = known_id(folder) if resume else None
+            saved_id = read_run_id(folder) if resume else None
         except (UserError, OSError) as error:
             print(f"warning: {error}", flush=True)
-        asked = {key: options[key] for key in PLAIN}
-        named = {"id": known or uuid.uuid4().hex[:8], "name": name, "job_type": name.partition("/")[0]}
-        self._options: dict[str, Any] = {"dir": folder, **named, **asked, "config": flatten(config)}
+        requested = {key: options[key] for key in FALLBACKS}
+        identity = {"id": saved_id or uuid.uuid4().hex[:8], "name": name, "job_type": name.partition("/")[0]}
+        self._options: dict[str, Any] = {"dir": folder, **identity, **requested, "config": flatten(config)}
         self._wandb: Any = None
         self.run: Any = None
-        """W&B's own; None where it takes no run at all, or none is asked for."""
+        """The run object of the wandb package; None if W&B is disabled or failed completely."""
         self._row, self._records, self._inputs = -1, list[str](), dict[str, str]()
-        self._continues = known is not None
-        self._start_in([(options["mode"], {}), ("offline", {}), ("offline", PLAIN)])
+        self._continues = saved_id is not None
+        self._start_first([(options["mode"], {}), ("offline", {}), ("offline", FALLBACKS)])
         with contextlib.suppress(OSError):
             write_text(folder / ID_FILE, f"{self._options['id']}\n")
 
-    def _start_in(self, ways: Sequence[tuple[str | None, Mapping[str, Any]]], error: Exception | None = None) -> None:
-        """Start in the first of these ways that works, else go on without a record; an error is said in one line.
+    def _start_first(
+        self, attempts: Sequence[tuple[str | None, Mapping[str, Any]]], error: Exception | None = None
+    ) -> None:
+        """Start with the first attempt that works, or continue without W&B. Print one line if there was an error.
 
         Args:
-            ways: Modes, with what takes the place of our settings.
-            error: Why the run is started again.
+            attempts: Modes, each with options that override those of the run.
+            error: Error that caused the restart, if any.
         """
-        used: Mapping[str, Any] = {}
-        for mode, used in ways:
-            self._options |= used
+        overrides: Mapping[str, Any] = {}
+        for mode, overrides in attempts:
+            self._options |= overrides
             try:
                 self._start(mode)
                 break
-            except Exception as refused:  # of a server, a setting, a variable, an installation
-                error = error or refused
+            except Exception as failure:  # from the server, a setting, an environment variable or the installation
+                error = error or failure
                 self._stop()
         else:
             self.mode = "disabled"
         if error is not None:
-            self._tell(error, rejected=bool(used))
+            self._warn(error, rejected=bool(overrides))
 
     def _start(self, mode: str | None) -> None:
         import wandb
@@ -106,36 +114,37 @@ class WandbRun:
             finish_timeout=self.finish_timeout_s,
             finish_timeout_raises=True,
         )
-        # marked in the record as well where it is offline: an upload then appends instead of beginning anew
+        # also set offline, so that a later upload appends to the run instead of replacing it
         resume = "allow" if self._continues else None
         options = {**self._options, "tags": list(self._options["tags"]), "mode": self.mode, "resume": resume}
         self.run = wandb.init(**options, settings=settings)
-        self._options["id"] = self.run.id  # an agent of a sweep gives it another one than we asked for
-        # an axis of our own: W&B drops what comes with a smaller step than the last, as after a validation or a resume
+        self._options["id"] = self.run.id  # a sweep agent assigns another id than the requested one
+        # our own x axis: W&B drops values with a smaller step than the last, as after a validation or a resume
         self.run.define_metric("*", step_metric="step")
         self._row = max(self._row, self.run.step - 1)
         self._records.append(str(self.run.settings.sync_dir))
 
     def _stop(self) -> None:
-        """End W&B's process, which holds on to the run's id or is dead; the run's own threads end with `finish`."""
+        """End W&B's process, so that the run's id can be used again. `finish` ends the threads of the run."""
         run, wandb = self.run, self._wandb
         for end in (lambda: run.finish(), lambda: wandb.teardown()):
             with contextlib.suppress(Exception):
-                bounded(end, self.timeout_s)
+                with_timeout(end, self.timeout_s)
         self.run = None
 
-    def _tell(self, error: Exception, *, rejected: bool = False) -> None:
-        said, _, _ = " ".join(str(error).split()).partition(" Consider increasing")  # their advice, not our option
-        going_on = "Continuing without a record."
+    def _warn(self, error: Exception, *, rejected: bool = False) -> None:
+        # remove W&B's advice, which names an option that we do not have
+        reason, _, _ = " ".join(str(error).split()).partition(" Consider increasing")
+        consequence = "Continuing without W&B."
         if self._records and self.mode != "disabled":
-            under = f", in project {PLAIN['project']} without entity, group and tags" if rejected else ""
+            target = f", for project {FALLBACKS['project']} without entity, group or tags" if rejected else ""
             upload = shell.python("-m", "wandb", "sync", "--include-online", *self._records)
-            going_on = f"Continuing; its record is on disk{under}. To upload it later: {upload}"
-        what = "rejects a setting" if rejected else "is not available"
-        print(f"W&B {what} ({said[:300] or type(error).__name__}). {going_on}", flush=True)
+            consequence = f"Continuing; logs are saved on disk{target}. To upload them later: {upload}"
+        problem = "rejected a setting" if rejected else "is not available"
+        print(f"W&B {problem} ({reason[:300] or type(error).__name__}). {consequence}", flush=True)
 
     def _record(self, call: Callable[[Any], Any]) -> None:
-        """`call` with the run; again with the one that takes its place where W&B fails."""
+        """Run `call` with the W&B run. If W&B fails, switch to an offline run and repeat the call."""
         while self.run is not None:
             try:
                 call(self.run)
@@ -143,10 +152,10 @@ class WandbRun:
             except Exception as error:
                 self._stop()
                 self._continues = True
-                self._start_in([("offline", {})] if self.mode == "online" else [], error)
+                self._start_first([("offline", {})] if self.mode == "online" else [], error)
 
     def _log(self, values: Callable[[], Mapping[str, Any]], step: int) -> None:
-        # W&B's own count follows the steps, so that a resumed run's record goes on where the last one ended
+        # W&B's internal step follows ours, so that a resumed run continues after the last row
         self._row = max(self._row + 1, step)
         row = self._row
         self._record(lambda run: run.log({**values(), "step": step}, step=row, commit=True))
@@ -155,84 +164,86 @@ class WandbRun:
         self._log(lambda: metrics, step)
 
     def log_images(self, key: str, images: Sequence[Image.Image], captions: Sequence[str | None], step: int) -> None:
-        """A panel of pictures with captions."""
+        """Log a panel of images with captions."""
         pairs = list(zip(images, captions, strict=True))
         self._log(lambda: {key: [self._wandb.Image(image, caption=caption) for image, caption in pairs]}, step)
 
     def log_table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
-        """A table of texts and numbers."""
+        """Log a table of text and numbers."""
         self._log(lambda: {key: self._wandb.Table(columns=list(columns), data=list(map(list, rows)))}, step)
 
-    def summarise(self, values: Mapping[str, Any]) -> None:
+    def log_summary(self, values: Mapping[str, Any]) -> None:
         self._record(lambda run: run.summary.update(dict(values)))
 
-    def take(self, item: Artifact) -> None:
-        """Say that the run was made from an item: in the config by its digest, and online as an edge of the lineage."""
+    def use_artifact(self, item: Artifact) -> None:
+        """Record an input of the run: its digest in the config and, if online, an edge in the lineage graph."""
         self._inputs[item.label] = item.digest
         inputs = {f"inputs.{item.label}": item.digest}
         self._options["config"] |= inputs
         self._record(lambda run: run.config.update(inputs, allow_val_change=True))
 
-        def take(run: Any) -> None:
+        def use_artifact(run: Any) -> None:
             if self.mode != "online":
-                return  # W&B refuses it offline
+                return  # not supported by W&B offline
             try:
                 run.use_artifact(f"{item.label}:{item.alias}")
-            except (ValueError, self._wandb.errors.CommError):  # logged by nobody: made elsewhere, or data
+            except (ValueError, self._wandb.errors.CommError):  # never logged: data, or created elsewhere
                 run.use_artifact(self._describe(item), aliases=[item.alias])
 
-        self._record(lambda run: bounded(lambda: take(run), self.timeout_s))
+        self._record(lambda run: with_timeout(lambda: use_artifact(run), self.timeout_s))
 
-    def leave(self, item: Artifact) -> None:
-        """Log an item that the run made, its files where they are few enough."""
-        made = replace(item, metadata={**item.metadata, "inputs": dict(self._inputs)})
+    def log_artifact(self, item: Artifact) -> None:
+        """Log an output of the run, with its files unless they exceed `max_artifact_mb`."""
+        output = replace(item, metadata={**item.metadata, "inputs": dict(self._inputs)})
         size_mb = sum(file.stat().st_size for file in item.contents.values()) / 1e6
-        kept = size_mb <= self.max_artifact_mb
-        if not kept:
-            most = f"logger.max_artifact_mb={self.max_artifact_mb:g}"
-            print(f"{item.label} has {size_mb:.0f} MB, more than {most}: W&B gets its description alone.")
+        with_files = size_mb <= self.max_artifact_mb
+        if not with_files:
+            limit = f"logger.max_artifact_mb={self.max_artifact_mb:g}"
+            print(f"{item.label} has {size_mb:.0f} MB, more than {limit}: only its description is logged to W&B.")
 
-        def leave(run: Any) -> None:
-            run.log_artifact(self._describe(made, files=kept), aliases=["latest", item.alias])
+        def log_artifact(run: Any) -> None:
+            run.log_artifact(self._describe(output, files=with_files), aliases=["latest", item.alias])
 
-        self._record(lambda run: bounded(lambda: leave(run), self.timeout_s))
-        self.summarise({f"{item.type}_sha256": item.digest})  # by which an evaluation knows that it is of these weights
+        self._record(lambda run: with_timeout(lambda: log_artifact(run), self.timeout_s))
+        self.log_summary({f"{item.type}_sha256": item.digest})  # identifies these weights in later evaluations
 
     def _describe(self, item: Artifact, *, files: bool = False) -> Any:
-        """A W&B artifact; its description is a file too, since artifacts without a file are all alike to W&B."""
+        """Create a W&B artifact. It always has a description file, as W&B treats artifacts without files as equal."""
         metadata = {"sha256": item.digest, **item.metadata}
         artifact = self._wandb.Artifact(item.label, item.type, metadata=metadata)
-        described = self.folder / "lineage" / f"{item.label}.json"
-        described.parent.mkdir(exist_ok=True)
+        description = self.folder / "lineage" / f"{item.label}.json"
+        description.parent.mkdir(exist_ok=True)
         content = json.dumps({"type": item.type, "name": item.name, **metadata}, indent=2)
-        described.write_text(f"{content}\n", encoding="utf-8")
-        # immutable: uploaded from where they are, instead of copied to W&B's folder in the user's home first
-        artifact.add_file(str(described.resolve()), policy="immutable")
+        description.write_text(f"{content}\n", encoding="utf-8")
+        # immutable: upload from the original location, without a copy in W&B's folder in the user's home
+        artifact.add_file(str(description.resolve()), policy="immutable")
         for name, file in item.contents.items() if files else ():
             artifact.add_file(str(file.resolve()), name=name, policy="immutable")
         return artifact
 
     def finish(self) -> None:
-        """Close the run, and wait for what is still to be uploaded no longer than `finish_timeout_s`."""
+        """Close the run, waiting at most `finish_timeout_s` for remaining uploads."""
         try:
             if self.run is not None:
                 self.run.finish()
         except Exception as error:
-            self._tell(error)
+            self._warn(error)
 
 
-def known_id(folder: Path) -> str | None:
-    """The id of the W&B run that a run folder was last recorded in; it names folders and addresses.
+def read_run_id(folder: Path) -> str | None:
+    """Return the id of the W&B run that a run folder was last logged to; None if it never was.
+
+    The id is checked, as it becomes part of paths and URLs.
 
     Raises:
-        UserError: the file holds something else.
+        UserError: if the file does not contain a valid id.
     """
     file = folder / ID_FILE
     if not file.is_file():
         return None
     text = file.read_text(encoding="utf-8", errors="replace").strip()
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", text):
-        raise UserError(f"{file} must hold the id of a W&B run, not {text[:60]!r}. Delete it to begin a new record.")
+        raise UserError(f"{file} must contain the id of a W&B run, not {text[:60]!r}. Delete it to start a new one.")
     return text
 
 
@@ -242,44 +253,47 @@ def track_report(
     *,
     name: str,
     values: Mapping[str, Any],
-    pictures: Mapping[str, Image.Image],
+    figures: Mapping[str, Image.Image],
     tables: Mapping[str, tuple[Sequence[str], Sequence[Sequence[Any]]]] | None = None,
-    made_from: Sequence[Artifact] = (),
+    inputs: Sequence[Artifact] = (),
     files: Sequence[Path] = (),
 ) -> WandbRun:
-    """A tool's figures as the summary of a W&B run of its own, with its pictures by title and its files as an artifact.
+    """Log the results of a tool to a W&B run of their own: metrics as its summary, figures, tables and files.
 
     Args:
-        folder: Of the report, made where it is missing. Not the folder of a training run: that keeps the id of its own.
-        config: The tool's, with its group `logger`.
-        values: Numbers, texts, truths and lists of these, those inside a mapping as `a.b`; lists of mappings are left
-            out.
+        folder: Folder for W&B's files, created if missing. Must not be a training run's folder, which stores the id of
+            that run.
+        config: Config of the tool, including its group `logger`.
+        name: Name of the run in W&B.
+        values: Numbers, strings, booleans and lists of these. Nested values become `a.b`. Lists of mappings are not
+            logged.
+        figures: Figures by title.
         tables: Columns and rows by title.
-        made_from: What was evaluated.
-        files: The report's own; of none there is no artifact.
+        inputs: Artifacts that were evaluated.
+        files: Files of the report, logged as an artifact; without files there is no artifact.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tracker = WandbRun(folder, config, name=name, **{key: config["logger"][key] for key in OPTIONS})
     flat = {key: value for key, value in flatten(values).items() if value is not None}
-    figures = {key: value for key, value in flat.items() if not re.search(r"(^|\.)\d+\.", key)}  # as in a.0.b
-    tracker.summarise(figures)
+    summary = {key: value for key, value in flat.items() if not re.search(r"(^|\.)\d+\.", key)}  # as in a.0.b
+    tracker.log_summary(summary)
     for title, (columns, rows) in (tables or {}).items():
         tracker.log_table(title, columns, rows, 0)
-    for title, picture in pictures.items():
-        tracker.log_images(title, [picture], [name.rpartition("/")[2]], 0)
-    for item in made_from:
-        tracker.take(item)
+    for title, figure in figures.items():
+        tracker.log_images(title, [figure], [name.rpartition("/")[2]], 0)
+    for item in inputs:
+        tracker.use_artifact(item)
     if files:
-        of = {f"{item.type}_sha256": item.digest for item in made_from}
+        digests = {f"{item.type}_sha256": item.digest for item in inputs}
         evaluated = name.removeprefix("evaluation/")
-        tracker.leave(Artifact("evaluation", evaluated, sha256(files), {**of, **figures}, tuple(files)))
+        tracker.log_artifact(Artifact("evaluation", evaluated, sha256(files), {**digests, **summary}, tuple(files)))
     tracker.finish()
     return tracker
 
 
 def finish_open_run() -> None:
-    """Close the run that a training left open which failed, or a next one in the same process would log into it."""
+    """Close a W&B run left open by a failed training, so that the next training in this process does not log to it."""
     wandb = sys.modules.get("wandb")
     if wandb is not None and wandb.run is not None:
         with contextlib.suppress(Exception):
-            bounded(lambda: wandb.run.finish(exit_code=1), OFFLINE_TIMEOUT_S)
+            with_timeout(lambda: wandb.run.finish(exit_code=1), OFFLINE_TIMEOUT_S)

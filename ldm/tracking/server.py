@@ -1,4 +1,4 @@
-"""W&B's server, without ever asking on the terminal or waiting for long."""
+"""Access to W&B's server without terminal prompts or long waits."""
 
 import netrc
 import os
@@ -16,20 +16,22 @@ T = TypeVar("T")
 
 
 def check_mode(mode: str | None, key: str = "logger.mode") -> None:
-    """Refuse an unknown mode; None is none asked for.
+    """Check that a mode is known; None means that the user set none.
 
     Raises:
-        UserError: naming the key and the modes that exist.
+        UserError: for an unknown mode, with the key and the known modes.
     """
     if mode and mode not in MODES:
         raise UserError(f"{key}={mode} is unknown. Choose one of: {', '.join(MODES)}, or leave it out.")
 
 
 def choose_mode(requested: str | None) -> str:
-    """`online` only where an API key is at hand; W&B would otherwise ask for one on the terminal.
+    """Return the requested mode or that of WANDB_MODE. The default is online if there is an API key, else offline.
+
+    Without a key, W&B would ask for one on the terminal.
 
     Raises:
-        UserError: an unknown mode.
+        UserError: for an unknown mode.
     """
     for key, mode in (("logger.mode", requested), ("WANDB_MODE", os.environ.get("WANDB_MODE"))):
         check_mode(mode, key)
@@ -39,34 +41,34 @@ def choose_mode(requested: str | None) -> str:
 
 
 def has_key() -> bool:
-    """Whether W&B has credentials for its server. `wandb.login` would ask the server about them, and wait for it."""
+    """Return True if W&B has credentials for its server. Unlike `wandb.login`, this does not contact the server."""
     import wandb
 
     settings = wandb.setup().settings
     if os.environ.get("WANDB_API_KEY") or settings.api_key or settings.identity_token_file:
         return True
     try:
-        known = netrc.netrc(os.environ.get("NETRC"))
+        credentials = netrc.netrc(os.environ.get("NETRC"))
     except (OSError, netrc.NetrcParseError):
         return False
-    return known.authenticators(urlsplit(settings.base_url).netloc) is not None
+    return credentials.authenticators(urlsplit(settings.base_url).netloc) is not None
 
 
-def bounded(call: Callable[[], T], seconds: float) -> T:
-    """Return what `call` returns, and give it up after so many seconds.
+def with_timeout(call: Callable[[], T], seconds: float) -> T:
+    """Return the result of `call`, which runs in a thread.
 
     Raises:
-        TimeoutError: given up. It may go on in its thread, which ends with the process at the latest.
+        TimeoutError: if there is no result within `seconds`. The thread continues, at most until the process ends.
     """
-    answer: Future[T] = Future()
+    result: Future[T] = Future()
 
     def run() -> None:
         try:
-            answer.set_result(call())
+            result.set_result(call())
         except BaseException as error:
-            answer.set_exception(error)
+            result.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
-    if not wait([answer], seconds).done:
+    if not wait([result], seconds).done:
         raise TimeoutError(f"no answer within {seconds:g} s")
-    return answer.result()
+    return result.result()

@@ -1,1 +1,1 @@
-"""Both stages as Lightning trains them."""
+"""Training of both stages with Lightning."""

@@ -1,4 +1,4 @@
-"""What is refused before a run folder is touched: options of no stage, parts that do not go together, odd batches."""
+"""Checks that run before a run folder is touched: option values, combinations of components, and the batch size."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,32 +9,32 @@ from torch import nn
 
 from ldm.errors import UserError
 from ldm.files.untrusted import first_line
-from ldm.rules import Count, Seed, Switch, Text, apply_rules
+from ldm.rules import Count, Flag, Seed, Text, apply_rules
 from ldm.tracking.server import check_mode
-from ldm.training.fit import FAULTS, check_trainer, make_budget
+from ldm.training.fit import CONSTRUCTOR_ERRORS, check_trainer, make_budget
 from ldm.training.optim.factory import OptimizerFactory
 
 
 class TrainOptions(TypedDict):
-    """Options of a training that belong to none of its parts."""
+    """Rules for the top-level options of a training."""
 
     runs_dir: Text
     seed: Seed
     batch_size: Count
     val_images: Count
-    overwrite: Switch
+    overwrite: Flag
 
 
 def check_options(config: DictConfig) -> None:
-    """Refuse what no training can be made of, whichever stage it is of.
+    """Check the options that do not depend on the stage.
 
     Raises:
-        UserError: naming the option and the remedy.
+        UserError: An option is missing or invalid. The message names the option and the remedy.
     """
     if config.get("stage") is None:
         raise UserError(
-            "stage is required: stage=vae trains the autoencoder, stage=diffusion the model on its latents, stage=all "
-            "one after the other."
+            "stage is required. Use stage=vae to train the autoencoder, stage=diffusion to train the diffusion model "
+            "on its latents, or stage=all to train both in order."
         )
     apply_rules(TrainOptions, config)
     values: Any = OmegaConf.to_container(config, resolve=True)
@@ -44,51 +44,51 @@ def check_options(config: DictConfig) -> None:
 
 
 def check_stage(config: DictConfig, build: Any) -> None:
-    """Refuse parts of a stage that do not go together, before its images are prepared.
+    """Check that the components of a stage are compatible, before its images are prepared.
 
     Args:
         build: A partial of the stage's class.
 
     Raises:
-        UserError: naming the option and the remedy.
+        UserError: The components are not compatible. The message names the option and the remedy.
     """
-    with refused_options():
+    with option_errors():
         OptimizerFactory(build.keywords["optimizer"])(nn.Linear(1, 1))
         options = build.keywords | {"init_from": config.init_from, "flip": config.data.flip}
         build.func.check(config.data.resolution, **options)
 
 
 @contextmanager
-def refused_options() -> Iterator[None]:
-    """Of what is made from options alone, an error is one of theirs.
+def option_errors() -> Iterator[None]:
+    """Convert errors raised while building objects from the options into user errors.
 
     Raises:
-        UserError: with what the constructor said.
+        UserError: with the first line of the original error.
     """
     try:
         yield
     except UserError:
         raise
-    except FAULTS as error:
+    except CONSTRUCTOR_ERRORS as error:
         raise UserError(
-            f"No training can be made of these options: {first_line(error)}. --help lists the choices and the keys; "
-            "HYDRA_FULL_ERROR=1 shows where it happened."
+            f"These options do not define a valid training run: {first_line(error)}. Run with --help to list the "
+            "available options, or set HYDRA_FULL_ERROR=1 to see the traceback."
         ) from error
 
 
 def check_batch(config: DictConfig, num_images: int) -> None:
-    """Refuse a batch that the images do not fill, or that does not fall into its parts.
+    """Check the batch size against the number of training images and of micro-batches.
 
     Raises:
-        UserError: saying which sizes do.
+        UserError: The batch is larger than the training set or cannot be split into equal micro-batches.
     """
     if num_images < config.batch_size:
         raise UserError(
-            f"There are {num_images} training images, fewer than batch_size={config.batch_size}. "
-            f"Choose batch_size={num_images} or less, or add images."
+            f"batch_size={config.batch_size} exceeds the {num_images} training images. "
+            f"Use batch_size={num_images} or less, or add images."
         )
     if config.batch_size % config.trainer.accumulate_grad_batches:
         raise UserError(
-            f"batch_size={config.batch_size} must be a multiple of "
-            f"trainer.accumulate_grad_batches={config.trainer.accumulate_grad_batches}, the parts of a step."
+            f"batch_size={config.batch_size} must be a multiple of the number of micro-batches per step, "
+            f"trainer.accumulate_grad_batches={config.trainer.accumulate_grad_batches}."
         )

@@ -1,4 +1,4 @@
-"""ldm.cli.remedies: the library's errors, with the options that the command has."""
+"""ldm.cli.remedies: library errors are explained with the options of the command."""
 
 import pickle
 
@@ -9,15 +9,15 @@ from omegaconf import OmegaConf
 from ldm.cli.explain import explain
 from ldm.cli.remedies import REMEDIES
 from ldm.errors import InputError
-from ldm.runtime.paths import folder
+from ldm.runtime.paths import bundled_folder
 
 
 @pytest.fixture(scope="module")
 def options():
-    """options(config_name, *overrides): a command's config as plain values."""
+    """Return a function that composes the config of a command, as plain values."""
 
     def options(name: str, *overrides: str):
-        with initialize_config_dir(str(folder("conf")), version_base="1.3"):
+        with initialize_config_dir(str(bundled_folder("conf")), version_base="1.3"):
             return OmegaConf.to_container(compose(name, list(overrides)))
 
     return options
@@ -31,21 +31,21 @@ def options():
         ("sample", [], "resolution 18 must be even."),
     ],
 )
-def test_an_argument_is_named_by_the_option_of_the_command(options, command, overrides, message):
+def test_argument_is_replaced_by_the_option_that_sets_it(options, command, overrides, message):
     error = InputError("resolution", 18, "must be even")
     assert explain(error, options(command, *overrides)) == message
     assert str(error) == "resolution=18 must be even."
 
 
-def test_a_remedy_names_no_option_that_the_command_lacks(options):
+def test_remedy_is_omitted_if_the_command_lacks_its_option(options):
     error = InputError("cache_dir", "/x", "has 1 GB free")
-    there = explain(error, options("train", "stage=vae"))
-    assert there == "data.cache_dir=/x has 1 GB free. Or choose another disk with data.cache_dir=."
+    message = explain(error, options("train", "stage=vae"))
+    assert message.startswith("data.cache_dir=/x has 1 GB free. ") and "another disk with data.cache_dir=" in message
     assert explain(error, options("decode")) == "cache_dir /x has 1 GB free."
     assert explain(InputError("perceptual", "lpips", "is heavy"), options("evaluate")) == "perceptual lpips is heavy."
 
 
-def test_a_value_stands_as_it_is_typed(options):
+def test_value_is_formatted_as_a_user_types_it(options):
     config = options("train", "stage=diffusion")
     assert (
         explain(InputError("max_pixels", None, "must be a number"), config) == "data.max_pixels=null must be a number."
@@ -53,17 +53,17 @@ def test_a_value_stands_as_it_is_typed(options):
     assert explain(InputError("batch_size", True, "must be a number"), config) == "batch_size=true must be a number."
 
 
-def test_an_argument_that_is_no_option_is_named_plainly(options):
+def test_argument_without_an_option_is_named_without_equals_sign(options):
     assert explain(InputError("share", 2, "must be at most 1"), options("latents")) == "share 2 must be at most 1."
     assert explain(InputError("share", 2, "must be at most 1")) == "share 2 must be at most 1."
 
 
-def test_an_error_of_another_process_keeps_its_parts():
+def test_pickled_error_keeps_its_attributes():
     error = pickle.loads(pickle.dumps(InputError("share", 2, "must be at most 1")))
     assert (error.argument, error.value, error.rule) == ("share", 2, "must be at most 1")
     assert str(error) == "share=2 must be at most 1."
 
 
 @pytest.mark.parametrize("argument", REMEDIES)
-def test_remedies_are_sentences(argument):
+def test_remedies_are_complete_sentences(argument):
     assert all(text[0].isupper() and text.endswith(".") for text in REMEDIES[argument])

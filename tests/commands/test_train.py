@@ -1,6 +1,7 @@
-"""stage=all: two ordinary runs of one name, checked before the first begins, and continued wherever it stopped."""
+"""stage=all: two ordinary runs with the same name, checked before the first starts, and resumable at any point."""
 
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -10,65 +11,68 @@ import ldm.train
 from ldm.commands import train
 from ldm.runs.run import Run
 from ldm.runtime import child, signals
-from ldm.runtime.paths import folder
+from ldm.runtime.paths import bundled_folder
 
-SHORT = ["trainer=cpu", "trainer.max_steps=2", "trainer.max_time=null", "trainer.precision=32-true", "logger=csv"]
-TINY = ["autoencoder.model.block_out_channels=[32]", "network=dit", "network.hidden_dim=32", "network.depth=1"]
-BOTH = ["stage=all", "data=image_folder", "data.path=pictures", "data.resolution=16", "conditioning=none"]
-BOTH += [*SHORT, *TINY, "network.head_dim=16", "batch_size=8"]
+BUDGET = ["trainer=cpu", "trainer.max_steps=2", "trainer.max_time=null", "trainer.precision=32-true", "logger=csv"]
+TINY_MODELS = ["autoencoder.model.block_out_channels=[32]", "network=dit", "network.hidden_dim=32", "network.depth=1"]
+OPTIONS = ["stage=all", "data=image_folder", "data.path=images", "data.resolution=16", "conditioning=none"]
+OPTIONS += [*BUDGET, *TINY_MODELS, "network.head_dim=16", "batch_size=8"]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, make_images) -> Path:
-    place = tmp_path_factory.mktemp("place")
-    make_images(place / "pictures", 40)
-    return place
+def workdir(tmp_path_factory, make_images) -> Path:
+    workdir = tmp_path_factory.mktemp("workdir")
+    make_images(workdir / "images", 40)
+    return workdir
 
 
 @pytest.fixture
-def trained(call, place, tmp_path, monkeypatch):
-    """trained(*options): what stage=all has its stages do, without doing it, and how it ends.
+def trained(call, workdir, tmp_path, monkeypatch):
+    """Return a function that runs stage=all with fake trainings; it returns the result and the stages' commands.
 
-    Each stage leaves a run folder; `ends` says how a stage ends instead.
+    Each fake training creates a finished run folder. `outcomes` gives an exit code or an exception by stage instead.
     """
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LDM_CACHE", str(place / "cache"))
-    (tmp_path / "pictures").symlink_to(place / "pictures")
+    monkeypatch.setenv("LDM_CACHE", str(workdir / "cache"))
+    (tmp_path / "images").symlink_to(workdir / "images")
     commands: list[list[str]] = []
 
-    def trained(*options: str, ends=None):
+    def trained(*options: str, outcomes=None):
         def run_python(arguments, _):
-            commands.append([argument for argument in arguments if argument not in ("-m", "ldm.train", *SHORT, *TINY)])
+            commands.append(
+                [argument for argument in arguments if argument not in ("-m", "ldm.train", *BUDGET, *TINY_MODELS)]
+            )
             values = dict(argument.split("=", 1) for argument in arguments[2:])
             run = Path("runs", values["stage"], values["name"])
-            finished = None if values["stage"] in (ends or {}) else 1.0
+            finished = None if values["stage"] in (outcomes or {}) else 1.0
             run.mkdir(parents=True, exist_ok=True)
             facts = {"format": 1, "stage": values["stage"], "name": run.name, "started": 1.0, "finished": finished}
             (run / "run.json").write_text(json.dumps(facts))
-            if isinstance(how := (ends or {}).get(values["stage"], 0), Exception | KeyboardInterrupt):
-                raise how
-            return how
+            outcome = (outcomes or {}).get(values["stage"], 0)
+            if isinstance(outcome, Exception | KeyboardInterrupt):
+                raise outcome
+            return outcome
 
         monkeypatch.setattr(child, "run_python", run_python)
         commands.clear()
-        train._trained.clear()
-        return call(ldm.train.main, *BOTH, *options), commands
+        train._trained_autoencoders.clear()
+        return call(ldm.train.main, *OPTIONS, *options), commands
 
     return trained
 
 
-def test_options_are_for_both_stages_or_for_one(trained):
+def test_options_apply_to_both_stages_or_to_one(trained):
     ended, (first, second) = trained(
         "name=a", "stage1.batch_size=4", "stage2.optimizer.lr=1e-3", "+stage2.optimizer.note=1"
     )
     assert ended.code == 0, ended.err
-    shared = ["data=image_folder", "data.path=pictures", "data.resolution=16"]
+    shared = ["data=image_folder", "data.path=images", "data.resolution=16"]
     assert first == ["stage=vae", *shared, "batch_size=4", "name=a"]
     alone = ["conditioning=none", "network.head_dim=16", "batch_size=8", "optimizer.lr=1e-3", "+optimizer.note=1"]
     assert second == ["stage=diffusion", *shared, *alone, "vae=runs/vae/a", "name=a"]
 
 
-def test_a_sweep_uses_an_autoencoder_of_the_same_options_again(trained):
+def test_sweep_reuses_an_autoencoder_with_the_same_options(trained):
     ended, commands = trained("name=${hydra:job.num}", "stage2.seed=1,2", "stage1.seed=3,4", "-m")
     assert ended.code == 0, ended.err
     names = [
@@ -85,7 +89,7 @@ def test_a_sweep_uses_an_autoencoder_of_the_same_options_again(trained):
 
 
 @pytest.mark.parametrize(
-    ("stage", "given", "goes_on"),
+    ("stage", "options", "continue_options"),
     [
         ("vae", [], ["resume=true"]),
         ("diffusion", [], ["resume=true"]),
@@ -93,57 +97,57 @@ def test_a_sweep_uses_an_autoencoder_of_the_same_options_again(trained):
         ("diffusion", ["overwrite=true"], ["resume=true"]),
     ],
 )
-def test_what_stopped_goes_on(trained, stage, given, goes_on):
-    ended, _ = trained("name=a", *given, ends={stage: signals.Interrupted(signal.SIGTERM)})
+def test_printed_command_continues_an_interrupted_stage(trained, stage, options, continue_options):
+    ended, _ = trained("name=a", *options, outcomes={stage: signals.Interrupted(signal.SIGTERM)})
     assert ended.code == 143 and f"stopped by SIGTERM in stage={stage}" in ended.err
-    assert ended.err.split()[-len(goes_on) - 1 :] == ["name=a", *goes_on]
-    ended, commands = trained("name=a", *goes_on)
+    assert ended.err.split()[-len(continue_options) - 1 :] == ["name=a", *continue_options]
+    ended, commands = trained("name=a", *continue_options)
     assert ended.code == 0
-    assert commands[0][0] == f"stage={stage}" and commands[0][-1] == "resume=true", "what is finished is kept"
-    assert "runs/vae/a is finished and kept" in ended.out or stage == "vae"
+    assert commands[0][0] == f"stage={stage}" and commands[0][-1] == "resume=true", "finished stages are skipped"
+    assert "runs/vae/a is already finished" in ended.out or stage == "vae"
 
 
-def test_a_stage_that_fails_ends_both(trained):
-    ended, commands = trained("name=a", ends={"vae": 2})
+def test_failed_first_stage_stops_the_command(trained):
+    ended, commands = trained("name=a", outcomes={"vae": 2})
     assert ended.code == 2 and len(commands) == 1
-    assert "stage=vae ended for the reason given above. To go on with both stages: " in ended.err
+    assert re.search("stage=vae failed.*To continue both stages: ", ended.err)
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["conditioning=text"], "conditioning=text needs captions"),
         (["network.depth=0"], "network.depth=0 must be 1 or more"),
-        (["stage2.batch_size=64"], "fewer than batch_size=64"),
+        (["stage2.batch_size=64"], "batch_size=64"),
         (["stage1.nosuch=1"], "There is no key nosuch"),
-        (["vae=pictures"], "vae=pictures is one: choose stage=diffusion"),
-        (["resume=true", "name="], "add name=NAME"),
-        (["resume=a.ckpt"], "resume=a.ckpt is a checkpoint of one stage"),
+        (["vae=images"], "vae=images"),
+        (["resume=true", "name="], "name=NAME"),
+        (["resume=a.ckpt"], "resume=a.ckpt is a checkpoint of a single stage"),
     ],
 )
-def test_mistakes_in_either_stage_end_it_before_the_first(trained, options, said):
+def test_errors_in_either_stage_are_found_before_training(trained, options, message):
     ended, commands = trained("name=a", *options)
-    assert ended.code == 2 and said in ended.err and not commands
+    assert ended.code == 2 and message in ended.err and not commands
     assert not Path("runs").exists()
 
 
-def test_an_option_of_one_stage_is_refused_without_both(call):
+def test_stage_prefix_is_refused_without_stage_all(call):
     ended = call(ldm.train.main, "stage=vae", "stage1.batch_size=4")
-    assert ended.code == 2 and "go with stage=all" in ended.err
+    assert ended.code == 2 and "only for stage=all" in ended.err
 
 
-def test_runs_that_are_there_are_kept(trained):
+def test_existing_runs_are_not_replaced(trained):
     assert trained("name=a")[0].code == 0
     ended, commands = trained("name=a")
-    assert ended.code == 2 and "runs/vae/a exists already" in ended.err and not commands
+    assert ended.code == 2 and "runs/vae/a already exists" in ended.err and not commands
 
 
-def test_two_stages_from_pictures_to_samples(call, place, monkeypatch):
-    monkeypatch.chdir(place)
-    monkeypatch.setenv("LDM_CACHE", str(place / "cache"))
-    monkeypatch.setenv("PYTHONPATH", str(folder("conf").parent))
+def test_both_stages_train_end_to_end(call, workdir, monkeypatch):
+    monkeypatch.chdir(workdir)
+    monkeypatch.setenv("LDM_CACHE", str(workdir / "cache"))
+    monkeypatch.setenv("PYTHONPATH", str(bundled_folder("conf").parent))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    ended = call(ldm.train.main, *BOTH, "name=real")
+    ended = call(ldm.train.main, *OPTIONS, "name=real")
     assert ended.code == 0, ended
     vae, diffusion = Run.open("runs/vae/real"), Run.open("runs/diffusion/real")
     assert vae.finished and diffusion.finished and diffusion.facts["vae"] == "runs/vae/real"

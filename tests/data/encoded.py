@@ -1,4 +1,4 @@
-"""Images as the bytes of files, and the opening of prepared ones without a word."""
+"""Helpers that encode images in memory and prepare a source without a progress bar."""
 
 import io
 from pathlib import Path
@@ -15,12 +15,12 @@ def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
     return buffer.getvalue()
 
 
-def png(number: int) -> bytes:
-    """8 x 8 pixels of this red."""
-    return encode(Image.new("RGB", (8, 8), (number, 0, 0)))
+def png(red: int) -> bytes:
+    """Encode 8 x 8 pixels with this value of red."""
+    return encode(Image.new("RGB", (8, 8), (red, 0, 0)))
 
 
 def open_quietly(source: Source | Path, cache_dir: Path, **options) -> ImageData:
-    """A folder stands for the images in it."""
+    """Prepare a source, or the images in a folder, without a progress bar."""
     source = ImageFolder(source) if isinstance(source, Path) else source
     return prepare(source, **{"resolution": 8, "cache_dir": cache_dir, "progress": False, **options})

@@ -1,4 +1,4 @@
-"""Files that are no images, lie about their size, never end, change while they are read, or are hard to name."""
+"""Hostile image files: wrong formats, false sizes, endless files, failing disks and unusual names."""
 
 import errno
 import json
@@ -27,17 +27,17 @@ from ldm.files import reading
 from tests.data.encoded import encode, open_quietly
 
 FUZZED_FILES = 2000
-POSIX = pytest.mark.skipif(os.name == "nt", reason="no such files on Windows")
+POSIX = pytest.mark.skipif(os.name == "nt", reason="Windows does not have such files")
 
 
 def png(width: int, height: int, data: bytes, *more: tuple[bytes, bytes]) -> bytes:
-    """A PNG of 8-bit RGB whose header says what it likes."""
+    """Build an 8-bit RGB PNG whose header declares this size, whatever the data contain."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    parts = [*(chunk(*one) for one in more), chunk(b"IDAT", zlib.compress(data)), chunk(b"IEND", b"")]
+    parts = [*(chunk(*extra) for extra in more), chunk(b"IDAT", zlib.compress(data)), chunk(b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(parts)
 
 
@@ -64,7 +64,7 @@ UNREADABLE = {
     "greater bomb.png": (png(2**31 - 1, 2**31 - 1, b""), "pixels"),
     "bomb.bmp.png": (b"BM" + struct.pack("<IIIIiiHH", 90, 0, 54, 40, 60_000, 60_000, 1, 24) + bytes(40), "pixels"),
     "text bomb.png": (png(8, 8, bytes(200), (b"zTXt", b"k\0\0" + zlib.compress(bytes(2**26)))), "too large|truncated"),
-    "pixel.png": (encode(NOISE.resize((1, 1)), "PNG"), "1 x 1 pixels: a side has 2"),
+    "pixel.png": (encode(NOISE.resize((1, 1)), "PNG"), "1 x 1 pixels.* at least 2"),
     "line.png": (encode(NOISE.resize((64, 1)), "PNG"), "64 x 1 pixels"),
     "float.tiff.png": (encode(Image.new("F", (8, 8), 0.5), "TIFF"), "floating-point"),
 }
@@ -96,7 +96,7 @@ def reasons(data: ImageData) -> dict[str, str]:
 
 @contextmanager
 def bounded(seconds: float, megabytes: float):
-    """The block takes no longer, and the process's memory never grows by more."""
+    """Check that the block stays below these limits on its run time and on the growth of the process's memory."""
     resource = pytest.importorskip("resource")
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     yield
@@ -112,7 +112,7 @@ def folder(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("resize", ["crop", "pad", "squash"])
-def test_the_corpus_is_read_or_put_into_quarantine(folder, tmp_path, resize):
+def test_every_file_of_the_corpus_is_read_or_quarantined(folder, tmp_path, resize):
     for name, content in READABLE.items():
         (folder / name).write_bytes(content)
     for name, (content, _) in UNREADABLE.items():
@@ -120,18 +120,18 @@ def test_the_corpus_is_read_or_put_into_quarantine(folder, tmp_path, resize):
     with bounded(seconds=30, megabytes=200):
         data = open_quietly(folder, tmp_path / "cache", max_bad_fraction=0.6, resize=resize)
     assert data.names == sorted(READABLE)
-    found = reasons(data)
-    assert sorted(found) == sorted(UNREADABLE)
+    quarantined = reasons(data)
+    assert sorted(quarantined) == sorted(UNREADABLE)
     for name, (_, expected) in UNREADABLE.items():
-        assert re.search(expected, found[name]), (name, found[name])
+        assert re.search(expected, quarantined[name]), (name, quarantined[name])
     assert all(entry["error"].endswith(("Error", "Exception")) for entry in data.quarantine())
-    for name in ("strip.png", "column.jpg"):  # scaled up, cut or framed: the colour is there
+    for name in ("strip.png", "column.jpg"):  # the colour must remain after any kind of resize
         close = np.abs(data.images[data.names.index(name)].astype(int) - (9, 99, 199)).max(-1) < 30
         assert close.any(), name
 
 
 @POSIX
-def test_what_bears_an_images_name_and_is_none(folder, tmp_path):
+def test_links_and_pipes_named_like_images_are_quarantined(folder, tmp_path):
     for number in range(2):
         (folder / f"{number}.png").write_bytes(encode(NOISE.rotate(90 * number), "PNG"))
     (folder / "folder.png").mkdir()
@@ -145,15 +145,15 @@ def test_what_bears_an_images_name_and_is_none(folder, tmp_path):
     with bounded(seconds=20, megabytes=100):
         data = open_quietly(folder, tmp_path / "cache", max_bad_fraction=0.8)
     assert data.names == ["0.png", "1.png", "folder.png/inside.png"]
-    found = reasons(data)
-    assert sorted(found) == ["endless.png", "loop.png", "nowhere.png", "pipe.png"]
-    assert "symbolic link" in found["loop.png"] and "No such file" in found["nowhere.png"]
-    assert "not a regular file" in found["pipe.png"] and "not a regular file" in found["endless.png"]
+    quarantined = reasons(data)
+    assert sorted(quarantined) == ["endless.png", "loop.png", "nowhere.png", "pipe.png"]
+    assert "symbolic link" in quarantined["loop.png"] and "No such file" in quarantined["nowhere.png"]
+    assert "not a regular file" in quarantined["pipe.png"] and "not a regular file" in quarantined["endless.png"]
 
 
 @contextmanager
-def nobody():
-    """For root, whom no permission stops."""
+def unprivileged():
+    """Drop root privileges within the block, because file permissions do not apply to root."""
     root = os.geteuid() == 0
     if root:
         os.seteuid(65534)
@@ -165,34 +165,34 @@ def nobody():
 
 
 @POSIX
-def test_what_may_not_be_read_is_in_quarantine(folder, tmp_path):
+def test_files_and_folders_without_permission_are_quarantined(folder, tmp_path):
     for number in range(2):
         (folder / f"{number}.png").write_bytes(encode(NOISE.rotate(90 * number), "PNG"))
     (folder / "closed.png").write_bytes(encode(NOISE, "PNG"))
     (folder / "closed.png").chmod(0)
-    (folder / "shut").mkdir(mode=0)
+    (folder / "closed").mkdir(mode=0)
     cache = tmp_path / "cache"
     cache.mkdir()
     cache.chmod(0o777)
-    opened = [place for place in tmp_path.parents if place.stat().st_mode & 0o005 != 0o005]
-    modes = {place: place.stat().st_mode for place in (tmp_path, *opened)}
-    for place in modes:
-        place.chmod(0o755)
+    restricted = [parent for parent in tmp_path.parents if parent.stat().st_mode & 0o005 != 0o005]
+    modes = {parent: parent.stat().st_mode for parent in (tmp_path, *restricted)}
+    for parent in modes:
+        parent.chmod(0o755)
     try:
-        with nobody():
+        with unprivileged():
             data = open_quietly(folder, cache, max_bad_fraction=0.8)
     finally:
-        (folder / "shut").chmod(0o700)
-        for place, mode in modes.items():
-            place.chmod(mode)
+        (folder / "closed").chmod(0o700)
+        for parent, mode in modes.items():
+            parent.chmod(mode)
     assert data.names == ["0.png", "1.png"]
-    assert reasons(data) == {"closed.png": "Permission denied", "shut/": "Permission denied"}
+    assert reasons(data) == {"closed.png": "Permission denied", "closed/": "Permission denied"}
     lines = (data.path / "quarantine.jsonl").read_text().splitlines()
     assert {json.loads(line)["error"] for line in lines} == {"PermissionError"}
 
 
 @POSIX
-def test_names_that_no_text_holds(folder, tmp_path):
+def test_unprintable_names_are_escaped(folder, tmp_path):
     names = [
         b"new\nline.png",
         b"caf\xe9.png",
@@ -213,62 +213,62 @@ def test_names_that_no_text_holds(folder, tmp_path):
 
 
 @pytest.fixture
-def quick(monkeypatch) -> None:
-    monkeypatch.setattr(reading, "PAUSE_S", 0)
-    reading._SAID.clear()
+def no_retry_delay(monkeypatch) -> None:
+    monkeypatch.setattr(reading, "RETRY_DELAY_S", 0)
+    reading._warned_reasons.clear()
 
 
-def failing(monkeypatch, number: int, times: int) -> None:
-    """Every file's first readings end in this error."""
-    read, tried = reading._read_once, {}
+def make_reads_fail(monkeypatch, number: int, times: int) -> None:
+    """Make the first `times` reads of every file fail with this error number."""
+    read, attempts = reading._read_once, {}
 
-    def fails(path):
-        tried[path] = tried.get(path, 0) + 1
-        if tried[path] <= times:
+    def fail_first_reads(path):
+        attempts[path] = attempts.get(path, 0) + 1
+        if attempts[path] <= times:
             raise OSError(number, os.strerror(number), str(path))
         return read(path)
 
-    monkeypatch.setattr(reading, "_read_once", fails)
+    monkeypatch.setattr(reading, "_read_once", fail_first_reads)
 
 
-def twenty(folder: Path) -> Path:
+def write_twenty_images(folder: Path) -> Path:
     for number in range(20):
         (folder / f"{number:02}.png").write_bytes(encode(NOISE.rotate(9 * number), "PNG"))
     return folder
 
 
 @pytest.mark.parametrize("name", ["EIO", "ESTALE", "ETIMEDOUT", "EAGAIN", "ECONNRESET"])
-def test_a_disk_that_fails_for_a_moment_loses_no_image(folder, tmp_path, monkeypatch, quick, caplog, name):
-    failing(monkeypatch, getattr(errno, name), times=1)
-    data = open_quietly(twenty(folder), tmp_path / "cache")
+def test_transient_disk_failure_loses_no_image(folder, tmp_path, monkeypatch, no_retry_delay, caplog, name):
+    make_reads_fail(monkeypatch, getattr(errno, name), times=1)
+    data = open_quietly(write_twenty_images(folder), tmp_path / "cache")
     assert len(data) == 20 and data.num_skipped == 0
-    assert caplog.text.count("Trying again; said once") == 1, "for twenty files"
+    assert caplog.text.count("could not be read") == 1, "one warning for twenty files"
 
 
-def test_a_disk_that_fails_for_good_leaves_no_thinned_out_set(folder, tmp_path, monkeypatch, quick):
-    failing(monkeypatch, errno.EIO, times=2)
-    with pytest.raises(UserError, match=r"The disk of hostile fails: 9 files .*08\.png \(Input/output error\)"):
-        open_quietly(twenty(folder), tmp_path / "cache", max_bad_fraction=0.9)
+def test_permanent_disk_failure_leaves_no_partial_set(folder, tmp_path, monkeypatch, no_retry_delay):
+    make_reads_fail(monkeypatch, errno.EIO, times=2)
+    with pytest.raises(UserError, match=r"disk .*hostile .*9 files .*08\.png \(Input/output error\)"):
+        open_quietly(write_twenty_images(folder), tmp_path / "cache", max_bad_fraction=0.9)
     monkeypatch.undo()
     assert len(open_quietly(folder, tmp_path / "cache")) == 20
 
 
-def test_only_a_disk_that_fails_is_waited_for(tmp_path, monkeypatch):
+def test_only_disk_failures_are_retried(tmp_path, monkeypatch):
     waits = []
     monkeypatch.setattr(reading.time, "sleep", waits.append)
-    for number, expected in ((errno.ENOENT, []), (errno.EACCES, []), (errno.EIO, [reading.PAUSE_S])):
-        failing(monkeypatch, number, times=9)
+    for number, expected in ((errno.ENOENT, []), (errno.EACCES, []), (errno.EIO, [reading.RETRY_DELAY_S])):
+        make_reads_fail(monkeypatch, number, times=9)
         with pytest.raises(OSError):
             reading.read_file(tmp_path / "x.png")
         assert waits == expected
 
 
-def test_one_hostile_image_at_a_tool_is_one_sentence(tmp_path):
+def test_read_image_refuses_unreadable_images(tmp_path):
     for name, (content, _) in UNREADABLE.items():
-        (tmp_path / "it").write_bytes(content)
+        (tmp_path / "image").write_bytes(content)
         with warnings.catch_warnings(), pytest.raises(UserError, match="could not be read"):
             warnings.simplefilter("ignore")
-            read_image(str(tmp_path / "it"), 16)
+            read_image(str(tmp_path / "image"), 16)
             raise AssertionError(name)
 
 
@@ -290,7 +290,7 @@ KINDS = ("flip", "cut", "splice", "double", "drop", "huge")
 MUTATIONS = st.lists(st.tuples(st.sampled_from(KINDS), st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=6)
 
 
-def mutated(content: bytes, mutations: list[tuple[str, float, int]], other: bytes) -> bytes:
+def mutate(content: bytes, mutations: list[tuple[str, float, int]], other: bytes) -> bytes:
     data = bytearray(content)
     for kind, where, value in mutations:
         at = int(where * max(0, len(data) - 1))
@@ -304,16 +304,19 @@ def mutated(content: bytes, mutations: list[tuple[str, float, int]], other: byte
             data[at:at] = data[at : at + 4 * value]
         elif kind == "drop":
             del data[at : at + value]
-        else:  # lengths and sizes stand in four bytes
+        else:  # lengths and sizes are stored in four bytes
             number = (2**31 - 1, 70_000, 0, 2**20)[value // 64]
             data[at : at + 4] = struct.pack((">i", "<i")[value % 2], number)
     return bytes(data)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_mutated_images_are_read_or_refused_and_nothing_else():
-    """FUZZED_FILES files: the right shape and type, or a line of quarantine; no hang, no memory without bound."""
-    tried, read = [], []
+def test_mutated_images_are_read_or_refused():
+    """Each of FUZZED_FILES files is decoded with the right shape and type, or gets a quarantine entry.
+
+    Time and memory stay bounded.
+    """
+    sizes, readable = [], []
 
     @settings(
         max_examples=FUZZED_FILES,
@@ -324,19 +327,20 @@ def test_mutated_images_are_read_or_refused_and_nothing_else():
     )
     @given(st.sampled_from(SEEDS), MUTATIONS, st.sampled_from(SEEDS))
     def fuzz(content, mutations, other):
-        data = mutated(content, mutations, other)
-        tried.append(len(data))
-        found = preparation._read(Record("it", lambda: data), 8, "crop", 2**20)
-        if isinstance(found, Exception):
-            reason = preparation._reason(found)
+        data = mutate(content, mutations, other)
+        sizes.append(len(data))
+        result = preparation._read(Record("image", lambda: data), 8, "crop", 2**20)
+        if isinstance(result, Exception):
+            reason = preparation._reason(result)
             assert reason and len(reason) <= 300 and "\n" not in reason and "0x7" not in reason
             return
-        _, pixels, _ = found
+        _, pixels, _ = result
         assert pixels.shape == (8, 8, 3) and pixels.dtype == np.uint8
-        read.append(data)
+        readable.append(data)
 
     with bounded(seconds=60, megabytes=300):
         fuzz()
-    assert len(tried) >= FUZZED_FILES and len(tried) / 20 < len(read) < 0.9 * len(tried), (len(tried), len(read))
-    for data in read[::50]:
-        np.testing.assert_array_equal(decode(data, 8, "crop"), decode(data, 8, "crop"), "the same each time")
+    num_files, num_readable = len(sizes), len(readable)
+    assert num_files >= FUZZED_FILES and num_files / 20 < num_readable < 0.9 * num_files, (num_files, num_readable)
+    for data in readable[::50]:
+        np.testing.assert_array_equal(decode(data, 8, "crop"), decode(data, 8, "crop"), "decoding is deterministic")

@@ -1,4 +1,4 @@
-"""ldm.data.images: prepare once, open ever after, split by content."""
+"""ldm.data.images: preparation, reopening from the cache, and the split by content."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ from tests.data.encoded import open_quietly, png
 
 
 class Memory:
-    """A source that counts how often it is read."""
+    """An in-memory source that counts how often it is read."""
 
     name = "memory"
     licence = "CC0"
@@ -51,7 +51,7 @@ def hundred() -> dict[str, bytes]:
     return {f"{number:03}.png": png(number) for number in range(100)}
 
 
-def test_everything_about_a_prepared_set(tmp_path, hundred):
+def test_prepared_images_can_be_reopened_and_pickled(tmp_path, hundred):
     data = open_quietly(Memory(hundred, delay_s=0.001), tmp_path)
     assert data.images.shape == (100, 8, 8, 3) and data.images.dtype == np.uint8
     assert isinstance(data.images, np.memmap)
@@ -64,14 +64,14 @@ def test_everything_about_a_prepared_set(tmp_path, hundred):
     assert (data.name, data.licence, data.num_skipped) == ("memory", "CC0", 0)
     assert data.path.parent == tmp_path and data.path.name.startswith("memory-")
     assert sorted(path.name for path in data.path.iterdir()) == ["images.npy", "index.json", "quarantine.jsonl"]
-    assert list(tmp_path.glob("[!.]*")) == [data.path], "nothing is left beside the cache but its lock"
-    again = open_quietly(source := Memory(hundred), tmp_path, val_fraction=0.5)
-    assert type(open_quietly(source, tmp_path, val_fraction=0).val_fraction) is int, "it names caches of latents"
-    assert source.num_loads == 0 and again.path == data.path and again.fingerprint == data.fingerprint
-    pickled = pickle.dumps(again)
+    assert list(tmp_path.glob("[!.]*")) == [data.path], "only the lock file remains next to the cache"
+    reopened = open_quietly(source := Memory(hundred), tmp_path, val_fraction=0.5)
+    assert type(open_quietly(source, tmp_path, val_fraction=0).val_fraction) is int, "latent cache names depend on it"
+    assert source.num_loads == 0 and reopened.path == data.path and reopened.fingerprint == data.fingerprint
+    pickled = pickle.dumps(reopened)
     copy = pickle.loads(pickled)
-    assert len(pickled) < 1000 and isinstance(copy.images, np.memmap), "workers share the pages"
-    np.testing.assert_array_equal(copy.val_indices, again.val_indices)
+    assert len(pickled) < 1000 and isinstance(copy.images, np.memmap), "workers share the memory pages"
+    np.testing.assert_array_equal(copy.val_indices, reopened.val_indices)
 
 
 def test_batches_are_centred_and_round_trip(tmp_path, hundred):
@@ -85,13 +85,13 @@ def test_batches_are_centred_and_round_trip(tmp_path, hundred):
 
 
 def test_to_uint8_inverts_every_value_and_clamps():
-    every = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(to_uint8(every.float() / 127.5 - 1), every)
+    values = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(values.float() / 127.5 - 1), values)
     assert to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
 
 
-def test_the_split_is_by_content(tmp_path, hundred):
-    """It covers all and overlaps nowhere; no image changes sides when others come, and copies are on one side."""
+def test_split_depends_only_on_content(tmp_path, hundred):
+    """The split covers all images without overlap, adding images moves none, and copies are on the same side."""
 
     def sides(contents):
         data = open_quietly(Memory(contents), tmp_path, val_fraction=0.2)
@@ -107,7 +107,7 @@ def test_the_split_is_by_content(tmp_path, hundred):
     assert val_or_copy == val | {f"copy of {name}" for name in val}
 
 
-def test_neither_side_is_ever_empty():
+def test_neither_side_of_the_split_is_empty():
     hashes = ["ff" * 32, "80" * 32, "80" * 32, "70" * 32]
     for fraction, expected in ((0, [3]), (0.05, [3]), (0.48, [3]), (0.6, [1, 2, 3]), (0.9999, [1, 2, 3])):
         train, val = split_by_hash(hashes, fraction)
@@ -115,12 +115,12 @@ def test_neither_side_is_ever_empty():
 
 
 @pytest.mark.parametrize("contents", [{"only.png": png(1)}, {"one.png": png(1), "copy.png": png(1)}])
-def test_one_image_is_not_enough(tmp_path, contents):
+def test_single_distinct_image_is_refused(tmp_path, contents):
     with pytest.raises(UserError, match="2 different images"):
         open_quietly(Memory(contents), tmp_path)
 
 
-def test_the_fingerprint_follows_content_captions_and_transform(tmp_path):
+def test_fingerprint_depends_on_content_captions_and_transform(tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
     for number in range(4):
@@ -130,20 +130,22 @@ def test_the_fingerprint_follows_content_captions_and_transform(tmp_path):
         return open_quietly(folder, tmp_path / "cache", **options).fingerprint
 
     first = fingerprint()
-    seen = {first, fingerprint(resolution=16), fingerprint(resize="pad")}
-    (folder / "3.png").write_bytes(png(3) + b"\x00")  # one byte after the image: same pixels, another file
-    seen.add(fingerprint())
+    fingerprints = {first, fingerprint(resolution=16), fingerprint(resize="pad")}
+    (folder / "3.png").write_bytes(png(3) + b"\x00")  # a byte after the image: same pixels, different file
+    fingerprints.add(fingerprint())
     (folder / "2.txt").write_text("a caption")
-    seen.add(fingerprint())
-    assert len(seen) == 5
+    fingerprints.add(fingerprint())
+    assert len(fingerprints) == 5
     (folder / "2.txt").unlink()
     (folder / "3.png").write_bytes(png(3))
-    assert fingerprint() == first, "the same content has the same fingerprint, whenever it was written"
+    assert fingerprint() == first, "the same content has the same fingerprint, regardless of modification times"
 
 
-def test_the_fingerprint_of_data_without_profiles_is_what_it_always_was(tmp_path, monkeypatch):
-    """SHA-256 of hashes, captions, labels and transform; several captions of an image, and colours that a profile
-    converted, are in it only where there are any."""
+def test_fingerprint_is_stable_across_versions(tmp_path, monkeypatch):
+    """The fingerprint is the SHA-256 of hashes, captions, labels and transform.
+
+    Multiple captions per image and converted colour profiles change it only if there are any.
+    """
     folder = tmp_path / "images"
     folder.mkdir()
     for number in range(3):
@@ -167,18 +169,19 @@ def test_the_fingerprint_of_data_without_profiles_is_what_it_always_was(tmp_path
     bare = open_quietly(ImageFolder(folder, caption_column=None), tmp_path / "c")
     adobe = ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ")).tobytes()
     Image.new("RGB", (8, 8), (180, 0, 20)).save(folder / "0.png", icc_profile=adobe)
-    found = open_quietly(ImageFolder(folder, caption_column=None), tmp_path / "c")
-    assert found.profiles == {"unreadable": 1} and found.describe_profiles() == "1 unreadable, treated as sRGB"
-    hashes = json.loads((found.path / "index.json").read_text())["hashes"]
-    unprofiled = {"captions": None, "labels": None, "transform": index["transform"]}
-    assert found.fingerprint == digest({**unprofiled, "hashes": hashes}) != bare.fingerprint
+    unreadable = open_quietly(ImageFolder(folder, caption_column=None), tmp_path / "c")
+    assert unreadable.profiles == {"unreadable": 1}
+    assert unreadable.describe_profiles() == "1 unreadable, treated as sRGB"
+    hashes = json.loads((unreadable.path / "index.json").read_text())["hashes"]
+    without_captions = {"captions": None, "labels": None, "transform": index["transform"]}
+    assert unreadable.fingerprint == digest({**without_captions, "hashes": hashes}) != bare.fingerprint
     monkeypatch.setattr("ldm.data.pixels.to_srgb", lambda image, profile: (image, "converted"))
     converted = open_quietly(ImageFolder(folder, caption_column=None), tmp_path / "other")
     assert converted.describe_profiles() == "3 converted to sRGB"
-    assert converted.fingerprint == digest({**unprofiled, "hashes": hashes, "colours": "sRGB"})
+    assert converted.fingerprint == digest({**without_captions, "hashes": hashes, "colours": "sRGB"})
 
 
-def test_an_image_without_bytes_is_hashed_by_its_pixels(tmp_path):
+def test_image_without_file_is_hashed_by_its_pixels(tmp_path):
     class Drawn(Memory):
         def records(self):
             for name in self.contents:
@@ -188,8 +191,8 @@ def test_an_image_without_bytes_is_hashed_by_its_pixels(tmp_path):
     assert len(set(json.loads((data.path / "index.json").read_text())["hashes"])) == 2
 
 
-def test_no_images_at_all(tmp_path):
-    with pytest.raises(UserError, match="memory holds no images"):
+def test_source_without_images_is_refused(tmp_path):
+    with pytest.raises(UserError, match="memory.* no images"):
         open_quietly(Memory({}), tmp_path)
 
 
@@ -202,20 +205,20 @@ def test_no_images_at_all(tmp_path):
         ("max_bad_fraction", -0.1, "max_bad_fraction"),
     ],
 )
-def test_impossible_options_name_themselves(tmp_path, hundred, option, value, words):
+def test_invalid_options_are_named(tmp_path, hundred, option, value, words):
     with pytest.raises(UserError, match=words):
         open_quietly(Memory(hundred), tmp_path, **{option: value})
 
 
-def test_captions_and_labels_that_are_missing_are_asked_for_by_name(tmp_path):
-    class Partly(Memory):
+def test_images_with_missing_captions_or_labels_are_named(tmp_path):
+    class OneCaption(Memory):
         def records(self):
             for record in super().records():
-                first = record.name == "a.png"
-                yield Record(record.name, record.load, "a" if first else None)
+                is_first = record.name == "a.png"
+                yield Record(record.name, record.load, "a" if is_first else None)
 
     contents = {f"{letter}.png": png(number) for number, letter in enumerate("abcdefghi")}
-    data = open_quietly(Partly(contents), tmp_path)
+    data = open_quietly(OneCaption(contents), tmp_path)
     assert data.captions[:2] == ["a", None] and data.labels is None
     with pytest.raises(UserError, match=r"8 of 9 images have no captions: b\.png, .* f\.png, \.\.\."):
         data.require_captions()
@@ -223,7 +226,7 @@ def test_captions_and_labels_that_are_missing_are_asked_for_by_name(tmp_path):
         data.require_labels()
 
 
-def test_the_cache_folder_can_be_chosen(monkeypatch, tmp_path):
+def test_default_cache_dir_follows_environment_and_platform(monkeypatch, tmp_path):
     monkeypatch.setenv("LDM_CACHE", str(tmp_path))
     assert default_cache_dir() == tmp_path
     monkeypatch.delenv("LDM_CACHE")

@@ -1,4 +1,4 @@
-"""ldm.data.loaders: whole batches by index, in the stateless order."""
+"""ldm.data.loaders: batches are fetched whole, in the order of ldm.data.order."""
 
 from itertools import islice
 
@@ -25,8 +25,8 @@ def test_training_batches_follow_the_order(start):
         assert batch["square"].tolist() == (expected**2).tolist()
 
 
-def test_a_batch_is_one_call():
-    """Collating samples one by one would cost more than reading them."""
+def test_batch_is_fetched_in_one_call():
+    """Collating samples one by one would take longer than reading them."""
     calls = []
     loader = train_loader(lambda indices, epochs: calls.append(len(indices)), INDICES, batch_size=3, seed=0)
     list(islice(loader, 4))
@@ -36,17 +36,17 @@ def test_a_batch_is_one_call():
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_workers_keep_the_order(num_workers):
     options = {"batch_size": 4, "seed": 2, "accumulate": 2}
-    alone = list(islice(train_loader(fetch, INDICES, **options), 7))
-    shared = list(islice(train_loader(fetch, INDICES, num_workers=num_workers, **options), 7))
-    assert [b["index"].tolist() for b in shared] == [b["index"].tolist() for b in alone]
+    without_workers = list(islice(train_loader(fetch, INDICES, **options), 7))
+    with_workers = list(islice(train_loader(fetch, INDICES, num_workers=num_workers, **options), 7))
+    assert [b["index"].tolist() for b in with_workers] == [b["index"].tolist() for b in without_workers]
 
 
-def test_validation_reads_everything_once_in_order():
+def test_validation_loader_reads_all_samples_once_in_order():
     batches = list(val_loader(fetch, INDICES, batch_size=3))
     assert [len(batch["index"]) for batch in batches] == [3, 3, 1]
     assert torch.cat([batch["index"] for batch in batches]).tolist() == INDICES.tolist()
 
 
-def test_training_is_told_the_epoch_of_each_sample():
-    told = list(islice(train_loader(lambda indices, epochs: epochs.tolist(), INDICES, batch_size=5, seed=2), 3))
-    assert told == [[0] * 5, [0, 0, 1, 1, 1], [1, 1, 1, 1, 2]]
+def test_training_loader_passes_the_epoch_of_each_sample():
+    epochs = list(islice(train_loader(lambda indices, epochs: epochs.tolist(), INDICES, batch_size=5, seed=2), 3))
+    assert epochs == [[0] * 5, [0, 0, 1, 1, 1], [1, 1, 1, 1, 2]]

@@ -1,4 +1,4 @@
-"""A folder as people have it, from images to samples: what counts, and what is said of it."""
+"""A realistic, messy image folder, from the images to samples of a trained model."""
 
 import json
 import re
@@ -20,7 +20,7 @@ VAE = ["stage=vae", "autoencoder.model.block_out_channels=[32]", *SHORT]
 DIT = ["network=dit", "network.hidden_dim=64", "network.depth=1", "network.head_dim=32", "sampler.steps=2"]
 
 
-def draw(path: Path, seed: int, mode: str = "RGB", **options) -> None:
+def save_noise(path: Path, seed: int, mode: str = "RGB", **options) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (20, 24, 3), dtype=np.uint8)
     Image.fromarray(pixels).convert(mode).save(path, **options)
@@ -28,19 +28,19 @@ def draw(path: Path, seed: int, mode: str = "RGB", **options) -> None:
 
 @pytest.fixture
 def photos(tmp_path, monkeypatch, p3) -> Path:
-    """Two classes of 8 images with captions in three ways, and much that is none of the data."""
+    """Two classes of 8 images with three kinds of captions, and many files that are not data."""
     folder = tmp_path / "my photos"
     for i in range(8):
-        draw(folder / "cat" / f"{i}.png", i, mode=("RGB", "RGBA", "L", "P")[i % 4])
-        draw(folder / "dog" / f"{i}.jpg", 10 + i, mode="CMYK" if i == 7 else "RGB")
+        save_noise(folder / "cat" / f"{i}.png", i, mode=("RGB", "RGBA", "L", "P")[i % 4])
+        save_noise(folder / "dog" / f"{i}.jpg", 10 + i, mode="CMYK" if i == 7 else "RGB")
         (folder / "cat" / f"{i}.txt").write_text(f"a cat,\nnumber {i}\n")
-    draw(folder / "dog" / "0.jpg", 10, icc_profile=p3)
-    draw(folder / "dog" / "1.jpg", 11, icc_profile=b"not a profile")
+    save_noise(folder / "dog" / "0.jpg", 10, icc_profile=p3)
+    save_noise(folder / "dog" / "1.jpg", 11, icc_profile=b"not a profile")
     rows = [f"{i}.jpg,a dog" for i in range(7)] + ['0.jpg,"a dog, brown"', "7.jpg,ein\u2028Hund"]
     (folder / "dog" / "metadata.csv").write_text("\n".join(["file_name,text", *rows]), encoding="utf-8")
     for name in ("__MACOSX/cat/0.png", "@eaDir/dog/0.png", "#recycle/old.png", "$RECYCLE.BIN/r.png", ".Trash-0/t.png"):
-        draw(folder / name, 99)
-    draw(folder / "cat" / "._0.png", 99)
+        save_noise(folder / name, 99)
+    save_noise(folder / "cat" / "._0.png", 99)
     (folder / "Thumbs.db").write_bytes(b"system")
     (folder / "notes.txt").write_text("not a caption of anything")
     monkeypatch.chdir(folder)
@@ -56,19 +56,19 @@ def p3() -> bytes:
 
 
 def rows_of(out: str) -> dict[str, str]:
-    """The table that training prints, by label."""
+    """Parse the table that training prints into values by label."""
     cells = [line.strip("│ ").split("│") for line in out.splitlines() if line.startswith("│")]
     return {label.strip(): value.strip() for label, value in cells if label.strip()}
 
 
-def test_from_a_messy_folder_to_samples(photos, call, caplog):
-    """With data.path=. : neither the first run's own figures nor the caches change the data of the second stage."""
+def test_messy_folder_trains_both_stages(photos, call, caplog):
+    """With data.path=., the figures and caches of the first run are in the image folder, but are not used as data."""
     ended = call(ldm.train.main, *VAE, "name=messy")
     assert ended.code == 0, ended
-    said = rows_of(ended.out)
-    train, val = map(int, re.fullmatch(r"my-photos: (\d+) train, (\d+) validation", said["data"]).groups())
+    rows = rows_of(ended.out)
+    train, val = map(int, re.fullmatch(r"my-photos: (\d+) train, (\d+) validation", rows["data"]).groups())
     assert train + val == 16
-    assert said["colour profiles"] == "1 converted to sRGB, 1 unreadable, treated as sRGB"
+    assert rows["colour profiles"] == "1 converted to sRGB, 1 unreadable, treated as sRGB"
     run = Run.open("runs/vae/messy")
     images = run.image_data()
     names = [f"{kind}/{i}.{suffix}" for kind, suffix in (("cat", "png"), ("dog", "jpg")) for i in range(8)]
@@ -79,10 +79,10 @@ def test_from_a_messy_folder_to_samples(photos, call, caplog):
     assert {"data=image_folder", "data.path=.", "data.resolution=16", "data.val_fraction=0.2"} < {*next_command}
     assert next_command[-1] == "vae=runs/vae/messy" and "conditioning" not in " ".join(next_command), "it has captions"
 
-    assert list(Path("runs").rglob("*.png")), "figures of the run, below the folder of images"
-    again = call(ldm.train.main, *VAE, "name=again")
+    assert list(Path("runs").rglob("*.png")), "figures of the run, inside the image folder"
+    second = call(ldm.train.main, *VAE, "name=again")
     assert (
-        rows_of(again.out)["data"] == said["data"]
+        rows_of(second.out)["data"] == rows["data"]
         and "Skipped the run and cache folders cache/, runs/ in ." in caplog.text
     )
     assert Run.open("runs/vae/again").facts["data_fingerprint"] == run.facts["data_fingerprint"]

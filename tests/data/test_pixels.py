@@ -1,4 +1,4 @@
-"""ldm.data.pixels: every colour mode, orientation and aspect ratio, against values worked out by hand."""
+"""ldm.data.pixels: every colour mode, orientation and aspect ratio, compared with values computed by hand."""
 
 import io
 import struct
@@ -47,7 +47,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_colour_mode_becomes_the_right_rgb(case):
+def test_every_colour_mode_is_converted_to_rgb(case):
     data, expected = CASES[case]
     assert centre(data) == pytest.approx(expected, abs=1)
 
@@ -57,13 +57,13 @@ def test_cmyk_jpeg_is_not_inverted():
     assert centre(data) == pytest.approx((255, 0, 0), abs=4)
 
 
-def test_16_bit_grey_keeps_its_shades_instead_of_clipping():
+def test_16_bit_grey_is_scaled_not_clipped():
     ramp = np.tile(np.arange(0, 65536, 2048, dtype=np.uint16), (32, 1))
     pixels = decode(encode(Image.fromarray(ramp)), 32, "crop")
     np.testing.assert_array_equal(pixels[0, :, 0], np.round(ramp[0] / 257))
 
 
-def test_16_bit_grey_colour_key_is_white():
+def test_16_bit_grey_colour_key_becomes_white():
     image = Image.fromarray(np.full((8, 8), 500, np.uint16))
     image.info["transparency"] = 500
     assert to_rgb(image)[0].getpixel((0, 0)) == (255, 255, 255)
@@ -72,7 +72,7 @@ def test_16_bit_grey_colour_key_is_white():
 @pytest.mark.parametrize(
     ("image", "words"), [(Image.new("F", (8, 8), 0.5), "floating"), (Image.new("I", (8, 8), -1), "16 bits")]
 )
-def test_pixels_without_a_known_white_are_refused(image, words):
+def test_pixels_without_defined_white_are_refused(image, words):
     with pytest.raises(ValueError, match=words):
         decode(image, 8, "crop")
 
@@ -89,18 +89,18 @@ def test_exif_orientation_turns_the_image_upright(orientation, red_corner, kind)
     exif[0x0112] = orientation
     pixels = decode(encode(image, kind, exif=exif, quality=95), 8, "crop")
     corners = {"top left": (1, 1), "top right": (1, 6), "bottom left": (6, 1), "bottom right": (6, 6)}
-    found = [name for name, corner in corners.items() if pixels[corner][1] < 100]
-    assert found == [red_corner]
+    red_corners = [name for name, corner in corners.items() if pixels[corner][1] < 100]
+    assert red_corners == [red_corner]
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-def test_a_one_pixel_checkerboard_shrinks_to_grey(kind):
+def test_one_pixel_checkerboard_shrinks_to_grey(kind):
     board = ((np.indices((512, 512)).sum(0) % 2) * 255).astype(np.uint8)
     pixels = decode(encode(Image.fromarray(board), kind), 32, "crop")
     np.testing.assert_allclose(pixels, 127.5, atol=3)
 
 
-def test_jpeg_drafting_agrees_with_the_full_decode():
+def test_jpeg_draft_mode_agrees_with_full_decode():
     rng = np.random.default_rng(0)
     smooth = Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).resize((1024, 1024))
     data = encode(smooth, "JPEG", quality=95)
@@ -124,7 +124,7 @@ def test_crop_pad_and_squash():
 # Colour profiles
 
 D50 = (0.9642, 1.0, 0.8249)
-COLORANTS = {  # of red, green and blue, adapted to D50
+COLORANTS = {  # XYZ of red, green and blue, adapted to D50
     "Display P3": ((0.5151, 0.2412, -0.0011), (0.2920, 0.6922, 0.0419), (0.1571, 0.0666, 0.7841)),
     "Adobe RGB": ((0.6097, 0.3111, 0.0195), (0.2053, 0.6257, 0.0609), (0.1492, 0.0632, 0.7446)),
     "sRGB": ((0.4361, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7141)),
@@ -138,7 +138,7 @@ def fixed(*values: float) -> bytes:
 
 
 def icc(kind: bytes, tags: dict[bytes, bytes]) -> bytes:
-    """A version-2 ICC profile of a class, colour space and connection space."""
+    """Build a version-2 ICC profile. `kind` is its class, colour space and connection space."""
     text = b"desc\0\0\0\0" + struct.pack(">I", 2) + b"x\0" + b"\0" * 80
     parts = {b"wtpt": b"XYZ \0\0\0\0" + fixed(*D50), b"desc": text, **tags}
     table, body, offset = struct.pack(">I", len(parts)), b"", 132 + 12 * len(parts)
@@ -151,7 +151,7 @@ def icc(kind: bytes, tags: dict[bytes, bytes]) -> bytes:
 
 
 def profile(space: str, gamma: float, colorants=()) -> bytes:
-    """Of a curve for each channel, and the colours of an RGB display."""
+    """Build a profile with a gamma curve per channel and, for RGB, the colorants of a display."""
     curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(256 * gamma)) + b"\0\0"
     tags = {b"rXYZ": 0, b"gXYZ": 1, b"bXYZ": 2} if colorants else {}
     xyz = {name: b"XYZ \0\0\0\0" + fixed(*colorants[i]) for name, i in tags.items()}
@@ -165,7 +165,7 @@ def encoded_srgb(linear: np.ndarray) -> np.ndarray:
 
 
 def expected_srgb(colour, gamma: float, colorants) -> np.ndarray:
-    """By the definition of a matrix profile, without LittleCMS."""
+    """Apply a matrix profile by its definition, without LittleCMS."""
     return encoded_srgb(TO_SRGB @ np.array(colorants).T @ (np.array(colour) / 255) ** gamma)
 
 
@@ -174,14 +174,14 @@ COLOUR = (180, 90, 60)
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize(("name", "gamma"), [("Display P3", 2.2), ("Adobe RGB", 2.2), ("sRGB", 1.0), ("sRGB", 1.8)])
-def test_a_colour_profile_is_applied(name, gamma, kind):
+def test_colour_profile_is_applied(name, gamma, kind):
     options = {"lossless": True} if kind == "WEBP" else {}
     data = encode(Image.new("RGB", (8, 8), COLOUR), kind, icc_profile=profile("RGB", gamma, COLORANTS[name]), **options)
     assert centre(data) == pytest.approx(expected_srgb(COLOUR, gamma, COLORANTS[name]), abs=1.5)
     assert read_pixels(data, 8, "crop")[1] == "converted"
 
 
-def test_a_profile_applies_before_transparency_and_to_palettes():
+def test_profile_applies_before_transparency_and_to_palettes():
     p3 = profile("RGB", 2.2, COLORANTS["Display P3"])
     opaque = expected_srgb(COLOUR, 2.2, COLORANTS["Display P3"])
     half = encode(Image.new("RGBA", (8, 8), (*COLOUR, 51)), icc_profile=p3)
@@ -191,11 +191,11 @@ def test_a_profile_applies_before_transparency_and_to_palettes():
         opaque, abs=1.5
     )
     key = encode(Image.new("RGB", (8, 8), COLOUR), transparency=COLOUR, icc_profile=p3)
-    assert centre(key) == (255, 255, 255), "a colour key is a colour of the file"
+    assert centre(key) == (255, 255, 255), "the colour key refers to colours before conversion"
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "16 bits"])
-def test_a_grey_profile_is_applied_and_one_of_rgb_to_grey_pixels_too(mode):
+def test_grey_and_rgb_profiles_apply_to_grey_images(mode):
     grey = encoded_srgb(np.array(100 / 255))
     image = {
         "L": Image.new("L", (8, 8), 100),
@@ -206,8 +206,8 @@ def test_a_grey_profile_is_applied_and_one_of_rgb_to_grey_pixels_too(mode):
         assert centre(encode(image, icc_profile=linear)) == pytest.approx((grey,) * 3, abs=1.5)
 
 
-def test_cmyk_with_a_profile_goes_through_it():
-    """A table of 2 points a side, whose Lab is by our own rule: ink of K alone darkens."""
+def test_cmyk_profile_is_applied():
+    """In the lookup table of `cmyk_profile`, with 2 points per axis, only K makes the colour darker."""
     data = encode(Image.new("CMYK", (16, 16), (0, 0, 0, 128)), "TIFF", icc_profile=cmyk_profile())
     pixels, kind = read_pixels(data, 16, "crop")
     assert kind == "converted" and pixels[8, 8] == pytest.approx((119, 119, 119), abs=2), "L* = 50"
@@ -215,7 +215,7 @@ def test_cmyk_with_a_profile_goes_through_it():
 
 
 def cmyk_profile() -> bytes:
-    """Lab = (100 (1 - k), 0, 0) for every c, m, y: an 8-bit lookup table, for output devices."""
+    """Build an output profile with an 8-bit lookup table: Lab = (100 (1 - k), 0, 0) for every c, m, y."""
     identity = bytes(range(256))
     table = b"".join(bytes([0 if i & 1 else 255, 128, 128]) for i in range(16))
     matrix = fixed(*np.eye(3).flatten())
@@ -229,13 +229,13 @@ P3 = profile("RGB", 2.2, COLORANTS["Display P3"])
 @pytest.mark.parametrize(
     "damaged", [b"no profile" * 20, P3[:300], P3[:16] + b"CMYK" + P3[20:], P3[:16] + b"XYZ " + P3[20:]]
 )
-def test_an_unreadable_profile_is_taken_for_srgb(damaged):
+def test_unreadable_profile_is_treated_as_srgb(damaged):
     pixels, kind = read_pixels(encode(Image.new("RGB", (8, 8), COLOUR), icc_profile=damaged), 8, "crop")
     assert tuple(pixels[4, 4]) == COLOUR and kind == "unreadable"
 
 
-def test_a_profile_that_cannot_be_unpacked_is_counted():
-    """Pillow opens such a file, and gives an empty profile."""
+def test_profile_that_cannot_be_decompressed_is_unreadable():
+    """Pillow opens such a file and returns an empty profile."""
     data = encode(Image.new("RGB", (8, 8), COLOUR), icc_profile=P3)
     start = data.index(b"iCCP")
     length = struct.unpack(">I", data[start - 4 : start])[0]
@@ -248,7 +248,7 @@ def test_a_profile_that_cannot_be_unpacked_is_counted():
 @pytest.mark.parametrize(
     "data", [{}, {"icc_profile": ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()}]
 )
-def test_without_a_profile_or_with_that_of_srgb_the_pixels_are_the_file_s(data):
+def test_pixels_without_profile_or_with_srgb_profile_are_unchanged(data):
     noise = Image.effect_noise((32, 32), 90).convert("RGB")
     pixels, kind = read_pixels(encode(noise, **data), 32, "crop")
     np.testing.assert_array_equal(pixels, np.asarray(noise))

@@ -1,4 +1,4 @@
-"""ldm.evaluation.classifier: it learns classes of small pictures, is kept, and is the same again."""
+"""Tests of ldm.evaluation.classifier: training, caching and reproducibility."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ STEPS = 25
 
 
 def stripes(folder: Path, count: int, axis: int, seed: int) -> None:
-    """Pictures of 8 pixels with stripes along one axis, at any place and in any colour."""
+    """Create 8 x 8 images with stripes along one axis, with random offsets and colours."""
     folder.mkdir(parents=True)
     generator = np.random.default_rng(seed)
     for i in range(count):
@@ -44,7 +44,7 @@ def images(prepared, tmp_path) -> ImageData:
     return ImageData.open(shutil.copytree(prepared, tmp_path / "cache"), val_fraction=0.3)
 
 
-def test_it_learns_the_classes_and_gives_64_features(images):
+def test_classifier_learns_classes_and_returns_64_features(images):
     classifier = load_classifier(images, num_steps=STEPS)
     assert classifier.val_accuracy > 0.9
     labels = torch.tensor(images.labels)
@@ -57,7 +57,7 @@ def test_it_learns_the_classes_and_gives_64_features(images):
         assert classifier(torch.zeros(2, 3, size, size)).shape == (2, 64)
 
 
-def test_it_is_kept_beside_the_images(images, monkeypatch):
+def test_classifier_is_cached_next_to_the_images(images, monkeypatch):
     first = load_classifier(images, num_steps=STEPS)
     (file,) = images.path.glob("features-*.safetensors")
     assert first.key.startswith(file.stem.removeprefix("features-")) and first.key.endswith("-8px")
@@ -75,8 +75,8 @@ def test_it_is_kept_beside_the_images(images, monkeypatch):
     assert torch.equal(load_classifier(images, num_steps=STEPS)(pixels), first(pixels))
 
 
-def test_another_split_or_training_is_another_key(images):
-    """Else the validation images of one were training images of the other; and weights differ between machines."""
+def test_key_depends_on_split_seed_and_weights(images):
+    """Otherwise validation images of one split could be training images of another, or weights could be mixed up."""
     first = load_classifier(images, num_steps=1)
     (file,) = images.path.glob("features-*.safetensors")
     weights = load_file(file)
@@ -86,7 +86,7 @@ def test_another_split_or_training_is_another_key(images):
     assert len(keys) == 4
 
 
-def test_its_features_are_kept_under_its_key(images, monkeypatch):
+def test_features_are_cached_under_the_classifier_key(images, monkeypatch):
     monkeypatch.setattr(module.load_classifier, "__kwdefaults__", {"seed": 0, "num_steps": STEPS})
     network = load_features("classifier", images)
     found = reference_features(network, "classifier", images)
@@ -94,11 +94,11 @@ def test_its_features_are_kept_under_its_key(images, monkeypatch):
     torch.testing.assert_close(found, network(images.batch(range(len(images)))))
 
 
-def test_images_without_classes(make_images, images, tmp_path):
+def test_classifier_refuses_images_without_two_classes(make_images, images, tmp_path):
     plain = make_images(tmp_path / "plain", 6, size=8)
     without = prepare(ImageFolder(plain), resolution=8, cache_dir=tmp_path / "other", progress=False)
-    with pytest.raises(UserError, match="6 of the 6 images of plain have none, .* Choose features=efficientnet_lite"):
+    with pytest.raises(UserError, match=r"class label.*plain.*6 of the 6 images.*features=efficientnet_lite"):
         load_features("classifier", without)
     images.labels[:] = [0] * len(images)
-    with pytest.raises(UserError, match="two classes at least"):
+    with pytest.raises(UserError, match="at least 2 classes"):
         load_classifier(images)

@@ -1,8 +1,8 @@
-"""ldm.evaluation.curves: what is read of a metrics.csv, and what is drawn of it."""
+"""Tests of ldm.evaluation.curves: reading metrics.csv and plotting it."""
 
 import pytest
 
-from ldm.evaluation.curves import COLOURS, OF_STAGE_1, plot_curves, read_curves
+from ldm.evaluation.curves import COLOURS, STAGE_1_CURVES, plot_curves, read_curves
 
 PLAIN = "epoch,step,train/l1,val/psnr_db\n0,9,0.5,\n0,9,,20.5\n0,19,0.4,\n"
 KILLED = "epoch,step,train/l1,val/psnr_db\n0,9,0.5,\n0,19,0.4,\n0,29,0.3,\n0,14,0.48,\n0,19,0.45,20.0\n0,29,0.35,\n"
@@ -12,20 +12,24 @@ KILLED = "epoch,step,train/l1,val/psnr_db\n0,9,0.5,\n0,19,0.4,\n0,29,0.3,\n0,14,
     ("text", "l1", "psnr_db"),
     [
         (PLAIN, ([9, 19], [0.5, 0.4]), ([9], [20.5])),
-        (KILLED, ([9, 14, 19, 29], [0.5, 0.48, 0.45, 0.35]), ([19], [20.0])),  # of a step logged twice the last counts
+        (
+            KILLED,
+            ([9, 14, 19, 29], [0.5, 0.48, 0.45, 0.35]),
+            ([19], [20.0]),
+        ),  # the last value of a repeated step counts
     ],
 )
-def test_curves_are_the_columns_with_the_steps_that_have_a_value(tmp_path, text, l1, psnr_db):
+def test_read_curves_skips_steps_without_a_value(tmp_path, text, l1, psnr_db):
     (tmp_path / "metrics.csv").write_text(text)
     assert read_curves(tmp_path / "metrics.csv") == {"train/l1": l1, "val/psnr_db": psnr_db}
 
 
-def test_what_some_run_has_is_drawn_in_the_colour_of_its_group():
+def test_plot_curves_uses_one_colour_per_group():
     curves = {"val/psnr_db": ([9], [20.5]), "train/l1": (list(range(100)), [0.5] * 100), "train/kl": ([9], [3.0])}
-    figure = plot_curves(OF_STAGE_1, [("A", curves), ("A", curves), ("B", {"train/adaptive_weight": ([9], [1.0])})])
+    figure = plot_curves(STAGE_1_CURVES, [("A", curves), ("A", curves), ("B", {"train/adaptive_weight": ([9], [1.0])})])
     figure.draw_without_rendering()
-    assert [axes.get_title().split(",")[0] for axes in figure.axes] == list(OF_STAGE_1[:3])
+    assert [axes.get_title().split(",")[0] for axes in figure.axes] == list(STAGE_1_CURVES[:3])
     lines = [[(line.get_color(), len(line.get_xdata())) for line in axes.lines] for axes in figure.axes]
     assert lines == [[(COLOURS[0], 1)] * 2, [(COLOURS[0], 91)] * 2, [(COLOURS[1], 1)]], "means of ten batches"
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["A", "B"]
-    assert plot_curves(OF_STAGE_1, [("A", {"train/kl": ([9], [3.0])})]) is None
+    assert plot_curves(STAGE_1_CURVES, [("A", {"train/kl": ([9], [3.0])})]) is None

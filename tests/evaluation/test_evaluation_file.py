@@ -1,11 +1,11 @@
-"""ldm.evaluation.evaluation_file: what is written into evaluation.json is read back."""
+"""Tests of ldm.evaluation.evaluation_file: writing metrics to evaluation.json and reading them back."""
 
 import json
 
 import pytest
 
 from ldm.evaluation.evaluation_file import metrics_from_json
-from ldm.metrics.metric import UNMEASURED, Metric, metrics_to_json, share_error
+from ldm.metrics.metric import UNMEASURED, Metric, metrics_to_json, proportion_error
 
 CONTENT = {
     "features": "dinov2",
@@ -31,14 +31,14 @@ def test_metrics_are_written_flat():
     assert "retrieval_at_1_reconstructions_standard_error" not in written and written["sampler"] == CONTENT["sampler"]
 
 
-def test_metrics_are_read_with_what_they_depend_on():
+def test_metrics_are_read_with_the_settings_they_depend_on():
     found = metrics_from_json(json.loads(json.dumps(metrics_to_json(CONTENT))))
     numbers = {name: value for name, value in CONTENT.items() if isinstance(value, Metric) and value.is_measured}
     assert {*found} == {*numbers, "retrieval_at_1_reconstructions"}
     for name, metric in numbers.items():
         assert (found[name].value, found[name].standard_error) == (metric.value, metric.standard_error)
     assert (found["fd_samples"].dof, found["kd_floor"].dof) == (19, 3)
-    assert found["retrieval_at_1_reconstructions"].standard_error == pytest.approx(share_error(0.3, 50))
+    assert found["retrieval_at_1_reconstructions"].standard_error == pytest.approx(proportion_error(0.3, 50))
     everything = {"features", "num_samples", "fd_components", "guidance", "sampler.method", "sampler.steps"}
     assert {*found["fd_samples"].settings} == everything
     assert {*found["kd_floor"].settings} == {"features", "num_samples"}, "no sampler, no components"

@@ -1,8 +1,9 @@
-"""Faults that are planted in held-out images are found: each moves its own measure, the more the greater it is.
+"""Planted faults in held-out images are detected: stronger faults change the expected metrics more.
 
-'Samples' are held-out images, against training images: Fashion-MNIST where Debian's package has it, else drawn clothes
-of ten kinds. Features: the classifier of the data's own classes (`ldm.evaluation.classifier`), trained for 100 steps,
-at the images' own size. Of EfficientNet's a blur of 0.5 px would be lost in the enlargement to 224 px, and the time.
+Held-out images serve as samples and are compared with training images. The data is Fashion-MNIST if Debian's package is
+installed, else synthetic gratings of ten kinds. The features are those of the data set's own classifier
+(`ldm.evaluation.classifier`), trained for 100 steps at the native resolution. EfficientNet would be slow, and upscaling
+to 224 px would hide a blur of 0.5 px.
 """
 
 import itertools
@@ -20,7 +21,7 @@ from torch import Tensor
 from ldm.data.images import prepare
 from ldm.data.sources.base import Record
 from ldm.data.sources.fashion_mnist import DEBIAN_PATH, FashionMNIST
-from ldm.evaluation.classifier import Classifier, class_shift, load_classifier, named_classes
+from ldm.evaluation.classifier import Classifier, class_shift, load_classifier, predict_classes
 from ldm.evaluation.features import extract
 from ldm.evaluation.samples.distances import Measures
 from ldm.evaluation.samples.memorisation import nearest_training
@@ -78,7 +79,7 @@ class Drawn(Clothes):
 
 @dataclass(frozen=True)
 class Setting:
-    """A classifier, the sets that are compared, and what measures them."""
+    """A classifier, the image sets to compare, and their features."""
 
     blurs: tuple[float, ...]
     classifier: Classifier
@@ -91,7 +92,7 @@ class Setting:
     def measure(self, images: Tensor) -> Figures:
         features = extract(self.classifier, images, "features")
         found = Measures(self.train_features, None).of(features)
-        named, reference = (named_classes(self.classifier, part) for part in (features, self.train_features))
+        named, reference = (predict_classes(self.classifier, part) for part in (features, self.train_features))
         memorisation = nearest_training(features, self.train_features, self.validation_features)
         close = memorisation.close_share, memorisation.close_share_standard_error
         numbers = {name: (metric.value, metric.standard_error) for name, metric in found.items()}
@@ -99,7 +100,7 @@ class Setting:
 
 
 def set_up(place: Path, num_images: int, num_steps: int, num_samples: int) -> Setting:
-    """Held-out images that are no samples set the rule for what is close to a training image."""
+    """Prepare the data. Held-out images that do not serve as samples define the threshold of memorisation."""
     source = (Clothes if Path(DEBIAN_PATH).is_dir() else Drawn)(num_images)
     images = prepare(source, resolution=28, cache_dir=place, val_fraction=VAL_FRACTION, progress=False)
     classifier = load_classifier(images, num_steps=num_steps)
@@ -117,7 +118,7 @@ def set_up(place: Path, num_images: int, num_steps: int, num_samples: int) -> Se
 
 
 def thinned(setting: Setting, dose: float) -> Tensor:
-    """So many classes left out; of half a one, its first half."""
+    """Remove `dose` classes; a fraction removes that fraction of a class."""
     kept = torch.ones(len(setting.samples), dtype=torch.bool)
     for label, share in ((3, min(dose, 1.0)), (5, max(dose - 1, 0.0))):
         rows = (setting.labels == label).nonzero()[:, 0]
@@ -126,7 +127,7 @@ def thinned(setting: Setting, dose: float) -> Tensor:
 
 
 def blurred(setting: Setting, dose: float) -> Tensor:
-    """By a Gaussian of so many pixels."""
+    """Blur with a Gaussian whose standard deviation is `dose` pixels."""
     reach = 5
     kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / dose) ** 2)
     kernel = (kernel / kernel.sum()).expand(3, 1, 1, -1)
@@ -135,14 +136,14 @@ def blurred(setting: Setting, dose: float) -> Tensor:
 
 
 def copied(setting: Setting, dose: float) -> Tensor:
-    """So large a share replaced by training images."""
+    """Replace the fraction `dose` of the samples by training images."""
     num = round(dose * len(setting.samples))
     chosen = torch.randperm(len(setting.train), generator=torch.Generator().manual_seed(1))[:num]
     return torch.cat([setting.train[chosen], setting.samples[num:]])
 
 
 def noisy(setting: Setting, dose: float) -> Tensor:
-    """With noise of so large a standard deviation, of intensities from 0 to 1."""
+    """Add noise with standard deviation `dose`, for intensities in [0, 1]."""
     noise = torch.randn(setting.samples.shape, generator=torch.Generator().manual_seed(2))
     return (setting.samples + 2 * dose * noise).clamp(-1, 1)
 
@@ -162,12 +163,12 @@ def doses_of(setting: Setting, fault: Callable[[Setting, float], Tensor], doses:
 
 
 def half_width(name: str, error: float) -> float:
-    """Of the 95 % interval, by Student's t: of 20 groups, or of four subsets."""
+    """Return the half width of the 95 % interval, from Student's t for 20 groups or four subsets."""
     return (2.09 if name in BY_JACKKNIFE else 3.18) * error
 
 
 def assert_grows(name: str, clean: Figures, found: list[Figures], outside_from: int = 0) -> None:
-    """With every dose, and from one of them on above the interval of the clean samples."""
+    """Assert that a metric grows with the dose and exceeds the interval of the clean samples at `outside_from`."""
     values = [figures[name][0] for figures in (clean, *found)]
     assert all(np.diff(values) > 0), (name, values)
     assert values[1 + outside_from] > values[0] + half_width(name, clean[name][1]), (name, values, clean[name])
@@ -179,7 +180,7 @@ def assert_falls(name: str, clean: Figures, found: list[Figures]) -> None:
 
 
 def assert_stays(name: str, clean: Figures, found: list[Figures]) -> None:
-    """Within both intervals together."""
+    """Assert that a metric stays within the combined interval."""
     value, error = clean[name]
     for figures in found:
         other, its_error = figures[name]
@@ -191,8 +192,8 @@ def assert_does_not_rise(name: str, clean: Figures, found: list[Figures]) -> Non
     assert max(figures[name][0] for figures in found) <= value + half_width(name, error)
 
 
-def test_a_class_that_is_thinned_out(setting, clean):
-    """The distance and the shares of the classes find it, and what covers less; the rest lies as densely as before."""
+def test_dropped_classes_are_detected(setting, clean):
+    """FD, class shift, coverage and recall detect it; density and memorisation do not change."""
     found = doses_of(setting, thinned, (0.5, 1.0, 1.5, 2.0))
     assert_grows("fd", clean, found)
     assert_grows("class_shift", clean, found, outside_from=1)
@@ -203,7 +204,7 @@ def test_a_class_that_is_thinned_out(setting, clean):
         assert_stays(name, clean, found)
 
 
-def test_blur(setting, clean):
+def test_blur_is_detected(setting, clean):
     found = doses_of(setting, blurred, setting.blurs)
     assert_grows("fd", clean, found)
     assert_grows("kd", clean, found, outside_from=2)
@@ -211,8 +212,8 @@ def test_blur(setting, clean):
     assert_does_not_rise("close_share", clean, found)
 
 
-def test_copies_of_training_images(setting, clean):
-    """They are found by how near they are, and by nothing else: to all distances they are the best of samples."""
+def test_copies_of_training_images_are_detected(setting, clean):
+    """Only memorisation detects them; all other metrics consider them perfect samples."""
     found = doses_of(setting, copied, (0.02, 0.04, 0.08, 0.16))
     assert_grows("close_share", clean, found)
     for figures, dose in zip(found, (0.02, 0.04, 0.08, 0.16), strict=True):
@@ -221,7 +222,7 @@ def test_copies_of_training_images(setting, clean):
         assert_stays(name, clean, found)
 
 
-def test_noise(setting, clean):
+def test_noise_is_detected(setting, clean):
     found = doses_of(setting, noisy, (0.02, 0.05, 0.1, 0.2))
     assert_grows("fd", clean, found)
     assert_grows("kd", clean, found, outside_from=1)

@@ -1,6 +1,6 @@
-"""Files that a stranger may send: what they are, and the tool's own door that each is opened through.
+"""A corpus of hostile files, and the entry point of ldm that opens each of them.
 
-Run as a program it opens them all, under an audit hook that writes down what Python was asked to do meanwhile.
+As a program, it opens all of them under an audit hook that records suspicious operations.
 """
 
 import collections
@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import wandb  # what is imported at first use is imported before the watch begins
+import wandb  # imported here so that the audit does not record a lazy import
 from safetensors.torch import load_file, save_file
 
 import ldm.runs.provenance
@@ -41,15 +41,15 @@ from ldm.latents.files import decode_file
 from ldm.networks.conditioning import TextCondition
 from ldm.runs.load import load_autoencoder, load_pipeline
 from ldm.runs.run import Run
-from ldm.tracking.run import known_id
+from ldm.tracking.run import read_run_id
 
 CANARY = "RAN"
 Make = Callable[[Path, Path], Any]
-"""Changes a copy of a sound folder; it is given that folder and the canary that a payload shall leave."""
+"""(folder, canary) -> changes a copy of a valid folder. A payload that runs creates the canary file."""
 
 
 class Payload:
-    """Unpickled, it leaves a canary."""
+    """Object that creates the canary file when it is unpickled."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary
@@ -63,20 +63,21 @@ class Case:
     """One hostile file.
 
     Args:
-        base: Which sound folder.
-        door: What opens it, one of `doors`.
-        said: Part of the refusal; None where it is opened as the data that it is, and the code in it is left alone.
+        base: Name of the valid folder to copy.
+        entry_point: What opens the folder, a key of `entry_points`.
+        make: Makes the copy hostile.
+        message: Part of the error message, or None if the file is opened as plain data and the code in it is ignored.
     """
 
     name: str
     base: str
-    door: str
+    entry_point: str
     make: Make
-    said: str | None
+    message: str | None
 
 
-def written(file: str, content: Callable[[Path], bytes]) -> Make:
-    """A file of these bytes, which may name the canary."""
+def write(file: str, content: Callable[[Path], bytes]) -> Make:
+    """Write a file. Its content can depend on the path of the canary."""
 
     def make(folder: Path, canary: Path) -> None:
         (folder / file).parent.mkdir(exist_ok=True, parents=True)
@@ -85,8 +86,8 @@ def written(file: str, content: Callable[[Path], bytes]) -> Make:
     return make
 
 
-def saved(save: Callable[[Any, io.BytesIO], Any], payload: Callable[[Payload], Any]) -> Callable[[Path], bytes]:
-    """What a function writes that pickles."""
+def serialise(save: Callable[[Any, io.BytesIO], Any], payload: Callable[[Payload], Any]) -> Callable[[Path], bytes]:
+    """Return the bytes that a pickling function writes."""
 
     def content(canary: Path) -> bytes:
         buffer = io.BytesIO()
@@ -97,39 +98,39 @@ def saved(save: Callable[[Any, io.BytesIO], Any], payload: Callable[[Payload], A
 
 
 def pickled(file: str) -> Make:
-    return written(file, saved(pickle.dump, lambda payload: payload))
+    return write(file, serialise(pickle.dump, lambda payload: payload))
 
 
 def torch_pickled(file: str) -> Make:
-    """As torch.save writes it, a zip."""
-    return written(file, saved(torch.save, lambda payload: {"state_dict": payload, "global_step": 1}))
+    """Write a zip archive with torch.save."""
+    return write(file, serialise(torch.save, lambda payload: {"state_dict": payload, "global_step": 1}))
 
 
-def objects(file: str) -> Make:
+def object_array(file: str) -> Make:
     save = lambda array, buffer: np.save(buffer, array, allow_pickle=True)  # noqa: E731
-    return written(file, saved(save, lambda payload: np.array([payload], dtype=object)))
+    return write(file, serialise(save, lambda payload: np.array([payload], dtype=object)))
 
 
 def text(file: str, content: str) -> Make:
-    """A text, in which CANARY stands for the canary's path."""
-    return written(file, lambda canary: content.replace("CANARY", str(canary)).encode())
+    """Write a text, in which CANARY is replaced by the path of the canary."""
+    return write(file, lambda canary: content.replace("CANARY", str(canary)).encode())
 
 
 def npy_header(header: str) -> Make:
     def content(canary: Path) -> bytes:
-        said = header.replace("CANARY", str(canary)).encode() + b"\n"
-        return b"\x93NUMPY\x02\x00" + struct.pack("<I", len(said)) + said + b"\0" * 64
+        line = header.replace("CANARY", str(canary)).encode() + b"\n"
+        return b"\x93NUMPY\x02\x00" + struct.pack("<I", len(line)) + line + b"\0" * 64
 
-    return written("images.npy", content)
+    return write("images.npy", content)
 
 
 def safetensors_header(header: dict[str, Any], length: int | None = None) -> Make:
     content = json.dumps(header).encode()
     size = struct.pack("<Q", len(content) if length is None else length)
-    return written(WEIGHTS, lambda canary: size + content + b"\0" * 64)
+    return write(WEIGHTS, lambda canary: size + content + b"\0" * 64)
 
 
-def bomb(file: str) -> Make:
+def zip_bomb(file: str) -> Make:
     def make(folder: Path, canary: Path) -> None:
         with zipfile.ZipFile(folder / file, "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr("data", b"\0" * 20_000_000)
@@ -137,7 +138,7 @@ def bomb(file: str) -> Make:
     return make
 
 
-def changed(file: str, **values: Any) -> Make:
+def edit_json(file: str, **values: Any) -> Make:
     def make(folder: Path, canary: Path) -> None:
         content = json.loads((folder / file).read_text(encoding="utf-8"))
         (folder / file).write_text(json.dumps(content | values), encoding="utf-8")
@@ -146,7 +147,7 @@ def changed(file: str, **values: Any) -> Make:
 
 
 def weights(name: str, value: torch.Tensor | float) -> Make:
-    """A weight of the autoencoder that is another one, or named otherwise, among as many values."""
+    """Overwrite one value of an autoencoder weight, or replace a tensor and add another to keep enough values."""
 
     def make(folder: Path, canary: Path) -> None:
         tensors = load_file(folder / WEIGHTS)
@@ -169,8 +170,8 @@ def link(file: str, target: str) -> Make:
     return make
 
 
-def without(file: str, *parts: Make) -> Make:
-    """Other files in the place of one."""
+def replace(file: str, *parts: Make) -> Make:
+    """Replace a file by others."""
 
     def make(folder: Path, canary: Path) -> None:
         (folder / file).unlink()
@@ -180,7 +181,7 @@ def without(file: str, *parts: Make) -> Make:
     return make
 
 
-def many(*parts: Make) -> Make:
+def combine(*parts: Make) -> Make:
     return lambda folder, canary: [part(folder, canary) for part in parts]
 
 
@@ -189,150 +190,158 @@ NETWORK = "pipeline/network/diffusion_pytorch_model.safetensors"
 VAE, INDEX = "autoencoder/config.json", "pipeline/model_index.json"
 SHARDS = json.dumps({"metadata": {}, "weight_map": {"decoder.conv_in.weight": "part.bin"}})
 OVERLAP = {name: {"dtype": "F32", "shape": [16], "data_offsets": [i, 64 + i]} for i, name in enumerate("ab")}
-RUNS_CODE = 'import os\nos.system("touch CANARY")\n'
-NO_ARRAY, NO_TENSORS = "cannot be read as an array", "is no safetensors file"
+MALICIOUS_CODE = 'import os\nos.system("touch CANARY")\n'
+INVALID_ARRAY, INVALID_SAFETENSORS = "cannot be read as an array", "is not a valid safetensors file"
 HUGE = 10**9
-NINES = zip("abcdefgh", "bcdefghi", strict=True)
-ALIASES = "\n".join(["a: &a [x, x, x]", *(f"{b}: &{b} [{', '.join(['*' + a] * 9)}]" for a, b in NINES)])
+ALIAS_PAIRS = zip("abcdefgh", "bcdefghi", strict=True)
+ALIASES = "\n".join(["a: &a [x, x, x]", *(f"{b}: &{b} [{', '.join(['*' + a] * 9)}]" for a, b in ALIAS_PAIRS)])
 ALL_PIXELS = "{'descr': '|u1', 'fortran_order': False, 'shape': (1000000000, 8, 8, 3), }"
 AUTO_MAP = {"AutoConfig": "evil.C", "AutoModel": "evil.M"}
 TOKENIZER = {"auto_map": {"AutoTokenizer": ["evil.T", None]}, "tokenizer_class": "T"}
 
-BY_DOOR: dict[tuple[str, str], dict[str, tuple[Make, str | None]]] = {
+HOSTILE_FILES: dict[tuple[str, str], dict[str, tuple[Make, str | None]]] = {
     ("vae", "autoencoder"): {
-        "weights in a pickle": (without(WEIGHTS, torch_pickled("autoencoder/x.bin")), "holds no diffusion_pytorch"),
-        "weights are a pickle": (pickled(WEIGHTS), NO_TENSORS),
-        "weights are a torch zip": (torch_pickled(WEIGHTS), NO_TENSORS),
-        "shards are pickles": (
-            without(WEIGHTS, pickled("autoencoder/part.bin"), text(f"{WEIGHTS}.index.json", SHARDS)),
-            "names 'part.bin', which is no safetensors",
+        "weights in a pickle": (replace(WEIGHTS, torch_pickled("autoencoder/x.bin")), "has no diffusion_pytorch"),
+        "weights that are a pickle": (pickled(WEIGHTS), INVALID_SAFETENSORS),
+        "weights saved with torch.save": (torch_pickled(WEIGHTS), INVALID_SAFETENSORS),
+        "shards that are pickles": (
+            replace(WEIGHTS, pickled("autoencoder/part.bin"), text(f"{WEIGHTS}.index.json", SHARDS)),
+            "'part.bin', which is not a safetensors",
         ),
-        "weights are a bomb": (bomb(WEIGHTS), NO_TENSORS),
-        "a header of 2^60 bytes": (safetensors_header({}, 2**60), NO_TENSORS),
-        "offsets that overlap": (safetensors_header(OVERLAP), NO_TENSORS),
-        "a weight is missing": (weights("decoder.other", torch.zeros(3)), "incomplete"),
-        "a wrong shape": (weights("decoder.conv_in.weight", torch.zeros(3, 3, 3)), "do not fit its config"),
-        "weights of NaN": (weights("decoder.conv_in.weight", math.nan), "are not finite"),
-        "a tower of layers": (changed(VAE, layers_per_block=HUGE), "more than"),
-        "a wall of channels": (changed(VAE, latent_channels=HUGE), "describes"),
-        "a class of its own": (changed(VAE, _class_name="os.system"), "holds a"),
-        "a class that is none": (changed(VAE, _class_name=["x"]), "holds a"),
-        "a quantiser": (changed(VAE, quantization_config={}), "quantised"),
-        "code beside the weights": (
-            many(changed(VAE, auto_map={"AutoModel": "evil.M"}), text("autoencoder/evil.py", RUNS_CODE)),
+        "weights that are a zip bomb": (zip_bomb(WEIGHTS), INVALID_SAFETENSORS),
+        "a header length of 2^60 bytes": (safetensors_header({}, 2**60), INVALID_SAFETENSORS),
+        "overlapping offsets": (safetensors_header(OVERLAP), INVALID_SAFETENSORS),
+        "a missing weight": (weights("decoder.other", torch.zeros(3)), "incomplete"),
+        "a wrong shape": (weights("decoder.conv_in.weight", torch.zeros(3, 3, 3)), "do not match its config"),
+        "weights with NaN": (weights("decoder.conv_in.weight", math.nan), "are not finite"),
+        "too many layers": (edit_json(VAE, layers_per_block=HUGE), "more than"),
+        "too many channels": (edit_json(VAE, latent_channels=HUGE), "valid AutoencoderKL"),
+        "a foreign class name": (edit_json(VAE, _class_name="os.system"), "AutoencoderKL"),
+        "a class name that is a list": (edit_json(VAE, _class_name=["x"]), "AutoencoderKL"),
+        "a quantised autoencoder": (edit_json(VAE, quantization_config={}), "quantised"),
+        "code next to the weights": (
+            combine(edit_json(VAE, auto_map={"AutoModel": "evil.M"}), text("autoencoder/evil.py", MALICIOUS_CODE)),
             None,
         ),
-        "statistics of text": (changed("autoencoder/latents.json", latent_mean="x"), "'latent_mean'"),
+        "statistics that are text": (edit_json("autoencoder/latents.json", latent_mean="x"), "'latent_mean'"),
     },
     ("diffusion", "pipeline"): {
-        "a pipeline's own class": (changed(INDEX, network="evil.N"), "evil.N"),
+        "a foreign network class": (edit_json(INDEX, network="evil.N"), "evil.N"),
         "a custom pipeline": (
-            many(changed(INDEX, _class_name=["pipeline", "Evil"]), text("pipeline/pipeline.py", RUNS_CODE)),
+            combine(edit_json(INDEX, _class_name=["pipeline", "Evil"]), text("pipeline/pipeline.py", MALICIOUS_CODE)),
             None,
         ),
-        "an index that is deep": (text(INDEX, "[" * 10**5), "as JSON"),
-        "a chain of NaN": (changed(INDEX, schedule={"name": "x"}), "alpha_bar"),
-        "a latent too large": (changed(INDEX, latent_shape=[HUGE] * 3), "fit"),
-        "a contract of text": (changed("pipeline/contract.json", channels="3"), "'channels'"),
-        "a variance table": (text("pipeline/optimal_variance.json", '{"z_0_mse": "x"}'), "again"),
-        "a network in a pickle": (pickled(NETWORK), NO_TENSORS),
+        "a deeply nested index": (text(INDEX, "[" * 10**5), "as JSON"),
+        "an invalid schedule": (edit_json(INDEX, schedule={"name": "x"}), "alpha_bar"),
+        "latents that are too large": (edit_json(INDEX, latent_shape=[HUGE] * 3), "[1000000000, 1000000000"),
+        "a contract with text": (edit_json("pipeline/contract.json", channels="3"), "'channels'"),
+        "an invalid variance table": (
+            text("pipeline/optimal_variance.json", '{"z_0_mse": "x"}'),
+            "optimal_variance.json",
+        ),
+        "a network in a pickle": (pickled(NETWORK), INVALID_SAFETENSORS),
     },
     ("vae", "config"): {
-        "a run that is a list": (text("run.json", "[1]"), "must hold a JSON object"),
-        "a run of 5000 digits": (text("run.json", '{"format": ' + "1" * 5000 + "}"), "as JSON"),
-        "a run's name is a path": (changed("run.json", name="../../victim"), "plain folder name"),
+        "run.json that is a list": (text("run.json", "[1]"), "must contain a JSON object"),
+        "run.json with a number of 5000 digits": (text("run.json", '{"format": ' + "1" * 5000 + "}"), "as JSON"),
+        "a run name that is a path": (edit_json("run.json", name="../../victim"), "plain folder name"),
         "a link to another file": (link("evaluation.json", "/etc/hostname"), "is a link to"),
         "a link to another folder": (link("pipeline", "/"), "is a link to"),
-        # what runs in a config that is composed is text in the record of a run
+        # in the saved config of a run, these are only text
         "a _target_": (text("config.yaml", "network: {_target_: os.system, command: touch CANARY}"), None),
         "an interpolation": (text("config.yaml", "name: '${oc.create:{_target_: os.system}}'"), None),
-        "a tag that runs": (text("config.yaml", "a: !!python/object/apply:os.system ['touch CANARY']"), "a tag or an"),
-        "a tag that makes a module": (text("config.yaml", "a: !!python/module:os"), "a tag or an alias"),
+        "a tag that runs code": (
+            text("config.yaml", "a: !!python/object/apply:os.system ['touch CANARY']"),
+            "a tag or an",
+        ),
+        "a tag that creates a module": (text("config.yaml", "a: !!python/module:os"), "a tag or an alias"),
         "a tag that OmegaConf knows": (text("config.yaml", "a: !!python/object/apply:pathlib.Path [x]"), "a tag or an"),
-        "aliases that multiply": (text("config.yaml", ALIASES), "a tag or an alias"),
-        "deep YAML": (text("config.yaml", "[" * 5000 + "]" * 5000), "cannot be read"),
-        "no YAML": (text("config.yaml", "a: [1,\nb: {"), "cannot be read"),
-        "twice the same key": (text("config.yaml", "a: 1\na: 2"), "cannot be read"),
-        "a list as a config": (text("config.yaml", "[1, 2]"), "holds no keys"),
+        "exponential aliases": (text("config.yaml", ALIASES), "a tag or an alias"),
+        "deeply nested YAML": (text("config.yaml", "[" * 5000 + "]" * 5000), "cannot be read"),
+        "invalid YAML": (text("config.yaml", "a: [1,\nb: {"), "cannot be read"),
+        "a duplicate key": (text("config.yaml", "a: 1\na: 2"), "cannot be read"),
+        "a list as a config": (text("config.yaml", "[1, 2]"), "not a mapping"),
     },
     ("vae", "images"): {
-        "a run's wrong types": (changed("run.json", data_cache=7), "'data_cache' must be a valid string"),
-        "a run's images elsewhere": (changed("run.json", data_cache="/etc"), "no longer in /etc"),
+        "a field with the wrong type": (edit_json("run.json", data_cache=7), "'data_cache' must be a valid string"),
+        "a cache path outside the cache": (edit_json("run.json", data_cache="/etc"), "no longer in /etc"),
     },
     ("vae", "compare"): {
-        "an evaluation that is deep": (text("evaluation.json", '{"a":' * 10**5), "as JSON"),
-        "a table of text": (text("metrics.csv", "step,loss\nx,y\n"), "no table of numbers"),
+        "a deeply nested evaluation": (text("evaluation.json", '{"a":' * 10**5), "as JSON"),
+        "a table with text": (text("metrics.csv", "step,loss\nx,y\n"), "table of numbers"),
     },
-    ("vae", "wandb"): {"an id that is a path": (text("wandb_id.txt", "../../victim"), "id of a W&B run")},
+    ("vae", "wandb"): {"a W&B id that is a path": (text("wandb_id.txt", "../../victim"), "id of a W&B run")},
     ("cache", "cache"): {
-        "images that are objects": (objects("images.npy"), NO_ARRAY),
-        "images that are a pickle": (pickled("images.npy"), NO_ARRAY),
-        "images that are an archive": (bomb("images.npy"), NO_ARRAY),
-        "images of no size": (changed("index.json", names=[]), "index.json tells of 0 images"),
-        "a header with code": (npy_header("__import__('os').system('touch CANARY')"), NO_ARRAY),
-        "a header without end": (npy_header("(" * 10**6), NO_ARRAY),
-        "more pixels than bytes": (npy_header(ALL_PIXELS), NO_ARRAY),
+        "images that are an object array": (object_array("images.npy"), INVALID_ARRAY),
+        "images that are a pickle": (pickled("images.npy"), INVALID_ARRAY),
+        "images that are a zip bomb": (zip_bomb("images.npy"), INVALID_ARRAY),
+        "an index without images": (edit_json("index.json", names=[]), "index.json lists 0 images"),
+        "a header with code": (npy_header("__import__('os').system('touch CANARY')"), INVALID_ARRAY),
+        "an unbalanced header": (npy_header("(" * 10**6), INVALID_ARRAY),
+        "more pixels than bytes": (npy_header(ALL_PIXELS), INVALID_ARRAY),
     },
-    ("latents", "latents"): {"moments that are objects": (objects("moments.npy"), NO_ARRAY)},
-    ("cache", "features"): {"features that are objects": (objects("features-x.npy"), NO_ARRAY)},
+    ("latents", "latents"): {"moments that are an object array": (object_array("moments.npy"), INVALID_ARRAY)},
+    ("cache", "features"): {"features that are an object array": (object_array("features-x.npy"), INVALID_ARRAY)},
     ("vae", "decode"): {
-        "latents in a pickle": (pickled("latents.safetensors"), NO_TENSORS),
-        "latents of another shape": (
+        "latents in a pickle": (pickled("latents.safetensors"), "safetensors file ("),
+        "latents with the wrong shape": (
             lambda folder, _: save_file(
                 {"mean": torch.zeros(2, 2)}, folder / "latents.safetensors", {"format": "1", "names": "../a"}
             ),
             "no finite latents",
         ),
     },
-    ("kept", "kept"): {"samples that cost text": (changed("samples.json", cost={"samples": "x"}), "'samples' must be")},
+    ("kept", "kept"): {
+        "a sampling cost that is text": (edit_json("samples.json", cost={"samples": "x"}), "'samples' must be")
+    },
     ("encoder", "encoder"): {
         "a tokenizer with code": (
-            many(
-                changed("tokenizer_config.json", **TOKENIZER),
-                changed("config.json", auto_map=AUTO_MAP, model_type="evil"),
-                text("evil.py", RUNS_CODE),
+            combine(
+                edit_json("tokenizer_config.json", **TOKENIZER),
+                edit_json("config.json", auto_map=AUTO_MAP, model_type="evil"),
+                text("evil.py", MALICIOUS_CODE),
             ),
             "could not be loaded",
         ),
         "an encoder in a pickle": (
-            without("model.safetensors", torch_pickled("pytorch_model.bin")),
+            replace("model.safetensors", torch_pickled("pytorch_model.bin")),
             "could not be loaded",
         ),
-        "an encoder's kernels": (changed("config.json", attn_implementation="evil/kernel"), "kernels"),
-        "an encoder's quantiser": (changed("config.json", quantization_config={"a": 1}), "quantiser"),
+        "an encoder with foreign kernels": (edit_json("config.json", attn_implementation="evil/kernel"), "kernels"),
+        "a quantised encoder": (edit_json("config.json", quantization_config={"a": 1}), "quantiser"),
     },
-    ("pictures", "pictures"): {
-        "captions for other files": (
+    ("photos", "photos"): {
+        "captions for files outside the folder": (
             text("metadata.jsonl", '{"file_name": "../../../etc/passwd", "text": "x"}'),
-            "outside of ",
+            "which is outside ",
         ),
-        "captions by whole paths": (text("metadata.csv", "file_name,text\n/etc/passwd,x\n"), "outside of "),
-        "captions too deep": (text("metadata.jsonl", "[" * 10**5), "is not JSON"),
-        "a caption elsewhere": (link("000.txt", "/etc/hostname"), "is a link to"),
+        "captions with absolute paths": (text("metadata.csv", "file_name,text\n/etc/passwd,x\n"), "which is outside "),
+        "deeply nested captions": (text("metadata.jsonl", "[" * 10**5), "is not JSON"),
+        "a caption that is a link": (link("000.txt", "/etc/hostname"), "is a link to"),
     },
     ("vae", "resume"): {
-        "a checkpoint is a pickle": (pickled("checkpoints/last.ckpt"), "resume="),
+        "a checkpoint that is a pickle": (pickled("checkpoints/last.ckpt"), "resume="),
         "a checkpoint with code": (torch_pickled("checkpoints/step-00000010.ckpt"), "resume="),
     },
     ("vae", "rerun"): {"a config in a pickle": (pickled("config.pickle"), "reads a pickle")},
 }
-CASES = [Case(name, *key, *case) for key, cases in BY_DOOR.items() for name, case in cases.items()]
-"""Every hostile file, with its door."""
+CASES = [Case(name, *key, *case) for key, cases in HOSTILE_FILES.items() for name, case in cases.items()]
+"""All hostile files."""
 
 
 def measure_features(folder: Path) -> None:
     images = ImageData.open(folder)
-    kept = folder / "features-x.npy"
-    if kept.exists():
-        kept.rename(folder / f"features-x-{images.fingerprint[:8]}.npy")
+    cached = folder / "features-x.npy"
+    if cached.exists():
+        cached.rename(folder / f"features-x-{images.fingerprint[:8]}.npy")
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 4))
     reference_features(network, "x", images)
 
 
-def draw_kept(sound: Path, folder: Path) -> None:
+def draw_samples(valid: Path, folder: Path) -> None:
     for file in folder.glob("samples.json"):
         file.replace(next(folder.glob("samples-*.json")))
-    pipeline, images = Run.open(sound / "diffusion").pipeline(), ImageData.open(sound / "cache")
+    pipeline, images = Run.open(valid / "diffusion").pipeline(), ImageData.open(valid / "cache")
     draw_and_keep(pipeline, images, DDIM(2), folder, num_samples=3, guidance=1.0, seed=0)
 
 
@@ -341,46 +350,46 @@ def resume(folder: Path) -> None:
     train("stage=vae", *SHORT, f"resume={checkpoint}", f"runs_dir={folder}")
 
 
-def doors(sound: Path) -> dict[str, Callable[[Path], Any]]:
-    """The ways in, each given the hostile folder; parts that are sound lie in `sound`."""
-    images, autoencoder = ImageData.open(sound / "cache"), Run.open(sound / "diffusion").pipeline().autoencoder
+def entry_points(valid: Path) -> dict[str, Callable[[Path], Any]]:
+    """Return the functions that open a hostile folder. Valid parts are taken from `valid`."""
+    images, autoencoder = ImageData.open(valid / "cache"), Run.open(valid / "diffusion").pipeline().autoencoder
     return {
         "config": lambda folder: Run.open(folder).config(),
         "autoencoder": lambda folder: load_autoencoder(str(folder)),
         "pipeline": lambda folder: load_pipeline(str(folder)),
         "images": lambda folder: Run.open(folder).image_data(),
-        "compare": lambda folder: read_runs([str(sound / "vae"), str(folder)]),
-        "wandb": known_id,
+        "compare": lambda folder: read_runs([str(valid / "vae"), str(folder)]),
+        "wandb": read_run_id,
         "cache": ImageData.open,
         "latents": lambda folder: LatentData(folder, LatentContract.load(folder), images),
         "features": measure_features,
         "decode": lambda folder: decode_file(autoencoder, folder / "latents.safetensors"),
-        "kept": lambda folder: draw_kept(sound, folder),
+        "kept": lambda folder: draw_samples(valid, folder),
         "encoder": lambda folder: TextCondition(str(folder), 8),
-        "pictures": lambda folder: [record.load() for record in ImageFolder(folder).records()],
+        "photos": lambda folder: [record.load() for record in ImageFolder(folder).records()],
         "resume": resume,
         "rerun": lambda folder: train("--experimental-rerun", str(folder)),
     }
 
 
-SHORT = ["data=image_folder", "data.path=pictures", "data.resolution=8", "trainer=cpu", "trainer.max_steps=1"]
+SHORT = ["data=image_folder", "data.path=photos", "data.resolution=8", "trainer=cpu", "trainer.max_steps=1"]
 SHORT += ["trainer.precision=32-true", "batch_size=4", "logger=csv", "data.cache_dir=cache"]
 SHORT += ["autoencoder.model.block_out_channels=[32]", "autoencoder.model.latent_channels=4"]
 
 
 def train(*arguments: str) -> None:
-    """`python -m ldm.train`, whose paragraph becomes an error again."""
+    """Run `python -m ldm.train` and raise the error that it prints."""
     sys.argv[1:] = arguments
     os.environ.pop("HYDRA_FULL_ERROR", None)
-    said = io.StringIO()
+    stderr = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(stderr):
             ldm.train.main()
-    except SystemExit as ended:
-        if ended.code != 2 or "Traceback" in said.getvalue():
-            raise RuntimeError(f"exit code {ended.code}: {said.getvalue()}") from ended
-        message = next(line for line in said.getvalue().splitlines() if line.startswith("error: "))
-        raise UserError(message.removeprefix("error: ")) from ended
+    except SystemExit as exit_:
+        if exit_.code != 2 or "Traceback" in stderr.getvalue():
+            raise RuntimeError(f"exit code {exit_.code}: {stderr.getvalue()}") from exit_
+        message = next(line for line in stderr.getvalue().splitlines() if line.startswith("error: "))
+        raise UserError(message.removeprefix("error: ")) from exit_
 
 
 WRITES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.symlink", "os.link", "os.chmod")
@@ -389,36 +398,36 @@ RUNS = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.for
 RUNS += ("socket.connect", "socket.getaddrinfo", "ctypes.dlopen", "pickle.find_class", "urllib.Request")
 
 
-MAKERS = (dataclasses.__file__, collections.__file__, typing.__file__)
-"""Modules that make classes from text of their own."""
+CODE_GENERATORS = (dataclasses.__file__, collections.__file__, typing.__file__)
+"""Standard library modules that generate and execute code."""
 
 
 class Audit:
-    """What Python was asked to do that opening a file has no need of. It cannot be taken away again."""
+    """Audit hook that records operations that are not needed to open a file. Audit hooks cannot be removed."""
 
-    def __init__(self, place: Path) -> None:
-        self.place, self.seen, self.watching = place, list[str](), False
-        self.ours = tuple(
+    def __init__(self, root: Path) -> None:
+        self.root, self.events, self.active = root, list[str](), False
+        self.trusted = tuple(
             str(Path(path).resolve()) for path in {sys.prefix, sys.base_prefix, str(Path(__file__).parents[2])}
         )
         sys.addaudithook(self)
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if not self.watching:
+        if not self.active:
             return
-        self.watching = False
+        self.active = False
         try:
             writes = event in WRITES and any(isinstance(a, str) and self._outside(a) for a in arguments)
             if event in RUNS or writes or (event == "open" and self._writes(*arguments)):
-                self.seen.append(f"{event}{arguments!r}"[:300])
+                self.events.append(f"{event}{arguments!r}"[:300])
             elif event == "exec":
                 code, caller = getattr(arguments[0], "co_filename", ""), sys._getframe(1).f_code.co_filename
-                if caller in MAKERS:
+                if caller in CODE_GENERATORS:
                     pass
-                elif not code.startswith(("<frozen", *self.ours)) or self.place.name in code:
-                    self.seen.append(f"exec {code} {getattr(arguments[0], 'co_names', '')}"[:300])
+                elif not code.startswith(("<frozen", *self.trusted)) or self.root.name in code:
+                    self.events.append(f"exec {code} {getattr(arguments[0], 'co_names', '')}"[:300])
         finally:
-            self.watching = True
+            self.active = True
 
     def _writes(self, path: Any, mode: Any, flags: Any) -> bool:
         writes = isinstance(mode, str) and set(mode) & set("wax+")
@@ -426,36 +435,36 @@ class Audit:
         return bool(writes) and isinstance(path, str | bytes | os.PathLike) and self._outside(os.fsdecode(path))
 
     def _outside(self, path: str) -> bool:
-        return path != os.devnull and not Path(path).absolute().is_relative_to(self.place)
+        return path != os.devnull and not Path(path).absolute().is_relative_to(self.root)
 
 
-def main(place: Path) -> None:
-    """Open every hostile folder in `place`; a line of JSON each."""
+def main(root: Path) -> None:
+    """Open every hostile folder in `root`, and print one line of JSON for each."""
     assert wandb
-    ldm.runs.provenance._commit = lambda: None  # asks git, whose answer a run notes
-    os.chdir(place)
-    opened_by = doors(place / "sound")
-    for base, door in dict.fromkeys((case.base, case.door) for case in CASES):
-        if door not in ("resume", "rerun", "wandb", "compare", "decode"):
-            opened_by[door](place / "sound" / base)
+    ldm.runs.provenance._commit = lambda: None  # would run git
+    os.chdir(root)
+    openers = entry_points(root / "valid")
+    for base, entry_point in dict.fromkeys((case.base, case.entry_point) for case in CASES):
+        if entry_point not in ("resume", "rerun", "wandb", "compare", "decode"):
+            openers[entry_point](root / "valid" / base)
     with contextlib.suppress(ValueError):
-        opened_by["compare"](place / "sound" / "diffusion")
-    audit = Audit(place)
+        openers["compare"](root / "valid" / "diffusion")
+    audit = Audit(root)
     for number, case in enumerate(CASES):
-        folder, message, kind = place / f"{number:03d}", "", "opened"
-        audit.seen.clear()
-        audit.watching = True
+        folder, message, kind = root / f"{number:03d}", "", "opened"
+        audit.events.clear()
+        audit.active = True
         try:
-            opened_by[case.door](folder)
+            openers[case.entry_point](folder)
         except Exception as error:
             kind, message = type(error).__name__, explain(error) or repr(error)
-        audit.watching = False
-        print(json.dumps({"name": case.name, "kind": kind, "message": message, "seen": audit.seen}), flush=True)
-    audit.seen.clear()
-    audit.watching = True
-    pickle.loads(pickle.dumps(Payload(place / f"{CANARY}-control")))
-    audit.watching = False
-    print(json.dumps({"name": "control", "kind": "ran", "message": "", "seen": audit.seen}), flush=True)
+        audit.active = False
+        print(json.dumps({"name": case.name, "kind": kind, "message": message, "events": audit.events}), flush=True)
+    audit.events.clear()
+    audit.active = True
+    pickle.loads(pickle.dumps(Payload(root / f"{CANARY}-control")))
+    audit.active = False
+    print(json.dumps({"name": "control", "kind": "ran", "message": "", "events": audit.events}), flush=True)
 
 
 if __name__ == "__main__":

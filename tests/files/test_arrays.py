@@ -1,4 +1,4 @@
-"""An array's bytes are compared with its digests: once per machine, and only where they may have changed."""
+"""ldm.files.arrays: digests are compared once per machine, and only if the file may have changed."""
 
 import os
 import threading
@@ -7,55 +7,55 @@ import numpy as np
 import pytest
 
 from ldm.files import arrays
-from ldm.files.arrays import Layout, changed, digests, npy_header
+from ldm.files.arrays import Layout, changed_rows, chunk_digests, npy_header
 
 
 @pytest.fixture
 def stored(tmp_path):
-    """A file of 8 rows of 16 bytes, written an hour ago; its layout and digests."""
+    """Write a file with 8 rows of 16 bytes and an old modification time. Return it with its layout and digests."""
     header, file = npy_header((8, 16), "uint8"), tmp_path / "array.npy"
     file.write_bytes(header + bytes(range(128)))
     os.utime(file, ns=(10**18, 10**18))
     layout = Layout(len(header), 16, 8, 2)
-    return file, layout, digests(file, layout)
+    return file, layout, chunk_digests(file, layout)
 
 
-def test_processes_that_open_a_file_together_read_it_once(stored, monkeypatch):
-    file, layout, known = stored
-    read = []
+def test_concurrent_openings_read_a_file_once(stored, monkeypatch):
+    file, layout, expected = stored
+    reads = []
 
     def slow(*arguments):
-        read.append(1)
+        reads.append(1)
         threading.Event().wait(0.2)
-        return digests(*arguments)
+        return chunk_digests(*arguments)
 
-    monkeypatch.setattr(arrays, "digests", slow)
-    openings = [threading.Thread(target=changed, args=stored) for _ in range(4)]
-    for opening in openings:
-        opening.start()
-    for opening in openings:
-        opening.join()
-    assert len(read) == 1
-    assert changed(file, layout, known) == [] and len(read) == 1
+    monkeypatch.setattr(arrays, "chunk_digests", slow)
+    threads = [threading.Thread(target=changed_rows, args=stored) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(reads) == 1
+    assert changed_rows(file, layout, expected) == [] and len(reads) == 1
 
 
-def test_a_changed_byte_is_found_by_its_time_or_on_request(stored):
-    file, layout, known = stored
-    assert changed(*stored) == []
+def test_changed_byte_is_found_by_modification_time_or_on_request(stored):
+    file, layout, expected = stored
+    assert changed_rows(*stored) == []
     content = bytearray(file.read_bytes())
-    content[layout.end(5)] ^= 1
+    content[layout.offset(5)] ^= 1
     file.write_bytes(content)
-    assert changed(file, layout, known) == [range(4, 6)]
+    assert changed_rows(file, layout, expected) == [range(4, 6)]
     os.utime(file, ns=(10**18, 10**18))
-    assert changed(file, layout, known) == [], "as a disk does that flips a bit"
-    assert changed(file, layout, known, every_byte=True) == [range(4, 6)]
+    assert changed_rows(file, layout, expected) == [], "like a bit flipped on disk, without a new modification time"
+    assert changed_rows(file, layout, expected, every_byte=True) == [range(4, 6)]
 
 
-def test_a_large_file_is_noted_when_it_was_just_written(stored, monkeypatch):
-    file, layout, known = stored
+def test_only_large_files_are_marked_as_verified_right_after_writing(stored, monkeypatch):
+    file, layout, expected = stored
     os.utime(file)
-    assert changed(*stored) == [] and not arrays._is_verified(file, known)
+    assert changed_rows(*stored) == [] and not arrays._is_verified(file, expected)
     monkeypatch.setattr(arrays, "LARGE_BYTES", 100)
-    monkeypatch.setattr(arrays, "COARSE_NS", 10**8)
-    assert changed(*stored) == [] and arrays._is_verified(file, known)
+    monkeypatch.setattr(arrays, "MTIME_RESOLUTION_NS", 10**8)
+    assert changed_rows(*stored) == [] and arrays._is_verified(file, expected)
     assert np.load(file).shape == (8, 16)

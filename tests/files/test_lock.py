@@ -1,4 +1,4 @@
-"""ldm.files.lock: one at a time, whoever waits, is refused or is killed."""
+"""ldm.files.lock: one holder at a time; others wait or are refused."""
 
 import threading
 import time
@@ -7,39 +7,39 @@ from pathlib import Path
 import pytest
 from filelock import Timeout
 
-from ldm.files.lock import FOR_EVER, alone
+from ldm.files.lock import FOREVER, file_lock
 
 
-def test_one_at_a_time_of_many_who_wait(tmp_path: Path) -> None:
-    """The file stays: one who waits for it and one who comes later lock the same."""
-    file, inside, most = tmp_path / "lock", [], []
+def test_waiting_threads_hold_the_lock_one_at_a_time(tmp_path: Path) -> None:
+    """The lock file is kept, so that early and late arrivals lock the same file."""
+    file, holders, num_holders = tmp_path / "lock", [], []
 
     def work() -> None:
-        with alone(file, lambda: FOR_EVER):
-            inside.append(1)
-            most.append(len(inside))
+        with file_lock(file, lambda: FOREVER):
+            holders.append(1)
+            num_holders.append(len(holders))
             time.sleep(0.01)
-            inside.pop()
+            holders.pop()
 
-    with alone(file):
+    with file_lock(file):
         threads = [threading.Thread(target=work) for _ in range(4)]
         for thread in threads:
             thread.start()
         time.sleep(0.05)
-        assert not most
+        assert not num_holders
     for thread in threads:
         thread.join()
-    assert most == [1] * 4 and file.exists()
+    assert num_holders == [1] * 4 and file.exists()
 
 
-def test_refused_at_once_or_after_a_while(tmp_path: Path) -> None:
-    with alone(tmp_path / "lock"):
-        with pytest.raises(Timeout), alone(tmp_path / "lock"):
+def test_held_lock_is_refused(tmp_path: Path) -> None:
+    with file_lock(tmp_path / "lock"):
+        with pytest.raises(Timeout), file_lock(tmp_path / "lock"):
             """Not reached."""
-        with pytest.raises(UserWarning), alone(tmp_path / "lock", refuse):
+        with pytest.raises(UserWarning), file_lock(tmp_path / "lock", refuse):
             """Not reached."""
-    with alone(tmp_path / "lock", refuse):
-        """Free again, and nobody is asked."""
+    with file_lock(tmp_path / "lock", refuse):
+        """The lock is free, so `refuse` is not called."""
 
 
 def refuse() -> float:

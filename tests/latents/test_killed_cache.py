@@ -142,7 +142,7 @@ def test_two_that_want_the_same_cache_encode_it_once(images, contract, tmp_path,
         thread.join()
     assert sorted(encoder.calls for encoder in encoders) == [0, 0, 16]
     assert len(results) == 3 and bytes_of(results[0].path) == whole
-    assert "Another process is making" in caplog.text and "waiting" in caplog.text
+    assert "Another process is creating" in caplog.text and "Waiting" in caplog.text
 
 
 def test_every_changed_byte_is_refused_by_name(images, contract, tmp_path, whole):
@@ -182,7 +182,7 @@ def test_a_disk_that_fails_while_a_cache_is_compared_is_no_damage(images, contra
 
     with monkeypatch.context() as patch:
         patch.setattr("ldm.files.arrays._digest", fails)
-        with pytest.raises(UserError, match=r"cannot be read \(Input/output error\).*left as it is"):
+        with pytest.raises(UserError, match=r"cannot be read \(Input/output error\).*not modified"):
             opened(Encoder(0), contract, images, tmp_path)
     encoder = Encoder()
     opened(encoder, contract, images, tmp_path)

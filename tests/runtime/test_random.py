@@ -1,4 +1,4 @@
-"""Where generators are seeded: their numbers are those of every earlier version."""
+"""ldm.runtime.random: seeding, with the same random numbers as in earlier versions."""
 
 import re
 from pathlib import Path
@@ -9,14 +9,14 @@ import torch
 from ldm.runtime.random import derive_seed, numpy_generator, sample_generators, torch_generator
 
 
-def test_one_part_is_the_seed_and_several_are_mixed():
+def test_one_integer_is_the_seed_and_several_are_combined():
     assert torch_generator(7).initial_seed() == 7
     assert torch_generator(7, 1).initial_seed() == derive_seed(7, 1) == 1437869018007346628
     assert numpy_generator(7).random() == np.random.default_rng(7).random()
     assert numpy_generator(7, 1).random() == np.random.default_rng(derive_seed(7, 1)).random()
 
 
-def test_sample_i_of_a_seed_is_the_image_that_it_always_was():
+def test_sample_generators_match_earlier_versions():
     (generator,) = sample_generators(3, [5])
     expected = torch.randn(4, generator=torch.Generator().manual_seed(3_000_014))
     assert torch.equal(torch.randn(4, generator=generator), expected)

@@ -1,4 +1,4 @@
-"""ldm.runtime.shell: printed commands mean the same when they are typed."""
+"""ldm.runtime.shell: printed commands work when copied to a shell."""
 
 import shlex
 import sys
@@ -19,7 +19,7 @@ AWKWARD = [
 ]
 
 
-def test_a_posix_shell_reads_what_was_meant():
+def test_posix_quoting_round_trips():
     assert shlex.split(shell.join(AWKWARD, windows=False)) == AWKWARD
 
 
@@ -35,12 +35,12 @@ def test_a_posix_shell_reads_what_was_meant():
         (['p=a "b"'], '"p=a \\"b\\""'),
     ],
 )
-def test_on_windows_both_shells_read_what_was_meant(arguments, text):
-    """PowerShell splits at commas and at the dot of an option, and takes @, (, & and ; for its own."""
+def test_windows_quoting_works_in_both_shells(arguments, text):
+    """PowerShell splits at commas and at the dot of an option, and gives @, (, & and ; a special meaning."""
     assert shell.join(arguments, windows=True) == text
 
 
-def test_the_interpreter_is_the_one_that_runs(monkeypatch, tmp_path):
+def test_printed_command_uses_the_current_interpreter(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     here = Path(sys.executable).absolute()
     monkeypatch.setenv("PATH", str(here.parent))
@@ -48,10 +48,12 @@ def test_the_interpreter_is_the_one_that_runs(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert shell.train_command("stage=vae") == f"{here} -m ldm.train stage=vae"
     monkeypatch.chdir(here.parents[1])
-    assert shell.train_command() == f"{Path(here.parent.name, here.name)} -m ldm.train", "from where it is printed"
+    assert shell.train_command() == f"{Path(here.parent.name, here.name)} -m ldm.train", (
+        "relative to the working directory"
+    )
 
 
-def test_a_tool_is_found_from_any_folder(monkeypatch, tmp_path):
+def test_tool_command_works_from_any_folder(monkeypatch, tmp_path):
     root = Path(__file__).parents[2]
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
     monkeypatch.chdir(root)

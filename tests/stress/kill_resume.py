@@ -1,11 +1,11 @@
-"""Kill training at many moments, resume it, and compare what it leaves with a run that was never stopped.
+"""Kill training at many points, resume it, and compare its outputs with an uninterrupted run.
 
-    python tests/stress/kill_resume.py --kills 100                 both stages on emoji; 40 at random times, 60 between
-                                                                   two file operations of a save
-    python tests/stress/kill_resume.py --kills 100 --signal TERM   the same with SIGTERM, which must end with code 143
+    python tests/stress/kill_resume.py --kills 100                 both stages on emoji; 40 kills at random times and 60
+                                                                   between two file operations of a save
+    python tests/stress/kill_resume.py --kills 100 --signal TERM   with SIGTERM, for which the exit code must be 143
 
-One hash of everything a stage leaves: weights for use, latents, and in the last checkpoint weights, averages, moments,
-schedule and random states. Exit code 0 only if every resumed run has it.
+All outputs of a stage are hashed: exported weights, latents, and from the last checkpoint the weights, EMA weights,
+optimizer moments, schedule and random states. The exit code is 0 only if all hashes match for every resumed run.
 """
 
 import argparse
@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch  # noqa: E402
 
-SHARE_AT_RANDOM = 0.4
+RANDOM_TIME_FRACTION = 0.4
 STEPS = 8
 COMMON = (
     *("name=run", "logger=csv", "trainer=cpu", "trainer.precision=32-true", "trainer.max_time=null"),
@@ -50,8 +50,15 @@ WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How a process ended: its exit code, or minus the signal; its file operations; the seconds it took."""
+class ProcessResult:
+    """Result of a process.
+
+    Args:
+        code: Exit code, or the negative signal number.
+        operations: File operations, in order.
+        seconds: Duration.
+        output: Standard output and standard error.
+    """
 
     code: int
     operations: list[str]
@@ -61,7 +68,7 @@ class Ended:
 
 @dataclass(frozen=True)
 class Kill:
-    """Where a run is stopped: after some seconds, or before its n-th file operation."""
+    """Point at which a run is killed: after some seconds, or before its n-th file operation."""
 
     stage: str
     after_s: float | None = None
@@ -70,7 +77,12 @@ class Kill:
 
 
 def start(stage: str, folder: Path, *more: str, operation: int | None = None, sent: int = 0) -> tuple[int, float]:
-    """Fork a process that trains in `folder`: everything is imported already. Returns its id and when it began."""
+    """Fork a process that trains in `folder`, with everything already imported. Return its id and start time.
+
+    Args:
+        more: Additional options.
+        operation: Number of the file operation before which the process sends itself the signal `sent`; None for none.
+    """
     began = time.monotonic()
     if child := os.fork():
         return child, began
@@ -99,16 +111,16 @@ def start(stage: str, folder: Path, *more: str, operation: int | None = None, se
 
 
 def record(operation: int | None, sent: int) -> None:
-    """Write down every change of a file below this folder before it happens; send a signal before one of them."""
-    here, notes = str(Path.cwd()), os.open("operations.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    count, synced = 0, os.fsync
+    """Record every file change below the current folder before it happens, and send a signal before one of them."""
+    here, log = str(Path.cwd()), os.open("operations.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    count, original_fsync = 0, os.fsync
 
-    def note(what: str, path: Any) -> None:
+    def note(action: str, path: Any) -> None:
         nonlocal count
-        place = str(Path(here, os.fsdecode(path))) if isinstance(path, str | bytes | os.PathLike) else ""
-        if not place.startswith(here) or place.endswith((".txt", ".lock")):
+        file = str(Path(here, os.fsdecode(path))) if isinstance(path, str | bytes | os.PathLike) else ""
+        if not file.startswith(here) or file.endswith((".txt", ".lock")):
             return
-        os.write(notes, f"{what} {place[len(here) + 1 :]}\n".encode())
+        os.write(log, f"{action} {file[len(here) + 1 :]}\n".encode())
         count += 1
         if count == operation:
             os.kill(os.getpid(), sent)
@@ -124,20 +136,22 @@ def record(operation: int | None, sent: int) -> None:
     def fsync(descriptor: int) -> None:
         if Path("/proc/self/fd").exists():
             note("sync", Path(f"/proc/self/fd/{descriptor}").readlink())
-        synced(descriptor)
+        original_fsync(descriptor)
 
     os.fsync = fsync
     sys.addaudithook(hook)
 
 
-def wait(child: int, began: float, folder: Path) -> Ended:
+def wait(child: int, began: float, folder: Path) -> ProcessResult:
     _, status = os.waitpid(child, 0)
     seconds = time.monotonic() - began
-    return Ended(os.waitstatus_to_exitcode(status), noted(folder), seconds, read(folder / "output.txt"))
+    return ProcessResult(
+        os.waitstatus_to_exitcode(status), read_operations(folder), seconds, read(folder / "output.txt")
+    )
 
 
-def noted(folder: Path) -> list[str]:
-    """The file operations until now."""
+def read_operations(folder: Path) -> list[str]:
+    """Return the file operations so far."""
     return read(folder / "operations.txt").splitlines()
 
 
@@ -146,79 +160,83 @@ def read(file: Path) -> str:
 
 
 def kind_of(operation: str) -> str | None:
-    """Of which save a file operation is part."""
+    """Return the kind of save that a file operation belongs to, if any."""
     return next((kind for part, kind in KINDS.items() if part in operation), None)
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value in a nested state, with its place; clocks and counters of Lightning's own loops are left out."""
+    """Yield every value of a nested state with its path, except for clocks and Lightning's loop counters."""
     if isinstance(value, dict):
         for key in sorted(value, key=str):
             if key not in ("spent_s", "loops", "pytorch-lightning_version"):
                 yield from leaves(value[key], f"{path}/{key}")
     elif isinstance(value, list | tuple):
-        for i, part in enumerate(value):
-            yield from leaves(part, f"{path}/{i}")
+        for i, element in enumerate(value):
+            yield from leaves(element, f"{path}/{i}")
     else:
         yield path, value
 
 
 def outcome(stage: str, folder: Path) -> dict[str, str]:
-    """A hash of each thing that a stage leaves."""
+    """Return the hash of each output of a stage."""
     run = folder / "runs" / stage / "run"
     newest = max((run / "checkpoints").glob("step-*.ckpt"))
     state = hashlib.sha256()
-    for place, value in leaves(torch.load(newest, map_location="cpu", weights_only=True)):
-        state.update(place.encode())
+    for path, value in leaves(torch.load(newest, map_location="cpu", weights_only=True)):
+        state.update(path.encode())
         state.update(value.numpy().tobytes() if isinstance(value, torch.Tensor) else repr(value).encode())
-    made = {"last checkpoint": state.hexdigest()}
+    hashes = {"last checkpoint": state.hexdigest()}
     weights = sorted(run.glob("*/**/*.safetensors")) + sorted(run.glob("*/**/config.json"))
     arrays = sorted((folder / "cache").glob("latents-*/*.npy"))
-    assert weights, f"{run} holds no weights for use"
+    assert weights, f"{run} has no exported weights"
     for file in [*weights, *arrays]:
-        made[file.relative_to(folder).as_posix()] = hashlib.sha256(file.read_bytes()).hexdigest()
-    return made
+        hashes[file.relative_to(folder).as_posix()] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return hashes
 
 
 def new_folder(work: Path, name: str) -> Path:
-    """A place of its own for one run, with the prepared images; `first` is where the reference of stage 1 is."""
+    """Create a separate folder for a run, with the prepared images and a link `first` to stage 1's reference run."""
     folder = work / name
     shutil.copytree(work / "images/cache", folder / "cache", ignore=shutil.ignore_patterns("latents-*"))
-    (folder / "first").symlink_to(work / "never-stopped-vae")
+    (folder / "first").symlink_to(work / "uninterrupted-vae")
     return folder
 
 
-def plan(kills: int, references: dict[str, Ended], seed: int) -> list[Kill]:
-    """40 % at random times, the rest before file operations of each kind of save, as many of each."""
-    draw = random.Random(seed)
+def plan_kills(num_kills: int, references: dict[str, ProcessResult], seed: int) -> list[Kill]:
+    """Plan 40 % of the kills at random times, and the rest before file operations, equally often for each kind of save.
+
+    Args:
+        references: Uninterrupted runs by stage.
+    """
+    rng = random.Random(seed)
     stages = list(references)
-    at_random = round(SHARE_AT_RANDOM * kills)
-    planned = []
-    for i in range(at_random):
+    num_random = round(RANDOM_TIME_FRACTION * num_kills)
+    kills = []
+    for i in range(num_random):
         stage = stages[i % len(stages)]
-        planned.append(Kill(stage, after_s=draw.uniform(0, references[stage].seconds)))
-    places: dict[str, list[tuple[str, int]]] = {"checkpoint": [], "shard": [], "export": []}
+        kills.append(Kill(stage, after_s=rng.uniform(0, references[stage].seconds)))
+    operations: dict[str, list[tuple[str, int]]] = {"checkpoint": [], "shard": [], "export": []}
     for stage, reference in references.items():
         for number, operation in enumerate(reference.operations, start=1):
             if kind := kind_of(operation):
-                places[kind].append((stage, number))
-    kinds = [kind for kind in places if places[kind]]
-    for i in range(at_random, kills):
+                operations[kind].append((stage, number))
+    kinds = [kind for kind in operations if operations[kind]]
+    for i in range(num_random, num_kills):
         kind = kinds[i % len(kinds)]
-        stage, number = draw.choice(places[kind])
-        planned.append(Kill(stage, operation=number, kind=kind))
-    return planned
+        stage, number = rng.choice(operations[kind])
+        kills.append(Kill(stage, operation=number, kind=kind))
+    return kills
 
 
 def kill_and_resume(kill: Kill, folder: Path, sent: signal.Signals) -> tuple[str, str, dict[str, str] | None]:
-    """Where the kill fell, how the run ended and went on, and what it left."""
+    """Return the point of the kill, how the run ended and resumed, and the hashes of its outputs (None on failure)."""
     if kill.operation is not None:
         ended = wait(*start(kill.stage, folder, operation=kill.operation, sent=sent), folder)
         count = min(kill.operation, len(ended.operations))
     else:
         child, began = start(kill.stage, folder, sent=sent)
         time.sleep(max(0.0, began + (kill.after_s or 0.0) - time.monotonic()))
-        count = len(noted(folder))
+        count = len(read_operations(folder))
         if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             os.kill(child, sent)
         ended = wait(child, began, folder)
@@ -226,72 +244,72 @@ def kill_and_resume(kill: Kill, folder: Path, sent: signal.Signals) -> tuple[str
     where = f"{'' if kill.after_s is None else f'{kill.after_s:.2f} s, '}{count}: {last}"
     allowed = {-sent, 0} if sent == signal.SIGKILL else {128 + sent, 0}
     if not ended.operations:
-        allowed.add(-sent)  # before anything of ours ran
+        allowed.add(-sent)  # killed before our signal handlers were installed
     if ended.code in allowed:
-        said, ended = f"ended with {ended.code}", wait(*start(kill.stage, folder, "resume=true"), folder)
+        status, ended = f"exit code {ended.code}", wait(*start(kill.stage, folder, "resume=true"), folder)
         if ended.code == 0:
-            return where, f"{said}, resumed", outcome(kill.stage, folder)
+            return where, f"{status}, resumed", outcome(kill.stage, folder)
     print(ended.output, file=sys.stderr)
-    return where, f"the last command ended with {ended.code}", None
+    return where, f"failed with exit code {ended.code}", None
 
 
-def stress(kills: int, sent: signal.Signals, seed: int, work: Path) -> int:
-    """Run it all and print the table; the number of runs that resumed to the same hash."""
+def stress(num_kills: int, sent: signal.Signals, seed: int, work: Path) -> int:
+    """Run all kills, print a table, and return the number of runs that resumed to the same hash."""
     (work / "images").mkdir()
     prepared = wait(*start("vae", work / "images", "trainer.max_steps=1"), work / "images")
-    assert prepared.code == 0, prepared.output  # the images are there before anything is killed
+    assert prepared.code == 0, prepared.output  # all runs share these prepared images
     references, expected = {}, {}
     for stage in STAGES:
-        folder = new_folder(work, f"never-stopped-{stage}")
+        folder = new_folder(work, f"uninterrupted-{stage}")
         references[stage] = wait(*start(stage, folder, sent=sent), folder)
         if references[stage].code:
-            sys.exit(f"the run of stage={stage} that nobody stops ended so:\n{references[stage].output}")
+            sys.exit(f"The uninterrupted run of stage={stage} failed:\n{references[stage].output}")
         expected[stage] = outcome(stage, folder)
         counts = Counter(filter(None, map(kind_of, references[stage].operations)))
         print(
-            f"stage {stage}, never stopped: {references[stage].seconds:.1f} s, {len(references[stage].operations)} "
+            f"stage {stage}, uninterrupted: {references[stage].seconds:.1f} s, {len(references[stage].operations)} "
             f"file operations ({dict(counts)}), last checkpoint {expected[stage]['last checkpoint'][:12]}",
             flush=True,
         )
-    planned, same = plan(kills, references, seed), 0
-    for number, kill in enumerate(planned, start=1):
+    kills, num_same = plan_kills(num_kills, references, seed), 0
+    for number, kill in enumerate(kills, start=1):
         folder = new_folder(work, f"kill-{number}")
-        where, ended, made = kill_and_resume(kill, folder, sent)
-        if made == expected[kill.stage]:
-            same, verdict = same + 1, "same hash"
-        elif made is None:
+        where, status, hashes = kill_and_resume(kill, folder, sent)
+        if hashes == expected[kill.stage]:
+            num_same, verdict = num_same + 1, "same hash"
+        elif hashes is None:
             verdict = "FAILED"
         else:
             reference = expected[kill.stage]
-            differing = [name for name in sorted({*made, *reference}) if made.get(name) != reference.get(name)]
-            verdict = f"ANOTHER HASH: {', '.join(differing)}"
-        print(f"{number:>4} {kill.stage:<10}{kill.kind:<11}{where:<88} {ended:<24} {verdict}", flush=True)
+            differing = [name for name in sorted({*hashes, *reference}) if hashes.get(name) != reference.get(name)]
+            verdict = f"DIFFERENT HASH: {', '.join(differing)}"
+        print(f"{number:>4} {kill.stage:<10}{kill.kind:<11}{where:<88} {status:<24} {verdict}", flush=True)
         if verdict == "same hash":
             shutil.rmtree(folder)
-    print(f"{same} of {len(planned)} resumed to the same hash", flush=True)
-    return same
+    print(f"{num_same} of {len(kills)} resumed to the same hash", flush=True)
+    return num_same
 
 
 def main() -> NoReturn:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100, help="how often (100)")
-    parser.add_argument("--signal", choices=("KILL", "TERM"), default="KILL", help="what is sent (KILL)")
-    parser.add_argument("--seed", type=int, default=0, help="of the random times (0)")
-    parser.add_argument("--folder", type=Path, help="keep the runs that failed here; default: a temporary folder")
-    parser.add_argument("--data", default="openmoji", help="data= of the runs (openmoji)")
-    parser.add_argument("--path", type=Path, help="data.path= of the runs, for data=image_folder")
+    parser.add_argument("--kills", type=int, default=100, help="number of kills (default: 100)")
+    parser.add_argument("--signal", choices=("KILL", "TERM"), default="KILL", help="signal to send (default: KILL)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random times (default: 0)")
+    parser.add_argument("--folder", type=Path, help="where to keep failed runs (default: a temporary folder)")
+    parser.add_argument("--data", default="openmoji", help="data= option of the runs (default: openmoji)")
+    parser.add_argument("--path", type=Path, help="data.path= option of the runs, for data=image_folder")
     arguments = parser.parse_args()
     global COMMON
     COMMON += (f"data={arguments.data}", *([f"data.path={arguments.path.resolve()}"] if arguments.path else []))
     import ldm.training.session
     import ldm.training.stages.autoencoder
-    import ldm.training.stages.diffusion  # noqa: F401  # what every training imports
+    import ldm.training.stages.diffusion  # noqa: F401  # import before forking, to save time in every run
 
     with tempfile.TemporaryDirectory() as scratch:
         work = (arguments.folder or Path(scratch)).resolve()
         work.mkdir(parents=True, exist_ok=True)
-        same = stress(arguments.kills, signal.Signals[f"SIG{arguments.signal}"], arguments.seed, work)
-    sys.exit(0 if same == arguments.kills else 1)
+        num_same = stress(arguments.kills, signal.Signals[f"SIG{arguments.signal}"], arguments.seed, work)
+    sys.exit(0 if num_same == arguments.kills else 1)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What Lightning does by itself on the promises of docs/reliability.md: its Trainer with ModelCheckpoint.
+"""Baseline for docs/reliability.md: how Lightning's Trainer with ModelCheckpoint handles the same faults.
 
-python tests/stress/lightning_alone.py        prints one line per promise; about a minute
+python tests/stress/lightning_alone.py        prints one line per fault; takes about a minute
 """
 
 import argparse
@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 
 class Denoiser(LightningModule):
-    """Predicts the noise that was added: as small as a model with shuffled data and noise of its own can be."""
+    """A minimal denoiser, trained on shuffled data with random noise."""
 
     def __init__(self, bad_step: int | None = None, width: int = 64) -> None:
         super().__init__()
@@ -41,32 +41,32 @@ class Denoiser(LightningModule):
 
 
 class StopAt(Callback):
-    """Ends training after a step, as a user or a scheduler would."""
+    """Stops training after a step, optionally by a signal as a scheduler would send it."""
 
-    def __init__(self, step: int, sent: signal.Signals | None = None) -> None:
-        self.step, self.sent = step, sent
+    def __init__(self, step: int, signal_to_send: signal.Signals | None = None) -> None:
+        self.step, self.signal_to_send = step, signal_to_send
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if trainer.global_step == self.step:
-            if self.sent is None:
+            if self.signal_to_send is None:
                 trainer.should_stop = True
             else:
-                os.kill(os.getpid(), self.sent)
+                os.kill(os.getpid(), self.signal_to_send)
 
 
 def fit(
     folder: Path, *callbacks: Callback, resume: Path | None = None, max_steps: int = 20, **options: Any
 ) -> Denoiser:
-    """20 steps in epochs of 8, a checkpoint every 5."""
+    """Train for 20 steps, in epochs of 8 steps, with a checkpoint every 5 steps."""
     seed_everything(0, verbose=False)
     module = Denoiser(**options)
     data = TensorDataset(torch.randn(64, 16))
-    saved = ModelCheckpoint(folder, every_n_train_steps=5, save_last=True, save_top_k=-1)
+    checkpoints = ModelCheckpoint(folder, every_n_train_steps=5, save_last=True, save_top_k=-1)
     trainer = Trainer(
         max_steps=max_steps,
         accelerator="cpu",
         logger=False,
-        callbacks=[saved, *callbacks],
+        callbacks=[checkpoints, *callbacks],
         default_root_dir=folder,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -75,44 +75,45 @@ def fit(
     return module
 
 
-def in_process(folder: Path, arguments: str) -> subprocess.Popen[bytes]:
-    """`fit` with these arguments in a process of its own."""
-    code = f"import lightning_alone as alone; alone.fit(alone.Path({str(folder)!r}), {arguments})"
+def start_fit(folder: Path, arguments: str) -> subprocess.Popen[bytes]:
+    """Start `fit` with these arguments in a separate process."""
+    code = f"import lightning_alone as this; this.fit(this.Path({str(folder)!r}), {arguments})"
     here, silent = Path(__file__).parent, subprocess.DEVNULL
     return subprocess.Popen([sys.executable, "-c", code], cwd=here, stdout=silent, stderr=silent)
 
 
 def digest(module: nn.Module) -> str:
-    joined = torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
-    return hashlib.sha256(joined.numpy().tobytes()).hexdigest()[:12]
+    weights = torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+    return hashlib.sha256(weights.numpy().tobytes()).hexdigest()[:12]
 
 
 def resume(folder: Path) -> str:
-    whole = digest(fit(folder / "whole"))
-    fit(folder / "cut", StopAt(13))
-    saved = torch.load(folder / "cut" / "last.ckpt", weights_only=True)["global_step"]
-    again = digest(fit(folder / "cut", resume=folder / "cut" / "last.ckpt"))
-    verdict = "the same" if whole == again else "another"
-    return f"stopped after step 13, resumed from last.ckpt, of step {saved}: {verdict} hash ({whole}, {again})"
+    uninterrupted = digest(fit(folder / "uninterrupted"))
+    fit(folder / "stopped", StopAt(13))
+    last_checkpoint = folder / "stopped" / "last.ckpt"
+    step = torch.load(last_checkpoint, weights_only=True)["global_step"]
+    resumed = digest(fit(folder / "stopped", resume=last_checkpoint))
+    verdict = "same" if uninterrupted == resumed else "different"
+    return f"stopped after step 13, resumed from last.ckpt of step {step}: {verdict} hash ({uninterrupted}, {resumed})"
 
 
 def sigterm(folder: Path) -> str:
-    code = in_process(folder, "alone.StopAt(4, alone.signal.SIGTERM)").wait(timeout=120)
-    saved = sorted(file.name for file in folder.glob("*.ckpt"))
-    return f"SIGTERM at step 4: exit code {code}, checkpoints left: {', '.join(saved) or 'none'}"
+    code = start_fit(folder, "this.StopAt(4, this.signal.SIGTERM)").wait(timeout=120)
+    files = sorted(file.name for file in folder.glob("*.ckpt"))
+    return f"SIGTERM at step 4: exit code {code}, checkpoints left: {', '.join(files) or 'none'}"
 
 
 def partial(folder: Path) -> str:
-    """A save of some 200 MB to another disk than that of temporary files, watched: is the file ever too short?"""
+    """Poll the size of a checkpoint of about 200 MB while it is saved to another disk than that of temporary files."""
     sizes: list[int] = []
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else folder) as other:
-        saving = in_process(Path(other), "max_steps=5, width=500_000")
-        while saving.poll() is None:
-            sizes += [file.stat().st_size for file in Path(other).glob("*.ckpt")]
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else folder) as other_disk:
+        process = start_fit(Path(other_disk), "max_steps=5, width=500_000")
+        while process.poll() is None:
+            sizes += [file.stat().st_size for file in Path(other_disk).glob("*.ckpt")]
             time.sleep(0.001)
-    whole = max(sizes)
-    shorter = sum(size < whole for size in sizes)
-    return f"of {len(sizes)} looks at a checkpoint of {whole / 1e6:.0f} MB {shorter} found it shorter than that"
+    complete = max(sizes)
+    incomplete = sum(size < complete for size in sizes)
+    return f"checkpoint of {complete / 1e6:.0f} MB during its save: incomplete in {incomplete} of {len(sizes)} polls"
 
 
 def damaged(folder: Path) -> str:
@@ -123,23 +124,24 @@ def damaged(folder: Path) -> str:
     newest.write_bytes(content)
     try:
         fit(folder, resume=newest, max_steps=25)
-    except Exception as error:  # whatever it is, it is the answer
-        return f"one bit flipped in the newest checkpoint: {type(error).__name__}, the one before it is not tried"
-    return "one bit flipped in the newest checkpoint: resumed from it without a word"
+    except Exception as error:  # any exception is a result here
+        return f"one bit flipped in the newest checkpoint: {type(error).__name__}; the one before it is not tried"
+    return "one bit flipped in the newest checkpoint: resumed from it without a warning"
 
 
 def not_finite(folder: Path) -> str:
     module = fit(folder, bad_step=7)
     bad = sum(int((~parameter.isfinite()).sum()) for parameter in module.parameters())
     total = sum(parameter.numel() for parameter in module.parameters())
-    return f"one loss of NaN at step 7 of 20: {bad} of {total} weights are NaN at the end"
+    return f"NaN loss at step 7 of 20: {bad} of {total} weights are NaN at the end"
 
 
 def two_processes(folder: Path) -> str:
-    """The second starts while the first trains; both say nothing."""
-    both = [in_process(folder, "max_steps=400") for _ in range(2)]
-    codes = [process.wait(timeout=120) for process in both]
-    return f"two processes in one folder: exit codes {codes}, {len(list(folder.glob('*.ckpt')))} files of both, mixed"
+    """Start two trainings in the same folder at the same time."""
+    processes = [start_fit(folder, "max_steps=400") for _ in range(2)]
+    codes = [process.wait(timeout=120) for process in processes]
+    count = len(list(folder.glob("*.ckpt")))
+    return f"two processes in one folder: exit codes {codes}, no warning, {count} checkpoints from both mixed up"
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The short form of kill_resume.py: what a hundred kills show at length."""
+"""A short run of kill_resume.py, with 3 instead of 100 kills."""
 
 import subprocess
 import sys
@@ -9,11 +9,11 @@ import pytest
 SCRIPT = Path(__file__).with_name("kill_resume.py")
 
 
-@pytest.mark.parametrize("sent", ["KILL", "TERM"])
-def test_what_is_stopped_and_resumed_ends_in_the_same_hash(make_images, tmp_path, sent):
+@pytest.mark.parametrize("signal_name", ["KILL", "TERM"])
+def test_interrupted_and_resumed_runs_end_with_the_same_hash(make_images, tmp_path, signal_name):
     make_images(tmp_path / "pets", 48)
     source = ["--data", "image_folder", "--path", str(tmp_path / "pets")]
-    command = [sys.executable, str(SCRIPT), "--kills", "3", "--signal", sent, "--seed", "1", *source]
+    command = [sys.executable, str(SCRIPT), "--kills", "3", "--signal", signal_name, "--seed", "1", *source]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "3 of 3 resumed to the same hash"

@@ -1,4 +1,4 @@
-"""W&B's server refuses, stalls or goes away: training neither waits nor ends, and says so once."""
+"""Outages of W&B: training neither waits nor stops if the server refuses connections, stalls or dies."""
 
 import http.server
 import json
@@ -30,23 +30,23 @@ TINY = [
 
 @contextmanager
 def outage(kind: str):
-    """A port on which nobody listens, or one that takes every connection and never answers."""
+    """Yield a port on which nothing listens, or one that accepts every connection and never answers."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         if kind == "stalling":
-            listening.listen(64)  # the system itself accepts what waits in this queue
+            listening.listen(64)  # the operating system accepts connections into this queue
         yield listening.getsockname()[1]
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Answers as much of W&B's interface as a run needs to start, until it stalls."""
+    """Implements as much of W&B's API as a run needs to start, until it stalls."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Answer)
+        super().__init__(("127.0.0.1", 0), RequestHandler)
         self.stalled = threading.Event()
-        self.asked: list[str] = []
+        self.requests: list[str] = []
 
     @contextmanager
     def serving(self):
@@ -58,18 +58,18 @@ class Server(http.server.ThreadingHTTPServer):
         self.server_close()
 
 
-class Answer(http.server.BaseHTTPRequestHandler):
+class RequestHandler(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("content-length") or 0))
         if self.server.stalled.is_set():
             threading.Event().wait(60)
-        asked = json.loads(body) if self.path == "/graphql" else {}
-        query, run = asked.get("query", ""), asked.get("variables", {}).get("name", "run")
-        self.server.asked.append(query or self.path)
+        request = json.loads(body) if self.path == "/graphql" else {}
+        query, run = request.get("query", ""), request.get("variables", {}).get("name", "run")
+        self.server.requests.append(query or self.path)
         project = {"id": "p", "name": "ldm", "entity": {"id": "e", "name": "me"}}
         bucket = {"id": "b", "name": run, "displayName": run, "config": "{}", "project": project}
-        found = {"upsertBucket": {"bucket": bucket, "inserted": True}} if "upsertBucket" in query else {}
-        content = json.dumps({"data": found}).encode()
+        data = {"upsertBucket": {"bucket": bucket, "inserted": True}} if "upsertBucket" in query else {}
+        content = json.dumps({"data": data}).encode()
         self.send_response(200)
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(content)))
@@ -82,17 +82,17 @@ class Answer(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def at(monkeypatch):
-    """at(port): W&B's server is there, and a key is at hand."""
+def use_server(monkeypatch):
+    """use_server(port): point W&B at a local server, with an API key."""
 
-    def at(port: int) -> None:
+    def use_server(port: int) -> None:
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
         monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-        wandb.teardown()  # settings are read once
+        wandb.teardown()  # W&B reads its settings only once
 
     for name in ("WANDB_MODE", "WANDB_ERROR_REPORTING"):
         monkeypatch.delenv(name, raising=False)
-    yield at
+    yield use_server
     wandb.teardown()
 
 
@@ -111,76 +111,78 @@ def train(tmp_path, make_images, call, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["refusing", "stalling"])
-def test_training_does_not_depend_on_the_server(train, at, kind):
-    _, alone = train("alone", "logger=csv")
+def test_training_is_the_same_without_the_server(train, use_server, kind):
+    _, expected = train("without-wandb", "logger=csv")
     with outage(kind) as port:
-        at(port)
+        use_server(port)
         start = time.perf_counter()
-        said, weights = train(kind, "logger.mode=online", "logger.timeout_s=1")
+        printed, weights = train(kind, "logger.mode=online", "logger.timeout_s=1")
         assert time.perf_counter() - start < 15
-    (line,) = [line for line in said.splitlines() if OUTAGE in line]
+    (line,) = [line for line in printed.splitlines() if OUTAGE in line]
     record = next(Path("runs/vae", kind, "wandb").glob("offline-run-*"))
     assert "Continuing" in line and line.endswith(f"wandb sync --include-online {record}")
-    assert weights.keys() == alone.keys() and all(weights[key].equal(alone[key]) for key in alone)
+    assert weights.keys() == expected.keys() and all(weights[key].equal(expected[key]) for key in expected)
     assert types_in(record) >= {"history", "artifact", "exit"}
 
 
 def types_in(record: Path) -> set[str]:
-    return {found["type"] for found in Record(record).found}
+    return {entry["type"] for entry in Record(record).entries}
 
 
 def start(folder: Path) -> WandbRun:
     return WandbRun(folder, {}, name="vae/demo", mode="online", timeout_s=4, finish_timeout_s=1)
 
 
-@pytest.mark.parametrize("leaves", [True, False], ids=["an artifact", "the end"])
-def test_a_server_that_stalls_holds_up_neither_artifacts_nor_the_end(at, tmp_path, capsys, leaves):
+@pytest.mark.parametrize("logs_artifact", [True, False], ids=["an artifact", "the end"])
+def test_stalling_server_delays_neither_artifacts_nor_the_end(use_server, tmp_path, capsys, logs_artifact):
     server = Server()
     with server.serving() as port:
-        at(port)
+        use_server(port)
         run = start(tmp_path)
-        assert run.mode == "online" and any("upsertBucket" in query for query in server.asked)
+        assert run.mode == "online" and any("upsertBucket" in query for query in server.requests)
         server.stalled.set()
         began = time.perf_counter()
         run.log({"loss": 1.0}, 10)
-        if leaves:
+        if logs_artifact:
             run.timeout_s = 1
-            run.leave(Artifact("autoencoder", "demo", "a" * 64))
+            run.log_artifact(Artifact("autoencoder", "demo", "a" * 64))
             run.log({"loss": 0.5}, 20)
         run.finish()
         assert time.perf_counter() - began < 12
-    said = capsys.readouterr().out
-    assert said.count(OUTAGE) == 1
-    online, *offline = (types_in(tmp_path / record) for record in said.strip().split("--include-online ")[1].split())
-    assert "history" in online and len(offline) == leaves and all(types >= {"history", "artifact"} for types in offline)
+    printed = capsys.readouterr().out
+    assert printed.count(OUTAGE) == 1
+    records = printed.strip().split("--include-online ")[1].split()
+    online, *offline = (types_in(tmp_path / record) for record in records)
+    assert "history" in online and len(offline) == logs_artifact
+    assert all(types >= {"history", "artifact"} for types in offline)
 
 
 @pytest.mark.parametrize("kind", ["refusing", "stalling"])
-def test_a_comparison_does_not_wait_for_the_server(at, kind, monkeypatch):
+def test_comparison_does_not_wait_for_the_server(use_server, kind, monkeypatch):
     monkeypatch.setattr(ldm.tracking.comparison, "LOOK_UP_S", 1.5)
     with outage(kind) as port:
-        at(port)
+        use_server(port)
         began = time.perf_counter()
-        with pytest.raises(UserError, match="me/ldm/abc is no run folder here, and W&B gave no run of that path"):
+        with pytest.raises(UserError, match="me/ldm/abc is not a run folder.*W&B"):
             fetch_run("me/ldm/abc")
         assert time.perf_counter() - began < 6
 
 
-def test_a_process_of_wandb_that_dies_ends_no_training(tmp_path, capsys, monkeypatch):
+def test_training_continues_if_wandbs_process_dies(tmp_path, capsys, monkeypatch):
     run = WandbRun(tmp_path, {"a": 1}, name="vae/demo", mode="offline")
 
-    def dies(*_, **__) -> None:
+    def fail(*_, **__) -> None:
         raise ConnectionResetError("Connection lost")
 
-    monkeypatch.setattr(run.run, "log", dies)
+    monkeypatch.setattr(run.run, "log", fail)
     run.log({"loss": 1.0}, 10)
     run.log({"loss": 0.5}, 20)
     run.finish()
     assert run.mode == "disabled" and capsys.readouterr().out.count("(Connection lost). Continuing") == 1
 
 
-def test_online_without_a_key_asks_nobody(at, tmp_path, capsys, monkeypatch):
-    at(9)
+def test_online_without_a_key_continues_offline_without_a_prompt(use_server, tmp_path, capsys, monkeypatch):
+    use_server(9)
     monkeypatch.delenv("WANDB_API_KEY")
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     wandb.teardown()

@@ -1,4 +1,4 @@
-"""ldm.tracking.run: W&B that never asks, one record of a run that is resumed, and what was made from what."""
+"""ldm.tracking.run: W&B without prompts, a single record for a resumed run, and lineage."""
 
 import json
 import subprocess
@@ -19,13 +19,13 @@ from ldm.latents.contract import LatentContract
 from ldm.runs.lineage import inputs, outputs, run_weights_sha256
 from ldm.runs.run import Run
 from ldm.tracking.artifact import Artifact, flatten, sha256
-from ldm.tracking.run import OPTIONS, WandbRun, known_id, track_report
+from ldm.tracking.run import OPTIONS, WandbRun, read_run_id, track_report
 from ldm.tracking.server import choose_mode, has_key
 from ldm.training.callbacks.loggers import make_loggers
 
 
 class Recorder:
-    """Stands in for W&B's run."""
+    """A stand-in for the run object of W&B."""
 
     def __init__(self, **options) -> None:
         self.options, self.id = options, options["id"]
@@ -40,8 +40,8 @@ def start(folder, **options) -> WandbRun:
     return WandbRun(folder, {"a": {"b": 1}}, name="vae/demo", mode="offline", **options)
 
 
-def test_configs_are_flat_and_of_plain_types():
-    """What JSON has no word for becomes text, and mappings in a list are counted."""
+def test_configs_are_flattened_to_plain_types():
+    """Types that JSON lacks become text, and mappings in a list are numbered."""
     nested = {
         "a": {"b": {"c": [2]}, "d": None},
         "path": Path("a/b"),
@@ -61,16 +61,16 @@ def test_configs_are_flat_and_of_plain_types():
         (None, "", False, "offline"),
     ],
 )
-def test_only_a_key_at_hand_means_online(monkeypatch, requested, environment, key, mode):
+def test_default_mode_is_online_only_with_an_api_key(monkeypatch, requested, environment, key, mode):
     monkeypatch.setenv("WANDB_MODE", environment)
     monkeypatch.setattr(ldm.tracking.server, "has_key", lambda: key)
     assert choose_mode(requested) == mode
     monkeypatch.setenv("WANDB_MODE", "shared")
-    with pytest.raises(UserError, match="WANDB_MODE=shared is unknown. Choose one of: online, offline, disabled"):
+    with pytest.raises(UserError, match="WANDB_MODE=shared is unknown.*online, offline, disabled"):
         choose_mode(None)
 
 
-def test_a_key_is_looked_up_without_asking_a_server(monkeypatch, tmp_path):
+def test_api_key_is_found_without_contacting_the_server(monkeypatch, tmp_path):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -81,30 +81,31 @@ def test_a_key_is_looked_up_without_asking_a_server(monkeypatch, tmp_path):
     wandb.teardown()
 
 
-def test_a_resumed_run_keeps_its_id_and_a_new_one_has_its_own(monkeypatch, tmp_path):
-    """Also that of a W&B sweep's agent, which starts the run that its server made; an outage goes on with it."""
+def test_resumed_run_keeps_its_id_and_a_new_run_gets_another(monkeypatch, tmp_path):
+    """This includes the id from a W&B sweep agent, whose server creates the run. It is also kept after an outage."""
     ids = iter(["of-the-agent"])
     monkeypatch.setattr(wandb, "init", lambda **options: Recorder(**{**options, "id": next(ids, options["id"])}))
     first = start(tmp_path)
     assert (tmp_path / "wandb_id.txt").read_text() == "of-the-agent\n"
-    assert known_id(tmp_path) == start(tmp_path, resume=True).run.options["id"] == "of-the-agent"
+    assert read_run_id(tmp_path) == start(tmp_path, resume=True).run.options["id"] == "of-the-agent"
     assert start(tmp_path).run.id != "of-the-agent"
     first.mode, first.run.log = "online", None
     first.log({"loss": 1.0}, 0)
     assert first.mode == "offline" and first.run.options["id"] == "of-the-agent"
-    assert known_id(tmp_path / "nothing") is None
+    assert read_run_id(tmp_path / "nothing") is None
 
 
 class Record:
-    """What W&B's own command line reads in the folder of an offline run."""
+    """Content of the folder of an offline run, as read by W&B's command line."""
 
     def __init__(self, folder: Path) -> None:
         command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
         done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True)
-        self.found = [json.loads(line) for line in done.stdout.splitlines()]
+        self.entries = [json.loads(line) for line in done.stdout.splitlines()]
 
     def of(self, kind: str) -> list[dict[str, Any]]:
-        return [record[kind] for record in self.found if record["type"] == kind]
+        """Return all entries of a type."""
+        return [entry[kind] for entry in self.entries if entry["type"] == kind]
 
     @property
     def config(self) -> dict[str, Any]:
@@ -121,11 +122,11 @@ class Record:
 
     @property
     def artifacts(self) -> dict[str, tuple[dict[str, Any], list[str]]]:
-        """Metadata and names of files, by the artifact's name."""
+        """Metadata and file names by the artifact's name."""
         return {
-            found["name"]: (json.loads(found["metadata"]), [entry["path"] for entry in found["manifest"]["contents"]])
-            for found in self.of("artifact")
-            if found["type"] != "run_table"  # W&B's own, of a table
+            item["name"]: (json.loads(item["metadata"]), [file["path"] for file in item["manifest"]["contents"]])
+            for item in self.of("artifact")
+            if item["type"] != "run_table"  # created by W&B itself for a table
         }
 
 
@@ -138,7 +139,7 @@ SHARED = {"format": 1, "data": "pets", "data_fingerprint": "d" * 64, "val_fracti
 
 
 def make_run(folder: Path, stage: str, **facts: Any) -> Run:
-    """A finished run's folder, with weights that are no weights."""
+    """Create the folder of a finished run, with text instead of weights."""
     weights = {"vae": ["autoencoder"], "diffusion": ["pipeline/network", "pipeline/vae"]}[stage]
     for part in weights:
         (folder / part).mkdir(parents=True)
@@ -150,50 +151,50 @@ def make_run(folder: Path, stage: str, **facts: Any) -> Run:
     return run
 
 
-def options(**changed: Any) -> dict[str, Any]:
-    given = dict.fromkeys(OPTIONS) | {"project": "ldm", "tags": ["tried"], "mode": "offline"}
+def options(**overrides: Any) -> dict[str, Any]:
+    settings = dict.fromkeys(OPTIONS) | {"project": "ldm", "tags": ["a tag"], "mode": "offline"}
     limits = {"timeout_s": 10, "finish_timeout_s": 10, "max_artifact_mb": 1, "upload_latents": False}
-    return {"wandb": True, **given, **limits, **changed}
+    return {"wandb": True, **settings, **limits, **overrides}
 
 
-def conclude(run: Run, **changed: Any) -> Record:
-    loggers = make_loggers(options(**changed), run, resume=False)
+def log_outcome(run: Run, **overrides: Any) -> Record:
+    loggers = make_loggers(options(**overrides), run, resume=False)
     loggers.wandb.log({"train/loss": 0.5}, 10)
     Image.new("RGB", (4, 4)).save(run.path / "samples_final.png")
-    loggers.conclude(run, {"steps": 10, "psnr_db": 20.0}, run.path / "samples_final.png")
+    loggers.log_outcome(run, {"steps": 10, "psnr_db": 20.0}, run.path / "samples_final.png")
     return records(run.path)[-1]
 
 
-def test_wandbs_command_line_reads_metrics_config_images_and_artifacts(tmp_path):
+def test_offline_record_contains_metrics_config_images_and_artifacts(tmp_path):
     run = make_run(tmp_path / "first", "vae", commit="c0ffee", versions={"torch": "2"})
-    record = conclude(run)
-    loss, picture = record.rows
+    record = log_outcome(run)
+    loss, image = record.rows
     assert loss["train/loss"] == 0.5 and loss["step"] == 10
-    assert picture["samples_final._type"] == "images/separated"
-    assert picture["samples_final.captions"] == ["samples_final"]
+    assert image["samples_final._type"] == "images/separated"
+    assert image["samples_final.captions"] == ["samples_final"]
     files = [file["path"] for part in record.of("files") for file in part["files"]]
     assert any(file.startswith("media/images/samples_final") for file in files)
     config = record.config
     assert (config["run.commit"], config["run.versions.torch"], config["inputs.data-pets"]) == ("c0ffee", "2", "d" * 64)
     assert record.summary["psnr_db"] == 20.0 and record.summary["steps"] == 10
-    (told,) = record.of("run")
-    assert told["tags"] == ["tried"] and told["run_group"] == "first" and told["job_type"] == "vae"
+    (header,) = record.of("run")
+    assert header["tags"] == ["a tag"] and header["run_group"] == "first" and header["job_type"] == "vae"
     metadata, files = record.artifacts["autoencoder-first"]
     assert (metadata["weights_sha256"], metadata["data_fingerprint"], metadata["factor"]) == ("a" * 64, "d" * 64, 4)
     assert set(files) == {"autoencoder-first.json", "contract.json", "diffusion_pytorch_model.safetensors"}
     metadata, files = record.artifacts[f"latents-{CONTRACT.key}"]
-    assert metadata["autoencoder_sha256"] == "a" * 64 and len(files) == 1, "the cache stays here"
-    assert "data-pets" not in record.artifacts, "the images too"
+    assert metadata["autoencoder_sha256"] == "a" * 64 and len(files) == 1, "cached latents are not uploaded"
+    assert "data-pets" not in record.artifacts, "images are not uploaded"
 
 
-def test_the_lineage_reads_from_data_to_evaluation(tmp_path):
+def test_lineage_is_recorded_from_data_to_evaluation(tmp_path):
     vae = make_run(tmp_path / "vae/first", "vae")
-    made = conclude(vae).artifacts
+    stage_1 = log_outcome(vae).artifacts
     diffusion = make_run(tmp_path / "diffusion/second", "diffusion", vae=str(vae.path), chain_sha256="c" * 64)
-    trained_as = conclude(diffusion)
-    pipeline, _ = trained_as.artifacts["pipeline-second"]
-    made_of = {label: made[label][0]["sha256"] for label in ("autoencoder-first", f"latents-{CONTRACT.key}")}
-    assert pipeline["inputs"] == {"data-pets": "d" * 64, **made_of}
+    training = log_outcome(diffusion)
+    pipeline, _ = training.artifacts["pipeline-second"]
+    from_stage_1 = {label: stage_1[label][0]["sha256"] for label in ("autoencoder-first", f"latents-{CONTRACT.key}")}
+    assert pipeline["inputs"] == {"data-pets": "d" * 64, **from_stage_1}
     weights = diffusion.path / "pipeline/network/diffusion_pytorch_model.safetensors"
     assert pipeline["weights_sha256"] == sha256([weights])
     report = diffusion.path / "evaluation.json"
@@ -203,9 +204,9 @@ def test_the_lineage_reads_from_data_to_evaluation(tmp_path):
         {"logger": options()},
         name="evaluation/diffusion/second",
         values={"fid": 3.0, "sampler": {"steps": 5}, "interval": [0.0, 1.0], "closest": [{"sample": 1}], "no": None},
-        pictures={},
+        figures={},
         tables={"sweep": (["steps", "fd"], [[5, 1.5], [10, 1.25]])},
-        made_from=outputs(diffusion)[:1],
+        inputs=outputs(diffusion)[:1],
         files=[report],
     )
     (record,) = records(diffusion.path / "evaluation")
@@ -217,46 +218,46 @@ def test_the_lineage_reads_from_data_to_evaluation(tmp_path):
     assert not any(key.startswith(("closest", "no")) for key in summary)
     (row,) = record.rows
     assert row["sweep._type"] == "table-file" and row["sweep.nrows"] == 2
-    elsewhere = make_run(tmp_path / "third", "diffusion", vae="stabilityai/sd-vae-ft-mse")
-    assert inputs(elsewhere)[1].label == "autoencoder-stabilityai-sd-vae-ft-mse"
-    assert trained_as.summary["pipeline_sha256"] == pipeline["weights_sha256"] == run_weights_sha256(diffusion)
+    pretrained = make_run(tmp_path / "third", "diffusion", vae="stabilityai/sd-vae-ft-mse")
+    assert inputs(pretrained)[1].label == "autoencoder-stabilityai-sd-vae-ft-mse"
+    assert training.summary["pipeline_sha256"] == pipeline["weights_sha256"] == run_weights_sha256(diffusion)
 
 
-def test_no_more_leaves_this_machine_than_is_asked_for(tmp_path, monkeypatch, capsys):
+def test_only_requested_files_are_logged(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("LDM_CACHE", str(tmp_path))
     (tmp_path / f"latents-{CONTRACT.key}").mkdir()
     (tmp_path / f"latents-{CONTRACT.key}" / "moments.npy").write_bytes(b"moments")
     run = make_run(tmp_path / "first", "vae")
-    with pytest.raises(IndexError):  # there is no record
-        conclude(run, mode="disabled")
-    metadata, files = conclude(run, max_artifact_mb=1e-5).artifacts["autoencoder-first"]
+    with pytest.raises(IndexError):  # no record was written
+        log_outcome(run, mode="disabled")
+    metadata, files = log_outcome(run, max_artifact_mb=1e-5).artifacts["autoencoder-first"]
     assert metadata["weights_sha256"] == "a" * 64 and files == ["autoencoder-first.json"]
     assert "autoencoder-first has 0 MB, more than logger.max_artifact_mb=1e-05" in capsys.readouterr().out
-    _, files = conclude(run, upload_latents=True).artifacts[f"latents-{CONTRACT.key}"]
+    _, files = log_outcome(run, upload_latents=True).artifacts[f"latents-{CONTRACT.key}"]
     assert "moments.npy" in files
 
 
-def test_online_the_inputs_are_edges(tmp_path, monkeypatch):
-    """By digest where an earlier run logged them; else they are described to the server."""
+def test_inputs_become_lineage_edges_online(tmp_path, monkeypatch):
+    """Inputs logged by an earlier run are found by their digest; others are logged as a description."""
     used: list[Any] = []
     monkeypatch.setattr(wandb, "init", Recorder)
 
-    def use_artifact(asked, **_) -> None:
-        if isinstance(asked, str) and asked.startswith("data"):
+    def use_artifact(artifact, **_) -> None:
+        if isinstance(artifact, str) and artifact.startswith("data"):
             raise wandb.errors.CommError("not found")
-        used.append(asked)
+        used.append(artifact)
 
     run = start(tmp_path)
     run.mode, run.run.use_artifact = "online", use_artifact
-    run.take(Artifact("autoencoder", "first", "a" * 64))
-    run.take(Artifact("data", "pets", "d" * 64, {"data_fingerprint": "d" * 64}))
+    run.use_artifact(Artifact("autoencoder", "first", "a" * 64))
+    run.use_artifact(Artifact("data", "pets", "d" * 64, {"data_fingerprint": "d" * 64}))
     by_name, described = used
     assert by_name == "autoencoder-first:sha-aaaaaaaaaaaa"
     assert (described.type, described.name, described.metadata["sha256"]) == ("data", "data-pets", "d" * 64)
     assert [entry.path for entry in described.manifest.entries.values()] == ["data-pets.json"]
 
 
-def test_an_artifact_says_what_it_holds(tmp_path):
+def test_artifact_label_contents_and_digest(tmp_path):
     (tmp_path / "folder/inner").mkdir(parents=True)
     for name in ("folder/b", "folder/inner/a", "c"):
         (tmp_path / name).write_text(name)
@@ -266,7 +267,7 @@ def test_an_artifact_says_what_it_holds(tmp_path):
     assert len(replace(item, name="x" * 300).label) == 128
 
 
-def test_a_resumed_run_is_one_run_with_increasing_steps(tmp_path):
+def test_resumed_run_is_a_single_run_with_increasing_steps(tmp_path):
     run = make_run(tmp_path / "first", "vae")
     for resume, steps in ((False, (9, 19, 12)), (True, (29, 39))):
         tracker = make_loggers(options(), run, resume=resume).wandb
@@ -274,9 +275,9 @@ def test_a_resumed_run_is_one_run_with_increasing_steps(tmp_path):
             tracker.log({"train/loss": 1.0}, step)
         tracker.finish()
     first, second = records(run.path)
-    told = [record.of("run")[0] for record in (first, second)]
-    assert told[0]["run_id"] == told[1]["run_id"] == (run.path / "wandb_id.txt").read_text().strip()
-    assert not told[0].get("resume") and told[1]["resume"], "an upload appends the second to the first"
+    headers = [record.of("run")[0] for record in (first, second)]
+    assert headers[0]["run_id"] == headers[1]["run_id"] == (run.path / "wandb_id.txt").read_text().strip()
+    assert not headers[0].get("resume") and headers[1]["resume"], "an upload appends the second to the first"
     assert [row["step"] for record in (first, second) for row in record.rows] == [9, 19, 12, 29, 39]
-    own = [row["_step"] for record in (first, second) for row in record.rows]
-    assert own == sorted(set(own)), "W&B's own steps increase over both records"
+    wandb_steps = [row["_step"] for record in (first, second) for row in record.rows]
+    assert wandb_steps == sorted(set(wandb_steps)), "W&B's internal steps increase over both records"

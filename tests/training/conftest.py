@@ -1,4 +1,4 @@
-"""A training module of one matrix, and a short fit of it."""
+"""Fixtures: a training module with a single linear layer, and a short fit of it."""
 
 from functools import partial
 
@@ -14,7 +14,7 @@ from ldm.training.optim.factory import OptimizerFactory
 
 
 class Line(TrainingModule):
-    """Fits y = A x to noisy y = x; keeps what it saw of each batch."""
+    """Fits y = A x + b to y = x with noisy x; records the noise of each batch and the validated weights."""
 
     def __init__(self, lr: float = 1.0, build=torch.optim.SGD) -> None:
         torch.manual_seed(0)
@@ -33,13 +33,13 @@ class Line(TrainingModule):
 
 @pytest.fixture
 def make_module():
-    """Line(lr=1.0, build=SGD)."""
+    """The class `Line`: make_module(lr=1.0, build=SGD)."""
     return Line
 
 
 @pytest.fixture
 def fit(tmp_path):
-    """Fit a module on the CPU with these callbacks, from step `start` on; returns the trainer."""
+    """Fit a module on the CPU with the given callbacks, from step `start` on; returns the trainer."""
 
     def fit(module, callbacks=(), *, batch_size=4, start=0, ckpt_path=None, **options) -> Trainer:
         data = torch.randn(32, 2, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""What a source of images is: it says what it holds without reading it, then offers one record per image."""
+"""Interface of image sources. A source describes its contents without reading them, and yields a record per image."""
 
 import hashlib
 import importlib
@@ -12,15 +12,15 @@ from typing import Any, Protocol
 from PIL import Image
 
 from ldm.errors import UserError
-from ldm.files.reading import retried
+from ldm.files.reading import retry_once
 from ldm.runtime import shell
 
 
 @dataclass(frozen=True)
 class Record:
-    """One image that a source offers, not yet read.
+    """One image of a source, not yet read.
 
-    `content` is what the image's hash is taken from; None takes it from what `load` returns.
+    The image's hash is computed from `content`, or from the return value of `load` if `content` is None.
     """
 
     name: str
@@ -33,57 +33,60 @@ class Record:
 
 
 class Source(Protocol):
-    """Where images come from. `class_names` is read after `records` is exhausted."""
+    """Source of images. `class_names` is read after `records` is exhausted."""
 
     @property
     def name(self) -> str:
-        """Names the cache folder; letters, digits, dots and dashes."""
+        """Name of the cache folder, made of letters, digits, dots and dashes."""
 
     @property
     def licence(self) -> str | None:
-        """What the images ask of those who pass them on."""
+        """Licence under which the images can be redistributed."""
 
     @property
     def class_names(self) -> list[str] | None:
-        """What the labels count."""
+        """Class names, indexed by label."""
 
     @property
     def num_records(self) -> int | None:
-        """How many records there will be; None where nobody knows."""
+        """Number of records, or None if unknown."""
 
     def identity(self) -> dict[str, Any]:
-        """Plain JSON values that change whenever the content may have, found without reading images."""
+        """Return JSON values that change whenever the content may have changed, without reading images."""
 
     def records(self) -> Iterator[Record]:
-        """Every image, in an order that is the same each time."""
+        """Yield a record for every image, in the same order each time."""
 
 
 def optional_module(name: str, extra: str) -> ModuleType:
-    """A package that comes with one of our extras.
+    """Import a package that belongs to one of our extras.
 
     Raises:
-        UserError: it is not installed.
+        UserError: the package is not installed.
     """
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(f"This data needs the package {name}: {shell.install_command(extra)}") from error
+        raise UserError(f"This data requires the package {name}: {shell.install_command(extra)}") from error
 
 
 def folder_name(text: str) -> str:
-    """A path or a hub id as one portable part of a file name: `user/set` becomes `user-set`."""
+    """Convert a path or hub id to a portable file name component: `user/set` becomes `user-set`."""
     return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-.") or "images"
 
 
-def digest_of_files(root: Path, files: Iterable[Path]) -> str:
-    """SHA-256 over the sorted relative names, sizes and modification times: cheap, and edits change it."""
-    lines = sorted(f"{path.relative_to(root).as_posix()} {_moment(path)}" for path in files)
+def files_digest(root: Path, files: Iterable[Path]) -> str:
+    """Return a SHA-256 digest of the sorted relative names, sizes and modification times of files.
+
+    It is cheap to compute and changes when a file is edited.
+    """
+    lines = sorted(f"{path.relative_to(root).as_posix()} {_size_and_mtime(path)}" for path in files)
     return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _moment(path: Path) -> str:
+def _size_and_mtime(path: Path) -> str:
     try:
-        stat = retried(path.stat)
-    except OSError as error:  # gone meanwhile, or a link that leads nowhere
+        stat = retry_once(path.stat)
+    except OSError as error:  # deleted in the meantime, or a broken link
         return str(error.strerror)
     return f"{stat.st_size} {stat.st_mtime_ns}"

@@ -1,4 +1,4 @@
-"""Fashion-MNIST: 70,000 grey pictures of clothes in ten classes, 28 x 28; small and known.
+"""Fashion-MNIST: 70,000 greyscale images of clothing in ten classes, 28 x 28 pixels.
 
 Source: Xiao et al. 2017, arXiv:1708.07747. The file format is IDX: a big-endian header, then raw bytes.
 """
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ldm.data.sources.base import Record, digest_of_files
+from ldm.data.sources.base import Record, files_digest
 from ldm.data.sources.huggingface import HuggingFace
 from ldm.errors import UserError
 
@@ -35,17 +35,17 @@ CLASS_NAMES = (
     "Bag",
     "Ankle boot",
 )
-REMEDY = "Install it with: apt-get install dataset-fashion-mnist, or name its folder with data.path=DIR."
+REMEDY = "Install it with `apt-get install dataset-fashion-mnist`, or set its folder with data.path=DIR."
 
 
 class FashionMNIST:
-    """Both published parts, 70,000 images in all; our own split by content hash replaces theirs.
+    """Both published parts, 70,000 images in total. The published split is replaced by our split by content hash.
 
-    The IDX files are read from `path`, gzipped or not. Without Debian's package they come from the hub.
-    Images are hashed by their pixels, so that both ways give the same split.
+    The IDX files are read from `path`, gzipped or not. If the Debian package is not installed, the images are read from
+    the Hugging Face Hub instead. Images are hashed by their pixels, so both give the same split.
 
     Raises:
-        UserError: a folder that was named is missing or damaged, or the hub cannot be reached.
+        UserError: the folder is missing or damaged, or the hub cannot be reached.
     """
 
     name = "fashion_mnist"
@@ -71,7 +71,7 @@ class FashionMNIST:
     def identity(self) -> dict[str, Any]:
         if self._hub:
             return self._hub.identity()
-        return {"path": self.path.resolve().as_posix(), "files": digest_of_files(self.path, self._files)}
+        return {"path": self.path.resolve().as_posix(), "files": files_digest(self.path, self._files)}
 
     def records(self) -> Iterator[Record]:
         return self._from_hub(self._hub) if self._hub else self._from_files()
@@ -80,13 +80,15 @@ class FashionMNIST:
         for part, images_path, labels_path in zip(PARTS, self._files[::2], self._files[1::2], strict=True):
             images, labels = _read_idx(images_path, 3), _read_idx(labels_path, 1)
             if len(images) != len(labels):
-                raise UserError(f"{images_path} holds {len(images)} images, but {len(labels)} have labels. {REMEDY}")
+                counts = f"{images_path} contains {len(images)} images, but {labels_path} has {len(labels)} labels"
+                raise UserError(f"{counts}. {REMEDY}")
             for number, (pixels, label) in enumerate(zip(images, labels, strict=True)):
                 image = Image.fromarray(pixels)
                 yield Record(f"{part}[{number}]", image.copy, None, int(label), pixels.tobytes())
 
     def _from_hub(self, hub: HuggingFace) -> Iterator[Record]:
-        logging.getLogger(__name__).warning("%s is not there: reading %s from the hub.", self.path, HUB_ID)
+        message = "%s does not exist. Reading %s from the Hugging Face Hub instead."
+        logging.getLogger(__name__).warning(message, self.path, HUB_ID)
         try:
             for record in hub.records():
                 encoded = record.load()
@@ -94,7 +96,7 @@ class FashionMNIST:
                 image = Image.open(io.BytesIO(encoded)).convert("L")
                 yield Record(record.name, image.copy, None, record.label, image.tobytes())
         except UserError as error:
-            raise UserError(f"{error} Fashion-MNIST is also a Debian package. {REMEDY}") from error
+            raise UserError(f"{error} Fashion-MNIST is also available as a Debian package. {REMEDY}") from error
 
 
 def _find(folder: Path, stem: str) -> Path:
@@ -105,11 +107,11 @@ def _find(folder: Path, stem: str) -> Path:
 
 
 def _read_idx(path: Path, num_axes: int) -> np.ndarray:
-    """Two zero bytes, the element type (8 is uint8), the number of axes, their lengths, then the elements."""
+    """Read an IDX file: two zero bytes, the element type (8 is uint8), the number of axes, their sizes, the values."""
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         if content[:4] != bytes([0, 0, 8, num_axes]):
-            raise ValueError(f"it does not begin as bytes of {num_axes} axes do")
+            raise ValueError(f"not an IDX file of uint8 values with {num_axes} axes")
         shape = struct.unpack_from(f">{num_axes}I", content, offset=4)
         return np.frombuffer(content, np.uint8, offset=4 + 4 * num_axes).reshape(shape)
     except (EOFError, zlib.error, gzip.BadGzipFile, struct.error, ValueError) as error:

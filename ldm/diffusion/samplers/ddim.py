@@ -10,7 +10,7 @@ from ldm.diffusion.chain import check_order, to_eps
 from ldm.diffusion.denoiser import Prediction
 from ldm.diffusion.samplers.base import ChainSampler, Generators, Transition, Walk, draw_noise
 from ldm.diffusion.schedule import NoiseSchedule
-from ldm.rules import Share, checked
+from ldm.rules import Fraction, checked
 
 
 @checked
@@ -21,7 +21,7 @@ def ddim_step(
     *,
     s: int,
     t: int,
-    eta: Share = 0.0,
+    eta: Fraction = 0.0,
     generator: Generators = None,
 ) -> Float[Tensor, " b *z"]:
     """Move from z_t down to z_s, given the predicted clean latent z_0.
@@ -63,7 +63,7 @@ class DDIM(ChainSampler):
     """
 
     method: ClassVar[str] = "ddim"
-    eta: Share = 0.0
+    eta: Fraction = 0.0
 
     def _transition(self, walk: Walk) -> Transition:
         def transition(prediction: Prediction, z_t: Tensor, s: int, t: int) -> Tensor:

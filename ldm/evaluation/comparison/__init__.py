@@ -1,1 +1,1 @@
-"""Which of several runs is better, and is the difference noise?"""
+"""Comparison of runs: which one is better, and is the difference more than noise?"""

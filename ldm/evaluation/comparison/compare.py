@@ -1,4 +1,4 @@
-"""Runs beside each other: what differs between them, their metrics by group, and which of them are better."""
+"""Comparing runs: the differences between their configs, their metrics by group, and a verdict for each metric."""
 
 import json
 import math
@@ -13,14 +13,14 @@ from ldm.evaluation.comparison.statistics import Estimate, Verdict, better_direc
 from ldm.metrics.metric import Metric
 
 IDENTITY = ("data_fingerprint", "contract.autoencoder_sha256", "precision")
-"""Facts that the runs of a group share, as they share their configs."""
-OF_HYDRA = ("_partial_", "_convert_")
+"""Facts that must be equal for all runs of a group, in addition to their configs."""
+HYDRA_SUFFIXES = ("_partial_", "_convert_")
 FACTS = ("data", *IDENTITY, "commit", "python", "machine", "system")
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in nothing but their seed."""
+    """Runs that differ only in their seed."""
 
     label: str
     runs: list[RunRecord]
@@ -29,20 +29,20 @@ class Group:
     def title(self) -> str:
         return f"{self.label}: {self.runs[0].name}" + (f" and {len(self.runs) - 1} more" if len(self.runs) > 1 else "")
 
-    def of(self, metric: str) -> list[Metric]:
+    def values(self, metric: str) -> list[Metric]:
         return [run.metrics[metric] for run in self.runs if metric in run.metrics]
 
     def enough_seeds(self, metric: str) -> bool:
-        """Of the runs that have the metric: as many as a spread needs, and no seed twice."""
+        """Return True if at least MIN_SEEDS runs have the metric and their seeds are distinct."""
         seeds = [str(run.seed) for run in self.runs if metric in run.metrics]
-        return len(seeds) >= statistics.FEWEST_SEEDS and len(set(seeds)) == len(seeds)
+        return len(seeds) >= statistics.MIN_SEEDS and len(set(seeds)) == len(seeds)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One metric in every group, and what is said of each group but the first beside the first.
+    """One metric: its estimate for each group, and a verdict for each group except the first, compared with the first.
 
-    Its fields are keys of compare.json.
+    The field names are keys in compare.json.
     """
 
     metric: str
@@ -53,14 +53,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that is found out without drawing an image."""
+    """The result of a comparison, without images."""
 
     groups: list[Group]
     differences: dict[str, list[str]]
-    """By key, the value of each group."""
+    """The value for each group, by key."""
     rows: list[Row]
     equal: dict[str, float]
-    """Metrics that are the same in every run."""
+    """Metrics that are equal in all runs."""
     notes: list[str]
 
     @property
@@ -68,19 +68,19 @@ class Comparison:
         return [(group, run) for group in self.groups for run in group.runs]
 
     def curve_names(self) -> list[str]:
-        """What is drawn: everything of the held-out images, and the training loss."""
-        found = {name for _, run in self.runs for name in run.curves}
-        return sorted(name for name in found if name.startswith("val/")) + sorted({"train/loss"} & found)
+        """Return the names of the curves to plot: all validation curves and the training loss."""
+        names = {name for _, run in self.runs for name in run.curves}
+        return sorted(name for name in names if name.startswith("val/")) + sorted({"train/loss"} & names)
 
     def content(self) -> dict[str, Any]:
-        """For compare.json."""
+        """Return the content of compare.json."""
         runs = [
-            {"group": group.label, "run": run.place, "name": run.name, "stage": run.stage, "seed": run.seed}
+            {"group": group.label, "run": run.source, "name": run.name, "stage": run.stage, "seed": run.seed}
             | {"figures": {name: _metric_content(metric) for name, metric in run.metrics.items()}}
             for group, run in self.runs
         ]
-        known = {"confidence": statistics.CONFIDENCE, "runs": runs, "differences": self.differences}
-        return {**known, "figures": list(map(asdict, self.rows)), "equal": self.equal, "notes": self.notes}
+        content = {"confidence": statistics.CONFIDENCE, "runs": runs, "differences": self.differences}
+        return {**content, "figures": list(map(asdict, self.rows)), "equal": self.equal, "notes": self.notes}
 
 
 def _metric_content(metric: Metric) -> dict[str, Any]:
@@ -89,13 +89,13 @@ def _metric_content(metric: Metric) -> dict[str, Any]:
 
 
 def compare_runs(places: Sequence[str]) -> Comparison:
-    """Read, group and judge runs; the first group is the one that the others are held against.
+    """Read runs, group them, and compare each group with the first one.
 
     Args:
-        places: Folders, or `entity/project/run` of W&B.
+        places: Run folders or W&B paths `entity/project/run`.
 
     Raises:
-        UserError: what `read_runs` refuses.
+        UserError: As raised by `read_runs`.
     """
     groups = group_runs(read_runs(places))
     runs = [run for group in groups for run in group.runs]
@@ -110,54 +110,54 @@ def compare_runs(places: Sequence[str]) -> Comparison:
 
 
 def _row_order(name: str) -> tuple[bool, bool]:
-    """Metrics of quality first, then those of training curves, then the rest."""
+    """Sort key: quality metrics of evaluations, then quality metrics of validation curves, then all other metrics."""
     return (not better_direction(name), name.startswith("val/"))
 
 
 def _compare_metric(name: str, groups: Sequence[Group]) -> Row:
-    sides = [(group.label, group.of(name), group.enough_seeds(name)) for group in groups]
+    sides = [(group.label, group.values(name), group.enough_seeds(name)) for group in groups]
     estimates = [
         statistics.estimate(metrics, enough_seeds=enough) if metrics and not differing_settings(metrics) else None
         for _, metrics, enough in sides
     ]
-    (first, held, enough), *others = sides
+    (first, baseline, baseline_enough), *others = sides
     verdicts = [
-        statistics.compare_groups(name, held, metrics, (first, label), enough_seeds=enough and enough_too)
-        for label, metrics, enough_too in others
+        statistics.compare_groups(name, baseline, metrics, (first, label), enough_seeds=baseline_enough and enough)
+        for label, metrics, enough in others
     ]
     return Row(name, {1: "higher", -1: "lower", 0: None}[better_direction(name)], estimates, verdicts)
 
 
 def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
-    """Groups in the order of their first runs, labelled A, B, C and so on."""
-    found: dict[str, list[RunRecord]] = {}
+    """Return groups in the order of their first runs, labelled A, B, C and so on."""
+    members: dict[str, list[RunRecord]] = {}
     for run in runs:
         config = {key: value for key, value in run.options.items() if key != "seed"}
         key = json.dumps([config, [run.facts.get(fact) for fact in IDENTITY]], sort_keys=True, default=str)
-        found.setdefault(key, []).append(run)
-    labels = [chr(65 + i) if i < 26 else f"G{i + 1}" for i in range(len(found))]
-    return [Group(label, members) for label, members in zip(labels, found.values(), strict=True)]
+        members.setdefault(key, []).append(run)
+    labels = [chr(65 + i) if i < 26 else f"G{i + 1}" for i in range(len(members))]
+    return [Group(label, group) for label, group in zip(labels, members.values(), strict=True)]
 
 
 def config_differences(groups: Sequence[Group]) -> dict[str, list[str]]:
-    """Config keys and facts that are not the same in all groups, or in all runs of the only one."""
+    """Return the config keys and facts that differ between groups, or between the runs of a single group."""
     described = [[_describe(run) for run in group.runs] for group in groups]
     runs = [run for group in described for run in group]
-    found: dict[str, list[str]] = {}
+    differences: dict[str, list[str]] = {}
     for key in dict.fromkeys(key for run in runs for key in run):
         by_group = [", ".join(dict.fromkeys(run.get(key, "-") for run in group)) for group in described]
         if len(set(by_group)) > 1 or len({run.get(key) for run in runs}) > 1 == len(groups):
-            found[key] = by_group
-    return found
+            differences[key] = by_group
+    return differences
 
 
 def _describe(run: RunRecord) -> dict[str, str]:
-    """What may differ between runs, as short texts."""
-    told = {key: value for key, value in run.options.items() if key != "seed" and not key.endswith(OF_HYDRA)}
-    # an option and the constructor that it is interpolated into: optimizer.lr, optimizer.build.lr
-    told = {key: value for key, value in told.items() if ".build." not in key or key.replace("build.", "") not in told}
-    made = {key: value for key, value in run.facts.items() if key in FACTS or key.startswith("versions.")}
-    return {key: _short_value(key, value) for key, value in {**told, "seed": run.seed, **made}.items()}
+    """Return the options and facts of a run that can differ between runs, as short strings."""
+    flat = {key: value for key, value in run.options.items() if key != "seed" and not key.endswith(HYDRA_SUFFIXES)}
+    # drop constructor arguments that repeat an option, such as optimizer.build.lr, which repeats optimizer.lr
+    flat = {key: value for key, value in flat.items() if ".build." not in key or key.replace("build.", "") not in flat}
+    facts = {key: value for key, value in run.facts.items() if key in FACTS or key.startswith("versions.")}
+    return {key: _short_value(key, value) for key, value in {**flat, "seed": run.seed, **facts}.items()}
 
 
 def _short_value(key: str, value: Any) -> str:
@@ -168,28 +168,32 @@ def _short_value(key: str, value: Any) -> str:
 
 
 def _notes(groups: Sequence[Group], rows: Sequence[Row]) -> Iterator[str]:
-    """What to know before a verdict is believed; docs/reading_the_numbers.md says what it means."""
+    """Yield caveats about the verdicts. docs/reading_the_numbers.md explains them."""
     differences = [verdict.difference for row in rows if row.better for verdict in row.verdicts]
-    if any(found is not None and found.of == statistics.SAMPLING for found in differences):
-        yield f"{statistics.SAMPLING}: another seed may move a metric further; three seeds a group would tell."
+    if any(difference is not None and difference.of == statistics.SAMPLING for difference in differences):
+        yield (
+            f"{statistics.SAMPLING}: training with another seed can change a metric by more than this. Train at least "
+            f"{statistics.MIN_SEEDS} seeds per group to measure that variation."
+        )
     for i, group in enumerate(groups[1:]):
-        found = {row.metric: row.verdicts[i] for row in rows if row.better}
-        tests = {name: one.difference.p_value for name, one in found.items() if one.difference is not None}
-        known = {name: value for name, value in tests.items() if value is not None}
-        real = [f"{name.replace('_', ' ')} ({found[name].verdict})" for name in statistics.holm(known)]
-        said = f"a difference in {', '.join(real)}" if real else "within noise"
-        together = f"{group.label} beside {groups[0].label}, all {len(known)} figures together (Holm's test, 5 %)"
-        if known:
-            yield f"{together}: {said}."
+        verdicts = {row.metric: row.verdicts[i] for row in rows if row.better}
+        tests = {name: item.difference.p_value for name, item in verdicts.items() if item.difference is not None}
+        p_values = {name: value for name, value in tests.items() if value is not None}
+        real = [f"{name.replace('_', ' ')} ({verdicts[name].verdict})" for name in statistics.holm(p_values)]
+        result = f"significant difference in {', '.join(real)}" if real else "within noise"
+        if p_values:
+            yield f"{group.label} vs {groups[0].label}, all {len(p_values)} metrics (Holm's test, 5 %): {result}."
     runs = [run for group in groups for run in group.runs]
     concerns = {
-        "Not at the end of their training": [run for run in runs if not run.finished],
-        "Curves that end in no number and are not judged": [
+        "Training not finished": [run for run in runs if not run.finished],
+        "Some curves end in a non-finite value and are not compared": [
             run for run in runs if not all(math.isfinite(values[-1]) for _, values in run.curves.values())
         ],
-        "Trained on since they were evaluated, to be evaluated again (tools/evaluate.py)": [r for r in runs if r.stale],
-        "Without an evaluation (tools/evaluate.py)": [run for run in runs if not run.evaluation],
+        "Evaluation ignored, because the weights have changed since (run tools/evaluate.py)": [
+            run for run in runs if run.stale
+        ],
+        "No evaluation (run tools/evaluate.py)": [run for run in runs if not run.evaluation],
     }
-    for concern, of in concerns.items():
-        if of:
-            yield f"{concern}: {', '.join(run.place for run in of)}."
+    for concern, affected in concerns.items():
+        if affected:
+            yield f"{concern}: {', '.join(run.source for run in affected)}."

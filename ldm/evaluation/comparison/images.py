@@ -1,4 +1,4 @@
-"""The same images of several runs in one picture: samples from the same noise, or reconstructions of the same."""
+"""One figure with images of several runs: samples from the same noise, or reconstructions of the same images."""
 
 from typing import Annotated
 
@@ -10,10 +10,10 @@ from ldm.data.images import ImageData
 from ldm.diffusion.samplers.base import SamplerLike
 from ldm.errors import UserError
 from ldm.evaluation.comparison.compare import Comparison
-from ldm.evaluation.image_sets import held_out_apart
-from ldm.image_grid import rows, to_pil
-from ldm.rules import Count, Number, Seed, Whole, checked
-from ldm.sampling.draw import draw
+from ldm.evaluation.image_sets import spaced_val_indices
+from ldm.image_grid import labelled_rows, to_pil
+from ldm.rules import Count, Integer, Number, Seed, checked
+from ldm.sampling.draw import draw_batches
 from ldm.sampling.pipeline import LatentDiffusionPipeline
 from ldm.sampling.request import Request, read_prompts
 
@@ -24,60 +24,60 @@ def side_by_side(
     sampler: SamplerLike,
     *,
     device: torch.device,
-    num_samples: Annotated[Whole, Field(ge=0)] = 8,
+    num_samples: Annotated[Integer, Field(ge=0)] = 8,
     prompts: str | None = None,
     guidance: Number = 3.0,
     seed: Seed = 0,
     batch_size: Count = 64,
 ) -> tuple[Image.Image | None, list[str]]:
-    """One row per run, what belongs together in one column; for stage=vae the originals on top.
+    """Draw a figure with one row per run, preceded by a row of originals if the runs are autoencoders.
 
-    Column i is drawn from noise of seed and i alone: the same in all runs whose latents are of one shape.
+    The noise of column i depends only on the seed and i, so it is equal for all runs with the same latent shape.
 
     Args:
-        num_samples: Columns; 0 draws nothing.
-        prompts: A file with a caption per line; None takes the captions or classes of validation images.
+        num_samples: Number of columns; 0 draws no figure.
+        prompts: A file with one caption per line; None uses the captions or classes of validation images.
 
     Returns:
-        The picture, None where no run could draw, and lines that say which rows are missing and why.
+        The figure, or None if no run could be drawn, and notes that say which rows are missing and why.
     """
     if not num_samples:
         return None, []
     images, notes = _first_images(comparison)
-    shown: list[tuple[str, list[Image.Image]]] = []
+    rows: list[tuple[str, list[Image.Image]]] = []
     captions: list[str | None] | None = None
     for group, run in comparison.runs:
         try:
             if run.run is None:
-                raise UserError("W&B holds no weights of it.")
+                raise UserError("W&B does not store the weights of this run. Give the run folder instead.")
             if run.stage == "vae":
                 if images is None or run.run.facts["data_fingerprint"] != images.fingerprint:
-                    raise UserError("It was trained on other images than those shown, or there are none at hand.")
-                originals = images.batch(held_out_apart(images, num_samples))
+                    raise UserError("The run was trained on other images than those shown, or no images are available.")
+                originals = images.batch(spaced_val_indices(images, num_samples))
                 autoencoder = run.run.autoencoder().to(device)
                 drawn = autoencoder.decode(autoencoder.encode(originals)[0])
-                shown += [] if shown else [("originals", to_pil(originals))]
+                rows += [] if rows else [("originals", to_pil(originals))]
             else:
                 pipeline = run.run.pipeline().to(device)
                 request = _request(pipeline, images, prompts, num_samples, captions)
-                batches = draw(pipeline, request, sampler, guidance=guidance, seed=seed, batch_size=batch_size)
+                batches = draw_batches(pipeline, request, sampler, guidance=guidance, seed=seed, batch_size=batch_size)
                 drawn = torch.cat(list(batches))
                 captions = captions or (request.captions if any(request.captions) else None)
-            shown.append((f"{group.label} {run.name}", to_pil(drawn)))
+            rows.append((f"{group.label} {run.name}", to_pil(drawn)))
         except UserError as error:
-            notes.append(f"Not in the picture: {run.place}. {error}")
-    return rows(shown, captions=captions) if shown else None, notes
+            notes.append(f"Not in the figure: {run.source}. {error}")
+    return labelled_rows(rows, captions=captions) if rows else None, notes
 
 
 def _first_images(comparison: Comparison) -> tuple[ImageData | None, list[str]]:
-    """The prepared images of the first run whose are at hand, or why there are none."""
+    """Return the prepared images of the first run for which they are available, or a note on why there are none."""
     reasons = []
     for _, run in comparison.runs:
         try:
             if run.run is not None:
                 return run.run.image_data(), []
         except UserError as error:
-            reasons.append(f"No held-out images at hand. {error}")
+            reasons.append(f"No held-out images are available. {error}")
     return None, reasons[:1]
 
 
@@ -86,13 +86,13 @@ def _request(
     images: ImageData | None,
     prompts: str | None,
     num_samples: int,
-    above: list[str | None] | None,
+    captions: list[str | None] | None,
 ) -> Request:
-    """What the columns show; `above`, what those of the rows before are, of which classes are the same by name."""
+    """Return the request for one row. `captions` are those of the rows above; classes are matched with them by name."""
     if prompts:
         return Request(*pipeline.conditioning.of_request(read_prompts(prompts)[:num_samples]))
     if images is not None:
-        return Request.of_images(pipeline, images, held_out_apart(images, num_samples))
-    known = pipeline.conditioning.class_names is not None
-    names = [name for name in above or () if known and name is not None]
+        return Request.for_images(pipeline, images, spaced_val_indices(images, num_samples))
+    has_names = pipeline.conditioning.class_names is not None
+    names = [name for name in captions or () if has_names and name is not None]
     return Request(*pipeline.conditioning.of_request(classes=names or None, num_samples=num_samples))

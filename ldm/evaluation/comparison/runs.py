@@ -1,4 +1,4 @@
-"""What is known of runs that are to be compared, read from their folders or from W&B into one form."""
+"""Records of the runs to compare, read from run folders or from W&B."""
 
 import math
 import re
@@ -19,32 +19,36 @@ from ldm.runs.run import Run
 from ldm.tracking.comparison import fetch_run
 from ldm.tracking.run import flatten
 
-DATA_PLACES = ("data.path", "data.source.path", "data.cache_dir")
-PLACES = ("name", "runs_dir", "vae", "resume", "overwrite", "logger", "stage", *DATA_PLACES)
-"""Keys of a config that name, place or log a run, for which its hashes stand; `stage` repeats the other keys."""
-OF_LOSS = {
+DATA_PATH_KEYS = ("data.path", "data.source.path", "data.cache_dir")
+IGNORED_KEYS = ("name", "runs_dir", "vae", "resume", "overwrite", "logger", "stage", *DATA_PATH_KEYS)
+"""Config keys that are not compared: names, paths and logging. Digests identify data and weights instead of paths, and
+`stage` repeats the other keys."""
+LOSS_KEYS = {
     "vae": ("autoencoder.loss", "regulariser", "perceptual", "adversarial"),
     "diffusion": ("objective", "schedule", "variance"),
 }
-"""Keys on which the value of a loss depends, whatever the model is worth."""
+"""Config keys that change the definition of a loss. Losses are comparable only if these keys are equal."""
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What is known of one run, wherever it was read."""
+    """Data of one run, from its folder or from W&B."""
 
-    place: str
+    source: str
+    """Run folder or W&B path."""
     config: dict[str, Any]
-    """Flat."""
+    """Flattened config."""
     facts: dict[str, Any]
-    """Flat."""
+    """Flattened content of run.json, without its metrics."""
     finished: bool
-    figures: Mapping[str, Any]
+    final_metrics: Mapping[str, Any]
+    """Metrics written at the end of training."""
     evaluation: Mapping[str, Any]
     weights: str | None
+    """Digest of the current weights."""
     curves: dict[str, Curve]
     run: Run | None = field(repr=False, default=None)
-    """Where it is a folder, whose weights are at hand."""
+    """The run itself, if it was read from a folder."""
 
     @property
     def stage(self) -> str:
@@ -52,7 +56,7 @@ class RunRecord:
 
     @property
     def name(self) -> str:
-        return str(self.facts.get("name") or Path(self.place).name)
+        return str(self.facts.get("name") or Path(self.source).name)
 
     @property
     def seed(self) -> Any:
@@ -60,71 +64,74 @@ class RunRecord:
 
     @property
     def stale(self) -> bool:
-        """Its evaluation is of other weights than it has now, and left out."""
+        """True if the evaluation belongs to other weights than the current ones; such an evaluation is ignored."""
         evaluated = self.evaluation.get("weights_sha256")
         return None not in (evaluated, self.weights) and evaluated != self.weights
 
     @property
     def options(self) -> dict[str, Any]:
-        """The config without PLACES."""
-        inside = tuple(f"{key}." for key in PLACES)
-        return {key: v for key, v in self.config.items() if key not in PLACES and not key.startswith(inside)}
+        """The config without IGNORED_KEYS."""
+        prefixes = tuple(f"{key}." for key in IGNORED_KEYS)
+        return {key: v for key, v in self.config.items() if key not in IGNORED_KEYS and not key.startswith(prefixes)}
 
     @cached_property
     def metrics(self) -> dict[str, Metric]:
-        """Those of the evaluation, of the end of training and of its curves, with what they depend on."""
+        """Metrics of the evaluation, the end of training and the validation curves, with their settings."""
         data = {key: {**self.facts, **self.config}.get(key) for key in ("data_fingerprint", "val_images")}
-        found = {
+        metrics = {
             name: Metric(value, settings=data if better_direction(name) else {})
-            for name, value in finite_numbers(self.figures).items()
+            for name, value in finite_numbers(self.final_metrics).items()
         }
-        found |= {} if self.stale else metrics_from_json(self.evaluation)
+        metrics |= {} if self.stale else metrics_from_json(self.evaluation)
         if self.stage == "diffusion":
             latents = {"autoencoder": self.facts.get("contract.autoencoder_sha256")}
             data = {**data, **latents, "latent_statistics": self.config.get("latent_statistics")}
-        loss = {part: _with_prefix(self.config, part) for part in OF_LOSS[self.stage]}
+        loss = {key: _with_prefix(self.config, key) for key in LOSS_KEYS[self.stage]}
         for name, (_, values) in self.curves.items():
             short = name.removeprefix("val/")
-            if short != name and short not in found and math.isfinite(values[-1]):
-                found[name] = Metric(values[-1], settings={**data, **(loss if "loss" in short else {})})
-        return found
+            if short != name and short not in metrics and math.isfinite(values[-1]):
+                metrics[name] = Metric(values[-1], settings={**data, **(loss if "loss" in short else {})})
+        return metrics
 
 
 def read_runs(places: Sequence[str]) -> list[RunRecord]:
-    """Read runs: folders, or `entity/project/run` of W&B.
+    """Read runs from folders or from W&B paths `entity/project/run`.
 
     Raises:
-        UserError: fewer than two, one that is none, one twice, runs of both stages.
+        UserError: If there are fewer than two runs, a run does not exist or is given twice, or the runs are of
+            different stages.
     """
     if len(places) < 2:
-        raise UserError(f"A comparison needs two runs, not {len(places)}: python tools/compare.py RUN RUN [RUN ...].")
+        raise UserError(
+            f"A comparison needs at least 2 runs, not {len(places)}. Usage: python tools/compare.py RUN RUN [RUN ...]."
+        )
     resolved = [Path(place).expanduser().resolve() for place in places]
     for i, place in enumerate(places):
         if resolved[i] in resolved[:i]:
-            raise UserError(f"{place} is given twice: a run says nothing about itself.")
-    runs = [from_wandb(place) if is_of_wandb(place) else from_folder(place) for place in places]
+            raise UserError(f"{place} is given twice. Remove one of them; a run cannot be compared with itself.")
+    runs = [from_wandb(place) if is_wandb_path(place) else from_folder(place) for place in places]
     if len({run.stage for run in runs}) > 1:
-        of = ", ".join(f"{run.place} ({run.stage})" for run in runs)
-        raise UserError(f"Runs of different stages have no metric in common: {of}. Compare those of one stage.")
+        stages = ", ".join(f"{run.source} ({run.stage})" for run in runs)
+        raise UserError(f"Runs of different stages cannot be compared: {stages}. Give runs of one stage only.")
     return runs
 
 
-def is_of_wandb(place: str) -> bool:
-    """`entity/project/run`, unless it lies here or its first folder does."""
+def is_wandb_path(place: str) -> bool:
+    """Return True if `place` has the form `entity/project/run`, and neither it nor its first part is a local path."""
     path = Path(place).expanduser()
-    here = path.exists() or Path(path.parts[0]).is_dir() or path.parts[0] == "runs"
-    return not here and re.fullmatch(r"[\w.-]+/[\w. -]+/[\w-]+", place) is not None
+    is_local = path.exists() or Path(path.parts[0]).is_dir() or path.parts[0] == "runs"
+    return not is_local and re.fullmatch(r"[\w.-]+/[\w. -]+/[\w-]+", place) is not None
 
 
 def from_folder(place: str) -> RunRecord:
-    """A run folder: config.yaml, run.json, metrics.csv and evaluation.json, the last two where there are any."""
+    """Read a run folder: config.yaml, run.json, and if present metrics.csv and evaluation.json."""
     run = Run.open(place, "runs")
     return RunRecord(
         str(run.path),
         config=flatten(run.config()),
         facts=flatten({key: value for key, value in run.facts.items() if key != "figures"}),
         finished=run.facts.get("finished") is not None,
-        figures=run.facts.get("figures") or {},
+        final_metrics=run.facts.get("figures") or {},
         evaluation=read_json(run.evaluation_file) if run.evaluation_file.is_file() else {},
         weights=run_weights_sha256(run),
         curves=read_curves(run.metrics_file) if run.metrics_file.is_file() else {},
@@ -133,12 +140,15 @@ def from_folder(place: str) -> RunRecord:
 
 
 def from_wandb(place: str) -> RunRecord:
-    """A run of W&B, with the metrics of the newest tools/evaluate.py on it that was logged there."""
+    """Read a run from W&B, with the metrics of its most recent evaluation that was logged there."""
     config, summary, logged, history = fetch_run(place)
     facts = _with_prefix(config, "run.")
-    if facts.get("stage") not in OF_LOSS:
-        raise UserError(f"{place} is in W&B, but no training of this program: its config has no run.stage.")
-    # flat: what stands inside a mapping is `sampler.steps`
+    if facts.get("stage") not in LOSS_KEYS:
+        raise UserError(
+            f"The W&B run {place} is not a training run of this program: run.stage is missing from its config. Give "
+            "the W&B path of a training run."
+        )
+    # W&B values are flat: nested keys look like `sampler.steps`
     evaluation = {key: value for key, value in logged.items() if "." not in key}
     if sampler := _with_prefix(logged, "sampler."):
         evaluation["sampler"] = sampler
@@ -148,14 +158,14 @@ def from_wandb(place: str) -> RunRecord:
             if "/" in name and isinstance(value, int | float) and row.get("step") is not None:
                 points.setdefault(name, {})[int(row["step"])] = float(value)
     curves = {name: as_curve(values) for name, values in points.items()}
-    figures = {key: value for key, value in summary.items() if not re.search(r"^_|/|^step$", key)}
+    final_metrics = {key: value for key, value in summary.items() if not re.search(r"^_|/|^step$", key)}
     last = max((steps[-1] for steps, _ in curves.values()), default=0)
     return RunRecord(
         place,
         config={key: value for key, value in config.items() if not key.startswith("run.")},
         facts=facts,
-        finished="training_s" in figures and last <= figures.get("steps", last),  # else it was trained on since
-        figures=figures,
+        finished="training_s" in final_metrics and last <= final_metrics.get("steps", last),  # no steps logged since
+        final_metrics=final_metrics,
         evaluation=evaluation,
         weights=summary.get({"vae": "autoencoder_sha256", "diffusion": "pipeline_sha256"}[facts["stage"]]),
         curves=curves,

@@ -1,21 +1,21 @@
-"""Is one group of runs better in a metric than another, or is the difference noise?
+"""Statistical comparison of two groups of runs: is one better in a metric, or is the difference within noise?
 
-A group is what differs in nothing but its seed. The rule, per metric, everything at 95 %:
+The runs of a group differ only in their seed. The rules for each metric, at 95 % confidence:
 
-1. Metrics that were not measured alike (features, N, reference set, sampler, guidance) get no verdict.
-2. Three or more runs with seeds of their own in both groups: Welch's t test on the runs. Their spread holds all that a
-   seed moves, training and sampling.
-3. Otherwise, and where seeds do not move a metric, the standard errors of the evaluations. They hold the noise of
-   sampling alone: another seed of training may move a metric further, and the verdict says so. The runs of a group are
-   measured on the same images, so that the mean's error is taken to be theirs, not smaller by the root of their number;
-   and two groups as if on images of their own, which makes the interval of a difference too wide rather than too
-   narrow.
-4. No standard error at all: no verdict.
-5. `better` where the interval of the difference leaves out 0 and it is known which way is better; else `within noise`,
-   which is no proof of equality: the interval says how large a difference could hide in it.
+1. Metrics that were measured with different settings (features, N, reference set, sampler, guidance) get no verdict.
+2. If both groups contain at least three runs with distinct seeds, Welch's t test on the runs. The spread between seeds
+   includes the variation of both training and sampling.
+3. Otherwise, or if a metric is equal for all seeds, the standard errors of the evaluations. They cover sampling noise
+   only. Training with another seed can change a metric by more, and the verdict says so. The runs of a group are
+   measured on the same images, so the error of their mean is not divided by the square root of their number. The
+   errors of the two groups are treated as independent, which makes the interval of the difference conservative.
+4. If no standard error is known, there is no verdict.
+5. If the interval of the difference excludes 0, the verdict is `better`, or `differ` if the better direction is
+   unknown. If the interval includes 0, the verdict is `within noise`. This does not prove equality: a difference as
+   large as the interval cannot be excluded.
 
-Verdicts are not corrected for their number: of twenty metrics without any difference, one is expected to look real.
-`holm` says which of them do so all together.
+Verdicts are not corrected for multiple comparisons: among twenty metrics without any true difference, one is expected
+to appear significant. `holm` returns those that are significant after correction.
 """
 
 import math
@@ -30,42 +30,42 @@ from scipy import stats
 from ldm.metrics.metric import Metric
 
 CONFIDENCE = 0.95
-FEWEST_SEEDS = 3
+MIN_SEEDS = 3
 SEEDS, SAMPLING = "between seeds", "sampling noise only"
 HIGHER = frozenset({"psnr", "ssim", "retrieval", "cosine", "precision", "recall", "density", "coverage", "accuracy"})
 LOWER = frozenset({"kd", "fd", "fid", "kid", "cmmd", "loss", "lpips", "bits", "l1", "mse", "shift"})
-"""Words of a metric's name that say which way is better."""
+"""Words in the names of metrics for which higher, or lower, is better."""
 NEITHER = frozenset({"kl", "chance", "permuted", "validation", "floor", "pca", "classifier"})
-"""Words of a rate, which is worth nothing without its distortion, and of the anchors, which are of the data."""
+"""Words in the names of metrics without a better direction: rates, and baselines that depend only on the data."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean, or a difference of means, and how far noise may have moved it. Its fields are keys of compare.json."""
+    """A mean or a difference of means, with its confidence interval. Field names are keys in compare.json."""
 
     mean: float
     runs: int
     of: str | None = None
-    """SEEDS or SAMPLING: what the interval is of; None where the noise is not known."""
+    """Source of the noise that the interval covers, SEEDS or SAMPLING; None if the noise is unknown."""
     dof: float | None = None
-    """Degrees of freedom; None of a normal distribution."""
+    """Degrees of freedom; None for a normal distribution."""
     interval: tuple[float, float] | None = None
     p_value: float | None = None
-    """Of the two-sided t test against 0."""
+    """p-value of the two-sided t test against 0."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is said of two groups in one metric. Its fields are keys of compare.json."""
+    """The result of comparing one metric between two groups. The field names are keys in compare.json."""
 
     groups: tuple[str, str]
     verdict: str
     difference: Estimate | None = None
-    """Of the second from the first; None where they do not compare."""
+    """Second group minus first group; None if they are not comparable."""
 
 
 def better_direction(name: str) -> int:
-    """Return 1 where a higher metric is better, -1 where a lower one is, 0 where its name does not say."""
+    """Return 1 if higher values of a metric are better, -1 if lower ones are, 0 if its name does not say."""
     words = set(re.split(r"[^a-z0-9]+", name.lower()))
     if words & NEITHER:
         return 0
@@ -73,16 +73,16 @@ def better_direction(name: str) -> int:
 
 
 def estimate(*sides: Sequence[Metric], enough_seeds: bool) -> Estimate:
-    """The mean of one group, or by how much the mean of the second is above that of the first.
+    """Estimate the mean of one group, or the mean of the second group minus that of the first.
 
     Args:
-        enough_seeds: Each side has FEWEST_SEEDS or more runs, with seeds of their own.
+        enough_seeds: True if each group has at least MIN_SEEDS runs with distinct seeds.
     """
     values = [[metric.value for metric in side] for side in reversed(sides)]
     mean = fmean(values[0]) - (fmean(values[1]) if len(sides) > 1 else 0.0)
     runs = sum(map(len, sides))
     if enough_seeds and any(len(set(side)) > 1 for side in values):
-        with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # one side's runs may be all the same
+        with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # the runs of a group can all be equal
             test = stats.ttest_ind(*values, equal_var=False) if len(sides) > 1 else stats.ttest_1samp(values[0], 0)
         low, high = test.confidence_interval(CONFIDENCE)
         return Estimate(mean, runs, SEEDS, float(test.df), (float(low), float(high)), float(test.pvalue))
@@ -92,7 +92,7 @@ def estimate(*sides: Sequence[Metric], enough_seeds: bool) -> Estimate:
     error = math.sqrt(sum(variances))
     if not error:
         return Estimate(mean, runs, SAMPLING, None, (mean, mean), float(not mean))
-    # the degrees of freedom of Welch and Satterthwaite. Source: Welch 1947, Biometrika 34(1-2)
+    # Welch-Satterthwaite degrees of freedom. Source: Welch 1947, Biometrika 34(1-2)
     rest = sum(variance**2 / side[0].dof for variance, side in zip(variances, sides, strict=True))
     noise = stats.t(error**4 / rest, scale=error) if rest else stats.norm(scale=error)
     width, p_value = float(noise.ppf((1 + CONFIDENCE) / 2)), float(2 * noise.sf(abs(mean)))
@@ -102,49 +102,50 @@ def estimate(*sides: Sequence[Metric], enough_seeds: bool) -> Estimate:
 def compare_groups(
     name: str, first: Sequence[Metric], second: Sequence[Metric], labels: tuple[str, str], *, enough_seeds: bool
 ) -> Verdict:
-    """The rule of this module, for one metric of two groups.
+    """Apply the rules of this module to one metric of two groups.
 
     Args:
-        labels: Of the groups, for `<label> better`.
-        enough_seeds: Both have FEWEST_SEEDS or more runs, with seeds of their own.
+        labels: Labels of the groups, used in the verdict `<label> better`.
+        enough_seeds: True if both groups have at least MIN_SEEDS runs with distinct seeds.
     """
-    if lacking := [label for label, side in zip(labels, (first, second), strict=True) if not side]:
-        return Verdict(labels, f"not in {' and '.join(lacking)}")
-    if unlike := differing_settings([*first, *second]):
-        return Verdict(labels, f"not comparable: {', '.join(unlike)}")
-    found, way = estimate(first, second, enough_seeds=enough_seeds), better_direction(name)
-    if found.interval is None:
-        return Verdict(labels, "noise unknown", found)
-    if found.interval[0] <= 0 <= found.interval[1]:
-        return Verdict(labels, "within noise", found)
-    if not way:
-        return Verdict(labels, "differ", found)
-    return Verdict(labels, f"{labels[1] if found.mean * way > 0 else labels[0]} better", found)
+    if missing := [label for label, side in zip(labels, (first, second), strict=True) if not side]:
+        return Verdict(labels, f"not in {' and '.join(missing)}")
+    if differing := differing_settings([*first, *second]):
+        return Verdict(labels, f"not comparable: {', '.join(differing)}")
+    difference, direction = estimate(first, second, enough_seeds=enough_seeds), better_direction(name)
+    if difference.interval is None:
+        return Verdict(labels, "noise unknown", difference)
+    if difference.interval[0] <= 0 <= difference.interval[1]:
+        return Verdict(labels, "within noise", difference)
+    if not direction:
+        return Verdict(labels, "differ", difference)
+    return Verdict(labels, f"{labels[1] if difference.mean * direction > 0 else labels[0]} better", difference)
 
 
 def holm(p_values: Mapping[str, float]) -> list[str]:
-    """Names of the differences that hold together: one or more of them without any difference in 5 % of cases at most,
-    however the metrics depend on each other.
+    """Return the names of the differences that are significant after the Holm-Bonferroni correction.
+
+    The probability of any false positive among them is at most 5 %, whatever the dependence between the metrics.
 
     Source: Holm 1979, Scandinavian Journal of Statistics 6(2).
     """
-    found: list[str] = []
+    significant: list[str] = []
     for name in sorted(p_values, key=p_values.__getitem__):
-        if p_values[name] > (1 - CONFIDENCE) / (len(p_values) - len(found)):
+        if p_values[name] > (1 - CONFIDENCE) / (len(p_values) - len(significant)):
             break
-        found.append(name)
-    return found
+        significant.append(name)
+    return significant
 
 
 def differing_settings(metrics: Sequence[Metric]) -> list[str]:
-    """Names of the settings that are not the same for all; one that somebody does not state is not the same.
+    """Return the names of the settings that differ between metrics, or that only some of the metrics have.
 
-    The options of a sampler may be left to their defaults: its method decides which there are.
+    Options of a sampler other than its method are allowed to be missing, since not every sampler has every option.
     """
-    found = []
+    differing = []
     for key in dict.fromkeys(key for metric in metrics for key in metric.settings):
-        stated = [metric.settings[key] for metric in metrics if key in metric.settings]
+        values = [metric.settings[key] for metric in metrics if key in metric.settings]
         optional = key.startswith("sampler.") and key != "sampler.method"
-        if any(value != stated[0] for value in stated) or (len(stated) < len(metrics) and not optional):
-            found.append(key)
-    return found
+        if any(value != values[0] for value in values) or (len(values) < len(metrics) and not optional):
+            differing.append(key)
+    return differing

@@ -1,1 +1,1 @@
-"""What is in a data set?"""
+"""Data set reports: what a data set contains."""

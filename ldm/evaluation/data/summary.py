@@ -1,4 +1,4 @@
-"""A data set's report as a table; docs/reading_the_numbers.md says what to do about it."""
+"""The summary table of a data set report. docs/reading_the_numbers.md explains how to act on it."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,13 +10,13 @@ from ldm.data.cache import shorten
 
 
 def data_table(content: dict[str, Any]) -> Table:
-    """Everything that is one number or one line."""
+    """Return a table of all values that fit on one line."""
     table = Table(title=escape(content["name"]), title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for section in _sections(content):
-        for what, value in section.items():
-            table.add_row(what, escape(value))
+        for label, value in section.items():
+            table.add_row(label, escape(value))
         table.add_section()
     return table
 
@@ -27,55 +27,64 @@ def _sections(content: dict[str, Any]) -> Iterator[dict[str, str]]:
         "resolution": f"{content['resolution']} x {content['resolution']} px",
         "size": f"{content['num_bytes']:,} bytes, prepared in {content['cache']}",
         "licence": content["licence"] or "not stated by the source",
-        "unreadable": _listed([entry["name"] for entry in content["unreadable"]]),
+        "unreadable": _count_and_names([entry["name"] for entry in content["unreadable"]]),
         "colour profiles": content["colour_profiles"],
-        "of one colour": _listed([image["name"] for image in content["blank"]]),
+        "single colour": _count_and_names([image["name"] for image in content["blank"]]),
     }
     copies, near = content["copies"], content["near_duplicates"]
-    alike = [*copies["groups"], *(pair["images"] for pair in near["pairs"])]
+    pairs = [*copies["groups"], *(pair["images"] for pair in near["pairs"])]
     yield {
-        "copies, pixel by pixel": f"{copies['num_train']:,} within training, {copies['num_val_in_train']:,} "
-        "validation images in training",
-        "near duplicates": f"{near['num_train']:,} training and {near['num_val_in_train']:,} validation images "
-        f"have one in training; up to {near['max_bits']} bits and {near['max_levels']:g} levels apart",
-        "pairs": _listed([f"{first['name']} = {last['name']}" for first, *_, last in alike]),
+        "exact copies": f"{copies['num_train']:,} within the training split; {copies['num_val_in_train']:,} "
+        "validation images have a copy in the training split",
+        "near duplicates": f"{near['num_train']:,} training and {near['num_val_in_train']:,} validation images have "
+        f"a near duplicate in the training split (at most {near['max_bits']} bits and {near['max_levels']:g} levels "
+        "apart)",
+        "pairs": _count_and_names([f"{first['name']} = {last['name']}" for first, *_, last in pairs]),
     }
     if classes := content.get("classes"):
         (most, many), *_, (least, few) = [*classes["counts"].items()] * 2
         yield {
-            "classes": f"{classes['num_classes']:,}, as good as {classes['effective_classes']:.1f} equal ones "
+            "classes": f"{classes['num_classes']:,}, effective number {classes['effective_classes']:.1f} "
             f"(entropy {classes['entropy_bits']:.2f} bits)",
-            "most and least": f"{most}: {many:,}; {least}: {few:,}",
+            "largest and smallest": f"{most}: {many:,}; {least}: {few:,}",
             "without a class": f"{classes['num_missing']:,}",
         }
     if captions := content.get("captions"):
         yield {
             "captions": f"{captions['num_captions']:,}, {captions['num_distinct']:,} of them distinct",
-            "words": f"{captions['fewest_words']} to {captions['most_words']}, median {captions['median_words']:g}",
-            "most frequent": _frequent(captions["most_frequent"]),
-            "most frequent words": _frequent(captions["most_frequent_words"], 10),
+            "words per caption": f"{captions['fewest_words']} to {captions['most_words']}, median "
+            f"{captions['median_words']:g}",
+            "most frequent captions": _format_counts(captions["most_frequent"]),
+            "most frequent words": _format_counts(captions["most_frequent_words"], 10),
             "without a caption": f"{captions['num_missing']:,}",
         }
-    if found := content.get("features"):
-        part = {"features": found["network"]}
-        if "density" in found:
-            part["density"] = f"{found['density']:.3f} of validation by training (alike: 1)"
-            part["coverage"] = f"{found['coverage']:.3f} (alike: {found['expected_coverage']:.3f})"
-            part["k, N"] = f"{found['k']}, {found['num_compared']:,} of each; mean of {found['num_subsets']} draws"
-        if "nearest_distance_val" in found:
-            part["nearest training image"] = (
-                f"{found['nearest_distance_val']:.3f} from validation, {found['nearest_distance_train']:.3f} from "
-                "training, on average"
+    if features := content.get("features"):
+        section = {"features": features["network"]}
+        if "density" in features:
+            section["density"] = f"{features['density']:.3f} (expected for equal distributions: 1)"
+            section["coverage"] = (
+                f"{features['coverage']:.3f} (expected for equal distributions: {features['expected_coverage']:.3f})"
             )
-        part["Vendi score"] = f"{found['vendi_score']:.1f} different images in effect, of {content['num_train']:,}"
-        yield part
+            section["k and N"] = (
+                f"k = {features['k']}, {features['num_compared']:,} images per split; mean over "
+                f"{features['num_subsets']} training subsets"
+            )
+        if "nearest_distance_val" in features:
+            section["distance to nearest training image"] = (
+                f"mean {features['nearest_distance_val']:.3f} from validation images, "
+                f"{features['nearest_distance_train']:.3f} from training images"
+            )
+        section["Vendi score"] = (
+            f"{features['vendi_score']:.1f} effectively distinct images out of {content['num_train']:,}"
+        )
+        yield section
 
 
-def _listed(names: list[str]) -> str:
-    """How many there are, and the first of them."""
+def _count_and_names(names: list[str]) -> str:
+    """Return the number of names, and the first few of them."""
     return f"{len(names):,}" + (f": {shorten(names, 3)}" if names else "")
 
 
-def _frequent(counts: dict[str, int], shown: int = 3) -> str:
-    """The first of a table of counts, in words."""
-    return ", ".join(f"{text} ({count:,})" for text, count in list(counts.items())[:shown])
+def _format_counts(counts: dict[str, int], num_shown: int = 3) -> str:
+    """Return the first `num_shown` texts, each with its count."""
+    return ", ".join(f"{text} ({count:,})" for text, count in list(counts.items())[:num_shown])

@@ -1,1 +1,1 @@
-"""How many latent dimensions do images need?"""
+"""Latent reports: how many latent dimensions a data set needs."""

@@ -1,4 +1,4 @@
-"""How many latent dimensions a run's images need: a table, words with one recommendation, a JSON and two pictures."""
+"""Report on how many latent dimensions a run's images need: metrics, figures and one recommendation."""
 
 import time
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor
 from ldm.autoencoder.autoencoder import Autoencoder
 from ldm.data.images import ImageData
 from ldm.errors import UserError
-from ldm.evaluation.image_sets import held_out_apart, track_batches
+from ldm.evaluation.image_sets import spaced_val_indices, track_batches
 from ldm.evaluation.latents.figure import plot_channels, plot_latents
 from ldm.latents import spectrum
 from ldm.latents.spectrum import ChannelStatistics, channel_statistics
@@ -24,46 +24,47 @@ from ldm.runtime.random import torch_generator
 
 SHARES = (0.9, 0.95, 0.99)
 PCA_IMAGES, HELD_OUT = 4096, 512
-"""The first training and validation images: those of the PSNR that training writes into run.json."""
+"""Number of training and validation images for the PCA, the first ones of each split. Training computes the PSNR in
+run.json on the same images."""
 MOVED_IMAGES, MOVED_CHANNELS = 4, 24
 MOVES = (-2.0, 0.0, 2.0)
 COLUMNS = {
     "kl_bits": ("KL, bits/image", ".1f"),
-    "information_bits": ("information at most", ".1f"),
+    "information_bits": ("information bound, bits/image", ".1f"),
     "mean": ("mean", ".3f"),
     "std": ("std", ".3f"),
     "signal_share": ("signal share", ".3f"),
 }
-"""Of a channel, with their titles and forms."""
+"""Statistics of a channel, with their column titles and number formats."""
 
 
-def latent_table(found: dict[str, Any]) -> Table:
-    """What each channel holds."""
-    channels, height, width = found["latent_shape"]
-    title = f"{channels} channels of {height} x {width}, {found['num_images']} images of {found['images']}"
+def latent_table(content: dict[str, Any]) -> Table:
+    """Return a table with the statistics of each channel."""
+    channels, height, width = content["latent_shape"]
+    title = f"{channels} channels of {height} x {width}, {content['num_images']} images of {content['images']}"
     table = Table(title=title, title_justify="left")
     for name in ("channel", *(label for label, _ in COLUMNS.values()), "dead?"):
         table.add_column(name, justify="right")
-    for row in found["channels"]:
+    for row in content["channels"]:
         numbers = (f"{row[key]:{form}}" for key, (_, form) in COLUMNS.items())
         table.add_row(str(row["channel"]), *numbers, "[bold red]dead[/bold red]" if row["dead"] else "")
     table.add_section()
-    table.add_row("all", *(f"{found[key]:.1f}" for key in ("kl_bits", "information_bits")))
+    table.add_row("all", *(f"{content[key]:.1f}" for key in ("kl_bits", "information_bits")))
     return table
 
 
-def latent_lines(found: dict[str, Any]) -> list[str]:
-    """The spectra, the PSNR and the recommendation; docs/reading_the_numbers.md says what they mean."""
-    held_out = found["held_out"]
+def latent_lines(content: dict[str, Any]) -> list[str]:
+    """Return the spectra, the PSNR and the recommendation as text. docs/reading_the_numbers.md explains them."""
+    held_out = content["held_out"]
     return [
         *(
-            f"{name}: effective rank {of_it['effective_rank']:.1f} of {len(of_it['eigenvalues'])}, 99 % of "
-            f"the variance in {of_it['components']['0.99']}"
-            for name, of_it in found["spectrum"].items()
+            f"{name}: effective rank {values['effective_rank']:.1f} of {len(values['eigenvalues'])}; "
+            f"{values['components']['0.99']} components contain 99 % of the variance"
+            for name, values in content["spectrum"].items()
         ),
-        f"{held_out['num_images']} held-out images: {held_out['psnr_db']:.2f} dB, a PCA of the same size "
-        f"{held_out['pca_psnr_db']:.2f} dB, and as much with {held_out['pca_channels_of_equal_psnr']} channels",
-        f"Recommendation: {found['recommendation']['text']}",
+        f"{held_out['num_images']} held-out images: PSNR {held_out['psnr_db']:.2f} dB; a PCA of the same size reaches "
+        f"{held_out['pca_psnr_db']:.2f} dB and needs {held_out['pca_channels_of_equal_psnr']} channels for equal PSNR",
+        f"Recommendation: {content['recommendation']['text']}",
     ]
 
 
@@ -77,37 +78,39 @@ def measure_latents(
     seed: int = 0,
     batch_size: Count = 64,
 ) -> Report:
-    """What the autoencoder of a run of either stage does with the run's images.
+    """Measure the latents of a run's images, for a run of either stage.
 
     Args:
-        split: val or train; `num_images` of it at most, chosen by the seed. PSNR is always that of validation images.
+        split: val or train. PSNR is always measured on validation images.
+        num_images: Maximum number of images; the seed determines which ones are used.
 
     Raises:
-        UserError: what `choose_images` refuses, an autoencoder without moments, latents that are not finite.
+        UserError: As raised by `choose_images`, or if the autoencoder predicts no variance or its latents are not
+            finite.
     """
     started = time.perf_counter()
     images, indices = choose_images(run, split, num_images, seed)
     autoencoder = run.autoencoder().to(device)
     if not autoencoder.has_density:
         raise UserError(
-            f"The autoencoder {type(autoencoder.model).__name__} of {run.path} has points for latents, without the "
-            "variance that a rate is measured by. Give run= a run with a KL."
+            f"The autoencoder {type(autoencoder.model).__name__} of {run.path} predicts no variance, so its rate "
+            "cannot be measured. Set run= to a run that was trained with regulariser=kl."
         )
-    parts = track_batches(images, indices, batch_size, "encoding, batches")
-    encoded = (torch.stack(autoencoder.encode(part), dim=1) for part in parts)
-    moments = torch.cat([part.float().cpu() for part in encoded])
+    batches = track_batches(images, indices, batch_size, "encoding images, batches")
+    encoded = (torch.stack(autoencoder.encode(batch), dim=1) for batch in batches)
+    moments = torch.cat([batch.float().cpu() for batch in encoded])
     require_finite(moments, "latents")
     mean, log_variance = moments.unbind(1)
     distortion = _measure_distortion(autoencoder, images, batch_size)
-    found = channel_statistics(mean, log_variance)
-    moved = _move_channels(autoencoder, images, found)
+    statistics = channel_statistics(mean, log_variance)
+    moved = _move_channels(autoencoder, images, statistics)
     spectra = {
-        "channels": _spectrum(spectrum.channel_spectrum(mean, found.std)),
-        "latents": _spectrum(spectrum.latent_spectrum(mean, found.std)),
+        "channels": _spectrum(spectrum.channel_spectrum(mean, statistics.std)),
+        "latents": _spectrum(spectrum.latent_spectrum(mean, statistics.std)),
     }
     pca = dict(zip(*distortion["pca_curve"].values(), strict=True))
-    advice = spectrum.recommend(found.dead, spectra["channels"], pca, distortion["psnr_db"], autoencoder.channels)
-    of_channels = {name: getattr(found, name).tolist() for name in COLUMNS}
+    advice = spectrum.recommend(statistics.dead, spectra["channels"], pca, distortion["psnr_db"], autoencoder.channels)
+    columns = {name: getattr(statistics, name).tolist() for name in COLUMNS}
     content: dict[str, Any] = {
         "run": str(run.path),
         "images": f"{images.name}/{split}@{images.fingerprint[:8]}",
@@ -115,12 +118,12 @@ def measure_latents(
         "seed": seed,
         "latent_shape": list(mean.shape[1:]),
         "factor": autoencoder.factor,
-        "kl_bits": found.kl_bits.sum().item(),
-        "information_bits": found.information_bits.sum().item(),
+        "kl_bits": statistics.kl_bits.sum().item(),
+        "information_bits": statistics.information_bits.sum().item(),
         "dead_below_nats_per_location": spectrum.DEAD_NATS,
-        "dead": found.dead,
+        "dead": statistics.dead,
         "channels": [
-            {"channel": i, **{name: values[i] for name, values in of_channels.items()}, "dead": i in found.dead}
+            {"channel": i, **{name: values[i] for name, values in columns.items()}, "dead": i in statistics.dead}
             for i in range(autoencoder.channels)
         ],
         "spectrum": spectra,
@@ -129,19 +132,19 @@ def measure_latents(
         "seconds": round(time.perf_counter() - started, 1),
     }
     noise = torch.randn(mean.shape, generator=torch_generator(seed, 4))
-    pictures: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "latents.png": plot_latents(content, mean + (0.5 * log_variance).exp() * noise),
         "latents_channels.png": plot_channels(content, moved, MOVES),
     }
-    return Report("latents_report.json", content, latent_table(content), latent_lines(content), pictures)
+    return Report("latents_report.json", content, latent_table(content), latent_lines(content), figures)
 
 
 def _measure_distortion(autoencoder: Autoencoder, images: ImageData, batch_size: int) -> dict[str, Any]:
-    """PSNR of held-out images beside that of PCAs."""
+    """Measure the PSNR of held-out images for the autoencoder and for PCAs of several sizes."""
     held_out, factor = images.val_indices[:HELD_OUT], autoencoder.factor
     batches = track_batches(images, held_out, batch_size, "held-out images, batches")
-    own = torch.cat([psnr(part, autoencoder.decode(autoencoder.encode(part)[0]).cpu()) for part in batches])
-    psnr_db, counts = own.mean().item(), spectrum.pca_counts(3 * factor**2, autoencoder.channels)
+    values = torch.cat([psnr(batch, autoencoder.decode(autoencoder.encode(batch)[0]).cpu()) for batch in batches])
+    psnr_db, counts = values.mean().item(), spectrum.pca_counts(3 * factor**2, autoencoder.channels)
     curve = held_out_pca(images, held_out, factor, counts, batch_size)
     pca = dict(zip(counts, curve, strict=True))
     return {
@@ -156,63 +159,65 @@ def _measure_distortion(autoencoder: Autoencoder, images: ImageData, batch_size:
 def held_out_pca(
     images: ImageData, indices: np.ndarray, factor: int, counts: list[int], batch_size: int
 ) -> list[float]:
-    """Mean PSNR in dB of images by the number of components of f x f patches, which are those of training images."""
+    """Return the mean PSNR in dB for each number of components of a PCA of f x f patches, fitted to training images."""
     train = np.sort(images.train_indices[:PCA_IMAGES])
     title = f"PCA, f = {factor}, batches"
     components = patch_components(track_batches(images, train, batch_size, title), factor)
-    parts = track_batches(images, indices, batch_size, title)
-    return torch.cat([pca_curve(components, part, factor, counts) for part in parts], dim=1).mean(1).tolist()
+    batches = track_batches(images, indices, batch_size, title)
+    return torch.cat([pca_curve(components, batch, factor, counts) for batch in batches], dim=1).mean(1).tolist()
 
 
-def _move_channels(autoencoder: Autoencoder, images: ImageData, found: ChannelStatistics) -> dict[int, Tensor]:
-    """Images with each of the channels moved that hold the most information."""
-    shown = found.information.argsort(descending=True)[:MOVED_CHANNELS].sort().values.tolist()
-    first = autoencoder.encode(images.batch(held_out_apart(images, MOVED_IMAGES)))[0]
+def _move_channels(autoencoder: Autoencoder, images: ImageData, statistics: ChannelStatistics) -> dict[int, Tensor]:
+    """Return decoded images with one channel shifted, for each of the channels with the most information."""
+    channels = statistics.information.argsort(descending=True)[:MOVED_CHANNELS].sort().values.tolist()
+    mean = autoencoder.encode(images.batch(spaced_val_indices(images, MOVED_IMAGES)))[0]
     return {
-        channel: move_channel(autoencoder, first, channel, found.std[channel].item())
-        for channel in track(shown, "moving channels")
+        channel: move_channel(autoencoder, mean, channel, statistics.std[channel].item())
+        for channel in track(channels, "decoding shifted channels")
     }
 
 
-def require_finite(values: Tensor, what: str) -> None:
-    """Refuse what an autoencoder made of images where it is not finite.
+def require_finite(values: Tensor, name: str) -> None:
+    """Raise an error if the outputs of an autoencoder are not finite.
 
     Args:
-        values: One row per image.
+        values: Outputs, one row per image.
+        name: What the outputs are, for the message.
 
     Raises:
-        UserError: saying of how many images.
+        UserError: If a value is not finite; the message states the number of images.
     """
-    if wrong := int((~values.flatten(1).isfinite().all(1)).sum()):
+    if num_invalid := int((~values.flatten(1).isfinite().all(1)).sum()):
         raise UserError(
-            f"The autoencoder's {what} of {wrong} of {len(values)} images are not finite: its training diverged. Train "
-            "it again, with a lower optimizer.lr."
+            f"The autoencoder's {name} of {num_invalid} of {len(values)} images are not finite, because its training "
+            "diverged. Train it again with a lower optimizer.lr."
         )
 
 
 def move_channel(autoencoder: Autoencoder, mean: Tensor, channel: int, std: float) -> Tensor:
-    """Images [k, 3, 3, H, W] decoded from latents [k, C, h, w] with one channel moved everywhere by MOVES times std."""
+    """Shift one channel of latents [k, C, h, w] by each of MOVES times std and decode them to [k, 3, 3, H, W]."""
     z_raw = mean[:, None].repeat(1, len(MOVES), 1, 1, 1)
     z_raw[:, :, channel] += std * torch.tensor(MOVES, device=mean.device)[:, None, None]
     return autoencoder.decode(z_raw.flatten(0, 1)).float().cpu().unflatten(0, z_raw.shape[:2])
 
 
 def pca_curve(components: tuple[Tensor, Tensor], images: Tensor, factor: int, counts: list[int]) -> Tensor:
-    """PSNR in dB of each image [b, 3, H, W] reconstructed from so many components, [len(counts), b]: what
-    `pca_reconstruction` gives for each count, from one decomposition.
+    """Return the PSNR in dB of images [b, 3, H, W] for each number of PCA components, [len(counts), b].
+
+    The result equals that of `pca_reconstruction` for each count, but all counts share one decomposition.
 
     Args:
-        components: Of `patch_components`.
-        counts: Ascending.
+        components: Mean and basis, as returned by `patch_components`.
+        counts: Numbers of components in ascending order.
     """
     mean, basis = components
     coefficients = (unfold(images, factor) - mean) @ basis
-    found, patches, done = [], mean.expand_as(coefficients), 0
+    values, patches, start = [], mean.expand_as(coefficients), 0
     for count in counts:
-        patches = patches + coefficients[..., done:count] @ basis[:, done:count].T
-        found.append(psnr(images, fold(patches, factor).clamp(-1, 1)))
-        done = count
-    return torch.stack(found)
+        patches = patches + coefficients[..., start:count] @ basis[:, start:count].T
+        values.append(psnr(images, fold(patches, factor).clamp(-1, 1)))
+        start = count
+    return torch.stack(values)
 
 
 def _spectrum(eigenvalues: Tensor) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Which trainings compare latent sizes: one for each size and loss, for equal minutes, one after the other.
+"""Sweep over latent sizes: one training run per size and loss, run sequentially with equal time budgets.
 
-A size f4c16 has C = 16 channels at 1 / f = 1 / 4 of the resolution: C (R / f)^2 values for an image of R x R pixels.
-Each training is a command like any other, in a process of its own. The folder of a sweep:
+The size f4c16 has C = 16 channels at 1 / f = 1 / 4 of the resolution, hence C (R / f)^2 values for an image of R x R
+pixels. Each training is an ordinary training command in a separate process. Contents of a sweep folder:
 
 runs/sweeps/<name>/  sweep.json  sweep.png  vae/<size>-<loss>/, run folders
 """
@@ -23,14 +23,15 @@ from ldm.runtime import child, shell, signals
 from ldm.runtime.paths import RUN_FILE
 
 MAX_PATCH, WIDTH = 8, 128
-"""Up to f = 8 a pixel-unshuffle does it all, and every convolution works at the latent's resolution. On one CPU thread
-f8c16 made 2.4 times the steps of a patch of 4 with two levels in equal time, and 20.1 dB instead of 19.7."""
+"""Up to f = 8, a pixel-unshuffle does all the downsampling and every convolution runs at the latent resolution. On one
+CPU thread, f8c16 trained this way ran 2.4 times as many steps in equal time as with patch=4 and two levels, and reached
+20.1 dB instead of 19.7 dB."""
 LOSSES = {"plain": (), "adversarial": ("perceptual=efficientnet_lite", "adversarial=hinge")}
-"""By name, the overrides that turn the autoencoder's own loss into it."""
+"""Overrides of the training command for each loss."""
 Loss = Annotated[Literal["plain", "adversarial"], Field()]
-MOST_MINUTES = 5999
-Minutes = Annotated[Number, Field(ge=0.02, le=MOST_MINUTES)]
-"""From a second to 100 hours."""
+MAX_MINUTES = 5999
+Minutes = Annotated[Number, Field(ge=0.02, le=MAX_MINUTES)]
+"""Between one second and 100 hours."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class LatentSize:
         return f"f{self.factor}c{self.channels}"
 
     def overrides(self) -> list[str]:
-        """Of the training command: f = patch * 2^(levels - 1)."""
+        """Return the overrides of the training command, where f = patch * 2^(levels - 1)."""
         patch = min(self.factor, MAX_PATCH)
         levels = int(math.log2(self.factor // patch)) + 1
         return [
@@ -57,12 +58,12 @@ class LatentSize:
 
 @dataclass(frozen=True)
 class SweepTraining:
-    """One run of a sweep.
+    """One training run of a sweep.
 
     Args:
         sweep: The folder of the sweep.
-        minutes: The budget.
-        overrides: What makes it that size and that loss, data and budget included.
+        minutes: The time budget.
+        overrides: All overrides of the training command, including data and time budget.
     """
 
     size: LatentSize
@@ -80,70 +81,73 @@ class SweepTraining:
         return self.sweep / "vae" / self.name
 
     def command(self) -> list[str]:
-        """The training command's arguments, after the interpreter: it begins, or goes on where it was stopped."""
-        place = [f"name={self.name}", f"runs_dir={self.sweep}"]
-        again = ["resume=true"] if (self.folder / RUN_FILE).is_file() else []
-        return ["-m", "ldm.train", "stage=vae", *self.overrides, *place, *again]
+        """Return the Python arguments that start the training, or resume it if its run folder exists."""
+        location = [f"name={self.name}", f"runs_dir={self.sweep}"]
+        resume = ["resume=true"] if (self.folder / RUN_FILE).is_file() else []
+        return ["-m", "ldm.train", "stage=vae", *self.overrides, *location, *resume]
 
     def is_finished(self) -> bool:
-        """Whether its run is there and has ended.
+        """Return True if the run exists and has finished.
 
         Raises:
-            UserError: its folder holds a run of other options.
+            UserError: If the folder contains a run with other options.
         """
         if not (self.folder / RUN_FILE).is_file():
             return False
         run = Run.open(self.folder)
-        if other := {"stage=vae", *self.overrides} ^ set(run.facts.get("options", [])):
-            differ = ", ".join(sorted(other)).replace("=", " ")
+        if differing := {"stage=vae", *self.overrides} ^ set(run.facts.get("options", [])):
+            options = ", ".join(sorted(differing)).replace("=", " ")
             raise UserError(
-                f"{self.folder} was trained with other options: {differ}. Choose another name=, or delete that folder."
+                f"{self.folder} was trained with other options: {options}. Choose another name=, or delete the folder."
             )
         return run.finished
 
 
 @checked
 def parse_sizes(text: str, resolution: Count) -> list[LatentSize]:
-    """`f4c4,f4c16` for images of `resolution` pixels a side.
+    """Parse latent sizes such as `f4c4,f4c16` for images of `resolution` x `resolution` pixels.
 
     Raises:
-        UserError: naming the one that is no size of such images, and the rule.
+        UserError: If a size is not valid for this resolution.
     """
     sizes = {}
     for spec in (part.strip() for part in text.split(",")):
-        found = re.fullmatch(r"f([1-9]\d*)c([1-9]\d*)", spec)
-        factor, channels = map(int, found.groups()) if found else (0, 0)
-        if not found or factor & (factor - 1) or resolution % factor or channels > 3 * factor**2:
+        match = re.fullmatch(r"f([1-9]\d*)c([1-9]\d*)", spec)
+        factor, channels = map(int, match.groups()) if match else (0, 0)
+        if not match or factor & (factor - 1) or resolution % factor or channels > 3 * factor**2:
             raise UserError(
-                f"sweep: {spec!r} is no latent size for data.resolution={resolution}. Write f, a power of 2 that "
-                "divides it, and c, the channels, 3 f^2 at most: sweep=f4c4,f8c16."
+                f"sweep: {spec!r} is not a valid latent size for data.resolution={resolution}. Write f and a power of "
+                "2 that divides the resolution, then c and the number of channels, at most 3 f^2. For example: "
+                "sweep=f4c4,f8c16."
             )
         sizes[spec] = LatentSize(factor, channels)
     return list(sizes.values())
 
 
 def parse_list(text: str | None) -> list[str]:
-    """`[batch_size=64,optimizer.betas=[0.9,0.95]]` as overrides: split at the commas outside brackets and quotes.
+    """Split a list such as `[batch_size=64,optimizer.betas=[0.9,0.95]]` at the commas outside brackets and quotes.
 
     Raises:
-        UserError: a part without a `=`.
+        UserError: If an item contains no `=`.
     """
     inside = re.sub(r"^\[(.*)\]$", r"\1", (text or "").strip())
-    found = [part.strip() for part in re.findall(r"""(?:[^,\["']|\[[^]]*\]|"[^"]*"|'[^']*')+""", inside)]
-    if not all("=" in part for part in found):
-        raise UserError(f"train={text} must be a list of overrides: train=[batch_size=64,optimizer.lr=1e-3].")
-    return found
+    overrides = [part.strip() for part in re.findall(r"""(?:[^,\["']|\[[^]]*\]|"[^"]*"|'[^']*')+""", inside)]
+    if not all("=" in override for override in overrides):
+        raise UserError(
+            f"train={text} must be a list of overrides, for example train=[batch_size=64,optimizer.lr=1e-3]."
+        )
+    return overrides
 
 
 @checked
 def plan_trainings(
     sizes: Sequence[LatentSize], losses: list[Loss], sweep: Path, minutes: Minutes, common: Sequence[str]
 ) -> list[SweepTraining]:
-    """Every size with every loss.
+    """Return one training for each combination of size and loss.
 
     Args:
         sweep: The folder of the sweep.
-        common: Overrides of every training: the data, and what the user adds.
+        common: Overrides for all trainings: the data and the user's own overrides.
     """
     time = f"trainer.max_time={as_time(minutes)}"
     return [
@@ -154,30 +158,31 @@ def plan_trainings(
 
 
 def as_time(minutes: float) -> str:
-    """Minutes as HH:MM:SS."""
+    """Format minutes as HH:MM:SS."""
     seconds = round(60 * minutes)
     return f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 
 def run_trainings(trainings: Sequence[SweepTraining]) -> None:
-    """Begin what is new, continue what was interrupted, keep what is finished.
+    """Start new trainings, resume interrupted ones, and skip finished ones.
 
     Raises:
-        UserError: as `is_finished` says, before any training; or one of them failed, and the others were not begun.
-        Interrupted: the user stopped it; the training of that moment has saved its checkpoint.
+        UserError: As raised by `is_finished`, before any training starts; or if a training fails, in which case the
+            remaining ones are not started.
+        Interrupted: If the user stops the sweep. The current training has saved its checkpoint.
     """
-    left = [training for training in trainings if not training.is_finished()]
-    print(f"{len(trainings)} trainings, of which {len(trainings) - len(left)} are finished and kept")
-    for number, training in enumerate(left):
-        minutes = (len(left) - number) * training.minutes
-        print(f"\n{training.name}, {number + 1} of {len(left)}: {minutes:g} minutes are left at most", flush=True)
+    remaining = [training for training in trainings if not training.is_finished()]
+    print(f"{len(trainings)} trainings, {len(trainings) - len(remaining)} of them already finished")
+    for number, training in enumerate(remaining):
+        minutes = (len(remaining) - number) * training.minutes
+        print(f"\n{training.name}, {number + 1} of {len(remaining)}: at most {minutes:g} minutes left", flush=True)
         command = training.command()
         try:
             code = child.run_python(command, environment_of_children())
         except signals.Interrupted as stopped:
-            raise signals.Interrupted(stopped.signal, f"{stopped}. The same command goes on from there.") from stopped
+            raise signals.Interrupted(stopped.signal, f"{stopped}. Run the same command to resume.") from stopped
         if code:
             raise UserError(
-                f"The training {training.name} ended with exit code {code}, for the reason that it gave above. Its "
-                f"command was: {shell.python(*command)}. When the reason is mended, the same sweep goes on."
+                f"The training {training.name} ended with exit code {code}; its error message is above. Its command "
+                f"was: {shell.python(*command)}. Fix the error, then run the same sweep again to continue it."
             )

@@ -1,4 +1,4 @@
-"""Rate and distortion of the latent sizes of a sweep, beside the PCA of every size."""
+"""Figure of a latent size sweep: distortion against size and rate, with PCA baselines."""
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
@@ -11,40 +11,40 @@ from ldm.evaluation.curves import COLOURS
 
 INK = "#333333"
 MARKERS = {"plain": "o", "adversarial": "D"}
-LABELS = {"num_values": "values per image", "kl_bits": "rate: KL in bits per image"}
+LABELS = {"num_values": "values per image", "kl_bits": "rate (KL, bits per image)"}
 
 
 def plot_size_sweep(report: Mapping[str, Any]) -> Figure:
-    """PSNR over values per image, and over bits per image where latents have a density.
+    """Plot PSNR against values per image and, if all rows have a KL rate, against bits per image.
 
     Args:
-        report: That of sweep.json.
+        report: The report in sweep.json.
     """
     rows = sorted(report["rows"], key=lambda row: row["psnr_db"])
     factors = sorted({row["factor"] for row in rows})
     colours = dict(zip(factors, cycle(COLOURS), strict=False))
-    shown = [key for key in LABELS if all(row[key] is not None for row in rows)]
-    figure = Figure(figsize=(5.4 * len(shown), 5.4), dpi=130, layout="constrained")
-    for axes, key in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+    keys = [key for key in LABELS if all(row[key] is not None for row in rows)]
+    figure = Figure(figsize=(5.4 * len(keys), 5.4), dpi=130, layout="constrained")
+    for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
         _plot_distortion(axes, rows, key, report, colours)
     size = figure.axes[0]
     for factor, colour in colours.items():
         curve = report["pca"][str(factor)]
         size.plot(curve["num_values"], curve["psnr_db"], color=colour, scaley=False, label=f"PCA, f = {factor}")
     for loss, marker in MARKERS.items():
-        size.plot([], [], marker, color=INK, label=f"trained, {loss}")
+        size.plot([], [], marker, color=INK, label=f"autoencoder, {loss} loss")
     size.legend(frameon=False, fontsize=9, loc="upper left")
-    figure.suptitle(f"{report['num_images']} held-out images of {report['images']}, {report['resolution']} px")
+    figure.suptitle(f"{report['num_images']} held-out images from {report['images']}, {report['resolution']} px")
     return figure
 
 
 def _plot_distortion(
     axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, report: Mapping[str, Any], colours: dict[int, str]
 ) -> None:
-    """Every run with the standard error of its PSNR, the one that is recommended in a ring, and the target.
+    """Plot the PSNR of each run with its standard error, a ring around the recommended run, and the target.
 
     Args:
-        rows: Ascending in PSNR: neighbours have their labels on different sides.
+        rows: Rows in ascending order of PSNR, so that the labels of neighbours are on opposite sides.
     """
     for i, row in enumerate(rows):
         point, colour = (row[key], row["psnr_db"]), colours[row["factor"]]
@@ -58,7 +58,7 @@ def _plot_distortion(
     axes.xaxis.set_major_formatter("{x:,g}")
     low = min(low, *(row["pca_psnr_db"] for row in rows))
     axes.set(xlim=(min(values) / 2.2, 2.2 * max(values)), ylim=(low - 1, high + 1))
-    axes.set(xlabel=LABELS[key], ylabel="PSNR, dB")
+    axes.set(xlabel=LABELS[key], ylabel="PSNR (dB)")
     axes.grid(alpha=0.22)
     axes.axhline(report["target_psnr_db"], color=INK, lw=1, ls="--")
-    axes.set_title(f"Distortion; dashed: target {report['target_psnr_db']:g} dB")
+    axes.set_title(f"Distortion (dashed line: target of {report['target_psnr_db']:g} dB)")

@@ -1,1 +1,1 @@
-"""What does the autoencoder lose?"""
+"""Evaluation of autoencoders: how much is lost in reconstructions."""

@@ -1,4 +1,4 @@
-"""How well an autoencoder gives held-out images back: distortion, distances in features, rate, and its worst images."""
+"""Report on the reconstructions of held-out images: distortion, feature distances, rate, and the worst images."""
 
 import time
 from collections import defaultdict
@@ -21,63 +21,63 @@ from ldm.evaluation.image_sets import image_text, track_batches
 from ldm.evaluation.latents.report import held_out_pca, require_finite
 from ldm.evaluation.samples.distances import Measures, describe_setting, fd_name
 from ldm.image_grid import grid, to_pil
-from ldm.metrics.codes import codebook, kl, rate
+from ldm.metrics.codes import codebook_metrics, kl, kl_metrics
 from ldm.metrics.image import psnr, ssim
-from ldm.metrics.metric import ERROR, UNMEASURED, mean_metric, metrics_to_json
+from ldm.metrics.metric import ERROR_SUFFIX, UNMEASURED, mean_metric, metrics_to_json
 from ldm.metrics.report import Report
 from ldm.rules import Count, checked
 from ldm.runs.run import EVALUATION_FILE, Run, choose_images
 
 WORST, TRAIN_IMAGES = 12, 4096
-"""Images that are shown, and training images whose codes are counted."""
-AMPLIFIED = 4
-"""Errors are shown so many times as bright as they are."""
+"""Number of worst images in the figure, and of training images for codebook usage."""
+AMPLIFICATION = 4
+"""Factor by which errors are amplified in the figure."""
 
 
 def reconstruction_table(content: dict[str, Any]) -> Table:
-    """A row per metric, with its standard error over the images and what stands beside it."""
-    of = ""
+    """Return a table with one row per metric: its value, its standard error and a remark."""
+    features = ""
     if content["features"]:
-        of = f"; features: {feature_title(content)}{' (in the loss)' * content['features_in_loss']}"
-    title = f"Reconstructions of {content['num_images']} held-out images, {content['images']}{of}"
+        features = f"; features: {feature_title(content)}{' (used in the loss)' * content['features_in_loss']}"
+    title = f"Reconstructions of {content['num_images']} held-out images from {content['images']}{features}"
     table = Table("", title=title, title_justify="left")
-    for name in ("value", "+-", "beside it"):
-        table.add_column(name, justify="left" if name == "beside it" else "right")
+    for name in ("value", "+-", "remark"):
+        table.add_column(name, justify="left" if name == "remark" else "right")
     fd = content.get("fd_name", "")
     rows = (
         ("PSNR, dB", "psnr_db", 2, "PCA of the same size: {pca_psnr_db:.2f}"),
         ("SSIM", "ssim", 4, ""),
-        ("LPIPS", "lpips", 4, "in the loss" * content["lpips_in_loss"]),
+        ("LPIPS", "lpips", 4, "used in the loss" * content["lpips_in_loss"]),
         (fd, "fd_reconstructions", 4, ""),
         (f"{fd}, validation to training", "fd_validation", 4, ""),
         ("KD", "kd_reconstructions", 4, ""),
         ("KD, validation to training", "kd_validation", 4, ""),
-        ("accuracy of the classifier", "classifier_val_accuracy", 3, "on validation images"),
+        ("classifier accuracy", "classifier_val_accuracy", 3, "on validation images"),
         ("KL, bits per image", "kl_bits", 1, "per pixel value: {kl_bits_per_value:.3f}"),
-        ("codebook in use", "codebook_usage", 3, "by the training images: {codebook_usage_train:.3f}"),
-        ("perplexity of the codes", "codebook_perplexity", 1, "{codebook_size} codes"),
+        ("codebook usage", "codebook_usage", 3, "on training images: {codebook_usage_train:.3f}"),
+        ("codebook perplexity", "codebook_perplexity", 1, "{codebook_size} codes"),
     )
     values = metrics_to_json(content)
-    for name, key, digits, beside in rows:
+    for name, key, digits, remark in rows:
         if (value := values.get(key)) is not None:
-            error = values.get(key + ERROR)
+            error = values.get(key + ERROR_SUFFIX)
             numbers = ("" if number is None else f"{number:.{digits}f}" for number in (value, error))
-            table.add_row(name, *numbers, beside.format(**values))
+            table.add_row(name, *numbers, remark.format(**values))
     return table
 
 
 def reconstruction_lines(content: dict[str, Any]) -> list[str]:
-    """What the distances are of; docs/reading_the_numbers.md says what they prove."""
+    """Return lines that describe how the distances were measured. docs/reading_the_numbers.md explains them."""
     lines = []
     if content["features"]:
         n, reference = content["num_images"], content["reference"]
-        of = f", PCA of {reference}" if content["fd_components"] else ""
+        pca = f" (PCA of {reference})" if content["fd_components"] else ""
         lines.append(
-            f"{content['fd_name']}{of}, and KD of {feature_title(content)}: N={n}, ref=originals of the same {n} "
-            f"images; validation against training images: ref={reference}, N={content['num_reference']}"
+            f"{content['fd_name']}{pca} and KD with {feature_title(content)}: N={n}, ref=originals of the same {n} "
+            f"images; validation to training: ref={reference}, N={content['num_reference']}"
         )
     if content["lpips_left_out"]:
-        lines.append(f"LPIPS is left out: {content['lpips_left_out']}.")
+        lines.append(f"LPIPS was skipped: {content['lpips_left_out']}.")
     return lines
 
 
@@ -92,28 +92,28 @@ def measure_reconstructions(
     seed: int = 0,
     batch_size: Count = 64,
 ) -> Report:
-    """Compare a run's validation images with what its autoencoder makes of them, decode(mean of q(z_raw|x)).
+    """Compare a run's validation images with their reconstructions decode(mean of q(z_raw|x)).
 
     Args:
-        features: A name of `ldm.metrics.features.CHOICES`, classifier, or none.
-        features_path: Folder or hub id of their weights.
-        num_images: Validation images at most, chosen by the seed.
+        features: A name from `ldm.metrics.features.FEATURE_NETWORKS`, classifier, or none.
+        features_path: Folder or hub id of the weights of the feature network.
+        num_images: Maximum number of validation images; the seed determines which ones are used.
 
     Raises:
-        UserError: what `choose_images` and `load_features` refuse, reconstructions that are not finite.
+        UserError: As raised by `choose_images` and `load_features`, or if reconstructions are not finite.
     """
     started, autoencoder = time.perf_counter(), run.autoencoder().to(device)
     images, indices = choose_images(run, "val", num_images, seed)
     network = None if features == NO_FEATURES else load_features(features, images, features_path).to(device)
-    lpips, without = _lpips()
+    lpips, lpips_error = _load_lpips()
     in_loss = run.facts.get("perceptual_features", [])
     gallery = None if network is None else reference_features(network, features, images)
     batches = partial(track_batches, images, batch_size=batch_size)
-    found = _compare_images(autoencoder, batches(indices, title="held-out images, batches"), network, lpips)
+    values = _compare_images(autoencoder, batches(indices, title="held-out images, batches"), network, lpips)
     factor = autoencoder.factor
     pca_channels = [min(autoencoder.channels, 3 * factor**2)]
-    # of few held-out images, most codes could not be in use
-    of_train = batches(images.train_indices[:TRAIN_IMAGES], title="codes of training images, batches")
+    # a small number of held-out images cannot use all codes, so usage is also measured on training images
+    train_batches = batches(images.train_indices[:TRAIN_IMAGES], title="codes of training images, batches")
     content: dict[str, Any] = {
         "run": str(run.path),
         "weights_sha256": autoencoder.weights_sha256(),
@@ -123,52 +123,53 @@ def measure_reconstructions(
         "regulariser": autoencoder.regulariser,
         "latent_shape": list(autoencoder.latent_shape(images.resolution)),
         "factor": factor,
-        "psnr_db": mean_metric(found["psnr"]),
+        "psnr_db": mean_metric(values["psnr"]),
         "pca_psnr_db": held_out_pca(images, indices, factor, pca_channels, batch_size)[0],
-        "ssim": mean_metric(found["ssim"]),
-        "lpips": mean_metric(found["lpips"]) if "lpips" in found else UNMEASURED,
-        "lpips_left_out": without,
+        "ssim": mean_metric(values["ssim"]),
+        "lpips": mean_metric(values["lpips"]) if "lpips" in values else UNMEASURED,
+        "lpips_left_out": lpips_error,
         "lpips_in_loss": lpips is not None and "lpips" in in_loss,
         "features": None,
         "features_in_loss": network is not None and features in in_loss,
-        **rate(found.get("kl"), 3 * images.resolution**2),
-        **codebook(_count_codes(autoencoder, batches(indices, title="codes"))),
-        "codebook_usage_train": codebook(_count_codes(autoencoder, of_train))["codebook_usage"],
+        **kl_metrics(values.get("kl"), 3 * images.resolution**2),
+        **codebook_metrics(_count_codes(autoencoder, batches(indices, title="codes of held-out images, batches"))),
+        "codebook_usage_train": codebook_metrics(_count_codes(autoencoder, train_batches))["codebook_usage"],
     }
     if network is not None and gallery is not None:
-        train, own = (gallery[torch.from_numpy(rows)] for rows in (images.train_indices, indices))
+        train, originals = (gallery[torch.from_numpy(rows)] for rows in (images.train_indices, indices))
         content |= describe_setting(network, features, images)
-        content |= reconstruction_distances(found["features"], own, train)
+        content |= reconstruction_distances(values["features"], originals, train)
         content["fd_name"] = fd_name(network, content["fd_components"])
-        if (share := getattr(network, "val_accuracy", None)) is not None:
-            content["classifier_val_accuracy"] = share
+        if (accuracy := getattr(network, "val_accuracy", None)) is not None:
+            content["classifier_val_accuracy"] = accuracy
     content["seconds"] = round(time.perf_counter() - started, 1)
-    worst = _plot_worst(autoencoder, images, indices, content, found["psnr"])
+    worst = _plot_worst(autoencoder, images, indices, content, values["psnr"])
     table, lines = reconstruction_table(content), reconstruction_lines(content)
     return Report(EVALUATION_FILE, content, table, lines, {"worst_reconstructions.png": worst})
 
 
-def reconstruction_distances(reconstructed: Tensor, own: Tensor, train: Tensor) -> dict[str, Any]:
-    """FD and KD of reconstructions to the originals of the same images, and of those to the training images.
+def reconstruction_distances(reconstructed: Tensor, originals: Tensor, train: Tensor) -> dict[str, Any]:
+    """Measure FD and KD from reconstructions to their originals, and from the originals to the training images.
 
-    FD is on the first principal components of the training images where one of the sets has fewer than 2 d images.
-    Either is UNMEASURED where there are too few for its error. An image and its reconstruction are left out together.
+    FD is computed on the first principal components of the training images if a set has fewer than 2 d images. A
+    distance is UNMEASURED if there are too few images to estimate its error. The jackknife always removes an image
+    together with its reconstruction.
 
     Args:
-        reconstructed, own: Features [n, d], row by row of the same image.
-        train: [m, d].
+        reconstructed, originals: Features [n, d]; row i of both belongs to the same image.
+        train: Features of the training images, [m, d].
     """
-    measures, dim = Measures.choose(train, len(own), num_reference=len(train)), own.shape[1]
-    found: dict[str, Any] = {"feature_dim": dim, "fd_components": measures.num_components}
-    sides = {"reconstructions": (reconstructed, own, True), "validation": (own, train, False)}
-    for name, (features, reference, paired) in sides.items():
-        found[f"fd_{name}"] = measures.fd(features, reference, paired=paired)
-        found[f"kd_{name}"] = measures.kd(features, reference, paired=paired)
-    return found
+    measures, dim = Measures.choose(train, len(originals), num_reference=len(train)), originals.shape[1]
+    metrics: dict[str, Any] = {"feature_dim": dim, "fd_components": measures.num_components}
+    pairs = {"reconstructions": (reconstructed, originals, True), "validation": (originals, train, False)}
+    for name, (features, reference, paired) in pairs.items():
+        metrics[f"fd_{name}"] = measures.fd(features, reference, paired=paired)
+        metrics[f"kd_{name}"] = measures.kd(features, reference, paired=paired)
+    return metrics
 
 
-def _lpips() -> tuple[LPIPS | None, str | None]:
-    """The network, or why there is none: a report without a network at hand is a report all the same."""
+def _load_lpips() -> tuple[LPIPS | None, str | None]:
+    """Return the LPIPS network, or None and the reason why it cannot be loaded; the report works without it."""
     try:
         return LPIPS(), None
     except UserError as error:
@@ -182,11 +183,11 @@ def _compare_images(
     network: nn.Module | None,
     lpips: nn.Module | None,
 ) -> dict[str, Tensor]:
-    """By name, a value or a vector per image."""
-    parts = defaultdict[str, list[Tensor]](list)
-    for part in batches:
-        mean, log_variance = autoencoder.encode(part)
-        original, reconstruction = part.to(autoencoder.device), autoencoder.decode(mean).float()
+    """Return by name a scalar or a feature vector per image."""
+    collected = defaultdict[str, list[Tensor]](list)
+    for batch in batches:
+        mean, log_variance = autoencoder.encode(batch)
+        original, reconstruction = batch.to(autoencoder.device), autoencoder.decode(mean).float()
         values = {"psnr": psnr(original, reconstruction), "ssim": ssim(original, reconstruction)}
         if lpips is not None:
             values["lpips"] = lpips.to(autoencoder.device)(original, reconstruction)
@@ -195,17 +196,17 @@ def _compare_images(
         if autoencoder.has_density:
             values["kl"] = kl(mean, log_variance)
         for name, value in values.items():
-            parts[name].append(value.cpu())
-    found = {name: torch.cat(values) for name, values in parts.items()}
-    require_finite(found["psnr"][:, None], "reconstructions")
-    return found
+            collected[name].append(value.cpu())
+    results = {name: torch.cat(tensors) for name, tensors in collected.items()}
+    require_finite(results["psnr"][:, None], "reconstructions")
+    return results
 
 
 def _count_codes(autoencoder: Autoencoder, batches: Iterable[Tensor]) -> Tensor | None:
-    """How often each code is used; None where there is no codebook."""
+    """Return the number of uses of each code, or None if there is no codebook."""
     if (size := autoencoder.codebook_size) is None:
         return None
-    codes = torch.cat([autoencoder.codes(autoencoder.encode(part)[0]).flatten().cpu() for part in batches])
+    codes = torch.cat([autoencoder.codes(autoencoder.encode(batch)[0]).flatten().cpu() for batch in batches])
     return codes.bincount(minlength=size)
 
 
@@ -218,8 +219,8 @@ def _plot_worst(
     reconstructions = autoencoder.decode(autoencoder.encode(originals)[0]).float().cpu()
     captions = [f"{psnr_db[row]:.1f} dB {image_text(images, i)}" for row, i in zip(rows, worst, strict=True)]
     title = (
-        f"The {len(worst)} worst of {content['num_images']} held-out images of {content['images']} by PSNR; "
-        f"the mean of all is {content['psnr_db'].value:.1f} dB"
+        f"The {len(worst)} worst of {content['num_images']} held-out images from {content['images']} by PSNR; "
+        f"mean of all images: {content['psnr_db'].value:.1f} dB"
     )
     return plot_reconstructions(originals, reconstructions, captions, title)
 
@@ -227,13 +228,13 @@ def _plot_worst(
 def plot_reconstructions(
     originals: Tensor, reconstructions: Tensor, captions: Sequence[str], title: str
 ) -> Image.Image:
-    """Original, reconstruction and |error| of each image in one column.
+    """Draw the original, the reconstruction and the absolute error of each image in one column.
 
     Args:
-        originals, reconstructions: [k, 3, H, W] in [-1, 1].
-        captions: Of each original.
+        originals, reconstructions: Images [k, 3, H, W] in [-1, 1].
+        captions: Captions of the originals.
     """
-    errors, num = AMPLIFIED * (originals - reconstructions).abs() - 1, len(originals)
-    pictures = [*to_pil(originals), *to_pil(reconstructions), *to_pil(errors)]
-    below = [*captions, *["reconstruction"] * num, *[f"|error| x {AMPLIFIED}"] * num]
-    return grid(pictures, below, columns=num, title=title)
+    errors, num = AMPLIFICATION * (originals - reconstructions).abs() - 1, len(originals)
+    cells = [*to_pil(originals), *to_pil(reconstructions), *to_pil(errors)]
+    texts = [*captions, *["reconstruction"] * num, *[f"|error| x {AMPLIFICATION}"] * num]
+    return grid(cells, texts, columns=num, title=title)

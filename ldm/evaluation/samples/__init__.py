@@ -1,1 +1,1 @@
-"""How close are samples to the data?"""
+"""Evaluation of samples: how close their distribution is to that of the data."""

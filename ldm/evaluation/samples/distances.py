@@ -1,4 +1,4 @@
-"""One table: how far sets of images are from the training images, every row by the same measures."""
+"""Distances between sets of images and the training images, measured in the same way for every set."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,24 +14,24 @@ from ldm.metrics.frechet import feature_components, frechet_replicates
 from ldm.metrics.kernel import cmmd, kernel_distance
 from ldm.metrics.metric import UNMEASURED, Metric
 from ldm.metrics.neighbours import density_coverage, precision_recall
-from ldm.metrics.subsets import MOST_COMPONENTS, NUM_GROUPS, NUM_SUBSETS, jackknife_error, over_subsets
-from ldm.rules import Whole
+from ldm.metrics.subsets import MAX_COMPONENTS, NUM_GROUPS, NUM_SUBSETS, jackknife_error, mean_over_subsets
+from ldm.rules import Integer
 from ldm.runtime.random import numpy_generator
 
 COLUMNS = {"fd": 2, "kd": 4, "precision": 3, "recall": 3, "density": 3, "coverage": 3, "cmmd": 3}
-"""Metrics by name, with the digits that are shown."""
-Enough = Annotated[Whole, Field(ge=2 * NUM_SUBSETS)]
-"""Images of which a distance and its error can be told."""
+"""Metrics by name, with their number of printed digits."""
+SampleCount = Annotated[Integer, Field(ge=2 * NUM_SUBSETS)]
+"""A number of images that suffices for a distance and its standard error."""
 
 
 @dataclass(frozen=True)
 class Measures:
-    """What every row of one table is measured by.
+    """The metrics of a table and their common reference set, the training images.
 
     Args:
         train: Features of the training images, [n, d].
-        components: Mean and basis of the PCA form of the Fréchet distance; None: in all dimensions.
-        with_cmmd: CMMD too, which is made for CLIP's embeddings.
+        components: Mean and basis of the PCA in which the Fréchet distance is computed; None uses all dimensions.
+        with_cmmd: True to measure CMMD too, which is defined for CLIP embeddings.
     """
 
     train: Tensor
@@ -42,61 +42,61 @@ class Measures:
     def choose(
         cls, train: Tensor, num_samples: int, *, num_reference: int | None = None, with_cmmd: bool = False
     ) -> "Measures":
-        """The Fréchet distance in all dimensions where samples and reference are 2 d each.
+        """Use all dimensions for the Fréchet distance if both sets have at least 2 d images, else fewer components.
 
         Args:
-            num_reference: None: half of the training images, as the floor has.
+            num_reference: Size of the reference set; None means half of the training images, as used for the floor.
         """
         num, dim = min(num_samples, num_reference or len(train) // 2), train.shape[1]
-        most = min(MOST_COMPONENTS, num // 2)
-        return cls(train, None if num >= 2 * dim else feature_components(train, most), with_cmmd)
+        num_components = min(MAX_COMPONENTS, num // 2)
+        return cls(train, None if num >= 2 * dim else feature_components(train, num_components), with_cmmd)
 
     @property
     def num_components(self) -> int | None:
         return None if self.components is None else self.components[1].shape[1]
 
     def num_per_subset(self, features: Tensor, reference: Tensor | None = None) -> int:
-        """Of either set: all that precision, recall, density and coverage see at a time."""
+        """Return the size of the subsets of both sets on which all metrics except the Fréchet distance are computed."""
         return min(len(features), len(self.train if reference is None else reference)) // NUM_SUBSETS
 
     def of(self, features: Tensor, reference: Tensor | None = None) -> dict[str, Metric]:
-        """Metrics by name of `COLUMNS`; UNMEASURED where a set is too small for one.
+        """Measure the metrics of `COLUMNS`, by name. A metric is UNMEASURED if a set is too small for it.
 
         Args:
-            reference: Instead of all training images.
+            reference: Features of the reference set; None uses all training images.
         """
         return {"fd": self.fd(features, reference), **self.by_subsets(features, reference)}
 
     def fd(self, features: Tensor, reference: Tensor | None = None, *, paired: bool = False) -> Metric:
-        """The Fréchet distance; `paired` as in `frechet_replicates`."""
-        found = self.frechet(features, reference, paired=paired)
-        return UNMEASURED if found is None else Metric(found[0], jackknife_error(found[1]))
+        """Measure the Fréchet distance; `paired` is that of `frechet_replicates`."""
+        result = self.frechet(features, reference, paired=paired)
+        return UNMEASURED if result is None else Metric(result[0], jackknife_error(result[1]))
 
     def kd(self, features: Tensor, reference: Tensor | None = None, *, paired: bool = False) -> Metric:
-        """The kernel distance; `paired` as in `kernel_distance`."""
+        """Measure the kernel distance; `paired` is that of `kernel_distance`."""
         if self.num_per_subset(features, reference) < 2:
             return UNMEASURED
         return Metric(*kernel_distance(features, self.train if reference is None else reference, paired=paired))
 
     def by_subsets(self, features: Tensor, reference: Tensor | None = None) -> dict[str, Metric]:
-        """All of them but the Fréchet distance."""
+        """Measure all metrics except the Fréchet distance."""
         size, reference = self.num_per_subset(features, reference), self.train if reference is None else reference
-        found = {"kd": self.kd(features, reference)}
-        for names, metric, smallest in (
+        metrics = {"kd": self.kd(features, reference)}
+        for names, metric, min_size in (
             (("precision", "recall"), precision_recall, 4),
             (("density", "coverage"), lambda a, b: density_coverage(b, a), 6),
         ):
-            values = over_subsets(metric, features, reference) if size >= smallest else None
-            found |= {name: Metric(*values[i]) if values else UNMEASURED for i, name in enumerate(names)}
+            values = mean_over_subsets(metric, features, reference) if size >= min_size else None
+            metrics |= {name: Metric(*values[i]) if values else UNMEASURED for i, name in enumerate(names)}
         if self.with_cmmd:
-            parts = over_subsets(lambda a, b: (cmmd(a, b),), features, reference) if size else ()
-            found["cmmd"] = Metric(cmmd(features, reference), parts[0][1]) if parts else UNMEASURED
-        return found
+            means = mean_over_subsets(lambda a, b: (cmmd(a, b),), features, reference) if size else ()
+            metrics["cmmd"] = Metric(cmmd(features, reference), means[0][1]) if means else UNMEASURED
+        return metrics
 
     def frechet(
         self, features: Tensor, reference: Tensor | None = None, *, paired: bool = False
     ) -> tuple[float, Tensor] | None:
-        """The distance and its jackknife replicates; None where a set is too small for it."""
+        """Return the Fréchet distance and its jackknife replicates, or None if a set is too small."""
         reference = self.train if reference is None else reference
         if self.components is not None:
             mean, basis = self.components
@@ -108,37 +108,41 @@ class Measures:
 
 
 def describe_setting(network: nn.Module, features: str, images: ImageData) -> dict[str, Any]:
-    """For a report: which features are compared, and with which images."""
+    """Return the features and the reference set of a distance, for a report."""
     reference = {"reference": f"{images.name}/train@{images.fingerprint[:8]}"}
     return {**describe_features(network, features), **reference, "num_reference": len(images.train_indices)}
 
 
 def fd_name(network: nn.Module, num_components: int | None) -> str:
-    """FID only of the features that it is defined for, in all dimensions."""
+    """Return the name of the Fréchet distance; it is "FID" only for Inception features in all dimensions."""
     if num_components is not None:
         return f"FD on {num_components} components"
     return "FID" if getattr(network, "is_fid", False) else "FD"
 
 
 def halves(train: Tensor, num_samples: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Disjoint training images: as many as there are samples, half of all at most, and all others."""
+    """Split the training images into `num_samples` of them, at most half, and all others."""
     order = torch.from_numpy(numpy_generator(seed).permutation(len(train)))
     num = min(num_samples, len(train) // 2)
     return train[order[:num]], train[order[num:]]
 
 
 def distance_table(rows: Mapping[str, tuple[int, int, Mapping[str, Metric]]], fd_name: str = "FD") -> list[str]:
-    """Lines of text, with value +- standard error; rows are (N, N of a subset, metrics) by name."""
-    names = [name for name in COLUMNS if any(name in found for *_, found in rows.values())]
-    heads = {"fd": fd_name, "kd": "KD", "cmmd": "CMMD"}
-    table = [["", "N", "subset", *(heads.get(name, name) for name in names)]]
-    for row, (num, num_per_subset, found) in rows.items():
-        cells = (f"{found.get(name, UNMEASURED):.{COLUMNS[name]}f}" for name in names)
+    """Return a table of metrics with their standard errors, as lines of text.
+
+    Args:
+        rows: Number of images, number per subset, and metrics of each set, by name.
+    """
+    names = [name for name in COLUMNS if any(name in metrics for *_, metrics in rows.values())]
+    headers = {"fd": fd_name, "kd": "KD", "cmmd": "CMMD"}
+    table = [["", "N", "subset", *(headers.get(name, name) for name in names)]]
+    for row, (num, num_per_subset, metrics) in rows.items():
+        cells = (f"{metrics.get(name, UNMEASURED):.{COLUMNS[name]}f}" for name in names)
         table.append([row, str(num), str(num_per_subset), *cells])
     return align(table)
 
 
 def align(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of text with the cells of a table below each other, the first of each row to the left."""
+    """Return a table as lines of text with aligned columns; the first column is aligned left, the others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(["", first.ljust(widths[0]), *(map(str.rjust, cells, widths[1:]))]) for first, *cells in rows]

@@ -1,8 +1,8 @@
-"""Samples of a run on disk, as they are drawn: what was interrupted goes on, and a larger number begins with a smaller.
+"""A disk cache of samples, written as they are drawn. Interrupted sampling resumes, and larger requests reuse samples.
 
-Two files per way of drawing, named by what decides a sample: samples-<key>.bin, uint8 [n, H, W, 3] without a header,
-so that its length says how many there are, and samples-<key>.json with what made them and what they cost. While one
-process draws, samples-<key>.lock keeps others from it.
+There are two files per sampling setting, whose key is a digest of everything that determines a sample.
+samples-<key>.bin contains uint8 [n, H, W, 3] without a header, so its length gives the number of samples.
+samples-<key>.json contains the settings and the cost. A process holds the lock samples-<key>.lock while sampling.
 """
 
 import hashlib
@@ -23,43 +23,43 @@ from ldm.diffusion.samplers.base import SamplerLike
 from ldm.errors import UserError
 from ldm.files.atomic import write_text
 from ldm.files.digest import sha256_of_values
-from ldm.files.lock import alone
+from ldm.files.lock import file_lock
 from ldm.files.untrusted import check_fields, read_json
 from ldm.rules import Count, Seed, checked
 from ldm.runtime.random import numpy_generator
-from ldm.sampling.draw import Guidance, Interval, describe, draw
+from ldm.sampling.draw import Guidance, GuidanceInterval, draw_batches, sampler_settings
 from ldm.sampling.pipeline import LatentDiffusionPipeline
 from ldm.sampling.request import Request
 
 FORMAT = 2
-"""Of the files, and of how noise and captions are chosen: samples of another are drawn again."""
+"""Version of the files and of the choice of noise and captions. Samples of other versions are drawn again."""
 NOT_FINITE = (
-    "the network diverged in training, or the sampler is not stable. Train it again with a lower optimizer.lr, or "
-    "choose another sampler or more sampler.steps."
+    "the network diverged in training, or the sampler is unstable. Train the network again with a lower optimizer.lr, "
+    "or choose another sampler= or more sampler.steps."
 )
 
 
 @dataclass(frozen=True)
 class KeptSamples:
-    """Samples [n, H, W, 3] in uint8, memory-mapped, and what one of them costs."""
+    """Memory-mapped samples [n, H, W, 3] in uint8, and the cost per sample."""
 
     images: np.ndarray
     evaluations: float
-    """Calls of the network per sample; both branches of guidance count."""
+    """Network evaluations per sample. With guidance, both branches count."""
     seconds: float
-    """Per sample, decoding included, on whatever machine drew it."""
+    """Time per sample including decoding, on the machine that drew it."""
 
     def __len__(self) -> int:
         return len(self.images)
 
     def batch(self, indices: Any) -> Tensor:
-        """Float32 [b, 3, H, W] in [-1, 1], as `ImageData.batch`."""
+        """Return float32 images [b, 3, H, W] in [-1, 1], like `ImageData.batch`."""
         pixels = torch.from_numpy(self.images[np.asarray(indices, dtype=np.int64)])
         return pixels.permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
 def chosen_rows(members: np.ndarray, num_samples: int, seed: int) -> np.ndarray:
-    """Rows of a split whose captions or classes the samples are of; more samples than images begin again."""
+    """Return the rows of a split whose captions or classes are sampled; they repeat if there are fewer images."""
     order = numpy_generator(seed, 1).permutation(len(members))
     return np.resize(order, num_samples)
 
@@ -73,21 +73,21 @@ def draw_and_keep(
     *,
     num_samples: Count,
     guidance: Guidance,
-    guidance_interval: Interval = (0.0, 1.0),
+    guidance_interval: GuidanceInterval = (0.0, 1.0),
     seed: Seed,
     batch_size: Count = 64,
     split: str = "train",
 ) -> KeptSamples:
-    """Samples for captions or classes of training images, or of held-out ones, drawn from where an earlier call ended.
+    """Return samples for captions or classes of a split. Cached samples are reused and only missing ones are drawn.
 
-    Sample i depends on the seed and i alone, up to the rounding of batches of another size.
+    Sample i depends only on the seed and i, up to rounding differences between batch sizes.
 
     Args:
         split: train or val.
 
     Raises:
-        UserError: what `draw` refuses, samples that are not finite, facts beside kept samples that cannot be read,
-            another process that draws the same.
+        UserError: As raised by `draw_batches`, or if samples are not finite, the JSON file of cached samples cannot be
+            read, or another process is drawing the same samples.
     """
     options: Any = {"guidance": guidance, "guidance_interval": guidance_interval, "seed": seed}
     made_by = {
@@ -95,7 +95,7 @@ def draw_and_keep(
         **_model(pipeline),
         "data_fingerprint": images.fingerprint,
         "val_fraction": images.val_fraction,
-        "sampler": describe(sampler),
+        "sampler": sampler_settings(sampler),
         **options,
         "split": split,
     }
@@ -104,42 +104,42 @@ def draw_and_keep(
     pixels, facts = (folder / f"samples-{key}{end}" for end in (".bin", ".json"))
     side = images.resolution
     size = 3 * side**2
-    drawn, cost = _drawn_before(pixels, facts, size)
+    drawn, cost = _read_cached(pixels, facts, size)
     if drawn < num_samples:
         members = images.train_indices if split == "train" else images.val_indices
-        request = Request.of_images(pipeline, images, members[chosen_rows(members, num_samples, seed)])
+        request = Request.for_images(pipeline, images, members[chosen_rows(members, num_samples, seed)])
         calls: list[int] = []
         hook = pipeline.network.register_forward_pre_hook(lambda _, arguments: calls.append(len(arguments[0])))
         try:
-            with alone(pixels.with_suffix(".lock")), pixels.open("ab") as file:
-                drawn, cost = _drawn_before(pixels, facts, size)  # another process may have drawn some since
-                file.truncate(drawn * size)  # an image that was half written
-                began = time.perf_counter()
-                for part in draw(pipeline, request, sampler, batch_size=batch_size, first=drawn, **options):
-                    if wrong := int((~part.isfinite().flatten(1).all(1)).sum()):
-                        raise UserError(f"{wrong} of {len(part)} samples are not finite: {NOT_FINITE}")
-                    file.write(to_uint8(part).permute(0, 2, 3, 1).contiguous().numpy().tobytes())
+            with file_lock(pixels.with_suffix(".lock")), pixels.open("ab") as file:
+                drawn, cost = _read_cached(pixels, facts, size)  # another process may have drawn samples meanwhile
+                file.truncate(drawn * size)  # remove a partially written image
+                started = time.perf_counter()
+                for batch in draw_batches(pipeline, request, sampler, batch_size=batch_size, first=drawn, **options):
+                    if num_invalid := int((~batch.isfinite().flatten(1).all(1)).sum()):
+                        raise UserError(f"{num_invalid} of {len(batch)} samples are not finite: {NOT_FINITE}")
+                    file.write(to_uint8(batch).permute(0, 2, 3, 1).contiguous().numpy().tobytes())
                     file.flush()
-                    cost["samples"] += len(part)
+                    cost["samples"] += len(batch)
                     cost["network_evaluations"] += sum(calls)
-                    cost["seconds"] += time.perf_counter() - began
+                    cost["seconds"] += time.perf_counter() - started
                     content = {"made_by": made_by, "shape": [side, side, 3], "cost": cost}
                     write_text(facts, json.dumps(content, indent=2) + "\n")
                     calls.clear()
-                    began = time.perf_counter()
+                    started = time.perf_counter()
         except Timeout as error:
             raise UserError(
-                f"Another process draws these samples, {pixels}. Wait for its end: then they are taken from there. Or "
+                f"Another process is drawing the samples in {pixels}. Wait until it has finished to reuse them, or "
                 "choose another seed= or sampler.steps=."
             ) from error
         finally:
             hook.remove()
-    kept = np.memmap(pixels, np.uint8, "r", shape=(num_samples, side, side, 3))
-    return KeptSamples(kept, *(cost[name] / max(1, cost["samples"]) for name in ("network_evaluations", "seconds")))
+    cached = np.memmap(pixels, np.uint8, "r", shape=(num_samples, side, side, 3))
+    return KeptSamples(cached, *(cost[name] / max(1, cost["samples"]) for name in ("network_evaluations", "seconds")))
 
 
-def _drawn_before(pixels: Path, facts: Path, size: int) -> tuple[int, dict[str, Any]]:
-    """How many samples of so many bytes there are, and what they cost."""
+def _read_cached(pixels: Path, facts: Path, size: int) -> tuple[int, dict[str, Any]]:
+    """Return the number of cached samples of `size` bytes each, and their cost."""
     drawn = pixels.stat().st_size // size if pixels.is_file() and facts.is_file() else 0
     if not drawn:
         return 0, {"samples": 0, "network_evaluations": 0, "seconds": 0.0}
@@ -150,8 +150,8 @@ def _drawn_before(pixels: Path, facts: Path, size: int) -> tuple[int, dict[str, 
 
 
 def _model(pipeline: LatentDiffusionPipeline) -> dict[str, Any]:
-    """All of a model that decides a sample."""
-    fitted = pipeline.z_0_mse
+    """Return everything in a pipeline that determines a sample."""
+    z_0_mse = pipeline.z_0_mse
     return {
         "network_sha256": weights_sha256(pipeline.network),
         "autoencoder_sha256": pipeline.contract.autoencoder_sha256,
@@ -159,6 +159,6 @@ def _model(pipeline: LatentDiffusionPipeline) -> dict[str, Any]:
         "chain_sha256": pipeline.chain_sha256,
         "prediction": pipeline.prediction,
         "variance": pipeline.variance,
-        "z_0_mse_sha256": None if fitted is None else hashlib.sha256(fitted.numpy().tobytes()).hexdigest(),
+        "z_0_mse_sha256": None if z_0_mse is None else hashlib.sha256(z_0_mse.numpy().tobytes()).hexdigest(),
         "conditioning_sha256": hashlib.sha256(json.dumps(pipeline.conditioning.state()).encode()).hexdigest(),
     }

@@ -1,4 +1,4 @@
-"""How good the samples are, in numbers that name their features, N and reference set."""
+"""Report on the quality of samples. Each metric is reported with its features, N and reference set."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from ldm.data.images import ImageData
 from ldm.diffusion.samplers.base import SamplerLike
 from ldm.errors import UserError
-from ldm.evaluation.classifier import Classifier, class_accuracy, class_shift, named_classes
+from ldm.evaluation.classifier import Classifier, class_accuracy, class_shift, predict_classes
 from ldm.evaluation.features import ImageSet, extract, feature_title, load_features, reference_features
 from ldm.evaluation.image_sets import Reconstructions, VAEAlone
 from ldm.evaluation.samples import distances, retrieval
-from ldm.evaluation.samples.distances import Enough, Measures
+from ldm.evaluation.samples.distances import Measures, SampleCount
 from ldm.evaluation.samples.kept import chosen_rows, draw_and_keep
 from ldm.evaluation.samples.memorisation import Memorisation, nearest_training, plot_nearest
 from ldm.files.untrusted import read_json
@@ -25,19 +25,19 @@ from ldm.metrics.metric import Metric
 from ldm.metrics.report import Report
 from ldm.rules import Count, Seed, checked
 from ldm.runs.run import EVALUATION_FILE
-from ldm.sampling.draw import Guidance, Interval, describe
+from ldm.sampling.draw import Guidance, GuidanceInterval, sampler_settings
 from ldm.sampling.pipeline import LatentDiffusionPipeline
 
 
 def save_unless_smaller(report: Report, folder: Path, elsewhere: Path) -> Path:
-    """Save a report in `folder`, or as `elsewhere` where that holds metrics of more samples of the same weights.
+    """Save a report in `folder`, or as `elsewhere` if `folder` has a report on more samples of the same weights.
 
-    A file that cannot be read holds none. Returns where its JSON is.
+    A report that cannot be read is overwritten. Returns the path of the JSON file.
     """
-    known: dict[str, Any] = {}
+    existing: dict[str, Any] = {}
     with suppress(UserError):
-        known = read_json(folder / report.name)
-    same, num = known.get("weights_sha256") == report.content["weights_sha256"], known.get("num_samples")
+        existing = read_json(folder / report.name)
+    same, num = existing.get("weights_sha256") == report.content["weights_sha256"], existing.get("num_samples")
     if same and isinstance(num, int) and num > report.content["num_samples"]:
         report, folder = replace(report, name=elsewhere.name), elsewhere.parent
     return report.save(folder)[0]
@@ -52,138 +52,142 @@ def measure_samples(
     *,
     features: str = "efficientnet_lite",
     features_path: str | None = None,
-    num_samples: Enough = 256,
+    num_samples: SampleCount = 256,
     guidance: Guidance = 3.0,
-    guidance_interval: Interval = (0.0, 1.0),
+    guidance_interval: GuidanceInterval = (0.0, 1.0),
     seed: Seed = 0,
     batch_size: Count = 64,
     weights_sha256: str | None = None,
 ) -> Report:
-    """Compare samples for seed-drawn training captions with the training images.
+    """Compare samples with the training images. The seed determines which training captions are sampled.
 
-    Of a model of text, samples for the captions of validation images too, which training never saw. Beside them stand
-    the autoencoder's reconstructions of the same images (the best that its decoder can show), the autoencoder as a
-    generator of its own (z_raw ~ N(0, I) decoded, what a VAE without the chain would draw), the validation images (what
-    new images of this kind look like), training images against the others (the floor: what the metrics say of one
-    distribution), and for retrieval chance.
+    Text-conditional models are also sampled with captions of validation images, which were not used in training. The
+    report contains these baselines:
+
+    - reconstructions of the same images, an upper bound on the quality that the decoder can reach
+    - VAE alone, the autoencoder as a generator: z_raw ~ N(0, I), decoded without the diffusion model
+    - validation images, which are new images from the data distribution
+    - the floor: one part of the training images against the others, hence two samples of the same distribution
+    - chance, for retrieval
 
     Args:
-        features_path: Folder or hub id of the features' weights.
-        folder: Where samples are kept as they are drawn, and are looked for first.
-        weights_sha256: By which the run names its weights, written beside the metrics.
+        features_path: Folder or hub id of the weights of the feature network.
+        folder: Cache folder of the samples.
+        weights_sha256: Digest of the run's weights, written to the report.
 
     Raises:
-        UserError: what `load_features` and `draw_and_keep` refuse.
+        UserError: As raised by `load_features` and `draw_and_keep`.
     """
     network = load_features(features, images, features_path).to(pipeline.device)
     options: Any = {"guidance": guidance, "guidance_interval": guidance_interval, "seed": seed}
     draw = partial(draw_and_keep, pipeline, images, sampler, folder, batch_size=batch_size, **options)
-    kept = draw(num_samples=num_samples)
+    samples = draw(num_samples=num_samples)
     content: dict[str, Any] = {
         "weights_sha256": weights_sha256,
         **distances.describe_setting(network, features, images),
         "num_samples": num_samples,
-        "sampler": describe(sampler),
+        "sampler": sampler_settings(sampler),
         **options,
-        "network_evaluations_per_sample": kept.evaluations,
-        "seconds_per_sample": kept.seconds,
+        "network_evaluations_per_sample": samples.evaluations,
+        "seconds_per_sample": samples.seconds,
     }
     reference = reference_features(network, features, images)
     train, validation = (reference[torch.from_numpy(rows)] for rows in (images.train_indices, images.val_indices))
-    chosen = chosen_rows(images.train_indices, num_samples, seed)
-    own = images.train_indices[chosen]
+    train_rows = chosen_rows(images.train_indices, num_samples, seed)
+    indices = images.train_indices[train_rows]
     sets: dict[str, ImageSet] = {
-        "samples": kept,
-        "reconstructions": Reconstructions(pipeline, images, own[: len(train)]),
+        "samples": samples,
+        "reconstructions": Reconstructions(pipeline, images, indices[: len(train)]),
     }
-    if pipeline.autoencoder.has_density:  # a codebook or a point has no N(0, I) to draw from
+    if pipeline.autoencoder.has_density:  # otherwise N(0, I) is not the prior of the latents
         sets["VAE alone"] = VAEAlone(pipeline, num_samples, seed)
-    found = {name: extract(network, part, f"features of {name}", batch_size) for name, part in sets.items()}
-    found["validation images"] = validation
-    lines = _distances(network, found, train, content)
+    by_set = {name: extract(network, members, f"features of {name}", batch_size) for name, members in sets.items()}
+    by_set["validation images"] = validation
+    lines = _distances(network, by_set, train, content)
     if isinstance(network, Classifier):
-        asked = torch.tensor(images.labels)[own] if pipeline.conditioning.class_names is not None else None
-        lines += _classes(network, found, train, asked, content)
+        labels = torch.tensor(images.labels)[indices] if pipeline.conditioning.class_names is not None else None
+        lines += _classes(network, by_set, train, labels, content)
     if pipeline.conditioning.text_dim is not None:
-        ours = {name: found[name] for name in ("samples", "reconstructions")}
-        lines += retrieval.training_retrieval(ours, train, torch.from_numpy(chosen), content)
+        queries = {name: by_set[name] for name in ("samples", "reconstructions")}
+        lines += retrieval.training_retrieval(queries, train, torch.from_numpy(train_rows), content)
         if (num_held_out := min(num_samples, len(validation))) >= 2:
             rows = chosen_rows(images.val_indices, num_held_out, seed)
             sets = {
                 "samples": draw(num_samples=num_held_out, split="val"),
                 "reconstructions": Reconstructions(pipeline, images, images.val_indices[rows]),
             }
-            theirs = {name: extract(network, part, f"held-out {name}", batch_size) for name, part in sets.items()}
-            answered = validation, train, torch.from_numpy(rows), images, pipeline.conditioning
-            lines += retrieval.held_out_retrieval(theirs, *answered, content)
-    memorisation = nearest_training(found["samples"], train, validation)
+            queries = {name: extract(network, part, f"held-out {name}", batch_size) for name, part in sets.items()}
+            reference_sets = validation, train, torch.from_numpy(rows), images, pipeline.conditioning
+            lines += retrieval.held_out_retrieval(queries, *reference_sets, content)
+    memorisation = nearest_training(by_set["samples"], train, validation)
     lines += _memorisation(memorisation, images, content)
-    pictures = {"nearest.png": plot_nearest(kept, images, memorisation)}
-    return Report(EVALUATION_FILE, content, lines=lines, pictures=pictures)
+    figures = {"nearest.png": plot_nearest(samples, images, memorisation)}
+    return Report(EVALUATION_FILE, content, lines=lines, figures=figures)
 
 
-def _distances(network: nn.Module, found: Mapping[str, Tensor], train: Tensor, content: dict[str, Any]) -> list[str]:
-    """Every set in one table, and the floor."""
+def _distances(network: nn.Module, by_set: Mapping[str, Tensor], train: Tensor, content: dict[str, Any]) -> list[str]:
+    """Add the distances of each set and the floor to `content`; return them as a table."""
     features, reference = content["features"], content["reference"]
-    measures = Measures.choose(train, len(found["samples"]), with_cmmd=features == "clip")
-    rows = {name: (len(values), measures.num_per_subset(values), measures.of(values)) for name, values in found.items()}
-    some, others = distances.halves(train, len(found["samples"]), content["seed"])
-    rows["floor, train to train"] = (len(some), measures.num_per_subset(some, others), measures.of(some, others))
+    measures = Measures.choose(train, len(by_set["samples"]), with_cmmd=features == "clip")
+    rows = {name: (len(part), measures.num_per_subset(part), measures.of(part)) for name, part in by_set.items()}
+    first, second = distances.halves(train, len(by_set["samples"]), content["seed"])
+    rows["floor, train to train"] = (len(first), measures.num_per_subset(first, second), measures.of(first, second))
     components = content["fd_components"] = measures.num_components
     content["fd_name"] = distances.fd_name(network, components)
     for name, (num, num_per_subset, values) in rows.items():
         key = name.split()[0].lower().rstrip(",")
         content[f"num_{key}"], content[f"num_per_subset_{key}"] = num, num_per_subset
         content |= {f"{measure}_{key}": values[measure] for measure in distances.COLUMNS if measure in values}
-    form = "" if components is None else f", FD on {components} PCA components of {reference}"
+    pca = "" if components is None else f", FD on {components} PCA components of {reference}"
     return [
-        f"{feature_title(content)}{form}, ref={reference}, N={len(train)}; floor: {len(some)} of these "
-        f"against the other {len(others)}:",
+        f"{feature_title(content)}{pca}, ref={reference}, N={len(train)}; floor: {len(first)} of these "
+        f"against the other {len(second)}:",
         *distances.distance_table(rows, content["fd_name"]),
-        "  +- is a standard error of drawing other images. Compare rows of one N only: docs/reading_the_numbers.md",
+        "  +- is the standard error over images. Compare only rows with equal N: docs/reading_the_numbers.md",
     ]
 
 
 def _classes(
-    classifier: Classifier, found: Mapping[str, Tensor], train: Tensor, asked: Tensor | None, content: dict[str, Any]
+    classifier: Classifier, by_set: Mapping[str, Tensor], train: Tensor, labels: Tensor | None, content: dict[str, Any]
 ) -> list[str]:
-    """Are all classes drawn, and where one was asked for, that one?"""
+    """Add the shift of the class distribution and, given the classes of the samples, the accuracy to `content`."""
     rows = []
     for name in ("samples", "validation images"):
-        shift = Metric(*class_shift(named_classes(classifier, found[name]), named_classes(classifier, train)))
+        shift = Metric(*class_shift(predict_classes(classifier, by_set[name]), predict_classes(classifier, train)))
         content[f"class_shift_{name.split()[0]}"] = shift
         rows.append([name, f"{shift:.3f}"])
     content["classifier_val_accuracy"] = classifier.val_accuracy
-    if asked is not None:
-        share = Metric(*class_accuracy(named_classes(classifier, found["samples"]), asked))
-        content["class_accuracy_samples"] = share
-        rows.append(["the class that was asked for, samples", f"{share:.1%}"])
-        rows.append(["the same, validation images", f"{classifier.val_accuracy:.1%}"])
-    head = "Classes that the classifier names, against those it names of the training images: total variation"
-    return [head, *distances.align(rows)]
+    if labels is not None:
+        accuracy = Metric(*class_accuracy(predict_classes(classifier, by_set["samples"]), labels))
+        content["class_accuracy_samples"] = accuracy
+        rows.append(["accuracy, samples", f"{accuracy:.1%}"])
+        rows.append(["accuracy, validation images", f"{classifier.val_accuracy:.1%}"])
+    header = "Predicted classes: total variation distance to the class distribution of the training images, accuracy"
+    return [header, *distances.align(rows)]
 
 
-def _memorisation(found: Memorisation, images: ImageData, content: dict[str, Any]) -> list[str]:
-    """Are samples nearer to training images than new images are?"""
-    share = Metric(found.close_share, found.close_share_standard_error)
-    medians = [part.median().item() for part in (found.distances, found.validation_distances)]
+def _memorisation(memorisation: Memorisation, images: ImageData, content: dict[str, Any]) -> list[str]:
+    """Add the distances between samples and training images to `content`; return a summary of them."""
+    share = Metric(memorisation.close_share, memorisation.close_share_standard_error)
+    medians = [part.median().item() for part in (memorisation.distances, memorisation.validation_distances)]
     content |= {
-        "close_threshold": found.threshold,
+        "close_threshold": memorisation.threshold,
         "close_share_samples": share,
         "nearest_distance_median_samples": medians[0],
         "nearest_distance_median_validation": medians[1],
         "closest_pairs": [
             {
                 "sample": i,
-                "training_image": images.names[int(images.train_indices[int(found.nearest[i])])],
-                "distance": found.distances[i].item(),
+                "training_image": images.names[int(images.train_indices[int(memorisation.nearest[i])])],
+                "distance": memorisation.distances[i].item(),
             }
-            for i in found.closest.tolist()
+            for i in memorisation.closest.tolist()
         ],
     }
     return [
-        f"Memorisation: {share:.1%} of the samples are nearer to a training image than {found.threshold:.4f}, the 1st "
-        f"percentile of {len(found.validation_distances)} validation images",
-        f"  (cosine distance); median {medians[0]:.3f}, of validation images {medians[1]:.3f}. The closest pairs: "
-        "nearest.png",
+        f"Memorisation: for {share:.1%} of the samples, the nearest training image is closer than "
+        f"{memorisation.threshold:.4f}, the 1st percentile for {len(memorisation.validation_distances)} validation "
+        "images",
+        f"  (cosine distance). Median distance: samples {medians[0]:.3f}, validation images {medians[1]:.3f}. Closest "
+        "pairs: nearest.png",
     ]

@@ -1,4 +1,4 @@
-"""Does an image show what its caption says? By the caption's own image, and for captions that training never saw."""
+"""Agreement between samples and their captions, for training captions and for held-out captions."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,21 +16,26 @@ from ldm.metrics.neighbours import retrieval_ranks
 from ldm.networks.conditioning import Conditioning
 
 
-def training_retrieval(found: Mapping[str, Tensor], train: Tensor, rows: Tensor, content: dict[str, Any]) -> list[str]:
-    """Is the training image of a training caption the one that its sample is nearest to?
+def training_retrieval(
+    queries: Mapping[str, Tensor], train: Tensor, rows: Tensor, content: dict[str, Any]
+) -> list[str]:
+    """Measure how often the nearest training image of a sample is the image that its caption belongs to.
 
     Args:
-        found: Features of samples and of reconstructions of the captions' own images, [n, d] and at most as many.
-        train: Of the training images, [m, d].
-        rows: The training image of each sample's caption, [n].
-        content: Of the report, to which metrics are added; lines that explain them are returned.
+        queries: Features of the samples [n, d], and of the reconstructions of the captions' images, at most n.
+        train: Features of the training images, [m, d].
+        rows: The row of the training image that each caption belongs to, [n].
+        content: Content of the report, to which the metrics are added.
+
+    Returns:
+        Lines of text with the results.
     """
-    head = f"Retrieval of the caption's own image among {len(train)} training images, {content['features_key']}:"
-    return [head, *_retrieval(found, train, rows, "{}", content)]
+    header = f"Retrieval of the caption's own image among {len(train)} training images, {content['features_key']}:"
+    return [header, *_retrieval(queries, train, rows, "{}", content)]
 
 
 def held_out_retrieval(
-    found: Mapping[str, Tensor],
+    queries: Mapping[str, Tensor],
     validation: Tensor,
     train: Tensor,
     rows: Tensor,
@@ -38,40 +43,44 @@ def held_out_retrieval(
     conditioning: Conditioning,
     content: dict[str, Any],
 ) -> list[str]:
-    """The same for captions of validation images: which of these is nearest, and what the nearest training image shows.
+    """Measure retrieval among validation images for held-out captions, and the agreement of captions.
+
+    The agreement is the similarity between the prompt and the captions of the sample's nearest training image.
 
     Args:
-        found: Features of samples for held-out captions and of reconstructions of their own images, [n, d] each.
-        validation, train: Of all validation and training images.
-        rows: The validation image of each sample's caption, [n].
+        queries: Features of samples for held-out captions, and of reconstructions of the captions' images, [n, d] each.
+        validation, train: Features of all validation and all training images.
+        rows: The row of the validation image that each caption belongs to, [n].
     """
-    among = f"retrieval of the own image among {len(validation)} validation images, {content['features_key']}:"
-    lines = [f"{len(rows)} captions that training never saw: {among}"]
-    lines += _retrieval(found, validation, rows, "held_out_{}", content)
+    title = (
+        f"retrieval of the caption's own image among {len(validation)} validation images, {content['features_key']}:"
+    )
+    lines = [f"{len(rows)} held-out captions: {title}"]
+    lines += _retrieval(queries, validation, rows, "held_out_{}", content)
     captions = images.require_captions()
     prompts = conditioning.of_request(prompts=[captions[images.val_indices[row]] for row in rows.tolist()])[0]["pooled"]
     cosines = []
-    for name, part in found.items():
-        _, nearest = nearest_by_cosine(part, train)
+    for name, features in queries.items():
+        _, nearest = nearest_by_cosine(features, train)
         texts = [images.captions_of(images.train_indices[row]) for row in nearest.tolist()]
-        shown = conditioning.of_request(prompts=[text for several in texts for text in several])[0]["pooled"]
-        own, permuted, error = caption_agreement(prompts, shown.split([len(several) for several in texts]))
-        content[f"caption_cosine_held_out_{name}"] = Metric(own, error)
-        content.setdefault("caption_cosine_held_out_permuted", permuted)  # of the samples, which come first
-        cosines.append([name, f"{Metric(own, error):.3f}", f"with other prompts {permuted:.3f}"])
+        embeddings = conditioning.of_request(prompts=[text for captions in texts for text in captions])[0]["pooled"]
+        matched, permuted, error = caption_agreement(prompts, embeddings.split(list(map(len, texts))))
+        content[f"caption_cosine_held_out_{name}"] = Metric(matched, error)
+        content.setdefault("caption_cosine_held_out_permuted", permuted)  # that of the samples, which come first
+        cosines.append([name, f"{Metric(matched, error):.3f}", f"with other prompts {permuted:.3f}"])
     content["num_held_out"] = len(rows)
-    lines.append("  cosine of the prompt's embedding and that of the caption of the nearest training image:")
+    lines.append("  Cosine similarity of the embeddings of the prompt and of the nearest training image's caption:")
     return [*lines, *align(cosines)]
 
 
-def caption_agreement(prompts: Tensor, shown: Sequence[Tensor]) -> tuple[float, float, float]:
-    """How near the captions of an image are to a prompt, next to all the same captions with other prompts.
+def caption_agreement(prompts: Tensor, captions: Sequence[Tensor]) -> tuple[float, float, float]:
+    """Return the similarity of prompts to the captions of their images, and to those of other prompts' images.
 
-        own = mean_i max_k cos(p_i, c_ik),   permuted = mean_{i, j != i} max_k cos(p_j, c_ik)
+        matched = mean_i max_k cos(p_i, c_ik),   permuted = mean_{i, j != i} max_k cos(p_j, c_ik)
 
     Args:
-        prompts: Embeddings of what was asked for, [n, d], two or more.
-        shown: Of what was found, by sample the embeddings of all captions of one image, [k_i, d] each.
+        prompts: Embeddings of the prompts, [n, d], n >= 2.
+        captions: For each prompt, the embeddings of all captions of its image, [k_i, d].
 
     Returns:
         Both means, and the standard error of the first.
@@ -79,19 +88,20 @@ def caption_agreement(prompts: Tensor, shown: Sequence[Tensor]) -> tuple[float, 
     n = len(prompts)
     prompts = F.normalize(prompts.double(), dim=1)
     # [n, n], the captions of image i in column i
-    best = torch.stack([(prompts @ F.normalize(part.double(), dim=1).T).amax(1) for part in shown], dim=1)
-    own = best.diagonal()
-    others = (best.sum() - own.sum()) / (n * (n - 1))
-    return own.mean().item(), others.item(), own.std().item() / math.sqrt(n)
+    best = torch.stack([(prompts @ F.normalize(part.double(), dim=1).T).amax(1) for part in captions], dim=1)
+    matched = best.diagonal()
+    permuted = (best.sum() - matched.sum()) / (n * (n - 1))
+    return matched.mean().item(), permuted.item(), matched.std().item() / math.sqrt(n)
 
 
 def _retrieval(
-    found: Mapping[str, Tensor], gallery: Tensor, rows: Tensor, form: str, content: dict[str, Any]
+    queries: Mapping[str, Tensor], gallery: Tensor, rows: Tensor, key: str, content: dict[str, Any]
 ) -> list[str]:
-    shares = {}
-    for name, features in found.items():
+    """Add the top-1 and top-5 retrieval rates to `content`; return them as a table."""
+    rates = {}
+    for name, features in queries.items():
         ranks = retrieval_ranks(features, gallery, rows[: len(features)])
-        shares[name] = [(ranks < k).float().mean().item() for k in (1, 5)]
-    shares["chance"] = [min(1.0, k / len(gallery)) for k in (1, 5)]
-    content |= {f"retrieval_at_{k}_{form.format(name)}": both[k == 5] for name, both in shares.items() for k in (1, 5)}
-    return align([[name, "@1", f"{first:.2%}", "@5", f"{fifth:.2%}"] for name, (first, fifth) in shares.items()])
+        rates[name] = [(ranks < k).float().mean().item() for k in (1, 5)]
+    rates["chance"] = [min(1.0, k / len(gallery)) for k in (1, 5)]
+    content |= {f"retrieval_at_{k}_{key.format(name)}": both[k == 5] for name, both in rates.items() for k in (1, 5)}
+    return align([[name, "@1", f"{first:.2%}", "@5", f"{fifth:.2%}"] for name, (first, fifth) in rates.items()])

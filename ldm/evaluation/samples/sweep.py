@@ -1,4 +1,4 @@
-"""One setting of the sampler at several values: how good the samples are, and what they cost."""
+"""Sampler sweeps: the quality and the cost of samples as a function of sampler steps or guidance."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -13,19 +13,19 @@ from ldm.data.images import ImageData
 from ldm.diffusion.samplers.base import SamplerLike
 from ldm.errors import UserError
 from ldm.evaluation.features import extract, feature_title, load_features, reference_features
-from ldm.evaluation.samples.distances import Enough, Measures, align, describe_setting, fd_name
+from ldm.evaluation.samples.distances import Measures, SampleCount, align, describe_setting, fd_name
 from ldm.evaluation.samples.kept import draw_and_keep
 from ldm.metrics.metric import Metric, metrics_to_json
 from ldm.metrics.subsets import NUM_SUBSETS, jackknife_error
 from ldm.rules import Seed, apply_rules, checked
-from ldm.sampling.draw import check_sampler, describe
+from ldm.sampling.draw import check_sampler, sampler_settings
 from ldm.sampling.pipeline import LatentDiffusionPipeline
 
 WITHIN = 2.0
-"""Standard errors of a difference within which values are called equal."""
+"""Number of standard errors of the difference within which two distances are considered equal."""
 RULE = (
-    f"the fewest network evaluations whose distance is within {WITHIN:g} standard errors of the smallest one; the "
-    "errors are of the difference, whose both sides share noise, captions and groups of the jackknife"
+    f"the fewest network evaluations with a distance within {WITHIN:g} standard errors of the smallest one; these are "
+    "standard errors of the difference, computed with the same noise, captions and jackknife groups for both"
 )
 
 
@@ -39,27 +39,30 @@ def sweep_sampler(
     *,
     features: str = "efficientnet_lite",
     features_path: str | None = None,
-    num_samples: Enough = 256,
+    num_samples: SampleCount = 256,
     seed: Seed = 0,
     **options: Any,
 ) -> dict[str, Any]:
-    """Distance to the training images over several samplers, by their steps, or several guidances; one of them is one.
+    """Measure the distance to the training images as a function of sampler steps or guidance; only one of them varies.
 
-    Every value draws the same samples from the same noise, which are kept in `folder`. The distance is the Fréchet
-    distance, on principal components where there are too few samples for all dimensions.
+    All values use the same noise and captions, and samples are cached in `folder`. The distance is the Fréchet
+    distance, computed on principal components if there are too few samples for all dimensions.
+
+    Args:
+        samplers: Samplers by their number of steps.
 
     Returns:
-        The settings, `rows` (a value, its cost, its distance and how far that is above the smallest, kernel distance,
-        precision and recall), and the `knee`, see `RULE`.
+        The settings; `rows` with the cost, the distance, its difference from the smallest one, the kernel distance,
+        precision and recall for each value; and the `knee`, as defined by `RULE`.
 
     Raises:
-        UserError: both vary, too few samples, what `draw_and_keep` refuses; of
-            every value before the first is drawn.
+        UserError: If both steps and guidance vary, there are too few samples, or as raised by `draw_and_keep`. All
+            values are checked before sampling starts.
     """
     if len(samplers) > 1 and len(guidances) > 1:
-        raise UserError("sampler.steps= and guidance= are both lists. Vary one, then the other.")
+        raise UserError("sampler.steps= and guidance= are both lists. Give a list for only one of them at a time.")
     if len(guidances) > 1 and pipeline.conditioning.kind == "none":
-        raise UserError("guidance= changes nothing of an unconditional model: leave it out, or vary sampler.steps=.")
+        raise UserError("guidance= has no effect on an unconditional model. Remove it, or vary sampler.steps= instead.")
     guidances = [apply_rules(draw_and_keep, {"guidance": guidance})["guidance"] for guidance in guidances]
     for sampler in samplers.values():
         check_sampler(sampler, pipeline.schedule)
@@ -73,19 +76,20 @@ def sweep_sampler(
     for steps, sampler in samplers.items():
         for guidance in guidances:
             value = steps if over == "sampler.steps" else guidance
-            kept = draw(sampler=sampler, guidance=guidance)
-            drawn = extract(network, kept, f"features, {over}={value}")
-            frechet, found = measures.frechet(drawn), measures.by_subsets(drawn)
-            assert frechet is not None, "as many components as the samples allow"
+            samples = draw(sampler=sampler, guidance=guidance)
+            sample_features = extract(network, samples, f"features, {over}={value}")
+            frechet, metrics = measures.frechet(sample_features), measures.by_subsets(sample_features)
+            assert frechet is not None, "the number of components is chosen so that the samples suffice"
             row: dict[str, Any] = {
                 "value": value,
-                "network_evaluations": kept.evaluations,
-                "seconds": kept.seconds,
+                "network_evaluations": samples.evaluations,
+                "seconds": samples.seconds,
                 "distance": frechet[0],
                 "standard_error": jackknife_error(frechet[1]),
-                **metrics_to_json({"kd": found["kd"]}),
+                **metrics_to_json({"kd": metrics["kd"]}),
             }
-            row |= {name: found[name].value if found[name].is_measured else None for name in ("precision", "recall")}
+            for name in ("precision", "recall"):
+                row[name] = metrics[name].value if metrics[name].is_measured else None
             rows.append(row)
             replicates.append(frechet[1])
     compare_with_best(rows, replicates)
@@ -95,7 +99,7 @@ def sweep_sampler(
         **describe_setting(network, features, images),
         "num_samples": num_samples,
         "num_per_subset": min(num_samples, len(train)) // NUM_SUBSETS,
-        "sampler": {**describe(next(iter(samplers.values()))), "steps": list(samplers)},
+        "sampler": {**sampler_settings(next(iter(samplers.values()))), "steps": list(samplers)},
         "guidance": list(guidances),
         "seed": seed,
         "rows": rows,
@@ -105,37 +109,37 @@ def sweep_sampler(
 
 
 def compare_with_best(rows: Sequence[dict[str, Any]], replicates: Sequence[Tensor]) -> None:
-    """Add to each row how far its distance is above the smallest one, and the standard error of that difference.
+    """Add to each row the difference between its distance and the smallest one, and its standard error.
 
     Args:
-        replicates: Of each row's distance, [g], without one group of the samples each; the same groups in all rows,
-            so that the jackknife of the difference is that of the differences.
+        replicates: Jackknife replicates [g] of the distance of each row. All rows use the same groups of samples, so
+            the jackknife of a difference is computed from the differences of the replicates.
     """
     best = min(range(len(rows)), key=lambda i: rows[i]["distance"])
-    for row, without in zip(rows, replicates, strict=True):
+    for row, values in zip(rows, replicates, strict=True):
         row["above_best"] = row["distance"] - rows[best]["distance"]
-        row["above_best_standard_error"] = jackknife_error(without - replicates[best])
+        row["above_best_standard_error"] = jackknife_error(values - replicates[best])
 
 
 def knee(rows: Sequence[Mapping[str, Any]]) -> float:
-    """The value by `RULE`; where costs are equal, the smaller distance."""
+    """Return the value that `RULE` selects; if costs are equal, that with the smaller distance."""
     equal = [row for row in rows if row["above_best"] <= WITHIN * row["above_best_standard_error"]]
     return min(equal, key=lambda row: (row["network_evaluations"], row["distance"]))["value"]
 
 
-def sweep_table(found: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows of a sweep, its numbers as they are."""
-    columns = [found["over"] if name == "value" else name for name in found["rows"][0]]
-    return columns, [list(row.values()) for row in found["rows"]]
+def sweep_table(sweep: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """Return the columns and the rows of a sweep with unformatted numbers."""
+    columns = [sweep["over"] if name == "value" else name for name in sweep["rows"][0]]
+    return columns, [list(row.values()) for row in sweep["rows"]]
 
 
-def sweep_lines(found: Mapping[str, Any]) -> list[str]:
-    """The table in words, and the rule."""
-    metric, over = found["metric"], found["over"]
-    of = f"{feature_title(found)}, N={found['num_samples']}, ref={found['reference']}, N={found['num_reference']}"
-    head = f"{metric} and KD ({of}) by {over}; precision and recall on subsets of {found['num_per_subset']}:"
-    table = [[over, "evaluations", "s a sample", metric, "above the best", "KD", "precision", "recall"]]
-    for row in found["rows"]:
+def sweep_lines(sweep: Mapping[str, Any]) -> list[str]:
+    """Return the table as lines of text, followed by the knee and the rule."""
+    metric, over = sweep["metric"], sweep["over"]
+    setting = f"{feature_title(sweep)}, N={sweep['num_samples']}, ref={sweep['reference']}, N={sweep['num_reference']}"
+    header = f"{metric} and KD ({setting}) by {over}; precision and recall on subsets of {sweep['num_per_subset']}:"
+    table = [[over, "evaluations", "s/sample", metric, "above the best", "KD", "precision", "recall"]]
+    for row in sweep["rows"]:
         shares = ["-" if row[name] is None else f"{row[name]:.3f}" for name in ("precision", "recall")]
         table.append(
             [
@@ -148,28 +152,26 @@ def sweep_lines(found: Mapping[str, Any]) -> list[str]:
                 *shares,
             ]
         )
-    return [head, *align(table), f"{over}={found['knee']:g} is the knee: {found['rule']}."]
+    return [header, *align(table), f"{over}={sweep['knee']:g} is the knee: {sweep['rule']}."]
 
 
-def plot_sampler_sweep(found: Mapping[str, Any]) -> Figure:
-    """Distance over the network evaluations or the guidance; all else stands in the table."""
-    rows, by_steps = found["rows"], found["over"] == "sampler.steps"
+def plot_sampler_sweep(sweep: Mapping[str, Any]) -> Figure:
+    """Plot the distance against network evaluations or guidance."""
+    rows, by_steps = sweep["rows"], sweep["over"] == "sampler.steps"
     figure = Figure(figsize=(7, 4.2), dpi=130, layout="constrained")
     axes = figure.subplots()
     x = [row["network_evaluations" if by_steps else "value"] for row in rows]
     errors = [WITHIN * row["standard_error"] for row in rows]
     axes.errorbar(x, [row["distance"] for row in rows], errors, marker="o", markersize=4, capsize=3)
-    for place, row in zip(x, rows, strict=True):
-        text = f"{row['value']:g}" + (" (knee)" if row["value"] == found["knee"] else "")
-        axes.annotate(text, (place, row["distance"]), (6, 6), textcoords="offset points", fontsize=9)
+    for position, row in zip(x, rows, strict=True):
+        text = f"{row['value']:g}" + (" (knee)" if row["value"] == sweep["knee"] else "")
+        axes.annotate(text, (position, row["distance"]), (6, 6), textcoords="offset points", fontsize=9)
     if by_steps:
         axes.set_xscale("log")
         axes.set_xticks(x, [f"{value:.4g}" for value in x])
         axes.minorticks_off()
     axes.set_xlabel("network evaluations per sample" if by_steps else "guidance scale")
-    axes.set_ylabel(f"{found['metric']}, {found['features_key']}")
-    number = f"{found['metric']} by {found['over']}; N={found['num_samples']}, {found['sampler']['method']}"
-    axes.set_title(
-        f"{number}\nref={found['reference']}; bars are +- {WITHIN:g} standard errors of a value", fontsize=10
-    )
+    axes.set_ylabel(f"{sweep['metric']}, {sweep['features_key']}")
+    title = f"{sweep['metric']} by {sweep['over']}; N={sweep['num_samples']}, {sweep['sampler']['method']}"
+    axes.set_title(f"{title}\nref={sweep['reference']}; error bars: +- {WITHIN:g} standard errors", fontsize=10)
     return figure

@@ -1,1 +1,1 @@
-"""What happens around a step: guard, checkpoints, loggers, progress."""
+"""Lightning callbacks and loggers: guard, checkpoints, metrics, progress and speed."""

@@ -1,4 +1,4 @@
-"""A checkpoint's file: written whole, with its SHA-256 taken on the way, and read without running what is in it."""
+"""Checkpoint files: written atomically and hashed while they are written; read without executing pickled code."""
 
 import hashlib
 from io import BufferedWriter, FileIO
@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from ldm.files.atomic import durable_file
+from ldm.files.atomic import atomic_write
 
 
-class HashedWriter(BufferedWriter):
-    """A file to write to that knows the SHA-256 of what it was given, and why writing failed."""
+class HashingWriter(BufferedWriter):
+    """A writable file that computes the SHA-256 of its content and remembers why a write failed."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(FileIO(path, "w"), 1 << 20)
@@ -22,18 +22,20 @@ class HashedWriter(BufferedWriter):
     def write(self, data: Any) -> int:
         try:
             size = super().write(data)
-        except OSError as error:  # torch reports it as an error of its own, without the reason
+        except OSError as error:  # torch.save raises a RuntimeError instead, without the reason
             self.failure = error
             raise
         self.digest.update(data)
         return size
 
 
-class WholeCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint whole, straight into its folder. Lightning's own makes a second copy in memory, moves it from
-    the folder for temporary files, where a reader can see half of it, and syncs nothing.
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint atomically, directly in its folder.
 
-    Nothing is raised where the disk refuses: the other ranks wait for this one. `failure` says so instead.
+    Lightning's own implementation makes a second copy in memory, moves it from the folder for temporary files, where a
+    reader can see a half-written file, and does not sync.
+
+    A write error sets `failure` and raises nothing, because the other ranks are waiting for this one.
     """
 
     def __init__(self) -> None:
@@ -43,8 +45,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         self.failure = None
         try:
-            with durable_file(Path(path)) as partial:
-                with HashedWriter(partial) as file:
+            with atomic_write(Path(path)) as partial:
+                with HashingWriter(partial) as file:
                     try:
                         torch.save(checkpoint, file)
                     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Checkpoints for resuming: saved whole between optimizer steps, the last ones and the best one kept."""
+"""Checkpoints for resuming: saved atomically between optimizer steps; the last few and the best one are kept."""
 
 import math
 import time
@@ -12,19 +12,19 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from ldm.errors import UserError
 from ldm.files.atomic import clear_partials
-from ldm.runs.checkpoints import FOLDER, Manifest, manifests, prune
-from ldm.runs.disk import forgiving
+from ldm.runs.checkpoints import FOLDER, Manifest, list_checkpoints, prune
+from ldm.runs.disk import warn_on_write_error
 from ldm.runtime import signals
 from ldm.runtime.random_state import random_state, restore_random_state
-from ldm.training.callbacks.checkpoint_io import WholeCheckpointIO
+from ldm.training.callbacks.checkpoint_io import AtomicCheckpointIO
 from ldm.training.optim.budget import Budget
 
 MONITORED = "val/loss"
-NOT_BEGUN = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+NOT_STARTED = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
 
 
 class StopTraining(Exception):
-    """A signal asks to stop, and the step is finished: what is saved now can be continued."""
+    """A signal requested a stop and the current step is finished, so a checkpoint saved now can be resumed."""
 
     def __init__(self, signal: int) -> None:
         self.signal = signal
@@ -32,16 +32,18 @@ class StopTraining(Exception):
 
 
 class Checkpoints(Checkpoint):
-    """Saves between optimizer steps: every `every_s` seconds, where validation improves, at the end, and at a signal.
+    """Saves every `every_s` seconds, when validation improves, at the end and on a signal; always between steps.
 
-    Keeps the last `keep_last` and the best by the monitored figure. A save that fails while training leaves those
-    before it and is tried again later. What is stopped amid a validation begins it anew.
+    Keeps the last `keep_last` checkpoints and the best one by the monitored metric. If a save fails during training,
+    the earlier checkpoints stay and saving is retried later. A run stopped during validation repeats that validation
+    when it is resumed.
 
     Args:
         folder: The run folder.
-        budget: Its seconds are noted; what ranks decide together goes through its `agreement`.
-        resumed: What training continues from; what that run saved afterwards is deleted once this one saves.
-        on_saved: Called on the first rank after every checkpoint.
+        budget: Provides the seconds trained, and the `agreement` through which ranks decide together.
+        resume_from: The checkpoint that training resumes from. Once this run saves, later checkpoints of the resumed
+            run are deleted.
+        on_saved: Called on rank 0 after every checkpoint.
     """
 
     def __init__(
@@ -52,34 +54,35 @@ class Checkpoints(Checkpoint):
         *,
         keep_last: int = 2,
         stage: str = "",
-        resumed: Manifest | None = None,
+        resume_from: Manifest | None = None,
         on_saved: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder, self.budget, self.every_s = folder / FOLDER, budget, every_s
-        self.keep_last, self.stage, self.resumed = keep_last, stage, resumed
+        self.keep_last, self.stage, self.resume_from = keep_last, stage, resume_from
         self.on_saved = on_saved
         self.saved: Manifest | None = None
-        """The newest that this training saved, as the first rank knows it."""
-        self.withheld: Callable[[], bool] = lambda: False
-        """Whether the weights of this moment are none to go back to; they are saved at the end and at a signal only."""
-        goes_on = resumed is not None and resumed.path.parent.resolve() == self.folder.resolve()
-        self._saved_step = resumed.step if resumed is not None and goes_on else -1
-        self._io = WholeCheckpointIO()
-        self._own: set[Path] = set()
+        """The newest checkpoint saved by this training; known on rank 0 only."""
+        self.should_withhold: Callable[[], bool] = lambda: False
+        """Returns True if the current weights must not be rolled back to. They are then saved only at the end and on a
+        signal."""
+        is_same_run = resume_from is not None and resume_from.path.parent.resolve() == self.folder.resolve()
+        self._saved_step = resume_from.step if resume_from is not None and is_same_run else -1
+        self._io = AtomicCheckpointIO()
+        self._saved_paths: set[Path] = set()
         self._training = self._between_steps = self._before_step = False
         self._improved = False
         self._saved_at, self._stop = 0.0, 0
         self._random: dict[str, Any] | None = None
-        """The random state from before a validation, while one goes on."""
+        """Random state from before the validation, while one is running."""
         self._restored: list[dict[str, Any]] | None = None
-        budget.agreement.ask("save", self._is_due)
-        budget.agreement.ask("signal", lambda: signals.pending() or 0)
-        budget.agreement.ask("improved", lambda: self._improved)
+        budget.agreement.register("save", self._is_due)
+        budget.agreement.register("signal", lambda: signals.pending() or 0)
+        budget.agreement.register("improved", lambda: self._improved)
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         trainer.strategy.checkpoint_io = self._io
-        # Lightning's handlers would stand until training begins, and its own for SIGTERM waits for the other ranks
-        # where it was called, which may be amid another of their conversations
+        # Lightning's handlers would stay installed until training starts. Its SIGTERM handler waits for the other ranks
+        # wherever it is called, which can be in the middle of another collective.
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         signals.install_handlers()
 
@@ -87,18 +90,18 @@ class Checkpoints(Checkpoint):
         if trainer.is_global_zero:
             clear_partials(self.folder)
         self._saved_at, self._training = time.monotonic(), True
-        signals.hold()
+        signals.defer()
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Before a step, when the last one is over: a module's own hooks come after a callback's."""
-        if self._restored is not None:  # not before: what Lightning sets up may draw from the global generators
+        """Save before a step: a module's hooks run after a callback's, so only now is the previous step complete."""
+        if self._restored is not None:  # not earlier, because Lightning's setup may draw from the global generators
             states = self._restored
             restore_random_state(states[trainer.global_rank % len(states)], trainer.strategy.root_device)
             self._restored = None
         if batch_idx % trainer.accumulate_grad_batches:
-            return  # gradients of a half-accumulated step are in no checkpoint
-        answers = self.budget.agreement.answers
-        # alone, a signal of this very moment counts too
+            return  # checkpoints do not contain the gradients of a partly accumulated step
+        answers = self.budget.agreement.values
+        # A single process can also react to a signal that has just arrived.
         stop = answers.get("signal", 0) if trainer.world_size > 1 else signals.pending()
         self._before_step = True
         if stop:
@@ -109,16 +112,16 @@ class Checkpoints(Checkpoint):
 
     def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._between_steps = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        self._stop = self.budget.agreement.answers.get("signal", 0)
+        self._stop = self.budget.agreement.values.get("signal", 0)
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
-        signals.hold()
+        signals.defer()
         self._random = random_state(trainer.strategy.root_device)
         self._stop_in_validation()
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if not self._stop:
-            self._stop = self.budget.agreement.decide(trainer)["signal"]
+            self._stop = self.budget.agreement.update(trainer)["signal"]
         self._stop_in_validation()
 
     def _stop_in_validation(self) -> None:
@@ -126,22 +129,22 @@ class Checkpoints(Checkpoint):
             raise StopTraining(self._stop)
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
-        if self._random is not None:  # training draws on as if there had been no validation
+        if self._random is not None:  # so that validation does not change the random numbers of training
             restore_random_state(self._random, trainer.strategy.root_device)
         self._random = None
         if not (self._training and self._between_steps):
             return
         monitored = float(trainer.callback_metrics.get(MONITORED, math.nan))
-        figure = monitored if math.isfinite(monitored) else None
-        known = [manifest.figure for manifest in self.branch() if manifest.figure is not None]
-        better = figure is not None and figure < min(known, default=math.inf)
-        self._improved = trainer.is_global_zero and better and not self.withheld()
-        answers = self.budget.agreement.decide(trainer)
+        metric = monitored if math.isfinite(monitored) else None
+        earlier = [manifest.figure for manifest in self.lineage() if manifest.figure is not None]
+        is_better = metric is not None and metric < min(earlier, default=math.inf)
+        self._improved = trainer.is_global_zero and is_better and not self.should_withhold()
+        answers = self.budget.agreement.update(trainer)
         self._improved = False
         if answers["improved"]:
-            self._save(trainer, "validation", figure, best=True)
+            self._save(trainer, "validation", metric, best=True)
         elif answers["save"]:
-            self._save(trainer, "interval", figure)
+            self._save(trainer, "interval", metric)
         if answers["signal"]:
             raise StopTraining(answers["signal"])
 
@@ -156,45 +159,48 @@ class Checkpoints(Checkpoint):
         self._training = False
 
     def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        own = self._random or random_state(trainer.strategy.root_device)
-        every: list[Any] = [own] * trainer.world_size
+        state = self._random or random_state(trainer.strategy.root_device)
+        states: list[Any] = [state] * trainer.world_size
         if trainer.world_size > 1:
-            dist.all_gather_object(every, own)
-        checkpoint["random"] = every
-        checkpoint["step_offset"] = getattr(module, "step_offset", 0)  # also where no guard is there to save it
+            dist.all_gather_object(states, state)
+        checkpoint["random"] = states
+        checkpoint["step_offset"] = getattr(module, "step_offset", 0)  # saved here too for runs without a guard
         loops = checkpoint["loops"]["fit_loop"]
-        if self._random is not None:  # to be begun anew: Lightning would validate on the batches that were left
+        if self._random is not None:  # restart the validation: Lightning would continue it with the remaining batches
             val = loops["epoch_loop.val_loop.batch_progress"]
-            val.update(total=dict(NOT_BEGUN), current=dict(NOT_BEGUN), is_last_batch=False)
-        elif self._before_step:  # as at the end of the last batch: Lightning has counted the next one already
+            val.update(total=dict(NOT_STARTED), current=dict(NOT_STARTED), is_last_batch=False)
+        elif self._before_step:  # match the end of the last batch: Lightning has already counted the next one
             batches = loops["epoch_loop.batch_progress"]
             for count in (batches["total"], batches["current"]):
                 count["ready"] = count["completed"]
             interval = trainer.val_check_batch if trainer.enable_validation else None
             if interval and batches["total"]["ready"] % interval == 0:
-                loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1  # counted where validation is skipped
+                loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= (
+                    1  # Lightning counts it again on resume, skipping validation
+                )
 
     def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._restored = checkpoint.get("random")
 
     def _is_due(self) -> bool:
-        return time.monotonic() - self._saved_at >= self.every_s and not self.withheld()
+        return time.monotonic() - self._saved_at >= self.every_s and not self.should_withhold()
 
-    def branch(self) -> list[Manifest]:
-        """What this run saved and what it continues, not what was saved after the point that it went back to."""
-        last = self.resumed.sequence if self.resumed is not None else -1
-        return [found for found in manifests(self.folder) if found.path in self._own or found.sequence <= last]
+    def lineage(self) -> list[Manifest]:
+        """Checkpoints of this training and its ancestors, without those saved after the step it resumed from."""
+        last = self.resume_from.sequence if self.resume_from is not None else -1
+        manifests = list_checkpoints(self.folder)
+        return [manifest for manifest in manifests if manifest.path in self._saved_paths or manifest.sequence <= last]
 
-    def _save(self, trainer: Trainer, why: str, figure: float | None = None, *, best: bool = False) -> None:
-        """On every rank: the strategy gathers the state, the first rank writes it.
+    def _save(self, trainer: Trainer, why: str, metric: float | None = None, *, best: bool = False) -> None:
+        """Save a checkpoint. Runs on every rank: the strategy gathers the state and rank 0 writes it.
 
         Raises:
-            UserError: training ends here, and the disk does not take it.
+            UserError: The last checkpoint of the training could not be written.
         """
-        began, step = time.perf_counter(), trainer.global_step
+        start, step = time.perf_counter(), trainer.global_step
         for logger in trainer.loggers:
-            logger.save()  # the rows up to here are never logged again
-        # never over another: checkpoint and manifest cannot be replaced as one
+            logger.save()  # a resumed run does not log these rows again
+        # Never overwrite a checkpoint: it cannot be replaced atomically together with its manifest.
         names = [f"step-{step:08d}", *(f"step-{step:08d}-{i}" for i in range(1, 100))]
         path = next(self.folder / f"{name}.ckpt" for name in names if not any(self.folder.glob(f"{name}.*")))
         trainer.save_checkpoint(path, weights_only=False)
@@ -204,14 +210,14 @@ class Checkpoints(Checkpoint):
             stage=self.stage,
             step=step,
             trained_s=self.budget.elapsed_s,
-            sequence=1 + max((known.sequence for known in manifests(self.folder)), default=0),
+            sequence=1 + max((manifest.sequence for manifest in list_checkpoints(self.folder)), default=0),
             sha256=self._io.sha256,
             bytes=self._io.bytes,
             saved=time.time(),
-            save_s=round(time.perf_counter() - began, 4),
+            save_s=round(time.perf_counter() - start, 4),
             why=why,
             monitored=MONITORED,
-            figure=figure,
+            figure=metric,
             best=best,
         )
         failure = self._io.failure
@@ -222,25 +228,25 @@ class Checkpoints(Checkpoint):
                 path.unlink(missing_ok=True)
                 failure = error
         if trainer.strategy.reduce_boolean_decision(failure is not None, all=False):
-            last = self.saved or self.resumed
-            kept = f"{last.path} is kept" if last is not None else "nothing was saved before"
-            reason = failure.strerror if failure is not None else "says the first process"
-            said = f"cannot be saved in {self.folder} ({reason}); {kept}."
+            last = self.saved or self.resume_from
+            fallback = f"{last.path} is kept" if last is not None else "no earlier checkpoint exists"
+            reason = failure.strerror if failure is not None else "reported by rank 0"
+            message = f"could not be saved in {self.folder} ({reason}); {fallback}."
             if why in ("end", "signal"):
                 raise UserError(
-                    f"The last checkpoint {said} Make room, then go on with the same command and resume=true."
+                    f"The last checkpoint {message} Free some disk space, then repeat the command with resume=true."
                 )
             if trainer.is_global_zero:
-                again = f"Training goes on, and tries again every {self.every_s:g} s."
-                print(f"warning: a checkpoint {said} {again}", flush=True)
+                retry = f"Training continues and retries every {self.every_s:g} s."
+                print(f"warning: a checkpoint {message} {retry}", flush=True)
             return
         self._saved_step = step
         if trainer.is_global_zero:
             self.saved = manifest
-            self._own.add(path)
+            self._saved_paths.add(path)
             self.on_saved()
-            with forgiving(self.folder):
-                prune(self.folder, self.branch(), self.keep_last)
+            with warn_on_write_error(self.folder):
+                prune(self.folder, self.lineage(), self.keep_last)
             for logger in trainer.loggers:
                 logger.log_metrics(
                     {"checkpoint/size_mb": manifest.bytes / 1e6, "checkpoint/save_s": manifest.save_s}, step - 1

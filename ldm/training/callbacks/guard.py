@@ -1,13 +1,13 @@
-"""Steps whose numbers went wrong: left out, counted, noted, and after too many in a row taken back.
+"""Guard against bad steps: skips, counts and logs them, and rolls back after too many in a row.
 
-A step is bad where the loss of one of its batches or its gradient is not finite, or where the gradient's norm is a
-spike: more than `max_spike` times its running average. The optimizer then leaves weights, moments and
-step counts as they are. So do the discriminator and its optimizer, which also leave out gradients of their own that are
-not finite, and the codebook's idle counts and restarts. The step still counts for the budget, the learning rate and the
-order of the data, and the averaged weights take in the unchanged ones once more.
+A step is bad if the loss of one of its batches or its gradient is not finite, or if its gradient norm is a spike: more
+than `max_spike` times the running average. A bad step is skipped: the optimizer leaves the weights, its moments and its
+step counts unchanged. The discriminator and its optimizer, and the codebook's idle counts and restarts, skip the step
+as well. The discriminator also skips a step if its own gradient is not finite. A skipped step still counts towards the
+budget, the learning rate schedule and the data order, and the EMA is updated with the unchanged weights.
 
-After `skips_before_rollback` such steps in a row the weights and all else that a checkpoint holds go back to one from
-before them, and the data goes on with the batches that follow: step k is then on batch k + `offset` of the order.
+After `skips_before_rollback` skipped steps in a row, training restores a checkpoint from before them and continues with
+the batches that follow: step k then trains on batch k + `offset` of the data order.
 """
 
 import json
@@ -25,94 +25,97 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from ldm.errors import UserError
-from ldm.rules import Count, Number, Whole, checked
+from ldm.rules import Count, Integer, Number, checked
 from ldm.runs.checkpoints import Manifest
-from ldm.runs.disk import forgiving
-from ldm.training.callbacks.skip_step import LARGEST, Numbers, RunningNorm, leave_out, parameters_of
+from ldm.runs.disk import warn_on_write_error
+from ldm.training.callbacks.skip_step import MAX_FLOAT32, RunningNorm, StepStats, parameters_of, skip_step
 
-say = rank_zero_only(print)
+print_on_rank_zero = rank_zero_only(print)
 
 
 class RollBack(Exception):
-    """Too many steps in a row went wrong: the weights go back to a checkpoint, the data goes on.
+    """Too many steps in a row were skipped: restore a checkpoint and continue with the following batches.
 
     Args:
-        began: The first of the steps that were left out in a row; a checkpoint of that step was saved before it.
-        at: The step that training has come to.
-        tallies: What the guard counted until now, which stays counted.
-        average: The gradient's norm that training had come to.
+        first_skipped: The first of the consecutive skipped steps. A checkpoint of that step was saved before it.
+        step: The current step.
+        tallies: The guard's counts, which survive the roll-back.
+        average_norm: The running average of the gradient norm.
     """
 
-    def __init__(self, began: int, at: int, tallies: Mapping[str, Any], average: float = 0.0) -> None:
-        super().__init__(f"the steps from {began} on went wrong")
-        self.began, self.at, self.tallies, self.average = began, at, dict(tallies), average
+    def __init__(self, first_skipped: int, step: int, tallies: Mapping[str, Any], average_norm: float = 0.0) -> None:
+        super().__init__(f"steps from {first_skipped} on were skipped")
+        self.first_skipped, self.step = first_skipped, step
+        self.tallies, self.average_norm = dict(tallies), average_norm
 
     def choose(self, checkpoints: Mapping[int, Manifest]) -> tuple[int, Manifest | None]:
-        """Which of the checkpoints by step to go on from: the newest from before the steps that went wrong.
+        """Choose the checkpoint to restore: the newest from before the skipped steps; step 0 and None without one.
 
-        Not the one that the last roll-back went to, where there is another: its weights may be what is wrong. Without
-        any, step 0 and None.
+        The target of the previous roll-back is used only if there is no other, because its weights may be the cause.
+
+        Args:
+            checkpoints: Checkpoints by step.
         """
-        before = [step for step in checkpoints if step <= self.began]
-        others = [step for step in before if step != self.tallies["went_to"]]
-        step = max(others or before, default=0)
+        candidates = [step for step in checkpoints if step <= self.first_skipped]
+        untried = [step for step in candidates if step != self.tallies["went_to"]]
+        step = max(untried or candidates, default=0)
         return step, checkpoints.get(step)
 
 
 class Guard(Callback):
-    """Watches over every step's numbers; the module hands them to it (`module.guard`).
+    """Checks the losses and the gradient of every step; the module passes them to it through `module.guard`.
 
     Args:
-        notes: The file that each step left out is noted in, one line of JSON each.
-        images: Names those that a batch of the order holds, for the notes.
-        max_spike: Times the running average that the gradient's norm may be.
-        warmup_steps: Steps before spikes are told, and about as many that the average remembers.
-        skips_before_rollback: Steps left out in a row after which training goes back to a checkpoint.
-        max_rollbacks: How often it does so in a run before it gives up.
-        log_every: Steps between the counts' rows.
+        skip_log: File that gets one line of JSON per skipped step.
+        image_names: batch of the data order -> names of its images, for the log.
+        max_spike: Largest allowed ratio of the gradient norm to its running average.
+        warmup_steps: Steps before spike detection starts; also the averaging window.
+        skips_before_rollback: Consecutive skipped steps that trigger a roll-back.
+        max_rollbacks: Roll-backs per run before training gives up.
+        log_every: Steps between logged counts.
     """
 
     @checked
     def __init__(
         self,
-        notes: Path,
-        images: Callable[[int], Iterable[str]] = lambda batch: (),
+        skip_log: Path,
+        image_names: Callable[[int], Iterable[str]] = lambda batch: (),
         *,
         max_spike: Annotated[Number, Field(gt=1)] = 100.0,
         warmup_steps: Count = 100,
         skips_before_rollback: Count = 10,
-        max_rollbacks: Annotated[Whole, Field(ge=0)] = 2,
+        max_rollbacks: Annotated[Integer, Field(ge=0)] = 2,
         log_every: int = 50,
     ) -> None:
-        self.notes, self.images, self.log_every = notes, images, log_every
+        self.skip_log, self.image_names, self.log_every = skip_log, image_names, log_every
         self.skips_before_rollback, self.max_rollbacks = skips_before_rollback, max_rollbacks
         self.running = RunningNorm(max_spike, warmup_steps)
         self.tallies: dict[str, Any] = {"skipped_steps": 0, "rollbacks": 0, "offset": 0, "went_to": None}
-        self.streak, self.began = 0, 0
-        self.skips = self._beside = torch.zeros((), dtype=torch.bool)
-        """Whether the step that is being taken is left out, [] bool on its device."""
-        self._norm, self._limit = torch.zeros(()), LARGEST
+        self.streak, self.first_skipped = 0, 0
+        self.skip = self._skip_second = torch.zeros((), dtype=torch.bool)
+        """True if the current step is skipped; a bool tensor [] on the device."""
+        self._norm, self._limit = torch.zeros(()), MAX_FLOAT32
         self._losses: list[Tensor] = []
         self._unclipped: list[Tensor] = []
         self._carried: dict[str, Any] = {}
-        self._average = 0.0
-        self._pending: Numbers | None = None
+        self._average_norm = 0.0
+        self._pending: StepStats | None = None
         self._step = 0
 
     @property
     def offset(self) -> int:
-        """Batches that roll-backs passed over."""
+        """Number of batches dropped by roll-backs."""
         return self.tallies["offset"]
 
     @property
     def skipped_steps(self) -> int:
-        """Steps left out so far, those before a resume or a roll-back included."""
-        return self.tallies["skipped_steps"] + self.skipped_last
+        """Steps skipped so far, including those before a resume or a roll-back."""
+        return self.tallies["skipped_steps"] + self.skipped_last_step
 
     @property
-    def skipped_last(self) -> bool:
-        """Whether the last step was left out. A wait for the device, for those who are about to wait anyway."""
-        return self._pending is not None and self._pending.bad
+    def skipped_last_step(self) -> bool:
+        """True if the last step was skipped. Reading it waits for the device."""
+        return self._pending is not None and self._pending.is_bad
 
     def setup(self, trainer: Trainer, module: Any, stage: str) -> None:
         module.guard = self
@@ -122,156 +125,158 @@ class Guard(Callback):
         clipped = {id(parameter) for parameter in module.trained.parameters()}
         self._unclipped = [p for p in parameters_of(trainer.optimizers[0]) if id(p) not in clipped]
 
-    def watch(self, loss: Tensor) -> Tensor:
-        """The loss of a batch, to be minimised. One that is not finite makes the gradient NaN, on all ranks."""
+    def record_loss(self, loss: Tensor) -> Tensor:
+        """Record the loss of a batch and return it. If it is not finite, its gradient becomes NaN on all ranks."""
         value = loss.detach()
         self._losses.append(value)
         return loss * (1 + 0 * value)
 
-    def judge(self, optimizer: Optimizer, norm: Tensor) -> None:
-        """Leave the optimizer's step out where its gradient's norm says so: after backward, before the step."""
-        for parameter in self._unclipped:  # a learned scale of the loss
+    def check_gradient(self, optimizer: Optimizer, norm: Tensor) -> None:
+        """Skip the optimizer's next step if the gradient norm is not finite or a spike. Call it after backward."""
+        for parameter in self._unclipped:  # for example a learned scale of the loss
             if parameter.grad is not None:
                 norm = norm + 0 * parameter.grad.sum()
         self._norm, self._limit = norm.detach(), self.running.limit
-        self.skips = self._beside = ~(self._norm <= self._limit)  # also where it is NaN
-        leave_out(optimizer, self.skips)
+        self.skip = self._skip_second = ~(self._norm <= self._limit)  # True for NaN as well
+        skip_step(optimizer, self.skip)
 
-    def judge_beside(self, optimizer: Optimizer) -> None:
-        """The same for the step of a second optimizer, whose gradient must be finite and may spike."""
+    def check_second_optimizer(self, optimizer: Optimizer) -> None:
+        """Skip the second optimizer's step with the first, or if its own gradient is not finite; spikes are allowed."""
         norm = get_total_norm([p.grad for p in parameters_of(optimizer) if p.grad is not None])
-        self._beside = self.skips | ~(norm <= LARGEST)
-        leave_out(optimizer, self._beside)
+        self._skip_second = self.skip | ~(norm <= MAX_FLOAT32)
+        skip_step(optimizer, self._skip_second)
 
     def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == self._step:
-            return  # amid an accumulated step
-        values = [value.float() for value in (self.skips, self._beside, self._norm, *self._losses)]
-        before, self._pending = self._pending, Numbers.send(self._step, self._limit, torch.stack(values))
+            return  # in the middle of an accumulated step
+        values = [value.float() for value in (self.skip, self._skip_second, self._norm, *self._losses)]
+        previous, self._pending = self._pending, StepStats.send(self._step, self._limit, torch.stack(values))
         self._losses.clear()
         self._step = trainer.global_step
-        if before is not None:
-            self._count(before)
-        if trainer.global_step % self.log_every == 0 or (before is not None and before.bad):
+        if previous is not None:
+            self._count(previous)
+        if trainer.global_step % self.log_every == 0 or (previous is not None and previous.is_bad):
             self._log(trainer, self.tallies["skipped_steps"])
         if self.streak >= self.skips_before_rollback:
-            self._go_back(trainer)
+            self._roll_back(trainer)
 
     def on_train_end(self, trainer: Trainer, module: Any) -> None:
-        if self._pending is not None and self.skipped_last:  # it is counted when training goes on
-            self._note(self._pending)
+        if self._pending is not None and self.skipped_last_step:  # a resumed run will add it to the tallies
+            self._log_skip(self._pending)
             self._log(trainer, self.skipped_steps)
 
-    def go_on_after(self, asked: RollBack, step: int) -> None:
-        """Before a fit that goes on from a checkpoint of this step: what was counted stays so, the data goes on."""
-        passed_over = asked.at - step
+    def resume_after(self, rollback: RollBack, step: int) -> None:
+        """Prepare for a fit that continues at this step after a roll-back: keep the counts, advance the data."""
+        dropped = rollback.step - step
         self._carried = {
-            **asked.tallies,
-            "rollbacks": asked.tallies["rollbacks"] + 1,
-            "offset": asked.tallies["offset"] + passed_over,
+            **rollback.tallies,
+            "rollbacks": rollback.tallies["rollbacks"] + 1,
+            "offset": rollback.tallies["offset"] + dropped,
             "went_to": step,
         }
-        self.tallies, self._average = dict(self._carried), asked.average
-        self._write({"step": asked.began, "rolled_back_to": step, "batches_passed_over": passed_over})
-        say(
-            f"the steps from {asked.began} on went wrong: back to step {step}, and on with the batches after them "
-            f"(roll-back {self.tallies['rollbacks']} of {self.max_rollbacks}; see {self.notes})",
+        self.tallies, self._average_norm = dict(self._carried), rollback.average_norm
+        self._write({"step": rollback.first_skipped, "rolled_back_to": step, "batches_passed_over": dropped})
+        print_on_rank_zero(
+            f"{self.skips_before_rollback} steps in a row from step {rollback.first_skipped} on were skipped: rolling "
+            f"back to step {step} and continuing with the next batches "
+            f"(roll-back {self.tallies['rollbacks']} of {self.max_rollbacks}; see {self.skip_log})",
             flush=True,
         )
 
-    def _count(self, numbers: Numbers) -> None:
-        """Take in a step's numbers, one step late; so are they in the limit, whether they waited or not."""
-        _, _, norm, *_ = numbers.read()
+    def _count(self, stats: StepStats) -> None:
+        """Count a step, one step late. Its norm enters the limit equally late on every device."""
+        _, _, norm, *_ = stats.read()
         self.running.add(norm)
-        if not numbers.bad:
+        if not stats.is_bad:
             self.streak = 0
             return
         if self.streak == 0:
-            self.began = numbers.step
+            self.first_skipped = stats.step
         self.streak += 1
         self.tallies["skipped_steps"] += 1
-        self._note(numbers)
+        self._log_skip(stats)
         count = self.tallies["skipped_steps"]
         if math.log10(count).is_integer():  # the 1st, 10th, 100th
-            say(f"step {numbers.step} was left out, {count} until now: {self.notes} says why", flush=True)
+            print_on_rank_zero(f"skipped step {stats.step} ({count} skipped so far); see {self.skip_log}", flush=True)
 
-    def _note(self, numbers: Numbers) -> None:
-        left_out, _, norm, *losses = numbers.read()
+    def _log_skip(self, stats: StepStats) -> None:
+        """Append the step's numbers and its images to the skip log."""
+        skipped_both, _, norm, *losses = stats.read()
         why = "the discriminator's gradient is not finite"
-        if left_out:
+        if skipped_both:
             why = "spike" if math.isfinite(norm) else "the gradient is not finite"
             why = why if all(map(math.isfinite, losses)) else "the loss is not finite"
-        batch = numbers.step + self.offset
+        batch = stats.step + self.offset
         self._write(
             {
-                "step": numbers.step,
+                "step": stats.step,
                 "batch": batch,
                 "why": why,
-                "losses": [_plain(loss) for loss in losses],
-                "gradient_norm": _plain(norm),
-                "limit": numbers.limit if numbers.limit < LARGEST else None,
-                "images": list(self.images(batch)),
+                "losses": [_to_json(loss) for loss in losses],
+                "gradient_norm": _to_json(norm),
+                "limit": stats.limit if stats.limit < MAX_FLOAT32 else None,
+                "images": list(self.image_names(batch)),
             }
         )
 
     @rank_zero_only
     def _write(self, line: Mapping[str, Any]) -> None:
-        """Add a line, unless it is there: steps that a resumed run takes again are noted once."""
+        """Append a line unless the log has it already: a resumed run repeats steps that were logged before."""
         text = json.dumps(line)
-        with forgiving(self.notes):
-            known = self.notes.read_text(encoding="utf-8").splitlines() if self.notes.is_file() else []
-            if text not in known:
-                self.notes.parent.mkdir(parents=True, exist_ok=True)
-                with self.notes.open("a", encoding="utf-8") as file:
+        with warn_on_write_error(self.skip_log):
+            lines = self.skip_log.read_text(encoding="utf-8").splitlines() if self.skip_log.is_file() else []
+            if text not in lines:
+                self.skip_log.parent.mkdir(parents=True, exist_ok=True)
+                with self.skip_log.open("a", encoding="utf-8") as file:
                     file.write(text + "\n")
 
     def _log(self, trainer: Trainer, skipped_steps: int) -> None:
-        """Straight to the loggers: what a module logs costs Lightning time at every step, written or not."""
-        figures = {"train/skipped_steps": skipped_steps, "train/rollbacks": self.tallies["rollbacks"]}
+        """Log the counts to the loggers directly, because Lightning's `log` costs time at every step."""
+        metrics = {"train/skipped_steps": skipped_steps, "train/rollbacks": self.tallies["rollbacks"]}
         for logger in trainer.loggers:
-            logger.log_metrics(figures, trainer.global_step - 1)
+            logger.log_metrics(metrics, trainer.global_step - 1)
 
-    def _go_back(self, trainer: Trainer) -> None:
-        """Raises RollBack, or the UserError that says what to try."""
+    def _roll_back(self, trainer: Trainer) -> None:
+        """Raise RollBack, or a UserError with remedies once all roll-backs are used up."""
         if self.tallies["rollbacks"] < self.max_rollbacks:
-            raise RollBack(self.began, trainer.global_step, self.tallies, self.running.mean)
+            raise RollBack(self.first_skipped, trainer.global_step, self.tallies, self.running.mean)
         group, clip = trainer.optimizers[0].param_groups[0], trainer.gradient_clip_val
         raise UserError(
-            f"Training diverged: the {self.streak} steps from {self.began} on had a loss or a gradient that is not "
-            f"finite, or a gradient of more than {self.running.max_spike:g} times its average"
-            + (f", also after {self.max_rollbacks} roll-backs to a checkpoint. " if self.max_rollbacks else ". ")
-            + f"{self.notes} lists each with its numbers and its images: look at those. Else try a lower optimizer.lr "
-            f"(it is {group.get('peak_lr', group['lr']):g}), a lower trainer.gradient_clip_val (it is {clip}) or "
-            f"trainer.precision=32-true (it is {trainer.precision})."
+            f"Training diverged: {self.streak} steps in a row from step {self.first_skipped} on had a non-finite loss, "
+            f"a non-finite gradient, or a gradient norm more than {self.running.max_spike:g} times its average"
+            + (f", even after trainer.guard.max_rollbacks={self.max_rollbacks}. " if self.max_rollbacks else ". ")
+            + f"Inspect the skipped steps and their images in {self.skip_log}, or try a lower optimizer.lr "
+            f"(now {group.get('peak_lr', group['lr']):g}), a lower trainer.gradient_clip_val (now {clip}) or "
+            f"trainer.precision=32-true (now {trainer.precision})."
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The last step's numbers apart, so that they are counted when they would have been without a save."""
+        """Return the state. The last step is stored separately, so that saving does not change when it is counted."""
         pending = self._pending
         return {
             "running": [self.running.mean, self.running.count],
             "tallies": dict(self.tallies),
-            "streak": [self.streak, self.began],
+            "streak": [self.streak, self.first_skipped],
             "pending": pending and {"step": pending.step, "limit": pending.limit, "values": list(pending.read())},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         mean, self.running.count = state_dict["running"]
-        self.running.mean = max(mean, self._average)  # norms that are high once more are no fault, but how they are
-        self.streak, self.began = state_dict["streak"]
+        self.running.mean = max(mean, self._average_norm)  # norms as high as before the roll-back are not spikes
+        self.streak, self.first_skipped = state_dict["streak"]
         self.tallies = {**state_dict["tallies"], **self._carried}
-        self._pending = Numbers(**state_dict["pending"]) if state_dict["pending"] else None
+        self._pending = StepStats(**state_dict["pending"]) if state_dict["pending"] else None
 
 
-def offset_of(checkpoint: Path | None) -> int:
-    """Batches that roll-backs passed over before a checkpoint was saved."""
+def load_step_offset(checkpoint: Path | None) -> int:
+    """Return the number of batches that roll-backs had dropped when the checkpoint was saved."""
     if checkpoint is None:
         return 0
     saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    guard = saved["callbacks"].get("Guard")  # which alone knew it in older checkpoints
+    guard = saved["callbacks"].get("Guard")  # older checkpoints store the offset only here
     return int(saved.get("step_offset", guard["tallies"]["offset"] if guard else 0))
 
 
-def _plain(value: float) -> float | str:
-    """A number as JSON knows it, or its name."""
+def _to_json(value: float) -> float | str:
+    """Return a finite number unchanged, anything else as text, because JSON has no nan or inf."""
     return value if math.isfinite(value) else str(value)

@@ -1,4 +1,4 @@
-"""metrics.csv always, W&B unless told otherwise."""
+"""Loggers: metrics.csv always, and W&B unless it is turned off."""
 
 import csv
 import io
@@ -15,7 +15,7 @@ from PIL import Image
 from ldm.files.atomic import write_text
 from ldm.latents.cache import latents_folder
 from ldm.latents.contract import LatentContract
-from ldm.runs.disk import forgiving
+from ldm.runs.disk import warn_on_write_error
 from ldm.runs.lineage import inputs, outputs
 from ldm.runs.run import Run
 from ldm.tracking.run import OPTIONS, WandbRun
@@ -23,35 +23,35 @@ from ldm.tracking.run import OPTIONS, WandbRun
 
 @dataclass
 class Loggers:
-    """What Lightning logs to, and the W&B run behind it where there is one."""
+    """The loggers passed to Lightning, and the W&B run if there is one."""
 
     lightning: list[Logger]
     wandb: WandbRun | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def conclude(self, run: Run, figures: Mapping[str, Any], picture: Path) -> None:
-        """Log how a finished run ended: its figures, its picture, what it was made from and what it leaves."""
+    def log_outcome(self, run: Run, metrics: Mapping[str, Any], figure: Path) -> None:
+        """Log the final metrics and figure of a finished run to W&B, with its input and output artifacts."""
         if self.wandb is None:
             return
-        self.wandb.summarise(figures)
-        with Image.open(picture) as image:
-            self.wandb.log_images(picture.stem, [image], [picture.stem], figures["steps"])
+        self.wandb.log_summary(metrics)
+        with Image.open(figure) as image:
+            self.wandb.log_images(figure.stem, [image], [figure.stem], metrics["steps"])
         latents = None
         if run.stage == "vae" and self.options.get("upload_latents"):
             latents = latents_folder(LatentContract.load(run.path), run.config()["data"]["cache_dir"])
         for item in inputs(run):
-            self.wandb.take(item)
+            self.wandb.use_artifact(item)
         for item in outputs(run, latents):
-            self.wandb.leave(item)
+            self.wandb.log_artifact(item)
         self.wandb.finish()
 
 
 class CsvLogger(Logger):
-    """metrics.csv: a row of what is logged together, in columns by name. A disk that refuses it ends nothing.
+    """Writes metrics.csv: one row per call to `log_metrics`, one column per metric. Write errors do not stop training.
 
     Args:
-        last_row: The step up to which the rows that are there are kept.
-        tracker: A W&B run, which is handed the same. It is left open at the end: pictures and the summary follow.
+        last_row: The step up to which existing rows are kept.
+        tracker: A W&B run that gets the same metrics. It stays open at the end, for the final images and the summary.
     """
 
     name, version = "csv", ""
@@ -60,14 +60,14 @@ class CsvLogger(Logger):
         super().__init__()
         self.file, self.tracker = file, tracker
         self._rows: list[dict[str, Any]] = []
-        self._rows_at_a_time = 100
-        self.go_back(last_row)
+        self._rows_per_write = 100
+        self.drop_rows_after(last_row)
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """The config is in config.yaml, and W&B has it from the start."""
+        """Do nothing: the config is in config.yaml, and W&B gets it when its run starts."""
 
-    def go_back(self, last: int) -> None:
-        """Forget the rows of steps after `last`: training goes on from there, and they will come again."""
+    def drop_rows_after(self, last: int) -> None:
+        """Drop the rows of steps after `last`, because training continues from there and will log them again."""
         self._rows = [row for row in self._rows if row["step"] <= last]
         if self.file.is_file():
             self._write(last)
@@ -76,7 +76,7 @@ class CsvLogger(Logger):
         self._rows.append({**metrics, "step": step or 0})
         if self.tracker is not None:
             self.tracker.log(metrics, step or 0)
-        if len(self._rows) >= self._rows_at_a_time:
+        if len(self._rows) >= self._rows_per_write:
             self.save()
 
     def save(self) -> None:
@@ -84,8 +84,8 @@ class CsvLogger(Logger):
             self._write()
 
     def _write(self, last: float = math.inf) -> None:
-        """The file anew: its rows up to a step, and those that it has not got yet."""
-        with forgiving(self.file):
+        """Rewrite the file: its rows up to step `last`, then the rows that are not written yet."""
+        with warn_on_write_error(self.file):
             columns, rows = _read(self.file)
             rows = [row for row in rows if int(row["step"]) <= last] + self._rows
             columns = sorted({"step"}.union(columns, *self._rows))
@@ -95,11 +95,11 @@ class CsvLogger(Logger):
             writer.writerows(rows)
             write_text(self.file, text.getvalue())
             self._rows = []
-            self._rows_at_a_time = max(100, len(rows) // 100)  # or the writing would come to cost more than training
+            self._rows_per_write = max(100, len(rows) // 100)  # keeps the cost of rewriting small in long runs
 
 
 def _read(file: Path) -> tuple[Sequence[str], list[dict[str, Any]]]:
-    """Columns and rows that have a step; a last line that a kill cut is dropped."""
+    """Return the columns and the rows that have a step; drop a last line that was cut off by a kill."""
     *lines, _ = (file.read_text(encoding="utf-8", errors="replace") if file.is_file() else "").split("\n")
     table = csv.DictReader(lines, restval="")
     return table.fieldnames or [], [row for row in table if row.get("step", "").isdigit()]
@@ -108,20 +108,20 @@ def _read(file: Path) -> tuple[Sequence[str], list[dict[str, Any]]]:
 def make_loggers(
     options: Mapping[str, Any], run: Run, *, resume: bool, last_row: int = -1, main_process: bool = True
 ) -> Loggers:
-    """Loggers for a run folder, from the config group `logger`; none in the other processes of a distributed run.
+    """Build the loggers of a run from the config group `logger`. Only rank 0 gets any.
 
     Args:
-        resume: The run is continued, not begun.
-        last_row: The step up to which the rows in metrics.csv are kept.
+        resume: True if the run is resumed.
+        last_row: The step up to which existing rows in metrics.csv are kept.
     """
     if not main_process:
         return Loggers([])
     tracker = None
     if options["wandb"]:
         name = run.facts["name"]
-        chosen = {key: options[key] for key in OPTIONS if key in options} | {"group": options.get("group") or name}
+        settings = {key: options[key] for key in OPTIONS if key in options} | {"group": options.get("group") or name}
         config = {**run.config(), "run": run.facts}
-        tracker = WandbRun(run.path, config, name=f"{run.stage}/{name}", resume=resume, **chosen)
+        tracker = WandbRun(run.path, config, name=f"{run.stage}/{name}", resume=resume, **settings)
     return Loggers([CsvLogger(run.metrics_file, last_row, tracker)], tracker, options)
 
 
@@ -133,12 +133,12 @@ def save_grid(
     images: list[Image.Image],
     captions: list,
 ) -> None:
-    """A picture into `folder`, and its parts with captions into W&B where it is on."""
+    """Save an image grid in `folder`, and log its images with captions to W&B if it is on."""
     if not module.trainer.is_global_zero:
         return
     step = module.trainer.global_step
     file = folder / f"{name}_{step:07d}.png"
-    with forgiving(file):
+    with warn_on_write_error(file):
         folder.mkdir(parents=True, exist_ok=True)
         grid.save(file)
     for logger in module.loggers:

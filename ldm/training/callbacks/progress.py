@@ -1,4 +1,4 @@
-"""The progress bar of a training, and what it logs of the speed."""
+"""Training progress bar, which also logs the training speed."""
 
 import math
 import sys
@@ -15,7 +15,7 @@ from ldm.training.optim.budget import Budget
 
 
 class ProgressBar(Callback):
-    """One bar for the whole budget: time left, loss, images/s. Off a terminal: a line every half minute."""
+    """One bar for the whole budget with time left, loss and images/s. Without a terminal, a line every 30 seconds."""
 
     LINE_EVERY_S = 30.0
     REFRESH_EVERY_S = 0.2
@@ -33,8 +33,8 @@ class ProgressBar(Callback):
         self._shown = self._window_start = time.perf_counter()
         self._window_step = trainer.global_step
         if sys.stderr.isatty():
-            last = "step {task.fields[step]}  loss {task.fields[loss]}  {task.fields[rate]} images/s"
-            self._bar = progress(TextColumn(last), transient=False)
+            text = "step {task.fields[step]}  loss {task.fields[loss]}  {task.fields[rate]} images/s"
+            self._bar = progress(TextColumn(text), transient=False)
             self._bar.start()
             self._bar.add_task(self.title, total=1.0, step=0, loss="-", rate="-")
 
@@ -43,14 +43,14 @@ class ProgressBar(Callback):
         if step % self.log_every == 0 and step > self._window_step:
             self.images_per_s = (step - self._window_step) * self.batch_size / (now - self._window_start)
             self._window_step, self._window_start = step, now
-            figures = {"images_per_s": self.images_per_s}
+            metrics = {"images_per_s": self.images_per_s}
             if (memory := peak_memory_gb()) is not None:
-                figures["peak_memory_gb"] = memory
+                metrics["peak_memory_gb"] = memory
             if self.speed is not None:
-                figures |= self.speed.figures(self.images_per_s, getattr(module, "playing", False))
-            # straight to the loggers: what a module logs costs Lightning time at every step, written or not
+                metrics |= self.speed.metrics(self.images_per_s, getattr(module, "adversarial_on", False))
+            # Log directly: Lightning's `log` costs time at every step, even if nothing is written.
             for logger in trainer.loggers:
-                logger.log_metrics({f"train/{name}": value for name, value in figures.items()}, step - 1)
+                logger.log_metrics({f"train/{name}": value for name, value in metrics.items()}, step - 1)
         every_s = self.REFRESH_EVERY_S if self._bar else self.LINE_EVERY_S
         if now - self._shown >= every_s and trainer.is_global_zero:
             self._shown = now
@@ -63,14 +63,14 @@ class ProgressBar(Callback):
         self._window_start += time.perf_counter() - self._paused
 
     def _show(self, step: int, loss: float) -> None:
-        share = self.budget.progress(step)
+        fraction = self.budget.progress(step)
         if self._bar:
             rate = f"{self.images_per_s:.0f}"
-            self._bar.update(self._bar.task_ids[0], completed=share, step=step, loss=f"{loss:.4f}", rate=rate)
+            self._bar.update(self._bar.task_ids[0], completed=fraction, step=step, loss=f"{loss:.4f}", rate=rate)
         else:
-            minutes, seconds = divmod(round(self.budget.elapsed_s * (1 - share) / max(share, 1e-9)), 60)
-            left = f"{share:4.0%}, {minutes}:{seconds:02d} left"
-            print(f"{self.title}: {left}, step {step}, loss {loss:.4f}, {self.images_per_s:.0f} images/s", flush=True)
+            minutes, seconds = divmod(round(self.budget.elapsed_s * (1 - fraction) / max(fraction, 1e-9)), 60)
+            done = f"{fraction:4.0%}, {minutes}:{seconds:02d} left"
+            print(f"{self.title}: {done}, step {step}, loss {loss:.4f}, {self.images_per_s:.0f} images/s", flush=True)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         self._stop()

@@ -1,8 +1,8 @@
-"""Whether a gradient is good, and a step that is left out: on the device where the gradient is, without a wait for it.
+"""Skip a step with a bad gradient on the device, without synchronising.
 
-The verdict stays on the device, where the optimizer reads it as `found_inf`; the step's numbers are copied to the host
-meanwhile and read after the next step has been queued. An optimizer that does not know `found_inf` (torch's own know it
-with fused=True) costs a wait for the device at each step instead.
+The decision stays on the device, where the optimizer reads it as `found_inf`. The statistics of the step are copied to
+the host in the meantime and read after the next step has been queued. An optimizer without support for `found_inf`
+(torch's own support it with fused=True) synchronises with the device at each step instead.
 """
 
 import math
@@ -12,41 +12,47 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-LARGEST = torch.finfo(torch.float32).max
+MAX_FLOAT32 = torch.finfo(torch.float32).max
 
 
 @dataclass
 class RunningNorm:
-    """The geometric mean of gradient norms, over about the last `memory` of them, and the limit that follows.
+    """Running geometric mean of the gradient norm over about `window` steps, and the spike limit derived from it.
 
-    A norm above the limit counts as the limit: one spike moves the mean little, also while none is told yet, and where
-    norms stay high the mean follows them.
+    Norms above the limit are clamped to it. A single spike therefore moves the mean little, and if the norms stay high,
+    the mean follows. A geometric mean is also robust to spikes before detection starts.
     """
 
     max_spike: float
-    memory: int
+    window: int
     mean: float = 0.0
     count: int = 0
 
     @property
     def limit(self) -> float:
-        """The largest norm that is no spike. Until `memory` norms are known, all finite ones are good."""
-        known = self.count >= self.memory and self.mean > 0
-        return min(self.max_spike * self.mean, LARGEST) if known else LARGEST
+        """Largest norm that is not a spike. Before `window` norms have been added, every finite norm is allowed."""
+        is_warm = self.count >= self.window and self.mean > 0
+        return min(self.max_spike * self.mean, MAX_FLOAT32) if is_warm else MAX_FLOAT32
 
     def add(self, norm: float) -> None:
-        """Take in a norm; one of 0, or that is not finite, says nothing."""
+        """Add a norm to the mean; norms that are 0 or not finite are ignored."""
         if not 0 < norm < math.inf:
             return
         norm = min(norm, self.limit)
         self.count += 1
-        weight = 1 / min(self.count, self.memory)
+        weight = 1 / min(self.count, self.window)
         self.mean = self.mean ** (1 - weight) * norm**weight
 
 
 @dataclass
-class Numbers:
-    """A step's numbers on their way to the host: left out or not, the same of the discriminator, norm and losses."""
+class StepStats:
+    """Statistics of a step on their way to the host.
+
+    Args:
+        limit: The largest norm that was allowed.
+        values: Whether the step was skipped, whether the discriminator's was, the gradient norm, and the losses.
+        arrived: Recorded after the copy; None if the values are on the host already.
+    """
 
     step: int
     limit: float
@@ -54,8 +60,8 @@ class Numbers:
     arrived: torch.cuda.Event | None = None
 
     @classmethod
-    def send(cls, step: int, limit: float, values: Tensor) -> "Numbers":
-        """Start the copy; only CUDA's goes on beside the next step."""
+    def send(cls, step: int, limit: float, values: Tensor) -> "StepStats":
+        """Start the copy to the host; on CUDA it overlaps with the next step."""
         if values.device.type != "cuda":
             return cls(step, limit, values)
         host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
@@ -65,6 +71,7 @@ class Numbers:
         return cls(step, limit, host, arrived)
 
     def read(self) -> list[float]:
+        """Return the values, waiting for the copy if necessary."""
         if isinstance(self.values, Tensor):
             if self.arrived is not None:
                 self.arrived.synchronize()
@@ -72,23 +79,25 @@ class Numbers:
         return self.values
 
     @property
-    def bad(self) -> bool:
+    def is_bad(self) -> bool:
+        """True if either optimizer skipped the step."""
         return any(self.read()[:2])
 
 
-def is_on_host(value: Tensor) -> bool:
-    """Whether it is read without a wait."""
+def is_on_cpu(value: Tensor) -> bool:
+    """Return True if the value can be read without synchronising."""
     return value.device.type == "cpu"
 
 
-def leave_out(optimizer: Optimizer, bad: Tensor) -> None:
-    """Make the optimizer's next step change nothing, neither weights nor state, where `bad`."""
-    if not is_on_host(bad) and getattr(optimizer, "_step_supports_amp_scaling", False):
-        optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # as torch's GradScaler hands it over
-    elif bad:
+def skip_step(optimizer: Optimizer, skip: Tensor) -> None:
+    """If `skip` is true, make the optimizer's next step leave the weights and its own state unchanged."""
+    if not is_on_cpu(skip) and getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.found_inf = skip.float()  # type: ignore[attr-defined]  # the attribute that torch's GradScaler sets
+    elif skip:
         for parameter in parameters_of(optimizer):
-            parameter.grad = None  # which every optimizer passes over
+            parameter.grad = None  # optimizers ignore parameters without a gradient
 
 
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    """Return the parameters of all groups."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]

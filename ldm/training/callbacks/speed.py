@@ -1,4 +1,4 @@
-"""How fast training is, in images, in floating-point operations and as a share of what the GPU can do."""
+"""Training speed: images per second, floating-point operations per second and GPU utilisation (MFU)."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -29,95 +29,95 @@ PEAK_TFLOPS = {
     "GeForce RTX 4090": 165.2,
     "GeForce RTX 3090": 71.0,
 }
-"""Dense bf16 operations per second with float32 sums, in units of 1e12, by the words that CUDA names a GPU with.
+"""Peak dense bf16 throughput with float32 accumulation, in TFLOP/s, by words in CUDA's name of the GPU.
 
-The first that fits counts. Source: NVIDIA's data sheets of these GPUs, which state twice as much with sparsity; for
-GeForce the tables in its Ampere GA102, Ada and RTX Blackwell GPU architecture papers. Not Lightning's own table
-(`lightning.fabric.utilities.throughput`), whose numbers for H100 NVL and H200 are those with sparsity.
+The first match is used. Source: NVIDIA's data sheets, which state twice these values because they include sparsity;
+for GeForce, the tables in NVIDIA's Ampere GA102, Ada and RTX Blackwell architecture papers. We do not use Lightning's
+table (`lightning.fabric.utilities.throughput`), because its values for H100 NVL and H200 include sparsity.
 """
 
 
 def peak_flops(gpu: str) -> float | None:
-    """Floating-point operations per second that a GPU of this name can do in bf16, where the table has it.
+    """Return the peak bf16 throughput of a GPU in FLOP/s, or None if the GPU is not in the table.
 
-    Whole words: an L40 is no L4, and a part of a GPU, a Ti, D or laptop version is another GPU.
+    Names match by complete words: an L40 is not an L4. MIG instances and Ti, D and laptop versions are not listed.
     """
     words = f" {gpu.replace('-', ' ')} "
     if " MIG " in words:
         return None
-    found = (name for name in PEAK_TFLOPS if f" {name} " in words)
-    name = next((name for name in found if "GeForce" not in name or words.endswith(f" {name} ")), None)
+    matches = (name for name in PEAK_TFLOPS if f" {name} " in words)
+    name = next((name for name in matches if "GeForce" not in name or words.endswith(f" {name} ")), None)
     return None if name is None else 1e12 * PEAK_TFLOPS[name]
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What a rate of images per second means.
+    """Converts images per second to FLOP/s and utilisation.
 
     Args:
-        flops_per_image: Floating-point operations of a step, by whether the discriminator takes part.
-        peak: What all GPUs together can do per second, where that is known.
+        flops_per_image: Floating-point operations per training image, without (False) and with (True) a discriminator.
+        peak: Peak FLOP/s of all GPUs together, or None if unknown.
     """
 
     flops_per_image: Mapping[bool, float]
     peak: float | None
 
-    def figures(self, images_per_s: float, playing: bool = False) -> dict[str, float]:
-        """tflops_per_s, and mfu, the share of the peak ("model FLOPs utilisation").
+    def metrics(self, images_per_s: float, adversarial_on: bool = False) -> dict[str, float]:
+        """Return `tflops_per_s` and `mfu`, the model FLOPs utilisation; recomputed operations do not count.
 
-        Source: Chowdhery et al. 2022, arXiv:2204.02311, appendix B; operations that a recomputation adds do not count.
+        Source: Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
         """
-        if not (flops := self.flops_per_image.get(playing, 0.0) * images_per_s):
+        if not (flops := self.flops_per_image.get(adversarial_on, 0.0) * images_per_s):
             return {}
         return {"tflops_per_s": flops / 1e12} | ({"mfu": flops / self.peak} if self.peak else {})
 
 
 def measure_speed(trainer: Trainer, stage: Stage, num_images: int = 2) -> Speed:
-    """Count the operations of a step on a few images."""
+    """Count the floating-point operations of a training step on a few images."""
     device, autocast = trainer.strategy.root_device, trainer.precision_plugin.forward_context
     module = stage.module.to(device)
-    chosen = stage.images.train_indices[:num_images]
-    batch = module.transfer_batch_to_device(stage.fetch(chosen), device, 0)
-    counted = module.each_way(lambda: count_flops(lambda: module.try_step(batch, autocast)))
-    per_image = {playing: flops / len(chosen) for playing, flops in counted.items()}
+    indices = stage.images.train_indices[:num_images]
+    batch = module.transfer_batch_to_device(stage.fetch(indices), device, 0)
+    flops_by_mode = module.measure_each_mode(lambda: count_flops(lambda: module.trial_step(batch, autocast)))
+    per_image = {adversarial_on: flops / len(indices) for adversarial_on, flops in flops_by_mode.items()}
     peak = peak_flops(torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
     return Speed(per_image, peak and peak * trainer.world_size)
 
 
 def count_flops(step: Callable[[], Any]) -> float:
-    """Floating-point operations of `step`'s matrix products, convolutions and attention, forward and backward.
+    """Count the operations in `step`'s matrix products, convolutions and attention, forward and backward.
 
-    Attention is done the plain way and nothing is compiled meanwhile: torch counts nothing of CPUs' fused
-    attention, nor of what is compiled. Random numbers go on as if nothing had been counted.
+    It runs in eager mode with unfused attention, because torch does not count compiled code or fused attention on
+    CPUs. The state of the random number generators is restored afterwards.
     """
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     counter = FlopCounterMode(display=False)
-    eager, plain = torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH)
-    with torch.random.fork_rng(devices), eager, plain, counter:
+    eager, unfused = torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH)
+    with torch.random.fork_rng(devices), eager, unfused, counter:
         step()
     return float(counter.get_total_flops())
 
 
-_shared = False
-"""Whether another training was in this process before."""
+_has_earlier_job = False
+"""True if this process ran another training before."""
 
 
-def begin_peak_memory(*, first: bool) -> None:
-    """From here on peak memory is this training's, not that of an earlier job of a multirun."""
-    global _shared
-    _shared = not first
+def reset_peak_memory(*, first: bool) -> None:
+    """Reset the peak, so that it does not include an earlier job of a multirun; `first` if there was none."""
+    global _has_earlier_job
+    _has_earlier_job = not first
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
 
 
 def peak_memory_gb() -> float | None:
-    """The most memory that this training held on the GPU where there is one, else its process in RAM.
+    """Return the peak GPU memory of this training, or without a GPU the peak RAM of its process.
 
-    None where RAM's peak, which cannot be set back, may be that of an earlier training, and on Windows.
+    None on Windows, and if an earlier training in this process may have set the RAM peak, which cannot be reset.
     """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    if _shared or sys.platform == "win32":
+    if _has_earlier_job or sys.platform == "win32":
         return None
     import resource
 
@@ -126,7 +126,7 @@ def peak_memory_gb() -> float | None:
 
 
 def print_table(title: str, rows: list[tuple[str, str]]) -> None:
-    """Labels and values under a title."""
+    """Print a two-column table of labels and values."""
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -136,18 +136,18 @@ def print_table(title: str, rows: list[tuple[str, str]]) -> None:
 
 
 def describe_device(trainer: Trainer) -> str:
-    """The GPUs by name, or the CPU's threads."""
+    """Return the name and number of the GPUs, or the number of CPU threads."""
     device = trainer.strategy.root_device
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name()} x {trainer.world_size}"
     return f"{device.type}, {torch.get_num_threads()} threads"
 
 
-def time_expected(trainer: Trainer, stage: Stage, budget: Budget, batch_size: int, step: int) -> str:
-    """How long training will take from `step` on; a budget in steps is timed on one batch of `batch_size`."""
+def estimate_duration(trainer: Trainer, stage: Stage, budget: Budget, batch_size: int, step: int) -> str:
+    """Estimate the training time from `step` on; a budget in steps is timed on one batch of `batch_size`."""
     if budget.max_steps <= 0:
-        return budget.expected(step, 0.0)
+        return budget.expected_duration(step, 0.0)
     module = stage.module.to(trainer.strategy.root_device)
     batch = module.transfer_batch_to_device(stage.fetch(stage.images.train_indices[:batch_size]), module.device, 0)
     seconds = module.measure_step(batch, trainer.precision_plugin.forward_context)
-    return f"about {budget.expected(step, seconds * trainer.accumulate_grad_batches)}, without validation"
+    return f"about {budget.expected_duration(step, seconds * trainer.accumulate_grad_batches)}, without validation"

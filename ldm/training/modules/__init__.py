@@ -1,1 +1,1 @@
-"""LightningModules."""
+"""The LightningModules of both stages."""

@@ -1,8 +1,8 @@
-"""The discriminator's side of stage 1: its weights, its optimizer, when it begins, and how hard it pulls.
+"""The discriminator of stage 1 with its optimizer, its start and the weight of the adversarial loss.
 
-It stands outside of the LightningModule on purpose. Lightning counts every optimizer's steps, and DDP waits for every
-parameter's gradient: so the trainer knows the generator alone, `max_steps` are generator steps, and this side steps
-once after each of them, with its gradients averaged over ranks here.
+It is deliberately not part of the LightningModule. Lightning counts the steps of every optimizer, and DDP waits for the
+gradient of every parameter. The trainer therefore knows only the generator, `max_steps` counts generator steps, and the
+discriminator takes one step after each of them. Its gradients are averaged over ranks here.
 """
 
 from typing import Annotated, Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ldm.autoencoder.discriminator import GameType, PatchDiscriminator, discriminator_loss, generator_loss
 from ldm.errors import InputError, UserError
-from ldm.rules import Depth, NonNegative, Size, Whole, checked
+from ldm.rules import Depth, Integer, NonNegative, Size, checked
 from ldm.training.callbacks.guard import Guard
 
 
@@ -23,14 +23,14 @@ class Adversary:
 
     Args:
         loss: hinge or non_saturating.
-        weight: Of the adversarial loss, times lambda and the ramp.
-        start: The generator step at which the discriminator begins to learn; below 1, a share of the budget.
-        ramp: Generator steps over which the weight grows from 0: the discriminator learns before it is listened to.
-        lr: Its peak learning rate; it decays as the generator's does.
-        max_weight: The most that lambda may be.
+        weight: Weight of the adversarial loss; it is multiplied by the adaptive weight lambda and the ramp.
+        start: Generator step at which the discriminator starts to train; below 1, a fraction of the budget.
+        ramp: Generator steps over which the weight grows from 0, so that the discriminator can train first.
+        lr: Peak learning rate of the discriminator; it decays like the generator's.
+        max_weight: Upper bound of lambda.
 
     Raises:
-        InputError: a number out of its range.
+        InputError: An argument is out of range.
     """
 
     @checked
@@ -40,60 +40,60 @@ class Adversary:
         *,
         weight: NonNegative = 0.1,
         start: NonNegative = 0.5,
-        ramp: Annotated[Whole, Field(ge=0)] = 200,
+        ramp: Annotated[Integer, Field(ge=0)] = 200,
         lr: NonNegative = 5e-4,
         max_weight: NonNegative = 1e4,
         channels: Size = 32,
         layers: Annotated[Depth, Field(le=64)] = 3,
     ) -> None:
         if start >= 1 and start != int(start):
-            raise InputError("start", start, "must be a whole step, or below 1 a share of the budget")
+            raise InputError("start", start, "must be an integer step, or a fraction of the budget below 1")
         self.shape = [channels, layers]
-        self.game, self.weight, self.start, self.ramp, self.lr = loss, weight, start, ramp, lr
+        self.gan_loss, self.weight, self.start, self.ramp, self.lr = loss, weight, start, ramp, lr
         self.max_weight = max_weight
         self.discriminator: nn.Module = PatchDiscriminator(channels, layers)
-        # fused: it heeds found_inf, and so leaves a step out without a wait
+        # fused=True supports found_inf, which skips a step without synchronising
         self.optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=lr, betas=(0.5, 0.9), fused=True)
         self.begun_at: int | None = None
-        self.share = 1.0
-        """A batch's part of a step: one over the batches that are accumulated."""
-        self.balance: Any = None
-        """Looks at the gradients of the autoencoder's last layer, once there is one."""
+        self.loss_scale = 1.0
+        """1 / number of accumulated batches."""
+        self.adaptive_weight: Any = None
+        """Computes lambda from the gradients at the autoencoder's last layer; set once there is an autoencoder."""
 
     def check(self, resolution: int) -> None:
-        """Refuse images that are too small.
+        """Check that the images are large enough for the discriminator.
 
         Raises:
-            UserError: with the layers that fit.
+            UserError: They are too small. The message gives the number of layers that fits.
         """
         layers = self.shape[1]
         if resolution >> layers < 3:
-            fitting = max(1, (resolution // 3).bit_length() - 1)
+            max_layers = max(1, (resolution // 3).bit_length() - 1)
             raise UserError(
-                f"The discriminator's adversarial.layers={layers} leave no patch of data.resolution={resolution}: "
-                f"choose adversarial.layers={fitting}."
+                f"data.resolution={resolution} is too small for a discriminator with adversarial.layers={layers}. "
+                f"Use adversarial.layers={max_layers} or fewer."
             )
 
     def generator_loss(self, reconstruction: Tensor) -> Tensor:
-        """The adversarial term, before its weight. Its gradient leaves the discriminator's weights alone."""
+        """Return the unweighted adversarial loss of the generator; its gradient skips the discriminator's weights."""
         self.discriminator.requires_grad_(False)
-        loss = generator_loss(self.game, self.discriminator(reconstruction))
+        loss = generator_loss(self.gan_loss, self.discriminator(reconstruction))
         self.discriminator.requires_grad_(True)
         return loss
 
-    def learn(self, images: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
-        """Add the discriminator's gradients of a batch, `share` of a step."""
-        real, false = self.discriminator(torch.cat([images, reconstruction.detach().to(images.dtype)])).chunk(2)
-        loss = discriminator_loss(self.game, real, false)
+    def accumulate_gradients(self, images: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
+        """Add the discriminator's gradients on a batch, scaled by `loss_scale`; return its loss and accuracy."""
+        real, fake = self.discriminator(torch.cat([images, reconstruction.detach().to(images.dtype)])).chunk(2)
+        loss = discriminator_loss(self.gan_loss, real, fake)
         with torch.autocast(images.device.type, enabled=False):
-            (loss * self.share).backward()
-        right = ((real > 0).float().mean() + (false <= 0).float().mean()) / 2
-        return {"discriminator": loss.detach(), "discriminator_accuracy": right}
+            (loss * self.loss_scale).backward()
+        accuracy = ((real > 0).float().mean() + (fake <= 0).float().mean()) / 2
+        return {"discriminator": loss.detach(), "discriminator_accuracy": accuracy}
 
     def step(self, decay: float, guard: Guard | None = None) -> None:
-        """One step on the gathered gradients, averaged over ranks, at the learning rate lr * decay.
+        """Take one step at the learning rate lr * decay, on the accumulated gradients averaged over ranks.
 
-        A guard leaves it out with the autoencoder's, and where these gradients are not finite.
+        A guard skips it together with the autoencoder's step, or if these gradients are not finite.
         """
         if dist.is_available() and dist.is_initialized():
             for parameter in self.discriminator.parameters():
@@ -103,14 +103,14 @@ class Adversary:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * decay
         if guard is not None:
-            guard.judge_beside(self.optimizer)
+            guard.check_second_optimizer(self.optimizer)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def join(self, device: torch.device) -> None:
-        """Move to this rank's device, with the weights of the first rank."""
+    def place_on(self, device: torch.device) -> None:
+        """Move to this rank's device and broadcast the weights of rank 0."""
         self.discriminator.to(device)
-        self.optimizer.load_state_dict(self.optimizer.state_dict())  # its moments follow the weights
+        self.optimizer.load_state_dict(self.optimizer.state_dict())  # moves the moments to the device of the weights
         if dist.is_available() and dist.is_initialized():
             for parameter in self.discriminator.parameters():
                 dist.broadcast(parameter.data, src=0)

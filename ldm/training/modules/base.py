@@ -1,4 +1,4 @@
-"""What both stages' LightningModules share: the step, the optimizer, and noise that depends on seed and step alone."""
+"""Base LightningModule of both stages: training step, optimizer, and noise that depends only on the seed and step."""
 
 import time
 from abc import abstractmethod
@@ -10,34 +10,34 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from ldm.data.order import part_rows
+from ldm.data.order import micro_batch_rows
 from ldm.runtime.random import Draws, derive_seed
 from ldm.training.callbacks.guard import Guard
 from ldm.training.optim.factory import OptimizerFactory
 
-OF_NETWORK = 1
-"""Sets the draws of a network of its own, such as dropout, apart from those of its rows."""
+NETWORK_DRAWS = 1
+"""Separates the random draws inside the network, such as dropout, from those of the rows."""
 
 
 class TrainingModule(LightningModule):
-    """Base of a stage's module.
+    """Base class of the stages' modules.
 
     Args:
         trained: The network that is optimised, averaged and saved.
         optimizer: Builds the optimizer.
-        seed: What row i of step k draws depends on seed, k and i alone.
+        seed: The random draws of row i of step k depend only on seed, k and i.
     """
 
     log_every = 50
     trained: Any
     progress: Callable[[int], float] = staticmethod(lambda step: 0.0)
-    """The share of the budget that is spent at a step; the front door sets it."""
+    """Fraction of the budget that is spent at a step; set by `Fit`."""
     guard: Guard | None = None
-    """Leaves out steps whose numbers go wrong; the callback puts itself here."""
-    share_alone = 1.0
-    """Of the budget, what is trained without a discriminator."""
+    """Skips bad steps; the callback sets this attribute to itself."""
+    fraction_without_adversary = 1.0
+    """Fraction of the budget that is trained without a discriminator."""
     step_offset = 0
-    """Steps by which samples and draws are ahead of the optimizer: those that training went back over."""
+    """Steps by which the data and random draws are ahead of the optimizer because of roll-backs."""
 
     def __init__(self, trained: nn.Module, optimizer: OptimizerFactory, seed: int) -> None:
         super().__init__()
@@ -46,40 +46,41 @@ class TrainingModule(LightningModule):
 
     @abstractmethod
     def losses(self, batch: Any, draws: Draws) -> dict[str, Tensor]:
-        """The terms of a batch's loss by name; `loss` is what is minimised. Changes no weights.
+        """Return the loss terms of a batch by name; `loss` is minimised. Must not change any weights.
 
-        Means over samples that do not depend on each other, so that micro-batches and ranks may share a batch.
+        Each term is a mean over independent samples, so that a batch can be split over micro-batches and ranks.
         """
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
-        rows = part_rows(micro_batch, self.global_rank, self.trainer.world_size, num_samples(batch))
-        self._seed_network(derive_seed(self.seed, self.data_step, rows.start, OF_NETWORK))
+        rows = micro_batch_rows(micro_batch, self.global_rank, self.trainer.world_size, num_samples(batch))
+        self._seed_network(derive_seed(self.seed, self.data_step, rows.start, NETWORK_DRAWS))
         terms = self.losses(batch, Draws(self.seed, self.data_step, rows, self.device))
-        if self.logs_now:
+        if self.logs_this_step:
             self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()})
         loss = terms["loss"]
-        return {"loss": loss if self.guard is None else self.guard.watch(loss)}
+        return {"loss": loss if self.guard is None else self.guard.record_loss(loss)}
 
-    def try_step(self, batch: Any, autocast: Callable[[], AbstractContextManager]) -> float:
-        """A forward and backward pass on a batch that is not trained on; its seconds."""
+    def trial_step(self, batch: Any, autocast: Callable[[], AbstractContextManager]) -> float:
+        """Time a forward and backward pass in seconds, on a batch that is not trained on."""
         start = time.perf_counter()
         with autocast():
             loss = self.losses(batch, self.trial_draws(batch))["loss"]
         loss.backward()
-        loss.item()  # an accelerator has finished only now
+        loss.item()  # waits for the accelerator
         return time.perf_counter() - start
 
-    def each_way(self, measure: Callable[[], float]) -> dict[bool, float]:
-        """What `measure` finds of tried steps, by whether a discriminator takes part. Leaves no gradients behind."""
-        found = measure()
+    def measure_each_mode(self, measure: Callable[[], float]) -> dict[bool, float]:
+        """Call `measure`, which runs trial steps, without (False) and with (True) a discriminator; clear gradients."""
+        result = measure()
         self.trained.zero_grad(set_to_none=True)
-        return {False: found}
+        return {False: result}
 
     def measure_step(self, batch: Any, autocast: Callable[[], AbstractContextManager]) -> float:
-        """Seconds of a step, the fastest of three; those with a discriminator count by their share of the budget."""
-        seconds = self.each_way(lambda: min(self.try_step(batch, autocast) for _ in range(3)))
-        return self.share_alone * seconds[False] + (1 - self.share_alone) * seconds.get(True, 0.0)
+        """Return the seconds per step: the fastest of three, averaged over steps with and without a discriminator."""
+        seconds = self.measure_each_mode(lambda: min(self.trial_step(batch, autocast) for _ in range(3)))
+        without = self.fraction_without_adversary
+        return without * seconds[False] + (1 - without) * seconds.get(True, 0.0)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optimizer(self.trained)
@@ -90,46 +91,50 @@ class TrainingModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip, judge and log the gradient's norm. Lightning's refuses fused optimizers; yet bf16 needs no scaler."""
+        """Clip the gradient, pass its norm to the guard, and log it.
+
+        Lightning's own method refuses fused optimizers because of its gradient scaler, which bf16 does not need.
+        """
         if gradient_clip_val:
             norm = nn.utils.clip_grad_norm_(self.trained.parameters(), gradient_clip_val)
-        elif self.logs_now or self.guard is not None:
+        elif self.logs_this_step or self.guard is not None:
             norm = nn.utils.get_total_norm([p.grad for p in self.trained.parameters() if p.grad is not None])
         if self.guard is not None:
-            self.guard.judge(optimizer, norm)
-        if self.logs_now:
+            self.guard.check_gradient(optimizer, norm)
+        if self.logs_this_step:
             self.log("train/gradient_norm", norm)
 
     def on_train_start(self) -> None:
-        # Lightning ends a step where its count of micro-batches divides, and before a resume they may have been others
+        # Lightning takes an optimizer step when its count of micro-batches is a multiple of accumulate_grad_batches,
+        # which may have had another value before the resume. Round the count up to a multiple.
         count: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
         missing = -count.processed % self.trainer.accumulate_grad_batches
         for name in ("ready", "started", "processed", "completed"):
             setattr(count, name, getattr(count, name) + missing)
 
     @property
-    def logs_now(self) -> bool:
-        """Whether this step's numbers are wanted: those of the step after which Lightning writes its row."""
+    def logs_this_step(self) -> bool:
+        """True if Lightning writes a row of metrics after this step."""
         return (self.trainer.global_step + 1) % self.log_every == 0
 
     @property
     def data_step(self) -> int:
-        """The step whose samples and draws are seen now."""
+        """Index of the batch in the data order, which also seeds its random draws."""
         return self.trainer.global_step + self.step_offset
 
     def _seed_network(self, seed: int) -> None:
-        """Dropout draws from the global generators, which validation and workers move on."""
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed visits every kind of device, 30 times as long
+        """Seed the global generators that dropout uses; validation and workers advance them too."""
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds all device types and is 30 times slower
         if self.device.type != "cpu":
             torch.get_device_module(self.device).manual_seed(seed)
 
     def trial_draws(self, batch: Any) -> Draws:
-        """Draws for a batch that is not trained on."""
+        """Return fixed random draws for a batch that is not trained on."""
         return Draws(0, 0, range(num_samples(batch)), self.device)
 
 
 def num_samples(batch: Any) -> int:
-    """Samples in a batch: a tensor, or tensors and conditions by name."""
+    """Return the number of samples in a batch, which is a tensor or a dict of tensors and conditions."""
     if isinstance(batch, dict):
         batch = next(value for value in batch.values() if isinstance(value, Tensor))
     return len(batch)

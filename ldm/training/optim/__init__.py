@@ -1,1 +1,1 @@
-"""Optimizers, averages, budget and precision."""
+"""Optimizers, EMA weights, training budget and precision."""

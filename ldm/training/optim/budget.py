@@ -1,4 +1,4 @@
-"""How long training goes on, and the learning rate fitted to it."""
+"""Training budget in steps or time, and the learning rate schedule fitted to it."""
 
 import math
 import time
@@ -11,10 +11,10 @@ from ldm.runtime.distributed import Agreement
 
 
 def parse_duration(text: str | None) -> float | None:
-    """`HH:MM:SS` in seconds.
+    """Convert `HH:MM:SS` to seconds.
 
     Raises:
-        UserError: another form.
+        UserError: The text has another format.
     """
     if text is None:
         return None
@@ -26,12 +26,14 @@ def parse_duration(text: str | None) -> float | None:
 
 
 class Budget(Callback):
-    """Ends training after `max_steps` or `max_time_s`, with the learning rate fitted to what is left.
+    """Ends training after `max_steps` or `max_time_s`, and decays the learning rate over the budget.
 
-    lr(k) = peak * min(1, (k + 1) / warmup_steps) * decay(progress), progress = the larger of both budgets' spent
-    shares; decay is `linear` (1 - p), `cosine` ((1 + cos pi p) / 2) or `constant`.
+        lr(k) = peak * min(1, (k + 1) / warmup_steps) * decay(p)
 
-    Whether the time is over is one of the questions of `agreement`, which is decided here after every step.
+    Here p is the spent fraction of the step budget or the time budget, whichever is larger, and decay is `linear`
+    (1 - p), `cosine` ((1 + cos pi p) / 2) or `constant`.
+
+    All ranks decide together through `agreement`, after every step, whether the time is over.
     """
 
     DECAYS = {
@@ -50,20 +52,20 @@ class Budget(Callback):
         if decay not in self.DECAYS:
             raise UserError(f"optimizer.decay={decay} is unknown. Choose one of: {', '.join(self.DECAYS)}.")
         if max_steps < 0 and max_time_s is None:
-            raise UserError("Training needs a budget: trainer.max_steps=N or trainer.max_time=HH:MM:SS.")
+            raise UserError("Training needs a budget. Set trainer.max_steps=N or trainer.max_time=HH:MM:SS.")
         self.max_steps, self.max_time_s = max_steps, max_time_s
         self.warmup_steps, self.decay = warmup_steps, self.DECAYS[decay]
         self.spent_s, self._started = 0.0, 0.0
         self.agreement = Agreement()
-        self.agreement.ask("time_over", lambda: self.max_time_s is not None and self.elapsed_s >= self.max_time_s)
+        self.agreement.register("time_over", lambda: self.max_time_s is not None and self.elapsed_s >= self.max_time_s)
 
     def __str__(self) -> str:
         steps = [f"{self.max_steps} steps"] if self.max_steps > 0 else []
         minutes = [f"{self.max_time_s / 60:.4g} minutes"] if self.max_time_s is not None else []
         return " or ".join(steps + minutes)
 
-    def expected(self, step: int, seconds_per_step: float) -> str:
-        """In words: how long training will take from `step` on."""
+    def expected_duration(self, step: int, seconds_per_step: float) -> str:
+        """Return the expected training time from `step` on, as text."""
         seconds = math.inf
         if self.max_steps > 0:
             seconds = (self.max_steps - step) * seconds_per_step
@@ -74,10 +76,11 @@ class Budget(Callback):
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds of training, those before a resume included."""
+        """Seconds of training, including the time before a resume."""
         return self.spent_s + (time.perf_counter() - self._started if self._started else 0.0)
 
     def progress(self, step: int) -> float:
+        """Return the spent fraction of the budget at a step."""
         by_steps = step / self.max_steps if self.max_steps > 0 else 0.0
         by_time = self.elapsed_s / self.max_time_s if self.max_time_s else 0.0
         return min(1.0, max(by_steps, by_time))
@@ -86,7 +89,7 @@ class Budget(Callback):
         self._started = time.perf_counter()
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
-                group.setdefault("peak_lr", group["lr"])  # in the group, so that a resumed optimizer knows it too
+                group.setdefault("peak_lr", group["lr"])  # stored in the group, so that it survives a resume
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
@@ -96,15 +99,15 @@ class Budget(Callback):
                 group["lr"] = group["peak_lr"] * factor
 
     def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        # never amid an accumulated step: its gradients would be lost, and a resumed run out of phase
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and self.agreement.decide(trainer)["time_over"]:
+        # Never stop within an accumulated step: its gradients would be lost, and a resumed run would be out of phase.
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and self.agreement.update(trainer)["time_over"]:
             trainer.should_stop = True
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self.spent_s, self._started = self.elapsed_s, 0.0  # what follows is no training
+        self.spent_s, self._started = self.elapsed_s, 0.0  # stop the clock
 
     def state_dict(self) -> dict[str, Any]:
         return {"spent_s": self.elapsed_s}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.spent_s = max(self.spent_s, state_dict["spent_s"])  # a roll-back takes back steps, no time
+        self.spent_s = max(self.spent_s, state_dict["spent_s"])  # a roll-back undoes steps, not the time spent

@@ -1,8 +1,8 @@
-"""Exponential moving average of the trained parameters, and of nothing else.
+"""Exponential moving average (EMA) of the trainable parameters.
 
-    ema <- d ema + (1 - d) theta,   d_k = min(d, (1 + k) / (10 + k)) after k updates
+    ema <- d_k ema + (1 - d_k) theta,   d_k = min(d, (1 + k) / (10 + k)) after k updates
 
-The warm-up lets short runs forget their start. One foreach kernel per update.
+The warm-up lets the average of short runs forget the initial weights. Each update is a single foreach kernel.
 """
 
 from collections.abc import Iterator
@@ -25,11 +25,11 @@ class EMA:
         )
         self.shadow: list[Tensor] = [p.detach().clone() for p in self._parameters]
         self.raw: dict[str, Tensor] = {}
-        """The module's own weights by name, while the average stands in."""
+        """The raw weights by name, while the module has the averaged weights."""
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the shadow towards the weights; once per optimizer step."""
+        """Update the average. Call it once per optimizer step."""
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         if self.shadow[0].device != self._parameters[0].device:
             self.shadow = [s.to(p.device) for s, p in zip(self.shadow, self._parameters, strict=True)]
@@ -39,7 +39,7 @@ class EMA:
     @contextmanager
     @torch.no_grad()
     def applied(self) -> Iterator[None]:
-        """The module holds the averaged weights inside, and its own again after, whatever happens."""
+        """Put the averaged weights into the module inside the context; restore the raw weights on exit."""
         self.raw = {name: p.detach().clone() for name, p in zip(self._names, self._parameters, strict=True)}
         self.copy_to_module()
         try:
@@ -50,7 +50,7 @@ class EMA:
 
     @torch.no_grad()
     def copy_to_module(self, values: list[Tensor] | None = None) -> None:
-        """Leave the averaged weights in the module for good, or these."""
+        """Copy the averaged weights, or the given values, into the module."""
         for parameter, value in zip(self._parameters, self.shadow if values is None else values, strict=True):
             parameter.copy_(value)
 
@@ -63,7 +63,7 @@ class EMA:
 
 
 class EMACallback(Callback):
-    """Averages `module.trained`, and puts the average in its place while validating."""
+    """Maintains the EMA weights of `module.trained` and validates with them."""
 
     def __init__(self, decay: float) -> None:
         self.decay = decay
@@ -79,7 +79,7 @@ class EMACallback(Callback):
             self.ema.load_state_dict(self._state)
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self._last_step = trainer.global_step  # not in on_fit_start: a resumed trainer does not know it there yet
+        self._last_step = trainer.global_step  # on_fit_start is too early: a resumed step count is not loaded yet
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if self.ema is not None and trainer.global_step > self._last_step:
@@ -98,7 +98,7 @@ class EMACallback(Callback):
         self._validating.close()
 
     def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """A checkpoint of a moment while validating holds the weights that are trained, as any other."""
+        """Save the raw weights in a checkpoint written during validation, as in any other checkpoint."""
         if self.ema is not None:
             checkpoint["state_dict"].update({f"trained.{name}": value for name, value in self.ema.raw.items()})
 

@@ -1,8 +1,8 @@
-"""Muon for the matrices inside a transformer's blocks, AdamW for everything else, as one optimizer.
+"""Muon for the matrices inside a transformer's blocks and AdamW for everything else, as one optimizer.
 
-Muon orthogonalises each matrix's momentum, so that all of its directions move at the same rate. It is torch's;
-scaled to AdamW's step size, one learning rate serves both. Source: Jordan et al. 2024,
-kellerjordan.github.io/posts/muon; the scaling is Moonshot's, arXiv:2502.16982.
+Muon orthogonalises the momentum of each matrix, so that all of its directions move at the same rate. We use torch's
+implementation, scaled to AdamW's step size so that both share one learning rate. Source: Jordan et al. 2024,
+kellerjordan.github.io/posts/muon; the scaling is from Moonshot, arXiv:2502.16982.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,17 +14,17 @@ from torch.optim import AdamW, Muon, Optimizer
 
 
 class MuonAdamW(Optimizer):
-    """Both optimizers behind one: their groups, steps and states side by side.
+    """Combines Muon and AdamW behind the interface of a single optimizer.
 
-    A network without transformer blocks, a UNet say, has no group for Muon and is AdamW's alone.
-    As torch's fused optimizers it changes nothing in a step where its attribute `found_inf`, a tensor [], is 1.
+    A network without transformer blocks, such as a UNet, has no parameters for Muon and is trained by AdamW alone.
+    As with torch's fused optimizers, a step changes nothing if the attribute `found_inf`, a tensor [], is 1.
 
     Args:
-        params: Groups; those with `hidden=True` go to Muon and must hold matrices only.
-        lr: Learning rate of both.
-        betas, fused: AdamW's.
-        momentum: Muon's.
-        weight_decay: Of both, where a group sets none.
+        params: Parameter groups; those with `hidden=True` go to Muon and must contain only matrices.
+        lr: Learning rate of both optimizers.
+        betas, fused: Options of AdamW.
+        momentum: Momentum of Muon.
+        weight_decay: Weight decay of both, for groups that do not set their own.
     """
 
     def __init__(
@@ -38,21 +38,21 @@ class MuonAdamW(Optimizer):
     ) -> None:
         groups = list(params)
         hidden = [group for group in groups if group.pop("hidden", False)]
-        others = [group for group in groups if not any(group is one for one in hidden)]
+        remaining = [group for group in groups if not any(group is h for h in hidden)]
         self.inner: list[Optimizer] = []
         if hidden:
             self.inner.append(
                 Muon(hidden, lr=lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn="match_rms_adamw")
             )
-        if others:
-            first, second = betas
-            self.inner.append(AdamW(others, lr=lr, betas=(first, second), weight_decay=weight_decay, fused=fused))
+        if remaining:
+            beta1, beta2 = betas
+            self.inner.append(AdamW(remaining, lr=lr, betas=(beta1, beta2), weight_decay=weight_decay, fused=fused))
         super().__init__([group for optimizer in self.inner for group in optimizer.param_groups], {})
-        self._share()
-        self._step_supports_amp_scaling = fused  # torch's word for optimizers that heed found_inf
+        self._link_inner()
+        self._step_supports_amp_scaling = fused  # torch's flag for optimizers that support found_inf
 
-    def _share(self) -> None:
-        """Show the inner optimizers' own groups and states, so that a learning rate set here is theirs."""
+    def _link_inner(self) -> None:
+        """Expose the inner optimizers' groups and states by reference, so that they see a learning rate set here."""
         self.param_groups = [group for optimizer in self.inner for group in optimizer.param_groups]
         self.state.clear()
         for optimizer in self.inner:
@@ -66,7 +66,7 @@ class MuonAdamW(Optimizer):
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         for optimizer in self.inner:
             if isinstance(optimizer, Muon) and found_inf is not None:
-                step_unless(optimizer, found_inf)
+                step_unless_inf(optimizer, found_inf)
             else:
                 if found_inf is not None:
                     optimizer.found_inf = found_inf  # type: ignore[attr-defined]
@@ -79,19 +79,21 @@ class MuonAdamW(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for optimizer, state in zip(self.inner, state_dict["inner"], strict=True):
             optimizer.load_state_dict(state)
-        self._share()
+        self._link_inner()
 
 
 @torch.no_grad()
-def step_unless(muon: Muon, found_inf: Tensor) -> None:
-    """A step of torch's Muon, which knows no found_inf: where that is 1, matrices are put back, and momenta averaged
-    with themselves, which changes no bit of them."""
-    left_out = found_inf.bool()
+def step_unless_inf(muon: Muon, found_inf: Tensor) -> None:
+    """Take a step of torch's Muon, which does not support found_inf, unless found_inf is 1.
+
+    A skipped step restores the matrices and averages each momentum with itself, which leaves it bit-identical.
+    """
+    skip = found_inf.bool()
     matrices = [p for group in muon.param_groups for p in group["params"] if p.grad is not None]
-    before = [p.clone() for p in matrices]
+    saved = [p.clone() for p in matrices]
     for p in matrices:
         momentum = muon.state[p].get("momentum_buffer", p.new_zeros(()))
-        p.grad = torch.where(left_out, momentum, p.grad)
+        p.grad = torch.where(skip, momentum, p.grad)
     muon.step()
-    for p, matrix in zip(matrices, before, strict=True):
-        p.copy_(torch.where(left_out, matrix, p))
+    for p, matrix in zip(matrices, saved, strict=True):
+        p.copy_(torch.where(skip, matrix, p))

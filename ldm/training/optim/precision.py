@@ -1,4 +1,4 @@
-"""Which precision to train in: bf16 on GPUs; on a CPU, whichever a short measurement finds faster."""
+"""Training precision: bf16 on GPUs; on a CPU, whichever of bf16 and fp32 is faster in a short benchmark."""
 
 import time
 from typing import Any
@@ -8,47 +8,50 @@ from torch import nn
 
 from ldm.errors import UserError
 
-GAIN_NEEDED = 1.1
+MIN_BF16_SPEEDUP = 1.1
 PRECISIONS = ("auto", "bf16-mixed", "32-true")
-SHORT = {"32": "32-true", "bf16": "bf16-mixed"}
+ALIASES = {"32": "32-true", "bf16": "bf16-mixed"}
 
 
-def named_precision(requested: Any) -> str:
-    """One of PRECISIONS, which 32 and bf16 stand for too. Half precision overflows in autoencoders, and is none.
+def normalise_precision(requested: Any) -> str:
+    """Return one of PRECISIONS; 32 and bf16 are aliases. Half precision is refused: it overflows in autoencoders.
 
     Raises:
-        UserError: another.
+        UserError: The precision is unknown.
     """
-    name = SHORT.get(str(requested), requested)
+    name = ALIASES.get(str(requested), requested)
     if name not in PRECISIONS:
         raise UserError(f"trainer.precision={str(requested)[:80]} is unknown. Choose one of: {', '.join(PRECISIONS)}.")
     return name
 
 
 def choose_precision(requested: Any, accelerator: str) -> str:
-    """`auto` -> bf16-mixed or 32-true; anything else by its name.
+    """Resolve `auto` to bf16-mixed or 32-true; normalise any other precision.
 
     Raises:
-        UserError: as `named_precision`.
+        UserError: The precision is unknown.
     """
-    if (name := named_precision(requested)) != "auto":
+    if (name := normalise_precision(requested)) != "auto":
         return name
     if accelerator != "cpu" and torch.cuda.is_available():
         return "bf16-mixed"
     if accelerator != "cpu" and torch.backends.mps.is_available():
         return "32-true"
-    gain = bf16_gain()
-    chosen = "bf16-mixed" if gain >= GAIN_NEEDED else "32-true"
-    print(f"precision: bf16 runs at {gain:.1f}x the speed of fp32 on this CPU; training in {chosen}")
-    return chosen
+    speedup = measure_bf16_speedup()
+    precision = "bf16-mixed" if speedup >= MIN_BF16_SPEEDUP else "32-true"
+    print(f"precision: bf16 runs at {speedup:.1f}x the speed of fp32 on this CPU; training in {precision}")
+    return precision
 
 
-def bf16_gain(repeats: int = 12) -> float:
-    """Time of a convolution's forward and backward pass in fp32, over that in bf16 autocast; the best of `repeats`."""
+def measure_bf16_speedup(repeats: int = 12) -> float:
+    """Return how much faster a convolution (forward and backward) runs in bf16 autocast than in fp32.
+
+    Compares the fastest of `repeats` runs of each.
+    """
     layer, x = nn.Conv2d(128, 128, 3, padding=1), torch.randn(128, 128, 8, 8)
     times: dict[bool, list[float]] = {False: [], True: []}
     for _ in range(repeats + 1):
-        for enabled in times:  # interleaved: what else the machine does meets both
+        for enabled in times:  # interleaved, so that other load on the machine affects both
             start = time.perf_counter()
             with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
                 y = layer(x)

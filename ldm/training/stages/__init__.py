@@ -1,1 +1,1 @@
-"""What differs between the stages."""
+"""The two training stages: autoencoder and diffusion model."""

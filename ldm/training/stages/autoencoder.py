@@ -1,4 +1,4 @@
-"""Stage 1 as the front door runs it, and the latents that it leaves for stage 2."""
+"""Stage 1: builds and trains the autoencoder, and encodes the latents for stage 2."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -18,11 +18,11 @@ from ldm.autoencoder.point_posterior import pin_posterior
 from ldm.autoencoder.regularisers import Regulariser
 from ldm.data.images import ImageData
 from ldm.errors import UserError
-from ldm.files.atomic import durable_folder
-from ldm.image_grid import rows, to_pil
+from ldm.files.atomic import atomic_folder
+from ldm.image_grid import labelled_rows, to_pil
 from ldm.latents.statistics import StatisticsType, encode_latents, published
 from ldm.metrics.image import patch_components, project, psnr, ssim
-from ldm.rules import Depth, Size, Switch, apply_rules
+from ldm.rules import Depth, Flag, Size, apply_rules
 from ldm.runs.load import load_autoencoder
 from ldm.runs.run import RUN_FILE, Run
 from ldm.runtime.random import numpy_generator
@@ -31,14 +31,14 @@ from ldm.training.modules.autoencoder import VAETraining
 from ldm.training.optim.factory import OptimizerFactory
 from ldm.training.stages.base import Stage
 
-START_IMAGES, START_PIXELS = 4096, 4096 * 64 * 64
-"""At most so many training images, and pixels of them, start the shortcut and the codebook and fit PCA."""
+MAX_START_IMAGES, MAX_START_PIXELS = 4096, 4096 * 64 * 64
+"""Limits on the training images, and on their pixels, used to initialise the shortcut and codebook and to fit PCA."""
 HELD_OUT_PIXELS = 2**20
-"""Pixels of a batch while held-out images are measured: 64 images at 128 px."""
+"""Pixels per batch when evaluating held-out images: 64 images at 128 px."""
 
 
 class ModelSizes(TypedDict, total=False):
-    """What a model is made of, by the names that diffusers and ours have for it."""
+    """Rules for the sizes of a model, under the argument names of diffusers' and our autoencoders."""
 
     patch: Size
     latent_channels: Size
@@ -48,19 +48,19 @@ class ModelSizes(TypedDict, total=False):
 
 
 class VAEStage(Stage):
-    """Stage 1 as the front door runs it.
+    """Stage 1: training of the autoencoder.
 
     Args:
-        model: A diffusers KL autoencoder, or ours around it; None with `pretrained`.
-        pretrained: A run, diffusers folder or hub id whose autoencoder to take instead.
-        train: Which of its weights to train: all, those of the decoder, or nothing.
-        loss: Its loss.
-        perceptual: A distance in features, added to the loss.
-        adversarial: Makes the discriminator's side.
-        regulariser: What the latents are held to.
+        model: Builds a diffusers KL autoencoder or our wrapper around it; None with `pretrained`.
+        loss: The reconstruction loss.
         optimizer: parameter groups -> optimizer.
-        latent_statistics: What latents are standardised by.
-        init_from: A run, diffusers folder or hub id whose weights to start from, instead of a fresh `model`.
+        regulariser: Regulariser of the latents.
+        perceptual: Feature distance added to the loss.
+        adversarial: Builds the discriminator and its optimizer.
+        pretrained: A run, diffusers folder or hub id whose autoencoder is used instead of a new one.
+        train: Weights to train: all, the decoder's, or nothing.
+        latent_statistics: Source of the statistics that standardise the latents.
+        init_from: A run, diffusers folder or hub id whose weights initialise the autoencoder.
     """
 
     kind = "vae"
@@ -73,7 +73,7 @@ class VAEStage(Stage):
         optimizer: Callable[..., torch.optim.Optimizer],
         regulariser: Regulariser,
         images: ImageData,
-        flip: Switch,
+        flip: Flag,
         cache_dir: str | None,
         seed: int,
         folder: Path,
@@ -97,7 +97,7 @@ class VAEStage(Stage):
             assert model is not None
             network = regulariser.build(model, images.resolution)
             self.autoencoder = Autoencoder(network)
-            self._start(network, regulariser, seed, device)
+            self._initialise(network, regulariser, seed, device)
         choose_trained(network, train)
         network.train(self.trains)
         self.latent_shape = self.autoencoder.latent_shape(images.resolution)
@@ -110,50 +110,50 @@ class VAEStage(Stage):
             OptimizerFactory(optimizer),
             seed=seed,
             flip=flip,
-            pictures=folder / "images",
+            figures_dir=folder / "images",
             adversary=adversarial() if adversarial is not None else None,
         )
 
-    def _start(self, network: nn.Module, regulariser: Regulariser, seed: int, device: torch.device) -> None:
+    def _initialise(self, network: nn.Module, regulariser: Regulariser, seed: int, device: torch.device) -> None:
         if isinstance(network, PatchAutoencoder) and network.config.shortcut:
             try:
-                network.init_shortcut(self._first_images(seed))
+                network.init_shortcut(self._sample_images(seed))
             except ValueError as error:
-                raise UserError(f"This autoencoder does not fit: {error}") from error
-        regulariser.start(network, lambda: self._first_images(seed), seed, device)
+                raise UserError(f"The autoencoder does not fit these images: {error}") from error
+        regulariser.start(network, lambda: self._sample_images(seed), seed, device)
 
-    def _first_images(self, seed: int) -> Tensor:
-        count = min(START_IMAGES, START_PIXELS // self.images.resolution**2)
-        chosen = numpy_generator(seed).permutation(self.images.train_indices)[: max(1, count)]
-        return self.images.batch(np.sort(chosen))
+    def _sample_images(self, seed: int) -> Tensor:
+        count = min(MAX_START_IMAGES, MAX_START_PIXELS // self.images.resolution**2)
+        indices = numpy_generator(seed).permutation(self.images.train_indices)[: max(1, count)]
+        return self.images.batch(np.sort(indices))
 
     @classmethod
     def check(cls, resolution: int, **options: Any) -> None:
-        pretrained, init_from, part = options["pretrained"], options["init_from"], options["train"]
+        pretrained, init_from, train = options["pretrained"], options["init_from"], options["train"]
         statistics, regulariser = options["latent_statistics"], options["regulariser"]
         apply_rules(cls, options)
         if options["model"] is not None:
             apply_rules(ModelSizes, options["model"].keywords)
         if pretrained is not None and init_from is not None:
-            raise UserError("autoencoder.path= and init_from= both name weights to start from: give one of them.")
-        if part == "nothing" and (options["perceptual"] is not None or options["adversarial"] is not None):
+            raise UserError("autoencoder.path= and init_from= both set the initial weights. Use only one of them.")
+        if train == "nothing" and (options["perceptual"] is not None or options["adversarial"] is not None):
             raise UserError(
-                "perceptual= and adversarial= are losses of a training, and autoencoder.train=nothing trains none: "
-                "choose autoencoder.train=decoder or all, or leave them out."
+                "perceptual= and adversarial= have no effect with autoencoder.train=nothing. Use "
+                "autoencoder.train=decoder or autoencoder.train=all, or remove these losses."
             )
         if options["adversarial"] is not None:
             options["adversarial"]().check(resolution)
         if (source := pretrained or init_from) is not None:
             autoencoder = load_autoencoder(source)
             autoencoder.latent_shape(resolution)
-            if part != "nothing":
+            if train != "nothing":
                 regulariser.check(autoencoder.model)
             published(autoencoder, statistics)
             return
         if statistics == "published":
             raise UserError(
-                "latent_statistics=published goes with a pretrained autoencoder: a new one has published nothing. "
-                "Leave it at measured, or choose autoencoder=pretrained."
+                "latent_statistics=published needs a pretrained autoencoder, because a new one has no published "
+                "statistics. Use latent_statistics=measured or autoencoder=pretrained."
             )
         with torch.device("meta"):
             Autoencoder(regulariser.build(options["model"], resolution)).latent_shape(resolution)
@@ -171,12 +171,12 @@ class VAEStage(Stage):
         """Pixel values per latent value."""
         return 3 * self.images.resolution**2 / math.prod(self.latent_shape)
 
-    def rows(self) -> list[tuple[str, str]]:
+    def summary_rows(self) -> list[tuple[str, str]]:
         channels, height, width = self.latent_shape
         weights = list(self.module.trained.parameters())
         size, trained = sum(p.numel() for p in weights), sum(p.numel() for p in weights if p.requires_grad)
-        part = f"{trained / 1e6:.1f} M" if trained else "none"
-        counts = f"{size / 1e6:.1f} M parameters" + ("" if trained == size else f", {part} of them trained")
+        num_trained = f"{trained / 1e6:.1f} M" if trained else "none"
+        counts = f"{size / 1e6:.1f} M parameters" + ("" if trained == size else f", {num_trained} of them trained")
         factor, values = self.autoencoder.factor, math.prod(self.latent_shape)
         kind = self.autoencoder.regulariser
         if (codes := self.autoencoder.codebook_size) is not None:
@@ -195,8 +195,8 @@ class VAEStage(Stage):
         if loss.perceptual is not None:
             terms.append(f"{loss.perceptual.weight:g} perceptual ({loss.perceptual.name})")
         if adversary is not None:
-            share = f"{adversary.start:.0%} of the budget" if adversary.start < 1 else f"step {adversary.start:g}"
-            terms.append(f"{adversary.weight:g} adversarial ({adversary.game}, from {share} on)")
+            start = f"{adversary.start:.0%} of the budget" if adversary.start < 1 else f"step {adversary.start:g}"
+            terms.append(f"{adversary.weight:g} adversarial ({adversary.gan_loss}, from {start} on)")
         return " + ".join(terms)
 
     def facts(self) -> dict[str, Any]:
@@ -211,7 +211,7 @@ class VAEStage(Stage):
             "likelihood": bool(loss.nll),
             "perceptual": "none" if loss.perceptual is None else loss.perceptual.name,
             "perceptual_features": sorted(self.perceptual_features),
-            "adversarial": "none" if adversary is None else adversary.game,
+            "adversarial": "none" if adversary is None else adversary.gan_loss,
             "discriminator": None if adversary is None else adversary.shape,
             "latent_statistics": self.latent_statistics,
         }
@@ -223,18 +223,18 @@ class VAEStage(Stage):
         del latents
         if self.trained == "all":
             self.autoencoder.publish()
-        with durable_folder(run.autoencoder_folder) as partial:
+        with atomic_folder(run.autoencoder_folder) as partial:
             self.autoencoder.save(partial)
         contract.save(run.path)
-        return self._held_out(run)
+        return self._evaluate_held_out(run)
 
     def next_command(self, run: Run) -> str:
-        return run.next_training()
+        return run.next_training_command()
 
-    def _held_out(self, run: Run) -> tuple[dict[str, Any], Path]:
-        """PSNR and SSIM of the validation images next to a PCA of the same size, and a figure of both.
+    def _evaluate_held_out(self, run: Run) -> tuple[dict[str, Any], Path]:
+        """Compare validation reconstructions with a PCA of the same size; return the metrics and a figure.
 
-        In batches whose memory does not depend on the resolution.
+        The batch size is chosen so that memory does not depend on the resolution.
         """
         factor, channels = self.autoencoder.factor, self.autoencoder.channels
         batch_size = min(64, max(1, HELD_OUT_PIXELS // self.images.resolution**2))
@@ -243,7 +243,7 @@ class VAEStage(Stage):
             for start in range(0, len(indices), batch_size):
                 yield self.images.batch(indices[start : start + batch_size])
 
-        components = patch_components(batches(np.sort(self.images.train_indices[:START_IMAGES])), factor)
+        components = patch_components(batches(np.sort(self.images.train_indices[:MAX_START_IMAGES])), factor)
         columns: dict[str, list[Any]] = {"original": [], "autoencoder": [], "PCA, same size": []}
         values: dict[str, list[Tensor]] = {"psnr_db": [], "pca_psnr_db": [], "ssim": []}
         for originals in batches(self.images.val_indices[:512]):
@@ -254,16 +254,16 @@ class VAEStage(Stage):
             values["ssim"].append(ssim(originals, reconstructed))
             for column, images in zip(columns.values(), (originals, reconstructed, pca), strict=True):
                 column += to_pil(images[: 10 - len(column)])
-        figures: dict[str, Any] = {"val_images": min(512, len(self.images.val_indices))}
-        figures |= {name: torch.cat(parts).mean().item() for name, parts in values.items()}
-        figures["compression"] = self.compression
+        metrics: dict[str, Any] = {"val_images": min(512, len(self.images.val_indices))}
+        metrics |= {name: torch.cat(parts).mean().item() for name, parts in values.items()}
+        metrics["compression"] = self.compression
         path = run.images / "held_out_reconstructions.png"
-        rows(list(columns.items())).save(path)
-        return figures, path
+        labelled_rows(list(columns.items())).save(path)
+        return metrics, path
 
 
 def _features_of(source: str | None) -> set[str]:
-    """The features that a run's loss was of, its predecessors' included: what says nothing about it any more."""
+    """Return the features used as a perceptual loss by a run and its ancestors; they cannot evaluate it any more."""
     if source is None or not (Path(source).expanduser() / RUN_FILE).is_file():
         return set()
     return set(Run.open(source).facts.get("perceptual_features", []))

@@ -1,4 +1,4 @@
-"""What the front door asks of a stage, whichever it is."""
+"""Interface of a training stage."""
 
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -11,43 +11,47 @@ from ldm.runs.run import Run
 
 
 class Stage(ABC):
-    """A LightningModule with its data, its rows in the table at the start, and what it leaves at the end."""
+    """A LightningModule with its data, its rows of the start-up table and its outputs."""
 
     kind: str
     module: Any  # a TrainingModule
     images: ImageData
     trains = True
-    """False where the weights are used as they come: `finish` is then all there is to do."""
+    """False if pretrained weights are used without training; only `finish` runs then."""
 
     @classmethod
     @abstractmethod
     def check(cls, resolution: int, **options: Any) -> None:
-        """Refuse what can be refused before the images are prepared; `options` are the stage's own.
+        """Check the options of the stage before its images are prepared.
 
         Raises:
-            UserError: choices that do not go together.
+            UserError: The options are not compatible.
         """
 
     @abstractmethod
     def fetch(self, indices: np.ndarray, epochs: np.ndarray | None = None) -> Any:
-        """One batch, on the CPU; with the epoch of each sample while training, whose draws are those of that epoch."""
+        """Load one batch on the CPU.
+
+        Args:
+            epochs: The epoch of each sample, which seeds its random choice of caption; None outside training.
+        """
 
     def compile(self) -> None:
-        """Compile what a step runs."""
+        """Compile the network that is trained."""
         self.module.trained.compile()
 
     @abstractmethod
-    def rows(self) -> list[tuple[str, str]]:
-        """(label, value) pairs for the table at the start."""
+    def summary_rows(self) -> list[tuple[str, str]]:
+        """Return (label, value) pairs for the start-up table."""
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:
-        """Plain values for run.json."""
+        """Return the fields of run.json that describe the stage, as plain values."""
 
     @abstractmethod
     def finish(self, run: Run) -> tuple[dict[str, Any], Path]:
-        """Write the weights for use; returns what was measured and a picture. The module holds the averaged weights."""
+        """Write the averaged weights, which the module already has; return the final metrics and a figure."""
 
     @abstractmethod
     def next_command(self, run: Run) -> str:
-        """What to do with a finished run, as a command that can be typed."""
+        """Return the shell command to run after this stage has finished."""

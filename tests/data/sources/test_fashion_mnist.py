@@ -1,4 +1,4 @@
-"""ldm.data.sources.fashion_mnist: small IDX files made here, the hub's format, and the real files where they are."""
+"""ldm.data.sources.fashion_mnist: small generated IDX files, the hub's format, and the real files if installed."""
 
 import gzip
 import struct
@@ -43,7 +43,7 @@ def test_both_parts_are_read_with_their_labels(folder):
     assert data.captions is None and "MIT" in data.licence
 
 
-def test_the_hub_gives_the_same_split(folder, monkeypatch, caplog):
+def test_hub_and_files_give_the_same_split(folder, monkeypatch, caplog):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "hf"))
     hub = folder / "hub"
@@ -52,19 +52,19 @@ def test_the_hub_gives_the_same_split(folder, monkeypatch, caplog):
         encoded = []
         for pixels in IMAGES[rows]:
             encoded.append({"bytes": encode(Image.fromarray(pixels)), "path": None})
-        rows_of = {"image": encoded, "label": LABELS[rows].tolist()}
-        datasets.Dataset.from_dict(rows_of).to_parquet(hub / f"{part}.parquet")
+        columns = {"image": encoded, "label": LABELS[rows].tolist()}
+        datasets.Dataset.from_dict(columns).to_parquet(hub / f"{part}.parquet")
     monkeypatch.setattr(fashion_mnist, "DEBIAN_PATH", "/absent")
     monkeypatch.setattr(fashion_mnist, "HUB_ID", str(hub))
     from_hub = prepare(FashionMNIST("/absent"), resolution=28, cache_dir=folder / "cache", progress=False)
-    assert "from the hub" in caplog.text
+    assert "/absent does not exist" in caplog.text and str(hub) in caplog.text
     from_files = prepare(FashionMNIST(folder), resolution=28, cache_dir=folder / "cache", progress=False)
     assert from_hub.path != from_files.path
     assert from_hub.fingerprint == from_files.fingerprint
     assert from_hub.class_names == from_files.class_names
 
 
-def test_without_files_and_without_network(monkeypatch):
+def test_missing_files_and_unreachable_hub_name_the_remedy(monkeypatch):
     datasets = pytest.importorskip("datasets")
 
     def unreachable(*args, **options):
@@ -77,7 +77,7 @@ def test_without_files_and_without_network(monkeypatch):
         list(source.records())
 
 
-def test_a_folder_that_was_named_must_be_there(tmp_path):
+def test_configured_folder_must_exist_and_contain_the_files(tmp_path):
     with pytest.raises(UserError, match=r"absent is not a folder.*apt-get install dataset-fashion-mnist"):
         FashionMNIST(tmp_path / "absent")
     with pytest.raises(UserError, match="has no train-images-idx3-ubyte or train-images-idx3-ubyte.gz"):
@@ -99,7 +99,7 @@ def test_damaged_files_are_named(folder, damage):
 
 
 @pytest.mark.skipif(not Path(DEBIAN_PATH).is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
-def test_the_real_files():
+def test_installed_files_are_read():
     source = FashionMNIST()
     assert source.num_records == 70_000
     first = next(source.records())

@@ -1,4 +1,4 @@
-"""ldm.data.sources.openmoji on the real package, drawn once a machine into the default cache."""
+"""ldm.data.sources.openmoji with the real package, prepared once per machine in the default cache."""
 
 import sys
 
@@ -21,13 +21,13 @@ def image_of(data: ImageData, caption: str) -> np.ndarray:
     return np.asarray(data.images[data.require_captions().index(caption)]).astype(int)
 
 
-def test_the_count_is_that_of_the_named_emoji(data):
+def test_all_named_emoji_are_prepared(data):
     assert len(data) == 1918 and data.num_skipped == 0
     assert data.licence == "OpenMoji 17.0 (CC BY-SA 4.0, openmoji.org)"
     assert 60 < len(data.val_indices) < 130
 
 
-def test_skin_tones_come_on_request():
+def test_skin_tones_are_optional():
     with_tones = OpenMoji(skin_tones=True)
     assert with_tones.num_records == 3953
     assert OpenMoji().identity() != with_tones.identity()
@@ -51,7 +51,7 @@ def test_each_emoji_has_one_drawing_and_one_caption(data):
     ],
 )
 def test_captions_match_their_images(data, caption, colour):
-    """A file name may lack the variation selector that the emoji list has, as the red heart's does."""
+    """The file name of the red heart lacks the variation selector that the emoji list has."""
     np.testing.assert_allclose(image_of(data, caption)[16, 16], colour, atol=30)
 
 
@@ -62,7 +62,7 @@ def test_drawings_are_on_white_and_fill_the_square(data):
     assert (drawn.max(axis=0) - drawn.min(axis=0) > 16).all()
 
 
-def test_a_missing_package_names_the_remedy(monkeypatch):
+def test_missing_package_names_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "resvg_py", None)
     with pytest.raises(UserError, match=r"resvg_py.*pip install 'ldm-trainer\[demo\]'"):
         OpenMoji()

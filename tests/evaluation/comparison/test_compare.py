@@ -1,4 +1,4 @@
-"""What tools/compare.py finds in runs, whatever they were read from, and when it says that one is better."""
+"""Tests of tools/compare.py: reading runs from folders and W&B, verdicts, and the report."""
 
 import csv
 import io
@@ -30,14 +30,14 @@ from ldm.evaluation.comparison import images as compare_images
 from ldm.evaluation.comparison.compare import Comparison, compare_runs
 from ldm.evaluation.comparison.images import side_by_side
 from ldm.evaluation.comparison.report import ComparisonReport, format_number
-from ldm.evaluation.comparison.runs import is_of_wandb
+from ldm.evaluation.comparison.runs import is_wandb_path
 from ldm.evaluation.comparison.statistics import SAMPLING, SEEDS, better_direction, compare_groups, estimate, holm
 from ldm.evaluation.curves import plot_curves
-from ldm.metrics.metric import Metric, share_error
+from ldm.metrics.metric import Metric, proportion_error
 from ldm.networks.conditioning import ClassCondition
 from ldm.runs.lineage import run_weights_sha256
 from ldm.runs.run import Run
-from ldm.runtime.paths import folder
+from ldm.runtime.paths import bundled_folder
 from ldm.tracking.artifact import sha256
 from ldm.tracking.comparison import track_comparison
 from ldm.tracking.run import flatten
@@ -57,7 +57,7 @@ EVALUATION = {
 
 
 def call_tool(call, name: str, *arguments: str):
-    return call(lambda: runpy.run_path(str(folder("tools") / f"{name}.py"), run_name="__main__"), *arguments)
+    return call(lambda: runpy.run_path(str(bundled_folder("tools") / f"{name}.py"), run_name="__main__"), *arguments)
 
 
 def make(
@@ -72,7 +72,7 @@ def make(
     evaluation: dict | None = None,
     **facts,
 ) -> str:
-    """A run folder as training and tools/evaluate.py leave it, without weights."""
+    """Create a run folder like training and tools/evaluate.py do, without weights."""
     config = {
         "name": name,
         "runs_dir": str(place),
@@ -116,7 +116,7 @@ def printed(found: Comparison) -> str:
     return ComparisonReport(found).print(Console(width=80, record=True, file=io.StringIO())).export_text()
 
 
-def test_names_say_which_way_is_better():
+def test_better_direction_follows_from_the_metric_name():
     higher = "psnr_db ssim retrieval_at_5_samples density coverage_samples"
     lower = "kd_samples fd_reconstructions val/loss_t1_to_250 lpips val/vlb_bits_per_latent_dim class_shift_samples"
     # a rate is worth nothing without its distortion; others are of the data, whatever the model
@@ -125,7 +125,7 @@ def test_names_say_which_way_is_better():
         assert [better_direction(name) for name in names.split()] == [way] * len(names.split())
 
 
-def test_of_many_metrics_together_one_is_wrong_in_one_case_of_twenty():
+def test_holm_limits_the_family_wise_error_rate():
     """Holm's step-down, by hand and on 17 metrics of which most move together."""
     assert holm({"a": 0.03, "b": 0.001, "c": 0.016, "d": 0.9}) == ["b", "c"]  # 0.05 / 4, / 3, / 2: 0.03 > 0.025
     assert holm({"a": 0.02}) == ["a"] and holm({"a": 0.02, "b": 0.06, "c": 0.5}) == [] and holm({}) == []
@@ -136,12 +136,12 @@ def test_of_many_metrics_together_one_is_wrong_in_one_case_of_twenty():
     assert np.mean([bool(holm(dict(enumerate(case)))) for case in p_values]) < 0.06
 
 
-def test_a_share_of_nothing_has_an_error_as_well():
-    assert share_error(0.0, 256) == pytest.approx(share_error(1.0, 256)) != 0
-    assert share_error(0.5, 10_000) == pytest.approx(0.005, rel=1e-3)
+def test_proportion_error_is_positive_for_proportions_0_and_1():
+    assert proportion_error(0.0, 256) == pytest.approx(proportion_error(1.0, 256)) != 0
+    assert proportion_error(0.5, 10_000) == pytest.approx(0.005, rel=1e-3)
 
 
-def test_seeds_of_one_config_are_a_group_and_of_two_within_noise(tmp_path):
+def test_seeds_form_groups_and_similar_groups_are_within_noise(tmp_path):
     kds, others = (0.10, 0.12, 0.11), (0.115, 0.1, 0.112)
     same = compare_runs([*three(tmp_path, "a", kds)])
     assert [len(group.runs) for group in same.groups] == [3] and not same.rows[0].verdicts
@@ -156,10 +156,10 @@ def test_seeds_of_one_config_are_a_group_and_of_two_within_noise(tmp_path):
     test = stats.ttest_ind(others, kds, equal_var=False)
     assert said.difference.interval == pytest.approx(test.confidence_interval(0.95))
     assert said.difference.p_value == pytest.approx(test.pvalue)
-    assert any(note.startswith("B beside A, all") and note.endswith("within noise.") for note in found.notes)
+    assert any(note.startswith("B vs A, all") and note.endswith("within noise.") for note in found.notes)
 
 
-def test_a_shifted_group_is_beyond_noise_in_the_right_direction(tmp_path):
+def test_shifted_group_is_significant_in_the_right_direction(tmp_path):
     first = three(tmp_path, "a", (0.10, 0.12, 0.11))
     second = three(tmp_path, "b", (0.20, 0.22, 0.21), lr=2e-3, evaluation={"retrieval_at_1_samples": 0.3})
     found = compare_runs([*first, *second])
@@ -168,33 +168,33 @@ def test_a_shifted_group_is_beyond_noise_in_the_right_direction(tmp_path):
     said = verdict(found, "retrieval_at_1_samples")
     assert said.verdict == "B better" and said.difference.of == SAMPLING
     assert found.equal["kd_reconstructions"] == 0.01
-    assert any("together" in note and "kd samples (A better)" in note for note in found.notes)
+    assert any("Holm" in note and "kd samples (A better)" in note for note in found.notes)
     assert verdict(compare_runs([*second, *first]), "kd_samples").verdict == "B better"
     figure = plot_curves(found.curve_names(), [(group.title, run.curves) for group, run in found.runs])
     (panel,) = [axes for axes in figure.axes if axes.get_title() == "val/loss"]
     assert len(panel.lines) == 6 and all(line.get_marker() == "o" for line in panel.lines), "one point is seen"
 
 
-def test_a_group_whose_seeds_agree_is_compared_with_one_whose_do_not():
+def test_group_with_equal_values_is_compared_with_one_that_varies():
     agree, not_so = [Metric(0.5)] * 3, [Metric(value) for value in (0.1, 0.2, 0.3)]
     found = estimate(agree, not_so, enough_seeds=True)
     low, high = stats.ttest_1samp((0.1, 0.2, 0.3), 0.5).confidence_interval(0.95)
     assert found.of == SEEDS and found.interval == pytest.approx((low - 0.5, high - 0.5))
 
 
-def test_single_runs_know_the_noise_of_sampling_alone(tmp_path):
+def test_single_runs_account_for_sampling_noise_only(tmp_path):
     found = compare_runs([make(tmp_path, "a", kd=0.1), make(tmp_path, "b", kd=0.105, lr=2e-3)])
     said = verdict(found, "kd_samples")
     assert said.verdict == "within noise" and said.difference.of == SAMPLING
     assert SAMPLING in printed(found), "in one piece"
-    assert any(note.startswith(SAMPLING) and "three seeds a group" in note for note in found.notes)
+    assert any(note.startswith(SAMPLING) and "at least 3 seeds per group" in note for note in found.notes)
     far = compare_runs([make(tmp_path, "c", kd=0.1), make(tmp_path, "d", kd=0.2, lr=2e-3)])
     assert verdict(far, "kd_samples").verdict == "A better" and "A better" in printed(far)
 
 
 @pytest.mark.parametrize("dof", [3, 19, np.inf])
-def test_an_error_of_few_subsets_or_groups_is_students(dof):
-    """Two standard errors of the difference apart is noise where four subsets say so, and not where many images do."""
+def test_few_degrees_of_freedom_use_student_t_intervals(dof):
+    """A difference of 2.2 standard errors is within noise for 3 degrees of freedom, but not for many."""
     first, second = [Metric(0.5, 0.01, dof)], [Metric(0.5 + 0.01 * 2.2 * 2**0.5, 0.01, dof)]
     said = compare_groups("kd", first, second, ("A", "B"), enough_seeds=False)
     low, high = stats.t(2 * dof, scale=0.01 * 2**0.5).interval(0.95)
@@ -203,7 +203,7 @@ def test_an_error_of_few_subsets_or_groups_is_students(dof):
 
 
 @pytest.mark.parametrize("seeds", [(0, 1), (0, 1, 1)], ids=["two", "one of them twice"])
-def test_few_seeds_are_no_spread(tmp_path, seeds):
+def test_fewer_than_three_distinct_seeds_fall_back_to_sampling_noise(tmp_path, seeds):
     runs = [make(tmp_path, f"a{i}", seed=seed, kd=0.1 + i / 1000) for i, seed in enumerate(seeds)]
     found = compare_runs([*runs, *three(tmp_path, "b", (0.1, 0.11, 0.12), lr=2e-3)])
     assert verdict(found, "kd_samples").difference.of == SAMPLING
@@ -220,8 +220,8 @@ def test_few_seeds_are_no_spread(tmp_path, seeds):
         ({"guidance": 1.0, "sampler": {"method": "dpmpp", "steps": 50}}, "guidance, sampler.steps"),
     ],
 )
-def test_metrics_that_were_measured_otherwise_get_no_verdict(tmp_path, changed, named):
-    """But those of the data do, whatever the sampler."""
+def test_metrics_with_other_settings_get_no_verdict(tmp_path, changed, named):
+    """Metrics that depend only on the data are compared even if the sampler differs."""
     floors = [{"fd_floor": value, "fd_floor_standard_error": 0.01} for value in (1.0, 1.2)]
     runs = [make(tmp_path, "a", evaluation=floors[0])]
     runs.append(make(tmp_path, "b", kd=0.9, lr=2e-3, evaluation={**floors[1], **changed}))
@@ -231,7 +231,7 @@ def test_metrics_that_were_measured_otherwise_get_no_verdict(tmp_path, changed, 
     assert (verdict(found, "fd_floor").verdict == "differ") == ("guidance" in named)
 
 
-def test_a_group_that_was_not_measured_alike_has_no_mean(tmp_path):
+def test_group_with_mixed_settings_has_no_mean(tmp_path):
     found = compare_runs([make(tmp_path, "a"), make(tmp_path, "b", seed=1, kd=0.3, evaluation={"features": "dinov2"})])
     (row,) = [row for row in found.rows if row.metric == "kd_samples"]
     assert row.groups == [None]
@@ -245,13 +245,13 @@ def test_a_group_that_was_not_measured_alike_has_no_mean(tmp_path):
         ({"data_fingerprint": "ef" * 32}, "not comparable: data_fingerprint"),
     ],
 )
-def test_losses_compare_where_loss_and_data_are_the_same(tmp_path, changed, said):
+def test_losses_are_comparable_only_with_equal_objective_and_data(tmp_path, changed, said):
     found = compare_runs([make(tmp_path, "a"), make(tmp_path, "b", seed=1, **changed)])
     assert len(found.groups) == 2 and verdict(found, "val/loss").verdict == said
 
 
-def test_what_differs_is_short(tmp_path):
-    """No names, no places, nothing twice; what runs were made with beside what they were told."""
+def test_differences_omit_names_paths_and_duplicates(tmp_path):
+    """Differences contain options and environment facts, but no names, no paths and no duplicates."""
     facts = {"commit": "0123456789" * 4, "versions": {"torch": "2.12"}, "precision": "bf16-mixed"}
     found = compare_runs([make(tmp_path / "x", "a"), make(tmp_path / "y", "b", seed=3, lr=2e-3, **facts)])
     keys = set(found.differences)
@@ -260,27 +260,27 @@ def test_what_differs_is_short(tmp_path):
     assert found.differences["commit"][1] == "012345678901" and found.differences["seed"] == ["0", "3"]
 
 
-def test_an_unfinished_run_without_evaluation_is_said_to_be_one(tmp_path):
+def test_notes_report_unfinished_and_unevaluated_runs(tmp_path):
     place = make(tmp_path, "b", lr=2e-3, finished=None)
     (Path(place) / "evaluation.json").unlink()
     found = compare_runs([make(tmp_path, "a"), place])
     assert verdict(found, "kd_samples").verdict == "not in B"
-    assert f"Not at the end of their training: {place}." in found.notes
-    assert f"Without an evaluation (tools/evaluate.py): {place}." in found.notes
+    assert any("not finished" in note and place in note for note in found.notes)
+    assert any("No evaluation" in note and "tools/evaluate.py" in note and place in note for note in found.notes)
 
 
-def test_what_diverged_is_not_judged(tmp_path):
+def test_diverged_metrics_are_not_compared(tmp_path):
     place = make(tmp_path, "b", lr=2e-3, evaluation={"kd_samples": float("nan")})
     with (Path(place) / "metrics.csv").open("a", newline="") as file:
         file.write("0,399,nan,nan\n")
     found = compare_runs([make(tmp_path, "a"), place])
     assert verdict(found, "val/loss").verdict == verdict(found, "kd_samples").verdict == "not in B"
-    assert f"Curves that end in no number and are not judged: {place}." in found.notes
+    assert any("non-finite" in note and "not compared" in note and place in note for note in found.notes)
     ComparisonReport(found).save(tmp_path / "out")
     json.loads((tmp_path / "out/compare.json").read_text(), parse_constant=pytest.fail)
 
 
-def test_the_page_needs_nothing_beside_itself(tmp_path):
+def test_html_page_is_self_contained(tmp_path):
     found = compare_runs([make(tmp_path, "a<b"), make(tmp_path, "b", kd=0.2, lr=2e-3)])
     samples = Image.new("RGB", (20, 10), "red")
     files = ComparisonReport(found, samples, ["a note"], {"seed": 0}).save(tmp_path / "out")
@@ -303,12 +303,12 @@ def test_the_page_needs_nothing_beside_itself(tmp_path):
     ("value", "width", "text"),
     [(0.12345, 0.0123, "0.123"), (28.4567, 1.9, "28.5"), (1e3, 99, "1000"), (-1e-5, 0.011, "0.000")],
 )
-def test_numbers_end_where_their_noise_begins(value, width, text):
+def test_format_number_rounds_to_the_error_bar(value, width, text):
     assert format_number(value, width) == text
 
 
 class Recorded:
-    """Stands in for wandb.Api: the runs of folders, as training and tools/evaluate.py log them."""
+    """Replacement for wandb.Api with runs from folders, as training and tools/evaluate.py log them."""
 
     def __init__(self, places: dict[str, str]) -> None:
         self.known = []
@@ -344,7 +344,7 @@ class Recorded:
 
 @pytest.fixture
 def of_wandb(monkeypatch):
-    """A stand-in for the server that knows runs of these folders, by their path in W&B."""
+    """Return a function that replaces the W&B server by one with runs from folders, by W&B path."""
 
     def of_wandb(places: dict[str, str]) -> Recorded:
         api = Recorded(places)
@@ -355,7 +355,7 @@ def of_wandb(monkeypatch):
     return of_wandb
 
 
-def test_runs_of_wandb_give_the_same_table(tmp_path, of_wandb, monkeypatch):
+def test_wandb_runs_give_the_same_table_as_folders(tmp_path, of_wandb, monkeypatch):
     places = {"me/ldm/aaa": make(tmp_path, "a"), "me/ldm/bbb": make(tmp_path, "b", kd=0.2, lr=2e-3)}
     of_wandb(places)
     near, far = compare_runs(list(places.values())), compare_runs(list(places))
@@ -364,15 +364,15 @@ def test_runs_of_wandb_give_the_same_table(tmp_path, of_wandb, monkeypatch):
     assert all(run.finished for _, run in far.runs)
     picture, notes = side_by_side(far, DDIM(2), device=torch.device("cpu"))
     assert picture is None and "me/ldm/aaa" in notes[0]
-    with pytest.raises(UserError, match="me/ldm/ccc is no run folder here, and W&B gave no run"):
+    with pytest.raises(UserError, match="me/ldm/ccc is not a run folder, and W&B returned no run"):
         compare_runs(["me/ldm/aaa", "me/ldm/ccc"])
     monkeypatch.setattr("ldm.tracking.comparison.has_key", lambda: False)
-    with pytest.raises(UserError, match="there is no login"):
+    with pytest.raises(UserError, match="wandb login"):
         compare_runs(["me/ldm/aaa", "me/ldm/bbb"])
 
 
-def test_steps_that_a_resume_logged_twice_count_once(tmp_path, of_wandb):
-    """Killed after step 290, gone on from 200: the last value of a step is the one that led to the weights."""
+def test_steps_logged_twice_after_resuming_count_once(tmp_path, of_wandb):
+    """The run was killed after step 290 and resumed from 200: the last value of a step belongs to the weights."""
     runs = three(tmp_path, "a", (0.10, 0.12, 0.11))
     with (Path(runs[1]) / "metrics.csv").open("a", newline="") as file:
         writer = csv.DictWriter(file, ["epoch", "step", "train/loss", "val/loss"])
@@ -386,10 +386,11 @@ def test_steps_that_a_resume_logged_twice_count_once(tmp_path, of_wandb):
         assert steps == list(range(0, 320, 10)) and values[20:] == [5.0] * 12 and values[19] < 1
         assert found.runs[1][1].curves["val/loss"] == ([299], [0.75])
     # in W&B the summary holds the end of before, the history steps beyond it
-    assert "Not at the end of their training: me/ldm/bbb." in far.notes and all(run.finished for _, run in near.runs)
+    assert any("not finished" in note and note.endswith(": me/ldm/bbb.") for note in far.notes)
+    assert all(run.finished for _, run in near.runs)
 
 
-def test_an_evaluation_of_other_weights_is_left_out(tmp_path, of_wandb):
+def test_evaluation_of_other_weights_is_ignored(tmp_path, of_wandb):
     runs = [make(tmp_path, "a"), make(tmp_path, "b", kd=0.2, lr=2e-3)]
     for run in map(Path, runs):
         weights = run / "pipeline/network/model.safetensors"
@@ -405,24 +406,24 @@ def test_an_evaluation_of_other_weights_is_left_out(tmp_path, of_wandb):
     for asked in (runs, list(places)):
         found = compare_runs(asked)
         assert verdict(found, "kd_samples").verdict == "not in B"
-        (note,) = [note for note in found.notes if "Trained on since they were evaluated" in note]
+        (note,) = [note for note in found.notes if "Evaluation ignored" in note]
         assert asked[1] in note and asked[0] not in note and "tools/evaluate.py" in note
 
 
-def test_a_mistyped_folder_is_not_looked_for_in_wandb(tmp_path, monkeypatch):
+def test_mistyped_folder_is_not_a_wandb_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
-    assert is_of_wandb("entity/project/1a2b3c4d")
-    assert not any(map(is_of_wandb, ["runs/vae/typo", "mine/vae/typo", "vae/typo", "/entity/project/run"]))
+    assert is_wandb_path("entity/project/1a2b3c4d")
+    assert not any(map(is_wandb_path, ["runs/vae/typo", "mine/vae/typo", "vae/typo", "/entity/project/run"]))
 
 
-def test_wandb_gets_a_report_where_one_can_be_made(tmp_path, monkeypatch):
+def test_wandb_report_is_created_if_possible(tmp_path, monkeypatch):
     tracker = SimpleNamespace(mode="offline", run=SimpleNamespace(entity="me"))
     monkeypatch.setattr("ldm.tracking.comparison.track_report", lambda *_, **__: tracker)
 
     def track() -> str:
         config = {"logger": {"project": "ldm", "timeout_s": 0.3}}
-        what = {"tables": {}, "pictures": {}, "markdown": "text", "curves": ["val/loss"], "compared": ["vae/a"]}
+        what = {"tables": {}, "figures": {}, "markdown": "text", "curves": ["val/loss"], "compared": ["vae/a"]}
         return track_comparison(tmp_path, config, name="compare/a-vs-b", **what)
 
     assert "this run is offline" in track()
@@ -465,7 +466,7 @@ def trained(images, tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_reconstructions_stand_below_their_originals(trained, images):
+def test_reconstructions_are_drawn_below_their_originals(trained, images):
     found = compare_runs(["runs/vae/a", "runs/vae/b", "runs/vae/elsewhere"])
     picture, notes = side_by_side(found, DDIM(2), device=torch.device("cpu"), num_samples=3)
     cell = 128 + 6
@@ -478,8 +479,8 @@ def test_reconstructions_stand_below_their_originals(trained, images):
 
 
 @pytest.mark.parametrize("labelled", [True, False], ids=["held-out images", "no images"])
-def test_classes_are_the_same_by_name(images, labelled):
-    """Of models with other classes, or the same in another order: a column is of one class, or a run is left out."""
+def test_classes_are_matched_by_name(images, labelled):
+    """Each column shows one class even if models order classes differently; a model without the class is skipped."""
     known = images if labelled else None
     names: list[list[str]] = []
     captions = None
@@ -494,7 +495,7 @@ def test_classes_are_the_same_by_name(images, labelled):
         compare_images._request(pipeline, known, None, 6, captions)
 
 
-def test_what_evaluate_logs_is_what_compare_reads(trained, of_wandb, monkeypatch):
+def test_compare_reads_what_evaluate_logs(trained, of_wandb, monkeypatch):
     """The sampler, this training and its weights."""
     logged: dict = {}
     monkeypatch.setattr(
@@ -505,20 +506,20 @@ def test_what_evaluate_logs_is_what_compare_reads(trained, of_wandb, monkeypatch
     run.evaluation_file.write_text(json.dumps(metrics))
     (run.path / "wandb_id.txt").write_text("aaa\n")
     log_evaluation(OmegaConf.create({"logger": {"group": None}}), run, {"values": metrics})
-    assert logged["config"]["training_id"] == "aaa" and logged["made_from"][0].digest == metrics["weights_sha256"]
+    assert logged["config"]["training_id"] == "aaa" and logged["inputs"][0].digest == metrics["weights_sha256"]
     api = of_wandb({"me/ldm/aaa": str(run.path)})
     api.add("me/ldm/new", "2026-03-01", flatten(logged["config"]), flatten(logged["values"]), [])
     near, far = (compare_runs([place, "runs/diffusion/b"]) for place in ("runs/diffusion/a", "me/ldm/aaa"))
     assert near.rows == far.rows and not far.groups[0].runs[0].stale and SAMPLING in printed(far)
 
 
-def test_the_command_draws_samples_and_writes_the_page(trained, call):
-    """Positional arguments, one row a run, and what a model cannot do left out with a line."""
+def test_compare_command_draws_samples_and_writes_the_page(trained, call):
+    """Runs are positional arguments, the figure has one row per run, and unsupported rows are reported."""
     (trained / "no_labels.txt").write_text("a cat\n")
     options = ["device=cpu", "sampler=ddim", "sampler.steps=2", "num_samples=2"]
     ended = call_tool(call, "compare", "runs/diffusion/a", "runs/diffusion/b", *options, "prompts=no_labels.txt")
     assert ended.code == 0, ended.err
-    assert ended.out.count("Not in the picture") == 2 and "conditioned on class" in ended.out
+    assert ended.out.count("Not in the figure") == 2 and "conditioned on class" in ended.out
     ended = call_tool(call, "compare", "runs/diffusion/a", *options, "runs/diffusion/b", "out=here")
     assert ended.code == 0, ended.err
     assert "No held-out images" not in ended.out
@@ -528,19 +529,19 @@ def test_the_command_draws_samples_and_writes_the_page(trained, call):
     for place in ("runs/compare/a-vs-b", "here"):
         assert f"{place}/compare.html" in made and f"{place}/compare.png" in made
     assert "runs/compare/a-vs-b/compare_images.png" in made
-    assert "what differs" in ended.out.lower() and "optimizer.lr" in ended.out and SAMPLING in ended.out
+    assert "Differences" in ended.out and "optimizer.lr" in ended.out and SAMPLING in ended.out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "Required, and without a default: runs"),
-        (["runs/vae/a"], "A comparison needs two runs, not 1"),
-        (["runs/vae/a", "runs/diffusion/a"], "Runs of different stages have no metric in common"),
+        ([], "Required options are missing: runs"),
+        (["runs/vae/a"], "A comparison needs at least 2 runs, not 1"),
+        (["runs/vae/a", "runs/diffusion/a"], "Runs of different stages cannot be compared"),
         (["runs/vae/a", "runs/vae/../vae/a"], "runs/vae/../vae/a is given twice"),
         (["runs/vae/a", "runs/vae/none"], "runs=runs/vae/none does not exist"),
         (["runs/vae/a", "runs/vae/b", "num_samples=-1"], "num_samples=-1 must be 0 or more"),
-        (["runs/vae/a", "runs=[runs/vae/b]"], "runs/vae/a and runs= are two ways to say the same"),
+        (["runs/vae/a", "runs=[runs/vae/b]"], "runs/vae/a and runs= set the same option"),
         (["runs/vae/a", "runs/vae/b", "prompts=none.txt"], "prompts=none.txt is not a file"),
     ],
 )

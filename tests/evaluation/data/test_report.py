@@ -1,4 +1,4 @@
-"""tools/data.py on small folders of one's own: what it counts, draws, advises and refuses."""
+"""Tests of tools/data.py on small image folders."""
 
 import json
 import runpy
@@ -14,18 +14,18 @@ import ldm.metrics.features
 import ldm.tracking.run
 from ldm.data.images import prepare
 from ldm.data.sources.image_folder import ImageFolder
-from ldm.runtime.paths import folder
+from ldm.runtime.paths import bundled_folder
 from tests.evaluation.samples.test_report import MeanColours
 
 VAL_FRACTION = "data.val_fraction=0.3"
-PICTURES = ["balance.png", "contact_sheet.png", "near_duplicates.png"]
+FIGURES = ["balance.png", "contact_sheet.png", "near_duplicates.png"]
 
 
 @pytest.fixture(autouse=True)
 def in_place(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setitem(ldm.metrics.features.CHOICES, "mean_colours", MeanColours)
+    monkeypatch.setitem(ldm.metrics.features.FEATURE_NETWORKS, "mean_colours", MeanColours)
 
 
 @pytest.fixture
@@ -41,10 +41,10 @@ def pets(make_images, tmp_path) -> Path:
 
 @pytest.fixture
 def data(call):
-    """Run the tool in this process; returns how it ended."""
+    """Return a function that runs the tool in this process and returns its outcome."""
 
     def main() -> None:
-        runpy.run_path(str(folder("tools") / "data.py"), run_name="__main__")
+        runpy.run_path(str(bundled_folder("tools") / "data.py"), run_name="__main__")
 
     def data(*arguments: str):
         return call(main, "data=image_folder", "data.resolution=16", VAL_FRACTION, *arguments)
@@ -90,11 +90,11 @@ def test_counts_copies_classes_and_captions(data, pets, tmp_path):
     for text in ("1: dog/broken.png", "cat: 41; dog: 3", "a black cat (9)", "1: cat/005.png = cat/again.png"):
         assert text in ended.out, ended.out
     assert "docs/reading_the_numbers.md" in ended.out
-    assert sorted(path.name for path in (tmp_path / "my report").glob("*.png")) == PICTURES
+    assert sorted(path.name for path in (tmp_path / "my report").glob("*.png")) == FIGURES
 
 
 @pytest.mark.parametrize("kind", ["copies", "near_duplicates"])
-def test_what_is_shared_between_training_and_validation_is_counted_apart(data, pets, tmp_path, kind):
+def test_duplicates_across_the_split_are_counted_separately(data, pets, tmp_path, kind):
     names = copy_across(pets, lambda pixels: pixels + (kind == "near_duplicates"))
     ended = data(f"data.path={pets}", "features=none")
     assert ended.code == 0, ended
@@ -117,8 +117,8 @@ def test_coverage_and_diversity_in_features(data, pets, tmp_path):
     assert len(list((tmp_path / "cache").glob("pets-*/features-mean_colours-*.npy"))) == 1
 
 
-def test_plain_pictures_without_captions_or_classes(data, make_images, tmp_path):
-    """Few, nothing to pair, nothing to balance; pictures of an earlier report do not stay."""
+def test_images_without_captions_or_classes(data, make_images, tmp_path):
+    """Figures without content are not written, and those of an earlier report are deleted."""
     make_images(tmp_path / "few", 4)
     (tmp_path / "out").mkdir()
     (tmp_path / "out/balance.png").write_bytes(b"of an earlier report")
@@ -134,7 +134,7 @@ def test_plain_pictures_without_captions_or_classes(data, make_images, tmp_path)
     assert without.code == 0 and not (tmp_path / "out/balance.png").exists()
 
 
-def test_logger_wandb_gets_the_numbers_and_the_sheet(data, pets, monkeypatch):
+def test_wandb_receives_metrics_and_contact_sheet(data, pets, monkeypatch):
     made = MagicMock()
     monkeypatch.setattr(ldm.tracking.run, "WandbRun", made)
     ended = data(f"data.path={pets}", "features=none", "logger=wandb")
@@ -142,9 +142,10 @@ def test_logger_wandb_gets_the_numbers_and_the_sheet(data, pets, monkeypatch):
     run = made.return_value
     assert made.call_args.kwargs["name"] == "data/pets"
     assert run.log_images.call_args.args[0] == "contact sheet" and run.finish.called
-    (summary,), (taken,), (left,) = (call.call_args.args for call in (run.summarise, run.take, run.leave))
+    calls = (run.log_summary, run.use_artifact, run.log_artifact)
+    (summary,), (used,), (logged,) = (call.call_args.args for call in calls)
     assert summary["num_images"] == 43 and summary["copies/num_train"] == 0 < summary["classes/effective_classes"]
-    assert left.metadata["data_sha256"] == taken.digest and "data.json" in left.contents
+    assert logged.metadata["data_sha256"] == used.digest and "data.json" in logged.contents
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What tools/latents.py measures, prints, draws and refuses, on runs as training leaves them."""
+"""Tests of tools/latents.py on finished runs."""
 
 import json
 import runpy
@@ -21,14 +21,14 @@ from ldm.evaluation.latents.report import MOVES, measure_latents, move_channel, 
 from ldm.latents.spectrum import channel_statistics
 from ldm.metrics.image import patch_components, pca_reconstruction, psnr
 from ldm.runs.run import Run
-from ldm.runtime.paths import folder
+from ldm.runtime.paths import bundled_folder
 from tests.finished_run import finished_run
 
 DEAD, CPU = 2, torch.device("cpu")
 
 
 def latents() -> None:
-    runpy.run_path(str(folder("tools") / "latents.py"), run_name="__main__")
+    runpy.run_path(str(bundled_folder("tools") / "latents.py"), run_name="__main__")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def images(make_images, tmp_path_factory) -> ImageData:
 
 @pytest.fixture(scope="module")
 def trained(images, tmp_path_factory) -> Path:
-    """A run of each stage, with an autoencoder that starts as a PCA of 4 channels and lost one of them."""
+    """One run of each stage, with an autoencoder initialised as a PCA with 4 channels, one of which is dead."""
     place = tmp_path_factory.mktemp("trained")
     torch.manual_seed(0)
     model = PatchAutoencoderKL(patch=2, latent_channels=4, block_out_channels=(8,), norm_num_groups=4, sample_size=8)
@@ -58,7 +58,7 @@ def trained(images, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def runs(trained, tmp_path, monkeypatch) -> dict[str, Run]:
-    """A copy of those runs, by the name of their folder."""
+    """Copies of the trained runs, by folder name."""
     shutil.copytree(trained / "runs", tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
     return {name: Run.open(f"runs/{name}/first") for name in ("vae", "diffusion", "pixels")}
@@ -111,7 +111,7 @@ def test_a_run(call, runs, images, monkeypatch):
     assert colours(run.path / "latents.png") > 200 and colours(run.path / "latents_channels.png") > 50
 
 
-def test_the_same_autoencoder_in_a_diffusion_run_on_fewer_images(runs, monkeypatch):
+def test_diffusion_run_reports_the_same_autoencoder(runs, monkeypatch):
     drawn = []
     monkeypatch.setattr(latents_report, "plot_latents", lambda _, z_raw: drawn.append(z_raw))
     options = {"device": CPU, "split": "val", "num_images": 4}
@@ -126,7 +126,7 @@ def test_the_same_autoencoder_in_a_diffusion_run_on_fewer_images(runs, monkeypat
     assert third.content["kl_bits"] != pytest.approx(one.content["kl_bits"])
 
 
-def test_one_decomposition_gives_every_pca():
+def test_pca_curve_equals_separate_pcas():
     generator = torch.Generator().manual_seed(0)
     train, held_out = (0.5 * torch.randn(count, 3, 8, 8, generator=generator) for count in (40, 5))
     counts = [1, 2, 7, 11, 12]
@@ -137,7 +137,7 @@ def test_one_decomposition_gives_every_pca():
         torch.testing.assert_close(values, expected, rtol=0, atol=1e-3)
 
 
-def test_a_channel_is_moved_everywhere_and_alone(runs, monkeypatch):
+def test_move_channel_shifts_one_channel_everywhere(runs, monkeypatch):
     autoencoder, seen = runs["vae"].autoencoder(), []
     mean = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     decode = autoencoder.decode
@@ -151,7 +151,7 @@ def test_a_channel_is_moved_everywhere_and_alone(runs, monkeypatch):
         assert not difference[:, [0, 2, 3]].any()
 
 
-def test_only_the_channels_that_hold_most_are_moved(runs, monkeypatch):
+def test_only_the_most_informative_channels_are_moved(runs, monkeypatch):
     seen = []
     monkeypatch.setattr(latents_report, "plot_channels", lambda _, moved, moves: seen.extend(moved))
     monkeypatch.setattr(latents_report, "MOVED_CHANNELS", 2)
@@ -160,7 +160,7 @@ def test_only_the_channels_that_hold_most_are_moved(runs, monkeypatch):
     assert set(seen) == set(np.argsort(held)[-2:].tolist()) and DEAD not in seen
 
 
-def test_an_autoencoder_without_any_signal_is_reported_too(runs, monkeypatch, tmp_path):
+def test_autoencoder_without_signal_is_reported(runs, monkeypatch, tmp_path):
     monkeypatch.setattr(Autoencoder, "encode", lambda _, part: (torch.zeros(len(part), 4, 4, 4),) * 2)
     report = measure_latents(runs["vae"], device=CPU)
     assert report.content["dead"] == [0, 1, 2, 3] and report.content["recommendation"]["rule"] == "all_dead"
@@ -168,8 +168,8 @@ def test_an_autoencoder_without_any_signal_is_reported_too(runs, monkeypatch, tm
     assert colours(report.save(tmp_path)[1]) > 50
 
 
-def test_latents_without_moments_or_not_finite(runs, monkeypatch):
-    with pytest.raises(UserError, match="IdentityAutoencoder of .* has points for latents"):
+def test_latents_without_variance_or_not_finite_are_refused(runs, monkeypatch):
+    with pytest.raises(UserError, match="IdentityAutoencoder of .* predicts no variance"):
         measure_latents(runs["pixels"], device=CPU)
     monkeypatch.setattr(Autoencoder, "encode", lambda _, part: (torch.full((len(part), 4, 4, 4), torch.nan),) * 2)
     with pytest.raises(UserError, match="latents of 5 of 5 images are not finite"):
@@ -186,7 +186,7 @@ def test_latents_without_moments_or_not_finite(runs, monkeypatch):
         ("batch_size=0", "batch_size=0 must be 1 or more"),
     ],
 )
-def test_mistakes_on_the_command_line(call, runs, monkeypatch, argument, said):
+def test_invalid_command_line_options_are_refused(call, runs, monkeypatch, argument, said):
     monkeypatch.setattr(Autoencoder, "encode", lambda *_: pytest.fail("computed first"))
     ended = call(latents, f"run={runs['vae'].path}", "device=cpu", argument)
     assert ended.code == 2 and said in ended.err and ended.err.count("\n") == 1, ended

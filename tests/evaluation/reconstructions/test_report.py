@@ -1,4 +1,4 @@
-"""What tools/evaluate.py measures, prints, draws and refuses for a run of stage=vae."""
+"""Tests of tools/evaluate.py for autoencoder runs."""
 
 import json
 import math
@@ -29,20 +29,20 @@ from ldm.evaluation.reconstructions.report import (
 )
 from ldm.image_grid import to_pil
 from ldm.latents.contract import LatentContract
-from ldm.metrics.codes import codebook
+from ldm.metrics.codes import codebook_metrics
 from ldm.metrics.frechet import feature_components, frechet_distance
 from ldm.metrics.image import pca_reconstruction, psnr, ssim
 from ldm.metrics.kernel import kernel_distance
 from ldm.metrics.metric import Metric
 from ldm.runs.run import Run
-from ldm.runtime.paths import folder
+from ldm.runtime.paths import bundled_folder
 from tests.finished_run import finished_run
 
 CPU = torch.device("cpu")
 
 
 class MeanColours(torch.nn.Module):
-    """Colours of a 2 x 2 grid: features that cost nothing."""
+    """Cheap features: mean colours of a 2 x 2 grid."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class L1(torch.nn.Module):
 
 
 def evaluate() -> None:
-    runpy.run_path(str(folder("tools") / "evaluate.py"), run_name="__main__")
+    runpy.run_path(str(bundled_folder("tools") / "evaluate.py"), run_name="__main__")
 
 
 @pytest.fixture(scope="module")
@@ -85,12 +85,12 @@ def trained(make_images, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def opened(trained, tmp_path, monkeypatch):
-    """A copy of a run and of its images, by its name, with other facts where they are given; no LPIPS."""
+    """Return a function that opens a copy of a run by name and updates its facts. LPIPS is not available."""
     (cache,) = (trained / "cache").glob("pets-*")
     shutil.copytree(cache, tmp_path / "pets")
     shutil.copytree(trained / "runs", tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(ldm.metrics.features.CHOICES, "mean_colours", MeanColours)
+    monkeypatch.setitem(ldm.metrics.features.FEATURE_NETWORKS, "mean_colours", MeanColours)
     monkeypatch.setattr(
         reconstruction_report, "LPIPS", Mock(side_effect=UserError("perceptual=lpips needs a network."))
     )
@@ -104,13 +104,13 @@ def opened(trained, tmp_path, monkeypatch):
 
 
 def reconstruct(run: Run) -> tuple[ImageData, torch.Tensor, torch.Tensor]:
-    """The images of a run, its validation images and what its autoencoder makes of them."""
+    """Return the image data of a run, its validation images and their reconstructions."""
     images, autoencoder = run.image_data(), run.autoencoder()
     originals = images.batch(images.val_indices)
     return images, originals, autoencoder.decode(autoencoder.encode(originals)[0])
 
 
-def test_figures_against_brute_force(opened):
+def test_metrics_equal_brute_force(opened):
     run = opened()
     images, originals, reconstructed = reconstruct(run)
     found = measure_reconstructions(run, device=CPU, features="mean_colours", batch_size=7).to_json()
@@ -145,7 +145,7 @@ def test_figures_against_brute_force(opened):
     assert found["regulariser"] == "kl" and found["codebook_size"] is None and found["lpips"] is None
 
 
-def test_few_images_are_compared_in_components_of_the_training_images():
+def test_few_images_use_principal_components_of_training_images():
     generator = torch.Generator().manual_seed(0)
     own, train = (torch.randn(n, 40, generator=generator) for n in (30, 90))
     made = own + 0.2 * torch.randn(own.shape, generator=generator)
@@ -175,10 +175,10 @@ def test_a_codebook(opened):
     assert found["regulariser"] == "vq" and found["codebook_size"] == 16 and found["kl_bits"] is None
     assert found["codebook_usage"] == len(share) / 16
     assert found["codebook_perplexity"] == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-9)
-    assert codebook(torch.tensor([5, 5, 5, 5, 0, 0, 0, 0]))["codebook_perplexity"] == pytest.approx(4)
+    assert codebook_metrics(torch.tensor([5, 5, 5, 5, 0, 0, 0, 0]))["codebook_perplexity"] == pytest.approx(4)
 
 
-def test_the_picture_shows_the_worst_twelve(opened, monkeypatch):
+def test_figure_shows_the_twelve_worst_images(opened, monkeypatch):
     run, seen = opened(), {}
     monkeypatch.setattr(reconstruction_report, "plot_reconstructions", lambda *parts: seen.update(enumerate(parts)))
     images, originals, reconstructed = reconstruct(run)
@@ -192,7 +192,7 @@ def test_the_picture_shows_the_worst_twelve(opened, monkeypatch):
     assert f"12 worst of {len(values)} held-out images" in seen[3]
 
 
-def test_the_error_is_amplified_four_times():
+def test_error_is_amplified_four_times():
     original = torch.full((1, 3, 4, 4), -0.5)
     picture = plot_reconstructions(original, original + 0.1, ["1 dB"], "title")
     middles = [picture.getpixel((64, 96 + 166 * row)) for row in range(3)]
@@ -200,7 +200,7 @@ def test_the_error_is_amplified_four_times():
     assert middles[2] == pytest.approx((51, 51, 51), abs=1), "0.4 of the 2 between black and white"
 
 
-def test_what_an_image_shows(opened):
+def test_image_text_prefers_the_caption(opened):
     images = opened().image_data()
     assert image_text(images, 0) == "cat"
     object.__setattr__(images, "captions", ["a sleeping cat", *[None] * (len(images) - 1)])
@@ -223,12 +223,12 @@ def test_the_command(call, opened, monkeypatch):
         assert text in ended.out
     assert "features: mean_colours" in " ".join(ended.out.split())
     assert f"{found['fd_validation_standard_error']:.4f}" in ended.out
-    assert "N=24, ref=originals of the same 24 images; validation against training images: ref=pets/train" in ended.out
-    assert "LPIPS is left out: perceptual=lpips needs a network." in ended.out and "in the loss" not in ended.out
+    assert "N=24, ref=originals of the same 24 images; validation to training: ref=pets/train" in ended.out
+    assert "LPIPS was skipped: perceptual=lpips needs a network." in ended.out and "in the loss" not in ended.out
 
 
-def test_only_inceptions_distance_in_all_dimensions_is_the_fid(opened, monkeypatch):
-    """And its table says with which weights, at which size, by which library it was measured."""
+def test_only_inception_in_all_dimensions_is_called_fid(opened, monkeypatch):
+    """The table also states the weights, the image size and the library of the features."""
     monkeypatch.setattr(MeanColours, "is_fid", True, raising=False)
     monkeypatch.setattr(MeanColours, "key", "inception-12345678-299px", raising=False)
     monkeypatch.setattr(MeanColours, "library", "pytorch_fid", raising=False)
@@ -244,11 +244,11 @@ def test_only_inceptions_distance_in_all_dimensions_is_the_fid(opened, monkeypat
 @pytest.mark.parametrize("trained_on", ["mean_colours", "lpips"])
 def test_features_of_the_loss_are_marked(opened, trained_on):
     report = measure_reconstructions(opened(perceptual_features=[trained_on]), device=CPU, features="mean_colours")
-    assert report.to_json()["features_in_loss"] == ("(in the loss)" in report.table.title)
+    assert report.to_json()["features_in_loss"] == ("(used in the loss)" in report.table.title)
     assert report.to_json()["features_in_loss"] == (trained_on == "mean_colours")
 
 
-def test_lpips_where_it_is_at_hand(opened, monkeypatch):
+def test_lpips_is_reported_if_available(opened, monkeypatch):
     monkeypatch.setattr(reconstruction_report, "LPIPS", L1)
     run = opened(perceptual_features=["lpips"])
     report = measure_reconstructions(run, device=CPU, features="none")
@@ -256,7 +256,7 @@ def test_lpips_where_it_is_at_hand(opened, monkeypatch):
     values = (originals - reconstructed).abs().mean((1, 2, 3))
     assert report.to_json()["lpips"] == pytest.approx(values.mean().item(), rel=1e-4)
     assert report.to_json()["lpips_standard_error"] == pytest.approx(values.std().item() / len(values) ** 0.5, rel=1e-3)
-    assert report.to_json()["lpips_in_loss"] and "in the loss" in list(report.table.columns[3].cells)
+    assert report.to_json()["lpips_in_loss"] and "used in the loss" in list(report.table.columns[3].cells)
     monkeypatch.setattr(reconstruction_report, "LPIPS", Mock(side_effect=UserError("no network")))
     without = measure_reconstructions(run, device=CPU, features="none")
     assert without.to_json()["lpips"] is None and "no network" in without.lines[0]
@@ -269,12 +269,12 @@ def test_features_of_a_classifier(opened, monkeypatch):
     n = report.to_json()["num_images"]
     assert report.to_json()["feature_dim"] == 64 and report.to_json()["fd_components"] == n // 2 < 64
     assert 0 <= report.to_json()["classifier_val_accuracy"] <= 1
-    assert "accuracy of the classifier" in list(report.table.columns[0].cells)
+    assert "classifier accuracy" in list(report.table.columns[0].cells)
     again = measure_reconstructions(run, device=CPU, features="classifier")
     assert again.to_json()["fd_validation"] == report.to_json()["fd_validation"]
 
 
-def test_logger_wandb_gets_the_figures_and_the_picture(call, opened, monkeypatch):
+def test_wandb_receives_metrics_and_figure(call, opened, monkeypatch):
     wandb_run = Mock()
     monkeypatch.setattr(ldm.tracking.run, "WandbRun", wandb_run)
     run = opened()
@@ -286,13 +286,17 @@ def test_logger_wandb_gets_the_figures_and_the_picture(call, opened, monkeypatch
     assert (options["name"], options["group"]) == ("evaluation/vae/kl", "kl")
     assert out == run.path / "evaluation", "the run's own folder keeps the id of its training"
     sent = {name: arguments for name, arguments, _ in wandb_run.return_value.method_calls}
-    figures = json.loads((run.path / "evaluation.json").read_text())
-    assert sent["summarise"][0]["psnr_db"] == figures["psnr_db"] and "lpips" not in sent["summarise"][0]
-    assert sent["log_images"][0] == "worst reconstructions" and sent["take"][0].digest == digest and "finish" in sent
-    assert sent["leave"][0].metadata["autoencoder_sha256"] == digest and len(sent["leave"][0].files) == 2
+    metrics = json.loads((run.path / "evaluation.json").read_text())
+    assert sent["log_summary"][0]["psnr_db"] == metrics["psnr_db"] and "lpips" not in sent["log_summary"][0]
+    assert (
+        sent["log_images"][0] == "worst reconstructions"
+        and sent["use_artifact"][0].digest == digest
+        and "finish" in sent
+    )
+    assert sent["log_artifact"][0].metadata["autoencoder_sha256"] == digest and len(sent["log_artifact"][0].files) == 2
 
 
-def test_reconstructions_that_are_not_finite(opened, monkeypatch):
+def test_reconstructions_that_are_not_finite_are_refused(opened, monkeypatch):
     monkeypatch.setattr(Autoencoder, "decode", lambda _, z: torch.full((len(z), 3, 8, 8), torch.nan))
     with pytest.raises(UserError, match="reconstructions of 5 of 5 images are not finite"):
         measure_reconstructions(opened(), device=CPU, features="none", num_images=5)
@@ -306,7 +310,7 @@ def test_reconstructions_that_are_not_finite(opened, monkeypatch):
         ("batch_size=0", "batch_size=0 must be 1 or more"),
     ],
 )
-def test_mistakes_on_the_command_line(call, opened, monkeypatch, argument, said):
+def test_invalid_command_line_options_are_refused(call, opened, monkeypatch, argument, said):
     monkeypatch.setattr(Autoencoder, "encode", lambda *_: pytest.fail("computed first"))
     run = opened()
     ended = call(evaluate, f"run={run.path}", "device=cpu", argument)

@@ -1,4 +1,4 @@
-"""The evaluation of a diffusion model on untrained parts: what is kept, resumed, counted, swept and said."""
+"""Tests of sample evaluation with untrained networks: caching, resuming, metrics, sweeps and messages."""
 
 import json
 from dataclasses import replace
@@ -31,17 +31,17 @@ from ldm.metrics.frechet import frechet_replicates
 from ldm.metrics.report import Report
 from ldm.networks.conditioning import ClassCondition
 from ldm.runtime.random import sample_generators
-from ldm.sampling.draw import draw
+from ldm.sampling.draw import draw_batches
 from ldm.sampling.pipeline import LatentDiffusionPipeline
 from ldm.sampling.request import Request
-from tests.sampling.test_pipeline import build
+from tests.sampling.test_pipeline import build_pipeline
 
 SAMPLER = DDIM(3)
 OPTIONS = {"guidance": 2.0, "seed": 0, "batch_size": 4}
 
 
 class MeanColours(torch.nn.Module):
-    """Colours of a 3 x 3 grid: features that cost nothing."""
+    """Cheap features: mean colours of a 3 x 3 grid."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class MeanColours(torch.nn.Module):
 
 @pytest.fixture(autouse=True)
 def cheap(monkeypatch) -> None:
-    monkeypatch.setitem(ldm.metrics.features.CHOICES, "mean_colours", MeanColours)
+    monkeypatch.setitem(ldm.metrics.features.FEATURE_NETWORKS, "mean_colours", MeanColours)
     monkeypatch.setattr(classifier.load_classifier, "__kwdefaults__", {"seed": 0, "num_steps": 20})
 
 
@@ -69,7 +69,7 @@ def images(make_images, tmp_path_factory) -> ImageData:
 
 @pytest.fixture
 def pipeline() -> LatentDiffusionPipeline:
-    return build(ClassCondition(["cat", "dog"]))
+    return build_pipeline(ClassCondition(["cat", "dog"]))
 
 
 def kept(pipeline, images, folder: Path, num_samples: int, **options) -> np.ndarray:
@@ -77,9 +77,9 @@ def kept(pipeline, images, folder: Path, num_samples: int, **options) -> np.ndar
     return np.array(draw_and_keep(pipeline, images, SAMPLER, folder, **options).images)
 
 
-def test_what_is_kept_is_what_is_drawn(pipeline, images, tmp_path):
-    request = Request.of_images(pipeline, images, images.train_indices[chosen_rows(images.train_indices, 10, 0)])
-    drawn = torch.cat(list(draw(pipeline, request, SAMPLER, **OPTIONS)))
+def test_cached_samples_equal_drawn_samples(pipeline, images, tmp_path):
+    request = Request.for_images(pipeline, images, images.train_indices[chosen_rows(images.train_indices, 10, 0)])
+    drawn = torch.cat(list(draw_batches(pipeline, request, SAMPLER, **OPTIONS)))
     found = draw_and_keep(pipeline, images, SAMPLER, tmp_path, num_samples=10, **OPTIONS)
     assert np.array_equal(found.images, to_uint8(drawn).permute(0, 2, 3, 1).numpy())
     torch.testing.assert_close(found.batch(range(2, 5)), drawn[2:5], rtol=0, atol=1.01 / 255)
@@ -88,7 +88,7 @@ def test_what_is_kept_is_what_is_drawn(pipeline, images, tmp_path):
     assert unguided.evaluations == 3
 
 
-def test_an_interrupted_drawing_goes_on_where_it_stopped(pipeline, images, tmp_path, monkeypatch):
+def test_interrupted_sampling_resumes(pipeline, images, tmp_path, monkeypatch):
     whole = kept(pipeline, images, tmp_path / "whole", 14)
     decode, calls = type(pipeline).decode, []
 
@@ -113,7 +113,7 @@ def test_an_interrupted_drawing_goes_on_where_it_stopped(pipeline, images, tmp_p
     np.testing.assert_allclose(kept(pipeline, images, tmp_path / "parts", 20)[:14], whole)
 
 
-def test_whatever_decides_a_sample_names_its_file(pipeline, images, tmp_path, monkeypatch):
+def test_cache_key_depends_on_everything_that_determines_a_sample(pipeline, images, tmp_path, monkeypatch):
     kept(pipeline, images, tmp_path, 4)
     for changed in ({"guidance": 3.0}, {"seed": 1}, {"guidance_interval": (0.2, 0.8)}):
         kept(pipeline, images, tmp_path, 4, **changed)
@@ -129,12 +129,12 @@ def test_whatever_decides_a_sample_names_its_file(pipeline, images, tmp_path, mo
     assert len(list(tmp_path.glob("*.bin"))) == 8, "a way of drawing of before"
 
 
-def test_what_another_process_drew_meanwhile_is_not_overwritten(pipeline, images, tmp_path, monkeypatch):
-    """The number of samples is read again once the lock is held."""
+def test_samples_of_another_process_are_not_overwritten(pipeline, images, tmp_path, monkeypatch):
+    """The number of samples is read again after the lock is acquired."""
     whole = kept(pipeline, images, tmp_path / "whole", 8)
     (file,) = (tmp_path / "whole").glob("*.bin")
     with FileLock(file.with_suffix(".lock")):
-        with pytest.raises(UserError, match=f"Another process draws these samples, .*{file.name}"):
+        with pytest.raises(UserError, match=f"Another process is drawing .*{file.name}"):
             kept(pipeline, images, tmp_path / "whole", 12)
         assert np.array_equal(kept(pipeline, images, tmp_path / "whole", 4), whole[:4]), "what is there is read"
     acquire, waited = FileLock.acquire, []
@@ -149,28 +149,28 @@ def test_what_another_process_drew_meanwhile_is_not_overwritten(pipeline, images
 
     def begin(*arguments, first: int, **options):
         began.append(first)
-        return draw(*arguments, first=first, **options)
+        return draw_batches(*arguments, first=first, **options)
 
     monkeypatch.setattr(FileLock, "acquire", wait_for_the_other)
-    monkeypatch.setattr(kept_samples, "draw", begin)
+    monkeypatch.setattr(kept_samples, "draw_batches", begin)
     assert np.array_equal(kept(pipeline, images, tmp_path / "shared", 8), whole)
     assert began == [0, 4], "the other's, and the rest"
 
 
-def test_samples_that_are_not_finite(pipeline, images, tmp_path):
+def test_samples_that_are_not_finite_are_refused(pipeline, images, tmp_path):
     next(pipeline.network.parameters()).data *= torch.nan
     with pytest.raises(UserError, match="4 of 4 samples are not finite.*optimizer.lr"):
         kept(pipeline, images, tmp_path, 4)
 
 
-def test_more_samples_than_images_begin_again(images):
+def test_chosen_rows_repeat_if_there_are_few_images(images):
     members = images.train_indices
     rows, n = chosen_rows(members, 120, 3), len(members)
     assert sorted(rows[:n]) == list(range(n)) and np.array_equal(rows[n : 2 * n], rows[:n])
     assert np.array_equal(chosen_rows(members, 7, 3), rows[:7])
 
 
-def test_every_row_is_measured_alike(pipeline, images, tmp_path):
+def test_all_sets_are_measured_in_the_same_way(pipeline, images, tmp_path):
     found = measure_samples(pipeline, images, SAMPLER, tmp_path, features="mean_colours", num_samples=24, **OPTIONS)
     metrics = found.to_json()
     n, components = len(images.train_indices), metrics["fd_components"]
@@ -196,16 +196,16 @@ def test_every_row_is_measured_alike(pipeline, images, tmp_path):
     assert first == second, "kept or drawn again, it is the same"
 
 
-def test_the_vae_alone_decodes_noise_as_it_is(pipeline):
-    """z_raw ~ N(0, I) is the prior of raw latents: nothing is un-standardised."""
+def test_vae_alone_decodes_noise_without_unstandardising(pipeline):
+    """N(0, I) is the prior of raw latents z_raw, so they are decoded without undoing the standardisation."""
     noise = torch.stack([torch.randn(3, 8, 8, generator=g) for g in sample_generators(5, range(2, 4))])
     found = VAEAlone(pipeline, 4, seed=5).batch([2, 3])
     assert found.equal(pipeline.autoencoder.decode(noise))
     assert not torch.allclose(found, pipeline.decode(noise), atol=1e-3), "whose mean 0.1 and std 2 it must not see"
 
 
-def test_what_a_classifier_mistakes_is_no_shift(pipeline, images, tmp_path, monkeypatch):
-    """One that calls all of them dogs: the shares of samples and of images are the same, whatever the labels are."""
+def test_misclassification_causes_no_class_shift(pipeline, images, tmp_path, monkeypatch):
+    """If the classifier predicts "dog" for everything, samples and images have the same class distribution."""
     mistaken = classifier.Classifier(2).eval()
     torch.nn.init.zeros_(mistaken.head.weight)
     mistaken.head.bias.data = torch.tensor([0.0, 1.0])
@@ -222,12 +222,12 @@ def test_what_a_classifier_mistakes_is_no_shift(pipeline, images, tmp_path, monk
     assert sum(calls) == len(images) + 3 * 24, "every image once: all data, samples, reconstructions, the VAE alone"
 
 
-def test_a_smaller_evaluation_of_the_same_weights_does_not_replace_a_larger_one(tmp_path):
+def test_smaller_evaluation_does_not_replace_a_larger_one(tmp_path):
     place, elsewhere = tmp_path / "run/evaluation.json", tmp_path / "demo/evaluation.json"
 
     def made(num_samples: int, weights: str) -> Path:
         metrics = {"weights_sha256": weights, "num_samples": num_samples}
-        report = Report(place.name, metrics, pictures={"nearest.png": Image.new("RGB", (4, 4))})
+        report = Report(place.name, metrics, figures={"nearest.png": Image.new("RGB", (4, 4))})
         return save_unless_smaller(report, place.parent, elsewhere)
 
     assert made(3000, "a") == place and made(256, "a") == elsewhere
@@ -237,8 +237,8 @@ def test_a_smaller_evaluation_of_the_same_weights_does_not_replace_a_larger_one(
     assert made(256, "b") == place, "what cannot be read holds no figures"
 
 
-def test_a_reference_of_other_data_or_features_is_not_taken_for_this(images, tmp_path):
-    """It is kept by the features' key and the data's fingerprint."""
+def test_reference_features_are_cached_by_data_and_network(images, tmp_path):
+    """The cache key contains the network key and the data fingerprint."""
     here = replace(images, path=tmp_path)
     other = replace(here, fingerprint="0" * 64, images=255 - images.images)
     twice = MeanColours()
@@ -251,10 +251,10 @@ def test_a_reference_of_other_data_or_features_is_not_taken_for_this(images, tmp
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_a_write_that_fails_leaves_what_was_there(images, pipeline, tmp_path, monkeypatch):
-    """Nobody reads half a file, and two processes share no scratch file."""
+def test_failed_write_keeps_existing_files(images, pipeline, tmp_path, monkeypatch):
+    """Files are written atomically."""
     here = replace(images, path=tmp_path)
-    Report("evaluation.json", {"fd": 1}, pictures={"nearest.png": Image.new("RGB", (4, 4))}).save(tmp_path)
+    Report("evaluation.json", {"fd": 1}, figures={"nearest.png": Image.new("RGB", (4, 4))}).save(tmp_path)
     kept(pipeline, images, tmp_path / "kept", 4)
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
 
@@ -264,7 +264,7 @@ def test_a_write_that_fails_leaves_what_was_there(images, pipeline, tmp_path, mo
     monkeypatch.setattr(durable, "sync", full)
     for write in (
         Report("evaluation.json", {"fd": 2}).save,
-        Report("other.json", {}, pictures={"nearest.png": Image.new("RGB", (9, 9))}).save,
+        Report("other.json", {}, figures={"nearest.png": Image.new("RGB", (9, 9))}).save,
         lambda _: kept(pipeline, images, tmp_path / "kept", 8),
         lambda _: reference_features(MeanColours(), "mean_colours", here),
         lambda _: classifier.load_classifier(here),
@@ -275,7 +275,7 @@ def test_a_write_that_fails_leaves_what_was_there(images, pipeline, tmp_path, mo
     assert after == {file: content for file, content in before.items() if file.suffix != ".bin"}
 
 
-def test_the_frechet_distance_takes_all_dimensions_where_it_can():
+def test_frechet_distance_uses_all_dimensions_if_possible():
     train = torch.randn(100, 20, generator=torch.Generator().manual_seed(0))
     assert Measures.choose(train, 40).components is None
     assert Measures.choose(train, 39).num_components == 19
@@ -293,7 +293,7 @@ def test_the_frechet_distance_takes_all_dimensions_where_it_can():
     assert len({len(line) for line in lines}) == 1
 
 
-def test_a_sweep_over_steps_and_one_over_guidance(pipeline, images, tmp_path):
+def test_sweeps_over_steps_and_guidance(pipeline, images, tmp_path):
     sweep = partial(sampler_sweep.sweep_sampler, pipeline, images, features="mean_colours", num_samples=24)
     by_steps = found = sweep({n: DDIM(n) for n in (2, 4, 8)}, [2.0], tmp_path)
     assert [row["value"] for row in found["rows"]] == [2, 4, 8] and found["over"] == "sampler.steps"
@@ -314,8 +314,8 @@ def test_a_sweep_over_steps_and_one_over_guidance(pipeline, images, tmp_path):
         json.dumps(swept)
 
 
-def test_a_sweep_refuses_before_it_draws(pipeline, images, tmp_path, monkeypatch):
-    monkeypatch.setattr(kept_samples, "draw", lambda *_, **__: pytest.fail("drew"))
+def test_sweep_checks_all_values_before_sampling(pipeline, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(kept_samples, "draw_batches", lambda *_, **__: pytest.fail("drew"))
     one, many = {3: SAMPLER}, {n: DDIM(n) for n in (2, 51)}
     for samplers, guidances, num_samples, message in (
         (many, [1, 2], 8, "both lists"),
@@ -329,7 +329,7 @@ def test_a_sweep_refuses_before_it_draws(pipeline, images, tmp_path, monkeypatch
         measure_samples(pipeline, images, SAMPLER, tmp_path, num_samples=7)
 
 
-def test_the_knee_is_the_cheapest_that_is_no_worse():
+def test_knee_is_the_cheapest_value_within_noise():
     def row(value, evaluations, above, error=0.1):
         known = {"value": value, "network_evaluations": evaluations, "distance": 1 + above}
         return {**known, "above_best": above, "above_best_standard_error": error if above else 0.0}
@@ -340,8 +340,8 @@ def test_the_knee_is_the_cheapest_that_is_no_worse():
     assert sampler_sweep.knee([row(1, 10, 1.0), row(2, 20, 0.1), row(3, 20, 0)]) == 3, "of one cost, the nearest"
 
 
-def test_a_difference_of_values_that_share_their_noise_is_told_more_sharply():
-    """The jackknife of the differences states the error that is made of them, less than of either alone."""
+def test_shared_noise_reduces_the_error_of_differences():
+    """The jackknife error of the difference matches its spread, which is smaller than that of a single distance."""
     generator = torch.Generator().manual_seed(0)
     reference = torch.randn(400, 4, generator=generator)
     found, alone = [], []
@@ -361,8 +361,8 @@ def test_a_difference_of_values_that_share_their_noise_is_told_more_sharply():
 
 
 @pytest.mark.parametrize("counts", [[1] * 9, [1, 3, 2, 3]], ids=["one caption each", "several"])
-def test_captions_beside_those_of_other_prompts(counts):
-    """Any caption of the image that was found counts."""
+def test_caption_agreement_equals_brute_force(counts):
+    """The best of all captions of an image counts."""
     n = len(counts)
     prompts, shown = (torch.randn(k, 5, generator=torch.Generator().manual_seed(k)) for k in (n, sum(counts) + 20))
     shown = shown[: sum(counts)]
@@ -376,8 +376,8 @@ def test_captions_beside_those_of_other_prompts(counts):
     assert caption_agreement(prompts, mine)[0] == pytest.approx(1), "whichever of them it is"
 
 
-def test_held_out_captions_are_looked_for_among_held_out_images(images):
-    """Samples that are their own images are found; the caption of the nearest training image is what an image shows."""
+def test_held_out_captions_are_retrieved_among_held_out_images(images):
+    """Samples equal to training images retrieve their captions."""
     captions = [f"{i % 4}" for i in range(len(images))]
     here = replace(images, captions=captions)
 
@@ -399,4 +399,4 @@ def test_held_out_captions_are_looked_for_among_held_out_images(images):
     assert metrics["caption_cosine_held_out_samples"].value == 1 > metrics["caption_cosine_held_out_permuted"]
     expected = np.mean([a == b for i, a in enumerate(asked) for j, b in enumerate(asked) if i != j])
     assert metrics["caption_cosine_held_out_permuted"] == pytest.approx(expected)
-    assert "9 captions that training never saw" in lines[0] and f"{len(validation)} validation images" in lines[0]
+    assert "9 held-out captions" in lines[0] and f"{len(validation)} validation images" in lines[0]

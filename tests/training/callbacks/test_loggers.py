@@ -1,4 +1,4 @@
-"""ldm.training.callbacks.loggers.CsvLogger: rows by step, also where the disk refuses them or training goes back."""
+"""ldm.training.callbacks.loggers.CsvLogger: rows by step, including write errors and roll-backs."""
 
 import csv
 import errno
@@ -21,21 +21,21 @@ def file(tmp_path) -> Path:
 
 
 def log(file: Path, steps: range, **values: float) -> CsvLogger:
-    """From the first of some steps on, as training begins or goes on there."""
+    """Log these steps with a new logger, as when training starts or resumes at the first of them."""
     logger = CsvLogger(file, steps[0] - 1)
     for step in steps:
         logger.log_metrics({"train/loss": 1.0, **values}, step)
     return logger
 
 
-def test_rows_are_written_a_hundred_at_a_time_and_at_the_end(file):
+def test_rows_are_written_in_batches_of_100_and_at_the_end(file):
     logger = log(file, range(150))
     assert steps(file) == list(range(100))
     logger.finalize("success")
     assert steps(file) == list(range(150))
 
 
-def test_rows_go_on_after_a_resume_and_begin_anew_without(file):
+def test_resume_appends_rows_and_a_new_run_replaces_them(file):
     log(file, range(3)).save()
     log(file, range(3, 5), **{"val/loss": 7.0}).save()
     assert steps(file) == [0, 1, 2, 3, 4]
@@ -46,10 +46,10 @@ def test_rows_go_on_after_a_resume_and_begin_anew_without(file):
     assert steps(file) == [0]
 
 
-def test_training_that_goes_back_logs_no_step_twice(file):
+def test_a_roll_back_logs_no_step_twice(file):
     log(file, range(4)).save()
     logger = log(file, range(4, 6))
-    logger.go_back(2)
+    logger.drop_rows_after(2)
     logger.log_metrics({"train/loss": 2.0, "val/loss": 3.0}, 3)
     logger.save()
     assert steps(file) == [0, 1, 2, 3]
@@ -57,14 +57,14 @@ def test_training_that_goes_back_logs_no_step_twice(file):
     assert steps(file) == []
 
 
-def test_a_row_that_a_kill_cut_is_left_out(file):
+def test_a_truncated_last_row_is_dropped(file):
     log(file, range(3), z=2.0).save()
     file.write_text(file.read_text()[:-8])
     CsvLogger(file, 2)
     assert steps(file) == [0, 1]
 
 
-def test_a_full_disk_is_said_once_and_loses_nothing(file, capsys, monkeypatch):
+def test_a_full_disk_warns_once_and_loses_no_rows(file, capsys, monkeypatch):
     logger = log(file, range(1))
     logger.save()
     before = file.read_text()
@@ -78,8 +78,8 @@ def test_a_full_disk_is_said_once_and_loses_nothing(file, capsys, monkeypatch):
         for step in (1, 2):
             logger.log_metrics({"val/loss": 1.0}, step)
             logger.save()
-    said = capsys.readouterr().out
-    assert said.count("warning: ") == 1 and "metrics.csv: No space left" in said
+    output = capsys.readouterr().out
+    assert output.count("warning: ") == 1 and "metrics.csv" in output and "No space left" in output
     assert file.read_text() == before
     logger.save()
     assert steps(file) == [0, 1, 2]

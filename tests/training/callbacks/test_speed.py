@@ -1,4 +1,4 @@
-"""speed: operations counted against the formula, shares of a known peak, and what is logged of it."""
+"""ldm.training.callbacks.speed: operation counts against formulas, utilisation of a known peak, and logged metrics."""
 
 import contextlib
 import copy
@@ -19,18 +19,18 @@ from ldm.training.callbacks.speed import (
 )
 from ldm.training.modules.adversary import Adversary
 from ldm.training.optim.budget import Budget
-from tests.small_training import Rows, vae
+from tests.small_training import RecordingLogger, make_vae_training
 
 EAGER = contextlib.nullcontext
 
 
-def counted(module, batch) -> dict[bool, float]:
-    """The operations of a step on a batch, by whether a discriminator takes part."""
-    return module.each_way(lambda: count_flops(lambda: module.try_step(batch, EAGER)))
+def flops_by_mode(module, batch) -> dict[bool, float]:
+    """Operations of a step on a batch, without (False) and with (True) a discriminator."""
+    return module.measure_each_mode(lambda: count_flops(lambda: module.trial_step(batch, EAGER)))
 
 
 def test_a_multiplication_and_an_addition_are_two_operations():
-    """b x n x m products forward, and as many for each of the two gradients; the first layer's input needs none."""
+    """A layer has b n m products forward and as many for each of its two gradients; the input needs no gradient."""
     b, n, m, k = 5, 7, 11, 3
     network = torch.nn.Sequential(torch.nn.Linear(n, m), torch.nn.Linear(m, k))
     x = torch.randn(b, n)
@@ -38,8 +38,8 @@ def test_a_multiplication_and_an_addition_are_two_operations():
     assert count_flops(lambda: network(x).sum().backward()) == 2 * b * m * (2 * n + 3 * k)
 
 
-def test_attention_counts_whichever_kernel_does_it():
-    """Two products of [n, d] x [d, n] per head and image; torch's fused kernel for CPUs would count nothing."""
+def test_attention_is_counted_regardless_of_the_kernel():
+    """Two products of [n, d] x [d, n] per head and image; torch would not count its fused CPU kernel."""
     b, heads, n, d = 2, 3, 16, 8
     q, k, v = (torch.randn(b, heads, n, d, requires_grad=True) for _ in range(3))
     forward = 2 * (2 * b * heads * n * n * d)
@@ -50,24 +50,24 @@ def test_attention_counts_whichever_kernel_does_it():
 def test_counting_changes_neither_weights_nor_noise(make_module):
     module = make_module()
     weight, noise = module.trained.weight.detach().clone(), torch.get_rng_state()
-    assert counted(module, torch.ones(4, 2)) == {False: 2 * 4 * 2 * 2 * 2}
+    assert flops_by_mode(module, torch.ones(4, 2)) == {False: 2 * 4 * 2 * 2 * 2}
     assert torch.equal(module.trained.weight, weight) and module.trained.weight.grad is None
     assert torch.equal(torch.get_rng_state(), noise)
 
 
-def test_a_compiled_network_counts_as_much(make_module):
+def test_a_compiled_network_has_the_same_count(make_module):
     module, compiled = make_module(), make_module()
     compiled.trained.compile(backend="eager")
-    assert counted(module, torch.ones(4, 2)) == counted(compiled, torch.ones(4, 2))
+    assert flops_by_mode(module, torch.ones(4, 2)) == flops_by_mode(compiled, torch.ones(4, 2))
 
 
-def test_the_discriminators_share_is_counted_and_leaves_no_trace():
-    module = vae(adversary=partial(Adversary, channels=8, layers=1))
+def test_counting_includes_the_discriminator_and_changes_no_state():
+    module = make_vae_training(adversary=partial(Adversary, channels=8, layers=1))
     model, adversary = module.trained, module.adversary
     before = [weights_sha256(part) for part in (model, adversary.discriminator)]
     optimizer = copy.deepcopy(adversary.optimizer.state_dict())
-    found = counted(module, torch.rand(2, 3, 16, 16))
-    assert found[True] > found[False] > 0 and not module.playing
+    flops = flops_by_mode(module, torch.rand(2, 3, 16, 16))
+    assert flops[True] > flops[False] > 0 and not module.adversarial_on
     assert before == [weights_sha256(part) for part in (model, adversary.discriminator)]
     assert adversary.optimizer.state_dict() == optimizer
     assert all(p.grad is None for part in (model, adversary.discriminator) for p in part.parameters())
@@ -87,19 +87,19 @@ def test_the_discriminators_share_is_counted_and_leaves_no_trace():
         ("Tesla T4", None),
     ],
 )
-def test_peaks_are_those_of_whole_known_gpus(gpu, peak):
+def test_peaks_are_known_for_complete_listed_gpus_only(gpu, peak):
     assert peak_flops(gpu) == pytest.approx(peak) if peak else peak_flops(gpu) is None
 
 
-def test_utilisation_is_the_share_of_the_peak():
+def test_utilisation_is_a_fraction_of_the_peak():
     speed = Speed({False: 2e9, True: 3e9}, peak=1e13)
-    assert speed.figures(1000.0) == {"tflops_per_s": 2.0, "mfu": 0.2}
-    assert speed.figures(1000.0, playing=True) == pytest.approx({"tflops_per_s": 3.0, "mfu": 0.3})
-    assert Speed({False: 2e9}, None).figures(1000.0) == {"tflops_per_s": 2.0}
-    assert Speed({False: 0.0}, None).figures(1000.0) == {}
+    assert speed.metrics(1000.0) == {"tflops_per_s": 2.0, "mfu": 0.2}
+    assert speed.metrics(1000.0, adversarial_on=True) == pytest.approx({"tflops_per_s": 3.0, "mfu": 0.3})
+    assert Speed({False: 2e9}, None).metrics(1000.0) == {"tflops_per_s": 2.0}
+    assert Speed({False: 0.0}, None).metrics(1000.0) == {}
 
 
-def test_operations_are_per_image_and_the_peak_is_of_all_gpus(make_module, monkeypatch):
+def test_speed_counts_operations_per_image_and_the_peak_of_all_gpus(make_module, monkeypatch):
     monkeypatch.setattr("ldm.training.callbacks.speed.peak_flops", lambda gpu: 1e12)
     module = make_module()
     stage = SimpleNamespace(
@@ -115,20 +115,20 @@ def test_operations_are_per_image_and_the_peak_is_of_all_gpus(make_module, monke
 
 
 @pytest.mark.parametrize("clip", [None, 0.5])
-def test_each_row_says_how_fast_and_how_steep(fit, make_module, clip):
-    module, rows, budget = make_module(lr=0.1), Rows(), Budget(6)
+def test_each_row_has_the_speed_and_the_gradient_norm(fit, make_module, clip):
+    module, rows, budget = make_module(lr=0.1), RecordingLogger(), Budget(6)
     module.log_every = 2
     bar = ProgressBar(budget, 4, 2, "line")
     bar.speed = Speed({False: 1e6}, peak=1e12)
     fit(module, [budget, bar], max_steps=6, logger=rows, log_every_n_steps=2, gradient_clip_val=clip)
-    assert list(rows.found) == [1, 3, 5]
-    for row in rows.found.values():
+    assert list(rows.by_step) == [1, 3, 5]
+    for row in rows.by_step.values():
         assert row["train/mfu"] == pytest.approx(row["train/images_per_s"] * 1e6 / 1e12)
         assert row["train/tflops_per_s"] == pytest.approx(1e12 * row["train/mfu"] / 1e12)
         assert row["train/gradient_norm"] > 0 and row["train/peak_memory_gb"] > 0.1
 
 
-def test_validation_is_no_part_of_the_speed(fit, make_module, monkeypatch):
+def test_speed_excludes_validation(fit, make_module, monkeypatch):
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr("ldm.training.callbacks.progress.time.perf_counter", lambda: clock.now)
 
@@ -140,7 +140,7 @@ def test_validation_is_no_part_of_the_speed(fit, make_module, monkeypatch):
         def validation_step(self, x, batch_idx):
             clock.now += 1000.0
 
-    module, rows, budget = Slow(lr=0.1), Rows(), Budget(4)
+    module, rows, budget = Slow(lr=0.1), RecordingLogger(), Budget(4)
     options = {"max_steps": 4, "log_every_n_steps": 1, "val_check_interval": 2}
     fit(module, [budget, ProgressBar(budget, 4, 1, "line")], logger=rows, **options)
-    assert list(rows.of("train/images_per_s").values()) == [8.0] * 4
+    assert list(rows.metric("train/images_per_s").values()) == [8.0] * 4

@@ -1,4 +1,4 @@
-"""adversary and .vae: who moves whose weights, when it begins, what counts as a step, and resuming."""
+"""ldm.training.modules.adversary and .autoencoder: gradients, start, counting of steps, and resuming."""
 
 import warnings
 from functools import partial
@@ -29,8 +29,8 @@ MODEL = partial(PatchAutoencoderKL, patch=2, latent_channels=3, block_out_channe
 ADVERSARY = partial(Adversary, channels=8, layers=1, ramp=2, weight=0.5)
 
 
-class Watched(Callback):
-    """Learning rate, lambda and the discriminator's weights after each step."""
+class RecordSteps(Callback):
+    """Records the learning rate, lambda and a digest of the discriminator after each step."""
 
     def __init__(self) -> None:
         self.rates: list[float] = []
@@ -44,8 +44,8 @@ class Watched(Callback):
         adversary = module.adversary
         self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
         if adversary is not None:
-            self.weights.append(adversary.balance.weight)
-            self.factors.append(adversary.balance.factor if module.playing else 0.0)
+            self.weights.append(adversary.adaptive_weight.weight)
+            self.factors.append(adversary.adaptive_weight.factor if module.adversarial_on else 0.0)
             self.discriminators.append(weights_sha256(adversary.discriminator))
 
 
@@ -62,14 +62,14 @@ def make(adversary=ADVERSARY, regulariser=KL, loss=AutoencoderLoss, seed: int = 
         OptimizerFactory(partial(torch.optim.AdamW, lr=1e-2)),
         seed=seed,
         flip=True,
-        pictures=Path("pictures"),
+        figures_dir=Path("pictures"),
         adversary=adversary() if adversary else None,
     )
 
 
-def fit(module: VAETraining, place: Path, *, steps: int = 6, batch_size: int = 8, resume=None, **options):
-    """Train on IMAGES; returns the trainer, what was watched, and the EMA."""
-    budget, watched, ema = Budget(max_steps=options.pop("budget", 6)), Watched(), EMACallback(0.9)
+def fit(module: VAETraining, folder: Path, *, steps: int = 6, batch_size: int = 8, resume=None, **options):
+    """Train on IMAGES; returns the trainer, the recorded steps, and the EMA."""
+    budget, recorded, ema = Budget(max_steps=options.pop("budget", 6)), RecordSteps(), EMACallback(0.9)
     module.progress = budget.progress
     accumulate = options.get("accumulate_grad_batches", 1)
     trainer = Trainer(
@@ -77,8 +77,8 @@ def fit(module: VAETraining, place: Path, *, steps: int = 6, batch_size: int = 8
             "accelerator": "cpu",
             "max_epochs": -1,
             "max_steps": steps,
-            "callbacks": [budget, watched, ema, Checkpoints(place, budget, every_s=1e9)],
-            "default_root_dir": place,
+            "callbacks": [budget, recorded, ema, Checkpoints(folder, budget, every_s=1e9)],
+            "default_root_dir": folder,
             "logger": False,
             "enable_progress_bar": False,
             "enable_model_summary": False,
@@ -94,30 +94,30 @@ def fit(module: VAETraining, place: Path, *, steps: int = 6, batch_size: int = 8
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer.fit(module, batches, ckpt_path=resume, weights_only=True)
-    return trainer, watched, ema.ema
+    return trainer, recorded, ema.ema
 
 
-def test_steps_are_the_generators(tmp_path):
-    """With and without a discriminator: the same count, learning rates and EMA updates; it steps from `start` on."""
-    found = {}
+def test_steps_are_counted_for_the_generator(tmp_path):
+    """A discriminator changes neither step count, learning rates nor EMA updates; it steps from `start` on."""
+    counts = {}
     for name, adversary in (("with", partial(ADVERSARY, start=3)), ("without", None)):
         module = make(adversary)
-        trainer, watched, ema = fit(module, tmp_path / name)
+        trainer, recorded, ema = fit(module, tmp_path / name)
         state = torch.load(tmp_path / name / "checkpoints/step-00000006.ckpt", weights_only=True)
-        found[name] = (trainer.global_step, watched.rates, ema.num_updates, state["global_step"])
+        counts[name] = (trainer.global_step, recorded.rates, ema.num_updates, state["global_step"])
         assert len(trainer.optimizers) == 1
-    assert found["with"] == found["without"] and found["with"][0] == 6
+    assert counts["with"] == counts["without"] and counts["with"][0] == 6
     module = make(partial(ADVERSARY, start=3))
-    _, watched, _ = fit(module, tmp_path / "again")
-    assert [weight is None for weight in watched.weights] == [True] * 3 + [False] * 3
-    assert watched.factors == [0, 0, 0, 0, 0.25, 0.5]  # 0.5 over a ramp of 2
-    before, *after = watched.discriminators[2:]
-    assert set(watched.discriminators[:3]) == {before} and len({before, *after}) == 4
+    _, recorded, _ = fit(module, tmp_path / "start")
+    assert [weight is None for weight in recorded.weights] == [True] * 3 + [False] * 3
+    assert recorded.factors == [0, 0, 0, 0, 0.25, 0.5]  # 0.5 over a ramp of 2
+    before, *after = recorded.discriminators[2:]
+    assert set(recorded.discriminators[:3]) == {before} and len({before, *after}) == 4
     assert module.adversary.begun_at == 3
 
 
-def test_before_its_start_nothing_differs(tmp_path):
-    """The first half of the budget trains the same weights, bit for bit."""
+def test_discriminator_has_no_effect_before_its_start(tmp_path):
+    """The first half of the budget trains bit-identical weights."""
     weights = []
     for adversary in (partial(ADVERSARY, start=0.5), None):
         module = make(adversary)
@@ -126,35 +126,35 @@ def test_before_its_start_nothing_differs(tmp_path):
     assert weights[0] == weights[1]
 
 
-@pytest.mark.parametrize("game", ["hinge", "non_saturating"])
-def test_each_side_moves_its_own_weights(game):
-    """The adversarial term reaches encoder and decoder and leaves the discriminator; its own loss the reverse."""
-    module = make(partial(ADVERSARY, game))
+@pytest.mark.parametrize("gan_loss", ["hinge", "non_saturating"])
+def test_each_loss_reaches_only_the_weights_of_its_side(gan_loss):
+    """The generator loss has gradients in the autoencoder only, the discriminator loss in the discriminator only."""
+    module = make(partial(ADVERSARY, gan_loss))
     for parameter in module.trained.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    made = module.regulariser.reconstruct(module.trained, IMAGES, torch.randn)
+    output = module.regulariser.reconstruct(module.trained, IMAGES, torch.randn)
     discriminator = list(module.adversary.discriminator.parameters())
-    module.adversary.generator_loss(made.images).backward()
+    module.adversary.generator_loss(output.images).backward()
     assert all(p.grad is not None and p.grad.any() for p in module.trained.parameters())
     assert all(p.grad is None and p.requires_grad for p in discriminator)
     module.trained.zero_grad()
-    made = module.regulariser.reconstruct(module.trained, IMAGES, torch.randn)
-    module.adversary.learn(IMAGES, made.images)
+    output = module.regulariser.reconstruct(module.trained, IMAGES, torch.randn)
+    module.adversary.accumulate_gradients(IMAGES, output.images)
     assert all(p.grad is None for p in module.trained.parameters())
     assert all(p.grad is not None and p.grad.any() for p in discriminator)
 
 
-def test_the_gradient_is_distortion_plus_the_weighted_adversarial_term():
+def test_gradient_is_the_distortion_plus_the_weighted_adversarial_term():
     module = make()
     for parameter in module.trained.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
 
-    def gradient(playing: bool, factor: float = 0.0) -> torch.Tensor:
+    def gradient(adversarial_on: bool, factor: float = 0.0) -> torch.Tensor:
         module.trained.zero_grad()
-        module.playing, module.adversary.balance.factor = playing, factor
+        module.adversarial_on, module.adversary.adaptive_weight.factor = adversarial_on, factor
         terms = module.losses(IMAGES, module.trial_draws(IMAGES))
         terms["loss"].backward()
-        assert ("adversarial" in terms) == playing
+        assert ("adversarial" in terms) == adversarial_on
         return torch.cat([p.grad.flatten() for p in module.trained.parameters()])
 
     plain, weighted, twice = gradient(False), gradient(True, 0.5), gradient(True, 1.0)
@@ -163,57 +163,57 @@ def test_the_gradient_is_distortion_plus_the_weighted_adversarial_term():
     torch.testing.assert_close(twice - plain, 2 * (weighted - plain), rtol=1e-3, atol=1e-5)
 
 
-def test_the_discriminator_learns_to_tell(tmp_path):
-    """Reconstructions that are grey everywhere: after a few steps it tells nearly all patches apart."""
+def test_discriminator_learns_to_classify_patches():
+    """With uniformly grey reconstructions, it classifies nearly all patches correctly after a few steps."""
     torch.manual_seed(0)
     adversary = ADVERSARY(lr=2e-3)
     for _ in range(40):
-        found = adversary.learn(IMAGES, torch.zeros_like(IMAGES))
+        terms = adversary.accumulate_gradients(IMAGES, torch.zeros_like(IMAGES))
         adversary.step(decay=1.0)
-    assert found["discriminator_accuracy"] > 0.9 and found["discriminator"] < 0.5
+    assert terms["discriminator_accuracy"] > 0.9 and terms["discriminator"] < 0.5
     before = weights_sha256(adversary.discriminator)
-    adversary.learn(IMAGES, torch.zeros_like(IMAGES))
-    adversary.step(decay=0.0)  # where the generator's learning rate has decayed to
+    adversary.accumulate_gradients(IMAGES, torch.zeros_like(IMAGES))
+    adversary.step(decay=0.0)  # as at the end of the generator's learning rate schedule
     assert weights_sha256(adversary.discriminator) == before
 
 
 @pytest.mark.parametrize(("regulariser", "precision"), [(KL, "32-true"), (partial(VectorQuantised, 16), "bf16-mixed")])
-def test_a_resumed_run_ends_as_one_never_stopped(tmp_path, regulariser, precision):
-    """Weights, EMA, discriminator, its optimizer and the codebook's idle steps, from the middle of the game."""
+def test_resumed_training_matches_an_uninterrupted_one(tmp_path, regulariser, precision):
+    """Weights, EMA, discriminator, its optimizer and the codebook, resumed while the discriminator trains."""
     options = {"precision": precision, "accumulate_grad_batches": 2, "batch_size": 4, "budget": 8}
     adversary = partial(ADVERSARY, start=2)
-    whole, stopped, resumed = (make(adversary, regulariser, partial(AutoencoderLoss, nll=0.1)) for _ in range(3))
-    _, _, ema = fit(whole, tmp_path / "whole", steps=8, **options)
-    fit(stopped, tmp_path / "parts", steps=5, **options)
-    checkpoint = tmp_path / "parts/checkpoints/step-00000005.ckpt"
-    _, _, ema_resumed = fit(resumed, tmp_path / "parts", steps=8, resume=str(checkpoint), **options)
-    assert weights_sha256(whole) == weights_sha256(resumed) != weights_sha256(stopped)
-    assert weights_sha256(whole.adversary.discriminator) == weights_sha256(resumed.adversary.discriminator)
+    expected, stopped, resumed = (make(adversary, regulariser, partial(AutoencoderLoss, nll=0.1)) for _ in range(3))
+    _, _, ema = fit(expected, tmp_path / "uninterrupted", steps=8, **options)
+    fit(stopped, tmp_path / "stopped", steps=5, **options)
+    checkpoint = tmp_path / "stopped/checkpoints/step-00000005.ckpt"
+    _, _, ema_resumed = fit(resumed, tmp_path / "stopped", steps=8, resume=str(checkpoint), **options)
+    assert weights_sha256(expected) == weights_sha256(resumed) != weights_sha256(stopped)
+    assert weights_sha256(expected.adversary.discriminator) == weights_sha256(resumed.adversary.discriminator)
     assert all(torch.equal(a, b) for a, b in zip(ema.shadow, ema_resumed.shadow, strict=True))
-    first, second = (m.adversary.optimizer.state_dict()["state"] for m in (whole, resumed))
+    first, second = (m.adversary.optimizer.state_dict()["state"] for m in (expected, resumed))
     assert all(torch.equal(first[i]["exp_avg"], second[i]["exp_avg"]) for i in first)
-    assert whole.adversary.begun_at == resumed.adversary.begun_at == 2
+    assert expected.adversary.begun_at == resumed.adversary.begun_at == 2
 
 
-def test_accumulated_batches_make_one_step(tmp_path):
-    """The discriminator's gradient is the mean over the parts; lambda is measured on the first part alone."""
-    whole, parts = ADVERSARY(), ADVERSARY()
-    parts.discriminator.load_state_dict(whole.discriminator.state_dict())
-    parts.share = 0.5
-    false = IMAGES * 0.5
-    whole.learn(IMAGES, false)
+def test_accumulated_batches_make_one_discriminator_step(tmp_path):
+    """Its gradient is the mean over micro-batches; lambda is measured on the first micro-batch only."""
+    full, split = ADVERSARY(), ADVERSARY()
+    split.discriminator.load_state_dict(full.discriminator.state_dict())
+    split.loss_scale = 0.5
+    fake = IMAGES * 0.5
+    full.accumulate_gradients(IMAGES, fake)
     for half in (slice(0, 16), slice(16, 32)):
-        parts.learn(IMAGES[half], false[half])
-    for a, b in zip(whole.discriminator.parameters(), parts.discriminator.parameters(), strict=True):
+        split.accumulate_gradients(IMAGES[half], fake[half])
+    for a, b in zip(full.discriminator.parameters(), split.discriminator.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
     module = make(partial(ADVERSARY, start=0))
-    trainer, watched, _ = fit(module, tmp_path, steps=3, batch_size=4, accumulate_grad_batches=2)
-    assert trainer.global_step == 3 and module.adversary.share == 0.5
-    assert len(set(watched.discriminators)) == 3 and len({weight.item() for weight in watched.weights}) == 3
+    trainer, recorded, _ = fit(module, tmp_path, steps=3, batch_size=4, accumulate_grad_batches=2)
+    assert trainer.global_step == 3 and module.adversary.loss_scale == 0.5
+    assert len(set(recorded.discriminators)) == 3 and len({weight.item() for weight in recorded.weights}) == 3
 
 
-def test_what_is_frozen_stays(tmp_path):
-    """The perceptual network is in no checkpoint and no optimizer, the learned scale in both."""
+def test_perceptual_network_is_not_saved_or_trained():
+    """It is in neither the checkpoint nor the optimizer; the learned scale is in both."""
     module = make(loss=partial(AutoencoderLoss, nll=1.0))
     module.loss.perceptual = Perceptual(type("Distance", (torch.nn.Linear,), {"name": "linear"})(1, 1))
     names = set(module.state_dict())
@@ -223,38 +223,38 @@ def test_what_is_frozen_stays(tmp_path):
     assert trained == {id(p) for p in module.parameters()}
 
 
-def test_the_expected_time_counts_the_game_by_its_share(monkeypatch):
+def test_expected_time_weights_steps_with_and_without_a_discriminator(monkeypatch):
     module = make(partial(ADVERSARY, start=0.25))
     times = {False: 1.0, True: 3.0}
-    monkeypatch.setattr(VAETraining, "try_step", lambda self, *_: times[self.playing])
+    monkeypatch.setattr(VAETraining, "trial_step", lambda self, *_: times[self.adversarial_on])
     assert module.measure_step(IMAGES, None) == 0.25 * 1 + 0.75 * 3
-    assert not module.playing
+    assert not module.adversarial_on
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss": "wasserstein"}, "^loss=wasserstein must be 'hinge' or 'non_saturating'"),
-        ({"start": -1}, "^start=-1 must be 0 or more"),
-        ({"start": 1.5}, "start=1.5 must be a whole step"),
-        ({"weight": -0.1}, "weight=-0.1 must be 0 or more"),
-        ({"ramp": -5}, "ramp=-5 must be 0 or more"),
-        ({"layers": 0}, "layers=0 must be 1 or more"),
-        ({"channels": 2.5}, "channels=2.5 must be a whole number"),
+        ({"loss": "wasserstein"}, r"^loss=wasserstein .*hinge.*non_saturating"),
+        ({"start": -1}, r"^start=-1 must .*\b0\b"),
+        ({"start": 1.5}, r"start=1\.5 must .*step.*fraction.*below 1"),
+        ({"weight": -0.1}, r"weight=-0\.1 must .*\b0\b"),
+        ({"ramp": -5}, r"ramp=-5 must .*\b0\b"),
+        ({"layers": 0}, r"layers=0 must .*\b1\b"),
+        ({"channels": 2.5}, r"channels=2\.5 must .*(whole|integer)"),
     ],
 )
-def test_numbers_out_of_range(options, message):
+def test_adversary_refuses_invalid_options(options, message):
     with pytest.raises(UserError, match=message):
         Adversary(**options)
 
 
 @pytest.mark.parametrize(("layers", "resolution", "fits"), [(3, 32, True), (3, 16, False), (2, 16, True), (1, 8, True)])
-def test_images_that_are_too_small_for_the_discriminator(layers, resolution, fits):
+def test_check_refuses_images_too_small_for_the_discriminator(layers, resolution, fits):
     adversary = ADVERSARY(layers=layers)
     images = torch.zeros(1, 3, resolution, resolution)
     if fits:
         adversary.check(resolution)
         assert adversary.discriminator(images).shape[-1] >= 1
         return
-    with pytest.raises(UserError, match="choose adversarial.layers=2"):
+    with pytest.raises(UserError, match=r"data\.resolution=16\b.*adversarial\.layers=3\b.*adversarial\.layers=2\b"):
         adversary.check(resolution)

@@ -1,4 +1,4 @@
-"""ldm.training.optim.budget.Budget: the learning rate and the end, by steps and by time."""
+"""ldm.training.optim.budget.Budget: learning rate schedule and end of training, by steps and by time."""
 
 import math
 
@@ -9,18 +9,18 @@ from ldm.training.optim.budget import Budget
 
 
 class Rates(Callback):
-    """Learning rate of each batch, as it was used."""
+    """Records the learning rate used for each batch."""
 
     def __init__(self) -> None:
-        self.found: list[float] = []
+        self.values: list[float] = []
 
     def on_train_batch_end(self, trainer, *_) -> None:
-        self.found.append(trainer.optimizers[0].param_groups[0]["lr"])
+        self.values.append(trainer.optimizers[0].param_groups[0]["lr"])
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A second per look at the clock that Budget sees after each batch, and none in between."""
+    """A clock for Budget that stands still unless the test advances it."""
 
     class Clock:
         now_s = 100.0
@@ -34,6 +34,8 @@ def clock(monkeypatch):
 
 
 class Ticks(Callback):
+    """Advances the clock by a fixed time per batch."""
+
     def __init__(self, clock, seconds: float) -> None:
         self.clock, self.seconds = clock, seconds
 
@@ -49,32 +51,32 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("decay", SHAPES)
-def test_the_rate_by_steps(fit, make_module, decay):
+def test_learning_rate_follows_a_step_budget(fit, make_module, decay):
     rates = Rates()
     trainer = fit(make_module(lr=0.5), [Budget(20, None, 5, decay), rates], max_steps=20)
     assert trainer.global_step == 20
     expected = [0.5 * min(1, (k + 1) / 5) * SHAPES[decay](k / 20) for k in range(20)]
-    assert rates.found == pytest.approx(expected)
+    assert rates.values == pytest.approx(expected)
 
 
-def test_the_rate_and_the_end_by_time(fit, make_module, clock):
-    """2 seconds a step: 10 seconds are 5 steps, and the rate falls to nothing on the way."""
+def test_learning_rate_and_end_follow_a_time_budget(fit, make_module, clock):
+    """At 2 seconds per step, 10 seconds are 5 steps, over which the learning rate decays to zero."""
     rates = Rates()
     budget = Budget(max_time_s=10.0)
     trainer = fit(make_module(lr=0.5), [Ticks(clock, 2.0), budget, rates], max_steps=-1)
     assert trainer.global_step == 5 and budget.elapsed_s == 10
-    assert rates.found == pytest.approx([0.5 * (1 - seconds / 10) for seconds in (2, 4, 6, 8, 10)])
+    assert rates.values == pytest.approx([0.5 * (1 - seconds / 10) for seconds in (2, 4, 6, 8, 10)])
 
 
-def test_of_two_budgets_the_nearer_counts(fit, make_module, clock):
+def test_the_budget_spent_first_determines_the_learning_rate(fit, make_module, clock):
     rates = Rates()
     trainer = fit(make_module(), [Ticks(clock, 1.0), Budget(4, 100.0), rates], max_steps=4)
     assert trainer.global_step == 4
-    assert rates.found == pytest.approx([0.99, 0.75, 0.5, 0.25])
+    assert rates.values == pytest.approx([0.99, 0.75, 0.5, 0.25])
 
 
-def test_accumulated_steps_are_counted_as_one_and_never_cut(fit, make_module, clock):
-    """The time is over after the third of five batches; the step is finished first."""
+def test_an_accumulated_step_is_finished_when_the_time_is_over(fit, make_module, clock):
+    """The time is over after the third of five batches, but the step is finished and counted as one."""
     rates = Rates()
     module = make_module()
     trainer = fit(
@@ -86,7 +88,7 @@ def test_accumulated_steps_are_counted_as_one_and_never_cut(fit, make_module, cl
     assert trainer.global_step == 1 and len(module.seen) == 5
 
 
-def test_time_before_a_resume_counts(clock):
+def test_elapsed_time_includes_the_time_before_a_resume(clock):
     budget = Budget(max_time_s=10.0)
     budget.load_state_dict({"spent_s": 6.0})
     budget.on_train_start(type("Trainer", (), {"optimizers": []})(), None)
@@ -96,7 +98,7 @@ def test_time_before_a_resume_counts(clock):
 
 
 @pytest.mark.parametrize(
-    ("budget", "said", "expected"),
+    ("budget", "text", "duration"),
     [
         (Budget(200), "200 steps", "30 seconds"),
         (Budget(1000), "1000 steps", "4.5 minutes"),
@@ -104,18 +106,18 @@ def test_time_before_a_resume_counts(clock):
         (Budget(1000, 30.0), "1000 steps or 0.5 minutes", "30 seconds"),
     ],
 )
-def test_the_budget_in_words(budget, said, expected):
-    assert str(budget) == said
-    assert budget.expected(step=100, seconds_per_step=0.3) == expected
+def test_budget_and_expected_duration_as_text(budget, text, duration):
+    assert str(budget) == text
+    assert budget.expected_duration(step=100, seconds_per_step=0.3) == duration
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, r"needs a budget: trainer\.max_steps=N or trainer\.max_time=HH:MM:SS"),
-        ({"max_steps": 5, "decay": "sudden"}, "decay=sudden is unknown. Choose one of: linear, cosine, constant"),
+        ({}, r"budget.*trainer\.max_steps=N.*trainer\.max_time=HH:MM:SS"),
+        ({"max_steps": 5, "decay": "sudden"}, r"optimizer\.decay=sudden.*linear, cosine, constant"),
     ],
 )
-def test_what_cannot_be_budgeted_is_refused(options, message):
+def test_budget_refuses_invalid_options(options, message):
     with pytest.raises(ValueError, match=message):
         Budget(**options)

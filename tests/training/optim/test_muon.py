@@ -1,4 +1,4 @@
-"""ldm.training.optim.muon: Muon for the blocks' matrices, AdamW for the rest, as one optimizer."""
+"""ldm.training.optim.muon: Muon for the matrices in transformer blocks and AdamW for the rest, as one optimizer."""
 
 import copy
 import math
@@ -10,7 +10,7 @@ from torch.optim import AdamW, Muon
 from ldm.networks.dit import DiT
 from ldm.training.optim.factory import OptimizerFactory
 from ldm.training.optim.muon import MuonAdamW
-from tests.small_training import same
+from tests.small_training import states_equal
 
 
 def build() -> DiT:
@@ -39,13 +39,13 @@ def train(network, optimizer, steps: int, seed: int = 0) -> None:
         optimizer.step()
 
 
-def test_the_blocks_matrices_go_to_muon_and_the_rest_to_adamw(network):
+def test_block_matrices_go_to_muon_and_the_rest_to_adamw(network):
     muon, adamw = make(network).inner
     assert isinstance(muon, Muon) and isinstance(adamw, AdamW)
     names = {id(p): name for name, p in network.named_parameters()}
     hidden = {names[id(p)] for group in muon.param_groups for p in group["params"]}
-    others = {names[id(p)] for group in adamw.param_groups for p in group["params"]}
-    assert hidden | others == set(names.values()) and not hidden & others
+    remaining = {names[id(p)] for group in adamw.param_groups for p in group["params"]}
+    assert hidden | remaining == set(names.values()) and not hidden & remaining
     assert hidden == {
         f"blocks.{i}.{name}.weight"
         for i in range(2)
@@ -53,37 +53,37 @@ def test_the_blocks_matrices_go_to_muon_and_the_rest_to_adamw(network):
     }
 
 
-def test_it_takes_the_steps_of_both(network):
+def test_steps_match_those_of_separate_optimizers(network):
     reference, optimizer = copy.deepcopy(network), make(network)
     hidden = [p for name, p in reference.named_parameters() if p.ndim == 2 and name.startswith("blocks.")]
     hidden = [p for p in hidden if p.shape[0] != 6 * 16]  # adaLN's modulation
-    chosen = {id(p) for p in hidden}
-    others = [p for p in reference.parameters() if id(p) not in chosen]
+    hidden_ids = {id(p) for p in hidden}
+    remaining = [p for p in reference.parameters() if id(p) not in hidden_ids]
     groups = [
-        {"params": [p for p in others if p.ndim > 1]},
-        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in remaining if p.ndim > 1]},
+        {"params": [p for p in remaining if p.ndim < 2], "weight_decay": 0.0},
     ]
-    both = [
+    optimizers = [
         Muon(hidden, lr=1e-2, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
         AdamW(groups, lr=1e-2, betas=(0.9, 0.99), weight_decay=0.01),
     ]
 
-    class Both:
+    class Separate:
         def zero_grad(self):
             reference.zero_grad()
 
         def step(self):
-            for each in both:
+            for each in optimizers:
                 each.step()
 
     train(network, optimizer, 3)
-    train(reference, Both(), 3)
-    for (name, ours), theirs in zip(network.named_parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6, msg=name)
+    train(reference, Separate(), 3)
+    for (name, combined), separate in zip(network.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(combined, separate, rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("resumed", [False, True])
-def test_a_learning_rate_that_is_set_from_outside_counts(network, resumed):
+def test_a_learning_rate_set_from_outside_reaches_both_optimizers(network, resumed):
     optimizer = make(network)
     if resumed:
         train(network, optimizer, 1)
@@ -95,7 +95,7 @@ def test_a_learning_rate_that_is_set_from_outside_counts(network, resumed):
     assert all(torch.equal(p, b) for p, b in zip(network.parameters(), before, strict=True))
 
 
-def test_it_goes_on_from_its_state(network):
+def test_training_continues_from_a_loaded_state(network):
     optimizer = make(network)
     train(network, optimizer, 3)
     other = build()
@@ -107,24 +107,24 @@ def test_it_goes_on_from_its_state(network):
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), other.parameters(), strict=True))
 
 
-def test_a_network_without_blocks_is_adamw_alone():
+def test_a_network_without_blocks_uses_adamw_only():
     optimizer = make(torch.nn.Linear(3, 3))
     assert [type(inner) for inner in optimizer.inner] == [AdamW]
 
 
-def test_found_inf_leaves_a_step_out(network):
-    """Weights, moments and step counts as they were, from the first step on; where it is 0 nothing differs."""
-    masked = copy.deepcopy(network)
-    plain, masking = make(network), make(masked)
-    for k, left_out in enumerate([1, 0, 1, 0, 0, 1]):
-        masking.found_inf = torch.tensor(float(left_out))
-        if left_out:
-            for parameter in masked.parameters():
+def test_found_inf_skips_a_step(network):
+    """found_inf=1 leaves weights, moments and step counts unchanged, from the first step on; 0 has no effect."""
+    guarded = copy.deepcopy(network)
+    plain, skipping = make(network), make(guarded)
+    for k, skip in enumerate([1, 0, 1, 0, 0, 1]):
+        skipping.found_inf = torch.tensor(float(skip))
+        if skip:
+            for parameter in guarded.parameters():
                 parameter.grad = torch.full_like(parameter, math.nan)
-            masking.step()
+            skipping.step()
         else:
             train(network, plain, 1, seed=k)
-            train(masked, masking, 1, seed=k)
-    assert same(list(network.parameters()), list(masked.parameters()))
-    states = [[list(inner.state.values()) for inner in optimizer.inner] for optimizer in (plain, masking)]
-    assert same(*states)
+            train(guarded, skipping, 1, seed=k)
+    assert states_equal(list(network.parameters()), list(guarded.parameters()))
+    states = [[list(inner.state.values()) for inner in optimizer.inner] for optimizer in (plain, skipping)]
+    assert states_equal(*states)

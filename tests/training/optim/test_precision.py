@@ -1,11 +1,11 @@
-"""ldm.training.optim.precision: what `auto` becomes, and what is refused."""
+"""ldm.training.optim.precision: resolution of `auto`, aliases, and unknown precisions."""
 
 import pytest
 import torch
 
 from ldm.errors import UserError
 from ldm.training.optim import precision
-from ldm.training.optim.precision import GAIN_NEEDED, bf16_gain, choose_precision
+from ldm.training.optim.precision import MIN_BF16_SPEEDUP, choose_precision, measure_bf16_speedup
 
 
 @pytest.fixture(autouse=True)
@@ -15,18 +15,18 @@ def no_accelerator(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("gain", "chosen"),
-    [(0.3, "32-true"), (GAIN_NEEDED - 0.01, "32-true"), (GAIN_NEEDED, "bf16-mixed"), (3.0, "bf16-mixed")],
+    ("speedup", "expected"),
+    [(0.3, "32-true"), (MIN_BF16_SPEEDUP - 0.01, "32-true"), (MIN_BF16_SPEEDUP, "bf16-mixed"), (3.0, "bf16-mixed")],
 )
 @pytest.mark.parametrize("accelerator", ["cpu", "auto"])
-def test_a_cpu_is_measured(monkeypatch, capsys, accelerator, gain, chosen):
-    monkeypatch.setattr(precision, "bf16_gain", lambda: gain)
-    assert choose_precision("auto", accelerator) == chosen
-    assert f"training in {chosen}" in capsys.readouterr().out
+def test_auto_measures_the_cpu(monkeypatch, capsys, accelerator, speedup, expected):
+    monkeypatch.setattr(precision, "measure_bf16_speedup", lambda: speedup)
+    assert choose_precision("auto", accelerator) == expected
+    assert f"training in {expected}" in capsys.readouterr().out
 
 
-def test_a_gpu_takes_bf16_and_mps_fp32(monkeypatch):
-    monkeypatch.setattr(precision, "bf16_gain", None)  # not to be called
+def test_auto_selects_bf16_on_cuda_and_fp32_on_mps(monkeypatch):
+    monkeypatch.setattr(precision, "measure_bf16_speedup", None)  # must not be called
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert choose_precision("auto", "auto") == "32-true"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -37,16 +37,16 @@ def test_a_gpu_takes_bf16_and_mps_fp32(monkeypatch):
     ("requested", "name"),
     [("32-true", "32-true"), ("bf16-mixed", "bf16-mixed"), (32, "32-true"), ("32", "32-true"), ("bf16", "bf16-mixed")],
 )
-def test_what_is_asked_for_is_taken(requested, name):
+def test_an_explicit_precision_is_normalised(requested, name):
     assert choose_precision(requested, "cpu") == name
 
 
 @pytest.mark.parametrize("requested", ["bf16-true", "16-mixed", 16, None])
-def test_what_does_not_train_is_refused(requested):
-    """Networks are handed fp32: wholly in another type they fail at the first convolution."""
-    with pytest.raises(UserError, match="is unknown. Choose one of: auto, bf16-mixed, 32-true"):
+def test_unsupported_precisions_are_refused(requested):
+    """Networks receive fp32 inputs, so a network entirely in another type fails at its first convolution."""
+    with pytest.raises(UserError, match=rf"trainer\.precision={requested}\b.*auto, bf16-mixed, 32-true"):
         choose_precision(requested, "cpu")
 
 
-def test_the_measurement_is_a_ratio_of_times():
-    assert 0.01 < bf16_gain(repeats=1) < 100
+def test_measured_speedup_is_a_plausible_ratio():
+    assert 0.01 < measure_bf16_speedup(repeats=1) < 100
