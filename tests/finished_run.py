@@ -1,4 +1,4 @@
-"""Create run folders like those of finished trainings, without training."""
+"""Create run folders like those of finished training runs, without training."""
 
 from pathlib import Path
 from typing import Any

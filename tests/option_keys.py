@@ -19,7 +19,7 @@ PRINTED = re.compile(
 )
 """A command inside a message, with its options quoted for a shell; ... is a placeholder for options."""
 TRAINING_OPTIONS = re.compile(r"\btrain=\[([^\]]*)\]")
-"""Options that `ldm latents` passes on to its trainings."""
+"""Options that `ldm latents` passes on to its training runs."""
 
 
 @cache

@@ -30,7 +30,7 @@ def make_vae_training(regulariser=KL, adversary=None, optimizer=SGD) -> VAETrain
     sizes = {"patch": 2, "latent_channels": 3, "block_out_channels": (8,), "norm_num_groups": 4}
     model = rule.build(partial(PatchAutoencoderKL, **sizes), 16)
     model.init_shortcut(IMAGES)
-    rule.start(model, lambda: IMAGES, 0, torch.device("cpu"))
+    rule.initialise(model, lambda: IMAGES, 0, torch.device("cpu"))
     parts = (model, AutoencoderLoss(), rule, OptimizerFactory(optimizer))
     return VAETraining(*parts, seed=0, flip=True, figures_dir=Path(), adversary=adversary and adversary())
 

@@ -49,7 +49,7 @@ TRICKY_PROMPT = 'woman’s hat, "A button" (blood type) 🅰️'
 
 @dataclass(frozen=True)
 class Trained:
-    """A working folder with a run of each stage, and the output of their trainings by stage."""
+    """A working folder with a run of each stage, and the training output of each stage."""
 
     workdir: Path
     output: dict[str, str]
@@ -332,7 +332,7 @@ def test_vq_autoencoder_and_diffusion_on_its_latents(trained, train, tool, tmp_p
     tool("sample", f"run={run.path}", "num_samples=2", "sampler.steps=2", f"out={tmp_path}")
     assert pixels_of(tmp_path / "00001.png").shape == (32, 32, 3)
     output = tool("evaluate", f"run={vae.path}", "features=none", "num_images=32")
-    assert "perplexity of the codes" in output and "KL, bits" not in output
+    assert "codebook perplexity" in output and "KL, bits" not in output
 
 
 def test_ddp_ranks_share_discriminator_and_codebook(trained):

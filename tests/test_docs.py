@@ -2,13 +2,20 @@
 
 import ast
 import re
+import shlex
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import ConfigCompositionException
+
+from ldm.cli.arguments import bracket_lists, collect_positional, quote_free_text, strip_stage_prefix
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / ".github").glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 MATHS = ROOT / "docs" / "maths.md"
 LINK = re.compile(r"\[([^\]]*)\]\((?![a-z]+:|#)([^)#\s]+)")
 
@@ -67,11 +74,81 @@ def test_formulas_link_to_existing_tests():
         assert text.startswith("test_") and text in defined_names(file), f"{text} is not in {file}"
 
 
+COMMAND = re.compile(
+    r"(?:python -m (?P<train>ldm\.train)|python (?P<script>[\w/]+\.py)|ldm (?P<tool>[a-z]+)|make (?P<target>[a-z]+))"
+    r"(?P<arguments>(?: (?:'[^']*'|\"[^\"]*\"|[^\s;'\"`])+(?:'[^']*'|\"[^\"]*\")?)*)"
+)
+"""A command that a page tells the reader to type."""
+CONFIGS = {"benchmarks/bench.py": "bench", "examples/mixture/run.py": "mixture"}
+"""Configs of scripts outside tools/."""
+
+
+def commands_on(page: Path) -> Iterator[re.Match[str]]:
+    """Yield the commands in a page's code blocks without a language tag, and in its inline code."""
+    text = page.read_text(encoding="utf-8")
+    blocks = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+    for language, block in blocks.findall(text):
+        for line in block.splitlines() if language == "" else ():
+            yield from COMMAND.finditer(line.partition(" # ")[0])
+    for span in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", blocks.sub("", text)):
+        if command := COMMAND.match(span):
+            yield command
+
+
+def first_values(options: list[str]) -> list[str]:
+    """Return the options of the first job of a sweep."""
+    overrides = OverridesParser.create().parse_overrides(options)
+    return [
+        f"{each.input_line.partition('=')[0]}={next(iter(each.sweep_string_iterator()))}"
+        if each.is_sweep_override()
+        else str(each.input_line)
+        for each in overrides
+    ]
+
+
+def compose_config(config_name: str, arguments: list[str]) -> None:
+    """Compose a command's config as running it would. An unknown key or choice raises."""
+    is_multirun = "-m" in arguments
+    options = [strip_stage_prefix(argument) for argument in arguments if not argument.startswith("-")]
+    if config_name == "compare":
+        options = collect_positional(options, "runs")
+    options = quote_free_text(options)
+    options = first_values(options) if is_multirun else bracket_lists(options, ("sampler.steps", "guidance"))
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        compose(config_name, options)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_use_existing_tools_and_keys(page):
-    commands = re.findall(r"python tools/(\w+)\.py([^`\n]*)", page.read_text(encoding="utf-8"))
-    for tool, options in commands:
-        assert (ROOT / "tools" / f"{tool}.py").is_file(), tool
-        config = (ROOT / "conf" / f"{tool}.yaml").read_text(encoding="utf-8")
-        for key in re.findall(r"\s(\w+)(?:\.\w+)*=", options):
-            assert re.search(rf"^(?:  - )?{key}:", config, re.MULTILINE), f"tools/{tool}.py has no {key}="
+def test_commands_can_be_typed(page):
+    for command in commands_on(page):
+        script, tool = command["script"], command["tool"]
+        arguments = shlex.split(command["arguments"])
+        if target := command["target"]:
+            assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE), target
+            continue
+        assert script is None or (ROOT / script).is_file(), f"{script} does not exist"
+        if script is not None and script.startswith("tools/"):
+            tool = Path(script).stem
+        config_name = "train" if command["train"] else CONFIGS.get(script or "", tool)
+        if config_name is not None and not {"--help", "--version"} & {*arguments}:
+            assert (ROOT / "conf" / f"{config_name}.yaml").is_file(), command[0]
+            compose_config(config_name, arguments)
+
+
+def test_pages_contain_commands():
+    assert sum(1 for page in PAGES for _ in commands_on(page)) > 80
+
+
+def test_unknown_option_on_a_page_is_detected():
+    with pytest.raises(ConfigCompositionException, match="trainer.max_stps"):
+        compose_config("train", ["stage=all", "stage1.trainer.max_stps=5"])
+
+
+def test_index_lists_every_page():
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert {target for _, target in LINK.findall(index)} == pages
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150

@@ -81,7 +81,7 @@ OPTIONAL = {
     "lpips",
     "pytorch_fid",
     "resource",  # not on Windows
-    "wandb",  # its import can fail, which must not stop a training
+    "wandb",  # its import can fail, which must not stop a training run
     "wandb_workspaces",
 }
 """Modules that may be imported inside a function, because they are optional."""

@@ -104,6 +104,26 @@ def test_source_archive_is_complete(built):
     assert {"LICENSE", "README.md", "constraints.txt", "pyproject.toml"} <= names
 
 
+@pytest.mark.parametrize(
+    ("tag", "heading", "problems"),
+    [
+        ("v{}", "## [{}] - 2026-01-31", ""),
+        ("v{}", "## [Unreleased]", "CHANGELOG"),
+        ("v99", "## [{}] - 2026-01-31", "v99"),
+    ],
+)
+def test_release_needs_matching_tag_and_changelog(tmp_path, tag, heading, problems):
+    version = PROJECT["version"]
+    (tmp_path / ".github").mkdir()
+    for name in (".github/check_release.py", "pyproject.toml", "CITATION.cff"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    (tmp_path / "CHANGELOG.md").write_text(f"# Changelog\n\n{heading.format(version)}\n")
+    check = [sys.executable, str(tmp_path / ".github/check_release.py"), tag.format(version)]
+    done = subprocess.run(check, capture_output=True, text=True)
+    assert (done.returncode == 0) == (not problems) and problems in done.stderr
+    assert len(done.stderr.splitlines()) == bool(problems)
+
+
 def test_wheel_contains_configs_and_tools_but_no_tests(wheel):
     names = {path.relative_to(wheel).as_posix() for path in wheel.rglob("*") if path.is_file()}
     assert files_of("ldm") <= names

@@ -1,6 +1,7 @@
-"""The adversarial game of stage 1: a discriminator of patches, the losses of both sides, and the weight between them.
+"""The adversarial loss of stage 1: a patch discriminator, the losses of both networks, and the adaptive weight.
 
-The weight keeps the adversarial gradient as large as the distortion's at the decoder's last layer W:
+The adaptive weight lambda scales the adversarial gradient to the norm of the distortion gradient at the decoder's last
+layer W:
 
     lambda = |dL_distortion / dW| / (|dL_adversarial / dW| + 1e-4),   at most `max_weight`
 
@@ -17,30 +18,32 @@ from torch.nn.grad import conv2d_weight
 
 from ldm.autoencoder.patch import PatchAutoencoder
 
-GameType = Literal["hinge", "non_saturating"]
+GanLoss = Literal["hinge", "non_saturating"]
 
 
 class PatchDiscriminator(nn.Module):
-    """[b, 3, H, W] in [-1, 1] -> logits [b, 1, h, w], one per overlapping patch; above 0 means real.
+    """Patch discriminator: images [b, 3, H, W] in [-1, 1] -> logits [b, 1, h, w], one per overlapping patch.
+
+    A positive logit means real.
 
     Args:
-        channels: Width of the first level; it doubles with each.
-        layers: Levels that halve the resolution; 3 see patches of 70 pixels.
+        channels: Width of the first level; each level doubles it, up to 8 times.
+        layers: Number of levels that halve the resolution; 3 give a receptive field of 70 x 70 pixels.
     """
 
     def __init__(self, channels: int = 32, layers: int = 3) -> None:
         super().__init__()
         widths = [min(channels * 2**level, channels * 8) for level in range(layers + 1)]
-        parts: list[nn.Module] = [nn.Conv2d(3, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        modules: list[nn.Module] = [nn.Conv2d(3, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for level in range(1, layers + 1):
-            # a group norm, not the published batch norm: logits that depend on the batch differ between ranks, and
-            # between real and false batches
-            parts += [
+            # group norm instead of the paper's batch norm: with batch norm, the logits of an image would depend on the
+            # rest of its batch, and so differ between ranks and between real and fake batches
+            modules += [
                 nn.Conv2d(widths[level - 1], widths[level], 4, stride=2 if level < layers else 1, padding=1),
                 nn.GroupNorm(math.gcd(32, widths[level]), widths[level]),
                 nn.LeakyReLU(0.2),
             ]
-        self.layers = nn.Sequential(*parts, nn.Conv2d(widths[-1], 1, 4, padding=1))
+        self.layers = nn.Sequential(*modules, nn.Conv2d(widths[-1], 1, 4, padding=1))
         for layer in self.layers:
             if isinstance(layer, nn.Conv2d):
                 nn.init.normal_(layer.weight, std=0.02)
@@ -51,94 +54,97 @@ class PatchDiscriminator(nn.Module):
         return self.layers(images)
 
 
-def discriminator_loss(game: GameType, real: Tensor, false: Tensor) -> Tensor:
-    """What the discriminator minimises over logits of images and of reconstructions.
+def discriminator_loss(gan_loss: GanLoss, real: Tensor, fake: Tensor) -> Tensor:
+    """Return the discriminator's loss from the logits of images and of reconstructions.
 
-    hinge: (E max(0, 1 - real) + E max(0, 1 + false)) / 2; non_saturating: E softplus(-real) + E softplus(false).
+        hinge              (E max(0, 1 - real) + E max(0, 1 + fake)) / 2
+        non_saturating     E softplus(-real) + E softplus(fake)
+
     Source: Lim & Ye 2017, arXiv:1705.02894; Goodfellow et al. 2014, arXiv:1406.2661.
     """
-    real, false = real.float(), false.float()
-    if game == "hinge":
-        return (F.relu(1 - real).mean() + F.relu(1 + false).mean()) / 2
-    return F.softplus(-real).mean() + F.softplus(false).mean()
+    real, fake = real.float(), fake.float()
+    if gan_loss == "hinge":
+        return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+    return F.softplus(-real).mean() + F.softplus(fake).mean()
 
 
-def generator_loss(game: GameType, false: Tensor) -> Tensor:
-    """What the autoencoder minimises. hinge: -E false; non_saturating: E softplus(-false)."""
-    false = false.float()
-    return -false.mean() if game == "hinge" else F.softplus(-false).mean()
+def generator_loss(gan_loss: GanLoss, fake: Tensor) -> Tensor:
+    """Return the autoencoder's adversarial loss. hinge: -E fake; non_saturating: E softplus(-fake)."""
+    fake = fake.float()
+    return -fake.mean() if gan_loss == "hinge" else F.softplus(-fake).mean()
 
 
 class LastLayer:
-    """The decoder's last convolution, whose input is kept until its gradients are measured: they come from that.
+    """The decoder's last convolution, which records its input so that norms of its weight gradients can be computed.
 
-    `norms` needs no second backward pass through the perceptual network or the discriminator: their gradients at the
-    reconstruction have met in `Balance.split`, and only this layer lies between.
+    `gradient_norms` needs no second backward pass through the perceptual network or the discriminator, because
+    `AdaptiveWeight.split` receives their gradients at the reconstruction.
     """
 
     def __init__(self, model: Any) -> None:
         behind_patches = isinstance(model, PatchAutoencoder)
         self.layer: nn.Conv2d = (model.core if behind_patches else model).decoder.conv_out
         self.patch: int = model.config.patch if behind_patches else 1
-        self.keeping = True
+        self.records_input = True
         self._input: Tensor | None = None
-        self.layer.register_forward_pre_hook(self._keep)
+        self.layer.register_forward_pre_hook(self._record_input)
 
-    def _keep(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        self._input = arguments[0].detach() if self.keeping and torch.is_grad_enabled() else None
+    def _record_input(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        self._input = arguments[0].detach() if self.records_input and torch.is_grad_enabled() else None
 
-    def forget(self) -> None:
-        """Let the input go."""
+    def release_input(self) -> None:
+        """Free the recorded input."""
         self._input = None
 
-    def norms(self, *gradients: Tensor) -> list[Tensor]:
-        """|dL / dW| for each dL / d(reconstruction) [b, 3, H, W]."""
-        assert self._input is not None, "the decoder did not run"
+    def gradient_norms(self, *gradients: Tensor) -> list[Tensor]:
+        """Return |dL / dW| for each gradient dL / d(reconstruction), [b, 3, H, W]."""
+        assert self._input is not None, "the input of the decoder's last layer was not recorded"
         x, shape, padding = self._input.float(), self.layer.weight.shape, self.layer.padding
         return [
             conv2d_weight(x, shape, F.pixel_unshuffle(g.float(), self.patch), padding=padding).norm() for g in gradients
         ]
 
 
-class Balance:
-    """lambda, measured where the two gradients meet, once per step."""
+class AdaptiveWeight:
+    """The adaptive weight lambda, measured once per step from the two gradients at the reconstruction."""
 
     def __init__(self, last_layer: LastLayer, max_weight: float) -> None:
         self.last_layer, self.max_weight = last_layer, max_weight
         self.factor = 0.0
-        """The adversarial loss's share of lambda: weight times ramp."""
-        self.share = 1.0
-        """A batch's part of a step, by which its gradients arrive divided."""
+        """Factor on lambda: the weight of the adversarial loss times its ramp."""
+        self.loss_scale = 1.0
+        """Scale of the incoming gradients: 1 / number of accumulated batches."""
         self.weight: Tensor | None = None
-        """lambda of this step, or None where it was not measured yet."""
+        """lambda of this step; None until it is measured."""
 
     def measure(self, distortion: Tensor, adversarial: Tensor) -> Tensor:
-        """lambda from both gradients at the reconstruction; the mean over ranks."""
-        first, second = self.last_layer.norms(distortion / self.share, adversarial / self.share)
-        weight = (first / (second + 1e-4)).clamp(max=self.max_weight)
+        """Compute lambda from the gradients of both losses at the reconstruction, averaged over ranks."""
+        gradients = distortion / self.loss_scale, adversarial / self.loss_scale
+        distortion_norm, adversarial_norm = self.last_layer.gradient_norms(*gradients)
+        weight = (distortion_norm / (adversarial_norm + 1e-4)).clamp(max=self.max_weight)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(weight)
             weight = weight / torch.distributed.get_world_size()
         return weight
 
     def split(self, reconstruction: Tensor) -> tuple[Tensor, Tensor]:
-        """The reconstruction twice, for the distortion and for the discriminator.
+        """Return the reconstruction twice, for the distortion and for the discriminator.
 
-        On the way back it receives g_distortion + factor lambda g_adversarial.
+        In the backward pass its gradient is g_distortion + factor lambda g_adversarial.
         """
-        return _Meet.apply(reconstruction, self)
+        return _SplitGradient.apply(reconstruction, self)
 
 
-class _Meet(torch.autograd.Function):
+class _SplitGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, reconstruction: Tensor, balance: Balance) -> tuple[Tensor, Tensor]:
-        ctx.balance = balance
+    def forward(ctx: Any, reconstruction: Tensor, adaptive_weight: AdaptiveWeight) -> tuple[Tensor, Tensor]:
+        ctx.adaptive_weight = adaptive_weight
         return reconstruction.view_as(reconstruction), reconstruction.view_as(reconstruction)
 
     @staticmethod
     def backward(ctx: Any, distortion: Tensor, adversarial: Tensor) -> tuple[Tensor, None]:
-        balance: Balance = ctx.balance
-        if balance.weight is None:
-            balance.weight = balance.measure(distortion, adversarial)
-        balance.last_layer.forget()
-        return distortion + balance.factor * balance.weight * adversarial, None
+        adaptive_weight: AdaptiveWeight = ctx.adaptive_weight
+        if adaptive_weight.weight is None:
+            adaptive_weight.weight = adaptive_weight.measure(distortion, adversarial)
+        adaptive_weight.last_layer.release_input()
+        return distortion + adaptive_weight.factor * adaptive_weight.weight * adversarial, None

@@ -1,4 +1,4 @@
-"""No first stage: images are their own latents, for a chain in pixel space. Called as diffusers' AutoencoderKL is."""
+"""The identity as an autoencoder, for diffusion in pixel space. It has the interface of diffusers' AutoencoderKL."""
 
 from typing import Any
 
@@ -13,22 +13,22 @@ from ldm.autoencoder.point_posterior import LOG_VARIANCE
 
 
 class IdentityAutoencoder(ModelMixin, ConfigMixin):
-    """f = 1 and C = 3: encode and decode change nothing."""
+    """Autoencoder with f = 1 and C = 3 whose latents are the images."""
 
     factor = 1
 
     @register_to_config
     def __init__(self, latent_channels: int = 3) -> None:
         super().__init__()
-        self.place = nn.Parameter(torch.zeros(()), requires_grad=False)  # a module without parameters has no device
+        self.place = nn.Parameter(torch.zeros(()), requires_grad=False)  # without a parameter, it would have no device
 
     def encode(self, x: Tensor, return_dict: bool = True) -> Any:
-        """[b, 3, H, W] -> a posterior that is x."""
+        """Return a point posterior at the images x, [b, 3, H, W]."""
         posterior = DiagonalGaussianDistribution(torch.cat([x, torch.full_like(x, LOG_VARIANCE)], dim=1))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     def decode(self, z: Tensor, return_dict: bool = True, generator: object = None) -> Any:
-        """[b, 3, H, W] -> the same."""
+        """Return z, [b, 3, H, W], unchanged."""
         return DecoderOutput(sample=z) if return_dict else (z,)
 
     def forward(self, sample: Tensor) -> Any:

@@ -1,9 +1,9 @@
-"""The loss of stage 1 without its adversarial term, one number per term.
+"""The loss of stage 1, except for its adversarial term.
 
     L = l1 |x - x'| + mse (x - x')^2 + nll (-log p(x | z_raw)) + perceptual d(x, x')
         + kl KL(q(z_raw | x) || N(0, I)) / D     or   + codebook loss
 
-averaged over images and over the D pixel values of each.
+averaged over the images and over the D pixel values of each image.
 """
 
 import math
@@ -16,21 +16,21 @@ from ldm.autoencoder.perceptual import Perceptual
 from ldm.diffusion.bound_terms import discretised_nll
 from ldm.rules import NonNegative, checked
 
-BIN = 2 / 255
-"""Width of an 8-bit value's bin in images of [-1, 1]."""
+BIN_WIDTH = 2 / 255
+"""Width of the bin of an 8-bit value, in images scaled to [-1, 1]."""
 INITIAL_SCALE = 0.1
 
 
 class AutoencoderLoss(nn.Module):
-    """Terms by name from images, their reconstruction and the regulariser's terms.
+    """Weighted sum of the distortion, the perceptual distance and the regulariser's terms.
 
     Args:
         l1, mse: Weights of the two distortions.
-        nll: Weight of -log p(x | z_raw) in nats per pixel value, p a Gaussian around the reconstruction with one
-            learned scale per colour, integrated over each 8-bit value's bin: the likelihood of the two-stage bound.
-            nll=1 and kl=1 alone is the evidence lower bound.
-        kl: Weight of the rate, in nats per image over D: one weight keeps its meaning over resolutions. Small, it
-            keeps the latents near N(0, I) without costing sharpness.
+        nll: Weight of -log p(x | z_raw) in nats per pixel value. p is a Gaussian around the reconstruction with one
+            learned scale per colour channel, integrated over the bin of each 8-bit value. It is the likelihood of the
+            two-stage bound: with nll=1, kl=1 and all other weights 0, the loss is the negative evidence lower bound.
+        kl: Weight of the KL term, which is in nats per image divided by D, so that a weight means the same at every
+            resolution. A small weight keeps the latents near N(0, I) without blurring the reconstructions.
     """
 
     @checked
@@ -44,11 +44,11 @@ class AutoencoderLoss(nn.Module):
             self.log_scale = nn.Parameter(torch.full((3,), math.log(INITIAL_SCALE)))
 
     def forward(self, images: Tensor, reconstruction: Tensor, regulariser: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Scalars by name; `loss` is their weighted sum.
+        """Return the loss terms, scalars by name; `loss` is their weighted sum.
 
         Args:
             images, reconstruction: [b, 3, H, W] in [-1, 1].
-            regulariser: `kl` in nats per image, or `codebook`, or nothing.
+            regulariser: The regulariser's terms: `kl` in nats per image, `codebook`, or none.
         """
         images, reconstruction = images.float(), reconstruction.float()
         error = reconstruction - images
@@ -67,6 +67,6 @@ class AutoencoderLoss(nn.Module):
         return {"loss": loss, **terms}
 
     def negative_log_likelihood(self, images: Tensor, reconstruction: Tensor) -> Tensor:
-        """-log p(x | z_raw) in nats per pixel value."""
+        """Return the mean of -log p(x | z_raw), in nats per pixel value."""
         scale = self.log_scale.exp()[:, None, None]
-        return discretised_nll(images, reconstruction, scale, BIN, low=-1.0, high=1.0).mean().float()
+        return discretised_nll(images, reconstruction, scale, BIN_WIDTH, low=-1.0, high=1.0).mean().float()

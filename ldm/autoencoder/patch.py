@@ -1,9 +1,10 @@
-"""AutoencoderKL and VQModel behind a pixel-unshuffle, with a linear shortcut. Imports torch and diffusers alone.
+"""AutoencoderKL and VQModel behind a pixel-unshuffle, with a linear shortcut. Imports only torch and diffusers.
 
-A patch of p x p pixels becomes 3 p^2 channels before the first convolution, so all the work happens at low
-resolution, where a CPU is quick. The shortcut adds the best linear code to the encoder's mean and to the
-decoder's output. Started from a PCA of the training images, training begins at PCA's distortion instead of at
-chance, and the convolutions learn the remainder (a linear autoencoder's optimum is PCA: Baldi & Hornik 1989).
+A patch of p x p pixels becomes 3 p^2 channels before the first convolution, so that all computation happens at a low
+resolution, which is fast on a CPU. The shortcut is a linear autoencoder whose code is added to the encoder's mean and
+whose reconstruction is added to the decoder's output. It is initialised by a PCA of the training images, so training
+starts at the distortion of PCA and the convolutions learn the residual.
+Source: Baldi & Hornik 1989 (PCA is the optimal linear autoencoder).
 """
 
 from typing import Any
@@ -22,14 +23,14 @@ INITIAL_LOG_VARIANCE = -5.0
 
 
 class PatchAutoencoder(ModelMixin, ConfigMixin):
-    """Base of both: the pixel-unshuffle around a diffusers model, `core`, and the shortcut beside it.
+    """Base class: a diffusers model, `core`, between a pixel-unshuffle and a pixel-shuffle, with a linear shortcut.
 
-    f = patch * 2^(levels - 1). A subclass registers its config, makes its core and calls `_surround`.
+    f = patch * 2^(levels - 1). A subclass registers its config, builds its core and calls `_wrap`.
     """
 
     core: Any
 
-    def _surround(self, core: Any, in_channels: int, latent_channels: int) -> None:
+    def _wrap(self, core: Any, in_channels: int, latent_channels: int) -> None:
         self.factor = self.config.patch * 2 ** (len(self.config.block_out_channels) - 1)
         self.core = core
         if self.config.shortcut:
@@ -39,27 +40,33 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
             nn.init.orthogonal_(self.shortcut_in.weight)
             with torch.no_grad():
                 self.shortcut_out.weight.copy_(self.shortcut_in.weight.transpose(0, 1))
-            # the convolutions start as a zero correction to the shortcut
+            # initially the convolutions add nothing to the shortcut
             for layer in (core.quant_conv, core.decoder.conv_out):
                 nn.init.zeros_(layer.weight)
                 nn.init.zeros_(layer.bias)
 
     @torch.no_grad()
     def init_shortcut(self, images: Tensor) -> None:
-        """Start the shortcut from the PCA of these images' f x f patches, half-way to unit variance.
+        """Initialise the shortcut with the PCA of the f x f patches of these images, half-whitened.
 
-        Each component is divided by sqrt(its standard deviation): full whitening would blow faint details up to
-        the size of shapes and colours; none would leave them below the posterior's noise.
+        Each component is divided by the square root of its standard deviation. Full whitening would amplify faint
+        details to the magnitude of shapes and colours; without whitening, they would vanish in the posterior's noise.
 
         Args:
-            images: [b, 3, H, W] in [-1, 1], enough patches for a covariance of 3 f^2 dimensions.
+            images: [b, 3, H, W] in [-1, 1], with enough patches to estimate a covariance in 3 f^2 dimensions.
+
+        Raises:
+            ValueError: There are more latent channels than dimensions of a patch.
         """
         patches = F.pixel_unshuffle(images, self.factor).permute(0, 2, 3, 1).flatten(0, 2).double()
         mean = patches.mean(0)
         variance, basis = torch.linalg.eigh(torch.cov((patches - mean).T))
         channels = self.config.latent_channels
         if channels > len(basis):
-            raise ValueError(f"{channels} latent channels exceed the {len(basis)} dimensions of a patch.")
+            raise ValueError(
+                f"latent_channels={channels} exceeds the {len(basis)} dimensions of a patch of "
+                f"{self.factor} x {self.factor} pixels. Use latent_channels={len(basis)} or fewer."
+            )
         basis = basis.flip(1)[:, :channels]
         gain = variance.flip(0)[:channels].clamp(min=1e-8) ** -0.25
         self.shortcut_in.weight.copy_((basis * gain).T[..., None, None])
@@ -69,7 +76,7 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         self.shortcut_out.bias.copy_(mean)
 
     def _encode(self, x: Tensor) -> Tensor:
-        """What the core makes of the patches, with the linear code added to its first channels; in float32."""
+        """Encode with the core and add the linear code to the first channels, the mean. Returns float32."""
         encoded = self.core.quant_conv(self.core.encoder(F.pixel_unshuffle(x, self.config.patch))).float()
         if not self.config.shortcut:
             return encoded
@@ -78,7 +85,7 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         return torch.cat([encoded[:, :channels] + linear, encoded[:, channels:]], dim=1)
 
     def _decode(self, z: Tensor) -> Tensor:
-        """[b, C, h, w] -> [b, 3, f h, f w] in float32, not clamped."""
+        """Decode [b, C, h, w] to [b, 3, f h, f w] in float32, not clamped."""
         patches = self.core.decoder(self.core.post_quant_conv(z)).float()
         sample = F.pixel_shuffle(patches, self.config.patch)
         if self.config.shortcut:
@@ -87,12 +94,12 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
 
 
 class PatchAutoencoderKL(PatchAutoencoder):
-    """A KL autoencoder, called as diffusers' AutoencoderKL is.
+    """A KL autoencoder with the interface of diffusers' AutoencoderKL.
 
     Args:
-        patch: Side of the pixel-unshuffle; 1 leaves a plain AutoencoderKL inside.
-        block_out_channels: Width per level; each level after the first halves the resolution.
-        shortcut: Add the linear code. `init_shortcut` starts it from images.
+        patch: Patch size of the pixel-unshuffle; 1 disables it.
+        block_out_channels: Width of each level; each level after the first halves the resolution.
+        shortcut: Add the linear shortcut; `init_shortcut` initialises it from images.
     """
 
     @register_to_config
@@ -110,36 +117,40 @@ class PatchAutoencoderKL(PatchAutoencoder):
     ) -> None:
         super().__init__()
         core = AutoencoderKL(
-            **_inside(in_channels, patch, block_out_channels, layers_per_block, norm_num_groups, sample_size),
+            **_core_options(in_channels, patch, block_out_channels, layers_per_block, norm_num_groups, sample_size),
             latent_channels=latent_channels,
             mid_block_add_attention=mid_block_add_attention,
         )
-        self._surround(core, in_channels, latent_channels)
+        self._wrap(core, in_channels, latent_channels)
         if shortcut:
-            with torch.no_grad():  # a narrow posterior, so that training starts at the distortion of a PCA
+            with torch.no_grad():  # a narrow posterior, so that training starts at the distortion of PCA
                 core.quant_conv.bias[latent_channels:] = INITIAL_LOG_VARIANCE
 
     def encode(self, x: Tensor, return_dict: bool = True) -> Any:
-        """[b, 3, H, W] in [-1, 1] -> the posterior over [b, C, H/f, W/f], in float32."""
+        """Encode images [b, 3, H, W] in [-1, 1] to a posterior over latents [b, C, H/f, W/f], in float32."""
         posterior = DiagonalGaussianDistribution(self._encode(x))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     def decode(self, z: Tensor, return_dict: bool = True, generator: object = None) -> Any:
-        """[b, C, h, w] -> [b, 3, f h, f w] in float32, not clamped."""
+        """Decode latents [b, C, h, w] to images [b, 3, f h, f w] in float32, not clamped."""
         sample = self._decode(z)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def forward(self, sample: Tensor) -> Any:
-        """Reconstruct from the posterior's mean."""
+        """Reconstruct images from the mean of their posterior."""
         return self.decode(self.encode(sample).latent_dist.mode())
 
 
 class PatchVQModel(PatchAutoencoder):
-    """A vector-quantised autoencoder, called as diffusers' VQModel is: latents are quantised when they are decoded.
+    """A vector-quantised autoencoder with the interface of diffusers' VQModel: `decode` quantises the latents.
 
     Args:
-        latent_channels: Channels of a latent and of a code; `vq_embed_dim` may only repeat it.
-        num_vq_embeddings: Codes.
+        latent_channels: Channels of the latents and of the codes.
+        num_vq_embeddings: Number of codes.
+        vq_embed_dim: None or `latent_channels`; present because diffusers' configs have it.
+
+    Raises:
+        ValueError: vq_embed_dim differs from latent_channels.
     """
 
     @register_to_config
@@ -161,30 +172,33 @@ class PatchVQModel(PatchAutoencoder):
         if vq_embed_dim not in (None, latent_channels):
             raise ValueError(f"vq_embed_dim={vq_embed_dim} must equal latent_channels={latent_channels}.")
         core = VQModel(
-            **_inside(in_channels, patch, block_out_channels, layers_per_block, norm_num_groups, sample_size),
+            **_core_options(in_channels, patch, block_out_channels, layers_per_block, norm_num_groups, sample_size),
             latent_channels=latent_channels,
             vq_embed_dim=latent_channels,
             num_vq_embeddings=num_vq_embeddings,
             mid_block_add_attention=mid_block_add_attention,
         )
-        self._surround(core, in_channels, latent_channels)
+        self._wrap(core, in_channels, latent_channels)
 
     def encode(self, x: Tensor, return_dict: bool = True) -> Any:
-        """[b, 3, H, W] in [-1, 1] -> latents [b, C, H/f, W/f] before quantisation, in float32."""
+        """Encode images [b, 3, H, W] in [-1, 1] to unquantised latents [b, C, H/f, W/f], in float32."""
         latents = self._encode(x)
         return VQEncoderOutput(latents=latents) if return_dict else (latents,)
 
     def decode(self, h: Tensor, force_not_quantize: bool = False, return_dict: bool = True) -> Any:
-        """Quantise [b, C, h, w], unless told not to, and decode to [b, 3, f h, f w] in float32, not clamped."""
+        """Quantise latents [b, C, h, w] and decode them to images [b, 3, f h, f w] in float32, not clamped.
+
+        force_not_quantize=True skips the quantisation.
+        """
         sample = self._decode(h if force_not_quantize else self.core.quantize(h)[0])
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def forward(self, sample: Tensor) -> Any:
-        """Reconstruct from the quantised latents."""
+        """Reconstruct images from their quantised latents."""
         return self.decode(self.encode(sample).latents)
 
 
-def _inside(
+def _core_options(
     in_channels: int,
     patch: int,
     block_out_channels: tuple[int, ...],
@@ -192,7 +206,7 @@ def _inside(
     norm_num_groups: int,
     sample_size: int,
 ) -> dict[str, Any]:
-    """The options of a core that works on patches."""
+    """Return the constructor arguments that both kinds of core share; a core sees patches instead of pixels."""
     levels = len(block_out_channels)
     return {
         "in_channels": in_channels * patch**2,

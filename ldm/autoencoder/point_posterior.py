@@ -1,4 +1,4 @@
-"""A posterior that is a point: diffusers' KL models without their noise."""
+"""Point posteriors: diffusers' KL models without posterior noise."""
 
 from typing import Any
 
@@ -6,30 +6,33 @@ import torch
 from torch import Tensor, nn
 
 LOG_VARIANCE = -30.0
-"""Of a posterior that is a point as far as float32 can tell; what diffusers clamps a log-variance to."""
+"""Lower bound to which diffusers clamps log-variances. Such a posterior is effectively a point in float32."""
 
 
 def moments_layer(model: Any) -> nn.Conv2d:
-    """The layer whose second half of outputs is the log-variance of an AutoencoderKL, or of one behind patches."""
+    """Return the layer that outputs the mean and the log-variance of an AutoencoderKL or a PatchAutoencoderKL."""
     core = getattr(model, "core", model)
     return core.quant_conv if getattr(core, "quant_conv", None) is not None else core.encoder.conv_out
 
 
-def _log_variance(model: Any) -> tuple[Tensor, Tensor]:
+def _log_variance_parameters(model: Any) -> tuple[Tensor, Tensor]:
     layer, channels = moments_layer(model), model.config.latent_channels
     assert layer.bias is not None
     return layer.weight[channels:], layer.bias[channels:]
 
 
 @torch.no_grad()
-def pin_posterior(model: nn.Module) -> None:
-    """Make the log-variance LOG_VARIANCE whatever x is. A loss on the mean alone leaves it there: its gradient is 0."""
-    weight, bias = _log_variance(model)
+def zero_posterior_noise(model: nn.Module) -> None:
+    """Set the log-variance to LOG_VARIANCE for every input.
+
+    It stays there if the loss depends only on the mean, because its gradient is then 0.
+    """
+    weight, bias = _log_variance_parameters(model)
     weight.zero_()
-    bias.fill_(2 * LOG_VARIANCE)  # clamped to it, and out of a weight decay's reach
+    bias.fill_(2 * LOG_VARIANCE)  # diffusers clamps it to LOG_VARIANCE; the margin keeps it there despite weight decay
 
 
-def is_pinned(model: nn.Module) -> bool:
-    """Whether `pin_posterior` made this model's posterior a point."""
-    weight, bias = _log_variance(model)
+def has_point_posterior(model: nn.Module) -> bool:
+    """Return True if `zero_posterior_noise` was applied to this model."""
+    weight, bias = _log_variance_parameters(model)
     return bool((weight == 0).all() and (bias <= LOG_VARIANCE).all())

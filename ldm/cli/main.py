@@ -44,7 +44,7 @@ def construct(config: Any, **options: Any) -> Any:
 
 
 def main() -> None:
-    """Entry point of `ldm COMMAND ...`: run a training, or the script of that name in tools/."""
+    """Entry point of `ldm COMMAND ...`: run a training run, or the script of that name in tools/."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         print(_overview())

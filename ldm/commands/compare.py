@@ -36,7 +36,7 @@ def compare(config: DictConfig) -> None:
     report.print(Console(highlight=False, markup=False))
     if config.logger.wandb:
         print(log_comparison(config, out, report, files[2:]))
-    print(f"all metrics: {files[0]} (explained in docs/reading_the_numbers.md)")
+    print(f"all metrics: {files[0]} (explained in docs/comparing_runs.md)")
     print(f"HTML report: {files[1]}\nfigures: {', '.join(map(str, files[2:])) or 'none'}")
 
 
@@ -47,7 +47,7 @@ def log_comparison(config: DictConfig, out: Path, report: ComparisonReport, file
         out,
         settings,
         name=f"compare/{report.folder_name}",
-        tables={title: (columns, rows) for title, (columns, *rows) in report.sheets().items()},
+        tables={title: (columns, rows) for title, (columns, *rows) in report.tables().items()},
         figures={file.stem: Image.open(file).convert("RGB") for file in files},
         markdown=report.markdown(),
         curves=report.comparison.curve_names(),

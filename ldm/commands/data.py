@@ -35,7 +35,7 @@ def data(config: DictConfig) -> None:
         log_data_report(config, out, report, images, files)
     report.print()
     print(f"all metrics: {metrics}\nfigures: {', '.join(map(str, figures))}")
-    print("how to interpret the results: docs/reading_the_numbers.md")
+    print("how to interpret the results: docs/your_own_images.md")
 
 
 def log_data_report(config: DictConfig, out: Path, report: Any, images: Any, files: list[Path]) -> None:

@@ -33,7 +33,7 @@ def demo(config: DictConfig) -> None:
         "held_out.png": ("Held-out captions", [captions[i] for i in images.val_indices[:16]]),
     }
     for file, (title, prompts) in grids.items():
-        request = Request(*pipeline.conditioning.of_request(prompts=prompts))
+        request = Request(*pipeline.conditioning.for_request(prompts=prompts))
         samples = [image for batch in draw_batches(pipeline, request, sampler, **options) for image in to_pil(batch)]
         grid(samples, prompts, columns=4, title=title).save(out / file)
         if file == "samples.png":

@@ -48,7 +48,7 @@ def train(config: DictConfig) -> None:
 
 @dataclass(frozen=True)
 class TwoStages:
-    """A training of both stages.
+    """Training of both stages, one after the other.
 
     Args:
         folders: Run folder of each stage.
@@ -66,7 +66,7 @@ class TwoStages:
 
     @classmethod
     def plan(cls, config: DictConfig, command: CommandLine) -> "TwoStages":
-        """Plan both trainings, and check their options, images and conditions before the first one starts.
+        """Plan both runs, and check their options, images and conditions before the first one starts.
 
         Raises:
             UserError: naming the option and the remedy.

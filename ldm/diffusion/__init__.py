@@ -1,1 +1,1 @@
-"""The diffusion Markov chain: pure maths on tensors, ignorant of networks, data and trainers."""
+"""The diffusion Markov chain: pure maths on tensors, independent of networks, data and trainers."""

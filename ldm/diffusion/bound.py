@@ -1,14 +1,14 @@
-"""The variational bound on -log p(z_0), in nats per image, layer by layer.
+"""The variational bound on -log p(z_0), in nats per image, term by term.
 
-Setting: the chain read backwards is a hierarchical VAE with T layers of latents and a fixed encoder q. Its bound is
+Setting: the reverse chain is a hierarchical VAE with T layers of latents and a fixed encoder q. Its bound is
 
     -log p(z_0) <= L_T + sum_{t=2}^T L_{t-1} + L_0
     L_T     = KL(q(z_T | z_0) || N(0, I))
-    L_{t-1} = KL(q(z_{t-1} | z_t, z_0) || p(z_{t-1} | z_t))     a layer of the VAE
-    L_0     = -log p(z_0 | z_1)                                 a continuous Gaussian density: it may be negative
+    L_{t-1} = KL(q(z_{t-1} | z_t, z_0) || p(z_{t-1} | z_t))     one layer of the VAE
+    L_0     = -log p(z_0 | z_1)                                 a continuous Gaussian density, so it can be negative
 
-with p(z_s | z_t) = N(mean of q(z_s | z_t, the predicted z_0), Sigma(s, t, v) I). Everything is summed over the
-dimensions of an image, in float64 (float32 on MPS, which has no float64).
+with p(z_s | z_t) = N(mean of q(z_s | z_t, the predicted z_0), Sigma(s, t, v) I). All terms are summed over
+the dimensions of an image, in float64 (float32 on MPS, which has no float64).
 Source: Ho et al. 2020, arXiv:2006.11239, eq. 5.
 """
 
@@ -27,15 +27,18 @@ from ldm.diffusion.samplers.base import check_generators
 from ldm.diffusion.schedule import NoiseSchedule
 
 OnBatch = Callable[[int, int], None]
-"""Called as on_batch(done, total) with the number of predictions made."""
+"""Progress callback, called as on_batch(done, total) with the number of predictions made and the total."""
 
 
 class NotFiniteError(ValueError):
-    """A latent, or what the denoiser made of it, is not finite."""
+    """Raised when a latent or the denoiser's output is not finite."""
 
 
 LastTerm = Callable[[Int[Tensor, " k"], Tensor, Tensor], Tensor]
-"""Called as last(image, mean, std): nats per image [k] of the images `image` under p(z_0 | z_1) = N(mean, std^2)."""
+"""Function that computes L_0: last(image, mean, std) returns nats [k] for the images with indices `image` [k].
+
+mean and std are those of p(z_0 | z_1) = N(mean, std^2).
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,11 +49,11 @@ class Bound:
         prior: L_T, [b].
         layers: sum_{t=2}^T L_{t-1}, [b].
         last: L_0, [b].
-        monte_carlo_variance: estimated variance of each image's total from the draws of t and noise alone, [b].
-        steps: the t of every point of the curve, [k]: 1..T, or the middle of each stratum.
-        widths: how many t a point stands for, [k].
-        curve: mean over images and over the t of a point of L_{t-1}, [k]; sum(widths curve) is the mean of
-            layers + last.
+        monte_carlo_variance: estimated variance of each image's total over draws of t and noise, [b].
+        steps: t at each point of the curve, [k]: 1..T, or the middle of each stratum.
+        widths: number of values of t that each point represents, [k].
+        curve: mean of L_{t-1} over images and over the values of t that each point represents, [k];
+            sum(widths curve) is the mean of layers + last.
     """
 
     prior: Float64[Tensor, " b"]
@@ -63,17 +66,17 @@ class Bound:
 
     @property
     def total(self) -> Float64[Tensor, " b"]:
-        """The bound of every image: prior + layers + last."""
+        """The bound for each image: prior + layers + last."""
         return self.prior + self.layers + self.last
 
     @property
     def standard_error(self) -> float:
-        """Of the mean total, from how images differ (their draws included); nan for one image."""
+        """Standard error of the mean total over images, Monte Carlo noise included; nan for a single image."""
         return self.total.std().item() / len(self.total) ** 0.5 if len(self.total) > 1 else math.nan
 
     @property
     def monte_carlo_error(self) -> float:
-        """Standard deviation of the mean total over other draws of t and noise for the same images."""
+        """Standard deviation of the mean total over draws of t and noise, with the images fixed."""
         return self.monte_carlo_variance.sum().sqrt().item() / len(self.total)
 
 
@@ -91,43 +94,45 @@ def variational_bound(
     batch_size: int = 64,
     on_batch: OnBatch | None = None,
 ) -> Bound:
-    """Estimate the bound on -log p(z_0) of every image, without bias.
+    """Return an unbiased estimate of the bound on -log p(z_0) for each image.
 
-    All t are visited once, or `steps` terms per image are spent on random t: on steps / 2 strata of consecutive t,
-    each with two uniform draws, weighted by its width w. The first stratum is t = 1 alone, the others share
-    log(1 + snr) equally and are at least a step wide: data N(0, I) has mse(t) = 1 / (1 + snr), so that each carries
-    as much of the bound.
+    With steps=None, every t is visited once. Otherwise `steps` terms per image are evaluated at random t: the chain is
+    divided into steps / 2 strata of consecutive t, each with two uniform draws, weighted by its width w. The first
+    stratum is t = 1 alone. The others divide log(1 + snr) equally, but are at least one step wide. Since
+    mse(t) = 1 / (1 + snr) for data N(0, I), each of them then contributes the same amount to the bound.
 
-    Where all t are visited, T / 32 strata (8 at least) get one more prediction, with other noise at a random t of
-    theirs, for the Monte Carlo variance and for nothing else, see `_layers`.
+    If all t are visited, each of T / 32 strata (at least 8) gets one more prediction, with fresh noise at a random t
+    in the stratum. It is only used to estimate the Monte Carlo variance, see `_layers`.
 
-    What image i draws comes from its own generator in a fixed order: its result depends neither on the other images
-    nor on batch_size.
+    Image i draws from its own generator in a fixed order, so its result depends neither on the other images nor on
+    batch_size.
 
     Args:
         generators: one per image, on the CPU.
-        variance: Sigma, any kind of `log_variance`.
-        z_0_mse: the table that optimal needs, see `fit_z_0_mse`.
-        steps: terms per image, even, 4..T; None visits all t.
-        last: L_0 of data that is no density, such as the 8-bit values of a chain on pixels; None: the Gaussian density.
-        batch_size: predictions at a time; images and steps are batched together.
+        variance: the choice of Sigma; see `log_variance`.
+        z_0_mse: the table required by variance optimal, see `fit_z_0_mse`.
+        steps: number of terms per image, an even number from 4 to T; None visits all t.
+        last: computes L_0 of discrete data, such as the 8-bit values of a chain on pixels; None uses the Gaussian
+            density.
+        batch_size: number of predictions per batch; images and steps are batched together.
+        on_batch: called after each batch.
 
     Raises:
-        ValueError: unless there is one generator per image and `steps` is as above; as `log_variance` does; if z_0
-            or a term is not finite, naming the image and t.
+        ValueError: unless there is one generator per image and `steps` is valid; as raised by `log_variance`.
+        NotFiniteError: if z_0 or a term is not finite, naming the image and t.
     """
     z_0, schedule = at_least_float32(z_0), denoiser.schedule
     T, b = schedule.num_steps, len(z_0)
     check_generators(generators, b)
     if steps is not None and (steps % 2 or not 4 <= steps <= T):
-        raise ValueError(f"a bound takes an even number of steps in 4..T = {T}, or None for all; got {steps}")
+        raise ValueError(f"steps must be an even number from 4 to T = {T}, or None to visit all t; got {steps}")
     _check_finite(z_0)
     edges = _strata(schedule, min(T, max(8, T // 32)) if steps is None else steps // 2)
     first = torch.arange(1, T + 1)[:, None].expand(T, b) if steps is None else _draw_steps(edges, generators)
     t = torch.cat([first, _draw_steps(edges, generators)])
-    image, at = torch.arange(b).repeat(len(t)), t.flatten()
-    batches = _predict(denoiser, z_0, condition, image, at, generators, batch_size, on_batch)
-    terms = _terms(schedule, batches, image, at, variance, z_0_mse, last).reshape(t.shape)
+    image, flat_t = torch.arange(b).repeat(len(t)), t.flatten()
+    batches = _predict(denoiser, z_0, condition, image, flat_t, generators, batch_size, on_batch)
+    terms = _terms(schedule, batches, image, flat_t, variance, z_0_mse, last).reshape(t.shape)
     layers, variances, middle, widths = _layers(terms, t, edges, T)
     return Bound(
         prior=prior_kl(schedule, z_0).cpu().double(),
@@ -151,16 +156,17 @@ def fit_z_0_mse(
     batch_size: int = 64,
     on_batch: OnBatch | None = None,
 ) -> Float64[Tensor, " num_entries"]:
-    """The denoiser's error mse(t) = E |z_0 - its prediction from z_t|^2 / D over t = 0..T, which optimal needs.
+    """Estimate the denoiser's error mse(t) = E |z_0 - its prediction from z_t|^2 / D over t = 0..T.
 
-    To be fitted on latents of the training split: fitted on the images that it is then used on, it is no bound.
-    Every t is visited images_per_step times, by images that a random order takes in turn. A relative error e of
-    mse(t) costs at most D e^2 / 4 nats per image in its own term, and that in L_0 alone: elsewhere only the share
-    c_0^2 mse / Sigma of Sigma is uncertain, and the cost falls with its square.
+    Variance optimal requires this table. Fit it on latents of the training split: fitted on the images that it is
+    evaluated on, the result would not be a bound. Each t is visited images_per_step times, cycling through the images
+    in random order. A relative error e of mse(t) costs at most D e^2 / 4 nats per image in the term at t, a maximum
+    that is reached only in L_0: elsewhere only the share c_0^2 mse / Sigma of Sigma is uncertain, and the cost falls
+    with the square of that share.
 
     Raises:
-        ValueError: if images_per_step is not positive; if z_0 or an error is not finite; if the denoiser is without
-            error at some t.
+        ValueError: if images_per_step is not positive; if the denoiser's error is exactly 0 at some t.
+        NotFiniteError: if z_0 or an error is not finite.
     """
     if images_per_step < 1:
         raise ValueError(f"images_per_step must be at least 1; got {images_per_step}")
@@ -188,7 +194,7 @@ def _terms(
     z_0_mse: Tensor | None,
     last: LastTerm | None,
 ) -> Float64[Tensor, " n"]:
-    """L_{t-1} of every image[k] at t[k]; where t = 1 by `last`, if there is one."""
+    """Return L_{t-1} of image[k] at t[k] for each k; `last` computes the terms at t = 1, unless it is None."""
     terms = torch.empty(len(t), dtype=torch.float64)
     for rows, clean, prediction in batches:
         term = bound_term(schedule, prediction, clean, t[rows] - 1, t[rows], variance=variance, z_0_mse=z_0_mse)
@@ -204,11 +210,12 @@ def _terms(
 def _layers(
     terms: Float64[Tensor, " n b"], t: Int[Tensor, " n b"], edges: Int[Tensor, " edges"], T: int
 ) -> tuple[Float64[Tensor, " k b"], Float64[Tensor, " strata b"], Float64[Tensor, " k"], Float64[Tensor, " k"]]:
-    """The bound's part at every point of the curve, its Monte Carlo variance by strata, and each point's t and width.
+    """Return each curve point's contribution, the Monte Carlo variance by stratum, and each point's t and width.
 
-    The variance is without bias: from the two terms of a stratum, w^2 (x - x')^2 / 4; where all t were visited, from a
-    term and the one with other noise at the same t, w (x - x')^2 / 2. Neighbouring t cannot stand for other noise:
-    where L_{t-1} falls steeply their difference grows with the number of dimensions, and noise with its root.
+    The variance estimates are unbiased. The two terms of a stratum give w^2 (x - x')^2 / 4. If all t were visited, a
+    term and its repetition with fresh noise at the same t give w (x - x')^2 / 2. Neighbouring t cannot replace the
+    repetition: where L_{t-1} falls steeply, their difference grows with the number of dimensions, but noise only with
+    its square root.
     """
     stratum_widths = edges.diff().double()
     if len(t) > T:
@@ -221,7 +228,10 @@ def _layers(
 
 
 def _strata(schedule: NoiseSchedule, count: int) -> Int[Tensor, " edges"]:
-    """Edges 0, 1, ..., T of `count` strata, 2..T of them (T = 1: one); stratum i is edges[i] + 1..edges[i + 1]."""
+    """Return the edges 0, 1, ..., T of `count` strata, where stratum i contains t = edges[i] + 1..edges[i + 1].
+
+    `count` is 2..T, or 1 if T = 1.
+    """
     log_1_snr = -torch.log1p(-schedule.alpha_bar[1:].cpu())
     levels = torch.linspace(log_1_snr[0].item(), log_1_snr[-1].item(), count, dtype=torch.float64)
     least = torch.arange(1, count + 1)
@@ -231,7 +241,7 @@ def _strata(schedule: NoiseSchedule, count: int) -> Int[Tensor, " edges"]:
 
 
 def _draw_steps(edges: Int[Tensor, " edges"], generators: list[torch.Generator]) -> Int[Tensor, " strata b"]:
-    """A uniform step in every stratum, for every image."""
+    """Draw a uniform t in each stratum for each image."""
     widths = edges.diff()
     u = [torch.rand(len(widths), generator=g, dtype=torch.float64, device=g.device).cpu() for g in generators]
     return edges[:-1, None] + 1 + (torch.stack(u, 1) * widths[:, None]).long()
@@ -247,14 +257,14 @@ def _predict(
     batch_size: int,
     on_batch: OnBatch | None,
 ) -> Iterator[tuple[slice, Tensor, Prediction]]:
-    """Noise z_0[image[k]] to t[k] and predict it back, a batch of k at a time: rows, z_0, prediction."""
+    """Noise z_0[image[k]] to t[k], predict z_0, and yield each batch of k as (rows, z_0, prediction)."""
     for start in range(0, len(t), batch_size):
         rows = slice(start, min(start + batch_size, len(t)))
         eps = torch.stack([_draw(z_0, generators[i]) for i in image[rows].tolist()])
         clean = z_0[image[rows]]
-        given = None if condition is None else {name: value[image[rows]] for name, value in condition.items()}
+        batch_condition = None if condition is None else {name: value[image[rows]] for name, value in condition.items()}
         z_t = marginal(denoiser.schedule, clean, t[rows], eps.to(z_0.device))
-        yield rows, clean, denoiser(z_t, t[rows], given)
+        yield rows, clean, denoiser(z_t, t[rows], batch_condition)
         if on_batch is not None:
             on_batch(rows.stop, len(t))
 
@@ -264,16 +274,16 @@ def _draw(z_0: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _check_finite(z_0: Tensor) -> None:
-    wrong = ~z_0.isfinite().flatten(1).all(1)
-    if wrong.any():
-        raise NotFiniteError(f"z_0 of image {int(wrong.nonzero()[0])} is not finite")
+    is_bad = ~z_0.isfinite().flatten(1).all(1)
+    if is_bad.any():
+        raise NotFiniteError(f"z_0 of image {int(is_bad.nonzero()[0])} is not finite")
 
 
 def _check_finite_at(values: Tensor, name: str, image: Tensor, t: Tensor) -> None:
-    wrong = ~values.isfinite()
-    if wrong.any():
-        k = int(wrong.nonzero()[0])
+    is_bad = ~values.isfinite()
+    if is_bad.any():
+        k = int(is_bad.nonzero()[0])
         raise NotFiniteError(
-            f"{name} of image {int(image[k])} at t = {int(t[k])} is {values[k].item()}: the denoiser's answer is not "
-            "finite, or Sigma vanishes"
+            f"{name} of image {int(image[k])} at t = {int(t[k])} is {values[k].item()}, because the denoiser's "
+            "output is not finite or Sigma is zero"
         )

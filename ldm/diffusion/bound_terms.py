@@ -1,7 +1,7 @@
-"""The terms of the variational bound, in nats per image: L_T, a layer L_{t-1}, and the last, L_0.
+"""The terms of the variational bound, in nats per image: the prior term L_T, the layers L_{t-1}, and the last term L_0.
 
-Summed over the dimensions of an image, in float64 (float32 on MPS, which has no float64). `ldm.diffusion.bound` adds
-them up.
+Each term is summed over the dimensions of an image, in float64 (float32 on MPS, which has no float64).
+`ldm.diffusion.bound` adds the terms up.
 """
 
 import math
@@ -16,7 +16,10 @@ from ldm.diffusion.schedule import NoiseSchedule, Step
 
 
 def prior_kl(schedule: NoiseSchedule, z_0: Float[Tensor, " b *z"]) -> Float[Tensor, " b"]:
-    """L_T, what is left of the image at T:  KL = 1/2 sum(a_T z_0^2 - a_T - log(1 - a_T)), in nats per image."""
+    """Return L_T, the information about the image that remains at T, in nats per image.
+
+    KL(q(z_T | z_0) || N(0, I)) = 1/2 sum(a_T z_0^2 - a_T - log(1 - a_T))
+    """
     z_0 = precise(z_0)
     a_T = schedule.at(schedule.num_steps, z_0)
     return 0.5 * (a_T.to(z_0) * z_0.square() - (a_T + torch.log1p(-a_T)).to(z_0)).flatten(1).sum(1)
@@ -32,21 +35,21 @@ def bound_term(
     variance: str,
     z_0_mse: Float64[Tensor, " num_entries"] | None = None,
 ) -> Float[Tensor, " b"]:
-    """L_s, the cost in nats per image of describing z_s where only z_t is known.
+    """Return L_s, the cost in nats per image of encoding z_s given z_t.
 
         s >= 1  KL(q(z_s | z_t, z_0) || p(z_s | z_t)) = 1/2 sum(bt / Sigma - 1 + log(Sigma / bt) + d^2 / Sigma)
         s = 0   -log p(z_0 | z_t)                     = 1/2 sum(log(2 pi Sigma) + d^2 / Sigma)
 
-    where d = c_0 (z_0 - its prediction) is the difference of the two means: z_t, which they share, drops out. s and
-    t are ints, or long tensors [b] that may mix both cases. Sigma is any kind of `log_variance`.
+    where d = c_0 (z_0 - its prediction) is the difference between the two means; their common term in z_t cancels.
+    s and t are ints, or long tensors [b] that can mix both cases. Sigma is any choice that `log_variance` supports.
     Source: Ho et al. 2020, arXiv:2006.11239, eqs. 5 to 7.
 
     Raises:
-        ValueError: as `log_variance` does.
+        ValueError: as raised by `log_variance`.
     """
     v, squared = None, (at_least_float32(z_0) - at_least_float32(prediction.z_0)).square().flatten(1)
     if variance != "learned_range":
-        # One Sigma for all dimensions: what follows is arithmetic on one number per image.
+        # All dimensions share one Sigma, so the rest is arithmetic on one number per image.
         squared = squared.mean(1, keepdim=True)
     elif prediction.v is not None:
         v = precise(prediction.v).flatten(1)
@@ -55,9 +58,9 @@ def bound_term(
     one = torch.ones_like(squared[:, :1])
     c_0, bt = posterior(schedule, one, torch.zeros_like(one), s, t)
     log_sigma = log_variance(schedule, s, t, variance, like=squared, v=v, z_0_mse=z_0_mse)
-    is_last = bt == 0
-    log_ratio = log_sigma - torch.where(is_last, 1.0, bt).log()
-    spread = torch.where(is_last, log_sigma + math.log(2 * math.pi), torch.expm1(-log_ratio) + log_ratio)
+    is_last_term = bt == 0
+    log_ratio = log_sigma - torch.where(is_last_term, 1.0, bt).log()
+    spread = torch.where(is_last_term, log_sigma + math.log(2 * math.pi), torch.expm1(-log_ratio) + log_ratio)
     return 0.5 * z_0[0].numel() * (spread + c_0.square() * squared * (-log_sigma).exp()).mean(1)
 
 
@@ -69,12 +72,12 @@ def discretised_nll(
     low: float,
     high: float,
 ) -> Float[Tensor, "*x"]:
-    """-log of a Gaussian's mass in the bin of x, in nats per dimension; for images, whose values are few.
+    """Return -log of the Gaussian probability of the bin that contains x, in nats per dimension, for quantised images.
 
         P(x) = Phi((x + w/2 - mean) / scale) - Phi((x - w/2 - mean) / scale)
 
-    The outermost bins, around `low` and `high`, are open, so that P sums to one over the values. 8-bit pixels in
-    [-1, 1] have w = 2 / 255, low = -1, high = 1. Finite far in the tails, and in float64.
+    The outermost bins, around `low` and `high`, extend to infinity, so that P sums to one over all values. 8-bit
+    pixels in [-1, 1] have w = 2 / 255, low = -1, high = 1. The result is in float64 and finite far into the tails.
     Source: Ho et al. 2020, arXiv:2006.11239, eq. 13.
 
     Raises:
@@ -82,10 +85,10 @@ def discretised_nll(
     """
     x, mean, scale = precise(x), precise(mean), precise(scale)
     if bin_width <= 0 or not (scale > 0).all():
-        raise ValueError(f"bin_width and scale must be positive; got {bin_width}, and {scale.min().item()} or more")
+        raise ValueError(f"bin_width and scale must be positive; got {bin_width} and {scale.min().item()}")
     below = torch.where(x < low + bin_width / 2, -math.inf, (x - bin_width / 2 - mean) / scale)
     above = torch.where(x > high - bin_width / 2, math.inf, (x + bin_width / 2 - mean) / scale)
-    # Phi is precise in its lower tail alone: a bin above the mean is mirrored to below it.
+    # Phi is only accurate in its lower tail, so a bin above the mean is mirrored to below it.
     mirrored = below + above > 0
     below, above = torch.where(mirrored, -above, below), torch.where(mirrored, -below, above)
     log_below, log_above = torch.special.log_ndtr(below), torch.special.log_ndtr(above)
@@ -93,6 +96,6 @@ def discretised_nll(
 
 
 def precise(z: Tensor) -> Tensor:
-    """float64, or float32 on MPS."""
-    # Thousands of terms are summed, each a small difference of logarithms: float32 would cost parts of a nat.
+    """Convert to float64, or to float32 on MPS."""
+    # Thousands of terms are summed, each a small difference of logarithms. Float32 would lose fractions of a nat.
     return at_least_float32(z) if z.device.type == "mps" else z.double()

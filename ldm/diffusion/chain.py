@@ -1,4 +1,4 @@
-"""The Gaussian Markov chain: forward steps, posterior, Sigma, and what a network may predict.
+"""The Gaussian Markov chain: forward steps, posterior, Sigma, and the prediction types of a network.
 
 Setting: z_t = alpha z_0 + sigma eps, where alpha = sqrt(a_t), sigma = sqrt(1 - a_t), eps ~ N(0, I). For any
 s < t,
@@ -6,8 +6,9 @@ s < t,
     b  = 1 - a_t / a_s                    variance of a forward step s -> t    (beta_t at s = t - 1)
     bt = b (1 - a_s) / (1 - a_t)          variance of the posterior            (beta-tilde_t at s = t - 1)
 
-s and t are ints, or long tensors [b] with one step per sample; kept on the CPU, their checks cost an
-accelerator no synchronisation. Every result is in float32 or better: half-precision inputs are raised first.
+s and t are ints, or long tensors [b] with one step per sample. Keep these tensors on the CPU, so that checking them
+does not synchronise with an accelerator. All results are in float32 or better: half-precision inputs are converted
+to float32 first.
 """
 
 from typing import Literal, get_args
@@ -23,29 +24,29 @@ VarianceType = Literal["fixed_small", "fixed_large", "learned_range", "optimal"]
 
 
 def at_least_float32(z: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Raise half precision to float32; leave float32 and float64 alone."""
+    """Convert half precision to float32; leave float32 and float64 unchanged."""
     return z.to(torch.promote_types(z.dtype, torch.float32))
 
 
-def check_choice(option: str, value: str, known: tuple[str, ...]) -> None:
-    """Refuse an unknown value of an option.
+def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise an error if an option has an unknown value.
 
     Raises:
-        ValueError: listing the known ones.
+        ValueError: listing the valid choices.
     """
-    if value not in known:
-        raise ValueError(f"unknown {option} {value!r}; known: {', '.join(known)}")
+    if value not in choices:
+        raise ValueError(f"unknown {option} {value!r}; known: {', '.join(choices)}")
 
 
 def check_prediction(prediction: str, alpha_bar: Float[Tensor, "..."]) -> None:
-    """Refuse an unknown prediction, and eps where nothing of z_0 is left.
+    """Raise an error for an unknown prediction type, or for eps where z_t contains no signal.
 
     Raises:
         ValueError: if `prediction` is unknown; if it is eps and an entry of alpha_bar is 0.
     """
     check_choice("prediction", prediction, get_args(PredictionType))
     if prediction == "eps" and (alpha_bar == 0).any():
-        raise ValueError("eps does not determine z_0 where alpha_bar = 0; predict z_0, v or flow instead")
+        raise ValueError("eps does not determine z_0 where alpha_bar = 0. Predict z_0, v or flow instead")
 
 
 def marginal(
@@ -82,7 +83,7 @@ def forward_step(
 def posterior(
     schedule: NoiseSchedule, z_0: Float[Tensor, " b *z"], z_t: Float[Tensor, " b *z"], s: Step, t: Step
 ) -> tuple[Float[Tensor, " b *z"], Float[Tensor, " _ *_"]]:
-    """Mean and variance of q(z_s | z_t, z_0).
+    """Return the mean and variance of q(z_s | z_t, z_0).
 
         mean     = sqrt(a_s) b / (1 - a_t) z_0 + sqrt(a_t / a_s) (1 - a_s) / (1 - a_t) z_t
         variance = bt, of shape [b or 1, 1, ..., 1]; exactly 0 at s = 0
@@ -110,31 +111,31 @@ def log_variance(
     v: Float[Tensor, " b *z"] | None = None,
     z_0_mse: Float64[Tensor, " num_entries"] | None = None,
 ) -> Float[Tensor, " _ *_"]:
-    """log Sigma(s, t, v) of the reverse step p(z_s | z_t), in nats, to broadcast against `like`.
+    """Return log Sigma(s, t, v) of the reverse step p(z_s | z_t), broadcastable to `like`.
 
         fixed_large    log b
         fixed_small    log bt
-        learned_range  v log b + (1 - v) log bt,   v in [0, 1] where the network's output is in [-1, 1]
+        learned_range  v log b + (1 - v) log bt,   v in [0, 1] if the network's output is in [-1, 1]
         optimal        log (bt + c_0^2 mse(t)),    c_0 = sqrt(a_s) b / (1 - a_t),  mse(t) = z_0_mse[t]
 
-    optimal is the isotropic Sigma that minimises the mean KL of every step for this denoiser, exact or not. The
-    means of q(z_s | z_t, z_0) and p(z_s | z_t) differ by c_0 (z_0 - its prediction), so that per dimension
+    optimal is the isotropic Sigma that minimises the mean KL of each step for this denoiser, whether it is exact or
+    not. The means of q(z_s | z_t, z_0) and p(z_s | z_t) differ by c_0 (z_0 - its prediction), so per dimension
 
         E KL = 1/2 (log Sigma - log bt + (bt + c_0^2 mse(t)) / Sigma - 1),
         mse(t) = E |z_0 - its prediction from z_t|^2 / D.
 
-    At s = 0 bt = 0 and c_0 = 1: Sigma = mse(t) minimises the mean of -log p(z_0 | z_t). The other kinds that need
-    bt take, at s = 0, that of the step 2 -> 1 of the whole chain. The shape is [b or 1, 1, ..., 1], but that of v
-    for learned_range.
+    At s = 0, bt = 0 and c_0 = 1, so Sigma = mse(t) minimises the mean of -log p(z_0 | z_t). The other choices that
+    depend on bt use, at s = 0, the bt of the step 2 -> 1 of the full chain. The result has shape [b or 1, 1, ..., 1],
+    or the shape of v for learned_range.
     Source: Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 15, and its clip at the last step; optimal is Bao et
-    al. 2022, arXiv:2201.06503, for an exact denoiser, and arXiv:2206.07309 for any.
+    al. 2022, arXiv:2201.06503, for an exact denoiser, and arXiv:2206.07309 for any denoiser.
 
     Args:
-        z_0_mse: mse(t) over t = 0..T, see `check_z_0_mse`; wanted by optimal alone.
+        z_0_mse: mse(t) over t = 0..T, see `check_z_0_mse`; only used by optimal.
 
     Raises:
-        ValueError: unless 0 <= s < t <= T; if `variance` is unknown; if learned_range comes without v, or optimal
-            without its table; if bt is asked for at s = 0 of a chain of a single step.
+        ValueError: unless 0 <= s < t <= T; if `variance` is unknown; if v is missing for learned_range, or z_0_mse
+            for optimal; if bt is needed at s = 0 of a chain with a single step.
     """
     check_order(schedule, s, t)
     check_choice("variance", variance, get_args(VarianceType))
@@ -148,34 +149,34 @@ def log_variance(
         return (bt + from_z_0**2 * _z_0_mse_at(schedule, z_0_mse, t).reshape(from_z_0.shape)).log().to(like)
     if (bt == 0).any():
         if schedule.num_steps < 2:
-            raise ValueError("bt at s = 0 is taken from the step 2 -> 1; this chain has one step: use fixed_large")
+            raise ValueError("bt at s = 0 is that of the step 2 -> 1, but this chain has one step: use fixed_large")
         bt = torch.where(bt == 0, _step_variances(schedule.at(1, like), schedule.at(2, like))[1], bt)
     if variance == "fixed_small":
         return bt.log().to(like)
     if v is None:
-        raise ValueError("learned_range needs v, but the denoiser gave none: its network must learn the variance")
+        raise ValueError("learned_range needs v, but the denoiser returned none: its network must learn the variance")
     v = at_least_float32(v)
     return v * b.log().to(v) + (1 - v) * bt.log().to(v)
 
 
 def check_z_0_mse(schedule: NoiseSchedule, z_0_mse: Float64[Tensor, " num_entries"]) -> None:
-    """Refuse a table that cannot be mse(t) = E |z_0 - its prediction from z_t|^2 / D over t = 0..T.
+    """Raise an error if a table cannot be mse(t) = E |z_0 - its prediction from z_t|^2 / D over t = 0..T.
 
     Raises:
-        ValueError: unless it has T + 1 entries, finite, positive from t = 1 on, and 0 at t = 0.
+        ValueError: unless it has T + 1 entries, which are finite, 0 at t = 0, and positive from t = 1.
     """
     if len(z_0_mse) != schedule.num_steps + 1:
         raise ValueError(
-            f"z_0_mse must have T + 1 = {schedule.num_steps + 1} entries; got {len(z_0_mse)}: fit it on the training "
-            "split with the chain that it is used on"
+            f"z_0_mse must have T + 1 = {schedule.num_steps + 1} entries; got {len(z_0_mse)}. Fit it on the training "
+            "split, with the same noise schedule"
         )
-    wrong = ~(z_0_mse.isfinite() & (z_0_mse > 0))
-    wrong[0] = z_0_mse[0] != 0
-    if wrong.any():
-        t = int(wrong.nonzero()[0])
+    is_bad = ~(z_0_mse.isfinite() & (z_0_mse > 0))
+    is_bad[0] = z_0_mse[0] != 0
+    if is_bad.any():
+        t = int(is_bad.nonzero()[0])
         raise ValueError(
-            f"z_0_mse must be 0 at t = 0, finite and positive after it; got z_0_mse[{t}] = {z_0_mse[t].item()}: fit "
-            "it on the training split"
+            f"z_0_mse must be 0 at t = 0, and finite and positive elsewhere; got z_0_mse[{t}] = {z_0_mse[t].item()}. "
+            "Fit it on the training split"
         )
 
 
@@ -186,7 +187,7 @@ def target(
     t: Step,
     prediction: str,
 ) -> Float[Tensor, " b *z"]:
-    """What the network should output at t.
+    """Return the training target of the network at t.
 
         eps: eps        z_0: z_0        v: alpha eps - sigma z_0        flow: eps - z_0
 
@@ -214,7 +215,7 @@ def to_z_0(
     t: Step,
     prediction: str,
 ) -> Float[Tensor, " b *z"]:
-    """Turn a network's output at z_t into the clean latent that it implies.
+    """Convert a network's output at z_t to the clean latent that it implies.
 
         eps: (z_t - sigma eps) / alpha        z_0: z_0
         v: alpha z_t - sigma v                flow: (z_t - sigma u) / (alpha + sigma)
@@ -237,10 +238,10 @@ def to_z_0(
 def to_eps(
     schedule: NoiseSchedule, z_0: Float[Tensor, " b *z"], z_t: Float[Tensor, " b *z"], t: Step
 ) -> Float[Tensor, " b *z"]:
-    """The noise in z_t, given z_0:  eps = (z_t - alpha z_0) / sigma.
+    """Return the noise in z_t, given z_0:  eps = (z_t - alpha z_0) / sigma.
 
     Raises:
-        ValueError: unless 1 <= t <= T: z_0 itself holds no noise.
+        ValueError: unless 1 <= t <= T; there is no noise at t = 0.
     """
     check_order(schedule, 0, t)
     z_t = at_least_float32(z_t)
@@ -251,9 +252,9 @@ def to_eps(
 def score(
     schedule: NoiseSchedule, z_0: Float[Tensor, " b *z"], z_t: Float[Tensor, " b *z"], t: Step
 ) -> Float[Tensor, " b *z"]:
-    """The score that a predicted z_0 implies:  grad log q(z_t) = -eps / sqrt(1 - a_t).
+    """Return the score implied by a predicted z_0:  grad log q(z_t) = -eps / sqrt(1 - a_t).
 
-    Source: Song et al. 2021, arXiv:2011.13456; exact where z_0 = E[z_0 | z_t] (Tweedie's formula).
+    Source: Song et al. 2021, arXiv:2011.13456; exact if z_0 = E[z_0 | z_t] (Tweedie's formula).
 
     Raises:
         ValueError: unless 1 <= t <= T.
@@ -263,7 +264,7 @@ def score(
 
 
 def check_order(schedule: NoiseSchedule, s: Step, t: Step) -> None:
-    """Refuse steps that are not 0 <= s < t <= T.
+    """Raise an error unless 0 <= s < t <= T.
 
     Raises:
         ValueError: naming s, t and T.
@@ -290,11 +291,9 @@ def _posterior_weights(a_s: Tensor, a_t: Tensor) -> tuple[Tensor, Tensor]:
 
 def _z_0_mse_at(schedule: NoiseSchedule, z_0_mse: Tensor | None, t: Step) -> Tensor:
     if z_0_mse is None:
-        raise ValueError(
-            "variance optimal needs z_0_mse, the denoiser's error at every t: fit it on the training split"
-        )
+        raise ValueError("variance optimal needs z_0_mse, the denoiser's error at each t. Fit it on the training split")
     check_z_0_mse(schedule, z_0_mse)
     index = torch.as_tensor(t)
     if index.is_floating_point():
-        raise ValueError(f"variance optimal is known at the steps 1..T alone; got t = {t}")
+        raise ValueError(f"variance optimal is only defined at integer t in 1..T; got t = {t}")
     return z_0_mse.to(schedule.alpha_bar.device)[index.to(schedule.alpha_bar.device)]

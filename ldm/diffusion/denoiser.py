@@ -1,4 +1,4 @@
-"""Denoisers: whatever a network predicts, a denoiser answers with z_0, and with v where Sigma is learned."""
+"""Denoisers convert any network output to a prediction of z_0, and of v if Sigma is learned."""
 
 from collections.abc import Callable
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -11,11 +11,11 @@ from ldm.diffusion.chain import at_least_float32, check_order, check_prediction,
 from ldm.diffusion.schedule import NoiseSchedule, Step
 
 Condition = dict[str, Tensor]
-"""What the network is conditioned on: batch-first tensors by name."""
+"""The conditioning inputs of a network: batch-first tensors by name."""
 
 
 class Prediction(NamedTuple):
-    """What a denoiser answers: the predicted z_0, and v of learned_range (None where Sigma is fixed)."""
+    """The output of a denoiser: the predicted z_0, and v of learned_range (None if Sigma is fixed)."""
 
     z_0: Tensor
     v: Tensor | None
@@ -23,7 +23,7 @@ class Prediction(NamedTuple):
 
 @runtime_checkable
 class DenoiserLike(Protocol):
-    """Anything that a sampler can call: a denoiser, a wrapper of one, or an exact posterior mean."""
+    """Anything that a sampler can call: a denoiser, a wrapped denoiser, or an exact posterior mean."""
 
     @property
     def schedule(self) -> NoiseSchedule: ...
@@ -32,24 +32,24 @@ class DenoiserLike(Protocol):
 
 
 class Denoiser:
-    """A network on a noise schedule, behind a call that answers with z_0.
+    """A network with its noise schedule; calling it predicts z_0.
 
     >>> import torch
     >>> from ldm import Denoiser, cosine
     >>> schedule = cosine(1000)
     >>> denoiser = Denoiser(schedule, lambda z_t, timestep, condition: torch.zeros_like(z_t), prediction="eps")
     >>> z_t = torch.ones(1, 4, 8, 8)
-    >>> z_0 = denoiser(z_t, 500).z_0  # a network that sees no noise takes z_t for sqrt(alpha_bar) z_0
+    >>> z_0 = denoiser(z_t, 500).z_0  # a network that predicts eps = 0 implies z_t = sqrt(alpha_bar) z_0
     >>> torch.allclose(z_0, z_t / schedule.alpha_bar[500].sqrt().float())
     True
 
     Args:
-        schedule: the chain that the network is trained on.
+        schedule: the noise schedule that the network is trained with.
         network: called as network(z_t, timesteps, condition) with timesteps = t - 1 in 0..T-1, a long tensor
-            [b], so that weights keep the meaning that diffusers gives a timestep; a real t comes as a float
-            tensor, in float32 or better.
-        prediction: what the network outputs: eps, z_0, v or flow.
-        learned_variance: if set, the network outputs 2C channels, and the second half, in [-1, 1], is
+            [b], so that timesteps have the same meaning as in diffusers and weights can be exchanged. A real t is
+            passed as a float tensor, in float32 or better.
+        prediction: the network's prediction type: eps, z_0, v or flow.
+        learned_variance: if true, the network outputs 2C channels, and the second half, in [-1, 1], gives
             v = (out + 1) / 2 (Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 15).
 
     Raises:
@@ -73,7 +73,7 @@ class Denoiser:
         """Predict z_0 from z_t.
 
         Raises:
-            ValueError: as `output` does.
+            ValueError: as raised by `output`.
         """
         output, v = self.output(z_t, t, condition)
         return Prediction(to_z_0(self.schedule, output, z_t, t, self.prediction), v)
@@ -81,21 +81,21 @@ class Denoiser:
     def output(
         self, z_t: Float[Tensor, " b c *hw"], t: Step, condition: Condition | None = None
     ) -> tuple[Float[Tensor, " b c *hw"], Float[Tensor, " b c *hw"] | None]:
-        """The network's own prediction, which a loss compares with `chain.target`, and v; at least float32.
+        """Return the network's raw prediction, to be compared with `chain.target`, and v, in float32 or better.
 
         Raises:
-            ValueError: unless 1 <= t <= T; unless the network outputs C channels, or 2C where it learns the
+            ValueError: unless 1 <= t <= T; unless the network outputs C channels, or 2C if it learns the
                 variance.
         """
         check_order(self.schedule, 0, t)
-        real = t.is_floating_point() if isinstance(t, Tensor) else isinstance(t, float)
-        dtype = torch.promote_types(z_t.dtype, torch.float32) if real else None
+        is_real = t.is_floating_point() if isinstance(t, Tensor) else isinstance(t, float)
+        dtype = torch.promote_types(z_t.dtype, torch.float32) if is_real else None
         timesteps = (torch.as_tensor(t, dtype=dtype, device=z_t.device) - 1).expand(len(z_t))
         output = at_least_float32(self.network(z_t, timesteps, condition))
         channels = 2 * z_t.shape[1] if self.learned_variance else z_t.shape[1]
         if output.shape[1] != channels:
             raise ValueError(
-                f"the network must output {channels} channels, for latents of {z_t.shape[1]} and "
+                f"the network must output {channels} channels, for latents with {z_t.shape[1]} channels and "
                 f"{'a learned' if self.learned_variance else 'no learned'} variance; got {output.shape[1]}"
             )
         if not self.learned_variance:

@@ -1,4 +1,4 @@
-"""Classifier-free guidance: push the prediction away from what the network says without the condition."""
+"""Classifier-free guidance, which pushes the conditional prediction away from the unconditional one."""
 
 import torch
 from jaxtyping import Float
@@ -9,7 +9,7 @@ from ldm.diffusion.schedule import NoiseSchedule, Step
 
 
 class Guided:
-    """A denoiser under classifier-free guidance, with the same call.
+    """A denoiser with classifier-free guidance, called like any other denoiser.
 
     >>> import torch
     >>> from ldm import Denoiser, Guided, cosine
@@ -20,20 +20,21 @@ class Guided:
 
         z_0 = null + scale (cond - null)   while u = t / T is in the interval, else cond
 
-    Guiding z_0 equals guiding eps, v or flow: at a given z_t each is affine in the others. The v of
-    learned_range comes from the conditional branch. Both branches run in one batch of the network;
-    outside the interval, and at scale = 1, only the conditional one is run.
+    Guiding z_0 is equivalent to guiding eps, v or flow, since each is affine in the others at a given z_t. The v
+    of learned_range comes from the conditional branch. Both branches run in a single batch. Outside the interval,
+    and at scale = 1, only the conditional branch runs.
     Source: Ho and Salimans 2022, arXiv:2207.12598, eq. 6 (scale = w + 1); the interval is Kynkäänniemi et al.
     2024, arXiv:2404.07724.
 
     Args:
-        denoiser: what to guide.
-        scale: 1 is no guidance, 0 is unconditional.
-        null_condition: the condition's values where it is dropped, each of batch 1.
-        interval: lowest and highest u = t / T, both included, at which guidance acts.
+        denoiser: the denoiser to guide.
+        scale: guidance scale; 1 disables guidance, 0 is unconditional.
+        null_condition: the values that replace a dropped condition, each with batch size 1.
+        interval: lowest and highest u = t / T, both included, at which guidance is applied.
 
     Raises:
-        ValueError: unless 0 <= interval[0] <= interval[1] <= 1; if a null value is not of batch 1.
+        ValueError: unless 0 <= interval[0] <= interval[1] <= 1; if the batch size of a null
+            condition is not 1.
     """
 
     def __init__(
@@ -44,10 +45,10 @@ class Guided:
         interval: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         if not 0 <= interval[0] <= interval[1] <= 1:
-            raise ValueError(f"guidance interval must satisfy 0 <= low <= high <= 1 in u = t / T; got {interval}")
+            raise ValueError(f"the guidance interval in u = t / T must satisfy 0 <= low <= high <= 1; got {interval}")
         for name, value in null_condition.items():
             if value.ndim < 1 or len(value) != 1:
-                raise ValueError(f"null condition {name!r} must have batch 1; got shape {list(value.shape)}")
+                raise ValueError(f"null condition {name!r} must have batch size 1; got shape {list(value.shape)}")
         self.denoiser = denoiser
         self.scale = scale
         self.null_condition = null_condition
@@ -55,11 +56,11 @@ class Guided:
 
     @property
     def schedule(self) -> NoiseSchedule:
-        """The chain of the guided denoiser."""
+        """The noise schedule of the guided denoiser."""
         return self.denoiser.schedule
 
     def __call__(self, z_t: Float[Tensor, " b *z"], t: Step, condition: Condition | None = None) -> Prediction:
-        """Predict z_0 from z_t under guidance.
+        """Predict z_0 from z_t with guidance.
 
         Raises:
             ValueError: if the condition is missing, or differs from the null condition in its names or
@@ -67,26 +68,26 @@ class Guided:
         """
         low, high = self.interval
         u = torch.as_tensor(t) / self.schedule.num_steps
-        inside = (u >= low) & (u <= high)
-        if self.scale == 1 or not inside.any():
+        is_inside = (u >= low) & (u <= high)
+        if self.scale == 1 or not is_inside.any():
             return self.denoiser(z_t, t, condition)
         both_t = t if isinstance(t, int | float) else torch.cat([t, t])
-        both = self.denoiser(torch.cat([z_t, z_t]), both_t, self._both(condition))
+        both = self.denoiser(torch.cat([z_t, z_t]), both_t, self._stack_null(condition))
         cond, null = both.z_0.chunk(2)
-        inside = inside.reshape(-1, *(1,) * (z_t.ndim - 1)).to(cond)
-        scale = 1 + (self.scale - 1) * inside
+        is_inside = is_inside.reshape(-1, *(1,) * (z_t.ndim - 1)).to(cond)
+        scale = 1 + (self.scale - 1) * is_inside
         return Prediction(null + scale * (cond - null), None if both.v is None else both.v.chunk(2)[0])
 
-    def _both(self, condition: Condition | None) -> dict[str, Tensor]:
-        names, known = sorted(condition or {}), sorted(self.null_condition)
-        if condition is None or names != known:
-            raise ValueError(f"guidance needs the conditions {known}, as in its null condition; got {names}")
+    def _stack_null(self, condition: Condition | None) -> dict[str, Tensor]:
+        names, expected = sorted(condition or {}), sorted(self.null_condition)
+        if condition is None or names != expected:
+            raise ValueError(f"guidance needs the conditions {expected}, the names in its null condition; got {names}")
         stacked = {}
         for name, value in condition.items():
             null = self.null_condition[name]
             if value.shape[1:] != null.shape[1:]:
                 raise ValueError(
-                    f"condition {name!r} has shape {list(value.shape[1:])} per sample and its null condition "
+                    f"condition {name!r} has shape {list(value.shape[1:])} per sample, but its null condition has "
                     f"{list(null.shape[1:])}; pad them to one shape"
                 )
             stacked[name] = torch.cat([value, null.to(value).expand_as(value)])

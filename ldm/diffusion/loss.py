@@ -1,11 +1,12 @@
-"""Training objectives of the denoiser, per sample: L_simple and its weightings, L_vlb, and their sum L_hybrid.
+"""Training losses of the denoiser, per sample: L_simple and its weightings, L_vlb, and their sum L_hybrid.
 
-Setting: the network's output is compared with `chain.target` in the space of its own prediction. Each space's
+Setting: the network's output is compared with `chain.target` in the space of its prediction type. In each space the
 squared error is that of z_0 times a known factor, since at a given z_t all predictions are affine in z_0:
 
     eps: snr        z_0: 1        v: snr + 1        flow: (alpha + sigma)^2 / sigma^2
 
-A weighting that is stated on z_0 is divided by this factor, and then means the same in every space.
+A weighting defined on the error of z_0, such as min_snr, is divided by this factor, which makes it equivalent in
+every space.
 """
 
 import math
@@ -24,7 +25,7 @@ TIMESTEPS = (*DISTRIBUTIONS, "importance")
 WEIGHTINGS = ("simple", "min_snr")
 
 VLB_WEIGHT = 0.001
-"""Of L_vlb in L_hybrid: small, so that the network's shared layers learn from L_simple."""
+"""Weight of L_vlb in L_hybrid; small, so that L_simple dominates the training of the network's shared layers."""
 
 
 def sample_timesteps(
@@ -34,12 +35,12 @@ def sample_timesteps(
     generator: torch.Generator | None = None,
     device: torch.device | str = "cpu",
 ) -> Int[Tensor, " b"]:
-    """Draw the steps 1..T at which a batch is trained.
+    """Draw the training timesteps t in 1..T of a batch.
 
         uniform       every t equally likely
         logit_normal  t = ceil(u T), u = 1 / (1 + exp(-n)), n ~ N(0, 1)
 
-    Drawn on the generator's device, so that the draws do not depend on where the result goes.
+    They are drawn on the generator's device, so that the draws do not depend on `device`.
     Source: logit_normal is Esser et al. 2024, arXiv:2403.03206, section 3.1.
 
     Raises:
@@ -56,10 +57,10 @@ def sample_timesteps(
 def weight(
     schedule: NoiseSchedule, t: Int[Tensor, " b"], weighting: str, prediction: str, gamma: float = 5.0
 ) -> Float[Tensor, " b"]:
-    """Weight of each sample's squared error in the space of the prediction, in float64.
+    """Return the weight of each sample's squared error in the space of the prediction, in float64.
 
         simple   1
-        min_snr  min(snr, gamma) on z_0, that is: eps min(snr, gamma) / snr, v min(snr, gamma) / (snr + 1),
+        min_snr  min(snr, gamma) on z_0, equivalent to eps min(snr, gamma) / snr, v min(snr, gamma) / (snr + 1),
                  flow min(snr, gamma) sigma^2 / (alpha + sigma)^2
 
     Source: Hang et al. 2023, arXiv:2303.09556, eq. 8.
@@ -72,7 +73,7 @@ def weight(
     check_prediction(prediction, schedule.alpha_bar)
     check_choice("weighting", weighting, WEIGHTINGS)
     if gamma <= 0:
-        raise ValueError(f"gamma of min_snr must be positive; got {gamma}")
+        raise ValueError(f"gamma must be positive; got {gamma}")
     snr = schedule.snr(t)
     if weighting == "simple":
         return torch.ones_like(snr)
@@ -92,15 +93,15 @@ def simple_loss(
     weighting: str = "simple",
     gamma: float = 5.0,
 ) -> Float[Tensor, " b"]:
-    """L_simple per sample: the weighted squared error of the network's output, averaged over the dimensions.
+    """Return L_simple per sample: the weighted squared error of the network's output, averaged over dimensions.
 
         L = w(t) mean |output - target|^2
 
-    `output` is the prediction alone, without v (`Denoiser.output` parts them). In float32 or better.
+    `output` is the prediction without v (`Denoiser.output` separates them). The result is in float32 or better.
     Source: Ho et al. 2020, arXiv:2006.11239, eq. 14.
 
     Raises:
-        ValueError: as `weight` does.
+        ValueError: as raised by `weight`.
     """
     error = at_least_float32(output) - target(schedule, z_0, eps, t, prediction)
     return weight(schedule, t, weighting, prediction, gamma).to(error) * error.square().flatten(1).mean(1)
@@ -113,13 +114,13 @@ def vlb_loss(
     t: Int[Tensor, " b"],
     variance: str,
 ) -> Float[Tensor, " b"]:
-    """L_vlb per sample, in bits per latent dimension:  T L_{t-1} / (D ln 2).
+    """Return L_vlb per sample, in bits per latent dimension:  T L_{t-1} / (D ln 2).
 
-    Its mean over uniform t is the bound without L_T, which nothing trains. In float64, see `bound_term`.
+    Its mean over uniform t is the bound without L_T, which has no trainable parameters. The result is in float64.
     Source: Nichol and Dhariwal 2021, arXiv:2102.09672, eqs. 3 to 7.
 
     Raises:
-        ValueError: as `bound_term` does.
+        ValueError: as raised by `bound_term`.
     """
     nats = bound_term(schedule, prediction, z_0, t - 1, t, variance=variance)
     return schedule.num_steps / (z_0[0].numel() * math.log(2)) * nats
@@ -135,13 +136,13 @@ def hybrid_loss(
     t: Int[Tensor, " b"],
     prediction: str,
 ) -> Float[Tensor, " b"]:
-    """L_hybrid = L_simple + 0.001 L_vlb per sample, with the mean detached in L_vlb and Sigma learned_range.
+    """Return L_hybrid = L_simple + 0.001 L_vlb per sample, with the mean detached in L_vlb and Sigma learned_range.
 
-    The VLB term moves v alone. t must be uniform, for L_vlb's sake. `output` and v are `Denoiser.output`'s.
+    L_vlb only trains v. t must be uniform, so that L_vlb is unbiased. `output` and v come from `Denoiser.output`.
     Source: Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 16.
 
     Raises:
-        ValueError: as `simple_loss` and `vlb_loss` do.
+        ValueError: as raised by `simple_loss` and `vlb_loss`.
     """
     simple = simple_loss(schedule, output, z_0, eps, t, prediction)
     fixed_mean = Prediction(to_z_0(schedule, output.detach(), z_t, t, prediction), v)
@@ -149,62 +150,63 @@ def hybrid_loss(
 
 
 class ImportanceTimesteps(nn.Module):
-    """Draws t in proportion to the size of L_vlb there, which varies by orders of magnitude over t.
+    """Importance sampling of t in proportion to the magnitude of L_vlb, which varies by orders of magnitude over t.
 
         p_t = 0.999 sqrt(E[L^2]) / sum_t sqrt(E[L^2]) + 0.001 / T,   w = 1 / (T p_t)
 
-    E is over the last 10 losses at t, and p is uniform until every t has 10: 10 T draws at least, about 25 T by
-    chance at T = 1000. E[w L] is the mean of L over all t. The history is kept in buffers, to be saved and resumed
-    with the weights; ranks that share them must all be given the losses of all.
-    Source: Nichol and Dhariwal 2021, arXiv:2102.09672, section 3.3; the uniform share is their code's.
+    E is the mean over the last 10 losses at t. Until each t has 10 losses, p is uniform; this takes at least 10 T
+    draws, and about 25 T random draws for T = 1000. E[w L] is the mean of L over all t. The history is stored in
+    buffers, so checkpoints include it. In distributed training, call `update` on each rank with the losses of all
+    ranks.
+    Source: Nichol and Dhariwal 2021, arXiv:2102.09672, section 3.3; the uniform share is from the authors' code.
     """
 
     history: Tensor
     counts: Tensor
 
-    kept = 10
+    history_length = 10
     uniform_share = 0.001
 
     def __init__(self, num_steps: int) -> None:
         super().__init__()
-        self.register_buffer("history", torch.zeros(num_steps, self.kept))
+        self.register_buffer("history", torch.zeros(num_steps, self.history_length))
         self.register_buffer("counts", torch.zeros(num_steps, dtype=torch.long))
 
     def probabilities(self) -> Float[Tensor, " num_steps"]:
-        """p_t over t = 1..T."""
+        """Return p_t for t = 1..T."""
         size = self.history.square().mean(1).sqrt()
         uniform = torch.full_like(size, 1 / len(size))
-        share = torch.where(self.counts.min() >= self.kept, size / size.sum(), uniform)
+        share = torch.where(self.counts.min() >= self.history_length, size / size.sum(), uniform)
         return (1 - self.uniform_share) * share + self.uniform_share * uniform
 
     def sample(
         self, batch: int, generator: torch.Generator | None = None
     ) -> tuple[Int[Tensor, " b"], Float[Tensor, " b"]]:
-        """Steps t in 1..T and the weights w of their losses, on the buffers' device, drawn on the generator's."""
+        """Draw t in 1..T on the generator's device; return t and the loss weights w on the buffers' device."""
         p = self.probabilities()
         source = p if generator is None else p.to(generator.device)
         index = torch.multinomial(source, batch, replacement=True, generator=generator).to(p.device)
         return index + 1, self.weights(index + 1)
 
     def weights(self, t: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
-        """w of losses at these t."""
+        """Return the loss weights w at t."""
         p = self.probabilities()
         return 1 / (len(p) * p[t - 1])
 
     @torch.no_grad()
     def update(self, t: Int[Tensor, " b"], losses: Float[Tensor, " b"]) -> None:
-        """Remember the unweighted L_vlb of each sample, as `vlb_loss` gives it.
+        """Record the unweighted L_vlb of each sample, as returned by `vlb_loss`.
 
         Raises:
             ValueError: if a loss is not finite.
         """
         if not losses.isfinite().all():
-            raise ValueError("importance sampling of t was given a loss that is not finite")
+            raise ValueError("the importance sampling of t received a loss that is not finite")
         t, order = t.to(self.counts.device).sort(stable=True)
-        times = torch.bincount(t - 1, minlength=len(self.counts))
-        rank = torch.arange(len(t), device=t.device) - (times.cumsum(0) - times)[t - 1]
-        # Of more than 10 losses at one t the last stay; no two of those share a place.
-        last = rank >= times[t - 1] - self.kept
-        place = (self.counts[t - 1] + rank) % self.kept
-        self.history[(t - 1)[last], place[last]] = losses.to(self.history)[order][last]
-        self.counts += times
+        new_counts = torch.bincount(t - 1, minlength=len(self.counts))
+        rank = torch.arange(len(t), device=t.device) - (new_counts.cumsum(0) - new_counts)[t - 1]
+        # If there are more than 10 losses at one t, only the last 10 are stored, each in a slot of its own.
+        is_recent = rank >= new_counts[t - 1] - self.history_length
+        slot = (self.counts[t - 1] + rank) % self.history_length
+        self.history[(t - 1)[is_recent], slot[is_recent]] = losses.to(self.history)[order][is_recent]
+        self.counts += new_counts

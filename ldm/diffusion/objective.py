@@ -1,8 +1,8 @@
-"""What a denoiser is trained for: which loss, what the network predicts, and how t is drawn; and what goes together.
+"""The training objective: the loss, the prediction type, how t is drawn, and which combinations are valid.
 
-simple, min_snr   L_simple: Sigma is fixed
-hybrid            L_simple + 0.001 L_vlb: L_simple moves the mean, L_vlb Sigma alone
-vlb               L_vlb moves both
+simple, min_snr   L_simple, with a fixed Sigma
+hybrid            L_simple + 0.001 L_vlb; L_simple trains the mean, L_vlb only trains Sigma
+vlb               L_vlb trains both
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from ldm.rules import Positive, apply_rules
 
 
 class Denoising(NamedTuple):
-    """One call of the network in training: z_t of z_0 and eps at t, and what `Denoiser.output` makes of it."""
+    """A training batch noised to t, with the output and v that `Denoiser.output` returns for it."""
 
     z_0: Tensor
     eps: Tensor
@@ -33,19 +33,20 @@ class Denoising(NamedTuple):
     def run(
         cls, denoiser: Denoiser, z_0: Tensor, eps: Tensor, t: Tensor, condition: Condition | None = None
     ) -> "Denoising":
-        """Noise z_0 to t, and call the network."""
+        """Noise z_0 to t and call the network."""
         z_t = marginal(denoiser.schedule, z_0, t, eps)
         return cls(z_0, eps, t, z_t, *denoiser.output(z_t, t, condition))
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised.
+    """Training objective: the loss, the prediction type, and the distribution of t.
 
     Args:
-        loss: simple, min_snr (with `gamma`), hybrid or vlb.
-        prediction: What the network outputs: eps, z_0, v or flow.
-        timesteps: How t is drawn while training: uniform, logit_normal or importance.
+        loss: simple, min_snr, hybrid or vlb.
+        prediction: The network's prediction type: eps, z_0, v or flow.
+        timesteps: The distribution of t in training: uniform, logit_normal or importance.
+        gamma: The upper limit on the SNR weight of min_snr; ignored by the other losses.
     """
 
     loss: str = "simple"
@@ -53,38 +54,38 @@ class Objective:
     timesteps: str = "uniform"
     gamma: Positive = 5.0
 
-    def variance(self, asked: str | None) -> str:
-        """Sigma to train with: what is asked for, else the network's own where the bound trains it."""
-        return asked or ("fixed_small" if self.loss in WEIGHTINGS else "learned_range")
+    def variance(self, override: str | None) -> str:
+        """Return `override` if set, else the default Sigma: learned_range for hybrid and vlb, otherwise fixed_small."""
+        return override or ("fixed_small" if self.loss in WEIGHTINGS else "learned_range")
 
-    def per_sample(self, schedule: NoiseSchedule, made: Denoising, variance: str) -> Float[Tensor, " b"]:
-        """The loss of each sample; `variance` is Sigma, as `check` allows it."""
-        return LOSSES[self.loss](self, schedule, made, variance)
+    def per_sample(self, schedule: NoiseSchedule, batch: Denoising, variance: str) -> Float[Tensor, " b"]:
+        """Return the loss of each sample; `variance` is a choice of Sigma that `check` accepts."""
+        return LOSSES[self.loss](self, schedule, batch, variance)
 
-    def simple(self, schedule: NoiseSchedule, made: Denoising, variance: str) -> Float[Tensor, " b"]:
-        """L_simple per sample, weighted by min-SNR where that is the loss."""
+    def simple(self, schedule: NoiseSchedule, batch: Denoising, variance: str) -> Float[Tensor, " b"]:
+        """Return L_simple per sample, with min-SNR weights if the loss is min_snr."""
         weighting = self.loss if self.loss in WEIGHTINGS else "simple"
-        sample = (made.output, made.z_0, made.eps, made.t, self.prediction)
+        sample = (batch.output, batch.z_0, batch.eps, batch.t, self.prediction)
         return simple_loss(schedule, *sample, weighting=weighting, gamma=self.gamma)
 
-    def vlb(self, schedule: NoiseSchedule, made: Denoising, variance: str) -> Float[Tensor, " b"]:
-        """L_vlb per sample, in bits per latent dimension."""
-        predicted = Prediction(to_z_0(schedule, made.output, made.z_t, made.t, self.prediction), made.v)
-        return vlb_loss(schedule, predicted, made.z_0, made.t, variance)
+    def vlb(self, schedule: NoiseSchedule, batch: Denoising, variance: str) -> Float[Tensor, " b"]:
+        """Return L_vlb per sample, in bits per latent dimension."""
+        prediction = Prediction(to_z_0(schedule, batch.output, batch.z_t, batch.t, self.prediction), batch.v)
+        return vlb_loss(schedule, prediction, batch.z_0, batch.t, variance)
 
-    def hybrid(self, schedule: NoiseSchedule, made: Denoising, variance: str) -> Float[Tensor, " b"]:
-        """L_hybrid per sample."""
-        sample = (made.output, made.v, made.z_0, made.z_t, made.eps, made.t, self.prediction)
+    def hybrid(self, schedule: NoiseSchedule, batch: Denoising, variance: str) -> Float[Tensor, " b"]:
+        """Return L_hybrid per sample."""
+        sample = (batch.output, batch.v, batch.z_0, batch.z_t, batch.eps, batch.t, self.prediction)
         return hybrid_loss(schedule, *sample)
 
     def check(self, variance: str, alpha_bar: Float[Tensor, "..."]) -> None:
-        """Refuse choices that would train nothing, something else than they say, or what does not exist.
+        """Raise an error for unknown choices or incompatible combinations.
 
         Args:
-            variance: Sigma that is trained with: fixed_small, fixed_large or learned_range.
+            variance: the Sigma to train with: fixed_small, fixed_large or learned_range.
 
         Raises:
-            ValueError: saying why the choices do not go together, and what to choose.
+            ValueError: explaining why the choices are incompatible, and what to choose instead.
         """
         apply_rules(Objective, vars(self))
         check_choice("objective", self.loss, tuple(LOSSES))
@@ -94,25 +95,25 @@ class Objective:
         if variance == "optimal":
             raise ValueError(
                 "variance optimal is fitted to a trained denoiser: train with fixed_small or fixed_large, and choose "
-                "optimal when sampling or measuring the bound"
+                "optimal when sampling or evaluating the bound"
             )
         if variance == "learned_range" and self.loss in WEIGHTINGS:
-            raise ValueError(f"objective {self.loss} would leave the learned Sigma untrained: choose hybrid or vlb")
+            raise ValueError(f"objective {self.loss} would not train the learned Sigma: choose hybrid or vlb")
         if variance != "learned_range" and self.loss == "hybrid":
             raise ValueError(
-                f"the VLB term of hybrid trains Sigma alone, and {variance} has nothing to train: choose variance "
+                f"the VLB term of hybrid only trains Sigma, but variance {variance} is fixed: choose variance "
                 "learned_range, or objective simple"
             )
         if self.timesteps == "importance" and self.loss != "vlb":
             raise ValueError(
-                f"importance draws t by the history of L_vlb, which {self.loss} does not minimise: choose timesteps "
-                "uniform"
+                f"timesteps importance needs the history of L_vlb, which {self.loss} does not minimise: choose "
+                "timesteps uniform"
             )
         if self.timesteps == "logit_normal" and self.loss not in WEIGHTINGS:
-            other = " or importance" if self.loss == "vlb" else ""
+            alternative = " or importance" if self.loss == "vlb" else ""
             raise ValueError(
-                f"{self.loss} estimates the sum of L_vlb over all t, which logit_normal would bias: choose timesteps "
-                f"uniform{other}"
+                f"{self.loss} estimates the sum of L_vlb over all t, which timesteps logit_normal would bias: choose "
+                f"timesteps uniform{alternative}"
             )
 
 
@@ -122,4 +123,4 @@ LOSSES: dict[str, Callable[[Objective, NoiseSchedule, Denoising, str], Tensor]] 
     "hybrid": Objective.hybrid,
     "vlb": Objective.vlb,
 }
-"""The loss of each name."""
+"""Loss functions by name."""

@@ -1,11 +1,11 @@
-"""Noise schedules: how much of the signal is left after t of T steps.
+"""Noise schedules: how much of the signal remains after t of T steps.
 
 Setting: a Markov chain z_0, z_1, ..., z_T with q(z_t | z_0) = N(sqrt(a_t) z_0, (1 - a_t) I), where
-a_t = alpha_bar[t] falls from a_0 = 1 towards 0. A table has T + 1 entries, so that a step may go from any t
-to any s < t, the last one to s = 0 included. u = t / T is the continuous time.
+a_t = alpha_bar[t] falls from a_0 = 1 towards 0. A table has T + 1 entries, so a reverse step can go from any
+t to any s < t, including s = 0. u = t / T is the continuous time.
 
-Between the steps 1..T the chain is continuous: log-SNR, log a_t / (1 - a_t), is interpolated monotone and C1
-through them. Below t = 1 log-SNR runs off to infinity and nothing is interpolated.
+Between the steps 1..T, log-SNR, log a_t / (1 - a_t), is interpolated by a monotone C1 curve, which makes the chain
+continuous. Below t = 1 nothing is interpolated, because log-SNR diverges to infinity.
 """
 
 import dataclasses
@@ -22,9 +22,9 @@ from torch import Tensor
 from ldm.rules import Steps, checked
 
 Step = int | float | Int[Tensor, " b"] | Float[Tensor, " b"]
-"""A step of the chain, or a real time in [1, T] between two: one for the whole batch, or one per sample."""
+"""A step of the chain, or a real time in [1, T]: a number for the whole batch, or a tensor with one per sample."""
 
-# log-SNR is -inf where alpha_bar = 0. A floor this low moves z by 1e-10.
+# log-SNR is -inf where alpha_bar = 0. A floor this low changes z by only 1e-10.
 ALPHA_BAR_FLOOR = 1e-20
 
 
@@ -38,16 +38,17 @@ class NoiseSchedule:
     >>> schedule.num_steps, schedule.snr(1).item()
     (4, 1.0)
 
-    Float64 because 1 - a_t and 1 - a_t / a_s cancel in float32. Coefficients are computed in float64 from
-    `at` and cast once, by `.to(z)`, where they meet the tensor. The arithmetic happens on the table's device:
-    move it with `to`, or leave it on the CPU (MPS has no float64). Real times are interpolated on the CPU.
+    The table is in float64 because 1 - a_t and 1 - a_t / a_s suffer from cancellation in float32. Coefficients are
+    computed in float64 from `at`, and cast once by `.to(z)` before they multiply the tensor. They are computed on
+    the table's device: move it with `to`, or leave it on the CPU (MPS has no float64). Real times are interpolated
+    on the CPU.
 
     Args:
-        name: what the schedule is called in configs and messages.
+        name: the name of the schedule in configs and messages.
         alpha_bar: float64, shape [T + 1], alpha_bar[0] = 1, strictly decreasing, in [0, 1].
 
     Raises:
-        ValueError: if the table breaks one of these rules.
+        ValueError: if the table violates one of these rules.
     """
 
     name: str
@@ -57,16 +58,16 @@ class NoiseSchedule:
         table = self.alpha_bar
         rule = f"schedule {self.name!r}: alpha_bar"
         if table.dtype != torch.float64:
-            raise ValueError(f"{rule} must be float64 because 1 - alpha_bar cancels; got {table.dtype}")
+            raise ValueError(f"{rule} must be float64, because 1 - alpha_bar cancels in float32; got {table.dtype}")
         if table.ndim != 1 or len(table) < 2:
             raise ValueError(f"{rule} must have shape [T + 1] with T >= 1; got {list(table.shape)}")
         if table[0] != 1:
-            raise ValueError(f"{rule}[0] must be 1, the clean latent; got {table[0].item()}")
+            raise ValueError(f"{rule}[0] must be 1, for the clean latent; got {table[0].item()}")
         if not table[-1] >= 0:
             raise ValueError(f"{rule}[T] must be at least 0; got {table[-1].item()}")
-        rising = ~(table.diff() < 0)
-        if rising.any():
-            t = int(rising.nonzero()[0]) + 1
+        not_falling = ~(table.diff() < 0)
+        if not_falling.any():
+            t = int(not_falling.nonzero()[0]) + 1
             raise ValueError(
                 f"{rule} must be strictly decreasing; got alpha_bar[{t - 1}] = {table[t - 1].item()} and "
                 f"alpha_bar[{t}] = {table[t].item()}"
@@ -79,67 +80,69 @@ class NoiseSchedule:
 
     @property
     def betas(self) -> Float64[Tensor, " num_steps"]:
-        """beta_t = 1 - a_t / a_{t-1} for t = 1..T: what diffusers calls trained_betas."""
+        """beta_t = 1 - a_t / a_{t-1} for t = 1..T, called trained_betas in diffusers."""
         return 1 - self.alpha_bar[1:] / self.alpha_bar[:-1]
 
     def at(self, t: Step, like: Float[Tensor, " b *z"]) -> Float64[Tensor, " _ *_"]:
-        """a_t in float64 on the table's device, of shape [b or 1, 1, ..., 1] to broadcast against `like`.
+        """Return a_t in float64 on the table's device, with shape [b or 1, 1, ..., 1], broadcastable to `like`.
 
-        A real t that is a whole number gives the table's own entry.
+        A real t with an integer value gives the table's entry exactly.
 
         Raises:
-            ValueError: unless t is one of 0..T, or real and in [1, T]; for a real t, as `log_snr_curve` does.
+            ValueError: unless t is one of 0..T, or real and in [1, T]; for a real t, as raised by
+                `log_snr_curve`.
         """
         return self._gather(t).reshape(-1, *(1,) * (like.ndim - 1))
 
     def snr(self, t: Step) -> Float64[Tensor, " *b"]:
-        """Signal-to-noise ratio a_t / (1 - a_t) in float64; infinite at t = 0.
+        """Return the signal-to-noise ratio a_t / (1 - a_t) in float64; infinite at t = 0.
 
-        Shape [] for a number, [b] for a tensor of steps.
+        The shape is [] for a number and [b] for a tensor of steps.
 
         Raises:
-            ValueError: as `at` does.
+            ValueError: as raised by `at`.
         """
         a_t = self._gather(t)
         return a_t / (1 - a_t)
 
     @cached_property
     def log_snr_curve(self) -> PchipInterpolator:
-        """log-SNR over real t in [1, T], monotone and C1: PCHIP through the table, in float64.
+        """log-SNR over real t in [1, T]: the monotone C1 PCHIP interpolant of the table, in float64.
 
-        An alpha_bar[T] of 0 counts as 1e-20.
-        Source: Fritsch and Butland 1984, doi:10.1137/0905021, as in scipy.
+        alpha_bar[T] = 0 is replaced by 1e-20.
+        Source: Fritsch and Butland 1984, doi:10.1137/0905021, as implemented in scipy.
 
         Raises:
             ValueError: if the chain has fewer than 2 steps; if alpha_bar is below 1e-20 before T.
         """
         if self.num_steps < 2:
-            raise ValueError(f"schedule {self.name!r} has one step: a real t needs at least two to lie between")
+            raise ValueError(f"schedule {self.name!r} has one step, but a real t needs at least two to lie between")
         if self.alpha_bar[-2] <= ALPHA_BAR_FLOOR:
             raise ValueError(
-                f"schedule {self.name!r} has no real t between steps of pure noise: alpha_bar is below "
-                f"{ALPHA_BAR_FLOOR} before T; use a gentler schedule"
+                f"schedule {self.name!r} cannot interpolate between steps of pure noise: alpha_bar is below "
+                f"{ALPHA_BAR_FLOOR} before T. Use a schedule that adds less noise"
             )
         log_snr = self.alpha_bar[1:].cpu().clamp(min=ALPHA_BAR_FLOOR).logit()
         return PchipInterpolator(range(1, self.num_steps + 1), log_snr.numpy())
 
     def rate(self, t: Step) -> Float64[Tensor, " *b"]:
-        """b(t) = -d log a / dt = (1 - a_t) (-d log-SNR / dt) >= 0, per unit of t; times T it is per unit of u.
+        """Return b(t) = -d log a / dt = (1 - a_t) (-d log-SNR / dt) >= 0, per unit of t.
 
-        Its integral from s to t is log(a_s / a_t). Float64 on the table's device, of the shape of `snr`.
+        Multiply it by T to get the rate per unit of u. Its integral from s to t is log(a_s / a_t). The result is in
+        float64 on the table's device and has the shape of `snr(t)`.
 
         Raises:
-            ValueError: unless 1 <= t <= T; as `log_snr_curve` does.
+            ValueError: unless 1 <= t <= T; as raised by `log_snr_curve`.
         """
         time = step_tensor(t).double()
         a_t = self._between(time)
         return (1 - a_t) * -self._curve(time, derivative=1)
 
     def time_at(self, log_snr: float) -> float:
-        """The real t whose log-SNR this is, or the nearer end of [1, T] if it lies outside.
+        """Return the real t with this log-SNR, clamped to [1, T].
 
         Raises:
-            ValueError: as `log_snr_curve` does.
+            ValueError: as raised by `log_snr_curve`.
         """
         curve = self.log_snr_curve
         if log_snr >= curve(1):
@@ -150,7 +153,7 @@ class NoiseSchedule:
         return float(brentq(lambda t: curve(t) - log_snr, left, left + 1))
 
     def to(self, device: torch.device | str) -> "NoiseSchedule":
-        """The same schedule with its table on `device`."""
+        """Return the schedule with its table on `device`."""
         return dataclasses.replace(self, alpha_bar=self.alpha_bar.to(device))
 
     def _gather(self, t: Step) -> Tensor:
@@ -158,12 +161,12 @@ class NoiseSchedule:
         if index.is_floating_point():
             return self._between(index)
         if ((index < 0) | (index > self.num_steps)).any():
-            raise ValueError(f"schedule {self.name!r} has the steps 0..{self.num_steps}; got t = {t}")
+            raise ValueError(f"schedule {self.name!r} has steps 0..{self.num_steps}; got t = {t}")
         return self.alpha_bar[index.to(self.alpha_bar.device)]
 
     def _between(self, t: Tensor) -> Tensor:
         if not ((t >= 1) & (t <= self.num_steps)).all():
-            raise ValueError(f"schedule {self.name!r} takes a real t in [1, {self.num_steps}]; got t = {t.tolist()}")
+            raise ValueError(f"schedule {self.name!r} needs a real t in [1, {self.num_steps}]; got t = {t.tolist()}")
         step = t.to(self.alpha_bar.device).round().long()
         return torch.where((t == t.round()).to(step.device), self.alpha_bar[step], self._curve(t).sigmoid())
 
@@ -173,30 +176,30 @@ class NoiseSchedule:
 
 
 def step_tensor(t: Step) -> Tensor:
-    """A step as a tensor: a whole number stays one, a Python float is float64."""
+    """Convert a step to a tensor: integers stay integers, a Python float becomes float64."""
     return torch.as_tensor(t, dtype=torch.float64 if isinstance(t, float) else None)
 
 
 @checked
 def linear(num_steps: Steps = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
-    """beta_t linear in t.
+    """Schedule with beta_t linear in t.
 
     Source: Ho et al. 2020, arXiv:2006.11239, section 4.
 
     Raises:
-        ValueError: if the betas leave (0, 1], through the table's own rules.
+        ValueError: if a beta is outside (0, 1], as raised by `NoiseSchedule`.
     """
     return _from_betas("linear", torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64))
 
 
 @checked
 def scaled_linear(num_steps: Steps = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> NoiseSchedule:
-    """sqrt(beta_t) linear in t, the schedule of latent diffusion and Stable Diffusion.
+    """Schedule with sqrt(beta_t) linear in t, used by latent diffusion and Stable Diffusion.
 
     Source: Rombach et al. 2022, arXiv:2112.10752 (the authors' code; the paper does not state it).
 
     Raises:
-        ValueError: if the betas leave (0, 1], through the table's own rules.
+        ValueError: if a beta is outside (0, 1], as raised by `NoiseSchedule`.
     """
     roots = torch.linspace(beta_start**0.5, beta_end**0.5, num_steps, dtype=torch.float64)
     return _from_betas("scaled_linear", roots**2)
@@ -204,7 +207,7 @@ def scaled_linear(num_steps: Steps = 1000, beta_start: float = 0.00085, beta_end
 
 @checked
 def cosine(num_steps: Steps = 1000, offset: float = 0.008, max_beta: float = 0.999) -> NoiseSchedule:
-    """a_t = f(u) / f(0) with f(u) = cos^2(pi/2 (u + offset) / (1 + offset)) and beta_t capped at max_beta.
+    """Cosine schedule: a_t = f(u) / f(0) with f(u) = cos^2(pi/2 (u + offset) / (1 + offset)) and beta_t <= max_beta.
 
     >>> from ldm import cosine
     >>> [round(cosine(1000).alpha_bar[t].item(), 3) for t in (0, 250, 500, 750, 1000)]
@@ -223,9 +226,9 @@ def cosine(num_steps: Steps = 1000, offset: float = 0.008, max_beta: float = 0.9
 
 @checked
 def rectified_flow(num_steps: Steps = 1000) -> NoiseSchedule:
-    """a_t = (1-u)^2 / ((1-u)^2 + u^2): straight paths (1-u) z_0 + u eps, rescaled to preserve variance.
+    """Schedule with a_t = (1-u)^2 / ((1-u)^2 + u^2): straight paths (1-u) z_0 + u eps, rescaled to preserve variance.
 
-    a_T = 0: the chain ends in pure noise, and eps cannot be predicted there.
+    Since a_T = 0, the chain ends in pure noise, where a prediction of eps does not determine z_0.
     Source: Liu et al. 2023, arXiv:2209.03003; the rescaling is Kingma and Gao 2023, arXiv:2303.00848.
 
     Raises:

@@ -54,18 +54,18 @@ def plot_curves(names: Sequence[str], runs: Sequence[tuple[str, Mapping[str, Cur
     Args:
         runs: The title of each run, and its curves by name. Runs with the same title share a colour.
     """
-    shown = [name for name in names if any(name in curves for _, curves in runs)]
-    if not shown:
+    available = [name for name in names if any(name in curves for _, curves in runs)]
+    if not available:
         return None
-    columns = min(COLUMNS, len(shown))
-    rows = -(-len(shown) // columns)
+    columns = min(COLUMNS, len(available))
+    rows = -(-len(available) // columns)
     figure = Figure(figsize=(4.3 * columns, 2.9 * rows + 0.7), layout="constrained")
     colours = dict(zip(dict.fromkeys(title for title, _ in runs), cycle(COLOURS), strict=False))
-    for i, name in enumerate(shown):
+    for i, name in enumerate(available):
         axes = figure.add_subplot(rows, columns, i + 1)
         for title, curves in runs:
             if name in curves:
-                steps, values = _smoothed(name, curves[name])
+                steps, values = _smooth(name, curves[name])
                 marker = "o" if len(steps) < SMOOTHING_WIDTH else None
                 axes.plot(steps, values, color=colours[title], lw=1, marker=marker, ms=3)
         axes.set_title(name + (", moving average" if name.startswith("train/") else ""), fontsize=10)
@@ -77,8 +77,8 @@ def plot_curves(names: Sequence[str], runs: Sequence[tuple[str, Mapping[str, Cur
     return figure
 
 
-def _smoothed(name: str, curve: Curve) -> Curve:
-    """Return the moving average of a training curve, whose values are of single batches; return other curves as is."""
+def _smooth(name: str, curve: Curve) -> Curve:
+    """Return the moving average of a training curve, whose values come from single batches. Return others unchanged."""
     steps, values = curve
     width = min(SMOOTHING_WIDTH, len(values) // 10)
     if not name.startswith("train/") or width < 2:

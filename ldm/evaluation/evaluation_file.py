@@ -57,7 +57,7 @@ def _read_metric(name: str, value: float, content: Mapping[str, Any]) -> Metric:
         and not (last in WITHOUT_SAMPLER and key.startswith(("guidance", "sampler")))
     }
     error = content.get(name + ERROR_SUFFIX)
-    dof: float = next((dof for begin, dof in DOF.items() if name.startswith(f"{begin}_")), math.inf)
+    dof: float = next((dof for prefix, dof in DOF.items() if name.startswith(f"{prefix}_")), math.inf)
     if error is None and first == "retrieval" and last != "chance":
         # there are as many images as samples, unless the file states a smaller number
         num = content.get("num_held_out" if "_held_out_" in name else f"num_{last}")

@@ -67,13 +67,13 @@ def feature_title(content: Mapping[str, Any]) -> str:
 def extract(network: nn.Module, images: Tensor | ImageSet, title: str, batch_size: int = 64) -> Tensor:
     """Return the features of images [N, 3, H, W] or of an image set, computed in batches, with a progress bar."""
     device = next(network.parameters()).device
-    parts = []
+    batches = []
     with torch.no_grad():
         for start in track(range(0, len(images), batch_size), title):
             rows = range(start, min(start + batch_size, len(images)))
-            part = images[rows.start : rows.stop] if isinstance(images, Tensor) else images.batch(rows)
-            parts.append(network(part.to(device)).float().cpu())
-    return torch.cat(parts)
+            batch = images[rows.start : rows.stop] if isinstance(images, Tensor) else images.batch(rows)
+            batches.append(network(batch.to(device)).float().cpu())
+    return torch.cat(batches)
 
 
 def reference_features(network: nn.Module, name: str, images: ImageData) -> Tensor:

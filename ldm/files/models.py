@@ -47,7 +47,7 @@ def load_model(kind: Any, folder: Path) -> Any:
     try:
         model, loading_info = kind.from_pretrained(folder, **options, output_loading_info=True)
     except Exception as error:  # diffusers raises OSError, RuntimeError, KeyError, ..., depending on the mismatch
-        raise UserError(f"The weights in {folder} do not match its config ({first_line(error)}). {REMEDY}") from error
+        raise UserError(f"{folder}: the weights do not match the config ({first_line(error)}). {REMEDY}") from error
     if missing := sorted(loading_info["missing_keys"]):
         raise UserError(f"The weights in {folder} are incomplete. Missing: {', '.join(missing[:3])}. {REMEDY}")
     for name, value in model.state_dict().items():
@@ -64,8 +64,7 @@ def _check_config(config: dict[str, Any], num_tensors: int, file: Path) -> None:
         values = value if isinstance(value, list) else [value]
         too_deep = ("layers" in key or "depth" in key) and any(isinstance(v, int) and v > num_tensors for v in values)
         if too_deep or len(values) > MAX_LIST_LENGTH:
-            limit = f"the {num_tensors} tensors in the weights next to it"
-            raise UserError(f"{file}: {key}={str(value)[:40]} is more than {limit} allow. {REMEDY}")
+            raise UserError(f"{file}: {key}={str(value)[:40]} is too large for {num_tensors} weight tensors. {REMEDY}")
 
 
 def _weight_files(folder: Path) -> list[Path]:

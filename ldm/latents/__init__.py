@@ -1,1 +1,1 @@
-"""What passes between the stages: latents under a contract, their statistics and captions."""
+"""Data passed between the stages: cached latents with their contract and statistics, and caption embeddings."""

@@ -1,7 +1,7 @@
-"""Latents as data: every image encoded once to its posterior's moments, in a memory-mapped cache under a contract.
+"""Cache of encoded latents: the posterior moments of every image in a memory-mapped file, with a contract.
 
-The moments are kept, not one frozen draw: z_raw is sampled and standardised whenever a batch is read. The
-contract says which weights, images and transform the latents come from; it is checked wherever they are used.
+The cache stores moments rather than a single sample, so z_raw is sampled and standardised each time a batch is read.
+The contract records which weights, images and transform produced the latents. It is checked wherever they are used.
 """
 
 import shutil
@@ -20,15 +20,15 @@ from ldm.files.lock import cache_lock
 from ldm.files.reading import DISK_FULL
 from ldm.files.untrusted import read_array
 from ldm.latents.contract import CONTRACT_FILE, LatentContract
-from ldm.latents.encoding import MOMENTS_FILE, Encode, NotFinite, check_moments, encode_moments
+from ldm.latents.encoding import MOMENTS_FILE, Encode, NonFiniteLatentsError, check_moments, encode_moments
 
 REMEDY = "Delete that folder; the latents will be encoded again."
 
 
 class LatentData:
-    """The moments of every image, memory-mapped float32 [N, views, 2, C, h, w] (mean, log-variance).
+    """Posterior moments of every image: memory-mapped float32 [N, views, 2, C, h, w] (mean, log-variance).
 
-    View 1, where there are two, is the image flipped left to right.
+    View 0 is the original image. View 1, if present, is its horizontal flip.
     """
 
     def __init__(self, path: Path, contract: LatentContract, images: ImageData) -> None:
@@ -38,21 +38,24 @@ class LatentData:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of one latent."""
+        """Shape (C, h, w) of one latent."""
         return self.moments.shape[-3:]
 
     def batch(self, indices: Any, view: int = 0) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance, each [b, C, h, w]."""
+        """Return the mean and log-variance of these images, each [b, C, h, w]."""
         moments = torch.from_numpy(np.array(self.moments[np.asarray(indices), view]))
         return moments[:, 0], moments[:, 1]
 
 
 def latents_folder(contract: LatentContract, cache_dir: Path | str | None = None) -> Path:
-    """Where the cache of these latents is. One from before its name covered the whole contract is used as it is."""
+    """Return the cache folder for this contract.
+
+    Older versions did not include the whole contract in the folder name. Such a folder is used if its contract matches.
+    """
     cache = Path(cache_dir or default_cache_dir()).expanduser()
     folder = cache / f"latents-{contract.key}"
     earlier = cache / f"latents-{contract.key.rpartition('-')[0]}{'-flip' * contract.flip}"
-    return earlier if not folder.exists() and _is_of(earlier, contract) else folder
+    return earlier if not folder.exists() and _has_contract(earlier, contract) else folder
 
 
 def open_latents(
@@ -63,16 +66,16 @@ def open_latents(
     cache_dir: Path | str | None = None,
     batch_size: int = 64,
 ) -> LatentData:
-    """Open the cache of these latents, encoding train and validation images first where it does not exist.
+    """Open the latent cache. If it does not exist, encode the training and validation images first.
 
-    An encoding that was interrupted goes on where it was. A second process waits for the first. What was written to
-    since it was last compared with its SHA-256 is compared again.
+    An interrupted encoding resumes at the last complete chunk. A lock ensures that only one process encodes. If the
+    file was modified after its last verification, its SHA-256 digests are checked again.
 
     Args:
         encode: images [b, 3, H, W] in [-1, 1] -> mean and log-variance [b, C, h, w].
 
     Raises:
-        UserError: a cache that breaks its contract or whose bytes changed, too little room, latents not finite.
+        UserError: the cache does not match its contract or was modified, the disk is full, or a latent is not finite.
     """
     folder = latents_folder(contract, cache_dir)
     if not folder.exists():
@@ -80,21 +83,21 @@ def open_latents(
             if not folder.exists():
                 _encode(folder, encode, contract, images, batch_size)
     if not (folder / CONTRACT_FILE).is_file():
-        raise UserError(f"{folder} has no {CONTRACT_FILE}, which says what latents it holds. {REMEDY}")
+        raise UserError(f"{folder} has no {CONTRACT_FILE}, so its latents cannot be identified. {REMEDY}")
     contract.check(LatentContract.load(folder), "this run", str(folder))
     check_moments(folder)
     latents, expected = LatentData(folder, contract, images), _shape(contract, images)
     if latents.moments.shape != expected or latents.moments.dtype != contract.dtype:
-        found = f"{latents.moments.dtype} {latents.moments.shape}"
-        raise UserError(f"{folder} holds {found}, but its contract means {contract.dtype} {expected}. {REMEDY}")
+        actual = f"{latents.moments.dtype} {latents.moments.shape}"
+        raise UserError(f"{folder} contains {actual}, but its contract requires {contract.dtype} {expected}. {REMEDY}")
     return latents
 
 
 def verify_latents(images: ImageData) -> Iterator[Path]:
-    """Compare every byte of the latents of these images with what was written; yields their folders.
+    """Verify the digests of all cached latents of these images, and yield each verified folder.
 
     Raises:
-        UserError: naming the images whose latents changed.
+        UserError: a cache was modified. The message lists the affected images.
     """
     for folder in sorted(images.path.parent.glob("latents-*")):
         if LatentContract.load(folder).data_fingerprint == images.fingerprint:
@@ -108,15 +111,15 @@ def _shape(contract: LatentContract, images: ImageData) -> tuple[int, ...]:
 
 
 def _encode(folder: Path, encode: Encode, contract: LatentContract, images: ImageData, batch_size: int) -> None:
-    """Fill `.<folder>.unfinished`, which a later call finds again, and give it the folder's name."""
+    """Encode into `.<folder>.unfinished`, which a later call can resume, and rename it when complete."""
     unfinished = folder.with_name(f".{folder.name}.unfinished")
-    if unfinished.exists() and not _is_of(unfinished, contract):
+    if unfinished.exists() and not _has_contract(unfinished, contract):
         shutil.rmtree(unfinished)
-    shape, done = _shape(contract, images), unfinished / MOMENTS_FILE
-    needed = 4 * int(np.prod(shape)) - (done.stat().st_size if done.is_file() else 0)
+    shape, partial = _shape(contract, images), unfinished / MOMENTS_FILE
+    needed = 4 * int(np.prod(shape)) - (partial.stat().st_size if partial.is_file() else 0)
     free = shutil.disk_usage(folder.parent).free
     if needed > free:
-        rule = f"has {free / 1e9:.1f} GB free, but the latents need {needed / 1e9:.1f} GB: free some space"
+        rule = f"has {free / 1e9:.1f} GB free, but the latents need {needed / 1e9:.1f} GB. Free some disk space"
         raise InputError("cache_dir", folder.parent, rule)
     try:
         if not unfinished.exists():
@@ -127,17 +130,17 @@ def _encode(folder: Path, encode: Encode, contract: LatentContract, images: Imag
         sync(unfinished)
         unfinished.replace(folder)
         sync(folder.parent)
-    except NotFinite:
+    except NonFiniteLatentsError:
         shutil.rmtree(unfinished)
         raise
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
-        rule = f"filled up. What is done is kept in {unfinished}: free some space, and the same command continues there"
+        rule = f"is full. Finished chunks are kept in {unfinished}. Free some space and repeat the command to resume"
         raise InputError("cache_dir", folder.parent, rule) from error
 
 
-def _is_of(folder: Path, contract: LatentContract) -> bool:
+def _has_contract(folder: Path, contract: LatentContract) -> bool:
     try:
         return LatentContract.load(folder) == contract
     except UserError:

@@ -1,4 +1,4 @@
-"""Caption embeddings as data: computed once by a frozen text encoder, memory-mapped ever after."""
+"""Cache of caption embeddings, computed once by a frozen text encoder and memory-mapped from then on."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,10 +17,11 @@ from ldm.progress import progress
 
 
 class CaptionData:
-    """The embeddings of each image's captions, memory-mapped.
+    """Memory-mapped embeddings of the captions of each image.
 
     Args:
-        counts: How many captions each image has, [N]; those of one image are rows after each other. None: one each.
+        counts: Number of captions of each image, [N]. The captions of an image are in consecutive rows. None means that
+            every image has exactly one caption.
     """
 
     def __init__(self, folder: Path, counts: np.ndarray | None = None) -> None:
@@ -29,15 +30,15 @@ class CaptionData:
         self._first = None if counts is None else np.concatenate([[0], counts.cumsum()[:-1]])
 
     def batch(self, indices: Any, draws: np.ndarray | None = None) -> dict[str, Tensor]:
-        """A condition for these images, by their first captions.
+        """Return the condition for these images, by default from the first caption of each.
 
         Args:
-            draws: A number from [0, 1) for each of them, [b], which chooses among its captions instead.
+            draws: Random numbers in [0, 1), one per image, [b]. Each selects one of the image's captions.
         """
         rows = np.asarray(indices)
         if self.counts is not None and self._first is not None:
-            chosen = 0 if draws is None else (draws * self.counts[rows]).astype(np.int64)
-            rows = self._first[rows] + chosen
+            caption = 0 if draws is None else (draws * self.counts[rows]).astype(np.int64)
+            rows = self._first[rows] + caption
         return {name: torch.from_numpy(np.array(array[rows])) for name, array in self.arrays.items()}
 
 
@@ -49,16 +50,16 @@ def open_captions(
     cache_dir: Path | str | None = None,
     batch_size: int = 256,
 ) -> CaptionData:
-    """Open the embeddings of these captions, computing them where they do not exist yet.
+    """Open the cached embeddings of these captions. Compute them first if they are not in the cache.
 
     Args:
-        encode: captions -> batch-first tensors by name; row i depends on caption i alone.
-        captions: Of each image, one or several.
-        encoder: Plain values that identify the encoder; they key the cache together with the captions.
+        encode: captions -> batch-first tensors by name. Row i must depend on caption i only.
+        captions: One caption or a list of captions for each image.
+        encoder: Plain values that identify the encoder. The cache key is a digest of these values and the captions.
     """
-    several = [[one] if isinstance(one, str) else list(one) for one in captions]
-    counts = np.array([len(of_image) for of_image in several], dtype=np.int64)
-    texts = [text for of_image in several for text in of_image]
+    by_image = [[entry] if isinstance(entry, str) else list(entry) for entry in captions]
+    counts = np.array([len(image_captions) for image_captions in by_image], dtype=np.int64)
+    texts = [text for image_captions in by_image for text in image_captions]
     key = sha256_of_values([encoder, texts])[:12]
     folder = Path(cache_dir or default_cache_dir()).expanduser() / f"captions-{key}"
     if not folder.is_dir():
@@ -76,8 +77,8 @@ def _embed(
     with progress() as bar:
         task = bar.add_task("embedding captions", total=len(captions))
         for start in range(0, len(captions), batch_size):
-            part = encode(captions[start : start + batch_size])
-            for name, value in part.items():
+            embeddings = encode(captions[start : start + batch_size])
+            for name, value in embeddings.items():
                 if name not in arrays:
                     shape, dtype = (len(captions), *value.shape[1:]), value.numpy().dtype
                     arrays[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shape)

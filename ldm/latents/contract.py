@@ -1,4 +1,4 @@
-"""The contract between the stages: which weights, images and transform latents come from."""
+"""The contract between the stages: the weights, images and transform that produced the latents."""
 
 import json
 from dataclasses import asdict, dataclass, fields
@@ -13,18 +13,18 @@ CONTRACT_FILE = "contract.json"
 
 CONTRACT_FORMAT = 1
 
-REMEDY = "Delete its folder if that is a cache of latents; they will be encoded again."
+REMEDY = "If it belongs to a latent cache, delete its folder. The latents will be encoded again."
 
 
 @dataclass(frozen=True)
 class LatentContract:
-    """What latents are: two sides that exchange latents must agree in every field.
+    """Identity of a set of latents. Whoever writes latents and whoever reads them must agree on every field.
 
     >>> from pathlib import Path
     >>> from ldm import LatentContract
     >>> here = LatentContract.load(Path("runs/vae/demo"))
     >>> there = LatentContract.load(Path("runs/diffusion/demo/pipeline"))
-    >>> here.check(there, "the autoencoder", "the pipeline")  # raises UserError where they differ
+    >>> here.check(there, "the autoencoder", "the pipeline")  # raises UserError if they differ
     """
 
     autoencoder_sha256: str
@@ -39,16 +39,19 @@ class LatentContract:
 
     @property
     def key(self) -> str:
-        """Names the cache folder. It covers every field that `check` compares, so that latents under one contract never
-        meet the cache of another: the first two fields to recognise, a digest of all of them."""
+        """Key in the name of the cache folder.
+
+        It consists of short prefixes of the first two fields, for readability, and of a digest of all fields. Different
+        contracts therefore never share a cache.
+        """
         digest = sha256_of_values(asdict(self))
         return f"{self.autoencoder_sha256[:12]}-{self.data_fingerprint[:12]}-{digest[:12]}"
 
     def check(self, other: "LatentContract", here: str, there: str) -> None:
-        """Compare with the other side.
+        """Compare this contract with another one. `here` and `there` name the two in the error message.
 
         Raises:
-            UserError: naming every field that differs, with both sides.
+            UserError: the contracts differ. The message lists every differing field with both values.
         """
         differing = [
             f"{field.name} is {getattr(self, field.name)} in {here} but {getattr(other, field.name)} in {there}"
@@ -57,8 +60,8 @@ class LatentContract:
         ]
         if differing:
             raise UserError(
-                f"The latents do not fit: {'; '.join(differing)}. Use the autoencoder and the data that belong "
-                "together, or start a new run."
+                f"The latents do not match: {'; '.join(differing)}. Use the autoencoder and the data of the same run, "
+                "or start a new run."
             )
 
     def save(self, folder: Path) -> None:
@@ -66,18 +69,18 @@ class LatentContract:
 
     @classmethod
     def load(cls, folder: Path) -> "LatentContract":
-        """Read contract.json.
+        """Load the contract from contract.json.
 
         Raises:
-            UserError: missing, damaged, or of another format.
+            UserError: the file is missing or damaged, or its format is not supported.
         """
         path = folder / CONTRACT_FILE
         if not path.is_file():
-            raise UserError(f"{folder} has no {CONTRACT_FILE}: it does not say which latents it belongs to.")
+            raise UserError(f"{folder} has no {CONTRACT_FILE}, so its latents cannot be identified.")
         try:
             content = read_json(path)
-            if (found := content.pop("format")) == CONTRACT_FORMAT:
+            if (version := content.pop("format")) == CONTRACT_FORMAT:
                 return to_dataclass(cls, content, path)
         except (UserError, KeyError) as error:
             raise UserError(f"{path} is damaged ({error}). {REMEDY}") from error
-        raise UserError(f"{path} has format {found}; this version reads {CONTRACT_FORMAT}. {REMEDY}")
+        raise UserError(f"{path} has format {version}, but this version reads format {CONTRACT_FORMAT}. {REMEDY}")

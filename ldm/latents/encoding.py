@@ -1,9 +1,10 @@
-"""Images -> a file of moments, in chunks that an interruption does not take back.
+"""Encode images into a file of posterior moments, in chunks, so that an interrupted encoding can be resumed.
 
-Rows are appended in the order of the images, always in the same batches, for networks round differently in batches of
-another size. Every chunk of whole batches gets a SHA-256 in a journal; whoever comes next compares the chunks with it,
-goes on after the last good one, and ends with the bytes of an encoding that was never interrupted (on the same machine
-with the same number of threads). The journal of a finished file is what it is compared with whenever it is opened.
+Rows are appended in image order. The batches are always the same, because networks round differently at other batch
+sizes. A chunk consists of complete batches, and the SHA-256 of each chunk is recorded in a journal. To resume, the
+chunks are compared with the journal, and encoding continues after the last intact one. The resulting file is bitwise
+identical to that of an uninterrupted encoding (on the same machine with the same number of threads). When a finished
+file is opened, it is verified against its journal.
 """
 
 import io
@@ -34,20 +35,20 @@ CHUNK_IMAGES = 512
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-class NotFinite(UserError):
-    """Latents that no later attempt will make finite."""
+class NonFiniteLatentsError(UserError):
+    """Raised if the encoder returns NaN or infinity. Encoding again would not help."""
 
 
 def encode_moments(
     folder: Path, encode: Encode, images: ImageData, shape: tuple[int, ...], dtype: str, batch_size: int
 ) -> None:
-    """Write the moments file of a folder, going on where an earlier call was interrupted.
+    """Write the moments file in `folder`, resuming an interrupted encoding if there is one.
 
     Args:
-        shape: (images, views, 2, C, h, w)
+        shape: (images, views, 2, C, h, w).
 
     Raises:
-        NotFinite: the autoencoder diverged.
+        NonFiniteLatentsError: a latent is not finite, because the training of the autoencoder diverged.
     """
     header = npy_header(shape, dtype)
     row_bytes = int(np.prod(shape[1:])) * np.dtype(dtype).itemsize
@@ -55,53 +56,53 @@ def encode_moments(
     layout = Layout(len(header), row_bytes, shape[0], chunk_rows)
     chunks = layout.chunks()
     file_path = folder / MOMENTS_FILE
-    kept = _kept(folder, layout, batch_size)
-    done = chunks[len(kept) - 1].stop if kept else 0
+    digests = _intact_digests(folder, layout, batch_size)
+    done = chunks[len(digests) - 1].stop if digests else 0
     if done:
-        logging.getLogger(__name__).info("%d of %d images were encoded before: going on there.", done, shape[0])
+        logging.getLogger(__name__).info("Resuming: %d of %d images are already encoded.", done, shape[0])
 
-    # unbuffered: what a full disk refused is not tried again when the file is closed
-    with file_path.open("r+b" if kept else "w+b", buffering=0) as file, progress() as bar:
+    # unbuffered, so that closing the file does not retry a write that failed on a full disk
+    with file_path.open("r+b" if digests else "w+b", buffering=0) as file, progress() as bar:
         task = bar.add_task("encoding latents", total=shape[0], completed=done)
-        if not kept:
+        if not digests:
             _append(file, header)
         file.truncate(layout.offset(done))
         file.seek(layout.offset(done))
-        for rows in chunks[len(kept) :]:
+        for rows in chunks[len(digests) :]:
             for start in range(rows.start, rows.stop, batch_size):
                 indices = range(start, min(start + batch_size, rows.stop))
                 _append(file, _moments(encode, images, indices, shape, dtype))
                 bar.advance(task, len(indices))
-            kept += chunk_digests(file_path, layout, [rows])
+            digests += chunk_digests(file_path, layout, [rows])
             os.fsync(file.fileno())
-            write_text(folder / JOURNAL_FILE, json.dumps(_journal(layout, batch_size) | {"sha256": kept}) + "\n")
-    mark_verified(file_path, kept)
+            write_text(folder / JOURNAL_FILE, json.dumps(_journal(layout, batch_size) | {"sha256": digests}) + "\n")
+    mark_verified(file_path, digests)
 
 
 def check_moments(folder: Path, *, every_byte: bool = False) -> None:
-    """Compare a moments file with the journal beside it. A folder of an earlier version has none and passes.
+    """Verify the moments file against its journal. Older caches have no journal and are accepted unverified.
 
     Args:
-        every_byte: Compare all of it, also where its size and time say that nothing was written.
+        every_byte: Verify all chunks even if the size and modification time of the file are unchanged.
 
     Raises:
-        UserError: naming the images whose latents changed; or its disk does not let it be read.
+        UserError: the file was modified (the message lists the affected images) or cannot be read.
     """
     if not (folder / JOURNAL_FILE).is_file():
-        logging.getLogger(__name__).info("%s keeps no digests: its bytes are not compared.", folder)
+        logging.getLogger(__name__).info("%s has no digests, so its contents are not verified.", folder)
         return
-    remedy = f"Delete {folder}; the latents will be encoded again."
+    remedy = f"Delete {folder}. The latents will be encoded again."
     try:
         journal = _read_journal(folder)
         layout = Layout(*(journal[key] for key in ("header_bytes", "row_bytes", "num_rows", "chunk_rows")))
         bad = changed_rows(folder / MOMENTS_FILE, layout, journal["sha256"], every_byte=every_byte)
     except (*MISSING_FILE, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / JOURNAL_FILE} does not fit {MOMENTS_FILE} ({error}). {remedy}") from error
+        raise UserError(f"{folder / JOURNAL_FILE} does not match {MOMENTS_FILE} ({error}). {remedy}") from error
     except OSError as error:
         raise unreadable_error(folder, error) from error
     if bad:
-        parts = ", ".join(f"{rows.start} to {rows.stop - 1}" for rows in bad[:5]) + ", ..." * (len(bad) > 5)
-        raise UserError(f"{folder / MOMENTS_FILE} changed since it was encoded: images {parts}. {remedy}")
+        ranges = ", ".join(f"{rows.start} to {rows.stop - 1}" for rows in bad[:5]) + ", ..." * (len(bad) > 5)
+        raise UserError(f"{folder / MOMENTS_FILE} was modified after encoding. Affected images: {ranges}. {remedy}")
 
 
 def _moments(encode: Encode, images: ImageData, indices: range, shape: tuple[int, ...], dtype: str) -> memoryview:
@@ -110,16 +111,17 @@ def _moments(encode: Encode, images: ImageData, indices: range, shape: tuple[int
     for view in range(shape[1]):
         encoded = torch.stack(encode(pixels.flip(-1) if view else pixels), dim=1).float().cpu()
         if not encoded.isfinite().all():
-            remedy = "its training diverged. Train it again with a lower learning rate."
-            raise NotFinite(f"The latents of images {indices.start} to {indices.stop - 1} are not finite: {remedy}")
+            remedy = "The training of the autoencoder diverged. Train it again with a lower learning rate."
+            message = f"The latents of images {indices.start} to {indices.stop - 1} are not finite."
+            raise NonFiniteLatentsError(f"{message} {remedy}")
         moments[:, view] = encoded.numpy()
     return moments.data.cast("B")
 
 
 def _append(file: io.FileIO, data: bytes | memoryview) -> None:
-    rest = memoryview(data)
-    while rest:  # a file may take less than it is given
-        rest = rest[file.write(rest) :]
+    remaining = memoryview(data)
+    while remaining:  # an unbuffered write can be partial
+        remaining = remaining[file.write(remaining) :]
 
 
 def _read_journal(folder: Path) -> dict[str, Any]:
@@ -133,20 +135,22 @@ def _journal(layout: Layout, batch_size: int) -> dict[str, Any]:
     return {"format": JOURNAL_FORMAT, "batch_size": batch_size, **vars(layout)}
 
 
-def _kept(folder: Path, layout: Layout, batch_size: int) -> list[str]:
-    """The digests of the chunks that are done: none where the journal is of other batches, or is not whole.
+def _intact_digests(folder: Path, layout: Layout, batch_size: int) -> list[str]:
+    """Return the digests of the leading chunks that are intact.
+
+    The list is empty if the journal is missing, damaged or was written with another layout or batch size.
 
     Raises:
-        UserError: the disk does not let them be read.
+        UserError: the chunks cannot be read.
     """
     try:
         journal = _read_journal(folder)
-        known = journal.pop("sha256")
+        recorded = journal.pop("sha256")
         if journal != _journal(layout, batch_size):
             return []
-        found = chunk_digests(folder / MOMENTS_FILE, layout, layout.chunks()[: len(known)])
+        actual = chunk_digests(folder / MOMENTS_FILE, layout, layout.chunks()[: len(recorded)])
     except (*MISSING_FILE, ValueError, KeyError, TypeError, AttributeError):
         return []
     except OSError as error:
         raise unreadable_error(folder, error) from error
-    return [one for one, _ in takewhile(lambda pair: pair[0] == pair[1], zip(found, known, strict=False))]
+    return [digest for digest, _ in takewhile(lambda pair: pair[0] == pair[1], zip(actual, recorded, strict=False))]

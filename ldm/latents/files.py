@@ -1,4 +1,4 @@
-"""Latents in a safetensors file: moments by image, with the autoencoder's SHA-256 in the header."""
+"""Export latents to a safetensors file and decode them. Its header contains the SHA-256 of the autoencoder."""
 
 from pathlib import Path
 
@@ -16,12 +16,12 @@ FORMAT = "1"
 
 
 def encode_file(autoencoder: Autoencoder, images: ImageData, out: Path, batch_size: int = 64) -> int:
-    """Write `mean` and `log_variance` [N, C, h, w] of every image; returns N."""
+    """Write `mean` and `log_variance` [N, C, h, w] of every image to `out`, and return N."""
     starts = range(0, len(images), batch_size)
-    parts = [autoencoder.encode(images.batch(range(start, min(start + batch_size, len(images))))) for start in starts]
+    moments = [autoencoder.encode(images.batch(range(start, min(start + batch_size, len(images))))) for start in starts]
     tensors = {
-        "mean": torch.cat([mean.float().cpu() for mean, _ in parts]).contiguous(),
-        "log_variance": torch.cat([log_variance.float().cpu() for _, log_variance in parts]).contiguous(),
+        "mean": torch.cat([mean.float().cpu() for mean, _ in moments]).contiguous(),
+        "log_variance": torch.cat([log_variance.float().cpu() for _, log_variance in moments]).contiguous(),
     }
     header = {
         "format": FORMAT,
@@ -34,27 +34,28 @@ def encode_file(autoencoder: Autoencoder, images: ImageData, out: Path, batch_si
 
 
 def decode_file(autoencoder: Autoencoder, file: Path, batch_size: int = 64) -> tuple[list[Tensor], list[str]]:
-    """Reconstruct images from the means in a file; batches [b, 3, H, W] and the images' names.
+    """Decode the means in a latents file. Return batches of images [b, 3, H, W] and the image names.
 
     Raises:
-        UserError: not such a file, latents of another autoencoder, or no latents.
+        UserError: the file is not a valid latents file, or another autoencoder encoded it.
     """
     if not file.is_file():
-        raise InputError("latents", file, "is not a file")
+        raise InputError("latents", file, "does not exist or is not a file")
     try:
         with safe_open(file, framework="pt") as reader:
             header, keys = reader.metadata() or {}, list(reader.keys())
             mean = reader.get_tensor("mean") if "mean" in keys else None
     except (SafetensorError, OSError, ValueError) as error:
-        raise InputError("latents", file, f"is no safetensors file ({first_line(error)})") from error
+        raise InputError("latents", file, f"is not a valid safetensors file ({first_line(error)})") from error
     if mean is None or header.get("format") != FORMAT:
-        raise InputError("latents", file, f"holds no latents of format {FORMAT}")
+        raise InputError("latents", file, f"contains no latents of format {FORMAT}")
     names = header.get("names", "").split("\n")
     if mean.ndim != 4 or mean.shape[1] != autoencoder.channels or len(names) != len(mean) or not mean.isfinite().all():
         expected = f"finite latents of {autoencoder.channels} channels"
-        raise InputError("latents", file, f"holds {list(mean.shape)} values for {len(names)} images, no {expected}")
+        actual = f"its shape is {list(mean.shape)}, with {len(names)} image names"
+        raise InputError("latents", file, f"contains no {expected}, one per image name: {actual}")
     here, there = autoencoder.weights_sha256(), header.get("autoencoder_sha256", "unknown")
     if here != there:
         remedy = "Decode them with the run that encoded them."
         raise UserError(f"The latents in {file} belong to the autoencoder {there[:12]}, not to {here[:12]}. {remedy}")
-    return [autoencoder.decode(part).cpu() for part in mean.float().split(batch_size)], names
+    return [autoencoder.decode(batch).cpu() for batch in mean.float().split(batch_size)], names

@@ -1,4 +1,4 @@
-"""The latents that a stage leaves or takes: encoded under their contract, with the statistics that standardise them."""
+"""Encode the images of a stage, and compute the statistics that standardise their latents."""
 
 from typing import Any, Literal
 
@@ -22,12 +22,12 @@ def encode_latents(
     flip: bool,
     cache_dir: str | None,
     *,
-    standard: tuple[list[float], list[float]] | None = None,
+    mean_and_std: tuple[list[float], list[float]] | None = None,
 ) -> tuple[LatentContract, Any]:
-    """The contract and the cached moments of these images; measures the autoencoder's statistics on the way.
+    """Return the contract and the cached moments of these images, and update `autoencoder.statistics` if necessary.
 
     Args:
-        standard: Mean and standard deviation per channel to standardise by, instead of what the images measure.
+        mean_and_std: Mean and standard deviation per channel for standardisation. None: measure them on the images.
     """
     channels, _, _ = autoencoder.latent_shape(images.resolution)
     contract = LatentContract(
@@ -40,10 +40,10 @@ def encode_latents(
         flip=flip,
     )
     latents = open_latents(autoencoder.encode, contract, images, cache_dir=cache_dir)
-    known = autoencoder.statistics
-    of_these = (images.fingerprint, contract.autoencoder_sha256)
-    if standard or known is None or (known.data, known.weights_sha256) != of_these:
-        mean, std = standard or measure(latents, images.train_indices)
+    current = autoencoder.statistics
+    expected = (images.fingerprint, contract.autoencoder_sha256)
+    if mean_and_std or current is None or (current.data, current.weights_sha256) != expected:
+        mean, std = mean_and_std or measure_statistics(latents, images.train_indices)
         autoencoder.statistics = LatentStatistics(
             latent_mean=mean,
             latent_std=std,
@@ -55,16 +55,16 @@ def encode_latents(
 
 
 def decoder_scale(autoencoder: Autoencoder, images: ImageData, latents: Any, batch_size: int = 64) -> list[float]:
-    """Root mean square of x - decode(z_raw) per colour over the training split, z_raw drawn once per image.
+    """Return the RMS of x - decode(z_raw) per colour over the training split, with one sample of z_raw per image.
 
-    Of more than SCALE_IMAGES so many are drawn, which leaves an error of about half a percent. The maximum-likelihood
-    scale of a Gaussian p(x | z_raw) with one standard deviation per colour.
+    This is the maximum-likelihood scale of a Gaussian p(x | z_raw) with one standard deviation per colour. At most
+    SCALE_IMAGES random images are used, which limits the sampling error to about half a percent.
     """
     generator = torch_generator(0)
     squares, count = torch.zeros(3, dtype=torch.float64), 0
-    chosen = np.sort(numpy_generator(0).permutation(images.train_indices)[:SCALE_IMAGES])
-    for start in range(0, len(chosen), batch_size):
-        indices = chosen[start : start + batch_size]
+    sampled = np.sort(numpy_generator(0).permutation(images.train_indices)[:SCALE_IMAGES])
+    for start in range(0, len(sampled), batch_size):
+        indices = sampled[start : start + batch_size]
         mean, log_variance = latents.batch(indices)
         z_raw = mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=generator)
         error = images.batch(indices) - autoencoder.decode(z_raw).cpu()
@@ -73,24 +73,28 @@ def decoder_scale(autoencoder: Autoencoder, images: ImageData, latents: Any, bat
     return (squares / count).sqrt().tolist()
 
 
-def published(autoencoder: Autoencoder, statistics: StatisticsType) -> tuple[list[float], list[float]] | None:
-    """What `published` standardises by: what a pretrained autoencoder states. None with `measured`.
+def resolve_statistics(autoencoder: Autoencoder, statistics: StatisticsType) -> tuple[list[float], list[float]] | None:
+    """Return the published mean and std of a pretrained autoencoder, or None if statistics="measured".
 
     Raises:
-        InputError: it states nothing.
+        InputError: the autoencoder has no published statistics.
     """
     if statistics == "measured":
         return None
-    if (found := published_statistics(autoencoder.model)) is None:
-        rule = f"must be measured: this {type(autoencoder.model).__name__} states no scaling factor"
+    if (mean_and_std := published_statistics(autoencoder.model)) is None:
+        rule = (
+            f"requires a scaling factor, but this {type(autoencoder.model).__name__} has none. Use measured statistics"
+        )
         raise InputError("latent_statistics", statistics, rule)
-    return found
+    return mean_and_std
 
 
-def measure(latents: LatentData, indices: np.ndarray, batch_size: int = 4096) -> tuple[list[float], list[float]]:
-    """Per-channel mean and standard deviation of z_raw ~ N(mean, exp(log_variance)) over these images.
+def measure_statistics(
+    latents: LatentData, indices: np.ndarray, batch_size: int = 4096
+) -> tuple[list[float], list[float]]:
+    """Return the per-channel mean and standard deviation of z_raw ~ N(mean, exp(log_variance)) over these images.
 
-    By the law of total variance: Var z = Var(mean) + E exp(log_variance). float64 throughout.
+    Uses the law of total variance, Var z = Var(mean) + E exp(log_variance), in float64 throughout.
     """
     zeros = torch.zeros(latents.shape[0], dtype=torch.float64)
     count, total, squares, within = 0, zeros, zeros, zeros

@@ -1,1 +1,1 @@
-"""(z_t, t, condition) -> output."""
+"""Networks (z_t, t, condition) -> output, and the conditions they take."""

@@ -1,7 +1,8 @@
-"""What a network is conditioned on: nothing, a class or a caption, and the value that stands for 'dropped'.
+"""Conditioning of the diffusion model on nothing, a class or a caption.
 
-A condition is a dict of batch-first tensors, handed to the network by name:
-none {}; class {label [b]}; text {tokens [b, l, d], mask [b, l], pooled [b, d]}.
+A condition is a dict of batch-first tensors that are passed to the network as keyword arguments:
+{} without conditioning, {label [b]} for classes, {tokens [b, l, d], mask [b, l], pooled [b, d]} for text.
+Each kind has a null condition, which replaces dropped conditions in training and is used for classifier-free guidance.
 """
 
 from abc import ABC, abstractmethod
@@ -21,20 +22,20 @@ from ldm.files.untrusted import check_fields
 from ldm.networks.text_encoder import TextEncoder
 from ldm.rules import Count
 
-Captioned = tuple[Condition, list[str | None]]
-"""A condition, and in words what it asks of each sample."""
+NamedCondition = tuple[Condition, list[str | None]]
+"""A condition, and the caption or class name of each sample (None if unconditional)."""
 
 Prompts = Sequence[str] | None
 Classes = Sequence[int | str] | None
 
 Lookup = Callable[[np.ndarray, np.ndarray | None], Condition]
-"""lookup(indices, draws): the condition of images; a draw from [0, 1) for each chooses among its captions."""
+"""(image indices, draws) -> condition. A draw from [0, 1) per image selects one of its captions."""
 
 
 class Conditioning(ABC):
-    """What a network is conditioned on; it knows what a request means, and the condition of an image.
+    """Builds the conditions of a network from user requests and from images.
 
-    `text_dim` is the width of a caption's embeddings, None without text; so are `class_names` without classes.
+    `text_dim` is the width of the caption embeddings, or None without text. `class_names` is None without classes.
     """
 
     kind: ClassVar[str]
@@ -43,51 +44,53 @@ class Conditioning(ABC):
 
     @abstractmethod
     def network_options(self) -> dict[str, int]:
-        """What a network must be built with to take this condition."""
+        """Return the arguments with which a network must be built to accept these conditions."""
 
     @abstractmethod
     def null(self) -> Condition:
-        """The dropped condition, batch 1."""
+        """Return the null condition, with batch size 1."""
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
-        """Plain values from which `restore_conditioning` makes this conditioning again."""
+        """Return plain values from which `restore_conditioning` rebuilds this conditioning."""
 
     @abstractmethod
-    def of_request(self, prompts: Prompts = None, classes: Classes = None, num_samples: int = 16) -> Captioned:
-        """What a user asks for: a prompt or a class (its number or name) per sample; by default classes in turn.
+    def for_request(self, prompts: Prompts = None, classes: Classes = None, num_samples: int = 16) -> NamedCondition:
+        """Build the condition for one prompt or one class (number or name) per sample.
+
+        With neither, `num_samples` samples cycle through the classes, or have an empty caption.
 
         Raises:
-            UserError: what this model is not conditioned on; a class that it does not know.
+            UserError: The model does not support this kind of condition, or has no such class.
         """
 
     @abstractmethod
-    def of_images(self, images: ImageData, indices: np.ndarray) -> Captioned:
-        """The first captions or the classes of these images.
+    def for_images(self, images: ImageData, indices: np.ndarray) -> NamedCondition:
+        """Build the condition from the first caption or the class of each of these images.
 
         Raises:
-            UserError: images without them, or of a class that the model does not know.
+            UserError: The images have no captions or classes, or a class that the model does not have.
         """
 
     @abstractmethod
     def lookup(self, images: ImageData, embed: Callable[..., Any]) -> Lookup:
-        """The conditions of all images, to train on; `embed` is `ldm.latents.captions.open_captions`."""
+        """Return a function that looks up conditions for training; `embed` is `ldm.latents.captions.open_captions`."""
 
-    def examples(self, images: ImageData, prompts: Sequence[str]) -> Captioned:
-        """What to show while training: these prompts, else the first validation captions; without text as asked."""
+    def examples(self, images: ImageData, prompts: Sequence[str]) -> NamedCondition:
+        """Build the condition of the sample grid: with text, the prompts or else the first validation captions."""
         if self.text_dim is None:
-            return self.of_request()
-        return self.of_request(prompts) if prompts else self.of_images(images, images.val_indices[:16])
+            return self.for_request()
+        return self.for_request(prompts) if prompts else self.for_images(images, images.val_indices[:16])
 
-    def is_same_encoder(self, other: "Conditioning") -> bool:
-        """Whether both encode captions, if any, with the same weights, as far as these are known, else by name."""
-        ours, theirs = self.state(), other.state()
-        here, there = ours.get("encoder_sha256"), theirs.get("encoder_sha256")
-        return here == there if here and there else ours.get("encoder") == theirs.get("encoder")
+    def has_same_encoder(self, other: "Conditioning") -> bool:
+        """Return True if both use the same text encoder, compared by digest, or by name if a digest is unknown."""
+        state, other_state = self.state(), other.state()
+        sha256, other_sha256 = state.get("encoder_sha256"), other_state.get("encoder_sha256")
+        return sha256 == other_sha256 if sha256 and other_sha256 else state.get("encoder") == other_state.get("encoder")
 
 
 class NoCondition(Conditioning):
-    """Unconditional."""
+    """No conditioning."""
 
     kind = "none"
 
@@ -100,12 +103,12 @@ class NoCondition(Conditioning):
     def state(self) -> dict[str, Any]:
         return {"kind": self.kind}
 
-    def of_request(self, prompts: Prompts = None, classes: Classes = None, num_samples: int = 16) -> Captioned:
+    def for_request(self, prompts: Prompts = None, classes: Classes = None, num_samples: int = 16) -> NamedCondition:
         if prompts is not None or classes is not None:
-            raise UserError("This model is unconditional: it takes neither a prompt nor a label.")
+            raise UserError("This model is unconditional. Remove the prompt or label.")
         return {}, [None] * num_samples
 
-    def of_images(self, images: ImageData, indices: np.ndarray) -> Captioned:
+    def for_images(self, images: ImageData, indices: np.ndarray) -> NamedCondition:
         return {}, [None] * len(indices)
 
     def lookup(self, images: ImageData, embed: Callable[..., Any]) -> Lookup:
@@ -113,7 +116,7 @@ class NoCondition(Conditioning):
 
 
 class ClassCondition(Conditioning):
-    """A class label; the one after the last class stands for none."""
+    """Conditioning on a class label. The label after the last class is the null class."""
 
     kind = "class"
 
@@ -129,40 +132,40 @@ class ClassCondition(Conditioning):
     def state(self) -> dict[str, Any]:
         return {"kind": self.kind, "class_names": self.class_names}
 
-    def of_request(self, prompts: Prompts = None, classes: Classes = None, num_samples: int = 16) -> Captioned:
+    def for_request(self, prompts: Prompts = None, classes: Classes = None, num_samples: int = 16) -> NamedCondition:
         if prompts is not None:
-            raise UserError("This model is conditioned on class, not on text: it takes a label, but no prompt.")
+            raise UserError("This model is conditioned on classes, not on text. Give a label instead of a prompt.")
         labels = self._labels([i % len(self.class_names) for i in range(num_samples)] if classes is None else classes)
         return {"label": torch.tensor(labels, dtype=torch.long)}, [self.class_names[label] for label in labels]
 
-    def of_images(self, images: ImageData, indices: np.ndarray) -> Captioned:
-        """By name: the numbers of the images' classes may be others."""
+    def for_images(self, images: ImageData, indices: np.ndarray) -> NamedCondition:
+        # By name, because these images may number the classes differently.
         names, labels = _class_names(images), images.require_labels()
-        return self.of_request(classes=[names[labels[i]] for i in indices])
+        return self.for_request(classes=[names[labels[i]] for i in indices])
 
     def lookup(self, images: ImageData, embed: Callable[..., Any]) -> Lookup:
         labels = torch.tensor(images.require_labels())
         return lambda indices, draws: {"label": labels[torch.from_numpy(indices)]}
 
     def _labels(self, classes: Sequence[int | str]) -> list[int]:
-        number = {name: label for label, name in reversed([*enumerate(self.class_names)])}
-        if unknown := [name for name in dict.fromkeys(classes) if isinstance(name, str) and name not in number]:
-            known = ", ".join(self.class_names)
-            raise UserError(f"This model knows no class {' or '.join(map(str, unknown))}; its classes are: {known}.")
-        labels = [number[one] if isinstance(one, str) else one for one in classes]
+        label_of = {name: label for label, name in reversed([*enumerate(self.class_names)])}
+        if unknown := [name for name in dict.fromkeys(classes) if isinstance(name, str) and name not in label_of]:
+            choices = ", ".join(self.class_names)
+            raise UserError(f"This model has no class {' or '.join(map(str, unknown))}. Its classes are: {choices}.")
+        labels = [label_of[item] if isinstance(item, str) else item for item in classes]
         for label in labels:
             if not 0 <= label < len(self.class_names):
-                known = ", ".join(f"{i}={name}" for i, name in enumerate(self.class_names))
-                raise InputError("label", label, f"does not exist. Choose one of: {known}")
+                choices = ", ".join(f"{i}={name}" for i, name in enumerate(self.class_names))
+                raise InputError("label", label, f"does not exist. Choose one of: {choices}")
         return labels
 
 
 class TextCondition(Conditioning):
-    """A caption through a frozen text encoder of transformers; the empty caption stands for none.
+    """Conditioning on a caption, encoded by a frozen text encoder. The empty caption is the null condition.
 
     Args:
         encoder: Folder, hub id, or the name of a packaged encoder.
-        max_tokens: Captions are cut to this many tokens, and padded to it.
+        max_tokens: Captions are truncated or padded to this number of tokens.
     """
 
     kind = "text"
@@ -178,18 +181,18 @@ class TextCondition(Conditioning):
         return self.encoder.encode([""])
 
     def state(self) -> dict[str, Any]:
-        own = {"encoder": self.encoder.name, "max_tokens": self.encoder.max_tokens}
-        return {"kind": self.kind, **own, "encoder_sha256": self.encoder.sha256()}
+        options = {"encoder": self.encoder.name, "max_tokens": self.encoder.max_tokens}
+        return {"kind": self.kind, **options, "encoder_sha256": self.encoder.sha256()}
 
-    def of_request(self, prompts: Prompts = None, classes: Classes = None, num_samples: int = 16) -> Captioned:
+    def for_request(self, prompts: Prompts = None, classes: Classes = None, num_samples: int = 16) -> NamedCondition:
         if classes is not None:
-            raise UserError("This model is conditioned on text: it takes a prompt, but no label.")
+            raise UserError("This model is conditioned on text, not on classes. Give a prompt instead of a label.")
         captions = [""] * num_samples if prompts is None else list(prompts)
         return self.encoder.encode(captions), list(captions)
 
-    def of_images(self, images: ImageData, indices: np.ndarray) -> Captioned:
+    def for_images(self, images: ImageData, indices: np.ndarray) -> NamedCondition:
         captions = images.require_captions()
-        return self.of_request([captions[i] for i in indices])
+        return self.for_request([captions[i] for i in indices])
 
     def lookup(self, images: ImageData, embed: Callable[..., Any]) -> Lookup:
         images.require_captions()
@@ -198,10 +201,10 @@ class TextCondition(Conditioning):
 
 
 def restore_conditioning(state: dict[str, Any], file: Path = Path("model_index.json")) -> Conditioning:
-    """The conditioning that a trained pipeline was saved with, in `file`.
+    """Rebuild the conditioning of a saved pipeline from its `state`, read from `file`.
 
     Raises:
-        UserError: an unknown kind, or a text encoder with other weights than in training.
+        UserError: The kind is unknown, or the text encoder has other weights than in training.
     """
     kind = state.get("kind")
     if kind == "none":
@@ -212,18 +215,18 @@ def restore_conditioning(state: dict[str, Any], file: Path = Path("model_index.j
     if kind == "text":
         check_fields(state, {"encoder": str, "max_tokens": int, "encoder_sha256": str | None}, file)
         conditioning = TextCondition(state["encoder"], state["max_tokens"])
-        expected, found = state["encoder_sha256"], conditioning.encoder.sha256()
-        if expected and found and expected != found:
+        expected, actual = state["encoder_sha256"], conditioning.encoder.sha256()
+        if expected and actual and expected != actual:
             raise UserError(
-                f"The text encoder {state['encoder']} has weights {found[:12]}, but the pipeline was trained "
-                f"with {expected[:12]}. Point to the encoder that it was trained with."
+                f"The text encoder {state['encoder']} has the weights {actual[:12]}, but the pipeline was trained with "
+                f"{expected[:12]}. Restore the encoder that it was trained with."
             )
         return conditioning
-    raise UserError(f"{file}: a conditioning on {kind} is unknown. Known are: none, class, text.")
+    raise UserError(f"{file}: the conditioning {kind} is unknown. It must be one of: none, class, text.")
 
 
 def drop(condition: Condition, null: Condition, dropped: Tensor) -> Condition:
-    """Replace the rows where `dropped` [b] is true by the null condition."""
+    """Replace the rows where `dropped` [b] is true with the null condition."""
     return {
         name: torch.where(dropped.view(-1, *(1,) * (value.ndim - 1)), null[name].to(value.device, value.dtype), value)
         for name, value in condition.items()
@@ -231,17 +234,25 @@ def drop(condition: Condition, null: Condition, dropped: Tensor) -> Condition:
 
 
 def no_condition(images: ImageData) -> NoCondition:
-    """No condition, for any images."""
+    """Build the conditioning of an unconditional model."""
     return NoCondition()
 
 
 def class_condition(images: ImageData) -> ClassCondition:
-    """Conditioned on the class; the images must carry labels."""
+    """Build the conditioning on the classes of the images.
+
+    Raises:
+        UserError: The images have no labels.
+    """
     return ClassCondition(_class_names(images))
 
 
 def text_condition(images: ImageData, encoder: str, max_tokens: Annotated[Count, Field(le=100_000)]) -> TextCondition:
-    """Conditioned on the caption; the images must carry captions."""
+    """Build the conditioning on captions.
+
+    Raises:
+        UserError: The images have no captions, or the encoder cannot be loaded.
+    """
     images.require_captions()
     return TextCondition(encoder, max_tokens)
 

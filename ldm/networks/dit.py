@@ -1,8 +1,10 @@
-"""Our transformer: (z_t, t, condition) -> output. Imports torch and diffusers only: it travels with a pipeline.
+"""Diffusion transformer: (z_t, t, condition) -> output.
 
-A latent is cut into p x p tokens with 2-D rotary positions. Each block is modulated by the timestep and the
-pooled condition (adaLN-zero) and, with text, attends to the caption's tokens. RMSNorm, SwiGLU and normalised
-queries and keys. Sources: Peebles & Xie 2023, arXiv:2212.09748 (adaLN-zero); Yao et al. 2025, arXiv:2501.01423
+The latent is split into tokens of p x p values with 2-D rotary position embeddings. Each block is modulated by the
+timestep and the pooled condition (adaLN-zero) and, with text, attends to the caption's tokens. It uses RMSNorm, SwiGLU,
+and normalised queries and keys. This module imports only torch and diffusers.
+
+Sources: Peebles & Xie 2023, arXiv:2212.09748 (adaLN-zero); Yao et al. 2025, arXiv:2501.01423
 (SwiGLU, RMSNorm, RoPE); Dehghani et al. 2023, arXiv:2302.05442 (qk-norm).
 """
 
@@ -16,14 +18,17 @@ from torch import Tensor, nn
 
 
 def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
-    """Sines and cosines of geometric frequencies, [b] -> [b, dim]."""
+    """Embed timesteps as sines and cosines with geometrically spaced frequencies, [b] -> [b, dim]."""
     frequencies = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device=timesteps.device) / (dim // 2))
     angles = timesteps.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def rotary_angles(height: int, width: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin, each [height * width, head_dim / 2]: half of the pairs turn with the row, half with the column."""
+    """Return cos and sin of the rotary angles, each [height * width, head_dim / 2].
+
+    The first half of the pairs encodes the row, the second half the column.
+    """
     quarter = head_dim // 4
     frequencies = 100.0 ** (-torch.arange(quarter, device=device) / quarter)
     rows = torch.arange(height, device=device)[:, None, None] * frequencies
@@ -33,20 +38,20 @@ def rotary_angles(height: int, width: int, head_dim: int, device: torch.device) 
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x_i, x_{i + d/2}) of [b, heads, tokens, d] by their token's angles."""
+    """Rotate the pairs (x_i, x_{i + d/2}) of x [b, heads, tokens, d] by the angles of their token."""
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMSNorm in float32, whatever autocast says; the output keeps the input's type."""
+    """RMSNorm computed in float32 even under autocast; the output has the dtype of the input."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.float()).to(x.dtype)
 
 
 class Attention(nn.Module):
-    """Multi-head attention with normalised queries and keys; over itself, or over a context."""
+    """Multi-head self-attention, or cross-attention to a context, with normalised queries and keys."""
 
     def __init__(self, dim: int, head_dim: int, context_dim: int | None = None) -> None:
         super().__init__()
@@ -78,13 +83,13 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """x -> W_3 (silu(W_1 x) * W_2 x); `hidden` is 2/3 of the usual width, so that the cost is the same."""
+    """x -> W_3 (silu(W_1 x) * W_2 x). The hidden width is 2/3 of that of a plain MLP, so the cost is the same."""
 
     def __init__(self, dim: int, mlp_ratio: float) -> None:
         super().__init__()
         hidden = int(dim * mlp_ratio * 2 / 3 / 32 + 0.5) * 32
         if hidden <= 0:
-            raise ValueError(f"mlp_ratio must be at least {24 / dim:g} where hidden_dim is {dim}; got {mlp_ratio}")
+            raise ValueError(f"mlp_ratio must be at least {24 / dim:g} with hidden_dim={dim}; got {mlp_ratio}")
         self.gate_and_value = nn.Linear(dim, 2 * hidden)
         self.out = nn.Linear(hidden, dim)
 
@@ -94,7 +99,7 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, attention to the caption and SwiGLU; gates of the modulation start at zero."""
+    """Self-attention, optional cross-attention to the caption, and SwiGLU; the gates are initialised to 0."""
 
     def __init__(self, dim: int, head_dim: int, mlp_ratio: float, context_dim: int | None) -> None:
         super().__init__()
@@ -127,15 +132,18 @@ class DiT(ModelMixin, ConfigMixin):
     """Diffusion transformer.
 
     Args:
-        sample_size: Height and width of the latent it is trained on.
-        in_channels: C of the latent.
-        out_channels: C, or 2C where the variance is learned.
-        patch_size: Side of a token; it must divide sample_size.
-        hidden_dim, depth, head_dim, mlp_ratio: Width, blocks, width of a head (a multiple of 4), SwiGLU's ratio.
-        text_dim: Width of the caption's token embeddings; None without text.
-        num_classes: Number of classes; None without labels. Label `num_classes` is the null class.
-        cross_attention_every: With text, every n-th block attends to the caption's tokens; 0: none does, and the
-            caption's summary alone modulates.
+        sample_size: Height and width of the latents in training.
+        in_channels: Channels C of the latent.
+        out_channels: C, or 2C if the variance is learned.
+        patch_size: Side of a token in latent pixels; must divide sample_size.
+        hidden_dim: Width of the token embeddings.
+        depth: Number of blocks.
+        head_dim: Width of an attention head; must be a multiple of 4 that divides hidden_dim.
+        mlp_ratio: Hidden width of a plain MLP relative to hidden_dim; SwiGLU uses 2/3 of it.
+        text_dim: Width of the caption's token embeddings; None if not conditioned on text.
+        num_classes: Number of classes; None if not conditioned on classes. Label `num_classes` is the null class.
+        cross_attention_every: With text, every n-th block attends to the caption's tokens. With 0, none does, and the
+            network sees only the pooled caption.
     """
 
     _supports_gradient_checkpointing = False
@@ -210,8 +218,9 @@ class DiT(ModelMixin, ConfigMixin):
         Args:
             sample: z_t, [b, C, h, w].
             timestep: [b], 0-based as in diffusers.
-            tokens, mask, pooled: Caption embeddings [b, l, text_dim], which of them are words [b, l], and their
-                summary [b, text_dim].
+            tokens: Token embeddings of the captions, [b, l, text_dim].
+            mask: 1 for tokens, 0 for padding, [b, l].
+            pooled: Pooled embedding of each caption, [b, text_dim].
             label: Class of each sample, [b].
         """
         batch, _, height, width = sample.shape
@@ -222,12 +231,12 @@ class DiT(ModelMixin, ConfigMixin):
         embedding = self.time_mlp(timestep_embedding(timestep, 256).to(x.dtype))
         if self.config.text_dim is not None:
             if tokens is None or mask is None or pooled is None:
-                raise ValueError("This network attends to text: it needs tokens, mask and pooled.")
+                raise ValueError("This network is conditioned on text: it needs tokens, mask and pooled.")
             embedding = embedding + self.pooled_mlp(pooled.to(x.dtype))
             tokens, mask = tokens.to(x.dtype), mask.bool()[:, None, None, :]
         if self.config.num_classes is not None:
             if label is None:
-                raise ValueError("This network is conditioned on a class: it needs label.")
+                raise ValueError("This network is conditioned on classes: it needs label.")
             embedding = embedding + self.class_embedding(label)
         embedding = F.silu(embedding)
         rotary = rotary_angles(rows, columns, self.config.head_dim, x.device)

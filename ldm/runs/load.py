@@ -5,7 +5,7 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from ldm.autoencoder.autoencoder import CLASSES, Autoencoder
+from ldm.autoencoder.autoencoder import AUTOENCODER_CLASSES, Autoencoder
 from ldm.autoencoder.identity import IdentityAutoencoder
 from ldm.errors import UserError
 from ldm.files.models import WEIGHTS, load_model
@@ -91,10 +91,10 @@ def _load_from_hub(name: str) -> Autoencoder:
         try:
             config = Path(hf_hub_download(name, "config.json", subfolder=subfolder))
             kind = read_json(config).get("_class_name")
-            if isinstance(kind, str) and kind in CLASSES:
+            if isinstance(kind, str) and kind in AUTOENCODER_CLASSES:
                 hf_hub_download(name, WEIGHTS, subfolder=subfolder)  # safetensors only, never a pickle
-                return Autoencoder(load_model(CLASSES[kind], config.parent))
-            errors.append(f"its class is {kind}, not one of {', '.join(CLASSES)}")
+                return Autoencoder(load_model(AUTOENCODER_CLASSES[kind], config.parent))
+            errors.append(f"its class is {kind}, not one of {', '.join(AUTOENCODER_CLASSES)}")
         except (OSError, ValueError) as error:
             errors.append(first_line(error))
             if isinstance(error, LocalEntryNotFoundError):

@@ -69,7 +69,7 @@ class Replacement:
 
 
 def recover(folder: Path, *, resume: bool) -> None:
-    """Handle an earlier run that was set aside by a training that was killed before its first checkpoint.
+    """Handle an earlier run that was set aside by a training run that was killed before its first checkpoint.
 
     Move it back if `folder` does not exist, else warn where it is.
 
@@ -88,13 +88,13 @@ def recover(folder: Path, *, resume: bool) -> None:
         with file_lock(lock_file(folder)):
             if not folder.exists():
                 aside.replace(folder)
-                warn(f"{folder} was restored: a training with overwrite=true had moved it and was then killed.")
+                warn(f"{folder} was restored: a training run with overwrite=true had moved it and was then killed.")
                 return
     except (Timeout, OSError):
         return  # another training is replacing it right now
     message = (
-        f"A training with overwrite=true was killed before its first checkpoint. The earlier run of {folder} is still "
-        f"in {aside}. To restore it, delete {folder} and rename {aside.name} to {folder.name}."
+        f"A training run with overwrite=true was killed before its first checkpoint. The earlier run of {folder} is "
+        f"still in {aside}. To restore it, delete {folder} and rename {aside.name} to {folder.name}."
     )
     if resume:
         raise UserError(f"{message} To start over, use overwrite=true instead of resume=.")

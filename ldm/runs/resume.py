@@ -169,7 +169,7 @@ class ResumePlan:
         return {"file": str(self.resume.resolve()), "after": newest}
 
     def stop_message(self, reason: str, *, has_replaced: bool) -> str:
-        """Return the message for a training that a signal stopped, with the command that continues it.
+        """Return the message for a training run that a signal stopped, with the command that continues it.
 
         Args:
             reason: What stopped the training.

@@ -257,11 +257,11 @@ class Run:
 
 
 def _hint_at_replaced(path: Path) -> str:
-    """Return a sentence on where the earlier run is if a training with overwrite=true was killed while replacing it."""
+    """Return a sentence on where the earlier run is, if a run with overwrite=true was killed while replacing it."""
     aside = replaced_folder(path.absolute().resolve())
     if not (aside / RUN_FILE).is_file():
         return ""
-    return f" The earlier run, which a training with overwrite=true was replacing when it was killed, is in {aside}."
+    return f" The earlier run, which a run with overwrite=true was replacing when it was killed, is in {aside}."
 
 
 class AutoencoderNotFoundError(UserError):

@@ -1,4 +1,4 @@
-"""Communication between the ranks of a training."""
+"""Communication between the ranks of a training run."""
 
 import sys
 from collections.abc import Callable, Sequence

@@ -136,7 +136,7 @@ def draw_images(
     Raises:
         UserError: If the model does not accept the prompts or labels, or as raised by `draw_batches`.
     """
-    request = Request(*pipeline.conditioning.of_request(prompts, labels, num_samples))
+    request = Request(*pipeline.conditioning.for_request(prompts, labels, num_samples))
     batches = draw_batches(
         pipeline, request, sampler or DPMSolver(steps=20), guidance=guidance, seed=seed, batch_size=batch_size
     )

@@ -41,23 +41,23 @@ class Request:
             label: The class of all samples, as a number.
 
         Raises:
-            UserError: If the file is missing or empty, or as raised by `Conditioning.of_request`.
+            UserError: If the file is missing or empty, or as raised by `Conditioning.for_request`.
         """
         if prompts:
             captions: list[str] | None = read_prompts(prompts)
         else:
             captions = None if prompt is None else [replace_surrogates(prompt)] * num_samples
         classes = None if label is None else [label] * num_samples
-        return cls(*pipeline.conditioning.of_request(captions, classes, num_samples))
+        return cls(*pipeline.conditioning.for_request(captions, classes, num_samples))
 
     @classmethod
     def for_images(cls, pipeline: LatentDiffusionPipeline, images: ImageData, indices: np.ndarray) -> "Request":
         """Build a request with the captions or classes of the given images, as the model requires.
 
         Raises:
-            UserError: As raised by `Conditioning.of_images`.
+            UserError: As raised by `Conditioning.for_images`.
         """
-        return cls(*pipeline.conditioning.of_images(images, indices))
+        return cls(*pipeline.conditioning.for_images(images, indices))
 
     def __len__(self) -> int:
         return len(self.captions)

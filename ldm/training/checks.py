@@ -16,7 +16,7 @@ from ldm.training.optim.factory import OptimizerFactory
 
 
 class TrainOptions(TypedDict):
-    """Rules for the top-level options of a training."""
+    """Rules for the top-level options of a training run."""
 
     runs_dir: Text
     seed: Seed
@@ -63,7 +63,7 @@ def option_errors() -> Iterator[None]:
     """Convert errors raised while building objects from the options into user errors.
 
     Raises:
-        UserError: with the first line of the original error.
+        UserError: Contains the first line of the original error.
     """
     try:
         yield

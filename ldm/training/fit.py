@@ -68,7 +68,7 @@ def check_trainer(options: Mapping[str, Any]) -> None:
         UserError: An option is missing or invalid.
     """
     if missing := [f"trainer.{key}" for key in TrainerOptions.__annotations__ if key not in options]:
-        raise UserError(f"Training needs {', '.join(missing)}. Keep the default that trainer= sets, or give a value.")
+        raise UserError(f"Training needs {', '.join(missing)}. Give a value, or keep the default set by trainer=.")
     apply_rules(TrainerOptions, options)
     if "fsdp" in str(options.get("strategy")).lower():
         raise UserError("trainer=fsdp does not work yet: use trainer=ddp, which keeps the full network on every GPU.")
@@ -86,7 +86,7 @@ def make_trainer(options: Mapping[str, Any], precision: str, **arguments: Any) -
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     extra = ("_target_", *ExtraTrainerOptions.__annotations__)
     kwargs = {key: value for key, value in options.items() if key not in extra}
-    if type(interval := kwargs.get("val_check_interval")) is int:  # Lightning counts micro-batches; the option, steps
+    if type(interval := kwargs.get("val_check_interval")) is int:  # the option counts steps, Lightning micro-batches
         kwargs["val_check_interval"] = interval * options["accumulate_grad_batches"]
     try:
         return Trainer(**kwargs | {"precision": precision}, **arguments, max_epochs=-1)  # limited by steps and time
@@ -152,7 +152,7 @@ class FitSpec:
 
 
 class Fit:
-    """A trainer with its callbacks and data loaders, used once: from the beginning or from a checkpoint.
+    """A trainer with its callbacks and data loaders, for one fit from scratch or from a checkpoint.
 
     Raises:
         UserError: The trainer's options are not compatible.
@@ -199,10 +199,12 @@ class Fit:
         self.trainer.loggers = list(loggers)
 
     def run_to_end(self, make_stage: Callable[[], Stage]) -> "Fit":
-        """Run this fit and a new one after each roll-back; return the last. Do nothing if the stage is not trained.
+        """Run this fit, and a new one after each roll-back. Return the last one.
+
+        If the stage has nothing to train, do nothing.
 
         Raises:
-            Interrupted: A signal requested a stop. The state reached is saved.
+            Interrupted: A signal requested a stop. The current state is saved.
             UserError: Training diverged.
         """
         fit = self
@@ -215,9 +217,9 @@ class Fit:
         return fit
 
     def after_rollback(self, rollback: RollBack, make_stage: Callable[[], Stage]) -> "Fit":
-        """Return a fit that restarts from a checkpoint before the bad steps, or from the beginning without one."""
+        """Return a fit that restarts from a checkpoint before the bad steps, or from scratch if there is none."""
         intact = {saved.step: saved for saved in reversed(self.checkpoints.lineage()) if saved.find_damage() is None}
-        step, resume_from = broadcast_from_rank_0(rollback.choose(intact))  # the other ranks do not know what was saved
+        step, resume_from = broadcast_from_rank_0(rollback.choose(intact))  # only rank 0 knows the checkpoints
         fit = Fit(self.spec if resume_from is not None else replace(self.spec, stage=make_stage()), resume_from)
         assert fit.guard is not None
         fit.guard.resume_after(rollback, step)
@@ -232,14 +234,14 @@ class Fit:
         """Train until the budget is spent, then validate once.
 
         Raises:
-            Interrupted: A signal requested a stop. The state reached is saved.
+            Interrupted: A signal requested a stop. The current state is saved.
             RollBack: Too many consecutive steps were skipped; `after_rollback` builds the fit that continues.
         """
         stage, trainer = self.spec.stage, self.trainer
         fit_batches, val_batches = self._batches()
         ckpt_path = str(self.resume_from.path) if self.resume_from is not None else None
         with warnings.catch_warnings():
-            # Our loader is endless and reads memory-mapped arrays: advice on workers and epochs does not apply.
+            # Our loader is endless and reads memory-mapped arrays, so advice on workers and epochs does not apply.
             warnings.filterwarnings("ignore", ".*does not have many workers.*")
             warnings.filterwarnings("ignore", ".*LeafSpec.*")
             # The checkpoint had a guard, but trainer.guard=null now.
@@ -251,7 +253,7 @@ class Fit:
                 number = self._signal()  # the signal may arrive after the last training step
             except StopTraining as stopped:
                 number = stopped.signal
-            except SystemExit as error:  # Lightning's conversion of a KeyboardInterrupt before the first step
+            except SystemExit as error:  # Lightning converts a KeyboardInterrupt before the first step
                 raise error.__context__ if isinstance(error.__context__, KeyboardInterrupt) else error from None
             finally:
                 signals.stop_deferring()

@@ -55,11 +55,11 @@ def train_stage(config: DictConfig) -> None:
 
 
 class Session:
-    """State of a training outside its stage: config, command, run folder, and the run that it resumes or replaces.
+    """State of a training run apart from its stage: config, command, run folder, and the run to resume or replace.
 
     Raises:
-        UserError: An option is invalid, as far as this is known without reading the run folder. The message names the
-            option and the remedy.
+        UserError: An option is invalid. Only checks that do not read the run folder are made here. The message names
+            the option and the remedy.
     """
 
     run: Run

@@ -1,4 +1,4 @@
-"""ldm.autoencoder.autoencoder: any diffusers KL autoencoder behind one face, with statistics that belong to it."""
+"""ldm.autoencoder.autoencoder: one interface for diffusers' autoencoders and their latent statistics."""
 
 import json
 
@@ -12,8 +12,8 @@ from ldm.autoencoder.patch import PatchAutoencoderKL
 from ldm.errors import UserError
 
 
-def plain() -> AutoencoderKL:
-    """What a diffusers folder may hold: f = 2, three channels."""
+def plain_model() -> AutoencoderKL:
+    """Build a plain diffusers autoencoder with f = 2 and three channels."""
     torch.manual_seed(0)
     return AutoencoderKL(
         block_out_channels=(8, 8),
@@ -24,12 +24,12 @@ def plain() -> AutoencoderKL:
     ).eval()
 
 
-def patched() -> PatchAutoencoderKL:
+def patch_model() -> PatchAutoencoderKL:
     torch.manual_seed(0)
     return PatchAutoencoderKL(patch=4, latent_channels=5, block_out_channels=(8, 8), norm_num_groups=4).eval()
 
 
-def measured(model) -> Autoencoder:
+def with_statistics(model) -> Autoencoder:
     channels = model.config.latent_channels
     mean, std = [0.1 * i - 0.3 for i in range(channels)], [0.5 + i for i in range(channels)]
     return Autoencoder(model, LatentStatistics(mean, std, [0.1, 0.2, 0.3], "images", weights_sha256(model)))
@@ -40,8 +40,8 @@ def images() -> torch.Tensor:
     return torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
-@pytest.mark.parametrize(("make", "factor", "channels"), [(plain, 2, 3), (patched, 8, 5)])
-def test_factor_channels_and_shapes(make, factor, channels, images):
+@pytest.mark.parametrize(("make", "factor", "channels"), [(plain_model, 2, 3), (patch_model, 8, 5)])
+def test_factor_channels_and_shapes_match_the_model(make, factor, channels, images):
     autoencoder = Autoencoder(make())
     assert (autoencoder.factor, autoencoder.channels) == (factor, channels)
     assert autoencoder.latent_shape(16) == (channels, 16 // factor, 16 // factor)
@@ -51,15 +51,15 @@ def test_factor_channels_and_shapes(make, factor, channels, images):
     assert decoded.shape == images.shape and decoded.abs().max() <= 1
 
 
-@pytest.mark.parametrize(("resolution", "near"), [(20, "16 or 24"), (31, "24 or 32"), (3, "8."), (1, "8.")])
-def test_a_size_that_f_does_not_divide_is_refused_with_those_that_it_does(resolution, near):
-    with pytest.raises(UserError, match=f"resolution={resolution} must be a multiple of f = 8.*such as {near}"):
-        Autoencoder(patched()).latent_shape(resolution)
+@pytest.mark.parametrize(("resolution", "valid"), [(20, "16 or 24"), (31, "24 or 32"), (3, "8."), (1, "8.")])
+def test_indivisible_resolution_is_refused_with_nearest_valid_ones(resolution, valid):
+    with pytest.raises(UserError, match=f"resolution={resolution} .*multiple of f = 8.*{valid}"):
+        Autoencoder(patch_model()).latent_shape(resolution)
 
 
-@pytest.mark.parametrize("make", [plain, patched])
-def test_it_survives_its_folder(make, images, tmp_path):
-    autoencoder = measured(make())
+@pytest.mark.parametrize("make", [plain_model, patch_model])
+def test_save_and_load_preserve_weights_and_statistics(make, images, tmp_path):
+    autoencoder = with_statistics(make())
     autoencoder.save(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "config.json",
@@ -74,19 +74,19 @@ def test_it_survives_its_folder(make, images, tmp_path):
         torch.testing.assert_close(theirs, ours, rtol=0, atol=0)
 
 
-def test_a_plain_diffusers_folder_is_read(images, tmp_path):
-    model = plain()
+def test_load_reads_plain_diffusers_folder(images, tmp_path):
+    model = plain_model()
     model.save_pretrained(tmp_path)
     loaded = Autoencoder.load(tmp_path)
     assert loaded.statistics is None and loaded.factor == 2
     with torch.no_grad():
         torch.testing.assert_close(loaded.encode(images)[0], model.encode(images).latent_dist.mean, rtol=0, atol=0)
-    with pytest.raises(ValueError, match="not measured yet"):
+    with pytest.raises(ValueError, match="no latent statistics"):
         loaded.standardise(torch.zeros(1, 3, 8, 8))
 
 
-def test_standardising_is_undone_and_makes_unit_latents():
-    autoencoder = measured(plain())
+def test_unstandardise_inverts_standardise():
+    autoencoder = with_statistics(plain_model())
     z_raw = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     z = autoencoder.standardise(z_raw)
     torch.testing.assert_close(autoencoder.unstandardise(z), z_raw)
@@ -96,44 +96,45 @@ def test_standardising_is_undone_and_makes_unit_latents():
     )
 
 
-def test_weights_changed_beside_their_statistics_are_refused(tmp_path):
-    measured(plain()).save(tmp_path)
+def test_load_refuses_statistics_of_other_weights(tmp_path):
+    with_statistics(plain_model()).save(tmp_path)
     file = tmp_path / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
     weights["decoder.conv_out.bias"] += 1e-6
     save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"latents\.json was measured on weights .* but the weights beside it are"):
+    old, new = weights_sha256(plain_model())[:12], weights_sha256(AutoencoderKL.from_pretrained(tmp_path))[:12]
+    with pytest.raises(UserError, match=rf"latents\.json .*{old}.*{new}"):
         Autoencoder.load(tmp_path)
 
 
-def change(file, **values) -> None:
+def edit_json(file, **values) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 @pytest.mark.parametrize(
     ("file", "values", "message"),
     [
-        ("latents.json", {"format": 0}, "has format 0; this version reads 1"),
-        ("config.json", {"_class_name": "UNet2DModel"}, "holds a UNet2DModel. Readable autoencoders: AutoencoderKL"),
+        ("latents.json", {"format": 0}, r"latents\.json .*format 0.* 1\b"),
+        ("config.json", {"_class_name": "UNet2DModel"}, r"config\.json .*UNet2DModel.*AutoencoderKL"),
     ],
 )
-def test_what_cannot_be_read_is_named(tmp_path, file, values, message):
-    measured(plain()).save(tmp_path)
-    change(tmp_path / file, **values)
+def test_load_refuses_unknown_format_and_class(tmp_path, file, values, message):
+    with_statistics(plain_model()).save(tmp_path)
+    edit_json(tmp_path / file, **values)
     with pytest.raises(UserError, match=message):
         Autoencoder.load(tmp_path)
 
 
-def test_a_folder_without_weights_is_named(tmp_path):
-    with pytest.raises(UserError, match="holds no autoencoder: config.json is missing"):
+def test_load_refuses_folder_without_config(tmp_path):
+    with pytest.raises(UserError, match=r"not the folder of an autoencoder.*config\.json"):
         Autoencoder.load(tmp_path)
 
 
-def test_the_digest_is_of_the_weights_and_not_of_their_file(tmp_path):
-    model = plain()
+def test_digest_depends_only_on_weights(tmp_path):
+    model = plain_model()
     digest = weights_sha256(model)
-    assert weights_sha256(plain()) == digest
+    assert weights_sha256(plain_model()) == digest
     with torch.no_grad():
         model.decoder.conv_out.bias[0] += 1e-7
     assert weights_sha256(model) != digest
-    assert weights_sha256(plain().to(torch.float64)) != digest
+    assert weights_sha256(plain_model().to(torch.float64)) != digest

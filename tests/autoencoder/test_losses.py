@@ -1,4 +1,4 @@
-"""ldm.autoencoder.losses: each term is its formula, and moves the weights that it should."""
+"""ldm.autoencoder.losses: each term matches its formula, and its gradient reaches the right weights."""
 
 import numpy as np
 import pytest
@@ -7,11 +7,11 @@ from scipy.stats import norm
 from torch.distributions import Normal, kl_divergence
 
 from ldm.autoencoder.autoencoder import weights_sha256
-from ldm.autoencoder.losses import BIN, AutoencoderLoss
+from ldm.autoencoder.losses import BIN_WIDTH, AutoencoderLoss
 from ldm.autoencoder.patch import PatchAutoencoderKL
 from ldm.autoencoder.perceptual import EfficientNetLiteDistance, Perceptual
 
-NONE = {"l1": 0.0, "mse": 0.0, "kl": 0.0}
+ZERO_WEIGHTS = {"l1": 0.0, "mse": 0.0, "kl": 0.0}
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def images() -> torch.Tensor:
 
 @pytest.fixture
 def model() -> PatchAutoencoderKL:
-    """All of its weights away from the zeros that it starts with."""
+    """A model without the zero weights of its initialisation."""
     torch.manual_seed(0)
     model = PatchAutoencoderKL(patch=2, latent_channels=4, block_out_channels=(8,), norm_num_groups=4)
     for parameter in model.parameters():
@@ -29,16 +29,16 @@ def model() -> PatchAutoencoderKL:
     return model
 
 
-def terms_of(model, images, **weights):
+def compute_terms(model, images, **weights):
     posterior = model.encode(images).latent_dist
     noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(1))
     reconstruction = model.decode(posterior.mean + posterior.std * noise).sample
-    loss = AutoencoderLoss(**{**NONE, **weights})
+    loss = AutoencoderLoss(**{**ZERO_WEIGHTS, **weights})
     return loss(images, reconstruction, {"kl": posterior.kl().mean()}), reconstruction, posterior
 
 
-def test_every_term_is_its_formula(model, images):
-    terms, reconstruction, posterior = terms_of(model, images, l1=2.0, mse=3.0, kl=5.0)
+def test_loss_terms_match_their_formulas(model, images):
+    terms, reconstruction, posterior = compute_terms(model, images, l1=2.0, mse=3.0, kl=5.0)
     error = reconstruction - images
     torch.testing.assert_close(terms["l1"], error.abs().mean())
     torch.testing.assert_close(terms["mse"], (error**2).mean())
@@ -48,13 +48,14 @@ def test_every_term_is_its_formula(model, images):
 
 
 def gradients(model, images, **weights) -> dict[str, float]:
+    """Return the sum of absolute gradients of each parameter."""
     model.zero_grad()
-    terms_of(model, images, **weights)[0]["loss"].backward()
+    compute_terms(model, images, **weights)[0]["loss"].backward()
     return {name: 0.0 if p.grad is None else p.grad.abs().sum().item() for name, p in model.named_parameters()}
 
 
-def of(found: dict[str, float], *parts: str) -> list[float]:
-    return [value for name, value in found.items() if any(part in name for part in parts)]
+def select(values: dict[str, float], *modules: str) -> list[float]:
+    return [value for name, value in values.items() if any(module in name for module in modules)]
 
 
 ENCODER = ("core.encoder", "core.quant_conv", "shortcut_in")
@@ -62,98 +63,98 @@ DECODER = ("core.decoder", "core.post_quant_conv", "shortcut_out")
 
 
 @pytest.mark.parametrize("distortion", ["l1", "mse", "nll"])
-def test_distortions_reach_encoder_and_decoder(model, images, distortion):
-    found = gradients(model, ((images + 1) * 127.5).round() / 127.5 - 1, **{distortion: 1.0})
-    assert all(value > 0 for value in found.values()), found
+def test_distortion_gradients_reach_encoder_and_decoder(model, images, distortion):
+    values = gradients(model, ((images + 1) * 127.5).round() / 127.5 - 1, **{distortion: 1.0})
+    assert all(value > 0 for value in values.values()), values
 
 
-def test_the_rate_reaches_the_encoder_alone(model, images):
-    found = gradients(model, images, kl=1.0)
-    assert all(value > 0 for value in of(found, *ENCODER))
-    assert all(value == 0 for value in of(found, *DECODER))
-    assert len(of(found, *ENCODER)) + len(of(found, *DECODER)) == len(found)
+def test_kl_gradient_reaches_only_the_encoder(model, images):
+    values = gradients(model, images, kl=1.0)
+    encoder, decoder = select(values, *ENCODER), select(values, *DECODER)
+    assert all(value > 0 for value in encoder)
+    assert all(value == 0 for value in decoder)
+    assert len(encoder) + len(decoder) == len(values)
 
 
-def test_the_likelihood_is_that_of_the_two_stage_bound(images):
-    """A Gaussian's mass in each 8-bit value's bin, the outermost bins open, by scipy; its scale per colour learns."""
+def test_nll_is_the_discretised_gaussian_likelihood(images):
+    """Compare with the mass of scipy's Gaussian in each 8-bit bin, of which the outermost are open."""
     images = ((images + 1) * 127.5).round() / 127.5 - 1
     images[:, :, 0] = 1.0
     reconstruction = (images + 0.05).requires_grad_()
-    loss = AutoencoderLoss(**{**NONE, "nll": 1.0})
+    loss = AutoencoderLoss(**{**ZERO_WEIGHTS, "nll": 1.0})
     loss.log_scale.data = torch.tensor([0.05, 0.1, 0.2]).log()
-    found = loss(images, reconstruction, {})["nll"]
+    nll = loss(images, reconstruction, {})["nll"]
     x, mean, scale = images.numpy(), reconstruction.detach().numpy(), np.array([0.05, 0.1, 0.2])[:, None, None]
-    above = np.where(x > 1 - BIN / 2, 1, norm.cdf((x + BIN / 2 - mean) / scale))
-    below = np.where(x < -1 + BIN / 2, 0, norm.cdf((x - BIN / 2 - mean) / scale))
-    assert found.item() == pytest.approx(-np.log(above - below).mean(), rel=1e-4)
-    found.backward()
+    above = np.where(x > 1 - BIN_WIDTH / 2, 1, norm.cdf((x + BIN_WIDTH / 2 - mean) / scale))
+    below = np.where(x < -1 + BIN_WIDTH / 2, 0, norm.cdf((x - BIN_WIDTH / 2 - mean) / scale))
+    assert nll.item() == pytest.approx(-np.log(above - below).mean(), rel=1e-4)
+    nll.backward()
     assert reconstruction.grad.isfinite().all() and (loss.log_scale.grad != 0).all()
 
 
-def test_the_learned_scale_ends_at_the_error(images):
-    """As the maximum-likelihood scale per colour does: the root mean square of x - x'."""
+def test_learned_scale_converges_to_rms_error(images):
+    """The maximum-likelihood scale of each colour channel is the root mean square of x - x'."""
     error = (
         torch.randn(images.shape, generator=torch.Generator().manual_seed(3))
         * torch.tensor([0.05, 0.1, 0.2])[:, None, None]
     )
-    loss = AutoencoderLoss(**{**NONE, "nll": 1.0})
+    loss = AutoencoderLoss(**{**ZERO_WEIGHTS, "nll": 1.0})
     optimizer = torch.optim.Adam(loss.parameters(), lr=0.05)
-    inside = images * 0.5  # away from the open bins
+    images = images * 0.5  # away from the open bins
     for _ in range(200):
         optimizer.zero_grad()
-        loss(inside, inside + error, {})["loss"].backward()
+        loss(images, images + error, {})["loss"].backward()
         optimizer.step()
     torch.testing.assert_close(loss.log_scale.exp(), error.square().mean((0, 2, 3)).sqrt(), rtol=0.01, atol=0)
 
 
 @pytest.mark.parametrize("size", [32, 48])
-def test_perceptual_features_see_structure_and_keep_their_weights(size):
-    """A gradient in the reconstruction, none in the frozen network, and a shift costs more than faint noise."""
+def test_perceptual_distance_ranks_shift_above_noise_with_frozen_weights(size):
+    """The reconstruction gets a gradient, the frozen network none, and a shift is farther away than faint noise."""
     network = EfficientNetLiteDistance()
     perceptual = Perceptual(network, weight=2.0)
-    before = weights_sha256(network)
+    initial_digest = weights_sha256(network)
     images = torch.nn.functional.interpolate(torch.rand(2, 3, 4, 4) * 2 - 1, size, mode="nearest")
     reconstruction = (images * 0.9).requires_grad_()
     assert network(images, images).abs().max() < 1e-6
     perceptual(images, reconstruction).backward()
     assert (reconstruction.grad != 0).any() and reconstruction.grad.isfinite().all()
-    assert all(p.grad is None for p in network.parameters()) and weights_sha256(network) == before
+    assert all(p.grad is None for p in network.parameters()) and weights_sha256(network) == initial_digest
     assert [f.shape[-1] for f in network.features(images)] == [size // 2, size // 4, size // 8]
     noisy = images + 0.02 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     assert (network(images, images.roll(size // 8, -1)) > network(images, noisy)).all()
 
 
-def test_the_perceptual_term_reaches_encoder_and_decoder(model, images):
-    loss = AutoencoderLoss(**NONE)
+def test_perceptual_gradient_reaches_encoder_and_decoder(model, images):
+    loss = AutoencoderLoss(**ZERO_WEIGHTS)
     loss.perceptual = Perceptual(EfficientNetLiteDistance(), weight=2.0)
-    wide = images.repeat(1, 1, 4, 4)
-    terms = loss(wide, model(wide).sample, {})
+    tiled = images.repeat(1, 1, 4, 4)
+    terms = loss(tiled, model(tiled).sample, {})
     torch.testing.assert_close(terms["loss"], 2 * terms["perceptual"])
     terms["loss"].backward()
-    moved = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
-    assert {"core.encoder.conv_in.weight", "shortcut_in.weight", "core.decoder.conv_out.weight"} <= set(moved)
+    nonzero = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert {"core.encoder.conv_in.weight", "shortcut_in.weight", "core.decoder.conv_out.weight"} <= nonzero
 
 
-def test_no_weight_moves_nothing(model, images):
+def test_zero_weights_give_zero_gradients(model, images):
     assert not any(gradients(model, images).values())
 
 
-def test_each_weight_moves_the_weights_by_its_share(model, images):
-    """Gradients are linear in the weights of the terms."""
-    whole = gradients(model, images, l1=0.0, mse=2.0)
+def test_gradients_are_linear_in_the_weights(model, images):
+    doubled = gradients(model, images, l1=0.0, mse=2.0)
     single = gradients(model, images, mse=1.0)
     for name, value in single.items():
-        assert whole[name] == pytest.approx(2 * value, rel=1e-4)
+        assert doubled[name] == pytest.approx(2 * value, rel=1e-4)
 
 
-def test_the_rate_keeps_its_meaning_over_resolutions(model):
-    """Per pixel value: a picture tiled twice as wide has twice the nats and the same loss."""
+def test_kl_loss_is_independent_of_resolution(model):
+    """An image repeated to twice its width has twice the nats, and the same loss per pixel value."""
     image = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(2)) * 2 - 1
     posterior = model.encode(image).latent_dist
-    small = AutoencoderLoss(**{**NONE, "kl": 1.0})(image, image, {"kl": posterior.kl().mean()})
+    small = AutoencoderLoss(**{**ZERO_WEIGHTS, "kl": 1.0})(image, image, {"kl": posterior.kl().mean()})
     for name in ("mean", "logvar", "std", "var"):
         setattr(posterior, name, getattr(posterior, name).repeat(1, 1, 1, 2))
     wide = image.repeat(1, 1, 1, 2)
-    large = AutoencoderLoss(**{**NONE, "kl": 1.0})(wide, wide, {"kl": posterior.kl().mean()})
+    large = AutoencoderLoss(**{**ZERO_WEIGHTS, "kl": 1.0})(wide, wide, {"kl": posterior.kl().mean()})
     torch.testing.assert_close(large["kl"], 2 * small["kl"])
     torch.testing.assert_close(large["loss"], small["loss"])

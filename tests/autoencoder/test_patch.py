@@ -1,4 +1,4 @@
-"""ldm.autoencoder.patch: starts at PCA's distortion, keeps diffusers' calls, survives its files."""
+"""ldm.autoencoder.patch: PCA initialisation, diffusers' interface, saving and loading."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def build(**options) -> PatchAutoencoderKL:
 
 
 def smooth_images(count: int, size: int = 16, seed: int = 0) -> torch.Tensor:
-    """Noise with correlations, so that a few components hold most of it; in [-1, 1]."""
+    """Draw correlated noise in [-1, 1], so that a few components explain most of its variance."""
     noise = torch.randn(count, 3, size // 4 + 1, size // 4 + 1, generator=torch.Generator().manual_seed(seed))
     images = torch.nn.functional.interpolate(noise, size, mode="bicubic", align_corners=True)
     fine = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed + 1))
@@ -26,7 +26,7 @@ def smooth_images(count: int, size: int = 16, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("patch", "levels", "factor"), [(1, 1, 1), (1, 3, 4), (2, 1, 2), (2, 3, 8), (4, 1, 4), (4, 2, 8)]
 )
-def test_the_factor_is_patch_times_halvings(patch, levels, factor):
+def test_factor_is_patch_times_downsampling(patch, levels, factor):
     model = build(patch=patch, block_out_channels=(8,) * levels)
     assert model.factor == Autoencoder(model).factor == factor
     images = smooth_images(2)
@@ -38,7 +38,7 @@ def test_the_factor_is_patch_times_halvings(patch, levels, factor):
 
 
 @pytest.mark.parametrize(("patch", "levels", "channels"), [(2, 1, 4), (2, 2, 12), (4, 1, 12)])
-def test_the_shortcut_starts_at_the_distortion_of_pca(patch, levels, channels):
+def test_initial_shortcut_reconstructs_like_pca(patch, levels, channels):
     model = build(patch=patch, block_out_channels=(8,) * levels, latent_channels=channels)
     train, held_out = smooth_images(200), smooth_images(40, seed=7)
     model.init_shortcut(train)
@@ -49,8 +49,8 @@ def test_the_shortcut_starts_at_the_distortion_of_pca(patch, levels, channels):
     torch.testing.assert_close(ours, pca, rtol=0, atol=1e-4)
 
 
-def test_the_shortcut_starts_half_way_to_unit_variance():
-    """Each latent's variance is its component's standard deviation."""
+def test_initial_latent_variance_is_component_std():
+    """The initial variance of each latent channel is the standard deviation of its PCA component."""
     model, images = build(), smooth_images(300)
     model.init_shortcut(images)
     z = model.encode(images).latent_dist.mean.transpose(0, 1).flatten(1).double()
@@ -60,24 +60,24 @@ def test_the_shortcut_starts_half_way_to_unit_variance():
     torch.testing.assert_close(z.mean(1), torch.zeros(4).double(), rtol=0, atol=1e-4)
 
 
-def test_the_posterior_starts_narrow():
+def test_initial_posterior_is_narrow():
     posterior = build().encode(smooth_images(2)).latent_dist
     torch.testing.assert_close(posterior.logvar, torch.full_like(posterior.logvar, INITIAL_LOG_VARIANCE))
 
 
-def test_more_channels_than_a_patch_has_dimensions_are_refused():
-    with pytest.raises(ValueError, match="13 latent channels exceed the 12 dimensions"):
+def test_init_shortcut_refuses_more_channels_than_patch_dimensions():
+    with pytest.raises(ValueError, match="latent_channels=13 .*12 dimensions.*latent_channels=12 or fewer"):
         build(latent_channels=13).init_shortcut(smooth_images(50))
 
 
-def test_without_the_shortcut_only_the_convolutions_are_left():
+def test_without_shortcut_convolutions_are_not_zero():
     model = build(shortcut=False)
     assert not any("shortcut" in name for name in model.state_dict())
-    assert model(smooth_images(1)).sample.abs().max() > 0, "nothing else would be there to start from"
+    assert model(smooth_images(1)).sample.abs().max() > 0
 
 
 @pytest.mark.parametrize("shortcut", [True, False])
-def test_saved_and_loaded_it_is_bit_equal(tmp_path, shortcut):
+def test_save_and_load_are_bit_exact(tmp_path, shortcut):
     model = build(shortcut=shortcut).eval()
     model.save_pretrained(tmp_path)
     loaded = PatchAutoencoderKL.from_pretrained(tmp_path, low_cpu_mem_usage=False)
@@ -90,15 +90,15 @@ def test_saved_and_loaded_it_is_bit_equal(tmp_path, shortcut):
         torch.testing.assert_close(loaded(images).sample, model(images).sample, rtol=0, atol=0)
 
 
-def test_images_do_not_see_each_other():
+def test_images_in_a_batch_are_independent():
     model = build(mid_block_add_attention=True).eval()
     torch.nn.init.normal_(model.core.quant_conv.weight)
     images = smooth_images(3)
-    alone = torch.cat([model.encode(image[None]).latent_dist.mean for image in images])
-    torch.testing.assert_close(model.encode(images).latent_dist.mean, alone, rtol=0, atol=1e-5)
+    separate = torch.cat([model.encode(image[None]).latent_dist.mean for image in images])
+    torch.testing.assert_close(model.encode(images).latent_dist.mean, separate, rtol=0, atol=1e-5)
 
 
-def test_half_precision_inside_keeps_moments_and_pixels_in_float32():
+def test_autocast_keeps_moments_and_pixels_in_float32():
     model = build()
     with torch.autocast("cpu", torch.bfloat16):
         posterior = model.encode(smooth_images(1)).latent_dist

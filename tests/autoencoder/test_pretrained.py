@@ -1,4 +1,4 @@
-"""Pretrained autoencoders in the layouts of Stable Diffusion 1, XL, 3 and FLUX, made here with small widths."""
+"""Pretrained autoencoders: small random models with the configs of Stable Diffusion 1, XL, 3 and FLUX."""
 
 import json
 
@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL
 
 import ldm.train
-from ldm.autoencoder.autoencoder import Autoencoder, choose_trained, published_statistics, weights_sha256
+from ldm.autoencoder.autoencoder import Autoencoder, published_statistics, set_trainable, weights_sha256
 from ldm.autoencoder.patch import PatchAutoencoderKL
 from ldm.errors import UserError
 from ldm.runs.load import load_autoencoder
@@ -46,25 +46,25 @@ LAYOUTS = {
         "use_post_quant_conv": False,
     },
 }
-EVERY = pytest.mark.parametrize("layout", LAYOUTS)
+EACH_LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
 SHORT = ["stage=vae", "logger=csv", "trainer=cpu", "trainer.max_time=null", "trainer.precision=32-true", "batch_size=8"]
 SHORT += ["trainer.max_steps=2", "data.resolution=32"]
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A folder per layout; that of SD is a pipeline's, with a `vae` folder inside."""
-    place = tmp_path_factory.mktemp("models")
+    """A folder with one model per layout; `sd` is a pipeline folder with the model in `vae`."""
+    folder = tmp_path_factory.mktemp("models")
     for name, options in LAYOUTS.items():
         torch.manual_seed(0)
         model = AutoencoderKL(**SMALL, **options)
-        model.save_pretrained(place / name / ("vae" if name == "sd" else ""))
-    return place
+        model.save_pretrained(folder / name / ("vae" if name == "sd" else ""))
+    return folder
 
 
 @pytest.fixture
 def train(make_images, tmp_path, monkeypatch, call):
-    """Stage 1 on 20 images of 32 px, in this process."""
+    """A function that runs the training command on 20 images of 32 px in this process; by default, stage 1."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
     make_images(tmp_path / "images", 20, size=32)
@@ -75,8 +75,8 @@ def train(make_images, tmp_path, monkeypatch, call):
     return train
 
 
-@EVERY
-def test_a_layout_is_read_and_reconstructs_as_diffusers_does(models, layout):
+@EACH_LAYOUT
+def test_encode_and_decode_match_diffusers(models, layout):
     autoencoder = load_autoencoder(str(models / layout))
     folder = models / layout / ("vae" if layout == "sd" else "")
     theirs = AutoencoderKL.from_pretrained(folder)
@@ -90,123 +90,121 @@ def test_a_layout_is_read_and_reconstructs_as_diffusers_does(models, layout):
     assert autoencoder.regulariser == "kl" and autoencoder.has_density
 
 
-@EVERY
-def test_published_scales_are_those_of_diffusers_pipelines(models, layout):
-    """(z_raw - mean) / std is what each pipeline hands to its network."""
+@EACH_LAYOUT
+def test_published_statistics_match_diffusers_pipelines(models, layout):
+    """(z_raw - mean) / std equals the input that each diffusers pipeline gives to its network."""
     config = LAYOUTS[layout]
     mean, std = published_statistics(load_autoencoder(str(models / layout)).model)
     z_raw = torch.randn(1, config["latent_channels"], 2, 2)
     if "latents_mean" in config:
         centre, spread = (torch.tensor(config[key])[:, None, None] for key in ("latents_mean", "latents_std"))
-        wanted = (z_raw - centre) * config["scaling_factor"] / spread
+        expected = (z_raw - centre) * config["scaling_factor"] / spread
     else:
-        wanted = (z_raw - config.get("shift_factor", 0)) * config["scaling_factor"]
+        expected = (z_raw - config.get("shift_factor", 0)) * config["scaling_factor"]
     ours = (z_raw - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
-    torch.testing.assert_close(ours, wanted)
+    torch.testing.assert_close(ours, expected)
 
 
-def test_ours_publishes_nothing():
+def test_patch_autoencoder_publishes_no_statistics():
     assert published_statistics(PatchAutoencoderKL(patch=2, block_out_channels=(8,), norm_num_groups=4)) is None
 
 
-@EVERY
-def test_the_decoder_alone_leaves_latents_what_they_are(models, layout):
+@EACH_LAYOUT
+def test_training_only_the_decoder_keeps_latents(models, layout):
     model = load_autoencoder(str(models / layout)).model.train()
-    choose_trained(model, "decoder")
+    set_trainable(model, "decoder")
     images = torch.rand(2, 3, 32, 32) * 2 - 1
-    before = model.encode(images).latent_dist.parameters.detach().clone()
+    initial_moments = model.encode(images).latent_dist.parameters.detach().clone()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     reconstruction = model.decode(model.encode(images).latent_dist.mean).sample
     (reconstruction - images).square().mean().backward()
     optimizer.step()
-    assert torch.equal(model.encode(images).latent_dist.parameters, before)
+    assert torch.equal(model.encode(images).latent_dist.parameters, initial_moments)
     assert not torch.equal(model.decode(model.encode(images).latent_dist.mean).sample, reconstruction)
-    choose_trained(model, "all")
+    set_trainable(model, "all")
     assert all(p.requires_grad for p in model.parameters())
-    choose_trained(model, "nothing")
+    set_trainable(model, "nothing")
     assert not any(p.requires_grad for p in model.parameters())
 
 
-@EVERY
-def test_as_a_first_stage_without_training(models, layout, train):
-    """Its latents are measured on the data, its weights are the same, and stage 2 finds the run."""
-    ended = train("autoencoder=pretrained", f"autoencoder.path={models / layout}", "name=first")
-    assert ended.code == 0, ended
-    assert "none of them trained" in ended.out and "expected time" not in ended.out
+@EACH_LAYOUT
+def test_pretrained_first_stage_without_training(models, layout, train):
+    """The run has the pretrained weights and latent statistics measured on the data, and counts as finished."""
+    result = train("autoencoder=pretrained", f"autoencoder.path={models / layout}", "name=first")
+    assert result.code == 0, result
+    assert "none of them trained" in result.out and "expected time" not in result.out
     run = Run.open("runs/vae/first")
     autoencoder = run.autoencoder()
     assert weights_sha256(autoencoder.model) == weights_sha256(load_autoencoder(str(models / layout)).model)
     assert autoencoder.model.config.scaling_factor == LAYOUTS[layout]["scaling_factor"]
-    measured = autoencoder.statistics
+    statistics = autoencoder.statistics
     mean, log_variance = autoencoder.encode(run.image_data().batch(run.image_data().train_indices))
-    torch.testing.assert_close(torch.tensor(measured.latent_mean), mean.mean((0, 2, 3)), rtol=0.01, atol=0.01)
+    torch.testing.assert_close(torch.tensor(statistics.latent_mean), mean.mean((0, 2, 3)), rtol=0.01, atol=0.01)
     std = (mean.var((0, 2, 3), correction=0) + log_variance.exp().mean((0, 2, 3))).sqrt()
-    torch.testing.assert_close(torch.tensor(measured.latent_std), std, rtol=1e-3, atol=0)
+    torch.testing.assert_close(torch.tensor(statistics.latent_std), std, rtol=1e-3, atol=0)
     assert run.facts["figures"]["steps"] == 0 and run.finished
 
 
-def test_published_statistics_instead_of_measured_ones(models, train):
+def test_run_uses_published_statistics(models, train):
     options = ("autoencoder=pretrained", f"autoencoder.path={models / 'sd3'}", "latent_statistics=published")
     assert train(*options, "name=published").code == 0
     statistics = Run.open("runs/vae/published").autoencoder().statistics
     assert statistics.latent_mean == [0.0609] * 16
     assert statistics.latent_std == pytest.approx([1 / 1.5305] * 16)
-    ended = train("latent_statistics=published", "name=fresh")
-    assert ended.code == 2 and "goes with a pretrained autoencoder" in ended.err
+    result = train("latent_statistics=published", "name=fresh")
+    assert result.code == 2
+    assert "latent_statistics=published" in result.err and "pretrained autoencoder" in result.err
 
 
 @pytest.mark.parametrize("part", ["decoder", "all"])
-def test_fine_tuning(models, train, part):
-    """All weights or the decoder's, with the encoder's bytes as the witness."""
+def test_fine_tuning_changes_only_the_chosen_weights(models, train, part):
+    """Compare all weights with those of the pretrained model."""
     options = ("autoencoder=pretrained", f"autoencoder.path={models / 'sdxl'}", f"autoencoder.train={part}")
-    ended = train(*options, "name=tuned", "adversarial=hinge", "adversarial.start=0")
-    assert ended.code == 0, ended
-    tuned, before = Run.open("runs/vae/tuned").autoencoder().model, load_autoencoder(str(models / "sdxl")).model
-    same = {
+    result = train(*options, "name=tuned", "adversarial=hinge", "adversarial.start=0")
+    assert result.code == 0, result
+    tuned, pretrained = Run.open("runs/vae/tuned").autoencoder().model, load_autoencoder(str(models / "sdxl")).model
+    is_equal = {
         name: torch.equal(a, b)
-        for (name, a), (_, b) in zip(tuned.named_parameters(), before.named_parameters(), strict=True)
+        for (name, a), (_, b) in zip(tuned.named_parameters(), pretrained.named_parameters(), strict=True)
     }
-    changed = {name.split(".")[0] for name, equal in same.items() if not equal}
+    changed = {name.split(".")[0] for name, equal in is_equal.items() if not equal}
     decoder = {"decoder", "post_quant_conv"}
     assert changed == (decoder if part == "decoder" else {*decoder, "encoder", "quant_conv"})
     assert Run.open("runs/vae/tuned").facts["pretrained"] == str(models / "sdxl")
 
 
-def test_stage_2_takes_it_directly(models, train):
+def test_stage_2_trains_on_pretrained_autoencoder(models, train):
     small = ["network=dit", "network.hidden_dim=16", "network.depth=1", "network.head_dim=8", "conditioning=none"]
     diffusion = ("stage=diffusion", *SHORT[1:], *small)
     pretrained = ("autoencoder=pretrained", f"autoencoder.path={models / 'flux'}")
-    ended = train(*pretrained, "name=second", "val_images=4", stage=diffusion)
-    assert ended.code == 0, ended
+    result = train(*pretrained, "name=second", "val_images=4", stage=diffusion)
+    assert result.code == 0, result
     pipeline = Run.open("runs/diffusion/second").pipeline()
     assert pipeline.latent_shape == (16, 4, 4)
     assert pipeline.autoencoder.weights_sha256() == weights_sha256(load_autoencoder(str(models / "flux")).model)
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "parts"),
     [
-        (["autoencoder.path=nowhere/at/all"], "nowhere/at/all"),
-        (["autoencoder.train=encoder"], "autoencoder.train=encoder must be 'all', 'decoder' or 'nothing'"),
-        (["autoencoder.train=all", "regulariser=vq"], "regulariser=vq must be kl or none"),
-        (
-            ["data.resolution=36"],
-            "data.resolution=36 must be a multiple of f = 8, the autoencoder's downsampling factor, such as 32 or 40",
-        ),
+        (["autoencoder.path=nowhere/at/all"], ["nowhere/at/all"]),
+        (["autoencoder.train=encoder"], ["autoencoder.train=encoder", "'all', 'decoder' or 'nothing'"]),
+        (["autoencoder.train=all", "regulariser=vq"], ["regulariser=vq", "kl or none"]),
+        (["data.resolution=36"], ["data.resolution=36", "multiple of f = 8", "32 or 40"]),
     ],
 )
-def test_mistakes(models, train, options, message):
-    given = ["autoencoder=pretrained", f"autoencoder.path={models / 'sd'}", *options]
-    ended = train(*given)
-    assert ended.code == 2 and message in ended.err and "Traceback" not in ended.err
+def test_invalid_options_are_refused(models, train, options, parts):
+    result = train("autoencoder=pretrained", f"autoencoder.path={models / 'sd'}", *options)
+    assert result.code == 2 and "Traceback" not in result.err
+    assert all(part in result.err for part in parts), result.err
 
 
-def test_without_a_path(train):
-    ended = train("autoencoder=pretrained")
-    assert ended.code == 2 and "autoencoder.path" in ended.err
+def test_pretrained_autoencoder_needs_a_path(train):
+    result = train("autoencoder=pretrained")
+    assert result.code == 2 and "autoencoder.path" in result.err
 
 
-def test_a_folder_of_another_kind(tmp_path):
+def test_load_refuses_unsupported_diffusers_class(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderTiny"}))
-    with pytest.raises(UserError, match="holds a AutoencoderTiny. Readable autoencoders: AutoencoderKL"):
+    with pytest.raises(UserError, match=r"config\.json .*AutoencoderTiny.*AutoencoderKL"):
         Autoencoder.load(tmp_path)

@@ -129,7 +129,7 @@ def bounded_memory():
 
 @pytest.fixture(scope="module")
 def keys() -> dict[str, list[str]]:
-    """All config keys of a training, by stage."""
+    """All config keys of a training run, by stage."""
     keys = {}
     for stage, arguments in STAGES.items():
         with initialize_config_dir(str(bundled_folder("conf")), version_base="1.3"):

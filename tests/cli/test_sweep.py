@@ -1,4 +1,4 @@
-"""Several trainings from one command line, with Hydra's -m or a W&B agent: separate runs, and failed jobs are named."""
+"""Several runs from one command line, with Hydra's -m or a W&B agent: separate runs, and failed jobs are named."""
 
 import csv
 import json

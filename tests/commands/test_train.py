@@ -28,7 +28,7 @@ def workdir(tmp_path_factory, make_images) -> Path:
 
 @pytest.fixture
 def trained(call, workdir, tmp_path, monkeypatch):
-    """Return a function that runs stage=all with fake trainings; it returns the result and the stages' commands.
+    """Return a function that runs stage=all with fake training runs; it returns the result and the stages' commands.
 
     Each fake training creates a finished run folder. `outcomes` gives an exit code or an exception by stage instead.
     """

@@ -16,7 +16,7 @@ def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
 
 
 def png(red: int) -> bytes:
-    """Encode 8 x 8 pixels with this value of red."""
+    """Encode an 8 x 8 image with the colour (red, 0, 0)."""
     return encode(Image.new("RGB", (8, 8), (red, 0, 0)))
 
 

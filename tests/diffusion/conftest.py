@@ -1,4 +1,4 @@
-"""Data with an exact denoiser: its posterior mean E[z_0 | z_t] is known, so that the chain has a truth."""
+"""Fixtures for data whose exact denoiser, the posterior mean E[z_0 | z_t], is known in closed form."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ class ExactMixture:
         self.variance = variance
 
     def log_joint(self, z_t, t):
-        """log of weights[k] q(z_t | mode k), of shape [b, k]."""
+        """Return log of weights[k] q(z_t | mode k), of shape [b, k]."""
         a = self.schedule.at(t, z_t)
         spread = a * self.variance + 1 - a
         distance = (z_t[:, None] - a.sqrt()[..., None] * self.means.to(z_t)).square().sum(-1)
@@ -34,7 +34,7 @@ class ExactMixture:
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Small tensors on many threads spend their time waiting: ten times slower on a busy machine."""
+    """Use one thread: with many, operations on small tensors are ten times slower on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -48,7 +48,7 @@ def exact_mixture():
 
 @pytest.fixture
 def exact_gaussian():
-    """The same for a single N(mean, variance I) in `dimensions` dimensions."""
+    """Return a function that builds the exact denoiser of N(mean, variance I) in `dimensions` dimensions."""
 
     def build(schedule, mean: float, variance: float, dimensions: int = 1):
         return ExactMixture(schedule, [[mean] * dimensions], (1.0,), variance)
@@ -58,7 +58,7 @@ def exact_gaussian():
 
 @pytest.fixture
 def randn():
-    """Seeded draws from N(0, I), in float64 unless told otherwise."""
+    """Return a function that draws from N(0, I) with a fixed seed, in float64 by default."""
     generator = torch.Generator().manual_seed(20)
 
     def draw(*shape, dtype=torch.float64):

@@ -1,4 +1,4 @@
-"""The observed order of convergence of the deterministic samplers, against an independent integration."""
+"""Test the convergence order of the deterministic samplers against an independent ODE integration."""
 
 import math
 
@@ -11,7 +11,7 @@ from ldm.diffusion.samplers.ddim import DDIM
 from ldm.diffusion.samplers.multistep import DPMSolver, UniPC
 from ldm.diffusion.schedule import NoiseSchedule
 
-# diffusers rounds timesteps to integers: T is large, and a multiple of every number of steps.
+# diffusers rounds timesteps to integers, so T is large and a multiple of each number of steps.
 T = 20_480
 STEPS = [20, 40, 80, 160, 320]
 MEANS, WEIGHTS, VARIANCE = np.array([-1.0, 1.5]), np.array([0.4, 0.6]), 0.25
@@ -22,7 +22,7 @@ def alpha_bar(u):
 
 
 def flow(u, z):
-    """dz/du = -1/2 b(u) (z + score), of the variance-preserving SDE with b(u) = 0.1 + 19.9 u."""
+    """Return dz/du = -1/2 b(u) (z + score) for the variance-preserving SDE with b(u) = 0.1 + 19.9 u."""
     a = alpha_bar(u)
     spread = a * VARIANCE + 1 - a
     offset = z[:, None] - math.sqrt(a) * MEANS
@@ -31,38 +31,38 @@ def flow(u, z):
     return -0.5 * (0.1 + 19.9 * u) * (z + score)
 
 
-def measure(exact_mixture, sampler, s):
-    """Largest error at step s for each number of steps, and the observed order of each halving."""
+def errors_and_orders(exact_mixture, sampler, s):
+    """Return the largest error at step s for each number of steps, and the observed order for each doubling."""
     schedule = NoiseSchedule("vp", torch.from_numpy(alpha_bar(np.arange(T + 1) / T)))
     exact = exact_mixture(schedule, MEANS[:, None], WEIGHTS, VARIANCE)
     z_T = np.linspace(-2, 2, 9)
     path = scipy.integrate.solve_ivp(flow, (1, s / T), z_T, method="DOP853", rtol=1e-12, atol=1e-13)
     errors = []
     for steps in STEPS:
-        arrived = {}
+        latents = {}
         sampler(steps)(
             exact,
             torch.from_numpy(z_T)[:, None],
-            on_step=lambda at, z_s, z_0, arrived=arrived: arrived.update({at: z_s}),
+            on_step=lambda step, z_s, z_0, latents=latents: latents.update({step: z_s}),
         )
-        errors.append(np.abs(arrived[s].flatten().numpy() - path.y[:, -1]).max())
+        errors.append(np.abs(latents[s].flatten().numpy() - path.y[:, -1]).max())
     orders = [math.log2(coarse / fine) for coarse, fine in zip(errors, errors[1:], strict=False)]
-    series = " ".join(f"{error:.2e}" for error in errors), " ".join(f"{order:.2f}" for order in orders)
-    print(f"\n{sampler.method} at t = {s} in {STEPS} steps: errors {series[0]}, orders {series[1]}")
+    columns = " ".join(f"{error:.2e}" for error in errors), " ".join(f"{order:.2f}" for order in orders)
+    print(f"\n{sampler.method} at t = {s} in {STEPS} steps: errors {columns[0]}, orders {columns[1]}")
     return errors, orders
 
 
-# UniPC's corrector adds one to the order of its predictor, which is 2 here.
+# UniPC's corrector raises the order of its predictor, 2 here, by one.
 @pytest.mark.parametrize(("sampler", "order"), [(DDIM, 1), (DPMSolver, 2), (UniPC, 3)])
-def test_order_at_a_noise_level_that_every_run_visits(exact_mixture, sampler, order):
-    errors, orders = measure(exact_mixture, sampler, T // 10)
+def test_convergence_order_at_shared_noise_level(exact_mixture, sampler, order):
+    errors, orders = errors_and_orders(exact_mixture, sampler, T // 10)
     assert errors[-1] < errors[0] / 10**order
     assert orders[-1] == pytest.approx(order, abs=0.2)
 
 
 @pytest.mark.parametrize("sampler", [DDIM, DPMSolver, UniPC])
-def test_all_the_way_down_converges_too(exact_mixture, sampler):
-    # The last step, to alpha_bar = 1, is of first order in every method, and dominates in the end.
-    errors, orders = measure(exact_mixture, sampler, 0)
+def test_samplers_converge_at_s_0(exact_mixture, sampler):
+    # The last step, to alpha_bar = 1, is first order for every method and eventually dominates the error.
+    errors, orders = errors_and_orders(exact_mixture, sampler, 0)
     assert min(orders) > 0.5
     assert errors[-1] < errors[0] / 14

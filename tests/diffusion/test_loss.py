@@ -34,20 +34,20 @@ def test_logit_normal_timesteps_follow_their_density():
     u = np.arange(41) / 40
     with np.errstate(divide="ignore"):
         share = np.diff(scipy.stats.norm.cdf(np.log(u) - np.log1p(-u)))
-    # The outermost bins expect less than 5 draws: a chi-square needs them merged.
+    # Merge the outermost bins, which expect fewer than 5 draws, for the chi-square test.
     counts = torch.bincount(t, minlength=41)[1:].numpy()
-    few = share * 100_000 < 5
-    counts = np.append(counts[~few], counts[few].sum())
-    expected = np.append(share[~few], share[few].sum()) * 100_000
-    keep = expected > 0
-    assert scipy.stats.chisquare(counts[keep], expected[keep]).pvalue > 1e-3
+    is_rare = share * 100_000 < 5
+    counts = np.append(counts[~is_rare], counts[is_rare].sum())
+    expected = np.append(share[~is_rare], share[is_rare].sum()) * 100_000
+    is_possible = expected > 0
+    assert scipy.stats.chisquare(counts[is_possible], expected[is_possible]).pvalue > 1e-3
 
 
-def test_timesteps_are_repeatable():
+def test_timesteps_are_reproducible():
     for distribution in ("uniform", "logit_normal"):
-        first, again = (sample_timesteps(1000, 16, distribution, torch.Generator().manual_seed(7)) for _ in range(2))
+        first, second = (sample_timesteps(1000, 16, distribution, torch.Generator().manual_seed(7)) for _ in range(2))
         assert first.dtype == torch.long
-        assert first.equal(again)
+        assert first.equal(second)
 
 
 @pytest.mark.parametrize(
@@ -55,19 +55,19 @@ def test_timesteps_are_repeatable():
     [(cosine(100), prediction) for prediction in PREDICTIONS]
     + [(rectified_flow(100), prediction) for prediction in PREDICTIONS[1:]],
 )
-def test_min_snr_is_the_same_weight_on_z_0_in_every_space(schedule, prediction, randn):
+def test_min_snr_weight_on_z_0_is_the_same_in_every_space(schedule, prediction, randn):
     t = torch.tensor([1, 20, 50, 80, 99])
-    z_0, eps, wrong = randn(5, 3, 2), randn(5, 3, 2), randn(5, 3, 2)
+    z_0, eps, predicted = randn(5, 3, 2), randn(5, 3, 2), randn(5, 3, 2)
     z_t = chain.marginal(schedule, z_0, t, eps)
-    output = chain.target(schedule, wrong, chain.to_eps(schedule, wrong, z_t, t), t, prediction)
+    output = chain.target(schedule, predicted, chain.to_eps(schedule, predicted, z_t, t), t, prediction)
     loss = simple_loss(schedule, output, z_0, eps, t, prediction, weighting="min_snr", gamma=2.0)
     a = schedule.alpha_bar[t]
-    on_z_0 = (a / (1 - a)).clamp(max=2.0) * (wrong - z_0).square().mean((1, 2))
-    torch.testing.assert_close(loss, on_z_0, rtol=1e-8, atol=1e-8)
+    expected = (a / (1 - a)).clamp(max=2.0) * (predicted - z_0).square().mean((1, 2))
+    torch.testing.assert_close(loss, expected, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_simple_is_the_plain_squared_error_of_the_prediction(prediction, randn):
+def test_simple_is_unweighted_squared_error(prediction, randn):
     schedule, t = linear(100), torch.tensor([1, 100])
     z_0, eps, output = (randn(2, 3, 4, dtype=torch.float32) for _ in range(3))
     loss = simple_loss(schedule, output.bfloat16(), z_0, eps, t, prediction)
@@ -76,7 +76,7 @@ def test_simple_is_the_plain_squared_error_of_the_prediction(prediction, randn):
     assert loss.dtype == torch.float32
 
 
-def test_weights_are_known_numbers():
+def test_weights_match_reference_values():
     schedule, t = rectified_flow(4), torch.tensor([1, 2, 3, 4])
     torch.testing.assert_close(
         weight(schedule, t, "min_snr", "v", gamma=5.0),
@@ -89,31 +89,31 @@ def test_weights_are_known_numbers():
     assert weight(schedule, t, "simple", "flow").tolist() == [1, 1, 1, 1]
 
 
-def test_errors():
+def test_invalid_arguments_raise():
     t = torch.tensor([1, 2])
-    with pytest.raises(ValueError, match="'cosine'; known: uniform, logit_normal"):
+    with pytest.raises(ValueError, match="timestep distribution.*'cosine'.*uniform, logit_normal"):
         sample_timesteps(10, 2, "cosine")
-    with pytest.raises(ValueError, match="'snr'; known: simple, min_snr"):
+    with pytest.raises(ValueError, match="weighting.*'snr'.*simple, min_snr"):
         weight(linear(10), t, "snr", "eps")
-    with pytest.raises(ValueError, match="known: eps"):
+    with pytest.raises(ValueError, match="prediction.*'epsilon'.*eps"):
         weight(linear(10), t, "simple", "epsilon")
     with pytest.raises(ValueError, match="alpha_bar = 0"):
         weight(rectified_flow(10), t, "min_snr", "eps")
-    with pytest.raises(ValueError, match="must be positive"):
+    with pytest.raises(ValueError, match=r"gamma.*positive.*0\.0"):
         weight(linear(10), t, "min_snr", "eps", gamma=0.0)
     with pytest.raises(ValueError, match="0 <= s < t"):
         weight(linear(10), torch.tensor([0, 1]), "simple", "eps")
 
 
-def noised(schedule, t, randn, dtype=torch.float64):
+def draw_noised(schedule, t, randn, dtype=torch.float64):
     z_0, eps = (randn(len(t), 2, 3, dtype=dtype) for _ in range(2))
     return z_0, eps, chain.marginal(schedule, z_0, t, eps)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_the_vlb_term_of_hybrid_moves_sigma_alone(prediction, randn):
+def test_hybrid_vlb_term_only_trains_sigma(prediction, randn):
     schedule, t = linear(20, 1e-3, 0.3), torch.tensor([1, 2, 10, 20])
-    z_0, eps, z_t = noised(schedule, t, randn)
+    z_0, eps, z_t = draw_noised(schedule, t, randn)
     output = randn(4, 2, 3).requires_grad_()
     v = randn(4, 2, 3).sigmoid().requires_grad_()
     loss = hybrid_loss(schedule, output, v, z_0, z_t, eps, t, prediction)
@@ -121,30 +121,30 @@ def test_the_vlb_term_of_hybrid_moves_sigma_alone(prediction, randn):
     mean = Prediction(chain.to_z_0(schedule, output, z_t, t, prediction), v)
     vlb = vlb_loss(schedule, mean, z_0, t, "learned_range")
     torch.testing.assert_close(loss, simple + 0.001 * vlb)
-    by_output, by_v = torch.autograd.grad(loss.sum(), (output, v))
-    torch.testing.assert_close(by_output, torch.autograd.grad(simple.sum(), output, retain_graph=True)[0])
-    vlb_by_output, vlb_by_v = torch.autograd.grad(vlb.sum(), (output, v))
-    torch.testing.assert_close(by_v, 0.001 * vlb_by_v)
-    assert (by_v != 0).all()
-    assert vlb_by_output.isfinite().all() and (vlb_by_output != 0).all()
+    output_grad, v_grad = torch.autograd.grad(loss.sum(), (output, v))
+    torch.testing.assert_close(output_grad, torch.autograd.grad(simple.sum(), output, retain_graph=True)[0])
+    vlb_output_grad, vlb_v_grad = torch.autograd.grad(vlb.sum(), (output, v))
+    torch.testing.assert_close(v_grad, 0.001 * vlb_v_grad)
+    assert (v_grad != 0).all()
+    assert vlb_output_grad.isfinite().all() and (vlb_output_grad != 0).all()
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
-def test_vlb_is_unbiased_for_the_sum_over_all_t_in_bits_per_dimension(variance, randn):
+def test_vlb_is_unbiased_estimate_of_sum_over_t(variance, randn):
     schedule, t = linear(16, 1e-3, 0.3), torch.arange(1, 17)
     z_0 = randn(16, 2, 3)
     prediction = Prediction(randn(16, 2, 3), randn(16, 2, 3).sigmoid())
     nats = bound_term(schedule, prediction, z_0, t - 1, t, variance=variance)
     loss = vlb_loss(schedule, prediction, z_0, t, variance)
     torch.testing.assert_close(loss.mean(), nats.sum() / (6 * math.log(2)))
-    drawn = sample_timesteps(16, 20_000, generator=torch.Generator().manual_seed(0))
-    estimates = loss[drawn - 1]
+    t = sample_timesteps(16, 20_000, generator=torch.Generator().manual_seed(0))
+    estimates = loss[t - 1]
     assert abs(estimates.mean() - loss.mean()) < 4 * estimates.std() / 20_000**0.5
 
 
-def test_half_precision_outputs_train(randn):
+def test_half_precision_outputs_have_finite_gradients(randn):
     schedule, t = linear(1000), torch.tensor([1, 2, 500, 1000])
-    z_0, eps, z_t = noised(schedule, t, randn, torch.float32)
+    z_0, eps, z_t = draw_noised(schedule, t, randn, torch.float32)
     output = randn(4, 2, 3).bfloat16().requires_grad_()
     v = randn(4, 2, 3).sigmoid().bfloat16().requires_grad_()
     loss = hybrid_loss(schedule, output, v, z_0, z_t, eps, t, "v")
@@ -153,17 +153,17 @@ def test_half_precision_outputs_train(randn):
     assert output.grad.isfinite().all() and v.grad.isfinite().all()
 
 
-def filled(losses):
-    """Importance sampling that has seen every loss ten times."""
+def importance_with_full_history(losses):
+    """Return an importance sampler whose history contains each loss ten times."""
     importance = ImportanceTimesteps(len(losses))
     for _ in range(10):
         importance.update(torch.arange(1, len(losses) + 1), losses)
     return importance
 
 
-def test_importance_sampling_follows_the_losses_and_stays_unbiased():
+def test_importance_sampling_is_proportional_to_loss_and_unbiased():
     losses = torch.tensor([-40.0, 8.0, 3.0, 1.0, 0.1, 0.0])
-    importance = filled(losses)
+    importance = importance_with_full_history(losses)
     expected = 0.999 * losses.abs() / losses.abs().sum() + 0.001 / 6
     torch.testing.assert_close(importance.probabilities(), expected)
     t, weights = importance.sample(200_000, torch.Generator().manual_seed(0))
@@ -171,28 +171,28 @@ def test_importance_sampling_follows_the_losses_and_stays_unbiased():
     share = expected.double().numpy()
     assert scipy.stats.chisquare(counts, share / share.sum() * 200_000).pvalue > 1e-3
     torch.testing.assert_close(weights, 1 / (6 * expected[t - 1]))
-    # E[w L] = sum_t p_t L_t / (T p_t), the mean over all t: exactly, and in the draws.
+    # E[w L] = sum_t p_t L_t / (T p_t), the mean over all t. Check it exactly, and over the draws.
     torch.testing.assert_close((expected * losses / (6 * expected)).sum(), losses.mean())
     estimates = weights * losses[t - 1]
     assert abs(estimates.mean() - losses.mean()) < 4 * estimates.std() / 200_000**0.5
-    # The signs differ here, which importance cannot use: it draws by size. One sign is its best case.
+    # Importance sampling uses magnitudes only, so it reduces the variance most if all losses have the same sign.
     uniform = losses[torch.randint(6, (200_000,), generator=torch.Generator().manual_seed(1))]
     assert (weights * losses.abs()[t - 1]).std() < 0.2 * uniform.abs().std()
 
 
-def test_importance_sampling_is_uniform_until_every_t_has_ten():
+def test_importance_sampling_is_uniform_until_every_t_has_ten_losses():
     importance = ImportanceTimesteps(3)
     for k in range(10):
         t, weights = importance.sample(5, torch.Generator().manual_seed(k))
         torch.testing.assert_close(weights, torch.ones(5))
         importance.update(torch.tensor([1, 2, 3]), torch.tensor([5.0, 1.0, 1.0]))
     assert importance.probabilities()[0] > 0.7
-    short = ImportanceTimesteps(3)
-    short.update(torch.tensor([1, 2] * 20), torch.ones(40))
-    torch.testing.assert_close(short.probabilities(), torch.full((3,), 1 / 3))
+    incomplete = ImportanceTimesteps(3)
+    incomplete.update(torch.tensor([1, 2] * 20), torch.ones(40))
+    torch.testing.assert_close(incomplete.probabilities(), torch.full((3,), 1 / 3))
 
 
-def test_importance_sampling_keeps_the_last_ten_whatever_the_batches():
+def test_importance_history_is_last_ten_losses_for_any_batch_size():
     generator = torch.Generator().manual_seed(0)
     t = torch.randint(1, 5, (300,), generator=generator)
     losses = torch.arange(300.0)
@@ -205,12 +205,12 @@ def test_importance_sampling_keeps_the_last_ten_whatever_the_batches():
         assert importance.counts.tolist() == torch.bincount(t)[1:].tolist()
 
 
-def test_importance_sampling_resumes():
-    first = filled(torch.tensor([3.0, 1.0]))
+def test_importance_sampling_resumes_from_state_dict():
+    original = importance_with_full_history(torch.tensor([3.0, 1.0]))
     resumed = ImportanceTimesteps(2)
-    resumed.load_state_dict(first.state_dict())
-    draws = [i.sample(9, torch.Generator().manual_seed(4)) for i in (first, resumed)]
+    resumed.load_state_dict(original.state_dict())
+    draws = [importance.sample(9, torch.Generator().manual_seed(4)) for importance in (original, resumed)]
     assert draws[0][0].equal(draws[1][0])
     assert draws[0][1].equal(draws[1][1])
-    with pytest.raises(ValueError, match="not finite"):
-        first.update(torch.tensor([1]), torch.tensor([math.nan]))
+    with pytest.raises(ValueError, match="importance.*loss.*not finite"):
+        original.update(torch.tensor([1]), torch.tensor([math.nan]))

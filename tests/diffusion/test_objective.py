@@ -15,20 +15,20 @@ def network(z_t, timesteps, condition):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_an_objective_is_the_loss_of_its_name(loss, randn):
+def test_objective_computes_the_named_loss(loss, randn):
     denoiser = Denoiser(linear(20), network, "v", learned_variance=True)
     z_0, eps, t = randn(3, 2, 4), randn(3, 2, 4), torch.tensor([1, 7, 20])
-    made = Denoising.run(denoiser, z_0, eps, t)
-    assert made.z_t.equal(marginal(denoiser.schedule, z_0, t, eps))
-    output, v = denoiser.output(made.z_t, t)
+    batch = Denoising.run(denoiser, z_0, eps, t)
+    assert batch.z_t.equal(marginal(denoiser.schedule, z_0, t, eps))
+    output, v = denoiser.output(batch.z_t, t)
     expected = {
         "simple": lambda: simple_loss(denoiser.schedule, output, z_0, eps, t, "v"),
         "min_snr": lambda: simple_loss(denoiser.schedule, output, z_0, eps, t, "v", weighting="min_snr", gamma=2.0),
-        "hybrid": lambda: hybrid_loss(denoiser.schedule, output, v, z_0, made.z_t, eps, t, "v"),
-        "vlb": lambda: vlb_loss(denoiser.schedule, denoiser(made.z_t, t), z_0, t, "learned_range"),
+        "hybrid": lambda: hybrid_loss(denoiser.schedule, output, v, z_0, batch.z_t, eps, t, "v"),
+        "vlb": lambda: vlb_loss(denoiser.schedule, denoiser(batch.z_t, t), z_0, t, "learned_range"),
     }[loss]()
-    found = Objective(loss, gamma=2.0).per_sample(denoiser.schedule, made, "learned_range")
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    result = Objective(loss, gamma=2.0).per_sample(denoiser.schedule, batch, "learned_range")
+    torch.testing.assert_close(result, expected, rtol=0, atol=0)
 
 
 def check(loss, variance, timesteps, prediction, alpha_bar):
@@ -47,7 +47,7 @@ ALLOWED = {
 }
 
 
-def test_every_other_combination_of_choices_is_refused():
+def test_only_valid_combinations_are_accepted():
     alpha_bar = linear(10).alpha_bar
     variances = ["fixed_small", "fixed_large", "learned_range", "optimal"]
     for choice in itertools.product(LOSSES, variances, TIMESTEPS):
@@ -61,20 +61,20 @@ def test_every_other_combination_of_choices_is_refused():
 @pytest.mark.parametrize(
     ("choice", "rule"),
     [
-        (("simple", "learned_range", "uniform"), "leave the learned Sigma untrained: choose hybrid or vlb"),
-        (("min_snr", "learned_range", "uniform"), "leave the learned Sigma untrained: choose hybrid or vlb"),
-        (("hybrid", "fixed_small", "uniform"), "fixed_small has nothing to train: choose variance learned_range, or"),
-        (("vlb", "optimal", "uniform"), "fitted to a trained denoiser: train with fixed_small"),
-        (("hybrid", "learned_range", "importance"), "which hybrid does not minimise: choose timesteps uniform"),
-        (("simple", "fixed_small", "importance"), "which simple does not minimise: choose timesteps uniform"),
-        (("hybrid", "learned_range", "logit_normal"), "logit_normal would bias: choose timesteps uniform$"),
-        (("vlb", "learned_range", "logit_normal"), "logit_normal would bias: choose timesteps uniform or importance$"),
-        (("elbo", "fixed_small", "uniform"), "unknown objective 'elbo'; known: simple, min_snr, hybrid, vlb"),
-        (("vlb", "learned", "uniform"), "unknown variance 'learned'; known: fixed_small"),
-        (("vlb", "fixed_small", "cosine"), "unknown timesteps 'cosine'; known: uniform, logit_normal, importance"),
+        (("simple", "learned_range", "uniform"), "simple.*learned.*choose hybrid or vlb"),
+        (("min_snr", "learned_range", "uniform"), "min_snr.*learned.*choose hybrid or vlb"),
+        (("hybrid", "fixed_small", "uniform"), "hybrid.*fixed_small.*choose variance learned_range"),
+        (("vlb", "optimal", "uniform"), "variance optimal.*train with fixed_small"),
+        (("hybrid", "learned_range", "importance"), "importance.*hybrid.*choose timesteps uniform"),
+        (("simple", "fixed_small", "importance"), "importance.*simple.*choose timesteps uniform"),
+        (("hybrid", "learned_range", "logit_normal"), "hybrid.*logit_normal.*choose timesteps uniform$"),
+        (("vlb", "learned_range", "logit_normal"), "vlb.*logit_normal.*choose timesteps uniform or importance$"),
+        (("elbo", "fixed_small", "uniform"), "objective.*'elbo'.*simple, min_snr, hybrid, vlb"),
+        (("vlb", "learned", "uniform"), "variance.*'learned'.*fixed_small"),
+        (("vlb", "fixed_small", "cosine"), "timesteps.*'cosine'.*uniform, logit_normal, importance"),
     ],
 )
-def test_choices_that_do_not_go_together_say_why(choice, rule):
+def test_incompatible_choices_are_explained(choice, rule):
     with pytest.raises(ValueError, match=rule):
         check(*choice, "v", linear(10).alpha_bar)
     with pytest.raises(ValueError, match="alpha_bar = 0"):

@@ -33,10 +33,10 @@ def stripes(folder: Path, count: int, axis: int, seed: int) -> None:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> Path:
-    place = tmp_path_factory.mktemp("stripes")
-    for axis, name in enumerate(("lying", "standing")):
-        stripes(place / "stripes" / name, 60, axis, seed=axis)
-    return prepare(ImageFolder(place / "stripes"), resolution=8, cache_dir=place / "cache", progress=False).path
+    folder = tmp_path_factory.mktemp("stripes")
+    for axis, name in enumerate(("horizontal", "vertical")):
+        stripes(folder / "stripes" / name, 60, axis, seed=axis)
+    return prepare(ImageFolder(folder / "stripes"), resolution=8, cache_dir=folder / "cache", progress=False).path
 
 
 @pytest.fixture
@@ -65,13 +65,13 @@ def test_classifier_is_cached_next_to_the_images(images, monkeypatch):
     assert facts["data_fingerprint"] == images.fingerprint and facts["val_accuracy"] == first.val_accuracy
     assert facts["num_val"] == len(images.val_indices) and not list(images.path.glob("*partial*"))
     with monkeypatch.context() as context:
-        context.setattr(module, "fit_classifier", lambda *_, **__: pytest.fail("trained again"))
-        again = load_classifier(images, num_steps=STEPS)
-    assert again.val_accuracy == first.val_accuracy
+        context.setattr(module, "fit_classifier", lambda *_, **__: pytest.fail("the classifier was trained again"))
+        cached = load_classifier(images, num_steps=STEPS)
+    assert cached.val_accuracy == first.val_accuracy
     pixels = images.batch(range(4))
-    assert torch.equal(again(pixels), first(pixels))
+    assert torch.equal(cached(pixels), first(pixels))
     file.unlink()
-    torch.manual_seed(17)  # whatever else was drawn
+    torch.manual_seed(17)  # the global seed must not matter
     assert torch.equal(load_classifier(images, num_steps=STEPS)(pixels), first(pixels))
 
 
@@ -89,16 +89,16 @@ def test_key_depends_on_split_seed_and_weights(images):
 def test_features_are_cached_under_the_classifier_key(images, monkeypatch):
     monkeypatch.setattr(module.load_classifier, "__kwdefaults__", {"seed": 0, "num_steps": STEPS})
     network = load_features("classifier", images)
-    found = reference_features(network, "classifier", images)
+    features = reference_features(network, "classifier", images)
     assert (images.path / f"features-{network.key}-{images.fingerprint[:8]}.npy").is_file()
-    torch.testing.assert_close(found, network(images.batch(range(len(images)))))
+    torch.testing.assert_close(features, network(images.batch(range(len(images)))))
 
 
 def test_classifier_refuses_images_without_two_classes(make_images, images, tmp_path):
-    plain = make_images(tmp_path / "plain", 6, size=8)
-    without = prepare(ImageFolder(plain), resolution=8, cache_dir=tmp_path / "other", progress=False)
+    unlabelled = make_images(tmp_path / "plain", 6, size=8)
+    images_without_labels = prepare(ImageFolder(unlabelled), resolution=8, cache_dir=tmp_path / "other", progress=False)
     with pytest.raises(UserError, match=r"class label.*plain.*6 of the 6 images.*features=efficientnet_lite"):
-        load_features("classifier", without)
+        load_features("classifier", images_without_labels)
     images.labels[:] = [0] * len(images)
     with pytest.raises(UserError, match="at least 2 classes"):
         load_classifier(images)

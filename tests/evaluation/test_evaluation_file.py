@@ -32,14 +32,14 @@ def test_metrics_are_written_flat():
 
 
 def test_metrics_are_read_with_the_settings_they_depend_on():
-    found = metrics_from_json(json.loads(json.dumps(metrics_to_json(CONTENT))))
-    numbers = {name: value for name, value in CONTENT.items() if isinstance(value, Metric) and value.is_measured}
-    assert {*found} == {*numbers, "retrieval_at_1_reconstructions"}
-    for name, metric in numbers.items():
-        assert (found[name].value, found[name].standard_error) == (metric.value, metric.standard_error)
-    assert (found["fd_samples"].dof, found["kd_floor"].dof) == (19, 3)
-    assert found["retrieval_at_1_reconstructions"].standard_error == pytest.approx(proportion_error(0.3, 50))
-    everything = {"features", "num_samples", "fd_components", "guidance", "sampler.method", "sampler.steps"}
-    assert {*found["fd_samples"].settings} == everything
-    assert {*found["kd_floor"].settings} == {"features", "num_samples"}, "no sampler, no components"
-    assert {*found["psnr_db"].settings} == {"num_samples"}, "no features"
+    metrics = metrics_from_json(json.loads(json.dumps(metrics_to_json(CONTENT))))
+    measured = {name: value for name, value in CONTENT.items() if isinstance(value, Metric) and value.is_measured}
+    assert {*metrics} == {*measured, "retrieval_at_1_reconstructions"}
+    for name, metric in measured.items():
+        assert (metrics[name].value, metrics[name].standard_error) == (metric.value, metric.standard_error)
+    assert (metrics["fd_samples"].dof, metrics["kd_floor"].dof) == (19, 3)
+    assert metrics["retrieval_at_1_reconstructions"].standard_error == pytest.approx(proportion_error(0.3, 50))
+    all_settings = {"features", "num_samples", "fd_components", "guidance", "sampler.method", "sampler.steps"}
+    assert {*metrics["fd_samples"].settings} == all_settings
+    assert {*metrics["kd_floor"].settings} == {"features", "num_samples"}, "no sampler, no components"
+    assert {*metrics["psnr_db"].settings} == {"num_samples"}, "PSNR does not depend on the features"

@@ -1,6 +1,6 @@
 """Planted faults in held-out images are detected: stronger faults change the expected metrics more.
 
-Held-out images serve as samples and are compared with training images. The data is Fashion-MNIST if Debian's package is
+Held-out images are used as samples and compared with training images. The data is Fashion-MNIST if Debian's package is
 installed, else synthetic gratings of ten kinds. The features are those of the data set's own classifier
 (`ldm.evaluation.classifier`), trained for 100 steps at the native resolution. EfficientNet would be slow, and upscaling
 to 224 px would hide a blur of 0.5 px.
@@ -28,16 +28,16 @@ from ldm.evaluation.samples.memorisation import nearest_training
 
 VAL_FRACTION = 0.25
 QUICK, ALL = (12_000, 100, 2000), (70_000, 1000, 15_000)
-"""Images, steps of the classifier, samples."""
+"""Number of images, of classifier training steps and of samples."""
 
 BY_JACKKNIFE = ("fd", "class_shift", "close_share")
 
-Figures = dict[str, tuple[float, float]]
-"""Values and their standard errors."""
+Metrics = dict[str, tuple[float, float]]
+"""Values and their standard errors, by name."""
 
 
 class Clothes(FashionMNIST):
-    """The first of Fashion-MNIST."""
+    """The first images of Fashion-MNIST."""
 
     blurs = (0.5, 0.7, 1.0, 1.4)
 
@@ -53,8 +53,8 @@ class Clothes(FashionMNIST):
         return itertools.islice(super().records(), self.num_images)
 
 
-class Drawn(Clothes):
-    """Coarse and fine gratings of five directions, of any phase, contrast and width, in place of clothes."""
+class Gratings(Clothes):
+    """Coarse and fine gratings in five directions with random phase, contrast and width, used instead of clothes."""
 
     blurs = (1.0, 1.2, 1.4, 1.8)
 
@@ -89,20 +89,20 @@ class Setting:
     train_features: Tensor
     validation_features: Tensor
 
-    def measure(self, images: Tensor) -> Figures:
+    def measure(self, images: Tensor) -> Metrics:
         features = extract(self.classifier, images, "features")
-        found = Measures(self.train_features, None).of(features)
-        named, reference = (predict_classes(self.classifier, part) for part in (features, self.train_features))
+        metrics = Measures(self.train_features, None).all(features)
+        predicted, reference = (predict_classes(self.classifier, x) for x in (features, self.train_features))
         memorisation = nearest_training(features, self.train_features, self.validation_features)
         close = memorisation.close_share, memorisation.close_share_standard_error
-        numbers = {name: (metric.value, metric.standard_error) for name, metric in found.items()}
-        return {**numbers, "class_shift": class_shift(named, reference), "close_share": close}
+        results = {name: (metric.value, metric.standard_error) for name, metric in metrics.items()}
+        return {**results, "class_shift": class_shift(predicted, reference), "close_share": close}
 
 
-def set_up(place: Path, num_images: int, num_steps: int, num_samples: int) -> Setting:
-    """Prepare the data. Held-out images that do not serve as samples define the threshold of memorisation."""
-    source = (Clothes if Path(DEBIAN_PATH).is_dir() else Drawn)(num_images)
-    images = prepare(source, resolution=28, cache_dir=place, val_fraction=VAL_FRACTION, progress=False)
+def set_up(folder: Path, num_images: int, num_steps: int, num_samples: int) -> Setting:
+    """Prepare the data. Held-out images that are not used as samples define the memorisation threshold."""
+    source = (Clothes if Path(DEBIAN_PATH).is_dir() else Gratings)(num_images)
+    images = prepare(source, resolution=28, cache_dir=folder, val_fraction=VAL_FRACTION, progress=False)
     classifier = load_classifier(images, num_steps=num_steps)
     held_out = np.random.default_rng(0).permutation(images.val_indices)
     train = images.batch(images.train_indices)
@@ -117,32 +117,32 @@ def set_up(place: Path, num_images: int, num_steps: int, num_samples: int) -> Se
     )
 
 
-def thinned(setting: Setting, dose: float) -> Tensor:
+def drop_classes(setting: Setting, dose: float) -> Tensor:
     """Remove `dose` classes; a fraction removes that fraction of a class."""
-    kept = torch.ones(len(setting.samples), dtype=torch.bool)
+    keep = torch.ones(len(setting.samples), dtype=torch.bool)
     for label, share in ((3, min(dose, 1.0)), (5, max(dose - 1, 0.0))):
         rows = (setting.labels == label).nonzero()[:, 0]
-        kept[rows[: round(share * len(rows))]] = False
-    return setting.samples[kept]
+        keep[rows[: round(share * len(rows))]] = False
+    return setting.samples[keep]
 
 
-def blurred(setting: Setting, dose: float) -> Tensor:
+def blur(setting: Setting, dose: float) -> Tensor:
     """Blur with a Gaussian whose standard deviation is `dose` pixels."""
-    reach = 5
-    kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / dose) ** 2)
+    radius = 5
+    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / dose) ** 2)
     kernel = (kernel / kernel.sum()).expand(3, 1, 1, -1)
-    padded = F.pad(setting.samples, (reach,) * 4, mode="replicate")
+    padded = F.pad(setting.samples, (radius,) * 4, mode="replicate")
     return F.conv2d(F.conv2d(padded, kernel, groups=3), kernel.transpose(2, 3), groups=3)
 
 
-def copied(setting: Setting, dose: float) -> Tensor:
+def copy_training_images(setting: Setting, dose: float) -> Tensor:
     """Replace the fraction `dose` of the samples by training images."""
     num = round(dose * len(setting.samples))
-    chosen = torch.randperm(len(setting.train), generator=torch.Generator().manual_seed(1))[:num]
-    return torch.cat([setting.train[chosen], setting.samples[num:]])
+    rows = torch.randperm(len(setting.train), generator=torch.Generator().manual_seed(1))[:num]
+    return torch.cat([setting.train[rows], setting.samples[num:]])
 
 
-def noisy(setting: Setting, dose: float) -> Tensor:
+def add_noise(setting: Setting, dose: float) -> Tensor:
     """Add noise with standard deviation `dose`, for intensities in [0, 1]."""
     noise = torch.randn(setting.samples.shape, generator=torch.Generator().manual_seed(2))
     return (setting.samples + 2 * dose * noise).clamp(-1, 1)
@@ -154,11 +154,11 @@ def setting(request, tmp_path_factory) -> Setting:
 
 
 @pytest.fixture(scope="module")
-def clean(setting) -> Figures:
+def clean(setting) -> Metrics:
     return setting.measure(setting.samples)
 
 
-def doses_of(setting: Setting, fault: Callable[[Setting, float], Tensor], doses: tuple[float, ...]) -> list[Figures]:
+def measure_all(setting: Setting, fault: Callable[[Setting, float], Tensor], doses: tuple[float, ...]) -> list[Metrics]:
     return [setting.measure(fault(setting, dose)) for dose in doses]
 
 
@@ -167,64 +167,64 @@ def half_width(name: str, error: float) -> float:
     return (2.09 if name in BY_JACKKNIFE else 3.18) * error
 
 
-def assert_grows(name: str, clean: Figures, found: list[Figures], outside_from: int = 0) -> None:
-    """Assert that a metric grows with the dose and exceeds the interval of the clean samples at `outside_from`."""
-    values = [figures[name][0] for figures in (clean, *found)]
+def assert_grows(name: str, clean: Metrics, by_dose: list[Metrics], outside_from: int = 0) -> None:
+    """Assert that a metric grows with the dose and exceeds the clean samples' interval from `outside_from` on."""
+    values = [metrics[name][0] for metrics in (clean, *by_dose)]
     assert all(np.diff(values) > 0), (name, values)
     assert values[1 + outside_from] > values[0] + half_width(name, clean[name][1]), (name, values, clean[name])
 
 
-def assert_falls(name: str, clean: Figures, found: list[Figures]) -> None:
-    values = [figures[name][0] for figures in (clean, *found)]
+def assert_falls(name: str, clean: Metrics, by_dose: list[Metrics]) -> None:
+    values = [metrics[name][0] for metrics in (clean, *by_dose)]
     assert all(np.diff(values) < 0), (name, values)
 
 
-def assert_stays(name: str, clean: Figures, found: list[Figures]) -> None:
-    """Assert that a metric stays within the combined interval."""
+def assert_stays(name: str, clean: Metrics, by_dose: list[Metrics]) -> None:
+    """Assert that a metric stays within the combined 95 % interval for every dose."""
     value, error = clean[name]
-    for figures in found:
-        other, its_error = figures[name]
-        assert abs(other - value) <= half_width(name, (error**2 + its_error**2) ** 0.5), (name, other, value)
+    for metrics in by_dose:
+        other, other_error = metrics[name]
+        assert abs(other - value) <= half_width(name, (error**2 + other_error**2) ** 0.5), (name, other, value)
 
 
-def assert_does_not_rise(name: str, clean: Figures, found: list[Figures]) -> None:
+def assert_does_not_rise(name: str, clean: Metrics, by_dose: list[Metrics]) -> None:
     value, error = clean[name]
-    assert max(figures[name][0] for figures in found) <= value + half_width(name, error)
+    assert max(metrics[name][0] for metrics in by_dose) <= value + half_width(name, error)
 
 
 def test_dropped_classes_are_detected(setting, clean):
-    """FD, class shift, coverage and recall detect it; density and memorisation do not change."""
-    found = doses_of(setting, thinned, (0.5, 1.0, 1.5, 2.0))
-    assert_grows("fd", clean, found)
-    assert_grows("class_shift", clean, found, outside_from=1)
-    for name, first in (("coverage", 1), ("recall", 3)):
+    """FD, class shift, coverage and recall detect them; density and memorisation do not change."""
+    by_dose = measure_all(setting, drop_classes, (0.5, 1.0, 1.5, 2.0))
+    assert_grows("fd", clean, by_dose)
+    assert_grows("class_shift", clean, by_dose, outside_from=1)
+    for name, i in (("coverage", 1), ("recall", 3)):
         value, error = clean[name]
-        assert found[first][name][0] < value - half_width(name, error) and found[3][name][0] <= found[first][name][0]
+        assert by_dose[i][name][0] < value - half_width(name, error) and by_dose[3][name][0] <= by_dose[i][name][0]
     for name in ("density", "close_share"):
-        assert_stays(name, clean, found)
+        assert_stays(name, clean, by_dose)
 
 
 def test_blur_is_detected(setting, clean):
-    found = doses_of(setting, blurred, setting.blurs)
-    assert_grows("fd", clean, found)
-    assert_grows("kd", clean, found, outside_from=2)
-    assert_falls("coverage", clean, found)
-    assert_does_not_rise("close_share", clean, found)
+    by_dose = measure_all(setting, blur, setting.blurs)
+    assert_grows("fd", clean, by_dose)
+    assert_grows("kd", clean, by_dose, outside_from=2)
+    assert_falls("coverage", clean, by_dose)
+    assert_does_not_rise("close_share", clean, by_dose)
 
 
 def test_copies_of_training_images_are_detected(setting, clean):
     """Only memorisation detects them; all other metrics consider them perfect samples."""
-    found = doses_of(setting, copied, (0.02, 0.04, 0.08, 0.16))
-    assert_grows("close_share", clean, found)
-    for figures, dose in zip(found, (0.02, 0.04, 0.08, 0.16), strict=True):
-        assert figures["close_share"][0] == pytest.approx(dose + clean["close_share"][0] * (1 - dose), abs=0.005)
+    by_dose = measure_all(setting, copy_training_images, (0.02, 0.04, 0.08, 0.16))
+    assert_grows("close_share", clean, by_dose)
+    for metrics, dose in zip(by_dose, (0.02, 0.04, 0.08, 0.16), strict=True):
+        assert metrics["close_share"][0] == pytest.approx(dose + clean["close_share"][0] * (1 - dose), abs=0.005)
     for name in ("fd", "kd", "precision", "recall", "density", "coverage", "class_shift"):
-        assert_stays(name, clean, found)
+        assert_stays(name, clean, by_dose)
 
 
 def test_noise_is_detected(setting, clean):
-    found = doses_of(setting, noisy, (0.02, 0.05, 0.1, 0.2))
-    assert_grows("fd", clean, found)
-    assert_grows("kd", clean, found, outside_from=1)
-    assert_falls("coverage", clean, found)
-    assert_does_not_rise("close_share", clean, found)
+    by_dose = measure_all(setting, add_noise, (0.02, 0.05, 0.1, 0.2))
+    assert_grows("fd", clean, by_dose)
+    assert_grows("kd", clean, by_dose, outside_from=1)
+    assert_falls("coverage", clean, by_dose)
+    assert_does_not_rise("close_share", clean, by_dose)

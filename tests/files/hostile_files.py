@@ -34,7 +34,7 @@ from ldm.diffusion.samplers.ddim import DDIM
 from ldm.errors import UserError
 from ldm.evaluation.comparison.runs import read_runs
 from ldm.evaluation.features import reference_features
-from ldm.evaluation.samples.kept import draw_and_keep
+from ldm.evaluation.samples.cache import draw_cached
 from ldm.latents.cache import LatentData
 from ldm.latents.contract import LatentContract
 from ldm.latents.files import decode_file
@@ -212,9 +212,9 @@ HOSTILE_FILES: dict[tuple[str, str], dict[str, tuple[Make, str | None]]] = {
         "a header length of 2^60 bytes": (safetensors_header({}, 2**60), INVALID_SAFETENSORS),
         "overlapping offsets": (safetensors_header(OVERLAP), INVALID_SAFETENSORS),
         "a missing weight": (weights("decoder.other", torch.zeros(3)), "incomplete"),
-        "a wrong shape": (weights("decoder.conv_in.weight", torch.zeros(3, 3, 3)), "do not match its config"),
+        "a wrong shape": (weights("decoder.conv_in.weight", torch.zeros(3, 3, 3)), "do not match the config"),
         "weights with NaN": (weights("decoder.conv_in.weight", math.nan), "are not finite"),
-        "too many layers": (edit_json(VAE, layers_per_block=HUGE), "more than"),
+        "too many layers": (edit_json(VAE, layers_per_block=HUGE), "layers_per_block="),
         "too many channels": (edit_json(VAE, latent_channels=HUGE), "valid AutoencoderKL"),
         "a foreign class name": (edit_json(VAE, _class_name="os.system"), "AutoencoderKL"),
         "a class name that is a list": (edit_json(VAE, _class_name=["x"]), "AutoencoderKL"),
@@ -342,7 +342,7 @@ def draw_samples(valid: Path, folder: Path) -> None:
     for file in folder.glob("samples.json"):
         file.replace(next(folder.glob("samples-*.json")))
     pipeline, images = Run.open(valid / "diffusion").pipeline(), ImageData.open(valid / "cache")
-    draw_and_keep(pipeline, images, DDIM(2), folder, num_samples=3, guidance=1.0, seed=0)
+    draw_cached(pipeline, images, DDIM(2), folder, num_samples=3, guidance=1.0, seed=0)
 
 
 def resume(folder: Path) -> None:

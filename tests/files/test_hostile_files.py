@@ -21,7 +21,7 @@ from ldm.data.images import ImageData, prepare
 from ldm.data.sources.image_folder import ImageFolder
 from ldm.diffusion.samplers.ddim import DDIM
 from ldm.diffusion.schedule import linear
-from ldm.evaluation.samples.kept import draw_and_keep
+from ldm.evaluation.samples.cache import draw_cached
 from ldm.files.untrusted import is_plain_name, to_file_name
 from ldm.latents.cache import open_latents
 from ldm.latents.contract import LatentContract
@@ -62,7 +62,7 @@ def make_valid(root: Path, images: ImageData) -> None:
     autoencoder.save(root / "vae" / "autoencoder")
     pipeline.save(root / "diffusion" / "pipeline")
     open_latents(lambda x: (x, x), contract, images, cache_dir=root).path.rename(root / "latents")
-    draw_and_keep(pipeline, images, DDIM(2), root / "kept", num_samples=1, guidance=1.0, seed=0)
+    draw_cached(pipeline, images, DDIM(2), root / "kept", num_samples=1, guidance=1.0, seed=0)
     for file in (root / "kept").glob("*.json"):
         shutil.copy(file, root / "kept/samples.json")
     (root / "encoder").mkdir()

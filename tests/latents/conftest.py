@@ -1,4 +1,4 @@
-"""Shared by the tests of latents: thirty images of 8 px, and a contract."""
+"""Fixtures for the latents tests: 30 images of 8 x 8 pixels and a contract."""
 
 import pytest
 

@@ -1,9 +1,9 @@
-"""Encode latents in processes that are killed with SIGKILL, then once more to the end; what test_killed_cache.py runs.
+"""Kill latent encoding with SIGKILL at every point, then resume it. Run by test_killed_cache.py.
 
     python tests/latents/kill_encoding.py FOLDER
 
-Every point between two file operations of an encoding is tried once. Prints how many there are, and how many ended in
-the same bytes.
+A separate process is killed before each file operation of the encoding, and another one completes the encoding. Prints
+the number of kill points, and the number of them after which the cache is bitwise identical to an uninterrupted one.
 """
 
 import os
@@ -26,18 +26,18 @@ OPERATIONS = ("open", "os.rename", "os.remove", "os.mkdir", "os.truncate", "os.r
 
 
 def encode(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rounds differently in batches of another size, as convolutions do."""
+    """Depend slightly on the batch size, as the rounding of convolutions does."""
     mean = torch.nn.functional.avg_pool2d(pixels, 4) * (1 + 1e-6 * len(pixels))
     return mean, 0.3 * mean.flip(1) - 1
 
 
-def cached(images: ImageData, folder: Path) -> None:
+def encode_cache(images: ImageData, folder: Path) -> None:
     contract = LatentContract("a" * 64, images.fingerprint, 8, 4, 3, images.val_fraction, flip=True)
     open_latents(encode, contract, images, cache_dir=folder, batch_size=4)
 
 
 def exit_code(work: Callable[..., None], *arguments: object) -> int:
-    """Of a process that does this work: 0 where it was done, below 0 where it was killed."""
+    """Run `work` in a forked process. Return its exit code: 0 on success, negative if a signal killed it."""
     child = os.fork()
     if not child:
         try:
@@ -48,45 +48,45 @@ def exit_code(work: Callable[..., None], *arguments: object) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def killed_at(images: ImageData, folder: Path, point: int) -> None:
-    """Count file operations of this process, which dies before the one of this number."""
-    seen = 0
+def encode_until_killed(images: ImageData, folder: Path, point: int) -> None:
+    """Encode the latents, and kill this process before its file operation with index `point`."""
+    operations = 0
 
-    def step(*_: object) -> None:
-        nonlocal seen
-        seen += 1
-        if seen > point:
+    def count(*_: object) -> None:
+        nonlocal operations
+        operations += 1
+        if operations > point:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def before(module: object, name: str) -> None:
+    def count_calls(module: object, name: str) -> None:
         original = getattr(module, name)
-        setattr(module, name, lambda *given: (step(), original(*given))[1])
+        setattr(module, name, lambda *arguments: (count(), original(*arguments))[1])
 
     for module, name in ((os, "fsync"), (os, "replace"), (latent_encoding, "_append")):
-        before(module, name)
-    sys.addaudithook(lambda event, given: step() if event in OPERATIONS and str(folder) in str(given[0]) else None)
-    cached(images, folder)
+        count_calls(module, name)
+    sys.addaudithook(lambda event, args: count() if event in OPERATIONS and str(folder) in str(args[0]) else None)
+    encode_cache(images, folder)
 
 
-def bytes_of(folder: Path) -> dict[str, str]:
-    """Every file but the locks, and its SHA-256."""
+def file_digests(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file except locks."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock")
     return {str(path.relative_to(folder)): sha256_of_file(path) for path in files}
 
 
-def main(place: Path) -> None:
+def main(folder: Path) -> None:
     torch.set_num_threads(1)
     latent_encoding.CHUNK_IMAGES = 8
-    source = ImageFolder(draw_images(place / "squares", 14, size=8))
-    images = prepare(source, resolution=8, cache_dir=place / "images", val_fraction=0.2, progress=False)
-    assert exit_code(cached, images, place / "whole") == 0
-    expected, points, equal = bytes_of(place / "whole"), 0, 0
-    while (end := exit_code(killed_at, images, place / f"point-{points}", points)) != 0:
-        assert end == -signal.SIGKILL, end
-        assert exit_code(cached, images, place / f"point-{points}") == 0
-        equal += bytes_of(place / f"point-{points}") == expected
+    source = ImageFolder(draw_images(folder / "squares", 14, size=8))
+    images = prepare(source, resolution=8, cache_dir=folder / "images", val_fraction=0.2, progress=False)
+    assert exit_code(encode_cache, images, folder / "uninterrupted") == 0
+    expected, points, identical = file_digests(folder / "uninterrupted"), 0, 0
+    while (code := exit_code(encode_until_killed, images, folder / f"point-{points}", points)) != 0:
+        assert code == -signal.SIGKILL, code
+        assert exit_code(encode_cache, images, folder / f"point-{points}") == 0
+        identical += file_digests(folder / f"point-{points}") == expected
         points += 1
-    print(points, equal)
+    print(points, identical)
 
 
 if __name__ == "__main__":

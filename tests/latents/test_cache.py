@@ -1,7 +1,8 @@
-"""ldm.latents.cache: moments of every image under a contract that both sides keep."""
+"""Tests of ldm.latents.cache: cached moments and their contract."""
 
 import dataclasses
 import os
+import re
 import shutil
 
 import numpy as np
@@ -13,17 +14,17 @@ from ldm.data.images import ImageData, verify_images
 from ldm.errors import UserError
 from ldm.latents.cache import latents_folder, open_latents, verify_latents
 from ldm.latents.contract import LatentContract
-from ldm.latents.statistics import measure
+from ldm.latents.statistics import measure_statistics
 
 
 def encode(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """f = 4, neither symmetric nor the same for mean and log-variance."""
+    """Downsample by 4. Not symmetric, and different for the mean and the log-variance."""
     mean = F.avg_pool2d(pixels * torch.linspace(0.5, 1.5, 8), 4)
     return mean, 0.3 * mean.flip(1) - 1
 
 
-def refuse(pixels):
-    raise AssertionError("these latents are in the cache")
+def fail_on_cache_miss(pixels):
+    raise AssertionError("these latents should be in the cache")
 
 
 @pytest.mark.parametrize("batch_size", [7, 64])
@@ -34,7 +35,7 @@ def test_cached_moments_equal_direct_encoding(images, contract, tmp_path, batch_
         torch.testing.assert_close(latents.batch(indices), encode(images.batch(indices)), rtol=0, atol=0)
 
 
-def test_the_flipped_view_is_the_mirrored_image(images, contract, tmp_path):
+def test_second_view_encodes_the_flipped_image(images, contract, tmp_path):
     contract = dataclasses.replace(contract, flip=True)
     latents = open_latents(encode, contract, images, cache_dir=tmp_path)
     pixels = images.batch(range(30))
@@ -43,11 +44,11 @@ def test_the_flipped_view_is_the_mirrored_image(images, contract, tmp_path):
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_measured_statistics_are_those_of_sampled_latents(images, contract, tmp_path, flip):
-    """The law of total variance, against brute force with many draws from every posterior."""
+def test_measured_statistics_match_sampled_latents(images, contract, tmp_path, flip):
+    """Compare the law of total variance with many samples from every posterior."""
     contract = dataclasses.replace(contract, flip=flip)
     latents = open_latents(encode, contract, images, cache_dir=tmp_path)
-    mean, std = measure(latents, images.train_indices, batch_size=5)
+    mean, std = measure_statistics(latents, images.train_indices, batch_size=5)
     views = [latents.batch(images.train_indices, view) for view in range(1 + flip)]
     centre, log_variance = (torch.cat(parts).double() for parts in zip(*views, strict=True))
     noise = torch.randn(4000, *centre.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -56,49 +57,50 @@ def test_measured_statistics_are_those_of_sampled_latents(images, contract, tmp_
     torch.testing.assert_close(torch.tensor(std).double(), z.std((0, 1, 3, 4)), rtol=0.005, atol=0)
 
 
-def test_a_mismatch_names_both_sides_and_every_field(contract):
+def test_contract_mismatch_lists_every_differing_field_with_both_values(contract):
     other = dataclasses.replace(contract, factor=8, autoencoder_sha256="b" * 64, flip=True)
     with pytest.raises(UserError) as caught:
         contract.check(other, "this run", "that cache")
     message = str(caught.value)
-    for said in ("factor is 4 in this run but 8 in that cache", "flip is False", "a" * 64, "b" * 64):
-        assert said in message
-    for same in ("resolution", "channels", "data_fingerprint", "dtype"):
-        assert f"{same} is" not in message
-    contract.check(dataclasses.replace(contract), "one", "its equal")
+    assert re.search(r"factor\b[^;]*\b4\b[^;]*this run[^;]*\b8\b[^;]*that cache", message)
+    for detail in ("flip is False", "a" * 64, "b" * 64):
+        assert detail in message
+    for field in ("resolution", "channels", "data_fingerprint", "dtype"):
+        assert field not in message
+    contract.check(dataclasses.replace(contract), "one", "an equal one")
 
 
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [((29, 1, 2, 3, 2, 2), "float32"), ((30, 1, 2, 4, 2, 2), "float32"), ((30, 1, 2, 3, 2, 2), "f2")],
 )
-def test_moments_of_another_shape_are_refused(images, contract, tmp_path, shape, dtype):
+def test_open_refuses_moments_of_wrong_shape_or_dtype(images, contract, tmp_path, shape, dtype):
     folder = open_latents(encode, contract, images, cache_dir=tmp_path).path
-    (folder / "chunks.json").unlink()  # a cache of before digests were kept
+    (folder / "chunks.json").unlink()  # older caches have no digests
     np.save(folder / "moments.npy", np.zeros(shape, dtype))
-    with pytest.raises(UserError, match="but its contract means float32 .*Delete that folder"):
-        open_latents(refuse, contract, images, cache_dir=tmp_path)
+    with pytest.raises(UserError, match=r"contract.* float32 \(30, 1, 2, 3, 2, 2\).*Delete that folder"):
+        open_latents(fail_on_cache_miss, contract, images, cache_dir=tmp_path)
 
 
-def test_latents_that_are_not_finite_are_refused(images, contract, tmp_path):
+def test_encoding_refuses_non_finite_latents(images, contract, tmp_path):
     def diverged(pixels):
         mean, log_variance = encode(pixels)
         return mean, torch.where(mean == mean.max(), torch.inf, log_variance)
 
-    with pytest.raises(UserError, match="not finite: its training diverged"):
+    with pytest.raises(UserError, match=r"images 0 to 29 .*not finite.*diverged.*lower learning rate"):
         open_latents(diverged, contract, images, cache_dir=tmp_path)
     assert [path for path in tmp_path.iterdir() if path.suffix != ".lock"] == []
 
 
-def test_too_little_space_is_seen_before_writing(images, contract, tmp_path, monkeypatch):
+def test_too_little_disk_space_is_reported_before_writing(images, contract, tmp_path, monkeypatch):
     monkeypatch.setattr("ldm.latents.cache.shutil.disk_usage", lambda path: type("Usage", (), {"free": 100})())
-    with pytest.raises(UserError, match=r"cache_dir=.* has 0\.0 GB free.*free some space"):
-        open_latents(refuse, contract, images, cache_dir=tmp_path)
+    with pytest.raises(UserError, match=r"cache_dir=.*0\.0 GB free.*need.*(?i:free some)"):
+        open_latents(fail_on_cache_miss, contract, images, cache_dir=tmp_path)
     assert [path for path in tmp_path.iterdir() if path.suffix != ".lock"] == []
 
 
-def test_every_field_that_is_compared_names_the_cache(images, contract, tmp_path):
-    """So that a user who changes one of them never meets the cache of another contract."""
+def test_every_contract_field_changes_the_cache_folder(images, contract, tmp_path):
+    """Changing any field must not lead to the cache of another contract."""
     folders = {latents_folder(contract, tmp_path)}
     for field in dataclasses.fields(LatentContract):
         value = getattr(contract, field.name)
@@ -108,17 +110,17 @@ def test_every_field_that_is_compared_names_the_cache(images, contract, tmp_path
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_a_cache_under_its_earlier_name_is_used(images, contract, tmp_path, flip):
+def test_cache_with_older_folder_name_is_used(images, contract, tmp_path, flip):
     contract = dataclasses.replace(contract, flip=flip)
     path = open_latents(encode, contract, images, cache_dir=tmp_path).path
     earlier = path.rename(tmp_path / f"latents-{'a' * 12}-{images.fingerprint[:12]}{'-flip' * flip}")
-    assert open_latents(refuse, contract, images, cache_dir=tmp_path).path == earlier
+    assert open_latents(fail_on_cache_miss, contract, images, cache_dir=tmp_path).path == earlier
     other = dataclasses.replace(contract, val_fraction=0.4)
     assert open_latents(encode, other, ImageData.open(images.path, 0.4), cache_dir=tmp_path).path != earlier
 
 
-def test_every_byte_is_compared_on_request(images, contract):
-    """Also where a file's size and time say that nothing was written to it."""
+def test_verify_detects_a_changed_byte_despite_unchanged_modification_time(images, contract):
+    """Opening the cache skips the comparison if size and modification time are unchanged; `verify_latents` does not."""
     folder = open_latents(encode, contract, images, cache_dir=images.path.parent).path
     file = folder / "moments.npy"
     os.utime(file, ns=(0, 10**9))
@@ -127,8 +129,8 @@ def test_every_byte_is_compared_on_request(images, contract):
     content[-1] ^= 1
     file.write_bytes(content)
     os.utime(file, ns=(0, 10**9))
-    open_latents(refuse, contract, images, cache_dir=images.path.parent)
-    with pytest.raises(UserError, match="changed since it was encoded: images 0 to 29"):
+    open_latents(fail_on_cache_miss, contract, images, cache_dir=images.path.parent)
+    with pytest.raises(UserError, match=r"moments\.npy.*modified.*images: 0 to 29"):
         list(verify_latents(images))
     assert verify_images(images) == images.path
     shutil.rmtree(folder)

@@ -1,4 +1,7 @@
-"""The cache of latents: killed, interrupted, out of room, raced for, damaged; whole and the same bytes, or refused."""
+"""Fault tests of the latent cache: kills, interruptions, a full disk, concurrent processes and damaged files.
+
+Every case must end in a bitwise identical cache or in an error.
+"""
 
 import dataclasses
 import errno
@@ -27,18 +30,18 @@ POSIX = pytest.mark.skipif(os.name == "nt", reason="POSIX only")
 
 @pytest.fixture
 def contract(contract) -> LatentContract:
-    """Two views."""
+    """Contract with two views."""
     return dataclasses.replace(contract, flip=True)
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch) -> None:
-    """Four chunks of eight images."""
+    """Use chunks of 8 images, four for the 30 images."""
     monkeypatch.setattr(latent_encoding, "CHUNK_IMAGES", 8)
 
 
 class Encoder:
-    """Counts its batches, and is interrupted before that of a number."""
+    """Encoder that counts its batches and raises KeyboardInterrupt before batch `stops_at`."""
 
     def __init__(self, stops_at: int | None = None, wait_s: float = 0):
         self.calls, self.stops_at, self.wait_s = 0, stops_at, wait_s
@@ -51,105 +54,107 @@ class Encoder:
         return encode(pixels)
 
 
-def opened(encode, contract, images, cache_dir, batch_size=4) -> LatentData:
+def open_cache(encode, contract, images, cache_dir, batch_size=4) -> LatentData:
     return open_latents(encode, contract, images, cache_dir=cache_dir, batch_size=batch_size)
 
 
-def bytes_of(folder: Path) -> dict[str, bytes]:
+def read_files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture
-def whole(images, contract, tmp_path) -> dict[str, bytes]:
-    """Every file of a cache that was encoded in one go."""
-    return bytes_of(opened(Encoder(), contract, images, tmp_path / "whole").path)
+def expected_files(images, contract, tmp_path) -> dict[str, bytes]:
+    """Files of a cache whose encoding was not interrupted."""
+    return read_files(open_cache(Encoder(), contract, images, tmp_path / "uninterrupted").path)
 
 
 @POSIX
 @pytest.mark.skipif(sys.platform == "darwin", reason="macOS aborts forked children that use its libraries")
-def test_a_kill_at_any_point_ends_in_the_same_bytes():
-    """SIGKILL before every file operation of an encoding, which is then done again."""
-    memory = "/dev/shm" if Path("/dev/shm").is_dir() else None  # a busy disk's fsync would take most of the time
-    with tempfile.TemporaryDirectory(dir=memory) as place:
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "tests/latents/kill_encoding.py"), place],
+def test_encoding_killed_at_any_point_resumes_to_identical_bytes():
+    """Send SIGKILL before each file operation of the encoding, then resume it."""
+    memory = "/dev/shm" if Path("/dev/shm").is_dir() else None  # fsync on a busy disk would dominate the run time
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        result = subprocess.run(
+            [sys.executable, str(ROOT / "tests/latents/kill_encoding.py"), folder],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
         )
-    assert done.returncode == 0, done.stderr
-    points, equal = map(int, done.stdout.split()[-2:])
-    assert points == equal >= 50, done.stdout
+    assert result.returncode == 0, result.stderr
+    points, identical = map(int, result.stdout.split()[-2:])
+    assert points == identical >= 50, result.stdout
 
 
 @pytest.mark.parametrize("damage", ["a byte of chunk 1", "cut", "no journal", "journal", "other batches", "contract"])
-def test_what_an_interruption_left_is_compared_before_it_is_used(images, contract, tmp_path, whole, damage):
+def test_resume_verifies_the_unfinished_cache(images, contract, tmp_path, expected_files, damage):
     with pytest.raises(KeyboardInterrupt):
-        opened(Encoder(12), contract, images, tmp_path / "cache")
+        open_cache(Encoder(12), contract, images, tmp_path / "cache")
     (unfinished,) = (tmp_path / "cache").glob(".latents-*.unfinished")
     moments, journal = unfinished / "moments.npy", unfinished / "chunks.json"
-    expected, batch_size = 16, 4
+    expected_calls, batch_size = 16, 4
     if damage == "a byte of chunk 1":
         content = bytearray(moments.read_bytes())
         content[128 + 8 * 192 + 5] ^= 1
         moments.write_bytes(content)
-        expected = 12
+        expected_calls = 12
     elif damage == "cut":
         os.truncate(moments, 128 + 17 * 192)
-        expected = 8
+        expected_calls = 8
     elif damage == "no journal":
         journal.unlink()
     elif damage == "journal":
         journal.write_text("{")
     elif damage == "other batches":
         batch_size = 8
-        whole = bytes_of(opened(Encoder(), contract, images, tmp_path / "eights", 8).path)
-        expected = 8
+        expected_files = read_files(open_cache(Encoder(), contract, images, tmp_path / "eights", 8).path)
+        expected_calls = 8
     else:
         (unfinished / "contract.json").write_text(json.dumps({"format": 1}))
-    again = Encoder()
-    assert bytes_of(opened(again, contract, images, tmp_path / "cache", batch_size).path) == whole
-    assert again.calls == expected
+    encoder = Encoder()
+    assert read_files(open_cache(encoder, contract, images, tmp_path / "cache", batch_size).path) == expected_files
+    assert encoder.calls == expected_calls
 
 
 @POSIX
-def test_a_disk_that_fills_keeps_what_is_done(images, contract, tmp_path, whole):
-    """The system refuses to write beyond the limit, in the middle of a batch."""
+def test_full_disk_keeps_finished_chunks(images, contract, tmp_path, expected_files):
+    """A file size limit makes a write fail in the middle of a batch."""
     import resource
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (128 + 20 * 192 + 7, limits[1]))
     try:
-        with pytest.raises(UserError, match=r"filled up.* kept in .*unfinished.* continues"):
-            opened(Encoder(), contract, images, tmp_path / "cache")
+        with pytest.raises(UserError, match=r"cache_dir=.*full.* kept in .*\.unfinished.*(?i:free some).*resume"):
+            open_cache(Encoder(), contract, images, tmp_path / "cache")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    again = Encoder()
-    assert bytes_of(opened(again, contract, images, tmp_path / "cache").path) == whole
-    assert again.calls == 8, "two of four chunks were kept"
+    encoder = Encoder()
+    assert read_files(open_cache(encoder, contract, images, tmp_path / "cache").path) == expected_files
+    assert encoder.calls == 8, "two of four chunks were kept"
 
 
-def test_two_that_want_the_same_cache_encode_it_once(images, contract, tmp_path, whole, caplog):
+def test_concurrent_callers_encode_the_cache_once(images, contract, tmp_path, expected_files, caplog):
     encoders, results = [Encoder(wait_s=0.02) for _ in range(3)], []
     threads = [
-        threading.Thread(target=lambda one=one: results.append(opened(one, contract, images, tmp_path / "cache")))
-        for one in encoders
+        threading.Thread(
+            target=lambda encoder=encoder: results.append(open_cache(encoder, contract, images, tmp_path / "cache"))
+        )
+        for encoder in encoders
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert sorted(encoder.calls for encoder in encoders) == [0, 0, 16]
-    assert len(results) == 3 and bytes_of(results[0].path) == whole
+    assert len(results) == 3 and read_files(results[0].path) == expected_files
     assert "Another process is creating" in caplog.text and "Waiting" in caplog.text
 
 
-def test_every_changed_byte_is_refused_by_name(images, contract, tmp_path, whole):
-    """All of the header and of the two small files, every fifth of the moments; what is no error has no effect."""
-    folder = opened(Encoder(), contract, images, tmp_path).path
-    expected, flipped, refused = opened(Encoder(0), contract, images, tmp_path).moments.tobytes(), 0, 0
-    for name, content in whole.items():
+def test_changed_bytes_are_refused_or_have_no_effect(images, contract, tmp_path, expected_files):
+    """Flip a bit in each byte of the header and of the two small files, and in every fifth byte of the moments."""
+    folder = open_cache(Encoder(), contract, images, tmp_path).path
+    expected, flipped, refused = open_cache(Encoder(0), contract, images, tmp_path).moments.tobytes(), 0, 0
+    for name, content in expected_files.items():
         step = 5 if name == "moments.npy" else 1
         for position in (*range(min(128, len(content))), *range(128, len(content), step)):
             changed = bytearray(content)
@@ -157,67 +162,65 @@ def test_every_changed_byte_is_refused_by_name(images, contract, tmp_path, whole
             (folder / name).write_bytes(changed)
             flipped += 1
             try:
-                latents = opened(Encoder(0), contract, images, tmp_path)
+                latents = open_cache(Encoder(0), contract, images, tmp_path)
                 assert name != "moments.npy" and latents.moments.tobytes() == expected, (name, position)
             except UserError as error:
                 refused += 1
                 assert str(folder) in str(error), (name, position)
                 if (name, position) == ("moments.npy", 128 + 5 * 660):
-                    assert re.search(r"moments\.npy changed .* images 16 to 23\. Delete .*encoded again", str(error))
+                    assert re.search(r"moments\.npy.*modified.*images: 16 to 23\..*Delete", str(error))
         (folder / name).write_bytes(content)
     print(f"{refused} of {flipped} changed bytes refused, the rest without effect")
     assert flipped > 1800 and refused > 0.97 * flipped
 
 
-@pytest.mark.parametrize("stopped", [False, True], ids=["finished", "interrupted"])
-def test_a_disk_that_fails_while_a_cache_is_compared_is_no_damage(images, contract, tmp_path, monkeypatch, stopped):
-    if stopped:
+@pytest.mark.parametrize("interrupted", [False, True], ids=["finished", "interrupted"])
+def test_read_error_during_verification_keeps_the_cache(images, contract, tmp_path, monkeypatch, interrupted):
+    if interrupted:
         with pytest.raises(KeyboardInterrupt):
-            opened(Encoder(5), contract, images, tmp_path)
+            open_cache(Encoder(5), contract, images, tmp_path)
     else:
-        opened(Encoder(), contract, images, tmp_path)
+        open_cache(Encoder(), contract, images, tmp_path)
 
-    def fails(*_):
+    def raise_io_error(*_):
         raise OSError(errno.EIO, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr("ldm.files.arrays._digest", fails)
+        patch.setattr("ldm.files.arrays._digest", raise_io_error)
         with pytest.raises(UserError, match=r"cannot be read \(Input/output error\).*not modified"):
-            opened(Encoder(0), contract, images, tmp_path)
+            open_cache(Encoder(0), contract, images, tmp_path)
     encoder = Encoder()
-    opened(encoder, contract, images, tmp_path)
-    assert encoder.calls < 16, "what was encoded is there still"
+    open_cache(encoder, contract, images, tmp_path)
+    assert encoder.calls < 16, "the encoded chunks are kept"
 
 
 @pytest.mark.parametrize("file", ["moments.npy", "contract.json"])
 @pytest.mark.parametrize("damage", ["missing", "empty", "cut", "longer"])
-def test_a_damaged_file_is_refused_with_the_remedy(images, contract, tmp_path, file, damage):
-    path = opened(Encoder(), contract, images, tmp_path).path / file
+def test_open_refuses_damaged_files_with_a_remedy(images, contract, tmp_path, file, damage):
+    path = open_cache(Encoder(), contract, images, tmp_path).path / file
     content = path.read_bytes()
     path.unlink()
     if damage != "missing":
         path.write_bytes({"empty": b"", "cut": content[: len(content) // 2], "longer": content + b"x"}[damage])
     with pytest.raises(UserError, match="(?i)delete|once its folder is deleted"):
-        opened(Encoder(0), contract, images, tmp_path)
+        open_cache(Encoder(0), contract, images, tmp_path)
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(LatentContract)])
-def test_every_field_of_the_contract_is_compared(images, contract, tmp_path, field):
-    """Another autoencoder, other data, another transform: each by its name."""
-    file = opened(Encoder(), contract, images, tmp_path).path / "contract.json"
+def test_open_compares_every_contract_field(images, contract, tmp_path, field):
+    """The error names the differing field, e.g. of another autoencoder, data set or transform."""
+    file = open_cache(Encoder(), contract, images, tmp_path).path / "contract.json"
     content = json.loads(file.read_text())
     value = content[field]
     content[field] = (not value) if isinstance(value, bool) else value + (1 if not isinstance(value, str) else "x")
     file.write_text(json.dumps(content))
-    with pytest.raises(
-        UserError, match=rf"{field} is .* in this run but .*latents-|has {field} 2; this version reads 1"
-    ):
-        opened(Encoder(0), contract, images, tmp_path)
+    with pytest.raises(UserError, match=rf"{field} is .* in this run but .*latents-|{field} 2\b.*reads .*1\b"):
+        open_cache(Encoder(0), contract, images, tmp_path)
 
 
-def test_a_cache_of_before_is_opened_and_that_is_said(images, contract, tmp_path, caplog):
-    folder = opened(Encoder(), contract, images, tmp_path).path
+def test_cache_without_digests_is_opened_and_logged(images, contract, tmp_path, caplog):
+    folder = open_cache(Encoder(), contract, images, tmp_path).path
     (folder / "chunks.json").unlink()
     with caplog.at_level(logging.INFO):
-        assert isinstance(opened(Encoder(0), contract, images, tmp_path), LatentData)
-    assert "keeps no digests" in caplog.text
+        assert isinstance(open_cache(Encoder(0), contract, images, tmp_path), LatentData)
+    assert re.search(r"no digests.*not verified", caplog.text)

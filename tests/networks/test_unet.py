@@ -1,4 +1,4 @@
-"""ldm.networks.unet: diffusers' UNets behind our call, with text, classes or neither."""
+"""ldm.networks.unet: UNets conditioned on text, on classes, or unconditional."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def no_grad():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("out_channels", [3, 6])
-def test_it_answers_with_the_right_shape(kind, out_channels):
+def test_output_has_the_right_shape(kind, out_channels):
     network = build(**KINDS[kind], out_channels=out_channels)
     assert isinstance(network, TextUNet if kind == "text" else ImageUNet)
     assert network(SAMPLE, TIMESTEP, **CONDITIONS[kind]).shape == (3, out_channels, 4, 4)
@@ -55,15 +55,15 @@ def test_it_answers_with_the_right_shape(kind, out_channels):
     ("kind", "name"),
     [("none", "timestep"), ("class", "label"), ("text", "tokens"), ("text", "pooled"), ("text", "timestep")],
 )
-def test_the_output_follows_what_it_is_given(kind, name):
+def test_output_depends_on_each_input(kind, name):
     network, inputs = build(**KINDS[kind]), {"timestep": TIMESTEP, **CONDITIONS[kind]}
     output = network(SAMPLE, **inputs)
-    # each sample keeps its own mask
+    # the mask is not rolled: each sample keeps its own
     other = network(SAMPLE, **{**inputs, name: inputs[name].roll(1, 0)})
     assert ((other - output).abs().amax((1, 2, 3)) > 1e-4).all()
 
 
-def test_what_the_mask_leaves_out_does_not_matter():
+def test_masked_tokens_do_not_affect_the_output():
     network, inputs = build(text_dim=6), CONDITIONS["text"]
     output = network(SAMPLE, TIMESTEP, **inputs)
     noise = torch.where(MASK.bool()[..., None], 0.0, draw(3, 5, 6, seed=3))
@@ -72,20 +72,20 @@ def test_what_the_mask_leaves_out_does_not_matter():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_samples_of_a_batch_do_not_see_each_other(kind):
+def test_samples_of_a_batch_are_independent(kind):
     network = build(**KINDS[kind])
-    together = network(SAMPLE, TIMESTEP, **CONDITIONS[kind])
-    alone = torch.cat(
+    batched = network(SAMPLE, TIMESTEP, **CONDITIONS[kind])
+    single = torch.cat(
         [
             network(SAMPLE[i : i + 1], TIMESTEP[i : i + 1], **{k: v[i : i + 1] for k, v in CONDITIONS[kind].items()})
             for i in range(3)
         ]
     )
-    torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(single, batched, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_saved_and_loaded_it_answers_the_same(kind, tmp_path):
+def test_loaded_network_predicts_the_same_as_the_saved_one(kind, tmp_path):
     network = build(**KINDS[kind])
     network.save_pretrained(tmp_path)
     loaded = type(network).from_pretrained(tmp_path, use_safetensors=True, low_cpu_mem_usage=False).eval()
@@ -95,7 +95,7 @@ def test_saved_and_loaded_it_answers_the_same(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["none", "text"])
 @pytest.mark.parametrize("levels", [(), (0,), (0, 1)])
-def test_attention_stands_on_the_named_levels(kind, levels):
+def test_only_attention_levels_have_attention(kind, levels):
     network = build(**KINDS[kind], attention_levels=levels)
     down = [type(block).__name__ for block in network.down_blocks]
     up = [type(block).__name__ for block in network.up_blocks]
@@ -104,13 +104,13 @@ def test_attention_stands_on_the_named_levels(kind, levels):
 
 
 @pytest.mark.parametrize("kind", ["none", "text"])
-def test_a_head_is_as_wide_as_asked_for(kind):
-    """diffusers' UNet2DConditionModel counts heads where UNet2DModel takes their width."""
+def test_attention_heads_have_width_head_dim(kind):
+    """UNet2DConditionModel is configured with the number of heads, UNet2DModel with their width."""
     network = build(**KINDS[kind], attention_levels=(1,))
     heads = {module.heads for module in network.down_blocks[1].modules() if hasattr(module, "heads")}
     assert heads == {32 // 8}
 
 
-def test_a_side_that_cannot_be_halved_is_refused():
-    with pytest.raises(ValueError, match="3 levels needs a latent side divisible by 4"):
+def test_latent_side_that_cannot_be_halved_is_refused():
+    with pytest.raises(ValueError, match="3 levels.*divisible by 4"):
         build(sample_size=6, block_out_channels=(8, 8, 8))

@@ -167,9 +167,9 @@ def test_forward_chain_visits_evenly_spaced_times():
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("none", {"prompt": "cat"}, "unconditional.*neither a prompt nor a label"),
-        ("class", {"prompt": "cat"}, "conditioned on class.*takes a label"),
-        ("none", {"label": 1}, "unconditional.*neither a prompt nor a label"),
+        ("none", {"prompt": "cat"}, "unconditional.*prompt or label"),
+        ("class", {"prompt": "cat"}, "conditioned on classes.*a label instead"),
+        ("none", {"label": 1}, "unconditional.*prompt or label"),
         ("class", {"label": 2}, "label=2.*0=cat, 1=dog"),
         ("none", {"num_samples": 0}, "num_samples=0 must be 1 or more"),
     ],

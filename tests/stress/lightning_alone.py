@@ -137,7 +137,7 @@ def not_finite(folder: Path) -> str:
 
 
 def two_processes(folder: Path) -> str:
-    """Start two trainings in the same folder at the same time."""
+    """Start two training runs in the same folder at the same time."""
     processes = [start_fit(folder, "max_steps=400") for _ in range(2)]
     codes = [process.wait(timeout=120) for process in processes]
     count = len(list(folder.glob("*.ckpt")))

@@ -48,7 +48,7 @@ def make_spec(stage: str, folder: Path, vae: Path | None) -> Any:
 
 
 def median_step_s(spec: Any, steps: int, *, protected: bool) -> float:
-    """Return the median time per step, in seconds, of a training with this many steps."""
+    """Return the median time per step, in seconds, of a training run with this many steps."""
     from lightning.pytorch import Callback
 
     from ldm.training.fit import Fit

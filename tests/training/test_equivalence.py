@@ -80,7 +80,7 @@ def chain(objective=Objective(), optimizer=SGD, steps: int = 100) -> DiffusionTr
         contract=LatentContract(autoencoder.weights_sha256(), "images", 8, 2, 3, 0.05, True),
         latent_shape=(3, 4, 4),
     )
-    conditions = classes.of_request(classes=[0])
+    conditions = classes.for_request(classes=[0])
     options = {"grid_conditions": conditions, "sampler": DDIM(2), "guidance": 1.0, "figures_dir": Path()}
     return DiffusionTraining(pipeline, objective, OptimizerFactory(optimizer), drop_condition=0.5, seed=0, **options)
 

@@ -26,13 +26,13 @@ from ldm.diffusion.samplers.base import Generators, check_generators
 
 @dataclass(frozen=True)
 class ODELikelihood:
-    """log p(z at t_min) per sample, and what it cost.
+    """log p(z at t_min) per sample, and the cost of computing it.
 
     Args:
-        log_likelihood: nats, summed over the dimensions, [b] in float64; the mean over the probes.
+        log_likelihood: in nats, summed over the dimensions and averaged over the probes, [b] in float64.
         evaluations: calls of the denoiser, each followed by one vector-Jacobian product per probe.
-        probe_variance: variance of a single probe's estimate, [b] in nats^2, from two probes on; over their
-            number it is that of the mean. None for one probe and for the exact trace.
+        probe_variance: variance of a single probe's estimate, [b] in nats^2. Divide by the number of probes for
+            the variance of the mean. None for one probe and for the exact trace.
     """
 
     log_likelihood: Float64[Tensor, " b"]
@@ -52,27 +52,27 @@ def ode_log_likelihood(
     generators: Generators = None,
     on_evaluation: Callable[[float], None] | None = None,
 ) -> ODELikelihood:
-    """The log-density of z at t_min under the probability-flow ODE.
+    """Return the log-density of z at t_min under the probability-flow ODE.
 
-    It is another density than the ancestral chain's, whose bound it may lie on either side of. One adaptive
-    solve carries z and the log-density of every probe, with steps shared by the batch: a sample depends on the
-    others within the tolerance. Memory is that of one call of the denoiser and its backward pass. The
-    network must be in eval mode, so that the ODE is one and the same at every evaluation; its parameters
-    need no gradient.
+    This density differs from that of the ancestral chain, and can be above or below the chain's bound. One
+    adaptive solve integrates z together with the log-density of every probe. The batch shares its steps, so a
+    sample's result depends on the other samples, within the tolerance. Memory is that of one forward and one
+    backward pass of the denoiser. The network must be in eval mode, so that the ODE is the same at every
+    evaluation; its parameters need no gradient.
     Source: Grathwohl et al. 2019, arXiv:1810.01367; Song et al. 2021, arXiv:2011.13456, eqs. 39 and 40.
 
     Args:
         z: latents with the noise of t_min, such as draws from q(z_t | z_0) there.
-        rtol, atol: tolerated error per step of the solver, relative and absolute.
-        probes: number of Hutchinson's probes, fixed over the solve; None: the exact trace, for one
-            vector-Jacobian product per dimension.
-        generators: of the probes: one for the batch, or a list with one per sample, which depends on its own
-            alone.
+        rtol, atol: relative and absolute error tolerance per solver step.
+        probes: number of Hutchinson probes, held fixed during the solve. None computes the exact trace, with
+            one vector-Jacobian product per dimension.
+        generators: random generators for the probes: one for the whole batch, or a list with one per sample, so
+            that each sample's probes depend only on its own generator.
         on_evaluation: called as on_evaluation(t) before every call of the denoiser.
 
     Raises:
-        ValueError: as `clock_ends` and `integrate` do; if probes is less than 1; if a list of generators is
-            not one per sample.
+        ValueError: as `clock_ends` and `integrate` do; if probes is less than 1; if a list of generators does
+            not have one per sample.
         ArithmeticError: as `integrate` does.
     """
     if probes is not None and probes < 1:
@@ -104,7 +104,7 @@ def ode_log_likelihood(
 def _velocity_and_divergence(
     denoiser: DenoiserLike, z_t: Tensor, t: float, elapsed: float, condition: Condition | None, signs: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """dz/dw, [b, *z], and its divergence by each probe, [b, probes], or exactly, [b, 1], in float64."""
+    """Return dz/dw, [b, *z], and its divergence in float64: per probe, [b, probes], or exact, [b, 1]."""
     schedule = denoiser.schedule
     with torch.enable_grad():
         z_t.requires_grad_()
@@ -117,7 +117,7 @@ def _velocity_and_divergence(
 
 
 def _signs(like: Tensor, probes: int, generators: Generators) -> Tensor:
-    """Independent +1 and -1 of shape [b, probes, *z], drawn where the generator lives."""
+    """Draw random signs, +1 or -1, of shape [b, probes, *z], on the generator's device."""
 
     def draw(batch: int, generator: torch.Generator | None) -> Tensor:
         device = "cpu" if generator is None else generator.device
@@ -130,7 +130,7 @@ def _signs(like: Tensor, probes: int, generators: Generators) -> Tensor:
 
 
 def _quadratic_forms(z_0: Tensor, z_t: Tensor, signs: Tensor) -> Tensor:
-    """v J v for every probe v, [b, probes]."""
+    """Return v J v for every probe v, [b, probes]."""
     forms = []
     for i in range(signs.shape[1]):
         v = signs[:, i]
@@ -140,7 +140,7 @@ def _quadratic_forms(z_0: Tensor, z_t: Tensor, signs: Tensor) -> Tensor:
 
 
 def _trace(z_0: Tensor, z_t: Tensor) -> Tensor:
-    """tr J, [b, 1], one dimension at a time."""
+    """Return tr J, [b, 1], computed one dimension at a time."""
     entries = z_0.flatten(1).sum(0)
     last = len(entries) - 1
     diagonal = [

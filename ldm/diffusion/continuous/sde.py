@@ -1,4 +1,4 @@
-"""The continuous view of the chain: its stochastic differential equations, and samplers of the reverse one.
+"""The chain in continuous time: its stochastic differential equations and a sampler for the reverse SDE.
 
 Setting: time t is real and falls from T to t_min >= 1; b(t) = -d log a / dt is the schedule's rate. With
 score = grad log q(z_t),
@@ -7,9 +7,10 @@ score = grad log q(z_t),
     reverse           dz = (-1/2 b z - b score) dt + sqrt(b) dw-bar
     probability flow  dz/dt = -1/2 b (z + score)
 
-share the marginals q(z_t). Time enters through the elapsed b dt = -d log a = -(1 - a) d log-SNR alone. Steps
-measure it by log-SNR, whose equations are nowhere stiffer than one per unit, and so need no b. The sampler's
-steps are equal on the clock of `ldm.diffusion.continuous.clock`, where sampling starts from N(0, I) at the noise end.
+share the marginals q(z_t). Time enters only through the elapsed b dt = -d log a = -(1 - a) d log-SNR. Steps are
+measured in log-SNR, in which the stiffness of the equations is at most one per unit, so b itself is never needed.
+The sampler's steps are equally spaced on the clock of `ldm.diffusion.continuous.clock`. Sampling starts from
+N(0, I) at the noise end.
 
 Source: Song et al. 2021, arXiv:2011.13456.
 """
@@ -35,7 +36,7 @@ from ldm.rules import Integer, Number, Steps, apply_rules
 def reverse_drift(
     schedule: NoiseSchedule, z_0: Float[Tensor, " b *z"], z_t: Float[Tensor, " b *z"], t: Step
 ) -> Float[Tensor, " b *z"]:
-    """Drift of the reverse SDE per elapsed b dt, given the predicted z_0:  -1/2 z_t - score.
+    """Return the drift of the reverse SDE per elapsed b dt, given the predicted z_0:  -1/2 z_t - score.
 
     Times schedule.rate(t) it is dz/dt.
     Source: Song et al. 2021, arXiv:2011.13456, eq. 6.
@@ -49,11 +50,11 @@ def reverse_drift(
 def probability_flow(
     schedule: NoiseSchedule, z_0: Float[Tensor, " b *z"], z_t: Float[Tensor, " b *z"], t: Step
 ) -> Float[Tensor, " b *z"]:
-    """The probability flow per elapsed b dt, given the predicted z_0.
+    """Return the probability flow per elapsed b dt, given the predicted z_0.
 
         -1/2 (z_t + score) = -1/2 alpha (z_0 - alpha z_t) / (1 - a_t)
 
-    Times schedule.rate(t) it is dz/dt. The second form is computed: at the noise end the first one cancels.
+    Times schedule.rate(t) it is dz/dt. The code uses the second form, because the first cancels at the noise end.
     Source: Song et al. 2021, arXiv:2011.13456, eq. 13.
 
     Raises:
@@ -69,11 +70,11 @@ def probability_flow(
 def forward_sde_step(
     schedule: NoiseSchedule, z_s: Float[Tensor, " b *z"], s: int | float, t: int | float, eps: Float[Tensor, " b *z"]
 ) -> Float[Tensor, " b *z"]:
-    """One Euler-Maruyama step of the forward SDE, from s up to t.
+    """Take one Euler-Maruyama step of the forward SDE, from s up to t.
 
         z_t = z_s - 1/2 h z_s + sqrt(h) eps,   h = (1 - a_s) (log-SNR_s - log-SNR_t)
 
-    Of weak order 1; `chain.forward_step` is exact.
+    The weak order is 1; `chain.forward_step` is exact.
 
     Raises:
         ValueError: unless 1 <= s < t <= T.
@@ -93,11 +94,11 @@ def reverse_sde_step(
     t: int | float,
     generator: Generators = None,
 ) -> Float[Tensor, " b *z"]:
-    """One Euler-Maruyama step of the reverse SDE, from t down to s, given the predicted z_0.
+    """Take one Euler-Maruyama step of the reverse SDE, from t down to s, given the predicted z_0.
 
         z_s = z_t + (1/2 z_t + score) h + sqrt(h) n,   h = (1 - a_t) (log-SNR_s - log-SNR_t),   n ~ N(0, I)
 
-    Of weak order 1.
+    The weak order is 1.
 
     Raises:
         ValueError: unless 1 <= s < t <= T.
@@ -117,12 +118,12 @@ def langevin_step(
     snr: float,
     generator: Generators = None,
 ) -> Float[Tensor, " b *z"]:
-    """One step of Langevin dynamics in q(z_t), which leaves t where it is.
+    """Take one step of Langevin dynamics on q(z_t); t does not change.
 
         z = z_t + h score + sqrt(2 h) n,   h = 2 snr^2 (1 - a_t),   n ~ N(0, I)
 
-    The paper's step 2 snr^2 (|n| / |score|)^2 is an average over the batch, and grows without bound where the
-    score of a sample vanishes. Here |n| / |score| is sigma, which it is where the score is that of noise.
+    The paper's step 2 snr^2 (|n| / |score|)^2 is averaged over the batch, and grows without bound where a
+    sample's score vanishes. Here |n| / |score| is replaced by sigma, its value when the score is that of noise.
     Source: Song et al. 2021, arXiv:2011.13456, algorithm 5.
 
     Raises:
@@ -136,14 +137,14 @@ def langevin_step(
 
 @dataclass(frozen=True)
 class SDESampler:
-    """The reverse SDE by Euler-Maruyama, optionally corrected by Langevin dynamics after every step.
+    """Euler-Maruyama sampler for the reverse SDE, optionally corrected by Langevin dynamics after every step.
 
     Args:
         steps: number of transitions, the last one from t_min to 0. The denoiser is called
             steps + (steps - 1) corrector_steps times.
         corrector_steps: Langevin steps after every transition but the last.
-        corrector_snr: their signal-to-noise ratio, see `langevin_step`.
-        t_min: where the SDE stops; the last transition takes the denoiser's z_0 from there.
+        corrector_snr: signal-to-noise ratio of the Langevin steps, see `langevin_step`.
+        t_min: time at which the SDE stops; the last transition returns the denoiser's z_0 at t_min.
 
     Source: Song et al. 2021, arXiv:2011.13456, algorithms 1 and 5.
 
@@ -162,13 +163,13 @@ class SDESampler:
         apply_rules(type(self), vars(self))
 
     def check(self, schedule: NoiseSchedule) -> None:
-        """Refuse a chain on which this sampler cannot run.
+        """Check that this sampler can run on `schedule`.
 
         Raises:
-            ValueError: as `clock_ends` does; if so few steps make Euler-Maruyama amplify its errors.
+            ValueError: as `clock_ends` does; if Euler-Maruyama needs more steps to be stable.
         """
         start, stop = clock_ends(schedule, self.t_min)
-        # A step of log-SNR multiplies a deviation by 1 - step (1 + a) / 2 at worst, and is largest at an end.
+        # A step of log-SNR multiplies a deviation by at worst 1 - step (1 + a) / 2. Steps are largest at the ends.
         growth = max(math.cosh(w) * (1 + 1 / (1 + math.exp(-2 * math.sinh(w)))) for w in (start, stop))
         needed = 1 + math.ceil((stop - start) * growth / 2)
         if 1 < self.steps < needed:
@@ -189,16 +190,16 @@ class SDESampler:
         generator: Generators = None,
         on_step: OnStep | None = None,
     ) -> Float[Tensor, " b *z"]:
-        """Take z_T ~ N(0, I) down to z_0.
+        """Sample z_0, starting from z_T ~ N(0, I).
 
         Args:
-            variance, z_0_mse: not used, an SDE has no Sigma.
-            generator: one for the batch, or a list with one per sample.
-            on_step: called as on_step(s, z_s, z_0) after every transition, with the real s where it arrived
-                (0 at last) and the predicted z_0 that it used.
+            variance, z_0_mse: ignored, because an SDE has no Sigma.
+            generator: one for the whole batch, or a list with one per sample.
+            on_step: called as on_step(s, z_s, z_0) after every transition, with the real time s that it reached
+                (0 for the last one) and the predicted z_0 that it used.
 
         Raises:
-            ValueError: as `check` does; if a list of generators is not one per sample.
+            ValueError: as `check` does; if a list of generators does not have one per sample.
         """
         check_generators(generator, len(z_T))
         schedule = denoiser.schedule
@@ -225,6 +226,6 @@ def _check_real_order(schedule: NoiseSchedule, s: int | float, t: int | float) -
 
 
 def _elapsed(schedule: NoiseSchedule, start: int | float, stop: int | float) -> float:
-    """b dt of a step from `start`, by its log-SNR: |d log a| to first order."""
+    """Return b dt of a step from `start`, computed from log-SNR: |d log a| to first order."""
     curve = schedule.log_snr_curve
     return float(abs(curve(stop) - curve(start)) / (1 + math.exp(float(curve(start)))))

@@ -1,1 +1,1 @@
-"""From noise z_T down the chain to z_0: one class per algorithm."""
+"""Samplers from noise z_T to z_0, one class per algorithm."""

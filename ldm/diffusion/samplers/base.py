@@ -1,6 +1,6 @@
-"""What every sampler promises, and the walk down the chain that the discrete ones share.
+"""The interface of every sampler, and the loop over steps that the discrete samplers share.
 
-A discrete sampler takes any strided subset of the steps, and asks a denoiser for z_0 at each.
+A discrete sampler visits any strided subset of the steps, and calls the denoiser for z_0 at each one.
 """
 
 import itertools
@@ -22,19 +22,19 @@ from ldm.rules import Positive, Steps, apply_rules
 SPACINGS = ("trailing", "leading", "linspace")
 
 Generators = torch.Generator | list[torch.Generator] | None
-"""One generator for the batch, or one per sample: sample i then depends on its own alone."""
+"""One generator for the whole batch, or one per sample, so that each sample depends only on its own."""
 
 OnStep = Callable[[float, Tensor, Tensor], None]
-"""Called as on_step(s, z_s, z_0) after every transition, with where it arrived and a predicted z_0."""
+"""Called as on_step(s, z_s, z_0) after every transition, with the step s that it reached and a predicted z_0."""
 
 Transition = Callable[[Prediction, Tensor, int, int], Tensor]
-"""A step down the chain: transition(prediction, z_t, s, t) is z_s."""
+"""A step down the chain: transition(prediction, z_t, s, t) returns z_s."""
 
 
 class SamplerLike(Protocol):
-    """Any way from z_T ~ N(0, I) to z_0: down the chain, or along its SDE or ODE.
+    """Any method that maps z_T ~ N(0, I) to z_0: down the chain, or along its SDE or ODE.
 
-    `method` is its name in configs and records, `variance` the Sigma of p(z_s | z_t) that it insists on, if any.
+    `method` is its name in configs and records, `variance` the Sigma of p(z_s | z_t) that it requires, if any.
     """
 
     @property
@@ -63,7 +63,7 @@ class SamplerLike(Protocol):
 
 @dataclass(frozen=True)
 class Walk:
-    """One walk down the chain: the steps it visits, its first latents, the model's own Sigma and error, its noise."""
+    """State of one sampling run: visited steps, initial latents, the model's Sigma and error, noise generator."""
 
     schedule: NoiseSchedule
     visited: list[int]
@@ -75,10 +75,10 @@ class Walk:
 
 @dataclass(frozen=True)
 class ChainSampler(ABC):
-    """A walk down the chain's own steps; each subclass is an algorithm for one of them.
+    """Sampler that visits the discrete steps of the chain; each subclass implements one algorithm.
 
     Args:
-        steps: number of transitions, and of calls of the denoiser.
+        steps: number of transitions, each with one call of the denoiser.
         spacing: which steps are visited, see `timesteps`.
         clip: if set, the predicted z_0 is clamped to [-clip, clip].
 
@@ -97,11 +97,11 @@ class ChainSampler(ABC):
 
     @property
     def variance(self) -> str | None:
-        """The Sigma that it insists on; None where it has no use for one, or takes the model's."""
+        """Sigma that the sampler requires; None if it uses none, or uses the model's."""
         return None
 
     def check(self, schedule: NoiseSchedule) -> None:
-        """Refuse a chain that this sampler cannot run on.
+        """Check that this sampler can run on `schedule`.
 
         Raises:
             ValueError: if the chain has fewer steps than the sampler.
@@ -120,18 +120,18 @@ class ChainSampler(ABC):
         generator: Generators = None,
         on_step: OnStep | None = None,
     ) -> Float[Tensor, " b *z"]:
-        """Take z_T ~ N(0, I) down to z_0.
+        """Sample z_0, starting from z_T ~ N(0, I).
 
         Args:
-            variance: the model's own Sigma, for a sampler that draws with one and was given none.
-            z_0_mse: the denoiser's error at every t, which Sigma optimal needs.
-            generator: one for the batch, or a list with one per sample.
-            on_step: called as on_step(s, z_s, z_0) after every transition, with where it arrived and the
-                predicted z_0 that it used. UniPC corrects z_s once more at its next step.
+            variance: the model's Sigma, used by samplers that need one and whose own is unset.
+            z_0_mse: the denoiser's mean squared error at every t, required by variance="optimal".
+            generator: one for the whole batch, or a list with one per sample.
+            on_step: called as on_step(s, z_s, z_0) after every transition, with the step s that it reached and the
+                predicted z_0 that it used. UniPC corrects z_s again in its next step.
 
         Raises:
-            ValueError: if the chain has fewer steps than the sampler; if a list of generators is not one per
-                sample; for multistep solvers, if several visited steps are pure noise.
+            ValueError: if the chain has fewer steps than the sampler; if a list of generators does not have one
+                per sample; for multistep solvers, if several visited steps are pure noise.
         """
         check_generators(generator, len(z_T))
         schedule = denoiser.schedule
@@ -149,17 +149,17 @@ class ChainSampler(ABC):
 
     @abstractmethod
     def _transition(self, walk: Walk) -> Transition:
-        """The algorithm's step on one walk."""
+        """Return the algorithm's transition function for one sampling run."""
 
 
 def timesteps(num_steps: int, steps: int, spacing: str = "trailing") -> list[int]:
-    """The steps t that a sampler visits: `steps` transitions, strictly down, ending with 0.
+    """Return the steps t that a sampler visits, strictly decreasing to 0 in `steps` transitions.
 
         trailing  round(T i / steps), i = steps..1: starts at T
         leading   1 + i (T // steps), i = steps-1..0: starts below T, ends at 1
         linspace  1 + round((T - 1) i / (steps - 1)), i = steps-1..0: from T to 1 (one step: from T)
 
-    They are diffusers' timesteps of the same name, plus 1.
+    These are diffusers' timesteps for the spacing of the same name, plus 1.
     Source: Lin et al. 2024, arXiv:2305.08891, table 2.
 
     Raises:
@@ -177,11 +177,11 @@ def timesteps(num_steps: int, steps: int, spacing: str = "trailing") -> list[int
 
 
 def draw_noise(like: Tensor, generator: Generators) -> Tensor:
-    """N(0, I) in the shape of `like`, each sample from its own generator where there is one per sample."""
+    """Draw N(0, I) noise shaped like `like`, using each sample's own generator if there is one per sample."""
     return randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype)
 
 
 def check_generators(generator: Generators, batch: int) -> None:
-    """Refuse a list of generators that is not one per sample."""
+    """Raise a ValueError if a list of generators does not have one per sample."""
     if isinstance(generator, list) and len(generator) != batch:
         raise ValueError(f"{len(generator)} generators for a batch of {batch}: give one per sample, or one")

@@ -39,7 +39,7 @@ def ddim_step(
     eps = to_eps(schedule, z_0, z_t, t)
     a_s, a_t = schedule.at(s, eps), schedule.at(t, eps)
     v = eta**2 * (1 - a_s) / (1 - a_t) * (1 - a_t / a_s)
-    # Where a_t is near 0 and eta = 1, v = 1 - a_s up to rounding: the difference may fall below 0.
+    # Where a_t is near 0 and eta = 1, v = 1 - a_s up to rounding: the difference can fall below 0.
     along_eps = (1 - a_s - v).clamp(min=0).sqrt()
     z_s = a_s.sqrt().to(eps) * z_0 + along_eps.to(eps) * eps
     if eta == 0 or s == 0:
@@ -59,7 +59,7 @@ class DDIM(ChainSampler):
     (1.0, 1.0)
 
     Args:
-        eta: noise, 0 (deterministic) to 1 (ancestral).
+        eta: amount of noise, from 0 (deterministic) to 1 (ancestral).
     """
 
     method: ClassVar[str] = "ddim"

@@ -40,8 +40,8 @@ def ddpm_step(
     Source: Ho et al. 2020, arXiv:2006.11239, algorithm 2; any s < t.
 
     Raises:
-        ValueError: unless 0 <= s < t <= T; where s > 0, if `variance` is unknown, or lacks the v or the z_0_mse
-            that `log_variance` wants.
+        ValueError: unless 0 <= s < t <= T; if s > 0 and `variance` is unknown, or the v or z_0_mse that it needs
+            is missing.
     """
     mean, _ = posterior(schedule, z_0, z_t, s, t)
     if s == 0:
@@ -61,8 +61,8 @@ class DDPM(ChainSampler):
     0.0
 
     Args:
-        variance: Sigma. None takes the model's own; if the caller states none, learned_range where the denoiser
-            answers with v, else fixed_small.
+        variance: Sigma. None uses the model's Sigma, as given by the caller. If the caller gives none either, it is
+            learned_range if the denoiser returns v, else fixed_small.
     """
 
     method: ClassVar[str] = "ddpm"

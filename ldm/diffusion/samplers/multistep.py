@@ -14,14 +14,14 @@ from ldm.diffusion.schedule import ALPHA_BAR_FLOOR
 class Multistep(ChainSampler):
     """A solver of order 2 that extrapolates from its earlier predictions of z_0.
 
-    It wants trailing steps: the other spacings make a last stop at t = 1, most of the log-SNR away, which a multistep
-    method extrapolates badly.
+    Use trailing steps. The other spacings make their last stop at t = 1, after a jump over most of the log-SNR range,
+    where a multistep method extrapolates badly.
     """
 
     solver: ClassVar[Any]
 
     def _transition(self, walk: Walk) -> Transition:
-        # Not by diffusers' set_timesteps, which has its own spacing, and sigmas from a float32 product.
+        # Bypass diffusers' set_timesteps, which uses its own spacing and computes sigmas from a float32 product.
         schedule = walk.schedule
         alpha_bar = schedule.alpha_bar.cpu().clamp(min=ALPHA_BAR_FLOOR)
         solver = self.solver(

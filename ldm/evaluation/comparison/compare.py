@@ -40,9 +40,9 @@ class Group:
 
 @dataclass(frozen=True)
 class Row:
-    """One metric: its estimate for each group, and a verdict for each group except the first, compared with the first.
+    """One metric: an estimate for each group, and a verdict for every group except the first, the baseline.
 
-    The field names are keys in compare.json.
+    Field names are keys in compare.json.
     """
 
     metric: str
@@ -57,7 +57,7 @@ class Comparison:
 
     groups: list[Group]
     differences: dict[str, list[str]]
-    """The value for each group, by key."""
+    """Config keys and facts that differ, with the value for each group."""
     rows: list[Row]
     equal: dict[str, float]
     """Metrics that are equal in all runs."""
@@ -88,16 +88,16 @@ def _metric_content(metric: Metric) -> dict[str, Any]:
     return {key: getattr(metric, key) for key in ("value", "standard_error", "settings")} | {"interval": interval}
 
 
-def compare_runs(places: Sequence[str]) -> Comparison:
+def compare_runs(sources: Sequence[str]) -> Comparison:
     """Read runs, group them, and compare each group with the first one.
 
     Args:
-        places: Run folders or W&B paths `entity/project/run`.
+        sources: Run folders or W&B paths `entity/project/run`.
 
     Raises:
         UserError: As raised by `read_runs`.
     """
-    groups = group_runs(read_runs(places))
+    groups = group_runs(read_runs(sources))
     runs = [run for group in groups for run in group.runs]
     rows, equal = [], {}
     for name in sorted(dict.fromkeys(name for run in runs for name in run.metrics), key=_row_order):
@@ -168,7 +168,7 @@ def _short_value(key: str, value: Any) -> str:
 
 
 def _notes(groups: Sequence[Group], rows: Sequence[Row]) -> Iterator[str]:
-    """Yield caveats about the verdicts. docs/reading_the_numbers.md explains them."""
+    """Yield caveats about the verdicts. docs/comparing_runs.md explains them."""
     differences = [verdict.difference for row in rows if row.better for verdict in row.verdicts]
     if any(difference is not None and difference.of == statistics.SAMPLING for difference in differences):
         yield (
@@ -179,8 +179,8 @@ def _notes(groups: Sequence[Group], rows: Sequence[Row]) -> Iterator[str]:
         verdicts = {row.metric: row.verdicts[i] for row in rows if row.better}
         tests = {name: item.difference.p_value for name, item in verdicts.items() if item.difference is not None}
         p_values = {name: value for name, value in tests.items() if value is not None}
-        real = [f"{name.replace('_', ' ')} ({verdicts[name].verdict})" for name in statistics.holm(p_values)]
-        result = f"significant difference in {', '.join(real)}" if real else "within noise"
+        significant = [f"{name.replace('_', ' ')} ({verdicts[name].verdict})" for name in statistics.holm(p_values)]
+        result = f"significant difference in {', '.join(significant)}" if significant else "within noise"
         if p_values:
             yield f"{group.label} vs {groups[0].label}, all {len(p_values)} metrics (Holm's test, 5 %): {result}."
     runs = [run for group in groups for run in group.runs]

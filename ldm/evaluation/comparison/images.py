@@ -90,9 +90,9 @@ def _request(
 ) -> Request:
     """Return the request for one row. `captions` are those of the rows above; classes are matched with them by name."""
     if prompts:
-        return Request(*pipeline.conditioning.of_request(read_prompts(prompts)[:num_samples]))
+        return Request(*pipeline.conditioning.for_request(read_prompts(prompts)[:num_samples]))
     if images is not None:
         return Request.for_images(pipeline, images, spaced_val_indices(images, num_samples))
     has_names = pipeline.conditioning.class_names is not None
     names = [name for name in captions or () if has_names and name is not None]
-    return Request(*pipeline.conditioning.of_request(classes=names or None, num_samples=num_samples))
+    return Request(*pipeline.conditioning.for_request(classes=names or None, num_samples=num_samples))

@@ -21,7 +21,7 @@ from ldm.files.atomic import write_text
 from ldm.files.untrusted import to_file_name
 from ldm.metrics.report import Report
 
-LONGEST_NAME = 80
+MAX_NAME_BYTES = 80
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class ComparisonReport:
 
     @property
     def folder_name(self) -> str:
-        """Names of the runs; a long list is truncated and ends with a hash of the full list."""
+        """The names of the runs. A long list is truncated and ends with a hash of the full list."""
         name = "-vs-".join(run.name for _, run in self.comparison.runs)
-        cut = to_file_name(name, LONGEST_NAME)
-        return cut if len(name.encode()) <= LONGEST_NAME else f"{cut}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+        cut = to_file_name(name, MAX_NAME_BYTES)
+        return cut if len(name.encode()) <= MAX_NAME_BYTES else f"{cut}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
     @property
     def lines(self) -> list[str]:
@@ -48,7 +48,7 @@ class ComparisonReport:
         same = ", ".join(f"{name} {value:.4g}" for name, value in self.comparison.equal.items())
         return [*([f"Equal in all runs: {same}."] if same else []), *self.comparison.notes, *self.notes]
 
-    def sheets(self) -> dict[str, list[list[str]]]:
+    def tables(self) -> dict[str, list[list[str]]]:
         """Return the rows of each table by title, with the header row first.
 
         The tables list the runs, the differences between their configs, and the metrics of the first group next to
@@ -57,29 +57,29 @@ class ComparisonReport:
         comparison = self.comparison
         first, *others = comparison.groups
         members = [[group.label, run.source, str(run.seed)] for group, run in comparison.runs]
-        sheets = {"Runs": [["group", "run", "seed"], *members]}
+        tables = {"Runs": [["group", "run", "seed"], *members]}
         if comparison.differences:
             differences = [[key, *values] for key, values in comparison.differences.items()]
-            sheets["Differences"] = [["option", *(group.label for group in comparison.groups)], *differences]
+            tables["Differences"] = [["option", *(group.label for group in comparison.groups)], *differences]
         if not others:
             estimates = [
                 [_row_title(row), format_estimate(estimate), (estimate and estimate.of) or ""]
                 for row in comparison.rows
                 for estimate in row.groups
             ]
-            sheets["Metrics"] = [["metric", first.label, "source of noise"], *estimates]
+            tables["Metrics"] = [["metric", first.label, "source of noise"], *estimates]
         for i, other in enumerate(others):
-            sheet = [["metric", first.label, other.label, f"{other.label} - {first.label}", "verdict"]]
+            rows = [["metric", first.label, other.label, f"{other.label} - {first.label}", "verdict"]]
             for row in comparison.rows:
                 verdict = row.verdicts[i]
                 numbers = (row.groups[0], row.groups[i + 1], verdict.difference)
-                sheet.append([_row_title(row), *map(format_estimate, numbers), format_verdict(verdict)])
-            sheets[f"{other.title} vs {first.title}"] = sheet
-        return sheets
+                rows.append([_row_title(row), *map(format_estimate, numbers), format_verdict(verdict)])
+            tables[f"{other.title} vs {first.title}"] = rows
+        return tables
 
     def print(self, console: Console) -> Console:
         """Print the tables and the lines below them."""
-        for title, (columns, *rows) in self.sheets().items():
+        for title, (columns, *rows) in self.tables().items():
             table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
             for name in columns:
                 table.add_column(name, overflow="fold", min_width=None if name else len(SAMPLING))

@@ -94,38 +94,38 @@ class RunRecord:
         return metrics
 
 
-def read_runs(places: Sequence[str]) -> list[RunRecord]:
+def read_runs(sources: Sequence[str]) -> list[RunRecord]:
     """Read runs from folders or from W&B paths `entity/project/run`.
 
     Raises:
         UserError: If there are fewer than two runs, a run does not exist or is given twice, or the runs are of
             different stages.
     """
-    if len(places) < 2:
+    if len(sources) < 2:
         raise UserError(
-            f"A comparison needs at least 2 runs, not {len(places)}. Usage: python tools/compare.py RUN RUN [RUN ...]."
+            f"A comparison needs at least 2 runs, not {len(sources)}. Usage: python tools/compare.py RUN RUN [RUN ...]."
         )
-    resolved = [Path(place).expanduser().resolve() for place in places]
-    for i, place in enumerate(places):
+    resolved = [Path(source).expanduser().resolve() for source in sources]
+    for i, source in enumerate(sources):
         if resolved[i] in resolved[:i]:
-            raise UserError(f"{place} is given twice. Remove one of them; a run cannot be compared with itself.")
-    runs = [from_wandb(place) if is_wandb_path(place) else from_folder(place) for place in places]
+            raise UserError(f"{source} is given twice. Remove one of them; a run cannot be compared with itself.")
+    runs = [from_wandb(source) if is_wandb_path(source) else from_folder(source) for source in sources]
     if len({run.stage for run in runs}) > 1:
         stages = ", ".join(f"{run.source} ({run.stage})" for run in runs)
         raise UserError(f"Runs of different stages cannot be compared: {stages}. Give runs of one stage only.")
     return runs
 
 
-def is_wandb_path(place: str) -> bool:
-    """Return True if `place` has the form `entity/project/run`, and neither it nor its first part is a local path."""
-    path = Path(place).expanduser()
+def is_wandb_path(source: str) -> bool:
+    """Return True if `source` has the form `entity/project/run`, and neither it nor its first part is a local path."""
+    path = Path(source).expanduser()
     is_local = path.exists() or Path(path.parts[0]).is_dir() or path.parts[0] == "runs"
-    return not is_local and re.fullmatch(r"[\w.-]+/[\w. -]+/[\w-]+", place) is not None
+    return not is_local and re.fullmatch(r"[\w.-]+/[\w. -]+/[\w-]+", source) is not None
 
 
-def from_folder(place: str) -> RunRecord:
+def from_folder(source: str) -> RunRecord:
     """Read a run folder: config.yaml, run.json, and if present metrics.csv and evaluation.json."""
-    run = Run.open(place, "runs")
+    run = Run.open(source, "runs")
     return RunRecord(
         str(run.path),
         config=flatten(run.config()),
@@ -139,13 +139,13 @@ def from_folder(place: str) -> RunRecord:
     )
 
 
-def from_wandb(place: str) -> RunRecord:
+def from_wandb(source: str) -> RunRecord:
     """Read a run from W&B, with the metrics of its most recent evaluation that was logged there."""
-    config, summary, logged, history = fetch_run(place)
+    config, summary, logged, history = fetch_run(source)
     facts = _with_prefix(config, "run.")
     if facts.get("stage") not in LOSS_KEYS:
         raise UserError(
-            f"The W&B run {place} is not a training run of this program: run.stage is missing from its config. Give "
+            f"The W&B run {source} is not a training run of this program: run.stage is missing from its config. Give "
             "the W&B path of a training run."
         )
     # W&B values are flat: nested keys look like `sampler.steps`
@@ -161,7 +161,7 @@ def from_wandb(place: str) -> RunRecord:
     final_metrics = {key: value for key, value in summary.items() if not re.search(r"^_|/|^step$", key)}
     last = max((steps[-1] for steps, _ in curves.values()), default=0)
     return RunRecord(
-        place,
+        source,
         config={key: value for key, value in config.items() if not key.startswith("run.")},
         facts=facts,
         finished="training_s" in final_metrics and last <= final_metrics.get("steps", last),  # no steps logged since

@@ -56,7 +56,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The result of comparing one metric between two groups. The field names are keys in compare.json."""
+    """The result of comparing one metric between two groups. Field names are keys in compare.json."""
 
     groups: tuple[str, str]
     verdict: str
@@ -93,10 +93,10 @@ def estimate(*sides: Sequence[Metric], enough_seeds: bool) -> Estimate:
     if not error:
         return Estimate(mean, runs, SAMPLING, None, (mean, mean), float(not mean))
     # Welch-Satterthwaite degrees of freedom. Source: Welch 1947, Biometrika 34(1-2)
-    rest = sum(variance**2 / side[0].dof for variance, side in zip(variances, sides, strict=True))
-    noise = stats.t(error**4 / rest, scale=error) if rest else stats.norm(scale=error)
+    terms = sum(variance**2 / side[0].dof for variance, side in zip(variances, sides, strict=True))
+    noise = stats.t(error**4 / terms, scale=error) if terms else stats.norm(scale=error)
     width, p_value = float(noise.ppf((1 + CONFIDENCE) / 2)), float(2 * noise.sf(abs(mean)))
-    return Estimate(mean, runs, SAMPLING, error**4 / rest if rest else None, (mean - width, mean + width), p_value)
+    return Estimate(mean, runs, SAMPLING, error**4 / terms if terms else None, (mean - width, mean + width), p_value)
 
 
 def compare_groups(

@@ -31,7 +31,7 @@ from ldm.runtime.random import numpy_generator
 
 NEIGHBOURS, COMPARED = 5, 2000
 """k for density and coverage, and the maximum number of images of each split that are compared in feature space."""
-LISTED, SHEET, PAIRS = 1000, 100, 12
+MAX_LISTED, SHEET_SIZE, MAX_PAIRS = 1000, 100, 12
 """Maximum number of copies listed in data.json (all are counted), of images on the contact sheet, and of pairs in
 near_duplicates.png."""
 FIGURES = {"contact_sheet.png", "near_duplicates.png", "balance.png"}
@@ -104,7 +104,7 @@ def _find_duplicates(
     rows = torch.from_numpy(copies.distinct)
     limits: dict[str, Any] = {"max_bits": max_bits, "max_levels": max_levels}
     for near in metrics.near_duplicate_pairs(torch.cat(hashes)[rows], torch.cat(colours)[rows], **limits):
-        copies.add(*near, keep=LISTED)
+        copies.add(*near, keep=MAX_LISTED)
 
     def describe(i: int) -> dict[str, Any]:
         caption = {"caption": images.captions[i]} if images.captions else {}
@@ -120,7 +120,7 @@ def _find_duplicates(
             "num_groups": len(groups),
             "num_train": int(repeated.sum()),
             "num_val_in_train": int(shared.sum()),
-            "groups": [[describe(i) for i in group] for group in groups[:LISTED]],
+            "groups": [[describe(i) for i in group] for group in groups[:MAX_LISTED]],
         },
         "near_duplicates": {
             **limits,
@@ -137,7 +137,7 @@ def _find_duplicates(
 def _measure_diversity(images: ImageData, features: Tensor, seed: int) -> dict[str, Any]:
     """Measure in feature space how well the training images cover the validation images, and how diverse they are."""
     generator = numpy_generator(seed, 1)
-    train, val = (torch.from_numpy(generator.permutation(part)) for part in (images.train_indices, images.val_indices))
+    train, val = (torch.from_numpy(generator.permutation(rows)) for rows in (images.train_indices, images.val_indices))
     n, gallery = min(len(train), len(val), COMPARED), features[train]
     content: dict[str, Any] = {"vendi_score": vendi_score(gallery), "k": NEIGHBOURS, "num_compared": n}
     if n > NEIGHBOURS:
@@ -160,13 +160,13 @@ def _plot_figures(
     seed: int,
 ) -> dict[str, Image.Image | Figure]:
     val = set(images.val_indices.tolist())
-    drawn = numpy_generator(seed, 2).permutation(len(images))[:SHEET].tolist()
+    drawn = numpy_generator(seed, 2).permutation(len(images))[:SHEET_SIZE].tolist()
     title = f"{images.name}: {len(drawn)} of {len(images):,} images, chosen at random with seed {seed}"
     sheet = grid(to_pil(images.batch(drawn)), [image_text(images, i) or images.names[i] for i in drawn], title=title)
     figures: dict[str, Image.Image | Figure] = {"contact_sheet.png": sheet}
     if pairs:
         cells, texts = [], []
-        for first, second, difference in pairs[:PAIRS]:
+        for first, second, difference in pairs[:MAX_PAIRS]:
             cells += to_pil(images.batch([first, second]))
             texts += [
                 f"{'val' if i in val else 'train'}: {image_text(images, i) or images.names[i]}" for i in (first, second)

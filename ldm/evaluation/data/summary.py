@@ -1,4 +1,4 @@
-"""The summary table of a data set report. docs/reading_the_numbers.md explains how to act on it."""
+"""The summary table of a data set report. docs/your_own_images.md explains how to act on it."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -42,11 +42,11 @@ def _sections(content: dict[str, Any]) -> Iterator[dict[str, str]]:
         "pairs": _count_and_names([f"{first['name']} = {last['name']}" for first, *_, last in pairs]),
     }
     if classes := content.get("classes"):
-        (most, many), *_, (least, few) = [*classes["counts"].items()] * 2
+        (largest, num_largest), *_, (smallest, num_smallest) = [*classes["counts"].items()] * 2
         yield {
             "classes": f"{classes['num_classes']:,}, effective number {classes['effective_classes']:.1f} "
             f"(entropy {classes['entropy_bits']:.2f} bits)",
-            "largest and smallest": f"{most}: {many:,}; {least}: {few:,}",
+            "largest and smallest": f"{largest}: {num_largest:,}; {smallest}: {num_smallest:,}",
             "without a class": f"{classes['num_missing']:,}",
         }
     if captions := content.get("captions"):

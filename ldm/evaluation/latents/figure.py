@@ -86,5 +86,5 @@ def plot_channels(content: dict[str, Any], moved: dict[int, Tensor], moves: Sequ
         statistics = content["channels"][channel]
         rate = "dead" if statistics["dead"] else f"{statistics['kl_bits']:.0f} bits"
         rows.append((f"channel {channel}, {rate}, std {statistics['std']:.2f}", to_pil(images.flatten(0, 1))))
-    captions = [f"{by:+g} std" for by in moves] * len(next(iter(moved.values())))
+    captions = [f"{move:+g} std" for move in moves] * len(next(iter(moved.values())))
     return labelled_rows(rows, captions=captions, cell=64)

@@ -46,7 +46,7 @@ def latent_table(content: dict[str, Any]) -> Table:
     for name in ("channel", *(label for label, _ in COLUMNS.values()), "dead?"):
         table.add_column(name, justify="right")
     for row in content["channels"]:
-        numbers = (f"{row[key]:{form}}" for key, (_, form) in COLUMNS.items())
+        numbers = (f"{row[key]:{spec}}" for key, (_, spec) in COLUMNS.items())
         table.add_row(str(row["channel"]), *numbers, "[bold red]dead[/bold red]" if row["dead"] else "")
     table.add_section()
     table.add_row("all", *(f"{content[key]:.1f}" for key in ("kl_bits", "information_bits")))
@@ -54,7 +54,7 @@ def latent_table(content: dict[str, Any]) -> Table:
 
 
 def latent_lines(content: dict[str, Any]) -> list[str]:
-    """Return the spectra, the PSNR and the recommendation as text. docs/reading_the_numbers.md explains them."""
+    """Return the spectra, the PSNR and the recommendation as text. docs/latent_size.md explains them."""
     held_out = content["held_out"]
     return [
         *(
@@ -182,7 +182,7 @@ def require_finite(values: Tensor, name: str) -> None:
 
     Args:
         values: Outputs, one row per image.
-        name: What the outputs are, for the message.
+        name: Name of the outputs, used in the message.
 
     Raises:
         UserError: If a value is not finite; the message states the number of images.

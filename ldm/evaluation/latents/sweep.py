@@ -130,8 +130,8 @@ def parse_list(text: str | None) -> list[str]:
     Raises:
         UserError: If an item contains no `=`.
     """
-    inside = re.sub(r"^\[(.*)\]$", r"\1", (text or "").strip())
-    overrides = [part.strip() for part in re.findall(r"""(?:[^,\["']|\[[^]]*\]|"[^"]*"|'[^']*')+""", inside)]
+    items = re.sub(r"^\[(.*)\]$", r"\1", (text or "").strip())
+    overrides = [item.strip() for item in re.findall(r"""(?:[^,\["']|\[[^]]*\]|"[^"]*"|'[^']*')+""", items)]
     if not all("=" in override for override in overrides):
         raise UserError(
             f"train={text} must be a list of overrides, for example train=[batch_size=64,optimizer.lr=1e-3]."
@@ -147,7 +147,7 @@ def plan_trainings(
 
     Args:
         sweep: The folder of the sweep.
-        common: Overrides for all trainings: the data and the user's own overrides.
+        common: Overrides for all training runs: the data and the user's own overrides.
     """
     time = f"trainer.max_time={as_time(minutes)}"
     return [
@@ -164,15 +164,15 @@ def as_time(minutes: float) -> str:
 
 
 def run_trainings(trainings: Sequence[SweepTraining]) -> None:
-    """Start new trainings, resume interrupted ones, and skip finished ones.
+    """Start new training runs, resume interrupted ones, and skip finished ones.
 
     Raises:
-        UserError: As raised by `is_finished`, before any training starts; or if a training fails, in which case the
+        UserError: As raised by `is_finished`, before any training starts; or if a training run fails, in which case the
             remaining ones are not started.
         Interrupted: If the user stops the sweep. The current training has saved its checkpoint.
     """
     remaining = [training for training in trainings if not training.is_finished()]
-    print(f"{len(trainings)} trainings, {len(trainings) - len(remaining)} of them already finished")
+    print(f"{len(trainings)} training runs, {len(trainings) - len(remaining)} of them already finished")
     for number, training in enumerate(remaining):
         minutes = (len(remaining) - number) * training.minutes
         print(f"\n{training.name}, {number + 1} of {len(remaining)}: at most {minutes:g} minutes left", flush=True)

@@ -1,6 +1,6 @@
 """Report on a latent size sweep: the quality and cost of each size on held-out images, and one recommendation.
 
-docs/reading_the_numbers.md explains the numbers.
+docs/latent_size.md explains the numbers.
 """
 
 import math
@@ -23,8 +23,8 @@ from ldm.rules import Count, Integer, Number, Seed, checked
 from ldm.runs.run import Run, choose_images
 from ldm.runtime import shell
 
-LONGER = 10
-"""Factor by which the recommended training is longer than the trainings of the sweep."""
+BUDGET_FACTOR = 10
+"""Factor by which the time budget of the recommended training run exceeds those of the sweep."""
 ROWS = (
     ("values per image", "num_values", "d"),
     ("compression", "compression", ".1f"),
@@ -76,7 +76,7 @@ def measure_sweep(
     advice = recommend_size(rows, target_psnr_db)
     best = next(training for training in trainings if training.name == advice["name"])
     command = shell.train_command("stage=vae", f"name={best.name}", *best.overrides)
-    longer = command.replace(as_time(best.minutes), as_time(min(LONGER * best.minutes, MAX_MINUTES)))
+    longer = command.replace(as_time(best.minutes), as_time(min(BUDGET_FACTOR * best.minutes, MAX_MINUTES)))
     results = {
         **options,
         "images": rows[0]["images"],
@@ -156,6 +156,6 @@ def size_table(report: Mapping[str, Any]) -> Table:
     table = Table("", title=title, title_justify="left", box=SIMPLE_HEAD)
     for row in report["rows"]:
         table.add_column(f"{row['size']}\n{row['loss']}", justify="right", no_wrap=True)
-    for label, key, form in ROWS:
-        table.add_row(label, *("-" if row[key] is None else f"{row[key]:{form}}" for row in report["rows"]))
+    for label, key, spec in ROWS:
+        table.add_row(label, *("-" if row[key] is None else f"{row[key]:{spec}}" for row in report["rows"]))
     return table

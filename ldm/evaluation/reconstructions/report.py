@@ -28,7 +28,7 @@ from ldm.metrics.report import Report
 from ldm.rules import Count, checked
 from ldm.runs.run import EVALUATION_FILE, Run, choose_images
 
-WORST, TRAIN_IMAGES = 12, 4096
+NUM_WORST, NUM_TRAIN_IMAGES = 12, 4096
 """Number of worst images in the figure, and of training images for codebook usage."""
 AMPLIFICATION = 4
 """Factor by which errors are amplified in the figure."""
@@ -67,7 +67,7 @@ def reconstruction_table(content: dict[str, Any]) -> Table:
 
 
 def reconstruction_lines(content: dict[str, Any]) -> list[str]:
-    """Return lines that describe how the distances were measured. docs/reading_the_numbers.md explains them."""
+    """Return lines that describe how the distances were measured. docs/latent_size.md explains them."""
     lines = []
     if content["features"]:
         n, reference = content["num_images"], content["reference"]
@@ -113,7 +113,7 @@ def measure_reconstructions(
     factor = autoencoder.factor
     pca_channels = [min(autoencoder.channels, 3 * factor**2)]
     # a small number of held-out images cannot use all codes, so usage is also measured on training images
-    train_batches = batches(images.train_indices[:TRAIN_IMAGES], title="codes of training images, batches")
+    train_batches = batches(images.train_indices[:NUM_TRAIN_IMAGES], title="codes of training images, batches")
     content: dict[str, Any] = {
         "run": str(run.path),
         "weights_sha256": autoencoder.weights_sha256(),
@@ -183,7 +183,7 @@ def _compare_images(
     network: nn.Module | None,
     lpips: nn.Module | None,
 ) -> dict[str, Tensor]:
-    """Return by name a scalar or a feature vector per image."""
+    """Return one scalar or one feature vector per image, by metric name."""
     collected = defaultdict[str, list[Tensor]](list)
     for batch in batches:
         mean, log_variance = autoencoder.encode(batch)
@@ -213,7 +213,7 @@ def _count_codes(autoencoder: Autoencoder, batches: Iterable[Tensor]) -> Tensor 
 def _plot_worst(
     autoencoder: Autoencoder, images: ImageData, indices: np.ndarray, content: dict[str, Any], psnr_db: Tensor
 ) -> Image.Image:
-    rows = psnr_db.argsort()[:WORST]
+    rows = psnr_db.argsort()[:NUM_WORST]
     worst = indices[rows.numpy()].tolist()
     originals = images.batch(worst)
     reconstructions = autoencoder.decode(autoencoder.encode(originals)[0]).float().cpu()

@@ -19,9 +19,9 @@ from ldm.rules import Integer
 from ldm.runtime.random import numpy_generator
 
 COLUMNS = {"fd": 2, "kd": 4, "precision": 3, "recall": 3, "density": 3, "coverage": 3, "cmmd": 3}
-"""Metrics by name, with their number of printed digits."""
+"""Names of the metrics, with the number of decimals to print."""
 SampleCount = Annotated[Integer, Field(ge=2 * NUM_SUBSETS)]
-"""A number of images that suffices for a distance and its standard error."""
+"""A number of images large enough for a distance and its standard error."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Measures:
         """Return the size of the subsets of both sets on which all metrics except the Fréchet distance are computed."""
         return min(len(features), len(self.train if reference is None else reference)) // NUM_SUBSETS
 
-    def of(self, features: Tensor, reference: Tensor | None = None) -> dict[str, Metric]:
+    def all(self, features: Tensor, reference: Tensor | None = None) -> dict[str, Metric]:
         """Measure the metrics of `COLUMNS`, by name. A metric is UNMEASURED if a set is too small for it.
 
         Args:
@@ -100,7 +100,7 @@ class Measures:
         reference = self.train if reference is None else reference
         if self.components is not None:
             mean, basis = self.components
-            features, reference = ((part.double() - mean) @ basis for part in (features, reference))
+            features, reference = ((rows.double() - mean) @ basis for rows in (features, reference))
         if min(len(features), len(reference)) < max(4, 2 * features.shape[1]):
             return None
         num_groups = min(NUM_GROUPS, len(features) // 2)
@@ -120,8 +120,8 @@ def fd_name(network: nn.Module, num_components: int | None) -> str:
     return "FID" if getattr(network, "is_fid", False) else "FD"
 
 
-def halves(train: Tensor, num_samples: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Split the training images into `num_samples` of them, at most half, and all others."""
+def split_train(train: Tensor, num_samples: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Split the training images at random into `num_samples` images, but at most half of them, and the rest."""
     order = torch.from_numpy(numpy_generator(seed).permutation(len(train)))
     num = min(num_samples, len(train) // 2)
     return train[order[:num]], train[order[num:]]

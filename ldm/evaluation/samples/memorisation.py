@@ -1,4 +1,4 @@
-"""Memorisation: whether samples are closer to training images than held-out images are."""
+"""Detection of memorisation: samples that are closer to training images than held-out images are."""
 
 import math
 from dataclasses import dataclass

@@ -17,8 +17,8 @@ from ldm.evaluation.classifier import Classifier, class_accuracy, class_shift, p
 from ldm.evaluation.features import ImageSet, extract, feature_title, load_features, reference_features
 from ldm.evaluation.image_sets import Reconstructions, VAEAlone
 from ldm.evaluation.samples import distances, retrieval
+from ldm.evaluation.samples.cache import condition_rows, draw_cached
 from ldm.evaluation.samples.distances import Measures, SampleCount
-from ldm.evaluation.samples.kept import chosen_rows, draw_and_keep
 from ldm.evaluation.samples.memorisation import Memorisation, nearest_training, plot_nearest
 from ldm.files.untrusted import read_json
 from ldm.metrics.metric import Metric
@@ -30,7 +30,7 @@ from ldm.sampling.pipeline import LatentDiffusionPipeline
 
 
 def save_unless_smaller(report: Report, folder: Path, elsewhere: Path) -> Path:
-    """Save a report in `folder`, or as `elsewhere` if `folder` has a report on more samples of the same weights.
+    """Save a report in `folder`, or as `elsewhere` if `folder` contains one on more samples of the same weights.
 
     A report that cannot be read is overwritten. Returns the path of the JSON file.
     """
@@ -76,11 +76,11 @@ def measure_samples(
         weights_sha256: Digest of the run's weights, written to the report.
 
     Raises:
-        UserError: As raised by `load_features` and `draw_and_keep`.
+        UserError: As raised by `load_features` and `draw_cached`.
     """
     network = load_features(features, images, features_path).to(pipeline.device)
     options: Any = {"guidance": guidance, "guidance_interval": guidance_interval, "seed": seed}
-    draw = partial(draw_and_keep, pipeline, images, sampler, folder, batch_size=batch_size, **options)
+    draw = partial(draw_cached, pipeline, images, sampler, folder, batch_size=batch_size, **options)
     samples = draw(num_samples=num_samples)
     content: dict[str, Any] = {
         "weights_sha256": weights_sha256,
@@ -93,7 +93,7 @@ def measure_samples(
     }
     reference = reference_features(network, features, images)
     train, validation = (reference[torch.from_numpy(rows)] for rows in (images.train_indices, images.val_indices))
-    train_rows = chosen_rows(images.train_indices, num_samples, seed)
+    train_rows = condition_rows(images.train_indices, num_samples, seed)
     indices = images.train_indices[train_rows]
     sets: dict[str, ImageSet] = {
         "samples": samples,
@@ -111,12 +111,12 @@ def measure_samples(
         queries = {name: by_set[name] for name in ("samples", "reconstructions")}
         lines += retrieval.training_retrieval(queries, train, torch.from_numpy(train_rows), content)
         if (num_held_out := min(num_samples, len(validation))) >= 2:
-            rows = chosen_rows(images.val_indices, num_held_out, seed)
+            rows = condition_rows(images.val_indices, num_held_out, seed)
             sets = {
                 "samples": draw(num_samples=num_held_out, split="val"),
                 "reconstructions": Reconstructions(pipeline, images, images.val_indices[rows]),
             }
-            queries = {name: extract(network, part, f"held-out {name}", batch_size) for name, part in sets.items()}
+            queries = {name: extract(network, items, f"held-out {name}", batch_size) for name, items in sets.items()}
             reference_sets = validation, train, torch.from_numpy(rows), images, pipeline.conditioning
             lines += retrieval.held_out_retrieval(queries, *reference_sets, content)
     memorisation = nearest_training(by_set["samples"], train, validation)
@@ -129,9 +129,13 @@ def _distances(network: nn.Module, by_set: Mapping[str, Tensor], train: Tensor, 
     """Add the distances of each set and the floor to `content`; return them as a table."""
     features, reference = content["features"], content["reference"]
     measures = Measures.choose(train, len(by_set["samples"]), with_cmmd=features == "clip")
-    rows = {name: (len(part), measures.num_per_subset(part), measures.of(part)) for name, part in by_set.items()}
-    first, second = distances.halves(train, len(by_set["samples"]), content["seed"])
-    rows["floor, train to train"] = (len(first), measures.num_per_subset(first, second), measures.of(first, second))
+    rows = {name: (len(x), measures.num_per_subset(x), measures.all(x)) for name, x in by_set.items()}
+    first, second = distances.split_train(train, len(by_set["samples"]), content["seed"])
+    rows["floor, train to train"] = (
+        len(first),
+        measures.num_per_subset(first, second),
+        measures.all(first, second),
+    )
     components = content["fd_components"] = measures.num_components
     content["fd_name"] = distances.fd_name(network, components)
     for name, (num, num_per_subset, values) in rows.items():
@@ -143,7 +147,7 @@ def _distances(network: nn.Module, by_set: Mapping[str, Tensor], train: Tensor, 
         f"{feature_title(content)}{pca}, ref={reference}, N={len(train)}; floor: {len(first)} of these "
         f"against the other {len(second)}:",
         *distances.distance_table(rows, content["fd_name"]),
-        "  +- is the standard error over images. Compare only rows with equal N: docs/reading_the_numbers.md",
+        "  +- is the standard error over images. Compare only rows with equal N (see docs/evaluation.md).",
     ]
 
 
@@ -169,7 +173,7 @@ def _classes(
 def _memorisation(memorisation: Memorisation, images: ImageData, content: dict[str, Any]) -> list[str]:
     """Add the distances between samples and training images to `content`; return a summary of them."""
     share = Metric(memorisation.close_share, memorisation.close_share_standard_error)
-    medians = [part.median().item() for part in (memorisation.distances, memorisation.validation_distances)]
+    medians = [values.median().item() for values in (memorisation.distances, memorisation.validation_distances)]
     content |= {
         "close_threshold": memorisation.threshold,
         "close_share_samples": share,

@@ -22,7 +22,7 @@ def training_retrieval(
     """Measure how often the nearest training image of a sample is the image that its caption belongs to.
 
     Args:
-        queries: Features of the samples [n, d], and of the reconstructions of the captions' images, at most n.
+        queries: Features of the samples, [n, d], and of reconstructions of the captions' images, at most n of them.
         train: Features of the training images, [m, d].
         rows: The row of the training image that each caption belongs to, [n].
         content: Content of the report, to which the metrics are added.
@@ -43,9 +43,9 @@ def held_out_retrieval(
     conditioning: Conditioning,
     content: dict[str, Any],
 ) -> list[str]:
-    """Measure retrieval among validation images for held-out captions, and the agreement of captions.
+    """Measure retrieval among validation images and caption agreement, both for held-out captions.
 
-    The agreement is the similarity between the prompt and the captions of the sample's nearest training image.
+    Caption agreement is the similarity of the prompt to the captions of the training image nearest to the sample.
 
     Args:
         queries: Features of samples for held-out captions, and of reconstructions of the captions' images, [n, d] each.
@@ -58,15 +58,15 @@ def held_out_retrieval(
     lines = [f"{len(rows)} held-out captions: {title}"]
     lines += _retrieval(queries, validation, rows, "held_out_{}", content)
     captions = images.require_captions()
-    prompts = conditioning.of_request(prompts=[captions[images.val_indices[row]] for row in rows.tolist()])[0]["pooled"]
+    prompts = conditioning.for_request([captions[images.val_indices[row]] for row in rows.tolist()])[0]["pooled"]
     cosines = []
     for name, features in queries.items():
         _, nearest = nearest_by_cosine(features, train)
         texts = [images.captions_of(images.train_indices[row]) for row in nearest.tolist()]
-        embeddings = conditioning.of_request(prompts=[text for captions in texts for text in captions])[0]["pooled"]
+        embeddings = conditioning.for_request([text for captions in texts for text in captions])[0]["pooled"]
         matched, permuted, error = caption_agreement(prompts, embeddings.split(list(map(len, texts))))
         content[f"caption_cosine_held_out_{name}"] = Metric(matched, error)
-        content.setdefault("caption_cosine_held_out_permuted", permuted)  # that of the samples, which come first
+        content.setdefault("caption_cosine_held_out_permuted", permuted)  # for the samples, which come first
         cosines.append([name, f"{Metric(matched, error):.3f}", f"with other prompts {permuted:.3f}"])
     content["num_held_out"] = len(rows)
     lines.append("  Cosine similarity of the embeddings of the prompt and of the nearest training image's caption:")
@@ -74,7 +74,7 @@ def held_out_retrieval(
 
 
 def caption_agreement(prompts: Tensor, captions: Sequence[Tensor]) -> tuple[float, float, float]:
-    """Return the similarity of prompts to the captions of their images, and to those of other prompts' images.
+    """Return the mean similarity of prompts to the captions of their own images and of other prompts' images.
 
         matched = mean_i max_k cos(p_i, c_ik),   permuted = mean_{i, j != i} max_k cos(p_j, c_ik)
 
@@ -87,8 +87,8 @@ def caption_agreement(prompts: Tensor, captions: Sequence[Tensor]) -> tuple[floa
     """
     n = len(prompts)
     prompts = F.normalize(prompts.double(), dim=1)
-    # [n, n], the captions of image i in column i
-    best = torch.stack([(prompts @ F.normalize(part.double(), dim=1).T).amax(1) for part in captions], dim=1)
+    # [n, n]: column i belongs to the captions of image i
+    best = torch.stack([(prompts @ F.normalize(image.double(), dim=1).T).amax(1) for image in captions], dim=1)
     matched = best.diagonal()
     permuted = (best.sum() - matched.sum()) / (n * (n - 1))
     return matched.mean().item(), permuted.item(), matched.std().item() / math.sqrt(n)

@@ -13,8 +13,8 @@ from ldm.data.images import ImageData
 from ldm.diffusion.samplers.base import SamplerLike
 from ldm.errors import UserError
 from ldm.evaluation.features import extract, feature_title, load_features, reference_features
+from ldm.evaluation.samples.cache import draw_cached
 from ldm.evaluation.samples.distances import Measures, SampleCount, align, describe_setting, fd_name
-from ldm.evaluation.samples.kept import draw_and_keep
 from ldm.metrics.metric import Metric, metrics_to_json
 from ldm.metrics.subsets import NUM_SUBSETS, jackknife_error
 from ldm.rules import Seed, apply_rules, checked
@@ -24,8 +24,8 @@ from ldm.sampling.pipeline import LatentDiffusionPipeline
 WITHIN = 2.0
 """Number of standard errors of the difference within which two distances are considered equal."""
 RULE = (
-    f"the fewest network evaluations with a distance within {WITHIN:g} standard errors of the smallest one; these are "
-    "standard errors of the difference, computed with the same noise, captions and jackknife groups for both"
+    f"the fewest network evaluations whose distance is within {WITHIN:g} standard errors of the smallest distance. The "
+    "standard error is that of the difference, for the same noise, captions and jackknife groups"
 )
 
 
@@ -56,21 +56,21 @@ def sweep_sampler(
         precision and recall for each value; and the `knee`, as defined by `RULE`.
 
     Raises:
-        UserError: If both steps and guidance vary, there are too few samples, or as raised by `draw_and_keep`. All
+        UserError: If both steps and guidance vary, there are too few samples, or as raised by `draw_cached`. All
             values are checked before sampling starts.
     """
     if len(samplers) > 1 and len(guidances) > 1:
         raise UserError("sampler.steps= and guidance= are both lists. Give a list for only one of them at a time.")
     if len(guidances) > 1 and pipeline.conditioning.kind == "none":
         raise UserError("guidance= has no effect on an unconditional model. Remove it, or vary sampler.steps= instead.")
-    guidances = [apply_rules(draw_and_keep, {"guidance": guidance})["guidance"] for guidance in guidances]
+    guidances = [apply_rules(draw_cached, {"guidance": guidance})["guidance"] for guidance in guidances]
     for sampler in samplers.values():
         check_sampler(sampler, pipeline.schedule)
     over = "sampler.steps" if len(samplers) > 1 else "guidance"
     network = load_features(features, images, features_path).to(pipeline.device)
     train = reference_features(network, features, images)[torch.from_numpy(images.train_indices)]
     measures = Measures.choose(train, num_samples)
-    draw = partial(draw_and_keep, pipeline, images, folder=folder, num_samples=num_samples, seed=seed, **options)
+    draw = partial(draw_cached, pipeline, images, folder=folder, num_samples=num_samples, seed=seed, **options)
     rows: list[dict[str, Any]] = []
     replicates = []
     for steps, sampler in samplers.items():

@@ -63,8 +63,8 @@ class Checkpoints(Checkpoint):
         self.saved: Manifest | None = None
         """The newest checkpoint saved by this training; known on rank 0 only."""
         self.should_withhold: Callable[[], bool] = lambda: False
-        """Returns True if the current weights must not be rolled back to. They are then saved only at the end and on a
-        signal."""
+        """Returns True if a roll-back must not restore the current weights. They are then saved only at the end and on
+        a signal."""
         is_same_run = resume_from is not None and resume_from.path.parent.resolve() == self.folder.resolve()
         self._saved_step = resume_from.step if resume_from is not None and is_same_run else -1
         self._io = AtomicCheckpointIO()
@@ -73,7 +73,7 @@ class Checkpoints(Checkpoint):
         self._improved = False
         self._saved_at, self._stop = 0.0, 0
         self._random: dict[str, Any] | None = None
-        """Random state from before the validation, while one is running."""
+        """Random state before the current validation; None outside validation."""
         self._restored: list[dict[str, Any]] | None = None
         budget.agreement.register("save", self._is_due)
         budget.agreement.register("signal", lambda: signals.pending() or 0)
@@ -93,7 +93,7 @@ class Checkpoints(Checkpoint):
         signals.defer()
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Save before a step: a module's hooks run after a callback's, so only now is the previous step complete."""
+        """Save before a step: a module's hooks run after a callback's, so the previous step is complete only now."""
         if self._restored is not None:  # not earlier, because Lightning's setup may draw from the global generators
             states = self._restored
             restore_random_state(states[trainer.global_rank % len(states)], trainer.strategy.root_device)

@@ -37,7 +37,7 @@ class RollBack(Exception):
     """Too many steps in a row were skipped: restore a checkpoint and continue with the following batches.
 
     Args:
-        first_skipped: The first of the consecutive skipped steps. A checkpoint of that step was saved before it.
+        first_skipped: The first of the consecutive skipped steps. A checkpoint with this step was saved before it ran.
         step: The current step.
         tallies: The guard's counts, which survive the roll-back.
         average_norm: The running average of the gradient norm.
@@ -49,7 +49,7 @@ class RollBack(Exception):
         self.tallies, self.average_norm = dict(tallies), average_norm
 
     def choose(self, checkpoints: Mapping[int, Manifest]) -> tuple[int, Manifest | None]:
-        """Choose the checkpoint to restore: the newest from before the skipped steps; step 0 and None without one.
+        """Choose the newest checkpoint from before the skipped steps. Return step 0 and None if there is none.
 
         The target of the previous roll-back is used only if there is no other, because its weights may be the cause.
 
@@ -184,7 +184,7 @@ class Guard(Callback):
         )
 
     def _count(self, stats: StepStats) -> None:
-        """Count a step, one step late. Its norm enters the limit equally late on every device."""
+        """Count a step, one step late. The limit therefore follows the norms with the same delay on every device."""
         _, _, norm, *_ = stats.read()
         self.running.add(norm)
         if not stats.is_bad:
@@ -221,7 +221,7 @@ class Guard(Callback):
 
     @rank_zero_only
     def _write(self, line: Mapping[str, Any]) -> None:
-        """Append a line unless the log has it already: a resumed run repeats steps that were logged before."""
+        """Append a line unless the log already contains it: a resumed run repeats steps that were already logged."""
         text = json.dumps(line)
         with warn_on_write_error(self.skip_log):
             lines = self.skip_log.read_text(encoding="utf-8").splitlines() if self.skip_log.is_file() else []

@@ -84,7 +84,7 @@ class CsvLogger(Logger):
             self._write()
 
     def _write(self, last: float = math.inf) -> None:
-        """Rewrite the file: its rows up to step `last`, then the rows that are not written yet."""
+        """Rewrite the file: its rows up to step `last`, then the rows that have not been written yet."""
         with warn_on_write_error(self.file):
             columns, rows = _read(self.file)
             rows = [row for row in rows if int(row["step"]) <= last] + self._rows
@@ -99,7 +99,7 @@ class CsvLogger(Logger):
 
 
 def _read(file: Path) -> tuple[Sequence[str], list[dict[str, Any]]]:
-    """Return the columns and the rows that have a step; drop a last line that was cut off by a kill."""
+    """Return the column names and the rows that have a step, without a last line that was only partly written."""
     *lines, _ = (file.read_text(encoding="utf-8", errors="replace") if file.is_file() else "").split("\n")
     table = csv.DictReader(lines, restval="")
     return table.fieldnames or [], [row for row in table if row.get("step", "").isdigit()]
@@ -108,7 +108,7 @@ def _read(file: Path) -> tuple[Sequence[str], list[dict[str, Any]]]:
 def make_loggers(
     options: Mapping[str, Any], run: Run, *, resume: bool, last_row: int = -1, main_process: bool = True
 ) -> Loggers:
-    """Build the loggers of a run from the config group `logger`. Only rank 0 gets any.
+    """Build the loggers of a run from the config group `logger`. Only rank 0 has loggers.
 
     Args:
         resume: True if the run is resumed.
@@ -133,7 +133,7 @@ def save_grid(
     images: list[Image.Image],
     captions: list,
 ) -> None:
-    """Save an image grid in `folder`, and log its images with captions to W&B if it is on."""
+    """Save an image grid in `folder`, and log its images and captions to W&B if W&B is enabled."""
     if not module.trainer.is_global_zero:
         return
     step = module.trainer.global_step

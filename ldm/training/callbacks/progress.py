@@ -15,7 +15,7 @@ from ldm.training.optim.budget import Budget
 
 
 class ProgressBar(Callback):
-    """One bar for the whole budget with time left, loss and images/s. Without a terminal, a line every 30 seconds."""
+    """Shows the spent budget, remaining time, loss and images/s. Without a terminal, prints a line every 30 seconds."""
 
     LINE_EVERY_S = 30.0
     REFRESH_EVERY_S = 0.2

@@ -50,7 +50,7 @@ class StepStats:
 
     Args:
         limit: The largest norm that was allowed.
-        values: Whether the step was skipped, whether the discriminator's was, the gradient norm, and the losses.
+        values: 1 if the step was skipped, 1 if the discriminator's step was skipped, the gradient norm, and the losses.
         arrived: Recorded after the copy; None if the values are on the host already.
     """
 

@@ -29,9 +29,9 @@ PEAK_TFLOPS = {
     "GeForce RTX 4090": 165.2,
     "GeForce RTX 3090": 71.0,
 }
-"""Peak dense bf16 throughput with float32 accumulation, in TFLOP/s, by words in CUDA's name of the GPU.
+"""Peak dense bf16 throughput with float32 accumulation, in TFLOP/s, by words in the GPU name that CUDA reports.
 
-The first match is used. Source: NVIDIA's data sheets, which state twice these values because they include sparsity;
+The first match is used. Source: NVIDIA's data sheets, which list twice these values because they include sparsity;
 for GeForce, the tables in NVIDIA's Ampere GA102, Ada and RTX Blackwell architecture papers. We do not use Lightning's
 table (`lightning.fabric.utilities.throughput`), because its values for H100 NVL and H200 include sparsity.
 """
@@ -99,11 +99,11 @@ def count_flops(step: Callable[[], Any]) -> float:
 
 
 _has_earlier_job = False
-"""True if this process ran another training before."""
+"""True if this process has already run another training job."""
 
 
 def reset_peak_memory(*, first: bool) -> None:
-    """Reset the peak, so that it does not include an earlier job of a multirun; `first` if there was none."""
+    """Reset the peak, so that it does not include an earlier job of a multirun. Pass first=True if there was none."""
     global _has_earlier_job
     _has_earlier_job = not first
     if torch.cuda.is_available() and torch.cuda.is_initialized():

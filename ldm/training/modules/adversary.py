@@ -1,4 +1,4 @@
-"""The discriminator of stage 1 with its optimizer, its start and the weight of the adversarial loss.
+"""The discriminator of stage 1 with its optimizer, its starting step and the weight of the adversarial loss.
 
 It is deliberately not part of the LightningModule. Lightning counts the steps of every optimizer, and DDP waits for the
 gradient of every parameter. The trainer therefore knows only the generator, `max_steps` counts generator steps, and the
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor, nn
 
-from ldm.autoencoder.discriminator import GameType, PatchDiscriminator, discriminator_loss, generator_loss
+from ldm.autoencoder.discriminator import GanLoss, PatchDiscriminator, discriminator_loss, generator_loss
 from ldm.errors import InputError, UserError
 from ldm.rules import Depth, Integer, NonNegative, Size, checked
 from ldm.training.callbacks.guard import Guard
@@ -36,7 +36,7 @@ class Adversary:
     @checked
     def __init__(
         self,
-        loss: Annotated[GameType, Field()] = "hinge",
+        loss: Annotated[GanLoss, Field()] = "hinge",
         *,
         weight: NonNegative = 0.1,
         start: NonNegative = 0.5,
@@ -75,7 +75,7 @@ class Adversary:
             )
 
     def generator_loss(self, reconstruction: Tensor) -> Tensor:
-        """Return the unweighted adversarial loss of the generator; its gradient skips the discriminator's weights."""
+        """Return the unweighted adversarial loss of the generator. The discriminator's weights get no gradient."""
         self.discriminator.requires_grad_(False)
         loss = generator_loss(self.gan_loss, self.discriminator(reconstruction))
         self.discriminator.requires_grad_(True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.autoencoder.discriminator import Balance, LastLayer
+from ldm.autoencoder.discriminator import AdaptiveWeight, LastLayer
 from ldm.autoencoder.losses import AutoencoderLoss
 from ldm.autoencoder.regularisers import Regulariser
 from ldm.image_grid import labelled_rows, to_pil
@@ -54,7 +54,7 @@ class VAETraining(TrainingModule):
         self.loss, self.regulariser, self.flip, self.figures_dir = loss, regulariser, flip, figures_dir
         self.adversary, self.adversarial_on = adversary, False
         if adversary is not None:
-            adversary.adaptive_weight = Balance(LastLayer(model), adversary.max_weight)
+            adversary.adaptive_weight = AdaptiveWeight(LastLayer(model), adversary.max_weight)
         self._used_codes: Tensor | None = None
 
     def losses(self, images: Tensor, draws: Draws) -> dict[str, Tensor]:
@@ -66,7 +66,7 @@ class VAETraining(TrainingModule):
             mirrored = draws.rand((len(images), 1, 1, 1)) < 0.5
             images = torch.where(mirrored, images.flip(-1), images)
         if self.adversary is not None:
-            self.adversary.adaptive_weight.last_layer.keeping = self.adversarial_on
+            self.adversary.adaptive_weight.last_layer.records_input = self.adversarial_on
         output = self.regulariser.reconstruct(self.trained, images, draws.randn)
         if self.adversary is None or not self.adversarial_on:
             return self.loss(images, output.images, output.terms)
@@ -81,10 +81,11 @@ class VAETraining(TrainingModule):
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        self.regulariser.forget()
+        self.regulariser.clear_batches()
         if self.adversary is not None:
             self.adversary.place_on(self.device)
-            self.adversary.loss_scale = self.adversary.adaptive_weight.share = 1 / self.trainer.accumulate_grad_batches
+            loss_scale = 1 / self.trainer.accumulate_grad_batches
+            self.adversary.loss_scale = self.adversary.adaptive_weight.loss_scale = loss_scale
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         adversary, step = self.adversary, self.trainer.global_step

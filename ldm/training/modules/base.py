@@ -62,7 +62,7 @@ class TrainingModule(LightningModule):
         return {"loss": loss if self.guard is None else self.guard.record_loss(loss)}
 
     def trial_step(self, batch: Any, autocast: Callable[[], AbstractContextManager]) -> float:
-        """Time a forward and backward pass in seconds, on a batch that is not trained on."""
+        """Return the seconds for a forward and backward pass, without an optimizer step."""
         start = time.perf_counter()
         with autocast():
             loss = self.losses(batch, self.trial_draws(batch))["loss"]
@@ -129,7 +129,7 @@ class TrainingModule(LightningModule):
             torch.get_device_module(self.device).manual_seed(seed)
 
     def trial_draws(self, batch: Any) -> Draws:
-        """Return fixed random draws for a batch that is not trained on."""
+        """Return fixed random draws for a trial step."""
         return Draws(0, 0, range(num_samples(batch)), self.device)
 
 

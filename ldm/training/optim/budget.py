@@ -14,7 +14,7 @@ def parse_duration(text: str | None) -> float | None:
     """Convert `HH:MM:SS` to seconds.
 
     Raises:
-        UserError: The text has another format.
+        UserError: The text is not in this format.
     """
     if text is None:
         return None
@@ -33,7 +33,7 @@ class Budget(Callback):
     Here p is the spent fraction of the step budget or the time budget, whichever is larger, and decay is `linear`
     (1 - p), `cosine` ((1 + cos pi p) / 2) or `constant`.
 
-    All ranks decide together through `agreement`, after every step, whether the time is over.
+    After every step, all ranks decide together through `agreement` whether the time is up.
     """
 
     DECAYS = {

@@ -1,4 +1,4 @@
-"""Optimizers from parameter groups: no weight decay on biases and norms, and a separate group of hidden matrices."""
+"""Parameter groups of the optimizer: no weight decay on biases and norms, and a separate group of hidden matrices."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,5 +33,5 @@ class OptimizerFactory:
 
 
 def _is_hidden(name: str) -> bool:
-    """Return True for matrices between a transformer's hidden layers. adaLN's modulation maps from the embedding."""
+    """Return True for matrices between hidden layers of a transformer, which excludes the modulation of adaLN."""
     return name.startswith("blocks.") and "modulation" not in name

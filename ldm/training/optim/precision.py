@@ -14,7 +14,7 @@ ALIASES = {"32": "32-true", "bf16": "bf16-mixed"}
 
 
 def normalise_precision(requested: Any) -> str:
-    """Return one of PRECISIONS; 32 and bf16 are aliases. Half precision is refused: it overflows in autoencoders.
+    """Return one of PRECISIONS; 32 and bf16 are aliases. fp16 is refused because autoencoders overflow in it.
 
     Raises:
         UserError: The precision is unknown.

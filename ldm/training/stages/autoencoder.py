@@ -10,17 +10,17 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ldm.autoencoder.autoencoder import Autoencoder, TrainType, choose_trained
+from ldm.autoencoder.autoencoder import Autoencoder, TrainablePart, set_trainable
 from ldm.autoencoder.losses import AutoencoderLoss
 from ldm.autoencoder.patch import PatchAutoencoder
 from ldm.autoencoder.perceptual import Perceptual
-from ldm.autoencoder.point_posterior import pin_posterior
+from ldm.autoencoder.point_posterior import zero_posterior_noise
 from ldm.autoencoder.regularisers import Regulariser
 from ldm.data.images import ImageData
 from ldm.errors import UserError
 from ldm.files.atomic import atomic_folder
 from ldm.image_grid import labelled_rows, to_pil
-from ldm.latents.statistics import StatisticsType, encode_latents, published
+from ldm.latents.statistics import StatisticsType, encode_latents, resolve_statistics
 from ldm.metrics.image import patch_components, project, psnr, ssim
 from ldm.rules import Depth, Flag, Size, apply_rules
 from ldm.runs.load import load_autoencoder
@@ -81,7 +81,7 @@ class VAEStage(Stage):
         perceptual: Perceptual | None = None,
         adversarial: Callable[[], Adversary] | None = None,
         pretrained: str | None = None,
-        train: Annotated[TrainType, Field()] = "all",
+        train: Annotated[TrainablePart, Field()] = "all",
         latent_statistics: Annotated[StatisticsType, Field()] = "measured",
         init_from: str | None = None,
     ) -> None:
@@ -92,17 +92,19 @@ class VAEStage(Stage):
             self.autoencoder = load_autoencoder(source)
             network = self.autoencoder.model
             if regulariser.name == "none" and train == "all":
-                pin_posterior(network)
+                zero_posterior_noise(network)
         else:
             assert model is not None
             network = regulariser.build(model, images.resolution)
             self.autoencoder = Autoencoder(network)
             self._initialise(network, regulariser, seed, device)
-        choose_trained(network, train)
+        set_trainable(network, train)
         network.train(self.trains)
         self.latent_shape = self.autoencoder.latent_shape(images.resolution)
         self.pretrained, self.trained, self.regulariser, loss.perceptual = pretrained, train, regulariser, perceptual
-        self.perceptual_features = _features_of(source) | ({perceptual.name} if perceptual is not None else set())
+        self.perceptual_features = _perceptual_features(source) | (
+            {perceptual.name} if perceptual is not None else set()
+        )
         self.module = VAETraining(
             network,
             loss,
@@ -120,7 +122,7 @@ class VAEStage(Stage):
                 network.init_shortcut(self._sample_images(seed))
             except ValueError as error:
                 raise UserError(f"The autoencoder does not fit these images: {error}") from error
-        regulariser.start(network, lambda: self._sample_images(seed), seed, device)
+        regulariser.initialise(network, lambda: self._sample_images(seed), seed, device)
 
     def _sample_images(self, seed: int) -> Tensor:
         count = min(MAX_START_IMAGES, MAX_START_PIXELS // self.images.resolution**2)
@@ -148,7 +150,7 @@ class VAEStage(Stage):
             autoencoder.latent_shape(resolution)
             if train != "nothing":
                 regulariser.check(autoencoder.model)
-            published(autoencoder, statistics)
+            resolve_statistics(autoencoder, statistics)
             return
         if statistics == "published":
             raise UserError(
@@ -218,11 +220,13 @@ class VAEStage(Stage):
 
     def finish(self, run: Run) -> tuple[dict[str, Any], Path]:
         self.module.trained.eval().float()
-        standard = published(self.autoencoder, self.latent_statistics)
-        contract, latents = encode_latents(self.autoencoder, self.images, self.flip, self.cache_dir, standard=standard)
+        mean_and_std = resolve_statistics(self.autoencoder, self.latent_statistics)
+        contract, latents = encode_latents(
+            self.autoencoder, self.images, self.flip, self.cache_dir, mean_and_std=mean_and_std
+        )
         del latents
         if self.trained == "all":
-            self.autoencoder.publish()
+            self.autoencoder.register_scaling()
         with atomic_folder(run.autoencoder_folder) as partial:
             self.autoencoder.save(partial)
         contract.save(run.path)
@@ -262,8 +266,8 @@ class VAEStage(Stage):
         return metrics, path
 
 
-def _features_of(source: str | None) -> set[str]:
-    """Return the features used as a perceptual loss by a run and its ancestors; they cannot evaluate it any more."""
+def _perceptual_features(source: str | None) -> set[str]:
+    """Return the perceptual losses that a run and its ancestors trained with; metrics on these features are biased."""
     if source is None or not (Path(source).expanduser() / RUN_FILE).is_file():
         return set()
     return set(Run.open(source).facts.get("perceptual_features", []))

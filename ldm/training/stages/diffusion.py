@@ -21,8 +21,8 @@ from ldm.errors import UserError
 from ldm.files.atomic import atomic_folder
 from ldm.image_grid import grid
 from ldm.latents.captions import open_captions
-from ldm.latents.statistics import StatisticsType, encode_latents, published
-from ldm.networks.class_rows import ClassChange, with_classes
+from ldm.latents.statistics import StatisticsType, encode_latents, resolve_statistics
+from ldm.networks.class_embedding import ClassChange, replace_classes
 from ldm.networks.conditioning import Conditioning
 from ldm.rules import Depth, Flag, Fraction, Integer, Number, Positive, Size, apply_rules
 from ldm.runs.load import load_autoencoder, load_pipeline
@@ -97,13 +97,13 @@ class DiffusionStage(Stage):
         autoencoder, self.vae = find_autoencoder(data_fingerprint=images.fingerprint)
         self.autoencoder_data = data_of_autoencoder(self.vae, autoencoder)
         autoencoder.to(device)
-        standard = published(autoencoder, latent_statistics)
+        mean_and_std = resolve_statistics(autoencoder, latent_statistics)
         if source is not None:
             _check_init_from(source, autoencoder, conditions, objective, schedule, sigma)
             statistics = source.autoencoder.statistics
             assert statistics is not None
-            standard = statistics.latent_mean, statistics.latent_std  # the scaling that the network was trained on
-        self.contract, self.latents = encode_latents(autoencoder, images, flip, cache_dir, standard=standard)
+            mean_and_std = statistics.latent_mean, statistics.latent_std  # the scaling that the network was trained on
+        self.contract, self.latents = encode_latents(autoencoder, images, flip, cache_dir, mean_and_std=mean_and_std)
         self.lookup_condition = conditions.lookup(images, partial(open_captions, cache_dir=cache_dir))
         self.pipeline = LatentDiffusionPipeline(
             network=self._build(network, conditions, sigma) if source is None else self._adapt(source, conditions),
@@ -138,10 +138,10 @@ class DiffusionStage(Stage):
             raise UserError(f"This network does not fit latents of {channels} x {side} x {side}: {error}.") from error
 
     def _adapt(self, source: LatentDiffusionPipeline, conditioning: Conditioning) -> nn.Module:
-        """Adapt the network of `init_from` to the classes of these images."""
+        """Return the network of `init_from`, adapted to the classes of these images."""
         network, old, new = source.network, source.conditioning.class_names, conditioning.class_names
         if old is not None and new is not None:
-            network = with_classes(network, old, new)
+            network = replace_classes(network, old, new)
             self.class_change = ClassChange.between(old, new)
         return network.requires_grad_(True).train()
 
@@ -257,11 +257,11 @@ def _check_init_from(
     same_chain = torch.equal(source.schedule.alpha_bar, schedule.alpha_bar)
     same_outputs = (source.variance == "learned_range") == (variance == "learned_range")
     encoder, kind, prediction = old.state().get("encoder"), old.kind, source.prediction
-    for is_same, setting, before, now, remedy in (
+    for is_same, setting, old_value, new_value, remedy in (
         (old_vae == new_vae, "the autoencoder", old_vae[:12], new_vae[:12], "vae=<the folder of its pipeline>/vae"),
         (kind == conditioning.kind, "the conditioning", kind, conditioning.kind, f"conditioning={kind}"),
         (
-            *(old.is_same_encoder(conditioning), "the text encoder"),
+            *(old.has_same_encoder(conditioning), "the text encoder"),
             *(_describe_encoder(old), _describe_encoder(conditioning), f"conditioning.encoder={encoder}"),
         ),
         (
@@ -272,7 +272,9 @@ def _check_init_from(
         (same_chain, "the schedule", source.schedule.name, schedule.name, "the same schedule= options"),
     ):
         if not is_same:
-            message = f"The network of init_from= was trained with {setting} {before}, but this run uses {now}."
+            message = (
+                f"The network of init_from= was trained with {setting} {old_value}, but this run uses {new_value}."
+            )
             raise UserError(f"{message} Use {remedy}.")
 
 

@@ -30,7 +30,7 @@ from ldm.evaluation.comparison import images as compare_images
 from ldm.evaluation.comparison.compare import Comparison, compare_runs
 from ldm.evaluation.comparison.images import side_by_side
 from ldm.evaluation.comparison.report import ComparisonReport, format_number
-from ldm.evaluation.comparison.runs import is_wandb_path
+from ldm.evaluation.comparison.runs import RunRecord, is_wandb_path
 from ldm.evaluation.comparison.statistics import SAMPLING, SEEDS, better_direction, compare_groups, estimate, holm
 from ldm.evaluation.curves import plot_curves
 from ldm.metrics.metric import Metric, proportion_error
@@ -60,8 +60,8 @@ def call_tool(call, name: str, *arguments: str):
     return call(lambda: runpy.run_path(str(bundled_folder("tools") / f"{name}.py"), run_name="__main__"), *arguments)
 
 
-def make(
-    place: Path,
+def make_run(
+    folder: Path,
     name: str,
     *,
     seed: int = 0,
@@ -75,14 +75,14 @@ def make(
     """Create a run folder like training and tools/evaluate.py do, without weights."""
     config = {
         "name": name,
-        "runs_dir": str(place),
+        "runs_dir": str(folder),
         "seed": seed,
         "objective": {"loss": objective},
         "optimizer": {"lr": lr, "build": {"_target_": "torch.optim.AdamW", "lr": lr, "_partial_": True}},
         "logger": {"wandb": False},
-        "stage": {"build": {"optimizer": {"lr": lr}, "find_autoencoder": {"runs": str(place)}}},
+        "stage": {"build": {"optimizer": {"lr": lr}, "find_autoencoder": {"runs": str(folder)}}},
     }
-    known = {
+    default_facts = {
         "stage": stage,
         "name": name,
         "seed": seed,
@@ -91,9 +91,9 @@ def make(
         "contract": {"autoencoder_sha256": "cd" * 32},
         "figures": {"steps": 300, "training_s": 10.0 + seed},
     }
-    run = Run.create(place / stage / name, OmegaConf.create(config), {**known, **facts})
-    figures = {**EVALUATION, "kd_samples": kd, "kd_samples_standard_error": 0.004, "retrieval_at_1_samples": 0.1}
-    (run.path / "evaluation.json").write_text(json.dumps({**figures, **(evaluation or {})}))
+    run = Run.create(folder / stage / name, OmegaConf.create(config), {**default_facts, **facts})
+    metrics = {**EVALUATION, "kd_samples": kd, "kd_samples_standard_error": 0.004, "retrieval_at_1_samples": 0.1}
+    (run.path / "evaluation.json").write_text(json.dumps({**metrics, **(evaluation or {})}))
     with (run.path / "metrics.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, ["epoch", "step", "train/loss", "val/loss"])
         writer.writeheader()
@@ -103,37 +103,37 @@ def make(
     return str(run.path)
 
 
-def three(place: Path, name: str, kds: tuple[float, ...], **options) -> list[str]:
-    return [make(place, f"{name}{seed}", seed=seed, kd=kd, **options) for seed, kd in enumerate(kds)]
+def make_seeds(folder: Path, name: str, kds: tuple[float, ...], **options) -> list[str]:
+    return [make_run(folder, f"{name}{seed}", seed=seed, kd=kd, **options) for seed, kd in enumerate(kds)]
 
 
-def verdict(found: Comparison, metric: str, group: int = 1):
-    (row,) = [row for row in found.rows if row.metric == metric]
+def verdict(comparison: Comparison, metric: str, group: int = 1):
+    (row,) = [row for row in comparison.rows if row.metric == metric]
     return row.verdicts[group - 1]
 
 
-def printed(found: Comparison) -> str:
-    return ComparisonReport(found).print(Console(width=80, record=True, file=io.StringIO())).export_text()
+def print_to_text(comparison: Comparison) -> str:
+    return ComparisonReport(comparison).print(Console(width=80, record=True, file=io.StringIO())).export_text()
 
 
 def test_better_direction_follows_from_the_metric_name():
     higher = "psnr_db ssim retrieval_at_5_samples density coverage_samples"
     lower = "kd_samples fd_reconstructions val/loss_t1_to_250 lpips val/vlb_bits_per_latent_dim class_shift_samples"
-    # a rate is worth nothing without its distortion; others are of the data, whatever the model
+    # a rate says nothing without its distortion; the others depend only on the data or are costs
     neither = "kl_bits kd_validation fd_floor precision_floor retrieval_at_1_chance pca_psnr_db steps peak_memory_gb"
-    for names, way in ((higher, 1), (lower, -1), (neither, 0)):
-        assert [better_direction(name) for name in names.split()] == [way] * len(names.split())
+    for names, direction in ((higher, 1), (lower, -1), (neither, 0)):
+        assert [better_direction(name) for name in names.split()] == [direction] * len(names.split())
 
 
 def test_holm_limits_the_family_wise_error_rate():
-    """Holm's step-down, by hand and on 17 metrics of which most move together."""
+    """Holm's step-down procedure, by hand and on 17 metrics of which 10 are correlated."""
     assert holm({"a": 0.03, "b": 0.001, "c": 0.016, "d": 0.9}) == ["b", "c"]  # 0.05 / 4, / 3, / 2: 0.03 > 0.025
     assert holm({"a": 0.02}) == ["a"] and holm({"a": 0.02, "b": 0.06, "c": 0.5}) == [] and holm({}) == []
     generator = np.random.default_rng(3)
     shared = generator.normal(0, 1, (1000, 2, 3, 1))
-    drawn = shared * (np.arange(17) < 10) + generator.normal(0, 1, (1000, 2, 3, 17))
-    p_values = stats.ttest_ind(drawn[:, 0], drawn[:, 1], axis=1, equal_var=False).pvalue
-    assert np.mean([bool(holm(dict(enumerate(case)))) for case in p_values]) < 0.06
+    values = shared * (np.arange(17) < 10) + generator.normal(0, 1, (1000, 2, 3, 17))
+    p_values = stats.ttest_ind(values[:, 0], values[:, 1], axis=1, equal_var=False).pvalue
+    assert np.mean([bool(holm(dict(enumerate(trial)))) for trial in p_values]) < 0.06
 
 
 def test_proportion_error_is_positive_for_proportions_0_and_1():
@@ -142,76 +142,76 @@ def test_proportion_error_is_positive_for_proportions_0_and_1():
 
 
 def test_seeds_form_groups_and_similar_groups_are_within_noise(tmp_path):
-    kds, others = (0.10, 0.12, 0.11), (0.115, 0.1, 0.112)
-    same = compare_runs([*three(tmp_path, "a", kds)])
-    assert [len(group.runs) for group in same.groups] == [3] and not same.rows[0].verdicts
-    assert SEEDS in printed(same)
-    (row,) = [row for row in same.rows if row.metric == "kd_samples"]
+    kds, other_kds = (0.10, 0.12, 0.11), (0.115, 0.1, 0.112)
+    single = compare_runs([*make_seeds(tmp_path, "a", kds)])
+    assert [len(group.runs) for group in single.groups] == [3] and not single.rows[0].verdicts
+    assert SEEDS in print_to_text(single)
+    (row,) = [row for row in single.rows if row.metric == "kd_samples"]
     assert row.groups[0].interval == pytest.approx(stats.ttest_1samp(kds, 0).confidence_interval(0.95))
-    found = compare_runs([*three(tmp_path, "c", kds), *three(tmp_path, "b", others, lr=2e-3)])
-    assert [[run.name for run in group.runs] for group in found.groups] == [["c0", "c1", "c2"], ["b0", "b1", "b2"]]
-    assert found.differences == {"optimizer.lr": ["0.001", "0.002"]}
-    said = verdict(found, "kd_samples")
-    assert said.verdict == "within noise" and said.difference.of == SEEDS
-    test = stats.ttest_ind(others, kds, equal_var=False)
-    assert said.difference.interval == pytest.approx(test.confidence_interval(0.95))
-    assert said.difference.p_value == pytest.approx(test.pvalue)
-    assert any(note.startswith("B vs A, all") and note.endswith("within noise.") for note in found.notes)
+    comparison = compare_runs([*make_seeds(tmp_path, "c", kds), *make_seeds(tmp_path, "b", other_kds, lr=2e-3)])
+    assert [[run.name for run in group.runs] for group in comparison.groups] == [["c0", "c1", "c2"], ["b0", "b1", "b2"]]
+    assert comparison.differences == {"optimizer.lr": ["0.001", "0.002"]}
+    result = verdict(comparison, "kd_samples")
+    assert result.verdict == "within noise" and result.difference.of == SEEDS
+    test = stats.ttest_ind(other_kds, kds, equal_var=False)
+    assert result.difference.interval == pytest.approx(test.confidence_interval(0.95))
+    assert result.difference.p_value == pytest.approx(test.pvalue)
+    assert any(note.startswith("B vs A, all") and note.endswith("within noise.") for note in comparison.notes)
 
 
 def test_shifted_group_is_significant_in_the_right_direction(tmp_path):
-    first = three(tmp_path, "a", (0.10, 0.12, 0.11))
-    second = three(tmp_path, "b", (0.20, 0.22, 0.21), lr=2e-3, evaluation={"retrieval_at_1_samples": 0.3})
-    found = compare_runs([*first, *second])
-    assert verdict(found, "kd_samples").verdict == "A better"
-    # every seed finds as many: what is left is the noise of 256 samples
-    said = verdict(found, "retrieval_at_1_samples")
-    assert said.verdict == "B better" and said.difference.of == SAMPLING
-    assert found.equal["kd_reconstructions"] == 0.01
-    assert any("Holm" in note and "kd samples (A better)" in note for note in found.notes)
+    first = make_seeds(tmp_path, "a", (0.10, 0.12, 0.11))
+    second = make_seeds(tmp_path, "b", (0.20, 0.22, 0.21), lr=2e-3, evaluation={"retrieval_at_1_samples": 0.3})
+    comparison = compare_runs([*first, *second])
+    assert verdict(comparison, "kd_samples").verdict == "A better"
+    # equal for all seeds, so only the sampling noise of 256 samples remains
+    result = verdict(comparison, "retrieval_at_1_samples")
+    assert result.verdict == "B better" and result.difference.of == SAMPLING
+    assert comparison.equal["kd_reconstructions"] == 0.01
+    assert any("Holm" in note and "kd samples (A better)" in note for note in comparison.notes)
     assert verdict(compare_runs([*second, *first]), "kd_samples").verdict == "B better"
-    figure = plot_curves(found.curve_names(), [(group.title, run.curves) for group, run in found.runs])
+    figure = plot_curves(comparison.curve_names(), [(group.title, run.curves) for group, run in comparison.runs])
     (panel,) = [axes for axes in figure.axes if axes.get_title() == "val/loss"]
-    assert len(panel.lines) == 6 and all(line.get_marker() == "o" for line in panel.lines), "one point is seen"
+    assert len(panel.lines) == 6 and all(line.get_marker() == "o" for line in panel.lines), "visible points"
 
 
 def test_group_with_equal_values_is_compared_with_one_that_varies():
-    agree, not_so = [Metric(0.5)] * 3, [Metric(value) for value in (0.1, 0.2, 0.3)]
-    found = estimate(agree, not_so, enough_seeds=True)
+    constant, varying = [Metric(0.5)] * 3, [Metric(value) for value in (0.1, 0.2, 0.3)]
+    difference = estimate(constant, varying, enough_seeds=True)
     low, high = stats.ttest_1samp((0.1, 0.2, 0.3), 0.5).confidence_interval(0.95)
-    assert found.of == SEEDS and found.interval == pytest.approx((low - 0.5, high - 0.5))
+    assert difference.of == SEEDS and difference.interval == pytest.approx((low - 0.5, high - 0.5))
 
 
 def test_single_runs_account_for_sampling_noise_only(tmp_path):
-    found = compare_runs([make(tmp_path, "a", kd=0.1), make(tmp_path, "b", kd=0.105, lr=2e-3)])
-    said = verdict(found, "kd_samples")
-    assert said.verdict == "within noise" and said.difference.of == SAMPLING
-    assert SAMPLING in printed(found), "in one piece"
-    assert any(note.startswith(SAMPLING) and "at least 3 seeds per group" in note for note in found.notes)
-    far = compare_runs([make(tmp_path, "c", kd=0.1), make(tmp_path, "d", kd=0.2, lr=2e-3)])
-    assert verdict(far, "kd_samples").verdict == "A better" and "A better" in printed(far)
+    comparison = compare_runs([make_run(tmp_path, "a", kd=0.1), make_run(tmp_path, "b", kd=0.105, lr=2e-3)])
+    result = verdict(comparison, "kd_samples")
+    assert result.verdict == "within noise" and result.difference.of == SAMPLING
+    assert SAMPLING in print_to_text(comparison), "not wrapped"
+    assert any(note.startswith(SAMPLING) and "at least 3 seeds per group" in note for note in comparison.notes)
+    far = compare_runs([make_run(tmp_path, "c", kd=0.1), make_run(tmp_path, "d", kd=0.2, lr=2e-3)])
+    assert verdict(far, "kd_samples").verdict == "A better" and "A better" in print_to_text(far)
 
 
 @pytest.mark.parametrize("dof", [3, 19, np.inf])
 def test_few_degrees_of_freedom_use_student_t_intervals(dof):
     """A difference of 2.2 standard errors is within noise for 3 degrees of freedom, but not for many."""
     first, second = [Metric(0.5, 0.01, dof)], [Metric(0.5 + 0.01 * 2.2 * 2**0.5, 0.01, dof)]
-    said = compare_groups("kd", first, second, ("A", "B"), enough_seeds=False)
+    result = compare_groups("kd", first, second, ("A", "B"), enough_seeds=False)
     low, high = stats.t(2 * dof, scale=0.01 * 2**0.5).interval(0.95)
-    assert said.difference.interval == pytest.approx((said.difference.mean + low, said.difference.mean + high))
-    assert (said.verdict == "within noise") == (dof == 3)
+    assert result.difference.interval == pytest.approx((result.difference.mean + low, result.difference.mean + high))
+    assert (result.verdict == "within noise") == (dof == 3)
 
 
-@pytest.mark.parametrize("seeds", [(0, 1), (0, 1, 1)], ids=["two", "one of them twice"])
+@pytest.mark.parametrize("seeds", [(0, 1), (0, 1, 1)], ids=["two seeds", "one seed twice"])
 def test_fewer_than_three_distinct_seeds_fall_back_to_sampling_noise(tmp_path, seeds):
-    runs = [make(tmp_path, f"a{i}", seed=seed, kd=0.1 + i / 1000) for i, seed in enumerate(seeds)]
-    found = compare_runs([*runs, *three(tmp_path, "b", (0.1, 0.11, 0.12), lr=2e-3)])
-    assert verdict(found, "kd_samples").difference.of == SAMPLING
-    assert found.rows[0].groups[1].of == SEEDS, "of the three alone there is one"
+    runs = [make_run(tmp_path, f"a{i}", seed=seed, kd=0.1 + i / 1000) for i, seed in enumerate(seeds)]
+    comparison = compare_runs([*runs, *make_seeds(tmp_path, "b", (0.1, 0.11, 0.12), lr=2e-3)])
+    assert verdict(comparison, "kd_samples").difference.of == SAMPLING
+    assert comparison.rows[0].groups[1].of == SEEDS, "group B alone has three seeds"
 
 
 @pytest.mark.parametrize(
-    ("changed", "named"),
+    ("changed", "settings"),
     [
         ({"features_key": "efficientnet_lite-00000000-224px"}, "features_key"),
         ({"num_samples": 512}, "num_samples"),
@@ -220,70 +220,71 @@ def test_fewer_than_three_distinct_seeds_fall_back_to_sampling_noise(tmp_path, s
         ({"guidance": 1.0, "sampler": {"method": "dpmpp", "steps": 50}}, "guidance, sampler.steps"),
     ],
 )
-def test_metrics_with_other_settings_get_no_verdict(tmp_path, changed, named):
+def test_metrics_with_other_settings_get_no_verdict(tmp_path, changed, settings):
     """Metrics that depend only on the data are compared even if the sampler differs."""
     floors = [{"fd_floor": value, "fd_floor_standard_error": 0.01} for value in (1.0, 1.2)]
-    runs = [make(tmp_path, "a", evaluation=floors[0])]
-    runs.append(make(tmp_path, "b", kd=0.9, lr=2e-3, evaluation={**floors[1], **changed}))
-    found = compare_runs(runs)
-    said = verdict(found, "kd_samples")
-    assert said.verdict.startswith("not comparable: ") and named in said.verdict and said.difference is None
-    assert (verdict(found, "fd_floor").verdict == "differ") == ("guidance" in named)
+    runs = [make_run(tmp_path, "a", evaluation=floors[0])]
+    runs.append(make_run(tmp_path, "b", kd=0.9, lr=2e-3, evaluation={**floors[1], **changed}))
+    comparison = compare_runs(runs)
+    result = verdict(comparison, "kd_samples")
+    assert result.verdict.startswith("not comparable: ") and settings in result.verdict and result.difference is None
+    assert (verdict(comparison, "fd_floor").verdict == "differ") == ("guidance" in settings)
 
 
 def test_group_with_mixed_settings_has_no_mean(tmp_path):
-    found = compare_runs([make(tmp_path, "a"), make(tmp_path, "b", seed=1, kd=0.3, evaluation={"features": "dinov2"})])
-    (row,) = [row for row in found.rows if row.metric == "kd_samples"]
+    other = make_run(tmp_path, "b", seed=1, kd=0.3, evaluation={"features": "dinov2"})
+    comparison = compare_runs([make_run(tmp_path, "a"), other])
+    (row,) = [row for row in comparison.rows if row.metric == "kd_samples"]
     assert row.groups == [None]
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "expected"),
     [
         ({"lr": 2e-3}, "noise unknown"),
         ({"objective": "hybrid"}, "not comparable: objective"),
         ({"data_fingerprint": "ef" * 32}, "not comparable: data_fingerprint"),
     ],
 )
-def test_losses_are_comparable_only_with_equal_objective_and_data(tmp_path, changed, said):
-    found = compare_runs([make(tmp_path, "a"), make(tmp_path, "b", seed=1, **changed)])
-    assert len(found.groups) == 2 and verdict(found, "val/loss").verdict == said
+def test_losses_are_comparable_only_with_equal_objective_and_data(tmp_path, changed, expected):
+    comparison = compare_runs([make_run(tmp_path, "a"), make_run(tmp_path, "b", seed=1, **changed)])
+    assert len(comparison.groups) == 2 and verdict(comparison, "val/loss").verdict == expected
 
 
 def test_differences_omit_names_paths_and_duplicates(tmp_path):
     """Differences contain options and environment facts, but no names, no paths and no duplicates."""
     facts = {"commit": "0123456789" * 4, "versions": {"torch": "2.12"}, "precision": "bf16-mixed"}
-    found = compare_runs([make(tmp_path / "x", "a"), make(tmp_path / "y", "b", seed=3, lr=2e-3, **facts)])
-    keys = set(found.differences)
+    comparison = compare_runs([make_run(tmp_path / "x", "a"), make_run(tmp_path / "y", "b", seed=3, lr=2e-3, **facts)])
+    keys = set(comparison.differences)
     assert {"optimizer.lr", "seed", "precision", "commit", "versions.torch"} <= keys
     assert not keys & {"name", "runs_dir", "optimizer.build.lr"} and not any(key.startswith("stage") for key in keys)
-    assert found.differences["commit"][1] == "012345678901" and found.differences["seed"] == ["0", "3"]
+    assert comparison.differences["commit"][1] == "012345678901" and comparison.differences["seed"] == ["0", "3"]
 
 
 def test_notes_report_unfinished_and_unevaluated_runs(tmp_path):
-    place = make(tmp_path, "b", lr=2e-3, finished=None)
-    (Path(place) / "evaluation.json").unlink()
-    found = compare_runs([make(tmp_path, "a"), place])
-    assert verdict(found, "kd_samples").verdict == "not in B"
-    assert any("not finished" in note and place in note for note in found.notes)
-    assert any("No evaluation" in note and "tools/evaluate.py" in note and place in note for note in found.notes)
+    other = make_run(tmp_path, "b", lr=2e-3, finished=None)
+    (Path(other) / "evaluation.json").unlink()
+    comparison = compare_runs([make_run(tmp_path, "a"), other])
+    assert verdict(comparison, "kd_samples").verdict == "not in B"
+    assert any("not finished" in note and other in note for note in comparison.notes)
+    assert any("No evaluation" in note and "tools/evaluate.py" in note and other in note for note in comparison.notes)
 
 
 def test_diverged_metrics_are_not_compared(tmp_path):
-    place = make(tmp_path, "b", lr=2e-3, evaluation={"kd_samples": float("nan")})
-    with (Path(place) / "metrics.csv").open("a", newline="") as file:
+    other = make_run(tmp_path, "b", lr=2e-3, evaluation={"kd_samples": float("nan")})
+    with (Path(other) / "metrics.csv").open("a", newline="") as file:
         file.write("0,399,nan,nan\n")
-    found = compare_runs([make(tmp_path, "a"), place])
-    assert verdict(found, "val/loss").verdict == verdict(found, "kd_samples").verdict == "not in B"
-    assert any("non-finite" in note and "not compared" in note and place in note for note in found.notes)
-    ComparisonReport(found).save(tmp_path / "out")
+    comparison = compare_runs([make_run(tmp_path, "a"), other])
+    assert verdict(comparison, "val/loss").verdict == verdict(comparison, "kd_samples").verdict == "not in B"
+    assert any("non-finite" in note and "not compared" in note and other in note for note in comparison.notes)
+    ComparisonReport(comparison).save(tmp_path / "out")
     json.loads((tmp_path / "out/compare.json").read_text(), parse_constant=pytest.fail)
 
 
 def test_html_page_is_self_contained(tmp_path):
-    found = compare_runs([make(tmp_path, "a<b"), make(tmp_path, "b", kd=0.2, lr=2e-3)])
+    comparison = compare_runs([make_run(tmp_path, "a<b"), make_run(tmp_path, "b", kd=0.2, lr=2e-3)])
     samples = Image.new("RGB", (20, 10), "red")
-    files = ComparisonReport(found, samples, ["a note"], {"seed": 0}).save(tmp_path / "out")
+    files = ComparisonReport(comparison, samples, ["a note"], {"seed": 0}).save(tmp_path / "out")
     assert [file.name for file in files] == ["compare.json", "compare.html", "compare.png", "compare_images.png"]
     page = files[1].read_text(encoding="utf-8")
     assert not re.search(r"https?:|<script|<link|url\(|src=\"(?!data:)", page)
@@ -295,8 +296,8 @@ def test_html_page_is_self_contained(tmp_path):
     (row,) = [row for row in content["figures"] if row["metric"] == "kd_samples"]
     assert row["better"] == "lower" and {"mean", "interval", "of", "dof", "runs"} <= set(row["groups"][0])
     assert row["verdicts"][0]["verdict"] == "A better" and len(row["verdicts"][0]["difference"]["interval"]) == 2
-    with Image.open(files[2]) as picture:
-        assert picture.width > 600 and len(picture.convert("RGB").getcolors(10_000_000)) > 50
+    with Image.open(files[2]) as figure:
+        assert figure.width > 600 and len(figure.convert("RGB").getcolors(10_000_000)) > 50
 
 
 @pytest.mark.parametrize(
@@ -307,63 +308,63 @@ def test_format_number_rounds_to_the_error_bar(value, width, text):
     assert format_number(value, width) == text
 
 
-class Recorded:
-    """Replacement for wandb.Api with runs from folders, as training and tools/evaluate.py log them."""
+class FakeApi:
+    """A fake wandb.Api with runs read from folders, in the form in which training and tools/evaluate.py log them."""
 
-    def __init__(self, places: dict[str, str]) -> None:
-        self.known = []
-        for path, place in places.items():
-            run = Run.open(place)
+    def __init__(self, folders: dict[str, str]) -> None:
+        self.all_runs = []
+        for path, folder in folders.items():
+            run = Run.open(folder)
             facts = {key: value for key, value in run.facts.items() if key not in ("figures", "finished")}
             with (run.path / "metrics.csv").open() as file:
                 rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
             evaluation = json.loads((run.path / "evaluation.json").read_text())
-            values = flatten({key: value for key, value in evaluation.items() if value is not None})
-            asked = {"run": place, "guidance": 3, "training_id": path.rpartition("/")[2]}
+            metrics = flatten({key: value for key, value in evaluation.items() if value is not None})
+            evaluation_config = {"run": folder, "guidance": 3, "training_id": path.rpartition("/")[2]}
             summary = {**run.facts["figures"], "val/loss": 9.0, "_runtime": 3, "step": 299}
             summary["pipeline_sha256"] = evaluation.get("weights_sha256")
             config = flatten({**run.config(), "run": {**facts, "finished": None}})
             self.add(path, "2026-01-01", config, summary, rows)
-            self.add(f"{path}e0", "2026-01-02", asked, {"kd_samples": 7.0}, [])
-            self.add(f"{path}e1", "2026-01-03", asked, values, [])
+            self.add(f"{path}e0", "2026-01-02", evaluation_config, {"kd_samples": 7.0}, [])
+            self.add(f"{path}e1", "2026-01-03", evaluation_config, metrics, [])
         self.add("me/ldm/zzz", "2026-02-01", {"training_id": "zz"}, {"kd_samples": 0.9}, [])
 
     def add(self, path, created_at, config, summary, rows) -> None:
         options = {"created_at": created_at, "config": config, "summary_metrics": summary}
         run_id = path.rpartition("/")[2]
-        self.known.append(SimpleNamespace(path=path, id=run_id, scan_history=lambda: iter(rows), **options))
+        self.all_runs.append(SimpleNamespace(path=path, id=run_id, scan_history=lambda: iter(rows), **options))
 
     def run(self, path):
-        (run,) = [run for run in self.known if run.path == path]
+        (run,) = [run for run in self.all_runs if run.path == path]
         return run
 
     def runs(self, project, filters):
         ((key, value),) = filters.items()
-        return [run for run in self.known if run.config.get(key.removeprefix("config.")) == value]
+        return [run for run in self.all_runs if run.config.get(key.removeprefix("config.")) == value]
 
 
 @pytest.fixture
-def of_wandb(monkeypatch):
-    """Return a function that replaces the W&B server by one with runs from folders, by W&B path."""
+def fake_wandb(monkeypatch):
+    """Return a function that replaces the W&B server by a fake one, whose runs are read from folders by W&B path."""
 
-    def of_wandb(places: dict[str, str]) -> Recorded:
-        api = Recorded(places)
+    def fake_wandb(folders: dict[str, str]) -> FakeApi:
+        api = FakeApi(folders)
         monkeypatch.setattr("ldm.tracking.comparison.has_key", lambda: True)
         monkeypatch.setattr(wandb, "Api", lambda: api)
         return api
 
-    return of_wandb
+    return fake_wandb
 
 
-def test_wandb_runs_give_the_same_table_as_folders(tmp_path, of_wandb, monkeypatch):
-    places = {"me/ldm/aaa": make(tmp_path, "a"), "me/ldm/bbb": make(tmp_path, "b", kd=0.2, lr=2e-3)}
-    of_wandb(places)
-    near, far = compare_runs(list(places.values())), compare_runs(list(places))
-    mixed = compare_runs(["me/ldm/aaa", places["me/ldm/bbb"]])
-    assert near.rows == far.rows == mixed.rows and near.differences == far.differences
-    assert all(run.finished for _, run in far.runs)
-    picture, notes = side_by_side(far, DDIM(2), device=torch.device("cpu"))
-    assert picture is None and "me/ldm/aaa" in notes[0]
+def test_wandb_runs_give_the_same_table_as_folders(tmp_path, fake_wandb, monkeypatch):
+    folders = {"me/ldm/aaa": make_run(tmp_path, "a"), "me/ldm/bbb": make_run(tmp_path, "b", kd=0.2, lr=2e-3)}
+    fake_wandb(folders)
+    local, remote = compare_runs(list(folders.values())), compare_runs(list(folders))
+    mixed = compare_runs(["me/ldm/aaa", folders["me/ldm/bbb"]])
+    assert local.rows == remote.rows == mixed.rows and local.differences == remote.differences
+    assert all(run.finished for _, run in remote.runs)
+    figure, notes = side_by_side(remote, DDIM(2), device=torch.device("cpu"))
+    assert figure is None and "me/ldm/aaa" in notes[0]
     with pytest.raises(UserError, match="me/ldm/ccc is not a run folder, and W&B returned no run"):
         compare_runs(["me/ldm/aaa", "me/ldm/ccc"])
     monkeypatch.setattr("ldm.tracking.comparison.has_key", lambda: False)
@@ -371,43 +372,43 @@ def test_wandb_runs_give_the_same_table_as_folders(tmp_path, of_wandb, monkeypat
         compare_runs(["me/ldm/aaa", "me/ldm/bbb"])
 
 
-def test_steps_logged_twice_after_resuming_count_once(tmp_path, of_wandb):
-    """The run was killed after step 290 and resumed from 200: the last value of a step belongs to the weights."""
-    runs = three(tmp_path, "a", (0.10, 0.12, 0.11))
+def test_steps_logged_twice_after_resuming_count_once(tmp_path, fake_wandb):
+    """The run was killed after step 290 and resumed from step 200. Only the last value of a step counts."""
+    runs = make_seeds(tmp_path, "a", (0.10, 0.12, 0.11))
     with (Path(runs[1]) / "metrics.csv").open("a", newline="") as file:
         writer = csv.DictWriter(file, ["epoch", "step", "train/loss", "val/loss"])
         writer.writerows({"epoch": 0, "step": step, "train/loss": 5.0} for step in range(200, 320, 10))
         writer.writerow({"epoch": 0, "step": 299, "val/loss": 0.75})
-    places = {f"me/ldm/{name}": run for name, run in zip(("aaa", "bbb", "ccc"), runs, strict=True)}
-    of_wandb(places)
-    near, far = compare_runs(runs), compare_runs(list(places))
-    for found in (near, far):
-        steps, values = found.runs[1][1].curves["train/loss"]
+    folders = {f"me/ldm/{name}": run for name, run in zip(("aaa", "bbb", "ccc"), runs, strict=True)}
+    fake_wandb(folders)
+    local, remote = compare_runs(runs), compare_runs(list(folders))
+    for comparison in (local, remote):
+        steps, values = comparison.runs[1][1].curves["train/loss"]
         assert steps == list(range(0, 320, 10)) and values[20:] == [5.0] * 12 and values[19] < 1
-        assert found.runs[1][1].curves["val/loss"] == ([299], [0.75])
-    # in W&B the summary holds the end of before, the history steps beyond it
-    assert any("not finished" in note and note.endswith(": me/ldm/bbb.") for note in far.notes)
-    assert all(run.finished for _, run in near.runs)
+        assert comparison.runs[1][1].curves["val/loss"] == ([299], [0.75])
+    # in W&B, the summary is that of the first training, but the history has later steps
+    assert any("not finished" in note and note.endswith(": me/ldm/bbb.") for note in remote.notes)
+    assert all(run.finished for _, run in local.runs)
 
 
-def test_evaluation_of_other_weights_is_ignored(tmp_path, of_wandb):
-    runs = [make(tmp_path, "a"), make(tmp_path, "b", kd=0.2, lr=2e-3)]
+def test_evaluation_of_other_weights_is_ignored(tmp_path, fake_wandb):
+    runs = [make_run(tmp_path, "a"), make_run(tmp_path, "b", kd=0.2, lr=2e-3)]
     for run in map(Path, runs):
         weights = run / "pipeline/network/model.safetensors"
         weights.parent.mkdir(parents=True)
         weights.write_bytes(b"weights")
         metrics = json.loads((run / "evaluation.json").read_text())
         (run / "evaluation.json").write_text(json.dumps({**metrics, "weights_sha256": sha256([weights])}))
-    places = {"me/ldm/aaa": runs[0], "me/ldm/bbb": runs[1]}
-    api = of_wandb(places)
-    assert all(verdict(compare_runs(asked), "kd_samples").verdict == "A better" for asked in (runs, list(places)))
-    weights.write_bytes(b"trained on")
+    folders = {"me/ldm/aaa": runs[0], "me/ldm/bbb": runs[1]}
+    api = fake_wandb(folders)
+    assert all(verdict(compare_runs(sources), "kd_samples").verdict == "A better" for sources in (runs, list(folders)))
+    weights.write_bytes(b"weights after more training")
     api.run("me/ldm/bbb").summary_metrics["pipeline_sha256"] = sha256([weights])
-    for asked in (runs, list(places)):
-        found = compare_runs(asked)
-        assert verdict(found, "kd_samples").verdict == "not in B"
-        (note,) = [note for note in found.notes if "Evaluation ignored" in note]
-        assert asked[1] in note and asked[0] not in note and "tools/evaluate.py" in note
+    for sources in (runs, list(folders)):
+        comparison = compare_runs(sources)
+        assert verdict(comparison, "kd_samples").verdict == "not in B"
+        (note,) = [note for note in comparison.notes if "Evaluation ignored" in note]
+        assert sources[1] in note and sources[0] not in note and "tools/evaluate.py" in note
 
 
 def test_mistyped_folder_is_not_a_wandb_path(tmp_path, monkeypatch):
@@ -423,8 +424,8 @@ def test_wandb_report_is_created_if_possible(tmp_path, monkeypatch):
 
     def track() -> str:
         config = {"logger": {"project": "ldm", "timeout_s": 0.3}}
-        what = {"tables": {}, "figures": {}, "markdown": "text", "curves": ["val/loss"], "compared": ["vae/a"]}
-        return track_comparison(tmp_path, config, name="compare/a-vs-b", **what)
+        content = {"tables": {}, "figures": {}, "markdown": "text", "curves": ["val/loss"], "compared": ["vae/a"]}
+        return track_comparison(tmp_path, config, name="compare/a-vs-b", **content)
 
     assert "this run is offline" in track()
     tracker.mode = "online"
@@ -445,61 +446,66 @@ def test_wandb_report_is_created_if_possible(tmp_path, monkeypatch):
     released.set()
 
 
+def test_run_without_a_name_is_named_after_its_source():
+    run = RunRecord("me/ldm/aaa", {}, {"stage": "vae"}, True, {}, {}, None, {})
+    assert (run.source, run.name) == ("me/ldm/aaa", "aaa")
+
+
 @pytest.fixture(scope="module")
 def images(make_images, tmp_path_factory) -> ImageData:
-    place = tmp_path_factory.mktemp("compared")
+    folder = tmp_path_factory.mktemp("compared")
     for seed, name in enumerate(("cat", "dog")):
-        make_images(place / "squares" / name, 20, size=8, seed=seed)
-    return prepare(ImageFolder(place / "squares"), resolution=8, cache_dir=place, val_fraction=0.3, progress=False)
+        make_images(folder / "squares" / name, 20, size=8, seed=seed)
+    return prepare(ImageFolder(folder / "squares"), resolution=8, cache_dir=folder, val_fraction=0.3, progress=False)
 
 
 @pytest.fixture
 def trained(images, tmp_path, monkeypatch) -> Path:
     """Two runs of each stage with weights, and one of stage vae on other images."""
     monkeypatch.chdir(tmp_path)
-    of_images = {"data_fingerprint": images.fingerprint, "data_cache": str(images.path), "val_fraction": 0.3}
+    data_facts = {"data_fingerprint": images.fingerprint, "data_cache": str(images.path), "val_fraction": 0.3}
     for i, name in enumerate("ab"):
         for stage, part in (("vae", "autoencoder"), ("diffusion", "pipeline")):
-            place = make(Path("runs"), name, stage=stage, kd=0.1 + i, lr=1e-3 * (1 + i), **of_images)
-            shutil.copytree(EARLIER / stage / part, Path(place) / part)
-    make(Path("runs"), "elsewhere", stage="vae", **{**of_images, "data_fingerprint": "0" * 64})
+            folder = make_run(Path("runs"), name, stage=stage, kd=0.1 + i, lr=1e-3 * (1 + i), **data_facts)
+            shutil.copytree(EARLIER / stage / part, Path(folder) / part)
+    make_run(Path("runs"), "elsewhere", stage="vae", **{**data_facts, "data_fingerprint": "0" * 64})
     return tmp_path
 
 
 def test_reconstructions_are_drawn_below_their_originals(trained, images):
-    found = compare_runs(["runs/vae/a", "runs/vae/b", "runs/vae/elsewhere"])
-    picture, notes = side_by_side(found, DDIM(2), device=torch.device("cpu"), num_samples=3)
+    comparison = compare_runs(["runs/vae/a", "runs/vae/b", "runs/vae/elsewhere"])
+    figure, notes = side_by_side(comparison, DDIM(2), device=torch.device("cpu"), num_samples=3)
     cell = 128 + 6
-    assert picture.size == (110 + 3 * cell, 6 + 3 * cell)
-    rows = [np.asarray(picture.crop((110, 6 + i * cell, 110 + 128, 134 + i * cell))) for i in range(3)]
+    assert figure.size == (110 + 3 * cell, 6 + 3 * cell)
+    rows = [np.asarray(figure.crop((110, 6 + i * cell, 110 + 128, 134 + i * cell))) for i in range(3)]
     original = images.batch(images.val_indices[:1])[0, :, 0, 0]
     assert rows[0][0, 0] == pytest.approx(((original + 1) * 127.5).numpy(), abs=3)
-    assert np.array_equal(rows[1], rows[2]) and not np.array_equal(rows[0], rows[1]), "of the same weights"
+    assert np.array_equal(rows[1], rows[2]) and not np.array_equal(rows[0], rows[1]), "both runs have the same weights"
     assert len(notes) == 1 and "elsewhere" in notes[0] and "other images" in notes[0]
 
 
 @pytest.mark.parametrize("labelled", [True, False], ids=["held-out images", "no images"])
 def test_classes_are_matched_by_name(images, labelled):
     """Each column shows one class even if models order classes differently; a model without the class is skipped."""
-    known = images if labelled else None
+    shown = images if labelled else None
     names: list[list[str]] = []
     captions = None
     for classes in (["cat", "dog"], ["cow", "dog", "cat"]):
         pipeline = SimpleNamespace(conditioning=ClassCondition(classes))
-        request = compare_images._request(pipeline, known, None, 6, captions)
+        request = compare_images._request(pipeline, shown, None, 6, captions)
         captions = captions or request.captions
         names.append([classes[i] for i in request.condition["label"]])
     assert names[0] == names[1] and set(names[0]) == {"cat", "dog"}
     pipeline.conditioning = ClassCondition(["dog", "bird", "fish"])
-    with pytest.raises(UserError, match="knows no class cat.*dog, bird, fish"):
-        compare_images._request(pipeline, known, None, 6, captions)
+    with pytest.raises(UserError, match="no class cat.*dog, bird, fish"):
+        compare_images._request(pipeline, shown, None, 6, captions)
 
 
-def test_compare_reads_what_evaluate_logs(trained, of_wandb, monkeypatch):
-    """The sampler, this training and its weights."""
+def test_compare_reads_evaluations_logged_to_wandb(trained, fake_wandb, monkeypatch):
+    """The logged evaluation has the sampler, the id of the training run and the digest of its weights."""
     logged: dict = {}
     monkeypatch.setattr(
-        "ldm.commands.evaluate.track_report", lambda folder, config, **found: logged.update(config=config, **found)
+        "ldm.commands.evaluate.track_report", lambda folder, config, **results: logged.update(config=config, **results)
     )
     run = Run.open("runs/diffusion/a")
     metrics = {**json.loads(run.evaluation_file.read_text()), "weights_sha256": run_weights_sha256(run)}
@@ -507,10 +513,10 @@ def test_compare_reads_what_evaluate_logs(trained, of_wandb, monkeypatch):
     (run.path / "wandb_id.txt").write_text("aaa\n")
     log_evaluation(OmegaConf.create({"logger": {"group": None}}), run, {"values": metrics})
     assert logged["config"]["training_id"] == "aaa" and logged["inputs"][0].digest == metrics["weights_sha256"]
-    api = of_wandb({"me/ldm/aaa": str(run.path)})
+    api = fake_wandb({"me/ldm/aaa": str(run.path)})
     api.add("me/ldm/new", "2026-03-01", flatten(logged["config"]), flatten(logged["values"]), [])
-    near, far = (compare_runs([place, "runs/diffusion/b"]) for place in ("runs/diffusion/a", "me/ldm/aaa"))
-    assert near.rows == far.rows and not far.groups[0].runs[0].stale and SAMPLING in printed(far)
+    local, remote = (compare_runs([source, "runs/diffusion/b"]) for source in ("runs/diffusion/a", "me/ldm/aaa"))
+    assert local.rows == remote.rows and not remote.groups[0].runs[0].stale and SAMPLING in print_to_text(remote)
 
 
 def test_compare_command_draws_samples_and_writes_the_page(trained, call):
@@ -525,10 +531,10 @@ def test_compare_command_draws_samples_and_writes_the_page(trained, call):
     assert "No held-out images" not in ended.out
     ended = call_tool(call, "compare", "runs=[runs/vae/a,runs/vae/b]", *options)
     assert ended.code == 0, ended.err
-    made = {str(file.relative_to(trained)) for file in trained.rglob("compare*.*")}
-    for place in ("runs/compare/a-vs-b", "here"):
-        assert f"{place}/compare.html" in made and f"{place}/compare.png" in made
-    assert "runs/compare/a-vs-b/compare_images.png" in made
+    files = {str(file.relative_to(trained)) for file in trained.rglob("compare*.*")}
+    for folder in ("runs/compare/a-vs-b", "here"):
+        assert f"{folder}/compare.html" in files and f"{folder}/compare.png" in files
+    assert "runs/compare/a-vs-b/compare_images.png" in files
     assert "Differences" in ended.out and "optimizer.lr" in ended.out and SAMPLING in ended.out
 
 
@@ -545,7 +551,7 @@ def test_compare_command_draws_samples_and_writes_the_page(trained, call):
         (["runs/vae/a", "runs/vae/b", "prompts=none.txt"], "prompts=none.txt is not a file"),
     ],
 )
-def test_mistakes_are_one_paragraph(trained, call, arguments, message):
+def test_invalid_options_are_refused_in_one_line(trained, call, arguments, message):
     ended = call_tool(call, "compare", *arguments)
     assert ended.code == 2 and ended.err.startswith(f"error: {message}") and ended.err.count("\n") == 1
     assert not (trained / "runs/compare").exists()

@@ -22,7 +22,7 @@ FIGURES = ["balance.png", "contact_sheet.png", "near_duplicates.png"]
 
 
 @pytest.fixture(autouse=True)
-def in_place(tmp_path, monkeypatch) -> None:
+def working_folder(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setitem(ldm.metrics.features.FEATURE_NETWORKS, "mean_colours", MeanColours)
@@ -53,20 +53,20 @@ def data(call):
 
 
 def copy_across(path: Path, change) -> tuple[str, str]:
-    """Copy a training image into other files until the hash of one puts it into validation; both names."""
-    place = {"resolution": 16, "val_fraction": 0.3, "cache_dir": path.parent / "other", "progress": False}
-    first = prepare(ImageFolder(path), **place)
+    """Copy a training image under different hashes until a copy is in the validation split. Return both names."""
+    options = {"resolution": 16, "val_fraction": 0.3, "cache_dir": path.parent / "other", "progress": False}
+    first = prepare(ImageFolder(path), **options)
     name = next(first.names[i] for i in first.train_indices if first.names[i].startswith("cat"))
     with Image.open(path / name) as image:
         pixels = change(np.asarray(image.convert("RGB")).astype(int))
     for byte in range(60):
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path / "cat/copy.png")
         with (path / "cat/copy.png").open("ab") as file:
-            file.write(bytes([byte]))  # after the end of a PNG, where it is no part of the picture
-        data = prepare(ImageFolder(path), **place)
+            file.write(bytes([byte]))  # after the end of the PNG, where it changes the hash but not the pixels
+        data = prepare(ImageFolder(path), **options)
         if data.names.index("cat/copy.png") in data.val_indices:
             return "cat/copy.png", name
-    raise AssertionError("no hash put the copy into validation")
+    raise AssertionError("no hash put the copy into the validation split")
 
 
 def read(out: Path) -> dict:
@@ -74,22 +74,22 @@ def read(out: Path) -> dict:
 
 
 def test_counts_copies_classes_and_captions(data, pets, tmp_path):
-    shutil.copy(pets / "cat/005.png", pets / "cat/again.png")
-    (pets / "dog/broken.png").write_bytes(b"no picture")
+    shutil.copy(pets / "cat/005.png", pets / "cat/copy.png")
+    (pets / "dog/broken.png").write_bytes(b"not an image")
     ended = data(f"data.path={pets}", "data.max_bad_fraction=0.1", "features=none", "out=my report")
     assert ended.code == 0, ended
-    figures = read(tmp_path / "my report")
-    assert (figures["num_images"], figures["num_train"] + figures["num_val"]) == (44, 44)
-    assert [entry["name"] for entry in figures["unreadable"]] == ["dog/broken.png"]
-    groups = [[image["name"] for image in group] for group in figures["copies"]["groups"]]
-    assert groups == [["cat/005.png", "cat/again.png"]]
-    assert figures["copies"]["num_val_in_train"] == 0, "copies of a file stay together"
-    assert figures["classes"]["counts"] == {"cat": 41, "dog": 3}
-    assert (figures["captions"]["num_captions"], figures["captions"]["num_distinct"]) == (39, 31)
-    assert figures["captions"]["num_missing"] == 5 and "features" not in figures
-    for text in ("1: dog/broken.png", "cat: 41; dog: 3", "a black cat (9)", "1: cat/005.png = cat/again.png"):
+    content = read(tmp_path / "my report")
+    assert (content["num_images"], content["num_train"] + content["num_val"]) == (44, 44)
+    assert [entry["name"] for entry in content["unreadable"]] == ["dog/broken.png"]
+    groups = [[image["name"] for image in group] for group in content["copies"]["groups"]]
+    assert groups == [["cat/005.png", "cat/copy.png"]]
+    assert content["copies"]["num_val_in_train"] == 0, "copies of a file stay together"
+    assert content["classes"]["counts"] == {"cat": 41, "dog": 3}
+    assert (content["captions"]["num_captions"], content["captions"]["num_distinct"]) == (39, 31)
+    assert content["captions"]["num_missing"] == 5 and "features" not in content
+    for text in ("1: dog/broken.png", "cat: 41; dog: 3", "a black cat (9)", "1: cat/005.png = cat/copy.png"):
         assert text in ended.out, ended.out
-    assert "docs/reading_the_numbers.md" in ended.out
+    assert "docs/your_own_images.md" in ended.out
     assert sorted(path.name for path in (tmp_path / "my report").glob("*.png")) == FIGURES
 
 
@@ -98,21 +98,23 @@ def test_duplicates_across_the_split_are_counted_separately(data, pets, tmp_path
     names = copy_across(pets, lambda pixels: pixels + (kind == "near_duplicates"))
     ended = data(f"data.path={pets}", "features=none")
     assert ended.code == 0, ended
-    figures = read(tmp_path / "runs/data/pets")
+    content = read(tmp_path / "runs/data/pets")
     other = "near_duplicates" if kind == "copies" else "copies"
-    assert figures[kind]["num_val_in_train"] == 1 and figures[other]["num_val_in_train"] == 0
-    found = figures["copies"]["groups"][0] if kind == "copies" else figures["near_duplicates"]["pairs"][0]["images"]
-    assert [(image["name"], image["split"]) for image in found] == [(names[0], "val"), (names[1], "train")]
+    assert content[kind]["num_val_in_train"] == 1 and content[other]["num_val_in_train"] == 0
+    duplicates = (
+        content["copies"]["groups"][0] if kind == "copies" else content["near_duplicates"]["pairs"][0]["images"]
+    )
+    assert [(image["name"], image["split"]) for image in duplicates] == [(names[0], "val"), (names[1], "train")]
     assert names[0] in ended.out and names[1] in ended.out
 
 
 def test_coverage_and_diversity_in_features(data, pets, tmp_path):
     ended = data(f"data.path={pets}", "features=mean_colours")
     assert ended.code == 0, ended
-    found = read(tmp_path / "runs/data/pets")["features"]
-    assert found["network"] == "mean_colours" and found["k"] == 5 and found["num_compared"] > 5
-    assert found["density"] > 0.3 and 0.5 < found["coverage"] <= 1 < found["vendi_score"] < 12
-    assert 0 < found["nearest_distance_train"] < 2 and 0 < found["nearest_distance_val"] < 2
+    metrics = read(tmp_path / "runs/data/pets")["features"]
+    assert metrics["network"] == "mean_colours" and metrics["k"] == 5 and metrics["num_compared"] > 5
+    assert metrics["density"] > 0.3 and 0.5 < metrics["coverage"] <= 1 < metrics["vendi_score"] < 12
+    assert 0 < metrics["nearest_distance_train"] < 2 and 0 < metrics["nearest_distance_val"] < 2
     assert "density" in ended.out and "Vendi score" in ended.out
     assert len(list((tmp_path / "cache").glob("pets-*/features-mean_colours-*.npy"))) == 1
 
@@ -121,26 +123,26 @@ def test_images_without_captions_or_classes(data, make_images, tmp_path):
     """Figures without content are not written, and those of an earlier report are deleted."""
     make_images(tmp_path / "few", 4)
     (tmp_path / "out").mkdir()
-    (tmp_path / "out/balance.png").write_bytes(b"of an earlier report")
+    (tmp_path / "out/balance.png").write_bytes(b"from an earlier report")
     Image.new("RGB", (16, 16), (9, 9, 9)).save(tmp_path / "few/blank.png")
     ended = data(f"data.path={tmp_path / 'few'}", "features=mean_colours", "max_bits=0", "max_levels=0", "out=out")
     assert ended.code == 0, ended
-    figures = read(tmp_path / "out")
-    assert "density" not in figures["features"], "a handful has no five neighbours"
-    assert [image["name"] for image in figures["blank"]] == ["blank.png"] and "blank.png" in ended.out
-    assert "captions" not in figures and "classes" not in figures
+    content = read(tmp_path / "out")
+    assert "density" not in content["features"], "too few images for five neighbours"
+    assert [image["name"] for image in content["blank"]] == ["blank.png"] and "blank.png" in ended.out
+    assert "captions" not in content and "classes" not in content
     assert not (tmp_path / "out/near_duplicates.png").exists()
-    without = data(f"data.path={tmp_path / 'few'}", "features=none", "out=out")
-    assert without.code == 0 and not (tmp_path / "out/balance.png").exists()
+    second = data(f"data.path={tmp_path / 'few'}", "features=none", "out=out")
+    assert second.code == 0 and not (tmp_path / "out/balance.png").exists()
 
 
 def test_wandb_receives_metrics_and_contact_sheet(data, pets, monkeypatch):
-    made = MagicMock()
-    monkeypatch.setattr(ldm.tracking.run, "WandbRun", made)
+    wandb_run = MagicMock()
+    monkeypatch.setattr(ldm.tracking.run, "WandbRun", wandb_run)
     ended = data(f"data.path={pets}", "features=none", "logger=wandb")
     assert ended.code == 0, ended
-    run = made.return_value
-    assert made.call_args.kwargs["name"] == "data/pets"
+    run = wandb_run.return_value
+    assert wandb_run.call_args.kwargs["name"] == "data/pets"
     assert run.log_images.call_args.args[0] == "contact sheet" and run.finish.called
     calls = (run.log_summary, run.use_artifact, run.log_artifact)
     (summary,), (used,), (logged,) = (call.call_args.args for call in calls)
@@ -158,7 +160,7 @@ def test_wandb_receives_metrics_and_contact_sheet(data, pets, monkeypatch):
         ("data.path=nowhere", "data.path=nowhere is not a folder"),
     ],
 )
-def test_mistakes_are_one_paragraph(data, pets, tmp_path, option, message):
+def test_invalid_options_are_refused_in_one_line(data, pets, tmp_path, option, message):
     ended = data(f"data.path={pets}", option)
     assert ended.code == 2 and message in ended.err and ended.err.count("\n") == 1, ended
     assert not (tmp_path / "runs").exists() and not (tmp_path / "cache").exists(), "refused before any work"

@@ -33,16 +33,16 @@ def latents() -> None:
 
 @pytest.fixture(scope="module")
 def images(make_images, tmp_path_factory) -> ImageData:
-    """Sixty images of 8 pixels."""
-    place = tmp_path_factory.mktemp("latents")
-    make_images(place / "squares", 60, size=8)
-    return prepare(ImageFolder(place / "squares"), resolution=8, cache_dir=place, val_fraction=0.2, progress=False)
+    """60 images of 8 x 8 pixels."""
+    folder = tmp_path_factory.mktemp("latents")
+    make_images(folder / "squares", 60, size=8)
+    return prepare(ImageFolder(folder / "squares"), resolution=8, cache_dir=folder, val_fraction=0.2, progress=False)
 
 
 @pytest.fixture(scope="module")
 def trained(images, tmp_path_factory) -> Path:
     """One run of each stage, with an autoencoder initialised as a PCA with 4 channels, one of which is dead."""
-    place = tmp_path_factory.mktemp("trained")
+    folder = tmp_path_factory.mktemp("trained")
     torch.manual_seed(0)
     model = PatchAutoencoderKL(patch=2, latent_channels=4, block_out_channels=(8,), norm_num_groups=4, sample_size=8)
     model.init_shortcut(images.batch(images.train_indices))
@@ -50,10 +50,10 @@ def trained(images, tmp_path_factory) -> Path:
         for layer in (model.shortcut_in.weight, model.shortcut_in.bias):
             layer[DEAD] = 0
         model.core.quant_conv.bias[4 + DEAD] = 0
-    finished_run(place / "runs/vae/first", "vae", images, model)
-    finished_run(place / "runs/diffusion/first", "diffusion", images, model)
-    finished_run(place / "runs/pixels/first", "diffusion", images, IdentityAutoencoder())
-    return place
+    finished_run(folder / "runs/vae/first", "vae", images, model)
+    finished_run(folder / "runs/diffusion/first", "diffusion", images, model)
+    finished_run(folder / "runs/pixels/first", "diffusion", images, IdentityAutoencoder())
+    return folder
 
 
 @pytest.fixture
@@ -65,48 +65,49 @@ def runs(trained, tmp_path, monkeypatch) -> dict[str, Run]:
 
 
 def colours(file: Path) -> int:
-    with Image.open(file) as picture:
-        return len(picture.convert("RGB").getcolors(10_000_000))
+    with Image.open(file) as image:
+        return len(image.convert("RGB").getcolors(10_000_000))
 
 
-def test_a_run(call, runs, images, monkeypatch):
+def test_report_of_a_run_equals_direct_computation(call, runs, images, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     run = runs["vae"]
     ended = call(latents, f"run={run.path}", "device=cpu", "batch_size=7")
     assert ended.code == 0, ended
-    found = json.loads((run.path / "latents_report.json").read_text())
-    chosen = images.train_indices
-    mean, log_variance = run.autoencoder().encode(images.batch(chosen))
+    report = json.loads((run.path / "latents_report.json").read_text())
+    indices = images.train_indices
+    mean, log_variance = run.autoencoder().encode(images.batch(indices))
     expected = channel_statistics(mean, log_variance)
-    assert found["images"] == f"{images.name}/train@{images.fingerprint[:8]}"
-    assert found["num_images"] == len(chosen) and found["latent_shape"] == [4, 4, 4] and found["factor"] == 2
-    assert [row["channel"] for row in found["channels"]] == [0, 1, 2, 3]
+    assert report["images"] == f"{images.name}/train@{images.fingerprint[:8]}"
+    assert report["num_images"] == len(indices) and report["latent_shape"] == [4, 4, 4] and report["factor"] == 2
+    assert [row["channel"] for row in report["channels"]] == [0, 1, 2, 3]
     for name in ("kl_bits", "information_bits", "mean", "std", "signal_share"):
-        values = [row[name] for row in found["channels"]]
+        values = [row[name] for row in report["channels"]]
         np.testing.assert_allclose(values, getattr(expected, name), rtol=1e-4, atol=1e-5)
-    assert found["kl_bits"] == pytest.approx(expected.kl_bits.sum().item(), rel=1e-4)
-    assert found["dead"] == [DEAD] and [row["dead"] for row in found["channels"]].index(True) == DEAD
-    between, whole = found["spectrum"]["channels"], found["spectrum"]["latents"]
-    assert len(between["eigenvalues"]) == 4 and len(whole["eigenvalues"]) == min(len(chosen), 64)
-    assert between["effective_rank"] == pytest.approx(3, abs=0.2), "components of a PCA have no correlation"
-    assert between["components"]["0.99"] == 3 and whole["participation_ratio"] < whole["effective_rank"] < len(chosen)
-    assert found["recommendation"]["rule"] == "dead" and found["recommendation"]["latent_channels"] == 3
+    assert report["kl_bits"] == pytest.approx(expected.kl_bits.sum().item(), rel=1e-4)
+    assert report["dead"] == [DEAD] and [row["dead"] for row in report["channels"]].index(True) == DEAD
+    across_channels, full = report["spectrum"]["channels"], report["spectrum"]["latents"]
+    assert len(across_channels["eigenvalues"]) == 4 and len(full["eigenvalues"]) == min(len(indices), 64)
+    assert across_channels["effective_rank"] == pytest.approx(3, abs=0.2), "components of a PCA are uncorrelated"
+    assert across_channels["components"]["0.99"] == 3
+    assert full["participation_ratio"] < full["effective_rank"] < len(indices)
+    assert report["recommendation"]["rule"] == "dead" and report["recommendation"]["latent_channels"] == 3
 
-    held_out = found["held_out"]
+    held_out = report["held_out"]
     originals = images.batch(images.val_indices)
-    pca = pca_reconstruction(images.batch(chosen), originals, factor=2, channels=4)
+    pca = pca_reconstruction(images.batch(indices), originals, factor=2, channels=4)
     reconstructed = run.autoencoder().decode(run.autoencoder().encode(originals)[0])
     assert held_out["num_images"] == len(originals)
     assert held_out["psnr_db"] == pytest.approx(psnr(originals, reconstructed).mean().item(), abs=1e-3)
     assert held_out["pca_psnr_db"] == pytest.approx(psnr(originals, pca).mean().item(), abs=1e-3)
     curve = dict(zip(*held_out["pca_curve"].values(), strict=True))
-    equal = held_out["pca_channels_of_equal_psnr"]
-    assert curve[equal] >= held_out["psnr_db"] > curve.get(equal - 1, 0) and list(curve) == list(range(1, 13))
+    count = held_out["pca_channels_of_equal_psnr"]
+    assert curve[count] >= held_out["psnr_db"] > curve.get(count - 1, 0) and list(curve) == list(range(1, 13))
 
     for text in ("kl_bits", "std"):
-        assert all(f"{row[text]:.{1 if text == 'kl_bits' else 3}f}" in ended.out for row in found["channels"])
+        assert all(f"{row[text]:.{1 if text == 'kl_bits' else 3}f}" in ended.out for row in report["channels"])
     assert ended.out.count(" dead ") >= 1 and "latents: effective rank " in ended.out
-    assert f"Recommendation: {found['recommendation']['text']}" in ended.out
+    assert f"Recommendation: {report['recommendation']['text']}" in ended.out
     assert f"{held_out['psnr_db']:.2f} dB" in ended.out and f"{held_out['pca_psnr_db']:.2f} dB" in ended.out
     assert colours(run.path / "latents.png") > 200 and colours(run.path / "latents_channels.png") > 50
 
@@ -115,24 +116,24 @@ def test_diffusion_run_reports_the_same_autoencoder(runs, monkeypatch):
     drawn = []
     monkeypatch.setattr(latents_report, "plot_latents", lambda _, z_raw: drawn.append(z_raw))
     options = {"device": CPU, "split": "val", "num_images": 4}
-    one, other, third = (
+    first, second, other_seed = (
         measure_latents(runs[name], **options, batch_size=size, seed=seed)
         for name, size, seed in (("vae", 2, 3), ("diffusion", 64, 3), ("vae", 2, 4))
     )
-    assert one.content["num_images"] == 4 and "/val@" in one.content["images"]
+    assert first.content["num_images"] == 4 and "/val@" in first.content["images"]
     torch.testing.assert_close(drawn[0], drawn[1], rtol=1e-4, atol=1e-4)
-    assert one.content["kl_bits"] == pytest.approx(other.content["kl_bits"], rel=1e-4)
-    assert one.content["held_out"]["pca_psnr_db"] == pytest.approx(other.content["held_out"]["pca_psnr_db"])
-    assert third.content["kl_bits"] != pytest.approx(one.content["kl_bits"])
+    assert first.content["kl_bits"] == pytest.approx(second.content["kl_bits"], rel=1e-4)
+    assert first.content["held_out"]["pca_psnr_db"] == pytest.approx(second.content["held_out"]["pca_psnr_db"])
+    assert other_seed.content["kl_bits"] != pytest.approx(first.content["kl_bits"])
 
 
 def test_pca_curve_equals_separate_pcas():
     generator = torch.Generator().manual_seed(0)
     train, held_out = (0.5 * torch.randn(count, 3, 8, 8, generator=generator) for count in (40, 5))
     counts = [1, 2, 7, 11, 12]
-    found = pca_curve(patch_components(train.split(9), 2), held_out, 2, counts)
-    assert found.shape == (5, 5)
-    for values, count in zip(found, counts, strict=True):
+    curves = pca_curve(patch_components(train.split(9), 2), held_out, 2, counts)
+    assert curves.shape == (5, 5)
+    for values, count in zip(curves, counts, strict=True):
         expected = psnr(held_out, pca_reconstruction(train, held_out, factor=2, channels=count))
         torch.testing.assert_close(values, expected, rtol=0, atol=1e-3)
 
@@ -145,9 +146,9 @@ def test_move_channel_shifts_one_channel_everywhere(runs, monkeypatch):
     moved = move_channel(autoencoder, mean, 1, std=0.3)
     assert moved.shape == (2, 3, 3, 8, 8)
     torch.testing.assert_close(moved[:, 1], decode(mean))
-    for by, z_raw in zip(MOVES, seen[0].unflatten(0, (2, 3)).unbind(1), strict=True):
+    for move, z_raw in zip(MOVES, seen[0].unflatten(0, (2, 3)).unbind(1), strict=True):
         difference = z_raw - mean
-        torch.testing.assert_close(difference[:, 1], torch.full((2, 4, 4), 0.3 * by))
+        torch.testing.assert_close(difference[:, 1], torch.full((2, 4, 4), 0.3 * move))
         assert not difference[:, [0, 2, 3]].any()
 
 
@@ -156,12 +157,12 @@ def test_only_the_most_informative_channels_are_moved(runs, monkeypatch):
     monkeypatch.setattr(latents_report, "plot_channels", lambda _, moved, moves: seen.extend(moved))
     monkeypatch.setattr(latents_report, "MOVED_CHANNELS", 2)
     report = measure_latents(runs["vae"], device=CPU)
-    held = [row["information_bits"] for row in report.content["channels"]]
-    assert set(seen) == set(np.argsort(held)[-2:].tolist()) and DEAD not in seen
+    bits = [row["information_bits"] for row in report.content["channels"]]
+    assert set(seen) == set(np.argsort(bits)[-2:].tolist()) and DEAD not in seen
 
 
 def test_autoencoder_without_signal_is_reported(runs, monkeypatch, tmp_path):
-    monkeypatch.setattr(Autoencoder, "encode", lambda _, part: (torch.zeros(len(part), 4, 4, 4),) * 2)
+    monkeypatch.setattr(Autoencoder, "encode", lambda _, batch: (torch.zeros(len(batch), 4, 4, 4),) * 2)
     report = measure_latents(runs["vae"], device=CPU)
     assert report.content["dead"] == [0, 1, 2, 3] and report.content["recommendation"]["rule"] == "all_dead"
     assert report.content["spectrum"]["channels"]["effective_rank"] == 0
@@ -171,13 +172,13 @@ def test_autoencoder_without_signal_is_reported(runs, monkeypatch, tmp_path):
 def test_latents_without_variance_or_not_finite_are_refused(runs, monkeypatch):
     with pytest.raises(UserError, match="IdentityAutoencoder of .* predicts no variance"):
         measure_latents(runs["pixels"], device=CPU)
-    monkeypatch.setattr(Autoencoder, "encode", lambda _, part: (torch.full((len(part), 4, 4, 4), torch.nan),) * 2)
+    monkeypatch.setattr(Autoencoder, "encode", lambda _, batch: (torch.full((len(batch), 4, 4, 4), torch.nan),) * 2)
     with pytest.raises(UserError, match="latents of 5 of 5 images are not finite"):
         measure_latents(runs["vae"], device=CPU, num_images=5)
 
 
 @pytest.mark.parametrize(
-    ("argument", "said"),
+    ("argument", "message"),
     [
         ("split=test", "split=test is unknown. Choose one of: val, train"),
         ("num_images=1", "num_images=1 must be 2 or more"),
@@ -186,7 +187,7 @@ def test_latents_without_variance_or_not_finite_are_refused(runs, monkeypatch):
         ("batch_size=0", "batch_size=0 must be 1 or more"),
     ],
 )
-def test_invalid_command_line_options_are_refused(call, runs, monkeypatch, argument, said):
-    monkeypatch.setattr(Autoencoder, "encode", lambda *_: pytest.fail("computed first"))
+def test_invalid_command_line_options_are_refused(call, runs, monkeypatch, argument, message):
+    monkeypatch.setattr(Autoencoder, "encode", lambda *_: pytest.fail("encoded before the options were checked"))
     ended = call(latents, f"run={runs['vae'].path}", "device=cpu", argument)
-    assert ended.code == 2 and said in ended.err and ended.err.count("\n") == 1, ended
+    assert ended.code == 2 and message in ended.err and ended.err.count("\n") == 1, ended

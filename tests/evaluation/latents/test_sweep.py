@@ -39,7 +39,7 @@ def latents() -> None:
 
 
 @pytest.fixture(autouse=True)
-def in_place(tmp_path, monkeypatch) -> None:
+def working_folder(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
 
@@ -49,12 +49,12 @@ def trainings(sizes: str = "f4c4,f8c16", losses: tuple[str, ...] = ("plain",), m
     return plan_trainings(parse_sizes(sizes, 32), list(losses), Path("a sweep"), minutes, common)
 
 
-def test_parse_sizes_lists_and_times():
+def test_sizes_lists_and_times_are_parsed_and_formatted():
     assert parse_sizes("f4c4, f8c16,f1c3,f4c4", 32) == [LatentSize(4, 4), LatentSize(8, 16), LatentSize(1, 3)]
     assert [str(size) for size in parse_sizes("f16c32", 64)] == ["f16c32"]
     assert parse_list(None) == parse_list("[]") == []
-    typed = ["batch_size=64", "optimizer.build.betas=[0.9,0.95]", "a='b,c'"]
-    assert parse_list(f"[{', '.join(typed)}]") == typed
+    overrides = ["batch_size=64", "optimizer.build.betas=[0.9,0.95]", "a='b,c'"]
+    assert parse_list(f"[{', '.join(overrides)}]") == overrides
     assert [as_time(minutes) for minutes in (0.05, 2, 90.5)] == ["00:00:03", "00:02:00", "01:30:30"]
     names = [training.name for training in trainings(losses=("plain", "adversarial"))]
     assert names == ["f4c4-plain", "f4c4-adversarial", "f8c16-plain", "f8c16-adversarial"]
@@ -78,53 +78,54 @@ def test_planned_training_has_the_stated_latent_size(name, loss):
 
 
 @pytest.fixture
-def trained(monkeypatch) -> dict[str, list]:
-    """Exit codes for the next trainings (0 when exhausted), and the commands of all started trainings."""
-    seen: dict[str, list] = {"codes": [], "commands": []}
+def fake_training(monkeypatch) -> dict[str, list]:
+    """Replace training processes by a function that returns the given exit codes (then 0) and records its commands."""
+    record: dict[str, list] = {"codes": [], "commands": []}
 
     def train(command, _):
-        """Replace the training process: create a run folder, finished if the exit code is 0."""
-        seen["commands"].append(command)
-        given, code = dict(argument.split("=", 1) for argument in command[2:]), next(iter(seen["codes"]), 0)
-        del seen["codes"][:1]
+        """Create a run folder instead of training; the run is finished if the exit code is 0."""
+        record["commands"].append(command)
+        arguments, code = dict(argument.split("=", 1) for argument in command[2:]), next(iter(record["codes"]), 0)
+        del record["codes"][:1]
         options = [option for option in command[2:] if not option.startswith(("name=", "runs_dir=", "resume="))]
         facts = {"stage": "vae", "finished": None if code else 1.0, "options": options}
-        Run.create(Path(given["runs_dir"], "vae", given["name"]), OmegaConf.create({}), facts)
+        Run.create(Path(arguments["runs_dir"], "vae", arguments["name"]), OmegaConf.create({}), facts)
         if code == 130:
             raise signals.Interrupted(2)
         return code
 
     monkeypatch.setattr(child, "run_python", train)
-    return seen
+    return record
 
 
-def test_finished_trainings_are_skipped_and_interrupted_ones_resumed(trained, capsys):
-    trained["codes"] = [0, 130]
+def test_finished_trainings_are_skipped_and_interrupted_ones_resumed(fake_training, capsys):
+    fake_training["codes"] = [0, 130]
     with pytest.raises(KeyboardInterrupt):
         run_trainings(trainings())
     assert re.search(r"f8c16-plain, 2 of 2: .*2 minutes", capsys.readouterr().out)
     run_trainings(trainings("f4c4,f4c8,f8c16"))
-    first, again = (command for command in trained["commands"] if "name=f8c16-plain" in command)
-    assert len(trained["commands"]) == 4 and again == [*first, "resume=true"]
+    first, resumed = (command for command in fake_training["commands"] if "name=f8c16-plain" in command)
+    assert len(fake_training["commands"]) == 4 and resumed == [*first, "resume=true"]
     printed = capsys.readouterr().out
-    assert re.search(r"3 trainings, 1 of them .*finished", printed)
+    assert re.search(r"3 training runs, 1 of them .*finished", printed)
     assert re.search(r"f4c8-plain, 1 of 2: .*4 minutes", printed)
 
 
-def test_failed_training_stops_the_sweep_and_keeps_finished_runs(trained):
-    trained["codes"] = [0, 2]
+def test_failed_training_stops_the_sweep_and_keeps_finished_runs(fake_training):
+    fake_training["codes"] = [0, 2]
     with pytest.raises(UserError, match="The training f8c16-plain ended with exit code 2") as e:
         run_trainings(trainings("f4c4,f8c16,f4c8"))
-    assert shlex.join(["python", *trained["commands"][-1]]) in str(e.value) and len(trained["commands"]) == 2
+    assert len(fake_training["commands"]) == 2
+    assert shlex.join(["python", *fake_training["commands"][-1]]) in str(e.value)
     assert Run.open("a sweep/vae/f4c4-plain").finished
 
 
 @pytest.mark.parametrize("other", [{"minutes": 3}, {"extra": ("seed=1",)}])
-def test_other_options_are_refused_before_any_training(trained, other):
+def test_other_options_are_refused_before_any_training(fake_training, other):
     run_trainings(trainings("f8c16"))
     with pytest.raises(UserError, match="with other options: .*(max_time 00:03:00|seed 1).*Choose another name="):
         run_trainings(trainings("f4c4,f8c16", **other))
-    assert len(trained["commands"]) == 1
+    assert len(fake_training["commands"]) == 1
 
 
 def test_child_process_does_not_inherit_hydra_full_error(monkeypatch):
@@ -147,25 +148,25 @@ def row(size: str, psnr_db: float, loss: str = "plain", fd: float | None = None)
 
 
 SIZES = [row("f4c16", 28), row("f4c4", 25.5), row("f8c16", 26), row("f8c4", 20)]
-PLAIN, GAME = row("f4c4", 26, fd=9), row("f4c4", 25.2, "adversarial", fd=4)
+PLAIN, ADVERSARIAL = row("f4c4", 26, fd=9), row("f4c4", 25.2, "adversarial", fd=4)
 
 
 @pytest.mark.parametrize(
     ("rows", "target", "rule", "name"),
     [
-        (SIZES, 25.0, "smallest", "f8c16-plain"),  # as small as f4c4, and better
+        (SIZES, 25.0, "smallest", "f8c16-plain"),  # as small as f4c4, with a higher PSNR
         (SIZES, 27, "smallest", "f4c16-plain"),
         (SIZES, 19, "smallest", "f8c4-plain"),
         (SIZES, 30, "best", "f4c16-plain"),
-        ([PLAIN, GAME], 25, "smallest", "f4c4-adversarial"),
-        ([PLAIN, GAME], 25.5, "smallest", "f4c4-plain"),  # the other one does not reach the target
-        ([PLAIN, {**GAME, "features_in_loss": True}], 25, "smallest", "f4c4-plain"),
+        ([PLAIN, ADVERSARIAL], 25, "smallest", "f4c4-adversarial"),
+        ([PLAIN, ADVERSARIAL], 25.5, "smallest", "f4c4-plain"),  # the adversarial run does not reach the target
+        ([PLAIN, {**ADVERSARIAL, "features_in_loss": True}], 25, "smallest", "f4c4-plain"),
     ],
 )
 def test_recommend_smallest_size_that_reaches_the_target(rows, target, rule, name):
-    found = recommend_size(rows, target)
-    assert (found["rule"], found["name"], found["size"]) == (rule, name, name.partition("-")[0])
-    assert f"target_psnr_db={target:g}" in found["text"] and ("no size reaches" in found["text"]) == (rule == "best")
+    advice = recommend_size(rows, target)
+    assert (advice["rule"], advice["name"], advice["size"]) == (rule, name, name.partition("-")[0])
+    assert f"target_psnr_db={target:g}" in advice["text"] and ("no size reaches" in advice["text"]) == (rule == "best")
 
 
 def test_sweep_command(call, make_images, tmp_path, monkeypatch):
@@ -176,42 +177,42 @@ def test_sweep_command(call, make_images, tmp_path, monkeypatch):
     options = [*data, "data.val_fraction=0.2", f"train=[{TINY}]", "features=none", "device=cpu", "name=mine"]
     ended = call(latents, "sweep=f2c3,f4c4", "minutes=1", "target_psnr_db=5", *options)
     assert ended.code == 0, ended
-    place = Path("runs/sweeps/mine")
-    written = json.loads((place / "sweep.json").read_text())
-    found = written["report"]
-    small, large = sorted(found["rows"], key=lambda r: r["num_values"])
+    folder = Path("runs/sweeps/mine")
+    content = json.loads((folder / "sweep.json").read_text())
+    report = content["report"]
+    small, large = sorted(report["rows"], key=lambda r: r["num_values"])
     assert (small["size"], small["latent_shape"], small["compression"]) == ("f4c4", [4, 4, 4], 12)
     assert (large["size"], large["num_values"], large["steps"]) == ("f2c3", 192, 3)
     for measured in (small, large):
         run = Run.open(measured["run"])
-        assert run.finished and run.path == place / "vae" / f"{measured['size']}-plain"
+        assert run.finished and run.path == folder / "vae" / f"{measured['size']}-plain"
         assert measured["psnr_db"] == pytest.approx(run.facts["figures"]["psnr_db"], abs=0.05)
         assert measured["kl_bits"] > 0 and measured["fd"] is None
-        curve = found["pca"][str(measured["factor"])]
-        of_its_size = dict(zip(curve["num_values"], curve["psnr_db"], strict=True))[measured["num_values"]]
-        assert measured["pca_psnr_db"] == pytest.approx(of_its_size, abs=1e-3)
+        curve = report["pca"][str(measured["factor"])]
+        baseline = dict(zip(curve["num_values"], curve["psnr_db"], strict=True))[measured["num_values"]]
+        assert measured["pca_psnr_db"] == pytest.approx(baseline, abs=1e-3)
         assert f"{measured['psnr_db']:.2f}" in ended.out and f"{measured['gain_db']:+.2f}" in ended.out
-        assert set(written["trainings"][measured["name"]]) < set(run.facts["options"])
-    chosen = Run.open(place / "vae/f4c4-plain")
-    for said in (
+        assert set(content["trainings"][measured["name"]]) < set(run.facts["options"])
+    recommended = Run.open(folder / "vae/f4c4-plain")
+    for text in (
         f"Recommendation: {small['size']}",
         "autoencoder.model.latent_channels=4",
         "trainer.max_time=00:10:00",
-        chosen.next_training_command(),
+        recommended.next_training_command(),
         "f2c3-plain, 1 of 2: at most 2 minutes",
     ):
-        assert said in ended.out
-    assert (place / "sweep.png").stat().st_size > 10_000
-    codes = {**found, "rows": [{**measured, "kl_bits": None} for measured in found["rows"]]}
-    assert len(plot_size_sweep(found).axes) == 2 and len(plot_size_sweep(codes).axes) == 1
+        assert text in ended.out
+    assert (folder / "sweep.png").stat().st_size > 10_000
+    without_rate = {**report, "rows": [{**measured, "kl_bits": None} for measured in report["rows"]]}
+    assert len(plot_size_sweep(report).axes) == 2 and len(plot_size_sweep(without_rate).axes) == 1
 
-    monkeypatch.setattr(child, "run_python", lambda *_: pytest.fail("it is finished"))
-    again = call(latents, "sweep=f4c4", "minutes=1", "target_psnr_db=99", *options)
-    assert again.code == 0 and "no size reaches" in again.out, again
+    monkeypatch.setattr(child, "run_python", lambda *_: pytest.fail("a finished training was started again"))
+    repeated = call(latents, "sweep=f4c4", "minutes=1", "target_psnr_db=99", *options)
+    assert repeated.code == 0 and "no size reaches" in repeated.out, repeated
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ([], "either run="),
         (["run=somewhere", "sweep=f4c4"], "either run="),
@@ -230,7 +231,7 @@ def test_sweep_command(call, make_images, tmp_path, monkeypatch):
         (["sweep=f4c4", "data.resolution=big"], "data.resolution=big must be a whole number"),
     ],
 )
-def test_invalid_command_line_options_are_refused(call, monkeypatch, arguments, said):
-    monkeypatch.setattr(child, "run_python", lambda *_: pytest.fail("trained first"))
+def test_invalid_command_line_options_are_refused(call, monkeypatch, arguments, message):
+    monkeypatch.setattr(child, "run_python", lambda *_: pytest.fail("trained before the options were checked"))
     ended = call(latents, *arguments)
-    assert ended.code == 2 and said in ended.err and ended.err.count("\n") == 1, ended
+    assert ended.code == 2 and message in ended.err and ended.err.count("\n") == 1, ended

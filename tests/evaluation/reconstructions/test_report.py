@@ -65,12 +65,12 @@ def evaluate() -> None:
 
 @pytest.fixture(scope="module")
 def trained(make_images, tmp_path_factory) -> Path:
-    """Images of 8 pixels in two classes, and runs with a KL autoencoder and one with a codebook, near a PCA."""
-    place = tmp_path_factory.mktemp("reconstructions")
+    """8 x 8 images in two classes, and two runs initialised as a PCA: a KL autoencoder and one with a codebook."""
+    folder = tmp_path_factory.mktemp("reconstructions")
     for seed, name in enumerate(("cat", "dog")):
-        make_images(place / "pets" / name, 60, size=8, seed=seed)
-    source = ImageFolder(place / "pets")
-    images = prepare(source, resolution=8, cache_dir=place / "cache", val_fraction=0.3, progress=False)
+        make_images(folder / "pets" / name, 60, size=8, seed=seed)
+    source = ImageFolder(folder / "pets")
+    images = prepare(source, resolution=8, cache_dir=folder / "cache", val_fraction=0.3, progress=False)
     torch.manual_seed(0)
     options = {"patch": 2, "latent_channels": 4, "block_out_channels": (8,), "norm_num_groups": 4, "sample_size": 8}
     models = {"kl": PatchAutoencoderKL(**options), "vq": PatchVQModel(**options, num_vq_embeddings=16)}
@@ -79,12 +79,12 @@ def trained(make_images, tmp_path_factory) -> Path:
         torch.nn.init.normal_(model.core.decoder.conv_out.bias, std=0.02)
         if name == "vq":
             torch.nn.init.normal_(model.core.quantize.embedding.weight)
-        finished_run(place / "runs/vae" / name, "vae", images, model.eval(), name=name)
-    return place
+        finished_run(folder / "runs/vae" / name, "vae", images, model.eval(), name=name)
+    return folder
 
 
 @pytest.fixture
-def opened(trained, tmp_path, monkeypatch):
+def open_run(trained, tmp_path, monkeypatch):
     """Return a function that opens a copy of a run by name and updates its facts. LPIPS is not available."""
     (cache,) = (trained / "cache").glob("pets-*")
     shutil.copytree(cache, tmp_path / "pets")
@@ -95,12 +95,12 @@ def opened(trained, tmp_path, monkeypatch):
         reconstruction_report, "LPIPS", Mock(side_effect=UserError("perceptual=lpips needs a network."))
     )
 
-    def opened(name: str = "kl", **facts) -> Run:
+    def open_run(name: str = "kl", **facts) -> Run:
         run = Run.open(tmp_path / "runs/vae" / name)
         run.update(data_cache=str(tmp_path / "pets"), **facts)
         return run
 
-    return opened
+    return open_run
 
 
 def reconstruct(run: Run) -> tuple[ImageData, torch.Tensor, torch.Tensor]:
@@ -110,98 +110,98 @@ def reconstruct(run: Run) -> tuple[ImageData, torch.Tensor, torch.Tensor]:
     return images, originals, autoencoder.decode(autoencoder.encode(originals)[0])
 
 
-def test_metrics_equal_brute_force(opened):
-    run = opened()
+def test_metrics_equal_brute_force(open_run):
+    run = open_run()
     images, originals, reconstructed = reconstruct(run)
-    found = measure_reconstructions(run, device=CPU, features="mean_colours", batch_size=7).to_json()
+    metrics = measure_reconstructions(run, device=CPU, features="mean_colours", batch_size=7).to_json()
     n = len(originals)
-    assert (found["num_images"], found["images"]) == (n, f"pets/val@{images.fingerprint[:8]}") and n >= 24
+    assert (metrics["num_images"], metrics["images"]) == (n, f"pets/val@{images.fingerprint[:8]}") and n >= 24
     for key, values in (("psnr_db", psnr(originals, reconstructed)), ("ssim", ssim(originals, reconstructed))):
-        assert found[key] == pytest.approx(values.mean().item(), rel=1e-4)
-        assert found[f"{key}_standard_error"] == pytest.approx(values.std().item() / n**0.5, rel=1e-3)
+        assert metrics[key] == pytest.approx(values.mean().item(), rel=1e-4)
+        assert metrics[f"{key}_standard_error"] == pytest.approx(values.std().item() / n**0.5, rel=1e-3)
     pca = pca_reconstruction(images.batch(images.train_indices), originals, factor=2, channels=4)
-    assert found["pca_psnr_db"] == pytest.approx(psnr(originals, pca).mean().item(), abs=1e-3)
+    assert metrics["pca_psnr_db"] == pytest.approx(psnr(originals, pca).mean().item(), abs=1e-3)
 
     network = MeanColours()
-    own, made, train = (network(x) for x in (originals, reconstructed, images.batch(images.train_indices)))
-    assert (found["features"], found["feature_dim"], found["fd_components"]) == ("mean_colours", 12, None)
-    assert (found["reference"], found["num_reference"]) == (f"pets/train@{images.fingerprint[:8]}", len(train))
-    assert found["fd_reconstructions"] == pytest.approx(frechet_distance(made, own), rel=1e-3)
-    assert found["fd_validation"] == pytest.approx(frechet_distance(own, train), rel=1e-3)
-    assert next(images.path.glob("features-mean_colours-*.npy")) and found["features_key"] == "mean_colours"
-    assert found["weights_sha256"] == run.autoencoder().weights_sha256()
-    assert 0 < found["fd_reconstructions_standard_error"] < found["fd_reconstructions"]
-    assert found["fd_validation_standard_error"] > 0
-    # the same images in another order fall into other subsets
-    assert found["kd_reconstructions"] == pytest.approx(kernel_distance(made, own, paired=True)[0], abs=0.05)
-    assert found["kd_validation"] == pytest.approx(0, abs=0.3) and found["kd_validation_standard_error"] > 0
+    original, decoded, train = (network(x) for x in (originals, reconstructed, images.batch(images.train_indices)))
+    assert (metrics["features"], metrics["feature_dim"], metrics["fd_components"]) == ("mean_colours", 12, None)
+    assert (metrics["reference"], metrics["num_reference"]) == (f"pets/train@{images.fingerprint[:8]}", len(train))
+    assert metrics["fd_reconstructions"] == pytest.approx(frechet_distance(decoded, original), rel=1e-3)
+    assert metrics["fd_validation"] == pytest.approx(frechet_distance(original, train), rel=1e-3)
+    assert next(images.path.glob("features-mean_colours-*.npy")) and metrics["features_key"] == "mean_colours"
+    assert metrics["weights_sha256"] == run.autoencoder().weights_sha256()
+    assert 0 < metrics["fd_reconstructions_standard_error"] < metrics["fd_reconstructions"]
+    assert metrics["fd_validation_standard_error"] > 0
+    # the order of the images, and with it the subsets, is different here
+    assert metrics["kd_reconstructions"] == pytest.approx(kernel_distance(decoded, original, paired=True)[0], abs=0.05)
+    assert metrics["kd_validation"] == pytest.approx(0, abs=0.3) and metrics["kd_validation_standard_error"] > 0
 
     mean, log_variance = run.autoencoder().encode(originals)
     posterior = torch.distributions.Normal(mean, (0.5 * log_variance).exp())
     nats = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).sum((1, 2, 3)).mean()
-    assert found["kl_nats"] == pytest.approx(nats.item(), rel=1e-4)
-    assert found["kl_bits"] == pytest.approx(nats.item() / math.log(2), rel=1e-4)
-    assert found["kl_bits_per_value"] == pytest.approx(found["kl_bits"] / 192)
-    assert found["regulariser"] == "kl" and found["codebook_size"] is None and found["lpips"] is None
+    assert metrics["kl_nats"] == pytest.approx(nats.item(), rel=1e-4)
+    assert metrics["kl_bits"] == pytest.approx(nats.item() / math.log(2), rel=1e-4)
+    assert metrics["kl_bits_per_value"] == pytest.approx(metrics["kl_bits"] / 192)
+    assert metrics["regulariser"] == "kl" and metrics["codebook_size"] is None and metrics["lpips"] is None
 
 
 def test_few_images_use_principal_components_of_training_images():
     generator = torch.Generator().manual_seed(0)
-    own, train = (torch.randn(n, 40, generator=generator) for n in (30, 90))
-    made = own + 0.2 * torch.randn(own.shape, generator=generator)
-    found = reconstruction_distances(made, own, train)
+    originals, train = (torch.randn(n, 40, generator=generator) for n in (30, 90))
+    reconstructed = originals + 0.2 * torch.randn(originals.shape, generator=generator)
+    metrics = reconstruction_distances(reconstructed, originals, train)
     mean, basis = feature_components(train, 15)
-    expected = [(x.double() - mean) @ basis for x in (made, own, train)]
-    assert found["fd_components"] == 15
-    assert found["fd_reconstructions"].value == pytest.approx(frechet_distance(*expected[:2]), rel=1e-9)
-    assert found["fd_validation"].value == pytest.approx(frechet_distance(*expected[1:]), rel=1e-9)
-    assert found["kd_reconstructions"] == Metric(*kernel_distance(made, own, paired=True))
+    expected = [(x.double() - mean) @ basis for x in (reconstructed, originals, train)]
+    assert metrics["fd_components"] == 15
+    assert metrics["fd_reconstructions"].value == pytest.approx(frechet_distance(*expected[:2]), rel=1e-9)
+    assert metrics["fd_validation"].value == pytest.approx(frechet_distance(*expected[1:]), rel=1e-9)
+    assert metrics["kd_reconstructions"] == Metric(*kernel_distance(reconstructed, originals, paired=True))
     many = torch.randn(200, 120, generator=generator)
     assert reconstruction_distances(many, many, many)["fd_components"] == 64
-    few = reconstruction_distances(made[:7], own[:7], train)
+    few = reconstruction_distances(reconstructed[:7], originals[:7], train)
     assert few["fd_components"] == 3 and not few["kd_reconstructions"].is_measured
     assert few["fd_reconstructions"].standard_error > 0
-    fewest = reconstruction_distances(made[:3], own[:3], train)["fd_reconstructions"]
+    fewest = reconstruction_distances(reconstructed[:3], originals[:3], train)["fd_reconstructions"]
     assert not fewest.is_measured
 
 
-def test_a_codebook(opened):
-    run = opened("vq")
+def test_codebook_usage_and_perplexity(open_run):
+    run = open_run("vq")
     images, originals, _ = reconstruct(run)
     report = measure_reconstructions(run, device=CPU, features="none", batch_size=7)
     codes = run.autoencoder().codes(run.autoencoder().encode(originals)[0]).flatten().tolist()
     share = np.array([codes.count(k) for k in set(codes)]) / len(codes)
-    found = report.to_json()
-    assert found["regulariser"] == "vq" and found["codebook_size"] == 16 and found["kl_bits"] is None
-    assert found["codebook_usage"] == len(share) / 16
-    assert found["codebook_perplexity"] == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-9)
+    metrics = report.to_json()
+    assert metrics["regulariser"] == "vq" and metrics["codebook_size"] == 16 and metrics["kl_bits"] is None
+    assert metrics["codebook_usage"] == len(share) / 16
+    assert metrics["codebook_perplexity"] == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-9)
     assert codebook_metrics(torch.tensor([5, 5, 5, 5, 0, 0, 0, 0]))["codebook_perplexity"] == pytest.approx(4)
 
 
-def test_figure_shows_the_twelve_worst_images(opened, monkeypatch):
-    run, seen = opened(), {}
-    monkeypatch.setattr(reconstruction_report, "plot_reconstructions", lambda *parts: seen.update(enumerate(parts)))
+def test_figure_shows_the_twelve_worst_images(open_run, monkeypatch):
+    run, drawn = open_run(), {}
+    monkeypatch.setattr(reconstruction_report, "plot_reconstructions", lambda *args: drawn.update(enumerate(args)))
     images, originals, reconstructed = reconstruct(run)
     measure_reconstructions(run, device=CPU, features="none")
     values = psnr(originals, reconstructed)
     worst = values.argsort()[:12]
-    torch.testing.assert_close(seen[0], originals[worst])
-    torch.testing.assert_close(seen[1], reconstructed[worst], atol=1e-4, rtol=0)
+    torch.testing.assert_close(drawn[0], originals[worst])
+    torch.testing.assert_close(drawn[1], reconstructed[worst], atol=1e-4, rtol=0)
     names = [images.class_names[images.labels[images.val_indices[i]]] for i in worst]
-    assert seen[2] == [f"{values[i]:.1f} dB {name}" for i, name in zip(worst, names, strict=True)]
-    assert f"12 worst of {len(values)} held-out images" in seen[3]
+    assert drawn[2] == [f"{values[i]:.1f} dB {name}" for i, name in zip(worst, names, strict=True)]
+    assert f"12 worst of {len(values)} held-out images" in drawn[3]
 
 
 def test_error_is_amplified_four_times():
     original = torch.full((1, 3, 4, 4), -0.5)
-    picture = plot_reconstructions(original, original + 0.1, ["1 dB"], "title")
-    middles = [picture.getpixel((64, 96 + 166 * row)) for row in range(3)]
-    assert middles[0] == to_pil(original)[0].getpixel((0, 0)) and middles[1] == pytest.approx((76, 76, 76), abs=1)
-    assert middles[2] == pytest.approx((51, 51, 51), abs=1), "0.4 of the 2 between black and white"
+    figure = plot_reconstructions(original, original + 0.1, ["1 dB"], "title")
+    centres = [figure.getpixel((64, 96 + 166 * row)) for row in range(3)]
+    assert centres[0] == to_pil(original)[0].getpixel((0, 0)) and centres[1] == pytest.approx((76, 76, 76), abs=1)
+    assert centres[2] == pytest.approx((51, 51, 51), abs=1), "an error of 0.4, in a range of 2 from black to white"
 
 
-def test_image_text_prefers_the_caption(opened):
-    images = opened().image_data()
+def test_image_text_prefers_the_caption(open_run):
+    images = open_run().image_data()
     assert image_text(images, 0) == "cat"
     object.__setattr__(images, "captions", ["a sleeping cat", *[None] * (len(images) - 1)])
     assert image_text(images, 0) == "a sleeping cat" and image_text(images, len(images) - 1) == "dog"
@@ -209,48 +209,48 @@ def test_image_text_prefers_the_caption(opened):
     assert image_text(images, 1) == ""
 
 
-def test_the_command(call, opened, monkeypatch):
+def test_command_writes_the_report_and_prints_metrics(call, open_run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    run = opened()
+    run = open_run()
     ended = call(evaluate, f"run={run.path}", "features=mean_colours", "device=cpu", "num_images=24")
     assert ended.code == 0, ended
-    found = json.loads((run.path / "evaluation.json").read_text())
-    with Image.open(run.path / "worst_reconstructions.png") as picture:
-        assert picture.width > 12 * 128 and picture.height > 3 * 128 and len(picture.getcolors(10**6)) > 50
-    assert found["num_images"] == 24 and "evaluation.json" in ended.out and "worst_reconstructions.png" in ended.out
-    fd = [found[f"fd_{name}"] for name in ("reconstructions", "reconstructions_standard_error", "validation")]
-    for text in (f"{found['psnr_db']:.2f}", *(f"{value:.4f}" for value in fd), f"{found['kl_bits']:.1f}"):
+    metrics = json.loads((run.path / "evaluation.json").read_text())
+    with Image.open(run.path / "worst_reconstructions.png") as figure:
+        assert figure.width > 12 * 128 and figure.height > 3 * 128 and len(figure.getcolors(10**6)) > 50
+    assert metrics["num_images"] == 24 and "evaluation.json" in ended.out and "worst_reconstructions.png" in ended.out
+    fd = [metrics[f"fd_{name}"] for name in ("reconstructions", "reconstructions_standard_error", "validation")]
+    for text in (f"{metrics['psnr_db']:.2f}", *(f"{value:.4f}" for value in fd), f"{metrics['kl_bits']:.1f}"):
         assert text in ended.out
     assert "features: mean_colours" in " ".join(ended.out.split())
-    assert f"{found['fd_validation_standard_error']:.4f}" in ended.out
+    assert f"{metrics['fd_validation_standard_error']:.4f}" in ended.out
     assert "N=24, ref=originals of the same 24 images; validation to training: ref=pets/train" in ended.out
     assert "LPIPS was skipped: perceptual=lpips needs a network." in ended.out and "in the loss" not in ended.out
 
 
-def test_only_inception_in_all_dimensions_is_called_fid(opened, monkeypatch):
+def test_only_inception_in_all_dimensions_is_called_fid(open_run, monkeypatch):
     """The table also states the weights, the image size and the library of the features."""
     monkeypatch.setattr(MeanColours, "is_fid", True, raising=False)
     monkeypatch.setattr(MeanColours, "key", "inception-12345678-299px", raising=False)
     monkeypatch.setattr(MeanColours, "library", "pytorch_fid", raising=False)
-    report = measure_reconstructions(opened(), device=CPU, features="mean_colours")
+    report = measure_reconstructions(open_run(), device=CPU, features="mean_colours")
     names = [str(cell) for cell in report.table.columns[0].cells]
     assert report.to_json()["fd_name"] == "FID" and "FID" in names and "KD" in names
-    for said in (report.lines[0], str(report.table.title)):
-        assert "inception-12345678-299px (pytorch_fid)" in said
-    few = measure_reconstructions(opened(), device=CPU, features="mean_colours", num_images=16).to_json()
+    for text in (report.lines[0], str(report.table.title)):
+        assert "inception-12345678-299px (pytorch_fid)" in text
+    few = measure_reconstructions(open_run(), device=CPU, features="mean_colours", num_images=16).to_json()
     assert few["fd_components"] == 8 and few["fd_name"] == "FD on 8 components"
 
 
 @pytest.mark.parametrize("trained_on", ["mean_colours", "lpips"])
-def test_features_of_the_loss_are_marked(opened, trained_on):
-    report = measure_reconstructions(opened(perceptual_features=[trained_on]), device=CPU, features="mean_colours")
+def test_features_of_the_loss_are_marked(open_run, trained_on):
+    report = measure_reconstructions(open_run(perceptual_features=[trained_on]), device=CPU, features="mean_colours")
     assert report.to_json()["features_in_loss"] == ("(used in the loss)" in report.table.title)
     assert report.to_json()["features_in_loss"] == (trained_on == "mean_colours")
 
 
-def test_lpips_is_reported_if_available(opened, monkeypatch):
+def test_lpips_is_reported_if_available(open_run, monkeypatch):
     monkeypatch.setattr(reconstruction_report, "LPIPS", L1)
-    run = opened(perceptual_features=["lpips"])
+    run = open_run(perceptual_features=["lpips"])
     report = measure_reconstructions(run, device=CPU, features="none")
     _, originals, reconstructed = reconstruct(run)
     values = (originals - reconstructed).abs().mean((1, 2, 3))
@@ -262,57 +262,59 @@ def test_lpips_is_reported_if_available(opened, monkeypatch):
     assert without.to_json()["lpips"] is None and "no network" in without.lines[0]
 
 
-def test_features_of_a_classifier(opened, monkeypatch):
+def test_features_of_a_classifier(open_run, monkeypatch):
     monkeypatch.setattr(classifier.load_classifier, "__kwdefaults__", {"seed": 0, "num_steps": 2})
-    run = opened()
+    run = open_run()
     report = measure_reconstructions(run, device=CPU, features="classifier")
     n = report.to_json()["num_images"]
     assert report.to_json()["feature_dim"] == 64 and report.to_json()["fd_components"] == n // 2 < 64
     assert 0 <= report.to_json()["classifier_val_accuracy"] <= 1
     assert "classifier accuracy" in list(report.table.columns[0].cells)
-    again = measure_reconstructions(run, device=CPU, features="classifier")
-    assert again.to_json()["fd_validation"] == report.to_json()["fd_validation"]
+    repeated = measure_reconstructions(run, device=CPU, features="classifier")
+    assert repeated.to_json()["fd_validation"] == report.to_json()["fd_validation"]
 
 
-def test_wandb_receives_metrics_and_figure(call, opened, monkeypatch):
+def test_wandb_receives_metrics_and_figure(call, open_run, monkeypatch):
     wandb_run = Mock()
     monkeypatch.setattr(ldm.tracking.run, "WandbRun", wandb_run)
-    run = opened()
+    run = open_run()
     digest, images = run.autoencoder().weights_sha256(), run.image_data()
     LatentContract(digest, images.fingerprint, 8, 2, 4, images.val_fraction, flip=False).save(run.path)
     ended = call(evaluate, f"run={run.path}", "features=none", "device=cpu", "logger=wandb")
     assert ended.code == 0, ended
     out, options = wandb_run.call_args.args[0], wandb_run.call_args.kwargs
     assert (options["name"], options["group"]) == ("evaluation/vae/kl", "kl")
-    assert out == run.path / "evaluation", "the run's own folder keeps the id of its training"
-    sent = {name: arguments for name, arguments, _ in wandb_run.return_value.method_calls}
+    assert out == run.path / "evaluation", "wandb_id.txt in the run folder is that of the training"
+    calls = {name: arguments for name, arguments, _ in wandb_run.return_value.method_calls}
     metrics = json.loads((run.path / "evaluation.json").read_text())
-    assert sent["log_summary"][0]["psnr_db"] == metrics["psnr_db"] and "lpips" not in sent["log_summary"][0]
+    assert calls["log_summary"][0]["psnr_db"] == metrics["psnr_db"] and "lpips" not in calls["log_summary"][0]
     assert (
-        sent["log_images"][0] == "worst reconstructions"
-        and sent["use_artifact"][0].digest == digest
-        and "finish" in sent
+        calls["log_images"][0] == "worst reconstructions"
+        and calls["use_artifact"][0].digest == digest
+        and "finish" in calls
     )
-    assert sent["log_artifact"][0].metadata["autoencoder_sha256"] == digest and len(sent["log_artifact"][0].files) == 2
+    assert (
+        calls["log_artifact"][0].metadata["autoencoder_sha256"] == digest and len(calls["log_artifact"][0].files) == 2
+    )
 
 
-def test_reconstructions_that_are_not_finite_are_refused(opened, monkeypatch):
+def test_reconstructions_that_are_not_finite_are_refused(open_run, monkeypatch):
     monkeypatch.setattr(Autoencoder, "decode", lambda _, z: torch.full((len(z), 3, 8, 8), torch.nan))
     with pytest.raises(UserError, match="reconstructions of 5 of 5 images are not finite"):
-        measure_reconstructions(opened(), device=CPU, features="none", num_images=5)
+        measure_reconstructions(open_run(), device=CPU, features="none", num_images=5)
 
 
 @pytest.mark.parametrize(
-    ("argument", "said"),
+    ("argument", "message"),
     [
         ("features=vgg", "features=vgg is unknown. Choose one of: efficientnet_lite, dinov2, clip, inception, mean"),
         ("num_images=1", "num_images=1 must be 2 or more"),
         ("batch_size=0", "batch_size=0 must be 1 or more"),
     ],
 )
-def test_invalid_command_line_options_are_refused(call, opened, monkeypatch, argument, said):
-    monkeypatch.setattr(Autoencoder, "encode", lambda *_: pytest.fail("computed first"))
-    run = opened()
+def test_invalid_command_line_options_are_refused(call, open_run, monkeypatch, argument, message):
+    monkeypatch.setattr(Autoencoder, "encode", lambda *_: pytest.fail("encoded before the options were checked"))
+    run = open_run()
     ended = call(evaluate, f"run={run.path}", "device=cpu", argument)
-    assert ended.code == 2 and said in ended.err and ended.err.count("\n") == 1, ended
+    assert ended.code == 2 and message in ended.err and ended.err.count("\n") == 1, ended
     assert not (run.path / "evaluation.json").exists()

@@ -19,14 +19,14 @@ from ldm.errors import UserError
 from ldm.evaluation import classifier
 from ldm.evaluation.features import reference_features
 from ldm.evaluation.image_sets import VAEAlone
-from ldm.evaluation.samples import kept as kept_samples
+from ldm.evaluation.samples import cache as sample_cache
 from ldm.evaluation.samples import report
 from ldm.evaluation.samples import sweep as sampler_sweep
-from ldm.evaluation.samples.distances import Measures, distance_table, fd_name, halves
-from ldm.evaluation.samples.kept import chosen_rows, draw_and_keep
+from ldm.evaluation.samples.cache import condition_rows, draw_cached
+from ldm.evaluation.samples.distances import Measures, distance_table, fd_name, split_train
 from ldm.evaluation.samples.report import measure_samples, save_unless_smaller
 from ldm.evaluation.samples.retrieval import caption_agreement, held_out_retrieval
-from ldm.files import atomic as durable
+from ldm.files import atomic
 from ldm.metrics.frechet import frechet_replicates
 from ldm.metrics.report import Report
 from ldm.networks.conditioning import ClassCondition
@@ -52,19 +52,19 @@ class MeanColours(torch.nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def cheap(monkeypatch) -> None:
+def cheap_features(monkeypatch) -> None:
     monkeypatch.setitem(ldm.metrics.features.FEATURE_NETWORKS, "mean_colours", MeanColours)
     monkeypatch.setattr(classifier.load_classifier, "__kwdefaults__", {"seed": 0, "num_steps": 20})
 
 
 @pytest.fixture(scope="module")
 def images(make_images, tmp_path_factory) -> ImageData:
-    """40 cats and 24 dogs of 8 pixels."""
-    place = tmp_path_factory.mktemp("pets")
-    make_images(place / "pets/cat", 40, size=8)
-    make_images(place / "pets/dog", 24, size=8, seed=1)
-    source = ImageFolder(place / "pets")
-    return prepare(source, resolution=8, cache_dir=place / "cache", val_fraction=0.25, progress=False)
+    """40 cats and 24 dogs of 8 x 8 pixels."""
+    folder = tmp_path_factory.mktemp("pets")
+    make_images(folder / "pets/cat", 40, size=8)
+    make_images(folder / "pets/dog", 24, size=8, seed=1)
+    source = ImageFolder(folder / "pets")
+    return prepare(source, resolution=8, cache_dir=folder / "cache", val_fraction=0.25, progress=False)
 
 
 @pytest.fixture
@@ -72,114 +72,114 @@ def pipeline() -> LatentDiffusionPipeline:
     return build_pipeline(ClassCondition(["cat", "dog"]))
 
 
-def kept(pipeline, images, folder: Path, num_samples: int, **options) -> np.ndarray:
+def cached(pipeline, images, folder: Path, num_samples: int, **options) -> np.ndarray:
     options = {"num_samples": num_samples, **OPTIONS, **options}
-    return np.array(draw_and_keep(pipeline, images, SAMPLER, folder, **options).images)
+    return np.array(draw_cached(pipeline, images, SAMPLER, folder, **options).images)
 
 
 def test_cached_samples_equal_drawn_samples(pipeline, images, tmp_path):
-    request = Request.for_images(pipeline, images, images.train_indices[chosen_rows(images.train_indices, 10, 0)])
+    request = Request.for_images(pipeline, images, images.train_indices[condition_rows(images.train_indices, 10, 0)])
     drawn = torch.cat(list(draw_batches(pipeline, request, SAMPLER, **OPTIONS)))
-    found = draw_and_keep(pipeline, images, SAMPLER, tmp_path, num_samples=10, **OPTIONS)
-    assert np.array_equal(found.images, to_uint8(drawn).permute(0, 2, 3, 1).numpy())
-    torch.testing.assert_close(found.batch(range(2, 5)), drawn[2:5], rtol=0, atol=1.01 / 255)
-    assert found.evaluations == 2 * SAMPLER.steps and found.seconds > 0, "two branches of guidance"
-    unguided = draw_and_keep(pipeline, images, SAMPLER, tmp_path, num_samples=4, **{**OPTIONS, "guidance": 1.0})
+    samples = draw_cached(pipeline, images, SAMPLER, tmp_path, num_samples=10, **OPTIONS)
+    assert np.array_equal(samples.images, to_uint8(drawn).permute(0, 2, 3, 1).numpy())
+    torch.testing.assert_close(samples.batch(range(2, 5)), drawn[2:5], rtol=0, atol=1.01 / 255)
+    assert samples.evaluations == 2 * SAMPLER.steps and samples.seconds > 0, "guidance evaluates two branches"
+    unguided = draw_cached(pipeline, images, SAMPLER, tmp_path, num_samples=4, **{**OPTIONS, "guidance": 1.0})
     assert unguided.evaluations == 3
 
 
 def test_interrupted_sampling_resumes(pipeline, images, tmp_path, monkeypatch):
-    whole = kept(pipeline, images, tmp_path / "whole", 14)
+    complete = cached(pipeline, images, tmp_path / "complete", 14)
     decode, calls = type(pipeline).decode, []
 
-    def stop_at_the_third(self, z):
+    def interrupt_third_call(self, z):
         calls.append(len(z))
         if len(calls) == 3:
             raise KeyboardInterrupt
         return decode(self, z)
 
-    monkeypatch.setattr(type(pipeline), "decode", stop_at_the_third)
+    monkeypatch.setattr(type(pipeline), "decode", interrupt_third_call)
     with pytest.raises(KeyboardInterrupt):
-        kept(pipeline, images, tmp_path / "parts", 14)
-    (file,) = (tmp_path / "parts").glob("*.bin")
+        cached(pipeline, images, tmp_path / "interrupted", 14)
+    (file,) = (tmp_path / "interrupted").glob("*.bin")
     assert file.stat().st_size == 8 * 3 * 8**2
-    with file.open("ab") as opened:
-        opened.write(b"half an image")
+    with file.open("ab") as partial:
+        partial.write(b"part of an image")
     calls[:] = [0] * 5
-    found = kept(pipeline, images, tmp_path / "parts", 14)
-    assert calls[5:] == [4, 2] and np.array_equal(found, whole)
+    resumed = cached(pipeline, images, tmp_path / "interrupted", 14)
+    assert calls[5:] == [4, 2] and np.array_equal(resumed, complete)
     assert json.loads(file.with_suffix(".json").read_text())["cost"]["samples"] == 14
-    assert np.array_equal(kept(pipeline, images, tmp_path / "parts", 6), whole[:6]) and len(calls) == 7
-    np.testing.assert_allclose(kept(pipeline, images, tmp_path / "parts", 20)[:14], whole)
+    assert np.array_equal(cached(pipeline, images, tmp_path / "interrupted", 6), complete[:6]) and len(calls) == 7
+    np.testing.assert_allclose(cached(pipeline, images, tmp_path / "interrupted", 20)[:14], complete)
 
 
 def test_cache_key_depends_on_everything_that_determines_a_sample(pipeline, images, tmp_path, monkeypatch):
-    kept(pipeline, images, tmp_path, 4)
+    cached(pipeline, images, tmp_path, 4)
     for changed in ({"guidance": 3.0}, {"seed": 1}, {"guidance_interval": (0.2, 0.8)}):
-        kept(pipeline, images, tmp_path, 4, **changed)
-    draw_and_keep(pipeline, images, DDIM(4), tmp_path, num_samples=4, **OPTIONS)
-    kept(pipeline, images, tmp_path, 4, split="val")
+        cached(pipeline, images, tmp_path, 4, **changed)
+    draw_cached(pipeline, images, DDIM(4), tmp_path, num_samples=4, **OPTIONS)
+    cached(pipeline, images, tmp_path, 4, split="val")
     next(pipeline.network.parameters()).data += 1
-    kept(pipeline, images, tmp_path, 4)
+    cached(pipeline, images, tmp_path, 4)
     assert len(list(tmp_path.glob("*.bin"))) == len(list(tmp_path.glob("*.json"))) == 7
-    kept(pipeline, images, tmp_path, 4, batch_size=2, guidance=2)
+    cached(pipeline, images, tmp_path, 4, batch_size=2, guidance=2)
     assert len(list(tmp_path.glob("*.bin"))) == 7
-    monkeypatch.setattr(kept_samples, "FORMAT", 0)
-    kept(pipeline, images, tmp_path, 4)
-    assert len(list(tmp_path.glob("*.bin"))) == 8, "a way of drawing of before"
+    monkeypatch.setattr(sample_cache, "FORMAT", 0)
+    cached(pipeline, images, tmp_path, 4)
+    assert len(list(tmp_path.glob("*.bin"))) == 8, "samples of another format version are not reused"
 
 
 def test_samples_of_another_process_are_not_overwritten(pipeline, images, tmp_path, monkeypatch):
     """The number of samples is read again after the lock is acquired."""
-    whole = kept(pipeline, images, tmp_path / "whole", 8)
-    (file,) = (tmp_path / "whole").glob("*.bin")
+    complete = cached(pipeline, images, tmp_path / "complete", 8)
+    (file,) = (tmp_path / "complete").glob("*.bin")
     with FileLock(file.with_suffix(".lock")):
         with pytest.raises(UserError, match=f"Another process is drawing .*{file.name}"):
-            kept(pipeline, images, tmp_path / "whole", 12)
-        assert np.array_equal(kept(pipeline, images, tmp_path / "whole", 4), whole[:4]), "what is there is read"
-    acquire, waited = FileLock.acquire, []
+            cached(pipeline, images, tmp_path / "complete", 12)
+        assert np.array_equal(cached(pipeline, images, tmp_path / "complete", 4), complete[:4]), "reading needs no lock"
+    acquire, drawn = FileLock.acquire, []
 
-    def wait_for_the_other(self, *arguments, **options):
-        if not waited:
-            waited.append(True)
-            kept(pipeline, images, tmp_path / "shared", 4)
+    def acquire_after_other_process(self, *arguments, **options):
+        if not drawn:
+            drawn.append(True)
+            cached(pipeline, images, tmp_path / "shared", 4)
         return acquire(self, *arguments, **options)
 
-    began = []
+    starts = []
 
-    def begin(*arguments, first: int, **options):
-        began.append(first)
+    def record_start(*arguments, first: int, **options):
+        starts.append(first)
         return draw_batches(*arguments, first=first, **options)
 
-    monkeypatch.setattr(FileLock, "acquire", wait_for_the_other)
-    monkeypatch.setattr(kept_samples, "draw_batches", begin)
-    assert np.array_equal(kept(pipeline, images, tmp_path / "shared", 8), whole)
-    assert began == [0, 4], "the other's, and the rest"
+    monkeypatch.setattr(FileLock, "acquire", acquire_after_other_process)
+    monkeypatch.setattr(sample_cache, "draw_batches", record_start)
+    assert np.array_equal(cached(pipeline, images, tmp_path / "shared", 8), complete)
+    assert starts == [0, 4], "the other process draws the first 4 samples, this one only the rest"
 
 
 def test_samples_that_are_not_finite_are_refused(pipeline, images, tmp_path):
     next(pipeline.network.parameters()).data *= torch.nan
     with pytest.raises(UserError, match="4 of 4 samples are not finite.*optimizer.lr"):
-        kept(pipeline, images, tmp_path, 4)
+        cached(pipeline, images, tmp_path, 4)
 
 
-def test_chosen_rows_repeat_if_there_are_few_images(images):
+def test_condition_rows_repeat_if_there_are_few_images(images):
     members = images.train_indices
-    rows, n = chosen_rows(members, 120, 3), len(members)
+    rows, n = condition_rows(members, 120, 3), len(members)
     assert sorted(rows[:n]) == list(range(n)) and np.array_equal(rows[n : 2 * n], rows[:n])
-    assert np.array_equal(chosen_rows(members, 7, 3), rows[:7])
+    assert np.array_equal(condition_rows(members, 7, 3), rows[:7])
 
 
 def test_all_sets_are_measured_in_the_same_way(pipeline, images, tmp_path):
-    found = measure_samples(pipeline, images, SAMPLER, tmp_path, features="mean_colours", num_samples=24, **OPTIONS)
-    metrics = found.to_json()
+    result = measure_samples(pipeline, images, SAMPLER, tmp_path, features="mean_colours", num_samples=24, **OPTIONS)
+    metrics = result.to_json()
     n, components = len(images.train_indices), metrics["fd_components"]
     assert (metrics["num_samples"], metrics["num_reference"]) == (24, n) and components == min(24, n // 2) // 2
     assert metrics["num_floor"] == min(24, n // 2) and metrics["num_validation"] == len(images.val_indices)
     assert metrics["num_per_subset_samples"] == 6
     assert metrics["num_per_subset_validation"] == metrics["num_validation"] // 4
-    assert metrics["fd_name"] == f"FD on {components} components" and "subset" in found.lines[1].split()
-    assert f"FD on {components} PCA components of pets/train@" in found.lines[0] and max(map(len, found.lines)) < 160
+    assert metrics["fd_name"] == f"FD on {components} components" and "subset" in result.lines[1].split()
+    assert f"FD on {components} PCA components of pets/train@" in result.lines[0] and max(map(len, result.lines)) < 160
     for row in ("samples", "reconstructions", "vae", "floor"):
         assert metrics[f"num_{row}"] >= 22 and metrics[f"fd_{row}"] >= 0, row
         assert metrics[f"kd_{row}_standard_error"] > 0 and 0 <= metrics[f"precision_{row}"] <= 1
@@ -187,87 +187,87 @@ def test_all_sets_are_measured_in_the_same_way(pipeline, images, tmp_path):
     assert metrics["fd_floor"] < metrics["fd_samples"] and "cmmd_samples" not in metrics
     assert len(metrics["closest_pairs"]) == 12 and metrics["closest_pairs"][0]["training_image"] in images.names
     assert metrics["network_evaluations_per_sample"] == 6
-    found.save(tmp_path)
+    result.save(tmp_path)
     assert json.loads((tmp_path / "evaluation.json").read_text()) == json.loads(json.dumps(metrics))
     assert (tmp_path / "nearest.png").is_file()
     options = {"features": "mean_colours", "num_samples": 24, **OPTIONS}
-    again = measure_samples(pipeline, images, SAMPLER, tmp_path / "again", **options).to_json()
-    first, second = ({k: v for k, v in one.items() if "seconds" not in k} for one in (metrics, again))
-    assert first == second, "kept or drawn again, it is the same"
+    repeated = measure_samples(pipeline, images, SAMPLER, tmp_path / "other", **options).to_json()
+    first, second = ({k: v for k, v in one.items() if "seconds" not in k} for one in (metrics, repeated))
+    assert first == second, "drawing the samples again gives the same metrics"
 
 
 def test_vae_alone_decodes_noise_without_unstandardising(pipeline):
     """N(0, I) is the prior of raw latents z_raw, so they are decoded without undoing the standardisation."""
     noise = torch.stack([torch.randn(3, 8, 8, generator=g) for g in sample_generators(5, range(2, 4))])
-    found = VAEAlone(pipeline, 4, seed=5).batch([2, 3])
-    assert found.equal(pipeline.autoencoder.decode(noise))
-    assert not torch.allclose(found, pipeline.decode(noise), atol=1e-3), "whose mean 0.1 and std 2 it must not see"
+    images = VAEAlone(pipeline, 4, seed=5).batch([2, 3])
+    assert images.equal(pipeline.autoencoder.decode(noise))
+    assert not torch.allclose(images, pipeline.decode(noise), atol=1e-3), "mean 0.1 and std 2 are not applied"
 
 
 def test_misclassification_causes_no_class_shift(pipeline, images, tmp_path, monkeypatch):
     """If the classifier predicts "dog" for everything, samples and images have the same class distribution."""
-    mistaken = classifier.Classifier(2).eval()
-    torch.nn.init.zeros_(mistaken.head.weight)
-    mistaken.head.bias.data = torch.tensor([0.0, 1.0])
-    mistaken.val_accuracy = 0.4
+    constant = classifier.Classifier(2).eval()
+    torch.nn.init.zeros_(constant.head.weight)
+    constant.head.bias.data = torch.tensor([0.0, 1.0])
+    constant.val_accuracy = 0.4
     calls = []
-    mistaken.register_forward_pre_hook(lambda _, arguments: calls.append(len(arguments[0])))
-    monkeypatch.setattr(report, "load_features", lambda *_: mistaken)
-    here = replace(images, path=tmp_path)
-    found = measure_samples(pipeline, here, SAMPLER, tmp_path, features="classifier", num_samples=24, **OPTIONS)
-    assert found.to_json()["class_shift_samples"] == found.to_json()["class_shift_validation"] == 0
-    chosen = images.train_indices[chosen_rows(images.train_indices, 24, 0)]
-    dogs = np.mean([images.labels[i] == 1 for i in chosen])
-    assert found.to_json()["class_accuracy_samples"] == pytest.approx(dogs)
+    constant.register_forward_pre_hook(lambda _, arguments: calls.append(len(arguments[0])))
+    monkeypatch.setattr(report, "load_features", lambda *_: constant)
+    copy = replace(images, path=tmp_path)
+    result = measure_samples(pipeline, copy, SAMPLER, tmp_path, features="classifier", num_samples=24, **OPTIONS)
+    assert result.to_json()["class_shift_samples"] == result.to_json()["class_shift_validation"] == 0
+    conditions = images.train_indices[condition_rows(images.train_indices, 24, 0)]
+    dogs = np.mean([images.labels[i] == 1 for i in conditions])
+    assert result.to_json()["class_accuracy_samples"] == pytest.approx(dogs)
     assert sum(calls) == len(images) + 3 * 24, "every image once: all data, samples, reconstructions, the VAE alone"
 
 
 def test_smaller_evaluation_does_not_replace_a_larger_one(tmp_path):
-    place, elsewhere = tmp_path / "run/evaluation.json", tmp_path / "demo/evaluation.json"
+    file, other_file = tmp_path / "run/evaluation.json", tmp_path / "demo/evaluation.json"
 
-    def made(num_samples: int, weights: str) -> Path:
+    def save(num_samples: int, weights: str) -> Path:
         metrics = {"weights_sha256": weights, "num_samples": num_samples}
-        report = Report(place.name, metrics, figures={"nearest.png": Image.new("RGB", (4, 4))})
-        return save_unless_smaller(report, place.parent, elsewhere)
+        report = Report(file.name, metrics, figures={"nearest.png": Image.new("RGB", (4, 4))})
+        return save_unless_smaller(report, file.parent, other_file)
 
-    assert made(3000, "a") == place and made(256, "a") == elsewhere
-    assert json.loads(place.read_text())["num_samples"] == 3000 and elsewhere.with_name("nearest.png").is_file()
-    assert made(256, "b") == place and json.loads(place.read_text())["num_samples"] == 256, "of other weights"
-    place.write_text("")
-    assert made(256, "b") == place, "what cannot be read holds no figures"
+    assert save(3000, "a") == file and save(256, "a") == other_file
+    assert json.loads(file.read_text())["num_samples"] == 3000 and other_file.with_name("nearest.png").is_file()
+    assert save(256, "b") == file and json.loads(file.read_text())["num_samples"] == 256, "other weights"
+    file.write_text("")
+    assert save(256, "b") == file, "an unreadable file is replaced"
 
 
 def test_reference_features_are_cached_by_data_and_network(images, tmp_path):
     """The cache key contains the network key and the data fingerprint."""
-    here = replace(images, path=tmp_path)
-    other = replace(here, fingerprint="0" * 64, images=255 - images.images)
-    twice = MeanColours()
-    twice.weight *= 2
-    twice.key = "mean_colours-of-other-weights"
-    first = reference_features(MeanColours(), "mean_colours", here)
+    local_images = replace(images, path=tmp_path)
+    other = replace(local_images, fingerprint="0" * 64, images=255 - images.images)
+    doubled = MeanColours()
+    doubled.weight *= 2
+    doubled.key = "mean_colours-other-weights"
+    first = reference_features(MeanColours(), "mean_colours", local_images)
     torch.testing.assert_close(reference_features(MeanColours(), "mean_colours", other), -first)
-    assert reference_features(twice, "mean_colours", here).equal(2 * first)
-    assert reference_features(MeanColours(), "mean_colours", here).equal(first)
+    assert reference_features(doubled, "mean_colours", local_images).equal(2 * first)
+    assert reference_features(MeanColours(), "mean_colours", local_images).equal(first)
     assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_failed_write_keeps_existing_files(images, pipeline, tmp_path, monkeypatch):
     """Files are written atomically."""
-    here = replace(images, path=tmp_path)
+    local_images = replace(images, path=tmp_path)
     Report("evaluation.json", {"fd": 1}, figures={"nearest.png": Image.new("RGB", (4, 4))}).save(tmp_path)
-    kept(pipeline, images, tmp_path / "kept", 4)
+    cached(pipeline, images, tmp_path / "cache", 4)
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
 
-    def full(path: Path) -> None:
+    def raise_disk_full(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(durable, "sync", full)
+    monkeypatch.setattr(atomic, "sync", raise_disk_full)
     for write in (
         Report("evaluation.json", {"fd": 2}).save,
         Report("other.json", {}, figures={"nearest.png": Image.new("RGB", (9, 9))}).save,
-        lambda _: kept(pipeline, images, tmp_path / "kept", 8),
-        lambda _: reference_features(MeanColours(), "mean_colours", here),
-        lambda _: classifier.load_classifier(here),
+        lambda _: cached(pipeline, images, tmp_path / "cache", 8),
+        lambda _: reference_features(MeanColours(), "mean_colours", local_images),
+        lambda _: classifier.load_classifier(local_images),
     ):
         with pytest.raises(OSError, match="No space"):
             write(tmp_path)
@@ -280,12 +280,12 @@ def test_frechet_distance_uses_all_dimensions_if_possible():
     assert Measures.choose(train, 40).components is None
     assert Measures.choose(train, 39).num_components == 19
     assert Measures.choose(train, 1000).components is None and Measures.choose(train[:78], 1000).num_components == 19
-    few = Measures.choose(train, 1000).of(train[:10])
+    few = Measures.choose(train, 1000).all(train[:10])
     assert [few[name].is_measured for name in ("fd", "kd", "density")] == [False, True, False]
-    some, others = halves(train, 30, seed=0)
-    assert len(some) == 30 and len(others) == 70
-    assert torch.equal(torch.cat([some, others]).sort(0).values, train.sort(0).values)
-    clip = Measures(train, None, with_cmmd=True).of(train[:50])
+    first, second = split_train(train, 30, seed=0)
+    assert len(first) == 30 and len(second) == 70
+    assert torch.equal(torch.cat([first, second]).sort(0).values, train.sort(0).values)
+    clip = Measures(train, None, with_cmmd=True).all(train[:50])
     assert clip["cmmd"].value > 0 < clip["cmmd"].standard_error
     lines = distance_table({"a": (10, 2, few), "bb": (50, 12, clip)}, "FID")
     assert fd_name(MeanColours(), None) == "FD" and fd_name(MeanColours(), 3) == "FD on 3 components"
@@ -295,27 +295,27 @@ def test_frechet_distance_uses_all_dimensions_if_possible():
 
 def test_sweeps_over_steps_and_guidance(pipeline, images, tmp_path):
     sweep = partial(sampler_sweep.sweep_sampler, pipeline, images, features="mean_colours", num_samples=24)
-    by_steps = found = sweep({n: DDIM(n) for n in (2, 4, 8)}, [2.0], tmp_path)
-    assert [row["value"] for row in found["rows"]] == [2, 4, 8] and found["over"] == "sampler.steps"
-    assert [row["network_evaluations"] for row in found["rows"]] == [4, 8, 16]
-    assert min(row["above_best"] for row in found["rows"]) == 0 < found["rows"][0]["standard_error"]
-    assert found["metric"].startswith("FD on ") and found["metric"].endswith(" components"), "24 for 27 dimensions"
-    lines = sampler_sweep.sweep_lines(found)
-    assert found["metric"] in lines[0] and "KD" in lines[1] and "mean_colours" in lines[0]
+    by_steps = sweep({n: DDIM(n) for n in (2, 4, 8)}, [2.0], tmp_path)
+    assert [row["value"] for row in by_steps["rows"]] == [2, 4, 8] and by_steps["over"] == "sampler.steps"
+    assert [row["network_evaluations"] for row in by_steps["rows"]] == [4, 8, 16]
+    assert min(row["above_best"] for row in by_steps["rows"]) == 0 < by_steps["rows"][0]["standard_error"]
+    assert by_steps["metric"].startswith("FD on ") and by_steps["metric"].endswith(" components"), "24 < 2 x 27"
+    lines = sampler_sweep.sweep_lines(by_steps)
+    assert by_steps["metric"] in lines[0] and "KD" in lines[1] and "mean_colours" in lines[0]
     assert len({len(line) for line in lines[1:5]}) == 1
-    columns, cells = sampler_sweep.sweep_table(found)
+    columns, cells = sampler_sweep.sweep_table(by_steps)
     assert columns[:2] == ["sampler.steps", "network_evaluations"] and {len(row) for row in cells} == {len(columns)}
     assert [row[0] for row in cells] == [2, 4, 8]
-    found = sweep({3: SAMPLER}, [1.0, 2.0], tmp_path)
-    assert found["over"] == "guidance" and [row["network_evaluations"] for row in found["rows"]] == [3, 6]
-    for swept in (found, by_steps):
-        sampler_sweep.plot_sampler_sweep(swept).savefig(tmp_path / "sweep.png")
-        assert f"{swept['over']}={swept['knee']:g} is the knee" in sampler_sweep.sweep_lines(swept)[-1]
-        json.dumps(swept)
+    by_guidance = sweep({3: SAMPLER}, [1.0, 2.0], tmp_path)
+    assert by_guidance["over"] == "guidance" and [row["network_evaluations"] for row in by_guidance["rows"]] == [3, 6]
+    for result in (by_guidance, by_steps):
+        sampler_sweep.plot_sampler_sweep(result).savefig(tmp_path / "sweep.png")
+        assert f"{result['over']}={result['knee']:g} is the knee" in sampler_sweep.sweep_lines(result)[-1]
+        json.dumps(result)
 
 
 def test_sweep_checks_all_values_before_sampling(pipeline, images, tmp_path, monkeypatch):
-    monkeypatch.setattr(kept_samples, "draw_batches", lambda *_, **__: pytest.fail("drew"))
+    monkeypatch.setattr(sample_cache, "draw_batches", lambda *_, **__: pytest.fail("sampling started"))
     one, many = {3: SAMPLER}, {n: DDIM(n) for n in (2, 51)}
     for samplers, guidances, num_samples, message in (
         (many, [1, 2], 8, "both lists"),
@@ -331,72 +331,72 @@ def test_sweep_checks_all_values_before_sampling(pipeline, images, tmp_path, mon
 
 def test_knee_is_the_cheapest_value_within_noise():
     def row(value, evaluations, above, error=0.1):
-        known = {"value": value, "network_evaluations": evaluations, "distance": 1 + above}
-        return {**known, "above_best": above, "above_best_standard_error": error if above else 0.0}
+        fields = {"value": value, "network_evaluations": evaluations, "distance": 1 + above}
+        return {**fields, "above_best": above, "above_best_standard_error": error if above else 0.0}
 
     rows = [row(5, 5, 2.0), row(10, 10, 0.19), row(20, 20, 0.1), row(50, 50, 0)]
     assert sampler_sweep.knee(rows) == 10, "0.19 < 2 x 0.1"
     assert sampler_sweep.knee([row(5, 5, 2.0), row(10, 10, 0.21), *rows[2:]]) == 20
-    assert sampler_sweep.knee([row(1, 10, 1.0), row(2, 20, 0.1), row(3, 20, 0)]) == 3, "of one cost, the nearest"
+    assert sampler_sweep.knee([row(1, 10, 1.0), row(2, 20, 0.1), row(3, 20, 0)]) == 3, "equal costs: smaller distance"
 
 
 def test_shared_noise_reduces_the_error_of_differences():
     """The jackknife error of the difference matches its spread, which is smaller than that of a single distance."""
     generator = torch.Generator().manual_seed(0)
     reference = torch.randn(400, 4, generator=generator)
-    found, alone = [], []
+    differences, single = [], []
     for _ in range(60):
         noise = torch.randn(200, 4, generator=generator)
-        drawn = [noise + 0.5, noise + 0.55 + 0.05 * torch.randn(200, 4, generator=generator)]
-        distances, replicates = zip(*(frechet_replicates(part, reference) for part in drawn), strict=True)
+        sets = [noise + 0.5, noise + 0.55 + 0.05 * torch.randn(200, 4, generator=generator)]
+        distances, replicates = zip(*(frechet_replicates(samples, reference) for samples in sets), strict=True)
         rows = [{"distance": distance} for distance in distances]
         sampler_sweep.compare_with_best(rows, replicates)
         assert (rows[0]["above_best"], rows[0]["above_best_standard_error"]) == (0, 0)
-        found.append((rows[1]["above_best"], rows[1]["above_best_standard_error"]))
-        alone.append(distances[1])
-    values, errors = np.transpose(found)
+        differences.append((rows[1]["above_best"], rows[1]["above_best_standard_error"]))
+        single.append(distances[1])
+    values, errors = np.transpose(differences)
     assert np.sqrt((errors**2).mean()) == pytest.approx(values.std(ddof=1), rel=0.25)
-    assert values.std() < 0.4 * np.std(alone)
-    assert (values > 2 * errors).mean() > 0.9, "which both errors together would call equal"
+    assert values.std() < 0.4 * np.std(single)
+    assert (values > 2 * errors).mean() > 0.9, "errors of independent samples would hide this difference"
 
 
 @pytest.mark.parametrize("counts", [[1] * 9, [1, 3, 2, 3]], ids=["one caption each", "several"])
 def test_caption_agreement_equals_brute_force(counts):
-    """The best of all captions of an image counts."""
+    """Only the best caption of each image counts."""
     n = len(counts)
-    prompts, shown = (torch.randn(k, 5, generator=torch.Generator().manual_seed(k)) for k in (n, sum(counts) + 20))
-    shown = shown[: sum(counts)]
-    cosines = torch.nn.functional.cosine_similarity(prompts[:, None], shown, dim=-1)
-    best = torch.stack([part.amax(1) for part in cosines.split(counts, dim=1)], dim=1)
-    own, permuted, error = caption_agreement(prompts, (3 * shown).split(counts))
-    assert own == pytest.approx(best.diagonal().mean().item(), rel=1e-5)
+    prompts, captions = (torch.randn(k, 5, generator=torch.Generator().manual_seed(k)) for k in (n, sum(counts) + 20))
+    captions = captions[: sum(counts)]
+    cosines = torch.nn.functional.cosine_similarity(prompts[:, None], captions, dim=-1)
+    best = torch.stack([columns.amax(1) for columns in cosines.split(counts, dim=1)], dim=1)
+    matched, permuted, error = caption_agreement(prompts, (3 * captions).split(counts))
+    assert matched == pytest.approx(best.diagonal().mean().item(), rel=1e-5)
     assert permuted == pytest.approx(best[~torch.eye(n, dtype=torch.bool)].mean().item(), rel=1e-5)
     assert error == pytest.approx(best.diagonal().std().item() / n**0.5, rel=1e-5)
-    mine = [torch.cat([-prompt[None], prompt[None]]) for prompt in prompts]
-    assert caption_agreement(prompts, mine)[0] == pytest.approx(1), "whichever of them it is"
+    with_opposites = [torch.cat([-prompt[None], prompt[None]]) for prompt in prompts]
+    assert caption_agreement(prompts, with_opposites)[0] == pytest.approx(1), "only the best caption of an image counts"
 
 
 def test_held_out_captions_are_retrieved_among_held_out_images(images):
-    """Samples equal to training images retrieve their captions."""
+    """The samples equal training images with the right captions, so the caption agreement is 1."""
     captions = [f"{i % 4}" for i in range(len(images))]
-    here = replace(images, captions=captions)
+    captioned = replace(images, captions=captions)
 
     class Encoder:
-        def of_request(self, prompts):
+        def for_request(self, prompts):
             numbers = torch.tensor([int(prompt) for prompt in prompts])
             return {"pooled": torch.nn.functional.one_hot(numbers, 4).float()}, prompts
 
     features = torch.randn(len(images), 8, generator=torch.Generator().manual_seed(0))
     train, validation = (features[torch.from_numpy(rows)] for rows in (images.train_indices, images.val_indices))
-    rows = torch.from_numpy(chosen_rows(images.val_indices, 9, 0))
-    same = {name: [i for i in images.train_indices if captions[i] == name][0] for name in "0123"}
-    asked = [captions[images.val_indices[row]] for row in rows]
-    found = {"samples": features[[same[name] for name in asked]], "reconstructions": validation[rows]}
+    rows = torch.from_numpy(condition_rows(images.val_indices, 9, 0))
+    row_of_caption = {name: [i for i in images.train_indices if captions[i] == name][0] for name in "0123"}
+    texts = [captions[images.val_indices[row]] for row in rows]
+    queries = {"samples": features[[row_of_caption[name] for name in texts]], "reconstructions": validation[rows]}
     metrics = {"features_key": "random"}
-    lines = held_out_retrieval(found, validation, train, rows, here, Encoder(), metrics)
+    lines = held_out_retrieval(queries, validation, train, rows, captioned, Encoder(), metrics)
     assert metrics["num_held_out"] == 9 and metrics["retrieval_at_1_held_out_reconstructions"] == 1
     assert metrics["retrieval_at_5_held_out_chance"] == 5 / len(validation)
     assert metrics["caption_cosine_held_out_samples"].value == 1 > metrics["caption_cosine_held_out_permuted"]
-    expected = np.mean([a == b for i, a in enumerate(asked) for j, b in enumerate(asked) if i != j])
+    expected = np.mean([a == b for i, a in enumerate(texts) for j, b in enumerate(texts) if i != j])
     assert metrics["caption_cosine_held_out_permuted"] == pytest.approx(expected)
     assert "9 held-out captions" in lines[0] and f"{len(validation)} validation images" in lines[0]

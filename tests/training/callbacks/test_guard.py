@@ -151,7 +151,7 @@ def test_a_bad_step_changes_nothing_with_other_optimizers(fit, make, guard, wher
 
 @pytest.mark.parametrize("faults", [{}, {3: "spike"}])
 def test_skipping_equals_discarding_the_gradient(fit, make, guard, where, faults):
-    """The final weights equal those of a training that computes the bad gradient but does not take the step."""
+    """The final weights equal those of a training run that computes the bad gradient but does not take the step."""
 
     class Discards(type(make({}))):
         def optimizer_step(self, epoch, batch_idx, optimizer, closure):

@@ -54,7 +54,7 @@ def make(adversary=ADVERSARY, regulariser=KL, loss=AutoencoderLoss, seed: int = 
     rule = regulariser()
     model = rule.build(MODEL, 16)
     model.init_shortcut(IMAGES)
-    rule.start(model, lambda: IMAGES, 0, torch.device("cpu"))
+    rule.initialise(model, lambda: IMAGES, 0, torch.device("cpu"))
     return VAETraining(
         model,
         loss(),

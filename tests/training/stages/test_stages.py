@@ -306,7 +306,7 @@ def test_training_draws_one_caption_per_epoch_and_validation_uses_the_first(diff
         pooled = stage.fetch(np.array(indices), epochs)["condition"]["pooled"]
         numbers = []
         for index, row in zip(indices, pooled, strict=True):
-            embeddings = conditioning.of_request(captioned.captions_of(index))[0]["pooled"]
+            embeddings = conditioning.for_request(captioned.captions_of(index))[0]["pooled"]
             numbers.append(int((embeddings - row).abs().sum(1).argmin()))
         return numbers
 

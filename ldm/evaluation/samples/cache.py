@@ -1,8 +1,8 @@
 """A disk cache of samples, written as they are drawn. Interrupted sampling resumes, and larger requests reuse samples.
 
-There are two files per sampling setting, whose key is a digest of everything that determines a sample.
+Each sampling setting has two files. Their key is a digest of everything that determines a sample.
 samples-<key>.bin contains uint8 [n, H, W, 3] without a header, so its length gives the number of samples.
-samples-<key>.json contains the settings and the cost. A process holds the lock samples-<key>.lock while sampling.
+samples-<key>.json contains the settings and the cost. A process that draws samples holds the lock samples-<key>.lock.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ from ldm.sampling.pipeline import LatentDiffusionPipeline
 from ldm.sampling.request import Request
 
 FORMAT = 2
-"""Version of the files and of the choice of noise and captions. Samples of other versions are drawn again."""
+"""Version of the files and of the choice of noise and captions. Samples of other versions are not reused."""
 NOT_FINITE = (
     "the network diverged in training, or the sampler is unstable. Train the network again with a lower optimizer.lr, "
     "or choose another sampler= or more sampler.steps."
@@ -40,7 +40,7 @@ NOT_FINITE = (
 
 
 @dataclass(frozen=True)
-class KeptSamples:
+class CachedSamples:
     """Memory-mapped samples [n, H, W, 3] in uint8, and the cost per sample."""
 
     images: np.ndarray
@@ -58,14 +58,17 @@ class KeptSamples:
         return pixels.permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
-def chosen_rows(members: np.ndarray, num_samples: int, seed: int) -> np.ndarray:
-    """Return the rows of a split whose captions or classes are sampled; they repeat if there are fewer images."""
+def condition_rows(members: np.ndarray, num_samples: int, seed: int) -> np.ndarray:
+    """Return the rows of a split whose captions or classes condition the samples.
+
+    Rows repeat if the split has fewer images than `num_samples`.
+    """
     order = numpy_generator(seed, 1).permutation(len(members))
     return np.resize(order, num_samples)
 
 
 @checked
-def draw_and_keep(
+def draw_cached(
     pipeline: LatentDiffusionPipeline,
     images: ImageData,
     sampler: SamplerLike,
@@ -77,8 +80,8 @@ def draw_and_keep(
     seed: Seed,
     batch_size: Count = 64,
     split: str = "train",
-) -> KeptSamples:
-    """Return samples for captions or classes of a split. Cached samples are reused and only missing ones are drawn.
+) -> CachedSamples:
+    """Return samples for captions or classes of a split. Cached samples are reused; only the missing ones are drawn.
 
     Sample i depends only on the seed and i, up to rounding differences between batch sizes.
 
@@ -90,7 +93,7 @@ def draw_and_keep(
             read, or another process is drawing the same samples.
     """
     options: Any = {"guidance": guidance, "guidance_interval": guidance_interval, "seed": seed}
-    made_by = {
+    settings = {
         "format": FORMAT,
         **_model(pipeline),
         "data_fingerprint": images.fingerprint,
@@ -99,7 +102,7 @@ def draw_and_keep(
         **options,
         "split": split,
     }
-    key = sha256_of_values(made_by)[:12]
+    key = sha256_of_values(settings)[:12]
     folder.mkdir(parents=True, exist_ok=True)
     pixels, facts = (folder / f"samples-{key}{end}" for end in (".bin", ".json"))
     side = images.resolution
@@ -107,7 +110,7 @@ def draw_and_keep(
     drawn, cost = _read_cached(pixels, facts, size)
     if drawn < num_samples:
         members = images.train_indices if split == "train" else images.val_indices
-        request = Request.for_images(pipeline, images, members[chosen_rows(members, num_samples, seed)])
+        request = Request.for_images(pipeline, images, members[condition_rows(members, num_samples, seed)])
         calls: list[int] = []
         hook = pipeline.network.register_forward_pre_hook(lambda _, arguments: calls.append(len(arguments[0])))
         try:
@@ -123,7 +126,7 @@ def draw_and_keep(
                     cost["samples"] += len(batch)
                     cost["network_evaluations"] += sum(calls)
                     cost["seconds"] += time.perf_counter() - started
-                    content = {"made_by": made_by, "shape": [side, side, 3], "cost": cost}
+                    content = {"made_by": settings, "shape": [side, side, 3], "cost": cost}
                     write_text(facts, json.dumps(content, indent=2) + "\n")
                     calls.clear()
                     started = time.perf_counter()
@@ -135,7 +138,7 @@ def draw_and_keep(
         finally:
             hook.remove()
     cached = np.memmap(pixels, np.uint8, "r", shape=(num_samples, side, side, 3))
-    return KeptSamples(cached, *(cost[name] / max(1, cost["samples"]) for name in ("network_evaluations", "seconds")))
+    return CachedSamples(cached, *(cost[name] / max(1, cost["samples"]) for name in ("network_evaluations", "seconds")))
 
 
 def _read_cached(pixels: Path, facts: Path, size: int) -> tuple[int, dict[str, Any]]:
