@@ -64,8 +64,8 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         channels = self.config.latent_channels
         if channels > len(basis):
             raise ValueError(
-                f"latent_channels={channels} exceeds the {len(basis)} dimensions of a patch of "
-                f"{self.factor} x {self.factor} pixels. Use latent_channels={len(basis)} or fewer."
+                f"{channels} latent channels exceed the {len(basis)} dimensions of a patch of {self.factor} x "
+                f"{self.factor} pixels. Use {len(basis)} channels or fewer."
             )
         basis = basis.flip(1)[:, :channels]
         gain = variance.flip(0)[:channels].clamp(min=1e-8) ** -0.25

@@ -66,7 +66,7 @@ def test_initial_posterior_is_narrow():
 
 
 def test_init_shortcut_refuses_more_channels_than_patch_dimensions():
-    with pytest.raises(ValueError, match="latent_channels=13 .*12 dimensions.*latent_channels=12 or fewer"):
+    with pytest.raises(ValueError, match="13 latent channels.*12 dimensions.*12 channels or fewer"):
         build(latent_channels=13).init_shortcut(smooth_images(50))
 
 
