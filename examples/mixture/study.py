@@ -34,7 +34,7 @@ from ldm.runtime.random import torch_generator
 from ldm.sampling.draw import check_sampler, sampler_settings
 
 STRAY_STD = 4.0
-"""Samples more than this many standard deviations from the mean of their mode count as stray."""
+"""A sample is stray if it is more than this many standard deviations from the mean of its mode."""
 
 
 def mixture(config: DictConfig) -> None:

@@ -42,7 +42,7 @@ def to_srgb(image: Image.Image, icc_profile: bytes | None) -> tuple[Image.Image,
 
 @lru_cache(maxsize=64)
 def _transform(icc_profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | None]:
-    """Return the mode that a profile describes and its transform to sRGB, or None if it equals sRGB within rounding.
+    """Return the image mode of a profile, and its transform to sRGB or None if the profile is sRGB up to rounding.
 
     Raises:
         Exception: the profile is unreadable. `to_srgb` lists the exception types.

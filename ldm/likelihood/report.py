@@ -145,16 +145,16 @@ def measure_likelihood(
 def open_model(
     run: Run, variance: str | None, steps: int | None, ode: dict[str, Any] | None
 ) -> LatentDiffusionPipeline | Autoencoder:
-    """Load the model of a run whose likelihood is computed: a pipeline, or an autoencoder for a run of stage vae.
+    """Load the model to evaluate: the autoencoder of a stage vae run, otherwise the diffusion pipeline.
 
     Raises:
-        UserError: see `check_chain`; also if an option of the chain is given for a run of stage vae, which has none.
+        UserError: if variance or ode is given for a stage vae run, which has no chain; see also `check_chain`.
     """
     if run.stage == "vae":
         if variance is not None or ode is not None:
             option = "ode=true" if ode is not None else f"variance={variance}"
             raise UserError(
-                f"{option} applies to a diffusion chain, but {run.path} is a run of stage vae. Leave out this option."
+                f"{option} applies to a diffusion chain, but {run.path} is a stage vae run. Remove {option}."
             )
         autoencoder = run.autoencoder()
         require_density(autoencoder)
@@ -168,17 +168,17 @@ def check_comparable(run: Run, other: Run, *, variance: str | None, steps: int |
     """Check that two runs can be compared, before anything is computed.
 
     Args:
-        variance: Sigma of the other run's chain.
+        variance: the reverse variance Sigma to use for the other run.
         selection: Arguments of `choose_images`.
 
     Raises:
-        UserError: if the runs have different images; also see `open_model`.
+        UserError: if the runs use different images; see also `open_model`.
     """
     (images, indices), (other_images, other_indices) = (choose_images(each, **selection) for each in (run, other))
     if images.fingerprint != other_images.fingerprint or not np.array_equal(indices, other_indices):
         raise UserError(
-            f"{run.path} and against={other.path} were not trained and validated on the same images, so their "
-            "difference cannot be paired. Choose a run with the same data options and the same data.val_fraction."
+            f"{run.path} and against={other.path} were not trained and validated on the same images, so a "
+            "paired comparison is not possible. Choose a run with the same data options and the same data.val_fraction."
         )
     open_model(other, variance, steps, None)
 

@@ -86,7 +86,8 @@ def nearest_distances(queries: Tensor, gallery: Tensor, *, k: int = 1, self_rows
     """Return the distances from each query to its k nearest neighbours in the gallery, ascending, [q, k].
 
     Args:
-        self_rows: Gallery row of each query itself, which is excluded, [q]; None if no query is in the gallery.
+        self_rows: Index of each query's own row in the gallery, [q], which is excluded from its neighbours; None if no
+            query is in the gallery.
     """
     centre, size = gallery.mean(dim=0), chunk_size(len(gallery))
     queries, gallery = queries - centre, gallery - centre

@@ -1,4 +1,4 @@
-"""State of the global random generators, in the form of tensors and plain numbers for a checkpoint."""
+"""State of the global random generators as tensors and plain numbers, for checkpoints."""
 
 import random
 from typing import Any
