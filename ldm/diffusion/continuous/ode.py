@@ -37,14 +37,14 @@ def integrate(
     atol: float,
     on_accept: Callable[[float, np.ndarray], None] | None = None,
 ) -> tuple[np.ndarray, int]:
-    """Integrate d state / dw from start to stop; the state at stop, and the evaluations of the derivative.
+    """Integrate d state / dw from start to stop; return the final state and the number of evaluations.
 
-    Dormand and Prince's pair of orders 5 and 4, which keeps no past states. The derivative at an accepted
-    state is the last one evaluated before on_accept(w, state).
+    Uses the Dormand-Prince pair of orders 5 and 4, which stores no past states. The last derivative evaluated
+    before on_accept(w, state) is the one at the accepted state.
 
     Raises:
         ValueError: unless rtol and atol are at least 1e-12.
-        ArithmeticError: if the derivative is not finite; if no step is small enough.
+        ArithmeticError: if the derivative is not finite; if the required step becomes too small.
     """
     check_tolerances(rtol, atol)
 
@@ -65,7 +65,7 @@ def integrate(
 
 
 def check_tolerances(rtol: float, atol: float) -> None:
-    """Refuse tolerances that float64 cannot meet.
+    """Raise an error for tolerances that float64 cannot meet.
 
     Raises:
         ValueError: unless rtol and atol are at least 1e-12.
@@ -76,16 +76,16 @@ def check_tolerances(rtol: float, atol: float) -> None:
 
 @dataclass(frozen=True)
 class ODESampler:
-    """The probability-flow ODE from noise to t_min, and back.
+    """Sampler and encoder that solve the probability-flow ODE, from noise to t_min and back.
 
     Args:
         solver: heun, of order 2 on equal steps of the clock; or adaptive, of order 5 with steps chosen by the
             error. The state of adaptive is float64 on the CPU and its steps are shared by the batch: a sample
             depends on the others within the tolerance.
-        steps: of heun: number of transitions, the last one from t_min to 0. Sampling calls the denoiser
-            2 steps - 1 times, `encode` and `decode` 2 steps - 2 times. adaptive has no use for it.
-        rtol, atol: of adaptive: tolerated error per step, relative and absolute, as in scipy.
-        t_min: where the ODE stops; the last transition takes the denoiser's z_0 from there.
+        steps: for heun, the number of transitions, the last one from t_min to 0. Sampling calls the denoiser
+            2 steps - 1 times, `encode` and `decode` 2 steps - 2 times. Ignored by adaptive.
+        rtol, atol: for adaptive, the relative and absolute error tolerances per step, as in scipy.
+        t_min: time at which the ODE stops; the last transition returns the denoiser's z_0 at t_min.
 
     Source: Song et al. 2021, arXiv:2011.13456, section 4.3; heun, Karras et al. 2022, arXiv:2206.00364.
 
@@ -107,7 +107,7 @@ class ODESampler:
         check_tolerances(self.rtol, self.atol)
 
     def check(self, schedule: NoiseSchedule) -> None:
-        """Refuse a chain on which this sampler cannot run.
+        """Check that this sampler can run on `schedule`.
 
         Raises:
             ValueError: as `clock_ends` does.
@@ -129,10 +129,10 @@ class ODESampler:
         """Take z_T ~ N(0, I) down to z_0.
 
         Args:
-            variance, z_0_mse: not used, an ODE has no Sigma.
-            generator: not used, the way down is deterministic.
-            on_step: called as on_step(s, z_s, z_0) after every transition, with the real s where it arrived
-                (0 at last) and a predicted z_0: of heun the one at its start, of adaptive the one at s.
+            variance, z_0_mse: ignored, because an ODE has no Sigma.
+            generator: ignored, because sampling is deterministic.
+            on_step: called as on_step(s, z_s, z_0) after every transition, with the real time s that it reached
+                (0 for the last one) and a predicted z_0: the one at its start for heun, the one at s for adaptive.
 
         Raises:
             ValueError: as `check` does.
