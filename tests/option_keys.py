@@ -6,6 +6,8 @@ from functools import cache
 from pathlib import Path
 
 import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
 
 from ldm.cli.remedies import keys_in
 from ldm.runtime.paths import bundled_folder
@@ -26,6 +28,13 @@ TRAINING_OPTIONS = re.compile(r"\btrain=\[([^\]]*)\]")
 def keys_of(command: str) -> frozenset[str]:
     """Return all keys and groups that the config of a command can have, with any choice."""
     return frozenset(_keys(CONF / f"{command}.yaml", ""))
+
+
+@cache
+def compose_config(name: str, *overrides: str) -> DictConfig:
+    """Compose conf/<name>.yaml with overrides in Hydra's grammar. An unknown key or choice raises."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(name, list(overrides), return_hydra_config=True)
 
 
 @cache

@@ -4,14 +4,13 @@ import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
 import lightning
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -21,6 +20,7 @@ from ldm.diffusion.schedule import NoiseSchedule, cosine
 from ldm.runtime.paths import bundled_folder
 from ldm.tracking.run import OPTIONS
 from ldm.training.optim.factory import OptimizerFactory
+from tests.option_keys import compose_config
 
 CONF = bundled_folder("conf")
 STAGES = ("vae", "diffusion")
@@ -42,12 +42,6 @@ EXTRA_TRAINER_KEYS = {
     "keep_last",
     "guard",
 }
-
-
-@cache
-def compose_config(name: str, *overrides: str) -> DictConfig:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose(name, list(overrides), return_hydra_config=True)
 
 
 def for_each_choice(group: str) -> pytest.MarkDecorator:

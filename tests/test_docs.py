@@ -8,11 +8,11 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException
 
 from ldm.cli.arguments import bracket_lists, collect_positional, quote_free_text, strip_stage_prefix
+from tests.option_keys import compose_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / ".github").glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -106,7 +106,7 @@ def first_values(options: list[str]) -> list[str]:
     ]
 
 
-def compose_config(config_name: str, arguments: list[str]) -> None:
+def compose_command(config_name: str, arguments: list[str]) -> None:
     """Compose a command's config as running it would. An unknown key or choice raises."""
     is_multirun = "-m" in arguments
     options = [strip_stage_prefix(argument) for argument in arguments if not argument.startswith("-")]
@@ -114,8 +114,7 @@ def compose_config(config_name: str, arguments: list[str]) -> None:
         options = collect_positional(options, "runs")
     options = quote_free_text(options)
     options = first_values(options) if is_multirun else bracket_lists(options, ("sampler.steps", "guidance"))
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        compose(config_name, options)
+    compose_config(config_name, *options)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -132,7 +131,7 @@ def test_commands_can_be_typed(page):
         config_name = "train" if command["train"] else CONFIGS.get(script or "", tool)
         if config_name is not None and not {"--help", "--version"} & {*arguments}:
             assert (ROOT / "conf" / f"{config_name}.yaml").is_file(), command[0]
-            compose_config(config_name, arguments)
+            compose_command(config_name, arguments)
 
 
 def test_pages_contain_commands():
@@ -141,7 +140,7 @@ def test_pages_contain_commands():
 
 def test_unknown_option_on_a_page_is_detected():
     with pytest.raises(ConfigCompositionException, match="trainer.max_stps"):
-        compose_config("train", ["stage=all", "stage1.trainer.max_stps=5"])
+        compose_command("train", ["stage=all", "stage1.trainer.max_stps=5"])
 
 
 def test_index_lists_every_page():

@@ -144,7 +144,7 @@ class Autoencoder:
 
     @torch.no_grad()
     def codes(self, z_raw: Tensor) -> Tensor:
-        """Return the index of the nearest code at each location, [b, C, h, w] -> [b, h, w]. Needs a codebook."""
+        """Return the index of the nearest code at each location, [b, C, h, w] -> [b, h, w]. Requires a codebook."""
         z_raw = z_raw.to(self.device, self.model.dtype)
         weight = quantiser(self.model).embedding.weight
         return torch.cdist(to_vectors(z_raw), weight.float()).argmin(1).unflatten(0, (len(z_raw), *z_raw.shape[2:]))
@@ -171,7 +171,7 @@ class Autoencoder:
     def register_scaling(self) -> None:
         """Write the measured scale to the config of a diffusers model, as one shift and one factor for all channels.
 
-        diffusers' pipelines read it from there. The default of the class, 0.18215, belongs to Stable Diffusion.
+        diffusers' pipelines read it from there. The class default, 0.18215, is the scaling factor of Stable Diffusion.
         """
         statistics, config = self.statistics, self.model.config
         if statistics is None or "scaling_factor" not in config:
@@ -197,8 +197,8 @@ class Autoencoder:
         """Load a folder written by `save`, or any AutoencoderKL or VQModel in diffusers' format.
 
         Raises:
-            UserError: The folder is not an autoencoder, `load_model` refuses it, or its latent statistics have another
-                format or belong to other weights.
+            UserError: The folder is not an autoencoder, `load_model` rejects it, or its latent statistics have an
+                unsupported format or belong to different weights.
         """
         config_file = folder / "config.json"
         if not config_file.is_file():
@@ -225,7 +225,7 @@ class Autoencoder:
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """Return the SHA-256 of the names, dtypes, shapes and bytes of all weights. File formats do not affect it."""
+    """Return the SHA-256 of the names, dtypes, shapes and bytes of all weights. The file format has no effect."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
@@ -254,7 +254,10 @@ def published_statistics(model: Any) -> tuple[list[float], list[float]] | None:
 
 
 def set_trainable(model: nn.Module, part: TrainablePart) -> None:
-    """Set requires_grad of all weights: `all` trains everything, `decoder` keeps the latents, `nothing` freezes all."""
+    """Set requires_grad of every weight.
+
+    `all` trains all weights, `decoder` only those that do not affect the latents, and `nothing` none.
+    """
     for name, parameter in model.named_parameters():
         owner = name.removeprefix("core.").split(".")[0]
         parameter.requires_grad_(part == "all" or (part == "decoder" and owner not in ENCODER_MODULES))

@@ -28,7 +28,7 @@ class PatchDiscriminator(nn.Module):
 
     Args:
         channels: Width of the first level; each level doubles it, up to 8 times.
-        layers: Number of levels that halve the resolution; 3 give a receptive field of 70 x 70 pixels.
+        layers: Number of levels that halve the resolution; 3 levels give a receptive field of 70 x 70 pixels.
     """
 
     def __init__(self, channels: int = 32, layers: int = 3) -> None:

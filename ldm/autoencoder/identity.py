@@ -13,7 +13,7 @@ from ldm.autoencoder.point_posterior import LOG_VARIANCE
 
 
 class IdentityAutoencoder(ModelMixin, ConfigMixin):
-    """Autoencoder with f = 1 and C = 3 whose latents are the images."""
+    """Identity autoencoder with f = 1 and C = 3. The latents are the images themselves."""
 
     factor = 1
 

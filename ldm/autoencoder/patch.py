@@ -56,7 +56,7 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
             images: [b, 3, H, W] in [-1, 1], with enough patches to estimate a covariance in 3 f^2 dimensions.
 
         Raises:
-            ValueError: There are more latent channels than dimensions of a patch.
+            ValueError: There are more latent channels than a patch has dimensions.
         """
         patches = F.pixel_unshuffle(images, self.factor).permute(0, 2, 3, 1).flatten(0, 2).double()
         mean = patches.mean(0)
@@ -76,7 +76,7 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         self.shortcut_out.bias.copy_(mean)
 
     def _encode(self, x: Tensor) -> Tensor:
-        """Encode with the core and add the linear code to the first channels, the mean. Returns float32."""
+        """Encode with the core and add the linear code to the mean (the first channels). Return float32."""
         encoded = self.core.quant_conv(self.core.encoder(F.pixel_unshuffle(x, self.config.patch))).float()
         if not self.config.shortcut:
             return encoded
@@ -147,7 +147,7 @@ class PatchVQModel(PatchAutoencoder):
     Args:
         latent_channels: Channels of the latents and of the codes.
         num_vq_embeddings: Number of codes.
-        vq_embed_dim: None or `latent_channels`; present because diffusers' configs have it.
+        vq_embed_dim: None or `latent_channels`; included for compatibility with diffusers' configs.
 
     Raises:
         ValueError: vq_embed_dim differs from latent_channels.

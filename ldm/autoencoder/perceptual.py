@@ -80,7 +80,7 @@ class LPIPS(nn.Module):
         except URLError as error:
             rule = (
                 f"needs the weights of VGG-16, which could not be downloaded ({error.reason}). Download them on "
-                "another machine and copy its folder ~/.cache/torch/hub/checkpoints to this one"
+                "another machine and copy the folder ~/.cache/torch/hub/checkpoints from there"
             )
             raise InputError("perceptual", self.name, rule) from error
 

@@ -28,7 +28,7 @@ from ldm.runtime.random import torch_generator
 VQ_COUNTERPARTS: dict[Any, type[nn.Module]] = {AutoencoderKL: VQModel, PatchAutoencoderKL: PatchVQModel}
 """For each architecture with a posterior, the same architecture with a codebook."""
 MAX_VECTORS, KMEANS_VECTORS, KMEANS_ITERATIONS = 262_144, 65_536, 5
-"""Encoder outputs sampled, distinct outputs clustered, and k-means iterations."""
+"""Limits on the encoder outputs sampled and on those clustered, and the number of k-means iterations."""
 RESTARTS_END = 0.75
 """Fraction of the budget after which codes are no longer restarted, because the EMA weights follow with a delay."""
 
@@ -62,7 +62,7 @@ class Regulariser(nn.Module):
         """Check that a loaded model fits this regulariser.
 
         Raises:
-            InputError: It does not. The message names the regulariser to use.
+            InputError: The model does not fit. The message says what to use instead.
         """
         if isinstance(model, VQModel | PatchVQModel):
             rule = f"must be vq, because the initial autoencoder is a {type(model).__name__}, which has a codebook"

@@ -124,14 +124,14 @@ def _upright(image: Image.Image) -> Image.Image:
     """Apply the EXIF orientation. The image is returned unchanged if its metadata cannot be read."""
     try:
         orientation = image.getexif().get(_ORIENTATION)
-    except Exception:
+    except Exception:  # Pillow raises errors of many types for damaged EXIF data
         return image
     method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
     return image if method is None else image.transpose(method)
 
 
 def _from_16_bit_grey(image: Image.Image) -> Image.Image:
-    """Convert 16-bit to 8-bit grey, 65535 to 255. Pillow would clip at 255 instead, making nearly all pixels white."""
+    """Convert 16-bit grey to 8-bit, 65535 to 255. Pillow would clip at 255 instead, making nearly all pixels white."""
     grey = np.asarray(image).astype(np.int32)
     if grey.min() < 0 or grey.max() > 65535:
         raise ValueError(f"grey values {grey.min()} to {grey.max()} do not fit in 16 bits")

@@ -1,7 +1,7 @@
 """Cache of encoded latents: the posterior moments of every image in a memory-mapped file, with a contract.
 
 The cache stores moments rather than a single sample, so z_raw is sampled and standardised each time a batch is read.
-The contract records which weights, images and transform produced the latents. It is checked wherever they are used.
+The contract records which weights, images and transform produced the latents. It is checked wherever latents are used.
 """
 
 import shutil

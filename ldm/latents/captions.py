@@ -1,4 +1,4 @@
-"""Cache of caption embeddings, computed once by a frozen text encoder and memory-mapped from then on."""
+"""Cache of caption embeddings. A frozen text encoder computes them once; after that, they are memory-mapped."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,10 +17,10 @@ from ldm.progress import progress
 
 
 class CaptionData:
-    """Memory-mapped embeddings of the captions of each image.
+    """Memory-mapped caption embeddings for a set of images.
 
     Args:
-        counts: Number of captions of each image, [N]. The captions of an image are in consecutive rows. None means that
+        counts: Number of captions per image, [N]. The captions of one image are stored in consecutive rows. If None,
             every image has exactly one caption.
     """
 
@@ -30,10 +30,10 @@ class CaptionData:
         self._first = None if counts is None else np.concatenate([[0], counts.cumsum()[:-1]])
 
     def batch(self, indices: Any, draws: np.ndarray | None = None) -> dict[str, Tensor]:
-        """Return the condition for these images, by default from the first caption of each.
+        """Return the condition for these images. Without `draws`, use the first caption of each image.
 
         Args:
-            draws: Random numbers in [0, 1), one per image, [b]. Each selects one of the image's captions.
+            draws: One random number in [0, 1) per image, [b]. It selects one of the image's captions.
         """
         rows = np.asarray(indices)
         if self.counts is not None and self._first is not None:
@@ -50,10 +50,10 @@ def open_captions(
     cache_dir: Path | str | None = None,
     batch_size: int = 256,
 ) -> CaptionData:
-    """Open the cached embeddings of these captions. Compute them first if they are not in the cache.
+    """Open the cached embeddings of these captions, computing them first if they are not in the cache.
 
     Args:
-        encode: captions -> batch-first tensors by name. Row i must depend on caption i only.
+        encode: Maps captions to a dictionary of batch-first tensors. Row i must depend only on caption i.
         captions: One caption or a list of captions for each image.
         encoder: Plain values that identify the encoder. The cache key is a digest of these values and the captions.
     """

@@ -18,7 +18,7 @@ REMEDY = "If it belongs to a latent cache, delete its folder. The latents will b
 
 @dataclass(frozen=True)
 class LatentContract:
-    """Identity of a set of latents. Whoever writes latents and whoever reads them must agree on every field.
+    """Identity of a set of latents. Code that writes latents and code that reads them must agree on every field.
 
     >>> from pathlib import Path
     >>> from ldm import LatentContract
@@ -39,16 +39,16 @@ class LatentContract:
 
     @property
     def key(self) -> str:
-        """Key in the name of the cache folder.
+        """Key used in the name of the cache folder.
 
-        It consists of short prefixes of the first two fields, for readability, and of a digest of all fields. Different
+        It consists of short prefixes of the first two fields, for readability, and a digest of all fields. Different
         contracts therefore never share a cache.
         """
         digest = sha256_of_values(asdict(self))
         return f"{self.autoencoder_sha256[:12]}-{self.data_fingerprint[:12]}-{digest[:12]}"
 
     def check(self, other: "LatentContract", here: str, there: str) -> None:
-        """Compare this contract with another one. `here` and `there` name the two in the error message.
+        """Check that both contracts are equal. `here` and `there` name their sources in the error message.
 
         Raises:
             UserError: the contracts differ. The message lists every differing field with both values.
@@ -60,7 +60,7 @@ class LatentContract:
         ]
         if differing:
             raise UserError(
-                f"The latents do not match: {'; '.join(differing)}. Use the autoencoder and the data of the same run, "
+                f"The latents do not match: {'; '.join(differing)}. Use the autoencoder and data from the same run, "
                 "or start a new run."
             )
 

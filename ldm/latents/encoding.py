@@ -1,7 +1,7 @@
 """Encode images into a file of posterior moments, in chunks, so that an interrupted encoding can be resumed.
 
-Rows are appended in image order. The batches are always the same, because networks round differently at other batch
-sizes. A chunk consists of complete batches, and the SHA-256 of each chunk is recorded in a journal. To resume, the
+Rows are appended in image order. The batches are always the same, because networks round differently at different
+batch sizes. A chunk consists of complete batches, and a journal records the SHA-256 of each chunk. To resume, the
 chunks are compared with the journal, and encoding continues after the last intact one. The resulting file is bitwise
 identical to that of an uninterrupted encoding (on the same machine with the same number of threads). When a finished
 file is opened, it is verified against its journal.
@@ -48,7 +48,7 @@ def encode_moments(
         shape: (images, views, 2, C, h, w).
 
     Raises:
-        NonFiniteLatentsError: a latent is not finite, because the training of the autoencoder diverged.
+        NonFiniteLatentsError: a latent is not finite, because the autoencoder diverged during training.
     """
     header = npy_header(shape, dtype)
     row_bytes = int(np.prod(shape[1:])) * np.dtype(dtype).itemsize
@@ -111,7 +111,7 @@ def _moments(encode: Encode, images: ImageData, indices: range, shape: tuple[int
     for view in range(shape[1]):
         encoded = torch.stack(encode(pixels.flip(-1) if view else pixels), dim=1).float().cpu()
         if not encoded.isfinite().all():
-            remedy = "The training of the autoencoder diverged. Train it again with a lower learning rate."
+            remedy = "The autoencoder diverged during training. Train it again with a lower learning rate."
             message = f"The latents of images {indices.start} to {indices.stop - 1} are not finite."
             raise NonFiniteLatentsError(f"{message} {remedy}")
         moments[:, view] = encoded.numpy()
@@ -136,9 +136,9 @@ def _journal(layout: Layout, batch_size: int) -> dict[str, Any]:
 
 
 def _intact_digests(folder: Path, layout: Layout, batch_size: int) -> list[str]:
-    """Return the digests of the leading chunks that are intact.
+    """Return the digests of the intact chunks at the start of the file.
 
-    The list is empty if the journal is missing, damaged or was written with another layout or batch size.
+    The list is empty if the journal is missing, damaged, or was written with a different layout or batch size.
 
     Raises:
         UserError: the chunks cannot be read.

@@ -1,4 +1,4 @@
-"""Export latents to a safetensors file and decode them. Its header contains the SHA-256 of the autoencoder."""
+"""Export latents to a safetensors file, and decode such a file. The header contains the autoencoder's SHA-256."""
 
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def decode_file(autoencoder: Autoencoder, file: Path, batch_size: int = 64) -> t
     """Decode the means in a latents file. Return batches of images [b, 3, H, W] and the image names.
 
     Raises:
-        UserError: the file is not a valid latents file, or another autoencoder encoded it.
+        UserError: the file is not a valid latents file, or it was encoded by a different autoencoder.
     """
     if not file.is_file():
         raise InputError("latents", file, "does not exist or is not a file")
@@ -53,7 +53,7 @@ def decode_file(autoencoder: Autoencoder, file: Path, batch_size: int = 64) -> t
     if mean.ndim != 4 or mean.shape[1] != autoencoder.channels or len(names) != len(mean) or not mean.isfinite().all():
         expected = f"finite latents of {autoencoder.channels} channels"
         actual = f"its shape is {list(mean.shape)}, with {len(names)} image names"
-        raise InputError("latents", file, f"contains no {expected}, one per image name: {actual}")
+        raise InputError("latents", file, f"must contain {expected}, one per image name, but {actual}")
     here, there = autoencoder.weights_sha256(), header.get("autoencoder_sha256", "unknown")
     if here != there:
         remedy = "Decode them with the run that encoded them."

@@ -147,7 +147,7 @@ def participation_ratio(eigenvalues: Tensor) -> float:
 
 
 def num_components(eigenvalues: Tensor, share: float) -> int:
-    """Return how many of the largest eigenvalues reach a share in (0, 1] of their sum, or 0 if all are 0."""
+    """Return how many of the largest eigenvalues add up to `share`, in (0, 1], of the total; 0 if all are 0."""
     cumulative = eigenvalues.cumsum(0)
     if cumulative[-1] == 0:
         return 0
@@ -158,7 +158,8 @@ def num_components(eigenvalues: Tensor, share: float) -> int:
 def pca_counts(size: int, channels: int) -> list[int]:
     """Return the numbers of components in 1..size at which to evaluate a PCA.
 
-    Up to PCA_COUNTS these are all numbers, otherwise log-spaced ones. C and min(2 C, size / 2) are always included.
+    If size is at most PCA_COUNTS, every number is returned; otherwise, the numbers are log-spaced. C and
+    min(2 C, size / 2) are always included.
     """
     spaced = torch.logspace(0, math.log10(size), PCA_COUNTS, dtype=torch.float64).round().int().tolist()
     required = (min(channels, size), min(2 * channels, size // 2))

@@ -27,7 +27,7 @@ def encode_latents(
     """Return the contract and the cached moments of these images, and update `autoencoder.statistics` if necessary.
 
     Args:
-        mean_and_std: Mean and standard deviation per channel for standardisation. None: measure them on the images.
+        mean_and_std: Mean and standard deviation per channel for standardisation. If None, measure them.
     """
     channels, _, _ = autoencoder.latent_shape(images.resolution)
     contract = LatentContract(
@@ -55,7 +55,7 @@ def encode_latents(
 
 
 def decoder_scale(autoencoder: Autoencoder, images: ImageData, latents: Any, batch_size: int = 64) -> list[float]:
-    """Return the RMS of x - decode(z_raw) per colour over the training split, with one sample of z_raw per image.
+    """Return the RMS of x - decode(z_raw) per colour channel over the training split, sampling z_raw once per image.
 
     This is the maximum-likelihood scale of a Gaussian p(x | z_raw) with one standard deviation per colour. At most
     SCALE_IMAGES random images are used, which limits the sampling error to about half a percent.

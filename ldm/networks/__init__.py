@@ -1,1 +1,1 @@
-"""Networks (z_t, t, condition) -> output, and the conditions they take."""
+"""Networks that map (z_t, t, condition) to an output, and the conditions that they accept."""

@@ -1,4 +1,4 @@
-"""Adapt a class-conditional network to another set of classes. Classes are matched by name, not by number."""
+"""Adapt a class-conditional network to a different set of classes. Classes are matched by name, not by number."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,12 +35,12 @@ class ClassChange:
 def replace_classes(network: Any, old: Sequence[str], new: Sequence[str]) -> nn.Module:
     """Return the network with a class embedding for the names in `new`, in this order, followed by the null class.
 
-    Classes that are also in `old` keep their embedding; the others are initialised as in a new network. The null class
+    Classes that are also in `old` keep their embedding; all others are initialised as in a new network. The null class
     and all other weights are copied.
 
     Args:
         network: A diffusers ModelMixin whose `class_embedding` has len(old) + 1 rows.
-        old: Class names the network was trained on, in the order of its rows.
+        old: Class names that the network was trained on, in the order of the embedding rows.
         new: Class names of the returned network. If they equal `old`, the network itself is returned.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Conditioning of the diffusion model on nothing, a class or a caption.
+"""Conditioning of the diffusion model: none, a class or a caption.
 
 A condition is a dict of batch-first tensors that are passed to the network as keyword arguments:
 {} without conditioning, {label [b]} for classes, {tokens [b, l, d], mask [b, l], pooled [b, d]} for text.
@@ -44,7 +44,7 @@ class Conditioning(ABC):
 
     @abstractmethod
     def network_options(self) -> dict[str, int]:
-        """Return the arguments with which a network must be built to accept these conditions."""
+        """Return the constructor arguments of a network that accepts these conditions."""
 
     @abstractmethod
     def null(self) -> Condition:
@@ -58,7 +58,7 @@ class Conditioning(ABC):
     def for_request(self, prompts: Prompts = None, classes: Classes = None, num_samples: int = 16) -> NamedCondition:
         """Build the condition for one prompt or one class (number or name) per sample.
 
-        With neither, `num_samples` samples cycle through the classes, or have an empty caption.
+        If neither is given, build it for `num_samples` samples: cycle through the classes, or use the empty caption.
 
         Raises:
             UserError: The model does not support this kind of condition, or has no such class.
@@ -77,7 +77,7 @@ class Conditioning(ABC):
         """Return a function that looks up conditions for training; `embed` is `ldm.latents.captions.open_captions`."""
 
     def examples(self, images: ImageData, prompts: Sequence[str]) -> NamedCondition:
-        """Build the condition of the sample grid: with text, the prompts or else the first validation captions."""
+        """Build the condition of the sample grid. With text, use the prompts, or else the first validation captions."""
         if self.text_dim is None:
             return self.for_request()
         return self.for_request(prompts) if prompts else self.for_images(images, images.val_indices[:16])
@@ -139,7 +139,7 @@ class ClassCondition(Conditioning):
         return {"label": torch.tensor(labels, dtype=torch.long)}, [self.class_names[label] for label in labels]
 
     def for_images(self, images: ImageData, indices: np.ndarray) -> NamedCondition:
-        # By name, because these images may number the classes differently.
+        # matched by name, because these images may number the classes differently
         names, labels = _class_names(images), images.require_labels()
         return self.for_request(classes=[names[labels[i]] for i in indices])
 
@@ -204,7 +204,7 @@ def restore_conditioning(state: dict[str, Any], file: Path = Path("model_index.j
     """Rebuild the conditioning of a saved pipeline from its `state`, read from `file`.
 
     Raises:
-        UserError: The kind is unknown, or the text encoder has other weights than in training.
+        UserError: The kind is unknown, or the text encoder's weights differ from those used in training.
     """
     kind = state.get("kind")
     if kind == "none":

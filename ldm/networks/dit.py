@@ -83,7 +83,7 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """x -> W_3 (silu(W_1 x) * W_2 x). The hidden width is 2/3 of that of a plain MLP, so the cost is the same."""
+    """x -> W_3 (silu(W_1 x) * W_2 x). The hidden width is 2/3 of a plain MLP's, so the cost is the same."""
 
     def __init__(self, dim: int, mlp_ratio: float) -> None:
         super().__init__()

@@ -84,7 +84,7 @@ class TextEncoder:
 
 
 def _check_no_remote_code(config: Any) -> None:
-    """Refuse quantisers and kernels that transformers would download from the hub and run.
+    """Reject quantisers and kernels that transformers would download from the hub and run.
 
     Raises:
         ValueError: The config requests one of them.

@@ -1,4 +1,4 @@
-"""UNets of diffusers with the same call signature as our transformer."""
+"""diffusers' UNets with the call signature of our diffusion transformer."""
 
 from typing import Any
 

@@ -25,7 +25,7 @@ def run_lock(folder: Path) -> Iterator[None]:
     the lock when the process ends.
 
     Raises:
-        UserError: if another training holds the lock (with its process, machine and start time), or the parent folder
+        UserError: if another process holds the lock (with its process, machine and start time), or the parent folder
             cannot be written.
     """
     folder = folder.absolute().resolve()
@@ -40,8 +40,7 @@ def run_lock(folder: Path) -> Iterator[None]:
         except Timeout as error:
             details = f" ({holder.read_text(encoding='utf-8')})" if holder.is_file() else ""
             raise UserError(
-                f"{folder} is in use by another training{details}. Wait until it ends, stop it, or choose another "
-                "name=."
+                f"{folder} is in use by another process{details}. Wait until it ends, stop it, or choose another name=."
             ) from error
         except OSError as error:
             raise UserError(

@@ -91,7 +91,7 @@ def recover(folder: Path, *, resume: bool) -> None:
                 warn(f"{folder} was restored: a training run with overwrite=true had moved it and was then killed.")
                 return
     except (Timeout, OSError):
-        return  # another training is replacing it right now
+        return  # another process is replacing it right now
     message = (
         f"A training run with overwrite=true was killed before its first checkpoint. The earlier run of {folder} is "
         f"still in {aside}. To restore it, delete {folder} and rename {aside.name} to {folder.name}."

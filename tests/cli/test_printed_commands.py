@@ -145,7 +145,7 @@ def test_command_after_a_stop_continues_the_training(type_in, monkeypatch):
     assert ended.code == 0 and "resumed from" in ended.out and Run.open("all runs/vae/it's stopped").finished
 
 
-def test_resume_with_other_options_prints_the_right_command(autoencoder, type_in):
+def test_resume_with_different_options_prints_the_right_command(autoencoder, type_in):
     ended = type_in(command("stage=vae", "name=mine", "runs_dir=all runs", "batch_size=4", "resume=true"))
     assert ended.code == 2 and "batch_size was 8 and is 4 now" in ended.err
     ended = type_in(command_after(ended.err, "Give the options that it was started with: "))
@@ -166,7 +166,7 @@ def test_missing_autoencoder_prints_the_command_to_train_one(autoencoder, type_i
     assert found.facts["data"] == "others"
 
 
-def test_autoencoder_trained_on_other_data_gives_a_warning(autoencoder, type_in, monkeypatch, make_images):
+def test_autoencoder_trained_on_different_data_gives_a_warning(autoencoder, type_in, monkeypatch, make_images):
     if not Path("more").exists():
         make_images(Path("more"), 24, seed=2)
     monkeypatch.setattr(Fit, "run_to_end", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -215,7 +215,7 @@ def test_next_command_of_an_older_run_keeps_its_data(autoencoder):
     assert options[-1] == "vae=all runs/vae/mine" and "experiment=short" not in options
 
 
-def test_pipeline_with_an_autoencoder_of_other_data_gives_a_warning(autoencoder, type_in, make_images):
+def test_pipeline_with_an_autoencoder_of_different_data_gives_a_warning(autoencoder, type_in, make_images):
     """The record of the autoencoder's data is copied to every run that uses it."""
     if not Path("third").exists():
         make_images(Path("third"), 24, seed=3)

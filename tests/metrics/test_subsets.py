@@ -141,7 +141,7 @@ def test_nearest_by_cosine_equals_brute_force(chunks):
     assert nearest.tolist() == (1 - x @ y.T).argmin(1).tolist()
 
 
-def test_memorisation_finds_copies_but_no_new_images():
+def test_memorisation_flags_copies_but_not_new_images():
     train, validation = normal(2000, 8), normal(3000, 8, seed=1)
     samples = torch.cat([normal(180, 8, seed=2), 3 * train[40:60]])
     result = nearest_training(samples, train, validation)
@@ -157,7 +157,7 @@ def test_memorisation_finds_copies_but_no_new_images():
     assert clean.close_share == pytest.approx(0.01, abs=3 * clean.close_share_standard_error)
 
 
-def test_close_share_error_includes_that_of_the_threshold():
+def test_error_of_close_share_includes_threshold_error():
     """With few held-out images it dominates: their 1st percentile is one of the smallest distances."""
     train = normal(400, 4)
     draws = [(normal(400, 4, seed=2 * i), normal(150, 4, seed=2 * i + 1)) for i in range(1, 81)]

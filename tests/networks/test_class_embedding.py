@@ -53,7 +53,7 @@ def test_new_classes_are_initialised_like_those_of_a_new_network():
     assert rows.std().item() == pytest.approx(0.02, rel=0.05), "the scale of DiT's initialisation"
 
 
-def test_class_change_lists_kept_new_and_dropped_classes():
+def test_class_change_lists_retained_new_and_dropped_classes():
     change = ClassChange.between(["cat", "dog"], ["ant", "cat"])
     assert str(change) == "kept: cat; new: ant; dropped: dog"
     assert str(ClassChange.between(list("ab"), [*map(str, range(12))])).startswith("new: 0, 1, 2")

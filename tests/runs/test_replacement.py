@@ -221,7 +221,7 @@ def test_run_is_restored_after_a_kill_between_two_renames(train):
     assert digest() == before
 
 
-def test_run_being_replaced_by_another_training_causes_no_warning(tmp_path, capsys):
+def test_run_being_replaced_by_another_process_causes_no_warning(tmp_path, capsys):
     aside = tmp_path / "vae" / ".x.replaced"
     aside.mkdir(parents=True)
     (aside / "run.json").write_text("{}")

@@ -74,7 +74,7 @@ def test_runs_that_cannot_be_opened_are_skipped_with_a_warning(tmp_path, capsys)
     assert "vae/linked is ignored" in warnings and "vae/broken is ignored" in warnings
 
 
-def test_missing_autoencoder_lists_those_for_other_data(tmp_path):
+def test_missing_autoencoder_lists_those_for_different_data(tmp_path):
     make_run(tmp_path / "vae/running", 3, finished=None)
     with pytest.raises(AutoencoderNotFoundError, match=r"no finished autoencoder .*vae\. .* vae="):
         find_autoencoder(None, str(tmp_path), "images")

@@ -284,7 +284,7 @@ def test_second_training_in_a_run_folder_is_refused(train, workspace, monkeypatc
         until(process, "working")
         ended = train("name=held")
         holder = f"process {process.pid} on {os.uname().nodename}, since 2"
-        assert ended.code == 2 and "in use by another training" in ended.err and holder in ended.err
+        assert ended.code == 2 and "in use by another process" in ended.err and holder in ended.err
         process.kill()
     with run_lock(workspace / "runs/vae/held"):
         pass

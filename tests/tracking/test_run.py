@@ -81,7 +81,7 @@ def test_api_key_is_found_without_contacting_the_server(monkeypatch, tmp_path):
     wandb.teardown()
 
 
-def test_resumed_run_keeps_its_id_and_a_new_run_gets_another(monkeypatch, tmp_path):
+def test_resumed_run_keeps_its_id_and_a_new_run_gets_a_new_one(monkeypatch, tmp_path):
     """This includes the id from a W&B sweep agent, whose server creates the run. It is also kept after an outage."""
     ids = iter(["of-the-agent"])
     monkeypatch.setattr(wandb, "init", lambda **options: Recorder(**{**options, "id": next(ids, options["id"])}))

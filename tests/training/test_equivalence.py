@@ -278,7 +278,7 @@ def test_with_a_discriminator_only_lambda_depends_on_the_split():
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 1), (8, 2)])
-def test_a_run_resumes_with_another_number_of_micro_batches(tmp_path, recorded, before, after):
+def test_a_run_resumes_with_a_different_number_of_micro_batches(tmp_path, recorded, before, after):
     uninterrupted = fit(chain())
     expected = by_step(recorded, 1)
     recorded.clear()

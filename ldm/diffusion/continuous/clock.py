@@ -1,12 +1,12 @@
 """The clock w, the time variable in which the continuous chain's differential equations are solved.
 
-Setting: w = asinh(log-SNR / 2). Near log-SNR = 0, where samples take shape, w is proportional to log-SNR.
+The clock is w = asinh(log-SNR / 2). Near log-SNR = 0, where samples take shape, w is proportional to log-SNR.
 Far from it, where little happens, w grows with its logarithm. The clock starts at the noise end: at T, or where
 alpha_bar = 1e-8 if the chain goes below that, 1e-4 of z_0 away from N(0, I).
 
-Of the clocks and spacings tried with Heun in 40 steps on exact mixtures (t, log-SNR, the angle of alpha and sigma,
-sigma^(1/7), plain or in eps or z_0), none errs less than half as much as equal steps of w, on any schedule of
-`ldm.diffusion.schedule`; equal steps of t err up to 20 times as much.
+Alternatives were compared with Heun in 40 steps on exact mixtures: t, log-SNR, the angle of alpha and sigma, and
+sigma^(1/7), each plain or in eps or z_0. On no schedule of `ldm.diffusion.schedule` does any of them have less than
+half the error of equal steps of w. Equal steps of t have up to 20 times the error.
 """
 
 import math
@@ -28,9 +28,7 @@ def clock_ends(schedule: NoiseSchedule, t_min: int | float) -> tuple[float, floa
         raise ValueError(f"t_min must be in [1, T) with T = {schedule.num_steps}; got {t_min}")
     noise_end = max(float(curve(schedule.num_steps)), _NOISE_END)
     if curve(t_min) <= noise_end:
-        raise ValueError(
-            f"nothing is left of z_0 at t_min = {t_min} of schedule {schedule.name!r}; choose a smaller one"
-        )
+        raise ValueError(f"t_min = {t_min} is at the noise end of schedule {schedule.name!r}; use a smaller t_min")
     return math.asinh(noise_end / 2), math.asinh(float(curve(t_min)) / 2)
 
 

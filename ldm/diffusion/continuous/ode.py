@@ -48,17 +48,17 @@ def integrate(
     """
     check_tolerances(rtol, atol)
 
-    def finite(w: float, state: np.ndarray) -> np.ndarray:
+    def checked_derivative(w: float, state: np.ndarray) -> np.ndarray:
         slope = derivative(w, state)
         if not np.isfinite(slope).all():
-            raise ArithmeticError(f"the ODE is not finite where its clock shows {w}: the network answers inf or nan")
+            raise ArithmeticError(f"the ODE is not finite at w = {w}: the network returned inf or nan")
         return slope
 
-    solver = RK45(finite, start, state, stop, rtol=rtol, atol=atol)
+    solver = RK45(checked_derivative, start, state, stop, rtol=rtol, atol=atol)
     while solver.status == "running":
         message = solver.step()
         if solver.status == "failed":
-            raise ArithmeticError(f"the adaptive solver is stuck where the clock shows {solver.t}: {message}")
+            raise ArithmeticError(f"the adaptive solver failed at w = {solver.t}: {message}")
         if on_accept is not None:
             on_accept(solver.t, solver.y)
     return solver.y, solver.nfev
@@ -138,7 +138,7 @@ class ODESampler:
             ValueError: as `check` does.
             ArithmeticError: as `integrate` does.
         """
-        z = self._travel(denoiser, z_T, condition, on_step=on_step)
+        z = self._integrate(denoiser, z_T, condition, on_step=on_step)
         t = self.t_min if self.solver == "adaptive" or self.steps > 1 else self._noise_end(denoiser.schedule)
         z_0 = denoiser(z, t, condition).z_0
         if on_step is not None:
@@ -157,8 +157,8 @@ class ODESampler:
             ValueError: as `check` does; for heun, in a single step.
             ArithmeticError: as `integrate` does.
         """
-        self._check_travels()
-        return self._travel(denoiser, z, condition, backwards=True)
+        self._check_steps()
+        return self._integrate(denoiser, z, condition, backwards=True)
 
     @torch.no_grad()
     def decode(
@@ -170,17 +170,17 @@ class ODESampler:
             ValueError: as `check` does; for heun, in a single step.
             ArithmeticError: as `integrate` does.
         """
-        self._check_travels()
-        return self._travel(denoiser, z_T, condition)
+        self._check_steps()
+        return self._integrate(denoiser, z_T, condition)
 
-    def _check_travels(self) -> None:
+    def _check_steps(self) -> None:
         if self.solver == "heun" and self.steps < 2:
-            raise ValueError("heun in one step goes from noise to z_0 at once; encode and decode need two or more")
+            raise ValueError(f"encode and decode need at least 2 steps with heun; got {self.steps}")
 
     def _noise_end(self, schedule: NoiseSchedule) -> float:
         return clock_time(schedule, clock_ends(schedule, self.t_min)[0])
 
-    def _travel(
+    def _integrate(
         self,
         denoiser: DenoiserLike,
         z: Tensor,

@@ -210,8 +210,8 @@ class SDESampler:
             z_0 = denoiser(z_t, t, condition).z_0
             z_t = reverse_sde_step(schedule, z_0, z_t, s=s, t=t, generator=generator)
             for _ in range(self.corrector_steps):
-                again = denoiser(z_t, s, condition).z_0
-                z_t = langevin_step(schedule, again, z_t, t=s, snr=self.corrector_snr, generator=generator)
+                corrected_z_0 = denoiser(z_t, s, condition).z_0
+                z_t = langevin_step(schedule, corrected_z_0, z_t, t=s, snr=self.corrector_snr, generator=generator)
             if on_step is not None:
                 on_step(s, z_t, z_0)
         z_0 = denoiser(z_t, visited[-1], condition).z_0

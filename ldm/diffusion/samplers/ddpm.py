@@ -74,11 +74,11 @@ class DDPM(ChainSampler):
             check_choice("variance", self.variance, get_args(VarianceType))
 
     def _transition(self, walk: Walk) -> Transition:
-        asked = self.variance or walk.variance
+        requested = self.variance or walk.variance
 
         def transition(prediction: Prediction, z_t: Tensor, s: int, t: int) -> Tensor:
             z_0, v = prediction
-            variance = asked or ("fixed_small" if v is None else "learned_range")
+            variance = requested or ("fixed_small" if v is None else "learned_range")
             sigma: dict[str, Any] = {"variance": variance, "v": v, "z_0_mse": walk.z_0_mse}
             return ddpm_step(walk.schedule, z_0, z_t, s=s, t=t, **sigma, generator=walk.generator)
 

@@ -125,7 +125,7 @@ def compare_groups(
 def holm(p_values: Mapping[str, float]) -> list[str]:
     """Return the names of the differences that are significant after the Holm-Bonferroni correction.
 
-    The probability of any false positive among them is at most 5 %, whatever the dependence between the metrics.
+    The probability of any false positive among them is at most 5 %, however the metrics depend on each other.
 
     Source: Holm 1979, Scandinavian Journal of Statistics 6(2).
     """

@@ -44,9 +44,9 @@ def orders(errors):
     return [math.log2(coarse / fine) for coarse, fine in zip(errors, errors[1:], strict=False)]
 
 
-def show(what, errors, theory):
+def print_convergence(quantity, errors, theory):
     series = " ".join(f"{error:.2e}" for error in errors), " ".join(f"{order:.2f}" for order in orders(errors))
-    print(f"\n{what}, {STEPS} steps: errors {series[0]}, orders {series[1]} (theory {theory})")
+    print(f"\n{quantity}, {STEPS} steps: errors {series[0]}, orders {series[1]} (theory {theory})")
 
 
 def against_the_closed_form(mixture, sampler, num_steps=1000):
@@ -60,7 +60,7 @@ def against_the_closed_form(mixture, sampler, num_steps=1000):
 
 def test_heun_is_of_order_2(mixture):
     errors = [against_the_closed_form(mixture, ODESampler("heun", steps + 1)) for steps in STEPS]
-    show("heun", errors, 2)
+    print_convergence("heun", errors, 2)
     assert orders(errors)[-1] == pytest.approx(2, abs=0.1)
     assert errors[-1] < 3e-4
 
@@ -85,8 +85,8 @@ def test_the_clock_solves_the_equation_in_t(mixture):
     # Knot by knot: b is continuous there, its derivative is not.
     for t in range(20, 1, -1):
         z = scipy.integrate.solve_ivp(derivative, (t, t - 1), z, rtol=1e-10, atol=1e-10).y[:, -1]
-    found = ODESampler("adaptive", rtol=1e-9, atol=1e-9).decode(exact, torch.linspace(-2, 2, 5).double()[:, None])
-    np.testing.assert_allclose(found.flatten().numpy(), z, atol=1e-6)
+    decoded = ODESampler("adaptive", rtol=1e-9, atol=1e-9).decode(exact, torch.linspace(-2, 2, 5).double()[:, None])
+    np.testing.assert_allclose(decoded.flatten().numpy(), z, atol=1e-6)
 
 
 def test_there_and_back(mixture, randn):
@@ -101,7 +101,7 @@ def test_there_and_back(mixture, randn):
         for steps in STEPS:
             heun = ODESampler("heun", steps + 1)
             errors.append((heun.decode(exact, heun.encode(exact, z_1)) - z_1).abs().max().item())
-        show(f"{schedule.name}: heun there and back", errors, "2 or more")
+        print_convergence(f"{schedule.name}: heun there and back", errors, "2 or more")
         assert orders(errors)[-1] > 1.8
         assert errors[-1] < 1e-3
 
@@ -126,9 +126,9 @@ def test_every_mode_of_a_mixture_is_found_with_its_weight(exact_mixture, randn, 
     distance, mode = torch.cdist(z, means).min(1)
     assert distance.max() < 6 * 0.1
     counts = torch.bincount(mode, minlength=4).numpy()
-    found = scipy.stats.chisquare(counts, 5000 * np.array(weights)).pvalue
-    print(f"\n{schedule.name}, {solver}: {counts / 5000} for {weights}, p = {found:.3f}")
-    assert found > 1e-3
+    p_value = scipy.stats.chisquare(counts, 5000 * np.array(weights)).pvalue
+    print(f"\n{schedule.name}, {solver}: {counts / 5000} for {weights}, p = {p_value:.3f}")
+    assert p_value > 1e-3
 
 
 @pytest.mark.parametrize(("solver", "steps", "calls"), [("heun", 7, 13), ("heun", 1, 1), ("adaptive", 7, None)])
@@ -224,7 +224,7 @@ def test_options_and_calls_are_checked(mixture, randn):
             ODESampler(**options)
     exact, z = mixture(linear(100)), randn(2, 1)
     for go in (ODESampler("heun", 1).encode, ODESampler("heun", 1).decode):
-        with pytest.raises(ValueError, match="encode and decode need two or more"):
+        with pytest.raises(ValueError, match="encode and decode.*at least 2 steps.*got 1"):
             go(exact, z)
     with pytest.raises(ValueError, match=r"t_min must be in \[1, T\)"):
         ODESampler(t_min=0.1).check(linear(100))
@@ -237,9 +237,9 @@ def test_options_and_calls_are_checked(mixture, randn):
         def __call__(self, z_t, t, condition=None):
             return Prediction(z_t * math.nan, None)
 
-    with pytest.raises(ArithmeticError, match="the network answers inf or nan"):
+    with pytest.raises(ArithmeticError, match="not finite at w = .*network"):
         ODESampler("adaptive")(Broken(), z)
-    with pytest.raises(ArithmeticError, match="stuck where the clock shows 1"):
+    with pytest.raises(ArithmeticError, match="adaptive solver failed at w = 1"):
         integrate(lambda w, state: state**2, np.ones(1), 0.0, 2.0, rtol=1e-6, atol=1e-6)
     with pytest.raises(ValueError, match="at least 1e-12"):
         integrate(lambda w, state: -state, np.ones(1), 0.0, 1.0, rtol=1e-14, atol=1.0)

@@ -39,12 +39,12 @@ MIXTURES = {
 def test_exact_trace_gives_the_log_density_at_t_min(exact_mixture, schedule, data, t_min):
     exact = exact_mixture(schedule, *MIXTURES[data])
     z, log_density = draw(exact, t_min, 12)
-    found = ode_log_likelihood(exact, z, t_min=t_min, probes=None, **TIGHT)
-    error = (found.log_likelihood - log_density).abs().max().item()
-    print(f"\n{schedule.name}, {data}, t_min = {t_min}: error {error:.1e} in {found.evaluations} evaluations")
+    result = ode_log_likelihood(exact, z, t_min=t_min, probes=None, **TIGHT)
+    error = (result.log_likelihood - log_density).abs().max().item()
+    print(f"\n{schedule.name}, {data}, t_min = {t_min}: error {error:.1e} in {result.evaluations} evaluations")
     assert error < 1e-3
-    assert found.log_likelihood.shape == (12,)
-    assert found.probe_variance is None
+    assert result.log_likelihood.shape == (12,)
+    assert result.probe_variance is None
 
 
 def test_error_follows_the_tolerance(exact_mixture):
@@ -53,9 +53,9 @@ def test_error_follows_the_tolerance(exact_mixture):
     truth = ode_log_likelihood(exact, z, probes=None, rtol=1e-9, atol=1e-9).log_likelihood
     errors = []
     for tolerance in (1e-3, 1e-4, 1e-5, 1e-6, 1e-7):
-        found = ode_log_likelihood(exact, z, probes=None, rtol=tolerance, atol=tolerance)
-        errors.append((found.log_likelihood - truth).abs().max().item())
-        print(f"\ntolerance {tolerance:.0e}: error {errors[-1]:.1e} in {found.evaluations} evaluations", end="")
+        result = ode_log_likelihood(exact, z, probes=None, rtol=tolerance, atol=tolerance)
+        errors.append((result.log_likelihood - truth).abs().max().item())
+        print(f"\ntolerance {tolerance:.0e}: error {errors[-1]:.1e} in {result.evaluations} evaluations", end="")
     assert errors[-1] < 1e-5
     assert errors[1] < 1e-2
 
@@ -68,8 +68,8 @@ def test_a_chain_that_stops_short_of_noise_starts_from_N_0_I_all_the_same(exact_
     z = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
     # The flow scales N(0, spread_1) to N(0, spread_T), so what starts from N(0, 1) arrives N(0, spread_1 / spread_T).
     expected = torch.distributions.Normal(0, (spread[1] / spread[1000]) ** 0.5).log_prob(z).flatten()
-    found = ode_log_likelihood(exact, z, probes=None, **TIGHT)
-    torch.testing.assert_close(found.log_likelihood, expected, atol=1e-4, rtol=0)
+    result = ode_log_likelihood(exact, z, probes=None, **TIGHT)
+    torch.testing.assert_close(result.log_likelihood, expected, atol=1e-4, rtol=0)
 
 
 def test_density_integrates_to_one(exact_mixture):
@@ -82,9 +82,9 @@ def test_density_integrates_to_one(exact_mixture):
 def test_hutchinson_is_unbiased(exact_mixture):
     exact = exact_mixture(cosine(), *MIXTURES["mixture, d = 2"])
     z, log_density = draw(exact, 1.0, 6)
-    found = ode_log_likelihood(exact, z, probes=100, generators=seeded(), **TIGHT)
-    error = (found.log_likelihood - log_density).numpy()
-    standard_error = (found.probe_variance / 100).sqrt().numpy()
+    result = ode_log_likelihood(exact, z, probes=100, generators=seeded(), **TIGHT)
+    error = (result.log_likelihood - log_density).numpy()
+    standard_error = (result.probe_variance / 100).sqrt().numpy()
     print(f"\nerrors {error.round(3)} with standard errors {standard_error.round(3)}")
     assert (np.abs(error) < 4 * standard_error + 1e-3).all()
     assert standard_error.max() > 0.01
@@ -93,9 +93,9 @@ def test_hutchinson_is_unbiased(exact_mixture):
 def test_one_probe_is_exact_where_the_jacobian_is_a_multiple_of_the_identity(exact_mixture):
     exact = exact_mixture(cosine(), *MIXTURES["Gaussian, d = 16"])
     z, log_density = draw(exact, 1.0, 4)
-    found = ode_log_likelihood(exact, z, probes=2, generators=seeded(), **TIGHT)
-    torch.testing.assert_close(found.log_likelihood, log_density, atol=1e-3, rtol=0)
-    assert found.probe_variance.max() < 1e-12
+    result = ode_log_likelihood(exact, z, probes=2, generators=seeded(), **TIGHT)
+    torch.testing.assert_close(result.log_likelihood, log_density, atol=1e-3, rtol=0)
+    assert result.probe_variance.max() < 1e-12
     assert ode_log_likelihood(exact, z.float()).log_likelihood.dtype == torch.float64
 
 

@@ -25,9 +25,9 @@ def orders(errors):
     return [math.log2(abs(coarse / fine)) for coarse, fine in zip(errors, errors[1:], strict=False)]
 
 
-def show(what, errors, theory):
+def print_convergence(quantity, errors, theory):
     series = " ".join(f"{error:+.2e}" for error in errors), " ".join(f"{order:.2f}" for order in orders(errors))
-    print(f"\n{what}, {STEPS} steps: errors {series[0]}, orders {series[1]} (theory {theory})")
+    print(f"\n{quantity}, {STEPS} steps: errors {series[0]}, orders {series[1]} (theory {theory})")
 
 
 @pytest.fixture
@@ -80,8 +80,8 @@ def test_forward_sde_has_the_chains_marginal():
         expected = moments_at(schedule, 1000, mean, variance)
         mean_errors.append(m - expected[0][0])
         variance_errors.append(v - expected[1][0])
-    show("forward SDE, mean", mean_errors, 1)
-    show("forward SDE, variance", variance_errors, 1)
+    print_convergence("forward SDE, mean", mean_errors, 1)
+    print_convergence("forward SDE, variance", variance_errors, 1)
     assert orders(mean_errors)[-1] == pytest.approx(1, abs=0.1)
     assert orders(variance_errors)[-1] == pytest.approx(1, abs=0.1)
     assert max(abs(mean_errors[-1]), abs(variance_errors[-1])) < 3e-2
@@ -102,7 +102,7 @@ def test_reverse_sde_reaches_the_datas_variance_with_order_1(exact_gaussian, sou
         z_T = torch.eye(1, steps + 2, dtype=torch.float64)
         sources(z_T)
         errors.append(arrive(SDESampler(steps + 1), exact, z_T).square().sum().item() / truth - 1)
-    show(f"reverse SDE, relative variance, data N(0, {variance})", errors, 1)
+    print_convergence(f"reverse SDE, relative variance, data N(0, {variance})", errors, 1)
     assert abs(errors[-1]) < 5e-3
     assert orders(errors)[-1] == pytest.approx(1, abs=0.3 if variance < 0.01 else 0.1)
 
@@ -114,7 +114,7 @@ def test_reverse_sde_reaches_the_datas_mean_with_order_1(exact_gaussian, monkeyp
     truth = moments_at(schedule, 1, 0.7, 0.25)[0][0]
     start = torch.zeros(1, 1, dtype=torch.float64)
     errors = [arrive(SDESampler(steps + 1), exact, start).item() - truth for steps in STEPS]
-    show("reverse SDE, mean", errors, 1)
+    print_convergence("reverse SDE, mean", errors, 1)
     assert orders(errors)[-1] == pytest.approx(1, abs=0.1)
     assert abs(errors[-1]) < 2e-3
 
@@ -165,9 +165,9 @@ def test_every_mode_of_a_mixture_is_found_with_its_weight(exact_mixture, randn, 
     distance, mode = torch.cdist(z, means).min(1)
     assert distance.max() < 6 * 0.1
     counts = torch.bincount(mode, minlength=4).numpy()
-    found = scipy.stats.chisquare(counts, 5000 * np.array(weights)).pvalue
-    print(f"\n{schedule.name}, {corrector_steps} corrections: {counts / 5000} for {weights}, p = {found:.3f}")
-    assert found > 1e-3
+    p_value = scipy.stats.chisquare(counts, 5000 * np.array(weights)).pvalue
+    print(f"\n{schedule.name}, {corrector_steps} corrections: {counts / 5000} for {weights}, p = {p_value:.3f}")
+    assert p_value > 1e-3
 
 
 @pytest.mark.parametrize("corrector_steps", [0, 2])
@@ -258,7 +258,7 @@ def test_options_and_calls_are_checked(exact_gaussian, randn):
     for t_min in (0.5, 100.0):
         with pytest.raises(ValueError, match=r"t_min must be in \[1, T\)"):
             SDESampler(50, t_min=t_min).check(schedule)
-    with pytest.raises(ValueError, match="nothing is left of z_0 at t_min = 999.9"):
+    with pytest.raises(ValueError, match="t_min = 999.9 is at the noise end"):
         SDESampler(50, t_min=999.9).check(rectified_flow())
     with pytest.raises(ValueError, match="at least two to lie between"):
         SDESampler(50).check(linear(1))

@@ -27,14 +27,14 @@ def network(z_t, timesteps, condition):
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
 def test_ddpm_equals_diffusers(variance, steps, randn):
     schedule = linear(60, 1e-3, 0.1)
-    theirs = diffusers.DDPMScheduler(
+    scheduler = diffusers.DDPMScheduler(
         num_train_timesteps=60,
         trained_betas=schedule.betas.tolist(),
         variance_type=variance,
         clip_sample=False,
         timestep_spacing="leading",
     )
-    theirs.set_timesteps(steps)
+    scheduler.set_timesteps(steps)
     learned = variance == "learned_range"
 
     def predict(z_t, timesteps, condition):
@@ -42,13 +42,13 @@ def test_ddpm_equals_diffusers(variance, steps, randn):
         return output if learned else output[:, : z_t.shape[1]]
 
     z_T = randn(3, 4, 5, dtype=torch.float32)
-    ours = DDPM(steps, spacing="leading", variance=variance)(
+    samples = DDPM(steps, spacing="leading", variance=variance)(
         Denoiser(schedule, predict, "eps", learned), z_T, generator=seeded()
     )
     z, generator = z_T, seeded()
-    for t in theirs.timesteps:
-        z = theirs.step(predict(z, t.expand(3), None), int(t), z, generator=generator).prev_sample
-    torch.testing.assert_close(ours, z, rtol=1e-3, atol=1e-4)
+    for t in scheduler.timesteps:
+        z = scheduler.step(predict(z, t.expand(3), None), int(t), z, generator=generator).prev_sample
+    torch.testing.assert_close(samples, z, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
@@ -56,52 +56,52 @@ def test_ddpm_equals_diffusers(variance, steps, randn):
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 def test_ddim_equals_diffusers(eta, spacing, prediction, randn):
     schedule = scaled_linear()
-    theirs = diffusers.DDIMScheduler(
+    scheduler = diffusers.DDIMScheduler(
         trained_betas=schedule.betas.tolist(),
         clip_sample=False,
         timestep_spacing=spacing,
         prediction_type={"eps": "epsilon", "v": "v_prediction"}[prediction],
     )
-    theirs.set_timesteps(20)
+    scheduler.set_timesteps(20)
 
     def predict(z_t, timesteps, condition):
         return network(z_t, timesteps, condition)[:, : z_t.shape[1]]
 
     z_T = randn(3, 4, 5, dtype=torch.float32)
-    ours = DDIM(20, eta=eta, spacing=spacing)(Denoiser(schedule, predict, prediction), z_T, generator=seeded())
+    samples = DDIM(20, eta=eta, spacing=spacing)(Denoiser(schedule, predict, prediction), z_T, generator=seeded())
     z, generator = z_T, seeded()
-    for t in theirs.timesteps:
-        z = theirs.step(predict(z, t.expand(3), None), int(t), z, eta=eta, generator=generator).prev_sample
-    torch.testing.assert_close(ours, z, rtol=1e-3, atol=2e-3)
+    for t in scheduler.timesteps:
+        z = scheduler.step(predict(z, t.expand(3), None), int(t), z, eta=eta, generator=generator).prev_sample
+    torch.testing.assert_close(samples, z, rtol=1e-3, atol=2e-3)
 
 
-# Their set_timesteps speaks to numpy 2 in a way that it deprecates; ours is not called.
+# diffusers' set_timesteps uses a conversion that numpy 2 deprecates; this package does not call it.
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("sampler", [DPMSolver, UniPC])
 def test_multistep_solvers_run_on_our_steps_and_sigmas(sampler, randn):
     # Equality with diffusers proves no solver here, only that it was handed the same problem.
     schedule = scaled_linear()
-    theirs = sampler.solver(
+    scheduler = sampler.solver(
         trained_betas=schedule.betas.tolist(), prediction_type="sample", timestep_spacing="trailing"
     )
-    theirs.set_timesteps(20)
+    scheduler.set_timesteps(20)
 
     def predict(z_t, timesteps, condition):
         return network(z_t, timesteps, condition)[:, : z_t.shape[1]]
 
     z_T = randn(3, 4, 5, dtype=torch.float32)
-    ours = sampler(20)(Denoiser(schedule, predict, "z_0"), z_T)
+    samples = sampler(20)(Denoiser(schedule, predict, "z_0"), z_T)
     z = z_T
-    for t in theirs.timesteps:
-        z = theirs.step(predict(z, t.expand(3), None), t, z).prev_sample
-    torch.testing.assert_close(ours, z, rtol=1e-3, atol=1e-3)
+    for t in scheduler.timesteps:
+        z = scheduler.step(predict(z, t.expand(3), None), t, z).prev_sample
+    torch.testing.assert_close(samples, z, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
 @pytest.mark.parametrize("steps", [2, 7, 20, 37, 999, 1000])
 def test_timesteps_are_diffusers_plus_one(spacing, steps):
-    theirs = diffusers.DDIMScheduler(timestep_spacing=spacing)
-    theirs.set_timesteps(steps)
+    scheduler = diffusers.DDIMScheduler(timestep_spacing=spacing)
+    scheduler.set_timesteps(steps)
     # For some numbers of steps a float step makes diffusers' "trailing" one longer, ending with t = -1.
-    expected = [int(t) + 1 for t in theirs.timesteps if t >= 0]
+    expected = [int(t) + 1 for t in scheduler.timesteps if t >= 0]
     assert timesteps(1000, steps, spacing) == [*expected, 0]

@@ -193,7 +193,7 @@ def test_single_runs_account_for_sampling_noise_only(tmp_path):
 
 
 @pytest.mark.parametrize("dof", [3, 19, np.inf])
-def test_few_degrees_of_freedom_use_student_t_intervals(dof):
+def test_intervals_use_student_t_for_few_degrees_of_freedom(dof):
     """A difference of 2.2 standard errors is within noise for 3 degrees of freedom, but not for many."""
     first, second = [Metric(0.5, 0.01, dof)], [Metric(0.5 + 0.01 * 2.2 * 2**0.5, 0.01, dof)]
     result = compare_groups("kd", first, second, ("A", "B"), enough_seeds=False)
@@ -220,7 +220,7 @@ def test_fewer_than_three_distinct_seeds_fall_back_to_sampling_noise(tmp_path, s
         ({"guidance": 1.0, "sampler": {"method": "dpmpp", "steps": 50}}, "guidance, sampler.steps"),
     ],
 )
-def test_metrics_with_other_settings_get_no_verdict(tmp_path, changed, settings):
+def test_metrics_with_different_settings_are_not_compared(tmp_path, changed, settings):
     """Metrics that depend only on the data are compared even if the sampler differs."""
     floors = [{"fd_floor": value, "fd_floor_standard_error": 0.01} for value in (1.0, 1.2)]
     runs = [make_run(tmp_path, "a", evaluation=floors[0])]
@@ -391,7 +391,7 @@ def test_steps_logged_twice_after_resuming_count_once(tmp_path, fake_wandb):
     assert all(run.finished for _, run in local.runs)
 
 
-def test_evaluation_of_other_weights_is_ignored(tmp_path, fake_wandb):
+def test_evaluation_of_different_weights_is_ignored(tmp_path, fake_wandb):
     runs = [make_run(tmp_path, "a"), make_run(tmp_path, "b", kd=0.2, lr=2e-3)]
     for run in map(Path, runs):
         weights = run / "pipeline/network/model.safetensors"

@@ -62,7 +62,7 @@ def test_sizes_lists_and_times_are_parsed_and_formatted():
 
 @pytest.mark.parametrize("name", ["f1c2", "f2c12", "f4c4", "f8c16", "f16c24", "f32c8"])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_planned_training_has_the_stated_latent_size(name, loss):
+def test_planned_run_has_the_stated_latent_size(name, loss):
     (training,) = trainings(name, (loss,), extra=("batch_size=7",))
     assert training.name == f"{name}-{loss}"
     _, front, *arguments = training.command()
@@ -98,7 +98,7 @@ def fake_training(monkeypatch) -> dict[str, list]:
     return record
 
 
-def test_finished_trainings_are_skipped_and_interrupted_ones_resumed(fake_training, capsys):
+def test_finished_runs_are_skipped_and_interrupted_ones_resumed(fake_training, capsys):
     fake_training["codes"] = [0, 130]
     with pytest.raises(KeyboardInterrupt):
         run_trainings(trainings())
@@ -111,7 +111,7 @@ def test_finished_trainings_are_skipped_and_interrupted_ones_resumed(fake_traini
     assert re.search(r"f4c8-plain, 1 of 2: .*4 minutes", printed)
 
 
-def test_failed_training_stops_the_sweep_and_keeps_finished_runs(fake_training):
+def test_failed_run_stops_the_sweep_and_keeps_finished_runs(fake_training):
     fake_training["codes"] = [0, 2]
     with pytest.raises(UserError, match="The training f8c16-plain ended with exit code 2") as e:
         run_trainings(trainings("f4c4,f8c16,f4c8"))

@@ -212,7 +212,7 @@ def test_a_full_disk_does_not_stop_training(fit, make_module, tmp_path, capsys, 
     assert "step-00000001.ckpt is kept" in output and len(list((tmp_path / "checkpoints").iterdir())) == 6
 
 
-def test_a_full_disk_at_the_end_raises_and_names_the_kept_checkpoint(fit, make_module, tmp_path, fill_disk):
+def test_a_full_disk_at_the_end_raises_and_names_the_last_checkpoint(fit, make_module, tmp_path, fill_disk):
     fill_disk(3)
     with pytest.raises(UserError, match=r"No space left.*step-00000002\.ckpt.*resume=true"):
         fit(make_module(), callbacks(tmp_path, 3, every_s=0.0), max_steps=3)
