@@ -288,7 +288,7 @@ HOSTILE_FILES: dict[tuple[str, str], dict[str, tuple[Make, str | None]]] = {
             lambda folder, _: save_file(
                 {"mean": torch.zeros(2, 2)}, folder / "latents.safetensors", {"format": "1", "names": "../a"}
             ),
-            "no finite latents",
+            "must contain finite latents",
         ),
     },
     ("kept", "kept"): {
