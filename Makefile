@@ -7,7 +7,7 @@ READY := .venv/.ready
 
 setup: $(READY)
 
-# The stamp is written last, so an interrupted install is repeated, and a change to either file triggers a new install.
+# The stamp file is created last, so that an interrupted installation is repeated. A change to either file reinstalls.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is required. Set its path: make PYTHON=/path/to/python")'
 	$(PYTHON) -m venv .venv

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def problems(tag: str) -> list[str]:
-    """Return what prevents a release under this tag."""
+    """Return the reasons why this tag cannot be released."""
     version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
@@ -25,7 +25,7 @@ def problems(tag: str) -> list[str]:
             rf"^version: {re.escape(version)}$", citation, re.MULTILINE
         ),
     }
-    return [problem for problem, holds in checks.items() if not holds]
+    return [problem for problem, passed in checks.items() if not passed]
 
 
 if __name__ == "__main__":

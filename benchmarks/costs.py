@@ -44,12 +44,12 @@ def bench(config: DictConfig) -> None:
 
 
 def time_interleaved(blocks: int, *variants: Callable[[], float]) -> list[list[float]]:
-    """Call the variants in turn and return the seconds that each reports, one list per block, after a warm-up round."""
+    """Call every variant once per block, after a warm-up block, and return their times in seconds, [block][variant]."""
     return [[variant() for variant in variants] for _ in range(blocks + 1)][1:]
 
 
 def time_stage_1_losses(config: DictConfig, run: Any) -> None:
-    """Time a training step of stage 1 while adding one part of the loss after the other."""
+    """Time a training step of stage 1 while adding the parts of the loss one by one."""
     perceptual, adversarial = command.construct(config.perceptual), command.construct(config.adversarial)
     if perceptual is None or adversarial is None:
         raise UserError(
@@ -60,11 +60,11 @@ def time_stage_1_losses(config: DictConfig, run: Any) -> None:
     images = run.image_data()
     batch = images.batch(images.train_indices[: config.batch_size]).to(device)
     weights = {key: value for key, value in run.config()["autoencoder"]["loss"].items() if key != "_target_"}
-    rules: dict[str, Any] = {"kl": KL, "none": Unregularised, "vq": lambda: VectorQuantised(autoencoder.codebook_size)}
+    build: dict[str, Any] = {"kl": KL, "none": Unregularised, "vq": lambda: VectorQuantised(autoencoder.codebook_size)}
     module = VAETraining(
         autoencoder.model.train().requires_grad_(True),
         AutoencoderLoss(**weights),
-        rules[autoencoder.regulariser](),
+        build[autoencoder.regulariser](),
         OptimizerFactory(partial(torch.optim.AdamW, lr=0.0)),
         seed=0,
         flip=False,
@@ -73,7 +73,7 @@ def time_stage_1_losses(config: DictConfig, run: Any) -> None:
     ).to(device)
     adversary: Any = module.adversary
     optimizer = module.configure_optimizers()
-    adversary.place_on(device)
+    adversary.move_to(device)
     adversary.lr = 0.0
     accumulate = adversary.accumulate_gradients
 
@@ -84,7 +84,7 @@ def time_stage_1_losses(config: DictConfig, run: Any) -> None:
         "+ update of the discriminator",
     )
 
-    def step(num_parts: int) -> float:
+    def time_step(num_parts: int) -> float:
         """Time a step with the first `num_parts` of: perceptual loss, adversarial loss, update of the discriminator."""
         module.loss.perceptual = perceptual if num_parts >= 1 else None
         module.adversarial_on, adversary.adaptive_weight.weight = num_parts >= 2, None
@@ -101,7 +101,7 @@ def time_stage_1_losses(config: DictConfig, run: Any) -> None:
         return time.perf_counter() - start
 
     torch.set_flush_denormal(True)  # as in training
-    rows = time_interleaved(config.blocks, *(partial(step, num_parts) for num_parts in range(len(variants))))
+    rows = time_interleaved(config.blocks, *(partial(time_step, num_parts) for num_parts in range(len(variants))))
     times = [statistics.median(column) for column in zip(*rows, strict=True)]
     print(f"{len(batch)} images of {images.resolution} px, {run.facts['precision']}, median of {config.blocks} blocks")
     for name, seconds in zip(variants, times, strict=True):
@@ -109,31 +109,31 @@ def time_stage_1_losses(config: DictConfig, run: Any) -> None:
 
 
 def time_bound(config: DictConfig, run: Any) -> None:
-    """Time all T terms of the variational bound of one image, against the same number of bare network calls."""
+    """Time all T terms of the variational bound of one image, compared with T bare network calls."""
     pipeline = run.pipeline().to(choose_device(config.device))
     num_steps, size, denoiser = pipeline.schedule.num_steps, config.batch_size, pipeline.denoiser()
     z = torch.randn(size, *pipeline.latent_shape, device=pipeline.device)
     request = Request.for_images(pipeline, run.image_data(), np.zeros(1, dtype=int))
     condition = {name: value.to(pipeline.device) for name, value in request.condition.items()}
-    repeated = {name: value.expand(size, *value.shape[1:]) for name, value in condition.items()}
+    expanded = {name: value.expand(size, *value.shape[1:]) for name, value in condition.items()}
     t = torch.arange(size, device=pipeline.device)
 
-    def bare() -> float:
+    def call_network() -> float:
         start = time.perf_counter()
         with torch.no_grad():
-            for first in range(0, num_steps, size):
-                n = min(size, num_steps - first)
-                output = pipeline.network(z[:n], t[:n], **{name: value[:n] for name, value in repeated.items()})
+            for offset in range(0, num_steps, size):
+                n = min(size, num_steps - offset)
+                output = pipeline.network(z[:n], t[:n], **{name: value[:n] for name, value in expanded.items()})
             output.cpu()  # waits for the accelerator
         return time.perf_counter() - start
 
-    def ours() -> float:
+    def evaluate_bound() -> float:
         generators, variance = sample_generators(0, [0]), pipeline.variance
         start = time.perf_counter()
         variational_bound(denoiser, z[:1], condition, generators=generators, variance=variance, batch_size=size)
         return time.perf_counter() - start
 
-    rows = time_interleaved(config.blocks, bare, ours)
+    rows = time_interleaved(config.blocks, call_network, evaluate_bound)
     for bare_s, bound_s in rows:
         print(f"{num_steps} bare network calls {bare_s:.2f} s, all {num_steps} terms of the bound {bound_s:.2f} s")
     ratio = statistics.median(bound_s / bare_s for bare_s, bound_s in rows)
@@ -141,7 +141,7 @@ def time_bound(config: DictConfig, run: Any) -> None:
 
 
 def time_training_loop(config: DictConfig) -> None:
-    """Time empty training steps with our Trainer and its callbacks, against a bare loop."""
+    """Time empty training steps with our Trainer and its callbacks, compared with a bare loop."""
 
     class NoOp(TrainingModule):
         def losses(self, batch: object, draws: Draws) -> dict[str, torch.Tensor]:
@@ -154,7 +154,7 @@ def time_training_loop(config: DictConfig) -> None:
     def loader() -> torch.utils.data.DataLoader:
         return train_loader(lambda indices, epochs: indices, np.arange(1000), batch_size=8, seed=0)
 
-    def bare() -> float:
+    def run_bare_loop() -> float:
         module, batches = build(), iter(loader())
         optimizer = module.configure_optimizers()
         start = time.perf_counter()
@@ -166,7 +166,7 @@ def time_training_loop(config: DictConfig) -> None:
             optimizer.step()
         return (time.perf_counter() - start) / config.steps
 
-    def ours() -> float:
+    def run_trainer() -> float:
         budget = Budget(max_steps=config.steps, warmup_steps=100)
         trainer = Trainer(
             accelerator="cpu",
@@ -186,8 +186,8 @@ def time_training_loop(config: DictConfig) -> None:
         return budget.elapsed_s / config.steps
 
     with tempfile.TemporaryDirectory() as folder:
-        rows = time_interleaved(config.blocks, bare, ours)
-    overheads = [1000 * (ours_s - bare_s) for bare_s, ours_s in rows]
-    for bare_s, ours_s in rows:
-        print(f"bare loop {1000 * bare_s:.3f} ms per step, ours {1000 * ours_s:.3f} ms")
+        rows = time_interleaved(config.blocks, run_bare_loop, run_trainer)
+    overheads = [1000 * (trainer_s - bare_s) for bare_s, trainer_s in rows]
+    for bare_s, trainer_s in rows:
+        print(f"bare loop {1000 * bare_s:.3f} ms per step, Trainer {1000 * trainer_s:.3f} ms")
     print(f"the training loop adds {statistics.median(overheads):.3f} ms per step (median of {config.blocks} blocks)")

@@ -9,15 +9,16 @@ class UserError(ValueError):
 
 
 class InputError(UserError):
-    """An argument that breaks a rule. The library does not know which command-line option set the argument.
+    """Error for an argument that breaks a rule.
 
-    The message of `InputError("commitment", -1, "must be 0 or more")` is "commitment=-1 must be 0 or more." The command
-    line replaces the argument by the option that set it, and adds a remedy.
+    The message of `InputError("commitment", -1, "must be 0 or more")` is "commitment=-1 must be 0 or more." Library
+    code does not know command-line options, so the command line later replaces the argument with the option that set
+    it, and adds a remedy.
 
     Args:
         argument: Name of the argument.
         value: The invalid value.
-        rule: The rule, as the rest of the sentence without its full stop.
+        rule: The rule, as the end of the sentence without the full stop.
     """
 
     def __init__(self, argument: str, value: object, rule: str) -> None:

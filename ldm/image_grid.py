@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 CELL = 128
-"""Side of a displayed image, in pixels."""
+"""Side length of a displayed image, in pixels."""
 MARGIN = 6
 MAX_CAPTION_CHARACTERS = 400
 """Longer captions are truncated before layout; the two lines of a cell show far fewer characters."""
@@ -49,7 +49,7 @@ def grid(
         top = header + MARGIN + (i // columns) * (cell + label_height + MARGIN)
         canvas.paste(_resize(image, cell), (left, top))
         if captions is not None:
-            _write(draw, captions[i] or "", (left, top + cell + 2), cell, font)
+            _draw_text(draw, captions[i] or "", (left, top + cell + 2), cell, font)
     return canvas
 
 
@@ -57,37 +57,37 @@ def _resize(image: Image.Image, cell: int) -> Image.Image:
     return image.convert("RGB").resize((cell, cell), Image.Resampling.BICUBIC)
 
 
-def _write(draw: ImageDraw.ImageDraw, text: str, position: tuple[int, int], width: int, font: Any) -> None:
+def _draw_text(draw: ImageDraw.ImageDraw, text: str, position: tuple[int, int], width: int, font: Any) -> None:
     lines = "\n".join(_wrap(draw, text, width, font))
     draw.multiline_text(position, lines, fill=INK, font=font, spacing=2)
 
 
-def _wrap(draw: ImageDraw.ImageDraw, text: str, width: int, font: Any, lines: int = 2) -> list[str]:
-    """Wrap text to lines of about `width` pixels, truncated after `lines` lines with an ellipsis."""
+def _wrap(draw: ImageDraw.ImageDraw, text: str, width: int, font: Any, max_lines: int = 2) -> list[str]:
+    """Wrap text to lines of about `width` pixels, with an ellipsis if it exceeds `max_lines` lines."""
     # fonts have no glyphs for control characters and lone surrogates
-    shown = "".join(" " if unicodedata.category(c) in ("Cc", "Cs") else c for c in text[:MAX_CAPTION_CHARACTERS])
-    columns = int(0.95 * width * len(shown) / max(1, draw.textlength(shown, font=font)))
-    return textwrap.wrap(shown, max(1, columns), max_lines=lines, placeholder="…")
+    printable = "".join(" " if unicodedata.category(c) in ("Cc", "Cs") else c for c in text[:MAX_CAPTION_CHARACTERS])
+    columns = int(0.95 * width * len(printable) / max(1, draw.textlength(printable, font=font)))
+    return textwrap.wrap(printable, max(1, columns), max_lines=max_lines, placeholder="…")
 
 
 def labelled_rows(
-    labelled: Sequence[tuple[str, Sequence[Image.Image]]],
+    rows: Sequence[tuple[str, Sequence[Image.Image]]],
     *,
     captions: Sequence[str | None] | None = None,
     cell: int = CELL,
 ) -> Image.Image:
-    """Draw one row of images per label; each column shows the same item, with its caption below."""
+    """Arrange (label, images) rows for comparison. Each column shows the same item, with its caption below."""
     font = ImageFont.load_default(13)
-    columns = max(len(images) for _, images in labelled)
+    columns = max(len(images) for _, images in rows)
     gutter, footer = 110, 34 if captions is not None else 0
-    height = MARGIN + len(labelled) * (cell + MARGIN)
+    height = MARGIN + len(rows) * (cell + MARGIN)
     canvas = Image.new("RGB", (gutter + columns * (cell + MARGIN), height + footer), PAPER)
     draw = ImageDraw.Draw(canvas)
-    for row, (label, images) in enumerate(labelled):
+    for row, (label, images) in enumerate(rows):
         top = MARGIN + row * (cell + MARGIN)
-        _write(draw, label, (MARGIN, top + cell // 2 - 8), gutter - 2 * MARGIN, font)
+        _draw_text(draw, label, (MARGIN, top + cell // 2 - 8), gutter - 2 * MARGIN, font)
         for column, image in enumerate(images):
             canvas.paste(_resize(image, cell), (gutter + column * (cell + MARGIN), top))
     for column, caption in enumerate(captions or ()):
-        _write(draw, caption or "", (gutter + column * (cell + MARGIN), height), cell, font)
+        _draw_text(draw, caption or "", (gutter + column * (cell + MARGIN), height), cell, font)
     return canvas

@@ -20,7 +20,7 @@ T = TypeVar("T")
 def progress(*columns: ProgressColumn, transient: bool = True, disable: bool = False) -> Progress:
     """Create a progress bar on standard error, with elapsed and remaining time, followed by any extra columns.
 
-    A transient bar is hidden if standard error is not a terminal: in a log file it would leave an empty line.
+    A transient bar is hidden if standard error is not a terminal, because it would leave an empty line in a log file.
     """
     console = Console(stderr=True)
     console.quiet = disable or (transient and not console.is_terminal)
@@ -45,7 +45,7 @@ def track(items: Iterable[T], description: str, total: float | None = None) -> I
 
 
 class ProgressBars:
-    """Several progress bars in one display, one per description; a callback for functions that report progress."""
+    """Progress callback that shows one bar per description."""
 
     def __init__(self, bar: Progress) -> None:
         self.bar = bar

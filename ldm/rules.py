@@ -17,15 +17,15 @@ Integer = Annotated[int, Strict()]
 """An integer; 5.0, True and "5" are not accepted."""
 Number = Annotated[float, Strict()]
 Count = Annotated[Integer, Field(ge=1, le=10**9)]
-"""A positive count."""
+"""A positive integer."""
 Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Size = Annotated[Integer, Field(ge=1, le=65_536)]
-"""Width of a layer; the limit is beyond any machine's memory."""
+"""Width of a layer. The limit exceeds any machine's memory."""
 Depth = Annotated[Integer, Field(ge=1, le=1000)]
 """Number of layers."""
 Steps = Annotated[Integer, Field(ge=1, le=100_000)]
-"""Steps of a chain or a sampler."""
+"""Number of steps of a chain or a sampler."""
 Fraction = Annotated[Number, Field(ge=0, le=1)]
 """A fraction of a total, from 0 to 1."""
 Seed = Annotated[Integer, Field(ge=0, lt=2**32)]
@@ -43,14 +43,14 @@ _RULES_BY_ERROR = {
     "less_than": "must be below {lt:.12g}",
     "less_than_equal": "must be {le:.12g} or less",
 }
-"""Wording of a rule by pydantic error type; types not listed keep pydantic's own message."""
+"""Rules by pydantic error type. Errors of any other type keep pydantic's message."""
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
     """Enforce the rules in the annotations of a function or an `__init__`, such as `steps: Count`.
 
-    Other annotations are only documentation. The function receives the validated values: a `Number` given as 3 arrives
-    as 3.0.
+    Annotations without rules are not enforced. The function receives the validated values: a `Number` passed as 3
+    becomes 3.0.
 
     Raises:
         InputError: for the first argument that breaks its rule.
@@ -70,7 +70,7 @@ def apply_rules(function: Callable[..., Any], arguments: Mapping[str, Any]) -> d
     """Validate the arguments that have rules, and return their validated values.
 
     Args:
-        function: A function, or a class: then the annotations of its `__init__`, or else of its fields, are used.
+        function: A function or a class. A class provides the annotations of its `__init__`, or else of its fields.
 
     Raises:
         InputError: for the first argument that breaks its rule.
@@ -91,7 +91,7 @@ def apply_rules(function: Callable[..., Any], arguments: Mapping[str, Any]) -> d
 
 @functools.cache
 def _rules(function: Callable[..., Any]) -> dict[str, TypeAdapter[Any]]:
-    """Validators by argument, for the arguments whose annotation has a rule."""
+    """Return a validator for each argument whose annotation contains a rule."""
     is_plain_class = isinstance(function, type) and "__init__" in vars(function)
     hints = get_type_hints(function.__init__ if is_plain_class else function, include_extras=True)
     return {name: TypeAdapter(hint) for name, hint in hints.items() if name != "return" and "Annotated[" in repr(hint)}

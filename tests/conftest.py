@@ -1,4 +1,4 @@
-"""Fixtures for all tests: run commands in this process, and create small images."""
+"""Shared fixtures: run commands in this process, and create small images."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ import ldm.cli.main
 from ldm.runtime import signals
 from tests.option_keys import foreign_keys
 
-# The tensors are small: more threads only wait for each other, which is ten times slower on a busy machine.
+# Tensors are small. With more threads, tests run ten times slower on a busy machine.
 torch.set_num_threads(1)
 
 
@@ -51,7 +51,7 @@ def reset_command_variables():
 
 @pytest.fixture
 def default_signals():
-    """Restore default signal handlers: a shell that runs the tests in the background makes them ignore SIGINT."""
+    """Restore default signal handlers, because background processes of a shell ignore SIGINT."""
     previous = {number: signal.getsignal(number) for number in signals.HANDLED}
     for number in signals.HANDLED:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
@@ -62,9 +62,9 @@ def default_signals():
 
 @pytest.fixture
 def call(monkeypatch, capsys) -> Callable[..., CommandResult]:
-    """Return a function that calls the `main` of a command in this process, with command-line arguments.
+    """Return a function that runs the `main` of a command in this process, with command-line arguments.
 
-    It also checks that error messages name only options that the command has.
+    It also checks that error messages name only options of this command.
     """
     commands: list[str] = []
     original_run = ldm.cli.main.run
@@ -82,15 +82,15 @@ def call(monkeypatch, capsys) -> Callable[..., CommandResult]:
             monkeypatch.setenv(name, "")
             monkeypatch.delenv(name)
         capsys.readouterr()
-        code = 0
+        exit_code = 0
         try:
             main()
-        except SystemExit as exited:
-            code = int(exited.code or 0)
+        except SystemExit as error:
+            exit_code = int(error.code or 0)
         finally:
             torch.set_flush_denormal(False)  # training enables it for the whole process
-        result = CommandResult(code, *capsys.readouterr())
-        if code == 2 and commands:
+        result = CommandResult(exit_code, *capsys.readouterr())
+        if exit_code == 2 and commands:
             assert not foreign_keys(result.err, commands[0], arguments), result.err
         return result
 
@@ -98,7 +98,7 @@ def call(monkeypatch, capsys) -> Callable[..., CommandResult]:
 
 
 def draw_images(folder: Path, count: int, *, size: int = 16, seed: int = 0) -> Path:
-    """Create a folder of PNG files, each with a square on a background of another random colour."""
+    """Create a folder of PNG files, each with a square on a background of a different random colour."""
     generator = np.random.default_rng(seed)
     folder.mkdir(parents=True)
     for i in range(count):

@@ -1,4 +1,4 @@
-"""Create run folders like those of finished training runs, without training."""
+"""Run folders of finished training runs, created without training."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from ldm.runs.run import Run
 
 
 def finished_run(folder: Path, stage: str, images: ImageData, model: Any = None, **facts: Any) -> Run:
-    """Create a finished run on these images, with an autoencoder if a model is given."""
+    """Create the folder of a finished run on `images`, with an autoencoder if a model is given."""
     data = {"data_fingerprint": images.fingerprint, "data_cache": str(images.path), "val_fraction": images.val_fraction}
     facts = {"stage": stage, **data, "finished": 1.0, **facts}
     run = Run.create(folder, OmegaConf.create({}), facts)

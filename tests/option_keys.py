@@ -1,4 +1,4 @@
-"""The config keys of each command, and a check that messages name only options of their command."""
+"""Config keys of each command, and a check that messages name only options of their command."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -14,25 +14,25 @@ from ldm.runtime.paths import bundled_folder
 
 CONF = bundled_folder("conf")
 COMMANDS = sorted(file.stem for file in CONF.glob("*.yaml") if file.stem != "tool")
-PRINTED = re.compile(
+PRINTED_COMMAND = re.compile(
     r"""(?:-m\ ldm\.(?P<train>train) | (?:tools|benchmarks)/(?P<tool>\w+)\.py | \bldm\ (?P<console>[a-z]+)\b)
     (?P<options>(?:\s+(?=\S*=|-|\.\.\.)(?:[^\s'"`]|'[^']*'|"[^"]*")+)*)""",
     re.VERBOSE,
 )
-"""A command inside a message, with its options quoted for a shell; ... is a placeholder for options."""
+"""A command in a message, with shell-quoted options; ... is a placeholder for options."""
 TRAINING_OPTIONS = re.compile(r"\btrain=\[([^\]]*)\]")
-"""Options that `ldm latents` passes on to its training runs."""
+"""Options that `ldm latents` passes to its training runs."""
 
 
 @cache
 def keys_of(command: str) -> frozenset[str]:
-    """Return all keys and groups that the config of a command can have, with any choice."""
+    """Return all keys and groups in the config of a command, for any choice of each group."""
     return frozenset(_keys(CONF / f"{command}.yaml", ""))
 
 
 @cache
 def compose_config(name: str, *overrides: str) -> DictConfig:
-    """Compose conf/<name>.yaml with overrides in Hydra's grammar. An unknown key or choice raises."""
+    """Compose conf/<name>.yaml with overrides in Hydra's grammar. Raises if a key or choice is unknown."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose(name, list(overrides), return_hydra_config=True)
 
@@ -43,20 +43,20 @@ def all_keys() -> frozenset[str]:
 
 
 def foreign_keys(message: str, command: str, cli_options: Sequence[str] = ()) -> list[str]:
-    """Return the options in a message that do not exist in its command, or in a command that the message prints.
+    """Return options in a message that do not exist in its command, or in a command printed by the message.
 
-    Options that the user typed may be repeated in the message, and so may arguments that are not options.
+    A message can repeat options from the command line. Arguments that are not options are ignored.
     """
     foreign = []
-    for printed in PRINTED.finditer(message):
-        name = printed["train"] or printed["tool"] or printed["console"]
-        for option in printed["options"].split():
+    for match in PRINTED_COMMAND.finditer(message):
+        name = match["train"] or match["tool"] or match["console"]
+        for option in match["options"].split():
             key = option.strip("'\"").partition("=")[0].lstrip("+~")
             if "=" in option and name in COMMANDS and key in all_keys() - keys_of(name):
                 foreign.append(f"{name} {key}=")
-    for training in TRAINING_OPTIONS.finditer(message):
-        foreign += [f"train {key}=" for key in keys_in(training[1]) if key in all_keys() - keys_of("train")]
-    prose = TRAINING_OPTIONS.sub(" ", PRINTED.sub(" ", message))
+    for match in TRAINING_OPTIONS.finditer(message):
+        foreign += [f"train {key}=" for key in keys_in(match[1]) if key in all_keys() - keys_of("train")]
+    prose = TRAINING_OPTIONS.sub(" ", PRINTED_COMMAND.sub(" ", message))
     repeated = {key for argument in cli_options for key in keys_in(argument)}
     return [*foreign, *(f"{key}=" for key in keys_in(prose) if key in all_keys() - keys_of(command) - repeated)]
 

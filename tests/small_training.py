@@ -1,4 +1,4 @@
-"""A minimal training of stage 1, and helpers to compare and record training states."""
+"""A minimal stage 1 training module, and helpers to compare training states and record metrics."""
 
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ STAGE_1 = [
     *("data.resolution=16", "data.val_fraction=0.2", "batch_size=8", "trainer=cpu", "trainer.max_time=null"),
     *("trainer.precision=32-true", "logger=csv"),
 ]
-"""Options of a command that trains on a folder of images named pets."""
+"""Options for training on an image folder named pets."""
 SMALL = torch.randn(28, 3, 4, 4, generator=torch.Generator().manual_seed(0)).tanh()
 IMAGES = torch.nn.functional.interpolate(SMALL, 16, mode="nearest")
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
@@ -26,17 +26,17 @@ SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 
 def make_vae_training(regulariser=KL, adversary=None, optimizer=SGD) -> VAETraining:
     torch.manual_seed(0)
-    rule = regulariser()
+    regularisation = regulariser()
     sizes = {"patch": 2, "latent_channels": 3, "block_out_channels": (8,), "norm_num_groups": 4}
-    model = rule.build(partial(PatchAutoencoderKL, **sizes), 16)
+    model = regularisation.build(partial(PatchAutoencoderKL, **sizes), 16)
     model.init_shortcut(IMAGES)
-    rule.initialise(model, lambda: IMAGES, 0, torch.device("cpu"))
-    parts = (model, AutoencoderLoss(), rule, OptimizerFactory(optimizer))
-    return VAETraining(*parts, seed=0, flip=True, figures_dir=Path(), adversary=adversary and adversary())
+    regularisation.initialise(model, lambda: IMAGES, 0, torch.device("cpu"))
+    components = (model, AutoencoderLoss(), regularisation, OptimizerFactory(optimizer))
+    return VAETraining(*components, seed=0, flip=True, figures_dir=Path(), adversary=adversary and adversary())
 
 
 def states_equal(a: Any, b: Any) -> bool:
-    """Return True if two nested states with tensors are equal bit for bit."""
+    """Return True if two nested states are equal, with bit-identical tensors."""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):

@@ -1,4 +1,4 @@
-"""The public API of `import ldm`: names are imported lazily, and all docstring examples run."""
+"""The public API of `import ldm`: lazy imports and docstring examples."""
 
 import doctest
 import shutil

@@ -1,4 +1,4 @@
-"""Both stages and every tool from the command line, on OpenMoji, for a few steps."""
+"""End-to-end tests of both stages and every tool from the command line, with a few steps on OpenMoji."""
 
 import csv
 import json
@@ -83,22 +83,22 @@ def execute(workdir: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Trained:
-    """Both stages, trained from the command line with W&B offline."""
+    """Train both stages from the command line, with W&B offline."""
     workdir = tmp_path_factory.mktemp("workdir")
     images = prepare(OpenMoji(resolution=32), resolution=32, cache_dir=default_cache_dir(), progress=False)
     shutil.copytree(images.path, workdir / "cache" / images.path.name)
     output = {}
     for options in (TINY_VAE, TINY_DIFFUSION):
-        done = execute(workdir, "-m", "ldm.train", *options, *SIX_STEPS, "name=first", "logger.mode=offline")
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "WARNING" not in done.stderr and "Warning" not in done.stderr, done.stderr
-        output[options[0].removeprefix("stage=")] = done.stdout
+        result = execute(workdir, "-m", "ldm.train", *options, *SIX_STEPS, "name=first", "logger.mode=offline")
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert "WARNING" not in result.stderr and "Warning" not in result.stderr, result.stderr
+        output[options[0].removeprefix("stage=")] = result.stdout
     return Trained(workdir, output)
 
 
 @pytest.fixture(autouse=True)
 def run_in_workdir(trained, monkeypatch) -> None:
-    """Run commands of this process in the same folder, with the same cache."""
+    """Run commands in this process in the same folder, with the same cache."""
     monkeypatch.chdir(trained.workdir)
     monkeypatch.setenv("LDM_CACHE", str(trained.workdir / "cache"))
 
@@ -108,9 +108,9 @@ def train(call):
     """Return a function that trains in this process, without W&B, and returns the finished run."""
 
     def train(*arguments: str) -> Run:
-        ended = call(ldm.train.main, "logger=csv", *arguments)
-        assert ended.code == 0, ended
-        return Run.open(re.search(r"\b(?:run|vae)=(\S+)", ended.out.splitlines()[-1])[1])
+        result = call(ldm.train.main, "logger=csv", *arguments)
+        assert result.code == 0, result
+        return Run.open(re.search(r"\b(?:run|vae)=(\S+)", result.out.splitlines()[-1])[1])
 
     return train
 
@@ -120,9 +120,9 @@ def tool(call):
     """Return a function that runs a tool in this process and returns its output."""
 
     def tool(name: str, *arguments: str) -> str:
-        ended = call(main_of(name), *arguments)
-        assert ended.code == 0, ended
-        return ended.out
+        result = call(main_of(name), *arguments)
+        assert result.code == 0, result
+        return result.out
 
     return tool
 
@@ -146,15 +146,15 @@ def metrics_of(run: Run) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-EVERY_RUN = {"config.yaml", "run.json", "metrics.csv", "wandb_id.txt"}
-EVERY_RUN |= {f"checkpoints/step-0000000{step}.{kind}" for step in (4, 6) for kind in ("ckpt", "json")}
+RUN_FILES = {"config.yaml", "run.json", "metrics.csv", "wandb_id.txt"}
+RUN_FILES |= {f"checkpoints/step-0000000{step}.{kind}" for step in (4, 6) for kind in ("ckpt", "json")}
 
 
-def test_run_folder_of_an_autoencoder(trained):
+def test_autoencoder_run_folder_is_complete(trained):
     run, files = trained.vae, files_of(trained.vae)
     weights = {f"autoencoder/{name}" for name in ("config.json", "diffusion_pytorch_model.safetensors", "latents.json")}
     images = {"reconstructions_0000004.png", "reconstructions_0000006.png", "held_out_reconstructions.png"}
-    assert EVERY_RUN | weights | {f"images/{name}" for name in images} | {"contract.json"} <= files
+    assert RUN_FILES | weights | {f"images/{name}" for name in images} | {"contract.json"} <= files
     assert any(re.fullmatch(r"wandb/offline-run-.*\.wandb", name) for name in files)
     facts = run.facts
     assert run.finished and facts["stage"] == "vae" and facts["precision"] == "32-true" and facts["factor"] == 4
@@ -164,64 +164,64 @@ def test_run_folder_of_an_autoencoder(trained):
     assert len(run.autoencoder().statistics.latent_mean) == 12
 
 
-def test_run_folder_of_a_diffusion_model(trained):
+def test_diffusion_run_folder_is_complete(trained):
     run, files = trained.diffusion, files_of(trained.diffusion)
-    parts = ("model_index.json", "contract.json", "vae/latents.json", "vae/config.json", "network/config.json")
+    jsons = ("model_index.json", "contract.json", "vae/latents.json", "vae/config.json", "network/config.json")
     weights = ("vae/diffusion_pytorch_model.safetensors", "network/diffusion_pytorch_model.safetensors")
     images = ("samples_0000004.png", "samples_0000006.png", "samples_final.png")
-    assert EVERY_RUN | {f"pipeline/{name}" for name in parts + weights} | {f"images/{name}" for name in images} <= files
+    assert RUN_FILES | {f"pipeline/{name}" for name in jsons + weights} | {f"images/{name}" for name in images} <= files
     assert run.finished and run.facts["latent_shape"] == [12, 8, 8] and run.facts["figures"]["steps"] == 6
     assert run.facts["contract"]["autoencoder_sha256"] == trained.vae.autoencoder().weights_sha256()
     assert not [name for name in files if name.endswith((".pt", ".bin", ".pkl"))], (
-        "only checkpoints may need unpickling"
+        "only checkpoints can require unpickling"
     )
 
 
-def test_metrics_csv_has_a_row_per_logged_step(trained):
+def test_metrics_csv_has_one_row_per_logged_step(trained):
     vae, diffusion = metrics_of(trained.vae), metrics_of(trained.diffusion)
     assert [int(row["step"]) for row in vae if row["train/loss"]] == [1, 3, 5]
     assert len([row for row in vae if row["val/psnr_db"] and row["val/ssim"]]) == 2
     bands = [f"val/loss_t{low}_to_{low + 249}" for low in (1, 251, 501, 751)]
     rows = [row for row in diffusion if row["val/loss"]]
-    assert [int(row["step"]) for row in rows] == [3, 6], "every fourth step, and after the last"
+    assert [int(row["step"]) for row in rows] == [3, 6], "every fourth step, and after the last step"
     for row in rows:
         assert float(row["val/loss"]) == pytest.approx(np.mean([float(row[band]) for band in bands]), rel=1e-5)
 
 
-def test_newest_autoencoder_on_the_data_is_used(trained):
+def test_newest_autoencoder_for_the_data_is_used(trained):
     assert trained.diffusion.facts["vae"] == "runs/vae/first"
 
 
-def test_each_stage_prints_the_next_command(trained):
-    last = {stage: text.splitlines()[-1] for stage, text in trained.output.items()}
+def test_each_stage_suggests_the_next_command(trained):
+    hint = {stage: text.splitlines()[-1] for stage, text in trained.output.items()}
     assert re.search(r"expected time +│ about \d+(\.\d+)? seconds, without validation", trained.output["vae"])
-    assert "python -m ldm.train stage=diffusion trainer=cpu " in last["vae"] and last["vae"].startswith("next: ")
-    assert last["vae"].endswith(" vae=runs/vae/first") and "conditioning=" not in last["vae"]
+    assert "python -m ldm.train stage=diffusion trainer=cpu " in hint["vae"] and hint["vae"].startswith("next: ")
+    assert hint["vae"].endswith(" vae=runs/vae/first") and "conditioning=" not in hint["vae"]
     images = trained.diffusion.image_data()
-    assert last["diffusion"].startswith("next: ") and shlex.split(last["diffusion"])[-2:] == [
+    assert hint["diffusion"].startswith("next: ") and shlex.split(hint["diffusion"])[-2:] == [
         "run=runs/diffusion/first",
         f"prompt={images.captions[images.val_indices[0]]}",
     ]
 
 
 def test_resume_continues_the_run(trained, call):
-    folder = trained.workdir / "runs/diffusion/again"
+    folder = trained.workdir / "runs/diffusion/copy"
     shutil.copytree(trained.diffusion.path, folder)
-    before = Run.open(folder)
-    rows, identity = metrics_of(before), (folder / "wandb_id.txt").read_text()
-    options = [*TINY_DIFFUSION, *SIX_STEPS, "trainer.max_steps=10", "name=again", "resume=true", "logger.mode=offline"]
-    ended = call(ldm.train.main, *options)
-    assert ended.code == 0 and "resumed from" in ended.out, ended
+    original = Run.open(folder)
+    rows, wandb_id = metrics_of(original), (folder / "wandb_id.txt").read_text()
+    options = [*TINY_DIFFUSION, *SIX_STEPS, "trainer.max_steps=10", "name=copy", "resume=true", "logger.mode=offline"]
+    result = call(ldm.train.main, *options)
+    assert result.code == 0 and "resumed from" in result.out, result
     run = Run.open(folder)
     assert run.finished and run.facts["figures"]["steps"] == 10
-    assert run.facts["figures"]["training_s"] > before.facts["figures"]["training_s"]
-    assert (folder / "wandb_id.txt").read_text() == identity
+    assert run.facts["figures"]["training_s"] > original.facts["figures"]["training_s"]
+    assert (folder / "wandb_id.txt").read_text() == wandb_id
     assert metrics_of(run)[: len(rows)] == rows, "earlier rows are kept"
     assert [int(row["step"]) for row in metrics_of(run)[len(rows) :] if row["train/loss"]] == [7, 9]
     assert (folder / "images/samples_0000006.png").is_file() and (folder / "images/samples_0000010.png").is_file()
 
 
-def test_resumed_run_has_the_same_weights_as_an_uninterrupted_one(train):
+def test_resumed_run_matches_uninterrupted_run(train):
     # vlb samples t from the history of its losses, which must be in the checkpoint
     options = [*TINY_DIFFUSION, "objective=vlb", "optimizer.decay=constant", "trainer.accumulate_grad_batches=2"]
     uninterrupted = train(*options, "trainer.max_steps=7", "name=uninterrupted")
@@ -247,41 +247,41 @@ def test_resumed_run_has_the_same_weights_as_an_uninterrupted_one(train):
         ("objective=hybrid", "objective.loss was simple and is hybrid now"),
     ],
 )
-def test_resume_refuses_other_schedules_and_objectives(trained, call, option, difference):
-    before = (trained.diffusion.path / "run.json").read_text()
+def test_resume_refuses_changed_schedule_or_objective(trained, call, option, difference):
+    original = (trained.diffusion.path / "run.json").read_text()
     options = [*TINY_DIFFUSION, *SIX_STEPS, "trainer.max_steps=10", "name=first", "resume=true", option]
-    ended = call(ldm.train.main, *options)
-    assert ended.code == 2 and difference in ended.err and "that it was started with: " in ended.err, ended
-    assert (trained.diffusion.path / "run.json").read_text() == before
+    result = call(ldm.train.main, *options)
+    assert result.code == 2 and difference in result.err and "that it was started with: " in result.err, result
+    assert (trained.diffusion.path / "run.json").read_text() == original
 
 
 def test_existing_run_is_not_overwritten(trained, call, monkeypatch):
     monkeypatch.chdir(trained.workdir)
-    ended = call(ldm.train.main, *TINY_VAE, *SIX_STEPS, "name=first")
-    assert ended.code == 2 and ended.out == ""
-    assert ended.err.startswith("error: runs/vae/first already exists") and ended.err.count("\n") == 1
-    assert all(option in ended.err for option in ("name=", "resume=true", "overwrite=true"))
+    result = call(ldm.train.main, *TINY_VAE, *SIX_STEPS, "name=first")
+    assert result.code == 2 and result.out == ""
+    assert result.err.startswith("error: runs/vae/first already exists") and result.err.count("\n") == 1
+    assert all(option in result.err for option in ("name=", "resume=true", "overwrite=true"))
 
 
 def test_autoencoder_starts_from_existing_weights(trained, train):
-    """With a learning rate of 0 the weights stay the same; otherwise the latents are measured again."""
+    """With a learning rate of 0, weights stay the same. Otherwise, latent statistics are measured again."""
     options = [*TINY_VAE, "trainer.max_steps=2", "init_from=runs/vae/first"]
     run = train(*options, "name=tuned", "optimizer.lr=0")
     assert run.autoencoder().weights_sha256() == trained.vae.autoencoder().weights_sha256()
-    run = train(*options, "name=moved")
-    first, moved = trained.vae.autoencoder(), run.autoencoder()  # loading checks that both files match
-    assert moved.weights_sha256() != first.weights_sha256()
-    assert moved.statistics.latent_std != first.statistics.latent_std
+    run = train(*options, "name=trained")
+    original, tuned = trained.vae.autoencoder(), run.autoencoder()  # loading checks that both files match
+    assert tuned.weights_sha256() != original.weights_sha256()
+    assert tuned.statistics.latent_std != original.statistics.latent_std
 
 
 @pytest.mark.parametrize("start", ["runs/diffusion/first", "runs/diffusion/first/pipeline"])
 def test_diffusion_model_starts_from_existing_weights(trained, train, start):
     options = ["trainer.max_steps=2", "name=tuned", "overwrite=true", "optimizer.lr=0", f"init_from={start}"]
     run = train(*TINY_DIFFUSION, *options, "vae=runs/diffusion/first/pipeline")
-    ours, theirs = run.pipeline(), trained.diffusion.pipeline()
-    assert ours.autoencoder.statistics == theirs.autoencoder.statistics
-    for name, value in theirs.network.state_dict().items():
-        assert torch.equal(ours.network.state_dict()[name], value), name
+    actual, expected = run.pipeline(), trained.diffusion.pipeline()
+    assert actual.autoencoder.statistics == expected.autoencoder.statistics
+    for name, value in expected.network.state_dict().items():
+        assert torch.equal(actual.network.state_dict()[name], value), name
 
 
 def test_class_conditional_training_on_own_images(trained, train, tool, make_images, tmp_path):
@@ -297,7 +297,7 @@ def test_class_conditional_training_on_own_images(trained, train, tool, make_ima
     assert [sample["caption"] for sample in samples] == ["dog"] * 3
 
 
-def test_unconditional_unet(trained, train, tool, tmp_path):
+def test_unconditional_unet_trains_and_samples(trained, train, tool, tmp_path):
     unet = [
         "network=unet",
         "network.block_out_channels=[32,32]",
@@ -319,13 +319,13 @@ def test_unconditional_unet(trained, train, tool, tmp_path):
     assert pixels_of(tmp_path / "00001.png").shape == (32, 32, 3)
 
 
-def test_vq_autoencoder_and_diffusion_on_its_latents(trained, train, tool, tmp_path):
-    """Train both stages with regulariser=vq, sample, and evaluate; a VQ autoencoder has no KL."""
+def test_both_stages_run_with_a_vq_autoencoder(trained, train, tool, tmp_path):
+    """Train both stages with regulariser=vq, sample and evaluate. A VQ autoencoder has no KL."""
     small = ["regulariser=vq", "regulariser.codebook_size=64", "autoencoder.model.latent_channels=4"]
     vae = train(*TINY_VAE, *SIX_STEPS, *small, "name=vq")
     rows = metrics_of(vae)
-    used = [float(row["val/codebook_usage"]) for row in rows if row["val/codebook_usage"]]
-    assert 0.3 < used[-1] <= 1 and vae.facts["regulariser"] == "vq"
+    usage = [float(row["val/codebook_usage"]) for row in rows if row["val/codebook_usage"]]
+    assert 0.3 < usage[-1] <= 1 and vae.facts["regulariser"] == "vq"
     run = train(*TINY_DIFFUSION, "conditioning=none", "trainer.max_steps=2", "name=vq", f"vae={vae.path}")
     autoencoder = run.pipeline().autoencoder
     assert autoencoder.codebook_size == 64 and autoencoder.weights_sha256() == vae.autoencoder().weights_sha256()
@@ -335,8 +335,8 @@ def test_vq_autoencoder_and_diffusion_on_its_latents(trained, train, tool, tmp_p
     assert "codebook perplexity" in output and "KL, bits" not in output
 
 
-def test_ddp_ranks_share_discriminator_and_codebook(trained):
-    """With DDP over gloo, all losses, gradient accumulation and bf16, the ranks end with the same weights."""
+def test_ddp_ranks_end_with_equal_weights(trained):
+    """Use gloo, all losses, gradient accumulation and bf16."""
     script = trained.workdir / "ranks.py"
     script.write_text(
         """
@@ -345,8 +345,8 @@ from ldm.autoencoder.autoencoder import weights_sha256
 from ldm.training.modules.autoencoder import VAETraining
 
 def on_train_end(self):
-    parts = (self.trained, self.adversary.discriminator, self.regulariser)
-    digests = " ".join([str(self.trainer.global_step), *map(weights_sha256, parts)])
+    modules = (self.trained, self.adversary.discriminator, self.regulariser)
+    digests = " ".join([str(self.trainer.global_step), *map(weights_sha256, modules)])
     Path(f"rank{self.global_rank}.txt").write_text(digests)
 
 VAETraining.on_train_end = on_train_end
@@ -358,13 +358,10 @@ main()
     gan = ["perceptual=efficientnet_lite", "adversarial=hinge", "adversarial.start=0.5", "adversarial.channels=8"]
     vq = ["regulariser=vq", "regulariser.codebook_size=64", "regulariser.restart_after=2"]
     options = [*TINY_VAE, "trainer.precision=bf16-mixed", "trainer.max_steps=4", "name=ranks"]
-    done = execute(trained.workdir, str(script), *options, *ranks, *gan, *vq)
-    assert done.returncode == 0, done.stdout + done.stderr
-    first, second = ((trained.workdir / f"rank{rank}.txt").read_text() for rank in (0, 1))
-    assert first == second and first.startswith("4 ")
-
-
-# Tools
+    result = execute(trained.workdir, str(script), *options, *ranks, *gan, *vq)
+    assert result.returncode == 0, result.stdout + result.stderr
+    digests = [(trained.workdir / f"rank{rank}.txt").read_text() for rank in (0, 1)]
+    assert digests[0] == digests[1] and digests[0].startswith("4 ")
 
 
 def test_evaluate_measures_reconstructions(trained, tool):
@@ -378,7 +375,7 @@ def test_bench_times_the_losses_of_stage_1(trained, tool):
     assert len(re.findall(r"ms per step, \d+\.\d+x the autoencoder alone", output)) == 4, output
 
 
-def test_diffusion_on_pixels(train, tool, make_images, tmp_path):
+def test_diffusion_model_trains_on_pixels(train, tool, make_images, tmp_path):
     data = [
         "data=image_folder",
         f"data.path={make_images(tmp_path / 'images', 60)}",
@@ -395,8 +392,8 @@ def test_diffusion_on_pixels(train, tool, make_images, tmp_path):
 def test_sample_writes_images_and_settings(trained, tmp_path):
     out = tmp_path / "out with spaces, (and brackets)"
     options = ["run=runs/diffusion/first", f"prompt={TRICKY_PROMPT}", f"out={out}", "num_samples=3", "strip=true"]
-    done = execute(trained.workdir, str(bundled_folder("tools") / "sample.py"), *options, "sampler.steps=4", "seed=5")
-    assert done.returncode == 0 and done.stderr == "", done.stdout + done.stderr
+    result = execute(trained.workdir, str(bundled_folder("tools") / "sample.py"), *options, "sampler.steps=4", "seed=5")
+    assert result.returncode == 0 and result.stderr == "", result.stdout + result.stderr
     assert sorted(p.name for p in out.iterdir()) == [
         *(f"0000{i}.png" for i in range(3)),
         "grid.png",
@@ -404,10 +401,10 @@ def test_sample_writes_images_and_settings(trained, tmp_path):
         "strip.png",
     ]
     assert {pixels_of(out / f"0000{i}.png").shape for i in range(3)} == {(32, 32, 3)}
-    made_by = json.loads((out / "samples.json").read_text(encoding="utf-8"))
-    assert [sample["caption"] for sample in made_by["samples"]] == [TRICKY_PROMPT] * 3
-    assert made_by["seed"] == 5 and made_by["guidance"] == 3.0 and made_by["sampler"]["steps"] == 4
-    assert made_by["autoencoder_sha256"] == trained.vae.autoencoder().weights_sha256()
+    settings = json.loads((out / "samples.json").read_text(encoding="utf-8"))
+    assert [sample["caption"] for sample in settings["samples"]] == [TRICKY_PROMPT] * 3
+    assert settings["seed"] == 5 and settings["guidance"] == 3.0 and settings["sampler"]["steps"] == 4
+    assert settings["autoencoder_sha256"] == trained.vae.autoencoder().weights_sha256()
 
 
 def test_sample_reads_prompts_from_a_file(trained, tool, tmp_path):
@@ -435,17 +432,17 @@ def draw_in_batches(pipeline, sampler, batch_size: int) -> torch.Tensor:
     [DDPM(20), DPMSolver(20), SDESampler(30, corrector_steps=1), ODESampler(steps=10)],
     ids=["ddpm", "dpmpp", "sde", "ode"],
 )
-def test_samples_do_not_depend_on_the_batch_size(trained, sampler):
-    """Pixels agree within one of 255 levels: the last bits of convolutions depend on the batch size."""
+def test_samples_do_not_depend_on_batch_size(trained, sampler):
+    """Pixels agree within one of 255 levels, because rounding in convolutions depends on the batch size."""
     pipeline = trained.diffusion.pipeline()
-    drawn = [draw_in_batches(pipeline, sampler, batch_size) for batch_size in BATCH_SIZES]
-    first, *others = [np.stack([np.asarray(image).astype(int) for image in to_pil(images)]) for images in drawn]
-    assert all(np.abs(other - first).max() <= 1 for other in others)
-    assert np.abs(first[0] - first[1]).max() > 1, "samples must differ from each other"
+    samples = [to_pil(draw_in_batches(pipeline, sampler, batch_size)) for batch_size in BATCH_SIZES]
+    expected, *actual = [np.stack([np.asarray(image).astype(int) for image in images]) for images in samples]
+    assert all(np.abs(pixels - expected).max() <= 1 for pixels in actual)
+    assert np.abs(expected[0] - expected[1]).max() > 1, "samples must differ from each other"
 
 
-def test_noise_of_a_sample_does_not_depend_on_the_batch_size(trained):
-    """Bit for bit, both for the initial noise and for the noise drawn during sampling."""
+def test_noise_does_not_depend_on_batch_size(trained):
+    """The initial noise and the noise drawn during sampling are both bit-identical."""
 
     class RecordNoise:
         method, steps, variance = "record", 1, None
@@ -469,7 +466,7 @@ def test_noise_of_a_sample_does_not_depend_on_the_batch_size(trained):
 
 @pytest.fixture
 def image_folder(trained, tmp_path) -> Path:
-    """A folder with five emoji, whose file names contain special characters."""
+    """A folder of five emoji with special characters in their file names."""
     images = trained.vae.image_data()
     (tmp_path / "my images").mkdir()
     names = ["a.png", "b b.png", "c,c.png", "d’d.png", "e(e).png"]
@@ -479,7 +476,7 @@ def image_folder(trained, tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("stage", ["vae", "diffusion"])
-def test_encode_and_decode_give_the_reconstruction(trained, tool, image_folder, tmp_path, stage):
+def test_encode_then_decode_equals_reconstruction(trained, tool, image_folder, tmp_path, stage):
     file, out = tmp_path / "latents of mine.safetensors", tmp_path / "decoded"
     tool("encode", f"run=runs/{stage}/first", f"images={image_folder}", f"out={file}", "batch_size=2")
     with safe_open(file, framework="pt") as reader:
@@ -500,15 +497,15 @@ def test_encode_and_decode_give_the_reconstruction(trained, tool, image_folder, 
     assert (out / "grid.png").is_file()
 
 
-def test_decode_refuses_latents_of_another_autoencoder(trained, train, tool, call, image_folder, tmp_path):
-    other = train(*TINY_VAE, "trainer.max_steps=1", "name=other", "seed=9", "runs_dir=others")
-    tool("encode", f"run={other.path}", f"images={image_folder}", f"out={tmp_path / 'latents'}")
-    ended = call(main, "decode", "run=runs/vae/first", f"latents={tmp_path / 'latents'}", f"out={tmp_path / 'out'}")
-    assert ended.code == 2 and "belong to the autoencoder" in ended.err
-    assert other.autoencoder().weights_sha256()[:12] in ended.err and not (tmp_path / "out").exists()
+def test_decode_refuses_latents_of_a_different_autoencoder(trained, train, tool, call, image_folder, tmp_path):
+    encoder = train(*TINY_VAE, "trainer.max_steps=1", "name=encoder", "seed=9", "runs_dir=encoders")
+    tool("encode", f"run={encoder.path}", f"images={image_folder}", f"out={tmp_path / 'latents'}")
+    result = call(main, "decode", "run=runs/vae/first", f"latents={tmp_path / 'latents'}", f"out={tmp_path / 'out'}")
+    assert result.code == 2 and "belong to the autoencoder" in result.err
+    assert encoder.autoencoder().weights_sha256()[:12] in result.err and not (tmp_path / "out").exists()
 
 
-def test_forward_draws_the_forward_chain(trained, tool, image_folder):
+def test_forward_plots_the_forward_chain(trained, tool, image_folder):
     output = tool("forward", "run=runs/diffusion/first", f"image={image_folder / 'd’d.png'}", "steps=5")
     assert "t = 0, 200, 400, 600, 800, 1000" in output
     assert pixels_of(trained.diffusion.images / "forward.png").shape[1] > 6 * 128
@@ -519,7 +516,7 @@ def test_forward_draws_the_forward_chain(trained, tool, image_folder):
 
 
 class MeanColours(torch.nn.Module):
-    """Mean colours of a 4 x 4 grid, as features that are cheap to compute."""
+    """A cheap feature network: mean colours of a 4 x 4 grid."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -534,17 +531,17 @@ def check_evaluation(trained, output: str, features: str, num_samples: int) -> N
     metrics = json.loads((trained.diffusion.path / "evaluation.json").read_text())
     assert (metrics["features"], metrics["num_samples"], metrics["num_reference"]) == (features, num_samples, 1831)
     for name in ("kd_samples", "kd_vae"):
-        assert metrics[name] > 3 * abs(metrics["kd_reconstructions"]), "six training steps are far too few"
+        assert metrics[name] > 3 * abs(metrics["kd_reconstructions"]), "six training steps are too few"
     assert metrics["retrieval_at_1_chance"] == pytest.approx(1 / 1831)
     assert metrics["num_held_out"] == num_samples and metrics["retrieval_at_1_held_out_chance"] == pytest.approx(1 / 87)
     assert metrics["retrieval_at_1_held_out_reconstructions"] > metrics["retrieval_at_1_held_out_samples"]
     assert metrics["weights_sha256"] == run_weights_sha256(trained.diffusion)
     assert metrics["retrieval_at_1_reconstructions"] > 0.5 > metrics["retrieval_at_1_samples"]
-    for part in ("samples", "reconstructions", "VAE alone", "validation images", "chance", "evaluation.json"):
-        assert part in output
+    for text in ("samples", "reconstructions", "VAE alone", "validation images", "chance", "evaluation.json"):
+        assert text in output
 
 
-def test_evaluation_with_cheap_features(trained, tool, monkeypatch):
+def test_evaluation_accepts_custom_features(trained, tool, monkeypatch):
     monkeypatch.setitem(ldm.metrics.features.FEATURE_NETWORKS, "mean_colours", MeanColours)
     output = tool("evaluate", "run=runs/diffusion/first", "features=mean_colours", "num_samples=16", "sampler.steps=2")
     check_evaluation(trained, output, "mean_colours", 16)
@@ -552,37 +549,37 @@ def test_evaluation_with_cheap_features(trained, tool, monkeypatch):
     assert list((trained.workdir / "cache").glob("openmoji-*/features-mean_colours-*.npy"))
 
 
-def test_evaluation_over_several_step_counts_and_guidances(trained, tool, monkeypatch):
-    """In Hydra's grammar a list would be a multirun; here it is one command, with a full evaluation at the knee."""
+def test_evaluation_sweeps_steps_or_guidance(trained, tool, monkeypatch):
+    """A list, which Hydra would expand to a multirun, is one sweep, with a full evaluation at the knee."""
     monkeypatch.setitem(ldm.metrics.features.FEATURE_NETWORKS, "mean_colours", MeanColours)
     options = ["run=runs/diffusion/first", "features=mean_colours", "num_samples=16"]
     output = tool("evaluate", *options, "sampler.steps=1,2,3")
-    metrics, swept = (
+    metrics, sweep = (
         json.loads((trained.diffusion.path / f"{name}.json").read_text()) for name in ("evaluation", "steps")
     )
-    assert [row["value"] for row in swept["rows"]] == [1, 2, 3] and "steps.png" in files_of(trained.diffusion)
-    assert [row["network_evaluations"] for row in swept["rows"]] == [2, 4, 6], (
+    assert [row["value"] for row in sweep["rows"]] == [1, 2, 3] and "steps.png" in files_of(trained.diffusion)
+    assert [row["network_evaluations"] for row in sweep["rows"]] == [2, 4, 6], (
         "guidance calls the network twice per step"
     )
-    assert metrics["sampler"]["steps"] == swept["knee"] and f"sampler.steps={swept['knee']} is the knee" in output
+    assert metrics["sampler"]["steps"] == sweep["knee"] and f"sampler.steps={sweep['knee']} is the knee" in output
     assert "guidance scale" not in output and (trained.diffusion.path / "evaluation").is_dir()
     tool("evaluate", *options, "sampler.steps=2", "guidance=[1,2.5]")
     assert {"guidance.png", "guidance.json"} <= files_of(trained.diffusion)
 
 
-def test_sweep_does_not_replace_metrics_of_more_samples(trained, tool, monkeypatch):
+def test_sweep_keeps_metrics_of_more_samples(trained, tool, monkeypatch):
     monkeypatch.setitem(ldm.metrics.features.FEATURE_NETWORKS, "mean_colours", MeanColours)
     options = ["run=runs/diffusion/first", "features=mean_colours", "guidance=1", "sampler=ddim"]
     tool("evaluate", *options, "num_samples=24", "sampler.steps=2")
-    kept = (trained.diffusion.path / "evaluation.json").read_bytes()
+    original = (trained.diffusion.path / "evaluation.json").read_bytes()
     output = tool("evaluate", *options, "num_samples=16", "sampler.steps=1,2")
-    assert (trained.diffusion.path / "evaluation.json").read_bytes() == kept
+    assert (trained.diffusion.path / "evaluation.json").read_bytes() == original
     knee = json.loads((trained.diffusion.path / "evaluation/knee.json").read_text())
     assert knee["num_samples"] == 16 and "all metrics: runs/diffusion/first/evaluation/knee.json" in output
 
 
 @pytest.mark.slow
-def test_evaluation_with_default_features(trained, tool):
+def test_evaluation_runs_with_default_features(trained, tool):
     output = tool("evaluate", "run=runs/diffusion/first", "num_samples=16", "sampler.steps=2")
     check_evaluation(trained, output, "efficientnet_lite", 16)
 
@@ -591,12 +588,12 @@ def test_bench_times_the_training_loop(tool):
     assert re.search(r"the training loop adds -?\d+\.\d+ ms per step", tool("bench", "steps=20", "blocks=2"))
 
 
-def test_bench_times_the_bound(trained, tool):
+def test_bench_times_the_likelihood_bound(trained, tool):
     output = tool("bench", "run=runs/diffusion/first", "blocks=1")
     assert re.search(r"the bound costs \d+\.\d+x the bare network", output), output
 
 
-def test_python_example_in_the_readme(trained, monkeypatch, tmp_path):
+def test_python_example_in_the_readme_runs(trained, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert "runs/diffusion/demo" in block

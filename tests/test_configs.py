@@ -1,4 +1,4 @@
-"""All configs in conf/ compose, refer to existing constructors and keys, and build what their name says."""
+"""All configs in conf/ compose, refer to existing constructors and keys, and build what their names promise."""
 
 import inspect
 import re
@@ -53,7 +53,7 @@ def group_config(group: str, choice: str) -> DictConfig:
 
 
 def targets(config: object) -> Iterator[dict]:
-    """Yield every node with a _target_, as plain values."""
+    """Yield every node with a _target_ key."""
     if isinstance(config, dict):
         if "_target_" in config:
             yield config
@@ -63,7 +63,7 @@ def targets(config: object) -> Iterator[dict]:
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize(("group", "choice"), CHOICES, ids=[f"{group}-{choice}" for group, choice in CHOICES])
-def test_every_choice_composes_with_both_stages(stage, group, choice):
+def test_every_config_choice_composes_with_both_stages(stage, group, choice):
     """All interpolations resolve, and each target accepts its arguments."""
     config = compose_config("train", f"stage={stage}", f"{group}={choice}", *PATHS)
     assert config.stage.build._target_
@@ -84,7 +84,7 @@ def test_every_tool_composes(tool):
     assert (bundled_folder("tools").parent / scripts.get(tool, f"tools/{tool}.py")).is_file()
 
 
-def test_command_line_overrides_the_defaults_of_a_stage():
+def test_command_line_overrides_stage_defaults():
     assert compose_config("train", "stage=diffusion", "optimizer=adamw").optimizer.build._target_ == "torch.optim.AdamW"
     assert compose_config("train", "stage=diffusion", "batch_size=7").batch_size == 7
     assert compose_config("train", "stage=vae", "trainer.max_time=null").trainer.max_time is None
@@ -92,16 +92,16 @@ def test_command_line_overrides_the_defaults_of_a_stage():
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_stage_config_binds_all_arguments_of_its_constructor(stage):
-    """The training session passes the remaining arguments: the images and those that depend on the run."""
+    """The training session passes the remaining arguments, which depend on the images and the run."""
     build = instantiate(compose_config("train", f"stage={stage}").stage.build)
-    given = ("images", "flip", "cache_dir", "seed", "folder", "device", "init_from")
-    bound = inspect.signature(build.func).bind(**build.keywords, **dict.fromkeys(given))
-    assert {*given, "optimizer"} <= set(bound.arguments)
+    session_arguments = ("images", "flip", "cache_dir", "seed", "folder", "device", "init_from")
+    bound = inspect.signature(build.func).bind(**build.keywords, **dict.fromkeys(session_arguments))
+    assert {*session_arguments, "optimizer"} <= set(bound.arguments)
 
 
 @for_each_choice("network")
 @pytest.mark.parametrize("kind", ["none", "class", "text"])
-def test_networks_return_the_shape_of_the_latents(choice, kind):
+def test_networks_return_latent_shape(choice, kind):
     options = {"none": {}, "class": {"num_classes": 10}, "text": {"text_dim": 384}}[kind]
     with torch.device("meta"):
         network = instantiate(group_config("network", choice))(
@@ -117,7 +117,7 @@ def test_networks_return_the_shape_of_the_latents(choice, kind):
 
 
 @pytest.mark.parametrize("choice", [choice for choice in GROUPS["autoencoder"] if choice != "pretrained"])
-def test_autoencoders_have_the_downsampling_factor_of_their_name(choice):
+def test_autoencoders_match_the_factor_in_their_name(choice):
     config = group_config("autoencoder", choice)
     with torch.device("meta"):
         autoencoder = Autoencoder(instantiate(config.model)(sample_size=32))
@@ -131,17 +131,17 @@ def test_autoencoders_have_the_downsampling_factor_of_their_name(choice):
 
 @pytest.mark.parametrize("autoencoder", [choice for choice in GROUPS["autoencoder"] if choice != "pretrained"])
 @for_each_choice("regulariser")
-def test_every_regulariser_builds_every_autoencoder(autoencoder, choice):
+def test_every_regulariser_supports_every_autoencoder(autoencoder, choice):
     regulariser = instantiate(group_config("regulariser", choice))
     with torch.device("meta"):
-        built = Autoencoder(regulariser.build(instantiate(group_config("autoencoder", autoencoder).model), 32))
-        mean, _ = built.encode(torch.zeros(1, 3, 32, 32))
-    assert regulariser.name == choice and mean.shape == (1, *built.latent_shape(32))
-    assert built.has_codebook == (choice == "vq")
+        model = Autoencoder(regulariser.build(instantiate(group_config("autoencoder", autoencoder).model), 32))
+        mean, _ = model.encode(torch.zeros(1, 3, 32, 32))
+    assert regulariser.name == choice and mean.shape == (1, *model.latent_shape(32))
+    assert model.has_codebook == (choice == "vq")
 
 
 @for_each_choice("perceptual")
-def test_perceptual_losses_have_their_weight(choice):
+def test_perceptual_weight_is_configurable(choice):
     config = compose_config(
         "train", "stage=vae", f"perceptual={choice}", *([] if choice == "none" else ["perceptual.weight=3"])
     )
@@ -193,14 +193,14 @@ def test_optimizers_update_all_parameters(choice):
     network = torch.nn.ModuleDict({"blocks": torch.nn.Linear(3, 3), "out": torch.nn.Linear(3, 1)})
     optimizer = OptimizerFactory(instantiate(config.build))(network)
     assert {group["lr"] for group in optimizer.param_groups} == {0.125}
-    before = [p.detach().clone() for p in network.parameters()]
+    initial = [p.detach().clone() for p in network.parameters()]
     network["out"](network["blocks"](torch.ones(2, 3))).square().sum().backward()
     optimizer.step()
-    assert not any(torch.equal(p, b) for p, b in zip(network.parameters(), before, strict=True))
+    assert not any(torch.equal(p, p_0) for p, p_0 in zip(network.parameters(), initial, strict=True))
 
 
 @for_each_choice("conditioning")
-def test_condition_constructors_take_the_images_first(choice):
+def test_images_are_the_first_argument_of_conditioning(choice):
     config = group_config("conditioning", choice)
     assert 0 <= config.drop < 1 and config.guidance >= 1 and config.prompts == []
     build = instantiate(config.build)
@@ -250,19 +250,18 @@ def test_keys_in_help_exist(name):
     keys = keys_of_help(config.hydra.help.template)
     assert len(keys) >= 2, config.hydra.help.template
     for key in keys:
-        parent, _, last = key.rpartition(".")
-        assert last in set(OmegaConf.select(config, parent) if parent else config), key
+        parent, _, name = key.rpartition(".")
+        assert name in set(OmegaConf.select(config, parent) if parent else config), key
 
 
 @pytest.mark.parametrize("name", TOOLS)
 def test_help_of_a_tool_lists_all_keys(name):
-    """Except groups, which Hydra lists, and the shared key `device`, which bench does not use."""
+    """Groups, which Hydra lists, and the key `device` in bench, which ignores it, can be missing."""
     config = compose_config(name)
-    listed = keys_of_help(config.hydra.help.template)
-    assert set(config) - {"hydra", "device" if name == "bench" else "hydra"} - set(GROUPS) <= listed
+    help_keys = keys_of_help(config.hydra.help.template)
+    assert set(config) - {"hydra", "device" if name == "bench" else "hydra"} - set(GROUPS) <= help_keys
 
 
 def test_configs_start_with_a_comment():
-    """The first line of each file describes it."""
     for file in Path(CONF).rglob("*.yaml"):
         assert file.read_text(encoding="utf-8").startswith("# "), file

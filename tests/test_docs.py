@@ -1,4 +1,4 @@
-"""Links in the docs point to existing files, functions and tests, and commands to existing tools and keys."""
+"""Links in the docs point to existing files, functions and tests, and commands use existing tools and keys."""
 
 import ast
 import re
@@ -21,7 +21,7 @@ LINK = re.compile(r"\[([^\]]*)\]\((?![a-z]+:|#)([^)#\s]+)")
 
 
 def maths_links(folder: str) -> list[tuple[str, Path]]:
-    """Return the links of docs/maths.md to files in a folder, as (text without backticks, file)."""
+    """Return the links of docs/maths.md to files in a folder, as (text without backticks, file) pairs."""
     page = MATHS.read_text(encoding="utf-8")
     links = ((name.strip("`"), (MATHS.parent / target).resolve()) for name, target in LINK.findall(page))
     return [(name, file) for name, file in links if file.is_relative_to(ROOT / folder)]
@@ -29,7 +29,7 @@ def maths_links(folder: str) -> list[tuple[str, Path]]:
 
 @cache
 def defined_names(file: Path) -> set[str]:
-    """Parse a module and return its functions, variables, and classes with their methods and fields."""
+    """Return the names of a module's functions, variables, and classes with their methods and fields."""
 
     def names(body: list[ast.stmt], prefix: str = "") -> set[str]:
         result: set[str] = set()
@@ -84,7 +84,7 @@ CONFIGS = {"benchmarks/bench.py": "bench", "examples/mixture/run.py": "mixture"}
 
 
 def commands_on(page: Path) -> Iterator[re.Match[str]]:
-    """Yield the commands in a page's code blocks without a language tag, and in its inline code."""
+    """Yield the commands in a page's inline code and in its code blocks without a language tag."""
     text = page.read_text(encoding="utf-8")
     blocks = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
     for language, block in blocks.findall(text):
@@ -96,18 +96,18 @@ def commands_on(page: Path) -> Iterator[re.Match[str]]:
 
 
 def first_values(options: list[str]) -> list[str]:
-    """Return the options of the first job of a sweep."""
+    """Return the options of the first job of a multirun."""
     overrides = OverridesParser.create().parse_overrides(options)
     return [
-        f"{each.input_line.partition('=')[0]}={next(iter(each.sweep_string_iterator()))}"
-        if each.is_sweep_override()
-        else str(each.input_line)
-        for each in overrides
+        f"{override.input_line.partition('=')[0]}={next(iter(override.sweep_string_iterator()))}"
+        if override.is_sweep_override()
+        else str(override.input_line)
+        for override in overrides
     ]
 
 
 def compose_command(config_name: str, arguments: list[str]) -> None:
-    """Compose a command's config as running it would. An unknown key or choice raises."""
+    """Compose the config of a command as if it were run. Raises if a key or choice is unknown."""
     is_multirun = "-m" in arguments
     options = [strip_stage_prefix(argument) for argument in arguments if not argument.startswith("-")]
     if config_name == "compare":
@@ -118,7 +118,7 @@ def compose_command(config_name: str, arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_can_be_typed(page):
+def test_commands_on_pages_compose(page):
     for command in commands_on(page):
         script, tool = command["script"], command["tool"]
         arguments = shlex.split(command["arguments"])
@@ -134,16 +134,16 @@ def test_commands_can_be_typed(page):
             compose_command(config_name, arguments)
 
 
-def test_pages_contain_commands():
+def test_pages_contain_many_commands():
     assert sum(1 for page in PAGES for _ in commands_on(page)) > 80
 
 
-def test_unknown_option_on_a_page_is_detected():
+def test_unknown_option_is_detected():
     with pytest.raises(ConfigCompositionException, match="trainer.max_stps"):
         compose_command("train", ["stage=all", "stage1.trainer.max_stps=5"])
 
 
-def test_index_lists_every_page():
+def test_docs_index_lists_every_page():
     index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
     pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
     assert {target for _, target in LINK.findall(index)} == pages

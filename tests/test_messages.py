@@ -1,4 +1,4 @@
-"""Messages name only existing options, and library code names none, because the command line adds them."""
+"""Messages name only existing options. Library code names none; the command line adds them to its errors."""
 
 import ast
 import inspect
@@ -29,7 +29,7 @@ NO_OPTIONS = {
     *("head_dim", "hidden_dim", "mlp_ratio", "patch_size"),  # arguments of networks
     "key",  # placeholder
 }
-"""Words that may appear before an equals sign without being an option."""
+"""Words that can appear before an equals sign without being options."""
 
 
 def files(package: str) -> list[Path]:
@@ -38,12 +38,12 @@ def files(package: str) -> list[Path]:
 
 def texts(node: ast.AST) -> Iterator[tuple[int, str]]:
     """Yield (line number, text) of every string in a node, except docstrings."""
-    for part in ast.walk(node):
-        if isinstance(body := getattr(part, "body", None), list):
-            part.body = [line for line in body if not (isinstance(line, ast.Expr) and is_text(line.value))]  # type: ignore[attr-defined]
-    for part in ast.walk(node):
-        if is_text(part):
-            yield part.lineno, part.value  # type: ignore[attr-defined]
+    for child in ast.walk(node):
+        if isinstance(body := getattr(child, "body", None), list):
+            child.body = [line for line in body if not (isinstance(line, ast.Expr) and is_text(line.value))]  # type: ignore[attr-defined]
+    for child in ast.walk(node):
+        if is_text(child):
+            yield child.lineno, child.value  # type: ignore[attr-defined]
 
 
 def is_text(node: ast.AST) -> bool:
@@ -51,9 +51,9 @@ def is_text(node: ast.AST) -> bool:
 
 
 def messages(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Yield the strings in functions that raise, and in module constants."""
+    """Yield the strings in functions that raise errors, and in module constants."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef) and any(isinstance(part, ast.Raise) for part in ast.walk(node)):
+        if isinstance(node, ast.FunctionDef) and any(isinstance(child, ast.Raise) for child in ast.walk(node)):
             yield from texts(node)
     for node in tree.body:
         if isinstance(node, ast.Assign | ast.AnnAssign):
@@ -81,13 +81,13 @@ def test_options_in_messages_exist(file):
 
 
 @pytest.mark.parametrize("argument", REMEDIES)
-def test_some_command_has_all_options_of_a_remedy(argument):
+def test_options_of_each_remedy_exist_in_one_command(argument):
     for remedy in REMEDIES[argument]:
         assert any(set(keys_in(remedy)) <= keys_of(command) for command in COMMANDS), remedy
         assert not foreign_keys(remedy, next(c for c in COMMANDS if set(keys_in(remedy)) <= keys_of(c)))
 
 
-def test_foreign_keys_finds_options_of_other_commands():
+def test_foreign_keys_finds_options_of_the_wrong_command():
     assert keys_of("train") >= {"data.path", "network.mlp_ratio", "experiment", "autoencoder.path", "vae", "stage"}
     assert "data.cache_dir" not in keys_of("encode") and keys_of("bench") >= {"perceptual", "perceptual.weight"}
     assert foreign_keys("Choose another disk with data.cache_dir=.", "encode") == ["data.cache_dir="]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "ldm"
 SHARED = {"main"}
-"""Names that several modules may define: entry points."""
+"""Names that several modules can define: entry points."""
 
 
 def test_public_names_are_unique():

@@ -1,4 +1,4 @@
-"""Portability: every module imports without POSIX modules and signals, as on Windows."""
+"""Portability: every module can be imported without POSIX modules and signals, as on Windows."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ import builtins, importlib, importlib.util, json, os, signal, sys, types, warnin
 from pathlib import Path
 
 ROOT = Path(sys.argv[1])
-OURS, HIDDEN = ("ldm", "tools", "tests", "benchmarks", "examples"), ("resource", "fcntl", "pwd", "grp", "termios")
+FOLDERS, POSIX = ("ldm", "tools", "tests", "benchmarks", "examples"), ("resource", "fcntl", "pwd", "grp", "termios")
 POSIX_FUNCTIONS = ("alarm", "setitimer", "getitimer", "pause", "pthread_kill", "sigwait", "siginterrupt")
 ON_WINDOWS = {"SIGABRT", "SIGFPE", "SIGILL", "SIGINT", "SIGSEGV", "SIGTERM", "SIG_DFL", "SIG_IGN"}
 
@@ -26,20 +26,20 @@ for name in dir(signal):
 original = builtins.__import__
 
 
-def hidden(name, globals=None, locals=None, fromlist=(), level=0):
-    if (globals or {}).get("__name__", "").partition(".")[0] in OURS:
-        if name.partition(".")[0] in HIDDEN:
+def import_without_posix(name, globals=None, locals=None, fromlist=(), level=0):
+    if (globals or {}).get("__name__", "").partition(".")[0] in FOLDERS:
+        if name.partition(".")[0] in POSIX:
             raise ModuleNotFoundError(f"No module named {name!r} here")
         if name == "signal":
             return windows
     return original(name, globals, locals, fromlist, level)
 
 
-builtins.__import__ = hidden
+builtins.__import__ = import_without_posix
 sys.path.insert(0, str(ROOT))
 warnings.simplefilter("ignore")
 failed, count = {}, 0
-for folder in OURS:
+for folder in FOLDERS:
     for file in sorted((ROOT / folder).rglob("*.py")):
         parts = file.relative_to(ROOT).with_suffix("").parts
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
@@ -60,11 +60,11 @@ print(json.dumps({"failed": failed, "count": count}))
 
 
 def test_all_modules_import_without_posix():
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", IMPORT_EVERYTHING, str(ROOT)], capture_output=True, text=True, encoding="utf-8"
     )
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    assert process.returncode == 0, process.stderr
+    result = json.loads(process.stdout.splitlines()[-1])
     assert result["failed"] == {} and result["count"] > 200
 
 

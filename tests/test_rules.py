@@ -1,4 +1,4 @@
-"""Validation rules in annotations: which values are refused, and the wording of the messages."""
+"""Validation rules in annotations: rejected values and error messages."""
 
 import pytest
 
@@ -14,7 +14,7 @@ class Example:
         self.steps, self.sizes = steps, sizes
 
 
-def test_valid_arguments_are_passed_on():
+def test_valid_arguments_are_accepted():
     assert Example(2, sizes=[1, 2]).sizes == [1, 2]
     assert Example(1).sizes is None
 
@@ -33,7 +33,7 @@ def test_valid_arguments_are_passed_on():
         ({"steps": 1, "drop": 1.5}, "drop=1.5 must be 1 or less."),
     ],
 )
-def test_invalid_argument_is_named_with_its_rule(arguments, message):
+def test_error_states_argument_value_and_rule(arguments, message):
     with pytest.raises(InputError) as error:
         Example(**arguments)
     assert str(error.value) == message

@@ -1,4 +1,4 @@
-"""The whole tree passes ruff and mypy."""
+"""The repository passes ruff and mypy."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
     ids=lambda command: " ".join(command[:2]) if command[0] == "ruff" else command[0],
 )
 def test_linter_passes(command):
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", *command],
         cwd=ROOT,
         env={**os.environ, "PYTHONUTF8": "1"},
@@ -28,4 +28,4 @@ def test_linter_passes(command):
         text=True,
         encoding="utf-8",
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert process.returncode == 0, process.stdout + process.stderr

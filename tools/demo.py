@@ -1,4 +1,4 @@
-"""Draw the demo's images and compute its metrics: 16 prompts, 16 held-out captions, and the reverse chain."""
+"""Generate the demo's images (16 prompts, 16 held-out captions, the reverse chain) and compute its metrics."""
 
 from ldm.cli.main import run
 

@@ -1,4 +1,4 @@
-"""Plot both chains of a mixture: snapshots at several t, and the paths of single samples."""
+"""Plot both chains of a mixture: snapshots at several t, and the paths of individual samples."""
 
 import torch
 from matplotlib.axes import Axes
@@ -12,10 +12,10 @@ from ldm.diffusion.schedule import NoiseSchedule
 NUM_POINTS = 1500
 """Number of points in each scatter plot."""
 NUM_BOUNCES = 50
-"""Number of straight segments of each path."""
+"""Number of straight segments per path."""
 TEXT_COLOUR = "#2b2b2b"
 MODE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00")
-"""From the palette of Okabe and Ito, which is distinguishable with colour blindness."""
+"""From the colour-blind-safe palette of Okabe and Ito."""
 
 
 def plot_chains(
@@ -50,14 +50,14 @@ def _plot_snapshots(figure: SubFigure, title: str, snapshots: dict[int, Tensor],
 def _plot_plinko(
     figure: SubFigure, mixture: Mixture, schedule: NoiseSchedule, reverse: ReverseChain, final_mode: Tensor
 ) -> None:
-    """Plot the first coordinate of single samples from z_T (top) to z_0 (bottom), over the exact q(z_t) in grey."""
+    """Plot the first coordinate of individual samples from z_T (top) to z_0 (bottom), over the exact q(z_t) in grey."""
     title = f"Plinko: the first coordinate of {reverse.paths.shape[1]} samples, from noise down to the modes"
     figure.suptitle(title, fontsize=13, color=TEXT_COLOUR)
     board, bins = figure.subplots(2, 1, sharex=True, height_ratios=(1, 0.24))
     num_steps = schedule.num_steps
-    # a subset of the steps: drawing every step of the random walks would cover the whole board
-    shown = torch.linspace(0, len(reverse.times) - 1, NUM_BOUNCES + 1).round().long().unique()
-    paths, heights = reverse.paths[shown, :, 0].T.numpy(), torch.tensor(reverse.times)[shown].numpy()
+    # plot a subset of the steps: random walks at every step would cover the whole board
+    step_indices = torch.linspace(0, len(reverse.times) - 1, NUM_BOUNCES + 1).round().long().unique()
+    paths, heights = reverse.paths[step_indices, :, 0].T.numpy(), torch.tensor(reverse.times)[step_indices].numpy()
     x_max = max(3.5, 1.02 * abs(paths).max())
     x, rows = torch.linspace(-x_max, x_max, 400), torch.linspace(0, num_steps, 160).round().long().unique()
     projected = Mixture(mixture.means[:, :1], mixture.weights, mixture.variance)

@@ -5,8 +5,8 @@ Setting: z_0 ~ sum_k w_k N(m_k, c I). Each mode stays Gaussian along the forward
     q(z_t | k) = N(sqrt(a_t) m_k, (a_t c + 1 - a_t) I),
 
 so the density q(z_t), the mode probabilities q(k | z_t) and the posterior mean E[z_0 | z_t] are known in closed form at
-every t. A correct reverse chain reaches each mode with a frequency equal to its weight, and the loss of a trained
-network can be compared with the lowest possible one.
+every t. A correct reverse chain ends in each mode with a frequency equal to its weight, and the loss of a trained
+network can be compared with the lowest possible loss.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ class Mixture:
     variance: float
 
     def sample(self, num_samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draw z_0 [n, d] in float32; also return the mode of each sample, [n]."""
+        """Draw samples z_0 [n, d] in float32, and return them with the mode of each sample, [n]."""
         mode = torch.multinomial(self.weights, num_samples, replacement=True, generator=generator)
         noise = torch.randn(num_samples, self.means.shape[1], generator=generator)
         return self.means.float()[mode] + self.variance**0.5 * noise, mode
@@ -85,8 +85,8 @@ class ExactDenoiser:
 def five_modes(std: float = 0.18) -> Mixture:
     """Return a mixture of five modes in the plane, numbered from left to right.
 
-    The modes are well separated along the first axis. The mixture is centred and scaled, so that both coordinates have
-    mean 0 and an average variance of 1.
+    The modes are well separated along the first axis. The mixture is centred and scaled so that both coordinates have
+    mean 0 and their variances average to 1.
     """
     means = torch.tensor([[-1.6, 0.3], [-0.8, -1.1], [0.1, 1.2], [0.9, -0.3], [1.8, 1.0]], dtype=torch.float64)
     weights = torch.tensor([0.12, 0.35, 0.2, 0.25, 0.08], dtype=torch.float64)
@@ -131,7 +131,7 @@ def train(
 ) -> Denoiser:
     """Train a small network on fresh samples of the mixture.
 
-    It minimises L_simple in v with Adam, with a learning rate that decays linearly to 0.
+    The loss is L_simple in v. The optimiser is Adam with a learning rate that decays linearly to 0.
     """
     generator = torch_generator(seed, 0)
     with torch.random.fork_rng(devices=[]):
@@ -141,7 +141,7 @@ def train(
     optimizer = torch.optim.Adam(network.parameters(), lr=lr)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     for _ in track(range(steps), "training"):
-        z_0, z_t, eps, t = _draw_noisy(mixture, schedule, batch_size, generator, device)
+        z_0, z_t, eps, t = _noisy_batch(mixture, schedule, batch_size, generator, device)
         output, _ = denoiser.output(z_t, t)
         loss = simple_loss(schedule, output, z_0, eps, t, "v").mean()
         optimizer.zero_grad()
@@ -153,18 +153,18 @@ def train(
 
 @torch.no_grad()
 def mean_loss(denoiser: DenoiserLike, mixture: Mixture, *, seed: int = 0, device: torch.device | str = "cpu") -> float:
-    """Return a denoiser's L_simple in v on 20,000 fresh samples; that of `ExactDenoiser` is the lowest possible."""
+    """Return a denoiser's L_simple in v on 20,000 fresh samples. `ExactDenoiser` has the lowest possible loss."""
     schedule = denoiser.schedule
-    z_0, z_t, eps, t = _draw_noisy(mixture, schedule, 20_000, torch_generator(seed, 2), device)
+    z_0, z_t, eps, t = _noisy_batch(mixture, schedule, 20_000, torch_generator(seed, 2), device)
     z_0_hat = denoiser(z_t, t).z_0
     output = target(schedule, z_0_hat, to_eps(schedule, z_0_hat, z_t, t), t, "v")
     return simple_loss(schedule, output, z_0, eps, t, "v").mean().item()
 
 
-def _draw_noisy(
+def _noisy_batch(
     mixture: Mixture, schedule: NoiseSchedule, num_samples: int, generator: torch.Generator, device: torch.device | str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Draw z_0, z_t, eps and t."""
+    """Draw samples z_0, noise eps and times t; return z_0, z_t, eps and t."""
     z_0 = mixture.sample(num_samples, generator)[0].to(device)
     eps = torch.randn(z_0.shape, generator=generator).to(device)
     t = sample_timesteps(schedule.num_steps, num_samples, generator=generator)
@@ -173,22 +173,22 @@ def _draw_noisy(
 
 @dataclass(frozen=True)
 class ReverseChain:
-    """The states of a batch of samples along the reverse chain."""
+    """States of a batch of samples along the reverse chain."""
 
     z_0: Tensor
     """Final states, [n, d]."""
     snapshots: dict[int, Tensor]
     """States of all samples at selected t, [n, d]."""
     times: list[float]
-    """The times t of all steps, from T down to 0."""
+    """Times t of all steps, from T down to 0."""
     paths: Tensor
-    """States of the first samples at all times, [len(times), NUM_PATHS, d]."""
+    """States of the first NUM_PATHS samples at all times, [len(times), NUM_PATHS, d]."""
 
 
 def run_reverse_chain(
     denoiser: DenoiserLike, sampler: SamplerLike, z_T: Tensor, generator: torch.Generator, title: str = "sampling"
 ) -> ReverseChain:
-    """Sample from z_T with a progress bar, and record the states along the way."""
+    """Sample from z_T with a progress bar, and record the state after each step."""
     num_steps = denoiser.schedule.num_steps
     times, states = [float(num_steps)], [z_T.cpu()]
     with progress() as bar:
@@ -208,7 +208,7 @@ def run_reverse_chain(
 def run_forward_chain(
     schedule: NoiseSchedule, z_0: Tensor, times: Sequence[int], generator: torch.Generator
 ) -> dict[int, Tensor]:
-    """Sample q(z_t | z_s) along the given increasing times, and return the states by time, starting with z_0 at 0."""
+    """Sample q(z_t | z_s) along increasing times, and return the states by time, including z_0 at time 0."""
     states = {0: z_0}
     for s, t in zip([0, *times], times, strict=False):
         if t > 0:

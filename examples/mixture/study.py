@@ -38,7 +38,7 @@ STRAY_STD = 4.0
 
 
 def mixture(config: DictConfig) -> None:
-    """`python examples/mixture/run.py`."""
+    """Entry point of `python examples/mixture/run.py`."""
     options = {key: config[key] for key in ("steps", "num_samples", "seed")}
     results, figure = study(
         construct(config.schedule), construct(config.sampler), device=choose_device(config.device), **options
@@ -56,7 +56,7 @@ def study(
     sampler: SamplerLike,
     *,
     steps: Count,
-    num_samples: Annotated[Integer, Field(ge=63)],  # an expected count of 5 in the rarest mode, for the chi-square test
+    num_samples: Annotated[Integer, Field(ge=63)],  # the chi-square test needs an expected count of 5 per mode
     seed: Seed = 0,
     device: torch.device | str = "cpu",
 ) -> tuple[dict[str, Any], Figure]:
@@ -139,12 +139,12 @@ def mode_table(results: dict[str, Any]) -> Table:
     table = Table(title=f"{results['num_samples']} samples, {results['sampler']}, T = {results['T']}")
     for name in ("mode", "true weight", "exact denoiser", "trained network"):
         table.add_column(name, justify="left" if name == "mode" else "right")
-    both = [results["exact"], results["trained"]]
+    columns = [results["exact"], results["trained"]]
     for mode, weight in enumerate(results["weights"]):
-        shares = (f"{metrics['shares'][mode]:.1%} +- {metrics['standard_errors'][mode]:.1%}" for metrics in both)
+        shares = (f"{metrics['shares'][mode]:.1%} +- {metrics['standard_errors'][mode]:.1%}" for metrics in columns)
         table.add_row(str(mode + 1), f"{weight:.1%}", *shares, end_section=mode + 1 == len(results["weights"]))
-    table.add_row("chi-square p", "", *(f"{metrics['p_value']:.3g}" for metrics in both))
-    stray = (results["stray_of_data"], *(metrics["stray"] for metrics in both))
+    table.add_row("chi-square p", "", *(f"{metrics['p_value']:.3g}" for metrics in columns))
+    stray = (results["stray_of_data"], *(metrics["stray"] for metrics in columns))
     table.add_row(f"beyond {STRAY_STD:g} std", *(f"{share:.2%}" for share in stray))
-    table.add_row("L_simple in v", "", *(f"{metrics['loss']:.4f}" for metrics in both))
+    table.add_row("L_simple in v", "", *(f"{metrics['loss']:.4f}" for metrics in columns))
     return table

@@ -4,7 +4,7 @@
 
 The statistics are per channel. By default they are measured on the whole training split; a pretrained autoencoder can
 use its published statistics instead. With a codebook, the mean is the encoder output before quantisation, the variance
-is practically zero, and decoding quantises.
+is effectively zero, and decoding quantises.
 """
 
 import hashlib
@@ -53,7 +53,7 @@ class LatentStatistics:
 
 
 class Autoencoder:
-    """A diffusers autoencoder with its downsampling factor f, its channels and, once measured, its latent statistics.
+    """Wrapper around a diffusers autoencoder, with its latent statistics if they have been measured.
 
     >>> import torch
     >>> from ldm import Run
@@ -65,7 +65,7 @@ class Autoencoder:
     """
 
     def __init__(self, model: nn.Module, statistics: LatentStatistics | None = None) -> None:
-        self.model: Any = model  # has the interface of diffusers' AutoencoderKL, which no static type describes
+        self.model: Any = model  # has the interface of diffusers' AutoencoderKL; there is no static type for it
         self.statistics = statistics
 
     @property
@@ -87,7 +87,7 @@ class Autoencoder:
 
     @property
     def has_density(self) -> bool:
-        """True if q(z | x) and p(x | z) are densities, so that images have a likelihood. Only for KL autoencoders."""
+        """True if q(z | x) and p(x | z) are densities, so that images have a likelihood: only for KL autoencoders."""
         return self.regulariser == "kl"
 
     @property
@@ -116,7 +116,7 @@ class Autoencoder:
         return self
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """Return the latent shape (C, h, w) of square images.
+        """Return the latent shape (C, h, w) for square images of this resolution.
 
         Raises:
             InputError: The resolution is not a multiple of f.
@@ -169,9 +169,9 @@ class Autoencoder:
         return mean, std
 
     def register_scaling(self) -> None:
-        """Write the measured scale to the config of a diffusers model, as one shift and one factor for all channels.
+        """Write the measured scale to the diffusers config, as a single shift and scaling factor for all channels.
 
-        diffusers' pipelines read it from there. The class default, 0.18215, is the scaling factor of Stable Diffusion.
+        Pipelines in diffusers read both from the config. The class default, 0.18215, is Stable Diffusion's factor.
         """
         statistics, config = self.statistics, self.model.config
         if statistics is None or "scaling_factor" not in config:
@@ -197,16 +197,16 @@ class Autoencoder:
         """Load a folder written by `save`, or any AutoencoderKL or VQModel in diffusers' format.
 
         Raises:
-            UserError: The folder is not an autoencoder, `load_model` rejects it, or its latent statistics have an
+            UserError: The folder contains no autoencoder, `load_model` rejects it, or its latent statistics have an
                 unsupported format or belong to different weights.
         """
         config_file = folder / "config.json"
         if not config_file.is_file():
-            raise UserError(f"{folder} is not the folder of an autoencoder: config.json is missing.")
+            raise UserError(f"{folder} is not an autoencoder folder: config.json is missing.")
         name = read_json(config_file).get("_class_name")
         if not isinstance(name, str) or name not in AUTOENCODER_CLASSES:
             supported = ", ".join(AUTOENCODER_CLASSES)
-            raise UserError(f"{config_file} has the class {name}. Supported autoencoders: {supported}.")
+            raise UserError(f"{config_file} specifies the class {name}. Supported classes: {supported}.")
         autoencoder = cls(load_model(AUTOENCODER_CLASSES[name], folder))
         statistics_file = folder / STATISTICS_FILE
         if statistics_file.is_file():
@@ -218,14 +218,14 @@ class Autoencoder:
             if weights != autoencoder.statistics.weights_sha256:
                 raise UserError(
                     f"{statistics_file} was measured with the weights {autoencoder.statistics.weights_sha256[:12]}, "
-                    f"but the weights in this folder are {weights[:12]}. Restore the latents.json of these weights, "
-                    "or train the autoencoder again."
+                    f"but the weights in this folder are {weights[:12]}. Restore the matching latents.json, or "
+                    "train the autoencoder again."
                 )
         return autoencoder
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """Return the SHA-256 of the names, dtypes, shapes and bytes of all weights. The file format has no effect."""
+    """Return the SHA-256 of the names, dtypes, shapes and bytes of all weights, independent of the file format."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
@@ -239,7 +239,7 @@ def published_statistics(model: Any) -> tuple[list[float], list[float]] | None:
         z = (z_raw - shift) * scaling                               shift defaults to 0 (SD 1, 2, SDXL)
         z = (z_raw - latents_mean) * scaling / latents_std          per channel, if the config has both
 
-    They were measured on the authors' images, not on yours. Networks trained on these latents expect this scale.
+    These statistics come from the authors' images, not yours. Networks pretrained on the latents expect this scale.
     Source: diffusers' StableDiffusion(XL|3) and Flux pipelines.
     """
     config = model.config
@@ -254,10 +254,10 @@ def published_statistics(model: Any) -> tuple[list[float], list[float]] | None:
 
 
 def set_trainable(model: nn.Module, part: TrainablePart) -> None:
-    """Set requires_grad of every weight.
+    """Set requires_grad for every weight.
 
-    `all` trains all weights, `decoder` only those that do not affect the latents, and `nothing` none.
+    `all` trains all weights, `decoder` only the weights that do not affect the latents, and `nothing` none.
     """
     for name, parameter in model.named_parameters():
-        owner = name.removeprefix("core.").split(".")[0]
-        parameter.requires_grad_(part == "all" or (part == "decoder" and owner not in ENCODER_MODULES))
+        module = name.removeprefix("core.").split(".")[0]
+        parameter.requires_grad_(part == "all" or (part == "decoder" and module not in ENCODER_MODULES))

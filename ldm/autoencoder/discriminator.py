@@ -36,8 +36,8 @@ class PatchDiscriminator(nn.Module):
         widths = [min(channels * 2**level, channels * 8) for level in range(layers + 1)]
         modules: list[nn.Module] = [nn.Conv2d(3, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for level in range(1, layers + 1):
-            # group norm instead of the paper's batch norm: with batch norm, the logits of an image would depend on the
-            # rest of its batch, and so differ between ranks and between real and fake batches
+            # group norm instead of the paper's batch norm, which would make the logits of an image depend on the rest
+            # of the batch and so differ between ranks and between real and fake batches
             modules += [
                 nn.Conv2d(widths[level - 1], widths[level], 4, stride=2 if level < layers else 1, padding=1),
                 nn.GroupNorm(math.gcd(32, widths[level]), widths[level]),
@@ -55,7 +55,7 @@ class PatchDiscriminator(nn.Module):
 
 
 def discriminator_loss(gan_loss: GanLoss, real: Tensor, fake: Tensor) -> Tensor:
-    """Return the discriminator's loss from the logits of images and of reconstructions.
+    """Return the discriminator's loss, given the logits of images (real) and reconstructions (fake).
 
         hinge              (E max(0, 1 - real) + E max(0, 1 + fake)) / 2
         non_saturating     E softplus(-real) + E softplus(fake)
@@ -75,16 +75,16 @@ def generator_loss(gan_loss: GanLoss, fake: Tensor) -> Tensor:
 
 
 class LastLayer:
-    """The decoder's last convolution, which records its input so that norms of its weight gradients can be computed.
+    """Records the input of the decoder's last convolution, to compute the norms of its weight gradients.
 
-    `gradient_norms` needs no second backward pass through the perceptual network or the discriminator, because
-    `AdaptiveWeight.split` receives their gradients at the reconstruction.
+    `gradient_norms` needs no second backward pass through the perceptual network or the discriminator, because it
+    starts from their gradients at the reconstruction, which `AdaptiveWeight.split` provides.
     """
 
     def __init__(self, model: Any) -> None:
-        behind_patches = isinstance(model, PatchAutoencoder)
-        self.layer: nn.Conv2d = (model.core if behind_patches else model).decoder.conv_out
-        self.patch: int = model.config.patch if behind_patches else 1
+        has_patches = isinstance(model, PatchAutoencoder)
+        self.layer: nn.Conv2d = (model.core if has_patches else model).decoder.conv_out
+        self.patch: int = model.config.patch if has_patches else 1
         self.records_input = True
         self._input: Tensor | None = None
         self.layer.register_forward_pre_hook(self._record_input)
@@ -106,7 +106,7 @@ class LastLayer:
 
 
 class AdaptiveWeight:
-    """The adaptive weight lambda, measured once per step from the two gradients at the reconstruction."""
+    """The adaptive weight lambda, computed once per step from the two gradients at the reconstruction."""
 
     def __init__(self, last_layer: LastLayer, max_weight: float) -> None:
         self.last_layer, self.max_weight = last_layer, max_weight
@@ -115,10 +115,10 @@ class AdaptiveWeight:
         self.loss_scale = 1.0
         """Scale of the incoming gradients: 1 / number of accumulated batches."""
         self.weight: Tensor | None = None
-        """lambda of this step; None until it is measured."""
+        """lambda of this step; None until it is computed."""
 
-    def measure(self, distortion: Tensor, adversarial: Tensor) -> Tensor:
-        """Compute lambda from the gradients of both losses at the reconstruction, averaged over ranks."""
+    def compute(self, distortion: Tensor, adversarial: Tensor) -> Tensor:
+        """Compute lambda from both gradients at the reconstruction, and average it over ranks."""
         gradients = distortion / self.loss_scale, adversarial / self.loss_scale
         distortion_norm, adversarial_norm = self.last_layer.gradient_norms(*gradients)
         weight = (distortion_norm / (adversarial_norm + 1e-4)).clamp(max=self.max_weight)
@@ -128,9 +128,9 @@ class AdaptiveWeight:
         return weight
 
     def split(self, reconstruction: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the reconstruction twice, for the distortion and for the discriminator.
+        """Return two copies of the reconstruction: one for the distortion, one for the discriminator.
 
-        In the backward pass its gradient is g_distortion + factor lambda g_adversarial.
+        In the backward pass, the reconstruction's gradient is g_distortion + factor lambda g_adversarial.
         """
         return _SplitGradient.apply(reconstruction, self)
 
@@ -145,6 +145,6 @@ class _SplitGradient(torch.autograd.Function):
     def backward(ctx: Any, distortion: Tensor, adversarial: Tensor) -> tuple[Tensor, None]:
         adaptive_weight: AdaptiveWeight = ctx.adaptive_weight
         if adaptive_weight.weight is None:
-            adaptive_weight.weight = adaptive_weight.measure(distortion, adversarial)
+            adaptive_weight.weight = adaptive_weight.compute(distortion, adversarial)
         adaptive_weight.last_layer.release_input()
         return distortion + adaptive_weight.factor * adaptive_weight.weight * adversarial, None

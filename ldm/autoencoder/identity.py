@@ -1,4 +1,4 @@
-"""The identity as an autoencoder, for diffusion in pixel space. It has the interface of diffusers' AutoencoderKL."""
+"""Identity autoencoder for diffusion in pixel space, with the interface of diffusers' AutoencoderKL."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ class IdentityAutoencoder(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, latent_channels: int = 3) -> None:
         super().__init__()
-        self.place = nn.Parameter(torch.zeros(()), requires_grad=False)  # without a parameter, it would have no device
+        self.place = nn.Parameter(torch.zeros(()), requires_grad=False)  # a model without parameters has no device
 
     def encode(self, x: Tensor, return_dict: bool = True) -> Any:
         """Return a point posterior at the images x, [b, 3, H, W]."""

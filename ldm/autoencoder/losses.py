@@ -1,4 +1,4 @@
-"""The loss of stage 1, except for its adversarial term.
+"""The stage-1 loss, without the adversarial term.
 
     L = l1 |x - x'| + mse (x - x')^2 + nll (-log p(x | z_raw)) + perceptual d(x, x')
         + kl KL(q(z_raw | x) || N(0, I)) / D     or   + codebook loss
@@ -17,7 +17,7 @@ from ldm.diffusion.bound_terms import discretised_nll
 from ldm.rules import NonNegative, checked
 
 BIN_WIDTH = 2 / 255
-"""Width of the bin of an 8-bit value, in images scaled to [-1, 1]."""
+"""Bin width of 8-bit values in images scaled to [-1, 1]."""
 INITIAL_SCALE = 0.1
 
 
@@ -27,9 +27,9 @@ class AutoencoderLoss(nn.Module):
     Args:
         l1, mse: Weights of the two distortions.
         nll: Weight of -log p(x | z_raw) in nats per pixel value. p is a Gaussian around the reconstruction with one
-            learned scale per colour channel, integrated over the bin of each 8-bit value. It is the likelihood of the
-            two-stage bound: with nll=1, kl=1 and all other weights 0, the loss is the negative evidence lower bound.
-        kl: Weight of the KL term, which is in nats per image divided by D, so that a weight means the same at every
+            learned scale per colour channel, integrated over the bin of each 8-bit value. The two-stage bound
+            uses this likelihood: with nll=1, kl=1 and all other weights 0, the loss is the negative ELBO.
+        kl: Weight of the KL term, which is in nats per image divided by D, so that the same weight works at every
             resolution. A small weight keeps the latents near N(0, I) without blurring the reconstructions.
     """
 

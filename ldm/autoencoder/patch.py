@@ -1,8 +1,8 @@
 """AutoencoderKL and VQModel behind a pixel-unshuffle, with a linear shortcut. Imports only torch and diffusers.
 
 A patch of p x p pixels becomes 3 p^2 channels before the first convolution, so that all computation happens at a low
-resolution, which is fast on a CPU. The shortcut is a linear autoencoder whose code is added to the encoder's mean and
-whose reconstruction is added to the decoder's output. It is initialised by a PCA of the training images, so training
+resolution, which is fast on a CPU. The shortcut is a linear autoencoder: its code is added to the encoder's mean, and
+its reconstruction is added to the decoder's output. It is initialised by a PCA of the training images, so training
 starts at the distortion of PCA and the convolutions learn the residual.
 Source: Baldi & Hornik 1989 (PCA is the optimal linear autoencoder).
 """
@@ -23,7 +23,7 @@ INITIAL_LOG_VARIANCE = -5.0
 
 
 class PatchAutoencoder(ModelMixin, ConfigMixin):
-    """Base class: a diffusers model, `core`, between a pixel-unshuffle and a pixel-shuffle, with a linear shortcut.
+    """Base class: a diffusers model (`core`) between a pixel-unshuffle and a pixel-shuffle, with a linear shortcut.
 
     f = patch * 2^(levels - 1). A subclass registers its config, builds its core and calls `_wrap`.
     """
@@ -34,29 +34,29 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         self.factor = self.config.patch * 2 ** (len(self.config.block_out_channels) - 1)
         self.core = core
         if self.config.shortcut:
-            pixels = in_channels * self.factor**2
-            self.shortcut_in = nn.Conv2d(pixels, latent_channels, 1)
-            self.shortcut_out = nn.Conv2d(latent_channels, pixels, 1)
+            patch_dim = in_channels * self.factor**2
+            self.shortcut_in = nn.Conv2d(patch_dim, latent_channels, 1)
+            self.shortcut_out = nn.Conv2d(latent_channels, patch_dim, 1)
             nn.init.orthogonal_(self.shortcut_in.weight)
             with torch.no_grad():
                 self.shortcut_out.weight.copy_(self.shortcut_in.weight.transpose(0, 1))
-            # initially the convolutions add nothing to the shortcut
+            # initially, only the shortcut contributes to the output
             for layer in (core.quant_conv, core.decoder.conv_out):
                 nn.init.zeros_(layer.weight)
                 nn.init.zeros_(layer.bias)
 
     @torch.no_grad()
     def init_shortcut(self, images: Tensor) -> None:
-        """Initialise the shortcut with the PCA of the f x f patches of these images, half-whitened.
+        """Initialise the shortcut with a half-whitened PCA of the f x f patches of these images.
 
         Each component is divided by the square root of its standard deviation. Full whitening would amplify faint
-        details to the magnitude of shapes and colours; without whitening, they would vanish in the posterior's noise.
+        details to the magnitude of shapes and colours; without whitening, they would vanish in the posterior noise.
 
         Args:
             images: [b, 3, H, W] in [-1, 1], with enough patches to estimate a covariance in 3 f^2 dimensions.
 
         Raises:
-            ValueError: There are more latent channels than a patch has dimensions.
+            ValueError: The number of latent channels exceeds the dimension of a patch.
         """
         patches = F.pixel_unshuffle(images, self.factor).permute(0, 2, 3, 1).flatten(0, 2).double()
         mean = patches.mean(0)
@@ -76,7 +76,7 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         self.shortcut_out.bias.copy_(mean)
 
     def _encode(self, x: Tensor) -> Tensor:
-        """Encode with the core and add the linear code to the mean (the first channels). Return float32."""
+        """Encode with the core, and add the linear code to the mean (the first channels). Return float32."""
         encoded = self.core.quant_conv(self.core.encoder(F.pixel_unshuffle(x, self.config.patch))).float()
         if not self.config.shortcut:
             return encoded
@@ -99,7 +99,7 @@ class PatchAutoencoderKL(PatchAutoencoder):
     Args:
         patch: Patch size of the pixel-unshuffle; 1 disables it.
         block_out_channels: Width of each level; each level after the first halves the resolution.
-        shortcut: Add the linear shortcut; `init_shortcut` initialises it from images.
+        shortcut: Add the linear shortcut, which `init_shortcut` initialises from images.
     """
 
     @register_to_config
@@ -206,7 +206,7 @@ def _core_options(
     norm_num_groups: int,
     sample_size: int,
 ) -> dict[str, Any]:
-    """Return the constructor arguments that both kinds of core share; a core sees patches instead of pixels."""
+    """Return the constructor arguments that both core models share. Their channels are the values of a patch."""
     levels = len(block_out_channels)
     return {
         "in_channels": in_channels * patch**2,

@@ -1,4 +1,4 @@
-"""Perceptual distances in the features of a frozen network, for the loss of an autoencoder."""
+"""Perceptual distances between features of a frozen network, for the autoencoder loss."""
 
 from importlib.util import find_spec
 from urllib.error import URLError
@@ -17,11 +17,11 @@ NUM_LEVELS = 3
 
 
 class EfficientNetLiteDistance(nn.Module):
-    """Perceptual distance in EfficientNet-lite0, at the native size of the images: x, y [b, 3, H, W] in [-1, 1] -> [b].
+    """EfficientNet-lite0 perceptual distance at native image size: x, y [b, 3, H, W] in [-1, 1] -> [b].
 
-    The features after the last block at each resolution from H / 2 to H / 8 are normalised to unit length over the
-    channels. Their squared difference is summed over channels and averaged over locations and levels. The distance is
-    differentiable in both images.
+    The features after the last block at each resolution from H / 2 to H / 8 are normalised to unit length across
+    channels. Their squared differences are summed over channels and averaged over locations and levels. The distance is
+    differentiable with respect to both images.
     Source: Zhang et al. 2018, arXiv:1801.03924, eq. 1, without the learned channel weights.
 
     Raises:
@@ -35,13 +35,13 @@ class EfficientNetLiteDistance(nn.Module):
         network = _efficientnet_lite("The perceptual distance of EfficientNet-lite0")
         self.stem = nn.Sequential(network._conv_stem, network._bn0, network._swish)
         halvings = [i for i, block in enumerate(network._blocks) if block._block_args.stride in (2, [2])]
-        # deeper levels would double the cost, and have only four locations or fewer in an image of 32 px
+        # deeper levels would double the cost, and have at most 2 x 2 locations for images of 32 px
         ends = halvings[:NUM_LEVELS]
         starts = [0, *ends[:-1]]
         self.levels = nn.ModuleList(nn.Sequential(*network._blocks[a:b]) for a, b in zip(starts, ends, strict=True))
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """Return the features of each level, normalised to unit length over the channels."""
+        """Return the features of each level, normalised to unit length across channels."""
         x = self.stem(_normalise(images).to(memory_format=torch.channels_last))
         features = []
         for level in self.levels:
@@ -50,7 +50,7 @@ class EfficientNetLiteDistance(nn.Module):
         return features
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        # on a CPU, depthwise convolutions are 1.4 times as fast in float32 as in bfloat16
+        # on a CPU, depthwise convolutions are 1.4x faster in float32 than in bfloat16
         use_autocast = torch.is_autocast_enabled(x.device.type) and x.device.type != "cpu"
         with torch.autocast(x.device.type, enabled=use_autocast):
             features = zip(self.features(x), self.features(y), strict=True)
@@ -80,7 +80,7 @@ class LPIPS(nn.Module):
         except URLError as error:
             rule = (
                 f"needs the weights of VGG-16, which could not be downloaded ({error.reason}). Download them on "
-                "another machine and copy the folder ~/.cache/torch/hub/checkpoints from there"
+                "another machine and copy its ~/.cache/torch/hub/checkpoints to this one"
             )
             raise InputError("perceptual", self.name, rule) from error
 
@@ -94,12 +94,12 @@ def has_lpips() -> bool:
 
 
 class Perceptual:
-    """A perceptual distance in a frozen network, with its weight in the loss.
+    """A perceptual distance between features of a frozen network, with its loss weight.
 
     Args:
-        network: Maps images x and y, both [b, 3, H, W] in [-1, 1], to distances [b]. Its attribute `name` is the name
-            used on the command line.
-        weight: Weight of the distance in the loss.
+        network: Maps images x and y, both [b, 3, H, W] in [-1, 1], to distances [b]. Its `name` attribute is its
+            command-line name.
+        weight: Loss weight of the distance.
     """
 
     @checked

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 LOG_VARIANCE = -30.0
-"""Lower bound to which diffusers clamps log-variances. Such a posterior is effectively a point in float32."""
+"""Lower bound to which diffusers clamps log-variances: effectively a point posterior in float32."""
 
 
 def moments_layer(model: Any) -> nn.Conv2d:
@@ -25,11 +25,11 @@ def _log_variance_parameters(model: Any) -> tuple[Tensor, Tensor]:
 def zero_posterior_noise(model: nn.Module) -> None:
     """Set the log-variance to LOG_VARIANCE for every input.
 
-    It stays there if the loss depends only on the mean, because its gradient is then 0.
+    If the loss depends only on the mean, training does not change the log-variance, because its gradient is 0.
     """
     weight, bias = _log_variance_parameters(model)
     weight.zero_()
-    bias.fill_(2 * LOG_VARIANCE)  # diffusers clamps it to LOG_VARIANCE; the margin keeps it there despite weight decay
+    bias.fill_(2 * LOG_VARIANCE)  # clamped to LOG_VARIANCE by diffusers; the margin allows for weight decay
 
 
 def has_point_posterior(model: nn.Module) -> bool:

@@ -1,8 +1,8 @@
 """Regularisers of the latents: a KL to N(0, I), a codebook, or none.
 
-A regulariser builds the kind of model that it needs and computes reconstructions and loss terms. To stage 2, the
-encoder's output is always a posterior: a Gaussian with `kl`, a point with `vq` and `none`. With `vq`, that point is the
-encoder output before quantisation, and decoding quantises.
+A regulariser builds the model variant that it needs and computes reconstructions and loss terms. Stage 2 always sees a
+posterior: a Gaussian with `kl`, or a point with `vq` and `none`. With `vq`, the point is the encoder output before
+quantisation, and decoding quantises.
 """
 
 import warnings
@@ -26,11 +26,11 @@ from ldm.runtime.distributed import gather_rows
 from ldm.runtime.random import torch_generator
 
 VQ_COUNTERPARTS: dict[Any, type[nn.Module]] = {AutoencoderKL: VQModel, PatchAutoencoderKL: PatchVQModel}
-"""For each architecture with a posterior, the same architecture with a codebook."""
+"""Maps each architecture with a posterior to the same architecture with a codebook."""
 MAX_VECTORS, KMEANS_VECTORS, KMEANS_ITERATIONS = 262_144, 65_536, 5
-"""Limits on the encoder outputs sampled and on those clustered, and the number of k-means iterations."""
+"""Maximum number of encoder outputs to sample, maximum number to cluster, and number of k-means iterations."""
 RESTARTS_END = 0.75
-"""Fraction of the budget after which codes are no longer restarted, because the EMA weights follow with a delay."""
+"""Fraction of the budget after which codes are no longer restarted, because the EMA weights lag behind."""
 
 ImageSource = Callable[[], Tensor]
 Noise = Callable[[Sequence[int]], Tensor]
@@ -49,13 +49,13 @@ class Reconstruction(NamedTuple):
 
 
 class Regulariser(nn.Module):
-    """Base class of the three regularisers; `name` is the name used on the command line."""
+    """Base class of the three regularisers; `name` is the command-line name."""
 
     name: str
     codebook_size: int | None = None
 
     def build(self, model: Callable[..., nn.Module], sample_size: int) -> nn.Module:
-        """Build a model of the chosen architecture in the variant that this regulariser needs."""
+        """Build the variant of the chosen architecture that this regulariser needs."""
         return model(sample_size=sample_size)
 
     def check(self, model: nn.Module) -> None:
@@ -73,10 +73,7 @@ class Regulariser(nn.Module):
 
     @abstractmethod
     def reconstruct(self, model: Any, images: Tensor, noise: Noise | None) -> Reconstruction:
-        """Encode and decode a batch: a training batch with `noise`, or a validation batch if `noise` is None.
-
-        Without noise, the mean of the posterior is decoded.
-        """
+        """Encode and decode a batch. In validation, `noise` is None and the posterior mean is decoded."""
 
     def after_step(  # noqa: B027
         self, model: nn.Module, generator: torch.Generator, progress: float, skip: Tensor | None = None
@@ -87,12 +84,12 @@ class Regulariser(nn.Module):
             model: The trained model.
             generator: Random generator on the model's device.
             progress: Fraction of the training budget used so far.
-            skip: Boolean scalar on the model's device. If True, the optimizer skipped this step and nothing changes
-                here either. None if no step is ever skipped.
+            skip: Boolean scalar on the model's device: True if the optimizer skipped this step, in which case the state
+                does not change either. None if steps are never skipped.
         """
 
     def clear_batches(self) -> None:  # noqa: B027
-        """Discard the recorded batches. Called before the first step, because earlier batches were not trained on."""
+        """Discard the recorded batches. Called before the first step, to drop batches that were not trained on."""
 
 
 class KL(Regulariser):
@@ -103,7 +100,7 @@ class KL(Regulariser):
     def check(self, model: nn.Module) -> None:
         super().check(model)
         if has_point_posterior(model):
-            rule = "must be none, because the initial autoencoder was trained without a KL and its posterior is a point"
+            rule = "must be none, because the initial autoencoder was trained without a KL, so its posterior is a point"
             raise InputError("regulariser", self.name, rule)
 
     def reconstruct(self, model: Any, images: Tensor, noise: Noise | None) -> Reconstruction:
@@ -131,12 +128,12 @@ class VectorQuantised(Regulariser):
 
         codebook = |sg(z) - e|^2 + commitment |z - sg(e)|^2, averaged over the values of the latents
 
-    The codebook is initialised by k-means of the distinct encoder outputs. A code that was not used for `restart_after`
-    steps is restarted at a vector of the batch, drawn with probability proportional to the squared distance to its
-    nearest code. With uniform draws, images with a plain background would mostly restart codes at the background,
-    which already has one.
+    The codebook is initialised by k-means on the distinct encoder outputs. A code that has been unused for
+    `restart_after` steps is restarted at a vector of the batch, sampled with probability proportional to the squared
+    distance to its nearest code. With uniform sampling, images with a plain background would mostly restart codes at
+    the background, which already has a code.
     Source: van den Oord et al. 2017, arXiv:1711.00937, eq. 3; restarts: Dhariwal et al. 2020, arXiv:2005.00341, sec.
-    3.1, which draws uniformly.
+    3.1, with uniform sampling.
 
     Raises:
         InputError: An argument is out of range.
@@ -161,7 +158,7 @@ class VectorQuantised(Regulariser):
     def build(self, model: Callable[..., nn.Module], sample_size: int) -> nn.Module:
         if not isinstance(model, partial) or model.func not in VQ_COUNTERPARTS:
             kinds = " or ".join(kind.__name__ for kind in VQ_COUNTERPARTS)
-            raise InputError("regulariser", self.name, f"needs a model that can have a codebook: {kinds}")
+            raise InputError("regulariser", self.name, f"requires an architecture that supports a codebook: {kinds}")
         options = {**model.keywords, "vq_embed_dim": model.keywords.get("latent_channels", 4)}
         return VQ_COUNTERPARTS[model.func](**options, num_vq_embeddings=self.codebook_size, sample_size=sample_size)
 
@@ -189,7 +186,7 @@ class VectorQuantised(Regulariser):
             return  # too few vectors for k-means; keep diffusers' initialisation
         indices = torch.randperm(len(z), generator=torch_generator(seed))[:KMEANS_VECTORS]
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "One of the clusters is empty")  # its centroid keeps its initial value
+            warnings.filterwarnings("ignore", "One of the clusters is empty")  # they keep their initial centroid
             centroids, _ = kmeans2(
                 z[indices].double().numpy(), self.codebook_size, KMEANS_ITERATIONS, minit="points", seed=seed
             )
@@ -202,7 +199,7 @@ class VectorQuantised(Regulariser):
             z = z.float()
             z_q, _, (_, _, codes) = vector_quantiser(z)
             entries = vector_quantiser.embedding(codes.reshape(-1))
-            # computed here because diffusers' own loss (legacy=True) weights the codebook term, not the commitment term
+            # diffusers' own loss (legacy=True) is not used: it weights the codebook term instead of the commitment term
             codebook = (to_vectors(z).detach() - entries).square().mean()
             commitment = (to_vectors(z) - entries.detach()).square().mean()
         if noise is not None:
@@ -215,25 +212,25 @@ class VectorQuantised(Regulariser):
     def after_step(
         self, model: nn.Module, generator: torch.Generator, progress: float, skip: Tensor | None = None
     ) -> None:
-        """Restart idle codes at vectors of the step's batches, without synchronising the device."""
+        """Restart idle codes at vectors from this step's batches, without synchronising the device."""
         weight = quantiser(model).embedding.weight
         if not self._batches or not weight.requires_grad:
             return self.clear_batches()
-        saved = [] if skip is None else [(x, x.clone()) for x in (weight, self.idle_steps)]
+        backup = [] if skip is None else [(x, x.clone()) for x in (weight, self.idle_steps)]
         z, distance, codes = (gather_rows(tensors) for tensors in zip(*self._batches, strict=True))
         self.clear_batches()
         self.idle_steps += 1
         self.idle_steps[codes] = 0
         distance = distance + torch.finfo(z.dtype).tiny  # multinomial needs a positive probability
-        distance = distance.nan_to_num(1, posinf=1)  # can be non-finite in a skipped step
+        distance = distance.nan_to_num(1, posinf=1)  # distances can be non-finite in a skipped step
         restarts = z[torch.multinomial(distance, self.codebook_size, replacement=True, generator=generator)]
-        if dist.is_available() and dist.is_initialized():  # GPUs can round differently, which changes the draws
+        if dist.is_available() and dist.is_initialized():  # rounding differs between GPUs, and so would the samples
             dist.broadcast(restarts, src=0)
         if progress < RESTARTS_END:
             idle = self.idle_steps >= self.restart_after
             weight.copy_(torch.where(idle[:, None], restarts, weight))
             self.idle_steps.masked_fill_(idle, 0)
-        for x, value in saved:
+        for x, value in backup:
             x.copy_(torch.where(skip, value, x))  # type: ignore[arg-type]
         return None
 

@@ -31,28 +31,28 @@ FREE_TEXT = (
     "conditioning.encoder",
     "features_path",
 )
-"""Keys with text or paths as values, which reach the config verbatim instead of being parsed by Hydra's grammar."""
+"""Keys whose values are text or paths. The values are passed to the config verbatim, not parsed by Hydra."""
 _POWER_OF_TEN = re.compile(r"(\+*[\w.]+=)(\d+[eE]\+?\d{1,2})")
-"""An integer in scientific notation, such as batch_size=1e3, which Hydra's grammar would parse as a float."""
+"""An integer in scientific notation, such as batch_size=1e3, which Hydra would parse as a float."""
 _PLAIN_TEXT = re.compile(
     r"(?!(?:null|true|false|inf|nan)$|\d[\d_.]*(?:e[+-]?\d+)?$)\w[\w.:/+-]*", re.ASCII | re.IGNORECASE
 )
-"""Text that Hydra's grammar parses as a string without quotes."""
+"""Text that Hydra parses as a string without quotes."""
 _OPTIONS_WITH_VALUE: tuple[str, ...] = ("--cfg", "-c", "--package", "-p", "--info", "-i", "--experimental-rerun")
 _OPTIONS_WITH_VALUE += ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")
 """Hydra's options that take the next argument as their value."""
 
 
 def check_arguments(arguments: Sequence[str]) -> None:
-    """Refuse arguments that are not valid UTF-8 text, and Hydra's option that unpickles a file.
+    """Reject arguments that are not valid UTF-8 text, and the Hydra option that unpickles a file.
 
     Raises:
-        UserError: naming the argument.
+        UserError: if an argument is rejected.
     """
     for argument in arguments:
         if "\0" in argument or replace_surrogates(argument) != argument:
             raise UserError(
-                f"{argument!a} is not valid UTF-8 text. Type it again, or rename files with such characters."
+                f"{argument!a} is not valid UTF-8 text. Type it again or, if it is a path, rename the file."
             )
         if argument.startswith("--e"):  # argparse accepts abbreviated options
             raise UserError(
@@ -82,17 +82,17 @@ def strip_stage_prefix(key: str) -> str:
 
 
 def add_stage_keys(arguments: Sequence[str]) -> list[str]:
-    """Write stage1.KEY= and stage2.KEY= as ++stage1.KEY=, because the config of stage=all lacks these keys."""
+    """Rewrite stage1.KEY=... as ++stage1.KEY=..., because the config of stage=all does not define these keys."""
     return [f"++{argument}" if argument != strip_stage_prefix(argument) else argument for argument in arguments]
 
 
 def collect_positional(arguments: Sequence[str], key: str) -> list[str]:
-    """Collect arguments without a key into key=[...], verbatim.
+    """Collect arguments without a key, verbatim, into key=[...].
 
-    An argument with an equals sign is collected too if it is an existing path, such as a folder of a sweep.
+    Arguments with an equals sign are also collected if they are existing paths, such as a sweep folder lr=1,seed=2.
 
     Raises:
-        UserError: if key= is given as well.
+        UserError: if key= is also present.
     """
     options, positional = [], []
     for previous, argument in zip(["", *arguments], arguments, strict=False):
@@ -110,7 +110,7 @@ def collect_positional(arguments: Sequence[str], key: str) -> list[str]:
 
 
 def format_option(key: str, value: Any) -> str:
-    """Format key=value as a user types it: free text verbatim, anything else in Hydra's grammar."""
+    """Format key=value as typed on the command line: free text verbatim, other values in Hydra's grammar."""
     text = value if key in FREE_TEXT and isinstance(value, str) else _to_hydra_grammar(value)
     return f"{key}={text}"
 
@@ -135,12 +135,12 @@ def _quote(text: str) -> str:
 
 
 def escape(text: str) -> str:
-    """Escape ${ so that OmegaConf does not interpolate: an odd number of backslashes before it is an escape."""
+    """Escape ${ with an odd number of backslashes, so that OmegaConf does not interpolate."""
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
 def bracket_lists(arguments: Sequence[str], keys: Sequence[str]) -> list[str]:
-    """Write key=5,10,20 as key=[5,10,20], because in Hydra's grammar bare commas are a sweep over runs."""
+    """Rewrite key=5,10,20 as key=[5,10,20], because Hydra would interpret bare commas as a sweep over runs."""
     bracketed = []
     for argument in arguments:
         key, _, value = argument.partition("=")

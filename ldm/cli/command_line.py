@@ -1,4 +1,4 @@
-"""The command line of the current process, and the options to pass on when it prints or composes another command."""
+"""The command line of the current process, and the options that it passes on to other commands."""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ SHARED_BETWEEN_STAGES = (
     *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.precision"),
     *("trainer.num_workers", "trainer.compile"),
 )
-"""Options that the command for the next stage takes over from this one: data, run folder and hardware."""
+"""Options that carry over to the command for the next stage: data, run folder and hardware."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,12 @@ class CommandLine:
 
     Args:
         program: The program, sys.argv[0].
-        arguments: Arguments as the user typed them.
-        overrides: Config overrides of this job.
-        search_path: Overrides of Hydra's search path.
-        choices: The choice in each config group.
+        arguments: Arguments as typed.
+        overrides: Config overrides for this job.
+        search_path: Overrides for Hydra's search path.
+        choices: Selected option of each config group.
         config_name: Name of the primary config.
-        job: Number of this job in a multirun; None without -m.
+        job: Index of this job in a multirun; None without -m.
     """
 
     program: str
@@ -45,16 +45,16 @@ class CommandLine:
 
     @property
     def config_sources(self) -> list[str]:
-        """Options that point to the user's own config files."""
+        """Options that select the user's own config files."""
         return [*config_dir_options(self.arguments), *self.search_path]
 
     def options_to_resume(self, config: DictConfig) -> list[str]:
-        """Return the options that this run was started with, as a user types them, without its name and folder."""
+        """Return the options that this run was started with, as typed, except those for its name and folder."""
         excluded = ("name", "resume", "overwrite", "runs_dir")
         return [*self.config_sources, *(option for key, option in self._options(config) if key not in excluded)]
 
     def options_for_next_stage(self, config: DictConfig, stage: str) -> list[str]:
-        """Return the options for training another stage on the same data and hardware, as a user types them.
+        """Return the options for training a different stage on the same data and hardware, as typed.
 
         Budgets, learning rates and networks are not shared between stages.
         """
@@ -63,25 +63,25 @@ class CommandLine:
         return [*self.config_sources, f"stage={stage}", *shared]
 
     def compose(self, options: Sequence[str]) -> DictConfig:
-        """Compose a config from other options, given as a user types them; interpolations are not resolved."""
+        """Compose a config from options as typed on the command line, without resolving interpolations."""
         overrides = quote_free_text([option for option in options if option not in self.config_sources])
         return hydra.compose(self.config_name, [*self.search_path, *overrides])
 
     def _options(self, config: DictConfig) -> list[tuple[str, str]]:
-        """Return (key, option) for each override, as the user typed it, without the quotes added for Hydra."""
+        """Return (key, option) for each override, as typed, without the quotes added for Hydra."""
         options = []
         for override in self.overrides:
             key = override.partition("=")[0]
-            bare = key.lstrip("+")
-            value = OmegaConf.select(config, bare) if strip_stage_prefix(bare) in FREE_TEXT else None
-            if bare != strip_stage_prefix(bare):
+            config_key = key.lstrip("+")
+            value = OmegaConf.select(config, config_key) if strip_stage_prefix(config_key) in FREE_TEXT else None
+            if config_key != strip_stage_prefix(config_key):
                 key, override = key.removeprefix("++"), override.removeprefix("++")
-            options.append((bare, f"{key}={value}" if isinstance(value, str) else override))
+            options.append((config_key, f"{key}={value}" if isinstance(value, str) else override))
         return options
 
 
 def config_dir_options(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments that point to the user's own config files, in the form --name=value."""
+    """Return the arguments that select the user's own config files, in the form --name=value."""
     parser = argparse.ArgumentParser(add_help=False)
     for short, name in (("-cp", "--config-path"), ("-cn", "--config-name"), ("-cd", "--config-dir")):
         parser.add_argument(short, name)
@@ -90,5 +90,5 @@ def config_dir_options(arguments: Sequence[str]) -> list[str]:
 
 
 def is_key_under(key: str, names: Sequence[str]) -> bool:
-    """Return True if a config key is one of the names, or nested below one."""
+    """Return True if a config key is one of the names or is nested under one of them."""
     return any(key == name or key.startswith(f"{name}.") for name in names)

@@ -1,4 +1,4 @@
-"""Explain errors to the user in one paragraph: what is wrong, and what to do about it."""
+"""Explain errors to the user in one paragraph: what went wrong and how to fix it."""
 
 import errno
 from collections.abc import Iterator, Mapping
@@ -13,19 +13,19 @@ from ldm.errors import InputError, UserError
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _DISK_FAULTS = {
-    errno.EROFS: "The disk is read-only{path}. Mount it for writing{other_disk}.",
+    errno.EROFS: "The disk is read-only{path}. Remount it as writable{other_disk}.",
     errno.EIO: "Reading from or writing to the disk failed{path}. Check the system log for disk errors{other_disk}.",
     errno.EFBIG: "A file exceeds the maximum file size{path}. Raise the limit (ulimit -f){other_disk}.",
-    errno.ENAMETOOLONG: "A file name or path is too long for the disk{path}. Use a shorter name.",
+    errno.ENAMETOOLONG: "A file name or path is too long for the file system{path}. Use a shorter one.",
 }
 """Messages by error number."""
 
 
 def explain(error: BaseException, config: Mapping[str, Any] = {}) -> str | None:
-    """Explain a user error or a disk error in one paragraph; return None for any other error, which is a bug.
+    """Return a one-paragraph explanation of a user error or a disk error, or None for any other error (a bug).
 
     Args:
-        config: Config of the command, as plain values. The message names only options that it has.
+        config: Config of the command, as plain values. The explanation mentions only options in this config.
     """
     chain = list(_causes(error))
     for cause in chain:
@@ -47,9 +47,9 @@ def explain(error: BaseException, config: Mapping[str, Any] = {}) -> str | None:
             choice = str(cause.missing_cfg_file).replace("/", "=")
             return f"{choice} does not exist. Choose one of: {', '.join(cause.options)}."
         if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.full_key:
-            return f"There is no key {cause.full_key}. See --help for common keys, or --cfg job for all of them."
+            return f"There is no key {cause.full_key}. See --help for common keys, or --cfg job for all keys."
     if any(isinstance(cause, HydraException | OmegaConfBaseException) for cause in chain):
-        # the innermost cause helps the user most: a constructor's rule, or a value of the wrong type
+        # the innermost cause is the most specific, such as a rule of a constructor or a value of the wrong type
         message = str(chain[-1] if isinstance(chain[-1], ValueError | TypeError | OmegaConfBaseException) else error)
         return " ".join(message.split()) + " See --help for the available choices and keys."
     return None
@@ -69,7 +69,7 @@ def _explain_disk_error(error: BaseException, config: Mapping[str, Any]) -> str 
         if _has_errno(error, (number,)):
             return message.format(path=path, other_disk=other_disk) + " Files saved earlier are intact."
     if isinstance(error, PermissionError):
-        return f"No permission to read or write {file}. Change its permissions{other_disk}."
+        return f"Permission to read or write {file} was denied. Change its permissions{other_disk}."
     return None
 
 

@@ -1,4 +1,4 @@
-"""Prepare the data set that a config describes."""
+"""Prepare the data set specified in a config."""
 
 from omegaconf import DictConfig
 

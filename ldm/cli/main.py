@@ -1,4 +1,4 @@
-"""Compose a config from the command line and run a task; user errors become one paragraph and exit code 2."""
+"""Compose a config from the command line, run a task with it, and print user errors without a traceback."""
 
 import ast
 import difflib
@@ -37,14 +37,14 @@ from ldm.tracking.run import finish_open_run
 
 
 def construct(config: Any, **options: Any) -> Any:
-    """Instantiate a config node with Hydra: call its `_target_` with the other keys as arguments, as plain values."""
+    """Instantiate a config node with Hydra: call its `_target_` with the remaining keys as plain keyword arguments."""
     values = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
-    # escaped twice: Hydra resolves the config as a whole, and each value again when passing it on
-    return instantiate(_escaped(_escaped(values)), _convert_="all", **options)
+    # escaped twice, because Hydra resolves the whole config and then each value again
+    return instantiate(_escape_all(_escape_all(values)), _convert_="all", **options)
 
 
 def main() -> None:
-    """Entry point of `ldm COMMAND ...`: run a training run, or the script of that name in tools/."""
+    """Entry point of `ldm COMMAND ...`: start training, or run the script with that name in tools/."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         print(_overview())
@@ -85,15 +85,15 @@ def run(
 ) -> None:
     """Compose conf/<config_name>.yaml with the command line and run the task.
 
-    With -m the task runs once per job; if a job fails, the others still run.
+    With -m, the task runs once per job. If a job fails, the remaining jobs still run.
 
     Exits with code 2 after a user error, and with 128 + n after signal n. HYDRA_FULL_ERROR=1 shows tracebacks.
 
     Args:
-        task: A function of the config, or its location as package.module:name, which is imported only after the
-            options have been checked, so that --help and error messages are fast.
-        positional: Key of a list that collects the arguments without a key.
-        lists: Keys that accept several values, such as 5,10,20.
+        task: A function that takes the config, or its import path (package.module:name), which is imported only after
+            the options have been checked, so that --help and error messages are fast.
+        positional: Key that receives a list of all arguments without a key.
+        lists: Keys that accept comma-separated values, such as 5,10,20.
     """
     command = _Command(task)
     try:
@@ -110,32 +110,31 @@ def run(
     try:
         with signals.handling():
             start()
-    except signals.Interrupted as stopped:
-        print(stopped, file=sys.stderr)
-        sys.exit(stopped.code)
+    except signals.Interrupted as interrupted:
+        print(interrupted, file=sys.stderr)
+        sys.exit(interrupted.code)
     except KeyboardInterrupt:
         print("stopped by the user", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        if (number := signals.pending()) is not None:  # a library turned the interruption into an error
+        if (number := signals.pending()) is not None:  # a library replaced the Interrupted exception
             print(signals.Interrupted(number), file=sys.stderr)
             sys.exit(128 + number)
         command.report(error)
-    if failed := command.failed_jobs:
-        print(to_one_line(f"error: {len(failed)} of the jobs failed: {'; '.join(failed)}"), file=sys.stderr)
+    if jobs := command.failed_jobs:
+        print(to_one_line(f"error: {len(jobs)} of the jobs failed: {'; '.join(jobs)}"), file=sys.stderr)
         sys.exit(2)
 
 
 def compose(options: Sequence[str]) -> DictConfig:
-    """Compose the config of another command with the same primary config, from options as a user types them."""
-    command = command_line()
-    composed = command.compose(options)
-    require_values(composed)
-    return as_config(update_targets(OmegaConf.to_container(composed, resolve=True)))
+    """Compose the config that the current command would have with different options, given as typed."""
+    config = command_line().compose(options)
+    require_values(config)
+    return as_config(update_targets(OmegaConf.to_container(config, resolve=True)))
 
 
-def environment_of_children() -> dict[str, str]:
-    """Return the environment for child processes, without the HYDRA_FULL_ERROR that `run` sets for Hydra."""
+def child_environment() -> dict[str, str]:
+    """Return the environment for child processes: the current one without HYDRA_FULL_ERROR, which `run` sets."""
     return {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}
 
 
@@ -148,26 +147,27 @@ class _Command:
         self.is_multirun = any(argument in ("-m", "--multirun") for argument in self.arguments)
         self.verbose = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
         self.failed_jobs: list[str] = []
-        self.composed: dict[str, Any] = {}
-        """Config of the current job, used to name options in messages."""
+        self.job_config: dict[str, Any] = {}
+        """Config of the current job, as plain values, from which messages take option names."""
 
     def run_job(self, config: DictConfig) -> None:
         """Run the task with a composed config; called by Hydra for each job."""
-        sys.argv[1:] = self.arguments  # recorded in the run, and reused by the processes that Lightning starts
+        sys.argv[1:] = self.arguments  # saved with the run, and reused by the processes that Lightning starts
         try:
             require_values(config)
             values = update_targets(OmegaConf.to_container(config, resolve=True))
-            self.composed = values
+            self.job_config = values
             task = pkgutil.resolve_name(self.task) if isinstance(self.task, str) else self.task
             task(as_config(values))
         except Exception as error:
             if (number := signals.pending()) is not None:
                 raise signals.Interrupted(number) from error
-            (self.report_job if self.is_multirun else self.report)(error)  # in `run`, Hydra would print a line first
+            # reported here, because Hydra would print an extra line before an error that reaches `run`
+            (self.report_job if self.is_multirun else self.report)(error)
 
     def report(self, error: Exception) -> None:
-        """Explain a user error and exit with code 2; raise any other error."""
-        message = explain(error, self.composed)
+        """Print the explanation of a user error and exit with code 2; re-raise any other error."""
+        message = explain(error, self.job_config)
         if message is None:
             raise error
         if self.verbose:
@@ -176,11 +176,11 @@ class _Command:
         sys.exit(2)
 
     def report_job(self, error: Exception) -> None:
-        """Report the error of a job, and let the others run."""
-        job = command_line()
-        swept = [override for override in job.overrides if override not in self.arguments]  # the options that vary
-        name = f"job {job.job} ({' '.join(swept)})"
-        message = explain(error, self.composed)
+        """Report the error of a job without stopping the remaining jobs."""
+        command = command_line()
+        swept_options = [option for option in command.overrides if option not in self.arguments]
+        name = f"job {command.job} ({' '.join(swept_options)})"
+        message = explain(error, self.job_config)
         if message is None or self.verbose:
             traceback.print_exception(error)
         print(to_one_line(f"error in {name}: {message or repr(error)}"), file=sys.stderr)
@@ -189,7 +189,7 @@ class _Command:
 
 
 def command_line() -> CommandLine:
-    """Return the current command line; available once Hydra has composed the config."""
+    """Return the current command line. Hydra must have composed the config."""
     state = HydraConfig.get()
     return CommandLine(
         program=sys.argv[0],
@@ -203,18 +203,18 @@ def command_line() -> CommandLine:
 
 
 def as_config(values: Any) -> DictConfig:
-    """Create a read-only config from resolved values; text that contains ${ is kept verbatim."""
-    config = OmegaConf.create(_escaped(values))
+    """Create a read-only config from resolved values, with any ${ in text kept verbatim."""
+    config = OmegaConf.create(_escape_all(values))
     OmegaConf.set_struct(config, True)
-    OmegaConf.set_readonly(config, True)  # so that the checked values are the ones used
+    OmegaConf.set_readonly(config, True)  # so that values cannot change after they have been checked
     return config
 
 
-def _escaped(value: Any) -> Any:
+def _escape_all(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _escaped(child) for key, child in value.items()}
+        return {key: _escape_all(child) for key, child in value.items()}
     if isinstance(value, list):
-        return [_escaped(child) for child in value]
+        return [_escape_all(child) for child in value]
     return escape(value) if isinstance(value, str) else value
 
 
@@ -222,7 +222,7 @@ def require_values(config: DictConfig) -> None:
     """Check that every required key has a value.
 
     Raises:
-        UserError: naming the keys without one.
+        UserError: if values are missing. The message lists all missing keys.
     """
     if missing := list(_missing_keys(OmegaConf.to_container(config))):
         options = " ".join(f"{key}=..." for key in missing)

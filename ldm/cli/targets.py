@@ -9,7 +9,7 @@ SAMPLERS = {
     "dpmpp": "ldm.diffusion.samplers.multistep.DPMSolver",
     "unipc": "ldm.diffusion.samplers.multistep.UniPC",
 }
-"""Replacements for SAMPLER, the only sampler class of earlier versions, by its `method`."""
+"""Replacements for SAMPLER, the single sampler class of earlier versions, by its `method` argument."""
 
 MOVED_TARGETS = {
     "ldm.autoencoder.loss.AutoencoderLoss": "ldm.autoencoder.losses.AutoencoderLoss",
@@ -38,7 +38,7 @@ MOVED_TARGETS = {
 }
 
 FLATTENED_GROUPS = ("adversarial", "perceptual")
-"""Groups whose constructor used to be nested one level down, under `build`."""
+"""Groups whose constructor was nested under `build` in earlier versions."""
 
 
 def update_targets(config: Any) -> Any:

@@ -41,7 +41,7 @@ def compare(config: DictConfig) -> None:
 
 
 def log_comparison(config: DictConfig, out: Path, report: ComparisonReport, files: list[Path]) -> str:
-    """Log tables and figures to a separate W&B run with a W&B report; return a line that says where it is."""
+    """Log tables and figures to a separate W&B run, create a W&B report, and return a line with its location."""
     settings: Any = OmegaConf.to_container(config, resolve=True)
     return track_comparison(
         out,
@@ -51,5 +51,5 @@ def log_comparison(config: DictConfig, out: Path, report: ComparisonReport, file
         figures={file.stem: Image.open(file).convert("RGB") for file in files},
         markdown=report.markdown(),
         curves=report.comparison.curve_names(),
-        compared=[f"{run.stage}/{run.name}" for _, run in report.comparison.runs],
+        run_names=[f"{run.stage}/{run.name}" for _, run in report.comparison.runs],
     )

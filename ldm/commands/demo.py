@@ -1,4 +1,4 @@
-"""Draw the demo's images and compute its metrics: 16 prompts, 16 held-out captions, and the reverse chain."""
+"""Generate the demo's images (16 prompts, 16 held-out captions, the reverse chain) and compute its metrics."""
 
 import time
 from pathlib import Path
@@ -17,7 +17,7 @@ from ldm.sampling.request import Request
 
 
 def demo(config: DictConfig) -> None:
-    started = time.perf_counter()
+    start = time.perf_counter()
     run = Run.open(config.run)
     vae = Run.open(run.facts["vae"])
     pipeline = run.pipeline().to(choose_device(config.device))
@@ -47,10 +47,10 @@ def demo(config: DictConfig) -> None:
     )
     options |= {"num_samples": config.num_samples, "weights_sha256": run_weights_sha256(run)}
     evaluation = report.measure_samples(pipeline, images, sampler, run.path / "evaluation", **options)
-    saved = report.save_unless_smaller(evaluation, run.path, out / EVALUATION_FILE)
+    metrics_file = report.save_unless_smaller(evaluation, run.path, out / EVALUATION_FILE)
     evaluation.print()
-    print(f"all metrics: {saved}")
-    demo_s = time.perf_counter() - started
+    print(f"all metrics: {metrics_file}")
+    demo_s = time.perf_counter() - start
     parts = [("stage 1", vae.facts["duration_s"]), ("stage 2", run.facts["duration_s"]), ("images, metrics", demo_s)]
     total_s = sum(seconds for _, seconds in parts)
     print(f"time: {', '.join(f'{name} {seconds:.0f} s' for name, seconds in parts)}; {total_s / 60:.1f} minutes total")

@@ -44,8 +44,8 @@ def evaluate_autoencoder(config: DictConfig, run: Any) -> dict[str, Any]:
 def evaluate_diffusion(config: DictConfig, run: Any) -> dict[str, Any]:
     """Evaluate a diffusion model; return the results as keyword arguments of `track_report`.
 
-    If sampler.steps or guidance is a list, compare its values first, then evaluate at the knee. The knee's metrics do
-    not replace an evaluation with more samples.
+    If sampler.steps or guidance is a list, first compare its values, then evaluate at the knee. These metrics never
+    overwrite an existing evaluation with more samples.
     """
     keys = ("features", "features_path", "num_samples", "guidance_interval", "seed", "batch_size")
     options: dict[str, Any] = {key: config[key] for key in keys} | {"folder": run.path / "evaluation"}
@@ -77,7 +77,7 @@ def evaluate_diffusion(config: DictConfig, run: Any) -> dict[str, Any]:
 
 
 def log_evaluation(config: DictConfig, run: Any, results: dict[str, Any]) -> None:
-    """Log the metrics as the summary of a separate W&B run, in the same group as the evaluated run."""
+    """Log the metrics as the summary of a separate W&B run, grouped with the evaluated run."""
     name: str = run.facts.get("name", run.path.name)
     settings: Any = OmegaConf.to_container(config, resolve=True)
     settings["logger"]["group"] = config.logger.group or name

@@ -1,4 +1,4 @@
-"""Show the forward chain on one image, decoded at several t."""
+"""Show the forward chain on one image, with z_t decoded at several t."""
 
 from pathlib import Path
 

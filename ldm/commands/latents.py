@@ -12,7 +12,7 @@ from ldm.errors import UserError
 from ldm.evaluation.classifier import Classifier
 from ldm.evaluation.features import NO_FEATURES, load_features
 from ldm.evaluation.latents.report import measure_latents
-from ldm.evaluation.latents.sweep import parse_list, parse_sizes, plan_trainings, run_trainings
+from ldm.evaluation.latents.sweep import parse_list, parse_sizes, plan_sweep, run_sweep
 from ldm.evaluation.latents.sweep_report import measure_sweep
 from ldm.rules import apply_rules
 from ldm.runs.run import Run
@@ -21,7 +21,7 @@ from ldm.runtime.device import choose_device
 
 def latents(config: DictConfig) -> None:
     if (config.run is None) == (config.sweep is None):
-        raise UserError("Set either run=, a run folder to measure, or sweep=, latent sizes to train: sweep=f4c4,f4c16.")
+        raise UserError("Set either run= (a run folder to measure) or sweep= (latent sizes to train, like sweep=f4c4).")
     options: dict[str, Any] = {key: config[key] for key in ("num_images", "seed", "batch_size")}
     if config.sweep is not None:
         sweep_sizes(config, options)
@@ -34,22 +34,22 @@ def latents(config: DictConfig) -> None:
 
 
 def sweep_sizes(config: DictConfig, options: dict[str, Any]) -> None:
-    """Train an autoencoder of each size, and compare them."""
-    resolution, current = config.data.resolution, command.command_line()
-    folder = Path(config.runs_dir, "sweeps", config.name or f"{current.choices['data']}-{resolution}").expanduser()
+    """Train an autoencoder for each latent size and compare them."""
+    resolution, cli = config.data.resolution, command.command_line()
+    folder = Path(config.runs_dir, "sweeps", config.name or f"{cli.choices['data']}-{resolution}").expanduser()
     options |= {"features": config.features, "target_psnr_db": config.target_psnr_db}
     apply_rules(measure_sweep, options)
-    # passed on verbatim, because the training command parses them itself
-    data_options = [argument for argument in current.arguments if argument.lstrip("+~").startswith("data.")]
-    common = [f"data={current.choices['data']}", *data_options, *parse_list(config.train)]
+    # passed on verbatim, because the training command parses them again
+    data_options = [argument for argument in cli.arguments if argument.lstrip("+~").startswith("data.")]
+    common = [f"data={cli.choices['data']}", *data_options, *parse_list(config.train)]
     losses: list[Any] = [loss.strip() for loss in str(config.losses).split(",")]
-    trainings = plan_trainings(parse_sizes(config.sweep, resolution), losses, folder, config.minutes, common)
+    runs = plan_sweep(parse_sizes(config.sweep, resolution), losses, folder, config.minutes, common)
     if config.features != NO_FEATURES:  # fail early if packages are missing, and train the classifier first
         load_features(config.features, prepare_images(config.data) if config.features == Classifier.name else None)
     device = choose_device(config.device)
-    run_trainings(trainings)
-    report = measure_sweep(trainings, device=device, **options)
+    run_sweep(runs)
+    report = measure_sweep(runs, device=device, **options)
     metrics, figure = report.save(folder)
     # Rich assumes 80 columns if the output is not a terminal, too few for this table
-    report.print(width=max(Console().width, 25 + 14 * len(trainings)))
+    report.print(width=max(Console().width, 25 + 14 * len(runs)))
     print(f"all metrics: {metrics}\nrate-distortion plot: {figure}")

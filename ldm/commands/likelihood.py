@@ -14,17 +14,17 @@ def likelihood(config: DictConfig) -> None:
     selection["steps"] = None if config.steps == "all" else config.steps
     options = {"device": choose_device(config.device), "batch_size": config.batch_size, **selection}
     ode = {"rtol": config.rtol, "atol": config.rtol, "probes": config.probes} if config.ode else None
-    other = Run.open(config.against, "against") if config.against else None
-    if other is not None:
-        check_comparable(run, other, variance=config.against_variance, **selection)
+    baseline = Run.open(config.against, "against") if config.against else None
+    if baseline is not None:
+        check_comparable(run, baseline, variance=config.against_variance, **selection)
     elif config.against_variance is not None:
-        raise UserError(f"against_variance={config.against_variance} also needs against=, the run to compare with.")
+        raise UserError(f"against_variance={config.against_variance} needs against=, the run to compare with.")
     report = measure_likelihood(run, variance=config.variance, ode=ode, **options)
     report.print()
     metrics, figure = report.save(run.path)
-    if other is not None:
-        against = measure_likelihood(other, variance=config.against_variance, **options)
-        name = " ".join([str(other.path), *filter(None, [against.content.get("variance")])])
-        print(f"this run minus {name}, {add_difference(report, against)}")
+    if baseline is not None:
+        baseline_report = measure_likelihood(baseline, variance=config.against_variance, **options)
+        name = " ".join([str(baseline.path), *filter(None, [baseline_report.content.get("variance")])])
+        print(f"this run minus {name}, {add_difference(report, baseline_report)}")
         report.save(run.path)
     print(f"all metrics: {metrics}\nKL term at every t: {figure}")

@@ -1,4 +1,4 @@
-"""Train one stage, or both: stage=all checks the options of both stages and then runs each in its own process."""
+"""Train one or both stages. stage=all checks the options of both stages, then runs each in a separate process."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from ldm.cli.command_line import CommandLine
 from ldm.cli.images import prepare_images
-from ldm.cli.main import command_line, compose, construct, environment_of_children
+from ldm.cli.main import child_environment, command_line, compose, construct
 from ldm.errors import UserError
 from ldm.latents.contract import LatentContract
 from ldm.runs.resume import default_name, folder_options, read_resume
@@ -27,15 +27,15 @@ STAGE_OPTIONS = {
 PREFIXES = {"vae": "stage1.", "diffusion": "stage2."}
 
 _trained_autoencoders: dict[tuple[str, ...], Path] = {}
-"""Run folders of the autoencoders that earlier jobs of this multirun trained, by their options."""
+"""Run folders of the autoencoders trained by earlier jobs of this multirun, by training options."""
 
 
 def train(config: DictConfig) -> None:
-    """Train the stage that `stage=` names.
+    """Train the stage given by `stage=`, or both.
 
     Raises:
-        Interrupted: after a signal, with the command to continue.
-        UserError: for invalid input, before anything on disk is changed.
+        Interrupted: if a signal arrived. The message contains the command to continue.
+        UserError: if the input is invalid. Nothing on disk has been changed.
     """
     command = command_line()
     if command.choices["stage"] == "all":
@@ -52,10 +52,10 @@ class TwoStages:
 
     Args:
         folders: Run folder of each stage.
-        options: Options of each stage as the user typed them, without those for the run folder, resume and overwrite.
-        overwrite: By stage, True if an existing run is replaced.
-        resume: True if existing runs are resumed.
-        cli_options: Options of this command as the user typed them, without the same ones.
+        options: Options for each stage, as typed, except name, runs_dir, resume and overwrite.
+        overwrite: Whether to replace an existing run, by stage.
+        resume: Whether to resume existing runs.
+        cli_options: Options of this command, as typed, with the same exceptions.
     """
 
     folders: Mapping[str, Path]
@@ -66,10 +66,10 @@ class TwoStages:
 
     @classmethod
     def plan(cls, config: DictConfig, command: CommandLine) -> "TwoStages":
-        """Plan both runs, and check their options, images and conditions before the first one starts.
+        """Plan both runs, and check their options, images and conditions before the first run starts.
 
         Raises:
-            UserError: naming the option and the remedy.
+            UserError: if a check fails.
         """
         resume, has_name = read_resume(config)
         if not isinstance(resume, bool):
@@ -78,7 +78,7 @@ class TwoStages:
             )
         if config.vae is not None and command.choices["autoencoder"] != "pretrained":
             raise UserError(
-                f"stage=all trains a new autoencoder, but vae={config.vae} names an existing one. Use stage=diffusion."
+                f"vae={config.vae} is an existing autoencoder, but stage=all trains a new one. Use stage=diffusion."
             )
         options = command.options_to_resume(config)
         name = str(config.name) if has_name else default_name(command)
@@ -92,7 +92,7 @@ class TwoStages:
         for stage, folder in plan.folders.items():
             if is_main_process() and is_run(folder) and not (plan.resume or plan.overwrite[stage]):
                 raise UserError(
-                    f"{folder} already exists. Choose another name=, resume both stages with resume=true, or replace "
+                    f"{folder} already exists. Choose a new name=, resume both stages with resume=true, or replace "
                     "them with overwrite=true."
                 )
         plan._check()
@@ -109,35 +109,35 @@ class TwoStages:
         construct(configs["diffusion"].conditioning.build)(images)
 
     def train(self) -> None:
-        """Train the stages that are not finished, each in its own process."""
+        """Train each unfinished stage in a separate process."""
         autoencoder = _trained_autoencoders.get(self.options["vae"])
         if autoencoder is None:
             autoencoder = self.folders["vae"]
             self._train("vae", self.options["vae"])
             _trained_autoencoders[self.options["vae"]] = autoencoder
         else:
-            print(f"\nstage=vae: reusing {autoencoder}, trained with the same options", flush=True)
+            print(f"\nstage=vae: reusing {autoencoder}, which was trained with the same options", flush=True)
         self._train("diffusion", (*self.options["diffusion"], f"vae={autoencoder}"), autoencoder)
 
     def _train(self, stage: str, options: tuple[str, ...], autoencoder: Path | None = None) -> None:
         folder, previous_start = self.folders[stage], self._start_time(stage)
-        resumes = self.resume and previous_start is not None and not self.overwrite[stage]
-        if resumes and is_finished(folder, autoencoder):
+        should_resume = self.resume and previous_start is not None and not self.overwrite[stage]
+        if should_resume and is_finished(folder, autoencoder):
             print(f"\nstage={stage}: {folder} is already finished", flush=True)
             return
-        mode = ["resume=true"] if resumes else ["overwrite=true"] if self.overwrite[stage] else []
+        mode = ["resume=true"] if should_resume else ["overwrite=true"] if self.overwrite[stage] else []
         arguments = [*options, *folder_options(folder), *mode]
         print(f"\n{shell.train_command(*arguments)}", flush=True)
         try:
-            exit_code = child.run_python(["-m", "ldm.train", *arguments], environment_of_children())
+            exit_code = child.run_python(["-m", "ldm.train", *arguments], child_environment())
         except signals.Interrupted as interrupted:
             message = f"{interrupted} in stage={stage}. {self._continue_hint(stage, previous_start)}"
             raise signals.Interrupted(interrupted.signal, message) from None
         if exit_code:
-            raise UserError(f"stage={stage} failed, see the error above. {self._continue_hint(stage, previous_start)}")
+            raise UserError(f"stage={stage} failed; see the error above. {self._continue_hint(stage, previous_start)}")
 
     def _start_time(self, stage: str) -> float | None:
-        """Return the start time of the run in a stage's folder, or None if there is no run."""
+        """Return the start time of the run in a stage's folder, or None if it contains no run."""
         folder = self.folders[stage]
         return Run.open(folder).facts.get("started", 0.0) if is_run(folder) else None
 
@@ -145,8 +145,8 @@ class TwoStages:
         """Return a sentence with the command that continues both stages.
 
         Args:
-            previous_start: Start time of the run that was in the stage's folder before. If the folder still has a run
-                with this start time, the run has not been replaced yet.
+            previous_start: Start time of the run that was in the stage's folder before training. If the folder still
+                contains a run with this start time, that run has not been replaced yet.
         """
         mode = ["resume=true"]
         if self.overwrite[stage] and self._start_time(stage) in (None, previous_start):
@@ -159,15 +159,15 @@ class TwoStages:
 
 
 def select_stage_options(stage: str, options: list[str]) -> tuple[str, ...]:
-    """Select one stage's options from those of stage=all: the shared ones first, then its own, without the prefix."""
-    (other,) = set(STAGES) - {stage}
+    """Select the options for one stage from stage=all: shared options, then stage-specific ones without prefix."""
+    (other_stage,) = set(STAGES) - {stage}
     shared, specific = [f"stage={stage}"], []
     for option in options:
-        bare = option.lstrip("+~")
-        group = bare.partition("=")[0].partition(".")[0]
-        if bare.startswith(PREFIXES[stage]):
+        assignment = option.lstrip("+~")
+        group = assignment.partition("=")[0].partition(".")[0]
+        if assignment.startswith(PREFIXES[stage]):
             specific.append(option.replace(PREFIXES[stage], "", 1))
-        elif not bare.startswith(PREFIXES[other]) and group not in ("stage", *STAGE_OPTIONS[other]):
+        elif not assignment.startswith(PREFIXES[other_stage]) and group not in ("stage", *STAGE_OPTIONS[other_stage]):
             shared.append(option)
     overridden = {option.partition("=")[0] for option in specific}
     return (*(option for option in shared if option.partition("=")[0] not in overridden), *specific)

@@ -1,4 +1,4 @@
-"""Cache folders of prepared images: their fingerprint, the list of skipped images, and integrity checks."""
+"""Cache folders of prepared images: fingerprint, list of skipped images, and integrity checks."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from ldm.files.digest import sha256_of_values
 from ldm.files.reading import MISSING_FILE, unreadable_error
 
 FORMAT_VERSION = 1
-"""Version of the cache format. Caches of another version are prepared again."""
+"""Version of the cache format. Caches with a different version are prepared again."""
 
 IMAGES_FILE = "images.npy"
 INDEX_FILE = "index.json"
@@ -22,17 +22,17 @@ CHUNK_BYTES = 2**23
 
 
 def fingerprint(index: dict[str, Any]) -> str:
-    """Return a SHA-256 digest of everything that a model can learn from a prepared set, in order.
+    """Return the SHA-256 digest of everything that a model can learn from a prepared dataset, including its order.
 
-    The image hashes cover the original files, including their colour profiles. Sets in which a profile was converted
-    get a different fingerprint from sets prepared without colour conversion.
+    The image hashes cover the original files, including their colour profiles. Converting a profile to sRGB changes the
+    fingerprint, because older caches contain the same files without colour conversion.
     """
-    parts = {key: index[key] for key in ("hashes", "captions", "labels", "transform")}
-    return sha256_of_values(parts | ({"colours": "sRGB"} if "converted" in index["profiles"] else {}))
+    content = {key: index[key] for key in ("hashes", "captions", "labels", "transform")}
+    return sha256_of_values(content | ({"colours": "sRGB"} if "converted" in index["profiles"] else {}))
 
 
 def write_index(folder: Path, index: dict[str, Any]) -> None:
-    """Write index.json, including SHA-256 digests of the chunks of pixels and of the index itself."""
+    """Write index.json with SHA-256 digests of the pixel chunks and of the index itself."""
     file = folder / IMAGES_FILE
     index = index | {"pixels_sha256": chunk_digests(file, _layout(file))}
     mark_verified(file, index["pixels_sha256"])
@@ -42,12 +42,12 @@ def write_index(folder: Path, index: dict[str, Any]) -> None:
 
 
 def find_cache_damage(folder: Path, *, every_byte: bool = False) -> str | None:
-    """Return why the folder is not an intact cache of the current format, or None if it is.
+    """Return the reason why a folder is not an intact cache in the current format, or None if it is intact.
 
     Caches written before digests existed are accepted unchecked.
 
     Args:
-        every_byte: Compare all pixels, even if file sizes and modification times are unchanged.
+        every_byte: Verify all pixels, even if file sizes and modification times are unchanged.
 
     Raises:
         UserError: the folder cannot be read because of a disk failure.
@@ -60,41 +60,41 @@ def find_cache_damage(folder: Path, *, every_byte: bool = False) -> str | None:
             return "the cache has a different format"
         if not {"sha256", "pixels_sha256"} & set(index):
             return None
-        bad = [] if index["sha256"] == _sha256_of(index) else [INDEX_FILE]
-        rows = changed_rows(folder / IMAGES_FILE, layout, index["pixels_sha256"], every_byte=every_byte)
-        bad += [f"images {part.start} to {part.stop - 1} in {IMAGES_FILE}" for part in rows]
+        damaged = [] if index["sha256"] == _sha256_of(index) else [INDEX_FILE]
+        chunks = changed_rows(folder / IMAGES_FILE, layout, index["pixels_sha256"], every_byte=every_byte)
+        damaged += [f"images {rows.start} to {rows.stop - 1} in {IMAGES_FILE}" for rows in chunks]
     except (*MISSING_FILE, EOFError, ValueError, KeyError, TypeError, AttributeError):
         return "the cache is incomplete"
     except OSError as error:
         raise unreadable_error(folder, error) from error
-    return f"{shorten(bad)} changed since the images were prepared" if bad else None
+    return f"{shorten(damaged)} changed since the images were prepared" if damaged else None
 
 
 def check_quarantine(num_skipped: int, num_images: int, max_bad_fraction: float, listing: Path) -> None:
-    """Raise a UserError that names the first unreadable images if there are too many of them."""
+    """Raise a UserError that names the first few unreadable images if there are too many."""
     total = num_skipped + num_images
     if num_skipped <= max_bad_fraction * total:
         return
-    bad = [f"{entry['name']} ({entry['reason']})" for entry in read_quarantine(listing)[:6]]
+    unreadable = [f"{entry['name']} ({entry['reason']})" for entry in read_quarantine(listing)[:6]]
     rule = f"must be at least {math.ceil(100 * num_skipped / total) / 100} to skip the {num_skipped} of {total} images"
-    message = f"{rule} that cannot be read: {shorten(bad)}. {listing} lists all of them"
+    message = f"{rule} that cannot be read: {shorten(unreadable)}. The full list is in {listing}"
     raise InputError("max_bad_fraction", max_bad_fraction, message)
 
 
 def quarantine_file(folder: Path) -> Path:
-    """Return the path of the list of images that were skipped when the cache was prepared."""
-    listing, older = folder / QUARANTINE_FILE, folder / "skipped.jsonl"  # its name in older caches
-    return older if older.is_file() and not listing.is_file() else listing
+    """Return the file that lists the images skipped during preparation."""
+    listing, legacy = folder / QUARANTINE_FILE, folder / "skipped.jsonl"  # file name in older caches
+    return legacy if legacy.is_file() and not listing.is_file() else listing
 
 
 def read_quarantine(listing: Path) -> list[dict[str, str]]:
-    """Return the name, the reason and the error class of each skipped image. Older caches lack the error class."""
+    """Return the name, reason and error class of each skipped image. Older caches lack the error class."""
     return [json.loads(line) for line in listing.read_text(encoding="utf-8").splitlines()]
 
 
-def shorten(names: list[str], shown: int = 5) -> str:
+def shorten(names: list[str], limit: int = 5) -> str:
     """Join the first few names of a list, for messages."""
-    return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 
 
 def _layout(file: Path) -> Layout:
@@ -104,5 +104,5 @@ def _layout(file: Path) -> Layout:
 
 
 def _sha256_of(index: dict[str, Any]) -> str:
-    rest = {key: value for key, value in index.items() if key != "sha256"}
-    return sha256_of_values(rest)
+    content = {key: value for key, value in index.items() if key != "sha256"}
+    return sha256_of_values(content)

@@ -1,6 +1,6 @@
 """Conversion of embedded ICC colour profiles to sRGB with Pillow's ImageCms (LittleCMS), relative colorimetric intent.
 
-Models learn sRGB values. Without conversion, the reds of a photograph in Display P3 would look duller than they are.
+Models are trained on sRGB values. Without conversion, the reds of a Display P3 photograph would look too dull.
 Images without a profile are assumed to be sRGB.
 """
 
@@ -14,17 +14,17 @@ import numpy as np
 from PIL import Image, ImageCms
 
 Profile = Literal["none", "sRGB", "converted", "unreadable"]
-"""Outcome for an image's profile. `unreadable`: damaged or for another colour space; the pixels are treated as sRGB."""
+"""Status of an image's colour profile. `unreadable`: damaged or for a different colour space, so treated as sRGB."""
 
 _SPACES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
-"""Colour space of a profile -> Pillow mode of the images that it describes."""
+"""ICC colour space -> Pillow image mode."""
 _build_lock = threading.Lock()
 
 
 def to_srgb(image: Image.Image, icc_profile: bytes | None) -> tuple[Image.Image, Profile]:
-    """Convert an image of mode L, RGB or CMYK to sRGB in mode RGB, and return it with the outcome for its profile.
+    """Convert an image of mode L, RGB or CMYK to sRGB in mode RGB. Also return its colour profile status.
 
-    An RGB profile also applies to grey images, whose pixels have equal red, green and blue values.
+    An RGB profile can belong to a grey image, which is then converted with three equal channels.
     """
     if icc_profile is None:
         return image.convert("RGB"), "none"
@@ -42,12 +42,12 @@ def to_srgb(image: Image.Image, icc_profile: bytes | None) -> tuple[Image.Image,
 
 @lru_cache(maxsize=64)
 def _transform(icc_profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | None]:
-    """Return the image mode of a profile, and its transform to sRGB or None if the profile is sRGB up to rounding.
+    """Return the image mode for a profile and its transform to sRGB (None if the profile is sRGB up to rounding).
 
     Raises:
         Exception: the profile is unreadable. `to_srgb` lists the exception types.
     """
-    with _build_lock:  # LittleCMS reports errors through state that is shared by threads
+    with _build_lock:  # LittleCMS reports errors through state shared between threads
         profile = ImageCms.ImageCmsProfile(io.BytesIO(icc_profile))
         mode = _SPACES[profile.profile.xcolor_space.strip()]
         transform = ImageCms.buildTransform(
@@ -62,6 +62,6 @@ def _transform(icc_profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | No
 
 
 def count_profiles(profiles: list[Profile]) -> dict[str, int]:
-    """Count the images with a converted and with an unreadable profile. Zero counts are omitted."""
+    """Count the images with converted and with unreadable profiles, omitting zeros."""
     counts = Counter(profiles)
     return {kind: counts[kind] for kind in ("converted", "unreadable") if counts[kind]}

@@ -1,4 +1,4 @@
-"""Prepared images from any source: a memory-mapped uint8 array with captions, labels and a train/validation split.
+"""Prepared images from any source: a memory-mapped uint8 array, captions, labels and a train/validation split.
 
 A cache folder contains `images.npy` [N, H, W, 3], `index.json` (captions, labels, hashes, licence, preparation options,
 SHA-256 digests) and `quarantine.jsonl` (the images that could not be read, with reasons).
@@ -38,12 +38,12 @@ __all__ = ["ImageData", "Record", "Source", "default_cache_dir", "prepare", "spl
 Resolution = Annotated[Integer, Field(ge=1, le=16_384)]
 """Image height and width in pixels."""
 Fraction = Annotated[Number | Integer, Field(ge=0, lt=1)]
-"""A fraction in [0, 1). The integer 0 is not converted to a float, because latent cache names depend on it."""
+"""A fraction in [0, 1). The integer 0 stays an integer, because latent cache names depend on its type."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ImageData:
-    """A prepared, memory-mapped set of images. Only the path is pickled, so that workers share the memory pages."""
+    """Prepared, memory-mapped image dataset. Pickling stores only the path, so that workers share memory pages."""
 
     path: Path
     name: str
@@ -57,17 +57,17 @@ class ImageData:
     labels: list[int | None] | None
     class_names: list[str] | None
     fingerprint: str
-    """SHA-256 digest of the content hashes in order, the captions, the labels and the transform."""
+    """SHA-256 digest of the ordered content hashes, captions, labels and the transform."""
     train_indices: np.ndarray
     val_indices: np.ndarray
     val_fraction: float
     num_skipped: int
     profiles: dict[str, int]
-    """Number of images by colour profile outcome: `converted` to sRGB, or `unreadable`."""
+    """Number of images by colour profile status: `converted` to sRGB, or `unreadable`."""
 
     @classmethod
     def open(cls, path: Path | str, val_fraction: float = 0.05) -> "ImageData":
-        """Open a cache folder written by `prepare`. Digests are not compared here, but by `prepare`.
+        """Open a cache folder written by `prepare`, without verifying its digests (`prepare` does that).
 
         Raises:
             UserError: the cache is damaged.
@@ -75,18 +75,18 @@ class ImageData:
         path = Path(path)
         try:
             index, images = read_json(path / INDEX_FILE), read_array(path / IMAGES_FILE)
-            _check(index, images, path)
+            _check_index(index, images, path)
         except UserError as error:
-            remedy = "Delete that folder. Any training run with the same data options will create it again."
+            remedy = "Delete the folder. The next training run with the same data options will create it again."
             raise UserError(f"{path} cannot be opened ({error}). {remedy}") from error
         train_indices, val_indices = split_by_hash(index["hashes"], val_fraction)
-        several = {i: texts for i, texts in enumerate(index["captions"] or ()) if isinstance(texts, list)}
-        for i, texts in several.items():
+        caption_lists = {i: texts for i, texts in enumerate(index["captions"] or ()) if isinstance(texts, list)}
+        for i, texts in caption_lists.items():
             index["captions"][i] = texts[0]
         return cls(
             path=path,
             images=images,
-            more_captions={i: texts[1:] for i, texts in several.items()},
+            more_captions={i: texts[1:] for i, texts in caption_lists.items()},
             train_indices=train_indices,
             val_indices=val_indices,
             val_fraction=val_fraction,
@@ -117,11 +117,11 @@ class ImageData:
     @property
     def conditioning(self) -> str:
         """Conditioning that these images support: "text", "class" or "none"."""
-        options = {"text": self.captions, "class": self.labels}
-        return next((kind for kind, values in options.items() if values is not None and None not in values), "none")
+        conditions = {"text": self.captions, "class": self.labels}
+        return next((kind for kind, values in conditions.items() if values is not None and None not in values), "none")
 
     def describe_profiles(self) -> str:
-        """Describe the converted and unreadable colour profiles. The text is empty if there are none."""
+        """Summarise the converted and unreadable colour profiles in one line, or return "" if there are none."""
         parts = {"converted": "converted to sRGB", "unreadable": "unreadable, treated as sRGB"}
         return ", ".join(f"{self.profiles[kind]} {text}" for kind, text in parts.items() if kind in self.profiles)
 
@@ -130,17 +130,17 @@ class ImageData:
         return read_quarantine(quarantine_file(self.path))
 
     def require_captions(self) -> list[str]:
-        """Return the first caption of every image. Raise a UserError if any is missing."""
+        """Return the first caption of every image. Raise a UserError if any captions are missing."""
         remedy = "Add the missing captions as described in conf/data/image_folder.yaml"
         return _all_present(self, "text", "captions", self.captions, remedy)
 
     def captions_of(self, index: int) -> list[str]:
         """Return all captions of an image, in order."""
-        first = self.captions[index] if self.captions is not None else None
-        return [] if first is None else [first, *self.more_captions.get(int(index), [])]
+        caption = self.captions[index] if self.captions is not None else None
+        return [] if caption is None else [caption, *self.more_captions.get(int(index), [])]
 
     def require_labels(self) -> list[int]:
-        """Return the class label of every image. Raise a UserError if any is missing."""
+        """Return the class label of every image. Raise a UserError if any labels are missing."""
         remedy = "Sort the images into one folder per class, or select the dataset column that contains the labels"
         return _all_present(self, "class", "class labels", self.labels, remedy)
 
@@ -148,14 +148,14 @@ class ImageData:
 _INDEX_FIELDS = ("name", "licence", "names", "captions", "labels", "class_names", "fingerprint", "num_skipped")
 
 
-def _check(index: dict[str, Any], images: np.ndarray, path: Path) -> None:
+def _check_index(index: dict[str, Any], images: np.ndarray, path: Path) -> None:
     kinds = {key: kind for key, kind in get_type_hints(ImageData).items() if key in _INDEX_FIELDS}
     kinds |= {"hashes": list[str], "captions": list[str | Annotated[list[str], Field(min_length=1)] | None] | None}
     check_fields(index, kinds, path / INDEX_FILE)
     check_fields(index, {"profiles": dict}, path / INDEX_FILE, required=False)
     lists = [index[key] for key in ("names", "hashes", "captions", "labels") if index[key] is not None]
-    square = images.ndim == 4 and images.shape[1:] == (images.shape[1], images.shape[1], 3)
-    if images.dtype != np.uint8 or not square or any(len(values) != len(images) for values in lists):
+    is_square = images.ndim == 4 and images.shape[1:] == (images.shape[1], images.shape[1], 3)
+    if images.dtype != np.uint8 or not is_square or any(len(values) != len(images) for values in lists):
         actual = f"{IMAGES_FILE} is {images.dtype} {images.shape}"
         raise UserError(f"{actual}, but {INDEX_FILE} lists {len(index['names'])} images")
 
@@ -169,13 +169,13 @@ def _all_present(data: ImageData, condition: str, kind: str, values: list[Any] |
 
 
 def verify_images(data: ImageData) -> Path:
-    """Compare every byte of the prepared images with its recorded digest, and return the cache folder.
+    """Verify every byte of the prepared images against the recorded digests, and return the cache folder.
 
     Raises:
         UserError: the cache is damaged. The message names the images that changed.
     """
     if (damage := find_cache_damage(data.path, every_byte=True)) is not None:
-        raise UserError(f"{data.path}: {damage}. Delete that folder. The next run prepares the images again.")
+        raise UserError(f"{data.path}: {damage}. Delete the folder. The next run will prepare the images again.")
     return data.path
 
 
@@ -195,8 +195,8 @@ def default_cache_dir() -> Path:
 def split_by_hash(hashes: list[str], val_fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """Return training and validation indices, split by the first 32 bits of each image's hash.
 
-    Adding images never moves existing ones to the other side, and copies of an image stay together. If one side would
-    be empty, the image closest to the threshold is moved there.
+    Adding images never moves an existing image across the split, and copies of an image stay on the same side. If one
+    side would be empty, it gets the image closest to the threshold.
     """
     if len(set(hashes)) < 2:
         raise UserError("Training needs at least 2 different images: one for training and one for validation.")
@@ -222,10 +222,10 @@ def prepare(
 ) -> ImageData:
     """Decode and resize all images of a source into the cache, or open the existing cache.
 
-    An existing cache is compared with its SHA-256 digests, and prepared again if it is damaged.
+    An existing cache is verified against its SHA-256 digests, and prepared again if it is damaged.
 
     Args:
-        max_bad_fraction: Largest tolerated fraction of unreadable images, which are skipped.
+        max_bad_fraction: Maximum fraction of unreadable images. These images are skipped.
         max_pixels: Images with more pixels are skipped without decoding them.
 
     Raises:
@@ -233,14 +233,14 @@ def prepare(
             not have enough free space.
     """
     transform = {"resolution": resolution, "resize": resize}
-    made_from = {"format": FORMAT_VERSION, "identity": source.identity(), "transform": transform}
-    if max_pixels != MAX_PIXELS:  # omitted at its default, so that the keys of older caches stay valid
-        made_from["max_pixels"] = max_pixels
-    key = sha256_of_values(made_from)[:12]
+    spec = {"format": FORMAT_VERSION, "identity": source.identity(), "transform": transform}
+    if max_pixels != MAX_PIXELS:  # the default is omitted so that keys of older caches stay valid
+        spec["max_pixels"] = max_pixels
+    key = sha256_of_values(spec)[:12]
     folder = Path(cache_dir or default_cache_dir()).expanduser() / f"{source.name}-{key}"
     if find_cache_damage(folder) is not None:
         fill_cache(
-            folder, source, made_from, max_bad_fraction=max_bad_fraction, max_pixels=max_pixels, show_progress=progress
+            folder, source, spec, max_bad_fraction=max_bad_fraction, max_pixels=max_pixels, show_progress=progress
         )
     data = ImageData.open(folder, val_fraction)
     check_quarantine(data.num_skipped, len(data), max_bad_fraction, quarantine_file(folder))

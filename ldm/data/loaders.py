@@ -1,4 +1,4 @@
-"""Data loaders that fetch whole batches from memory-mapped arrays, in an order derived from seed and step."""
+"""Data loaders that fetch whole batches from memory-mapped arrays, in an order determined by the seed and the step."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -54,9 +54,9 @@ def train_loader(
     num_ranks: int = 1,
     num_workers: int = 0,
 ) -> DataLoader:
-    """Return an endless loader of one rank's micro-batches, starting at optimizer step `start`.
+    """Return an infinite loader of one rank's micro-batches, starting at optimizer step `start`.
 
-    Each optimizer step uses `batch_size` samples over all ranks and micro-batches.
+    Each optimizer step uses `batch_size` samples in total over all ranks and micro-batches.
     """
     order = StepBatches(len(indices), batch_size, seed, start, accumulate, rank, num_ranks)
     return DataLoader(
@@ -66,12 +66,12 @@ def train_loader(
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         worker_init_fn=ignore_in_worker,
-        generator=torch.Generator(),  # keeps iteration from drawing from the global generator that training uses
+        generator=torch.Generator(),  # otherwise iterating would advance the global generator used in training
     )
 
 
 def val_loader(fetch: Fetch, indices: np.ndarray, *, batch_size: int) -> DataLoader:
-    """Return a loader over all of `indices`, once and in order."""
+    """Return a loader that reads all `indices` once, in order."""
     dataset = Batches(fetch, indices)
     generator = torch.Generator()
     return DataLoader(dataset, batch_size=batch_size, shuffle=False, collate_fn=_keep_batch, generator=generator)

@@ -1,8 +1,8 @@
 """Order of the training samples, as a pure function of the seed and the step.
 
-Step k has one batch of rows, divided over all ranks and micro-batches. Its samples are determined by (seed, k), with a
-new permutation in each epoch. Its random numbers are determined by (seed, k, row). There is no state, so training that
-resumes at step k sees the same data even with a different number of workers, ranks or micro-batches.
+The batch of step k is divided over all ranks and micro-batches. Its samples depend only on (seed, k), with a new
+permutation in each epoch. The random numbers for a row of the batch depend only on (seed, k, row). The order has no
+state, so a run resumed at step k sees the same data even with a different number of workers, ranks or micro-batches.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from ldm.errors import UserError
 from ldm.runtime.random import torch_generator
 
 SAMPLE_STREAM = 2
-"""Seed component of per-sample draws, such as the choice of a caption. It keeps them independent of other draws."""
+"""Seed component of per-sample draws, such as the choice of a caption, to keep them independent of all other draws."""
 
 
 @lru_cache(maxsize=2)
@@ -26,7 +26,7 @@ def _permutation(size: int, seed: int, epoch: int) -> list[int]:
 
 
 def visits_at(step: int, *, size: int, batch_size: int, seed: int) -> list[tuple[int, int]]:
-    """Return the epoch and the position (0..size-1) of each sample in batch `step` (from 0)."""
+    """Return the (epoch, position) pairs of batch `step` (from 0), where positions are 0..size-1."""
     visits = range(step * batch_size, (step + 1) * batch_size)
     return [(visit // size, _permutation(size, seed, visit // size)[visit % size]) for visit in visits]
 
@@ -44,12 +44,12 @@ def epoch_draws(size: int, seed: int, epoch: int) -> Tensor:
 
 def micro_batch_rows(micro_batch: int, rank: int, num_ranks: int, count: int) -> range:
     """Return the `count` rows of a step's batch that form micro-batch `micro_batch` (from 0) on this rank."""
-    first = (micro_batch * num_ranks + rank) * count
-    return range(first, first + count)
+    start = (micro_batch * num_ranks + rank) * count
+    return range(start, start + count)
 
 
 class StepBatches(Sampler[list[tuple[int, int]]]):
-    """Endless batch sampler that can start at any step. It yields one rank's micro-batches of (epoch, position) pairs.
+    """Infinite sampler of one rank's micro-batches of (epoch, position) pairs, starting at any step.
 
     Args:
         size: Number of training samples.

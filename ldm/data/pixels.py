@@ -1,7 +1,7 @@
-"""Decoding of one image in any colour mode supported by Pillow into a square uint8 RGB array.
+"""Decoding of images in any colour mode supported by Pillow into square uint8 RGB arrays.
 
-The bytes can come from untrusted sources. Only formats decoded in this process are supported (not EPS, which Pillow
-passes to Ghostscript). The size is checked before any pixel is decoded. Only the first frame of an animation is used.
+Image files can be untrusted. Only formats that Pillow decodes in this process are supported (not EPS, which it passes
+to Ghostscript), and the size is checked before decoding. Only the first frame of an animation is used.
 """
 
 import io
@@ -25,10 +25,10 @@ Resize = Annotated[Literal["crop", "pad", "squash"], Field()]
 WHITE = (255, 255, 255)
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 MIN_SIDE = 2
-"""Images with a shorter side, such as spacers and tracking pixels, are rejected. Other small images are scaled up."""
+"""Minimum side length, which rejects spacers and tracking pixels. Other small images are scaled up."""
 
 MAX_PIXELS = 89_478_485
-"""Default of `data.max_pixels`, the largest number of pixels of an image. The value is Pillow's own limit."""
+"""Default for `data.max_pixels`, the maximum number of pixels per image. This is also Pillow's own limit."""
 
 LARGE_PIXELS = 2**24
 """Images with more pixels are decoded one at a time, so that memory does not grow with the number of threads."""
@@ -47,7 +47,7 @@ _UPRIGHT = {
 
 
 def decode(data: bytes | Image.Image, resolution: int, resize: Resize, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Return the sRGB pixels [resolution, resolution, 3] of an encoded or open image. Raises as `read_pixels`."""
+    """Return the sRGB pixels [resolution, resolution, 3] of an encoded or open image. See `read_pixels` for errors."""
     pixels, _ = read_pixels(data, resolution, resize, max_pixels)
     return pixels
 
@@ -55,10 +55,10 @@ def decode(data: bytes | Image.Image, resolution: int, resize: Resize, max_pixel
 def read_pixels(
     data: bytes | Image.Image, resolution: int, resize: Resize, max_pixels: int = MAX_PIXELS
 ) -> tuple[np.ndarray, Profile]:
-    """Return the sRGB pixels [resolution, resolution, 3] of an image, and the outcome for its colour profile.
+    """Return the sRGB pixels [resolution, resolution, 3] of an image, and its colour profile status.
 
     Raises:
-        Exception: the image is not readable. Pillow's plugins can raise anything on invalid data, from struct.error to
+        Exception: the image is unreadable. Pillow's plugins can raise anything on invalid data, from struct.error to
             IndexError. Violations of our own rules, such as `max_pixels`, raise ValueError.
     """
     image = data if isinstance(data, Image.Image) else _open(data, max_pixels)
@@ -67,7 +67,7 @@ def read_pixels(
         raise ValueError(f"{width} x {height} pixels: each side must have at least {MIN_SIDE} pixels")
     if width * height > max_pixels:
         raise ValueError(f"{width} x {height} pixels exceed the limit of {max_pixels} pixels (max_pixels)")
-    # JPEG can be decoded at a reduced scale. 3 decoded pixels per output pixel are enough detail for the final filter.
+    # JPEG can be decoded at a reduced scale. The final filter needs no more than 3 decoded pixels per output pixel.
     image.draft(None, (3 * resolution, 3 * resolution))
     with _large_image_lock if image.width * image.height > LARGE_PIXELS else nullcontext():
         rgb, profile = to_rgb(image)
@@ -88,19 +88,20 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
 @cache
 def _formats() -> tuple[str, ...]:
     Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)  # older versions of Pillow support fewer formats
+    return tuple(name for name in FORMATS if name in Image.OPEN)  # older Pillow versions support fewer formats
 
 
 def to_rgb(image: Image.Image) -> tuple[Image.Image, Profile]:
-    """Convert an image to upright sRGB. Also return the outcome for its colour profile.
+    """Convert an image to upright sRGB. Also return its colour profile status.
 
-    Applies the EXIF rotation and the colour profile, puts transparent images on white, scales 16-bit grey by 1/257.
+    Applies the EXIF orientation and the colour profile, composites transparent images onto white, and scales 16-bit
+    grey by 1/257.
 
     Raises:
         ValueError: the pixels are floats or 32-bit integers outside 0..65535, for which no white level is defined.
     """
     image.load()
-    # Pillow sets None if the file has a profile that it cannot unpack
+    # Pillow sets None if it cannot decompress the profile
     icc_profile = image.info["icc_profile"] or b"" if "icc_profile" in image.info else None
     image = _upright(image)
     if image.mode == "I" or image.mode.startswith("I;16"):
@@ -121,7 +122,7 @@ def to_rgb(image: Image.Image) -> tuple[Image.Image, Profile]:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation. The image is returned unchanged if its metadata cannot be read."""
+    """Apply the EXIF orientation, or return the image unchanged if its metadata cannot be read."""
     try:
         orientation = image.getexif().get(_ORIENTATION)
     except Exception:  # Pillow raises errors of many types for damaged EXIF data
@@ -131,14 +132,14 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _from_16_bit_grey(image: Image.Image) -> Image.Image:
-    """Convert 16-bit grey to 8-bit, 65535 to 255. Pillow would clip at 255 instead, making nearly all pixels white."""
+    """Convert 16-bit grey to 8 bits, mapping 65535 to 255. Pillow would clip at 255, making nearly all pixels white."""
     grey = np.asarray(image).astype(np.int32)
     if grey.min() < 0 or grey.max() > 65535:
         raise ValueError(f"grey values {grey.min()} to {grey.max()} do not fit in 16 bits")
     eight_bit = ((grey + 128) // 257).astype(np.uint8)
-    transparent = image.info.get("transparency")
-    if isinstance(transparent, int):
-        eight_bit[grey == transparent] = 255
+    colour_key = image.info.get("transparency")
+    if isinstance(colour_key, int):
+        eight_bit[grey == colour_key] = 255
     return Image.fromarray(eight_bit)
 
 
@@ -154,7 +155,7 @@ def resize_to_square(image: Image.Image, resolution: int, resize: Resize) -> Ima
         return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
     if resize == "pad":
         short, long = sorted(image.size)
-        if round(short / long * resolution) == 0:  # Pillow would shrink such a strip to zero pixels
+        if round(short / long * resolution) == 0:  # Pillow would round the short side to zero pixels
             strip = (resolution, 1) if image.width == long else (1, resolution)
             image = image.resize(strip, Image.Resampling.LANCZOS)
         return ImageOps.pad(image, size, Image.Resampling.LANCZOS, color=WHITE)
@@ -162,7 +163,7 @@ def resize_to_square(image: Image.Image, resolution: int, resize: Resize) -> Ima
 
 
 def read_image(path: str, resolution: int, resize: Resize = "crop") -> Tensor:
-    """Read one image file as float32 [1, 3, resolution, resolution] in [-1, 1].
+    """Read an image file as float32 [1, 3, resolution, resolution] in [-1, 1].
 
     Raises:
         UserError: the file is missing or cannot be read.

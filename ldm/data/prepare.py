@@ -1,7 +1,7 @@
-"""Preparation of a source's images into a cache folder: decode in threads, keep the order, rename at the end.
+"""Preparation of images from a source: decode in threads, preserve their order, write the cache folder atomically.
 
-Unreadable images are skipped once, during preparation, and listed in `quarantine.jsonl`. The training order only counts
-prepared images. Every batch is therefore full, and its content does not depend on threads, workers or restarts.
+Unreadable images are skipped during preparation and listed in `quarantine.jsonl`. Training only sees prepared images,
+so every batch is full and its content does not depend on threads, workers or restarts.
 """
 
 import hashlib
@@ -33,24 +33,24 @@ from ldm.files.reading import DISK_FULL, is_disk_failure
 from ldm.progress import progress
 
 MAX_DISK_FAILURES = 8
-"""Number of files that can fail because of disk errors. Beyond it, preparation stops with an error about the disk."""
+"""Maximum number of files with disk errors. If there are more, preparation stops and reports the failing disk."""
 
 
 def fill_cache(
     folder: Path,
     source: Source,
-    made_from: dict[str, Any],
+    spec: dict[str, Any],
     *,
     max_bad_fraction: float,
     max_pixels: int,
     show_progress: bool,
 ) -> None:
-    """Write the cache folder of a source atomically. A second process waits for the first.
+    """Write the cache folder of a source atomically, under a lock that makes concurrent processes wait.
 
     Raises:
-        UserError: there are too many unreadable images or no images at all, or the disk fails or is full.
+        UserError: too many images are unreadable, there are no images, or the disk is failing or full.
     """
-    transform = made_from["transform"]
+    transform = spec["transform"]
     listing = folder / QUARANTINE_FILE
     with cache_lock(folder):
         if (damage := find_cache_damage(folder)) is None:
@@ -66,14 +66,14 @@ def fill_cache(
             with atomic_folder(folder) as scratch, _quiet_pillow(max_pixels):
                 index = _write_images(scratch, source, transform, max_pixels, show_progress)
                 if index["num_skipped"]:
-                    # Stays next to the cache if preparation fails, so that the user can read the complete list.
-                    complete = folder.with_name(f"{folder.name}.{QUARANTINE_FILE}")
-                    shutil.copyfile(scratch / QUARANTINE_FILE, complete)
-                    check_quarantine(index["num_skipped"], len(index["names"]), max_bad_fraction, complete)
-                    complete.unlink()
+                    # If preparation fails, the full list remains next to the cache folder for the user to read.
+                    full_list = folder.with_name(f"{folder.name}.{QUARANTINE_FILE}")
+                    shutil.copyfile(scratch / QUARANTINE_FILE, full_list)
+                    check_quarantine(index["num_skipped"], len(index["names"]), max_bad_fraction, full_list)
+                    full_list.unlink()
                 if not index["names"]:
                     raise UserError(f"{source.name} contains no images: {json.dumps(source.identity())}")
-                index.update(made_from, name=source.name, licence=source.licence, class_names=source.class_names)
+                index.update(spec, name=source.name, licence=source.licence, class_names=source.class_names)
                 index["fingerprint"] = fingerprint(index)
                 write_index(scratch, index)
         except OSError as error:
@@ -81,15 +81,15 @@ def fill_cache(
                 raise InputError("cache_dir", folder.parent, "is full. Free some disk space") from error
             raise
     if index["num_skipped"]:
-        message = "Skipped %d unreadable images, listed in %s. Delete the folder of that file to try them again."
+        message = "Skipped %d unreadable images, listed in %s. To retry them, delete the folder containing that file."
         logging.getLogger(__name__).warning(message, index["num_skipped"], listing)
 
 
 @contextmanager
 def _quiet_pillow(max_pixels: int) -> Iterator[None]:
-    """Silence Pillow's warnings about metadata, and set its own limit on the number of pixels.
+    """Silence Pillow's warnings about metadata and set its limit on the number of pixels.
 
-    Pillow raises an error at twice its limit. This also covers images embedded in other images.
+    Pillow raises an error above twice this limit, including for images embedded in other images.
     """
     limit = Image.MAX_IMAGE_PIXELS
     with warnings.catch_warnings():
@@ -123,8 +123,8 @@ def _write_images(
                     failures = f"{num_failures} files could not be read, including {record.name} ({_reason(result)})"
                     remedy = "Try again when the disk is available."
                     raise UserError(f"The disk that stores {source.name} is failing: {failures}. {remedy}")
-                line = {"name": record.name, "reason": _reason(result), "error": type(result).__name__}
-                quarantine.write(json.dumps(line) + "\n")
+                entry = {"name": record.name, "reason": _reason(result), "error": type(result).__name__}
+                quarantine.write(json.dumps(entry) + "\n")
                 continue
             digest, pixels, profile = result
             pixels_file.write(pixels.tobytes())
@@ -134,8 +134,8 @@ def _write_images(
             labels.append(record.label)
             profiles.append(profile)
         pixels_file.seek(0)
-        written = pixels_file.write(npy_header((len(names), resolution, resolution, 3), "uint8"))
-        assert written == header_bytes, "the header overwrote the first pixels"
+        num_written = pixels_file.write(npy_header((len(names), resolution, resolution, 3), "uint8"))
+        assert num_written == header_bytes, "the header overwrote the first pixels"
     return {
         "names": names,
         "hashes": hashes,
@@ -149,7 +149,7 @@ def _write_images(
 def _read(
     record: Record, resolution: int, resize: Resize, max_pixels: int
 ) -> tuple[str, np.ndarray, Profile] | Exception:
-    """Return an image's hash, its pixels and the outcome for its colour profile, or the error that occurred."""
+    """Return the hash, pixels and colour profile status of an image, or the exception raised while reading it."""
     try:
         loaded = record.load()
         return content_hash(record, loaded), *read_pixels(loaded, resolution, resize, max_pixels)
@@ -167,7 +167,7 @@ def _reason(error: Exception) -> str:
 
 
 def content_hash(record: Record, loaded: bytes | Image.Image) -> str:
-    """Return the SHA-256 of `record.content` if given, else of the image file, or of the pixels if there is no file."""
+    """Return the SHA-256 of `record.content` if set, otherwise of the image file, or of the pixels without a file."""
     if record.content is not None:
         return hashlib.sha256(record.content).hexdigest()
     if isinstance(loaded, Image.Image):
@@ -176,7 +176,7 @@ def content_hash(record: Record, loaded: bytes | Image.Image) -> str:
 
 
 def _in_order(function: Callable[[Record], Any], records: Iterable[Record]) -> Iterator[tuple[Record, Any]]:
-    """Map `function` over the records in threads. Results are in order, and only a few images are in memory at once."""
+    """Map `function` over the records in threads, in order, with only a few images in memory at a time."""
     num_workers, remaining = min(32, os.cpu_count() or 1), iter(records)
     with ThreadPoolExecutor(num_workers) as pool:
         while group := list(islice(remaining, 8 * num_workers)):

@@ -1,6 +1,6 @@
 """The variational bound on -log p(z_0), in nats per image, term by term.
 
-Setting: the reverse chain is a hierarchical VAE with T layers of latents and a fixed encoder q. Its bound is
+The reverse chain is a hierarchical VAE with T layers of latents and a fixed encoder q. Its bound is
 
     -log p(z_0) <= L_T + sum_{t=2}^T L_{t-1} + L_0
     L_T     = KL(q(z_T | z_0) || N(0, I))
@@ -20,14 +20,14 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
-from ldm.diffusion.bound_terms import bound_term, precise, prior_kl
+from ldm.diffusion.bound_terms import bound_term, prior_kl, to_float64
 from ldm.diffusion.chain import at_least_float32, check_z_0_mse, log_variance, marginal
 from ldm.diffusion.denoiser import Condition, DenoiserLike, Prediction
 from ldm.diffusion.samplers.base import check_generators
 from ldm.diffusion.schedule import NoiseSchedule
 
 OnBatch = Callable[[int, int], None]
-"""Progress callback, called as on_batch(done, total) with the number of predictions made and the total."""
+"""Progress callback, called as on_batch(completed, total) with the numbers of completed and total predictions."""
 
 
 class NotFiniteError(ValueError):
@@ -98,19 +98,19 @@ def variational_bound(
 
     With steps=None, every t is visited once. Otherwise `steps` terms per image are evaluated at random t: the chain is
     divided into steps / 2 strata of consecutive t, each with two uniform draws, weighted by its width w. The first
-    stratum is t = 1 alone. The others divide log(1 + snr) equally, but are at least one step wide. Since
-    mse(t) = 1 / (1 + snr) for data N(0, I), each of them then contributes the same amount to the bound.
+    stratum contains only t = 1. The remaining strata divide log(1 + snr) equally, but are at least one step wide. For
+    data N(0, I), mse(t) = 1 / (1 + snr), so each of them contributes the same amount to the bound.
 
     If all t are visited, each of T / 32 strata (at least 8) gets one more prediction, with fresh noise at a random t
-    in the stratum. It is only used to estimate the Monte Carlo variance, see `_layers`.
+    in the stratum. This prediction is only used to estimate the Monte Carlo variance; see `_layers`.
 
-    Image i draws from its own generator in a fixed order, so its result depends neither on the other images nor on
+    Each image uses its own generator in a fixed order, so its result depends neither on the other images nor on
     batch_size.
 
     Args:
         generators: one per image, on the CPU.
         variance: the choice of Sigma; see `log_variance`.
-        z_0_mse: the table required by variance optimal, see `fit_z_0_mse`.
+        z_0_mse: the table required by variance optimal; see `fit_z_0_mse`.
         steps: number of terms per image, an even number from 4 to T; None visits all t.
         last: computes L_0 of discrete data, such as the 8-bit values of a chain on pixels; None uses the Gaussian
             density.
@@ -128,18 +128,18 @@ def variational_bound(
         raise ValueError(f"steps must be an even number from 4 to T = {T}, or None to visit all t; got {steps}")
     _check_finite(z_0)
     edges = _strata(schedule, min(T, max(8, T // 32)) if steps is None else steps // 2)
-    first = torch.arange(1, T + 1)[:, None].expand(T, b) if steps is None else _draw_steps(edges, generators)
-    t = torch.cat([first, _draw_steps(edges, generators)])
+    t = torch.arange(1, T + 1)[:, None].expand(T, b) if steps is None else _draw_steps(edges, generators)
+    t = torch.cat([t, _draw_steps(edges, generators)])
     image, flat_t = torch.arange(b).repeat(len(t)), t.flatten()
     batches = _predict(denoiser, z_0, condition, image, flat_t, generators, batch_size, on_batch)
     terms = _terms(schedule, batches, image, flat_t, variance, z_0_mse, last).reshape(t.shape)
-    layers, variances, middle, widths = _layers(terms, t, edges, T)
+    layers, variances, midpoints, widths = _layers(terms, t, edges, T)
     return Bound(
         prior=prior_kl(schedule, z_0).cpu().double(),
         layers=layers[1:].sum(0),
         last=layers[0],
         monte_carlo_variance=variances.sum(0),
-        steps=middle,
+        steps=midpoints,
         widths=widths,
         curve=layers.mean(1) / widths,
     )
@@ -156,13 +156,15 @@ def fit_z_0_mse(
     batch_size: int = 64,
     on_batch: OnBatch | None = None,
 ) -> Float64[Tensor, " num_entries"]:
-    """Estimate the denoiser's error mse(t) = E |z_0 - its prediction from z_t|^2 / D over t = 0..T.
+    """Estimate the denoiser's error mse(t) = E |z_0 - predicted z_0|^2 / D for t = 0..T.
 
-    Variance optimal requires this table. Fit it on latents of the training split: fitted on the images that it is
-    evaluated on, the result would not be a bound. Each t is visited images_per_step times, cycling through the images
-    in random order. A relative error e of mse(t) costs at most D e^2 / 4 nats per image in the term at t, a maximum
-    that is reached only in L_0: elsewhere only the share c_0^2 mse / Sigma of Sigma is uncertain, and the cost falls
-    with the square of that share.
+    Variance optimal requires this table. Fit it on latents of the training split: with a table fitted on the evaluated
+    images, the result would not be a bound. Each t is visited images_per_step times, cycling through the images in
+    random order.
+
+    A relative error e of mse(t) increases the term at t by at most D e^2 / 4 nats per image. Only L_0 can reach this
+    maximum. In the other terms, mse(t) contributes only the fraction c_0^2 mse / Sigma of Sigma, and the increase is
+    proportional to the square of this fraction.
 
     Raises:
         ValueError: if images_per_step is not positive; if the denoiser's error is exactly 0 at some t.
@@ -178,7 +180,7 @@ def fit_z_0_mse(
     image = torch.cat(order)[: len(t)].cpu()
     table, generators = torch.zeros(num_steps + 1, dtype=torch.float64), [generator] * len(z_0)
     for rows, clean, prediction in _predict(denoiser, z_0, condition, image, t, generators, batch_size, on_batch):
-        error = (precise(prediction.z_0) - precise(clean)).square().flatten(1).mean(1).cpu().double()
+        error = (to_float64(prediction.z_0) - to_float64(clean)).square().flatten(1).mean(1).cpu().double()
         _check_finite_at(error, "the squared error", image[rows], t[rows])
         table.index_add_(0, t[rows], error / images_per_step)
     check_z_0_mse(denoiser.schedule, table)
@@ -198,10 +200,10 @@ def _terms(
     terms = torch.empty(len(t), dtype=torch.float64)
     for rows, clean, prediction in batches:
         term = bound_term(schedule, prediction, clean, t[rows] - 1, t[rows], variance=variance, z_0_mse=z_0_mse)
-        if last is not None and (first := t[rows] == 1).any():
-            mean, v = prediction.z_0[first], None if prediction.v is None else prediction.v[first]
+        if last is not None and (is_last_term := t[rows] == 1).any():
+            mean, v = prediction.z_0[is_last_term], None if prediction.v is None else prediction.v[is_last_term]
             log_sigma = log_variance(schedule, 0, 1, variance, like=mean, v=v, z_0_mse=z_0_mse)
-            term[first] = last(image[rows][first], mean, (0.5 * log_sigma).exp()).to(term)
+            term[is_last_term] = last(image[rows][is_last_term], mean, (0.5 * log_sigma).exp()).to(term)
         terms[rows] = term.cpu().double()
         _check_finite_at(terms[rows], "the bound", image[rows], t[rows])
     return terms
@@ -212,19 +214,19 @@ def _layers(
 ) -> tuple[Float64[Tensor, " k b"], Float64[Tensor, " strata b"], Float64[Tensor, " k"], Float64[Tensor, " k"]]:
     """Return each curve point's contribution, the Monte Carlo variance by stratum, and each point's t and width.
 
-    The variance estimates are unbiased. The two terms of a stratum give w^2 (x - x')^2 / 4. If all t were visited, a
-    term and its repetition with fresh noise at the same t give w (x - x')^2 / 2. Neighbouring t cannot replace the
-    repetition: where L_{t-1} falls steeply, their difference grows with the number of dimensions, but noise only with
-    its square root.
+    The variance estimates are unbiased: w^2 (x - x')^2 / 4 for the two terms of a stratum or, if all t were visited,
+    w (x - x')^2 / 2 for a term and its repetition with fresh noise at the same t. A term at a neighbouring t could not
+    replace the repetition: where L_{t-1} falls steeply, the difference between neighbours is proportional to the number
+    of dimensions, but noise only to its square root.
     """
     stratum_widths = edges.diff().double()
     if len(t) > T:
         layers = terms[:T]
         variances = stratum_widths[:, None] * (layers.gather(0, t[T:] - 1) - terms[T:]).square() / 2
         return layers, variances, t[:T, 0].double(), torch.ones(T, dtype=torch.float64)
-    first, second = stratum_widths[:, None] * terms.reshape(2, -1, terms.shape[1])
-    middle = (edges[1:] + edges[:-1] + 1).double() / 2
-    return (first + second) / 2, (first - second).square() / 4, middle, stratum_widths
+    term_1, term_2 = stratum_widths[:, None] * terms.reshape(2, -1, terms.shape[1])
+    midpoints = (edges[1:] + edges[:-1] + 1).double() / 2
+    return (term_1 + term_2) / 2, (term_1 - term_2).square() / 4, midpoints, stratum_widths
 
 
 def _strata(schedule: NoiseSchedule, count: int) -> Int[Tensor, " edges"]:
@@ -234,10 +236,10 @@ def _strata(schedule: NoiseSchedule, count: int) -> Int[Tensor, " edges"]:
     """
     log_1_snr = -torch.log1p(-schedule.alpha_bar[1:].cpu())
     levels = torch.linspace(log_1_snr[0].item(), log_1_snr[-1].item(), count, dtype=torch.float64)
-    least = torch.arange(1, count + 1)
+    lowest = torch.arange(1, count + 1)
     edges = 1 + torch.searchsorted(-log_1_snr, -levels).clamp(max=schedule.num_steps - 1)
-    edges = (edges - least).cummax(0).values + least
-    return torch.cat([torch.zeros(1, dtype=torch.long), edges.minimum(schedule.num_steps - count + least)])
+    edges = (edges - lowest).cummax(0).values + lowest
+    return torch.cat([torch.zeros(1, dtype=torch.long), edges.minimum(schedule.num_steps - count + lowest)])
 
 
 def _draw_steps(edges: Int[Tensor, " edges"], generators: list[torch.Generator]) -> Int[Tensor, " strata b"]:
@@ -257,7 +259,7 @@ def _predict(
     batch_size: int,
     on_batch: OnBatch | None,
 ) -> Iterator[tuple[slice, Tensor, Prediction]]:
-    """Noise z_0[image[k]] to t[k], predict z_0, and yield each batch of k as (rows, z_0, prediction)."""
+    """Add noise to z_0[image[k]] for each k, predict z_0, and yield each batch of k as (rows, z_0, prediction)."""
     for start in range(0, len(t), batch_size):
         rows = slice(start, min(start + batch_size, len(t)))
         eps = torch.stack([_draw(z_0, generators[i]) for i in image[rows].tolist()])

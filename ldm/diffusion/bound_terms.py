@@ -20,7 +20,7 @@ def prior_kl(schedule: NoiseSchedule, z_0: Float[Tensor, " b *z"]) -> Float[Tens
 
     KL(q(z_T | z_0) || N(0, I)) = 1/2 sum(a_T z_0^2 - a_T - log(1 - a_T))
     """
-    z_0 = precise(z_0)
+    z_0 = to_float64(z_0)
     a_T = schedule.at(schedule.num_steps, z_0)
     return 0.5 * (a_T.to(z_0) * z_0.square() - (a_T + torch.log1p(-a_T)).to(z_0)).flatten(1).sum(1)
 
@@ -40,28 +40,28 @@ def bound_term(
         s >= 1  KL(q(z_s | z_t, z_0) || p(z_s | z_t)) = 1/2 sum(bt / Sigma - 1 + log(Sigma / bt) + d^2 / Sigma)
         s = 0   -log p(z_0 | z_t)                     = 1/2 sum(log(2 pi Sigma) + d^2 / Sigma)
 
-    where d = c_0 (z_0 - its prediction) is the difference between the two means; their common term in z_t cancels.
-    s and t are ints, or long tensors [b] that can mix both cases. Sigma is any choice that `log_variance` supports.
+    where d = c_0 (z_0 - predicted z_0) is the difference between the two means; their z_t terms are equal and cancel.
+    s and t are ints, or long tensors [b] that can mix both cases. Any Sigma that `log_variance` supports can be used.
     Source: Ho et al. 2020, arXiv:2006.11239, eqs. 5 to 7.
 
     Raises:
         ValueError: as raised by `log_variance`.
     """
-    v, squared = None, (at_least_float32(z_0) - at_least_float32(prediction.z_0)).square().flatten(1)
+    v, squared_error = None, (at_least_float32(z_0) - at_least_float32(prediction.z_0)).square().flatten(1)
     if variance != "learned_range":
         # All dimensions share one Sigma, so the rest is arithmetic on one number per image.
-        squared = squared.mean(1, keepdim=True)
+        squared_error = squared_error.mean(1, keepdim=True)
     elif prediction.v is not None:
-        v = precise(prediction.v).flatten(1)
-    squared = precise(squared)
+        v = to_float64(prediction.v).flatten(1)
+    squared_error = to_float64(squared_error)
     # c_0 is the posterior's mean at z_0 = 1 and z_t = 0.
-    one = torch.ones_like(squared[:, :1])
+    one = torch.ones_like(squared_error[:, :1])
     c_0, bt = posterior(schedule, one, torch.zeros_like(one), s, t)
-    log_sigma = log_variance(schedule, s, t, variance, like=squared, v=v, z_0_mse=z_0_mse)
+    log_sigma = log_variance(schedule, s, t, variance, like=squared_error, v=v, z_0_mse=z_0_mse)
     is_last_term = bt == 0
     log_ratio = log_sigma - torch.where(is_last_term, 1.0, bt).log()
-    spread = torch.where(is_last_term, log_sigma + math.log(2 * math.pi), torch.expm1(-log_ratio) + log_ratio)
-    return 0.5 * z_0[0].numel() * (spread + c_0.square() * squared * (-log_sigma).exp()).mean(1)
+    variance_terms = torch.where(is_last_term, log_sigma + math.log(2 * math.pi), torch.expm1(-log_ratio) + log_ratio)
+    return 0.5 * z_0[0].numel() * (variance_terms + c_0.square() * squared_error * (-log_sigma).exp()).mean(1)
 
 
 def discretised_nll(
@@ -83,19 +83,19 @@ def discretised_nll(
     Raises:
         ValueError: unless bin_width and every scale are positive.
     """
-    x, mean, scale = precise(x), precise(mean), precise(scale)
+    x, mean, scale = to_float64(x), to_float64(mean), to_float64(scale)
     if bin_width <= 0 or not (scale > 0).all():
         raise ValueError(f"bin_width and scale must be positive; got {bin_width} and {scale.min().item()}")
-    below = torch.where(x < low + bin_width / 2, -math.inf, (x - bin_width / 2 - mean) / scale)
-    above = torch.where(x > high - bin_width / 2, math.inf, (x + bin_width / 2 - mean) / scale)
-    # Phi is only accurate in its lower tail, so a bin above the mean is mirrored to below it.
-    mirrored = below + above > 0
-    below, above = torch.where(mirrored, -above, below), torch.where(mirrored, -below, above)
-    log_below, log_above = torch.special.log_ndtr(below), torch.special.log_ndtr(above)
-    return -(log_above + torch.log(-torch.expm1(log_below - log_above)))
+    lower = torch.where(x < low + bin_width / 2, -math.inf, (x - bin_width / 2 - mean) / scale)
+    upper = torch.where(x > high - bin_width / 2, math.inf, (x + bin_width / 2 - mean) / scale)
+    # Phi is only accurate in its lower tail, so bins above the mean are mirrored.
+    mirrored = lower + upper > 0
+    lower, upper = torch.where(mirrored, -upper, lower), torch.where(mirrored, -lower, upper)
+    log_lower, log_upper = torch.special.log_ndtr(lower), torch.special.log_ndtr(upper)
+    return -(log_upper + torch.log(-torch.expm1(log_lower - log_upper)))
 
 
-def precise(z: Tensor) -> Tensor:
+def to_float64(z: Tensor) -> Tensor:
     """Convert to float64, or to float32 on MPS."""
-    # Thousands of terms are summed, each a small difference of logarithms. Float32 would lose fractions of a nat.
+    # The bound sums thousands of small differences of logarithms. Float32 would lose fractions of a nat.
     return at_least_float32(z) if z.device.type == "mps" else z.double()

@@ -1,6 +1,6 @@
 """The Gaussian Markov chain: forward steps, posterior, Sigma, and the prediction types of a network.
 
-Setting: z_t = alpha z_0 + sigma eps, where alpha = sqrt(a_t), sigma = sqrt(1 - a_t), eps ~ N(0, I). For any
+Notation: z_t = alpha z_0 + sigma eps, where alpha = sqrt(a_t), sigma = sqrt(1 - a_t), eps ~ N(0, I). For any
 s < t,
 
     b  = 1 - a_t / a_s                    variance of a forward step s -> t    (beta_t at s = t - 1)
@@ -118,20 +118,20 @@ def log_variance(
         learned_range  v log b + (1 - v) log bt,   v in [0, 1] if the network's output is in [-1, 1]
         optimal        log (bt + c_0^2 mse(t)),    c_0 = sqrt(a_s) b / (1 - a_t),  mse(t) = z_0_mse[t]
 
-    optimal is the isotropic Sigma that minimises the mean KL of each step for this denoiser, whether it is exact or
-    not. The means of q(z_s | z_t, z_0) and p(z_s | z_t) differ by c_0 (z_0 - its prediction), so per dimension
+    optimal is the isotropic Sigma that minimises the mean KL of each step for this denoiser, whether or not it is
+    exact. The means of q(z_s | z_t, z_0) and p(z_s | z_t) differ by c_0 (z_0 - predicted z_0), so per dimension
 
         E KL = 1/2 (log Sigma - log bt + (bt + c_0^2 mse(t)) / Sigma - 1),
-        mse(t) = E |z_0 - its prediction from z_t|^2 / D.
+        mse(t) = E |z_0 - predicted z_0|^2 / D.
 
-    At s = 0, bt = 0 and c_0 = 1, so Sigma = mse(t) minimises the mean of -log p(z_0 | z_t). The other choices that
-    depend on bt use, at s = 0, the bt of the step 2 -> 1 of the full chain. The result has shape [b or 1, 1, ..., 1],
+    At s = 0, bt = 0 and c_0 = 1. optimal is then mse(t), which minimises the mean of -log p(z_0 | z_t). fixed_small and
+    learned_range replace bt = 0 by bt of the step 2 -> 1 of the full chain. The result has shape [b or 1, 1, ..., 1],
     or the shape of v for learned_range.
     Source: Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 15, and its clip at the last step; optimal is Bao et
     al. 2022, arXiv:2201.06503, for an exact denoiser, and arXiv:2206.07309 for any denoiser.
 
     Args:
-        z_0_mse: mse(t) over t = 0..T, see `check_z_0_mse`; only used by optimal.
+        z_0_mse: mse(t) for t = 0..T, only used by optimal; see `check_z_0_mse`.
 
     Raises:
         ValueError: unless 0 <= s < t <= T; if `variance` is unknown; if v is missing for learned_range, or z_0_mse
@@ -149,21 +149,21 @@ def log_variance(
         return (bt + from_z_0**2 * _z_0_mse_at(schedule, z_0_mse, t).reshape(from_z_0.shape)).log().to(like)
     if (bt == 0).any():
         if schedule.num_steps < 2:
-            raise ValueError("bt at s = 0 is that of the step 2 -> 1, but this chain has one step: use fixed_large")
+            raise ValueError(f"{variance} needs at least two steps, but this chain has one step. Use fixed_large")
         bt = torch.where(bt == 0, _step_variances(schedule.at(1, like), schedule.at(2, like))[1], bt)
     if variance == "fixed_small":
         return bt.log().to(like)
     if v is None:
-        raise ValueError("learned_range needs v, but the denoiser returned none: its network must learn the variance")
+        raise ValueError("learned_range needs v, but the denoiser returned None: its network must learn the variance")
     v = at_least_float32(v)
     return v * b.log().to(v) + (1 - v) * bt.log().to(v)
 
 
 def check_z_0_mse(schedule: NoiseSchedule, z_0_mse: Float64[Tensor, " num_entries"]) -> None:
-    """Raise an error if a table cannot be mse(t) = E |z_0 - its prediction from z_t|^2 / D over t = 0..T.
+    """Raise an error if z_0_mse is not a valid table of mse(t) = E |z_0 - predicted z_0|^2 / D for t = 0..T.
 
     Raises:
-        ValueError: unless it has T + 1 entries, which are finite, 0 at t = 0, and positive from t = 1.
+        ValueError: unless it has T + 1 finite entries, which are 0 at t = 0 and positive elsewhere.
     """
     if len(z_0_mse) != schedule.num_steps + 1:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Denoisers convert any network output to a prediction of z_0, and of v if Sigma is learned."""
+"""Denoisers, which convert the output of a network to a prediction of z_0, and of v if Sigma is learned."""
 
 from collections.abc import Callable
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -15,7 +15,7 @@ Condition = dict[str, Tensor]
 
 
 class Prediction(NamedTuple):
-    """The output of a denoiser: the predicted z_0, and v of learned_range (None if Sigma is fixed)."""
+    """The output of a denoiser: the predicted z_0, and v for variance learned_range (None if Sigma is fixed)."""
 
     z_0: Tensor
     v: Tensor | None
@@ -46,10 +46,10 @@ class Denoiser:
     Args:
         schedule: the noise schedule that the network is trained with.
         network: called as network(z_t, timesteps, condition) with timesteps = t - 1 in 0..T-1, a long tensor
-            [b], so that timesteps have the same meaning as in diffusers and weights can be exchanged. A real t is
+            [b]. These timesteps have the same meaning as in diffusers, so weights can be exchanged. A real t is
             passed as a float tensor, in float32 or better.
         prediction: the network's prediction type: eps, z_0, v or flow.
-        learned_variance: if true, the network outputs 2C channels, and the second half, in [-1, 1], gives
+        learned_variance: if true, the network outputs 2C channels; the second half, in [-1, 1], is converted to
             v = (out + 1) / 2 (Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 15).
 
     Raises:
@@ -81,7 +81,7 @@ class Denoiser:
     def output(
         self, z_t: Float[Tensor, " b c *hw"], t: Step, condition: Condition | None = None
     ) -> tuple[Float[Tensor, " b c *hw"], Float[Tensor, " b c *hw"] | None]:
-        """Return the network's raw prediction, to be compared with `chain.target`, and v, in float32 or better.
+        """Return the raw prediction of the network, which approximates `chain.target`, and v, in float32 or better.
 
         Raises:
             ValueError: unless 1 <= t <= T; unless the network outputs C channels, or 2C if it learns the

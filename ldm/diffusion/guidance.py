@@ -20,8 +20,8 @@ class Guided:
 
         z_0 = null + scale (cond - null)   while u = t / T is in the interval, else cond
 
-    Guiding z_0 is equivalent to guiding eps, v or flow, since each is affine in the others at a given z_t. The v
-    of learned_range comes from the conditional branch. Both branches run in a single batch. Outside the interval,
+    Guiding z_0 is equivalent to guiding eps, v or flow, which are affine functions of z_0 at a given z_t. The v of
+    learned_range comes from the conditional branch. Both branches run in a single batch. Outside the interval,
     and at scale = 1, only the conditional branch runs.
     Source: Ho and Salimans 2022, arXiv:2207.12598, eq. 6 (scale = w + 1); the interval is Kynkäänniemi et al.
     2024, arXiv:2404.07724.
@@ -29,7 +29,7 @@ class Guided:
     Args:
         denoiser: the denoiser to guide.
         scale: guidance scale; 1 disables guidance, 0 is unconditional.
-        null_condition: the values that replace a dropped condition, each with batch size 1.
+        null_condition: the values that replace dropped conditions, each with batch size 1.
         interval: lowest and highest u = t / T, both included, at which guidance is applied.
 
     Raises:
@@ -71,12 +71,12 @@ class Guided:
         is_inside = (u >= low) & (u <= high)
         if self.scale == 1 or not is_inside.any():
             return self.denoiser(z_t, t, condition)
-        both_t = t if isinstance(t, int | float) else torch.cat([t, t])
-        both = self.denoiser(torch.cat([z_t, z_t]), both_t, self._stack_null(condition))
-        cond, null = both.z_0.chunk(2)
+        stacked_t = t if isinstance(t, int | float) else torch.cat([t, t])
+        stacked = self.denoiser(torch.cat([z_t, z_t]), stacked_t, self._stack_null(condition))
+        cond, null = stacked.z_0.chunk(2)
         is_inside = is_inside.reshape(-1, *(1,) * (z_t.ndim - 1)).to(cond)
         scale = 1 + (self.scale - 1) * is_inside
-        return Prediction(null + scale * (cond - null), None if both.v is None else both.v.chunk(2)[0])
+        return Prediction(null + scale * (cond - null), None if stacked.v is None else stacked.v.chunk(2)[0])
 
     def _stack_null(self, condition: Condition | None) -> dict[str, Tensor]:
         names, expected = sorted(condition or {}), sorted(self.null_condition)
@@ -88,7 +88,7 @@ class Guided:
             if value.shape[1:] != null.shape[1:]:
                 raise ValueError(
                     f"condition {name!r} has shape {list(value.shape[1:])} per sample, but its null condition has "
-                    f"{list(null.shape[1:])}; pad them to one shape"
+                    f"{list(null.shape[1:])}; pad them to the same shape"
                 )
             stacked[name] = torch.cat([value, null.to(value).expand_as(value)])
         return stacked

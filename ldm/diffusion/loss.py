@@ -1,7 +1,7 @@
 """Training losses of the denoiser, per sample: L_simple and its weightings, L_vlb, and their sum L_hybrid.
 
-Setting: the network's output is compared with `chain.target` in the space of its prediction type. In each space the
-squared error is that of z_0 times a known factor, since at a given z_t all predictions are affine in z_0:
+The network's output is compared with `chain.target` in the space of its prediction type. At a given z_t, all
+predictions are affine in z_0, so the squared error in each space is the squared error of z_0 times a factor:
 
     eps: snr        z_0: 1        v: snr + 1        flow: (alpha + sigma)^2 / sigma^2
 
@@ -40,7 +40,7 @@ def sample_timesteps(
         uniform       every t equally likely
         logit_normal  t = ceil(u T), u = 1 / (1 + exp(-n)), n ~ N(0, 1)
 
-    They are drawn on the generator's device, so that the draws do not depend on `device`.
+    t is sampled on the generator's device, so that the result does not depend on `device`.
     Source: logit_normal is Esser et al. 2024, arXiv:2403.03206, section 3.1.
 
     Raises:
@@ -174,10 +174,10 @@ class ImportanceTimesteps(nn.Module):
 
     def probabilities(self) -> Float[Tensor, " num_steps"]:
         """Return p_t for t = 1..T."""
-        size = self.history.square().mean(1).sqrt()
-        uniform = torch.full_like(size, 1 / len(size))
-        share = torch.where(self.counts.min() >= self.history_length, size / size.sum(), uniform)
-        return (1 - self.uniform_share) * share + self.uniform_share * uniform
+        rms = self.history.square().mean(1).sqrt()
+        uniform = torch.full_like(rms, 1 / len(rms))
+        proportional = torch.where(self.counts.min() >= self.history_length, rms / rms.sum(), uniform)
+        return (1 - self.uniform_share) * proportional + self.uniform_share * uniform
 
     def sample(
         self, batch: int, generator: torch.Generator | None = None
@@ -201,11 +201,11 @@ class ImportanceTimesteps(nn.Module):
             ValueError: if a loss is not finite.
         """
         if not losses.isfinite().all():
-            raise ValueError("the importance sampling of t received a loss that is not finite")
+            raise ValueError("importance sampling of t received a loss that is not finite")
         t, order = t.to(self.counts.device).sort(stable=True)
         new_counts = torch.bincount(t - 1, minlength=len(self.counts))
         rank = torch.arange(len(t), device=t.device) - (new_counts.cumsum(0) - new_counts)[t - 1]
-        # If there are more than 10 losses at one t, only the last 10 are stored, each in a slot of its own.
+        # If there are more than 10 losses at one t, only the last 10 are stored, each in its own slot.
         is_recent = rank >= new_counts[t - 1] - self.history_length
         slot = (self.counts[t - 1] + rank) % self.history_length
         self.history[(t - 1)[is_recent], slot[is_recent]] = losses.to(self.history)[order][is_recent]

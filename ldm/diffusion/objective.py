@@ -1,4 +1,4 @@
-"""The training objective: the loss, the prediction type, how t is drawn, and which combinations are valid.
+"""The training objective: the loss, the prediction type, the distribution of t, and which combinations are valid.
 
 simple, min_snr   L_simple, with a fixed Sigma
 hybrid            L_simple + 0.001 L_vlb; L_simple trains the mean, L_vlb only trains Sigma
@@ -19,8 +19,8 @@ from ldm.diffusion.schedule import NoiseSchedule
 from ldm.rules import Positive, apply_rules
 
 
-class Denoising(NamedTuple):
-    """A training batch noised to t, with the output and v that `Denoiser.output` returns for it."""
+class DenoisingBatch(NamedTuple):
+    """A training batch noised to t, with the network's output and v from `Denoiser.output`."""
 
     z_0: Tensor
     eps: Tensor
@@ -32,8 +32,8 @@ class Denoising(NamedTuple):
     @classmethod
     def run(
         cls, denoiser: Denoiser, z_0: Tensor, eps: Tensor, t: Tensor, condition: Condition | None = None
-    ) -> "Denoising":
-        """Noise z_0 to t and call the network."""
+    ) -> "DenoisingBatch":
+        """Add noise to z_0 and call the network."""
         z_t = marginal(denoiser.schedule, z_0, t, eps)
         return cls(z_0, eps, t, z_t, *denoiser.output(z_t, t, condition))
 
@@ -44,9 +44,9 @@ class Objective:
 
     Args:
         loss: simple, min_snr, hybrid or vlb.
-        prediction: The network's prediction type: eps, z_0, v or flow.
-        timesteps: The distribution of t in training: uniform, logit_normal or importance.
-        gamma: The upper limit on the SNR weight of min_snr; ignored by the other losses.
+        prediction: the network's prediction type: eps, z_0, v or flow.
+        timesteps: the distribution of t in training: uniform, logit_normal or importance.
+        gamma: the upper limit on the SNR weight of min_snr; ignored by the other losses.
     """
 
     loss: str = "simple"
@@ -58,22 +58,22 @@ class Objective:
         """Return `override` if set, else the default Sigma: learned_range for hybrid and vlb, otherwise fixed_small."""
         return override or ("fixed_small" if self.loss in WEIGHTINGS else "learned_range")
 
-    def per_sample(self, schedule: NoiseSchedule, batch: Denoising, variance: str) -> Float[Tensor, " b"]:
+    def per_sample(self, schedule: NoiseSchedule, batch: DenoisingBatch, variance: str) -> Float[Tensor, " b"]:
         """Return the loss of each sample; `variance` is a choice of Sigma that `check` accepts."""
         return LOSSES[self.loss](self, schedule, batch, variance)
 
-    def simple(self, schedule: NoiseSchedule, batch: Denoising, variance: str) -> Float[Tensor, " b"]:
+    def simple(self, schedule: NoiseSchedule, batch: DenoisingBatch, variance: str) -> Float[Tensor, " b"]:
         """Return L_simple per sample, with min-SNR weights if the loss is min_snr."""
         weighting = self.loss if self.loss in WEIGHTINGS else "simple"
         sample = (batch.output, batch.z_0, batch.eps, batch.t, self.prediction)
         return simple_loss(schedule, *sample, weighting=weighting, gamma=self.gamma)
 
-    def vlb(self, schedule: NoiseSchedule, batch: Denoising, variance: str) -> Float[Tensor, " b"]:
+    def vlb(self, schedule: NoiseSchedule, batch: DenoisingBatch, variance: str) -> Float[Tensor, " b"]:
         """Return L_vlb per sample, in bits per latent dimension."""
         prediction = Prediction(to_z_0(schedule, batch.output, batch.z_t, batch.t, self.prediction), batch.v)
         return vlb_loss(schedule, prediction, batch.z_0, batch.t, variance)
 
-    def hybrid(self, schedule: NoiseSchedule, batch: Denoising, variance: str) -> Float[Tensor, " b"]:
+    def hybrid(self, schedule: NoiseSchedule, batch: DenoisingBatch, variance: str) -> Float[Tensor, " b"]:
         """Return L_hybrid per sample."""
         sample = (batch.output, batch.v, batch.z_0, batch.z_t, batch.eps, batch.t, self.prediction)
         return hybrid_loss(schedule, *sample)
@@ -117,7 +117,7 @@ class Objective:
             )
 
 
-LOSSES: dict[str, Callable[[Objective, NoiseSchedule, Denoising, str], Tensor]] = {
+LOSSES: dict[str, Callable[[Objective, NoiseSchedule, DenoisingBatch, str], Tensor]] = {
     "simple": Objective.simple,
     "min_snr": Objective.simple,
     "hybrid": Objective.hybrid,

@@ -1,11 +1,11 @@
 """Noise schedules: how much of the signal remains after t of T steps.
 
-Setting: a Markov chain z_0, z_1, ..., z_T with q(z_t | z_0) = N(sqrt(a_t) z_0, (1 - a_t) I), where
-a_t = alpha_bar[t] falls from a_0 = 1 towards 0. A table has T + 1 entries, so a reverse step can go from any
-t to any s < t, including s = 0. u = t / T is the continuous time.
+A schedule defines a Markov chain z_0, z_1, ..., z_T with q(z_t | z_0) = N(sqrt(a_t) z_0, (1 - a_t) I), where
+a_t = alpha_bar[t] decreases from a_0 = 1 towards 0. The table has T + 1 entries, so a reverse step can go from any t to
+any s < t, including s = 0. u = t / T is the continuous time.
 
-Between the steps 1..T, log-SNR, log a_t / (1 - a_t), is interpolated by a monotone C1 curve, which makes the chain
-continuous. Below t = 1 nothing is interpolated, because log-SNR diverges to infinity.
+For real t in [1, T], log-SNR = log(a_t / (1 - a_t)) is interpolated by a monotone C1 curve. There is no interpolation
+below t = 1, because log-SNR diverges at t = 0.
 """
 
 import dataclasses
@@ -22,9 +22,9 @@ from torch import Tensor
 from ldm.rules import Steps, checked
 
 Step = int | float | Int[Tensor, " b"] | Float[Tensor, " b"]
-"""A step of the chain, or a real time in [1, T]: a number for the whole batch, or a tensor with one per sample."""
+"""A step of the chain, or a real time in [1, T]: one number for the whole batch, or a tensor with one per sample."""
 
-# log-SNR is -inf where alpha_bar = 0. A floor this low changes z by only 1e-10.
+# Floor that avoids log-SNR = -inf where alpha_bar = 0. It changes z by only 1e-10.
 ALPHA_BAR_FLOOR = 1e-20
 
 
@@ -39,16 +39,16 @@ class NoiseSchedule:
     (4, 1.0)
 
     The table is in float64 because 1 - a_t and 1 - a_t / a_s suffer from cancellation in float32. Coefficients are
-    computed in float64 from `at`, and cast once by `.to(z)` before they multiply the tensor. They are computed on
-    the table's device: move it with `to`, or leave it on the CPU (MPS has no float64). Real times are interpolated
-    on the CPU.
+    computed from `at` in float64, on the table's device, and cast with `.to(z)` just before they multiply a tensor.
+    `to` moves the table to another device. MPS has no float64, so leave the table on the CPU there. Real times are
+    interpolated on the CPU.
 
     Args:
         name: the name of the schedule in configs and messages.
-        alpha_bar: float64, shape [T + 1], alpha_bar[0] = 1, strictly decreasing, in [0, 1].
+        alpha_bar: the table, float64 of shape [T + 1], strictly decreasing in [0, 1], with alpha_bar[0] = 1.
 
     Raises:
-        ValueError: if the table violates one of these rules.
+        ValueError: if alpha_bar violates one of these rules.
     """
 
     name: str
@@ -62,12 +62,12 @@ class NoiseSchedule:
         if table.ndim != 1 or len(table) < 2:
             raise ValueError(f"{rule} must have shape [T + 1] with T >= 1; got {list(table.shape)}")
         if table[0] != 1:
-            raise ValueError(f"{rule}[0] must be 1, for the clean latent; got {table[0].item()}")
+            raise ValueError(f"{rule}[0] must be 1 (the clean latent); got {table[0].item()}")
         if not table[-1] >= 0:
             raise ValueError(f"{rule}[T] must be at least 0; got {table[-1].item()}")
-        not_falling = ~(table.diff() < 0)
-        if not_falling.any():
-            t = int(not_falling.nonzero()[0]) + 1
+        is_bad = ~(table.diff() < 0)
+        if is_bad.any():
+            t = int(is_bad.nonzero()[0]) + 1
             raise ValueError(
                 f"{rule} must be strictly decreasing; got alpha_bar[{t - 1}] = {table[t - 1].item()} and "
                 f"alpha_bar[{t}] = {table[t].item()}"
@@ -86,7 +86,7 @@ class NoiseSchedule:
     def at(self, t: Step, like: Float[Tensor, " b *z"]) -> Float64[Tensor, " _ *_"]:
         """Return a_t in float64 on the table's device, with shape [b or 1, 1, ..., 1], broadcastable to `like`.
 
-        A real t with an integer value gives the table's entry exactly.
+        For a real t with an integer value, this is exactly the entry of the table.
 
         Raises:
             ValueError: unless t is one of 0..T, or real and in [1, T]; for a real t, as raised by
@@ -107,7 +107,7 @@ class NoiseSchedule:
 
     @cached_property
     def log_snr_curve(self) -> PchipInterpolator:
-        """log-SNR over real t in [1, T]: the monotone C1 PCHIP interpolant of the table, in float64.
+        """log-SNR for real t in [1, T]: the monotone C1 PCHIP interpolant of the table, in float64.
 
         alpha_bar[T] = 0 is replaced by 1e-20.
         Source: Fritsch and Butland 1984, doi:10.1137/0905021, as implemented in scipy.
@@ -116,10 +116,10 @@ class NoiseSchedule:
             ValueError: if the chain has fewer than 2 steps; if alpha_bar is below 1e-20 before T.
         """
         if self.num_steps < 2:
-            raise ValueError(f"schedule {self.name!r} has one step, but a real t needs at least two to lie between")
+            raise ValueError(f"schedule {self.name!r} has only one step; interpolation to real t needs at least two")
         if self.alpha_bar[-2] <= ALPHA_BAR_FLOOR:
             raise ValueError(
-                f"schedule {self.name!r} cannot interpolate between steps of pure noise: alpha_bar is below "
+                f"schedule {self.name!r} cannot be interpolated to real t, because alpha_bar falls below "
                 f"{ALPHA_BAR_FLOOR} before T. Use a schedule that adds less noise"
             )
         log_snr = self.alpha_bar[1:].cpu().clamp(min=ALPHA_BAR_FLOOR).logit()
@@ -135,7 +135,7 @@ class NoiseSchedule:
             ValueError: unless 1 <= t <= T; as raised by `log_snr_curve`.
         """
         time = step_tensor(t).double()
-        a_t = self._between(time)
+        a_t = self._interpolate(time)
         return (1 - a_t) * -self._curve(time, derivative=1)
 
     def time_at(self, log_snr: float) -> float:
@@ -149,22 +149,22 @@ class NoiseSchedule:
             return 1.0
         if log_snr <= curve(self.num_steps):
             return float(self.num_steps)
-        left = int((curve.c[-1] > log_snr).sum())
-        return float(brentq(lambda t: curve(t) - log_snr, left, left + 1))
+        knot = int((curve.c[-1] > log_snr).sum())
+        return float(brentq(lambda t: curve(t) - log_snr, knot, knot + 1))
 
     def to(self, device: torch.device | str) -> "NoiseSchedule":
-        """Return the schedule with its table on `device`."""
+        """Return a copy of the schedule with its table on `device`."""
         return dataclasses.replace(self, alpha_bar=self.alpha_bar.to(device))
 
     def _gather(self, t: Step) -> Tensor:
         index = step_tensor(t)
         if index.is_floating_point():
-            return self._between(index)
+            return self._interpolate(index)
         if ((index < 0) | (index > self.num_steps)).any():
             raise ValueError(f"schedule {self.name!r} has steps 0..{self.num_steps}; got t = {t}")
         return self.alpha_bar[index.to(self.alpha_bar.device)]
 
-    def _between(self, t: Tensor) -> Tensor:
+    def _interpolate(self, t: Tensor) -> Tensor:
         if not ((t >= 1) & (t <= self.num_steps)).all():
             raise ValueError(f"schedule {self.name!r} needs a real t in [1, {self.num_steps}]; got t = {t.tolist()}")
         step = t.to(self.alpha_bar.device).round().long()

@@ -1,9 +1,9 @@
-"""A small classifier of a data set's own classes, whose features are independent of every training loss.
+"""A small classifier trained on a data set's own labels, so that its features are independent of every training loss.
 
-If a perceptual loss uses a feature network, a distance in the features of that network says little about the quality of
-the result. The classifier is trained on the labels of the training split only and cached next to the prepared images.
-It overfits to the training images, which affects distances from validation images to training images, but not distances
-between validation images and their reconstructions.
+If a perceptual loss uses a feature network, distances between features of that network say little about quality. The
+classifier is trained on the labels of the training split only, and cached next to the prepared images. It overfits to
+the training images. This affects distances between validation and training images, but not distances between validation
+images and their reconstructions.
 """
 
 import json
@@ -29,15 +29,15 @@ from ldm.progress import track
 from ldm.runtime.random import derive_seed, torch_generator
 
 FORMAT = 1
-"""Version of the architecture, the training recipe and the files. A different version trains a new classifier."""
+"""Version of the architecture, training recipe and file format. A new version trains a new classifier."""
 NUM_STEPS, BATCH_SIZE, PEAK_LR, WEIGHT_DECAY = 1000, 256, 1e-2, 0.05
 MAX_SIZE_PX = 64
 
 
 class Classifier(nn.Module):
-    """A convolutional classifier whose penultimate layer gives features: [b, 3, H, W] in [-1, 1] -> [b, 64].
+    """A convolutional classifier with features from its penultimate layer: [b, 3, H, W] in [-1, 1] -> [b, 64].
 
-    Images of more than 64 px are resized to 64 (bilinear, antialiased); H and W are even.
+    Images larger than 64 px are resized to 64 px (bilinear, antialiased). H and W must be even.
     """
 
     name = "classifier"
@@ -47,9 +47,9 @@ class Classifier(nn.Module):
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.key = self.name
-        """Cache key of the features: identifies the data set, the split, the seed, the weights and the image size."""
+        """Cache key of the features. It identifies the data set, split, seed, weights and image size."""
         self.val_accuracy: float | None = None
-        """Proportion of validation images that are classified correctly."""
+        """Accuracy on the validation images."""
         self.layers = nn.Sequential(
             nn.PixelUnshuffle(2),
             _convolution(12, 32),
@@ -70,13 +70,13 @@ class Classifier(nn.Module):
         return self.head(self(images))
 
 
-def _convolution(channels: int, out: int, stride: int = 1) -> nn.Module:
-    convolution = nn.Conv2d(channels, out, 3, stride, padding=1, bias=False)
-    return nn.Sequential(convolution, nn.BatchNorm2d(out), nn.ReLU())
+def _convolution(in_channels: int, out_channels: int, stride: int = 1) -> nn.Module:
+    convolution = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(out_channels), nn.ReLU())
 
 
 def load_classifier(images: ImageData, *, seed: int = 0, num_steps: int = NUM_STEPS) -> Classifier:
-    """Return the frozen classifier of a data set: load it from the cache folder, or train it and save it there.
+    """Load the frozen classifier of a data set from its cache folder, or train and cache it.
 
     The files are features-classifier-<digest>.safetensors and a .json file with the training settings and the accuracy.
 
@@ -89,7 +89,7 @@ def load_classifier(images: ImageData, *, seed: int = 0, num_steps: int = NUM_ST
     settings["num_classes"] = int(labels.max()) + 1
     digest = sha256_of_values(settings)[:8]
     classifier, name = Classifier(settings["num_classes"]), f"{Classifier.name}-{digest}"
-    weights, facts = (images.path / f"features-{name}{end}" for end in (".safetensors", ".json"))
+    weights, facts = (images.path / f"features-{name}{suffix}" for suffix in (".safetensors", ".json"))
     if weights.is_file():
         try:
             classifier.load_state_dict(load_file(weights))
@@ -105,7 +105,7 @@ def load_classifier(images: ImageData, *, seed: int = 0, num_steps: int = NUM_ST
         classifier.val_accuracy = accuracy(classifier, images, labels, images.val_indices)
         content = {**settings, "val_accuracy": classifier.val_accuracy, "num_val": len(images.val_indices)}
         write_text(facts, json.dumps(content, indent=2) + "\n")
-        with atomic_write(weights) as partial:  # written last, so that weights never exist without facts
+        with atomic_write(weights) as partial:  # last, so that weights never exist without facts
             save_file(classifier.state_dict(), partial)
     classifier.key = f"{name}-{weights_digest(classifier)}-{min(images.resolution, MAX_SIZE_PX)}px"
     return classifier.eval().requires_grad_(False)
@@ -115,10 +115,10 @@ def _labels(images: ImageData) -> Tensor:
     missing = len(images) if images.labels is None else images.labels.count(None)
     labels = torch.tensor([] if missing else images.labels)
     if missing or len(labels[images.train_indices].unique()) < 2:
+        reason = f"{missing} of the {len(images)} images have none" if missing else "all training images have one class"
         raise UserError(
-            f"features=classifier needs a class label for every image and at least 2 classes, but in {images.name} "
-            f"{missing} of the {len(images)} images have no label{'' if missing else ', and all have the same class'}. "
-            "Use features=efficientnet_lite, which needs no labels."
+            f"features=classifier needs at least 2 classes and a class label for every image, but in {images.name}, "
+            f"{reason}. Use features=efficientnet_lite, which needs no labels."
         )
     return labels
 
@@ -126,8 +126,8 @@ def _labels(images: ImageData) -> Tensor:
 def fit_classifier(classifier: Classifier, images: ImageData, labels: Tensor, *, seed: int, num_steps: int) -> None:
     """Train on the training split with cross-entropy, AdamW, a linear warm-up and a cosine decay to zero.
 
-    Training runs on the CPU, so that every machine obtains the same features. The initial weights and the order of the
-    images depend only on the seed.
+    Training runs on the CPU, so that features are the same on every machine. The initial weights and the image order
+    depend only on the seed.
     """
     generator = torch_generator(seed, 1)
     for layer in classifier.modules():
@@ -135,7 +135,7 @@ def fit_classifier(classifier: Classifier, images: ImageData, labels: Tensor, *,
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu", generator=generator)
     nn.init.zeros_(classifier.head.weight)
     nn.init.zeros_(classifier.head.bias)
-    indices, order = images.train_indices, derive_seed(seed, 2)
+    indices, order_seed = images.train_indices, derive_seed(seed, 2)
     batch_size = min(BATCH_SIZE, len(indices))
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=PEAK_LR, weight_decay=WEIGHT_DECAY)
     warm_up = max(1, num_steps // 10)
@@ -145,7 +145,7 @@ def fit_classifier(classifier: Classifier, images: ImageData, labels: Tensor, *,
     network: Any = classifier.train()
     network.to(memory_format=torch.channels_last)  # 1.4 times faster on a CPU
     for step in track(range(num_steps), "training the classifier"):
-        batch = indices[batch_at(step, size=len(indices), batch_size=batch_size, seed=order)]
+        batch = indices[batch_at(step, size=len(indices), batch_size=batch_size, seed=order_seed)]
         loss = F.cross_entropy(classifier.logits(images.batch(batch)), labels[batch])
         optimizer.zero_grad()
         loss.backward()
@@ -156,21 +156,21 @@ def fit_classifier(classifier: Classifier, images: ImageData, labels: Tensor, *,
 
 @torch.no_grad()
 def accuracy(classifier: Classifier, images: ImageData, labels: Tensor, indices: np.ndarray) -> float:
-    """Return the proportion of the images at `indices` that are classified correctly."""
+    """Return the classification accuracy on the images at `indices`."""
     starts = range(0, len(indices), BATCH_SIZE)
     predicted = [classifier.logits(images.batch(indices[i : i + BATCH_SIZE])).argmax(1) for i in starts]
     return (torch.cat(predicted) == labels[indices]).double().mean().item()
 
 
 def class_accuracy(predicted: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Return the proportion p of predicted classes [n] that equal the labels [n], and its error sqrt(p (1 - p) / n)."""
-    share = (predicted == labels).double().mean().item()
-    return share, math.sqrt(share * (1 - share) / len(predicted))
+    """Return the accuracy p of predicted classes [n] given labels [n], and its standard error sqrt(p (1 - p) / n)."""
+    proportion = (predicted == labels).double().mean().item()
+    return proportion, math.sqrt(proportion * (1 - proportion) / len(predicted))
 
 
 @torch.no_grad()
 def predict_classes(classifier: Classifier, features: Tensor) -> Tensor:
-    """Return the classes that the classifier predicts from its own features, [n, d] -> [n]."""
+    """Return the predicted classes for features of the same classifier, [n, d] -> [n]."""
     return classifier.head(features.to(classifier.head.weight.device)).argmax(1).cpu()
 
 
@@ -179,12 +179,12 @@ def class_shift(predicted: Tensor, reference: Tensor, *, num_groups: int = NUM_G
 
         TV = 1/2 sum_c |p_c - q_c|,   from 0 to 1
 
-    The standard error is a jackknife estimate over groups of the samples. Because class counts are random, TV is
-    positive even if both distributions are equal.
+    The standard error is a jackknife estimate over groups of the samples. Because of sampling noise,
+    TV is positive even if both distributions are equal.
 
     Args:
         predicted, reference: Classes [n] and [m] of the samples and of a reference set. Use predictions of the same
-            classifier for both, so that its mistakes affect both alike.
+            classifier for both, so that its errors affect both equally.
     """
     num_classes = int(torch.cat([predicted, reference]).max()) + 1
     shares = reference.bincount(minlength=num_classes).double() / len(reference)

@@ -1,4 +1,4 @@
-"""Training curves: reading them from metrics.csv and plotting them, with one colour per group of runs."""
+"""Read training curves from metrics.csv, and plot them with one colour per group of runs."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -16,19 +16,19 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#3
 """Colour-blind safe palette (Okabe and Ito 2008)."""
 COLUMNS = 3
 SMOOTHING_WIDTH = 20
-"""Maximum width of the moving average of training curves, in logged values. It is at most a tenth of the curve."""
+"""Maximum width of the moving average, in logged values. Short curves use a tenth of their length."""
 STAGE_1_CURVES = ("val/psnr_db", "train/l1", "train/adaptive_weight", "train/discriminator_accuracy")
-"""Curves that show the training of an autoencoder and, if there is one, of its discriminator."""
+"""Curves to plot for an autoencoder and its discriminator, if any."""
 
 Curve = tuple[list[int], list[float]]
 """Steps and values."""
 
 
 def read_curves(file: Path) -> dict[str, Curve]:
-    """Read all columns of a metrics.csv file, by name. Each curve contains only the steps at which it has a value.
+    """Read the curves in a metrics.csv file, by column name. Each curve contains only the steps that have a value.
 
     Raises:
-        UserError: If the file is not a table of numbers by step.
+        UserError: If the file is not a table with a step column and numeric values.
     """
     points: dict[str, dict[int, float]] = {}
     try:
@@ -38,7 +38,7 @@ def read_curves(file: Path) -> dict[str, Curve]:
                     if name not in ("epoch", "step") and text:
                         points.setdefault(name, {})[int(row["step"])] = float(text)
     except (ValueError, KeyError, TypeError, csv.Error) as error:
-        raise UserError(f"{file} is not a table of numbers by step: {first_line(error)}. Delete the file.") from error
+        raise UserError(f"{file} is not a valid table of metrics: {first_line(error)}. Delete the file.") from error
     return {name: as_curve(values) for name, values in points.items()}
 
 
@@ -49,10 +49,10 @@ def as_curve(values: Mapping[int, float]) -> Curve:
 
 
 def plot_curves(names: Sequence[str], runs: Sequence[tuple[str, Mapping[str, Curve]]]) -> Figure | None:
-    """Plot one panel for each name that at least one run has a curve for; return None if there are no such names.
+    """Plot one panel per curve name, or return None if no run has any of these curves.
 
     Args:
-        runs: The title of each run, and its curves by name. Runs with the same title share a colour.
+        runs: Title of each run, and its curves by name. Runs with the same title share a colour.
     """
     available = [name for name in names if any(name in curves for _, curves in runs)]
     if not available:
@@ -78,7 +78,7 @@ def plot_curves(names: Sequence[str], runs: Sequence[tuple[str, Mapping[str, Cur
 
 
 def _smooth(name: str, curve: Curve) -> Curve:
-    """Return the moving average of a training curve, whose values come from single batches. Return others unchanged."""
+    """Smooth training curves, which are noisy because each value comes from one batch; keep validation curves."""
     steps, values = curve
     width = min(SMOOTHING_WIDTH, len(values) // 10)
     if not name.startswith("train/") or width < 2:

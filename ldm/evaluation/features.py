@@ -1,4 +1,4 @@
-"""Frozen feature networks by name. Features are extracted in batches; those of a whole data set are cached."""
+"""Frozen feature networks by name, feature extraction in batches, and a cache for the features of a data set."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -30,11 +30,11 @@ def load_features(name: str, images: ImageData | None = None, path: str | None =
     """Return a frozen feature network by name.
 
     Args:
-        images: The data set on which features=classifier is trained. Without it, that network is not available.
+        images: Data set for training features=classifier. Without it, that network is unavailable.
         path: Folder or hub id of the weights, for the networks in `HUB_IDS`.
 
     Raises:
-        UserError: If the name is unknown, a path is given for a network that has none, or the network cannot be loaded.
+        UserError: If the name is unknown, the network does not accept a path, or loading fails.
     """
     if path is not None and name not in HUB_IDS:
         raise UserError(
@@ -49,23 +49,23 @@ def load_features(name: str, images: ImageData | None = None, path: str | None =
 
 
 def describe_features(network: nn.Module, name: str) -> dict[str, str | None]:
-    """Return the name, the key and the library of a feature network, for a report.
+    """Return the name, key and library of a feature network, for a report.
 
-    Distances are only comparable if all of them are equal. The key consists of the network's name, a digest of its
-    weights and the size to which it resizes images.
+    Distances are comparable only if all three are equal. The key combines the network's name, a digest of its weights
+    and its input size.
     """
     key, library = getattr(network, "key", name), getattr(network, "library", None)
     return {"features": name, "features_key": key, "features_library": library}
 
 
 def feature_title(content: Mapping[str, Any]) -> str:
-    """Return the key and the library from `describe_features` as text."""
+    """Format the key and library returned by `describe_features`."""
     library = content["features_library"]
     return content["features_key"] + (f" ({library})" if library else "")
 
 
 def extract(network: nn.Module, images: Tensor | ImageSet, title: str, batch_size: int = 64) -> Tensor:
-    """Return the features of images [N, 3, H, W] or of an image set, computed in batches, with a progress bar."""
+    """Extract the features of images [N, 3, H, W] or of an image set in batches, with a progress bar."""
     device = next(network.parameters()).device
     batches = []
     with torch.no_grad():
@@ -77,7 +77,7 @@ def extract(network: nn.Module, images: Tensor | ImageSet, title: str, batch_siz
 
 
 def reference_features(network: nn.Module, name: str, images: ImageData) -> Tensor:
-    """Return the features of all images of a data set. They are cached by network key and data fingerprint."""
+    """Return the features of all images in a data set, cached by network key and data fingerprint."""
     key = describe_features(network, name)["features_key"]
     file = images.path / f"features-{key}-{images.fingerprint[:8]}.npy"
     if not file.is_file():
@@ -87,7 +87,7 @@ def reference_features(network: nn.Module, name: str, images: ImageData) -> Tens
     cached = read_array(file)
     if cached.ndim != 2 or len(cached) != len(images) or cached.dtype.kind != "f" or not np.isfinite(cached).all():
         raise UserError(
-            f"{file} contains {cached.dtype} {cached.shape}, not finite features [{len(images)}, d] of the "
-            f"{len(images)} images. Delete the file to compute them again."
+            f"{file} contains {cached.dtype} {cached.shape} instead of finite features [{len(images)}, d] for the "
+            f"{len(images)} images. Delete the file to recompute them."
         )
     return torch.from_numpy(np.array(cached))

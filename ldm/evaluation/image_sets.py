@@ -1,4 +1,4 @@
-"""Image sets that are loaded or generated in batches, to limit memory use, and the captions of images."""
+"""Image sets that are loaded or generated in batches to limit memory use, and captions of images."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from ldm.sampling.pipeline import LatentDiffusionPipeline
 
 @dataclass(frozen=True)
 class Reconstructions:
-    """Reconstructions decode(mean of q(z_raw|x)): an upper bound on the quality that the decoder can reach."""
+    """Autoencoder reconstructions, decode(mean of q(z_raw|x)): an upper bound on the quality of samples."""
 
     pipeline: LatentDiffusionPipeline
     images: ImageData
@@ -32,7 +32,7 @@ class Reconstructions:
 
 @dataclass(frozen=True)
 class VAEAlone:
-    """Samples of the VAE alone: it decodes z_raw ~ N(0, I) directly, without the diffusion model."""
+    """Samples from the VAE alone: z_raw ~ N(0, I), decoded without the diffusion model."""
 
     pipeline: LatentDiffusionPipeline
     num: int
@@ -54,7 +54,7 @@ def track_batches(images: ImageData, rows: np.ndarray, batch_size: int, title: s
 
 
 def image_text(images: ImageData, i: int) -> str:
-    """Return the caption of an image; without a caption, its class name; without either, an empty string."""
+    """Return the caption of an image, else its class name, else an empty string."""
     if images.captions and (caption := images.captions[i]):
         return caption
     if images.labels and images.class_names and (label := images.labels[i]) is not None:
@@ -63,6 +63,6 @@ def image_text(images: ImageData, i: int) -> str:
 
 
 def spaced_val_indices(images: ImageData, num: int) -> np.ndarray:
-    """Return `num` evenly spaced validation indices, because neighbouring images of a data set are often similar."""
+    """Return `num` evenly spaced validation indices; neighbouring images of a data set are often similar."""
     num = min(num, len(images.val_indices))
     return images.val_indices[np.linspace(0, len(images.val_indices) - 1, num).round().astype(int)]

@@ -1,1 +1,1 @@
-"""File handling: atomic writes, locks, checksummed arrays, reads with a retry, and validation of untrusted files."""
+"""File handling: atomic writes, locks, checksummed arrays, reads with a retry, and safe reading of untrusted files."""

@@ -1,8 +1,8 @@
 """Integrity checks of memory-mapped .npy files, with one SHA-256 digest per chunk of rows.
 
-If a file is deleted or replaced during training, the memory mapping keeps the old contents available. Bytes that are
-overwritten in place do become visible. Opening a cache therefore compares the digests again if the modification time
-has changed since the last comparison, or on request.
+A memory mapping keeps the contents of a file that is deleted or replaced during training, but changes if the file is
+overwritten in place. Opening a cache therefore verifies the digests again if the modification time has changed since
+the last verification, or on request.
 """
 
 import hashlib
@@ -24,14 +24,14 @@ from ldm.files.atomic import write_text
 from ldm.files.lock import FOREVER, file_lock
 
 MTIME_RESOLUTION_NS = 2_000_000_000
-"""Coarsest resolution of modification times among file systems (FAT)."""
+"""Resolution of modification times on the coarsest file system (FAT)."""
 LARGE_BYTES = 2**30
-"""Files of at least this size are worth waiting for before they are marked as verified."""
+"""Files of at least this size are marked as verified right after writing, which requires a short wait."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Position of an array's rows in its file, and their grouping into chunks that share a digest."""
+    """Byte layout of an array's rows in its file, and their grouping into chunks with one digest each."""
 
     header_bytes: int
     row_bytes: int
@@ -47,13 +47,13 @@ class Layout:
         return self.header_bytes + row * self.row_bytes
 
     def chunks(self) -> list[range]:
-        """Return the range of rows of each chunk."""
+        """Return the row range of each chunk."""
         starts = range(0, self.num_rows, self.chunk_rows)
         return [range(start, min(start + self.chunk_rows, self.num_rows)) for start in starts]
 
 
 def npy_header(shape: tuple[int, ...], dtype: str) -> bytes:
-    """Return a .npy header. It is padded, so its length stays the same however long the first axis grows."""
+    """Return a .npy header, padded so that its length does not depend on the size of the first axis."""
     buffer = io.BytesIO()
     header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(buffer, header)
@@ -79,11 +79,11 @@ def _digest(path: Path, layout: Layout, rows: range) -> str:
 def changed_rows(path: Path, layout: Layout, expected: Sequence[str], *, every_byte: bool = False) -> list[range]:
     """Return the row ranges of all chunks whose digest has changed, or all rows if the file size has changed.
 
-    A file whose size and modification time are unchanged since the last comparison is not read again. Processes on the
-    same machine take turns, so only the first one has to compare.
+    A file is not read again until its size or modification time changes. Processes on the same machine take turns, so
+    only the first one reads the file.
 
     Args:
-        every_byte: Compare even if the size and modification time are unchanged.
+        every_byte: Read the file even if the size and modification time are unchanged.
 
     Raises:
         OSError: the file cannot be read.
@@ -98,18 +98,18 @@ def changed_rows(path: Path, layout: Layout, expected: Sequence[str], *, every_b
         if _is_verified(path, expected) and not every_byte:
             return []
         actual = chunk_digests(path, layout, chunks)
-        bad = [rows for rows, a, b in zip(chunks, actual, expected, strict=True) if a != b]
-        if not bad:
+        changed = [rows for rows, a, b in zip(chunks, actual, expected, strict=True) if a != b]
+        if not changed:
             mark_verified(path, expected)
-    return bad
+    return changed
 
 
 def mark_verified(path: Path, digests: Sequence[str]) -> None:
     """Record that the file matches these digests, valid until its size or modification time changes.
 
-    Because modification times are coarse, a second write shortly after the first may leave the time unchanged. A small
-    file that has just been written is therefore not marked. A large one, which takes long to compare, is marked once
-    the modification time can no longer be ambiguous.
+    Modification times are coarse, so a second write shortly after the first can leave the time unchanged. A small file
+    that has just been written is therefore not marked. For a large file, which takes long to verify, this function
+    waits until the modification time is unambiguous.
     """
     age, size = time.time_ns() - path.stat().st_mtime_ns, path.stat().st_size
     if age < MTIME_RESOLUTION_NS:

@@ -1,6 +1,6 @@
 """Atomic writes of files and folders: write under a temporary name, sync to disk, rename, sync the parent folder.
 
-Readers never see an incomplete file, and neither a killed process nor a power failure leaves one under the final name.
+Readers never see an incomplete file or folder under the final name, even after a killed process or a power failure.
 """
 
 import glob
@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PARTIAL = ".partial-"
-"""Name prefix of unfinished files and folders. Those of a killed process can be deleted once nothing is writing."""
+"""Name prefix of unfinished files and folders. A killed process leaves them behind; see `clear_partials`."""
 
 REPLACED = f"{PARTIAL}old-"
 """Name prefix of a complete folder while it is being replaced."""
@@ -20,7 +20,7 @@ REPLACED = f"{PARTIAL}old-"
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary file next to `path`. It is renamed to `path` when the block ends, or deleted on an error."""
+    """Yield a temporary file next to `path` that is renamed to `path` when the block ends, or deleted on an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{PARTIAL}{uuid.uuid4().hex[:8]}-{path.name}")
     try:
@@ -34,9 +34,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder next to `path`. It replaces any folder at `path` when the block ends.
+    """Yield a temporary folder next to `path` that replaces any folder at `path` when the block ends.
 
-    On an error it is deleted, and an existing folder at `path` is kept.
+    On an error, the temporary folder is deleted and an existing folder at `path` is kept.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     restore(path)
@@ -61,7 +61,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def restore(path: Path) -> None:
-    """Restore a folder's name after an error or a kill between the two renames in `atomic_folder`."""
+    """Restore the previous folder if `atomic_folder` was interrupted between its two renames."""
     for replaced in path.parent.glob(f"{REPLACED}{'[0-9a-f]' * 8}-{glob.escape(path.name)}"):
         if not path.exists():
             replaced.replace(path)
@@ -74,7 +74,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or the entries of a folder, to disk."""
+    """Flush a file, or the directory entries of a folder, to disk."""
     flags = os.O_RDONLY
     if path.is_dir():
         if os.name == "nt":
@@ -96,7 +96,7 @@ def _sync(path: Path, flags: int) -> None:
 def clear_partials(folder: Path) -> None:
     """Delete unfinished files and folders that a killed process left directly in `folder`.
 
-    A folder that was being replaced gets its name back. Call this only when no other process writes to `folder`.
+    A folder that was being replaced is restored. Call this only when no other process writes to `folder`.
     """
     for replaced in list(folder.glob(f"{REPLACED}*")):
         restore(folder / replaced.name[len(REPLACED) + 9 :])

@@ -13,5 +13,5 @@ def sha256_of_file(path: Path) -> str:
 
 
 def sha256_of_values(values: Any) -> str:
-    """Return the SHA-256 hex digest of a JSON-serialisable value, independent of the order of keys."""
+    """Return the SHA-256 hex digest of a JSON-serialisable value, independent of key order."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

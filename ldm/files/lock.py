@@ -23,7 +23,7 @@ def file_lock(file: Path, wait_s: Callable[[], float] = lambda: 0.0) -> Iterator
     both acquire the lock.
 
     Args:
-        wait_s: Called once if another process holds the lock. Returns the number of seconds to wait for it.
+        wait_s: Called once if another process holds the lock. Returns the number of seconds to wait.
 
     Raises:
         Timeout: another process still holds the lock after that time.
@@ -41,9 +41,9 @@ def file_lock(file: Path, wait_s: Callable[[], float] = lambda: 0.0) -> Iterator
 
 @contextmanager
 def cache_lock(folder: Path) -> Iterator[None]:
-    """Hold the lock of a cache folder, `.<folder>.lock`, and delete partial folders that a killed process left.
+    """Hold the lock of a cache folder, `.<folder>.lock`, and delete partial folders left by a killed process.
 
-    If the lock was held by another process, the folder may exist afterwards. Check for it inside the block.
+    The process that held the lock before may have created the folder, so check for the folder inside the block.
     """
 
     def wait_s() -> float:

@@ -13,18 +13,17 @@ from ldm.files.untrusted import check_fields, first_line, read_json
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 MAX_LIST_LENGTH = 10_000
-"""Longest list allowed in a model's config.json. The longest legitimate ones are per-channel statistics."""
-REMEDY = "Restore the files that belong together, as training wrote them."
+"""Maximum length of a list in a model's config.json. The longest legitimate lists are per-channel statistics."""
+REMEDY = "Restore the original files, as written by training."
 
 
 def load_model(kind: Any, folder: Path) -> Any:
     """Load a diffusers model of class `kind` from config.json and safetensors, in evaluation mode.
 
-    The config is checked against the weights next to it. A config with more layers or parameters than the weights
-    contain is rejected before the model is built.
+    A config that describes more layers or parameters than the weights next to it is rejected before the model is built.
 
     Raises:
-        UserError: the weights are missing, pickled, damaged, not finite, or belong to another model. Or the config does
+        UserError: the weights are missing, pickled, damaged, not finite or for a different model. Or the config does
             not describe a model of this class, or requests quantisation.
     """
     file = folder / "config.json"
@@ -79,8 +78,8 @@ def _weight_files(folder: Path) -> list[Path]:
                 raise UserError(f"{index} lists {name[:80]!r}, {rule}. {REMEDY}")
         return [folder / name for name in names]
     if not single.is_file():
-        pickled = "Pickled weights (.bin, .pt, .ckpt) can run arbitrary code and are never loaded."
-        raise UserError(f"{folder} has no {WEIGHTS}. {pickled} Convert weights that you trust to safetensors.")
+        warning = "Pickled weights (.bin, .pt, .ckpt) can run arbitrary code and are never loaded."
+        raise UserError(f"{folder} has no {WEIGHTS}. {warning} Convert weights that you trust to safetensors.")
     return [single]
 
 

@@ -18,17 +18,17 @@ RETRY_DELAY_S = 0.5
 """Delay before the single retry."""
 
 MAX_FILE_BYTES = 2**30
-"""Largest image file that is read."""
+"""Maximum size of an image file."""
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Error numbers of a full disk or an exceeded quota."""
 
 MISSING_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-"""Errors for a missing file. They do not indicate a disk failure."""
+"""Errors for a missing file, as opposed to a disk failure."""
 
 
 def unreadable_error(path: Path, error: OSError) -> InputError:
-    """Return the error for a cache that cannot be read because of its disk, although it may be intact."""
+    """Return the error for a cache that cannot be read because of a disk failure, but could be intact."""
     rule = f"cannot be read ({error.strerror}). It was not modified. Repeat the command when the disk is available"
     return InputError("cache_dir", path, rule)
 
@@ -39,14 +39,14 @@ def is_disk_failure(error: BaseException) -> bool:
 
 
 _warned_reasons: set[str] = set()
-"""Reasons already reported, since thousands of files can fail for the same reason."""
+"""Reasons already reported, so that thousands of failures for the same reason cause one warning."""
 
 
 def retry_once(read: Callable[[], Result]) -> Result:
-    """Call `read`, and once more after a pause if the disk fails.
+    """Call `read`, and retry once after a delay if the disk fails.
 
     Raises:
-        OSError: the second attempt failed as well, the file is missing, or access is denied.
+        OSError: the second attempt also failed, the file is missing, or access is denied.
     """
     try:
         return read()
@@ -55,7 +55,7 @@ def retry_once(read: Callable[[], Result]) -> Result:
             raise
         if (reason := str(error.strerror)) not in _warned_reasons:
             _warned_reasons.add(reason)
-            message = "A file could not be read: %s. Retrying. This warning is shown once."
+            message = "A file could not be read: %s. Retrying. This warning is shown only once."
             logging.getLogger(__name__).warning(message, reason)
         time.sleep(RETRY_DELAY_S)
         return read()
@@ -66,7 +66,7 @@ def read_file(path: Path) -> bytes:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is not a regular file (for example a pipe), or is larger than MAX_FILE_BYTES.
+        ValueError: the path is not a regular file (for example, it is a pipe), or the file exceeds MAX_FILE_BYTES.
     """
     return retry_once(partial(_read_once, path))
 

@@ -1,6 +1,6 @@
-"""Reading untrusted files. They are parsed as data or rejected with an error, and no code in them is ever run.
+"""Safe reading of untrusted files. They are parsed as data or rejected, and code in them never runs.
 
-Covers JSON objects with typed fields, NumPy arrays, text used as a file name, and symbolic links out of a folder.
+Covers JSON objects with typed fields, NumPy arrays, text used in file names, and symbolic links that leave a folder.
 """
 
 import json
@@ -18,9 +18,9 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from ldm.errors import UserError
 
-OWN_LINKS = ("wandb",)
-"""Folders of a run in which other programs create links."""
-RECREATE_REMEDY = "Delete the folder that contains it. It is created again on the next run."
+LINK_FOLDERS = ("wandb",)
+"""Folders in a run that can contain links created by other programs."""
+RECREATE_REMEDY = "Delete the folder that contains this file. The next run will create it again."
 REMEDY = "Restore the original file or create it again."
 
 T = TypeVar("T")
@@ -48,7 +48,7 @@ def _strict_adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def check_fields(content: Mapping[str, Any], kinds: Mapping[str, Any], path: Path, *, required: bool = True) -> None:
-    """Check that the fields of a JSON object have the types in `kinds`. Other fields are ignored.
+    """Check that the fields of a JSON object have the types in `kinds`. Extra fields are ignored.
 
     Raises:
         UserError: a field is missing or has the wrong type. The message names the file, the field and the rule.
@@ -98,10 +98,10 @@ def refuse_escaping_links(folder: Path, *, allowed: Collection[str] = ()) -> Non
     """Reject a folder that contains a symbolic link to a file or folder outside it.
 
     Args:
-        allowed: Names of entries directly in `folder` that can link anywhere.
+        allowed: Names of entries directly in `folder` that are not checked.
 
     Raises:
-        UserError: a link leads out of the folder. The message names it.
+        UserError: a link points outside the folder. The message names the link.
     """
     root = folder.resolve()
     for parent, folders, names in os.walk(root):
@@ -110,9 +110,9 @@ def refuse_escaping_links(folder: Path, *, allowed: Collection[str] = ()) -> Non
         for name in [*folders, *names]:
             path = Path(parent, name)
             if path.is_symlink() and not path.resolve().is_relative_to(root):
-                remedy = "Copy the file there, or link the whole folder instead."
+                remedy = "Replace the link with a copy, or link the whole folder instead."
                 raise UserError(f"{path} is a link to {path.resolve()}, which is outside its folder. {remedy}")
-        folders[:] = [name for name in folders if name not in OWN_LINKS]
+        folders[:] = [name for name in folders if name not in LINK_FOLDERS]
 
 
 def is_plain_name(text: str) -> bool:
@@ -128,7 +128,7 @@ def to_file_name(text: str, max_bytes: int = 100) -> str:
 
 
 def replace_surrogates(text: str) -> str:
-    """Replace lone surrogates, which JSON and command lines can contain but UTF-8 cannot, by question marks."""
+    """Replace lone surrogates, which JSON and command lines can contain but UTF-8 cannot, with question marks."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -142,7 +142,7 @@ def to_one_line(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first non-empty line of an error message, shortened to 200 characters, without a full stop."""
+    """Return the first non-empty line of an error message, truncated to 200 characters, without a full stop."""
     lines = str(error).split("\n")
     message = next((" ".join(line.split()) for line in lines if line.strip()), "")
     return (message or type(error).__name__)[:200].rstrip(".")

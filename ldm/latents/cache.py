@@ -50,12 +50,12 @@ class LatentData:
 def latents_folder(contract: LatentContract, cache_dir: Path | str | None = None) -> Path:
     """Return the cache folder for this contract.
 
-    Older versions did not include the whole contract in the folder name. Such a folder is used if its contract matches.
+    Older versions put only part of the contract in the folder name. Their folders are used if the contract matches.
     """
     cache = Path(cache_dir or default_cache_dir()).expanduser()
     folder = cache / f"latents-{contract.key}"
-    earlier = cache / f"latents-{contract.key.rpartition('-')[0]}{'-flip' * contract.flip}"
-    return earlier if not folder.exists() and _has_contract(earlier, contract) else folder
+    legacy_folder = cache / f"latents-{contract.key.rpartition('-')[0]}{'-flip' * contract.flip}"
+    return legacy_folder if not folder.exists() and _has_contract(legacy_folder, contract) else folder
 
 
 def open_latents(
@@ -68,14 +68,14 @@ def open_latents(
 ) -> LatentData:
     """Open the latent cache. If it does not exist, encode the training and validation images first.
 
-    An interrupted encoding resumes at the last complete chunk. A lock ensures that only one process encodes. If the
-    file was modified after its last verification, its SHA-256 digests are checked again.
+    If encoding was interrupted, it resumes after the last complete chunk. A lock ensures that only one process encodes.
+    If the file was modified after its last verification, its SHA-256 digests are checked again.
 
     Args:
         encode: images [b, 3, H, W] in [-1, 1] -> mean and log-variance [b, C, h, w].
 
     Raises:
-        UserError: the cache does not match its contract or was modified, the disk is full, or a latent is not finite.
+        UserError: The cache does not match its contract or was modified, the disk is full, or a latent is not finite.
     """
     folder = latents_folder(contract, cache_dir)
     if not folder.exists():
@@ -97,7 +97,7 @@ def verify_latents(images: ImageData) -> Iterator[Path]:
     """Verify the digests of all cached latents of these images, and yield each verified folder.
 
     Raises:
-        UserError: a cache was modified. The message lists the affected images.
+        UserError: A cache was modified. The message lists the affected images.
     """
     for folder in sorted(images.path.parent.glob("latents-*")):
         if LatentContract.load(folder).data_fingerprint == images.fingerprint:
@@ -112,31 +112,31 @@ def _shape(contract: LatentContract, images: ImageData) -> tuple[int, ...]:
 
 def _encode(folder: Path, encode: Encode, contract: LatentContract, images: ImageData, batch_size: int) -> None:
     """Encode into `.<folder>.unfinished`, which a later call can resume, and rename it when complete."""
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    if unfinished.exists() and not _has_contract(unfinished, contract):
-        shutil.rmtree(unfinished)
-    shape, partial = _shape(contract, images), unfinished / MOMENTS_FILE
-    needed = 4 * int(np.prod(shape)) - (partial.stat().st_size if partial.is_file() else 0)
+    partial_folder = folder.with_name(f".{folder.name}.unfinished")
+    if partial_folder.exists() and not _has_contract(partial_folder, contract):
+        shutil.rmtree(partial_folder)
+    shape, partial_file = _shape(contract, images), partial_folder / MOMENTS_FILE
+    required = 4 * int(np.prod(shape)) - (partial_file.stat().st_size if partial_file.is_file() else 0)
     free = shutil.disk_usage(folder.parent).free
-    if needed > free:
-        rule = f"has {free / 1e9:.1f} GB free, but the latents need {needed / 1e9:.1f} GB. Free some disk space"
+    if required > free:
+        rule = f"has {free / 1e9:.1f} GB free, but the latents need {required / 1e9:.1f} GB. Free some disk space"
         raise InputError("cache_dir", folder.parent, rule)
     try:
-        if not unfinished.exists():
-            unfinished.mkdir()
-            contract.save(unfinished)
-        clear_partials(unfinished)
-        encode_moments(unfinished, encode, images, shape, contract.dtype, batch_size)
-        sync(unfinished)
-        unfinished.replace(folder)
+        if not partial_folder.exists():
+            partial_folder.mkdir()
+            contract.save(partial_folder)
+        clear_partials(partial_folder)
+        encode_moments(partial_folder, encode, images, shape, contract.dtype, batch_size)
+        sync(partial_folder)
+        partial_folder.replace(folder)
         sync(folder.parent)
     except NonFiniteLatentsError:
-        shutil.rmtree(unfinished)
+        shutil.rmtree(partial_folder)
         raise
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
-        rule = f"is full. Finished chunks are kept in {unfinished}. Free some space and repeat the command to resume"
+        rule = f"is full. Finished chunks are kept in {partial_folder}. Free some space and rerun the command to resume"
         raise InputError("cache_dir", folder.parent, rule) from error
 
 

@@ -1,4 +1,4 @@
-"""Cache of caption embeddings. A frozen text encoder computes them once; after that, they are memory-mapped."""
+"""Cache of caption embeddings, which are computed once by a frozen text encoder and then memory-mapped."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,10 +30,10 @@ class CaptionData:
         self._first = None if counts is None else np.concatenate([[0], counts.cumsum()[:-1]])
 
     def batch(self, indices: Any, draws: np.ndarray | None = None) -> dict[str, Tensor]:
-        """Return the condition for these images. Without `draws`, use the first caption of each image.
+        """Return the condition for these images. If `draws` is None, use the first caption of each image.
 
         Args:
-            draws: One random number in [0, 1) per image, [b]. It selects one of the image's captions.
+            draws: Uniform random numbers in [0, 1), [b]; each selects one of the captions of its image.
         """
         rows = np.asarray(indices)
         if self.counts is not None and self._first is not None:
@@ -50,7 +50,7 @@ def open_captions(
     cache_dir: Path | str | None = None,
     batch_size: int = 256,
 ) -> CaptionData:
-    """Open the cached embeddings of these captions, computing them first if they are not in the cache.
+    """Open the cached embeddings of these captions. On a cache miss, compute them first.
 
     Args:
         encode: Maps captions to a dictionary of batch-first tensors. Row i must depend only on caption i.

@@ -1,4 +1,4 @@
-"""The contract between the stages: the weights, images and transform that produced the latents."""
+"""The contract between stages 1 and 2: which weights, images and transform produced the latents."""
 
 import json
 from dataclasses import asdict, dataclass, fields
@@ -13,7 +13,7 @@ CONTRACT_FILE = "contract.json"
 
 CONTRACT_FORMAT = 1
 
-REMEDY = "If it belongs to a latent cache, delete its folder. The latents will be encoded again."
+REMEDY = "If this file is part of a latent cache, delete the cache folder. The latents will be encoded again."
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class LatentContract:
 
     >>> from pathlib import Path
     >>> from ldm import LatentContract
-    >>> here = LatentContract.load(Path("runs/vae/demo"))
-    >>> there = LatentContract.load(Path("runs/diffusion/demo/pipeline"))
-    >>> here.check(there, "the autoencoder", "the pipeline")  # raises UserError if they differ
+    >>> contract = LatentContract.load(Path("runs/vae/demo"))
+    >>> pipeline_contract = LatentContract.load(Path("runs/diffusion/demo/pipeline"))
+    >>> contract.check(pipeline_contract, "the autoencoder", "the pipeline")  # raises UserError if they differ
     """
 
     autoencoder_sha256: str
@@ -39,22 +39,21 @@ class LatentContract:
 
     @property
     def key(self) -> str:
-        """Key used in the name of the cache folder.
+        """Key in the name of the cache folder: readable prefixes of the first two fields and a digest of all fields.
 
-        It consists of short prefixes of the first two fields, for readability, and a digest of all fields. Different
-        contracts therefore never share a cache.
+        Different contracts therefore never share a cache.
         """
         digest = sha256_of_values(asdict(self))
         return f"{self.autoencoder_sha256[:12]}-{self.data_fingerprint[:12]}-{digest[:12]}"
 
-    def check(self, other: "LatentContract", here: str, there: str) -> None:
-        """Check that both contracts are equal. `here` and `there` name their sources in the error message.
+    def check(self, other: "LatentContract", name: str, other_name: str) -> None:
+        """Check that two contracts are equal. `name` and `other_name` identify them in the error message.
 
         Raises:
-            UserError: the contracts differ. The message lists every differing field with both values.
+            UserError: The contracts differ. The message lists each differing field with both values.
         """
         differing = [
-            f"{field.name} is {getattr(self, field.name)} in {here} but {getattr(other, field.name)} in {there}"
+            f"{field.name} is {getattr(self, field.name)} in {name} but {getattr(other, field.name)} in {other_name}"
             for field in fields(self)
             if getattr(self, field.name) != getattr(other, field.name)
         ]
@@ -72,7 +71,7 @@ class LatentContract:
         """Load the contract from contract.json.
 
         Raises:
-            UserError: the file is missing or damaged, or its format is not supported.
+            UserError: The file is missing or damaged, or its format is not supported.
         """
         path = folder / CONTRACT_FILE
         if not path.is_file():

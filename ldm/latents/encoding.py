@@ -1,10 +1,10 @@
-"""Encode images into a file of posterior moments, in chunks, so that an interrupted encoding can be resumed.
+"""Encode images to a file of posterior moments, in chunks, so that encoding can resume after an interruption.
 
-Rows are appended in image order. The batches are always the same, because networks round differently at different
-batch sizes. A chunk consists of complete batches, and a journal records the SHA-256 of each chunk. To resume, the
-chunks are compared with the journal, and encoding continues after the last intact one. The resulting file is bitwise
-identical to that of an uninterrupted encoding (on the same machine with the same number of threads). When a finished
-file is opened, it is verified against its journal.
+Rows are appended in image order. Batch boundaries are fixed, because rounding in a network depends on the batch size.
+A chunk consists of complete batches, and a journal records the SHA-256 of each chunk. On resume, the chunks are
+compared with the journal, and encoding continues after the last intact chunk. On the same machine and with the same
+number of threads, the file is bitwise identical whether or not encoding was interrupted. A finished file is verified
+against its journal when it is opened.
 """
 
 import io
@@ -36,19 +36,19 @@ Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class NonFiniteLatentsError(UserError):
-    """Raised if the encoder returns NaN or infinity. Encoding again would not help."""
+    """Raised if the encoder returns NaN or infinity. Retrying would not help."""
 
 
 def encode_moments(
     folder: Path, encode: Encode, images: ImageData, shape: tuple[int, ...], dtype: str, batch_size: int
 ) -> None:
-    """Write the moments file in `folder`, resuming an interrupted encoding if there is one.
+    """Write the moments file in `folder`, continuing after any intact chunks from an interrupted run.
 
     Args:
         shape: (images, views, 2, C, h, w).
 
     Raises:
-        NonFiniteLatentsError: a latent is not finite, because the autoencoder diverged during training.
+        NonFiniteLatentsError: A latent is not finite, because the autoencoder diverged during training.
     """
     header = npy_header(shape, dtype)
     row_bytes = int(np.prod(shape[1:])) * np.dtype(dtype).itemsize
@@ -57,17 +57,17 @@ def encode_moments(
     chunks = layout.chunks()
     file_path = folder / MOMENTS_FILE
     digests = _intact_digests(folder, layout, batch_size)
-    done = chunks[len(digests) - 1].stop if digests else 0
-    if done:
-        logging.getLogger(__name__).info("Resuming: %d of %d images are already encoded.", done, shape[0])
+    num_encoded = chunks[len(digests) - 1].stop if digests else 0
+    if num_encoded:
+        logging.getLogger(__name__).info("Resuming: %d of %d images are already encoded.", num_encoded, shape[0])
 
     # unbuffered, so that closing the file does not retry a write that failed on a full disk
     with file_path.open("r+b" if digests else "w+b", buffering=0) as file, progress() as bar:
-        task = bar.add_task("encoding latents", total=shape[0], completed=done)
+        task = bar.add_task("encoding latents", total=shape[0], completed=num_encoded)
         if not digests:
             _append(file, header)
-        file.truncate(layout.offset(done))
-        file.seek(layout.offset(done))
+        file.truncate(layout.offset(num_encoded))
+        file.seek(layout.offset(num_encoded))
         for rows in chunks[len(digests) :]:
             for start in range(rows.start, rows.stop, batch_size):
                 indices = range(start, min(start + batch_size, rows.stop))
@@ -86,7 +86,7 @@ def check_moments(folder: Path, *, every_byte: bool = False) -> None:
         every_byte: Verify all chunks even if the size and modification time of the file are unchanged.
 
     Raises:
-        UserError: the file was modified (the message lists the affected images) or cannot be read.
+        UserError: The file was modified (the message lists the affected images), or it cannot be read.
     """
     if not (folder / JOURNAL_FILE).is_file():
         logging.getLogger(__name__).info("%s has no digests, so its contents are not verified.", folder)
@@ -95,13 +95,13 @@ def check_moments(folder: Path, *, every_byte: bool = False) -> None:
     try:
         journal = _read_journal(folder)
         layout = Layout(*(journal[key] for key in ("header_bytes", "row_bytes", "num_rows", "chunk_rows")))
-        bad = changed_rows(folder / MOMENTS_FILE, layout, journal["sha256"], every_byte=every_byte)
+        bad_rows = changed_rows(folder / MOMENTS_FILE, layout, journal["sha256"], every_byte=every_byte)
     except (*MISSING_FILE, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / JOURNAL_FILE} does not match {MOMENTS_FILE} ({error}). {remedy}") from error
     except OSError as error:
         raise unreadable_error(folder, error) from error
-    if bad:
-        ranges = ", ".join(f"{rows.start} to {rows.stop - 1}" for rows in bad[:5]) + ", ..." * (len(bad) > 5)
+    if bad_rows:
+        ranges = ", ".join(f"{rows.start} to {rows.stop - 1}" for rows in bad_rows[:5]) + ", ..." * (len(bad_rows) > 5)
         raise UserError(f"{folder / MOMENTS_FILE} was modified after encoding. Affected images: {ranges}. {remedy}")
 
 
@@ -136,12 +136,12 @@ def _journal(layout: Layout, batch_size: int) -> dict[str, Any]:
 
 
 def _intact_digests(folder: Path, layout: Layout, batch_size: int) -> list[str]:
-    """Return the digests of the intact chunks at the start of the file.
+    """Return the digests of the leading chunks that are intact.
 
     The list is empty if the journal is missing, damaged, or was written with a different layout or batch size.
 
     Raises:
-        UserError: the chunks cannot be read.
+        UserError: The chunks cannot be read.
     """
     try:
         journal = _read_journal(folder)

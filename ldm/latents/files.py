@@ -1,4 +1,4 @@
-"""Export latents to a safetensors file, and decode such a file. The header contains the autoencoder's SHA-256."""
+"""Export latents to a safetensors file and decode them. The header contains the autoencoder's SHA-256."""
 
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def decode_file(autoencoder: Autoencoder, file: Path, batch_size: int = 64) -> t
     """Decode the means in a latents file. Return batches of images [b, 3, H, W] and the image names.
 
     Raises:
-        UserError: the file is not a valid latents file, or it was encoded by a different autoencoder.
+        UserError: The file is not a valid latents file, or a different autoencoder encoded it.
     """
     if not file.is_file():
         raise InputError("latents", file, "does not exist or is not a file")
@@ -51,11 +51,11 @@ def decode_file(autoencoder: Autoencoder, file: Path, batch_size: int = 64) -> t
         raise InputError("latents", file, f"contains no latents of format {FORMAT}")
     names = header.get("names", "").split("\n")
     if mean.ndim != 4 or mean.shape[1] != autoencoder.channels or len(names) != len(mean) or not mean.isfinite().all():
-        expected = f"finite latents of {autoencoder.channels} channels"
+        expected = f"finite latents with {autoencoder.channels} channels"
         actual = f"its shape is {list(mean.shape)}, with {len(names)} image names"
         raise InputError("latents", file, f"must contain {expected}, one per image name, but {actual}")
-    here, there = autoencoder.weights_sha256(), header.get("autoencoder_sha256", "unknown")
-    if here != there:
-        remedy = "Decode them with the run that encoded them."
-        raise UserError(f"The latents in {file} belong to the autoencoder {there[:12]}, not to {here[:12]}. {remedy}")
+    weights, origin = autoencoder.weights_sha256(), header.get("autoencoder_sha256", "unknown")
+    if weights != origin:
+        hint = "Decode them with the run that encoded them."
+        raise UserError(f"The latents in {file} belong to the autoencoder {origin[:12]}, not to {weights[:12]}. {hint}")
     return [autoencoder.decode(batch).cpu() for batch in mean.float().split(batch_size)], names

@@ -2,7 +2,7 @@
 
 Setting: z_raw ~ N(mean(x), exp(log_variance(x))), both [n, C, h, w], independent over channels and locations given x.
 Over n images and h w locations, the variance of z_raw in a channel is the variance of the posterior means (the signal)
-plus the mean posterior variance (the noise):
+plus the average variance of the posteriors (the noise):
 
     std^2 = Var mean + E exp(log_variance)        z = (z_raw - E mean) / std
 
@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 DEAD_NATS = 0.01
-"""A channel is dead if it carries less information about x per location than this."""
+"""A channel is dead if it carries less than this much information about x per location."""
 FULL_RANK = 0.9
-"""Channels count as almost equally used if their effective rank is at least this fraction of their number."""
+"""If the effective rank is at least this fraction of the number of channels, all channels count as in use."""
 PCA_COUNTS = 64
-"""Approximate number of points on a PCA curve if a patch has more dimensions than this."""
+"""Approximate number of points on a PCA curve; small patches use every number of components instead."""
 
 
 @dataclass(frozen=True)
@@ -52,21 +52,21 @@ class ChannelStatistics:
     def dead(self) -> list[int]:
         """Indices of the channels with less than DEAD_NATS of information per location.
 
-        The KL to N(0, I) is not a criterion, because it is large for a channel that collapsed to a point other than 0.
+        The KL to N(0, I) would not detect channels that collapsed to a point other than 0, because it is large there.
         """
         return (self.information / self.num_locations < DEAD_NATS).nonzero().flatten().tolist()
 
 
 def channel_statistics(mean: Tensor, log_variance: Tensor) -> ChannelStatistics:
-    """Return the mean, the std and two rates of each channel:
+    """Return the mean, std and two rates of each channel:
 
         kl          = sum over locations of E_x KL(q(z_raw|x) || N(0, 1)) = h w / 2 E[mean^2 + var - 1 - log var]
-        information = the same relative to N(E mean, std^2) = h w / 2 (log std^2 - E[log var])
+        information = the same with prior N(E mean, std^2) = h w / 2 (log std^2 - E[log var])
 
-    N(E mean, std^2) is the Gaussian prior with the smallest KL, so information <= kl. The aggregate posterior is the
-    prior with the smallest KL of all, namely the mutual information of x and a location, so information is an upper
-    bound on the mutual information. Both rates are sums over marginals: information that several channels or locations
-    share is counted once for each of them.
+    N(E mean, std^2) is the Gaussian prior with the smallest KL, so information <= kl. Among all priors, the aggregate
+    posterior has the smallest KL, which equals the mutual information between x and a location. `information` is
+    therefore an upper bound on the mutual information. Both rates are sums over marginals, so information shared by
+    several channels or locations is counted multiple times.
 
     Args:
         mean, log_variance: [n, C, h, w].
@@ -92,8 +92,8 @@ def channel_statistics(mean: Tensor, log_variance: Tensor) -> ChannelStatistics:
 def channel_spectrum(mean: Tensor, std: Tensor) -> Tensor:
     """Return the eigenvalues of the signal's covariance between channels: [C], in descending order.
 
-    The covariance is taken over all images and locations. The eigenvalues sum to the total of the signal shares, which
-    is at most C.
+    The covariance is taken over all images and locations. The sum of the eigenvalues equals the sum of the signal
+    shares, which is at most C.
     """
     return covariance_eigenvalues(_standardised(mean, std).transpose(0, 1).flatten(1).T)
 
@@ -101,7 +101,7 @@ def channel_spectrum(mean: Tensor, std: Tensor) -> Tensor:
 def latent_spectrum(mean: Tensor, std: Tensor) -> Tensor:
     """Return the eigenvalues of the signal's covariance over D = C h w dimensions: [min(n, D)], in descending order.
 
-    With n images, at most n - 1 eigenvalues are nonzero. A number of dimensions close to n means too few images.
+    With n images, at most n - 1 eigenvalues are nonzero. An effective rank close to n indicates too few images.
     """
     return covariance_eigenvalues(_standardised(mean, std).flatten(1))
 
@@ -147,18 +147,18 @@ def participation_ratio(eigenvalues: Tensor) -> float:
 
 
 def num_components(eigenvalues: Tensor, share: float) -> int:
-    """Return how many of the largest eigenvalues add up to `share`, in (0, 1], of the total; 0 if all are 0."""
+    """Return the smallest number of eigenvalues that sum to at least `share` of the total; 0 if all are 0."""
     cumulative = eigenvalues.cumsum(0)
     if cumulative[-1] == 0:
         return 0
-    # tolerance, so that rounding in a sum of thousands of terms does not add a component
+    # a tolerance prevents rounding errors in long sums from adding a component
     return int((cumulative < (share - 1e-12) * cumulative[-1]).sum()) + 1
 
 
 def pca_counts(size: int, channels: int) -> list[int]:
     """Return the numbers of components in 1..size at which to evaluate a PCA.
 
-    If size is at most PCA_COUNTS, every number is returned; otherwise, the numbers are log-spaced. C and
+    If size is at most PCA_COUNTS, return every number; otherwise, return about PCA_COUNTS log-spaced numbers. C and
     min(2 C, size / 2) are always included.
     """
     spaced = torch.logspace(0, math.log10(size), PCA_COUNTS, dtype=torch.float64).round().int().tolist()
@@ -171,27 +171,27 @@ def pca_counts(size: int, channels: int) -> list[int]:
 def recommend(
     dead: list[int], channel_summary: dict[str, Any], pca: dict[int, float], psnr_db: float, channels: int
 ) -> dict[str, Any]:
-    """Recommend a number of latent channels. Return the first rule that applies, the number (or None) and the reason.
+    """Recommend a number of latent channels. Return the first rule that applies, the number (or None) and a reason.
 
-    1. all_dead: all channels are dead. Use a smaller KL weight. This autoencoder says nothing about the right size.
+    1. all_dead: all channels are dead, so no number can be recommended. Use a smaller KL weight.
     2. dead: some channels are dead. Remove them, because they carry no information.
-    3. undertrained: the held-out PSNR is below that of a PCA of the same size, the best linear code. Train longer.
-    4. redundant: fewer than C directions between channels contain 99 % of the signal. Use that many channels.
-    5. more: the effective rank is at least FULL_RANK C, so all channels are used almost equally. Double their number,
-       up to half of a patch's values (a compression factor of 2). The gain of a PCA is reported too.
+    3. undertrained: a PCA of the same size, the best linear code, has a higher held-out PSNR. Train longer.
+    4. redundant: fewer than C directions in channel space contain 99 % of the signal. Use one channel per direction.
+    5. more: the effective rank is at least FULL_RANK C, so all channels are in use. Double their number, up to half
+       the number of values in a patch (a compression factor of 2). The PSNR gain of a PCA is also reported.
     6. keep: no other rule applies.
 
-    Rules 4 to 6 consider only linear structure in this autoencoder. The quality at another size is known only after
-    training at that size.
+    Rules 4 to 6 consider only linear structure in this autoencoder. To know the quality at a different size, train at
+    that size.
 
     Args:
-        channel_summary: Spectrum between channels, in the format of latents_report.json.
-        pca: Held-out PSNR of a PCA in dB by number of channels.
+        channel_summary: Summary of the channel spectrum, in the format of latents_report.json.
+        pca: Held-out PSNR of a PCA in dB, by number of components.
     """
     key, size = "autoencoder.model.latent_channels", max(pca)
-    rank, needed = channel_summary["effective_rank"], channel_summary["components"]["0.99"]
-    pca_lead, more = pca[min(channels, size)] - psnr_db, min(2 * channels, size // 2)
-    limit = f"under {DEAD_NATS} nats per location"
+    rank, num_directions = channel_summary["effective_rank"], channel_summary["components"]["0.99"]
+    pca_lead, larger = pca[min(channels, size)] - psnr_db, min(2 * channels, size // 2)
+    limit = f"less than {DEAD_NATS} nats per location"
     rank_text = f"the effective rank is {rank:.1f} of {channels}"
     rule: str = "keep"
     count: int | None = channels
@@ -206,11 +206,11 @@ def recommend(
     elif pca_lead > 0:
         rule, count = "undertrained", None
         text = f"{pca_lead:.1f} dB below a PCA of the same size. Train longer, or with a smaller autoencoder.loss.kl."
-    elif needed < channels:
-        rule, count = "redundant", needed
-        text = f"{needed} of {channels} directions contain 99 % of the signal. {key}={needed} would lose little."
-    elif rank >= FULL_RANK * channels and more > channels:
-        rule, count = "more", more
-        gain = pca[more] - pca[channels]
-        text = f"{rank_text}. More channels may help: try {key}={more}, where a PCA gains {gain:.1f} dB."
+    elif num_directions < channels:
+        rule, count = "redundant", num_directions
+        text = f"{count} of {channels} directions contain 99 % of the signal. {key}={count} would lose little."
+    elif rank >= FULL_RANK * channels and larger > channels:
+        rule, count = "more", larger
+        gain = pca[larger] - pca[channels]
+        text = f"{rank_text}. More channels may help: try {key}={larger}, where a PCA gains {gain:.1f} dB."
     return {"rule": rule, "latent_channels": count, "text": text}

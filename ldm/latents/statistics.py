@@ -1,4 +1,4 @@
-"""Encode the images of a stage, and compute the statistics that standardise their latents."""
+"""Encode the images of a run, and compute the statistics used to standardise the latents."""
 
 from typing import Any, Literal
 
@@ -24,10 +24,10 @@ def encode_latents(
     *,
     mean_and_std: tuple[list[float], list[float]] | None = None,
 ) -> tuple[LatentContract, Any]:
-    """Return the contract and the cached moments of these images, and update `autoencoder.statistics` if necessary.
+    """Return the contract and cached moments of these images. Update `autoencoder.statistics` if necessary.
 
     Args:
-        mean_and_std: Mean and standard deviation per channel for standardisation. If None, measure them.
+        mean_and_std: Per-channel mean and standard deviation for standardisation, measured if None.
     """
     channels, _, _ = autoencoder.latent_shape(images.resolution)
     contract = LatentContract(
@@ -58,7 +58,7 @@ def decoder_scale(autoencoder: Autoencoder, images: ImageData, latents: Any, bat
     """Return the RMS of x - decode(z_raw) per colour channel over the training split, sampling z_raw once per image.
 
     This is the maximum-likelihood scale of a Gaussian p(x | z_raw) with one standard deviation per colour. At most
-    SCALE_IMAGES random images are used, which limits the sampling error to about half a percent.
+    SCALE_IMAGES random images are used, for a sampling error of about half a percent.
     """
     generator = torch_generator(0)
     squares, count = torch.zeros(3, dtype=torch.float64), 0
@@ -77,14 +77,13 @@ def resolve_statistics(autoencoder: Autoencoder, statistics: StatisticsType) -> 
     """Return the published mean and std of a pretrained autoencoder, or None if statistics="measured".
 
     Raises:
-        InputError: the autoencoder has no published statistics.
+        InputError: The autoencoder has no published statistics.
     """
     if statistics == "measured":
         return None
     if (mean_and_std := published_statistics(autoencoder.model)) is None:
-        rule = (
-            f"requires a scaling factor, but this {type(autoencoder.model).__name__} has none. Use measured statistics"
-        )
+        model = type(autoencoder.model).__name__
+        rule = f"requires a scaling factor, but this {model} has none. Use measured statistics instead"
         raise InputError("latent_statistics", statistics, rule)
     return mean_and_std
 
@@ -97,7 +96,7 @@ def measure_statistics(
     Uses the law of total variance, Var z = Var(mean) + E exp(log_variance), in float64 throughout.
     """
     zeros = torch.zeros(latents.shape[0], dtype=torch.float64)
-    count, total, squares, within = 0, zeros, zeros, zeros
+    count, total, squares, posterior_variance = 0, zeros, zeros, zeros
     for start in range(0, len(indices), batch_size):
         for view in range(latents.moments.shape[1]):
             mean, log_variance = latents.batch(indices[start : start + batch_size], view)
@@ -105,7 +104,7 @@ def measure_statistics(
             count += mean.shape[0] * mean.shape[2] * mean.shape[3]
             total = total + mean.sum((0, 2, 3))
             squares = squares + mean.square().sum((0, 2, 3))
-            within = within + log_variance.exp().sum((0, 2, 3))
+            posterior_variance = posterior_variance + log_variance.exp().sum((0, 2, 3))
     average = total / count
-    variance = squares / count - average**2 + within / count
+    variance = squares / count - average**2 + posterior_variance / count
     return average.tolist(), variance.clamp(min=1e-12).sqrt().tolist()

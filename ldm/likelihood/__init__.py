@@ -1,1 +1,1 @@
-"""Likelihood of images under both stages, in bits per dimension."""
+"""Likelihood of images under the autoencoder and the diffusion model, in bits per dimension."""

@@ -1,4 +1,4 @@
-"""Checks of the options of a likelihood, made before anything is computed."""
+"""Checks of the likelihood options before any computation."""
 
 from typing import Any, get_args
 
@@ -13,21 +13,21 @@ from ldm.sampling.pipeline import LatentDiffusionPipeline
 
 
 def require_density(autoencoder: Autoencoder) -> LatentStatistics:
-    """Return the measured scales of p(x | z_raw) and z.
+    """Return the statistics of an autoencoder that defines a density.
 
     Raises:
-        UserError: if the autoencoder does not define the densities q(z_raw | x) and p(x | z_raw), or was not measured.
+        UserError: if the autoencoder does not define q(z_raw | x) and p(x | z_raw), or its statistics are missing.
     """
     name, statistics = f"The autoencoder {type(autoencoder.model).__name__}", autoencoder.statistics
     if not autoencoder.has_density:
         raise UserError(
-            f"{name} has no density over its latents, so images have no likelihood under it. Train one with a KL "
-            "term: python -m ldm.train stage=vae regulariser=kl"
+            f"{name} has no density over its latents, so it cannot assign a likelihood to images. Train an autoencoder "
+            "with a KL term: python -m ldm.train stage=vae regulariser=kl"
         )
     if statistics is None:
         raise UserError(
             f"{name} was not measured on its training split: latents.json is missing next to its weights. Restore "
-            "that file, or train the autoencoder again."
+            "that file, or retrain the autoencoder."
         )
     return statistics
 
@@ -36,14 +36,14 @@ def check_chain(pipeline: LatentDiffusionPipeline, variance: str, steps: Any, od
     """Check that the bound can be computed with these options.
 
     Raises:
-        UserError: with the option, its value and the rule.
+        UserError: if an option is invalid.
     """
     if not pipeline.autoencoder.is_identity:
         require_density(pipeline.autoencoder)
     schedule, choices = pipeline.schedule, get_args(VarianceType)
     if variance not in choices:
         raise UserError(f"variance={variance} is unknown. Choose one of: {', '.join(choices)}.")
-    if variance != "optimal":  # this one can still be fitted
+    if variance != "optimal":  # optimal can still be fitted
         pipeline.check_variance(variance)
     if steps is not None and (type(steps) is not int or steps % 2 or not 4 <= steps <= schedule.num_steps):
         raise UserError(
@@ -59,4 +59,4 @@ def _check_ode(schedule: NoiseSchedule, *, rtol: Number = 1e-4, atol: Number = 1
         check_tolerances(rtol, atol)
         clock_ends(schedule, 1.0)
     except ValueError as error:
-        raise UserError(f"The ODE's density cannot be computed: {error}. Change this, or leave out ode=.") from error
+        raise UserError(f"The ODE's density cannot be computed: {error}. Fix this, or remove ode=.") from error

@@ -31,7 +31,7 @@ def fit_optimal(
     """Fit the optimal Sigma at each t on the training split, and save it in the pipeline's folder.
 
     Raises:
-        UserError: if an output of the autoencoder or the network is not finite.
+        UserError: if the autoencoder or the network returns non-finite values.
     """
     indices = numpy_generator(seed, 3).permutation(images.train_indices)[:FITTED_IMAGES]
     generator = torch_generator(seed, 3)
@@ -52,9 +52,9 @@ def fit_optimal(
             generator=generator,
             images_per_step=images_per_step,
             batch_size=batch_size,
-            on_batch=lambda done, total: report("fitting Sigma", done, total),
+            on_batch=lambda completed, total: report("fitting Sigma", completed, total),
         )
     except ValueError as error:
-        raise UserError(f"variance=optimal cannot be fitted: {error}. Choose another variance.") from error
+        raise UserError(f"variance=optimal cannot be fitted: {error}. Choose a different variance.") from error
     settings = {"images": len(indices), "images_per_step": images_per_step, "seed": seed, "data": images.fingerprint}
     save_z_0_mse(folder, pipeline.z_0_mse, settings)

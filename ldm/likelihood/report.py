@@ -34,11 +34,11 @@ BOUND_ROWS = {
     "standard_error": "standard error over images",
     "monte_carlo_error": "standard error from t and noise",
 }
-"""Labels of the table's rows, by their key in likelihood.json."""
+"""Table row labels, by key in likelihood.json."""
 
 
 def likelihood_table(content: dict[str, Any], columns: dict[str, Any]) -> Table:
-    """Return a table of every term in bits per dimension, with one column per prior of the latent."""
+    """Return a table of every term in bits per dimension, with one column per latent prior."""
     num_images, num_dims = content["num_images"], content["num_dims"]
     table = Table("term", title=f"bits/dim of {num_images} images ({num_dims} dimensions each)", title_justify="left")
     for name in columns:
@@ -49,26 +49,26 @@ def likelihood_table(content: dict[str, Any], columns: dict[str, Any]) -> Table:
     return table
 
 
-def add_difference(report: Report, other: Report) -> str:
-    """Add the paired difference to another report on the same images, and return it as text.
+def add_difference(report: Report, baseline: Report) -> str:
+    """Add the paired difference from a baseline report on the same images, and return it as text.
 
-    The first columns of both reports are compared.
+    The first column of each report is compared.
     """
-    first, second = (next(iter(each.content["per_image"].values())) for each in (report, other))
-    difference = paired_difference(first, second)
-    report.content["difference"] = difference | {"against": other.content}
+    bits, baseline_bits = (next(iter(each.content["per_image"].values())) for each in (report, baseline))
+    difference = paired_difference(bits, baseline_bits)
+    report.content["difference"] = difference | {"against": baseline.content}
     return format_difference(difference)
 
 
-def paired_difference(first: list[float], second: list[float]) -> dict[str, Any]:
-    """Return the mean of first - second in bits/dim and its standard error, where both contain the same images."""
-    difference = mean_metric(torch.tensor(first, dtype=torch.float64) - torch.tensor(second, dtype=torch.float64))
+def paired_difference(bits: list[float], baseline: list[float]) -> dict[str, Any]:
+    """Return the mean and standard error of bits - baseline over the same images, in bits/dim."""
+    difference = mean_metric(torch.tensor(bits, dtype=torch.float64) - torch.tensor(baseline, dtype=torch.float64))
     return {"mean": difference.value, "standard_error": difference.standard_error}
 
 
 def format_difference(difference: dict[str, Any]) -> str:
-    """Format a difference as returned by `paired_difference`."""
-    return f"paired over the images: {difference['mean']:+.4f} ± {difference['standard_error']:.4f} bits/dim"
+    """Format the result of `paired_difference`."""
+    return f"paired over images: {difference['mean']:+.4f} ± {difference['standard_error']:.4f} bits/dim"
 
 
 def _terms_to_json(terms: Terms) -> dict[str, Any]:
@@ -91,13 +91,14 @@ def measure_likelihood(
     seed: int = 0,
     batch_size: Count = 64,
 ) -> Report:
-    """Compute the likelihood bound for images of a run. A run of stage vae uses the prior N(0, I).
+    """Compute the likelihood bound on a run's images. For a stage vae run, the prior is N(0, I).
 
     Args:
         split: val or train.
         num_images: Maximum number of images, chosen by the seed.
-        steps: Terms of the chain per image; None for all T.
-        variance: Sigma of the reverse chain; None for the model's own. optimal is first fitted on the training split.
+        steps: Number of chain terms per image; None for all T.
+        variance: Sigma of the reverse chain; None for the model's default. The optimal Sigma is first fitted on
+            the training split if necessary.
         ode: Options of `ode_log_likelihood`; None to skip the ODE.
 
     Raises:
@@ -164,23 +165,23 @@ def open_model(
     return pipeline
 
 
-def check_comparable(run: Run, other: Run, *, variance: str | None, steps: int | None, **selection: Any) -> None:
-    """Check that two runs can be compared, before anything is computed.
+def check_comparable(run: Run, baseline: Run, *, variance: str | None, steps: int | None, **selection: Any) -> None:
+    """Check that a run can be compared with a baseline run, before any computation.
 
     Args:
-        variance: the reverse variance Sigma to use for the other run.
+        variance: Sigma of the reverse chain for the baseline run.
         selection: Arguments of `choose_images`.
 
     Raises:
         UserError: if the runs use different images; see also `open_model`.
     """
-    (images, indices), (other_images, other_indices) = (choose_images(each, **selection) for each in (run, other))
-    if images.fingerprint != other_images.fingerprint or not np.array_equal(indices, other_indices):
+    (images, indices), (base_images, base_indices) = (choose_images(each, **selection) for each in (run, baseline))
+    if images.fingerprint != base_images.fingerprint or not np.array_equal(indices, base_indices):
         raise UserError(
-            f"{run.path} and against={other.path} were not trained and validated on the same images, so a "
+            f"{run.path} and against={baseline.path} were not trained and validated on the same images, so a "
             "paired comparison is not possible. Choose a run with the same data options and the same data.val_fraction."
         )
-    open_model(other, variance, steps, None)
+    open_model(baseline, variance, steps, None)
 
 
 def _chain_content(bounds: TwoStageBounds, ode: dict[str, Any] | None) -> dict[str, Any]:

@@ -5,7 +5,7 @@
 in nats, summed over the dimensions of 8-bit images x. z = (z_raw - mean) / std is the standardised latent on which the
 diffusion chain is defined, and the last term is the change of variables. p(x | z_raw) is a Gaussian around the decoded
 image, integrated over the bin of each 8-bit value, with one scale per colour channel fitted on the training split. For
-conditional models, the bound is on p(x | condition), with the caption or class of each image and without guidance.
+conditional models, the bound is on p(x | condition), given the caption or class of each image, without guidance.
 """
 
 import math
@@ -40,11 +40,11 @@ class Terms:
     """Terms of a bound on -log p(x) for n images, in nats.
 
     Args:
-        parts: Terms by name, [n] each, in the order of the table.
+        parts: Terms by name, each of shape [n], in the order of the table.
         num_dims: Dimensions of an image, 3 H W.
-        monte_carlo_variance: Variance of each image's total from the draws of t and noise in the chain, [n]; None
+        monte_carlo_variance: Variance of each image's total due to the random t and noise of the chain, [n]; None
             without a chain.
-        chain: The bound of the diffusion chain; None without a chain.
+        chain: Bound of the diffusion chain; None without a chain.
     """
 
     parts: dict[str, Tensor]
@@ -58,19 +58,19 @@ class Terms:
         return torch.stack(list(self.parts.values())).sum(0)
 
     def bits_per_dim(self, nats: Tensor) -> Tensor:
-        """Convert nats per image to bits per dimension, where each colour value of a pixel is a dimension."""
+        """Convert nats per image to bits per dimension. Each colour value of each pixel is one dimension."""
         return nats / (self.num_dims * math.log(2))
 
     def metrics(self) -> dict[str, Metric]:
         """Return the mean of each term and of the total over the images, in bits/dim, with standard errors.
 
-        The standard errors account for the choice of images.
+        The standard errors account for the random selection of images.
         """
         return {name: mean_metric(self.bits_per_dim(x)) for name, x in {**self.parts, "total": self.total}.items()}
 
     @property
     def monte_carlo_error(self) -> float | None:
-        """Standard error of the mean total from the draws of t and noise, for fixed images and latents, in bits/dim."""
+        """Standard error of the mean total due to the random t and noise, given the images and latents, in bits/dim."""
         if self.monte_carlo_variance is None:
             return None
         return self.bits_per_dim(self.monte_carlo_variance.sum().sqrt() / len(self.total)).item()
@@ -79,14 +79,14 @@ class Terms:
 def draw_latents(
     autoencoder: Autoencoder, images: Tensor, generators: list[torch.Generator]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mean and log-variance of q(z_raw | x), and one draw of z_raw per image, with one generator per image."""
+    """Return the mean and log-variance of q(z_raw | x), and one sample of z_raw per image from its own generator."""
     mean, log_variance = (at_least_float32(moment).cpu() for moment in autoencoder.encode(images))
     noise = torch.stack([torch.randn(mean.shape[1:], generator=generator) for generator in generators])
     return mean, log_variance, mean + (0.5 * log_variance).exp() * noise
 
 
 class _Encoded(NamedTuple):
-    """One draw z_raw ~ q(z_raw | x) per image, with its -log p(x | z_raw).
+    """One sample z_raw ~ q(z_raw | x) per image, and `decoder` = -log p(x | z_raw).
 
     `entropy` is the exact entropy of q(z_raw | x), and `standard_normal` the exact expectation of -log N(z_raw; 0, I).
     """
@@ -110,18 +110,18 @@ def _encode_images(
         mean, log_variance = mean.double(), log_variance.double()
         entropy = 0.5 * (LOG_2PI_E + log_variance).flatten(1).sum(1)
         standard_normal = 0.5 * (mean.square() + log_variance.exp() + LOG_2PI_E - 1).flatten(1).sum(1)
-        is_bad = ~(decoder + entropy + standard_normal).isfinite()
-        if is_bad.any():
+        not_finite = ~(decoder + entropy + standard_normal).isfinite()
+        if not_finite.any():
             raise UserError(
-                f"The autoencoder's output for image {start + int(is_bad.nonzero()[0])} is not finite, because its "
-                "training diverged. Train it again with a lower optimizer.lr."
+                f"The autoencoder's output for image {start + int(not_finite.nonzero()[0])} is not finite, because its "
+                "training diverged. Retrain it with a lower optimizer.lr."
             )
         encoded.append(_Encoded(z_raw, decoder, entropy, standard_normal))
     return _Encoded(*(torch.cat(values) for values in zip(*encoded, strict=True)))
 
 
 def vae_bound(autoencoder: Autoencoder, images: Tensor, *, seed: int = 0, batch_size: int = 64) -> Terms:
-    """Return the bound of the autoencoder alone, with the prior N(0, I) on z_raw of its KL term.
+    """Return the bound for the autoencoder alone, with the prior N(0, I) on z_raw that its KL term uses.
 
         -log p(x) <= E_q[-log p(x | z_raw)] + KL(q(z_raw | x) || N(0, I))
 
@@ -129,7 +129,7 @@ def vae_bound(autoencoder: Autoencoder, images: Tensor, *, seed: int = 0, batch_
         images: 8-bit images scaled to [-1, 1], [n, 3, H, W].
 
     Raises:
-        UserError: if the autoencoder has no density, or its output is not finite.
+        UserError: if the autoencoder has no density or returns non-finite values.
     """
     require_density(autoencoder)
     encoded = _encode_images(autoencoder, images, sample_generators(seed, range(len(images))), batch_size)
@@ -143,16 +143,16 @@ def _standard_normal_prior(encoded: _Encoded, num_dims: int) -> Terms:
 
 @dataclass(frozen=True)
 class TwoStageBounds:
-    """Bounds under three priors on the latent, all with the same draw of z_raw.
+    """Bounds under three priors on the latent, all for the same samples of z_raw.
 
     Args:
-        chain: Prior of the ancestral chain, by its variational bound.
-        vae: Prior N(0, I) on z_raw, without a diffusion model; None for a chain on pixels.
-        ode: Density of z_1 under the probability-flow ODE, instead of the chain's steps from T to 1; None if it was
-            not requested.
-        ode_evaluations: Network evaluations by the ODE solver, summed over all batches.
-        ode_probe_variance: Variance of each image's total from the Hutchinson probes, [n]. None if it cannot be
-            estimated, as with a single probe or the exact trace.
+        chain: Bound with the ancestral chain as prior.
+        vae: Bound with the prior N(0, I) on z_raw, without a diffusion model; None for a chain on pixels.
+        ode: Bound with the density of z_1 under the probability-flow ODE in place of the chain's steps from T to 1;
+            None if not requested.
+        ode_evaluations: Network evaluations of the ODE solver, summed over all batches.
+        ode_probe_variance: Variance of each image's total due to the Hutchinson probes, [n]. None with a single probe
+            or with the exact trace.
     """
 
     chain: Terms
@@ -174,19 +174,19 @@ def two_stage_bound(
     ode: dict[str, Any] | None = None,
     on_progress: OnProgress | None = None,
 ) -> TwoStageBounds:
-    """Return the bound of every image, term by term. The random draws for image i depend only on the seed and i.
+    """Return the bound for each image, term by term. The random numbers for image i depend only on the seed and i.
 
     Args:
         images: 8-bit images scaled to [-1, 1], [n, 3, H, W].
         condition: Batch-first tensors for the n images; {} without conditioning.
-        variance: Sigma of the reverse steps; None for the model's own.
-        steps: Terms of the chain per image, stratified over t; None for all T.
-        ode: Options of `ode_log_likelihood` (rtol, atol, probes) to also compute the bound of the ODE; None to skip it.
-        on_progress: Called as on_progress(task, done, total).
+        variance: Sigma of the reverse steps; None for the model's default.
+        steps: Number of chain terms per image, stratified over t; None for all T.
+        ode: Options of `ode_log_likelihood` (rtol, atol, probes) to also compute the ODE bound; None to skip it.
+        on_progress: Called as on_progress(task, completed, total).
 
     Raises:
-        UserError: see `check_chain`; also for variance=optimal without a fitted table, or if an output of the
-            autoencoder or the network is not finite.
+        UserError: see `check_chain`; also if variance=optimal has not been fitted, or if the autoencoder or the network
+            returns non-finite values.
     """
     variance = variance or pipeline.variance
     check_chain(pipeline, variance, steps, ode)
@@ -194,8 +194,8 @@ def two_stage_bound(
         pipeline.check_optimal_variance()
     pipeline.network.eval()
     generators = sample_generators(seed, range(len(images)))
-    stage_1 = _pixels if pipeline.autoencoder.is_identity else _latents
-    z_0, parts, vae, last = stage_1(pipeline.autoencoder, images, generators, batch_size)
+    first_stage = _pixels if pipeline.autoencoder.is_identity else _latents
+    z_0, parts, vae, last_term = first_stage(pipeline.autoencoder, images, generators, batch_size)
     condition = {name: value.to(pipeline.device) for name, value in condition.items()}
     report = on_progress or (lambda *_: None)
     chain = _chain_bound(
@@ -205,9 +205,9 @@ def two_stage_bound(
         generators=generators,
         variance=variance,
         steps=steps,
-        last=last,
+        last=last_term,
         batch_size=batch_size,
-        on_batch=lambda done, total: report("chain", done, total),
+        on_batch=lambda completed, total: report("chain", completed, total),
     )
     num_dims = images[0].numel()
     chain_parts = parts | {"L_T": chain.prior, "sum of L_t-1": chain.layers, "L_0": chain.last}
@@ -224,13 +224,13 @@ def _chain_bound(pipeline: LatentDiffusionPipeline, z_0: Tensor, condition: Cond
         return variational_bound(pipeline.denoiser(), z_0, condition, z_0_mse=pipeline.z_0_mse, **options)
     except NotFiniteError as error:
         raise UserError(
-            f"The bound cannot be computed: {error}. The network probably diverged in training. Train it again with a "
+            f"The bound cannot be computed: {error}. The network probably diverged in training. Retrain it with a "
             "lower optimizer.lr."
         ) from error
 
 
 StageOne = tuple[Tensor, dict[str, Tensor], Terms | None, LastTerm | None]
-"""z_0, the terms of the first stage, its bound without a chain, and a function for L_0 if L_0 is not a density."""
+"""z_0, the terms of the first stage, the bound without a chain, and a function that computes L_0 on pixels."""
 
 
 def _latents(autoencoder: Autoencoder, images: Tensor, generators: list[torch.Generator], batch_size: int) -> StageOne:
@@ -243,14 +243,14 @@ def _latents(autoencoder: Autoencoder, images: Tensor, generators: list[torch.Ge
 
 
 def _pixels(autoencoder: Autoencoder, images: Tensor, generators: list[torch.Generator], batch_size: int) -> StageOne:
-    """Return the first stage of a chain on pixels. Its L_0 is the probability mass of the bins of 8-bit values."""
+    """Return the first stage of a chain on pixels, whose L_0 is the negative log probability of the 8-bit values."""
 
-    def last(image: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    def last_term(image: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         mean, std = (autoencoder.unstandardise(value.cpu().double()) for value in (mean, std))
-        std = std - autoencoder.unstandardise(torch.zeros_like(std))  # a scale must not be shifted by the mean
+        std = std - autoencoder.unstandardise(torch.zeros_like(std))  # rescale, but do not shift by the mean
         return discretised_nll(images[image].double(), mean, std, BIN_WIDTH, low=-1.0, high=1.0).flatten(1).sum(1)
 
-    return autoencoder.standardise(images), {}, None, last
+    return autoencoder.standardise(images), {}, None, last_term
 
 
 def _ode_prior(
@@ -262,11 +262,11 @@ def _ode_prior(
     options: dict[str, Any],
     report: OnProgress,
 ) -> tuple[Tensor, int, Tensor | None]:
-    """Return -log p_ODE(z_1) + log q(z_1 | z_0) per image, the number of evaluations and the variance from the probes.
+    """Return -log p_ODE(z_1) + log q(z_1 | z_0) per image, the network evaluations and the variance due to the probes.
 
-    This replaces L_T and the sum of L_t-1. Together with L_0 it bounds -log p(z_0) of the model that draws z_1 by the
-    ODE and z_0 by the last step of the chain. The entropy of q(z_1 | z_0) is exact. z_1 and the probes have their own
-    generators, so that the chain's draws are the same with and without the ODE.
+    The result replaces L_T and the sum of L_t-1. Together with L_0, it bounds -log p(z_0) for the model that samples
+    z_1 with the ODE and z_0 with the last step of the chain. The entropy of q(z_1 | z_0) is exact. z_1 and the probes
+    use separate generators, so the random numbers of the chain are the same with and without the ODE.
     """
     schedule, n = pipeline.schedule, len(z_0)
     generators = [torch_generator(seed, 4, i) for i in range(n)]
@@ -289,7 +289,7 @@ def _ode_prior(
         except ArithmeticError as error:
             raise UserError(
                 f"The ODE's density cannot be computed for images {start} to {stop - 1}: {error}. Choose a larger "
-                "rtol=, or leave out ode=."
+                "rtol=, or remove ode=."
             ) from error
         densities.append(-result.log_likelihood.cpu().double() - entropy)
         evaluations += result.evaluations

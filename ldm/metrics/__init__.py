@@ -1,1 +1,1 @@
-"""Metrics of images and of their features, the networks that compute features, and reports."""
+"""Image and feature metrics, feature networks, and reports."""

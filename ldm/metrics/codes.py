@@ -17,7 +17,7 @@ def kl_metrics(nats: Tensor | None, num_values: int) -> dict[str, float | None]:
     """Return the mean KL per image in nats, in bits, and in bits per pixel value.
 
     Args:
-        nats: KL of each image, [b]; None for a model without a density, whose metrics are None.
+        nats: KL of each image, [b]. None, for a model without a density, makes all metrics None.
         num_values: Number of pixel values per image.
     """
     if nats is None:
@@ -28,10 +28,10 @@ def kl_metrics(nats: Tensor | None, num_values: int) -> dict[str, float | None]:
 
 
 def codebook_metrics(counts: Tensor | None) -> dict[str, Any]:
-    """Return the size of a codebook, the fraction of its codes in use, and the perplexity of their frequencies.
+    """Return the size of a codebook, the fraction of codes used, and the perplexity of the code frequencies.
 
     Args:
-        counts: How often each code occurs, [n]; None for a model without a codebook, whose metrics are None.
+        counts: Number of uses of each code, [n]. None, for a model without a codebook, makes all metrics None.
     """
     if counts is None:
         return {"codebook_size": None, "codebook_usage": None, "codebook_perplexity": None}

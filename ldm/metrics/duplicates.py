@@ -1,7 +1,7 @@
 """Exact and near duplicates among images, found with difference hashes and thumbnails.
 
-Setting: images are [b, 3, H, W] in [-1, 1]. Pairs are compared in chunks, so that memory does not grow with the number
-of pairs.
+Images are [b, 3, H, W] in [-1, 1]. Pairs are compared in chunks, so that memory use does not grow with the number of
+pairs.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,10 +19,10 @@ LEVEL = 1 / 127.5
 
 
 def dhash(images: Tensor, *, margin: float = LEVEL) -> Tensor:
-    """Return the difference hash, bool [b, 64], of a grey 8 x 9 thumbnail: is a cell brighter than its left neighbour?
+    """Return the difference hash, bool [b, 64]: True where a cell of a grey 8 x 9 thumbnail exceeds its left neighbour.
 
-    Unlike in the original, a cell must be brighter by more than `margin`. In flat regions, such as the background of a
-    drawing, the sign of a difference is determined by compression noise alone.
+    Unlike in the original hash, the cell must exceed its neighbour by more than `margin`. In flat regions, such as the
+    background of a drawing, compression noise alone determines the sign of the difference.
     Source: N. Krawetz, "Kind of Like That", 2013, hackerfactor.com.
     """
     grey = (images * images.new_tensor(LUMA)[:, None, None]).sum(dim=1, keepdim=True)
@@ -31,7 +31,7 @@ def dhash(images: Tensor, *, margin: float = LEVEL) -> Tensor:
 
 
 def thumbnails(images: Tensor) -> Tensor:
-    """Return the colours of 8 x 8 cells, [b, 192] in [-1, 1]. They distinguish images with equal hashes, like flags."""
+    """Return the colours of 8 x 8 cells, [b, 192] in [-1, 1]. They separate images with equal hashes, such as flags."""
     return F.interpolate(images, size=8, mode="bilinear", antialias=True, align_corners=False).flatten(1)
 
 
@@ -43,8 +43,8 @@ def near_duplicate_pairs(
     Args:
         hashes: bool [n, 64].
         colours: Thumbnails, [n, d].
-        max_bits: Largest number of differing hash bits.
-        max_levels: Largest root mean square difference between thumbnails, in 8-bit levels.
+        max_bits: Maximum number of differing hash bits.
+        max_levels: Maximum root mean square difference between thumbnails, in 8-bit levels.
 
     Yields:
         Pairs [p, 2] with i < j, their numbers of differing bits [p], and their thumbnail differences in levels [p].
@@ -67,30 +67,30 @@ class DuplicateIndex:
     """
 
     def __init__(self, digests: Sequence[bytes], train: np.ndarray, val: np.ndarray) -> None:
-        seen: dict[bytes, int] = {}
-        self.first = np.array([seen.setdefault(digest, i) for i, digest in enumerate(digests)], dtype=np.int64)
+        firsts: dict[bytes, int] = {}
+        self.first_copy = np.array([firsts.setdefault(digest, i) for i, digest in enumerate(digests)], dtype=np.int64)
         """Index of the first image with the same pixels, [n]."""
-        self.distinct = np.unique(self.first)
+        self.distinct = np.unique(self.first_copy)
         self.is_val = np.isin(np.arange(len(digests)), val)
-        self.member = np.full((2, len(digests)), -1)
-        """First image of each split with the same pixels as the distinct image i; -1 if there is none, [2, n]."""
+        self.representative = np.full((2, len(digests)), -1)
+        """First image of each split with the same pixels as the distinct image i, or -1, [2, n]."""
         for split, indices in enumerate((train, val)):
-            self.member[split, self.first[indices[::-1]]] = indices[::-1]
+            self.representative[split, self.first_copy[indices[::-1]]] = indices[::-1]
         self.is_near = np.zeros((2, len(digests)), dtype=bool)
-        """True if a split contains a near duplicate of the distinct image i, exact copies not counted, [2, n]."""
+        """True if a split contains a near duplicate, not an exact copy, of the distinct image i, [2, n]."""
         self.num_pairs = 0
         self._closest = np.empty((0, 5))
 
     def add(self, pairs: Tensor, bits: Tensor, levels: Tensor, *, keep: int) -> None:
         """Add near-duplicate pairs, given as rows of `distinct`.
 
-        Only the `keep` closest pairs are stored. Pairs across the splits take precedence.
+        Only the `keep` closest pairs are stored. Pairs across splits take precedence.
         """
         i, j = self.distinct[pairs.numpy()].T
         for a, b in ((i, j), (j, i)):
             for split in (0, 1):
-                self.is_near[split, a[self.member[split, b] >= 0]] = True
-        present = self.member >= 0
+                self.is_near[split, a[self.representative[split, b] >= 0]] = True
+        present = self.representative >= 0
         crosses = (present[0, i] & present[1, j]) | (present[1, i] & present[0, j])
         self._closest = np.concatenate([self._closest, np.column_stack([~crosses, bits, levels, i, j])])
         self._closest = self._closest[np.lexsort(self._closest[:, 2::-1].T)][:keep]
@@ -99,7 +99,7 @@ class DuplicateIndex:
     def closest_pairs(self) -> list[tuple[int, int, int, float]]:
         """Return both images, the differing bits and the levels of each of the closest pairs.
 
-        In a pair across the splits, the validation image comes first.
+        In a pair across splits, the validation image comes first.
         """
         return [
             (*self._validation_first(int(i), int(j)), int(bits), levels)
@@ -107,14 +107,14 @@ class DuplicateIndex:
         ]
 
     def copy_groups(self) -> list[list[int]]:
-        """Return groups of identical images. Groups across the splits come first and start with a validation image."""
-        order = np.argsort(self.first, kind="stable")
-        equal = np.split(order, np.flatnonzero(np.diff(self.first[order])) + 1)
-        groups = [sorted(group.tolist(), key=lambda i: not self.is_val[i]) for group in equal if len(group) > 1]
+        """Return groups of identical images. Groups across splits come first and start with a validation image."""
+        order = np.argsort(self.first_copy, kind="stable")
+        copies = np.split(order, np.flatnonzero(np.diff(self.first_copy[order])) + 1)
+        groups = [sorted(group.tolist(), key=lambda i: not self.is_val[i]) for group in copies if len(group) > 1]
         return sorted(groups, key=lambda group: self.is_val[group[0]] <= self.is_val[group[-1]])
 
     def _validation_first(self, i: int, j: int) -> tuple[int, int]:
-        (train_i, val_i), (train_j, val_j) = self.member[:, i].tolist(), self.member[:, j].tolist()
+        (train_i, val_i), (train_j, val_j) = self.representative[:, [i, j]].T.tolist()
         if val_i >= 0 and train_j >= 0:
             return val_i, train_j
         return (val_j, train_i) if val_j >= 0 and train_i >= 0 else (i, j)

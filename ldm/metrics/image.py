@@ -20,12 +20,12 @@ def psnr(images: Tensor, reconstruction: Tensor) -> Tensor:
 def ssim(images: Tensor, reconstruction: Tensor) -> Tensor:
     """Return the structural similarity of each image, [b], for images [b, c, H, W] in [-1, 1].
 
-    The window is an 11 x 11 Gaussian (torchmetrics). Intensities are mapped to [0, 1] first, as for published values:
-    the luminance term is meaningless for negative intensities.
+    The window is an 11 x 11 Gaussian (torchmetrics). Intensities are first mapped to [0, 1], as for published values,
+    because the luminance term is meaningless for negative intensities.
     """
-    first, second = ((x.float() + 1) / 2 for x in (reconstruction, images))
-    with torch.autocast(first.device.type, enabled=False):  # variances are differences of means, too coarse in bfloat16
-        values = structural_similarity_index_measure(first, second, data_range=(0.0, 1.0), reduction="none")
+    a, b = ((x.float() + 1) / 2 for x in (reconstruction, images))
+    with torch.autocast(a.device.type, enabled=False):  # variances are differences of means, too coarse in bfloat16
+        values = structural_similarity_index_measure(a, b, data_range=(0.0, 1.0), reduction="none")
     assert isinstance(values, Tensor)
     return values
 
@@ -33,7 +33,7 @@ def ssim(images: Tensor, reconstruction: Tensor) -> Tensor:
 def pca_reconstruction(train: Tensor, images: Tensor, *, factor: int, channels: int) -> Tensor:
     """Reconstruct images from the first `channels` principal components of their f x f patches.
 
-    They have as many values as a latent with the same downsampling factor and number of channels.
+    A latent with the same downsampling factor and number of channels has the same number of values.
 
     Args:
         train: Images to fit the components to, [n, 3, H, W] in [-1, 1].
@@ -55,7 +55,7 @@ def patch_components(batches: Iterable[Tensor], factor: int) -> tuple[Tensor, Te
     """Return the mean [d] and the principal components [d, d] of f x f image patches, where d = 3 f^2.
 
     The components are the columns, in order of decreasing variance. The covariance is accumulated over the batches
-    [b, 3, H, W] in chunks of CHUNK_PIXELS, so that memory depends on neither the number nor the size of the images.
+    [b, 3, H, W] in chunks of CHUNK_PIXELS, so that memory use depends on neither the number nor the size of the images.
     """
     count, total, squares = 0, torch.zeros(1).double(), torch.zeros(1, 1).double()
     for images in batches:

@@ -21,8 +21,8 @@ def kernel_distance(
 
     Args:
         samples, reference: Features [n, d] and [m, d].
-        paired: Row i of both sets belongs together, as an image and its reconstruction do. Kernels within a pair are
-            then excluded, because they would bias the estimate downwards. Source: Gretton et al. 2012, "A kernel
+        paired: Rows i of both sets form a pair, such as an image and its reconstruction. Kernels within pairs are then
+            excluded, because they would bias the estimate downwards. Source: Gretton et al. 2012, "A kernel
             two-sample test", eq. 4.
 
     Returns:
@@ -59,7 +59,7 @@ def cmmd(samples: Tensor, reference: Tensor, *, sigma: float = 10.0, scale: floa
     code. Source: Jayasumana et al. 2024, arXiv:2401.09603, section 4.
 
     Args:
-        samples, reference: Features [n, d] and [m, d]; the metric is defined for those of CLIP.
+        samples, reference: CLIP embeddings, [n, d] and [m, d].
     """
     x, y = (F.normalize(features.double(), dim=1) for features in (samples, reference))
     means = [_mean_kernel(a, b, sigma) for a, b in ((x, x), (y, y), (x, y))]
@@ -69,7 +69,7 @@ def cmmd(samples: Tensor, reference: Tensor, *, sigma: float = 10.0, scale: floa
 def _mean_kernel(a: Tensor, b: Tensor, sigma: float) -> float:
     total = 0.0
     for rows in a.split(chunk_size(len(b))):
-        # sum k - 1 rather than k: all kernels are close to 1, and the sets differ only in the small remainder
+        # sum k - 1 instead of k: kernels are close to 1, and only the small remainder distinguishes the sets
         total += torch.expm1(-squared_distances(rows, b) / (2 * sigma**2)).sum().item()
     return 1 + total / (len(a) * len(b))
 

@@ -1,4 +1,4 @@
-"""A measured value with its standard error."""
+"""Measured values with standard errors."""
 
 import math
 from collections.abc import Mapping
@@ -10,11 +10,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Metric:
-    """A value with its standard error, if that is known."""
+    """A value with its standard error, if known."""
 
     value: float
     standard_error: float | None = None
-    """Covers the sampling of images, not the variation between training runs."""
+    """Covers sampling noise over images, not the variation between training runs."""
     dof: float = math.inf
     """Degrees of freedom of the standard error."""
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -44,7 +44,7 @@ ERROR_SUFFIX = "_standard_error"
 
 
 def metrics_to_json(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace each Metric by two keys, its value (null if not measured) and its standard error; keep other values."""
+    """Replace each Metric with two keys, its value (None if not measured) and its standard error."""
     values: dict[str, Any] = {}
     for name, value in content.items():
         if isinstance(value, Metric):

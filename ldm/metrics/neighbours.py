@@ -1,7 +1,7 @@
 """Nearest-neighbour metrics of features: precision, recall, density, coverage and retrieval.
 
-Setting: features are [n, d] and compared by Euclidean distance, except for retrieval, which uses cosine similarity.
-Pairs are processed in chunks, so that the n x m matrix of distances is never held in memory.
+Features are [n, d]. Distances are Euclidean, except for retrieval, which uses cosine similarity. Pairs are processed in
+chunks, so that the n x m matrix of distances is never held in memory.
 """
 
 import math
@@ -15,13 +15,13 @@ MAX_PAIRS = 2**24
 """Number of pairwise distances held in memory at once."""
 
 
-def chunk_size(num_others: int) -> int:
-    """Return how many rows to compare with `num_others` rows at a time."""
-    return max(1, MAX_PAIRS // num_others)
+def chunk_size(num_columns: int) -> int:
+    """Return the number of rows of a distance matrix with `num_columns` columns to compute at once."""
+    return max(1, MAX_PAIRS // num_columns)
 
 
 def retrieval_ranks(queries: Tensor, gallery: Tensor, targets: Tensor) -> Tensor:
-    """Return how many gallery images are more similar to each query than its target. Rank 0 is a hit at 1.
+    """Return the number of gallery images that are more similar to each query than its target. Rank 0 is a top-1 hit.
 
     Args:
         queries: Features of generated images, [q, d].

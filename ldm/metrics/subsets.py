@@ -9,11 +9,11 @@ from torch import Tensor
 from ldm.runtime.random import torch_generator
 
 NUM_SUBSETS, MAX_COMPONENTS = 4, 64
-"""Disjoint subsets that a metric is averaged over; largest dimension of a Fréchet distance after PCA."""
+"""Number of disjoint subsets to average a metric over, and maximum dimension of a Fréchet distance after PCA."""
 
 
 NUM_GROUPS = 20
-"""Number of groups of the jackknife."""
+"""Number of jackknife groups."""
 
 
 def jackknife_error(replicates: Tensor) -> float:
@@ -35,8 +35,8 @@ def mean_over_subsets(
     Args:
         metric: Function (samples, reference) -> values.
         samples, reference: Features [n, d] and [m, d]. Each subset has min(n, m) // num_subsets rows of either set.
-        seed: Determines which rows form a subset.
-        paired: Row i of both sets belongs together, so subsets consist of the same rows of both.
+        seed: Determines the rows of each subset.
+        paired: Rows i of both sets form a pair, so both are split in the same way.
 
     Returns:
         (mean, standard error) of each value.
@@ -44,11 +44,11 @@ def mean_over_subsets(
     size = min(len(samples), len(reference)) // num_subsets
     generator = torch_generator(seed)
     order = torch.randperm(len(samples), generator=generator)
-    other = order if paired else torch.randperm(len(reference), generator=generator)
-    parts = [
+    reference_order = order if paired else torch.randperm(len(reference), generator=generator)
+    subsets = [
         features[rows[: size * num_subsets]].double().split(size)
-        for features, rows in ((samples, order), (reference, other))
+        for features, rows in ((samples, order), (reference, reference_order))
     ]
-    values = torch.tensor([metric(a, b) for a, b in zip(*parts, strict=True)], dtype=torch.float64)
+    values = torch.tensor([metric(a, b) for a, b in zip(*subsets, strict=True)], dtype=torch.float64)
     errors = values.std(0) / num_subsets**0.5
     return list(zip(values.mean(0).tolist(), errors.tolist(), strict=True))

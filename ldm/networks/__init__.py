@@ -1,1 +1,1 @@
-"""Networks that map (z_t, t, condition) to an output, and the conditions that they accept."""
+"""Networks that map (z_t, t, condition) to an output, and their conditioning."""

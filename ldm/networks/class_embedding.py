@@ -7,12 +7,12 @@ from typing import Any
 from torch import nn
 
 NULL_CLASSES = {"num_classes": 0, "num_class_embeds": 1}
-"""Number of null classes included in each config key: DiT does not count its null class, the UNet does."""
+"""Number of null classes counted by each config key: the UNet counts its null class, DiT does not."""
 
 
 @dataclass(frozen=True)
 class ClassChange:
-    """Names of the classes whose embeddings are kept, newly initialised, and dropped."""
+    """Names of the classes whose embeddings are kept, newly initialised, or dropped."""
 
     kept: tuple[str, ...]
     new: tuple[str, ...]
@@ -35,13 +35,13 @@ class ClassChange:
 def replace_classes(network: Any, old: Sequence[str], new: Sequence[str]) -> nn.Module:
     """Return the network with a class embedding for the names in `new`, in this order, followed by the null class.
 
-    Classes that are also in `old` keep their embedding; all others are initialised as in a new network. The null class
+    Classes that are also in `old` keep their embedding; new classes are initialised as in a new network. The null class
     and all other weights are copied.
 
     Args:
-        network: A diffusers ModelMixin whose `class_embedding` has len(old) + 1 rows.
-        old: Class names that the network was trained on, in the order of the embedding rows.
-        new: Class names of the returned network. If they equal `old`, the network itself is returned.
+        network: A diffusers ModelMixin with a `class_embedding` of len(old) + 1 rows.
+        old: Class names of the network, in the order of its embedding rows.
+        new: Class names of the returned network. If they equal `old`, `network` itself is returned.
 
     Raises:
         ValueError: The network is not class-conditional.
@@ -53,13 +53,13 @@ def replace_classes(network: Any, old: Sequence[str], new: Sequence[str]) -> nn.
         raise ValueError(f"{type(network).__name__} has no class embedding, so its classes cannot be replaced")
     adapted = type(network).from_config({**network.config, key: len(new) + NULL_CLASSES[key]})
     weights = network.state_dict()
-    trained, rows = weights["class_embedding.weight"], adapted.class_embedding.weight.detach().clone()
-    rows[-1] = trained[-1]
+    old_rows, rows = weights["class_embedding.weight"], adapted.class_embedding.weight.detach().clone()
+    rows[-1] = old_rows[-1]
     for row, name in enumerate(new):
         if name in old:
-            rows[row] = trained[list(old).index(name)]
-    adapted.load_state_dict({**weights, "class_embedding.weight": rows.to(trained.dtype)})
-    return adapted.to(trained.device)
+            rows[row] = old_rows[list(old).index(name)]
+    adapted.load_state_dict({**weights, "class_embedding.weight": rows.to(old_rows.dtype)})
+    return adapted.to(old_rows.device)
 
 
 def _abbreviate(names: Sequence[str], limit: int = 10) -> str:

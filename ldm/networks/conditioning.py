@@ -1,8 +1,8 @@
 """Conditioning of the diffusion model: none, a class or a caption.
 
 A condition is a dict of batch-first tensors that are passed to the network as keyword arguments:
-{} without conditioning, {label [b]} for classes, {tokens [b, l, d], mask [b, l], pooled [b, d]} for text.
-Each kind has a null condition, which replaces dropped conditions in training and is used for classifier-free guidance.
+{} if unconditional, {label [b]} for classes, {tokens [b, l, d], mask [b, l], pooled [b, d]} for text.
+Each kind has a null condition, used for condition dropout in training and for classifier-free guidance.
 """
 
 from abc import ABC, abstractmethod
@@ -23,17 +23,17 @@ from ldm.networks.text_encoder import TextEncoder
 from ldm.rules import Count
 
 NamedCondition = tuple[Condition, list[str | None]]
-"""A condition, and the caption or class name of each sample (None if unconditional)."""
+"""A condition, with the caption or class name of each sample (None if unconditional)."""
 
 Prompts = Sequence[str] | None
 Classes = Sequence[int | str] | None
 
 Lookup = Callable[[np.ndarray, np.ndarray | None], Condition]
-"""(image indices, draws) -> condition. A draw from [0, 1) per image selects one of its captions."""
+"""(image indices, draws) -> condition. A uniform draw from [0, 1) per image selects one of its captions."""
 
 
 class Conditioning(ABC):
-    """Builds the conditions of a network from user requests and from images.
+    """Builds the conditions for a network from user requests or from images.
 
     `text_dim` is the width of the caption embeddings, or None without text. `class_names` is None without classes.
     """
@@ -44,7 +44,7 @@ class Conditioning(ABC):
 
     @abstractmethod
     def network_options(self) -> dict[str, int]:
-        """Return the constructor arguments of a network that accepts these conditions."""
+        """Return the network constructor arguments that enable this conditioning."""
 
     @abstractmethod
     def null(self) -> Condition:
@@ -52,16 +52,16 @@ class Conditioning(ABC):
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
-        """Return plain values from which `restore_conditioning` rebuilds this conditioning."""
+        """Return a JSON-serialisable state, from which `restore_conditioning` rebuilds this conditioning."""
 
     @abstractmethod
     def for_request(self, prompts: Prompts = None, classes: Classes = None, num_samples: int = 16) -> NamedCondition:
         """Build the condition for one prompt or one class (number or name) per sample.
 
-        If neither is given, build it for `num_samples` samples: cycle through the classes, or use the empty caption.
+        If neither is given, build `num_samples` conditions, cycling through the classes or using the empty caption.
 
         Raises:
-            UserError: The model does not support this kind of condition, or has no such class.
+            UserError: The model does not support this kind of condition, or does not have a requested class.
         """
 
     @abstractmethod
@@ -77,13 +77,13 @@ class Conditioning(ABC):
         """Return a function that looks up conditions for training; `embed` is `ldm.latents.captions.open_captions`."""
 
     def examples(self, images: ImageData, prompts: Sequence[str]) -> NamedCondition:
-        """Build the condition of the sample grid. With text, use the prompts, or else the first validation captions."""
+        """Build the condition for the sample grid. With text, use the prompts or the first validation captions."""
         if self.text_dim is None:
             return self.for_request()
         return self.for_request(prompts) if prompts else self.for_images(images, images.val_indices[:16])
 
     def has_same_encoder(self, other: "Conditioning") -> bool:
-        """Return True if both use the same text encoder, compared by digest, or by name if a digest is unknown."""
+        """Return True if both use the same text encoder. Compare digests, or names if a digest is unknown."""
         state, other_state = self.state(), other.state()
         sha256, other_sha256 = state.get("encoder_sha256"), other_state.get("encoder_sha256")
         return sha256 == other_sha256 if sha256 and other_sha256 else state.get("encoder") == other_state.get("encoder")
@@ -139,7 +139,7 @@ class ClassCondition(Conditioning):
         return {"label": torch.tensor(labels, dtype=torch.long)}, [self.class_names[label] for label in labels]
 
     def for_images(self, images: ImageData, indices: np.ndarray) -> NamedCondition:
-        # matched by name, because these images may number the classes differently
+        # match by name, because the images may number the classes differently
         names, labels = _class_names(images), images.require_labels()
         return self.for_request(classes=[names[labels[i]] for i in indices])
 
@@ -219,16 +219,16 @@ def restore_conditioning(state: dict[str, Any], file: Path = Path("model_index.j
         if expected and actual and expected != actual:
             raise UserError(
                 f"The text encoder {state['encoder']} has the weights {actual[:12]}, but the pipeline was trained with "
-                f"{expected[:12]}. Restore the encoder that it was trained with."
+                f"{expected[:12]}. Restore the original encoder."
             )
         return conditioning
     raise UserError(f"{file}: the conditioning {kind} is unknown. It must be one of: none, class, text.")
 
 
-def drop(condition: Condition, null: Condition, dropped: Tensor) -> Condition:
-    """Replace the rows where `dropped` [b] is true with the null condition."""
+def drop(condition: Condition, null: Condition, mask: Tensor) -> Condition:
+    """Replace the rows where `mask` [b] is True with the null condition."""
     return {
-        name: torch.where(dropped.view(-1, *(1,) * (value.ndim - 1)), null[name].to(value.device, value.dtype), value)
+        name: torch.where(mask.view(-1, *(1,) * (value.ndim - 1)), null[name].to(value.device, value.dtype), value)
         for name, value in condition.items()
     }
 

@@ -1,8 +1,8 @@
 """Diffusion transformer: (z_t, t, condition) -> output.
 
-The latent is split into tokens of p x p values with 2-D rotary position embeddings. Each block is modulated by the
-timestep and the pooled condition (adaLN-zero) and, with text, attends to the caption's tokens. It uses RMSNorm, SwiGLU,
-and normalised queries and keys. This module imports only torch and diffusers.
+The latent is split into tokens, one per p x p patch, with 2-D rotary position embeddings. Each block is modulated by
+the timestep and the pooled condition (adaLN-zero) and, with text, attends to the caption's tokens. Blocks use RMSNorm,
+SwiGLU, and normalised queries and keys. This module imports only torch and diffusers.
 
 Sources: Peebles & Xie 2023, arXiv:2212.09748 (adaLN-zero); Yao et al. 2025, arXiv:2501.01423
 (SwiGLU, RMSNorm, RoPE); Dehghani et al. 2023, arXiv:2302.05442 (qk-norm).
@@ -25,9 +25,9 @@ def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
 
 
 def rotary_angles(height: int, width: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of the rotary angles, each [height * width, head_dim / 2].
+    """Return the cosines and sines of the rotary angles, each [height * width, head_dim / 2].
 
-    The first half of the pairs encodes the row, the second half the column.
+    The first half of the angles encodes the row, the second half the column.
     """
     quarter = head_dim // 4
     frequencies = 100.0 ** (-torch.arange(quarter, device=device) / quarter)
@@ -38,9 +38,9 @@ def rotary_angles(height: int, width: int, head_dim: int, device: torch.device) 
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x_i, x_{i + d/2}) of x [b, heads, tokens, d] by the angles of their token."""
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    """Rotate the pairs (x_i, x_{i + d/2}) of x [b, heads, tokens, d] by the angles of each token."""
+    x1, x2 = x.float().chunk(2, dim=-1)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -83,7 +83,7 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """x -> W_3 (silu(W_1 x) * W_2 x). The hidden width is 2/3 of a plain MLP's, so the cost is the same."""
+    """x -> W_3 (silu(W_1 x) * W_2 x). The hidden width is 2/3 of a plain MLP's, for the same cost."""
 
     def __init__(self, dim: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention, optional cross-attention to the caption, and SwiGLU; the gates are initialised to 0."""
+    """Self-attention, optional cross-attention to the caption, and SwiGLU. The gates are initialised to 0."""
 
     def __init__(self, dim: int, head_dim: int, mlp_ratio: float, context_dim: int | None) -> None:
         super().__init__()
@@ -132,18 +132,18 @@ class DiT(ModelMixin, ConfigMixin):
     """Diffusion transformer.
 
     Args:
-        sample_size: Height and width of the latents in training.
-        in_channels: Channels C of the latent.
+        sample_size: Height and width of the latents during training.
+        in_channels: Number of latent channels C.
         out_channels: C, or 2C if the variance is learned.
-        patch_size: Side of a token in latent pixels; must divide sample_size.
+        patch_size: Patch size p in latent pixels; must divide sample_size.
         hidden_dim: Width of the token embeddings.
         depth: Number of blocks.
         head_dim: Width of an attention head; must be a multiple of 4 that divides hidden_dim.
         mlp_ratio: Hidden width of a plain MLP relative to hidden_dim; SwiGLU uses 2/3 of it.
         text_dim: Width of the caption's token embeddings; None if not conditioned on text.
         num_classes: Number of classes; None if not conditioned on classes. Label `num_classes` is the null class.
-        cross_attention_every: With text, every n-th block attends to the caption's tokens. With 0, none does, and the
-            network sees only the pooled caption.
+        cross_attention_every: With text, every n-th block attends to the caption's tokens. 0 disables cross-attention,
+            so that the network sees only the pooled caption.
     """
 
     _supports_gradient_checkpointing = False
@@ -167,7 +167,7 @@ class DiT(ModelMixin, ConfigMixin):
         if hidden_dim % head_dim or head_dim % 4:
             raise ValueError(f"head_dim must be a multiple of 4 that divides hidden_dim, {hidden_dim}; got {head_dim}")
         if sample_size % patch_size:
-            raise ValueError(f"patch_size must divide the latent's side, {sample_size}; got {patch_size}")
+            raise ValueError(f"patch_size must divide the latent size, {sample_size}; got {patch_size}")
         self.patch_in = nn.Linear(in_channels * patch_size**2, hidden_dim)
         self.time_mlp = nn.Sequential(nn.Linear(256, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, hidden_dim))
         if text_dim is not None:
@@ -194,13 +194,13 @@ class DiT(ModelMixin, ConfigMixin):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
-        zeros = [self.modulation_out, self.patch_out]
+        zero_layers = [self.modulation_out, self.patch_out]
         for block in self.blocks:
             assert isinstance(block, Block)
-            zeros.append(block.modulation)
+            zero_layers.append(block.modulation)
             if block.cross_attention is not None:
-                zeros.append(block.cross_attention.to_out)
-        for layer in zeros:
+                zero_layers.append(block.cross_attention.to_out)
+        for layer in zero_layers:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -213,7 +213,7 @@ class DiT(ModelMixin, ConfigMixin):
         pooled: Tensor | None = None,
         label: Tensor | None = None,
     ) -> Tensor:
-        """Predict from a noisy latent.
+        """Return the network output for noisy latents.
 
         Args:
             sample: z_t, [b, C, h, w].
@@ -221,7 +221,7 @@ class DiT(ModelMixin, ConfigMixin):
             tokens: Token embeddings of the captions, [b, l, text_dim].
             mask: 1 for tokens, 0 for padding, [b, l].
             pooled: Pooled embedding of each caption, [b, text_dim].
-            label: Class of each sample, [b].
+            label: Class labels, [b].
         """
         batch, _, height, width = sample.shape
         size = self.config.patch_size

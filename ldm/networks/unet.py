@@ -44,17 +44,17 @@ def unet(
 
     Args:
         block_out_channels: Channels of each level; each level after the first halves the resolution.
-        attention_levels: Levels with attention, and with text also cross-attention; 0 is the finest. The middle block
-            always has them.
+        attention_levels: Levels with self-attention and, for text, cross-attention; 0 is the finest. The middle block
+            always has attention.
         head_dim: Width of an attention head.
 
     Raises:
-        ValueError: The latent's side cannot be halved at every level after the first.
+        ValueError: The latent size cannot be halved at every level after the first.
     """
     levels = len(block_out_channels)
     if sample_size % 2 ** (levels - 1):
         raise ValueError(
-            f"a UNet with {levels} levels needs a latent side divisible by {2 ** (levels - 1)}; got {sample_size}"
+            f"a UNet with {levels} levels needs a latent size divisible by {2 ** (levels - 1)}; got {sample_size}"
         )
     common: dict[str, Any] = {
         "sample_size": sample_size,
@@ -71,7 +71,7 @@ def unet(
             down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in has_attention),
             up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(has_attention)),
             cross_attention_dim=text_dim,
-            # despite its name, this is the number of heads
+            # despite the name, the number of heads
             attention_head_dim=tuple(width // head_dim for width in block_out_channels),
             class_embed_type="projection",
             projection_class_embeddings_input_dim=text_dim,

@@ -16,19 +16,19 @@ from ldm.runtime.paths import is_run
 
 FORMAT = 1
 FOLDER = "checkpoints"
-REMEDY = "Give a checkpoint that training has saved: resume=<run folder>/checkpoints/step-*.ckpt."
+REMEDY = "Use a checkpoint saved by training: resume=<run folder>/checkpoints/step-*.ckpt."
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Description of a checkpoint that was saved completely.
+    """Metadata of a completely written checkpoint.
 
     Args:
         path: Checkpoint file.
         stage: Stage of the run, vae or diffusion.
-        step: Number of optimizer steps done.
-        trained_s: Training time in seconds, including the time before a resume.
-        sequence: Number of this save in its run. It identifies the newest checkpoint even after the run was resumed
+        step: Number of completed optimizer steps.
+        trained_s: Training time so far in seconds, including the time before a resume.
+        sequence: Index of this save within its run. Unlike the step, it always increases, even if the run was resumed
             from an earlier step.
         sha256, bytes: Digest and size of the checkpoint file.
         saved: Unix time of the save.
@@ -36,7 +36,7 @@ class Manifest:
         why: Reason for the save; "end" at the end of training.
         monitored: Name of the monitored validation metric.
         figure: Value of the monitored metric at this step; None if it was not measured.
-        best: True if this value was the lowest of the run so far.
+        best: True if this is the lowest value of the run so far.
     """
 
     path: Path
@@ -55,12 +55,12 @@ class Manifest:
 
     @property
     def file(self) -> Path:
-        """Manifest file."""
+        """Path of the manifest."""
         return self.path.with_suffix(".json")
 
     @property
     def last_row(self) -> int:
-        """Last step with a row in metrics.csv. Steps count from 0, and training ends with one more validation."""
+        """Last step logged to metrics.csv. Steps are numbered from 0, and the final validation is logged at `step`."""
         return self.step if self.why == "end" else self.step - 1
 
     def write(self) -> None:
@@ -72,7 +72,7 @@ class Manifest:
         """Read a manifest.
 
         Raises:
-            UserError: if the file is damaged or has another format.
+            UserError: if the file is damaged or has an unsupported format.
         """
         content = read_json(file)
         if (version := content.pop("format", None)) != FORMAT:
@@ -80,20 +80,20 @@ class Manifest:
         return to_dataclass(cls, {**content, "path": file.with_suffix(".ckpt")}, file)
 
     def find_damage(self) -> str | None:
-        """Read the checkpoint file and return what is wrong with it; None if it is intact."""
+        """Check the size and digest of the checkpoint file. Return the problem found; None if it is intact."""
         if not self.path.is_file():
             return "the file is missing"
         if (size := self.path.stat().st_size) != self.bytes:
-            return f"it has {size} bytes, but was saved with {self.bytes}"
+            return f"its size is {size} bytes instead of {self.bytes}"
         try:
             if (digest := sha256_of_file(self.path)) != self.sha256:
-                return f"its SHA-256 is {digest[:12]}, but was {str(self.sha256)[:12]} when it was saved"
+                return f"its SHA-256 is {digest[:12]} instead of {str(self.sha256)[:12]}"
         except OSError as error:
             return f"it cannot be read: {error.strerror}"
         return None
 
     def remove(self) -> None:
-        """Delete manifest and checkpoint. The manifest goes first, so a partial deletion leaves no valid checkpoint."""
+        """Delete the manifest, then the checkpoint, so that an interrupted deletion leaves no valid checkpoint."""
         self.file.unlink(missing_ok=True)
         self.path.unlink(missing_ok=True)
 
@@ -111,15 +111,15 @@ def list_checkpoints(folder: Path, *, quiet: bool = True) -> list[Manifest]:
 
 
 def prune(folder: Path, branch: list[Manifest], keep_last: int) -> None:
-    """Delete all checkpoints of a folder except the `keep_last` newest and the best of a branch.
+    """Delete all checkpoints in a folder except the `keep_last` newest and the best of a branch.
 
     Args:
-        branch: Checkpoints of the current training and those that it was resumed from, newest first.
+        branch: Checkpoints that the current weights descend from, newest first.
     """
     ranked = sorted((entry.figure, entry.sequence, entry.path) for entry in branch if entry.figure is not None)
-    kept_paths = {entry.path for entry in branch[:keep_last]} | {path for _, _, path in ranked[:1]}
+    paths_to_keep = {entry.path for entry in branch[:keep_last]} | {path for _, _, path in ranked[:1]}
     for manifest in list_checkpoints(folder):
-        if manifest.path not in kept_paths:
+        if manifest.path not in paths_to_keep:
             manifest.remove()
     for path in folder.glob("step-*.ckpt"):
         if not path.with_suffix(".json").exists():
@@ -129,11 +129,11 @@ def prune(folder: Path, branch: list[Manifest], keep_last: int) -> None:
 def find_checkpoint(folder: Path, resume: bool | Path, *, stage: str) -> Manifest | None:
     """Return the checkpoint to resume from: the newest intact one of the run folder, or the given file.
 
-    Return None to train from scratch: without resume=, or if nothing was saved yet. A job that is restarted
-    repeatedly can therefore always use resume=true.
+    Return None, to train from scratch, if resume= is not set or nothing has been saved yet. A job that is restarted
+    automatically can therefore always use resume=true.
 
     Raises:
-        UserError: if the file does not exist, no checkpoint is intact, or it is from another stage.
+        UserError: if the file does not exist or is from a different stage, or if no checkpoint is intact.
     """
     if not resume:
         return None
@@ -143,18 +143,18 @@ def find_checkpoint(folder: Path, resume: bool | Path, *, stage: str) -> Manifes
     for manifest in list_checkpoints(checkpoints, quiet=False):
         if (damage := manifest.find_damage()) is None:
             return manifest
-        warn(f"{manifest.path} is damaged: {damage}. Trying the checkpoint before it.")
-    if any(checkpoints.glob("step-*.json")) or (checkpoints / "last.ckpt").is_file():  # last.ckpt: an earlier version
+        warn(f"{manifest.path} is damaged: {damage}. Trying the previous checkpoint.")
+    if any(checkpoints.glob("step-*.json")) or (checkpoints / "last.ckpt").is_file():  # from older versions
         raise UserError(
             f"resume={resume}: {checkpoints} contains no intact checkpoint. Start over with overwrite=true instead of "
             "resume=, or restore a checkpoint and its .json file from a backup."
         )
-    warn(f"resume={resume}: nothing was saved in {folder} yet. Training starts from the beginning.")
+    warn(f"resume={resume}: nothing has been saved in {folder} yet. Training from scratch.")
     return None
 
 
-def run_folder_of(path: Path) -> Path:
-    """Return the run folder that contains a checkpoint given by the user.
+def find_run_folder(path: Path) -> Path:
+    """Return the run folder of a checkpoint given by the user.
 
     Raises:
         UserError: if the file is not a checkpoint in a run folder, or has no manifest.
@@ -163,17 +163,17 @@ def run_folder_of(path: Path) -> Path:
     if path.parent.name != FOLDER or not is_run(run) or path.suffix != ".ckpt" or not path.is_file():
         raise UserError(f"resume={path} is not a checkpoint in the {FOLDER} folder of a run. {REMEDY}")
     if not path.with_suffix(".json").is_file():
-        raise UserError(f"resume={path} has no manifest ({path.stem}.json), so its save was not completed. {REMEDY}")
+        raise UserError(f"resume={path} has no manifest ({path.stem}.json), so it is incomplete. {REMEDY}")
     return run
 
 
 def _open_checkpoint(path: Path, stage: str) -> Manifest:
-    run_folder_of(path)
+    find_run_folder(path)
     manifest = Manifest.read(path.with_suffix(".json"))
     if (damage := manifest.find_damage()) is not None:
         raise UserError(
-            f"resume={path} is damaged: {damage}. Use another checkpoint, or resume=true for the newest intact one."
+            f"resume={path} is damaged: {damage}. Use a different checkpoint, or resume=true for the newest intact one."
         )
     if manifest.stage != stage:
-        raise UserError(f"resume={path} is a checkpoint of stage={manifest.stage}, not of stage={stage}. {REMEDY}")
+        raise UserError(f"resume={path} was saved with stage={manifest.stage}, not stage={stage}. {REMEDY}")
     return manifest

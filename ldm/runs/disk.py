@@ -15,7 +15,7 @@ _warned_folders: set[Path] = set()
 
 @contextmanager
 def warn_on_write_error(file: Path) -> Iterator[None]:
-    """Continue if `file` cannot be written, warning once per folder."""
+    """Ignore errors when writing `file`, warning once per folder."""
     try:
         yield
     except OSError as error:
@@ -28,7 +28,7 @@ def warn_on_write_error(file: Path) -> Iterator[None]:
 def checkpoint_bytes(module: nn.Module) -> int:
     """Estimate the size of a checkpoint: weights, EMA weights and two optimizer moments.
 
-    A discriminator adds the same, except for EMA weights.
+    A discriminator is included, but has no EMA weights.
     """
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     adversary = getattr(module, "adversary", None)
@@ -37,14 +37,14 @@ def checkpoint_bytes(module: nn.Module) -> int:
 
 
 def require_disk_space(folder: Path, module: nn.Module, keep_last: int) -> None:
-    """Check that the checkpoints to keep, and the one being written, fit on the disk.
+    """Check that the disk has enough space for the checkpoints to keep and the one being written.
 
     Raises:
         UserError: with the required and the free space.
     """
     size = checkpoint_bytes(module)
     present = sum(file.stat().st_size for file in (folder / FOLDER).glob("*.ckpt"))
-    count = keep_last + 2  # one more for the best, and one for the next, which is written before others are deleted
+    count = keep_last + 2  # plus the best one, and the next one, which is written before an old one is deleted
     free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
     if free + present < count * size:
         raise UserError(

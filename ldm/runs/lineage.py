@@ -8,27 +8,27 @@ from ldm.latents.contract import CONTRACT_FILE, LatentContract
 from ldm.runs.run import Run
 from ldm.tracking.artifact import Artifact, sha256
 
-FACTS_OF_BOTH_STAGES = ("format", "latent_shape", "data_fingerprint", "commit")
-FACTS_OF_STAGE = {
+SHARED_FACTS = ("format", "latent_shape", "data_fingerprint", "commit")
+STAGE_FACTS = {
     "vae": ("regulariser", "pretrained", "latent_statistics"),
     "diffusion": ("chain_sha256", "loss", "prediction", "variance"),
 }
-"""Entries of run.json that become metadata of the weights."""
+"""Entries of run.json that are copied to the metadata of the weights."""
 
 
 def inputs(run: Run) -> list[Artifact]:
-    """Return the inputs of a finished run. Images and latents have a description only, no files."""
+    """Return the inputs of a finished run. Images and latents are described, but not uploaded."""
     data = data_artifact(run.facts["data"], run.facts["data_fingerprint"], run.facts["val_fraction"])
     if run.stage == "vae":
         return [data]
     contract = LatentContract.load(run.pipeline_folder)
     facts = {"weights_sha256": contract.autoencoder_sha256, "data_fingerprint": contract.data_fingerprint}
-    autoencoder = Artifact("autoencoder", _name_of(run.facts["vae"]), contract.autoencoder_sha256, facts)
+    autoencoder = Artifact("autoencoder", _display_name(run.facts["vae"]), contract.autoencoder_sha256, facts)
     return [data, autoencoder, latents_artifact(contract)]
 
 
 def run_weights_sha256(run: Run) -> str | None:
-    """Return the digest of the autoencoder (stage vae) or network (stage diffusion) of a run; None without weights."""
+    """Return the digest of the autoencoder (stage vae) or network (stage diffusion) of a run; None if missing."""
     if run.stage == "vae":
         has_contract = (run.path / CONTRACT_FILE).is_file()
         return LatentContract.load(run.path).autoencoder_sha256 if has_contract else None
@@ -40,11 +40,11 @@ def outputs(run: Run, latents: Path | None = None) -> list[Artifact]:
     """Return the outputs of a finished run, the weights first.
 
     Args:
-        latents: Folder of an autoencoder run's cached latents, to upload them; None to upload their description only.
+        latents: Folder of an autoencoder run's cached latents to upload; None to upload only their description.
     """
     contract = LatentContract.load(run.path if run.stage == "vae" else run.pipeline_folder)
     digest = run_weights_sha256(run) or sha256([])
-    keys = (*FACTS_OF_BOTH_STAGES, *FACTS_OF_STAGE[run.stage])
+    keys = (*SHARED_FACTS, *STAGE_FACTS[run.stage])
     facts = {key: run.facts[key] for key in keys if key in run.facts}
     latent_facts = {key: value for key, value in asdict(contract).items() if key not in ("data_fingerprint", "format")}
     metadata = {"weights_sha256": digest, **facts, **latent_facts}
@@ -64,8 +64,8 @@ def latents_artifact(contract: LatentContract) -> Artifact:
     return Artifact("latents", contract.key, sha256(repr(sorted(fields.items()))), fields)
 
 
-def _name_of(source: str) -> str:
-    """Return the name of the run if `source` is a run folder, else `source` itself, a folder or hub id."""
+def _display_name(source: str) -> str:
+    """Return the run's name if `source` is a run folder, else `source` itself (a folder or hub id)."""
     try:
         return Run.open(source).facts["name"]
     except UserError:

@@ -20,21 +20,21 @@ IDENTITY = "identity"
 
 
 def find_autoencoder(vae: str | None, runs: str, data_fingerprint: str) -> tuple[Autoencoder, str]:
-    """Return the autoencoder for a stage-2 run, and where it was found.
+    """Return the autoencoder for a stage-2 run, and its source.
 
     Args:
-        vae: A run folder, a diffusers folder (or a pipeline with a `vae` folder) or a hub id. None chooses the newest
-            finished autoencoder run on the same data; runs that cannot be opened are skipped with a warning.
-        runs: Folder of all runs, runs_dir=.
-        data_fingerprint: Fingerprint of the data.
+        vae: A run folder, a diffusers folder (or a pipeline with a `vae` folder) or a hub id. If None, use
+            the newest finished autoencoder run on the same data, and skip runs that cannot be opened with a warning.
+        runs: Folder that contains all runs (runs_dir=).
+        data_fingerprint: Fingerprint of the training data.
 
     Raises:
-        AutoencoderNotFoundError: if there is no such run.
+        AutoencoderNotFoundError: if `vae` is None and no finished run was trained on this data.
     """
     if vae is not None:
         return load_autoencoder(vae), vae
     candidates, other_runs = [], []
-    # names that start with a dot are runs that are being replaced
+    # folders that start with a dot contain runs that are being replaced
     for file in sorted(Path(runs).expanduser().glob(f"vae/[!.]*/{RUN_FILE}")):
         try:
             run = Run.open(file.parent)
@@ -45,9 +45,9 @@ def find_autoencoder(vae: str | None, runs: str, data_fingerprint: str) -> tuple
         except UserError as error:
             warn(f"{file.parent} is ignored in the search for an autoencoder: {error}")
     if not candidates:
-        other = f", only for other data: {', '.join(other_runs[:5])}" if other_runs else ""
+        hint = f"; these were trained on different data: {', '.join(other_runs[:5])}" if other_runs else ""
         raise AutoencoderNotFoundError(
-            f"There is no finished autoencoder for this data in {Path(runs) / 'vae'}{other}. Choose one with vae=<run "
+            f"There is no finished autoencoder for this data in {Path(runs) / 'vae'}{hint}. Choose one with vae=<run "
             "folder, diffusers folder or hub id>, or train one first."
         )
     newest = max(candidates, key=lambda run: run.facts["finished"])
@@ -58,8 +58,8 @@ def load_autoencoder(source: str) -> Autoencoder:
     """Load an autoencoder.
 
     Args:
-        source: A run folder, a diffusers folder (or a pipeline with a `vae` folder) or a hub id. `identity` returns
-            the identity, for diffusion in pixel space.
+        source: A run folder, a diffusers folder (or a pipeline with a `vae` folder) or a hub id. `identity` selects
+            diffusion in pixel space, without an autoencoder.
 
     Raises:
         UserError: if the source is none of these.
@@ -98,8 +98,8 @@ def _load_from_hub(name: str) -> Autoencoder:
         except (OSError, ValueError) as error:
             errors.append(first_line(error))
             if isinstance(error, LocalEntryNotFoundError):
-                break  # the hub cannot be reached; another attempt would time out as well
+                break  # the hub cannot be reached; a second attempt would also time out
     raise UserError(
         f"{name} is not a local folder, and no autoencoder could be loaded from the hub under this id ({errors[0]}). "
-        "Give a run folder, a diffusers folder or an accessible hub id."
+        "Use a run folder, a diffusers folder or an accessible hub id."
     )

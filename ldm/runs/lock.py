@@ -1,4 +1,4 @@
-"""A lock that allows only one training at a time in a run folder."""
+"""A lock that prevents two processes from training in the same run folder."""
 
 import os
 import socket
@@ -14,7 +14,7 @@ from ldm.files.atomic import write_text
 from ldm.files.lock import file_lock
 
 WAIT_S = 10.0
-"""Time to wait for the lock. The workers of a killed process keep it until they notice, which takes seconds."""
+"""Time to wait for the lock: after a process is killed, its workers can hold the lock for a few more seconds."""
 
 
 @contextmanager
@@ -25,22 +25,22 @@ def run_lock(folder: Path) -> Iterator[None]:
     the lock when the process ends.
 
     Raises:
-        UserError: if another process holds the lock (with its process, machine and start time), or the parent folder
-            cannot be written.
+        UserError: if another process holds the lock (the message names the process, machine and start time), or if
+            the parent folder cannot be written.
     """
     folder = folder.absolute().resolve()
     lock = lock_file(folder)
     holder = lock.with_name(f"{lock.name}.txt")
-    this_process = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+    description = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
     with ExitStack() as stack:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(file_lock(lock, lambda: WAIT_S))
-            write_text(holder, this_process)
+            write_text(holder, description)
         except Timeout as error:
             details = f" ({holder.read_text(encoding='utf-8')})" if holder.is_file() else ""
             raise UserError(
-                f"{folder} is in use by another process{details}. Wait until it ends, stop it, or choose another name=."
+                f"{folder} is in use by another process{details}. Wait for it to finish, stop it, or use another name=."
             ) from error
         except OSError as error:
             raise UserError(

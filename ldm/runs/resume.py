@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from ldm.cli.command_line import CommandLine, is_key_under
 from ldm.errors import UserError
 from ldm.files.untrusted import is_plain_name, to_one_line
-from ldm.runs.checkpoints import FOLDER, Manifest, find_checkpoint, list_checkpoints, run_folder_of
+from ldm.runs.checkpoints import FOLDER, Manifest, find_checkpoint, find_run_folder, list_checkpoints
 from ldm.runs.replacement import recover
 from ldm.runs.run import Run
 from ldm.runtime import launcher, shell
@@ -31,7 +31,7 @@ FIXED_OPTIONS = {
 }
 """Config keys of each stage that determine its weights, data order and noise. A resumed run must not change them.
 
-The images themselves are compared by their fingerprint, see `ResumePlan.check_inputs`.
+The images themselves are compared using their fingerprint, see `ResumePlan.check_inputs`.
 """
 CHANGEABLE_OPTIONS = (
     *("optimizer.lr", "optimizer.build.lr", "optimizer.warmup_steps", "optimizer.decay"),
@@ -42,26 +42,26 @@ REPORTED_OPTIONS = (
     *CHANGEABLE_OPTIONS,
     *("trainer.max_steps", "trainer.max_time", "trainer.gradient_clip_val", "trainer.ema_decay"),
 )
-"""Options that users change on purpose when they resume a run. Changes are listed in the table before training."""
+"""Options that users change on purpose when resuming a run. Changes are listed in the table before training."""
 
 
 @dataclass(frozen=True)
 class ResumePlan:
-    """Where a run is saved, and which checkpoint it resumes from, if any.
+    """Run folder, and the checkpoint to resume from, if any.
 
-    `from_config` decides on the folder from the command line. `with_checkpoint` then reads the checkpoint, once the
-    folder is locked.
+    `from_config` chooses the folder from the command line. Once the folder is locked, `with_checkpoint` adds the
+    checkpoint.
 
     Args:
         folder: Run folder.
         stage: Stage of the run, vae or diffusion.
         resume: Value of resume=: False, True for the newest intact checkpoint, or the path of a checkpoint.
-        overwrite: True to replace the run that is in the folder.
+        overwrite: True to replace an existing run in the folder.
         has_name: True if the user chose a name with name=.
-        options: Command-line options of the run, without those that set its folder.
+        options: Command-line options of the run, except those that select its folder.
         checkpoint: Checkpoint to resume from; None to train from scratch.
-        source_facts: Content of run.json of the run that saved the checkpoint.
-        changed_options: Options that differ from those of that run and are worth reporting, such as
+        source_facts: run.json of the run that saved the checkpoint.
+        changed_options: Options changed since the checkpoint that are worth reporting, such as
             "optimizer.lr 0.001 -> 0.0005".
     """
 
@@ -77,11 +77,11 @@ class ResumePlan:
 
     @classmethod
     def from_config(cls, config: DictConfig, command: CommandLine, *, main_process: bool) -> "ResumePlan":
-        """Choose the run folder, runs_dir/<stage>/<name>, and check that it is free or may be used.
+        """Choose the run folder, runs_dir/<stage>/<name>.
 
         resume=<checkpoint> without name= continues the run that saved the checkpoint. Together with name=, it starts a
         new run from the checkpoint. A job restarted by SLURM resumes from its own newest checkpoint, even if it was
-        originally started from another one.
+        originally started from a different one.
 
         Raises:
             UserError: if the folder contains a run, and neither resume= nor overwrite= is set.
@@ -92,8 +92,8 @@ class ResumePlan:
         name = launcher.share_run_name(name, main_process=main_process)
         if not is_plain_name(name) or len(name.encode()) > 200:
             raise UserError(
-                f"name={name} must be a plain folder name: no slashes or control characters, at most 200 bytes. To "
-                "save runs elsewhere, use runs_dir=."
+                f"name={name} must be a plain folder name of at most 200 bytes, without slashes or control characters. "
+                "To save runs elsewhere, use runs_dir=."
             )
         plan = cls(
             folder=Path(config.runs_dir).expanduser() / stage / name,
@@ -107,7 +107,7 @@ class ResumePlan:
             recover(plan.folder, resume=resume is True and not config.overwrite)
         plan, continues = plan._resolve()
         if main_process and is_run(plan.folder) and not (continues or config.overwrite):
-            multirun = " With -m, give each job its own name with 'name=NAME-${hydra:job.num}', or leave out name=."
+            multirun = " With -m, give each job its own name with 'name=NAME-${hydra:job.num}', or omit name=."
             raise UserError(
                 f"{plan.folder} already exists. Choose another name=, resume the run with resume=true, or replace it "
                 f"with overwrite=true.{multirun if command.job is not None else ''}"
@@ -116,8 +116,8 @@ class ResumePlan:
 
     def _resolve(self) -> tuple["ResumePlan", bool]:
         """Apply resume=<checkpoint> and SLURM restarts. Also return True if the run in the folder is continued."""
-        restarted = launcher.is_restarted_by_slurm()
-        if restarted and self.has_name and not self.resume and is_run(self.folder):
+        is_restart = launcher.is_restarted_by_slurm()
+        if is_restart and self.has_name and not self.resume and is_run(self.folder):
             job = Run.open(self.folder).facts.get("slurm_job")
             if not self.overwrite or job == launcher.slurm_job():  # a job never overwrites the run that it started
                 return replace(self, resume=True), True
@@ -125,12 +125,12 @@ class ResumePlan:
             return self, self.resume
         folder = self.folder if self.has_name else self.resume.parent.parent
         has_saved = has_saved_since(folder, self.resume)
-        if restarted and has_saved:
+        if is_restart and has_saved:
             return replace(self, folder=folder, resume=True), True
-        source = run_folder_of(self.resume)
+        source = find_run_folder(self.resume)
         if not self.has_name:
             return replace(self, folder=source), True
-        # a run that was stopped before its first save starts again from the given checkpoint
+        # a run that was stopped before its first save starts over from the given checkpoint
         return self, source.resolve() == self.folder.resolve() or has_saved is False
 
     def with_checkpoint(self, config: Mapping[str, Any]) -> "ResumePlan":
@@ -147,7 +147,7 @@ class ResumePlan:
             return self
         run = Run.open(replace(self, checkpoint=checkpoint).source, "resume")
         resume_options = [*folder_options(self.folder), f"resume={'true' if self.resume is True else self.resume}"]
-        changed = refuse_fixed_changes(run, config, resume_options)
+        changed = check_resume_options(run, config, resume_options)
         return replace(self, checkpoint=checkpoint, source_facts=run.facts, changed_options=tuple(changed))
 
     @property
@@ -157,22 +157,22 @@ class ResumePlan:
 
     @property
     def is_same_run(self) -> bool:
-        """True if the checkpoint is from this run's own folder, so that its record continues."""
+        """True if the checkpoint is from this run's own folder, so that its logs are continued."""
         return self.checkpoint is not None and self.source.resolve() == self.folder.resolve()
 
     @property
     def branch(self) -> dict[str, Any] | None:
-        """Entry `branch` of run.json: the file given by resume=, and the folder's newest checkpoint at that time."""
+        """Entry `branch` of run.json: the path given by resume=, and the newest save in the folder at that time."""
         if isinstance(self.resume, bool):
             return self.source_facts.get("branch")
         newest = max((manifest.sequence for manifest in list_checkpoints(self.folder / FOLDER)), default=-1)
         return {"file": str(self.resume.resolve()), "after": newest}
 
     def stop_message(self, reason: str, *, has_replaced: bool) -> str:
-        """Return the message for a training run that a signal stopped, with the command that continues it.
+        """Return the message for a training run stopped by a signal, with the command to continue it.
 
         Args:
-            reason: What stopped the training.
+            reason: Why training stopped.
             has_replaced: True once overwrite=true has deleted the earlier run. Before that, resume=true would resume
                 the earlier run.
         """
@@ -184,27 +184,27 @@ class ResumePlan:
         return f"{reason}. To continue: {shell.train_command(*self.options, *folder_options(self.folder), mode)}"
 
     def requeue(self) -> str:
-        """Ask SLURM to requeue the job if it would find its run again. Return the outcome as text."""
+        """Ask SLURM to requeue the job, if a restart could find this run. Return the outcome as text."""
         if self.has_name or not isinstance(self.resume, bool) or not launcher.slurm_job():
             return launcher.requeue()
         return ". The SLURM job was not requeued: without name=, each restart would begin a new run"
 
     def check_inputs(self, facts: Mapping[str, Any]) -> None:
-        """Check that the images and the autoencoder are those of the earlier run, even if the options are the same.
+        """Check that the digests of the images and the autoencoder are the same as in the earlier run.
 
         Raises:
-            UserError: if they differ, with both digests.
+            UserError: if they differ. The message contains both digests.
         """
-        for key, digest_of in (
+        for key, get_digest in (
             ("data", lambda content: content.get("data_fingerprint")),
             ("vae", lambda content: content.get("contract", {}).get("autoencoder_sha256")),
         ):
-            expected, digest = digest_of(self.source_facts), digest_of(facts)
+            expected, digest = get_digest(self.source_facts), get_digest(facts)
             if expected is not None and expected != digest:
                 raise UserError(
                     f"The run to resume was trained with {key}={self.source_facts.get(key)} ({str(expected)[:12]}), "
-                    f"which differs from {key}={facts.get(key)} ({str(digest)[:12]}). Use the same {key}= options as "
-                    "in its config.yaml, or start a new run with another name=."
+                    f"but this command uses {key}={facts.get(key)} ({str(digest)[:12]}). Use the {key}= options of "
+                    "its config.yaml, or start a new run with a different name=."
                 )
 
 
@@ -234,7 +234,7 @@ def folder_options(folder: Path) -> list[str]:
 
 
 def has_saved_since(folder: Path, checkpoint: Path) -> bool | None:
-    """Return True if the run in `folder` was started from this checkpoint and has since saved another one.
+    """Return True if the run in `folder` was started from this checkpoint and has saved a checkpoint since then.
 
     Return None if it was not started from this checkpoint.
     """
@@ -244,34 +244,34 @@ def has_saved_since(folder: Path, checkpoint: Path) -> bool | None:
     return any(manifest.sequence > branch["after"] for manifest in list_checkpoints(folder / FOLDER))
 
 
-def refuse_fixed_changes(run: Run, config: Mapping[str, Any], resume_options: Sequence[str]) -> list[str]:
-    """Refuse to resume a run with options that would change the resulting weights.
+def check_resume_options(run: Run, config: Mapping[str, Any], resume_options: Sequence[str]) -> list[str]:
+    """Check that the options of this command do not change the weights of the resumed run.
 
     Args:
         config: Config of this command, as plain values.
         resume_options: Options that select the run and its checkpoint.
 
     Returns:
-        The other changes worth reporting, such as "optimizer.lr 0.001 -> 0.0005".
+        The allowed changes worth reporting, such as "optimizer.lr 0.001 -> 0.0005".
 
     Raises:
-        UserError: with the options that differ, and the right command.
+        UserError: if one does. The message contains the changed options and the right command.
     """
-    before, after = flatten(run.config()), flatten(config)
-    changed = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
-    fixed = [key for key in changed if is_key_under(key, FIXED_OPTIONS[run.stage])]
-    refused = [key for key in fixed if not is_key_under(key, CHANGEABLE_OPTIONS)]
-    if refused:
-        differences = [f"{key} was {_text(before.get(key))} and is {_text(after.get(key))} now" for key in refused[:3]]
-        more = f"; and {len(refused) - 3} more" if len(refused) > 3 else ""
+    saved, new = flatten(run.config()), flatten(config)
+    differing = [key for key in sorted({*saved, *new}) if saved.get(key) != new.get(key)]
+    fixed = [key for key in differing if is_key_under(key, FIXED_OPTIONS[run.stage])]
+    forbidden = [key for key in fixed if not is_key_under(key, CHANGEABLE_OPTIONS)]
+    if forbidden:
+        differences = [f"{key} was {_text(saved.get(key))} and is {_text(new.get(key))} now" for key in forbidden[:3]]
+        more = f"; and {len(forbidden) - 3} more" if len(forbidden) > 3 else ""
         options = run.facts.get("options")
-        where = "see its config.yaml." if options is None else shell.train_command(*options, *resume_options)
+        command = "see its config.yaml." if options is None else shell.train_command(*options, *resume_options)
         raise UserError(
-            f"The run cannot be resumed with these options: {'; '.join(differences)}{more}. Give the options that it "
-            f"was started with: {where}"
+            f"The run cannot be resumed with these options: {'; '.join(differences)}{more}. Use the options that it "
+            f"was started with: {command}"
         )
-    reported = [key for key in changed if key in REPORTED_OPTIONS and key != "optimizer.build.lr"]
-    return [f"{key} {_text(before.get(key))} -> {_text(after.get(key))}" for key in reported]
+    reported = [key for key in differing if key in REPORTED_OPTIONS and key != "optimizer.build.lr"]
+    return [f"{key} {_text(saved.get(key))} -> {_text(new.get(key))}" for key in reported]
 
 
 def _text(value: Any) -> str:

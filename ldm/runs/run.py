@@ -45,25 +45,25 @@ FACT_TYPES: dict[str, Any] = {
     "val_fraction": float,
     "latent_shape": list[int],
 }
-"""Types of the entries of run.json that are read; all of them are optional."""
+"""Types of the run.json entries that are read. All of them are optional."""
 LINKABLE_FOLDERS = ("checkpoints", "images")
-"""Folders that may be links to another disk, as is common on clusters. Exported weights are never read from them."""
+"""Folders that can be links to a different disk, as is common on clusters. They contain no exported weights."""
 
 
 class Facts(dict[str, Any]):
-    """Content of run.json; a missing key raises a UserError that names it."""
+    """Content of run.json. Raises a UserError for a missing key."""
 
     def __init__(self, content: dict[str, Any], file: Path) -> None:
         super().__init__(content)
         self.file = file
 
     def __missing__(self, key: str) -> Any:
-        raise UserError(f"{self.file} lacks the required entry {key!r}. Restore the file that training wrote.")
+        raise UserError(f"{self.file} has no entry {key!r}, which is required. Restore the file that training wrote.")
 
 
 @dataclass
 class Run:
-    """A run folder and the content of its run.json (stage, seed, precision, versions, data, time of completion).
+    """A run folder and the content of its run.json (stage, seed, precision, versions, data, finish time).
 
     >>> from ldm import Run
     >>> run = Run.open("runs/diffusion/demo")
@@ -74,8 +74,8 @@ class Run:
 
     path: Path
     facts: dict[str, Any]
-    composed: DictConfig | None = field(default=None, repr=False)
-    """Config of the run if this process trains it; None for a run that was opened."""
+    composed_config: DictConfig | None = field(default=None, repr=False)
+    """Config of the run if this process trains it; None for a run opened from disk."""
 
     @classmethod
     def create(cls, path: Path, config: DictConfig, facts: dict[str, Any]) -> "Run":
@@ -86,28 +86,28 @@ class Run:
 
     @classmethod
     def compose(cls, path: Path, config: DictConfig, facts: dict[str, Any]) -> "Run":
-        """Return a run of this process. Nothing is written to disk before `record`."""
+        """Return a new run without writing it to disk; `record` does that."""
         content = {"format": FORMAT, "finished": None, **provenance(), **facts}
         return cls(path, Facts(content, path / RUN_FILE), config)
 
     def record(self) -> None:
-        """Write config and provenance, overwriting earlier ones."""
+        """Write config and provenance, replacing existing files."""
         self.images.mkdir(parents=True, exist_ok=True)
-        write_text(self.path / CONFIG_FILE, OmegaConf.to_yaml(self.composed, resolve=True))
+        write_text(self.path / CONFIG_FILE, OmegaConf.to_yaml(self.composed_config, resolve=True))
         self.save()
 
     @classmethod
     def open(cls, path: Path | str, key: str = "run") -> "Run":
-        """Open a run folder that the user gave with `key`=.
+        """Open a run folder given by the option `key`=.
 
         Raises:
-            UserError: if the folder does not exist, is not a run, has another format or invalid entries, or contains
-                a link to a file outside of it.
+            UserError: if the folder does not exist, is not a run, has an unsupported format or invalid entries, or
+                contains a link to a file outside the folder.
         """
         path = Path(path).expanduser()
         if not (path / RUN_FILE).is_file():
             runs = [str(file.parent) for file in sorted(path.glob(f"*/[!.]*/{RUN_FILE}"))]
-            hint = f" It contains these runs: {', '.join(runs[:5])}." if runs else _hint_at_replaced(path)
+            hint = f" It contains these runs: {', '.join(runs[:5])}." if runs else _replaced_run_hint(path)
             problem = "is not a run folder" if path.exists() else "does not exist"
             raise UserError(
                 f"{key}={path} {problem} (no {RUN_FILE}).{hint} `python -m ldm.train stage=vae` or `python -m "
@@ -145,7 +145,7 @@ class Run:
 
     @property
     def metrics_file(self) -> Path:
-        """Metrics logged during training. The file is missing for a pretrained autoencoder that was not trained."""
+        """Metrics logged during training. A pretrained autoencoder that was not trained further has no such file."""
         return self.path / "metrics.csv"
 
     @property
@@ -154,13 +154,13 @@ class Run:
         return self.path / EVALUATION_FILE
 
     def config(self) -> dict[str, Any]:
-        """Return the config as plain values. No object is created and no interpolation or YAML tag is resolved.
+        """Return the config as plain values, without creating objects or resolving interpolations and YAML tags.
 
         Raises:
             UserError: if the file is missing, or is not YAML with plain values.
         """
-        if self.composed is not None:
-            return OmegaConf.to_container(self.composed, resolve=True)  # type: ignore[return-value]
+        if self.composed_config is not None:
+            return OmegaConf.to_container(self.composed_config, resolve=True)  # type: ignore[return-value]
         file = self.path / CONFIG_FILE
         try:
             text = file.read_text(encoding="utf-8")
@@ -184,8 +184,8 @@ class Run:
         """Load the trained pipeline.
 
         Raises:
-            UserError: for a run of stage vae, an unfinished run, or a pipeline whose diffusion chain is not the one it
-                was trained with.
+            UserError: for a run of stage vae, an unfinished run, or a noise schedule that differs from the one used in
+                training.
         """
         if self.stage != "diffusion":
             raise UserError(
@@ -195,7 +195,7 @@ class Run:
         self._require(self.pipeline_folder / INDEX_FILE)
         pipeline = LatentDiffusionPipeline.load(self.pipeline_folder)
         pipeline.run = str(self.path)
-        expected = self.facts.get("chain_sha256", pipeline.chain_sha256)  # older runs have no such entry
+        expected = self.facts.get("chain_sha256", pipeline.chain_sha256)  # older runs do not have this entry
         if pipeline.chain_sha256 != expected:
             raise UserError(
                 f"{self.path / 'pipeline' / INDEX_FILE} contains a diffusion chain ({pipeline.schedule.name}, T = "
@@ -223,13 +223,13 @@ class Run:
         """Open the prepared images that this run was trained on.
 
         Raises:
-            UserError: if their cache was deleted, is damaged or contains other images.
+            UserError: if their cache was deleted, is damaged or contains different images.
         """
         folder = Path(self.facts["data_cache"])
         if not (folder / "index.json").is_file():
             raise UserError(
-                f"The prepared images of {self.path} are no longer in {folder}. To prepare them again, start any "
-                "training with the same data options."
+                f"The prepared images of {self.path} are no longer in {folder}. To prepare them again, start a "
+                "training run with the same data options."
             )
         refuse_escaping_links(folder)
         images = ImageData.open(folder, self.facts["val_fraction"])
@@ -243,8 +243,8 @@ class Run:
     def _require(self, file: Path) -> None:
         if not file.is_file():
             missing = f"{self.path} has no exported weights yet ({file.relative_to(self.path)} is missing)"
-            remedy = f"Resume it with python -m ldm.train ... resume=true.{_hint_at_replaced(self.path)}"
-            raise UserError(f"{missing}, because its training did not finish. {remedy}")
+            remedy = f"Resume it with python -m ldm.train ... resume=true.{_replaced_run_hint(self.path)}"
+            raise UserError(f"{missing}, because training did not finish. {remedy}")
 
     def update(self, **facts: Any) -> None:
         """Update entries of run.json and write it."""
@@ -256,12 +256,12 @@ class Run:
         write_text(self.path / RUN_FILE, json.dumps(self.facts, indent=2) + "\n")
 
 
-def _hint_at_replaced(path: Path) -> str:
-    """Return a sentence on where the earlier run is, if a run with overwrite=true was killed while replacing it."""
-    aside = replaced_folder(path.absolute().resolve())
-    if not (aside / RUN_FILE).is_file():
+def _replaced_run_hint(path: Path) -> str:
+    """Return a hint with the path of the earlier run, if a run with overwrite=true was killed while replacing it."""
+    backup = replaced_folder(path.absolute().resolve())
+    if not (backup / RUN_FILE).is_file():
         return ""
-    return f" The earlier run, which a run with overwrite=true was replacing when it was killed, is in {aside}."
+    return f" A run with overwrite=true was killed while replacing the earlier run, which is now in {backup}."
 
 
 class AutoencoderNotFoundError(UserError):
@@ -269,9 +269,9 @@ class AutoencoderNotFoundError(UserError):
 
 
 def data_of_autoencoder(source: str, autoencoder: Autoencoder) -> dict[str, str] | None:
-    """Return `fingerprint` and `description` of the training data of an autoencoder that was loaded from `source`.
+    """Return `fingerprint` and `description` of the data that the autoencoder loaded from `source` was trained on.
 
-    None if the data is unknown, or if the autoencoder is pretrained and was not trained further.
+    Return None if the data is unknown, or if the autoencoder is pretrained and was not trained further.
     """
     folder = Path(source).expanduser().absolute()
     # the folder can be a run, its autoencoder, its pipeline or the vae folder of that pipeline
@@ -290,17 +290,17 @@ def data_of_autoencoder(source: str, autoencoder: Autoencoder) -> dict[str, str]
 def choose_images(
     run: Run, split: str, num_images: Annotated[Integer, Field(ge=2)], seed: Integer
 ) -> tuple[ImageData, np.ndarray]:
-    """Return the images of a run, and the indices of up to `num_images` that the seed chooses from a split.
+    """Return the images of a run, and the indices of up to `num_images` random images from a split.
 
-    At least two images are required, as the standard error needs them.
+    At least two images are required, to compute a standard error.
 
     Raises:
-        UserError: for an unknown split, a split with fewer than two images, or an invalid number.
+        UserError: for an unknown split, a split with fewer than two images, or an invalid `num_images` or `seed`.
     """
     if split not in SPLITS:
         raise UserError(f"split={split} is unknown. Choose one of: {', '.join(SPLITS)}.")
     images = run.image_data()
     members = images.val_indices if split == "val" else images.train_indices
     if len(members) < 2:
-        raise InputError("split", split, f"has {len(members)} image of {images.name}, but a standard error needs 2")
+        raise InputError("split", split, f"has {len(members)} image of {images.name}, but at least 2 are needed")
     return images, numpy_generator(seed, 2).permutation(members)[:num_images]

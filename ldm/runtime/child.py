@@ -1,4 +1,4 @@
-"""Child Python processes in the foreground."""
+"""Running Python in a child process."""
 
 import signal
 import subprocess
@@ -9,10 +9,10 @@ from ldm.runtime import signals
 
 
 def run_python(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Run this Python interpreter with the arguments, wait for it, and return its exit code.
+    """Run this Python interpreter with the given arguments in the foreground, and return its exit code.
 
     Raises:
-        Interrupted: if a signal arrived. It was forwarded to the child process, which has ended.
+        Interrupted: if a signal arrives. It is forwarded to the child process, which exits first.
     """
     with subprocess.Popen([sys.executable, *arguments], env=environment) as process:
         try:

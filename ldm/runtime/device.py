@@ -1,4 +1,4 @@
-"""Choice of the device."""
+"""Device selection."""
 
 import torch
 

@@ -39,7 +39,7 @@ def gather_rows(micro_batches: Sequence[Tensor]) -> Tensor:
     A collective: call it on every rank.
 
     Args:
-        micro_batches: The rows of this rank by micro-batch, [n, ...] each, with the same shape on every rank.
+        micro_batches: This rank's rows, one tensor [n, ...] per micro-batch, with the same shape on every rank.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return torch.cat(list(micro_batches))
@@ -50,7 +50,7 @@ def gather_rows(micro_batches: Sequence[Tensor]) -> Tensor:
 
 
 class Agreement:
-    """Named values on which all ranks agree: each rank computes its own, and the largest counts."""
+    """Named integers shared by all ranks: the maximum of the values that the ranks compute."""
 
     def __init__(self) -> None:
         self._functions: dict[str, Callable[[], int]] = {}

@@ -4,18 +4,18 @@ import os
 import subprocess
 
 RUN_NAME = "LDM_RUN_NAME"
-"""Environment variable with the name of the run, for the processes that Lightning starts."""
+"""Environment variable that passes the run name to the processes started by Lightning."""
 
 
 def share_run_name(name: str, *, main_process: bool) -> str:
-    """Return the run name chosen by the main process, in all processes that it starts."""
+    """Share the main process's run name with the processes that it starts, and return it."""
     if main_process:
         os.environ[RUN_NAME] = name
     return os.environ.get(RUN_NAME, name)
 
 
 def has_shared_run_name() -> bool:
-    """Return True if this process, or the one that started it, has set the name of the run."""
+    """Return True if this process, or the one that started it, has set the run name."""
     return RUN_NAME in os.environ
 
 
@@ -37,9 +37,9 @@ def requeue() -> str:
     if job is None:
         return ""
     try:
-        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
+        result = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f". SLURM job {job} could not be requeued: {error}"
-    if done.returncode:
-        return f". SLURM refused to requeue job {job}: {' '.join(done.stderr.split())}"
+    if result.returncode:
+        return f". SLURM refused to requeue job {job}: {' '.join(result.stderr.split())}"
     return f". SLURM requeued job {job}"

@@ -1,4 +1,4 @@
-"""Paths of run folders, and of conf/ and tools/, which are inside the package in a wheel, else next to it."""
+"""Paths of run folders, and of conf/ and tools/, which are inside the package (wheel) or next to it (checkout)."""
 
 from pathlib import Path
 
@@ -7,11 +7,11 @@ RUN_FILE = "run.json"
 """The file that marks a run folder."""
 STAGES = ("vae", "diffusion")
 DISTRIBUTION = "ldm-trainer"
-"""Name of this package on PyPI, where `ldm` is another project."""
+"""Name of this package on PyPI, where `ldm` is a different project."""
 
 
 def is_run(folder: Path) -> bool:
-    """Return True if a folder contains a run, and False if it cannot be read."""
+    """Return True if a folder is readable and contains a run."""
     try:
         return (folder / RUN_FILE).is_file()
     except OSError:
@@ -19,7 +19,7 @@ def is_run(folder: Path) -> bool:
 
 
 def replaced_folder(run: Path) -> Path:
-    """Return the folder to which a run is moved until the run that replaces it has saved its first checkpoint."""
+    """Return the folder that keeps an earlier run until its replacement has saved a checkpoint."""
     return run.with_name(f".{run.name}.replaced")
 
 

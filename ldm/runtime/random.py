@@ -9,29 +9,29 @@ from torch import Tensor
 BLOCK = 16
 """Rows that share a generator.
 
-Compared with one generator per row, this needs 1/16 of the calls and draws at most 2 BLOCK - 2 unused rows.
+Compared with one generator per row, this takes 1/16 of the calls and discards at most 2 BLOCK - 2 rows.
 """
 
 
-def derive_seed(*parts: int) -> int:
+def derive_seed(*integers: int) -> int:
     """Derive a 63-bit seed from several integers with SplitMix64's finaliser."""
     mask, state = 2**64 - 1, 0
-    for part in parts:
-        state = (state + part + 0x9E3779B97F4A7C15) & mask
+    for integer in integers:
+        state = (state + integer + 0x9E3779B97F4A7C15) & mask
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
         state ^= state >> 31
     return state >> 1
 
 
-def torch_generator(*parts: int, device: torch.device | str = "cpu") -> torch.Generator:
+def torch_generator(*integers: int, device: torch.device | str = "cpu") -> torch.Generator:
     """Return a new torch generator. A single integer is its seed; several are combined by `derive_seed`."""
-    return torch.Generator(device=device).manual_seed(_seed(parts))
+    return torch.Generator(device=device).manual_seed(_seed(integers))
 
 
-def numpy_generator(*parts: int) -> np.random.Generator:
-    """Return a new NumPy generator, seeded in the same way as by `torch_generator`."""
-    return np.random.default_rng(_seed(parts))
+def numpy_generator(*integers: int) -> np.random.Generator:
+    """Return a new NumPy generator, seeded in the same way as `torch_generator`."""
+    return np.random.default_rng(_seed(integers))
 
 
 def sample_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
@@ -42,27 +42,27 @@ def sample_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator
     return [torch_generator(seed * 1_000_003 + index) for index in indices]
 
 
-def _seed(parts: Sequence[int]) -> int:
-    return parts[0] if len(parts) == 1 else derive_seed(*parts)
+def _seed(integers: Sequence[int]) -> int:
+    return integers[0] if len(integers) == 1 else derive_seed(*integers)
 
 
 class Draws:
-    """Random numbers for some rows of a step, bit-identical to those rows of the full batch.
+    """Random numbers for a range of rows, bit-identical to the same rows of the full batch.
 
-    Rows are drawn in blocks, each with its own generator, seeded by (seed, step, block). Every part of a step must make
-    the same draws in the same order.
+    Rows are drawn in blocks, each with its own generator, seeded by (seed, step, block). All ranks and micro-batches of
+    a step must make the same calls in the same order.
 
     Args:
         seed: Seed of the run.
         step: Optimizer step.
-        rows: Range of rows in the step's batch.
-        device: Device of the generators. Each type of device has its own random stream.
+        rows: Rows of the full batch to draw.
+        device: Device of the generators. CPU and GPU draw different numbers.
     """
 
     def __init__(self, seed: int, step: int, rows: range, device: torch.device | str = "cpu") -> None:
-        first, end = rows.start // BLOCK, -(-rows.stop // BLOCK)
-        self._rows = slice(rows.start - first * BLOCK, rows.stop - first * BLOCK)
-        self._generators = [torch_generator(seed, step, block, device=device) for block in range(first, end)]
+        start, stop = rows.start // BLOCK, -(-rows.stop // BLOCK)
+        self._rows = slice(rows.start - start * BLOCK, rows.stop - start * BLOCK)
+        self._generators = [torch_generator(seed, step, block, device=device) for block in range(start, stop)]
 
     def draw(self, function: Callable[[int, torch.Generator], Tensor]) -> Tensor:
         """Return the rows of `function(count, generator)`, which draws [count, ...] with independent rows."""

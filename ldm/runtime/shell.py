@@ -1,4 +1,4 @@
-"""Commands as text that a user can copy and run in the same shell and folder."""
+"""Printable commands that a user can copy and run in the same shell and folder."""
 
 import os
 import re
@@ -17,7 +17,7 @@ _NEEDS_NO_QUOTES = re.compile(r"-[\w-]+|[\w.:=/\\+][\w.:=/\\+-]*", re.ASCII)
 def join(arguments: Sequence[str], *, windows: bool = os.name == "nt") -> str:
     """Return a command line quoted for a POSIX shell, or on Windows for cmd.
 
-    PowerShell parses the latter in the same way, except for ", $ and `.
+    PowerShell parses the quotes for cmd in the same way, except around ", $ and `.
     """
     if not windows:
         return shlex.join(arguments)
@@ -31,7 +31,7 @@ def _double_quote(argument: str) -> str:
 
 
 def python(*arguments: str) -> str:
-    """Return a command for this process's Python interpreter, by the shortest name that works in the user's shell."""
+    """Return a command for this Python interpreter, using the shortest name that works in the user's shell."""
     return join([_interpreter(), *arguments])
 
 
@@ -60,5 +60,5 @@ def _interpreter() -> str:
 
 def _display_path(path: Path) -> str:
     """Return a path for display, relative if it is below the working directory."""
-    here = Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+    cwd = Path.cwd()
+    return str(path.relative_to(cwd)) if path.is_relative_to(cwd) else str(path)

@@ -1,4 +1,4 @@
-"""Signals that stop a command, immediately or after its work is saved.
+"""Signals that stop a command, immediately or once its work is saved.
 
 SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (sent before a preemption) raise `Interrupted` in the main thread, so that the
 command unwinds through its `finally` blocks. Training defers them and checks for a pending signal between steps. A
@@ -35,7 +35,7 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass
 class _Received:
-    first: int | None = None
+    number: int | None = None
     interrupted_at: float | None = None
     is_deferring: bool = False
 
@@ -53,14 +53,14 @@ def _receive(number: int, frame: FrameType | None) -> None:
         elif now - _received.interrupted_at >= DUPLICATE_S:
             os.write(2, b"stopped immediately\n")
             os._exit(128 + signal.SIGINT)
-    if _received.first is None:  # later signals must not interrupt the unwinding
-        _received.first = number
+    if _received.number is None:  # later signals must not interrupt the unwinding
+        _received.number = number
         if not _received.is_deferring:
             raise Interrupted(number)
 
 
 def install_handlers() -> None:
-    """Install our handlers, replacing those of libraries. Signals that are set to be ignored stay ignored."""
+    """Install our handlers, replacing those of libraries. Ignored signals stay ignored."""
     for number in HANDLED:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _receive)
@@ -82,19 +82,19 @@ def handling() -> Iterator[None]:
 
 
 def defer() -> None:
-    """Only record signals from now on, without raising. `pending` returns the first of them."""
+    """From now on, record signals without raising. `pending` returns the first of them."""
     _received.is_deferring = True
     install_handlers()
 
 
 def stop_deferring() -> None:
-    """Raise on the first signal again. A signal that was already recorded stays `pending`."""
+    """Raise on signals again. A signal that was already recorded stays `pending`."""
     _received.is_deferring = False
 
 
 def pending() -> int | None:
-    """Return the first signal received, if any."""
-    return _received.first
+    """Return the first signal that was received, if any."""
+    return _received.number
 
 
 def ignore_in_worker(_: int = 0) -> None:

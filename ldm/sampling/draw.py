@@ -1,4 +1,4 @@
-"""Draw images from a pipeline in batches, write them to a folder, and render the reverse chain as a film strip."""
+"""Generate images in batches, write them to a folder, and render the reverse chain as a film strip."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -45,10 +45,10 @@ GuidanceInterval = Annotated[tuple[float, float], BeforeValidator(_read_interval
 
 
 def check_sampler(sampler: SamplerLike, schedule: NoiseSchedule) -> None:
-    """Check that a sampler fits the noise schedule.
+    """Check that a sampler is compatible with the noise schedule.
 
     Raises:
-        UserError: If the sampler's options do not fit the schedule, for example more steps than the chain has.
+        UserError: If it is not, for example because it has more steps than the chain.
     """
     try:
         sampler.check(schedule)
@@ -69,27 +69,27 @@ def draw_batches(
     first: int = 0,
     on_step: OnStep | None = None,
 ) -> Iterator[Tensor]:
-    """Draw images [b, 3, H, W] in [-1, 1], batch by batch, with a progress bar.
+    """Generate images [b, 3, H, W] in [-1, 1] batch by batch, with a progress bar.
 
     Args:
-        first: Index of the first sample to draw. Sample i depends only on the seed and i, so an interrupted call can
-            be continued.
+        first: Index of the first sample to generate. Sample i depends only on the seed and i, so an interrupted call
+            can be continued.
         on_step: Called after each sampler step.
 
     Raises:
-        UserError: If the sampler does not fit the model, or if a solver does not converge.
+        UserError: If the sampler is not compatible with the model, or if a solver does not converge.
     """
     check_sampler(sampler, pipeline.schedule)
     pipeline.check_variance(sampler.variance)
     total = len(request)
     with progress() as bar:
         task = bar.add_task("sampling", total=total, completed=first)
-        done = first
+        completed = first
 
         def step(s: float, z_s: Tensor, z_0: Tensor) -> None:
             # progress is measured in t: an adaptive solver does not know its number of steps in advance
             fraction = 1 - s / pipeline.schedule.num_steps
-            bar.update(task, completed=done + fraction * min(batch_size, total - done))
+            bar.update(task, completed=completed + fraction * min(batch_size, total - completed))
             if on_step is not None:
                 on_step(s, z_s, z_0)
 
@@ -104,7 +104,7 @@ def draw_batches(
                 raise UserError(
                     f"sampler={sampler.method} failed: {error}. Try a larger tolerance, such as sampler.rtol=0.001."
                 ) from error
-            done = stop
+            completed = stop
             yield pipeline.decode(z).cpu()
 
 
@@ -119,18 +119,18 @@ def draw_images(
     seed: int = 0,
     batch_size: int = 64,
 ) -> list[Image.Image]:
-    """Draw images for prompts, or for classes given by number or name. Image i depends only on the seed and i.
+    """Generate images for prompts, or for classes by number or name. Image i depends only on the seed and i.
 
     >>> from ldm import DDIM, Run, draw_images
     >>> pipeline = Run.open("runs/diffusion/demo").pipeline()
-    >>> first, second = draw_images(pipeline, labels=["cat", 1], sampler=DDIM(steps=5), seed=3)
-    >>> first.size
+    >>> images = draw_images(pipeline, labels=["cat", 1], sampler=DDIM(steps=5), seed=3)
+    >>> images[0].size
     (8, 8)
 
     Args:
         num_samples: Number of images if neither prompts nor labels are given. A class-conditional model then cycles
             through its classes; a text-conditional one uses the empty prompt.
-        sampler: None for DPM-Solver++ with 20 steps.
+        sampler: Defaults to DPM-Solver++ with 20 steps.
         guidance: Scale of classifier-free guidance; 1 disables it.
 
     Raises:
@@ -146,10 +146,10 @@ def draw_images(
 def write_samples(
     folder: Path, images: Sequence[Image.Image], captions: Sequence[str | None], settings: dict[str, Any]
 ) -> Path:
-    """Write one NNNNN.png per sample, grid.png and samples.json; return the path of the grid.
+    """Write one NNNNN.png per sample, grid.png and samples.json. Return the path of the grid.
 
     Args:
-        settings: The settings that the samples were drawn with, for samples.json.
+        settings: Settings of the sampling run, written to samples.json.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = [f"{i:05d}.png" for i in range(len(images))]
@@ -169,7 +169,7 @@ def film_strip(
     """Render the reverse chain of the first samples from z_T to z_0, decoding z_t at evenly spaced steps.
 
     Args:
-        options: Further options of `draw_batches`.
+        options: Additional options of `draw_batches`.
     """
     num = min(STRIP_SAMPLES, len(request))
     request = Request({k: v[:num] for k, v in request.condition.items()}, request.captions[:num])
@@ -177,8 +177,8 @@ def film_strip(
     latents = [torch.stack([torch.randn(pipeline.latent_shape, generator=g) for g in generators])]
     options["on_step"] = lambda s, z_s, z_0: latents.append(z_s.cpu())
     list(draw_batches(pipeline, request, sampler, seed=seed, **options))
-    shown = torch.linspace(0, len(latents) - 1, min(STRIP_COLUMNS, len(latents))).round().long()
-    frames = [to_pil(pipeline.decode(latents[i].to(pipeline.device))) for i in shown]
+    columns = torch.linspace(0, len(latents) - 1, min(STRIP_COLUMNS, len(latents))).round().long()
+    frames = [to_pil(pipeline.decode(latents[i].to(pipeline.device))) for i in columns]
     return labelled_rows(
         [(str(request.captions[i] or f"sample {i}"), [frame[i] for frame in frames]) for i in range(num)]
     )

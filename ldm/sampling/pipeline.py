@@ -1,7 +1,7 @@
 """A trained model with everything that sampling needs: conditioning, network, noise schedule and autoencoder.
 
 A pipeline folder has the layout of diffusers: model_index.json, network/ and vae/ (safetensors and JSON), and the
-latent contract. Loading one never unpickles anything.
+latent contract. Loading it never unpickles anything.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ INDEX_FIELDS: dict[str, Any] = {
     "schedule": dict,
     "conditioning": dict,
 }
-"""Required fields of the index and their types. The field variance is absent in format 1."""
+"""Required fields of the index and their types. `variance` is optional, as format 1 does not have it."""
 VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 NETWORKS: dict[str, Any] = {"DiT": DiT, "ImageUNet": ImageUNet, "TextUNet": TextUNet}
 
@@ -58,15 +58,15 @@ class LatentDiffusionPipeline:
     Args:
         network: A diffusers ModelMixin, (z_t, timestep, **condition) -> output.
         autoencoder: The autoencoder, with measured latent statistics.
-        schedule: The noise schedule that the network was trained with.
-        prediction: The network's output: eps, z_0, v or flow.
+        schedule: The noise schedule used in training.
+        prediction: What the network predicts: eps, z_0, v or flow.
         conditioning: The kind of condition: none, class or text.
         contract: Description of the latents that the network was trained on.
         latent_shape: (C, h, w).
         variance: Sigma of the reverse chain: fixed_small, fixed_large, or learned_range if the network learned it.
-        z_0_mse: Mean squared error of the predicted z_0 at each t on the training split, [T + 1], which the optimal
-            variance is computed from; None until it is fitted.
-        run: The run folder that the pipeline was loaded from, for messages.
+        z_0_mse: Mean squared error of the predicted z_0 at each t on the training split, [T + 1]. It determines the
+            optimal variance. None until it is fitted.
+        run: Run folder of the pipeline, for messages.
     """
 
     network: nn.Module
@@ -90,7 +90,7 @@ class LatentDiffusionPipeline:
         return self
 
     def check_variance(self, variance: str | None) -> None:
-        """Check that the model supports a variance of the reverse chain; None stands for the model's own.
+        """Check that the model supports a variance of the reverse chain; None means the model's own.
 
         Raises:
             UserError: If the variance is learned_range and the network did not learn it, or as raised by
@@ -109,28 +109,28 @@ class LatentDiffusionPipeline:
         """Check that the optimal variance has been fitted for this model's noise schedule.
 
         Raises:
-            UserError: If it has not been. The message contains the command that fits it.
+            UserError: If it has not been. The message contains the command to fit it.
         """
         remedy = (
             f"Fit it on the training split: {shell.tool_command('likelihood', f'run={self.run}', 'variance=optimal')}"
         )
         if self.z_0_mse is None:
-            raise UserError(f"The optimal variance is not fitted for this model yet. {remedy}")
+            raise UserError(f"The optimal variance has not been fitted for this model yet. {remedy}")
         try:
             check_z_0_mse(self.schedule, self.z_0_mse)
         except ValueError as error:
-            raise UserError(f"{VARIANCE_FILE} does not fit this model: {error}. Delete it. {remedy}") from error
+            raise UserError(f"{VARIANCE_FILE} does not match this model: {error}. Delete it. {remedy}") from error
 
     @property
     def chain_sha256(self) -> str:
-        """SHA-256 of the alpha_bar of the network's noise schedule."""
+        """SHA-256 of alpha_bar of the noise schedule."""
         return hashlib.sha256(self.schedule.alpha_bar.cpu().numpy().tobytes()).hexdigest()
 
     def denoiser(self) -> Denoiser:
-        def call(z_t: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
+        def predict(z_t: Tensor, timestep: Tensor, condition: Condition | None) -> Tensor:
             return self.network(z_t, timestep, **(condition or {}))
 
-        return Denoiser(self.schedule, call, self.prediction, self.variance == "learned_range")
+        return Denoiser(self.schedule, predict, self.prediction, self.variance == "learned_range")
 
     @torch.no_grad()
     def sample(
@@ -143,10 +143,10 @@ class LatentDiffusionPipeline:
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """Draw standardised latents z_0 [b, C, h, w], one CPU generator per sample.
+        """Sample standardised latents z_0 [b, C, h, w], with one CPU generator per sample.
 
         Args:
-            condition: Batch-first tensors for the b samples; {} without a condition.
+            condition: Batch-first tensors for the b samples; {} to sample without a condition.
             guidance: Scale of classifier-free guidance; 1 disables it.
             guidance_interval: Lowest and highest u = t / T at which guidance applies.
             on_step: Called after each sampler step.
@@ -167,13 +167,13 @@ class LatentDiffusionPipeline:
 
     @torch.no_grad()
     def forward_chain(self, image: Tensor, *, steps: int, seed: int) -> tuple[list[int], Tensor]:
-        """Run the forward chain q(z_t | z_s) on one image, and decode it at `steps` + 1 times from 0 to T.
+        """Run the forward chain q(z_t | z_s) on one image, and decode z_t at `steps` + 1 evenly spaced times.
 
         Args:
             image: [1, 3, H, W] in [-1, 1].
 
         Returns:
-            The times t and the decoded z_t, [steps + 1, 3, H, W].
+            The times t and the decoded images, [steps + 1, 3, H, W].
         """
         mean, _ = self.autoencoder.encode(image)
         generator = torch_generator(seed)
@@ -203,7 +203,7 @@ class LatentDiffusionPipeline:
             "conditioning": self.conditioning.state(),
         }
         if self.z_0_mse is None:
-            (folder / VARIANCE_FILE).unlink(missing_ok=True)  # it was fitted to the weights that are being replaced
+            (folder / VARIANCE_FILE).unlink(missing_ok=True)  # it was fitted to the previous weights
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
@@ -211,7 +211,7 @@ class LatentDiffusionPipeline:
         """Load a pipeline folder.
 
         Raises:
-            UserError: If it is not a pipeline folder, has an unknown format, or its parts do not belong together.
+            UserError: If it is not a pipeline folder, has an unknown format, or contains files that do not match.
         """
         path = folder / INDEX_FILE
         if not path.is_file():
@@ -250,7 +250,7 @@ class LatentDiffusionPipeline:
             conditioning=restore_conditioning(index["conditioning"], path),
             contract=contract,
             latent_shape=tuple(index["latent_shape"]),
-            variance=index.get("variance", VARIANCES[0]),  # the only one in format 1
+            variance=index.get("variance", VARIANCES[0]),  # format 1 has no such field
             z_0_mse=load_z_0_mse(folder),
         )
 
@@ -268,7 +268,7 @@ def _schedule(content: dict[str, Any], prediction: str, path: Path) -> NoiseSche
 
 
 def save_z_0_mse(folder: Path, table: Tensor, settings: dict[str, Any]) -> None:
-    """Save the table for the optimal Sigma to a pipeline folder, with the settings that it was fitted with."""
+    """Save the table for the optimal Sigma to a pipeline folder, with the settings of the fit."""
     content = {"format": FORMAT, **settings, "z_0_mse": table.tolist()}
     write_text(folder / VARIANCE_FILE, json.dumps(content, indent=2) + "\n")
 
@@ -284,10 +284,10 @@ def load_z_0_mse(folder: Path) -> Tensor | None:
 
 
 def load_network(folder: Path, name: str) -> nn.Module:
-    """Load one of our networks from safetensors.
+    """Load one of this package's networks from safetensors.
 
     Raises:
-        UserError: If the network's name is unknown or the folder does not exist.
+        UserError: If the class name of the network is unknown or the folder does not exist.
     """
     if name not in NETWORKS:
         raise UserError(f"{folder} contains an unknown network {name}. Supported networks: {', '.join(NETWORKS)}.")

@@ -1,4 +1,4 @@
-"""A request for samples: prompts, classes, or the conditions of given images."""
+"""A request for samples: prompts, classes, or the captions or classes of existing images."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,9 +36,9 @@ class Request:
         """Build a request from command-line options.
 
         Args:
-            prompt: The prompt of all samples.
-            prompts: A text file with one prompt per line; one sample is drawn for each.
-            label: The class of all samples, as a number.
+            prompt: Prompt for all samples.
+            prompts: Text file with one prompt per line; one sample is generated for each.
+            label: Class index for all samples.
 
         Raises:
             UserError: If the file is missing or empty, or as raised by `Conditioning.for_request`.
@@ -67,7 +67,7 @@ def read_prompts(file: str) -> list[str]:
     """Read one caption per line from a text file, skipping blank lines."""
     path = Path(file).expanduser()
     if not path.is_file():
-        raise UserError(f"prompts={file} is not a file. Give a text file with one caption per line.")
+        raise UserError(f"prompts={file} is not a file. Use a text file with one caption per line.")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:

@@ -29,28 +29,28 @@ class Artifact:
 
     @property
     def label(self) -> str:
-        """Name in W&B. A name there has a single type, at most 128 characters, and only letters, digits, _, . and -."""
+        """Name in W&B, where names must be unique across types, with at most 128 letters, digits, _, . and -."""
         return re.sub(r"[^\w.-]+", "-", f"{self.type}-{self.name}", flags=re.ASCII)[:128]
 
     @property
     def alias(self) -> str:
-        """Alias in W&B, by which a version can be found from its digest."""
+        """Alias in W&B, to look up a version by its digest."""
         return f"sha-{self.digest[:12]}"
 
     @property
     def contents(self) -> dict[str, Path]:
-        """All files by their name in the artifact. Files in a folder are named by their path relative to it."""
+        """Files by their name in the artifact. Files in a folder are named relative to that folder."""
         files = [(path if path.is_dir() else path.parent, file) for path in self.files for file in _files_in(path)]
         return {file.relative_to(folder).as_posix(): file for folder, file in files}
 
 
 def sha256(content: str | Iterable[Path]) -> str:
-    """Return the SHA-256 of a text, or of the concatenated contents of files and folders, sorted by name in each."""
+    """Return the SHA-256 of a string, or of the concatenated contents of files and folders (sorted by name)."""
     if isinstance(content, str):
         return hashlib.sha256(content.encode()).hexdigest()
     digest = hashlib.sha256()
-    for inner in (inner for path in content for inner in _files_in(path)):
-        with inner.open("rb") as file:
+    for path in (file for item in content for file in _files_in(item)):
+        with path.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
@@ -61,8 +61,8 @@ def _files_in(path: Path) -> list[Path]:
 
 
 def to_plain(value: Any) -> Any:
-    """Convert a value to JSON types: NumPy scalars to numbers, and anything else that JSON lacks to its str()."""
-    return json.loads(json.dumps(value, default=lambda other: other.item() if hasattr(other, "item") else str(other)))
+    """Convert a value to JSON types: NumPy scalars to numbers, and other unsupported types to strings."""
+    return json.loads(json.dumps(value, default=lambda leaf: leaf.item() if hasattr(leaf, "item") else str(leaf)))
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

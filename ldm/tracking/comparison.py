@@ -1,4 +1,4 @@
-"""Comparisons of runs with W&B: reading runs from its server, and publishing a comparison as a report."""
+"""Comparing runs with W&B: fetching runs from the server, and publishing a comparison as a W&B report."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from ldm.tracking.run import TRAINING_ID, track_report
 from ldm.tracking.server import has_key, with_timeout
 
 LOOK_UP_S, HISTORY_S = 60.0, 600.0
-"""Timeouts for finding a run and for downloading its history."""
+"""Timeouts in seconds for finding a run and for downloading its history."""
 
 
 def fetch_run(path: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
@@ -25,7 +25,7 @@ def fetch_run(path: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]
         The flat config, the summary, the summary of the evaluation, and the rows of the history.
 
     Raises:
-        UserError: if there is no login, no such run, or no answer in time.
+        UserError: if the user is not logged in, the run does not exist, or the server does not answer in time.
     """
     import wandb
 
@@ -33,7 +33,7 @@ def fetch_run(path: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]
         api = wandb.Api()
         run = api.run(path)
         evaluations = api.runs(path.rpartition("/")[0], filters={f"config.{TRAINING_ID}": run.id})
-        newest = max(evaluations, key=lambda other: other.created_at, default=None)
+        newest = max(evaluations, key=lambda entry: entry.created_at, default=None)
         evaluation = {} if newest is None else dict(newest.summary_metrics)
         return run, dict(run.config), dict(run.summary_metrics), evaluation
 
@@ -46,7 +46,7 @@ def fetch_run(path: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]
         return config, summary, evaluation, with_timeout(lambda: list(run.scan_history()), HISTORY_S)
     except (wandb.Error, ValueError, OSError) as error:
         raise UserError(
-            f"{path} is not a run folder, and W&B returned no run for this path (entity/project/run): {error}"
+            f"{path} is not a run folder, and fetching it from W&B as entity/project/run failed: {error}"
         ) from error
 
 
@@ -59,18 +59,18 @@ def track_comparison(
     figures: Mapping[str, Image.Image],
     markdown: str,
     curves: Sequence[str],
-    compared: Sequence[str],
+    run_names: Sequence[str],
 ) -> str:
-    """Log a comparison to a W&B run of its own, and publish it as a W&B report if possible.
+    """Log a comparison to its own W&B run, and publish it as a W&B report if possible.
 
     Args:
         folder, config, name, tables, figures: See `track_report`.
-        markdown: Text of the report.
-        curves: Names of the metrics that the report plots over steps.
-        compared: Names of the W&B runs that it plots, `<stage>/<name>`.
+        markdown: Text of the W&B report.
+        curves: Names of metrics to plot over steps.
+        run_names: Names of the W&B runs to plot, `<stage>/<name>`.
 
     Returns:
-        A line with the address of the report, or the reason why there is none.
+        A line with the address of the report, or the reason why it was not published.
     """
     tracker = track_report(folder, config, name=name, values={}, figures=figures, tables=tables)
     if tracker.mode != "online":
@@ -82,7 +82,7 @@ def track_comparison(
     location = {"project": config["logger"]["project"], "entity": tracker.run.entity}
 
     def save() -> str:
-        runs = reports.Runset(**location, name="compared", filters=f"Metric('Name') in {list(compared)}")
+        runs = reports.Runset(**location, name="compared", filters=f"Metric('Name') in {list(run_names)}")
         panels = [reports.LinePlot(title=curve, x="step", y=[curve]) for curve in curves]
         blocks = [reports.MarkdownBlock(text=markdown), reports.PanelGrid(runsets=[runs], panels=panels)]
         report = reports.Report(**location, title=name[:128], blocks=blocks)

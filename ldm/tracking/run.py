@@ -1,7 +1,7 @@
 """Logging of metrics, images and lineage to W&B, without prompts, long waits or exceptions.
 
-Training never fails because of W&B. If the server cannot be reached, the run continues offline under the same id, one
-line says so, and the run can be uploaded later.
+Training never fails because of W&B. If the server cannot be reached, the run continues offline under the same id. A
+message contains the command to upload it later.
 """
 
 import contextlib
@@ -25,35 +25,34 @@ from ldm.tracking.server import choose_mode, has_key, with_timeout
 
 ID_FILE = "wandb_id.txt"
 TRAINING_ID = "training_id"
-"""Config key of an evaluation's W&B run, for the id of the W&B run of the training that it evaluates."""
+"""Config key of an evaluation's W&B run that stores the id of the evaluated training run."""
 OFFLINE_TIMEOUT_S = 30.0
-"""Timeout for W&B's own process to start offline, where there is no server to wait for."""
+"""Timeout for starting W&B's own process in offline mode, without a server."""
 FALLBACKS: dict[str, Any] = {"project": "ldm", "entity": None, "group": None, "tags": []}
-"""Options used instead if W&B rejects those of the user."""
+"""Options to use if W&B rejects the user's options."""
 DEFAULTS = FALLBACKS | {"mode": None, "timeout_s": 30.0, "finish_timeout_s": 300.0, "max_artifact_mb": 1000.0}
 OPTIONS = tuple(DEFAULTS)
 """Keys of the config group `logger` that `WandbRun` uses."""
 
 
 class WandbRun:
-    """A W&B run, whose errors never reach the caller.
+    """A W&B run that never raises errors to the caller.
 
-    Its id is stored in the run folder, so that resuming continues the same W&B run.
+    The id is stored in the run folder, so that a resumed training run continues the same W&B run.
 
     Args:
         folder: Run folder.
         config: Config to log, nested.
         name: Name of the run in W&B, `<type>/<name>`.
         resume: True to continue the W&B run whose id is in the folder.
-        options: Values for any of OPTIONS, instead of DEFAULTS. `timeout_s` limits the start and each artifact,
-            `finish_timeout_s` the upload at the end. Artifacts larger than `max_artifact_mb` are logged without their
-            files.
+        options: Overrides of DEFAULTS. `timeout_s` applies to the start and to each artifact, and `finish_timeout_s`
+            to the upload at the end. Artifacts larger than `max_artifact_mb` are logged without their files.
     """
 
     def __init__(
         self, folder: Path, config: Mapping[str, Any], *, name: str, resume: bool = False, **options: Any
     ) -> None:
-        # W&B's error reporting would delay the end of the process by 20 s if the server does not answer
+        # otherwise, if the server does not answer, W&B's error reporting delays the exit by 20 s
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         options = DEFAULTS | options
         self.folder, self.timeout_s = folder, options["timeout_s"]
@@ -68,21 +67,21 @@ class WandbRun:
         self._options: dict[str, Any] = {"dir": folder, **identity, **requested, "config": flatten(config)}
         self._wandb: Any = None
         self.run: Any = None
-        """The run object of the wandb package; None if W&B is disabled or failed completely."""
+        """The run object of the wandb package; None if W&B is disabled or could not be started."""
         self._row, self._records, self._inputs = -1, list[str](), dict[str, str]()
         self._continues = saved_id is not None
-        self._start_first([(options["mode"], {}), ("offline", {}), ("offline", FALLBACKS)])
+        self._start_with_fallbacks([(options["mode"], {}), ("offline", {}), ("offline", FALLBACKS)])
         with contextlib.suppress(OSError):
             write_text(folder / ID_FILE, f"{self._options['id']}\n")
 
-    def _start_first(
+    def _start_with_fallbacks(
         self, attempts: Sequence[tuple[str | None, Mapping[str, Any]]], error: Exception | None = None
     ) -> None:
-        """Start with the first attempt that works, or continue without W&B. Print one line if there was an error.
+        """Start W&B with the first settings that work, else continue without W&B. Print a message after an error.
 
         Args:
-            attempts: Modes, each with options that override those of the run.
-            error: Error that caused the restart, if any.
+            attempts: Modes, each with overrides of the run's options.
+            error: Error that made a restart necessary, if any.
         """
         overrides: Mapping[str, Any] = {}
         for mode, overrides in attempts:
@@ -118,22 +117,22 @@ class WandbRun:
         resume = "allow" if self._continues else None
         options = {**self._options, "tags": list(self._options["tags"]), "mode": self.mode, "resume": resume}
         self.run = wandb.init(**options, settings=settings)
-        self._options["id"] = self.run.id  # a sweep agent assigns another id than the requested one
-        # our own x axis: W&B drops values with a smaller step than the last, as after a validation or a resume
+        self._options["id"] = self.run.id  # a sweep agent assigns its own id
+        # our own x axis: W&B drops values whose step decreases, as happens at validation and after a resume
         self.run.define_metric("*", step_metric="step")
         self._row = max(self._row, self.run.step - 1)
         self._records.append(str(self.run.settings.sync_dir))
 
     def _stop(self) -> None:
-        """End W&B's process, so that the run's id can be used again. `finish` ends the threads of the run."""
+        """Stop the threads of the run and W&B's process, so that the run's id can be used again."""
         run, wandb = self.run, self._wandb
-        for end in (lambda: run.finish(), lambda: wandb.teardown()):
+        for close in (lambda: run.finish(), lambda: wandb.teardown()):
             with contextlib.suppress(Exception):
-                with_timeout(end, self.timeout_s)
+                with_timeout(close, self.timeout_s)
         self.run = None
 
     def _warn(self, error: Exception, *, rejected: bool = False) -> None:
-        # remove W&B's advice, which names an option that we do not have
+        # remove W&B's hint at a setting that is not one of our options
         reason, _, _ = " ".join(str(error).split()).partition(" Consider increasing")
         consequence = "Continuing without W&B."
         if self._records and self.mode != "disabled":
@@ -144,7 +143,7 @@ class WandbRun:
         print(f"W&B {problem} ({reason[:300] or type(error).__name__}). {consequence}", flush=True)
 
     def _record(self, call: Callable[[Any], Any]) -> None:
-        """Run `call` with the W&B run. If W&B fails, switch to an offline run and repeat the call."""
+        """Run `call` on the W&B run. If W&B fails, switch to an offline run and repeat the call."""
         while self.run is not None:
             try:
                 call(self.run)
@@ -152,7 +151,7 @@ class WandbRun:
             except Exception as error:
                 self._stop()
                 self._continues = True
-                self._start_first([("offline", {})] if self.mode == "online" else [], error)
+                self._start_with_fallbacks([("offline", {})] if self.mode == "online" else [], error)
 
     def _log(self, values: Callable[[], Mapping[str, Any]], step: int) -> None:
         # W&B's internal step follows ours, so that a resumed run continues after the last row
@@ -187,7 +186,7 @@ class WandbRun:
                 return  # not supported by W&B offline
             try:
                 run.use_artifact(f"{item.label}:{item.alias}")
-            except (ValueError, self._wandb.errors.CommError):  # never logged: data, or created elsewhere
+            except (ValueError, self._wandb.errors.CommError):  # not logged by a run: data, or created elsewhere
                 run.use_artifact(self._describe(item), aliases=[item.alias])
 
         self._record(lambda run: with_timeout(lambda: use_artifact(run), self.timeout_s))
@@ -199,7 +198,7 @@ class WandbRun:
         with_files = size_mb <= self.max_artifact_mb
         if not with_files:
             limit = f"logger.max_artifact_mb={self.max_artifact_mb:g}"
-            print(f"{item.label} has {size_mb:.0f} MB, more than {limit}: only its description is logged to W&B.")
+            print(f"{item.label} has {size_mb:.0f} MB, more than {limit}. Only its description is logged to W&B.")
 
         def log_artifact(run: Any) -> None:
             run.log_artifact(self._describe(output, files=with_files), aliases=["latest", item.alias])
@@ -208,14 +207,14 @@ class WandbRun:
         self.log_summary({f"{item.type}_sha256": item.digest})  # identifies these weights in later evaluations
 
     def _describe(self, item: Artifact, *, files: bool = False) -> Any:
-        """Create a W&B artifact. It always has a description file, as W&B treats artifacts without files as equal."""
+        """Create a W&B artifact. It always has a description file, as artifacts without files are equal in W&B."""
         metadata = {"sha256": item.digest, **item.metadata}
         artifact = self._wandb.Artifact(item.label, item.type, metadata=metadata)
         description = self.folder / "lineage" / f"{item.label}.json"
         description.parent.mkdir(exist_ok=True)
         content = json.dumps({"type": item.type, "name": item.name, **metadata}, indent=2)
         description.write_text(f"{content}\n", encoding="utf-8")
-        # immutable: upload from the original location, without a copy in W&B's folder in the user's home
+        # immutable: upload the original file, instead of a copy in W&B's folder in the user's home
         artifact.add_file(str(description.resolve()), policy="immutable")
         for name, file in item.contents.items() if files else ():
             artifact.add_file(str(file.resolve()), name=name, policy="immutable")
@@ -231,9 +230,9 @@ class WandbRun:
 
 
 def read_run_id(folder: Path) -> str | None:
-    """Return the id of the W&B run that a run folder was last logged to; None if it never was.
+    """Return the id of the latest W&B run of a run folder; None if it has none.
 
-    The id is checked, as it becomes part of paths and URLs.
+    The id is validated, as it is used in paths and URLs.
 
     Raises:
         UserError: if the file does not contain a valid id.
@@ -243,7 +242,9 @@ def read_run_id(folder: Path) -> str | None:
         return None
     text = file.read_text(encoding="utf-8", errors="replace").strip()
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", text):
-        raise UserError(f"{file} must contain the id of a W&B run, not {text[:60]!r}. Delete it to start a new one.")
+        raise UserError(
+            f"{file} must contain the id of a W&B run, not {text[:60]!r}. Delete it to start a new W&B run."
+        )
     return text
 
 
@@ -258,19 +259,19 @@ def track_report(
     inputs: Sequence[Artifact] = (),
     files: Sequence[Path] = (),
 ) -> WandbRun:
-    """Log the results of a tool to a W&B run of their own: metrics as its summary, figures, tables and files.
+    """Log the results of a tool to a separate W&B run: metrics as its summary, figures, tables and files.
 
     Args:
-        folder: Folder for W&B's files, created if missing. Must not be a training run's folder, which stores the id of
-            that run.
+        folder: Folder for W&B's files, created if missing. Must not be the folder of a training run, which stores
+            the id of its own W&B run.
         config: Config of the tool, including its group `logger`.
         name: Name of the run in W&B.
-        values: Numbers, strings, booleans and lists of these. Nested values become `a.b`. Lists of mappings are not
+        values: Numbers, strings, booleans and lists of these. Nested keys become `a.b`. Lists of mappings are not
             logged.
         figures: Figures by title.
         tables: Columns and rows by title.
         inputs: Artifacts that were evaluated.
-        files: Files of the report, logged as an artifact; without files there is no artifact.
+        files: Report files to log as an artifact; if empty, no artifact is logged.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tracker = WandbRun(folder, config, name=name, **{key: config["logger"][key] for key in OPTIONS})
@@ -285,14 +286,14 @@ def track_report(
         tracker.use_artifact(item)
     if files:
         digests = {f"{item.type}_sha256": item.digest for item in inputs}
-        evaluated = name.removeprefix("evaluation/")
-        tracker.log_artifact(Artifact("evaluation", evaluated, sha256(files), {**digests, **summary}, tuple(files)))
+        run_name = name.removeprefix("evaluation/")
+        tracker.log_artifact(Artifact("evaluation", run_name, sha256(files), {**digests, **summary}, tuple(files)))
     tracker.finish()
     return tracker
 
 
 def finish_open_run() -> None:
-    """Close a W&B run left open by a failed training, so that the next training in this process does not log to it."""
+    """Close the W&B run of a failed training run, so that the next run in this process does not log to it."""
     wandb = sys.modules.get("wandb")
     if wandb is not None and wandb.run is not None:
         with contextlib.suppress(Exception):

@@ -16,19 +16,19 @@ T = TypeVar("T")
 
 
 def check_mode(mode: str | None, key: str = "logger.mode") -> None:
-    """Check that a mode is known; None means that the user set none.
+    """Check that a mode is valid; None means that it is not set.
 
     Raises:
-        UserError: for an unknown mode, with the key and the known modes.
+        UserError: for an unknown mode. The message lists the valid modes.
     """
     if mode and mode not in MODES:
-        raise UserError(f"{key}={mode} is unknown. Choose one of: {', '.join(MODES)}, or leave it out.")
+        raise UserError(f"{key}={mode} is unknown. Choose one of: {', '.join(MODES)}, or omit it.")
 
 
 def choose_mode(requested: str | None) -> str:
-    """Return the requested mode or that of WANDB_MODE. The default is online if there is an API key, else offline.
+    """Return the requested mode, else WANDB_MODE, else online if there is an API key, else offline.
 
-    Without a key, W&B would ask for one on the terminal.
+    In online mode without a key, W&B would prompt for one in the terminal.
 
     Raises:
         UserError: for an unknown mode.
@@ -55,10 +55,10 @@ def has_key() -> bool:
 
 
 def with_timeout(call: Callable[[], T], seconds: float) -> T:
-    """Return the result of `call`, which runs in a thread.
+    """Run `call` in a thread, and return its result.
 
     Raises:
-        TimeoutError: if there is no result within `seconds`. The thread continues, at most until the process ends.
+        TimeoutError: if there is no result within `seconds`. The thread keeps running until the process exits.
     """
     result: Future[T] = Future()
 

@@ -1,4 +1,4 @@
-"""Checks that run before a run folder is touched: option values, combinations of components, and the batch size."""
+"""Checks made before a run folder is changed: option values, compatibility of components, and batch size."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,7 +63,7 @@ def option_errors() -> Iterator[None]:
     """Convert errors raised while building objects from the options into user errors.
 
     Raises:
-        UserError: Contains the first line of the original error.
+        UserError: An error was raised. The message contains its first line.
     """
     try:
         yield
@@ -77,7 +77,7 @@ def option_errors() -> Iterator[None]:
 
 
 def check_batch(config: DictConfig, num_images: int) -> None:
-    """Check the batch size against the number of training images and of micro-batches.
+    """Check the batch size against the number of training images and the number of micro-batches.
 
     Raises:
         UserError: The batch is larger than the training set or cannot be split into equal micro-batches.

@@ -1,4 +1,4 @@
-"""A single fit: a trainer with its callbacks and data loaders. A run that rolls back builds a new fit each time."""
+"""A fit is a trainer with its callbacks and data loaders. After each roll-back, a run continues with a new fit."""
 
 import logging
 import warnings
@@ -48,7 +48,7 @@ class ExtraTrainerOptions(TypedDict):
 
 
 class TrainerOptions(ExtraTrainerOptions):
-    """Keys of the config group `trainer` that every config must set, with their rules."""
+    """Required keys of the config group `trainer`, with their rules."""
 
     max_steps: Annotated[Integer, Field(ge=-1)]
     precision: Any
@@ -68,10 +68,10 @@ def check_trainer(options: Mapping[str, Any]) -> None:
         UserError: An option is missing or invalid.
     """
     if missing := [f"trainer.{key}" for key in TrainerOptions.__annotations__ if key not in options]:
-        raise UserError(f"Training needs {', '.join(missing)}. Give a value, or keep the default set by trainer=.")
+        raise UserError(f"Training needs {', '.join(missing)}. Set a value, or keep the default of trainer=.")
     apply_rules(TrainerOptions, options)
     if "fsdp" in str(options.get("strategy")).lower():
-        raise UserError("trainer=fsdp does not work yet: use trainer=ddp, which keeps the full network on every GPU.")
+        raise UserError("trainer=fsdp is not supported yet. Use trainer=ddp, which keeps the full network on each GPU.")
     make_guard(options, Path("skipped_steps.jsonl"))
     precision = normalise_precision(options["precision"])
     make_trainer(options, "32-true" if precision == "auto" else precision, logger=False, enable_checkpointing=False)
@@ -81,7 +81,7 @@ def make_trainer(options: Mapping[str, Any], precision: str, **arguments: Any) -
     """Build Lightning's Trainer from the config group `trainer` and further arguments.
 
     Raises:
-        UserError: Lightning refuses the options.
+        UserError: Lightning rejects the options.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     extra = ("_target_", *ExtraTrainerOptions.__annotations__)
@@ -89,11 +89,11 @@ def make_trainer(options: Mapping[str, Any], precision: str, **arguments: Any) -
     if type(interval := kwargs.get("val_check_interval")) is int:  # the option counts steps, Lightning micro-batches
         kwargs["val_check_interval"] = interval * options["accumulate_grad_batches"]
     try:
-        return Trainer(**kwargs | {"precision": precision}, **arguments, max_epochs=-1)  # limited by steps and time
+        return Trainer(**kwargs | {"precision": precision}, **arguments, max_epochs=-1)  # limited by steps or time
     except (*CONSTRUCTOR_ERRORS, ImportError, MisconfigurationException) as error:
         raise UserError(
-            f"Lightning refused the options trainer.*: {first_line(error)}. Choose trainer=cpu or trainer=auto, or "
-            "remove the trainer.* options that you gave."
+            f"Lightning rejected the trainer.* options: {first_line(error)}. Choose trainer=cpu or trainer=auto, or "
+            "remove your trainer.* options."
         ) from error
 
 
@@ -138,12 +138,12 @@ class FitSpec:
     loggers: Sequence[Logger] = ()
 
     @property
-    def micro_batch(self) -> int:
-        """Images per forward pass, over all devices."""
+    def micro_batch_size(self) -> int:
+        """Images per forward pass, summed over all devices."""
         return self.config["batch_size"] // self.config["trainer"]["accumulate_grad_batches"]
 
     def image_names(self, batch: int) -> list[str]:
-        """File names of the images in the given batch of the data order."""
+        """Return the file names of the images in a batch of the data order."""
         images, config = self.stage.images, self.config
         positions = batch_at(
             batch, size=len(images.train_indices), batch_size=config["batch_size"], seed=config["seed"]
@@ -152,7 +152,7 @@ class FitSpec:
 
 
 class Fit:
-    """A trainer with its callbacks and data loaders, for one fit from scratch or from a checkpoint.
+    """A trainer with its callbacks and data loaders, starting from scratch or from a checkpoint.
 
     Raises:
         UserError: The trainer's options are not compatible.
@@ -181,7 +181,7 @@ class Fit:
         self.guard = make_guard(options, spec.folder / "skipped_steps.jsonl", spec.image_names)
         stage.module.step_offset = load_step_offset(None if resume_from is None else resume_from.path)
         if (guard := self.guard) is not None:
-            guard.tallies["offset"] = stage.module.step_offset  # an earlier resume may have run without a guard
+            guard.tallies["offset"] = stage.module.step_offset  # the checkpoint may have been saved without a guard
             self.checkpoints.should_withhold = lambda: guard.skipped_last_step
         stage.module.log_every, stage.module.progress = options["log_every_n_steps"], self.budget.progress
         self.trainer = make_trainer(
@@ -194,14 +194,14 @@ class Fit:
         )
 
     def set_loggers(self, loggers: Sequence[Logger]) -> None:
-        """Send metrics to these loggers from now on."""
+        """Set the loggers of this fit and of later fits."""
         self.spec = replace(self.spec, loggers=loggers)
         self.trainer.loggers = list(loggers)
 
     def run_to_end(self, make_stage: Callable[[], Stage]) -> "Fit":
-        """Run this fit, and a new one after each roll-back. Return the last one.
+        """Run this fit and, after each roll-back, a new fit. Return the last fit.
 
-        If the stage has nothing to train, do nothing.
+        If the stage has nothing to train, return this fit immediately.
 
         Raises:
             Interrupted: A signal requested a stop. The current state is saved.
@@ -218,8 +218,9 @@ class Fit:
 
     def after_rollback(self, rollback: RollBack, make_stage: Callable[[], Stage]) -> "Fit":
         """Return a fit that restarts from a checkpoint before the bad steps, or from scratch if there is none."""
-        intact = {saved.step: saved for saved in reversed(self.checkpoints.lineage()) if saved.find_damage() is None}
-        step, resume_from = broadcast_from_rank_0(rollback.choose(intact))  # only rank 0 knows the checkpoints
+        checkpoints = {m.step: m for m in reversed(self.checkpoints.lineage()) if m.find_damage() is None}
+        # Only rank 0 tracks checkpoints.
+        step, resume_from = broadcast_from_rank_0(rollback.choose_checkpoint(checkpoints))
         fit = Fit(self.spec if resume_from is not None else replace(self.spec, stage=make_stage()), resume_from)
         assert fit.guard is not None
         fit.guard.resume_after(rollback, step)
@@ -231,7 +232,7 @@ class Fit:
         return fit
 
     def run(self) -> None:
-        """Train until the budget is spent, then validate once.
+        """Train until the budget is spent, then validate the final weights.
 
         Raises:
             Interrupted: A signal requested a stop. The current state is saved.
@@ -241,30 +242,30 @@ class Fit:
         fit_batches, val_batches = self._batches()
         ckpt_path = str(self.resume_from.path) if self.resume_from is not None else None
         with warnings.catch_warnings():
-            # Our loader is endless and reads memory-mapped arrays, so advice on workers and epochs does not apply.
+            # Our loader is infinite and reads memory-mapped arrays, so warnings about workers and epochs do not apply.
             warnings.filterwarnings("ignore", ".*does not have many workers.*")
             warnings.filterwarnings("ignore", ".*LeafSpec.*")
-            # The checkpoint had a guard, but trainer.guard=null now.
+            # The checkpoint was saved with a guard, but the run is resumed with trainer.guard=null.
             warnings.filterwarnings("ignore", ".*add the following callbacks: .'Guard'.*")
             try:
                 trainer.fit(stage.module, fit_batches, val_batches, ckpt_path=ckpt_path, weights_only=True)
-                if self.ema.validated_at != trainer.global_step and not self._signal():
+                if self.ema.last_validation_step != trainer.global_step and not self._signal():
                     trainer.validate(stage.module, val_batches, verbose=False)
-                number = self._signal()  # the signal may arrive after the last training step
-            except StopTraining as stopped:
-                number = stopped.signal
-            except SystemExit as error:  # Lightning converts a KeyboardInterrupt before the first step
+                number = self._signal()  # a signal can arrive after the last training step
+            except StopTraining as stop:
+                number = stop.signal
+            except SystemExit as error:  # Lightning's conversion of a KeyboardInterrupt before the first step
                 raise error.__context__ if isinstance(error.__context__, KeyboardInterrupt) else error from None
             finally:
                 signals.stop_deferring()
         if number := number or signals.pending() or 0:
-            last, step = self.checkpoints.saved or self.resume_from, self.trainer.global_step
-            outcome = f"saved {last.path}" if last is not None else "nothing was trained"
+            checkpoint, step = self.checkpoints.last_saved or self.resume_from, self.trainer.global_step
+            outcome = f"saved {checkpoint.path}" if checkpoint is not None else "nothing was trained"
             message = f"stopped by {Signals(number).name} after step {step}; {outcome}"
             raise signals.Interrupted(number, message)
 
     def _signal(self) -> int:
-        """Signal that any rank received, or 0. All ranks get the same answer, so they validate and stop together."""
+        """Return the signal received by any rank, or 0. All ranks get the same value, so they stop together."""
         return self.budget.agreement.update(self.trainer)["signal"]
 
     def _batches(self) -> tuple[DataLoader, DataLoader]:
@@ -281,4 +282,4 @@ class Fit:
             num_workers=config["trainer"]["num_workers"],
         )
         held_out = images.val_indices[: config["val_images"]]
-        return fit_batches, val_loader(spec.stage.fetch, held_out, batch_size=spec.micro_batch)
+        return fit_batches, val_loader(spec.stage.fetch, held_out, batch_size=spec.micro_batch_size)

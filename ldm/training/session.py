@@ -1,4 +1,4 @@
-"""The steps of training one stage, from a composed config to a run folder with the trained weights."""
+"""Training of one stage, from a composed config to a run folder with the trained weights."""
 
 import time
 from collections.abc import Iterator
@@ -43,32 +43,31 @@ def train_stage(config: DictConfig) -> None:
 
     Raises:
         Interrupted: A signal requested a stop. The message says how to resume.
-        UserError: The input is invalid. Nothing has been changed.
+        UserError: The options or the data are invalid. No run has been changed.
     """
     session = Session(config)
     with session.claim_run_folder():
         images = session.prepare_images()
         stage = session.build_stage(images)
-        fit = session.fit(stage)
+        fit = session.build_fit(stage)
         session.begin(fit)
         session.finish(fit.run_to_end(lambda: session.build_stage(images)))
 
 
 class Session:
-    """State of a training run apart from its stage: config, command, run folder, and the run to resume or replace.
+    """A session that trains one stage: config, command, run folder, and the run to resume or replace.
 
     Raises:
-        UserError: An option is invalid. Only checks that do not read the run folder are made here. The message names
-            the option and the remedy.
+        UserError: An option is invalid. The message names the option and the remedy. The run folder is not read yet.
     """
 
     run: Run
     loggers: Loggers
 
     def __init__(self, config: DictConfig) -> None:
-        self.main_process, self.started = is_main_process(), time.perf_counter()
+        self.main_process, self.start_time = is_main_process(), time.perf_counter()
         self.config, self.command = config, command_line()
-        reset_peak_memory(first=not self.command.job)
+        reset_peak_memory(is_first_job=not self.command.job)
         check_options(config)
         self.resume_plan = ResumePlan.from_config(config, self.command, main_process=self.main_process)
         self.replacement = Replacement(self.resume_plan.folder)
@@ -80,7 +79,7 @@ class Session:
         """Lock the run folder and find the checkpoint to resume from.
 
         Raises:
-            UserError: The folder is in use, cannot be written, or has no checkpoint that these options can resume.
+            UserError: The folder is in use or not writable, or has no checkpoint that can resume with these options.
             Interrupted: A signal requested a stop. The message says how to resume.
         """
         try:
@@ -89,20 +88,20 @@ class Session:
                     self._stack.enter_context(run_lock(self.resume_plan.folder))
                 self.resume_plan = self.resume_plan.with_checkpoint(self.values)
                 yield
-        except signals.Interrupted as stopped:
+        except signals.Interrupted as interrupt:
             if not self.main_process:
-                # A launcher kills all ranks at once as soon as one of them exits with a non-zero status.
-                raise SystemExit(0 if launcher.has_shared_run_name() else stopped.code) from None
-            message = self.resume_plan.stop_message(str(stopped), has_replaced=self.replacement.is_final)
-            if stopped.signal.name == "SIGUSR1":
+                # Launchers kill all ranks as soon as one of them exits with a non-zero status.
+                raise SystemExit(0 if launcher.has_shared_run_name() else interrupt.code) from None
+            message = self.resume_plan.stop_message(str(interrupt), has_replaced=self.replacement.is_final)
+            if interrupt.signal.name == "SIGUSR1":
                 message += self.resume_plan.requeue()
-            raise signals.Interrupted(stopped.signal, message) from None
+            raise signals.Interrupted(interrupt.signal, message) from None
 
     def prepare_images(self) -> ImageData:
         """Check the options of the stage, then prepare the images.
 
         Raises:
-            UserError: The options are not compatible, or there are no images or too few for a batch.
+            UserError: The options are not compatible, or there are too few images for a batch.
         """
         with option_errors():
             check_stage(self.config, self._stage_builder())
@@ -118,11 +117,11 @@ class Session:
         return construct(build, **options)
 
     def build_stage(self, images: ImageData) -> Stage:
-        """Build the stage with freshly initialised weights, identical on every call."""
-        torch.set_flush_denormal(True)  # denormal gradients of the first steps would more than halve the speed of a CPU
+        """Build the stage with newly initialised weights, which are identical on every call."""
+        torch.set_flush_denormal(True)  # denormal gradients in the first steps more than halve the speed on CPUs
         config, trainer = self.config, self.config.trainer
         self.precision = (
-            self.precision  # chosen before seeding because the measurement draws random numbers
+            self.precision  # before seeding, because the benchmark draws random numbers
             or self.resume_plan.source_facts.get("precision")
             or choose_precision(trainer.precision, trainer.accelerator)
         )
@@ -145,11 +144,11 @@ class Session:
             stage.compile()
         return stage
 
-    def fit(self, stage: Stage) -> Fit:
-        """Build the fit of the stage, starting at the checkpoint to resume from.
+    def build_fit(self, stage: Stage) -> Fit:
+        """Build the fit, which starts from the checkpoint to resume if there is one.
 
         Raises:
-            UserError: The inputs of the resumed run differ, or the disk has no space for checkpoints.
+            UserError: The inputs differ from those of the resumed run, or checkpoints do not fit on the disk.
         """
         config, resume_plan = self.config, self.resume_plan
         facts = self._facts(stage)
@@ -167,7 +166,7 @@ class Session:
         return Fit(spec, resume_plan.checkpoint)
 
     def _facts(self, stage: Stage) -> dict[str, Any]:
-        """Fields of run.json that describe the run, apart from where and when it is trained."""
+        """Return the fields of run.json that describe the run, except where and when it is trained."""
         images, resume_plan = stage.images, self.resume_plan
         facts = {
             "stage": stage.kind,
@@ -189,10 +188,10 @@ class Session:
         return facts | ({"slurm_job": job} if (job := launcher.slurm_job()) else {})
 
     def begin(self, fit: Fit) -> None:
-        """Set the earlier run aside, record this one, open its loggers and print its table.
+        """Set the earlier run aside, write run.json, open the loggers and print the start-up table.
 
-        This is the point of no return. The record of a resumed run is replaced only when training starts, because
-        loading its weights may still fail.
+        This is the point of no return, but a resumed run keeps its run.json until training starts, because loading the
+        checkpoint can still fail.
         """
         resume_plan, stage = self.resume_plan, fit.spec.stage
         rows = self._rows(fit)
@@ -219,7 +218,7 @@ class Session:
             print_table(f"stage {stage.kind}" + (f", resumed from {checkpoint.path}" if checkpoint else ""), rows)
 
     def _rows(self, fit: Fit) -> list[tuple[str, str]]:
-        """Return the labels and values of the start-up table. This measures the speed of a training step."""
+        """Measure the speed of a training step and return the labels and values of the start-up table."""
         spec, trainer, images = fit.spec, fit.trainer, fit.spec.stage.images
         rows = [
             ("data", f"{images.name}: {len(images.train_indices)} train, {len(images.val_indices)} validation"),
@@ -231,7 +230,7 @@ class Session:
             ("precision", f"{spec.precision}"),
         ]
         if spec.stage.trains:
-            batch_size = spec.micro_batch // trainer.world_size or 1
+            batch_size = spec.micro_batch_size // trainer.world_size or 1
             duration = estimate_duration(trainer, spec.stage, fit.budget, batch_size, fit.step)
             fit.progress_bar.speed = measure_speed(trainer, spec.stage)
             rows += [("budget", f"{fit.budget}, batch size {self.config.batch_size}"), ("expected time", duration)]
@@ -240,7 +239,7 @@ class Session:
         return [*rows, ("folder", str(spec.folder))]
 
     def finish(self, fit: Fit) -> None:
-        """Write the averaged weights and the final metrics, and print the next command."""
+        """Save the EMA weights and the final metrics, and print the next command."""
         stage, trainer, run = fit.spec.stage, fit.trainer, self.run
         if not self.main_process:
             return
@@ -252,7 +251,7 @@ class Session:
         metrics |= {"steps": trainer.global_step, "training_s": round(fit.budget.elapsed_s, 1)}
         if fit.guard is not None and fit.guard.skipped_steps:
             metrics["skipped_steps"] = fit.guard.skipped_steps
-        duration_s = time.perf_counter() - self.started
+        duration_s = time.perf_counter() - self.start_time
         if (memory := peak_memory_gb()) is not None:
             metrics["peak_memory_gb"] = memory
         next_command = stage.next_command(run)

@@ -1,4 +1,4 @@
-"""ldm.autoencoder.autoencoder: one interface for diffusers' autoencoders and their latent statistics."""
+"""ldm.autoencoder.autoencoder: the common interface to diffusers' autoencoders, and their latent statistics."""
 
 import json
 
@@ -52,7 +52,7 @@ def test_factor_channels_and_shapes_match_the_model(make, factor, channels, imag
 
 
 @pytest.mark.parametrize(("resolution", "valid"), [(20, "16 or 24"), (31, "24 or 32"), (3, "8."), (1, "8.")])
-def test_indivisible_resolution_is_refused_with_nearest_valid_ones(resolution, valid):
+def test_indivisible_resolution_error_suggests_valid_resolutions(resolution, valid):
     with pytest.raises(UserError, match=f"resolution={resolution} .*multiple of f = 8.*{valid}"):
         Autoencoder(patch_model()).latent_shape(resolution)
 
@@ -70,8 +70,8 @@ def test_save_and_load_preserve_weights_and_statistics(make, images, tmp_path):
     assert loaded.statistics == autoencoder.statistics
     assert loaded.weights_sha256() == autoencoder.weights_sha256()
     assert not loaded.model.training
-    for ours, theirs in zip(autoencoder.encode(images), loaded.encode(images), strict=True):
-        torch.testing.assert_close(theirs, ours, rtol=0, atol=0)
+    for expected, actual in zip(autoencoder.encode(images), loaded.encode(images), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 def test_load_reads_plain_diffusers_folder(images, tmp_path):
@@ -96,7 +96,7 @@ def test_unstandardise_inverts_standardise():
     )
 
 
-def test_load_refuses_statistics_of_other_weights(tmp_path):
+def test_load_rejects_statistics_of_different_weights(tmp_path):
     with_statistics(plain_model()).save(tmp_path)
     file = tmp_path / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
@@ -118,15 +118,15 @@ def edit_json(file, **values) -> None:
         ("config.json", {"_class_name": "UNet2DModel"}, r"config\.json .*UNet2DModel.*AutoencoderKL"),
     ],
 )
-def test_load_refuses_unknown_format_and_class(tmp_path, file, values, message):
+def test_load_rejects_unknown_format_or_class(tmp_path, file, values, message):
     with_statistics(plain_model()).save(tmp_path)
     edit_json(tmp_path / file, **values)
     with pytest.raises(UserError, match=message):
         Autoencoder.load(tmp_path)
 
 
-def test_load_refuses_folder_without_config(tmp_path):
-    with pytest.raises(UserError, match=r"not the folder of an autoencoder.*config\.json"):
+def test_load_rejects_folder_without_config(tmp_path):
+    with pytest.raises(UserError, match=r"not an autoencoder folder.*config\.json"):
         Autoencoder.load(tmp_path)
 
 

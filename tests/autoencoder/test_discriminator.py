@@ -54,14 +54,14 @@ def test_losses_push_logits_in_opposite_directions(gan_loss):
 
 @pytest.mark.parametrize(("layers", "size"), [(1, 16), (2, 34), (3, 70)])
 def test_receptive_field_matches_published_patch_sizes(layers, size):
-    """Measure the receptive field by the gradient of one logit, which depends on no other image of the batch."""
+    """Measure the receptive field from the gradient of one logit, which is zero for the other image of the batch."""
     discriminator = PatchDiscriminator(8, layers)
     images = torch.randn(2, 3, 160, 160, generator=torch.Generator().manual_seed(0)).requires_grad_()
     logits = discriminator(images)
     middle = logits.shape[-1] // 2
     for layer in discriminator.layers:
         if isinstance(layer, torch.nn.GroupNorm):
-            layer.forward = lambda x: x  # group norm would extend it to the whole image
+            layer.forward = lambda x: x  # group norm would extend the receptive field to the whole image
     discriminator(images)[0, 0, middle, middle].backward()
     rows = images.grad[0].abs().sum((0, 2)).nonzero().flatten()
     assert rows[-1] - rows[0] + 1 == size
@@ -70,7 +70,7 @@ def test_receptive_field_matches_published_patch_sizes(layers, size):
 
 @MODELS
 def test_adaptive_weight_is_gradient_ratio_at_last_layer(make, images):
-    """Compare lambda, and the resulting gradients of all weights, with autograd."""
+    """Compare lambda and the resulting gradients of all weights with autograd."""
     torch.manual_seed(0)
     model = make()
     for parameter in model.parameters():
@@ -84,10 +84,10 @@ def test_adaptive_weight_is_gradient_ratio_at_last_layer(make, images):
         return (x - images).abs().mean(), -discriminator(y).square().mean()
 
     reconstruction = model(images).sample
-    first, second = (
+    distortion_gradient, adversarial_gradient = (
         torch.autograd.grad(loss, last_weight, retain_graph=True)[0] for loss in losses(reconstruction, reconstruction)
     )
-    expected = first.norm() / (second.norm() + 1e-4)
+    expected = distortion_gradient.norm() / (adversarial_gradient.norm() + 1e-4)
     distortion, adversarial = losses(reconstruction, reconstruction)
     model.zero_grad()
     (distortion + 0.25 * expected * adversarial).backward()
@@ -104,7 +104,7 @@ def test_adaptive_weight_is_gradient_ratio_at_last_layer(make, images):
 
 
 @MODELS
-def test_adaptive_weight_is_measured_once_per_step_and_clamped(make, images):
+def test_adaptive_weight_is_computed_once_per_step_and_clamped(make, images):
     model = make()
     adaptive_weight = AdaptiveWeight(LastLayer(model), max_weight=2.0)
 
@@ -113,9 +113,9 @@ def test_adaptive_weight_is_measured_once_per_step_and_clamped(make, images):
         (scale * (x - images).square().mean() + 1e-3 * y.mean()).backward()
         return adaptive_weight.weight.item()
 
-    first = backward(1e-3)
-    assert 0 < first < 2
-    assert backward(1e9) == first  # a second batch of the same step
+    weight = backward(1e-3)
+    assert 0 < weight < 2
+    assert backward(1e9) == weight  # a second batch of the same step
     adaptive_weight.weight = None
     assert backward(1e9) == 2.0
 
@@ -137,7 +137,7 @@ def test_last_layer_releases_its_input_after_backward(images):
 
 
 def test_lambda_is_independent_of_gradient_accumulation(images):
-    """Gradients of accumulated batches are scaled down; the 1e-4 in lambda's denominator must not weigh more then."""
+    """Scaling gradients down for accumulation must not increase the effect of the 1e-4 in lambda's denominator."""
     torch.manual_seed(0)
     model, weights = patch_model(), []
     for loss_scale in (1.0, 0.125):

@@ -21,7 +21,7 @@ def images() -> torch.Tensor:
 
 @pytest.fixture
 def model() -> PatchAutoencoderKL:
-    """A model without the zero weights of its initialisation."""
+    """Model with all weights random, because zero-initialised layers would block gradients."""
     torch.manual_seed(0)
     model = PatchAutoencoderKL(patch=2, latent_channels=4, block_out_channels=(8,), norm_num_groups=4)
     for parameter in model.parameters():
@@ -77,7 +77,7 @@ def test_kl_gradient_reaches_only_the_encoder(model, images):
 
 
 def test_nll_is_the_discretised_gaussian_likelihood(images):
-    """Compare with the mass of scipy's Gaussian in each 8-bit bin, of which the outermost are open."""
+    """Compare with the probability of each 8-bit bin under scipy's Gaussian. The outermost bins are open."""
     images = ((images + 1) * 127.5).round() / 127.5 - 1
     images[:, :, 0] = 1.0
     reconstruction = (images + 0.05).requires_grad_()
@@ -85,9 +85,9 @@ def test_nll_is_the_discretised_gaussian_likelihood(images):
     loss.log_scale.data = torch.tensor([0.05, 0.1, 0.2]).log()
     nll = loss(images, reconstruction, {})["nll"]
     x, mean, scale = images.numpy(), reconstruction.detach().numpy(), np.array([0.05, 0.1, 0.2])[:, None, None]
-    above = np.where(x > 1 - BIN_WIDTH / 2, 1, norm.cdf((x + BIN_WIDTH / 2 - mean) / scale))
-    below = np.where(x < -1 + BIN_WIDTH / 2, 0, norm.cdf((x - BIN_WIDTH / 2 - mean) / scale))
-    assert nll.item() == pytest.approx(-np.log(above - below).mean(), rel=1e-4)
+    cdf_high = np.where(x > 1 - BIN_WIDTH / 2, 1, norm.cdf((x + BIN_WIDTH / 2 - mean) / scale))
+    cdf_low = np.where(x < -1 + BIN_WIDTH / 2, 0, norm.cdf((x - BIN_WIDTH / 2 - mean) / scale))
+    assert nll.item() == pytest.approx(-np.log(cdf_high - cdf_low).mean(), rel=1e-4)
     nll.backward()
     assert reconstruction.grad.isfinite().all() and (loss.log_scale.grad != 0).all()
 
@@ -110,7 +110,7 @@ def test_learned_scale_converges_to_rms_error(images):
 
 @pytest.mark.parametrize("size", [32, 48])
 def test_perceptual_distance_ranks_shift_above_noise_with_frozen_weights(size):
-    """The reconstruction gets a gradient, the frozen network none, and a shift is farther away than faint noise."""
+    """Only the reconstruction receives a gradient, and a shift has a larger distance than faint noise."""
     network = EfficientNetLiteDistance()
     perceptual = Perceptual(network, weight=2.0)
     initial_digest = weights_sha256(network)
@@ -136,11 +136,11 @@ def test_perceptual_gradient_reaches_encoder_and_decoder(model, images):
     assert {"core.encoder.conv_in.weight", "shortcut_in.weight", "core.decoder.conv_out.weight"} <= nonzero
 
 
-def test_zero_weights_give_zero_gradients(model, images):
+def test_zero_loss_weights_give_zero_gradients(model, images):
     assert not any(gradients(model, images).values())
 
 
-def test_gradients_are_linear_in_the_weights(model, images):
+def test_gradients_are_linear_in_the_loss_weights(model, images):
     doubled = gradients(model, images, l1=0.0, mse=2.0)
     single = gradients(model, images, mse=1.0)
     for name, value in single.items():
@@ -148,13 +148,13 @@ def test_gradients_are_linear_in_the_weights(model, images):
 
 
 def test_kl_loss_is_independent_of_resolution(model):
-    """An image repeated to twice its width has twice the nats, and the same loss per pixel value."""
+    """Tiling an image to twice its width doubles the KL in nats, but does not change the loss per pixel value."""
     image = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(2)) * 2 - 1
     posterior = model.encode(image).latent_dist
-    small = AutoencoderLoss(**{**ZERO_WEIGHTS, "kl": 1.0})(image, image, {"kl": posterior.kl().mean()})
+    single = AutoencoderLoss(**{**ZERO_WEIGHTS, "kl": 1.0})(image, image, {"kl": posterior.kl().mean()})
     for name in ("mean", "logvar", "std", "var"):
         setattr(posterior, name, getattr(posterior, name).repeat(1, 1, 1, 2))
-    wide = image.repeat(1, 1, 1, 2)
-    large = AutoencoderLoss(**{**ZERO_WEIGHTS, "kl": 1.0})(wide, wide, {"kl": posterior.kl().mean()})
-    torch.testing.assert_close(large["kl"], 2 * small["kl"])
-    torch.testing.assert_close(large["loss"], small["loss"])
+    tiled_image = image.repeat(1, 1, 1, 2)
+    tiled = AutoencoderLoss(**{**ZERO_WEIGHTS, "kl": 1.0})(tiled_image, tiled_image, {"kl": posterior.kl().mean()})
+    torch.testing.assert_close(tiled["kl"], 2 * single["kl"])
+    torch.testing.assert_close(tiled["loss"], single["loss"])

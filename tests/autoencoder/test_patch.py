@@ -16,11 +16,11 @@ def build(**options) -> PatchAutoencoderKL:
 
 
 def smooth_images(count: int, size: int = 16, seed: int = 0) -> torch.Tensor:
-    """Draw correlated noise in [-1, 1], so that a few components explain most of its variance."""
+    """Generate correlated noise in [-1, 1] with most of its variance in a few principal components."""
     noise = torch.randn(count, 3, size // 4 + 1, size // 4 + 1, generator=torch.Generator().manual_seed(seed))
-    images = torch.nn.functional.interpolate(noise, size, mode="bicubic", align_corners=True)
+    coarse = torch.nn.functional.interpolate(noise, size, mode="bicubic", align_corners=True)
     fine = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed + 1))
-    return (0.4 * images + 0.03 * fine).clamp(-1, 1)
+    return (0.4 * coarse + 0.03 * fine).clamp(-1, 1)
 
 
 @pytest.mark.parametrize(
@@ -65,12 +65,12 @@ def test_initial_posterior_is_narrow():
     torch.testing.assert_close(posterior.logvar, torch.full_like(posterior.logvar, INITIAL_LOG_VARIANCE))
 
 
-def test_init_shortcut_refuses_more_channels_than_patch_dimensions():
+def test_init_shortcut_rejects_more_channels_than_patch_dimensions():
     with pytest.raises(ValueError, match="13 latent channels.*12 dimensions.*12 channels or fewer"):
         build(latent_channels=13).init_shortcut(smooth_images(50))
 
 
-def test_without_shortcut_convolutions_are_not_zero():
+def test_without_shortcut_convolutions_are_not_zero_initialised():
     model = build(shortcut=False)
     assert not any("shortcut" in name for name in model.state_dict())
     assert model(smooth_images(1)).sample.abs().max() > 0
@@ -83,8 +83,8 @@ def test_save_and_load_are_bit_exact(tmp_path, shortcut):
     loaded = PatchAutoencoderKL.from_pretrained(tmp_path, low_cpu_mem_usage=False)
     assert weights_sha256(loaded) == weights_sha256(model)
     assert loaded.config.block_out_channels == [8] and loaded.factor == 2
-    for (name, ours), (other, theirs) in zip(model.state_dict().items(), loaded.state_dict().items(), strict=True):
-        assert name == other and torch.equal(ours, theirs)
+    expected, actual = model.state_dict(), loaded.state_dict()
+    assert list(actual) == list(expected) and all(torch.equal(actual[name], expected[name]) for name in expected)
     images = smooth_images(3)
     with torch.no_grad():
         torch.testing.assert_close(loaded(images).sample, model(images).sample, rtol=0, atol=0)

@@ -53,7 +53,7 @@ SHORT += ["trainer.max_steps=2", "data.resolution=32"]
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A folder with one model per layout; `sd` is a pipeline folder with the model in `vae`."""
+    """Folder with one model per layout. `sd` is a pipeline folder with the model in `vae`."""
     folder = tmp_path_factory.mktemp("models")
     for name, options in LAYOUTS.items():
         torch.manual_seed(0)
@@ -64,7 +64,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture
 def train(make_images, tmp_path, monkeypatch, call):
-    """A function that runs the training command on 20 images of 32 px in this process; by default, stage 1."""
+    """Function that runs the training command in this process on 20 images of 32 px, by default for stage 1."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
     make_images(tmp_path / "images", 20, size=32)
@@ -92,7 +92,7 @@ def test_encode_and_decode_match_diffusers(models, layout):
 
 @EACH_LAYOUT
 def test_published_statistics_match_diffusers_pipelines(models, layout):
-    """(z_raw - mean) / std equals the input that each diffusers pipeline gives to its network."""
+    """(z_raw - mean) / std equals the network input in each diffusers pipeline."""
     config = LAYOUTS[layout]
     mean, std = published_statistics(load_autoencoder(str(models / layout)).model)
     z_raw = torch.randn(1, config["latent_channels"], 2, 2)
@@ -110,7 +110,7 @@ def test_patch_autoencoder_publishes_no_statistics():
 
 
 @EACH_LAYOUT
-def test_training_only_the_decoder_keeps_latents(models, layout):
+def test_training_only_the_decoder_does_not_change_latents(models, layout):
     model = load_autoencoder(str(models / layout)).model.train()
     set_trainable(model, "decoder")
     images = torch.rand(2, 3, 32, 32) * 2 - 1
@@ -128,12 +128,12 @@ def test_training_only_the_decoder_keeps_latents(models, layout):
 
 
 @EACH_LAYOUT
-def test_pretrained_first_stage_without_training(models, layout, train):
-    """The run has the pretrained weights and latent statistics measured on the data, and counts as finished."""
-    result = train("autoencoder=pretrained", f"autoencoder.path={models / layout}", "name=first")
+def test_untrained_run_keeps_pretrained_weights_and_measures_statistics(models, layout, train):
+    """With autoencoder.train=nothing, the default, the run takes no steps and counts as finished."""
+    result = train("autoencoder=pretrained", f"autoencoder.path={models / layout}", "name=pretrained")
     assert result.code == 0, result
-    assert "none of them trained" in result.out and "expected time" not in result.out
-    run = Run.open("runs/vae/first")
+    assert "none trainable" in result.out and "expected time" not in result.out
+    run = Run.open("runs/vae/pretrained")
     autoencoder = run.autoencoder()
     assert weights_sha256(autoencoder.model) == weights_sha256(load_autoencoder(str(models / layout)).model)
     assert autoencoder.model.config.scaling_factor == LAYOUTS[layout]["scaling_factor"]
@@ -156,10 +156,10 @@ def test_run_uses_published_statistics(models, train):
     assert "latent_statistics=published" in result.err and "pretrained autoencoder" in result.err
 
 
-@pytest.mark.parametrize("part", ["decoder", "all"])
-def test_fine_tuning_changes_only_the_chosen_weights(models, train, part):
-    """Compare all weights with those of the pretrained model."""
-    options = ("autoencoder=pretrained", f"autoencoder.path={models / 'sdxl'}", f"autoencoder.train={part}")
+@pytest.mark.parametrize("trainable", ["decoder", "all"])
+def test_fine_tuning_changes_only_the_trainable_weights(models, train, trainable):
+    """Compare all weights with the pretrained model."""
+    options = ("autoencoder=pretrained", f"autoencoder.path={models / 'sdxl'}", f"autoencoder.train={trainable}")
     result = train(*options, "name=tuned", "adversarial=hinge", "adversarial.start=0")
     assert result.code == 0, result
     tuned, pretrained = Run.open("runs/vae/tuned").autoencoder().model, load_autoencoder(str(models / "sdxl")).model
@@ -169,7 +169,7 @@ def test_fine_tuning_changes_only_the_chosen_weights(models, train, part):
     }
     changed = {name.split(".")[0] for name, equal in is_equal.items() if not equal}
     decoder = {"decoder", "post_quant_conv"}
-    assert changed == (decoder if part == "decoder" else {*decoder, "encoder", "quant_conv"})
+    assert changed == (decoder if trainable == "decoder" else {*decoder, "encoder", "quant_conv"})
     assert Run.open("runs/vae/tuned").facts["pretrained"] == str(models / "sdxl")
 
 
@@ -177,15 +177,15 @@ def test_stage_2_trains_on_pretrained_autoencoder(models, train):
     small = ["network=dit", "network.hidden_dim=16", "network.depth=1", "network.head_dim=8", "conditioning=none"]
     diffusion = ("stage=diffusion", *SHORT[1:], *small)
     pretrained = ("autoencoder=pretrained", f"autoencoder.path={models / 'flux'}")
-    result = train(*pretrained, "name=second", "val_images=4", stage=diffusion)
+    result = train(*pretrained, "name=flux", "val_images=4", stage=diffusion)
     assert result.code == 0, result
-    pipeline = Run.open("runs/diffusion/second").pipeline()
+    pipeline = Run.open("runs/diffusion/flux").pipeline()
     assert pipeline.latent_shape == (16, 4, 4)
     assert pipeline.autoencoder.weights_sha256() == weights_sha256(load_autoencoder(str(models / "flux")).model)
 
 
 @pytest.mark.parametrize(
-    ("options", "parts"),
+    ("options", "details"),
     [
         (["autoencoder.path=nowhere/at/all"], ["nowhere/at/all"]),
         (["autoencoder.train=encoder"], ["autoencoder.train=encoder", "'all', 'decoder' or 'nothing'"]),
@@ -193,18 +193,18 @@ def test_stage_2_trains_on_pretrained_autoencoder(models, train):
         (["data.resolution=36"], ["data.resolution=36", "multiple of f = 8", "32 or 40"]),
     ],
 )
-def test_invalid_options_are_refused(models, train, options, parts):
+def test_invalid_options_are_rejected(models, train, options, details):
     result = train("autoencoder=pretrained", f"autoencoder.path={models / 'sd'}", *options)
     assert result.code == 2 and "Traceback" not in result.err
-    assert all(part in result.err for part in parts), result.err
+    assert all(detail in result.err for detail in details), result.err
 
 
-def test_pretrained_autoencoder_needs_a_path(train):
+def test_pretrained_autoencoder_requires_a_path(train):
     result = train("autoencoder=pretrained")
     assert result.code == 2 and "autoencoder.path" in result.err
 
 
-def test_load_refuses_unsupported_diffusers_class(tmp_path):
+def test_load_rejects_unsupported_diffusers_class(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderTiny"}))
     with pytest.raises(UserError, match=r"config\.json .*AutoencoderTiny.*AutoencoderKL"):
         Autoencoder.load(tmp_path)

@@ -21,7 +21,7 @@ PLAIN = partial(
     norm_num_groups=4,
     latent_channels=3,
 )
-BOTH = pytest.mark.parametrize("architecture", [PATCH, PLAIN], ids=["patch", "plain"])
+ARCHITECTURES = pytest.mark.parametrize("architecture", [PATCH, PLAIN], ids=["patch", "plain"])
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def build_model(regulariser, architecture, images):
     model = regulariser.build(architecture, 16)
     if isinstance(model, PatchAutoencoderKL | PatchVQModel):
         model.init_shortcut(images)
-    for name, parameter in model.named_parameters():  # replace the zero initialisation of the core
+    for name, parameter in model.named_parameters():  # the core is initialised to zero
         if "quant_conv" in name or "conv_out" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     regulariser.initialise(model, lambda: images, 0, torch.device("cpu"))
@@ -50,7 +50,7 @@ def noise(seed: int = 0):
     return partial(torch.randn, generator=generator(seed))
 
 
-@BOTH
+@ARCHITECTURES
 def test_vq_adds_a_codebook_to_the_same_architecture(architecture, images):
     model = build_model(VectorQuantised(16), architecture, images)
     assert type(model) is {PATCH: PatchVQModel, PLAIN: VQModel}[architecture]
@@ -63,7 +63,7 @@ def test_vq_adds_a_codebook_to_the_same_architecture(architecture, images):
     assert autoencoder.latent_shape(16) == Autoencoder(kl).latent_shape(16)
 
 
-@BOTH
+@ARCHITECTURES
 def test_encode_returns_unquantised_latents_and_decode_quantises(architecture, images):
     model = build_model(VectorQuantised(16), architecture, images)
     autoencoder = Autoencoder(model.eval())
@@ -92,7 +92,7 @@ def test_save_and_load_preserve_codebook(images, tmp_path):
 
 
 def has_gradient(model, loss) -> dict[str, bool]:
-    """Return, for each parameter, whether the loss gives it a gradient that is not zero."""
+    """Map the name of each parameter to True if its gradient of the loss is nonzero."""
     model.zero_grad()
     loss.backward()
     return {name: p.grad is not None and bool((p.grad != 0).any()) for name, p in model.named_parameters()}
@@ -105,7 +105,7 @@ def submodule(name: str) -> str:
     return name.removeprefix("core.").split(".")[0]
 
 
-@BOTH
+@ARCHITECTURES
 def test_codebook_loss_updates_only_encoder_and_codebook(architecture, images):
     regulariser = VectorQuantised(16, commitment=0.25)
     model = build_model(regulariser, architecture, images)
@@ -131,7 +131,7 @@ def test_commitment_weights_only_the_encoder_gradient(images):
     assert encoder_2 == pytest.approx(2 * encoder, rel=1e-4) and codebook_2 == pytest.approx(codebook, rel=1e-5)
 
 
-@BOTH
+@ARCHITECTURES
 def test_distortion_gradient_passes_straight_through_quantisation(architecture, images):
     regulariser = VectorQuantised(16)
     model = build_model(regulariser, architecture, images)
@@ -151,7 +151,7 @@ def test_codebook_is_initialised_by_kmeans_of_latents(images):
 
 
 def test_idle_codes_restart_at_vectors_far_from_any_code(images):
-    """Two distant codes are never used and restart at vectors of the batch; the codes in use do not change."""
+    """Two distant codes are never used and restart at vectors of the batch. All other codes do not change."""
     regulariser = VectorQuantised(16, restart_after=3)
     model = build_model(regulariser, PATCH, images)
     weight = quantiser(model).embedding.weight
@@ -166,15 +166,15 @@ def test_idle_codes_restart_at_vectors_far_from_any_code(images):
     for code in (4, 9):
         assert (z - weight[code]).abs().sum(1).min() < 1e-5
         distance = torch.cdist(z, initial).min(1).values
-        assert distance[(z - weight[code]).abs().sum(1).argmin()] > 1e-3  # no code was close to it
-    used = regulariser.reconstruct(model, images, None).codes.unique()
-    assert {4, 9} <= set(used.tolist())
-    in_use = used[(used != 4) & (used != 9)]
-    assert torch.equal(weight[in_use], initial[in_use])
+        assert distance[(z - weight[code]).abs().sum(1).argmin()] > 1e-3  # no code was close to this vector
+    codes = regulariser.reconstruct(model, images, None).codes.unique()
+    assert {4, 9} <= set(codes.tolist())
+    codes = codes[(codes != 4) & (codes != 9)]
+    assert torch.equal(weight[codes], initial[codes])
 
 
 def test_codes_do_not_restart_late_in_training_or_when_frozen(images):
-    """Late in training, the EMA weights could not follow; a frozen codebook belongs to a decoder trained alone."""
+    """Late restarts would not reach the EMA weights, and the codebook is frozen if only the decoder is trained."""
     for progress, frozen, restarts in ((0.5, False, True), (0.8, False, False), (0.5, True, False)):
         regulariser = VectorQuantised(16, restart_after=1)
         model = build_model(regulariser, PATCH, images)
@@ -195,12 +195,12 @@ def test_code_used_in_any_accumulated_batch_is_not_idle(images):
         regulariser.reconstruct(model, batch, noise())
     initial = quantiser(model).embedding.weight.detach().clone()
     regulariser.after_step(model, generator(), progress=0.0)
-    used = torch.cat(codes).unique()
-    assert len(used) > len(codes[-1].unique())  # the batches use different codes
-    assert torch.equal(quantiser(model).embedding.weight[used], initial[used])
+    used_codes = torch.cat(codes).unique()
+    assert len(used_codes) > len(codes[-1].unique())  # the batches use different codes
+    assert torch.equal(quantiser(model).embedding.weight[used_codes], initial[used_codes])
 
 
-@BOTH
+@ARCHITECTURES
 def test_unregularised_posterior_stays_a_point_during_training(architecture, images):
     regulariser = Unregularised()
     model = build_model(regulariser, architecture, images)
@@ -220,7 +220,7 @@ def test_unregularised_posterior_stays_a_point_during_training(architecture, ima
     assert (log_variance == LOG_VARIANCE).all()
 
 
-def test_kl_samples_with_noise_and_decodes_the_mean_without(images):
+def test_kl_samples_with_noise_and_decodes_mean_without_noise(images):
     model = build_model(KL(), PATCH, images)
     samples = [KL().reconstruct(model, images, noise(seed)).images for seed in (0, 0, 1)]
     assert torch.equal(samples[0], samples[1]) and not torch.equal(samples[0], samples[2])
@@ -230,13 +230,13 @@ def test_kl_samples_with_noise_and_decodes_the_mean_without(images):
     torch.testing.assert_close(output.terms["kl"], posterior.kl().mean())
 
 
-def test_invalid_options_and_mismatched_models_are_refused(images):
+def test_invalid_options_and_mismatched_models_are_rejected(images):
     for argument in ({"codebook_size": 1}, {"codebook_size": 2.5}, {"restart_after": 0}):
         with pytest.raises(UserError, match=f"{next(iter(argument))}="):
             VectorQuantised(**argument)
     with pytest.raises(UserError, match="commitment=-1"):
         VectorQuantised(commitment=-1)
-    kl, vq, none = (build_model(rule, PATCH, images) for rule in (KL(), VectorQuantised(16), Unregularised()))
+    kl, vq, none = (build_model(r, PATCH, images) for r in (KL(), VectorQuantised(16), Unregularised()))
     with pytest.raises(UserError, match="regulariser=kl .*none.*posterior is a point"):
         KL().check(none)
     for regulariser in (KL(), Unregularised()):

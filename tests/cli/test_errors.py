@@ -1,4 +1,4 @@
-"""User errors end with exit code 2 and one paragraph that names the remedy."""
+"""User errors exit with code 2 and print one paragraph that names the remedy."""
 
 import errno
 import json
@@ -25,7 +25,7 @@ DIFFUSION = ["stage=diffusion", *DATA, *SHORT, "conditioning=none", "logger=csv"
 
 @pytest.fixture(scope="module")
 def workdir(make_images, tmp_path_factory) -> Path:
-    """A working folder with 40 images without captions or classes, already prepared."""
+    """Working directory with 40 prepared images that have no captions or classes."""
     workdir = tmp_path_factory.mktemp("workdir")
     make_images(workdir / "images", 40)
     (workdir / "empty").mkdir()
@@ -35,21 +35,21 @@ def workdir(make_images, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def fails(call, workdir, monkeypatch):
-    """Run a command that must fail with a user error; return its message."""
+def run_failing(call, workdir, monkeypatch):
+    """Return a function that runs a command, expects a user error, and returns its message."""
     monkeypatch.chdir(workdir)
     monkeypatch.setenv("LDM_CACHE", str(workdir / "cache"))
 
-    def fails(main, *arguments: str) -> str:
-        ended = call(main, *arguments)
-        assert ended.code == 2, ended
-        *warnings, last = ended.err.removesuffix("\n").split("\n")
-        assert all(line.startswith("warning: ") for line in warnings) and last.startswith("error: "), ended.err
-        message = last.removeprefix("error: ")
-        assert message and "Traceback" not in message, ended.err
+    def run_failing(main, *arguments: str) -> str:
+        result = call(main, *arguments)
+        assert result.code == 2, result
+        *warnings, error = result.err.removesuffix("\n").split("\n")
+        assert all(line.startswith("warning: ") for line in warnings) and error.startswith("error: "), result.err
+        message = error.removeprefix("error: ")
+        assert message and "Traceback" not in message, result.err
         return message
 
-    return fails
+    return run_failing
 
 
 train = ldm.train.main
@@ -127,55 +127,55 @@ USER_ERRORS = [
 @pytest.mark.parametrize(
     ("arguments", "parts"), USER_ERRORS, ids=[(arguments or ["no arguments"])[-1] for arguments, _ in USER_ERRORS]
 )
-def test_message_names_the_option_and_the_remedy(fails, arguments, parts):
-    message = fails(train, *arguments)
+def test_message_names_the_option_and_the_remedy(run_failing, arguments, parts):
+    message = run_failing(train, *arguments)
     assert all(part in message for part in parts), message
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_missing_gpu_is_refused_before_the_run_folder_is_created(fails):
-    assert "trainer=cpu or trainer=auto" in fails(train, *VAE, "trainer=gpu", "name=gpu")
+def test_missing_gpu_is_reported_before_the_run_folder_is_created(run_failing):
+    assert "trainer=cpu or trainer=auto" in run_failing(train, *VAE, "trainer=gpu", "name=gpu")
     assert not Path("runs/vae/gpu").exists()
 
 
-def test_invalid_options_are_refused_before_images_are_prepared(fails, monkeypatch):
+def test_invalid_options_are_rejected_before_images_are_prepared(run_failing, monkeypatch):
     monkeypatch.setattr("ldm.data.images.prepare", lambda *_, **__: pytest.fail("images were prepared"))
-    assert "such as 16 or 20" in fails(train, *VAE, "data.resolution=18")
+    assert "such as 16 or 20" in run_failing(train, *VAE, "data.resolution=18")
     for argument in ("trainer.guard.max_spike=1", "+trainer.x=1", "trainer.devices=foo", "trainer.precision=16"):
-        fails(train, *VAE, argument)
+        run_failing(train, *VAE, argument)
 
 
-def test_scientific_notation_gives_an_integer_and_precision_32_is_fp32(call, workdir, monkeypatch):
+def test_scientific_notation_is_an_integer_and_precision_32_is_fp32(call, workdir, monkeypatch):
     monkeypatch.chdir(workdir)
     monkeypatch.setenv("LDM_CACHE", str(workdir / "cache"))
-    seen = []
+    options = []
 
     def record(config):
         assert choose_precision(config.trainer.precision, "cpu") == "32-true"
-        seen.append((config.trainer.max_steps, type(config.trainer.max_steps), config.name))
+        options.append((config.trainer.max_steps, type(config.trainer.max_steps), config.name))
 
     monkeypatch.setattr("ldm.training.session.train_stage", record)
     assert call(train, *VAE, "trainer.max_steps=1e1", "name=", "trainer.precision=32").code == 0
-    assert seen == [(10, int, "")]
+    assert options == [(10, int, "")]
 
 
-def test_unsupported_autoencoder_class_on_the_hub_is_named(fails, monkeypatch, tmp_path):
+def test_unsupported_autoencoder_class_on_the_hub_is_named_in_the_error(run_failing, monkeypatch, tmp_path):
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderTiny"}')
     monkeypatch.setattr("ldm.runs.load.hf_hub_download", lambda *_, **__: str(tmp_path / "config.json"))
-    message = fails(train, *DIFFUSION, "vae=madebyollin/taesd")
+    message = run_failing(train, *DIFFUSION, "vae=madebyollin/taesd")
     assert all(part in message for part in ("madebyollin/taesd", "AutoencoderTiny", "AutoencoderKL")), message
 
 
-def test_unreachable_hub_is_explained(fails, monkeypatch):
-    def offline(name, file, **options):
+def test_unreachable_hub_is_explained(run_failing, monkeypatch):
+    def raise_offline(name, file, **options):
         raise LocalEntryNotFoundError(f"{name} cannot be reached\nand more lines")
 
-    monkeypatch.setattr("ldm.runs.load.hf_hub_download", offline)
-    message = fails(train, *DIFFUSION, "vae=stabilityai/nosuch")
+    monkeypatch.setattr("ldm.runs.load.hf_hub_download", raise_offline)
+    message = run_failing(train, *DIFFUSION, "vae=stabilityai/nosuch")
     assert "stabilityai/nosuch is not a local folder" in message and "accessible hub id" in message
 
 
-FULL = [
+DISK_FULL_ERRORS = [
     OSError(errno.ENOSPC, "No space left on device", "runs/last.partial"),
     SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
 ]
@@ -190,27 +190,27 @@ FULL = [
         (errno.ENAMETOOLONG, "too long"),
     ],
 )
-def test_disk_fault_is_explained_with_its_path(number, fault):
+def test_disk_fault_is_explained_with_the_path(number, fault):
     message = explain(OSError(number, "reason given by the system", "runs/x"))
     assert fault in message and " at runs/x" in message
     assert fault in explain(SafetensorError(f"I/O error: x (os error {number})"))
 
 
-@pytest.mark.parametrize("error", FULL, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("error", DISK_FULL_ERRORS, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize(
-    "culprit", ["lightning.pytorch.Trainer.save_checkpoint", "diffusers.ModelMixin.save_pretrained"]
+    "failing_function", ["lightning.pytorch.Trainer.save_checkpoint", "diffusers.ModelMixin.save_pretrained"]
 )
-def test_full_disk_during_training_suggests_how_to_resume(fails, monkeypatch, culprit, error):
-    def full(*args, **kwargs):
+def test_full_disk_during_training_suggests_how_to_resume(run_failing, monkeypatch, failing_function, error):
+    def raise_error(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(culprit, full)
-    message = fails(train, *VAE, "name=full", "overwrite=true")
+    monkeypatch.setattr(failing_function, raise_error)
+    message = run_failing(train, *VAE, "name=full", "overwrite=true")
     assert message.startswith("The disk is full") and "resume=true" in message and "runs_dir=" in message
 
 
 def make_unfinished_run(folder: Path, stage: str, **facts) -> Path:
-    """Create a run folder as an interrupted training leaves it."""
+    """Create a run folder like that of an interrupted training run."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {"format": 1, "stage": stage, "finished": None, "data_fingerprint": "x", **facts}
     (folder / "run.json").write_text(json.dumps(content))
@@ -228,35 +228,35 @@ def make_unfinished_run(folder: Path, stage: str, **facts) -> Path:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_tools_require_a_finished_run(fails, workdir, tool, options):
-    assert "Add to the command line: run=..." in fails(main, tool, *options)
-    assert "run=nowhere does not exist" in fails(main, tool, "run=nowhere", *options)
-    message = fails(main, tool, "run=images", *options)
+def test_tools_require_a_finished_run(run_failing, workdir, tool, options):
+    assert "Add to the command line: run=..." in run_failing(main, tool, *options)
+    assert "run=nowhere does not exist" in run_failing(main, tool, "run=nowhere", *options)
+    message = run_failing(main, tool, "run=images", *options)
     assert "run=images is not a run folder" in message and "python -m ldm.train" in message
     make_unfinished_run(workdir / "elsewhere/diffusion/a", "diffusion")
-    assert "contains these runs: elsewhere/diffusion/a." in fails(main, tool, "run=elsewhere", *options)
-    assert "resume=true" in fails(main, tool, "run=elsewhere/diffusion/a", *options)
+    assert "contains these runs: elsewhere/diffusion/a." in run_failing(main, tool, "run=elsewhere", *options)
+    assert "resume=true" in run_failing(main, tool, "run=elsewhere/diffusion/a", *options)
     make_unfinished_run(workdir / "old", "diffusion", format=0)
-    assert re.search("format 0.* 1", fails(main, tool, "run=old", *options))
+    assert re.search("format 0.* 1", run_failing(main, tool, "run=old", *options))
 
 
-def test_sampling_from_an_autoencoder_names_the_training_command(fails, workdir):
+def test_sampling_from_an_autoencoder_run_suggests_a_training_command(run_failing, workdir):
     make_unfinished_run(workdir / "vae", "vae")
-    message = fails(main, "sample", "run=vae")
+    message = run_failing(main, "sample", "run=vae")
     assert "vae" in message and "python -m ldm.train stage=diffusion vae=vae" in message
 
 
-def test_unfinished_autoencoder_is_ignored(fails, workdir):
+def test_unfinished_autoencoder_is_ignored(run_failing, workdir):
     make_unfinished_run(workdir / "unfinished/vae/a", "vae")
-    assert "no finished autoencoder" in fails(train, *DIFFUSION, "runs_dir=unfinished")
+    assert "no finished autoencoder" in run_failing(train, *DIFFUSION, "runs_dir=unfinished")
 
 
-def test_text_in_place_of_a_number_is_refused(call):
-    ended = call(ldm.train.main, "stage=vae", "batch_size=many")
-    assert ended.code == 2 and "batch_size=many must be a whole number" in ended.err
-    assert "Traceback" not in ended.err
+def test_text_is_rejected_for_a_numeric_option(call):
+    result = call(ldm.train.main, "stage=vae", "batch_size=many")
+    assert result.code == 2 and "batch_size=many must be a whole number" in result.err
+    assert "Traceback" not in result.err
 
 
 def test_resume_requires_a_name(call):
-    ended = call(ldm.train.main, "stage=vae", "resume=true")
-    assert ended.code == 2 and "name=NAME" in ended.err and "Traceback" not in ended.err
+    result = call(ldm.train.main, "stage=vae", "resume=true")
+    assert result.code == 2 and "name=NAME" in result.err and "Traceback" not in result.err

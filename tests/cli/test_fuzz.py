@@ -1,4 +1,4 @@
-"""Fuzz the command line: any input passes all checks or ends with a one-paragraph error, and nothing hangs."""
+"""Fuzz the command line: every input passes all checks or is rejected in one paragraph, and no command hangs."""
 
 import contextlib
 import copy
@@ -41,9 +41,9 @@ from ldm.tracking.artifact import flatten
 from ldm.training import session
 
 TIMEOUT_S = 20.0
-"""Longest time a command may take to refuse its input, on a busy machine."""
+"""Maximum time for a command to reject its input on a busy machine."""
 MEMORY_LIMIT = 2 * 1024**3
-"""Additional bytes that a command may allocate, so that no number makes it use up the machine's memory."""
+"""Bytes that a command can allocate, so that huge option values do not exhaust the machine's memory."""
 SHORT = ["data=image_folder", "data.path=images", "data.resolution=16", "trainer=cpu", "trainer.max_steps=1"]
 SHORT += ["trainer.precision=32-true", "batch_size=2", "logger=csv", "optimizer=adamw"]
 SMALL = ["autoencoder.model.block_out_channels=[32]", "adversarial=hinge", "adversarial.layers=1"]
@@ -59,31 +59,31 @@ WILD = [
     *("${seed}", "${nosuch}", "${oc.env:NOSUCH}", "${seed", "${oc.decode:x}", "a=b", "x" * 5000, "os.system"),
 ]
 NUM_SHARDS = 12
-"""Shards of the list of keys; each takes about a minute."""
+"""Number of shards of the key list. Each shard takes about a minute."""
 OUTCOMES: Counter[str] = Counter()
 
 
 class CommandTimeout(BaseException):
-    """A command took too long."""
+    """Raised if a command takes too long."""
 
 
 class ChecksPassed(BaseException):
-    """All checks passed; the command would now train, or do something else that is slow or writes elsewhere."""
+    """Raised after all checks have passed, in place of training and other slow steps."""
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory, make_images):
-    """A folder of prepared images; commands stop before training, and each yaml file in conf/ is read only once."""
+    """Working directory with prepared images. Commands stop before training, and config files are cached."""
     workdir = tmp_path_factory.mktemp("fuzz")
     make_images(workdir / "images", 4, size=8)
-    loaded: dict[tuple[str, str], object] = {}
+    configs: dict[tuple[str, str], object] = {}
     load_config = FileConfigSource.load_config
 
-    def load_once(self, config_path):
+    def load_cached(self, config_path):
         key = (self.path, config_path)
-        if key not in loaded:
-            loaded[key] = load_config(self, config_path)
-        return copy.deepcopy(loaded[key])
+        if key not in configs:
+            configs[key] = load_config(self, config_path)
+        return copy.deepcopy(configs[key])
 
     def stop(*_, **__):
         raise ChecksPassed
@@ -92,7 +92,7 @@ def workdir(tmp_path_factory, make_images):
         plan = from_config(*arguments, **options)
         return plan if plan.folder.resolve().is_relative_to(workdir) else stop()
 
-    def without_wandb(config, *arguments, **options):
+    def make_local_loggers(config, *arguments, **options):
         return stop() if config.wandb else make_loggers(config, *arguments, **options)
 
     from_config, make_loggers = ResumePlan.from_config, session.make_loggers
@@ -102,10 +102,10 @@ def workdir(tmp_path_factory, make_images):
         patch.setenv("LDM_CACHE", str(workdir / "cache"))
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        patch.setattr(FileConfigSource, "load_config", load_once)
+        patch.setattr(FileConfigSource, "load_config", load_cached)
         patch.setattr(ldm.data.images, "fill_cache", stop)
         patch.setattr(ResumePlan, "from_config", plan_in_workdir)
-        patch.setattr(session, "make_loggers", without_wandb)
+        patch.setattr(session, "make_loggers", make_local_loggers)
         patch.setattr(Trainer, "fit", stop)
         with bounded_memory():
             yield workdir
@@ -113,7 +113,7 @@ def workdir(tmp_path_factory, make_images):
 
 @contextlib.contextmanager
 def bounded_memory():
-    """Limit the memory that can still be allocated; without effect on Windows and macOS, which lack this limit."""
+    """Limit further memory allocation. On Windows and macOS, this has no effect."""
     statm = Path("/proc/self/statm")
     if not statm.is_file():
         yield
@@ -139,7 +139,7 @@ def keys() -> dict[str, list[str]]:
 
 
 def run_command(main, *arguments: str) -> str:
-    """Run a command and return its outcome: passed, refused or completed; anything else fails the test."""
+    """Run a command and return "passed", "rejected" or "completed". Any other outcome fails the test."""
 
     def time_out(*_):
         raise CommandTimeout(arguments)
@@ -160,7 +160,7 @@ def run_command(main, *arguments: str) -> str:
             outcome = "passed"
         except SystemExit as exited:
             assert exited.code == 2, (arguments, exited.code)
-            outcome = "refused"
+            outcome = "rejected"
             lines = stderr.getvalue().removesuffix("\n").split("\n")
             assert lines[-1].startswith(("error: ", "command: error: ")) and len(lines[-1]) < 20_000, stderr.getvalue()
             assert "Traceback" not in stderr.getvalue(), stderr.getvalue()
@@ -184,7 +184,7 @@ values = st.one_of(
 
 
 def argument_lists(keys: list[str]) -> st.SearchStrategy[list[str]]:
-    """Generate one to three arguments, most of which set an existing key to another value."""
+    """Generate one to three arguments, most of which set an existing key to a different value."""
     override = st.builds(str.__add__, st.sampled_from([f"{key}=" for key in keys]), values)
     prefixed = st.builds(str.__add__, st.sampled_from(["+", "++", "~"]), override)
     return st.lists(st.one_of(override, override, override, prefixed, st.text(max_size=30)), min_size=1, max_size=3)
@@ -209,22 +209,22 @@ def fuzz_overrides(stage: str, keys: dict[str, list[str]], examples: int) -> Non
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_random_overrides_pass_or_are_refused(workdir, keys, stage):
+def test_random_overrides_pass_or_are_rejected(workdir, keys, stage):
     assert run_command(ldm.train.main, *STAGES[stage]) == "passed", "without overrides the checks must pass"
     fuzz_overrides(stage, keys, 20)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
-def test_many_random_overrides_pass_or_are_refused(workdir, keys, stage):
+def test_many_random_overrides_pass_or_are_rejected(workdir, keys, stage):
     fuzz_overrides(stage, keys, 500)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", range(NUM_SHARDS))
 @pytest.mark.parametrize("stage", STAGES)
-def test_every_key_with_every_wild_value(workdir, keys, stage, shard, monkeypatch):
-    """About 10,000 commands, which stop before images are prepared."""
+def test_every_key_passes_or_is_rejected_with_every_wild_value(workdir, keys, stage, shard, monkeypatch):
+    """Run about 10,000 commands, which stop before images are prepared."""
     monkeypatch.setattr(ldm.data.images, "damage", lambda _: "missing")
     for key in keys[stage][shard::NUM_SHARDS]:
         for value in WILD:
@@ -243,8 +243,8 @@ prompts = st.one_of(st.sampled_from(PROMPTS), st.text(st.characters(codec=None),
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory) -> TextCondition:
-    """A text encoder with one layer."""
+def text_condition(tmp_path_factory) -> TextCondition:
+    """Text conditioning with a one-layer encoder."""
     workdir = tmp_path_factory.mktemp("encoder")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "x"]
     (workdir / "vocab.txt").write_text("\n".join(words) + "\n")
@@ -254,63 +254,63 @@ def text(tmp_path_factory) -> TextCondition:
     return TextCondition(str(workdir), max_tokens=8)
 
 
-def draw_with(prompt: str, text: TextCondition, workdir: Path) -> None:
-    """Use a prompt everywhere it can appear: in the network, on figures, in samples.json and in file names."""
-    pipeline = LatentDiffusionPipeline(None, None, None, "v", text, None, (3, 8, 8))
+def use_prompt(prompt: str, text_condition: TextCondition, workdir: Path) -> None:
+    """Use a prompt wherever prompts appear: in the network, on figures, in samples.json and in file names."""
+    pipeline = LatentDiffusionPipeline(None, None, None, "v", text_condition, None, (3, 8, 8))
     request = Request.from_options(pipeline, prompt=prompt, num_samples=2)
     assert all(value.isfinite().all() and len(value) == 2 for value in request.condition.values())
     images = [Image.new("RGB", (8, 8))] * 2
-    write_samples(workdir / "drawn", images, request.captions, {"seed": 0})
+    write_samples(workdir / "samples", images, request.captions, {"seed": 0})
     grid(images, [prompt, None], title=prompt[:100])
     labelled_rows([(prompt, images), ("", images)], captions=[prompt, prompt])
     assert is_plain_name(to_file_name(prompt)) and len(to_file_name(prompt).encode()) <= 100
-    (workdir / "drawn" / to_file_name(prompt)).write_text("the name is valid")
+    (workdir / "samples" / to_file_name(prompt)).write_text("the name is valid")
     (workdir / "prompts.txt").write_bytes(prompt.encode("utf-8", "surrogatepass"))
     with contextlib.suppress(UserError):
         read_prompts(str(workdir / "prompts.txt"))
 
 
-def sample_with(prompt: str) -> None:
-    """Pass a prompt to tools/sample.py: it must arrive verbatim or be refused."""
-    seen = []
-    outcome = run_command(lambda: command.run("sample", seen.append), "run=x", f"prompt={prompt}")
-    if outcome == "refused":
+def sample_prompt(prompt: str) -> None:
+    """Pass a prompt to tools/sample.py, and check that it arrives verbatim or is rejected."""
+    configs = []
+    outcome = run_command(lambda: command.run("sample", configs.append), "run=x", f"prompt={prompt}")
+    if outcome == "rejected":
         # OmegaConf treats ??? as a missing value
         assert re.search("[\0\ud800-\udfff]", prompt) or prompt == "???", prompt
     else:
-        assert seen[0].prompt == (None if prompt == "null" else prompt)
+        assert configs[0].prompt == (None if prompt == "null" else prompt)
 
 
-def fuzz_prompts(text: TextCondition, workdir: Path, examples: int) -> None:
+def fuzz_prompts(text_condition: TextCondition, workdir: Path, examples: int) -> None:
     @settings(
         max_examples=examples, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
     )
     @given(prompts)
     @example("")
     def run(prompt: str) -> None:
-        draw_with(prompt, text, workdir)
+        use_prompt(prompt, text_condition, workdir)
 
     run()
 
 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=lambda prompt: ascii(prompt)[:30])
-def test_unusual_prompts_are_handled(text, workdir, prompt):
+def test_unusual_prompts_are_handled(text_condition, workdir, prompt):
     start = time.perf_counter()
-    draw_with(prompt, text, workdir)
-    sample_with(prompt)
+    use_prompt(prompt, text_condition, workdir)
+    sample_prompt(prompt)
     assert time.perf_counter() - start < TIMEOUT_S
 
 
-def test_random_prompts_are_handled(text, workdir):
-    fuzz_prompts(text, workdir, 40)
+def test_random_prompts_are_handled(text_condition, workdir):
+    fuzz_prompts(text_condition, workdir, 40)
 
 
 @pytest.mark.slow
-def test_many_random_prompts_are_handled(text, workdir):
-    fuzz_prompts(text, workdir, 5000)
+def test_many_random_prompts_are_handled(text_condition, workdir):
+    fuzz_prompts(text_condition, workdir, 5000)
 
 
-def test_invalid_utf8_is_refused(workdir):
-    """Bytes from a terminal with another encoding arrive as lone surrogates."""
-    broken = os.fsdecode(b"prompt=\xff\xfe")
-    assert run_command(lambda: command.run("sample", lambda _: None), "run=x", broken) == "refused"
+def test_invalid_utf8_is_rejected(workdir):
+    """Bytes from a terminal with a different encoding arrive as lone surrogates."""
+    argument = os.fsdecode(b"prompt=\xff\xfe")
+    assert run_command(lambda: command.run("sample", lambda _: None), "run=x", argument) == "rejected"

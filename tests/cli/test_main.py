@@ -1,4 +1,4 @@
-"""ldm.cli.main: free text reaches the config verbatim, and user errors become one paragraph."""
+"""Free text reaches the config verbatim, and user errors are printed in one paragraph."""
 
 import errno
 import random
@@ -83,7 +83,7 @@ TRICKY_TEXTS = [
 
 
 def parse_free_text(text: str, key: str = "prompt") -> object:
-    """Return the value of a free-text key after Hydra's parser and OmegaConf."""
+    """Return the value of a free-text key after parsing by Hydra and OmegaConf."""
     (argument,) = quote_free_text([f"{key}={text}"])
     override = OverridesParser.create().parse_override(argument)
     assert not override.is_sweep_override(), argument
@@ -123,7 +123,7 @@ def test_tricky_text_is_kept_verbatim_by_compose():
     assert [config[key] for key in keys] == TRICKY_TEXTS
 
 
-def test_null_sets_none():
+def test_null_is_parsed_as_none():
     assert parse_free_text("null") is None
 
 
@@ -133,7 +133,7 @@ def test_resume_accepts_a_boolean_or_a_file(text):
     assert parse_free_text("true love.ckpt", "resume") == "true love.ckpt"
 
 
-def test_other_keys_are_not_quoted():
+def test_only_free_text_keys_are_quoted():
     arguments = ["batch_size=8", "sampler=ddim", "~prompt", "num_samples=1,2", "strip=true", "--help", "seed"]
     assert quote_free_text(arguments) == arguments
     assert quote_free_text(["+prompt=a b", "++prompt=c, d"]) == ['+prompt="a b"', '++prompt="c, d"']
@@ -154,20 +154,20 @@ def test_arguments_without_a_key_are_collected_verbatim(tmp_path, monkeypatch):
         collect_positional(["a", "runs=[b]"], "runs")
 
 
-def test_commas_of_list_keys_become_brackets():
+def test_comma_separated_values_of_list_keys_are_bracketed():
     arguments = ["steps=5,10", "steps=5", "steps=[5,10]", "+steps=1,2", "other=1,2", "steps='1,2'", "--help"]
     expected = ["steps=[5,10]", "steps=5", "steps=[5,10]", "+steps=[1,2]", "other=1,2", "steps='1,2'", "--help"]
     assert bracket_lists(arguments, ["steps"]) == expected
 
 
 def test_free_text_keys_exist():
-    """A renamed key would no longer be quoted, without an error."""
-    existing = set()
+    """A key that was renamed only in conf/ would silently no longer be quoted."""
+    existing_keys = set()
     with initialize_config_dir(str(bundled_folder("conf")), version_base="1.3"):
         for name in ("train", "sample", "encode", "decode", "forward", "evaluate", "likelihood", "latents"):
             config = compose(name, ["data=image_folder", "autoencoder=pretrained"] if name == "train" else [])
-            existing |= {key for key in FREE_TEXT if key.rpartition(".")[2] in _parent(config, key)}
-    assert existing == set(FREE_TEXT)
+            existing_keys |= {key for key in FREE_TEXT if key.rpartition(".")[2] in _parent(config, key)}
+    assert existing_keys == set(FREE_TEXT)
 
 
 def _parent(config: DictConfig, key: str) -> set[str]:
@@ -176,14 +176,14 @@ def _parent(config: DictConfig, key: str) -> set[str]:
 
 
 def chain_errors(*errors: BaseException) -> BaseException:
-    """Return the last error, with each error caused by the one before it."""
+    """Make each error the cause of the next, and return the last error."""
     for cause, error in zip(errors, errors[1:], strict=False):
         error.__cause__ = cause
     return errors[-1]
 
 
 def test_nested_user_error_is_printed_unchanged():
-    error = chain_errors(UserError("Do this."), RuntimeError("in between"), ValueError("outside"))
+    error = chain_errors(UserError("Do this."), RuntimeError("middle"), ValueError("outer"))
     assert explain(error) == "Do this."
 
 
@@ -193,7 +193,7 @@ def test_full_disk_message_names_the_remedies(number):
     message = explain(error, {"resume": False, "runs_dir": "runs"})
     assert "disk is full at /data/last.ckpt" in message
     assert "resume=true" in message and "another disk with runs_dir=." in message
-    assert "=" not in explain(error), "options that the command lacks are not named"
+    assert "=" not in explain(error), "messages must not mention options that the command lacks"
 
 
 def test_permission_error_names_the_path():
@@ -201,48 +201,48 @@ def test_permission_error_names_the_path():
     assert "/data/runs" in message and "another disk with out=." in message
 
 
-def test_other_errors_are_not_explained():
-    assert explain(ZeroDivisionError("ours")) is None
+def test_internal_errors_are_not_explained():
+    assert explain(ZeroDivisionError("bug")) is None
     assert explain(OSError(errno.ENOENT, "missing", "file")) is None
 
 
-def test_all_missing_keys_are_named_at_once():
+def test_all_missing_keys_are_reported_at_once():
     config = OmegaConf.create({"run": "???", "data": {"path": "???", "source": {"path": "${data.path}"}}, "seed": 0})
     with pytest.raises(UserError, match=r"run, data\.path\..*: run=\.\.\. data\.path=\.\.\.$"):
         require_values(config)
-    with pytest.raises(MissingMandatoryValue) as caught:
+    with pytest.raises(MissingMandatoryValue) as excinfo:
         _ = config.run
-    assert "required" in explain(caught.value)
+    assert "required" in explain(excinfo.value)
     require_values(OmegaConf.create({"run": "here", "out": None}))
 
 
 @pytest.fixture
-def sample(call, monkeypatch):
+def run_task(call):
     """Return a function that runs a task with conf/sample.yaml."""
 
-    def run(task, *arguments):
+    def run_task(task, *arguments):
         def main():
             command.run("sample", task)
 
         return call(main, *arguments)
 
-    return run
+    return run_task
 
 
-def test_task_receives_the_composed_config(sample):
-    seen = []
-    ended = sample(seen.append, "run=a place/b", "prompt=woman’s hat, (big)", "sampler=ddim", "seed=3")
-    assert ended.code == 0 and ended.err == ""
-    (config,) = seen
+def test_task_receives_the_composed_config(run_task):
+    configs = []
+    result = run_task(configs.append, "run=a place/b", "prompt=woman’s hat, (big)", "sampler=ddim", "seed=3")
+    assert result.code == 0 and result.err == ""
+    (config,) = configs
     assert (config.run, config.prompt, config.seed) == ("a place/b", "woman’s hat, (big)", 3)
     assert config.sampler._target_ == "ldm.diffusion.samplers.ddim.DDIM"
 
 
-def test_sys_argv_is_restored_for_the_task(sample):
-    """Lightning starts its other processes with sys.argv, and each quotes the arguments itself."""
-    seen, arguments = [], ["run=a place/b", "prompt=woman’s hat, (big)"]
-    assert sample(lambda config: seen.extend(sys.argv[1:]), *arguments).code == 0
-    assert seen == arguments
+def test_sys_argv_is_restored_for_the_task(run_task):
+    """Lightning launches worker processes with sys.argv, and each process quotes the arguments again."""
+    received, arguments = [], ["run=a place/b", "prompt=woman’s hat, (big)"]
+    assert run_task(lambda config: received.extend(sys.argv[1:]), *arguments).code == 0
+    assert received == arguments
 
 
 @pytest.mark.parametrize(
@@ -256,22 +256,22 @@ def test_sys_argv_is_restored_for_the_task(sample):
         ([], r"missing: run\..*: run=\.\.\."),
     ],
 )
-def test_user_error_is_one_paragraph_with_exit_code_2(sample, arguments, pattern):
-    def never(config):
+def test_user_error_is_printed_in_one_paragraph_with_exit_code_2(run_task, arguments, pattern):
+    def fail_if_called(config):
         raise AssertionError("must not run")
 
-    ended = sample(never, *arguments)
-    assert ended.code == 2 and ended.out == ""
-    assert re.search(f"^error: .*{pattern}", ended.err) and ended.err.count("\n") == 1
+    result = run_task(fail_if_called, *arguments)
+    assert result.code == 2 and result.out == ""
+    assert re.search(f"^error: .*{pattern}", result.err) and result.err.count("\n") == 1
 
 
 def raise_user_error(config):
     raise UserError("No such sampler. Choose another.")
 
 
-def test_user_error_of_the_task_is_printed(sample):
-    ended = sample(raise_user_error, "run=x")
-    assert (ended.code, ended.err) == (2, "error: No such sampler. Choose another.\n")
+def test_user_error_in_the_task_is_printed(run_task):
+    result = run_task(raise_user_error, "run=x")
+    assert (result.code, result.err) == (2, "error: No such sampler. Choose another.\n")
 
 
 def test_hydra_full_error_shows_the_traceback(call, monkeypatch):
@@ -279,26 +279,26 @@ def test_hydra_full_error_shows_the_traceback(call, monkeypatch):
         monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
         command.run("sample", raise_user_error)
 
-    ended = call(main, "run=x")
-    assert ended.code == 2 and "Traceback" in ended.err
-    assert ended.err.endswith("\nerror: No such sampler. Choose another.\n")
+    result = call(main, "run=x")
+    assert result.code == 2 and "Traceback" in result.err
+    assert result.err.endswith("\nerror: No such sampler. Choose another.\n")
 
 
-def test_other_errors_of_the_task_are_raised(sample):
+def test_internal_errors_in_the_task_propagate(run_task):
     def task(config):
         return 1 / 0
 
     with pytest.raises(ZeroDivisionError):
-        sample(task, "run=x")
+        run_task(task, "run=x")
 
 
-def test_keyboard_interrupt_exits_without_traceback(sample):
+def test_keyboard_interrupt_exits_without_traceback(run_task):
     def task(config):
         raise KeyboardInterrupt
 
-    ended = sample(task, "run=x")
-    assert (ended.code, ended.err) == (130, "stopped by the user\n")
-    assert "Traceback" not in ended.err and sys.argv
+    result = run_task(task, "run=x")
+    assert (result.code, result.err) == (130, "stopped by the user\n")
+    assert "Traceback" not in result.err and sys.argv
 
 
 @pytest.mark.parametrize(
@@ -306,5 +306,5 @@ def test_keyboard_interrupt_exits_without_traceback(sample):
     [("sampel", "ldm sample?"), ("xyz", "train, compare, data, decode")],
 )
 def test_unknown_command_suggests_existing_ones(call, name, hint):
-    ended = call(command.main, name, "run=x")
-    assert ended.code == 2 and ended.err.startswith(f"error: ldm {name} is not a command. ") and hint in ended.err
+    result = call(command.main, name, "run=x")
+    assert result.code == 2 and result.err.startswith(f"error: ldm {name} is not a command. ") and hint in result.err

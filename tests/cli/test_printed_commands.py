@@ -1,4 +1,4 @@
-"""Every kind of printed command works when it is copied to a shell verbatim."""
+"""Every kind of printed command works when pasted verbatim into a shell."""
 
 import os
 import runpy
@@ -46,7 +46,7 @@ trainer:
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory, make_images) -> Path:
-    """A folder of images whose name needs quoting, and an experiment config of the user."""
+    """Working directory with an image folder whose name needs quoting, and a user-defined experiment config."""
     workdir = tmp_path_factory.mktemp("workdir")
     make_images(workdir / FOLDER, 24)
     (workdir / "my configs" / "experiment").mkdir(parents=True)
@@ -64,18 +64,18 @@ def run_in_workdir(workdir, monkeypatch):
 
 
 @pytest.fixture
-def type_in(call):
+def run_printed(call):
     """Return a function that runs a printed command in this process, as a shell would."""
 
-    def type_in(text: str):
-        program, *arguments = shlex.split(text)
+    def run_printed(line: str):
+        program, *arguments = shlex.split(line)
         assert program == "python"
         if arguments[:2] == ["-m", "ldm.train"]:
             return call(ldm.train.main, *arguments[2:])
         file, *options = arguments
         return call(_script(file), *options)
 
-    return type_in
+    return run_printed
 
 
 def _script(file: str):
@@ -90,7 +90,7 @@ def command_after(text: str, label: str) -> str:
     return next(line for line in reversed(text.splitlines()) if label in line).partition(label)[2].strip()
 
 
-def command(*options: str) -> str:
+def train_command(*options: str) -> str:
     return shlex.join(
         ["python", "-m", "ldm.train", "--config-dir=my configs", "experiment=short", "data=image_folder"]
         + [f"data.path={FOLDER}", *options]
@@ -98,23 +98,23 @@ def command(*options: str) -> str:
 
 
 @pytest.fixture
-def autoencoder(type_in) -> str:
-    """Output of a finished training of stage 1, whose folder of runs also needs quoting."""
+def vae_output(run_printed) -> str:
+    """Output of a finished stage 1 training run whose runs folder also needs quoting."""
     run = Path("all runs/vae/mine")
     if not run.joinpath("autoencoder").exists():
-        ended = type_in(command("stage=vae", "name=mine", "runs_dir=all runs"))
-        assert ended.code == 0, ended
-        run.with_name("output").write_text(ended.out)
+        result = run_printed(train_command("stage=vae", "name=mine", "runs_dir=all runs"))
+        assert result.code == 0, result
+        run.with_name("output").write_text(result.out)
     return run.with_name("output").read_text()
 
 
-def test_next_commands_lead_from_stage_1_to_samples_in_a_shell(autoencoder, workdir):
-    """Each printed `next:` command keeps the data, the user's configs and the folder of runs."""
-    output = autoencoder
+def test_following_next_commands_leads_from_stage_1_to_samples(vae_output, workdir):
+    """Each printed `next:` command keeps the data, the user's configs and the runs folder."""
+    output = vae_output
     for _ in range(2):
-        done = subprocess.run(command_after(output, "next: "), shell=True, capture_output=True, text=True)
-        assert done.returncode == 0, done
-        output = output if "next: " not in done.stdout else done.stdout
+        process = subprocess.run(command_after(output, "next: "), shell=True, capture_output=True, text=True)
+        assert process.returncode == 0, process
+        output = process.stdout if "next: " in process.stdout else output
     (run,) = map(Run.open, Path("all runs/diffusion").glob("[!.]*"))
     vae = Run.open("all runs/vae/mine")
     for key in ("data", "data_fingerprint", "val_fraction"):
@@ -123,70 +123,70 @@ def test_next_commands_lead_from_stage_1_to_samples_in_a_shell(autoencoder, work
     assert list((run.path / "samples").rglob("*.png")) or list(Path().rglob("samples*/**/*.png"))
 
 
-def test_next_command_keeps_data_options_from_a_config(autoencoder):
+def test_next_command_keeps_data_options_from_a_config(vae_output):
     """Resolution and batch size come from the experiment config, not from the command line."""
-    options = shlex.split(command_after(autoencoder, "next: "))[3:]
+    options = shlex.split(command_after(vae_output, "next: "))[3:]
     assert {"--config-dir=my configs", "experiment=short", "data=image_folder", f"data.path={FOLDER}"} < {*options}
     assert options[-2:] == ["conditioning=none", "vae=all runs/vae/mine"] and "runs_dir=all runs" in options
 
 
-def test_command_after_a_stop_continues_the_training(type_in, monkeypatch):
-    original, sent = Checkpoints.on_train_batch_end, []
+def test_printed_command_resumes_an_interrupted_run(run_printed, monkeypatch):
+    original, signals_sent = Checkpoints.on_train_batch_end, []
 
     def send_signal(self, trainer, *args):
-        if not sent:
-            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+        if not signals_sent:
+            signals_sent.append(os.kill(os.getpid(), signal.SIGTERM))
         return original(self, trainer, *args)
 
     monkeypatch.setattr(Checkpoints, "on_train_batch_end", send_signal)
-    ended = type_in(command("stage=vae", "name=it's stopped", "runs_dir=all runs"))
-    assert ended.code == 143
-    ended = type_in(command_after(ended.err, "To continue: "))
-    assert ended.code == 0 and "resumed from" in ended.out and Run.open("all runs/vae/it's stopped").finished
+    result = run_printed(train_command("stage=vae", "name=it's stopped", "runs_dir=all runs"))
+    assert result.code == 143
+    result = run_printed(command_after(result.err, "To continue: "))
+    assert result.code == 0 and "resumed from" in result.out and Run.open("all runs/vae/it's stopped").finished
 
 
-def test_resume_with_different_options_prints_the_right_command(autoencoder, type_in):
-    ended = type_in(command("stage=vae", "name=mine", "runs_dir=all runs", "batch_size=4", "resume=true"))
-    assert ended.code == 2 and "batch_size was 8 and is 4 now" in ended.err
-    ended = type_in(command_after(ended.err, "Give the options that it was started with: "))
-    assert ended.code == 0 and "resumed from" in ended.out
+def test_resume_with_different_options_prints_the_original_options(vae_output, run_printed):
+    result = run_printed(train_command("stage=vae", "name=mine", "runs_dir=all runs", "batch_size=4", "resume=true"))
+    assert result.code == 2 and "batch_size was 8 and is 4 now" in result.err
+    result = run_printed(command_after(result.err, "started with: "))
+    assert result.code == 0 and "resumed from" in result.out
 
 
-def test_missing_autoencoder_prints_the_command_to_train_one(autoencoder, type_in, make_images):
-    """An autoencoder trained on other data is mentioned, but not used."""
+def test_missing_autoencoder_prints_the_command_to_train_one(vae_output, run_printed, make_images):
+    """An autoencoder trained on different data is mentioned, but not used."""
     if not Path("others").exists():
         make_images(Path("others"), 24, seed=1)
-    other = ["data.path=others", "runs_dir=all runs", "conditioning=none"]
-    ended = type_in(command("stage=diffusion", *other))
-    assert ended.code == 2 and "other data: " in ended.err
-    assert f"all runs/vae/mine ({data_name()} " in ended.err
-    ended = type_in(command_after(ended.err, "or train one first: "))
-    assert ended.code == 0, ended
-    found = Run.open(shlex.split(command_after(ended.out, "next: "))[-1].removeprefix("vae="))
-    assert found.facts["data"] == "others"
+    options = ["data.path=others", "runs_dir=all runs", "conditioning=none"]
+    result = run_printed(train_command("stage=diffusion", *options))
+    assert result.code == 2 and "different data: " in result.err
+    assert f"all runs/vae/mine ({data_name()} " in result.err
+    result = run_printed(command_after(result.err, "or train one first: "))
+    assert result.code == 0, result
+    trained_run = Run.open(shlex.split(command_after(result.out, "next: "))[-1].removeprefix("vae="))
+    assert trained_run.facts["data"] == "others"
 
 
-def test_autoencoder_trained_on_different_data_gives_a_warning(autoencoder, type_in, monkeypatch, make_images):
+def test_autoencoder_trained_on_different_data_gives_a_warning(vae_output, run_printed, monkeypatch, make_images):
     if not Path("more").exists():
         make_images(Path("more"), 24, seed=2)
     monkeypatch.setattr(Fit, "run_to_end", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     options = ["data.path=more", "runs_dir=all runs", "conditioning=none", "vae=all runs/vae/mine", "name=mixed"]
-    ended = type_in(command("stage=diffusion", *options))
-    output = " ".join(ended.out.replace("│", " ").split())
-    here, there = Run.open("all runs/vae/mine").facts["data_fingerprint"][:8], "this run trains on more"
-    assert f"other data: {data_name()} {here}, while {there}" in output, output
+    result = run_printed(train_command("stage=diffusion", *options))
+    output = " ".join(result.out.replace("│", " ").split())
+    fingerprint = Run.open("all runs/vae/mine").facts["data_fingerprint"][:8]
+    assert f"different data: {data_name()} {fingerprint}, while this run trains on more" in output, output
 
 
-def test_sampling_from_stage_1_prints_the_command_to_train_stage_2(autoencoder, type_in, monkeypatch):
-    ended = type_in(shlex.join(["python", str(ROOT / "tools" / "sample.py"), "run=all runs/vae/mine"]))
-    assert ended.code == 2
+def test_sampling_from_stage_1_prints_the_command_to_train_stage_2(vae_output, run_printed, monkeypatch):
+    result = run_printed(shlex.join(["python", str(ROOT / "tools" / "sample.py"), "run=all runs/vae/mine"]))
+    assert result.code == 2
     monkeypatch.setattr(Fit, "run_to_end", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    ended = type_in(command_after(ended.err, "Train one: "))
-    assert f"{data_name()}: " in ended.out and "all runs/vae/mine" in ended.out
+    result = run_printed(command_after(result.err, "Train one: "))
+    assert f"{data_name()}: " in result.out and "all runs/vae/mine" in result.out
 
 
-def test_next_command_keeps_the_search_path_of_configs(type_in, workdir, monkeypatch):
-    """A data config of the user is found by the next command as well."""
+def test_next_command_keeps_the_search_path_of_configs(run_printed, workdir, monkeypatch):
+    """The next command also finds the user's data config."""
     data = workdir / "elsewhere" / "data"
     if not data.exists():
         data.mkdir(parents=True)
@@ -200,14 +200,14 @@ def test_next_command_keeps_the_search_path_of_configs(type_in, workdir, monkeyp
         "name=searched",
         "runs_dir=all runs",
     ]
-    ended = type_in(shlex.join(["python", "-m", "ldm.train", "--config-dir=my configs", search, *options]))
-    assert ended.code == 0, ended
+    result = run_printed(shlex.join(["python", "-m", "ldm.train", "--config-dir=my configs", search, *options]))
+    assert result.code == 0, result
     monkeypatch.setattr(Fit, "run_to_end", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    following = command_after(ended.out, "next: ")
-    assert search in shlex.split(following) and f"{data_name()}: " in type_in(following).out
+    next_command = command_after(result.out, "next: ")
+    assert search in shlex.split(next_command) and f"{data_name()}: " in run_printed(next_command).out
 
 
-def test_next_command_of_an_older_run_keeps_its_data(autoencoder):
+def test_next_command_of_an_older_run_keeps_its_data(vae_output):
     run = Run.open("all runs/vae/mine")
     del run.facts["next_options"]
     options = shlex.split(run.next_training_command())[3:]
@@ -215,19 +215,20 @@ def test_next_command_of_an_older_run_keeps_its_data(autoencoder):
     assert options[-1] == "vae=all runs/vae/mine" and "experiment=short" not in options
 
 
-def test_pipeline_with_an_autoencoder_of_different_data_gives_a_warning(autoencoder, type_in, make_images):
-    """The record of the autoencoder's data is copied to every run that uses it."""
+def test_pipeline_with_an_autoencoder_of_different_data_gives_a_warning(vae_output, run_printed, make_images):
+    """Every run that uses the autoencoder inherits the record of its training data."""
     if not Path("third").exists():
         make_images(Path("third"), 24, seed=3)
-    first = Run.open("all runs/vae/mine").facts["data_fingerprint"]
+    fingerprint = Run.open("all runs/vae/mine").facts["data_fingerprint"]
     options = ["stage=diffusion", "data.path=third", "runs_dir=all runs", "conditioning=none"]
     for autoencoder_path, name in (("all runs/vae/mine/autoencoder", "d1"), ("all runs/diffusion/d1/pipeline", "d2")):
-        ended = type_in(command(*options, f"vae={autoencoder_path}", f"name={name}"))
-        assert ended.code == 0 and "trained on other data" in " ".join(ended.out.replace("│", " ").split()), ended
-        assert Run.open(f"all runs/diffusion/{name}").facts["autoencoder_data"]["fingerprint"] == first
+        result = run_printed(train_command(*options, f"vae={autoencoder_path}", f"name={name}"))
+        output = " ".join(result.out.replace("│", " ").split())
+        assert result.code == 0 and "trained on different data" in output, result
+        assert Run.open(f"all runs/diffusion/{name}").facts["autoencoder_data"]["fingerprint"] == fingerprint
 
 
-def test_next_command_ignores_targets_in_an_untrusted_record(autoencoder):
+def test_next_command_ignores_targets_in_an_untrusted_record(vae_output):
     run = Run.open("all runs/vae/mine")
     run.facts["next_options"] = ["stage=diffusion", "network._target_=os.system"]
     assert "_target_" not in run.next_training_command()

@@ -1,4 +1,4 @@
-"""ldm.cli.remedies: library errors are explained with the options of the command."""
+"""Library errors are explained with the options of the command."""
 
 import pickle
 
@@ -13,14 +13,14 @@ from ldm.runtime.paths import bundled_folder
 
 
 @pytest.fixture(scope="module")
-def options():
+def config_of():
     """Return a function that composes the config of a command, as plain values."""
 
-    def options(name: str, *overrides: str):
+    def config_of(name: str, *overrides: str):
         with initialize_config_dir(str(bundled_folder("conf")), version_base="1.3"):
             return OmegaConf.to_container(compose(name, list(overrides)))
 
-    return options
+    return config_of
 
 
 @pytest.mark.parametrize(
@@ -31,30 +31,30 @@ def options():
         ("sample", [], "resolution 18 must be even."),
     ],
 )
-def test_argument_is_replaced_by_the_option_that_sets_it(options, command, overrides, message):
+def test_argument_is_replaced_by_the_option_that_sets_it(config_of, command, overrides, message):
     error = InputError("resolution", 18, "must be even")
-    assert explain(error, options(command, *overrides)) == message
+    assert explain(error, config_of(command, *overrides)) == message
     assert str(error) == "resolution=18 must be even."
 
 
-def test_remedy_is_omitted_if_the_command_lacks_its_option(options):
+def test_remedy_is_omitted_if_the_command_lacks_its_option(config_of):
     error = InputError("cache_dir", "/x", "has 1 GB free")
-    message = explain(error, options("train", "stage=vae"))
+    message = explain(error, config_of("train", "stage=vae"))
     assert message.startswith("data.cache_dir=/x has 1 GB free. ") and "another disk with data.cache_dir=" in message
-    assert explain(error, options("decode")) == "cache_dir /x has 1 GB free."
-    assert explain(InputError("perceptual", "lpips", "is heavy"), options("evaluate")) == "perceptual lpips is heavy."
+    assert explain(error, config_of("decode")) == "cache_dir /x has 1 GB free."
+    assert explain(InputError("perceptual", "lpips", "is heavy"), config_of("evaluate")) == "perceptual lpips is heavy."
 
 
-def test_value_is_formatted_as_a_user_types_it(options):
-    config = options("train", "stage=diffusion")
+def test_value_is_formatted_as_on_the_command_line(config_of):
+    config = config_of("train", "stage=diffusion")
     assert (
         explain(InputError("max_pixels", None, "must be a number"), config) == "data.max_pixels=null must be a number."
     )
     assert explain(InputError("batch_size", True, "must be a number"), config) == "batch_size=true must be a number."
 
 
-def test_argument_without_an_option_is_named_without_equals_sign(options):
-    assert explain(InputError("share", 2, "must be at most 1"), options("latents")) == "share 2 must be at most 1."
+def test_argument_without_an_option_is_named_without_equals_sign(config_of):
+    assert explain(InputError("share", 2, "must be at most 1"), config_of("latents")) == "share 2 must be at most 1."
     assert explain(InputError("share", 2, "must be at most 1")) == "share 2 must be at most 1."
 
 

@@ -1,4 +1,4 @@
-"""stage=all: two ordinary runs with the same name, checked before the first starts, and resumable at any point."""
+"""stage=all trains two ordinary runs with the same name, checks both before training, and can be resumed."""
 
 import json
 import re
@@ -27,17 +27,17 @@ def workdir(tmp_path_factory, make_images) -> Path:
 
 
 @pytest.fixture
-def trained(call, workdir, tmp_path, monkeypatch):
-    """Return a function that runs stage=all with fake training runs; it returns the result and the stages' commands.
+def run_both_stages(call, workdir, tmp_path, monkeypatch):
+    """Return a function that runs stage=all with fake training runs, and returns the result and each stage's command.
 
-    Each fake training creates a finished run folder. `outcomes` gives an exit code or an exception by stage instead.
+    A fake training run creates a finished run folder, unless `outcomes` has an exit code or exception for its stage.
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LDM_CACHE", str(workdir / "cache"))
     (tmp_path / "images").symlink_to(workdir / "images")
     commands: list[list[str]] = []
 
-    def trained(*options: str, outcomes=None):
+    def run_both_stages(*options: str, outcomes=None):
         def run_python(arguments, _):
             commands.append(
                 [argument for argument in arguments if argument not in ("-m", "ldm.train", *BUDGET, *TINY_MODELS)]
@@ -58,23 +58,23 @@ def trained(call, workdir, tmp_path, monkeypatch):
         train._trained_autoencoders.clear()
         return call(ldm.train.main, *OPTIONS, *options), commands
 
-    return trained
+    return run_both_stages
 
 
-def test_options_apply_to_both_stages_or_to_one(trained):
-    ended, (first, second) = trained(
+def test_options_apply_to_both_stages_or_to_one(run_both_stages):
+    result, (vae_command, diffusion_command) = run_both_stages(
         "name=a", "stage1.batch_size=4", "stage2.optimizer.lr=1e-3", "+stage2.optimizer.note=1"
     )
-    assert ended.code == 0, ended.err
+    assert result.code == 0, result.err
     shared = ["data=image_folder", "data.path=images", "data.resolution=16"]
-    assert first == ["stage=vae", *shared, "batch_size=4", "name=a"]
-    alone = ["conditioning=none", "network.head_dim=16", "batch_size=8", "optimizer.lr=1e-3", "+optimizer.note=1"]
-    assert second == ["stage=diffusion", *shared, *alone, "vae=runs/vae/a", "name=a"]
+    assert vae_command == ["stage=vae", *shared, "batch_size=4", "name=a"]
+    specific = ["conditioning=none", "network.head_dim=16", "batch_size=8", "optimizer.lr=1e-3", "+optimizer.note=1"]
+    assert diffusion_command == ["stage=diffusion", *shared, *specific, "vae=runs/vae/a", "name=a"]
 
 
-def test_sweep_reuses_an_autoencoder_with_the_same_options(trained):
-    ended, commands = trained("name=${hydra:job.num}", "stage2.seed=1,2", "stage1.seed=3,4", "-m")
-    assert ended.code == 0, ended.err
+def test_sweep_reuses_an_autoencoder_with_the_same_options(run_both_stages):
+    result, commands = run_both_stages("name=${hydra:job.num}", "stage2.seed=1,2", "stage1.seed=3,4", "-m")
+    assert result.code == 0, result.err
     names = [
         (command[0], command[-1], next((o for o in command if o.startswith("vae=")), None)) for command in commands
     ]
@@ -97,20 +97,20 @@ def test_sweep_reuses_an_autoencoder_with_the_same_options(trained):
         ("diffusion", ["overwrite=true"], ["resume=true"]),
     ],
 )
-def test_printed_command_continues_an_interrupted_stage(trained, stage, options, continue_options):
-    ended, _ = trained("name=a", *options, outcomes={stage: signals.Interrupted(signal.SIGTERM)})
-    assert ended.code == 143 and f"stopped by SIGTERM in stage={stage}" in ended.err
-    assert ended.err.split()[-len(continue_options) - 1 :] == ["name=a", *continue_options]
-    ended, commands = trained("name=a", *continue_options)
-    assert ended.code == 0
+def test_printed_command_continues_an_interrupted_stage(run_both_stages, stage, options, continue_options):
+    result, _ = run_both_stages("name=a", *options, outcomes={stage: signals.Interrupted(signal.SIGTERM)})
+    assert result.code == 143 and f"stopped by SIGTERM in stage={stage}" in result.err
+    assert result.err.split()[-len(continue_options) - 1 :] == ["name=a", *continue_options]
+    result, commands = run_both_stages("name=a", *continue_options)
+    assert result.code == 0
     assert commands[0][0] == f"stage={stage}" and commands[0][-1] == "resume=true", "finished stages are skipped"
-    assert "runs/vae/a is already finished" in ended.out or stage == "vae"
+    assert "runs/vae/a is already finished" in result.out or stage == "vae"
 
 
-def test_failed_first_stage_stops_the_command(trained):
-    ended, commands = trained("name=a", outcomes={"vae": 2})
-    assert ended.code == 2 and len(commands) == 1
-    assert re.search("stage=vae failed.*To continue both stages: ", ended.err)
+def test_failed_first_stage_stops_the_command(run_both_stages):
+    result, commands = run_both_stages("name=a", outcomes={"vae": 2})
+    assert result.code == 2 and len(commands) == 1
+    assert re.search("stage=vae failed.*To continue both stages: ", result.err)
 
 
 @pytest.mark.parametrize(
@@ -125,21 +125,21 @@ def test_failed_first_stage_stops_the_command(trained):
         (["resume=a.ckpt"], "resume=a.ckpt is a checkpoint of a single stage"),
     ],
 )
-def test_errors_in_either_stage_are_found_before_training(trained, options, message):
-    ended, commands = trained("name=a", *options)
-    assert ended.code == 2 and message in ended.err and not commands
+def test_errors_in_either_stage_are_reported_before_training(run_both_stages, options, message):
+    result, commands = run_both_stages("name=a", *options)
+    assert result.code == 2 and message in result.err and not commands
     assert not Path("runs").exists()
 
 
-def test_stage_prefix_is_refused_without_stage_all(call):
-    ended = call(ldm.train.main, "stage=vae", "stage1.batch_size=4")
-    assert ended.code == 2 and "only for stage=all" in ended.err
+def test_stage_prefix_is_rejected_without_stage_all(call):
+    result = call(ldm.train.main, "stage=vae", "stage1.batch_size=4")
+    assert result.code == 2 and "only for stage=all" in result.err
 
 
-def test_existing_runs_are_not_replaced(trained):
-    assert trained("name=a")[0].code == 0
-    ended, commands = trained("name=a")
-    assert ended.code == 2 and "runs/vae/a already exists" in ended.err and not commands
+def test_existing_runs_are_not_replaced(run_both_stages):
+    assert run_both_stages("name=a")[0].code == 0
+    result, commands = run_both_stages("name=a")
+    assert result.code == 2 and "runs/vae/a already exists" in result.err and not commands
 
 
 def test_both_stages_train_end_to_end(call, workdir, monkeypatch):
@@ -147,8 +147,8 @@ def test_both_stages_train_end_to_end(call, workdir, monkeypatch):
     monkeypatch.setenv("LDM_CACHE", str(workdir / "cache"))
     monkeypatch.setenv("PYTHONPATH", str(bundled_folder("conf").parent))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    ended = call(ldm.train.main, *OPTIONS, "name=real")
-    assert ended.code == 0, ended
+    result = call(ldm.train.main, *OPTIONS, "name=real")
+    assert result.code == 0, result
     vae, diffusion = Run.open("runs/vae/real"), Run.open("runs/diffusion/real")
     assert vae.finished and diffusion.finished and diffusion.facts["vae"] == "runs/vae/real"
     assert (diffusion.images / "samples_final.png").is_file()

@@ -20,7 +20,7 @@ def png(red: int) -> bytes:
     return encode(Image.new("RGB", (8, 8), (red, 0, 0)))
 
 
-def open_quietly(source: Source | Path, cache_dir: Path, **options) -> ImageData:
+def prepare_quietly(source: Source | Path, cache_dir: Path, **options) -> ImageData:
     """Prepare a source, or the images in a folder, without a progress bar."""
     source = ImageFolder(source) if isinstance(source, Path) else source
     return prepare(source, **{"resolution": 8, "cache_dir": cache_dir, "progress": False, **options})

@@ -24,21 +24,21 @@ from ldm.data.pixels import decode, read_image
 from ldm.data.sources.base import Record
 from ldm.errors import UserError
 from ldm.files import reading
-from tests.data.encoded import encode, open_quietly
+from tests.data.encoded import encode, prepare_quietly
 
-FUZZED_FILES = 2000
+NUM_FUZZED_FILES = 2000
 POSIX = pytest.mark.skipif(os.name == "nt", reason="Windows does not have such files")
 
 
-def png(width: int, height: int, data: bytes, *more: tuple[bytes, bytes]) -> bytes:
-    """Build an 8-bit RGB PNG whose header declares this size, whatever the data contain."""
+def png(width: int, height: int, data: bytes, *extra_chunks: tuple[bytes, bytes]) -> bytes:
+    """Build an 8-bit RGB PNG whose header declares this size, regardless of the data."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    parts = [*(chunk(*extra) for extra in more), chunk(b"IDAT", zlib.compress(data)), chunk(b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + header + b"".join(parts)
+    chunks = [*(chunk(*args) for args in extra_chunks), chunk(b"IDAT", zlib.compress(data)), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks)
 
 
 def exif(content: bytes) -> dict[str, bytes]:
@@ -59,9 +59,9 @@ UNREADABLE = {
     "truncated.png": (encode(NOISE, "PNG")[:2000], "truncated"),
     "truncated.jpg": (encode(NOISE, "JPEG")[:900], "truncated"),
     "truncated.webp": (encode(NOISE, "WEBP")[:900], "not an image|could not|truncated|failed"),
-    "header alone.png": (encode(NOISE, "PNG")[:33], "truncated|cannot|not an image"),
+    "header only.png": (encode(NOISE, "PNG")[:33], "truncated|cannot|not an image"),
     "bomb.png": (png(30_000, 30_000, bytes(90_001) * 20), r"900000000 pixels"),
-    "greater bomb.png": (png(2**31 - 1, 2**31 - 1, b""), "pixels"),
+    "huge bomb.png": (png(2**31 - 1, 2**31 - 1, b""), "pixels"),
     "bomb.bmp.png": (b"BM" + struct.pack("<IIIIiiHH", 90, 0, 54, 40, 60_000, 60_000, 1, 24) + bytes(40), "pixels"),
     "text bomb.png": (png(8, 8, bytes(200), (b"zTXt", b"k\0\0" + zlib.compress(bytes(2**26)))), "too large|truncated"),
     "pixel.png": (encode(NOISE.resize((1, 1)), "PNG"), "1 x 1 pixels.* at least 2"),
@@ -83,25 +83,25 @@ READABLE = {
     "column.jpg": encode(Image.new("RGB", (3, 30_000), (9, 99, 199)), "JPEG"),
     "orientation 999.jpg": encode(NOISE, "JPEG", **exif(ORIENTATION + b"\x03\0\x01\0\0\0\xe7\x03\0\0" + bytes(4))),
     "orientation text.jpg": encode(NOISE, "JPEG", **exif(ORIENTATION + b"\x02\0\x02\0\0\0xy\0\0" + bytes(4))),
-    "exif cut.jpg": encode(NOISE, "JPEG", **exif(b"II*\0\x08\0\0\0\x05\0broken")),
-    "exif huge.jpg": encode(NOISE, "JPEG", **exif(b"II*\0\x08\0\0\0\xff\xff" + random.Random(0).randbytes(60_000))),
-    "exif noise.webp": encode(NOISE, "WEBP", **exif(random.Random(1).randbytes(500))),
-    "after the end.png": encode(NOISE, "PNG") + bytes(10_000),
+    "truncated exif.jpg": encode(NOISE, "JPEG", **exif(b"II*\0\x08\0\0\0\x05\0broken")),
+    "huge exif.jpg": encode(NOISE, "JPEG", **exif(b"II*\0\x08\0\0\0\xff\xff" + random.Random(0).randbytes(60_000))),
+    "random exif.webp": encode(NOISE, "WEBP", **exif(random.Random(1).randbytes(500))),
+    "trailing bytes.png": encode(NOISE, "PNG") + bytes(10_000),
 }
 
 
-def reasons(data: ImageData) -> dict[str, str]:
+def quarantine_reasons(data: ImageData) -> dict[str, str]:
     return {entry["name"]: entry["reason"] for entry in data.quarantine()}
 
 
 @contextmanager
 def bounded(seconds: float, megabytes: float):
-    """Check that the block stays below these limits on its run time and on the growth of the process's memory."""
+    """Assert that the run time and the memory growth of the block stay below these limits."""
     resource = pytest.importorskip("resource")
-    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    initial_kb, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     yield
-    assert time.perf_counter() - started < seconds
-    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < megabytes
+    assert time.perf_counter() - start < seconds
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - initial_kb) / 1024 < megabytes
 
 
 @pytest.fixture
@@ -118,16 +118,16 @@ def test_every_file_of_the_corpus_is_read_or_quarantined(folder, tmp_path, resiz
     for name, (content, _) in UNREADABLE.items():
         (folder / name).write_bytes(content)
     with bounded(seconds=30, megabytes=200):
-        data = open_quietly(folder, tmp_path / "cache", max_bad_fraction=0.6, resize=resize)
+        data = prepare_quietly(folder, tmp_path / "cache", max_bad_fraction=0.6, resize=resize)
     assert data.names == sorted(READABLE)
-    quarantined = reasons(data)
-    assert sorted(quarantined) == sorted(UNREADABLE)
+    reasons = quarantine_reasons(data)
+    assert sorted(reasons) == sorted(UNREADABLE)
     for name, (_, expected) in UNREADABLE.items():
-        assert re.search(expected, quarantined[name]), (name, quarantined[name])
+        assert re.search(expected, reasons[name]), (name, reasons[name])
     assert all(entry["error"].endswith(("Error", "Exception")) for entry in data.quarantine())
-    for name in ("strip.png", "column.jpg"):  # the colour must remain after any kind of resize
-        close = np.abs(data.images[data.names.index(name)].astype(int) - (9, 99, 199)).max(-1) < 30
-        assert close.any(), name
+    for name in ("strip.png", "column.jpg"):  # every resize mode must preserve the colour
+        matches = np.abs(data.images[data.names.index(name)].astype(int) - (9, 99, 199)).max(-1) < 30
+        assert matches.any(), name
 
 
 @POSIX
@@ -143,24 +143,24 @@ def test_links_and_pipes_named_like_images_are_quarantined(folder, tmp_path):
     os.mkfifo(folder / "pipe.png")
     os.mkfifo(folder / "pipe.txt")
     with bounded(seconds=20, megabytes=100):
-        data = open_quietly(folder, tmp_path / "cache", max_bad_fraction=0.8)
+        data = prepare_quietly(folder, tmp_path / "cache", max_bad_fraction=0.8)
     assert data.names == ["0.png", "1.png", "folder.png/inside.png"]
-    quarantined = reasons(data)
-    assert sorted(quarantined) == ["endless.png", "loop.png", "nowhere.png", "pipe.png"]
-    assert "symbolic link" in quarantined["loop.png"] and "No such file" in quarantined["nowhere.png"]
-    assert "not a regular file" in quarantined["pipe.png"] and "not a regular file" in quarantined["endless.png"]
+    reasons = quarantine_reasons(data)
+    assert sorted(reasons) == ["endless.png", "loop.png", "nowhere.png", "pipe.png"]
+    assert "symbolic link" in reasons["loop.png"] and "No such file" in reasons["nowhere.png"]
+    assert "not a regular file" in reasons["pipe.png"] and "not a regular file" in reasons["endless.png"]
 
 
 @contextmanager
 def unprivileged():
     """Drop root privileges within the block, because file permissions do not apply to root."""
-    root = os.geteuid() == 0
-    if root:
+    is_root = os.geteuid() == 0
+    if is_root:
         os.seteuid(65534)
     try:
         yield
     finally:
-        if root:
+        if is_root:
             os.seteuid(0)
 
 
@@ -180,13 +180,13 @@ def test_files_and_folders_without_permission_are_quarantined(folder, tmp_path):
         parent.chmod(0o755)
     try:
         with unprivileged():
-            data = open_quietly(folder, cache, max_bad_fraction=0.8)
+            data = prepare_quietly(folder, cache, max_bad_fraction=0.8)
     finally:
         (folder / "closed").chmod(0o700)
         for parent, mode in modes.items():
             parent.chmod(mode)
     assert data.names == ["0.png", "1.png"]
-    assert reasons(data) == {"closed.png": "Permission denied", "closed/": "Permission denied"}
+    assert quarantine_reasons(data) == {"closed.png": "Permission denied", "closed/": "Permission denied"}
     lines = (data.path / "quarantine.jsonl").read_text().splitlines()
     assert {json.loads(line)["error"] for line in lines} == {"PermissionError"}
 
@@ -203,13 +203,13 @@ def test_unprintable_names_are_escaped(folder, tmp_path):
     for number, name in enumerate(names):
         Path(os.fsdecode(bytes(folder) + b"/" + name)).write_bytes(encode(NOISE.rotate(20 * number), "PNG"))
     Path(os.fsdecode(bytes(folder) + b"/broken\xff\n.png")).write_bytes(b"")
-    data = open_quietly(folder, tmp_path / "cache", max_bad_fraction=0.5)
+    data = prepare_quietly(folder, tmp_path / "cache", max_bad_fraction=0.5)
     expected = ["new\\nline.png", "caf\\udce9.png", "\\x1b[31mred.png", "sep\\u2028arated.png", "ünï 🦊.png"]
     assert sorted(data.names) == sorted(expected)
-    assert reasons(data) == {"broken\\udcff\\n.png": "the file is empty"}
-    assert open_quietly(folder, tmp_path / "cache", max_bad_fraction=0.5).path == data.path
+    assert quarantine_reasons(data) == {"broken\\udcff\\n.png": "the file is empty"}
+    assert prepare_quietly(folder, tmp_path / "cache", max_bad_fraction=0.5).path == data.path
     with pytest.raises(UserError, match=r"broken\\udcff\\n\.png \(the file is empty\)"):
-        open_quietly(folder, tmp_path / "cache")
+        prepare_quietly(folder, tmp_path / "cache")
 
 
 @pytest.fixture
@@ -218,14 +218,14 @@ def no_retry_delay(monkeypatch) -> None:
     reading._warned_reasons.clear()
 
 
-def make_reads_fail(monkeypatch, number: int, times: int) -> None:
-    """Make the first `times` reads of every file fail with this error number."""
+def make_reads_fail(monkeypatch, code: int, times: int) -> None:
+    """Make the first `times` reads of every file fail with this errno code."""
     read, attempts = reading._read_once, {}
 
     def fail_first_reads(path):
         attempts[path] = attempts.get(path, 0) + 1
         if attempts[path] <= times:
-            raise OSError(number, os.strerror(number), str(path))
+            raise OSError(code, os.strerror(code), str(path))
         return read(path)
 
     monkeypatch.setattr(reading, "_read_once", fail_first_reads)
@@ -238,26 +238,26 @@ def write_twenty_images(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["EIO", "ESTALE", "ETIMEDOUT", "EAGAIN", "ECONNRESET"])
-def test_transient_disk_failure_loses_no_image(folder, tmp_path, monkeypatch, no_retry_delay, caplog, name):
+def test_transient_disk_failure_is_retried(folder, tmp_path, monkeypatch, no_retry_delay, caplog, name):
     make_reads_fail(monkeypatch, getattr(errno, name), times=1)
-    data = open_quietly(write_twenty_images(folder), tmp_path / "cache")
+    data = prepare_quietly(write_twenty_images(folder), tmp_path / "cache")
     assert len(data) == 20 and data.num_skipped == 0
     assert caplog.text.count("could not be read") == 1, "one warning for twenty files"
 
 
-def test_permanent_disk_failure_leaves_no_partial_set(folder, tmp_path, monkeypatch, no_retry_delay):
+def test_permanent_disk_failure_leaves_no_partial_cache(folder, tmp_path, monkeypatch, no_retry_delay):
     make_reads_fail(monkeypatch, errno.EIO, times=2)
     with pytest.raises(UserError, match=r"disk .*hostile .*9 files .*08\.png \(Input/output error\)"):
-        open_quietly(write_twenty_images(folder), tmp_path / "cache", max_bad_fraction=0.9)
+        prepare_quietly(write_twenty_images(folder), tmp_path / "cache", max_bad_fraction=0.9)
     monkeypatch.undo()
-    assert len(open_quietly(folder, tmp_path / "cache")) == 20
+    assert len(prepare_quietly(folder, tmp_path / "cache")) == 20
 
 
 def test_only_disk_failures_are_retried(tmp_path, monkeypatch):
     waits = []
     monkeypatch.setattr(reading.time, "sleep", waits.append)
-    for number, expected in ((errno.ENOENT, []), (errno.EACCES, []), (errno.EIO, [reading.RETRY_DELAY_S])):
-        make_reads_fail(monkeypatch, number, times=9)
+    for code, expected in ((errno.ENOENT, []), (errno.EACCES, []), (errno.EIO, [reading.RETRY_DELAY_S])):
+        make_reads_fail(monkeypatch, code, times=9)
         with pytest.raises(OSError):
             reading.read_file(tmp_path / "x.png")
         assert waits == expected
@@ -290,16 +290,16 @@ KINDS = ("flip", "cut", "splice", "double", "drop", "huge")
 MUTATIONS = st.lists(st.tuples(st.sampled_from(KINDS), st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=6)
 
 
-def mutate(content: bytes, mutations: list[tuple[str, float, int]], other: bytes) -> bytes:
+def mutate(content: bytes, mutations: list[tuple[str, float, int]], donor: bytes) -> bytes:
     data = bytearray(content)
-    for kind, where, value in mutations:
-        at = int(where * max(0, len(data) - 1))
+    for kind, fraction, value in mutations:
+        at = int(fraction * max(0, len(data) - 1))
         if kind == "flip":
             data[at : at + 1] = bytes([data[at] ^ (value or 1)]) if data else b""
         elif kind == "cut":
             del data[at:]
         elif kind == "splice":
-            data[at : at + value] = other[at : at + 2 * value]
+            data[at : at + value] = donor[at : at + 2 * value]
         elif kind == "double":
             data[at:at] = data[at : at + 4 * value]
         elif kind == "drop":
@@ -312,22 +312,19 @@ def mutate(content: bytes, mutations: list[tuple[str, float, int]], other: bytes
 
 @pytest.mark.filterwarnings("ignore")
 def test_mutated_images_are_read_or_refused():
-    """Each of FUZZED_FILES files is decoded with the right shape and type, or gets a quarantine entry.
-
-    Time and memory stay bounded.
-    """
+    """Each file is decoded to the right shape and dtype or has a quarantine reason, in bounded time and memory."""
     sizes, readable = [], []
 
     @settings(
-        max_examples=FUZZED_FILES,
+        max_examples=NUM_FUZZED_FILES,
         derandomize=True,
         database=None,
         deadline=5000,  # ms
         suppress_health_check=list(HealthCheck),
     )
     @given(st.sampled_from(SEEDS), MUTATIONS, st.sampled_from(SEEDS))
-    def fuzz(content, mutations, other):
-        data = mutate(content, mutations, other)
+    def fuzz(content, mutations, donor):
+        data = mutate(content, mutations, donor)
         sizes.append(len(data))
         result = preparation._read(Record("image", lambda: data), 8, "crop", 2**20)
         if isinstance(result, Exception):
@@ -341,6 +338,6 @@ def test_mutated_images_are_read_or_refused():
     with bounded(seconds=60, megabytes=300):
         fuzz()
     num_files, num_readable = len(sizes), len(readable)
-    assert num_files >= FUZZED_FILES and num_files / 20 < num_readable < 0.9 * num_files, (num_files, num_readable)
+    assert num_files >= NUM_FUZZED_FILES and num_files / 20 < num_readable < 0.9 * num_files, (num_files, num_readable)
     for data in readable[::50]:
         np.testing.assert_array_equal(decode(data, 8, "crop"), decode(data, 8, "crop"), "decoding is deterministic")

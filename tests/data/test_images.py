@@ -20,11 +20,11 @@ from ldm.data.images import (
 )
 from ldm.data.sources.image_folder import ImageFolder
 from ldm.errors import UserError
-from tests.data.encoded import open_quietly, png
+from tests.data.encoded import png, prepare_quietly
 
 
-class Memory:
-    """An in-memory source that counts how often it is read."""
+class MemorySource:
+    """In-memory source that counts how often an image is loaded."""
 
     name = "memory"
     licence = "CC0"
@@ -47,16 +47,16 @@ class Memory:
 
 
 @pytest.fixture
-def hundred() -> dict[str, bytes]:
+def contents() -> dict[str, bytes]:
     return {f"{number:03}.png": png(number) for number in range(100)}
 
 
-def test_prepared_images_can_be_reopened_and_pickled(tmp_path, hundred):
-    data = open_quietly(Memory(hundred, delay_s=0.001), tmp_path)
+def test_prepared_images_can_be_reopened_and_pickled(tmp_path, contents):
+    data = prepare_quietly(MemorySource(contents, delay_s=0.001), tmp_path)
     assert data.images.shape == (100, 8, 8, 3) and data.images.dtype == np.uint8
     assert isinstance(data.images, np.memmap)
-    np.testing.assert_array_equal(data.images[:, 0, 0, 0], np.arange(100), "the order of the records is kept")
-    assert data.names == list(hundred)
+    np.testing.assert_array_equal(data.images[:, 0, 0, 0], np.arange(100), "records keep their order")
+    assert data.names == list(contents)
     assert data.captions[7] == data.require_captions()[7] == "caption 7"
     assert data.labels[7] == data.require_labels()[7] == 1
     assert data.class_names == ["even", "odd"]
@@ -65,8 +65,8 @@ def test_prepared_images_can_be_reopened_and_pickled(tmp_path, hundred):
     assert data.path.parent == tmp_path and data.path.name.startswith("memory-")
     assert sorted(path.name for path in data.path.iterdir()) == ["images.npy", "index.json", "quarantine.jsonl"]
     assert list(tmp_path.glob("[!.]*")) == [data.path], "only the lock file remains next to the cache"
-    reopened = open_quietly(source := Memory(hundred), tmp_path, val_fraction=0.5)
-    assert type(open_quietly(source, tmp_path, val_fraction=0).val_fraction) is int, "latent cache names depend on it"
+    reopened = prepare_quietly(source := MemorySource(contents), tmp_path, val_fraction=0.5)
+    assert type(prepare_quietly(source, tmp_path, val_fraction=0).val_fraction) is int, "used in names of latent caches"
     assert source.num_loads == 0 and reopened.path == data.path and reopened.fingerprint == data.fingerprint
     pickled = pickle.dumps(reopened)
     copy = pickle.loads(pickled)
@@ -74,8 +74,8 @@ def test_prepared_images_can_be_reopened_and_pickled(tmp_path, hundred):
     np.testing.assert_array_equal(copy.val_indices, reopened.val_indices)
 
 
-def test_batches_are_centred_and_round_trip(tmp_path, hundred):
-    data = open_quietly(Memory(hundred), tmp_path)
+def test_batches_are_normalised_and_round_trip(tmp_path, contents):
+    data = prepare_quietly(MemorySource(contents), tmp_path)
     batch = data.batch(torch.tensor([3, 1]))
     assert batch.shape == (2, 3, 8, 8) and batch.dtype == torch.float32 and batch.is_contiguous()
     assert batch.min() >= -1 and batch.max() <= 1
@@ -90,21 +90,21 @@ def test_to_uint8_inverts_every_value_and_clamps():
     assert to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
 
 
-def test_split_depends_only_on_content(tmp_path, hundred):
-    """The split covers all images without overlap, adding images moves none, and copies are on the same side."""
+def test_split_depends_only_on_content(tmp_path, contents):
+    """The split is a partition, adding images moves no existing image, and copies are on the same side."""
 
-    def sides(contents):
-        data = open_quietly(Memory(contents), tmp_path, val_fraction=0.2)
+    def split_names(contents):
+        data = prepare_quietly(MemorySource(contents), tmp_path, val_fraction=0.2)
         assert sorted([*data.train_indices, *data.val_indices]) == list(range(len(contents)))
         assert data.train_indices.dtype == data.val_indices.dtype == np.int64
         return {data.names[i] for i in data.train_indices}, {data.names[i] for i in data.val_indices}
 
-    train, val = sides(hundred)
+    train, val = split_names(contents)
     assert 10 < len(val) < 35
-    more_train, more_val = sides({f"new {n}.png": png(n) for n in range(100, 200)} | hundred)
-    assert train < more_train and val < more_val
-    _, val_or_copy = sides(hundred | {f"copy of {name}": data for name, data in hundred.items()})
-    assert val_or_copy == val | {f"copy of {name}" for name in val}
+    larger_train, larger_val = split_names({f"new {n}.png": png(n) for n in range(100, 200)} | contents)
+    assert train < larger_train and val < larger_val
+    _, val_with_copies = split_names(contents | {f"copy of {name}": data for name, data in contents.items()})
+    assert val_with_copies == val | {f"copy of {name}" for name in val}
 
 
 def test_neither_side_of_the_split_is_empty():
@@ -117,7 +117,7 @@ def test_neither_side_of_the_split_is_empty():
 @pytest.mark.parametrize("contents", [{"only.png": png(1)}, {"one.png": png(1), "copy.png": png(1)}])
 def test_single_distinct_image_is_refused(tmp_path, contents):
     with pytest.raises(UserError, match="2 different images"):
-        open_quietly(Memory(contents), tmp_path)
+        prepare_quietly(MemorySource(contents), tmp_path)
 
 
 def test_fingerprint_depends_on_content_captions_and_transform(tmp_path):
@@ -127,77 +127,77 @@ def test_fingerprint_depends_on_content_captions_and_transform(tmp_path):
         (folder / f"{number}.png").write_bytes(png(number))
 
     def fingerprint(**options):
-        return open_quietly(folder, tmp_path / "cache", **options).fingerprint
+        return prepare_quietly(folder, tmp_path / "cache", **options).fingerprint
 
-    first = fingerprint()
-    fingerprints = {first, fingerprint(resolution=16), fingerprint(resize="pad")}
-    (folder / "3.png").write_bytes(png(3) + b"\x00")  # a byte after the image: same pixels, different file
+    original = fingerprint()
+    fingerprints = {original, fingerprint(resolution=16), fingerprint(resize="pad")}
+    (folder / "3.png").write_bytes(png(3) + b"\x00")  # a trailing byte: same pixels, different file
     fingerprints.add(fingerprint())
     (folder / "2.txt").write_text("a caption")
     fingerprints.add(fingerprint())
     assert len(fingerprints) == 5
     (folder / "2.txt").unlink()
     (folder / "3.png").write_bytes(png(3))
-    assert fingerprint() == first, "the same content has the same fingerprint, regardless of modification times"
+    assert fingerprint() == original, "the same content has the same fingerprint, regardless of modification times"
 
 
 def test_fingerprint_is_stable_across_versions(tmp_path, monkeypatch):
     """The fingerprint is the SHA-256 of hashes, captions, labels and transform.
 
-    Multiple captions per image and converted colour profiles change it only if there are any.
+    The digest includes additional captions and colour conversion only if the dataset has any.
     """
     folder = tmp_path / "images"
     folder.mkdir()
     for number in range(3):
         Image.new("RGB", (8, 8), (180, 40 * number, 20)).save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text(f"number {number}")
-    data = open_quietly(folder, tmp_path / "c")
+    data = prepare_quietly(folder, tmp_path / "c")
     index = json.loads((data.path / "index.json").read_text())
-    parts = {key: index[key] for key in ("hashes", "captions", "labels", "transform")}
-    assert parts["captions"] == ["number 0", "number 1", "number 2"] and data.profiles == {}
+    content = {key: index[key] for key in ("hashes", "captions", "labels", "transform")}
+    assert content["captions"] == ["number 0", "number 1", "number 2"] and data.profiles == {}
 
-    def digest(parts) -> str:
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    def digest(values) -> str:
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
-    assert data.fingerprint == digest(parts)
+    assert data.fingerprint == digest(content)
     rows = [{"file_name": "1.png", "text": ["one", "uno"]}]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    several = open_quietly(folder, tmp_path / "c")
-    assert several.fingerprint == digest({**parts, "captions": ["number 0", ["one", "uno"], "number 2"]})
-    assert several.captions_of(1) == ["one", "uno"] and several.more_captions == {1: ["uno"]}
+    multi_caption = prepare_quietly(folder, tmp_path / "c")
+    assert multi_caption.fingerprint == digest({**content, "captions": ["number 0", ["one", "uno"], "number 2"]})
+    assert multi_caption.captions_of(1) == ["one", "uno"] and multi_caption.more_captions == {1: ["uno"]}
 
-    bare = open_quietly(ImageFolder(folder, caption_column=None), tmp_path / "c")
-    adobe = ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ")).tobytes()
-    Image.new("RGB", (8, 8), (180, 0, 20)).save(folder / "0.png", icc_profile=adobe)
-    unreadable = open_quietly(ImageFolder(folder, caption_column=None), tmp_path / "c")
+    uncaptioned = prepare_quietly(ImageFolder(folder, caption_column=None), tmp_path / "c")
+    xyz_profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ")).tobytes()
+    Image.new("RGB", (8, 8), (180, 0, 20)).save(folder / "0.png", icc_profile=xyz_profile)
+    unreadable = prepare_quietly(ImageFolder(folder, caption_column=None), tmp_path / "c")
     assert unreadable.profiles == {"unreadable": 1}
     assert unreadable.describe_profiles() == "1 unreadable, treated as sRGB"
     hashes = json.loads((unreadable.path / "index.json").read_text())["hashes"]
     without_captions = {"captions": None, "labels": None, "transform": index["transform"]}
-    assert unreadable.fingerprint == digest({**without_captions, "hashes": hashes}) != bare.fingerprint
+    assert unreadable.fingerprint == digest({**without_captions, "hashes": hashes}) != uncaptioned.fingerprint
     monkeypatch.setattr("ldm.data.pixels.to_srgb", lambda image, profile: (image, "converted"))
-    converted = open_quietly(ImageFolder(folder, caption_column=None), tmp_path / "other")
+    converted = prepare_quietly(ImageFolder(folder, caption_column=None), tmp_path / "other")
     assert converted.describe_profiles() == "3 converted to sRGB"
     assert converted.fingerprint == digest({**without_captions, "hashes": hashes, "colours": "sRGB"})
 
 
 def test_image_without_file_is_hashed_by_its_pixels(tmp_path):
-    class Drawn(Memory):
+    class PixelSource(MemorySource):
         def records(self):
             for name in self.contents:
                 yield Record(name, lambda name=name: Image.new("L", (8, 8), int(name)))
 
-    data = open_quietly(Drawn({"1": b"", "2": b""}), tmp_path)
+    data = prepare_quietly(PixelSource({"1": b"", "2": b""}), tmp_path)
     assert len(set(json.loads((data.path / "index.json").read_text())["hashes"])) == 2
 
 
 def test_source_without_images_is_refused(tmp_path):
     with pytest.raises(UserError, match="memory.* no images"):
-        open_quietly(Memory({}), tmp_path)
+        prepare_quietly(MemorySource({}), tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "words"),
+    ("option", "value", "message"),
     [
         ("resize", "stretch", "'crop', 'pad' or 'squash'"),
         ("resolution", 0, "resolution=0"),
@@ -205,20 +205,20 @@ def test_source_without_images_is_refused(tmp_path):
         ("max_bad_fraction", -0.1, "max_bad_fraction"),
     ],
 )
-def test_invalid_options_are_named(tmp_path, hundred, option, value, words):
-    with pytest.raises(UserError, match=words):
-        open_quietly(Memory(hundred), tmp_path, **{option: value})
+def test_error_names_the_invalid_option(tmp_path, contents, option, value, message):
+    with pytest.raises(UserError, match=message):
+        prepare_quietly(MemorySource(contents), tmp_path, **{option: value})
 
 
-def test_images_with_missing_captions_or_labels_are_named(tmp_path):
-    class OneCaption(Memory):
+def test_error_names_images_without_captions_or_labels(tmp_path):
+    class OneCaption(MemorySource):
         def records(self):
             for record in super().records():
                 is_first = record.name == "a.png"
                 yield Record(record.name, record.load, "a" if is_first else None)
 
     contents = {f"{letter}.png": png(number) for number, letter in enumerate("abcdefghi")}
-    data = open_quietly(OneCaption(contents), tmp_path)
+    data = prepare_quietly(OneCaption(contents), tmp_path)
     assert data.captions[:2] == ["a", None] and data.labels is None
     with pytest.raises(UserError, match=r"8 of 9 images have no captions: b\.png, .* f\.png, \.\.\."):
         data.require_captions()

@@ -1,4 +1,4 @@
-"""ldm.data.loaders: batches are fetched whole, in the order of ldm.data.order."""
+"""ldm.data.loaders: each batch is fetched in one call, in the order defined by ldm.data.order."""
 
 from itertools import islice
 
@@ -17,7 +17,7 @@ def fetch(indices: np.ndarray, epochs: np.ndarray | None = None) -> dict[str, to
 
 
 @pytest.mark.parametrize("start", [0, 5])
-def test_training_batches_follow_the_order(start):
+def test_training_batches_follow_batch_at(start):
     batches = list(islice(train_loader(fetch, INDICES, batch_size=4, seed=2, start=start), 6))
     for step, batch in enumerate(batches, start=start):
         expected = INDICES[batch_at(step, size=len(INDICES), batch_size=4, seed=2)]

@@ -1,4 +1,4 @@
-"""A realistic, messy image folder, from the images to samples of a trained model."""
+"""Training of both stages on a realistic, messy image folder."""
 
 import json
 import re
@@ -12,11 +12,11 @@ from PIL import Image
 import ldm.train
 from ldm.runs.run import Run
 
-SHORT = [
+SHORT_RUN = [
     *("data=image_folder", "data.path=.", "data.resolution=16", "data.val_fraction=0.2", "batch_size=4", "logger=csv"),
     *("trainer=cpu", "trainer.precision=32-true", "trainer.max_steps=2", "trainer.max_time=null"),
 ]
-VAE = ["stage=vae", "autoencoder.model.block_out_channels=[32]", *SHORT]
+VAE = ["stage=vae", "autoencoder.model.block_out_channels=[32]", *SHORT_RUN]
 DIT = ["network=dit", "network.hidden_dim=64", "network.depth=1", "network.head_dim=32", "sampler.steps=2"]
 
 
@@ -28,7 +28,7 @@ def save_noise(path: Path, seed: int, mode: str = "RGB", **options) -> None:
 
 @pytest.fixture
 def photos(tmp_path, monkeypatch, p3) -> Path:
-    """Two classes of 8 images with three kinds of captions, and many files that are not data."""
+    """Two classes of 8 images, three kinds of captions, and many files that are not data."""
     folder = tmp_path / "my photos"
     for i in range(8):
         save_noise(folder / "cat" / f"{i}.png", i, mode=("RGB", "RGBA", "L", "P")[i % 4])
@@ -55,17 +55,17 @@ def p3() -> bytes:
     return P3
 
 
-def rows_of(out: str) -> dict[str, str]:
-    """Parse the table that training prints into values by label."""
+def table_rows(out: str) -> dict[str, str]:
+    """Parse the table printed by training into values by label."""
     cells = [line.strip("│ ").split("│") for line in out.splitlines() if line.startswith("│")]
     return {label.strip(): value.strip() for label, value in cells if label.strip()}
 
 
 def test_messy_folder_trains_both_stages(photos, call, caplog):
-    """With data.path=., the figures and caches of the first run are in the image folder, but are not used as data."""
-    ended = call(ldm.train.main, *VAE, "name=messy")
-    assert ended.code == 0, ended
-    rows = rows_of(ended.out)
+    """The figures and caches of the first run are in the image folder (data.path=.), but are not used as data."""
+    result = call(ldm.train.main, *VAE, "name=messy")
+    assert result.code == 0, result
+    rows = table_rows(result.out)
     train, val = map(int, re.fullmatch(r"my-photos: (\d+) train, (\d+) validation", rows["data"]).groups())
     assert train + val == 16
     assert rows["colour profiles"] == "1 converted to sRGB, 1 unreadable, treated as sRGB"
@@ -75,20 +75,22 @@ def test_messy_folder_trains_both_stages(photos, call, caplog):
     assert images.names == names and images.class_names == ["cat", "dog"] and images.labels == [0] * 8 + [1] * 8
     assert images.captions == [f"a cat, number {i}" for i in range(8)] + ["a dog"] * 7 + ["ein\u2028Hund"]
     assert images.more_captions == {8: ["a dog, brown"]}
-    next_command = shlex.split(ended.out.splitlines()[-1].removeprefix("next: "))
+    next_command = shlex.split(result.out.splitlines()[-1].removeprefix("next: "))
     assert {"data=image_folder", "data.path=.", "data.resolution=16", "data.val_fraction=0.2"} < {*next_command}
-    assert next_command[-1] == "vae=runs/vae/messy" and "conditioning" not in " ".join(next_command), "it has captions"
+    assert next_command[-1] == "vae=runs/vae/messy" and "conditioning" not in " ".join(next_command), (
+        "images have captions"
+    )
 
-    assert list(Path("runs").rglob("*.png")), "figures of the run, inside the image folder"
-    second = call(ldm.train.main, *VAE, "name=again")
+    assert list(Path("runs").rglob("*.png")), "the image folder contains figures of the run"
+    repeated = call(ldm.train.main, *VAE, "name=again")
     assert (
-        rows_of(second.out)["data"] == rows["data"]
+        table_rows(repeated.out)["data"] == rows["data"]
         and "Skipped the run and cache folders cache/, runs/ in ." in caplog.text
     )
     assert Run.open("runs/vae/again").facts["data_fingerprint"] == run.facts["data_fingerprint"]
-    ended = call(ldm.train.main, "stage=diffusion", *DIT, *SHORT, "conditioning=class", "name=messy")
-    assert ended.code == 0, ended
-    assert rows_of(ended.out)["autoencoder"] == "runs/vae/again" and "warning" not in rows_of(ended.out)
-    assert shlex.split(ended.out.splitlines()[-1])[-1] == "label=0"
+    result = call(ldm.train.main, "stage=diffusion", *DIT, *SHORT_RUN, "conditioning=class", "name=messy")
+    assert result.code == 0, result
+    assert table_rows(result.out)["autoencoder"] == "runs/vae/again" and "warning" not in table_rows(result.out)
+    assert shlex.split(result.out.splitlines()[-1])[-1] == "label=0"
     index = json.loads(Path("runs/diffusion/messy/pipeline/model_index.json").read_text())
     assert index["conditioning"]["class_names"] == ["cat", "dog"]

@@ -18,16 +18,16 @@ def take(batches: StepBatches, count: int) -> list[list[tuple[int, int]]]:
 @pytest.mark.parametrize(("size", "batch_size"), [(10, 5), (10, 3), (7, 7), (5, 8)])
 def test_every_epoch_is_a_permutation(size, batch_size):
     """The batches cover several complete epochs, and some batches span two epochs."""
-    drawn = [i for step in range(3 * size) for i in batch_at(step, size=size, batch_size=batch_size, seed=1)]
-    epochs = [drawn[start : start + size] for start in range(0, len(drawn), size)]
+    positions = [i for step in range(3 * size) for i in batch_at(step, size=size, batch_size=batch_size, seed=1)]
+    epochs = [positions[start : start + size] for start in range(0, len(positions), size)]
     assert len(epochs) == 3 * batch_size
     assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
 
 
 def test_batch_can_span_two_epochs():
-    drawn = [i for step in range(4) for i in batch_at(step, size=6, batch_size=4, seed=0)]
-    assert batch_at(1, size=6, batch_size=4, seed=0) == drawn[4:8]
-    assert sorted(drawn[:6]) == sorted(drawn[6:12]) == list(range(6))
+    positions = [i for step in range(4) for i in batch_at(step, size=6, batch_size=4, seed=0)]
+    assert batch_at(1, size=6, batch_size=4, seed=0) == positions[4:8]
+    assert sorted(positions[:6]) == sorted(positions[6:12]) == list(range(6))
 
 
 def test_order_differs_between_epochs_and_seeds():
@@ -62,7 +62,7 @@ def test_each_iteration_starts_from_the_first_step():
 
 @pytest.mark.parametrize(("accumulate", "num_ranks"), [(1, 1), (1, 2), (1, 4), (2, 1), (8, 1), (2, 2)])
 def test_micro_batches_and_ranks_divide_the_batch_of_a_step(accumulate, num_ranks):
-    """The division follows `micro_batch_rows`, so that random draws and samples belong to the same rows."""
+    """The division follows `micro_batch_rows`, so that random draws are assigned to the same samples."""
     options = {"accumulate": accumulate, "num_ranks": num_ranks}
     ranks = [take(StepBatches(30, 8, seed=0, rank=rank, **options), 9 * accumulate) for rank in range(num_ranks)]
     count = 8 // (accumulate * num_ranks)
@@ -91,9 +91,9 @@ DRAWS = [
 
 @pytest.mark.parametrize("count", [1, 2, 4, 5, 8, 16, 20, 40])
 def test_micro_batch_draws_are_bit_identical_to_its_rows_of_the_full_batch(count):
-    """The sizes include one row, fewer rows than share a generator, and more rows than share one."""
+    """The counts include a single row, and fewer and more rows than share a generator."""
     full_batch = Draws(3, 7, range(80))
-    micro_batches = [Draws(3, 7, range(first, first + count)) for first in range(0, 80, count)]
+    micro_batches = [Draws(3, 7, range(start, start + count)) for start in range(0, 80, count)]
     for draw in DRAWS:
         expected = draw(full_batch, 80)
         result = torch.cat([draw(micro_batch, count) for micro_batch in micro_batches])
@@ -101,22 +101,22 @@ def test_micro_batch_draws_are_bit_identical_to_its_rows_of_the_full_batch(count
 
 
 def test_draws_differ_between_rows_steps_and_seeds():
-    """All draws together are distributed as N(0, 1), and no block repeats another."""
+    """All draws together follow N(0, 1), and no two rows are correlated."""
     steps = [Draws(seed, step, range(64)) for seed, step in product(range(3), range(4))]
     values = torch.stack([draws.randn((64, 50)) for draws in steps for _ in range(2)])
     assert values.unique().numel() > 0.999 * values.numel()
     assert values.mean().abs() < 0.01 and (values.std() - 1).abs() < 0.01
     correlation = torch.corrcoef(values.flatten(0, 1)).fill_diagonal_(0)
-    assert correlation.abs().max() < 0.95, "chance reaches 0.75 with 50 values in 1536 rows"
+    assert correlation.abs().max() < 0.95, "1536 independent rows of 50 values reach 0.75"
 
 
 def test_seeds_do_not_collide_on_a_grid():
-    """Seeds, steps and ranks are small integers, so sums or products of them would collide immediately."""
+    """Seeds, steps and ranks are small integers, so sums or products would collide immediately."""
     grid = list(product(range(8), range(2000), range(8)))
     seeds = {derive_seed(*parts) for parts in grid}
     assert len(seeds) == len(grid)
     assert seeds.isdisjoint({derive_seed(*parts) for parts in product(range(100), range(100))})
-    assert all(0 <= seed < 2**63 for seed in seeds), "torch's generators take 63 bits"
+    assert all(0 <= seed < 2**63 for seed in seeds), "torch generators accept 63 bits"
 
 
 def test_derived_seed_depends_on_argument_order():

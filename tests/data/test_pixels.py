@@ -12,7 +12,7 @@ from ldm.data.pixels import decode, read_pixels, to_rgb
 from tests.data.encoded import encode
 
 
-def centre(data: bytes) -> tuple[int, ...]:
+def centre_pixel(data: bytes) -> tuple[int, ...]:
     return tuple(int(value) for value in decode(data, 8, "crop")[4, 4])
 
 
@@ -27,11 +27,11 @@ CASES = {
     "grey": (encode(Image.new("L", (8, 8), 77)), (77, 77, 77)),
     "one bit": (encode(Image.new("1", (8, 8), 1)), (255, 255, 255)),
     "palette": (encode(palette_image()), (0, 128, 255)),
-    "palette, clear entry": (encode(palette_image(), transparency=1), (255, 255, 255)),
-    "palette, half clear entry": (encode(palette_image(), transparency=bytes([255, 128])), (127, 191, 255)),
-    "palette gif, clear entry": (encode(palette_image(), "GIF", transparency=1), (255, 255, 255)),
-    "rgba, clear over black": (encode(Image.new("RGBA", (8, 8), (0, 0, 0, 0))), (255, 255, 255)),
-    "rgba, half": (encode(Image.new("RGBA", (8, 8), (255, 0, 0, 51))), (255, 204, 204)),
+    "palette, transparent entry": (encode(palette_image(), transparency=1), (255, 255, 255)),
+    "palette, half-transparent entry": (encode(palette_image(), transparency=bytes([255, 128])), (127, 191, 255)),
+    "palette gif, transparent entry": (encode(palette_image(), "GIF", transparency=1), (255, 255, 255)),
+    "rgba, transparent black": (encode(Image.new("RGBA", (8, 8), (0, 0, 0, 0))), (255, 255, 255)),
+    "rgba, translucent red": (encode(Image.new("RGBA", (8, 8), (255, 0, 0, 51))), (255, 204, 204)),
     "webp rgba": (encode(Image.new("RGBA", (8, 8), (0, 0, 0, 0)), "WEBP", lossless=True), (255, 255, 255)),
     "grey with alpha": (encode(Image.new("LA", (8, 8), (0, 102))), (153, 153, 153)),
     "rgb, colour key": (
@@ -49,12 +49,12 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_every_colour_mode_is_converted_to_rgb(case):
     data, expected = CASES[case]
-    assert centre(data) == pytest.approx(expected, abs=1)
+    assert centre_pixel(data) == pytest.approx(expected, abs=1)
 
 
 def test_cmyk_jpeg_is_not_inverted():
     data = encode(Image.new("CMYK", (64, 64), (0, 255, 255, 0)), "JPEG", quality=95)
-    assert centre(data) == pytest.approx((255, 0, 0), abs=4)
+    assert centre_pixel(data) == pytest.approx((255, 0, 0), abs=4)
 
 
 def test_16_bit_grey_is_scaled_not_clipped():
@@ -70,10 +70,10 @@ def test_16_bit_grey_colour_key_becomes_white():
 
 
 @pytest.mark.parametrize(
-    ("image", "words"), [(Image.new("F", (8, 8), 0.5), "floating"), (Image.new("I", (8, 8), -1), "16 bits")]
+    ("image", "message"), [(Image.new("F", (8, 8), 0.5), "floating"), (Image.new("I", (8, 8), -1), "16 bits")]
 )
-def test_pixels_without_defined_white_are_refused(image, words):
-    with pytest.raises(ValueError, match=words):
+def test_pixels_without_defined_white_are_refused(image, message):
+    with pytest.raises(ValueError, match=message):
         decode(image, 8, "crop")
 
 
@@ -133,20 +133,20 @@ TO_SRGB = np.linalg.inv(np.array(COLORANTS["sRGB"]).T)
 """XYZ at D50 -> linear sRGB."""
 
 
-def fixed(*values: float) -> bytes:
+def fixed_point(*values: float) -> bytes:
     return b"".join(struct.pack(">i", round(65536 * value)) for value in values)
 
 
 def icc(kind: bytes, tags: dict[bytes, bytes]) -> bytes:
     """Build a version-2 ICC profile. `kind` is its class, colour space and connection space."""
     text = b"desc\0\0\0\0" + struct.pack(">I", 2) + b"x\0" + b"\0" * 80
-    parts = {b"wtpt": b"XYZ \0\0\0\0" + fixed(*D50), b"desc": text, **tags}
-    table, body, offset = struct.pack(">I", len(parts)), b"", 132 + 12 * len(parts)
-    for name, part in parts.items():
-        part += b"\0" * (-len(part) % 4)
-        table += name + struct.pack(">II", offset + len(body), len(part))
-        body += part
-    head = b"none\2\x40\0\0" + kind + b"\0" * 12 + b"acsp" + b"\0" * 28 + fixed(*D50) + b"\0" * 48
+    all_tags = {b"wtpt": b"XYZ \0\0\0\0" + fixed_point(*D50), b"desc": text, **tags}
+    table, body, offset = struct.pack(">I", len(all_tags)), b"", 132 + 12 * len(all_tags)
+    for name, data in all_tags.items():
+        data += b"\0" * (-len(data) % 4)
+        table += name + struct.pack(">II", offset + len(body), len(data))
+        body += data
+    head = b"none\2\x40\0\0" + kind + b"\0" * 12 + b"acsp" + b"\0" * 28 + fixed_point(*D50) + b"\0" * 48
     return struct.pack(">I", offset + len(body)) + head + table + body
 
 
@@ -154,19 +154,19 @@ def profile(space: str, gamma: float, colorants=()) -> bytes:
     """Build a profile with a gamma curve per channel and, for RGB, the colorants of a display."""
     curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(256 * gamma)) + b"\0\0"
     tags = {b"rXYZ": 0, b"gXYZ": 1, b"bXYZ": 2} if colorants else {}
-    xyz = {name: b"XYZ \0\0\0\0" + fixed(*colorants[i]) for name, i in tags.items()}
+    xyz = {name: b"XYZ \0\0\0\0" + fixed_point(*colorants[i]) for name, i in tags.items()}
     curves = dict.fromkeys([b"rTRC", b"gTRC", b"bTRC"] if colorants else [b"kTRC"], curve)
     return icc(b"mntr" + space.encode().ljust(4) + b"XYZ ", xyz | curves)
 
 
-def encoded_srgb(linear: np.ndarray) -> np.ndarray:
+def encode_srgb(linear: np.ndarray) -> np.ndarray:
     linear = linear.clip(0, 1)
     return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
 
 
 def expected_srgb(colour, gamma: float, colorants) -> np.ndarray:
-    """Apply a matrix profile by its definition, without LittleCMS."""
-    return encoded_srgb(TO_SRGB @ np.array(colorants).T @ (np.array(colour) / 255) ** gamma)
+    """Apply a matrix profile without LittleCMS."""
+    return encode_srgb(TO_SRGB @ np.array(colorants).T @ (np.array(colour) / 255) ** gamma)
 
 
 COLOUR = (180, 90, 60)
@@ -177,48 +177,48 @@ COLOUR = (180, 90, 60)
 def test_colour_profile_is_applied(name, gamma, kind):
     options = {"lossless": True} if kind == "WEBP" else {}
     data = encode(Image.new("RGB", (8, 8), COLOUR), kind, icc_profile=profile("RGB", gamma, COLORANTS[name]), **options)
-    assert centre(data) == pytest.approx(expected_srgb(COLOUR, gamma, COLORANTS[name]), abs=1.5)
+    assert centre_pixel(data) == pytest.approx(expected_srgb(COLOUR, gamma, COLORANTS[name]), abs=1.5)
     assert read_pixels(data, 8, "crop")[1] == "converted"
 
 
 def test_profile_applies_before_transparency_and_to_palettes():
     p3 = profile("RGB", 2.2, COLORANTS["Display P3"])
     opaque = expected_srgb(COLOUR, 2.2, COLORANTS["Display P3"])
-    half = encode(Image.new("RGBA", (8, 8), (*COLOUR, 51)), icc_profile=p3)
-    assert centre(half) == pytest.approx(255 + 0.2 * (opaque - 255), abs=1.5)
-    assert centre(encode(Image.new("RGBA", (8, 8), (*COLOUR, 0)), icc_profile=p3)) == (255, 255, 255)
-    assert centre(encode(Image.new("RGB", (8, 8), COLOUR).quantize(4), icc_profile=p3)) == pytest.approx(
+    translucent = encode(Image.new("RGBA", (8, 8), (*COLOUR, 51)), icc_profile=p3)
+    assert centre_pixel(translucent) == pytest.approx(255 + 0.2 * (opaque - 255), abs=1.5)
+    assert centre_pixel(encode(Image.new("RGBA", (8, 8), (*COLOUR, 0)), icc_profile=p3)) == (255, 255, 255)
+    assert centre_pixel(encode(Image.new("RGB", (8, 8), COLOUR).quantize(4), icc_profile=p3)) == pytest.approx(
         opaque, abs=1.5
     )
-    key = encode(Image.new("RGB", (8, 8), COLOUR), transparency=COLOUR, icc_profile=p3)
-    assert centre(key) == (255, 255, 255), "the colour key refers to colours before conversion"
+    keyed = encode(Image.new("RGB", (8, 8), COLOUR), transparency=COLOUR, icc_profile=p3)
+    assert centre_pixel(keyed) == (255, 255, 255), "the colour key refers to colours before conversion"
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "16 bits"])
 def test_grey_and_rgb_profiles_apply_to_grey_images(mode):
-    grey = encoded_srgb(np.array(100 / 255))
+    grey = encode_srgb(np.array(100 / 255))
     image = {
         "L": Image.new("L", (8, 8), 100),
         "LA": Image.new("LA", (8, 8), (100, 255)),
         "16 bits": Image.fromarray(np.full((8, 8), 257 * 100, np.uint16)),
     }[mode]
     for linear in (profile("GRAY", 1.0), profile("RGB", 1.0, COLORANTS["sRGB"])):
-        assert centre(encode(image, icc_profile=linear)) == pytest.approx((grey,) * 3, abs=1.5)
+        assert centre_pixel(encode(image, icc_profile=linear)) == pytest.approx((grey,) * 3, abs=1.5)
 
 
 def test_cmyk_profile_is_applied():
-    """In the lookup table of `cmyk_profile`, with 2 points per axis, only K makes the colour darker."""
+    """The lightness in `cmyk_profile` depends only on K."""
     data = encode(Image.new("CMYK", (16, 16), (0, 0, 0, 128)), "TIFF", icc_profile=cmyk_profile())
     pixels, kind = read_pixels(data, 16, "crop")
     assert kind == "converted" and pixels[8, 8] == pytest.approx((119, 119, 119), abs=2), "L* = 50"
-    assert centre(encode(Image.new("CMYK", (16, 16), (0, 0, 0, 128)), "TIFF")) == pytest.approx((127,) * 3, abs=1)
+    assert centre_pixel(encode(Image.new("CMYK", (16, 16), (0, 0, 0, 128)), "TIFF")) == pytest.approx((127,) * 3, abs=1)
 
 
 def cmyk_profile() -> bytes:
     """Build an output profile with an 8-bit lookup table: Lab = (100 (1 - k), 0, 0) for every c, m, y."""
     identity = bytes(range(256))
     table = b"".join(bytes([0 if i & 1 else 255, 128, 128]) for i in range(16))
-    matrix = fixed(*np.eye(3).flatten())
+    matrix = fixed_point(*np.eye(3).flatten())
     lut = b"mft1\0\0\0\0" + bytes([4, 3, 2, 0]) + matrix + identity * 4 + table + identity * 3
     return icc(b"prtrCMYKLab ", {b"A2B0": lut, b"A2B1": lut})
 
@@ -235,7 +235,7 @@ def test_unreadable_profile_is_treated_as_srgb(damaged):
 
 
 def test_profile_that_cannot_be_decompressed_is_unreadable():
-    """Pillow opens such a file and returns an empty profile."""
+    """Pillow opens such a file, with None as its profile."""
     data = encode(Image.new("RGB", (8, 8), COLOUR), icc_profile=P3)
     start = data.index(b"iCCP")
     length = struct.unpack(">I", data[start - 4 : start])[0]
@@ -246,10 +246,10 @@ def test_profile_that_cannot_be_decompressed_is_unreadable():
 
 
 @pytest.mark.parametrize(
-    "data", [{}, {"icc_profile": ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()}]
+    "options", [{}, {"icc_profile": ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()}]
 )
-def test_pixels_without_profile_or_with_srgb_profile_are_unchanged(data):
+def test_pixels_without_profile_or_with_srgb_profile_are_unchanged(options):
     noise = Image.effect_noise((32, 32), 90).convert("RGB")
-    pixels, kind = read_pixels(encode(noise, **data), 32, "crop")
+    pixels, kind = read_pixels(encode(noise, **options), 32, "crop")
     np.testing.assert_array_equal(pixels, np.asarray(noise))
-    assert kind == ("sRGB" if data else "none")
+    assert kind == ("sRGB" if options else "none")

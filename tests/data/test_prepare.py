@@ -19,12 +19,12 @@ from ldm.data.sources.image_folder import ImageFolder
 from ldm.errors import UserError
 from ldm.files import arrays
 from ldm.files.arrays import chunk_digests
-from tests.data.encoded import open_quietly
+from tests.data.encoded import prepare_quietly
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A hundred images, whose red values are 0 to 99."""
+    """Folder of 100 images with red values 0 to 99."""
     folder = tmp_path / "reds"
     folder.mkdir()
     for number in range(100):
@@ -38,11 +38,11 @@ def cache(tmp_path) -> Path:
 
 
 def entries(cache: Path) -> list[Path]:
-    """List the cache without its lock files."""
+    """List the contents of the cache, except lock files."""
     return [path for path in cache.iterdir() if path.suffix != ".lock"]
 
 
-def flip(file: Path, position: int) -> None:
+def flip_bit(file: Path, position: int) -> None:
     content = bytearray(file.read_bytes())
     content[position] ^= 1
     file.write_bytes(content)
@@ -50,7 +50,7 @@ def flip(file: Path, position: int) -> None:
 
 @pytest.mark.parametrize("damage", ["format", "json", "pixels", "no pixels"])
 def test_old_or_damaged_cache_is_prepared_again(folder, cache, damage):
-    data = open_quietly(folder, cache)
+    data = prepare_quietly(folder, cache)
     index = data.path / "index.json"
     if damage == "format":
         index.write_text(json.dumps(json.loads(index.read_text()) | {"format": 0}))
@@ -61,14 +61,14 @@ def test_old_or_damaged_cache_is_prepared_again(folder, cache, damage):
         (data.path / "images.npy").unlink()
         if damage == "pixels":
             (data.path / "images.npy").write_bytes(pixels[:-100])
-    reopened = open_quietly(folder, cache)
+    reopened = prepare_quietly(folder, cache)
     assert reopened.path == data.path and reopened.fingerprint == data.fingerprint
     np.testing.assert_array_equal(reopened.images[:, 0, 0, 0], np.arange(100))
 
 
 @pytest.mark.parametrize("file", ["index.json", "images.npy"])
-def test_disk_failure_during_comparison_is_not_treated_as_damage(folder, cache, monkeypatch, file):
-    data = open_quietly(folder, cache)
+def test_disk_failure_during_verification_is_not_treated_as_damage(folder, cache, monkeypatch, file):
+    data = prepare_quietly(folder, cache)
     inode, original_open = (data.path / "images.npy").stat().st_ino, io.open
 
     def failing_open(path, *args, **kwargs):
@@ -79,20 +79,20 @@ def test_disk_failure_during_comparison_is_not_treated_as_damage(folder, cache, 
     with monkeypatch.context() as patch:
         patch.setattr(io, "open", failing_open)
         with pytest.raises(UserError, match=r"reds.* cannot be read \(Input/output error\).*not modified"):
-            open_quietly(folder, cache)
+            prepare_quietly(folder, cache)
     assert (data.path / "images.npy").stat().st_ino == inode, "the cache is not prepared again"
 
 
 def test_verified_file_is_not_read_again_until_it_is_modified(folder, cache, monkeypatch):
-    path = open_quietly(folder, cache).path
+    path = prepare_quietly(folder, cache).path
     images = path / "images.npy"
-    os.utime(images, ns=(0, 10**9))  # long ago
+    os.utime(images, ns=(0, 10**9))  # an old modification time
     reads = []
     monkeypatch.setattr(arrays, "chunk_digests", lambda *args: reads.append(args) or chunk_digests(*args))
     for _ in range(3):
-        open_quietly(folder, cache)
+        prepare_quietly(folder, cache)
     assert len(reads) == 1
-    flip(images, 200)
+    flip_bit(images, 200)
     assert "images 0 to 99 in images.npy" in find_cache_damage(path)
     os.utime(images, ns=(0, 10**9))
     assert find_cache_damage(path) is None, "the modification time is unchanged"
@@ -100,7 +100,7 @@ def test_verified_file_is_not_read_again_until_it_is_modified(folder, cache, mon
 
 
 def test_killed_preparation_leaves_no_partial_cache(folder, cache):
-    class Killed(ImageFolder):
+    class KilledSource(ImageFolder):
         def records(self):
             for number, record in enumerate(super().records()):
                 if number == 50:
@@ -108,20 +108,20 @@ def test_killed_preparation_leaves_no_partial_cache(folder, cache):
                 yield record
 
     with pytest.raises(KeyboardInterrupt):
-        open_quietly(Killed(folder), cache)
+        prepare_quietly(KilledSource(folder), cache)
     assert entries(cache) == []
-    path = open_quietly(folder, cache).path
+    path = prepare_quietly(folder, cache).path
     shutil.rmtree(path)
     (partial := cache / f".partial-0badcafe-{path.name}").mkdir()
     (partial / "images.npy").write_bytes(b"half")
-    assert len(open_quietly(folder, cache)) == 100
+    assert len(prepare_quietly(folder, cache)) == 100
     assert {*cache.iterdir()} == {path, cache / f".{path.name}.lock"}, "the lock file is never deleted"
 
 
 def test_concurrent_preparations_produce_one_cache(folder, cache):
     results = []
     threads = [
-        threading.Thread(target=lambda: results.append(open_quietly(folder, cache).fingerprint)) for _ in range(3)
+        threading.Thread(target=lambda: results.append(prepare_quietly(folder, cache).fingerprint)) for _ in range(3)
     ]
     for thread in threads:
         thread.start()
@@ -132,30 +132,30 @@ def test_concurrent_preparations_produce_one_cache(folder, cache):
 
 
 @pytest.fixture
-def unreadable(folder) -> list[str]:
-    """Add three unreadable files (empty, not an image, too large) and return their names."""
+def unreadable_names(folder) -> list[str]:
+    """Names of three unreadable files added to `folder`: an empty file, a text file, and an image that is too large."""
     (folder / "empty.png").touch()
     (folder / "text.png").write_text("<html>Not found</html>")
     Image.new("1", (120, 120)).save(folder / "large.png")
     return ["empty.png", "large.png", "text.png"]
 
 
-def test_unreadable_images_are_skipped_and_listed_up_to_a_fraction(folder, cache, unreadable, caplog):
+def test_unreadable_images_are_skipped_and_listed_up_to_max_bad_fraction(folder, cache, unreadable_names, caplog):
     options = {"max_pixels": 10_000}
-    with pytest.raises(UserError, match=r"max_bad_fraction=0\.01 .*0\.03 .*3 of 103 .*large\.png") as caught:
-        open_quietly(folder, cache, **options)
+    with pytest.raises(UserError, match=r"max_bad_fraction=0\.01 .*0\.03 .*3 of 103 .*large\.png") as error:
+        prepare_quietly(folder, cache, **options)
     listing = next(cache.glob("*.quarantine.jsonl"))
-    assert str(listing) in str(caught.value) and len(listing.read_text().splitlines()) == 3
+    assert str(listing) in str(error.value) and len(listing.read_text().splitlines()) == 3
     assert len(entries(cache)) == 1
-    data = open_quietly(folder, cache, **options, max_bad_fraction=0.03)
+    data = prepare_quietly(folder, cache, **options, max_bad_fraction=0.03)
     assert entries(cache) == [data.path] and "3 unreadable images" in caplog.text
     assert data.names == [f"{number:03}.png" for number in range(100)] and data.num_skipped == 3
     np.testing.assert_array_equal(data.images[:, 0, 0, 0], np.arange(100))
-    assert [entry["name"] for entry in data.quarantine()] == unreadable
+    assert [entry["name"] for entry in data.quarantine()] == unreadable_names
     assert {entry["error"] for entry in data.quarantine()} == {"ValueError"}
     with pytest.raises(UserError, match="3 of 103"):
-        open_quietly(folder, cache, **options)
-    larger = open_quietly(folder, cache, max_bad_fraction=0.03)
+        prepare_quietly(folder, cache, **options)
+    larger = prepare_quietly(folder, cache, max_bad_fraction=0.03)
     assert len(larger) == 101 and larger.path != data.path, "a different pixel limit gives a different set"
 
 
@@ -163,7 +163,7 @@ def test_insufficient_disk_space_is_detected_before_writing(folder, cache, monke
     usage = shutil.disk_usage(folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=19_000))
     with pytest.raises(UserError, match="cache_dir=.*19,000 bytes.*19,200"):
-        open_quietly(folder, cache)
+        prepare_quietly(folder, cache)
     assert entries(cache) == []
 
 
@@ -173,38 +173,38 @@ def test_full_disk_raises_user_error(folder, cache, monkeypatch):
 
     monkeypatch.setattr(preparation, "write_index", raise_disk_full)
     with pytest.raises(UserError, match=r"cache_dir=.*full.*disk space"):
-        open_quietly(folder, cache)
+        prepare_quietly(folder, cache)
     assert entries(cache) == []
 
 
 def test_cache_of_an_older_version_is_opened_unchanged(folder, cache):
-    """Older caches have no digests, and their list of skipped images has another name."""
-    data = open_quietly(folder, cache)
+    """Older caches have no digests, and their list of skipped images has a different file name."""
+    data = prepare_quietly(folder, cache)
     index = json.loads((data.path / "index.json").read_text())
     del index["sha256"], index["pixels_sha256"]
     (data.path / "index.json").write_text(json.dumps(index))
     (data.path / "quarantine.jsonl").rename(data.path / "skipped.jsonl")
     (data.path / "skipped.jsonl").write_text('{"name": "a.png", "reason": "empty"}\n')
     inode = (data.path / "index.json").stat().st_ino
-    reopened = open_quietly(folder, cache)
+    reopened = prepare_quietly(folder, cache)
     assert (reopened.path / "index.json").stat().st_ino == inode
     assert reopened.quarantine() == [{"name": "a.png", "reason": "empty"}]
 
 
 def test_changed_byte_is_detected_and_images_are_prepared_again(folder, cache, monkeypatch, caplog):
-    """One bit is flipped in every 97th byte of the pixels and in every 11th byte of the index."""
+    """Flip one bit at a time, in every 97th byte of the pixels and every 11th byte of the index."""
     monkeypatch.setattr(image_cache, "CHUNK_BYTES", 20 * 192)
-    data = open_quietly(folder, cache)
+    data = prepare_quietly(folder, cache)
     original = {path.name: path.read_bytes() for path in data.path.iterdir()}
     num_flipped = 0
     for name, step in (("images.npy", 97), ("index.json", 11)):
         for position in range(0, len(original[name]), step):
-            flip(data.path / name, position)
+            flip_bit(data.path / name, position)
             assert image_cache.find_cache_damage(data.path), (name, position)
             num_flipped += 1
             (data.path / name).write_bytes(original[name])
     assert num_flipped > 1000 and image_cache.find_cache_damage(data.path) is None
-    flip(data.path / "images.npy", -1)
-    reopened = open_quietly(folder, cache)
+    flip_bit(data.path / "images.npy", -1)
+    reopened = prepare_quietly(folder, cache)
     assert "images 80 to 99 in images.npy" in caplog.text
     assert {path.name: path.read_bytes() for path in reopened.path.iterdir()} == original

@@ -8,7 +8,7 @@ from ldm.diffusion.schedule import NoiseSchedule
 
 
 class ExactMixture:
-    """E[z_0 | z_t] for z_0 ~ sum_k weights[k] N(means[k], variance I), with means [k, d] and z [b, d]."""
+    """Exact denoiser for z_0 ~ sum_k weights[k] N(means[k], variance I), with means [k, d] and z [b, d]."""
 
     def __init__(self, schedule: NoiseSchedule, means, weights=(1.0,), variance: float = 0.1) -> None:
         self.schedule = schedule
@@ -17,24 +17,24 @@ class ExactMixture:
         self.variance = variance
 
     def log_joint(self, z_t, t):
-        """Return log of weights[k] q(z_t | mode k), of shape [b, k]."""
+        """Return log(weights[k] q(z_t | mode k)), of shape [b, k]."""
         a = self.schedule.at(t, z_t)
-        spread = a * self.variance + 1 - a
+        variance_t = a * self.variance + 1 - a
         distance = (z_t[:, None] - a.sqrt()[..., None] * self.means.to(z_t)).square().sum(-1)
         d = z_t.shape[1]
-        return self.weights.log() - distance / (2 * spread) - d / 2 * (2 * torch.pi * spread).log()
+        return self.weights.log() - distance / (2 * variance_t) - d / 2 * (2 * torch.pi * variance_t).log()
 
     def __call__(self, z_t, t, condition=None) -> Prediction:
         a = self.schedule.at(t, z_t)
         gain = (a.sqrt() * self.variance / (a * self.variance + 1 - a)).to(z_t)
-        share = self.log_joint(z_t, t).softmax(-1).to(z_t)
-        mean = share @ self.means.to(z_t)
+        responsibilities = self.log_joint(z_t, t).softmax(-1).to(z_t)
+        mean = responsibilities @ self.means.to(z_t)
         return Prediction(mean + gain * (z_t - a.sqrt().to(z_t) * mean), None)
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Use one thread: with many, operations on small tensors are ten times slower on a busy machine."""
+    """Use one thread, because more threads make operations on small tensors ten times slower on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -38,8 +38,8 @@ def exact_mse(schedule, c=C):
 
 def prior_kl_of_gaussian(schedule, c=C):
     """Return KL(q(z_T) || N(0, 1)) for data N(0, c)."""
-    spread = schedule.alpha_bar[-1] * c + 1 - schedule.alpha_bar[-1]
-    return 0.5 * (spread - 1 - spread.log()).item()
+    variance = schedule.alpha_bar[-1] * c + 1 - schedule.alpha_bar[-1]
+    return 0.5 * (variance - 1 - variance.log()).item()
 
 
 def expected_terms(exact, z_0, variance, z_0_mse=None):
@@ -132,7 +132,7 @@ def test_terms_match_gaussian_kl_divergence(schedule, variance, randn):
         a_s, a_t = schedule.alpha_bar[s[i]], schedule.alpha_bar[t[i]]
         b = 1 - a_t / a_s
         bt, c_0 = b * (1 - a_s) / (1 - a_t), a_s.sqrt() * b / (1 - a_t)
-        z_t_part = (a_t / a_s).sqrt() * (1 - a_s) / (1 - a_t) * z_t[i]
+        z_t_term = (a_t / a_s).sqrt() * (1 - a_s) / (1 - a_t) * z_t[i]
         a_1, a_2 = schedule.alpha_bar[1:3]
         nonzero_bt = bt if s[i] > 0 else (1 - a_2 / a_1) * (1 - a_1) / (1 - a_2)
         sigma = {
@@ -141,9 +141,9 @@ def test_terms_match_gaussian_kl_divergence(schedule, variance, randn):
             "optimal": bt + c_0**2 * table[t[i]],
             "learned_range": (v[i] * b.log() + (1 - v[i]) * nonzero_bt.log()).exp(),
         }[variance]
-        p = torch.distributions.Normal(c_0 * predicted[i] + z_t_part, sigma.sqrt())
+        p = torch.distributions.Normal(c_0 * predicted[i] + z_t_term, sigma.sqrt())
         if s[i] > 0:
-            q = torch.distributions.Normal(c_0 * z_0[i] + z_t_part, bt.sqrt())
+            q = torch.distributions.Normal(c_0 * z_0[i] + z_t_term, bt.sqrt())
             expected = torch.distributions.kl_divergence(q, p).sum()
         else:
             expected = -p.log_prob(z_0[i]).sum()
@@ -196,7 +196,7 @@ def test_discretised_probabilities_sum_to_one_and_match_scipy(mean, scale):
 
 
 def test_discretised_tails_are_finite_and_accurate():
-    # 60 scales away, a bin has the probability of the tail from its nearer edge:
+    # At 60 scales from the mean, a bin contains almost the entire tail beyond its nearer edge:
     # log Phi(-y) = -y^2/2 - log(y sqrt(2 pi)) - 1/y^2.
     w = 2 / 255
     for x, scale in itertools.product((-1 + 40 * w, 1 - 40 * w), (0.01, w / 1000)):
@@ -232,22 +232,22 @@ def test_estimates_are_unbiased_with_calibrated_errors(exact_gaussian, randn, va
     error = (bound.monte_carlo_variance.sum() / len(z_0) ** 2).sqrt()
     z_score = (bound.layers + bound.last - truth.sum(0).repeat(repeats)).mean() / error
     assert abs(z_score) < 4
-    last = (bound.last - truth[0].repeat(repeats)).mean() / (bound.last - truth[0].repeat(repeats)).std()
-    assert abs(last) * len(z_0) ** 0.5 < 4
+    last_errors = bound.last - truth[0].repeat(repeats)
+    assert abs(last_errors.mean() / last_errors.std()) * len(z_0) ** 0.5 < 4
     assert bound.monte_carlo_error == pytest.approx(error.item())
     estimates = (bound.layers + bound.last).reshape(repeats, group).mean(1)
     errors = bound.monte_carlo_variance.reshape(repeats, group).sum(1).sqrt() / group
     scores = (estimates - truth.sum(0).mean()) / errors
     ratio = (errors.square().mean() / estimates.var()).item()
-    covered = (scores.abs() < 2).double().mean().item()
+    coverage = (scores.abs() < 2).double().mean().item()
     print(
         f"\n{variance}, steps {steps}: z {z_score:+.2f}, estimated / observed variance {ratio:.2f}, "
-        f"within 2 errors {covered:.3f}, error {errors.mean():.3f} of {truth.sum(0).mean():.3f}"
+        f"within 2 errors {coverage:.3f}, error {errors.mean():.3f} of {truth.sum(0).mean():.3f}"
     )
     # 200 repeats estimate a variance to within 10 %.
     assert 0.7 < ratio < 1.35
     # With 4 steps there is one wide stratum, and its two terms are far from normally distributed.
-    assert covered > (0.65 if steps == 4 else 0.9)
+    assert coverage > (0.65 if steps == 4 else 0.9)
 
 
 def test_estimate_matches_expected_bound(exact_gaussian, randn):
@@ -281,7 +281,7 @@ def test_every_step_is_visited_and_curve_sums_to_layers(exact_gaussian, randn, n
         variance="optimal",
         z_0_mse=table,
         batch_size=7,
-        on_batch=lambda done, total: calls.append((done, total)),
+        on_batch=lambda completed, total: calls.append((completed, total)),
     )
     num_terms = 3 * num_steps
     assert visited[:num_terms] == [t for t in range(1, num_steps + 1) for _ in range(3)]
@@ -290,7 +290,7 @@ def test_every_step_is_visited_and_curve_sums_to_layers(exact_gaussian, randn, n
     assert repeated[:3] == [1, 1, 1]
     assert all(2 <= t <= num_steps for t in repeated[3:])
     assert calls[-1] == (len(visited), len(visited))
-    assert [done for done, _ in calls] == sorted(min(7 * (i + 1), len(visited)) for i in range(len(calls)))
+    assert [completed for completed, _ in calls] == sorted(min(7 * (i + 1), len(visited)) for i in range(len(calls)))
     assert bound.steps.tolist() == list(range(1, num_steps + 1))
     torch.testing.assert_close(bound.curve[0], bound.last.mean())
     torch.testing.assert_close(bound.curve[1:].sum(), bound.layers.mean())
@@ -325,9 +325,9 @@ def test_strata_divide_bound_of_unit_data_equally(schedule, steps, exact_gaussia
     # A stratum wider than one step contains at most its share of log(1 + snr), plus its last step.
     log_1_snr = -torch.log1p(-schedule.alpha_bar[1:])
     share = (log_1_snr[0] - log_1_snr[-1]) / (steps // 2 - 1)
-    for first, last in zip(low[1:].long().tolist(), high[1:].long().tolist(), strict=True):
-        if last > first:
-            assert log_1_snr[first - 2] - log_1_snr[last - 2] <= share * (1 + 1e-9)
+    for low_t, high_t in zip(low[1:].long().tolist(), high[1:].long().tolist(), strict=True):
+        if high_t > low_t:
+            assert log_1_snr[low_t - 2] - log_1_snr[high_t - 2] <= share * (1 + 1e-9)
     torch.testing.assert_close((bound.widths * bound.curve)[1:].sum(), bound.layers.mean())
     torch.testing.assert_close(bound.curve[0], bound.last.mean())
 
@@ -400,12 +400,10 @@ def test_fitted_mse_matches_exact_denoiser(exact_gaussian, randn):
     assert relative.max() < 4.5 * (2 / (16 * 192)) ** 0.5
     torch.testing.assert_close(fit(batch_size=7), table)
     exact_1d = exact_gaussian(schedule, 0.0, C)
-    fitted, best = (expected_bound(exact_1d, "optimal", mse) for mse in (table, exact_mse(schedule)))
-    cost, ceiling = 192 * (fitted - best), 192 / 4 * relative.square().sum()
-    print(
-        f"\noptimal Sigma with a fitted table costs {cost:.4f} nats out of {192 * best:.2f}; upper bound {ceiling:.4f}"
-    )
-    assert 0 < cost < ceiling
+    fitted_bound, best_bound = (expected_bound(exact_1d, "optimal", mse) for mse in (table, exact_mse(schedule)))
+    cost, max_cost = 192 * (fitted_bound - best_bound), 192 / 4 * relative.square().sum()
+    print(f"\nfitted optimal Sigma costs {cost:.4f} of {192 * best_bound:.2f} nats; upper bound {max_cost:.4f}")
+    assert 0 < cost < max_cost
 
 
 def test_fit_uses_each_image_equally_often():

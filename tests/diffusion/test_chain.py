@@ -11,10 +11,10 @@ from ldm.diffusion.schedule import cosine, linear, rectified_flow, scaled_linear
 
 SCHEDULES = [linear(100, 1e-3, 0.2), scaled_linear(100), cosine(100), rectified_flow(100)]
 PREDICTIONS = ["eps", "z_0", "v", "flow"]
-by_name = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.name)
+each_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.name)
 
 
-@by_name
+@each_schedule
 @pytest.mark.parametrize(("s", "t"), [(1, 2), (49, 50), (10, 90), (99, 100), (1, 100)])
 def test_posterior_matches_conditioned_joint_gaussian(schedule, s, t, randn):
     z_0, z_t = randn(5, 3), randn(5, 3)
@@ -28,7 +28,7 @@ def test_posterior_matches_conditioned_joint_gaussian(schedule, s, t, randn):
     torch.testing.assert_close(variance.squeeze(), expected_variance, rtol=1e-7, atol=1e-12)
 
 
-@by_name
+@each_schedule
 def test_posterior_at_s_0_is_z_0(schedule, randn):
     z_0 = randn(2, 3)
     mean, variance = chain.posterior(schedule, z_0, randn(2, 3), 0, 7)
@@ -36,7 +36,7 @@ def test_posterior_at_s_0_is_z_0(schedule, randn):
     assert variance.item() == 0
 
 
-@by_name
+@each_schedule
 @pytest.mark.parametrize("stride", [1, 10])
 def test_composed_forward_steps_match_marginal_moments(schedule, stride):
     one, zero = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
@@ -68,7 +68,7 @@ def test_marginal_equals_diffusers_add_noise(randn):
     torch.testing.assert_close(chain.marginal(schedule, z_0, t, eps), expected, rtol=1e-4, atol=2e-5)
 
 
-@by_name
+@each_schedule
 @pytest.mark.parametrize(("s", "t"), [(1, 2), (10, 90), (99, 100)])
 def test_log_variance_matches_formulas(schedule, s, t, randn):
     a_s, a_t = schedule.alpha_bar[s], schedule.alpha_bar[t]
@@ -101,7 +101,7 @@ def test_last_step_uses_posterior_variance_of_step_2_to_1(randn):
         chain.log_variance(linear(1), 0, 1, "fixed_small", like=z)
 
 
-@by_name
+@each_schedule
 @pytest.mark.parametrize(("s", "t"), [(0, 1), (0, 40), (1, 2), (10, 90), (99, 100)])
 @pytest.mark.parametrize("c", [0.1, 1.0, 4.0])
 def test_optimal_log_variance_matches_reverse_variance_of_gaussian_data(schedule, s, t, c, randn):
@@ -118,7 +118,7 @@ def test_optimal_log_variance_matches_reverse_variance_of_gaussian_data(schedule
     torch.testing.assert_close(mixed[0], log_sigma[0])
 
 
-@by_name
+@each_schedule
 @pytest.mark.parametrize(("s", "t"), [(0, 1), (0, 40), (3, 4), (10, 90)])
 def test_optimal_log_variance_minimises_kl_for_inexact_denoiser(schedule, s, t, randn):
     # 2000 latents with inexact predictions; q and p are torch distributions.
@@ -157,7 +157,7 @@ def test_optimal_refuses_invalid_mse_table(randn):
             chain.log_variance(schedule, 2, 3, "optimal", like=z, z_0_mse=invalid)
 
 
-@by_name
+@each_schedule
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_every_prediction_type_recovers_z_0(schedule, prediction, randn):
     z_0, eps = randn(4, 3, 2, 2), randn(4, 3, 2, 2)
@@ -173,7 +173,7 @@ def test_every_prediction_type_recovers_z_0(schedule, prediction, randn):
         torch.testing.assert_close(single, recovered[i : i + 1])
 
 
-@by_name
+@each_schedule
 def test_score_matches_log_density_gradient(schedule, exact_mixture, randn):
     exact = exact_mixture(schedule, [[-1.0, 0.5], [2.0, 0.0]], (0.3, 0.7), 0.2)
     t = torch.tensor([1, 20, 60, 100])

@@ -24,10 +24,10 @@ def alpha_bar(u):
 def flow(u, z):
     """Return dz/du = -1/2 b(u) (z + score) for the variance-preserving SDE with b(u) = 0.1 + 19.9 u."""
     a = alpha_bar(u)
-    spread = a * VARIANCE + 1 - a
+    marginal_variance = a * VARIANCE + 1 - a
     offset = z[:, None] - math.sqrt(a) * MEANS
-    share = WEIGHTS * np.exp(-(offset**2) / (2 * spread))
-    score = -(share * offset).sum(1) / share.sum(1) / spread
+    weights = WEIGHTS * np.exp(-(offset**2) / (2 * marginal_variance))
+    score = -(weights * offset).sum(1) / weights.sum(1) / marginal_variance
     return -0.5 * (0.1 + 19.9 * u) * (z + score)
 
 
@@ -36,7 +36,7 @@ def errors_and_orders(exact_mixture, sampler, s):
     schedule = NoiseSchedule("vp", torch.from_numpy(alpha_bar(np.arange(T + 1) / T)))
     exact = exact_mixture(schedule, MEANS[:, None], WEIGHTS, VARIANCE)
     z_T = np.linspace(-2, 2, 9)
-    path = scipy.integrate.solve_ivp(flow, (1, s / T), z_T, method="DOP853", rtol=1e-12, atol=1e-13)
+    reference = scipy.integrate.solve_ivp(flow, (1, s / T), z_T, method="DOP853", rtol=1e-12, atol=1e-13)
     errors = []
     for steps in STEPS:
         latents = {}
@@ -45,7 +45,7 @@ def errors_and_orders(exact_mixture, sampler, s):
             torch.from_numpy(z_T)[:, None],
             on_step=lambda step, z_s, z_0, latents=latents: latents.update({step: z_s}),
         )
-        errors.append(np.abs(latents[s].flatten().numpy() - path.y[:, -1]).max())
+        errors.append(np.abs(latents[s].flatten().numpy() - reference.y[:, -1]).max())
     orders = [math.log2(coarse / fine) for coarse, fine in zip(errors, errors[1:], strict=False)]
     columns = " ".join(f"{error:.2e}" for error in errors), " ".join(f"{order:.2f}" for order in orders)
     print(f"\n{sampler.method} at t = {s} in {STEPS} steps: errors {columns[0]}, orders {columns[1]}")

@@ -33,21 +33,21 @@ def test_logit_normal_timesteps_follow_their_density():
     assert t.max() <= 40
     u = np.arange(41) / 40
     with np.errstate(divide="ignore"):
-        share = np.diff(scipy.stats.norm.cdf(np.log(u) - np.log1p(-u)))
+        probability = np.diff(scipy.stats.norm.cdf(np.log(u) - np.log1p(-u)))
     # Merge the outermost bins, which expect fewer than 5 draws, for the chi-square test.
     counts = torch.bincount(t, minlength=41)[1:].numpy()
-    is_rare = share * 100_000 < 5
+    is_rare = probability * 100_000 < 5
     counts = np.append(counts[~is_rare], counts[is_rare].sum())
-    expected = np.append(share[~is_rare], share[is_rare].sum()) * 100_000
+    expected = np.append(probability[~is_rare], probability[is_rare].sum()) * 100_000
     is_possible = expected > 0
     assert scipy.stats.chisquare(counts[is_possible], expected[is_possible]).pvalue > 1e-3
 
 
 def test_timesteps_are_reproducible():
     for distribution in ("uniform", "logit_normal"):
-        first, second = (sample_timesteps(1000, 16, distribution, torch.Generator().manual_seed(7)) for _ in range(2))
-        assert first.dtype == torch.long
-        assert first.equal(second)
+        t, repeated_t = (sample_timesteps(1000, 16, distribution, torch.Generator().manual_seed(7)) for _ in range(2))
+        assert t.dtype == torch.long
+        assert t.equal(repeated_t)
 
 
 @pytest.mark.parametrize(
@@ -168,8 +168,8 @@ def test_importance_sampling_is_proportional_to_loss_and_unbiased():
     torch.testing.assert_close(importance.probabilities(), expected)
     t, weights = importance.sample(200_000, torch.Generator().manual_seed(0))
     counts = torch.bincount(t, minlength=7)[1:].numpy()
-    share = expected.double().numpy()
-    assert scipy.stats.chisquare(counts, share / share.sum() * 200_000).pvalue > 1e-3
+    probability = expected.double().numpy()
+    assert scipy.stats.chisquare(counts, probability / probability.sum() * 200_000).pvalue > 1e-3
     torch.testing.assert_close(weights, 1 / (6 * expected[t - 1]))
     # E[w L] = sum_t p_t L_t / (T p_t), the mean over all t. Check it exactly, and over the draws.
     torch.testing.assert_close((expected * losses / (6 * expected)).sum(), losses.mean())
@@ -187,21 +187,21 @@ def test_importance_sampling_is_uniform_until_every_t_has_ten_losses():
         torch.testing.assert_close(weights, torch.ones(5))
         importance.update(torch.tensor([1, 2, 3]), torch.tensor([5.0, 1.0, 1.0]))
     assert importance.probabilities()[0] > 0.7
-    incomplete = ImportanceTimesteps(3)
-    incomplete.update(torch.tensor([1, 2] * 20), torch.ones(40))
-    torch.testing.assert_close(incomplete.probabilities(), torch.full((3,), 1 / 3))
+    partial_history = ImportanceTimesteps(3)
+    partial_history.update(torch.tensor([1, 2] * 20), torch.ones(40))
+    torch.testing.assert_close(partial_history.probabilities(), torch.full((3,), 1 / 3))
 
 
 def test_importance_history_is_last_ten_losses_for_any_batch_size():
     generator = torch.Generator().manual_seed(0)
     t = torch.randint(1, 5, (300,), generator=generator)
     losses = torch.arange(300.0)
-    last = [sorted(losses[t == k][-10:].tolist()) for k in range(1, 5)]
+    last_losses = [sorted(losses[t == k][-10:].tolist()) for k in range(1, 5)]
     for batch in (1, 7, 100, 300):
         importance = ImportanceTimesteps(4)
         for start in range(0, 300, batch):
             importance.update(t[start : start + batch], losses[start : start + batch])
-        assert importance.history.sort(dim=1).values.tolist() == last
+        assert importance.history.sort(dim=1).values.tolist() == last_losses
         assert importance.counts.tolist() == torch.bincount(t)[1:].tolist()
 
 

@@ -6,7 +6,7 @@ import torch
 from ldm.diffusion.chain import marginal
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.loss import TIMESTEPS, hybrid_loss, simple_loss, vlb_loss
-from ldm.diffusion.objective import LOSSES, Denoising, Objective
+from ldm.diffusion.objective import LOSSES, DenoisingBatch, Objective
 from ldm.diffusion.schedule import linear, rectified_flow
 
 
@@ -18,7 +18,7 @@ def network(z_t, timesteps, condition):
 def test_objective_computes_the_named_loss(loss, randn):
     denoiser = Denoiser(linear(20), network, "v", learned_variance=True)
     z_0, eps, t = randn(3, 2, 4), randn(3, 2, 4), torch.tensor([1, 7, 20])
-    batch = Denoising.run(denoiser, z_0, eps, t)
+    batch = DenoisingBatch.run(denoiser, z_0, eps, t)
     assert batch.z_t.equal(marginal(denoiser.schedule, z_0, t, eps))
     output, v = denoiser.output(batch.z_t, t)
     expected = {
@@ -35,7 +35,7 @@ def check(loss, variance, timesteps, prediction, alpha_bar):
     Objective(loss, prediction, timesteps).check(variance, alpha_bar)
 
 
-ALLOWED = {
+VALID_COMBINATIONS = {
     *(
         (o, v, t)
         for o in ("simple", "min_snr")
@@ -51,7 +51,7 @@ def test_only_valid_combinations_are_accepted():
     alpha_bar = linear(10).alpha_bar
     variances = ["fixed_small", "fixed_large", "learned_range", "optimal"]
     for choice in itertools.product(LOSSES, variances, TIMESTEPS):
-        if choice in ALLOWED:
+        if choice in VALID_COMBINATIONS:
             check(*choice, "eps", alpha_bar)
         else:
             with pytest.raises(ValueError, match="choose "):

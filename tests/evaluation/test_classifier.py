@@ -13,14 +13,14 @@ from safetensors.torch import load_file, save_file
 from ldm.data.images import ImageData, prepare
 from ldm.data.sources.image_folder import ImageFolder
 from ldm.errors import UserError
-from ldm.evaluation import classifier as module
+from ldm.evaluation import classifier as classifier_module
 from ldm.evaluation.classifier import Classifier, load_classifier
 from ldm.evaluation.features import load_features, reference_features
 
 STEPS = 25
 
 
-def stripes(folder: Path, count: int, axis: int, seed: int) -> None:
+def make_stripes(folder: Path, count: int, axis: int, seed: int) -> None:
     """Create 8 x 8 images with stripes along one axis, with random offsets and colours."""
     folder.mkdir(parents=True)
     generator = np.random.default_rng(seed)
@@ -32,16 +32,16 @@ def stripes(folder: Path, count: int, axis: int, seed: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory) -> Path:
+def image_cache(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("stripes")
     for axis, name in enumerate(("horizontal", "vertical")):
-        stripes(folder / "stripes" / name, 60, axis, seed=axis)
+        make_stripes(folder / "stripes" / name, 60, axis, seed=axis)
     return prepare(ImageFolder(folder / "stripes"), resolution=8, cache_dir=folder / "cache", progress=False).path
 
 
 @pytest.fixture
-def images(prepared, tmp_path) -> ImageData:
-    return ImageData.open(shutil.copytree(prepared, tmp_path / "cache"), val_fraction=0.3)
+def images(image_cache, tmp_path) -> ImageData:
+    return ImageData.open(shutil.copytree(image_cache, tmp_path / "cache"), val_fraction=0.3)
 
 
 def test_classifier_learns_classes_and_returns_64_features(images):
@@ -58,36 +58,36 @@ def test_classifier_learns_classes_and_returns_64_features(images):
 
 
 def test_classifier_is_cached_next_to_the_images(images, monkeypatch):
-    first = load_classifier(images, num_steps=STEPS)
+    classifier = load_classifier(images, num_steps=STEPS)
     (file,) = images.path.glob("features-*.safetensors")
-    assert first.key.startswith(file.stem.removeprefix("features-")) and first.key.endswith("-8px")
+    assert classifier.key.startswith(file.stem.removeprefix("features-")) and classifier.key.endswith("-8px")
     facts = json.loads(file.with_suffix(".json").read_text())
-    assert facts["data_fingerprint"] == images.fingerprint and facts["val_accuracy"] == first.val_accuracy
+    assert facts["data_fingerprint"] == images.fingerprint and facts["val_accuracy"] == classifier.val_accuracy
     assert facts["num_val"] == len(images.val_indices) and not list(images.path.glob("*partial*"))
     with monkeypatch.context() as context:
-        context.setattr(module, "fit_classifier", lambda *_, **__: pytest.fail("the classifier was trained again"))
-        cached = load_classifier(images, num_steps=STEPS)
-    assert cached.val_accuracy == first.val_accuracy
+        context.setattr(classifier_module, "fit_classifier", lambda *_, **__: pytest.fail("trained again"))
+        cached_classifier = load_classifier(images, num_steps=STEPS)
+    assert cached_classifier.val_accuracy == classifier.val_accuracy
     pixels = images.batch(range(4))
-    assert torch.equal(cached(pixels), first(pixels))
+    assert torch.equal(cached_classifier(pixels), classifier(pixels))
     file.unlink()
     torch.manual_seed(17)  # the global seed must not matter
-    assert torch.equal(load_classifier(images, num_steps=STEPS)(pixels), first(pixels))
+    assert torch.equal(load_classifier(images, num_steps=STEPS)(pixels), classifier(pixels))
 
 
 def test_key_depends_on_split_seed_and_weights(images):
-    """Otherwise validation images of one split could be training images of another, or weights could be mixed up."""
-    first = load_classifier(images, num_steps=1)
+    """A shared key would mix up images of different splits, or features of different weights."""
+    classifier = load_classifier(images, num_steps=1)
     (file,) = images.path.glob("features-*.safetensors")
     weights = load_file(file)
     save_file({**weights, "head.bias": weights["head.bias"] + 1}, file)
-    keys = {first.key, load_classifier(images, num_steps=1).key, load_classifier(images, num_steps=1, seed=1).key}
+    keys = {classifier.key, load_classifier(images, num_steps=1).key, load_classifier(images, num_steps=1, seed=1).key}
     keys.add(load_classifier(ImageData.open(images.path, 0.4), num_steps=1).key)
     assert len(keys) == 4
 
 
 def test_features_are_cached_under_the_classifier_key(images, monkeypatch):
-    monkeypatch.setattr(module.load_classifier, "__kwdefaults__", {"seed": 0, "num_steps": STEPS})
+    monkeypatch.setattr(classifier_module.load_classifier, "__kwdefaults__", {"seed": 0, "num_steps": STEPS})
     network = load_features("classifier", images)
     features = reference_features(network, "classifier", images)
     assert (images.path / f"features-{network.key}-{images.fingerprint[:8]}.npy").is_file()

@@ -12,7 +12,7 @@ RESUMED = "epoch,step,train/l1,val/psnr_db\n0,9,0.5,\n0,19,0.4,\n0,29,0.3,\n0,14
     ("text", "l1", "psnr_db"),
     [
         (UNINTERRUPTED, ([9, 19], [0.5, 0.4]), ([9], [20.5])),
-        # the last value of a repeated step counts
+        # the last value of a repeated step is used
         (RESUMED, ([9, 14, 19, 29], [0.5, 0.48, 0.45, 0.35]), ([19], [20.0])),
     ],
 )

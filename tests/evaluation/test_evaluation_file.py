@@ -24,18 +24,18 @@ CONTENT = {
 
 
 def test_metrics_are_written_flat():
-    written = metrics_to_json(CONTENT)
-    assert written["fd_samples"] == 2.0 and written["fd_samples_standard_error"] == 0.1
-    assert written["density_samples"] is written["density_samples_standard_error"] is None
-    assert written["fd_reconstructions_standard_error"] is None
-    assert "retrieval_at_1_reconstructions_standard_error" not in written and written["sampler"] == CONTENT["sampler"]
+    content = metrics_to_json(CONTENT)
+    assert content["fd_samples"] == 2.0 and content["fd_samples_standard_error"] == 0.1
+    assert content["density_samples"] is content["density_samples_standard_error"] is None
+    assert content["fd_reconstructions_standard_error"] is None
+    assert "retrieval_at_1_reconstructions_standard_error" not in content and content["sampler"] == CONTENT["sampler"]
 
 
 def test_metrics_are_read_with_the_settings_they_depend_on():
     metrics = metrics_from_json(json.loads(json.dumps(metrics_to_json(CONTENT))))
-    measured = {name: value for name, value in CONTENT.items() if isinstance(value, Metric) and value.is_measured}
-    assert {*metrics} == {*measured, "retrieval_at_1_reconstructions"}
-    for name, metric in measured.items():
+    expected = {name: value for name, value in CONTENT.items() if isinstance(value, Metric) and value.is_measured}
+    assert {*metrics} == {*expected, "retrieval_at_1_reconstructions"}
+    for name, metric in expected.items():
         assert (metrics[name].value, metrics[name].standard_error) == (metric.value, metric.standard_error)
     assert (metrics["fd_samples"].dof, metrics["kd_floor"].dof) == (19, 3)
     assert metrics["retrieval_at_1_reconstructions"].standard_error == pytest.approx(proportion_error(0.3, 50))

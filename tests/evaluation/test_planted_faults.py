@@ -1,7 +1,7 @@
-"""Planted faults in held-out images are detected: stronger faults change the expected metrics more.
+"""Tests that faults planted in held-out images are detected, and that stronger faults change the metrics more.
 
 Held-out images are used as samples and compared with training images. The data is Fashion-MNIST if Debian's package is
-installed, else synthetic gratings of ten kinds. The features are those of the data set's own classifier
+installed, and synthetic gratings of ten kinds otherwise. The features come from a classifier of the data set
 (`ldm.evaluation.classifier`), trained for 100 steps at the native resolution. EfficientNet would be slow, and upscaling
 to 224 px would hide a blur of 0.5 px.
 """
@@ -30,14 +30,14 @@ VAL_FRACTION = 0.25
 QUICK, ALL = (12_000, 100, 2000), (70_000, 1000, 15_000)
 """Number of images, of classifier training steps and of samples."""
 
-BY_JACKKNIFE = ("fd", "class_shift", "close_share")
+JACKKNIFE_METRICS = ("fd", "class_shift", "close_share")
 
 Metrics = dict[str, tuple[float, float]]
 """Values and their standard errors, by name."""
 
 
 class Clothes(FashionMNIST):
-    """The first images of Fashion-MNIST."""
+    """The first `num_images` images of Fashion-MNIST."""
 
     blurs = (0.5, 0.7, 1.0, 1.4)
 
@@ -54,7 +54,7 @@ class Clothes(FashionMNIST):
 
 
 class Gratings(Clothes):
-    """Coarse and fine gratings in five directions with random phase, contrast and width, used instead of clothes."""
+    """Coarse and fine gratings in five directions with random phase, contrast and width."""
 
     blurs = (1.0, 1.2, 1.4, 1.8)
 
@@ -118,7 +118,7 @@ def set_up(folder: Path, num_images: int, num_steps: int, num_samples: int) -> S
 
 
 def drop_classes(setting: Setting, dose: float) -> Tensor:
-    """Remove `dose` classes; a fraction removes that fraction of a class."""
+    """Remove `dose` classes; a fraction removes part of a class."""
     keep = torch.ones(len(setting.samples), dtype=torch.bool)
     for label, share in ((3, min(dose, 1.0)), (5, max(dose - 1, 0.0))):
         rows = (setting.labels == label).nonzero()[:, 0]
@@ -164,11 +164,11 @@ def measure_all(setting: Setting, fault: Callable[[Setting, float], Tensor], dos
 
 def half_width(name: str, error: float) -> float:
     """Return the half width of the 95 % interval, from Student's t for 20 groups or four subsets."""
-    return (2.09 if name in BY_JACKKNIFE else 3.18) * error
+    return (2.09 if name in JACKKNIFE_METRICS else 3.18) * error
 
 
 def assert_grows(name: str, clean: Metrics, by_dose: list[Metrics], outside_from: int = 0) -> None:
-    """Assert that a metric grows with the dose and exceeds the clean samples' interval from `outside_from` on."""
+    """Assert that a metric grows with the dose, and exceeds the clean samples' interval at `by_dose[outside_from]`."""
     values = [metrics[name][0] for metrics in (clean, *by_dose)]
     assert all(np.diff(values) > 0), (name, values)
     assert values[1 + outside_from] > values[0] + half_width(name, clean[name][1]), (name, values, clean[name])
@@ -179,12 +179,12 @@ def assert_falls(name: str, clean: Metrics, by_dose: list[Metrics]) -> None:
     assert all(np.diff(values) < 0), (name, values)
 
 
-def assert_stays(name: str, clean: Metrics, by_dose: list[Metrics]) -> None:
-    """Assert that a metric stays within the combined 95 % interval for every dose."""
+def assert_unchanged(name: str, clean: Metrics, by_dose: list[Metrics]) -> None:
+    """Assert that a metric stays within the combined 95 % interval at every dose."""
     value, error = clean[name]
     for metrics in by_dose:
-        other, other_error = metrics[name]
-        assert abs(other - value) <= half_width(name, (error**2 + other_error**2) ** 0.5), (name, other, value)
+        faulty, faulty_error = metrics[name]
+        assert abs(faulty - value) <= half_width(name, (error**2 + faulty_error**2) ** 0.5), (name, faulty, value)
 
 
 def assert_does_not_rise(name: str, clean: Metrics, by_dose: list[Metrics]) -> None:
@@ -193,7 +193,7 @@ def assert_does_not_rise(name: str, clean: Metrics, by_dose: list[Metrics]) -> N
 
 
 def test_dropped_classes_are_detected(setting, clean):
-    """FD, class shift, coverage and recall detect them; density and memorisation do not change."""
+    """FD, class shift, coverage and recall change; density and memorisation do not."""
     by_dose = measure_all(setting, drop_classes, (0.5, 1.0, 1.5, 2.0))
     assert_grows("fd", clean, by_dose)
     assert_grows("class_shift", clean, by_dose, outside_from=1)
@@ -201,7 +201,7 @@ def test_dropped_classes_are_detected(setting, clean):
         value, error = clean[name]
         assert by_dose[i][name][0] < value - half_width(name, error) and by_dose[3][name][0] <= by_dose[i][name][0]
     for name in ("density", "close_share"):
-        assert_stays(name, clean, by_dose)
+        assert_unchanged(name, clean, by_dose)
 
 
 def test_blur_is_detected(setting, clean):
@@ -213,13 +213,13 @@ def test_blur_is_detected(setting, clean):
 
 
 def test_copies_of_training_images_are_detected(setting, clean):
-    """Only memorisation detects them; all other metrics consider them perfect samples."""
+    """Only memorisation detects copies; the remaining metrics rate them as perfect samples."""
     by_dose = measure_all(setting, copy_training_images, (0.02, 0.04, 0.08, 0.16))
     assert_grows("close_share", clean, by_dose)
     for metrics, dose in zip(by_dose, (0.02, 0.04, 0.08, 0.16), strict=True):
         assert metrics["close_share"][0] == pytest.approx(dose + clean["close_share"][0] * (1 - dose), abs=0.005)
     for name in ("fd", "kd", "precision", "recall", "density", "coverage", "class_shift"):
-        assert_stays(name, clean, by_dose)
+        assert_unchanged(name, clean, by_dose)
 
 
 def test_noise_is_detected(setting, clean):

@@ -1,4 +1,4 @@
-"""The mixture example, tested against quadrature, autograd and torch.distributions; its sampling, counts and script."""
+"""Tests of the mixture example: closed forms against quadrature, autograd and torch.distributions; sampling; script."""
 
 import json
 import math
@@ -122,9 +122,9 @@ def test_forward_chain_has_the_exact_marginal_of_each_mode():
         std = (a * MIXTURE.variance + 1 - a) ** 0.5
         residuals = (z_t - a**0.5 * MIXTURE.means.float()[mode]) / std
         for k in range(5):
-            of_mode = residuals[mode == k]
-            assert of_mode.mean(0).abs().max() < 5 / len(of_mode) ** 0.5
-            assert (of_mode.var(0) - 1).abs().max() < 5 * (2 / len(of_mode)) ** 0.5
+            mode_residuals = residuals[mode == k]
+            assert mode_residuals.mean(0).abs().max() < 5 / len(mode_residuals) ** 0.5
+            assert (mode_residuals.var(0) - 1).abs().max() < 5 * (2 / len(mode_residuals)) ** 0.5
 
 
 @pytest.mark.parametrize("sampler", [DDPM, DDIM])
@@ -132,8 +132,8 @@ def test_reverse_chain_reaches_each_mode_with_its_weight(sampler):
     generator = seeded(2)
     z_T = torch.randn(4000, 2, generator=generator)
     chain = run_reverse_chain(EXACT, sampler(200), z_T, generator)
-    counted = count_modes(MIXTURE, SCHEDULE, chain.z_0)
-    assert counted["p_value"] > 1e-3 and min(counted["counts"]) > 0 and counted["stray"] < 0.005
+    metrics = count_modes(MIXTURE, SCHEDULE, chain.z_0)
+    assert metrics["p_value"] > 1e-3 and min(metrics["counts"]) > 0 and metrics["stray"] < 0.005
     assert chain.times == list(range(200, -1, -1)) and chain.paths.shape == (201, 60, 2)
     assert list(chain.snapshots)[0] == 0 and list(chain.snapshots)[-1] == 200
     assert torch.equal(chain.snapshots[200], z_T) and torch.equal(chain.snapshots[0], chain.z_0)
@@ -149,44 +149,44 @@ def test_snapshots_of_few_steps_are_at_the_visited_times():
 def test_count_modes():
     counts = [120, 350, 200, 250, 80]
     z_0 = MIXTURE.means.float().repeat_interleave(torch.tensor(counts), 0)
-    counted = count_modes(MIXTURE, SCHEDULE, z_0)
-    assert counted["counts"] == counts and counted["shares"] == pytest.approx(MIXTURE.weights.tolist())
-    assert counted["p_value"] == pytest.approx(1) and counted["stray"] == 0
-    assert counted["standard_errors"][1] == pytest.approx((0.35 * 0.65 / 1000) ** 0.5)
+    metrics = count_modes(MIXTURE, SCHEDULE, z_0)
+    assert metrics["counts"] == counts and metrics["shares"] == pytest.approx(MIXTURE.weights.tolist())
+    assert metrics["p_value"] == pytest.approx(1) and metrics["stray"] == 0
+    assert metrics["standard_errors"][1] == pytest.approx((0.35 * 0.65 / 1000) ** 0.5)
     z_0[-40:] = MIXTURE.means[0].float() - torch.tensor([5 * MIXTURE.variance**0.5, 0])  # stray samples left of mode 1
-    counted = count_modes(MIXTURE, SCHEDULE, z_0)
-    assert counted["counts"] == [160, 350, 200, 250, 40] and counted["stray"] == 0.04
+    metrics = count_modes(MIXTURE, SCHEDULE, z_0)
+    assert metrics["counts"] == [160, 350, 200, 250, 40] and metrics["stray"] == 0.04
     half = (40**2 / 120 + 40**2 / 80) / 2
-    assert counted["chi_square"] == pytest.approx(2 * half)
-    assert counted["p_value"] == pytest.approx(math.exp(-half) * (1 + half)), "four degrees of freedom"
+    assert metrics["chi_square"] == pytest.approx(2 * half)
+    assert metrics["p_value"] == pytest.approx(math.exp(-half) * (1 + half)), "four degrees of freedom"
 
 
 def test_network_learns_the_modes_and_their_weights():
     state = torch.get_rng_state()
     trained = train(MIXTURE, SCHEDULE, steps=600, batch_size=256)
-    assert torch.equal(torch.get_rng_state(), state), "does not touch the global generator"
+    assert torch.equal(torch.get_rng_state(), state), "the global generator must not be used"
     untrained = train(MIXTURE, SCHEDULE, steps=1)
     untrained_loss, loss, lowest_loss = (mean_loss(denoiser, MIXTURE) for denoiser in (untrained, trained, EXACT))
     assert lowest_loss < loss < lowest_loss + 0.2 * (untrained_loss - lowest_loss)
     generator = seeded(3)
     z_0 = run_reverse_chain(trained, DDPM(200), torch.randn(2000, 2, generator=generator), generator).z_0
-    counted = count_modes(MIXTURE, SCHEDULE, z_0)
-    assert counted["shares"] == pytest.approx(MIXTURE.weights.tolist(), abs=0.05)
-    assert counted["stray"] < 0.1
+    metrics = count_modes(MIXTURE, SCHEDULE, z_0)
+    assert metrics["shares"] == pytest.approx(MIXTURE.weights.tolist(), abs=0.05)
+    assert metrics["stray"] < 0.1
 
 
 def test_study_is_reproducible():
     options = {"steps": 20, "num_samples": 70, "seed": 3}
     (results, _), (repeated, _) = (study(SCHEDULE, DDPM(20), **options) for _ in range(2))
-    first, second = ({k: v for k, v in x["trained"].items() if k != "sampling_s"} for x in (results, repeated))
-    assert first == second and sum(first["counts"]) == 70
+    expected, actual = ({k: v for k, v in x["trained"].items() if k != "sampling_s"} for x in (results, repeated))
+    assert actual == expected and sum(actual["counts"]) == 70
     assert [results[key] for key in ("T", "schedule", *options)] == [200, "cosine", *options.values()]
     assert results["sampler"]["method"] == "ddpm" and results["sampler"]["steps"] == 20
     assert results["stray_of_data"] == pytest.approx(math.exp(-8))
 
 
 @pytest.mark.parametrize(
-    ("changed", "message"),
+    ("changes", "message"),
     [
         ({"num_samples": 62}, "num_samples=62.*63 or more"),
         ({"steps": 0}, "steps=0.*1 or more"),
@@ -194,9 +194,9 @@ def test_study_is_reproducible():
         ({"sampler": DDPM(10, variance="learned_range")}, "sampler.variance=learned_range.*fixed_small or fixed_large"),
     ],
 )
-def test_study_refuses_invalid_options(changed, message):
+def test_study_refuses_invalid_options(changes, message):
     with pytest.raises(UserError, match=message):
-        study(SCHEDULE, **{"sampler": DDPM(200), "steps": 1, "num_samples": 63, **changed})
+        study(SCHEDULE, **{"sampler": DDPM(200), "steps": 1, "num_samples": 63, **changes})
 
 
 def test_script_writes_figure_and_metrics(tmp_path):

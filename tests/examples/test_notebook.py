@@ -1,4 +1,4 @@
-"""The mixture notebook runs from top to bottom, and its results agree with the exact ones."""
+"""Tests of the mixture notebook: all cells run in order, and the results agree with exact values."""
 
 import json
 import math
@@ -29,7 +29,7 @@ print(json.dumps(results))
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Run all code cells in a new process started in examples/, and return what they computed."""
+    """Run all code cells in a new process started in examples/, and return their results."""
     script = tmp_path_factory.mktemp("notebook") / "mixture.py"
     sources = ["".join(cell["source"]) for cell in CODE_CELLS]
     script.write_text("\n\n".join([*sources, PRINT_RESULTS]), encoding="utf-8")
@@ -53,7 +53,7 @@ def test_ddpm_reaches_the_modes_with_their_weights(results):
     assert results["p_values"]["DDPM, 200 steps"] > 1e-3
 
 
-def test_deterministic_samplers_converge_with_their_orders(results):
+def test_deterministic_samplers_converge_at_their_orders(results):
     for name, low, high in (("DDIM", 0.8, 1.2), ("DPM-Solver++", 1.7, 3.5)):
         *_, coarse, fine = results["sampler_errors"][name]
         assert low < math.log2(coarse / fine) < high, name
@@ -68,13 +68,13 @@ def test_bound_is_not_below_the_exact_nll_and_becomes_tight(results):
     assert all(optimal < fixed for optimal, fixed in zip(gaps["optimal"], gaps["fixed_small"], strict=True))
 
 
-def test_ode_likelihood_equals_the_exact_one(results):
+def test_ode_likelihood_equals_the_exact_likelihood(results):
     differences = results["ode_differences"]
     assert max(differences) < 5e-3 and sum(differences) / len(differences) < 1e-4
 
 
 def test_stored_outputs_come_from_one_clean_run():
-    """Run "Restart Kernel and Run All Cells" before saving the notebook."""
+    """To fix a failure, run "Restart Kernel and Run All Cells" and save the notebook."""
     assert [cell["execution_count"] for cell in CODE_CELLS] == list(range(1, len(CODE_CELLS) + 1))
     outputs = [output for cell in CODE_CELLS for output in cell["outputs"]]
     assert any("image/png" in output.get("data", {}) for output in outputs)

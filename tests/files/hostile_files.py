@@ -1,6 +1,6 @@
-"""A corpus of hostile files, and the entry point of ldm that opens each of them.
+"""Corpus of hostile files, with the entry point of ldm that opens each file.
 
-As a program, it opens all of them under an audit hook that records suspicious operations.
+Run as a program, this module opens all files under an audit hook that records suspicious operations.
 """
 
 import collections
@@ -44,8 +44,8 @@ from ldm.runs.run import Run
 from ldm.tracking.run import read_run_id
 
 CANARY = "RAN"
-Make = Callable[[Path, Path], Any]
-"""(folder, canary) -> changes a copy of a valid folder. A payload that runs creates the canary file."""
+Mutation = Callable[[Path, Path], Any]
+"""(folder, canary) -> makes a valid folder hostile. If the payload is executed, it creates the canary file."""
 
 
 class Payload:
@@ -64,30 +64,30 @@ class Case:
 
     Args:
         base: Name of the valid folder to copy.
-        entry_point: What opens the folder, a key of `entry_points`.
-        make: Makes the copy hostile.
-        message: Part of the error message, or None if the file is opened as plain data and the code in it is ignored.
+        entry_point: Key in `entry_points` of the function that opens the folder.
+        mutate: Makes the copy hostile.
+        message: Part of the error message, or None if the file is opened as plain data and its code is ignored.
     """
 
     name: str
     base: str
     entry_point: str
-    make: Make
+    mutate: Mutation
     message: str | None
 
 
-def write(file: str, content: Callable[[Path], bytes]) -> Make:
-    """Write a file. Its content can depend on the path of the canary."""
+def write(file: str, content: Callable[[Path], bytes]) -> Mutation:
+    """Write a file whose content can depend on the canary path."""
 
-    def make(folder: Path, canary: Path) -> None:
+    def mutate(folder: Path, canary: Path) -> None:
         (folder / file).parent.mkdir(exist_ok=True, parents=True)
         (folder / file).write_bytes(content(canary))
 
-    return make
+    return mutate
 
 
 def serialise(save: Callable[[Any, io.BytesIO], Any], payload: Callable[[Payload], Any]) -> Callable[[Path], bytes]:
-    """Return the bytes that a pickling function writes."""
+    """Return a function that serialises a payload with `save`."""
 
     def content(canary: Path) -> bytes:
         buffer = io.BytesIO()
@@ -97,26 +97,26 @@ def serialise(save: Callable[[Any, io.BytesIO], Any], payload: Callable[[Payload
     return content
 
 
-def pickled(file: str) -> Make:
+def pickled(file: str) -> Mutation:
     return write(file, serialise(pickle.dump, lambda payload: payload))
 
 
-def torch_pickled(file: str) -> Make:
+def torch_pickled(file: str) -> Mutation:
     """Write a zip archive with torch.save."""
     return write(file, serialise(torch.save, lambda payload: {"state_dict": payload, "global_step": 1}))
 
 
-def object_array(file: str) -> Make:
+def object_array(file: str) -> Mutation:
     save = lambda array, buffer: np.save(buffer, array, allow_pickle=True)  # noqa: E731
     return write(file, serialise(save, lambda payload: np.array([payload], dtype=object)))
 
 
-def text(file: str, content: str) -> Make:
-    """Write a text, in which CANARY is replaced by the path of the canary."""
+def text(file: str, content: str) -> Mutation:
+    """Write text, with CANARY replaced by the canary path."""
     return write(file, lambda canary: content.replace("CANARY", str(canary)).encode())
 
 
-def npy_header(header: str) -> Make:
+def npy_header(header: str) -> Mutation:
     def content(canary: Path) -> bytes:
         line = header.replace("CANARY", str(canary)).encode() + b"\n"
         return b"\x93NUMPY\x02\x00" + struct.pack("<I", len(line)) + line + b"\0" * 64
@@ -124,65 +124,65 @@ def npy_header(header: str) -> Make:
     return write("images.npy", content)
 
 
-def safetensors_header(header: dict[str, Any], length: int | None = None) -> Make:
+def safetensors_header(header: dict[str, Any], length: int | None = None) -> Mutation:
     content = json.dumps(header).encode()
     size = struct.pack("<Q", len(content) if length is None else length)
     return write(WEIGHTS, lambda canary: size + content + b"\0" * 64)
 
 
-def zip_bomb(file: str) -> Make:
-    def make(folder: Path, canary: Path) -> None:
+def zip_bomb(file: str) -> Mutation:
+    def mutate(folder: Path, canary: Path) -> None:
         with zipfile.ZipFile(folder / file, "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr("data", b"\0" * 20_000_000)
 
-    return make
+    return mutate
 
 
-def edit_json(file: str, **values: Any) -> Make:
-    def make(folder: Path, canary: Path) -> None:
+def edit_json(file: str, **values: Any) -> Mutation:
+    def mutate(folder: Path, canary: Path) -> None:
         content = json.loads((folder / file).read_text(encoding="utf-8"))
         (folder / file).write_text(json.dumps(content | values), encoding="utf-8")
 
-    return make
+    return mutate
 
 
-def weights(name: str, value: torch.Tensor | float) -> Make:
-    """Overwrite one value of an autoencoder weight, or replace a tensor and add another to keep enough values."""
+def weights(name: str, value: torch.Tensor | float) -> Mutation:
+    """Overwrite the first value of a weight, or replace the weight and add a tensor so that enough values remain."""
 
-    def make(folder: Path, canary: Path) -> None:
+    def mutate(folder: Path, canary: Path) -> None:
         tensors = load_file(folder / WEIGHTS)
         if isinstance(value, float):
             tensors[name][0] = value
         else:
-            tensors |= {name: value, "decoder.more": torch.zeros(100_000)}
-        if name == "decoder.other":
+            tensors |= {name: value, "decoder.extra": torch.zeros(100_000)}
+        if name == "decoder.renamed":
             del tensors["decoder.conv_in.weight"]
         save_file(tensors, folder / WEIGHTS)
 
-    return make
+    return mutate
 
 
-def link(file: str, target: str) -> Make:
-    def make(folder: Path, canary: Path) -> None:
+def link(file: str, target: str) -> Mutation:
+    def mutate(folder: Path, canary: Path) -> None:
         (folder / file).unlink(missing_ok=True)
         (folder / file).symlink_to(target)
 
-    return make
+    return mutate
 
 
-def replace(file: str, *parts: Make) -> Make:
-    """Replace a file by others."""
+def replace(file: str, *mutations: Mutation) -> Mutation:
+    """Delete a file and write replacements."""
 
-    def make(folder: Path, canary: Path) -> None:
+    def mutate(folder: Path, canary: Path) -> None:
         (folder / file).unlink()
-        for part in parts:
-            part(folder, canary)
+        for mutate_folder in mutations:
+            mutate_folder(folder, canary)
 
-    return make
+    return mutate
 
 
-def combine(*parts: Make) -> Make:
-    return lambda folder, canary: [part(folder, canary) for part in parts]
+def combine(*mutations: Mutation) -> Mutation:
+    return lambda folder, canary: [mutate(folder, canary) for mutate in mutations]
 
 
 WEIGHTS = "autoencoder/diffusion_pytorch_model.safetensors"
@@ -199,7 +199,7 @@ ALL_PIXELS = "{'descr': '|u1', 'fortran_order': False, 'shape': (1000000000, 8, 
 AUTO_MAP = {"AutoConfig": "evil.C", "AutoModel": "evil.M"}
 TOKENIZER = {"auto_map": {"AutoTokenizer": ["evil.T", None]}, "tokenizer_class": "T"}
 
-HOSTILE_FILES: dict[tuple[str, str], dict[str, tuple[Make, str | None]]] = {
+HOSTILE_FILES: dict[tuple[str, str], dict[str, tuple[Mutation, str | None]]] = {
     ("vae", "autoencoder"): {
         "weights in a pickle": (replace(WEIGHTS, torch_pickled("autoencoder/x.bin")), "has no diffusion_pytorch"),
         "weights that are a pickle": (pickled(WEIGHTS), INVALID_SAFETENSORS),
@@ -211,7 +211,7 @@ HOSTILE_FILES: dict[tuple[str, str], dict[str, tuple[Make, str | None]]] = {
         "weights that are a zip bomb": (zip_bomb(WEIGHTS), INVALID_SAFETENSORS),
         "a header length of 2^60 bytes": (safetensors_header({}, 2**60), INVALID_SAFETENSORS),
         "overlapping offsets": (safetensors_header(OVERLAP), INVALID_SAFETENSORS),
-        "a missing weight": (weights("decoder.other", torch.zeros(3)), "incomplete"),
+        "a missing weight": (weights("decoder.renamed", torch.zeros(3)), "incomplete"),
         "a wrong shape": (weights("decoder.conv_in.weight", torch.zeros(3, 3, 3)), "do not match the config"),
         "weights with NaN": (weights("decoder.conv_in.weight", math.nan), "are not finite"),
         "too many layers": (edit_json(VAE, layers_per_block=HUGE), "layers_per_block="),
@@ -247,7 +247,7 @@ HOSTILE_FILES: dict[tuple[str, str], dict[str, tuple[Make, str | None]]] = {
         "a run name that is a path": (edit_json("run.json", name="../../victim"), "plain folder name"),
         "a link to another file": (link("evaluation.json", "/etc/hostname"), "is a link to"),
         "a link to another folder": (link("pipeline", "/"), "is a link to"),
-        # in the saved config of a run, these are only text
+        # in the saved config of a run, these are plain text
         "a _target_": (text("config.yaml", "network: {_target_: os.system, command: touch CANARY}"), None),
         "an interpolation": (text("config.yaml", "name: '${oc.create:{_target_: os.system}}'"), None),
         "a tag that runs code": (
@@ -268,7 +268,7 @@ HOSTILE_FILES: dict[tuple[str, str], dict[str, tuple[Make, str | None]]] = {
     },
     ("vae", "compare"): {
         "a deeply nested evaluation": (text("evaluation.json", '{"a":' * 10**5), "as JSON"),
-        "a table with text": (text("metrics.csv", "step,loss\nx,y\n"), "table of numbers"),
+        "a table with text": (text("metrics.csv", "step,loss\nx,y\n"), "not a valid table"),
     },
     ("vae", "wandb"): {"a W&B id that is a path": (text("wandb_id.txt", "../../victim"), "id of a W&B run")},
     ("cache", "cache"): {
@@ -291,7 +291,7 @@ HOSTILE_FILES: dict[tuple[str, str], dict[str, tuple[Make, str | None]]] = {
             "must contain finite latents",
         ),
     },
-    ("kept", "kept"): {
+    ("samples", "samples"): {
         "a sampling cost that is text": (edit_json("samples.json", cost={"samples": "x"}), "'samples' must be")
     },
     ("encoder", "encoder"): {
@@ -351,7 +351,7 @@ def resume(folder: Path) -> None:
 
 
 def entry_points(valid: Path) -> dict[str, Callable[[Path], Any]]:
-    """Return the functions that open a hostile folder. Valid parts are taken from `valid`."""
+    """Return functions that open a hostile folder, using the valid folders in `valid` for everything else."""
     images, autoencoder = ImageData.open(valid / "cache"), Run.open(valid / "diffusion").pipeline().autoencoder
     return {
         "config": lambda folder: Run.open(folder).config(),
@@ -364,7 +364,7 @@ def entry_points(valid: Path) -> dict[str, Callable[[Path], Any]]:
         "latents": lambda folder: LatentData(folder, LatentContract.load(folder), images),
         "features": measure_features,
         "decode": lambda folder: decode_file(autoencoder, folder / "latents.safetensors"),
-        "kept": lambda folder: draw_samples(valid, folder),
+        "samples": lambda folder: draw_samples(valid, folder),
         "encoder": lambda folder: TextCondition(str(folder), 8),
         "photos": lambda folder: [record.load() for record in ImageFolder(folder).records()],
         "resume": resume,
@@ -378,7 +378,7 @@ SHORT += ["autoencoder.model.block_out_channels=[32]", "autoencoder.model.latent
 
 
 def train(*arguments: str) -> None:
-    """Run `python -m ldm.train` and raise the error that it prints."""
+    """Run `python -m ldm.train` and raise a UserError with the message that it prints."""
     sys.argv[1:] = arguments
     os.environ.pop("HYDRA_FULL_ERROR", None)
     stderr = io.StringIO()
@@ -392,10 +392,19 @@ def train(*arguments: str) -> None:
         raise UserError(message.removeprefix("error: ")) from exit_
 
 
-WRITES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.symlink", "os.link", "os.chmod")
-WRITES += ("os.utime",)
-RUNS = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty", "pty.spawn", "subprocess.Popen")
-RUNS += ("socket.connect", "socket.getaddrinfo", "ctypes.dlopen", "pickle.find_class", "urllib.Request")
+WRITE_EVENTS = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.symlink", "os.link", "os.chmod")
+WRITE_EVENTS += ("os.utime",)
+EXECUTION_EVENTS = (
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.spawn",
+    "os.fork",
+    "os.forkpty",
+    "pty.spawn",
+    "subprocess.Popen",
+)
+EXECUTION_EVENTS += ("socket.connect", "socket.getaddrinfo", "ctypes.dlopen", "pickle.find_class", "urllib.Request")
 
 
 CODE_GENERATORS = (dataclasses.__file__, collections.__file__, typing.__file__)
@@ -417,8 +426,8 @@ class Audit:
             return
         self.active = False
         try:
-            writes = event in WRITES and any(isinstance(a, str) and self._outside(a) for a in arguments)
-            if event in RUNS or writes or (event == "open" and self._writes(*arguments)):
+            writes = event in WRITE_EVENTS and any(isinstance(a, str) and self._is_outside(a) for a in arguments)
+            if event in EXECUTION_EVENTS or writes or (event == "open" and self._is_write(*arguments)):
                 self.events.append(f"{event}{arguments!r}"[:300])
             elif event == "exec":
                 code, caller = getattr(arguments[0], "co_filename", ""), sys._getframe(1).f_code.co_filename
@@ -429,19 +438,19 @@ class Audit:
         finally:
             self.active = True
 
-    def _writes(self, path: Any, mode: Any, flags: Any) -> bool:
+    def _is_write(self, path: Any, mode: Any, flags: Any) -> bool:
         writes = isinstance(mode, str) and set(mode) & set("wax+")
         writes = writes or (isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
-        return bool(writes) and isinstance(path, str | bytes | os.PathLike) and self._outside(os.fsdecode(path))
+        return bool(writes) and isinstance(path, str | bytes | os.PathLike) and self._is_outside(os.fsdecode(path))
 
-    def _outside(self, path: str) -> bool:
+    def _is_outside(self, path: str) -> bool:
         return path != os.devnull and not Path(path).absolute().is_relative_to(self.root)
 
 
 def main(root: Path) -> None:
-    """Open every hostile folder in `root`, and print one line of JSON for each."""
+    """Open every hostile folder in `root` and print one line of JSON for each."""
     assert wandb
-    ldm.runs.provenance._commit = lambda: None  # would run git
+    ldm.runs.provenance._commit = lambda: None  # avoids running git
     os.chdir(root)
     openers = entry_points(root / "valid")
     for base, entry_point in dict.fromkeys((case.base, case.entry_point) for case in CASES):

@@ -17,7 +17,7 @@ def test_file_appears_when_block_ends(tmp_path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == ["file.txt"]
 
 
-def test_error_keeps_previous_file_and_leaves_nothing_else(tmp_path: Path) -> None:
+def test_error_keeps_previous_file_and_deletes_partial_file(tmp_path: Path) -> None:
     path = tmp_path / "file.txt"
     write_text(path, "before")
     with pytest.raises(OSError, match="disk full"), atomic_write(path) as partial:
@@ -48,11 +48,11 @@ def test_interruption_between_renames_keeps_folder(tmp_path: Path, monkeypatch: 
     path = tmp_path / "a [folder]"
     with atomic_folder(path) as partial:
         (partial / "before").touch()
-    replace, renamed = Path.replace, []
+    replace, renames = Path.replace, []
 
     def fail_on_second_rename(self: Path, target: Path) -> Path:
-        renamed.append(target)
-        if len(renamed) == 2:
+        renames.append(target)
+        if len(renames) == 2:
             raise OSError("second rename")
         return replace(self, target)
 
@@ -78,8 +78,8 @@ def test_interruption_between_renames_keeps_folder(tmp_path: Path, monkeypatch: 
 
 
 def test_clear_partials_deletes_unfinished_files(tmp_path: Path) -> None:
-    (tmp_path / "kept").touch()
+    (tmp_path / "complete").touch()
     (tmp_path / ".partial-0-file").touch()
     (tmp_path / ".partial-0-folder" / "inner").mkdir(parents=True)
     clear_partials(tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == ["kept"]
+    assert [file.name for file in tmp_path.iterdir()] == ["complete"]

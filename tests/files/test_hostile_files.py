@@ -1,4 +1,4 @@
-"""Hostile files are refused with a message of one paragraph, and no code in them runs."""
+"""Hostile files are refused with a one-line message, and code in them does not run."""
 
 import json
 import os
@@ -32,11 +32,10 @@ from ldm.sampling.pipeline import LatentDiffusionPipeline
 from tests.files.hostile_files import CANARY, CASES
 
 ROOT = Path(__file__).parents[2]
-NUM_FILES = 68
-"""Number of hostile files."""
+NUM_CASES = 68
 
 
-def make_valid(root: Path, images: ImageData) -> None:
+def make_valid_folders(root: Path, images: ImageData) -> None:
     """Create one valid folder of each kind, as written by ldm."""
     torch.manual_seed(0)
     model = AutoencoderKL(block_out_channels=(8,), latent_channels=3, norm_num_groups=4).eval()
@@ -52,19 +51,19 @@ def make_valid(root: Path, images: ImageData) -> None:
         contract=contract,
         latent_shape=(3, 8, 8),
     )
-    shared = {"data_fingerprint": images.fingerprint, "data_cache": str(images.path), "val_fraction": 0.05}
+    facts = {"data_fingerprint": images.fingerprint, "data_cache": str(images.path), "val_fraction": 0.05}
     config = OmegaConf.create({"seed": 0, "name": "first", "network": {"_target_": "ldm.networks.dit.DiT"}})
     for stage in ("vae", "diffusion"):
-        run = Run.create(root / stage, config, {"stage": stage, "name": "first", "figures": {}, **shared})
+        run = Run.create(root / stage, config, {"stage": stage, "name": "first", "figures": {}, **facts})
         run.update(finished=1.0)
         (run.path / "wandb_id.txt").write_text("abc123\n")
         (run.path / "metrics.csv").write_text("step,val/loss\n1,0.5\n")
     autoencoder.save(root / "vae" / "autoencoder")
     pipeline.save(root / "diffusion" / "pipeline")
     open_latents(lambda x: (x, x), contract, images, cache_dir=root).path.rename(root / "latents")
-    draw_cached(pipeline, images, DDIM(2), root / "kept", num_samples=1, guidance=1.0, seed=0)
-    for file in (root / "kept").glob("*.json"):
-        shutil.copy(file, root / "kept/samples.json")
+    draw_cached(pipeline, images, DDIM(2), root / "samples", num_samples=1, guidance=1.0, seed=0)
+    for file in (root / "samples").glob("*.json"):
+        shutil.copy(file, root / "samples/samples.json")
     (root / "encoder").mkdir()
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red"]
     (root / "encoder/vocab.txt").write_text("\n".join(words) + "\n")
@@ -74,18 +73,18 @@ def make_valid(root: Path, images: ImageData) -> None:
 
 
 @pytest.fixture(scope="module")
-def opened(tmp_path_factory, make_images) -> tuple[Path, list[dict]]:
+def audit_results(tmp_path_factory, make_images) -> tuple[Path, list[dict]]:
     """Open all hostile files in one audited process. Return the working folder and the outcome of each file."""
     root = tmp_path_factory.mktemp("hostile")
     photos = make_images(root / "valid/photos", 6, size=8)
     (photos / "000.txt").write_text("red\n")
     shutil.copytree(photos, root / "photos")
     images = prepare(ImageFolder(photos), resolution=8, cache_dir=root / "valid", progress=False)
-    make_valid(root / "valid", images)
+    make_valid_folders(root / "valid", images)
     shutil.copytree(images.path, root / "valid/cache")
     for number, case in enumerate(CASES):
         shutil.copytree(root / "valid" / case.base, root / f"{number:03d}")
-        case.make(root / f"{number:03d}", root / f"{CANARY}-{number}")
+        case.mutate(root / f"{number:03d}", root / f"{CANARY}-{number}")
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -96,7 +95,7 @@ def opened(tmp_path_factory, make_images) -> tuple[Path, list[dict]]:
         "LDM_CACHE": str(root / "cache"),
         "TMPDIR": str(root),
     }
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "tests.files.hostile_files", str(root)],
         cwd=ROOT,
         env=environment,
@@ -104,18 +103,18 @@ def opened(tmp_path_factory, make_images) -> tuple[Path, list[dict]]:
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return root, [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"name"')]
+    assert process.returncode == 0, process.stderr[-3000:]
+    return root, [json.loads(line) for line in process.stdout.splitlines() if line.startswith('{"name"')]
 
 
-def test_every_hostile_file_is_opened(opened):
-    assert [outcome["name"] for outcome in opened[1]] == [*(case.name for case in CASES), "control"]
-    assert len(CASES) == NUM_FILES == len({case.name for case in CASES})
+def test_every_hostile_file_is_opened(audit_results):
+    assert [outcome["name"] for outcome in audit_results[1]] == [*(case.name for case in CASES), "control"]
+    assert len(CASES) == NUM_CASES == len({case.name for case in CASES})
 
 
-@pytest.mark.parametrize("number", range(NUM_FILES), ids=[case.name for case in CASES])
-def test_hostile_file_is_refused_in_one_paragraph(opened, number):
-    case, outcome = CASES[number], opened[1][number]
+@pytest.mark.parametrize("number", range(NUM_CASES), ids=[case.name for case in CASES])
+def test_hostile_file_is_refused_in_one_line(audit_results, number):
+    case, outcome = CASES[number], audit_results[1][number]
     if case.message is None:
         assert outcome["kind"] == "opened", outcome
         return
@@ -124,9 +123,9 @@ def test_hostile_file_is_refused_in_one_paragraph(opened, number):
     assert case.message in message and "\n" not in message and len(message) < 1000, outcome
 
 
-def test_no_hostile_code_ran(opened):
-    """The audit hook saw no program, foreign code, connection or unpickling, and no write outside the folder."""
-    root, (*outcomes, control) = opened
+def test_no_hostile_code_ran(audit_results):
+    """The audit hook recorded no subprocess, foreign code, connection, unpickling or write outside the folder."""
+    root, (*outcomes, control) = audit_results
     assert not [outcome for outcome in outcomes if outcome["events"]]
     assert [canary.name for canary in root.glob(f"{CANARY}*")] == [f"{CANARY}-control"]
     events = [event.partition("(")[0] for event in control["events"]]
@@ -142,7 +141,7 @@ sampler: {a: ["${d}{oc.env:HOME}"]}
 
 
 def test_values_are_interpolated_only_once(monkeypatch, tmp_path):
-    """A value that looks like an interpolation after it is resolved stays text."""
+    """A resolved value that looks like an interpolation is not resolved again."""
     resolved = OmegaConf.to_container(OmegaConf.create(SPLIT), resolve=True)
     config = as_config(resolved)
     assert OmegaConf.to_container(config, resolve=True) == resolved
@@ -160,7 +159,7 @@ def test_values_are_interpolated_only_once(monkeypatch, tmp_path):
 
 @given(st.text("\\${}a:.'\" \n", max_size=12))
 @settings(max_examples=200, derandomize=True, database=None, deadline=None)
-def test_any_text_is_read_literally(text):
+def test_config_text_is_read_literally(text):
     config = as_config({"a": [text], "b": 1})
     assert config.a[0] == text and construct(config) == {"a": [text], "b": 1}
 

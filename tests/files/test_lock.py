@@ -1,4 +1,4 @@
-"""ldm.files.lock: one holder at a time; others wait or are refused."""
+"""ldm.files.lock: locks are exclusive, and a second holder waits or times out."""
 
 import threading
 import time
@@ -11,13 +11,13 @@ from ldm.files.lock import FOREVER, file_lock
 
 
 def test_waiting_threads_hold_the_lock_one_at_a_time(tmp_path: Path) -> None:
-    """The lock file is kept, so that early and late arrivals lock the same file."""
-    file, holders, num_holders = tmp_path / "lock", [], []
+    """The lock file is never deleted, so that all threads lock the same file."""
+    file, holders, holder_counts = tmp_path / "lock", [], []
 
     def work() -> None:
         with file_lock(file, lambda: FOREVER):
             holders.append(1)
-            num_holders.append(len(holders))
+            holder_counts.append(len(holders))
             time.sleep(0.01)
             holders.pop()
 
@@ -26,21 +26,21 @@ def test_waiting_threads_hold_the_lock_one_at_a_time(tmp_path: Path) -> None:
         for thread in threads:
             thread.start()
         time.sleep(0.05)
-        assert not num_holders
+        assert not holder_counts
     for thread in threads:
         thread.join()
-    assert num_holders == [1] * 4 and file.exists()
+    assert holder_counts == [1] * 4 and file.exists()
 
 
-def test_held_lock_is_refused(tmp_path: Path) -> None:
+def test_held_lock_cannot_be_acquired(tmp_path: Path) -> None:
     with file_lock(tmp_path / "lock"):
         with pytest.raises(Timeout), file_lock(tmp_path / "lock"):
             """Not reached."""
-        with pytest.raises(UserWarning), file_lock(tmp_path / "lock", refuse):
+        with pytest.raises(UserWarning), file_lock(tmp_path / "lock", raise_warning):
             """Not reached."""
-    with file_lock(tmp_path / "lock", refuse):
-        """The lock is free, so `refuse` is not called."""
+    with file_lock(tmp_path / "lock", raise_warning):
+        """The lock is free, so `raise_warning` is not called."""
 
 
-def refuse() -> float:
+def raise_warning() -> float:
     raise UserWarning

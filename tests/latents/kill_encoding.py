@@ -1,9 +1,9 @@
-"""Kill latent encoding with SIGKILL at every point, then resume it. Run by test_killed_cache.py.
+"""Kill latent encoding with SIGKILL before every file operation, then resume it. Run by test_killed_cache.py.
 
     python tests/latents/kill_encoding.py FOLDER
 
-A separate process is killed before each file operation of the encoding, and another one completes the encoding. Prints
-the number of kill points, and the number of them after which the cache is bitwise identical to an uninterrupted one.
+For each file operation, one process encodes until it is killed just before the operation, and a second process resumes
+encoding. Prints the number of kill points, and how many of the caches are bitwise identical to an uninterrupted run.
 """
 
 import os
@@ -26,7 +26,7 @@ OPERATIONS = ("open", "os.rename", "os.remove", "os.mkdir", "os.truncate", "os.r
 
 
 def encode(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Depend slightly on the batch size, as the rounding of convolutions does."""
+    """Encode with results that depend slightly on the batch size, like the rounding errors of convolutions."""
     mean = torch.nn.functional.avg_pool2d(pixels, 4) * (1 + 1e-6 * len(pixels))
     return mean, 0.3 * mean.flip(1) - 1
 
@@ -36,12 +36,12 @@ def encode_cache(images: ImageData, folder: Path) -> None:
     open_latents(encode, contract, images, cache_dir=folder, batch_size=4)
 
 
-def exit_code(work: Callable[..., None], *arguments: object) -> int:
-    """Run `work` in a forked process. Return its exit code: 0 on success, negative if a signal killed it."""
+def exit_code(function: Callable[..., None], *arguments: object) -> int:
+    """Run `function` in a forked process. Return its exit code: 0 on success, negative if a signal killed it."""
     child = os.fork()
     if not child:
         try:
-            work(*arguments)
+            function(*arguments)
             os._exit(0)
         finally:
             os._exit(1)
@@ -69,7 +69,7 @@ def encode_until_killed(images: ImageData, folder: Path, point: int) -> None:
 
 
 def file_digests(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file except locks."""
+    """Return the SHA-256 of every file except lock files."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock")
     return {str(path.relative_to(folder)): sha256_of_file(path) for path in files}
 

@@ -18,7 +18,7 @@ from ldm.latents.statistics import measure_statistics
 
 
 def encode(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Downsample by 4. Not symmetric, and different for the mean and the log-variance."""
+    """Downsample by 4, without flip symmetry and with different means and log-variances."""
     mean = F.avg_pool2d(pixels * torch.linspace(0.5, 1.5, 8), 4)
     return mean, 0.3 * mean.flip(1) - 1
 
@@ -58,23 +58,23 @@ def test_measured_statistics_match_sampled_latents(images, contract, tmp_path, f
 
 
 def test_contract_mismatch_lists_every_differing_field_with_both_values(contract):
-    other = dataclasses.replace(contract, factor=8, autoencoder_sha256="b" * 64, flip=True)
-    with pytest.raises(UserError) as caught:
-        contract.check(other, "this run", "that cache")
-    message = str(caught.value)
+    other_contract = dataclasses.replace(contract, factor=8, autoencoder_sha256="b" * 64, flip=True)
+    with pytest.raises(UserError) as error_info:
+        contract.check(other_contract, "this run", "that cache")
+    message = str(error_info.value)
     assert re.search(r"factor\b[^;]*\b4\b[^;]*this run[^;]*\b8\b[^;]*that cache", message)
     for detail in ("flip is False", "a" * 64, "b" * 64):
         assert detail in message
     for field in ("resolution", "channels", "data_fingerprint", "dtype"):
         assert field not in message
-    contract.check(dataclasses.replace(contract), "one", "an equal one")
+    contract.check(dataclasses.replace(contract), "this run", "an equal contract")
 
 
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [((29, 1, 2, 3, 2, 2), "float32"), ((30, 1, 2, 4, 2, 2), "float32"), ((30, 1, 2, 3, 2, 2), "f2")],
 )
-def test_open_refuses_moments_of_wrong_shape_or_dtype(images, contract, tmp_path, shape, dtype):
+def test_open_rejects_moments_of_wrong_shape_or_dtype(images, contract, tmp_path, shape, dtype):
     folder = open_latents(encode, contract, images, cache_dir=tmp_path).path
     (folder / "chunks.json").unlink()  # older caches have no digests
     np.save(folder / "moments.npy", np.zeros(shape, dtype))
@@ -82,17 +82,17 @@ def test_open_refuses_moments_of_wrong_shape_or_dtype(images, contract, tmp_path
         open_latents(fail_on_cache_miss, contract, images, cache_dir=tmp_path)
 
 
-def test_encoding_refuses_non_finite_latents(images, contract, tmp_path):
-    def diverged(pixels):
+def test_encoding_rejects_non_finite_latents(images, contract, tmp_path):
+    def diverged_encode(pixels):
         mean, log_variance = encode(pixels)
         return mean, torch.where(mean == mean.max(), torch.inf, log_variance)
 
     with pytest.raises(UserError, match=r"images 0 to 29 .*not finite.*diverged.*lower learning rate"):
-        open_latents(diverged, contract, images, cache_dir=tmp_path)
+        open_latents(diverged_encode, contract, images, cache_dir=tmp_path)
     assert [path for path in tmp_path.iterdir() if path.suffix != ".lock"] == []
 
 
-def test_too_little_disk_space_is_reported_before_writing(images, contract, tmp_path, monkeypatch):
+def test_insufficient_disk_space_is_reported_before_writing(images, contract, tmp_path, monkeypatch):
     monkeypatch.setattr("ldm.latents.cache.shutil.disk_usage", lambda path: type("Usage", (), {"free": 100})())
     with pytest.raises(UserError, match=r"cache_dir=.*0\.0 GB free.*need.*(?i:free some)"):
         open_latents(fail_on_cache_miss, contract, images, cache_dir=tmp_path)
@@ -100,27 +100,27 @@ def test_too_little_disk_space_is_reported_before_writing(images, contract, tmp_
 
 
 def test_every_contract_field_changes_the_cache_folder(images, contract, tmp_path):
-    """Changing any field must not lead to the cache of another contract."""
+    """Contracts that differ in a single field must not share a cache."""
     folders = {latents_folder(contract, tmp_path)}
     for field in dataclasses.fields(LatentContract):
         value = getattr(contract, field.name)
-        other = {str: f"{value}x", int: 7, float: 0.123, bool: True}[type(value)]
-        folders.add(latents_folder(dataclasses.replace(contract, **{field.name: other}), tmp_path))
+        new_value = {str: f"{value}x", int: 7, float: 0.123, bool: True}[type(value)]
+        folders.add(latents_folder(dataclasses.replace(contract, **{field.name: new_value}), tmp_path))
     assert len(folders) == 1 + len(dataclasses.fields(LatentContract))
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_cache_with_older_folder_name_is_used(images, contract, tmp_path, flip):
+def test_cache_with_legacy_folder_name_is_used(images, contract, tmp_path, flip):
     contract = dataclasses.replace(contract, flip=flip)
     path = open_latents(encode, contract, images, cache_dir=tmp_path).path
-    earlier = path.rename(tmp_path / f"latents-{'a' * 12}-{images.fingerprint[:12]}{'-flip' * flip}")
-    assert open_latents(fail_on_cache_miss, contract, images, cache_dir=tmp_path).path == earlier
-    other = dataclasses.replace(contract, val_fraction=0.4)
-    assert open_latents(encode, other, ImageData.open(images.path, 0.4), cache_dir=tmp_path).path != earlier
+    legacy_folder = path.rename(tmp_path / f"latents-{'a' * 12}-{images.fingerprint[:12]}{'-flip' * flip}")
+    assert open_latents(fail_on_cache_miss, contract, images, cache_dir=tmp_path).path == legacy_folder
+    contract, images = dataclasses.replace(contract, val_fraction=0.4), ImageData.open(images.path, 0.4)
+    assert open_latents(encode, contract, images, cache_dir=tmp_path).path != legacy_folder
 
 
 def test_verify_detects_a_changed_byte_despite_unchanged_modification_time(images, contract):
-    """Opening the cache skips the comparison if size and modification time are unchanged; `verify_latents` does not."""
+    """Opening trusts a file with unchanged size and modification time; `verify_latents` compares its digests."""
     folder = open_latents(encode, contract, images, cache_dir=images.path.parent).path
     file = folder / "moments.npy"
     os.utime(file, ns=(0, 10**9))

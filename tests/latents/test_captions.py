@@ -1,4 +1,4 @@
-"""Tests of ldm.latents.captions: embeddings are computed once, with a cache key from captions and encoder."""
+"""Tests of ldm.latents.captions: embeddings are computed once for each set of captions and encoder."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ ENCODER = {"kind": "counting", "max_tokens": 4}
 
 
 def encode(captions) -> dict[str, torch.Tensor]:
-    """Use the first four characters as tokens. Row i depends on caption i only."""
+    """Use the first four characters as tokens. Row i depends only on caption i."""
     rows = [[float(ord(c)) for c in caption[:4].ljust(4, "\0")] for caption in captions]
     tokens = torch.tensor(rows)[..., None].expand(-1, -1, 3).contiguous()
     return {"tokens": tokens, "mask": (tokens[..., 0] > 0).long(), "pooled": tokens.mean(1)}
@@ -34,9 +34,9 @@ def test_rows_equal_direct_encoding(tmp_path, batch_size):
 
 
 def test_cached_captions_are_not_encoded_again(tmp_path):
-    first = open_captions(encode, CAPTIONS, ENCODER, cache_dir=tmp_path)
+    data = open_captions(encode, CAPTIONS, ENCODER, cache_dir=tmp_path)
     reopened = open_captions(fail_on_cache_miss, CAPTIONS, ENCODER, cache_dir=tmp_path)
-    torch.testing.assert_close(reopened.batch([2]), first.batch([2]), rtol=0, atol=0)
+    torch.testing.assert_close(reopened.batch([2]), data.batch([2]), rtol=0, atol=0)
     assert len(list(tmp_path.glob("[!.]*"))) == 1 and isinstance(reopened.arrays["tokens"], np.memmap)
     reopened.batch([0])["tokens"].zero_()
     torch.testing.assert_close(reopened.batch([0])["tokens"], encode(CAPTIONS[:1])["tokens"])
@@ -45,7 +45,7 @@ def test_cached_captions_are_not_encoded_again(tmp_path):
 @pytest.mark.parametrize(
     ("captions", "encoder"),
     [
-        ([*CAPTIONS[:-1], "another"], ENCODER),
+        ([*CAPTIONS[:-1], "new"], ENCODER),
         (CAPTIONS[::-1], ENCODER),
         (CAPTIONS, ENCODER | {"max_tokens": 5}),
         (CAPTIONS, ENCODER | {"encoder_sha256": "abc"}),
@@ -58,7 +58,7 @@ def test_changed_captions_or_encoder_get_a_separate_cache(tmp_path, captions, en
     assert len(list(tmp_path.glob("[!.]*"))) == 2
 
 
-def test_interrupted_encoding_leaves_no_files(tmp_path):
+def test_interruption_leaves_no_files(tmp_path):
     def interrupted_encode(captions):
         if "ein Käse" in captions:
             raise KeyboardInterrupt
@@ -71,17 +71,17 @@ def test_interrupted_encoding_leaves_no_files(tmp_path):
 
 
 def test_draws_select_one_of_several_captions(tmp_path):
-    several = ["red heart", ["blue", "square", "box"], ["cat"], ["x", "y"]]
-    data = open_captions(encode, several, ENCODER, cache_dir=tmp_path)
-    flat = ["red heart", "blue", "square", "box", "cat", "x", "y"]
+    captions = ["red heart", ["blue", "square", "box"], ["cat"], ["x", "y"]]
+    data = open_captions(encode, captions, ENCODER, cache_dir=tmp_path)
+    texts = ["red heart", "blue", "square", "box", "cat", "x", "y"]
 
-    def selected(indices, draws=None) -> list[str]:
+    def select(indices, draws=None) -> list[str]:
         rows = data.batch(indices, None if draws is None else np.array(draws, np.float32))["tokens"]
-        tokens = list(zip(flat, encode(flat)["tokens"], strict=True))
+        tokens = list(zip(texts, encode(texts)["tokens"], strict=True))
         return [next(text for text, token in tokens if torch.equal(token, row)) for row in rows]
 
-    assert selected([0, 1, 2, 3]) == ["red heart", "blue", "cat", "x"], "the first caption, as in validation"
-    assert selected([1, 1, 1, 1, 3, 3], [0, 0.34, 0.67, 0.9999999, 0.49, 0.5]) == [
+    assert select([0, 1, 2, 3]) == ["red heart", "blue", "cat", "x"], "the first caption, as in validation"
+    assert select([1, 1, 1, 1, 3, 3], [0, 0.34, 0.67, 0.9999999, 0.49, 0.5]) == [
         "blue",
         "square",
         "box",
@@ -89,10 +89,10 @@ def test_draws_select_one_of_several_captions(tmp_path):
         "x",
         "y",
     ]
-    assert selected([2, 0], [0.99, 0.99]) == ["cat", "red heart"]
+    assert select([2, 0], [0.99, 0.99]) == ["cat", "red heart"]
 
 
-def test_single_captions_given_as_lists_share_the_cache_of_plain_strings(tmp_path):
+def test_lists_of_one_caption_share_the_cache_with_strings(tmp_path):
     data = open_captions(encode, CAPTIONS, ENCODER, cache_dir=tmp_path)
     open_captions(fail_on_cache_miss, [[caption] for caption in CAPTIONS], ENCODER, cache_dir=tmp_path)
     assert data.counts is None

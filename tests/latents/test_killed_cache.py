@@ -1,6 +1,6 @@
 """Fault tests of the latent cache: kills, interruptions, a full disk, concurrent processes and damaged files.
 
-Every case must end in a bitwise identical cache or in an error.
+Each fault must result in a bitwise identical cache or in an error.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ def contract(contract) -> LatentContract:
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch) -> None:
-    """Use chunks of 8 images, four for the 30 images."""
+    """Use chunks of 8 images, so that 30 images need four chunks."""
     monkeypatch.setattr(latent_encoding, "CHUNK_IMAGES", 8)
 
 
@@ -71,7 +71,7 @@ def expected_files(images, contract, tmp_path) -> dict[str, bytes]:
 @POSIX
 @pytest.mark.skipif(sys.platform == "darwin", reason="macOS aborts forked children that use its libraries")
 def test_encoding_killed_at_any_point_resumes_to_identical_bytes():
-    """Send SIGKILL before each file operation of the encoding, then resume it."""
+    """Send SIGKILL before each file operation, then resume encoding."""
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None  # fsync on a busy disk would dominate the run time
     with tempfile.TemporaryDirectory(dir=memory) as folder:
         result = subprocess.run(
@@ -86,26 +86,26 @@ def test_encoding_killed_at_any_point_resumes_to_identical_bytes():
     assert points == identical >= 50, result.stdout
 
 
-@pytest.mark.parametrize("damage", ["a byte of chunk 1", "cut", "no journal", "journal", "other batches", "contract"])
+@pytest.mark.parametrize("damage", ["byte of chunk 1", "truncated", "no journal", "journal", "batch size", "contract"])
 def test_resume_verifies_the_unfinished_cache(images, contract, tmp_path, expected_files, damage):
     with pytest.raises(KeyboardInterrupt):
         open_cache(Encoder(12), contract, images, tmp_path / "cache")
     (unfinished,) = (tmp_path / "cache").glob(".latents-*.unfinished")
     moments, journal = unfinished / "moments.npy", unfinished / "chunks.json"
     expected_calls, batch_size = 16, 4
-    if damage == "a byte of chunk 1":
+    if damage == "byte of chunk 1":
         content = bytearray(moments.read_bytes())
         content[128 + 8 * 192 + 5] ^= 1
         moments.write_bytes(content)
         expected_calls = 12
-    elif damage == "cut":
+    elif damage == "truncated":
         os.truncate(moments, 128 + 17 * 192)
         expected_calls = 8
     elif damage == "no journal":
         journal.unlink()
     elif damage == "journal":
         journal.write_text("{")
-    elif damage == "other batches":
+    elif damage == "batch size":
         batch_size = 8
         expected_files = read_files(open_cache(Encoder(), contract, images, tmp_path / "eights", 8).path)
         expected_calls = 8
@@ -118,7 +118,7 @@ def test_resume_verifies_the_unfinished_cache(images, contract, tmp_path, expect
 
 @POSIX
 def test_full_disk_keeps_finished_chunks(images, contract, tmp_path, expected_files):
-    """A file size limit makes a write fail in the middle of a batch."""
+    """Simulate a full disk by a file size limit, so that a write fails in the middle of a batch."""
     import resource
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -130,7 +130,7 @@ def test_full_disk_keeps_finished_chunks(images, contract, tmp_path, expected_fi
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     encoder = Encoder()
     assert read_files(open_cache(encoder, contract, images, tmp_path / "cache").path) == expected_files
-    assert encoder.calls == 8, "two of four chunks were kept"
+    assert encoder.calls == 8, "two of four chunks should be kept"
 
 
 def test_concurrent_callers_encode_the_cache_once(images, contract, tmp_path, expected_files, caplog):
@@ -150,28 +150,28 @@ def test_concurrent_callers_encode_the_cache_once(images, contract, tmp_path, ex
     assert "Another process is creating" in caplog.text and "Waiting" in caplog.text
 
 
-def test_changed_bytes_are_refused_or_have_no_effect(images, contract, tmp_path, expected_files):
+def test_flipped_bits_are_rejected_or_have_no_effect(images, contract, tmp_path, expected_files):
     """Flip a bit in each byte of the header and of the two small files, and in every fifth byte of the moments."""
     folder = open_cache(Encoder(), contract, images, tmp_path).path
-    expected, flipped, refused = open_cache(Encoder(0), contract, images, tmp_path).moments.tobytes(), 0, 0
+    expected, num_flipped, num_rejected = open_cache(Encoder(0), contract, images, tmp_path).moments.tobytes(), 0, 0
     for name, content in expected_files.items():
         step = 5 if name == "moments.npy" else 1
         for position in (*range(min(128, len(content))), *range(128, len(content), step)):
-            changed = bytearray(content)
-            changed[position] ^= 1
-            (folder / name).write_bytes(changed)
-            flipped += 1
+            corrupted = bytearray(content)
+            corrupted[position] ^= 1
+            (folder / name).write_bytes(corrupted)
+            num_flipped += 1
             try:
                 latents = open_cache(Encoder(0), contract, images, tmp_path)
                 assert name != "moments.npy" and latents.moments.tobytes() == expected, (name, position)
             except UserError as error:
-                refused += 1
+                num_rejected += 1
                 assert str(folder) in str(error), (name, position)
                 if (name, position) == ("moments.npy", 128 + 5 * 660):
                     assert re.search(r"moments\.npy.*modified.*images: 16 to 23\..*Delete", str(error))
         (folder / name).write_bytes(content)
-    print(f"{refused} of {flipped} changed bytes refused, the rest without effect")
-    assert flipped > 1800 and refused > 0.97 * flipped
+    print(f"{num_rejected} of {num_flipped} flipped bits were rejected, the rest had no effect")
+    assert num_flipped > 1800 and num_rejected > 0.97 * num_flipped
 
 
 @pytest.mark.parametrize("interrupted", [False, True], ids=["finished", "interrupted"])
@@ -191,24 +191,24 @@ def test_read_error_during_verification_keeps_the_cache(images, contract, tmp_pa
             open_cache(Encoder(0), contract, images, tmp_path)
     encoder = Encoder()
     open_cache(encoder, contract, images, tmp_path)
-    assert encoder.calls < 16, "the encoded chunks are kept"
+    assert encoder.calls < 16, "encoded chunks should be kept"
 
 
 @pytest.mark.parametrize("file", ["moments.npy", "contract.json"])
-@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "longer"])
-def test_open_refuses_damaged_files_with_a_remedy(images, contract, tmp_path, file, damage):
+@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "extended"])
+def test_open_rejects_damaged_files_with_a_remedy(images, contract, tmp_path, file, damage):
     path = open_cache(Encoder(), contract, images, tmp_path).path / file
     content = path.read_bytes()
     path.unlink()
     if damage != "missing":
-        path.write_bytes({"empty": b"", "cut": content[: len(content) // 2], "longer": content + b"x"}[damage])
+        path.write_bytes({"empty": b"", "truncated": content[: len(content) // 2], "extended": content + b"x"}[damage])
     with pytest.raises(UserError, match="(?i)delete|once its folder is deleted"):
         open_cache(Encoder(0), contract, images, tmp_path)
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(LatentContract)])
 def test_open_compares_every_contract_field(images, contract, tmp_path, field):
-    """The error names the differing field, e.g. of another autoencoder, data set or transform."""
+    """The error names the differing field."""
     file = open_cache(Encoder(), contract, images, tmp_path).path / "contract.json"
     content = json.loads(file.read_text())
     value = content[field]

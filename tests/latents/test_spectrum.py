@@ -23,13 +23,13 @@ from ldm.latents.spectrum import (
 from ldm.metrics.image import fold, patch_components, unfold
 
 
-def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def white(rows: int, columns: int) -> torch.Tensor:
+def whitened_noise(rows: int, columns: int) -> torch.Tensor:
     """Return an array [rows, columns] whose sample covariance is exactly the identity."""
-    x = draw(rows, columns)
+    x = randn(rows, columns)
     return torch.linalg.qr(x - x.mean(0))[0] * rows**0.5
 
 
@@ -42,7 +42,7 @@ def as_latents(x: torch.Tensor, side: int = 2) -> torch.Tensor:
 def moments() -> tuple[torch.Tensor, torch.Tensor]:
     """Moments of 50 latents of shape 3 x 2 x 4. The mean, spread and noise level differ between channels."""
     per_channel = torch.tensor([[0.3, 1.0, -2.0], [0.2, 1.5, 0.7], [-3.0, 0.5, -1.0]])[..., None, None].double()
-    mean, log_variance = draw(50, 3, 2, 4), draw(50, 3, 2, 4, seed=1)
+    mean, log_variance = randn(50, 3, 2, 4), randn(50, 3, 2, 4, seed=1)
     return per_channel[0] + per_channel[1] * mean, per_channel[2] + 0.4 * log_variance
 
 
@@ -69,7 +69,7 @@ def test_rates_match_gaussian_kl_divergences(moments):
 def test_information_of_gaussian_channel_equals_its_capacity():
     """With mean ~ N(0, signal) and constant noise variance, I = log(1 + signal / noise) / 2 per location."""
     signal, noise = 1.5, 0.2
-    mean = as_latents(white(400, 2) * signal**0.5)
+    mean = as_latents(whitened_noise(400, 2) * signal**0.5)
     result = channel_statistics(mean, torch.full_like(mean, math.log(noise)))
     expected = 4 * 0.5 * math.log(1 + signal / noise)
     torch.testing.assert_close(result.information, torch.full((2,), expected).double())
@@ -78,7 +78,7 @@ def test_information_of_gaussian_channel_equals_its_capacity():
 
 def test_std_and_signal_share_match_samples(moments):
     mean, log_variance = (moment.repeat(400, 1, 1, 1) for moment in moments)
-    z_raw = mean + (0.5 * log_variance).exp() * draw(*mean.shape, seed=2)
+    z_raw = mean + (0.5 * log_variance).exp() * randn(*mean.shape, seed=2)
     result = channel_statistics(*moments)
     torch.testing.assert_close(result.mean, z_raw.mean((0, 2, 3)), rtol=0, atol=0.01)
     torch.testing.assert_close(result.std, z_raw.std((0, 2, 3)), rtol=0.01, atol=0)
@@ -88,13 +88,13 @@ def test_std_and_signal_share_match_samples(moments):
 
 def test_dead_channels_are_found_at_any_collapse_point():
     """Channels: alive, equal to the prior, collapsed to a point, just above the threshold, just below it."""
-    mean, log_variance = draw(200, 5, 2, 2), torch.zeros(200, 5, 2, 2).double()
+    mean, log_variance = randn(200, 5, 2, 2), torch.zeros(200, 5, 2, 2).double()
     log_variance[:, 0] = -4
     mean[:, 1] = 0
     mean[:, 2], log_variance[:, 2] = 3.0, -2.0
     for channel, nats in ((3, 1.1 * DEAD_NATS), (4, 0.9 * DEAD_NATS)):
-        line = mean[:, channel]
-        mean[:, channel] = (line - line.mean()) / line.std(correction=0) * math.expm1(2 * nats) ** 0.5
+        values = mean[:, channel]
+        mean[:, channel] = (values - values.mean()) / values.std(correction=0) * math.expm1(2 * nats) ** 0.5
     result = channel_statistics(mean, log_variance)
     assert result.dead == [1, 2, 4]
     torch.testing.assert_close(result.information[3:] / 4, torch.tensor([1.1, 0.9]).double() * DEAD_NATS)
@@ -103,9 +103,9 @@ def test_dead_channels_are_found_at_any_collapse_point():
 
 @pytest.mark.parametrize("channels", [1, 2, 5])
 def test_isotropic_channels_have_full_rank(channels):
-    """The scales do not matter. Noise with the same variance as the signal halves the eigenvalues."""
+    """The channel scales do not matter. Noise with the same variance as the signal halves the eigenvalues."""
     scale = torch.linspace(0.01, 30, channels).double()
-    mean = as_latents(white(400, channels) * scale) + 7
+    mean = as_latents(whitened_noise(400, channels) * scale) + 7
     result = channel_statistics(mean, torch.ones_like(mean) * 2 * scale.log()[:, None, None])
     eigenvalues = channel_spectrum(mean, result.std)
     torch.testing.assert_close(eigenvalues, torch.full((channels,), 0.5).double())
@@ -115,7 +115,7 @@ def test_isotropic_channels_have_full_rank(channels):
 
 
 def test_data_on_a_line_has_rank_one():
-    mean = draw(60, 1, 2, 2) * torch.tensor([1.0, -2.0, 0.5])[:, None, None]
+    mean = randn(60, 1, 2, 2) * torch.tensor([1.0, -2.0, 0.5])[:, None, None]
     std = channel_statistics(mean, torch.full_like(mean, -30)).std
     for eigenvalues in (channel_spectrum(mean, std), latent_spectrum(mean[..., :1, :1], std)):
         assert effective_rank(eigenvalues) == pytest.approx(1, abs=1e-9)
@@ -125,20 +125,20 @@ def test_data_on_a_line_has_rank_one():
 
 def test_dead_channel_does_not_change_the_spectrum(moments):
     mean, log_variance = moments
-    dead = torch.zeros(50, 1, 2, 4).double()
-    without = channel_statistics(mean, log_variance)
-    result = channel_statistics(torch.cat([mean, dead], 1), torch.cat([log_variance, dead], 1))
-    alive = channel_spectrum(mean, without.std)
-    torch.testing.assert_close(alive.sum(), without.signal_share.sum())
-    together = channel_spectrum(torch.cat([mean, dead], 1), result.std)
-    torch.testing.assert_close(together, torch.cat([alive, torch.zeros(1).double()]), rtol=1e-9, atol=1e-12)
-    latent = latent_spectrum(torch.cat([mean, dead], 1), result.std)
-    assert effective_rank(latent) == pytest.approx(effective_rank(latent_spectrum(mean, without.std)))
+    dead_channel = torch.zeros(50, 1, 2, 4).double()
+    all_means, all_log_variances = torch.cat([mean, dead_channel], 1), torch.cat([log_variance, dead_channel], 1)
+    std, all_stds = channel_statistics(mean, log_variance).std, channel_statistics(all_means, all_log_variances).std
+    spectrum = channel_spectrum(mean, std)
+    torch.testing.assert_close(spectrum.sum(), channel_statistics(mean, log_variance).signal_share.sum())
+    expected = torch.cat([spectrum, torch.zeros(1).double()])
+    torch.testing.assert_close(channel_spectrum(all_means, all_stds), expected, rtol=1e-9, atol=1e-12)
+    rank = effective_rank(latent_spectrum(mean, std))
+    assert effective_rank(latent_spectrum(all_means, all_stds)) == pytest.approx(rank)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(40, 7), (7, 40), (9, 9)])
 def test_eigenvalues_match_numpy_for_either_gram_matrix(rows, columns):
-    x = draw(rows, columns) * torch.linspace(0.1, 3, columns) + 5
+    x = randn(rows, columns) * torch.linspace(0.1, 3, columns) + 5
     result = covariance_eigenvalues(x)
     expected = np.linalg.eigvalsh(np.cov(x.numpy().T, bias=True))[::-1][: min(rows, columns)]
     np.testing.assert_allclose(result.numpy(), expected, atol=1e-10)
@@ -159,7 +159,7 @@ def test_effective_dimensions_match_scipy():
 
 
 def test_patch_components_from_batches_match_covariance():
-    images = (0.3 * draw(10, 3, 8, 8)).float()
+    images = (0.3 * randn(10, 3, 8, 8)).float()
     images[:, 0] += images[:, 1]
     mean, basis = patch_components(images.split(3), 2)
     patches = unfold(images, 2).flatten(0, 2)
@@ -172,10 +172,10 @@ def test_patch_components_from_batches_match_covariance():
     torch.testing.assert_close(fold(unfold(images, 2), 2), images)
 
 
-def test_pca_counts_include_all_or_log_spaced_counts():
+def test_pca_counts_are_log_spaced_for_large_patches():
     assert pca_counts(12, 4) == list(range(1, 13)) and pca_counts(3, 20) == [1, 2, 3]
-    many = pca_counts(768, 35)
-    assert {1, 35, 70, 768} <= set(many) and len(many) < 70 and many == sorted(many)
+    counts = pca_counts(768, 35)
+    assert {1, 35, 70, 768} <= set(counts) and len(counts) < 70 and counts == sorted(counts)
 
 
 CURVE = {n: 10.0 + n for n in range(1, 49)}
@@ -198,15 +198,15 @@ RULES = {
 
 @pytest.mark.parametrize("rule", RULES)
 def test_recommendation_follows_the_first_matching_rule(rule):
-    dead, rank, needed, psnr_db, channels, details = RULES[rule]
-    summary = {"effective_rank": rank, "components": {"0.99": needed}}
+    dead, rank, num_directions, psnr_db, channels, details = RULES[rule]
+    summary = {"effective_rank": rank, "components": {"0.99": num_directions}}
     result = recommend(dead, summary, CURVE, psnr_db, 12)
     assert result["rule"] == rule and result["latent_channels"] == channels
     assert all(detail in result["text"] for detail in details), result["text"]
 
 
 def test_recommended_channels_never_exceed_half_of_the_patch_values():
-    full = {"effective_rank": 24.0, "components": {"0.99": 24}}
-    assert recommend([], full, CURVE, 60.0, 24)["rule"] == "keep"
-    full = {"effective_rank": 20.0, "components": {"0.99": 20}}
-    assert recommend([], full, CURVE, 60.0, 20)["latent_channels"] == 24
+    summary = {"effective_rank": 24.0, "components": {"0.99": 24}}
+    assert recommend([], summary, CURVE, 60.0, 24)["rule"] == "keep"
+    summary = {"effective_rank": 20.0, "components": {"0.99": 20}}
+    assert recommend([], summary, CURVE, 60.0, 20)["latent_channels"] == 24

@@ -1,9 +1,9 @@
-"""The two-stage bound on Gaussian data, where it is known exactly, and the errors, table and JSON of its report.
+"""Tests of the two-stage bound on Gaussian data, where it is known exactly, and of the report and its errors.
 
 Setting: x = W z_raw + noise with the exact posterior as encoder, z = (z_raw - mean) / std, z ~ N(0, c) and its exact
-denoiser. Given x, the bound is a polynomial of degree two in the noise of the chain. With a continuous decoder, so is
-the decoder's term in the noise of z_raw. Gauss-Hermite rules therefore yield exact expectations: generators that return
-quadrature nodes instead of random numbers are passed to the unmodified `two_stage_bound`.
+denoiser. Given x, the bound is quadratic in the noise of the chain. With a continuous decoder, the decoder term is
+quadratic in the noise of z_raw. Gauss-Hermite quadrature is therefore exact: the tests pass generators that return
+quadrature nodes instead of random numbers to the unmodified `two_stage_bound`.
 """
 
 import json
@@ -29,8 +29,7 @@ from ldm.diffusion.chain import log_variance, marginal, posterior
 from ldm.diffusion.schedule import NoiseSchedule, cosine
 from ldm.errors import UserError
 from ldm.latents.contract import LatentContract
-from ldm.likelihood import optimal_variance
-from ldm.likelihood import two_stage as likelihood
+from ldm.likelihood import optimal_variance, two_stage
 from ldm.likelihood.report import BOUND_ROWS
 from ldm.likelihood.two_stage import Terms, mean_metric, two_stage_bound, vae_bound
 from ldm.networks.conditioning import ClassCondition, NoCondition
@@ -40,7 +39,7 @@ from ldm.runtime.random import derive_seed, sample_generators
 from ldm.sampling.pipeline import VARIANCE_FILE, LatentDiffusionPipeline, load_z_0_mse
 from tests.finished_run import finished_run
 
-C = 0.1
+C = 0.1  # variance of z
 SQRT_3 = 3**0.5
 NODES, WEIGHTS = (-SQRT_3, 0.0, SQRT_3), torch.tensor([1 / 6, 2 / 3, 1 / 6], dtype=torch.float64)
 ONE_CHANNEL = {"gain": [[0.3]], "noise": [0.08], "mean": [0.2], "std": [1.6]}
@@ -51,7 +50,7 @@ def float64(values) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def vp(num_steps: int) -> NoiseSchedule:
+def vp_schedule(num_steps: int) -> NoiseSchedule:
     u = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
     return NoiseSchedule("vp", torch.exp(-(0.1 * u + 9.95 * u**2)))
 
@@ -64,8 +63,8 @@ def exact_mse(schedule: NoiseSchedule, c: float = C) -> torch.Tensor:
 class LinearGaussian(Autoencoder):
     """x = W z_raw + noise at every location, z_raw ~ N(mean, c std^2); q(z_raw | x) is the exact posterior.
 
-    The columns of W are orthogonal in the metric of the noise, so the posterior is diagonal. `widen` and `shift` make
-    the encoder differ from it.
+    The columns of W are orthogonal in the metric of the noise, so the posterior is diagonal. `widen` scales the
+    variance of the encoder, and `shift` moves its mean.
     """
 
     has_density = True
@@ -90,7 +89,7 @@ class LinearGaussian(Autoencoder):
 
 
 class GaussianNetwork(nn.Module):
-    """Predicts z_0 = gain E[z_0 | z_t] for data N(0, c), also at real-valued t."""
+    """A network that predicts z_0 = gain E[z_0 | z_t] for data N(0, c), also at real-valued t."""
 
     def __init__(self, schedule: NoiseSchedule, c: float = C, gain: float = 1.0) -> None:
         super().__init__()
@@ -116,8 +115,8 @@ def gaussian_pipeline(autoencoder, schedule, *, c=C, gain=1.0, variance="optimal
     )
 
 
-class Nodes(torch.Generator):
-    """Returns a quadrature node for z_raw on its first draw, and another node for all noise in the chain after that."""
+class NodeGenerator(torch.Generator):
+    """Quadrature nodes instead of random numbers: `latent` for z_raw, which is sampled first, then always `chain`."""
 
     latent: torch.Tensor | None
     chain: float
@@ -125,14 +124,14 @@ class Nodes(torch.Generator):
 
 @pytest.fixture
 def quadrature(monkeypatch):
-    """quadrature(bound, x, nodes=NODES, node_weights=WEIGHTS): expectations of the terms of bound(images), [n].
+    """Return quadrature(bound, x, nodes=NODES, node_weights=WEIGHTS), which computes the expected terms, [n].
 
     `bound` is called with one copy of each image in x per combination of nodes: `nodes` for z_raw, NODES for the chain.
     """
     original_randn = torch.randn
 
     def randn(*shape, generator=None, **options):
-        if not isinstance(generator, Nodes):
+        if not isinstance(generator, NodeGenerator):
             return original_randn(*shape, generator=generator, **options)
         node, generator.latent = generator.latent, None
         value = float64(generator.chain) if node is None else node[:, None, None]
@@ -149,12 +148,12 @@ def quadrature(monkeypatch):
         def generators(seed, indices):
             result = []
             for i in indices:
-                generator = Nodes()
+                generator = NodeGenerator()
                 generator.latent, generator.chain = grid[i % len(grid)]
                 result.append(generator)
             return result
 
-        monkeypatch.setattr(likelihood, "sample_generators", generators)
+        monkeypatch.setattr(two_stage, "sample_generators", generators)
         terms = bound(x.repeat_interleave(len(grid), 0))
         grid_weights = torch.outer(weights, WEIGHTS).flatten()
         return {name: values.reshape(len(x), -1) @ grid_weights for name, values in terms.parts.items()}
@@ -163,40 +162,35 @@ def quadrature(monkeypatch):
 
 
 @pytest.fixture
-def any_pixel(monkeypatch):
-    """Allow images with arbitrary values."""
-
-
-@pytest.fixture
-def continuous(monkeypatch, any_pixel):
-    """Replace the discretised decoder by a continuous Gaussian one."""
+def continuous_decoder(monkeypatch):
+    """Replace the discretised decoder likelihood with a Gaussian density."""
 
     def nll(x, mean, scale, *_, **__):
         return -torch.distributions.Normal(mean, scale).log_prob(x)
 
-    monkeypatch.setattr(likelihood, "discretised_nll", nll)
+    monkeypatch.setattr(two_stage, "discretised_nll", nll)
 
 
-def chain_of(pipeline):
+def chain_bound(pipeline):
     return lambda images: two_stage_bound(pipeline, images, {}, batch_size=100_000).chain
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 16, 64])
-def test_bound_equals_the_likelihood_for_exact_models(quadrature, continuous, num_steps):
+def test_bound_equals_the_nll_for_exact_models(quadrature, continuous_decoder, num_steps):
     """E[bound] = E[-log p(x)] + KL(q(z_T) || N(0, I)), for two channels of 2 x 3 latents with different std.
 
-    The dimensions are independent, so the terms are sums over them, and all can share the same nodes.
+    The dimensions are independent, so each term is a sum over dimensions, which can share the same nodes.
     """
-    schedule, shape = vp(num_steps), (2, 2, 3)
+    schedule, shape = vp_schedule(num_steps), (2, 2, 3)
     model = LinearGaussian([[0.3, 0], [0, -0.7]], [0.08, 0.5], [0.2, -3.0], [1.6, 4.0])
     location = (model.gain @ model.mean)[:, None, None]
     spread = (model.gain.square() @ (C * model.std.square()) + model.noise.square())[:, None, None]
     x = torch.stack([(location + spread.sqrt() * node).expand(shape) for node in NODES])
-    parts = quadrature(chain_of(gaussian_pipeline(model, schedule, shape=shape)), x)
+    parts = quadrature(chain_bound(gaussian_pipeline(model, schedule, shape=shape)), x)
     bound = sum(parts.values()) @ WEIGHTS
     nll = 0.5 * (2 * math.pi * math.e * spread).log().expand(shape).sum()
-    end = schedule.alpha_bar[-1] * C + 1 - schedule.alpha_bar[-1]
-    kl_at_T = 12 * 0.5 * (end - 1 - end.log())
+    end_variance = schedule.alpha_bar[-1] * C + 1 - schedule.alpha_bar[-1]
+    kl_at_T = 12 * 0.5 * (end_variance - 1 - end_variance.log())
     print(f"\nT = {num_steps}: E[bound] {bound:.9f}, minus (-log p(x) + KL): {bound - nll - kl_at_T:+.1e}")
     assert bound.item() == pytest.approx((nll + kl_at_T).item(), abs=1e-6)
     volume = 6 * (math.log(1.6) + math.log(4.0))
@@ -205,7 +199,7 @@ def test_bound_equals_the_likelihood_for_exact_models(quadrature, continuous, nu
 
 
 def prior_variance(pipeline) -> float:
-    """Return Var z_0 if the pipeline's chain starts from N(0, 1). Every step is linear and Gaussian."""
+    """Return Var z_0 of the pipeline's chain, started from N(0, 1). Every step is linear and Gaussian."""
     schedule, one, variance = pipeline.schedule, torch.ones(1, 1, dtype=torch.float64), 1.0
     for t in range(schedule.num_steps, 0, -1):
         predicted = pipeline.denoiser()(one, t).z_0.detach()
@@ -215,8 +209,8 @@ def prior_variance(pipeline) -> float:
     return variance
 
 
-def discretised(pipeline, x, width: float) -> torch.Tensor:
-    """Return -log p(x) of images of one pixel, by the trapezoid rule over z, with bin masses from scipy's normal."""
+def exact_nll(pipeline, x, width: float) -> torch.Tensor:
+    """Return -log p(x) of one-pixel images, from the trapezoid rule over z and the bin masses of scipy.stats.norm."""
     model, variance = pipeline.autoencoder, prior_variance(pipeline)
     channels, points = x.shape[1], 4001 if x.shape[1] == 1 else 321
     line = torch.linspace(-12, 12, points, dtype=torch.float64)
@@ -225,14 +219,14 @@ def discretised(pipeline, x, width: float) -> torch.Tensor:
     decoded = scipy.stats.norm(((z * model.std + model.mean) @ model.gain.T).numpy(), model.noise.numpy())
     nll = []
     for image in x.flatten(1).numpy():
-        below = np.where(image <= -1 + width / 2, -np.inf, image - width / 2)
-        above = np.where(image >= 1 - width / 2, np.inf, image + width / 2)
-        mass = torch.from_numpy(decoded.cdf(above) - decoded.cdf(below)).prod(1)
+        low = np.where(image <= -1 + width / 2, -np.inf, image - width / 2)
+        high = np.where(image >= 1 - width / 2, np.inf, image + width / 2)
+        mass = torch.from_numpy(decoded.cdf(high) - decoded.cdf(low)).prod(1)
         nll.append(-((prior.exp() * mass).sum() * (24 / (points - 1)) ** channels).log())
     return torch.stack(nll)
 
 
-def hermite(count: int) -> tuple[list[float], torch.Tensor]:
+def hermite_rule(count: int) -> tuple[list[float], torch.Tensor]:
     nodes, node_weights = np.polynomial.hermite_e.hermegauss(count)
     return nodes.tolist(), torch.from_numpy(node_weights / node_weights.sum())
 
@@ -241,20 +235,20 @@ CASES = {1: (ONE_CHANNEL, [[-0.5], [-0.25], [0.0], [0.5]], 40), 2: (ROTATED, [[0
 
 
 @pytest.mark.parametrize("dimensions", [1, 2])
-def test_discretised_bound_has_a_fourth_order_gap_in_bin_width(quadrature, any_pixel, monkeypatch, dimensions):
-    """With everything else exact, the gap is KL(q(z | x) || p(z | x)), where q is the posterior for the bin's centre.
+def test_discretised_bound_has_a_fourth_order_gap_in_bin_width(quadrature, monkeypatch, dimensions):
+    """With everything else exact, the gap is KL(q(z | x) || p(z | x)), where q is the posterior at the bin's centre.
 
-    Averaging over a bin changes p(z | x) in second order of the bin width, and the KL is quadratic in this change.
+    Averaging over the bin changes p(z | x) to second order in the bin width, and the KL is quadratic in this change.
     """
     options, points, count = CASES[dimensions]
-    pipeline = gaussian_pipeline(LinearGaussian(**options), vp(4), shape=(dimensions, 1, 1))
-    x, rule = float64(points)[..., None, None], hermite(count)
-    print(f"\n{dimensions}-D, gap = E[bound] + log p(x) in nats: bins, width, gap of every x")
+    pipeline = gaussian_pipeline(LinearGaussian(**options), vp_schedule(4), shape=(dimensions, 1, 1))
+    x, rule = float64(points)[..., None, None], hermite_rule(count)
+    print(f"\n{dimensions}-D, gap = E[bound] + log p(x) in nats: bins, width, gap for each x")
     widths, gaps = [2 / bins for bins in (8, 16, 32, 64, 128)], []
     for width in widths:
-        monkeypatch.setattr(likelihood, "BIN_WIDTH", width)
-        bound = sum(quadrature(chain_of(pipeline), x, *rule).values())
-        gaps.append(bound - discretised(pipeline, x, width))
+        monkeypatch.setattr(two_stage, "BIN_WIDTH", width)
+        bound = sum(quadrature(chain_bound(pipeline), x, *rule).values())
+        gaps.append(bound - exact_nll(pipeline, x, width))
         print(f"{2 / width:5.0f}  {width:.5f}  {'  '.join(f'{gap:+.2e}' for gap in gaps[-1].tolist())}")
     assert torch.stack(gaps).min() > -1e-8
     assert (torch.stack(gaps).diff(dim=0)[:3] < 0).all()
@@ -267,24 +261,24 @@ def test_discretised_bound_has_a_fourth_order_gap_in_bin_width(quadrature, any_p
 
 @pytest.mark.parametrize("dimensions", [1, 2])
 @pytest.mark.parametrize("variance", ["fixed_large", "fixed_small", "optimal"])
-def test_bound_stays_above_the_likelihood_for_wrong_models(quadrature, any_pixel, monkeypatch, dimensions, variance):
+def test_bound_exceeds_the_nll_for_wrong_models(quadrature, monkeypatch, dimensions, variance):
     """The encoder is too wide and biased, the denoiser shrinks its output, and some x are in the open outer bins."""
     options, points, count = CASES[dimensions]
     model = LinearGaussian(**options, widen=1.7, shift=0.5)
-    pipeline = gaussian_pipeline(model, vp(4), gain=0.8, variance=variance, shape=(dimensions, 1, 1))
+    pipeline = gaussian_pipeline(model, vp_schedule(4), gain=0.8, variance=variance, shape=(dimensions, 1, 1))
     x = torch.cat([float64(points), float64([[-1.0] * dimensions, [1.0] * dimensions])])[..., None, None]
     for width in (0.5, 2 / 64):
-        monkeypatch.setattr(likelihood, "BIN_WIDTH", width)
-        bound = sum(quadrature(chain_of(pipeline), x, *hermite(count)).values())
-        gap = bound - discretised(pipeline, x, width)
+        monkeypatch.setattr(two_stage, "BIN_WIDTH", width)
+        bound = sum(quadrature(chain_bound(pipeline), x, *hermite_rule(count)).values())
+        gap = bound - exact_nll(pipeline, x, width)
         print(f"\n{dimensions}-D, {variance}, width {width:.3f}: {'  '.join(f'{value:.3f}' for value in gap.tolist())}")
         assert gap.min() > 0.05
 
 
-def test_vae_bound_equals_its_analytic_value(quadrature, any_pixel):
-    """The KL(q || N(0, 1)) is known in closed form, and the decoder's mean over q by the trapezoid rule."""
+def test_vae_bound_equals_its_analytic_value(quadrature):
+    """KL(q || N(0, 1)) has a closed form, and the trapezoid rule averages the decoder term over q."""
     model, x = LinearGaussian(**ONE_CHANNEL), (float64([0, 100, 128, 255]) / 127.5 - 1)[:, None, None, None]
-    parts = quadrature(lambda images: vae_bound(model, images, batch_size=1000), x, *hermite(60))
+    parts = quadrature(lambda images: vae_bound(model, images, batch_size=1000), x, *hermite_rule(60))
     mean, log_var = (moment[:, 0, 0] for moment in model.encode(x))
     q = torch.distributions.Normal(mean, (0.5 * log_var).exp())
     kl = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0)).flatten()
@@ -294,14 +288,15 @@ def test_vae_bound_equals_its_analytic_value(quadrature, any_pixel):
         decoded = scipy.stats.norm(model.gain.item() * z.numpy(), model.noise.item())
         edges = [-np.inf, *(np.arange(1, 256) - 0.5), np.inf]
         low, high = (edge / 127.5 - 1 for edge in edges[pixel : pixel + 2])
-        upper = low > decoded.mean()
-        log_mass = np.log(np.where(upper, decoded.sf(low) - decoded.sf(high), decoded.cdf(high) - decoded.cdf(low)))
-        log_q = torch.distributions.Normal(q.mean[i], q.stddev[i]).log_prob(z).exp().numpy()
-        assert parts["decoder"][i].item() == pytest.approx(-np.trapezoid(log_q * log_mass, z.numpy()), rel=1e-6)
+        in_upper_tail = low > decoded.mean()
+        lower, upper = decoded.cdf(high) - decoded.cdf(low), decoded.sf(low) - decoded.sf(high)
+        log_mass = np.log(np.where(in_upper_tail, upper, lower))
+        density = torch.distributions.Normal(q.mean[i], q.stddev[i]).log_prob(z).exp().numpy()
+        assert parts["decoder"][i].item() == pytest.approx(-np.trapezoid(density * log_mass, z.numpy()), rel=1e-6)
 
 
-def test_ode_term_equals_the_analytic_density(any_pixel):
-    """The flow of the exact denoiser for N(0, c) maps N(0, 1) at T to N(0, spread_1 / spread_T) at t = 1."""
+def test_ode_term_equals_the_analytic_density():
+    """With the exact denoiser for N(0, c), the ODE maps N(0, 1) at T to N(0, spread_1 / spread_T) at t = 1."""
     schedule, shape = cosine(100), (2, 3, 3)
     model = LinearGaussian(**ROTATED)
     pipeline = gaussian_pipeline(model, schedule, variance="fixed_large", shape=shape)
@@ -315,13 +310,13 @@ def test_ode_term_equals_the_analytic_density(any_pixel):
 
     generators = [torch.Generator().manual_seed(derive_seed(0, 4, i)) for i in range(5)]
     eps = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-    draws = [torch.randn(shape, generator=generator) for generator in likelihood.sample_generators(0, range(5))]
+    noise = [torch.randn(shape, generator=generator) for generator in two_stage.sample_generators(0, range(5))]
     mean, log_var = model.encode(x)
-    z_0 = model.standardise(mean + (0.5 * log_var).exp() * torch.stack(draws))
-    z_1, (first, last) = marginal(schedule, z_0, 1, eps), schedule.alpha_bar[[1, -1]].tolist()
-    spread = [a * C + 1 - a for a in (first, last)]
+    z_0 = model.standardise(mean + (0.5 * log_var).exp() * torch.stack(noise))
+    z_1, (a_1, a_T) = marginal(schedule, z_0, 1, eps), schedule.alpha_bar[[1, -1]].tolist()
+    spread = [a * C + 1 - a for a in (a_1, a_T)]
     p = torch.distributions.Normal(0.0, (spread[0] / spread[1]) ** 0.5)
-    entropy = 0.5 * 18 * math.log(2 * math.pi * math.e * (1 - first))
+    entropy = 0.5 * 18 * math.log(2 * math.pi * math.e * (1 - a_1))
     expected = -p.log_prob(z_1).flatten(1).sum(1) - entropy
     torch.testing.assert_close(bounds.ode.parts["ODE, z_1"], expected, atol=1e-3, rtol=0)
     for name in ("decoder", "encoder", "volume", "L_0"):
@@ -335,10 +330,10 @@ def assert_same_terms(terms: Terms, expected: Terms, **tolerance) -> None:
 
 
 @pytest.fixture
-def eight_bit():
+def pixels():
     """Random 8-bit images, [6, 3, 8, 8], scaled to [-1, 1]."""
-    pixels = torch.randint(0, 256, (6, 3, 8, 8), generator=torch.Generator().manual_seed(0))
-    return pixels.float() / 127.5 - 1
+    levels = torch.randint(0, 256, (6, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+    return levels.float() / 127.5 - 1
 
 
 def tiny_pipeline(conditioning=None, **options) -> LatentDiffusionPipeline:
@@ -366,8 +361,8 @@ def tiny_pipeline(conditioning=None, **options) -> LatentDiffusionPipeline:
     )
 
 
-def test_terms_add_up_and_convert_to_bits_per_dim(eight_bit):
-    bounds = two_stage_bound(tiny_pipeline(), eight_bit, {}, steps=4, ode={"rtol": 1e-2, "atol": 1e-2})
+def test_terms_add_up_and_convert_to_bits_per_dim(pixels):
+    bounds = two_stage_bound(tiny_pipeline(), pixels, {}, steps=4, ode={"rtol": 1e-2, "atol": 1e-2})
     names = ["decoder", "encoder", "volume", "L_T", "sum of L_t-1", "L_0"]
     assert list(bounds.chain.parts) == names
     assert list(bounds.vae.parts) == ["decoder", "encoder", "N(0, I) prior"]
@@ -376,75 +371,74 @@ def test_terms_add_up_and_convert_to_bits_per_dim(eight_bit):
         torch.testing.assert_close(terms.total, sum(terms.parts.values()))
         metrics = terms.metrics()
         assert set(metrics) == {*terms.parts, "total"}
-        in_bits = terms.total / (3 * 8 * 8 * math.log(2))
-        torch.testing.assert_close(terms.bits_per_dim(terms.total), in_bits)
-        assert metrics["total"].value == pytest.approx(in_bits.mean().item())
+        bits = terms.total / (3 * 8 * 8 * math.log(2))
+        torch.testing.assert_close(terms.bits_per_dim(terms.total), bits)
+        assert metrics["total"].value == pytest.approx(bits.mean().item())
         assert metrics["total"].value == pytest.approx(sum(metrics[name].value for name in terms.parts))
-        assert metrics["total"].standard_error == pytest.approx(scipy.stats.sem(in_bits.numpy()))
+        assert metrics["total"].standard_error == pytest.approx(scipy.stats.sem(bits.numpy()))
         for name in ("decoder", "encoder"):
-            assert torch.equal(terms.parts[name], bounds.vae.parts[name]), "all priors use the same draw of z_raw"
+            assert torch.equal(terms.parts[name], bounds.vae.parts[name]), "all priors use the same sample of z_raw"
     error = bounds.chain.monte_carlo_variance.sum().sqrt().item() / 6 / (192 * math.log(2))
     assert bounds.chain.monte_carlo_error == pytest.approx(error) and bounds.vae.monte_carlo_error is None
     volume = 16 * math.log(1.5 * 0.5 * 1.0)
     assert bounds.chain.parts["volume"].tolist() == pytest.approx([volume] * 6)
     assert bounds.chain.total.dtype == torch.float64
-    assert_same_terms(vae_bound(tiny_pipeline().autoencoder, eight_bit), bounds.vae)
+    assert_same_terms(vae_bound(tiny_pipeline().autoencoder, pixels), bounds.vae)
     assert math.isnan(mean_metric(torch.ones(1)).standard_error)
 
 
 @pytest.mark.parametrize("steps", [None, 6])
-def test_bound_of_an_image_depends_only_on_seed_and_index(eight_bit, steps):
+def test_bound_of_an_image_depends_only_on_seed_and_index(pixels, steps):
     pipeline = tiny_pipeline(ClassCondition(["cat", "dog", "owl"]))
     labels = torch.tensor([0, 1, 2, 0, 1, 2])
 
     def bound(count=6, labels=labels, **options):
         condition = {"label": labels[:count]}
-        return two_stage_bound(pipeline, eight_bit[:count], condition, steps=steps, **options).chain
+        return two_stage_bound(pipeline, pixels[:count], condition, steps=steps, **options).chain
 
-    together = bound()
-    assert_same_terms(bound(), together)
+    expected = bound()
+    assert_same_terms(bound(), expected)
     for batch_size in (1, 4, 1000):
-        assert_same_terms(bound(batch_size=batch_size), together, rtol=1e-4, atol=1e-3)
-    few = bound(3)
-    for name, values in few.parts.items():
-        torch.testing.assert_close(values, together.parts[name][:3], rtol=1e-4, atol=1e-3)
-    assert (bound(seed=1).total != together.total).all()
-    other = bound(labels=torch.tensor([0, 1, 2, 0, 2, 2])).total
-    changed = (other - together.total).abs() > 1e-3
+        assert_same_terms(bound(batch_size=batch_size), expected, rtol=1e-4, atol=1e-3)
+    for name, values in bound(3).parts.items():
+        torch.testing.assert_close(values, expected.parts[name][:3], rtol=1e-4, atol=1e-3)
+    assert (bound(seed=1).total != expected.total).all()
+    relabelled = bound(labels=torch.tensor([0, 1, 2, 0, 2, 2])).total
+    changed = (relabelled - expected.total).abs() > 1e-3
     assert changed.tolist() == [False, False, False, False, True, False], "only image 4 has a different condition"
 
 
-def test_ode_uses_the_condition_of_each_image(eight_bit):
+def test_ode_uses_the_condition_of_each_image(pixels):
     pipeline, ode = tiny_pipeline(ClassCondition(["cat", "dog", "owl"])), {"rtol": 1e-3, "atol": 1e-3}
-    one, two = (
-        two_stage_bound(pipeline, eight_bit, {"label": torch.tensor(labels)}, steps=4, batch_size=4, ode=ode).ode.total
+    totals, relabelled_totals = (
+        two_stage_bound(pipeline, pixels, {"label": torch.tensor(labels)}, steps=4, batch_size=4, ode=ode).ode.total
         for labels in ([0, 1, 2, 0, 1, 2], [0, 1, 2, 0, 2, 2])
     )
-    assert ((two - one).abs() > 0.05).tolist() == [False, False, False, False, True, False]
+    assert ((relabelled_totals - totals).abs() > 0.05).tolist() == [False, False, False, False, True, False]
 
 
-def test_ode_bound_does_not_depend_on_the_batch_beyond_its_tolerance(eight_bit):
+def test_ode_bound_is_independent_of_the_batch_size_within_tolerance(pixels):
     pipeline = tiny_pipeline()
     calls = []
 
-    def bound(images=eight_bit, probes=2, **options):
+    def bound(images=pixels, probes=2, **options):
         ode = {"rtol": 1e-3, "atol": 1e-3, "probes": probes}
         return two_stage_bound(pipeline, images, {}, steps=4, ode=ode, **options)
 
     bounds = bound(on_progress=lambda *call: calls.append(call))
     assert calls[-2:] == [("ODE", 0, 6), ("ODE", 6, 6)] and calls[0][0] == "chain"
-    apart = bound(eight_bit[:4], batch_size=2)
-    torch.testing.assert_close(apart.ode.total, bounds.ode.total[:4], rtol=0, atol=0.05)
-    exact, many = bound(probes=None), bound(probes=16)
+    small_batches = bound(pixels[:4], batch_size=2)
+    torch.testing.assert_close(small_batches.ode.total, bounds.ode.total[:4], rtol=0, atol=0.05)
+    exact, estimated = bound(probes=None), bound(probes=16)
     assert bound(probes=1).ode_probe_variance is None and exact.ode_probe_variance is None
-    score = (many.ode.total - exact.ode.total) / many.ode_probe_variance.sqrt()
-    print(f"\n16 probes minus the exact trace, in standard errors: {score.numpy().round(2)}")
-    assert score.abs().max() < 4 and 0.1 < score.square().mean() < 3
+    z_score = (estimated.ode.total - exact.ode.total) / estimated.ode_probe_variance.sqrt()
+    print(f"\n16 probes minus the exact trace, in standard errors: {z_score.numpy().round(2)}")
+    assert z_score.abs().max() < 4 and 0.1 < z_score.square().mean() < 3
 
 
-def test_nan_from_the_autoencoder_is_reported(eight_bit, monkeypatch):
+def test_nan_from_the_autoencoder_is_reported(pixels, monkeypatch):
     pipeline = tiny_pipeline()
-    encode, bad_image = pipeline.autoencoder.encode, eight_bit[4]
+    encode, bad_image = pipeline.autoencoder.encode, pixels[4]
 
     def encode_with_nan(images):
         mean, log_variance = encode(images)
@@ -453,7 +447,7 @@ def test_nan_from_the_autoencoder_is_reported(eight_bit, monkeypatch):
 
     monkeypatch.setattr(pipeline.autoencoder, "encode", encode_with_nan)
     with pytest.raises(UserError, match=r"autoencoder.*image 4 .*not finite.*optimizer\.lr"):
-        two_stage_bound(pipeline, eight_bit, {}, batch_size=3)
+        two_stage_bound(pipeline, pixels, {}, batch_size=3)
 
 
 class NaNNetwork(nn.Module):
@@ -469,18 +463,18 @@ class NaNNetwork(nn.Module):
         return torch.where(torch.as_tensor(is_nan), math.nan, output)
 
 
-def test_nan_from_the_network_is_reported(eight_bit):
+def test_nan_from_the_network_is_reported(pixels):
     pipeline = tiny_pipeline(ClassCondition(["cat", "dog"]))
     pipeline.network = NaNNetwork(pipeline.network)
     with pytest.raises(UserError, match=r"image 3 at t = 1 is nan.*optimizer\.lr"):
-        two_stage_bound(pipeline, eight_bit, {"label": torch.tensor([0, 0, 0, 1, 0, 1])})
+        two_stage_bound(pipeline, pixels, {"label": torch.tensor([0, 0, 0, 1, 0, 1])})
 
 
-def test_nan_in_the_ode_is_reported(eight_bit):
+def test_nan_in_the_ode_is_reported(pixels):
     pipeline = tiny_pipeline()
     pipeline.network = NaNNetwork(pipeline.network, at_real_t=True)
     with pytest.raises(UserError, match=r"ODE.*images 0 to 3: .*not finite.*rtol=.*ode="):
-        two_stage_bound(pipeline, eight_bit, {}, batch_size=4, ode={})
+        two_stage_bound(pipeline, pixels, {}, batch_size=4, ode={})
 
 
 VQ = PatchVQModel(patch=1, block_out_channels=(8,), norm_num_groups=4)
@@ -493,11 +487,11 @@ VQ = PatchVQModel(patch=1, block_out_channels=(8,), norm_num_groups=4)
         ({"statistics": None}, {}, r"not measured on its training split.*latents\.json"),
         ({}, {"variance": "huge"}, "variance=huge is unknown.*fixed_small, fixed_large, learned_range, optimal"),
         ({}, {"variance": "learned_range"}, "variance=learned_range needs a network that learned Sigma.*fixed_small"),
-        ({}, {"variance": "optimal"}, r"not fitted for this model yet.*tools/likelihood\.py .* variance=optimal"),
+        ({}, {"variance": "optimal"}, r"not been fitted for this model yet.*tools/likelihood\.py .* variance=optimal"),
         (
             {"z_0_mse": torch.ones(12, dtype=torch.float64)},
             {"variance": "optimal"},
-            r"does not fit.*T \+ 1 = 13.*Delete",
+            r"z_0_mse.*T \+ 1 = 13.*got 12.*Delete",
         ),
         ({}, {"steps": 5}, "steps=5 must be.* even .*4 to T = 12.* all"),
         ({}, {"steps": "abc"}, "steps=abc must be.* even"),
@@ -511,14 +505,14 @@ VQ = PatchVQModel(patch=1, block_out_channels=(8,), norm_num_groups=4)
         ),
     ],
 )
-def test_invalid_options_are_refused_before_computing(eight_bit, monkeypatch, changes, options, message):
+def test_invalid_options_are_refused_before_computing(pixels, monkeypatch, changes, options, message):
     pipeline = tiny_pipeline()
     for name, value in changes.items():
         setattr(pipeline if hasattr(pipeline, name) else pipeline.autoencoder, name, value)
-    monkeypatch.setattr(likelihood, "_encode_images", lambda *_: pytest.fail("refused too late"))
-    with pytest.raises(UserError, match=message) as refused:
-        two_stage_bound(pipeline, eight_bit, {}, **options)
-    assert "\n" not in str(refused.value)
+    monkeypatch.setattr(two_stage, "_encode_images", lambda *_: pytest.fail("computation started"))
+    with pytest.raises(UserError, match=message) as error:
+        two_stage_bound(pipeline, pixels, {}, **options)
+    assert "\n" not in str(error.value)
 
 
 @pytest.fixture(scope="module")
@@ -531,9 +525,9 @@ def images(make_images, tmp_path_factory) -> ImageData:
 
 
 @pytest.fixture(scope="module")
-def trained(images, tmp_path_factory) -> Path:
-    """Folder with a finished run of each stage on these images."""
-    folder = tmp_path_factory.mktemp("trained")
+def finished_runs(images, tmp_path_factory) -> Path:
+    """A folder with a finished run of each stage on these images."""
+    folder = tmp_path_factory.mktemp("finished")
     pipeline = tiny_pipeline(ClassCondition(["cat", "dog"]))
     vae = finished_run(folder / "runs/vae/first", "vae", images)
     pipeline.autoencoder.save(vae.autoencoder_folder)
@@ -543,40 +537,40 @@ def trained(images, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def runs(trained, tmp_path, monkeypatch) -> tuple[Run, Run]:
-    """A copy of these runs: (vae, diffusion)."""
-    shutil.copytree(trained / "runs", tmp_path / "runs")
+def runs(finished_runs, tmp_path, monkeypatch) -> tuple[Run, Run]:
+    """Copies of both finished runs: (vae, diffusion)."""
+    shutil.copytree(finished_runs / "runs", tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
     return Run.open("runs/vae/first"), Run.open("runs/diffusion/first")
 
 
 @pytest.fixture
-def tool(call, runs):
-    """tool(run, *arguments) returns the command's output and the content of likelihood.json."""
+def measure(call, runs):
+    """Return a function that runs the command on a run, and returns its output and the content of likelihood.json."""
 
-    def tool(run: Run, *arguments: str) -> tuple[str, dict]:
-        ended = call(main, "likelihood", f"run={run.path}", "device=cpu", *arguments)
-        assert ended.code == 0, ended
-        return ended.out, json.loads((run.path / "likelihood.json").read_text())
+    def measure(run: Run, *arguments: str) -> tuple[str, dict]:
+        result = call(main, "likelihood", f"run={run.path}", "device=cpu", *arguments)
+        assert result.code == 0, result
+        return result.out, json.loads((run.path / "likelihood.json").read_text())
 
-    return tool
+    return measure
 
 
 @pytest.fixture
-def fails(call, runs):
-    """fails(*arguments) returns the error message of the command, a single line."""
+def error_message(call, runs):
+    """Return a function that runs the command and returns its error message, which must be a single line."""
 
-    def fails(*arguments: str) -> str:
-        ended = call(main, "likelihood", "device=cpu", *arguments)
-        assert ended.code == 2 and ended.err.startswith("error: ") and ended.err.count("\n") == 1, ended
-        return ended.err
+    def error_message(*arguments: str) -> str:
+        result = call(main, "likelihood", "device=cpu", *arguments)
+        assert result.code == 2 and result.err.startswith("error: ") and result.err.count("\n") == 1, result
+        return result.err
 
-    return fails
+    return error_message
 
 
-def test_likelihood_of_a_diffusion_run(runs, tool, images):
+def test_likelihood_of_a_diffusion_run(runs, measure, images):
     _, run = runs
-    printed, content = tool(run, "steps=all", "ode=true", "probes=2", "num_images=8")
+    output, content = measure(run, "steps=all", "ode=true", "probes=2", "num_images=8")
     for column, keys in {
         "chain": ("decoder", "encoder", "volume", "L_T", "sum of L_t-1", "L_0", "monte_carlo_error"),
         "ODE": ("decoder", "encoder", "volume", "ODE, z_1", "L_0"),
@@ -584,8 +578,8 @@ def test_likelihood_of_a_diffusion_run(runs, tool, images):
     }.items():
         assert set(content[column]) == {*keys, "total", "standard_error"}
         assert np.mean(content["per_image"][column]) == pytest.approx(content[column]["total"])
-        assert f"{content[column]['total']:.4f}" in printed
-    assert all(label in printed for label in BOUND_ROWS.values()), printed
+        assert f"{content[column]['total']:.4f}" in output
+    assert all(label in output for label in BOUND_ROWS.values()), output
     assert content["images"] == f"{images.name}/val@{images.fingerprint[:8]}" and content["num_dims"] == 192
     assert set(content["per_image"]["index"]) <= set(images.val_indices.tolist())
     assert content["condition"] == "class" and content["variance"] == "fixed_small"
@@ -595,61 +589,61 @@ def test_likelihood_of_a_diffusion_run(runs, tool, images):
     assert curve[0] == pytest.approx(content["chain"]["L_0"])
     assert sum(curve[1:]) == pytest.approx(content["chain"]["sum of L_t-1"])
     differences = np.subtract(content["per_image"]["ODE"], content["per_image"]["chain"])
-    assert_is_paired(content["ode_minus_chain"], differences)
-    assert re.search(rf"ODE minus chain.* {re.escape(f'{differences.mean():+.4f}')}", printed)
+    assert_matches(content["ode_minus_chain"], differences)
+    assert re.search(rf"ODE minus chain.* {re.escape(f'{differences.mean():+.4f}')}", output)
     assert content["ode_options"]["evaluations"] > 20 and content["ode_options"]["probe_error"] > 0
 
-    _, fewer = tool(run, "steps=4", "num_images=4", "split=train", "batch_size=3")
-    assert fewer["steps"] == 4 and fewer["curve"]["width"] == [1.0, 11.0] and "ODE" not in fewer
-    assert set(fewer["per_image"]["index"]) <= set(images.train_indices.tolist())
+    _, subset = measure(run, "steps=4", "num_images=4", "split=train", "batch_size=3")
+    assert subset["steps"] == 4 and subset["curve"]["width"] == [1.0, 11.0] and "ODE" not in subset
+    assert set(subset["per_image"]["index"]) <= set(images.train_indices.tolist())
     assert (run.path / "likelihood.png").stat().st_size > 10_000
 
 
-def assert_is_paired(difference: dict, per_image: np.ndarray) -> None:
+def assert_matches(difference: dict, per_image: np.ndarray) -> None:
     assert difference["mean"] == pytest.approx(per_image.mean())
     assert difference["standard_error"] == pytest.approx(scipy.stats.sem(per_image))
 
 
-def test_optimal_sigma_is_fitted_once_and_saved_for_sampling(runs, tool, images):
+def test_optimal_sigma_is_fitted_once_and_saved_for_sampling(runs, measure, images):
     _, run = runs
     options = ["num_images=6", "steps=all"]
-    itself = f"against={run.path}"
-    printed, content = tool(run, "variance=optimal", itself, "against_variance=fixed_small", *options)
+    against = f"against={run.path}"
+    output, content = measure(run, "variance=optimal", against, "against_variance=fixed_small", *options)
     saved = json.loads((run.path / "pipeline" / VARIANCE_FILE).read_text())
     assert saved["data"] == images.fingerprint and saved["images"] == len(images.train_indices)
     assert content["variance"] == "optimal" and content["difference"]["against"]["variance"] == "fixed_small"
     differences = np.subtract(content["per_image"]["chain"], content["difference"]["against"]["per_image"]["chain"])
-    assert_is_paired(content["difference"], differences)
+    assert_matches(content["difference"], differences)
     assert differences.mean() < 0
-    assert f"minus {run.path} fixed_small" in printed and f"{differences.mean():+.4f}" in printed
+    assert f"minus {run.path} fixed_small" in output and f"{differences.mean():+.4f}" in output
     for term in ("decoder", "encoder", "volume", "L_T"):
-        assert content["chain"][term] == content["difference"]["against"]["chain"][term], "the same draws"
+        assert content["chain"][term] == content["difference"]["against"]["chain"][term], "the same random numbers"
 
     table = load_z_0_mse(run.path / "pipeline")
     assert table.tolist() == saved["z_0_mse"] and len(table) == 13
-    tool(run, "variance=optimal", *options)
-    assert json.loads((run.path / "pipeline" / VARIANCE_FILE).read_text()) == saved, "not fitted again"
+    measure(run, "variance=optimal", *options)
+    assert json.loads((run.path / "pipeline" / VARIANCE_FILE).read_text()) == saved, "fitted only once"
     pipeline = Run.open(run.path).pipeline()
     assert torch.equal(pipeline.z_0_mse, table), "available for sampling"
 
 
-def test_optimal_sigma_is_fitted_on_the_training_split_for_any_batch_size(runs, tool, images, monkeypatch):
+def test_optimal_sigma_is_fitted_on_the_training_split_for_any_batch_size(runs, measure, images, monkeypatch):
     _, run = runs
     tables, calls = [], []
 
-    def recording(denoiser, z_0, condition, **options):
+    def record_call(denoiser, z_0, condition, **options):
         calls.append((z_0, condition["label"]))
         return fit_z_0_mse(denoiser, z_0, condition, **options)
 
-    monkeypatch.setattr(optimal_variance, "fit_z_0_mse", recording)
+    monkeypatch.setattr(optimal_variance, "fit_z_0_mse", record_call)
     for size in (5, 64):
-        tool(run, "variance=optimal", "num_images=2", "steps=4", f"batch_size={size}")
+        measure(run, "variance=optimal", "num_images=2", "steps=4", f"batch_size={size}")
         file = run.path / "pipeline" / VARIANCE_FILE
         tables.append(load_z_0_mse(run.path / "pipeline"))
         file.unlink()
     torch.testing.assert_close(tables[0], tables[1], rtol=1e-5, atol=0)
-    (z_0, labels), (other_z_0, _) = calls
-    torch.testing.assert_close(z_0, other_z_0, rtol=0, atol=1e-4)
+    (z_0, labels), (z_0_large_batch, _) = calls
+    torch.testing.assert_close(z_0, z_0_large_batch, rtol=0, atol=1e-4)
     autoencoder = run.pipeline().autoencoder
     mean, log_var = autoencoder.encode(images.batch(images.train_indices))
     noise_variance = (log_var.exp().mean((0, 2, 3)) / torch.tensor([1.5, 0.5, 1.0]).square()).double()
@@ -661,17 +655,17 @@ def test_optimal_sigma_is_fitted_on_the_training_split_for_any_batch_size(runs, 
     torch.testing.assert_close(noise.double().var((0, 2, 3)), noise_variance, rtol=0.2, atol=0)
 
 
-def test_likelihood_of_an_autoencoder_run(runs, tool):
+def test_likelihood_of_an_autoencoder_run(runs, measure):
     run, diffusion = runs
-    printed, content = tool(run, "num_images=5")
+    output, content = measure(run, "num_images=5")
     assert list(content["per_image"]) == ["VAE", "index"] and "variance" not in content
-    assert all(BOUND_ROWS[key] in printed for key in ("decoder", "encoder", "N(0, I) prior"))
+    assert all(BOUND_ROWS[key] in output for key in ("decoder", "encoder", "N(0, I) prior"))
     assert (run.path / "likelihood.png").stat().st_size > 10_000
-    printed, both = tool(diffusion, "num_images=5", "steps=4", f"against={run.path}")
-    assert both["VAE"] == pytest.approx(content["VAE"]), "the same autoencoder on the same images"
-    differences = np.subtract(both["per_image"]["chain"], content["per_image"]["VAE"])
-    assert_is_paired(both["difference"], differences)
-    assert f"minus {run.path}" in printed and f"{differences.mean():+.4f}" in printed
+    output, diffusion_content = measure(diffusion, "num_images=5", "steps=4", f"against={run.path}")
+    assert diffusion_content["VAE"] == pytest.approx(content["VAE"]), "the same autoencoder on the same images"
+    differences = np.subtract(diffusion_content["per_image"]["chain"], content["per_image"]["VAE"])
+    assert_matches(diffusion_content["difference"], differences)
+    assert f"minus {run.path}" in output and f"{differences.mean():+.4f}" in output
 
 
 VAE = "run=runs/vae/first"
@@ -689,39 +683,41 @@ VAE = "run=runs/vae/first"
         ([VAE, "variance=optimal"], "variance=optimal .*runs/vae/first.*stage vae"),
     ],
 )
-def test_invalid_command_line_options_are_refused(fails, runs, monkeypatch, arguments, message):
-    monkeypatch.setattr(likelihood, "_encode_images", lambda *_: pytest.fail("refused too late"))
-    assert re.search(message, fails(*([] if VAE in arguments else [f"run={runs[1].path}"]), *arguments))
+def test_invalid_command_line_options_are_refused(error_message, runs, monkeypatch, arguments, message):
+    monkeypatch.setattr(two_stage, "_encode_images", lambda *_: pytest.fail("computation started"))
+    assert re.search(message, error_message(*([] if VAE in arguments else [f"run={runs[1].path}"]), *arguments))
 
 
-def test_split_of_one_image_is_refused(fails, runs):
+def test_split_of_one_image_is_refused(error_message, runs):
     _, run = runs
     run.update(val_fraction=0.0)
-    assert "split=val has 1 image" in (message := fails(f"run={run.path}", "steps=4")) and "split=train" in message
+    assert (
+        "split=val has 1 image" in (message := error_message(f"run={run.path}", "steps=4")) and "split=train" in message
+    )
 
 
-def test_comparison_with_a_run_on_other_images_is_refused(fails, runs, monkeypatch):
+def test_comparison_with_a_run_on_different_images_is_refused(error_message, runs, monkeypatch):
     vae, run = runs
     vae.update(val_fraction=0.4)
-    monkeypatch.setattr(likelihood, "_encode_images", lambda *_: pytest.fail("refused too late"))
-    message = fails(f"run={run.path}", "steps=4", f"against={vae.path}")
+    monkeypatch.setattr(two_stage, "_encode_images", lambda *_: pytest.fail("computation started"))
+    message = error_message(f"run={run.path}", "steps=4", f"against={vae.path}")
     assert "not trained and validated on the same images" in message and "data.val_fraction" in message
 
 
-def test_edited_chain_is_refused(fails, runs):
+def test_edited_chain_is_refused(error_message, runs):
     _, run = runs
     file = run.path / "pipeline/model_index.json"
     index = json.loads(file.read_text())
     index["schedule"]["alpha_bar"][5] *= 0.99
     file.write_text(json.dumps(index))
-    assert "was not trained on" in fails(f"run={run.path}", "steps=4")
+    assert "was not trained on" in error_message(f"run={run.path}", "steps=4")
 
 
-def test_failed_fit_of_sigma_is_reported(fails, runs, monkeypatch):
+def test_failed_fit_of_sigma_is_reported(error_message, runs, monkeypatch):
     _, run = runs
     forward = DiT.forward
     monkeypatch.setattr(DiT, "forward", lambda *args, **options: forward(*args, **options) * math.nan)
-    message = fails(f"run={run.path}", "steps=4", "variance=optimal")
+    message = error_message(f"run={run.path}", "steps=4", "variance=optimal")
     assert re.search("variance=optimal cannot be fitted: .*image", message)
     assert not (run.path / "pipeline" / VARIANCE_FILE).exists()
 
@@ -730,7 +726,7 @@ def test_pixel_chain_uses_the_mass_of_8_bit_bins():
     """If p(z_0 | z_1) is much wider than a bin, the mass is the density times the bin width."""
     statistics = LatentStatistics([0.1, -0.1, 0.0], [0.8, 1.0, 1.2], [0.0] * 3, "", "")
     autoencoder = Autoencoder(IdentityAutoencoder(), statistics)
-    pipeline = gaussian_pipeline(autoencoder, vp(16), shape=(3, 2, 2))
+    pipeline = gaussian_pipeline(autoencoder, vp_schedule(16), shape=(3, 2, 2))
     levels = torch.randint(40, 210, (5, 3, 2, 2), generator=torch.Generator().manual_seed(0))
     images = levels / 127.5 - 1
     bounds = two_stage_bound(pipeline, images, {})
@@ -743,6 +739,6 @@ def test_pixel_chain_uses_the_mass_of_8_bit_bins():
         variance="optimal",
         z_0_mse=pipeline.z_0_mse,
     )
-    bins = 4 * (likelihood.BIN_WIDTH / float64([0.8, 1.0, 1.2])).log().sum()
+    bins = 4 * (two_stage.BIN_WIDTH / float64([0.8, 1.0, 1.2])).log().sum()
     torch.testing.assert_close(bounds.chain.total, density.total - bins, rtol=0, atol=5e-3)
     assert bounds.chain.total.min() > 0, "-log p is positive for discrete values"

@@ -1,4 +1,4 @@
-"""Duplicates, density, coverage and diversity, tested against brute force, hand-computed cases and closed forms."""
+"""Tests of duplicates, density, coverage and diversity against brute force, hand-computed cases and closed forms."""
 
 import math
 
@@ -17,13 +17,13 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def smooth(count: int, seed: int = 0) -> torch.Tensor:
-    """Images [n, 3, 32, 32] with large patches of colour."""
+def smooth_images(count: int, seed: int = 0) -> torch.Tensor:
+    """Return images [n, 3, 32, 32] with large patches of colour."""
     coarse = normal(count, 3, 4, 4, seed=seed).clamp(-1, 1)
     return torch.nn.functional.interpolate(coarse, size=32, mode="bicubic").clamp(-1, 1)
 
 
-def pairs_of(images: torch.Tensor, **options) -> set[tuple[int, int]]:
+def find_pairs(images: torch.Tensor, **options) -> set[tuple[int, int]]:
     options = {"max_bits": 4, "max_levels": 4, **options}
     chunks = near_duplicate_pairs(dhash(images), thumbnails(images), **options)
     return {tuple(pair) for pairs, _, _ in chunks for pair in pairs.tolist()}
@@ -41,28 +41,28 @@ def test_hash_compares_neighbours_from_left_to_right():
 
 
 def test_hash_ignores_noise_in_flat_regions():
-    """The mean of a cell varies by a third of a level, about as much as with compression noise."""
+    """The cell means vary by a third of a level, about as much as under compression noise."""
     flat = torch.zeros(20, 3, 32, 32)
     noisy = flat + 2 * LEVEL * normal(20, 3, 32, 32)
     assert not dhash(noisy).any() and dhash(noisy, margin=0.0).float().mean() > 0.3
 
 
 def test_near_duplicates_are_exactly_the_slightly_changed_images():
-    images = smooth(40)
+    images = smooth_images(40)
     changed = images[3].add(0.02 * normal(3, 32, 32)).add(0.01).clamp(-1, 1)
     shrunk = torch.nn.functional.interpolate(images[5:6], size=24, mode="bilinear", antialias=True)
     resampled = torch.nn.functional.interpolate(shrunk, size=32, mode="bilinear")
-    everything = torch.cat([images, changed[None], resampled])
-    assert pairs_of(everything) == {(3, 40), (5, 41)}
+    all_images = torch.cat([images, changed[None], resampled])
+    assert find_pairs(all_images) == {(3, 40), (5, 41)}
 
 
 def test_colours_distinguish_images_with_equal_hashes():
-    """Two flags with the same grey values."""
+    """The images are two flags with the same grey values."""
     red, green = torch.zeros(3, 32, 32), torch.zeros(3, 32, 32)
     red[0, :, 10:20], green[1, :, 10:20] = 0.587, 0.299
     images = torch.stack([red, green])
     assert torch.equal(dhash(red[None]), dhash(green[None]))
-    assert pairs_of(images) == set() and pairs_of(images, max_levels=255) == {(0, 1)}
+    assert find_pairs(images) == set() and find_pairs(images, max_levels=255) == {(0, 1)}
 
 
 @pytest.mark.parametrize("max_pairs", [350, 2**24], ids=["many chunks", "one chunk"])
@@ -81,20 +81,20 @@ def test_near_duplicate_pairs_equal_brute_force(monkeypatch, max_pairs):
     pairs, bits, levels = map(torch.cat, zip(*chunks, strict=True))
     differences = zip(bits.tolist(), levels.tolist(), strict=True)
     assert dict(zip(map(tuple, pairs.tolist()), differences, strict=True)) == expected
-    assert len(pairs) == len(expected), "no pair twice"
+    assert len(pairs) == len(expected), "each pair is listed once"
 
 
 def test_duplicates_within_and_across_the_splits():
-    """a is in training twice, b in both splits, c in validation twice; d is unique and a near duplicate of b."""
+    """Image a is in the training split twice, b in both splits, c in the validation split twice, and d once."""
     digests = [b"a", b"b", b"a", b"c", b"b", b"c", b"d"]
     duplicates = DuplicateIndex(digests, train=np.array([0, 1, 2, 6]), val=np.array([3, 4, 5]))
-    assert duplicates.first.tolist() == [0, 1, 0, 3, 1, 3, 6] and duplicates.distinct.tolist() == [0, 1, 3, 6]
+    assert duplicates.first_copy.tolist() == [0, 1, 0, 3, 1, 3, 6] and duplicates.distinct.tolist() == [0, 1, 3, 6]
     assert duplicates.copy_groups() == [[4, 1], [0, 2], [3, 5]]
     b_and_d, a_and_d = torch.tensor([[1, 3]]), torch.tensor([[0, 3]])  # rows of `distinct`; a and d are in training
     duplicates.add(b_and_d, torch.tensor([2]), torch.tensor([1.5]), keep=10)
     duplicates.add(a_and_d, torch.tensor([1]), torch.tensor([0.5]), keep=10)
     assert duplicates.closest_pairs() == [(4, 6, 2, 1.5), (0, 6, 1, 0.5)], "the pair across the splits comes first"
-    train_near, val_near = duplicates.is_near[:, duplicates.first]
+    train_near, val_near = duplicates.is_near[:, duplicates.first_copy]
     assert train_near.tolist() == [True, True, True, False, True, False, True]
     assert val_near.tolist() == [False, False, False, False, False, False, True]
     duplicates.add(torch.tensor([[0, 1]]), torch.tensor([0]), torch.tensor([0.0]), keep=1)
@@ -109,7 +109,7 @@ def brute_density_coverage(real, fake, k):
     real, fake = real.double().numpy(), fake.double().numpy()
     hits = np.zeros((len(real), len(fake)))
     for i, x in enumerate(real):
-        radius = np.sort([np.linalg.norm(x - other) for j, other in enumerate(real) if j != i])[k - 1]
+        radius = np.sort([np.linalg.norm(x - y) for j, y in enumerate(real) if j != i])[k - 1]
         hits[i] = [np.linalg.norm(x - y) < radius for y in fake]
     return hits.sum() / (k * len(fake)), hits.any(axis=1).mean()
 
@@ -135,7 +135,7 @@ def test_density_and_coverage_of_one_distribution_match_their_expectations():
     assert (abs(mean - expected) < 4 * error).all() and (error < 0.02).all()
 
 
-def test_samples_of_one_of_two_modes_are_dense_and_cover_half():
+def test_samples_from_one_of_two_modes_are_dense_and_cover_half():
     real = torch.cat([normal(100, 4), normal(100, 4, seed=1) + 50])
     density, coverage = density_coverage(real, normal(200, 4, seed=2))
     assert density == pytest.approx(1, abs=0.3) and coverage == pytest.approx(0.5, abs=0.05)
@@ -154,7 +154,7 @@ def test_vendi_score_counts_distinct_images():
     basis = torch.eye(16)
     assert vendi_score(basis[:6]) == pytest.approx(6)
     assert vendi_score(3 * basis[:1].repeat(50, 1)) == pytest.approx(1)
-    assert vendi_score(basis[:4].repeat(25, 1)) == pytest.approx(4), "also with more images than dimensions"
+    assert vendi_score(basis[:4].repeat(25, 1)) == pytest.approx(4), "more images than dimensions"
     unequal = vendi_score(basis[[0] * 9 + [1]])
     assert unequal == pytest.approx(math.exp(-0.9 * math.log(0.9) - 0.1 * math.log(0.1)))
 

@@ -1,4 +1,4 @@
-"""Feature networks: LPIPS and Inception with fake packages, and vision transformers loaded from folders."""
+"""Tests of feature networks: LPIPS and Inception from fake packages, and vision transformers loaded from folders."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ from ldm.evaluation.features import load_features
 
 @pytest.fixture
 def fake_lpips(monkeypatch):
-    """A package `lpips` whose network returns [b, 1, 1, 1], as the real one does."""
+    """A fake `lpips` package, whose network returns [b, 1, 1, 1] like the real network."""
 
     class Network(torch.nn.Module):
         def __init__(self, net: str, verbose: bool) -> None:
@@ -61,7 +61,7 @@ def test_lpips_refuses_missing_weights_and_missing_package(fake_lpips, monkeypat
         perceptual.LPIPS()
 
 
-PIXELS = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4]}
+SCALING = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4]}
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
 
 
@@ -71,7 +71,7 @@ def dinov2(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dinov2")
     torch.manual_seed(0)
     Dinov2Model(Dinov2Config(**SIZES)).save_pretrained(folder)
-    processor = {**PIXELS, "size": {"shortest_edge": 32}, "crop_size": {"height": 28, "width": 28}}
+    processor = {**SCALING, "size": {"shortest_edge": 32}, "crop_size": {"height": 28, "width": 28}}
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     return folder
 
@@ -83,7 +83,7 @@ def clip(tmp_path_factory):
     torch.manual_seed(0)
     config = CLIPVisionConfig(intermediate_size=32, projection_dim=8, **SIZES)
     CLIPVisionModelWithProjection(config).save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps({**PIXELS, "size": 28, "crop_size": 28}))
+    (folder / "preprocessor_config.json").write_text(json.dumps({**SCALING, "size": 28, "crop_size": 28}))
     return folder
 
 
@@ -97,7 +97,7 @@ def test_vision_transformer_from_folder_equals_transformers(request, name, dim):
     features = network(images)
     assert features.shape == (2, dim) and not features.requires_grad and not network.training
     resized = np.stack([Image.fromarray(image).resize((28, 28), Image.Resampling.BICUBIC) for image in pixels]) / 255
-    inputs = torch.tensor((resized - PIXELS["image_mean"]) / PIXELS["image_std"]).permute(0, 3, 1, 2).float()
+    inputs = torch.tensor((resized - SCALING["image_mean"]) / SCALING["image_std"]).permute(0, 3, 1, 2).float()
     model = {"dinov2": Dinov2Model, "clip": CLIPVisionModelWithProjection}[name].from_pretrained(folder)
     with torch.no_grad():
         output = model(pixel_values=inputs)
@@ -112,7 +112,7 @@ def test_key_depends_on_weights_and_size(dinov2, tmp_path):
     assert load_features("dinov2", path=str(copy)).key == network.key
     assert network.key.startswith("dinov2-") and network.key.endswith("-28px")
     processor = copy / "preprocessor_config.json"
-    processor.write_text(json.dumps({**PIXELS, "size": {"height": 42, "width": 42}}))
+    processor.write_text(json.dumps({**SCALING, "size": {"height": 42, "width": 42}}))
     assert load_features("dinov2", path=str(copy)).key == network.key.replace("28px", "42px")
     network.network.layernorm.weight.data[0] += 1
     network.network.save_pretrained(copy)
@@ -121,8 +121,8 @@ def test_key_depends_on_weights_and_size(dinov2, tmp_path):
 
 def test_unusable_features_path_is_refused(tmp_path, dinov2, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match="features_path=.*nothing is neither a folder .* of dinov2 nor a hub id"):
-        load_features("dinov2", path=str(tmp_path / "nothing"))
+    with pytest.raises(UserError, match="features_path=.*missing .*folder .* of dinov2 .*hub id"):
+        load_features("dinov2", path=str(tmp_path / "missing"))
     incomplete = shutil.copytree(dinov2, tmp_path / "incomplete")
     (incomplete / "preprocessor_config.json").unlink()
     with pytest.raises(UserError, match="preprocessor_config.json"):
@@ -132,7 +132,7 @@ def test_unusable_features_path_is_refused(tmp_path, dinov2, monkeypatch):
 
 
 def test_inception_with_a_fake_package(monkeypatch):
-    """The fake takes pixels in [0, 1] and returns [b, 2048, 1, 1] in a list, as pytorch-fid's network does."""
+    """The fake network expects pixels in [0, 1] and returns [b, 2048, 1, 1] in a list, like pytorch-fid's network."""
     monkeypatch.setitem(sys.modules, "pytorch_fid", None)
     with pytest.raises(UserError, match=r"features=inception needs .*pip install 'ldm-trainer\[inception\]'"):
         load_features("inception")

@@ -1,4 +1,4 @@
-"""PSNR, SSIM, PCA, kernel and Fréchet distances and retrieval, tested against numpy, scipy and torchmetrics."""
+"""Tests of PSNR, SSIM, PCA, kernel and Fréchet distances and retrieval against numpy, scipy and torchmetrics."""
 
 import numpy as np
 import pytest
@@ -24,10 +24,10 @@ def pair() -> tuple[torch.Tensor, torch.Tensor]:
     return images, (images + errors).clamp(-1, 1)
 
 
-def test_psnr_equals_that_of_8_bit_images(pair):
+def test_psnr_equals_psnr_of_8_bit_images(pair):
     """Images are mapped to 0..255, where the peak is 255."""
-    first, second = ((x.double().numpy() + 1) * 127.5 for x in pair)
-    expected = 10 * np.log10(255**2 / ((first - second) ** 2).mean(axis=(1, 2, 3)))
+    x, y = ((image.double().numpy() + 1) * 127.5 for image in pair)
+    expected = 10 * np.log10(255**2 / ((x - y) ** 2).mean(axis=(1, 2, 3)))
     np.testing.assert_allclose(psnr(*pair).numpy(), expected, rtol=1e-4)
     torch.testing.assert_close(psnr(pair[0], pair[0]), torch.full((4,), 106.0206), rtol=0, atol=1e-3)
 
@@ -43,7 +43,7 @@ def test_ssim_equals_its_formula(pair):
         views = np.lib.stride_tricks.sliding_window_view(padded, (11, 11), axis=(2, 3))
         return (views * window).sum(axis=(-1, -2))
 
-    x, y = ((part.double().numpy() + 1) * 127.5 for part in pair)
+    x, y = ((image.double().numpy() + 1) * 127.5 for image in pair)
     mean_x, mean_y = blur(x), blur(y)
     var_x, var_y, cov = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2, blur(x * y) - mean_x * mean_y
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
@@ -77,7 +77,7 @@ def test_pca_reconstruction_equals_singular_value_decomposition(factor, channels
 
 
 def test_mmd_of_two_features_computed_by_hand():
-    """k(1, 2) = (1 * 2 + 1)^3 and so on for d = 1, without the kernel of a feature with itself."""
+    """For d = 1, k(x, y) = (x y + 1)^3. The kernel of a feature with itself is excluded."""
     within_samples, within_reference = (1 * 2 + 1) ** 3, (0 * 1 + 1) ** 3
     across = ((1 * 0 + 1) ** 3 + (1 * 1 + 1) ** 3 + (2 * 0 + 1) ** 3 + (2 * 1 + 1) ** 3) / 4
     mmd2 = _mmd2(torch.tensor([[1.0], [2.0]]), torch.tensor([[0.0], [1.0]]))
@@ -92,15 +92,15 @@ def test_mmd_equals_torchmetrics():
 def test_kernel_distance_averages_disjoint_subsets():
     samples, reference = normal(43, 8).double(), normal(50, 8, seed=1).double() + 0.3
     generator = torch.Generator().manual_seed(7)
-    parts = [x[torch.randperm(len(x), generator=generator)[:40]].split(10) for x in (samples, reference)]
-    values = [poly_mmd(a, b).item() for a, b in zip(*parts, strict=True)]
+    subsets = [x[torch.randperm(len(x), generator=generator)[:40]].split(10) for x in (samples, reference)]
+    values = [poly_mmd(a, b).item() for a, b in zip(*subsets, strict=True)]
     mean, error = kernel_distance(samples, reference, seed=7)
     assert mean == pytest.approx(np.mean(values), rel=1e-9)
     assert error == pytest.approx(np.std(values, ddof=1) / 2, rel=1e-9)
 
 
 def test_kernel_distance_is_unbiased():
-    """Between sets from one distribution it is zero on average, and negative half of the time."""
+    """For two sets from one distribution, the distance is zero on average and often negative."""
     means, errors = np.transpose(
         [kernel_distance(normal(64, 4, seed=2 * i), normal(64, 4, seed=2 * i + 1), seed=i) for i in range(150)]
     )
@@ -118,8 +118,8 @@ def test_paired_kernel_distance_equals_sum_over_pairs():
         return (a @ b / 3 + 1) ** 3
 
     values = []
-    for part in order.split(4):
-        pairs = [(i, j) for i in part for j in part if i != j]
+    for subset in order.split(4):
+        pairs = [(i, j) for i in subset for j in subset if i != j]
         values.append(np.mean([k(x[i], x[j]) + k(y[i], y[j]) - k(x[i], y[j]) - k(x[j], y[i]) for i, j in pairs]))
     mean, error = kernel_distance(x, y, num_subsets=2, seed=5, paired=True)
     assert mean == pytest.approx(np.mean(values), rel=1e-9)
@@ -128,7 +128,7 @@ def test_paired_kernel_distance_equals_sum_over_pairs():
 
 
 def test_paired_kernel_distance_is_unbiased_for_dependent_pairs():
-    """y = -x has the distribution of x, so the distance is zero on average if both of a pair are in one subset."""
+    """y = -x has the distribution of x, so the distance is zero on average if pairs are not split across subsets."""
     means = [kernel_distance(x := normal(16, 2, seed=i), -x, num_subsets=2, paired=True)[0] for i in range(400)]
     assert abs(np.mean(means)) < 3 * np.std(means, ddof=1) / 20
 
@@ -142,13 +142,13 @@ def with_moments(mean: torch.Tensor, std: torch.Tensor, num: int, seed: int) -> 
 
 
 def test_frechet_distance_of_diagonal_gaussians_equals_closed_form():
-    """|m_1 - m_2|^2 + sum (s_1 - s_2)^2."""
+    """The closed form is |m_1 - m_2|^2 + sum (s_1 - s_2)^2."""
     means, stds = normal(2, 5).double(), normal(2, 5, seed=1).double().abs() + 0.1
-    first, second = (with_moments(m, s, n, n) for m, s, n in zip(means, stds, (40, 70), strict=True))
+    samples, reference = (with_moments(m, s, n, n) for m, s, n in zip(means, stds, (40, 70), strict=True))
     expected = (means[0] - means[1]).square().sum() + (stds[0] - stds[1]).square().sum()
-    assert frechet_distance(first, second) == pytest.approx(expected.item(), rel=1e-9)
+    assert frechet_distance(samples, reference) == pytest.approx(expected.item(), rel=1e-9)
     expected = (means[0] - means[1])[0] ** 2 + (stds[0] - stds[1])[0] ** 2
-    assert frechet_distance(first[:, :1], second[:, :1]) == pytest.approx(expected.item(), rel=1e-9)
+    assert frechet_distance(samples[:, :1], reference[:, :1]) == pytest.approx(expected.item(), rel=1e-9)
 
 
 @pytest.mark.parametrize("dim", [2, 16])
@@ -163,7 +163,7 @@ def test_frechet_distance_equals_scipy(dim):
 
 
 def test_frechet_distance_of_equal_sets_is_zero():
-    """Also when features are constant or identical, so that the covariance is rank-deficient."""
+    """Constant and identical features make the covariance rank-deficient."""
     features = normal(64, 32)
     features[:, 5] = 0
     features[:, 6] = features[:, 7]
@@ -174,9 +174,9 @@ def test_frechet_distance_of_equal_sets_is_zero():
 
 @pytest.mark.parametrize("sizes", [(63, 100), (100, 63)])
 def test_frechet_distance_refuses_too_few_features(sizes):
-    first, second = (normal(size, 32) for size in sizes)
+    samples, reference = (normal(size, 32) for size in sizes)
     with pytest.raises(ValueError, match=rf"at least 64 .*{sizes[0]} and {sizes[1]}.*feature_components"):
-        frechet_distance(first, second)
+        frechet_distance(samples, reference)
 
 
 def test_feature_components_equal_singular_value_decomposition():

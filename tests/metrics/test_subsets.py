@@ -1,4 +1,4 @@
-"""Feature metrics and their standard errors, memorisation and class metrics, tested against brute force."""
+"""Tests of feature metrics, their standard errors, memorisation and class metrics against brute force."""
 
 import math
 
@@ -45,7 +45,7 @@ def test_precision_and_recall_equal_brute_force(chunks):
 
 
 def test_precision_without_recall_and_recall_without_precision():
-    """Samples of one of two modes are precise but miss half of the images; distant extra samples do the opposite."""
+    """Samples from one of two modes are precise but miss half of the images. Distant samples do the opposite."""
     images = torch.cat([normal(100, 4), normal(100, 4, seed=1) + 50])
     precision, recall = precision_recall(normal(100, 4, seed=2), images)
     assert precision > 0.85 and recall == pytest.approx(0.5, abs=0.1)
@@ -70,7 +70,7 @@ def test_cmmd_equals_brute_force(chunks):
 
 
 def test_cmmd_has_the_documented_bias():
-    """In many dimensions, where random unit vectors are nearly orthogonal."""
+    """The test uses many dimensions, where random unit vectors are nearly orthogonal."""
     n, m = 50, 80
     mean = np.mean([cmmd(normal(n, 200, seed=2 * i), normal(m, 200, seed=2 * i + 1)) for i in range(20)])
     assert mean == pytest.approx(1000 * (1 / n + 1 / m) * (1 - math.exp(-2 / 200)), rel=0.02)
@@ -84,7 +84,7 @@ def test_jackknife_error_of_a_mean_is_its_standard_error():
 
 @pytest.mark.parametrize("paired", [False, True])
 def test_frechet_error_equals_its_formula(paired):
-    """Paired rows are removed together."""
+    """The jackknife removes paired rows together."""
     samples, reference = normal(83, 5), 1.5 * normal(83 if paired else 60, 5, seed=1) + 0.2
     value, error = frechet_with_error(samples, reference, num_groups=7, paired=paired)
     assert value == frechet_distance(samples, reference)
@@ -96,41 +96,41 @@ def test_frechet_error_equals_its_formula(paired):
 def test_frechet_error_equals_the_spread_over_draws():
     """The mean reported error equals the standard deviation of the distance over many draws of the samples."""
     reference = normal(400, 4)
-    draws = [frechet_with_error(normal(200, 4, seed=i) + 0.5, reference) for i in range(1, 80)]
-    values, errors = np.transpose(draws)
+    results = [frechet_with_error(normal(200, 4, seed=i) + 0.5, reference) for i in range(1, 80)]
+    values, errors = np.transpose(results)
     assert np.sqrt((errors**2).mean()) == pytest.approx(values.std(ddof=1), rel=0.2)
 
 
 def test_paired_frechet_error_equals_the_spread_over_draws():
     """An image and its reconstruction are drawn together, so their errors largely cancel."""
-    draws = []
+    results = []
     for i in range(60):
         images = normal(200, 4, seed=i)
-        draws.append(frechet_with_error(0.7 * images + 0.3, images, paired=True))
-    values, errors = np.transpose(draws)
+        results.append(frechet_with_error(0.7 * images + 0.3, images, paired=True))
+    values, errors = np.transpose(results)
     spread = values.std(ddof=1)
     assert np.sqrt((errors**2).mean()) == pytest.approx(spread, rel=0.25)
     unpaired_error = frechet_with_error(0.7 * images + 0.3, images)[1]
-    assert unpaired_error > 2 * spread, "treats the two sets as independent"
+    assert unpaired_error > 2 * spread, "the unpaired error treats the sets as independent"
 
 
 def test_subsets_are_disjoint_and_equally_sized():
-    seen = []
+    calls = []
 
     def metric(a, b):
         assert a.dtype == b.dtype == torch.float64
-        seen.append((a.flatten().tolist(), b.flatten().tolist()))
+        calls.append((a.flatten().tolist(), b.flatten().tolist()))
         return a.mean().item(), b.sum().item()
 
     samples, reference = torch.arange(43.0)[:, None], torch.arange(100.0, 150.0)[:, None]
-    (first, error), (second, _) = mean_over_subsets(metric, samples, reference, seed=3)
+    (mean, error), (total, _) = mean_over_subsets(metric, samples, reference, seed=3)
     for side, features in ((0, samples), (1, reference)):
-        subsets = [pair[side] for pair in seen]
+        subsets = [pair[side] for pair in calls]
         assert [len(subset) for subset in subsets] == [10] * 4 and len({x for subset in subsets for x in subset}) == 40
         assert {x for subset in subsets for x in subset} <= set(features.flatten().tolist())
-    means = [np.mean(pair[0]) for pair in seen]
-    assert first == pytest.approx(np.mean(means)) and error == pytest.approx(np.std(means, ddof=1) / 2)
-    assert second == pytest.approx(np.mean([sum(pair[1]) for pair in seen]))
+    means = [np.mean(pair[0]) for pair in calls]
+    assert mean == pytest.approx(np.mean(means)) and error == pytest.approx(np.std(means, ddof=1) / 2)
+    assert total == pytest.approx(np.mean([sum(pair[1]) for pair in calls]))
 
 
 def test_nearest_by_cosine_equals_brute_force(chunks):
@@ -158,10 +158,10 @@ def test_memorisation_flags_copies_but_not_new_images():
 
 
 def test_error_of_close_share_includes_threshold_error():
-    """With few held-out images it dominates: their 1st percentile is one of the smallest distances."""
+    """With few held-out images, the threshold error dominates: the threshold is one of the smallest distances."""
     train = normal(400, 4)
-    draws = [(normal(400, 4, seed=2 * i), normal(150, 4, seed=2 * i + 1)) for i in range(1, 81)]
-    results = [nearest_training(samples, train, validation) for samples, validation in draws]
+    sets = [(normal(400, 4, seed=2 * i), normal(150, 4, seed=2 * i + 1)) for i in range(1, 81)]
+    results = [nearest_training(samples, train, validation) for samples, validation in sets]
     shares = np.array([result.close_share for result in results])
     smallest_error = math.sqrt(0.01 * 0.99 * (1 / 400 + 1 / 150))
     reported = np.array([result.close_share_standard_error for result in results])
@@ -193,10 +193,10 @@ def test_class_shift_of_known_distributions():
 
 
 def test_class_shift_error_equals_the_spread_over_draws():
-    """For two classes, one of probability p > 1/2, the total variation is p - 1/2, with the standard error of p."""
+    """If two classes have probabilities p > 1/2 and 1 - p, the class shift is p - 1/2 with the standard error of p."""
     reference = torch.arange(1000) % 2
     generator = torch.Generator().manual_seed(0)
-    draws = [class_shift((torch.rand(400, generator=generator) < 0.8).long(), reference) for _ in range(60)]
-    values, errors = np.transpose(draws)
+    results = [class_shift((torch.rand(400, generator=generator) < 0.8).long(), reference) for _ in range(60)]
+    values, errors = np.transpose(results)
     assert np.sqrt((errors**2).mean()) == pytest.approx(math.sqrt(0.8 * 0.2 / 400), rel=0.15)
     assert abs(values.mean() - 0.3) < norm.ppf(0.999) * math.sqrt(0.8 * 0.2 / 400 / 60)

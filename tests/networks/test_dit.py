@@ -6,8 +6,8 @@ import torch
 from ldm.networks.dit import DiT, rotary_angles, rotate, timestep_embedding
 
 
-def randomised(network: DiT) -> DiT:
-    """Randomise all weights, because the zero initialisation makes every output 0."""
+def randomise(network: DiT) -> DiT:
+    """Randomise all weights, because a zero-initialised network outputs only zeros."""
     torch.manual_seed(0)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
@@ -20,7 +20,7 @@ def build(**options) -> DiT:
     return DiT(**{**sizes, "patch_size": 1, **options}).eval()
 
 
-def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -29,17 +29,17 @@ def inputs() -> dict[str, torch.Tensor]:
     """Three samples with captions of 2, 4 and 5 tokens."""
     mask = (torch.arange(5) < torch.tensor([[2], [4], [5]])).long()
     return {
-        "sample": draw(3, 3, 4, 4),
+        "sample": randn(3, 3, 4, 4),
         "timestep": torch.tensor([0, 499, 999]),
-        "tokens": draw(3, 5, 6, seed=1),
+        "tokens": randn(3, 5, 6, seed=1),
         "mask": mask,
-        "pooled": draw(3, 6, seed=2),
+        "pooled": randn(3, 6, seed=2),
     }
 
 
 @pytest.fixture
 def network() -> DiT:
-    return randomised(build(text_dim=6))
+    return randomise(build(text_dim=6))
 
 
 @pytest.fixture(autouse=True)
@@ -48,19 +48,19 @@ def no_grad():
         yield
 
 
-def rows(inputs: dict[str, torch.Tensor], *indices: int) -> dict[str, torch.Tensor]:
+def select(inputs: dict[str, torch.Tensor], *indices: int) -> dict[str, torch.Tensor]:
     return {name: value[list(indices)] for name, value in inputs.items()}
 
 
-def changed(first: torch.Tensor, second: torch.Tensor) -> list[bool]:
-    """Return whether each sample differs between two batches."""
-    return [bool((a - b).abs().max() > 1e-3) for a, b in zip(first, second, strict=True)]
+def samples_differ(x: torch.Tensor, y: torch.Tensor) -> list[bool]:
+    """Return True for each sample that differs between two batches."""
+    return [bool((a - b).abs().max() > 1e-3) for a, b in zip(x, y, strict=True)]
 
 
 @pytest.mark.parametrize("out_channels", [3, 6])
 @pytest.mark.parametrize("patch_size", [1, 2])
 def test_new_network_outputs_zeros_of_the_right_shape(inputs, patch_size, out_channels):
-    """6 = 2 x 3 channels are used for a learned variance."""
+    """A learned variance doubles the output channels from 3 to 6."""
     output = build(text_dim=6, patch_size=patch_size, out_channels=out_channels)(**inputs)
     assert output.shape == (3, out_channels, 4, 4)
     assert (output == 0).all()
@@ -68,52 +68,52 @@ def test_new_network_outputs_zeros_of_the_right_shape(inputs, patch_size, out_ch
 
 @pytest.mark.parametrize("patch_size", [1, 2])
 def test_every_output_depends_on_every_input_pixel(patch_size):
-    network = randomised(build(patch_size=patch_size))
-    sample = draw(1, 3, 4, 4)
+    network = randomise(build(patch_size=patch_size))
+    sample = randn(1, 3, 4, 4)
     output = network(sample, torch.tensor([10]))
     for row, column in ((0, 0), (3, 2)):
-        other = sample.clone()
-        other[0, 0, row, column] += 1
-        assert ((network(other, torch.tensor([10])) - output).abs() > 1e-6).all()
+        perturbed = sample.clone()
+        perturbed[0, 0, row, column] += 1
+        assert ((network(perturbed, torch.tensor([10])) - output).abs() > 1e-6).all()
 
 
 def test_output_depends_on_timestep_tokens_and_pooled_embedding(network, inputs):
     output = network(**inputs)
     for name in ("timestep", "tokens", "pooled"):
-        other = {**inputs, name: inputs[name].roll(1, 0)}
-        assert changed(network(**other), output) == [True] * 3, name
+        rolled = {**inputs, name: inputs[name].roll(1, 0)}
+        assert samples_differ(network(**rolled), output) == [True] * 3, name
 
 
 def test_output_depends_on_label():
-    network = randomised(build(num_classes=2))
-    sample, timestep = draw(1, 3, 4, 4).expand(3, -1, -1, -1), torch.tensor([5, 5, 5])
+    network = randomise(build(num_classes=2))
+    sample, timestep = randn(1, 3, 4, 4).expand(3, -1, -1, -1), torch.tensor([5, 5, 5])
     a, b, null = network(sample, timestep, label=torch.tensor([0, 1, 2]))
-    assert changed(torch.stack([a, b, null]), torch.stack([b, null, a])) == [True] * 3
+    assert samples_differ(torch.stack([a, b, null]), torch.stack([b, null, a])) == [True] * 3
 
 
 def test_masked_tokens_do_not_affect_the_output(network, inputs):
     output = network(**inputs)
-    noise = torch.where(inputs["mask"].bool()[..., None], 0.0, 100 * draw(3, 5, 6, seed=3))
+    noise = torch.where(inputs["mask"].bool()[..., None], 0.0, 100 * randn(3, 5, 6, seed=3))
     torch.testing.assert_close(network(**{**inputs, "tokens": inputs["tokens"] + noise}), output, rtol=0, atol=1e-5)
-    inside = {**inputs, "tokens": inputs["tokens"] + 100 * inputs["mask"][..., None]}
-    assert changed(network(**inside), output) == [True] * 3
+    perturbed = {**inputs, "tokens": inputs["tokens"] + 100 * inputs["mask"][..., None]}
+    assert samples_differ(network(**perturbed), output) == [True] * 3
 
 
 def test_samples_of_a_batch_are_independent(network, inputs):
     batched = network(**inputs)
-    single = torch.cat([network(**rows(inputs, i)) for i in range(3)])
+    single = torch.cat([network(**select(inputs, i)) for i in range(3)])
     torch.testing.assert_close(single, batched, rtol=1e-4, atol=1e-5)
 
 
 def test_output_depends_on_position(network, inputs):
     """Without position embeddings, swapping two pixels would only swap two outputs."""
     swapped = inputs["sample"].transpose(2, 3)
-    assert changed(network(**{**inputs, "sample": swapped}).transpose(2, 3), network(**inputs)) == [True] * 3
+    assert samples_differ(network(**{**inputs, "sample": swapped}).transpose(2, 3), network(**inputs)) == [True] * 3
 
 
-def test_rotation_keeps_norms_and_scores_depend_only_on_relative_position():
+def test_rotation_preserves_norms_and_scores_depend_only_on_relative_position():
     cos, sin = rotary_angles(5, 5, 16, torch.device("cpu"))
-    query, key = draw(1, 1, 1, 16).expand(-1, -1, 25, -1), draw(1, 1, 1, 16, seed=1).expand(-1, -1, 25, -1)
+    query, key = randn(1, 1, 1, 16).expand(-1, -1, 25, -1), randn(1, 1, 1, 16, seed=1).expand(-1, -1, 25, -1)
     rotated = rotate(query, cos, sin)
     torch.testing.assert_close(rotated.norm(dim=-1), query.norm(dim=-1))
     scores = (rotated @ rotate(key, cos, sin).transpose(-1, -2))[0, 0].view(5, 5, 5, 5)
@@ -127,12 +127,12 @@ def test_timestep_embeddings_are_distinct():
     assert torch.pdist(embedding).min() > 0.1
 
 
-@pytest.mark.parametrize(("every", "attending"), [(1, [True] * 4), (2, [False, True] * 2), (0, [False] * 4)])
-def test_every_nth_block_has_cross_attention(every, attending, inputs):
-    network = randomised(build(text_dim=6, depth=4, cross_attention_every=every))
-    assert [block.cross_attention is not None for block in network.blocks] == attending
-    other = {**inputs, "tokens": inputs["tokens"].roll(1, 0)}
-    assert changed(network(**other), network(**inputs)) == [any(attending)] * 3
+@pytest.mark.parametrize(("every", "has_attention"), [(1, [True] * 4), (2, [False, True] * 2), (0, [False] * 4)])
+def test_every_nth_block_has_cross_attention(every, has_attention, inputs):
+    network = randomise(build(text_dim=6, depth=4, cross_attention_every=every))
+    assert [block.cross_attention is not None for block in network.blocks] == has_attention
+    rolled = {**inputs, "tokens": inputs["tokens"].roll(1, 0)}
+    assert samples_differ(network(**rolled), network(**inputs)) == [any(has_attention)] * 3
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_every_nth_block_has_cross_attention(every, attending, inputs):
         ({"mlp_ratio": 0.7}, "mlp_ratio must be at least 0.75 .*hidden_dim.*32; got 0.7"),
     ],
 )
-def test_incompatible_sizes_are_refused(options, message):
+def test_incompatible_sizes_are_rejected(options, message):
     with pytest.raises(ValueError, match=message):
         build(**options)
 
@@ -152,12 +152,12 @@ def test_incompatible_sizes_are_refused(options, message):
 @pytest.mark.parametrize(
     ("options", "missing"), [({"text_dim": 6}, "tokens, mask and pooled"), ({"num_classes": 2}, "label")]
 )
-def test_missing_condition_is_refused(options, missing):
+def test_missing_condition_is_rejected(options, missing):
     with pytest.raises(ValueError, match=f"needs {missing}"):
-        build(**options)(draw(1, 3, 4, 4), torch.tensor([0]))
+        build(**options)(randn(1, 3, 4, 4), torch.tensor([0]))
 
 
-def test_loaded_network_predicts_the_same_as_the_saved_one(network, inputs, tmp_path):
+def test_loaded_network_has_the_same_outputs(network, inputs, tmp_path):
     network.save_pretrained(tmp_path)
     loaded = DiT.from_pretrained(tmp_path, use_safetensors=True, low_cpu_mem_usage=False)
     configs = [{k: v for k, v in n.config.items() if not k.startswith("_")} for n in (loaded, network)]

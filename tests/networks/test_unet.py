@@ -1,4 +1,4 @@
-"""ldm.networks.unet: UNets conditioned on text, on classes, or unconditional."""
+"""ldm.networks.unet: text-conditional, class-conditional and unconditional UNets."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def build(**options):
     return network.eval()
 
 
-def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -32,9 +32,9 @@ MASK = (torch.arange(5) < torch.tensor([[2], [4], [5]])).long()
 CONDITIONS = {
     "none": {},
     "class": {"label": torch.tensor([0, 1, 2])},
-    "text": {"tokens": draw(3, 5, 6, seed=1), "mask": MASK, "pooled": draw(3, 6, seed=2)},
+    "text": {"tokens": randn(3, 5, 6, seed=1), "mask": MASK, "pooled": randn(3, 6, seed=2)},
 }
-SAMPLE, TIMESTEP = draw(3, 3, 4, 4), torch.tensor([0, 499, 999])
+SAMPLE, TIMESTEP = randn(3, 3, 4, 4), torch.tensor([0, 499, 999])
 
 
 @pytest.fixture(autouse=True)
@@ -58,17 +58,17 @@ def test_output_has_the_right_shape(kind, out_channels):
 def test_output_depends_on_each_input(kind, name):
     network, inputs = build(**KINDS[kind]), {"timestep": TIMESTEP, **CONDITIONS[kind]}
     output = network(SAMPLE, **inputs)
-    # the mask is not rolled: each sample keeps its own
-    other = network(SAMPLE, **{**inputs, name: inputs[name].roll(1, 0)})
-    assert ((other - output).abs().amax((1, 2, 3)) > 1e-4).all()
+    # the mask is not rolled, so each sample keeps the same number of tokens
+    new_output = network(SAMPLE, **{**inputs, name: inputs[name].roll(1, 0)})
+    assert ((new_output - output).abs().amax((1, 2, 3)) > 1e-4).all()
 
 
 def test_masked_tokens_do_not_affect_the_output():
     network, inputs = build(text_dim=6), CONDITIONS["text"]
     output = network(SAMPLE, TIMESTEP, **inputs)
-    noise = torch.where(MASK.bool()[..., None], 0.0, draw(3, 5, 6, seed=3))
-    other = network(SAMPLE, TIMESTEP, **{**inputs, "tokens": inputs["tokens"] + noise})
-    torch.testing.assert_close(other, output, rtol=0, atol=1e-5)
+    noise = torch.where(MASK.bool()[..., None], 0.0, randn(3, 5, 6, seed=3))
+    new_output = network(SAMPLE, TIMESTEP, **{**inputs, "tokens": inputs["tokens"] + noise})
+    torch.testing.assert_close(new_output, output, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -85,7 +85,7 @@ def test_samples_of_a_batch_are_independent(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_loaded_network_predicts_the_same_as_the_saved_one(kind, tmp_path):
+def test_loaded_network_has_the_same_outputs(kind, tmp_path):
     network = build(**KINDS[kind])
     network.save_pretrained(tmp_path)
     loaded = type(network).from_pretrained(tmp_path, use_safetensors=True, low_cpu_mem_usage=False).eval()
@@ -105,12 +105,12 @@ def test_only_attention_levels_have_attention(kind, levels):
 
 @pytest.mark.parametrize("kind", ["none", "text"])
 def test_attention_heads_have_width_head_dim(kind):
-    """UNet2DConditionModel is configured with the number of heads, UNet2DModel with their width."""
+    """UNet2DConditionModel is configured with the number of heads, UNet2DModel with the head width."""
     network = build(**KINDS[kind], attention_levels=(1,))
     heads = {module.heads for module in network.down_blocks[1].modules() if hasattr(module, "heads")}
     assert heads == {32 // 8}
 
 
-def test_latent_side_that_cannot_be_halved_is_refused():
+def test_indivisible_latent_size_is_rejected():
     with pytest.raises(ValueError, match="3 levels.*divisible by 4"):
         build(sample_size=6, block_out_channels=(8, 8, 8))

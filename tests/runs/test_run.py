@@ -1,4 +1,4 @@
-"""ldm.runs.run and ldm.runs.load: opening runs, and the autoencoder that stage 2 finds."""
+"""ldm.runs.run and ldm.runs.load: opening runs, and finding the autoencoder for stage 2."""
 
 from pathlib import Path
 
@@ -15,16 +15,16 @@ from ldm.runs.load import find_autoencoder, load_autoencoder
 from ldm.runs.run import AutoencoderNotFoundError, Run
 
 
-def autoencoder(seed: int) -> Autoencoder:
+def build_autoencoder(seed: int) -> Autoencoder:
     torch.manual_seed(seed)
     return Autoencoder(AutoencoderKL(block_out_channels=(8,), latent_channels=3, norm_num_groups=4).eval())
 
 
 def make_run(folder: Path, seed: int, *, finished: float | None, data: str = "images") -> Run:
-    """Create a run of stage vae with untrained weights."""
+    """Create a stage-1 run with untrained weights."""
     config = OmegaConf.create({"data": {"resolution": 8}, "batch": "${data.resolution}"})
     run = Run.create(folder, config, {"stage": "vae", "name": folder.name, "data_fingerprint": data})
-    autoencoder(seed).save(run.autoencoder_folder)
+    build_autoencoder(seed).save(run.autoencoder_folder)
     run.update(finished=finished)
     return run
 
@@ -38,48 +38,48 @@ def test_run_records_its_provenance(tmp_path):
     assert sorted(path.name for path in run.path.iterdir()) == ["autoencoder", "config.yaml", "images", "run.json"]
 
 
-def test_newest_finished_autoencoder_on_the_same_data_is_chosen(tmp_path):
+def test_stage_2_uses_newest_finished_autoencoder_on_the_same_data(tmp_path):
     make_run(tmp_path / "vae/b_old", 0, finished=1.0)
     newest = make_run(tmp_path / "vae/a_new", 1, finished=3.0)
     make_run(tmp_path / "vae/other_data", 2, finished=4.0, data="other images")
     make_run(tmp_path / "vae/running", 3, finished=None)
     make_run(tmp_path / "elsewhere/stray", 4, finished=5.0)
-    chosen, folder = find_autoencoder(None, str(tmp_path), "images")
+    model, folder = find_autoencoder(None, str(tmp_path), "images")
     assert folder == str(newest.path)
-    assert chosen.weights_sha256() == autoencoder(1).weights_sha256()
+    assert model.weights_sha256() == build_autoencoder(1).weights_sha256()
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "images"])
 def test_checkpoints_and_images_can_be_links_but_weights_cannot(tmp_path, name):
-    """Linked weights are refused, as they could be any file on the system."""
+    """A link in place of weights could point to any file on the system."""
     run = make_run(tmp_path / "vae/a", 0, finished=1.0).path
     if (run / name).exists():
         (run / name).rmdir()
     (run / name).symlink_to(tmp_path / "scratch")
-    assert Run.open(run).autoencoder().weights_sha256() == autoencoder(0).weights_sha256()
+    assert Run.open(run).autoencoder().weights_sha256() == build_autoencoder(0).weights_sha256()
     (run / "autoencoder" / name).symlink_to(tmp_path / "scratch")
     with pytest.raises(UserError, match=f"autoencoder/{name} is a link to"):
         Run.open(run)
 
 
 def test_runs_that_cannot_be_opened_are_skipped_with_a_warning(tmp_path, capsys):
-    good = make_run(tmp_path / "vae/good", 0, finished=1.0)
+    valid = make_run(tmp_path / "vae/valid", 0, finished=1.0)
     linked = make_run(tmp_path / "vae/linked", 1, finished=2.0)
     (linked.path / "contract.json").symlink_to("/etc/hostname")
     broken = make_run(tmp_path / "vae/broken", 2, finished=3.0)
     (broken.path / "run.json").write_text("{")
-    assert find_autoencoder(None, str(tmp_path), "images")[1] == str(good.path)
+    assert find_autoencoder(None, str(tmp_path), "images")[1] == str(valid.path)
     warnings = capsys.readouterr().err
     assert warnings.count("warning: ") == 2
     assert "vae/linked is ignored" in warnings and "vae/broken is ignored" in warnings
 
 
-def test_missing_autoencoder_lists_those_for_different_data(tmp_path):
+def test_missing_autoencoder_error_lists_runs_on_different_data(tmp_path):
     make_run(tmp_path / "vae/running", 3, finished=None)
     with pytest.raises(AutoencoderNotFoundError, match=r"no finished autoencoder .*vae\. .* vae="):
         find_autoencoder(None, str(tmp_path), "images")
     make_run(tmp_path / "vae/other", 3, finished=1.0, data="f" * 64).update(data="cats")
-    with pytest.raises(AutoencoderNotFoundError, match=r"other data: .*vae/other \(cats ffffffff\)"):
+    with pytest.raises(AutoencoderNotFoundError, match=r"different data: .*vae/other \(cats ffffffff\)"):
         find_autoencoder(None, str(tmp_path), "images")
 
 
@@ -89,7 +89,7 @@ def test_run_that_is_being_replaced_is_never_chosen(tmp_path):
     (tmp_path / "vae/x").rename(tmp_path / "vae/.x.replaced")
     with pytest.raises(AutoencoderNotFoundError):
         find_autoencoder(None, str(tmp_path), "images")
-    with pytest.raises(UserError, match=r"earlier run, .* is in .*\.x\.replaced"):
+    with pytest.raises(UserError, match=r"overwrite=true .*earlier run.* in .*\.x\.replaced"):
         Run.open(tmp_path / "vae/x")
 
 
@@ -99,9 +99,9 @@ def test_autoencoder_loads_from_run_and_diffusers_folders(tmp_path, layout):
     if layout == "a run":
         make_run(folder, 5, finished=None)
     else:
-        autoencoder(5).model.save_pretrained(folder / "vae" if layout.endswith("pipeline") else folder)
-    for loaded in (load_autoencoder(str(folder)), find_autoencoder(str(folder), "nowhere", "any")[0]):
-        assert loaded.weights_sha256() == weights_sha256(autoencoder(5).model)
+        build_autoencoder(5).model.save_pretrained(folder / "vae" if layout.endswith("pipeline") else folder)
+    for model in (load_autoencoder(str(folder)), find_autoencoder(str(folder), "nowhere", "any")[0]):
+        assert model.weights_sha256() == weights_sha256(build_autoencoder(5).model)
 
 
 def test_changed_or_missing_images_are_refused(tmp_path, make_images):

@@ -1,4 +1,4 @@
-"""ldm.runtime.random: seeding, with the same random numbers as in earlier versions."""
+"""ldm.runtime.random: seeding, and compatibility with the random numbers of earlier versions."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from ldm.runtime.random import derive_seed, numpy_generator, sample_generators, torch_generator
 
 
-def test_one_integer_is_the_seed_and_several_are_combined():
+def test_generators_accept_one_seed_or_combine_several_integers():
     assert torch_generator(7).initial_seed() == 7
     assert torch_generator(7, 1).initial_seed() == derive_seed(7, 1) == 1437869018007346628
     assert numpy_generator(7).random() == np.random.default_rng(7).random()

@@ -36,19 +36,19 @@ def test_posix_quoting_round_trips():
     ],
 )
 def test_windows_quoting_works_in_both_shells(arguments, text):
-    """PowerShell splits at commas and at the dot of an option, and gives @, (, & and ; a special meaning."""
+    """PowerShell splits arguments at commas and options at dots, and @, (, & and ; are special characters."""
     assert shell.join(arguments, windows=True) == text
 
 
 def test_printed_command_uses_the_current_interpreter(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    here = Path(sys.executable).absolute()
-    monkeypatch.setenv("PATH", str(here.parent))
+    interpreter = Path(sys.executable).absolute()
+    monkeypatch.setenv("PATH", str(interpreter.parent))
     assert shell.train_command("stage=vae") == "python -m ldm.train stage=vae"
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert shell.train_command("stage=vae") == f"{here} -m ldm.train stage=vae"
-    monkeypatch.chdir(here.parents[1])
-    assert shell.train_command() == f"{Path(here.parent.name, here.name)} -m ldm.train", (
+    assert shell.train_command("stage=vae") == f"{interpreter} -m ldm.train stage=vae"
+    monkeypatch.chdir(interpreter.parents[1])
+    assert shell.train_command() == f"{Path(interpreter.parent.name, interpreter.name)} -m ldm.train", (
         "relative to the working directory"
     )
 

@@ -1,4 +1,4 @@
-"""Signals, the lock of a run folder and SLURM: exit codes, messages and saved files of interrupted commands."""
+"""Interrupted commands: exit codes, messages, saved files, the lock of the run folder, and SLURM."""
 
 import json
 import os
@@ -30,7 +30,7 @@ VAE = [*STAGE_1, "trainer.max_steps=4"]
 
 
 def start(workspace: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-    """Start a Python process with the default handling of Ctrl-C, even if the tests run in the background."""
+    """Start a Python process that handles Ctrl-C by default, even if the tests run in the background."""
     variables = {"PYTHONPATH": str(ROOT), "LDM_CACHE": str(workspace / "cache"), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, *arguments],
@@ -44,9 +44,9 @@ def start(workspace: Path, *arguments: str, **environment: str) -> subprocess.Po
     )
 
 
-def until(process: subprocess.Popen[str], line: str) -> None:
-    for printed in process.stdout:
-        if printed.strip() == line:
+def wait_for_line(process: subprocess.Popen[str], line: str) -> None:
+    for output in process.stdout:
+        if output.strip() == line:
             return
     raise AssertionError(process.stderr.read())
 
@@ -57,15 +57,15 @@ pytestmark = pytest.mark.usefixtures("default_signals")
 @pytest.mark.parametrize("name", CODES)
 def test_signals_raise_immediately_unless_deferred(name):
     number = getattr(signal, name)
-    before = signal.getsignal(number)
+    handler = signal.getsignal(number)
     with signals.handling():
-        with pytest.raises(signals.Interrupted) as stopped:
+        with pytest.raises(signals.Interrupted) as raised:
             os.kill(os.getpid(), number)
-        assert stopped.value.code == CODES[name] and name in str(stopped.value)
-        assert isinstance(stopped.value, KeyboardInterrupt)
+        assert raised.value.code == CODES[name] and name in str(raised.value)
+        assert isinstance(raised.value, KeyboardInterrupt)
         if name != "SIGINT":
             os.kill(os.getpid(), number)  # a second signal does not interrupt the unwinding
-    assert signal.getsignal(number) is before
+    assert signal.getsignal(number) is handler
 
 
 def test_deferred_signals_are_only_recorded(capfd):
@@ -75,35 +75,35 @@ def test_deferred_signals_are_only_recorded(capfd):
         os.kill(os.getpid(), signal.SIGINT)
         signals.stop_deferring()
         os.kill(os.getpid(), signal.SIGTERM)  # a later signal does not interrupt the unwinding
-        assert signals.pending() == signal.SIGTERM, "the first signal counts"
+        assert signals.pending() == signal.SIGTERM, "first signal"
     assert signals.pending() is None and "Ctrl-C again" in capfd.readouterr().err
 
 
 def test_ignored_signals_stay_ignored():
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with signals.handling():
             os.kill(os.getpid(), signal.SIGINT)
             assert signals.pending() is None
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, handler)
 
 
 @pytest.mark.parametrize("name", CODES)
 def test_tool_unwinds_and_reports_the_signal(call, name):
-    """Applies to every command except training, even if a library turns the interruption into an error."""
-    unwound = []
+    """Every command except training must report the signal, even if a library converts it to a different exception."""
+    exceptions = []
 
     def task(config):
         try:
             os.kill(os.getpid(), getattr(signal, name))
             time.sleep(5)
         except BaseException as error:
-            unwound.append(type(error))
+            exceptions.append(type(error))
             raise ValueError("There is no key") from error
 
-    ended = call(lambda: command.run("mixture", task))
-    assert ended.code == CODES[name] and ended.err == f"stopped by {name}\n" and unwound == [signals.Interrupted]
+    result = call(lambda: command.run("mixture", task))
+    assert result.code == CODES[name] and result.err == f"stopped by {name}\n" and exceptions == [signals.Interrupted]
 
 
 DEFERRING_PROCESS = """
@@ -122,21 +122,21 @@ with signals.handling():
 
 def test_second_interrupt_stops_immediately(tmp_path):
     with start(tmp_path, "-c", DEFERRING_PROCESS) as process:
-        until(process, "working")
+        wait_for_line(process, "working")
         process.send_signal(signal.SIGINT)
-        until(process, "saving")
+        wait_for_line(process, "saving")
         process.send_signal(signal.SIGINT)  # the same Ctrl-C, forwarded by a wrapper
         time.sleep(signals.DUPLICATE_S + 0.1)
         assert process.poll() is None
-        began = time.perf_counter()
+        sent_at = time.perf_counter()
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=20)
-    assert process.returncode == 130 and time.perf_counter() - began < 2 and "stopped immediately" in err
+    assert process.returncode == 130 and time.perf_counter() - sent_at < 2 and "stopped immediately" in err
 
 
 @pytest.fixture
 def scontrol(tmp_path, monkeypatch):
-    """scontrol(code): replace SLURM's command by one that records its calls; returns the file with the calls."""
+    """scontrol(code): replace SLURM's command with a script that logs its calls, and return the path of the log."""
 
     def scontrol(code: int) -> Path:
         folder = tmp_path / "bin"
@@ -173,14 +173,14 @@ def workspace(tmp_path_factory, make_images) -> Path:
 
 @pytest.fixture
 def train(workspace, call, monkeypatch):
-    """Train in this process, and return the exit code and the output."""
+    """Function that trains in this process and returns the exit code and output."""
     monkeypatch.chdir(workspace)
     monkeypatch.setenv("LDM_CACHE", str(workspace / "cache"))
     return lambda *options: call(ldm.train.main, *VAE, *options)
 
 
-def signal_in(monkeypatch, owner: type, hook: str, name: str, when=lambda *_: True) -> None:
-    """Send the signal once to this process, during a method of `owner`."""
+def send_signal(monkeypatch, owner: type, hook: str, name: str, when=lambda *_: True) -> None:
+    """Patch a method of `owner` to send the signal to this process, once."""
     original, sent = getattr(owner, hook), []
 
     def hook_with_signal(self, *args, **kwargs):
@@ -192,38 +192,38 @@ def signal_in(monkeypatch, owner: type, hook: str, name: str, when=lambda *_: Tr
     monkeypatch.setattr(owner, hook, hook_with_signal)
 
 
-def test_preempted_slurm_job_resumes_by_itself(train, workspace, scontrol, monkeypatch):
-    """On SIGUSR1 the job saves a checkpoint and is requeued. After SLURM restarts it, the same command resumes."""
+def test_preempted_slurm_job_resumes_automatically(train, workspace, scontrol, monkeypatch):
+    """On SIGUSR1, the job saves a checkpoint and requeues itself. After the restart, the same command resumes."""
     calls = scontrol(0)
     monkeypatch.setenv("SLURM_JOB_ID", "17")
-    signal_in(monkeypatch, Checkpoints, "on_train_batch_end", "SIGUSR1", lambda trainer, *_: trainer.global_step == 2)
-    ended = train("name=a woman's")
-    assert ended.code == 138 and calls.read_text() == "requeue 17\n"
+    send_signal(monkeypatch, Checkpoints, "on_train_batch_end", "SIGUSR1", lambda trainer, *_: trainer.global_step == 2)
+    result = train("name=a woman's")
+    assert result.code == 138 and calls.read_text() == "requeue 17\n"
     run = workspace / "runs/vae/a woman's"
     assert [manifest.step for manifest in list_checkpoints(run / "checkpoints")] == [2]
-    line = ended.err.strip().splitlines()[-1]
+    line = result.err.strip().splitlines()[-1]
     assert line.startswith("stopped by SIGUSR1 after step 2; saved runs/vae/a woman's/checkpoints/step-00000002.ckpt")
     assert """'name=a woman'"'"'s' resume=true. SLURM""" in line and "requeued job 17" in line
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    ended = train("name=a woman's")
-    assert ended.code == 0 and "resumed from" in ended.out
+    result = train("name=a woman's")
+    assert result.code == 0 and "resumed from" in result.out
     assert json.loads((run / "run.json").read_text())["figures"]["steps"] == 4
 
 
 def test_slurm_job_without_a_name_is_not_requeued(train, scontrol, workspace, monkeypatch):
-    """Without a name, each restart would start a new run. The printed command includes the user's own config folder."""
+    """Each restart would begin a new run. The printed command includes the user's config folder."""
     calls = scontrol(0)
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     (workspace / "my configs").mkdir()
-    signal_in(monkeypatch, VAEStage, "__init__", "SIGUSR1")
-    ended = train("--config-dir", "my configs")
-    assert ended.code == 138 and not calls.exists(), ended
-    assert "python -m ldm.train '--config-dir=my configs' stage=vae" in ended.err
-    assert "not requeued" in ended.err and "name=" in ended.err
+    send_signal(monkeypatch, VAEStage, "__init__", "SIGUSR1")
+    result = train("--config-dir", "my configs")
+    assert result.code == 138 and not calls.exists(), result
+    assert "python -m ldm.train '--config-dir=my configs' stage=vae" in result.err
+    assert "not requeued" in result.err and "name=" in result.err
 
 
-def test_slurm_job_started_from_another_runs_checkpoint_is_requeued(train, scontrol, workspace, monkeypatch):
-    """It starts from that checkpoint until it has saved one of its own, and resumes from its own after that."""
+def test_requeued_slurm_job_prefers_its_own_checkpoint_to_the_given_one(train, scontrol, workspace, monkeypatch):
+    """A restart uses the checkpoint given by resume= only until the job has saved its own."""
     assert train("name=a", "trainer.max_steps=2").code == 0
     calls = scontrol(0)
     monkeypatch.setenv("SLURM_JOB_ID", "17")
@@ -235,35 +235,35 @@ def test_slurm_job_started_from_another_runs_checkpoint_is_requeued(train, scont
 
     with monkeypatch.context() as patch:
         patch.setattr(Fit, "run_to_end", stop)
-        ended = train(*command)
-    assert ended.code == 138 and f"name=b resume={checkpoint}. SLURM requeued" in ended.err, ended
+        result = train(*command)
+    assert result.code == 138 and f"name=b resume={checkpoint}. SLURM requeued" in result.err, result
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    signal_in(monkeypatch, Checkpoints, "on_train_batch_end", "SIGUSR1", lambda trainer, *_: trainer.global_step == 3)
-    ended = train(*command)
-    assert ended.code == 138 and checkpoint in ended.out, ended
-    assert "saved runs/vae/b/checkpoints/step-00000003.ckpt" in ended.err and "name=b resume=true. SLURM" in ended.err
+    send_signal(monkeypatch, Checkpoints, "on_train_batch_end", "SIGUSR1", lambda trainer, *_: trainer.global_step == 3)
+    result = train(*command)
+    assert result.code == 138 and checkpoint in result.out, result
+    assert "saved runs/vae/b/checkpoints/step-00000003.ckpt" in result.err and "name=b resume=true. SLURM" in result.err
     assert calls.read_text() == "requeue 17\n" * 2
-    ended = train(*command)
-    assert ended.code == 0 and "runs/vae/b/checkpoints/step-00000003.ckpt" in ended.out, ended
+    result = train(*command)
+    assert result.code == 0 and "runs/vae/b/checkpoints/step-00000003.ckpt" in result.out, result
     monkeypatch.delenv("SLURM_RESTART_COUNT")
-    ended = train(*command)
-    assert ended.code == 2 and "runs/vae/b already exists" in ended.err, ended
+    result = train(*command)
+    assert result.code == 2 and "runs/vae/b already exists" in result.err, result
 
 
 @pytest.mark.parametrize("hook", ["finish", "__init__"])
-def test_stop_before_and_after_training(train, workspace, monkeypatch, hook):
-    """Before training there is nothing to save. After it, no partial weights are left, and resuming exports them."""
+def test_signal_before_or_after_training_prints_the_resume_command(train, workspace, monkeypatch, hook):
+    """Before training, nothing is saved. After it, no partial export is left, and resuming exports the weights."""
     name = f"stopped-{hook.strip('_')}"
     with monkeypatch.context() as patch:
-        signal_in(patch, VAEStage, hook, "SIGTERM")
-        ended = train(f"name={name}")
-    assert ended.code == 143 and f"name={name} resume=true" in ended.err
+        send_signal(patch, VAEStage, hook, "SIGTERM")
+        result = train(f"name={name}")
+    assert result.code == 143 and f"name={name} resume=true" in result.err
     run = workspace / "runs/vae" / name
     assert not (run / "autoencoder").exists()
     assert [manifest.step for manifest in list_checkpoints(run / "checkpoints")] == ([4] if hook == "finish" else [])
-    ended = train(f"name={name}", "resume=true")
-    assert ended.code == 0 and (run / "autoencoder/diffusion_pytorch_model.safetensors").is_file()
-    assert ("resumed from" in ended.out) == (hook == "finish")
+    result = train(f"name={name}", "resume=true")
+    assert result.code == 0 and (run / "autoencoder/diffusion_pytorch_model.safetensors").is_file()
+    assert ("resumed from" in result.out) == (hook == "finish")
 
 
 LOCKING_PROCESS = """
@@ -277,14 +277,14 @@ with run_lock(Path("runs/vae/held")):
 """
 
 
-def test_second_training_in_a_run_folder_is_refused(train, workspace, monkeypatch):
-    """It is refused until the first training has ended, even if that was killed."""
+def test_run_folder_in_use_by_another_process_is_refused(train, workspace, monkeypatch):
+    """The lock is released when the first process exits, even if it was killed."""
     monkeypatch.setattr("ldm.runs.lock.WAIT_S", 0.1)
     with start(workspace, "-c", LOCKING_PROCESS) as process:
-        until(process, "working")
-        ended = train("name=held")
+        wait_for_line(process, "working")
+        result = train("name=held")
         holder = f"process {process.pid} on {os.uname().nodename}, since 2"
-        assert ended.code == 2 and "in use by another process" in ended.err and holder in ended.err
+        assert result.code == 2 and "in use by another process" in result.err and holder in result.err
         process.kill()
     with run_lock(workspace / "runs/vae/held"):
         pass
@@ -299,7 +299,7 @@ def test_unwritable_runs_dir_is_refused(tmp_path):
 
 @pytest.mark.parametrize("moment", ["during the last step", "during the last validation"])
 def test_signal_on_another_rank_at_the_end_stops_this_rank_too(train, workspace, monkeypatch, moment):
-    """A rank that validated or continued without the others would wait for them forever."""
+    """Otherwise this rank would wait forever for the rank that stopped."""
     update, hooks = Agreement.update, []
 
     def update_with_signal(self, trainer):
@@ -310,8 +310,8 @@ def test_signal_on_another_rank_at_the_end_stops_this_rank_too(train, workspace,
     for hook in ("on_validation_start", "on_validation_end"):
         monkeypatch.setattr(ProgressBar, hook, lambda *_, hook=hook: hooks.append(hook))
     name = f"end-{moment.split()[-1]}"
-    ended = train(f"name={name}", "trainer.val_check_interval=null", "trainer.max_steps=1")
-    assert ended.code == 143 and "stopped by SIGTERM after step 1; saved" in ended.err
+    result = train(f"name={name}", "trainer.val_check_interval=null", "trainer.max_steps=1")
+    assert result.code == 143 and "stopped by SIGTERM after step 1; saved" in result.err
     assert bool(hooks) == (moment == "during the last validation")
     assert not (workspace / "runs/vae" / name / "autoencoder").exists()
 
@@ -334,7 +334,7 @@ main()
 
 
 def test_all_ranks_stop_after_the_same_step(workspace):
-    """If one of two ranks receives a signal, both stop, and one checkpoint and one message are written."""
+    """When one of two ranks receives a signal, both stop, with a single checkpoint and message."""
     (workspace / "ranks.py").write_text(RANKS)
     options = [*VAE, "trainer.devices=2", "trainer.strategy=ddp", "trainer.max_steps=6", "name=ranks"]
     with start(workspace, "ranks.py", *options) as process:

@@ -1,11 +1,11 @@
-"""Kill training at many points, resume it, and compare its outputs with an uninterrupted run.
+"""Kill training runs at many points, resume them, and compare their outputs with an uninterrupted run.
 
-    python tests/stress/kill_resume.py --kills 100                 both stages on emoji; 40 kills at random times and 60
+    python tests/stress/kill_resume.py --kills 100                 both stages on emoji: 40 kills at random times, 60
                                                                    between two file operations of a save
     python tests/stress/kill_resume.py --kills 100 --signal TERM   with SIGTERM, for which the exit code must be 143
 
-All outputs of a stage are hashed: exported weights, latents, and from the last checkpoint the weights, EMA weights,
-optimizer moments, schedule and random states. The exit code is 0 only if all hashes match for every resumed run.
+All outputs of a stage are hashed: the exported weights, the latents, and the weights, EMA weights, optimizer moments,
+schedule and random states in the last checkpoint. The exit code is 0 only if all hashes match for every resumed run.
 """
 
 import argparse
@@ -68,7 +68,7 @@ class ProcessResult:
 
 @dataclass(frozen=True)
 class Kill:
-    """Point at which a run is killed: after some seconds, or before its n-th file operation."""
+    """Point at which to kill a run: after `after_s` seconds, or before file operation number `operation`."""
 
     stage: str
     after_s: float | None = None
@@ -76,16 +76,16 @@ class Kill:
     kind: str = "random"
 
 
-def start(stage: str, folder: Path, *more: str, operation: int | None = None, sent: int = 0) -> tuple[int, float]:
-    """Fork a process that trains in `folder`, with everything already imported. Return its id and start time.
+def start(stage: str, folder: Path, *options: str, operation: int | None = None, signum: int = 0) -> tuple[int, float]:
+    """Train in `folder` in a forked process, which saves the import time. Return its id and start time.
 
     Args:
-        more: Additional options.
-        operation: Number of the file operation before which the process sends itself the signal `sent`; None for none.
+        options: Additional options.
+        operation: Number of the file operation before which the process sends itself `signum`; None to disable.
     """
-    began = time.monotonic()
+    start_s = time.monotonic()
     if child := os.fork():
-        return child, began
+        return child, start_s
     code = 70
     try:
         os.setpgid(0, 0)
@@ -93,15 +93,15 @@ def start(stage: str, folder: Path, *more: str, operation: int | None = None, se
         log = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        record(operation, sent)
-        every = "trainer.checkpoint_every_s=" + ("0" if sent != signal.SIGTERM else "3600")
-        sys.argv = ["ldm.train", *STAGES[stage], *COMMON, every, *more]
+        record_operations(operation, signum)
+        interval = "trainer.checkpoint_every_s=" + ("0" if signum != signal.SIGTERM else "3600")
+        sys.argv = ["ldm.train", *STAGES[stage], *COMMON, interval, *options]
         from ldm.train import main
 
         main()
         code = 0
-    except SystemExit as stopped:
-        code = stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -110,48 +110,48 @@ def start(stage: str, folder: Path, *more: str, operation: int | None = None, se
         os._exit(code)
 
 
-def record(operation: int | None, sent: int) -> None:
-    """Record every file change below the current folder before it happens, and send a signal before one of them."""
-    here, log = str(Path.cwd()), os.open("operations.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+def record_operations(operation: int | None, signum: int) -> None:
+    """Log each file operation in the current folder before it happens. Send `signum` before number `operation`."""
+    root, log = str(Path.cwd()), os.open("operations.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     count, original_fsync = 0, os.fsync
 
-    def note(action: str, path: Any) -> None:
+    def record_operation(action: str, path: Any) -> None:
         nonlocal count
-        file = str(Path(here, os.fsdecode(path))) if isinstance(path, str | bytes | os.PathLike) else ""
-        if not file.startswith(here) or file.endswith((".txt", ".lock")):
+        file = str(Path(root, os.fsdecode(path))) if isinstance(path, str | bytes | os.PathLike) else ""
+        if not file.startswith(root) or file.endswith((".txt", ".lock")):
             return
-        os.write(log, f"{action} {file[len(here) + 1 :]}\n".encode())
+        os.write(log, f"{action} {file[len(root) + 1 :]}\n".encode())
         count += 1
         if count == operation:
-            os.kill(os.getpid(), sent)
+            os.kill(os.getpid(), signum)
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITES:
-            note("write", arguments[0])
+            record_operation("write", arguments[0])
         elif event == "os.rename":
-            note("rename", arguments[1])
+            record_operation("rename", arguments[1])
         elif event in ("os.remove", "os.mkdir", "os.rmdir", "os.truncate"):
-            note(event[3:], arguments[0])
+            record_operation(event[3:], arguments[0])
 
     def fsync(descriptor: int) -> None:
         if Path("/proc/self/fd").exists():
-            note("sync", Path(f"/proc/self/fd/{descriptor}").readlink())
+            record_operation("sync", Path(f"/proc/self/fd/{descriptor}").readlink())
         original_fsync(descriptor)
 
     os.fsync = fsync
     sys.addaudithook(hook)
 
 
-def wait(child: int, began: float, folder: Path) -> ProcessResult:
+def wait(child: int, start_s: float, folder: Path) -> ProcessResult:
     _, status = os.waitpid(child, 0)
-    seconds = time.monotonic() - began
+    seconds = time.monotonic() - start_s
     return ProcessResult(
         os.waitstatus_to_exitcode(status), read_operations(folder), seconds, read(folder / "output.txt")
     )
 
 
 def read_operations(folder: Path) -> list[str]:
-    """Return the file operations so far."""
+    """Return the file operations logged so far."""
     return read(folder / "operations.txt").splitlines()
 
 
@@ -159,13 +159,13 @@ def read(file: Path) -> str:
     return file.read_text(errors="replace") if file.exists() else ""
 
 
-def kind_of(operation: str) -> str | None:
+def save_kind(operation: str) -> str | None:
     """Return the kind of save that a file operation belongs to, if any."""
     return next((kind for part, kind in KINDS.items() if part in operation), None)
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every value of a nested state with its path, except for clocks and Lightning's loop counters."""
+    """Yield each value of a nested state with its path, excluding clocks and Lightning's loop counters."""
     if isinstance(value, dict):
         for key in sorted(value, key=str):
             if key not in ("spent_s", "loops", "pytorch-lightning_version"):
@@ -177,7 +177,7 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def outcome(stage: str, folder: Path) -> dict[str, str]:
+def hash_outputs(stage: str, folder: Path) -> dict[str, str]:
     """Return the hash of each output of a stage."""
     run = folder / "runs" / stage / "run"
     newest = max((run / "checkpoints").glob("step-*.ckpt"))
@@ -194,8 +194,8 @@ def outcome(stage: str, folder: Path) -> dict[str, str]:
     return hashes
 
 
-def new_folder(work: Path, name: str) -> Path:
-    """Create a separate folder for a run, with the prepared images and a link `first` to stage 1's reference run."""
+def make_folder(work: Path, name: str) -> Path:
+    """Create a folder for a run, with the prepared images and a link `first` to the uninterrupted stage-1 run."""
     folder = work / name
     shutil.copytree(work / "images/cache", folder / "cache", ignore=shutil.ignore_patterns("latents-*"))
     (folder / "first").symlink_to(work / "uninterrupted-vae")
@@ -203,7 +203,7 @@ def new_folder(work: Path, name: str) -> Path:
 
 
 def plan_kills(num_kills: int, references: dict[str, ProcessResult], seed: int) -> list[Kill]:
-    """Plan 40 % of the kills at random times, and the rest before file operations, equally often for each kind of save.
+    """Plan 40 % of the kills at random times, and the rest before file operations, balanced over the kinds of save.
 
     Args:
         references: Uninterrupted runs by stage.
@@ -218,7 +218,7 @@ def plan_kills(num_kills: int, references: dict[str, ProcessResult], seed: int) 
     operations: dict[str, list[tuple[str, int]]] = {"checkpoint": [], "shard": [], "export": []}
     for stage, reference in references.items():
         for number, operation in enumerate(reference.operations, start=1):
-            if kind := kind_of(operation):
+            if kind := save_kind(operation):
                 operations[kind].append((stage, number))
     kinds = [kind for kind in operations if operations[kind]]
     for i in range(num_random, num_kills):
@@ -228,66 +228,66 @@ def plan_kills(num_kills: int, references: dict[str, ProcessResult], seed: int) 
     return kills
 
 
-def kill_and_resume(kill: Kill, folder: Path, sent: signal.Signals) -> tuple[str, str, dict[str, str] | None]:
-    """Return the point of the kill, how the run ended and resumed, and the hashes of its outputs (None on failure)."""
+def kill_and_resume(kill: Kill, folder: Path, signum: signal.Signals) -> tuple[str, str, dict[str, str] | None]:
+    """Kill and resume a run. Return the point of the kill, the outcome, and the output hashes (None on failure)."""
     if kill.operation is not None:
-        ended = wait(*start(kill.stage, folder, operation=kill.operation, sent=sent), folder)
-        count = min(kill.operation, len(ended.operations))
+        result = wait(*start(kill.stage, folder, operation=kill.operation, signum=signum), folder)
+        count = min(kill.operation, len(result.operations))
     else:
-        child, began = start(kill.stage, folder, sent=sent)
-        time.sleep(max(0.0, began + (kill.after_s or 0.0) - time.monotonic()))
+        child, start_s = start(kill.stage, folder, signum=signum)
+        time.sleep(max(0.0, start_s + (kill.after_s or 0.0) - time.monotonic()))
         count = len(read_operations(folder))
         if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-            os.kill(child, sent)
-        ended = wait(child, began, folder)
-    last = ended.operations[count - 1] if count else "nothing written yet"
-    where = f"{'' if kill.after_s is None else f'{kill.after_s:.2f} s, '}{count}: {last}"
-    allowed = {-sent, 0} if sent == signal.SIGKILL else {128 + sent, 0}
-    if not ended.operations:
-        allowed.add(-sent)  # killed before our signal handlers were installed
-    if ended.code in allowed:
-        status, ended = f"exit code {ended.code}", wait(*start(kill.stage, folder, "resume=true"), folder)
-        if ended.code == 0:
-            return where, f"{status}, resumed", outcome(kill.stage, folder)
-    print(ended.output, file=sys.stderr)
-    return where, f"failed with exit code {ended.code}", None
+            os.kill(child, signum)
+        result = wait(child, start_s, folder)
+    last_operation = result.operations[count - 1] if count else "nothing written yet"
+    point = f"{'' if kill.after_s is None else f'{kill.after_s:.2f} s, '}{count}: {last_operation}"
+    allowed = {-signum, 0} if signum == signal.SIGKILL else {128 + signum, 0}
+    if not result.operations:
+        allowed.add(-signum)  # killed before our signal handlers were installed
+    if result.code in allowed:
+        status, result = f"exit code {result.code}", wait(*start(kill.stage, folder, "resume=true"), folder)
+        if result.code == 0:
+            return point, f"{status}, resumed", hash_outputs(kill.stage, folder)
+    print(result.output, file=sys.stderr)
+    return point, f"failed with exit code {result.code}", None
 
 
-def stress(num_kills: int, sent: signal.Signals, seed: int, work: Path) -> int:
-    """Run all kills, print a table, and return the number of runs that resumed to the same hash."""
+def stress(num_kills: int, signum: signal.Signals, seed: int, work: Path) -> int:
+    """Kill and resume all runs, print a table, and return how many resumed to the same hash."""
     (work / "images").mkdir()
-    prepared = wait(*start("vae", work / "images", "trainer.max_steps=1"), work / "images")
-    assert prepared.code == 0, prepared.output  # all runs share these prepared images
+    preparation = wait(*start("vae", work / "images", "trainer.max_steps=1"), work / "images")
+    assert preparation.code == 0, preparation.output  # these prepared images are shared by all runs
     references, expected = {}, {}
     for stage in STAGES:
-        folder = new_folder(work, f"uninterrupted-{stage}")
-        references[stage] = wait(*start(stage, folder, sent=sent), folder)
+        folder = make_folder(work, f"uninterrupted-{stage}")
+        references[stage] = wait(*start(stage, folder, signum=signum), folder)
         if references[stage].code:
             sys.exit(f"The uninterrupted run of stage={stage} failed:\n{references[stage].output}")
-        expected[stage] = outcome(stage, folder)
-        counts = Counter(filter(None, map(kind_of, references[stage].operations)))
+        expected[stage] = hash_outputs(stage, folder)
+        counts = Counter(filter(None, map(save_kind, references[stage].operations)))
         print(
             f"stage {stage}, uninterrupted: {references[stage].seconds:.1f} s, {len(references[stage].operations)} "
             f"file operations ({dict(counts)}), last checkpoint {expected[stage]['last checkpoint'][:12]}",
             flush=True,
         )
-    kills, num_same = plan_kills(num_kills, references, seed), 0
+    kills, num_matching = plan_kills(num_kills, references, seed), 0
     for number, kill in enumerate(kills, start=1):
-        folder = new_folder(work, f"kill-{number}")
-        where, status, hashes = kill_and_resume(kill, folder, sent)
+        folder = make_folder(work, f"kill-{number}")
+        point, status, hashes = kill_and_resume(kill, folder, signum)
         if hashes == expected[kill.stage]:
-            num_same, verdict = num_same + 1, "same hash"
+            num_matching, verdict = num_matching + 1, "same hash"
         elif hashes is None:
             verdict = "FAILED"
         else:
             reference = expected[kill.stage]
-            differing = [name for name in sorted({*hashes, *reference}) if hashes.get(name) != reference.get(name)]
-            verdict = f"DIFFERENT HASH: {', '.join(differing)}"
-        print(f"{number:>4} {kill.stage:<10}{kill.kind:<11}{where:<88} {status:<24} {verdict}", flush=True)
+            mismatches = [name for name in sorted({*hashes, *reference}) if hashes.get(name) != reference.get(name)]
+            verdict = f"DIFFERENT HASH: {', '.join(mismatches)}"
+        print(f"{number:>4} {kill.stage:<10}{kill.kind:<11}{point:<88} {status:<24} {verdict}", flush=True)
         if verdict == "same hash":
             shutil.rmtree(folder)
-    print(f"{num_same} of {len(kills)} resumed to the same hash", flush=True)
-    return num_same
+    print(f"{num_matching} of {len(kills)} resumed to the same hash", flush=True)
+    return num_matching
 
 
 def main() -> NoReturn:
@@ -295,7 +295,7 @@ def main() -> NoReturn:
     parser.add_argument("--kills", type=int, default=100, help="number of kills (default: 100)")
     parser.add_argument("--signal", choices=("KILL", "TERM"), default="KILL", help="signal to send (default: KILL)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random times (default: 0)")
-    parser.add_argument("--folder", type=Path, help="where to keep failed runs (default: a temporary folder)")
+    parser.add_argument("--folder", type=Path, help="folder that keeps failed runs (default: a temporary folder)")
     parser.add_argument("--data", default="openmoji", help="data= option of the runs (default: openmoji)")
     parser.add_argument("--path", type=Path, help="data.path= option of the runs, for data=image_folder")
     arguments = parser.parse_args()
@@ -303,13 +303,13 @@ def main() -> NoReturn:
     COMMON += (f"data={arguments.data}", *([f"data.path={arguments.path.resolve()}"] if arguments.path else []))
     import ldm.training.session
     import ldm.training.stages.autoencoder
-    import ldm.training.stages.diffusion  # noqa: F401  # import before forking, to save time in every run
+    import ldm.training.stages.diffusion  # noqa: F401  # import before forking, to save time in each run
 
     with tempfile.TemporaryDirectory() as scratch:
         work = (arguments.folder or Path(scratch)).resolve()
         work.mkdir(parents=True, exist_ok=True)
-        num_same = stress(arguments.kills, signal.Signals[f"SIG{arguments.signal}"], arguments.seed, work)
-    sys.exit(0 if num_same == arguments.kills else 1)
+        num_matching = stress(arguments.kills, signal.Signals[f"SIG{arguments.signal}"], arguments.seed, work)
+    sys.exit(0 if num_matching == arguments.kills else 1)
 
 
 if __name__ == "__main__":

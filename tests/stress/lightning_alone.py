@@ -1,6 +1,6 @@
-"""Baseline for docs/reliability.md: how Lightning's Trainer with ModelCheckpoint handles the same faults.
+"""Baseline for docs/reliability.md: how Lightning's Trainer and ModelCheckpoint handle the same faults.
 
-python tests/stress/lightning_alone.py        prints one line per fault; takes about a minute
+python tests/stress/lightning_alone.py        prints one line per fault, in about a minute
 """
 
 import argparse
@@ -41,7 +41,7 @@ class Denoiser(LightningModule):
 
 
 class StopAt(Callback):
-    """Stops training after a step, optionally by a signal as a scheduler would send it."""
+    """Stop training after a given step, optionally by sending a signal, as a scheduler would."""
 
     def __init__(self, step: int, signal_to_send: signal.Signals | None = None) -> None:
         self.step, self.signal_to_send = step, signal_to_send
@@ -57,7 +57,7 @@ class StopAt(Callback):
 def fit(
     folder: Path, *callbacks: Callback, resume: Path | None = None, max_steps: int = 20, **options: Any
 ) -> Denoiser:
-    """Train for 20 steps, in epochs of 8 steps, with a checkpoint every 5 steps."""
+    """Train for `max_steps` steps, in epochs of 8 steps, with a checkpoint every 5 steps."""
     seed_everything(0, verbose=False)
     module = Denoiser(**options)
     data = TensorDataset(torch.randn(64, 16))
@@ -77,9 +77,9 @@ def fit(
 
 def start_fit(folder: Path, arguments: str) -> subprocess.Popen[bytes]:
     """Start `fit` with these arguments in a separate process."""
-    code = f"import lightning_alone as this; this.fit(this.Path({str(folder)!r}), {arguments})"
-    here, silent = Path(__file__).parent, subprocess.DEVNULL
-    return subprocess.Popen([sys.executable, "-c", code], cwd=here, stdout=silent, stderr=silent)
+    code = f"from lightning_alone import *; fit(Path({str(folder)!r}), {arguments})"
+    output = subprocess.DEVNULL
+    return subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent, stdout=output, stderr=output)
 
 
 def digest(module: nn.Module) -> str:
@@ -87,7 +87,7 @@ def digest(module: nn.Module) -> str:
     return hashlib.sha256(weights.numpy().tobytes()).hexdigest()[:12]
 
 
-def resume(folder: Path) -> str:
+def check_resume(folder: Path) -> str:
     uninterrupted = digest(fit(folder / "uninterrupted"))
     fit(folder / "stopped", StopAt(13))
     last_checkpoint = folder / "stopped" / "last.ckpt"
@@ -97,14 +97,14 @@ def resume(folder: Path) -> str:
     return f"stopped after step 13, resumed from last.ckpt of step {step}: {verdict} hash ({uninterrupted}, {resumed})"
 
 
-def sigterm(folder: Path) -> str:
-    code = start_fit(folder, "this.StopAt(4, this.signal.SIGTERM)").wait(timeout=120)
+def check_sigterm(folder: Path) -> str:
+    code = start_fit(folder, "StopAt(4, signal.SIGTERM)").wait(timeout=120)
     files = sorted(file.name for file in folder.glob("*.ckpt"))
     return f"SIGTERM at step 4: exit code {code}, checkpoints left: {', '.join(files) or 'none'}"
 
 
-def partial(folder: Path) -> str:
-    """Poll the size of a checkpoint of about 200 MB while it is saved to another disk than that of temporary files."""
+def check_partial_checkpoint(folder: Path) -> str:
+    """Poll the size of a 200 MB checkpoint while it is saved to a different disk than the one for temporary files."""
     sizes: list[int] = []
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else folder) as other_disk:
         process = start_fit(Path(other_disk), "max_steps=5, width=500_000")
@@ -116,7 +116,7 @@ def partial(folder: Path) -> str:
     return f"checkpoint of {complete / 1e6:.0f} MB during its save: incomplete in {incomplete} of {len(sizes)} polls"
 
 
-def damaged(folder: Path) -> str:
+def check_damaged_checkpoint(folder: Path) -> str:
     fit(folder)
     newest = folder / "last.ckpt"
     content = bytearray(newest.read_bytes())
@@ -125,23 +125,23 @@ def damaged(folder: Path) -> str:
     try:
         fit(folder, resume=newest, max_steps=25)
     except Exception as error:  # any exception is a result here
-        return f"one bit flipped in the newest checkpoint: {type(error).__name__}; the one before it is not tried"
+        return f"one bit flipped in the newest checkpoint: {type(error).__name__}; the previous one is not tried"
     return "one bit flipped in the newest checkpoint: resumed from it without a warning"
 
 
-def not_finite(folder: Path) -> str:
+def check_nan_loss(folder: Path) -> str:
     module = fit(folder, bad_step=7)
-    bad = sum(int((~parameter.isfinite()).sum()) for parameter in module.parameters())
+    num_nan = sum(int((~parameter.isfinite()).sum()) for parameter in module.parameters())
     total = sum(parameter.numel() for parameter in module.parameters())
-    return f"NaN loss at step 7 of 20: {bad} of {total} weights are NaN at the end"
+    return f"NaN loss at step 7 of 20: {num_nan} of {total} weights are NaN at the end"
 
 
-def two_processes(folder: Path) -> str:
+def check_two_processes(folder: Path) -> str:
     """Start two training runs in the same folder at the same time."""
     processes = [start_fit(folder, "max_steps=400") for _ in range(2)]
     codes = [process.wait(timeout=120) for process in processes]
     count = len(list(folder.glob("*.ckpt")))
-    return f"two processes in one folder: exit codes {codes}, no warning, {count} checkpoints from both mixed up"
+    return f"two processes in one folder: exit codes {codes}, no warning, {count} checkpoints of both mixed together"
 
 
 def main() -> None:
@@ -149,9 +149,10 @@ def main() -> None:
     parser.parse_args()
     warnings.filterwarnings("ignore")
     print(f"lightning {lightning.__version__}, torch {torch.__version__}")
-    for check in (resume, sigterm, partial, damaged, not_finite, two_processes):
+    checks = (check_resume, check_sigterm, check_partial_checkpoint, check_damaged_checkpoint, check_nan_loss)
+    for check in (*checks, check_two_processes):
         with tempfile.TemporaryDirectory() as folder:
-            print(f"{check.__name__}: {check(Path(folder))}", flush=True)
+            print(f"{check.__name__.removeprefix('check_')}: {check(Path(folder))}", flush=True)
 
 
 if __name__ == "__main__":

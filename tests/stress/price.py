@@ -1,12 +1,12 @@
-"""Measure the overhead of fault tolerance: the time per step of the demo's two stages with and without it.
+"""Measure the overhead of fault tolerance: time per step with and without it, for both stages of the demo.
 
     python tests/stress/price.py --vae runs/vae/demo [--blocks 12] [--steps 60]
 
-With: the guard checks every step, signals are checked between steps, and checkpoints are saved every
-trainer.checkpoint_every_s. Without: Lightning's loop with the budget, EMA weights and the progress bar. Blocks of steps
-alternate between both. The overhead is the relative difference of the median step time, over pairs of blocks, with a
-one-sided 95 % bound (Student's t), plus the share of time spent on saving. The exit code is 0 only if the bound is
-below 2 % in both stages.
+With fault tolerance, the guard checks every step, signals are checked between steps, and checkpoints are saved every
+trainer.checkpoint_every_s. Without it, Lightning's loop runs with only the budget, EMA weights and the progress bar.
+Blocks of steps alternate between the two. The overhead is the mean relative difference of the median step times over
+all pairs of blocks, with a one-sided 95 % bound (Student's t), plus the fraction of time spent on saving. The exit code
+is 0 only if the bound is below 2 % in both stages.
 """
 
 import argparse
@@ -29,7 +29,7 @@ WARM_UP = 5
 
 
 def make_spec(stage: str, folder: Path, vae: Path | None) -> Any:
-    """Return the specification of the demo's training of a stage, with a budget in steps, right before it starts."""
+    """Return the specification of a stage's training run in the demo, with a step budget, without training."""
     from ldm.train import main
     from ldm.training.fit import Fit
 
@@ -48,7 +48,7 @@ def make_spec(stage: str, folder: Path, vae: Path | None) -> Any:
 
 
 def median_step_s(spec: Any, steps: int, *, protected: bool) -> float:
-    """Return the median time per step, in seconds, of a training run with this many steps."""
+    """Train for `steps` steps after a warm-up, and return the median time per step in seconds."""
     from lightning.pytorch import Callback
 
     from ldm.training.fit import Fit
@@ -73,7 +73,7 @@ def median_step_s(spec: Any, steps: int, *, protected: bool) -> float:
 
 
 def measure_overhead(stage: str, spec: Any, blocks: int, steps: int) -> float:
-    """Return the upper bound of the relative overhead, and print its components."""
+    """Print the components of the relative overhead, and return its upper bound."""
     overheads = []
     for number in range(blocks):
         order = (True, False) if number % 2 else (False, True)

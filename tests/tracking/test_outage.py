@@ -1,4 +1,4 @@
-"""Outages of W&B: training neither waits nor stops if the server refuses connections, stalls or dies."""
+"""W&B outages: training neither waits nor stops if the server refuses connections or stalls, or if W&B crashes."""
 
 import http.server
 import json
@@ -30,16 +30,16 @@ TINY = [
 
 @contextmanager
 def outage(kind: str):
-    """Yield a port on which nothing listens, or one that accepts every connection and never answers."""
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
+    """Yield a port that refuses connections, or one that accepts every connection and never answers."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
         if kind == "stalling":
-            listening.listen(64)  # the operating system accepts connections into this queue
-        yield listening.getsockname()[1]
+            server.listen(64)  # the operating system accepts connections into this queue
+        yield server.getsockname()[1]
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Implements as much of W&B's API as a run needs to start, until it stalls."""
+    """Server with the part of W&B's API that a run needs to start. It stops answering once `stalled` is set."""
 
     daemon_threads = True
 
@@ -49,7 +49,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.requests: list[str] = []
 
     @contextmanager
-    def serving(self):
+    def serve(self):
         thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         thread.start()
         yield self.server_port
@@ -83,7 +83,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def use_server(monkeypatch):
-    """use_server(port): point W&B at a local server, with an API key."""
+    """use_server(port): make W&B use a local server and a dummy API key."""
 
     def use_server(port: int) -> None:
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
@@ -103,89 +103,89 @@ def train(tmp_path, make_images, call, monkeypatch):
     monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
 
     def train(name: str, *options: str):
-        ended = call(ldm.train.main, *TINY, f"name={name}", *options)
-        assert ended.code == 0, ended
-        return ended.out, load_file(f"runs/vae/{name}/autoencoder/diffusion_pytorch_model.safetensors")
+        result = call(ldm.train.main, *TINY, f"name={name}", *options)
+        assert result.code == 0, result
+        return result.out, load_file(f"runs/vae/{name}/autoencoder/diffusion_pytorch_model.safetensors")
 
     return train
 
 
 @pytest.mark.parametrize("kind", ["refusing", "stalling"])
-def test_training_is_the_same_without_the_server(train, use_server, kind):
+def test_training_yields_the_same_weights_without_the_server(train, use_server, kind):
     _, expected = train("without-wandb", "logger=csv")
     with outage(kind) as port:
         use_server(port)
         start = time.perf_counter()
-        printed, weights = train(kind, "logger.mode=online", "logger.timeout_s=1")
+        output, weights = train(kind, "logger.mode=online", "logger.timeout_s=1")
         assert time.perf_counter() - start < 15
-    (line,) = [line for line in printed.splitlines() if OUTAGE in line]
+    (line,) = [line for line in output.splitlines() if OUTAGE in line]
     record = next(Path("runs/vae", kind, "wandb").glob("offline-run-*"))
     assert "Continuing" in line and line.endswith(f"wandb sync --include-online {record}")
     assert weights.keys() == expected.keys() and all(weights[key].equal(expected[key]) for key in expected)
-    assert types_in(record) >= {"history", "artifact", "exit"}
+    assert read_entry_types(record) >= {"history", "artifact", "exit"}
 
 
-def types_in(record: Path) -> set[str]:
+def read_entry_types(record: Path) -> set[str]:
     return {entry["type"] for entry in Record(record).entries}
 
 
-def start(folder: Path) -> WandbRun:
+def start_run(folder: Path) -> WandbRun:
     return WandbRun(folder, {}, name="vae/demo", mode="online", timeout_s=4, finish_timeout_s=1)
 
 
-@pytest.mark.parametrize("logs_artifact", [True, False], ids=["an artifact", "the end"])
-def test_stalling_server_delays_neither_artifacts_nor_the_end(use_server, tmp_path, capsys, logs_artifact):
+@pytest.mark.parametrize("logs_artifact", [True, False], ids=["artifact", "finish"])
+def test_stalling_server_delays_neither_artifacts_nor_finish(use_server, tmp_path, capsys, logs_artifact):
     server = Server()
-    with server.serving() as port:
+    with server.serve() as port:
         use_server(port)
-        run = start(tmp_path)
+        run = start_run(tmp_path)
         assert run.mode == "online" and any("upsertBucket" in query for query in server.requests)
         server.stalled.set()
-        began = time.perf_counter()
+        start = time.perf_counter()
         run.log({"loss": 1.0}, 10)
         if logs_artifact:
             run.timeout_s = 1
             run.log_artifact(Artifact("autoencoder", "demo", "a" * 64))
             run.log({"loss": 0.5}, 20)
         run.finish()
-        assert time.perf_counter() - began < 12
-    printed = capsys.readouterr().out
-    assert printed.count(OUTAGE) == 1
-    records = printed.strip().split("--include-online ")[1].split()
-    online, *offline = (types_in(tmp_path / record) for record in records)
+        assert time.perf_counter() - start < 12
+    output = capsys.readouterr().out
+    assert output.count(OUTAGE) == 1
+    records = output.strip().split("--include-online ")[1].split()
+    online, *offline = (read_entry_types(tmp_path / record) for record in records)
     assert "history" in online and len(offline) == logs_artifact
     assert all(types >= {"history", "artifact"} for types in offline)
 
 
 @pytest.mark.parametrize("kind", ["refusing", "stalling"])
-def test_comparison_does_not_wait_for_the_server(use_server, kind, monkeypatch):
+def test_fetch_run_times_out_without_the_server(use_server, kind, monkeypatch):
     monkeypatch.setattr(ldm.tracking.comparison, "LOOK_UP_S", 1.5)
     with outage(kind) as port:
         use_server(port)
-        began = time.perf_counter()
+        start = time.perf_counter()
         with pytest.raises(UserError, match="me/ldm/abc is not a run folder.*W&B"):
             fetch_run("me/ldm/abc")
-        assert time.perf_counter() - began < 6
+        assert time.perf_counter() - start < 6
 
 
-def test_training_continues_if_wandbs_process_dies(tmp_path, capsys, monkeypatch):
+def test_training_continues_if_the_wandb_process_dies(tmp_path, capsys, monkeypatch):
     run = WandbRun(tmp_path, {"a": 1}, name="vae/demo", mode="offline")
 
-    def fail(*_, **__) -> None:
+    def lose_connection(*_, **__) -> None:
         raise ConnectionResetError("Connection lost")
 
-    monkeypatch.setattr(run.run, "log", fail)
+    monkeypatch.setattr(run.run, "log", lose_connection)
     run.log({"loss": 1.0}, 10)
     run.log({"loss": 0.5}, 20)
     run.finish()
     assert run.mode == "disabled" and capsys.readouterr().out.count("(Connection lost). Continuing") == 1
 
 
-def test_online_without_a_key_continues_offline_without_a_prompt(use_server, tmp_path, capsys, monkeypatch):
+def test_online_mode_without_a_key_continues_offline_without_a_prompt(use_server, tmp_path, capsys, monkeypatch):
     use_server(9)
     monkeypatch.delenv("WANDB_API_KEY")
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     wandb.teardown()
-    run = start(tmp_path)
+    run = start_run(tmp_path)
     run.finish()
     assert run.mode == "offline" and "no API key was found" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""ldm.tracking.run: W&B without prompts, a single record for a resumed run, and lineage."""
+"""ldm.tracking.run: W&B without prompts, with one W&B run per resumed run, and with lineage."""
 
 import json
 import subprocess
@@ -24,8 +24,8 @@ from ldm.tracking.server import choose_mode, has_key
 from ldm.training.callbacks.loggers import make_loggers
 
 
-class Recorder:
-    """A stand-in for the run object of W&B."""
+class FakeRun:
+    """A fake W&B run."""
 
     def __init__(self, **options) -> None:
         self.options, self.id = options, options["id"]
@@ -36,12 +36,12 @@ class Recorder:
     def log(self, values, **options) -> None: ...
 
 
-def start(folder, **options) -> WandbRun:
+def start_run(folder, **options) -> WandbRun:
     return WandbRun(folder, {"a": {"b": 1}}, name="vae/demo", mode="offline", **options)
 
 
-def test_configs_are_flattened_to_plain_types():
-    """Types that JSON lacks become text, and mappings in a list are numbered."""
+def test_flatten_converts_values_to_json_types():
+    """Types that JSON does not support become strings, and mappings in a list get their index as key."""
     nested = {
         "a": {"b": {"c": [2]}, "d": None},
         "path": Path("a/b"),
@@ -70,7 +70,7 @@ def test_default_mode_is_online_only_with_an_api_key(monkeypatch, requested, env
         choose_mode(None)
 
 
-def test_api_key_is_found_without_contacting_the_server(monkeypatch, tmp_path):
+def test_has_key_does_not_contact_the_server(monkeypatch, tmp_path):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -81,56 +81,56 @@ def test_api_key_is_found_without_contacting_the_server(monkeypatch, tmp_path):
     wandb.teardown()
 
 
-def test_resumed_run_keeps_its_id_and_a_new_run_gets_a_new_one(monkeypatch, tmp_path):
-    """This includes the id from a W&B sweep agent, whose server creates the run. It is also kept after an outage."""
-    ids = iter(["of-the-agent"])
-    monkeypatch.setattr(wandb, "init", lambda **options: Recorder(**{**options, "id": next(ids, options["id"])}))
-    first = start(tmp_path)
-    assert (tmp_path / "wandb_id.txt").read_text() == "of-the-agent\n"
-    assert read_run_id(tmp_path) == start(tmp_path, resume=True).run.options["id"] == "of-the-agent"
-    assert start(tmp_path).run.id != "of-the-agent"
-    first.mode, first.run.log = "online", None
-    first.log({"loss": 1.0}, 0)
-    assert first.mode == "offline" and first.run.options["id"] == "of-the-agent"
-    assert read_run_id(tmp_path / "nothing") is None
+def test_resumed_run_keeps_its_wandb_id(monkeypatch, tmp_path):
+    """The id is kept even if a W&B sweep agent assigned it, or if an outage forces the run offline."""
+    ids = iter(["agent-id"])
+    monkeypatch.setattr(wandb, "init", lambda **options: FakeRun(**{**options, "id": next(ids, options["id"])}))
+    run = start_run(tmp_path)
+    assert (tmp_path / "wandb_id.txt").read_text() == "agent-id\n"
+    assert read_run_id(tmp_path) == start_run(tmp_path, resume=True).run.options["id"] == "agent-id"
+    assert start_run(tmp_path).run.id != "agent-id"
+    run.mode, run.run.log = "online", None
+    run.log({"loss": 1.0}, 0)
+    assert run.mode == "offline" and run.run.options["id"] == "agent-id"
+    assert read_run_id(tmp_path / "missing") is None
 
 
 class Record:
-    """Content of the folder of an offline run, as read by W&B's command line."""
+    """Content of an offline run's folder, read with W&B's command line."""
 
     def __init__(self, folder: Path) -> None:
         command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True)
-        self.entries = [json.loads(line) for line in done.stdout.splitlines()]
+        process = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True)
+        self.entries = [json.loads(line) for line in process.stdout.splitlines()]
 
-    def of(self, kind: str) -> list[dict[str, Any]]:
+    def select(self, kind: str) -> list[dict[str, Any]]:
         """Return all entries of a type."""
         return [entry[kind] for entry in self.entries if entry["type"] == kind]
 
     @property
     def config(self) -> dict[str, Any]:
-        updates = [update for part in (*self.of("run"), *self.of("config")) for update in [part.get("config", part)]]
+        updates = [entry.get("config", entry) for entry in (*self.select("run"), *self.select("config"))]
         return {key: value for update in updates for key, value in update.get("update", {}).items()}
 
     @property
     def summary(self) -> dict[str, Any]:
-        return {key: value for part in self.of("summary") for key, value in part["update"].items()}
+        return {key: value for entry in self.select("summary") for key, value in entry["update"].items()}
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        return [history["item"] for history in self.of("history")]
+        return [history["item"] for history in self.select("history")]
 
     @property
     def artifacts(self) -> dict[str, tuple[dict[str, Any], list[str]]]:
-        """Metadata and file names by the artifact's name."""
+        """Metadata and file names of each artifact."""
         return {
             item["name"]: (json.loads(item["metadata"]), [file["path"] for file in item["manifest"]["contents"]])
-            for item in self.of("artifact")
-            if item["type"] != "run_table"  # created by W&B itself for a table
+            for item in self.select("artifact")
+            if item["type"] != "run_table"  # W&B creates these for tables
         }
 
 
-def records(folder: Path) -> list[Record]:
+def read_records(folder: Path) -> list[Record]:
     return [Record(path) for path in sorted((folder / "wandb").glob("offline-run-*"))]
 
 
@@ -139,11 +139,11 @@ SHARED = {"format": 1, "data": "pets", "data_fingerprint": "d" * 64, "val_fracti
 
 
 def make_run(folder: Path, stage: str, **facts: Any) -> Run:
-    """Create the folder of a finished run, with text instead of weights."""
+    """Create the folder of a finished run, with dummy weights."""
     weights = {"vae": ["autoencoder"], "diffusion": ["pipeline/network", "pipeline/vae"]}[stage]
-    for part in weights:
-        (folder / part).mkdir(parents=True)
-        (folder / part / "diffusion_pytorch_model.safetensors").write_bytes(b"weights of " + part.encode())
+    for subfolder in weights:
+        (folder / subfolder).mkdir(parents=True)
+        (folder / subfolder / "diffusion_pytorch_model.safetensors").write_bytes(b"weights of " + subfolder.encode())
     CONTRACT.save(folder if stage == "vae" else folder / "pipeline")
     (folder / "config.yaml").write_text("data: {cache_dir: null}\n")
     run = Run(folder, {**SHARED, "stage": stage, "name": folder.name, **facts})
@@ -151,18 +151,18 @@ def make_run(folder: Path, stage: str, **facts: Any) -> Run:
     return run
 
 
-def options(**overrides: Any) -> dict[str, Any]:
+def logger_options(**overrides: Any) -> dict[str, Any]:
     settings = dict.fromkeys(OPTIONS) | {"project": "ldm", "tags": ["a tag"], "mode": "offline"}
     limits = {"timeout_s": 10, "finish_timeout_s": 10, "max_artifact_mb": 1, "upload_latents": False}
     return {"wandb": True, **settings, **limits, **overrides}
 
 
 def log_outcome(run: Run, **overrides: Any) -> Record:
-    loggers = make_loggers(options(**overrides), run, resume=False)
+    loggers = make_loggers(logger_options(**overrides), run, resume=False)
     loggers.wandb.log({"train/loss": 0.5}, 10)
     Image.new("RGB", (4, 4)).save(run.path / "samples_final.png")
     loggers.log_outcome(run, {"steps": 10, "psnr_db": 20.0}, run.path / "samples_final.png")
-    return records(run.path)[-1]
+    return read_records(run.path)[-1]
 
 
 def test_offline_record_contains_metrics_config_images_and_artifacts(tmp_path):
@@ -172,12 +172,12 @@ def test_offline_record_contains_metrics_config_images_and_artifacts(tmp_path):
     assert loss["train/loss"] == 0.5 and loss["step"] == 10
     assert image["samples_final._type"] == "images/separated"
     assert image["samples_final.captions"] == ["samples_final"]
-    files = [file["path"] for part in record.of("files") for file in part["files"]]
+    files = [file["path"] for entry in record.select("files") for file in entry["files"]]
     assert any(file.startswith("media/images/samples_final") for file in files)
     config = record.config
     assert (config["run.commit"], config["run.versions.torch"], config["inputs.data-pets"]) == ("c0ffee", "2", "d" * 64)
     assert record.summary["psnr_db"] == 20.0 and record.summary["steps"] == 10
-    (header,) = record.of("run")
+    (header,) = record.select("run")
     assert header["tags"] == ["a tag"] and header["run_group"] == "first" and header["job_type"] == "vae"
     metadata, files = record.artifacts["autoencoder-first"]
     assert (metadata["weights_sha256"], metadata["data_fingerprint"], metadata["factor"]) == ("a" * 64, "d" * 64, 4)
@@ -201,7 +201,7 @@ def test_lineage_is_recorded_from_data_to_evaluation(tmp_path):
     report.write_text("{}")
     track_report(
         diffusion.path / "evaluation",
-        {"logger": options()},
+        {"logger": logger_options()},
         name="evaluation/diffusion/second",
         values={"fid": 3.0, "sampler": {"steps": 5}, "interval": [0.0, 1.0], "closest": [{"sample": 1}], "no": None},
         figures={},
@@ -209,7 +209,7 @@ def test_lineage_is_recorded_from_data_to_evaluation(tmp_path):
         inputs=outputs(diffusion)[:1],
         files=[report],
     )
-    (record,) = records(diffusion.path / "evaluation")
+    (record,) = read_records(diffusion.path / "evaluation")
     metadata, files = record.artifacts["evaluation-diffusion-second"]
     assert metadata["pipeline_sha256"] == pipeline["weights_sha256"] and metadata["fid"] == 3.0
     assert metadata["inputs"] == {"pipeline-second": pipeline["weights_sha256"]} and "evaluation.json" in files
@@ -223,12 +223,12 @@ def test_lineage_is_recorded_from_data_to_evaluation(tmp_path):
     assert training.summary["pipeline_sha256"] == pipeline["weights_sha256"] == run_weights_sha256(diffusion)
 
 
-def test_only_requested_files_are_logged(tmp_path, monkeypatch, capsys):
+def test_options_control_which_files_are_logged(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("LDM_CACHE", str(tmp_path))
     (tmp_path / f"latents-{CONTRACT.key}").mkdir()
     (tmp_path / f"latents-{CONTRACT.key}" / "moments.npy").write_bytes(b"moments")
     run = make_run(tmp_path / "first", "vae")
-    with pytest.raises(IndexError):  # no record was written
+    with pytest.raises(IndexError):  # there is no record
         log_outcome(run, mode="disabled")
     metadata, files = log_outcome(run, max_artifact_mb=1e-5).artifacts["autoencoder-first"]
     assert metadata["weights_sha256"] == "a" * 64 and files == ["autoencoder-first.json"]
@@ -237,24 +237,24 @@ def test_only_requested_files_are_logged(tmp_path, monkeypatch, capsys):
     assert "moments.npy" in files
 
 
-def test_inputs_become_lineage_edges_online(tmp_path, monkeypatch):
-    """Inputs logged by an earlier run are found by their digest; others are logged as a description."""
-    used: list[Any] = []
-    monkeypatch.setattr(wandb, "init", Recorder)
+def test_online_inputs_are_linked_by_digest_or_described(tmp_path, monkeypatch):
+    """Inputs logged by an earlier run are found by their digest. All others are logged with a description only."""
+    references: list[Any] = []
+    monkeypatch.setattr(wandb, "init", FakeRun)
 
     def use_artifact(artifact, **_) -> None:
         if isinstance(artifact, str) and artifact.startswith("data"):
             raise wandb.errors.CommError("not found")
-        used.append(artifact)
+        references.append(artifact)
 
-    run = start(tmp_path)
+    run = start_run(tmp_path)
     run.mode, run.run.use_artifact = "online", use_artifact
     run.use_artifact(Artifact("autoencoder", "first", "a" * 64))
     run.use_artifact(Artifact("data", "pets", "d" * 64, {"data_fingerprint": "d" * 64}))
-    by_name, described = used
-    assert by_name == "autoencoder-first:sha-aaaaaaaaaaaa"
-    assert (described.type, described.name, described.metadata["sha256"]) == ("data", "data-pets", "d" * 64)
-    assert [entry.path for entry in described.manifest.entries.values()] == ["data-pets.json"]
+    reference, artifact = references
+    assert reference == "autoencoder-first:sha-aaaaaaaaaaaa"
+    assert (artifact.type, artifact.name, artifact.metadata["sha256"]) == ("data", "data-pets", "d" * 64)
+    assert [entry.path for entry in artifact.manifest.entries.values()] == ["data-pets.json"]
 
 
 def test_artifact_label_contents_and_digest(tmp_path):
@@ -267,17 +267,17 @@ def test_artifact_label_contents_and_digest(tmp_path):
     assert len(replace(item, name="x" * 300).label) == 128
 
 
-def test_resumed_run_is_a_single_run_with_increasing_steps(tmp_path):
+def test_resume_continues_the_same_wandb_run_with_increasing_steps(tmp_path):
     run = make_run(tmp_path / "first", "vae")
     for resume, steps in ((False, (9, 19, 12)), (True, (29, 39))):
-        tracker = make_loggers(options(), run, resume=resume).wandb
+        tracker = make_loggers(logger_options(), run, resume=resume).wandb
         for step in steps:
             tracker.log({"train/loss": 1.0}, step)
         tracker.finish()
-    first, second = records(run.path)
-    headers = [record.of("run")[0] for record in (first, second)]
+    original, resumed = read_records(run.path)
+    headers = [record.select("run")[0] for record in (original, resumed)]
     assert headers[0]["run_id"] == headers[1]["run_id"] == (run.path / "wandb_id.txt").read_text().strip()
-    assert not headers[0].get("resume") and headers[1]["resume"], "an upload appends the second to the first"
-    assert [row["step"] for record in (first, second) for row in record.rows] == [9, 19, 12, 29, 39]
-    wandb_steps = [row["_step"] for record in (first, second) for row in record.rows]
-    assert wandb_steps == sorted(set(wandb_steps)), "W&B's internal steps increase over both records"
+    assert not headers[0].get("resume") and headers[1]["resume"], "uploading the second record must append to the first"
+    assert [row["step"] for record in (original, resumed) for row in record.rows] == [9, 19, 12, 29, 39]
+    wandb_steps = [row["_step"] for record in (original, resumed) for row in record.rows]
+    assert wandb_steps == sorted(set(wandb_steps)), "W&B's internal steps must increase across both records"

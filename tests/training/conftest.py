@@ -1,4 +1,4 @@
-"""Fixtures: a training module with a single linear layer, and a short fit of it."""
+"""Fixtures for training a module with a single linear layer."""
 
 from functools import partial
 
@@ -14,32 +14,32 @@ from ldm.training.optim.factory import OptimizerFactory
 
 
 class Line(TrainingModule):
-    """Fits y = A x + b to y = x with noisy x; records the noise of each batch and the validated weights."""
+    """Fits y = A x + b to y = x with noisy x. Records the noise of each batch and the weights at each validation."""
 
     def __init__(self, lr: float = 1.0, build=torch.optim.SGD) -> None:
         torch.manual_seed(0)
         super().__init__(torch.nn.Linear(2, 2), OptimizerFactory(partial(build, lr=lr)), seed=0)
-        self.seen: list[tuple[int, float]] = []
-        self.validated: list[torch.Tensor] = []
+        self.batches: list[tuple[int, float]] = []
+        self.validated_weights: list[torch.Tensor] = []
 
     def losses(self, x, draws):
         noise = draws.randn(x.shape)
-        self.seen.append((self._trainer.global_step if self._trainer else -1, noise.sum().item()))
+        self.batches.append((self._trainer.global_step if self._trainer else -1, noise.sum().item()))
         return {"loss": (self.trained(x + 0.1 * noise) - x).square().mean()}
 
     def validation_step(self, x, batch_idx):
-        self.validated.append(self.trained.weight.detach().clone())
+        self.validated_weights.append(self.trained.weight.detach().clone())
 
 
 @pytest.fixture
 def make_module():
-    """The class `Line`: make_module(lr=1.0, build=SGD)."""
+    """The class `Line`, called as make_module(lr=1.0, build=SGD)."""
     return Line
 
 
 @pytest.fixture
 def fit(tmp_path):
-    """Fit a module on the CPU with the given callbacks, from step `start` on; returns the trainer."""
+    """fit(module, callbacks=(), *, start=0, ...): fit a module on the CPU from step `start` on; returns the trainer."""
 
     def fit(module, callbacks=(), *, batch_size=4, start=0, ckpt_path=None, **options) -> Trainer:
         data = torch.randn(32, 2, generator=torch.Generator().manual_seed(0))

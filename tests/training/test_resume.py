@@ -1,4 +1,4 @@
-"""A resumed run ends in the same state as an uninterrupted one: weights, EMA, optimizers, schedule and RNG."""
+"""A resumed run ends in the same state as an uninterrupted run: weights, EMA, optimizers, schedule and RNG."""
 
 import json
 import os
@@ -33,13 +33,13 @@ STAGES = {
 }
 
 
-PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "adversary", "random", "global_step")
+STATE_KEYS = ("state_dict", "optimizer_states", "lr_schedulers", "adversary", "random", "global_step")
 
 
 def state_of(run: Path) -> dict:
-    """State in the run's newest checkpoint that training resumes from, without the elapsed time."""
+    """Return the training state in the newest checkpoint of a run, without the elapsed time."""
     state = torch.load(list_checkpoints(run / "checkpoints")[0].path, weights_only=True)
-    return {name: state.get(name) for name in PARTS} | {"ema": state["callbacks"]["EMACallback"]}
+    return {name: state.get(name) for name in STATE_KEYS} | {"ema": state["callbacks"]["EMACallback"]}
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +51,14 @@ def workspace(tmp_path_factory, make_images) -> Path:
 
 @pytest.fixture
 def train(workspace, call, monkeypatch):
-    """Train a stage for seven steps; returns its folder."""
+    """train(stage, name, *options, code=0): train a stage for seven steps; returns the run folder."""
     monkeypatch.chdir(workspace)
     monkeypatch.setenv("LDM_CACHE", str(workspace / "cache"))
 
     def train(stage: str, name: str, *options: str, code: int = 0) -> Path:
-        ended = call(ldm.train.main, f"stage={stage}", f"name={name}", *STAGES[stage], *DATA, *BUDGET, *options)
-        assert ended.code == code, ended
-        assert code == 0 or "python -m ldm.train" in ended.err and f"name={name} resume=true" in ended.err
+        result = call(ldm.train.main, f"stage={stage}", f"name={name}", *STAGES[stage], *DATA, *BUDGET, *options)
+        assert result.code == code, result
+        assert code == 0 or "python -m ldm.train" in result.err and f"name={name} resume=true" in result.err
         return workspace / "runs" / stage / name
 
     return train
@@ -85,11 +85,11 @@ def stop(monkeypatch):
 
 @pytest.fixture(scope="module")
 def uninterrupted() -> dict[tuple[str, str], dict]:
-    """Cache: the final state of an uninterrupted run by stage and precision."""
+    """Cache of the final states of uninterrupted runs, by stage and precision."""
     return {}
 
 
-def check(train, stop, uninterrupted, stage: str, precision: str, hook: str, step: int) -> None:
+def check_resume(train, stop, uninterrupted, stage: str, precision: str, hook: str, step: int) -> None:
     options = [f"trainer.precision={precision}"]
     if (stage, precision) not in uninterrupted:
         uninterrupted[stage, precision] = state_of(train(stage, f"uninterrupted-{precision}", *options))
@@ -104,14 +104,14 @@ def check(train, stop, uninterrupted, stage: str, precision: str, hook: str, ste
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_resume_after_a_stop_in_mid_epoch(train, stop, uninterrupted, stage, precision):
-    check(train, stop, uninterrupted, stage, precision, "on_train_batch_start", 4)
+def test_resume_after_a_stop_mid_epoch(train, stop, uninterrupted, stage, precision):
+    check_resume(train, stop, uninterrupted, stage, precision, "on_train_batch_start", 4)
 
 
 @pytest.mark.parametrize(("hook", "step"), [("on_validation_batch_end", 3), ("on_train_batch_end", 6)])
-def test_resume_after_a_stop_in_validation(train, stop, uninterrupted, workspace, hook, step):
-    """Stopped during or just before a validation, which then runs once and in full, with the same metrics."""
-    check(train, stop, uninterrupted, "vae", "32-true", hook, step)
+def test_resume_after_a_stop_during_validation(train, stop, uninterrupted, workspace, hook, step):
+    """After a stop during or just before a validation, this validation runs once, in full, with the same metrics."""
+    check_resume(train, stop, uninterrupted, "vae", "32-true", hook, step)
     expected, resumed = (workspace / "runs/vae" / name for name in ("uninterrupted-32-true", f"32-true-{hook}-{step}"))
     assert validations(resumed) == validations(expected)
 
@@ -128,41 +128,41 @@ def validations(run: Path) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_resume_after_a_stop_at_any_step(train, stop, uninterrupted, stage, precision, hook, step):
-    check(train, stop, uninterrupted, stage, precision, hook, step + (hook == "on_train_batch_end"))
+    check_resume(train, stop, uninterrupted, stage, precision, hook, step + (hook == "on_train_batch_end"))
 
 
 def test_resume_restores_global_generators_with_accumulated_batches(train, stop, monkeypatch):
     """Draws from the global generators of torch, random and numpy continue as in an uninterrupted run."""
     from ldm.training.modules.autoencoder import VAETraining
 
-    drawn: list[tuple[float, float, float]] = []
+    draws: list[tuple[float, float, float]] = []
     losses = VAETraining.losses
 
-    def noisy(self, images, generator):
+    def noisy_losses(self, images, row_draws):
         if not self.trainer.validating:
-            drawn.append((torch.rand(()).item(), random.random(), float(np.random.rand())))  # noqa: NPY002
-        return losses(self, images + 0.01 * (drawn[-1][0] if drawn else 0.0), generator)
+            draws.append((torch.rand(()).item(), random.random(), float(np.random.rand())))  # noqa: NPY002
+        return losses(self, images + 0.01 * (draws[-1][0] if draws else 0.0), row_draws)
 
     monkeypatch.setattr(VAETraining, "measure_each_mode", lambda *_: {False: 0.1})
-    monkeypatch.setattr(VAETraining, "losses", noisy)
+    monkeypatch.setattr(VAETraining, "losses", noisy_losses)
     options = ["trainer.precision=32-true", "trainer.accumulate_grad_batches=2"]
     uninterrupted = train("vae", "noisy-uninterrupted", *options)
-    expected, drawn = drawn[:], []
+    expected, draws = draws[:], []
     stop("on_train_batch_start", 4)
     train("vae", "noisy", *options, code=143)
     resumed = train("vae", "noisy", *options, "resume=true")
-    assert drawn == expected and len({first for first, _, _ in drawn}) == 14
+    assert draws == expected and len({torch_draw for torch_draw, _, _ in draws}) == 14
     assert states_equal(state_of(resumed), state_of(uninterrupted))
 
 
-RUN_OPTIONS = ["trainer.precision=32-true", "runs_dir=own"]
+RUN_OPTIONS = ["trainer.precision=32-true", "runs_dir=runs2"]
 TINY_VAE = ["autoencoder.model.block_out_channels=[32]", "trainer.max_steps=2"]
 TINY_DIFFUSION = ["conditioning=none", *STAGES["diffusion"][2:7], "network.patch_size=1", "sampler.steps=2"]
 
 
 @pytest.fixture
 def command(workspace, call, monkeypatch):
-    """Train on the images with the given options; returns the exit code and output."""
+    """command(*options): train on the images; returns the exit code and output."""
     monkeypatch.chdir(workspace)
     monkeypatch.setenv("LDM_CACHE", str(workspace / "cache"))
     return lambda *options: call(ldm.train.main, *DATA, *BUDGET, *RUN_OPTIONS, *options)
@@ -174,11 +174,11 @@ def facts_of(run: Path) -> dict:
 
 @pytest.fixture
 def diffusion_run(command, workspace) -> Path:
-    """A diffusion run of two steps on the autoencoder that was the newest at the time."""
-    run = workspace / "own/diffusion/mine"
+    """A two-step diffusion run on the autoencoder `first`, the newest when the run started."""
+    run = workspace / "runs2/diffusion/ddpm"
     if not run.exists():
         assert command("stage=vae", "name=first", *TINY_VAE).code == 0
-        assert command("stage=diffusion", "name=mine", *TINY_DIFFUSION, "trainer.max_steps=2").code == 0
+        assert command("stage=diffusion", "name=ddpm", *TINY_DIFFUSION, "trainer.max_steps=2").code == 0
     return run
 
 
@@ -199,38 +199,38 @@ def record_files(run: Path) -> list[bytes]:
     ],
 )
 def test_resume_refuses_options_that_differ_from_the_original_run(command, diffusion_run, options, message):
-    """The error names the options and the command that resumes; the run is not changed."""
-    before = record_files(diffusion_run)
-    ended = command("stage=diffusion", "name=mine", "resume=true", *options)
-    assert ended.code == 2 and re.search(message, ended.err) and "Traceback" not in ended.err, ended
-    assert "python -m ldm.train data=image_folder data.path=pets" in ended.err
-    assert "network=dit network.hidden_dim=32" in ended.err and "name=mine resume=true" in ended.err
-    assert record_files(diffusion_run) == before
+    """The error gives the options and the command to resume; the run is not changed."""
+    files = record_files(diffusion_run)
+    result = command("stage=diffusion", "name=ddpm", "resume=true", *options)
+    assert result.code == 2 and re.search(message, result.err) and "Traceback" not in result.err, result
+    assert "python -m ldm.train data=image_folder data.path=pets" in result.err
+    assert "network=dit network.hidden_dim=32" in result.err and "name=ddpm resume=true" in result.err
+    assert record_files(diffusion_run) == files
 
 
-def test_resume_keeps_the_record_until_training_starts(command, diffusion_run, monkeypatch):
-    def fails(*_):
+def test_resume_keeps_run_json_and_config_until_training_starts(command, diffusion_run, monkeypatch):
+    def raise_error(*_):
         raise UserError("no memory left")
 
-    before = record_files(diffusion_run)
-    monkeypatch.setattr(Fit, "run_to_end", fails)
-    ended = command("stage=diffusion", "name=mine", "resume=true", *TINY_DIFFUSION)
-    assert ended.code == 2 and "no memory left" in ended.err and record_files(diffusion_run) == before
+    files = record_files(diffusion_run)
+    monkeypatch.setattr(Fit, "run_to_end", raise_error)
+    result = command("stage=diffusion", "name=ddpm", "resume=true", *TINY_DIFFUSION)
+    assert result.code == 2 and "no memory left" in result.err and record_files(diffusion_run) == files
 
 
 def test_resume_keeps_the_autoencoder_of_the_run(command, diffusion_run):
-    """Even if a newer autoencoder exists; the latents of another one are refused. The learning rate may change."""
+    """A newer autoencoder is not selected, and a different `vae` is refused. The learning rate can change."""
     assert command("stage=vae", "name=second", *TINY_VAE, "seed=1").code == 0
-    before = facts_of(diffusion_run)
-    options = ["stage=diffusion", "name=mine", *TINY_DIFFUSION, "trainer.max_steps=3"]
-    ended = command(*options, "resume=true", "vae=own/vae/second")
-    assert ended.code == 2 and "vae=own/vae/first (" in ended.err and "vae=own/vae/second (" in ended.err, ended
-    assert facts_of(diffusion_run) == before
-    ended = command(*options, "resume=true", "optimizer.lr=1e-3")
-    after = facts_of(diffusion_run)
-    assert ended.code == 0 and after["finished"] and after["figures"]["steps"] == 3, ended
-    assert "optimizer.lr 0.004 -> 0.001; trainer.max_steps 2 -> 3" in ended.out
-    assert (after["vae"], after["contract"]) == (before["vae"], before["contract"])
+    original = facts_of(diffusion_run)
+    options = ["stage=diffusion", "name=ddpm", *TINY_DIFFUSION, "trainer.max_steps=3"]
+    result = command(*options, "resume=true", "vae=runs2/vae/second")
+    assert result.code == 2 and "vae=runs2/vae/first (" in result.err and "vae=runs2/vae/second (" in result.err, result
+    assert facts_of(diffusion_run) == original
+    result = command(*options, "resume=true", "optimizer.lr=1e-3")
+    resumed = facts_of(diffusion_run)
+    assert result.code == 0 and resumed["finished"] and resumed["figures"]["steps"] == 3, result
+    assert "optimizer.lr 0.004 -> 0.001; trainer.max_steps 2 -> 3" in result.out
+    assert (resumed["vae"], resumed["contract"]) == (original["vae"], original["contract"])
 
 
 @pytest.mark.parametrize(
@@ -242,10 +242,10 @@ def test_resume_keeps_the_autoencoder_of_the_run(command, diffusion_run):
         ([], r"disk space.*checkpoint"),
     ],
 )
-def test_overwrite_keeps_the_old_run_if_the_new_one_cannot_start(command, diffusion_run, monkeypatch, options, message):
+def test_overwrite_keeps_the_old_run_if_the_new_run_cannot_start(command, diffusion_run, monkeypatch, options, message):
     if not options:
         monkeypatch.setattr("ldm.runs.disk.checkpoint_bytes", lambda _: 1 << 60)
     content = {file: file.read_bytes() for file in sorted(diffusion_run.rglob("*")) if file.is_file()}
-    ended = command("stage=diffusion", "name=mine", "overwrite=true", *TINY_DIFFUSION, *options)
-    assert ended.code == 2 and re.search(message, ended.err), ended
+    result = command("stage=diffusion", "name=ddpm", "overwrite=true", *TINY_DIFFUSION, *options)
+    assert result.code == 2 and re.search(message, result.err), result
     assert {file: file.read_bytes() for file in sorted(diffusion_run.rglob("*")) if file.is_file()} == content

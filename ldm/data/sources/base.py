@@ -1,4 +1,4 @@
-"""Interface of image sources. A source describes its contents without reading them, and yields a record per image."""
+"""Interface for image sources, which describe their contents without reading images and yield one record per image."""
 
 import hashlib
 import importlib
@@ -18,9 +18,9 @@ from ldm.runtime import shell
 
 @dataclass(frozen=True)
 class Record:
-    """One image of a source, not yet read.
+    """One image of a source, loaded on demand.
 
-    The image's hash is computed from `content`, or from the return value of `load` if `content` is None.
+    The image is hashed by its `content` or, if that is None, by the return value of `load`.
     """
 
     name: str
@@ -29,15 +29,15 @@ class Record:
     label: int | None = None
     content: bytes | None = None
     more_captions: tuple[str, ...] = ()
-    """Captions of the same image after the first."""
+    """Captions after the first."""
 
 
 class Source(Protocol):
-    """Source of images. `class_names` is read after `records` is exhausted."""
+    """Image source. Read `class_names` only after `records` is exhausted."""
 
     @property
     def name(self) -> str:
-        """Name of the cache folder, made of letters, digits, dots and dashes."""
+        """Name for the cache folder, consisting of letters, digits, dots, dashes and underscores."""
 
     @property
     def licence(self) -> str | None:
@@ -52,14 +52,14 @@ class Source(Protocol):
         """Number of records, or None if unknown."""
 
     def identity(self) -> dict[str, Any]:
-        """Return JSON values that change whenever the content may have changed, without reading images."""
+        """Return JSON values that change whenever the content could have changed, without reading images."""
 
     def records(self) -> Iterator[Record]:
         """Yield a record for every image, in the same order each time."""
 
 
 def optional_module(name: str, extra: str) -> ModuleType:
-    """Import a package that belongs to one of our extras.
+    """Import a package from one of our extras.
 
     Raises:
         UserError: the package is not installed.
@@ -67,7 +67,7 @@ def optional_module(name: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(f"This data requires the package {name}: {shell.install_command(extra)}") from error
+        raise UserError(f"This data source requires the package {name}: {shell.install_command(extra)}") from error
 
 
 def folder_name(text: str) -> str:
@@ -76,9 +76,9 @@ def folder_name(text: str) -> str:
 
 
 def files_digest(root: Path, files: Iterable[Path]) -> str:
-    """Return a SHA-256 digest of the sorted relative names, sizes and modification times of files.
+    """Return a SHA-256 digest of the relative names, sizes and modification times of files.
 
-    It is cheap to compute and changes when a file is edited.
+    It detects edits without reading the files.
     """
     lines = sorted(f"{path.relative_to(root).as_posix()} {_size_and_mtime(path)}" for path in files)
     return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
@@ -87,6 +87,6 @@ def files_digest(root: Path, files: Iterable[Path]) -> str:
 def _size_and_mtime(path: Path) -> str:
     try:
         stat = retry_once(path.stat)
-    except OSError as error:  # deleted in the meantime, or a broken link
+    except OSError as error:  # deleted meanwhile, or a broken link
         return str(error.strerror)
     return f"{stat.st_size} {stat.st_mtime_ns}"

@@ -39,10 +39,10 @@ REMEDY = "Install it with `apt-get install dataset-fashion-mnist`, or set its fo
 
 
 class FashionMNIST:
-    """Both published parts, 70,000 images in total. The published split is replaced by our split by content hash.
+    """All 70,000 training and test images. Our split by content hash replaces the published split.
 
-    The IDX files are read from `path`, gzipped or not. If the Debian package is not installed, the images are read from
-    the Hugging Face Hub instead. Images are hashed by their pixels, so both give the same split.
+    The IDX files in `path` can be gzipped. If the Debian package is not installed, the images are read from the Hugging
+    Face Hub instead. Images are hashed by their pixels, so both origins result in the same split.
 
     Raises:
         UserError: the folder is missing or damaged, or the hub cannot be reached.
@@ -107,7 +107,7 @@ def _find(folder: Path, stem: str) -> Path:
 
 
 def _read_idx(path: Path, num_axes: int) -> np.ndarray:
-    """Read an IDX file: two zero bytes, the element type (8 is uint8), the number of axes, their sizes, the values."""
+    """Read an IDX file: two zero bytes, the element type (8 is uint8), the number of axes, their sizes, the data."""
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         if content[:4] != bytes([0, 0, 8, num_axes]):

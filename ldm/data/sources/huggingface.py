@@ -8,7 +8,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from ldm.data.excluded import Excluded
+from ldm.data.excluded import FolderFilter
 from ldm.data.sources.base import Record, files_digest, folder_name, optional_module
 from ldm.errors import UserError
 from ldm.files.reading import read_file
@@ -18,23 +18,23 @@ from ldm.runtime.paths import is_run
 READER = 2
 """Reader version; changing it invalidates prepared caches."""
 DEFAULT_COLUMNS = ("text", "label")
-"""Default names of the caption and label columns. These columns are optional, all others must exist."""
+"""Default caption and label columns. A dataset can lack them, but any other configured column must exist."""
 
 
 @dataclass(eq=False)
 class HuggingFace:
-    """One split of a dataset: a hub id, a folder in any layout supported by `datasets`, or a dataset saved to disk.
+    """One split of a hub dataset, of a folder in any layout supported by `datasets`, or of a dataset saved to disk.
 
-    A hub dataset is identified only by its id and revision, so that its cache can be opened offline. Set `revision` if
-    the dataset can change. Streaming reads the first `num_images` images and stores only the prepared cache. A list in
-    the caption column contains several captions of one image.
+    The contents of a hub dataset are not checked for changes, so that its cache can be opened offline. Set `revision`
+    if the dataset can change. Streaming reads the first `num_images` images and stores only the prepared cache. The
+    caption column can contain a list of captions for each image.
 
     Args:
-        exclude: Folders that store runs and caches, which are not data.
+        exclude: Folders for runs and caches, which are not data.
 
     Raises:
-        UserError: `streaming` is set without `num_images`. When reading: the package `datasets` is not installed, or
-            the dataset or one of its columns does not exist.
+        UserError: `streaming` is set without `num_images`. While reading: `datasets` is not installed, or the dataset
+            or a column does not exist.
     """
 
     path: str
@@ -108,7 +108,7 @@ class HuggingFace:
             dataset = self._load()
         except UserError:
             raise
-        except Exception as error:  # the hub, its client and the dataset builders raise many types of errors
+        except Exception as error:  # the hub, its client and the dataset builders raise many types of exceptions
             name = f"{self.path} (split={self.split}, config={self.config}, revision={self.revision})"
             remedy = "Check data.path, data.split, data.config and the network. Private data requires `hf auth login`."
             raise UserError(f"{name} cannot be opened: {error} {remedy}") from error
@@ -129,17 +129,18 @@ class HuggingFace:
         return datasets.load_dataset(path, split=self.split, streaming=self.streaming, **options)
 
     def _refuse_excluded(self, folder: Path) -> None:
-        """Reject a folder that contains excluded folders, because `datasets` reads every file in all subfolders."""
-        excluded = Excluded(self.exclude)
+        """Reject a folder that contains excluded folders, because `datasets` reads all files in all subfolders."""
+        folder_filter = FolderFilter(self.exclude)
         for parent, folders, _ in os.walk(folder):
-            folders[:] = excluded.prune(parent, folders, folder)
+            folders[:] = folder_filter.prune(parent, folders, folder)
         if is_run(folder):
-            raise UserError(f"data.path={self.path} is a run folder, whose figures are not training images.")
+            raise UserError(f"data.path={self.path} is a run folder. Its figures are not training images.")
         # `datasets` ignores names that start with two underscores
-        if unwanted := sorted({*excluded.skipped, *(name for name in excluded.system if "__" not in name)}):
+        system_folders = {name for name in folder_filter.system_folders if "__" not in name}
+        if unwanted := sorted({*folder_filter.skipped_folders} | system_folders):
             raise UserError(
-                f"data.path={self.path} contains {', '.join(unwanted[:5])}, whose images `datasets` would also read. "
-                "Use data=image_folder, which skips them, or move them elsewhere."
+                f"data.path={self.path} contains {', '.join(unwanted[:5])}, which `datasets` would read as data. "
+                "Use data=image_folder, which skips these folders, or move them elsewhere."
             )
 
     def _rows(self, dataset: Any) -> Iterator[dict[str, Any]]:
@@ -148,11 +149,11 @@ class HuggingFace:
             for row in itertools.islice(dataset, self.num_images):
                 number += 1
                 yield row
-        except Exception as error:  # the type of error depends on the protocol of the stream
+        except Exception as error:  # the exception type depends on the streaming protocol
             raise UserError(f"Reading {self.path} stopped after {number} images: {error}") from error
 
     def _column(self, option: str, dataset: Any) -> str | None:
-        """Return the column set by an option, or None if it is the default column and the dataset does not have it."""
+        """Return the column set by an option, or None if it is a default column that the dataset lacks."""
         column, columns = getattr(self, option), dataset.column_names
         if column is None or column in columns:
             return column
@@ -165,7 +166,7 @@ class HuggingFace:
         if value is None or value == "" or (kind is int and value == -1):
             return None
         if not isinstance(value, kind):
-            remedy = f"Choose another column with data.{option}=, or none with data.{option}=null."
+            remedy = f"Choose a different column with data.{option}=, or disable it with data.{option}=null."
             raise UserError(f"The column {getattr(self, option)!r} contains {value!r}, not {kind.__name__}. {remedy}")
         return kind(value)
 

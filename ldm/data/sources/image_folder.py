@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ldm.data.excluded import Excluded, is_system_name
+from ldm.data.excluded import FolderFilter, is_system_name
 from ldm.data.sources.base import Record, files_digest, folder_name
 from ldm.errors import InputError, UserError
 from ldm.files.reading import is_disk_failure, read_file, retry_once
@@ -20,7 +20,7 @@ from ldm.runtime.paths import is_run
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
-PATH_REMEDY = "Make each file_name relative to the folder of the metadata file, and put the images in or below it."
+PATH_REMEDY = "Make each file_name relative to the folder of the metadata file, and put the images in that folder."
 READER = 2
 """Reader version; changing it invalidates prepared caches."""
 
@@ -28,19 +28,19 @@ READER = 2
 class ImageFolder:
     """All images in `path` and its subfolders, ordered by their relative names.
 
-    Runs, caches and operating system files (see `ldm.data.excluded`) are skipped. Anything with the file name of an
-    image is included, even a pipe or a broken link, and so are folders that cannot be listed. Preparation records these
-    in the quarantine list instead of silently ignoring them.
+    Runs, caches and operating system files (see `ldm.data.excluded`) are skipped. Everything with an image suffix is
+    included, even pipes and broken links, and so are folders that cannot be listed. Preparation adds these to the
+    quarantine list instead of silently ignoring them.
 
-    Captions: read from a `metadata.jsonl` or `metadata.csv` in any folder, in the layout of Hugging Face's imagefolder
-    (`file_name` relative to the metadata file, the caption in `caption_column`). Otherwise they are read from a `.txt`
-    file next to the image, whose lines are joined. An image can have several captions, given by several rows or by a
-    list in `caption_column`.
+    Captions are read from `metadata.jsonl` or `metadata.csv` files in any folder, in the layout of Hugging Face's
+    imagefolder (`file_name` relative to the metadata file, the caption in `caption_column`). Without a metadata entry,
+    the caption is the text of a `.txt` file next to the image, joined into one line. An image has several captions if
+    the metadata contains several rows for it, or a list.
 
-    Classes: the top-level subfolders, if there are several and every image is in one of them.
+    The classes are the top-level subfolders if there are at least two and they contain all images.
 
     Args:
-        exclude: Folders to skip even if they are in `path`, such as those that store runs and caches.
+        exclude: Folders in `path` to skip, such as the folders for runs and caches.
 
     Raises:
         UserError: the folder does not exist, contains no images, or is a run.
@@ -57,19 +57,19 @@ class ImageFolder:
         if not self.path.is_dir():
             raise InputError("path", path, "is not a folder")
         if is_run(self.path):
-            raise InputError("path", path, "is a run folder, whose figures are not training images")
-        self._excluded = Excluded(exclude)
+            raise InputError("path", path, "is a run folder. Its figures are not training images")
+        self._folder_filter = FolderFilter(exclude)
         self._unlistable: dict[str, OSError] = {}
         try:
             self._files = retry_once(self._visible_files)
         except OSError as error:
-            rule = f"cannot be listed: {error.strerror}. Make it readable, or try again when its disk is available"
+            rule = f"cannot be listed: {error.strerror}. Make it readable, or try again when the disk is available"
             raise InputError("path", path, rule) from error
         self._images = [name for name in self._files if name.lower().endswith(IMAGE_SUFFIXES)]
-        skipped = self._excluded.describe()
+        skipped = self._folder_filter.describe()
         if not self._images:
             where = f" outside the run and cache folders {skipped}" if skipped else ""
-            rule = f"contains no images{where}: no file in it or its subfolders ends in {', '.join(IMAGE_SUFFIXES)}"
+            rule = f"contains no images{where}: no file in it or in a subfolder ends in {', '.join(IMAGE_SUFFIXES)}"
             raise InputError("path", path, rule)
         if skipped:
             logging.getLogger(__name__).warning("Skipped the run and cache folders %s in %s.", skipped, path)
@@ -104,7 +104,7 @@ class ImageFolder:
         self._unlistable.clear()
         files = {}
         for folder, folders, names in os.walk(self.path, onerror=self._record_unlistable):
-            folders[:] = self._excluded.prune(folder, folders, self.path)
+            folders[:] = self._folder_filter.prune(folder, folders, self.path)
             for path in (Path(folder, name) for name in names if not is_system_name(name)):
                 is_text = path.suffix.lower() == ".txt" or path.name in METADATA_NAMES
                 if path.suffix.lower() in IMAGE_SUFFIXES or (is_text and path.is_file()):
@@ -136,14 +136,14 @@ class ImageFolder:
         for line, row in rows:
             relative = str(row.get("file_name") or "")
             if not relative or "\n" in relative:
-                rule = "this row must have a file_name, on a single line"
+                rule = "the row must have a file_name without line breaks"
                 raise UserError(f"{metadata}, line {line}: {rule}. Correct the row.")
             name = _resolve(folder, relative)
             if name.startswith(("../", "/")) or name == "..":
                 raise UserError(f"{metadata} lists {relative[:200]!r}, which is outside {self.path}. {PATH_REMEDY}")
             num_existing += name in self._files
             if metadata.suffix == ".csv":
-                # A missing closing quote merges the following rows into one cell, which would silently lose captions.
+                # A missing closing quote merges the following rows into one cell, silently losing their captions.
                 parts = [part for cell in row.values() if "\n" in cell for part in cell.replace("\n", ",").split(",")]
                 for part in (part.strip(' "') for part in parts):
                     if name != _resolve(folder, part) in self._files:
@@ -152,14 +152,14 @@ class ImageFolder:
             cell = row.get(caption_column)
             for text in cell if isinstance(cell, list) else [cell]:
                 if not isinstance(text, str | None):
-                    rule = f"the caption of {relative} must be a text or a list of texts, not {text!r}"
+                    rule = f"the caption of {relative} must be a string or a list of strings, not {text!r}"
                     raise UserError(f"{metadata}, line {line}: {rule}.")
                 caption = replace_surrogates((text or "").strip())
                 if caption and caption not in captions.setdefault(name, []):
                     captions[name].append(caption)
         if rows and not num_existing:
             first = rows[0][1].get("file_name")
-            raise UserError(f"{metadata} lists no existing image. Its first file_name is {first!r}. {PATH_REMEDY}")
+            raise UserError(f"{metadata} lists no existing images. Its first file_name is {first!r}. {PATH_REMEDY}")
         return {name: texts for name, texts in captions.items() if texts}
 
     def _read_text(self, path: Path) -> str:
@@ -188,7 +188,7 @@ def _read_rows(metadata: Path, text: str, columns: Sequence[str]) -> Iterator[tu
     """Yield each row of a metadata file with the number of its first line.
 
     Raises:
-        UserError: the file is not valid CSV or JSON lines, or lacks one of the columns.
+        UserError: the file is not valid CSV or JSON Lines, or lacks one of the columns.
     """
     if metadata.suffix == ".csv":
         yield from _csv_rows(metadata, text, columns)
@@ -240,7 +240,7 @@ def _require_columns(metadata: Path, line: int, columns: list[str], required: Se
         if columns.count(column) != 1:
             problem = f"expected one column {column!r}, but found {columns.count(column)} among: {', '.join(columns)}"
             raise UserError(
-                f"{metadata}, line {line}: {problem}. The file must have a column file_name and one with the captions, "
+                f"{metadata}, line {line}: {problem}. The file must have a file_name column and a caption column, "
                 "separated by commas if it is a CSV file. Choose the caption column with data.caption_column=, or use "
                 "data.caption_column=null to ignore captions."
             )

@@ -14,14 +14,14 @@ from ldm.rules import Flag, checked
 
 SKIN_TONES = frozenset("\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff")
 VARIATION_SELECTOR = "\ufe0f"
-"""Requests the coloured form of a character. File names and the list of names both omit it in some cases."""
+"""Selects the coloured form of a character. The file names and the emoji list both omit it in some cases."""
 
 
 class OpenMoji:
-    """Colour emoji that have a Unicode name, drawn on white.
+    """Colour emoji with a Unicode name, on a white background.
 
     Drawings outside the emoji list (brands, regional flags, OpenMoji's own additions) have no English name and are
-    skipped. Skin tones repeat a drawing five times or more, so they are skipped unless `skin_tones` is true.
+    skipped. Skin tones add five or more variants of the same drawing, which are skipped unless `skin_tones` is true.
 
     Raises:
         UserError: the demo packages are not installed.
@@ -53,7 +53,7 @@ class OpenMoji:
     def records(self) -> Iterator[Record]:
         for characters, (path, caption) in self._files.items():
             svg = path.read_bytes()
-            yield Record(characters, partial(self._draw, svg), caption, content=svg)
+            yield Record(characters, partial(self._render, svg), caption, content=svg)
 
     def _named_files(self) -> dict[str, tuple[Path, str]]:
         """Map characters without variation selectors to (drawing, English name), in the order of the file names."""
@@ -67,8 +67,8 @@ class OpenMoji:
                 files[characters] = (path, names[characters].strip(":").replace("_", " "))
         return files
 
-    def _draw(self, svg: bytes) -> Image.Image:
-        """Render at a larger size and average down, since the renderer's antialiasing leaves seams at shared edges."""
+    def _render(self, svg: bytes) -> Image.Image:
+        """Render at a larger size and downsample, because the renderer's antialiasing leaves seams at shared edges."""
         factor = 4 if self.resolution <= 64 else 2
         size = factor * self.resolution
         png = self._resvg.svg_to_bytes(

@@ -1,6 +1,6 @@
 """The probability-flow ODE: a deterministic sampler, and its inverse, which encodes a latent to noise.
 
-Setting: dz/dt = -1/2 b (z + score) of `sde`, on the clock w of `clock`:
+The ODE dz/dt = -1/2 b (z + score) of `sde` is solved in the clock w of `clock`:
 
     dz/dw = 1/2 (d log-SNR / dw) alpha (z_0 - alpha z),   log-SNR = 2 sinh(w)
 """
@@ -39,19 +39,19 @@ def integrate(
 ) -> tuple[np.ndarray, int]:
     """Integrate d state / dw from start to stop; return the final state and the number of evaluations.
 
-    Uses the Dormand-Prince pair of orders 5 and 4, which stores no past states. The last derivative evaluated
-    before on_accept(w, state) is the one at the accepted state.
+    Uses the Dormand-Prince 5(4) method. After each accepted step, on_accept(w, state) is called; the last
+    derivative evaluated before the call is the one at the accepted state.
 
     Raises:
         ValueError: unless rtol and atol are at least 1e-12.
-        ArithmeticError: if the derivative is not finite; if the required step becomes too small.
+        ArithmeticError: if the derivative is not finite; if the step size becomes too small.
     """
     check_tolerances(rtol, atol)
 
     def checked_derivative(w: float, state: np.ndarray) -> np.ndarray:
         slope = derivative(w, state)
         if not np.isfinite(slope).all():
-            raise ArithmeticError(f"the ODE is not finite at w = {w}: the network returned inf or nan")
+            raise ArithmeticError(f"the ODE derivative is not finite at w = {w}: the network returned inf or nan")
         return slope
 
     solver = RK45(checked_derivative, start, state, stop, rtol=rtol, atol=atol)
@@ -65,7 +65,7 @@ def integrate(
 
 
 def check_tolerances(rtol: float, atol: float) -> None:
-    """Raise an error for tolerances that float64 cannot meet.
+    """Raise an error if the tolerances are too small for float64.
 
     Raises:
         ValueError: unless rtol and atol are at least 1e-12.
@@ -76,18 +76,18 @@ def check_tolerances(rtol: float, atol: float) -> None:
 
 @dataclass(frozen=True)
 class ODESampler:
-    """Sampler and encoder that solve the probability-flow ODE, from noise to t_min and back.
+    """Sampler that solves the probability-flow ODE, and encodes latents to noise by solving it backwards.
 
     Args:
-        solver: heun, of order 2 on equal steps of the clock; or adaptive, of order 5 with steps chosen by the
-            error. The state of adaptive is float64 on the CPU and its steps are shared by the batch: a sample
-            depends on the others within the tolerance.
-        steps: for heun, the number of transitions, the last one from t_min to 0. Sampling calls the denoiser
-            2 steps - 1 times, `encode` and `decode` 2 steps - 2 times. Ignored by adaptive.
+        solver: heun (order 2, equal steps in the clock) or adaptive (order 5, with a step size controlled by an error
+            estimate). adaptive keeps its state in float64 on the CPU. All samples of a batch share its step sizes, so
+            results depend on the rest of the batch, within the tolerance.
+        steps: for heun, the number of transitions, including the last one from t_min to 0. Sampling calls the
+            denoiser 2 steps - 1 times; `encode` and `decode` call it 2 steps - 2 times. Ignored by adaptive.
         rtol, atol: for adaptive, the relative and absolute error tolerances per step, as in scipy.
         t_min: time at which the ODE stops; the last transition returns the denoiser's z_0 at t_min.
 
-    Source: Song et al. 2021, arXiv:2011.13456, section 4.3; heun, Karras et al. 2022, arXiv:2206.00364.
+    Source: Song et al. 2021, arXiv:2011.13456, section 4.3; heun is Karras et al. 2022, arXiv:2206.00364.
 
     Raises:
         ValueError: if an option is unknown or out of range.
@@ -110,7 +110,7 @@ class ODESampler:
         """Check that this sampler can run on `schedule`.
 
         Raises:
-            ValueError: as `clock_ends` does.
+            ValueError: as raised by `clock_ends`.
         """
         clock_ends(schedule, self.t_min)
 
@@ -126,17 +126,17 @@ class ODESampler:
         generator: Generators = None,
         on_step: OnStep | None = None,
     ) -> Float[Tensor, " b *z"]:
-        """Take z_T ~ N(0, I) down to z_0.
+        """Sample z_0, starting from z_T ~ N(0, I).
 
         Args:
             variance, z_0_mse: ignored, because an ODE has no Sigma.
             generator: ignored, because sampling is deterministic.
-            on_step: called as on_step(s, z_s, z_0) after every transition, with the real time s that it reached
-                (0 for the last one) and a predicted z_0: the one at its start for heun, the one at s for adaptive.
+            on_step: called as on_step(s, z_s, z_0) after every transition to a real time s (0 for the last one). z_0
+                is the prediction at the start of the transition for heun, and at s for adaptive.
 
         Raises:
-            ValueError: as `check` does.
-            ArithmeticError: as `integrate` does.
+            ValueError: as raised by `check`.
+            ArithmeticError: as raised by `integrate`.
         """
         z = self._integrate(denoiser, z_T, condition, on_step=on_step)
         t = self.t_min if self.solver == "adaptive" or self.steps > 1 else self._noise_end(denoiser.schedule)
@@ -149,13 +149,14 @@ class ODESampler:
     def encode(
         self, denoiser: DenoiserLike, z: Float[Tensor, " b *z"], condition: Condition | None = None
     ) -> Float[Tensor, " b *z"]:
-        """Take z at t_min up to the noise at the noise end, where `decode` brings it back from.
+        """Encode z at t_min to noise, by solving the ODE up to the noise end.
 
-        The way back is as good as the solver: heun errs by its order 2, adaptive by its tolerance.
+        `decode` inverts this up to the error of the solver, which is set by `steps` for heun and by the tolerances for
+        adaptive.
 
         Raises:
-            ValueError: as `check` does; for heun, in a single step.
-            ArithmeticError: as `integrate` does.
+            ValueError: as raised by `check`; for heun, if steps is less than 2.
+            ArithmeticError: as raised by `integrate`.
         """
         self._check_steps()
         return self._integrate(denoiser, z, condition, backwards=True)
@@ -164,11 +165,11 @@ class ODESampler:
     def decode(
         self, denoiser: DenoiserLike, z_T: Float[Tensor, " b *z"], condition: Condition | None = None
     ) -> Float[Tensor, " b *z"]:
-        """Take noise down to z at t_min, without the last transition to 0: the inverse of `encode`.
+        """Decode noise to z at t_min, without the last transition to 0; the inverse of `encode`.
 
         Raises:
-            ValueError: as `check` does; for heun, in a single step.
-            ArithmeticError: as `integrate` does.
+            ValueError: as raised by `check`; for heun, if steps is less than 2.
+            ArithmeticError: as raised by `integrate`.
         """
         self._check_steps()
         return self._integrate(denoiser, z_T, condition)
@@ -220,18 +221,18 @@ def _adaptive(
 ) -> Tensor:
     z_0 = like
 
-    def tensor(state: np.ndarray) -> Tensor:
+    def to_tensor(state: np.ndarray) -> Tensor:
         return torch.tensor(state, dtype=like.dtype, device=like.device).reshape(like.shape)
 
     def derivative(w: float, state: np.ndarray) -> np.ndarray:
         nonlocal z_0
-        slope, z_0 = velocity(tensor(state), w)
+        slope, z_0 = velocity(to_tensor(state), w)
         return slope.flatten().cpu().double().numpy()
 
     def accept(w: float, state: np.ndarray) -> None:
         if on_step is not None:
-            on_step(clock_time(schedule, w), tensor(state), z_0)
+            on_step(clock_time(schedule, w), to_tensor(state), z_0)
 
     start = like.flatten().cpu().double().numpy()
     state, _ = integrate(derivative, start, *span, rtol=options.rtol, atol=options.atol, on_accept=accept)
-    return tensor(state)
+    return to_tensor(state)

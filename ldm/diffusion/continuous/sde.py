@@ -1,14 +1,15 @@
 """The chain in continuous time: its stochastic differential equations and a sampler for the reverse SDE.
 
-Setting: time t is real and falls from T to t_min >= 1; b(t) = -d log a / dt is the schedule's rate. With
-score = grad log q(z_t),
+Time t is real and decreases from T to t_min >= 1; b(t) = -d log a / dt is the rate of the schedule. With
+score = grad log q(z_t), the equations
 
     forward           dz = -1/2 b z dt + sqrt(b) dw
     reverse           dz = (-1/2 b z - b score) dt + sqrt(b) dw-bar
     probability flow  dz/dt = -1/2 b (z + score)
 
-share the marginals q(z_t). Time enters only through the elapsed b dt = -d log a = -(1 - a) d log-SNR. Steps are
-measured in log-SNR, in which the stiffness of the equations is at most one per unit, so b itself is never needed.
+have the same marginals q(z_t). Time enters only through b dt = -d log a = -(1 - a) d log-SNR, called the elapsed b dt.
+Steps are measured in log-SNR, so b itself is never needed. The stiffness of the equations is at most one per unit of
+log-SNR.
 The sampler's steps are equally spaced on the clock of `ldm.diffusion.continuous.clock`. Sampling starts from
 N(0, I) at the noise end.
 
@@ -38,7 +39,7 @@ def reverse_drift(
 ) -> Float[Tensor, " b *z"]:
     """Return the drift of the reverse SDE per elapsed b dt, given the predicted z_0:  -1/2 z_t - score.
 
-    Times schedule.rate(t) it is dz/dt.
+    Multiply it by schedule.rate(t) to get the drift per unit of t.
     Source: Song et al. 2021, arXiv:2011.13456, eq. 6.
 
     Raises:
@@ -54,7 +55,8 @@ def probability_flow(
 
         -1/2 (z_t + score) = -1/2 alpha (z_0 - alpha z_t) / (1 - a_t)
 
-    Times schedule.rate(t) it is dz/dt. The code uses the second form, because the first cancels at the noise end.
+    Multiply it by schedule.rate(t) to get dz/dt. The code uses the second form, because the first suffers from
+    cancellation at the noise end.
     Source: Song et al. 2021, arXiv:2011.13456, eq. 13.
 
     Raises:
@@ -74,7 +76,7 @@ def forward_sde_step(
 
         z_t = z_s - 1/2 h z_s + sqrt(h) eps,   h = (1 - a_s) (log-SNR_s - log-SNR_t)
 
-    The weak order is 1; `chain.forward_step` is exact.
+    Its weak order is 1; `chain.forward_step` is exact.
 
     Raises:
         ValueError: unless 1 <= s < t <= T.
@@ -98,7 +100,7 @@ def reverse_sde_step(
 
         z_s = z_t + (1/2 z_t + score) h + sqrt(h) n,   h = (1 - a_t) (log-SNR_s - log-SNR_t),   n ~ N(0, I)
 
-    The weak order is 1.
+    Its weak order is 1.
 
     Raises:
         ValueError: unless 1 <= s < t <= T.
@@ -122,8 +124,8 @@ def langevin_step(
 
         z = z_t + h score + sqrt(2 h) n,   h = 2 snr^2 (1 - a_t),   n ~ N(0, I)
 
-    The paper's step 2 snr^2 (|n| / |score|)^2 is averaged over the batch, and grows without bound where a
-    sample's score vanishes. Here |n| / |score| is replaced by sigma, its value when the score is that of noise.
+    The paper uses the step size 2 snr^2 (|n| / |score|)^2, averaged over the batch, which is unbounded as the score
+    vanishes. Here |n| / |score| is replaced by sigma, its value for pure noise.
     Source: Song et al. 2021, arXiv:2011.13456, algorithm 5.
 
     Raises:
@@ -140,10 +142,10 @@ class SDESampler:
     """Euler-Maruyama sampler for the reverse SDE, optionally corrected by Langevin dynamics after every step.
 
     Args:
-        steps: number of transitions, the last one from t_min to 0. The denoiser is called
+        steps: number of transitions, including the last one from t_min to 0. The denoiser is called
             steps + (steps - 1) corrector_steps times.
-        corrector_steps: Langevin steps after every transition but the last.
-        corrector_snr: signal-to-noise ratio of the Langevin steps, see `langevin_step`.
+        corrector_steps: number of Langevin steps after every transition except the last.
+        corrector_snr: signal-to-noise ratio of the Langevin steps; see `langevin_step`.
         t_min: time at which the SDE stops; the last transition returns the denoiser's z_0 at t_min.
 
     Source: Song et al. 2021, arXiv:2011.13456, algorithms 1 and 5.
@@ -156,7 +158,7 @@ class SDESampler:
     variance: ClassVar[str | None] = None
     steps: Steps
     corrector_steps: Annotated[Integer, Field(ge=0)] = 0
-    corrector_snr: Annotated[Number, Field(gt=0, lt=1)] = 0.16  # Langevin is stable
+    corrector_snr: Annotated[Number, Field(gt=0, lt=1)] = 0.16  # stable below 1
     t_min: int | float = 1.0
 
     def __post_init__(self) -> None:
@@ -166,16 +168,16 @@ class SDESampler:
         """Check that this sampler can run on `schedule`.
 
         Raises:
-            ValueError: as `clock_ends` does; if Euler-Maruyama needs more steps to be stable.
+            ValueError: as raised by `clock_ends`; if Euler-Maruyama needs more steps to be stable.
         """
         start, stop = clock_ends(schedule, self.t_min)
-        # A step of log-SNR multiplies a deviation by at worst 1 - step (1 + a) / 2. Steps are largest at the ends.
+        # A step h in log-SNR multiplies a deviation by 1 - h (1 + a) / 2 at worst. Steps are largest at both ends.
         growth = max(math.cosh(w) * (1 + 1 / (1 + math.exp(-2 * math.sinh(w)))) for w in (start, stop))
-        needed = 1 + math.ceil((stop - start) * growth / 2)
-        if 1 < self.steps < needed:
+        min_steps = 1 + math.ceil((stop - start) * growth / 2)
+        if 1 < self.steps < min_steps:
             raise ValueError(
-                f"Euler-Maruyama is unstable in {self.steps} steps on schedule {schedule.name!r}: it needs at least "
-                f"{needed}; use ddpm, or the ODE"
+                f"Euler-Maruyama is unstable with {self.steps} steps on schedule {schedule.name!r}. Use at least "
+                f"{min_steps} steps, or use sampler ddpm or ode"
             )
 
     @torch.no_grad()
@@ -195,11 +197,11 @@ class SDESampler:
         Args:
             variance, z_0_mse: ignored, because an SDE has no Sigma.
             generator: one for the whole batch, or a list with one per sample.
-            on_step: called as on_step(s, z_s, z_0) after every transition, with the real time s that it reached
-                (0 for the last one) and the predicted z_0 that it used.
+            on_step: called as on_step(s, z_s, z_0) after every transition to a real time s (0 for the last one), with
+                the predicted z_0 that the transition used.
 
         Raises:
-            ValueError: as `check` does; if a list of generators does not have one per sample.
+            ValueError: as raised by `check`; if a list of generators does not have one per sample.
         """
         check_generators(generator, len(z_T))
         schedule = denoiser.schedule
@@ -222,10 +224,10 @@ class SDESampler:
 
 def _check_real_order(schedule: NoiseSchedule, s: int | float, t: int | float) -> None:
     if not 1 <= s < t <= schedule.num_steps:
-        raise ValueError(f"an SDE's times must satisfy 1 <= s < t <= T = {schedule.num_steps}; got s = {s}, t = {t}")
+        raise ValueError(f"SDE times must satisfy 1 <= s < t <= T = {schedule.num_steps}; got s = {s}, t = {t}")
 
 
 def _elapsed(schedule: NoiseSchedule, start: int | float, stop: int | float) -> float:
-    """Return b dt of a step from `start`, computed from log-SNR: |d log a| to first order."""
+    """Return the elapsed b dt of a step, |d log a| to first order in the change of log-SNR."""
     curve = schedule.log_snr_curve
     return float(abs(curve(stop) - curve(start)) / (1 + math.exp(float(curve(start)))))

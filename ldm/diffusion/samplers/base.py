@@ -1,6 +1,6 @@
-"""The interface of every sampler, and the loop over steps that the discrete samplers share.
+"""The sampler interface, and the sampling loop shared by all discrete samplers.
 
-A discrete sampler visits any strided subset of the steps, and calls the denoiser for z_0 at each one.
+A discrete sampler visits a strided subset of the steps and predicts z_0 at each of them.
 """
 
 import itertools
@@ -22,19 +22,19 @@ from ldm.rules import Positive, Steps, apply_rules
 SPACINGS = ("trailing", "leading", "linspace")
 
 Generators = torch.Generator | list[torch.Generator] | None
-"""One generator for the whole batch, or one per sample, so that each sample depends only on its own."""
+"""One generator for the whole batch, or one per sample, so that samples do not depend on the rest of the batch."""
 
 OnStep = Callable[[float, Tensor, Tensor], None]
-"""Called as on_step(s, z_s, z_0) after every transition, with the step s that it reached and a predicted z_0."""
+"""Callback, called as on_step(s, z_s, z_0) after every transition to a step or real time s."""
 
 Transition = Callable[[Prediction, Tensor, int, int], Tensor]
-"""A step down the chain: transition(prediction, z_t, s, t) returns z_s."""
+"""Reverse step of the chain: transition(prediction, z_t, s, t) returns z_s."""
 
 
 class SamplerLike(Protocol):
-    """Any method that maps z_T ~ N(0, I) to z_0: down the chain, or along its SDE or ODE.
+    """Interface of samplers, which map z_T ~ N(0, I) to z_0 using the Markov chain, its SDE or its ODE.
 
-    `method` is its name in configs and records, `variance` the Sigma of p(z_s | z_t) that it requires, if any.
+    `method` is its name in configs and records; `variance` is the Sigma of p(z_s | z_t) that it requires, or None.
     """
 
     @property
@@ -62,8 +62,8 @@ class SamplerLike(Protocol):
 
 
 @dataclass(frozen=True)
-class Walk:
-    """State of one sampling run: visited steps, initial latents, the model's Sigma and error, noise generator."""
+class SamplingRun:
+    """Inputs of one sampling run: visited steps, initial latents, the model's Sigma and error, noise generator."""
 
     schedule: NoiseSchedule
     visited: list[int]
@@ -79,7 +79,7 @@ class ChainSampler(ABC):
 
     Args:
         steps: number of transitions, each with one call of the denoiser.
-        spacing: which steps are visited, see `timesteps`.
+        spacing: which steps are visited; see `timesteps`.
         clip: if set, the predicted z_0 is clamped to [-clip, clip].
 
     Raises:
@@ -97,7 +97,7 @@ class ChainSampler(ABC):
 
     @property
     def variance(self) -> str | None:
-        """Sigma that the sampler requires; None if it uses none, or uses the model's."""
+        """Sigma that the sampler requires; None if it needs no Sigma or uses the model's."""
         return None
 
     def check(self, schedule: NoiseSchedule) -> None:
@@ -123,11 +123,11 @@ class ChainSampler(ABC):
         """Sample z_0, starting from z_T ~ N(0, I).
 
         Args:
-            variance: the model's Sigma, used by samplers that need one and whose own is unset.
+            variance: the model's Sigma, the default for samplers that need a Sigma.
             z_0_mse: the denoiser's mean squared error at every t, required by variance="optimal".
             generator: one for the whole batch, or a list with one per sample.
-            on_step: called as on_step(s, z_s, z_0) after every transition, with the step s that it reached and the
-                predicted z_0 that it used. UniPC corrects z_s again in its next step.
+            on_step: called as on_step(s, z_s, z_0) after every transition to a step s, with the predicted z_0 that the
+                transition used. UniPC corrects z_s again in its next step.
 
         Raises:
             ValueError: if the chain has fewer steps than the sampler; if a list of generators does not have one
@@ -137,7 +137,7 @@ class ChainSampler(ABC):
         schedule = denoiser.schedule
         visited = timesteps(schedule.num_steps, self.steps, self.spacing)
         z_t = at_least_float32(z_T)
-        transition = self._transition(Walk(schedule, visited, z_t, variance, z_0_mse, generator))
+        transition = self._transition(SamplingRun(schedule, visited, z_t, variance, z_0_mse, generator))
         for t, s in itertools.pairwise(visited):
             z_0, v = denoiser(z_t, t, condition)
             if self.clip is not None:
@@ -148,7 +148,7 @@ class ChainSampler(ABC):
         return z_t
 
     @abstractmethod
-    def _transition(self, walk: Walk) -> Transition:
+    def _transition(self, run: SamplingRun) -> Transition:
         """Return the algorithm's transition function for one sampling run."""
 
 
@@ -168,12 +168,12 @@ def timesteps(num_steps: int, steps: int, spacing: str = "trailing") -> list[int
     check_choice("spacing", spacing, SPACINGS)
     if not 1 <= steps <= num_steps:
         raise ValueError(f"a chain of T = {num_steps} steps can be sampled in 1 to {num_steps} steps; got {steps}")
-    down = range(steps - 1, -1, -1)
+    indices = range(steps - 1, -1, -1)
     if spacing == "trailing":
         return [round(num_steps * i / steps) for i in range(steps, -1, -1)]
     if spacing == "leading":
-        return [1 + i * (num_steps // steps) for i in down] + [0]
-    return [1 + round((num_steps - 1) * i / (steps - 1)) if steps > 1 else num_steps for i in down] + [0]
+        return [1 + i * (num_steps // steps) for i in indices] + [0]
+    return [1 + round((num_steps - 1) * i / (steps - 1)) if steps > 1 else num_steps for i in indices] + [0]
 
 
 def draw_noise(like: Tensor, generator: Generators) -> Tensor:
@@ -184,4 +184,4 @@ def draw_noise(like: Tensor, generator: Generators) -> Tensor:
 def check_generators(generator: Generators, batch: int) -> None:
     """Raise a ValueError if a list of generators does not have one per sample."""
     if isinstance(generator, list) and len(generator) != batch:
-        raise ValueError(f"{len(generator)} generators for a batch of {batch}: give one per sample, or one")
+        raise ValueError(f"{len(generator)} generators for a batch of {batch}: pass one per sample, or a single one")

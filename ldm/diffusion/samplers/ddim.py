@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ldm.diffusion.chain import check_order, to_eps
 from ldm.diffusion.denoiser import Prediction
-from ldm.diffusion.samplers.base import ChainSampler, Generators, Transition, Walk, draw_noise
+from ldm.diffusion.samplers.base import ChainSampler, Generators, SamplingRun, Transition, draw_noise
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.rules import Fraction, checked
 
@@ -24,12 +24,12 @@ def ddim_step(
     eta: Fraction = 0.0,
     generator: Generators = None,
 ) -> Float[Tensor, " b *z"]:
-    """Move from z_t down to z_s, given the predicted clean latent z_0.
+    """Take a DDIM step from z_t down to z_s, given the predicted clean latent z_0.
 
         z_s = sqrt(a_s) z_0 + sqrt(1 - a_s - v) eps + sqrt(v) n,   n ~ N(0, I)
         v   = eta^2 (1 - a_s) / (1 - a_t) (1 - a_t / a_s)
 
-    eta = 0 draws nothing; eta = 1 draws from the posterior q(z_s | z_t, z_0).
+    eta = 0 is deterministic; eta = 1 samples from the posterior q(z_s | z_t, z_0).
     Source: Song et al. 2021, arXiv:2010.02502, eqs. 12 and 16.
 
     Raises:
@@ -39,9 +39,9 @@ def ddim_step(
     eps = to_eps(schedule, z_0, z_t, t)
     a_s, a_t = schedule.at(s, eps), schedule.at(t, eps)
     v = eta**2 * (1 - a_s) / (1 - a_t) * (1 - a_t / a_s)
-    # Where a_t is near 0 and eta = 1, v = 1 - a_s up to rounding: the difference can fall below 0.
-    along_eps = (1 - a_s - v).clamp(min=0).sqrt()
-    z_s = a_s.sqrt().to(eps) * z_0 + along_eps.to(eps) * eps
+    # If a_t is near 0 and eta = 1, v = 1 - a_s up to rounding, so the difference can be slightly negative.
+    eps_scale = (1 - a_s - v).clamp(min=0).sqrt()
+    z_s = a_s.sqrt().to(eps) * z_0 + eps_scale.to(eps) * eps
     if eta == 0 or s == 0:
         return z_s
     return z_s + v.sqrt().to(eps) * draw_noise(eps, generator)
@@ -49,7 +49,7 @@ def ddim_step(
 
 @dataclass(frozen=True)
 class DDIM(ChainSampler):
-    """DDIM.
+    """DDIM sampler.
 
     >>> import torch
     >>> from ldm import DDIM, Denoiser, cosine
@@ -65,8 +65,8 @@ class DDIM(ChainSampler):
     method: ClassVar[str] = "ddim"
     eta: Fraction = 0.0
 
-    def _transition(self, walk: Walk) -> Transition:
+    def _transition(self, run: SamplingRun) -> Transition:
         def transition(prediction: Prediction, z_t: Tensor, s: int, t: int) -> Tensor:
-            return ddim_step(walk.schedule, prediction.z_0, z_t, s=s, t=t, eta=self.eta, generator=walk.generator)
+            return ddim_step(run.schedule, prediction.z_0, z_t, s=s, t=t, eta=self.eta, generator=run.generator)
 
         return transition

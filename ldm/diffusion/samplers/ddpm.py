@@ -1,4 +1,4 @@
-"""Ancestral sampling: the reverse Markov chain itself (Ho et al. 2020, arXiv:2006.11239, algorithm 2)."""
+"""Ancestral sampling of the reverse Markov chain (Ho et al. 2020, arXiv:2006.11239, algorithm 2)."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, get_args
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ldm.diffusion.chain import VarianceType, check_choice, log_variance, posterior
 from ldm.diffusion.denoiser import Prediction
-from ldm.diffusion.samplers.base import ChainSampler, Generators, Transition, Walk, draw_noise
+from ldm.diffusion.samplers.base import ChainSampler, Generators, SamplingRun, Transition, draw_noise
 from ldm.diffusion.schedule import NoiseSchedule
 
 
@@ -36,12 +36,11 @@ def ddpm_step(
 
         z_s = mean of q(z_s | z_t, z_0) + sqrt(Sigma(s, t, v)) n,   n ~ N(0, I)
 
-    The step to s = 0 returns the mean and draws nothing.
-    Source: Ho et al. 2020, arXiv:2006.11239, algorithm 2; any s < t.
+    The step to s = 0 returns the mean, without noise.
+    Source: Ho et al. 2020, arXiv:2006.11239, algorithm 2, for any s < t.
 
     Raises:
-        ValueError: unless 0 <= s < t <= T; if s > 0 and `variance` is unknown, or the v or z_0_mse that it needs
-            is missing.
+        ValueError: unless 0 <= s < t <= T; if s > 0 and `variance` is unknown or its v or z_0_mse is missing.
     """
     mean, _ = posterior(schedule, z_0, z_t, s, t)
     if s == 0:
@@ -52,7 +51,7 @@ def ddpm_step(
 
 @dataclass(frozen=True)
 class DDPM(ChainSampler):
-    """Ancestral sampling, on any strided subset of the steps.
+    """Ancestral sampler on a strided subset of the steps.
 
     >>> import torch
     >>> from ldm import DDPM, Denoiser, cosine
@@ -61,7 +60,7 @@ class DDPM(ChainSampler):
     0.0
 
     Args:
-        variance: Sigma. None uses the model's Sigma, as given by the caller. If the caller gives none either, it is
+        variance: the choice of Sigma. None uses the `variance` passed when sampling. If that is None too, Sigma is
             learned_range if the denoiser returns v, else fixed_small.
     """
 
@@ -73,13 +72,13 @@ class DDPM(ChainSampler):
         if self.variance is not None:
             check_choice("variance", self.variance, get_args(VarianceType))
 
-    def _transition(self, walk: Walk) -> Transition:
-        requested = self.variance or walk.variance
+    def _transition(self, run: SamplingRun) -> Transition:
+        requested = self.variance or run.variance
 
         def transition(prediction: Prediction, z_t: Tensor, s: int, t: int) -> Tensor:
             z_0, v = prediction
             variance = requested or ("fixed_small" if v is None else "learned_range")
-            sigma: dict[str, Any] = {"variance": variance, "v": v, "z_0_mse": walk.z_0_mse}
-            return ddpm_step(walk.schedule, z_0, z_t, s=s, t=t, **sigma, generator=walk.generator)
+            sigma: dict[str, Any] = {"variance": variance, "v": v, "z_0_mse": run.z_0_mse}
+            return ddpm_step(run.schedule, z_0, z_t, s=s, t=t, **sigma, generator=run.generator)
 
         return transition

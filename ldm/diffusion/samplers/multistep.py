@@ -1,4 +1,4 @@
-"""diffusers' multistep solvers of the probability-flow ODE, on our steps and sigmas. Deterministic."""
+"""diffusers' deterministic multistep solvers of the probability-flow ODE, with our timesteps and sigmas."""
 
 from typing import Any, ClassVar
 
@@ -7,22 +7,22 @@ from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Prediction
-from ldm.diffusion.samplers.base import ChainSampler, Transition, Walk
+from ldm.diffusion.samplers.base import ChainSampler, SamplingRun, Transition
 from ldm.diffusion.schedule import ALPHA_BAR_FLOOR
 
 
 class Multistep(ChainSampler):
-    """A solver of order 2 that extrapolates from its earlier predictions of z_0.
+    """Solver of order 2 that extrapolates from its previous predictions of z_0.
 
-    Use trailing steps. The other spacings make their last stop at t = 1, after a jump over most of the log-SNR range,
-    where a multistep method extrapolates badly.
+    Use trailing spacing. With the other spacings, the transition to t = 1 spans most of the log-SNR range, which is
+    too far for a multistep method to extrapolate.
     """
 
     solver: ClassVar[Any]
 
-    def _transition(self, walk: Walk) -> Transition:
+    def _transition(self, run: SamplingRun) -> Transition:
         # Bypass diffusers' set_timesteps, which uses its own spacing and computes sigmas from a float32 product.
-        schedule = walk.schedule
+        schedule = run.schedule
         alpha_bar = schedule.alpha_bar.cpu().clamp(min=ALPHA_BAR_FLOOR)
         solver = self.solver(
             num_train_timesteps=schedule.num_steps,
@@ -30,14 +30,14 @@ class Multistep(ChainSampler):
             solver_order=2,
             prediction_type="sample",
         )
-        a_t = alpha_bar[walk.visited]
+        a_t = alpha_bar[run.visited]
         if (a_t[1:] <= ALPHA_BAR_FLOOR).any():
             raise ValueError(
-                f"{self.method} cannot step between steps of pure noise: alpha_bar of schedule "
-                f"{schedule.name!r} is below {ALPHA_BAR_FLOOR} before T; use ddim, or a gentler schedule"
+                f"{self.method} cannot use schedule {schedule.name!r}, because alpha_bar falls below {ALPHA_BAR_FLOOR} "
+                "before T. Use sampler ddim, or a schedule that adds less noise"
             )
-        solver.sigmas = ((1 - a_t) / a_t).sqrt().to(walk.z_T.dtype)
-        solver.timesteps = torch.tensor(walk.visited[:-1], device=walk.z_T.device) - 1
+        solver.sigmas = ((1 - a_t) / a_t).sqrt().to(run.z_T.dtype)
+        solver.timesteps = torch.tensor(run.visited[:-1], device=run.z_T.device) - 1
         solver.num_inference_steps = self.steps
         solver.set_begin_index(0)
 

@@ -1,1 +1,1 @@
-"""Comparison of runs: which one is better, and is the difference more than noise?"""
+"""Comparison of runs: which run is better, and does the difference exceed the noise?"""

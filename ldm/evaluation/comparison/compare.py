@@ -1,4 +1,4 @@
-"""Comparing runs: the differences between their configs, their metrics by group, and a verdict for each metric."""
+"""Comparison of runs: config differences, metrics by group, and a verdict for each metric."""
 
 import json
 import math
@@ -40,7 +40,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Row:
-    """One metric: an estimate for each group, and a verdict for every group except the first, the baseline.
+    """One metric, with an estimate for each group and a verdict for each group except the first, the baseline.
 
     Field names are keys in compare.json.
     """
@@ -110,26 +110,26 @@ def compare_runs(sources: Sequence[str]) -> Comparison:
 
 
 def _row_order(name: str) -> tuple[bool, bool]:
-    """Sort key: quality metrics of evaluations, then quality metrics of validation curves, then all other metrics."""
+    """Sort key: quality metrics of evaluations, then of validation curves, then all remaining metrics."""
     return (not better_direction(name), name.startswith("val/"))
 
 
 def _compare_metric(name: str, groups: Sequence[Group]) -> Row:
-    sides = [(group.label, group.values(name), group.enough_seeds(name)) for group in groups]
+    by_group = [(group.label, group.values(name), group.enough_seeds(name)) for group in groups]
     estimates = [
         statistics.estimate(metrics, enough_seeds=enough) if metrics and not differing_settings(metrics) else None
-        for _, metrics, enough in sides
+        for _, metrics, enough in by_group
     ]
-    (first, baseline, baseline_enough), *others = sides
+    (base_label, baseline, baseline_enough), *candidates = by_group
     verdicts = [
-        statistics.compare_groups(name, baseline, metrics, (first, label), enough_seeds=baseline_enough and enough)
-        for label, metrics, enough in others
+        statistics.compare_groups(name, baseline, metrics, (base_label, label), enough_seeds=baseline_enough and enough)
+        for label, metrics, enough in candidates
     ]
     return Row(name, {1: "higher", -1: "lower", 0: None}[better_direction(name)], estimates, verdicts)
 
 
 def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
-    """Return groups in the order of their first runs, labelled A, B, C and so on."""
+    """Group runs that differ only in their seed. Groups are labelled A, B, C and so on, in order of appearance."""
     members: dict[str, list[RunRecord]] = {}
     for run in runs:
         config = {key: value for key, value in run.options.items() if key != "seed"}
@@ -141,11 +141,11 @@ def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
 
 def config_differences(groups: Sequence[Group]) -> dict[str, list[str]]:
     """Return the config keys and facts that differ between groups, or between the runs of a single group."""
-    described = [[_describe(run) for run in group.runs] for group in groups]
-    runs = [run for group in described for run in group]
+    descriptions = [[_describe(run) for run in group.runs] for group in groups]
+    runs = [run for group in descriptions for run in group]
     differences: dict[str, list[str]] = {}
     for key in dict.fromkeys(key for run in runs for key in run):
-        by_group = [", ".join(dict.fromkeys(run.get(key, "-") for run in group)) for group in described]
+        by_group = [", ".join(dict.fromkeys(run.get(key, "-") for run in group)) for group in descriptions]
         if len(set(by_group)) > 1 or len({run.get(key) for run in runs}) > 1 == len(groups):
             differences[key] = by_group
     return differences
@@ -172,8 +172,8 @@ def _notes(groups: Sequence[Group], rows: Sequence[Row]) -> Iterator[str]:
     differences = [verdict.difference for row in rows if row.better for verdict in row.verdicts]
     if any(difference is not None and difference.of == statistics.SAMPLING for difference in differences):
         yield (
-            f"{statistics.SAMPLING}: training with another seed can change a metric by more than this. Train at least "
-            f"{statistics.MIN_SEEDS} seeds per group to measure that variation."
+            f"{statistics.SAMPLING}: training with a different seed can change a metric by more than this. Train at "
+            f"least {statistics.MIN_SEEDS} seeds per group to measure that variation."
         )
     for i, group in enumerate(groups[1:]):
         verdicts = {row.metric: row.verdicts[i] for row in rows if row.better}

@@ -30,16 +30,16 @@ def side_by_side(
     seed: Seed = 0,
     batch_size: Count = 64,
 ) -> tuple[Image.Image | None, list[str]]:
-    """Draw a figure with one row per run, preceded by a row of originals if the runs are autoencoders.
+    """Plot one row of images per run, preceded by a row of originals if the runs are autoencoders.
 
-    The noise of column i depends only on the seed and i, so it is equal for all runs with the same latent shape.
+    The noise of column i depends only on the seed and i, so it is the same for all runs with the same latent shape.
 
     Args:
-        num_samples: Number of columns; 0 draws no figure.
+        num_samples: Number of columns; 0 skips the figure.
         prompts: A file with one caption per line; None uses the captions or classes of validation images.
 
     Returns:
-        The figure, or None if no run could be drawn, and notes that say which rows are missing and why.
+        The figure, or None if it has no rows, and notes on which rows are missing and why.
     """
     if not num_samples:
         return None, []
@@ -49,28 +49,28 @@ def side_by_side(
     for group, run in comparison.runs:
         try:
             if run.run is None:
-                raise UserError("W&B does not store the weights of this run. Give the run folder instead.")
+                raise UserError("W&B does not store the weights of this run. Use the run folder instead.")
             if run.stage == "vae":
                 if images is None or run.run.facts["data_fingerprint"] != images.fingerprint:
-                    raise UserError("The run was trained on other images than those shown, or no images are available.")
+                    raise UserError("The run was not trained on the images shown, or no images are available.")
                 originals = images.batch(spaced_val_indices(images, num_samples))
                 autoencoder = run.run.autoencoder().to(device)
-                drawn = autoencoder.decode(autoencoder.encode(originals)[0])
+                row_images = autoencoder.decode(autoencoder.encode(originals)[0])
                 rows += [] if rows else [("originals", to_pil(originals))]
             else:
                 pipeline = run.run.pipeline().to(device)
                 request = _request(pipeline, images, prompts, num_samples, captions)
                 batches = draw_batches(pipeline, request, sampler, guidance=guidance, seed=seed, batch_size=batch_size)
-                drawn = torch.cat(list(batches))
+                row_images = torch.cat(list(batches))
                 captions = captions or (request.captions if any(request.captions) else None)
-            rows.append((f"{group.label} {run.name}", to_pil(drawn)))
+            rows.append((f"{group.label} {run.name}", to_pil(row_images)))
         except UserError as error:
             notes.append(f"Not in the figure: {run.source}. {error}")
     return labelled_rows(rows, captions=captions) if rows else None, notes
 
 
 def _first_images(comparison: Comparison) -> tuple[ImageData | None, list[str]]:
-    """Return the prepared images of the first run for which they are available, or a note on why there are none."""
+    """Return the prepared images of the first run that has them, or None and a note that explains why."""
     reasons = []
     for _, run in comparison.runs:
         try:
@@ -88,7 +88,7 @@ def _request(
     num_samples: int,
     captions: list[str | None] | None,
 ) -> Request:
-    """Return the request for one row. `captions` are those of the rows above; classes are matched with them by name."""
+    """Return the request for one row. `captions` come from the rows above; classes are matched to them by name."""
     if prompts:
         return Request(*pipeline.conditioning.for_request(read_prompts(prompts)[:num_samples]))
     if images is not None:

@@ -1,4 +1,4 @@
-"""A comparison as tables for the terminal, as compare.json, and as a self-contained HTML page."""
+"""Comparison reports: tables for the terminal, compare.json, and a self-contained HTML page."""
 
 import base64
 import hashlib
@@ -26,55 +26,55 @@ MAX_NAME_BYTES = 80
 
 @dataclass(frozen=True)
 class ComparisonReport:
-    """A comparison and, if images could be drawn, a figure of them."""
+    """A comparison and, if available, a figure with images of the runs."""
 
     comparison: Comparison
     samples: Image.Image | None = None
     notes: list[str] = field(default_factory=list)
     """Notes on the figure."""
     image_settings: dict[str, Any] = field(default_factory=dict)
-    """How the images of the figure were drawn."""
+    """Settings used to generate the images in the figure."""
 
     @property
     def folder_name(self) -> str:
-        """The names of the runs. A long list is truncated and ends with a hash of the full list."""
+        """Folder name made from the run names. A long name is truncated and ends with a hash of the full name."""
         name = "-vs-".join(run.name for _, run in self.comparison.runs)
-        cut = to_file_name(name, MAX_NAME_BYTES)
-        return cut if len(name.encode()) <= MAX_NAME_BYTES else f"{cut}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+        prefix, digest = to_file_name(name, MAX_NAME_BYTES), hashlib.sha256(name.encode()).hexdigest()[:8]
+        return prefix if len(name.encode()) <= MAX_NAME_BYTES else f"{prefix}-{digest}"
 
     @property
     def lines(self) -> list[str]:
         """Lines of text below the tables."""
-        same = ", ".join(f"{name} {value:.4g}" for name, value in self.comparison.equal.items())
-        return [*([f"Equal in all runs: {same}."] if same else []), *self.comparison.notes, *self.notes]
+        equal = ", ".join(f"{name} {value:.4g}" for name, value in self.comparison.equal.items())
+        return [*([f"Equal in all runs: {equal}."] if equal else []), *self.comparison.notes, *self.notes]
 
     def tables(self) -> dict[str, list[list[str]]]:
         """Return the rows of each table by title, with the header row first.
 
-        The tables list the runs, the differences between their configs, and the metrics of the first group next to
-        those of each other group.
+        There is a table of the runs, a table of config differences, and for each further group a table that compares
+        its metrics with the first group.
         """
         comparison = self.comparison
-        first, *others = comparison.groups
-        members = [[group.label, run.source, str(run.seed)] for group, run in comparison.runs]
-        tables = {"Runs": [["group", "run", "seed"], *members]}
+        baseline, *candidates = comparison.groups
+        run_rows = [[group.label, run.source, str(run.seed)] for group, run in comparison.runs]
+        tables = {"Runs": [["group", "run", "seed"], *run_rows]}
         if comparison.differences:
             differences = [[key, *values] for key, values in comparison.differences.items()]
             tables["Differences"] = [["option", *(group.label for group in comparison.groups)], *differences]
-        if not others:
+        if not candidates:
             estimates = [
                 [_row_title(row), format_estimate(estimate), (estimate and estimate.of) or ""]
                 for row in comparison.rows
                 for estimate in row.groups
             ]
-            tables["Metrics"] = [["metric", first.label, "source of noise"], *estimates]
-        for i, other in enumerate(others):
-            rows = [["metric", first.label, other.label, f"{other.label} - {first.label}", "verdict"]]
+            tables["Metrics"] = [["metric", baseline.label, "source of noise"], *estimates]
+        for i, group in enumerate(candidates):
+            rows = [["metric", baseline.label, group.label, f"{group.label} - {baseline.label}", "verdict"]]
             for row in comparison.rows:
                 verdict = row.verdicts[i]
                 numbers = (row.groups[0], row.groups[i + 1], verdict.difference)
                 rows.append([_row_title(row), *map(format_estimate, numbers), format_verdict(verdict)])
-            tables[f"{other.title} vs {first.title}"] = rows
+            tables[f"{group.title} vs {baseline.title}"] = rows
         return tables
 
     def print(self, console: Console) -> Console:
@@ -102,41 +102,41 @@ class ComparisonReport:
         return page.replace("</body>", f"{images}\n</body>").replace("<style>", "<style>\nimg { max-width: 100%; }")
 
     def save(self, folder: Path) -> list[Path]:
-        """Write compare.json and compare.html, and if available compare.png (curves) and compare_images.png."""
+        """Write compare.json and compare.html, and compare.png (curves) and compare_images.png if available."""
         curves = [(group.title, run.curves) for group, run in self.comparison.runs]
         plots = {"compare.png": plot_curves(self.comparison.curve_names(), curves), "compare_images.png": self.samples}
         figures = {name: figure for name, figure in plots.items() if figure is not None}
         content = {**self.comparison.content(), "images": self.image_settings, "notes": self.lines}
-        data, *files = Report("compare.json", content, figures=figures).save(folder)
+        json_file, *figure_files = Report("compare.json", content, figures=figures).save(folder)
         page = folder / "compare.html"
-        write_text(page, self.html(files))
-        return [data, page, *files]
+        write_text(page, self.html(figure_files))
+        return [json_file, page, *figure_files]
 
 
-def format_number(value: float, width: float | None = None) -> str:
-    """Format a value up to the second significant digit of its error bar, or with four digits if it has none.
+def format_number(value: float, half_width: float | None = None) -> str:
+    """Round a value to the second significant digit of its error bar, or to four significant digits without one.
 
     Args:
-        width: Half width of the confidence interval.
+        half_width: Half the width of the confidence interval, the error bar.
     """
-    if not width:
+    if not half_width:
         return f"{value:.4g}"
-    decimals = min(8, max(0, 1 - math.floor(math.log10(width))))
-    return f"{value:z.{decimals}f}"  # z: no minus before a zero
+    decimals = min(8, max(0, 1 - math.floor(math.log10(half_width))))
+    return f"{value:z.{decimals}f}"  # z prints -0 as 0
 
 
 def format_estimate(estimate: Estimate | None) -> str:
-    """Return the mean and, on a second line, the half width of its interval."""
+    """Format the mean and, on a second line, its error bar."""
     if estimate is None:
         return "-"
     if estimate.interval is None:
         return format_number(estimate.mean)
-    width = (estimate.interval[1] - estimate.interval[0]) / 2
-    return f"{format_number(estimate.mean, width)}\n+- {format_number(width, width)}"
+    half_width = (estimate.interval[1] - estimate.interval[0]) / 2
+    return f"{format_number(estimate.mean, half_width)}\n+- {format_number(half_width, half_width)}"
 
 
 def format_verdict(verdict: Verdict) -> str:
-    """Return the verdict and, on a second line, the source of noise that its interval covers."""
+    """Format the verdict and, on a second line, the source of noise that its interval covers."""
     noise = verdict.difference.of if verdict.difference is not None else None
     return f"{verdict.verdict}\n{noise}" if noise else verdict.verdict
 

@@ -21,8 +21,8 @@ from ldm.tracking.run import flatten
 
 DATA_PATH_KEYS = ("data.path", "data.source.path", "data.cache_dir")
 IGNORED_KEYS = ("name", "runs_dir", "vae", "resume", "overwrite", "logger", "stage", *DATA_PATH_KEYS)
-"""Config keys that are not compared: names, paths and logging. Digests identify data and weights instead of paths, and
-`stage` repeats the other keys."""
+"""Config keys that are not compared: names, paths and logging. Data and weights are compared by digest, not by path;
+`stage` repeats the remaining keys."""
 LOSS_KEYS = {
     "vae": ("autoencoder.loss", "regulariser", "perceptual", "adversarial"),
     "diffusion": ("objective", "schedule", "variance"),
@@ -64,7 +64,7 @@ class RunRecord:
 
     @property
     def stale(self) -> bool:
-        """True if the evaluation belongs to other weights than the current ones; such an evaluation is ignored."""
+        """True if the evaluation was made with different weights. It is then ignored."""
         evaluated = self.evaluation.get("weights_sha256")
         return None not in (evaluated, self.weights) and evaluated != self.weights
 
@@ -76,7 +76,7 @@ class RunRecord:
 
     @cached_property
     def metrics(self) -> dict[str, Metric]:
-        """Metrics of the evaluation, the end of training and the validation curves, with their settings."""
+        """Metrics from the evaluation, the end of training and the validation curves, with their settings."""
         data = {key: {**self.facts, **self.config}.get(key) for key in ("data_fingerprint", "val_images")}
         metrics = {
             name: Metric(value, settings=data if better_direction(name) else {})
@@ -88,9 +88,9 @@ class RunRecord:
             data = {**data, **latents, "latent_statistics": self.config.get("latent_statistics")}
         loss = {key: _with_prefix(self.config, key) for key in LOSS_KEYS[self.stage]}
         for name, (_, values) in self.curves.items():
-            short = name.removeprefix("val/")
-            if short != name and short not in metrics and math.isfinite(values[-1]):
-                metrics[name] = Metric(values[-1], settings={**data, **(loss if "loss" in short else {})})
+            short_name = name.removeprefix("val/")
+            if short_name != name and short_name not in metrics and math.isfinite(values[-1]):
+                metrics[name] = Metric(values[-1], settings={**data, **(loss if "loss" in short_name else {})})
         return metrics
 
 
@@ -98,7 +98,7 @@ def read_runs(sources: Sequence[str]) -> list[RunRecord]:
     """Read runs from folders or from W&B paths `entity/project/run`.
 
     Raises:
-        UserError: If there are fewer than two runs, a run does not exist or is given twice, or the runs are of
+        UserError: If there are fewer than two runs, a run does not exist or is given twice, or the runs belong to
             different stages.
     """
     if len(sources) < 2:
@@ -108,16 +108,16 @@ def read_runs(sources: Sequence[str]) -> list[RunRecord]:
     resolved = [Path(source).expanduser().resolve() for source in sources]
     for i, source in enumerate(sources):
         if resolved[i] in resolved[:i]:
-            raise UserError(f"{source} is given twice. Remove one of them; a run cannot be compared with itself.")
+            raise UserError(f"{source} is given twice. Remove the duplicate; a run cannot be compared with itself.")
     runs = [from_wandb(source) if is_wandb_path(source) else from_folder(source) for source in sources]
     if len({run.stage for run in runs}) > 1:
         stages = ", ".join(f"{run.source} ({run.stage})" for run in runs)
-        raise UserError(f"Runs of different stages cannot be compared: {stages}. Give runs of one stage only.")
+        raise UserError(f"Runs of different stages cannot be compared: {stages}. Give only runs of the same stage.")
     return runs
 
 
 def is_wandb_path(source: str) -> bool:
-    """Return True if `source` has the form `entity/project/run`, and neither it nor its first part is a local path."""
+    """Return True if `source` has the form `entity/project/run` and does not look like a local path."""
     path = Path(source).expanduser()
     is_local = path.exists() or Path(path.parts[0]).is_dir() or path.parts[0] == "runs"
     return not is_local and re.fullmatch(r"[\w.-]+/[\w. -]+/[\w-]+", source) is not None
@@ -140,7 +140,7 @@ def from_folder(source: str) -> RunRecord:
 
 
 def from_wandb(source: str) -> RunRecord:
-    """Read a run from W&B, with the metrics of its most recent evaluation that was logged there."""
+    """Read a run from W&B, with the metrics of the most recent evaluation logged there."""
     config, summary, logged, history = fetch_run(source)
     facts = _with_prefix(config, "run.")
     if facts.get("stage") not in LOSS_KEYS:
@@ -159,12 +159,13 @@ def from_wandb(source: str) -> RunRecord:
                 points.setdefault(name, {})[int(row["step"])] = float(value)
     curves = {name: as_curve(values) for name, values in points.items()}
     final_metrics = {key: value for key, value in summary.items() if not re.search(r"^_|/|^step$", key)}
-    last = max((steps[-1] for steps, _ in curves.values()), default=0)
+    last_step = max((steps[-1] for steps, _ in curves.values()), default=0)
     return RunRecord(
         source,
         config={key: value for key, value in config.items() if not key.startswith("run.")},
         facts=facts,
-        finished="training_s" in final_metrics and last <= final_metrics.get("steps", last),  # no steps logged since
+        # a resumed run that is still training has logged steps after its final metrics
+        finished="training_s" in final_metrics and last_step <= final_metrics.get("steps", last_step),
         final_metrics=final_metrics,
         evaluation=evaluation,
         weights=summary.get({"vae": "autoencoder_sha256", "diffusion": "pipeline_sha256"}[facts["stage"]]),

@@ -2,20 +2,20 @@
 
 The runs of a group differ only in their seed. The rules for each metric, at 95 % confidence:
 
-1. Metrics that were measured with different settings (features, N, reference set, sampler, guidance) get no verdict.
-2. If both groups contain at least three runs with distinct seeds, Welch's t test on the runs. The spread between seeds
-   includes the variation of both training and sampling.
-3. Otherwise, or if a metric is equal for all seeds, the standard errors of the evaluations. They cover sampling noise
-   only. Training with another seed can change a metric by more, and the verdict says so. The runs of a group are
-   measured on the same images, so the error of their mean is not divided by the square root of their number. The
-   errors of the two groups are treated as independent, which makes the interval of the difference conservative.
-4. If no standard error is known, there is no verdict.
-5. If the interval of the difference excludes 0, the verdict is `better`, or `differ` if the better direction is
-   unknown. If the interval includes 0, the verdict is `within noise`. This does not prove equality: a difference as
-   large as the interval cannot be excluded.
+1. Metrics measured with different settings (features, N, reference set, sampler, guidance) are not compared.
+2. If both groups contain at least three runs with distinct seeds, the test is Welch's t test on the runs. The spread
+   between seeds includes both training and sampling noise.
+3. Otherwise, or if a metric has the same value for all seeds, the test uses the standard errors of the evaluations.
+   They cover sampling noise only. A different training seed can change a metric by more, and the verdict says so. All
+   runs of a group are measured on the same images, so the error of their mean is not divided by the square root of the
+   number of runs. The errors of the two groups are treated as independent, so the confidence interval is conservative.
+4. Without standard errors, the verdict is `noise unknown`.
+5. If the confidence interval of the difference excludes 0, the verdict is `better`, or `differ` if the metric has no
+   better direction. If it includes 0, the verdict is `within noise`. This does not prove that the groups are equal: any
+   difference inside the interval remains possible.
 
-Verdicts are not corrected for multiple comparisons: among twenty metrics without any true difference, one is expected
-to appear significant. `holm` returns those that are significant after correction.
+Verdicts are not corrected for multiple comparisons: among twenty metrics without a true difference, one is expected to
+appear significant. `holm` returns the metrics that remain significant after correction.
 """
 
 import math
@@ -34,9 +34,9 @@ MIN_SEEDS = 3
 SEEDS, SAMPLING = "between seeds", "sampling noise only"
 HIGHER = frozenset({"psnr", "ssim", "retrieval", "cosine", "precision", "recall", "density", "coverage", "accuracy"})
 LOWER = frozenset({"kd", "fd", "fid", "kid", "cmmd", "loss", "lpips", "bits", "l1", "mse", "shift"})
-"""Words in the names of metrics for which higher, or lower, is better."""
+"""Words in the names of metrics that are better when higher (HIGHER) or lower (LOWER)."""
 NEITHER = frozenset({"kl", "chance", "permuted", "validation", "floor", "pca", "classifier"})
-"""Words in the names of metrics without a better direction: rates, and baselines that depend only on the data."""
+"""Words in the names of metrics with no better direction: rates, and baselines that depend only on the data."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Estimate:
     mean: float
     runs: int
     of: str | None = None
-    """Source of the noise that the interval covers, SEEDS or SAMPLING; None if the noise is unknown."""
+    """Source of noise covered by the interval, SEEDS or SAMPLING; None if unknown."""
     dof: float | None = None
     """Degrees of freedom; None for a normal distribution."""
     interval: tuple[float, float] | None = None
@@ -65,54 +65,54 @@ class Verdict:
 
 
 def better_direction(name: str) -> int:
-    """Return 1 if higher values of a metric are better, -1 if lower ones are, 0 if its name does not say."""
+    """Return 1 if higher values of a metric are better, -1 if lower values are, and 0 if unknown."""
     words = set(re.split(r"[^a-z0-9]+", name.lower()))
     if words & NEITHER:
         return 0
     return int(bool(words & HIGHER)) - int(bool(words & LOWER))
 
 
-def estimate(*sides: Sequence[Metric], enough_seeds: bool) -> Estimate:
-    """Estimate the mean of one group, or the mean of the second group minus that of the first.
+def estimate(*groups: Sequence[Metric], enough_seeds: bool) -> Estimate:
+    """Estimate the mean of one group, or the difference between the means of two groups, second minus first.
 
     Args:
         enough_seeds: True if each group has at least MIN_SEEDS runs with distinct seeds.
     """
-    values = [[metric.value for metric in side] for side in reversed(sides)]
-    mean = fmean(values[0]) - (fmean(values[1]) if len(sides) > 1 else 0.0)
-    runs = sum(map(len, sides))
-    if enough_seeds and any(len(set(side)) > 1 for side in values):
-        with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # the runs of a group can all be equal
-            test = stats.ttest_ind(*values, equal_var=False) if len(sides) > 1 else stats.ttest_1samp(values[0], 0)
+    values = [[metric.value for metric in group] for group in reversed(groups)]
+    mean = fmean(values[0]) - (fmean(values[1]) if len(groups) > 1 else 0.0)
+    runs = sum(map(len, groups))
+    if enough_seeds and any(len(set(group)) > 1 for group in values):
+        with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # all runs of a group can be equal
+            test = stats.ttest_ind(*values, equal_var=False) if len(groups) > 1 else stats.ttest_1samp(values[0], 0)
         low, high = test.confidence_interval(CONFIDENCE)
         return Estimate(mean, runs, SEEDS, float(test.df), (float(low), float(high)), float(test.pvalue))
-    if any(metric.standard_error is None for side in sides for metric in side):
+    if any(metric.standard_error is None for group in groups for metric in group):
         return Estimate(mean, runs)
-    variances = [fmean((metric.standard_error or 0.0) ** 2 for metric in side) for side in sides]
+    variances = [fmean((metric.standard_error or 0.0) ** 2 for metric in group) for group in groups]
     error = math.sqrt(sum(variances))
     if not error:
         return Estimate(mean, runs, SAMPLING, None, (mean, mean), float(not mean))
     # Welch-Satterthwaite degrees of freedom. Source: Welch 1947, Biometrika 34(1-2)
-    terms = sum(variance**2 / side[0].dof for variance, side in zip(variances, sides, strict=True))
+    terms = sum(variance**2 / group[0].dof for variance, group in zip(variances, groups, strict=True))
     noise = stats.t(error**4 / terms, scale=error) if terms else stats.norm(scale=error)
-    width, p_value = float(noise.ppf((1 + CONFIDENCE) / 2)), float(2 * noise.sf(abs(mean)))
-    return Estimate(mean, runs, SAMPLING, error**4 / terms if terms else None, (mean - width, mean + width), p_value)
+    margin, p_value = float(noise.ppf((1 + CONFIDENCE) / 2)), float(2 * noise.sf(abs(mean)))
+    return Estimate(mean, runs, SAMPLING, error**4 / terms if terms else None, (mean - margin, mean + margin), p_value)
 
 
 def compare_groups(
-    name: str, first: Sequence[Metric], second: Sequence[Metric], labels: tuple[str, str], *, enough_seeds: bool
+    name: str, baseline: Sequence[Metric], candidate: Sequence[Metric], labels: tuple[str, str], *, enough_seeds: bool
 ) -> Verdict:
-    """Apply the rules of this module to one metric of two groups.
+    """Compare one metric between two groups, following the rules of this module.
 
     Args:
         labels: Labels of the groups, used in the verdict `<label> better`.
         enough_seeds: True if both groups have at least MIN_SEEDS runs with distinct seeds.
     """
-    if missing := [label for label, side in zip(labels, (first, second), strict=True) if not side]:
+    if missing := [label for label, group in zip(labels, (baseline, candidate), strict=True) if not group]:
         return Verdict(labels, f"not in {' and '.join(missing)}")
-    if differing := differing_settings([*first, *second]):
+    if differing := differing_settings([*baseline, *candidate]):
         return Verdict(labels, f"not comparable: {', '.join(differing)}")
-    difference, direction = estimate(first, second, enough_seeds=enough_seeds), better_direction(name)
+    difference, direction = estimate(baseline, candidate, enough_seeds=enough_seeds), better_direction(name)
     if difference.interval is None:
         return Verdict(labels, "noise unknown", difference)
     if difference.interval[0] <= 0 <= difference.interval[1]:
@@ -123,9 +123,9 @@ def compare_groups(
 
 
 def holm(p_values: Mapping[str, float]) -> list[str]:
-    """Return the names of the differences that are significant after the Holm-Bonferroni correction.
+    """Return the names of the metrics that remain significant after the Holm-Bonferroni correction.
 
-    The probability of any false positive among them is at most 5 %, however the metrics depend on each other.
+    The probability of at least one false positive is at most 5 %, however the metrics depend on each other.
 
     Source: Holm 1979, Scandinavian Journal of Statistics 6(2).
     """
@@ -138,9 +138,9 @@ def holm(p_values: Mapping[str, float]) -> list[str]:
 
 
 def differing_settings(metrics: Sequence[Metric]) -> list[str]:
-    """Return the names of the settings that differ between metrics, or that only some of the metrics have.
+    """Return the names of the settings that differ between metrics or are missing from some of them.
 
-    Options of a sampler other than its method are allowed to be missing, since not every sampler has every option.
+    Options of a sampler, except its method, can be missing, because samplers have different options.
     """
     differing = []
     for key in dict.fromkeys(key for metric in metrics for key in metric.settings):

@@ -1,1 +1,1 @@
-"""Data set reports: what a data set contains."""
+"""Data set reports: size, duplicates, balance and diversity."""

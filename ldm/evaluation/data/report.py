@@ -29,13 +29,13 @@ from ldm.progress import track
 from ldm.rules import Integer, Number, Seed, checked
 from ldm.runtime.random import numpy_generator
 
-NEIGHBOURS, COMPARED = 5, 2000
-"""k for density and coverage, and the maximum number of images of each split that are compared in feature space."""
+NEIGHBOURS, MAX_COMPARED = 5, 2000
+"""k for density and coverage, and the maximum number of images per split to compare in feature space."""
 MAX_LISTED, SHEET_SIZE, MAX_PAIRS = 1000, 100, 12
-"""Maximum number of copies listed in data.json (all are counted), of images on the contact sheet, and of pairs in
+"""Maximum number of duplicates listed in data.json (all are counted), of images on the contact sheet, and of pairs in
 near_duplicates.png."""
 FIGURES = {"contact_sheet.png", "near_duplicates.png", "balance.png"}
-"""Names of all figures. A figure is written only if there is something to show."""
+"""File names of all figures. Empty figures are not written."""
 
 
 @checked
@@ -89,7 +89,7 @@ def inspect_data(
 def _find_duplicates(
     images: ImageData, max_bits: int, max_levels: float
 ) -> tuple[dict[str, Any], list[tuple[int, int, str]]]:
-    """Return the counts of duplicates, and the most similar pairs with a description of their difference."""
+    """Return duplicate counts, and the most similar pairs with a description of their difference."""
     digests: list[bytes] = []
     hashes, colours, blank = [], [], []
     starts = range(0, len(images), 256)
@@ -100,56 +100,56 @@ def _find_duplicates(
         hashes.append(metrics.dhash(pixels))
         colours.append(metrics.thumbnails(pixels))
         blank.append((pixels.amax((2, 3)) - pixels.amin((2, 3))).amax(1) <= 4 * metrics.LEVEL)
-    copies = metrics.DuplicateIndex(digests, images.train_indices, images.val_indices)
-    rows = torch.from_numpy(copies.distinct)
+    index = metrics.DuplicateIndex(digests, images.train_indices, images.val_indices)
+    rows = torch.from_numpy(index.distinct)
     limits: dict[str, Any] = {"max_bits": max_bits, "max_levels": max_levels}
-    for near in metrics.near_duplicate_pairs(torch.cat(hashes)[rows], torch.cat(colours)[rows], **limits):
-        copies.add(*near, keep=MAX_LISTED)
+    for chunk in metrics.near_duplicate_pairs(torch.cat(hashes)[rows], torch.cat(colours)[rows], **limits):
+        index.add(*chunk, keep=MAX_LISTED)
 
     def describe(i: int) -> dict[str, Any]:
         caption = {"caption": images.captions[i]} if images.captions else {}
-        return {"index": i, "name": images.names[i], "split": "val" if copies.is_val[i] else "train", **caption}
+        return {"index": i, "name": images.names[i], "split": "val" if index.is_val[i] else "train", **caption}
 
-    first, is_val, groups, pairs = copies.first, copies.is_val, copies.copy_groups(), copies.closest_pairs()
-    shared = is_val & (copies.member[0, first] >= 0)
-    repeated = ~is_val & (copies.member[0, first] != np.arange(len(first)))
-    is_near = copies.is_near[0, first]
+    originals, is_val, groups, pairs = index.first_copy, index.is_val, index.copy_groups(), index.closest_pairs()
+    val_in_train = is_val & (index.representative[0, originals] >= 0)
+    train_copies = ~is_val & (index.representative[0, originals] != np.arange(len(originals)))
+    is_near = index.is_near[0, originals]
     content = {
         "blank": [describe(i) for i in torch.cat(blank).nonzero().flatten().tolist()],
         "copies": {
             "num_groups": len(groups),
-            "num_train": int(repeated.sum()),
-            "num_val_in_train": int(shared.sum()),
+            "num_train": int(train_copies.sum()),
+            "num_val_in_train": int(val_in_train.sum()),
             "groups": [[describe(i) for i in group] for group in groups[:MAX_LISTED]],
         },
         "near_duplicates": {
             **limits,
-            "num_pairs": copies.num_pairs,
+            "num_pairs": index.num_pairs,
             "num_train": int((is_near & ~is_val).sum()),
-            "num_val_in_train": int((is_near & is_val & ~shared).sum()),
+            "num_val_in_train": int((is_near & is_val & ~val_in_train).sum()),
             "pairs": [{"bits": b, "levels": round(d, 2), "images": [describe(i), describe(j)]} for i, j, b, d in pairs],
         },
     }
-    similar = [(i, j, f"differ in {bits} of 64 bits, by {levels:.1f} levels") for i, j, bits, levels in pairs]
-    return content, similar + [(group[0], group[-1], "identical pixels") for group in groups]
+    closest = [(i, j, f"differ in {bits} of 64 bits, by {levels:.1f} levels") for i, j, bits, levels in pairs]
+    return content, closest + [(group[0], group[-1], "identical pixels") for group in groups]
 
 
 def _measure_diversity(images: ImageData, features: Tensor, seed: int) -> dict[str, Any]:
-    """Measure in feature space how well the training images cover the validation images, and how diverse they are."""
+    """Measure the diversity of the training images and their coverage of the validation images, in feature space."""
     generator = numpy_generator(seed, 1)
     train, val = (torch.from_numpy(generator.permutation(rows)) for rows in (images.train_indices, images.val_indices))
-    n, gallery = min(len(train), len(val), COMPARED), features[train]
+    n, gallery = min(len(train), len(val), MAX_COMPARED), features[train]
     content: dict[str, Any] = {"vendi_score": vendi_score(gallery), "k": NEIGHBOURS, "num_compared": n}
     if n > NEIGHBOURS:
-        # with sets of equal size, the expectation of both metrics is close to 1
+        # for sets of equal size, both metrics are expected to be close to 1
         subsets = [subset for subset in train[: 4 * n].split(n) if len(subset) == n]
         values = [density_coverage(features[val[:n]], features[subset], k=NEIGHBOURS) for subset in subsets]
         content |= {"num_subsets": len(subsets), "expected_coverage": expected_coverage(n, n, k=NEIGHBOURS)}
         content |= zip(("density", "coverage"), np.mean(values, axis=0).tolist(), strict=True)
     if len(train) > 1:
-        rows = torch.arange(len(train))[:COMPARED]
-        content["nearest_distance_val"] = nearest_distances(features[val[:COMPARED]], gallery).mean().item()
-        content["nearest_distance_train"] = nearest_distances(gallery[:COMPARED], gallery, self_rows=rows).mean().item()
+        rows = torch.arange(len(train))[:MAX_COMPARED]
+        content["nearest_distance_val"] = nearest_distances(features[val[:MAX_COMPARED]], gallery).mean().item()
+        content["nearest_distance_train"] = nearest_distances(gallery[rows], gallery, self_rows=rows).mean().item()
     return content
 
 
@@ -160,9 +160,9 @@ def _plot_figures(
     seed: int,
 ) -> dict[str, Image.Image | Figure]:
     val = set(images.val_indices.tolist())
-    drawn = numpy_generator(seed, 2).permutation(len(images))[:SHEET_SIZE].tolist()
-    title = f"{images.name}: {len(drawn)} of {len(images):,} images, chosen at random with seed {seed}"
-    sheet = grid(to_pil(images.batch(drawn)), [image_text(images, i) or images.names[i] for i in drawn], title=title)
+    rows = numpy_generator(seed, 2).permutation(len(images))[:SHEET_SIZE].tolist()
+    title = f"{images.name}: {len(rows)} of {len(images):,} images, chosen at random with seed {seed}"
+    sheet = grid(to_pil(images.batch(rows)), [image_text(images, i) or images.names[i] for i in rows], title=title)
     figures: dict[str, Image.Image | Figure] = {"contact_sheet.png": sheet}
     if pairs:
         cells, texts = [], []
@@ -218,7 +218,7 @@ def class_balance(labels: Sequence[int | None], class_names: Sequence[str] | Non
 
 
 def caption_statistics(captions: Sequence[str | None], num_most_frequent: int = 20) -> dict[str, Any]:
-    """Return the number of captions, of distinct captions and of words per caption, and the most frequent ones.
+    """Return caption counts, caption lengths in words, and the most frequent captions and words.
 
     Args:
         captions: All captions of all images; None for each image without a caption.

@@ -1,4 +1,4 @@
-"""The summary table of a data set report. docs/your_own_images.md explains how to act on it."""
+"""The summary table of a data set report. docs/your_own_images.md explains what to do about the findings."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -81,10 +81,10 @@ def _sections(content: dict[str, Any]) -> Iterator[dict[str, str]]:
 
 
 def _count_and_names(names: list[str]) -> str:
-    """Return the number of names, and the first few of them."""
+    """Format the number of names and the first three names."""
     return f"{len(names):,}" + (f": {shorten(names, 3)}" if names else "")
 
 
 def _format_counts(counts: dict[str, int], num_shown: int = 3) -> str:
-    """Return the first `num_shown` texts, each with its count."""
+    """Format the first `num_shown` texts, each with its count."""
     return ", ".join(f"{text} ({count:,})" for text, count in list(counts.items())[:num_shown])

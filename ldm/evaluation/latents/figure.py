@@ -1,4 +1,4 @@
-"""Figures of the latents of an autoencoder: spectra, channels and PCA, and the effect of each channel on images."""
+"""Figures of an autoencoder's latents: spectra, channel values, a PCA baseline, and the effect of each channel."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +18,7 @@ FLOOR = 1e-6
 
 
 def plot_latents(content: dict[str, Any], z_raw: Tensor) -> Figure:
-    """Plot the spectra across channels and of full latents, the PCA curve, and histograms of channels.
+    """Plot the spectra across channels and of full latents, the PCA curve, and histograms of channel values.
 
     Args:
         content: The content of latents_report.json.
@@ -41,7 +41,7 @@ def plot_latents(content: dict[str, Any], z_raw: Tensor) -> Figure:
 
 
 def _plot_spectrum(axes: Axes, spectrum: dict[str, Any], title: str) -> None:
-    """Plot eigenvalues on a log axis, the effective rank, and the components for 90, 95 and 99 % of the variance."""
+    """Plot the eigenvalues, the effective rank, and how many components reach 90, 95 and 99 % of the variance."""
     eigenvalues, rank = spectrum["eigenvalues"], spectrum["effective_rank"]
     axes.plot(range(1, len(eigenvalues) + 1), eigenvalues, ".-", color=SIGNAL)
     axes.axvline(rank, color=MARK, ls="--", label=f"effective rank {rank:.1f} of {len(eigenvalues)}")
@@ -53,7 +53,7 @@ def _plot_spectrum(axes: Axes, spectrum: dict[str, Any], title: str) -> None:
 
 
 def _plot_distortion(axes: Axes, held_out: dict[str, Any], channels: int) -> None:
-    """Plot the PSNR of PCAs against their number of channels, without the lossless one, and that of the autoencoder."""
+    """Plot PSNR against the number of channels for PCA, except lossless PCA, and for the autoencoder."""
     counts, curve = held_out["pca_curve"]["channels"], held_out["pca_curve"]["psnr_db"]
     psnr_db = held_out["psnr_db"]
     axes.plot(counts[:-1], curve[:-1], ".-", color=SIGNAL, label="PCA of patches")
@@ -75,16 +75,16 @@ def _plot_histogram(axes: Axes, channels: list[dict[str, Any]], z_raw: Tensor) -
     axes.set(xlabel="z_raw", ylabel="density", yscale="log", ylim=(1e-4, 200), title="Distribution of channel values")
 
 
-def plot_channels(content: dict[str, Any], moved: dict[int, Tensor], moves: Sequence[float]) -> Image.Image:
-    """Draw one row per channel: each image decoded with that channel shifted by each of `moves` standard deviations.
+def plot_channels(content: dict[str, Any], decoded: dict[int, Tensor], shifts: Sequence[float]) -> Image.Image:
+    """Plot one row per channel: each image, decoded with this channel shifted by each of `shifts` standard deviations.
 
     Args:
-        moved: Decoded images by channel, [k, len(moves), 3, H, W] in [-1, 1].
+        decoded: Decoded images by channel, [k, len(shifts), 3, H, W] in [-1, 1].
     """
     rows = []
-    for channel, images in moved.items():
+    for channel, images in decoded.items():
         statistics = content["channels"][channel]
         rate = "dead" if statistics["dead"] else f"{statistics['kl_bits']:.0f} bits"
         rows.append((f"channel {channel}, {rate}, std {statistics['std']:.2f}", to_pil(images.flatten(0, 1))))
-    captions = [f"{move:+g} std" for move in moves] * len(next(iter(moved.values())))
+    captions = [f"{shift:+g} std" for shift in shifts] * len(next(iter(decoded.values())))
     return labelled_rows(rows, captions=captions, cell=64)

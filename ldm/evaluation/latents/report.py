@@ -24,10 +24,10 @@ from ldm.runtime.random import torch_generator
 
 SHARES = (0.9, 0.95, 0.99)
 PCA_IMAGES, HELD_OUT = 4096, 512
-"""Number of training and validation images for the PCA, the first ones of each split. Training computes the PSNR in
-run.json on the same images."""
-MOVED_IMAGES, MOVED_CHANNELS = 4, 24
-MOVES = (-2.0, 0.0, 2.0)
+"""Number of training and validation images for the PCA, from the start of each split. Training uses the same images for
+the PSNR in run.json."""
+NUM_SHIFTED_IMAGES, NUM_SHIFTED_CHANNELS = 4, 24
+SHIFTS = (-2.0, 0.0, 2.0)
 COLUMNS = {
     "kl_bits": ("KL, bits/image", ".1f"),
     "information_bits": ("information bound, bits/image", ".1f"),
@@ -82,7 +82,7 @@ def measure_latents(
 
     Args:
         split: val or train. PSNR is always measured on validation images.
-        num_images: Maximum number of images; the seed determines which ones are used.
+        num_images: Maximum number of images; the seed determines which are used.
 
     Raises:
         UserError: As raised by `choose_images`, or if the autoencoder predicts no variance or its latents are not
@@ -94,7 +94,7 @@ def measure_latents(
     if not autoencoder.has_density:
         raise UserError(
             f"The autoencoder {type(autoencoder.model).__name__} of {run.path} predicts no variance, so its rate "
-            "cannot be measured. Set run= to a run that was trained with regulariser=kl."
+            "cannot be measured. Set run= to a run trained with regulariser=kl."
         )
     batches = track_batches(images, indices, batch_size, "encoding images, batches")
     encoded = (torch.stack(autoencoder.encode(batch), dim=1) for batch in batches)
@@ -103,7 +103,7 @@ def measure_latents(
     mean, log_variance = moments.unbind(1)
     distortion = _measure_distortion(autoencoder, images, batch_size)
     statistics = channel_statistics(mean, log_variance)
-    moved = _move_channels(autoencoder, images, statistics)
+    decoded = _decode_shifted(autoencoder, images, statistics)
     spectra = {
         "channels": _spectrum(spectrum.channel_spectrum(mean, statistics.std)),
         "latents": _spectrum(spectrum.latent_spectrum(mean, statistics.std)),
@@ -134,7 +134,7 @@ def measure_latents(
     noise = torch.randn(mean.shape, generator=torch_generator(seed, 4))
     figures: dict[str, Any] = {
         "latents.png": plot_latents(content, mean + (0.5 * log_variance).exp() * noise),
-        "latents_channels.png": plot_channels(content, moved, MOVES),
+        "latents_channels.png": plot_channels(content, decoded, SHIFTS),
     }
     return Report("latents_report.json", content, latent_table(content), latent_lines(content), figures)
 
@@ -159,7 +159,7 @@ def _measure_distortion(autoencoder: Autoencoder, images: ImageData, batch_size:
 def held_out_pca(
     images: ImageData, indices: np.ndarray, factor: int, counts: list[int], batch_size: int
 ) -> list[float]:
-    """Return the mean PSNR in dB for each number of components of a PCA of f x f patches, fitted to training images."""
+    """Return the mean PSNR in dB of a PCA of f x f patches, fitted to training images, for each component count."""
     train = np.sort(images.train_indices[:PCA_IMAGES])
     title = f"PCA, f = {factor}, batches"
     components = patch_components(track_batches(images, train, batch_size, title), factor)
@@ -167,12 +167,12 @@ def held_out_pca(
     return torch.cat([pca_curve(components, batch, factor, counts) for batch in batches], dim=1).mean(1).tolist()
 
 
-def _move_channels(autoencoder: Autoencoder, images: ImageData, statistics: ChannelStatistics) -> dict[int, Tensor]:
-    """Return decoded images with one channel shifted, for each of the channels with the most information."""
-    channels = statistics.information.argsort(descending=True)[:MOVED_CHANNELS].sort().values.tolist()
-    mean = autoencoder.encode(images.batch(spaced_val_indices(images, MOVED_IMAGES)))[0]
+def _decode_shifted(autoencoder: Autoencoder, images: ImageData, statistics: ChannelStatistics) -> dict[int, Tensor]:
+    """Decode images with one channel shifted, for each of the most informative channels."""
+    channels = statistics.information.argsort(descending=True)[:NUM_SHIFTED_CHANNELS].sort().values.tolist()
+    mean = autoencoder.encode(images.batch(spaced_val_indices(images, NUM_SHIFTED_IMAGES)))[0]
     return {
-        channel: move_channel(autoencoder, mean, channel, statistics.std[channel].item())
+        channel: shift_channel(autoencoder, mean, channel, statistics.std[channel].item())
         for channel in track(channels, "decoding shifted channels")
     }
 
@@ -185,26 +185,26 @@ def require_finite(values: Tensor, name: str) -> None:
         name: Name of the outputs, used in the message.
 
     Raises:
-        UserError: If a value is not finite; the message states the number of images.
+        UserError: If any value is not finite.
     """
     if num_invalid := int((~values.flatten(1).isfinite().all(1)).sum()):
         raise UserError(
-            f"The autoencoder's {name} of {num_invalid} of {len(values)} images are not finite, because its training "
-            "diverged. Train it again with a lower optimizer.lr."
+            f"The autoencoder's {name} of {num_invalid} of {len(values)} images are not finite, because training "
+            "diverged. Train the autoencoder again with a lower optimizer.lr."
         )
 
 
-def move_channel(autoencoder: Autoencoder, mean: Tensor, channel: int, std: float) -> Tensor:
-    """Shift one channel of latents [k, C, h, w] by each of MOVES times std and decode them to [k, 3, 3, H, W]."""
-    z_raw = mean[:, None].repeat(1, len(MOVES), 1, 1, 1)
-    z_raw[:, :, channel] += std * torch.tensor(MOVES, device=mean.device)[:, None, None]
+def shift_channel(autoencoder: Autoencoder, mean: Tensor, channel: int, std: float) -> Tensor:
+    """Shift one channel of latents [k, C, h, w] by each of SHIFTS times std, and decode to [k, 3, 3, H, W]."""
+    z_raw = mean[:, None].repeat(1, len(SHIFTS), 1, 1, 1)
+    z_raw[:, :, channel] += std * torch.tensor(SHIFTS, device=mean.device)[:, None, None]
     return autoencoder.decode(z_raw.flatten(0, 1)).float().cpu().unflatten(0, z_raw.shape[:2])
 
 
 def pca_curve(components: tuple[Tensor, Tensor], images: Tensor, factor: int, counts: list[int]) -> Tensor:
     """Return the PSNR in dB of images [b, 3, H, W] for each number of PCA components, [len(counts), b].
 
-    The result equals that of `pca_reconstruction` for each count, but all counts share one decomposition.
+    The values equal the PSNR of `pca_reconstruction`, but all counts share one decomposition.
 
     Args:
         components: Mean and basis, as returned by `patch_components`.

@@ -1,9 +1,9 @@
 """Sweep over latent sizes: one training run per size and loss, run sequentially with equal time budgets.
 
-The size f4c16 has C = 16 channels at 1 / f = 1 / 4 of the resolution, hence C (R / f)^2 values for an image of R x R
-pixels. Each training is an ordinary training command in a separate process. Contents of a sweep folder:
+The size f4c16 has C = 16 channels at 1 / f = 1 / 4 of the resolution, so an R x R image has C (R / f)^2 latent
+values. Each run executes an ordinary training command in a separate process. A sweep folder contains:
 
-runs/sweeps/<name>/  sweep.json  sweep.png  vae/<size>-<loss>/, run folders
+runs/sweeps/<name>/  sweep.json  sweep.png  vae/<size>-<loss>/ (run folders)
 """
 
 import math
@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ldm.cli.main import environment_of_children
+from ldm.cli.main import child_environment
 from ldm.errors import UserError
 from ldm.rules import Count, Number, checked
 from ldm.runs.run import Run
@@ -24,8 +24,8 @@ from ldm.runtime.paths import RUN_FILE
 
 MAX_PATCH, WIDTH = 8, 128
 """Up to f = 8, a pixel-unshuffle does all the downsampling and every convolution runs at the latent resolution. On one
-CPU thread, f8c16 trained this way ran 2.4 times as many steps in equal time as with patch=4 and two levels, and reached
-20.1 dB instead of 19.7 dB."""
+CPU thread, f8c16 completed 2.4 times as many steps in the same time as with patch=4 and two levels, and reached 20.1 dB
+instead of 19.7 dB."""
 LOSSES = {"plain": (), "adversarial": ("perceptual=efficientnet_lite", "adversarial=hinge")}
 """Overrides of the training command for each loss."""
 Loss = Annotated[Literal["plain", "adversarial"], Field()]
@@ -57,13 +57,13 @@ class LatentSize:
 
 
 @dataclass(frozen=True)
-class SweepTraining:
+class SweepRun:
     """One training run of a sweep.
 
     Args:
-        sweep: The folder of the sweep.
-        minutes: The time budget.
-        overrides: All overrides of the training command, including data and time budget.
+        sweep: Sweep folder.
+        minutes: Time budget.
+        overrides: All overrides of the training command, including the data and the time budget.
     """
 
     size: LatentSize
@@ -81,7 +81,7 @@ class SweepTraining:
         return self.sweep / "vae" / self.name
 
     def command(self) -> list[str]:
-        """Return the Python arguments that start the training, or resume it if its run folder exists."""
+        """Return the Python arguments that start the run, or resume it if its folder exists."""
         location = [f"name={self.name}", f"runs_dir={self.sweep}"]
         resume = ["resume=true"] if (self.folder / RUN_FILE).is_file() else []
         return ["-m", "ldm.train", "stage=vae", *self.overrides, *location, *resume]
@@ -90,7 +90,7 @@ class SweepTraining:
         """Return True if the run exists and has finished.
 
         Raises:
-            UserError: If the folder contains a run with other options.
+            UserError: If the folder contains a run with different options.
         """
         if not (self.folder / RUN_FILE).is_file():
             return False
@@ -98,7 +98,7 @@ class SweepTraining:
         if differing := {"stage=vae", *self.overrides} ^ set(run.facts.get("options", [])):
             options = ", ".join(sorted(differing)).replace("=", " ")
             raise UserError(
-                f"{self.folder} was trained with other options: {options}. Choose another name=, or delete the folder."
+                f"{self.folder} was trained with different options: {options}. Choose a new name= or delete the folder."
             )
         return run.finished
 
@@ -140,18 +140,18 @@ def parse_list(text: str | None) -> list[str]:
 
 
 @checked
-def plan_trainings(
+def plan_sweep(
     sizes: Sequence[LatentSize], losses: list[Loss], sweep: Path, minutes: Minutes, common: Sequence[str]
-) -> list[SweepTraining]:
-    """Return one training for each combination of size and loss.
+) -> list[SweepRun]:
+    """Return one run for each combination of size and loss.
 
     Args:
-        sweep: The folder of the sweep.
-        common: Overrides for all training runs: the data and the user's own overrides.
+        sweep: Sweep folder.
+        common: Overrides for all runs: data options and the user's own overrides.
     """
     time = f"trainer.max_time={as_time(minutes)}"
     return [
-        SweepTraining(size, loss, sweep, minutes, (*size.overrides(), *LOSSES[loss], time, *common))
+        SweepRun(size, loss, sweep, minutes, (*size.overrides(), *LOSSES[loss], time, *common))
         for size in sizes
         for loss in losses
     ]
@@ -163,26 +163,26 @@ def as_time(minutes: float) -> str:
     return f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 
-def run_trainings(trainings: Sequence[SweepTraining]) -> None:
+def run_sweep(runs: Sequence[SweepRun]) -> None:
     """Start new training runs, resume interrupted ones, and skip finished ones.
 
     Raises:
-        UserError: As raised by `is_finished`, before any training starts; or if a training run fails, in which case the
-            remaining ones are not started.
-        Interrupted: If the user stops the sweep. The current training has saved its checkpoint.
+        UserError: As raised by `is_finished`, before any run starts; or if a run fails. The remaining runs are then not
+            started.
+        Interrupted: If the user stops the sweep. The current run has saved a checkpoint.
     """
-    remaining = [training for training in trainings if not training.is_finished()]
-    print(f"{len(trainings)} training runs, {len(trainings) - len(remaining)} of them already finished")
-    for number, training in enumerate(remaining):
-        minutes = (len(remaining) - number) * training.minutes
-        print(f"\n{training.name}, {number + 1} of {len(remaining)}: at most {minutes:g} minutes left", flush=True)
-        command = training.command()
+    remaining = [run for run in runs if not run.is_finished()]
+    print(f"{len(runs)} training runs, {len(runs) - len(remaining)} of them already finished")
+    for number, run in enumerate(remaining):
+        minutes = (len(remaining) - number) * run.minutes
+        print(f"\n{run.name}, {number + 1} of {len(remaining)}: at most {minutes:g} minutes left", flush=True)
+        command = run.command()
         try:
-            code = child.run_python(command, environment_of_children())
+            exit_code = child.run_python(command, child_environment())
         except signals.Interrupted as stopped:
             raise signals.Interrupted(stopped.signal, f"{stopped}. Run the same command to resume.") from stopped
-        if code:
+        if exit_code:
             raise UserError(
-                f"The training {training.name} ended with exit code {code}; its error message is above. Its command "
-                f"was: {shell.python(*command)}. Fix the error, then run the same sweep again to continue it."
+                f"The training run {run.name} failed with exit code {exit_code}; its error message is above. Its "
+                f"command was: {shell.python(*command)}. Fix the error, then run the same sweep again to continue."
             )

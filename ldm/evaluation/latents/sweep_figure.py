@@ -27,13 +27,13 @@ def plot_size_sweep(report: Mapping[str, Any]) -> Figure:
     figure = Figure(figsize=(5.4 * len(keys), 5.4), dpi=130, layout="constrained")
     for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
         _plot_distortion(axes, rows, key, report, colours)
-    size = figure.axes[0]
+    size_axes = figure.axes[0]
     for factor, colour in colours.items():
         curve = report["pca"][str(factor)]
-        size.plot(curve["num_values"], curve["psnr_db"], color=colour, scaley=False, label=f"PCA, f = {factor}")
+        size_axes.plot(curve["num_values"], curve["psnr_db"], color=colour, scaley=False, label=f"PCA, f = {factor}")
     for loss, marker in MARKERS.items():
-        size.plot([], [], marker, color=INK, label=f"autoencoder, {loss} loss")
-    size.legend(frameon=False, fontsize=9, loc="upper left")
+        size_axes.plot([], [], marker, color=INK, label=f"autoencoder, {loss} loss")
+    size_axes.legend(frameon=False, fontsize=9, loc="upper left")
     figure.suptitle(f"{report['num_images']} held-out images from {report['images']}, {report['resolution']} px")
     return figure
 
@@ -44,15 +44,15 @@ def _plot_distortion(
     """Plot the PSNR of each run with its standard error, a ring around the recommended run, and the target.
 
     Args:
-        rows: Rows in ascending order of PSNR, so that the labels of neighbours are on opposite sides.
+        rows: Rows in ascending order of PSNR, so that the labels of neighbouring points are on opposite sides.
     """
     for i, row in enumerate(rows):
         point, colour = (row[key], row["psnr_db"]), colours[row["factor"]]
         axes.errorbar(*point, row["psnr_db_standard_error"], color=colour, marker=MARKERS[row["loss"]], capsize=2)
         if row["name"] == report["recommendation"]["name"]:
             axes.plot(*point, "o", ms=18, mfc="none", mec=INK)
-        side, away = ("left", 12) if i % 2 else ("right", -12)
-        axes.annotate(row["size"], point, (away, 0), textcoords="offset points", color=colour, ha=side, va="center")
+        side, offset = ("left", 12) if i % 2 else ("right", -12)
+        axes.annotate(row["size"], point, (offset, 0), textcoords="offset points", color=colour, ha=side, va="center")
     values, (low, high) = [row[key] for row in rows], axes.get_ylim()
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:,g}")

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from ldm.errors import UserError
 from ldm.evaluation.latents.report import held_out_pca
-from ldm.evaluation.latents.sweep import MAX_MINUTES, SweepTraining, as_time
+from ldm.evaluation.latents.sweep import MAX_MINUTES, SweepRun, as_time
 from ldm.evaluation.latents.sweep_figure import plot_size_sweep
 from ldm.evaluation.reconstructions import report as reconstruction_report
 from ldm.latents import spectrum
@@ -24,7 +24,7 @@ from ldm.runs.run import Run, choose_images
 from ldm.runtime import shell
 
 BUDGET_FACTOR = 10
-"""Factor by which the time budget of the recommended training run exceeds those of the sweep."""
+"""Time budget of the recommended training run, as a multiple of the sweep's time budget."""
 ROWS = (
     ("values per image", "num_values", "d"),
     ("compression", "compression", ".1f"),
@@ -45,7 +45,7 @@ ROWS = (
 
 @checked
 def measure_sweep(
-    trainings: Sequence[SweepTraining],
+    sweep_runs: Sequence[SweepRun],
     *,
     device: torch.device,
     features: str = "efficientnet_lite",
@@ -54,27 +54,27 @@ def measure_sweep(
     seed: Seed = 0,
     batch_size: Count = 64,
 ) -> Report:
-    """Measure all runs on the same held-out images, and compare them with PCAs of the same and intermediate sizes.
+    """Measure all runs on the same held-out images, and compare them with PCA at the same and intermediate sizes.
 
     Raises:
         UserError: If the runs were trained on different images, or as raised by `measure_reconstructions`.
     """
-    runs = [Run.open(training.folder) for training in trainings]
+    runs = [Run.open(sweep_run.folder) for sweep_run in sweep_runs]
     if len({run.facts["data_fingerprint"] for run in runs}) > 1:
         raise UserError(
-            "The runs of this sweep were trained on different images, because the data changed between them. Choose "
-            "another name= to train all of them again."
+            "The runs of this sweep were trained on different images, because the data changed between runs. Choose a "
+            "new name= to train all of them again."
         )
     options: dict[str, Any] = {"num_images": num_images, "seed": seed, "batch_size": batch_size}
     rows: list[dict[str, Any]] = []
-    for training, run in zip(trainings, runs, strict=True):
-        print(f"measuring {len(rows) + 1} of {len(runs)}: {training.name}", flush=True)
+    for sweep_run, run in zip(sweep_runs, runs, strict=True):
+        print(f"measuring {len(rows) + 1} of {len(runs)}: {sweep_run.name}", flush=True)
         report = reconstruction_report.measure_reconstructions(run, device=device, features=features, **options)
         report.save(run.path)
-        rows.append(_sweep_row(training, run, report.to_json()))
+        rows.append(_sweep_row(sweep_run, run, report.to_json()))
     widest = {row["factor"]: row for row in sorted(rows, key=lambda row: row["latent_shape"][0])}
     advice = recommend_size(rows, target_psnr_db)
-    best = next(training for training in trainings if training.name == advice["name"])
+    best = next(sweep_run for sweep_run in sweep_runs if sweep_run.name == advice["name"])
     command = shell.train_command("stage=vae", f"name={best.name}", *best.overrides)
     longer = command.replace(as_time(best.minutes), as_time(min(BUDGET_FACTOR * best.minutes, MAX_MINUTES)))
     results = {
@@ -94,16 +94,16 @@ def measure_sweep(
         f"Train it for longer: {advice['train']}",
         f"Or train stage 2 now: {advice['next']}",
     ]
-    content = {"trainings": {training.name: training.overrides for training in trainings}, "report": results}
+    content = {"trainings": {sweep_run.name: sweep_run.overrides for sweep_run in sweep_runs}, "report": results}
     return Report("sweep.json", content, size_table(results), lines, {"sweep.png": plot_size_sweep(results)})
 
 
-def _sweep_row(training: SweepTraining, run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
-    shape, size = metrics["latent_shape"], training.size
+def _sweep_row(sweep_run: SweepRun, run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
+    shape, size = metrics["latent_shape"], sweep_run.size
     return metrics | {
-        "name": training.name,
+        "name": sweep_run.name,
         "size": str(size),
-        "loss": training.loss,
+        "loss": sweep_run.loss,
         "num_values": math.prod(shape),
         "compression": 3 * (shape[1] * size.factor) ** 2 / math.prod(shape),
         "gain_db": metrics["psnr_db"] - metrics["pca_psnr_db"],
@@ -117,7 +117,7 @@ def _sweep_row(training: SweepTraining, run: Run, metrics: dict[str, Any]) -> di
 
 
 def _pca_baseline(run: Run, row: dict[str, Any], *, num_images: int, seed: int, batch_size: int) -> dict[str, Any]:
-    """Return the held-out PSNR for each number of PCA components of f x f patches, except the lossless number."""
+    """Return the held-out PSNR of a PCA of f x f patches for each component count, except lossless PCA."""
     factor, (images, indices) = row["factor"], choose_images(run, "val", num_images, seed)
     counts = [count for count in spectrum.pca_counts(3 * factor**2, row["latent_shape"][0]) if count < 3 * factor**2]
     locations = (images.resolution // factor) ** 2
@@ -135,19 +135,19 @@ def recommend_size(rows: Sequence[Mapping[str, Any]], target_psnr_db: float) -> 
     If several runs of that size qualify, the one with the lowest FD is recommended, or the one with the highest PSNR if
     FD was not measured or a run was trained with the same features in its loss.
     """
-    reached = [row for row in rows if row["psnr_db"] >= target_psnr_db]
+    sufficient = [row for row in rows if row["psnr_db"] >= target_psnr_db]
     best = max(rows, key=lambda row: row["psnr_db"])
-    first = min(reached, key=lambda row: (row["num_values"], -row["psnr_db"])) if reached else best
-    same_size = [row for row in rows if row["size"] == first["size"]]
+    selected = min(sufficient, key=lambda row: (row["num_values"], -row["psnr_db"])) if sufficient else best
+    same_size = [row for row in rows if row["size"] == selected["size"]]
     use_fd = all(row["fd"] is not None and not row["features_in_loss"] for row in same_size)
-    candidates = [row for row in same_size if row in reached] or [first]
+    candidates = [row for row in same_size if row in sufficient] or [selected]
     choice = min(candidates, key=lambda row: row["fd"]) if use_fd else max(candidates, key=lambda row: row["psnr_db"])
-    reason = "It is the smallest size that reaches" if reached else "It has the highest PSNR, but no size reaches"
+    reason = "It is the smallest size that reaches" if sufficient else "It has the highest PSNR, but no size reaches"
     text = (
         f"{choice['size']} ({choice['num_values']} values per image) with the {choice['loss']} loss, "
         f"{choice['psnr_db']:.2f} dB. {reason} target_psnr_db={target_psnr_db:g}."
     )
-    return {"rule": "smallest" if reached else "best", "size": choice["size"], "name": choice["name"], "text": text}
+    return {"rule": "smallest" if sufficient else "best", "size": choice["size"], "name": choice["name"], "text": text}
 
 
 def size_table(report: Mapping[str, Any]) -> Table:

@@ -1,1 +1,1 @@
-"""Evaluation of autoencoders: how much is lost in reconstructions."""
+"""Evaluation of autoencoders by their reconstructions."""

@@ -29,7 +29,7 @@ from ldm.rules import Count, checked
 from ldm.runs.run import EVALUATION_FILE, Run, choose_images
 
 NUM_WORST, NUM_TRAIN_IMAGES = 12, 4096
-"""Number of worst images in the figure, and of training images for codebook usage."""
+"""Number of worst images in the figure and of training images for codebook usage."""
 AMPLIFICATION = 4
 """Factor by which errors are amplified in the figure."""
 
@@ -96,8 +96,8 @@ def measure_reconstructions(
 
     Args:
         features: A name from `ldm.metrics.features.FEATURE_NETWORKS`, classifier, or none.
-        features_path: Folder or hub id of the weights of the feature network.
-        num_images: Maximum number of validation images; the seed determines which ones are used.
+        features_path: Folder or hub id of the feature network's weights.
+        num_images: Maximum number of validation images; the seed determines which are used.
 
     Raises:
         UserError: As raised by `choose_images` and `load_features`, or if reconstructions are not finite.
@@ -112,7 +112,7 @@ def measure_reconstructions(
     values = _compare_images(autoencoder, batches(indices, title="held-out images, batches"), network, lpips)
     factor = autoencoder.factor
     pca_channels = [min(autoencoder.channels, 3 * factor**2)]
-    # a small number of held-out images cannot use all codes, so usage is also measured on training images
+    # a few held-out images cannot use all codes, so usage is also measured on training images
     train_batches = batches(images.train_indices[:NUM_TRAIN_IMAGES], title="codes of training images, batches")
     content: dict[str, Any] = {
         "run": str(run.path),
@@ -152,11 +152,11 @@ def reconstruction_distances(reconstructed: Tensor, originals: Tensor, train: Te
     """Measure FD and KD from reconstructions to their originals, and from the originals to the training images.
 
     FD is computed on the first principal components of the training images if a set has fewer than 2 d images. A
-    distance is UNMEASURED if there are too few images to estimate its error. The jackknife always removes an image
+    distance is UNMEASURED if there are too few images to estimate its error. The jackknife removes each image
     together with its reconstruction.
 
     Args:
-        reconstructed, originals: Features [n, d]; row i of both belongs to the same image.
+        reconstructed, originals: Features [n, d]; row i of both belongs to image i.
         train: Features of the training images, [m, d].
     """
     measures, dim = Measures.choose(train, len(originals), num_reference=len(train)), originals.shape[1]
@@ -169,7 +169,7 @@ def reconstruction_distances(reconstructed: Tensor, originals: Tensor, train: Te
 
 
 def _load_lpips() -> tuple[LPIPS | None, str | None]:
-    """Return the LPIPS network, or None and the reason why it cannot be loaded; the report works without it."""
+    """Return (LPIPS network, None), or (None, reason) if the network cannot be loaded."""
     try:
         return LPIPS(), None
     except UserError as error:
@@ -203,7 +203,7 @@ def _compare_images(
 
 
 def _count_codes(autoencoder: Autoencoder, batches: Iterable[Tensor]) -> Tensor | None:
-    """Return the number of uses of each code, or None if there is no codebook."""
+    """Return the number of uses of each code, or None without a codebook."""
     if (size := autoencoder.codebook_size) is None:
         return None
     codes = torch.cat([autoencoder.codes(autoencoder.encode(batch)[0]).flatten().cpu() for batch in batches])
@@ -228,7 +228,7 @@ def _plot_worst(
 def plot_reconstructions(
     originals: Tensor, reconstructions: Tensor, captions: Sequence[str], title: str
 ) -> Image.Image:
-    """Draw the original, the reconstruction and the absolute error of each image in one column.
+    """Plot the original, the reconstruction and the absolute error of each image in one column.
 
     Args:
         originals, reconstructions: Images [k, 3, H, W] in [-1, 1].

@@ -1,1 +1,1 @@
-"""Evaluation of samples: how close their distribution is to that of the data."""
+"""Evaluation of samples: how close is their distribution to the data distribution?"""

@@ -1,8 +1,8 @@
-"""A disk cache of samples, written as they are drawn. Interrupted sampling resumes, and larger requests reuse samples.
+"""A disk cache of samples, written during sampling. Interrupted sampling resumes, and larger requests reuse samples.
 
-Each sampling setting has two files. Their key is a digest of everything that determines a sample.
-samples-<key>.bin contains uint8 [n, H, W, 3] without a header, so its length gives the number of samples.
-samples-<key>.json contains the settings and the cost. A process that draws samples holds the lock samples-<key>.lock.
+Each combination of settings has two files. Their key is a digest of everything that determines a sample.
+samples-<key>.bin contains uint8 [n, H, W, 3] without a header, so the number of samples follows from the file size.
+samples-<key>.json contains the settings and the cost. The sampling process holds the lock samples-<key>.lock.
 """
 
 import hashlib
@@ -32,10 +32,10 @@ from ldm.sampling.pipeline import LatentDiffusionPipeline
 from ldm.sampling.request import Request
 
 FORMAT = 2
-"""Version of the files and of the choice of noise and captions. Samples of other versions are not reused."""
+"""Version of the file format and of how noise and captions are chosen. Older samples are not reused."""
 NOT_FINITE = (
     "the network diverged in training, or the sampler is unstable. Train the network again with a lower optimizer.lr, "
-    "or choose another sampler= or more sampler.steps."
+    "or choose a different sampler= or more sampler.steps."
 )
 
 
@@ -47,7 +47,7 @@ class CachedSamples:
     evaluations: float
     """Network evaluations per sample. With guidance, both branches count."""
     seconds: float
-    """Time per sample including decoding, on the machine that drew it."""
+    """Time per sample, including decoding, on the machine that generated it."""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -81,7 +81,7 @@ def draw_cached(
     batch_size: Count = 64,
     split: str = "train",
 ) -> CachedSamples:
-    """Return samples for captions or classes of a split. Cached samples are reused; only the missing ones are drawn.
+    """Return samples for captions or classes of a split, drawing only samples that are not cached.
 
     Sample i depends only on the seed and i, up to rounding differences between batch sizes.
 
@@ -95,7 +95,7 @@ def draw_cached(
     options: Any = {"guidance": guidance, "guidance_interval": guidance_interval, "seed": seed}
     settings = {
         "format": FORMAT,
-        **_model(pipeline),
+        **_pipeline_facts(pipeline),
         "data_fingerprint": images.fingerprint,
         "val_fraction": images.val_fraction,
         "sampler": sampler_settings(sampler),
@@ -104,21 +104,21 @@ def draw_cached(
     }
     key = sha256_of_values(settings)[:12]
     folder.mkdir(parents=True, exist_ok=True)
-    pixels, facts = (folder / f"samples-{key}{end}" for end in (".bin", ".json"))
+    pixels, facts = (folder / f"samples-{key}{suffix}" for suffix in (".bin", ".json"))
     side = images.resolution
     size = 3 * side**2
-    drawn, cost = _read_cached(pixels, facts, size)
-    if drawn < num_samples:
+    count, cost = _read_cached(pixels, facts, size)
+    if count < num_samples:
         members = images.train_indices if split == "train" else images.val_indices
         request = Request.for_images(pipeline, images, members[condition_rows(members, num_samples, seed)])
         calls: list[int] = []
         hook = pipeline.network.register_forward_pre_hook(lambda _, arguments: calls.append(len(arguments[0])))
         try:
             with file_lock(pixels.with_suffix(".lock")), pixels.open("ab") as file:
-                drawn, cost = _read_cached(pixels, facts, size)  # another process may have drawn samples meanwhile
-                file.truncate(drawn * size)  # remove a partially written image
+                count, cost = _read_cached(pixels, facts, size)  # another process may have added samples
+                file.truncate(count * size)  # remove a partially written image
                 started = time.perf_counter()
-                for batch in draw_batches(pipeline, request, sampler, batch_size=batch_size, first=drawn, **options):
+                for batch in draw_batches(pipeline, request, sampler, batch_size=batch_size, first=count, **options):
                     if num_invalid := int((~batch.isfinite().flatten(1).all(1)).sum()):
                         raise UserError(f"{num_invalid} of {len(batch)} samples are not finite: {NOT_FINITE}")
                     file.write(to_uint8(batch).permute(0, 2, 3, 1).contiguous().numpy().tobytes())
@@ -132,8 +132,8 @@ def draw_cached(
                     started = time.perf_counter()
         except Timeout as error:
             raise UserError(
-                f"Another process is drawing the samples in {pixels}. Wait until it has finished to reuse them, or "
-                "choose another seed= or sampler.steps=."
+                f"Another process is drawing the samples in {pixels}. Wait for it to finish to reuse them, or choose "
+                "a different seed= or sampler.steps=."
             ) from error
         finally:
             hook.remove()
@@ -143,17 +143,17 @@ def draw_cached(
 
 def _read_cached(pixels: Path, facts: Path, size: int) -> tuple[int, dict[str, Any]]:
     """Return the number of cached samples of `size` bytes each, and their cost."""
-    drawn = pixels.stat().st_size // size if pixels.is_file() and facts.is_file() else 0
-    if not drawn:
+    count = pixels.stat().st_size // size if pixels.is_file() and facts.is_file() else 0
+    if not count:
         return 0, {"samples": 0, "network_evaluations": 0, "seconds": 0.0}
     content = read_json(facts)
     check_fields(content, {"cost": dict}, facts)
     check_fields(content["cost"], {"samples": int, "network_evaluations": float, "seconds": float}, facts)
-    return drawn, content["cost"]
+    return count, content["cost"]
 
 
-def _model(pipeline: LatentDiffusionPipeline) -> dict[str, Any]:
-    """Return everything in a pipeline that determines a sample."""
+def _pipeline_facts(pipeline: LatentDiffusionPipeline) -> dict[str, Any]:
+    """Return the properties of a pipeline that determine its samples."""
     z_0_mse = pipeline.z_0_mse
     return {
         "network_sha256": weights_sha256(pipeline.network),

@@ -26,12 +26,12 @@ SampleCount = Annotated[Integer, Field(ge=2 * NUM_SUBSETS)]
 
 @dataclass(frozen=True)
 class Measures:
-    """The metrics of a table and their common reference set, the training images.
+    """Metrics of image sets relative to a common reference set, the training images.
 
     Args:
         train: Features of the training images, [n, d].
-        components: Mean and basis of the PCA in which the Fréchet distance is computed; None uses all dimensions.
-        with_cmmd: True to measure CMMD too, which is defined for CLIP embeddings.
+        components: PCA mean and basis for the Fréchet distance; None uses all dimensions.
+        with_cmmd: Also measure CMMD, which is defined on CLIP embeddings.
     """
 
     train: Tensor
@@ -42,7 +42,7 @@ class Measures:
     def choose(
         cls, train: Tensor, num_samples: int, *, num_reference: int | None = None, with_cmmd: bool = False
     ) -> "Measures":
-        """Use all dimensions for the Fréchet distance if both sets have at least 2 d images, else fewer components.
+        """Use all d dimensions for the Fréchet distance if both sets have at least 2 d images, otherwise a PCA.
 
         Args:
             num_reference: Size of the reference set; None means half of the training images, as used for the floor.
@@ -56,29 +56,29 @@ class Measures:
         return None if self.components is None else self.components[1].shape[1]
 
     def num_per_subset(self, features: Tensor, reference: Tensor | None = None) -> int:
-        """Return the size of the subsets of both sets on which all metrics except the Fréchet distance are computed."""
+        """Return the subset size for all metrics except the Fréchet distance, which uses full sets."""
         return min(len(features), len(self.train if reference is None else reference)) // NUM_SUBSETS
 
     def all(self, features: Tensor, reference: Tensor | None = None) -> dict[str, Metric]:
-        """Measure the metrics of `COLUMNS`, by name. A metric is UNMEASURED if a set is too small for it.
+        """Measure all metrics in `COLUMNS`, by name. A metric is UNMEASURED if a set is too small.
 
         Args:
             reference: Features of the reference set; None uses all training images.
         """
-        return {"fd": self.fd(features, reference), **self.by_subsets(features, reference)}
+        return {"fd": self.fd(features, reference), **self.subset_metrics(features, reference)}
 
     def fd(self, features: Tensor, reference: Tensor | None = None, *, paired: bool = False) -> Metric:
-        """Measure the Fréchet distance; `paired` is that of `frechet_replicates`."""
+        """Measure the Fréchet distance. See `frechet_replicates` for `paired`."""
         result = self.frechet(features, reference, paired=paired)
         return UNMEASURED if result is None else Metric(result[0], jackknife_error(result[1]))
 
     def kd(self, features: Tensor, reference: Tensor | None = None, *, paired: bool = False) -> Metric:
-        """Measure the kernel distance; `paired` is that of `kernel_distance`."""
+        """Measure the kernel distance. See `kernel_distance` for `paired`."""
         if self.num_per_subset(features, reference) < 2:
             return UNMEASURED
         return Metric(*kernel_distance(features, self.train if reference is None else reference, paired=paired))
 
-    def by_subsets(self, features: Tensor, reference: Tensor | None = None) -> dict[str, Metric]:
+    def subset_metrics(self, features: Tensor, reference: Tensor | None = None) -> dict[str, Metric]:
         """Measure all metrics except the Fréchet distance."""
         size, reference = self.num_per_subset(features, reference), self.train if reference is None else reference
         metrics = {"kd": self.kd(features, reference)}
@@ -108,20 +108,20 @@ class Measures:
 
 
 def describe_setting(network: nn.Module, features: str, images: ImageData) -> dict[str, Any]:
-    """Return the features and the reference set of a distance, for a report."""
+    """Return the feature network and reference set of a distance, for a report."""
     reference = {"reference": f"{images.name}/train@{images.fingerprint[:8]}"}
     return {**describe_features(network, features), **reference, "num_reference": len(images.train_indices)}
 
 
 def fd_name(network: nn.Module, num_components: int | None) -> str:
-    """Return the name of the Fréchet distance; it is "FID" only for Inception features in all dimensions."""
+    """Return the name of the Fréchet distance, "FID" only for Inception features in all dimensions."""
     if num_components is not None:
         return f"FD on {num_components} components"
     return "FID" if getattr(network, "is_fid", False) else "FD"
 
 
 def split_train(train: Tensor, num_samples: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Split the training images at random into `num_samples` images, but at most half of them, and the rest."""
+    """Randomly split the training images into `num_samples` images, at most half of them, and the rest."""
     order = torch.from_numpy(numpy_generator(seed).permutation(len(train)))
     num = min(num_samples, len(train) // 2)
     return train[order[:num]], train[order[num:]]
@@ -143,6 +143,6 @@ def distance_table(rows: Mapping[str, tuple[int, int, Mapping[str, Metric]]], fd
 
 
 def align(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return a table as lines of text with aligned columns; the first column is aligned left, the others right."""
+    """Return a table as lines of text with aligned columns; all but the first are right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(["", first.ljust(widths[0]), *(map(str.rjust, cells, widths[1:]))]) for first, *cells in rows]

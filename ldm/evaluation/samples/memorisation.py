@@ -16,7 +16,7 @@ from ldm.metrics.neighbours import chunk_size
 
 PAIRS_PER_ROW = 4
 QUANTILE = 0.01
-"""Quantile of the distances of held-out images that serves as the threshold for closeness."""
+"""Quantile of held-out distances that a sample must fall below to count as close."""
 NUM_PAIRS = 12
 
 
@@ -37,7 +37,7 @@ class Memorisation:
 
     @property
     def close_share(self) -> float:
-        """Proportion of samples below the threshold. For new images from the data distribution, it is about 1 %."""
+        """Proportion of samples below the threshold, about 1 % for new images from the data distribution."""
         return (self.distances < self.threshold).double().mean().item()
 
     @property
@@ -52,16 +52,16 @@ class Memorisation:
 
 
 def nearest_training(samples: Tensor, train: Tensor, validation: Tensor, *, num_pairs: int = NUM_PAIRS) -> Memorisation:
-    """Find the nearest training image of each sample, and compare the distances with those of held-out images.
+    """Find the nearest training image of each sample, and compare the distances with held-out distances.
 
         d(x) = min_i (1 - cos(x, train_i));   close: d(x) < the 1st percentile of d over the held-out images
 
     The cosine distance is used because the features of low-contrast images have small norms, so their Euclidean
-    distances are all small. Copies of training images in the validation split lower the threshold, possibly to 0, at
-    which no sample is close. Remove such copies first.
+    distances are all small. Copies of training images in the validation split lower the threshold, possibly to 0,
+    where no sample counts as close. Remove the copies first.
 
-    Source: the rule is our own. It is inspired by Somepalli et al. 2023, arXiv:2212.03860, who compare the similarity
-    between samples and training images with the similarity within the data.
+    The rule is our own, inspired by Somepalli et al. 2023, arXiv:2212.03860, who compare similarities between samples
+    and training images with similarities within the data.
 
     Args:
         samples, train, validation: Features [n, d], [m, d] and [v, d].
@@ -81,7 +81,7 @@ def nearest_by_cosine(queries: Tensor, gallery: Tensor) -> tuple[Tensor, Tensor]
 
 
 def plot_nearest(samples: ImageSet, images: ImageData, memorisation: Memorisation) -> Image.Image:
-    """Draw the closest pairs of samples and training images, with their distances, in ascending order."""
+    """Plot the closest pairs of samples and training images with their distances, in ascending order."""
     closest, distances = memorisation.closest.tolist(), memorisation.distances
     rows = images.train_indices[memorisation.nearest[memorisation.closest].numpy()].tolist()
     cells, captions = [], []

@@ -29,17 +29,17 @@ from ldm.sampling.draw import Guidance, GuidanceInterval, sampler_settings
 from ldm.sampling.pipeline import LatentDiffusionPipeline
 
 
-def save_unless_smaller(report: Report, folder: Path, elsewhere: Path) -> Path:
-    """Save a report in `folder`, or as `elsewhere` if `folder` contains one on more samples of the same weights.
+def save_unless_smaller(report: Report, folder: Path, fallback_file: Path) -> Path:
+    """Save a report in `folder`, or as `fallback_file` if that would replace a report on more samples.
 
-    A report that cannot be read is overwritten. Returns the path of the JSON file.
+    Only a readable report on the same weights is protected. Returns the path of the JSON file.
     """
     existing: dict[str, Any] = {}
     with suppress(UserError):
         existing = read_json(folder / report.name)
-    same, num = existing.get("weights_sha256") == report.content["weights_sha256"], existing.get("num_samples")
-    if same and isinstance(num, int) and num > report.content["num_samples"]:
-        report, folder = replace(report, name=elsewhere.name), elsewhere.parent
+    same_weights = existing.get("weights_sha256") == report.content["weights_sha256"]
+    if same_weights and isinstance(num := existing.get("num_samples"), int) and num > report.content["num_samples"]:
+        report, folder = replace(report, name=fallback_file.name), fallback_file.parent
     return report.save(folder)[0]
 
 
@@ -59,19 +59,19 @@ def measure_samples(
     batch_size: Count = 64,
     weights_sha256: str | None = None,
 ) -> Report:
-    """Compare samples with the training images. The seed determines which training captions are sampled.
+    """Compare samples with the training images. The seed determines which training captions are used.
 
-    Text-conditional models are also sampled with captions of validation images, which were not used in training. The
-    report contains these baselines:
+    Text-conditional models are also sampled with captions of validation images, which they have not seen in training.
+    The report contains these baselines:
 
-    - reconstructions of the same images, an upper bound on the quality that the decoder can reach
+    - reconstructions of the same images, an upper bound on the quality of samples
     - VAE alone, the autoencoder as a generator: z_raw ~ N(0, I), decoded without the diffusion model
     - validation images, which are new images from the data distribution
-    - the floor: one part of the training images against the others, hence two samples of the same distribution
+    - floor: a random part of the training images against the rest, two samples from the same distribution
     - chance, for retrieval
 
     Args:
-        features_path: Folder or hub id of the weights of the feature network.
+        features_path: Folder or hub id of the feature network's weights.
         folder: Cache folder of the samples.
         weights_sha256: Digest of the run's weights, written to the report.
 
@@ -130,11 +130,11 @@ def _distances(network: nn.Module, by_set: Mapping[str, Tensor], train: Tensor, 
     features, reference = content["features"], content["reference"]
     measures = Measures.choose(train, len(by_set["samples"]), with_cmmd=features == "clip")
     rows = {name: (len(x), measures.num_per_subset(x), measures.all(x)) for name, x in by_set.items()}
-    first, second = distances.split_train(train, len(by_set["samples"]), content["seed"])
+    floor, floor_reference = distances.split_train(train, len(by_set["samples"]), content["seed"])
     rows["floor, train to train"] = (
-        len(first),
-        measures.num_per_subset(first, second),
-        measures.all(first, second),
+        len(floor),
+        measures.num_per_subset(floor, floor_reference),
+        measures.all(floor, floor_reference),
     )
     components = content["fd_components"] = measures.num_components
     content["fd_name"] = distances.fd_name(network, components)
@@ -144,8 +144,8 @@ def _distances(network: nn.Module, by_set: Mapping[str, Tensor], train: Tensor, 
         content |= {f"{measure}_{key}": values[measure] for measure in distances.COLUMNS if measure in values}
     pca = "" if components is None else f", FD on {components} PCA components of {reference}"
     return [
-        f"{feature_title(content)}{pca}, ref={reference}, N={len(train)}; floor: {len(first)} of these "
-        f"against the other {len(second)}:",
+        f"{feature_title(content)}{pca}, ref={reference}, N={len(train)}; floor: {len(floor)} of these "
+        f"against the remaining {len(floor_reference)}:",
         *distances.distance_table(rows, content["fd_name"]),
         "  +- is the standard error over images. Compare only rows with equal N (see docs/evaluation.md).",
     ]
@@ -154,7 +154,7 @@ def _distances(network: nn.Module, by_set: Mapping[str, Tensor], train: Tensor, 
 def _classes(
     classifier: Classifier, by_set: Mapping[str, Tensor], train: Tensor, labels: Tensor | None, content: dict[str, Any]
 ) -> list[str]:
-    """Add the shift of the class distribution and, given the classes of the samples, the accuracy to `content`."""
+    """Add the class shift and, if the samples have labels, the class accuracy to `content`; return them as a table."""
     rows = []
     for name in ("samples", "validation images"):
         shift = Metric(*class_shift(predict_classes(classifier, by_set[name]), predict_classes(classifier, train)))
@@ -166,7 +166,7 @@ def _classes(
         content["class_accuracy_samples"] = accuracy
         rows.append(["accuracy, samples", f"{accuracy:.1%}"])
         rows.append(["accuracy, validation images", f"{classifier.val_accuracy:.1%}"])
-    header = "Predicted classes: total variation distance to the class distribution of the training images, accuracy"
+    header = "Predicted classes: total variation distance to the training images' classes, and accuracy"
     return [header, *distances.align(rows)]
 
 
@@ -189,9 +189,7 @@ def _memorisation(memorisation: Memorisation, images: ImageData, content: dict[s
         ],
     }
     return [
-        f"Memorisation: for {share:.1%} of the samples, the nearest training image is closer than "
-        f"{memorisation.threshold:.4f}, the 1st percentile for {len(memorisation.validation_distances)} validation "
-        "images",
-        f"  (cosine distance). Median distance: samples {medians[0]:.3f}, validation images {medians[1]:.3f}. Closest "
-        "pairs: nearest.png",
+        f"Memorisation: {share:.1%} of the samples are closer to a training image than {memorisation.threshold:.4f} "
+        f"(cosine distance), the 1st percentile of {len(memorisation.validation_distances)} validation images.",
+        f"  Median distance: samples {medians[0]:.3f}, validation images {medians[1]:.3f}. Closest pairs: nearest.png",
     ]

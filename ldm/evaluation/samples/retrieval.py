@@ -19,7 +19,7 @@ from ldm.networks.conditioning import Conditioning
 def training_retrieval(
     queries: Mapping[str, Tensor], train: Tensor, rows: Tensor, content: dict[str, Any]
 ) -> list[str]:
-    """Measure how often the nearest training image of a sample is the image that its caption belongs to.
+    """Measure how often the training image nearest to a sample is the image that its caption belongs to.
 
     Args:
         queries: Features of the samples, [n, d], and of reconstructions of the captions' images, at most n of them.
@@ -66,15 +66,15 @@ def held_out_retrieval(
         embeddings = conditioning.for_request([text for captions in texts for text in captions])[0]["pooled"]
         matched, permuted, error = caption_agreement(prompts, embeddings.split(list(map(len, texts))))
         content[f"caption_cosine_held_out_{name}"] = Metric(matched, error)
-        content.setdefault("caption_cosine_held_out_permuted", permuted)  # for the samples, which come first
+        content.setdefault("caption_cosine_held_out_permuted", permuted)  # of the samples, which come first
         cosines.append([name, f"{Metric(matched, error):.3f}", f"with other prompts {permuted:.3f}"])
     content["num_held_out"] = len(rows)
-    lines.append("  Cosine similarity of the embeddings of the prompt and of the nearest training image's caption:")
+    lines.append("  Cosine similarity between embeddings of the prompt and of the nearest training image's caption:")
     return [*lines, *align(cosines)]
 
 
 def caption_agreement(prompts: Tensor, captions: Sequence[Tensor]) -> tuple[float, float, float]:
-    """Return the mean similarity of prompts to the captions of their own images and of other prompts' images.
+    """Return the mean similarity of prompts to the captions of their own images and of mismatched images.
 
         matched = mean_i max_k cos(p_i, c_ik),   permuted = mean_{i, j != i} max_k cos(p_j, c_ik)
 
@@ -83,7 +83,7 @@ def caption_agreement(prompts: Tensor, captions: Sequence[Tensor]) -> tuple[floa
         captions: For each prompt, the embeddings of all captions of its image, [k_i, d].
 
     Returns:
-        Both means, and the standard error of the first.
+        Both means, and the standard error of the matched mean.
     """
     n = len(prompts)
     prompts = F.normalize(prompts.double(), dim=1)

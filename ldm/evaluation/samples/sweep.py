@@ -22,10 +22,10 @@ from ldm.sampling.draw import check_sampler, sampler_settings
 from ldm.sampling.pipeline import LatentDiffusionPipeline
 
 WITHIN = 2.0
-"""Number of standard errors of the difference within which two distances are considered equal."""
+"""Two distances count as equal if they differ by at most this many standard errors of the difference."""
 RULE = (
-    f"the fewest network evaluations whose distance is within {WITHIN:g} standard errors of the smallest distance. The "
-    "standard error is that of the difference, for the same noise, captions and jackknife groups"
+    f"the fewest network evaluations with a distance within {WITHIN:g} standard errors of the smallest distance. The "
+    "standard error is that of the difference, with the same noise, captions and jackknife groups"
 )
 
 
@@ -43,16 +43,16 @@ def sweep_sampler(
     seed: Seed = 0,
     **options: Any,
 ) -> dict[str, Any]:
-    """Measure the distance to the training images as a function of sampler steps or guidance; only one of them varies.
+    """Measure the distance to the training images as a function of sampler steps or guidance, never both.
 
     All values use the same noise and captions, and samples are cached in `folder`. The distance is the Fréchet
     distance, computed on principal components if there are too few samples for all dimensions.
 
     Args:
-        samplers: Samplers by their number of steps.
+        samplers: Samplers by number of steps.
 
     Returns:
-        The settings; `rows` with the cost, the distance, its difference from the smallest one, the kernel distance,
+        The settings; `rows` with the cost, the distance, its excess over the smallest distance, the kernel distance,
         precision and recall for each value; and the `knee`, as defined by `RULE`.
 
     Raises:
@@ -66,7 +66,7 @@ def sweep_sampler(
     guidances = [apply_rules(draw_cached, {"guidance": guidance})["guidance"] for guidance in guidances]
     for sampler in samplers.values():
         check_sampler(sampler, pipeline.schedule)
-    over = "sampler.steps" if len(samplers) > 1 else "guidance"
+    option = "sampler.steps" if len(samplers) > 1 else "guidance"
     network = load_features(features, images, features_path).to(pipeline.device)
     train = reference_features(network, features, images)[torch.from_numpy(images.train_indices)]
     measures = Measures.choose(train, num_samples)
@@ -75,10 +75,10 @@ def sweep_sampler(
     replicates = []
     for steps, sampler in samplers.items():
         for guidance in guidances:
-            value = steps if over == "sampler.steps" else guidance
+            value = steps if option == "sampler.steps" else guidance
             samples = draw(sampler=sampler, guidance=guidance)
-            sample_features = extract(network, samples, f"features, {over}={value}")
-            frechet, metrics = measures.frechet(sample_features), measures.by_subsets(sample_features)
+            sample_features = extract(network, samples, f"features, {option}={value}")
+            frechet, metrics = measures.frechet(sample_features), measures.subset_metrics(sample_features)
             assert frechet is not None, "the number of components is chosen so that the samples suffice"
             row: dict[str, Any] = {
                 "value": value,
@@ -94,7 +94,7 @@ def sweep_sampler(
             replicates.append(frechet[1])
     compare_with_best(rows, replicates)
     return {
-        "over": over,
+        "over": option,
         "metric": fd_name(network, measures.num_components),
         **describe_setting(network, features, images),
         "num_samples": num_samples,
@@ -109,7 +109,7 @@ def sweep_sampler(
 
 
 def compare_with_best(rows: Sequence[dict[str, Any]], replicates: Sequence[Tensor]) -> None:
-    """Add to each row the difference between its distance and the smallest one, and its standard error.
+    """Add to each row the excess of its distance over the smallest distance, and the standard error of the excess.
 
     Args:
         replicates: Jackknife replicates [g] of the distance of each row. All rows use the same groups of samples, so
@@ -122,23 +122,23 @@ def compare_with_best(rows: Sequence[dict[str, Any]], replicates: Sequence[Tenso
 
 
 def knee(rows: Sequence[Mapping[str, Any]]) -> float:
-    """Return the value that `RULE` selects; if costs are equal, that with the smaller distance."""
-    equal = [row for row in rows if row["above_best"] <= WITHIN * row["above_best_standard_error"]]
-    return min(equal, key=lambda row: (row["network_evaluations"], row["distance"]))["value"]
+    """Return the value that `RULE` selects. Ties in cost are broken by the smaller distance."""
+    candidates = [row for row in rows if row["above_best"] <= WITHIN * row["above_best_standard_error"]]
+    return min(candidates, key=lambda row: (row["network_evaluations"], row["distance"]))["value"]
 
 
 def sweep_table(sweep: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """Return the columns and the rows of a sweep with unformatted numbers."""
+    """Return the column names and rows of a sweep, with unformatted numbers."""
     columns = [sweep["over"] if name == "value" else name for name in sweep["rows"][0]]
     return columns, [list(row.values()) for row in sweep["rows"]]
 
 
 def sweep_lines(sweep: Mapping[str, Any]) -> list[str]:
     """Return the table as lines of text, followed by the knee and the rule."""
-    metric, over = sweep["metric"], sweep["over"]
+    metric, option = sweep["metric"], sweep["over"]
     setting = f"{feature_title(sweep)}, N={sweep['num_samples']}, ref={sweep['reference']}, N={sweep['num_reference']}"
-    header = f"{metric} and KD ({setting}) by {over}; precision and recall on subsets of {sweep['num_per_subset']}:"
-    table = [[over, "evaluations", "s/sample", metric, "above the best", "KD", "precision", "recall"]]
+    header = f"{metric} and KD ({setting}) by {option}; precision and recall on subsets of {sweep['num_per_subset']}:"
+    table = [[option, "evaluations", "s/sample", metric, "above the best", "KD", "precision", "recall"]]
     for row in sweep["rows"]:
         shares = ["-" if row[name] is None else f"{row[name]:.3f}" for name in ("precision", "recall")]
         table.append(
@@ -152,7 +152,7 @@ def sweep_lines(sweep: Mapping[str, Any]) -> list[str]:
                 *shares,
             ]
         )
-    return [header, *align(table), f"{over}={sweep['knee']:g} is the knee: {sweep['rule']}."]
+    return [header, *align(table), f"{option}={sweep['knee']:g} is the knee: {sweep['rule']}."]
 
 
 def plot_sampler_sweep(sweep: Mapping[str, Any]) -> Figure:
@@ -172,6 +172,6 @@ def plot_sampler_sweep(sweep: Mapping[str, Any]) -> Figure:
         axes.minorticks_off()
     axes.set_xlabel("network evaluations per sample" if by_steps else "guidance scale")
     axes.set_ylabel(f"{sweep['metric']}, {sweep['features_key']}")
-    title = f"{sweep['metric']} by {sweep['over']}; N={sweep['num_samples']}, {sweep['sampler']['method']}"
+    title = f"{sweep['metric']} against {sweep['over']}; N={sweep['num_samples']}, {sweep['sampler']['method']}"
     axes.set_title(f"{title}\nref={sweep['reference']}; error bars: +- {WITHIN:g} standard errors", fontsize=10)
     return figure

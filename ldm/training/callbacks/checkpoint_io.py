@@ -1,4 +1,4 @@
-"""Checkpoint files: written atomically and hashed while they are written; read without executing pickled code."""
+"""Checkpoint files: atomic writes, hashed on the fly, and reads that do not execute pickled code."""
 
 import hashlib
 from io import BufferedWriter, FileIO
@@ -12,7 +12,7 @@ from ldm.files.atomic import atomic_write
 
 
 class HashingWriter(BufferedWriter):
-    """A writable file that computes the SHA-256 of its content and remembers why a write failed."""
+    """A file that computes the SHA-256 of its content while it is written, and stores the error if a write fails."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(FileIO(path, "w"), 1 << 20)
@@ -30,12 +30,12 @@ class HashingWriter(BufferedWriter):
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint atomically, directly in its folder.
+    """Writes checkpoints atomically.
 
-    Lightning's own implementation makes a second copy in memory, moves it from the folder for temporary files, where a
-    reader can see a half-written file, and does not sync.
+    Lightning's implementation makes a second copy in memory, moves the file from the system's temporary folder, so that
+    readers can see a partly written file, and does not sync.
 
-    A write error sets `failure` and raises nothing, because the other ranks are waiting for this one.
+    A write error is stored in `failure` and not raised, because the other ranks are waiting for this one.
     """
 
     def __init__(self) -> None:

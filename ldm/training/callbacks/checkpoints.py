@@ -1,4 +1,4 @@
-"""Checkpoints for resuming: saved atomically between optimizer steps; the last few and the best one are kept."""
+"""Checkpoints for resuming, saved atomically between optimizer steps. The last few and the best are kept."""
 
 import math
 import time
@@ -24,7 +24,7 @@ NOT_STARTED = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
 
 
 class StopTraining(Exception):
-    """A signal requested a stop and the current step is finished, so a checkpoint saved now can be resumed."""
+    """Raised after a signal, once the current step is complete, so that a checkpoint saved now can be resumed."""
 
     def __init__(self, signal: int) -> None:
         self.signal = signal
@@ -32,17 +32,17 @@ class StopTraining(Exception):
 
 
 class Checkpoints(Checkpoint):
-    """Saves every `every_s` seconds, when validation improves, at the end and on a signal; always between steps.
+    """Saves checkpoints every `every_s` seconds, when validation improves, at the end, and on a signal.
 
-    Keeps the last `keep_last` checkpoints and the best one by the monitored metric. If a save fails during training,
-    the earlier checkpoints stay and saving is retried later. A run stopped during validation repeats that validation
-    when it is resumed.
+    Checkpoints are only saved between steps. The last `keep_last` checkpoints and the best one by the monitored metric
+    are kept. If a save fails during training, earlier checkpoints stay and the save is retried later. A run stopped
+    during validation repeats that validation when it is resumed.
 
     Args:
         folder: The run folder.
-        budget: Provides the seconds trained, and the `agreement` through which ranks decide together.
-        resume_from: The checkpoint that training resumes from. Once this run saves, later checkpoints of the resumed
-            run are deleted.
+        budget: Provides the training time and the `agreement` between ranks.
+        resume_from: Checkpoint that training resumes from. After the first save, later checkpoints of the resumed run
+            are deleted.
         on_saved: Called on rank 0 after every checkpoint.
     """
 
@@ -60,29 +60,29 @@ class Checkpoints(Checkpoint):
         self.folder, self.budget, self.every_s = folder / FOLDER, budget, every_s
         self.keep_last, self.stage, self.resume_from = keep_last, stage, resume_from
         self.on_saved = on_saved
-        self.saved: Manifest | None = None
-        """The newest checkpoint saved by this training; known on rank 0 only."""
+        self.last_saved: Manifest | None = None
+        """Newest checkpoint saved since training started or resumed; set on rank 0 only."""
         self.should_withhold: Callable[[], bool] = lambda: False
-        """Returns True if a roll-back must not restore the current weights. They are then saved only at the end and on
-        a signal."""
+        """Returns True if a roll-back must not restore the current weights. In this case, they are saved only at the
+        end and on a signal."""
         is_same_run = resume_from is not None and resume_from.path.parent.resolve() == self.folder.resolve()
         self._saved_step = resume_from.step if resume_from is not None and is_same_run else -1
         self._io = AtomicCheckpointIO()
         self._saved_paths: set[Path] = set()
         self._training = self._between_steps = self._before_step = False
         self._improved = False
-        self._saved_at, self._stop = 0.0, 0
-        self._random: dict[str, Any] | None = None
+        self._saved_at, self._stop_signal = 0.0, 0
+        self._validation_random_state: dict[str, Any] | None = None
         """Random state before the current validation; None outside validation."""
-        self._restored: list[dict[str, Any]] | None = None
+        self._states_to_restore: list[dict[str, Any]] | None = None
         budget.agreement.register("save", self._is_due)
         budget.agreement.register("signal", lambda: signals.pending() or 0)
         budget.agreement.register("improved", lambda: self._improved)
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         trainer.strategy.checkpoint_io = self._io
-        # Lightning's handlers would stay installed until training starts. Its SIGTERM handler waits for the other ranks
-        # wherever it is called, which can be in the middle of another collective.
+        # Without this, Lightning's signal handlers would be active until training starts. Its SIGTERM handler waits for
+        # the other ranks immediately, possibly in the middle of another collective.
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         signals.install_handlers()
 
@@ -93,51 +93,51 @@ class Checkpoints(Checkpoint):
         signals.defer()
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Save before a step: a module's hooks run after a callback's, so the previous step is complete only now."""
-        if self._restored is not None:  # not earlier, because Lightning's setup may draw from the global generators
-            states = self._restored
+        """Save before a step, because the previous step is only complete after the module's `on_train_batch_end`."""
+        if self._states_to_restore is not None:  # after Lightning's setup, which can use these generators
+            states = self._states_to_restore
             restore_random_state(states[trainer.global_rank % len(states)], trainer.strategy.root_device)
-            self._restored = None
+            self._states_to_restore = None
         if batch_idx % trainer.accumulate_grad_batches:
             return  # checkpoints do not contain the gradients of a partly accumulated step
         answers = self.budget.agreement.values
-        # A single process can also react to a signal that has just arrived.
-        stop = answers.get("signal", 0) if trainer.world_size > 1 else signals.pending()
+        # A single process can react immediately to a signal that has just arrived.
+        stop_signal = answers.get("signal", 0) if trainer.world_size > 1 else signals.pending()
         self._before_step = True
-        if stop:
-            raise StopTraining(stop)
+        if stop_signal:
+            raise StopTraining(stop_signal)
         if answers.get("save") and self._saved_step != trainer.global_step:
             self._save(trainer, "interval")
         self._before_step = False
 
     def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._between_steps = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        self._stop = self.budget.agreement.values.get("signal", 0)
+        self._stop_signal = self.budget.agreement.values.get("signal", 0)
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
         signals.defer()
-        self._random = random_state(trainer.strategy.root_device)
+        self._validation_random_state = random_state(trainer.strategy.root_device)
         self._stop_in_validation()
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        if not self._stop:
-            self._stop = self.budget.agreement.update(trainer)["signal"]
+        if not self._stop_signal:
+            self._stop_signal = self.budget.agreement.update(trainer)["signal"]
         self._stop_in_validation()
 
     def _stop_in_validation(self) -> None:
-        if self._stop and (self._between_steps or not self._training):
-            raise StopTraining(self._stop)
+        if self._stop_signal and (self._between_steps or not self._training):
+            raise StopTraining(self._stop_signal)
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
-        if self._random is not None:  # so that validation does not change the random numbers of training
-            restore_random_state(self._random, trainer.strategy.root_device)
-        self._random = None
+        if self._validation_random_state is not None:  # validation must not change the random numbers of training
+            restore_random_state(self._validation_random_state, trainer.strategy.root_device)
+        self._validation_random_state = None
         if not (self._training and self._between_steps):
             return
         monitored = float(trainer.callback_metrics.get(MONITORED, math.nan))
         metric = monitored if math.isfinite(monitored) else None
-        earlier = [manifest.figure for manifest in self.lineage() if manifest.figure is not None]
-        is_better = metric is not None and metric < min(earlier, default=math.inf)
+        saved_metrics = [manifest.figure for manifest in self.lineage() if manifest.figure is not None]
+        is_better = metric is not None and metric < min(saved_metrics, default=math.inf)
         self._improved = trainer.is_global_zero and is_better and not self.should_withhold()
         answers = self.budget.agreement.update(trainer)
         self._improved = False
@@ -159,43 +159,42 @@ class Checkpoints(Checkpoint):
         self._training = False
 
     def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        state = self._random or random_state(trainer.strategy.root_device)
+        state = self._validation_random_state or random_state(trainer.strategy.root_device)
         states: list[Any] = [state] * trainer.world_size
         if trainer.world_size > 1:
             dist.all_gather_object(states, state)
         checkpoint["random"] = states
         checkpoint["step_offset"] = getattr(module, "step_offset", 0)  # saved here too for runs without a guard
         loops = checkpoint["loops"]["fit_loop"]
-        if self._random is not None:  # restart the validation: Lightning would continue it with the remaining batches
+        if self._validation_random_state is not None:  # rerun all validation batches on resume, not only the rest
             val = loops["epoch_loop.val_loop.batch_progress"]
             val.update(total=dict(NOT_STARTED), current=dict(NOT_STARTED), is_last_batch=False)
-        elif self._before_step:  # match the end of the last batch: Lightning has already counted the next one
+        elif self._before_step:  # undo Lightning's count of the batch that is about to start
             batches = loops["epoch_loop.batch_progress"]
             for count in (batches["total"], batches["current"]):
                 count["ready"] = count["completed"]
             interval = trainer.val_check_batch if trainer.enable_validation else None
             if interval and batches["total"]["ready"] % interval == 0:
-                loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= (
-                    1  # Lightning counts it again on resume, skipping validation
-                )
+                # Lightning counts this step again on resume, which would skip the validation.
+                loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
 
     def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._restored = checkpoint.get("random")
+        self._states_to_restore = checkpoint.get("random")
 
     def _is_due(self) -> bool:
         return time.monotonic() - self._saved_at >= self.every_s and not self.should_withhold()
 
     def lineage(self) -> list[Manifest]:
-        """Checkpoints of this training and its ancestors, without those saved after the step it resumed from."""
+        """Return the checkpoints of this run and its ancestors, except those after the resumed checkpoint."""
         last = self.resume_from.sequence if self.resume_from is not None else -1
         manifests = list_checkpoints(self.folder)
         return [manifest for manifest in manifests if manifest.path in self._saved_paths or manifest.sequence <= last]
 
     def _save(self, trainer: Trainer, why: str, metric: float | None = None, *, best: bool = False) -> None:
-        """Save a checkpoint. Runs on every rank: the strategy gathers the state and rank 0 writes it.
+        """Save a checkpoint. Call this on every rank: the strategy gathers the state and rank 0 writes it.
 
         Raises:
-            UserError: The last checkpoint of the training could not be written.
+            UserError: The final checkpoint could not be written.
         """
         start, step = time.perf_counter(), trainer.global_step
         for logger in trainer.loggers:
@@ -228,8 +227,8 @@ class Checkpoints(Checkpoint):
                 path.unlink(missing_ok=True)
                 failure = error
         if trainer.strategy.reduce_boolean_decision(failure is not None, all=False):
-            last = self.saved or self.resume_from
-            fallback = f"{last.path} is kept" if last is not None else "no earlier checkpoint exists"
+            checkpoint = self.last_saved or self.resume_from
+            fallback = f"{checkpoint.path} is kept" if checkpoint is not None else "no earlier checkpoint exists"
             reason = failure.strerror if failure is not None else "reported by rank 0"
             message = f"could not be saved in {self.folder} ({reason}); {fallback}."
             if why in ("end", "signal"):
@@ -242,7 +241,7 @@ class Checkpoints(Checkpoint):
             return
         self._saved_step = step
         if trainer.is_global_zero:
-            self.saved = manifest
+            self.last_saved = manifest
             self._saved_paths.add(path)
             self.on_saved()
             with warn_on_write_error(self.folder):

@@ -1,13 +1,13 @@
-"""Guard against bad steps: skips, counts and logs them, and rolls back after too many in a row.
+"""Guard against bad training steps: skips, counts and logs them, and rolls back after too many in a row.
 
-A step is bad if the loss of one of its batches or its gradient is not finite, or if its gradient norm is a spike: more
-than `max_spike` times the running average. A bad step is skipped: the optimizer leaves the weights, its moments and its
-step counts unchanged. The discriminator and its optimizer, and the codebook's idle counts and restarts, skip the step
-as well. The discriminator also skips a step if its own gradient is not finite. A skipped step still counts towards the
-budget, the learning rate schedule and the data order, and the EMA is updated with the unchanged weights.
+A step is bad if one of its losses or its gradient is not finite, or if its gradient norm is a spike, which is more than
+`max_spike` times the running average. When a bad step is skipped, the weights, the optimizer's moments and its step
+counts do not change. The discriminator and the codebook (idle counts and restarts) skip the step as well. The
+discriminator also skips a step if its own gradient is not finite. Skipped steps still count towards the budget, the
+learning rate schedule and the data order, and the EMA is updated with the unchanged weights.
 
-After `skips_before_rollback` skipped steps in a row, training restores a checkpoint from before them and continues with
-the batches that follow: step k then trains on batch k + `offset` of the data order.
+After `skips_before_rollback` consecutive skipped steps, training restores an earlier checkpoint and continues with new
+batches: step k then trains on batch k + `offset` of the data order.
 """
 
 import json
@@ -34,24 +34,24 @@ print_on_rank_zero = rank_zero_only(print)
 
 
 class RollBack(Exception):
-    """Too many steps in a row were skipped: restore a checkpoint and continue with the following batches.
+    """Raised after too many consecutive skipped steps, to restore a checkpoint and continue with new batches.
 
     Args:
-        first_skipped: The first of the consecutive skipped steps. A checkpoint with this step was saved before it ran.
-        step: The current step.
-        tallies: The guard's counts, which survive the roll-back.
-        average_norm: The running average of the gradient norm.
+        first_skipped: First of the consecutive skipped steps. A checkpoint at this step was saved before the step ran.
+        step: Current step.
+        tallies: The guard's counts, which are kept across the roll-back.
+        average_norm: Running average of the gradient norm.
     """
 
     def __init__(self, first_skipped: int, step: int, tallies: Mapping[str, Any], average_norm: float = 0.0) -> None:
-        super().__init__(f"steps from {first_skipped} on were skipped")
+        super().__init__(f"skipped all steps from step {first_skipped} on")
         self.first_skipped, self.step = first_skipped, step
         self.tallies, self.average_norm = dict(tallies), average_norm
 
-    def choose(self, checkpoints: Mapping[int, Manifest]) -> tuple[int, Manifest | None]:
-        """Choose the newest checkpoint from before the skipped steps. Return step 0 and None if there is none.
+    def choose_checkpoint(self, checkpoints: Mapping[int, Manifest]) -> tuple[int, Manifest | None]:
+        """Return the step and manifest of the newest checkpoint before the skipped steps, or 0 and None.
 
-        The target of the previous roll-back is used only if there is no other, because its weights may be the cause.
+        The checkpoint restored by the previous roll-back is a last resort, because its weights may be the cause.
 
         Args:
             checkpoints: Checkpoints by step.
@@ -63,16 +63,16 @@ class RollBack(Exception):
 
 
 class Guard(Callback):
-    """Checks the losses and the gradient of every step; the module passes them to it through `module.guard`.
+    """Checks the losses and the gradient of every step. The module calls these checks through `module.guard`.
 
     Args:
-        skip_log: File that gets one line of JSON per skipped step.
-        image_names: batch of the data order -> names of its images, for the log.
+        skip_log: JSON Lines file with one line per skipped step.
+        image_names: index in the data order -> names of the images in the batch, for the log.
         max_spike: Largest allowed ratio of the gradient norm to its running average.
         warmup_steps: Steps before spike detection starts; also the averaging window.
         skips_before_rollback: Consecutive skipped steps that trigger a roll-back.
-        max_rollbacks: Roll-backs per run before training gives up.
-        log_every: Steps between logged counts.
+        max_rollbacks: Maximum number of roll-backs per run.
+        log_every: Number of steps between logged counts.
     """
 
     @checked
@@ -89,32 +89,32 @@ class Guard(Callback):
     ) -> None:
         self.skip_log, self.image_names, self.log_every = skip_log, image_names, log_every
         self.skips_before_rollback, self.max_rollbacks = skips_before_rollback, max_rollbacks
-        self.running = RunningNorm(max_spike, warmup_steps)
+        self.running_norm = RunningNorm(max_spike, warmup_steps)
         self.tallies: dict[str, Any] = {"skipped_steps": 0, "rollbacks": 0, "offset": 0, "went_to": None}
         self.streak, self.first_skipped = 0, 0
         self.skip = self._skip_second = torch.zeros((), dtype=torch.bool)
-        """True if the current step is skipped; a bool tensor [] on the device."""
+        """True if the current step is skipped; a scalar bool tensor on the device."""
         self._norm, self._limit = torch.zeros(()), MAX_FLOAT32
         self._losses: list[Tensor] = []
         self._unclipped: list[Tensor] = []
-        self._carried: dict[str, Any] = {}
-        self._average_norm = 0.0
+        self._restored_tallies: dict[str, Any] = {}
+        self._restored_norm = 0.0
         self._pending: StepStats | None = None
         self._step = 0
 
     @property
     def offset(self) -> int:
-        """Number of batches dropped by roll-backs."""
+        """Number of batches skipped over by roll-backs."""
         return self.tallies["offset"]
 
     @property
     def skipped_steps(self) -> int:
-        """Steps skipped so far, including those before a resume or a roll-back."""
+        """Number of steps skipped so far, including those before a resume or a roll-back."""
         return self.tallies["skipped_steps"] + self.skipped_last_step
 
     @property
     def skipped_last_step(self) -> bool:
-        """True if the last step was skipped. Reading it waits for the device."""
+        """True if the last step was skipped. Synchronises with the device."""
         return self._pending is not None and self._pending.is_bad
 
     def setup(self, trainer: Trainer, module: Any, stage: str) -> None:
@@ -126,29 +126,29 @@ class Guard(Callback):
         self._unclipped = [p for p in parameters_of(trainer.optimizers[0]) if id(p) not in clipped]
 
     def record_loss(self, loss: Tensor) -> Tensor:
-        """Record the loss of a batch and return it. If it is not finite, its gradient becomes NaN on all ranks."""
+        """Record the loss of a batch and return it. A non-finite loss makes the gradient NaN on all ranks."""
         value = loss.detach()
         self._losses.append(value)
         return loss * (1 + 0 * value)
 
     def check_gradient(self, optimizer: Optimizer, norm: Tensor) -> None:
-        """Skip the optimizer's next step if the gradient norm is not finite or a spike. Call it after backward."""
-        for parameter in self._unclipped:  # for example a learned scale of the loss
+        """Skip the optimizer's next step if the gradient norm is not finite or a spike. Call this after backward."""
+        for parameter in self._unclipped:  # for example, a learned loss scale
             if parameter.grad is not None:
                 norm = norm + 0 * parameter.grad.sum()
-        self._norm, self._limit = norm.detach(), self.running.limit
+        self._norm, self._limit = norm.detach(), self.running_norm.limit
         self.skip = self._skip_second = ~(self._norm <= self._limit)  # True for NaN as well
         skip_step(optimizer, self.skip)
 
     def check_second_optimizer(self, optimizer: Optimizer) -> None:
-        """Skip the second optimizer's step with the first, or if its own gradient is not finite; spikes are allowed."""
+        """Skip the second optimizer's step if the first is skipped or its own gradient norm is not finite."""
         norm = get_total_norm([p.grad for p in parameters_of(optimizer) if p.grad is not None])
         self._skip_second = self.skip | ~(norm <= MAX_FLOAT32)
         skip_step(optimizer, self._skip_second)
 
     def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == self._step:
-            return  # in the middle of an accumulated step
+            return  # still accumulating gradients
         values = [value.float() for value in (self.skip, self._skip_second, self._norm, *self._losses)]
         previous, self._pending = self._pending, StepStats.send(self._step, self._limit, torch.stack(values))
         self._losses.clear()
@@ -166,27 +166,27 @@ class Guard(Callback):
             self._log(trainer, self.skipped_steps)
 
     def resume_after(self, rollback: RollBack, step: int) -> None:
-        """Prepare for a fit that continues at this step after a roll-back: keep the counts, advance the data."""
-        dropped = rollback.step - step
-        self._carried = {
+        """Restore the counts after a roll-back to `step`, and advance the data order past the skipped batches."""
+        num_skipped = rollback.step - step
+        self._restored_tallies = {
             **rollback.tallies,
             "rollbacks": rollback.tallies["rollbacks"] + 1,
-            "offset": rollback.tallies["offset"] + dropped,
+            "offset": rollback.tallies["offset"] + num_skipped,
             "went_to": step,
         }
-        self.tallies, self._average_norm = dict(self._carried), rollback.average_norm
-        self._write({"step": rollback.first_skipped, "rolled_back_to": step, "batches_passed_over": dropped})
+        self.tallies, self._restored_norm = dict(self._restored_tallies), rollback.average_norm
+        self._write({"step": rollback.first_skipped, "rolled_back_to": step, "batches_passed_over": num_skipped})
         print_on_rank_zero(
-            f"{self.skips_before_rollback} steps in a row from step {rollback.first_skipped} on were skipped: rolling "
-            f"back to step {step} and continuing with the next batches "
+            f"skipped {self.skips_before_rollback} steps in a row from step {rollback.first_skipped} on: rolling back "
+            f"to step {step} and continuing with the next batches "
             f"(roll-back {self.tallies['rollbacks']} of {self.max_rollbacks}; see {self.skip_log})",
             flush=True,
         )
 
     def _count(self, stats: StepStats) -> None:
-        """Count a step, one step late. The limit therefore follows the norms with the same delay on every device."""
+        """Update the counts and the running norm with the statistics of a step, one step late on every device."""
         _, _, norm, *_ = stats.read()
-        self.running.add(norm)
+        self.running_norm.add(norm)
         if not stats.is_bad:
             self.streak = 0
             return
@@ -200,18 +200,18 @@ class Guard(Callback):
             print_on_rank_zero(f"skipped step {stats.step} ({count} skipped so far); see {self.skip_log}", flush=True)
 
     def _log_skip(self, stats: StepStats) -> None:
-        """Append the step's numbers and its images to the skip log."""
+        """Append the statistics and the image names of a step to the skip log."""
         skipped_both, _, norm, *losses = stats.read()
-        why = "the discriminator's gradient is not finite"
+        reason = "the discriminator's gradient is not finite"
         if skipped_both:
-            why = "spike" if math.isfinite(norm) else "the gradient is not finite"
-            why = why if all(map(math.isfinite, losses)) else "the loss is not finite"
+            reason = "spike" if math.isfinite(norm) else "the gradient is not finite"
+            reason = reason if all(map(math.isfinite, losses)) else "the loss is not finite"
         batch = stats.step + self.offset
         self._write(
             {
                 "step": stats.step,
                 "batch": batch,
-                "why": why,
+                "why": reason,
                 "losses": [_to_json(loss) for loss in losses],
                 "gradient_norm": _to_json(norm),
                 "limit": stats.limit if stats.limit < MAX_FLOAT32 else None,
@@ -221,7 +221,7 @@ class Guard(Callback):
 
     @rank_zero_only
     def _write(self, line: Mapping[str, Any]) -> None:
-        """Append a line unless the log already contains it: a resumed run repeats steps that were already logged."""
+        """Append a line unless the log already contains it, because a resumed run can repeat logged steps."""
         text = json.dumps(line)
         with warn_on_write_error(self.skip_log):
             lines = self.skip_log.read_text(encoding="utf-8").splitlines() if self.skip_log.is_file() else []
@@ -231,19 +231,19 @@ class Guard(Callback):
                     file.write(text + "\n")
 
     def _log(self, trainer: Trainer, skipped_steps: int) -> None:
-        """Log the counts to the loggers directly, because Lightning's `log` costs time at every step."""
+        """Log the counts directly, because Lightning's `log` adds overhead to every step."""
         metrics = {"train/skipped_steps": skipped_steps, "train/rollbacks": self.tallies["rollbacks"]}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, trainer.global_step - 1)
 
     def _roll_back(self, trainer: Trainer) -> None:
-        """Raise RollBack, or a UserError with remedies once all roll-backs are used up."""
+        """Raise RollBack, or a UserError with remedies if no roll-backs are left."""
         if self.tallies["rollbacks"] < self.max_rollbacks:
-            raise RollBack(self.first_skipped, trainer.global_step, self.tallies, self.running.mean)
+            raise RollBack(self.first_skipped, trainer.global_step, self.tallies, self.running_norm.mean)
         group, clip = trainer.optimizers[0].param_groups[0], trainer.gradient_clip_val
         raise UserError(
             f"Training diverged: {self.streak} steps in a row from step {self.first_skipped} on had a non-finite loss, "
-            f"a non-finite gradient, or a gradient norm more than {self.running.max_spike:g} times its average"
+            f"a non-finite gradient, or a gradient norm over {self.running_norm.max_spike:g} times its running average"
             + (f", even after trainer.guard.max_rollbacks={self.max_rollbacks}. " if self.max_rollbacks else ". ")
             + f"Inspect the skipped steps and their images in {self.skip_log}, or try a lower optimizer.lr "
             f"(now {group.get('peak_lr', group['lr']):g}), a lower trainer.gradient_clip_val (now {clip}) or "
@@ -251,32 +251,32 @@ class Guard(Callback):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state. The last step is stored separately, so that saving does not change when it is counted."""
+        """Return the state. The last step is stored separately, because it has not been counted yet."""
         pending = self._pending
         return {
-            "running": [self.running.mean, self.running.count],
+            "running": [self.running_norm.mean, self.running_norm.count],
             "tallies": dict(self.tallies),
             "streak": [self.streak, self.first_skipped],
             "pending": pending and {"step": pending.step, "limit": pending.limit, "values": list(pending.read())},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        mean, self.running.count = state_dict["running"]
-        self.running.mean = max(mean, self._average_norm)  # norms as high as before the roll-back are not spikes
+        mean, self.running_norm.count = state_dict["running"]
+        self.running_norm.mean = max(mean, self._restored_norm)  # norms as high as before the roll-back are not spikes
         self.streak, self.first_skipped = state_dict["streak"]
-        self.tallies = {**state_dict["tallies"], **self._carried}
+        self.tallies = {**state_dict["tallies"], **self._restored_tallies}
         self._pending = StepStats(**state_dict["pending"]) if state_dict["pending"] else None
 
 
 def load_step_offset(checkpoint: Path | None) -> int:
-    """Return the number of batches that roll-backs had dropped when the checkpoint was saved."""
+    """Return the number of batches that roll-backs had skipped over when the checkpoint was saved."""
     if checkpoint is None:
         return 0
     saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    guard = saved["callbacks"].get("Guard")  # older checkpoints store the offset only here
+    guard = saved["callbacks"].get("Guard")  # older checkpoints have the offset only here
     return int(saved.get("step_offset", guard["tallies"]["offset"] if guard else 0))
 
 
 def _to_json(value: float) -> float | str:
-    """Return a finite number unchanged, anything else as text, because JSON has no nan or inf."""
+    """Return a finite number unchanged and nan or inf as text, because JSON does not support them."""
     return value if math.isfinite(value) else str(value)

@@ -1,4 +1,4 @@
-"""Loggers: metrics.csv always, and W&B unless it is turned off."""
+"""Loggers: metrics.csv, and W&B unless it is turned off."""
 
 import csv
 import io
@@ -23,7 +23,7 @@ from ldm.tracking.run import OPTIONS, WandbRun
 
 @dataclass
 class Loggers:
-    """The loggers passed to Lightning, and the W&B run if there is one."""
+    """Loggers passed to Lightning, and the W&B run, if any."""
 
     lightning: list[Logger]
     wandb: WandbRun | None = None
@@ -50,8 +50,8 @@ class CsvLogger(Logger):
     """Writes metrics.csv: one row per call to `log_metrics`, one column per metric. Write errors do not stop training.
 
     Args:
-        last_row: The step up to which existing rows are kept.
-        tracker: A W&B run that gets the same metrics. It stays open at the end, for the final images and the summary.
+        last_row: Last step whose existing row is kept.
+        tracker: W&B run that receives the same metrics. It stays open after training for the final images and summary.
     """
 
     name, version = "csv", ""
@@ -66,11 +66,11 @@ class CsvLogger(Logger):
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: the config is in config.yaml, and W&B gets it when its run starts."""
 
-    def drop_rows_after(self, last: int) -> None:
-        """Drop the rows of steps after `last`, because training continues from there and will log them again."""
-        self._rows = [row for row in self._rows if row["step"] <= last]
+    def drop_rows_after(self, last_step: int) -> None:
+        """Drop the rows after `last_step`, because training continues from there and logs them again."""
+        self._rows = [row for row in self._rows if row["step"] <= last_step]
         if self.file.is_file():
-            self._write(last)
+            self._write(last_step)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         self._rows.append({**metrics, "step": step or 0})
@@ -83,11 +83,11 @@ class CsvLogger(Logger):
         if self._rows:
             self._write()
 
-    def _write(self, last: float = math.inf) -> None:
-        """Rewrite the file: its rows up to step `last`, then the rows that have not been written yet."""
+    def _write(self, last_step: float = math.inf) -> None:
+        """Rewrite the file with its rows up to `last_step`, followed by the rows not written yet."""
         with warn_on_write_error(self.file):
             columns, rows = _read(self.file)
-            rows = [row for row in rows if int(row["step"]) <= last] + self._rows
+            rows = [row for row in rows if int(row["step"]) <= last_step] + self._rows
             columns = sorted({"step"}.union(columns, *self._rows))
             text = io.StringIO(newline="")
             writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
@@ -99,7 +99,7 @@ class CsvLogger(Logger):
 
 
 def _read(file: Path) -> tuple[Sequence[str], list[dict[str, Any]]]:
-    """Return the column names and the rows that have a step, without a last line that was only partly written."""
+    """Return the column names and the rows. Rows without a step and a truncated last line are ignored."""
     *lines, _ = (file.read_text(encoding="utf-8", errors="replace") if file.is_file() else "").split("\n")
     table = csv.DictReader(lines, restval="")
     return table.fieldnames or [], [row for row in table if row.get("step", "").isdigit()]
@@ -112,7 +112,7 @@ def make_loggers(
 
     Args:
         resume: True if the run is resumed.
-        last_row: The step up to which existing rows in metrics.csv are kept.
+        last_row: Last step whose existing row in metrics.csv is kept.
     """
     if not main_process:
         return Loggers([])
@@ -133,7 +133,7 @@ def save_grid(
     images: list[Image.Image],
     captions: list,
 ) -> None:
-    """Save an image grid in `folder`, and log its images and captions to W&B if W&B is enabled."""
+    """Save an image grid in `folder`, and log its images and captions to W&B if enabled."""
     if not module.trainer.is_global_zero:
         return
     step = module.trainer.global_step

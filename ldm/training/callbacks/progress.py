@@ -23,14 +23,14 @@ class ProgressBar(Callback):
     def __init__(self, budget: Budget, batch_size: int, log_every: int, title: str) -> None:
         self.budget, self.batch_size, self.log_every, self.title = budget, batch_size, log_every, title
         self._bar: Progress | None = None
-        self._shown = self._window_start = self._paused = 0.0
+        self._last_shown = self._window_start = self._validation_start = 0.0
         self._window_step = 0
         self.images_per_s = math.nan
         self.speed: Speed | None = None
 
     @rank_zero_only
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self._shown = self._window_start = time.perf_counter()
+        self._last_shown = self._window_start = time.perf_counter()
         self._window_step = trainer.global_step
         if sys.stderr.isatty():
             text = "step {task.fields[step]}  loss {task.fields[loss]}  {task.fields[rate]} images/s"
@@ -48,19 +48,19 @@ class ProgressBar(Callback):
                 metrics["peak_memory_gb"] = memory
             if self.speed is not None:
                 metrics |= self.speed.metrics(self.images_per_s, getattr(module, "adversarial_on", False))
-            # Log directly: Lightning's `log` costs time at every step, even if nothing is written.
+            # Log directly, because Lightning's `log` adds overhead to every step.
             for logger in trainer.loggers:
                 logger.log_metrics({f"train/{name}": value for name, value in metrics.items()}, step - 1)
         every_s = self.REFRESH_EVERY_S if self._bar else self.LINE_EVERY_S
-        if now - self._shown >= every_s and trainer.is_global_zero:
-            self._shown = now
+        if now - self._last_shown >= every_s and trainer.is_global_zero:
+            self._last_shown = now
             self._show(trainer.global_step, float(outputs["loss"]))
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self._paused = time.perf_counter()
+        self._validation_start = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self._window_start += time.perf_counter() - self._paused
+        self._window_start += time.perf_counter() - self._validation_start
 
     def _show(self, step: int, loss: float) -> None:
         fraction = self.budget.progress(step)
@@ -69,8 +69,8 @@ class ProgressBar(Callback):
             self._bar.update(self._bar.task_ids[0], completed=fraction, step=step, loss=f"{loss:.4f}", rate=rate)
         else:
             minutes, seconds = divmod(round(self.budget.elapsed_s * (1 - fraction) / max(fraction, 1e-9)), 60)
-            done = f"{fraction:4.0%}, {minutes}:{seconds:02d} left"
-            print(f"{self.title}: {done}, step {step}, loss {loss:.4f}, {self.images_per_s:.0f} images/s", flush=True)
+            status = f"{fraction:4.0%}, {minutes}:{seconds:02d} left"
+            print(f"{self.title}: {status}, step {step}, loss {loss:.4f}, {self.images_per_s:.0f} images/s", flush=True)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         self._stop()

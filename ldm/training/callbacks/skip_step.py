@@ -1,8 +1,8 @@
-"""Skip a step with a bad gradient on the device, without synchronising.
+"""Skip a step with a bad gradient without synchronising with the device.
 
 The decision stays on the device, where the optimizer reads it as `found_inf`. The statistics of the step are copied to
-the host in the meantime and read after the next step has been queued. An optimizer without support for `found_inf`
-(torch's own support it with fused=True) synchronises with the device at each step instead.
+the host asynchronously and read after the next step has been queued. With optimizers that do not support `found_inf`
+(torch's own do with fused=True), every step synchronises instead.
 """
 
 import math
@@ -19,8 +19,8 @@ MAX_FLOAT32 = torch.finfo(torch.float32).max
 class RunningNorm:
     """Running geometric mean of the gradient norm over about `window` steps, and the spike limit derived from it.
 
-    Norms above the limit are clamped to it. A single spike therefore moves the mean little, and if the norms stay high,
-    the mean follows. A geometric mean is also robust to spikes before detection starts.
+    Norms above the limit are clamped, so a single spike barely moves the mean, but the mean follows if the norms stay
+    high. A geometric mean is also robust to spikes before detection starts.
     """
 
     max_spike: float
@@ -35,7 +35,7 @@ class RunningNorm:
         return min(self.max_spike * self.mean, MAX_FLOAT32) if is_warm else MAX_FLOAT32
 
     def add(self, norm: float) -> None:
-        """Add a norm to the mean; norms that are 0 or not finite are ignored."""
+        """Update the mean with a norm. Zero and non-finite norms are ignored."""
         if not 0 < norm < math.inf:
             return
         norm = min(norm, self.limit)
@@ -46,35 +46,35 @@ class RunningNorm:
 
 @dataclass
 class StepStats:
-    """Statistics of a step on their way to the host.
+    """Statistics of a step, copied to the host asynchronously.
 
     Args:
-        limit: The largest norm that was allowed.
-        values: 1 if the step was skipped, 1 if the discriminator's step was skipped, the gradient norm, and the losses.
-        arrived: Recorded after the copy; None if the values are on the host already.
+        limit: Largest allowed gradient norm.
+        values: Skip flags (0 or 1) of the step and of the discriminator's step, the gradient norm, and the losses.
+        copy_event: Recorded after the copy; None if the values are already on the host.
     """
 
     step: int
     limit: float
     values: list[float] | Tensor
-    arrived: torch.cuda.Event | None = None
+    copy_event: torch.cuda.Event | None = None
 
     @classmethod
     def send(cls, step: int, limit: float, values: Tensor) -> "StepStats":
-        """Start the copy to the host; on CUDA it overlaps with the next step."""
+        """Start the copy to the host. On CUDA, it overlaps with the next step."""
         if values.device.type != "cuda":
             return cls(step, limit, values)
         host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         host.copy_(values, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
-        return cls(step, limit, host, arrived)
+        copy_event = torch.cuda.Event()
+        copy_event.record()
+        return cls(step, limit, host, copy_event)
 
     def read(self) -> list[float]:
         """Return the values, waiting for the copy if necessary."""
         if isinstance(self.values, Tensor):
-            if self.arrived is not None:
-                self.arrived.synchronize()
+            if self.copy_event is not None:
+                self.copy_event.synchronize()
             self.values = self.values.tolist()
         return self.values
 
@@ -90,7 +90,7 @@ def is_on_cpu(value: Tensor) -> bool:
 
 
 def skip_step(optimizer: Optimizer, skip: Tensor) -> None:
-    """If `skip` is true, make the optimizer's next step leave the weights and its own state unchanged."""
+    """If `skip` is true, make the optimizer's next step a no-op for both weights and optimizer state."""
     if not is_on_cpu(skip) and getattr(optimizer, "_step_supports_amp_scaling", False):
         optimizer.found_inf = skip.float()  # type: ignore[attr-defined]  # the attribute that torch's GradScaler sets
     elif skip:

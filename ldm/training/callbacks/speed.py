@@ -29,7 +29,7 @@ PEAK_TFLOPS = {
     "GeForce RTX 4090": 165.2,
     "GeForce RTX 3090": 71.0,
 }
-"""Peak dense bf16 throughput with float32 accumulation, in TFLOP/s, by words in the GPU name that CUDA reports.
+"""Peak dense bf16 throughput with float32 accumulation, in TFLOP/s, by words in the GPU name reported by CUDA.
 
 The first match is used. Source: NVIDIA's data sheets, which list twice these values because they include sparsity;
 for GeForce, the tables in NVIDIA's Ampere GA102, Ada and RTX Blackwell architecture papers. We do not use Lightning's
@@ -40,7 +40,7 @@ table (`lightning.fabric.utilities.throughput`), because its values for H100 NVL
 def peak_flops(gpu: str) -> float | None:
     """Return the peak bf16 throughput of a GPU in FLOP/s, or None if the GPU is not in the table.
 
-    Names match by complete words: an L40 is not an L4. MIG instances and Ti, D and laptop versions are not listed.
+    Only complete words match, so an L40 does not match L4. MIG instances and Ti, D and laptop versions give None.
     """
     words = f" {gpu.replace('-', ' ')} "
     if " MIG " in words:
@@ -63,7 +63,7 @@ class Speed:
     peak: float | None
 
     def metrics(self, images_per_s: float, adversarial_on: bool = False) -> dict[str, float]:
-        """Return `tflops_per_s` and `mfu`, the model FLOPs utilisation; recomputed operations do not count.
+        """Return `tflops_per_s` and `mfu`, the model FLOPs utilisation, which excludes recomputation.
 
         Source: Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
         """
@@ -85,9 +85,9 @@ def measure_speed(trainer: Trainer, stage: Stage, num_images: int = 2) -> Speed:
 
 
 def count_flops(step: Callable[[], Any]) -> float:
-    """Count the operations in `step`'s matrix products, convolutions and attention, forward and backward.
+    """Count the operations of matrix products, convolutions and attention while `step` runs, including backward.
 
-    It runs in eager mode with unfused attention, because torch does not count compiled code or fused attention on
+    `step` runs in eager mode with unfused attention, because torch does not count compiled code or fused attention on
     CPUs. The state of the random number generators is restored afterwards.
     """
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
@@ -99,21 +99,21 @@ def count_flops(step: Callable[[], Any]) -> float:
 
 
 _has_earlier_job = False
-"""True if this process has already run another training job."""
+"""True if an earlier training job has run in this process."""
 
 
-def reset_peak_memory(*, first: bool) -> None:
-    """Reset the peak, so that it does not include an earlier job of a multirun. Pass first=True if there was none."""
+def reset_peak_memory(*, is_first_job: bool) -> None:
+    """Reset the peak memory, so that it excludes earlier jobs of a multirun."""
     global _has_earlier_job
-    _has_earlier_job = not first
+    _has_earlier_job = not is_first_job
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
 
 
 def peak_memory_gb() -> float | None:
-    """Return the peak GPU memory of this training, or without a GPU the peak RAM of its process.
+    """Return the peak GPU memory of this training run in GB or, without a GPU, the peak RAM of the process.
 
-    None on Windows, and if an earlier training in this process may have set the RAM peak, which cannot be reset.
+    Without a GPU, return None on Windows, and after an earlier job in this process, whose peak cannot be reset.
     """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
@@ -144,7 +144,7 @@ def describe_device(trainer: Trainer) -> str:
 
 
 def estimate_duration(trainer: Trainer, stage: Stage, budget: Budget, batch_size: int, step: int) -> str:
-    """Estimate the training time from `step` on; a budget in steps is timed on one batch of `batch_size`."""
+    """Estimate the remaining training time at `step`. For a budget in steps, this times a step on one batch."""
     if budget.max_steps <= 0:
         return budget.expected_duration(step, 0.0)
     module = stage.module.to(trainer.strategy.root_device)

@@ -1,8 +1,9 @@
-"""The discriminator of stage 1 with its optimizer, its starting step and the weight of the adversarial loss.
+"""The discriminator of stage 1, with its optimizer, start step and loss weight.
 
-It is deliberately not part of the LightningModule. Lightning counts the steps of every optimizer, and DDP waits for the
-gradient of every parameter. The trainer therefore knows only the generator, `max_steps` counts generator steps, and the
-discriminator takes one step after each of them. Its gradients are averaged over ranks here.
+The discriminator is deliberately not part of the LightningModule, because Lightning counts the steps of every optimizer
+and DDP waits for the gradient of every parameter. The trainer therefore only knows the generator, `max_steps` counts
+generator steps, and the discriminator takes a step after each generator step. `Adversary` averages the discriminator's
+gradients over ranks.
 """
 
 from typing import Annotated, Any
@@ -23,10 +24,10 @@ class Adversary:
 
     Args:
         loss: hinge or non_saturating.
-        weight: Weight of the adversarial loss; it is multiplied by the adaptive weight lambda and the ramp.
-        start: Generator step at which the discriminator starts to train; below 1, a fraction of the budget.
-        ramp: Generator steps over which the weight grows from 0, so that the discriminator can train first.
-        lr: Peak learning rate of the discriminator; it decays like the generator's.
+        weight: Weight of the adversarial loss, multiplied by the adaptive weight lambda and the ramp.
+        start: Generator step at which the discriminator starts to train, or a fraction of the budget if below 1.
+        ramp: Generator steps over which the weight grows from 0, to give the discriminator a head start.
+        lr: Peak learning rate of the discriminator, with the same decay as the generator.
         max_weight: Upper bound of lambda.
 
     Raises:
@@ -54,17 +55,17 @@ class Adversary:
         self.discriminator: nn.Module = PatchDiscriminator(channels, layers)
         # fused=True supports found_inf, which skips a step without synchronising
         self.optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=lr, betas=(0.5, 0.9), fused=True)
-        self.begun_at: int | None = None
+        self.start_step: int | None = None
         self.loss_scale = 1.0
-        """1 / number of accumulated batches."""
+        """1 / number of accumulated micro-batches."""
         self.adaptive_weight: Any = None
-        """Computes lambda from the gradients at the autoencoder's last layer; set once there is an autoencoder."""
+        """Computes lambda from the gradients at the autoencoder's last layer. Set by `VAETraining`."""
 
     def check(self, resolution: int) -> None:
         """Check that the images are large enough for the discriminator.
 
         Raises:
-            UserError: They are too small. The message gives the number of layers that fits.
+            UserError: The images are too small. The message gives the largest possible number of layers.
         """
         layers = self.shape[1]
         if resolution >> layers < 3:
@@ -82,7 +83,7 @@ class Adversary:
         return loss
 
     def accumulate_gradients(self, images: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
-        """Add the discriminator's gradients on a batch, scaled by `loss_scale`; return its loss and accuracy."""
+        """Accumulate the discriminator's gradients, scaled by `loss_scale`. Return its loss and accuracy."""
         real, fake = self.discriminator(torch.cat([images, reconstruction.detach().to(images.dtype)])).chunk(2)
         loss = discriminator_loss(self.gan_loss, real, fake)
         with torch.autocast(images.device.type, enabled=False):
@@ -91,9 +92,9 @@ class Adversary:
         return {"discriminator": loss.detach(), "discriminator_accuracy": accuracy}
 
     def step(self, decay: float, guard: Guard | None = None) -> None:
-        """Take one step at the learning rate lr * decay, on the accumulated gradients averaged over ranks.
+        """Average the accumulated gradients over ranks and take a step with learning rate lr * decay.
 
-        A guard skips it together with the autoencoder's step, or if these gradients are not finite.
+        The guard skips this step if the autoencoder's step was skipped or these gradients are not finite.
         """
         if dist.is_available() and dist.is_initialized():
             for parameter in self.discriminator.parameters():
@@ -107,8 +108,8 @@ class Adversary:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def place_on(self, device: torch.device) -> None:
-        """Move to this rank's device and broadcast the weights of rank 0."""
+    def move_to(self, device: torch.device) -> None:
+        """Move the discriminator and its optimizer to the device, and broadcast the weights of rank 0."""
         self.discriminator.to(device)
         self.optimizer.load_state_dict(self.optimizer.state_dict())  # moves the moments to the device of the weights
         if dist.is_available() and dist.is_initialized():
@@ -119,10 +120,10 @@ class Adversary:
         return {
             "discriminator": self.discriminator.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "begun_at": self.begun_at,
+            "begun_at": self.start_step,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.discriminator.load_state_dict(state["discriminator"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.begun_at = state["begun_at"]
+        self.start_step = state["begun_at"]

@@ -1,4 +1,4 @@
-"""Training of stage 1: an autoencoder on images, optionally with a discriminator."""
+"""Stage 1 training: an autoencoder on images, optionally with a discriminator."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +21,7 @@ from ldm.training.optim.factory import OptimizerFactory
 
 NUM_GRID_IMAGES = 8
 AFTER_STEP_DRAWS = 2**32
-"""Separates the random draws made after a step from those of its rows."""
+"""Seed component for random draws made after a step; larger than any row index."""
 
 
 class VAETraining(TrainingModule):
@@ -29,11 +29,11 @@ class VAETraining(TrainingModule):
 
     Args:
         model: A model with the interface of diffusers' AutoencoderKL or VQModel.
-        loss: Images, reconstruction and the regulariser's terms -> loss terms by name.
-        regulariser: Runs the model on a batch.
+        loss: images, reconstructions, regularisation terms -> loss terms by name.
+        regulariser: Regulariser of the latents; also runs the model on a batch.
         optimizer: Builds the optimizer.
-        seed: Noise and flips of row i of step k depend only on seed, k and i.
-        flip: Mirror half of the images.
+        seed: Noise and flips of row i in step k depend only on seed, k and i.
+        flip: Mirror each image with probability 1/2.
         figures_dir: Folder for grids of reconstructions.
         adversary: The discriminator and its optimizer.
     """
@@ -55,12 +55,13 @@ class VAETraining(TrainingModule):
         self.adversary, self.adversarial_on = adversary, False
         if adversary is not None:
             adversary.adaptive_weight = AdaptiveWeight(LastLayer(model), adversary.max_weight)
-        self._used_codes: Tensor | None = None
+        self._code_counts: Tensor | None = None
 
     def losses(self, images: Tensor, draws: Draws) -> dict[str, Tensor]:
         """Return the loss terms of a batch.
 
-        The value of `loss` excludes the adversarial term, so that its curve has no jump; its gradient includes it.
+        The value of `loss` excludes the adversarial term, so that the loss curve does not jump when the discriminator
+        starts. The gradient of `loss` includes the adversarial term.
         """
         if self.flip:
             mirrored = draws.rand((len(images), 1, 1, 1)) < 0.5
@@ -83,7 +84,7 @@ class VAETraining(TrainingModule):
         super().on_train_start()
         self.regulariser.clear_batches()
         if self.adversary is not None:
-            self.adversary.place_on(self.device)
+            self.adversary.move_to(self.device)
             loss_scale = 1 / self.trainer.accumulate_grad_batches
             self.adversary.loss_scale = self.adversary.adaptive_weight.loss_scale = loss_scale
 
@@ -91,14 +92,14 @@ class VAETraining(TrainingModule):
         adversary, step = self.adversary, self.trainer.global_step
         if adversary is None or batch_idx % self.trainer.accumulate_grad_batches:
             return
-        if adversary.begun_at is None:
+        if adversary.start_step is None:
             is_due = (self.progress(step) if adversary.start < 1 else step) >= adversary.start
             if self.trainer.strategy.reduce_boolean_decision(is_due, all=False):
-                adversary.begun_at = step
-        self.adversarial_on = adversary.begun_at is not None
-        if adversary.begun_at is not None:
-            ramp = min(1.0, (step - adversary.begun_at) / max(1, adversary.ramp))
-            adversary.adaptive_weight.weight = None  # measure lambda again
+                adversary.start_step = step
+        self.adversarial_on = adversary.start_step is not None
+        if adversary.start_step is not None:
+            ramp = min(1.0, (step - adversary.start_step) / max(1, adversary.ramp))
+            adversary.adaptive_weight.weight = None  # recompute lambda in this step
             adversary.adaptive_weight.factor = adversary.weight * ramp
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -121,7 +122,7 @@ class VAETraining(TrainingModule):
         if self.adversary is not None:
             start = self.adversary.start
             self.fraction_without_adversary = start if start < 1 else self.progress(int(start))
-            self.adversary.place_on(self.device)
+            self.adversary.move_to(self.device)
             self.adversarial_on = True
             results[True] = super().measure_each_mode(measure)[False]
             self.adversarial_on = False
@@ -146,13 +147,13 @@ class VAETraining(TrainingModule):
         self.log_dict(metrics, batch_size=len(images), sync_dist=True)
         if output.codes is not None:
             counts = torch.bincount(output.codes, minlength=self.regulariser.codebook_size or 0)
-            self._used_codes = counts if batch_idx == 0 or self._used_codes is None else self._used_codes + counts
+            self._code_counts = counts if batch_idx == 0 or self._code_counts is None else self._code_counts + counts
         if batch_idx == 0 and not self.trainer.sanity_checking:
             self._save_reconstructions(images[:NUM_GRID_IMAGES], reconstruction[:NUM_GRID_IMAGES])
 
     def on_validation_epoch_end(self) -> None:
-        if self._used_codes is not None:
-            counts = self.trainer.strategy.reduce(self._used_codes, reduce_op="sum")
+        if self._code_counts is not None:
+            counts = self.trainer.strategy.reduce(self._code_counts, reduce_op="sum")
             metrics = codebook_metrics(counts)
             for name in ("codebook_usage", "codebook_perplexity"):
                 self.log(f"val/{name}", metrics[name], sync_dist=True)

@@ -16,28 +16,28 @@ from ldm.training.callbacks.guard import Guard
 from ldm.training.optim.factory import OptimizerFactory
 
 NETWORK_DRAWS = 1
-"""Separates the random draws inside the network, such as dropout, from those of the rows."""
+"""Seed component for random draws inside the network, such as dropout."""
 
 
 class TrainingModule(LightningModule):
-    """Base class of the stages' modules.
+    """Base class of the training modules of both stages.
 
     Args:
         trained: The network that is optimised, averaged and saved.
         optimizer: Builds the optimizer.
-        seed: The random draws of row i of step k depend only on seed, k and i.
+        seed: Random draws for row i in step k depend only on seed, k and i.
     """
 
     log_every = 50
     trained: Any
     progress: Callable[[int], float] = staticmethod(lambda step: 0.0)
-    """Fraction of the budget that is spent at a step; set by `Fit`."""
+    """Returns the fraction of the budget spent at a step. Set by `Fit`."""
     guard: Guard | None = None
-    """Skips bad steps; the callback sets this attribute to itself."""
+    """Skips bad steps. Set by the callback itself in `setup`."""
     fraction_without_adversary = 1.0
-    """Fraction of the budget that is trained without a discriminator."""
+    """Fraction of the budget spent training without a discriminator."""
     step_offset = 0
-    """Steps by which the data and random draws are ahead of the optimizer because of roll-backs."""
+    """Steps by which roll-backs have moved the data and random draws ahead of the optimizer."""
 
     def __init__(self, trained: nn.Module, optimizer: OptimizerFactory, seed: int) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class TrainingModule(LightningModule):
     def losses(self, batch: Any, draws: Draws) -> dict[str, Tensor]:
         """Return the loss terms of a batch by name; `loss` is minimised. Must not change any weights.
 
-        Each term is a mean over independent samples, so that a batch can be split over micro-batches and ranks.
+        Each term must be a mean over independent samples, so that a batch can be split over micro-batches and ranks.
         """
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
@@ -62,25 +62,29 @@ class TrainingModule(LightningModule):
         return {"loss": loss if self.guard is None else self.guard.record_loss(loss)}
 
     def trial_step(self, batch: Any, autocast: Callable[[], AbstractContextManager]) -> float:
-        """Return the seconds for a forward and backward pass, without an optimizer step."""
+        """Run a forward and backward pass without an optimizer step. Return its duration in seconds."""
         start = time.perf_counter()
         with autocast():
             loss = self.losses(batch, self.trial_draws(batch))["loss"]
         loss.backward()
-        loss.item()  # waits for the accelerator
+        loss.item()  # wait for the accelerator
         return time.perf_counter() - start
 
     def measure_each_mode(self, measure: Callable[[], float]) -> dict[bool, float]:
-        """Call `measure`, which runs trial steps, without (False) and with (True) a discriminator; clear gradients."""
+        """Return the result of `measure` without (False) and with (True) a discriminator, and clear the gradients.
+
+        Args:
+            measure: Runs trial steps and returns a measurement.
+        """
         result = measure()
         self.trained.zero_grad(set_to_none=True)
         return {False: result}
 
     def measure_step(self, batch: Any, autocast: Callable[[], AbstractContextManager]) -> float:
-        """Return the seconds per step: the fastest of three, averaged over steps with and without a discriminator."""
+        """Return the seconds per step (best of three), averaged over steps with and without a discriminator."""
         seconds = self.measure_each_mode(lambda: min(self.trial_step(batch, autocast) for _ in range(3)))
-        without = self.fraction_without_adversary
-        return without * seconds[False] + (1 - without) * seconds.get(True, 0.0)
+        fraction = self.fraction_without_adversary
+        return fraction * seconds[False] + (1 - fraction) * seconds.get(True, 0.0)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optimizer(self.trained)
@@ -93,7 +97,7 @@ class TrainingModule(LightningModule):
     ) -> None:
         """Clip the gradient, pass its norm to the guard, and log it.
 
-        Lightning's own method refuses fused optimizers because of its gradient scaler, which bf16 does not need.
+        Lightning's own method rejects fused optimizers because of gradient scaling, which bf16 does not need.
         """
         if gradient_clip_val:
             norm = nn.utils.clip_grad_norm_(self.trained.parameters(), gradient_clip_val)
@@ -105,8 +109,8 @@ class TrainingModule(LightningModule):
             self.log("train/gradient_norm", norm)
 
     def on_train_start(self) -> None:
-        # Lightning takes an optimizer step when its count of micro-batches is a multiple of accumulate_grad_batches,
-        # which may have had another value before the resume. Round the count up to a multiple.
+        # Lightning takes an optimizer step when its micro-batch count is a multiple of accumulate_grad_batches. This
+        # setting can change when a run is resumed, so round the restored count up to a multiple.
         count: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
         missing = -count.processed % self.trainer.accumulate_grad_batches
         for name in ("ready", "started", "processed", "completed"):
@@ -114,16 +118,16 @@ class TrainingModule(LightningModule):
 
     @property
     def logs_this_step(self) -> bool:
-        """True if Lightning writes a row of metrics after this step."""
+        """True if Lightning logs metrics after this step."""
         return (self.trainer.global_step + 1) % self.log_every == 0
 
     @property
     def data_step(self) -> int:
-        """Index of the batch in the data order, which also seeds its random draws."""
+        """Index of the current batch in the data order, which also seeds the random draws."""
         return self.trainer.global_step + self.step_offset
 
     def _seed_network(self, seed: int) -> None:
-        """Seed the global generators that dropout uses; validation and workers advance them too."""
+        """Seed the global generators, which dropout uses and which validation and workers advance."""
         torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds all device types and is 30 times slower
         if self.device.type != "cpu":
             torch.get_device_module(self.device).manual_seed(seed)

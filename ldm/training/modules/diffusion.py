@@ -1,4 +1,4 @@
-"""Training of stage 2: a diffusion model on the latents of stage 1 (Ho et al. 2020, arXiv:2006.11239, Algorithm 1)."""
+"""Stage 2 training: a diffusion model on the latents of stage 1 (Ho et al. 2020, arXiv:2006.11239, Algorithm 1)."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ldm.diffusion.denoiser import Condition
 from ldm.diffusion.loss import ImportanceTimesteps, sample_timesteps
-from ldm.diffusion.objective import Denoising, Objective
+from ldm.diffusion.objective import DenoisingBatch, Objective
 from ldm.diffusion.samplers.base import SamplerLike
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.image_grid import grid, to_pil
@@ -25,16 +25,16 @@ LatentBatch = dict[str, Any]
 
 
 class DiffusionTraining(TrainingModule):
-    """Trains a network to denoise z_t. A batch contains posterior moments [b, views, C, h, w] and a condition.
+    """Trains a network to denoise z_t. Each batch contains posterior moments [b, views, C, h, w] and a condition.
 
     Args:
         pipeline: The pipeline with the network to train.
         objective: The loss.
         optimizer: Builds the optimizer.
         drop_condition: Fraction of conditions replaced by the null condition, for classifier-free guidance.
-        seed: Noise, timestep and condition dropout of row i of step k depend only on seed, k and i.
+        seed: Noise, timestep and condition dropout of row i in step k depend only on seed, k and i.
         grid_conditions: Conditions and captions of the sample grid.
-        sampler, guidance: Settings of the sample grid.
+        sampler, guidance: Sampler and guidance scale for the sample grid.
         figures_dir: Folder for sample grids.
     """
 
@@ -55,7 +55,7 @@ class DiffusionTraining(TrainingModule):
         self.pipeline, self.objective, self.drop_condition = pipeline, objective, drop_condition
         self.grid_conditions, self.sampler, self.guidance = grid_conditions, sampler, guidance
         self.figures_dir = figures_dir
-        self.null = pipeline.conditioning.null()
+        self.null_condition = pipeline.conditioning.null()
         self.importance = ImportanceTimesteps(self.schedule.num_steps) if objective.timesteps == "importance" else None
         self._last_losses: tuple[Tensor, Tensor] | None = None
         self._step_losses: list[tuple[Tensor, Tensor]] = []
@@ -65,8 +65,8 @@ class DiffusionTraining(TrainingModule):
     def schedule(self) -> NoiseSchedule:
         return self.pipeline.schedule
 
-    def _denoise(self, z_0: Tensor, t: Tensor, condition: Condition, draws: Draws) -> Denoising:
-        return Denoising.run(self.pipeline.denoiser(), z_0, draws.randn(z_0.shape), t, condition)
+    def _denoise(self, z_0: Tensor, t: Tensor, condition: Condition, draws: Draws) -> DenoisingBatch:
+        return DenoisingBatch.run(self.pipeline.denoiser(), z_0, draws.randn(z_0.shape), t, condition)
 
     def losses(self, batch: LatentBatch, draws: Draws) -> dict[str, Tensor]:
         mean, log_variance, condition = batch["mean"], batch["log_variance"], batch["condition"]
@@ -83,7 +83,7 @@ class DiffusionTraining(TrainingModule):
             t = draws.draw(lambda count, generator: importance.sample(count, generator)[0])
             weights = importance.weights(t)
         if condition:
-            condition = drop(condition, self.null, draws.rand((size,)) < self.drop_condition)
+            condition = drop(condition, self.null_condition, draws.rand((size,)) < self.drop_condition)
         denoising = self._denoise(z_0, t, condition, draws)
         loss = self.objective.per_sample(self.schedule, denoising, self.pipeline.variance)
         self._last_losses = (t, loss.detach())
@@ -94,26 +94,26 @@ class DiffusionTraining(TrainingModule):
         self._step_losses = []
 
     def on_train_batch_end(self, outputs: Any, batch: LatentBatch, batch_idx: int) -> None:
-        """Update the importance sampling of t with the losses of all rows of the step.
+        """Update the importance sampling of t with the per-sample losses of the step from all ranks.
 
-        This does not happen in `losses`, because that method also runs for trial steps. Non-finite losses are ignored.
+        `losses` cannot do this, because it also runs in trial steps. Non-finite losses are ignored.
         """
         if self.importance is None or self._last_losses is None:
             return
         self._step_losses.append(self._last_losses)
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
             return
-        t, losses = (gather_rows(parts) for parts in zip(*self._step_losses, strict=True))
+        t, losses = (gather_rows(values) for values in zip(*self._step_losses, strict=True))
         self._step_losses, finite = [], losses.isfinite()
         self.importance.update(t[finite], losses[finite])
 
     def validation_step(self, batch: LatentBatch, batch_idx: int) -> None:
-        """Log L_simple per band of t and the variational bound, on posterior means with fixed noise."""
+        """Log L_simple in bands of t and the variational bound, using posterior means and fixed noise."""
         z_0 = self.pipeline.autoencoder.standardise(batch["mean"][:, 0])
         size, steps = len(z_0), self.schedule.num_steps
-        first = self._num_validated if batch_idx else 0
-        self._num_validated = first + size
-        draws = Draws(0, 0, range(first, first + size), z_0.device)
+        start = self._num_validated if batch_idx else 0
+        self._num_validated = start + size
+        draws = Draws(0, 0, range(start, start + size), z_0.device)
         losses, bounds = [], []
         for band in range(NUM_BANDS):
             low, high = steps * band // NUM_BANDS, steps * (band + 1) // NUM_BANDS
@@ -127,14 +127,14 @@ class DiffusionTraining(TrainingModule):
         self.log("val/vlb_bits_per_latent_dim", torch.stack(bounds).mean().float(), batch_size=size, sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
-        """Save the sample grid while the averaged weights are still in place."""
+        """Save the sample grid while the network still has the EMA weights."""
         if not self.trainer.sanity_checking and self.trainer.is_global_zero:
             images, captions = self.sample_grid()
             figure = grid(images, captions if any(captions) else None, columns=4)
             save_grid(self, self.figures_dir, "samples", figure, images, captions)
 
     def sample_grid(self) -> tuple[list[Any], list[str | None]]:
-        """Sample the images of the grid from fixed noise; return them with their captions."""
+        """Sample the images of the grid from fixed noise. Return the images and their captions."""
         condition, captions = self.grid_conditions
         was_training = self.trained.training
         generators = sample_generators(0, range(len(captions)))

@@ -1,4 +1,4 @@
-"""Training budget in steps or time, and the learning rate schedule fitted to it."""
+"""Training budget in steps or time, and the learning rate schedule that spans it."""
 
 import math
 import time
@@ -11,7 +11,7 @@ from ldm.runtime.distributed import Agreement
 
 
 def parse_duration(text: str | None) -> float | None:
-    """Convert `HH:MM:SS` to seconds.
+    """Convert `HH:MM:SS` to seconds; None stays None.
 
     Raises:
         UserError: The text is not in this format.
@@ -30,10 +30,10 @@ class Budget(Callback):
 
         lr(k) = peak * min(1, (k + 1) / warmup_steps) * decay(p)
 
-    Here p is the spent fraction of the step budget or the time budget, whichever is larger, and decay is `linear`
-    (1 - p), `cosine` ((1 + cos pi p) / 2) or `constant`.
+    Here p is the spent fraction of the step or time budget, whichever is larger, and decay is `linear` (1 - p),
+    `cosine` ((1 + cos pi p) / 2) or `constant`.
 
-    After every step, all ranks decide together through `agreement` whether the time is up.
+    After every step, the ranks use `agreement` to decide together whether the time is up.
     """
 
     DECAYS = {
@@ -55,7 +55,7 @@ class Budget(Callback):
             raise UserError("Training needs a budget. Set trainer.max_steps=N or trainer.max_time=HH:MM:SS.")
         self.max_steps, self.max_time_s = max_steps, max_time_s
         self.warmup_steps, self.decay = warmup_steps, self.DECAYS[decay]
-        self.spent_s, self._started = 0.0, 0.0
+        self.spent_s, self._started_at = 0.0, 0.0
         self.agreement = Agreement()
         self.agreement.register("time_over", lambda: self.max_time_s is not None and self.elapsed_s >= self.max_time_s)
 
@@ -65,7 +65,7 @@ class Budget(Callback):
         return " or ".join(steps + minutes)
 
     def expected_duration(self, step: int, seconds_per_step: float) -> str:
-        """Return the expected training time from `step` on, as text."""
+        """Return the expected remaining training time at `step`, as text."""
         seconds = math.inf
         if self.max_steps > 0:
             seconds = (self.max_steps - step) * seconds_per_step
@@ -77,16 +77,16 @@ class Budget(Callback):
     @property
     def elapsed_s(self) -> float:
         """Seconds of training, including the time before a resume."""
-        return self.spent_s + (time.perf_counter() - self._started if self._started else 0.0)
+        return self.spent_s + (time.perf_counter() - self._started_at if self._started_at else 0.0)
 
     def progress(self, step: int) -> float:
-        """Return the spent fraction of the budget at a step."""
-        by_steps = step / self.max_steps if self.max_steps > 0 else 0.0
-        by_time = self.elapsed_s / self.max_time_s if self.max_time_s else 0.0
-        return min(1.0, max(by_steps, by_time))
+        """Return the fraction of the budget spent at a step."""
+        step_fraction = step / self.max_steps if self.max_steps > 0 else 0.0
+        time_fraction = self.elapsed_s / self.max_time_s if self.max_time_s else 0.0
+        return min(1.0, max(step_fraction, time_fraction))
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self._started = time.perf_counter()
+        self._started_at = time.perf_counter()
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
                 group.setdefault("peak_lr", group["lr"])  # stored in the group, so that it survives a resume
@@ -99,12 +99,12 @@ class Budget(Callback):
                 group["lr"] = group["peak_lr"] * factor
 
     def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        # Never stop within an accumulated step: its gradients would be lost, and a resumed run would be out of phase.
+        # Never stop during gradient accumulation: the gradients would be lost and a resumed run would be out of phase.
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and self.agreement.update(trainer)["time_over"]:
             trainer.should_stop = True
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self.spent_s, self._started = self.elapsed_s, 0.0  # stop the clock
+        self.spent_s, self._started_at = self.elapsed_s, 0.0  # stop the clock
 
     def state_dict(self) -> dict[str, Any]:
         return {"spent_s": self.elapsed_s}

@@ -2,7 +2,7 @@
 
     ema <- d_k ema + (1 - d_k) theta,   d_k = min(d, (1 + k) / (10 + k)) after k updates
 
-The warm-up lets the average of short runs forget the initial weights. Each update is a single foreach kernel.
+The warm-up lets the average forget the initial weights even in short runs. Each update is a single foreach kernel.
 """
 
 from collections.abc import Iterator
@@ -25,11 +25,11 @@ class EMA:
         )
         self.shadow: list[Tensor] = [p.detach().clone() for p in self._parameters]
         self.raw: dict[str, Tensor] = {}
-        """The raw weights by name, while the module has the averaged weights."""
+        """The raw weights by name while the module has the averaged weights, otherwise empty."""
 
     @torch.no_grad()
     def update(self) -> None:
-        """Update the average. Call it once per optimizer step."""
+        """Update the average. Call this once per optimizer step."""
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         if self.shadow[0].device != self._parameters[0].device:
             self.shadow = [s.to(p.device) for s, p in zip(self.shadow, self._parameters, strict=True)]
@@ -38,8 +38,8 @@ class EMA:
 
     @contextmanager
     @torch.no_grad()
-    def applied(self) -> Iterator[None]:
-        """Put the averaged weights into the module inside the context; restore the raw weights on exit."""
+    def average_parameters(self) -> Iterator[None]:
+        """Load the averaged weights into the module within the context; restore the raw weights on exit."""
         self.raw = {name: p.detach().clone() for name, p in zip(self._names, self._parameters, strict=True)}
         self.copy_to_module()
         try:
@@ -69,9 +69,9 @@ class EMACallback(Callback):
         self.decay = decay
         self.ema: EMA | None = None
         self._state: dict[str, Any] | None = None
-        self._validating = ExitStack()
+        self._validation_context = ExitStack()
         self._last_step = 0
-        self.validated_at = -1
+        self.last_validation_step = -1
 
     def on_fit_start(self, trainer: Trainer, module: Any) -> None:
         self.ema = EMA(module.trained, self.decay)
@@ -79,7 +79,7 @@ class EMACallback(Callback):
             self.ema.load_state_dict(self._state)
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self._last_step = trainer.global_step  # on_fit_start is too early: a resumed step count is not loaded yet
+        self._last_step = trainer.global_step  # on_fit_start runs before a resumed step count is loaded
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if self.ema is not None and trainer.global_step > self._last_step:
@@ -88,17 +88,17 @@ class EMACallback(Callback):
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
         if self.ema is not None:
-            self._validating.enter_context(self.ema.applied())
+            self._validation_context.enter_context(self.ema.average_parameters())
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self._validating.close()
-        self.validated_at = trainer.global_step
+        self._validation_context.close()
+        self.last_validation_step = trainer.global_step
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        self._validating.close()
+        self._validation_context.close()
 
     def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Save the raw weights in a checkpoint written during validation, as in any other checkpoint."""
+        """Save the raw weights even if the checkpoint is written during validation."""
         if self.ema is not None:
             checkpoint["state_dict"].update({f"trained.{name}": value for name, value in self.ema.raw.items()})
 

@@ -12,8 +12,7 @@ from torch import nn
 class OptimizerFactory:
     """Builds the optimizer. Parameters with fewer than two dimensions (biases, norms) get no weight decay.
 
-    The matrices in a transformer's blocks form a separate group marked `hidden`, for optimizers that treat them
-    differently.
+    The matrices in a transformer's blocks form a separate group marked `hidden`, for optimizers such as Muon.
 
     Args:
         build: parameter groups -> optimizer, e.g. a partial of torch.optim.AdamW.
@@ -22,16 +21,16 @@ class OptimizerFactory:
     build: Callable[..., torch.optim.Optimizer]
 
     def __call__(self, *modules: nn.Module) -> torch.optim.Optimizer:
-        trained = [(name, p) for module in modules for name, p in module.named_parameters() if p.requires_grad]
-        hidden = [p for name, p in trained if p.ndim == 2 and _is_hidden(name)]
-        decayed = [p for name, p in trained if p.ndim >= 2 and not (p.ndim == 2 and _is_hidden(name))]
-        not_decayed = [p for _, p in trained if p.ndim < 2]
-        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": not_decayed, "weight_decay": 0.0}]
+        trainable = [(name, p) for module in modules for name, p in module.named_parameters() if p.requires_grad]
+        hidden = [p for name, p in trainable if p.ndim == 2 and _is_hidden(name)]
+        decay = [p for name, p in trainable if p.ndim >= 2 and not (p.ndim == 2 and _is_hidden(name))]
+        no_decay = [p for _, p in trainable if p.ndim < 2]
+        groups: list[dict[str, Any]] = [{"params": decay}, {"params": no_decay, "weight_decay": 0.0}]
         if hidden:
             groups.append({"params": hidden, "hidden": True})
         return self.build([group for group in groups if group["params"]])
 
 
 def _is_hidden(name: str) -> bool:
-    """Return True for matrices between hidden layers of a transformer, which excludes the modulation of adaLN."""
+    """Return True for parameters of transformer blocks, except the adaLN modulation."""
     return name.startswith("blocks.") and "modulation" not in name

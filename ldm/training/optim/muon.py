@@ -16,15 +16,15 @@ from torch.optim import AdamW, Muon, Optimizer
 class MuonAdamW(Optimizer):
     """Combines Muon and AdamW behind the interface of a single optimizer.
 
-    A network without transformer blocks, such as a UNet, has no parameters for Muon and is trained by AdamW alone.
-    As with torch's fused optimizers, a step changes nothing if the attribute `found_inf`, a tensor [], is 1.
+    A network without transformer blocks, such as a UNet, has no parameters for Muon and is trained with AdamW alone.
+    As with torch's fused optimizers, a step is skipped if the attribute `found_inf`, a scalar tensor, is 1.
 
     Args:
         params: Parameter groups; those with `hidden=True` go to Muon and must contain only matrices.
         lr: Learning rate of both optimizers.
         betas, fused: Options of AdamW.
         momentum: Momentum of Muon.
-        weight_decay: Weight decay of both, for groups that do not set their own.
+        weight_decay: Default weight decay of both optimizers; parameter groups can override it.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class MuonAdamW(Optimizer):
         self._step_supports_amp_scaling = fused  # torch's flag for optimizers that support found_inf
 
     def _link_inner(self) -> None:
-        """Expose the inner optimizers' groups and states by reference, so that they see a learning rate set here."""
+        """Share groups and states with the inner optimizers, so that they see changes of the learning rate."""
         self.param_groups = [group for optimizer in self.inner for group in optimizer.param_groups]
         self.state.clear()
         for optimizer in self.inner:
@@ -84,9 +84,9 @@ class MuonAdamW(Optimizer):
 
 @torch.no_grad()
 def step_unless_inf(muon: Muon, found_inf: Tensor) -> None:
-    """Take a step of torch's Muon, which does not support found_inf, unless found_inf is 1.
+    """Take a Muon step unless found_inf is 1. Torch's Muon does not support found_inf itself.
 
-    A skipped step restores the matrices and averages each momentum with itself, which leaves it bit-identical.
+    To skip a step, restore the matrices and average each momentum with itself, which leaves it bit-identical.
     """
     skip = found_inf.bool()
     matrices = [p for group in muon.param_groups for p in group["params"] if p.grad is not None]

@@ -14,7 +14,7 @@ ALIASES = {"32": "32-true", "bf16": "bf16-mixed"}
 
 
 def normalise_precision(requested: Any) -> str:
-    """Return one of PRECISIONS; 32 and bf16 are aliases. fp16 is refused because autoencoders overflow in it.
+    """Return one of PRECISIONS; 32 and bf16 are aliases. fp16 is not supported because autoencoders overflow in it.
 
     Raises:
         UserError: The precision is unknown.
@@ -46,12 +46,12 @@ def choose_precision(requested: Any, accelerator: str) -> str:
 def measure_bf16_speedup(repeats: int = 12) -> float:
     """Return how much faster a convolution (forward and backward) runs in bf16 autocast than in fp32.
 
-    Compares the fastest of `repeats` runs of each.
+    The fastest of `repeats` runs counts for each.
     """
     layer, x = nn.Conv2d(128, 128, 3, padding=1), torch.randn(128, 128, 8, 8)
     times: dict[bool, list[float]] = {False: [], True: []}
     for _ in range(repeats + 1):
-        for enabled in times:  # interleaved, so that other load on the machine affects both
+        for enabled in times:  # interleaved, so that background load affects both equally
             start = time.perf_counter()
             with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
                 y = layer(x)

@@ -31,14 +31,15 @@ from ldm.training.modules.autoencoder import VAETraining
 from ldm.training.optim.factory import OptimizerFactory
 from ldm.training.stages.base import Stage
 
-MAX_START_IMAGES, MAX_START_PIXELS = 4096, 4096 * 64 * 64
-"""Limits on the training images, and on their pixels, used to initialise the shortcut and codebook and to fit PCA."""
+MAX_INIT_IMAGES, MAX_INIT_PIXELS = 4096, 4096 * 64 * 64
+"""Maximum numbers of training images and pixels used to initialise the shortcut and the codebook. The first limit also
+applies to the PCA baseline."""
 HELD_OUT_PIXELS = 2**20
 """Pixels per batch when evaluating held-out images: 64 images at 128 px."""
 
 
 class ModelSizes(TypedDict, total=False):
-    """Rules for the sizes of a model, under the argument names of diffusers' and our autoencoders."""
+    """Rules for model sizes, by argument name in diffusers' and our autoencoders."""
 
     patch: Size
     latent_channels: Size
@@ -48,19 +49,19 @@ class ModelSizes(TypedDict, total=False):
 
 
 class VAEStage(Stage):
-    """Stage 1: training of the autoencoder.
+    """Stage 1: trains the autoencoder.
 
     Args:
-        model: Builds a diffusers KL autoencoder or our wrapper around it; None with `pretrained`.
+        model: Builds a diffusers KL autoencoder or our wrapper around it; None if `pretrained` is given.
         loss: The reconstruction loss.
         optimizer: parameter groups -> optimizer.
         regulariser: Regulariser of the latents.
-        perceptual: Feature distance added to the loss.
+        perceptual: Perceptual distance added to the loss.
         adversarial: Builds the discriminator and its optimizer.
-        pretrained: A run, diffusers folder or hub id whose autoencoder is used instead of a new one.
-        train: Weights to train: all, the decoder's, or nothing.
+        pretrained: Run, diffusers folder or Hub id of an autoencoder to use instead of a new one.
+        train: Weights to train: all, decoder or nothing.
         latent_statistics: Source of the statistics that standardise the latents.
-        init_from: A run, diffusers folder or hub id whose weights initialise the autoencoder.
+        init_from: Run, diffusers folder or Hub id of the initial weights.
     """
 
     kind = "vae"
@@ -101,7 +102,8 @@ class VAEStage(Stage):
         set_trainable(network, train)
         network.train(self.trains)
         self.latent_shape = self.autoencoder.latent_shape(images.resolution)
-        self.pretrained, self.trained, self.regulariser, loss.perceptual = pretrained, train, regulariser, perceptual
+        self.pretrained, self.trained_part, self.regulariser = pretrained, train, regulariser
+        loss.perceptual = perceptual
         self.perceptual_features = _perceptual_features(source) | (
             {perceptual.name} if perceptual is not None else set()
         )
@@ -125,7 +127,7 @@ class VAEStage(Stage):
         regulariser.initialise(network, lambda: self._sample_images(seed), seed, device)
 
     def _sample_images(self, seed: int) -> Tensor:
-        count = min(MAX_START_IMAGES, MAX_START_PIXELS // self.images.resolution**2)
+        count = min(MAX_INIT_IMAGES, MAX_INIT_PIXELS // self.images.resolution**2)
         indices = numpy_generator(seed).permutation(self.images.train_indices)[: max(1, count)]
         return self.images.batch(np.sort(indices))
 
@@ -176,18 +178,18 @@ class VAEStage(Stage):
     def summary_rows(self) -> list[tuple[str, str]]:
         channels, height, width = self.latent_shape
         weights = list(self.module.trained.parameters())
-        size, trained = sum(p.numel() for p in weights), sum(p.numel() for p in weights if p.requires_grad)
-        num_trained = f"{trained / 1e6:.1f} M" if trained else "none"
-        counts = f"{size / 1e6:.1f} M parameters" + ("" if trained == size else f", {num_trained} of them trained")
+        size, trainable = sum(p.numel() for p in weights), sum(p.numel() for p in weights if p.requires_grad)
+        num_trainable = f"{trainable / 1e6:.1f} M" if trainable else "none"
+        counts = f"{size / 1e6:.1f} M parameters" + ("" if trainable == size else f" ({num_trainable} trainable)")
         factor, values = self.autoencoder.factor, math.prod(self.latent_shape)
-        kind = self.autoencoder.regulariser
+        regulariser = self.autoencoder.regulariser
         if (codes := self.autoencoder.codebook_size) is not None:
-            kind = f"vq, {codes} codes = {math.log2(codes):.3g} bits per location"
+            regulariser = f"vq, {codes} codes = {math.log2(codes):.3g} bits per location"
         return [
             ("model", f"{type(self.module.trained).__name__}, {counts}"),
             ("latent", f"{channels} x {height} x {width} = {values} values, f = {factor}"),
             ("compression", f"{self.compression:.1f} pixel values per latent value"),
-            ("regulariser", kind),
+            ("regulariser", regulariser),
             *([("loss", self._describe_loss())] if self.trains else []),
         ]
 
@@ -198,7 +200,7 @@ class VAEStage(Stage):
             terms.append(f"{loss.perceptual.weight:g} perceptual ({loss.perceptual.name})")
         if adversary is not None:
             start = f"{adversary.start:.0%} of the budget" if adversary.start < 1 else f"step {adversary.start:g}"
-            terms.append(f"{adversary.weight:g} adversarial ({adversary.gan_loss}, from {start} on)")
+            terms.append(f"{adversary.weight:g} adversarial ({adversary.gan_loss}, starting at {start})")
         return " + ".join(terms)
 
     def facts(self) -> dict[str, Any]:
@@ -207,7 +209,7 @@ class VAEStage(Stage):
             "latent_shape": list(self.latent_shape),
             "factor": self.autoencoder.factor,
             "pretrained": self.pretrained,
-            "trained": self.trained,
+            "trained": self.trained_part,
             "regulariser": self.autoencoder.regulariser,
             "codebook_size": self.autoencoder.codebook_size,
             "likelihood": bool(loss.nll),
@@ -225,7 +227,7 @@ class VAEStage(Stage):
             self.autoencoder, self.images, self.flip, self.cache_dir, mean_and_std=mean_and_std
         )
         del latents
-        if self.trained == "all":
+        if self.trained_part == "all":
             self.autoencoder.register_scaling()
         with atomic_folder(run.autoencoder_folder) as partial:
             self.autoencoder.save(partial)
@@ -236,9 +238,9 @@ class VAEStage(Stage):
         return run.next_training_command()
 
     def _evaluate_held_out(self, run: Run) -> tuple[dict[str, Any], Path]:
-        """Compare validation reconstructions with a PCA of the same size; return the metrics and a figure.
+        """Compare validation reconstructions with a PCA of the same latent size. Return the metrics and a figure.
 
-        The batch size is chosen so that memory does not depend on the resolution.
+        The batch size shrinks with the resolution, to bound memory use.
         """
         factor, channels = self.autoencoder.factor, self.autoencoder.channels
         batch_size = min(64, max(1, HELD_OUT_PIXELS // self.images.resolution**2))
@@ -247,7 +249,7 @@ class VAEStage(Stage):
             for start in range(0, len(indices), batch_size):
                 yield self.images.batch(indices[start : start + batch_size])
 
-        components = patch_components(batches(np.sort(self.images.train_indices[:MAX_START_IMAGES])), factor)
+        components = patch_components(batches(np.sort(self.images.train_indices[:MAX_INIT_IMAGES])), factor)
         columns: dict[str, list[Any]] = {"original": [], "autoencoder": [], "PCA, same size": []}
         values: dict[str, list[Tensor]] = {"psnr_db": [], "pca_psnr_db": [], "ssim": []}
         for originals in batches(self.images.val_indices[:512]):
@@ -259,7 +261,7 @@ class VAEStage(Stage):
             for column, images in zip(columns.values(), (originals, reconstructed, pca), strict=True):
                 column += to_pil(images[: 10 - len(column)])
         metrics: dict[str, Any] = {"val_images": min(512, len(self.images.val_indices))}
-        metrics |= {name: torch.cat(parts).mean().item() for name, parts in values.items()}
+        metrics |= {name: torch.cat(batch_values).mean().item() for name, batch_values in values.items()}
         metrics["compression"] = self.compression
         path = run.images / "held_out_reconstructions.png"
         labelled_rows(list(columns.items())).save(path)
@@ -267,7 +269,7 @@ class VAEStage(Stage):
 
 
 def _perceptual_features(source: str | None) -> set[str]:
-    """Return the perceptual losses that a run and its ancestors trained with; metrics on these features are biased."""
+    """Return the perceptual losses used to train a run and its ancestors; metrics on the same features are biased."""
     if source is None or not (Path(source).expanduser() / RUN_FILE).is_file():
         return set()
     return set(Run.open(source).facts.get("perceptual_features", []))

@@ -11,13 +11,13 @@ from ldm.runs.run import Run
 
 
 class Stage(ABC):
-    """A LightningModule with its data, its rows of the start-up table and its outputs."""
+    """A LightningModule with its data, summary and outputs."""
 
     kind: str
     module: Any  # a TrainingModule
     images: ImageData
     trains = True
-    """False if pretrained weights are used without training; only `finish` runs then."""
+    """False if pretrained weights are used without training. In this case, only `finish` runs."""
 
     @classmethod
     @abstractmethod
@@ -33,11 +33,11 @@ class Stage(ABC):
         """Load one batch on the CPU.
 
         Args:
-            epochs: The epoch of each sample, which seeds its random choice of caption; None outside training.
+            epochs: Epoch of each sample, which seeds the choice of its caption; None outside training.
         """
 
     def compile(self) -> None:
-        """Compile the network that is trained."""
+        """Compile the trained network."""
         self.module.trained.compile()
 
     @abstractmethod
@@ -50,7 +50,7 @@ class Stage(ABC):
 
     @abstractmethod
     def finish(self, run: Run) -> tuple[dict[str, Any], Path]:
-        """Write the averaged weights, which the module already has; return the final metrics and a figure."""
+        """Save the network, which already has the EMA weights. Return the final metrics and the path of a figure."""
 
     @abstractmethod
     def next_command(self, run: Run) -> str:

@@ -35,7 +35,7 @@ from ldm.training.stages.base import Stage
 
 
 class NetworkSizes(TypedDict, total=False):
-    """Rules for the sizes of a network, under the argument names of both architectures."""
+    """Rules for network sizes, by argument name in both architectures."""
 
     patch_size: Size
     hidden_dim: Size
@@ -50,7 +50,7 @@ class NetworkSizes(TypedDict, total=False):
 
 
 class DiffusionStage(Stage):
-    """Stage 2: training of the diffusion model.
+    """Stage 2: trains the diffusion model.
 
     Args:
         network: Builds the network from sample_size, in_channels, out_channels and the conditioning's options.
@@ -61,7 +61,7 @@ class DiffusionStage(Stage):
         device: Device on which the images are encoded.
         find_autoencoder: data_fingerprint -> the autoencoder and its source.
         latent_statistics: Source of the statistics that standardise the latents.
-        init_from: A run or pipeline folder whose network is trained further, instead of a new `network`.
+        init_from: Run or pipeline folder of a network to fine-tune instead of building a new one.
     """
 
     kind = "diffusion"
@@ -102,7 +102,7 @@ class DiffusionStage(Stage):
             _check_init_from(source, autoencoder, conditions, objective, schedule, sigma)
             statistics = source.autoencoder.statistics
             assert statistics is not None
-            mean_and_std = statistics.latent_mean, statistics.latent_std  # the scaling that the network was trained on
+            mean_and_std = statistics.latent_mean, statistics.latent_std  # the scaling the network was trained with
         self.contract, self.latents = encode_latents(autoencoder, images, flip, cache_dir, mean_and_std=mean_and_std)
         self.lookup_condition = conditions.lookup(images, partial(open_captions, cache_dir=cache_dir))
         self.pipeline = LatentDiffusionPipeline(
@@ -128,7 +128,7 @@ class DiffusionStage(Stage):
         )
 
     def _build(self, network: Callable[..., nn.Module], conditioning: Conditioning, variance: str) -> nn.Module:
-        """Build a new network for the latents."""
+        """Build a new network for latents of this shape."""
         channels, side, _ = self.latents.shape
         outputs = 2 * channels if variance == "learned_range" else channels
         options = conditioning.network_options()
@@ -195,8 +195,8 @@ class DiffusionStage(Stage):
         warnings = []
         if self.autoencoder_data is not None and self.autoencoder_data["fingerprint"] != self.images.fingerprint:
             data = f"{self.images.name} {self.images.fingerprint[:8]}"
-            other = f"the autoencoder was trained on other data: {self.autoencoder_data['description']}"
-            warnings.append(("warning", f"{other}, while this run trains on {data}"))
+            mismatch = f"the autoencoder was trained on different data: {self.autoencoder_data['description']}"
+            warnings.append(("warning", f"{mismatch}, while this run trains on {data}"))
         return [
             ("autoencoder", self.vae),
             *warnings,
@@ -245,20 +245,20 @@ def _check_init_from(
     schedule: NoiseSchedule,
     variance: str,
 ) -> None:
-    """Check that the network of `init_from` can be trained further with the options of this run.
+    """Check that the network of `init_from` can be fine-tuned with the options of this run.
 
-    The autoencoder, the kind of conditioning, the text encoder, the prediction and the chain must match, and so must
-    the use of a learned Sigma. The classes may differ.
+    The autoencoder, conditioning, text encoder, prediction and chain must match, and Sigma must be learned in both or
+    neither. The classes can differ.
 
     Raises:
-        UserError: One of them differs. The message gives both values.
+        UserError: One of these settings differs. The message gives both values.
     """
     old, old_vae, new_vae = source.conditioning, source.contract.autoencoder_sha256, autoencoder.weights_sha256()
     same_chain = torch.equal(source.schedule.alpha_bar, schedule.alpha_bar)
     same_outputs = (source.variance == "learned_range") == (variance == "learned_range")
     encoder, kind, prediction = old.state().get("encoder"), old.kind, source.prediction
     for is_same, setting, old_value, new_value, remedy in (
-        (old_vae == new_vae, "the autoencoder", old_vae[:12], new_vae[:12], "vae=<the folder of its pipeline>/vae"),
+        (old_vae == new_vae, "the autoencoder", old_vae[:12], new_vae[:12], "vae=<its pipeline folder>/vae"),
         (kind == conditioning.kind, "the conditioning", kind, conditioning.kind, f"conditioning={kind}"),
         (
             *(old.has_same_encoder(conditioning), "the text encoder"),

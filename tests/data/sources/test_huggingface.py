@@ -121,8 +121,8 @@ def test_columns_of_the_wrong_type_are_refused(tmp_path, column, value):
 
 
 def test_row_without_an_image_is_unreadable(tmp_path):
-    columns = [None, *COLUMNS["image"][1:]]
-    dataset(image=columns).cast_column("image", datasets.Image()).save_to_disk(tmp_path / "saved")
+    images = [None, *COLUMNS["image"][1:]]
+    dataset(image=images).cast_column("image", datasets.Image()).save_to_disk(tmp_path / "saved")
     source = HuggingFace(str(tmp_path / "saved"))
     with pytest.raises(UserError, match=r"1 of 6 .*train\[0\] \(.*no image\)"):
         prepare(source, resolution=8, cache_dir=tmp_path / "cache", progress=False)
@@ -164,7 +164,7 @@ def test_missing_dataset_or_split_is_refused(parquet):
     assert HuggingFace("user/absent").name == "user-absent"
 
 
-def test_missing_package_names_the_remedy(monkeypatch):
+def test_missing_package_error_suggests_pip_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"pip install 'ldm-trainer\[data\]'"):
         list(HuggingFace("user/set").records())
@@ -182,7 +182,7 @@ def test_list_of_texts_gives_several_captions(tmp_path, options):
 
 
 def test_folder_that_contains_runs_is_refused(tmp_path):
-    """`datasets` would read the runs' figures."""
+    """`datasets` would read the figures of runs as data."""
     folder = tmp_path / "files"
     run = folder / "experiments" / "vae" / "x"
     (run / "images").mkdir(parents=True)

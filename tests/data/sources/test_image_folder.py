@@ -37,29 +37,29 @@ def test_images_at_any_depth_are_ordered_by_name(folder):
     assert next(source.records()).load() == (folder / "a.JPG").read_bytes()
 
 
-SYSTEM = ("__MACOSX/z.png", "@eaDir/a.png/THUMB.jpg", "#recycle/o.png", "$RECYCLE.BIN/r.png", ".Trash-1000/t.png",
+SYSTEM_FILES = ("__MACOSX/z.png", "@eaDir/a.png/THUMB.jpg", "#recycle/o.png", "$RECYCLE.BIN/r.png", ".Trash-1000/t.png",
           "deep/@EADIR/x.png", "deep/System Volume Information/s.png", "._a.png", "deep/.hidden/h.png")  # fmt: skip
 
 
 def test_operating_system_files_are_skipped_silently(folder, caplog):
-    before = ImageFolder(folder).identity()
-    for name in SYSTEM:
+    original = ImageFolder(folder).identity()
+    for name in SYSTEM_FILES:
         write(folder / name)
     (folder / "__MACOSX" / "metadata.csv").write_text("no,table")
     source = ImageFolder(folder)
-    assert source.num_records == 4 and source.identity() == before and source.class_names is None
+    assert source.num_records == 4 and source.identity() == original and source.class_names is None
     assert not caplog.records
 
 
 @pytest.mark.parametrize("runs", ["runs", "deep/experiments"])
 def test_runs_and_caches_in_the_folder_are_skipped(folder, runs, caplog):
-    before = ImageFolder(folder).identity()
+    original = ImageFolder(folder).identity()
     for name in (f"{runs}/vae/x/images/held_out.png", f"{runs}/demo/samples.png", "cache/x.png", "one run/figure.png"):
         write(folder / name)
     for run in (f"{runs}/vae/x", "one run"):
         (folder / run / "run.json").write_text("{}")
     source = ImageFolder(folder, exclude=[folder / "cache", None])
-    assert source.num_records == 4 and source.identity() == before
+    assert source.num_records == 4 and source.identity() == original
     assert runs + "/" in caplog.text and "cache/" in caplog.text and "one run/" in caplog.text
 
 
@@ -135,15 +135,15 @@ def test_repeated_rows_and_lists_give_several_captions(folder, metadata):
             2,
             "unclosed quote that extends to the row of b.png",
         ),
-        ('"d.jpeg,a red ball\nb.png",a blue box', 2, "must have a file_name, on a single line"),
+        ('"d.jpeg,a red ball\nb.png",a blue box', 2, "must have a file_name without line breaks"),
         (",a red ball", 2, "must have a file_name"),
     ],
 )
-def test_malformed_csv_row_is_refused_with_its_line(folder, rows, line, rule):
+def test_error_names_the_line_of_a_malformed_csv_row(folder, rows, line, rule):
     (folder / "metadata.csv").write_text(f"file_name,text\n{rows}\n")
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as error:
         captions_of(folder)
-    assert f"metadata.csv, line {line}: " in str(caught.value) and rule in str(caught.value)
+    assert f"metadata.csv, line {line}: " in str(error.value) and rule in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -173,22 +173,22 @@ def test_caption_column_can_be_selected_or_ignored(folder):
 
 
 @pytest.mark.parametrize(
-    ("metadata", "words"),
+    ("metadata", "message"),
     [
-        ('{"file_name": "b.png", "text": 3}', "line 1: the caption of b.png must be a text .*not 3"),
-        ('{"file_name": "b.png", "text": ["x", 3]}', "must be a text .*not 3"),
+        ('{"file_name": "b.png", "text": 3}', "line 1: the caption of b.png must be a string .*not 3"),
+        ('{"file_name": "b.png", "text": ["x", 3]}', "must be a string .*not 3"),
         ('{"file_name": "b.png", "text": "x"}\n{broken', "line 2, is not JSON"),
         ("[1]", "line 1, must be a JSON object"),
         ('{"file_name": "b.png", "text": "x"}\n{"image": "d.jpeg", "text": "y"}', "line 2: .*must have a file_name"),
         ('{"text": "x"}', "column 'file_name'.*found 0"),
-        ('{"file_name": "images/b.png", "text": "x"}', "no existing image.*images/b.png"),
+        ('{"file_name": "images/b.png", "text": "x"}', "no existing images.*images/b.png"),
         ("\udcff".encode("utf-8", "surrogateescape"), "not valid UTF-8"),
     ],
 )
-def test_invalid_metadata_is_refused(folder, metadata, words):
+def test_invalid_metadata_is_refused(folder, metadata, message):
     data = metadata if isinstance(metadata, bytes) else metadata.encode()
     (folder / "metadata.jsonl").write_bytes(data)
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         captions_of(folder)
 
 
@@ -208,7 +208,7 @@ def test_classes_are_the_top_level_folders_if_they_contain_all_images(tmp_path, 
     assert [(record.name, record.label) for record in source.records()] == list(zip(names, labels, strict=True))
 
 
-def test_any_edit_changes_the_identity(folder):
+def test_identity_changes_with_every_edit(folder):
     identities = [ImageFolder(folder).identity()]
     (folder / "b.txt").write_text("bee")
     identities.append(ImageFolder(folder).identity())

@@ -51,18 +51,18 @@ def test_each_emoji_has_one_drawing_and_one_caption(data):
     ],
 )
 def test_captions_match_their_images(data, caption, colour):
-    """The file name of the red heart lacks the variation selector that the emoji list has."""
+    """The red heart has a variation selector in the emoji list, but not in its file name."""
     np.testing.assert_allclose(image_of(data, caption)[16, 16], colour, atol=30)
 
 
 def test_drawings_are_on_white_and_fill_the_square(data):
     heart = image_of(data, "red heart")
     assert (heart[0] == 255).all() and (heart[:, 0] == 255).all()
-    drawn = np.argwhere((heart < 250).any(axis=-1))
-    assert (drawn.max(axis=0) - drawn.min(axis=0) > 16).all()
+    foreground = np.argwhere((heart < 250).any(axis=-1))
+    assert (foreground.max(axis=0) - foreground.min(axis=0) > 16).all()
 
 
-def test_missing_package_names_the_remedy(monkeypatch):
+def test_missing_package_error_suggests_pip_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "resvg_py", None)
     with pytest.raises(UserError, match=r"resvg_py.*pip install 'ldm-trainer\[demo\]'"):
         OpenMoji()

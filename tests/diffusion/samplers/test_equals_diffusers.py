@@ -1,4 +1,4 @@
-"""The samplers against diffusers' schedulers, on a denoiser that is any fixed function of its input."""
+"""Test the samplers against diffusers' schedulers, with an arbitrary deterministic network."""
 
 import diffusers
 import pytest
@@ -17,12 +17,12 @@ def seeded(seed=0):
 
 
 def network(z_t, timesteps, condition):
-    """Any fixed function of its input, with a second half in [-1, 1]."""
+    """Return arbitrary deterministic outputs with twice the channels of z_t, the second half in [-1, 1]."""
     phase = (timesteps / 10)[:, None, None]
     return torch.cat([torch.sin(2 * z_t + phase), torch.cos(z_t - phase)], 1)
 
 
-# Strided, their DDPM adds noise in its last step unless that is the one from t = 1: leading alone compares.
+# diffusers' DDPM adds noise in its last step unless that step starts at t = 1, so only leading is comparable.
 @pytest.mark.parametrize("steps", [60, 12])
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
 def test_ddpm_equals_diffusers(variance, steps, randn):
@@ -35,15 +35,15 @@ def test_ddpm_equals_diffusers(variance, steps, randn):
         timestep_spacing="leading",
     )
     scheduler.set_timesteps(steps)
-    learned = variance == "learned_range"
+    is_learned = variance == "learned_range"
 
     def predict(z_t, timesteps, condition):
         output = network(z_t, timesteps, condition)
-        return output if learned else output[:, : z_t.shape[1]]
+        return output if is_learned else output[:, : z_t.shape[1]]
 
     z_T = randn(3, 4, 5, dtype=torch.float32)
     samples = DDPM(steps, spacing="leading", variance=variance)(
-        Denoiser(schedule, predict, "eps", learned), z_T, generator=seeded()
+        Denoiser(schedule, predict, "eps", is_learned), z_T, generator=seeded()
     )
     z, generator = z_T, seeded()
     for t in scheduler.timesteps:
@@ -75,11 +75,11 @@ def test_ddim_equals_diffusers(eta, spacing, prediction, randn):
     torch.testing.assert_close(samples, z, rtol=1e-3, atol=2e-3)
 
 
-# diffusers' set_timesteps uses a conversion that numpy 2 deprecates; this package does not call it.
+# diffusers' set_timesteps uses a conversion that numpy 2 deprecates; ldm does not call set_timesteps.
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("sampler", [DPMSolver, UniPC])
-def test_multistep_solvers_run_on_our_steps_and_sigmas(sampler, randn):
-    # Equality with diffusers proves no solver here, only that it was handed the same problem.
+def test_multistep_solvers_equal_diffusers(sampler, randn):
+    # The solver itself is diffusers', so this only tests that it receives the same timesteps and sigmas.
     schedule = scaled_linear()
     scheduler = sampler.solver(
         trained_betas=schedule.betas.tolist(), prediction_type="sample", timestep_spacing="trailing"
@@ -99,9 +99,9 @@ def test_multistep_solvers_run_on_our_steps_and_sigmas(sampler, randn):
 
 @pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
 @pytest.mark.parametrize("steps", [2, 7, 20, 37, 999, 1000])
-def test_timesteps_are_diffusers_plus_one(spacing, steps):
+def test_timesteps_equal_diffusers_plus_one(spacing, steps):
     scheduler = diffusers.DDIMScheduler(timestep_spacing=spacing)
     scheduler.set_timesteps(steps)
-    # For some numbers of steps a float step makes diffusers' "trailing" one longer, ending with t = -1.
+    # For some numbers of steps, rounding appends t = -1 to diffusers' trailing timesteps.
     expected = [int(t) + 1 for t in scheduler.timesteps if t >= 0]
     assert timesteps(1000, steps, spacing) == [*expected, 0]

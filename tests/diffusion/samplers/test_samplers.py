@@ -21,22 +21,20 @@ def seeded(seed=0):
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
-def test_ddpm_samples_have_the_datas_moments(exact_gaussian, randn, variance):
+def test_ddpm_samples_match_data_moments(exact_gaussian, randn, variance):
     schedule = linear(1000)
     exact = exact_gaussian(schedule, 0.7, 0.3, dimensions=4)
     sampler = DDPM(1000, variance=variance)
     z = sampler(exact, randn(4000, 4, dtype=torch.float32), generator=seeded())
     count = z.numel()
     assert abs(z.mean() - 0.7) < 4 * (0.3 / count) ** 0.5
-    # A chain of 1000 steps is itself 1 % off in the variance, each way.
+    # With 1000 steps, the exact variance of the samples is itself up to 1 % above or below that of the data.
     assert abs(z.var() / 0.3 - 1) < 4 * (2 / count) ** 0.5 + 0.01
 
 
 @pytest.mark.parametrize(("variance", "data_variance"), [("fixed_large", 1.0), ("fixed_small", 0.0)])
-def test_the_two_fixed_variances_are_exact_for_the_data_they_are_optimal_for(
-    exact_gaussian, randn, variance, data_variance
-):
-    # fixed_large is the true reverse variance of data N(0, I), fixed_small of a point, at any stride.
+def test_fixed_variances_are_exact_for_their_optimal_data(exact_gaussian, randn, variance, data_variance):
+    # At any stride, fixed_large is the true reverse variance for data N(0, I), and fixed_small for a single point.
     schedule = linear(1000)
     mean = 0.0 if data_variance else 0.5
     exact = exact_gaussian(schedule, mean, data_variance)
@@ -50,14 +48,14 @@ def test_the_two_fixed_variances_are_exact_for_the_data_they_are_optimal_for(
     assert list(moments) == [800, 600, 400, 200, 0]
     for s in (800, 600, 400, 200):
         a = schedule.alpha_bar[s]
-        marginal = a * data_variance + 1 - a
-        assert abs(moments[s][1] / marginal - 1) < 5 * (2 / 200_000) ** 0.5
-        assert abs(moments[s][0] - a.sqrt() * mean) < 5 * (marginal / 200_000) ** 0.5 + 4e-3 * mean
+        expected_variance = a * data_variance + 1 - a
+        assert abs(moments[s][1] / expected_variance - 1) < 5 * (2 / 200_000) ** 0.5
+        assert abs(moments[s][0] - a.sqrt() * mean) < 5 * (expected_variance / 200_000) ** 0.5 + 4e-3 * mean
 
 
 @pytest.mark.parametrize("steps", [1, 3, 5])
-def test_the_optimal_variance_is_exact_at_any_stride(exact_gaussian, randn, steps):
-    # The last transition takes the mean and draws nothing: its variance is short of mse(t).
+def test_optimal_variance_is_exact_at_any_stride(exact_gaussian, randn, steps):
+    # The last transition returns the mean without noise, so the final variance is too small by mse(t).
     schedule, mean, c = linear(1000, 1e-4, 0.05), 0.5, 0.3
     a = schedule.alpha_bar
     table = c * (1 - a) / (a * c + 1 - a)
@@ -70,32 +68,32 @@ def test_the_optimal_variance_is_exact_at_any_stride(exact_gaussian, randn, step
         on_step=lambda s, z_s, z_0: moments.update({s: (z_s.mean(), z_s.var())}),
     )
     for t, s in itertools.pairwise(timesteps(1000, steps)):
-        marginal = a[s] * c + 1 - a[s] - (table[t] if s == 0 else 0)
-        assert abs(moments[s][1] - marginal) < 5 * marginal * (2 / 200_000) ** 0.5 + 1e-4
-        assert abs(moments[s][0] - a[s].sqrt() * mean) < 5 * (marginal / 200_000) ** 0.5 + 1e-4
+        expected_variance = a[s] * c + 1 - a[s] - (table[t] if s == 0 else 0)
+        assert abs(moments[s][1] - expected_variance) < 5 * expected_variance * (2 / 200_000) ** 0.5 + 1e-4
+        assert abs(moments[s][0] - a[s].sqrt() * mean) < 5 * (expected_variance / 200_000) ** 0.5 + 1e-4
 
 
-@pytest.mark.parametrize("learned", [True, False])
-def test_the_default_variance_is_what_the_model_has(exact_gaussian, randn, learned):
+@pytest.mark.parametrize("learns_variance", [True, False])
+def test_default_variance_is_learned_range_if_denoiser_returns_v(exact_gaussian, randn, learns_variance):
     exact, z_T = exact_gaussian(linear(100), 0.5, 0.2), randn(4, 1)
 
-    class Model:
+    class GaussianDenoiser:
         schedule = exact.schedule
 
         def __call__(self, z_t, t, condition=None):
             z_0 = exact(z_t, t).z_0
-            return Prediction(z_0, torch.full_like(z_0, 0.3) if learned else None)
+            return Prediction(z_0, torch.full_like(z_0, 0.3) if learns_variance else None)
 
-    kinds = {
-        kind: DDPM(5, variance=kind)(Model(), z_T, generator=seeded())
-        for kind in (None, "fixed_small", *(["learned_range"] if learned else []))
+    samples = {
+        variance: DDPM(5, variance=variance)(GaussianDenoiser(), z_T, generator=seeded())
+        for variance in (None, "fixed_small", *(["learned_range"] if learns_variance else []))
     }
-    assert kinds[None].equal(kinds["learned_range" if learned else "fixed_small"])
-    assert not learned or not kinds[None].equal(kinds["fixed_small"])
+    assert samples[None].equal(samples["learned_range" if learns_variance else "fixed_small"])
+    assert not learns_variance or not samples[None].equal(samples["fixed_small"])
 
 
 @pytest.mark.parametrize(("sampler", "steps"), [(DDPM, 200), (DDIM, 100), (DPMSolver, 50), (UniPC, 50)])
-def test_every_mode_of_a_mixture_is_found_with_its_weight(exact_mixture, randn, sampler, steps):
+def test_samples_reach_each_mode_with_its_weight(exact_mixture, randn, sampler, steps):
     means = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [-1.0, 1.0], [1.5, 1.5]])
     weights = [0.1, 0.2, 0.3, 0.4]
     exact = exact_mixture(cosine(), means, weights, variance=0.01)
@@ -108,7 +106,7 @@ def test_every_mode_of_a_mixture_is_found_with_its_weight(exact_mixture, randn, 
 
 @pytest.mark.parametrize("schedule", [cosine(), rectified_flow()], ids=lambda schedule: schedule.name)
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_few_steps_carry_a_gaussian_from_pure_noise(exact_gaussian, randn, schedule, sampler):
+def test_few_steps_reproduce_gaussian_moments(exact_gaussian, randn, schedule, sampler):
     exact = exact_gaussian(schedule, 0.7, 0.3)
     z = sampler(50)(exact, randn(20_000, 1, dtype=torch.float32), generator=seeded())
     assert z.mean().item() == pytest.approx(0.7, abs=0.02)
@@ -116,7 +114,7 @@ def test_few_steps_carry_a_gaussian_from_pure_noise(exact_gaussian, randn, sched
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
-def test_timesteps_go_strictly_down_to_zero(spacing):
+def test_timesteps_decrease_strictly_to_zero(spacing):
     for num_steps in (1, 2, 3, 10, 37):
         for steps in range(1, num_steps + 1):
             visited = timesteps(num_steps, steps, spacing)
@@ -130,7 +128,7 @@ def test_timesteps_go_strictly_down_to_zero(spacing):
 
 @pytest.mark.parametrize(("s", "t"), [(0, 1), (0, 40), (39, 40), (7, 60), (30, 100)])
 @pytest.mark.parametrize("schedule", [linear(100), rectified_flow(100)], ids=lambda schedule: schedule.name)
-def test_ddim_at_eta_1_is_ddpm(schedule, s, t, randn):
+def test_ddim_at_eta_1_equals_ddpm(schedule, s, t, randn):
     z_0, z_t = randn(3, 2), randn(3, 2)
     ddim = ddim_step(schedule, z_0, z_t, s=s, t=t, eta=1.0, generator=seeded())
     ddpm = ddpm_step(schedule, z_0, z_t, s=s, t=t, variance="fixed_small", generator=seeded())
@@ -140,107 +138,107 @@ def test_ddim_at_eta_1_is_ddpm(schedule, s, t, randn):
 
 
 @pytest.mark.parametrize("sampler", [DDPM(10), DDIM(10, eta=1.0)])
-def test_a_sample_depends_on_its_own_generator_alone(exact_gaussian, randn, sampler):
+def test_each_sample_depends_only_on_its_generator(exact_gaussian, randn, sampler):
     exact, z_T = exact_gaussian(linear(100), 0.5, 0.2, dimensions=3), randn(5, 3, dtype=torch.float32)
-    together = sampler(exact, z_T, generator=[seeded(i) for i in range(5)])
+    batched = sampler(exact, z_T, generator=[seeded(i) for i in range(5)])
     for i in range(5):
-        alone = sampler(exact, z_T[i : i + 1], generator=[seeded(i)])
-        assert together[i].equal(alone[0])
+        single = sampler(exact, z_T[i : i + 1], generator=[seeded(i)])
+        assert batched[i].equal(single[0])
     pair = sampler(exact, z_T[[3, 1]], generator=[seeded(3), seeded(1)])
-    assert pair.equal(together[[3, 1]])
-    assert not together.equal(sampler(exact, z_T, generator=[seeded(i + 5) for i in range(5)]))
+    assert pair.equal(batched[[3, 1]])
+    assert not batched.equal(sampler(exact, z_T, generator=[seeded(i + 5) for i in range(5)]))
 
 
 @pytest.mark.parametrize("sampler", [DDIM, DPMSolver, UniPC])
-def test_deterministic_samplers_draw_nothing(exact_gaussian, randn, sampler):
+def test_deterministic_samplers_do_not_use_generator(exact_gaussian, randn, sampler):
     generator = seeded()
-    before = generator.get_state()
+    initial_state = generator.get_state()
     sampler(5)(exact_gaussian(linear(100), 0.5, 0.2), randn(2, 1), generator=generator)
-    assert generator.get_state().equal(before)
+    assert generator.get_state().equal(initial_state)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_on_step_sees_every_transition(exact_gaussian, randn, sampler):
-    seen = []
+def test_on_step_is_called_after_every_transition(exact_gaussian, randn, sampler):
+    calls = []
     z = sampler(4)(
         exact_gaussian(linear(100), 0.5, 0.2),
         randn(2, 1),
         generator=seeded(),
-        on_step=lambda s, z_s, z_0: seen.append((s, z_s, z_0)),
+        on_step=lambda s, z_s, z_0: calls.append((s, z_s, z_0)),
     )
-    assert [s for s, _, _ in seen] == [75, 50, 25, 0]
-    assert seen[-1][1].equal(z)
-    torch.testing.assert_close(z, seen[-1][2])
+    assert [s for s, _, _ in calls] == [75, 50, 25, 0]
+    assert calls[-1][1].equal(z)
+    torch.testing.assert_close(z, calls[-1][2])
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("steps", [1, 2, 10])
-def test_clip_bounds_the_result_and_half_precision_is_raised(exact_gaussian, randn, sampler, steps):
+def test_clip_bounds_samples_and_half_precision_becomes_float32(exact_gaussian, randn, sampler, steps):
     z_T = randn(50, 1).bfloat16()
     z = sampler(steps, clip=0.6)(exact_gaussian(linear(100), 0.5, 1.0), z_T, generator=seeded())
     assert z.dtype == torch.float32
     assert z.abs().max().item() == pytest.approx(0.6, abs=1e-5)
 
 
-def test_condition_reaches_the_denoiser_and_no_graph_is_kept(randn):
-    seen = []
+def test_samplers_pass_condition_and_build_no_graph(randn):
+    calls = []
 
-    class Conditional:
+    class RecordingDenoiser:
         schedule = linear(100)
 
         def __call__(self, z_t, t, condition=None):
-            seen.append((t, condition))
+            calls.append((t, condition))
             return Prediction(z_t * scale, None)
 
     scale = torch.ones((), requires_grad=True)
     condition = {"label": torch.tensor([1, 2])}
-    z = DDIM(2)(Conditional(), randn(2, 3), condition)
-    assert seen == [(100, condition), (50, condition)]
+    z = DDIM(2)(RecordingDenoiser(), randn(2, 3), condition)
+    assert calls == [(100, condition), (50, condition)]
     assert not z.requires_grad
 
 
 @pytest.mark.parametrize(
     ("sampler", "options", "rule"),
     [
-        (UniPC, {"spacing": "karras"}, "spacing 'karras'; known: trailing, leading, linspace"),
-        (DDPM, {"variance": "learned"}, "variance 'learned'; known: fixed_small"),
-        (DDIM, {"eta": 1.5}, "eta=1.5 must be 1 or less"),
-        (DDIM, {"steps": 0}, "steps=0 must be 1 or more"),
-        (DPMSolver, {"clip": 0.0}, "clip=0.0 must be above 0"),
+        (UniPC, {"spacing": "karras"}, "spacing.*'karras'.*trailing, leading, linspace"),
+        (DDPM, {"variance": "learned"}, "variance.*'learned'.*fixed_small"),
+        (DDIM, {"eta": 1.5}, r"eta=1\.5.*1 or less"),
+        (DDIM, {"steps": 0}, "steps=0.*1 or more"),
+        (DPMSolver, {"clip": 0.0}, r"clip=0\.0.*above 0"),
     ],
 )
-def test_options_are_checked(sampler, options, rule):
+def test_invalid_options_raise(sampler, options, rule):
     with pytest.raises(ValueError, match=rule):
         sampler(**{"steps": 10, **options})
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize(("option", "owner"), [("eta", DDIM), ("variance", DDPM)])
-def test_a_sampler_takes_only_its_own_options(sampler, option, owner):
+def test_samplers_reject_options_of_other_samplers(sampler, option, owner):
     if sampler is owner:
         assert option in asdict(sampler(10))
     else:
-        with pytest.raises(TypeError, match=f"unexpected keyword argument '{option}'"):
+        with pytest.raises(TypeError, match=f"keyword argument '{option}'"):
             sampler(10, **{option: None})
 
 
-def test_calls_are_checked(exact_gaussian, randn):
+def test_invalid_calls_raise(exact_gaussian, randn):
     exact, z_T = exact_gaussian(linear(100), 0.5, 0.2), randn(3, 1)
-    with pytest.raises(ValueError, match="in 1 to 100 steps; got 101"):
+    with pytest.raises(ValueError, match=r"1 to 100 steps.*\b101\b"):
         DDIM(101)(exact, z_T)
     assert DDIM(100).check(exact.schedule) is None
-    with pytest.raises(ValueError, match="in 1 to 100 steps; got 101"):
+    with pytest.raises(ValueError, match=r"1 to 100 steps.*\b101\b"):
         DDIM(101).check(exact.schedule)
-    with pytest.raises(ValueError, match="optimal needs z_0_mse"):
+    with pytest.raises(ValueError, match="optimal.*z_0_mse"):
         DDPM(5, variance="optimal")(exact, z_T)
-    with pytest.raises(ValueError, match="2 generators for a batch of 3"):
+    with pytest.raises(ValueError, match=r"2 generators.*batch of 3\b"):
         DDPM(5)(exact, z_T, generator=[seeded(0), seeded(1)])
-    with pytest.raises(ValueError, match="learned_range needs v"):
+    with pytest.raises(ValueError, match=r"learned_range.*\bv\b"):
         DDPM(5, variance="learned_range")(exact, z_T)
-    with pytest.raises(ValueError, match="unknown spacing 'even'; known: trailing"):
+    with pytest.raises(ValueError, match="spacing.*'even'.*trailing"):
         timesteps(100, 10, "even")
-    with pytest.raises(ValueError, match=r"0 <= s < t <= T = 100; got s = 5, t = 5"):
+    with pytest.raises(ValueError, match=r"0 <= s < t <= T = 100\b.*s = 5, t = 5\b"):
         ddim_step(linear(100), z_T, z_T, s=5, t=5)
-    drowned = NoiseSchedule("drowned", torch.tensor([1, 0.5, 1e-30, 1e-40], dtype=torch.float64))
-    with pytest.raises(ValueError, match="between steps of pure noise"):
-        DPMSolver(3)(exact_gaussian(drowned, 0.5, 0.2), z_T)
+    noise_only = NoiseSchedule("noise_only", torch.tensor([1, 0.5, 1e-30, 1e-40], dtype=torch.float64))
+    with pytest.raises(ValueError, match="dpmpp.*noise_only.*1e-20.*ddim"):
+        DPMSolver(3)(exact_gaussian(noise_only, 0.5, 0.2), z_T)

@@ -42,7 +42,7 @@ from ldm.tracking.artifact import sha256
 from ldm.tracking.comparison import track_comparison
 from ldm.tracking.run import flatten
 
-EARLIER = Path(__file__).parents[2] / "earlier_runs"
+EARLIER_RUNS = Path(__file__).parents[2] / "earlier_runs"
 EVALUATION = {
     "features": "efficientnet_lite",
     "features_key": "efficientnet_lite-12345678-224px",
@@ -72,7 +72,7 @@ def make_run(
     evaluation: dict | None = None,
     **facts,
 ) -> str:
-    """Create a run folder like training and tools/evaluate.py do, without weights."""
+    """Create a run folder as training and tools/evaluate.py write it, but without weights."""
     config = {
         "name": name,
         "runs_dir": str(folder),
@@ -119,14 +119,14 @@ def print_to_text(comparison: Comparison) -> str:
 def test_better_direction_follows_from_the_metric_name():
     higher = "psnr_db ssim retrieval_at_5_samples density coverage_samples"
     lower = "kd_samples fd_reconstructions val/loss_t1_to_250 lpips val/vlb_bits_per_latent_dim class_shift_samples"
-    # a rate says nothing without its distortion; the others depend only on the data or are costs
+    # a rate means nothing without its distortion; the remaining metrics are costs or depend only on the data
     neither = "kl_bits kd_validation fd_floor precision_floor retrieval_at_1_chance pca_psnr_db steps peak_memory_gb"
     for names, direction in ((higher, 1), (lower, -1), (neither, 0)):
         assert [better_direction(name) for name in names.split()] == [direction] * len(names.split())
 
 
 def test_holm_limits_the_family_wise_error_rate():
-    """Holm's step-down procedure, by hand and on 17 metrics of which 10 are correlated."""
+    """Check Holm's procedure against values computed by hand, and on 17 metrics, 10 of which are correlated."""
     assert holm({"a": 0.03, "b": 0.001, "c": 0.016, "d": 0.9}) == ["b", "c"]  # 0.05 / 4, / 3, / 2: 0.03 > 0.025
     assert holm({"a": 0.02}) == ["a"] and holm({"a": 0.02, "b": 0.06, "c": 0.5}) == [] and holm({}) == []
     generator = np.random.default_rng(3)
@@ -142,40 +142,40 @@ def test_proportion_error_is_positive_for_proportions_0_and_1():
 
 
 def test_seeds_form_groups_and_similar_groups_are_within_noise(tmp_path):
-    kds, other_kds = (0.10, 0.12, 0.11), (0.115, 0.1, 0.112)
-    single = compare_runs([*make_seeds(tmp_path, "a", kds)])
-    assert [len(group.runs) for group in single.groups] == [3] and not single.rows[0].verdicts
-    assert SEEDS in print_to_text(single)
-    (row,) = [row for row in single.rows if row.metric == "kd_samples"]
+    kds, similar_kds = (0.10, 0.12, 0.11), (0.115, 0.1, 0.112)
+    one_group = compare_runs([*make_seeds(tmp_path, "a", kds)])
+    assert [len(group.runs) for group in one_group.groups] == [3] and not one_group.rows[0].verdicts
+    assert SEEDS in print_to_text(one_group)
+    (row,) = [row for row in one_group.rows if row.metric == "kd_samples"]
     assert row.groups[0].interval == pytest.approx(stats.ttest_1samp(kds, 0).confidence_interval(0.95))
-    comparison = compare_runs([*make_seeds(tmp_path, "c", kds), *make_seeds(tmp_path, "b", other_kds, lr=2e-3)])
+    comparison = compare_runs([*make_seeds(tmp_path, "c", kds), *make_seeds(tmp_path, "b", similar_kds, lr=2e-3)])
     assert [[run.name for run in group.runs] for group in comparison.groups] == [["c0", "c1", "c2"], ["b0", "b1", "b2"]]
     assert comparison.differences == {"optimizer.lr": ["0.001", "0.002"]}
     result = verdict(comparison, "kd_samples")
     assert result.verdict == "within noise" and result.difference.of == SEEDS
-    test = stats.ttest_ind(other_kds, kds, equal_var=False)
+    test = stats.ttest_ind(similar_kds, kds, equal_var=False)
     assert result.difference.interval == pytest.approx(test.confidence_interval(0.95))
     assert result.difference.p_value == pytest.approx(test.pvalue)
     assert any(note.startswith("B vs A, all") and note.endswith("within noise.") for note in comparison.notes)
 
 
 def test_shifted_group_is_significant_in_the_right_direction(tmp_path):
-    first = make_seeds(tmp_path, "a", (0.10, 0.12, 0.11))
-    second = make_seeds(tmp_path, "b", (0.20, 0.22, 0.21), lr=2e-3, evaluation={"retrieval_at_1_samples": 0.3})
-    comparison = compare_runs([*first, *second])
+    group_a = make_seeds(tmp_path, "a", (0.10, 0.12, 0.11))
+    group_b = make_seeds(tmp_path, "b", (0.20, 0.22, 0.21), lr=2e-3, evaluation={"retrieval_at_1_samples": 0.3})
+    comparison = compare_runs([*group_a, *group_b])
     assert verdict(comparison, "kd_samples").verdict == "A better"
     # equal for all seeds, so only the sampling noise of 256 samples remains
     result = verdict(comparison, "retrieval_at_1_samples")
     assert result.verdict == "B better" and result.difference.of == SAMPLING
     assert comparison.equal["kd_reconstructions"] == 0.01
     assert any("Holm" in note and "kd samples (A better)" in note for note in comparison.notes)
-    assert verdict(compare_runs([*second, *first]), "kd_samples").verdict == "B better"
+    assert verdict(compare_runs([*group_b, *group_a]), "kd_samples").verdict == "B better"
     figure = plot_curves(comparison.curve_names(), [(group.title, run.curves) for group, run in comparison.runs])
     (panel,) = [axes for axes in figure.axes if axes.get_title() == "val/loss"]
     assert len(panel.lines) == 6 and all(line.get_marker() == "o" for line in panel.lines), "visible points"
 
 
-def test_group_with_equal_values_is_compared_with_one_that_varies():
+def test_constant_group_is_compared_with_varying_group():
     constant, varying = [Metric(0.5)] * 3, [Metric(value) for value in (0.1, 0.2, 0.3)]
     difference = estimate(constant, varying, enough_seeds=True)
     low, high = stats.ttest_1samp((0.1, 0.2, 0.3), 0.5).confidence_interval(0.95)
@@ -186,17 +186,17 @@ def test_single_runs_account_for_sampling_noise_only(tmp_path):
     comparison = compare_runs([make_run(tmp_path, "a", kd=0.1), make_run(tmp_path, "b", kd=0.105, lr=2e-3)])
     result = verdict(comparison, "kd_samples")
     assert result.verdict == "within noise" and result.difference.of == SAMPLING
-    assert SAMPLING in print_to_text(comparison), "not wrapped"
+    assert SAMPLING in print_to_text(comparison), "must not be wrapped"
     assert any(note.startswith(SAMPLING) and "at least 3 seeds per group" in note for note in comparison.notes)
-    far = compare_runs([make_run(tmp_path, "c", kd=0.1), make_run(tmp_path, "d", kd=0.2, lr=2e-3)])
-    assert verdict(far, "kd_samples").verdict == "A better" and "A better" in print_to_text(far)
+    different = compare_runs([make_run(tmp_path, "c", kd=0.1), make_run(tmp_path, "d", kd=0.2, lr=2e-3)])
+    assert verdict(different, "kd_samples").verdict == "A better" and "A better" in print_to_text(different)
 
 
 @pytest.mark.parametrize("dof", [3, 19, np.inf])
 def test_intervals_use_student_t_for_few_degrees_of_freedom(dof):
     """A difference of 2.2 standard errors is within noise for 3 degrees of freedom, but not for many."""
-    first, second = [Metric(0.5, 0.01, dof)], [Metric(0.5 + 0.01 * 2.2 * 2**0.5, 0.01, dof)]
-    result = compare_groups("kd", first, second, ("A", "B"), enough_seeds=False)
+    group_a, group_b = [Metric(0.5, 0.01, dof)], [Metric(0.5 + 0.01 * 2.2 * 2**0.5, 0.01, dof)]
+    result = compare_groups("kd", group_a, group_b, ("A", "B"), enough_seeds=False)
     low, high = stats.t(2 * dof, scale=0.01 * 2**0.5).interval(0.95)
     assert result.difference.interval == pytest.approx((result.difference.mean + low, result.difference.mean + high))
     assert (result.verdict == "within noise") == (dof == 3)
@@ -207,11 +207,11 @@ def test_fewer_than_three_distinct_seeds_fall_back_to_sampling_noise(tmp_path, s
     runs = [make_run(tmp_path, f"a{i}", seed=seed, kd=0.1 + i / 1000) for i, seed in enumerate(seeds)]
     comparison = compare_runs([*runs, *make_seeds(tmp_path, "b", (0.1, 0.11, 0.12), lr=2e-3)])
     assert verdict(comparison, "kd_samples").difference.of == SAMPLING
-    assert comparison.rows[0].groups[1].of == SEEDS, "group B alone has three seeds"
+    assert comparison.rows[0].groups[1].of == SEEDS, "only group B has three seeds"
 
 
 @pytest.mark.parametrize(
-    ("changed", "settings"),
+    ("changes", "settings"),
     [
         ({"features_key": "efficientnet_lite-00000000-224px"}, "features_key"),
         ({"num_samples": 512}, "num_samples"),
@@ -220,11 +220,11 @@ def test_fewer_than_three_distinct_seeds_fall_back_to_sampling_noise(tmp_path, s
         ({"guidance": 1.0, "sampler": {"method": "dpmpp", "steps": 50}}, "guidance, sampler.steps"),
     ],
 )
-def test_metrics_with_different_settings_are_not_compared(tmp_path, changed, settings):
+def test_metrics_with_different_settings_are_not_compared(tmp_path, changes, settings):
     """Metrics that depend only on the data are compared even if the sampler differs."""
     floors = [{"fd_floor": value, "fd_floor_standard_error": 0.01} for value in (1.0, 1.2)]
     runs = [make_run(tmp_path, "a", evaluation=floors[0])]
-    runs.append(make_run(tmp_path, "b", kd=0.9, lr=2e-3, evaluation={**floors[1], **changed}))
+    runs.append(make_run(tmp_path, "b", kd=0.9, lr=2e-3, evaluation={**floors[1], **changes}))
     comparison = compare_runs(runs)
     result = verdict(comparison, "kd_samples")
     assert result.verdict.startswith("not comparable: ") and settings in result.verdict and result.difference is None
@@ -232,22 +232,22 @@ def test_metrics_with_different_settings_are_not_compared(tmp_path, changed, set
 
 
 def test_group_with_mixed_settings_has_no_mean(tmp_path):
-    other = make_run(tmp_path, "b", seed=1, kd=0.3, evaluation={"features": "dinov2"})
-    comparison = compare_runs([make_run(tmp_path, "a"), other])
+    dinov2_run = make_run(tmp_path, "b", seed=1, kd=0.3, evaluation={"features": "dinov2"})
+    comparison = compare_runs([make_run(tmp_path, "a"), dinov2_run])
     (row,) = [row for row in comparison.rows if row.metric == "kd_samples"]
     assert row.groups == [None]
 
 
 @pytest.mark.parametrize(
-    ("changed", "expected"),
+    ("changes", "expected"),
     [
         ({"lr": 2e-3}, "noise unknown"),
         ({"objective": "hybrid"}, "not comparable: objective"),
         ({"data_fingerprint": "ef" * 32}, "not comparable: data_fingerprint"),
     ],
 )
-def test_losses_are_comparable_only_with_equal_objective_and_data(tmp_path, changed, expected):
-    comparison = compare_runs([make_run(tmp_path, "a"), make_run(tmp_path, "b", seed=1, **changed)])
+def test_losses_are_comparable_only_with_equal_objective_and_data(tmp_path, changes, expected):
+    comparison = compare_runs([make_run(tmp_path, "a"), make_run(tmp_path, "b", seed=1, **changes)])
     assert len(comparison.groups) == 2 and verdict(comparison, "val/loss").verdict == expected
 
 
@@ -262,21 +262,21 @@ def test_differences_omit_names_paths_and_duplicates(tmp_path):
 
 
 def test_notes_report_unfinished_and_unevaluated_runs(tmp_path):
-    other = make_run(tmp_path, "b", lr=2e-3, finished=None)
-    (Path(other) / "evaluation.json").unlink()
-    comparison = compare_runs([make_run(tmp_path, "a"), other])
+    run_b = make_run(tmp_path, "b", lr=2e-3, finished=None)
+    (Path(run_b) / "evaluation.json").unlink()
+    comparison = compare_runs([make_run(tmp_path, "a"), run_b])
     assert verdict(comparison, "kd_samples").verdict == "not in B"
-    assert any("not finished" in note and other in note for note in comparison.notes)
-    assert any("No evaluation" in note and "tools/evaluate.py" in note and other in note for note in comparison.notes)
+    assert any("not finished" in note and run_b in note for note in comparison.notes)
+    assert any("No evaluation" in note and "tools/evaluate.py" in note and run_b in note for note in comparison.notes)
 
 
 def test_diverged_metrics_are_not_compared(tmp_path):
-    other = make_run(tmp_path, "b", lr=2e-3, evaluation={"kd_samples": float("nan")})
-    with (Path(other) / "metrics.csv").open("a", newline="") as file:
+    diverged_run = make_run(tmp_path, "b", lr=2e-3, evaluation={"kd_samples": float("nan")})
+    with (Path(diverged_run) / "metrics.csv").open("a", newline="") as file:
         file.write("0,399,nan,nan\n")
-    comparison = compare_runs([make_run(tmp_path, "a"), other])
+    comparison = compare_runs([make_run(tmp_path, "a"), diverged_run])
     assert verdict(comparison, "val/loss").verdict == verdict(comparison, "kd_samples").verdict == "not in B"
-    assert any("non-finite" in note and "not compared" in note and other in note for note in comparison.notes)
+    assert any("non-finite" in note and "not compared" in note and diverged_run in note for note in comparison.notes)
     ComparisonReport(comparison).save(tmp_path / "out")
     json.loads((tmp_path / "out/compare.json").read_text(), parse_constant=pytest.fail)
 
@@ -309,7 +309,7 @@ def test_format_number_rounds_to_the_error_bar(value, width, text):
 
 
 class FakeApi:
-    """A fake wandb.Api with runs read from folders, in the form in which training and tools/evaluate.py log them."""
+    """A fake wandb.Api, whose runs are read from folders and look like those that training and evaluation log."""
 
     def __init__(self, folders: dict[str, str]) -> None:
         self.all_runs = []
@@ -345,7 +345,7 @@ class FakeApi:
 
 @pytest.fixture
 def fake_wandb(monkeypatch):
-    """Return a function that replaces the W&B server by a fake one, whose runs are read from folders by W&B path."""
+    """Return a function that replaces wandb.Api with a fake, given a run folder for each W&B path."""
 
     def fake_wandb(folders: dict[str, str]) -> FakeApi:
         api = FakeApi(folders)
@@ -365,7 +365,7 @@ def test_wandb_runs_give_the_same_table_as_folders(tmp_path, fake_wandb, monkeyp
     assert all(run.finished for _, run in remote.runs)
     figure, notes = side_by_side(remote, DDIM(2), device=torch.device("cpu"))
     assert figure is None and "me/ldm/aaa" in notes[0]
-    with pytest.raises(UserError, match="me/ldm/ccc is not a run folder, and W&B returned no run"):
+    with pytest.raises(UserError, match="me/ldm/ccc is not a run folder.*W&B"):
         compare_runs(["me/ldm/aaa", "me/ldm/ccc"])
     monkeypatch.setattr("ldm.tracking.comparison.has_key", lambda: False)
     with pytest.raises(UserError, match="wandb login"):
@@ -373,7 +373,7 @@ def test_wandb_runs_give_the_same_table_as_folders(tmp_path, fake_wandb, monkeyp
 
 
 def test_steps_logged_twice_after_resuming_count_once(tmp_path, fake_wandb):
-    """The run was killed after step 290 and resumed from step 200. Only the last value of a step counts."""
+    """The run was killed after step 290 and resumed from step 200. Only the last value of each step is used."""
     runs = make_seeds(tmp_path, "a", (0.10, 0.12, 0.11))
     with (Path(runs[1]) / "metrics.csv").open("a", newline="") as file:
         writer = csv.DictWriter(file, ["epoch", "step", "train/loss", "val/loss"])
@@ -386,7 +386,7 @@ def test_steps_logged_twice_after_resuming_count_once(tmp_path, fake_wandb):
         steps, values = comparison.runs[1][1].curves["train/loss"]
         assert steps == list(range(0, 320, 10)) and values[20:] == [5.0] * 12 and values[19] < 1
         assert comparison.runs[1][1].curves["val/loss"] == ([299], [0.75])
-    # in W&B, the summary is that of the first training, but the history has later steps
+    # in W&B, the summary is from before resuming, but the history has later steps
     assert any("not finished" in note and note.endswith(": me/ldm/bbb.") for note in remote.notes)
     assert all(run.finished for _, run in local.runs)
 
@@ -424,7 +424,7 @@ def test_wandb_report_is_created_if_possible(tmp_path, monkeypatch):
 
     def track() -> str:
         config = {"logger": {"project": "ldm", "timeout_s": 0.3}}
-        content = {"tables": {}, "figures": {}, "markdown": "text", "curves": ["val/loss"], "compared": ["vae/a"]}
+        content = {"tables": {}, "figures": {}, "markdown": "text", "curves": ["val/loss"], "run_names": ["vae/a"]}
         return track_comparison(tmp_path, config, name="compare/a-vs-b", **content)
 
     assert "this run is offline" in track()
@@ -460,19 +460,19 @@ def images(make_images, tmp_path_factory) -> ImageData:
 
 
 @pytest.fixture
-def trained(images, tmp_path, monkeypatch) -> Path:
-    """Two runs of each stage with weights, and one of stage vae on other images."""
+def workspace(images, tmp_path, monkeypatch) -> Path:
+    """A folder with two runs of each stage with weights, and a stage vae run on different images."""
     monkeypatch.chdir(tmp_path)
     data_facts = {"data_fingerprint": images.fingerprint, "data_cache": str(images.path), "val_fraction": 0.3}
     for i, name in enumerate("ab"):
-        for stage, part in (("vae", "autoencoder"), ("diffusion", "pipeline")):
+        for stage, subfolder in (("vae", "autoencoder"), ("diffusion", "pipeline")):
             folder = make_run(Path("runs"), name, stage=stage, kd=0.1 + i, lr=1e-3 * (1 + i), **data_facts)
-            shutil.copytree(EARLIER / stage / part, Path(folder) / part)
+            shutil.copytree(EARLIER_RUNS / stage / subfolder, Path(folder) / subfolder)
     make_run(Path("runs"), "elsewhere", stage="vae", **{**data_facts, "data_fingerprint": "0" * 64})
     return tmp_path
 
 
-def test_reconstructions_are_drawn_below_their_originals(trained, images):
+def test_reconstructions_are_shown_below_their_originals(workspace, images):
     comparison = compare_runs(["runs/vae/a", "runs/vae/b", "runs/vae/elsewhere"])
     figure, notes = side_by_side(comparison, DDIM(2), device=torch.device("cpu"), num_samples=3)
     cell = 128 + 6
@@ -481,27 +481,27 @@ def test_reconstructions_are_drawn_below_their_originals(trained, images):
     original = images.batch(images.val_indices[:1])[0, :, 0, 0]
     assert rows[0][0, 0] == pytest.approx(((original + 1) * 127.5).numpy(), abs=3)
     assert np.array_equal(rows[1], rows[2]) and not np.array_equal(rows[0], rows[1]), "both runs have the same weights"
-    assert len(notes) == 1 and "elsewhere" in notes[0] and "other images" in notes[0]
+    assert len(notes) == 1 and "elsewhere" in notes[0] and "not trained on the images" in notes[0]
 
 
 @pytest.mark.parametrize("labelled", [True, False], ids=["held-out images", "no images"])
 def test_classes_are_matched_by_name(images, labelled):
     """Each column shows one class even if models order classes differently; a model without the class is skipped."""
-    shown = images if labelled else None
+    labelled_images = images if labelled else None
     names: list[list[str]] = []
     captions = None
     for classes in (["cat", "dog"], ["cow", "dog", "cat"]):
         pipeline = SimpleNamespace(conditioning=ClassCondition(classes))
-        request = compare_images._request(pipeline, shown, None, 6, captions)
+        request = compare_images._request(pipeline, labelled_images, None, 6, captions)
         captions = captions or request.captions
         names.append([classes[i] for i in request.condition["label"]])
     assert names[0] == names[1] and set(names[0]) == {"cat", "dog"}
     pipeline.conditioning = ClassCondition(["dog", "bird", "fish"])
     with pytest.raises(UserError, match="no class cat.*dog, bird, fish"):
-        compare_images._request(pipeline, shown, None, 6, captions)
+        compare_images._request(pipeline, labelled_images, None, 6, captions)
 
 
-def test_compare_reads_evaluations_logged_to_wandb(trained, fake_wandb, monkeypatch):
+def test_compare_reads_evaluations_logged_to_wandb(workspace, fake_wandb, monkeypatch):
     """The logged evaluation has the sampler, the id of the training run and the digest of its weights."""
     logged: dict = {}
     monkeypatch.setattr(
@@ -519,23 +519,23 @@ def test_compare_reads_evaluations_logged_to_wandb(trained, fake_wandb, monkeypa
     assert local.rows == remote.rows and not remote.groups[0].runs[0].stale and SAMPLING in print_to_text(remote)
 
 
-def test_compare_command_draws_samples_and_writes_the_page(trained, call):
+def test_compare_command_generates_samples_and_writes_the_page(workspace, call):
     """Runs are positional arguments, the figure has one row per run, and unsupported rows are reported."""
-    (trained / "no_labels.txt").write_text("a cat\n")
+    (workspace / "no_labels.txt").write_text("a cat\n")
     options = ["device=cpu", "sampler=ddim", "sampler.steps=2", "num_samples=2"]
-    ended = call_tool(call, "compare", "runs/diffusion/a", "runs/diffusion/b", *options, "prompts=no_labels.txt")
-    assert ended.code == 0, ended.err
-    assert ended.out.count("Not in the figure") == 2 and "conditioned on class" in ended.out
-    ended = call_tool(call, "compare", "runs/diffusion/a", *options, "runs/diffusion/b", "out=here")
-    assert ended.code == 0, ended.err
-    assert "No held-out images" not in ended.out
-    ended = call_tool(call, "compare", "runs=[runs/vae/a,runs/vae/b]", *options)
-    assert ended.code == 0, ended.err
-    files = {str(file.relative_to(trained)) for file in trained.rglob("compare*.*")}
+    result = call_tool(call, "compare", "runs/diffusion/a", "runs/diffusion/b", *options, "prompts=no_labels.txt")
+    assert result.code == 0, result.err
+    assert result.out.count("Not in the figure") == 2 and "conditioned on class" in result.out
+    result = call_tool(call, "compare", "runs/diffusion/a", *options, "runs/diffusion/b", "out=here")
+    assert result.code == 0, result.err
+    assert "No held-out images" not in result.out
+    result = call_tool(call, "compare", "runs=[runs/vae/a,runs/vae/b]", *options)
+    assert result.code == 0, result.err
+    files = {str(file.relative_to(workspace)) for file in workspace.rglob("compare*.*")}
     for folder in ("runs/compare/a-vs-b", "here"):
         assert f"{folder}/compare.html" in files and f"{folder}/compare.png" in files
     assert "runs/compare/a-vs-b/compare_images.png" in files
-    assert "Differences" in ended.out and "optimizer.lr" in ended.out and SAMPLING in ended.out
+    assert "Differences" in result.out and "optimizer.lr" in result.out and SAMPLING in result.out
 
 
 @pytest.mark.parametrize(
@@ -551,7 +551,7 @@ def test_compare_command_draws_samples_and_writes_the_page(trained, call):
         (["runs/vae/a", "runs/vae/b", "prompts=none.txt"], "prompts=none.txt is not a file"),
     ],
 )
-def test_invalid_options_are_refused_in_one_line(trained, call, arguments, message):
-    ended = call_tool(call, "compare", *arguments)
-    assert ended.code == 2 and ended.err.startswith(f"error: {message}") and ended.err.count("\n") == 1
-    assert not (trained / "runs/compare").exists()
+def test_invalid_options_are_refused_in_one_line(workspace, call, arguments, message):
+    result = call_tool(call, "compare", *arguments)
+    assert result.code == 2 and result.err.startswith(f"error: {message}") and result.err.count("\n") == 1
+    assert not (workspace / "runs/compare").exists()

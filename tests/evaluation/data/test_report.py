@@ -30,7 +30,7 @@ def working_folder(tmp_path, monkeypatch) -> None:
 
 @pytest.fixture
 def pets(make_images, tmp_path) -> Path:
-    """40 cats, 3 dogs, captions for all cats but one."""
+    """40 cats, 3 dogs, captions for all cats except one."""
     make_images(tmp_path / "pets/cat", 40)
     make_images(tmp_path / "pets/dog", 3, seed=1)
     for i in range(1, 40):
@@ -40,114 +40,114 @@ def pets(make_images, tmp_path) -> Path:
 
 
 @pytest.fixture
-def data(call):
-    """Return a function that runs the tool in this process and returns its outcome."""
+def data_tool(call):
+    """Return a function that runs the tool in this process and returns its result."""
 
     def main() -> None:
         runpy.run_path(str(bundled_folder("tools") / "data.py"), run_name="__main__")
 
-    def data(*arguments: str):
+    def data_tool(*arguments: str):
         return call(main, "data=image_folder", "data.resolution=16", VAL_FRACTION, *arguments)
 
-    return data
+    return data_tool
 
 
-def copy_across(path: Path, change) -> tuple[str, str]:
-    """Copy a training image under different hashes until a copy is in the validation split. Return both names."""
+def copy_to_validation(path: Path, change) -> tuple[str, str]:
+    """Copy a training image, varying its hash until the copy is in the validation split. Return both names."""
     options = {"resolution": 16, "val_fraction": 0.3, "cache_dir": path.parent / "other", "progress": False}
-    first = prepare(ImageFolder(path), **options)
-    name = next(first.names[i] for i in first.train_indices if first.names[i].startswith("cat"))
+    data = prepare(ImageFolder(path), **options)
+    name = next(data.names[i] for i in data.train_indices if data.names[i].startswith("cat"))
     with Image.open(path / name) as image:
         pixels = change(np.asarray(image.convert("RGB")).astype(int))
     for byte in range(60):
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path / "cat/copy.png")
         with (path / "cat/copy.png").open("ab") as file:
-            file.write(bytes([byte]))  # after the end of the PNG, where it changes the hash but not the pixels
+            file.write(bytes([byte]))  # after the end of the PNG: changes the hash but not the pixels
         data = prepare(ImageFolder(path), **options)
         if data.names.index("cat/copy.png") in data.val_indices:
             return "cat/copy.png", name
     raise AssertionError("no hash put the copy into the validation split")
 
 
-def read(out: Path) -> dict:
+def read_report(out: Path) -> dict:
     return json.loads((out / "data.json").read_text(encoding="utf-8"))
 
 
-def test_counts_copies_classes_and_captions(data, pets, tmp_path):
+def test_counts_copies_classes_and_captions(data_tool, pets, tmp_path):
     shutil.copy(pets / "cat/005.png", pets / "cat/copy.png")
     (pets / "dog/broken.png").write_bytes(b"not an image")
-    ended = data(f"data.path={pets}", "data.max_bad_fraction=0.1", "features=none", "out=my report")
-    assert ended.code == 0, ended
-    content = read(tmp_path / "my report")
+    result = data_tool(f"data.path={pets}", "data.max_bad_fraction=0.1", "features=none", "out=my report")
+    assert result.code == 0, result
+    content = read_report(tmp_path / "my report")
     assert (content["num_images"], content["num_train"] + content["num_val"]) == (44, 44)
     assert [entry["name"] for entry in content["unreadable"]] == ["dog/broken.png"]
     groups = [[image["name"] for image in group] for group in content["copies"]["groups"]]
     assert groups == [["cat/005.png", "cat/copy.png"]]
-    assert content["copies"]["num_val_in_train"] == 0, "copies of a file stay together"
+    assert content["copies"]["num_val_in_train"] == 0, "copies of a file are in the same split"
     assert content["classes"]["counts"] == {"cat": 41, "dog": 3}
     assert (content["captions"]["num_captions"], content["captions"]["num_distinct"]) == (39, 31)
     assert content["captions"]["num_missing"] == 5 and "features" not in content
     for text in ("1: dog/broken.png", "cat: 41; dog: 3", "a black cat (9)", "1: cat/005.png = cat/copy.png"):
-        assert text in ended.out, ended.out
-    assert "docs/your_own_images.md" in ended.out
+        assert text in result.out, result.out
+    assert "docs/your_own_images.md" in result.out
     assert sorted(path.name for path in (tmp_path / "my report").glob("*.png")) == FIGURES
 
 
 @pytest.mark.parametrize("kind", ["copies", "near_duplicates"])
-def test_duplicates_across_the_split_are_counted_separately(data, pets, tmp_path, kind):
-    names = copy_across(pets, lambda pixels: pixels + (kind == "near_duplicates"))
-    ended = data(f"data.path={pets}", "features=none")
-    assert ended.code == 0, ended
-    content = read(tmp_path / "runs/data/pets")
-    other = "near_duplicates" if kind == "copies" else "copies"
-    assert content[kind]["num_val_in_train"] == 1 and content[other]["num_val_in_train"] == 0
+def test_duplicates_across_the_split_are_counted_separately(data_tool, pets, tmp_path, kind):
+    names = copy_to_validation(pets, lambda pixels: pixels + (kind == "near_duplicates"))
+    result = data_tool(f"data.path={pets}", "features=none")
+    assert result.code == 0, result
+    content = read_report(tmp_path / "runs/data/pets")
+    other_kind = "near_duplicates" if kind == "copies" else "copies"
+    assert content[kind]["num_val_in_train"] == 1 and content[other_kind]["num_val_in_train"] == 0
     duplicates = (
         content["copies"]["groups"][0] if kind == "copies" else content["near_duplicates"]["pairs"][0]["images"]
     )
     assert [(image["name"], image["split"]) for image in duplicates] == [(names[0], "val"), (names[1], "train")]
-    assert names[0] in ended.out and names[1] in ended.out
+    assert names[0] in result.out and names[1] in result.out
 
 
-def test_coverage_and_diversity_in_features(data, pets, tmp_path):
-    ended = data(f"data.path={pets}", "features=mean_colours")
-    assert ended.code == 0, ended
-    metrics = read(tmp_path / "runs/data/pets")["features"]
+def test_coverage_and_diversity_in_features(data_tool, pets, tmp_path):
+    result = data_tool(f"data.path={pets}", "features=mean_colours")
+    assert result.code == 0, result
+    metrics = read_report(tmp_path / "runs/data/pets")["features"]
     assert metrics["network"] == "mean_colours" and metrics["k"] == 5 and metrics["num_compared"] > 5
     assert metrics["density"] > 0.3 and 0.5 < metrics["coverage"] <= 1 < metrics["vendi_score"] < 12
     assert 0 < metrics["nearest_distance_train"] < 2 and 0 < metrics["nearest_distance_val"] < 2
-    assert "density" in ended.out and "Vendi score" in ended.out
+    assert "density" in result.out and "Vendi score" in result.out
     assert len(list((tmp_path / "cache").glob("pets-*/features-mean_colours-*.npy"))) == 1
 
 
-def test_images_without_captions_or_classes(data, make_images, tmp_path):
-    """Figures without content are not written, and those of an earlier report are deleted."""
-    make_images(tmp_path / "few", 4)
+def test_images_without_captions_or_classes(data_tool, make_images, tmp_path):
+    """Empty figures are not written, and their files from an earlier report are deleted."""
+    folder = make_images(tmp_path / "few", 4)
     (tmp_path / "out").mkdir()
     (tmp_path / "out/balance.png").write_bytes(b"from an earlier report")
-    Image.new("RGB", (16, 16), (9, 9, 9)).save(tmp_path / "few/blank.png")
-    ended = data(f"data.path={tmp_path / 'few'}", "features=mean_colours", "max_bits=0", "max_levels=0", "out=out")
-    assert ended.code == 0, ended
-    content = read(tmp_path / "out")
+    Image.new("RGB", (16, 16), (9, 9, 9)).save(folder / "blank.png")
+    result = data_tool(f"data.path={folder}", "features=mean_colours", "max_bits=0", "max_levels=0", "out=out")
+    assert result.code == 0, result
+    content = read_report(tmp_path / "out")
     assert "density" not in content["features"], "too few images for five neighbours"
-    assert [image["name"] for image in content["blank"]] == ["blank.png"] and "blank.png" in ended.out
+    assert [image["name"] for image in content["blank"]] == ["blank.png"] and "blank.png" in result.out
     assert "captions" not in content and "classes" not in content
     assert not (tmp_path / "out/near_duplicates.png").exists()
-    second = data(f"data.path={tmp_path / 'few'}", "features=none", "out=out")
-    assert second.code == 0 and not (tmp_path / "out/balance.png").exists()
+    result = data_tool(f"data.path={folder}", "features=none", "out=out")
+    assert result.code == 0 and not (tmp_path / "out/balance.png").exists()
 
 
-def test_wandb_receives_metrics_and_contact_sheet(data, pets, monkeypatch):
+def test_wandb_receives_metrics_and_contact_sheet(data_tool, pets, monkeypatch):
     wandb_run = MagicMock()
     monkeypatch.setattr(ldm.tracking.run, "WandbRun", wandb_run)
-    ended = data(f"data.path={pets}", "features=none", "logger=wandb")
-    assert ended.code == 0, ended
+    result = data_tool(f"data.path={pets}", "features=none", "logger=wandb")
+    assert result.code == 0, result
     run = wandb_run.return_value
     assert wandb_run.call_args.kwargs["name"] == "data/pets"
     assert run.log_images.call_args.args[0] == "contact sheet" and run.finish.called
     calls = (run.log_summary, run.use_artifact, run.log_artifact)
-    (summary,), (used,), (logged,) = (call.call_args.args for call in calls)
+    (summary,), (source,), (report,) = (call.call_args.args for call in calls)
     assert summary["num_images"] == 43 and summary["copies/num_train"] == 0 < summary["classes/effective_classes"]
-    assert logged.metadata["data_sha256"] == used.digest and "data.json" in logged.contents
+    assert report.metadata["data_sha256"] == source.digest and "data.json" in report.contents
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_wandb_receives_metrics_and_contact_sheet(data, pets, monkeypatch):
         ("data.path=nowhere", "data.path=nowhere is not a folder"),
     ],
 )
-def test_invalid_options_are_refused_in_one_line(data, pets, tmp_path, option, message):
-    ended = data(f"data.path={pets}", option)
-    assert ended.code == 2 and message in ended.err and ended.err.count("\n") == 1, ended
+def test_invalid_options_are_refused_in_one_line(data_tool, pets, tmp_path, option, message):
+    result = data_tool(f"data.path={pets}", option)
+    assert result.code == 2 and message in result.err and result.err.count("\n") == 1, result
     assert not (tmp_path / "runs").exists() and not (tmp_path / "cache").exists(), "refused before any work"

@@ -17,17 +17,17 @@ from ldm.data.images import ImageData, prepare
 from ldm.data.sources.image_folder import ImageFolder
 from ldm.errors import UserError
 from ldm.evaluation.latents import report as latents_report
-from ldm.evaluation.latents.report import MOVES, measure_latents, move_channel, pca_curve
+from ldm.evaluation.latents.report import SHIFTS, measure_latents, pca_curve, shift_channel
 from ldm.latents.spectrum import channel_statistics
 from ldm.metrics.image import patch_components, pca_reconstruction, psnr
 from ldm.runs.run import Run
 from ldm.runtime.paths import bundled_folder
 from tests.finished_run import finished_run
 
-DEAD, CPU = 2, torch.device("cpu")
+DEAD_CHANNEL, CPU = 2, torch.device("cpu")
 
 
-def latents() -> None:
+def latents_tool() -> None:
     runpy.run_path(str(bundled_folder("tools") / "latents.py"), run_name="__main__")
 
 
@@ -40,16 +40,16 @@ def images(make_images, tmp_path_factory) -> ImageData:
 
 
 @pytest.fixture(scope="module")
-def trained(images, tmp_path_factory) -> Path:
-    """One run of each stage, with an autoencoder initialised as a PCA with 4 channels, one of which is dead."""
-    folder = tmp_path_factory.mktemp("trained")
+def finished_runs(images, tmp_path_factory) -> Path:
+    """Finished runs of each stage. The autoencoder is initialised as a PCA with 4 channels, one of which is dead."""
+    folder = tmp_path_factory.mktemp("finished")
     torch.manual_seed(0)
     model = PatchAutoencoderKL(patch=2, latent_channels=4, block_out_channels=(8,), norm_num_groups=4, sample_size=8)
     model.init_shortcut(images.batch(images.train_indices))
     with torch.no_grad():
         for layer in (model.shortcut_in.weight, model.shortcut_in.bias):
-            layer[DEAD] = 0
-        model.core.quant_conv.bias[4 + DEAD] = 0
+            layer[DEAD_CHANNEL] = 0
+        model.core.quant_conv.bias[4 + DEAD_CHANNEL] = 0
     finished_run(folder / "runs/vae/first", "vae", images, model)
     finished_run(folder / "runs/diffusion/first", "diffusion", images, model)
     finished_run(folder / "runs/pixels/first", "diffusion", images, IdentityAutoencoder())
@@ -57,14 +57,14 @@ def trained(images, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def runs(trained, tmp_path, monkeypatch) -> dict[str, Run]:
-    """Copies of the trained runs, by folder name."""
-    shutil.copytree(trained / "runs", tmp_path / "runs")
+def runs(finished_runs, tmp_path, monkeypatch) -> dict[str, Run]:
+    """Copies of the finished runs, by folder name."""
+    shutil.copytree(finished_runs / "runs", tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
     return {name: Run.open(f"runs/{name}/first") for name in ("vae", "diffusion", "pixels")}
 
 
-def colours(file: Path) -> int:
+def count_colours(file: Path) -> int:
     with Image.open(file) as image:
         return len(image.convert("RGB").getcolors(10_000_000))
 
@@ -72,8 +72,8 @@ def colours(file: Path) -> int:
 def test_report_of_a_run_equals_direct_computation(call, runs, images, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     run = runs["vae"]
-    ended = call(latents, f"run={run.path}", "device=cpu", "batch_size=7")
-    assert ended.code == 0, ended
+    result = call(latents_tool, f"run={run.path}", "device=cpu", "batch_size=7")
+    assert result.code == 0, result
     report = json.loads((run.path / "latents_report.json").read_text())
     indices = images.train_indices
     mean, log_variance = run.autoencoder().encode(images.batch(indices))
@@ -85,7 +85,7 @@ def test_report_of_a_run_equals_direct_computation(call, runs, images, monkeypat
         values = [row[name] for row in report["channels"]]
         np.testing.assert_allclose(values, getattr(expected, name), rtol=1e-4, atol=1e-5)
     assert report["kl_bits"] == pytest.approx(expected.kl_bits.sum().item(), rel=1e-4)
-    assert report["dead"] == [DEAD] and [row["dead"] for row in report["channels"]].index(True) == DEAD
+    assert report["dead"] == [DEAD_CHANNEL] and [row["dead"] for row in report["channels"]].index(True) == DEAD_CHANNEL
     across_channels, full = report["spectrum"]["channels"], report["spectrum"]["latents"]
     assert len(across_channels["eigenvalues"]) == 4 and len(full["eigenvalues"]) == min(len(indices), 64)
     assert across_channels["effective_rank"] == pytest.approx(3, abs=0.2), "components of a PCA are uncorrelated"
@@ -104,27 +104,27 @@ def test_report_of_a_run_equals_direct_computation(call, runs, images, monkeypat
     count = held_out["pca_channels_of_equal_psnr"]
     assert curve[count] >= held_out["psnr_db"] > curve.get(count - 1, 0) and list(curve) == list(range(1, 13))
 
-    for text in ("kl_bits", "std"):
-        assert all(f"{row[text]:.{1 if text == 'kl_bits' else 3}f}" in ended.out for row in report["channels"])
-    assert ended.out.count(" dead ") >= 1 and "latents: effective rank " in ended.out
-    assert f"Recommendation: {report['recommendation']['text']}" in ended.out
-    assert f"{held_out['psnr_db']:.2f} dB" in ended.out and f"{held_out['pca_psnr_db']:.2f} dB" in ended.out
-    assert colours(run.path / "latents.png") > 200 and colours(run.path / "latents_channels.png") > 50
+    for name, digits in (("kl_bits", 1), ("std", 3)):
+        assert all(f"{row[name]:.{digits}f}" in result.out for row in report["channels"])
+    assert result.out.count(" dead ") >= 1 and "latents: effective rank " in result.out
+    assert f"Recommendation: {report['recommendation']['text']}" in result.out
+    assert f"{held_out['psnr_db']:.2f} dB" in result.out and f"{held_out['pca_psnr_db']:.2f} dB" in result.out
+    assert count_colours(run.path / "latents.png") > 200 and count_colours(run.path / "latents_channels.png") > 50
 
 
 def test_diffusion_run_reports_the_same_autoencoder(runs, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(latents_report, "plot_latents", lambda _, z_raw: drawn.append(z_raw))
+    plotted = []
+    monkeypatch.setattr(latents_report, "plot_latents", lambda _, z_raw: plotted.append(z_raw))
     options = {"device": CPU, "split": "val", "num_images": 4}
-    first, second, other_seed = (
+    vae, diffusion, other_seed = (
         measure_latents(runs[name], **options, batch_size=size, seed=seed)
         for name, size, seed in (("vae", 2, 3), ("diffusion", 64, 3), ("vae", 2, 4))
     )
-    assert first.content["num_images"] == 4 and "/val@" in first.content["images"]
-    torch.testing.assert_close(drawn[0], drawn[1], rtol=1e-4, atol=1e-4)
-    assert first.content["kl_bits"] == pytest.approx(second.content["kl_bits"], rel=1e-4)
-    assert first.content["held_out"]["pca_psnr_db"] == pytest.approx(second.content["held_out"]["pca_psnr_db"])
-    assert other_seed.content["kl_bits"] != pytest.approx(first.content["kl_bits"])
+    assert vae.content["num_images"] == 4 and "/val@" in vae.content["images"]
+    torch.testing.assert_close(plotted[0], plotted[1], rtol=1e-4, atol=1e-4)
+    assert vae.content["kl_bits"] == pytest.approx(diffusion.content["kl_bits"], rel=1e-4)
+    assert vae.content["held_out"]["pca_psnr_db"] == pytest.approx(diffusion.content["held_out"]["pca_psnr_db"])
+    assert other_seed.content["kl_bits"] != pytest.approx(vae.content["kl_bits"])
 
 
 def test_pca_curve_equals_separate_pcas():
@@ -139,26 +139,26 @@ def test_pca_curve_equals_separate_pcas():
 
 
 def test_move_channel_shifts_one_channel_everywhere(runs, monkeypatch):
-    autoencoder, seen = runs["vae"].autoencoder(), []
+    autoencoder, decoded = runs["vae"].autoencoder(), []
     mean = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     decode = autoencoder.decode
-    monkeypatch.setattr(autoencoder, "decode", lambda z_raw: seen.append(z_raw) or decode(z_raw))
-    moved = move_channel(autoencoder, mean, 1, std=0.3)
+    monkeypatch.setattr(autoencoder, "decode", lambda z_raw: decoded.append(z_raw) or decode(z_raw))
+    moved = shift_channel(autoencoder, mean, 1, std=0.3)
     assert moved.shape == (2, 3, 3, 8, 8)
     torch.testing.assert_close(moved[:, 1], decode(mean))
-    for move, z_raw in zip(MOVES, seen[0].unflatten(0, (2, 3)).unbind(1), strict=True):
+    for move, z_raw in zip(SHIFTS, decoded[0].unflatten(0, (2, 3)).unbind(1), strict=True):
         difference = z_raw - mean
         torch.testing.assert_close(difference[:, 1], torch.full((2, 4, 4), 0.3 * move))
         assert not difference[:, [0, 2, 3]].any()
 
 
 def test_only_the_most_informative_channels_are_moved(runs, monkeypatch):
-    seen = []
-    monkeypatch.setattr(latents_report, "plot_channels", lambda _, moved, moves: seen.extend(moved))
-    monkeypatch.setattr(latents_report, "MOVED_CHANNELS", 2)
+    channels = []
+    monkeypatch.setattr(latents_report, "plot_channels", lambda _, moved, moves: channels.extend(moved))
+    monkeypatch.setattr(latents_report, "NUM_SHIFTED_CHANNELS", 2)
     report = measure_latents(runs["vae"], device=CPU)
     bits = [row["information_bits"] for row in report.content["channels"]]
-    assert set(seen) == set(np.argsort(bits)[-2:].tolist()) and DEAD not in seen
+    assert set(channels) == set(np.argsort(bits)[-2:].tolist()) and DEAD_CHANNEL not in channels
 
 
 def test_autoencoder_without_signal_is_reported(runs, monkeypatch, tmp_path):
@@ -166,10 +166,10 @@ def test_autoencoder_without_signal_is_reported(runs, monkeypatch, tmp_path):
     report = measure_latents(runs["vae"], device=CPU)
     assert report.content["dead"] == [0, 1, 2, 3] and report.content["recommendation"]["rule"] == "all_dead"
     assert report.content["spectrum"]["channels"]["effective_rank"] == 0
-    assert colours(report.save(tmp_path)[1]) > 50
+    assert count_colours(report.save(tmp_path)[1]) > 50
 
 
-def test_latents_without_variance_or_not_finite_are_refused(runs, monkeypatch):
+def test_latents_without_variance_or_with_nan_are_refused(runs, monkeypatch):
     with pytest.raises(UserError, match="IdentityAutoencoder of .* predicts no variance"):
         measure_latents(runs["pixels"], device=CPU)
     monkeypatch.setattr(Autoencoder, "encode", lambda _, batch: (torch.full((len(batch), 4, 4, 4), torch.nan),) * 2)
@@ -189,5 +189,5 @@ def test_latents_without_variance_or_not_finite_are_refused(runs, monkeypatch):
 )
 def test_invalid_command_line_options_are_refused(call, runs, monkeypatch, argument, message):
     monkeypatch.setattr(Autoencoder, "encode", lambda *_: pytest.fail("encoded before the options were checked"))
-    ended = call(latents, f"run={runs['vae'].path}", "device=cpu", argument)
-    assert ended.code == 2 and message in ended.err and ended.err.count("\n") == 1, ended
+    result = call(latents_tool, f"run={runs['vae'].path}", "device=cpu", argument)
+    assert result.code == 2 and message in result.err and result.err.count("\n") == 1, result

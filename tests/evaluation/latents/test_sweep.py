@@ -13,7 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from ldm.cli.arguments import quote_free_text
-from ldm.cli.main import environment_of_children
+from ldm.cli.main import child_environment
 from ldm.errors import UserError
 from ldm.evaluation.latents.sweep import (
     LOSSES,
@@ -21,8 +21,8 @@ from ldm.evaluation.latents.sweep import (
     as_time,
     parse_list,
     parse_sizes,
-    plan_trainings,
-    run_trainings,
+    plan_sweep,
+    run_sweep,
 )
 from ldm.evaluation.latents.sweep_figure import plot_size_sweep
 from ldm.evaluation.latents.sweep_report import recommend_size
@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[3]
 TINY = "trainer=cpu,trainer.precision=32-true,trainer.max_steps=3,batch_size=8,val_images=8,logger=csv"
 
 
-def latents() -> None:
+def latents_tool() -> None:
     runpy.run_path(str(bundled_folder("tools") / "latents.py"), run_name="__main__")
 
 
@@ -44,9 +44,9 @@ def working_folder(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
 
 
-def trainings(sizes: str = "f4c4,f8c16", losses: tuple[str, ...] = ("plain",), minutes: float = 2, extra=()):
+def planned_runs(sizes: str = "f4c4,f8c16", losses: tuple[str, ...] = ("plain",), minutes: float = 2, extra=()):
     common = ["data=openmoji", *extra]
-    return plan_trainings(parse_sizes(sizes, 32), list(losses), Path("a sweep"), minutes, common)
+    return plan_sweep(parse_sizes(sizes, 32), list(losses), Path("a sweep"), minutes, common)
 
 
 def test_sizes_lists_and_times_are_parsed_and_formatted():
@@ -56,30 +56,30 @@ def test_sizes_lists_and_times_are_parsed_and_formatted():
     overrides = ["batch_size=64", "optimizer.build.betas=[0.9,0.95]", "a='b,c'"]
     assert parse_list(f"[{', '.join(overrides)}]") == overrides
     assert [as_time(minutes) for minutes in (0.05, 2, 90.5)] == ["00:00:03", "00:02:00", "01:30:30"]
-    names = [training.name for training in trainings(losses=("plain", "adversarial"))]
+    names = [run.name for run in planned_runs(losses=("plain", "adversarial"))]
     assert names == ["f4c4-plain", "f4c4-adversarial", "f8c16-plain", "f8c16-adversarial"]
 
 
 @pytest.mark.parametrize("name", ["f1c2", "f2c12", "f4c4", "f8c16", "f16c24", "f32c8"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_planned_run_has_the_stated_latent_size(name, loss):
-    (training,) = trainings(name, (loss,), extra=("batch_size=7",))
-    assert training.name == f"{name}-{loss}"
-    _, front, *arguments = training.command()
+    (planned_run,) = planned_runs(name, (loss,), extra=("batch_size=7",))
+    assert planned_run.name == f"{name}-{loss}"
+    _, module, *arguments = planned_run.command()
     with initialize_config_dir(str(bundled_folder("conf")), version_base="1.3"):
         config = compose("train", quote_free_text(arguments))
-    assert (front, config.name, config.runs_dir) == ("ldm.train", training.name, "a sweep")
+    assert (module, config.name, config.runs_dir) == ("ldm.train", planned_run.name, "a sweep")
     assert config.trainer.max_time == "00:02:00" and config.batch_size == 7
     with torch.device("meta"):
         model = instantiate(config.autoencoder.model)(sample_size=32)
         latent = model.encode(torch.zeros(1, 3, 32, 32)).latent_dist.mean
-    size = training.size
+    size = planned_run.size
     assert latent.shape == (1, size.channels, 32 // size.factor, 32 // size.factor)
 
 
 @pytest.fixture
 def fake_training(monkeypatch) -> dict[str, list]:
-    """Replace training processes by a function that returns the given exit codes (then 0) and records its commands."""
+    """Replace the training process with a function that records commands and returns the listed exit codes, then 0."""
     record: dict[str, list] = {"codes": [], "commands": []}
 
     def train(command, _):
@@ -101,37 +101,37 @@ def fake_training(monkeypatch) -> dict[str, list]:
 def test_finished_runs_are_skipped_and_interrupted_ones_resumed(fake_training, capsys):
     fake_training["codes"] = [0, 130]
     with pytest.raises(KeyboardInterrupt):
-        run_trainings(trainings())
+        run_sweep(planned_runs())
     assert re.search(r"f8c16-plain, 2 of 2: .*2 minutes", capsys.readouterr().out)
-    run_trainings(trainings("f4c4,f4c8,f8c16"))
-    first, resumed = (command for command in fake_training["commands"] if "name=f8c16-plain" in command)
-    assert len(fake_training["commands"]) == 4 and resumed == [*first, "resume=true"]
-    printed = capsys.readouterr().out
-    assert re.search(r"3 training runs, 1 of them .*finished", printed)
-    assert re.search(r"f4c8-plain, 1 of 2: .*4 minutes", printed)
+    run_sweep(planned_runs("f4c4,f4c8,f8c16"))
+    command, resume_command = (command for command in fake_training["commands"] if "name=f8c16-plain" in command)
+    assert len(fake_training["commands"]) == 4 and resume_command == [*command, "resume=true"]
+    output = capsys.readouterr().out
+    assert re.search(r"3 training runs, 1 of them .*finished", output)
+    assert re.search(r"f4c8-plain, 1 of 2: .*4 minutes", output)
 
 
 def test_failed_run_stops_the_sweep_and_keeps_finished_runs(fake_training):
     fake_training["codes"] = [0, 2]
-    with pytest.raises(UserError, match="The training f8c16-plain ended with exit code 2") as e:
-        run_trainings(trainings("f4c4,f8c16,f4c8"))
+    with pytest.raises(UserError, match="f8c16-plain .*exit code 2") as error:
+        run_sweep(planned_runs("f4c4,f8c16,f4c8"))
     assert len(fake_training["commands"]) == 2
-    assert shlex.join(["python", *fake_training["commands"][-1]]) in str(e.value)
+    assert shlex.join(["python", *fake_training["commands"][-1]]) in str(error.value)
     assert Run.open("a sweep/vae/f4c4-plain").finished
 
 
-@pytest.mark.parametrize("other", [{"minutes": 3}, {"extra": ("seed=1",)}])
-def test_other_options_are_refused_before_any_training(fake_training, other):
-    run_trainings(trainings("f8c16"))
-    with pytest.raises(UserError, match="with other options: .*(max_time 00:03:00|seed 1).*Choose another name="):
-        run_trainings(trainings("f4c4,f8c16", **other))
+@pytest.mark.parametrize("changes", [{"minutes": 3}, {"extra": ("seed=1",)}])
+def test_changed_options_are_refused_before_training(fake_training, changes):
+    run_sweep(planned_runs("f8c16"))
+    with pytest.raises(UserError, match="f8c16-plain .*options: .*(max_time 00:03:00|seed 1).*name="):
+        run_sweep(planned_runs("f4c4,f8c16", **changes))
     assert len(fake_training["commands"]) == 1
 
 
 def test_child_process_does_not_inherit_hydra_full_error(monkeypatch):
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     script = "import os, sys; sys.exit(7 + ('HYDRA_FULL_ERROR' in os.environ))"
-    assert child.run_python(["-c", script], environment_of_children()) == 7
+    assert child.run_python(["-c", script], child_environment()) == 7
 
 
 def row(size: str, psnr_db: float, loss: str = "plain", fd: float | None = None) -> dict:
@@ -175,39 +175,39 @@ def test_sweep_command(call, make_images, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     data = ["data=image_folder", f"data.path={tmp_path / 'my squares, small'}", "data.resolution=16"]
     options = [*data, "data.val_fraction=0.2", f"train=[{TINY}]", "features=none", "device=cpu", "name=mine"]
-    ended = call(latents, "sweep=f2c3,f4c4", "minutes=1", "target_psnr_db=5", *options)
-    assert ended.code == 0, ended
+    result = call(latents_tool, "sweep=f2c3,f4c4", "minutes=1", "target_psnr_db=5", *options)
+    assert result.code == 0, result
     folder = Path("runs/sweeps/mine")
     content = json.loads((folder / "sweep.json").read_text())
     report = content["report"]
     small, large = sorted(report["rows"], key=lambda r: r["num_values"])
     assert (small["size"], small["latent_shape"], small["compression"]) == ("f4c4", [4, 4, 4], 12)
     assert (large["size"], large["num_values"], large["steps"]) == ("f2c3", 192, 3)
-    for measured in (small, large):
-        run = Run.open(measured["run"])
-        assert run.finished and run.path == folder / "vae" / f"{measured['size']}-plain"
-        assert measured["psnr_db"] == pytest.approx(run.facts["figures"]["psnr_db"], abs=0.05)
-        assert measured["kl_bits"] > 0 and measured["fd"] is None
-        curve = report["pca"][str(measured["factor"])]
-        baseline = dict(zip(curve["num_values"], curve["psnr_db"], strict=True))[measured["num_values"]]
-        assert measured["pca_psnr_db"] == pytest.approx(baseline, abs=1e-3)
-        assert f"{measured['psnr_db']:.2f}" in ended.out and f"{measured['gain_db']:+.2f}" in ended.out
-        assert set(content["trainings"][measured["name"]]) < set(run.facts["options"])
-    recommended = Run.open(folder / "vae/f4c4-plain")
+    for metrics in (small, large):
+        run = Run.open(metrics["run"])
+        assert run.finished and run.path == folder / "vae" / f"{metrics['size']}-plain"
+        assert metrics["psnr_db"] == pytest.approx(run.facts["figures"]["psnr_db"], abs=0.05)
+        assert metrics["kl_bits"] > 0 and metrics["fd"] is None
+        curve = report["pca"][str(metrics["factor"])]
+        baseline = dict(zip(curve["num_values"], curve["psnr_db"], strict=True))[metrics["num_values"]]
+        assert metrics["pca_psnr_db"] == pytest.approx(baseline, abs=1e-3)
+        assert f"{metrics['psnr_db']:.2f}" in result.out and f"{metrics['gain_db']:+.2f}" in result.out
+        assert set(content["trainings"][metrics["name"]]) < set(run.facts["options"])
+    recommended_run = Run.open(folder / "vae/f4c4-plain")
     for text in (
         f"Recommendation: {small['size']}",
         "autoencoder.model.latent_channels=4",
         "trainer.max_time=00:10:00",
-        recommended.next_training_command(),
+        recommended_run.next_training_command(),
         "f2c3-plain, 1 of 2: at most 2 minutes",
     ):
-        assert text in ended.out
+        assert text in result.out
     assert (folder / "sweep.png").stat().st_size > 10_000
-    without_rate = {**report, "rows": [{**measured, "kl_bits": None} for measured in report["rows"]]}
+    without_rate = {**report, "rows": [{**metrics, "kl_bits": None} for metrics in report["rows"]]}
     assert len(plot_size_sweep(report).axes) == 2 and len(plot_size_sweep(without_rate).axes) == 1
 
-    monkeypatch.setattr(child, "run_python", lambda *_: pytest.fail("a finished training was started again"))
-    repeated = call(latents, "sweep=f4c4", "minutes=1", "target_psnr_db=99", *options)
+    monkeypatch.setattr(child, "run_python", lambda *_: pytest.fail("a finished run was started again"))
+    repeated = call(latents_tool, "sweep=f4c4", "minutes=1", "target_psnr_db=99", *options)
     assert repeated.code == 0 and "no size reaches" in repeated.out, repeated
 
 
@@ -233,5 +233,5 @@ def test_sweep_command(call, make_images, tmp_path, monkeypatch):
 )
 def test_invalid_command_line_options_are_refused(call, monkeypatch, arguments, message):
     monkeypatch.setattr(child, "run_python", lambda *_: pytest.fail("trained before the options were checked"))
-    ended = call(latents, *arguments)
-    assert ended.code == 2 and message in ended.err and ended.err.count("\n") == 1, ended
+    result = call(latents_tool, *arguments)
+    assert result.code == 2 and message in result.err and result.err.count("\n") == 1, result

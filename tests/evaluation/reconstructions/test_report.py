@@ -53,19 +53,19 @@ class MeanColours(torch.nn.Module):
 
 
 class L1(torch.nn.Module):
-    """Stands in for LPIPS."""
+    """A cheap substitute for LPIPS."""
 
     def forward(self, x, y):
         return (x - y).abs().mean((1, 2, 3))
 
 
-def evaluate() -> None:
+def evaluate_tool() -> None:
     runpy.run_path(str(bundled_folder("tools") / "evaluate.py"), run_name="__main__")
 
 
 @pytest.fixture(scope="module")
-def trained(make_images, tmp_path_factory) -> Path:
-    """8 x 8 images in two classes, and two runs initialised as a PCA: a KL autoencoder and one with a codebook."""
+def finished_runs(make_images, tmp_path_factory) -> Path:
+    """8 x 8 images in two classes, and two runs initialised as a PCA, one with a KL term and one with a codebook."""
     folder = tmp_path_factory.mktemp("reconstructions")
     for seed, name in enumerate(("cat", "dog")):
         make_images(folder / "pets" / name, 60, size=8, seed=seed)
@@ -84,11 +84,11 @@ def trained(make_images, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def open_run(trained, tmp_path, monkeypatch):
-    """Return a function that opens a copy of a run by name and updates its facts. LPIPS is not available."""
-    (cache,) = (trained / "cache").glob("pets-*")
+def open_run(finished_runs, tmp_path, monkeypatch):
+    """Return a function that opens a copy of a run by name and updates its facts. LPIPS is unavailable."""
+    (cache,) = (finished_runs / "cache").glob("pets-*")
     shutil.copytree(cache, tmp_path / "pets")
-    shutil.copytree(trained / "runs", tmp_path / "runs")
+    shutil.copytree(finished_runs / "runs", tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(ldm.metrics.features.FEATURE_NETWORKS, "mean_colours", MeanColours)
     monkeypatch.setattr(
@@ -132,7 +132,7 @@ def test_metrics_equal_brute_force(open_run):
     assert metrics["weights_sha256"] == run.autoencoder().weights_sha256()
     assert 0 < metrics["fd_reconstructions_standard_error"] < metrics["fd_reconstructions"]
     assert metrics["fd_validation_standard_error"] > 0
-    # the order of the images, and with it the subsets, is different here
+    # the images are in a different order here, so the subsets differ
     assert metrics["kd_reconstructions"] == pytest.approx(kernel_distance(decoded, original, paired=True)[0], abs=0.05)
     assert metrics["kd_validation"] == pytest.approx(0, abs=0.3) and metrics["kd_validation_standard_error"] > 0
 
@@ -156,13 +156,13 @@ def test_few_images_use_principal_components_of_training_images():
     assert metrics["fd_reconstructions"].value == pytest.approx(frechet_distance(*expected[:2]), rel=1e-9)
     assert metrics["fd_validation"].value == pytest.approx(frechet_distance(*expected[1:]), rel=1e-9)
     assert metrics["kd_reconstructions"] == Metric(*kernel_distance(reconstructed, originals, paired=True))
-    many = torch.randn(200, 120, generator=generator)
-    assert reconstruction_distances(many, many, many)["fd_components"] == 64
-    few = reconstruction_distances(reconstructed[:7], originals[:7], train)
-    assert few["fd_components"] == 3 and not few["kd_reconstructions"].is_measured
-    assert few["fd_reconstructions"].standard_error > 0
-    fewest = reconstruction_distances(reconstructed[:3], originals[:3], train)["fd_reconstructions"]
-    assert not fewest.is_measured
+    large_set = torch.randn(200, 120, generator=generator)
+    assert reconstruction_distances(large_set, large_set, large_set)["fd_components"] == 64
+    small_set = reconstruction_distances(reconstructed[:7], originals[:7], train)
+    assert small_set["fd_components"] == 3 and not small_set["kd_reconstructions"].is_measured
+    assert small_set["fd_reconstructions"].standard_error > 0
+    tiny_set = reconstruction_distances(reconstructed[:3], originals[:3], train)["fd_reconstructions"]
+    assert not tiny_set.is_measured
 
 
 def test_codebook_usage_and_perplexity(open_run):
@@ -179,17 +179,17 @@ def test_codebook_usage_and_perplexity(open_run):
 
 
 def test_figure_shows_the_twelve_worst_images(open_run, monkeypatch):
-    run, drawn = open_run(), {}
-    monkeypatch.setattr(reconstruction_report, "plot_reconstructions", lambda *args: drawn.update(enumerate(args)))
+    run, plotted = open_run(), {}
+    monkeypatch.setattr(reconstruction_report, "plot_reconstructions", lambda *args: plotted.update(enumerate(args)))
     images, originals, reconstructed = reconstruct(run)
     measure_reconstructions(run, device=CPU, features="none")
     values = psnr(originals, reconstructed)
     worst = values.argsort()[:12]
-    torch.testing.assert_close(drawn[0], originals[worst])
-    torch.testing.assert_close(drawn[1], reconstructed[worst], atol=1e-4, rtol=0)
+    torch.testing.assert_close(plotted[0], originals[worst])
+    torch.testing.assert_close(plotted[1], reconstructed[worst], atol=1e-4, rtol=0)
     names = [images.class_names[images.labels[images.val_indices[i]]] for i in worst]
-    assert drawn[2] == [f"{values[i]:.1f} dB {name}" for i, name in zip(worst, names, strict=True)]
-    assert f"12 worst of {len(values)} held-out images" in drawn[3]
+    assert plotted[2] == [f"{values[i]:.1f} dB {name}" for i, name in zip(worst, names, strict=True)]
+    assert f"12 worst of {len(values)} held-out images" in plotted[3]
 
 
 def test_error_is_amplified_four_times():
@@ -197,7 +197,7 @@ def test_error_is_amplified_four_times():
     figure = plot_reconstructions(original, original + 0.1, ["1 dB"], "title")
     centres = [figure.getpixel((64, 96 + 166 * row)) for row in range(3)]
     assert centres[0] == to_pil(original)[0].getpixel((0, 0)) and centres[1] == pytest.approx((76, 76, 76), abs=1)
-    assert centres[2] == pytest.approx((51, 51, 51), abs=1), "an error of 0.4, in a range of 2 from black to white"
+    assert centres[2] == pytest.approx((51, 51, 51), abs=1), "4 x 0.1 in a range of 2 is 51 of 255"
 
 
 def test_image_text_prefers_the_caption(open_run):
@@ -212,19 +212,19 @@ def test_image_text_prefers_the_caption(open_run):
 def test_command_writes_the_report_and_prints_metrics(call, open_run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     run = open_run()
-    ended = call(evaluate, f"run={run.path}", "features=mean_colours", "device=cpu", "num_images=24")
-    assert ended.code == 0, ended
+    result = call(evaluate_tool, f"run={run.path}", "features=mean_colours", "device=cpu", "num_images=24")
+    assert result.code == 0, result
     metrics = json.loads((run.path / "evaluation.json").read_text())
     with Image.open(run.path / "worst_reconstructions.png") as figure:
         assert figure.width > 12 * 128 and figure.height > 3 * 128 and len(figure.getcolors(10**6)) > 50
-    assert metrics["num_images"] == 24 and "evaluation.json" in ended.out and "worst_reconstructions.png" in ended.out
+    assert metrics["num_images"] == 24 and "evaluation.json" in result.out and "worst_reconstructions.png" in result.out
     fd = [metrics[f"fd_{name}"] for name in ("reconstructions", "reconstructions_standard_error", "validation")]
     for text in (f"{metrics['psnr_db']:.2f}", *(f"{value:.4f}" for value in fd), f"{metrics['kl_bits']:.1f}"):
-        assert text in ended.out
-    assert "features: mean_colours" in " ".join(ended.out.split())
-    assert f"{metrics['fd_validation_standard_error']:.4f}" in ended.out
-    assert "N=24, ref=originals of the same 24 images; validation to training: ref=pets/train" in ended.out
-    assert "LPIPS was skipped: perceptual=lpips needs a network." in ended.out and "in the loss" not in ended.out
+        assert text in result.out
+    assert "features: mean_colours" in " ".join(result.out.split())
+    assert f"{metrics['fd_validation_standard_error']:.4f}" in result.out
+    assert "N=24, ref=originals of the same 24 images; validation to training: ref=pets/train" in result.out
+    assert "LPIPS was skipped: perceptual=lpips needs a network." in result.out and "in the loss" not in result.out
 
 
 def test_only_inception_in_all_dimensions_is_called_fid(open_run, monkeypatch):
@@ -237,15 +237,15 @@ def test_only_inception_in_all_dimensions_is_called_fid(open_run, monkeypatch):
     assert report.to_json()["fd_name"] == "FID" and "FID" in names and "KD" in names
     for text in (report.lines[0], str(report.table.title)):
         assert "inception-12345678-299px (pytorch_fid)" in text
-    few = measure_reconstructions(open_run(), device=CPU, features="mean_colours", num_images=16).to_json()
-    assert few["fd_components"] == 8 and few["fd_name"] == "FD on 8 components"
+    small_set = measure_reconstructions(open_run(), device=CPU, features="mean_colours", num_images=16).to_json()
+    assert small_set["fd_components"] == 8 and small_set["fd_name"] == "FD on 8 components"
 
 
-@pytest.mark.parametrize("trained_on", ["mean_colours", "lpips"])
-def test_features_of_the_loss_are_marked(open_run, trained_on):
-    report = measure_reconstructions(open_run(perceptual_features=[trained_on]), device=CPU, features="mean_colours")
+@pytest.mark.parametrize("loss", ["mean_colours", "lpips"])
+def test_features_used_in_the_loss_are_marked(open_run, loss):
+    report = measure_reconstructions(open_run(perceptual_features=[loss]), device=CPU, features="mean_colours")
     assert report.to_json()["features_in_loss"] == ("(used in the loss)" in report.table.title)
-    assert report.to_json()["features_in_loss"] == (trained_on == "mean_colours")
+    assert report.to_json()["features_in_loss"] == (loss == "mean_colours")
 
 
 def test_lpips_is_reported_if_available(open_run, monkeypatch):
@@ -258,8 +258,8 @@ def test_lpips_is_reported_if_available(open_run, monkeypatch):
     assert report.to_json()["lpips_standard_error"] == pytest.approx(values.std().item() / len(values) ** 0.5, rel=1e-3)
     assert report.to_json()["lpips_in_loss"] and "used in the loss" in list(report.table.columns[3].cells)
     monkeypatch.setattr(reconstruction_report, "LPIPS", Mock(side_effect=UserError("no network")))
-    without = measure_reconstructions(run, device=CPU, features="none")
-    assert without.to_json()["lpips"] is None and "no network" in without.lines[0]
+    without_lpips = measure_reconstructions(run, device=CPU, features="none")
+    assert without_lpips.to_json()["lpips"] is None and "no network" in without_lpips.lines[0]
 
 
 def test_features_of_a_classifier(open_run, monkeypatch):
@@ -280,11 +280,11 @@ def test_wandb_receives_metrics_and_figure(call, open_run, monkeypatch):
     run = open_run()
     digest, images = run.autoencoder().weights_sha256(), run.image_data()
     LatentContract(digest, images.fingerprint, 8, 2, 4, images.val_fraction, flip=False).save(run.path)
-    ended = call(evaluate, f"run={run.path}", "features=none", "device=cpu", "logger=wandb")
-    assert ended.code == 0, ended
+    result = call(evaluate_tool, f"run={run.path}", "features=none", "device=cpu", "logger=wandb")
+    assert result.code == 0, result
     out, options = wandb_run.call_args.args[0], wandb_run.call_args.kwargs
     assert (options["name"], options["group"]) == ("evaluation/vae/kl", "kl")
-    assert out == run.path / "evaluation", "wandb_id.txt in the run folder is that of the training"
+    assert out == run.path / "evaluation", "wandb_id.txt in the run folder belongs to the training run"
     calls = {name: arguments for name, arguments, _ in wandb_run.return_value.method_calls}
     metrics = json.loads((run.path / "evaluation.json").read_text())
     assert calls["log_summary"][0]["psnr_db"] == metrics["psnr_db"] and "lpips" not in calls["log_summary"][0]
@@ -315,6 +315,6 @@ def test_reconstructions_that_are_not_finite_are_refused(open_run, monkeypatch):
 def test_invalid_command_line_options_are_refused(call, open_run, monkeypatch, argument, message):
     monkeypatch.setattr(Autoencoder, "encode", lambda *_: pytest.fail("encoded before the options were checked"))
     run = open_run()
-    ended = call(evaluate, f"run={run.path}", "device=cpu", argument)
-    assert ended.code == 2 and message in ended.err and ended.err.count("\n") == 1, ended
+    result = call(evaluate_tool, f"run={run.path}", "device=cpu", argument)
+    assert result.code == 2 and message in result.err and result.err.count("\n") == 1, result
     assert not (run.path / "evaluation.json").exists()

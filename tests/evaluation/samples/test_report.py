@@ -72,24 +72,24 @@ def pipeline() -> LatentDiffusionPipeline:
     return build_pipeline(ClassCondition(["cat", "dog"]))
 
 
-def cached(pipeline, images, folder: Path, num_samples: int, **options) -> np.ndarray:
+def sample(pipeline, images, folder: Path, num_samples: int, **options) -> np.ndarray:
     options = {"num_samples": num_samples, **OPTIONS, **options}
     return np.array(draw_cached(pipeline, images, SAMPLER, folder, **options).images)
 
 
-def test_cached_samples_equal_drawn_samples(pipeline, images, tmp_path):
+def test_cached_samples_equal_uncached_samples(pipeline, images, tmp_path):
     request = Request.for_images(pipeline, images, images.train_indices[condition_rows(images.train_indices, 10, 0)])
-    drawn = torch.cat(list(draw_batches(pipeline, request, SAMPLER, **OPTIONS)))
+    expected = torch.cat(list(draw_batches(pipeline, request, SAMPLER, **OPTIONS)))
     samples = draw_cached(pipeline, images, SAMPLER, tmp_path, num_samples=10, **OPTIONS)
-    assert np.array_equal(samples.images, to_uint8(drawn).permute(0, 2, 3, 1).numpy())
-    torch.testing.assert_close(samples.batch(range(2, 5)), drawn[2:5], rtol=0, atol=1.01 / 255)
+    assert np.array_equal(samples.images, to_uint8(expected).permute(0, 2, 3, 1).numpy())
+    torch.testing.assert_close(samples.batch(range(2, 5)), expected[2:5], rtol=0, atol=1.01 / 255)
     assert samples.evaluations == 2 * SAMPLER.steps and samples.seconds > 0, "guidance evaluates two branches"
     unguided = draw_cached(pipeline, images, SAMPLER, tmp_path, num_samples=4, **{**OPTIONS, "guidance": 1.0})
     assert unguided.evaluations == 3
 
 
 def test_interrupted_sampling_resumes(pipeline, images, tmp_path, monkeypatch):
-    complete = cached(pipeline, images, tmp_path / "complete", 14)
+    expected = sample(pipeline, images, tmp_path / "complete", 14)
     decode, calls = type(pipeline).decode, []
 
     def interrupt_third_call(self, z):
@@ -100,49 +100,49 @@ def test_interrupted_sampling_resumes(pipeline, images, tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(pipeline), "decode", interrupt_third_call)
     with pytest.raises(KeyboardInterrupt):
-        cached(pipeline, images, tmp_path / "interrupted", 14)
+        sample(pipeline, images, tmp_path / "interrupted", 14)
     (file,) = (tmp_path / "interrupted").glob("*.bin")
     assert file.stat().st_size == 8 * 3 * 8**2
-    with file.open("ab") as partial:
-        partial.write(b"part of an image")
+    with file.open("ab") as stream:
+        stream.write(b"part of an image")
     calls[:] = [0] * 5
-    resumed = cached(pipeline, images, tmp_path / "interrupted", 14)
-    assert calls[5:] == [4, 2] and np.array_equal(resumed, complete)
+    resumed = sample(pipeline, images, tmp_path / "interrupted", 14)
+    assert calls[5:] == [4, 2] and np.array_equal(resumed, expected)
     assert json.loads(file.with_suffix(".json").read_text())["cost"]["samples"] == 14
-    assert np.array_equal(cached(pipeline, images, tmp_path / "interrupted", 6), complete[:6]) and len(calls) == 7
-    np.testing.assert_allclose(cached(pipeline, images, tmp_path / "interrupted", 20)[:14], complete)
+    assert np.array_equal(sample(pipeline, images, tmp_path / "interrupted", 6), expected[:6]) and len(calls) == 7
+    np.testing.assert_allclose(sample(pipeline, images, tmp_path / "interrupted", 20)[:14], expected)
 
 
-def test_cache_key_depends_on_everything_that_determines_a_sample(pipeline, images, tmp_path, monkeypatch):
-    cached(pipeline, images, tmp_path, 4)
-    for changed in ({"guidance": 3.0}, {"seed": 1}, {"guidance_interval": (0.2, 0.8)}):
-        cached(pipeline, images, tmp_path, 4, **changed)
+def test_cache_key_depends_on_all_sampling_inputs(pipeline, images, tmp_path, monkeypatch):
+    sample(pipeline, images, tmp_path, 4)
+    for changes in ({"guidance": 3.0}, {"seed": 1}, {"guidance_interval": (0.2, 0.8)}):
+        sample(pipeline, images, tmp_path, 4, **changes)
     draw_cached(pipeline, images, DDIM(4), tmp_path, num_samples=4, **OPTIONS)
-    cached(pipeline, images, tmp_path, 4, split="val")
+    sample(pipeline, images, tmp_path, 4, split="val")
     next(pipeline.network.parameters()).data += 1
-    cached(pipeline, images, tmp_path, 4)
+    sample(pipeline, images, tmp_path, 4)
     assert len(list(tmp_path.glob("*.bin"))) == len(list(tmp_path.glob("*.json"))) == 7
-    cached(pipeline, images, tmp_path, 4, batch_size=2, guidance=2)
+    sample(pipeline, images, tmp_path, 4, batch_size=2, guidance=2)
     assert len(list(tmp_path.glob("*.bin"))) == 7
     monkeypatch.setattr(sample_cache, "FORMAT", 0)
-    cached(pipeline, images, tmp_path, 4)
-    assert len(list(tmp_path.glob("*.bin"))) == 8, "samples of another format version are not reused"
+    sample(pipeline, images, tmp_path, 4)
+    assert len(list(tmp_path.glob("*.bin"))) == 8, "samples in a different format are not reused"
 
 
 def test_samples_of_another_process_are_not_overwritten(pipeline, images, tmp_path, monkeypatch):
-    """The number of samples is read again after the lock is acquired."""
-    complete = cached(pipeline, images, tmp_path / "complete", 8)
+    """After acquiring the lock, the number of samples is read again."""
+    expected = sample(pipeline, images, tmp_path / "complete", 8)
     (file,) = (tmp_path / "complete").glob("*.bin")
     with FileLock(file.with_suffix(".lock")):
-        with pytest.raises(UserError, match=f"Another process is drawing .*{file.name}"):
-            cached(pipeline, images, tmp_path / "complete", 12)
-        assert np.array_equal(cached(pipeline, images, tmp_path / "complete", 4), complete[:4]), "reading needs no lock"
-    acquire, drawn = FileLock.acquire, []
+        with pytest.raises(UserError, match=f"Another process is .*{file.name}"):
+            sample(pipeline, images, tmp_path / "complete", 12)
+        assert np.array_equal(sample(pipeline, images, tmp_path / "complete", 4), expected[:4]), "reading needs no lock"
+    acquire, calls = FileLock.acquire, []
 
     def acquire_after_other_process(self, *arguments, **options):
-        if not drawn:
-            drawn.append(True)
-            cached(pipeline, images, tmp_path / "shared", 4)
+        if not calls:
+            calls.append(self)
+            sample(pipeline, images, tmp_path / "shared", 4)
         return acquire(self, *arguments, **options)
 
     starts = []
@@ -153,24 +153,24 @@ def test_samples_of_another_process_are_not_overwritten(pipeline, images, tmp_pa
 
     monkeypatch.setattr(FileLock, "acquire", acquire_after_other_process)
     monkeypatch.setattr(sample_cache, "draw_batches", record_start)
-    assert np.array_equal(cached(pipeline, images, tmp_path / "shared", 8), complete)
-    assert starts == [0, 4], "the other process draws the first 4 samples, this one only the rest"
+    assert np.array_equal(sample(pipeline, images, tmp_path / "shared", 8), expected)
+    assert starts == [0, 4], "the other process generates the first 4 samples, this process the rest"
 
 
 def test_samples_that_are_not_finite_are_refused(pipeline, images, tmp_path):
     next(pipeline.network.parameters()).data *= torch.nan
     with pytest.raises(UserError, match="4 of 4 samples are not finite.*optimizer.lr"):
-        cached(pipeline, images, tmp_path, 4)
+        sample(pipeline, images, tmp_path, 4)
 
 
-def test_condition_rows_repeat_if_there_are_few_images(images):
-    members = images.train_indices
-    rows, n = condition_rows(members, 120, 3), len(members)
+def test_condition_rows_repeat_with_few_images(images):
+    train_indices = images.train_indices
+    rows, n = condition_rows(train_indices, 120, 3), len(train_indices)
     assert sorted(rows[:n]) == list(range(n)) and np.array_equal(rows[n : 2 * n], rows[:n])
-    assert np.array_equal(condition_rows(members, 7, 3), rows[:7])
+    assert np.array_equal(condition_rows(train_indices, 7, 3), rows[:7])
 
 
-def test_all_sets_are_measured_in_the_same_way(pipeline, images, tmp_path):
+def test_all_image_sets_get_the_same_metrics(pipeline, images, tmp_path):
     result = measure_samples(pipeline, images, SAMPLER, tmp_path, features="mean_colours", num_samples=24, **OPTIONS)
     metrics = result.to_json()
     n, components = len(images.train_indices), metrics["fd_components"]
@@ -192,12 +192,12 @@ def test_all_sets_are_measured_in_the_same_way(pipeline, images, tmp_path):
     assert (tmp_path / "nearest.png").is_file()
     options = {"features": "mean_colours", "num_samples": 24, **OPTIONS}
     repeated = measure_samples(pipeline, images, SAMPLER, tmp_path / "other", **options).to_json()
-    first, second = ({k: v for k, v in one.items() if "seconds" not in k} for one in (metrics, repeated))
-    assert first == second, "drawing the samples again gives the same metrics"
+    expected, actual = ({k: v for k, v in x.items() if "seconds" not in k} for x in (metrics, repeated))
+    assert actual == expected, "sampling again gives the same metrics"
 
 
 def test_vae_alone_decodes_noise_without_unstandardising(pipeline):
-    """N(0, I) is the prior of raw latents z_raw, so they are decoded without undoing the standardisation."""
+    """N(0, I) is the prior of raw latents z_raw, so noise is decoded without undoing the standardisation."""
     noise = torch.stack([torch.randn(3, 8, 8, generator=g) for g in sample_generators(5, range(2, 4))])
     images = VAEAlone(pipeline, 4, seed=5).batch([2, 3])
     assert images.equal(pipeline.autoencoder.decode(noise))
@@ -206,33 +206,33 @@ def test_vae_alone_decodes_noise_without_unstandardising(pipeline):
 
 def test_misclassification_causes_no_class_shift(pipeline, images, tmp_path, monkeypatch):
     """If the classifier predicts "dog" for everything, samples and images have the same class distribution."""
-    constant = classifier.Classifier(2).eval()
-    torch.nn.init.zeros_(constant.head.weight)
-    constant.head.bias.data = torch.tensor([0.0, 1.0])
-    constant.val_accuracy = 0.4
+    constant_classifier = classifier.Classifier(2).eval()
+    torch.nn.init.zeros_(constant_classifier.head.weight)
+    constant_classifier.head.bias.data = torch.tensor([0.0, 1.0])
+    constant_classifier.val_accuracy = 0.4
     calls = []
-    constant.register_forward_pre_hook(lambda _, arguments: calls.append(len(arguments[0])))
-    monkeypatch.setattr(report, "load_features", lambda *_: constant)
-    copy = replace(images, path=tmp_path)
-    result = measure_samples(pipeline, copy, SAMPLER, tmp_path, features="classifier", num_samples=24, **OPTIONS)
+    constant_classifier.register_forward_pre_hook(lambda _, arguments: calls.append(len(arguments[0])))
+    monkeypatch.setattr(report, "load_features", lambda *_: constant_classifier)
+    data = replace(images, path=tmp_path)
+    result = measure_samples(pipeline, data, SAMPLER, tmp_path, features="classifier", num_samples=24, **OPTIONS)
     assert result.to_json()["class_shift_samples"] == result.to_json()["class_shift_validation"] == 0
     conditions = images.train_indices[condition_rows(images.train_indices, 24, 0)]
     dogs = np.mean([images.labels[i] == 1 for i in conditions])
     assert result.to_json()["class_accuracy_samples"] == pytest.approx(dogs)
-    assert sum(calls) == len(images) + 3 * 24, "every image once: all data, samples, reconstructions, the VAE alone"
+    assert sum(calls) == len(images) + 3 * 24, "each image once: all data, samples, reconstructions, VAE alone"
 
 
 def test_smaller_evaluation_does_not_replace_a_larger_one(tmp_path):
-    file, other_file = tmp_path / "run/evaluation.json", tmp_path / "demo/evaluation.json"
+    file, fallback_file = tmp_path / "run/evaluation.json", tmp_path / "demo/evaluation.json"
 
     def save(num_samples: int, weights: str) -> Path:
         metrics = {"weights_sha256": weights, "num_samples": num_samples}
         report = Report(file.name, metrics, figures={"nearest.png": Image.new("RGB", (4, 4))})
-        return save_unless_smaller(report, file.parent, other_file)
+        return save_unless_smaller(report, file.parent, fallback_file)
 
-    assert save(3000, "a") == file and save(256, "a") == other_file
-    assert json.loads(file.read_text())["num_samples"] == 3000 and other_file.with_name("nearest.png").is_file()
-    assert save(256, "b") == file and json.loads(file.read_text())["num_samples"] == 256, "other weights"
+    assert save(3000, "a") == file and save(256, "a") == fallback_file
+    assert json.loads(file.read_text())["num_samples"] == 3000 and fallback_file.with_name("nearest.png").is_file()
+    assert save(256, "b") == file and json.loads(file.read_text())["num_samples"] == 256, "different weights"
     file.write_text("")
     assert save(256, "b") == file, "an unreadable file is replaced"
 
@@ -240,14 +240,14 @@ def test_smaller_evaluation_does_not_replace_a_larger_one(tmp_path):
 def test_reference_features_are_cached_by_data_and_network(images, tmp_path):
     """The cache key contains the network key and the data fingerprint."""
     local_images = replace(images, path=tmp_path)
-    other = replace(local_images, fingerprint="0" * 64, images=255 - images.images)
-    doubled = MeanColours()
-    doubled.weight *= 2
-    doubled.key = "mean_colours-other-weights"
-    first = reference_features(MeanColours(), "mean_colours", local_images)
-    torch.testing.assert_close(reference_features(MeanColours(), "mean_colours", other), -first)
-    assert reference_features(doubled, "mean_colours", local_images).equal(2 * first)
-    assert reference_features(MeanColours(), "mean_colours", local_images).equal(first)
+    inverted_images = replace(local_images, fingerprint="0" * 64, images=255 - images.images)
+    doubled_network = MeanColours()
+    doubled_network.weight *= 2
+    doubled_network.key = "mean_colours-other-weights"
+    features = reference_features(MeanColours(), "mean_colours", local_images)
+    torch.testing.assert_close(reference_features(MeanColours(), "mean_colours", inverted_images), -features)
+    assert reference_features(doubled_network, "mean_colours", local_images).equal(2 * features)
+    assert reference_features(MeanColours(), "mean_colours", local_images).equal(features)
     assert len(list(tmp_path.iterdir())) == 3
 
 
@@ -255,8 +255,8 @@ def test_failed_write_keeps_existing_files(images, pipeline, tmp_path, monkeypat
     """Files are written atomically."""
     local_images = replace(images, path=tmp_path)
     Report("evaluation.json", {"fd": 1}, figures={"nearest.png": Image.new("RGB", (4, 4))}).save(tmp_path)
-    cached(pipeline, images, tmp_path / "cache", 4)
-    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    sample(pipeline, images, tmp_path / "cache", 4)
+    contents = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
 
     def raise_disk_full(path: Path) -> None:
         raise OSError(28, "No space left on device")
@@ -265,14 +265,14 @@ def test_failed_write_keeps_existing_files(images, pipeline, tmp_path, monkeypat
     for write in (
         Report("evaluation.json", {"fd": 2}).save,
         Report("other.json", {}, figures={"nearest.png": Image.new("RGB", (9, 9))}).save,
-        lambda _: cached(pipeline, images, tmp_path / "cache", 8),
+        lambda _: sample(pipeline, images, tmp_path / "cache", 8),
         lambda _: reference_features(MeanColours(), "mean_colours", local_images),
         lambda _: classifier.load_classifier(local_images),
     ):
         with pytest.raises(OSError, match="No space"):
             write(tmp_path)
-    after = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file() and file.suffix != ".bin"}
-    assert after == {file: content for file, content in before.items() if file.suffix != ".bin"}
+    new_contents = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file() and f.suffix != ".bin"}
+    assert new_contents == {file: content for file, content in contents.items() if file.suffix != ".bin"}
 
 
 def test_frechet_distance_uses_all_dimensions_if_possible():
@@ -280,14 +280,14 @@ def test_frechet_distance_uses_all_dimensions_if_possible():
     assert Measures.choose(train, 40).components is None
     assert Measures.choose(train, 39).num_components == 19
     assert Measures.choose(train, 1000).components is None and Measures.choose(train[:78], 1000).num_components == 19
-    few = Measures.choose(train, 1000).all(train[:10])
-    assert [few[name].is_measured for name in ("fd", "kd", "density")] == [False, True, False]
-    first, second = split_train(train, 30, seed=0)
-    assert len(first) == 30 and len(second) == 70
-    assert torch.equal(torch.cat([first, second]).sort(0).values, train.sort(0).values)
-    clip = Measures(train, None, with_cmmd=True).all(train[:50])
-    assert clip["cmmd"].value > 0 < clip["cmmd"].standard_error
-    lines = distance_table({"a": (10, 2, few), "bb": (50, 12, clip)}, "FID")
+    metrics = Measures.choose(train, 1000).all(train[:10])
+    assert [metrics[name].is_measured for name in ("fd", "kd", "density")] == [False, True, False]
+    subset, rest = split_train(train, 30, seed=0)
+    assert len(subset) == 30 and len(rest) == 70
+    assert torch.equal(torch.cat([subset, rest]).sort(0).values, train.sort(0).values)
+    clip_metrics = Measures(train, None, with_cmmd=True).all(train[:50])
+    assert clip_metrics["cmmd"].value > 0 < clip_metrics["cmmd"].standard_error
+    lines = distance_table({"a": (10, 2, metrics), "bb": (50, 12, clip_metrics)}, "FID")
     assert fd_name(MeanColours(), None) == "FD" and fd_name(MeanColours(), 3) == "FD on 3 components"
     assert {"FID", "subset", "CMMD"} <= {*lines[0].split()} and "-" in lines[1].split()
     assert len({len(line) for line in lines}) == 1
@@ -316,12 +316,12 @@ def test_sweeps_over_steps_and_guidance(pipeline, images, tmp_path):
 
 def test_sweep_checks_all_values_before_sampling(pipeline, images, tmp_path, monkeypatch):
     monkeypatch.setattr(sample_cache, "draw_batches", lambda *_, **__: pytest.fail("sampling started"))
-    one, many = {3: SAMPLER}, {n: DDIM(n) for n in (2, 51)}
+    one_sampler, two_samplers = {3: SAMPLER}, {n: DDIM(n) for n in (2, 51)}
     for samplers, guidances, num_samples, message in (
-        (many, [1, 2], 8, "both lists"),
-        (one, [1, "high"], 8, "guidance=high must be a number"),
-        (many, [1], 8, "sampler=ddim with 51 steps"),
-        (one, [1], 7, "num_samples=7 must be 8 or more"),
+        (two_samplers, [1, 2], 8, "both lists"),
+        (one_sampler, [1, "high"], 8, "guidance=high must be a number"),
+        (two_samplers, [1], 8, "sampler=ddim with 51 steps"),
+        (one_sampler, [1], 7, "num_samples=7 must be 8 or more"),
     ):
         with pytest.raises(UserError, match=message):
             sampler_sweep.sweep_sampler(pipeline, images, samplers, guidances, tmp_path, num_samples=num_samples)
@@ -341,10 +341,10 @@ def test_knee_is_the_cheapest_value_within_noise():
 
 
 def test_shared_noise_reduces_the_error_of_differences():
-    """The jackknife error of the difference matches its spread, which is smaller than that of a single distance."""
+    """The jackknife error of the difference matches its spread, and is smaller than the error of a single distance."""
     generator = torch.Generator().manual_seed(0)
     reference = torch.randn(400, 4, generator=generator)
-    differences, single = [], []
+    differences, single_distances = [], []
     for _ in range(60):
         noise = torch.randn(200, 4, generator=generator)
         sets = [noise + 0.5, noise + 0.55 + 0.05 * torch.randn(200, 4, generator=generator)]
@@ -353,14 +353,14 @@ def test_shared_noise_reduces_the_error_of_differences():
         sampler_sweep.compare_with_best(rows, replicates)
         assert (rows[0]["above_best"], rows[0]["above_best_standard_error"]) == (0, 0)
         differences.append((rows[1]["above_best"], rows[1]["above_best_standard_error"]))
-        single.append(distances[1])
+        single_distances.append(distances[1])
     values, errors = np.transpose(differences)
     assert np.sqrt((errors**2).mean()) == pytest.approx(values.std(ddof=1), rel=0.25)
-    assert values.std() < 0.4 * np.std(single)
+    assert values.std() < 0.4 * np.std(single_distances)
     assert (values > 2 * errors).mean() > 0.9, "errors of independent samples would hide this difference"
 
 
-@pytest.mark.parametrize("counts", [[1] * 9, [1, 3, 2, 3]], ids=["one caption each", "several"])
+@pytest.mark.parametrize("counts", [[1] * 9, [1, 3, 2, 3]], ids=["one caption each", "several captions"])
 def test_caption_agreement_equals_brute_force(counts):
     """Only the best caption of each image counts."""
     n = len(counts)
@@ -379,7 +379,7 @@ def test_caption_agreement_equals_brute_force(counts):
 def test_held_out_captions_are_retrieved_among_held_out_images(images):
     """The samples equal training images with the right captions, so the caption agreement is 1."""
     captions = [f"{i % 4}" for i in range(len(images))]
-    captioned = replace(images, captions=captions)
+    captioned_images = replace(images, captions=captions)
 
     class Encoder:
         def for_request(self, prompts):
@@ -393,7 +393,7 @@ def test_held_out_captions_are_retrieved_among_held_out_images(images):
     texts = [captions[images.val_indices[row]] for row in rows]
     queries = {"samples": features[[row_of_caption[name] for name in texts]], "reconstructions": validation[rows]}
     metrics = {"features_key": "random"}
-    lines = held_out_retrieval(queries, validation, train, rows, captioned, Encoder(), metrics)
+    lines = held_out_retrieval(queries, validation, train, rows, captioned_images, Encoder(), metrics)
     assert metrics["num_held_out"] == 9 and metrics["retrieval_at_1_held_out_reconstructions"] == 1
     assert metrics["retrieval_at_5_held_out_chance"] == 5 / len(validation)
     assert metrics["caption_cosine_held_out_samples"].value == 1 > metrics["caption_cosine_held_out_permuted"]

@@ -1,4 +1,4 @@
-"""Checkpoints and manifests: atomic saves, which ones are kept, and which one a run resumes from."""
+"""Checkpoints and manifests: atomic saves, retention, and the choice of the checkpoint to resume from."""
 
 import errno
 import os
@@ -28,7 +28,7 @@ def callbacks(folder: Path, steps: int, *, every_s: float = 3600, **options) -> 
     return [budget, EMACallback(0.9), Checkpoints(folder, budget, every_s, **options)]
 
 
-def steps_in(folder: Path) -> list[int]:
+def saved_steps(folder: Path) -> list[int]:
     return [manifest.step for manifest in list_checkpoints(folder / "checkpoints")]
 
 
@@ -40,13 +40,13 @@ def resume_point(folder: Path, resume: bool | Path = True) -> Manifest:
 
 
 def test_manifest_describes_the_checkpoint(fit, make_module, tmp_path):
-    rows, options = RecordingLogger(), {"max_steps": 3, "accumulate_grad_batches": 2}
-    fit(make_module(), callbacks(tmp_path, 3, stage="vae"), logger=rows, **options)
+    logger, options = RecordingLogger(), {"max_steps": 3, "accumulate_grad_batches": 2}
+    fit(make_module(), callbacks(tmp_path, 3, stage="vae"), logger=logger, **options)
     (manifest,) = list_checkpoints(tmp_path / "checkpoints")
     assert (manifest.step, manifest.stage, manifest.why, manifest.sequence) == (3, "vae", "end", 1)
     assert manifest.find_damage() is None and manifest.trained_s > 0
-    assert rows.metric("checkpoint/size_mb") == {2: manifest.bytes / 1e6}
-    assert rows.metric("checkpoint/save_s") == {2: manifest.save_s}
+    assert logger.metric("checkpoint/size_mb") == {2: manifest.bytes / 1e6}
+    assert logger.metric("checkpoint/save_s") == {2: manifest.save_s}
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-00000003.ckpt", "step-00000003.json"}
     assert torch.load(manifest.path, weights_only=True)["global_step"] == 3
 
@@ -64,18 +64,18 @@ class SendSignal(Callback):
 
 @pytest.mark.usefixtures("default_signals")
 @pytest.mark.parametrize("number", signals.HANDLED)
-def test_a_signal_saves_a_checkpoint_before_the_next_step(fit, make_module, tmp_path, number):
-    with signals.handling(), pytest.raises(StopTraining) as stopped:
+def test_signal_saves_a_checkpoint_before_the_next_step(fit, make_module, tmp_path, number):
+    with signals.handling(), pytest.raises(StopTraining) as excinfo:
         fit(make_module(), [*callbacks(tmp_path, 9), SendSignal(5, number)], max_steps=9)
-    assert stopped.value.signal == number and steps_in(tmp_path) == [5]
+    assert excinfo.value.signal == number and saved_steps(tmp_path) == [5]
     assert signals.pending() is None, "signals are cleared when the command ends"
 
 
-def test_a_signal_lets_an_accumulated_step_finish(fit, make_module, tmp_path):
+def test_signal_stops_only_after_an_accumulated_step(fit, make_module, tmp_path):
     module = make_module()
     with signals.handling(), pytest.raises(StopTraining):
         fit(module, [*callbacks(tmp_path, 9), SendSignal(3, signal.SIGTERM)], max_steps=9, accumulate_grad_batches=2)
-    assert steps_in(tmp_path) == [2] and len(module.seen) == 4
+    assert saved_steps(tmp_path) == [2] and len(module.batches) == 4
 
 
 class LogLosses(Callback):
@@ -92,8 +92,8 @@ def test_the_last_and_the_best_checkpoints_are_kept(fit, make_module, tmp_path):
     losses = LogLosses([3.0, 1.0, 2.0, float("nan"), 1.5])
     options = {"max_steps": 10, "val_check_interval": 2}
     fit(make_module(), [*callbacks(tmp_path, 10, every_s=0.0), losses], **options)
-    kept = list_checkpoints(tmp_path / "checkpoints")
-    assert [(m.step, m.why, m.figure, m.best) for m in kept] == [
+    manifests = list_checkpoints(tmp_path / "checkpoints")
+    assert [(m.step, m.why, m.figure, m.best) for m in manifests] == [
         (10, "interval", 1.5, False),
         (9, "interval", None, False),
         (4, "validation", 1.0, True),
@@ -103,10 +103,10 @@ def test_the_last_and_the_best_checkpoints_are_kept(fit, make_module, tmp_path):
 
 def test_resuming_from_an_earlier_step_discards_later_checkpoints(fit, make_module, tmp_path):
     fit(make_module(), callbacks(tmp_path, 6, every_s=0.0, keep_last=9), max_steps=6)
-    old = resume_point(tmp_path, tmp_path / "checkpoints/step-00000002.ckpt")
-    resumed = callbacks(tmp_path, 3, keep_last=9, resume_from=old)
-    fit(make_module(), resumed, max_steps=3, start=2, ckpt_path=str(old.path))
-    assert steps_in(tmp_path) == [3, 2, 1] and resume_point(tmp_path).step == 3
+    earlier = resume_point(tmp_path, tmp_path / "checkpoints/step-00000002.ckpt")
+    resumed = callbacks(tmp_path, 3, keep_last=9, resume_from=earlier)
+    fit(make_module(), resumed, max_steps=3, start=2, ckpt_path=str(earlier.path))
+    assert saved_steps(tmp_path) == [3, 2, 1] and resume_point(tmp_path).step == 3
     assert resume_point(tmp_path).path.name == "step-00000003-1.ckpt", "checkpoints are never overwritten"
 
 
@@ -125,7 +125,7 @@ def damage(manifest: Manifest, kind: str) -> None:
     ("kind", "message"),
     [
         ("flipped bit", "SHA-256"),
-        ("truncated", "bytes.*saved"),
+        ("truncated", r"\d+ bytes.*\d+"),
         ("empty", r"\b0 bytes"),
         ("missing", "missing"),
         ("manifest", r"step-00000003\.json.*read"),
@@ -155,7 +155,7 @@ def test_resume_refuses_a_checkpoint_with_an_invalid_manifest(tmp_path, content,
     assert "step-00000001.json" in capsys.readouterr().err
 
 
-def test_resume_refuses_checkpoints_of_another_stage_or_outside_a_run(fit, make_module, tmp_path):
+def test_resume_refuses_checkpoints_of_a_different_stage_or_outside_a_run(fit, make_module, tmp_path):
     folder = tmp_path / "run"
     fit(make_module(), callbacks(folder, 1, stage="vae"), max_steps=1)
     (manifest,) = list_checkpoints(folder / "checkpoints")
@@ -173,11 +173,11 @@ def test_resume_refuses_checkpoints_of_another_stage_or_outside_a_run(fit, make_
 
 
 def test_resume_starts_from_scratch_if_nothing_was_saved(tmp_path, capsys):
-    """So that a job that is killed and restarted can always pass resume=true, except in a run of an older version."""
+    """A job that is killed and restarted can always pass resume=true, unless the run is from an older version."""
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/step-00000001.ckpt").touch()  # killed before the manifest was written
     assert find_checkpoint(tmp_path, True, stage="vae") is None
-    assert "nothing was saved in" in capsys.readouterr().err
+    assert "nothing has been saved in" in capsys.readouterr().err
     (tmp_path / "checkpoints/last.ckpt").touch()
     with pytest.raises(UserError, match="no intact checkpoint.*overwrite=true"):
         find_checkpoint(tmp_path, True, stage="vae")
@@ -185,7 +185,7 @@ def test_resume_starts_from_scratch_if_nothing_was_saved(tmp_path, capsys):
 
 @pytest.fixture
 def fill_disk(monkeypatch):
-    """fill_disk(*saves): fail these saves, counted from 1, with a full disk when they are synced."""
+    """fill_disk(*saves): make the given saves (the first is 1) fail with a full disk; returns all attempts."""
     attempts: list[str] = []
 
     def fill_disk(*saves: int) -> list[str]:
@@ -202,40 +202,40 @@ def fill_disk(monkeypatch):
     return fill_disk
 
 
-def test_a_full_disk_does_not_stop_training(fit, make_module, tmp_path, capsys, fill_disk):
-    """It prints a warning, keeps the earlier checkpoints, leaves no partial file, and retries the next save."""
+def test_full_disk_does_not_stop_training(fit, make_module, tmp_path, capsys, fill_disk):
+    """A failed save gives a warning, keeps earlier checkpoints, leaves no partial file and is retried later."""
     attempts = fill_disk(2, 3)
     fit(make_module(), callbacks(tmp_path, 5, every_s=0.0, keep_last=9), max_steps=5)
     output = capsys.readouterr().out
-    assert len(attempts) == 5 and steps_in(tmp_path) == [5, 4, 1]
+    assert len(attempts) == 5 and saved_steps(tmp_path) == [5, 4, 1]
     assert output.count("warning: a checkpoint ") == 2 and "No space left" in output
     assert "step-00000001.ckpt is kept" in output and len(list((tmp_path / "checkpoints").iterdir())) == 6
 
 
-def test_a_full_disk_at_the_end_raises_and_names_the_last_checkpoint(fit, make_module, tmp_path, fill_disk):
+def test_full_disk_at_the_end_raises_and_names_the_last_checkpoint(fit, make_module, tmp_path, fill_disk):
     fill_disk(3)
     with pytest.raises(UserError, match=r"No space left.*step-00000002\.ckpt.*resume=true"):
         fit(make_module(), callbacks(tmp_path, 3, every_s=0.0), max_steps=3)
-    assert steps_in(tmp_path) == [2, 1] and not list((tmp_path / "checkpoints").glob(".partial-*"))
+    assert saved_steps(tmp_path) == [2, 1] and not list((tmp_path / "checkpoints").glob(".partial-*"))
 
 
-def test_a_file_size_limit_is_reported_with_the_reason_of_the_system(fit, make_module, tmp_path, capsys):
-    """The message has the reason given by the operating system, not torch's error."""
+def test_file_size_limit_error_gives_the_operating_system_reason(fit, make_module, tmp_path, capsys):
+    """The message gives the reason reported by the operating system, not torch's error."""
     import resource
 
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
     try:
         with pytest.raises(UserError, match=r"checkpoint.*File too large.*resume=true"):
             fit(make_module(), callbacks(tmp_path, 2, every_s=0.0), max_steps=2)
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "warning: a checkpoint " in capsys.readouterr().out
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
 class Killed(BaseException):
-    """Stands for a kill: nothing runs after it."""
+    """Simulates a killed process."""
 
 
 OPERATIONS = ((os, "fsync"), (Path, "replace"), (Path, "unlink"), (Path, "open"))
@@ -243,11 +243,11 @@ OPERATIONS = ((os, "fsync"), (Path, "replace"), (Path, "unlink"), (Path, "open")
 
 @contextmanager
 def killed_at(nth: int, folder: Path, monkeypatch) -> Iterator[list[str]]:
-    """Kill the process at its nth file operation in `folder`; yields the operations so far, including that one."""
+    """Simulate a kill at the nth file operation in `folder`; yields the list of attempted operations."""
     operations: list[str] = []
 
     def wrap(operation, name: str):
-        def counted(*args, **kwargs):
+        def wrapped(*args, **kwargs):
             file = Path(f"/proc/self/fd/{args[0]}").readlink() if name == "fsync" else args[0]
             if folder in file.parents:
                 operations.append(name)
@@ -255,7 +255,7 @@ def killed_at(nth: int, folder: Path, monkeypatch) -> Iterator[list[str]]:
                     raise Killed
             return operation(*args, **kwargs)
 
-        return counted
+        return wrapped
 
     with monkeypatch.context() as patch:
         for owner, name in OPERATIONS:
@@ -264,19 +264,17 @@ def killed_at(nth: int, folder: Path, monkeypatch) -> Iterator[list[str]]:
             yield operations
 
 
-@pytest.mark.parametrize("last", [3, 4])
-def test_a_kill_between_any_two_file_operations_leaves_an_intact_checkpoint(
-    fit, make_module, tmp_path, monkeypatch, last
-):
+@pytest.mark.parametrize("max_steps", [3, 4])
+def test_kill_at_any_file_operation_leaves_an_intact_checkpoint(fit, make_module, tmp_path, monkeypatch, max_steps):
     """A resumed run is killed at each of its open, sync, rename and delete operations in turn."""
     steps = []
     fit(make_module(), callbacks(tmp_path / "run", 2, every_s=0.0), max_steps=2)
     for nth in range(1, 100):
         folder = tmp_path / f"run-{nth}"
         shutil.copytree(tmp_path / "run", folder)
-        resumed = callbacks(folder, last, every_s=0.0, resume_from=resume_point(folder))
+        resumed = callbacks(folder, max_steps, every_s=0.0, resume_from=resume_point(folder))
         with killed_at(nth, folder, monkeypatch) as operations:
-            fit(make_module(), resumed, max_steps=last, start=2, ckpt_path=str(resume_point(folder).path))
+            fit(make_module(), resumed, max_steps=max_steps, start=2, ckpt_path=str(resume_point(folder).path))
         manifest = resume_point(folder)
         assert manifest.find_damage() is None
         assert torch.load(manifest.path, weights_only=True)["global_step"] == manifest.step
@@ -284,7 +282,7 @@ def test_a_kill_between_any_two_file_operations_leaves_an_intact_checkpoint(
         if len(operations) < nth:
             break
     assert {"fsync", "replace", "unlink", "open"} == set(operations) and nth > 15
-    assert steps == sorted(steps) and steps[0] == 2 and steps[-1] == last
+    assert steps == sorted(steps) and steps[0] == 2 and steps[-1] == max_steps
 
 
 def test_disk_space_is_checked_before_training(make_module, tmp_path, monkeypatch, fit):
@@ -302,6 +300,6 @@ def test_partial_files_of_a_killed_run_are_deleted(fit, make_module, tmp_path):
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     for name in (".partial-12345678-step-00000001.ckpt", "step-00000009.ckpt"):
-        (folder / name).write_bytes(b"half")
+        (folder / name).write_bytes(b"partial")
     fit(make_module(), callbacks(tmp_path, 2), max_steps=2)
     assert {path.name for path in folder.iterdir()} == {"step-00000002.ckpt", "step-00000002.json"}

@@ -1,4 +1,4 @@
-"""ldm.training.callbacks.guard: skipped steps change nothing, are logged, and lead to roll-backs."""
+"""ldm.training.callbacks.guard: skipped steps do not change the state, are logged, and trigger roll-backs."""
 
 import csv
 import json
@@ -36,13 +36,13 @@ MOMENTUM = partial(torch.optim.SGD, momentum=0.9, weight_decay=0.1)
 FAULTS = ["loss is nan", "loss is inf", "gradient is nan", "gradient is inf", "spike"]
 
 
-def spoil(module: nn.Module, loss: torch.Tensor, fault: str) -> torch.Tensor:
+def inject_fault(module: nn.Module, loss: torch.Tensor, fault: str) -> torch.Tensor:
     """Make only the loss or only the gradient non-finite, or scale both up (by 1e8 for a spike)."""
     if fault.startswith("loss"):
         return loss + float(fault.split()[-1])
     if fault == "spike":
         return 1e8 * loss
-    if fault == "higher":
+    if fault == "large loss":
         return 300 * loss
     parameter = next(module.parameters())
     handle = parameter.register_hook(lambda gradient: (handle.remove(), gradient * float(fault.split()[-1]))[1])
@@ -58,14 +58,14 @@ def make(make_module):
 
         def losses(self, x, *draws):
             terms = super().losses(x, *draws)
-            batch = len(self.seen) - 1 + self.first
+            batch = len(self.batches) - 1 + self.first_batch
             if batch in self.faults:
-                terms["loss"] = spoil(self.trained, terms["loss"], self.faults[batch])
+                terms["loss"] = inject_fault(self.trained, terms["loss"], self.faults[batch])
             return terms
 
-    def make(faults, lr=0.1, build=ADAMW, first=0):
+    def make(faults, lr=0.1, build=ADAMW, first_batch=0):
         module = Faulty(lr=lr, build=build)
-        module.faults, module.first = faults, first
+        module.faults, module.first_batch = faults, first_batch
         return module
 
     return make
@@ -78,8 +78,8 @@ def guard(tmp_path):
 
 
 @pytest.fixture(params=["host", "device"])
-def where(request, monkeypatch) -> str:
-    """Where the decision to skip is available: on the host, or on an accelerator in a tensor that is not read."""
+def decision_device(request, monkeypatch) -> str:
+    """Location of the skip decision: on the host, or on a (simulated) accelerator, where it must not be read."""
     if request.param == "device":
         monkeypatch.setattr("ldm.training.callbacks.skip_step.is_on_cpu", lambda value: False)
     return request.param
@@ -90,7 +90,7 @@ def log_entries(guard: Guard) -> list[dict]:
 
 
 def states_of(optimizer: torch.optim.Optimizer) -> list[dict[str, torch.Tensor]]:
-    """The optimizer's state of each parameter."""
+    """Return the optimizer state of each parameter."""
     return [state for inner in getattr(optimizer, "inner", [optimizer]) for state in inner.state.values()]
 
 
@@ -112,15 +112,15 @@ class RecordStates(Callback):
         """For each step from the second on: True if all tensors changed, False if none did."""
         changed = []
         for before, after in zip(self.states[1:], self.states[2:], strict=False):
-            same = {torch.equal(a, b) for a, b in zip(before, after, strict=True)}
-            assert len(same) == 1
-            changed.append(not same.pop())
+            equal = {torch.equal(a, b) for a, b in zip(before, after, strict=True)}
+            assert len(equal) == 1
+            changed.append(not equal.pop())
         return changed
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_bad_step_changes_nothing(fit, make, guard, where, fault):
-    """Weights, moments and the step count stay bit-identical; the steps around it change all of them."""
+def test_bad_step_leaves_weights_and_optimizer_state_unchanged(fit, make, guard, decision_device, fault):
+    """Weights, moments and step counts stay bit-identical in the bad step and change in all other steps."""
     states, callback = RecordStates(), guard()
     fit(make({4: fault}), [states, callback], max_steps=7, gradient_clip_val=1.0)
     assert states.changed() == [True, True, True, False, True, True]
@@ -142,7 +142,7 @@ def test_a_bad_step_changes_nothing(fit, make, guard, where, fault):
         (partial(torch.optim.RMSprop, momentum=0.9), {}),
     ],
 )
-def test_a_bad_step_changes_nothing_with_other_optimizers(fit, make, guard, where, build, options):
+def test_bad_step_is_skipped_with_every_optimizer(fit, make, guard, decision_device, build, options):
     """With and without support for found_inf, in bf16, and without clipping."""
     states = RecordStates()
     fit(make({3: "gradient is nan"}, build=build), [states, guard()], max_steps=5, **options)
@@ -150,18 +150,18 @@ def test_a_bad_step_changes_nothing_with_other_optimizers(fit, make, guard, wher
 
 
 @pytest.mark.parametrize("faults", [{}, {3: "spike"}])
-def test_skipping_equals_discarding_the_gradient(fit, make, guard, where, faults):
+def test_skipping_is_equivalent_to_discarding_the_gradient(fit, make, guard, decision_device, faults):
     """The final weights equal those of a training run that computes the bad gradient but does not take the step."""
 
-    class Discards(type(make({}))):
+    class DiscardBadGradients(type(make({}))):
         def optimizer_step(self, epoch, batch_idx, optimizer, closure):
             if self.trainer.global_step in faults:
                 closure()
             else:
                 super().optimizer_step(epoch, batch_idx, optimizer, closure)
 
-    guarded, discards, callback = make(faults), Discards(lr=0.1, build=ADAMW), guard()
-    discards.first = 0
+    guarded, discards, callback = make(faults), DiscardBadGradients(lr=0.1, build=ADAMW), guard()
+    discards.first_batch = 0
     options = {"max_steps": 8, "gradient_clip_val": 0.1}
     ema, expected_ema = EMACallback(0.9), EMACallback(0.9)
     fit(guarded, [Budget(8), ema, callback], **options)
@@ -172,33 +172,33 @@ def test_skipping_equals_discarding_the_gradient(fit, make, guard, where, faults
     assert all(torch.equal(a, b) for a, b in zip(ema.ema.shadow, expected_ema.ema.shadow, strict=True))
 
 
-def test_a_bad_micro_batch_skips_the_accumulated_step(fit, make, guard, where):
-    recorded, callback = RecordStates(), guard()
-    fit(make({7: "loss is inf"}), [recorded, callback], max_steps=4, accumulate_grad_batches=3)
+def test_bad_micro_batch_skips_the_accumulated_step(fit, make, guard, decision_device):
+    recorder, callback = RecordStates(), guard()
+    fit(make({7: "loss is inf"}), [recorder, callback], max_steps=4, accumulate_grad_batches=3)
     (entry,) = log_entries(callback)
     assert entry["step"] == 2 and [loss == "inf" for loss in entry["losses"]] == [False, True, False]
-    states = recorded.states[::3]
+    states = recorder.states[::3]
     assert [torch.equal(a[0], b[0]) for a, b in zip(states, states[1:], strict=False)] == [False, False, True, False]
 
 
 def test_counts_are_logged_one_step_late_and_at_intervals(fit, make, guard):
-    rows, callback = RecordingLogger(), guard(log_every=4)
-    fit(make({4: "spike", 9: "spike"}), [callback], max_steps=10, logger=rows, log_every_n_steps=4)
-    assert rows.metric("train/skipped_steps") == {3: 0, 5: 1, 7: 1, 9: 2}
+    logger, callback = RecordingLogger(), guard(log_every=4)
+    fit(make({4: "spike", 9: "spike"}), [callback], max_steps=10, logger=logger, log_every_n_steps=4)
+    assert logger.metric("train/skipped_steps") == {3: 0, 5: 1, 7: 1, 9: 2}
     assert [entry["step"] for entry in log_entries(callback)] == [4, 9], "the last step is logged as well"
 
 
-def test_gradients_outside_the_clipped_parameters_are_checked(fit, make, guard):
-    """For example that of a learned scale of the loss."""
+def test_gradients_of_unclipped_parameters_are_checked(fit, make, guard):
+    """For example, the gradient of a learned loss scale."""
 
     class Scaled(type(make({}))):
         def __init__(self):
             super().__init__(lr=0.1, build=ADAMW)
-            self.scale, self.first = nn.Parameter(torch.zeros(())), 0
+            self.scale, self.first_batch = nn.Parameter(torch.zeros(())), 0
 
         def losses(self, *batch):
             terms = super().losses(*batch)
-            return {"loss": terms["loss"] + ((0 * self.scale).sqrt() if len(self.seen) == 3 else self.scale)}
+            return {"loss": terms["loss"] + ((0 * self.scale).sqrt() if len(self.batches) == 3 else self.scale)}
 
         def configure_optimizers(self):
             return torch.optim.AdamW(self.parameters(), lr=0.1, fused=True)
@@ -216,23 +216,23 @@ def test_spike_limit_follows_the_geometric_mean():
     assert running.mean == pytest.approx(4) and running.limit == pytest.approx(40)
     running.add(64.0)
     assert running.mean == pytest.approx(4 * 10**0.25), "the fifth norm has weight 1/4 and is capped at the limit"
-    before = running.mean, running.count
+    state = running.mean, running.count
     for ignored in (0.0, math.inf, math.nan):
         running.add(ignored)
-    assert (running.mean, running.count) == before
+    assert (running.mean, running.count) == state
 
 
-def test_a_spike_during_warm_up_does_not_inflate_the_limit():
+def test_spike_during_warm_up_does_not_inflate_the_limit():
     running = RunningNorm(max_spike=100, window=100)
     for k in range(100):
         running.add(1e30 if k == 50 else 1.0)
     assert 100 < running.limit < 250
 
 
-def test_limit_adapts_to_norms_that_stay_high(fit, make, guard, where):
+def test_limit_adapts_to_persistently_high_norms(fit, make, guard, decision_device):
     """When norms rise by a factor of 300 and stay there, a few steps are skipped and training continues."""
     states, callback = RecordStates(), guard(skips_before_rollback=4)
-    faults = dict.fromkeys(range(4, 12), "higher")
+    faults = dict.fromkeys(range(4, 12), "large loss")
     fit(make(faults, lr=1e-3), [states, callback], max_steps=12)
     assert states.changed() == [True, True, True, False, False, *[True] * 6] and callback.skipped_steps == 2
 
@@ -271,8 +271,8 @@ class RecordStage1(Callback):
         ("discriminator", {"discriminator", "moments"}),
     ],
 )
-def test_a_bad_step_of_stage_1_skips_the_discriminator_and_codebook(fit, guard, where, monkeypatch, source, unchanged):
-    """A bad step of the autoencoder is skipped by both sides, a bad gradient of the discriminator only by itself."""
+def test_bad_step_also_skips_discriminator_and_codebook(fit, guard, decision_device, monkeypatch, source, unchanged):
+    """Both networks skip a bad step of the autoencoder; only the discriminator skips its own bad gradient."""
     adversary = partial(Adversary, channels=8, layers=1, start=0, ramp=2, weight=0.5)
     module = make_vae_training(partial(VectorQuantised, 16, restart_after=2), adversary, partial(ADAMW, lr=1e-2))
     rule = module.regulariser
@@ -292,45 +292,44 @@ def test_a_bad_step_of_stage_1_skips_the_discriminator_and_codebook(fit, guard, 
 
     monkeypatch.setattr(rule, "reconstruct", bad_reconstruct)
     monkeypatch.setattr(module.adversary, "accumulate_gradients", bad_gradients)
-    recorded, callback = RecordStage1(), guard()
-    fit(module, [Budget(4), recorded, callback], max_steps=4)
-    one, two, three = recorded.digests[1:]
-    assert {name for name in one if one[name] == two[name]} == unchanged
-    assert not {name for name in two if two[name] == three[name]}
+    recorder, callback = RecordStage1(), guard()
+    fit(module, [Budget(4), recorder, callback], max_steps=4)
+    before, skipped, after = recorder.digests[1:]
+    assert {name for name in before if before[name] == skipped[name]} == unchanged
+    assert not {name for name in skipped if skipped[name] == after[name]}
     (entry,) = log_entries(callback)
     why = "the loss is not finite" if source == "autoencoder" else "the discriminator's gradient is not finite"
     assert entry["step"] == 2 and entry["why"] == why
 
 
-def test_too_many_skips_in_a_row_raise_a_roll_back(fit, make, guard):
+def test_too_many_consecutive_skips_trigger_a_roll_back(fit, make, guard):
     callback = guard(skips_before_rollback=3)
-    with pytest.raises(RollBack) as raised:
+    with pytest.raises(RollBack) as excinfo:
         fit(make({k: "spike" for k in (4, 5, 7, 8, 9, 10, 11)}), [callback], max_steps=20)
-    rollback = raised.value
+    rollback = excinfo.value
     assert (rollback.first_skipped, rollback.step) == (7, 11), "step 9 was the third and was counted after step 10"
-    assert rollback.choose({}) == (0, None)
-    assert rollback.choose({1: "a", 7: "b", 8: "c"}) == (7, "b"), "8 was saved after the first skipped step"
-    second = RollBack(7, 11, {**rollback.tallies, "went_to": 7})
-    assert second.choose({1: "a", 7: "b"}) == (1, "a"), "the weights of the previous target may be the cause"
-    assert second.choose({7: "b"}) == (7, "b")
-    last = guard(skips_before_rollback=3, max_rollbacks=1)
-    last.resume_after(rollback, 7)
-    assert (last.offset, last.tallies["rollbacks"], last.skipped_steps) == (4, 1, 5)
-    low = {**guard().state_dict(), "running": [1e-9, 7]}
-    last.load_state_dict(low)
-    assert last.running.mean == rollback.average_norm > 1e-9, "norms as high as before the roll-back are not spikes"
+    assert rollback.choose_checkpoint({}) == (0, None)
+    assert rollback.choose_checkpoint({1: "a", 7: "b", 8: "c"}) == (7, "b"), "8 was saved after the first skipped step"
+    second_rollback = RollBack(7, 11, {**rollback.tallies, "went_to": 7})
+    assert second_rollback.choose_checkpoint({1: "a", 7: "b"}) == (1, "a"), "the previous checkpoint may be the cause"
+    assert second_rollback.choose_checkpoint({7: "b"}) == (7, "b")
+    last_guard = guard(skips_before_rollback=3, max_rollbacks=1)
+    last_guard.resume_after(rollback, 7)
+    assert (last_guard.offset, last_guard.tallies["rollbacks"], last_guard.skipped_steps) == (4, 1, 5)
+    last_guard.load_state_dict({**guard().state_dict(), "running": [1e-9, 7]})
+    assert last_guard.running_norm.mean == rollback.average_norm > 1e-9, "norms before the roll-back are not spikes"
     message = r"step 4 .*max_rollbacks=1\b.*skipped_steps\.jsonl.*optimizer\.lr .*0\.1.*trainer\.precision=32-true"
     with pytest.raises(UserError, match=message):
-        fit(make({k: "loss is nan" for k in range(4, 9)}), [last], max_steps=20, gradient_clip_val=1.0)
+        fit(make({k: "loss is nan" for k in range(4, 9)}), [last_guard], max_steps=20, gradient_clip_val=1.0)
 
 
 @pytest.mark.parametrize("stop", [5, 6, 11])
-def test_a_resumed_guard_matches_an_uninterrupted_one(fit, make, guard, tmp_path, stop):
-    """Stopped within a streak, just after a bad step, and later: same limits, counts, log and weights."""
+def test_resumed_guard_matches_an_uninterrupted_guard(fit, make, guard, tmp_path, stop):
+    """Limits, counts, log and weights agree after a stop within a streak, just after a bad step, and later."""
     faults = {5: "spike", 6: "gradient is inf", 9: "spike", 10: "spike"}
 
     def run(folder, steps, start=0, ckpt_path=None):
-        module, callback = make(faults, first=start), guard()
+        module, callback = make(faults, first_batch=start), guard()
         budget = Budget(14, decay="constant")
         callbacks = [callback, budget, EMACallback(0.9), Checkpoints(folder, budget, 3600)]
         fit(module, callbacks, max_steps=steps, start=start, ckpt_path=ckpt_path)
@@ -367,34 +366,34 @@ def pets(tmp_path_factory, make_images) -> Path:
 
 @pytest.fixture
 def train(call, pets, monkeypatch):
-    """train(name, bad, *options): run the training command of stage 1 with NaN losses on the bad batches."""
+    """train(name, bad_batches, *options): run the stage-1 training command with NaN losses on bad batches."""
     monkeypatch.chdir(pets.parent)
     monkeypatch.setenv("LDM_CACHE", str(pets.parent / "cache"))
     losses = VAETraining.losses
 
-    def train(name: str, bad: set[int], *options: str):
-        seen: list[tuple[int, int]] = []
+    def train(name: str, bad_batches: set[int], *options: str):
+        steps: list[tuple[int, int]] = []
 
         def bad_losses(self, images, *draws):
             terms = losses(self, images, *draws)
             if self._trainer is not None and self.trainer.training:
-                seen.append((self.trainer.global_step, self.trainer.global_step + self.step_offset))
-                if seen[-1][1] in bad:
+                steps.append((self.trainer.global_step, self.trainer.global_step + self.step_offset))
+                if steps[-1][1] in bad_batches:
                     terms["loss"] = terms["loss"] * math.nan
             return terms
 
         monkeypatch.setattr(VAETraining, "losses", bad_losses)
-        return call(ldm.train.main, *OPTIONS, f"name={name}", *options), seen
+        return call(ldm.train.main, *OPTIONS, f"name={name}", *options), steps
 
     return train
 
 
 def test_training_rolls_back_and_continues_with_the_next_batches(train, pets):
-    """From a checkpoint, or from the beginning without one; resuming later gives the same state."""
-    ended, seen = train("rolled-back", {3, 4}, "trainer.max_steps=8", *SAVE_EVERY_STEP)
-    assert ended.code == 0, ended
-    assert seen[:6] == [(k, k) for k in range(6)] and seen[6:] == [(k, k + 3) for k in range(3, 8)]
-    assert re.search(r"from step 3 .*back to step 3\b", ended.out)
+    """Rolls back to a checkpoint, or to the start if there is none. Resuming later gives the same state."""
+    result, steps = train("rolled-back", {3, 4}, "trainer.max_steps=8", *SAVE_EVERY_STEP)
+    assert result.code == 0, result
+    assert steps[:6] == [(k, k) for k in range(6)] and steps[6:] == [(k, k + 3) for k in range(3, 8)]
+    assert re.search(r"from step 3 .*back to step 3\b", result.out)
     run = Run.open("runs/vae/rolled-back")
     assert run.facts["figures"]["steps"] == 8 and run.facts["figures"]["skipped_steps"] == 2
     *skipped, rollback = [json.loads(line) for line in (run.path / "skipped_steps.jsonl").read_text().splitlines()]
@@ -409,22 +408,22 @@ def test_training_rolls_back_and_continues_with_the_next_batches(train, pets):
     assert (rows[-1]["train/skipped_steps"], rows[-1]["train/rollbacks"]) == ("2", "1")
 
     train("resumed", {3, 4}, "trainer.max_steps=6", *SAVE_EVERY_STEP)
-    ended, seen = train("resumed", {3, 4}, "trainer.max_steps=8", "resume=true")
-    assert ended.code == 0 and seen == [(6, 9), (7, 10)]
+    result, steps = train("resumed", {3, 4}, "trainer.max_steps=8", "resume=true")
+    assert result.code == 0 and steps == [(6, 9), (7, 10)]
     assert states_equal(last_checkpoint("resumed"), last_checkpoint("rolled-back"))
 
     train("resumed", {3, 4}, "trainer.max_steps=9", "trainer.guard=null", "resume=true")
-    ended, seen = train("resumed", {3, 4}, "trainer.max_steps=10", "trainer.guard=null", "resume=true")
-    assert ended.code == 0 and seen == [(9, 12)], "the data offset is kept without a guard"
-    ended, seen = train("resumed", {3, 4}, "trainer.max_steps=11", "resume=true")
-    assert ended.code == 0 and seen == [(10, 13)]
+    result, steps = train("resumed", {3, 4}, "trainer.max_steps=10", "trainer.guard=null", "resume=true")
+    assert result.code == 0 and steps == [(9, 12)], "the data offset is kept without a guard"
+    result, steps = train("resumed", {3, 4}, "trainer.max_steps=11", "resume=true")
+    assert result.code == 0 and steps == [(10, 13)]
 
-    ended, seen = train("from-scratch", {0, 1}, "trainer.max_steps=3")
-    assert ended.code == 0 and [batch for _, batch in seen] == list(range(6))
+    result, steps = train("from-scratch", {0, 1}, "trainer.max_steps=3")
+    assert result.code == 0 and [batch for _, batch in steps] == list(range(6))
 
 
 def last_checkpoint(name: str) -> list:
-    """Step, weights, moments, averaged weights and the guard's state."""
+    """Return the step, weights, moments, averaged weights and guard state of the newest checkpoint."""
     saved = torch.load(list_checkpoints(Path(f"runs/vae/{name}/checkpoints"))[0].path, weights_only=True)
     states = [saved["callbacks"][callback] for callback in ("EMACallback", "Guard")]
     return [saved["global_step"], saved["state_dict"], saved["optimizer_states"], *states]
@@ -432,17 +431,17 @@ def last_checkpoint(name: str) -> list:
 
 def test_training_stops_with_remedies_after_max_rollbacks(train):
     options = ("trainer.max_steps=9", "trainer.guard.max_rollbacks=1", *SAVE_EVERY_STEP)
-    ended, seen = train("diverged", set(range(2, 99)), *options)
-    assert ended.code == 2 and len(seen) == 5 + 3
-    assert "max_rollbacks=1" in ended.err and "optimizer.lr" in ended.err and "Traceback" not in ended.err
+    result, steps = train("diverged", set(range(2, 99)), *options)
+    assert result.code == 2 and len(steps) == 5 + 3
+    assert "max_rollbacks=1" in result.err and "optimizer.lr" in result.err and "Traceback" not in result.err
 
 
 def test_without_a_guard_no_step_is_skipped(train):
-    ended, _ = train("unguarded", {1}, "trainer.max_steps=3", "trainer.guard=null")
-    assert "skipped" not in ended.out and not Path("runs/vae/unguarded/skipped_steps.jsonl").exists()
+    result, _ = train("unguarded", {1}, "trainer.max_steps=3", "trainer.guard=null")
+    assert "skipped" not in result.out and not Path("runs/vae/unguarded/skipped_steps.jsonl").exists()
 
 
-ON_RANK_1 = """
+RANK_1_SCRIPT = """
 import math
 import ldm.train
 from ldm.training.modules.autoencoder import VAETraining
@@ -464,11 +463,11 @@ ldm.train.main()
 
 @pytest.mark.slow  # two processes that import everything: up to 25 s on a busy machine
 def test_all_ranks_roll_back_if_one_has_bad_losses(pets, tmp_path):
-    """Both ranks skip the steps, although one has finite losses, and continue from the same checkpoint."""
-    script = tmp_path / "on_rank_1.py"
-    script.write_text(ON_RANK_1)
+    """Both ranks skip the steps, although only rank 1 has bad losses, and continue from the same checkpoint."""
+    script = tmp_path / "bad_rank_1.py"
+    script.write_text(RANK_1_SCRIPT)
     options = ["trainer.max_steps=4", "trainer.devices=2", "trainer.strategy=ddp", "name=ranks"]
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, str(script), *OPTIONS, *SAVE_EVERY_STEP, *options],
         cwd=pets.parent,
         env={**os.environ, "PYTHONPATH": str(ROOT), "LDM_CACHE": str(pets.parent / "cache"), "OMP_NUM_THREADS": "1"},
@@ -476,6 +475,6 @@ def test_all_ranks_roll_back_if_one_has_bad_losses(pets, tmp_path):
         text=True,
         timeout=120,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    seen = [(int(step), int(batch)) for step, batch in re.findall(r"is at (\d+), (\d+);", done.stdout)]
-    assert sorted(seen) == sorted(2 * [(0, 0), (1, 1), (2, 2), (3, 3), (1, 4), (2, 5), (3, 6)])
+    assert process.returncode == 0, process.stdout + process.stderr
+    steps = [(int(step), int(batch)) for step, batch in re.findall(r"is at (\d+), (\d+);", process.stdout)]
+    assert sorted(steps) == sorted(2 * [(0, 0), (1, 1), (2, 2), (3, 3), (1, 4), (2, 5), (3, 6)])

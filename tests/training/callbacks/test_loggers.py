@@ -21,7 +21,7 @@ def file(tmp_path) -> Path:
 
 
 def log(file: Path, steps: range, **values: float) -> CsvLogger:
-    """Log these steps with a new logger, as when training starts or resumes at the first of them."""
+    """Log steps with a new logger, as if training started or resumed at the first step."""
     logger = CsvLogger(file, steps[0] - 1)
     for step in steps:
         logger.log_metrics({"train/loss": 1.0, **values}, step)
@@ -46,7 +46,7 @@ def test_resume_appends_rows_and_a_new_run_replaces_them(file):
     assert steps(file) == [0]
 
 
-def test_a_roll_back_logs_no_step_twice(file):
+def test_no_step_is_logged_twice_after_a_roll_back(file):
     log(file, range(4)).save()
     logger = log(file, range(4, 6))
     logger.drop_rows_after(2)
@@ -57,29 +57,29 @@ def test_a_roll_back_logs_no_step_twice(file):
     assert steps(file) == []
 
 
-def test_a_truncated_last_row_is_dropped(file):
+def test_truncated_last_row_is_dropped(file):
     log(file, range(3), z=2.0).save()
     file.write_text(file.read_text()[:-8])
     CsvLogger(file, 2)
     assert steps(file) == [0, 1]
 
 
-def test_a_full_disk_warns_once_and_loses_no_rows(file, capsys, monkeypatch):
+def test_full_disk_warns_once_and_loses_no_rows(file, capsys, monkeypatch):
     logger = log(file, range(1))
     logger.save()
-    before = file.read_text()
+    content = file.read_text()
 
-    def refuses(self, *args, **kwargs):
+    def raise_disk_full(self, *args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", refuses)
-        patch.setattr(Path, "write_text", refuses)
+        patch.setattr(Path, "open", raise_disk_full)
+        patch.setattr(Path, "write_text", raise_disk_full)
         for step in (1, 2):
             logger.log_metrics({"val/loss": 1.0}, step)
             logger.save()
     output = capsys.readouterr().out
     assert output.count("warning: ") == 1 and "metrics.csv" in output and "No space left" in output
-    assert file.read_text() == before
+    assert file.read_text() == content
     logger.save()
     assert steps(file) == [0, 1, 2]

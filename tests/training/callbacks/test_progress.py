@@ -12,16 +12,16 @@ from ldm.training.optim.factory import OptimizerFactory
 from tests.small_training import RecordingLogger
 
 
-def test_each_row_has_the_loss_of_its_own_step(fit, make_module):
-    module, rows, losses = make_module(lr=0.3), RecordingLogger(), []
+def test_each_row_logs_the_loss_of_its_own_step(fit, make_module):
+    module, logger, losses = make_module(lr=0.3), RecordingLogger(), []
     module.log_every = 3
     train = module.losses
     module.losses = lambda *batch: losses.append(train(*batch)) or losses[-1]
-    fit(module, [Budget(7)], max_steps=7, logger=rows, log_every_n_steps=3)
-    assert rows.metric("train/loss") == {k: losses[k]["loss"].item() for k in (2, 5)}
+    fit(module, [Budget(7)], max_steps=7, logger=logger, log_every_n_steps=3)
+    assert logger.metric("train/loss") == {k: losses[k]["loss"].item() for k in (2, 5)}
 
 
-def test_timing_a_step_changes_no_weights(make_module):
+def test_timing_a_step_does_not_change_the_weights(make_module):
     module = make_module()
     weight = module.trained.weight.detach().clone()
     assert module.measure_step(torch.ones(4, 2), contextlib.nullcontext) > 0
@@ -37,8 +37,8 @@ def test_validation_uses_averaged_weights_and_training_is_unaffected(fit, make_m
     fit(plain, [Budget(8)], **options)
     assert ema.ema.num_updates == 8
     assert torch.equal(module.trained.weight, plain.trained.weight), "averaging must not affect training"
-    assert len(module.validated) == 2
-    assert not torch.equal(module.validated[1], plain.validated[1])
+    assert len(module.validated_weights) == 2
+    assert not torch.equal(module.validated_weights[1], plain.validated_weights[1])
 
 
 def test_gradient_norm_is_clipped(fit, make_module):
@@ -64,5 +64,5 @@ def test_biases_and_norms_get_no_weight_decay():
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.GroupNorm(2, 4), torch.nn.Linear(4, 4))
     network[2].requires_grad_(False)
     optimizer = OptimizerFactory(lambda groups: torch.optim.AdamW(groups, weight_decay=0.1))(network)
-    decayed = {group["weight_decay"]: [tuple(p.shape) for p in group["params"]] for group in optimizer.param_groups}
-    assert decayed == {0.1: [(4, 3, 1, 1)], 0.0: [(4,), (4,), (4,)]}
+    shapes = {group["weight_decay"]: [tuple(p.shape) for p in group["params"]] for group in optimizer.param_groups}
+    assert shapes == {0.1: [(4, 3, 1, 1)], 0.0: [(4,), (4,), (4,)]}

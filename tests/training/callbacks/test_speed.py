@@ -25,12 +25,12 @@ EAGER = contextlib.nullcontext
 
 
 def flops_by_mode(module, batch) -> dict[bool, float]:
-    """Operations of a step on a batch, without (False) and with (True) a discriminator."""
+    """Count the operations of a step on a batch, without (False) and with (True) a discriminator."""
     return module.measure_each_mode(lambda: count_flops(lambda: module.trial_step(batch, EAGER)))
 
 
-def test_a_multiplication_and_an_addition_are_two_operations():
-    """A layer has b n m products forward and as many for each of its two gradients; the input needs no gradient."""
+def test_a_multiply_add_counts_as_two_operations():
+    """A layer needs b n m multiply-adds forward and for each of its two gradients. The input needs no gradient."""
     b, n, m, k = 5, 7, 11, 3
     network = torch.nn.Sequential(torch.nn.Linear(n, m), torch.nn.Linear(m, k))
     x = torch.randn(b, n)
@@ -47,30 +47,30 @@ def test_attention_is_counted_regardless_of_the_kernel():
     assert count_flops(lambda: functional.scaled_dot_product_attention(q, k, v).sum().backward()) == 3 * forward
 
 
-def test_counting_changes_neither_weights_nor_noise(make_module):
+def test_counting_preserves_weights_and_random_state(make_module):
     module = make_module()
-    weight, noise = module.trained.weight.detach().clone(), torch.get_rng_state()
+    weight, rng_state = module.trained.weight.detach().clone(), torch.get_rng_state()
     assert flops_by_mode(module, torch.ones(4, 2)) == {False: 2 * 4 * 2 * 2 * 2}
     assert torch.equal(module.trained.weight, weight) and module.trained.weight.grad is None
-    assert torch.equal(torch.get_rng_state(), noise)
+    assert torch.equal(torch.get_rng_state(), rng_state)
 
 
-def test_a_compiled_network_has_the_same_count(make_module):
+def test_compiled_network_has_the_same_count(make_module):
     module, compiled = make_module(), make_module()
     compiled.trained.compile(backend="eager")
     assert flops_by_mode(module, torch.ones(4, 2)) == flops_by_mode(compiled, torch.ones(4, 2))
 
 
-def test_counting_includes_the_discriminator_and_changes_no_state():
+def test_counting_includes_the_discriminator_and_preserves_state():
     module = make_vae_training(adversary=partial(Adversary, channels=8, layers=1))
     model, adversary = module.trained, module.adversary
-    before = [weights_sha256(part) for part in (model, adversary.discriminator)]
+    digests = [weights_sha256(network) for network in (model, adversary.discriminator)]
     optimizer = copy.deepcopy(adversary.optimizer.state_dict())
     flops = flops_by_mode(module, torch.rand(2, 3, 16, 16))
     assert flops[True] > flops[False] > 0 and not module.adversarial_on
-    assert before == [weights_sha256(part) for part in (model, adversary.discriminator)]
+    assert digests == [weights_sha256(network) for network in (model, adversary.discriminator)]
     assert adversary.optimizer.state_dict() == optimizer
-    assert all(p.grad is None for part in (model, adversary.discriminator) for p in part.parameters())
+    assert all(p.grad is None for network in (model, adversary.discriminator) for p in network.parameters())
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_counting_includes_the_discriminator_and_changes_no_state():
         ("Tesla T4", None),
     ],
 )
-def test_peaks_are_known_for_complete_listed_gpus_only(gpu, peak):
+def test_peak_flops_requires_an_exact_gpu_model(gpu, peak):
     assert peak_flops(gpu) == pytest.approx(peak) if peak else peak_flops(gpu) is None
 
 
@@ -115,14 +115,14 @@ def test_speed_counts_operations_per_image_and_the_peak_of_all_gpus(make_module,
 
 
 @pytest.mark.parametrize("clip", [None, 0.5])
-def test_each_row_has_the_speed_and_the_gradient_norm(fit, make_module, clip):
-    module, rows, budget = make_module(lr=0.1), RecordingLogger(), Budget(6)
+def test_each_row_logs_speed_and_gradient_norm(fit, make_module, clip):
+    module, logger, budget = make_module(lr=0.1), RecordingLogger(), Budget(6)
     module.log_every = 2
     bar = ProgressBar(budget, 4, 2, "line")
     bar.speed = Speed({False: 1e6}, peak=1e12)
-    fit(module, [budget, bar], max_steps=6, logger=rows, log_every_n_steps=2, gradient_clip_val=clip)
-    assert list(rows.by_step) == [1, 3, 5]
-    for row in rows.by_step.values():
+    fit(module, [budget, bar], max_steps=6, logger=logger, log_every_n_steps=2, gradient_clip_val=clip)
+    assert list(logger.by_step) == [1, 3, 5]
+    for row in logger.by_step.values():
         assert row["train/mfu"] == pytest.approx(row["train/images_per_s"] * 1e6 / 1e12)
         assert row["train/tflops_per_s"] == pytest.approx(1e12 * row["train/mfu"] / 1e12)
         assert row["train/gradient_norm"] > 0 and row["train/peak_memory_gb"] > 0.1
@@ -140,7 +140,7 @@ def test_speed_excludes_validation(fit, make_module, monkeypatch):
         def validation_step(self, x, batch_idx):
             clock.now += 1000.0
 
-    module, rows, budget = Slow(lr=0.1), RecordingLogger(), Budget(4)
+    module, logger, budget = Slow(lr=0.1), RecordingLogger(), Budget(4)
     options = {"max_steps": 4, "log_every_n_steps": 1, "val_check_interval": 2}
-    fit(module, [budget, ProgressBar(budget, 4, 1, "line")], logger=rows, **options)
-    assert list(rows.metric("train/images_per_s").values()) == [8.0] * 4
+    fit(module, [budget, ProgressBar(budget, 4, 1, "line")], logger=logger, **options)
+    assert list(logger.metric("train/images_per_s").values()) == [8.0] * 4

@@ -1,4 +1,4 @@
-"""ldm.training.modules.adversary and .autoencoder: gradients, start, counting of steps, and resuming."""
+"""ldm.training.modules.adversary and .autoencoder: gradients, start, step counts, and resuming."""
 
 import warnings
 from functools import partial
@@ -51,25 +51,25 @@ class RecordSteps(Callback):
 
 def make(adversary=ADVERSARY, regulariser=KL, loss=AutoencoderLoss, seed: int = 0) -> VAETraining:
     torch.manual_seed(0)
-    rule = regulariser()
-    model = rule.build(MODEL, 16)
+    regulariser = regulariser()
+    model = regulariser.build(MODEL, 16)
     model.init_shortcut(IMAGES)
-    rule.initialise(model, lambda: IMAGES, 0, torch.device("cpu"))
+    regulariser.initialise(model, lambda: IMAGES, 0, torch.device("cpu"))
     return VAETraining(
         model,
         loss(),
-        rule,
+        regulariser,
         OptimizerFactory(partial(torch.optim.AdamW, lr=1e-2)),
         seed=seed,
         flip=True,
-        figures_dir=Path("pictures"),
+        figures_dir=Path("figures"),
         adversary=adversary() if adversary else None,
     )
 
 
 def fit(module: VAETraining, folder: Path, *, steps: int = 6, batch_size: int = 8, resume=None, **options):
-    """Train on IMAGES; returns the trainer, the recorded steps, and the EMA."""
-    budget, recorded, ema = Budget(max_steps=options.pop("budget", 6)), RecordSteps(), EMACallback(0.9)
+    """Train on IMAGES. Return the trainer, the recorded steps and the EMA."""
+    budget, recorder, ema = Budget(max_steps=options.pop("budget", 6)), RecordSteps(), EMACallback(0.9)
     module.progress = budget.progress
     accumulate = options.get("accumulate_grad_batches", 1)
     trainer = Trainer(
@@ -77,7 +77,7 @@ def fit(module: VAETraining, folder: Path, *, steps: int = 6, batch_size: int = 
             "accelerator": "cpu",
             "max_epochs": -1,
             "max_steps": steps,
-            "callbacks": [budget, recorded, ema, Checkpoints(folder, budget, every_s=1e9)],
+            "callbacks": [budget, recorder, ema, Checkpoints(folder, budget, every_s=1e9)],
             "default_root_dir": folder,
             "logger": False,
             "enable_progress_bar": False,
@@ -94,30 +94,30 @@ def fit(module: VAETraining, folder: Path, *, steps: int = 6, batch_size: int = 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer.fit(module, batches, ckpt_path=resume, weights_only=True)
-    return trainer, recorded, ema.ema
+    return trainer, recorder, ema.ema
 
 
-def test_steps_are_counted_for_the_generator(tmp_path):
-    """A discriminator changes neither step count, learning rates nor EMA updates; it steps from `start` on."""
+def test_global_step_counts_only_generator_steps(tmp_path):
+    """A discriminator does not change step counts, learning rates or EMA updates, and takes steps from `start` on."""
     counts = {}
     for name, adversary in (("with", partial(ADVERSARY, start=3)), ("without", None)):
         module = make(adversary)
-        trainer, recorded, ema = fit(module, tmp_path / name)
+        trainer, recorder, ema = fit(module, tmp_path / name)
         state = torch.load(tmp_path / name / "checkpoints/step-00000006.ckpt", weights_only=True)
-        counts[name] = (trainer.global_step, recorded.rates, ema.num_updates, state["global_step"])
+        counts[name] = (trainer.global_step, recorder.rates, ema.num_updates, state["global_step"])
         assert len(trainer.optimizers) == 1
     assert counts["with"] == counts["without"] and counts["with"][0] == 6
     module = make(partial(ADVERSARY, start=3))
-    _, recorded, _ = fit(module, tmp_path / "start")
-    assert [weight is None for weight in recorded.weights] == [True] * 3 + [False] * 3
-    assert recorded.factors == [0, 0, 0, 0, 0.25, 0.5]  # 0.5 over a ramp of 2
-    before, *after = recorded.discriminators[2:]
-    assert set(recorded.discriminators[:3]) == {before} and len({before, *after}) == 4
-    assert module.adversary.begun_at == 3
+    _, recorder, _ = fit(module, tmp_path / "start")
+    assert [weight is None for weight in recorder.weights] == [True] * 3 + [False] * 3
+    assert recorder.factors == [0, 0, 0, 0, 0.25, 0.5]  # 0.5 over a ramp of 2
+    initial, *updated = recorder.discriminators[2:]
+    assert set(recorder.discriminators[:3]) == {initial} and len({initial, *updated}) == 4
+    assert module.adversary.start_step == 3
 
 
 def test_discriminator_has_no_effect_before_its_start(tmp_path):
-    """The first half of the budget trains bit-identical weights."""
+    """Weights are bit-identical with and without a discriminator that starts after half of the budget."""
     weights = []
     for adversary in (partial(ADVERSARY, start=0.5), None):
         module = make(adversary)
@@ -127,8 +127,8 @@ def test_discriminator_has_no_effect_before_its_start(tmp_path):
 
 
 @pytest.mark.parametrize("gan_loss", ["hinge", "non_saturating"])
-def test_each_loss_reaches_only_the_weights_of_its_side(gan_loss):
-    """The generator loss has gradients in the autoencoder only, the discriminator loss in the discriminator only."""
+def test_each_loss_has_gradients_only_in_its_own_network(gan_loss):
+    """The generator loss has gradients only in the autoencoder, the discriminator loss only in the discriminator."""
     module = make(partial(ADVERSARY, gan_loss))
     for parameter in module.trained.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
@@ -144,7 +144,7 @@ def test_each_loss_reaches_only_the_weights_of_its_side(gan_loss):
     assert all(p.grad is not None and p.grad.any() for p in discriminator)
 
 
-def test_gradient_is_the_distortion_plus_the_weighted_adversarial_term():
+def test_gradient_is_the_sum_of_reconstruction_and_weighted_adversarial_gradients():
     module = make()
     for parameter in module.trained.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
@@ -157,29 +157,29 @@ def test_gradient_is_the_distortion_plus_the_weighted_adversarial_term():
         assert ("adversarial" in terms) == adversarial_on
         return torch.cat([p.grad.flatten() for p in module.trained.parameters()])
 
-    plain, weighted, twice = gradient(False), gradient(True, 0.5), gradient(True, 1.0)
+    plain, weighted, doubled = gradient(False), gradient(True, 0.5), gradient(True, 1.0)
     torch.testing.assert_close(gradient(True, 0.0), plain)
     assert (weighted - plain).norm() > 0.01 * plain.norm()
-    torch.testing.assert_close(twice - plain, 2 * (weighted - plain), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(doubled - plain, 2 * (weighted - plain), rtol=1e-3, atol=1e-5)
 
 
 def test_discriminator_learns_to_classify_patches():
-    """With uniformly grey reconstructions, it classifies nearly all patches correctly after a few steps."""
+    """After a few steps, nearly all patches of images and uniformly grey reconstructions are classified correctly."""
     torch.manual_seed(0)
     adversary = ADVERSARY(lr=2e-3)
     for _ in range(40):
         terms = adversary.accumulate_gradients(IMAGES, torch.zeros_like(IMAGES))
         adversary.step(decay=1.0)
     assert terms["discriminator_accuracy"] > 0.9 and terms["discriminator"] < 0.5
-    before = weights_sha256(adversary.discriminator)
+    digest = weights_sha256(adversary.discriminator)
     adversary.accumulate_gradients(IMAGES, torch.zeros_like(IMAGES))
     adversary.step(decay=0.0)  # as at the end of the generator's learning rate schedule
-    assert weights_sha256(adversary.discriminator) == before
+    assert weights_sha256(adversary.discriminator) == digest
 
 
 @pytest.mark.parametrize(("regulariser", "precision"), [(KL, "32-true"), (partial(VectorQuantised, 16), "bf16-mixed")])
-def test_resumed_training_matches_an_uninterrupted_one(tmp_path, regulariser, precision):
-    """Weights, EMA, discriminator, its optimizer and the codebook, resumed while the discriminator trains."""
+def test_resumed_training_matches_uninterrupted_training(tmp_path, regulariser, precision):
+    """Compares weights, EMA, discriminator, its optimizer and the codebook after a stop during adversarial training."""
     options = {"precision": precision, "accumulate_grad_batches": 2, "batch_size": 4, "budget": 8}
     adversary = partial(ADVERSARY, start=2)
     expected, stopped, resumed = (make(adversary, regulariser, partial(AutoencoderLoss, nll=0.1)) for _ in range(3))
@@ -190,13 +190,13 @@ def test_resumed_training_matches_an_uninterrupted_one(tmp_path, regulariser, pr
     assert weights_sha256(expected) == weights_sha256(resumed) != weights_sha256(stopped)
     assert weights_sha256(expected.adversary.discriminator) == weights_sha256(resumed.adversary.discriminator)
     assert all(torch.equal(a, b) for a, b in zip(ema.shadow, ema_resumed.shadow, strict=True))
-    first, second = (m.adversary.optimizer.state_dict()["state"] for m in (expected, resumed))
-    assert all(torch.equal(first[i]["exp_avg"], second[i]["exp_avg"]) for i in first)
-    assert expected.adversary.begun_at == resumed.adversary.begun_at == 2
+    states = [m.adversary.optimizer.state_dict()["state"] for m in (expected, resumed)]
+    assert all(torch.equal(states[0][i]["exp_avg"], states[1][i]["exp_avg"]) for i in states[0])
+    assert expected.adversary.start_step == resumed.adversary.start_step == 2
 
 
-def test_accumulated_batches_make_one_discriminator_step(tmp_path):
-    """Its gradient is the mean over micro-batches; lambda is measured on the first micro-batch only."""
+def test_accumulated_batches_give_one_discriminator_step(tmp_path):
+    """The gradient is the mean over micro-batches; lambda is computed from the first micro-batch only."""
     full, split = ADVERSARY(), ADVERSARY()
     split.discriminator.load_state_dict(full.discriminator.state_dict())
     split.loss_scale = 0.5
@@ -207,13 +207,13 @@ def test_accumulated_batches_make_one_discriminator_step(tmp_path):
     for a, b in zip(full.discriminator.parameters(), split.discriminator.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
     module = make(partial(ADVERSARY, start=0))
-    trainer, recorded, _ = fit(module, tmp_path, steps=3, batch_size=4, accumulate_grad_batches=2)
+    trainer, recorder, _ = fit(module, tmp_path, steps=3, batch_size=4, accumulate_grad_batches=2)
     assert trainer.global_step == 3 and module.adversary.loss_scale == 0.5
-    assert len(set(recorded.discriminators)) == 3 and len({weight.item() for weight in recorded.weights}) == 3
+    assert len(set(recorder.discriminators)) == 3 and len({weight.item() for weight in recorder.weights}) == 3
 
 
-def test_perceptual_network_is_not_saved_or_trained():
-    """It is in neither the checkpoint nor the optimizer; the learned scale is in both."""
+def test_perceptual_network_is_neither_saved_nor_trained():
+    """Neither the checkpoint nor the optimizer contains it; both contain the learned scale of the loss."""
     module = make(loss=partial(AutoencoderLoss, nll=1.0))
     module.loss.perceptual = Perceptual(type("Distance", (torch.nn.Linear,), {"name": "linear"})(1, 1))
     names = set(module.state_dict())
@@ -223,7 +223,7 @@ def test_perceptual_network_is_not_saved_or_trained():
     assert trained == {id(p) for p in module.parameters()}
 
 
-def test_expected_time_weights_steps_with_and_without_a_discriminator(monkeypatch):
+def test_expected_step_time_averages_over_steps_with_and_without_a_discriminator(monkeypatch):
     module = make(partial(ADVERSARY, start=0.25))
     times = {False: 1.0, True: 3.0}
     monkeypatch.setattr(VAETraining, "trial_step", lambda self, *_: times[self.adversarial_on])

@@ -1,4 +1,4 @@
-"""ldm.training.optim.budget.Budget: learning rate schedule and end of training, by steps and by time."""
+"""ldm.training.optim.budget.Budget: learning rate schedule and end of training, for budgets in steps and time."""
 
 import math
 
@@ -8,7 +8,7 @@ from lightning.pytorch import Callback
 from ldm.training.optim.budget import Budget
 
 
-class Rates(Callback):
+class RecordRates(Callback):
     """Records the learning rate used for each batch."""
 
     def __init__(self) -> None:
@@ -20,7 +20,7 @@ class Rates(Callback):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock for Budget that stands still unless the test advances it."""
+    """A fake clock for Budget that only the test advances."""
 
     class Clock:
         now_s = 100.0
@@ -33,7 +33,7 @@ def clock(monkeypatch):
     return clock
 
 
-class Ticks(Callback):
+class AdvanceClock(Callback):
     """Advances the clock by a fixed time per batch."""
 
     def __init__(self, clock, seconds: float) -> None:
@@ -43,49 +43,49 @@ class Ticks(Callback):
         self.clock.now_s += self.seconds
 
 
-SHAPES = {
+DECAYS = {
     "linear": lambda p: 1 - p,
     "cosine": lambda p: (1 + math.cos(math.pi * p)) / 2,
     "constant": lambda p: 1.0,
 }
 
 
-@pytest.mark.parametrize("decay", SHAPES)
+@pytest.mark.parametrize("decay", DECAYS)
 def test_learning_rate_follows_a_step_budget(fit, make_module, decay):
-    rates = Rates()
+    rates = RecordRates()
     trainer = fit(make_module(lr=0.5), [Budget(20, None, 5, decay), rates], max_steps=20)
     assert trainer.global_step == 20
-    expected = [0.5 * min(1, (k + 1) / 5) * SHAPES[decay](k / 20) for k in range(20)]
+    expected = [0.5 * min(1, (k + 1) / 5) * DECAYS[decay](k / 20) for k in range(20)]
     assert rates.values == pytest.approx(expected)
 
 
 def test_learning_rate_and_end_follow_a_time_budget(fit, make_module, clock):
-    """At 2 seconds per step, 10 seconds are 5 steps, over which the learning rate decays to zero."""
-    rates = Rates()
+    """At 2 seconds per step, a budget of 10 seconds allows 5 steps, over which the learning rate decays to zero."""
+    rates = RecordRates()
     budget = Budget(max_time_s=10.0)
-    trainer = fit(make_module(lr=0.5), [Ticks(clock, 2.0), budget, rates], max_steps=-1)
+    trainer = fit(make_module(lr=0.5), [AdvanceClock(clock, 2.0), budget, rates], max_steps=-1)
     assert trainer.global_step == 5 and budget.elapsed_s == 10
     assert rates.values == pytest.approx([0.5 * (1 - seconds / 10) for seconds in (2, 4, 6, 8, 10)])
 
 
-def test_the_budget_spent_first_determines_the_learning_rate(fit, make_module, clock):
-    rates = Rates()
-    trainer = fit(make_module(), [Ticks(clock, 1.0), Budget(4, 100.0), rates], max_steps=4)
+def test_learning_rate_follows_the_budget_with_the_larger_spent_fraction(fit, make_module, clock):
+    rates = RecordRates()
+    trainer = fit(make_module(), [AdvanceClock(clock, 1.0), Budget(4, 100.0), rates], max_steps=4)
     assert trainer.global_step == 4
     assert rates.values == pytest.approx([0.99, 0.75, 0.5, 0.25])
 
 
-def test_an_accumulated_step_is_finished_when_the_time_is_over(fit, make_module, clock):
-    """The time is over after the third of five batches, but the step is finished and counted as one."""
-    rates = Rates()
+def test_accumulated_step_is_completed_after_the_time_is_up(fit, make_module, clock):
+    """The time is up after the third of five batches, but the step is completed with all five."""
+    rates = RecordRates()
     module = make_module()
     trainer = fit(
         module,
-        [Ticks(clock, 1.0), Budget(max_time_s=3.0, decay="constant"), rates],
+        [AdvanceClock(clock, 1.0), Budget(max_time_s=3.0, decay="constant"), rates],
         max_steps=-1,
         accumulate_grad_batches=5,
     )
-    assert trainer.global_step == 1 and len(module.seen) == 5
+    assert trainer.global_step == 1 and len(module.batches) == 5
 
 
 def test_elapsed_time_includes_the_time_before_a_resume(clock):

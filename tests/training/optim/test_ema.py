@@ -1,4 +1,4 @@
-"""ldm.training.optim.ema: the average against its formula, and swapping it with the raw weights."""
+"""ldm.training.optim.ema: the average against its formula, and applying it to the module."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def test_only_trainable_parameters_are_averaged():
     frozen, running = module[0].weight.detach().clone(), module[1].running_mean.clone()
     step(module, 0)
     ema.update()
-    with ema.applied():
+    with ema.average_parameters():
         assert torch.equal(module[0].weight, frozen) and torch.equal(module[1].running_mean, running)
         assert torch.equal(module[2].weight, ema.shadow[2])
 
@@ -55,7 +55,7 @@ def test_averaged_weights_can_be_applied_in_inference_mode():
     module = build()
     ema = EMA(module, 0.9)
     step(module, 0)
-    with torch.inference_mode(), ema.applied():
+    with torch.inference_mode(), ema.average_parameters():
         assert torch.equal(module[0].weight, ema.shadow[0])
     module(torch.randn(5, 3)).sum().backward()
     step(module, 1)

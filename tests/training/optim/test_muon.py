@@ -53,7 +53,7 @@ def test_block_matrices_go_to_muon_and_the_rest_to_adamw(network):
     }
 
 
-def test_steps_match_those_of_separate_optimizers(network):
+def test_steps_match_separate_optimizers(network):
     reference, optimizer = copy.deepcopy(network), make(network)
     hidden = [p for name, p in reference.named_parameters() if p.ndim == 2 and name.startswith("blocks.")]
     hidden = [p for p in hidden if p.shape[0] != 6 * 16]  # adaLN's modulation
@@ -73,8 +73,8 @@ def test_steps_match_those_of_separate_optimizers(network):
             reference.zero_grad()
 
         def step(self):
-            for each in optimizers:
-                each.step()
+            for inner in optimizers:
+                inner.step()
 
     train(network, optimizer, 3)
     train(reference, Separate(), 3)
@@ -83,31 +83,31 @@ def test_steps_match_those_of_separate_optimizers(network):
 
 
 @pytest.mark.parametrize("resumed", [False, True])
-def test_a_learning_rate_set_from_outside_reaches_both_optimizers(network, resumed):
+def test_learning_rate_change_reaches_both_optimizers(network, resumed):
     optimizer = make(network)
     if resumed:
         train(network, optimizer, 1)
         optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    before = [p.detach().clone() for p in network.parameters()]
+    initial = [p.detach().clone() for p in network.parameters()]
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     train(network, optimizer, 1)
-    assert all(torch.equal(p, b) for p, b in zip(network.parameters(), before, strict=True))
+    assert all(torch.equal(p, p_0) for p, p_0 in zip(network.parameters(), initial, strict=True))
 
 
-def test_training_continues_from_a_loaded_state(network):
+def test_training_continues_from_a_restored_state(network):
     optimizer = make(network)
     train(network, optimizer, 3)
-    other = build()
-    other.load_state_dict(network.state_dict())
-    resumed = make(other)
-    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    restored = build()
+    restored.load_state_dict(network.state_dict())
+    restored_optimizer = make(restored)
+    restored_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     train(network, optimizer, 2, seed=1)
-    train(other, resumed, 2, seed=1)
-    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), other.parameters(), strict=True))
+    train(restored, restored_optimizer, 2, seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), restored.parameters(), strict=True))
 
 
-def test_a_network_without_blocks_uses_adamw_only():
+def test_network_without_blocks_uses_adamw_only():
     optimizer = make(torch.nn.Linear(3, 3))
     assert [type(inner) for inner in optimizer.inner] == [AdamW]
 

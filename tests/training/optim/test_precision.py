@@ -19,7 +19,7 @@ def no_accelerator(monkeypatch):
     [(0.3, "32-true"), (MIN_BF16_SPEEDUP - 0.01, "32-true"), (MIN_BF16_SPEEDUP, "bf16-mixed"), (3.0, "bf16-mixed")],
 )
 @pytest.mark.parametrize("accelerator", ["cpu", "auto"])
-def test_auto_measures_the_cpu(monkeypatch, capsys, accelerator, speedup, expected):
+def test_auto_benchmarks_the_cpu(monkeypatch, capsys, accelerator, speedup, expected):
     monkeypatch.setattr(precision, "measure_bf16_speedup", lambda: speedup)
     assert choose_precision("auto", accelerator) == expected
     assert f"training in {expected}" in capsys.readouterr().out
@@ -37,13 +37,13 @@ def test_auto_selects_bf16_on_cuda_and_fp32_on_mps(monkeypatch):
     ("requested", "name"),
     [("32-true", "32-true"), ("bf16-mixed", "bf16-mixed"), (32, "32-true"), ("32", "32-true"), ("bf16", "bf16-mixed")],
 )
-def test_an_explicit_precision_is_normalised(requested, name):
+def test_explicit_precision_is_normalised(requested, name):
     assert choose_precision(requested, "cpu") == name
 
 
 @pytest.mark.parametrize("requested", ["bf16-true", "16-mixed", 16, None])
 def test_unsupported_precisions_are_refused(requested):
-    """Networks receive fp32 inputs, so a network entirely in another type fails at its first convolution."""
+    """Networks receive fp32 inputs, so a pure bf16 or fp16 network would fail at its first convolution."""
     with pytest.raises(UserError, match=rf"trainer\.precision={requested}\b.*auto, bf16-mixed, 32-true"):
         choose_precision(requested, "cpu")
 

@@ -71,7 +71,7 @@ def vae_stage(images, tmp_path):
 
 @pytest.fixture
 def diffusion_stage(images, vae_stage, tmp_path):
-    """diffusion_stage(flip=False, conditioning=no_condition): a DiffusionStage on a PCA of the images."""
+    """diffusion_stage(flip=False, conditioning=no_condition): a DiffusionStage with a PCA autoencoder of the images."""
     autoencoder = vae_stage().autoencoder
 
     def make(flip: bool = False, conditioning=no_condition, **options) -> DiffusionStage:
@@ -103,7 +103,7 @@ def diffusion_stage(images, vae_stage, tmp_path):
 
 
 def step(stage, batch, k: int = 0) -> float:
-    """The loss of step k, without a trainer."""
+    """Return the loss of step k, computed without a trainer."""
     stage.module.log_every = 10**9
     stage.module._trainer = SimpleNamespace(global_step=k, global_rank=0, world_size=1, accumulate_grad_batches=1)
     loss = stage.module.training_step(batch, k)["loss"].item()
@@ -113,32 +113,32 @@ def step(stage, batch, k: int = 0) -> float:
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_flip_mirrors_half_of_the_images(vae_stage, images, monkeypatch, flip):
-    stage, seen = vae_stage(flip), []
-    monkeypatch.setattr(stage.module.loss, "forward", lambda x, *_: seen.append(x) or {"loss": x.sum()})
+    stage, inputs = vae_stage(flip), []
+    monkeypatch.setattr(stage.module.loss, "forward", lambda x, *_: inputs.append(x) or {"loss": x.sum()})
     batch = images.batch(images.train_indices)
     step(stage, batch)
-    mirrored = [torch.equal(a, b.flip(-1)) and not torch.equal(a, b) for a, b in zip(seen[0], batch, strict=True)]
-    unchanged = [torch.equal(a, b) for a, b in zip(seen[0], batch, strict=True)]
+    mirrored = [torch.equal(a, b.flip(-1)) and not torch.equal(a, b) for a, b in zip(inputs[0], batch, strict=True)]
+    unchanged = [torch.equal(a, b) for a, b in zip(inputs[0], batch, strict=True)]
     assert all(a or b for a, b in zip(mirrored, unchanged, strict=True))
     assert 0.3 < sum(mirrored) / len(mirrored) < 0.7 if flip else not any(mirrored)
 
 
-def test_decoder_scale_is_its_error_on_the_training_split(vae_stage, images, monkeypatch):
-    """With an exact encoder and a decoder that is off by a known amount per colour channel."""
+def test_decoder_scale_is_the_error_on_the_training_split(vae_stage, images, monkeypatch):
+    """Uses an exact encoder and a decoder with a known error per colour channel."""
     offset = torch.tensor([0.1, 0.2, 0.3])
     autoencoder = vae_stage().autoencoder
     monkeypatch.setattr(autoencoder, "decode", lambda z_raw: z_raw + offset[:, None, None])
 
-    class Exact:
+    class ExactLatents:
         def batch(self, indices):
             assert set(indices) <= set(images.train_indices)
             pixels = images.batch(indices)
             return pixels, torch.full_like(pixels, -60.0)
 
-    assert decoder_scale(autoencoder, images, Exact(), batch_size=7) == pytest.approx(offset.tolist(), rel=1e-4)
+    assert decoder_scale(autoencoder, images, ExactLatents(), batch_size=7) == pytest.approx(offset.tolist(), rel=1e-4)
 
 
-def test_an_untrained_autoencoder_equals_pca(vae_stage, images, tmp_path):
+def test_untrained_autoencoder_matches_pca(vae_stage, images, tmp_path):
     metrics, figure = vae_stage()._evaluate_held_out(type("Run", (), {"images": tmp_path})())
     assert metrics["psnr_db"] == pytest.approx(metrics["pca_psnr_db"], abs=0.1)
     assert metrics["compression"] == pytest.approx(4.0) and figure.is_file()
@@ -158,8 +158,8 @@ def record_inputs(stage, monkeypatch) -> list[tuple[torch.Tensor, dict[str, torc
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_latents_enter_the_chain_with_unit_variance(diffusion_stage, images, monkeypatch, flip):
-    """Over all views, with samples from their posteriors."""
+def test_latents_have_unit_variance_at_the_start_of_the_chain(diffusion_stage, images, monkeypatch, flip):
+    """Measured over all views, with samples from the posteriors."""
     stage = diffusion_stage(flip)
     batch, inputs = stage.fetch(images.train_indices), record_inputs(stage, monkeypatch)
     assert batch["mean"].shape == (len(images.train_indices), 1 + flip, 3, 4, 4)
@@ -180,9 +180,9 @@ def test_both_views_of_an_image_are_used(diffusion_stage, images, monkeypatch):
         step(stage, batch, k)
     views = [stage.pipeline.autoencoder.standardise(batch["mean"][:, view]) for view in range(2)]
     latents = zip(torch.cat([z_0 for z_0, _ in inputs]), *(view.repeat(4, 1, 1, 1) for view in views), strict=True)
-    matches = [(torch.allclose(z, first), torch.allclose(z, second)) for z, first, second in latents]
-    assert all(first or second for first, second in matches)
-    mirrored = [second for first, second in matches if not (first and second)]  # skip symmetric images
+    matches = [(torch.allclose(z, view_0), torch.allclose(z, view_1)) for z, view_0, view_1 in latents]
+    assert all(any(match) for match in matches)
+    mirrored = [is_view_1 for is_view_0, is_view_1 in matches if not (is_view_0 and is_view_1)]  # skip symmetric images
     assert len(mirrored) > 100 and 0.4 < sum(mirrored) / len(mirrored) < 0.6
 
 
@@ -222,31 +222,31 @@ def test_validation_and_the_sample_grid_use_the_averaged_weights(diffusion_stage
     assert len(weights) == 2 and torch.equal(weights[1], ema.ema.shadow[0])
     assert not torch.equal(weights[1], module.trained.patch_in.weight)
     held_out = val_loader(stage.fetch, images.val_indices, batch_size=4)
-    first = trainer.validate(module, held_out, verbose=False)
-    assert trainer.validate(module, held_out, verbose=False) == first
-    assert {"val/loss", "val/loss_t1_to_25", "val/loss_t76_to_100"} <= first[0].keys()
+    metrics = trainer.validate(module, held_out, verbose=False)
+    assert trainer.validate(module, held_out, verbose=False) == metrics
+    assert {"val/loss", "val/loss_t1_to_25", "val/loss_t76_to_100"} <= metrics[0].keys()
 
 
-def test_init_from_refuses_another_autoencoder_or_conditioning(diffusion_stage, vae_stage, tmp_path):
+def test_init_from_refuses_a_different_autoencoder_or_conditioning(diffusion_stage, vae_stage, tmp_path):
     stage = diffusion_stage(conditioning=class_condition)
     stage.pipeline.save(tmp_path / "pipeline")
     source = str(tmp_path / "pipeline")
-    continued = diffusion_stage(conditioning=class_condition, init_from=source)
-    assert continued.pipeline.autoencoder.statistics == stage.pipeline.autoencoder.statistics
+    fine_tuned = diffusion_stage(conditioning=class_condition, init_from=source)
+    assert fine_tuned.pipeline.autoencoder.statistics == stage.pipeline.autoencoder.statistics
     with pytest.raises(UserError, match=r"init_from=.*\bclass\b.*\bnone\b.*conditioning=class"):
         diffusion_stage(init_from=source)
-    other = vae_stage().autoencoder
+    modified = vae_stage().autoencoder
     with torch.no_grad():
-        other.model.shortcut_out.bias += 1
-    old, new = (vae.weights_sha256()[:12] for vae in (stage.pipeline.autoencoder, other))
+        modified.model.shortcut_out.bias += 1
+    old, new = (vae.weights_sha256()[:12] for vae in (stage.pipeline.autoencoder, modified))
     with pytest.raises(UserError, match=rf"init_from=.*autoencoder.*{old}.*{new}.*vae="):
         diffusion_stage(
-            conditioning=class_condition, init_from=source, find_autoencoder=lambda data_fingerprint: (other, "")
+            conditioning=class_condition, init_from=source, find_autoencoder=lambda data_fingerprint: (modified, "")
         )
 
 
 def test_init_from_keeps_the_embeddings_of_shared_classes(diffusion_stage, images, make_images, tmp_path):
-    """From [cat, dog] to [ant, cat, fox], the embedding of cat is kept."""
+    """Fine-tuning from classes [cat, dog] to [ant, cat, fox] keeps the embedding of cat."""
     stage = diffusion_stage(conditioning=class_condition)
     torch.nn.init.normal_(stage.pipeline.network.class_embedding.weight)
     stage.pipeline.save(tmp_path / "pipeline")
@@ -254,29 +254,29 @@ def test_init_from_keeps_the_embeddings_of_shared_classes(diffusion_stage, image
     for number, name in enumerate(("ant", "cat", "fox")):
         make_images(tmp_path / "zoo" / name, 4, size=8, seed=number)
     zoo = prepare(ImageFolder(tmp_path / "zoo"), resolution=8, cache_dir=tmp_path, progress=False)
-    continued = diffusion_stage(conditioning=class_condition, images=zoo, init_from=str(tmp_path / "pipeline"))
-    rows = continued.pipeline.network.class_embedding.weight
+    fine_tuned = diffusion_stage(conditioning=class_condition, images=zoo, init_from=str(tmp_path / "pipeline"))
+    rows = fine_tuned.pipeline.network.class_embedding.weight
     assert torch.equal(rows[1], trained[0]) and torch.equal(rows[3], trained[2]) and len(rows) == 4
-    assert continued.pipeline.conditioning.class_names == ["ant", "cat", "fox"]
-    assert ("classes of init_from", "kept: cat; new: ant, fox; dropped: dog") in continued.summary_rows()
+    assert fine_tuned.pipeline.conditioning.class_names == ["ant", "cat", "fox"]
+    assert ("classes of init_from", "kept: cat; new: ant, fox; dropped: dog") in fine_tuned.summary_rows()
 
 
-def test_init_from_refuses_another_text_encoder(diffusion_stage, images, tmp_path):
-    """Encoders are compared by their weights: another one of the same width is refused, a moved copy is accepted."""
-    first, other = (tiny_encoder(tmp_path / name, seed) for seed, name in enumerate(("first", "other")))
-    shutil.copytree(first, tmp_path / "moved")
+def test_init_from_refuses_a_different_text_encoder(diffusion_stage, images, tmp_path):
+    """Encoders are compared by their weights: a moved copy is accepted, different weights of the same size are not."""
+    original, different = (tiny_encoder(tmp_path / name, seed) for seed, name in enumerate(("original", "different")))
+    shutil.copytree(original, tmp_path / "moved")
     captioned = dataclasses.replace(images, captions=[f"number {i}" for i in range(len(images))])
-    stage = diffusion_stage(images=captioned, conditioning=partial(text_condition, encoder=str(first), max_tokens=4))
+    stage = diffusion_stage(images=captioned, conditioning=partial(text_condition, encoder=str(original), max_tokens=4))
     stage.pipeline.save(tmp_path / "pipeline")
 
-    def continue_with(encoder: Path) -> DiffusionStage:
+    def fine_tune(encoder: Path) -> DiffusionStage:
         condition = partial(text_condition, encoder=str(encoder), max_tokens=4)
         return diffusion_stage(images=captioned, conditioning=condition, init_from=str(tmp_path / "pipeline"))
 
-    continue_with(tmp_path / "moved")
-    message = rf"text encoder.*{re.escape(str(first))} \(.*{re.escape(str(other))} \(.*conditioning\.encoder="
-    with pytest.raises(UserError, match=message + re.escape(str(first))):
-        continue_with(other)
+    fine_tune(tmp_path / "moved")
+    message = rf"text encoder.*{re.escape(str(original))} \(.*{re.escape(str(different))} \(.*conditioning\.encoder="
+    with pytest.raises(UserError, match=message + re.escape(str(original))):
+        fine_tune(different)
 
 
 def tiny_encoder(folder: Path, seed: int) -> Path:
@@ -291,34 +291,34 @@ def tiny_encoder(folder: Path, seed: int) -> Path:
     return folder
 
 
-def test_training_draws_one_caption_per_epoch_and_validation_uses_the_first(diffusion_stage, images, tmp_path):
-    """The choice depends only on seed, epoch and image, not on the batch, and is uniform over the captions."""
-    more = {i: [f"number {i} 1", f"number {i} 2"] for i in range(0, len(images), 2)}
+def test_training_samples_one_caption_per_epoch_and_validation_uses_the_first(diffusion_stage, images, tmp_path):
+    """The choice is uniform over the captions and depends only on seed, epoch and image, not on the batch."""
+    more_captions = {i: [f"number {i} 1", f"number {i} 2"] for i in range(0, len(images), 2)}
     captions = [f"number {i}" for i in range(len(images))]
-    captioned = dataclasses.replace(images, captions=captions, more_captions=more)
+    captioned = dataclasses.replace(images, captions=captions, more_captions=more_captions)
     encoder = tiny_encoder(tmp_path / "encoder", 0)
     stage = diffusion_stage(images=captioned, conditioning=partial(text_condition, encoder=str(encoder), max_tokens=8))
     conditioning = stage.pipeline.conditioning
 
-    def caption_numbers(indices, epoch=None) -> list[int]:
-        """The number of the caption used for each image."""
-        epochs = None if epoch is None else np.full(len(indices), epoch)
-        pooled = stage.fetch(np.array(indices), epochs)["condition"]["pooled"]
+    def caption_numbers(subset, epoch=None) -> list[int]:
+        """Return the index of the caption used for each image."""
+        epochs = None if epoch is None else np.full(len(subset), epoch)
+        pooled = stage.fetch(np.array(subset), epochs)["condition"]["pooled"]
         numbers = []
-        for index, row in zip(indices, pooled, strict=True):
+        for index, row in zip(subset, pooled, strict=True):
             embeddings = conditioning.for_request(captioned.captions_of(index))[0]["pooled"]
             numbers.append(int((embeddings - row).abs().sum(1).argmin()))
         return numbers
 
-    every = list(range(len(images)))
-    assert caption_numbers(every) == [0] * len(every)
-    epochs = [caption_numbers(every, epoch) for epoch in range(12)]
-    assert all(epoch[1::2] == [0] * (len(every) // 2) for epoch in epochs), "images with a single caption"
+    indices = list(range(len(images)))
+    assert caption_numbers(indices) == [0] * len(indices)
+    epochs = [caption_numbers(indices, epoch) for epoch in range(12)]
+    assert all(epoch[1::2] == [0] * (len(indices) // 2) for epoch in epochs), "images with a single caption"
     counts = np.bincount([number for epoch in epochs for number in epoch[::2]], minlength=3)
     assert (np.abs(counts - counts.mean()) < 5 * counts.mean() ** 0.5).all() and len({tuple(e) for e in epochs}) == 12
     assert caption_numbers([7, 4, 0], 5) == [epochs[5][i] for i in (7, 4, 0)]
     stage = diffusion_stage(images=captioned, conditioning=lambda _: conditioning, seed=1)
-    assert caption_numbers(every, 0) != epochs[0]
+    assert caption_numbers(indices, 0) != epochs[0]
 
 
 def test_finish_saves_the_pipeline_and_a_figure(diffusion_stage, tmp_path):
@@ -337,7 +337,7 @@ def test_finish_saves_the_pipeline_and_a_figure(diffusion_stage, tmp_path):
     assert isinstance(stage.pipeline.conditioning, ClassCondition)
 
 
-def test_a_network_that_does_not_fit_the_latents_is_refused(diffusion_stage):
+def test_network_that_does_not_fit_the_latents_is_refused(diffusion_stage):
     with pytest.raises(UserError, match=r"latents of 3 x 4 x 4: patch_size must .*\b4\b.*\b3\b"):
         diffusion_stage(network=partial(DiT, patch_size=3, hidden_dim=16, depth=1, head_dim=8))
 
