@@ -11,7 +11,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException
 
-from ldm.cli.arguments import bracket_lists, collect_positional, quote_free_text, strip_stage_prefix
+from ldm.cli.arguments import bracket_lists, collect_positional, quote_text_values, strip_stage_prefix
 from tests.option_keys import compose_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -112,7 +112,7 @@ def compose_command(config_name: str, arguments: list[str]) -> None:
     options = [strip_stage_prefix(argument) for argument in arguments if not argument.startswith("-")]
     if config_name == "compare":
         options = collect_positional(options, "runs")
-    options = quote_free_text(options)
+    options = quote_text_values(options)
     options = first_values(options) if is_multirun else bracket_lists(options, ("sampler.steps", "guidance"))
     compose_config(config_name, *options)
 

@@ -61,7 +61,7 @@ def messages(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 @pytest.mark.parametrize("package", FREE_OF_OPTIONS)
-def test_library_errors_name_no_option(package):
+def test_library_errors_do_not_mention_options(package):
     violations = [
         f"{file.relative_to(ROOT)}:{line}: {text}"
         for file in files(package)

@@ -61,7 +61,7 @@ def check_arguments(arguments: Sequence[str]) -> None:
             )
 
 
-def quote_free_text(arguments: Sequence[str], keys: Sequence[str] = FREE_TEXT) -> list[str]:
+def quote_text_values(arguments: Sequence[str], keys: Sequence[str] = FREE_TEXT) -> list[str]:
     """Quote the values of free-text keys so that Hydra parses them as strings, and expand integers such as 1e5."""
     quoted = []
     for argument in arguments:

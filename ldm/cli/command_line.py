@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.cli.arguments import FREE_TEXT, quote_free_text, strip_stage_prefix
+from ldm.cli.arguments import FREE_TEXT, quote_text_values, strip_stage_prefix
 
 SEARCH_PATH = "hydra.searchpath="
 SHARED_BETWEEN_STAGES = (
@@ -64,7 +64,7 @@ class CommandLine:
 
     def compose(self, options: Sequence[str]) -> DictConfig:
         """Compose a config from options as typed on the command line, without resolving interpolations."""
-        overrides = quote_free_text([option for option in options if option not in self.config_sources])
+        overrides = quote_text_values([option for option in options if option not in self.config_sources])
         return hydra.compose(self.config_name, [*self.search_path, *overrides])
 
     def _options(self, config: DictConfig) -> list[tuple[str, str]]:

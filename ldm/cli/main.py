@@ -24,7 +24,7 @@ from ldm.cli.arguments import (
     check_arguments,
     collect_positional,
     escape,
-    quote_free_text,
+    quote_text_values,
 )
 from ldm.cli.command_line import SEARCH_PATH, CommandLine
 from ldm.cli.explain import explain
@@ -100,7 +100,7 @@ def run(
         check_arguments(command.arguments)
         arguments = command.arguments if positional is None else collect_positional(command.arguments, positional)
         arguments = add_stage_keys(arguments)
-        sys.argv[1:] = arguments if command.is_multirun else bracket_lists(quote_free_text(arguments), lists)
+        sys.argv[1:] = arguments if command.is_multirun else bracket_lists(quote_text_values(arguments), lists)
     except UserError as error:
         command.report(error)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra must raise errors instead of reporting them itself

@@ -24,7 +24,7 @@ _build_lock = threading.Lock()
 def to_srgb(image: Image.Image, icc_profile: bytes | None) -> tuple[Image.Image, Profile]:
     """Convert an image of mode L, RGB or CMYK to sRGB in mode RGB. Also return its colour profile status.
 
-    An RGB profile can belong to a grey image, which is then converted with three equal channels.
+    A grey image can have an RGB profile; it is then expanded to three equal channels before conversion.
     """
     if icc_profile is None:
         return image.convert("RGB"), "none"

@@ -15,7 +15,7 @@ Condition = dict[str, Tensor]
 
 
 class Prediction(NamedTuple):
-    """The output of a denoiser: the predicted z_0, and v for variance learned_range (None if Sigma is fixed)."""
+    """The output of a denoiser: the predicted z_0, and v if the variance is learned_range (None if Sigma is fixed)."""
 
     z_0: Tensor
     v: Tensor | None
@@ -46,7 +46,7 @@ class Denoiser:
     Args:
         schedule: the noise schedule that the network is trained with.
         network: called as network(z_t, timesteps, condition) with timesteps = t - 1 in 0..T-1, a long tensor
-            [b]. These timesteps have the same meaning as in diffusers, so weights can be exchanged. A real t is
+            [b]. These timesteps have the same meaning as in diffusers, so weights can be exchanged. A fractional t is
             passed as a float tensor, in float32 or better.
         prediction: the network's prediction type: eps, z_0, v or flow.
         learned_variance: if true, the network outputs 2C channels; the second half, in [-1, 1], is converted to

@@ -1,11 +1,11 @@
 """Training losses of the denoiser, per sample: L_simple and its weightings, L_vlb, and their sum L_hybrid.
 
 The network's output is compared with `chain.target` in the space of its prediction type. At a given z_t, all
-predictions are affine in z_0, so the squared error in each space is the squared error of z_0 times a factor:
+predictions are affine in z_0, so the squared error in each space is the squared error in z_0 times a factor:
 
     eps: snr        z_0: 1        v: snr + 1        flow: (alpha + sigma)^2 / sigma^2
 
-A weighting defined on the error of z_0, such as min_snr, is divided by this factor, which makes it equivalent in
+A weighting defined on the error in z_0, such as min_snr, is divided by this factor, which makes it equivalent in
 every space.
 """
 
@@ -35,13 +35,13 @@ def sample_timesteps(
     generator: torch.Generator | None = None,
     device: torch.device | str = "cpu",
 ) -> Int[Tensor, " b"]:
-    """Draw the training timesteps t in 1..T of a batch.
+    """Draw training timesteps t in 1..T for a batch.
 
         uniform       every t equally likely
         logit_normal  t = ceil(u T), u = 1 / (1 + exp(-n)), n ~ N(0, 1)
 
     t is sampled on the generator's device, so that the result does not depend on `device`.
-    Source: logit_normal is Esser et al. 2024, arXiv:2403.03206, section 3.1.
+    Source of logit_normal: Esser et al. 2024, arXiv:2403.03206, section 3.1.
 
     Raises:
         ValueError: if `distribution` is unknown.

@@ -94,7 +94,7 @@ def read_array(path: Path) -> np.memmap:
         raise UserError(f"{path} cannot be read as an array ({first_line(error)}). {RECREATE_REMEDY}") from error
 
 
-def refuse_escaping_links(folder: Path, *, allowed: Collection[str] = ()) -> None:
+def reject_outside_links(folder: Path, *, allowed: Collection[str] = ()) -> None:
     """Reject a folder that contains a symbolic link to a file or folder outside it.
 
     Args:

@@ -91,7 +91,7 @@ def measure_likelihood(
     seed: int = 0,
     batch_size: Count = 64,
 ) -> Report:
-    """Compute the likelihood bound on a run's images. For a stage vae run, the prior is N(0, I).
+    """Compute the likelihood bound on a run's images. For a VAE run, the prior is N(0, I).
 
     Args:
         split: val or train.
@@ -146,16 +146,16 @@ def measure_likelihood(
 def open_model(
     run: Run, variance: str | None, steps: int | None, ode: dict[str, Any] | None
 ) -> LatentDiffusionPipeline | Autoencoder:
-    """Load the model to evaluate: the autoencoder of a stage vae run, otherwise the diffusion pipeline.
+    """Load the model to evaluate: the autoencoder of a VAE run, otherwise the diffusion pipeline.
 
     Raises:
-        UserError: if variance or ode is given for a stage vae run, which has no chain; see also `check_chain`.
+        UserError: if variance or ode is given for a VAE run, which has no chain; see also `check_chain`.
     """
     if run.stage == "vae":
         if variance is not None or ode is not None:
             option = "ode=true" if ode is not None else f"variance={variance}"
             raise UserError(
-                f"{option} applies to a diffusion chain, but {run.path} is a stage vae run. Remove {option}."
+                f"{option} applies to a diffusion chain, but {run.path} is a VAE run. Remove {option}."
             )
         autoencoder = run.autoencoder()
         require_density(autoencoder)
@@ -169,7 +169,7 @@ def check_comparable(run: Run, baseline: Run, *, variance: str | None, steps: in
     """Check that a run can be compared with a baseline run, before any computation.
 
     Args:
-        variance: Sigma of the reverse chain for the baseline run.
+        variance: Variance option (choice of Sigma) for the baseline run's reverse chain.
         selection: Arguments of `choose_images`.
 
     Raises:

@@ -23,7 +23,7 @@ from ldm.cli.targets import update_targets
 from ldm.data.images import ImageData
 from ldm.errors import InputError, UserError
 from ldm.files.atomic import write_text
-from ldm.files.untrusted import check_fields, first_line, is_plain_name, read_json, refuse_escaping_links
+from ldm.files.untrusted import check_fields, first_line, is_plain_name, read_json, reject_outside_links
 from ldm.rules import Integer, checked
 from ldm.runs.provenance import provenance
 from ldm.runtime import shell
@@ -51,7 +51,7 @@ LINKABLE_FOLDERS = ("checkpoints", "images")
 
 
 class Facts(dict[str, Any]):
-    """Content of run.json. Raises a UserError for a missing key."""
+    """Contents of run.json. Raises a UserError for a missing key."""
 
     def __init__(self, content: dict[str, Any], file: Path) -> None:
         super().__init__(content)
@@ -63,7 +63,7 @@ class Facts(dict[str, Any]):
 
 @dataclass
 class Run:
-    """A run folder and the content of its run.json (stage, seed, precision, versions, data, finish time).
+    """A run folder and the contents of its run.json (stage, seed, precision, versions, data, finish time).
 
     >>> from ldm import Run
     >>> run = Run.open("runs/diffusion/demo")
@@ -113,7 +113,7 @@ class Run:
                 f"{key}={path} {problem} (no {RUN_FILE}).{hint} `python -m ldm.train stage=vae` or `python -m "
                 "ldm.train stage=diffusion` creates a run in runs/<stage>/<name>."
             )
-        refuse_escaping_links(path, allowed=LINKABLE_FOLDERS)
+        reject_outside_links(path, allowed=LINKABLE_FOLDERS)
         facts = read_json(path / RUN_FILE)
         if facts.get("format") != FORMAT:
             raise UserError(f"{path / RUN_FILE} has format {facts.get('format')}; this version reads {FORMAT}.")
@@ -231,7 +231,7 @@ class Run:
                 f"The prepared images of {self.path} are no longer in {folder}. To prepare them again, start a "
                 "training run with the same data options."
             )
-        refuse_escaping_links(folder)
+        reject_outside_links(folder)
         images = ImageData.open(folder, self.facts["val_fraction"])
         if images.fingerprint != self.facts["data_fingerprint"]:
             raise UserError(

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from ldm.cli import main as command
-from ldm.cli.arguments import FREE_TEXT, bracket_lists, collect_positional, quote_free_text
+from ldm.cli.arguments import FREE_TEXT, bracket_lists, collect_positional, quote_text_values
 from ldm.cli.explain import explain
 from ldm.cli.main import require_values
 from ldm.errors import UserError
@@ -84,7 +84,7 @@ TRICKY_TEXTS = [
 
 def parse_free_text(text: str, key: str = "prompt") -> object:
     """Return the value of a free-text key after parsing by Hydra and OmegaConf."""
-    (argument,) = quote_free_text([f"{key}={text}"])
+    (argument,) = quote_text_values([f"{key}={text}"])
     override = OverridesParser.create().parse_override(argument)
     assert not override.is_sweep_override(), argument
     config = OmegaConf.create({"key": None})
@@ -117,7 +117,7 @@ def test_random_text_is_kept_verbatim():
 
 def test_tricky_text_is_kept_verbatim_by_compose():
     keys = [f"text{i}" for i in range(len(TRICKY_TEXTS))]
-    arguments = quote_free_text([f"+{key}={text}" for key, text in zip(keys, TRICKY_TEXTS, strict=True)], keys)
+    arguments = quote_text_values([f"+{key}={text}" for key, text in zip(keys, TRICKY_TEXTS, strict=True)], keys)
     with initialize_config_dir(str(bundled_folder("conf")), version_base="1.3"):
         config = compose("sample", arguments)
     assert [config[key] for key in keys] == TRICKY_TEXTS
@@ -135,8 +135,8 @@ def test_resume_accepts_a_boolean_or_a_file(text):
 
 def test_only_free_text_keys_are_quoted():
     arguments = ["batch_size=8", "sampler=ddim", "~prompt", "num_samples=1,2", "strip=true", "--help", "seed"]
-    assert quote_free_text(arguments) == arguments
-    assert quote_free_text(["+prompt=a b", "++prompt=c, d"]) == ['+prompt="a b"', '++prompt="c, d"']
+    assert quote_text_values(arguments) == arguments
+    assert quote_text_values(["+prompt=a b", "++prompt=c, d"]) == ['+prompt="a b"', '++prompt="c, d"']
 
 
 def test_arguments_without_a_key_are_collected_verbatim(tmp_path, monkeypatch):

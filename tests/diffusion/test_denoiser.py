@@ -47,7 +47,7 @@ def test_network_receives_diffusers_timesteps_and_condition():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_real_t_is_passed_to_network_as_float(dtype):
+def test_fractional_t_is_passed_to_network_as_float(dtype):
     timesteps_per_call = []
 
     def network(z_t, timesteps, condition):

@@ -678,9 +678,9 @@ VAE = "run=runs/vae/first"
         ([], "steps=64 must be.* even .*4 to T = 12"),
         (["steps=4", "against_variance=optimal"], "against_variance=optimal .*needs against="),
         (["steps=4", "against=nowhere"], "against=nowhere does not exist"),
-        (["steps=4", "against=runs/vae/first", "against_variance=optimal"], "variance=optimal .*runs/vae/first.*vae"),
-        ([VAE, "ode=true"], "ode=true .*runs/vae/first.*stage vae"),
-        ([VAE, "variance=optimal"], "variance=optimal .*runs/vae/first.*stage vae"),
+        (["steps=4", "against=runs/vae/first", "against_variance=optimal"], "variance=optimal .*runs/vae/first.*VAE run"),
+        ([VAE, "ode=true"], "ode=true .*runs/vae/first.*VAE run"),
+        ([VAE, "variance=optimal"], "variance=optimal .*runs/vae/first.*VAE run"),
     ],
 )
 def test_invalid_command_line_options_are_refused(error_message, runs, monkeypatch, arguments, message):

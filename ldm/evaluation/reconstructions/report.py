@@ -49,9 +49,9 @@ def reconstruction_table(content: dict[str, Any]) -> Table:
         ("SSIM", "ssim", 4, ""),
         ("LPIPS", "lpips", 4, "used in the loss" * content["lpips_in_loss"]),
         (fd, "fd_reconstructions", 4, ""),
-        (f"{fd}, validation to training", "fd_validation", 4, ""),
+        (f"{fd}, validation vs training", "fd_validation", 4, ""),
         ("KD", "kd_reconstructions", 4, ""),
-        ("KD, validation to training", "kd_validation", 4, ""),
+        ("KD, validation vs training", "kd_validation", 4, ""),
         ("classifier accuracy", "classifier_val_accuracy", 3, "on validation images"),
         ("KL, bits per image", "kl_bits", 1, "per pixel value: {kl_bits_per_value:.3f}"),
         ("codebook usage", "codebook_usage", 3, "on training images: {codebook_usage_train:.3f}"),
@@ -74,7 +74,7 @@ def reconstruction_lines(content: dict[str, Any]) -> list[str]:
         pca = f" (PCA of {reference})" if content["fd_components"] else ""
         lines.append(
             f"{content['fd_name']}{pca} and KD with {feature_title(content)}: N={n}, ref=originals of the same {n} "
-            f"images; validation to training: ref={reference}, N={content['num_reference']}"
+            f"images; validation vs training: ref={reference}, N={content['num_reference']}"
         )
     if content["lpips_left_out"]:
         lines.append(f"LPIPS was skipped: {content['lpips_left_out']}.")

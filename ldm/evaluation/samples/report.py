@@ -131,7 +131,7 @@ def _distances(network: nn.Module, by_set: Mapping[str, Tensor], train: Tensor, 
     measures = Measures.choose(train, len(by_set["samples"]), with_cmmd=features == "clip")
     rows = {name: (len(x), measures.num_per_subset(x), measures.all(x)) for name, x in by_set.items()}
     floor, floor_reference = distances.split_train(train, len(by_set["samples"]), content["seed"])
-    rows["floor, train to train"] = (
+    rows["floor, train vs train"] = (
         len(floor),
         measures.num_per_subset(floor, floor_reference),
         measures.all(floor, floor_reference),

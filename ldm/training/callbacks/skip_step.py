@@ -50,7 +50,7 @@ class StepStats:
 
     Args:
         limit: Largest allowed gradient norm.
-        values: Skip flags (0 or 1) of the step and of the discriminator's step, the gradient norm, and the losses.
+        values: Skip flags (0 or 1) for the step and for the discriminator's step, the gradient norm, and the losses.
         copy_event: Recorded after the copy; None if the values are already on the host.
     """
 

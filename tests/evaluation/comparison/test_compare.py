@@ -194,7 +194,7 @@ def test_single_runs_account_for_sampling_noise_only(tmp_path):
 
 @pytest.mark.parametrize("dof", [3, 19, np.inf])
 def test_intervals_use_student_t_for_few_degrees_of_freedom(dof):
-    """A difference of 2.2 standard errors is within noise for 3 degrees of freedom, but not for many."""
+    """A difference of 2.2 standard errors is within noise with 3 degrees of freedom, but not with many more."""
     group_a, group_b = [Metric(0.5, 0.01, dof)], [Metric(0.5 + 0.01 * 2.2 * 2**0.5, 0.01, dof)]
     result = compare_groups("kd", group_a, group_b, ("A", "B"), enough_seeds=False)
     low, high = stats.t(2 * dof, scale=0.01 * 2**0.5).interval(0.95)
@@ -461,7 +461,7 @@ def images(make_images, tmp_path_factory) -> ImageData:
 
 @pytest.fixture
 def workspace(images, tmp_path, monkeypatch) -> Path:
-    """A folder with two runs of each stage with weights, and a stage vae run on different images."""
+    """A folder with two runs of each stage with weights, and a VAE run on different images."""
     monkeypatch.chdir(tmp_path)
     data_facts = {"data_fingerprint": images.fingerprint, "data_cache": str(images.path), "val_fraction": 0.3}
     for i, name in enumerate("ab"):

@@ -108,7 +108,7 @@ def test_duplicates_across_the_split_are_counted_separately(data_tool, pets, tmp
     assert names[0] in result.out and names[1] in result.out
 
 
-def test_coverage_and_diversity_in_features(data_tool, pets, tmp_path):
+def test_coverage_and_diversity_in_feature_space(data_tool, pets, tmp_path):
     result = data_tool(f"data.path={pets}", "features=mean_colours")
     assert result.code == 0, result
     metrics = read_report(tmp_path / "runs/data/pets")["features"]

@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from ldm.cli.arguments import quote_free_text
+from ldm.cli.arguments import quote_text_values
 from ldm.cli.main import child_environment
 from ldm.errors import UserError
 from ldm.evaluation.latents.sweep import (
@@ -67,7 +67,7 @@ def test_planned_run_has_the_stated_latent_size(name, loss):
     assert planned_run.name == f"{name}-{loss}"
     _, module, *arguments = planned_run.command()
     with initialize_config_dir(str(bundled_folder("conf")), version_base="1.3"):
-        config = compose("train", quote_free_text(arguments))
+        config = compose("train", quote_text_values(arguments))
     assert (module, config.name, config.runs_dir) == ("ldm.train", planned_run.name, "a sweep")
     assert config.trainer.max_time == "00:02:00" and config.batch_size == 7
     with torch.device("meta"):

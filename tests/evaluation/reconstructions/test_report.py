@@ -92,7 +92,7 @@ def open_run(finished_runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(ldm.metrics.features.FEATURE_NETWORKS, "mean_colours", MeanColours)
     monkeypatch.setattr(
-        reconstruction_report, "LPIPS", Mock(side_effect=UserError("perceptual=lpips needs a network."))
+        reconstruction_report, "LPIPS", Mock(side_effect=UserError("perceptual=lpips needs network access."))
     )
 
     def open_run(name: str = "kl", **facts) -> Run:
@@ -197,7 +197,7 @@ def test_error_is_amplified_four_times():
     figure = plot_reconstructions(original, original + 0.1, ["1 dB"], "title")
     centres = [figure.getpixel((64, 96 + 166 * row)) for row in range(3)]
     assert centres[0] == to_pil(original)[0].getpixel((0, 0)) and centres[1] == pytest.approx((76, 76, 76), abs=1)
-    assert centres[2] == pytest.approx((51, 51, 51), abs=1), "4 x 0.1 in a range of 2 is 51 of 255"
+    assert centres[2] == pytest.approx((51, 51, 51), abs=1), "4 x 0.1 over a range of 2 is 51 out of 255"
 
 
 def test_image_text_prefers_the_caption(open_run):
@@ -223,12 +223,12 @@ def test_command_writes_the_report_and_prints_metrics(call, open_run, monkeypatc
         assert text in result.out
     assert "features: mean_colours" in " ".join(result.out.split())
     assert f"{metrics['fd_validation_standard_error']:.4f}" in result.out
-    assert "N=24, ref=originals of the same 24 images; validation to training: ref=pets/train" in result.out
-    assert "LPIPS was skipped: perceptual=lpips needs a network." in result.out and "in the loss" not in result.out
+    assert "N=24, ref=originals of the same 24 images; validation vs training: ref=pets/train" in result.out
+    assert "LPIPS was skipped: perceptual=lpips needs network access." in result.out and "in the loss" not in result.out
 
 
-def test_only_inception_in_all_dimensions_is_called_fid(open_run, monkeypatch):
-    """The table also states the weights, the image size and the library of the features."""
+def test_only_full_dimensional_inception_features_are_called_fid(open_run, monkeypatch):
+    """The table also states the feature extractor's weights, image size and library."""
     monkeypatch.setattr(MeanColours, "is_fid", True, raising=False)
     monkeypatch.setattr(MeanColours, "key", "inception-12345678-299px", raising=False)
     monkeypatch.setattr(MeanColours, "library", "pytorch_fid", raising=False)
