@@ -497,6 +497,21 @@ def test_encode_then_decode_equals_reconstruction(trained, tool, image_folder, t
     assert (out / "grid.png").is_file()
 
 
+def test_encode_accepts_a_single_image_and_lists_unreadable_ones(trained, tool, image_folder, tmp_path):
+    def encode(images: Path) -> tuple[str, str]:
+        output = tool("encode", "run=runs/vae/first", f"images={images}", f"out={tmp_path / 'latents'}")
+        with safe_open(tmp_path / "latents", framework="pt") as reader:
+            return output, reader.metadata()["names"]
+
+    output, names = encode(image_folder / "b b.png")
+    assert "1 image of 32 px" in output and names == "b b.png"
+    (image_folder / "bad.jpg").write_text("<html>")
+    (image_folder / "empty.png").touch()
+    output, names = encode(image_folder)
+    assert "5 images of 32 px" in output and names.count("\n") == 4 and "quarantine" not in output
+    assert "skipped bad.jpg: not an image" in output and "skipped empty.png: the file is empty" in output
+
+
 def test_decode_refuses_latents_of_a_different_autoencoder(trained, train, tool, call, image_folder, tmp_path):
     encoder = train(*TINY_VAE, "trainer.max_steps=1", "name=encoder", "seed=9", "runs_dir=encoders")
     tool("encode", f"run={encoder.path}", f"images={image_folder}", f"out={tmp_path / 'latents'}")

@@ -9,6 +9,7 @@ is effectively zero, and decoding quantises.
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -65,6 +66,7 @@ class Autoencoder:
     """
 
     def __init__(self, model: nn.Module, statistics: LatentStatistics | None = None) -> None:
+        _check_channels(model)
         self.model: Any = model  # has the interface of diffusers' AutoencoderKL; there is no static type for it
         self.statistics = statistics
 
@@ -214,6 +216,9 @@ class Autoencoder:
             if (version := content.pop("format", None)) != STATISTICS_FORMAT:
                 raise UserError(f"{statistics_file} has format {version}; this version reads {STATISTICS_FORMAT}.")
             autoencoder.statistics = to_dataclass(LatentStatistics, content, statistics_file)
+            for field, length in (("latent_mean", autoencoder.channels), ("latent_std", autoencoder.channels)):
+                _check_statistics(statistics_file, field, getattr(autoencoder.statistics, field), length)
+            _check_statistics(statistics_file, "decoder_scale", autoencoder.statistics.decoder_scale, 3)
             weights = autoencoder.weights_sha256()
             if weights != autoencoder.statistics.weights_sha256:
                 raise UserError(
@@ -222,6 +227,24 @@ class Autoencoder:
                     "train the autoencoder again."
                 )
         return autoencoder
+
+
+def _check_channels(model: Any) -> None:
+    for key in ("in_channels", "out_channels"):
+        if (count := getattr(model, "config", {}).get(key, 3)) != 3:
+            rule = "must be 3: images have 3 colour channels. Choose an autoencoder that was trained on RGB images"
+            raise InputError(key, count, f"in the autoencoder's config.json {rule}")
+
+
+def _check_statistics(file: Path, key: str, values: Any, length: int) -> None:
+    """Raise an InputError unless `values` are finite numbers, one per channel, and those of a scale are positive."""
+    is_scale = not key.endswith("mean")
+    numbers = values if isinstance(values, list | tuple) else []
+    if len(numbers) != length or not all(
+        isinstance(x, int | float) and math.isfinite(x) and (x > 0 or not is_scale) for x in numbers
+    ):
+        rule = f"{length} finite {'positive ' if is_scale else ''}numbers" if length > 1 else "a positive number"
+        raise InputError(key, values, f"in {file} must be {rule}. Restore the file that belongs to these weights")
 
 
 def weights_sha256(model: nn.Module) -> str:
@@ -248,6 +271,11 @@ def published_statistics(model: Any) -> tuple[list[float], list[float]] | None:
     if scaling is None:
         return None
     mean, std = config.get("latents_mean"), config.get("latents_std")
+    file = Path("config.json")
+    _check_statistics(file, "scaling_factor", [scaling], 1)
+    if mean is not None and std is not None:
+        _check_statistics(file, "latents_mean", mean, channels)
+        _check_statistics(file, "latents_std", std, channels)
     if mean is not None and std is not None:
         return list(mean), [value / scaling for value in std]
     return [config.get("shift_factor") or 0.0] * channels, [1 / scaling] * channels

@@ -10,6 +10,7 @@ from ldm.data.images import verify_images
 from ldm.evaluation.data.report import FIGURES, inspect_data
 from ldm.evaluation.features import NO_FEATURES, load_features
 from ldm.latents.cache import verify_latents
+from ldm.networks.text_encoder import load_tokenizer
 from ldm.rules import apply_rules
 from ldm.runs.lineage import data_artifact
 from ldm.runtime.device import choose_device
@@ -17,8 +18,9 @@ from ldm.tracking.run import flatten, track_report
 
 
 def data(config: DictConfig) -> None:
-    options = {key: config[key] for key in ("features", "max_bits", "max_levels", "seed")}
+    options = {key: config[key] for key in ("features", "max_bits", "max_levels", "max_tokens", "seed")}
     apply_rules(inspect_data, options)  # before any image is prepared
+    tokenizer = load_tokenizer(config.encoder) if config.encoder is not None else None
     if config.features != NO_FEATURES:
         load_features(config.features)
     device = choose_device(config.device)
@@ -26,7 +28,7 @@ def data(config: DictConfig) -> None:
     if config.verify:
         verified = [verify_images(images), *verify_latents(images)]
         print(f"checksums verified: {', '.join(map(str, verified))}")
-    report = inspect_data(images, device=device, **options)
+    report = inspect_data(images, device=device, tokenizer=tokenizer, **options)
     out = Path(config.out or Path("runs", "data", images.name)).expanduser()
     metrics, *figures = files = report.save(out)
     for name in FIGURES - report.figures.keys():  # left over from an earlier report

@@ -1,15 +1,19 @@
-"""Encode a folder of images into latents in a safetensors file."""
+"""Encode an image, or a folder of images, into latents in a safetensors file."""
 
+import shutil
 import tempfile
 from pathlib import Path
 
 from omegaconf import DictConfig
 
+from ldm.data.cache import count
 from ldm.data.images import prepare
 from ldm.data.sources.image_folder import ImageFolder
 from ldm.latents.files import encode_file
 from ldm.runs.run import Run
 from ldm.runtime.device import choose_device
+
+MAX_LISTED = 20
 
 
 def encode_images(config: DictConfig) -> None:
@@ -17,14 +21,25 @@ def encode_images(config: DictConfig) -> None:
     autoencoder = run.autoencoder().to(choose_device(config.device))
     resolution = config.resolution or run.config()["data"]["resolution"]
     autoencoder.latent_shape(resolution)
-    with tempfile.TemporaryDirectory() as cache:
+    path = Path(config.images).expanduser()
+    with tempfile.TemporaryDirectory() as scratch:
+        if path.is_file():
+            folder = Path(scratch, "images")
+            folder.mkdir()
+            shutil.copy(path, folder)
         images = prepare(
-            ImageFolder(config.images, caption_column=None),
+            ImageFolder(folder if path.is_file() else path, caption_column=None),
             resolution=resolution,
             resize=config.resize,
-            cache_dir=cache,
-            val_fraction=0.0,
+            cache_dir=Path(scratch, "cache"),
+            val_fraction=None,
+            max_bad_fraction=None,
         )
-        count = encode_file(autoencoder, images, Path(config.out).expanduser(), config.batch_size)
+        number = encode_file(autoencoder, images, Path(config.out).expanduser(), config.batch_size)
+        unreadable = images.quarantine()
         del images
-    print(f"{count} images of {resolution} px encoded to {config.out}")
+    print(f"{count(number, 'image')} of {resolution} px encoded to {config.out}")
+    for entry in unreadable[:MAX_LISTED]:
+        print(f"skipped {entry['name']}: {entry['reason']}")
+    if len(unreadable) > MAX_LISTED:
+        print(f"skipped {len(unreadable) - MAX_LISTED} more unreadable images")

@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,46 @@ QUARANTINE_FILE = "quarantine.jsonl"
 CHUNK_BYTES = 2**23
 
 
-def fingerprint(index: dict[str, Any]) -> str:
+def fingerprint(index: dict[str, Any], keys: Sequence[str] = ("hashes", "captions", "labels", "transform")) -> str:
     """Return the SHA-256 digest of everything that a model can learn from a prepared dataset, including its order.
 
     The image hashes cover the original files, including their colour profiles. Converting a profile to sRGB changes the
     fingerprint, because older caches contain the same files without colour conversion.
     """
-    content = {key: index[key] for key in ("hashes", "captions", "labels", "transform")}
-    return sha256_of_values(content | ({"colours": "sRGB"} if "converted" in index["profiles"] else {}))
+    content = {key: index[key] for key in keys}
+    return sha256_of_values(content | ({"colours": "sRGB"} if "converted" in index.get("profiles", {}) else {}))
+
+
+def images_fingerprint(index: dict[str, Any]) -> str:
+    """Return a SHA-256 digest of the images without captions and labels, which can be corrected later."""
+    return fingerprint(index, ("hashes", "transform"))
+
+
+def describe_change(before: Path, after: Path) -> str | None:
+    """Describe how the data changed between two caches, in one clause. Return None if one of them cannot be read."""
+    try:
+        old, new = (json.loads((folder / INDEX_FILE).read_text(encoding="utf-8")) for folder in (before, after))
+        names = dict(zip(old["hashes"] + new["hashes"], old["names"] + new["names"], strict=True))
+        changes = []
+        for verb, difference in (
+            ("added", Counter(new["hashes"]) - Counter(old["hashes"])),
+            ("removed or changed", Counter(old["hashes"]) - Counter(new["hashes"])),
+        ):
+            if number := difference.total():
+                was = "was" if number == 1 else "were"
+                changed = shorten([names[digest] for digest in difference])
+                changes.append(f"{count(number, 'image')} {was} {verb} ({changed})")
+        if not changes and old["names"] != new["names"]:
+            changes.append("images were renamed")
+        for kind in ("captions", "labels"):
+            values = [index[kind] or [None] * len(index["names"]) for index in (old, new)]
+            if not changes and (number := sum(first != second for first, second in zip(*values, strict=True))):
+                changes.append(f"the {kind} of {count(number, 'image')} changed")
+        if old["transform"] != new["transform"]:
+            changes.append(f"the preparation changed from {old['transform']} to {new['transform']}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return " and ".join(changes) or None
 
 
 def write_index(folder: Path, index: dict[str, Any]) -> None:
@@ -70,10 +104,10 @@ def find_cache_damage(folder: Path, *, every_byte: bool = False) -> str | None:
     return f"{shorten(damaged)} changed since the images were prepared" if damaged else None
 
 
-def check_quarantine(num_skipped: int, num_images: int, max_bad_fraction: float, listing: Path) -> None:
+def check_quarantine(num_skipped: int, num_images: int, max_bad_fraction: float | None, listing: Path) -> None:
     """Raise a UserError that names the first few unreadable images if there are too many."""
     total = num_skipped + num_images
-    if num_skipped <= max_bad_fraction * total:
+    if max_bad_fraction is None or num_skipped <= max_bad_fraction * total:
         return
     unreadable = [f"{entry['name']} ({entry['reason']})" for entry in read_quarantine(listing)[:6]]
     rule = f"must be at least {math.ceil(100 * num_skipped / total) / 100} to skip the {num_skipped} of {total} images"
@@ -95,6 +129,11 @@ def read_quarantine(listing: Path) -> list[dict[str, str]]:
 def shorten(names: list[str], limit: int = 5) -> str:
     """Join the first few names of a list, for messages."""
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+
+
+def count(number: int, noun: str) -> str:
+    """Return a number and its noun, such as "1 image" or "2,000 images"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _layout(file: Path) -> Layout:

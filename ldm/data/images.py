@@ -21,11 +21,14 @@ from ldm.data.cache import (
     INDEX_FILE,
     check_quarantine,
     find_cache_damage,
+    fingerprint,
+    images_fingerprint,
     quarantine_file,
     read_quarantine,
     shorten,
 )
-from ldm.data.pixels import MAX_PIXELS, Resize
+from ldm.data.classes import older_numberings
+from ldm.data.pixels import MAX_PIXELS, BitDepth, Resize
 from ldm.data.prepare import fill_cache
 from ldm.data.sources.base import Record, Source
 from ldm.errors import InputError, UserError
@@ -64,10 +67,20 @@ class ImageData:
     num_skipped: int
     profiles: dict[str, int]
     """Number of images by colour profile status: `converted` to sRGB, or `unreadable`."""
+    images_fingerprint: str
+    """SHA-256 digest of the content hashes in order and the transform, without captions and labels."""
+    preparation: dict[str, Any]
+    """Counts made when the images were prepared, see `ldm.data.accounting`; empty for older caches."""
 
     @classmethod
-    def open(cls, path: Path | str, val_fraction: float = 0.05) -> "ImageData":
+    def open(
+        cls, path: Path | str, val_fraction: float | None = 0.05, expected_fingerprint: str | None = None
+    ) -> "ImageData":
         """Open a cache folder written by `prepare`, without verifying its digests (`prepare` does that).
+
+        Args:
+            expected_fingerprint: If an earlier version would have given this fingerprint to the same images because it
+                numbered their classes differently, the classes are numbered like that.
 
         Raises:
             UserError: the cache is damaged.
@@ -79,7 +92,12 @@ class ImageData:
         except UserError as error:
             remedy = "Delete the folder. The next training run with the same data options will create it again."
             raise UserError(f"{path} cannot be opened ({error}). {remedy}") from error
+        if expected_fingerprint not in (None, index["fingerprint"]):
+            for labels, class_names in older_numberings(index["labels"], index["class_names"], index["names"]):
+                if fingerprint(older := index | {"labels": labels, "class_names": class_names}) == expected_fingerprint:
+                    index = older | {"fingerprint": expected_fingerprint}
         train_indices, val_indices = split_by_hash(index["hashes"], val_fraction)
+        preparation, digest = index.get("accounting", {}), images_fingerprint(index)
         caption_lists = {i: texts for i, texts in enumerate(index["captions"] or ()) if isinstance(texts, list)}
         for i, texts in caption_lists.items():
             index["captions"][i] = texts[0]
@@ -89,8 +107,10 @@ class ImageData:
             more_captions={i: texts[1:] for i, texts in caption_lists.items()},
             train_indices=train_indices,
             val_indices=val_indices,
-            val_fraction=val_fraction,
+            val_fraction=0 if val_fraction is None else val_fraction,
             profiles=index.get("profiles", {}),
+            images_fingerprint=digest,
+            preparation=preparation,
             **{key: index[key] for key in _INDEX_FIELDS},
         )
 
@@ -98,7 +118,7 @@ class ImageData:
         return len(self.images)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ImageData.open, (self.path, self.val_fraction)
+        return ImageData.open, (self.path, self.val_fraction, self.fingerprint)
 
     @property
     def resolution(self) -> int:
@@ -152,7 +172,7 @@ def _check_index(index: dict[str, Any], images: np.ndarray, path: Path) -> None:
     kinds = {key: kind for key, kind in get_type_hints(ImageData).items() if key in _INDEX_FIELDS}
     kinds |= {"hashes": list[str], "captions": list[str | Annotated[list[str], Field(min_length=1)] | None] | None}
     check_fields(index, kinds, path / INDEX_FILE)
-    check_fields(index, {"profiles": dict}, path / INDEX_FILE, required=False)
+    check_fields(index, {"profiles": dict, "accounting": dict}, path / INDEX_FILE, required=False)
     lists = [index[key] for key in ("names", "hashes", "captions", "labels") if index[key] is not None]
     is_square = images.ndim == 4 and images.shape[1:] == (images.shape[1], images.shape[1], 3)
     if images.dtype != np.uint8 or not is_square or any(len(values) != len(images) for values in lists):
@@ -192,12 +212,16 @@ def default_cache_dir() -> Path:
     return (Path(platform) if platform else Path.home() / ".cache") / "ldm"
 
 
-def split_by_hash(hashes: list[str], val_fraction: float) -> tuple[np.ndarray, np.ndarray]:
+def split_by_hash(hashes: list[str], val_fraction: float | None) -> tuple[np.ndarray, np.ndarray]:
     """Return training and validation indices, split by the first 32 bits of each image's hash.
+
+    With val_fraction=None, all images are training images, and a single one is enough.
 
     Adding images never moves an existing image across the split, and copies of an image stay on the same side. If one
     side would be empty, it gets the image closest to the threshold.
     """
+    if val_fraction is None:
+        return np.arange(len(hashes)), np.arange(0)
     if len(set(hashes)) < 2:
         raise UserError("Training needs at least 2 different images: one for training and one for validation.")
     is_val = np.array([int(digest[:8], 16) / 2**32 < val_fraction for digest in hashes])
@@ -215,9 +239,10 @@ def prepare(
     resolution: Resolution,
     cache_dir: Path | str | None = None,
     resize: Resize = "crop",
-    val_fraction: Fraction = 0.05,
-    max_bad_fraction: Fraction = 0.01,
+    val_fraction: Fraction | None = 0.05,
+    max_bad_fraction: Fraction | None = 0.01,
     max_pixels: Count = MAX_PIXELS,
+    bit_depth: Annotated[BitDepth, Field()] = 16,
     progress: bool = True,
 ) -> ImageData:
     """Decode and resize all images of a source into the cache, or open the existing cache.
@@ -225,16 +250,20 @@ def prepare(
     An existing cache is verified against its SHA-256 digests, and prepared again if it is damaged.
 
     Args:
-        max_bad_fraction: Maximum fraction of unreadable images. These images are skipped.
+        val_fraction: Fraction held out for validation; None: no image, so that a single one is enough.
+        max_bad_fraction: Maximum fraction of unreadable images, which are skipped; None: no limit.
         max_pixels: Images with more pixels are skipped without decoding them.
+        bit_depth: Number of bits of 16-bit grey images that are used.
 
     Raises:
         UserError: an option is invalid, too many images are unreadable, fewer than 2 images remain, or the disk does
             not have enough free space.
     """
-    transform = {"resolution": resolution, "resize": resize}
+    transform: dict[str, Any] = {"resolution": resolution, "resize": resize}
+    if bit_depth != 16:  # the default is omitted so that keys of older caches stay valid
+        transform["bit_depth"] = bit_depth
     spec = {"format": FORMAT_VERSION, "identity": source.identity(), "transform": transform}
-    if max_pixels != MAX_PIXELS:  # the default is omitted so that keys of older caches stay valid
+    if max_pixels != MAX_PIXELS:
         spec["max_pixels"] = max_pixels
     key = sha256_of_values(spec)[:12]
     folder = Path(cache_dir or default_cache_dir()).expanduser() / f"{source.name}-{key}"

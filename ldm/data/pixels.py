@@ -7,9 +7,10 @@ to Ghostscript), and the size is checked before decoding. Only the first frame o
 import io
 import threading
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -23,7 +24,35 @@ from ldm.files.reading import read_file
 
 Resize = Annotated[Literal["crop", "pad", "squash"], Field()]
 WHITE = (255, 255, 255)
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+FORMATS = {
+    "PNG": (".png", ".apng"),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "WEBP": (".webp",),
+    "GIF": (".gif",),
+    "BMP": (".bmp",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "AVIF": (".avif", ".avifs"),
+    "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
+}
+"""Supported formats, by Pillow's names, and the suffixes of their files."""
+IMAGE_SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+BitDepth = Literal[16, 14, 12, 10]
+"""Number of bits of 16-bit grey images that are used: 2^bits - 1 is white."""
+MODES = {
+    "1": "black and white",
+    "L": "grey",
+    "La": "grey",
+    "LA": "grey",
+    "P": "palette",
+    "PA": "palette",
+    "CMYK": "CMYK",
+    "YCbCr": "YCbCr",
+    "LAB": "Lab",
+    "HSV": "HSV",
+    "I": "16-bit grey",
+}
+"""Names of Pillow's image modes that are converted to RGB. All modes I;16* are 16-bit grey."""
 MIN_SIDE = 2
 """Minimum side length, which rejects spacers and tracking pixels. Other small images are scaled up."""
 
@@ -46,43 +75,103 @@ _UPRIGHT = {
 }
 
 
+class BadImageError(ValueError):
+    """An image that breaks one of our rules.
+
+    Args:
+        kind: The rule in a few words, under which skipped images are counted.
+        reason: The rule with the values of this image.
+    """
+
+    def __init__(self, kind: str, reason: str) -> None:
+        self.kind = kind
+        super().__init__(reason)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """The sRGB pixels [H, W, 3] of an image, and how they were obtained."""
+
+    pixels: np.ndarray
+    profile: Profile
+    mode: str | None
+    """A name from MODES if the image was converted from another mode than RGB."""
+    is_transparent: bool
+    """True if the image has transparent pixels or an alpha channel, and was put on white."""
+    max_grey: int | None
+    """Largest value of a 16-bit grey image; None for other images."""
+
+
 def decode(data: bytes | Image.Image, resolution: int, resize: Resize, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Return the sRGB pixels [resolution, resolution, 3] of an encoded or open image. See `read_pixels` for errors."""
-    pixels, _ = read_pixels(data, resolution, resize, max_pixels)
-    return pixels
+    return read_pixels(data, resolution, resize, max_pixels).pixels
 
 
 def read_pixels(
-    data: bytes | Image.Image, resolution: int, resize: Resize, max_pixels: int = MAX_PIXELS
-) -> tuple[np.ndarray, Profile]:
-    """Return the sRGB pixels [resolution, resolution, 3] of an image, and its colour profile status.
+    data: bytes | Image.Image,
+    resolution: int,
+    resize: Resize,
+    max_pixels: int = MAX_PIXELS,
+    bit_depth: BitDepth = 16,
+) -> Decoded:
+    """Decode an image and resize it to [resolution, resolution, 3] sRGB pixels.
 
     Raises:
         Exception: the image is unreadable. Pillow's plugins can raise anything on invalid data, from struct.error to
-            IndexError. Violations of our own rules, such as `max_pixels`, raise ValueError.
+            IndexError. Violations of our own rules, such as `max_pixels`, raise BadImageError.
     """
     image = data if isinstance(data, Image.Image) else _open(data, max_pixels)
     width, height = image.size
     if min(width, height) < MIN_SIDE:
-        raise ValueError(f"{width} x {height} pixels: each side must have at least {MIN_SIDE} pixels")
+        raise BadImageError("too small", f"{width} x {height} pixels: each side must have at least {MIN_SIDE} pixels")
     if width * height > max_pixels:
-        raise ValueError(f"{width} x {height} pixels exceed the limit of {max_pixels} pixels (max_pixels)")
+        raise BadImageError(
+            "too large", f"{width} x {height} pixels exceed the limit of {max_pixels} pixels (max_pixels)"
+        )
+    if isinstance(data, bytes):
+        image = _correct_colour_key(image, data)
     # JPEG can be decoded at a reduced scale. The final filter needs no more than 3 decoded pixels per output pixel.
     image.draft(None, (3 * resolution, 3 * resolution))
+    mode, is_transparent = image.mode, image.has_transparency_data
+    is_deep = mode == "I" or mode.startswith("I;16")
     with _large_image_lock if image.width * image.height > LARGE_PIXELS else nullcontext():
-        rgb, profile = to_rgb(image)
-        return np.asarray(resize_to_square(rgb, resolution, resize)), profile
+        rgb, profile = to_rgb(image, bit_depth)
+        max_grey = int(np.asarray(image).max()) if is_deep else None
+        pixels = np.asarray(resize_to_square(rgb, resolution, resize))
+    return Decoded(pixels, profile, MODES.get("I" if is_deep else mode), is_transparent, max_grey)
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:
     if not data:
-        raise ValueError("the file is empty")
+        raise BadImageError("empty file", "the file is empty")
     try:
         return Image.open(io.BytesIO(data), formats=_formats())
     except UnidentifiedImageError:
-        raise ValueError(f"not an image in a supported format ({', '.join(_formats())}), or damaged") from None
+        reason = f"not an image in a supported format ({', '.join(_formats())}), or damaged"
+        raise BadImageError("not an image", reason) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"the size exceeds the limit of {max_pixels} pixels (max_pixels): {error}") from error
+        reason = f"the size exceeds the limit of {max_pixels} pixels (max_pixels): {error}"
+        raise BadImageError("too large", reason) from error
+
+
+def _correct_colour_key(image: Image.Image, data: bytes) -> Image.Image:
+    """Apply the transparent colour of a PNG file where Pillow compares it with samples of another bit depth.
+
+    Pillow scales grey of 2 and 4 bits to 8 bits, and keeps only the high bytes of 16-bit RGB, but not the colour key.
+    """
+    key = image.info.get("transparency")
+    raw_mode = image.tile[0][3] if image.format == "PNG" and image.tile else None  # type: ignore[attr-defined]
+    if raw_mode in ("L;2", "L;4") and isinstance(key, int):
+        image.info["transparency"] = key * {"L;2": 85, "L;4": 17}[raw_mode]
+    if raw_mode != "RGB;16B" or not isinstance(key, tuple):
+        return image
+    low_bytes: Any = Image.open(io.BytesIO(data), formats=("PNG",))
+    low_bytes.tile = [tile._replace(args="RGB;16L") for tile in low_bytes.tile]  # the second byte of each sample
+    samples = np.asarray(image).astype(np.uint16) * 256 + np.asarray(low_bytes)
+    alpha = Image.fromarray(np.where((samples == key).all(-1), 0, 255).astype(np.uint8))
+    del image.info["transparency"]
+    image.putalpha(alpha)
+    return image
 
 
 @cache
@@ -91,23 +180,24 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)  # older Pillow versions support fewer formats
 
 
-def to_rgb(image: Image.Image) -> tuple[Image.Image, Profile]:
+def to_rgb(image: Image.Image, bit_depth: BitDepth = 16) -> tuple[Image.Image, Profile]:
     """Convert an image to upright sRGB. Also return its colour profile status.
 
     Applies the EXIF orientation and the colour profile, composites transparent images onto white, and scales 16-bit
-    grey by 1/257.
+    grey so that 2^bit_depth - 1 is white.
 
     Raises:
-        ValueError: the pixels are floats or 32-bit integers outside 0..65535, for which no white level is defined.
+        BadImageError: the pixels are floats, or integers outside 0..2^bit_depth - 1.
     """
     image.load()
     # Pillow sets None if it cannot decompress the profile
     icc_profile = image.info["icc_profile"] or b"" if "icc_profile" in image.info else None
     image = _upright(image)
     if image.mode == "I" or image.mode.startswith("I;16"):
-        return to_srgb(_from_16_bit_grey(image), icc_profile)
+        return to_srgb(_from_16_bit_grey(image, bit_depth), icc_profile)
     if image.mode == "F":
-        raise ValueError("floating-point pixels have no defined white; save the image with 8 or 16 bits")
+        reason = "floating-point pixels have no defined white; save the image with 8 or 16 bits"
+        raise BadImageError("floating-point pixels", reason)
     if image.has_transparency_data:
         # Pillow's own RGBA -> RGB conversion drops alpha, which reveals the hidden colour of transparent pixels.
         rgba = image.convert("RGBA")
@@ -131,12 +221,13 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if method is None else image.transpose(method)
 
 
-def _from_16_bit_grey(image: Image.Image) -> Image.Image:
-    """Convert 16-bit grey to 8 bits, mapping 65535 to 255. Pillow would clip at 255, making nearly all pixels white."""
-    grey = np.asarray(image).astype(np.int32)
-    if grey.min() < 0 or grey.max() > 65535:
-        raise ValueError(f"grey values {grey.min()} to {grey.max()} do not fit in 16 bits")
-    eight_bit = ((grey + 128) // 257).astype(np.uint8)
+def _from_16_bit_grey(image: Image.Image, bit_depth: BitDepth) -> Image.Image:
+    """Convert 16-bit grey to 8 bits, mapping 2^bit_depth - 1 to 255, where Pillow would clip all values at 255."""
+    grey, white = np.asarray(image).astype(np.int32), 2**bit_depth - 1
+    if grey.min() < 0 or grey.max() > white:
+        reason = f"grey values {grey.min()} to {grey.max()} do not fit in {bit_depth} bits (bit_depth)"
+        raise BadImageError(f"grey values above {white}", reason)
+    eight_bit = ((255 * grey + white // 2) // white).astype(np.uint8)
     colour_key = image.info.get("transparency")
     if isinstance(colour_key, int):
         eight_bit[grey == colour_key] = 255

@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,12 +19,21 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
-from ldm.data.cache import IMAGES_FILE, QUARANTINE_FILE, check_quarantine, find_cache_damage, fingerprint, write_index
-from ldm.data.colour import Profile, count_profiles
-from ldm.data.pixels import Resize, read_pixels
+from ldm.data.cache import (
+    IMAGES_FILE,
+    QUARANTINE_FILE,
+    check_quarantine,
+    find_cache_damage,
+    fingerprint,
+    read_quarantine,
+    shorten,
+    write_index,
+)
+from ldm.data.classes import number_classes
+from ldm.data.colour import count_profiles
+from ldm.data.pixels import BadImageError, BitDepth, Decoded, Resize, read_pixels
 from ldm.data.sources.base import Record, Source
 from ldm.errors import InputError, UserError
 from ldm.files.arrays import npy_header
@@ -32,6 +42,8 @@ from ldm.files.lock import cache_lock
 from ldm.files.reading import DISK_FULL, is_disk_failure
 from ldm.progress import progress
 
+DARK_GREY = 4095
+"""16-bit grey images whose values do not exceed this one are nearly black. Most of them have 12 bits."""
 MAX_DISK_FAILURES = 8
 """Maximum number of files with disk errors. If there are more, preparation stops and reports the failing disk."""
 
@@ -41,7 +53,7 @@ def fill_cache(
     source: Source,
     spec: dict[str, Any],
     *,
-    max_bad_fraction: float,
+    max_bad_fraction: float | None,
     max_pixels: int,
     show_progress: bool,
 ) -> None:
@@ -71,16 +83,23 @@ def fill_cache(
                     shutil.copyfile(scratch / QUARANTINE_FILE, full_list)
                     check_quarantine(index["num_skipped"], len(index["names"]), max_bad_fraction, full_list)
                     full_list.unlink()
+                if index["num_skipped"] and not index["names"]:
+                    bad = [
+                        f"{entry['name']} ({entry['reason']})" for entry in read_quarantine(scratch / QUARANTINE_FILE)
+                    ]
+                    raise UserError(f"No image of {source.name} can be read: {shorten(bad)}")
                 if not index["names"]:
                     raise UserError(f"{source.name} contains no images: {json.dumps(source.identity())}")
-                index.update(spec, name=source.name, licence=source.licence, class_names=source.class_names)
+                index["labels"], index["class_names"] = number_classes(index["labels"], source.class_names)
+                index.update(spec, name=source.name, licence=source.licence)
+                index["accounting"] = {**index["accounting"], "notes": list(getattr(source, "notes", ()))}
                 index["fingerprint"] = fingerprint(index)
                 write_index(scratch, index)
         except OSError as error:
             if error.errno in DISK_FULL:
                 raise InputError("cache_dir", folder.parent, "is full. Free some disk space") from error
             raise
-    if index["num_skipped"]:
+    if index["num_skipped"] and max_bad_fraction is not None:
         message = "Skipped %d unreadable images, listed in %s. To retry them, delete the folder containing that file."
         logging.getLogger(__name__).warning(message, index["num_skipped"], listing)
 
@@ -105,8 +124,15 @@ def _write_images(
     scratch: Path, source: Source, transform: dict[str, Any], max_pixels: int, show_progress: bool
 ) -> dict[str, Any]:
     names, hashes, captions, labels, profiles, num_skipped, num_failures = [], [], [], [], [], 0, 0
+    skipped, converted, deep = Counter(getattr(source, "skipped", ())), Counter[str](), []
     resolution = transform["resolution"]
-    read = partial(_read, resolution=resolution, resize=transform["resize"], max_pixels=max_pixels)
+    read = partial(
+        _read,
+        resolution=resolution,
+        resize=transform["resize"],
+        max_pixels=max_pixels,
+        bit_depth=transform.get("bit_depth", 16),
+    )
     with (
         progress(transient=False, disable=not show_progress) as bar,
         (scratch / IMAGES_FILE).open("wb") as pixels_file,
@@ -118,6 +144,7 @@ def _write_images(
             bar.advance(task)
             if isinstance(result, Exception):
                 num_skipped += 1
+                skipped[_kind(result)] += 1
                 num_failures += is_disk_failure(result)
                 if num_failures > MAX_DISK_FAILURES:
                     failures = f"{num_failures} files could not be read, including {record.name} ({_reason(result)})"
@@ -126,13 +153,15 @@ def _write_images(
                 entry = {"name": record.name, "reason": _reason(result), "error": type(result).__name__}
                 quarantine.write(json.dumps(entry) + "\n")
                 continue
-            digest, pixels, profile = result
-            pixels_file.write(pixels.tobytes())
+            digest, decoded = result
+            pixels_file.write(decoded.pixels.tobytes())
             names.append(record.name)
             hashes.append(digest)
             captions.append([record.caption, *record.more_captions] if record.more_captions else record.caption)
             labels.append(record.label)
-            profiles.append(profile)
+            profiles.append(decoded.profile)
+            converted.update(filter(None, [decoded.mode, "transparent" if decoded.is_transparent else None]))
+            deep += [] if decoded.max_grey is None else [decoded.max_grey]
         pixels_file.seek(0)
         num_written = pixels_file.write(npy_header((len(names), resolution, resolution, 3), "uint8"))
         assert num_written == header_bytes, "the header overwrote the first pixels"
@@ -140,24 +169,37 @@ def _write_images(
         "names": names,
         "hashes": hashes,
         "captions": captions if any(caption is not None for caption in captions) else None,
-        "labels": labels if any(label is not None for label in labels) else None,
+        "labels": labels,
         "num_skipped": num_skipped,
         "profiles": count_profiles(profiles),
+        "accounting": {
+            "skipped": dict(+skipped),
+            "converted": dict(converted),
+            "dark_16_bit": sum(value <= DARK_GREY for value in deep),
+            "max_16_bit": max(deep, default=None),
+        },
     }
 
 
 def _read(
-    record: Record, resolution: int, resize: Resize, max_pixels: int
-) -> tuple[str, np.ndarray, Profile] | Exception:
-    """Return the hash, pixels and colour profile status of an image, or the exception raised while reading it."""
+    record: Record, resolution: int, resize: Resize, max_pixels: int, bit_depth: BitDepth
+) -> tuple[str, Decoded] | Exception:
+    """Return the hash of an image and the decoded image, or the exception raised while reading it."""
     try:
         loaded = record.load()
-        return content_hash(record, loaded), *read_pixels(loaded, resolution, resize, max_pixels)
+        return content_hash(record, loaded), read_pixels(loaded, resolution, resize, max_pixels, bit_depth)
     except UserError:
         raise
     # Pillow's plugins can raise anything on invalid data, from struct.error to IndexError.
     except Exception as error:
         return error
+
+
+def _kind(error: Exception) -> str:
+    """Return the kind of error, under which skipped images are counted."""
+    if isinstance(error, BadImageError):
+        return error.kind
+    return (error.strerror or "cannot be read").lower() if isinstance(error, OSError) and error.errno else "damaged"
 
 
 def _reason(error: Exception) -> str:

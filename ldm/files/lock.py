@@ -9,6 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from ldm.errors import InputError
 from ldm.files.atomic import PARTIAL, restore
 
 FOREVER = -1.0
@@ -44,13 +45,20 @@ def cache_lock(folder: Path) -> Iterator[None]:
     """Hold the lock of a cache folder, `.<folder>.lock`, and delete partial folders left by a killed process.
 
     The process that held the lock before may have created the folder, so check for the folder inside the block.
+
+    Raises:
+        InputError: the folder of the cache cannot be created.
     """
 
     def wait_s() -> float:
         logging.getLogger(__name__).warning("Another process is creating %s. Waiting for it to finish.", folder)
         return FOREVER
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # such as HOME=/dev/null, or a file with that name
+        rule = f"cannot be created: {error.strerror}. Set LDM_CACHE to a folder that you can write to"
+        raise InputError("cache_dir", folder.parent, rule) from error
     with file_lock(folder.with_name(f".{folder.name}.lock"), wait_s):
         restore(folder)
         for partial in folder.parent.glob(f"{PARTIAL}*-{glob.escape(folder.name)}"):

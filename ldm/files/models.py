@@ -11,6 +11,8 @@ from ldm.errors import UserError
 from ldm.files.untrusted import check_fields, first_line, read_json
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+VARIANTS = ("fp16", "bf16", "non_ema")
+"""Variants of the weights that are loaded, in float32, if there are no default weights."""
 INDEX = f"{WEIGHTS}.index.json"
 MAX_LIST_LENGTH = 10_000
 """Maximum length of a list in a model's config.json. The longest legitimate lists are per-channel statistics."""
@@ -31,7 +33,8 @@ def load_model(kind: Any, folder: Path) -> Any:
     if config.get("quantization_config") is not None:
         remedy = "Convert the weights to an unquantised format."
         raise UserError(f"{file} requests quantised weights (quantization_config), which are not supported. {remedy}")
-    num_tensors, num_values = _count_weights(_weight_files(folder))
+    files, variant = _weight_files(folder)
+    num_tensors, num_values = _count_weights(files)
     _check_config(config, num_tensors, file)
     try:
         # shapes only: allocates no memory and leaves the random state unchanged
@@ -42,7 +45,7 @@ def load_model(kind: Any, folder: Path) -> Any:
     if num_expected > num_values:
         shortfall = f"{num_expected} parameters, but the weights next to it contain only {num_values}"
         raise UserError(f"{file} describes {shortfall}. {REMEDY}")
-    options = {"use_safetensors": True, "low_cpu_mem_usage": False, "local_files_only": True}
+    options = {"use_safetensors": True, "low_cpu_mem_usage": False, "local_files_only": True, "variant": variant}
     try:
         model, loading_info = kind.from_pretrained(folder, **options, output_loading_info=True)
     except Exception as error:  # diffusers raises OSError, RuntimeError, KeyError, ..., depending on the mismatch
@@ -57,6 +60,11 @@ def load_model(kind: Any, folder: Path) -> Any:
     return model.eval()
 
 
+def variant_name(variant: str) -> str:
+    """Return the file name of a variant of the weights, as diffusers writes it."""
+    return WEIGHTS.replace(".safetensors", f".{variant}.safetensors")
+
+
 def _check_config(config: dict[str, Any], num_tensors: int, file: Path) -> None:
     """Reject a config with more layers than there are tensors, or with very long lists, before a model is built."""
     for key, value in config.items():
@@ -66,7 +74,8 @@ def _check_config(config: dict[str, Any], num_tensors: int, file: Path) -> None:
             raise UserError(f"{file}: {key}={str(value)[:40]} is too large for {num_tensors} weight tensors. {REMEDY}")
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def _weight_files(folder: Path) -> tuple[list[Path], str | None]:
+    """Return the files with the weights, and their variant in diffusers' sense, or None for the default."""
     index, single = folder / INDEX, folder / WEIGHTS
     if index.is_file():
         content = read_json(index)
@@ -76,11 +85,14 @@ def _weight_files(folder: Path) -> list[Path]:
             if Path(name).name != name or not name.endswith(".safetensors") or not (folder / name).is_file():
                 rule = "which is not a safetensors file in that folder"
                 raise UserError(f"{index} lists {name[:80]!r}, {rule}. {REMEDY}")
-        return [folder / name for name in names]
+        return [folder / name for name in names], None
     if not single.is_file():
+        for variant in VARIANTS:
+            if (file := folder / variant_name(variant)).is_file():
+                return [file], variant
         warning = "Pickled weights (.bin, .pt, .ckpt) can run arbitrary code and are never loaded."
         raise UserError(f"{folder} has no {WEIGHTS}. {warning} Convert weights that you trust to safetensors.")
-    return [single]
+    return [single], None
 
 
 def _count_weights(files: list[Path]) -> tuple[int, int]:

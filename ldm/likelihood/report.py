@@ -154,9 +154,7 @@ def open_model(
     if run.stage == "vae":
         if variance is not None or ode is not None:
             option = "ode=true" if ode is not None else f"variance={variance}"
-            raise UserError(
-                f"{option} applies to a diffusion chain, but {run.path} is a VAE run. Remove {option}."
-            )
+            raise UserError(f"{option} applies to a diffusion chain, but {run.path} is a VAE run. Remove {option}.")
         autoencoder = run.autoencoder()
         require_density(autoencoder)
         return autoencoder

@@ -17,6 +17,10 @@ def psnr(images: Tensor, reconstruction: Tensor) -> Tensor:
     return 10 * torch.log10(4 / mse)
 
 
+MIN_SSIM_SIDE = 6
+"""Smallest image side to which the padding of the SSIM window can be applied."""
+
+
 def ssim(images: Tensor, reconstruction: Tensor) -> Tensor:
     """Return the structural similarity of each image, [b], for images [b, c, H, W] in [-1, 1].
 

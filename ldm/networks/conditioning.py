@@ -5,6 +5,7 @@ A condition is a dict of batch-first tensors that are passed to the network as k
 Each kind has a null condition, used for condition dropout in training and for classifier-free guidance.
 """
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from ldm.data.images import ImageData
 from ldm.diffusion.denoiser import Condition
 from ldm.errors import InputError, UserError
 from ldm.files.untrusted import check_fields
-from ldm.networks.text_encoder import TextEncoder
+from ldm.networks.text_encoder import TextEncoder, count_truncated
 from ldm.rules import Count
 
 NamedCondition = tuple[Condition, list[str | None]]
@@ -56,7 +57,7 @@ class Conditioning(ABC):
 
     @abstractmethod
     def for_request(self, prompts: Prompts = None, classes: Classes = None, num_samples: int = 16) -> NamedCondition:
-        """Build the condition for one prompt or one class (number or name) per sample.
+        """Build the condition for one prompt or one class (name or number) per sample.
 
         If neither is given, build `num_samples` conditions, cycling through the classes or using the empty caption.
 
@@ -75,6 +76,10 @@ class Conditioning(ABC):
     @abstractmethod
     def lookup(self, images: ImageData, embed: Callable[..., Any]) -> Lookup:
         """Return a function that looks up conditions for training; `embed` is `ldm.latents.captions.open_captions`."""
+
+    def count_truncated(self, images: ImageData) -> dict[str, int] | None:
+        """Return `truncated` captions, the `longest` in tokens, and `max_tokens`; None without text."""
+        return None
 
     def examples(self, images: ImageData, prompts: Sequence[str]) -> NamedCondition:
         """Build the condition for the sample grid. With text, use the prompts or the first validation captions."""
@@ -135,7 +140,8 @@ class ClassCondition(Conditioning):
     def for_request(self, prompts: Prompts = None, classes: Classes = None, num_samples: int = 16) -> NamedCondition:
         if prompts is not None:
             raise UserError("This model is conditioned on classes, not on text. Give a label instead of a prompt.")
-        labels = self._labels([i % len(self.class_names) for i in range(num_samples)] if classes is None else classes)
+        cycle = [i % len(self.class_names) for i in range(num_samples)]
+        labels = cycle if classes is None else self._labels(classes)
         return {"label": torch.tensor(labels, dtype=torch.long)}, [self.class_names[label] for label in labels]
 
     def for_images(self, images: ImageData, indices: np.ndarray) -> NamedCondition:
@@ -148,16 +154,14 @@ class ClassCondition(Conditioning):
         return lambda indices, draws: {"label": labels[torch.from_numpy(indices)]}
 
     def _labels(self, classes: Sequence[int | str]) -> list[int]:
-        label_of = {name: label for label, name in reversed([*enumerate(self.class_names)])}
-        if unknown := [name for name in dict.fromkeys(classes) if isinstance(name, str) and name not in label_of]:
-            choices = ", ".join(self.class_names)
-            raise UserError(f"This model has no class {' or '.join(map(str, unknown))}. Its classes are: {choices}.")
-        labels = [label_of[item] if isinstance(item, str) else item for item in classes]
-        for label in labels:
-            if not 0 <= label < len(self.class_names):
-                choices = ", ".join(f"{i}={name}" for i, name in enumerate(self.class_names))
-                raise InputError("label", label, f"does not exist. Choose one of: {choices}")
-        return labels
+        """Return the labels of classes. A number is a class of that name if there is one, else a label."""
+        label_of: dict[int | str, int] = {label: label for label in range(len(self.class_names))}
+        label_of |= {name: label for label, name in reversed([*enumerate(self.class_names)])}
+        items = [str(item) if str(item) in label_of else item for item in classes]
+        if unknown := [str(item) for item in dict.fromkeys(items) if item not in label_of]:
+            choices = ", ".join(name if name == str(i) else f"{i}={name}" for i, name in enumerate(self.class_names))
+            raise InputError("label", ", ".join(unknown), f"is not a class of this model. Its classes are: {choices}")
+        return [label_of[item] for item in items]
 
 
 class TextCondition(Conditioning):
@@ -193,6 +197,11 @@ class TextCondition(Conditioning):
     def for_images(self, images: ImageData, indices: np.ndarray) -> NamedCondition:
         captions = images.require_captions()
         return self.for_request([captions[i] for i in indices])
+
+    def count_truncated(self, images: ImageData) -> dict[str, int] | None:
+        texts = itertools.chain.from_iterable(images.captions_of(i) for i in range(len(images)))
+        max_tokens = self.encoder.max_tokens
+        return count_truncated(self.encoder.tokenizer, texts, max_tokens) | {"max_tokens": max_tokens}
 
     def lookup(self, images: ImageData, embed: Callable[..., Any]) -> Lookup:
         images.require_captions()

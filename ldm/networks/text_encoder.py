@@ -3,7 +3,9 @@
 import hashlib
 import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +37,19 @@ class TextEncoder:
         logging.disable_progress_bar()
         self.name, self.max_tokens = name, max_tokens
         source = _locate(name)
-        try:
+        with _explain_load_errors(name):
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)
             _check_no_remote_code(config)
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        self.tokenizer = load_tokenizer(name)
+        limits = (self.tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or math.inf)
+        least, most = self.tokenizer.num_special_tokens_to_add() + 1, min(limits)
+        if not least <= max_tokens <= most:
+            raise InputError("max_tokens", max_tokens, f"must be {least} to {most} for the text encoder {name}")
+        with _explain_load_errors(name):
             self.model: Any = AutoModel.from_pretrained(
                 source, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
             )
             self.model.eval().requires_grad_(False)
-        except Exception as error:  # transformers can raise any exception on malformed files
-            remedy = f"Give a folder, the id of a model on the Hugging Face Hub, or one of: {', '.join(PACKAGED)}"
-            raise InputError("encoder", name, f"could not be loaded: {first_line(error)}. {remedy}") from error
         if self.tokenizer.pad_token is None:  # e.g. in GPT-2
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.model = getattr(self.model, "text_model", self.model)  # CLIP: only the text tower
@@ -81,6 +85,31 @@ class TextEncoder:
         """Return the SHA-256 of the weights, or None if they are not in a local folder."""
         weights = Path(_locate(self.name)) / "model.safetensors"
         return hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None
+
+
+def load_tokenizer(name: str) -> Any:
+    """Load the tokenizer of a text encoder. Raises as TextEncoder."""
+    source = _locate(name)
+    with _explain_load_errors(name):
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+
+
+def count_truncated(tokenizer: Any, captions: Iterable[str], max_tokens: int) -> dict[str, int]:
+    """Return the number of captions longer than `max_tokens`, and the number of tokens of the longest caption."""
+    lengths = [0]
+    remaining = map(replace_surrogates, captions)
+    while texts := list(islice(remaining, 1024)):
+        lengths += map(len, tokenizer(texts, truncation=False, verbose=False)["input_ids"])
+    return {"truncated": sum(length > max_tokens for length in lengths), "longest": max(lengths)}
+
+
+@contextmanager
+def _explain_load_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # transformers can raise any exception on malformed files
+        remedy = f"Give a folder, the id of a model on the Hugging Face Hub, or one of: {', '.join(PACKAGED)}"
+        raise InputError("encoder", name, f"could not be loaded: {first_line(error)}. {remedy}") from error
 
 
 def _check_no_remote_code(config: Any) -> None:

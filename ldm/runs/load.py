@@ -3,14 +3,15 @@
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from ldm.autoencoder.autoencoder import AUTOENCODER_CLASSES, Autoencoder
 from ldm.autoencoder.identity import IdentityAutoencoder
+from ldm.data.images import ImageData
 from ldm.errors import UserError
-from ldm.files.models import WEIGHTS, load_model
+from ldm.files.models import VARIANTS, WEIGHTS, load_model, variant_name
 from ldm.files.untrusted import first_line, read_json
-from ldm.runs.run import AutoencoderNotFoundError, Run
+from ldm.runs.run import AutoencoderNotFoundError, Run, is_same_data
 from ldm.runtime.distributed import warn
 from ldm.runtime.paths import RUN_FILE
 from ldm.sampling.pipeline import LatentDiffusionPipeline
@@ -19,14 +20,15 @@ IDENTITY = "identity"
 """Value of vae= for diffusion in pixel space, without an autoencoder."""
 
 
-def find_autoencoder(vae: str | None, runs: str, data_fingerprint: str) -> tuple[Autoencoder, str]:
+def find_autoencoder(vae: str | None, runs: str, images: ImageData) -> tuple[Autoencoder, str]:
     """Return the autoencoder for a stage-2 run, and its source.
 
     Args:
         vae: A run folder, a diffusers folder (or a pipeline with a `vae` folder) or a hub id. If None, use
-            the newest finished autoencoder run on the same data, and skip runs that cannot be opened with a warning.
+            the newest finished autoencoder run on the same images, even if their captions or classes have changed. Runs
+            that cannot be opened are skipped with a warning.
         runs: Folder that contains all runs (runs_dir=).
-        data_fingerprint: Fingerprint of the training data.
+        images: Training images of stage 2.
 
     Raises:
         AutoencoderNotFoundError: if `vae` is None and no finished run was trained on this data.
@@ -38,7 +40,7 @@ def find_autoencoder(vae: str | None, runs: str, data_fingerprint: str) -> tuple
     for file in sorted(Path(runs).expanduser().glob(f"vae/[!.]*/{RUN_FILE}")):
         try:
             run = Run.open(file.parent)
-            if run.finished and run.facts["data_fingerprint"] == data_fingerprint:
+            if run.finished and is_same_data(run.data(), images):
                 candidates.append(run)
             elif run.finished:
                 other_runs.append(f"{run.path} ({run.describe_data()})")
@@ -92,7 +94,7 @@ def _load_from_hub(name: str) -> Autoencoder:
             config = Path(hf_hub_download(name, "config.json", subfolder=subfolder))
             kind = read_json(config).get("_class_name")
             if isinstance(kind, str) and kind in AUTOENCODER_CLASSES:
-                hf_hub_download(name, WEIGHTS, subfolder=subfolder)  # safetensors only, never a pickle
+                _download_weights(name, subfolder)
                 return Autoencoder(load_model(AUTOENCODER_CLASSES[kind], config.parent))
             errors.append(f"its class is {kind}, not one of {', '.join(AUTOENCODER_CLASSES)}")
         except (OSError, ValueError) as error:
@@ -103,3 +105,17 @@ def _load_from_hub(name: str) -> Autoencoder:
         f"{name} is not a local folder, and no autoencoder could be loaded from the hub under this id ({errors[0]}). "
         "Use a run folder, a diffusers folder or an accessible hub id."
     )
+
+
+def _download_weights(name: str, subfolder: str | None) -> None:
+    """Download the weights of a model, or else a variant of them: safetensors only, never a pickle."""
+    files = [WEIGHTS, *map(variant_name, VARIANTS)]
+    for file in files:
+        try:
+            hf_hub_download(name, file, subfolder=subfolder)
+            return
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError:
+            if file == files[-1]:
+                raise

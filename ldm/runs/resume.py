@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from ldm.cli.command_line import CommandLine, is_key_under
+from ldm.data.cache import describe_change
 from ldm.errors import UserError
 from ldm.files.untrusted import is_plain_name, to_one_line
 from ldm.runs.checkpoints import FOLDER, Manifest, find_checkpoint, find_run_folder, list_checkpoints
@@ -195,17 +196,23 @@ class ResumePlan:
         Raises:
             UserError: if they differ. The message contains both digests.
         """
-        for key, get_digest in (
-            ("data", lambda content: content.get("data_fingerprint")),
-            ("vae", lambda content: content.get("contract", {}).get("autoencoder_sha256")),
-        ):
-            expected, digest = get_digest(self.source_facts), get_digest(facts)
-            if expected is not None and expected != digest:
-                raise UserError(
-                    f"The run to resume was trained with {key}={self.source_facts.get(key)} ({str(expected)[:12]}), "
-                    f"but this command uses {key}={facts.get(key)} ({str(digest)[:12]}). Use the {key}= options of "
-                    "its config.yaml, or start a new run with a different name=."
-                )
+        expected, digest = (content.get("data_fingerprint") for content in (self.source_facts, facts))
+        if expected is not None and expected != digest:
+            change = describe_change(Path(self.source_facts.get("data_cache", "")), Path(facts["data_cache"]))
+            change = change or f"its fingerprint was {str(expected)[:12]} and is {str(digest)[:12]} now"
+            raise UserError(
+                f"The run cannot be resumed, because its data {facts['data']} has changed: {change}. Restore the data, "
+                "select it with the data options in the run's config.yaml, or start a new run with a different name=."
+            )
+        expected, digest = (
+            content.get("contract", {}).get("autoencoder_sha256") for content in (self.source_facts, facts)
+        )
+        if expected is not None and expected != digest:
+            raise UserError(
+                f"The run to resume was trained with vae={self.source_facts.get('vae')} ({str(expected)[:12]}), but "
+                f"this command uses vae={facts.get('vae')} ({str(digest)[:12]}). Use the vae= option in its "
+                "config.yaml, or start a new run with a different name=."
+            )
 
 
 def read_resume(config: DictConfig) -> tuple[bool | str, bool]:

@@ -8,6 +8,7 @@ runs/<stage>/<name>/  config.yaml  run.json  metrics.csv  images/  checkpoints/ 
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -219,6 +220,14 @@ class Run:
         """Return the name and the fingerprint of the training data."""
         return f"{self.facts.get('data', 'unknown data')} {str(self.facts.get('data_fingerprint'))[:8]}"
 
+    def data(self) -> dict[str, Any]:
+        """Return the fingerprints and the description of the training data, as `data_of_autoencoder`."""
+        return {
+            "fingerprint": self.facts["data_fingerprint"],
+            "images_fingerprint": self.facts.get("images_fingerprint"),
+            "description": self.describe_data(),
+        }
+
     def image_data(self) -> ImageData:
         """Open the prepared images that this run was trained on.
 
@@ -232,7 +241,7 @@ class Run:
                 "training run with the same data options."
             )
         reject_outside_links(folder)
-        images = ImageData.open(folder, self.facts["val_fraction"])
+        images = ImageData.open(folder, self.facts["val_fraction"], self.facts["data_fingerprint"])
         if images.fingerprint != self.facts["data_fingerprint"]:
             raise UserError(
                 f"{folder} contains images with fingerprint {images.fingerprint[:12]}, but {self.path} was trained on "
@@ -268,8 +277,16 @@ class AutoencoderNotFoundError(UserError):
     """No autoencoder run was trained on this data."""
 
 
-def data_of_autoencoder(source: str, autoencoder: Autoencoder) -> dict[str, str] | None:
-    """Return `fingerprint` and `description` of the data that the autoencoder loaded from `source` was trained on.
+def is_same_data(data: Mapping[str, Any], images: ImageData) -> bool:
+    """Return True if `data`, as returned by `Run.data`, are these images; their captions and classes may differ.
+
+    Runs of earlier versions have no fingerprint of the images alone; there, captions and classes must be the same, too.
+    """
+    return images.fingerprint == data["fingerprint"] or images.images_fingerprint == data.get("images_fingerprint")
+
+
+def data_of_autoencoder(source: str, autoencoder: Autoencoder) -> dict[str, Any] | None:
+    """Describe the data that the autoencoder loaded from `source` was trained on, as `Run.data`.
 
     Return None if the data is unknown, or if the autoencoder is pretrained and was not trained further.
     """
@@ -281,7 +298,7 @@ def data_of_autoencoder(source: str, autoencoder: Autoencoder) -> dict[str, str]
             return run.facts.get("autoencoder_data")
         if run.facts.get("trained") == "nothing" or "data_fingerprint" not in run.facts:
             return None
-        return {"fingerprint": run.facts["data_fingerprint"], "description": run.describe_data()}
+        return run.data()
     stats = autoencoder.statistics
     return None if stats is None else {"fingerprint": stats.data, "description": f"data {stats.data[:8]}"}
 

@@ -26,17 +26,23 @@ def check_mode(mode: str | None, key: str = "logger.mode") -> None:
 
 
 def choose_mode(requested: str | None) -> str:
-    """Return the requested mode, else WANDB_MODE, else online if there is an API key, else offline.
+    """Return the requested mode, else that of WANDB_DISABLED or WANDB_MODE, else online or offline.
+
+    The default is online if there is an API key.
 
     In online mode without a key, W&B would prompt for one in the terminal.
 
     Raises:
         UserError: for an unknown mode.
     """
-    for key, mode in (("logger.mode", requested), ("WANDB_MODE", os.environ.get("WANDB_MODE"))):
-        check_mode(mode, key)
-        if mode:
-            return mode
+    mode = os.environ.get("WANDB_MODE", "").lower()
+    variable = {"run": "online", "dryrun": "offline"}.get(mode, mode)  # older names, which wandb still accepts
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "y", "on"):
+        variable = "disabled"
+    for key, value in (("logger.mode", requested), ("WANDB_MODE", variable)):
+        check_mode(value, key)
+        if value:
+            return value
     return "online" if has_key() else "offline"
 
 

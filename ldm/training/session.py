@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.cli.images import prepare_images
 from ldm.cli.main import command_line, construct
+from ldm.data.accounting import account, account_rows
 from ldm.data.images import ImageData
 from ldm.errors import UserError
 from ldm.files.atomic import clear_partials
@@ -106,6 +107,11 @@ class Session:
         with option_errors():
             check_stage(self.config, self._stage_builder())
             images = prepare_images(self.config.data)
+        expected = self.resume_plan.source_facts.get("data_fingerprint")
+        if images.fingerprint != expected:
+            images = ImageData.open(images.path, images.val_fraction, expected)
+        if self.main_process:
+            print_table(f"data {images.name}", account_rows(account(images)))
         check_batch(self.config, len(images.train_indices))
         return images
 
@@ -177,6 +183,8 @@ class Session:
             "precision": self.precision,
             "data": images.name,
             "data_fingerprint": images.fingerprint,
+            "images_fingerprint": images.images_fingerprint,
+            "accounting": account(images),
             "data_cache": str(images.path.resolve()),
             "val_fraction": images.val_fraction,
             **({"branch": branch} if (branch := resume_plan.branch) else {}),
@@ -219,12 +227,8 @@ class Session:
 
     def _rows(self, fit: Fit) -> list[tuple[str, str]]:
         """Measure the speed of a training step and return the labels and values of the start-up table."""
-        spec, trainer, images = fit.spec, fit.trainer, fit.spec.stage.images
+        spec, trainer = fit.spec, fit.trainer
         rows = [
-            ("data", f"{images.name}: {len(images.train_indices)} train, {len(images.val_indices)} validation"),
-            ("size", f"{images.resolution} x {images.resolution} px, {images.num_bytes / 1e6:.0f} MB"),
-            ("licence", images.licence or "not stated by the source"),
-            *([("colour profiles", profiles)] if (profiles := images.describe_profiles()) else []),
             *spec.stage.summary_rows(),
             ("device", describe_device(trainer)),
             ("precision", f"{spec.precision}"),

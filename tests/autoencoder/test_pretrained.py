@@ -90,6 +90,43 @@ def test_encode_and_decode_match_diffusers(models, layout):
     assert autoencoder.regulariser == "kl" and autoencoder.has_density
 
 
+@pytest.mark.parametrize("key", ["in_channels", "out_channels"])
+def test_autoencoder_must_have_three_colour_channels(tmp_path, key):
+    AutoencoderKL(**SMALL, **{key: 1}).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"{key}=1 .*must be 3"):
+        load_autoencoder(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("scaling_factor", 0),
+        ("scaling_factor", float("nan")),
+        ("latents_mean", [0.1, 0.2]),
+        ("latents_mean", "none"),
+        ("latents_std", [1.0] * 5),
+        ("latents_std", [1.0, 1.0, 0.0, 1.0]),
+    ],
+)
+def test_published_statistics_must_be_valid(tmp_path, key, value):
+    config = {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4, key: value}
+    model = AutoencoderKL(**SMALL, latent_channels=4)
+    model.register_to_config(**config)
+    with pytest.raises(UserError, match=rf"{key}=.* in config\.json must be"):
+        published_statistics(model)
+
+
+def test_weights_of_a_variant_are_loaded_if_there_are_no_others(tmp_path):
+    model = AutoencoderKL(**SMALL).half()
+    model.save_pretrained(tmp_path, variant="fp16")
+    loaded = load_autoencoder(str(tmp_path)).model
+    assert loaded.dtype == torch.float32
+    assert all(torch.equal(value, model.state_dict()[name].float()) for name, value in loaded.state_dict().items())
+    (tmp_path / "diffusion_pytorch_model.fp16.safetensors").rename(tmp_path / "diffusion_pytorch_model.odd.safetensors")
+    with pytest.raises(UserError, match="has no diffusion_pytorch_model.safetensors"):
+        load_autoencoder(str(tmp_path))
+
+
 @EACH_LAYOUT
 def test_published_statistics_match_diffusers_pipelines(models, layout):
     """(z_raw - mean) / std equals the network input in each diffusers pipeline."""

@@ -65,6 +65,12 @@ USER_ERRORS = [
     ([*VAE, "batch_size=64"], ["batch_size=64", "images", "batch_size=36 or less"]),
     ([*VAE, "trainer.accumulate_grad_batches=3"], ["batch_size=8", "multiple", "trainer.accumulate_grad_batches=3"]),
     ([*VAE, "data.resolution=18"], ["data.resolution=18", "multiple", "4", "16 or 20"]),
+    ([*VAE, "data.resolution=4"], ["data.resolution=4", "at least 6", "SSIM"]),
+    (
+        [*VAE, "data.resolution=8", "autoencoder=kl_f8", "autoencoder.model.block_out_channels=[32,32,32,32]"],
+        ["data.resolution=8", "too small for this autoencoder", "more than 1 value"],
+    ),
+    ([*VAE, "data.cache_dir=images/000.png"], ["data.cache_dir=images/000.png", "cannot be created", "LDM_CACHE"]),
     ([*VAE, "trainer.max_time=5m"], ["trainer.max_time=5m must be HH:MM:SS", "00:05:00"]),
     ([*VAE, "trainer.max_steps=-1"], ["budget", "trainer.max_steps=N or trainer.max_time=HH:MM:SS"]),
     ([*VAE, "trainer.precision=16-mixed"], ["trainer.precision=16-mixed is unknown", "bf16-mixed, 32-true"]),

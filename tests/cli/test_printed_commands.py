@@ -182,7 +182,7 @@ def test_sampling_from_stage_1_prints_the_command_to_train_stage_2(vae_output, r
     assert result.code == 2
     monkeypatch.setattr(Fit, "run_to_end", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     result = run_printed(command_after(result.err, "Train one: "))
-    assert f"{data_name()}: " in result.out and "all runs/vae/mine" in result.out
+    assert f"data {data_name()}" in result.out and "all runs/vae/mine" in result.out
 
 
 def test_next_command_keeps_the_search_path_of_configs(run_printed, workdir, monkeypatch):
@@ -204,7 +204,7 @@ def test_next_command_keeps_the_search_path_of_configs(run_printed, workdir, mon
     assert result.code == 0, result
     monkeypatch.setattr(Fit, "run_to_end", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     next_command = command_after(result.out, "next: ")
-    assert search in shlex.split(next_command) and f"{data_name()}: " in run_printed(next_command).out
+    assert search in shlex.split(next_command) and f"data {data_name()}" in run_printed(next_command).out
 
 
 def test_next_command_of_an_older_run_keeps_its_data(vae_output):

@@ -326,12 +326,12 @@ def test_mutated_images_are_read_or_refused():
     def fuzz(content, mutations, donor):
         data = mutate(content, mutations, donor)
         sizes.append(len(data))
-        result = preparation._read(Record("image", lambda: data), 8, "crop", 2**20)
+        result = preparation._read(Record("image", lambda: data), 8, "crop", 2**20, 16)
         if isinstance(result, Exception):
             reason = preparation._reason(result)
             assert reason and len(reason) <= 300 and "\n" not in reason and "0x7" not in reason
             return
-        _, pixels, _ = result
+        pixels = result[1].pixels
         assert pixels.shape == (8, 8, 3) and pixels.dtype == np.uint8
         readable.append(data)
 

@@ -22,6 +22,17 @@ def palette_image() -> Image.Image:
     return image
 
 
+def small_png(depth: int, colour_type: int, row: list[int], *chunks: tuple[bytes, bytes]) -> bytes:
+    """Encode a PNG with 8 equal rows of 8 pixels, at a bit depth or with chunks that Pillow does not write."""
+    bits = "".join(format(value, f"0{depth}b") for value in row)
+    raw = (b"\0" + int(bits, 2).to_bytes(len(bits) // 8, "big")) * 8
+    header = struct.pack(">IIBBBBB", 8, 8, depth, colour_type, 0, 0, 0)
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(raw)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
+    )
+
+
 CASES = {
     "rgb": (encode(Image.new("RGB", (8, 8), (10, 20, 30))), (10, 20, 30)),
     "grey": (encode(Image.new("L", (8, 8), 77)), (77, 77, 77)),
@@ -37,6 +48,20 @@ CASES = {
     "rgb, colour key": (
         encode(Image.new("RGB", (8, 8), (9, 9, 9)), transparency=(9, 9, 9)),
         (255, 255, 255),
+    ),
+    "2-bit grey, colour key": (
+        small_png(2, 0, [1] * 8, (b"tRNS", struct.pack(">H", 1))),
+        (255, 255, 255),
+    ),
+    "4-bit grey, colour key": (small_png(4, 0, [3] * 8, (b"tRNS", struct.pack(">H", 3))), (255, 255, 255)),
+    "4-bit grey, colour key of other pixels": (small_png(4, 0, [3] * 8, (b"tRNS", struct.pack(">H", 4))), (51, 51, 51)),
+    "16-bit rgb, colour key": (
+        small_png(16, 2, [0x1234, 0x5678, 0x9ABC] * 8, (b"tRNS", struct.pack(">HHH", 0x1234, 0x5678, 0x9ABC))),
+        (255, 255, 255),
+    ),
+    "16-bit rgb, colour key of other pixels": (
+        small_png(16, 2, [0x1234, 0x5678, 0x9ABC] * 8, (b"tRNS", struct.pack(">HHH", 0x1234, 0x5678, 0x9ABD))),
+        (0x12, 0x56, 0x9A),
     ),
     "16-bit grey": (encode(Image.fromarray(np.full((8, 8), 257 * 100, np.uint16))), (100, 100, 100)),
     "16-bit white": (encode(Image.fromarray(np.full((8, 8), 65535, np.uint16))), (255, 255, 255)),
@@ -178,7 +203,7 @@ def test_colour_profile_is_applied(name, gamma, kind):
     options = {"lossless": True} if kind == "WEBP" else {}
     data = encode(Image.new("RGB", (8, 8), COLOUR), kind, icc_profile=profile("RGB", gamma, COLORANTS[name]), **options)
     assert centre_pixel(data) == pytest.approx(expected_srgb(COLOUR, gamma, COLORANTS[name]), abs=1.5)
-    assert read_pixels(data, 8, "crop")[1] == "converted"
+    assert read_pixels(data, 8, "crop").profile == "converted"
 
 
 def test_profile_applies_before_transparency_and_to_palettes():
@@ -209,7 +234,8 @@ def test_grey_and_rgb_profiles_apply_to_grey_images(mode):
 def test_cmyk_profile_is_applied():
     """The lightness in `cmyk_profile` depends only on K."""
     data = encode(Image.new("CMYK", (16, 16), (0, 0, 0, 128)), "TIFF", icc_profile=cmyk_profile())
-    pixels, kind = read_pixels(data, 16, "crop")
+    decoded = read_pixels(data, 16, "crop")
+    pixels, kind = decoded.pixels, decoded.profile
     assert kind == "converted" and pixels[8, 8] == pytest.approx((119, 119, 119), abs=2), "L* = 50"
     assert centre_pixel(encode(Image.new("CMYK", (16, 16), (0, 0, 0, 128)), "TIFF")) == pytest.approx((127,) * 3, abs=1)
 
@@ -230,7 +256,8 @@ P3 = profile("RGB", 2.2, COLORANTS["Display P3"])
     "damaged", [b"no profile" * 20, P3[:300], P3[:16] + b"CMYK" + P3[20:], P3[:16] + b"XYZ " + P3[20:]]
 )
 def test_unreadable_profile_is_treated_as_srgb(damaged):
-    pixels, kind = read_pixels(encode(Image.new("RGB", (8, 8), COLOUR), icc_profile=damaged), 8, "crop")
+    decoded = read_pixels(encode(Image.new("RGB", (8, 8), COLOUR), icc_profile=damaged), 8, "crop")
+    pixels, kind = decoded.pixels, decoded.profile
     assert tuple(pixels[4, 4]) == COLOUR and kind == "unreadable"
 
 
@@ -241,7 +268,8 @@ def test_profile_that_cannot_be_decompressed_is_unreadable():
     length = struct.unpack(">I", data[start - 4 : start])[0]
     body = b"iCCPname\0\0" + b"not zlib"
     chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
-    pixels, kind = read_pixels(data[: start - 4] + chunk + data[start + 8 + length :], 8, "crop")
+    decoded = read_pixels(data[: start - 4] + chunk + data[start + 8 + length :], 8, "crop")
+    pixels, kind = decoded.pixels, decoded.profile
     assert tuple(pixels[4, 4]) == COLOUR and kind == "unreadable"
 
 
@@ -250,6 +278,7 @@ def test_profile_that_cannot_be_decompressed_is_unreadable():
 )
 def test_pixels_without_profile_or_with_srgb_profile_are_unchanged(options):
     noise = Image.effect_noise((32, 32), 90).convert("RGB")
-    pixels, kind = read_pixels(encode(noise, **options), 32, "crop")
+    decoded = read_pixels(encode(noise, **options), 32, "crop")
+    pixels, kind = decoded.pixels, decoded.profile
     np.testing.assert_array_equal(pixels, np.asarray(noise))
     assert kind == ("sRGB" if options else "none")

@@ -152,7 +152,7 @@ def test_unreadable_images_are_skipped_and_listed_up_to_max_bad_fraction(folder,
     assert data.names == [f"{number:03}.png" for number in range(100)] and data.num_skipped == 3
     np.testing.assert_array_equal(data.images[:, 0, 0, 0], np.arange(100))
     assert [entry["name"] for entry in data.quarantine()] == unreadable_names
-    assert {entry["error"] for entry in data.quarantine()} == {"ValueError"}
+    assert {entry["error"] for entry in data.quarantine()} == {"BadImageError"}
     with pytest.raises(UserError, match="3 of 103"):
         prepare_quietly(folder, cache, **options)
     larger = prepare_quietly(folder, cache, max_bad_fraction=0.03)

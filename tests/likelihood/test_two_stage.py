@@ -678,7 +678,7 @@ VAE = "run=runs/vae/first"
         ([], "steps=64 must be.* even .*4 to T = 12"),
         (["steps=4", "against_variance=optimal"], "against_variance=optimal .*needs against="),
         (["steps=4", "against=nowhere"], "against=nowhere does not exist"),
-        (["steps=4", "against=runs/vae/first", "against_variance=optimal"], "variance=optimal .*runs/vae/first.*VAE run"),
+        (["steps=4", "against=runs/vae/first", "against_variance=optimal"], "variance=optimal .*vae/first.*VAE run"),
         ([VAE, "ode=true"], "ode=true .*runs/vae/first.*VAE run"),
         ([VAE, "variance=optimal"], "variance=optimal .*runs/vae/first.*VAE run"),
     ],

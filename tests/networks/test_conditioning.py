@@ -8,6 +8,7 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from ldm.errors import UserError
 from ldm.networks.conditioning import ClassCondition, NoCondition, TextCondition, drop, restore_conditioning
+from ldm.networks.text_encoder import count_truncated
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "blue", "heart", "square", "very", "big", ",", "(", ")"]
@@ -117,6 +118,32 @@ def test_null_class_follows_the_last_class():
 def test_unknown_label_is_rejected(label):
     with pytest.raises(UserError, match=f"label={label} .*0=cat, 1=dog"):
         ClassCondition(["cat", "dog"]).for_request(classes=[0, label])
+
+
+def test_class_is_selected_by_name_before_number():
+    classes = ClassCondition(["3", "7", "1000", "siamese cat"])
+    condition, names = classes.for_request(classes=["siamese cat", 7, "3", 0, 1000])
+    assert names == ["siamese cat", "7", "3", "3", "1000"] and condition["label"].tolist() == [3, 1, 0, 0, 2]
+    older = ClassCondition(["0", "10", "2"])
+    assert older.for_request(classes=[2])[1] == ["2"] and older.for_request(num_samples=3)[1] == ["0", "10", "2"]
+    with pytest.raises(UserError, match="label=tiger, 9 .*0=3, 1=7, 2=1000, 3=siamese cat"):
+        classes.for_request(classes=["tiger", 9, "3"])
+
+
+@pytest.mark.parametrize(("max_tokens", "is_valid"), [(2, False), (3, True), (512, True), (513, False)])
+def test_max_tokens_must_fit_the_text_encoder(folder, max_tokens, is_valid):
+    """Two special tokens leave no room for a word in 2 tokens; BERT has 512 positions."""
+    if is_valid:
+        assert TextCondition(str(folder), max_tokens).null()["tokens"].shape == (1, max_tokens, 12)
+        return
+    with pytest.raises(UserError, match=f"max_tokens={max_tokens} must be 3 to 512"):
+        TextCondition(str(folder), max_tokens)
+
+
+def test_truncated_captions_are_counted(text):
+    captions = ["red heart", "very " * 6, "very " * 7, "very " * 20]
+    assert count_truncated(text.encoder.tokenizer, captions, 8) == {"truncated": 2, "longest": 22}
+    assert count_truncated(text.encoder.tokenizer, [], 8) == {"truncated": 0, "longest": 0}
 
 
 @pytest.mark.parametrize("kind", ["none", "class", "text"])

@@ -164,9 +164,9 @@ def test_next_command_after_a_kill_prints_the_path_of_the_earlier_run(earlier_co
     assert result.code == 2 and str(BACKUP.resolve()) in result.err and f"rename {BACKUP.name} to x" in result.err
     with pytest.raises(ValueError, match=re.escape(str(BACKUP.resolve()))):
         Run.open(RUN).autoencoder()
-    fingerprint = Run.open(BACKUP).facts["data_fingerprint"]
+    images = Run.open(BACKUP).image_data()
     with pytest.raises(ValueError, match="no finished autoencoder for this data"):
-        find_autoencoder(None, "runs", fingerprint)
+        find_autoencoder(None, "runs", images)
 
 
 def test_second_attempt_after_a_kill_keeps_the_earlier_run_until_a_checkpoint(earlier_content, train, monkeypatch):

@@ -1,6 +1,7 @@
 """ldm.runs.run and ldm.runs.load: opening runs, and finding the autoencoder for stage 2."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,6 +30,10 @@ def make_run(folder: Path, seed: int, *, finished: float | None, data: str = "im
     return run
 
 
+def images(fingerprint: str = "images", images_fingerprint: str = "pixels") -> SimpleNamespace:
+    return SimpleNamespace(fingerprint=fingerprint, images_fingerprint=images_fingerprint)
+
+
 def test_run_records_its_provenance(tmp_path):
     run = Run.open(make_run(tmp_path / "vae/demo", 0, finished=1.0).path)
     assert run.finished and run.stage == "vae" and run.facts["name"] == "demo"
@@ -44,9 +49,19 @@ def test_stage_2_uses_newest_finished_autoencoder_on_the_same_data(tmp_path):
     make_run(tmp_path / "vae/other_data", 2, finished=4.0, data="other images")
     make_run(tmp_path / "vae/running", 3, finished=None)
     make_run(tmp_path / "elsewhere/stray", 4, finished=5.0)
-    model, folder = find_autoencoder(None, str(tmp_path), "images")
+    model, folder = find_autoencoder(None, str(tmp_path), images())
     assert folder == str(newest.path)
     assert model.weights_sha256() == build_autoencoder(1).weights_sha256()
+
+
+def test_autoencoder_is_kept_when_only_captions_or_classes_change(tmp_path):
+    run = make_run(tmp_path / "vae/a", 0, finished=1.0)
+    with pytest.raises(AutoencoderNotFoundError):
+        find_autoencoder(None, str(tmp_path), images("with captions"))
+    run.update(images_fingerprint="pixels")
+    assert find_autoencoder(None, str(tmp_path), images("with captions"))[1] == str(run.path)
+    with pytest.raises(AutoencoderNotFoundError):
+        find_autoencoder(None, str(tmp_path), images("with captions", "one image more"))
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "images"])
@@ -68,7 +83,7 @@ def test_runs_that_cannot_be_opened_are_skipped_with_a_warning(tmp_path, capsys)
     (linked.path / "contract.json").symlink_to("/etc/hostname")
     broken = make_run(tmp_path / "vae/broken", 2, finished=3.0)
     (broken.path / "run.json").write_text("{")
-    assert find_autoencoder(None, str(tmp_path), "images")[1] == str(valid.path)
+    assert find_autoencoder(None, str(tmp_path), images())[1] == str(valid.path)
     warnings = capsys.readouterr().err
     assert warnings.count("warning: ") == 2
     assert "vae/linked is ignored" in warnings and "vae/broken is ignored" in warnings
@@ -77,18 +92,18 @@ def test_runs_that_cannot_be_opened_are_skipped_with_a_warning(tmp_path, capsys)
 def test_missing_autoencoder_error_lists_runs_on_different_data(tmp_path):
     make_run(tmp_path / "vae/running", 3, finished=None)
     with pytest.raises(AutoencoderNotFoundError, match=r"no finished autoencoder .*vae\. .* vae="):
-        find_autoencoder(None, str(tmp_path), "images")
+        find_autoencoder(None, str(tmp_path), images())
     make_run(tmp_path / "vae/other", 3, finished=1.0, data="f" * 64).update(data="cats")
     with pytest.raises(AutoencoderNotFoundError, match=r"different data: .*vae/other \(cats ffffffff\)"):
-        find_autoencoder(None, str(tmp_path), "images")
+        find_autoencoder(None, str(tmp_path), images())
 
 
 def test_run_that_is_being_replaced_is_never_chosen(tmp_path):
     make_run(tmp_path / "vae/x", 3, finished=1.0)
-    find_autoencoder(None, str(tmp_path), "images")
+    find_autoencoder(None, str(tmp_path), images())
     (tmp_path / "vae/x").rename(tmp_path / "vae/.x.replaced")
     with pytest.raises(AutoencoderNotFoundError):
-        find_autoencoder(None, str(tmp_path), "images")
+        find_autoencoder(None, str(tmp_path), images())
     with pytest.raises(UserError, match=r"overwrite=true .*earlier run.* in .*\.x\.replaced"):
         Run.open(tmp_path / "vae/x")
 
@@ -100,7 +115,7 @@ def test_autoencoder_loads_from_run_and_diffusers_folders(tmp_path, layout):
         make_run(folder, 5, finished=None)
     else:
         build_autoencoder(5).model.save_pretrained(folder / "vae" if layout.endswith("pipeline") else folder)
-    for model in (load_autoencoder(str(folder)), find_autoencoder(str(folder), "nowhere", "any")[0]):
+    for model in (load_autoencoder(str(folder)), find_autoencoder(str(folder), "nowhere", images())[0]):
         assert model.weights_sha256() == weights_sha256(build_autoencoder(5).model)
 
 

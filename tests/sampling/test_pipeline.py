@@ -186,10 +186,39 @@ def test_request_cycles_through_classes_without_a_label(class_pipeline):
     assert request.condition["label"].tolist() == [0, 1, 0, 1, 0]
 
 
+@pytest.mark.parametrize(
+    ("options", "captions"),
+    [
+        ({"label": "dog"}, ["dog"] * 16),
+        ({"label": 1, "num_samples": 2}, ["dog"] * 2),
+        ({"label": ["dog", "cat"]}, ["dog", "cat"]),
+        ({"label": ["dog", "cat"], "num_samples": 2}, ["dog", "dog", "cat", "cat"]),
+    ],
+)
+def test_num_samples_is_the_number_per_class(class_pipeline, options, captions):
+    assert Request.from_options(class_pipeline, **options).captions == captions
+
+
+def test_num_samples_is_the_number_per_prompt(class_pipeline, tmp_path, monkeypatch):
+    requests = []
+    monkeypatch.setattr(ClassCondition, "for_request", lambda _, *request: requests.append(request) or ({}, []))
+    (tmp_path / "prompts.txt").write_text("sun\nmoon\n")
+    for num_samples in (None, 2):
+        Request.from_options(class_pipeline, prompts=str(tmp_path / "prompts.txt"), num_samples=num_samples)
+    Request.from_options(class_pipeline, prompt="sun", num_samples=3)
+    assert [prompts for prompts, *_ in requests] == [["sun", "moon"], ["sun", "sun", "moon", "moon"], ["sun"] * 3]
+    with pytest.raises(UserError, match="prompt= and prompts="):
+        Request.from_options(class_pipeline, prompts=str(tmp_path / "prompts.txt"), prompt="sun")
+
+
 def test_read_prompts_skips_blank_lines(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("  red heart \n\n“8”\n", encoding="utf-8")
     assert read_prompts(str(file)) == ["red heart", "“8”"]
+    file.write_bytes("a red\u2028ball\r\na blue\x0cbox\na green\u0085cup".encode())
+    assert read_prompts(str(file)) == ["a red\u2028ball", "a blue\x0cbox", "a green\u0085cup"], (
+        "only line feeds end one"
+    )
     file.write_text("\n \n")
     with pytest.raises(UserError, match=r"prompts=.*no captions"):
         read_prompts(str(file))

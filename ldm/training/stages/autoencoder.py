@@ -17,11 +17,12 @@ from ldm.autoencoder.perceptual import Perceptual
 from ldm.autoencoder.point_posterior import zero_posterior_noise
 from ldm.autoencoder.regularisers import Regulariser
 from ldm.data.images import ImageData
-from ldm.errors import UserError
+from ldm.errors import InputError, UserError
 from ldm.files.atomic import atomic_folder
+from ldm.files.untrusted import first_line
 from ldm.image_grid import labelled_rows, to_pil
 from ldm.latents.statistics import StatisticsType, encode_latents, resolve_statistics
-from ldm.metrics.image import patch_components, project, psnr, ssim
+from ldm.metrics.image import MIN_SSIM_SIDE, patch_components, project, psnr, ssim
 from ldm.rules import Depth, Flag, Size, apply_rules
 from ldm.runs.load import load_autoencoder
 from ldm.runs.run import RUN_FILE, Run
@@ -136,6 +137,9 @@ class VAEStage(Stage):
         pretrained, init_from, train = options["pretrained"], options["init_from"], options["train"]
         statistics, regulariser = options["latent_statistics"], options["regulariser"]
         apply_rules(cls, options)
+        if resolution < MIN_SSIM_SIDE:
+            rule = f"must be at least {MIN_SSIM_SIDE}, since SSIM compares windows of 11 x 11 pixels"
+            raise InputError("resolution", resolution, rule)
         if options["model"] is not None:
             apply_rules(ModelSizes, options["model"].keywords)
         if pretrained is not None and init_from is not None:
@@ -160,7 +164,13 @@ class VAEStage(Stage):
                 "statistics. Use latent_statistics=measured or autoencoder=pretrained."
             )
         with torch.device("meta"):
-            Autoencoder(regulariser.build(options["model"], resolution)).latent_shape(resolution)
+            autoencoder = Autoencoder(regulariser.build(options["model"], resolution))
+            autoencoder.latent_shape(resolution)
+            try:
+                autoencoder.encode(torch.zeros(1, 3, resolution, resolution))
+            except (ValueError, RuntimeError) as error:  # such as groups of a normalisation with a single value
+                rule = f"is too small for this autoencoder: {first_line(error)}. Raise it"
+                raise InputError("resolution", resolution, rule) from error
 
     def compile(self) -> None:
         core = getattr(self.module.trained, "core", self.module.trained)

@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import nn
 
 from ldm.autoencoder.autoencoder import Autoencoder
+from ldm.data.accounting import describe_truncation
 from ldm.data.images import ImageData
 from ldm.data.order import epoch_draws
 from ldm.diffusion.objective import Objective
@@ -26,7 +27,7 @@ from ldm.networks.class_embedding import ClassChange, replace_classes
 from ldm.networks.conditioning import Conditioning
 from ldm.rules import Depth, Flag, Fraction, Integer, Number, Positive, Size, apply_rules
 from ldm.runs.load import load_autoencoder, load_pipeline
-from ldm.runs.run import Run, data_of_autoencoder
+from ldm.runs.run import Run, data_of_autoencoder, is_same_data
 from ldm.runtime import shell
 from ldm.sampling.pipeline import LatentDiffusionPipeline
 from ldm.training.modules.diffusion import NUM_BANDS, DiffusionTraining, LatentBatch
@@ -59,7 +60,7 @@ class DiffusionStage(Stage):
         sampler: Sampler of the sample grids during training.
         prompts: Captions of the sample grid; [] uses the first validation captions.
         device: Device on which the images are encoded.
-        find_autoencoder: data_fingerprint -> the autoencoder and its source.
+        find_autoencoder: images -> the autoencoder and its source.
         latent_statistics: Source of the statistics that standardise the latents.
         init_from: Run or pipeline folder of a network to fine-tune instead of building a new one.
     """
@@ -94,7 +95,7 @@ class DiffusionStage(Stage):
         sigma = objective.variance(variance)
         conditions = conditioning(images)
         source = None if init_from is None else load_pipeline(init_from)
-        autoencoder, self.vae = find_autoencoder(data_fingerprint=images.fingerprint)
+        autoencoder, self.vae = find_autoencoder(images=images)
         self.autoencoder_data = data_of_autoencoder(self.vae, autoencoder)
         autoencoder.to(device)
         mean_and_std = resolve_statistics(autoencoder, latent_statistics)
@@ -104,6 +105,7 @@ class DiffusionStage(Stage):
             assert statistics is not None
             mean_and_std = statistics.latent_mean, statistics.latent_std  # the scaling the network was trained with
         self.contract, self.latents = encode_latents(autoencoder, images, flip, cache_dir, mean_and_std=mean_and_std)
+        self.truncation = conditions.count_truncated(images)
         self.lookup_condition = conditions.lookup(images, partial(open_captions, cache_dir=cache_dir))
         self.pipeline = LatentDiffusionPipeline(
             network=self._build(network, conditions, sigma) if source is None else self._adapt(source, conditions),
@@ -193,9 +195,10 @@ class DiffusionStage(Stage):
         channels, height, width = self.latents.shape
         patch = getattr(network.config, "patch_size", 1)
         warnings = []
-        if self.autoencoder_data is not None and self.autoencoder_data["fingerprint"] != self.images.fingerprint:
+        trained_on = self.autoencoder_data or {}
+        if trained_on and not is_same_data(trained_on, self.images):
             data = f"{self.images.name} {self.images.fingerprint[:8]}"
-            mismatch = f"the autoencoder was trained on different data: {self.autoencoder_data['description']}"
+            mismatch = f"the autoencoder was trained on different data: {trained_on['description']}"
             warnings.append(("warning", f"{mismatch}, while this run trains on {data}"))
         return [
             ("autoencoder", self.vae),
@@ -203,17 +206,22 @@ class DiffusionStage(Stage):
             ("model", f"{type(network).__name__}, {parameters / 1e6:.1f} M parameters"),
             ("latent", f"{channels} x {height} x {width} from {self.contract.resolution} px"),
             ("tokens", f"{height * width // patch**2} of {patch} x {patch}"),
-            ("conditioning", self.pipeline.conditioning.kind),
+            ("conditioning", self._describe_conditioning()),
             *([("classes of init_from", str(self.class_change))] if self.class_change is not None else []),
             ("chain", f"{self.pipeline.schedule.name}, T = {self.pipeline.schedule.num_steps}"),
             ("prediction", self.pipeline.prediction),
             ("variance", self.pipeline.variance),
         ]
 
+    def _describe_conditioning(self) -> str:
+        kind = self.pipeline.conditioning.kind
+        return kind if self.truncation is None else f"{kind}; {describe_truncation(**self.truncation)}"
+
     def facts(self) -> dict[str, Any]:
         return {
             "latent_shape": list(self.latents.shape),
             "vae": self.vae,
+            **({"captions": self.truncation} if self.truncation else {}),
             "contract": asdict(self.contract),
             **({"autoencoder_data": self.autoencoder_data} if self.autoencoder_data else {}),
             "chain_sha256": self.pipeline.chain_sha256,

@@ -90,15 +90,52 @@ def test_parquet_file_and_datasets_saved_to_disk_are_read(parquet, tmp_path):
         (tmp_path / "splits", "test"),
     ):
         assert [record.load() for record in HuggingFace(str(path), split=split).records()][5] == png(5)
-    with pytest.raises(UserError, match="splits .split=train.*cannot be opened"):
-        list(HuggingFace(str(tmp_path / "splits")).records())
+    for folder, existing in (("splits", "test"), ("saved", "train")):
+        with pytest.raises(UserError, match=rf"data\.split=nope .*{folder} are: {existing}"):
+            list(HuggingFace(str(tmp_path / folder), split="nope").records())
 
 
-def test_text_labels_are_numbered_in_order_of_appearance(tmp_path):
-    dataset(label=["b", "a", "b", "c", None, "a"]).save_to_disk(tmp_path / "saved")
+@pytest.mark.parametrize("layout", ["saved", "splits", "parquet"])
+def test_split_expressions_select_rows_of_every_layout(tmp_path, parquet, layout):
+    dataset().save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": dataset(), "test": dataset()}).save_to_disk(tmp_path / "splits")
+    path = parquet if layout == "parquet" else tmp_path / layout
+    expressions = {"train[:2]": [0, 1], "train[-1:]": [5], "train[50%:]": [3, 4, 5], "train[:1]+train[4:5]": [0, 4]}
+    if layout == "splits":
+        expressions["train+test[:1]"] = [0, 1, 2, 3, 4, 5, 0]
+    for split, rows in expressions.items():
+        records = HuggingFace(str(path), split=split).records()
+        assert [record.load() for record in records] == [png(row) for row in rows], split
+    with pytest.raises(UserError, match=r"data\.split=train\[:1\] .*streaming=true.*splits of .*: train"):
+        list(HuggingFace(str(parquet), split="train[:1]", streaming=True, num_images=2).records())
+
+
+@pytest.mark.parametrize(
+    "labels", [["b", "a", "b", "c", None, "a"], [3, 7, -1, 3, None, 7], [1.0, 2.0, None, float("nan"), 1.0, 2.0]]
+)
+def test_labels_are_class_names(tmp_path, labels):
+    dataset(label=labels).save_to_disk(tmp_path / "saved")
     source = HuggingFace(str(tmp_path / "saved"))
-    assert [record.label for record in source.records()] == [0, 1, 0, 2, None, 1]
-    assert source.class_names == ["b", "a", "c"]
+    expected = [None if value is None or value != value else value for value in labels]
+    assert [record.label for record in source.records()] == expected and source.class_names is None
+    assert all(isinstance(record.label, str | int | None) for record in source.records())
+
+
+def test_named_classes_mark_missing_labels_with_minus_one(tmp_path):
+    names = datasets.ClassLabel(names=["cat", "dog"])
+    dataset(label=[0, 1, -1, 0, 1, -1]).cast_column("label", names).save_to_disk(tmp_path / "saved")
+    source = HuggingFace(str(tmp_path / "saved"))
+    assert [record.label for record in source.records()] == [0, 1, None] * 2 and source.class_names == ["cat", "dog"]
+
+
+def test_empty_label_and_column_of_image_lists_are_rejected(tmp_path):
+    dataset(label=["dog", "cat", ""] * 2).save_to_disk(tmp_path / "saved")
+    with pytest.raises(UserError, match="label_column=label .*empty string in row 2"):
+        list(HuggingFace(str(tmp_path / "saved")).records())
+    lists = datasets.Dataset.from_dict({"image": [[{"bytes": png(0), "path": None}]] * 2})
+    lists.cast(datasets.Features({"image": datasets.Sequence(datasets.Image())})).save_to_disk(tmp_path / "lists")
+    with pytest.raises(UserError, match=r"image_column=image .*one image per row, .*List\(Image"):
+        list(HuggingFace(str(tmp_path / "lists")).records())
 
 
 def test_default_columns_can_be_missing(tmp_path):
@@ -113,10 +150,10 @@ def test_configured_columns_must_exist(parquet, option):
         list(HuggingFace(str(parquet), **{option: "nope"}).records())
 
 
-@pytest.mark.parametrize(("column", "value"), [("text", 3), ("label", 0.5)])
+@pytest.mark.parametrize(("column", "value"), [("text", 3), ("label", 0.5), ("label", [1, 2])])
 def test_columns_of_the_wrong_type_are_refused(tmp_path, column, value):
     dataset(**{column: [value] * 6}).save_to_disk(tmp_path / "saved")
-    with pytest.raises(UserError, match=f"column '{column}' .*{value}, not .*=null"):
+    with pytest.raises(UserError, match=f"{column} must be a column of .*{value}.*null"):
         list(HuggingFace(str(tmp_path / "saved")).records())
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from ldm.data.pixels import FORMATS, IMAGE_SUFFIXES, decode
 from ldm.data.sources.image_folder import ImageFolder
 from ldm.errors import UserError
 
@@ -195,9 +196,13 @@ def test_invalid_metadata_is_refused(folder, metadata, message):
 @pytest.mark.parametrize(
     ("names", "classes", "labels"),
     [
-        (("cat/2.png", "cat/young/3.png", "dog/1.png"), ["cat", "dog"], [0, 0, 1]),
+        (("cat/2.png", "cat/young/3.png", "dog/1.png"), ["cat", "dog"], ["cat", "cat", "dog"]),
         (("cat/1.png", "cat/2.png"), None, [None] * 2),
         (("3.png", "cat/1.png", "dog/2.png"), None, [None] * 3),
+        (("10/1.png", "2/1.png"), ["2", "10"], ["10", "2"]),
+        (("train/cat/1.png", "val/dog/1.png"), ["cat", "dog"], ["cat", "dog"]),
+        (("Train/1.png", "test/1.png"), None, [None] * 2),
+        (("plane/1.png", "train/1.png"), ["plane", "train"], ["plane", "train"]),
     ],
 )
 def test_classes_are_the_top_level_folders_if_they_contain_all_images(tmp_path, names, classes, labels):
@@ -206,6 +211,39 @@ def test_classes_are_the_top_level_folders_if_they_contain_all_images(tmp_path, 
     source = ImageFolder(tmp_path)
     assert source.class_names == classes
     assert [(record.name, record.label) for record in source.records()] == list(zip(names, labels, strict=True))
+
+
+def test_folders_named_after_splits_are_reported(tmp_path):
+    for name in ("train/cat/1.png", "val/dog/1.png"):
+        write(tmp_path / name)
+    (note,) = ImageFolder(tmp_path).notes
+    assert "train/, val/" in note and "not classes" in note
+
+
+def test_every_suffix_of_a_supported_format_is_used(tmp_path):
+    for number, suffix in enumerate(IMAGE_SUFFIXES):
+        kind = next(kind for kind, suffixes in FORMATS.items() if suffix in suffixes)
+        if kind in Image.SAVE:
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}{suffix.upper()}", kind)
+    (tmp_path / "drawing.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0")
+    source = ImageFolder(tmp_path)
+    assert source.num_records >= len(IMAGE_SUFFIXES) - len(FORMATS["AVIF"]), "an older Pillow cannot write AVIF"
+    assert all(decode(record.load(), 8, "crop").shape == (8, 8, 3) for record in source.records())
+    assert source.skipped == {".eps file": 1}
+
+
+def test_links_to_files_and_folders_are_followed_once(tmp_path):
+    write(tmp_path / "elsewhere" / "deep" / "1.png")
+    write(tmp_path / "file.png", (9, 9, 9))
+    write(tmp_path / "set" / "dog" / "1.png")
+    (tmp_path / "set" / "cat").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set" / "dog" / "2.png").symlink_to(tmp_path / "file.png")
+    (tmp_path / "set" / "dog" / "parent").symlink_to(tmp_path / "set")
+    (tmp_path / "set" / "a link").symlink_to(tmp_path / "set" / "dog")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "set")
+    source = ImageFolder(tmp_path / "set")
+    assert [record.name for record in source.records()] == ["cat/deep/1.png", "dog/1.png", "dog/2.png"]
+    assert source.class_names == ["cat", "dog"]
 
 
 def test_identity_changes_with_every_edit(folder):

@@ -497,7 +497,7 @@ def test_classes_are_matched_by_name(images, labelled):
         names.append([classes[i] for i in request.condition["label"]])
     assert names[0] == names[1] and set(names[0]) == {"cat", "dog"}
     pipeline.conditioning = ClassCondition(["dog", "bird", "fish"])
-    with pytest.raises(UserError, match="no class cat.*dog, bird, fish"):
+    with pytest.raises(UserError, match="label=cat .*dog, 1=bird, 2=fish"):
         compare_images._request(pipeline, labelled_images, None, 6, captions)
 
 

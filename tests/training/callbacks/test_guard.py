@@ -438,7 +438,7 @@ def test_training_stops_with_remedies_after_max_rollbacks(train):
 
 def test_without_a_guard_no_step_is_skipped(train):
     result, _ = train("unguarded", {1}, "trainer.max_steps=3", "trainer.guard=null")
-    assert "skipped" not in result.out and not Path("runs/vae/unguarded/skipped_steps.jsonl").exists()
+    assert "skipped_steps" not in result.out and not Path("runs/vae/unguarded/skipped_steps.jsonl").exists()
 
 
 RANK_1_SCRIPT = """

@@ -94,7 +94,7 @@ def diffusion_stage(images, vae_stage, tmp_path):
                 "seed": 0,
                 "folder": tmp_path,
                 "device": torch.device("cpu"),
-                "find_autoencoder": lambda data_fingerprint: (autoencoder, "here"),
+                "find_autoencoder": lambda images: (autoencoder, "here"),
                 **options,
             }
         )
@@ -240,9 +240,7 @@ def test_init_from_refuses_a_different_autoencoder_or_conditioning(diffusion_sta
         modified.model.shortcut_out.bias += 1
     old, new = (vae.weights_sha256()[:12] for vae in (stage.pipeline.autoencoder, modified))
     with pytest.raises(UserError, match=rf"init_from=.*autoencoder.*{old}.*{new}.*vae="):
-        diffusion_stage(
-            conditioning=class_condition, init_from=source, find_autoencoder=lambda data_fingerprint: (modified, "")
-        )
+        diffusion_stage(conditioning=class_condition, init_from=source, find_autoencoder=lambda images: (modified, ""))
 
 
 def test_init_from_keeps_the_embeddings_of_shared_classes(diffusion_stage, images, make_images, tmp_path):
