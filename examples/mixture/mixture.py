@@ -129,9 +129,9 @@ def train(
     lr: float = 5e-3,
     device: torch.device | str = "cpu",
 ) -> Denoiser:
-    """Train a small network on fresh samples of the mixture.
+    """Train a small network on fresh samples from the mixture.
 
-    The loss is L_simple in v. The optimiser is Adam with a learning rate that decays linearly to 0.
+    The loss is L_simple with v-prediction. The optimiser is Adam with a learning rate that decays linearly to 0.
     """
     generator = torch_generator(seed, 0)
     with torch.random.fork_rng(devices=[]):

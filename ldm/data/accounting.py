@@ -7,13 +7,14 @@ from ldm.data.cache import count, shorten
 from ldm.data.images import ImageData
 
 PROFILES = {"converted": "colour profile", "unreadable": "unreadable colour profile, treated as sRGB"}
+UNRECORDED = "prepared by an earlier version, which did not record the files that it skipped or converted"
 MAX_CLASSES = 12
 """Data sets with more classes are described by their largest and smallest classes."""
 ADVISED_BIT_DEPTHS = (10, 12, 14)
 TRUNCATION = ("truncated", "longest", "max_tokens")
 
 
-def account(images: ImageData) -> dict[str, Any]:
+def account_for(images: ImageData) -> dict[str, Any]:
     """Count the files, captions and classes of a data set, as plain values for run.json."""
     preparation = images.preparation
     skipped = preparation.get("skipped") or ({"cannot be read": images.num_skipped} if images.num_skipped else {})
@@ -27,7 +28,7 @@ def account(images: ImageData) -> dict[str, Any]:
         "validation": len(images.val_indices),
         "skipped": skipped,
         "converted": preparation.get("converted", {}) | {PROFILES[kind]: n for kind, n in images.profiles.items()},
-        "notes": list(preparation.get("notes", [])),
+        "notes": list(preparation.get("notes", [UNRECORDED])),
     }
     if images.captions is not None:
         present = sum(caption is not None for caption in images.captions)
@@ -54,7 +55,7 @@ def account(images: ImageData) -> dict[str, Any]:
     return accounts
 
 
-def account_rows(accounts: dict[str, Any]) -> list[tuple[str, str]]:
+def accounting_rows(accounts: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the labels and values of the accounting table."""
     rows = [
         ("size", f"{accounts['resolution']} x {accounts['resolution']} px, {accounts['megabytes']:,.3g} MB"),

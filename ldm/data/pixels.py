@@ -157,7 +157,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
 def _correct_colour_key(image: Image.Image, data: bytes) -> Image.Image:
     """Apply the transparent colour of a PNG file where Pillow compares it with samples of another bit depth.
 
-    Pillow scales grey of 2 and 4 bits to 8 bits, and keeps only the high bytes of 16-bit RGB, but not the colour key.
+    Pillow scales 2- and 4-bit grey to 8 bits, and keeps only the high bytes of 16-bit RGB, but leaves the key as it is.
     """
     key = image.info.get("transparency")
     raw_mode = image.tile[0][3] if image.format == "PNG" and image.tile else None  # type: ignore[attr-defined]
@@ -190,13 +190,13 @@ def to_rgb(image: Image.Image, bit_depth: BitDepth = 16) -> tuple[Image.Image, P
         BadImageError: the pixels are floats, or integers outside 0..2^bit_depth - 1.
     """
     image.load()
-    # Pillow sets None if it cannot decompress the profile
+    # Pillow sets it to None if it cannot decompress the profile
     icc_profile = image.info["icc_profile"] or b"" if "icc_profile" in image.info else None
     image = _upright(image)
     if image.mode == "I" or image.mode.startswith("I;16"):
         return to_srgb(_from_16_bit_grey(image, bit_depth), icc_profile)
     if image.mode == "F":
-        reason = "floating-point pixels have no defined white; save the image with 8 or 16 bits"
+        reason = "floating-point pixels have no defined white level; save the image with 8 or 16 bits"
         raise BadImageError("floating-point pixels", reason)
     if image.has_transparency_data:
         # Pillow's own RGBA -> RGB conversion drops alpha, which reveals the hidden colour of transparent pixels.

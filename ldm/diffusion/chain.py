@@ -97,8 +97,8 @@ def posterior(
     z_0 = at_least_float32(z_0)
     a_s, a_t = schedule.at(s, z_0), schedule.at(t, z_0)
     _, bt = _step_variances(a_s, a_t)
-    from_z_0, from_z_t = _posterior_weights(a_s, a_t)
-    return from_z_0.to(z_0) * z_0 + from_z_t.to(z_0) * z_t, bt.to(z_0)
+    z_0_weight, z_t_weight = _posterior_weights(a_s, a_t)
+    return z_0_weight.to(z_0) * z_0 + z_t_weight.to(z_0) * z_t, bt.to(z_0)
 
 
 def log_variance(
@@ -125,10 +125,10 @@ def log_variance(
         mse(t) = E |z_0 - predicted z_0|^2 / D.
 
     At s = 0, bt = 0 and c_0 = 1. optimal is then mse(t), which minimises the mean of -log p(z_0 | z_t). fixed_small and
-    learned_range replace bt = 0 by bt of the step 2 -> 1 of the full chain. The result has shape [b or 1, 1, ..., 1],
+    learned_range replace bt = 0 with the bt of step 2 -> 1 of the full chain. The result has shape [b or 1, 1, ..., 1],
     or the shape of v for learned_range.
-    Source: Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 15, and its clip at the last step; optimal is Bao et
-    al. 2022, arXiv:2201.06503, for an exact denoiser, and arXiv:2206.07309 for any denoiser.
+    Source: Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 15, including the clipping at the last step;
+    optimal is from Bao et al. 2022, arXiv:2201.06503, for an exact denoiser, and arXiv:2206.07309 for any denoiser.
 
     Args:
         z_0_mse: mse(t) for t = 0..T, only used by optimal; see `check_z_0_mse`.
@@ -145,8 +145,8 @@ def log_variance(
     if variance == "fixed_large":
         return b.log().to(like)
     if variance == "optimal":
-        from_z_0, _ = _posterior_weights(a_s, a_t)
-        return (bt + from_z_0**2 * _z_0_mse_at(schedule, z_0_mse, t).reshape(from_z_0.shape)).log().to(like)
+        z_0_weight, _ = _posterior_weights(a_s, a_t)
+        return (bt + z_0_weight**2 * _z_0_mse_at(schedule, z_0_mse, t).reshape(z_0_weight.shape)).log().to(like)
     if (bt == 0).any():
         if schedule.num_steps < 2:
             raise ValueError(f"{variance} needs at least two steps, but this chain has one step. Use fixed_large")
@@ -285,8 +285,8 @@ def _step_variances(a_s: Tensor, a_t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _posterior_weights(a_s: Tensor, a_t: Tensor) -> tuple[Tensor, Tensor]:
-    from_z_0 = a_s.sqrt() * (1 - a_t / a_s) / (1 - a_t)
-    return from_z_0, (a_t / a_s).sqrt() * (1 - a_s) / (1 - a_t)
+    z_0_weight = a_s.sqrt() * (1 - a_t / a_s) / (1 - a_t)
+    return z_0_weight, (a_t / a_s).sqrt() * (1 - a_s) / (1 - a_t)
 
 
 def _z_0_mse_at(schedule: NoiseSchedule, z_0_mse: Tensor | None, t: Step) -> Tensor:

@@ -39,7 +39,7 @@ class LatentContract:
 
     @property
     def key(self) -> str:
-        """Key in the name of the cache folder: readable prefixes of the first two fields and a digest of all fields.
+        """Key in the name of the cache folder: short prefixes of the first two fields and a digest of all fields.
 
         Different contracts therefore never share a cache.
         """

@@ -26,7 +26,7 @@ def require_density(autoencoder: Autoencoder) -> LatentStatistics:
         )
     if statistics is None:
         raise UserError(
-            f"{name} was not measured on its training split: latents.json is missing next to its weights. Restore "
+            f"{name} has no latent statistics: latents.json is missing next to its weights. Restore "
             "that file, or retrain the autoencoder."
         )
     return statistics
@@ -43,11 +43,11 @@ def check_chain(pipeline: LatentDiffusionPipeline, variance: str, steps: Any, od
     schedule, choices = pipeline.schedule, get_args(VarianceType)
     if variance not in choices:
         raise UserError(f"variance={variance} is unknown. Choose one of: {', '.join(choices)}.")
-    if variance != "optimal":  # optimal can still be fitted
+    if variance != "optimal":  # the optimal variance can be fitted later
         pipeline.check_variance(variance)
     if steps is not None and (type(steps) is not int or steps % 2 or not 4 <= steps <= schedule.num_steps):
         raise UserError(
-            f"steps={steps} must be an even number from 4 to T = {schedule.num_steps}, or all to use every t."
+            f"steps={steps} must be an even number from 4 to T = {schedule.num_steps}, or 'all' to use every t."
         )
     if ode is not None:
         _check_ode(schedule, **ode)

@@ -15,10 +15,10 @@ from ldm.runtime.random import numpy_generator, torch_generator
 from ldm.sampling.pipeline import LatentDiffusionPipeline, save_z_0_mse
 from ldm.sampling.request import Request
 
-FITTED_IMAGES = 1024
+NUM_FIT_IMAGES = 1024
 
 
-def fit_optimal(
+def fit_optimal_variance(
     pipeline: LatentDiffusionPipeline,
     images: ImageData,
     folder: Path,
@@ -33,7 +33,7 @@ def fit_optimal(
     Raises:
         UserError: if the autoencoder or the network returns non-finite values.
     """
-    indices = numpy_generator(seed, 3).permutation(images.train_indices)[:FITTED_IMAGES]
+    indices = numpy_generator(seed, 3).permutation(images.train_indices)[:NUM_FIT_IMAGES]
     generator = torch_generator(seed, 3)
     latents: list[Tensor] = []
     for start in range(0, len(indices), batch_size):

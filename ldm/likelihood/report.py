@@ -11,7 +11,7 @@ from ldm.autoencoder.autoencoder import Autoencoder
 from ldm.errors import UserError
 from ldm.likelihood.checks import check_chain, require_density
 from ldm.likelihood.figure import plot_likelihood
-from ldm.likelihood.optimal_variance import fit_optimal
+from ldm.likelihood.optimal_variance import fit_optimal_variance
 from ldm.likelihood.two_stage import Terms, TwoStageBounds, two_stage_bound, vae_bound
 from ldm.metrics.metric import mean_metric
 from ldm.metrics.report import Report
@@ -68,7 +68,7 @@ def paired_difference(bits: list[float], baseline: list[float]) -> dict[str, Any
 
 def format_difference(difference: dict[str, Any]) -> str:
     """Format the result of `paired_difference`."""
-    return f"paired over images: {difference['mean']:+.4f} ± {difference['standard_error']:.4f} bits/dim"
+    return f"paired by image: {difference['mean']:+.4f} ± {difference['standard_error']:.4f} bits/dim"
 
 
 def _terms_to_json(terms: Terms) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def measure_likelihood(
         condition = Request.for_images(model, images, indices).condition
         with progress() as bar:
             if variance == "optimal" and model.z_0_mse is None:
-                fit_optimal(model, images, run.pipeline_folder, bar=bar, **options)
+                fit_optimal_variance(model, images, run.pipeline_folder, bar=bar, **options)
             options |= {"variance": variance, "steps": steps, "ode": ode}
             bounds = two_stage_bound(model, pixels, condition, on_progress=ProgressBars(bar), **options)
         priors = {"chain": bounds.chain, "ODE": bounds.ode, "VAE": bounds.vae}

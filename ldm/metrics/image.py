@@ -24,7 +24,7 @@ MIN_SSIM_SIDE = 6
 def ssim(images: Tensor, reconstruction: Tensor) -> Tensor:
     """Return the structural similarity of each image, [b], for images [b, c, H, W] in [-1, 1].
 
-    The window is an 11 x 11 Gaussian (torchmetrics). Intensities are first mapped to [0, 1], as for published values,
+    The window is an 11 x 11 Gaussian (torchmetrics). Intensities are first mapped to [0, 1], as in published results,
     because the luminance term is meaningless for negative intensities.
     """
     a, b = ((x.float() + 1) / 2 for x in (reconstruction, images))
@@ -37,7 +37,7 @@ def ssim(images: Tensor, reconstruction: Tensor) -> Tensor:
 def pca_reconstruction(train: Tensor, images: Tensor, *, factor: int, channels: int) -> Tensor:
     """Reconstruct images from the first `channels` principal components of their f x f patches.
 
-    A latent with the same downsampling factor and number of channels has the same number of values.
+    The coefficients take as many values as a latent with this downsampling factor and number of channels.
 
     Args:
         train: Images to fit the components to, [n, 3, H, W] in [-1, 1].

@@ -165,9 +165,9 @@ class DiT(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         if hidden_dim % head_dim or head_dim % 4:
-            raise ValueError(f"head_dim must be a multiple of 4 that divides hidden_dim, {hidden_dim}; got {head_dim}")
+            raise ValueError(f"head_dim must be a multiple of 4 that divides hidden_dim ({hidden_dim}); got {head_dim}")
         if sample_size % patch_size:
-            raise ValueError(f"patch_size must divide the latent size, {sample_size}; got {patch_size}")
+            raise ValueError(f"patch_size must divide the latent size ({sample_size}); got {patch_size}")
         self.patch_in = nn.Linear(in_channels * patch_size**2, hidden_dim)
         self.time_mlp = nn.Sequential(nn.Linear(256, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, hidden_dim))
         if text_dim is not None:

@@ -44,7 +44,9 @@ class TextEncoder:
         limits = (self.tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or math.inf)
         least, most = self.tokenizer.num_special_tokens_to_add() + 1, min(limits)
         if not least <= max_tokens <= most:
-            raise InputError("max_tokens", max_tokens, f"must be {least} to {most} for the text encoder {name}")
+            raise InputError(
+                "max_tokens", max_tokens, f"must be between {least} and {most} for the text encoder {name}"
+            )
         with _explain_load_errors(name):
             self.model: Any = AutoModel.from_pretrained(
                 source, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False

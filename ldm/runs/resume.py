@@ -169,7 +169,7 @@ class ResumePlan:
         newest = max((manifest.sequence for manifest in list_checkpoints(self.folder / FOLDER)), default=-1)
         return {"file": str(self.resume.resolve()), "after": newest}
 
-    def stop_message(self, reason: str, *, has_replaced: bool) -> str:
+    def stop_message(self, reason: str, *, has_replaced_run: bool) -> str:
         """Return the message for a training run stopped by a signal, with the command to continue it.
 
         Args:
@@ -180,7 +180,7 @@ class ResumePlan:
         mode = "resume=true"
         if not isinstance(self.resume, bool) and not has_saved_since(self.folder, self.resume):
             mode = f"resume={self.resume}"
-        elif self.overwrite and not has_replaced:
+        elif self.overwrite and not has_replaced_run:
             mode = "overwrite=true"
         return f"{reason}. To continue: {shell.train_command(*self.options, *folder_options(self.folder), mode)}"
 

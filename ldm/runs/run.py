@@ -221,7 +221,7 @@ class Run:
         return f"{self.facts.get('data', 'unknown data')} {str(self.facts.get('data_fingerprint'))[:8]}"
 
     def data(self) -> dict[str, Any]:
-        """Return the fingerprints and the description of the training data, as `data_of_autoencoder`."""
+        """Return the fingerprints and the description of the training data, as `data_of_autoencoder` does."""
         return {
             "fingerprint": self.facts["data_fingerprint"],
             "images_fingerprint": self.facts.get("images_fingerprint"),
@@ -237,7 +237,7 @@ class Run:
         folder = Path(self.facts["data_cache"])
         if not (folder / "index.json").is_file():
             raise UserError(
-                f"The prepared images of {self.path} are no longer in {folder}. To prepare them again, start a "
+                f"The prepared images for {self.path} are no longer in {folder}. To prepare them again, start a "
                 "training run with the same data options."
             )
         reject_outside_links(folder)
@@ -245,7 +245,8 @@ class Run:
         if images.fingerprint != self.facts["data_fingerprint"]:
             raise UserError(
                 f"{folder} contains images with fingerprint {images.fingerprint[:12]}, but {self.path} was trained on "
-                f"{self.facts['data_fingerprint'][:12]}. Set data.cache_dir to the folder of its training images."
+                f"{self.facts['data_fingerprint'][:12]}. Set data.cache_dir to the folder that contains its "
+                "training images."
             )
         return images
 

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.cli.images import prepare_images
 from ldm.cli.main import command_line, construct
-from ldm.data.accounting import account, account_rows
+from ldm.data.accounting import account_for, accounting_rows
 from ldm.data.images import ImageData
 from ldm.errors import UserError
 from ldm.files.atomic import clear_partials
@@ -80,7 +80,7 @@ class Session:
         """Lock the run folder and find the checkpoint to resume from.
 
         Raises:
-            UserError: The folder is in use or not writable, or has no checkpoint that can resume with these options.
+            UserError: The folder is in use, not writable, or has no checkpoint that can be resumed with these options.
             Interrupted: A signal requested a stop. The message says how to resume.
         """
         try:
@@ -93,7 +93,7 @@ class Session:
             if not self.main_process:
                 # Launchers kill all ranks as soon as one of them exits with a non-zero status.
                 raise SystemExit(0 if launcher.has_shared_run_name() else interrupt.code) from None
-            message = self.resume_plan.stop_message(str(interrupt), has_replaced=self.replacement.is_final)
+            message = self.resume_plan.stop_message(str(interrupt), has_replaced_run=self.replacement.is_final)
             if interrupt.signal.name == "SIGUSR1":
                 message += self.resume_plan.requeue()
             raise signals.Interrupted(interrupt.signal, message) from None
@@ -111,7 +111,7 @@ class Session:
         if images.fingerprint != expected:
             images = ImageData.open(images.path, images.val_fraction, expected)
         if self.main_process:
-            print_table(f"data {images.name}", account_rows(account(images)))
+            print_table(f"data {images.name}", accounting_rows(account_for(images)))
         check_batch(self.config, len(images.train_indices))
         return images
 
@@ -184,7 +184,7 @@ class Session:
             "data": images.name,
             "data_fingerprint": images.fingerprint,
             "images_fingerprint": images.images_fingerprint,
-            "accounting": account(images),
+            "accounting": account_for(images),
             "data_cache": str(images.path.resolve()),
             "val_fraction": images.val_fraction,
             **({"branch": branch} if (branch := resume_plan.branch) else {}),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.data.accounting import account, account_rows
+from ldm.data.accounting import account_for, accounting_rows
 from ldm.data.cache import describe_change
 from ldm.data.images import prepare
 from ldm.data.sources.image_folder import ImageFolder
@@ -46,7 +46,7 @@ def folder(tmp_path) -> Path:
 
 def test_every_file_is_accounted_for(folder, tmp_path):
     images = prepare_quietly(folder, tmp_path / "cache", max_bad_fraction=0.5)
-    accounts = account(images)
+    accounts = account_for(images)
     assert (accounts["files"], accounts["used"]) == (22, 16)
     assert accounts["train"] + accounts["validation"] == 16
     assert accounts["skipped"] == {
@@ -63,8 +63,10 @@ def test_every_file_is_accounted_for(folder, tmp_path):
     text = " ".join(accounts["notes"])
     for part in ("1 text file", "dog/lost.txt", "dog/gone.png", "bit_depth=12", "4 images have no caption"):
         assert part in text, part
-    assert account(prepare_quietly(folder, tmp_path / "cache", max_bad_fraction=0.5)) == accounts, "read from the cache"
-    rows = account_rows(accounts)
+    assert account_for(prepare_quietly(folder, tmp_path / "cache", max_bad_fraction=0.5)) == accounts, (
+        "read from the cache"
+    )
+    rows = accounting_rows(accounts)
     assert ("classes", "2 (cat 12, dog 4)") in rows and (
         "captions",
         "12 present, 4 missing; 1 image with several",
@@ -75,7 +77,7 @@ def test_many_classes_are_summarised(tmp_path):
     for i in range(30):
         for k in range(1 + i):
             save(tmp_path / "set" / str(i) / f"{k}.png", Image.new("RGB", (8, 8), (i, k, 0)))
-    rows = dict(account_rows(account(prepare_quietly(tmp_path / "set", tmp_path / "cache"))))
+    rows = dict(accounting_rows(account_for(prepare_quietly(tmp_path / "set", tmp_path / "cache"))))
     assert rows["classes"] == "30 (largest 29 30, 28 29, 27 28, smallest 2 3, 1 2, 0 1)"
 
 

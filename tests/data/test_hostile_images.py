@@ -27,7 +27,7 @@ from ldm.files import reading
 from tests.data.encoded import encode, prepare_quietly
 
 NUM_FUZZED_FILES = 2000
-POSIX = pytest.mark.skipif(os.name == "nt", reason="Windows does not have such files")
+POSIX = pytest.mark.skipif(os.name == "nt", reason="these file types do not exist on Windows")
 
 
 def png(width: int, height: int, data: bytes, *extra_chunks: tuple[bytes, bytes]) -> bytes:

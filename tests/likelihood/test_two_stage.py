@@ -484,7 +484,7 @@ VQ = PatchVQModel(patch=1, block_out_channels=(8,), norm_num_groups=4)
     ("changes", "options", "message"),
     [
         ({"model": VQ}, {}, "PatchVQModel has no density.*stage=vae regulariser=kl"),
-        ({"statistics": None}, {}, r"not measured on its training split.*latents\.json"),
+        ({"statistics": None}, {}, r"no latent statistics.*latents\.json"),
         ({}, {"variance": "huge"}, "variance=huge is unknown.*fixed_small, fixed_large, learned_range, optimal"),
         ({}, {"variance": "learned_range"}, "variance=learned_range needs a network that learned Sigma.*fixed_small"),
         ({}, {"variance": "optimal"}, r"not been fitted for this model yet.*tools/likelihood\.py .* variance=optimal"),
@@ -493,7 +493,7 @@ VQ = PatchVQModel(patch=1, block_out_channels=(8,), norm_num_groups=4)
             {"variance": "optimal"},
             r"z_0_mse.*T \+ 1 = 13.*got 12.*Delete",
         ),
-        ({}, {"steps": 5}, "steps=5 must be.* even .*4 to T = 12.* all"),
+        ({}, {"steps": 5}, "steps=5 must be.* even .*4 to T = 12.* 'all'"),
         ({}, {"steps": "abc"}, "steps=abc must be.* even"),
         ({}, {"ode": {"probes": 0}}, "probes=0 must be 1 or more"),
         ({}, {"ode": {"rtol": "fine"}}, "rtol=fine must be a number"),

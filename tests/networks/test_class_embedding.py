@@ -43,7 +43,7 @@ def test_embeddings_are_matched_by_class_name(make, new):
         torch.testing.assert_close(actual, expected)
 
 
-def test_replacing_classes_with_equal_classes_returns_the_same_network():
+def test_replacing_classes_with_identical_classes_returns_the_same_network():
     network = dit(2)
     assert replace_classes(network, ["a", "b"], ["a", "b"]) is network
 

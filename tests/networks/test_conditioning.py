@@ -136,7 +136,7 @@ def test_max_tokens_must_fit_the_text_encoder(folder, max_tokens, is_valid):
     if is_valid:
         assert TextCondition(str(folder), max_tokens).null()["tokens"].shape == (1, max_tokens, 12)
         return
-    with pytest.raises(UserError, match=f"max_tokens={max_tokens} must be 3 to 512"):
+    with pytest.raises(UserError, match=f"max_tokens={max_tokens} must be between 3 and 512"):
         TextCondition(str(folder), max_tokens)
 
 

@@ -138,8 +138,8 @@ def test_every_nth_block_has_cross_attention(every, has_attention, inputs):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"patch_size": 3}, "patch_size must divide .*4; got 3"),
-        ({"head_dim": 24}, "head_dim must be .* divides hidden_dim.*32; got 24"),
+        ({"patch_size": 3}, "patch_size must divide .*4.; got 3"),
+        ({"head_dim": 24}, "head_dim must be .* divides hidden_dim .32.; got 24"),
         ({"hidden_dim": 36, "head_dim": 18}, "head_dim must be .*multiple of 4 .* got 18"),
         ({"mlp_ratio": 0.7}, "mlp_ratio must be at least 0.75 .*hidden_dim.*32; got 0.7"),
     ],

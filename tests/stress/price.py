@@ -62,7 +62,7 @@ def median_step_s(spec: Any, steps: int, *, protected: bool) -> float:
     options = {**spec.options, "val_check_interval": 10**9, "max_steps": steps + WARM_UP}
     fit = Fit(replace(spec, options=options if protected else {**options, "guard": None}), None)
     if protected:
-        fit.checkpoints.every_s = float("inf")  # the cost of saving is added separately
+        fit.checkpoints.interval_s = float("inf")  # the cost of saving is added separately
     else:
         spec.stage.module.guard = None
         fit.trainer.callbacks.remove(fit.checkpoints)
@@ -84,13 +84,13 @@ def measure_overhead(stage: str, spec: Any, blocks: int, steps: int) -> float:
     from ldm.runs.checkpoints import list_checkpoints
 
     newest = max(list_checkpoints(spec.folder / "checkpoints"), key=lambda manifest: manifest.step)
-    every_s = spec.options["checkpoint_every_s"]
-    saves = newest.save_s / every_s
+    interval_s = spec.options["checkpoint_every_s"]
+    saves = newest.save_s / interval_s
     bound = mean + float(stats.t.ppf(0.95, len(overheads) - 1)) * error + saves
     print(
         f"stage {stage}: overhead {mean:+.2%} ± {error:.2%} (standard error, {blocks} pairs of blocks of {steps} "
-        f"steps). Saving a checkpoint of {newest.bytes / 1e6:.1f} MB takes {newest.save_s:.2f} s every {every_s:g} s, "
-        f"which adds {saves:.2%}. Upper bound of the total at 95 %: {bound:.2%}",
+        f"steps). Saving a checkpoint of {newest.bytes / 1e6:.1f} MB takes {newest.save_s:.2f} s every {interval_s:g} "
+        f"s, which adds {saves:.2%}. Upper bound of the total at 95 %: {bound:.2%}",
         flush=True,
     )
     return bound

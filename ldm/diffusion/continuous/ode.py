@@ -80,8 +80,8 @@ class ODESampler:
 
     Args:
         solver: heun (order 2, equal steps in the clock) or adaptive (order 5, with a step size controlled by an error
-            estimate). adaptive keeps its state in float64 on the CPU. All samples of a batch share its step sizes, so
-            results depend on the rest of the batch, within the tolerance.
+            estimate). adaptive keeps its state in float64 on the CPU. All samples in a batch share the step sizes, so
+            each result depends slightly on the rest of the batch, within the tolerance.
         steps: for heun, the number of transitions, including the last one from t_min to 0. Sampling calls the
             denoiser 2 steps - 1 times; `encode` and `decode` call it 2 steps - 2 times. Ignored by adaptive.
         rtol, atol: for adaptive, the relative and absolute error tolerances per step, as in scipy.

@@ -55,10 +55,10 @@ def ode_log_likelihood(
     """Return the log-density of z at t_min under the probability-flow ODE.
 
     This density differs from that of the ancestral chain, and can be above or below the variational bound. A single
-    adaptive solve integrates z together with the log-density estimate of every probe. All samples of a batch share its
-    step sizes, so results depend on the rest of the batch, within the tolerance. Memory use is that of one forward and
-    one backward pass of the denoiser. The network must be in eval mode, so that dropout does not change the ODE
-    between evaluations. Its parameters need no gradient.
+    adaptive solve integrates z together with the log-density estimate of every probe. All samples in a batch share the
+    step sizes, so each result depends slightly on the rest of the batch, within the tolerance. Memory use is that of
+    one forward and one backward pass of the denoiser. The network must be in eval mode, so that dropout does not change
+    the ODE between evaluations. Its parameters need no gradient.
     Source: Grathwohl et al. 2019, arXiv:1810.01367; Song et al. 2021, arXiv:2011.13456, eqs. 39 and 40.
 
     Args:
@@ -68,7 +68,7 @@ def ode_log_likelihood(
             one vector-Jacobian product per dimension.
         generators: random generator for the probes of the whole batch, or a list with one per sample, so that the
             probes of a sample do not depend on the rest of the batch.
-        on_evaluation: called as on_evaluation(t) before every call of the denoiser.
+        on_evaluation: called as on_evaluation(t) before every call to the denoiser.
 
     Raises:
         ValueError: as raised by `clock_ends` and `integrate`; if probes is less than 1; if a list of generators does

@@ -34,7 +34,8 @@ Transition = Callable[[Prediction, Tensor, int, int], Tensor]
 class SamplerLike(Protocol):
     """Interface of samplers, which map z_T ~ N(0, I) to z_0 using the Markov chain, its SDE or its ODE.
 
-    `method` is its name in configs and records; `variance` is the Sigma of p(z_s | z_t) that it requires, or None.
+    `method` is the sampler's name in configs and records; `variance` is the Sigma of p(z_s | z_t) that the sampler
+    requires, or None.
     """
 
     @property
@@ -63,7 +64,7 @@ class SamplerLike(Protocol):
 
 @dataclass(frozen=True)
 class SamplingRun:
-    """Inputs of one sampling run: visited steps, initial latents, the model's Sigma and error, noise generator."""
+    """Inputs of one sampling run: visited steps, initial latents, the model's Sigma and MSE of z_0, noise generator."""
 
     schedule: NoiseSchedule
     visited: list[int]

@@ -16,7 +16,7 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
-from ldm.data.accounting import account
+from ldm.data.accounting import account_for
 from ldm.data.images import ImageData
 from ldm.evaluation.data.summary import data_table
 from ldm.evaluation.features import NO_FEATURES, load_features, reference_features
@@ -65,7 +65,7 @@ def inspect_data(
     network = None if features == NO_FEATURES else load_features(features).to(device)
     started = time.perf_counter()
     attributes = ("name", "fingerprint", "licence", "resolution", "num_bytes", "val_fraction")
-    accounts = account(images)
+    accounts = account_for(images)
     content: dict[str, Any] = {
         **{key: getattr(images, key) for key in attributes},
         "cache": str(images.path),

@@ -6,7 +6,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from ldm.data.accounting import account_rows
+from ldm.data.accounting import accounting_rows
 from ldm.data.cache import shorten
 
 
@@ -24,7 +24,7 @@ def data_table(content: dict[str, Any]) -> Table:
 
 def _sections(content: dict[str, Any]) -> Iterator[dict[str, str] | list[tuple[str, str]]]:
     yield [
-        *account_rows(content["accounting"]),
+        *accounting_rows(content["accounting"]),
         ("prepared in", content["cache"]),
         ("unreadable", _count_and_names([entry["name"] for entry in content["unreadable"]])),
         ("single colour", _count_and_names([image["name"] for image in content["blank"]])),

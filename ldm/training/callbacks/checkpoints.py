@@ -32,7 +32,7 @@ class StopTraining(Exception):
 
 
 class Checkpoints(Checkpoint):
-    """Saves checkpoints every `every_s` seconds, when validation improves, at the end, and on a signal.
+    """Saves checkpoints every `interval_s` seconds, when validation improves, at the end, and on a signal.
 
     Checkpoints are only saved between steps. The last `keep_last` checkpoints and the best one by the monitored metric
     are kept. If a save fails during training, earlier checkpoints stay and the save is retried later. A run stopped
@@ -50,14 +50,14 @@ class Checkpoints(Checkpoint):
         self,
         folder: Path,
         budget: Budget,
-        every_s: float,
+        interval_s: float,
         *,
         keep_last: int = 2,
         stage: str = "",
         resume_from: Manifest | None = None,
         on_saved: Callable[[], None] = lambda: None,
     ) -> None:
-        self.folder, self.budget, self.every_s = folder / FOLDER, budget, every_s
+        self.folder, self.budget, self.interval_s = folder / FOLDER, budget, interval_s
         self.keep_last, self.stage, self.resume_from = keep_last, stage, resume_from
         self.on_saved = on_saved
         self.last_saved: Manifest | None = None
@@ -182,7 +182,7 @@ class Checkpoints(Checkpoint):
         self._states_to_restore = checkpoint.get("random")
 
     def _is_due(self) -> bool:
-        return time.monotonic() - self._saved_at >= self.every_s and not self.should_withhold()
+        return time.monotonic() - self._saved_at >= self.interval_s and not self.should_withhold()
 
     def lineage(self) -> list[Manifest]:
         """Return the checkpoints of this run and its ancestors, except those after the resumed checkpoint."""
@@ -236,7 +236,7 @@ class Checkpoints(Checkpoint):
                     f"The last checkpoint {message} Free some disk space, then repeat the command with resume=true."
                 )
             if trainer.is_global_zero:
-                retry = f"Training continues and retries every {self.every_s:g} s."
+                retry = f"Training continues and retries every {self.interval_s:g} s."
                 print(f"warning: a checkpoint {message} {retry}", flush=True)
             return
         self._saved_step = step

@@ -15,10 +15,10 @@ from ldm.training.optim.budget import Budget
 
 
 class ProgressBar(Callback):
-    """Shows the spent budget, remaining time, loss and images/s. Without a terminal, prints a line every 30 seconds."""
+    """Shows the budget spent, remaining time, loss and images/s. Without a terminal, prints a line every 30 seconds."""
 
-    LINE_EVERY_S = 30.0
-    REFRESH_EVERY_S = 0.2
+    LINE_INTERVAL_S = 30.0
+    REFRESH_INTERVAL_S = 0.2
 
     def __init__(self, budget: Budget, batch_size: int, log_every: int, title: str) -> None:
         self.budget, self.batch_size, self.log_every, self.title = budget, batch_size, log_every, title
@@ -51,8 +51,8 @@ class ProgressBar(Callback):
             # Log directly, because Lightning's `log` adds overhead to every step.
             for logger in trainer.loggers:
                 logger.log_metrics({f"train/{name}": value for name, value in metrics.items()}, step - 1)
-        every_s = self.REFRESH_EVERY_S if self._bar else self.LINE_EVERY_S
-        if now - self._last_shown >= every_s and trainer.is_global_zero:
+        interval_s = self.REFRESH_INTERVAL_S if self._bar else self.LINE_INTERVAL_S
+        if now - self._last_shown >= interval_s and trainer.is_global_zero:
             self._last_shown = now
             self._show(trainer.global_step, float(outputs["loss"]))
 

@@ -23,9 +23,9 @@ from ldm.training.optim.ema import EMACallback
 from tests.small_training import RecordingLogger
 
 
-def callbacks(folder: Path, steps: int, *, every_s: float = 3600, **options) -> list[Callback]:
+def callbacks(folder: Path, steps: int, *, interval_s: float = 3600, **options) -> list[Callback]:
     budget = Budget(steps, decay="constant")
-    return [budget, EMACallback(0.9), Checkpoints(folder, budget, every_s, **options)]
+    return [budget, EMACallback(0.9), Checkpoints(folder, budget, interval_s, **options)]
 
 
 def saved_steps(folder: Path) -> list[int]:
@@ -91,7 +91,7 @@ class LogLosses(Callback):
 def test_the_last_and_the_best_checkpoints_are_kept(fit, make_module, tmp_path):
     losses = LogLosses([3.0, 1.0, 2.0, float("nan"), 1.5])
     options = {"max_steps": 10, "val_check_interval": 2}
-    fit(make_module(), [*callbacks(tmp_path, 10, every_s=0.0), losses], **options)
+    fit(make_module(), [*callbacks(tmp_path, 10, interval_s=0.0), losses], **options)
     manifests = list_checkpoints(tmp_path / "checkpoints")
     assert [(m.step, m.why, m.figure, m.best) for m in manifests] == [
         (10, "interval", 1.5, False),
@@ -102,7 +102,7 @@ def test_the_last_and_the_best_checkpoints_are_kept(fit, make_module, tmp_path):
 
 
 def test_resuming_from_an_earlier_step_discards_later_checkpoints(fit, make_module, tmp_path):
-    fit(make_module(), callbacks(tmp_path, 6, every_s=0.0, keep_last=9), max_steps=6)
+    fit(make_module(), callbacks(tmp_path, 6, interval_s=0.0, keep_last=9), max_steps=6)
     earlier = resume_point(tmp_path, tmp_path / "checkpoints/step-00000002.ckpt")
     resumed = callbacks(tmp_path, 3, keep_last=9, resume_from=earlier)
     fit(make_module(), resumed, max_steps=3, start=2, ckpt_path=str(earlier.path))
@@ -132,7 +132,7 @@ def damage(manifest: Manifest, kind: str) -> None:
     ],
 )
 def test_resume_skips_a_damaged_checkpoint_with_a_warning(fit, make_module, tmp_path, capsys, kind, message):
-    fit(make_module(), callbacks(tmp_path, 3, every_s=0.0), max_steps=3)
+    fit(make_module(), callbacks(tmp_path, 3, interval_s=0.0), max_steps=3)
     newest, previous = list_checkpoints(tmp_path / "checkpoints")
     damage(newest, kind)
     assert resume_point(tmp_path) == previous
@@ -205,7 +205,7 @@ def fill_disk(monkeypatch):
 def test_full_disk_does_not_stop_training(fit, make_module, tmp_path, capsys, fill_disk):
     """A failed save gives a warning, keeps earlier checkpoints, leaves no partial file and is retried later."""
     attempts = fill_disk(2, 3)
-    fit(make_module(), callbacks(tmp_path, 5, every_s=0.0, keep_last=9), max_steps=5)
+    fit(make_module(), callbacks(tmp_path, 5, interval_s=0.0, keep_last=9), max_steps=5)
     output = capsys.readouterr().out
     assert len(attempts) == 5 and saved_steps(tmp_path) == [5, 4, 1]
     assert output.count("warning: a checkpoint ") == 2 and "No space left" in output
@@ -215,7 +215,7 @@ def test_full_disk_does_not_stop_training(fit, make_module, tmp_path, capsys, fi
 def test_full_disk_at_the_end_raises_and_names_the_last_checkpoint(fit, make_module, tmp_path, fill_disk):
     fill_disk(3)
     with pytest.raises(UserError, match=r"No space left.*step-00000002\.ckpt.*resume=true"):
-        fit(make_module(), callbacks(tmp_path, 3, every_s=0.0), max_steps=3)
+        fit(make_module(), callbacks(tmp_path, 3, interval_s=0.0), max_steps=3)
     assert saved_steps(tmp_path) == [2, 1] and not list((tmp_path / "checkpoints").glob(".partial-*"))
 
 
@@ -227,7 +227,7 @@ def test_file_size_limit_error_gives_the_operating_system_reason(fit, make_modul
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
     try:
         with pytest.raises(UserError, match=r"checkpoint.*File too large.*resume=true"):
-            fit(make_module(), callbacks(tmp_path, 2, every_s=0.0), max_steps=2)
+            fit(make_module(), callbacks(tmp_path, 2, interval_s=0.0), max_steps=2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "warning: a checkpoint " in capsys.readouterr().out
@@ -268,11 +268,11 @@ def killed_at(nth: int, folder: Path, monkeypatch) -> Iterator[list[str]]:
 def test_kill_at_any_file_operation_leaves_an_intact_checkpoint(fit, make_module, tmp_path, monkeypatch, max_steps):
     """A resumed run is killed at each of its open, sync, rename and delete operations in turn."""
     steps = []
-    fit(make_module(), callbacks(tmp_path / "run", 2, every_s=0.0), max_steps=2)
+    fit(make_module(), callbacks(tmp_path / "run", 2, interval_s=0.0), max_steps=2)
     for nth in range(1, 100):
         folder = tmp_path / f"run-{nth}"
         shutil.copytree(tmp_path / "run", folder)
-        resumed = callbacks(folder, max_steps, every_s=0.0, resume_from=resume_point(folder))
+        resumed = callbacks(folder, max_steps, interval_s=0.0, resume_from=resume_point(folder))
         with killed_at(nth, folder, monkeypatch) as operations:
             fit(make_module(), resumed, max_steps=max_steps, start=2, ckpt_path=str(resume_point(folder).path))
         manifest = resume_point(folder)

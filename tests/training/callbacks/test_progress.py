@@ -50,7 +50,7 @@ def test_gradient_norm_is_clipped(fit, make_module):
 
 
 def test_progress_without_a_terminal_is_printed_as_lines(fit, make_module, capsys, monkeypatch):
-    monkeypatch.setattr(ProgressBar, "LINE_EVERY_S", 0.0)
+    monkeypatch.setattr(ProgressBar, "LINE_INTERVAL_S", 0.0)
     budget = Budget(4)
     fit(make_module(), [budget, ProgressBar(budget, 4, 2, "stage line")], max_steps=4)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("stage line")]

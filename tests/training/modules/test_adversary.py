@@ -77,7 +77,7 @@ def fit(module: VAETraining, folder: Path, *, steps: int = 6, batch_size: int = 
             "accelerator": "cpu",
             "max_epochs": -1,
             "max_steps": steps,
-            "callbacks": [budget, recorder, ema, Checkpoints(folder, budget, every_s=1e9)],
+            "callbacks": [budget, recorder, ema, Checkpoints(folder, budget, interval_s=1e9)],
             "default_root_dir": folder,
             "logger": False,
             "enable_progress_bar": False,
