@@ -44,12 +44,12 @@ def bench(config: DictConfig) -> None:
 
 
 def time_interleaved(blocks: int, *variants: Callable[[], float]) -> list[list[float]]:
-    """Call every variant once per block, after a warm-up block, and return their times in seconds, [block][variant]."""
+    """Call every variant once per block, after a warm-up block. Return the times in seconds, [block][variant]."""
     return [[variant() for variant in variants] for _ in range(blocks + 1)][1:]
 
 
 def time_stage_1_losses(config: DictConfig, run: Any) -> None:
-    """Time a training step of stage 1 while adding the parts of the loss one by one."""
+    """Time a training step of stage 1 with the parts of the loss added one by one."""
     perceptual, adversarial = command.construct(config.perceptual), command.construct(config.adversarial)
     if perceptual is None or adversarial is None:
         raise UserError(
@@ -187,7 +187,8 @@ def time_training_loop(config: DictConfig) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         rows = time_interleaved(config.blocks, run_bare_loop, run_trainer)
-    overheads = [1000 * (trainer_s - bare_s) for bare_s, trainer_s in rows]
+    overheads_ms = [1000 * (trainer_s - bare_s) for bare_s, trainer_s in rows]
     for bare_s, trainer_s in rows:
         print(f"bare loop {1000 * bare_s:.3f} ms per step, Trainer {1000 * trainer_s:.3f} ms")
-    print(f"the training loop adds {statistics.median(overheads):.3f} ms per step (median of {config.blocks} blocks)")
+    overhead_ms = statistics.median(overheads_ms)
+    print(f"the training loop adds {overhead_ms:.3f} ms per step (median of {config.blocks} blocks)")

@@ -1,6 +1,6 @@
-"""Train a latent diffusion model of your own, end to end.
+"""Train your own latent diffusion model, end to end.
 
-The public Python API, imported lazily:
+These names are the public Python API. They are imported lazily:
 
 >>> import ldm
 >>> run = ldm.Run.open("runs/diffusion/demo")

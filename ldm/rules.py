@@ -21,7 +21,7 @@ Count = Annotated[Integer, Field(ge=1, le=10**9)]
 Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Size = Annotated[Integer, Field(ge=1, le=65_536)]
-"""Width of a layer. The limit exceeds any machine's memory."""
+"""Width of a layer. A layer of the maximum width would not fit in any machine's memory."""
 Depth = Annotated[Integer, Field(ge=1, le=1000)]
 """Number of layers."""
 Steps = Annotated[Integer, Field(ge=1, le=100_000)]
@@ -70,7 +70,8 @@ def apply_rules(function: Callable[..., Any], arguments: Mapping[str, Any]) -> d
     """Validate the arguments that have rules, and return their validated values.
 
     Args:
-        function: A function or a class. A class provides the annotations of its `__init__`, or else of its fields.
+        function: A function or a class. For a class, the annotations of its `__init__` apply, or those of its fields if
+            it has no `__init__` of its own.
 
     Raises:
         InputError: for the first argument that breaks its rule.

@@ -52,8 +52,8 @@ def reset_command_variables():
 @pytest.fixture
 def default_signals():
     """Restore default signal handlers, because background processes of a shell ignore SIGINT."""
-    previous = {number: signal.getsignal(number) for number in signals.HANDLED}
-    for number in signals.HANDLED:
+    previous = {number: signal.getsignal(number) for number in signals.HANDLED_SIGNALS}
+    for number in signals.HANDLED_SIGNALS:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     yield
     for number, handler in previous.items():
@@ -64,7 +64,7 @@ def default_signals():
 def call(monkeypatch, capsys) -> Callable[..., CommandResult]:
     """Return a function that runs the `main` of a command in this process, with command-line arguments.
 
-    It also checks that error messages name only options of this command.
+    The function also checks that error messages mention only options of this command.
     """
     commands: list[str] = []
     original_run = ldm.cli.main.run

@@ -1,4 +1,4 @@
-"""Config keys of each command, and a check that messages name only options of their command."""
+"""Config keys of each command, and a check that messages mention only options of their command."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -26,13 +26,13 @@ TRAINING_OPTIONS = re.compile(r"\btrain=\[([^\]]*)\]")
 
 @cache
 def keys_of(command: str) -> frozenset[str]:
-    """Return all keys and groups in the config of a command, for any choice of each group."""
+    """Return all keys and groups in the config of a command, with every choice of each group."""
     return frozenset(_keys(CONF / f"{command}.yaml", ""))
 
 
 @cache
 def compose_config(name: str, *overrides: str) -> DictConfig:
-    """Compose conf/<name>.yaml with overrides in Hydra's grammar. Raises if a key or choice is unknown."""
+    """Compose conf/<name>.yaml with overrides in Hydra's grammar. Raise an error if a key or choice is unknown."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose(name, list(overrides), return_hydra_config=True)
 

@@ -1,4 +1,4 @@
-"""A minimal stage 1 training module, and helpers to compare training states and record metrics."""
+"""A minimal stage-1 training module, and helpers to compare training states and record metrics."""
 
 from functools import partial
 from pathlib import Path
@@ -19,8 +19,8 @@ STAGE_1 = [
     *("trainer.precision=32-true", "logger=csv"),
 ]
 """Options for training on an image folder named pets."""
-SMALL = torch.randn(28, 3, 4, 4, generator=torch.Generator().manual_seed(0)).tanh()
-IMAGES = torch.nn.functional.interpolate(SMALL, 16, mode="nearest")
+COARSE_IMAGES = torch.randn(28, 3, 4, 4, generator=torch.Generator().manual_seed(0)).tanh()
+IMAGES = torch.nn.functional.interpolate(COARSE_IMAGES, 16, mode="nearest")
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 
 

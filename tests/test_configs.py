@@ -101,7 +101,7 @@ def test_stage_config_binds_all_arguments_of_its_constructor(stage):
 
 @for_each_choice("network")
 @pytest.mark.parametrize("kind", ["none", "class", "text"])
-def test_networks_return_latent_shape(choice, kind):
+def test_network_outputs_have_the_latent_shape(choice, kind):
     options = {"none": {}, "class": {"num_classes": 10}, "text": {"text_dim": 384}}[kind]
     with torch.device("meta"):
         network = instantiate(group_config("network", choice))(
@@ -256,7 +256,7 @@ def test_keys_in_help_exist(name):
 
 @pytest.mark.parametrize("name", TOOLS)
 def test_help_of_a_tool_lists_all_keys(name):
-    """Groups, which Hydra lists, and the key `device` in bench, which ignores it, can be missing."""
+    """Groups can be missing, because Hydra lists them. `device` can be missing for bench."""
     config = compose_config(name)
     help_keys = keys_of_help(config.hydra.help.template)
     assert set(config) - {"hydra", "device" if name == "bench" else "hydra"} - set(GROUPS) <= help_keys

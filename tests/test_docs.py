@@ -1,4 +1,4 @@
-"""Links in the docs point to existing files, functions and tests, and commands use existing tools and keys."""
+"""Links in the docs point to existing files, functions and tests, and their commands use existing tools and keys."""
 
 import ast
 import re
@@ -107,7 +107,7 @@ def first_values(options: list[str]) -> list[str]:
 
 
 def compose_command(config_name: str, arguments: list[str]) -> None:
-    """Compose the config of a command as if it were run. Raises if a key or choice is unknown."""
+    """Compose the config of a command as if the command were run. Raise an error if a key or choice is unknown."""
     is_multirun = "-m" in arguments
     options = [strip_stage_prefix(argument) for argument in arguments if not argument.startswith("-")]
     if config_name == "compare":

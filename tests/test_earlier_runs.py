@@ -1,4 +1,4 @@
-"""Runs written by earlier versions of the code can still be opened, sampled and compared."""
+"""Runs from earlier versions of the code can still be opened, sampled from and compared."""
 
 import json
 import runpy
@@ -64,7 +64,7 @@ def test_nested_groups_of_earlier_versions_are_flattened(runs):
 
 
 def test_moved_targets_are_not_compared(runs):
-    """Runs that differ only in their seed form one group, even if only one has current targets."""
+    """Runs that differ only in their seed form one group, even if only one of the runs has current targets."""
     updated = Path(shutil.copytree(runs / "vae", runs / "updated"))
     config = update_targets({**Run.open(updated).config(), "seed": 1})
     (updated / "config.yaml").write_text(json.dumps(config))

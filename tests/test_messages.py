@@ -1,4 +1,4 @@
-"""Messages name only existing options. Library code names none; the command line adds them to its errors."""
+"""Messages mention only existing options. Library code mentions none; the command line adds them to library errors."""
 
 import ast
 import inspect
@@ -13,9 +13,9 @@ from ldm.cli.remedies import REMEDIES, keys_in
 from tests.option_keys import COMMANDS, all_keys, foreign_keys, keys_of
 
 ROOT = Path(inspect.getfile(ldm)).parent
-FREE_OF_OPTIONS = ("diffusion", "autoencoder", "networks", "metrics", "latents")
-"""Packages whose errors must not name options."""
-NO_OPTIONS = {
+LIBRARY_PACKAGES = ("diffusion", "autoencoder", "networks", "metrics", "latents")
+"""Packages whose errors must not mention options."""
+NON_KEYS = {
     *("alt", "charset", "class", "content", "lang", "src", "width"),  # HTML
     *(
         "config",
@@ -60,7 +60,7 @@ def messages(tree: ast.Module) -> Iterator[tuple[int, str]]:
             yield from texts(node)
 
 
-@pytest.mark.parametrize("package", FREE_OF_OPTIONS)
+@pytest.mark.parametrize("package", LIBRARY_PACKAGES)
 def test_library_errors_do_not_mention_options(package):
     violations = [
         f"{file.relative_to(ROOT)}:{line}: {text}"
@@ -75,7 +75,7 @@ def test_library_errors_do_not_mention_options(package):
 def test_options_in_messages_exist(file):
     for line, text in texts(ast.parse(file.read_text(encoding="utf-8"))):
         unknown = (
-            {strip_stage_prefix(key) for key in keys_in(text) if not key.startswith("hydra.")} - all_keys() - NO_OPTIONS
+            {strip_stage_prefix(key) for key in keys_in(text) if not key.startswith("hydra.")} - all_keys() - NON_KEYS
         )
         assert not unknown, f"line {line}: {text}"
 

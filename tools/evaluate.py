@@ -1,4 +1,4 @@
-"""Measure the quality of a run: an autoencoder's reconstructions, or the samples of a diffusion model."""
+"""Measure the quality of a run: an autoencoder's reconstructions or a diffusion model's samples."""
 
 from ldm.cli.main import run
 

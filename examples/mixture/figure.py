@@ -1,4 +1,4 @@
-"""Plot both chains of a mixture: snapshots at several t, and the paths of individual samples."""
+"""Plot the forward and reverse chains of a mixture: snapshots at several t, and the paths of individual samples."""
 
 import torch
 from matplotlib.axes import Axes
@@ -15,7 +15,7 @@ NUM_BOUNCES = 50
 """Number of straight segments per path."""
 TEXT_COLOUR = "#2b2b2b"
 MODE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00")
-"""From the colour-blind-safe palette of Okabe and Ito."""
+"""Colours of the modes, from the colour-blind-safe palette of Okabe and Ito."""
 
 
 def plot_chains(
@@ -55,14 +55,14 @@ def _plot_plinko(
     figure.suptitle(title, fontsize=13, color=TEXT_COLOUR)
     board, bins = figure.subplots(2, 1, sharex=True, height_ratios=(1, 0.24))
     num_steps = schedule.num_steps
-    # plot a subset of the steps: random walks at every step would cover the whole board
+    # plot only a subset of the steps, because random walks with every step would cover the whole board
     step_indices = torch.linspace(0, len(reverse.times) - 1, NUM_BOUNCES + 1).round().long().unique()
     paths, heights = reverse.paths[step_indices, :, 0].T.numpy(), torch.tensor(reverse.times)[step_indices].numpy()
     x_max = max(3.5, 1.02 * abs(paths).max())
     x, rows = torch.linspace(-x_max, x_max, 400), torch.linspace(0, num_steps, 160).round().long().unique()
     projected = Mixture(mixture.means[:, :1], mixture.weights, mixture.variance)
     marginals = torch.stack([projected.log_density(schedule, x[:, None], int(t)).exp() for t in rows])
-    modes = projected.log_joint(schedule, x[:, None], 0).exp().T.numpy()
+    mode_densities = projected.log_joint(schedule, x[:, None], 0).exp().T.numpy()
 
     density = (x.numpy(), rows.numpy(), (marginals / marginals.amax(1, keepdim=True)).numpy())
     board.pcolormesh(*density, cmap="Greys", vmax=2.4, shading="gouraud", zorder=0)
@@ -70,11 +70,11 @@ def _plot_plinko(
         board.plot(path, heights, color=MODE_COLOURS[mode], linewidth=0.9, alpha=0.75)
         board.plot(path[0], heights[0], "o", color=MODE_COLOURS[mode], markersize=4, clip_on=False, zorder=3)
     board.set(ylim=(0, num_steps), ylabel="t")
-    for k, density_k in enumerate(modes):
+    for k, density_k in enumerate(mode_densities):
         bins.fill_between(x.numpy(), density_k, color=MODE_COLOURS[k], alpha=0.9, linewidth=0)
         top = (projected.means[k, 0].item(), density_k.max())
         bins.annotate(f"mode {k + 1}", top, (0, 3), textcoords="offset points", ha="center", color=TEXT_COLOUR)
-    bins.set(xlim=(-x_max, x_max), ylim=(0, 1.3 * modes.max()))
+    bins.set(xlim=(-x_max, x_max), ylim=(0, 1.3 * mode_densities.max()))
     bins.set(xlabel="first coordinate of z_t", ylabel="q(z_t)\nt = 0")
     for axes in (board, bins):
         axes.yaxis.label.set(rotation=0, ha="right", va="center")

@@ -5,8 +5,8 @@ Setting: z_0 ~ sum_k w_k N(m_k, c I). Each mode stays Gaussian along the forward
     q(z_t | k) = N(sqrt(a_t) m_k, (a_t c + 1 - a_t) I),
 
 so the density q(z_t), the mode probabilities q(k | z_t) and the posterior mean E[z_0 | z_t] are known in closed form at
-every t. A correct reverse chain ends in each mode with a frequency equal to its weight, and the loss of a trained
-network can be compared with the lowest possible loss.
+every t. The samples of a correct reverse chain are in each mode with a frequency equal to the weight of the mode, and
+the loss of a trained network can be compared with the lowest possible loss.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from ldm.diffusion.schedule import NoiseSchedule, Step
 from ldm.progress import progress, track
 from ldm.runtime.random import derive_seed, torch_generator
 
-SNAPSHOTS = (0, 0.08, 0.2, 0.4, 0.65, 1)
+SNAPSHOT_TIMES = (0, 0.08, 0.2, 0.4, 0.65, 1)
 """Times u = t / T at which snapshots of a chain are taken."""
 NUM_PATHS = 60
 """Number of samples whose complete path along the reverse chain is stored."""
@@ -68,7 +68,7 @@ class ExactDenoiser:
 
         E[z_0 | z_t] = sum_k q(k | z_t) (m_k + g (z_t - sqrt(a_t) m_k)),   g = sqrt(a_t) c / (a_t c + 1 - a_t)
 
-    It attains the lowest possible L_simple.
+    This denoiser attains the lowest possible L_simple. The formula writes c for `mixture.variance`.
     """
 
     schedule: NoiseSchedule
@@ -153,7 +153,7 @@ def train(
 
 @torch.no_grad()
 def mean_loss(denoiser: DenoiserLike, mixture: Mixture, *, seed: int = 0, device: torch.device | str = "cpu") -> float:
-    """Return a denoiser's L_simple in v on 20,000 fresh samples. `ExactDenoiser` has the lowest possible loss."""
+    """Return a denoiser's L_simple for v on 20,000 fresh samples. `ExactDenoiser` has the lowest possible loss."""
     schedule = denoiser.schedule
     z_0, z_t, eps, t = _noisy_batch(mixture, schedule, 20_000, torch_generator(seed, 2), device)
     z_0_hat = denoiser(z_t, t).z_0
@@ -178,7 +178,7 @@ class ReverseChain:
     z_0: Tensor
     """Final states, [n, d]."""
     snapshots: dict[int, Tensor]
-    """States of all samples at selected t, [n, d]."""
+    """States of all samples, [n, d], by t, at the times closest to SNAPSHOT_TIMES."""
     times: list[float]
     """Times t of all steps, from T down to 0."""
     paths: Tensor
@@ -200,7 +200,7 @@ def run_reverse_chain(
             bar.update(task, completed=num_steps - s)
 
         z_0 = sampler(denoiser, z_T, generator=generator, on_step=record).cpu()
-    nearest = {min(range(len(times)), key=lambda i: abs(times[i] - u * num_steps)) for u in SNAPSHOTS}
+    nearest = {min(range(len(times)), key=lambda i: abs(times[i] - u * num_steps)) for u in SNAPSHOT_TIMES}
     snapshots = {round(times[i]): states[i] for i in sorted(nearest, reverse=True)}
     return ReverseChain(z_0, snapshots, times, torch.stack([state[:NUM_PATHS] for state in states]))
 

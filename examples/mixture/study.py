@@ -1,4 +1,4 @@
-"""Train and sample on the mixture, and compare the number of samples in each mode with its exact weight."""
+"""Train a network on the mixture, sample with it, and compare the frequency of each mode with the mode's weight."""
 
 import time
 from pathlib import Path
@@ -56,7 +56,7 @@ def study(
     sampler: SamplerLike,
     *,
     steps: Count,
-    num_samples: Annotated[Integer, Field(ge=63)],  # the chi-square test needs an expected count of 5 per mode
+    num_samples: Annotated[Integer, Field(ge=63)],  # the chi-square test needs an expected count of 5 or more per mode
     seed: Seed = 0,
     device: torch.device | str = "cpu",
 ) -> tuple[dict[str, Any], Figure]:
@@ -68,26 +68,26 @@ def study(
         Settings and metrics by name, and a figure of both chains.
 
     Raises:
-        UserError: If there are too few samples, or the sampler does not fit the noise schedule or the network.
+        UserError: If there are too few samples, or if the noise schedule or the network does not support the sampler.
     """
     mixture = five_modes()
     check_sampler(sampler, schedule)
     if sampler.variance in ("learned_range", "optimal"):
         raise UserError(
-            f"sampler.variance={sampler.variance} is not supported here. Choose fixed_small or fixed_large."
+            f"sampler.variance={sampler.variance} is not supported by this example. Choose fixed_small or fixed_large."
         )
-    started = time.perf_counter()
+    start_time = time.perf_counter()
     network = train(mixture, schedule, steps=steps, seed=seed, device=device)
-    training_s = time.perf_counter() - started
+    training_s = time.perf_counter() - start_time
     denoisers: dict[str, DenoiserLike] = {"exact": ExactDenoiser(schedule, mixture), "trained": network}
     chains, metrics = {}, {}
     for name, denoiser in denoisers.items():
         generator = torch_generator(seed, 3)
         z_T = torch.randn(num_samples, mixture.means.shape[1], generator=generator).to(device)
-        started = time.perf_counter()
+        start_time = time.perf_counter()
         chains[name] = run_reverse_chain(denoiser, sampler, z_T, generator, f"sampling ({name})")
         metrics[name] = {
-            "sampling_s": time.perf_counter() - started,
+            "sampling_s": time.perf_counter() - start_time,
             "loss": mean_loss(denoiser, mixture, seed=seed, device=device),
             **count_modes(mixture, schedule, chains[name].z_0),
         }
@@ -115,19 +115,19 @@ def study(
 
 
 def count_modes(mixture: Mixture, schedule: NoiseSchedule, z_0: Tensor) -> dict[str, Any]:
-    """Count the samples in each mode, and compare the counts with the weights by Pearson's chi-square test.
+    """Count the samples in each mode, and compare the counts with the weights using Pearson's chi-square test.
 
-    `stray` is the fraction of samples more than STRAY_STD standard deviations from the mean of their mode.
+    `stray` is the fraction of samples that are more than STRAY_STD standard deviations from the mean of their mode.
     """
     mode = mixture.most_likely_mode(schedule, z_0)
     counts = mode.bincount(minlength=len(mixture.weights))
-    share = counts.double() / len(z_0)
+    shares = counts.double() / len(z_0)
     distance = (z_0 - mixture.means.to(z_0)[mode]).norm(dim=1)
     test = chisquare(counts.numpy(), mixture.weights.numpy() * len(z_0))
     return {
         "counts": counts.tolist(),
-        "shares": share.tolist(),
-        "standard_errors": (share * (1 - share) / len(z_0)).sqrt().tolist(),
+        "shares": shares.tolist(),
+        "standard_errors": (shares * (1 - shares) / len(z_0)).sqrt().tolist(),
         "chi_square": float(test.statistic),
         "p_value": float(test.pvalue),
         "stray": (distance > STRAY_STD * mixture.variance**0.5).double().mean().item(),
@@ -135,7 +135,7 @@ def count_modes(mixture: Mixture, schedule: NoiseSchedule, z_0: Tensor) -> dict[
 
 
 def mode_table(results: dict[str, Any]) -> Table:
-    """Return a table with the weight and the sample fractions of each mode, and the overall metrics below."""
+    """Return a table with the weight and the sample fractions of each mode, followed by the overall metrics."""
     table = Table(title=f"{results['num_samples']} samples, {results['sampler']}, T = {results['T']}")
     for name in ("mode", "true weight", "exact denoiser", "trained network"):
         table.add_column(name, justify="left" if name == "mode" else "right")
@@ -144,7 +144,7 @@ def mode_table(results: dict[str, Any]) -> Table:
         shares = (f"{metrics['shares'][mode]:.1%} +- {metrics['standard_errors'][mode]:.1%}" for metrics in columns)
         table.add_row(str(mode + 1), f"{weight:.1%}", *shares, end_section=mode + 1 == len(results["weights"]))
     table.add_row("chi-square p", "", *(f"{metrics['p_value']:.3g}" for metrics in columns))
-    stray = (results["stray_of_data"], *(metrics["stray"] for metrics in columns))
-    table.add_row(f"beyond {STRAY_STD:g} std", *(f"{share:.2%}" for share in stray))
+    stray_shares = (results["stray_of_data"], *(metrics["stray"] for metrics in columns))
+    table.add_row(f"beyond {STRAY_STD:g} std", *(f"{share:.2%}" for share in stray_shares))
     table.add_row("L_simple in v", "", *(f"{metrics['loss']:.4f}" for metrics in columns))
     return table

@@ -2,9 +2,9 @@
 
     z_raw ~ N(mean(x), exp(log_variance(x)))        z = (z_raw - latent_mean) / latent_std
 
-The statistics are per channel. By default they are measured on the whole training split; a pretrained autoencoder can
-use its published statistics instead. With a codebook, the mean is the encoder output before quantisation, the variance
-is effectively zero, and decoding quantises.
+latent_mean and latent_std have one value per channel. By default they are measured on the whole training split. A
+pretrained autoencoder can use its published statistics instead. With a codebook, mean(x) is the encoder output before
+quantisation, the variance is effectively zero, and `decode` quantises the latents.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ AUTOENCODER_CLASSES = {
 
 @dataclass(frozen=True)
 class LatentStatistics:
-    """Latent statistics of a training split; `data` is the fingerprint of its images."""
+    """Latent statistics for a training split. `data` is the fingerprint of the image data."""
 
     latent_mean: list[float]
     latent_std: list[float]
@@ -72,7 +72,7 @@ class Autoencoder:
 
     @property
     def factor(self) -> int:
-        """Downsampling factor f: pixels per latent location along each side."""
+        """Downsampling factor f: pixels per latent location along each axis."""
         if isinstance(self.model, PatchAutoencoder | IdentityAutoencoder):
             return self.model.factor
         return 2 ** (len(self.model.config.block_out_channels) - 1)
@@ -89,19 +89,19 @@ class Autoencoder:
 
     @property
     def has_density(self) -> bool:
-        """True if q(z | x) and p(x | z) are densities, so that images have a likelihood: only for KL autoencoders."""
+        """True if q(z | x) and p(x | z) are densities, so that images have a likelihood. This holds only for 'kl'."""
         return self.regulariser == "kl"
 
     @property
     def regulariser(self) -> str:
-        """Name of the regulariser: kl, vq (with a codebook) or none (the posterior is a point)."""
+        """Name of the regulariser: 'kl', 'vq' (with a codebook) or 'none' (with a point posterior)."""
         if self.has_codebook:
             return "vq"
         return "none" if self.is_identity or has_point_posterior(self.model) else "kl"
 
     @property
     def has_codebook(self) -> bool:
-        """True if decoding quantises."""
+        """True if the model has a codebook, so that `decode` quantises the latents."""
         return type(self.model).__name__ in VQ_CLASSES
 
     @property
@@ -124,8 +124,8 @@ class Autoencoder:
             InputError: The resolution is not a multiple of f.
         """
         if resolution % self.factor:
-            down, up = resolution // self.factor * self.factor, -(-resolution // self.factor) * self.factor
-            valid = f"{down} or {up}" if down else str(up)
+            lower, upper = resolution // self.factor * self.factor, -(-resolution // self.factor) * self.factor
+            valid = f"{lower} or {upper}" if lower else str(upper)
             rule = f"must be a multiple of f = {self.factor}, the autoencoder's downsampling factor, such as {valid}"
             raise InputError("resolution", resolution, rule)
         side = resolution // self.factor
@@ -133,7 +133,7 @@ class Autoencoder:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode images [b, 3, H, W] in [-1, 1] to mean and log-variance, each [b, C, h, w]."""
+        """Encode images [b, 3, H, W] in [-1, 1]. Return the mean and log-variance, each [b, C, h, w]."""
         encoded = self.model.encode(images.to(self.device))
         if self.has_codebook:
             return encoded.latents, torch.full_like(encoded.latents, LOG_VARIANCE)
@@ -173,7 +173,8 @@ class Autoencoder:
     def register_scaling(self) -> None:
         """Write the measured scale to the diffusers config, as a single shift and scaling factor for all channels.
 
-        Pipelines in diffusers read both from the config. The class default, 0.18215, is Stable Diffusion's factor.
+        Pipelines in diffusers read both values from the config. The default scaling factor of the model class, 0.18215,
+        would be wrong here because it is Stable Diffusion's.
         """
         statistics, config = self.statistics, self.model.config
         if statistics is None or "scaling_factor" not in config:
@@ -199,8 +200,8 @@ class Autoencoder:
         """Load a folder written by `save`, or any AutoencoderKL or VQModel in diffusers' format.
 
         Raises:
-            UserError: The folder contains no autoencoder, `load_model` rejects it, or its latent statistics have an
-                unsupported format or belong to different weights.
+            UserError: The folder contains no autoencoder, `load_model` rejects the folder, or the latent statistics
+                have an unsupported format or belong to different weights.
         """
         config_file = folder / "config.json"
         if not config_file.is_file():
@@ -214,7 +215,8 @@ class Autoencoder:
         if statistics_file.is_file():
             content = read_json(statistics_file)
             if (version := content.pop("format", None)) != STATISTICS_FORMAT:
-                raise UserError(f"{statistics_file} has format {version}; this version reads {STATISTICS_FORMAT}.")
+                supported = f"this version of ldm reads format {STATISTICS_FORMAT}"
+                raise UserError(f"{statistics_file} has format {version}, but {supported}.")
             autoencoder.statistics = to_dataclass(LatentStatistics, content, statistics_file)
             for field, length in (("latent_mean", autoencoder.channels), ("latent_std", autoencoder.channels)):
                 _check_statistics(statistics_file, field, getattr(autoencoder.statistics, field), length)
@@ -222,9 +224,9 @@ class Autoencoder:
             weights = autoencoder.weights_sha256()
             if weights != autoencoder.statistics.weights_sha256:
                 raise UserError(
-                    f"{statistics_file} was measured with the weights {autoencoder.statistics.weights_sha256[:12]}, "
-                    f"but the weights in this folder are {weights[:12]}. Restore the matching latents.json, or "
-                    "train the autoencoder again."
+                    f"{statistics_file} belongs to weights with SHA-256 {autoencoder.statistics.weights_sha256[:12]}, "
+                    f"but the weights in this folder have SHA-256 {weights[:12]}. Restore the matching latents.json, "
+                    "or train the autoencoder again."
                 )
         return autoencoder
 
@@ -232,12 +234,12 @@ class Autoencoder:
 def _check_channels(model: Any) -> None:
     for key in ("in_channels", "out_channels"):
         if (count := getattr(model, "config", {}).get(key, 3)) != 3:
-            rule = "must be 3: images have 3 colour channels. Choose an autoencoder that was trained on RGB images"
+            rule = "must be 3, because images have 3 colour channels. Use an autoencoder that was trained on RGB images"
             raise InputError(key, count, f"in the autoencoder's config.json {rule}")
 
 
 def _check_statistics(file: Path, key: str, values: Any, length: int) -> None:
-    """Raise an InputError unless `values` are finite numbers, one per channel, and those of a scale are positive."""
+    """Raise an InputError unless `values` contains `length` finite numbers. A scale must also be positive."""
     is_scale = not key.endswith("mean")
     numbers = values if isinstance(values, list | tuple) else []
     if len(numbers) != length or not all(
@@ -257,12 +259,12 @@ def weights_sha256(model: nn.Module) -> str:
 
 
 def published_statistics(model: Any) -> tuple[list[float], list[float]] | None:
-    """Return the per-channel mean and standard deviation of z_raw given in the model's config, or None.
+    """Return the per-channel mean and std of z_raw from the model's config, or None if it has no scaling factor.
 
-        z = (z_raw - shift) * scaling                               shift defaults to 0 (SD 1, 2, SDXL)
-        z = (z_raw - latents_mean) * scaling / latents_std          per channel, if the config has both
+        z = (z_raw - shift) * scaling                               shift defaults to 0 (SD 1, SD 2, SDXL)
+        z = (z_raw - latents_mean) * scaling / latents_std          if the config has latents_mean and latents_std
 
-    These statistics come from the authors' images, not yours. Networks pretrained on the latents expect this scale.
+    These statistics were measured on the authors' images, not yours. Networks pretrained on these latents expect them.
     Source: diffusers' StableDiffusion(XL|3) and Flux pipelines.
     """
     config = model.config
@@ -284,7 +286,9 @@ def published_statistics(model: Any) -> tuple[list[float], list[float]] | None:
 def set_trainable(model: nn.Module, part: TrainablePart) -> None:
     """Set requires_grad for every weight.
 
-    `all` trains all weights, `decoder` only the weights that do not affect the latents, and `nothing` none.
+    Args:
+        part: 'all' trains all weights, 'decoder' trains only those that do not affect the latents, and 'nothing' trains
+            no weights.
     """
     for name, parameter in model.named_parameters():
         module = name.removeprefix("core.").split(".")[0]

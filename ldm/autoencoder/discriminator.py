@@ -1,4 +1,4 @@
-"""The adversarial loss of stage 1: a patch discriminator, the losses of both networks, and the adaptive weight.
+"""The adversarial loss of stage 1: a patch discriminator, its loss, the autoencoder's loss, and the adaptive weight.
 
 The adaptive weight lambda scales the adversarial gradient to the norm of the distortion gradient at the decoder's last
 layer W:
@@ -24,11 +24,11 @@ GanLoss = Literal["hinge", "non_saturating"]
 class PatchDiscriminator(nn.Module):
     """Patch discriminator: images [b, 3, H, W] in [-1, 1] -> logits [b, 1, h, w], one per overlapping patch.
 
-    A positive logit means real.
+    A positive logit classifies a patch as real.
 
     Args:
-        channels: Width of the first level; each level doubles it, up to 8 times.
-        layers: Number of levels that halve the resolution; 3 levels give a receptive field of 70 x 70 pixels.
+        channels: Width of the first level. Each further level doubles the width, up to 8 * channels.
+        layers: Number of levels that halve the resolution. Three such levels give a receptive field of 70 x 70 pixels.
     """
 
     def __init__(self, channels: int = 32, layers: int = 3) -> None:
@@ -36,8 +36,8 @@ class PatchDiscriminator(nn.Module):
         widths = [min(channels * 2**level, channels * 8) for level in range(layers + 1)]
         modules: list[nn.Module] = [nn.Conv2d(3, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for level in range(1, layers + 1):
-            # group norm instead of the paper's batch norm, which would make the logits of an image depend on the rest
-            # of the batch and so differ between ranks and between real and fake batches
+            # Isola et al. use batch norm, with which an image's logits would depend on the other images in the batch
+            # and would therefore differ between ranks and between real and fake batches.
             modules += [
                 nn.Conv2d(widths[level - 1], widths[level], 4, stride=2 if level < layers else 1, padding=1),
                 nn.GroupNorm(math.gcd(32, widths[level]), widths[level]),
@@ -55,7 +55,7 @@ class PatchDiscriminator(nn.Module):
 
 
 def discriminator_loss(gan_loss: GanLoss, real: Tensor, fake: Tensor) -> Tensor:
-    """Return the discriminator's loss, given the logits of images (real) and reconstructions (fake).
+    """Return the discriminator's loss, given the logits for real images and for reconstructions (fake).
 
         hinge              (E max(0, 1 - real) + E max(0, 1 + fake)) / 2
         non_saturating     E softplus(-real) + E softplus(fake)
@@ -69,16 +69,20 @@ def discriminator_loss(gan_loss: GanLoss, real: Tensor, fake: Tensor) -> Tensor:
 
 
 def generator_loss(gan_loss: GanLoss, fake: Tensor) -> Tensor:
-    """Return the autoencoder's adversarial loss. hinge: -E fake; non_saturating: E softplus(-fake)."""
+    """Return the autoencoder's adversarial loss, given the logits for reconstructions (fake).
+
+    hinge              -E fake
+    non_saturating     E softplus(-fake)
+    """
     fake = fake.float()
     return -fake.mean() if gan_loss == "hinge" else F.softplus(-fake).mean()
 
 
 class LastLayer:
-    """Records the input of the decoder's last convolution, to compute the norms of its weight gradients.
+    """Records the input of the decoder's last convolution, to compute the norms of gradients of the layer's weight.
 
     `gradient_norms` needs no second backward pass through the perceptual network or the discriminator, because it
-    starts from their gradients at the reconstruction, which `AdaptiveWeight.split` provides.
+    starts from the gradients at the reconstruction, which `AdaptiveWeight.split` provides.
     """
 
     def __init__(self, model: Any) -> None:
@@ -106,20 +110,24 @@ class LastLayer:
 
 
 class AdaptiveWeight:
-    """The adaptive weight lambda, computed once per step from the two gradients at the reconstruction."""
+    """The adaptive weight lambda.
+
+    lambda is computed once per step from the gradients of the distortion and of the adversarial loss with respect to
+    the reconstruction.
+    """
 
     def __init__(self, last_layer: LastLayer, max_weight: float) -> None:
         self.last_layer, self.max_weight = last_layer, max_weight
         self.factor = 0.0
-        """Factor on lambda: the weight of the adversarial loss times its ramp."""
+        """Factor applied to lambda: the weight of the adversarial loss times the current value of its ramp (0 to 1)."""
         self.loss_scale = 1.0
         """Scale of the incoming gradients: 1 / number of accumulated batches."""
         self.weight: Tensor | None = None
-        """lambda of this step; None until it is computed."""
+        """lambda for the current step; None until it is computed."""
 
-    def compute(self, distortion: Tensor, adversarial: Tensor) -> Tensor:
+    def compute(self, distortion_gradient: Tensor, adversarial_gradient: Tensor) -> Tensor:
         """Compute lambda from both gradients at the reconstruction, and average it over ranks."""
-        gradients = distortion / self.loss_scale, adversarial / self.loss_scale
+        gradients = distortion_gradient / self.loss_scale, adversarial_gradient / self.loss_scale
         distortion_norm, adversarial_norm = self.last_layer.gradient_norms(*gradients)
         weight = (distortion_norm / (adversarial_norm + 1e-4)).clamp(max=self.max_weight)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -130,7 +138,7 @@ class AdaptiveWeight:
     def split(self, reconstruction: Tensor) -> tuple[Tensor, Tensor]:
         """Return two copies of the reconstruction: one for the distortion, one for the discriminator.
 
-        In the backward pass, the reconstruction's gradient is g_distortion + factor lambda g_adversarial.
+        In the backward pass, the reconstruction's gradient is g_distortion + factor * lambda * g_adversarial.
         """
         return _SplitGradient.apply(reconstruction, self)
 
@@ -142,9 +150,9 @@ class _SplitGradient(torch.autograd.Function):
         return reconstruction.view_as(reconstruction), reconstruction.view_as(reconstruction)
 
     @staticmethod
-    def backward(ctx: Any, distortion: Tensor, adversarial: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, distortion_gradient: Tensor, adversarial_gradient: Tensor) -> tuple[Tensor, None]:
         adaptive_weight: AdaptiveWeight = ctx.adaptive_weight
         if adaptive_weight.weight is None:
-            adaptive_weight.weight = adaptive_weight.compute(distortion, adversarial)
+            adaptive_weight.weight = adaptive_weight.compute(distortion_gradient, adversarial_gradient)
         adaptive_weight.last_layer.release_input()
-        return distortion + adaptive_weight.factor * adaptive_weight.weight * adversarial, None
+        return distortion_gradient + adaptive_weight.factor * adaptive_weight.weight * adversarial_gradient, None

@@ -20,7 +20,8 @@ class IdentityAutoencoder(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, latent_channels: int = 3) -> None:
         super().__init__()
-        self.place = nn.Parameter(torch.zeros(()), requires_grad=False)  # a model without parameters has no device
+        # the only parameter, which gives the model a device; renaming it would break saved weights
+        self.place = nn.Parameter(torch.zeros(()), requires_grad=False)
 
     def encode(self, x: Tensor, return_dict: bool = True) -> Any:
         """Return a point posterior at the images x, [b, 3, H, W]."""

@@ -3,7 +3,8 @@
     L = l1 |x - x'| + mse (x - x')^2 + nll (-log p(x | z_raw)) + perceptual d(x, x')
         + kl KL(q(z_raw | x) || N(0, I)) / D     or   + codebook loss
 
-averaged over the images and over the D pixel values of each image.
+All terms are averaged over the images in a batch. The l1, mse and nll terms are also averaged over the D pixel values
+of each image.
 """
 
 import math
@@ -19,18 +20,20 @@ from ldm.rules import NonNegative, checked
 BIN_WIDTH = 2 / 255
 """Bin width of 8-bit values in images scaled to [-1, 1]."""
 INITIAL_SCALE = 0.1
+"""Initial standard deviation of p(x | z_raw) for each colour channel."""
 
 
 class AutoencoderLoss(nn.Module):
     """Weighted sum of the distortion, the perceptual distance and the regulariser's terms.
 
     Args:
-        l1, mse: Weights of the two distortions.
+        l1, mse: Weights of the mean absolute error and the mean squared error.
         nll: Weight of -log p(x | z_raw) in nats per pixel value. p is a Gaussian around the reconstruction with one
-            learned scale per colour channel, integrated over the bin of each 8-bit value. The two-stage bound
-            uses this likelihood: with nll=1, kl=1 and all other weights 0, the loss is the negative ELBO.
-        kl: Weight of the KL term, which is in nats per image divided by D, so that the same weight works at every
-            resolution. A small weight keeps the latents near N(0, I) without blurring the reconstructions.
+            learned scale per colour channel, integrated over the bin of each 8-bit value. The two-stage bound uses this
+            likelihood. With nll=1, kl=1 and all other weights 0, the loss is the negative ELBO per pixel value.
+        kl: Weight of the KL divergence in nats per pixel value. Because the KL of an image is divided by the number of
+            pixel values, the same weight works at every resolution. A small weight keeps the latents near N(0, I)
+            without blurring the reconstructions.
     """
 
     @checked
@@ -44,11 +47,11 @@ class AutoencoderLoss(nn.Module):
             self.log_scale = nn.Parameter(torch.full((3,), math.log(INITIAL_SCALE)))
 
     def forward(self, images: Tensor, reconstruction: Tensor, regulariser: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the loss terms, scalars by name; `loss` is their weighted sum.
+        """Return the loss terms as scalars by name, with their weighted sum under the name `loss`.
 
         Args:
             images, reconstruction: [b, 3, H, W] in [-1, 1].
-            regulariser: The regulariser's terms: `kl` in nats per image, `codebook`, or none.
+            regulariser: The regulariser's loss terms: `kl` in nats per image, `codebook`, or no term.
         """
         images, reconstruction = images.float(), reconstruction.float()
         error = reconstruction - images

@@ -1,9 +1,9 @@
-"""AutoencoderKL and VQModel behind a pixel-unshuffle, with a linear shortcut. Imports only torch and diffusers.
+"""AutoencoderKL and VQModel behind a pixel-unshuffle, with a linear shortcut.
 
 A patch of p x p pixels becomes 3 p^2 channels before the first convolution, so that all computation happens at a low
 resolution, which is fast on a CPU. The shortcut is a linear autoencoder: its code is added to the encoder's mean, and
 its reconstruction is added to the decoder's output. It is initialised by a PCA of the training images, so training
-starts at the distortion of PCA and the convolutions learn the residual.
+starts at the distortion of a PCA and the convolutions learn the residual. This module imports only torch and diffusers.
 Source: Baldi & Hornik 1989 (PCA is the optimal linear autoencoder).
 """
 
@@ -25,7 +25,7 @@ INITIAL_LOG_VARIANCE = -5.0
 class PatchAutoencoder(ModelMixin, ConfigMixin):
     """Base class: a diffusers model (`core`) between a pixel-unshuffle and a pixel-shuffle, with a linear shortcut.
 
-    f = patch * 2^(levels - 1). A subclass registers its config, builds its core and calls `_wrap`.
+    f = patch * 2^(levels - 1). A subclass registers its config, builds its core model and passes it to `_wrap`.
     """
 
     core: Any
@@ -50,7 +50,8 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         """Initialise the shortcut with a half-whitened PCA of the f x f patches of these images.
 
         Each component is divided by the square root of its standard deviation. Full whitening would amplify faint
-        details to the magnitude of shapes and colours; without whitening, they would vanish in the posterior noise.
+        details to the magnitude of shapes and colours. Without whitening, faint details would vanish in the posterior
+        noise.
 
         Args:
             images: [b, 3, H, W] in [-1, 1], with enough patches to estimate a covariance in 3 f^2 dimensions.
@@ -76,7 +77,7 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         self.shortcut_out.bias.copy_(mean)
 
     def _encode(self, x: Tensor) -> Tensor:
-        """Encode with the core, and add the linear code to the mean (the first channels). Return float32."""
+        """Return the core's encoding in float32, with the shortcut's code added to the first C channels (the mean)."""
         encoded = self.core.quant_conv(self.core.encoder(F.pixel_unshuffle(x, self.config.patch))).float()
         if not self.config.shortcut:
             return encoded
@@ -97,9 +98,9 @@ class PatchAutoencoderKL(PatchAutoencoder):
     """A KL autoencoder with the interface of diffusers' AutoencoderKL.
 
     Args:
-        patch: Patch size of the pixel-unshuffle; 1 disables it.
+        patch: Patch size of the pixel-unshuffle; 1 disables the unshuffle.
         block_out_channels: Width of each level; each level after the first halves the resolution.
-        shortcut: Add the linear shortcut, which `init_shortcut` initialises from images.
+        shortcut: If True, add the linear shortcut, which `init_shortcut` initialises from images.
     """
 
     @register_to_config
@@ -123,7 +124,7 @@ class PatchAutoencoderKL(PatchAutoencoder):
         )
         self._wrap(core, in_channels, latent_channels)
         if shortcut:
-            with torch.no_grad():  # a narrow posterior, so that training starts at the distortion of PCA
+            with torch.no_grad():  # a narrow posterior, so that training starts at the distortion of a PCA
                 core.quant_conv.bias[latent_channels:] = INITIAL_LOG_VARIANCE
 
     def encode(self, x: Tensor, return_dict: bool = True) -> Any:
@@ -206,7 +207,7 @@ def _core_options(
     norm_num_groups: int,
     sample_size: int,
 ) -> dict[str, Any]:
-    """Return the constructor arguments that both core models share. Their channels are the values of a patch."""
+    """Return the constructor arguments that both core models share. The core's channels are the values of a patch."""
     levels = len(block_out_channels)
     return {
         "in_channels": in_channels * patch**2,

@@ -1,4 +1,4 @@
-"""Perceptual distances between features of a frozen network, for the autoencoder loss."""
+"""Perceptual distances for the autoencoder loss: distances between features of a frozen network."""
 
 from importlib.util import find_spec
 from urllib.error import URLError
@@ -17,11 +17,11 @@ NUM_LEVELS = 3
 
 
 class EfficientNetLiteDistance(nn.Module):
-    """EfficientNet-lite0 perceptual distance at native image size: x, y [b, 3, H, W] in [-1, 1] -> [b].
+    """EfficientNet-lite0 perceptual distance without resizing the images: x, y [b, 3, H, W] in [-1, 1] -> [b].
 
-    The features after the last block at each resolution from H / 2 to H / 8 are normalised to unit length across
-    channels. Their squared differences are summed over channels and averaged over locations and levels. The distance is
-    differentiable with respect to both images.
+    Features are taken after the last block at each of the resolutions H / 2, H / 4 and H / 8, and normalised to unit
+    length across channels. Squared differences are summed over channels and averaged over locations and levels. The
+    distance is differentiable with respect to both images.
     Source: Zhang et al. 2018, arXiv:1801.03924, eq. 1, without the learned channel weights.
 
     Raises:
@@ -35,13 +35,13 @@ class EfficientNetLiteDistance(nn.Module):
         network = _efficientnet_lite("The perceptual distance of EfficientNet-lite0")
         self.stem = nn.Sequential(network._conv_stem, network._bn0, network._swish)
         halvings = [i for i, block in enumerate(network._blocks) if block._block_args.stride in (2, [2])]
-        # deeper levels would double the cost, and have at most 2 x 2 locations for images of 32 px
+        # deeper levels would double the cost, and have at most 2 x 2 locations for images of 32 x 32 pixels
         ends = halvings[:NUM_LEVELS]
         starts = [0, *ends[:-1]]
         self.levels = nn.ModuleList(nn.Sequential(*network._blocks[a:b]) for a, b in zip(starts, ends, strict=True))
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """Return the features of each level, normalised to unit length across channels."""
+        """Return the features at each level, normalised to unit length across channels."""
         x = self.stem(_normalise(images).to(memory_format=torch.channels_last))
         features = []
         for level in self.levels:
@@ -80,7 +80,7 @@ class LPIPS(nn.Module):
         except URLError as error:
             rule = (
                 f"needs the weights of VGG-16, which could not be downloaded ({error.reason}). Download them on "
-                "another machine and copy its ~/.cache/torch/hub/checkpoints to this one"
+                "another machine and copy ~/.cache/torch/hub/checkpoints from there to this machine"
             )
             raise InputError("perceptual", self.name, rule) from error
 
@@ -94,12 +94,12 @@ def has_lpips() -> bool:
 
 
 class Perceptual:
-    """A perceptual distance between features of a frozen network, with its loss weight.
+    """A perceptual distance and its weight in the loss.
 
     Args:
-        network: Maps images x and y, both [b, 3, H, W] in [-1, 1], to distances [b]. Its `name` attribute is its
-            command-line name.
-        weight: Loss weight of the distance.
+        network: Maps images x and y, both [b, 3, H, W] in [-1, 1], to distances [b]. The network's `name` attribute is
+            the name that selects it on the command line.
+        weight: Weight of the distance in the loss.
     """
 
     @checked

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 LOG_VARIANCE = -30.0
-"""Lower bound to which diffusers clamps log-variances: effectively a point posterior in float32."""
+"""Lower bound to which diffusers clamps log-variances. In float32, it effectively gives a point posterior."""
 
 
 def moments_layer(model: Any) -> nn.Conv2d:
@@ -25,7 +25,7 @@ def _log_variance_parameters(model: Any) -> tuple[Tensor, Tensor]:
 def zero_posterior_noise(model: nn.Module) -> None:
     """Set the log-variance to LOG_VARIANCE for every input.
 
-    If the loss depends only on the mean, training does not change the log-variance, because its gradient is 0.
+    Training with a loss that depends only on the mean does not change the log-variance, whose gradient is then 0.
     """
     weight, bias = _log_variance_parameters(model)
     weight.zero_()

@@ -1,8 +1,8 @@
 """Regularisers of the latents: a KL to N(0, I), a codebook, or none.
 
 A regulariser builds the model variant that it needs and computes reconstructions and loss terms. Stage 2 always sees a
-posterior: a Gaussian with `kl`, or a point with `vq` and `none`. With `vq`, the point is the encoder output before
-quantisation, and decoding quantises.
+posterior: a Gaussian with 'kl', or a point with 'vq' and 'none'. With 'vq', the point is the encoder output before
+quantisation, and decoding the point quantises it.
 """
 
 import warnings
@@ -27,10 +27,13 @@ from ldm.runtime.random import torch_generator
 
 VQ_COUNTERPARTS: dict[Any, type[nn.Module]] = {AutoencoderKL: VQModel, PatchAutoencoderKL: PatchVQModel}
 """Maps each architecture with a posterior to the same architecture with a codebook."""
-MAX_VECTORS, KMEANS_VECTORS, KMEANS_ITERATIONS = 262_144, 65_536, 5
+MAX_VECTORS, MAX_KMEANS_VECTORS, NUM_KMEANS_ITERATIONS = 262_144, 65_536, 5
 """Maximum number of encoder outputs to sample, maximum number to cluster, and number of k-means iterations."""
 RESTARTS_END = 0.75
-"""Fraction of the budget after which codes are no longer restarted, because the EMA weights lag behind."""
+"""Fraction of the training budget after which idle codes are no longer restarted.
+
+The EMA weights lag behind the trained weights, so they would not fully reflect later restarts.
+"""
 
 ImageSource = Callable[[], Tensor]
 Noise = Callable[[Sequence[int]], Tensor]
@@ -38,18 +41,18 @@ Noise = Callable[[Sequence[int]], Tensor]
 
 
 class Reconstruction(NamedTuple):
-    """Reconstruction of a batch, with the regulariser's loss terms."""
+    """Reconstructions for a batch, and the regulariser's loss terms."""
 
     images: Tensor
     """[b, 3, H, W], not clamped."""
     terms: dict[str, Tensor]
-    """Scalars by name: `kl` in nats per image, or `codebook`, a mean squared distance in latent units."""
+    """Scalar loss terms by name: `kl` in nats per image, or `codebook`, a mean squared distance in latent units."""
     codes: Tensor | None = None
     """Index of the code at each location, [b h w]; None without a codebook."""
 
 
 class Regulariser(nn.Module):
-    """Base class of the three regularisers; `name` is the command-line name."""
+    """Base class of the three regularisers. `name` is the name that selects a regulariser on the command line."""
 
     name: str
     codebook_size: int | None = None
@@ -69,11 +72,11 @@ class Regulariser(nn.Module):
             raise InputError("regulariser", self.name, rule)
 
     def initialise(self, model: nn.Module, images: ImageSource, seed: int, device: torch.device) -> None:  # noqa: B027
-        """Initialise a new model before training; `images` returns a sample of the training split, [b, 3, H, W]."""
+        """Initialise a new model before training. `images` returns a sample from the training split, [b, 3, H, W]."""
 
     @abstractmethod
     def reconstruct(self, model: Any, images: Tensor, noise: Noise | None) -> Reconstruction:
-        """Encode and decode a batch. In validation, `noise` is None and the posterior mean is decoded."""
+        """Encode and decode a batch. If `noise` is None, as in validation, decode the posterior mean."""
 
     def after_step(  # noqa: B027
         self, model: nn.Module, generator: torch.Generator, progress: float, skip: Tensor | None = None
@@ -93,7 +96,7 @@ class Regulariser(nn.Module):
 
 
 class KL(Regulariser):
-    """Gaussian posterior z_raw ~ q(z_raw | x), with KL(q || N(0, I)) in the loss, weighted by autoencoder.loss.kl."""
+    """Gaussian posterior z_raw ~ q(z_raw | x), with KL(q || N(0, I)) in the loss."""
 
     name = "kl"
 
@@ -129,11 +132,11 @@ class VectorQuantised(Regulariser):
         codebook = |sg(z) - e|^2 + commitment |z - sg(e)|^2, averaged over the values of the latents
 
     The codebook is initialised by k-means on the distinct encoder outputs. A code that has been unused for
-    `restart_after` steps is restarted at a vector of the batch, sampled with probability proportional to the squared
-    distance to its nearest code. With uniform sampling, images with a plain background would mostly restart codes at
-    the background, which already has a code.
-    Source: van den Oord et al. 2017, arXiv:1711.00937, eq. 3; restarts: Dhariwal et al. 2020, arXiv:2005.00341, sec.
-    3.1, with uniform sampling.
+    `restart_after` steps is restarted at an encoder output from the current batch. The probability of choosing an
+    output is proportional to the squared distance between the output and its nearest code. With uniform sampling, most
+    codes would restart at the plain background of the images, which already has a code.
+    Source: van den Oord et al. 2017, arXiv:1711.00937, eq. 3. Restarts with uniform sampling: Dhariwal et al. 2020,
+    arXiv:2005.00341, section 3.1.
 
     Raises:
         InputError: An argument is out of range.
@@ -184,11 +187,11 @@ class VectorQuantised(Regulariser):
         z = torch.cat(vectors).round(decimals=3).unique(dim=0)
         if len(z) < self.codebook_size:
             return  # too few vectors for k-means; keep diffusers' initialisation
-        indices = torch.randperm(len(z), generator=torch_generator(seed))[:KMEANS_VECTORS]
+        indices = torch.randperm(len(z), generator=torch_generator(seed))[:MAX_KMEANS_VECTORS]
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "One of the clusters is empty")  # they keep their initial centroid
+            warnings.filterwarnings("ignore", "One of the clusters is empty")  # an empty one keeps its centroid
             centroids, _ = kmeans2(
-                z[indices].double().numpy(), self.codebook_size, KMEANS_ITERATIONS, minit="points", seed=seed
+                z[indices].double().numpy(), self.codebook_size, NUM_KMEANS_ITERATIONS, minit="points", seed=seed
             )
         quantiser(model).embedding.weight.copy_(torch.from_numpy(centroids))
 
@@ -221,10 +224,10 @@ class VectorQuantised(Regulariser):
         self.clear_batches()
         self.idle_steps += 1
         self.idle_steps[codes] = 0
-        distance = distance + torch.finfo(z.dtype).tiny  # multinomial needs a positive probability
+        distance = distance + torch.finfo(z.dtype).tiny  # multinomial requires positive probabilities
         distance = distance.nan_to_num(1, posinf=1)  # distances can be non-finite in a skipped step
         restarts = z[torch.multinomial(distance, self.codebook_size, replacement=True, generator=generator)]
-        if dist.is_available() and dist.is_initialized():  # rounding differs between GPUs, and so would the samples
+        if dist.is_available() and dist.is_initialized():  # rounding could lead to different samples on each rank
             dist.broadcast(restarts, src=0)
         if progress < RESTARTS_END:
             idle = self.idle_steps >= self.restart_after

@@ -27,7 +27,7 @@ class CommandLine:
         arguments: Arguments as typed.
         overrides: Config overrides for this job.
         search_path: Overrides for Hydra's search path.
-        choices: Selected option of each config group.
+        choices: Selected choice for each config group.
         config_name: Name of the primary config.
         job: Index of this job in a multirun; None without -m.
     """
@@ -50,8 +50,8 @@ class CommandLine:
 
     def options_to_resume(self, config: DictConfig) -> list[str]:
         """Return the options that this run was started with, as typed, except those for its name and folder."""
-        excluded = ("name", "resume", "overwrite", "runs_dir")
-        return [*self.config_sources, *(option for key, option in self._options(config) if key not in excluded)]
+        excluded_keys = ("name", "resume", "overwrite", "runs_dir")
+        return [*self.config_sources, *(option for key, option in self._options(config) if key not in excluded_keys)]
 
     def options_for_next_stage(self, config: DictConfig, stage: str) -> list[str]:
         """Return the options for training a different stage on the same data and hardware, as typed.

@@ -49,7 +49,7 @@ def explain(error: BaseException, config: Mapping[str, Any] = {}) -> str | None:
         if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.full_key:
             return f"There is no key {cause.full_key}. See --help for common keys, or --cfg job for all keys."
     if any(isinstance(cause, HydraException | OmegaConfBaseException) for cause in chain):
-        # the innermost cause is the most specific, such as a rule of a constructor or a value of the wrong type
+        # the innermost cause is the most specific, such as a constructor's rule or a value of the wrong type
         message = str(chain[-1] if isinstance(chain[-1], ValueError | TypeError | OmegaConfBaseException) else error)
         return " ".join(message.split()) + " See --help for the available choices and keys."
     return None

@@ -148,7 +148,7 @@ class _Command:
         self.verbose = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
         self.failed_jobs: list[str] = []
         self.job_config: dict[str, Any] = {}
-        """Config of the current job, as plain values, from which messages take option names."""
+        """Config of the current job, as plain values. Messages take option names from it."""
 
     def run_job(self, config: DictConfig) -> None:
         """Run the task with a composed config; called by Hydra for each job."""
@@ -176,7 +176,7 @@ class _Command:
         sys.exit(2)
 
     def report_job(self, error: Exception) -> None:
-        """Report the error of a job without stopping the remaining jobs."""
+        """Report an error from a job without stopping the remaining jobs."""
         command = command_line()
         swept_options = [option for option in command.overrides if option not in self.arguments]
         name = f"job {command.job} ({' '.join(swept_options)})"

@@ -46,8 +46,8 @@ def find_option(argument: str, value: object, config: Mapping[str, Any]) -> str 
     """
     names = (argument, *ALIASES.get(argument, ()))
     candidates = [(key, setting) for key, setting in _options(config) if key.rpartition(".")[2] in names]
-    exact = [(key, setting) for key, setting in candidates if type(setting) is type(value) and setting == value]
-    return min((key for key, _ in exact or candidates), key=lambda key: (key.count("."), len(key)), default=None)
+    matches = [(key, setting) for key, setting in candidates if type(setting) is type(value) and setting == value]
+    return min((key for key, _ in matches or candidates), key=lambda key: (key.count("."), len(key)), default=None)
 
 
 def _options(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -59,7 +59,7 @@ def _options(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def suggest_other_disk(config: Mapping[str, Any]) -> str:
-    """Return a clause that suggests a different disk, with the options of the command that select one."""
+    """Return a clause that suggests a different disk, with the command's options for selecting it."""
     options = [f"{key}=" for key in OUTPUT_OPTIONS if has_option(config, key)]
     return f", or use another disk with {' or '.join(options)}" if options else ""
 

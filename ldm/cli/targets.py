@@ -1,4 +1,4 @@
-"""Constructor names of earlier versions, which still appear in the configs of existing runs."""
+"""Constructor names from earlier versions, which still appear in the configs of existing runs."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ SAMPLERS = {
     "dpmpp": "ldm.diffusion.samplers.multistep.DPMSolver",
     "unipc": "ldm.diffusion.samplers.multistep.UniPC",
 }
-"""Replacements for SAMPLER, the single sampler class of earlier versions, by its `method` argument."""
+"""Replacements for SAMPLER, the only sampler class in earlier versions, by its `method` argument."""
 
 MOVED_TARGETS = {
     "ldm.autoencoder.loss.AutoencoderLoss": "ldm.autoencoder.losses.AutoencoderLoss",

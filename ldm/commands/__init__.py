@@ -1,1 +1,1 @@
-"""The functions behind the commands; each script in tools/ calls one of them with its config."""
+"""The functions behind the commands. Each script in tools/ calls one of these functions with a config."""

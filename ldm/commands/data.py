@@ -31,7 +31,7 @@ def data(config: DictConfig) -> None:
     report = inspect_data(images, device=device, tokenizer=tokenizer, **options)
     out = Path(config.out or Path("runs", "data", images.name)).expanduser()
     metrics, *figures = files = report.save(out)
-    for name in FIGURES - report.figures.keys():  # left over from an earlier report
+    for name in FIGURES - report.figures.keys():  # from an earlier report
         (out / name).unlink(missing_ok=True)
     if config.logger.wandb:
         log_data_report(config, out, report, images, files)

@@ -13,7 +13,7 @@ from ldm.latents.files import encode_file
 from ldm.runs.run import Run
 from ldm.runtime.device import choose_device
 
-MAX_LISTED = 20
+MAX_LISTED_FILES = 20
 
 
 def encode_images(config: DictConfig) -> None:
@@ -35,11 +35,11 @@ def encode_images(config: DictConfig) -> None:
             val_fraction=None,
             max_bad_fraction=None,
         )
-        number = encode_file(autoencoder, images, Path(config.out).expanduser(), config.batch_size)
-        unreadable = images.quarantine()
+        num_encoded = encode_file(autoencoder, images, Path(config.out).expanduser(), config.batch_size)
+        skipped_files = images.quarantine()
         del images
-    print(f"{count(number, 'image')} of {resolution} px encoded to {config.out}")
-    for entry in unreadable[:MAX_LISTED]:
+    print(f"{count(num_encoded, 'image')} of {resolution} px encoded to {config.out}")
+    for entry in skipped_files[:MAX_LISTED_FILES]:
         print(f"skipped {entry['name']}: {entry['reason']}")
-    if len(unreadable) > MAX_LISTED:
-        print(f"skipped {len(unreadable) - MAX_LISTED} more unreadable images")
+    if len(skipped_files) > MAX_LISTED_FILES:
+        print(f"skipped {len(skipped_files) - MAX_LISTED_FILES} more unreadable images")

@@ -1,4 +1,4 @@
-"""Measure the quality of a run: an autoencoder's reconstructions, or the samples of a diffusion model."""
+"""Measure the quality of a run: an autoencoder's reconstructions or a diffusion model's samples."""
 
 from typing import Any
 
@@ -52,13 +52,13 @@ def evaluate_diffusion(config: DictConfig, run: Any) -> dict[str, Any]:
     steps, guidances = (list(x) if OmegaConf.is_list(x) else [x] for x in (config.sampler.steps, config.guidance))
     samplers = {value: command.construct(config.sampler, steps=value) for value in steps}
     pipeline, images = run.pipeline().to(choose_device(config.device)), run.image_data()
-    weights = run_weights_sha256(run)
+    digest = run_weights_sha256(run)
     results: dict[str, Any] = {"values": {}, "figures": {}, "files": []}
     fallback_file = run.evaluation_file
     if len(steps) > 1 or len(guidances) > 1:
         sweep = sampler_sweep.sweep_sampler(pipeline, images, samplers, guidances, **options)
         name, figure = "steps" if len(steps) > 1 else "guidance", sampler_sweep.plot_sampler_sweep(sweep)
-        sweep_report = Report(f"{name}.json", {"weights_sha256": weights, **sweep}, figures={f"{name}.png": figure})
+        sweep_report = Report(f"{name}.json", {"weights_sha256": digest, **sweep}, figures={f"{name}.png": figure})
         table, plot = sweep_report.save(run.path)
         results = {"values": {"sweep": sweep}, "files": [table, plot]}
         results["figures"] = {plot.name: Image.open(plot).convert("RGB")}
@@ -66,7 +66,7 @@ def evaluate_diffusion(config: DictConfig, run: Any) -> dict[str, Any]:
         fallback_file = run.path / "evaluation" / "knee.json"
         print("\n".join([*sampler_sweep.sweep_lines(sweep), f"figure: {plot}, metrics: {table}", ""]))
         steps, guidances = ([sweep["knee"]] if len(values) > 1 else values for values in (steps, guidances))
-    options |= {"guidance": guidances[0], "weights_sha256": weights}
+    options |= {"guidance": guidances[0], "weights_sha256": digest}
     evaluation = report.measure_samples(pipeline, images, samplers[steps[0]], **options)
     file = report.save_unless_smaller(evaluation, run.path, fallback_file)
     evaluation.print()

@@ -21,7 +21,7 @@ from ldm.runtime.device import choose_device
 
 def latents(config: DictConfig) -> None:
     if (config.run is None) == (config.sweep is None):
-        raise UserError("Set either run= (a run folder to measure) or sweep= (latent sizes to train, like sweep=f4c4).")
+        raise UserError("Set either run= (a run folder to measure) or sweep= (latent sizes to train, e.g. sweep=f4c4).")
     options: dict[str, Any] = {key: config[key] for key in ("num_images", "seed", "batch_size")}
     if config.sweep is not None:
         sweep_sizes(config, options)
@@ -41,9 +41,9 @@ def sweep_sizes(config: DictConfig, options: dict[str, Any]) -> None:
     apply_rules(measure_sweep, options)
     # passed on verbatim, because the training command parses them again
     data_options = [argument for argument in cli.arguments if argument.lstrip("+~").startswith("data.")]
-    common = [f"data={cli.choices['data']}", *data_options, *parse_list(config.train)]
+    common_options = [f"data={cli.choices['data']}", *data_options, *parse_list(config.train)]
     losses: list[Any] = [loss.strip() for loss in str(config.losses).split(",")]
-    runs = plan_sweep(parse_sizes(config.sweep, resolution), losses, folder, config.minutes, common)
+    runs = plan_sweep(parse_sizes(config.sweep, resolution), losses, folder, config.minutes, common_options)
     if config.features != NO_FEATURES:  # fail early if packages are missing, and train the classifier first
         load_features(config.features, prepare_images(config.data) if config.features == Classifier.name else None)
     device = choose_device(config.device)

@@ -52,10 +52,10 @@ class TwoStages:
 
     Args:
         folders: Run folder of each stage.
-        options: Options for each stage, as typed, except name, runs_dir, resume and overwrite.
-        overwrite: Whether to replace an existing run, by stage.
-        resume: Whether to resume existing runs.
-        cli_options: Options of this command, as typed, with the same exceptions.
+        options: Options for each stage, as typed, except name=, runs_dir=, resume= and overwrite=.
+        overwrite: True to replace an existing run, by stage.
+        resume: True to resume existing runs.
+        cli_options: Options of this command, as typed, except the same four.
     """
 
     folders: Mapping[str, Path]
@@ -159,7 +159,7 @@ class TwoStages:
 
 
 def select_stage_options(stage: str, options: list[str]) -> tuple[str, ...]:
-    """Select the options for one stage from stage=all: shared options, then stage-specific ones without prefix."""
+    """Return one stage's options from a stage=all command: shared ones, then stage-specific ones without prefix."""
     (other_stage,) = set(STAGES) - {stage}
     shared, specific = [f"stage={stage}"], []
     for option in options:
@@ -169,8 +169,8 @@ def select_stage_options(stage: str, options: list[str]) -> tuple[str, ...]:
             specific.append(option.replace(PREFIXES[stage], "", 1))
         elif not assignment.startswith(PREFIXES[other_stage]) and group not in ("stage", *STAGE_OPTIONS[other_stage]):
             shared.append(option)
-    overridden = {option.partition("=")[0] for option in specific}
-    return (*(option for option in shared if option.partition("=")[0] not in overridden), *specific)
+    overridden_keys = {option.partition("=")[0] for option in specific}
+    return (*(option for option in shared if option.partition("=")[0] not in overridden_keys), *specific)
 
 
 def is_finished(folder: Path, autoencoder: Path | None) -> bool:

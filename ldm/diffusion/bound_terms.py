@@ -1,7 +1,7 @@
 """The terms of the variational bound, in nats per image: the prior term L_T, the layers L_{t-1}, and the last term L_0.
 
-Each term is summed over the dimensions of an image, in float64 (float32 on MPS, which has no float64).
-`ldm.diffusion.bound` adds the terms up.
+Each term is summed over the dimensions of an image and computed in float64 (float32 on MPS, which has no float64).
+`ldm.diffusion.bound` adds up the terms.
 """
 
 import math
@@ -40,8 +40,9 @@ def bound_term(
         s >= 1  KL(q(z_s | z_t, z_0) || p(z_s | z_t)) = 1/2 sum(bt / Sigma - 1 + log(Sigma / bt) + d^2 / Sigma)
         s = 0   -log p(z_0 | z_t)                     = 1/2 sum(log(2 pi Sigma) + d^2 / Sigma)
 
-    where d = c_0 (z_0 - predicted z_0) is the difference between the two means; their z_t terms are equal and cancel.
-    s and t are ints, or long tensors [b] that can mix both cases. Any Sigma that `log_variance` supports can be used.
+    where d = c_0 (z_0 - predicted z_0) is the difference between the means of q and p, whose z_t terms cancel. bt, c_0
+    and Sigma are defined in `ldm.diffusion.chain`. s and t are ints, or long tensors [b] that can mix both cases. Any
+    Sigma that `log_variance` supports can be used.
     Source: Ho et al. 2020, arXiv:2006.11239, eqs. 5 to 7.
 
     Raises:
@@ -49,12 +50,12 @@ def bound_term(
     """
     v, squared_error = None, (at_least_float32(z_0) - at_least_float32(prediction.z_0)).square().flatten(1)
     if variance != "learned_range":
-        # All dimensions share one Sigma, so the rest is arithmetic on one number per image.
+        # All dimensions share one Sigma, so the mean squared error of each image is sufficient.
         squared_error = squared_error.mean(1, keepdim=True)
     elif prediction.v is not None:
         v = to_float64(prediction.v).flatten(1)
     squared_error = to_float64(squared_error)
-    # c_0 is the posterior's mean at z_0 = 1 and z_t = 0.
+    # c_0 is the posterior mean at z_0 = 1 and z_t = 0.
     one = torch.ones_like(squared_error[:, :1])
     c_0, bt = posterior(schedule, one, torch.zeros_like(one), s, t)
     log_sigma = log_variance(schedule, s, t, variance, like=squared_error, v=v, z_0_mse=z_0_mse)
@@ -74,10 +75,11 @@ def discretised_nll(
 ) -> Float[Tensor, "*x"]:
     """Return -log of the Gaussian probability of the bin that contains x, in nats per dimension, for quantised images.
 
-        P(x) = Phi((x + w/2 - mean) / scale) - Phi((x - w/2 - mean) / scale)
+        P(x) = Phi((x + w/2 - mean) / scale) - Phi((x - w/2 - mean) / scale),   w = bin_width
 
     The outermost bins, around `low` and `high`, extend to infinity, so that P sums to one over all values. 8-bit
-    pixels in [-1, 1] have w = 2 / 255, low = -1, high = 1. The result is in float64 and finite far into the tails.
+    pixels in [-1, 1] have w = 2 / 255, low = -1 and high = 1. The result is in float64 and remains finite far into the
+    tails.
     Source: Ho et al. 2020, arXiv:2006.11239, eq. 13.
 
     Raises:
@@ -88,9 +90,9 @@ def discretised_nll(
         raise ValueError(f"bin_width and scale must be positive; got {bin_width} and {scale.min().item()}")
     lower = torch.where(x < low + bin_width / 2, -math.inf, (x - bin_width / 2 - mean) / scale)
     upper = torch.where(x > high - bin_width / 2, math.inf, (x + bin_width / 2 - mean) / scale)
-    # Phi is only accurate in its lower tail, so bins above the mean are mirrored.
-    mirrored = lower + upper > 0
-    lower, upper = torch.where(mirrored, -upper, lower), torch.where(mirrored, -lower, upper)
+    # Phi is only accurate in its lower tail, so bins above the mean are mirrored to below the mean.
+    is_mirrored = lower + upper > 0
+    lower, upper = torch.where(is_mirrored, -upper, lower), torch.where(is_mirrored, -lower, upper)
     log_lower, log_upper = torch.special.log_ndtr(lower), torch.special.log_ndtr(upper)
     return -(log_upper + torch.log(-torch.expm1(log_lower - log_upper)))
 

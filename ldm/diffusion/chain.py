@@ -1,10 +1,10 @@
-"""The Gaussian Markov chain: forward steps, posterior, Sigma, and the prediction types of a network.
+"""The Gaussian Markov chain: forward steps, the posterior, the reverse variance Sigma, and the prediction types.
 
 Notation: z_t = alpha z_0 + sigma eps, where alpha = sqrt(a_t), sigma = sqrt(1 - a_t), eps ~ N(0, I). For any
 s < t,
 
-    b  = 1 - a_t / a_s                    variance of a forward step s -> t    (beta_t at s = t - 1)
-    bt = b (1 - a_s) / (1 - a_t)          variance of the posterior            (beta-tilde_t at s = t - 1)
+    b  = 1 - a_t / a_s                    variance of the forward step from s to t    (beta_t if s = t - 1)
+    bt = b (1 - a_s) / (1 - a_t)          variance of the posterior q(z_s | z_t, z_0) (beta-tilde_t if s = t - 1)
 
 s and t are ints, or long tensors [b] with one step per sample. Keep these tensors on the CPU, so that checking them
 does not synchronise with an accelerator. All results are in float32 or better: half-precision inputs are converted
@@ -35,18 +35,18 @@ def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
         ValueError: listing the valid choices.
     """
     if value not in choices:
-        raise ValueError(f"unknown {option} {value!r}; known: {', '.join(choices)}")
+        raise ValueError(f"unknown {option} {value!r}; choose one of: {', '.join(choices)}")
 
 
 def check_prediction(prediction: str, alpha_bar: Float[Tensor, "..."]) -> None:
-    """Raise an error for an unknown prediction type, or for eps where z_t contains no signal.
+    """Raise an error for an unknown prediction type, or for eps-prediction where z_t contains no signal.
 
     Raises:
-        ValueError: if `prediction` is unknown; if it is eps and an entry of alpha_bar is 0.
+        ValueError: if `prediction` is unknown; if it is "eps" and an entry of alpha_bar is 0.
     """
     check_choice("prediction", prediction, get_args(PredictionType))
     if prediction == "eps" and (alpha_bar == 0).any():
-        raise ValueError("eps does not determine z_0 where alpha_bar = 0. Predict z_0, v or flow instead")
+        raise ValueError("predicting eps does not determine z_0 where alpha_bar = 0. Predict z_0, v or flow instead")
 
 
 def marginal(
@@ -118,24 +118,25 @@ def log_variance(
         learned_range  v log b + (1 - v) log bt,   v in [0, 1] if the network's output is in [-1, 1]
         optimal        log (bt + c_0^2 mse(t)),    c_0 = sqrt(a_s) b / (1 - a_t),  mse(t) = z_0_mse[t]
 
-    optimal is the isotropic Sigma that minimises the mean KL of each step for this denoiser, whether or not it is
-    exact. The means of q(z_s | z_t, z_0) and p(z_s | z_t) differ by c_0 (z_0 - predicted z_0), so per dimension
+    `optimal` is the isotropic Sigma that minimises the mean KL divergence of each step for this denoiser, even if the
+    denoiser is inexact. The means of q(z_s | z_t, z_0) and p(z_s | z_t) differ by c_0 (z_0 - predicted z_0), so per
+    dimension
 
         E KL = 1/2 (log Sigma - log bt + (bt + c_0^2 mse(t)) / Sigma - 1),
         mse(t) = E |z_0 - predicted z_0|^2 / D.
 
-    At s = 0, bt = 0 and c_0 = 1. optimal is then mse(t), which minimises the mean of -log p(z_0 | z_t). fixed_small and
-    learned_range replace bt = 0 with the bt of step 2 -> 1 of the full chain. The result has shape [b or 1, 1, ..., 1],
-    or the shape of v for learned_range.
-    Source: Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 15, including the clipping at the last step;
-    optimal is from Bao et al. 2022, arXiv:2201.06503, for an exact denoiser, and arXiv:2206.07309 for any denoiser.
+    At s = 0, bt = 0 and c_0 = 1. `optimal` is then mse(t), which minimises the mean of -log p(z_0 | z_t). `fixed_small`
+    and `learned_range` replace bt = 0 with the bt of the full chain's step from t = 2 to s = 1. The result has shape
+    [b or 1, 1, ..., 1], or the shape of v for `learned_range`.
+    Source: Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 15, including the clipping at the last step. `optimal` is
+    from Bao et al. 2022, arXiv:2201.06503, for an exact denoiser, and arXiv:2206.07309 for any denoiser.
 
     Args:
-        z_0_mse: mse(t) for t = 0..T, only used by optimal; see `check_z_0_mse`.
+        z_0_mse: mse(t) for t = 0..T, only used by `optimal`; see `check_z_0_mse`.
 
     Raises:
-        ValueError: unless 0 <= s < t <= T; if `variance` is unknown; if v is missing for learned_range, or z_0_mse
-            for optimal; if bt is needed at s = 0 of a chain with a single step.
+        ValueError: unless 0 <= s < t <= T; if `variance` is unknown; if v is missing for `learned_range`, or z_0_mse
+            for `optimal`; if bt is needed at s = 0, but the chain has only one step.
     """
     check_order(schedule, s, t)
     check_choice("variance", variance, get_args(VarianceType))
@@ -149,12 +150,17 @@ def log_variance(
         return (bt + z_0_weight**2 * _z_0_mse_at(schedule, z_0_mse, t).reshape(z_0_weight.shape)).log().to(like)
     if (bt == 0).any():
         if schedule.num_steps < 2:
-            raise ValueError(f"{variance} needs at least two steps, but this chain has one step. Use fixed_large")
+            raise ValueError(
+                f"variance {variance!r} needs at least two steps, but this chain has only one step. Use fixed_large"
+            )
         bt = torch.where(bt == 0, _step_variances(schedule.at(1, like), schedule.at(2, like))[1], bt)
     if variance == "fixed_small":
         return bt.log().to(like)
     if v is None:
-        raise ValueError("learned_range needs v, but the denoiser returned None: its network must learn the variance")
+        raise ValueError(
+            "variance 'learned_range' needs v, but the denoiser returned no v. Use a network that learns the variance, "
+            "or choose fixed_small or fixed_large"
+        )
     v = at_least_float32(v)
     return v * b.log().to(v) + (1 - v) * bt.log().to(v)
 
@@ -163,12 +169,12 @@ def check_z_0_mse(schedule: NoiseSchedule, z_0_mse: Float64[Tensor, " num_entrie
     """Raise an error if z_0_mse is not a valid table of mse(t) = E |z_0 - predicted z_0|^2 / D for t = 0..T.
 
     Raises:
-        ValueError: unless it has T + 1 finite entries, which are 0 at t = 0 and positive elsewhere.
+        ValueError: unless z_0_mse has T + 1 finite entries, which are 0 at t = 0 and positive elsewhere.
     """
     if len(z_0_mse) != schedule.num_steps + 1:
         raise ValueError(
-            f"z_0_mse must have T + 1 = {schedule.num_steps + 1} entries; got {len(z_0_mse)}. Fit it on the training "
-            "split, with the same noise schedule"
+            f"z_0_mse must have T + 1 = {schedule.num_steps + 1} entries; got {len(z_0_mse)}. Fit z_0_mse on the "
+            "training split, with the same noise schedule"
         )
     is_bad = ~(z_0_mse.isfinite() & (z_0_mse > 0))
     is_bad[0] = z_0_mse[0] != 0
@@ -176,7 +182,7 @@ def check_z_0_mse(schedule: NoiseSchedule, z_0_mse: Float64[Tensor, " num_entrie
         t = int(is_bad.nonzero()[0])
         raise ValueError(
             f"z_0_mse must be 0 at t = 0, and finite and positive elsewhere; got z_0_mse[{t}] = {z_0_mse[t].item()}. "
-            "Fit it on the training split"
+            "Fit z_0_mse on the training split"
         )
 
 
@@ -187,14 +193,14 @@ def target(
     t: Step,
     prediction: str,
 ) -> Float[Tensor, " b *z"]:
-    """Return the training target of the network at t.
+    """Return the network's training target at t, which depends on the prediction type.
 
         eps: eps        z_0: z_0        v: alpha eps - sigma z_0        flow: eps - z_0
 
-    Source: v, Salimans and Ho 2022, arXiv:2202.00512, appendix D; flow, Liu et al. 2023, arXiv:2209.03003.
+    Source: Salimans and Ho 2022, arXiv:2202.00512, appendix D, for v; Liu et al. 2023, arXiv:2209.03003, for flow.
 
     Raises:
-        ValueError: if `prediction` is unknown; if it is eps and a_t = 0; unless 0 <= t <= T.
+        ValueError: if `prediction` is unknown; if it is "eps" and a_t = 0; unless 0 <= t <= T.
     """
     z_0, eps = at_least_float32(z_0), at_least_float32(eps)
     check_prediction(prediction, schedule.at(t, z_0))
@@ -220,8 +226,10 @@ def to_z_0(
         eps: (z_t - sigma eps) / alpha        z_0: z_0
         v: alpha z_t - sigma v                flow: (z_t - sigma u) / (alpha + sigma)
 
+    where eps, z_0, v or u is the network's output.
+
     Raises:
-        ValueError: if `prediction` is unknown; if it is eps and a_t = 0; unless 0 <= t <= T.
+        ValueError: if `prediction` is unknown; if it is "eps" and a_t = 0; unless 0 <= t <= T.
     """
     output, z_t = at_least_float32(output), at_least_float32(z_t)
     check_prediction(prediction, schedule.at(t, z_t))
@@ -291,9 +299,12 @@ def _posterior_weights(a_s: Tensor, a_t: Tensor) -> tuple[Tensor, Tensor]:
 
 def _z_0_mse_at(schedule: NoiseSchedule, z_0_mse: Tensor | None, t: Step) -> Tensor:
     if z_0_mse is None:
-        raise ValueError("variance optimal needs z_0_mse, the denoiser's error at each t. Fit it on the training split")
+        raise ValueError(
+            "variance 'optimal' needs z_0_mse, the denoiser's mean squared error in z_0 at each t. Fit z_0_mse on the "
+            "training split"
+        )
     check_z_0_mse(schedule, z_0_mse)
     index = torch.as_tensor(t)
     if index.is_floating_point():
-        raise ValueError(f"variance optimal is only defined at integer t in 1..T; got t = {t}")
+        raise ValueError(f"variance 'optimal' is only defined for integers t in 1..T; got t = {t}")
     return z_0_mse.to(schedule.alpha_bar.device)[index.to(schedule.alpha_bar.device)]

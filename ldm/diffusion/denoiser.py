@@ -1,4 +1,4 @@
-"""Denoisers, which convert the output of a network to a prediction of z_0, and of v if Sigma is learned."""
+"""Denoisers, which convert the output of a network into a prediction of z_0, and of v if Sigma is learned."""
 
 from collections.abc import Callable
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -15,7 +15,7 @@ Condition = dict[str, Tensor]
 
 
 class Prediction(NamedTuple):
-    """The output of a denoiser: the predicted z_0, and v if the variance is learned_range (None if Sigma is fixed)."""
+    """The output of a denoiser: the predicted z_0, and the v of a learned Sigma (None if Sigma is not learned)."""
 
     z_0: Tensor
     v: Tensor | None
@@ -46,14 +46,14 @@ class Denoiser:
     Args:
         schedule: the noise schedule that the network is trained with.
         network: called as network(z_t, timesteps, condition) with timesteps = t - 1 in 0..T-1, a long tensor
-            [b]. These timesteps have the same meaning as in diffusers, so weights can be exchanged. A fractional t is
-            passed as a float tensor, in float32 or better.
+            [b]. These timesteps have the same meaning as in diffusers, so weights can be exchanged with diffusers. For
+            a real-valued t, the timesteps are a float tensor, in float32 or better.
         prediction: the network's prediction type: eps, z_0, v or flow.
-        learned_variance: if true, the network outputs 2C channels; the second half, in [-1, 1], is converted to
-            v = (out + 1) / 2 (Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 15).
+        learned_variance: if True, the network outputs 2C channels for latents with C channels. The second half of the
+            output, in [-1, 1], is converted to v = (out + 1) / 2 (Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 15).
 
     Raises:
-        ValueError: if `prediction` is unknown; if it is eps and the schedule ends at alpha_bar = 0.
+        ValueError: if `prediction` is unknown; if it is "eps" and the schedule ends at alpha_bar = 0.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Denoiser:
     def output(
         self, z_t: Float[Tensor, " b c *hw"], t: Step, condition: Condition | None = None
     ) -> tuple[Float[Tensor, " b c *hw"], Float[Tensor, " b c *hw"] | None]:
-        """Return the raw prediction of the network, which approximates `chain.target`, and v, in float32 or better.
+        """Return the network's raw prediction, which approximates `chain.target`, and its v, both in float32 or better.
 
         Raises:
             ValueError: unless 1 <= t <= T; unless the network outputs C channels, or 2C if it learns the

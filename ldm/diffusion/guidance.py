@@ -1,4 +1,4 @@
-"""Classifier-free guidance, which pushes the conditional prediction away from the unconditional one."""
+"""Classifier-free guidance, which pushes the conditional prediction away from the unconditional prediction."""
 
 import torch
 from jaxtyping import Float
@@ -20,17 +20,17 @@ class Guided:
 
         z_0 = null + scale (cond - null)   while u = t / T is in the interval, else cond
 
-    Guiding z_0 is equivalent to guiding eps, v or flow, which are affine functions of z_0 at a given z_t. The v of
-    learned_range comes from the conditional branch. Both branches run in a single batch. Outside the interval,
+    Guiding z_0 is equivalent to guiding eps, v or flow, which are affine functions of z_0 at a given z_t. If Sigma is
+    learned, v comes from the conditional branch. Both branches run in a single batch. Outside the interval,
     and at scale = 1, only the conditional branch runs.
-    Source: Ho and Salimans 2022, arXiv:2207.12598, eq. 6 (scale = w + 1); the interval is Kynkäänniemi et al.
+    Source: Ho and Salimans 2022, arXiv:2207.12598, eq. 6 (scale = w + 1); the interval is from Kynkäänniemi et al.
     2024, arXiv:2404.07724.
 
     Args:
         denoiser: the denoiser to guide.
-        scale: guidance scale; 1 disables guidance, 0 is unconditional.
-        null_condition: the values that replace dropped conditions, each with batch size 1.
-        interval: lowest and highest u = t / T, both included, at which guidance is applied.
+        scale: guidance scale; 1 disables guidance, and 0 makes the prediction unconditional.
+        null_condition: the conditioning inputs of the unconditional branch, each with batch size 1.
+        interval: lowest and highest u = t / T at which guidance is applied, both inclusive.
 
     Raises:
         ValueError: unless 0 <= interval[0] <= interval[1] <= 1; if the batch size of a null
@@ -63,8 +63,8 @@ class Guided:
         """Predict z_0 from z_t with guidance.
 
         Raises:
-            ValueError: if the condition is missing, or differs from the null condition in its names or
-                shapes; unless 1 <= t <= T.
+            ValueError: if the condition is missing, or if its names or shapes differ from those of the null condition;
+                unless 1 <= t <= T.
         """
         low, high = self.interval
         u = torch.as_tensor(t) / self.schedule.num_steps
@@ -81,14 +81,14 @@ class Guided:
     def _stack_null(self, condition: Condition | None) -> dict[str, Tensor]:
         names, expected = sorted(condition or {}), sorted(self.null_condition)
         if condition is None or names != expected:
-            raise ValueError(f"guidance needs the conditions {expected}, the names in its null condition; got {names}")
+            raise ValueError(f"guidance needs the conditions {expected} of its null condition; got {names}")
         stacked = {}
         for name, value in condition.items():
             null = self.null_condition[name]
             if value.shape[1:] != null.shape[1:]:
                 raise ValueError(
                     f"condition {name!r} has shape {list(value.shape[1:])} per sample, but its null condition has "
-                    f"{list(null.shape[1:])}; pad them to the same shape"
+                    f"shape {list(null.shape[1:])}; pad both to the same shape"
                 )
             stacked[name] = torch.cat([value, null.to(value).expand_as(value)])
         return stacked

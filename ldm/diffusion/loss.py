@@ -1,12 +1,12 @@
-"""Training losses of the denoiser, per sample: L_simple and its weightings, L_vlb, and their sum L_hybrid.
+"""Training losses of the denoiser, per sample: L_simple and its weightings, L_vlb, and their weighted sum L_hybrid.
 
 The network's output is compared with `chain.target` in the space of its prediction type. At a given z_t, all
 predictions are affine in z_0, so the squared error in each space is the squared error in z_0 times a factor:
 
     eps: snr        z_0: 1        v: snr + 1        flow: (alpha + sigma)^2 / sigma^2
 
-A weighting defined on the error in z_0, such as min_snr, is divided by this factor, which makes it equivalent in
-every space.
+A weighting defined for the squared error in z_0, such as `min_snr`, is divided by this factor, which makes the
+weighting equivalent in every space.
 """
 
 import math
@@ -25,7 +25,7 @@ TIMESTEPS = (*DISTRIBUTIONS, "importance")
 WEIGHTINGS = ("simple", "min_snr")
 
 VLB_WEIGHT = 0.001
-"""Weight of L_vlb in L_hybrid; small, so that L_simple dominates the training of the network's shared layers."""
+"""Weight of L_vlb in L_hybrid. It is small, so that L_simple dominates the training of the network's shared layers."""
 
 
 def sample_timesteps(
@@ -37,11 +37,11 @@ def sample_timesteps(
 ) -> Int[Tensor, " b"]:
     """Draw training timesteps t in 1..T for a batch.
 
-        uniform       every t equally likely
+        uniform       every t is equally likely
         logit_normal  t = ceil(u T), u = 1 / (1 + exp(-n)), n ~ N(0, 1)
 
     t is sampled on the generator's device, so that the result does not depend on `device`.
-    Source of logit_normal: Esser et al. 2024, arXiv:2403.03206, section 3.1.
+    Source of `logit_normal`: Esser et al. 2024, arXiv:2403.03206, section 3.1.
 
     Raises:
         ValueError: if `distribution` is unknown.
@@ -57,17 +57,17 @@ def sample_timesteps(
 def weight(
     schedule: NoiseSchedule, t: Int[Tensor, " b"], weighting: str, prediction: str, gamma: float = 5.0
 ) -> Float[Tensor, " b"]:
-    """Return the weight of each sample's squared error in the space of the prediction, in float64.
+    """Return the weight of each sample's squared error in the space of the prediction type, in float64.
 
-        simple   1
-        min_snr  min(snr, gamma) on z_0, equivalent to eps min(snr, gamma) / snr, v min(snr, gamma) / (snr + 1),
-                 flow min(snr, gamma) sigma^2 / (alpha + sigma)^2
+        simple   1 for every prediction type
+        min_snr  z_0: min(snr, gamma)                  eps: min(snr, gamma) / snr
+                 v: min(snr, gamma) / (snr + 1)        flow: min(snr, gamma) sigma^2 / (alpha + sigma)^2
 
     Source: Hang et al. 2023, arXiv:2303.09556, eq. 8.
 
     Raises:
         ValueError: unless 1 <= t <= T; if `weighting` or `prediction` is unknown; if gamma is not positive;
-            if the prediction is eps and the schedule ends at alpha_bar = 0.
+            if `prediction` is "eps" and the schedule ends at alpha_bar = 0.
     """
     check_order(schedule, 0, t)
     check_prediction(prediction, schedule.alpha_bar)
@@ -97,7 +97,8 @@ def simple_loss(
 
         L = w(t) mean |output - target|^2
 
-    `output` is the prediction without v (`Denoiser.output` separates them). The result is in float32 or better.
+    `output` is the network's prediction without v (`Denoiser.output` separates the two). The result is in
+    float32 or better.
     Source: Ho et al. 2020, arXiv:2006.11239, eq. 14.
 
     Raises:
@@ -116,7 +117,8 @@ def vlb_loss(
 ) -> Float[Tensor, " b"]:
     """Return L_vlb per sample, in bits per latent dimension:  T L_{t-1} / (D ln 2).
 
-    Its mean over uniform t is the bound without L_T, which has no trainable parameters. The result is in float64.
+    The mean of L_vlb over uniform t is the bound without L_T, which has no trainable parameters. The result is in
+    float64.
     Source: Nichol and Dhariwal 2021, arXiv:2102.09672, eqs. 3 to 7.
 
     Raises:
@@ -136,9 +138,10 @@ def hybrid_loss(
     t: Int[Tensor, " b"],
     prediction: str,
 ) -> Float[Tensor, " b"]:
-    """Return L_hybrid = L_simple + 0.001 L_vlb per sample, with the mean detached in L_vlb and Sigma learned_range.
+    """Return L_hybrid = L_simple + 0.001 L_vlb per sample, for a learned Sigma.
 
-    L_vlb only trains v. t must be uniform, so that L_vlb is unbiased. `output` and v come from `Denoiser.output`.
+    L_vlb uses a detached mean, so it only trains v. t must be uniform; otherwise, L_vlb would be biased. `output` and v
+    come from `Denoiser.output`.
     Source: Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 16.
 
     Raises:
@@ -154,10 +157,10 @@ class ImportanceTimesteps(nn.Module):
 
         p_t = 0.999 sqrt(E[L^2]) / sum_t sqrt(E[L^2]) + 0.001 / T,   w = 1 / (T p_t)
 
-    E is the mean over the last 10 losses at t. Until each t has 10 losses, p is uniform; this takes at least 10 T
-    draws, and about 25 T random draws for T = 1000. E[w L] is the mean of L over all t. The history is stored in
-    buffers, so checkpoints include it. In distributed training, call `update` on each rank with the losses of all
-    ranks.
+    L is the L_vlb of a sample, and E[L^2] is the mean over the last 10 losses at t. Until every t has 10 losses, p is
+    uniform. This phase takes at least 10 T draws (about 25 T for T = 1000). With the loss weights w, the expected loss
+    equals the mean of L over all t. The history of losses is stored in buffers, so it is part of every checkpoint. In
+    distributed training, call `update` on each rank with the losses of all ranks.
     Source: Nichol and Dhariwal 2021, arXiv:2102.09672, section 3.3; the uniform share is from the authors' code.
     """
 
@@ -204,9 +207,9 @@ class ImportanceTimesteps(nn.Module):
             raise ValueError("importance sampling of t received a loss that is not finite")
         t, order = t.to(self.counts.device).sort(stable=True)
         new_counts = torch.bincount(t - 1, minlength=len(self.counts))
-        rank = torch.arange(len(t), device=t.device) - (new_counts.cumsum(0) - new_counts)[t - 1]
+        position = torch.arange(len(t), device=t.device) - (new_counts.cumsum(0) - new_counts)[t - 1]
         # If there are more than 10 losses at one t, only the last 10 are stored, each in its own slot.
-        is_recent = rank >= new_counts[t - 1] - self.history_length
-        slot = (self.counts[t - 1] + rank) % self.history_length
+        is_recent = position >= new_counts[t - 1] - self.history_length
+        slot = (self.counts[t - 1] + position) % self.history_length
         self.history[(t - 1)[is_recent], slot[is_recent]] = losses.to(self.history)[order][is_recent]
         self.counts += new_counts

@@ -1,4 +1,4 @@
-"""The training objective: the loss, the prediction type, the distribution of t, and which combinations are valid.
+"""The training objective: the loss, the prediction type, the distribution of t, and the valid combinations of these.
 
 simple, min_snr   L_simple, with a fixed Sigma
 hybrid            L_simple + 0.001 L_vlb; L_simple trains the mean, L_vlb only trains Sigma
@@ -43,10 +43,10 @@ class Objective:
     """Training objective: the loss, the prediction type, and the distribution of t.
 
     Args:
-        loss: simple, min_snr, hybrid or vlb.
-        prediction: the network's prediction type: eps, z_0, v or flow.
-        timesteps: the distribution of t in training: uniform, logit_normal or importance.
-        gamma: the upper limit on the SNR weight of min_snr; ignored by the other losses.
+        loss: "simple", "min_snr", "hybrid" or "vlb".
+        prediction: the network's prediction type: "eps", "z_0", "v" or "flow".
+        timesteps: the distribution of t in training: "uniform", "logit_normal" or "importance".
+        gamma: the upper limit of the SNR weight for the loss "min_snr"; ignored by the other losses.
     """
 
     loss: str = "simple"
@@ -55,15 +55,15 @@ class Objective:
     gamma: Positive = 5.0
 
     def variance(self, override: str | None) -> str:
-        """Return `override` if set, else the default Sigma: learned_range for hybrid and vlb, otherwise fixed_small."""
+        """Return the choice of Sigma: `override` if it is set, otherwise the default for the loss."""
         return override or ("fixed_small" if self.loss in WEIGHTINGS else "learned_range")
 
-    def per_sample(self, schedule: NoiseSchedule, batch: DenoisingBatch, variance: str) -> Float[Tensor, " b"]:
+    def loss_per_sample(self, schedule: NoiseSchedule, batch: DenoisingBatch, variance: str) -> Float[Tensor, " b"]:
         """Return the loss of each sample; `variance` is a choice of Sigma that `check` accepts."""
         return LOSSES[self.loss](self, schedule, batch, variance)
 
     def simple(self, schedule: NoiseSchedule, batch: DenoisingBatch, variance: str) -> Float[Tensor, " b"]:
-        """Return L_simple per sample, with min-SNR weights if the loss is min_snr."""
+        """Return L_simple per sample, with min-SNR weights if the loss is "min_snr"."""
         weighting = self.loss if self.loss in WEIGHTINGS else "simple"
         sample = (batch.output, batch.z_0, batch.eps, batch.t, self.prediction)
         return simple_loss(schedule, *sample, weighting=weighting, gamma=self.gamma)
@@ -82,10 +82,10 @@ class Objective:
         """Raise an error for unknown choices or incompatible combinations.
 
         Args:
-            variance: the Sigma to train with: fixed_small, fixed_large or learned_range.
+            variance: the choice of Sigma for training: "fixed_small", "fixed_large" or "learned_range".
 
         Raises:
-            ValueError: explaining why the choices are incompatible, and what to choose instead.
+            ValueError: explaining why a choice is unknown or incompatible, and what to choose instead.
         """
         apply_rules(Objective, vars(self))
         check_choice("objective", self.loss, tuple(LOSSES))
@@ -94,26 +94,26 @@ class Objective:
         check_prediction(self.prediction, alpha_bar)
         if variance == "optimal":
             raise ValueError(
-                "variance optimal is fitted to a trained denoiser: train with fixed_small or fixed_large, and choose "
-                "optimal when sampling or evaluating the bound"
+                "variance 'optimal' can only be fitted to a trained denoiser: train with fixed_small or fixed_large, "
+                "and choose optimal when sampling or evaluating the bound"
             )
         if variance == "learned_range" and self.loss in WEIGHTINGS:
-            raise ValueError(f"objective {self.loss} would not train the learned Sigma: choose hybrid or vlb")
+            raise ValueError(f"objective {self.loss!r} does not train a learned Sigma: choose hybrid or vlb")
         if variance != "learned_range" and self.loss == "hybrid":
             raise ValueError(
-                f"the VLB term of hybrid only trains Sigma, but variance {variance} is fixed: choose variance "
-                "learned_range, or objective simple"
+                f"the VLB term of objective 'hybrid' only trains Sigma, but variance {variance!r} is fixed: choose "
+                "variance learned_range, or objective simple"
             )
         if self.timesteps == "importance" and self.loss != "vlb":
             raise ValueError(
-                f"timesteps importance needs the history of L_vlb, which {self.loss} does not minimise: choose "
-                "timesteps uniform"
+                f"'importance' sampling of timesteps needs the history of L_vlb, which objective {self.loss!r} does "
+                "not minimise: choose timesteps uniform"
             )
         if self.timesteps == "logit_normal" and self.loss not in WEIGHTINGS:
             alternative = " or importance" if self.loss == "vlb" else ""
             raise ValueError(
-                f"{self.loss} estimates the sum of L_vlb over all t, which timesteps logit_normal would bias: choose "
-                f"timesteps uniform{alternative}"
+                f"objective {self.loss!r} estimates the sum of L_vlb over all t, which 'logit_normal' timesteps would "
+                f"bias: choose timesteps uniform{alternative}"
             )
 
 

@@ -1,8 +1,8 @@
 """Noise schedules: how much of the signal remains after t of T steps.
 
 A schedule defines a Markov chain z_0, z_1, ..., z_T with q(z_t | z_0) = N(sqrt(a_t) z_0, (1 - a_t) I), where
-a_t = alpha_bar[t] decreases from a_0 = 1 towards 0. The table has T + 1 entries, so a reverse step can go from any t to
-any s < t, including s = 0. u = t / T is the continuous time.
+a_t = alpha_bar[t] decreases from a_0 = 1 towards 0. The table alpha_bar has T + 1 entries, so a reverse step can go
+from any t to any s < t, including s = 0. u = t / T is the continuous time.
 
 For real t in [1, T], log-SNR = log(a_t / (1 - a_t)) is interpolated by a monotone C1 curve. There is no interpolation
 below t = 1, because log-SNR diverges at t = 0.
@@ -22,9 +22,9 @@ from torch import Tensor
 from ldm.rules import Steps, checked
 
 Step = int | float | Int[Tensor, " b"] | Float[Tensor, " b"]
-"""A step of the chain, or a real time in [1, T]: one number for the whole batch, or a tensor with one per sample."""
+"""A step of the chain or a real time in [1, T], as one number for the whole batch or a tensor with one per sample."""
 
-# Floor that avoids log-SNR = -inf where alpha_bar = 0. It changes z by only 1e-10.
+# Floor that avoids log-SNR = -inf where alpha_bar = 0. The floor changes z by only 1e-10.
 ALPHA_BAR_FLOOR = 1e-20
 
 
@@ -40,8 +40,8 @@ class NoiseSchedule:
 
     The table is in float64 because 1 - a_t and 1 - a_t / a_s suffer from cancellation in float32. Coefficients are
     computed from `at` in float64, on the table's device, and cast with `.to(z)` just before they multiply a tensor.
-    `to` moves the table to another device. MPS has no float64, so leave the table on the CPU there. Real times are
-    interpolated on the CPU.
+    `to` moves the table to another device. MPS has no float64, so keep the table on the CPU if the latents are on MPS.
+    Real times are interpolated on the CPU.
 
     Args:
         name: the name of the schedule in configs and messages.
@@ -58,7 +58,9 @@ class NoiseSchedule:
         table = self.alpha_bar
         rule = f"schedule {self.name!r}: alpha_bar"
         if table.dtype != torch.float64:
-            raise ValueError(f"{rule} must be float64, because 1 - alpha_bar cancels in float32; got {table.dtype}")
+            raise ValueError(
+                f"{rule} must be float64, because 1 - alpha_bar loses precision in float32; got {table.dtype}"
+            )
         if table.ndim != 1 or len(table) < 2:
             raise ValueError(f"{rule} must have shape [T + 1] with T >= 1; got {list(table.shape)}")
         if table[0] != 1:
@@ -86,10 +88,10 @@ class NoiseSchedule:
     def at(self, t: Step, like: Float[Tensor, " b *z"]) -> Float64[Tensor, " _ *_"]:
         """Return a_t in float64 on the table's device, with shape [b or 1, 1, ..., 1], broadcastable to `like`.
 
-        For a real t with an integer value, this is exactly the entry of the table.
+        If t is real and has an integer value, the result is exactly the table's entry.
 
         Raises:
-            ValueError: unless t is one of 0..T, or real and in [1, T]; for a real t, as raised by
+            ValueError: unless t is an integer in 0..T or a real number in [1, T]; for a real t, also as raised by
                 `log_snr_curve`.
         """
         return self._gather(t).reshape(-1, *(1,) * (like.ndim - 1))
@@ -128,8 +130,8 @@ class NoiseSchedule:
     def rate(self, t: Step) -> Float64[Tensor, " *b"]:
         """Return b(t) = -d log a / dt = (1 - a_t) (-d log-SNR / dt) >= 0, per unit of t.
 
-        Multiply it by T to get the rate per unit of u. Its integral from s to t is log(a_s / a_t). The result is in
-        float64 on the table's device and has the shape of `snr(t)`.
+        Multiply b(t) by T to get the rate per unit of u. The integral of b from s to t is log(a_s / a_t). The result
+        is in float64 on the table's device and has the shape of `snr(t)`.
 
         Raises:
             ValueError: unless 1 <= t <= T; as raised by `log_snr_curve`.
@@ -139,7 +141,7 @@ class NoiseSchedule:
         return (1 - a_t) * -self._curve(time, derivative=1)
 
     def time_at(self, log_snr: float) -> float:
-        """Return the real t with this log-SNR, clamped to [1, T].
+        """Return the real t at which the schedule has this log-SNR, clamped to [1, T].
 
         Raises:
             ValueError: as raised by `log_snr_curve`.
@@ -166,7 +168,9 @@ class NoiseSchedule:
 
     def _interpolate(self, t: Tensor) -> Tensor:
         if not ((t >= 1) & (t <= self.num_steps)).all():
-            raise ValueError(f"schedule {self.name!r} needs a real t in [1, {self.num_steps}]; got t = {t.tolist()}")
+            raise ValueError(
+                f"real times of schedule {self.name!r} must be in [1, {self.num_steps}]; got t = {t.tolist()}"
+            )
         step = t.to(self.alpha_bar.device).round().long()
         return torch.where((t == t.round()).to(step.device), self.alpha_bar[step], self._curve(t).sigmoid())
 
@@ -176,13 +180,13 @@ class NoiseSchedule:
 
 
 def step_tensor(t: Step) -> Tensor:
-    """Convert a step to a tensor: integers stay integers, a Python float becomes float64."""
+    """Convert a step to a tensor. Integers stay integers, and a Python float becomes float64."""
     return torch.as_tensor(t, dtype=torch.float64 if isinstance(t, float) else None)
 
 
 @checked
 def linear(num_steps: Steps = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
-    """Schedule with beta_t linear in t.
+    """Return the schedule whose beta_t is linear in t.
 
     Source: Ho et al. 2020, arXiv:2006.11239, section 4.
 
@@ -194,9 +198,9 @@ def linear(num_steps: Steps = 1000, beta_start: float = 1e-4, beta_end: float = 
 
 @checked
 def scaled_linear(num_steps: Steps = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> NoiseSchedule:
-    """Schedule with sqrt(beta_t) linear in t, used by latent diffusion and Stable Diffusion.
+    """Return the schedule of latent diffusion and Stable Diffusion, whose sqrt(beta_t) is linear in t.
 
-    Source: Rombach et al. 2022, arXiv:2112.10752 (the authors' code; the paper does not state it).
+    Source: Rombach et al. 2022, arXiv:2112.10752 (the authors' code; the paper does not state the schedule).
 
     Raises:
         ValueError: if a beta is outside (0, 1], as raised by `NoiseSchedule`.
@@ -207,13 +211,13 @@ def scaled_linear(num_steps: Steps = 1000, beta_start: float = 0.00085, beta_end
 
 @checked
 def cosine(num_steps: Steps = 1000, offset: float = 0.008, max_beta: float = 0.999) -> NoiseSchedule:
-    """Cosine schedule: a_t = f(u) / f(0) with f(u) = cos^2(pi/2 (u + offset) / (1 + offset)) and beta_t <= max_beta.
+    """Return the cosine schedule a_t = f(u) / f(0), f(u) = cos^2(pi/2 (u + offset) / (1 + offset)), beta_t <= max_beta.
 
     >>> from ldm import cosine
     >>> [round(cosine(1000).alpha_bar[t].item(), 3) for t in (0, 250, 500, 750, 1000)]
     [1.0, 0.847, 0.494, 0.144, 0.0]
 
-    The cap keeps a_T above 0, so that eps can be predicted at every t.
+    The cap on beta_t keeps a_T above 0, so that eps can be predicted at every t.
     Source: Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 17.
 
     Raises:
@@ -226,10 +230,11 @@ def cosine(num_steps: Steps = 1000, offset: float = 0.008, max_beta: float = 0.9
 
 @checked
 def rectified_flow(num_steps: Steps = 1000) -> NoiseSchedule:
-    """Schedule with a_t = (1-u)^2 / ((1-u)^2 + u^2): straight paths (1-u) z_0 + u eps, rescaled to preserve variance.
+    """Return the schedule a_t = (1-u)^2 / ((1-u)^2 + u^2) of rectified flow.
 
-    Since a_T = 0, the chain ends in pure noise, where a prediction of eps does not determine z_0.
-    Source: Liu et al. 2023, arXiv:2209.03003; the rescaling is Kingma and Gao 2023, arXiv:2303.00848.
+    The paths (1-u) z_0 + u eps are straight and are rescaled to preserve variance. Since a_T = 0, the chain ends in
+    pure noise, where a prediction of eps does not determine z_0.
+    Source: Liu et al. 2023, arXiv:2209.03003; the rescaling is from Kingma and Gao 2023, arXiv:2303.00848.
 
     Raises:
         ValueError: if num_steps is less than 1.

@@ -1,1 +1,1 @@
-"""Evaluation of runs, data sets and latents: one folder per question."""
+"""Evaluation of data sets, latents, reconstructions and samples, and comparison of runs, in one folder each."""

@@ -1,9 +1,9 @@
-"""A small classifier trained on a data set's own labels, so that its features are independent of every training loss.
+"""A small classifier trained on a data set's own labels. No training loss uses the classifier's features.
 
 If a perceptual loss uses a feature network, distances between features of that network say little about quality. The
 classifier is trained on the labels of the training split only, and cached next to the prepared images. It overfits to
-the training images. This affects distances between validation and training images, but not distances between validation
-images and their reconstructions.
+the training images. The overfitting affects distances between validation and training images, but not distances between
+validation images and their reconstructions.
 """
 
 import json
@@ -29,7 +29,7 @@ from ldm.progress import track
 from ldm.runtime.random import derive_seed, torch_generator
 
 FORMAT = 1
-"""Version of the architecture, training recipe and file format. A new version trains a new classifier."""
+"""Version of the architecture, training recipe and file format. A new version causes the classifier to be retrained."""
 NUM_STEPS, BATCH_SIZE, PEAK_LR, WEIGHT_DECAY = 1000, 256, 1e-2, 0.05
 MAX_SIZE_PX = 64
 
@@ -76,7 +76,7 @@ def _convolution(in_channels: int, out_channels: int, stride: int = 1) -> nn.Mod
 
 
 def load_classifier(images: ImageData, *, seed: int = 0, num_steps: int = NUM_STEPS) -> Classifier:
-    """Load the frozen classifier of a data set from its cache folder, or train and cache it.
+    """Load the frozen classifier of a data set from the data set's cache folder, or train the classifier and cache it.
 
     The files are features-classifier-<digest>.safetensors and a .json file with the training settings and the accuracy.
 
@@ -89,23 +89,23 @@ def load_classifier(images: ImageData, *, seed: int = 0, num_steps: int = NUM_ST
     settings["num_classes"] = int(labels.max()) + 1
     digest = sha256_of_values(settings)[:8]
     classifier, name = Classifier(settings["num_classes"]), f"{Classifier.name}-{digest}"
-    weights, facts = (images.path / f"features-{name}{suffix}" for suffix in (".safetensors", ".json"))
-    if weights.is_file():
+    weights_file, facts_file = (images.path / f"features-{name}{suffix}" for suffix in (".safetensors", ".json"))
+    if weights_file.is_file():
         try:
-            classifier.load_state_dict(load_file(weights))
+            classifier.load_state_dict(load_file(weights_file))
         except (SafetensorError, OSError, RuntimeError) as error:
             raise UserError(
-                f"{weights} cannot be read ({first_line(error)}). Delete the file to train the classifier again."
+                f"{weights_file} cannot be read ({first_line(error)}). Delete the file to train the classifier again."
             ) from error
-        content = read_json(facts)
-        check_fields(content, {"val_accuracy": float}, facts)
+        content = read_json(facts_file)
+        check_fields(content, {"val_accuracy": float}, facts_file)
         classifier.val_accuracy = content["val_accuracy"]
     else:
         fit_classifier(classifier, images, labels, seed=seed, num_steps=num_steps)
         classifier.val_accuracy = accuracy(classifier, images, labels, images.val_indices)
         content = {**settings, "val_accuracy": classifier.val_accuracy, "num_val": len(images.val_indices)}
-        write_text(facts, json.dumps(content, indent=2) + "\n")
-        with atomic_write(weights) as partial:  # last, so that weights never exist without facts
+        write_text(facts_file, json.dumps(content, indent=2) + "\n")
+        with atomic_write(weights_file) as partial:  # last, so that the weights never exist without them
             save_file(classifier.state_dict(), partial)
     classifier.key = f"{name}-{weights_digest(classifier)}-{min(images.resolution, MAX_SIZE_PX)}px"
     return classifier.eval().requires_grad_(False)
@@ -115,7 +115,7 @@ def _labels(images: ImageData) -> Tensor:
     missing = len(images) if images.labels is None else images.labels.count(None)
     labels = torch.tensor([] if missing else images.labels)
     if missing or len(labels[images.train_indices].unique()) < 2:
-        reason = f"{missing} of the {len(images)} images have none" if missing else "all training images have one class"
+        reason = f"{missing} of {len(images)} images have no label" if missing else "all training images have one class"
         raise UserError(
             f"features=classifier needs at least 2 classes and a class label for every image, but in {images.name}, "
             f"{reason}. Use features=efficientnet_lite, which needs no labels."
@@ -124,7 +124,7 @@ def _labels(images: ImageData) -> Tensor:
 
 
 def fit_classifier(classifier: Classifier, images: ImageData, labels: Tensor, *, seed: int, num_steps: int) -> None:
-    """Train on the training split with cross-entropy, AdamW, a linear warm-up and a cosine decay to zero.
+    """Train a classifier on the training split with cross-entropy, AdamW, a linear warm-up and cosine decay to zero.
 
     Training runs on the CPU, so that features are the same on every machine. The initial weights and the image order
     depend only on the seed.
@@ -170,7 +170,7 @@ def class_accuracy(predicted: Tensor, labels: Tensor) -> tuple[float, float]:
 
 @torch.no_grad()
 def predict_classes(classifier: Classifier, features: Tensor) -> Tensor:
-    """Return the predicted classes for features of the same classifier, [n, d] -> [n]."""
+    """Return the classes that a classifier predicts from features that it has extracted, [n, d] -> [n]."""
     return classifier.head(features.to(classifier.head.weight.device)).argmax(1).cpu()
 
 
@@ -179,12 +179,12 @@ def class_shift(predicted: Tensor, reference: Tensor, *, num_groups: int = NUM_G
 
         TV = 1/2 sum_c |p_c - q_c|,   from 0 to 1
 
-    The standard error is a jackknife estimate over groups of the samples. Because of sampling noise,
-    TV is positive even if both distributions are equal.
+    The standard error is a jackknife estimate over groups of samples. Because of sampling noise, TV is positive even if
+    both distributions are equal.
 
     Args:
         predicted, reference: Classes [n] and [m] of the samples and of a reference set. Use predictions of the same
-            classifier for both, so that its errors affect both equally.
+            classifier for both, so that its errors affect both sets equally.
     """
     num_classes = int(torch.cat([predicted, reference]).max()) + 1
     shares = reference.bincount(minlength=num_classes).double() / len(reference)

@@ -14,9 +14,9 @@ from ldm.files.untrusted import first_line
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333", "#8a8a8a")
 """Colour-blind safe palette (Okabe and Ito 2008)."""
-COLUMNS = 3
+MAX_COLUMNS = 3
 SMOOTHING_WIDTH = 20
-"""Maximum width of the moving average, in logged values. Short curves use a tenth of their length."""
+"""Maximum width of the moving average, in logged values. Short curves use a tenth of their length as the width."""
 STAGE_1_CURVES = ("val/psnr_db", "train/l1", "train/adaptive_weight", "train/discriminator_accuracy")
 """Curves to plot for an autoencoder and its discriminator, if any."""
 
@@ -25,7 +25,7 @@ Curve = tuple[list[int], list[float]]
 
 
 def read_curves(file: Path) -> dict[str, Curve]:
-    """Read the curves in a metrics.csv file, by column name. Each curve contains only the steps that have a value.
+    """Read the curves in a metrics.csv file, by column name. Each curve contains only the steps with a value.
 
     Raises:
         UserError: If the file is not a table with a step column and numeric values.
@@ -43,7 +43,7 @@ def read_curves(file: Path) -> dict[str, Curve]:
 
 
 def as_curve(values: Mapping[int, float]) -> Curve:
-    """Return the values sorted by step."""
+    """Return the steps in ascending order, and their values."""
     steps = sorted(values)
     return steps, [values[step] for step in steps]
 
@@ -52,12 +52,12 @@ def plot_curves(names: Sequence[str], runs: Sequence[tuple[str, Mapping[str, Cur
     """Plot one panel per curve name, or return None if no run has any of these curves.
 
     Args:
-        runs: Title of each run, and its curves by name. Runs with the same title share a colour.
+        runs: For each run, its title and its curves by name. Runs with the same title share a colour.
     """
     available = [name for name in names if any(name in curves for _, curves in runs)]
     if not available:
         return None
-    columns = min(COLUMNS, len(available))
+    columns = min(MAX_COLUMNS, len(available))
     rows = -(-len(available) // columns)
     figure = Figure(figsize=(4.3 * columns, 2.9 * rows + 0.7), layout="constrained")
     colours = dict(zip(dict.fromkeys(title for title, _ in runs), cycle(COLOURS), strict=False))
@@ -78,7 +78,7 @@ def plot_curves(names: Sequence[str], runs: Sequence[tuple[str, Mapping[str, Cur
 
 
 def _smooth(name: str, curve: Curve) -> Curve:
-    """Smooth training curves, which are noisy because each value comes from one batch; keep validation curves."""
+    """Smooth training curves, which are noisy because each value comes from one batch. Do not smooth other curves."""
     steps, values = curve
     width = min(SMOOTHING_WIDTH, len(values) // 10)
     if not name.startswith("train/") or width < 2:

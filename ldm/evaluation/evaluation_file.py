@@ -1,4 +1,4 @@
-"""Read evaluation.json, with the keys `<name>` and `<name>_standard_error` for each metric, and shared settings."""
+"""Metrics in evaluation.json: the keys `<name>` and `<name>_standard_error` for each metric, and common settings."""
 
 import math
 from collections.abc import Mapping
@@ -22,12 +22,12 @@ NON_METRICS = ("seed", "factor", "feature_dim", "seconds", "kl_nats", "codebook_
 """Numeric fields that are not quality metrics."""
 PIXEL_METRICS = ("psnr", "ssim", "lpips", "kl", "codebook", "pca")
 """Name prefixes of metrics that do not depend on the feature network."""
-WITHOUT_SAMPLER = ("reconstructions", "validation", "vae", "floor", "chance")
+SAMPLE_INDEPENDENT_SUFFIXES = ("reconstructions", "validation", "vae", "floor", "chance")
 """Name suffixes of metrics that do not depend on the samples."""
 SUBSET_METRICS = ("kd", "precision", "recall", "density", "coverage", "cmmd")
 JACKKNIFE_METRICS = ("fd", "class_shift")
 DOF = dict.fromkeys(SUBSET_METRICS, NUM_SUBSETS - 1) | dict.fromkeys(JACKKNIFE_METRICS, NUM_GROUPS - 1)
-"""Degrees of freedom of standard errors by name prefix. The errors come from subsets or jackknife groups."""
+"""Degrees of freedom of the standard errors, which come from subsets or jackknife groups, by name prefix."""
 
 
 def metrics_from_json(content: Mapping[str, Any]) -> dict[str, Metric]:
@@ -36,7 +36,7 @@ def metrics_from_json(content: Mapping[str, Any]) -> dict[str, Metric]:
 
 
 def finite_numbers(content: Mapping[str, Any]) -> dict[str, float]:
-    """Return finite metric values by name, without settings, counts and standard errors."""
+    """Return the finite values of metrics by name, without settings, counts and standard errors."""
     return {
         name: float(value)
         for name, value in content.items()
@@ -54,12 +54,12 @@ def _read_metric(name: str, value: float, content: Mapping[str, Any]) -> Metric:
         if content.get(key) is not None
         and (key in pixel_settings if prefix in PIXEL_METRICS else key != "lpips_in_loss")
         and (key != "fd_components" or prefix == "fd")
-        and not (suffix in WITHOUT_SAMPLER and key.startswith(("guidance", "sampler")))
+        and not (suffix in SAMPLE_INDEPENDENT_SUFFIXES and key.startswith(("guidance", "sampler")))
     }
     error = content.get(name + ERROR_SUFFIX)
     dof: float = next((dof for key, dof in DOF.items() if name.startswith(f"{key}_")), math.inf)
     if error is None and prefix == "retrieval" and suffix != "chance":
-        # the number of images is the number of samples, unless the file gives a smaller one
+        # the number of images equals the number of samples unless the file contains a smaller number
         num = content.get("num_held_out" if "_held_out_" in name else f"num_{suffix}")
         error = proportion_error(value, num or content["num_samples"])
     return Metric(value, error, dof, flatten(settings))

@@ -30,7 +30,7 @@ def load_features(name: str, images: ImageData | None = None, path: str | None =
     """Return a frozen feature network by name.
 
     Args:
-        images: Data set for training features=classifier. Without it, that network is unavailable.
+        images: Data set to train the classifier on. If None, `features=classifier` is unavailable.
         path: Folder or hub id of the weights, for the networks in `HUB_IDS`.
 
     Raises:
@@ -51,8 +51,8 @@ def load_features(name: str, images: ImageData | None = None, path: str | None =
 def describe_features(network: nn.Module, name: str) -> dict[str, str | None]:
     """Return the name, key and library of a feature network, for a report.
 
-    Distances are comparable only if all three are equal. The key combines the network's name, a digest of its weights
-    and its input size.
+    Distances are comparable only if the name, key and library are equal. The key combines the network's name, a digest
+    of its weights and its input size.
     """
     key, library = getattr(network, "key", name), getattr(network, "library", None)
     return {"features": name, "features_key": key, "features_library": library}

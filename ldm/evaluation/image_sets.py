@@ -35,11 +35,11 @@ class VAEAlone:
     """Samples from the VAE alone: z_raw ~ N(0, I), decoded without the diffusion model."""
 
     pipeline: LatentDiffusionPipeline
-    num: int
+    num_samples: int
     seed: int
 
     def __len__(self) -> int:
-        return self.num
+        return self.num_samples
 
     def batch(self, indices: Any) -> Tensor:
         generators = sample_generators(self.seed, indices)
@@ -54,7 +54,7 @@ def track_batches(images: ImageData, rows: np.ndarray, batch_size: int, title: s
 
 
 def image_text(images: ImageData, i: int) -> str:
-    """Return the caption of an image, else its class name, else an empty string."""
+    """Return the caption of an image, or its class name if it has no caption, or an empty string if it has neither."""
     if images.captions and (caption := images.captions[i]):
         return caption
     if images.labels and images.class_names and (label := images.labels[i]) is not None:
@@ -63,6 +63,6 @@ def image_text(images: ImageData, i: int) -> str:
 
 
 def spaced_val_indices(images: ImageData, num: int) -> np.ndarray:
-    """Return `num` evenly spaced validation indices; neighbouring images of a data set are often similar."""
+    """Return `num` validation indices, evenly spaced because neighbouring images in a data set are often similar."""
     num = min(num, len(images.val_indices))
     return images.val_indices[np.linspace(0, len(images.val_indices) - 1, num).round().astype(int)]

@@ -24,8 +24,8 @@ from ldm.files.atomic import write_text
 from ldm.files.lock import FOREVER, file_lock
 
 MTIME_RESOLUTION_NS = 2_000_000_000
-"""Resolution of modification times on the coarsest file system (FAT)."""
-LARGE_BYTES = 2**30
+"""Resolution of modification times on FAT, the file system with the coarsest timestamps."""
+LARGE_FILE_BYTES = 2**30
 """Files of at least this size are marked as verified right after writing, which requires a short wait."""
 
 
@@ -79,14 +79,14 @@ def _digest(path: Path, layout: Layout, rows: range) -> str:
 def changed_rows(path: Path, layout: Layout, expected: Sequence[str], *, every_byte: bool = False) -> list[range]:
     """Return the row ranges of all chunks whose digest has changed, or all rows if the file size has changed.
 
-    A file is not read again until its size or modification time changes. Processes on the same machine take turns, so
-    only the first one reads the file.
+    A verified file is not read again until its size or modification time changes. Processes on the same machine take
+    turns, so only the first one reads the file.
 
     Args:
         every_byte: Read the file even if the size and modification time are unchanged.
 
     Raises:
-        OSError: the file cannot be read.
+        OSError: The file cannot be read.
     """
     chunks = layout.chunks()
     if len(expected) != len(chunks) or path.stat().st_size != layout.num_bytes:
@@ -113,7 +113,7 @@ def mark_verified(path: Path, digests: Sequence[str]) -> None:
     """
     age, size = time.time_ns() - path.stat().st_mtime_ns, path.stat().st_size
     if age < MTIME_RESOLUTION_NS:
-        if size < LARGE_BYTES:
+        if size < LARGE_FILE_BYTES:
             return
         time.sleep((MTIME_RESOLUTION_NS - age) / 1e9)
     with suppress(OSError):

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-PARTIAL = ".partial-"
+PARTIAL_PREFIX = ".partial-"
 """Name prefix of unfinished files and folders. A killed process leaves them behind; see `clear_partials`."""
 
-REPLACED = f"{PARTIAL}old-"
+REPLACED_PREFIX = f"{PARTIAL_PREFIX}old-"
 """Name prefix of a complete folder while it is being replaced."""
 
 
@@ -22,7 +22,7 @@ REPLACED = f"{PARTIAL}old-"
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary file next to `path` that is renamed to `path` when the block ends, or deleted on an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{PARTIAL}{uuid.uuid4().hex[:8]}-{path.name}")
+    partial = path.with_name(f"{PARTIAL_PREFIX}{uuid.uuid4().hex[:8]}-{path.name}")
     try:
         yield partial
         sync(partial)
@@ -41,7 +41,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     restore(path)
     tag = uuid.uuid4().hex[:8]
-    partial, replaced = path.with_name(f"{PARTIAL}{tag}-{path.name}"), path.with_name(f"{REPLACED}{tag}-{path.name}")
+    partial = path.with_name(f"{PARTIAL_PREFIX}{tag}-{path.name}")
+    replaced = path.with_name(f"{REPLACED_PREFIX}{tag}-{path.name}")
     try:
         partial.mkdir()
         yield partial
@@ -61,8 +62,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def restore(path: Path) -> None:
-    """Restore the previous folder if `atomic_folder` was interrupted between its two renames."""
-    for replaced in path.parent.glob(f"{REPLACED}{'[0-9a-f]' * 8}-{glob.escape(path.name)}"):
+    """Restore the previous folder at `path` if `atomic_folder` was interrupted between its two renames."""
+    for replaced in path.parent.glob(f"{REPLACED_PREFIX}{'[0-9a-f]' * 8}-{glob.escape(path.name)}"):
         if not path.exists():
             replaced.replace(path)
 
@@ -98,9 +99,9 @@ def clear_partials(folder: Path) -> None:
 
     A folder that was being replaced is restored. Call this only when no other process writes to `folder`.
     """
-    for replaced in list(folder.glob(f"{REPLACED}*")):
-        restore(folder / replaced.name[len(REPLACED) + 9 :])
-    for partial in folder.glob(f"{PARTIAL}*"):
+    for replaced in list(folder.glob(f"{REPLACED_PREFIX}*")):
+        restore(folder / replaced.name[len(REPLACED_PREFIX) + 9 :])
+    for partial in folder.glob(f"{PARTIAL_PREFIX}*"):
         if partial.is_dir():
             shutil.rmtree(partial, ignore_errors=True)
         else:

@@ -10,7 +10,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ldm.errors import InputError
-from ldm.files.atomic import PARTIAL, restore
+from ldm.files.atomic import PARTIAL_PREFIX, restore
 
 FOREVER = -1.0
 """Timeout that never expires."""
@@ -27,7 +27,7 @@ def file_lock(file: Path, wait_s: Callable[[], float] = lambda: 0.0) -> Iterator
         wait_s: Called once if another process holds the lock. Returns the number of seconds to wait.
 
     Raises:
-        Timeout: another process still holds the lock after that time.
+        Timeout: Another process still holds the lock after that time.
     """
     lock = FileLock(file)
     try:
@@ -44,10 +44,10 @@ def file_lock(file: Path, wait_s: Callable[[], float] = lambda: 0.0) -> Iterator
 def cache_lock(folder: Path) -> Iterator[None]:
     """Hold the lock of a cache folder, `.<folder>.lock`, and delete partial folders left by a killed process.
 
-    The process that held the lock before may have created the folder, so check for the folder inside the block.
+    While one process waits for the lock, another may create the cache folder, so check for the folder inside the block.
 
     Raises:
-        InputError: the folder of the cache cannot be created.
+        InputError: The parent of the cache folder cannot be created.
     """
 
     def wait_s() -> float:
@@ -56,11 +56,11 @@ def cache_lock(folder: Path) -> Iterator[None]:
 
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:  # such as HOME=/dev/null, or a file with that name
+    except OSError as error:  # for example, HOME=/dev/null, or a file exists at this path
         rule = f"cannot be created: {error.strerror}. Set LDM_CACHE to a folder that you can write to"
         raise InputError("cache_dir", folder.parent, rule) from error
     with file_lock(folder.with_name(f".{folder.name}.lock"), wait_s):
         restore(folder)
-        for partial in folder.parent.glob(f"{PARTIAL}*-{glob.escape(folder.name)}"):
+        for partial in folder.parent.glob(f"{PARTIAL_PREFIX}*-{glob.escape(folder.name)}"):
             shutil.rmtree(partial, ignore_errors=True)
         yield

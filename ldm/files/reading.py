@@ -28,8 +28,8 @@ MISSING_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
 def unreadable_error(path: Path, error: OSError) -> InputError:
-    """Return the error for a cache that cannot be read because of a disk failure, but could be intact."""
-    rule = f"cannot be read ({error.strerror}). It was not modified. Repeat the command when the disk is available"
+    """Return the error for a cache that cannot be read because of a disk failure, but may be intact."""
+    rule = f"cannot be read ({error.strerror}). The cache was not modified. Retry when the disk is available again"
     return InputError("cache_dir", path, rule)
 
 
@@ -46,7 +46,7 @@ def retry_once(read: Callable[[], Result]) -> Result:
     """Call `read`, and retry once after a delay if the disk fails.
 
     Raises:
-        OSError: the second attempt also failed, the file is missing, or access is denied.
+        OSError: The second attempt also failed, the file is missing, or access is denied.
     """
     try:
         return read()
@@ -65,8 +65,8 @@ def read_file(path: Path) -> bytes:
     """Return the contents of a regular file.
 
     Raises:
-        OSError: the file cannot be read.
-        ValueError: the path is not a regular file (for example, it is a pipe), or the file exceeds MAX_FILE_BYTES.
+        OSError: The file cannot be read.
+        ValueError: The path is not a regular file (for example, it is a pipe), or the file exceeds MAX_FILE_BYTES.
     """
     return retry_once(partial(_read_once, path))
 

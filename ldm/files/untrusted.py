@@ -1,4 +1,4 @@
-"""Safe reading of untrusted files. They are parsed as data or rejected, and code in them never runs.
+"""Safe reading of untrusted files. A file is either parsed as data or rejected, and code in a file never runs.
 
 Covers JSON objects with typed fields, NumPy arrays, text used in file names, and symbolic links that leave a folder.
 """
@@ -30,7 +30,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file that contains an object.
 
     Raises:
-        UserError: the file cannot be read, is not valid JSON, or does not contain an object.
+        UserError: The file cannot be read, is not valid JSON, or does not contain an object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -51,12 +51,12 @@ def check_fields(content: Mapping[str, Any], kinds: Mapping[str, Any], path: Pat
     """Check that the fields of a JSON object have the types in `kinds`. Extra fields are ignored.
 
     Raises:
-        UserError: a field is missing or has the wrong type. The message names the file, the field and the rule.
+        UserError: A field is missing or has the wrong type. The message names the file, the field and the rule.
     """
     for name, kind in kinds.items():
         if name not in content:
             if required:
-                raise UserError(f"{path} has no {name!r}. {REMEDY}")
+                raise UserError(f"{path} has no field {name!r}. {REMEDY}")
             continue
         try:
             _strict_adapter(kind).validate_python(content[name])
@@ -71,7 +71,7 @@ def to_dataclass(kind: type[T], content: Mapping[str, Any], path: Path) -> T:
     """Build a dataclass with plain fields from a JSON object.
 
     Raises:
-        UserError: a field is missing, unknown or of the wrong type.
+        UserError: A field is missing, unknown or of the wrong type.
     """
     kinds = get_type_hints(kind)
     if unknown := sorted(content.keys() - kinds.keys()):
@@ -86,7 +86,7 @@ def read_array(path: Path) -> np.memmap:
     """Memory-map the array in a .npy file. Object arrays are rejected because they are pickled.
 
     Raises:
-        UserError: the file cannot be read, or is not a valid array.
+        UserError: The file cannot be read, or is not a valid array.
     """
     try:
         return np.lib.format.open_memmap(path, mode="r")
@@ -101,7 +101,7 @@ def reject_outside_links(folder: Path, *, allowed: Collection[str] = ()) -> None
         allowed: Names of entries directly in `folder` that are not checked.
 
     Raises:
-        UserError: a link points outside the folder. The message names the link.
+        UserError: A link points outside the folder. The message names the link.
     """
     root = folder.resolve()
     for parent, folders, names in os.walk(root):
@@ -121,7 +121,7 @@ def is_plain_name(text: str) -> bool:
 
 
 def to_file_name(text: str, max_bytes: int = 100) -> str:
-    """Convert text to part of a file name, without separators or control characters, of at most `max_bytes` bytes."""
+    """Convert text to at most `max_bytes` bytes for use in a file name, without separators or control characters."""
     name = "".join("-" if unicodedata.category(character)[0] == "C" else character for character in text)
     name = re.sub(r'[/\\:*?"<>|]+', "-", name).strip(" .")
     return name.encode()[:max_bytes].decode(errors="ignore") or "-"

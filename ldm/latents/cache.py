@@ -22,13 +22,14 @@ from ldm.files.untrusted import read_array
 from ldm.latents.contract import CONTRACT_FILE, LatentContract
 from ldm.latents.encoding import MOMENTS_FILE, Encode, NonFiniteLatentsError, check_moments, encode_moments
 
-REMEDY = "Delete that folder; the latents will be encoded again."
+REMEDY = "Delete that folder. The latents will be encoded again."
 
 
 class LatentData:
-    """Posterior moments of every image: memory-mapped float32 [N, views, 2, C, h, w] (mean, log-variance).
+    """Posterior moments of every image, memory-mapped as float32 [N, views, 2, C, h, w].
 
-    View 0 is the original image. View 1, if present, is its horizontal flip.
+    View 0 is the original image. View 1, if present, is its horizontal flip. The axis of length 2 contains the mean and
+    the log-variance.
     """
 
     def __init__(self, path: Path, contract: LatentContract, images: ImageData) -> None:
@@ -42,7 +43,7 @@ class LatentData:
         return self.moments.shape[-3:]
 
     def batch(self, indices: Any, view: int = 0) -> tuple[Tensor, Tensor]:
-        """Return the mean and log-variance of these images, each [b, C, h, w]."""
+        """Return the posterior mean and log-variance for these images, each [b, C, h, w]."""
         moments = torch.from_numpy(np.array(self.moments[np.asarray(indices), view]))
         return moments[:, 0], moments[:, 1]
 
@@ -50,7 +51,8 @@ class LatentData:
 def latents_folder(contract: LatentContract, cache_dir: Path | str | None = None) -> Path:
     """Return the cache folder for this contract.
 
-    Older versions put only part of the contract in the folder name. Their folders are used if the contract matches.
+    The folder names of older ldm versions contain only part of the contract. Such a folder is used if its contract.json
+    matches.
     """
     cache = Path(cache_dir or default_cache_dir()).expanduser()
     folder = cache / f"latents-{contract.key}"
@@ -68,11 +70,11 @@ def open_latents(
 ) -> LatentData:
     """Open the latent cache. If it does not exist, encode the training and validation images first.
 
-    If encoding was interrupted, it resumes after the last complete chunk. A lock ensures that only one process encodes.
-    If the file was modified after its last verification, its SHA-256 digests are checked again.
+    If encoding was interrupted, it resumes after the last complete chunk. A lock ensures that only one process encodes
+    the images. If the moments file was modified after its last verification, its SHA-256 digests are checked again.
 
     Args:
-        encode: images [b, 3, H, W] in [-1, 1] -> mean and log-variance [b, C, h, w].
+        encode: Maps images [b, 3, H, W] in [-1, 1] to the mean and log-variance, each [b, C, h, w].
 
     Raises:
         UserError: The cache does not match its contract or was modified, the disk is full, or a latent is not finite.
@@ -111,7 +113,10 @@ def _shape(contract: LatentContract, images: ImageData) -> tuple[int, ...]:
 
 
 def _encode(folder: Path, encode: Encode, contract: LatentContract, images: ImageData, batch_size: int) -> None:
-    """Encode into `.<folder>.unfinished`, which a later call can resume, and rename it when complete."""
+    """Encode into `.<folder>.unfinished`, and rename that folder to `folder` when it is complete.
+
+    If the call is interrupted, a later call continues with the unfinished folder.
+    """
     partial_folder = folder.with_name(f".{folder.name}.unfinished")
     if partial_folder.exists() and not _has_contract(partial_folder, contract):
         shutil.rmtree(partial_folder)
@@ -136,7 +141,8 @@ def _encode(folder: Path, encode: Encode, contract: LatentContract, images: Imag
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
-        rule = f"is full. Finished chunks are kept in {partial_folder}. Free some space and rerun the command to resume"
+        kept = f"Finished chunks are kept in {partial_folder}"
+        rule = f"is on a full disk. {kept}. Free some space, then rerun the command to resume"
         raise InputError("cache_dir", folder.parent, rule) from error
 
 

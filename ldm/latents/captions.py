@@ -27,18 +27,18 @@ class CaptionData:
     def __init__(self, folder: Path, counts: np.ndarray | None = None) -> None:
         self.arrays = {path.stem: read_array(path) for path in sorted(folder.glob("*.npy"))}
         self.counts = counts
-        self._first = None if counts is None else np.concatenate([[0], counts.cumsum()[:-1]])
+        self._first_rows = None if counts is None else np.concatenate([[0], counts.cumsum()[:-1]])
 
     def batch(self, indices: Any, draws: np.ndarray | None = None) -> dict[str, Tensor]:
         """Return the condition for these images. If `draws` is None, use the first caption of each image.
 
         Args:
-            draws: Uniform random numbers in [0, 1), [b]; each selects one of the captions of its image.
+            draws: One uniform random number in [0, 1) per image, [b], which selects one of that image's captions.
         """
         rows = np.asarray(indices)
-        if self.counts is not None and self._first is not None:
+        if self.counts is not None and self._first_rows is not None:
             caption = 0 if draws is None else (draws * self.counts[rows]).astype(np.int64)
-            rows = self._first[rows] + caption
+            rows = self._first_rows[rows] + caption
         return {name: torch.from_numpy(np.array(array[rows])) for name, array in self.arrays.items()}
 
 
@@ -57,9 +57,9 @@ def open_captions(
         captions: One caption or a list of captions for each image.
         encoder: Plain values that identify the encoder. The cache key is a digest of these values and the captions.
     """
-    by_image = [[entry] if isinstance(entry, str) else list(entry) for entry in captions]
-    counts = np.array([len(image_captions) for image_captions in by_image], dtype=np.int64)
-    texts = [text for image_captions in by_image for text in image_captions]
+    caption_lists = [[entry] if isinstance(entry, str) else list(entry) for entry in captions]
+    counts = np.array([len(caption_list) for caption_list in caption_lists], dtype=np.int64)
+    texts = [text for caption_list in caption_lists for text in caption_list]
     key = sha256_of_values([encoder, texts])[:12]
     folder = Path(cache_dir or default_cache_dir()).expanduser() / f"captions-{key}"
     if not folder.is_dir():

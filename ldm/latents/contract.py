@@ -39,9 +39,9 @@ class LatentContract:
 
     @property
     def key(self) -> str:
-        """Key in the name of the cache folder: short prefixes of the first two fields and a digest of all fields.
+        """Key in the name of the cache folder: short prefixes of the first two fields, and a digest of all fields.
 
-        Different contracts therefore never share a cache.
+        Because the digest covers all fields, different contracts never share a cache.
         """
         digest = sha256_of_values(asdict(self))
         return f"{self.autoencoder_sha256[:12]}-{self.data_fingerprint[:12]}-{digest[:12]}"
@@ -82,4 +82,5 @@ class LatentContract:
                 return to_dataclass(cls, content, path)
         except (UserError, KeyError) as error:
             raise UserError(f"{path} is damaged ({error}). {REMEDY}") from error
-        raise UserError(f"{path} has format {version}, but this version reads format {CONTRACT_FORMAT}. {REMEDY}")
+        supported = f"this version of ldm reads format {CONTRACT_FORMAT}"
+        raise UserError(f"{path} has format {version}, but {supported}. {REMEDY}")

@@ -1,10 +1,10 @@
 """Encode images to a file of posterior moments, in chunks, so that encoding can resume after an interruption.
 
-Rows are appended in image order. Batch boundaries are fixed, because rounding in a network depends on the batch size.
-A chunk consists of complete batches, and a journal records the SHA-256 of each chunk. On resume, the chunks are
-compared with the journal, and encoding continues after the last intact chunk. On the same machine and with the same
+Rows are appended in image order. Batch boundaries are fixed, because the rounding errors of a network depend on the
+batch size. A chunk consists of complete batches, and a journal records the SHA-256 of each chunk. On resume, the chunks
+are compared with the journal, and encoding continues after the last intact chunk. On the same machine and with the same
 number of threads, the file is bitwise identical whether or not encoding was interrupted. A finished file is verified
-against its journal when it is opened.
+against the journal when it is opened.
 """
 
 import io
@@ -30,7 +30,7 @@ from ldm.progress import progress
 MOMENTS_FILE = "moments.npy"
 JOURNAL_FILE = "chunks.json"
 JOURNAL_FORMAT = 1
-CHUNK_IMAGES = 512
+IMAGES_PER_CHUNK = 512
 
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -42,7 +42,7 @@ class NonFiniteLatentsError(UserError):
 def encode_moments(
     folder: Path, encode: Encode, images: ImageData, shape: tuple[int, ...], dtype: str, batch_size: int
 ) -> None:
-    """Write the moments file in `folder`, continuing after any intact chunks from an interrupted run.
+    """Write the moments file in `folder`, continuing after any intact chunks that an interrupted run left.
 
     Args:
         shape: (images, views, 2, C, h, w).
@@ -52,7 +52,7 @@ def encode_moments(
     """
     header = npy_header(shape, dtype)
     row_bytes = int(np.prod(shape[1:])) * np.dtype(dtype).itemsize
-    chunk_rows = batch_size * max(1, CHUNK_IMAGES // batch_size)
+    chunk_rows = batch_size * max(1, IMAGES_PER_CHUNK // batch_size)
     layout = Layout(len(header), row_bytes, shape[0], chunk_rows)
     chunks = layout.chunks()
     file_path = folder / MOMENTS_FILE
@@ -71,7 +71,7 @@ def encode_moments(
         for rows in chunks[len(digests) :]:
             for start in range(rows.start, rows.stop, batch_size):
                 indices = range(start, min(start + batch_size, rows.stop))
-                _append(file, _moments(encode, images, indices, shape, dtype))
+                _append(file, _encode_batch(encode, images, indices, shape, dtype))
                 bar.advance(task, len(indices))
             digests += chunk_digests(file_path, layout, [rows])
             os.fsync(file.fileno())
@@ -80,7 +80,7 @@ def encode_moments(
 
 
 def check_moments(folder: Path, *, every_byte: bool = False) -> None:
-    """Verify the moments file against its journal. Older caches have no journal and are accepted unverified.
+    """Verify the moments file against its journal. Older caches have no journal and are accepted without verification.
 
     Args:
         every_byte: Verify all chunks even if the size and modification time of the file are unchanged.
@@ -105,7 +105,7 @@ def check_moments(folder: Path, *, every_byte: bool = False) -> None:
         raise UserError(f"{folder / MOMENTS_FILE} was modified after encoding. Affected images: {ranges}. {remedy}")
 
 
-def _moments(encode: Encode, images: ImageData, indices: range, shape: tuple[int, ...], dtype: str) -> memoryview:
+def _encode_batch(encode: Encode, images: ImageData, indices: range, shape: tuple[int, ...], dtype: str) -> memoryview:
     pixels = images.batch(indices)
     moments = np.empty((len(indices), *shape[1:]), dtype)
     for view in range(shape[1]):
@@ -120,7 +120,7 @@ def _moments(encode: Encode, images: ImageData, indices: range, shape: tuple[int
 
 def _append(file: io.FileIO, data: bytes | memoryview) -> None:
     remaining = memoryview(data)
-    while remaining:  # an unbuffered write can be partial
+    while remaining:  # an unbuffered file can write fewer bytes than requested
         remaining = remaining[file.write(remaining) :]
 
 
@@ -136,9 +136,9 @@ def _journal(layout: Layout, batch_size: int) -> dict[str, Any]:
 
 
 def _intact_digests(folder: Path, layout: Layout, batch_size: int) -> list[str]:
-    """Return the digests of the leading chunks that are intact.
+    """Return the digests of all chunks before the first damaged one.
 
-    The list is empty if the journal is missing, damaged, or was written with a different layout or batch size.
+    The list is empty if the journal is missing or damaged, or was written with a different layout or batch size.
 
     Raises:
         UserError: The chunks cannot be read.

@@ -1,4 +1,7 @@
-"""Export latents to a safetensors file and decode them. The header contains the autoencoder's SHA-256."""
+"""Encode images to a safetensors file of latents, and decode such a file.
+
+The file's header contains the SHA-256 of the autoencoder's weights.
+"""
 
 from pathlib import Path
 
@@ -16,7 +19,7 @@ FORMAT = "1"
 
 
 def encode_file(autoencoder: Autoencoder, images: ImageData, out: Path, batch_size: int = 64) -> int:
-    """Write `mean` and `log_variance` [N, C, h, w] of every image to `out`, and return N."""
+    """Encode all N images, write their `mean` and `log_variance`, each [N, C, h, w], to `out`, and return N."""
     starts = range(0, len(images), batch_size)
     moments = [autoencoder.encode(images.batch(range(start, min(start + batch_size, len(images))))) for start in starts]
     tensors = {
@@ -37,7 +40,7 @@ def decode_file(autoencoder: Autoencoder, file: Path, batch_size: int = 64) -> t
     """Decode the means in a latents file. Return batches of images [b, 3, H, W] and the image names.
 
     Raises:
-        UserError: The file is not a valid latents file, or a different autoencoder encoded it.
+        UserError: The file is not a valid latents file, or its latents were encoded by a different autoencoder.
     """
     if not file.is_file():
         raise InputError("latents", file, "does not exist or is not a file")
@@ -51,11 +54,11 @@ def decode_file(autoencoder: Autoencoder, file: Path, batch_size: int = 64) -> t
         raise InputError("latents", file, f"contains no latents of format {FORMAT}")
     names = header.get("names", "").split("\n")
     if mean.ndim != 4 or mean.shape[1] != autoencoder.channels or len(names) != len(mean) or not mean.isfinite().all():
-        expected = f"finite latents with {autoencoder.channels} channels"
-        actual = f"its shape is {list(mean.shape)}, with {len(names)} image names"
-        raise InputError("latents", file, f"must contain {expected}, one per image name, but {actual}")
+        expected = f"finite latents with {autoencoder.channels} channels and one image name per latent"
+        actual = f"the latents have the shape {list(mean.shape)}, and the number of image names is {len(names)}"
+        raise InputError("latents", file, f"must contain {expected}, but {actual}")
     weights, origin = autoencoder.weights_sha256(), header.get("autoencoder_sha256", "unknown")
     if weights != origin:
-        hint = "Decode them with the run that encoded them."
-        raise UserError(f"The latents in {file} belong to the autoencoder {origin[:12]}, not to {weights[:12]}. {hint}")
+        rule = f"belong to the autoencoder with SHA-256 {origin[:12]}, not to this one ({weights[:12]})"
+        raise UserError(f"The latents in {file} {rule}. Decode the latents with the run that encoded them.")
     return [autoencoder.decode(batch).cpu() for batch in mean.float().split(batch_size)], names

@@ -1,4 +1,4 @@
-"""Number of latent dimensions in use: the rate and spread of each channel, and the spectrum of the whole latent.
+"""The number of latent dimensions in use: the rate and spread of each channel, and the spectrum of the whole latent.
 
 Setting: z_raw ~ N(mean(x), exp(log_variance(x))), both [n, C, h, w], independent over channels and locations given x.
 Over n images and h w locations, the variance of z_raw in a channel is the variance of the posterior means (the signal)
@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 DEAD_NATS = 0.01
-"""A channel is dead if it carries less than this much information about x per location."""
+"""A channel is dead if it carries fewer than this many nats of information about x per location."""
 FULL_RANK = 0.9
 """If the effective rank is at least this fraction of the number of channels, all channels count as in use."""
-PCA_COUNTS = 64
-"""Approximate number of points on a PCA curve; small patches use every number of components instead."""
+NUM_PCA_POINTS = 64
+"""Approximate number of points on a PCA curve. For a small patch, there is one point for every number of components."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class ChannelStatistics:
         return self.information / math.log(2)
 
     @property
-    def dead(self) -> list[int]:
+    def dead_channels(self) -> list[int]:
         """Indices of the channels with less than DEAD_NATS of information per location.
 
         The KL to N(0, I) would not detect channels that collapsed to a point other than 0, because it is large there.
@@ -58,10 +58,10 @@ class ChannelStatistics:
 
 
 def channel_statistics(mean: Tensor, log_variance: Tensor) -> ChannelStatistics:
-    """Return the mean, std and two rates of each channel:
+    """Return the mean, the standard deviation and two rates of each channel:
 
         kl          = sum over locations of E_x KL(q(z_raw|x) || N(0, 1)) = h w / 2 E[mean^2 + var - 1 - log var]
-        information = the same with prior N(E mean, std^2) = h w / 2 (log std^2 - E[log var])
+        information = the same with the prior N(E mean, std^2) = h w / 2 (log std^2 - E[log var])
 
     N(E mean, std^2) is the Gaussian prior with the smallest KL, so information <= kl. Among all priors, the aggregate
     posterior has the smallest KL, which equals the mutual information between x and a location. `information` is
@@ -71,8 +71,8 @@ def channel_statistics(mean: Tensor, log_variance: Tensor) -> ChannelStatistics:
     Args:
         mean, log_variance: [n, C, h, w].
 
-    Source: Hoffman & Johnson 2016, "ELBO surgery"; dead channels are the complement of the active units of Burda et al.
-    2016, arXiv:1509.00519, section 5, whose threshold of 0.01 is on Var mean.
+    Source: Hoffman & Johnson 2016, "ELBO surgery". Dead channels are the opposite of the active units in Burda et al.
+    2016, arXiv:1509.00519, section 5, where the threshold of 0.01 applies to Var mean instead.
     """
     mean, log_variance = mean.double(), log_variance.double()
     locations, dims = mean[0, 0].numel(), (0, 2, 3)
@@ -123,9 +123,9 @@ def covariance_eigenvalues(x: Tensor) -> Tensor:
 
 
 def effective_rank(eigenvalues: Tensor) -> float:
-    """Return exp(H(p)), where p are the eigenvalues divided by their sum.
+    """Return exp(H(p)), where H is the entropy and p are the eigenvalues divided by their sum.
 
-    It is k for k equal nonzero eigenvalues, and 0 if all eigenvalues are 0.
+    The effective rank is k for k equal nonzero eigenvalues, and 0 if all eigenvalues are 0.
 
     Source: Roy & Vetterli 2007, "The effective rank", eqs. 3-5, applied to the covariance matrix, whose singular values
     are its eigenvalues.
@@ -137,8 +137,9 @@ def effective_rank(eigenvalues: Tensor) -> float:
 def participation_ratio(eigenvalues: Tensor) -> float:
     """Return (sum of eigenvalues)^2 / (sum of squared eigenvalues).
 
-    It is k for k equal nonzero eigenvalues, and 0 if all eigenvalues are 0. In terms of normalised eigenvalues p it is
-    1 / sum p^2, the exponential of the Renyi entropy of order 2, so it never exceeds the effective rank.
+    The ratio is k for k equal nonzero eigenvalues, and 0 if all eigenvalues are 0. In terms of the normalised
+    eigenvalues p, the ratio is 1 / sum p^2, the exponential of the Renyi entropy of order 2. It therefore never exceeds
+    the effective rank.
 
     Source: Gao et al. 2017, bioRxiv 214262.
     """
@@ -156,33 +157,34 @@ def num_components(eigenvalues: Tensor, share: float) -> int:
 
 
 def pca_counts(size: int, channels: int) -> list[int]:
-    """Return the numbers of components in 1..size at which to evaluate a PCA.
+    """Return the numbers of components, from 1 to `size`, at which to evaluate a PCA.
 
-    If size is at most PCA_COUNTS, return every number; otherwise, return about PCA_COUNTS log-spaced numbers. C and
-    min(2 C, size / 2) are always included.
+    If `size` is at most NUM_PCA_POINTS, return every number. Otherwise, return about NUM_PCA_POINTS log-spaced numbers.
+    C and min(2 C, size / 2), where C is the number of channels, are always included.
     """
-    spaced = torch.logspace(0, math.log10(size), PCA_COUNTS, dtype=torch.float64).round().int().tolist()
+    spaced = torch.logspace(0, math.log10(size), NUM_PCA_POINTS, dtype=torch.float64).round().int().tolist()
     required = (min(channels, size), min(2 * channels, size // 2))
     return sorted(
-        {*(range(1, size + 1) if size <= PCA_COUNTS else spaced), *(count for count in required if count > 0)}
+        {*(range(1, size + 1) if size <= NUM_PCA_POINTS else spaced), *(count for count in required if count > 0)}
     )
 
 
 def recommend(
-    dead: list[int], channel_summary: dict[str, Any], pca: dict[int, float], psnr_db: float, channels: int
+    dead_channels: list[int], channel_summary: dict[str, Any], pca: dict[int, float], psnr_db: float, channels: int
 ) -> dict[str, Any]:
-    """Recommend a number of latent channels. Return the first rule that applies, the number (or None) and a reason.
+    """Recommend a number C of latent channels. Return the first rule that applies, the number (or None) and a reason.
 
     1. all_dead: all channels are dead, so no number can be recommended. Use a smaller KL weight.
     2. dead: some channels are dead. Remove them, because they carry no information.
-    3. undertrained: a PCA of the same size, the best linear code, has a higher held-out PSNR. Train longer.
+    3. undertrained: a PCA with C components, the best linear code, has a higher held-out PSNR. Train longer.
     4. redundant: fewer than C directions in channel space contain 99 % of the signal. Use one channel per direction.
-    5. more: the effective rank is at least FULL_RANK C, so all channels are in use. Double their number, up to half
-       the number of values in a patch (a compression factor of 2). The PSNR gain of a PCA is also reported.
+    5. more: the effective rank is at least FULL_RANK * C, so all channels are in use. Double the number of channels, up
+       to half the number of values in a patch (a compression factor of 2). The reason includes the PSNR that a PCA
+       gains with the additional components.
     6. keep: no other rule applies.
 
-    Rules 4 to 6 consider only linear structure in this autoencoder. To know the quality at a different size, train at
-    that size.
+    Rules 4 to 6 consider only linear structure in this autoencoder. To measure the quality with a different number of
+    channels, train an autoencoder with that number.
 
     Args:
         channel_summary: Summary of the channel spectrum, in the format of latents_report.json.
@@ -196,21 +198,22 @@ def recommend(
     rule: str = "keep"
     count: int | None = channels
     text = f"{rank_text}. Keep {key}={channels}."
-    if len(dead) == channels:
+    if len(dead_channels) == channels:
         rule, count = "all_dead", None
         text = f"all {channels} channels are dead ({limit}). Train again with a smaller autoencoder.loss.kl."
-    elif dead:
-        rule, count = "dead", channels - len(dead)
-        indices = ", ".join(map(str, dead))
+    elif dead_channels:
+        rule, count = "dead", channels - len(dead_channels)
+        indices = ", ".join(map(str, dead_channels))
         text = f"channels {indices} of {channels} are dead ({limit}). {key}={count} would lose no information."
     elif pca_lead > 0:
         rule, count = "undertrained", None
-        text = f"{pca_lead:.1f} dB below a PCA of the same size. Train longer, or with a smaller autoencoder.loss.kl."
+        text = f"the PSNR is {pca_lead:.1f} dB lower than that of a PCA with {channels} components."
+        text = f"{text} Train longer, or with a smaller autoencoder.loss.kl."
     elif num_directions < channels:
         rule, count = "redundant", num_directions
         text = f"{count} of {channels} directions contain 99 % of the signal. {key}={count} would lose little."
     elif rank >= FULL_RANK * channels and larger > channels:
         rule, count = "more", larger
         gain = pca[larger] - pca[channels]
-        text = f"{rank_text}. More channels may help: try {key}={larger}, where a PCA gains {gain:.1f} dB."
+        text = f"{rank_text}. More channels may help. Try {key}={larger}, with which a PCA gains {gain:.1f} dB."
     return {"rule": rule, "latent_channels": count, "text": text}

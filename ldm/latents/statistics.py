@@ -12,7 +12,7 @@ from ldm.latents.cache import LatentData, open_latents
 from ldm.latents.contract import LatentContract
 from ldm.runtime.random import numpy_generator, torch_generator
 
-SCALE_IMAGES = 8192
+MAX_SCALE_IMAGES = 8192
 StatisticsType = Literal["measured", "published"]
 
 
@@ -24,10 +24,11 @@ def encode_latents(
     *,
     mean_and_std: tuple[list[float], list[float]] | None = None,
 ) -> tuple[LatentContract, Any]:
-    """Return the contract and cached moments of these images. Update `autoencoder.statistics` if necessary.
+    """Return the contract and the cached moments of these images. Update `autoencoder.statistics` if necessary.
 
     Args:
-        mean_and_std: Per-channel mean and standard deviation for standardisation, measured if None.
+        mean_and_std: Per-channel mean and standard deviation with which to standardise the latents. If None, they are
+            measured.
     """
     channels, _, _ = autoencoder.latent_shape(images.resolution)
     contract = LatentContract(
@@ -57,12 +58,12 @@ def encode_latents(
 def decoder_scale(autoencoder: Autoencoder, images: ImageData, latents: Any, batch_size: int = 64) -> list[float]:
     """Return the RMS of x - decode(z_raw) per colour channel over the training split, sampling z_raw once per image.
 
-    This is the maximum-likelihood scale of a Gaussian p(x | z_raw) with one standard deviation per colour. At most
-    SCALE_IMAGES random images are used, for a sampling error of about half a percent.
+    This is the maximum-likelihood scale of a Gaussian p(x | z_raw) with one standard deviation per colour channel. At
+    most MAX_SCALE_IMAGES random images are used, which gives a sampling error of about half a percent.
     """
     generator = torch_generator(0)
     squares, count = torch.zeros(3, dtype=torch.float64), 0
-    sampled = np.sort(numpy_generator(0).permutation(images.train_indices)[:SCALE_IMAGES])
+    sampled = np.sort(numpy_generator(0).permutation(images.train_indices)[:MAX_SCALE_IMAGES])
     for start in range(0, len(sampled), batch_size):
         indices = sampled[start : start + batch_size]
         mean, log_variance = latents.batch(indices)

@@ -1,4 +1,4 @@
-"""Checks of the likelihood options before any computation."""
+"""Checks of the likelihood options, which run before any computation."""
 
 from typing import Any, get_args
 
@@ -13,7 +13,7 @@ from ldm.sampling.pipeline import LatentDiffusionPipeline
 
 
 def require_density(autoencoder: Autoencoder) -> LatentStatistics:
-    """Return the statistics of an autoencoder that defines a density.
+    """Return the latent statistics of an autoencoder, which must define a density.
 
     Raises:
         UserError: if the autoencoder does not define q(z_raw | x) and p(x | z_raw), or its statistics are missing.
@@ -59,4 +59,6 @@ def _check_ode(schedule: NoiseSchedule, *, rtol: Number = 1e-4, atol: Number = 1
         check_tolerances(rtol, atol)
         clock_ends(schedule, 1.0)
     except ValueError as error:
-        raise UserError(f"The ODE's density cannot be computed: {error}. Fix this, or remove ode=.") from error
+        raise UserError(
+            f"The likelihood under the ODE cannot be computed: {error}. Correct this, or remove ode=."
+        ) from error

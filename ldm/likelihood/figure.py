@@ -1,4 +1,4 @@
-"""Figure of the two-stage bound: a waterfall of its terms, and the KL term at every t."""
+"""Figure of the two-stage bound: a waterfall chart of its terms, and the KL term at every t."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ INK, BLUE, ORANGE, GREEN = "#333333", "#2f6fb0", "#c9782c", "#4b9b63"
 
 
 def plot_likelihood(columns: dict[str, Terms], title: str) -> Figure:
-    """Plot the terms of each bound as a waterfall and, if there is a chain, its KL term at every t."""
+    """Plot the terms of each bound as a waterfall chart and, if there is a chain, the chain's KL term at every t."""
     has_chain = "chain" in columns
     figure = Figure(figsize=(13 if has_chain else 6.8, 1.7 + 2 * len(columns)), dpi=130, layout="constrained")
     axes = figure.subplots(1, 2 if has_chain else 1, squeeze=False)[0]
@@ -23,12 +23,12 @@ def plot_likelihood(columns: dict[str, Terms], title: str) -> Figure:
 
 
 def _plot_kl_terms(axes: Any, chain: Terms) -> None:
-    """Plot the mean KL term in each stratum of t, and the cumulative share of their sum from T down to t."""
+    """Plot the mean KL term in each stratum of t, and the cumulative share of the total KL from T down to t."""
     bound = chain.chain
     assert bound is not None
-    inner = bound.steps > 1
-    kl = chain.bits_per_dim(bound.curve)[inner].numpy()
-    widths = bound.widths[inner].numpy()
+    is_kl_term = bound.steps > 1
+    kl = chain.bits_per_dim(bound.curve)[is_kl_term].numpy()
+    widths = bound.widths[is_kl_term].numpy()
     edges = 1.5 + np.concatenate([[0], widths.cumsum()])
     axes.stairs(kl, edges, baseline=None, color=BLUE, lw=1.5)
     axes.set(xscale="log", yscale="log", xlim=(edges[0], edges[-1]), xlabel="t", ylabel="KL term per t, bits/dim")
@@ -39,12 +39,12 @@ def _plot_kl_terms(axes: Any, chain: Terms) -> None:
     cumulative = np.append(np.cumsum((kl * widths)[::-1])[::-1], 0.0)
     share_axes = axes.twinx()
     share_axes.plot(edges, cumulative / cumulative[0], color=ORANGE, lw=1.5, ls="--")
-    share_axes.set(ylabel="share of the sum from T down to t", ylim=(0, 1.02))
+    share_axes.set(ylabel="cumulative share of the total KL, from T down to t", ylim=(0, 1.02))
     share_axes.tick_params(colors=ORANGE)
 
 
 def _plot_terms(axes: Any, columns: dict[str, Terms]) -> None:
-    """Plot a waterfall for each column of the table, where each bar starts at the end of the previous bar."""
+    """Plot a waterfall chart for each column of the table. Each bar starts where the previous bar ends."""
     labels: list[str] = []
     for name, terms in columns.items():
         metrics = terms.metrics()

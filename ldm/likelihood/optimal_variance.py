@@ -1,4 +1,4 @@
-"""Fitting the optimal Sigma at each t for a trained model."""
+"""Fit of the optimal Sigma at each t for a trained model."""
 
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from ldm.sampling.pipeline import LatentDiffusionPipeline, save_z_0_mse
 from ldm.sampling.request import Request
 
 NUM_FIT_IMAGES = 1024
+"""Maximum number of training images used for the fit."""
 
 
 def fit_optimal_variance(
@@ -28,7 +29,7 @@ def fit_optimal_variance(
     bar: Progress,
     images_per_step: int = 16,
 ) -> None:
-    """Fit the optimal Sigma at each t on the training split, and save it in the pipeline's folder.
+    """Fit the optimal Sigma at each t on the training split, and save the result in the pipeline's folder.
 
     Raises:
         UserError: if the autoencoder or the network returns non-finite values.
@@ -40,7 +41,7 @@ def fit_optimal_variance(
         batch = images.batch(indices[start : start + batch_size])
         latents.append(draw_latents(pipeline.autoencoder, batch, [generator] * len(batch))[2])
     z_0 = pipeline.autoencoder.standardise(torch.cat(latents))
-    report = ProgressBars(bar)
+    report_progress = ProgressBars(bar)
     pipeline.network.eval()
     request = Request.for_images(pipeline, images, indices)
     condition = {name: value.to(pipeline.device) for name, value in request.condition.items()}
@@ -52,7 +53,7 @@ def fit_optimal_variance(
             generator=generator,
             images_per_step=images_per_step,
             batch_size=batch_size,
-            on_batch=lambda completed, total: report("fitting Sigma", completed, total),
+            on_batch=lambda completed, total: report_progress("fitting Sigma", completed, total),
         )
     except ValueError as error:
         raise UserError(f"variance=optimal cannot be fitted: {error}. Choose a different variance.") from error

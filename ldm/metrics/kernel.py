@@ -13,7 +13,7 @@ from ldm.metrics.subsets import NUM_SUBSETS, mean_over_subsets
 def kernel_distance(
     samples: Tensor, reference: Tensor, *, num_subsets: int = NUM_SUBSETS, seed: int = 0, paired: bool = False
 ) -> tuple[float, float]:
-    """Return the kernel distance between two sets of features, averaged over disjoint subsets of both.
+    """Return the kernel distance between two sets of features, averaged over disjoint subsets of both sets.
 
         KD = unbiased MMD^2 with k(a, b) = (a.b / d + 1)^3
 
@@ -21,12 +21,12 @@ def kernel_distance(
 
     Args:
         samples, reference: Features [n, d] and [m, d].
-        paired: Rows i of both sets form a pair, such as an image and its reconstruction. Kernels within pairs are then
-            excluded, because they would bias the estimate downwards. Source: Gretton et al. 2012, "A kernel
+        paired: Treat row i of both sets as a pair, such as an image and its reconstruction. Kernel values within pairs
+            are then excluded, because they would bias the estimate downwards. Source: Gretton et al. 2012, "A kernel
             two-sample test", eq. 4.
 
     Returns:
-        The mean over the subsets and its standard error, computed in float64. Subsets need at least two rows.
+        The mean over the subsets and its standard error, computed in float64. Each subset needs at least two rows.
     """
 
     def distance(a: Tensor, b: Tensor) -> tuple[float]:
@@ -54,9 +54,9 @@ def cmmd(samples: Tensor, reference: Tensor, *, sigma: float = 10.0, scale: floa
         CMMD = scale (mean k(x, x') + mean k(y, y') - 2 mean k(x, y)),   k(a, b) = exp(-|a - b|^2 / (2 sigma^2))
 
     This is the biased V-statistic of the authors' code, which includes the kernel of each feature with itself, whereas
-    eq. 4 of the paper is the unbiased estimator. It is never negative, and for two sets from the same distribution its
-    expectation is about scale (1/n + 1/m) (1 - mean k). Features are normalised to unit length, as in the authors'
-    code. Source: Jayasumana et al. 2024, arXiv:2401.09603, section 4.
+    eq. 4 of the paper is the unbiased estimator. The V-statistic is never negative, and its expectation for two sets
+    from the same distribution is about scale (1/n + 1/m) (1 - mean k). Features are normalised to unit length, as in
+    the authors' code. Source: Jayasumana et al. 2024, arXiv:2401.09603, section 4.
 
     Args:
         samples, reference: CLIP embeddings, [n, d] and [m, d].
@@ -69,7 +69,7 @@ def cmmd(samples: Tensor, reference: Tensor, *, sigma: float = 10.0, scale: floa
 def _mean_kernel(a: Tensor, b: Tensor, sigma: float) -> float:
     total = 0.0
     for rows in a.split(chunk_size(len(b))):
-        # sum k - 1 instead of k: kernels are close to 1, and only the small remainder distinguishes the sets
+        # sum k - 1 instead of k: all values are close to 1, and only the small remainder distinguishes the sets
         total += torch.expm1(-squared_distances(rows, b) / (2 * sigma**2)).sum().item()
     return 1 + total / (len(a) * len(b))
 
@@ -77,8 +77,9 @@ def _mean_kernel(a: Tensor, b: Tensor, sigma: float) -> float:
 def vendi_score(features: Tensor) -> float:
     """Return the effective number of distinct images, from 1 to n: exp(-sum_i l_i log l_i).
 
-    l_i are the eigenvalues of K / n, where K is the matrix of cosine similarities. The d x d matrix X^T X / n has the
-    same nonzero eigenvalues, so the cost is linear in n. Source: Friedman and Dieng 2022, arXiv:2210.02410.
+    l_i are the eigenvalues of K / n, where K = X X^T is the matrix of cosine similarities and the rows of X are the
+    normalised features. The d x d matrix X^T X / n has the same nonzero eigenvalues, so the cost is linear in n.
+    Source: Friedman and Dieng 2022, arXiv:2210.02410.
     """
     n, d = features.shape
     if n <= d:

@@ -14,7 +14,7 @@ class Metric:
 
     value: float
     standard_error: float | None = None
-    """Covers sampling noise over images, not the variation between training runs."""
+    """Covers the sampling noise of the images, but not the variation between training runs."""
     dof: float = math.inf
     """Degrees of freedom of the standard error."""
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -40,11 +40,11 @@ def mean_metric(values: Tensor) -> Metric:
 
 
 ERROR_SUFFIX = "_standard_error"
-"""Suffix of the key of a standard error in JSON files."""
+"""Suffix of the keys of standard errors in JSON files."""
 
 
 def metrics_to_json(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace each Metric with two keys, its value (None if not measured) and its standard error."""
+    """Replace each Metric with two entries: the value (None if not measured) and the standard error."""
     values: dict[str, Any] = {}
     for name, value in content.items():
         if isinstance(value, Metric):
@@ -55,12 +55,12 @@ def metrics_to_json(content: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def proportion_error(proportion: float, num: int) -> float:
-    """Return the standard error of a proportion of `num` trials.
+def proportion_error(proportion: float, num_trials: int) -> float:
+    """Return the standard error of a proportion estimated from `num_trials` trials.
 
     One success and one failure are added, so that the error is not 0 for the proportions 0 and 1.
 
     Source: Agresti and Caffo 2000, The American Statistician 54(4).
     """
-    adjusted = (proportion * num + 1) / (num + 2)
-    return math.sqrt(adjusted * (1 - adjusted) / (num + 2))
+    adjusted = (proportion * num_trials + 1) / (num_trials + 2)
+    return math.sqrt(adjusted * (1 - adjusted) / (num_trials + 2))

@@ -12,16 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MAX_PAIRS = 2**24
-"""Number of pairwise distances held in memory at once."""
+"""Maximum number of pairwise distances held in memory at once."""
 
 
 def chunk_size(num_columns: int) -> int:
-    """Return the number of rows of a distance matrix with `num_columns` columns to compute at once."""
+    """Return how many rows of a distance matrix with `num_columns` columns to compute at once."""
     return max(1, MAX_PAIRS // num_columns)
 
 
 def retrieval_ranks(queries: Tensor, gallery: Tensor, targets: Tensor) -> Tensor:
-    """Return the number of gallery images that are more similar to each query than its target. Rank 0 is a top-1 hit.
+    """Return the number of gallery images that are more similar to each query than the query's target.
+
+    Rank 0 is a top-1 hit.
 
     Args:
         queries: Features of generated images, [q, d].
@@ -43,13 +45,13 @@ def retrieval_ranks(queries: Tensor, gallery: Tensor, targets: Tensor) -> Tensor
 def precision_recall(samples: Tensor, reference: Tensor, *, k: int = 3) -> tuple[float, float]:
     """Return the precision and recall of samples y with respect to reference features x.
 
-    Precision is the fraction of samples that lie on the manifold of the reference; recall is the fraction of the
-    reference that lies on the manifold of the samples.
+    Precision is the fraction of samples that lie on the manifold of the reference features. Recall is the fraction of
+    reference features that lie on the manifold of the samples.
 
-        precision = mean_j [ |y_j - x_i| <= r_i for any i ],   recall: the same with x and y exchanged
+        precision = mean_j [ |y_j - x_i| <= r_i for any i ],   recall = the same with x and y exchanged
 
     r_i is the distance from x_i to its k-th nearest neighbour within its own set. Both metrics depend on the sizes of
-    the sets, so compare them only at equal sizes.
+    the sets, so compare values only for sets of equal sizes.
     Source: Kynkäänniemi et al. 2019, arXiv:1904.06991, eqs. 1 and 2, where k = 3.
 
     Args:
@@ -64,7 +66,7 @@ def _fraction_on_manifold(points: Tensor, manifold: Tensor, k: int) -> float:
 
 
 def _balls(points: Tensor, manifold: Tensor, k: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the balls around the manifold's features in chunks: distances to all points [b, m], and radii [b, 1].
+    """Yield balls around the features of the manifold in chunks, as distances to all points [b, m] and radii [b, 1].
 
     A radius is the distance to the k-th nearest neighbour. Distances and radii are computed with the same matrix
     products, so that equal distances are bit-identical.
@@ -83,11 +85,11 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
 
 
 def nearest_distances(queries: Tensor, gallery: Tensor, *, k: int = 1, self_rows: Tensor | None = None) -> Tensor:
-    """Return the distances from each query to its k nearest neighbours in the gallery, ascending, [q, k].
+    """Return the distances from each query to its k nearest neighbours in the gallery in ascending order, [q, k].
 
     Args:
-        self_rows: Index of each query's own row in the gallery, [q], which is excluded from its neighbours; None if no
-            query is in the gallery.
+        self_rows: Index of each query's own row in the gallery, [q]. That row is excluded from the query's neighbours.
+            None if no query is in the gallery.
     """
     centre, size = gallery.mean(dim=0), chunk_size(len(gallery))
     queries, gallery = queries - centre, gallery - centre
@@ -108,7 +110,7 @@ def density_coverage(real: Tensor, fake: Tensor, *, k: int = 5) -> tuple[float, 
 
     r_i is the distance from x_i to its k-th nearest real neighbour. The inequality is strict, as in the authors' code,
     so an image with k copies has an empty ball. If both sets come from the same distribution, the expected density is
-    1 and the expected coverage is `expected_coverage`. Source: Naeem et al. 2020, arXiv:2002.09797, section 3.
+    1, and `expected_coverage` returns the expected coverage. Source: Naeem et al. 2020, arXiv:2002.09797, section 3.
 
     Args:
         real, fake: Features [N, d] and [M, d], where N > k.
@@ -122,6 +124,6 @@ def expected_coverage(num_real: int, num_fake: int, *, k: int = 5) -> float:
 
         1 - prod_{j=1..k} (N - j) / (N + M - j)
 
-    Source: Naeem et al. 2020, arXiv:2002.09797, section 3, which chooses k = 5 based on it.
+    Source: Naeem et al. 2020, arXiv:2002.09797, section 3, which bases the choice of k = 5 on this value.
     """
     return 1 - math.prod((num_real - j) / (num_real + num_fake - j) for j in range(1, k + 1))

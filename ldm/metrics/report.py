@@ -40,7 +40,7 @@ class Report:
             print(line)
 
     def save(self, folder: Path) -> list[Path]:
-        """Write the figures, then the JSON file; return their paths, JSON file first."""
+        """Write the figures and then the JSON file. Return the paths of all files, starting with the JSON file."""
         for name, figure in self.figures.items():
             with atomic_write(folder / name) as partial:
                 figure.savefig(partial) if isinstance(figure, Figure) else figure.save(partial)

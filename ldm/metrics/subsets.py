@@ -1,4 +1,4 @@
-"""Standard errors of metrics of features [n, d], from disjoint subsets or the jackknife."""
+"""Standard errors of metrics that compare sets of features [n, d], from disjoint subsets or the jackknife."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ from torch import Tensor
 from ldm.runtime.random import torch_generator
 
 NUM_SUBSETS, MAX_COMPONENTS = 4, 64
-"""Number of disjoint subsets to average a metric over, and maximum dimension of a Fréchet distance after PCA."""
+"""Number of disjoint subsets to average a metric over, and maximum number of PCA components for a Fréchet distance."""
 
 
 NUM_GROUPS = 20
@@ -34,9 +34,9 @@ def mean_over_subsets(
 
     Args:
         metric: Function (samples, reference) -> values.
-        samples, reference: Features [n, d] and [m, d]. Each subset has min(n, m) // num_subsets rows of either set.
+        samples, reference: Features [n, d] and [m, d]. Each subset has min(n, m) // num_subsets rows of each set.
         seed: Determines the rows of each subset.
-        paired: Rows i of both sets form a pair, so both are split in the same way.
+        paired: Treat row i of both sets as a pair, so that both sets are split in the same way.
 
     Returns:
         (mean, standard error) of each value.

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-NULL_CLASSES = {"num_classes": 0, "num_class_embeds": 1}
-"""Number of null classes counted by each config key: the UNet counts its null class, DiT does not."""
+NUM_NULL_CLASSES = {"num_classes": 0, "num_class_embeds": 1}
+"""Number of null classes that are included in the value of each config key: 0 for DiT, 1 for the UNet."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class ClassChange:
 def replace_classes(network: Any, old: Sequence[str], new: Sequence[str]) -> nn.Module:
     """Return the network with a class embedding for the names in `new`, in this order, followed by the null class.
 
-    Classes that are also in `old` keep their embedding; new classes are initialised as in a new network. The null class
-    and all other weights are copied.
+    Classes that are also in `old` keep their embeddings, and new classes are initialised as in a new network. The
+    embedding of the null class and all other weights are copied.
 
     Args:
         network: A diffusers ModelMixin with a `class_embedding` of len(old) + 1 rows.
@@ -48,10 +48,10 @@ def replace_classes(network: Any, old: Sequence[str], new: Sequence[str]) -> nn.
     """
     if list(old) == list(new):
         return network
-    key = next((key for key in NULL_CLASSES if network.config.get(key) is not None), None)
+    key = next((key for key in NUM_NULL_CLASSES if network.config.get(key) is not None), None)
     if key is None:
         raise ValueError(f"{type(network).__name__} has no class embedding, so its classes cannot be replaced")
-    adapted = type(network).from_config({**network.config, key: len(new) + NULL_CLASSES[key]})
+    adapted = type(network).from_config({**network.config, key: len(new) + NUM_NULL_CLASSES[key]})
     weights = network.state_dict()
     old_rows, rows = weights["class_embedding.weight"], adapted.class_embedding.weight.detach().clone()
     rows[-1] = old_rows[-1]

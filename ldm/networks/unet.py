@@ -1,4 +1,4 @@
-"""diffusers' UNets with the call signature of our diffusion transformer."""
+"""diffusers' UNets with the same call signature as `ldm.networks.dit.DiT`."""
 
 from typing import Any
 
@@ -40,12 +40,12 @@ def unet(
     head_dim: int = 32,
     norm_num_groups: int = 32,
 ) -> ImageUNet | TextUNet:
-    """Build a UNet: text-conditional with `text_dim`, class-conditional with `num_classes`, otherwise unconditional.
+    """Build a UNet that is conditioned on text if `text_dim` is set, on classes if `num_classes` is set, or on nothing.
 
     Args:
         block_out_channels: Channels of each level; each level after the first halves the resolution.
-        attention_levels: Levels with self-attention and, for text, cross-attention; 0 is the finest. The middle block
-            always has attention.
+        attention_levels: Levels with self-attention and, if conditioned on text, cross-attention. Level 0 is the
+            finest. The middle block always has attention.
         head_dim: Width of an attention head.
 
     Raises:
@@ -71,7 +71,7 @@ def unet(
             down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in has_attention),
             up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(has_attention)),
             cross_attention_dim=text_dim,
-            # despite the name, the number of heads
+            # despite its name, this argument is the number of heads
             attention_head_dim=tuple(width // head_dim for width in block_out_channels),
             class_embed_type="projection",
             projection_class_embeddings_input_dim=text_dim,

@@ -1,1 +1,1 @@
-"""A run folder: opening, checkpoints, resuming, replacing, locks, provenance and lineage."""
+"""Run folders: opening, checkpoints, resuming, replacement, locking, provenance and lineage."""

@@ -21,22 +21,22 @@ REMEDY = "Use a checkpoint saved by training: resume=<run folder>/checkpoints/st
 
 @dataclass(frozen=True)
 class Manifest:
-    """Metadata of a completely written checkpoint.
+    """Manifest of a checkpoint that was written completely.
 
     Args:
         path: Checkpoint file.
-        stage: Stage of the run, vae or diffusion.
+        stage: Stage of the run, "vae" or "diffusion".
         step: Number of completed optimizer steps.
         trained_s: Training time so far in seconds, including the time before a resume.
-        sequence: Index of this save within its run. Unlike the step, it always increases, even if the run was resumed
-            from an earlier step.
+        sequence: Index of this save within the run. Unlike the step, the index always increases, even if the run was
+            resumed from an earlier step.
         sha256, bytes: Digest and size of the checkpoint file.
         saved: Unix time of the save.
         save_s: Duration of the save in seconds.
         why: Reason for the save; "end" at the end of training.
         monitored: Name of the monitored validation metric.
         figure: Value of the monitored metric at this step; None if it was not measured.
-        best: True if this is the lowest value of the run so far.
+        best: True if `figure` is the lowest value in the run so far.
     """
 
     path: Path
@@ -60,7 +60,11 @@ class Manifest:
 
     @property
     def last_row(self) -> int:
-        """Last step logged to metrics.csv. Steps are numbered from 0, and the final validation is logged at `step`."""
+        """Last step logged to metrics.csv before this save.
+
+        Steps are numbered from 0, so the last one is `step` - 1. At the end of training, the final validation is logged
+        at `step`.
+        """
         return self.step if self.why == "end" else self.step - 1
 
     def write(self) -> None:
@@ -116,8 +120,8 @@ def prune(folder: Path, branch: list[Manifest], keep_last: int) -> None:
     Args:
         branch: Checkpoints that the current weights descend from, newest first.
     """
-    ranked = sorted((entry.figure, entry.sequence, entry.path) for entry in branch if entry.figure is not None)
-    paths_to_keep = {entry.path for entry in branch[:keep_last]} | {path for _, _, path in ranked[:1]}
+    candidates = sorted((entry.figure, entry.sequence, entry.path) for entry in branch if entry.figure is not None)
+    paths_to_keep = {entry.path for entry in branch[:keep_last]} | {path for _, _, path in candidates[:1]}
     for manifest in list_checkpoints(folder):
         if manifest.path not in paths_to_keep:
             manifest.remove()

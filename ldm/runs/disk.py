@@ -15,7 +15,7 @@ _warned_folders: set[Path] = set()
 
 @contextmanager
 def warn_on_write_error(file: Path) -> Iterator[None]:
-    """Ignore errors when writing `file`, warning once per folder."""
+    """Ignore errors that occur while writing `file`, but print one warning per folder."""
     try:
         yield
     except OSError as error:
@@ -28,12 +28,13 @@ def warn_on_write_error(file: Path) -> Iterator[None]:
 def checkpoint_bytes(module: nn.Module) -> int:
     """Estimate the size of a checkpoint: weights, EMA weights and two optimizer moments.
 
-    A discriminator is included, but has no EMA weights.
+    If there is a discriminator, its weights and moments are included. It has no EMA weights.
     """
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    trained_parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     adversary = getattr(module, "adversary", None)
-    discriminator = [] if adversary is None else list(adversary.discriminator.parameters())
-    return sum(value.nbytes for value in [*module.state_dict().values(), *3 * trained, *3 * discriminator])
+    adversary_parameters = [] if adversary is None else list(adversary.discriminator.parameters())
+    parameters = [*trained_parameters, *adversary_parameters]
+    return sum(value.nbytes for value in [*module.state_dict().values(), *3 * parameters])
 
 
 def require_disk_space(folder: Path, module: nn.Module, keep_last: int) -> None:
@@ -43,12 +44,12 @@ def require_disk_space(folder: Path, module: nn.Module, keep_last: int) -> None:
         UserError: with the required and the free space.
     """
     size = checkpoint_bytes(module)
-    present = sum(file.stat().st_size for file in (folder / FOLDER).glob("*.ckpt"))
+    existing_bytes = sum(file.stat().st_size for file in (folder / FOLDER).glob("*.ckpt"))
     count = keep_last + 2  # plus the best one, and the next one, which is written before an old one is deleted
-    free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
-    if free + present < count * size:
+    free_bytes = shutil.disk_usage(folder if folder.exists() else folder.parent).free
+    if free_bytes + existing_bytes < count * size:
         raise UserError(
             f"{folder} needs disk space for {count} checkpoints of about {size / 1e6:.0f} MB each, but only "
-            f"{free / 1e6:.0f} MB are free. Free some space, choose another disk with runs_dir=, or keep fewer "
+            f"{free_bytes / 1e6:.0f} MB are free. Free some space, choose another disk with runs_dir=, or keep fewer "
             "checkpoints with trainer.keep_last=1."
         )

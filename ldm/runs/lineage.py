@@ -13,7 +13,7 @@ STAGE_FACTS = {
     "vae": ("regulariser", "pretrained", "latent_statistics"),
     "diffusion": ("chain_sha256", "loss", "prediction", "variance"),
 }
-"""Entries of run.json that are copied to the metadata of the weights."""
+"""Entries of run.json that are copied to the metadata of the weights, by stage, in addition to SHARED_FACTS."""
 
 
 def inputs(run: Run) -> list[Artifact]:
@@ -28,7 +28,7 @@ def inputs(run: Run) -> list[Artifact]:
 
 
 def run_weights_sha256(run: Run) -> str | None:
-    """Return the digest of the autoencoder (stage vae) or network (stage diffusion) of a run; None if missing."""
+    """Return the digest of a run's autoencoder (stage vae) or network (stage diffusion); None if it has no weights."""
     if run.stage == "vae":
         has_contract = (run.path / CONTRACT_FILE).is_file()
         return LatentContract.load(run.path).autoencoder_sha256 if has_contract else None
@@ -40,7 +40,8 @@ def outputs(run: Run, latents: Path | None = None) -> list[Artifact]:
     """Return the outputs of a finished run, the weights first.
 
     Args:
-        latents: Folder of an autoencoder run's cached latents to upload; None to upload only their description.
+        latents: Folder with cached latents to upload, for an autoencoder run. None uploads only a description of the
+            latents.
     """
     contract = LatentContract.load(run.path if run.stage == "vae" else run.pipeline_folder)
     digest = run_weights_sha256(run) or sha256([])

@@ -14,7 +14,7 @@ from ldm.files.atomic import write_text
 from ldm.files.lock import file_lock
 
 WAIT_S = 10.0
-"""Time to wait for the lock: after a process is killed, its workers can hold the lock for a few more seconds."""
+"""Seconds to wait for the lock. After a process is killed, its workers can hold the lock for a few more seconds."""
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Replacing a run with overwrite=true: the earlier run is deleted only once the new one has saved a checkpoint.
 
-runs/<stage>/.<name>.replaced  the earlier run until then; restored if the new run fails first
+runs/<stage>/.<name>.replaced  the earlier run, kept until then; restored if the new run fails earlier
 runs/<stage>/.<name>.failed    files of the last run that failed before its first checkpoint, such as its logs
 """
 
@@ -35,8 +35,8 @@ class Replacement:
     def begin(self, *, overwrite: bool) -> Iterator[None]:
         """Move the earlier run to `backup`, and restore it if the block fails before `finish` is called.
 
-        If the process is killed, the earlier run stays there until `recover` is called. The caller must hold the lock
-        of the run folder.
+        If the process is killed, the earlier run stays in `backup` until `recover` is called. The caller must hold
+        the lock of the run folder.
         """
         if has_saved(self.folder):  # a new run was killed before it had deleted the earlier one
             shutil.rmtree(self.backup, ignore_errors=True)
@@ -91,9 +91,9 @@ def recover(folder: Path, *, resume: bool) -> None:
                 warn(f"{folder} was restored: a training run with overwrite=true was killed while replacing it.")
                 return
     except (Timeout, OSError):
-        return  # another process is replacing it right now
+        return  # another process is replacing the run right now
     message = (
-        f"A training run with overwrite=true was killed before its first checkpoint. The earlier run of {folder} is "
+        f"A training run with overwrite=true was killed before its first checkpoint. The earlier run from {folder} is "
         f"still in {backup}. To restore it, delete {folder} and rename {backup.name} to {folder.name}."
     )
     if resume:

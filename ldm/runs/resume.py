@@ -30,39 +30,39 @@ FIXED_OPTIONS = {
         *("data.caption_column", "data.label_column"),
     ),
 }
-"""Config keys of each stage that determine its weights, data order and noise. A resumed run must not change them.
+"""Config keys that determine the weights, data order and noise, by stage. A resumed run must not change them.
 
-The images themselves are compared using their fingerprint, see `ResumePlan.check_inputs`.
+The images themselves are compared by fingerprint in `ResumePlan.check_inputs`.
 """
 CHANGEABLE_OPTIONS = (
     *("optimizer.lr", "optimizer.build.lr", "optimizer.warmup_steps", "optimizer.decay"),
     *("conditioning.guidance", "conditioning.prompts"),
 )
-"""Exceptions from FIXED_OPTIONS."""
+"""Exceptions to FIXED_OPTIONS."""
 REPORTED_OPTIONS = (
     *CHANGEABLE_OPTIONS,
     *("trainer.max_steps", "trainer.max_time", "trainer.gradient_clip_val", "trainer.ema_decay"),
 )
-"""Options that users change on purpose when resuming a run. Changes are listed in the table before training."""
+"""Options that users change on purpose when resuming a run. Changes are listed in the table printed before training."""
 
 
 @dataclass(frozen=True)
 class ResumePlan:
-    """Run folder, and the checkpoint to resume from, if any.
+    """The folder of a run, and the checkpoint to resume from, if any.
 
     `from_config` chooses the folder from the command line. Once the folder is locked, `with_checkpoint` adds the
     checkpoint.
 
     Args:
         folder: Run folder.
-        stage: Stage of the run, vae or diffusion.
+        stage: Stage of the run, "vae" or "diffusion".
         resume: Value of resume=: False, True for the newest intact checkpoint, or the path of a checkpoint.
         overwrite: True to replace an existing run in the folder.
         has_name: True if the user chose a name with name=.
         options: Command-line options of the run, except those that select its folder.
         checkpoint: Checkpoint to resume from; None to train from scratch.
         source_facts: run.json of the run that saved the checkpoint.
-        changed_options: Options changed since the checkpoint that are worth reporting, such as
+        changed_options: Option changes worth reporting since the checkpoint was saved, such as
             "optimizer.lr 0.001 -> 0.0005".
     """
 
@@ -81,8 +81,8 @@ class ResumePlan:
         """Choose the run folder, runs_dir/<stage>/<name>.
 
         resume=<checkpoint> without name= continues the run that saved the checkpoint. Together with name=, it starts a
-        new run from the checkpoint. A job restarted by SLURM resumes from its own newest checkpoint, even if it was
-        originally started from a different one.
+        new run from the checkpoint. A job restarted by SLURM resumes from its own newest checkpoint, even if the
+        job was originally started from a different checkpoint.
 
         Raises:
             UserError: if the folder contains a run, and neither resume= nor overwrite= is set.
@@ -166,16 +166,16 @@ class ResumePlan:
         """Entry `branch` of run.json: the path given by resume=, and the newest save in the folder at that time."""
         if isinstance(self.resume, bool):
             return self.source_facts.get("branch")
-        newest = max((manifest.sequence for manifest in list_checkpoints(self.folder / FOLDER)), default=-1)
-        return {"file": str(self.resume.resolve()), "after": newest}
+        newest_sequence = max((manifest.sequence for manifest in list_checkpoints(self.folder / FOLDER)), default=-1)
+        return {"file": str(self.resume.resolve()), "after": newest_sequence}
 
     def stop_message(self, reason: str, *, has_replaced_run: bool) -> str:
         """Return the message for a training run stopped by a signal, with the command to continue it.
 
         Args:
             reason: Why training stopped.
-            has_replaced: True once overwrite=true has deleted the earlier run. Before that, resume=true would resume
-                the earlier run.
+            has_replaced_run: True once overwrite=true has deleted the earlier run. Before that, resume=true would
+                resume the earlier run.
         """
         mode = "resume=true"
         if not isinstance(self.resume, bool) and not has_saved_since(self.folder, self.resume):
@@ -185,7 +185,7 @@ class ResumePlan:
         return f"{reason}. To continue: {shell.train_command(*self.options, *folder_options(self.folder), mode)}"
 
     def requeue(self) -> str:
-        """Ask SLURM to requeue the job, if a restart could find this run. Return the outcome as text."""
+        """Requeue the SLURM job if a restart could find this run. Return the outcome as the end of a sentence."""
         if self.has_name or not isinstance(self.resume, bool) or not launcher.slurm_job():
             return launcher.requeue()
         return ". The SLURM job was not requeued: without name=, each restart would begin a new run"
@@ -201,8 +201,9 @@ class ResumePlan:
             change = describe_change(Path(self.source_facts.get("data_cache", "")), Path(facts["data_cache"]))
             change = change or f"its fingerprint was {str(expected)[:12]} and is {str(digest)[:12]} now"
             raise UserError(
-                f"The run cannot be resumed, because its data {facts['data']} has changed: {change}. Restore the data, "
-                "select it with the data options in the run's config.yaml, or start a new run with a different name=."
+                f"The run cannot be resumed, because its data {facts['data']} has changed: {change}. Restore the "
+                "original data, select it with the data options in the run's config.yaml, or start a new run with a "
+                "different name=."
             )
         expected, digest = (
             content.get("contract", {}).get("autoencoder_sha256") for content in (self.source_facts, facts)
@@ -216,7 +217,7 @@ class ResumePlan:
 
 
 def read_resume(config: DictConfig) -> tuple[bool | str, bool]:
-    """Return the value of resume= (True, False or the path of a checkpoint) and whether the run has a name.
+    """Return the value of resume= (True, False or the path of a checkpoint), and True if the run has a name.
 
     Raises:
         UserError: for resume=true without a name.
@@ -228,7 +229,7 @@ def read_resume(config: DictConfig) -> tuple[bool | str, bool]:
 
 
 def default_name(command: CommandLine) -> str:
-    """Return a run name from data, model and time. In a multirun, where jobs can start together, add the job number."""
+    """Return a run name made of data, model and time. In a multirun, append the job number to keep names unique."""
     model = command.choices["autoencoder" if command.choices["stage"] == "vae" else "network"]
     name = f"{command.choices['data']}-{model}-{time.strftime('%Y%m%d-%H%M%S')}"
     return name if command.job is None else f"{name}-{command.job}"
@@ -262,23 +263,23 @@ def check_resume_options(run: Run, config: Mapping[str, Any], resume_options: Se
         The allowed changes worth reporting, such as "optimizer.lr 0.001 -> 0.0005".
 
     Raises:
-        UserError: if one does. The message contains the changed options and the right command.
+        UserError: if an option would change the weights. The message lists the changed options and the right command.
     """
     saved, new = flatten(run.config()), flatten(config)
-    differing = [key for key in sorted({*saved, *new}) if saved.get(key) != new.get(key)]
-    fixed = [key for key in differing if is_key_under(key, FIXED_OPTIONS[run.stage])]
-    forbidden = [key for key in fixed if not is_key_under(key, CHANGEABLE_OPTIONS)]
-    if forbidden:
-        differences = [f"{key} was {_text(saved.get(key))} and is {_text(new.get(key))} now" for key in forbidden[:3]]
-        more = f"; and {len(forbidden) - 3} more" if len(forbidden) > 3 else ""
+    changed_keys = [key for key in sorted({*saved, *new}) if saved.get(key) != new.get(key)]
+    fixed_keys = [key for key in changed_keys if is_key_under(key, FIXED_OPTIONS[run.stage])]
+    rejected_keys = [key for key in fixed_keys if not is_key_under(key, CHANGEABLE_OPTIONS)]
+    if rejected_keys:
+        differences = [f"{key} was {_text(saved.get(key))} and is {_text(new.get(key))} now" for key in rejected_keys]
+        more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
         options = run.facts.get("options")
-        command = "see its config.yaml." if options is None else shell.train_command(*options, *resume_options)
+        command = "see the run's config.yaml." if options is None else shell.train_command(*options, *resume_options)
         raise UserError(
-            f"The run cannot be resumed with these options: {'; '.join(differences)}{more}. Use the options that it "
-            f"was started with: {command}"
+            f"The run cannot be resumed with these options: {'; '.join(differences[:3])}{more}. Use the options that "
+            f"the run was started with: {command}"
         )
-    reported = [key for key in differing if key in REPORTED_OPTIONS and key != "optimizer.build.lr"]
-    return [f"{key} {_text(saved.get(key))} -> {_text(new.get(key))}" for key in reported]
+    reported_keys = [key for key in changed_keys if key in REPORTED_OPTIONS and key != "optimizer.build.lr"]
+    return [f"{key} {_text(saved.get(key))} -> {_text(new.get(key))}" for key in reported_keys]
 
 
 def _text(value: Any) -> str:

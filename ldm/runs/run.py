@@ -21,6 +21,7 @@ from pydantic import Field
 
 from ldm.autoencoder.autoencoder import Autoencoder
 from ldm.cli.targets import update_targets
+from ldm.data.cache import count
 from ldm.data.images import ImageData
 from ldm.errors import InputError, UserError
 from ldm.files.atomic import write_text
@@ -46,7 +47,7 @@ FACT_TYPES: dict[str, Any] = {
     "val_fraction": float,
     "latent_shape": list[int],
 }
-"""Types of the run.json entries that are read. All of them are optional."""
+"""Types of the run.json entries that are read. Every entry is optional."""
 LINKABLE_FOLDERS = ("checkpoints", "images")
 """Folders that can be links to a different disk, as is common on clusters. They contain no exported weights."""
 
@@ -80,7 +81,7 @@ class Run:
 
     @classmethod
     def create(cls, path: Path, config: DictConfig, facts: dict[str, Any]) -> "Run":
-        """Create the folder if it does not exist, and write config and provenance."""
+        """Create the run folder if it does not exist, and write config and provenance."""
         run = cls.compose(path, config, facts)
         run.record()
         return run
@@ -99,7 +100,7 @@ class Run:
 
     @classmethod
     def open(cls, path: Path | str, key: str = "run") -> "Run":
-        """Open a run folder given by the option `key`=.
+        """Open a run folder. Error messages mention `key` as the option that set the path.
 
         Raises:
             UserError: if the folder does not exist, is not a run, has an unsupported format or invalid entries, or
@@ -146,19 +147,19 @@ class Run:
 
     @property
     def metrics_file(self) -> Path:
-        """Metrics logged during training. A pretrained autoencoder that was not trained further has no such file."""
+        """Path of the metrics logged during training. The file does not exist if nothing was trained."""
         return self.path / "metrics.csv"
 
     @property
     def evaluation_file(self) -> Path:
-        """Metrics of the last evaluation by tools/evaluate.py, if any."""
+        """Path of the metrics from the last evaluation. The file exists once tools/evaluate.py has been run."""
         return self.path / EVALUATION_FILE
 
     def config(self) -> dict[str, Any]:
         """Return the config as plain values, without creating objects or resolving interpolations and YAML tags.
 
         Raises:
-            UserError: if the file is missing, or is not YAML with plain values.
+            UserError: if config.yaml is missing, or is not YAML with plain values.
         """
         if self.composed_config is not None:
             return OmegaConf.to_container(self.composed_config, resolve=True)  # type: ignore[return-value]
@@ -185,8 +186,7 @@ class Run:
         """Load the trained pipeline.
 
         Raises:
-            UserError: for a run of stage vae, an unfinished run, or a noise schedule that differs from the one used in
-                training.
+            UserError: for a VAE run, an unfinished run, or a noise schedule that differs from the one used in training.
         """
         if self.stage != "diffusion":
             raise UserError(
@@ -196,32 +196,32 @@ class Run:
         self._require(self.pipeline_folder / INDEX_FILE)
         pipeline = LatentDiffusionPipeline.load(self.pipeline_folder)
         pipeline.run = str(self.path)
-        expected = self.facts.get("chain_sha256", pipeline.chain_sha256)  # older runs do not have this entry
-        if pipeline.chain_sha256 != expected:
+        expected_sha256 = self.facts.get("chain_sha256", pipeline.chain_sha256)  # older runs do not have this entry
+        if pipeline.chain_sha256 != expected_sha256:
             raise UserError(
                 f"{self.path / 'pipeline' / INDEX_FILE} contains a diffusion chain ({pipeline.schedule.name}, T = "
-                f"{pipeline.schedule.num_steps}) that this run was not trained on: its digest is "
-                f"{pipeline.chain_sha256[:12]} instead of {expected[:12]}. Restore the file that training wrote."
+                f"{pipeline.schedule.num_steps}) other than the one used in training: its digest is "
+                f"{pipeline.chain_sha256[:12]} instead of {expected_sha256[:12]}. Restore the file that training wrote."
             )
         return pipeline
 
     def next_training_command(self) -> str:
         """Return the command that trains stage 2 on this autoencoder, with the same data and matching conditioning."""
         options = self.facts.get("next_options")
-        if options is None:  # a run of an earlier version: use the options of stage 1
+        if options is None:  # a run from an earlier version: use the options of stage 1
             shared = ("data", "runs_dir", "batch_size", "--config-dir", "--config-path", "--config-name")
             stage_1 = self.facts.get("options", [])
             options = ["stage=diffusion", *(option for option in stage_1 if re.split("[.=]", option)[0] in shared)]
         # an untrusted run.json must not add constructors or control characters to a command that a user copies
-        safe = [option for option in options if "_target_" not in option and option.isprintable()]
-        return shell.train_command(*safe, f"vae={self.path}")
+        safe_options = [option for option in options if "_target_" not in option and option.isprintable()]
+        return shell.train_command(*safe_options, f"vae={self.path}")
 
     def describe_data(self) -> str:
         """Return the name and the fingerprint of the training data."""
         return f"{self.facts.get('data', 'unknown data')} {str(self.facts.get('data_fingerprint'))[:8]}"
 
     def data(self) -> dict[str, Any]:
-        """Return the fingerprints and the description of the training data, as `data_of_autoencoder` does."""
+        """Return the fingerprints and a description of the training data."""
         return {
             "fingerprint": self.facts["data_fingerprint"],
             "images_fingerprint": self.facts.get("images_fingerprint"),
@@ -232,7 +232,7 @@ class Run:
         """Open the prepared images that this run was trained on.
 
         Raises:
-            UserError: if their cache was deleted, is damaged or contains different images.
+            UserError: if the image cache was deleted, is damaged or contains different images.
         """
         folder = Path(self.facts["data_cache"])
         if not (folder / "index.json").is_file():
@@ -245,8 +245,7 @@ class Run:
         if images.fingerprint != self.facts["data_fingerprint"]:
             raise UserError(
                 f"{folder} contains images with fingerprint {images.fingerprint[:12]}, but {self.path} was trained on "
-                f"{self.facts['data_fingerprint'][:12]}. Set data.cache_dir to the folder that contains its "
-                "training images."
+                f"{self.facts['data_fingerprint'][:12]}. Restore the images that this run was trained on."
             )
         return images
 
@@ -279,15 +278,15 @@ class AutoencoderNotFoundError(UserError):
 
 
 def is_same_data(data: Mapping[str, Any], images: ImageData) -> bool:
-    """Return True if `data`, as returned by `Run.data`, are these images; their captions and classes may differ.
+    """Return True if `data`, as returned by `Run.data`, describes the same images. Captions and classes may differ.
 
-    Runs of earlier versions have no fingerprint of the images alone; there, captions and classes must be the same, too.
+    Runs from earlier versions have no fingerprint of the images alone, so their captions and classes must match too.
     """
     return images.fingerprint == data["fingerprint"] or images.images_fingerprint == data.get("images_fingerprint")
 
 
 def data_of_autoencoder(source: str, autoencoder: Autoencoder) -> dict[str, Any] | None:
-    """Describe the data that the autoencoder loaded from `source` was trained on, as `Run.data`.
+    """Describe the data that the autoencoder loaded from `source` was trained on, in the format of `Run.data`.
 
     Return None if the data is unknown, or if the autoencoder is pretrained and was not trained further.
     """
@@ -310,7 +309,7 @@ def choose_images(
 ) -> tuple[ImageData, np.ndarray]:
     """Return the images of a run, and the indices of up to `num_images` random images from a split.
 
-    At least two images are required, to compute a standard error.
+    At least two images are required to compute a standard error.
 
     Raises:
         UserError: for an unknown split, a split with fewer than two images, or an invalid `num_images` or `seed`.
@@ -320,5 +319,6 @@ def choose_images(
     images = run.image_data()
     members = images.val_indices if split == "val" else images.train_indices
     if len(members) < 2:
-        raise InputError("split", split, f"has {len(members)} image of {images.name}, but at least 2 are needed")
+        rule = f"has {count(len(members), 'image')} of {images.name}, but at least 2 are needed"
+        raise InputError("split", split, rule)
     return images, numpy_generator(seed, 2).permutation(members)[:num_images]

@@ -44,20 +44,20 @@ def gather_rows(micro_batches: Sequence[Tensor]) -> Tensor:
     if not (dist.is_available() and dist.is_initialized()):
         return torch.cat(list(micro_batches))
     local = torch.stack(list(micro_batches))
-    ranks = [torch.empty_like(local) for _ in range(dist.get_world_size())]
-    dist.all_gather(ranks, local)
-    return torch.stack(ranks, dim=1).flatten(0, 2)
+    gathered = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, local)
+    return torch.stack(gathered, dim=1).flatten(0, 2)
 
 
 class Agreement:
-    """Named integers shared by all ranks: the maximum of the values that the ranks compute."""
+    """Named integers on which all ranks agree. Each is the maximum of the values computed by the ranks."""
 
     def __init__(self) -> None:
         self._functions: dict[str, Callable[[], int]] = {}
         self.values: dict[str, int] = {}
 
     def register(self, name: str, function: Callable[[], int]) -> None:
-        """Register the function that computes a value. Every rank must register the same names in the same order."""
+        """Register the function that computes a value. All ranks must register the same names in the same order."""
         self._functions[name] = function
 
     def update(self, trainer: Trainer) -> dict[str, int]:

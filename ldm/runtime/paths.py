@@ -24,6 +24,6 @@ def replaced_folder(run: Path) -> Path:
 
 
 def bundled_folder(name: str) -> Path:
-    """Return the path of the folder `conf` or `tools`."""
+    """Return the path of the bundled folder with this name, "conf" or "tools"."""
     in_package = _PACKAGE / name
     return in_package if in_package.is_dir() else _PACKAGE.parent / name

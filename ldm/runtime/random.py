@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BLOCK = 16
-"""Rows that share a generator.
+BLOCK_SIZE = 16
+"""Number of rows that share a generator.
 
-Compared with one generator per row, this takes 1/16 of the calls and discards at most 2 BLOCK - 2 rows.
+Compared with one generator per row, this takes 1/16 of the calls and discards at most 2 BLOCK_SIZE - 2 rows.
 """
 
 
@@ -60,13 +60,13 @@ class Draws:
     """
 
     def __init__(self, seed: int, step: int, rows: range, device: torch.device | str = "cpu") -> None:
-        start, stop = rows.start // BLOCK, -(-rows.stop // BLOCK)
-        self._rows = slice(rows.start - start * BLOCK, rows.stop - start * BLOCK)
+        start, stop = rows.start // BLOCK_SIZE, -(-rows.stop // BLOCK_SIZE)
+        self._rows = slice(rows.start - start * BLOCK_SIZE, rows.stop - start * BLOCK_SIZE)
         self._generators = [torch_generator(seed, step, block, device=device) for block in range(start, stop)]
 
     def draw(self, function: Callable[[int, torch.Generator], Tensor]) -> Tensor:
-        """Return the rows of `function(count, generator)`, which draws [count, ...] with independent rows."""
-        return torch.cat([function(BLOCK, generator) for generator in self._generators])[self._rows]
+        """Draw the rows with `function(count, generator)`, which must return [count, ...] with independent rows."""
+        return torch.cat([function(BLOCK_SIZE, generator) for generator in self._generators])[self._rows]
 
     def randn(self, shape: Sequence[int]) -> Tensor:
         """Draw from N(0, 1). The first dimension of the shape must be the number of rows."""

@@ -17,7 +17,7 @@ _NEEDS_NO_QUOTES = re.compile(r"-[\w-]+|[\w.:=/\\+][\w.:=/\\+-]*", re.ASCII)
 def join(arguments: Sequence[str], *, windows: bool = os.name == "nt") -> str:
     """Return a command line quoted for a POSIX shell, or on Windows for cmd.
 
-    PowerShell parses the quotes for cmd in the same way, except around ", $ and `.
+    PowerShell parses the quotes in the same way as cmd, except in arguments that contain ", $ or `.
     """
     if not windows:
         return shlex.join(arguments)

@@ -1,7 +1,7 @@
 """Signals that stop a command, immediately or once its work is saved.
 
 SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (sent before a preemption) raise `Interrupted` in the main thread, so that the
-command unwinds through its `finally` blocks. Training defers them and checks for a pending signal between steps. A
+command unwinds through its `finally` blocks. Training defers signals and checks for a pending signal between steps. A
 second SIGINT ends the process immediately, which is safe because files are written atomically. A second SIGINT right
 after the first is ignored: it is the same Ctrl-C, sent by the terminal and forwarded by a wrapper.
 """
@@ -17,7 +17,7 @@ from types import FrameType
 DUPLICATE_S = 0.5
 """A SIGINT within this time after the first is a duplicate of it."""
 
-HANDLED = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+HANDLED_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
 class Interrupted(KeyboardInterrupt):
@@ -61,16 +61,16 @@ def _receive(number: int, frame: FrameType | None) -> None:
 
 def install_handlers() -> None:
     """Install our handlers, replacing those of libraries. Ignored signals stay ignored."""
-    for number in HANDLED:
+    for number in HANDLED_SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _receive)
 
 
 @contextmanager
 def handling() -> Iterator[None]:
-    """Handle signals inside the block as described above, and restore the previous handlers afterwards."""
+    """Handle signals in the block as described in the module docstring. Restore the previous handlers afterwards."""
     global _received
-    previous = {number: signal.getsignal(number) for number in HANDLED}
+    previous = {number: signal.getsignal(number) for number in HANDLED_SIGNALS}
     _received = _Received()
     install_handlers()
     try:
@@ -82,7 +82,7 @@ def handling() -> Iterator[None]:
 
 
 def defer() -> None:
-    """From now on, record signals without raising. `pending` returns the first of them."""
+    """From now on, record signals without raising. `pending` returns the first one recorded."""
     _received.is_deferring = True
     install_handlers()
 
@@ -99,5 +99,5 @@ def pending() -> int | None:
 
 def ignore_in_worker(_: int = 0) -> None:
     """Ignore signals in a worker process: its parent, which receives the same signals, decides when to stop."""
-    for number in HANDLED:
+    for number in HANDLED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

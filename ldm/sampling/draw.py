@@ -22,8 +22,8 @@ from ldm.runtime.random import sample_generators
 from ldm.sampling.pipeline import LatentDiffusionPipeline
 from ldm.sampling.request import Request
 
-STRIP_SAMPLES = 4
-STRIP_COLUMNS = 11
+MAX_STRIP_SAMPLES = 4
+MAX_STRIP_COLUMNS = 11
 
 
 def _read_interval(interval: Any) -> tuple[float, float]:
@@ -48,7 +48,7 @@ def check_sampler(sampler: SamplerLike, schedule: NoiseSchedule) -> None:
     """Check that a sampler is compatible with the noise schedule.
 
     Raises:
-        UserError: If it is not, for example because it has more steps than the chain.
+        UserError: If the sampler is not compatible, for example because it has more steps than the chain.
     """
     try:
         sampler.check(schedule)
@@ -73,7 +73,7 @@ def draw_batches(
 
     Args:
         first: Index of the first sample to generate. Sample i depends only on the seed and i, so an interrupted call
-            can be continued.
+            can be continued from any sample.
         on_step: Called after each sampler step.
 
     Raises:
@@ -171,13 +171,13 @@ def film_strip(
     Args:
         options: Additional options of `draw_batches`.
     """
-    num = min(STRIP_SAMPLES, len(request))
+    num = min(MAX_STRIP_SAMPLES, len(request))
     request = Request({k: v[:num] for k, v in request.condition.items()}, request.captions[:num])
     generators = sample_generators(seed, range(num))
     latents = [torch.stack([torch.randn(pipeline.latent_shape, generator=g) for g in generators])]
     options["on_step"] = lambda s, z_s, z_0: latents.append(z_s.cpu())
     list(draw_batches(pipeline, request, sampler, seed=seed, **options))
-    columns = torch.linspace(0, len(latents) - 1, min(STRIP_COLUMNS, len(latents))).round().long()
+    columns = torch.linspace(0, len(latents) - 1, min(MAX_STRIP_COLUMNS, len(latents))).round().long()
     frames = [to_pil(pipeline.decode(latents[i].to(pipeline.device))) for i in columns]
     return labelled_rows(
         [(str(request.captions[i] or f"sample {i}"), [frame[i] for frame in frames]) for i in range(num)]

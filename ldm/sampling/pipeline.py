@@ -40,7 +40,7 @@ INDEX_FIELDS: dict[str, Any] = {
     "schedule": dict,
     "conditioning": dict,
 }
-"""Required fields of the index and their types. `variance` is optional, as format 1 does not have it."""
+"""Required fields of the index and their types. `variance` is optional, because format 1 does not have this field."""
 VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 NETWORKS: dict[str, Any] = {"DiT": DiT, "ImageUNet": ImageUNet, "TextUNet": TextUNet}
 
@@ -59,13 +59,14 @@ class LatentDiffusionPipeline:
         network: A diffusers ModelMixin, (z_t, timestep, **condition) -> output.
         autoencoder: The autoencoder, with measured latent statistics.
         schedule: The noise schedule used in training.
-        prediction: What the network predicts: eps, z_0, v or flow.
-        conditioning: The kind of condition: none, class or text.
+        prediction: What the network predicts: "eps", "z_0", "v" or "flow".
+        conditioning: Unconditional, class-conditional or text-conditional.
         contract: Description of the latents that the network was trained on.
         latent_shape: (C, h, w).
-        variance: Sigma of the reverse chain: fixed_small, fixed_large, or learned_range if the network learned it.
+        variance: Sigma of the reverse chain: "fixed_small", "fixed_large", or "learned_range" if the network learned
+            Sigma.
         z_0_mse: Mean squared error of the predicted z_0 at each t on the training split, [T + 1]. It determines the
-            optimal variance. None until it is fitted.
+            optimal variance. None if this variance has not been fitted.
         run: Run folder of the pipeline, for messages.
     """
 
@@ -93,7 +94,7 @@ class LatentDiffusionPipeline:
         """Check that the model supports a variance of the reverse chain; None means the model's own.
 
         Raises:
-            UserError: If the variance is learned_range and the network did not learn it, or as raised by
+            UserError: If the variance is "learned_range" but the network did not learn Sigma, or as raised by
                 `check_optimal_variance`.
         """
         if variance == "learned_range" and self.variance != "learned_range":
@@ -109,7 +110,7 @@ class LatentDiffusionPipeline:
         """Check that the optimal variance has been fitted for this model's noise schedule.
 
         Raises:
-            UserError: If it has not been. The message contains the command to fit it.
+            UserError: If it has not been fitted. The message contains the command that fits it.
         """
         remedy = (
             f"Fit it on the training split: {shell.tool_command('likelihood', f'run={self.run}', 'variance=optimal')}"
@@ -119,7 +120,7 @@ class LatentDiffusionPipeline:
         try:
             check_z_0_mse(self.schedule, self.z_0_mse)
         except ValueError as error:
-            raise UserError(f"{VARIANCE_FILE} does not match this model: {error}. Delete it. {remedy}") from error
+            raise UserError(f"{VARIANCE_FILE} does not match this model: {error}. Delete the file. {remedy}") from error
 
     @property
     def chain_sha256(self) -> str:
@@ -146,7 +147,7 @@ class LatentDiffusionPipeline:
         """Sample standardised latents z_0 [b, C, h, w], with one CPU generator per sample.
 
         Args:
-            condition: Batch-first tensors for the b samples; {} to sample without a condition.
+            condition: Tensors with one row per sample; {} to sample without a condition.
             guidance: Scale of classifier-free guidance; 1 disables it.
             guidance_interval: Lowest and highest u = t / T at which guidance applies.
             on_step: Called after each sampler step.
@@ -170,7 +171,7 @@ class LatentDiffusionPipeline:
         """Run the forward chain q(z_t | z_s) on one image, and decode z_t at `steps` + 1 evenly spaced times.
 
         Args:
-            image: [1, 3, H, W] in [-1, 1].
+            image: Image [1, 3, H, W] in [-1, 1].
 
         Returns:
             The times t and the decoded images, [steps + 1, 3, H, W].
@@ -203,7 +204,7 @@ class LatentDiffusionPipeline:
             "conditioning": self.conditioning.state(),
         }
         if self.z_0_mse is None:
-            (folder / VARIANCE_FILE).unlink(missing_ok=True)  # it was fitted to the previous weights
+            (folder / VARIANCE_FILE).unlink(missing_ok=True)  # the variance was fitted to the previous weights
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
@@ -211,7 +212,8 @@ class LatentDiffusionPipeline:
         """Load a pipeline folder.
 
         Raises:
-            UserError: If it is not a pipeline folder, has an unknown format, or contains files that do not match.
+            UserError: If it is not a pipeline folder, has an unsupported format, or contains files that do not
+                match each other.
         """
         path = folder / INDEX_FILE
         if not path.is_file():
@@ -228,19 +230,19 @@ class LatentDiffusionPipeline:
         schedule = _schedule(index["schedule"], index["prediction"], path)
         autoencoder = Autoencoder.load(folder / "vae")
         contract = LatentContract.load(folder)
-        if (weights := autoencoder.weights_sha256()) != contract.autoencoder_sha256:
+        if (digest := autoencoder.weights_sha256()) != contract.autoencoder_sha256:
             raise UserError(
                 f"{folder} was trained on latents of the autoencoder {contract.autoencoder_sha256[:12]}, but "
-                f"{folder / 'vae'} contains {weights[:12]}. Restore the autoencoder that it was trained with."
+                f"{folder / 'vae'} contains the autoencoder {digest[:12]}. Restore the one used in training."
             )
         network: Any = load_network(folder / "network", index["network"])
         side = contract.resolution // max(1, contract.factor)
         shape = (contract.channels, side, side)
         if tuple(index["latent_shape"]) != shape or network.config.in_channels != contract.channels:
             raise UserError(
-                f"{path}: the latent shape {index['latent_shape']} and a network of {network.config.in_channels} input "
-                f"channels do not match {folder / 'contract.json'}, which implies the shape {list(shape)}. Restore the "
-                "files that training wrote."
+                f"{path}: the latent shape {index['latent_shape']} and a network with {network.config.in_channels} "
+                f"input channels do not match {folder / 'contract.json'}, which implies the shape {list(shape)}. "
+                "Restore the files that training wrote."
             )
         return cls(
             network=network,
@@ -250,7 +252,7 @@ class LatentDiffusionPipeline:
             conditioning=restore_conditioning(index["conditioning"], path),
             contract=contract,
             latent_shape=tuple(index["latent_shape"]),
-            variance=index.get("variance", VARIANCES[0]),  # format 1 has no such field
+            variance=index.get("variance", VARIANCES[0]),  # format 1 does not have this field
             z_0_mse=load_z_0_mse(folder),
         )
 
@@ -268,13 +270,13 @@ def _schedule(content: dict[str, Any], prediction: str, path: Path) -> NoiseSche
 
 
 def save_z_0_mse(folder: Path, table: Tensor, settings: dict[str, Any]) -> None:
-    """Save the table for the optimal Sigma to a pipeline folder, with the settings of the fit."""
+    """Save the z_0 MSE table, which determines the optimal Sigma, to a pipeline folder with the settings of the fit."""
     content = {"format": FORMAT, **settings, "z_0_mse": table.tolist()}
     write_text(folder / VARIANCE_FILE, json.dumps(content, indent=2) + "\n")
 
 
 def load_z_0_mse(folder: Path) -> Tensor | None:
-    """Load the table for the optimal Sigma; None if it has not been fitted."""
+    """Load the z_0 MSE table, which determines the optimal Sigma; None if it has not been fitted."""
     path = folder / VARIANCE_FILE
     if not path.is_file():
         return None

@@ -11,7 +11,7 @@ from ldm.runtime import shell
 from ldm.tracking.run import TRAINING_ID, track_report
 from ldm.tracking.server import has_key, with_timeout
 
-LOOK_UP_S, HISTORY_S = 60.0, 600.0
+LOOK_UP_TIMEOUT_S, HISTORY_TIMEOUT_S = 60.0, 600.0
 """Timeouts in seconds for finding a run and for downloading its history."""
 
 
@@ -33,8 +33,8 @@ def fetch_run(path: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]
         api = wandb.Api()
         run = api.run(path)
         evaluations = api.runs(path.rpartition("/")[0], filters={f"config.{TRAINING_ID}": run.id})
-        newest = max(evaluations, key=lambda entry: entry.created_at, default=None)
-        evaluation = {} if newest is None else dict(newest.summary_metrics)
+        newest_run = max(evaluations, key=lambda entry: entry.created_at, default=None)
+        evaluation = {} if newest_run is None else dict(newest_run.summary_metrics)
         return run, dict(run.config), dict(run.summary_metrics), evaluation
 
     if not has_key():
@@ -42,8 +42,8 @@ def fetch_run(path: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]
             f"{path} is not a run folder. To search for it in W&B, log in with `wandb login` or set WANDB_API_KEY."
         )
     try:
-        run, config, summary, evaluation = with_timeout(look_up, LOOK_UP_S)
-        return config, summary, evaluation, with_timeout(lambda: list(run.scan_history()), HISTORY_S)
+        run, config, summary, evaluation = with_timeout(look_up, LOOK_UP_TIMEOUT_S)
+        return config, summary, evaluation, with_timeout(lambda: list(run.scan_history()), HISTORY_TIMEOUT_S)
     except (wandb.Error, ValueError, OSError) as error:
         raise UserError(
             f"{path} is not a run folder, and fetching it from W&B as entity/project/run failed: {error}"
@@ -61,7 +61,7 @@ def track_comparison(
     curves: Sequence[str],
     run_names: Sequence[str],
 ) -> str:
-    """Log a comparison to its own W&B run, and publish it as a W&B report if possible.
+    """Log a comparison to a separate W&B run, and publish it as a W&B report if possible.
 
     Args:
         folder, config, name, tables, figures: See `track_report`.

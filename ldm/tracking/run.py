@@ -1,7 +1,7 @@
 """Logging of metrics, images and lineage to W&B, without prompts, long waits or exceptions.
 
-Training never fails because of W&B. If the server cannot be reached, the run continues offline under the same id. A
-message contains the command to upload it later.
+Training never fails because of W&B. If the server cannot be reached, the run continues offline under the same id,
+and the command that uploads it later is printed.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ class WandbRun:
         name: Name of the run in W&B, `<type>/<name>`.
         resume: True to continue the W&B run whose id is in the folder.
         options: Overrides of DEFAULTS. `timeout_s` applies to the start and to each artifact, and `finish_timeout_s`
-            to the upload at the end. Artifacts larger than `max_artifact_mb` are logged without their files.
+            to the upload at the end. Artifacts larger than `max_artifact_mb` are logged without files.
     """
 
     def __init__(
@@ -68,8 +68,8 @@ class WandbRun:
         self._wandb: Any = None
         self.run: Any = None
         """The run object of the wandb package; None if W&B is disabled or could not be started."""
-        self._row, self._records, self._inputs = -1, list[str](), dict[str, str]()
-        self._continues = saved_id is not None
+        self._row, self._sync_dirs, self._inputs = -1, list[str](), dict[str, str]()
+        self._should_append = saved_id is not None
         self._start_with_fallbacks([(options["mode"], {}), ("offline", {}), ("offline", FALLBACKS)])
         with contextlib.suppress(OSError):
             write_text(folder / ID_FILE, f"{self._options['id']}\n")
@@ -114,14 +114,14 @@ class WandbRun:
             finish_timeout_raises=True,
         )
         # also set offline, so that a later upload appends to the run instead of replacing it
-        resume = "allow" if self._continues else None
+        resume = "allow" if self._should_append else None
         options = {**self._options, "tags": list(self._options["tags"]), "mode": self.mode, "resume": resume}
         self.run = wandb.init(**options, settings=settings)
         self._options["id"] = self.run.id  # a sweep agent assigns its own id
         # our own x axis: W&B drops values whose step decreases, as happens at validation and after a resume
         self.run.define_metric("*", step_metric="step")
         self._row = max(self._row, self.run.step - 1)
-        self._records.append(str(self.run.settings.sync_dir))
+        self._sync_dirs.append(str(self.run.settings.sync_dir))
 
     def _stop(self) -> None:
         """Stop the threads of the run and W&B's process, so that the run's id can be used again."""
@@ -132,12 +132,12 @@ class WandbRun:
         self.run = None
 
     def _warn(self, error: Exception, *, rejected: bool = False) -> None:
-        # remove W&B's hint at a setting that is not one of our options
+        # remove W&B's hint about a setting that is not one of our options
         reason, _, _ = " ".join(str(error).split()).partition(" Consider increasing")
         consequence = "Continuing without W&B."
-        if self._records and self.mode != "disabled":
+        if self._sync_dirs and self.mode != "disabled":
             target = f", for project {FALLBACKS['project']} without entity, group or tags" if rejected else ""
-            upload = shell.python("-m", "wandb", "sync", "--include-online", *self._records)
+            upload = shell.python("-m", "wandb", "sync", "--include-online", *self._sync_dirs)
             consequence = f"Continuing; logs are saved on disk{target}. To upload them later: {upload}"
         problem = "rejected a setting" if rejected else "is not available"
         print(f"W&B {problem} ({reason[:300] or type(error).__name__}). {consequence}", flush=True)
@@ -150,7 +150,7 @@ class WandbRun:
                 return
             except Exception as error:
                 self._stop()
-                self._continues = True
+                self._should_append = True
                 self._start_with_fallbacks([("offline", {})] if self.mode == "online" else [], error)
 
     def _log(self, values: Callable[[], Mapping[str, Any]], step: int) -> None:
@@ -186,7 +186,7 @@ class WandbRun:
                 return  # not supported by W&B offline
             try:
                 run.use_artifact(f"{item.label}:{item.alias}")
-            except (ValueError, self._wandb.errors.CommError):  # not logged by a run: data, or created elsewhere
+            except (ValueError, self._wandb.errors.CommError):  # no W&B run has logged this artifact
                 run.use_artifact(self._describe(item), aliases=[item.alias])
 
         self._record(lambda run: with_timeout(lambda: use_artifact(run), self.timeout_s))
@@ -198,7 +198,7 @@ class WandbRun:
         with_files = size_mb <= self.max_artifact_mb
         if not with_files:
             limit = f"logger.max_artifact_mb={self.max_artifact_mb:g}"
-            print(f"{item.label} has {size_mb:.0f} MB, more than {limit}. Only its description is logged to W&B.")
+            print(f"{item.label} is {size_mb:.0f} MB, more than {limit}. Only its description is logged to W&B.")
 
         def log_artifact(run: Any) -> None:
             run.log_artifact(self._describe(output, files=with_files), aliases=["latest", item.alias])
@@ -207,7 +207,7 @@ class WandbRun:
         self.log_summary({f"{item.type}_sha256": item.digest})  # identifies these weights in later evaluations
 
     def _describe(self, item: Artifact, *, files: bool = False) -> Any:
-        """Create a W&B artifact. It always has a description file, as artifacts without files are equal in W&B."""
+        """Create a W&B artifact. It always has a description file, because W&B treats all empty artifacts as equal."""
         metadata = {"sha256": item.digest, **item.metadata}
         artifact = self._wandb.Artifact(item.label, item.type, metadata=metadata)
         description = self.folder / "lineage" / f"{item.label}.json"
@@ -230,9 +230,9 @@ class WandbRun:
 
 
 def read_run_id(folder: Path) -> str | None:
-    """Return the id of the latest W&B run of a run folder; None if it has none.
+    """Return the id of the latest W&B run of a run folder; None if there is none.
 
-    The id is validated, as it is used in paths and URLs.
+    The id is validated, because it is used in paths and URLs.
 
     Raises:
         UserError: if the file does not contain a valid id.
@@ -243,7 +243,7 @@ def read_run_id(folder: Path) -> str | None:
     text = file.read_text(encoding="utf-8", errors="replace").strip()
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", text):
         raise UserError(
-            f"{file} must contain the id of a W&B run, not {text[:60]!r}. Delete it to start a new W&B run."
+            f"{file} must contain the id of a W&B run, not {text[:60]!r}. Delete the file to start a new W&B run."
         )
     return text
 
@@ -266,8 +266,8 @@ def track_report(
             the id of its own W&B run.
         config: Config of the tool, including its group `logger`.
         name: Name of the run in W&B.
-        values: Numbers, strings, booleans and lists of these. Nested keys become `a.b`. Lists of mappings are not
-            logged.
+        values: Numbers, strings, booleans and lists of these. Nested mappings are flattened to keys like `a.b`. Lists
+            of mappings are not logged.
         figures: Figures by title.
         tables: Columns and rows by title.
         inputs: Artifacts that were evaluated.

@@ -22,24 +22,22 @@ def check_mode(mode: str | None, key: str = "logger.mode") -> None:
         UserError: for an unknown mode. The message lists the valid modes.
     """
     if mode and mode not in MODES:
-        raise UserError(f"{key}={mode} is unknown. Choose one of: {', '.join(MODES)}, or omit it.")
+        raise UserError(f"{key}={mode} is unknown. Choose one of: {', '.join(MODES)}, or leave it unset.")
 
 
 def choose_mode(requested: str | None) -> str:
-    """Return the requested mode, else that of WANDB_DISABLED or WANDB_MODE, else online or offline.
+    """Return the requested mode, else the mode set by WANDB_DISABLED or WANDB_MODE, else a default.
 
-    The default is online if there is an API key.
-
-    In online mode without a key, W&B would prompt for one in the terminal.
+    The default is "online" if there is an API key. Otherwise it is "offline", because W&B would prompt for the key.
 
     Raises:
         UserError: for an unknown mode.
     """
     mode = os.environ.get("WANDB_MODE", "").lower()
-    variable = {"run": "online", "dryrun": "offline"}.get(mode, mode)  # older names, which wandb still accepts
+    env_mode = {"run": "online", "dryrun": "offline"}.get(mode, mode)  # older names, which wandb still accepts
     if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "y", "on"):
-        variable = "disabled"
-    for key, value in (("logger.mode", requested), ("WANDB_MODE", variable)):
+        env_mode = "disabled"
+    for key, value in (("logger.mode", requested), ("WANDB_MODE", env_mode)):
         check_mode(value, key)
         if value:
             return value

@@ -44,10 +44,10 @@ def check_options(config: DictConfig) -> None:
 
 
 def check_stage(config: DictConfig, build: Any) -> None:
-    """Check that the components of a stage are compatible, before its images are prepared.
+    """Check that the components of a stage are compatible, before the images are prepared.
 
     Args:
-        build: A partial of the stage's class.
+        build: Partial application of the stage's class.
 
     Raises:
         UserError: The components are not compatible. The message names the option and the remedy.
@@ -63,7 +63,7 @@ def option_errors() -> Iterator[None]:
     """Convert errors raised while building objects from the options into user errors.
 
     Raises:
-        UserError: An error was raised. The message contains its first line.
+        UserError: Building an object failed. The message contains the first line of the error.
     """
     try:
         yield

@@ -48,7 +48,7 @@ class ExtraTrainerOptions(TypedDict):
 
 
 class TrainerOptions(ExtraTrainerOptions):
-    """Required keys of the config group `trainer`, with their rules."""
+    """Rules for the required keys of the config group `trainer`."""
 
     max_steps: Annotated[Integer, Field(ge=-1)]
     precision: Any
@@ -68,7 +68,9 @@ def check_trainer(options: Mapping[str, Any]) -> None:
         UserError: An option is missing or invalid.
     """
     if missing := [f"trainer.{key}" for key in TrainerOptions.__annotations__ if key not in options]:
-        raise UserError(f"Training needs {', '.join(missing)}. Set a value, or keep the default of trainer=.")
+        raise UserError(
+            f"Training needs {', '.join(missing)}. Set a value for each, or use the default trainer config."
+        )
     apply_rules(TrainerOptions, options)
     if "fsdp" in str(options.get("strategy")).lower():
         raise UserError("trainer=fsdp is not supported yet. Use trainer=ddp, which keeps the full network on each GPU.")
@@ -86,10 +88,10 @@ def make_trainer(options: Mapping[str, Any], precision: str, **arguments: Any) -
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     extra = ("_target_", *ExtraTrainerOptions.__annotations__)
     kwargs = {key: value for key, value in options.items() if key not in extra}
-    if type(interval := kwargs.get("val_check_interval")) is int:  # the option counts steps, Lightning micro-batches
+    if type(interval := kwargs.get("val_check_interval")) is int:  # a number of steps; Lightning counts micro-batches
         kwargs["val_check_interval"] = interval * options["accumulate_grad_batches"]
     try:
-        return Trainer(**kwargs | {"precision": precision}, **arguments, max_epochs=-1)  # limited by steps or time
+        return Trainer(**kwargs | {"precision": precision}, **arguments, max_epochs=-1)  # the budget ends training
     except (*CONSTRUCTOR_ERRORS, ImportError, MisconfigurationException) as error:
         raise UserError(
             f"Lightning rejected the trainer.* options: {first_line(error)}. Choose trainer=cpu or trainer=auto, or "
@@ -97,8 +99,10 @@ def make_trainer(options: Mapping[str, Any], precision: str, **arguments: Any) -
         ) from error
 
 
-def make_guard(options: Mapping[str, Any], skip_log: Path, *images: Callable[[int], Sequence[str]]) -> Guard | None:
-    """Build the guard from the config group `trainer`; None with trainer.guard=null.
+def make_guard(
+    options: Mapping[str, Any], skip_log: Path, *image_names: Callable[[int], Sequence[str]]
+) -> Guard | None:
+    """Build the guard from the config group `trainer`, or return None if trainer.guard=null.
 
     Raises:
         UserError: trainer.guard has an unknown key or is not a mapping.
@@ -107,15 +111,15 @@ def make_guard(options: Mapping[str, Any], skip_log: Path, *images: Callable[[in
         return None
     keys = ("max_spike", "warmup_steps", "skips_before_rollback", "max_rollbacks")
     if not isinstance(guard, dict) or not guard.keys() <= set(keys):
-        raise UserError(f"trainer.guard={str(guard)[:80]} must be null or have only these keys: {', '.join(keys)}.")
-    return Guard(skip_log, *images, log_every=options["log_every_n_steps"], **guard)
+        raise UserError(f"trainer.guard={str(guard)[:80]} must be null or a mapping. Valid keys: {', '.join(keys)}.")
+    return Guard(skip_log, *image_names, log_every=options["log_every_n_steps"], **guard)
 
 
 def make_budget(config: Mapping[str, Any]) -> Budget:
     """Build the training budget from the config.
 
     Raises:
-        UserError: No budget is given, or it cannot be parsed.
+        UserError: The budget is missing or cannot be parsed.
     """
     steps, time_s = config["trainer"]["max_steps"], parse_duration(config["trainer"]["max_time"])
     return Budget(steps, time_s, config["optimizer"]["warmup_steps"], config["optimizer"]["decay"])
@@ -127,7 +131,7 @@ class FitSpec:
 
     Args:
         config: The training config, as plain values.
-        on_saved: Called after every saved checkpoint.
+        on_saved: Called after each checkpoint has been saved.
     """
 
     stage: Stage
@@ -143,7 +147,7 @@ class FitSpec:
         return self.config["batch_size"] // self.config["trainer"]["accumulate_grad_batches"]
 
     def image_names(self, batch: int) -> list[str]:
-        """Return the file names of the images in a batch of the data order."""
+        """Return the file names of the images in the batch with this index in the data order."""
         images, config = self.stage.images, self.config
         positions = batch_at(
             batch, size=len(images.train_indices), batch_size=config["batch_size"], seed=config["seed"]
@@ -213,13 +217,13 @@ class Fit:
                 fit.run()
                 break
             except RollBack as rollback:
-                fit = fit.after_rollback(rollback, make_stage)
+                fit = fit.restart(rollback, make_stage)
         return fit
 
-    def after_rollback(self, rollback: RollBack, make_stage: Callable[[], Stage]) -> "Fit":
-        """Return a fit that restarts from a checkpoint before the bad steps, or from scratch if there is none."""
+    def restart(self, rollback: RollBack, make_stage: Callable[[], Stage]) -> "Fit":
+        """Return a fit that restarts from a checkpoint before the bad steps, or from scratch if none exists."""
         checkpoints = {m.step: m for m in reversed(self.checkpoints.lineage()) if m.find_damage() is None}
-        # Only rank 0 tracks checkpoints.
+        # Only rank 0 knows which checkpoints exist, so it chooses one for all ranks.
         step, resume_from = broadcast_from_rank_0(rollback.choose_checkpoint(checkpoints))
         fit = Fit(self.spec if resume_from is not None else replace(self.spec, stage=make_stage()), resume_from)
         assert fit.guard is not None
@@ -236,41 +240,41 @@ class Fit:
 
         Raises:
             Interrupted: A signal requested a stop. The current state is saved.
-            RollBack: Too many consecutive steps were skipped; `after_rollback` builds the fit that continues.
+            RollBack: Too many consecutive steps were skipped. `restart` builds the next fit.
         """
         stage, trainer = self.spec.stage, self.trainer
-        fit_batches, val_batches = self._batches()
+        train_batches, val_batches = self._make_loaders()
         ckpt_path = str(self.resume_from.path) if self.resume_from is not None else None
         with warnings.catch_warnings():
             # Our loader is infinite and reads memory-mapped arrays, so warnings about workers and epochs do not apply.
             warnings.filterwarnings("ignore", ".*does not have many workers.*")
             warnings.filterwarnings("ignore", ".*LeafSpec.*")
-            # The checkpoint was saved with a guard, but the run is resumed with trainer.guard=null.
+            # Lightning warns if a checkpoint saved with a guard is resumed with trainer.guard=null.
             warnings.filterwarnings("ignore", ".*add the following callbacks: .'Guard'.*")
             try:
-                trainer.fit(stage.module, fit_batches, val_batches, ckpt_path=ckpt_path, weights_only=True)
-                if self.ema.last_validation_step != trainer.global_step and not self._signal():
+                trainer.fit(stage.module, train_batches, val_batches, ckpt_path=ckpt_path, weights_only=True)
+                if self.ema.last_validation_step != trainer.global_step and not self._received_signal():
                     trainer.validate(stage.module, val_batches, verbose=False)
-                number = self._signal()  # a signal can arrive after the last training step
+                signal = self._received_signal()  # a signal can arrive after the last training step
             except StopTraining as stop:
-                number = stop.signal
-            except SystemExit as error:  # Lightning's conversion of a KeyboardInterrupt before the first step
+                signal = stop.signal
+            except SystemExit as error:  # Lightning converts a KeyboardInterrupt before the first step
                 raise error.__context__ if isinstance(error.__context__, KeyboardInterrupt) else error from None
             finally:
                 signals.stop_deferring()
-        if number := number or signals.pending() or 0:
+        if signal := signal or signals.pending() or 0:
             checkpoint, step = self.checkpoints.last_saved or self.resume_from, self.trainer.global_step
             outcome = f"saved {checkpoint.path}" if checkpoint is not None else "nothing was trained"
-            message = f"stopped by {Signals(number).name} after step {step}; {outcome}"
-            raise signals.Interrupted(number, message)
+            message = f"stopped by {Signals(signal).name} after step {step}; {outcome}"
+            raise signals.Interrupted(signal, message)
 
-    def _signal(self) -> int:
+    def _received_signal(self) -> int:
         """Return the signal received by any rank, or 0. All ranks get the same value, so they stop together."""
         return self.budget.agreement.update(self.trainer)["signal"]
 
-    def _batches(self) -> tuple[DataLoader, DataLoader]:
+    def _make_loaders(self) -> tuple[DataLoader, DataLoader]:
         spec, config, images = self.spec, self.spec.config, self.spec.stage.images
-        fit_batches = train_loader(
+        train_batches = train_loader(
             spec.stage.fetch,
             images.train_indices,
             batch_size=config["batch_size"],
@@ -282,4 +286,4 @@ class Fit:
             num_workers=config["trainer"]["num_workers"],
         )
         held_out = images.val_indices[: config["val_images"]]
-        return fit_batches, val_loader(spec.stage.fetch, held_out, batch_size=spec.micro_batch_size)
+        return train_batches, val_loader(spec.stage.fetch, held_out, batch_size=spec.micro_batch_size)

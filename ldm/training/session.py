@@ -56,10 +56,10 @@ def train_stage(config: DictConfig) -> None:
 
 
 class Session:
-    """A session that trains one stage: config, command, run folder, and the run to resume or replace.
+    """A training session for one stage: config, command, run folder, and the run to resume or replace.
 
     Raises:
-        UserError: An option is invalid. The message names the option and the remedy. The run folder is not read yet.
+        UserError: An option is invalid. The message names the option and the remedy.
     """
 
     run: Run
@@ -73,21 +73,21 @@ class Session:
         self.resume_plan = ResumePlan.from_config(config, self.command, main_process=self.main_process)
         self.replacement = Replacement(self.resume_plan.folder)
         self.precision: str | None = None
-        self.values: Any = OmegaConf.to_container(config, resolve=True)
+        self.plain_config: Any = OmegaConf.to_container(config, resolve=True)
 
     @contextmanager
     def claim_run_folder(self) -> Iterator[None]:
         """Lock the run folder and find the checkpoint to resume from.
 
         Raises:
-            UserError: The folder is in use, not writable, or has no checkpoint that can be resumed with these options.
+            UserError: The folder is in use, is not writable, or has no checkpoint that these options can resume.
             Interrupted: A signal requested a stop. The message says how to resume.
         """
         try:
             with ExitStack() as self._stack:
                 if self.main_process:
                     self._stack.enter_context(run_lock(self.resume_plan.folder))
-                self.resume_plan = self.resume_plan.with_checkpoint(self.values)
+                self.resume_plan = self.resume_plan.with_checkpoint(self.plain_config)
                 yield
         except signals.Interrupted as interrupt:
             if not self.main_process:
@@ -116,7 +116,7 @@ class Session:
         return images
 
     def _stage_builder(self) -> Any:
-        """Return a partial of the stage's class. A resumed run keeps its autoencoder even if a newer one exists."""
+        """Return a partial of the stage's class. A resumed run keeps its autoencoder even if there is a newer run."""
         build, options = self.config.stage.build, {}
         if self.config.vae is None and (vae := self.resume_plan.source_facts.get("vae")) is not None:
             options["find_autoencoder"] = construct(build.find_autoencoder, vae=vae)
@@ -126,8 +126,9 @@ class Session:
         """Build the stage with newly initialised weights, which are identical on every call."""
         torch.set_flush_denormal(True)  # denormal gradients in the first steps more than halve the speed on CPUs
         config, trainer = self.config, self.config.trainer
+        # Choose the precision before seeding, because the benchmark draws random numbers.
         self.precision = (
-            self.precision  # before seeding, because the benchmark draws random numbers
+            self.precision
             or self.resume_plan.source_facts.get("precision")
             or choose_precision(trainer.precision, trainer.accelerator)
         )
@@ -151,10 +152,10 @@ class Session:
         return stage
 
     def build_fit(self, stage: Stage) -> Fit:
-        """Build the fit, which starts from the checkpoint to resume if there is one.
+        """Build a fit that starts from the checkpoint to resume, or from scratch if there is no checkpoint.
 
         Raises:
-            UserError: The inputs differ from those of the resumed run, or checkpoints do not fit on the disk.
+            UserError: The inputs differ from those of the resumed run, or there is too little disk space.
         """
         config, resume_plan = self.config, self.resume_plan
         facts = self._facts(stage)
@@ -165,14 +166,14 @@ class Session:
         spec = FitSpec(
             stage=stage,
             folder=resume_plan.folder,
-            config=self.values,
+            config=self.plain_config,
             precision=self.precision,
             on_saved=self.replacement.finish,
         )
         return Fit(spec, resume_plan.checkpoint)
 
     def _facts(self, stage: Stage) -> dict[str, Any]:
-        """Return the fields of run.json that describe the run, except where and when it is trained."""
+        """Return the fields of run.json that describe the run. `Run` adds the machine, versions and times."""
         images, resume_plan = stage.images, self.resume_plan
         facts = {
             "stage": stage.kind,
@@ -196,21 +197,21 @@ class Session:
         return facts | ({"slurm_job": job} if (job := launcher.slurm_job()) else {})
 
     def begin(self, fit: Fit) -> None:
-        """Set the earlier run aside, write run.json, open the loggers and print the start-up table.
+        """Move an earlier run aside, write run.json, open the loggers and print the start-up table.
 
-        This is the point of no return, but a resumed run keeps its run.json until training starts, because loading the
-        checkpoint can still fail.
+        From here on, the run folder is changed. Only the run.json of a resumed run is kept until training starts,
+        because loading the checkpoint can still fail.
         """
         resume_plan, stage = self.resume_plan, fit.spec.stage
-        rows = self._rows(fit)
+        rows = self._startup_rows(fit)
         if self.main_process:
             overwrite = self.config.overwrite and not resume_plan.is_same_run
             self._stack.enter_context(self.replacement.begin(overwrite=overwrite))
             for folder in (resume_plan.folder, self.run.images):
                 clear_partials(folder)
             if stage.trains and resume_plan.is_same_run:
-                record = LambdaCallback(on_train_start=lambda *_: self.run.record())
-                fit.trainer.callbacks.insert(0, record)  # type: ignore[attr-defined]
+                record_run = LambdaCallback(on_train_start=lambda *_: self.run.record())
+                fit.trainer.callbacks.insert(0, record_run)  # type: ignore[attr-defined]
             else:
                 self.run.record()
         self.loggers = make_loggers(
@@ -225,7 +226,7 @@ class Session:
             checkpoint = resume_plan.checkpoint
             print_table(f"stage {stage.kind}" + (f", resumed from {checkpoint.path}" if checkpoint else ""), rows)
 
-    def _rows(self, fit: Fit) -> list[tuple[str, str]]:
+    def _startup_rows(self, fit: Fit) -> list[tuple[str, str]]:
         """Measure the speed of a training step and return the labels and values of the start-up table."""
         spec, trainer = fit.spec, fit.trainer
         rows = [
@@ -250,7 +251,7 @@ class Session:
         run.record()  # on_train_start does not run if the resumed run had already finished training
         if fit.ema.ema is not None:
             fit.ema.ema.copy_to_module()
-        stage.module.to(trainer.strategy.root_device)  # Lightning moved it to the CPU
+        stage.module.to(trainer.strategy.root_device)  # Lightning moves the module to the CPU after training
         metrics, figure = stage.finish(run)
         metrics |= {"steps": trainer.global_step, "training_s": round(fit.budget.elapsed_s, 1)}
         if fit.guard is not None and fit.guard.skipped_steps:

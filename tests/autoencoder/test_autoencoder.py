@@ -96,7 +96,7 @@ def test_unstandardise_inverts_standardise():
     )
 
 
-def test_load_rejects_statistics_of_different_weights(tmp_path):
+def test_load_rejects_statistics_for_different_weights(tmp_path):
     with_statistics(plain_model()).save(tmp_path)
     file = tmp_path / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)

@@ -1,4 +1,4 @@
-"""ldm.autoencoder.discriminator: the losses of both networks and the adaptive weight of the adversarial gradient."""
+"""ldm.autoencoder.discriminator: the two adversarial losses, and the adaptive weight of the adversarial gradient."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def test_losses_push_logits_in_opposite_directions(gan_loss):
 
 @pytest.mark.parametrize(("layers", "size"), [(1, 16), (2, 34), (3, 70)])
 def test_receptive_field_matches_published_patch_sizes(layers, size):
-    """Measure the receptive field from the gradient of one logit, which is zero for the other image of the batch."""
+    """Measure the receptive field from the gradient of one logit, which is zero for the other image in the batch."""
     discriminator = PatchDiscriminator(8, layers)
     images = torch.randn(2, 3, 160, 160, generator=torch.Generator().manual_seed(0)).requires_grad_()
     logits = discriminator(images)
@@ -115,7 +115,7 @@ def test_adaptive_weight_is_computed_once_per_step_and_clamped(make, images):
 
     weight = backward(1e-3)
     assert 0 < weight < 2
-    assert backward(1e9) == weight  # a second batch of the same step
+    assert backward(1e9) == weight  # a second batch in the same step
     adaptive_weight.weight = None
     assert backward(1e9) == 2.0
 

@@ -1,4 +1,4 @@
-"""ldm.autoencoder.losses: each term matches its formula, and its gradient reaches the right weights."""
+"""ldm.autoencoder.losses: every loss term matches its formula, and its gradient reaches the right weights."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def images() -> torch.Tensor:
 
 @pytest.fixture
 def model() -> PatchAutoencoderKL:
-    """Model with all weights random, because zero-initialised layers would block gradients."""
+    """Model whose weights are all random, because zero-initialised layers would block gradients."""
     torch.manual_seed(0)
     model = PatchAutoencoderKL(patch=2, latent_channels=4, block_out_channels=(8,), norm_num_groups=4)
     for parameter in model.parameters():
@@ -48,7 +48,7 @@ def test_loss_terms_match_their_formulas(model, images):
 
 
 def gradients(model, images, **weights) -> dict[str, float]:
-    """Return the sum of absolute gradients of each parameter."""
+    """Return, by parameter name, the sum of the absolute values of the parameter's gradient."""
     model.zero_grad()
     compute_terms(model, images, **weights)[0]["loss"].backward()
     return {name: 0.0 if p.grad is None else p.grad.abs().sum().item() for name, p in model.named_parameters()}
@@ -77,7 +77,7 @@ def test_kl_gradient_reaches_only_the_encoder(model, images):
 
 
 def test_nll_is_the_discretised_gaussian_likelihood(images):
-    """Compare with the probability of each 8-bit bin under scipy's Gaussian. The outermost bins are open."""
+    """Compare with the probability of each 8-bit bin under SciPy's Gaussian. The outermost bins extend to infinity."""
     images = ((images + 1) * 127.5).round() / 127.5 - 1
     images[:, :, 0] = 1.0
     reconstruction = (images + 0.05).requires_grad_()
@@ -100,7 +100,7 @@ def test_learned_scale_converges_to_rms_error(images):
     )
     loss = AutoencoderLoss(**{**ZERO_WEIGHTS, "nll": 1.0})
     optimizer = torch.optim.Adam(loss.parameters(), lr=0.05)
-    images = images * 0.5  # away from the open bins
+    images = images * 0.5  # away from the outermost bins, which extend to infinity
     for _ in range(200):
         optimizer.zero_grad()
         loss(images, images + error, {})["loss"].backward()
@@ -109,8 +109,8 @@ def test_learned_scale_converges_to_rms_error(images):
 
 
 @pytest.mark.parametrize("size", [32, 48])
-def test_perceptual_distance_ranks_shift_above_noise_with_frozen_weights(size):
-    """Only the reconstruction receives a gradient, and a shift has a larger distance than faint noise."""
+def test_frozen_perceptual_distance_is_larger_for_a_shift_than_for_noise(size):
+    """Only the reconstruction receives a gradient, and the distance is larger for a shift than for faint noise."""
     network = EfficientNetLiteDistance()
     perceptual = Perceptual(network, weight=2.0)
     initial_digest = weights_sha256(network)
@@ -148,7 +148,7 @@ def test_gradients_are_linear_in_the_loss_weights(model, images):
 
 
 def test_kl_loss_is_independent_of_resolution(model):
-    """Tiling an image to twice its width doubles the KL in nats, but does not change the loss per pixel value."""
+    """Tiling an image to twice its width doubles the KL in nats per image, but does not change the loss."""
     image = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(2)) * 2 - 1
     posterior = model.encode(image).latent_dist
     single = AutoencoderLoss(**{**ZERO_WEIGHTS, "kl": 1.0})(image, image, {"kl": posterior.kl().mean()})

@@ -16,7 +16,7 @@ def build(**options) -> PatchAutoencoderKL:
 
 
 def smooth_images(count: int, size: int = 16, seed: int = 0) -> torch.Tensor:
-    """Generate correlated noise in [-1, 1] with most of its variance in a few principal components."""
+    """Generate correlated noise in [-1, 1] that has most of its variance in a few principal components."""
     noise = torch.randn(count, 3, size // 4 + 1, size // 4 + 1, generator=torch.Generator().manual_seed(seed))
     coarse = torch.nn.functional.interpolate(noise, size, mode="bicubic", align_corners=True)
     fine = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed + 1))
@@ -70,7 +70,7 @@ def test_init_shortcut_rejects_more_channels_than_patch_dimensions():
         build(latent_channels=13).init_shortcut(smooth_images(50))
 
 
-def test_without_shortcut_convolutions_are_not_zero_initialised():
+def test_convolutions_are_not_zero_initialised_without_shortcut():
     model = build(shortcut=False)
     assert not any("shortcut" in name for name in model.state_dict())
     assert model(smooth_images(1)).sample.abs().max() > 0

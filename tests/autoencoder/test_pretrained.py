@@ -1,4 +1,4 @@
-"""Pretrained autoencoders: small random models with the configs of Stable Diffusion 1, XL, 3 and FLUX."""
+"""Tests of pretrained autoencoders, with small random models that have the configs of Stable Diffusion and FLUX."""
 
 import json
 
@@ -13,7 +13,7 @@ from ldm.errors import UserError
 from ldm.runs.load import load_autoencoder
 from ldm.runs.run import Run
 
-SMALL = {
+SMALL_MODEL = {
     "block_out_channels": (8, 8, 16, 16),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
@@ -21,7 +21,7 @@ SMALL = {
     "layers_per_block": 1,
     "sample_size": 32,
 }
-LAYOUTS = {
+CONFIGS = {
     "sd": {"latent_channels": 4, "scaling_factor": 0.18215},
     "sdxl": {"latent_channels": 4, "scaling_factor": 0.13025, "force_upcast": True},
     "sdxl_normalised": {
@@ -46,53 +46,60 @@ LAYOUTS = {
         "use_post_quant_conv": False,
     },
 }
-EACH_LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
-SHORT = ["stage=vae", "logger=csv", "trainer=cpu", "trainer.max_time=null", "trainer.precision=32-true", "batch_size=8"]
-SHORT += ["trainer.max_steps=2", "data.resolution=32"]
+EACH_CONFIG = pytest.mark.parametrize("config_name", CONFIGS)
+SHORT_RUN = [
+    "stage=vae",
+    "logger=csv",
+    "trainer=cpu",
+    "trainer.max_time=null",
+    "trainer.precision=32-true",
+    "batch_size=8",
+]
+SHORT_RUN += ["trainer.max_steps=2", "data.resolution=32"]
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Folder with one model per layout. `sd` is a pipeline folder with the model in `vae`."""
+    """Folder with one model per config. The folder `sd` is a pipeline folder, with its model in `vae`."""
     folder = tmp_path_factory.mktemp("models")
-    for name, options in LAYOUTS.items():
+    for name, options in CONFIGS.items():
         torch.manual_seed(0)
-        model = AutoencoderKL(**SMALL, **options)
+        model = AutoencoderKL(**SMALL_MODEL, **options)
         model.save_pretrained(folder / name / ("vae" if name == "sd" else ""))
     return folder
 
 
 @pytest.fixture
 def train(make_images, tmp_path, monkeypatch, call):
-    """Function that runs the training command in this process on 20 images of 32 px, by default for stage 1."""
+    """Function that trains one stage (by default, stage 1) in this process on 20 images of 32 x 32 pixels."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
     make_images(tmp_path / "images", 20, size=32)
 
-    def train(*options: str, stage: tuple[str, ...] = tuple(SHORT)):
+    def train(*options: str, stage: tuple[str, ...] = tuple(SHORT_RUN)):
         return call(ldm.train.main, *stage, "data=image_folder", "data.path=images", "data.val_fraction=0.2", *options)
 
     return train
 
 
-@EACH_LAYOUT
-def test_encode_and_decode_match_diffusers(models, layout):
-    autoencoder = load_autoencoder(str(models / layout))
-    folder = models / layout / ("vae" if layout == "sd" else "")
-    theirs = AutoencoderKL.from_pretrained(folder)
+@EACH_CONFIG
+def test_encode_and_decode_match_diffusers(models, config_name):
+    autoencoder = load_autoencoder(str(models / config_name))
+    folder = models / config_name / ("vae" if config_name == "sd" else "")
+    expected = AutoencoderKL.from_pretrained(folder)
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     mean, log_variance = autoencoder.encode(images)
     with torch.no_grad():
-        posterior = theirs.encode(images).latent_dist
+        posterior = expected.encode(images).latent_dist
         assert torch.equal(mean, posterior.mean) and torch.equal(log_variance, posterior.logvar)
-        assert torch.equal(autoencoder.decode(mean), theirs.decode(mean).sample.clamp(-1, 1))
-    assert autoencoder.factor == 8 and autoencoder.latent_shape(32) == (LAYOUTS[layout]["latent_channels"], 4, 4)
+        assert torch.equal(autoencoder.decode(mean), expected.decode(mean).sample.clamp(-1, 1))
+    assert autoencoder.factor == 8 and autoencoder.latent_shape(32) == (CONFIGS[config_name]["latent_channels"], 4, 4)
     assert autoencoder.regulariser == "kl" and autoencoder.has_density
 
 
 @pytest.mark.parametrize("key", ["in_channels", "out_channels"])
 def test_autoencoder_must_have_three_colour_channels(tmp_path, key):
-    AutoencoderKL(**SMALL, **{key: 1}).save_pretrained(tmp_path)
+    AutoencoderKL(**SMALL_MODEL, **{key: 1}).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=f"{key}=1 .*must be 3"):
         load_autoencoder(str(tmp_path))
 
@@ -110,14 +117,14 @@ def test_autoencoder_must_have_three_colour_channels(tmp_path, key):
 )
 def test_published_statistics_must_be_valid(tmp_path, key, value):
     config = {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4, key: value}
-    model = AutoencoderKL(**SMALL, latent_channels=4)
+    model = AutoencoderKL(**SMALL_MODEL, latent_channels=4)
     model.register_to_config(**config)
     with pytest.raises(UserError, match=rf"{key}=.* in config\.json must be"):
         published_statistics(model)
 
 
-def test_weights_of_a_variant_are_loaded_if_there_are_no_others(tmp_path):
-    model = AutoencoderKL(**SMALL).half()
+def test_variant_weights_are_loaded_if_there_are_no_others(tmp_path):
+    model = AutoencoderKL(**SMALL_MODEL).half()
     model.save_pretrained(tmp_path, variant="fp16")
     loaded = load_autoencoder(str(tmp_path)).model
     assert loaded.dtype == torch.float32
@@ -127,11 +134,11 @@ def test_weights_of_a_variant_are_loaded_if_there_are_no_others(tmp_path):
         load_autoencoder(str(tmp_path))
 
 
-@EACH_LAYOUT
-def test_published_statistics_match_diffusers_pipelines(models, layout):
+@EACH_CONFIG
+def test_published_statistics_match_diffusers_pipelines(models, config_name):
     """(z_raw - mean) / std equals the network input in each diffusers pipeline."""
-    config = LAYOUTS[layout]
-    mean, std = published_statistics(load_autoencoder(str(models / layout)).model)
+    config = CONFIGS[config_name]
+    mean, std = published_statistics(load_autoencoder(str(models / config_name)).model)
     z_raw = torch.randn(1, config["latent_channels"], 2, 2)
     if "latents_mean" in config:
         centre, spread = (torch.tensor(config[key])[:, None, None] for key in ("latents_mean", "latents_std"))
@@ -142,13 +149,13 @@ def test_published_statistics_match_diffusers_pipelines(models, layout):
     torch.testing.assert_close(ours, expected)
 
 
-def test_patch_autoencoder_publishes_no_statistics():
+def test_patch_autoencoder_has_no_published_statistics():
     assert published_statistics(PatchAutoencoderKL(patch=2, block_out_channels=(8,), norm_num_groups=4)) is None
 
 
-@EACH_LAYOUT
-def test_training_only_the_decoder_does_not_change_latents(models, layout):
-    model = load_autoencoder(str(models / layout)).model.train()
+@EACH_CONFIG
+def test_training_only_the_decoder_does_not_change_latents(models, config_name):
+    model = load_autoencoder(str(models / config_name)).model.train()
     set_trainable(model, "decoder")
     images = torch.rand(2, 3, 32, 32) * 2 - 1
     initial_moments = model.encode(images).latent_dist.parameters.detach().clone()
@@ -164,16 +171,16 @@ def test_training_only_the_decoder_does_not_change_latents(models, layout):
     assert not any(p.requires_grad for p in model.parameters())
 
 
-@EACH_LAYOUT
-def test_untrained_run_keeps_pretrained_weights_and_measures_statistics(models, layout, train):
+@EACH_CONFIG
+def test_untrained_run_keeps_pretrained_weights_and_measures_statistics(models, config_name, train):
     """With autoencoder.train=nothing, the default, the run takes no steps and counts as finished."""
-    result = train("autoencoder=pretrained", f"autoencoder.path={models / layout}", "name=pretrained")
+    result = train("autoencoder=pretrained", f"autoencoder.path={models / config_name}", "name=pretrained")
     assert result.code == 0, result
     assert "none trainable" in result.out and "expected time" not in result.out
     run = Run.open("runs/vae/pretrained")
     autoencoder = run.autoencoder()
-    assert weights_sha256(autoencoder.model) == weights_sha256(load_autoencoder(str(models / layout)).model)
-    assert autoencoder.model.config.scaling_factor == LAYOUTS[layout]["scaling_factor"]
+    assert weights_sha256(autoencoder.model) == weights_sha256(load_autoencoder(str(models / config_name)).model)
+    assert autoencoder.model.config.scaling_factor == CONFIGS[config_name]["scaling_factor"]
     statistics = autoencoder.statistics
     mean, log_variance = autoencoder.encode(run.image_data().batch(run.image_data().train_indices))
     torch.testing.assert_close(torch.tensor(statistics.latent_mean), mean.mean((0, 2, 3)), rtol=0.01, atol=0.01)
@@ -211,8 +218,8 @@ def test_fine_tuning_changes_only_the_trainable_weights(models, train, trainable
 
 
 def test_stage_2_trains_on_pretrained_autoencoder(models, train):
-    small = ["network=dit", "network.hidden_dim=16", "network.depth=1", "network.head_dim=8", "conditioning=none"]
-    diffusion = ("stage=diffusion", *SHORT[1:], *small)
+    network = ["network=dit", "network.hidden_dim=16", "network.depth=1", "network.head_dim=8", "conditioning=none"]
+    diffusion = ("stage=diffusion", *SHORT_RUN[1:], *network)
     pretrained = ("autoencoder=pretrained", f"autoencoder.path={models / 'flux'}")
     result = train(*pretrained, "name=flux", "val_images=4", stage=diffusion)
     assert result.code == 0, result

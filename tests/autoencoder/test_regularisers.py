@@ -92,7 +92,7 @@ def test_save_and_load_preserve_codebook(images, tmp_path):
 
 
 def has_gradient(model, loss) -> dict[str, bool]:
-    """Map the name of each parameter to True if its gradient of the loss is nonzero."""
+    """Return, by parameter name, whether the loss has a nonzero gradient with respect to that parameter."""
     model.zero_grad()
     loss.backward()
     return {name: p.grad is not None and bool((p.grad != 0).any()) for name, p in model.named_parameters()}
@@ -117,8 +117,8 @@ def test_codebook_loss_updates_only_encoder_and_codebook(architecture, images):
     assert modules == ({*ENCODER, "quantize"} if architecture is PATCH else {"encoder", "quant_conv", "quantize"})
 
 
-def test_commitment_weights_only_the_encoder_gradient(images):
-    """diffusers' own loss (legacy=True) weights the codebook's gradient instead."""
+def test_commitment_scales_only_the_encoder_gradient(images):
+    """diffusers' own loss (legacy=True) scales the codebook's gradient instead."""
 
     def gradient_norms(commitment: float) -> tuple[float, float]:
         regulariser = VectorQuantised(16, commitment)
@@ -140,8 +140,8 @@ def test_distortion_gradient_passes_straight_through_quantisation(architecture, 
     assert all(nonzero == ("quantize" not in name) for name, nonzero in result.items()), result
 
 
-def test_codebook_is_initialised_by_kmeans_of_latents(images):
-    """Most codes are used, and the latents are closer to them than to diffusers' initialisation near 0."""
+def test_codebook_is_initialised_by_kmeans_on_latents(images):
+    """Most codes are used, and the latents are closer to the codes than to diffusers' initialisation near 0."""
     regulariser = VectorQuantised(16)
     model = build_model(regulariser, PATCH, images)
     z = to_vectors(model.encode(images).latents)
@@ -151,7 +151,7 @@ def test_codebook_is_initialised_by_kmeans_of_latents(images):
 
 
 def test_idle_codes_restart_at_vectors_far_from_any_code(images):
-    """Two distant codes are never used and restart at vectors of the batch. All other codes do not change."""
+    """Two distant codes are never used and restart at vectors from the batch. The codes in use do not change."""
     regulariser = VectorQuantised(16, restart_after=3)
     model = build_model(regulariser, PATCH, images)
     weight = quantiser(model).embedding.weight

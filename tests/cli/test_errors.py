@@ -18,9 +18,9 @@ from ldm.data.sources.image_folder import ImageFolder
 from ldm.training.optim.precision import choose_precision
 
 DATA = ["data=image_folder", "data.path=images", "data.resolution=16"]
-SHORT = ["trainer=cpu", "trainer.max_steps=1", "trainer.max_time=null", "trainer.precision=32-true", "batch_size=8"]
-VAE = ["stage=vae", *DATA, *SHORT, "autoencoder.model.block_out_channels=[32]", "logger=csv"]
-DIFFUSION = ["stage=diffusion", *DATA, *SHORT, "conditioning=none", "logger=csv"]
+SHORT_RUN = ["trainer=cpu", "trainer.max_steps=1", "trainer.max_time=null", "trainer.precision=32-true", "batch_size=8"]
+VAE = ["stage=vae", *DATA, *SHORT_RUN, "autoencoder.model.block_out_channels=[32]", "logger=csv"]
+DIFFUSION = ["stage=diffusion", *DATA, *SHORT_RUN, "conditioning=none", "logger=csv"]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def workdir(make_images, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run_failing(call, workdir, monkeypatch):
-    """Return a function that runs a command, expects a user error, and returns its message."""
+    """Return a function that runs a command, checks that it exits with a user error, and returns the message."""
     monkeypatch.chdir(workdir)
     monkeypatch.setenv("LDM_CACHE", str(workdir / "cache"))
 
@@ -151,7 +151,7 @@ def test_invalid_options_are_rejected_before_images_are_prepared(run_failing, mo
         run_failing(train, *VAE, argument)
 
 
-def test_scientific_notation_is_an_integer_and_precision_32_is_fp32(call, workdir, monkeypatch):
+def test_scientific_notation_is_read_as_an_integer_and_precision_32_as_fp32(call, workdir, monkeypatch):
     monkeypatch.chdir(workdir)
     monkeypatch.setenv("LDM_CACHE", str(workdir / "cache"))
     options = []

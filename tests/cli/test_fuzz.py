@@ -44,15 +44,15 @@ TIMEOUT_S = 20.0
 """Maximum time for a command to reject its input on a busy machine."""
 MEMORY_LIMIT = 2 * 1024**3
 """Bytes that a command can allocate, so that huge option values do not exhaust the machine's memory."""
-SHORT = ["data=image_folder", "data.path=images", "data.resolution=16", "trainer=cpu", "trainer.max_steps=1"]
-SHORT += ["trainer.precision=32-true", "batch_size=2", "logger=csv", "optimizer=adamw"]
-SMALL = ["autoencoder.model.block_out_channels=[32]", "adversarial=hinge", "adversarial.layers=1"]
-NETWORK = ["network.hidden_dim=16", "network.depth=1", "network.head_dim=8"]
+SHORT_RUN = ["data=image_folder", "data.path=images", "data.resolution=16", "trainer=cpu", "trainer.max_steps=1"]
+SHORT_RUN += ["trainer.precision=32-true", "batch_size=2", "logger=csv", "optimizer=adamw"]
+SMALL_MODELS = ["autoencoder.model.block_out_channels=[32]", "adversarial=hinge", "adversarial.layers=1"]
+SMALL_NETWORK = ["network.hidden_dim=16", "network.depth=1", "network.head_dim=8"]
 STAGES = {
-    "vae": ["stage=vae", *SHORT, *SMALL],
-    "diffusion": ["stage=diffusion", *SHORT, "conditioning=none", "vae=identity", "network=dit", *NETWORK],
+    "vae": ["stage=vae", *SHORT_RUN, *SMALL_MODELS],
+    "diffusion": ["stage=diffusion", *SHORT_RUN, "conditioning=none", "vae=identity", "network=dit", *SMALL_NETWORK],
 }
-WILD = [
+WILD_VALUES = [
     *("1000000000000000000000000000000", "2147483648", "100000000", "-1", "-5", "0", "1.5", "1e400", "1e-320", "-0.0"),
     *("nan", "inf", "-inf", "null", "true", "false", "''", "", "~", "[]", "{}", "[1,[2]]", "[100000000]", "[null]"),
     *("{a:1}", "[a,b]", "1,2", "abc", "٣", "🅰️", "a\u0000b", "\ud800", "\u202e", "a\nb", "???", "\\", "../..", "/"),
@@ -175,7 +175,7 @@ def run_command(main, *arguments: str) -> str:
 
 
 values = st.one_of(
-    st.sampled_from(WILD),
+    st.sampled_from(WILD_VALUES),
     st.integers().map(str),
     st.floats().map(str),
     st.text(max_size=20),
@@ -227,7 +227,7 @@ def test_every_key_passes_or_is_rejected_with_every_wild_value(workdir, keys, st
     """Run about 10,000 commands, which stop before images are prepared."""
     monkeypatch.setattr(ldm.data.images, "damage", lambda _: "missing")
     for key in keys[stage][shard::NUM_SHARDS]:
-        for value in WILD:
+        for value in WILD_VALUES:
             run_command(ldm.train.main, *STAGES[stage], f"{key}={value}")
 
 
@@ -271,7 +271,7 @@ def use_prompt(prompt: str, text_condition: TextCondition, workdir: Path) -> Non
 
 
 def sample_prompt(prompt: str) -> None:
-    """Pass a prompt to tools/sample.py, and check that it arrives verbatim or is rejected."""
+    """Pass a prompt to tools/sample.py, and check that it reaches the config verbatim or is rejected."""
     configs = []
     outcome = run_command(lambda: command.run("sample", configs.append), "run=x", f"prompt={prompt}")
     if outcome == "rejected":

@@ -305,6 +305,6 @@ def test_keyboard_interrupt_exits_without_traceback(run_task):
     ("name", "hint"),
     [("sampel", "ldm sample?"), ("xyz", "train, compare, data, decode")],
 )
-def test_unknown_command_suggests_existing_ones(call, name, hint):
+def test_unknown_command_suggests_existing_commands(call, name, hint):
     result = call(command.main, name, "run=x")
     assert result.code == 2 and result.err.startswith(f"error: ldm {name} is not a command. ") and hint in result.err

@@ -99,7 +99,7 @@ def train_command(*options: str) -> str:
 
 @pytest.fixture
 def vae_output(run_printed) -> str:
-    """Output of a finished stage 1 training run whose runs folder also needs quoting."""
+    """Output of a finished stage-1 training run, in a runs folder whose name also needs quoting."""
     run = Path("all runs/vae/mine")
     if not run.joinpath("autoencoder").exists():
         result = run_printed(train_command("stage=vae", "name=mine", "runs_dir=all runs"))
@@ -215,7 +215,7 @@ def test_next_command_of_an_older_run_keeps_its_data(vae_output):
     assert options[-1] == "vae=all runs/vae/mine" and "experiment=short" not in options
 
 
-def test_pipeline_with_an_autoencoder_of_different_data_gives_a_warning(vae_output, run_printed, make_images):
+def test_pipeline_with_an_autoencoder_trained_on_different_data_gives_a_warning(vae_output, run_printed, make_images):
     """Every run that uses the autoencoder inherits the record of its training data."""
     if not Path("third").exists():
         make_images(Path("third"), 24, seed=3)
@@ -228,7 +228,7 @@ def test_pipeline_with_an_autoencoder_of_different_data_gives_a_warning(vae_outp
         assert Run.open(f"all runs/diffusion/{name}").facts["autoencoder_data"]["fingerprint"] == fingerprint
 
 
-def test_next_command_ignores_targets_in_an_untrusted_record(vae_output):
+def test_next_command_ignores_targets_in_an_untrusted_run_json(vae_output):
     run = Run.open("all runs/vae/mine")
     run.facts["next_options"] = ["stage=diffusion", "network._target_=os.system"]
     assert "_target_" not in run.next_training_command()

@@ -21,7 +21,7 @@ from ldm.tracking import run as tracking
 
 ROOT = Path(__file__).parents[2]
 SWEEP = yaml.safe_load((ROOT / "docs" / "wandb_sweep.yaml").read_text(encoding="utf-8"))
-SHORT = [
+SHORT_RUN = [
     "trainer=cpu",
     "trainer.max_time=null",
     "trainer.max_steps=2",
@@ -38,7 +38,7 @@ def multirun(make_images, tmp_path_factory) -> tuple[Path, subprocess.CompletedP
     workdir = tmp_path_factory.mktemp("sweep")
     make_images(workdir / "squares", 40)
     data = ["data=image_folder", "data.path=squares", "data.resolution=16"]
-    command = [sys.executable, "-m", "ldm.train", "-m", "stage=vae", *data, *SHORT, "batch_size=8,64,4"]
+    command = [sys.executable, "-m", "ldm.train", "-m", "stage=vae", *data, *SHORT_RUN, "batch_size=8,64,4"]
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),

@@ -1,7 +1,8 @@
-"""Test the variational bound against closed forms, for an exact denoiser on Gaussian data.
+"""Tests of the variational bound against closed forms, for an exact denoiser on Gaussian data.
 
-For data N(0, c) the exact denoiser's error is mse(t) = c (1 - a_t) / (a_t c + 1 - a_t) = c / (1 + c snr_t), and each
-term of the bound is quadratic in z_0 and eps, so a three-node Gauss-Hermite rule computes its expectation exactly.
+For data N(0, c), the mean squared error of the exact denoiser is mse(t) = c (1 - a_t) / (a_t c + 1 - a_t)
+= c / (1 + c snr_t). Each term of the bound is quadratic in z_0 and eps, so a three-node Gauss-Hermite rule computes the
+expectation of each term exactly.
 """
 
 import itertools
@@ -18,11 +19,11 @@ from ldm.diffusion.chain import marginal
 from ldm.diffusion.denoiser import Denoiser, Prediction
 from ldm.diffusion.schedule import NoiseSchedule, cosine, linear, rectified_flow
 
-C = 0.1
+C = 0.1  # variance of the data
 NODES = torch.tensor([-(3**0.5), 0.0, 3**0.5], dtype=torch.float64)
 QUADRATURE_WEIGHTS = torch.tensor([1 / 6, 2 / 3, 1 / 6], dtype=torch.float64)
-SIZES = [32, 64, 128, 256, 512, 1024]
-NLL = 0.5 * math.log(2 * math.pi * math.e * C)
+CHAIN_LENGTHS = [32, 64, 128, 256, 512, 1024]
+NLL = 0.5 * math.log(2 * math.pi * math.e * C)  # expected -log p(z_0) of the data
 VARIANCES = ["fixed_small", "fixed_large", "optimal"]
 
 
@@ -43,7 +44,7 @@ def prior_kl_of_gaussian(schedule, c=C):
 
 
 def expected_terms(exact, z_0, variance, z_0_mse=None):
-    """Return E over eps of L_{t-1} given z_0, of shape [T, b].
+    """Return the expectation of L_{t-1} over eps, given z_0, as a tensor [T, b].
 
     Terms are sums over dimensions, so all dimensions can share the same quadrature node.
     """
@@ -59,7 +60,7 @@ def expected_terms(exact, z_0, variance, z_0_mse=None):
 
 
 def expected_bound(exact, variance, z_0_mse=None):
-    """Return the expected bound over z_0 ~ N(0, c) and eps, by quadrature of `bound_term` and `prior_kl`."""
+    """Return the expectation of the bound over z_0 ~ N(0, c) and eps, by quadrature of `bound_term` and `prior_kl`."""
     z_0 = C**0.5 * NODES[:, None]
     per_image = expected_terms(exact, z_0, variance, z_0_mse).sum(0) + prior_kl(exact.schedule, z_0)
     return (per_image @ QUADRATURE_WEIGHTS).item()
@@ -70,11 +71,11 @@ def rngs(count, start=0):
 
 
 def test_fixed_large_gap_to_likelihood_shrinks_as_one_over_T(exact_gaussian):
-    gaps = [expected_bound(exact_gaussian(vp(T), 0.0, C), "fixed_large") - NLL for T in SIZES]
-    gaps_at_end = [gap - prior_kl_of_gaussian(vp(T)) for gap, T in zip(gaps, SIZES, strict=True)]
-    fit = scipy.stats.linregress(np.log(SIZES), np.log(gaps))
+    gaps = [expected_bound(exact_gaussian(vp(T), 0.0, C), "fixed_large") - NLL for T in CHAIN_LENGTHS]
+    gaps_at_end = [gap - prior_kl_of_gaussian(vp(T)) for gap, T in zip(gaps, CHAIN_LENGTHS, strict=True)]
+    fit = scipy.stats.linregress(np.log(CHAIN_LENGTHS), np.log(gaps))
     print("\nfixed_large, gap = E[bound] - NLL in nats: T, gap, gap - KL(q(z_T) || N(0, 1))")
-    for row in zip(SIZES, gaps, gaps_at_end, strict=True):
+    for row in zip(CHAIN_LENGTHS, gaps, gaps_at_end, strict=True):
         print("{:5d}  {:.6f}  {:.6f}".format(*row))
     print(f"slope in log T: {fit.slope:.4f} +- {fit.stderr:.4f}")
     assert fit.slope == pytest.approx(-1, abs=0.1)
@@ -84,7 +85,7 @@ def test_fixed_large_gap_to_likelihood_shrinks_as_one_over_T(exact_gaussian):
 def test_optimal_bound_matches_likelihood_at_every_T(exact_gaussian):
     # With the exact mean and variance, only the prior at T contributes to the gap.
     print("\noptimal: T, E[bound], E[bound] - NLL - KL(q(z_T) || N(0, 1))")
-    for T in [1, 2, 3, *SIZES]:
+    for T in [1, 2, 3, *CHAIN_LENGTHS]:
         schedule = vp(T)
         bound = expected_bound(exact_gaussian(schedule, 0.0, C), "optimal", exact_mse(schedule))
         error = bound - NLL - prior_kl_of_gaussian(schedule)
@@ -93,20 +94,21 @@ def test_optimal_bound_matches_likelihood_at_every_T(exact_gaussian):
 
 
 def test_fixed_small_gap_converges_to_closed_form_floor(exact_gaussian):
-    """For Sigma = bt, c_0^2 / bt = snr_s - snr_t. With r_t = 1 + (snr_{t-1} - snr_t) mse(t), the bound exceeds that of
-    the optimal Sigma by
+    """For Sigma = bt, c_0^2 / bt = snr_s - snr_t. With r_t = 1 + (snr_{t-1} - snr_t) mse(t), the bound exceeds the
+    bound for the optimal Sigma by
 
         sum_{t=2}^T 1/2 (r_t - 1 - log r_t)  +  1/2 (mse(1) / bt_2 - 1 - log(mse(1) / bt_2))
 
-    nats per dimension. Most of it comes from the first few steps, where beta_t is a constant beta, snr_t = 1 / (beta t)
-    and mse(t) = 1 / snr_t. Hence r_t = t / (t - 1) for any T, and the sum is 1/2 sum(1/k - log(1 + 1/k)) = gamma / 2
-    with Euler's gamma. In L_0, mse(1) = beta and bt_2 = beta / 2, which adds (1 - log 2) / 2. As T grows, the gap
-    therefore converges to a floor of (gamma + 1 - log 2) / 2 = 0.442 nats per dimension.
+    nats per dimension, where bt_2 is bt for the step from 2 to 1. Most of this gap comes from the first few steps. For
+    these, beta_t is a constant beta, snr_t = 1 / (beta t) and mse(t) = 1 / snr_t. Hence r_t = t / (t - 1) for any T,
+    and the sum is 1/2 sum(1/k - log(1 + 1/k)) = gamma / 2 with Euler's gamma. In L_0, mse(1) = beta and
+    bt_2 = beta / 2, which adds (1 - log 2) / 2. As T grows, the gap therefore converges to a floor of
+    (gamma + 1 - log 2) / 2 = 0.442 nats per dimension.
     """
     floor = (np.euler_gamma + 1 - math.log(2)) / 2
     print(f"\nfixed_small, gap = E[bound] - NLL - KL(q(z_T) || N(0, 1)) in nats: T, gap, gap - floor {floor:.6f}")
     excess = []
-    for T in [*SIZES, 16_384, 262_144]:
+    for T in [*CHAIN_LENGTHS, 16_384, 262_144]:
         schedule = vp(T)
         gap = expected_bound(exact_gaussian(schedule, 0.0, C), "fixed_small") - NLL - prior_kl_of_gaussian(schedule)
         snr, mse = schedule.snr(torch.arange(1, T + 1)), exact_mse(schedule)[1:]
@@ -148,8 +150,8 @@ def test_terms_match_gaussian_kl_divergence(schedule, variance, randn):
         else:
             expected = -p.log_prob(z_0[i]).sum()
         torch.testing.assert_close(terms[i], expected, rtol=1e-8, atol=1e-8)
-        single = Prediction(predicted[i : i + 1], v[i : i + 1])
-        term = bound_term(schedule, single, z_0[i : i + 1], int(s[i]), int(t[i]), variance=variance, z_0_mse=table)
+        prediction = Prediction(predicted[i : i + 1], v[i : i + 1])
+        term = bound_term(schedule, prediction, z_0[i : i + 1], int(s[i]), int(t[i]), variance=variance, z_0_mse=table)
         torch.testing.assert_close(term[0], terms[i])
 
 
@@ -196,7 +198,7 @@ def test_discretised_probabilities_sum_to_one_and_match_scipy(mean, scale):
 
 
 def test_discretised_tails_are_finite_and_accurate():
-    # At 60 scales from the mean, a bin contains almost the entire tail beyond its nearer edge:
+    # At a distance of 60 scales from the mean, a bin contains almost the entire tail beyond its nearer edge:
     # log Phi(-y) = -y^2/2 - log(y sqrt(2 pi)) - 1/y^2.
     w = 2 / 255
     for x, scale in itertools.product((-1 + 40 * w, 1 - 40 * w), (0.01, w / 1000)):
@@ -205,8 +207,8 @@ def test_discretised_tails_are_finite_and_accurate():
         expected = 60**2 / 2 + math.log(60 * (2 * math.pi) ** 0.5) + 1 / 60**2
         assert discretised_nll(*arguments, w, -1.0, 1.0).item() == pytest.approx(expected, abs=1e-6)
     x = torch.tensor([-1.0, 0.0, 1.0])
-    extreme = discretised_nll(x, -x - 1e3, torch.tensor(1e-3), w, -1.0, 1.0)
-    assert extreme.isfinite().all()
+    extreme_nll = discretised_nll(x, -x - 1e3, torch.tensor(1e-3), w, -1.0, 1.0)
+    assert extreme_nll.isfinite().all()
     with pytest.raises(ValueError, match=r"scale.*must be positive.*0\.0"):
         discretised_nll(x, x, torch.tensor(0.0), w, -1.0, 1.0)
 
@@ -214,11 +216,11 @@ def test_discretised_tails_are_finite_and_accurate():
 @pytest.mark.parametrize("variance", VARIANCES)
 @pytest.mark.parametrize("steps", [None, 4, 16])
 def test_estimates_are_unbiased_with_calibrated_errors(exact_gaussian, randn, variance, steps):
-    """Over repeated groups of images, z = (estimate - truth) / standard error has mean 0 and variance 1."""
-    schedule, repeats, group = vp(33), 200, 16
+    """Over repeated groups of images, (estimate - truth) / standard error has mean 0 and variance 1."""
+    schedule, num_repeats, group_size = vp(33), 200, 16
     exact, table = exact_gaussian(schedule, 0.0, C, dimensions=4), exact_mse(schedule)
-    z_0 = C**0.5 * randn(group, 4).repeat(repeats, 1)
-    truth = expected_terms(exact, z_0[:group], variance, table)
+    z_0 = C**0.5 * randn(group_size, 4).repeat(num_repeats, 1)
+    truth = expected_terms(exact, z_0[:group_size], variance, table)
     bound = variational_bound(
         exact,
         z_0,
@@ -230,13 +232,13 @@ def test_estimates_are_unbiased_with_calibrated_errors(exact_gaussian, randn, va
     )
     torch.testing.assert_close(bound.prior, prior_kl(schedule, z_0))
     error = (bound.monte_carlo_variance.sum() / len(z_0) ** 2).sqrt()
-    z_score = (bound.layers + bound.last - truth.sum(0).repeat(repeats)).mean() / error
+    z_score = (bound.layers + bound.last_term - truth.sum(0).repeat(num_repeats)).mean() / error
     assert abs(z_score) < 4
-    last_errors = bound.last - truth[0].repeat(repeats)
+    last_errors = bound.last_term - truth[0].repeat(num_repeats)
     assert abs(last_errors.mean() / last_errors.std()) * len(z_0) ** 0.5 < 4
     assert bound.monte_carlo_error == pytest.approx(error.item())
-    estimates = (bound.layers + bound.last).reshape(repeats, group).mean(1)
-    errors = bound.monte_carlo_variance.reshape(repeats, group).sum(1).sqrt() / group
+    estimates = (bound.layers + bound.last_term).reshape(num_repeats, group_size).mean(1)
+    errors = bound.monte_carlo_variance.reshape(num_repeats, group_size).sum(1).sqrt() / group_size
     scores = (estimates - truth.sum(0).mean()) / errors
     ratio = (errors.square().mean() / estimates.var()).item()
     coverage = (scores.abs() < 2).double().mean().item()
@@ -244,9 +246,9 @@ def test_estimates_are_unbiased_with_calibrated_errors(exact_gaussian, randn, va
         f"\n{variance}, steps {steps}: z {z_score:+.2f}, estimated / observed variance {ratio:.2f}, "
         f"within 2 errors {coverage:.3f}, error {errors.mean():.3f} of {truth.sum(0).mean():.3f}"
     )
-    # 200 repeats estimate a variance to within 10 %.
+    # From 200 repeats, a variance can be estimated to within 10 %.
     assert 0.7 < ratio < 1.35
-    # With 4 steps there is one wide stratum, and its two terms are far from normally distributed.
+    # With 4 steps, there is a single wide stratum, whose two terms are far from normally distributed.
     assert coverage > (0.65 if steps == 4 else 0.9)
 
 
@@ -285,21 +287,21 @@ def test_every_step_is_visited_and_curve_sums_to_layers(exact_gaussian, randn, n
     )
     num_terms = 3 * num_steps
     assert visited[:num_terms] == [t for t in range(1, num_steps + 1) for _ in range(3)]
-    repeated = visited[num_terms:]
-    assert len(repeated) == 3 * min(num_steps, 8)
-    assert repeated[:3] == [1, 1, 1]
-    assert all(2 <= t <= num_steps for t in repeated[3:])
+    repeated_steps = visited[num_terms:]
+    assert len(repeated_steps) == 3 * min(num_steps, 8)
+    assert repeated_steps[:3] == [1, 1, 1]
+    assert all(2 <= t <= num_steps for t in repeated_steps[3:])
     assert calls[-1] == (len(visited), len(visited))
     assert [completed for completed, _ in calls] == sorted(min(7 * (i + 1), len(visited)) for i in range(len(calls)))
     assert bound.steps.tolist() == list(range(1, num_steps + 1))
-    torch.testing.assert_close(bound.curve[0], bound.last.mean())
+    torch.testing.assert_close(bound.curve[0], bound.last_term.mean())
     torch.testing.assert_close(bound.curve[1:].sum(), bound.layers.mean())
-    torch.testing.assert_close(bound.total, bound.prior + bound.layers + bound.last)
+    torch.testing.assert_close(bound.total, bound.prior + bound.layers + bound.last_term)
 
 
 @pytest.mark.parametrize("schedule", [vp(100), linear(), cosine(), rectified_flow(50)], ids=lambda s: s.name)
 @pytest.mark.parametrize("steps", [4, 6, 20, 50])
-def test_strata_divide_bound_of_unit_data_equally(schedule, steps, exact_gaussian, randn):
+def test_strata_contribute_equally_for_standard_normal_data(schedule, steps, exact_gaussian, randn):
     visited = []
     exact = exact_gaussian(schedule, 0.0, 1.0)
 
@@ -315,21 +317,21 @@ def test_strata_divide_bound_of_unit_data_equally(schedule, steps, exact_gaussia
         RecordingDenoiser(), randn(40, 1), generators=rngs(40), variance="fixed_large", steps=steps, batch_size=4000
     )
     pairs = torch.cat(visited).reshape(2, steps // 2, 40)
-    low = bound.steps - (bound.widths - 1) / 2
-    high = bound.steps + (bound.widths - 1) / 2
-    assert low[0] == high[0] == 1
-    assert low[1:].equal(high[:-1] + 1)
-    assert high[-1] == schedule.num_steps
+    first_t = bound.steps - (bound.widths - 1) / 2
+    last_t = bound.steps + (bound.widths - 1) / 2
+    assert first_t[0] == last_t[0] == 1
+    assert first_t[1:].equal(last_t[:-1] + 1)
+    assert last_t[-1] == schedule.num_steps
     assert (bound.widths >= 1).all()
-    assert ((pairs >= low[:, None]) & (pairs <= high[:, None])).all()
-    # A stratum wider than one step contains at most its share of log(1 + snr), plus its last step.
+    assert ((pairs >= first_t[:, None]) & (pairs <= last_t[:, None])).all()
+    # Without its last step, a stratum wider than one step covers at most an equal share of log(1 + snr).
     log_1_snr = -torch.log1p(-schedule.alpha_bar[1:])
     share = (log_1_snr[0] - log_1_snr[-1]) / (steps // 2 - 1)
-    for low_t, high_t in zip(low[1:].long().tolist(), high[1:].long().tolist(), strict=True):
-        if high_t > low_t:
-            assert log_1_snr[low_t - 2] - log_1_snr[high_t - 2] <= share * (1 + 1e-9)
+    for first, last in zip(first_t[1:].long().tolist(), last_t[1:].long().tolist(), strict=True):
+        if last > first:
+            assert log_1_snr[first - 2] - log_1_snr[last - 2] <= share * (1 + 1e-9)
     torch.testing.assert_close((bound.widths * bound.curve)[1:].sum(), bound.layers.mean())
-    torch.testing.assert_close(bound.curve[0], bound.last.mean())
+    torch.testing.assert_close(bound.curve[0], bound.last_term.mean())
 
 
 def test_result_does_not_depend_on_other_images_or_batch_size(randn):
@@ -356,7 +358,7 @@ def test_result_does_not_depend_on_other_images_or_batch_size(randn):
             batch_size=batch_size,
         )
         assert not bound.total.requires_grad
-        return torch.stack([bound.prior, bound.layers, bound.last, bound.monte_carlo_variance], 1)
+        return torch.stack([bound.prior, bound.layers, bound.last_term, bound.monte_carlo_variance], 1)
 
     for steps in (None, 8):
         expected = measure([0, 1, 2, 3, 4], 64, steps)
@@ -379,10 +381,10 @@ def test_tensor_sizes_do_not_grow_with_T(exact_gaussian):
 
     exact = exact_gaussian(vp(500), 0.0, C, dimensions=300)
     z_0, generator = torch.zeros(3, 300), torch.Generator().manual_seed(0)
-    with RecordLargestTensor() as largest:
+    with RecordLargestTensor() as recorder:
         variational_bound(exact, z_0, generators=rngs(3), variance="fixed_large", batch_size=16)
         fit_z_0_mse(exact, z_0, generator=generator, images_per_step=3, batch_size=16)
-    assert largest.size <= 16 * 300
+    assert recorder.size <= 16 * 300
 
 
 def test_fitted_mse_matches_exact_denoiser(exact_gaussian, randn):
@@ -394,14 +396,14 @@ def test_fitted_mse_matches_exact_denoiser(exact_gaussian, randn):
         return fit_z_0_mse(exact, z_0, generator=torch.Generator().manual_seed(3), **options)
 
     table = fit()
-    relative = (table[1:] / exact_mse(schedule)[1:] - 1).abs()
+    relative_error = (table[1:] / exact_mse(schedule)[1:] - 1).abs()
     assert table[0] == 0
-    # Each entry is a mean over 16 x 192 squared Gaussians.
-    assert relative.max() < 4.5 * (2 / (16 * 192)) ** 0.5
+    # Each entry is a mean over 16 x 192 squared Gaussian errors.
+    assert relative_error.max() < 4.5 * (2 / (16 * 192)) ** 0.5
     torch.testing.assert_close(fit(batch_size=7), table)
     exact_1d = exact_gaussian(schedule, 0.0, C)
     fitted_bound, best_bound = (expected_bound(exact_1d, "optimal", mse) for mse in (table, exact_mse(schedule)))
-    cost, max_cost = 192 * (fitted_bound - best_bound), 192 / 4 * relative.square().sum()
+    cost, max_cost = 192 * (fitted_bound - best_bound), 192 / 4 * relative_error.square().sum()
     print(f"\nfitted optimal Sigma costs {cost:.4f} of {192 * best_bound:.2f} nats; upper bound {max_cost:.4f}")
     assert 0 < cost < max_cost
 
@@ -428,9 +430,9 @@ def test_standard_error_is_computed_over_images(exact_gaussian, randn):
     bound = variational_bound(exact, z_0, generators=rngs(2), variance="fixed_large")
     total = bound.total
     assert bound.standard_error == pytest.approx(abs(total[0] - total[1]).item() / 2)
-    single = variational_bound(exact, z_0[:1], generators=rngs(1), variance="fixed_large")
-    assert math.isnan(single.standard_error)
-    assert single.monte_carlo_error == pytest.approx(single.monte_carlo_variance[0].item() ** 0.5)
+    single_image = variational_bound(exact, z_0[:1], generators=rngs(1), variance="fixed_large")
+    assert math.isnan(single_image.standard_error)
+    assert single_image.monte_carlo_error == pytest.approx(single_image.monte_carlo_variance[0].item() ** 0.5)
 
 
 def test_invalid_arguments_raise(exact_gaussian, randn):

@@ -19,7 +19,7 @@ each_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedu
 def test_posterior_matches_conditioned_joint_gaussian(schedule, s, t, randn):
     z_0, z_t = randn(5, 3), randn(5, 3)
     a_s, a_t = schedule.alpha_bar[s], schedule.alpha_bar[t]
-    # (z_s, z_t) given z_0 is jointly Gaussian; condition it on z_t using its covariance.
+    # Given z_0, z_s and z_t are jointly Gaussian. Condition this distribution on z_t using its covariance.
     gain = (a_t / a_s).sqrt() * (1 - a_s) / (1 - a_t)
     expected_mean = a_s.sqrt() * z_0 + gain * (z_t - a_t.sqrt() * z_0)
     expected_variance = (1 - a_s) - gain**2 * (1 - a_t)
@@ -75,28 +75,28 @@ def test_log_variance_matches_formulas(schedule, s, t, randn):
     b = 1 - a_t / a_s
     bt = b * (1 - a_s) / (1 - a_t)
     z, v = randn(3, 2), randn(3, 2).sigmoid()
-    large = chain.log_variance(schedule, s, t, "fixed_large", like=z)
-    small = chain.log_variance(schedule, s, t, "fixed_small", like=z)
-    learned = chain.log_variance(schedule, s, t, "learned_range", like=z, v=v)
-    torch.testing.assert_close(large.squeeze(), b.log())
-    torch.testing.assert_close(small.squeeze(), bt.log())
-    torch.testing.assert_close(learned, v * b.log() + (1 - v) * bt.log())
+    fixed_large = chain.log_variance(schedule, s, t, "fixed_large", like=z)
+    fixed_small = chain.log_variance(schedule, s, t, "fixed_small", like=z)
+    learned_range = chain.log_variance(schedule, s, t, "learned_range", like=z, v=v)
+    torch.testing.assert_close(fixed_large.squeeze(), b.log())
+    torch.testing.assert_close(fixed_small.squeeze(), bt.log())
+    torch.testing.assert_close(learned_range, v * b.log() + (1 - v) * bt.log())
 
 
 def test_last_step_uses_posterior_variance_of_step_2_to_1(randn):
     schedule, z = linear(100), randn(3, 2)
-    ends = torch.tensor([[0.0, 1.0]] * 3, dtype=torch.float64)
+    v = torch.tensor([[0.0, 1.0]] * 3, dtype=torch.float64)
     for t in (1, 50):
         b_1 = chain.log_variance(schedule, 0, t, "fixed_large", like=z)
         bt_2 = chain.log_variance(schedule, 1, 2, "fixed_small", like=z)
         torch.testing.assert_close(b_1.exp().squeeze(), 1 - schedule.alpha_bar[t])
         assert chain.log_variance(schedule, 0, t, "fixed_small", like=z).equal(bt_2)
-        learned = chain.log_variance(schedule, 0, t, "learned_range", like=z, v=ends)
-        torch.testing.assert_close(learned, torch.cat([bt_2, b_1], 1).expand(3, 2))
+        learned_range = chain.log_variance(schedule, 0, t, "learned_range", like=z, v=v)
+        torch.testing.assert_close(learned_range, torch.cat([bt_2, b_1], 1).expand(3, 2))
     s, t = torch.tensor([0, 0, 9]), torch.tensor([1, 50, 10])
-    mixed = chain.log_variance(schedule, s, t, "fixed_small", like=z)
-    torch.testing.assert_close(mixed[2], chain.log_variance(schedule, 9, 10, "fixed_small", like=z)[0])
-    torch.testing.assert_close(mixed[:2], bt_2.expand(2, 1))
+    batch = chain.log_variance(schedule, s, t, "fixed_small", like=z)
+    torch.testing.assert_close(batch[2], chain.log_variance(schedule, 9, 10, "fixed_small", like=z)[0])
+    torch.testing.assert_close(batch[:2], bt_2.expand(2, 1))
     with pytest.raises(ValueError, match=r"one step.*fixed_large"):
         chain.log_variance(linear(1), 0, 1, "fixed_small", like=z)
 
@@ -107,21 +107,21 @@ def test_last_step_uses_posterior_variance_of_step_2_to_1(randn):
 def test_optimal_log_variance_matches_reverse_variance_of_gaussian_data(schedule, s, t, c, randn):
     a = schedule.alpha_bar
     table = c * (1 - a) / (a * c + 1 - a)
-    # Var(z_s | z_t) of the joint Gaussian for data N(0, c), computed without a denoiser.
+    # Var(z_s | z_t) from the joint Gaussian of z_s and z_t for data N(0, c), computed without a denoiser.
     marginal = a[[s, t]] * c + 1 - a[[s, t]]
     expected = marginal[0] - (a[t] / a[s]) * marginal[0] ** 2 / marginal[1]
     log_sigma = chain.log_variance(schedule, s, t, "optimal", like=randn(3, 2), z_0_mse=table)
     torch.testing.assert_close(log_sigma.exp().squeeze(), expected, rtol=1e-7, atol=1e-12)
     steps = torch.tensor([s, 0, 5]), torch.tensor([t, 3, 7])
-    mixed = chain.log_variance(schedule, *steps, "optimal", like=randn(3, 2), z_0_mse=table)
-    assert mixed.shape == (3, 1)
-    torch.testing.assert_close(mixed[0], log_sigma[0])
+    batch = chain.log_variance(schedule, *steps, "optimal", like=randn(3, 2), z_0_mse=table)
+    assert batch.shape == (3, 1)
+    torch.testing.assert_close(batch[0], log_sigma[0])
 
 
 @each_schedule
 @pytest.mark.parametrize(("s", "t"), [(0, 1), (0, 40), (3, 4), (10, 90)])
 def test_optimal_log_variance_minimises_kl_for_inexact_denoiser(schedule, s, t, randn):
-    # 2000 latents with inexact predictions; q and p are torch distributions.
+    # Average the KL divergence between torch distributions over 2000 latents with inexact predictions.
     z_0 = randn(2000, 3)
     predicted, z_t = 0.7 * z_0 + 0.4 * randn(2000, 3), randn(2000, 3)
     table = torch.zeros(101, dtype=torch.float64)
@@ -142,7 +142,7 @@ def test_optimal_log_variance_minimises_kl_for_inexact_denoiser(schedule, s, t, 
     assert optimum.x == pytest.approx(log_sigma, abs=1e-5)
 
 
-def test_optimal_refuses_invalid_mse_table(randn):
+def test_optimal_variance_rejects_invalid_mse_table(randn):
     schedule, z = linear(10), randn(2, 3)
     table = torch.linspace(0, 1, 11, dtype=torch.float64)
     assert chain.check_z_0_mse(schedule, table) is None
@@ -169,8 +169,8 @@ def test_every_prediction_type_recovers_z_0(schedule, prediction, randn):
     torch.testing.assert_close(recovered, z_0, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(chain.to_eps(schedule, recovered, z_t, t), eps, rtol=1e-8, atol=1e-8)
     for i in range(4):
-        single = chain.to_z_0(schedule, output[i : i + 1], z_t[i : i + 1], int(t[i]), prediction)
-        torch.testing.assert_close(single, recovered[i : i + 1])
+        z_0_i = chain.to_z_0(schedule, output[i : i + 1], z_t[i : i + 1], int(t[i]), prediction)
+        torch.testing.assert_close(z_0_i, recovered[i : i + 1])
 
 
 @each_schedule
@@ -183,7 +183,7 @@ def test_score_matches_log_density_gradient(schedule, exact_mixture, randn):
     torch.testing.assert_close(chain.score(schedule, exact(z_t, t).z_0, z_t, t), gradient, rtol=1e-8, atol=1e-8)
 
 
-def test_half_precision_becomes_float32_and_float64_is_kept(randn):
+def test_half_precision_becomes_float32_and_float64_is_unchanged(randn):
     schedule = linear(10)
     for dtype, expected in [
         (torch.bfloat16, torch.float32),
@@ -206,7 +206,7 @@ def test_half_precision_becomes_float32_and_float64_is_kept(randn):
 
 @pytest.mark.parametrize(("s", "t"), [(3, 3), (4, 3), (-1, 3), (3, 11)])
 @pytest.mark.parametrize("as_tensor", [False, True])
-def test_steps_out_of_order_are_refused(s, t, as_tensor, randn):
+def test_steps_out_of_order_are_rejected(s, t, as_tensor, randn):
     z = randn(2, 3)
     if as_tensor:
         s, t = torch.tensor([0, s]), torch.tensor([1, t])
@@ -230,7 +230,7 @@ def test_unknown_options_list_valid_values(randn):
         chain.log_variance(linear(10), 2, 3, "learned_range", like=z)
 
 
-def test_eps_is_refused_without_signal(randn):
+def test_eps_prediction_is_rejected_where_alpha_bar_is_zero(randn):
     z, t = randn(2, 3), torch.tensor([3, 10])
     with pytest.raises(ValueError, match="alpha_bar = 0"):
         chain.to_z_0(rectified_flow(10), z, z, t, "eps")

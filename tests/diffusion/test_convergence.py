@@ -1,4 +1,4 @@
-"""Test the convergence order of the deterministic samplers against an independent ODE integration."""
+"""Tests of the convergence order of the deterministic samplers, with an independent ODE integration as reference."""
 
 import math
 
@@ -11,7 +11,7 @@ from ldm.diffusion.samplers.ddim import DDIM
 from ldm.diffusion.samplers.multistep import DPMSolver, UniPC
 from ldm.diffusion.schedule import NoiseSchedule
 
-# diffusers rounds timesteps to integers, so T is large and a multiple of each number of steps.
+# diffusers rounds timesteps to integers, so T is large and a multiple of every entry of STEPS.
 T = 20_480
 STEPS = [20, 40, 80, 160, 320]
 MEANS, WEIGHTS, VARIANCE = np.array([-1.0, 1.5]), np.array([0.4, 0.6]), 0.25
@@ -32,7 +32,7 @@ def flow(u, z):
 
 
 def errors_and_orders(exact_mixture, sampler, s):
-    """Return the largest error at step s for each number of steps, and the observed order for each doubling."""
+    """Return the largest error at step s for each entry of STEPS, and the observed order between successive entries."""
     schedule = NoiseSchedule("vp", torch.from_numpy(alpha_bar(np.arange(T + 1) / T)))
     exact = exact_mixture(schedule, MEANS[:, None], WEIGHTS, VARIANCE)
     z_T = np.linspace(-2, 2, 9)
@@ -52,9 +52,9 @@ def errors_and_orders(exact_mixture, sampler, s):
     return errors, orders
 
 
-# UniPC's corrector raises the order of its predictor, 2 here, by one.
+# UniPC's corrector raises the order of its predictor (2 here) by one.
 @pytest.mark.parametrize(("sampler", "order"), [(DDIM, 1), (DPMSolver, 2), (UniPC, 3)])
-def test_convergence_order_at_shared_noise_level(exact_mixture, sampler, order):
+def test_convergence_order_at_intermediate_step(exact_mixture, sampler, order):
     errors, orders = errors_and_orders(exact_mixture, sampler, T // 10)
     assert errors[-1] < errors[0] / 10**order
     assert orders[-1] == pytest.approx(order, abs=0.2)

@@ -34,7 +34,7 @@ def test_logit_normal_timesteps_follow_their_density():
     u = np.arange(41) / 40
     with np.errstate(divide="ignore"):
         probability = np.diff(scipy.stats.norm.cdf(np.log(u) - np.log1p(-u)))
-    # Merge the outermost bins, which expect fewer than 5 draws, for the chi-square test.
+    # For the chi-square test, merge the outermost bins, whose expected counts are below 5.
     counts = torch.bincount(t, minlength=41)[1:].numpy()
     is_rare = probability * 100_000 < 5
     counts = np.append(counts[~is_rare], counts[is_rare].sum())
@@ -67,7 +67,7 @@ def test_min_snr_weight_on_z_0_is_the_same_in_every_space(schedule, prediction, 
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_simple_is_unweighted_squared_error(prediction, randn):
+def test_simple_loss_is_unweighted_squared_error(prediction, randn):
     schedule, t = linear(100), torch.tensor([1, 100])
     z_0, eps, output = (randn(2, 3, 4, dtype=torch.float32) for _ in range(3))
     loss = simple_loss(schedule, output.bfloat16(), z_0, eps, t, prediction)
@@ -111,7 +111,7 @@ def draw_noised(schedule, t, randn, dtype=torch.float64):
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_hybrid_vlb_term_only_trains_sigma(prediction, randn):
+def test_vlb_term_of_hybrid_loss_only_trains_sigma(prediction, randn):
     schedule, t = linear(20, 1e-3, 0.3), torch.tensor([1, 2, 10, 20])
     z_0, eps, z_t = draw_noised(schedule, t, randn)
     output = randn(4, 2, 3).requires_grad_()
@@ -130,7 +130,7 @@ def test_hybrid_vlb_term_only_trains_sigma(prediction, randn):
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
-def test_vlb_is_unbiased_estimate_of_sum_over_t(variance, randn):
+def test_vlb_loss_is_unbiased_estimate_of_sum_over_t(variance, randn):
     schedule, t = linear(16, 1e-3, 0.3), torch.arange(1, 17)
     z_0 = randn(16, 2, 3)
     prediction = Prediction(randn(16, 2, 3), randn(16, 2, 3).sigmoid())
@@ -154,7 +154,7 @@ def test_half_precision_outputs_have_finite_gradients(randn):
 
 
 def importance_with_full_history(losses):
-    """Return an importance sampler whose history contains each loss ten times."""
+    """Return an importance sampler of t whose history contains each loss ten times."""
     importance = ImportanceTimesteps(len(losses))
     for _ in range(10):
         importance.update(torch.arange(1, len(losses) + 1), losses)
@@ -171,13 +171,13 @@ def test_importance_sampling_is_proportional_to_loss_and_unbiased():
     probability = expected.double().numpy()
     assert scipy.stats.chisquare(counts, probability / probability.sum() * 200_000).pvalue > 1e-3
     torch.testing.assert_close(weights, 1 / (6 * expected[t - 1]))
-    # E[w L] = sum_t p_t L_t / (T p_t), the mean over all t. Check it exactly, and over the draws.
+    # E[w L] = sum_t p_t L_t / (T p_t) is the mean over all t. Check this exactly, and over the draws.
     torch.testing.assert_close((expected * losses / (6 * expected)).sum(), losses.mean())
     estimates = weights * losses[t - 1]
     assert abs(estimates.mean() - losses.mean()) < 4 * estimates.std() / 200_000**0.5
-    # Importance sampling uses magnitudes only, so it reduces the variance most if all losses have the same sign.
-    uniform = losses[torch.randint(6, (200_000,), generator=torch.Generator().manual_seed(1))]
-    assert (weights * losses.abs()[t - 1]).std() < 0.2 * uniform.abs().std()
+    # Importance sampling only considers magnitudes, so it reduces the variance most if all losses have the same sign.
+    uniform_losses = losses[torch.randint(6, (200_000,), generator=torch.Generator().manual_seed(1))]
+    assert (weights * losses.abs()[t - 1]).std() < 0.2 * uniform_losses.abs().std()
 
 
 def test_importance_sampling_is_uniform_until_every_t_has_ten_losses():
@@ -192,7 +192,7 @@ def test_importance_sampling_is_uniform_until_every_t_has_ten_losses():
     torch.testing.assert_close(partial_history.probabilities(), torch.full((3,), 1 / 3))
 
 
-def test_importance_history_is_last_ten_losses_for_any_batch_size():
+def test_importance_history_contains_last_ten_losses_for_any_batch_size():
     generator = torch.Generator().manual_seed(0)
     t = torch.randint(1, 5, (300,), generator=generator)
     losses = torch.arange(300.0)

@@ -27,7 +27,7 @@ def test_objective_computes_the_named_loss(loss, randn):
         "hybrid": lambda: hybrid_loss(denoiser.schedule, output, v, z_0, batch.z_t, eps, t, "v"),
         "vlb": lambda: vlb_loss(denoiser.schedule, denoiser(batch.z_t, t), z_0, t, "learned_range"),
     }[loss]()
-    result = Objective(loss, gamma=2.0).per_sample(denoiser.schedule, batch, "learned_range")
+    result = Objective(loss, gamma=2.0).loss_per_sample(denoiser.schedule, batch, "learned_range")
     torch.testing.assert_close(result, expected, rtol=0, atol=0)
 
 
@@ -64,7 +64,7 @@ def test_only_valid_combinations_are_accepted():
         (("simple", "learned_range", "uniform"), "simple.*learned.*choose hybrid or vlb"),
         (("min_snr", "learned_range", "uniform"), "min_snr.*learned.*choose hybrid or vlb"),
         (("hybrid", "fixed_small", "uniform"), "hybrid.*fixed_small.*choose variance learned_range"),
-        (("vlb", "optimal", "uniform"), "variance optimal.*train with fixed_small"),
+        (("vlb", "optimal", "uniform"), "variance 'optimal'.*train with fixed_small"),
         (("hybrid", "learned_range", "importance"), "importance.*hybrid.*choose timesteps uniform"),
         (("simple", "fixed_small", "importance"), "importance.*simple.*choose timesteps uniform"),
         (("hybrid", "learned_range", "logit_normal"), "hybrid.*logit_normal.*choose timesteps uniform$"),

@@ -61,9 +61,9 @@ def test_at_broadcasts_and_keeps_float64_precision():
     schedule = linear(20_000, beta_start=1e-9, beta_end=1e-3)
     z = torch.zeros(3, 4, 8, 8)
     assert schedule.at(5, z).shape == (1, 1, 1, 1)
-    per_sample = schedule.at(torch.tensor([0, 1, 20_000]), z)
-    assert per_sample.shape == (3, 1, 1, 1)
-    torch.testing.assert_close(per_sample.flatten(), schedule.alpha_bar[[0, 1, 20_000]])
+    a_t = schedule.at(torch.tensor([0, 1, 20_000]), z)
+    assert a_t.shape == (3, 1, 1, 1)
+    torch.testing.assert_close(a_t.flatten(), schedule.alpha_bar[[0, 1, 20_000]])
     sigma = (1 - schedule.at(1, z)).sqrt().to(z)
     assert sigma.dtype == torch.float32
     assert sigma.item() == pytest.approx(math.sqrt(1e-9), rel=1e-6)
@@ -76,7 +76,7 @@ def test_snr_matches_reference_values():
     assert schedule.snr(2).item() == pytest.approx(1)
 
 
-def test_to_keeps_the_table_in_float64():
+def test_moving_a_schedule_keeps_its_table_in_float64():
     schedule = linear(4).to("cpu")
     assert schedule.name == "linear"
     assert schedule.alpha_bar.dtype == torch.float64
@@ -84,7 +84,7 @@ def test_to_keeps_the_table_in_float64():
 
 
 @pytest.mark.parametrize("t", [-1, 5, torch.tensor([0, 5]), torch.tensor([-1, 2])])
-def test_steps_outside_the_chain_are_refused(t):
+def test_steps_outside_the_chain_are_rejected(t):
     with pytest.raises(ValueError, match=r"linear.*0\.\.4\b.*t = "):
         linear(4).at(t, torch.zeros(2, 1))
 
@@ -101,12 +101,12 @@ def test_steps_outside_the_chain_are_refused(t):
         (torch.tensor([1.0, torch.nan, 0.5], dtype=torch.float64), "strictly decreasing"),
     ],
 )
-def test_invalid_table_is_refused(alpha_bar, rule):
+def test_invalid_table_is_rejected(alpha_bar, rule):
     with pytest.raises(ValueError, match=rule):
         NoiseSchedule("bad", alpha_bar)
 
 
-def test_betas_outside_their_range_are_refused():
+def test_betas_out_of_range_are_rejected():
     with pytest.raises(ValueError, match="strictly decreasing"):
         linear(4, beta_start=0.0)
     with pytest.raises(ValueError, match="at least 0"):
@@ -150,7 +150,7 @@ def test_rate_integrates_to_log_alpha_bar_ratio(constructor):
 
 
 def test_curve_converges_to_continuous_schedule():
-    # a(u) = exp(-(0.1 u + 9.95 u^2)) has a known dlog a/du; u starts at 0.05 because log-SNR diverges at 0.
+    # For a(u) = exp(-(0.1 u + 9.95 u^2)), d log a / du is known. u starts at 0.05 because log-SNR diverges at u = 0.
     u = np.linspace(0.05, 1, 4001)
     a, b = np.exp(-(0.1 * u + 9.95 * u**2)), 0.1 + 19.9 * u
     errors = []
@@ -188,12 +188,12 @@ def test_zero_alpha_bar_is_floored_for_interpolation():
 
 
 @pytest.mark.parametrize("t", [0.0, 0.99, 4.01, math.nan, torch.tensor([1.0, 4.5])])
-def test_real_times_outside_the_chain_are_refused(t):
+def test_real_times_outside_the_chain_are_rejected(t):
     with pytest.raises(ValueError, match=r"linear.*\[1, 4\].*t = "):
         linear(4).at(t, torch.zeros(2, 1))
 
 
-def test_chains_that_cannot_be_interpolated_are_refused():
+def test_chains_that_cannot_be_interpolated_are_rejected():
     with pytest.raises(ValueError, match="linear.*one step.*at least two"):
         linear(1).at(1.0, torch.zeros(2, 1))
     noise_only = NoiseSchedule("noise_only", torch.tensor([1, 0.5, 1e-30, 1e-40], dtype=torch.float64))

@@ -76,7 +76,7 @@ def test_classifier_is_cached_next_to_the_images(images, monkeypatch):
 
 
 def test_key_depends_on_split_seed_and_weights(images):
-    """A shared key would mix up images of different splits, or features of different weights."""
+    """A shared key would mix up images of different splits, or features from different weights."""
     classifier = load_classifier(images, num_steps=1)
     (file,) = images.path.glob("features-*.safetensors")
     weights = load_file(file)
@@ -94,10 +94,10 @@ def test_features_are_cached_under_the_classifier_key(images, monkeypatch):
     torch.testing.assert_close(features, network(images.batch(range(len(images)))))
 
 
-def test_classifier_refuses_images_without_two_classes(make_images, images, tmp_path):
+def test_classifier_rejects_images_without_two_classes(make_images, images, tmp_path):
     unlabelled = make_images(tmp_path / "plain", 6, size=8)
     images_without_labels = prepare(ImageFolder(unlabelled), resolution=8, cache_dir=tmp_path / "other", progress=False)
-    with pytest.raises(UserError, match=r"class label.*plain.*6 of the 6 images.*features=efficientnet_lite"):
+    with pytest.raises(UserError, match=r"class label.*plain.*6 of 6 images.*features=efficientnet_lite"):
         load_features("classifier", images_without_labels)
     images.labels[:] = [0] * len(images)
     with pytest.raises(UserError, match="at least 2 classes"):

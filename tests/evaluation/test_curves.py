@@ -27,6 +27,6 @@ def test_plot_curves_uses_one_colour_per_group():
     figure.draw_without_rendering()
     assert [axes.get_title().split(",")[0] for axes in figure.axes] == list(STAGE_1_CURVES[:3])
     lines = [[(line.get_color(), len(line.get_xdata())) for line in axes.lines] for axes in figure.axes]
-    assert lines == [[(COLOURS[0], 1)] * 2, [(COLOURS[0], 91)] * 2, [(COLOURS[1], 1)]], "means over ten batches"
+    assert lines == [[(COLOURS[0], 1)] * 2, [(COLOURS[0], 91)] * 2, [(COLOURS[1], 1)]], "means over ten values"
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["A", "B"]
     assert plot_curves(STAGE_1_CURVES, [("A", {"train/kl": ([9], [3.0])})]) is None

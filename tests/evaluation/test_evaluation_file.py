@@ -41,5 +41,5 @@ def test_metrics_are_read_with_the_settings_they_depend_on():
     assert metrics["retrieval_at_1_reconstructions"].standard_error == pytest.approx(proportion_error(0.3, 50))
     all_settings = {"features", "num_samples", "fd_components", "guidance", "sampler.method", "sampler.steps"}
     assert {*metrics["fd_samples"].settings} == all_settings
-    assert {*metrics["kd_floor"].settings} == {"features", "num_samples"}, "no sampler, no components"
+    assert {*metrics["kd_floor"].settings} == {"features", "num_samples"}, "KD of the floor needs no sampler and no PCA"
     assert {*metrics["psnr_db"].settings} == {"num_samples"}, "PSNR does not depend on the features"

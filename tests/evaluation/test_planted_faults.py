@@ -100,7 +100,10 @@ class Setting:
 
 
 def set_up(folder: Path, num_images: int, num_steps: int, num_samples: int) -> Setting:
-    """Prepare the data. Held-out images that are not used as samples define the memorisation threshold."""
+    """Prepare the data and train the classifier.
+
+    Held-out images that are not used as samples define the memorisation threshold.
+    """
     source = (Clothes if Path(DEBIAN_PATH).is_dir() else Gratings)(num_images)
     images = prepare(source, resolution=28, cache_dir=folder, val_fraction=VAL_FRACTION, progress=False)
     classifier = load_classifier(images, num_steps=num_steps)
@@ -118,7 +121,7 @@ def set_up(folder: Path, num_images: int, num_steps: int, num_samples: int) -> S
 
 
 def drop_classes(setting: Setting, dose: float) -> Tensor:
-    """Remove `dose` classes; a fraction removes part of a class."""
+    """Remove `dose` classes. A fractional dose removes only part of the last class."""
     keep = torch.ones(len(setting.samples), dtype=torch.bool)
     for label, share in ((3, min(dose, 1.0)), (5, max(dose - 1, 0.0))):
         rows = (setting.labels == label).nonzero()[:, 0]
@@ -136,7 +139,7 @@ def blur(setting: Setting, dose: float) -> Tensor:
 
 
 def copy_training_images(setting: Setting, dose: float) -> Tensor:
-    """Replace the fraction `dose` of the samples by training images."""
+    """Replace the fraction `dose` of the samples with training images."""
     num = round(dose * len(setting.samples))
     rows = torch.randperm(len(setting.train), generator=torch.Generator().manual_seed(1))[:num]
     return torch.cat([setting.train[rows], setting.samples[num:]])
@@ -163,68 +166,68 @@ def measure_all(setting: Setting, fault: Callable[[Setting, float], Tensor], dos
 
 
 def half_width(name: str, error: float) -> float:
-    """Return the half width of the 95 % interval, from Student's t for 20 groups or four subsets."""
+    """Return the half width of the 95 % interval, from Student's t for 20 jackknife groups or 4 subsets."""
     return (2.09 if name in JACKKNIFE_METRICS else 3.18) * error
 
 
-def assert_grows(name: str, clean: Metrics, by_dose: list[Metrics], outside_from: int = 0) -> None:
-    """Assert that a metric grows with the dose, and exceeds the clean samples' interval at `by_dose[outside_from]`."""
-    values = [metrics[name][0] for metrics in (clean, *by_dose)]
+def assert_grows(name: str, clean: Metrics, results: list[Metrics], detection_index: int = 0) -> None:
+    """Assert that a metric grows with the dose, and exceeds the clean interval at `results[detection_index]`."""
+    values = [metrics[name][0] for metrics in (clean, *results)]
     assert all(np.diff(values) > 0), (name, values)
-    assert values[1 + outside_from] > values[0] + half_width(name, clean[name][1]), (name, values, clean[name])
+    assert values[1 + detection_index] > values[0] + half_width(name, clean[name][1]), (name, values, clean[name])
 
 
-def assert_falls(name: str, clean: Metrics, by_dose: list[Metrics]) -> None:
-    values = [metrics[name][0] for metrics in (clean, *by_dose)]
+def assert_falls(name: str, clean: Metrics, results: list[Metrics]) -> None:
+    values = [metrics[name][0] for metrics in (clean, *results)]
     assert all(np.diff(values) < 0), (name, values)
 
 
-def assert_unchanged(name: str, clean: Metrics, by_dose: list[Metrics]) -> None:
-    """Assert that a metric stays within the combined 95 % interval at every dose."""
+def assert_unchanged(name: str, clean: Metrics, results: list[Metrics]) -> None:
+    """Assert that the difference from the clean samples is within the 95 % interval at every dose."""
     value, error = clean[name]
-    for metrics in by_dose:
+    for metrics in results:
         faulty, faulty_error = metrics[name]
         assert abs(faulty - value) <= half_width(name, (error**2 + faulty_error**2) ** 0.5), (name, faulty, value)
 
 
-def assert_does_not_rise(name: str, clean: Metrics, by_dose: list[Metrics]) -> None:
+def assert_does_not_rise(name: str, clean: Metrics, results: list[Metrics]) -> None:
     value, error = clean[name]
-    assert max(metrics[name][0] for metrics in by_dose) <= value + half_width(name, error)
+    assert max(metrics[name][0] for metrics in results) <= value + half_width(name, error)
 
 
 def test_dropped_classes_are_detected(setting, clean):
     """FD, class shift, coverage and recall change; density and memorisation do not."""
-    by_dose = measure_all(setting, drop_classes, (0.5, 1.0, 1.5, 2.0))
-    assert_grows("fd", clean, by_dose)
-    assert_grows("class_shift", clean, by_dose, outside_from=1)
+    results = measure_all(setting, drop_classes, (0.5, 1.0, 1.5, 2.0))
+    assert_grows("fd", clean, results)
+    assert_grows("class_shift", clean, results, detection_index=1)
     for name, i in (("coverage", 1), ("recall", 3)):
         value, error = clean[name]
-        assert by_dose[i][name][0] < value - half_width(name, error) and by_dose[3][name][0] <= by_dose[i][name][0]
+        assert results[i][name][0] < value - half_width(name, error) and results[3][name][0] <= results[i][name][0]
     for name in ("density", "close_share"):
-        assert_unchanged(name, clean, by_dose)
+        assert_unchanged(name, clean, results)
 
 
 def test_blur_is_detected(setting, clean):
-    by_dose = measure_all(setting, blur, setting.blurs)
-    assert_grows("fd", clean, by_dose)
-    assert_grows("kd", clean, by_dose, outside_from=2)
-    assert_falls("coverage", clean, by_dose)
-    assert_does_not_rise("close_share", clean, by_dose)
+    results = measure_all(setting, blur, setting.blurs)
+    assert_grows("fd", clean, results)
+    assert_grows("kd", clean, results, detection_index=2)
+    assert_falls("coverage", clean, results)
+    assert_does_not_rise("close_share", clean, results)
 
 
 def test_copies_of_training_images_are_detected(setting, clean):
     """Only memorisation detects copies; the remaining metrics rate them as perfect samples."""
-    by_dose = measure_all(setting, copy_training_images, (0.02, 0.04, 0.08, 0.16))
-    assert_grows("close_share", clean, by_dose)
-    for metrics, dose in zip(by_dose, (0.02, 0.04, 0.08, 0.16), strict=True):
+    results = measure_all(setting, copy_training_images, (0.02, 0.04, 0.08, 0.16))
+    assert_grows("close_share", clean, results)
+    for metrics, dose in zip(results, (0.02, 0.04, 0.08, 0.16), strict=True):
         assert metrics["close_share"][0] == pytest.approx(dose + clean["close_share"][0] * (1 - dose), abs=0.005)
     for name in ("fd", "kd", "precision", "recall", "density", "coverage", "class_shift"):
-        assert_unchanged(name, clean, by_dose)
+        assert_unchanged(name, clean, results)
 
 
 def test_noise_is_detected(setting, clean):
-    by_dose = measure_all(setting, add_noise, (0.02, 0.05, 0.1, 0.2))
-    assert_grows("fd", clean, by_dose)
-    assert_grows("kd", clean, by_dose, outside_from=1)
-    assert_falls("coverage", clean, by_dose)
-    assert_does_not_rise("close_share", clean, by_dose)
+    results = measure_all(setting, add_noise, (0.02, 0.05, 0.1, 0.2))
+    assert_grows("fd", clean, results)
+    assert_grows("kd", clean, results, detection_index=1)
+    assert_falls("coverage", clean, results)
+    assert_does_not_rise("close_share", clean, results)

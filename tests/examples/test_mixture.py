@@ -1,4 +1,7 @@
-"""Tests of the mixture example: closed forms against quadrature, autograd and torch.distributions; sampling; script."""
+"""Tests of the mixture example: its closed forms, its sampling and its script.
+
+The closed forms are compared with quadrature, automatic differentiation and torch.distributions.
+"""
 
 import json
 import math
@@ -80,7 +83,7 @@ def test_density_integrates_to_one(t):
     assert MIXTURE.log_density(SCHEDULE, z_t, t).exp().sum().item() * area == pytest.approx(1, abs=1e-9)
 
 
-def test_density_equals_torch_for_a_batch_of_times():
+def test_density_equals_torch_distribution_for_a_batch_of_times():
     z_t, t = random_points(6), torch.tensor([0, *TIMES])
     expected = torch.stack([torch_mixture(int(step)).log_prob(z) for z, step in zip(z_t, t, strict=True)])
     torch.testing.assert_close(MIXTURE.log_density(SCHEDULE, z_t, t), expected)
@@ -105,7 +108,7 @@ def test_exact_score_equals_gradient_of_log_density(t):
     torch.testing.assert_close(score(SCHEDULE, EXACT(z_t.detach(), t).z_0, z_t.detach(), t), gradient)
 
 
-def test_exact_denoiser_accepts_a_time_per_sample():
+def test_exact_denoiser_accepts_one_time_per_sample():
     z_t, t = random_points(5), torch.tensor(TIMES)
     assert isinstance(EXACT, DenoiserLike)
     expected = torch.cat([EXACT(z[None], int(step)).z_0 for z, step in zip(z_t, t, strict=True)])
@@ -194,7 +197,7 @@ def test_study_is_reproducible():
         ({"sampler": DDPM(10, variance="learned_range")}, "sampler.variance=learned_range.*fixed_small or fixed_large"),
     ],
 )
-def test_study_refuses_invalid_options(changes, message):
+def test_study_rejects_invalid_options(changes, message):
     with pytest.raises(UserError, match=message):
         study(SCHEDULE, **{"sampler": DDPM(200), "steps": 1, "num_samples": 63, **changes})
 

@@ -1,4 +1,4 @@
-"""Corpus of hostile files, with the entry point of ldm that opens each file.
+"""Corpus of hostile files, each with the entry point of ldm that opens it.
 
 Run as a program, this module opens all files under an audit hook that records suspicious operations.
 """
@@ -45,7 +45,7 @@ from ldm.tracking.run import read_run_id
 
 CANARY = "RAN"
 Mutation = Callable[[Path, Path], Any]
-"""(folder, canary) -> makes a valid folder hostile. If the payload is executed, it creates the canary file."""
+"""A function of (folder, canary) that makes a valid folder hostile. The payload creates the canary file if it runs."""
 
 
 class Payload:
@@ -66,7 +66,7 @@ class Case:
         base: Name of the valid folder to copy.
         entry_point: Key in `entry_points` of the function that opens the folder.
         mutate: Makes the copy hostile.
-        message: Part of the error message, or None if the file is opened as plain data and its code is ignored.
+        message: Part of the error message, or None if the file is opened as plain data and any code in it is ignored.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Case:
     message: str | None
 
 
-def write(file: str, content: Callable[[Path], bytes]) -> Mutation:
+def write_bytes(file: str, content: Callable[[Path], bytes]) -> Mutation:
     """Write a file whose content can depend on the canary path."""
 
     def mutate(folder: Path, canary: Path) -> None:
@@ -97,40 +97,40 @@ def serialise(save: Callable[[Any, io.BytesIO], Any], payload: Callable[[Payload
     return content
 
 
-def pickled(file: str) -> Mutation:
-    return write(file, serialise(pickle.dump, lambda payload: payload))
+def write_pickle(file: str) -> Mutation:
+    return write_bytes(file, serialise(pickle.dump, lambda payload: payload))
 
 
-def torch_pickled(file: str) -> Mutation:
+def write_torch_pickle(file: str) -> Mutation:
     """Write a zip archive with torch.save."""
-    return write(file, serialise(torch.save, lambda payload: {"state_dict": payload, "global_step": 1}))
+    return write_bytes(file, serialise(torch.save, lambda payload: {"state_dict": payload, "global_step": 1}))
 
 
-def object_array(file: str) -> Mutation:
+def write_object_array(file: str) -> Mutation:
     save = lambda array, buffer: np.save(buffer, array, allow_pickle=True)  # noqa: E731
-    return write(file, serialise(save, lambda payload: np.array([payload], dtype=object)))
+    return write_bytes(file, serialise(save, lambda payload: np.array([payload], dtype=object)))
 
 
-def text(file: str, content: str) -> Mutation:
+def write_text(file: str, content: str) -> Mutation:
     """Write text, with CANARY replaced by the canary path."""
-    return write(file, lambda canary: content.replace("CANARY", str(canary)).encode())
+    return write_bytes(file, lambda canary: content.replace("CANARY", str(canary)).encode())
 
 
-def npy_header(header: str) -> Mutation:
+def write_npy_header(header: str) -> Mutation:
     def content(canary: Path) -> bytes:
         line = header.replace("CANARY", str(canary)).encode() + b"\n"
         return b"\x93NUMPY\x02\x00" + struct.pack("<I", len(line)) + line + b"\0" * 64
 
-    return write("images.npy", content)
+    return write_bytes("images.npy", content)
 
 
-def safetensors_header(header: dict[str, Any], length: int | None = None) -> Mutation:
+def write_safetensors_header(header: dict[str, Any], length: int | None = None) -> Mutation:
     content = json.dumps(header).encode()
     size = struct.pack("<Q", len(content) if length is None else length)
-    return write(WEIGHTS, lambda canary: size + content + b"\0" * 64)
+    return write_bytes(WEIGHTS, lambda canary: size + content + b"\0" * 64)
 
 
-def zip_bomb(file: str) -> Mutation:
+def write_zip_bomb(file: str) -> Mutation:
     def mutate(folder: Path, canary: Path) -> None:
         with zipfile.ZipFile(folder / file, "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr("data", b"\0" * 20_000_000)
@@ -146,8 +146,8 @@ def edit_json(file: str, **values: Any) -> Mutation:
     return mutate
 
 
-def weights(name: str, value: torch.Tensor | float) -> Mutation:
-    """Overwrite the first value of a weight, or replace the weight and add a tensor so that enough values remain."""
+def edit_weights(name: str, value: torch.Tensor | float) -> Mutation:
+    """Overwrite the first value of a weight, or replace the weight and add a tensor, so that enough values remain."""
 
     def mutate(folder: Path, canary: Path) -> None:
         tensors = load_file(folder / WEIGHTS)
@@ -162,7 +162,7 @@ def weights(name: str, value: torch.Tensor | float) -> Mutation:
     return mutate
 
 
-def link(file: str, target: str) -> Mutation:
+def create_link(file: str, target: str) -> Mutation:
     def mutate(folder: Path, canary: Path) -> None:
         (folder / file).unlink(missing_ok=True)
         (folder / file).symlink_to(target)
@@ -170,7 +170,7 @@ def link(file: str, target: str) -> Mutation:
     return mutate
 
 
-def replace(file: str, *mutations: Mutation) -> Mutation:
+def replace_file(file: str, *mutations: Mutation) -> Mutation:
     """Delete a file and write replacements."""
 
     def mutate(folder: Path, canary: Path) -> None:
@@ -201,26 +201,31 @@ TOKENIZER = {"auto_map": {"AutoTokenizer": ["evil.T", None]}, "tokenizer_class":
 
 HOSTILE_FILES: dict[tuple[str, str], dict[str, tuple[Mutation, str | None]]] = {
     ("vae", "autoencoder"): {
-        "weights in a pickle": (replace(WEIGHTS, torch_pickled("autoencoder/x.bin")), "has no diffusion_pytorch"),
-        "weights that are a pickle": (pickled(WEIGHTS), INVALID_SAFETENSORS),
-        "weights saved with torch.save": (torch_pickled(WEIGHTS), INVALID_SAFETENSORS),
+        "weights in a pickle": (
+            replace_file(WEIGHTS, write_torch_pickle("autoencoder/x.bin")),
+            "has no diffusion_pytorch",
+        ),
+        "weights that are a pickle": (write_pickle(WEIGHTS), INVALID_SAFETENSORS),
+        "weights saved with torch.save": (write_torch_pickle(WEIGHTS), INVALID_SAFETENSORS),
         "shards that are pickles": (
-            replace(WEIGHTS, pickled("autoencoder/part.bin"), text(f"{WEIGHTS}.index.json", SHARDS)),
+            replace_file(WEIGHTS, write_pickle("autoencoder/part.bin"), write_text(f"{WEIGHTS}.index.json", SHARDS)),
             "'part.bin', which is not a safetensors",
         ),
-        "weights that are a zip bomb": (zip_bomb(WEIGHTS), INVALID_SAFETENSORS),
-        "a header length of 2^60 bytes": (safetensors_header({}, 2**60), INVALID_SAFETENSORS),
-        "overlapping offsets": (safetensors_header(OVERLAP), INVALID_SAFETENSORS),
-        "a missing weight": (weights("decoder.renamed", torch.zeros(3)), "incomplete"),
-        "a wrong shape": (weights("decoder.conv_in.weight", torch.zeros(3, 3, 3)), "do not match the config"),
-        "weights with NaN": (weights("decoder.conv_in.weight", math.nan), "are not finite"),
+        "weights that are a zip bomb": (write_zip_bomb(WEIGHTS), INVALID_SAFETENSORS),
+        "a header length of 2^60 bytes": (write_safetensors_header({}, 2**60), INVALID_SAFETENSORS),
+        "overlapping offsets": (write_safetensors_header(OVERLAP), INVALID_SAFETENSORS),
+        "a missing weight": (edit_weights("decoder.renamed", torch.zeros(3)), "incomplete"),
+        "a wrong shape": (edit_weights("decoder.conv_in.weight", torch.zeros(3, 3, 3)), "do not match the config"),
+        "weights with NaN": (edit_weights("decoder.conv_in.weight", math.nan), "are not finite"),
         "too many layers": (edit_json(VAE, layers_per_block=HUGE), "layers_per_block="),
         "too many channels": (edit_json(VAE, latent_channels=HUGE), "valid AutoencoderKL"),
         "a foreign class name": (edit_json(VAE, _class_name="os.system"), "AutoencoderKL"),
         "a class name that is a list": (edit_json(VAE, _class_name=["x"]), "AutoencoderKL"),
         "a quantised autoencoder": (edit_json(VAE, quantization_config={}), "quantised"),
         "code next to the weights": (
-            combine(edit_json(VAE, auto_map={"AutoModel": "evil.M"}), text("autoencoder/evil.py", MALICIOUS_CODE)),
+            combine(
+                edit_json(VAE, auto_map={"AutoModel": "evil.M"}), write_text("autoencoder/evil.py", MALICIOUS_CODE)
+            ),
             None,
         ),
         "statistics that are text": (edit_json("autoencoder/latents.json", latent_mean="x"), "'latent_mean'"),
@@ -228,62 +233,67 @@ HOSTILE_FILES: dict[tuple[str, str], dict[str, tuple[Mutation, str | None]]] = {
     ("diffusion", "pipeline"): {
         "a foreign network class": (edit_json(INDEX, network="evil.N"), "evil.N"),
         "a custom pipeline": (
-            combine(edit_json(INDEX, _class_name=["pipeline", "Evil"]), text("pipeline/pipeline.py", MALICIOUS_CODE)),
+            combine(
+                edit_json(INDEX, _class_name=["pipeline", "Evil"]), write_text("pipeline/pipeline.py", MALICIOUS_CODE)
+            ),
             None,
         ),
-        "a deeply nested index": (text(INDEX, "[" * 10**5), "as JSON"),
+        "a deeply nested index": (write_text(INDEX, "[" * 10**5), "as JSON"),
         "an invalid schedule": (edit_json(INDEX, schedule={"name": "x"}), "alpha_bar"),
         "latents that are too large": (edit_json(INDEX, latent_shape=[HUGE] * 3), "[1000000000, 1000000000"),
-        "a contract with text": (edit_json("pipeline/contract.json", channels="3"), "'channels'"),
+        "a contract with text instead of a number": (edit_json("pipeline/contract.json", channels="3"), "'channels'"),
         "an invalid variance table": (
-            text("pipeline/optimal_variance.json", '{"z_0_mse": "x"}'),
+            write_text("pipeline/optimal_variance.json", '{"z_0_mse": "x"}'),
             "optimal_variance.json",
         ),
-        "a network in a pickle": (pickled(NETWORK), INVALID_SAFETENSORS),
+        "a network in a pickle": (write_pickle(NETWORK), INVALID_SAFETENSORS),
     },
     ("vae", "config"): {
-        "run.json that is a list": (text("run.json", "[1]"), "must contain a JSON object"),
-        "run.json with a number of 5000 digits": (text("run.json", '{"format": ' + "1" * 5000 + "}"), "as JSON"),
+        "run.json that is a list": (write_text("run.json", "[1]"), "must contain a JSON object"),
+        "run.json with a 5000-digit number": (write_text("run.json", '{"format": ' + "1" * 5000 + "}"), "as JSON"),
         "a run name that is a path": (edit_json("run.json", name="../../victim"), "plain folder name"),
-        "a link to another file": (link("evaluation.json", "/etc/hostname"), "is a link to"),
-        "a link to another folder": (link("pipeline", "/"), "is a link to"),
-        # in the saved config of a run, these are plain text
-        "a _target_": (text("config.yaml", "network: {_target_: os.system, command: touch CANARY}"), None),
-        "an interpolation": (text("config.yaml", "name: '${oc.create:{_target_: os.system}}'"), None),
+        "a link to another file": (create_link("evaluation.json", "/etc/hostname"), "is a link to"),
+        "a link to another folder": (create_link("pipeline", "/"), "is a link to"),
+        # in a saved config, the next two values are plain text
+        "a _target_": (write_text("config.yaml", "network: {_target_: os.system, command: touch CANARY}"), None),
+        "an interpolation": (write_text("config.yaml", "name: '${oc.create:{_target_: os.system}}'"), None),
         "a tag that runs code": (
-            text("config.yaml", "a: !!python/object/apply:os.system ['touch CANARY']"),
+            write_text("config.yaml", "a: !!python/object/apply:os.system ['touch CANARY']"),
             "a tag or an",
         ),
-        "a tag that creates a module": (text("config.yaml", "a: !!python/module:os"), "a tag or an alias"),
-        "a tag that OmegaConf knows": (text("config.yaml", "a: !!python/object/apply:pathlib.Path [x]"), "a tag or an"),
-        "exponential aliases": (text("config.yaml", ALIASES), "a tag or an alias"),
-        "deeply nested YAML": (text("config.yaml", "[" * 5000 + "]" * 5000), "cannot be read"),
-        "invalid YAML": (text("config.yaml", "a: [1,\nb: {"), "cannot be read"),
-        "a duplicate key": (text("config.yaml", "a: 1\na: 2"), "cannot be read"),
-        "a list as a config": (text("config.yaml", "[1, 2]"), "not a mapping"),
+        "a tag that creates a module": (write_text("config.yaml", "a: !!python/module:os"), "a tag or an alias"),
+        "a tag that OmegaConf supports": (
+            write_text("config.yaml", "a: !!python/object/apply:pathlib.Path [x]"),
+            "a tag or an",
+        ),
+        "exponential aliases": (write_text("config.yaml", ALIASES), "a tag or an alias"),
+        "deeply nested YAML": (write_text("config.yaml", "[" * 5000 + "]" * 5000), "cannot be read"),
+        "invalid YAML": (write_text("config.yaml", "a: [1,\nb: {"), "cannot be read"),
+        "a duplicate key": (write_text("config.yaml", "a: 1\na: 2"), "cannot be read"),
+        "a list as a config": (write_text("config.yaml", "[1, 2]"), "not a mapping"),
     },
     ("vae", "images"): {
         "a field with the wrong type": (edit_json("run.json", data_cache=7), "'data_cache' must be a valid string"),
         "a cache path outside the cache": (edit_json("run.json", data_cache="/etc"), "no longer in /etc"),
     },
     ("vae", "compare"): {
-        "a deeply nested evaluation": (text("evaluation.json", '{"a":' * 10**5), "as JSON"),
-        "a table with text": (text("metrics.csv", "step,loss\nx,y\n"), "not a valid table"),
+        "a deeply nested evaluation": (write_text("evaluation.json", '{"a":' * 10**5), "as JSON"),
+        "a metrics table with text": (write_text("metrics.csv", "step,loss\nx,y\n"), "not a valid table"),
     },
-    ("vae", "wandb"): {"a W&B id that is a path": (text("wandb_id.txt", "../../victim"), "id of a W&B run")},
+    ("vae", "wandb"): {"a W&B id that is a path": (write_text("wandb_id.txt", "../../victim"), "id of a W&B run")},
     ("cache", "cache"): {
-        "images that are an object array": (object_array("images.npy"), INVALID_ARRAY),
-        "images that are a pickle": (pickled("images.npy"), INVALID_ARRAY),
-        "images that are a zip bomb": (zip_bomb("images.npy"), INVALID_ARRAY),
+        "images that are an object array": (write_object_array("images.npy"), INVALID_ARRAY),
+        "images that are a pickle": (write_pickle("images.npy"), INVALID_ARRAY),
+        "images that are a zip bomb": (write_zip_bomb("images.npy"), INVALID_ARRAY),
         "an index without images": (edit_json("index.json", names=[]), "index.json lists 0 images"),
-        "a header with code": (npy_header("__import__('os').system('touch CANARY')"), INVALID_ARRAY),
-        "an unbalanced header": (npy_header("(" * 10**6), INVALID_ARRAY),
-        "more pixels than bytes": (npy_header(ALL_PIXELS), INVALID_ARRAY),
+        "a header with code": (write_npy_header("__import__('os').system('touch CANARY')"), INVALID_ARRAY),
+        "an unbalanced header": (write_npy_header("(" * 10**6), INVALID_ARRAY),
+        "more pixels in the header than in the file": (write_npy_header(ALL_PIXELS), INVALID_ARRAY),
     },
-    ("latents", "latents"): {"moments that are an object array": (object_array("moments.npy"), INVALID_ARRAY)},
-    ("cache", "features"): {"features that are an object array": (object_array("features-x.npy"), INVALID_ARRAY)},
+    ("latents", "latents"): {"moments that are an object array": (write_object_array("moments.npy"), INVALID_ARRAY)},
+    ("cache", "features"): {"features that are an object array": (write_object_array("features-x.npy"), INVALID_ARRAY)},
     ("vae", "decode"): {
-        "latents in a pickle": (pickled("latents.safetensors"), "safetensors file ("),
+        "latents in a pickle": (write_pickle("latents.safetensors"), "safetensors file ("),
         "latents with the wrong shape": (
             lambda folder, _: save_file(
                 {"mean": torch.zeros(2, 2)}, folder / "latents.safetensors", {"format": "1", "names": "../a"}
@@ -299,12 +309,12 @@ HOSTILE_FILES: dict[tuple[str, str], dict[str, tuple[Mutation, str | None]]] = {
             combine(
                 edit_json("tokenizer_config.json", **TOKENIZER),
                 edit_json("config.json", auto_map=AUTO_MAP, model_type="evil"),
-                text("evil.py", MALICIOUS_CODE),
+                write_text("evil.py", MALICIOUS_CODE),
             ),
             "could not be loaded",
         ),
         "an encoder in a pickle": (
-            replace("model.safetensors", torch_pickled("pytorch_model.bin")),
+            replace_file("model.safetensors", write_torch_pickle("pytorch_model.bin")),
             "could not be loaded",
         ),
         "an encoder with foreign kernels": (edit_json("config.json", attn_implementation="evil/kernel"), "kernels"),
@@ -312,18 +322,21 @@ HOSTILE_FILES: dict[tuple[str, str], dict[str, tuple[Mutation, str | None]]] = {
     },
     ("photos", "photos"): {
         "captions for files outside the folder": (
-            text("metadata.jsonl", '{"file_name": "../../../etc/passwd", "text": "x"}'),
+            write_text("metadata.jsonl", '{"file_name": "../../../etc/passwd", "text": "x"}'),
             "which is outside ",
         ),
-        "captions with absolute paths": (text("metadata.csv", "file_name,text\n/etc/passwd,x\n"), "which is outside "),
-        "deeply nested captions": (text("metadata.jsonl", "[" * 10**5), "is not JSON"),
-        "a caption that is a link": (link("000.txt", "/etc/hostname"), "is a link to"),
+        "captions with absolute paths": (
+            write_text("metadata.csv", "file_name,text\n/etc/passwd,x\n"),
+            "which is outside ",
+        ),
+        "deeply nested captions": (write_text("metadata.jsonl", "[" * 10**5), "is not JSON"),
+        "a caption that is a link": (create_link("000.txt", "/etc/hostname"), "is a link to"),
     },
     ("vae", "resume"): {
-        "a checkpoint that is a pickle": (pickled("checkpoints/last.ckpt"), "resume="),
-        "a checkpoint with code": (torch_pickled("checkpoints/step-00000010.ckpt"), "resume="),
+        "a checkpoint that is a pickle": (write_pickle("checkpoints/last.ckpt"), "resume="),
+        "a checkpoint with code": (write_torch_pickle("checkpoints/step-00000010.ckpt"), "resume="),
     },
-    ("vae", "rerun"): {"a config in a pickle": (pickled("config.pickle"), "reads a pickle")},
+    ("vae", "rerun"): {"a config in a pickle": (write_pickle("config.pickle"), "reads a pickle")},
 }
 CASES = [Case(name, *key, *case) for key, cases in HOSTILE_FILES.items() for name, case in cases.items()]
 """All hostile files."""
@@ -347,7 +360,7 @@ def draw_samples(valid: Path, folder: Path) -> None:
 
 def resume(folder: Path) -> None:
     (checkpoint,) = (folder / "checkpoints").iterdir()
-    train("stage=vae", *SHORT, f"resume={checkpoint}", f"runs_dir={folder}")
+    train("stage=vae", *SHORT_RUN, f"resume={checkpoint}", f"runs_dir={folder}")
 
 
 def entry_points(valid: Path) -> dict[str, Callable[[Path], Any]]:
@@ -372,9 +385,9 @@ def entry_points(valid: Path) -> dict[str, Callable[[Path], Any]]:
     }
 
 
-SHORT = ["data=image_folder", "data.path=photos", "data.resolution=8", "trainer=cpu", "trainer.max_steps=1"]
-SHORT += ["trainer.precision=32-true", "batch_size=4", "logger=csv", "data.cache_dir=cache"]
-SHORT += ["autoencoder.model.block_out_channels=[32]", "autoencoder.model.latent_channels=4"]
+SHORT_RUN = ["data=image_folder", "data.path=photos", "data.resolution=8", "trainer=cpu", "trainer.max_steps=1"]
+SHORT_RUN += ["trainer.precision=32-true", "batch_size=4", "logger=csv", "data.cache_dir=cache"]
+SHORT_RUN += ["autoencoder.model.block_out_channels=[32]", "autoencoder.model.latent_channels=4"]
 
 
 def train(*arguments: str) -> None:
@@ -412,36 +425,39 @@ CODE_GENERATORS = (dataclasses.__file__, collections.__file__, typing.__file__)
 
 
 class Audit:
-    """Audit hook that records operations that are not needed to open a file. Audit hooks cannot be removed."""
+    """Audit hook that records operations that are not needed to open a file, while `is_active` is True.
+
+    The hook stays installed, because Python cannot remove audit hooks.
+    """
 
     def __init__(self, root: Path) -> None:
-        self.root, self.events, self.active = root, list[str](), False
-        self.trusted = tuple(
+        self.root, self.events, self.is_active = root, list[str](), False
+        self.trusted_folders = tuple(
             str(Path(path).resolve()) for path in {sys.prefix, sys.base_prefix, str(Path(__file__).parents[2])}
         )
         sys.addaudithook(self)
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if not self.active:
+        if not self.is_active:
             return
-        self.active = False
+        self.is_active = False
         try:
-            writes = event in WRITE_EVENTS and any(isinstance(a, str) and self._is_outside(a) for a in arguments)
-            if event in EXECUTION_EVENTS or writes or (event == "open" and self._is_write(*arguments)):
+            is_write = event in WRITE_EVENTS and any(isinstance(a, str) and self._is_outside(a) for a in arguments)
+            if event in EXECUTION_EVENTS or is_write or (event == "open" and self._is_write(*arguments)):
                 self.events.append(f"{event}{arguments!r}"[:300])
             elif event == "exec":
                 code, caller = getattr(arguments[0], "co_filename", ""), sys._getframe(1).f_code.co_filename
                 if caller in CODE_GENERATORS:
                     pass
-                elif not code.startswith(("<frozen", *self.trusted)) or self.root.name in code:
+                elif not code.startswith(("<frozen", *self.trusted_folders)) or self.root.name in code:
                     self.events.append(f"exec {code} {getattr(arguments[0], 'co_names', '')}"[:300])
         finally:
-            self.active = True
+            self.is_active = True
 
     def _is_write(self, path: Any, mode: Any, flags: Any) -> bool:
-        writes = isinstance(mode, str) and set(mode) & set("wax+")
-        writes = writes or (isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
-        return bool(writes) and isinstance(path, str | bytes | os.PathLike) and self._is_outside(os.fsdecode(path))
+        is_write = isinstance(mode, str) and set(mode) & set("wax+")
+        is_write = is_write or (isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+        return bool(is_write) and isinstance(path, str | bytes | os.PathLike) and self._is_outside(os.fsdecode(path))
 
     def _is_outside(self, path: str) -> bool:
         return path != os.devnull and not Path(path).absolute().is_relative_to(self.root)
@@ -462,17 +478,17 @@ def main(root: Path) -> None:
     for number, case in enumerate(CASES):
         folder, message, kind = root / f"{number:03d}", "", "opened"
         audit.events.clear()
-        audit.active = True
+        audit.is_active = True
         try:
             openers[case.entry_point](folder)
         except Exception as error:
             kind, message = type(error).__name__, explain(error) or repr(error)
-        audit.active = False
+        audit.is_active = False
         print(json.dumps({"name": case.name, "kind": kind, "message": message, "events": audit.events}), flush=True)
     audit.events.clear()
-    audit.active = True
+    audit.is_active = True
     pickle.loads(pickle.dumps(Payload(root / f"{CANARY}-control")))
-    audit.active = False
+    audit.is_active = False
     print(json.dumps({"name": "control", "kind": "ran", "message": "", "events": audit.events}), flush=True)
 
 

@@ -48,7 +48,7 @@ def test_changed_byte_is_detected_by_modification_time_or_on_request(array_file)
     assert changed_rows(file, layout, expected) == [range(4, 6)]
     os.utime(file, ns=(10**18, 10**18))
     assert changed_rows(file, layout, expected) == [], (
-        "like a bit flip on disk, which does not change the modification time"
+        "a changed byte with the old modification time, as after a bit flip on disk, should not be detected"
     )
     assert changed_rows(file, layout, expected, every_byte=True) == [range(4, 6)]
 
@@ -57,7 +57,7 @@ def test_only_large_files_are_marked_as_verified_right_after_writing(array_file,
     file, layout, expected = array_file
     os.utime(file)
     assert changed_rows(*array_file) == [] and not arrays._is_verified(file, expected)
-    monkeypatch.setattr(arrays, "LARGE_BYTES", 100)
+    monkeypatch.setattr(arrays, "LARGE_FILE_BYTES", 100)
     monkeypatch.setattr(arrays, "MTIME_RESOLUTION_NS", 10**8)
     assert changed_rows(*array_file) == [] and arrays._is_verified(file, expected)
     assert np.load(file).shape == (8, 16)

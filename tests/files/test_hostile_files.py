@@ -1,4 +1,4 @@
-"""Hostile files are refused with a one-line message, and code in them does not run."""
+"""Hostile files are rejected with a one-line message, and the code in a hostile file does not run."""
 
 import json
 import os
@@ -36,7 +36,7 @@ NUM_CASES = 68
 
 
 def make_valid_folders(root: Path, images: ImageData) -> None:
-    """Create one valid folder of each kind, as written by ldm."""
+    """Create one valid folder of each kind that ldm writes."""
     torch.manual_seed(0)
     model = AutoencoderKL(block_out_channels=(8,), latent_channels=3, norm_num_groups=4).eval()
     statistics = LatentStatistics([0.0] * 3, [1.0] * 3, [0.1] * 3, images.fingerprint, weights_sha256(model))
@@ -74,7 +74,7 @@ def make_valid_folders(root: Path, images: ImageData) -> None:
 
 @pytest.fixture(scope="module")
 def audit_results(tmp_path_factory, make_images) -> tuple[Path, list[dict]]:
-    """Open all hostile files in one audited process. Return the working folder and the outcome of each file."""
+    """Open all hostile files in one audited process. Return the working folder and the outcome for each file."""
     root = tmp_path_factory.mktemp("hostile")
     photos = make_images(root / "valid/photos", 6, size=8)
     (photos / "000.txt").write_text("red\n")
@@ -113,7 +113,7 @@ def test_every_hostile_file_is_opened(audit_results):
 
 
 @pytest.mark.parametrize("number", range(NUM_CASES), ids=[case.name for case in CASES])
-def test_hostile_file_is_refused_in_one_line(audit_results, number):
+def test_hostile_file_is_rejected_with_a_one_line_message(audit_results, number):
     case, outcome = CASES[number], audit_results[1][number]
     if case.message is None:
         assert outcome["kind"] == "opened", outcome
@@ -132,7 +132,7 @@ def test_no_hostile_code_ran(audit_results):
     assert events == ["pickle.find_class", "os.system"], "the audit hook detects the control"
 
 
-SPLIT = """
+NESTED_INTERPOLATIONS = """
 d: $
 e: '{oc.create:{_target_: torch.load, f: evil.pt}}'
 network: ${d}${e}
@@ -142,7 +142,7 @@ sampler: {a: ["${d}{oc.env:HOME}"]}
 
 def test_values_are_interpolated_only_once(monkeypatch, tmp_path):
     """A resolved value that looks like an interpolation is not resolved again."""
-    resolved = OmegaConf.to_container(OmegaConf.create(SPLIT), resolve=True)
+    resolved = OmegaConf.to_container(OmegaConf.create(NESTED_INTERPOLATIONS), resolve=True)
     config = as_config(resolved)
     assert OmegaConf.to_container(config, resolve=True) == resolved
     assert config.network == construct(config).get("network") == "${oc.create:{_target_: torch.load, f: evil.pt}}"

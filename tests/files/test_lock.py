@@ -1,4 +1,4 @@
-"""ldm.files.lock: locks are exclusive, and a second holder waits or times out."""
+"""ldm.files.lock: locks are exclusive, and a second caller waits or times out."""
 
 import threading
 import time

@@ -3,7 +3,8 @@
     python tests/latents/kill_encoding.py FOLDER
 
 For each file operation, one process encodes until it is killed just before the operation, and a second process resumes
-encoding. Prints the number of kill points, and how many of the caches are bitwise identical to an uninterrupted run.
+encoding. Prints the number of kill points, and the number of resumed caches that are bitwise identical to a cache from
+an uninterrupted run.
 """
 
 import os
@@ -52,7 +53,7 @@ def encode_until_killed(images: ImageData, folder: Path, point: int) -> None:
     """Encode the latents, and kill this process before its file operation with index `point`."""
     operations = 0
 
-    def count(*_: object) -> None:
+    def count_operation(*_: object) -> None:
         nonlocal operations
         operations += 1
         if operations > point:
@@ -60,11 +61,13 @@ def encode_until_killed(images: ImageData, folder: Path, point: int) -> None:
 
     def count_calls(module: object, name: str) -> None:
         original = getattr(module, name)
-        setattr(module, name, lambda *arguments: (count(), original(*arguments))[1])
+        setattr(module, name, lambda *arguments: (count_operation(), original(*arguments))[1])
 
     for module, name in ((os, "fsync"), (os, "replace"), (latent_encoding, "_append")):
         count_calls(module, name)
-    sys.addaudithook(lambda event, args: count() if event in OPERATIONS and str(folder) in str(args[0]) else None)
+    sys.addaudithook(
+        lambda event, args: count_operation() if event in OPERATIONS and str(folder) in str(args[0]) else None
+    )
     encode_cache(images, folder)
 
 
@@ -76,17 +79,17 @@ def file_digests(folder: Path) -> dict[str, str]:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    latent_encoding.CHUNK_IMAGES = 8
+    latent_encoding.IMAGES_PER_CHUNK = 8
     source = ImageFolder(draw_images(folder / "squares", 14, size=8))
     images = prepare(source, resolution=8, cache_dir=folder / "images", val_fraction=0.2, progress=False)
     assert exit_code(encode_cache, images, folder / "uninterrupted") == 0
-    expected, points, identical = file_digests(folder / "uninterrupted"), 0, 0
-    while (code := exit_code(encode_until_killed, images, folder / f"point-{points}", points)) != 0:
+    expected, num_points, num_identical = file_digests(folder / "uninterrupted"), 0, 0
+    while (code := exit_code(encode_until_killed, images, folder / f"point-{num_points}", num_points)) != 0:
         assert code == -signal.SIGKILL, code
-        assert exit_code(encode_cache, images, folder / f"point-{points}") == 0
-        identical += file_digests(folder / f"point-{points}") == expected
-        points += 1
-    print(points, identical)
+        assert exit_code(encode_cache, images, folder / f"point-{num_points}") == 0
+        num_identical += file_digests(folder / f"point-{num_points}") == expected
+        num_points += 1
+    print(num_points, num_identical)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tests of ldm.latents.captions: embeddings are computed once for each set of captions and encoder."""
+"""Tests of ldm.latents.captions: embeddings are computed once for each combination of captions and encoder."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ ENCODER = {"kind": "counting", "max_tokens": 4}
 
 
 def encode(captions) -> dict[str, torch.Tensor]:
-    """Use the first four characters as tokens. Row i depends only on caption i."""
+    """Use the first four characters of each caption as its tokens."""
     rows = [[float(ord(c)) for c in caption[:4].ljust(4, "\0")] for caption in captions]
     tokens = torch.tensor(rows)[..., None].expand(-1, -1, 3).contiguous()
     return {"tokens": tokens, "mask": (tokens[..., 0] > 0).long(), "pooled": tokens.mean(1)}

@@ -37,7 +37,7 @@ def contract(contract) -> LatentContract:
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch) -> None:
     """Use chunks of 8 images, so that 30 images need four chunks."""
-    monkeypatch.setattr(latent_encoding, "CHUNK_IMAGES", 8)
+    monkeypatch.setattr(latent_encoding, "IMAGES_PER_CHUNK", 8)
 
 
 class Encoder:
@@ -82,8 +82,8 @@ def test_encoding_killed_at_any_point_resumes_to_identical_bytes():
             text=True,
         )
     assert result.returncode == 0, result.stderr
-    points, identical = map(int, result.stdout.split()[-2:])
-    assert points == identical >= 50, result.stdout
+    num_points, num_identical = map(int, result.stdout.split()[-2:])
+    assert num_points == num_identical >= 50, result.stdout
 
 
 @pytest.mark.parametrize("damage", ["byte of chunk 1", "truncated", "no journal", "journal", "batch size", "contract"])
@@ -118,7 +118,7 @@ def test_resume_verifies_the_unfinished_cache(images, contract, tmp_path, expect
 
 @POSIX
 def test_full_disk_keeps_finished_chunks(images, contract, tmp_path, expected_files):
-    """Simulate a full disk by a file size limit, so that a write fails in the middle of a batch."""
+    """Simulate a full disk with a file size limit, so that a write fails in the middle of a batch."""
     import resource
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -151,7 +151,7 @@ def test_concurrent_callers_encode_the_cache_once(images, contract, tmp_path, ex
 
 
 def test_flipped_bits_are_rejected_or_have_no_effect(images, contract, tmp_path, expected_files):
-    """Flip a bit in each byte of the header and of the two small files, and in every fifth byte of the moments."""
+    """Flip a bit in every byte of the JSON files and of the .npy header, and in every fifth byte of the moments."""
     folder = open_cache(Encoder(), contract, images, tmp_path).path
     expected, num_flipped, num_rejected = open_cache(Encoder(0), contract, images, tmp_path).moments.tobytes(), 0, 0
     for name, content in expected_files.items():

@@ -40,7 +40,7 @@ def as_latents(x: torch.Tensor, side: int = 2) -> torch.Tensor:
 
 @pytest.fixture
 def moments() -> tuple[torch.Tensor, torch.Tensor]:
-    """Moments of 50 latents of shape 3 x 2 x 4. The mean, spread and noise level differ between channels."""
+    """Moments of 50 latents of shape (3, 2, 4). The mean, spread and noise level differ between channels."""
     per_channel = torch.tensor([[0.3, 1.0, -2.0], [0.2, 1.5, 0.7], [-3.0, 0.5, -1.0]])[..., None, None].double()
     mean, log_variance = randn(50, 3, 2, 4), randn(50, 3, 2, 4, seed=1)
     return per_channel[0] + per_channel[1] * mean, per_channel[2] + 0.4 * log_variance
@@ -67,7 +67,7 @@ def test_rates_match_gaussian_kl_divergences(moments):
 
 
 def test_information_of_gaussian_channel_equals_its_capacity():
-    """With mean ~ N(0, signal) and constant noise variance, I = log(1 + signal / noise) / 2 per location."""
+    """With mean ~ N(0, signal) and a constant noise variance, I = log(1 + signal / noise) / 2 per location."""
     signal, noise = 1.5, 0.2
     mean = as_latents(whitened_noise(400, 2) * signal**0.5)
     result = channel_statistics(mean, torch.full_like(mean, math.log(noise)))
@@ -86,8 +86,8 @@ def test_std_and_signal_share_match_samples(moments):
     torch.testing.assert_close(result.signal_share, 1 - noise / z_raw.var((0, 2, 3)), rtol=0.02, atol=0)
 
 
-def test_dead_channels_are_found_at_any_collapse_point():
-    """Channels: alive, equal to the prior, collapsed to a point, just above the threshold, just below it."""
+def test_channels_are_dead_wherever_they_collapsed():
+    """The channels are alive, equal to the prior, collapsed to a point, just above the threshold, and just below it."""
     mean, log_variance = randn(200, 5, 2, 2), torch.zeros(200, 5, 2, 2).double()
     log_variance[:, 0] = -4
     mean[:, 1] = 0
@@ -96,7 +96,7 @@ def test_dead_channels_are_found_at_any_collapse_point():
         values = mean[:, channel]
         mean[:, channel] = (values - values.mean()) / values.std(correction=0) * math.expm1(2 * nats) ** 0.5
     result = channel_statistics(mean, log_variance)
-    assert result.dead == [1, 2, 4]
+    assert result.dead_channels == [1, 2, 4]
     torch.testing.assert_close(result.information[3:] / 4, torch.tensor([1.1, 0.9]).double() * DEAD_NATS)
     assert result.kl[1] == 0 and result.kl[2] > 10, "the KL to N(0, I) does not identify dead channels"
 
@@ -178,7 +178,8 @@ def test_pca_counts_are_log_spaced_for_large_patches():
     assert {1, 35, 70, 768} <= set(counts) and len(counts) < 70 and counts == sorted(counts)
 
 
-CURVE = {n: 10.0 + n for n in range(1, 49)}
+PCA_PSNR_DB = {n: 10.0 + n for n in range(1, 49)}
+"""Held-out PSNR of a PCA by number of components."""
 RULES = {
     "all_dead": (list(range(12)), 0.0, 0, 5.0, None, ["all 12 channels are dead", "0.01 nats", "loss.kl"]),
     "dead": (
@@ -189,24 +190,25 @@ RULES = {
         10,
         ["3, 9 of 12", "dead", "latent_channels=10"],
     ),
-    "undertrained": ([], 11.5, 12, 21.5, None, ["0.5 dB below a PCA"]),
+    "undertrained": ([], 11.5, 12, 21.5, None, ["PSNR is 0.5 dB lower", "PCA with 12 components"]),
     "redundant": ([], 8.0, 9, 30.0, 9, ["9 of 12 directions", "99 %", "latent_channels=9"]),
     "more": ([], 10.8, 12, 30.0, 24, ["effective rank is 10.8 of 12", "latent_channels=24", "PCA", "12.0 dB"]),
     "keep": ([], 10.7, 12, 30.0, 12, ["effective rank is 10.7 of 12", "autoencoder.model.latent_channels=12"]),
 }
+"""By rule: dead channels, effective rank, number of directions and PSNR, then the recommended number and its reason."""
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_recommendation_follows_the_first_matching_rule(rule):
-    dead, rank, num_directions, psnr_db, channels, details = RULES[rule]
+    dead_channels, rank, num_directions, psnr_db, channels, details = RULES[rule]
     summary = {"effective_rank": rank, "components": {"0.99": num_directions}}
-    result = recommend(dead, summary, CURVE, psnr_db, 12)
+    result = recommend(dead_channels, summary, PCA_PSNR_DB, psnr_db, 12)
     assert result["rule"] == rule and result["latent_channels"] == channels
     assert all(detail in result["text"] for detail in details), result["text"]
 
 
 def test_recommended_channels_never_exceed_half_of_the_patch_values():
     summary = {"effective_rank": 24.0, "components": {"0.99": 24}}
-    assert recommend([], summary, CURVE, 60.0, 24)["rule"] == "keep"
+    assert recommend([], summary, PCA_PSNR_DB, 60.0, 24)["rule"] == "keep"
     summary = {"effective_rank": 20.0, "components": {"0.99": 20}}
-    assert recommend([], summary, CURVE, 60.0, 20)["latent_channels"] == 24
+    assert recommend([], summary, PCA_PSNR_DB, 60.0, 20)["latent_channels"] == 24

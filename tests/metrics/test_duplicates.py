@@ -47,7 +47,7 @@ def test_hash_ignores_noise_in_flat_regions():
     assert not dhash(noisy).any() and dhash(noisy, margin=0.0).float().mean() > 0.3
 
 
-def test_near_duplicates_are_exactly_the_slightly_changed_images():
+def test_only_slightly_changed_images_are_near_duplicates():
     images = smooth_images(40)
     changed = images[3].add(0.02 * normal(3, 32, 32)).add(0.01).clamp(-1, 1)
     shrunk = torch.nn.functional.interpolate(images[5:6], size=24, mode="bilinear", antialias=True)
@@ -85,20 +85,21 @@ def test_near_duplicate_pairs_equal_brute_force(monkeypatch, max_pairs):
 
 
 def test_duplicates_within_and_across_the_splits():
-    """Image a is in the training split twice, b in both splits, c in the validation split twice, and d once."""
+    """Image a is in the training split twice, b in both splits, c in the validation split twice, and d in training."""
     digests = [b"a", b"b", b"a", b"c", b"b", b"c", b"d"]
     duplicates = DuplicateIndex(digests, train=np.array([0, 1, 2, 6]), val=np.array([3, 4, 5]))
-    assert duplicates.first_copy.tolist() == [0, 1, 0, 3, 1, 3, 6] and duplicates.distinct.tolist() == [0, 1, 3, 6]
+    assert duplicates.first_copy.tolist() == [0, 1, 0, 3, 1, 3, 6]
+    assert duplicates.distinct_indices.tolist() == [0, 1, 3, 6]
     assert duplicates.copy_groups() == [[4, 1], [0, 2], [3, 5]]
-    b_and_d, a_and_d = torch.tensor([[1, 3]]), torch.tensor([[0, 3]])  # rows of `distinct`; a and d are in training
-    duplicates.add(b_and_d, torch.tensor([2]), torch.tensor([1.5]), keep=10)
-    duplicates.add(a_and_d, torch.tensor([1]), torch.tensor([0.5]), keep=10)
+    b_and_d, a_and_d = torch.tensor([[1, 3]]), torch.tensor([[0, 3]])  # rows of `distinct_indices`
+    duplicates.add(b_and_d, torch.tensor([2]), torch.tensor([1.5]), max_stored=10)
+    duplicates.add(a_and_d, torch.tensor([1]), torch.tensor([0.5]), max_stored=10)
     assert duplicates.closest_pairs() == [(4, 6, 2, 1.5), (0, 6, 1, 0.5)], "the pair across the splits comes first"
-    train_near, val_near = duplicates.is_near[:, duplicates.first_copy]
+    train_near, val_near = duplicates.has_near_duplicate[:, duplicates.first_copy]
     assert train_near.tolist() == [True, True, True, False, True, False, True]
     assert val_near.tolist() == [False, False, False, False, False, False, True]
-    duplicates.add(torch.tensor([[0, 1]]), torch.tensor([0]), torch.tensor([0.0]), keep=1)
-    assert duplicates.closest_pairs() == [(4, 0, 0, 0.0)], "only `keep` pairs are stored"
+    duplicates.add(torch.tensor([[0, 1]]), torch.tensor([0]), torch.tensor([0.0]), max_stored=1)
+    assert duplicates.closest_pairs() == [(4, 0, 0, 0.0)], "only `max_stored` pairs are stored"
     assert duplicates.num_pairs == 3, "all pairs are counted"
 
 
@@ -121,7 +122,7 @@ def test_density_and_coverage_equal_brute_force(monkeypatch, k):
     assert density_coverage(real, fake, k=k) == pytest.approx(brute_density_coverage(real, fake, k), rel=1e-6)
 
 
-def test_identical_sets_are_covered_and_distant_ones_are_not():
+def test_identical_sets_are_covered_and_distant_sets_are_not():
     real = normal(1500, 16)
     assert density_coverage(real, real) == (1.0, 1.0)
     assert density_coverage(real, real + 1000) == (0.0, 0.0)
@@ -172,7 +173,7 @@ def test_vendi_score_is_the_same_from_either_kernel_matrix():
 # Classes and captions
 
 
-def test_class_balance():
+def test_class_balance_counts_classes_and_computes_entropy():
     even = class_balance([0, 1, 2, 3] * 5, ["a", "b", "c", "d"])
     assert even["entropy_bits"] == pytest.approx(2) and even["effective_classes"] == pytest.approx(4)
     uneven = class_balance([1] * 3 + [0] + [None] * 2, ["few", "many", "none"])
@@ -181,7 +182,7 @@ def test_class_balance():
     assert class_balance([7, 7], None)["counts"] == {"7": 2} and str(class_balance([7], None)["entropy_bits"]) == "0.0"
 
 
-def test_caption_statistics():
+def test_caption_statistics_count_captions_and_words():
     captions = ["A red heart", "a red heart", "", None, "  ", "women’s room", "a red heart"]
     statistics = caption_statistics(captions, num_most_frequent=2)
     assert (statistics["num_captions"], statistics["num_missing"], statistics["num_distinct"]) == (4, 3, 3)

@@ -48,7 +48,7 @@ def test_lpips_returns_differentiable_values_with_frozen_weights(fake_lpips):
     assert y.grad.all() and not any(p.requires_grad for p in network.parameters())
 
 
-def test_lpips_refuses_missing_weights_and_missing_package(fake_lpips, monkeypatch):
+def test_lpips_reports_missing_weights_and_missing_package(fake_lpips, monkeypatch):
     def fail(**options):
         raise URLError("no route")
 
@@ -119,7 +119,7 @@ def test_key_depends_on_weights_and_size(dinov2, tmp_path):
     assert load_features("dinov2", path=str(copy)).key.split("-")[1] != network.key.split("-")[1]
 
 
-def test_unusable_features_path_is_refused(tmp_path, dinov2, monkeypatch):
+def test_unusable_features_path_is_rejected(tmp_path, dinov2, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match="features_path=.*missing .*folder .* of dinov2 .*hub id"):
         load_features("dinov2", path=str(tmp_path / "missing"))
@@ -131,7 +131,7 @@ def test_unusable_features_path_is_refused(tmp_path, dinov2, monkeypatch):
         load_features("inception", path="/x")
 
 
-def test_inception_with_a_fake_package(monkeypatch):
+def test_inception_is_loaded_from_a_fake_package(monkeypatch):
     """The fake network expects pixels in [0, 1] and returns [b, 2048, 1, 1] in a list, like pytorch-fid's network."""
     monkeypatch.setitem(sys.modules, "pytorch_fid", None)
     with pytest.raises(UserError, match=r"features=inception needs .*pip install 'ldm-trainer\[inception\]'"):

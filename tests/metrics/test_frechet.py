@@ -33,7 +33,7 @@ def test_psnr_equals_psnr_of_8_bit_images(pair):
 
 
 def test_ssim_equals_its_formula(pair):
-    """Wang et al. 2004 on 8-bit images, with an 11 x 11 Gaussian window (1.5 pixels) and mirrored edges."""
+    """The formula is from Wang et al. 2004: 8-bit images, an 11 x 11 Gaussian window (sigma 1.5) and mirrored edges."""
     t = np.arange(11) - 5
     window = np.exp(-(t**2) / (2 * 1.5**2))
     window = np.outer(window, window) / window.sum() ** 2
@@ -76,7 +76,7 @@ def test_pca_reconstruction_equals_singular_value_decomposition(factor, channels
     np.testing.assert_allclose(patches(reconstruction), expected.clip(-1, 1), atol=1e-5)
 
 
-def test_mmd_of_two_features_computed_by_hand():
+def test_mmd_of_two_features_equals_hand_calculation():
     """For d = 1, k(x, y) = (x y + 1)^3. The kernel of a feature with itself is excluded."""
     within_samples, within_reference = (1 * 2 + 1) ** 3, (0 * 1 + 1) ** 3
     across = ((1 * 0 + 1) ** 3 + (1 * 1 + 1) ** 3 + (2 * 0 + 1) ** 3 + (2 * 1 + 1) ** 3) / 4
@@ -173,7 +173,7 @@ def test_frechet_distance_of_equal_sets_is_zero():
 
 
 @pytest.mark.parametrize("sizes", [(63, 100), (100, 63)])
-def test_frechet_distance_refuses_too_few_features(sizes):
+def test_frechet_distance_rejects_too_few_features(sizes):
     samples, reference = (normal(size, 32) for size in sizes)
     with pytest.raises(ValueError, match=rf"at least 64 .*{sizes[0]} and {sizes[1]}.*feature_components"):
         frechet_distance(samples, reference)
@@ -206,4 +206,4 @@ def test_retrieval_ranks_equal_brute_force(monkeypatch, max_pairs):
         expected.append(int((cosines > cosines[i]).sum()))
     assert retrieval_ranks(queries, gallery, targets).tolist() == expected
     assert 0 in expected and max(expected) > 1
-    assert retrieval_ranks(3 * gallery, gallery, torch.arange(30)).tolist() == [0] * 30, "independent of length"
+    assert retrieval_ranks(3 * gallery, gallery, torch.arange(30)).tolist() == [0] * 30, "only the direction matters"

@@ -45,7 +45,7 @@ def test_precision_and_recall_equal_brute_force(chunks):
 
 
 def test_precision_without_recall_and_recall_without_precision():
-    """Samples from one of two modes are precise but miss half of the images. Distant samples do the opposite."""
+    """Samples from one of two modes are precise but miss half of the images. Distant samples reduce only precision."""
     images = torch.cat([normal(100, 4), normal(100, 4, seed=1) + 50])
     precision, recall = precision_recall(normal(100, 4, seed=2), images)
     assert precision > 0.85 and recall == pytest.approx(0.5, abs=0.1)
@@ -145,9 +145,9 @@ def test_memorisation_flags_copies_but_not_new_images():
     train, validation = normal(2000, 8), normal(3000, 8, seed=1)
     samples = torch.cat([normal(180, 8, seed=2), 3 * train[40:60]])
     result = nearest_training(samples, train, validation)
-    assert result.nearest[180:].tolist() == list(range(40, 60)) and result.distances[180:].max() < 1e-9
-    assert len(result.closest) == 12
-    assert set(result.closest.tolist()) <= set(range(180, 200))
+    assert result.nearest_rows[180:].tolist() == list(range(40, 60)) and result.distances[180:].max() < 1e-9
+    assert len(result.closest_samples) == 12
+    assert set(result.closest_samples.tolist()) <= set(range(180, 200))
     assert result.threshold == pytest.approx(np.quantile(result.validation_distances.numpy(), 0.01))
     assert result.close_share == pytest.approx(0.1, abs=0.03)
     assert result.close_share_standard_error == pytest.approx(

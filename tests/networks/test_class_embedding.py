@@ -35,7 +35,7 @@ def test_embeddings_are_matched_by_class_name(make, new):
     for name, value in network.state_dict().items():
         if name != "class_embedding.weight":
             assert torch.equal(adapted.state_dict()[name], value)
-    # outputs for classes in both sets do not change
+    # the outputs for classes in both lists do not change
     z_t, t = torch.randn(1, 4, 8, 8), torch.tensor([3])
     for name in set(old) & set(new):
         expected, actual = (net(z_t, t, label=torch.tensor([names.index(name)]))

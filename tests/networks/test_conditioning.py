@@ -55,7 +55,7 @@ def test_pooled_embedding_is_the_scaled_mean_over_tokens(text):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_embedding_depends_only_on_its_caption(text, batch_size):
+def test_each_embedding_depends_only_on_its_caption(text, batch_size):
     expected = text.encoder.encode(CAPTIONS)
     batched = text.encoder.encode(CAPTIONS, batch_size=batch_size)
     mixed_batch = text.encoder.encode(["big heart", *CAPTIONS[1:3], "square"])
@@ -124,15 +124,15 @@ def test_class_is_selected_by_name_before_number():
     classes = ClassCondition(["3", "7", "1000", "siamese cat"])
     condition, names = classes.for_request(classes=["siamese cat", 7, "3", 0, 1000])
     assert names == ["siamese cat", "7", "3", "3", "1000"] and condition["label"].tolist() == [3, 1, 0, 0, 2]
-    older = ClassCondition(["0", "10", "2"])
-    assert older.for_request(classes=[2])[1] == ["2"] and older.for_request(num_samples=3)[1] == ["0", "10", "2"]
+    unsorted = ClassCondition(["0", "10", "2"])  # names that older runs sorted as text
+    assert unsorted.for_request(classes=[2])[1] == ["2"] and unsorted.for_request(num_samples=3)[1] == ["0", "10", "2"]
     with pytest.raises(UserError, match="label=tiger, 9 .*0=3, 1=7, 2=1000, 3=siamese cat"):
         classes.for_request(classes=["tiger", 9, "3"])
 
 
 @pytest.mark.parametrize(("max_tokens", "is_valid"), [(2, False), (3, True), (512, True), (513, False)])
 def test_max_tokens_must_fit_the_text_encoder(folder, max_tokens, is_valid):
-    """Two special tokens leave no room for a word in 2 tokens; BERT has 512 positions."""
+    """With max_tokens=2, the two special tokens would leave no room for a word. BERT has 512 positions."""
     if is_valid:
         assert TextCondition(str(folder), max_tokens).null()["tokens"].shape == (1, max_tokens, 12)
         return

@@ -58,7 +58,7 @@ def test_output_has_the_right_shape(kind, out_channels):
 def test_output_depends_on_each_input(kind, name):
     network, inputs = build(**KINDS[kind]), {"timestep": TIMESTEP, **CONDITIONS[kind]}
     output = network(SAMPLE, **inputs)
-    # the mask is not rolled, so each sample keeps the same number of tokens
+    # the mask is not rolled, so that each sample keeps its number of tokens
     new_output = network(SAMPLE, **{**inputs, name: inputs[name].roll(1, 0)})
     assert ((new_output - output).abs().amax((1, 2, 3)) > 1e-4).all()
 
@@ -72,7 +72,7 @@ def test_masked_tokens_do_not_affect_the_output():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_samples_of_a_batch_are_independent(kind):
+def test_samples_in_a_batch_are_independent(kind):
     network = build(**KINDS[kind])
     batched = network(SAMPLE, TIMESTEP, **CONDITIONS[kind])
     single = torch.cat(

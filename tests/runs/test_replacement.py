@@ -174,11 +174,11 @@ def test_second_attempt_after_a_kill_keeps_the_earlier_run_until_a_checkpoint(ea
         patch.setattr(Fit, "set_loggers", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("second failure")))
         with pytest.raises(RuntimeError, match="second failure"):
             train("overwrite=true")
-    assert read_run() == earlier_content, "content before both attempts"
+    assert read_run() == earlier_content, "both attempts must leave the earlier run unchanged"
     assert train("overwrite=true").code == 0 and not BACKUP.exists()
 
 
-def test_resume_after_a_kill_is_refused_with_both_remedies(earlier_content, train):
+def test_resume_after_a_kill_is_rejected_with_both_remedies(earlier_content, train):
     """Resuming would train from scratch and then delete the run that the user probably meant."""
     result = train("resume=true")
     assert result.code == 2 and str(BACKUP.resolve()) in result.err and BACKUP.is_dir()

@@ -54,7 +54,7 @@ def test_stage_2_uses_newest_finished_autoencoder_on_the_same_data(tmp_path):
     assert model.weights_sha256() == build_autoencoder(1).weights_sha256()
 
 
-def test_autoencoder_is_kept_when_only_captions_or_classes_change(tmp_path):
+def test_autoencoder_is_reused_when_only_captions_or_classes_change(tmp_path):
     run = make_run(tmp_path / "vae/a", 0, finished=1.0)
     with pytest.raises(AutoencoderNotFoundError):
         find_autoencoder(None, str(tmp_path), images("with captions"))
@@ -119,7 +119,7 @@ def test_autoencoder_loads_from_run_and_diffusers_folders(tmp_path, layout):
         assert model.weights_sha256() == weights_sha256(build_autoencoder(5).model)
 
 
-def test_changed_or_missing_images_are_refused(tmp_path, make_images):
+def test_changed_or_missing_images_are_rejected(tmp_path, make_images):
     source = ImageFolder(make_images(tmp_path / "photos", 10, size=8))
     images = prepare(source, resolution=8, cache_dir=tmp_path / "cache", progress=False)
     run = make_run(tmp_path / "vae/demo", 0, finished=1.0, data=images.fingerprint)

@@ -1,4 +1,4 @@
-"""ldm.runtime.random: seeding, and compatibility with the random numbers of earlier versions."""
+"""ldm.runtime.random: seeding, and compatibility with the random numbers from earlier versions."""
 
 import re
 from pathlib import Path

@@ -8,7 +8,7 @@ import pytest
 
 from ldm.runtime import shell
 
-AWKWARD = [
+AWKWARD_ARGUMENTS = [
     "python",
     "-m",
     "ldm.train",
@@ -20,7 +20,7 @@ AWKWARD = [
 
 
 def test_posix_quoting_round_trips():
-    assert shlex.split(shell.join(AWKWARD, windows=False)) == AWKWARD
+    assert shlex.split(shell.join(AWKWARD_ARGUMENTS, windows=False)) == AWKWARD_ARGUMENTS
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_posix_quoting_round_trips():
         (['p=a "b"'], '"p=a \\"b\\""'),
     ],
 )
-def test_windows_quoting_works_in_both_shells(arguments, text):
+def test_windows_quoting_works_in_cmd_and_powershell(arguments, text):
     """PowerShell splits arguments at commas and options at dots, and @, (, & and ; are special characters."""
     assert shell.join(arguments, windows=True) == text
 

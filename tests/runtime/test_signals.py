@@ -25,7 +25,7 @@ from ldm.training.stages.autoencoder import VAEStage
 from tests.small_training import STAGE_1
 
 ROOT = Path(__file__).parents[2]
-CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 138}
+EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 138}
 VAE = [*STAGE_1, "trainer.max_steps=4"]
 
 
@@ -54,14 +54,14 @@ def wait_for_line(process: subprocess.Popen[str], line: str) -> None:
 pytestmark = pytest.mark.usefixtures("default_signals")
 
 
-@pytest.mark.parametrize("name", CODES)
+@pytest.mark.parametrize("name", EXIT_CODES)
 def test_signals_raise_immediately_unless_deferred(name):
     number = getattr(signal, name)
     handler = signal.getsignal(number)
     with signals.handling():
         with pytest.raises(signals.Interrupted) as raised:
             os.kill(os.getpid(), number)
-        assert raised.value.code == CODES[name] and name in str(raised.value)
+        assert raised.value.code == EXIT_CODES[name] and name in str(raised.value)
         assert isinstance(raised.value, KeyboardInterrupt)
         if name != "SIGINT":
             os.kill(os.getpid(), number)  # a second signal does not interrupt the unwinding
@@ -89,7 +89,7 @@ def test_ignored_signals_stay_ignored():
         signal.signal(signal.SIGINT, handler)
 
 
-@pytest.mark.parametrize("name", CODES)
+@pytest.mark.parametrize("name", EXIT_CODES)
 def test_tool_unwinds_and_reports_the_signal(call, name):
     """Every command except training must report the signal, even if a library converts it to a different exception."""
     exceptions = []
@@ -103,7 +103,9 @@ def test_tool_unwinds_and_reports_the_signal(call, name):
             raise ValueError("There is no key") from error
 
     result = call(lambda: command.run("mixture", task))
-    assert result.code == CODES[name] and result.err == f"stopped by {name}\n" and exceptions == [signals.Interrupted]
+    assert (
+        result.code == EXIT_CODES[name] and result.err == f"stopped by {name}\n" and exceptions == [signals.Interrupted]
+    )
 
 
 DEFERRING_PROCESS = """
@@ -277,7 +279,7 @@ with run_lock(Path("runs/vae/held")):
 """
 
 
-def test_run_folder_in_use_by_another_process_is_refused(train, workspace, monkeypatch):
+def test_run_folder_in_use_by_another_process_is_rejected(train, workspace, monkeypatch):
     """The lock is released when the first process exits, even if it was killed."""
     monkeypatch.setattr("ldm.runs.lock.WAIT_S", 0.1)
     with start(workspace, "-c", LOCKING_PROCESS) as process:
@@ -291,7 +293,7 @@ def test_run_folder_in_use_by_another_process_is_refused(train, workspace, monke
     assert not list((workspace / "runs/vae").glob(".*.txt"))
 
 
-def test_unwritable_runs_dir_is_refused(tmp_path):
+def test_unwritable_runs_dir_is_rejected(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="vae cannot be written.* runs_dir="), run_lock(tmp_path / "file/vae/demo"):
         raise AssertionError

@@ -217,7 +217,7 @@ def test_read_prompts_skips_blank_lines(tmp_path):
     assert read_prompts(str(file)) == ["red heart", "“8”"]
     file.write_bytes("a red\u2028ball\r\na blue\x0cbox\na green\u0085cup".encode())
     assert read_prompts(str(file)) == ["a red\u2028ball", "a blue\x0cbox", "a green\u0085cup"], (
-        "only line feeds end one"
+        "only line feeds end a prompt"
     )
     file.write_text("\n \n")
     with pytest.raises(UserError, match=r"prompts=.*no captions"):

@@ -5,7 +5,7 @@
     python tests/stress/kill_resume.py --kills 100 --signal TERM   with SIGTERM, for which the exit code must be 143
 
 All outputs of a stage are hashed: the exported weights, the latents, and the weights, EMA weights, optimizer moments,
-schedule and random states in the last checkpoint. The exit code is 0 only if all hashes match for every resumed run.
+schedule and random states in the last checkpoint. The exit code is 0 only if all hashes of every resumed run match.
 """
 
 import argparse
@@ -30,13 +30,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch  # noqa: E402
 
 RANDOM_TIME_FRACTION = 0.4
-STEPS = 8
-COMMON = (
+NUM_STEPS = 8
+COMMON_OPTIONS = (
     *("name=run", "logger=csv", "trainer=cpu", "trainer.precision=32-true", "trainer.max_time=null"),
-    *(f"trainer.max_steps={STEPS}", "trainer.val_check_interval=3", "data.resolution=16", "data.cache_dir=cache"),
+    *(f"trainer.max_steps={NUM_STEPS}", "trainer.val_check_interval=3", "data.resolution=16", "data.cache_dir=cache"),
     *("val_images=16", "batch_size=16"),
 )
-STAGES = {
+STAGE_OPTIONS = {
     "vae": (
         *("stage=vae", "autoencoder.model.block_out_channels=[32]", "adversarial=hinge", "adversarial.start=2"),
         *("adversarial.ramp=2", "adversarial.layers=1"),
@@ -45,8 +45,8 @@ STAGES = {
         *("stage=diffusion", "vae=first/runs/vae/run", "conditioning=none", "network.block_out_channels=[32,32]"),
     ),
 }
-KINDS = {"checkpoints/": "checkpoint", "cache/": "shard", "autoencoder/": "export", "pipeline/": "export"}
-WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+KIND_BY_PATH = {"checkpoints/": "checkpoint", "cache/": "shard", "autoencoder/": "export", "pipeline/": "export"}
+WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
 @dataclass(frozen=True)
@@ -68,16 +68,16 @@ class ProcessResult:
 
 @dataclass(frozen=True)
 class Kill:
-    """Point at which to kill a run: after `after_s` seconds, or before file operation number `operation`."""
+    """Point at which to kill a run: after `delay_s` seconds, or before file operation number `operation`."""
 
     stage: str
-    after_s: float | None = None
+    delay_s: float | None = None
     operation: int | None = None
     kind: str = "random"
 
 
 def start(stage: str, folder: Path, *options: str, operation: int | None = None, signum: int = 0) -> tuple[int, float]:
-    """Train in `folder` in a forked process, which saves the import time. Return its id and start time.
+    """Train in `folder` in a forked process, which saves the import time. Return the process id and start time.
 
     Args:
         options: Additional options.
@@ -95,7 +95,7 @@ def start(stage: str, folder: Path, *options: str, operation: int | None = None,
         os.dup2(log, 2)
         record_operations(operation, signum)
         interval = "trainer.checkpoint_every_s=" + ("0" if signum != signal.SIGTERM else "3600")
-        sys.argv = ["ldm.train", *STAGES[stage], *COMMON, interval, *options]
+        sys.argv = ["ldm.train", *STAGE_OPTIONS[stage], *COMMON_OPTIONS, interval, *options]
         from ldm.train import main
 
         main()
@@ -126,7 +126,7 @@ def record_operations(operation: int | None, signum: int) -> None:
             os.kill(os.getpid(), signum)
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITES:
+        if event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITE_FLAGS:
             record_operation("write", arguments[0])
         elif event == "os.rename":
             record_operation("rename", arguments[1])
@@ -161,7 +161,7 @@ def read(file: Path) -> str:
 
 def save_kind(operation: str) -> str | None:
     """Return the kind of save that a file operation belongs to, if any."""
-    return next((kind for part, kind in KINDS.items() if part in operation), None)
+    return next((kind for part, kind in KIND_BY_PATH.items() if part in operation), None)
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -214,7 +214,7 @@ def plan_kills(num_kills: int, references: dict[str, ProcessResult], seed: int) 
     kills = []
     for i in range(num_random):
         stage = stages[i % len(stages)]
-        kills.append(Kill(stage, after_s=rng.uniform(0, references[stage].seconds)))
+        kills.append(Kill(stage, delay_s=rng.uniform(0, references[stage].seconds)))
     operations: dict[str, list[tuple[str, int]]] = {"checkpoint": [], "shard": [], "export": []}
     for stage, reference in references.items():
         for number, operation in enumerate(reference.operations, start=1):
@@ -235,17 +235,17 @@ def kill_and_resume(kill: Kill, folder: Path, signum: signal.Signals) -> tuple[s
         count = min(kill.operation, len(result.operations))
     else:
         child, start_s = start(kill.stage, folder, signum=signum)
-        time.sleep(max(0.0, start_s + (kill.after_s or 0.0) - time.monotonic()))
+        time.sleep(max(0.0, start_s + (kill.delay_s or 0.0) - time.monotonic()))
         count = len(read_operations(folder))
         if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             os.kill(child, signum)
         result = wait(child, start_s, folder)
     last_operation = result.operations[count - 1] if count else "nothing written yet"
-    point = f"{'' if kill.after_s is None else f'{kill.after_s:.2f} s, '}{count}: {last_operation}"
-    allowed = {-signum, 0} if signum == signal.SIGKILL else {128 + signum, 0}
+    point = f"{'' if kill.delay_s is None else f'{kill.delay_s:.2f} s, '}{count}: {last_operation}"
+    allowed_codes = {-signum, 0} if signum == signal.SIGKILL else {128 + signum, 0}
     if not result.operations:
-        allowed.add(-signum)  # killed before our signal handlers were installed
-    if result.code in allowed:
+        allowed_codes.add(-signum)  # killed before our signal handlers were installed
+    if result.code in allowed_codes:
         status, result = f"exit code {result.code}", wait(*start(kill.stage, folder, "resume=true"), folder)
         if result.code == 0:
             return point, f"{status}, resumed", hash_outputs(kill.stage, folder)
@@ -254,33 +254,33 @@ def kill_and_resume(kill: Kill, folder: Path, signum: signal.Signals) -> tuple[s
 
 
 def stress(num_kills: int, signum: signal.Signals, seed: int, work: Path) -> int:
-    """Kill and resume all runs, print a table, and return how many resumed to the same hash."""
+    """Kill and resume all runs, print a table, and return the number of runs with the same hash as without a kill."""
     (work / "images").mkdir()
     preparation = wait(*start("vae", work / "images", "trainer.max_steps=1"), work / "images")
-    assert preparation.code == 0, preparation.output  # these prepared images are shared by all runs
-    references, expected = {}, {}
-    for stage in STAGES:
+    assert preparation.code == 0, preparation.output  # all runs share the images prepared by this one
+    references, expected_hashes = {}, {}
+    for stage in STAGE_OPTIONS:
         folder = make_folder(work, f"uninterrupted-{stage}")
         references[stage] = wait(*start(stage, folder, signum=signum), folder)
         if references[stage].code:
             sys.exit(f"The uninterrupted run of stage={stage} failed:\n{references[stage].output}")
-        expected[stage] = hash_outputs(stage, folder)
+        expected_hashes[stage] = hash_outputs(stage, folder)
         counts = Counter(filter(None, map(save_kind, references[stage].operations)))
         print(
             f"stage {stage}, uninterrupted: {references[stage].seconds:.1f} s, {len(references[stage].operations)} "
-            f"file operations ({dict(counts)}), last checkpoint {expected[stage]['last checkpoint'][:12]}",
+            f"file operations ({dict(counts)}), last checkpoint {expected_hashes[stage]['last checkpoint'][:12]}",
             flush=True,
         )
     kills, num_matching = plan_kills(num_kills, references, seed), 0
     for number, kill in enumerate(kills, start=1):
         folder = make_folder(work, f"kill-{number}")
         point, status, hashes = kill_and_resume(kill, folder, signum)
-        if hashes == expected[kill.stage]:
+        if hashes == expected_hashes[kill.stage]:
             num_matching, verdict = num_matching + 1, "same hash"
         elif hashes is None:
             verdict = "FAILED"
         else:
-            reference = expected[kill.stage]
+            reference = expected_hashes[kill.stage]
             mismatches = [name for name in sorted({*hashes, *reference}) if hashes.get(name) != reference.get(name)]
             verdict = f"DIFFERENT HASH: {', '.join(mismatches)}"
         print(f"{number:>4} {kill.stage:<10}{kill.kind:<11}{point:<88} {status:<24} {verdict}", flush=True)
@@ -294,13 +294,13 @@ def main() -> NoReturn:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100, help="number of kills (default: 100)")
     parser.add_argument("--signal", choices=("KILL", "TERM"), default="KILL", help="signal to send (default: KILL)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random times (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed for the random kills (default: 0)")
     parser.add_argument("--folder", type=Path, help="folder that keeps failed runs (default: a temporary folder)")
-    parser.add_argument("--data", default="openmoji", help="data= option of the runs (default: openmoji)")
-    parser.add_argument("--path", type=Path, help="data.path= option of the runs, for data=image_folder")
+    parser.add_argument("--data", default="openmoji", help="data= option for the runs (default: openmoji)")
+    parser.add_argument("--path", type=Path, help="data.path= option for the runs, with data=image_folder")
     arguments = parser.parse_args()
-    global COMMON
-    COMMON += (f"data={arguments.data}", *([f"data.path={arguments.path.resolve()}"] if arguments.path else []))
+    global COMMON_OPTIONS
+    COMMON_OPTIONS += (f"data={arguments.data}", *([f"data.path={arguments.path.resolve()}"] if arguments.path else []))
     import ldm.training.session
     import ldm.training.stages.autoencoder
     import ldm.training.stages.diffusion  # noqa: F401  # import before forking, to save time in each run

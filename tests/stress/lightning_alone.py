@@ -88,13 +88,14 @@ def digest(module: nn.Module) -> str:
 
 
 def check_resume(folder: Path) -> str:
-    uninterrupted = digest(fit(folder / "uninterrupted"))
+    expected_digest = digest(fit(folder / "uninterrupted"))
     fit(folder / "stopped", StopAt(13))
     last_checkpoint = folder / "stopped" / "last.ckpt"
     step = torch.load(last_checkpoint, weights_only=True)["global_step"]
-    resumed = digest(fit(folder / "stopped", resume=last_checkpoint))
-    verdict = "same" if uninterrupted == resumed else "different"
-    return f"stopped after step 13, resumed from last.ckpt of step {step}: {verdict} hash ({uninterrupted}, {resumed})"
+    resumed_digest = digest(fit(folder / "stopped", resume=last_checkpoint))
+    verdict = "same" if resumed_digest == expected_digest else "different"
+    digests = f"{expected_digest}, {resumed_digest}"
+    return f"stopped after step 13, resumed from last.ckpt (step {step}): {verdict} hash ({digests})"
 
 
 def check_sigterm(folder: Path) -> str:
@@ -111,19 +112,19 @@ def check_partial_checkpoint(folder: Path) -> str:
         while process.poll() is None:
             sizes += [file.stat().st_size for file in Path(other_disk).glob("*.ckpt")]
             time.sleep(0.001)
-    complete = max(sizes)
-    incomplete = sum(size < complete for size in sizes)
-    return f"checkpoint of {complete / 1e6:.0f} MB during its save: incomplete in {incomplete} of {len(sizes)} polls"
+    full_size = max(sizes)
+    num_partial = sum(size < full_size for size in sizes)
+    return f"checkpoint of {full_size / 1e6:.0f} MB during its save: incomplete in {num_partial} of {len(sizes)} polls"
 
 
 def check_damaged_checkpoint(folder: Path) -> str:
     fit(folder)
-    newest = folder / "last.ckpt"
-    content = bytearray(newest.read_bytes())
+    checkpoint = folder / "last.ckpt"
+    content = bytearray(checkpoint.read_bytes())
     content[len(content) // 2] ^= 1
-    newest.write_bytes(content)
+    checkpoint.write_bytes(content)
     try:
-        fit(folder, resume=newest, max_steps=25)
+        fit(folder, resume=checkpoint, max_steps=25)
     except Exception as error:  # any exception is a result here
         return f"one bit flipped in the newest checkpoint: {type(error).__name__}; the previous one is not tried"
     return "one bit flipped in the newest checkpoint: resumed from it without a warning"
@@ -141,7 +142,7 @@ def check_two_processes(folder: Path) -> str:
     processes = [start_fit(folder, "max_steps=400") for _ in range(2)]
     codes = [process.wait(timeout=120) for process in processes]
     count = len(list(folder.glob("*.ckpt")))
-    return f"two processes in one folder: exit codes {codes}, no warning, {count} checkpoints of both mixed together"
+    return f"two processes in one folder: exit codes {codes}, no warning, {count} checkpoints from both runs"
 
 
 def main() -> None:

@@ -24,12 +24,13 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-LIMIT = 0.02
-WARM_UP = 5
+MAX_OVERHEAD = 0.02
+NUM_WARM_UP = 5
+"""Steps before the first timed one."""
 
 
 def make_spec(stage: str, folder: Path, vae: Path | None) -> Any:
-    """Return the specification of a stage's training run in the demo, with a step budget, without training."""
+    """Return the specification of the demo's training run for a stage, with a step budget. Does not train."""
     from ldm.train import main
     from ldm.training.fit import Fit
 
@@ -47,7 +48,7 @@ def make_spec(stage: str, folder: Path, vae: Path | None) -> Any:
     return specs[0]
 
 
-def median_step_s(spec: Any, steps: int, *, protected: bool) -> float:
+def median_step_s(spec: Any, steps: int, *, is_protected: bool) -> float:
     """Train for `steps` steps after a warm-up, and return the median time per step in seconds."""
     from lightning.pytorch import Callback
 
@@ -59,9 +60,9 @@ def median_step_s(spec: Any, steps: int, *, protected: bool) -> float:
         def on_train_batch_end(self, *_: Any) -> None:
             times.append(time.perf_counter())
 
-    options = {**spec.options, "val_check_interval": 10**9, "max_steps": steps + WARM_UP}
-    fit = Fit(replace(spec, options=options if protected else {**options, "guard": None}), None)
-    if protected:
+    options = {**spec.options, "val_check_interval": 10**9, "max_steps": steps + NUM_WARM_UP}
+    fit = Fit(replace(spec, options=options if is_protected else {**options, "guard": None}), None)
+    if is_protected:
         fit.checkpoints.interval_s = float("inf")  # the cost of saving is added separately
     else:
         spec.stage.module.guard = None
@@ -69,7 +70,7 @@ def median_step_s(spec: Any, steps: int, *, protected: bool) -> float:
     fit.trainer.callbacks.append(Clock())
     batches, _ = fit._batches()
     fit.trainer.fit(spec.stage.module, batches)
-    return statistics.median(b - a for a, b in zip(times[WARM_UP:], times[WARM_UP + 1 :], strict=False))
+    return statistics.median(b - a for a, b in zip(times[NUM_WARM_UP:], times[NUM_WARM_UP + 1 :], strict=False))
 
 
 def measure_overhead(stage: str, spec: Any, blocks: int, steps: int) -> float:
@@ -77,20 +78,20 @@ def measure_overhead(stage: str, spec: Any, blocks: int, steps: int) -> float:
     overheads = []
     for number in range(blocks):
         order = (True, False) if number % 2 else (False, True)
-        seconds = {protected: median_step_s(spec, steps, protected=protected) for protected in order}
+        seconds = {is_protected: median_step_s(spec, steps, is_protected=is_protected) for is_protected in order}
         overheads.append(1 - seconds[False] / seconds[True])
-        print(f"  block {number + 1}: {seconds[True]:.4f} s per step, {seconds[False]:.4f} s without", flush=True)
-    mean, error = statistics.mean(overheads), statistics.stdev(overheads) / len(overheads) ** 0.5
+        print(f"  block {number + 1}: {seconds[True]:.4f} s per step, {seconds[False]:.4f} s without it", flush=True)
+    mean, standard_error = statistics.mean(overheads), statistics.stdev(overheads) / len(overheads) ** 0.5
     from ldm.runs.checkpoints import list_checkpoints
 
     newest = max(list_checkpoints(spec.folder / "checkpoints"), key=lambda manifest: manifest.step)
     interval_s = spec.options["checkpoint_every_s"]
-    saves = newest.save_s / interval_s
-    bound = mean + float(stats.t.ppf(0.95, len(overheads) - 1)) * error + saves
+    saving_overhead = newest.save_s / interval_s
+    bound = mean + float(stats.t.ppf(0.95, len(overheads) - 1)) * standard_error + saving_overhead
     print(
-        f"stage {stage}: overhead {mean:+.2%} ± {error:.2%} (standard error, {blocks} pairs of blocks of {steps} "
-        f"steps). Saving a checkpoint of {newest.bytes / 1e6:.1f} MB takes {newest.save_s:.2f} s every {interval_s:g} "
-        f"s, which adds {saves:.2%}. Upper bound of the total at 95 %: {bound:.2%}",
+        f"stage {stage}: overhead {mean:+.2%} ± {standard_error:.2%} (standard error, {blocks} pairs of blocks of "
+        f"{steps} steps). Saving a checkpoint of {newest.bytes / 1e6:.1f} MB takes {newest.save_s:.2f} s every "
+        f"{interval_s:g} s, which adds {saving_overhead:.2%}. Upper bound of the total at 95 %: {bound:.2%}",
         flush=True,
     )
     return bound
@@ -108,7 +109,7 @@ def main() -> None:
         for stage in ("vae", "diffusion"):
             spec = make_spec(stage, Path(folder), arguments.vae if stage == "diffusion" else None)
             bounds.append(measure_overhead(stage, spec, arguments.blocks, arguments.steps))
-    sys.exit(0 if max(bounds) < LIMIT else 1)
+    sys.exit(0 if max(bounds) < MAX_OVERHEAD else 1)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from ldm.tracking.run import WandbRun
 from tests.tracking.test_run import Record
 
 OUTAGE = "W&B is not available"
-TINY = [
+TINY_RUN = [
     *("stage=vae", "autoencoder.model.block_out_channels=[32]", "data=image_folder", "data.path=pets"),
     *("data.resolution=16", "data.val_fraction=0.2", "batch_size=8", "trainer=cpu", "trainer.max_time=null"),
     *("trainer.max_steps=4", "trainer.precision=32-true", "trainer.log_every_n_steps=2"),
@@ -103,7 +103,7 @@ def train(tmp_path, make_images, call, monkeypatch):
     monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
 
     def train(name: str, *options: str):
-        result = call(ldm.train.main, *TINY, f"name={name}", *options)
+        result = call(ldm.train.main, *TINY_RUN, f"name={name}", *options)
         assert result.code == 0, result
         return result.out, load_file(f"runs/vae/{name}/autoencoder/diffusion_pytorch_model.safetensors")
 
@@ -159,7 +159,7 @@ def test_stalling_server_delays_neither_artifacts_nor_finish(use_server, tmp_pat
 
 @pytest.mark.parametrize("kind", ["refusing", "stalling"])
 def test_fetch_run_times_out_without_the_server(use_server, kind, monkeypatch):
-    monkeypatch.setattr(ldm.tracking.comparison, "LOOK_UP_S", 1.5)
+    monkeypatch.setattr(ldm.tracking.comparison, "LOOK_UP_TIMEOUT_S", 1.5)
     with outage(kind) as port:
         use_server(port)
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""ldm.tracking.run: W&B without prompts, with one W&B run per resumed run, and with lineage."""
+"""ldm.tracking.run: W&B never prompts, a resumed run continues its W&B run, and lineage is recorded."""
 
 import json
 import subprocess
@@ -41,7 +41,7 @@ def start_run(folder, **options) -> WandbRun:
 
 
 def test_flatten_converts_values_to_json_types():
-    """Types that JSON does not support become strings, and mappings in a list get their index as key."""
+    """Types that JSON does not support become strings, and mappings in a list are keyed by their index."""
     nested = {
         "a": {"b": {"c": [2]}, "d": None},
         "path": Path("a/b"),
@@ -148,7 +148,7 @@ def read_records(folder: Path) -> list[Record]:
 
 
 CONTRACT = LatentContract("a" * 64, "d" * 64, resolution=16, factor=4, channels=12, val_fraction=0.1, flip=False)
-SHARED = {"format": 1, "data": "pets", "data_fingerprint": "d" * 64, "val_fraction": 0.1, "finished": 1.0}
+SHARED_FACTS = {"format": 1, "data": "pets", "data_fingerprint": "d" * 64, "val_fraction": 0.1, "finished": 1.0}
 
 
 def make_run(folder: Path, stage: str, **facts: Any) -> Run:
@@ -159,7 +159,7 @@ def make_run(folder: Path, stage: str, **facts: Any) -> Run:
         (folder / subfolder / "diffusion_pytorch_model.safetensors").write_bytes(b"weights of " + subfolder.encode())
     CONTRACT.save(folder if stage == "vae" else folder / "pipeline")
     (folder / "config.yaml").write_text("data: {cache_dir: null}\n")
-    run = Run(folder, {**SHARED, "stage": stage, "name": folder.name, **facts})
+    run = Run(folder, {**SHARED_FACTS, "stage": stage, "name": folder.name, **facts})
     run.save()
     return run
 
@@ -245,7 +245,7 @@ def test_options_control_which_files_are_logged(tmp_path, monkeypatch, capsys):
         log_outcome(run, mode="disabled")
     metadata, files = log_outcome(run, max_artifact_mb=1e-5).artifacts["autoencoder-first"]
     assert metadata["weights_sha256"] == "a" * 64 and files == ["autoencoder-first.json"]
-    assert "autoencoder-first has 0 MB, more than logger.max_artifact_mb=1e-05" in capsys.readouterr().out
+    assert "autoencoder-first is 0 MB, more than logger.max_artifact_mb=1e-05" in capsys.readouterr().out
     _, files = log_outcome(run, upload_latents=True).artifacts[f"latents-{CONTRACT.key}"]
     assert "moments.npy" in files
 
@@ -270,7 +270,7 @@ def test_online_inputs_are_linked_by_digest_or_described(tmp_path, monkeypatch):
     assert [entry.path for entry in artifact.manifest.entries.values()] == ["data-pets.json"]
 
 
-def test_artifact_label_contents_and_digest(tmp_path):
+def test_artifact_label_is_sanitised_and_digest_covers_all_files(tmp_path):
     (tmp_path / "folder/inner").mkdir(parents=True)
     for name in ("folder/b", "folder/inner/a", "c"):
         (tmp_path / name).write_text(name)

@@ -39,7 +39,7 @@ def make_module():
 
 @pytest.fixture
 def fit(tmp_path):
-    """fit(module, callbacks=(), *, start=0, ...): fit a module on the CPU from step `start` on; returns the trainer."""
+    """fit(module, callbacks=(), *, start=0, ...): fit a module on the CPU from step `start` and return the trainer."""
 
     def fit(module, callbacks=(), *, batch_size=4, start=0, ckpt_path=None, **options) -> Trainer:
         data = torch.randn(32, 2, generator=torch.Generator().manual_seed(0))

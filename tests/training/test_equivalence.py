@@ -46,7 +46,7 @@ from tests.small_training import IMAGES, SGD, make_vae_training, states_equal
 SGD_TOLERANCE, ADAM_TOLERANCE = 3e-5, 3e-3
 """Tolerances for SGD, whose updates are proportional to the gradients, and for Adam, whose first updates are the signs
 of the gradients, even of gradients that are only rounding noise."""
-BATCH, NUM_SAMPLES = 8, 28
+BATCH_SIZE, NUM_SAMPLES = 8, 28
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -100,18 +100,18 @@ class Trajectory(Callback):
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
         if batch_idx % trainer.accumulate_grad_batches == 0:
-            self.weights.append(weights_of(module))
+            self.weights.append(flat_weights(module))
 
     def on_train_end(self, trainer, module) -> None:
-        self.weights.append(weights_of(module))
+        self.weights.append(flat_weights(module))
 
 
-def weights_of(module: TrainingModule) -> torch.Tensor:
+def flat_weights(module: TrainingModule) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in module.trained.parameters()])
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor, start: torch.Tensor) -> float:
-    """Return the largest error of a weight, relative to the largest change of a weight since `start`."""
+    """Return the largest error in any weight, relative to the largest change in any weight since `start`."""
     return ((actual - expected).abs().max() / (expected - start).abs().max()).item()
 
 
@@ -149,9 +149,9 @@ def fit(module: Any, *, accumulate=1, steps=6, start=0, resume=None, ema=None, c
     loader_options = {"seed": 0, "start": start, "accumulate": accumulate, "num_ranks": trainer.world_size}
     indices = np.arange(NUM_SAMPLES)
     module.train_dataloader = lambda: train_loader(
-        partial(fetch, module), indices, batch_size=BATCH, rank=module.global_rank, **loader_options
+        partial(fetch, module), indices, batch_size=BATCH_SIZE, rank=module.global_rank, **loader_options
     )
-    module.val_dataloader = lambda: val_loader(partial(fetch, module), indices, batch_size=BATCH // accumulate)
+    module.val_dataloader = lambda: val_loader(partial(fetch, module), indices, batch_size=BATCH_SIZE // accumulate)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer.fit(module, ckpt_path=resume, weights_only=True)
@@ -187,7 +187,7 @@ def recorded_draws(monkeypatch) -> list[list[torch.Tensor]]:
     return recorded_draws
 
 
-def by_step(recorded_draws: list[list[torch.Tensor]], accumulate: int) -> list[list[torch.Tensor]]:
+def group_by_step(recorded_draws: list[list[torch.Tensor]], accumulate: int) -> list[list[torch.Tensor]]:
     """Return the draws of each step, concatenated over its micro-batches."""
     steps = [recorded_draws[start : start + accumulate] for start in range(0, len(recorded_draws), accumulate)]
     return [[torch.cat(draws) for draws in zip(*step, strict=True)] for step in steps]
@@ -203,7 +203,7 @@ def test_samples_and_draws_do_not_depend_on_the_split(name, recorded_draws):
         losses = module.losses
         module.losses = lambda batch, draws, losses=losses, inputs=inputs: inputs.append(batch) or losses(batch, draws)
         fit(module, accumulate=accumulate, steps=3)
-        draws[accumulate] = by_step(recorded_draws, accumulate)
+        draws[accumulate] = group_by_step(recorded_draws, accumulate)
         batches[accumulate] = inputs
     reference = draws.pop(1)
     assert len(reference) == 3 and len(reference[0]) == {"kl": 2, "chain": 5}[name]
@@ -211,7 +211,7 @@ def test_samples_and_draws_do_not_depend_on_the_split(name, recorded_draws):
     for accumulate, steps in draws.items():
         assert states_equal(steps, reference)
         pixels = [batch if name == "kl" else batch["mean"] for batch in batches[accumulate]]
-        expected = [i for step in range(3) for i in batch_at(step, size=NUM_SAMPLES, batch_size=BATCH, seed=0)]
+        expected = [i for step in range(3) for i in batch_at(step, size=NUM_SAMPLES, batch_size=BATCH_SIZE, seed=0)]
         assert torch.equal(torch.cat(pixels), (IMAGES if name == "kl" else LATENTS["mean"])[expected])
 
 
@@ -245,15 +245,15 @@ def test_micro_batches_with_adam_agree_within_a_larger_tolerance(name):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the ranks are started with fork")
 @EVERY_MODULE
 def test_two_ranks_match_a_single_rank(name, tmp_path):
-    """DDP with gloo; each rank has two micro-batches of two samples."""
-    one = fit(MODULES[name](), steps=10)
-    two = fit(MODULES[name](), accumulate=2, steps=10, devices=2, strategy="ddp_fork", default_root_dir=tmp_path)
-    assert two.trainer.world_size == 2
-    assert relative_error(weights_of(two.module), one.weights[-1], one.weights[0]) < SGD_TOLERANCE
+    """Uses DDP with gloo. Each rank has two micro-batches of two samples."""
+    one_rank = fit(MODULES[name](), steps=10)
+    two_ranks = fit(MODULES[name](), accumulate=2, steps=10, devices=2, strategy="ddp_fork", default_root_dir=tmp_path)
+    assert two_ranks.trainer.world_size == 2
+    assert relative_error(flat_weights(two_ranks.module), one_rank.weights[-1], one_rank.weights[0]) < SGD_TOLERANCE
     if name == "vq":
-        assert torch.equal(one.module.regulariser.idle_steps, two.module.regulariser.idle_steps)
+        assert torch.equal(one_rank.module.regulariser.idle_steps, two_ranks.module.regulariser.idle_steps)
     if name == "importance":
-        assert torch.equal(one.module.importance.counts, two.module.importance.counts)
+        assert torch.equal(one_rank.module.importance.counts, two_ranks.module.importance.counts)
 
 
 def test_with_a_discriminator_only_lambda_depends_on_the_split():
@@ -279,15 +279,15 @@ def test_with_a_discriminator_only_lambda_depends_on_the_split():
 @pytest.mark.parametrize(("old_accumulate", "new_accumulate"), [(1, 4), (4, 1), (8, 2)])
 def test_run_resumes_with_a_different_number_of_micro_batches(tmp_path, recorded_draws, old_accumulate, new_accumulate):
     uninterrupted = fit(make_diffusion())
-    expected = by_step(recorded_draws, 1)
+    expected = group_by_step(recorded_draws, 1)
     recorded_draws.clear()
     stopped = fit(make_diffusion(), accumulate=old_accumulate, steps=3)
     stopped.trainer.save_checkpoint(tmp_path / "stopped.ckpt")
     resumed = fit(make_diffusion(), accumulate=new_accumulate, start=3, resume=tmp_path / "stopped.ckpt")
     assert resumed.trainer.global_step == 6 and len(recorded_draws) == 3 * old_accumulate + 3 * new_accumulate
     stop = 3 * old_accumulate
-    assert states_equal(by_step(recorded_draws[:stop], old_accumulate), expected[:3])
-    assert states_equal(by_step(recorded_draws[stop:], new_accumulate), expected[3:])
+    assert states_equal(group_by_step(recorded_draws[:stop], old_accumulate), expected[:3])
+    assert states_equal(group_by_step(recorded_draws[stop:], new_accumulate), expected[3:])
     assert relative_error(resumed.weights[-1], uninterrupted.weights[-1], uninterrupted.weights[0]) < SGD_TOLERANCE
 
 
@@ -305,9 +305,9 @@ def test_validation_metrics_do_not_depend_on_the_split(monkeypatch):
     monkeypatch.setattr(DiffusionTraining, "on_validation_epoch_end", lambda self: None)
     module, metrics = make_diffusion(), []
     for accumulate in (1, 2, 8):
-        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-        trainer = Trainer(accelerator="cpu", devices=1, enable_checkpointing=False, **quiet)
-        batches = val_loader(partial(fetch, module), np.arange(NUM_SAMPLES), batch_size=BATCH // accumulate)
+        quiet_options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = Trainer(accelerator="cpu", devices=1, enable_checkpointing=False, **quiet_options)
+        batches = val_loader(partial(fetch, module), np.arange(NUM_SAMPLES), batch_size=BATCH_SIZE // accumulate)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             metrics.append(trainer.validate(module, batches, verbose=False)[0])
@@ -322,7 +322,7 @@ def test_interrupted_validation_keeps_raw_and_averaged_weights(tmp_path, excepti
     class Interrupt(Callback):
         def on_validation_batch_end(self, trainer, module, *_: Any) -> None:
             trainer.save_checkpoint(tmp_path / "during.ckpt")
-            self.validated, self.average = weights_of(module), [s.clone() for s in ema.ema.shadow]
+            self.validated, self.average = flat_weights(module), [s.clone() for s in ema.ema.shadow]
             raise exception_type("in validation")
 
         def on_exception(self, trainer, module, exception) -> None:
@@ -331,7 +331,7 @@ def test_interrupted_validation_keeps_raw_and_averaged_weights(tmp_path, excepti
     reference, module, interrupt, ema = fit(make_diffusion(), steps=3), make_diffusion(), Interrupt(), EMACallback(0.9)
     with pytest.raises(exception_type, match="in validation"):
         fit(module, ema=ema, callbacks=[interrupt], val_check_interval=3, limit_val_batches=1.0)
-    assert torch.equal(weights_of(module), reference.weights[-1])
+    assert torch.equal(flat_weights(module), reference.weights[-1])
     assert torch.equal(interrupt.validated, torch.cat([s.flatten() for s in reference.ema.shadow]))
     assert all(torch.equal(a, b) for a, b in zip(ema.ema.shadow, interrupt.average, strict=True))
     reference.trainer.save_checkpoint(tmp_path / "reference.ckpt")

@@ -36,7 +36,7 @@ STAGES = {
 STATE_KEYS = ("state_dict", "optimizer_states", "lr_schedulers", "adversary", "random", "global_step")
 
 
-def state_of(run: Path) -> dict:
+def load_state(run: Path) -> dict:
     """Return the training state in the newest checkpoint of a run, without the elapsed time."""
     state = torch.load(list_checkpoints(run / "checkpoints")[0].path, weights_only=True)
     return {name: state.get(name) for name in STATE_KEYS} | {"ema": state["callbacks"]["EMACallback"]}
@@ -51,7 +51,7 @@ def workspace(tmp_path_factory, make_images) -> Path:
 
 @pytest.fixture
 def train(workspace, call, monkeypatch):
-    """train(stage, name, *options, code=0): train a stage for seven steps; returns the run folder."""
+    """train(stage, name, *options, code=0): train a stage for seven steps and return the run folder."""
     monkeypatch.chdir(workspace)
     monkeypatch.setenv("LDM_CACHE", str(workspace / "cache"))
 
@@ -92,14 +92,14 @@ def uninterrupted() -> dict[tuple[str, str], dict]:
 def check_resume(train, stop, uninterrupted, stage: str, precision: str, hook: str, step: int) -> None:
     options = [f"trainer.precision={precision}"]
     if (stage, precision) not in uninterrupted:
-        uninterrupted[stage, precision] = state_of(train(stage, f"uninterrupted-{precision}", *options))
+        uninterrupted[stage, precision] = load_state(train(stage, f"uninterrupted-{precision}", *options))
     name = f"{precision}-{hook}-{step}"
     stop(hook, step)
     resumed = train(stage, name, *options, code=128 + signal.SIGTERM)
     assert list_checkpoints(resumed / "checkpoints")[0].step <= step + 1 and not (resumed / "autoencoder").exists()
     train(stage, name, *options, "resume=true")
     assert list_checkpoints(resumed / "checkpoints")[0].step == 7
-    assert states_equal(state_of(resumed), uninterrupted[stage, precision])
+    assert states_equal(load_state(resumed), uninterrupted[stage, precision])
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
@@ -110,7 +110,7 @@ def test_resume_after_a_stop_mid_epoch(train, stop, uninterrupted, stage, precis
 
 @pytest.mark.parametrize(("hook", "step"), [("on_validation_batch_end", 3), ("on_train_batch_end", 6)])
 def test_resume_after_a_stop_during_validation(train, stop, uninterrupted, workspace, hook, step):
-    """After a stop during or just before a validation, this validation runs once, in full, with the same metrics."""
+    """The interrupted validation runs again from its first batch and is logged once, with the same metrics."""
     check_resume(train, stop, uninterrupted, "vae", "32-true", hook, step)
     expected, resumed = (workspace / "runs/vae" / name for name in ("uninterrupted-32-true", f"32-true-{hook}-{step}"))
     assert validations(resumed) == validations(expected)
@@ -152,7 +152,7 @@ def test_resume_restores_global_generators_with_accumulated_batches(train, stop,
     train("vae", "noisy", *options, code=143)
     resumed = train("vae", "noisy", *options, "resume=true")
     assert draws == expected and len({torch_draw for torch_draw, _, _ in draws}) == 14
-    assert states_equal(state_of(resumed), state_of(uninterrupted))
+    assert states_equal(load_state(resumed), load_state(uninterrupted))
 
 
 RUN_OPTIONS = ["trainer.precision=32-true", "runs_dir=runs2"]
@@ -162,19 +162,19 @@ TINY_DIFFUSION = ["conditioning=none", *STAGES["diffusion"][2:7], "network.patch
 
 @pytest.fixture
 def command(workspace, call, monkeypatch):
-    """command(*options): train on the images; returns the exit code and output."""
+    """command(*options): train on the images and return the exit code and output."""
     monkeypatch.chdir(workspace)
     monkeypatch.setenv("LDM_CACHE", str(workspace / "cache"))
     return lambda *options: call(ldm.train.main, *DATA, *BUDGET, *RUN_OPTIONS, *options)
 
 
-def facts_of(run: Path) -> dict:
+def load_facts(run: Path) -> dict:
     return json.loads((run / "run.json").read_text())
 
 
 @pytest.fixture
 def diffusion_run(command, workspace) -> Path:
-    """A two-step diffusion run on the autoencoder `first`, the newest when the run started."""
+    """A two-step diffusion run on `first`, which was the newest autoencoder when the run started."""
     run = workspace / "runs2/diffusion/ddpm"
     if not run.exists():
         assert command("stage=vae", "name=first", *TINY_VAE).code == 0
@@ -182,7 +182,7 @@ def diffusion_run(command, workspace) -> Path:
     return run
 
 
-def record_files(run: Path) -> list[bytes]:
+def read_records(run: Path) -> list[bytes]:
     return [(run / name).read_bytes() for name in ("run.json", "config.yaml")]
 
 
@@ -198,36 +198,36 @@ def record_files(run: Path) -> list[bytes]:
         ([*TINY_DIFFUSION, "data.flip=true"], r"data\.flip\b.*False.*True"),
     ],
 )
-def test_resume_refuses_options_that_differ_from_the_original_run(command, diffusion_run, options, message):
-    """The error gives the options and the command to resume; the run is not changed."""
-    files = record_files(diffusion_run)
+def test_resume_rejects_options_that_differ_from_the_original_run(command, diffusion_run, options, message):
+    """The error gives the options and the command to resume. The run is not changed."""
+    files = read_records(diffusion_run)
     result = command("stage=diffusion", "name=ddpm", "resume=true", *options)
     assert result.code == 2 and re.search(message, result.err) and "Traceback" not in result.err, result
     assert "python -m ldm.train data=image_folder data.path=pets" in result.err
     assert "network=dit network.hidden_dim=32" in result.err and "name=ddpm resume=true" in result.err
-    assert record_files(diffusion_run) == files
+    assert read_records(diffusion_run) == files
 
 
 def test_resume_keeps_run_json_and_config_until_training_starts(command, diffusion_run, monkeypatch):
     def raise_error(*_):
         raise UserError("no memory left")
 
-    files = record_files(diffusion_run)
+    files = read_records(diffusion_run)
     monkeypatch.setattr(Fit, "run_to_end", raise_error)
     result = command("stage=diffusion", "name=ddpm", "resume=true", *TINY_DIFFUSION)
-    assert result.code == 2 and "no memory left" in result.err and record_files(diffusion_run) == files
+    assert result.code == 2 and "no memory left" in result.err and read_records(diffusion_run) == files
 
 
 def test_resume_keeps_the_autoencoder_of_the_run(command, diffusion_run):
-    """A newer autoencoder is not selected, and a different `vae` is refused. The learning rate can change."""
+    """A newer autoencoder is not selected, and a different `vae` is rejected. The learning rate can change."""
     assert command("stage=vae", "name=second", *TINY_VAE, "seed=1").code == 0
-    original = facts_of(diffusion_run)
+    original = load_facts(diffusion_run)
     options = ["stage=diffusion", "name=ddpm", *TINY_DIFFUSION, "trainer.max_steps=3"]
     result = command(*options, "resume=true", "vae=runs2/vae/second")
     assert result.code == 2 and "vae=runs2/vae/first (" in result.err and "vae=runs2/vae/second (" in result.err, result
-    assert facts_of(diffusion_run) == original
+    assert load_facts(diffusion_run) == original
     result = command(*options, "resume=true", "optimizer.lr=1e-3")
-    resumed = facts_of(diffusion_run)
+    resumed = load_facts(diffusion_run)
     assert result.code == 0 and resumed["finished"] and resumed["figures"]["steps"] == 3, result
     assert "optimizer.lr 0.004 -> 0.001; trainer.max_steps 2 -> 3" in result.out
     assert (resumed["vae"], resumed["contract"]) == (original["vae"], original["contract"])

@@ -1,1 +1,1 @@
-"""The chain in continuous time: SDE, probability-flow ODE and its likelihood."""
+"""The chain in continuous time: the SDE, the probability-flow ODE, and the likelihood under the ODE."""

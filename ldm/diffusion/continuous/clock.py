@@ -1,12 +1,13 @@
 """The clock w, the time variable in which the SDE and the ODE of the chain are solved.
 
 The clock is w = asinh(log-SNR / 2). Near log-SNR = 0, where samples take shape, w is proportional to log-SNR. Further
-away, where samples change little, w is logarithmic in log-SNR. The clock starts at the noise end: at T, or at the time
-where alpha_bar = 1e-8 if the schedule goes below that. At alpha_bar = 1e-8, z_t contains only 1e-4 z_0.
+from 0, where samples change little, w is logarithmic in log-SNR. The clock starts at the noise end. The noise end is T
+or, if alpha_bar[T] is below 1e-8, the time at which alpha_bar = 1e-8 and z_t contains only 1e-4 z_0.
 
-Alternatives were compared using 40 Heun steps on exact mixtures: t, log-SNR, the angle of alpha and sigma, and
-sigma^(1/7), each with the ODE in z, eps or z_0. For every schedule in `ldm.diffusion.schedule`, their error is at
-least half that of equal steps in w. Equal steps in t have up to 20 times the error.
+Equal steps in w were compared with equal steps in t, log-SNR, the angle of (alpha, sigma) and sigma^(1/7). The
+comparison used 40 Heun steps, mixtures with exact denoisers, and the ODE for z, eps or z_0. For every schedule in
+`ldm.diffusion.schedule`, each alternative had at least half the error of equal steps in w, and equal steps in t had up
+to 20 times this error.
 """
 
 import math
@@ -40,18 +41,18 @@ def clock_time(schedule: NoiseSchedule, w: float) -> float:
     return schedule.time_at(2 * math.sinh(w))
 
 
-def clock_nodes(schedule: NoiseSchedule, nodes: int, t_min: int | float) -> list[float]:
+def clock_nodes(schedule: NoiseSchedule, num_nodes: int, t_min: int | float) -> list[float]:
     """Return equally spaced clock values from the noise end to t_min; a single node is at the noise end.
 
     Raises:
         ValueError: as raised by `clock_ends`.
     """
     start, stop = clock_ends(schedule, t_min)
-    return [start] + [start + (stop - start) * i / (nodes - 1) for i in range(1, nodes)]
+    return [start] + [start + (stop - start) * i / (num_nodes - 1) for i in range(1, num_nodes)]
 
 
 def clock_elapsed(schedule: NoiseSchedule, w: float) -> tuple[float, float]:
-    """Return the time t at clock value w, and the elapsed b dt per unit of w there, which is negative.
+    """Return the time t at clock value w, and the (negative) elapsed b dt per unit of w at this time.
 
         b dt / dw = -(1 - a_t) d log-SNR / dw = -(1 - a_t) 2 cosh(w)
 

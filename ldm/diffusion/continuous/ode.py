@@ -1,6 +1,6 @@
-"""The probability-flow ODE: a deterministic sampler, and its inverse, which encodes a latent to noise.
+"""The probability-flow ODE: a deterministic sampler, and its inverse, which encodes latents as noise.
 
-The ODE dz/dt = -1/2 b (z + score) of `sde` is solved in the clock w of `clock`:
+The ODE dz/dt = -1/2 b (z + score) from `sde` is solved in the time variable w defined in `clock`:
 
     dz/dw = 1/2 (d log-SNR / dw) alpha (z_0 - alpha z),   log-SNR = 2 sinh(w)
 """
@@ -76,18 +76,20 @@ def check_tolerances(rtol: float, atol: float) -> None:
 
 @dataclass(frozen=True)
 class ODESampler:
-    """Sampler that solves the probability-flow ODE, and encodes latents to noise by solving it backwards.
+    """Sampler that solves the probability-flow ODE, and encodes latents as noise by solving the ODE backwards.
 
     Args:
-        solver: heun (order 2, equal steps in the clock) or adaptive (order 5, with a step size controlled by an error
-            estimate). adaptive keeps its state in float64 on the CPU. All samples in a batch share the step sizes, so
-            each result depends slightly on the rest of the batch, within the tolerance.
-        steps: for heun, the number of transitions, including the last one from t_min to 0. Sampling calls the
-            denoiser 2 steps - 1 times; `encode` and `decode` call it 2 steps - 2 times. Ignored by adaptive.
-        rtol, atol: for adaptive, the relative and absolute error tolerances per step, as in scipy.
-        t_min: time at which the ODE stops; the last transition returns the denoiser's z_0 at t_min.
+        solver: "heun" (order 2, equal steps on the clock) or "adaptive" (order 5, with a step size controlled by an
+            error estimate). The adaptive solver keeps its state in float64 on the CPU. All samples in a batch share its
+            step sizes, so each result depends slightly on the rest of the batch, within the tolerance.
+        steps: for the Heun solver, the number of transitions, including the last one from t_min to 0. Sampling calls
+            the denoiser 2 steps - 1 times; `encode` and `decode` call it 2 steps - 2 times. The adaptive solver ignores
+            this option.
+        rtol, atol: for the adaptive solver, the relative and absolute error tolerances per step, as in scipy.
+        t_min: time at which the ODE stops; the last transition returns the z_0 predicted at t_min.
 
-    Source: Song et al. 2021, arXiv:2011.13456, section 4.3; heun is Karras et al. 2022, arXiv:2206.00364.
+    Source: Song et al. 2021, arXiv:2011.13456, section 4.3; the Heun solver is from Karras et al. 2022,
+    arXiv:2206.00364.
 
     Raises:
         ValueError: if an option is unknown or out of range.
@@ -132,7 +134,7 @@ class ODESampler:
             variance, z_0_mse: ignored, because an ODE has no Sigma.
             generator: ignored, because sampling is deterministic.
             on_step: called as on_step(s, z_s, z_0) after every transition to a real time s (0 for the last one). z_0
-                is the prediction at the start of the transition for heun, and at s for adaptive.
+                is predicted at the start of the transition by the Heun solver, and at s by the adaptive solver.
 
         Raises:
             ValueError: as raised by `check`.
@@ -149,13 +151,13 @@ class ODESampler:
     def encode(
         self, denoiser: DenoiserLike, z: Float[Tensor, " b *z"], condition: Condition | None = None
     ) -> Float[Tensor, " b *z"]:
-        """Encode z at t_min to noise, by solving the ODE up to the noise end.
+        """Encode z at t_min as noise, by solving the ODE up to the noise end.
 
-        `decode` inverts this up to the error of the solver, which is set by `steps` for heun and by the tolerances for
-        adaptive.
+        `decode` inverts this map up to the error of the solver, which depends on `steps` for the Heun solver and on the
+        tolerances for the adaptive solver.
 
         Raises:
-            ValueError: as raised by `check`; for heun, if steps is less than 2.
+            ValueError: as raised by `check`; for the Heun solver, if steps is less than 2.
             ArithmeticError: as raised by `integrate`.
         """
         self._check_steps()
@@ -168,7 +170,7 @@ class ODESampler:
         """Decode noise to z at t_min, without the last transition to 0; the inverse of `encode`.
 
         Raises:
-            ValueError: as raised by `check`; for heun, if steps is less than 2.
+            ValueError: as raised by `check`; for the Heun solver, if steps is less than 2.
             ArithmeticError: as raised by `integrate`.
         """
         self._check_steps()
@@ -176,7 +178,7 @@ class ODESampler:
 
     def _check_steps(self) -> None:
         if self.solver == "heun" and self.steps < 2:
-            raise ValueError(f"encode and decode need at least 2 steps with heun; got {self.steps}")
+            raise ValueError(f"encode and decode need at least 2 steps with solver 'heun'; got {self.steps}")
 
     def _noise_end(self, schedule: NoiseSchedule) -> float:
         return clock_time(schedule, clock_ends(schedule, self.t_min)[0])
@@ -200,7 +202,8 @@ class ODESampler:
 
         if self.solver == "adaptive":
             start, stop = clock_ends(schedule, self.t_min)
-            return _adaptive(velocity, schedule, z, (stop, start) if backwards else (start, stop), self, on_step)
+            span = (stop, start) if backwards else (start, stop)
+            return _integrate_adaptively(velocity, schedule, z, span, self, on_step)
         nodes = clock_nodes(schedule, self.steps, self.t_min)
         for w, next_w in itertools.pairwise(nodes[::-1] if backwards else nodes):
             slope, z_0 = velocity(z, w)
@@ -211,7 +214,7 @@ class ODESampler:
         return z
 
 
-def _adaptive(
+def _integrate_adaptively(
     velocity: Callable[[Tensor, float], tuple[Tensor, Tensor]],
     schedule: NoiseSchedule,
     like: Tensor,

@@ -5,7 +5,8 @@ The ODE of `ldm.diffusion.continuous.ode` is a one-to-one map from z at t_min to
     log p(z at t_min) = log N(z_noise; 0, I) + integral of div(dz/dw) dw from t_min to the noise end
     div(dz/dw)        = 1/2 (d log-SNR / dw) alpha (tr J - alpha d),   J = d z_0 / d z
 
-tr J is either Hutchinson's estimate E[v J v], with random signs v, or exact, which is only feasible in few dimensions.
+tr J = E[v J v] is either estimated with random signs v (Hutchinson's estimator) or computed exactly, which is only
+feasible in few dimensions.
 """
 
 from collections.abc import Callable
@@ -26,17 +27,17 @@ from ldm.diffusion.samplers.base import Generators, check_generators
 
 @dataclass(frozen=True)
 class ODELikelihood:
-    """log p(z at t_min) of each sample, and the cost of computing it.
+    """log p(z at t_min) for each sample, and the cost of computing it.
 
     Args:
         log_likelihood: in nats, summed over dimensions and averaged over probes, [b] in float64.
-        evaluations: number of denoiser calls, each followed by one vector-Jacobian product per probe.
-        probe_variance: variance of the estimate from a single probe, [b] in nats^2; divide it by the number of probes
+        num_evaluations: number of denoiser calls, each followed by one vector-Jacobian product per probe.
+        probe_variance: variance of the estimate from a single probe, [b] in nats^2. Divide this by the number of probes
             to get the variance of log_likelihood. None for one probe and for the exact trace.
     """
 
     log_likelihood: Float64[Tensor, " b"]
-    evaluations: int
+    num_evaluations: int
     probe_variance: Float64[Tensor, " b"] | None
 
 
@@ -54,11 +55,12 @@ def ode_log_likelihood(
 ) -> ODELikelihood:
     """Return the log-density of z at t_min under the probability-flow ODE.
 
-    This density differs from that of the ancestral chain, and can be above or below the variational bound. A single
-    adaptive solve integrates z together with the log-density estimate of every probe. All samples in a batch share the
-    step sizes, so each result depends slightly on the rest of the batch, within the tolerance. Memory use is that of
-    one forward and one backward pass of the denoiser. The network must be in eval mode, so that dropout does not change
-    the ODE between evaluations. Its parameters need no gradient.
+    This density differs from the density of the ancestral chain: its negative logarithm can be above or below the
+    variational bound. A single adaptive solve integrates z together with the log-density estimate of every probe. All
+    samples in a batch share the step sizes, so each result depends slightly on the rest of the batch, within the
+    tolerance. The memory use is that of one forward and one backward pass through the denoiser. The network must be in
+    eval mode, so that dropout does not change the ODE between evaluations. The network's parameters do not need to
+    require gradients.
     Source: Grathwohl et al. 2019, arXiv:1810.01367; Song et al. 2021, arXiv:2011.13456, eqs. 39 and 40.
 
     Args:
@@ -66,13 +68,13 @@ def ode_log_likelihood(
         rtol, atol: relative and absolute error tolerances per solver step.
         probes: number of Hutchinson probes, which stay fixed during the solve. None computes the exact trace, with
             one vector-Jacobian product per dimension.
-        generators: random generator for the probes of the whole batch, or a list with one per sample, so that the
-            probes of a sample do not depend on the rest of the batch.
+        generators: random generator for the probes of the whole batch, or a list with one generator per sample, so that
+            the probes of a sample do not depend on the rest of the batch.
         on_evaluation: called as on_evaluation(t) before every call to the denoiser.
 
     Raises:
-        ValueError: as raised by `clock_ends` and `integrate`; if probes is less than 1; if a list of generators does
-            not have one per sample.
+        ValueError: as raised by `clock_ends` and `integrate`; if probes is less than 1; if the number
+            of generators in a list differs from the batch size.
         ArithmeticError: as raised by `integrate`.
     """
     if probes is not None and probes < 1:
@@ -94,11 +96,11 @@ def ode_log_likelihood(
 
     num_estimates = 1 if probes is None else probes
     start = np.concatenate([z.detach().flatten().cpu().double().numpy(), np.zeros(batch * num_estimates)])
-    state, evaluations = integrate(derivative, start, data_end, noise_end, rtol=rtol, atol=atol)
+    state, num_evaluations = integrate(derivative, start, data_end, noise_end, rtol=rtol, atol=atol)
     noise, log_det = np.split(state, [z.numel()])
     prior = -0.5 * (noise.reshape(batch, -1) ** 2).sum(1) - dimensions / 2 * np.log(2 * np.pi)
     estimates = torch.from_numpy(prior[:, None] + log_det.reshape(batch, num_estimates))
-    return ODELikelihood(estimates.mean(1), evaluations, estimates.var(1) if num_estimates > 1 else None)
+    return ODELikelihood(estimates.mean(1), num_evaluations, estimates.var(1) if num_estimates > 1 else None)
 
 
 def _velocity_and_divergence(

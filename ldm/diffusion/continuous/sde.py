@@ -7,10 +7,10 @@ score = grad log q(z_t), the equations
     reverse           dz = (-1/2 b z - b score) dt + sqrt(b) dw-bar
     probability flow  dz/dt = -1/2 b (z + score)
 
-have the same marginals q(z_t). Time enters only through b dt = -d log a = -(1 - a) d log-SNR, called the elapsed b dt.
-Steps are measured in log-SNR, so b itself is never needed. The stiffness of the equations is at most one per unit of
-log-SNR.
-The sampler's steps are equally spaced on the clock of `ldm.diffusion.continuous.clock`. Sampling starts from
+have the same marginals q(z_t). Time enters the equations only through b dt = -d log a = -(1 - a) d log-SNR, called the
+elapsed b dt. Steps are measured in log-SNR, so b itself is never needed. The stiffness of the equations is at most one
+per unit of log-SNR.
+The sampler's steps are equally spaced on the clock defined in `ldm.diffusion.continuous.clock`. Sampling starts from
 N(0, I) at the noise end.
 
 Source: Song et al. 2021, arXiv:2011.13456.
@@ -39,7 +39,7 @@ def reverse_drift(
 ) -> Float[Tensor, " b *z"]:
     """Return the drift of the reverse SDE per elapsed b dt, given the predicted z_0:  -1/2 z_t - score.
 
-    Multiply it by schedule.rate(t) to get the drift per unit of t.
+    Multiply the result by schedule.rate(t) to get the drift per unit of t.
     Source: Song et al. 2021, arXiv:2011.13456, eq. 6.
 
     Raises:
@@ -55,8 +55,8 @@ def probability_flow(
 
         -1/2 (z_t + score) = -1/2 alpha (z_0 - alpha z_t) / (1 - a_t)
 
-    Multiply it by schedule.rate(t) to get dz/dt. The code uses the second form, because the first suffers from
-    cancellation at the noise end.
+    Multiply the result by schedule.rate(t) to get dz/dt. The code uses the right-hand side, because the left-hand side
+    suffers from cancellation at the noise end.
     Source: Song et al. 2021, arXiv:2011.13456, eq. 13.
 
     Raises:
@@ -76,7 +76,7 @@ def forward_sde_step(
 
         z_t = z_s - 1/2 h z_s + sqrt(h) eps,   h = (1 - a_s) (log-SNR_s - log-SNR_t)
 
-    Its weak order is 1; `chain.forward_step` is exact.
+    The weak order of this step is 1, whereas `chain.forward_step` is exact.
 
     Raises:
         ValueError: unless 1 <= s < t <= T.
@@ -100,7 +100,7 @@ def reverse_sde_step(
 
         z_s = z_t + (1/2 z_t + score) h + sqrt(h) n,   h = (1 - a_t) (log-SNR_s - log-SNR_t),   n ~ N(0, I)
 
-    Its weak order is 1.
+    The weak order of this step is 1.
 
     Raises:
         ValueError: unless 1 <= s < t <= T.
@@ -124,8 +124,8 @@ def langevin_step(
 
         z = z_t + h score + sqrt(2 h) n,   h = 2 snr^2 (1 - a_t),   n ~ N(0, I)
 
-    The paper uses the step size 2 snr^2 (|n| / |score|)^2, averaged over the batch, which is unbounded as the score
-    vanishes. Here |n| / |score| is replaced by sigma, its value for pure noise.
+    The paper uses the step size 2 snr^2 (|n| / |score|)^2, averaged over the batch, which grows without bound as the
+    score vanishes. Here, the ratio |n| / |score| is replaced with its value for pure noise, sigma.
     Source: Song et al. 2021, arXiv:2011.13456, algorithm 5.
 
     Raises:
@@ -146,7 +146,7 @@ class SDESampler:
             steps + (steps - 1) corrector_steps times.
         corrector_steps: number of Langevin steps after every transition except the last.
         corrector_snr: signal-to-noise ratio of the Langevin steps; see `langevin_step`.
-        t_min: time at which the SDE stops; the last transition returns the denoiser's z_0 at t_min.
+        t_min: time at which the SDE stops; the last transition returns the z_0 predicted at t_min.
 
     Source: Song et al. 2021, arXiv:2011.13456, algorithms 1 and 5.
 
@@ -171,7 +171,7 @@ class SDESampler:
             ValueError: as raised by `clock_ends`; if Euler-Maruyama needs more steps to be stable.
         """
         start, stop = clock_ends(schedule, self.t_min)
-        # A step h in log-SNR multiplies a deviation by 1 - h (1 + a) / 2 at worst. Steps are largest at both ends.
+        # In the worst case, a step h in log-SNR multiplies a deviation by 1 - h (1 + a) / 2. h is largest at both ends.
         growth = max(math.cosh(w) * (1 + 1 / (1 + math.exp(-2 * math.sinh(w)))) for w in (start, stop))
         min_steps = 1 + math.ceil((stop - start) * growth / 2)
         if 1 < self.steps < min_steps:
@@ -201,7 +201,7 @@ class SDESampler:
                 the predicted z_0 that the transition used.
 
         Raises:
-            ValueError: as raised by `check`; if a list of generators does not have one per sample.
+            ValueError: as raised by `check`; if the number of generators in a list differs from the batch size.
         """
         check_generators(generator, len(z_T))
         schedule = denoiser.schedule

@@ -22,7 +22,7 @@ from ldm.rules import Positive, Steps, apply_rules
 SPACINGS = ("trailing", "leading", "linspace")
 
 Generators = torch.Generator | list[torch.Generator] | None
-"""One generator for the whole batch, or one per sample, so that samples do not depend on the rest of the batch."""
+"""One generator for the whole batch, or a list with one per sample, which makes samples independent of their batch."""
 
 OnStep = Callable[[float, Tensor, Tensor], None]
 """Callback, called as on_step(s, z_s, z_0) after every transition to a step or real time s."""
@@ -34,8 +34,8 @@ Transition = Callable[[Prediction, Tensor, int, int], Tensor]
 class SamplerLike(Protocol):
     """Interface of samplers, which map z_T ~ N(0, I) to z_0 using the Markov chain, its SDE or its ODE.
 
-    `method` is the sampler's name in configs and records; `variance` is the Sigma of p(z_s | z_t) that the sampler
-    requires, or None.
+    `method` is the sampler's name in configs and reports. `variance` is the choice of Sigma in p(z_s | z_t) that the
+    sampler requires, or None.
     """
 
     @property
@@ -64,7 +64,10 @@ class SamplerLike(Protocol):
 
 @dataclass(frozen=True)
 class SamplingRun:
-    """Inputs of one sampling run: visited steps, initial latents, the model's Sigma and MSE of z_0, noise generator."""
+    """Inputs of one sampling run.
+
+    `variance` is the model's choice of Sigma, and `z_0_mse` is the denoiser's mean squared error in z_0 at every t.
+    """
 
     schedule: NoiseSchedule
     visited: list[int]
@@ -79,7 +82,7 @@ class ChainSampler(ABC):
     """Sampler that visits the discrete steps of the chain; each subclass implements one algorithm.
 
     Args:
-        steps: number of transitions, each with one call of the denoiser.
+        steps: number of transitions, each with one call to the denoiser.
         spacing: which steps are visited; see `timesteps`.
         clip: if set, the predicted z_0 is clamped to [-clip, clip].
 
@@ -98,7 +101,7 @@ class ChainSampler(ABC):
 
     @property
     def variance(self) -> str | None:
-        """Sigma that the sampler requires; None if it needs no Sigma or uses the model's."""
+        """The choice of Sigma that the sampler requires; None if it needs no Sigma or uses the model's choice."""
         return None
 
     def check(self, schedule: NoiseSchedule) -> None:
@@ -124,15 +127,15 @@ class ChainSampler(ABC):
         """Sample z_0, starting from z_T ~ N(0, I).
 
         Args:
-            variance: the model's Sigma, the default for samplers that need a Sigma.
-            z_0_mse: the denoiser's mean squared error at every t, required by variance="optimal".
+            variance: the model's choice of Sigma, which is the default for samplers that need a Sigma.
+            z_0_mse: the denoiser's mean squared error in z_0 at every t, required by variance="optimal".
             generator: one for the whole batch, or a list with one per sample.
             on_step: called as on_step(s, z_s, z_0) after every transition to a step s, with the predicted z_0 that the
                 transition used. UniPC corrects z_s again in its next step.
 
         Raises:
-            ValueError: if the chain has fewer steps than the sampler; if a list of generators does not have one
-                per sample; for multistep solvers, if several visited steps are pure noise.
+            ValueError: if the chain has fewer steps than the sampler; if the number of generators in a list differs
+                from the batch size; for multistep solvers, if z_t is pure noise at more than one visited step.
         """
         check_generators(generator, len(z_T))
         schedule = denoiser.schedule
@@ -157,10 +160,10 @@ def timesteps(num_steps: int, steps: int, spacing: str = "trailing") -> list[int
     """Return the steps t that a sampler visits, strictly decreasing to 0 in `steps` transitions.
 
         trailing  round(T i / steps), i = steps..1: starts at T
-        leading   1 + i (T // steps), i = steps-1..0: starts below T, ends at 1
-        linspace  1 + round((T - 1) i / (steps - 1)), i = steps-1..0: from T to 1 (one step: from T)
+        leading   1 + i (T // steps), i = steps-1..0: starts below T, reaches 1
+        linspace  1 + round((T - 1) i / (steps - 1)), i = steps-1..0: starts at T, reaches 1 (only T if steps = 1)
 
-    These are diffusers' timesteps for the spacing of the same name, plus 1.
+    Each list then ends with 0. Its other entries are diffusers' timesteps for the spacing of the same name, plus 1.
     Source: Lin et al. 2024, arXiv:2305.08891, table 2.
 
     Raises:
@@ -185,4 +188,6 @@ def draw_noise(like: Tensor, generator: Generators) -> Tensor:
 def check_generators(generator: Generators, batch: int) -> None:
     """Raise a ValueError if a list of generators does not have one per sample."""
     if isinstance(generator, list) and len(generator) != batch:
-        raise ValueError(f"{len(generator)} generators for a batch of {batch}: pass one per sample, or a single one")
+        raise ValueError(
+            f"got {len(generator)} generators for a batch of {batch}. Pass one per sample, or a single generator"
+        )

@@ -40,7 +40,7 @@ def ddpm_step(
     Source: Ho et al. 2020, arXiv:2006.11239, algorithm 2, for any s < t.
 
     Raises:
-        ValueError: unless 0 <= s < t <= T; if s > 0 and `variance` is unknown or its v or z_0_mse is missing.
+        ValueError: unless 0 <= s < t <= T; if s > 0 and `variance` is unknown or lacks the v or z_0_mse it requires.
     """
     mean, _ = posterior(schedule, z_0, z_t, s, t)
     if s == 0:
@@ -60,8 +60,8 @@ class DDPM(ChainSampler):
     0.0
 
     Args:
-        variance: the choice of Sigma. None uses the `variance` passed when sampling. If that is None too, Sigma is
-            learned_range if the denoiser returns v, else fixed_small.
+        variance: the choice of Sigma. None uses the `variance` argument of the sampling call. If this is None too, the
+            choice is "learned_range" if the denoiser returns v, and "fixed_small" otherwise.
     """
 
     method: ClassVar[str] = "ddpm"

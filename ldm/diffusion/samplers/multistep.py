@@ -1,4 +1,4 @@
-"""diffusers' deterministic multistep solvers of the probability-flow ODE, with our timesteps and sigmas."""
+"""diffusers' deterministic multistep solvers for the probability-flow ODE, with this package's timesteps and sigmas."""
 
 from typing import Any, ClassVar
 
@@ -12,9 +12,9 @@ from ldm.diffusion.schedule import ALPHA_BAR_FLOOR
 
 
 class Multistep(ChainSampler):
-    """Solver of order 2 that extrapolates from its previous predictions of z_0.
+    """Second-order solver that extrapolates from the previous predictions of z_0.
 
-    Use trailing spacing. With the other spacings, the transition to t = 1 spans most of the log-SNR range, which is
+    Use spacing="trailing". With the other spacings, the transition to t = 1 spans most of the log-SNR range, which is
     too far for a multistep method to extrapolate.
     """
 

@@ -16,6 +16,7 @@ IDENTITY = ("data_fingerprint", "contract.autoencoder_sha256", "precision")
 """Facts that must be equal for all runs of a group, in addition to their configs."""
 HYDRA_SUFFIXES = ("_partial_", "_convert_")
 FACTS = ("data", *IDENTITY, "commit", "python", "machine", "system")
+"""Facts that are listed if they differ between runs."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Group:
     def values(self, metric: str) -> list[Metric]:
         return [run.metrics[metric] for run in self.runs if metric in run.metrics]
 
-    def enough_seeds(self, metric: str) -> bool:
+    def has_enough_seeds(self, metric: str) -> bool:
         """Return True if at least MIN_SEEDS runs have the metric and their seeds are distinct."""
         seeds = [str(run.seed) for run in self.runs if metric in run.metrics]
         return len(seeds) >= statistics.MIN_SEEDS and len(set(seeds)) == len(seeds)
@@ -40,13 +41,15 @@ class Group:
 
 @dataclass(frozen=True)
 class Row:
-    """One metric, with an estimate for each group and a verdict for each group except the first, the baseline.
+    """One metric, with an estimate for each group and a verdict for each group except the first, which is the
+    baseline.
 
     Field names are keys in compare.json.
     """
 
     metric: str
     better: str | None
+    """The better direction, "higher" or "lower"; None if the metric has no better direction."""
     groups: list[Estimate | None]
     verdicts: list[Verdict]
 
@@ -59,8 +62,8 @@ class Comparison:
     differences: dict[str, list[str]]
     """Config keys and facts that differ, with the value for each group."""
     rows: list[Row]
-    equal: dict[str, float]
-    """Metrics that are equal in all runs."""
+    equal_metrics: dict[str, float]
+    """Values of metrics that are equal in all runs."""
     notes: list[str]
 
     @property
@@ -80,7 +83,7 @@ class Comparison:
             for group, run in self.runs
         ]
         content = {"confidence": statistics.CONFIDENCE, "runs": runs, "differences": self.differences}
-        return {**content, "figures": list(map(asdict, self.rows)), "equal": self.equal, "notes": self.notes}
+        return {**content, "figures": list(map(asdict, self.rows)), "equal": self.equal_metrics, "notes": self.notes}
 
 
 def _metric_content(metric: Metric) -> dict[str, Any]:
@@ -110,19 +113,19 @@ def compare_runs(sources: Sequence[str]) -> Comparison:
 
 
 def _row_order(name: str) -> tuple[bool, bool]:
-    """Sort key: quality metrics of evaluations, then of validation curves, then all remaining metrics."""
+    """Return a sort key that puts quality metrics first, and metrics of evaluations before validation curves."""
     return (not better_direction(name), name.startswith("val/"))
 
 
 def _compare_metric(name: str, groups: Sequence[Group]) -> Row:
-    by_group = [(group.label, group.values(name), group.enough_seeds(name)) for group in groups]
+    by_group = [(group.label, group.values(name), group.has_enough_seeds(name)) for group in groups]
     estimates = [
-        statistics.estimate(metrics, enough_seeds=enough) if metrics and not differing_settings(metrics) else None
-        for _, metrics, enough in by_group
+        statistics.estimate(metrics, enough_seeds=enough_seeds) if metrics and not differing_settings(metrics) else None
+        for _, metrics, enough_seeds in by_group
     ]
-    (base_label, baseline, baseline_enough), *candidates = by_group
+    (first_label, baseline, first_enough), *candidates = by_group
     verdicts = [
-        statistics.compare_groups(name, baseline, metrics, (base_label, label), enough_seeds=baseline_enough and enough)
+        statistics.compare_groups(name, baseline, metrics, (first_label, label), enough_seeds=enough and first_enough)
         for label, metrics, enough in candidates
     ]
     return Row(name, {1: "higher", -1: "lower", 0: None}[better_direction(name)], estimates, verdicts)
@@ -154,7 +157,7 @@ def config_differences(groups: Sequence[Group]) -> dict[str, list[str]]:
 def _describe(run: RunRecord) -> dict[str, str]:
     """Return the options and facts of a run that can differ between runs, as short strings."""
     flat = {key: value for key, value in run.options.items() if key != "seed" and not key.endswith(HYDRA_SUFFIXES)}
-    # drop constructor arguments that repeat an option, such as optimizer.build.lr, which repeats optimizer.lr
+    # omit constructor arguments that repeat an option, such as optimizer.build.lr, which repeats optimizer.lr
     flat = {key: value for key, value in flat.items() if ".build." not in key or key.replace("build.", "") not in flat}
     facts = {key: value for key, value in run.facts.items() if key in FACTS or key.startswith("versions.")}
     return {key: _short_value(key, value) for key, value in {**flat, "seed": run.seed, **facts}.items()}
@@ -172,8 +175,8 @@ def _notes(groups: Sequence[Group], rows: Sequence[Row]) -> Iterator[str]:
     differences = [verdict.difference for row in rows if row.better for verdict in row.verdicts]
     if any(difference is not None and difference.of == statistics.SAMPLING for difference in differences):
         yield (
-            f"{statistics.SAMPLING}: training with a different seed can change a metric by more than this. Train at "
-            f"least {statistics.MIN_SEEDS} seeds per group to measure that variation."
+            f"{statistics.SAMPLING}: training with a different seed can change a metric by more than the sampling "
+            f"noise. Train with at least {statistics.MIN_SEEDS} seeds per group to measure that variation."
         )
     for i, group in enumerate(groups[1:]):
         verdicts = {row.metric: row.verdicts[i] for row in rows if row.better}
@@ -190,7 +193,7 @@ def _notes(groups: Sequence[Group], rows: Sequence[Row]) -> Iterator[str]:
             run for run in runs if not all(math.isfinite(values[-1]) for _, values in run.curves.values())
         ],
         "Evaluation ignored, because the weights have changed since (run tools/evaluate.py)": [
-            run for run in runs if run.stale
+            run for run in runs if run.has_stale_evaluation
         ],
         "No evaluation (run tools/evaluate.py)": [run for run in runs if not run.evaluation],
     }

@@ -30,9 +30,9 @@ def side_by_side(
     seed: Seed = 0,
     batch_size: Count = 64,
 ) -> tuple[Image.Image | None, list[str]]:
-    """Plot one row of images per run, preceded by a row of originals if the runs are autoencoders.
+    """Plot one row of images per run, preceded by a row of originals if the runs are autoencoder runs.
 
-    The noise of column i depends only on the seed and i, so it is the same for all runs with the same latent shape.
+    The noise of column i depends only on the seed and i, so all runs with the same latent shape share the noise.
 
     Args:
         num_samples: Number of columns; 0 skips the figure.
@@ -70,7 +70,7 @@ def side_by_side(
 
 
 def _first_images(comparison: Comparison) -> tuple[ImageData | None, list[str]]:
-    """Return the prepared images of the first run that has them, or None and a note that explains why."""
+    """Return the prepared images of the first run for which they exist, or None and a note that explains the reason."""
     reasons = []
     for _, run in comparison.runs:
         try:
@@ -88,7 +88,11 @@ def _request(
     num_samples: int,
     captions: list[str | None] | None,
 ) -> Request:
-    """Return the request for one row. `captions` come from the rows above; classes are matched to them by name."""
+    """Return the sampling request for one row.
+
+    Args:
+        captions: Captions of the rows above. Without prompts and images, these captions name the classes to sample.
+    """
     if prompts:
         return Request(*pipeline.conditioning.for_request(read_prompts(prompts)[:num_samples]))
     if images is not None:

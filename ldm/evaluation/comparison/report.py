@@ -29,7 +29,7 @@ class ComparisonReport:
     """A comparison and, if available, a figure with images of the runs."""
 
     comparison: Comparison
-    samples: Image.Image | None = None
+    figure: Image.Image | None = None
     notes: list[str] = field(default_factory=list)
     """Notes on the figure."""
     image_settings: dict[str, Any] = field(default_factory=dict)
@@ -45,14 +45,14 @@ class ComparisonReport:
     @property
     def lines(self) -> list[str]:
         """Lines of text below the tables."""
-        equal = ", ".join(f"{name} {value:.4g}" for name, value in self.comparison.equal.items())
+        equal = ", ".join(f"{name} {value:.4g}" for name, value in self.comparison.equal_metrics.items())
         return [*([f"Equal in all runs: {equal}."] if equal else []), *self.comparison.notes, *self.notes]
 
     def tables(self) -> dict[str, list[list[str]]]:
         """Return the rows of each table by title, with the header row first.
 
-        There is a table of the runs, a table of config differences, and for each further group a table that compares
-        its metrics with the first group.
+        The first tables list the runs and the config differences. For each further group, a table compares its metrics
+        with those of the first group. If there is only one group, a table lists the metrics of that group.
         """
         comparison = self.comparison
         baseline, *candidates = comparison.groups
@@ -104,7 +104,7 @@ class ComparisonReport:
     def save(self, folder: Path) -> list[Path]:
         """Write compare.json and compare.html, and compare.png (curves) and compare_images.png if available."""
         curves = [(group.title, run.curves) for group, run in self.comparison.runs]
-        plots = {"compare.png": plot_curves(self.comparison.curve_names(), curves), "compare_images.png": self.samples}
+        plots = {"compare.png": plot_curves(self.comparison.curve_names(), curves), "compare_images.png": self.figure}
         figures = {name: figure for name, figure in plots.items() if figure is not None}
         content = {**self.comparison.content(), "images": self.image_settings, "notes": self.lines}
         json_file, *figure_files = Report("compare.json", content, figures=figures).save(folder)
@@ -114,10 +114,10 @@ class ComparisonReport:
 
 
 def format_number(value: float, half_width: float | None = None) -> str:
-    """Round a value to the second significant digit of its error bar, or to four significant digits without one.
+    """Format a value, rounded to the second significant digit of its error bar, or to four significant digits.
 
     Args:
-        half_width: Half the width of the confidence interval, the error bar.
+        half_width: Half the width of the confidence interval, which is the error bar. None without an error bar.
     """
     if not half_width:
         return f"{value:.4g}"
@@ -136,7 +136,7 @@ def format_estimate(estimate: Estimate | None) -> str:
 
 
 def format_verdict(verdict: Verdict) -> str:
-    """Format the verdict and, on a second line, the source of noise that its interval covers."""
+    """Format the verdict and, on a second line, the source of noise that the confidence interval covers."""
     noise = verdict.difference.of if verdict.difference is not None else None
     return f"{verdict.verdict}\n{noise}" if noise else verdict.verdict
 

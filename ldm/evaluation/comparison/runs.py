@@ -21,8 +21,8 @@ from ldm.tracking.run import flatten
 
 DATA_PATH_KEYS = ("data.path", "data.source.path", "data.cache_dir")
 IGNORED_KEYS = ("name", "runs_dir", "vae", "resume", "overwrite", "logger", "stage", *DATA_PATH_KEYS)
-"""Config keys that are not compared: names, paths and logging. Data and weights are compared by digest, not by path;
-`stage` repeats the remaining keys."""
+"""Config keys that are not compared: names, paths and logging. Data and weights are compared by digest, not by path.
+Keys under `stage` repeat other keys."""
 LOSS_KEYS = {
     "vae": ("autoencoder.loss", "regulariser", "perceptual", "adversarial"),
     "diffusion": ("objective", "schedule", "variance"),
@@ -44,7 +44,7 @@ class RunRecord:
     final_metrics: Mapping[str, Any]
     """Metrics written at the end of training."""
     evaluation: Mapping[str, Any]
-    weights: str | None
+    weights_sha256: str | None
     """Digest of the current weights."""
     curves: dict[str, Curve]
     run: Run | None = field(repr=False, default=None)
@@ -63,10 +63,10 @@ class RunRecord:
         return self.config.get("seed", self.facts.get("seed"))
 
     @property
-    def stale(self) -> bool:
-        """True if the evaluation was made with different weights. It is then ignored."""
-        evaluated = self.evaluation.get("weights_sha256")
-        return None not in (evaluated, self.weights) and evaluated != self.weights
+    def has_stale_evaluation(self) -> bool:
+        """True if the evaluation was made with different weights. Such an evaluation is ignored."""
+        evaluated_sha256 = self.evaluation.get("weights_sha256")
+        return None not in (evaluated_sha256, self.weights_sha256) and evaluated_sha256 != self.weights_sha256
 
     @property
     def options(self) -> dict[str, Any]:
@@ -82,10 +82,10 @@ class RunRecord:
             name: Metric(value, settings=data if better_direction(name) else {})
             for name, value in finite_numbers(self.final_metrics).items()
         }
-        metrics |= {} if self.stale else metrics_from_json(self.evaluation)
+        metrics |= {} if self.has_stale_evaluation else metrics_from_json(self.evaluation)
         if self.stage == "diffusion":
-            latents = {"autoencoder": self.facts.get("contract.autoencoder_sha256")}
-            data = {**data, **latents, "latent_statistics": self.config.get("latent_statistics")}
+            latent_settings = {"autoencoder": self.facts.get("contract.autoencoder_sha256")}
+            data = {**data, **latent_settings, "latent_statistics": self.config.get("latent_statistics")}
         loss = {key: _with_prefix(self.config, key) for key in LOSS_KEYS[self.stage]}
         for name, (_, values) in self.curves.items():
             short_name = name.removeprefix("val/")
@@ -133,7 +133,7 @@ def from_folder(source: str) -> RunRecord:
         finished=run.facts.get("finished") is not None,
         final_metrics=run.facts.get("figures") or {},
         evaluation=read_json(run.evaluation_file) if run.evaluation_file.is_file() else {},
-        weights=run_weights_sha256(run),
+        weights_sha256=run_weights_sha256(run),
         curves=read_curves(run.metrics_file) if run.metrics_file.is_file() else {},
         run=run,
     )
@@ -168,7 +168,7 @@ def from_wandb(source: str) -> RunRecord:
         finished="training_s" in final_metrics and last_step <= final_metrics.get("steps", last_step),
         final_metrics=final_metrics,
         evaluation=evaluation,
-        weights=summary.get({"vae": "autoencoder_sha256", "diffusion": "pipeline_sha256"}[facts["stage"]]),
+        weights_sha256=summary.get({"vae": "autoencoder_sha256", "diffusion": "pipeline_sha256"}[facts["stage"]]),
         curves=curves,
     )
 

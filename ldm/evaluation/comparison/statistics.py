@@ -6,9 +6,10 @@ The runs of a group differ only in their seed. The rules for each metric, at 95 
 2. If both groups contain at least three runs with distinct seeds, the test is Welch's t test on the runs. The spread
    between seeds includes both training and sampling noise.
 3. Otherwise, or if a metric has the same value for all seeds, the test uses the standard errors of the evaluations.
-   They cover sampling noise only. A different training seed can change a metric by more, and the verdict says so. All
-   runs of a group are measured on the same images, so the error of their mean is not divided by the square root of the
-   number of runs. The errors of the two groups are treated as independent, so the confidence interval is conservative.
+   These errors cover only sampling noise. A different training seed can change a metric by more, and the verdict says
+   so. All runs of a group are measured on the same images, so the error of their mean is not divided by the square
+   root of the number of runs. The errors of the two groups are treated as independent, so the confidence interval is
+   conservative.
 4. Without standard errors, the verdict is `noise unknown`.
 5. If the confidence interval of the difference excludes 0, the verdict is `better`, or `differ` if the metric has no
    better direction. If it includes 0, the verdict is `within noise`. This does not prove that the groups are equal: any
@@ -34,7 +35,7 @@ MIN_SEEDS = 3
 SEEDS, SAMPLING = "between seeds", "sampling noise only"
 HIGHER = frozenset({"psnr", "ssim", "retrieval", "cosine", "precision", "recall", "density", "coverage", "accuracy"})
 LOWER = frozenset({"kd", "fd", "fid", "kid", "cmmd", "loss", "lpips", "bits", "l1", "mse", "shift"})
-"""Words in the names of metrics that are better when higher (HIGHER) or lower (LOWER)."""
+"""Words in the names of metrics for which higher (HIGHER) or lower (LOWER) values are better."""
 NEITHER = frozenset({"kl", "chance", "permuted", "validation", "floor", "pca", "classifier"})
 """Words in the names of metrics with no better direction: rates, and baselines that depend only on the data."""
 
@@ -65,7 +66,7 @@ class Verdict:
 
 
 def better_direction(name: str) -> int:
-    """Return 1 if higher values of a metric are better, -1 if lower values are, and 0 if unknown."""
+    """Return 1 if higher values of a metric are better, -1 if lower values are better, and 0 if neither is."""
     words = set(re.split(r"[^a-z0-9]+", name.lower()))
     if words & NEITHER:
         return 0
@@ -82,7 +83,8 @@ def estimate(*groups: Sequence[Metric], enough_seeds: bool) -> Estimate:
     mean = fmean(values[0]) - (fmean(values[1]) if len(groups) > 1 else 0.0)
     runs = sum(map(len, groups))
     if enough_seeds and any(len(set(group)) > 1 for group in values):
-        with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # all runs of a group can be equal
+        # scipy warns if all values of a group are equal
+        with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
             test = stats.ttest_ind(*values, equal_var=False) if len(groups) > 1 else stats.ttest_1samp(values[0], 0)
         low, high = test.confidence_interval(CONFIDENCE)
         return Estimate(mean, runs, SEEDS, float(test.df), (float(low), float(high)), float(test.pvalue))
@@ -125,7 +127,7 @@ def compare_groups(
 def holm(p_values: Mapping[str, float]) -> list[str]:
     """Return the names of the metrics that remain significant after the Holm-Bonferroni correction.
 
-    The probability of at least one false positive is at most 5 %, however the metrics depend on each other.
+    The probability of at least one false positive is at most 5 %, regardless of how the metrics depend on each other.
 
     Source: Holm 1979, Scandinavian Journal of Statistics 6(2).
     """
@@ -140,7 +142,7 @@ def holm(p_values: Mapping[str, float]) -> list[str]:
 def differing_settings(metrics: Sequence[Metric]) -> list[str]:
     """Return the names of the settings that differ between metrics or are missing from some of them.
 
-    Options of a sampler, except its method, can be missing, because samplers have different options.
+    Sampler options other than the method are allowed to be missing, because samplers have different options.
     """
     differing = []
     for key in dict.fromkeys(key for metric in metrics for key in metric.settings):

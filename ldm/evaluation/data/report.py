@@ -31,9 +31,9 @@ from ldm.progress import track
 from ldm.rules import Count, Integer, Number, Seed, checked
 from ldm.runtime.random import numpy_generator
 
-NEIGHBOURS, MAX_COMPARED = 5, 2000
+NUM_NEIGHBOURS, MAX_COMPARED = 5, 2000
 """k for density and coverage, and the maximum number of images per split to compare in feature space."""
-MAX_LISTED, SHEET_SIZE, MAX_PAIRS = 1000, 100, 12
+MAX_LISTED, MAX_SHEET_IMAGES, MAX_PAIRS = 1000, 100, 12
 """Maximum number of duplicates listed in data.json (all are counted), of images on the contact sheet, and of pairs in
 near_duplicates.png."""
 FIGURES = {"contact_sheet.png", "near_duplicates.png", "balance.png"}
@@ -55,12 +55,12 @@ def inspect_data(
     """Report the size, duplicates, balance and diversity of a prepared data set.
 
     Args:
-        features: A name from `ldm.metrics.features.FEATURE_NETWORKS`, or none.
+        features: A name from `ldm.metrics.features.FEATURE_NETWORKS`, or "none".
         max_bits, max_levels: Maximum distances between near duplicates, as in `near_duplicate_pairs`.
         tokenizer: Tokenizer of a text encoder. If given, captions with more than `max_tokens` tokens are counted.
 
     Raises:
-        UserError: If the features are unknown or their packages are not installed.
+        UserError: As raised by `load_features`.
     """
     network = None if features == NO_FEATURES else load_features(features).to(device)
     started = time.perf_counter()
@@ -100,7 +100,7 @@ def inspect_data(
 def _find_duplicates(
     images: ImageData, max_bits: int, max_levels: float
 ) -> tuple[dict[str, Any], list[tuple[int, int, str]]]:
-    """Return duplicate counts, and the most similar pairs with a description of their difference."""
+    """Return the duplicate counts, and the most similar pairs with descriptions of how they differ."""
     digests: list[bytes] = []
     hashes, colours, blank = [], [], []
     starts = range(0, len(images), 256)
@@ -112,10 +112,10 @@ def _find_duplicates(
         colours.append(metrics.thumbnails(pixels))
         blank.append((pixels.amax((2, 3)) - pixels.amin((2, 3))).amax(1) <= 4 * metrics.LEVEL)
     index = metrics.DuplicateIndex(digests, images.train_indices, images.val_indices)
-    rows = torch.from_numpy(index.distinct)
+    rows = torch.from_numpy(index.distinct_indices)
     limits: dict[str, Any] = {"max_bits": max_bits, "max_levels": max_levels}
     for chunk in metrics.near_duplicate_pairs(torch.cat(hashes)[rows], torch.cat(colours)[rows], **limits):
-        index.add(*chunk, keep=MAX_LISTED)
+        index.add(*chunk, max_stored=MAX_LISTED)
 
     def describe(i: int) -> dict[str, Any]:
         caption = {"caption": images.captions[i]} if images.captions else {}
@@ -124,7 +124,7 @@ def _find_duplicates(
     originals, is_val, groups, pairs = index.first_copy, index.is_val, index.copy_groups(), index.closest_pairs()
     val_in_train = is_val & (index.representative[0, originals] >= 0)
     train_copies = ~is_val & (index.representative[0, originals] != np.arange(len(originals)))
-    is_near = index.is_near[0, originals]
+    has_near_duplicate = index.has_near_duplicate[0, originals]
     content = {
         "blank": [describe(i) for i in torch.cat(blank).nonzero().flatten().tolist()],
         "copies": {
@@ -136,12 +136,12 @@ def _find_duplicates(
         "near_duplicates": {
             **limits,
             "num_pairs": index.num_pairs,
-            "num_train": int((is_near & ~is_val).sum()),
-            "num_val_in_train": int((is_near & is_val & ~val_in_train).sum()),
+            "num_train": int((has_near_duplicate & ~is_val).sum()),
+            "num_val_in_train": int((has_near_duplicate & is_val & ~val_in_train).sum()),
             "pairs": [{"bits": b, "levels": round(d, 2), "images": [describe(i), describe(j)]} for i, j, b, d in pairs],
         },
     }
-    closest = [(i, j, f"differ in {bits} of 64 bits, by {levels:.1f} levels") for i, j, bits, levels in pairs]
+    closest = [(i, j, f"differ in {bits} of 64 bits and by {levels:.1f} levels") for i, j, bits, levels in pairs]
     return content, closest + [(group[0], group[-1], "identical pixels") for group in groups]
 
 
@@ -150,12 +150,12 @@ def _measure_diversity(images: ImageData, features: Tensor, seed: int) -> dict[s
     generator = numpy_generator(seed, 1)
     train, val = (torch.from_numpy(generator.permutation(rows)) for rows in (images.train_indices, images.val_indices))
     n, gallery = min(len(train), len(val), MAX_COMPARED), features[train]
-    content: dict[str, Any] = {"vendi_score": vendi_score(gallery), "k": NEIGHBOURS, "num_compared": n}
-    if n > NEIGHBOURS:
+    content: dict[str, Any] = {"vendi_score": vendi_score(gallery), "k": NUM_NEIGHBOURS, "num_compared": n}
+    if n > NUM_NEIGHBOURS:
         # for sets of equal size, both metrics are expected to be close to 1
         subsets = [subset for subset in train[: 4 * n].split(n) if len(subset) == n]
-        values = [density_coverage(features[val[:n]], features[subset], k=NEIGHBOURS) for subset in subsets]
-        content |= {"num_subsets": len(subsets), "expected_coverage": expected_coverage(n, n, k=NEIGHBOURS)}
+        values = [density_coverage(features[val[:n]], features[subset], k=NUM_NEIGHBOURS) for subset in subsets]
+        content |= {"num_subsets": len(subsets), "expected_coverage": expected_coverage(n, n, k=NUM_NEIGHBOURS)}
         content |= zip(("density", "coverage"), np.mean(values, axis=0).tolist(), strict=True)
     if len(train) > 1:
         rows = torch.arange(len(train))[:MAX_COMPARED]
@@ -171,7 +171,7 @@ def _plot_figures(
     seed: int,
 ) -> dict[str, Image.Image | Figure]:
     val = set(images.val_indices.tolist())
-    rows = numpy_generator(seed, 2).permutation(len(images))[:SHEET_SIZE].tolist()
+    rows = numpy_generator(seed, 2).permutation(len(images))[:MAX_SHEET_IMAGES].tolist()
     title = f"{images.name}: {len(rows)} of {len(images):,} images, chosen at random with seed {seed}"
     sheet = grid(to_pil(images.batch(rows)), [image_text(images, i) or images.names[i] for i in rows], title=title)
     figures: dict[str, Image.Image | Figure] = {"contact_sheet.png": sheet}
@@ -210,9 +210,10 @@ def _plot_balance(content: dict[str, Any]) -> Figure:
 
 
 def class_balance(labels: Sequence[int | None], class_names: Sequence[str] | None) -> dict[str, Any]:
-    """Return the number of images per class in descending order, their entropy, and the effective number of classes.
+    """Return the number of images per class in descending order, the entropy and the effective number of classes.
 
-    The effective number of classes, 2^entropy, is the number of equally frequent classes with the same entropy.
+    The entropy is that of the class distribution, in bits. The effective number of classes, 2^entropy, is the number of
+    equally frequent classes with the same entropy.
     """
     by_label = Counter(label for label in labels if label is not None)
     names = class_names or {label: str(label) for label in by_label}

@@ -14,7 +14,7 @@ from ldm.image_grid import labelled_rows, to_pil
 
 INK, SIGNAL, MARK = "#333333", "#2f6fb0", "#c9782c"
 FLOOR = 1e-6
-"""Eigenvalues below this fraction of the largest one are not plotted."""
+"""Eigenvalues below this fraction of the largest eigenvalue are not plotted."""
 
 
 def plot_latents(content: dict[str, Any], z_raw: Tensor) -> Figure:
@@ -41,7 +41,7 @@ def plot_latents(content: dict[str, Any], z_raw: Tensor) -> Figure:
 
 
 def _plot_spectrum(axes: Axes, spectrum: dict[str, Any], title: str) -> None:
-    """Plot the eigenvalues, the effective rank, and how many components reach 90, 95 and 99 % of the variance."""
+    """Plot the eigenvalues, the effective rank, and how many components contain 90, 95 and 99 % of the variance."""
     eigenvalues, rank = spectrum["eigenvalues"], spectrum["effective_rank"]
     axes.plot(range(1, len(eigenvalues) + 1), eigenvalues, ".-", color=SIGNAL)
     axes.axvline(rank, color=MARK, ls="--", label=f"effective rank {rank:.1f} of {len(eigenvalues)}")
@@ -53,7 +53,7 @@ def _plot_spectrum(axes: Axes, spectrum: dict[str, Any], title: str) -> None:
 
 
 def _plot_distortion(axes: Axes, held_out: dict[str, Any], channels: int) -> None:
-    """Plot PSNR against the number of channels for PCA, except lossless PCA, and for the autoencoder."""
+    """Plot PSNR against the number of channels for lossy PCAs and for the autoencoder."""
     counts, curve = held_out["pca_curve"]["channels"], held_out["pca_curve"]["psnr_db"]
     psnr_db = held_out["psnr_db"]
     axes.plot(counts[:-1], curve[:-1], ".-", color=SIGNAL, label="PCA of patches")

@@ -1,4 +1,4 @@
-"""Report on how many latent dimensions a run's images need: metrics, figures and one recommendation."""
+"""Report on the number of latent dimensions that a run's images need: metrics, figures and one recommendation."""
 
 import time
 from typing import Any
@@ -23,11 +23,14 @@ from ldm.runs.run import Run, choose_images
 from ldm.runtime.random import torch_generator
 
 SHARES = (0.9, 0.95, 0.99)
-PCA_IMAGES, HELD_OUT = 4096, 512
-"""Number of training and validation images for the PCA, from the start of each split. Training uses the same images for
-the PSNR in run.json."""
+"""Shares of the variance for which the number of components is reported."""
+MAX_PCA_IMAGES, MAX_HELD_OUT_IMAGES = 4096, 512
+"""Maximum number of training images for fitting a PCA and of validation images for measuring PSNR, from the start of
+each split. The PSNR in run.json is measured on the same validation images."""
 NUM_SHIFTED_IMAGES, NUM_SHIFTED_CHANNELS = 4, 24
+"""Number of images, and maximum number of channels, in the figure of shifted channels."""
 SHIFTS = (-2.0, 0.0, 2.0)
+"""Shifts of a channel in the figure, in standard deviations."""
 COLUMNS = {
     "kl_bits": ("KL, bits/image", ".1f"),
     "information_bits": ("information bound, bits/image", ".1f"),
@@ -41,7 +44,7 @@ COLUMNS = {
 def latent_table(content: dict[str, Any]) -> Table:
     """Return a table with the statistics of each channel."""
     channels, height, width = content["latent_shape"]
-    title = f"{channels} channels of {height} x {width}, {content['num_images']} images of {content['images']}"
+    title = f"{channels} channels of {height} x {width}, {content['num_images']} images from {content['images']}"
     table = Table(title=title, title_justify="left")
     for name in ("channel", *(label for label, _ in COLUMNS.values()), "dead?"):
         table.add_column(name, justify="right")
@@ -81,8 +84,8 @@ def measure_latents(
     """Measure the latents of a run's images, for a run of either stage.
 
     Args:
-        split: val or train. PSNR is always measured on validation images.
-        num_images: Maximum number of images; the seed determines which are used.
+        split: "val" or "train". PSNR is always measured on validation images.
+        num_images: Maximum number of images; the seed determines which images are used.
 
     Raises:
         UserError: As raised by `choose_images`, or if the autoencoder predicts no variance or its latents are not
@@ -96,7 +99,7 @@ def measure_latents(
             f"The autoencoder {type(autoencoder.model).__name__} of {run.path} predicts no variance, so its rate "
             "cannot be measured. Set run= to a run trained with regulariser=kl."
         )
-    batches = track_batches(images, indices, batch_size, "encoding images, batches")
+    batches = track_batches(images, indices, batch_size, "encoding images (batches)")
     encoded = (torch.stack(autoencoder.encode(batch), dim=1) for batch in batches)
     moments = torch.cat([batch.float().cpu() for batch in encoded])
     require_finite(moments, "latents")
@@ -109,7 +112,8 @@ def measure_latents(
         "latents": _spectrum(spectrum.latent_spectrum(mean, statistics.std)),
     }
     pca = dict(zip(*distortion["pca_curve"].values(), strict=True))
-    advice = spectrum.recommend(statistics.dead, spectra["channels"], pca, distortion["psnr_db"], autoencoder.channels)
+    dead_channels = statistics.dead_channels
+    advice = spectrum.recommend(dead_channels, spectra["channels"], pca, distortion["psnr_db"], autoencoder.channels)
     columns = {name: getattr(statistics, name).tolist() for name in COLUMNS}
     content: dict[str, Any] = {
         "run": str(run.path),
@@ -121,9 +125,9 @@ def measure_latents(
         "kl_bits": statistics.kl_bits.sum().item(),
         "information_bits": statistics.information_bits.sum().item(),
         "dead_below_nats_per_location": spectrum.DEAD_NATS,
-        "dead": statistics.dead,
+        "dead": dead_channels,
         "channels": [
-            {"channel": i, **{name: values[i] for name, values in columns.items()}, "dead": i in statistics.dead}
+            {"channel": i, **{name: values[i] for name, values in columns.items()}, "dead": i in dead_channels}
             for i in range(autoencoder.channels)
         ],
         "spectrum": spectra,
@@ -141,8 +145,8 @@ def measure_latents(
 
 def _measure_distortion(autoencoder: Autoencoder, images: ImageData, batch_size: int) -> dict[str, Any]:
     """Measure the PSNR of held-out images for the autoencoder and for PCAs of several sizes."""
-    held_out, factor = images.val_indices[:HELD_OUT], autoencoder.factor
-    batches = track_batches(images, held_out, batch_size, "held-out images, batches")
+    held_out, factor = images.val_indices[:MAX_HELD_OUT_IMAGES], autoencoder.factor
+    batches = track_batches(images, held_out, batch_size, "held-out images (batches)")
     values = torch.cat([psnr(batch, autoencoder.decode(autoencoder.encode(batch)[0]).cpu()) for batch in batches])
     psnr_db, counts = values.mean().item(), spectrum.pca_counts(3 * factor**2, autoencoder.channels)
     curve = held_out_pca(images, held_out, factor, counts, batch_size)
@@ -160,8 +164,8 @@ def held_out_pca(
     images: ImageData, indices: np.ndarray, factor: int, counts: list[int], batch_size: int
 ) -> list[float]:
     """Return the mean PSNR in dB of a PCA of f x f patches, fitted to training images, for each component count."""
-    train = np.sort(images.train_indices[:PCA_IMAGES])
-    title = f"PCA, f = {factor}, batches"
+    train = np.sort(images.train_indices[:MAX_PCA_IMAGES])
+    title = f"PCA with f = {factor} (batches)"
     components = patch_components(track_batches(images, train, batch_size, title), factor)
     batches = track_batches(images, indices, batch_size, title)
     return torch.cat([pca_curve(components, batch, factor, counts) for batch in batches], dim=1).mean(1).tolist()
@@ -189,7 +193,7 @@ def require_finite(values: Tensor, name: str) -> None:
     """
     if num_invalid := int((~values.flatten(1).isfinite().all(1)).sum()):
         raise UserError(
-            f"The autoencoder's {name} of {num_invalid} of {len(values)} images are not finite, because training "
+            f"The autoencoder's {name} for {num_invalid} of {len(values)} images are not finite, because training "
             "diverged. Train the autoencoder again with a lower optimizer.lr."
         )
 

@@ -18,7 +18,7 @@ def plot_size_sweep(report: Mapping[str, Any]) -> Figure:
     """Plot PSNR against values per image and, if all rows have a KL rate, against bits per image.
 
     Args:
-        report: The report in sweep.json.
+        report: The "report" entry of sweep.json.
     """
     rows = sorted(report["rows"], key=lambda row: row["psnr_db"])
     factors = sorted({row["factor"] for row in rows})

@@ -41,6 +41,7 @@ ROWS = (
     ("steps", "steps", "d"),
     ("minutes", "minutes", ".1f"),
 )
+"""Label, key and number format of each row of the table."""
 
 
 @checked
@@ -54,7 +55,7 @@ def measure_sweep(
     seed: Seed = 0,
     batch_size: Count = 64,
 ) -> Report:
-    """Measure all runs on the same held-out images, and compare them with PCA at the same and intermediate sizes.
+    """Measure all runs on the same held-out images, and compare them with PCAs of the same and intermediate sizes.
 
     Raises:
         UserError: If the runs were trained on different images, or as raised by `measure_reconstructions`.
@@ -117,7 +118,7 @@ def _sweep_row(sweep_run: SweepRun, run: Run, metrics: dict[str, Any]) -> dict[s
 
 
 def _pca_baseline(run: Run, row: dict[str, Any], *, num_images: int, seed: int, batch_size: int) -> dict[str, Any]:
-    """Return the held-out PSNR of a PCA of f x f patches for each component count, except lossless PCA."""
+    """Return the held-out PSNR of PCAs of f x f patches for several numbers of components, without the lossless PCA."""
     factor, (images, indices) = row["factor"], choose_images(run, "val", num_images, seed)
     counts = [count for count in spectrum.pca_counts(3 * factor**2, row["latent_shape"][0]) if count < 3 * factor**2]
     locations = (images.resolution // factor) ** 2
@@ -129,11 +130,11 @@ def recommend_size(rows: Sequence[Mapping[str, Any]], target_psnr_db: float) -> 
     """Recommend one size and one of its runs, with a reason.
 
     1. Rule "smallest": among the sizes with a run that reaches `target_psnr_db`, the one with the fewest values per
-       image, because it is the easiest for stage 2. Ties are broken by the highest PSNR.
+       image, because this size is the easiest for stage 2. Ties are broken by the highest PSNR.
     2. Rule "best", if no run reaches the target: the run with the highest PSNR.
 
     If several runs of that size qualify, the one with the lowest FD is recommended, or the one with the highest PSNR if
-    FD was not measured or a run was trained with the same features in its loss.
+    FD was not measured or a run was trained with the same features in the loss.
     """
     sufficient = [row for row in rows if row["psnr_db"] >= target_psnr_db]
     best = max(rows, key=lambda row: row["psnr_db"])

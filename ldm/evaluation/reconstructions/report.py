@@ -29,7 +29,7 @@ from ldm.rules import Count, checked
 from ldm.runs.run import EVALUATION_FILE, Run, choose_images
 
 NUM_WORST, NUM_TRAIN_IMAGES = 12, 4096
-"""Number of worst images in the figure and of training images for codebook usage."""
+"""Number of worst images in the figure, and maximum number of training images for codebook usage."""
 AMPLIFICATION = 4
 """Factor by which errors are amplified in the figure."""
 
@@ -95,9 +95,9 @@ def measure_reconstructions(
     """Compare a run's validation images with their reconstructions decode(mean of q(z_raw|x)).
 
     Args:
-        features: A name from `ldm.metrics.features.FEATURE_NETWORKS`, classifier, or none.
+        features: A name from `ldm.metrics.features.FEATURE_NETWORKS`, "classifier" or "none".
         features_path: Folder or hub id of the feature network's weights.
-        num_images: Maximum number of validation images; the seed determines which are used.
+        num_images: Maximum number of validation images; the seed determines which images are used.
 
     Raises:
         UserError: As raised by `choose_images` and `load_features`, or if reconstructions are not finite.
@@ -109,11 +109,11 @@ def measure_reconstructions(
     in_loss = run.facts.get("perceptual_features", [])
     gallery = None if network is None else reference_features(network, features, images)
     batches = partial(track_batches, images, batch_size=batch_size)
-    values = _compare_images(autoencoder, batches(indices, title="held-out images, batches"), network, lpips)
+    values = _compare_images(autoencoder, batches(indices, title="held-out images (batches)"), network, lpips)
     factor = autoencoder.factor
     pca_channels = [min(autoencoder.channels, 3 * factor**2)]
     # a few held-out images cannot use all codes, so usage is also measured on training images
-    train_batches = batches(images.train_indices[:NUM_TRAIN_IMAGES], title="codes of training images, batches")
+    train_batches = batches(images.train_indices[:NUM_TRAIN_IMAGES], title="codes of training images (batches)")
     content: dict[str, Any] = {
         "run": str(run.path),
         "weights_sha256": autoencoder.weights_sha256(),
@@ -132,7 +132,7 @@ def measure_reconstructions(
         "features": None,
         "features_in_loss": network is not None and features in in_loss,
         **kl_metrics(values.get("kl"), 3 * images.resolution**2),
-        **codebook_metrics(_count_codes(autoencoder, batches(indices, title="codes of held-out images, batches"))),
+        **codebook_metrics(_count_codes(autoencoder, batches(indices, title="codes of held-out images (batches)"))),
         "codebook_usage_train": codebook_metrics(_count_codes(autoencoder, train_batches))["codebook_usage"],
     }
     if network is not None and gallery is not None:
@@ -152,7 +152,7 @@ def reconstruction_distances(reconstructed: Tensor, originals: Tensor, train: Te
     """Measure FD and KD from reconstructions to their originals, and from the originals to the training images.
 
     FD is computed on the first principal components of the training images if a set has fewer than 2 d images. A
-    distance is UNMEASURED if there are too few images to estimate its error. The jackknife removes each image
+    distance is UNMEASURED if there are too few images to estimate its standard error. The jackknife removes each image
     together with its reconstruction.
 
     Args:
@@ -203,7 +203,7 @@ def _compare_images(
 
 
 def _count_codes(autoencoder: Autoencoder, batches: Iterable[Tensor]) -> Tensor | None:
-    """Return the number of uses of each code, or None without a codebook."""
+    """Return the number of uses of each code, or None if the autoencoder has no codebook."""
     if (size := autoencoder.codebook_size) is None:
         return None
     codes = torch.cat([autoencoder.codes(autoencoder.encode(batch)[0]).flatten().cpu() for batch in batches])

@@ -1,6 +1,7 @@
-"""A disk cache of samples, written during sampling. Interrupted sampling resumes, and larger requests reuse samples.
+"""A disk cache of samples, so that interrupted sampling can be resumed and larger requests can reuse samples.
 
-Each combination of settings has two files. Their key is a digest of everything that determines a sample.
+Each combination of settings has two files. The <key> in the file names is a digest of everything that determines a
+sample.
 samples-<key>.bin contains uint8 [n, H, W, 3] without a header, so the number of samples follows from the file size.
 samples-<key>.json contains the settings and the cost. The sampling process holds the lock samples-<key>.lock.
 """
@@ -32,8 +33,8 @@ from ldm.sampling.pipeline import LatentDiffusionPipeline
 from ldm.sampling.request import Request
 
 FORMAT = 2
-"""Version of the file format and of how noise and captions are chosen. Older samples are not reused."""
-NOT_FINITE = (
+"""Version of the file format and of how noise and captions are chosen. Samples of other versions are not reused."""
+NOT_FINITE_REASON = (
     "the network diverged in training, or the sampler is unstable. Train the network again with a lower optimizer.lr, "
     "or choose a different sampler= or more sampler.steps."
 )
@@ -86,7 +87,7 @@ def draw_cached(
     Sample i depends only on the seed and i, up to rounding differences between batch sizes.
 
     Args:
-        split: train or val.
+        split: "train" or "val", the split that provides the captions or classes.
 
     Raises:
         UserError: As raised by `draw_batches`, or if samples are not finite, the JSON file of cached samples cannot be
@@ -111,8 +112,8 @@ def draw_cached(
     if count < num_samples:
         members = images.train_indices if split == "train" else images.val_indices
         request = Request.for_images(pipeline, images, members[condition_rows(members, num_samples, seed)])
-        calls: list[int] = []
-        hook = pipeline.network.register_forward_pre_hook(lambda _, arguments: calls.append(len(arguments[0])))
+        call_sizes: list[int] = []
+        hook = pipeline.network.register_forward_pre_hook(lambda _, arguments: call_sizes.append(len(arguments[0])))
         try:
             with file_lock(pixels.with_suffix(".lock")), pixels.open("ab") as file:
                 count, cost = _read_cached(pixels, facts, size)  # another process may have added samples
@@ -120,20 +121,20 @@ def draw_cached(
                 started = time.perf_counter()
                 for batch in draw_batches(pipeline, request, sampler, batch_size=batch_size, first=count, **options):
                     if num_invalid := int((~batch.isfinite().flatten(1).all(1)).sum()):
-                        raise UserError(f"{num_invalid} of {len(batch)} samples are not finite: {NOT_FINITE}")
+                        raise UserError(f"{num_invalid} of {len(batch)} samples are not finite: {NOT_FINITE_REASON}")
                     file.write(to_uint8(batch).permute(0, 2, 3, 1).contiguous().numpy().tobytes())
                     file.flush()
                     cost["samples"] += len(batch)
-                    cost["network_evaluations"] += sum(calls)
+                    cost["network_evaluations"] += sum(call_sizes)
                     cost["seconds"] += time.perf_counter() - started
                     content = {"made_by": settings, "shape": [side, side, 3], "cost": cost}
                     write_text(facts, json.dumps(content, indent=2) + "\n")
-                    calls.clear()
+                    call_sizes.clear()
                     started = time.perf_counter()
         except Timeout as error:
             raise UserError(
-                f"Another process is drawing the samples in {pixels}. Wait for it to finish to reuse them, or choose "
-                "a different seed= or sampler.steps=."
+                f"Another process is drawing the samples in {pixels}. Wait until it has finished to reuse its "
+                "samples, or choose a different seed= or sampler.steps=."
             ) from error
         finally:
             hook.remove()

@@ -42,10 +42,13 @@ class Measures:
     def choose(
         cls, train: Tensor, num_samples: int, *, num_reference: int | None = None, with_cmmd: bool = False
     ) -> "Measures":
-        """Use all d dimensions for the Fréchet distance if both sets have at least 2 d images, otherwise a PCA.
+        """Choose whether the Fréchet distance uses all d dimensions or principal components.
+
+        All dimensions are used if both sets have at least 2 d images.
 
         Args:
-            num_reference: Size of the reference set; None means half of the training images, as used for the floor.
+            num_reference: Size of the reference set; None means half of the training images, as used for
+                the floor baseline.
         """
         num, dim = min(num_samples, num_reference or len(train) // 2), train.shape[1]
         num_components = min(MAX_COMPONENTS, num // 2)
@@ -114,7 +117,7 @@ def describe_setting(network: nn.Module, features: str, images: ImageData) -> di
 
 
 def fd_name(network: nn.Module, num_components: int | None) -> str:
-    """Return the name of the Fréchet distance, "FID" only for Inception features in all dimensions."""
+    """Return the name of the Fréchet distance, which is "FID" only for Inception features in all dimensions."""
     if num_components is not None:
         return f"FD on {num_components} components"
     return "FID" if getattr(network, "is_fid", False) else "FD"
@@ -131,7 +134,7 @@ def distance_table(rows: Mapping[str, tuple[int, int, Mapping[str, Metric]]], fd
     """Return a table of metrics with their standard errors, as lines of text.
 
     Args:
-        rows: Number of images, number per subset, and metrics of each set, by name.
+        rows: For each set by name, the number of images, the number of images per subset, and the metrics.
     """
     names = [name for name in COLUMNS if any(name in metrics for *_, metrics in rows.values())]
     headers = {"fd": fd_name, "kd": "KD", "cmmd": "CMMD"}
@@ -143,6 +146,6 @@ def distance_table(rows: Mapping[str, tuple[int, int, Mapping[str, Metric]]], fd
 
 
 def align(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return a table as lines of text with aligned columns; all but the first are right-aligned."""
+    """Return a table as lines of text with aligned columns. All columns except the first are right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(["", first.ljust(widths[0]), *(map(str.rjust, cells, widths[1:]))]) for first, *cells in rows]

@@ -16,7 +16,7 @@ from ldm.metrics.neighbours import chunk_size
 
 PAIRS_PER_ROW = 4
 QUANTILE = 0.01
-"""Quantile of held-out distances that a sample must fall below to count as close."""
+"""Samples count as close if their distance is below this quantile of the held-out distances."""
 NUM_PAIRS = 12
 
 
@@ -25,15 +25,15 @@ class Memorisation:
     """Cosine distances, from 0 to 2, between samples and their nearest training images."""
 
     distances: Tensor
-    """Distance of each sample to its nearest training image, [n]."""
-    nearest: Tensor
-    """Row of the nearest training image of each sample, [n]."""
+    """Distance from each sample to its nearest training image, [n]."""
+    nearest_rows: Tensor
+    """Row of each sample's nearest training image, [n]."""
     validation_distances: Tensor
-    """Distance of each held-out image to its nearest training image, [v]."""
+    """Distance from each held-out image to its nearest training image, [v]."""
     threshold: float
     """The 1st percentile of `validation_distances`."""
-    closest: Tensor
-    """Samples of the closest pairs, in ascending order of distance; at most NUM_PAIRS."""
+    closest_samples: Tensor
+    """Indices of the samples in the closest pairs, in ascending order of distance; at most NUM_PAIRS."""
 
     @property
     def close_share(self) -> float:
@@ -42,7 +42,9 @@ class Memorisation:
 
     @property
     def close_share_standard_error(self) -> float:
-        """sqrt(p (1 - p) (1 / n + 1 / v)), with p at least 1 %, so that the error is not 0 if no sample is close.
+        """Standard error of `close_share`, sqrt(p (1 - p) (1 / n + 1 / v)).
+
+        p is set to at least 1 %, so that the error is not 0 if no sample is close.
 
         The term 1 / v accounts for the uncertainty of the threshold, a percentile estimated from v held-out images. The
         error is exact to first order if samples and held-out images follow the same distribution.
@@ -52,13 +54,13 @@ class Memorisation:
 
 
 def nearest_training(samples: Tensor, train: Tensor, validation: Tensor, *, num_pairs: int = NUM_PAIRS) -> Memorisation:
-    """Find the nearest training image of each sample, and compare the distances with held-out distances.
+    """Find the nearest training image of each sample, and compare the distances with those of held-out images.
 
         d(x) = min_i (1 - cos(x, train_i));   close: d(x) < the 1st percentile of d over the held-out images
 
     The cosine distance is used because the features of low-contrast images have small norms, so their Euclidean
     distances are all small. Copies of training images in the validation split lower the threshold, possibly to 0,
-    where no sample counts as close. Remove the copies first.
+    in which case no sample counts as close. Remove the copies first.
 
     The rule is our own, inspired by Somepalli et al. 2023, arXiv:2212.03860, who compare similarities between samples
     and training images with similarities within the data.
@@ -74,7 +76,7 @@ def nearest_training(samples: Tensor, train: Tensor, validation: Tensor, *, num_
 
 
 def nearest_by_cosine(queries: Tensor, gallery: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the cosine distance of each query to its nearest neighbour in the gallery (float64), and its row."""
+    """Return the cosine distance from each query to the nearest row of the gallery, in float64, and the row's index."""
     queries, gallery = (F.normalize(features.double(), dim=1) for features in (queries, gallery))
     minima = [(1 - rows @ gallery.T).min(dim=1) for rows in queries.split(chunk_size(len(gallery)))]
     return torch.cat([chunk.values for chunk in minima]).clamp(min=0), torch.cat([chunk.indices for chunk in minima])
@@ -82,8 +84,8 @@ def nearest_by_cosine(queries: Tensor, gallery: Tensor) -> tuple[Tensor, Tensor]
 
 def plot_nearest(samples: ImageSet, images: ImageData, memorisation: Memorisation) -> Image.Image:
     """Plot the closest pairs of samples and training images with their distances, in ascending order."""
-    closest, distances = memorisation.closest.tolist(), memorisation.distances
-    rows = images.train_indices[memorisation.nearest[memorisation.closest].numpy()].tolist()
+    closest, distances = memorisation.closest_samples.tolist(), memorisation.distances
+    rows = images.train_indices[memorisation.nearest_rows[memorisation.closest_samples].numpy()].tolist()
     cells, captions = [], []
     for sample, row in zip(closest, rows, strict=True):
         cells += to_pil(samples.batch([sample])) + to_pil(images.batch([row]))

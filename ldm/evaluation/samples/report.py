@@ -30,9 +30,9 @@ from ldm.sampling.pipeline import LatentDiffusionPipeline
 
 
 def save_unless_smaller(report: Report, folder: Path, fallback_file: Path) -> Path:
-    """Save a report in `folder`, or as `fallback_file` if that would replace a report on more samples.
+    """Save a report in `folder`, or as `fallback_file` if `folder` contains a report on more samples.
 
-    Only a readable report on the same weights is protected. Returns the path of the JSON file.
+    Unreadable reports and reports for different weights are always replaced. Return the path of the JSON file.
     """
     existing: dict[str, Any] = {}
     with suppress(UserError):
@@ -61,13 +61,13 @@ def measure_samples(
 ) -> Report:
     """Compare samples with the training images. The seed determines which training captions are used.
 
-    Text-conditional models are also sampled with captions of validation images, which they have not seen in training.
+    Text-conditional models are also sampled with captions of validation images, which were not used in training.
     The report contains these baselines:
 
-    - reconstructions of the same images, an upper bound on the quality of samples
+    - reconstructions of the images that the captions belong to, an upper bound on the quality of samples
     - VAE alone, the autoencoder as a generator: z_raw ~ N(0, I), decoded without the diffusion model
     - validation images, which are new images from the data distribution
-    - floor: a random part of the training images against the rest, two samples from the same distribution
+    - floor: a random part of the training images compared with the rest, which come from the same distribution
     - chance, for retrieval
 
     Args:
@@ -101,14 +101,14 @@ def measure_samples(
     }
     if pipeline.autoencoder.has_density:  # otherwise N(0, I) is not the prior of the latents
         sets["VAE alone"] = VAEAlone(pipeline, num_samples, seed)
-    by_set = {name: extract(network, members, f"features of {name}", batch_size) for name, members in sets.items()}
-    by_set["validation images"] = validation
-    lines = _distances(network, by_set, train, content)
+    feature_sets = {name: extract(network, x, f"features of {name}", batch_size) for name, x in sets.items()}
+    feature_sets["validation images"] = validation
+    lines = _distances(network, feature_sets, train, content)
     if isinstance(network, Classifier):
         labels = torch.tensor(images.labels)[indices] if pipeline.conditioning.class_names is not None else None
-        lines += _classes(network, by_set, train, labels, content)
+        lines += _classes(network, feature_sets, train, labels, content)
     if pipeline.conditioning.text_dim is not None:
-        queries = {name: by_set[name] for name in ("samples", "reconstructions")}
+        queries = {name: feature_sets[name] for name in ("samples", "reconstructions")}
         lines += retrieval.training_retrieval(queries, train, torch.from_numpy(train_rows), content)
         if (num_held_out := min(num_samples, len(validation))) >= 2:
             rows = condition_rows(images.val_indices, num_held_out, seed)
@@ -119,18 +119,18 @@ def measure_samples(
             queries = {name: extract(network, items, f"held-out {name}", batch_size) for name, items in sets.items()}
             reference_sets = validation, train, torch.from_numpy(rows), images, pipeline.conditioning
             lines += retrieval.held_out_retrieval(queries, *reference_sets, content)
-    memorisation = nearest_training(by_set["samples"], train, validation)
+    memorisation = nearest_training(feature_sets["samples"], train, validation)
     lines += _memorisation(memorisation, images, content)
     figures = {"nearest.png": plot_nearest(samples, images, memorisation)}
     return Report(EVALUATION_FILE, content, lines=lines, figures=figures)
 
 
-def _distances(network: nn.Module, by_set: Mapping[str, Tensor], train: Tensor, content: dict[str, Any]) -> list[str]:
-    """Add the distances of each set and the floor to `content`; return them as a table."""
-    features, reference = content["features"], content["reference"]
-    measures = Measures.choose(train, len(by_set["samples"]), with_cmmd=features == "clip")
-    rows = {name: (len(x), measures.num_per_subset(x), measures.all(x)) for name, x in by_set.items()}
-    floor, floor_reference = distances.split_train(train, len(by_set["samples"]), content["seed"])
+def _distances(network: nn.Module, sets: Mapping[str, Tensor], train: Tensor, content: dict[str, Any]) -> list[str]:
+    """Add the distances of each set and of the floor to `content`, and return them as a table."""
+    reference, with_cmmd = content["reference"], content["features"] == "clip"
+    measures = Measures.choose(train, len(sets["samples"]), with_cmmd=with_cmmd)
+    rows = {name: (len(x), measures.num_per_subset(x), measures.all(x)) for name, x in sets.items()}
+    floor, floor_reference = distances.split_train(train, len(sets["samples"]), content["seed"])
     rows["floor, train vs train"] = (
         len(floor),
         measures.num_per_subset(floor, floor_reference),
@@ -152,17 +152,20 @@ def _distances(network: nn.Module, by_set: Mapping[str, Tensor], train: Tensor, 
 
 
 def _classes(
-    classifier: Classifier, by_set: Mapping[str, Tensor], train: Tensor, labels: Tensor | None, content: dict[str, Any]
+    classifier: Classifier, sets: Mapping[str, Tensor], train: Tensor, labels: Tensor | None, content: dict[str, Any]
 ) -> list[str]:
-    """Add the class shift and, if the samples have labels, the class accuracy to `content`; return them as a table."""
+    """Add the class shift and, if the samples have labels, the class accuracy to `content`.
+
+    Return both as a table.
+    """
     rows = []
     for name in ("samples", "validation images"):
-        shift = Metric(*class_shift(predict_classes(classifier, by_set[name]), predict_classes(classifier, train)))
+        shift = Metric(*class_shift(predict_classes(classifier, sets[name]), predict_classes(classifier, train)))
         content[f"class_shift_{name.split()[0]}"] = shift
         rows.append([name, f"{shift:.3f}"])
     content["classifier_val_accuracy"] = classifier.val_accuracy
     if labels is not None:
-        accuracy = Metric(*class_accuracy(predict_classes(classifier, by_set["samples"]), labels))
+        accuracy = Metric(*class_accuracy(predict_classes(classifier, sets["samples"]), labels))
         content["class_accuracy_samples"] = accuracy
         rows.append(["accuracy, samples", f"{accuracy:.1%}"])
         rows.append(["accuracy, validation images", f"{classifier.val_accuracy:.1%}"])
@@ -171,7 +174,7 @@ def _classes(
 
 
 def _memorisation(memorisation: Memorisation, images: ImageData, content: dict[str, Any]) -> list[str]:
-    """Add the distances between samples and training images to `content`; return a summary of them."""
+    """Add the distances between samples and training images to `content`, and return a summary."""
     share = Metric(memorisation.close_share, memorisation.close_share_standard_error)
     medians = [values.median().item() for values in (memorisation.distances, memorisation.validation_distances)]
     content |= {
@@ -182,14 +185,14 @@ def _memorisation(memorisation: Memorisation, images: ImageData, content: dict[s
         "closest_pairs": [
             {
                 "sample": i,
-                "training_image": images.names[int(images.train_indices[int(memorisation.nearest[i])])],
+                "training_image": images.names[int(images.train_indices[int(memorisation.nearest_rows[i])])],
                 "distance": memorisation.distances[i].item(),
             }
-            for i in memorisation.closest.tolist()
+            for i in memorisation.closest_samples.tolist()
         ],
     }
     return [
         f"Memorisation: {share:.1%} of the samples are closer to a training image than {memorisation.threshold:.4f} "
-        f"(cosine distance), the 1st percentile of {len(memorisation.validation_distances)} validation images.",
+        f"(cosine distance), the 1st percentile over {len(memorisation.validation_distances)} validation images.",
         f"  Median distance: samples {medians[0]:.3f}, validation images {medians[1]:.3f}. Closest pairs: nearest.png",
     ]

@@ -19,10 +19,10 @@ from ldm.networks.conditioning import Conditioning
 def training_retrieval(
     queries: Mapping[str, Tensor], train: Tensor, rows: Tensor, content: dict[str, Any]
 ) -> list[str]:
-    """Measure how often the training image nearest to a sample is the image that its caption belongs to.
+    """Measure how often the training image nearest to a sample is the image that the sample's caption belongs to.
 
     Args:
-        queries: Features of the samples, [n, d], and of reconstructions of the captions' images, at most n of them.
+        queries: Features of the samples, [n, d], and of reconstructions of the captions' images, with at most n rows.
         train: Features of the training images, [m, d].
         rows: The row of the training image that each caption belongs to, [n].
         content: Content of the report, to which the metrics are added.
@@ -43,7 +43,7 @@ def held_out_retrieval(
     conditioning: Conditioning,
     content: dict[str, Any],
 ) -> list[str]:
-    """Measure retrieval among validation images and caption agreement, both for held-out captions.
+    """Measure caption agreement and retrieval among validation images, both for held-out captions.
 
     Caption agreement is the similarity of the prompt to the captions of the training image nearest to the sample.
 
@@ -66,7 +66,7 @@ def held_out_retrieval(
         embeddings = conditioning.for_request([text for captions in texts for text in captions])[0]["pooled"]
         matched, permuted, error = caption_agreement(prompts, embeddings.split(list(map(len, texts))))
         content[f"caption_cosine_held_out_{name}"] = Metric(matched, error)
-        content.setdefault("caption_cosine_held_out_permuted", permuted)  # of the samples, which come first
+        content.setdefault("caption_cosine_held_out_permuted", permuted)  # the samples come first
         cosines.append([name, f"{Metric(matched, error):.3f}", f"with other prompts {permuted:.3f}"])
     content["num_held_out"] = len(rows)
     lines.append("  Cosine similarity between embeddings of the prompt and of the nearest training image's caption:")
@@ -97,11 +97,11 @@ def caption_agreement(prompts: Tensor, captions: Sequence[Tensor]) -> tuple[floa
 def _retrieval(
     queries: Mapping[str, Tensor], gallery: Tensor, rows: Tensor, key: str, content: dict[str, Any]
 ) -> list[str]:
-    """Add the top-1 and top-5 retrieval rates to `content`; return them as a table."""
+    """Add the top-1 and top-5 retrieval rates to `content`, and return them as a table."""
     rates = {}
     for name, features in queries.items():
         ranks = retrieval_ranks(features, gallery, rows[: len(features)])
         rates[name] = [(ranks < k).float().mean().item() for k in (1, 5)]
     rates["chance"] = [min(1.0, k / len(gallery)) for k in (1, 5)]
-    content |= {f"retrieval_at_{k}_{key.format(name)}": both[k == 5] for name, both in rates.items() for k in (1, 5)}
+    content |= {f"retrieval_at_{k}_{key.format(name)}": pair[k == 5] for name, pair in rates.items() for k in (1, 5)}
     return align([[name, "@1", f"{first:.2%}", "@5", f"{fifth:.2%}"] for name, (first, fifth) in rates.items()])

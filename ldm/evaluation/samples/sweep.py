@@ -21,11 +21,11 @@ from ldm.rules import Seed, apply_rules, checked
 from ldm.sampling.draw import check_sampler, sampler_settings
 from ldm.sampling.pipeline import LatentDiffusionPipeline
 
-WITHIN = 2.0
+TOLERANCE = 2.0
 """Two distances count as equal if they differ by at most this many standard errors of the difference."""
 RULE = (
-    f"the fewest network evaluations with a distance within {WITHIN:g} standard errors of the smallest distance. The "
-    "standard error is that of the difference, with the same noise, captions and jackknife groups"
+    f"the fewest network evaluations with a distance within {TOLERANCE:g} standard errors of the smallest distance. "
+    "The error is that of the difference between the two distances, which share noise, captions and jackknife groups"
 )
 
 
@@ -43,7 +43,7 @@ def sweep_sampler(
     seed: Seed = 0,
     **options: Any,
 ) -> dict[str, Any]:
-    """Measure the distance to the training images as a function of sampler steps or guidance, never both.
+    """Measure the distance to the training images as a function of sampler steps or guidance, but not both.
 
     All values use the same noise and captions, and samples are cached in `folder`. The distance is the Fréchet
     distance, computed on principal components if there are too few samples for all dimensions.
@@ -113,7 +113,7 @@ def compare_with_best(rows: Sequence[dict[str, Any]], replicates: Sequence[Tenso
 
     Args:
         replicates: Jackknife replicates [g] of the distance of each row. All rows use the same groups of samples, so
-            the jackknife of a difference is computed from the differences of the replicates.
+            the jackknife of a difference is computed from the differences between the replicates.
     """
     best = min(range(len(rows)), key=lambda i: rows[i]["distance"])
     for row, values in zip(rows, replicates, strict=True):
@@ -123,7 +123,7 @@ def compare_with_best(rows: Sequence[dict[str, Any]], replicates: Sequence[Tenso
 
 def knee(rows: Sequence[Mapping[str, Any]]) -> float:
     """Return the value that `RULE` selects. Ties in cost are broken by the smaller distance."""
-    candidates = [row for row in rows if row["above_best"] <= WITHIN * row["above_best_standard_error"]]
+    candidates = [row for row in rows if row["above_best"] <= TOLERANCE * row["above_best_standard_error"]]
     return min(candidates, key=lambda row: (row["network_evaluations"], row["distance"]))["value"]
 
 
@@ -161,7 +161,7 @@ def plot_sampler_sweep(sweep: Mapping[str, Any]) -> Figure:
     figure = Figure(figsize=(7, 4.2), dpi=130, layout="constrained")
     axes = figure.subplots()
     x = [row["network_evaluations" if by_steps else "value"] for row in rows]
-    errors = [WITHIN * row["standard_error"] for row in rows]
+    errors = [TOLERANCE * row["standard_error"] for row in rows]
     axes.errorbar(x, [row["distance"] for row in rows], errors, marker="o", markersize=4, capsize=3)
     for position, row in zip(x, rows, strict=True):
         text = f"{row['value']:g}" + (" (knee)" if row["value"] == sweep["knee"] else "")
@@ -173,5 +173,5 @@ def plot_sampler_sweep(sweep: Mapping[str, Any]) -> Figure:
     axes.set_xlabel("network evaluations per sample" if by_steps else "guidance scale")
     axes.set_ylabel(f"{sweep['metric']}, {sweep['features_key']}")
     title = f"{sweep['metric']} against {sweep['over']}; N={sweep['num_samples']}, {sweep['sampler']['method']}"
-    axes.set_title(f"{title}\nref={sweep['reference']}; error bars: +- {WITHIN:g} standard errors", fontsize=10)
+    axes.set_title(f"{title}\nref={sweep['reference']}; error bars: +- {TOLERANCE:g} standard errors", fontsize=10)
     return figure

@@ -1,4 +1,4 @@
-"""Checkpoint files: atomic writes, hashed on the fly, and reads that do not execute pickled code."""
+"""Checkpoint files: atomic writes that are hashed on the fly, and reads that do not execute pickled code."""
 
 import hashlib
 from io import BufferedWriter, FileIO
@@ -12,7 +12,7 @@ from ldm.files.atomic import atomic_write
 
 
 class HashingWriter(BufferedWriter):
-    """A file that computes the SHA-256 of its content while it is written, and stores the error if a write fails."""
+    """A writer that computes the SHA-256 of the file on the fly and stores the error in `failure` if a write fails."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(FileIO(path, "w"), 1 << 20)
@@ -22,7 +22,7 @@ class HashingWriter(BufferedWriter):
     def write(self, data: Any) -> int:
         try:
             size = super().write(data)
-        except OSError as error:  # torch.save raises a RuntimeError instead, without the reason
+        except OSError as error:  # torch.save replaces this error with one that has no reason
             self.failure = error
             raise
         self.digest.update(data)
@@ -32,10 +32,10 @@ class HashingWriter(BufferedWriter):
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes checkpoints atomically.
 
-    Lightning's implementation makes a second copy in memory, moves the file from the system's temporary folder, so that
-    readers can see a partly written file, and does not sync.
+    Lightning's implementation makes a second copy of the checkpoint in memory and does not sync the file. It also moves
+    the file from the system's temporary folder, so that readers can see a partly written file.
 
-    A write error is stored in `failure` and not raised, because the other ranks are waiting for this one.
+    A write error is stored in `failure` instead of being raised, because the other ranks are waiting for this rank.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints for resuming, saved atomically between optimizer steps. The last few and the best are kept."""
+"""Checkpoints for resuming, saved atomically between optimizer steps. The newest few and the best are kept."""
 
 import math
 import time
@@ -19,12 +19,13 @@ from ldm.runtime.random_state import random_state, restore_random_state
 from ldm.training.callbacks.checkpoint_io import AtomicCheckpointIO
 from ldm.training.optim.budget import Budget
 
-MONITORED = "val/loss"
-NOT_STARTED = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+MONITORED_METRIC = "val/loss"
+RESTART_COUNTS = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+"""Progress counts from which Lightning runs all batches of a validation again."""
 
 
 class StopTraining(Exception):
-    """Raised after a signal, once the current step is complete, so that a checkpoint saved now can be resumed."""
+    """Raised after a signal once the current step is complete, so that a checkpoint can be saved."""
 
     def __init__(self, signal: int) -> None:
         self.signal = signal
@@ -32,18 +33,17 @@ class StopTraining(Exception):
 
 
 class Checkpoints(Checkpoint):
-    """Saves checkpoints every `interval_s` seconds, when validation improves, at the end, and on a signal.
+    """Saves a checkpoint every `interval_s` seconds, when the validation loss improves, at the end, and on a signal.
 
-    Checkpoints are only saved between steps. The last `keep_last` checkpoints and the best one by the monitored metric
-    are kept. If a save fails during training, earlier checkpoints stay and the save is retried later. A run stopped
-    during validation repeats that validation when it is resumed.
+    Checkpoints are only saved between steps. The newest `keep_last` checkpoints and the one with the lowest validation
+    loss are kept. If a save fails during training, earlier checkpoints are kept and the save is retried later. If a run
+    is stopped during a validation, the whole validation is repeated on resume.
 
     Args:
         folder: The run folder.
         budget: Provides the training time and the `agreement` between ranks.
-        resume_from: Checkpoint that training resumes from. After the first save, later checkpoints of the resumed run
-            are deleted.
-        on_saved: Called on rank 0 after every checkpoint.
+        resume_from: Checkpoint to resume from. Later checkpoints in the run folder are deleted after the first save.
+        on_saved: Called on rank 0 after each checkpoint has been saved.
     """
 
     def __init__(
@@ -61,10 +61,10 @@ class Checkpoints(Checkpoint):
         self.keep_last, self.stage, self.resume_from = keep_last, stage, resume_from
         self.on_saved = on_saved
         self.last_saved: Manifest | None = None
-        """Newest checkpoint saved since training started or resumed; set on rank 0 only."""
+        """Newest checkpoint saved since training started or resumed. Set only on rank 0."""
         self.should_withhold: Callable[[], bool] = lambda: False
-        """Returns True if a roll-back must not restore the current weights. In this case, they are saved only at the
-        end and on a signal."""
+        """Returns True if a roll-back must not restore the current weights. Such weights are saved only at the end of
+        training and on a signal."""
         is_same_run = resume_from is not None and resume_from.path.parent.resolve() == self.folder.resolve()
         self._saved_step = resume_from.step if resume_from is not None and is_same_run else -1
         self._io = AtomicCheckpointIO()
@@ -81,8 +81,8 @@ class Checkpoints(Checkpoint):
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         trainer.strategy.checkpoint_io = self._io
-        # Without this, Lightning's signal handlers would be active until training starts. Its SIGTERM handler waits for
-        # the other ranks immediately, possibly in the middle of another collective.
+        # Without this line, Lightning's signal handlers would be active until training starts. Its handler for SIGTERM
+        # waits for the other ranks immediately, possibly in the middle of another collective.
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         signals.install_handlers()
 
@@ -93,20 +93,20 @@ class Checkpoints(Checkpoint):
         signals.defer()
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Save before a step, because the previous step is only complete after the module's `on_train_batch_end`."""
-        if self._states_to_restore is not None:  # after Lightning's setup, which can use these generators
+        """Save before the step, because the previous step is only complete after the module's `on_train_batch_end`."""
+        if self._states_to_restore is not None:  # after Lightning's setup, which can advance these generators
             states = self._states_to_restore
             restore_random_state(states[trainer.global_rank % len(states)], trainer.strategy.root_device)
             self._states_to_restore = None
         if batch_idx % trainer.accumulate_grad_batches:
             return  # checkpoints do not contain the gradients of a partly accumulated step
-        answers = self.budget.agreement.values
+        decisions = self.budget.agreement.values
         # A single process can react immediately to a signal that has just arrived.
-        stop_signal = answers.get("signal", 0) if trainer.world_size > 1 else signals.pending()
+        stop_signal = decisions.get("signal", 0) if trainer.world_size > 1 else signals.pending()
         self._before_step = True
         if stop_signal:
             raise StopTraining(stop_signal)
-        if answers.get("save") and self._saved_step != trainer.global_step:
+        if decisions.get("save") and self._saved_step != trainer.global_step:
             self._save(trainer, "interval")
         self._before_step = False
 
@@ -134,19 +134,19 @@ class Checkpoints(Checkpoint):
         self._validation_random_state = None
         if not (self._training and self._between_steps):
             return
-        monitored = float(trainer.callback_metrics.get(MONITORED, math.nan))
+        monitored = float(trainer.callback_metrics.get(MONITORED_METRIC, math.nan))
         metric = monitored if math.isfinite(monitored) else None
         saved_metrics = [manifest.figure for manifest in self.lineage() if manifest.figure is not None]
         is_better = metric is not None and metric < min(saved_metrics, default=math.inf)
         self._improved = trainer.is_global_zero and is_better and not self.should_withhold()
-        answers = self.budget.agreement.update(trainer)
+        decisions = self.budget.agreement.update(trainer)
         self._improved = False
-        if answers["improved"]:
+        if decisions["improved"]:
             self._save(trainer, "validation", metric, best=True)
-        elif answers["save"]:
+        elif decisions["save"]:
             self._save(trainer, "interval", metric)
-        if answers["signal"]:
-            raise StopTraining(answers["signal"])
+        if decisions["signal"]:
+            raise StopTraining(decisions["signal"])
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         if self._saved_step != trainer.global_step:
@@ -166,9 +166,9 @@ class Checkpoints(Checkpoint):
         checkpoint["random"] = states
         checkpoint["step_offset"] = getattr(module, "step_offset", 0)  # saved here too for runs without a guard
         loops = checkpoint["loops"]["fit_loop"]
-        if self._validation_random_state is not None:  # rerun all validation batches on resume, not only the rest
+        if self._validation_random_state is not None:  # on resume, rerun the validation from its first batch
             val = loops["epoch_loop.val_loop.batch_progress"]
-            val.update(total=dict(NOT_STARTED), current=dict(NOT_STARTED), is_last_batch=False)
+            val.update(total=dict(RESTART_COUNTS), current=dict(RESTART_COUNTS), is_last_batch=False)
         elif self._before_step:  # undo Lightning's count of the batch that is about to start
             batches = loops["epoch_loop.batch_progress"]
             for count in (batches["total"], batches["current"]):
@@ -185,20 +185,20 @@ class Checkpoints(Checkpoint):
         return time.monotonic() - self._saved_at >= self.interval_s and not self.should_withhold()
 
     def lineage(self) -> list[Manifest]:
-        """Return the checkpoints of this run and its ancestors, except those after the resumed checkpoint."""
+        """Return the checkpoints up to `resume_from` and those saved since training started or resumed."""
         last = self.resume_from.sequence if self.resume_from is not None else -1
         manifests = list_checkpoints(self.folder)
         return [manifest for manifest in manifests if manifest.path in self._saved_paths or manifest.sequence <= last]
 
-    def _save(self, trainer: Trainer, why: str, metric: float | None = None, *, best: bool = False) -> None:
+    def _save(self, trainer: Trainer, trigger: str, metric: float | None = None, *, best: bool = False) -> None:
         """Save a checkpoint. Call this on every rank: the strategy gathers the state and rank 0 writes it.
 
         Raises:
-            UserError: The final checkpoint could not be written.
+            UserError: The checkpoint could not be saved at the end of training or on a signal.
         """
         start, step = time.perf_counter(), trainer.global_step
         for logger in trainer.loggers:
-            logger.save()  # a resumed run does not log these rows again
+            logger.save()  # write the rows now, because a resumed run does not log them again
         # Never overwrite a checkpoint: it cannot be replaced atomically together with its manifest.
         names = [f"step-{step:08d}", *(f"step-{step:08d}-{i}" for i in range(1, 100))]
         path = next(self.folder / f"{name}.ckpt" for name in names if not any(self.folder.glob(f"{name}.*")))
@@ -214,8 +214,8 @@ class Checkpoints(Checkpoint):
             bytes=self._io.bytes,
             saved=time.time(),
             save_s=round(time.perf_counter() - start, 4),
-            why=why,
-            monitored=MONITORED,
+            why=trigger,
+            monitored=MONITORED_METRIC,
             figure=metric,
             best=best,
         )
@@ -231,7 +231,7 @@ class Checkpoints(Checkpoint):
             fallback = f"{checkpoint.path} is kept" if checkpoint is not None else "no earlier checkpoint exists"
             reason = failure.strerror if failure is not None else "reported by rank 0"
             message = f"could not be saved in {self.folder} ({reason}); {fallback}."
-            if why in ("end", "signal"):
+            if trigger in ("end", "signal"):
                 raise UserError(
                     f"The last checkpoint {message} Free some disk space, then repeat the command with resume=true."
                 )

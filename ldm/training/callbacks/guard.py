@@ -1,7 +1,7 @@
-"""Guard against bad training steps: skips, counts and logs them, and rolls back after too many in a row.
+"""Guard against bad training steps. It skips, counts and logs them, and rolls back after too many in a row.
 
-A step is bad if one of its losses or its gradient is not finite, or if its gradient norm is a spike, which is more than
-`max_spike` times the running average. When a bad step is skipped, the weights, the optimizer's moments and its step
+A step is bad if one of its losses or its gradient is not finite, or if its gradient norm is a spike, that is, more than
+`max_spike` times the running average. When a bad step is skipped, the weights and the optimizer's moments and step
 counts do not change. The discriminator and the codebook (idle counts and restarts) skip the step as well. The
 discriminator also skips a step if its own gradient is not finite. Skipped steps still count towards the budget, the
 learning rate schedule and the data order, and the EMA is updated with the unchanged weights.
@@ -37,26 +37,26 @@ class RollBack(Exception):
     """Raised after too many consecutive skipped steps, to restore a checkpoint and continue with new batches.
 
     Args:
-        first_skipped: First of the consecutive skipped steps. A checkpoint at this step was saved before the step ran.
+        first_skip: First of the consecutive skipped steps. A checkpoint with this number was saved before this step.
         step: Current step.
-        tallies: The guard's counts, which are kept across the roll-back.
+        tallies: Counts of the guard, which are kept across the roll-back.
         average_norm: Running average of the gradient norm.
     """
 
-    def __init__(self, first_skipped: int, step: int, tallies: Mapping[str, Any], average_norm: float = 0.0) -> None:
-        super().__init__(f"skipped all steps from step {first_skipped} on")
-        self.first_skipped, self.step = first_skipped, step
+    def __init__(self, first_skip: int, step: int, tallies: Mapping[str, Any], average_norm: float = 0.0) -> None:
+        super().__init__(f"skipped all steps from step {first_skip} on")
+        self.first_skip, self.step = first_skip, step
         self.tallies, self.average_norm = dict(tallies), average_norm
 
     def choose_checkpoint(self, checkpoints: Mapping[int, Manifest]) -> tuple[int, Manifest | None]:
-        """Return the step and manifest of the newest checkpoint before the skipped steps, or 0 and None.
+        """Return the step and manifest of the newest checkpoint before the skipped steps, or (0, None) if none exists.
 
-        The checkpoint restored by the previous roll-back is a last resort, because its weights may be the cause.
+        The checkpoint restored by the previous roll-back is a last resort, as its weights may have caused the skips.
 
         Args:
             checkpoints: Checkpoints by step.
         """
-        candidates = [step for step in checkpoints if step <= self.first_skipped]
+        candidates = [step for step in checkpoints if step <= self.first_skip]
         untried = [step for step in candidates if step != self.tallies["went_to"]]
         step = max(untried or candidates, default=0)
         return step, checkpoints.get(step)
@@ -67,10 +67,10 @@ class Guard(Callback):
 
     Args:
         skip_log: JSON Lines file with one line per skipped step.
-        image_names: index in the data order -> names of the images in the batch, for the log.
+        image_names: Maps the index of a batch in the data order to the names of its images, for the log.
         max_spike: Largest allowed ratio of the gradient norm to its running average.
-        warmup_steps: Steps before spike detection starts; also the averaging window.
-        skips_before_rollback: Consecutive skipped steps that trigger a roll-back.
+        warmup_steps: Number of steps before spike detection starts, and window of the running average.
+        skips_before_rollback: Number of consecutive skipped steps that triggers a roll-back.
         max_rollbacks: Maximum number of roll-backs per run.
         log_every: Number of steps between logged counts.
     """
@@ -91,15 +91,15 @@ class Guard(Callback):
         self.skips_before_rollback, self.max_rollbacks = skips_before_rollback, max_rollbacks
         self.running_norm = RunningNorm(max_spike, warmup_steps)
         self.tallies: dict[str, Any] = {"skipped_steps": 0, "rollbacks": 0, "offset": 0, "went_to": None}
-        self.streak, self.first_skipped = 0, 0
+        self.streak, self.first_skip = 0, 0
         self.skip = self._skip_second = torch.zeros((), dtype=torch.bool)
-        """True if the current step is skipped; a scalar bool tensor on the device."""
+        """True if the current step is skipped. A scalar bool tensor on the device."""
         self._norm, self._limit = torch.zeros(()), MAX_FLOAT32
         self._losses: list[Tensor] = []
-        self._unclipped: list[Tensor] = []
+        self._unclipped_parameters: list[Tensor] = []
         self._restored_tallies: dict[str, Any] = {}
         self._restored_norm = 0.0
-        self._pending: StepStats | None = None
+        self._pending_stats: StepStats | None = None
         self._step = 0
 
     @property
@@ -114,8 +114,8 @@ class Guard(Callback):
 
     @property
     def skipped_last_step(self) -> bool:
-        """True if the last step was skipped. Synchronises with the device."""
-        return self._pending is not None and self._pending.is_bad
+        """True if the last step was skipped. Reading this synchronises with the device."""
+        return self._pending_stats is not None and self._pending_stats.is_bad
 
     def setup(self, trainer: Trainer, module: Any, stage: str) -> None:
         module.guard = self
@@ -123,17 +123,17 @@ class Guard(Callback):
     def on_train_start(self, trainer: Trainer, module: Any) -> None:
         self._step = trainer.global_step
         clipped = {id(parameter) for parameter in module.trained.parameters()}
-        self._unclipped = [p for p in parameters_of(trainer.optimizers[0]) if id(p) not in clipped]
+        self._unclipped_parameters = [p for p in parameters_of(trainer.optimizers[0]) if id(p) not in clipped]
 
     def record_loss(self, loss: Tensor) -> Tensor:
-        """Record the loss of a batch and return it. A non-finite loss makes the gradient NaN on all ranks."""
+        """Record and return the loss of a micro-batch. A non-finite loss makes the gradient NaN on all ranks."""
         value = loss.detach()
         self._losses.append(value)
         return loss * (1 + 0 * value)
 
     def check_gradient(self, optimizer: Optimizer, norm: Tensor) -> None:
-        """Skip the optimizer's next step if the gradient norm is not finite or a spike. Call this after backward."""
-        for parameter in self._unclipped:  # for example, a learned loss scale
+        """Skip the optimizer's next step if the gradient norm is a spike or not finite. Call this after backward."""
+        for parameter in self._unclipped_parameters:  # for example, a learned loss scale
             if parameter.grad is not None:
                 norm = norm + 0 * parameter.grad.sum()
         self._norm, self._limit = norm.detach(), self.running_norm.limit
@@ -141,7 +141,7 @@ class Guard(Callback):
         skip_step(optimizer, self.skip)
 
     def check_second_optimizer(self, optimizer: Optimizer) -> None:
-        """Skip the second optimizer's step if the first is skipped or its own gradient norm is not finite."""
+        """Skip the second optimizer's step if the first step is skipped or the second gradient norm is not finite."""
         norm = get_total_norm([p.grad for p in parameters_of(optimizer) if p.grad is not None])
         self._skip_second = self.skip | ~(norm <= MAX_FLOAT32)
         skip_step(optimizer, self._skip_second)
@@ -150,7 +150,8 @@ class Guard(Callback):
         if trainer.global_step == self._step:
             return  # still accumulating gradients
         values = [value.float() for value in (self.skip, self._skip_second, self._norm, *self._losses)]
-        previous, self._pending = self._pending, StepStats.send(self._step, self._limit, torch.stack(values))
+        stats = StepStats.send(self._step, self._limit, torch.stack(values))
+        previous, self._pending_stats = self._pending_stats, stats
         self._losses.clear()
         self._step = trainer.global_step
         if previous is not None:
@@ -161,8 +162,8 @@ class Guard(Callback):
             self._roll_back(trainer)
 
     def on_train_end(self, trainer: Trainer, module: Any) -> None:
-        if self._pending is not None and self.skipped_last_step:  # a resumed run will add it to the tallies
-            self._log_skip(self._pending)
+        if self._pending_stats is not None and self.skipped_last_step:  # a resumed run adds this step to the tallies
+            self._log_skip(self._pending_stats)
             self._log(trainer, self.skipped_steps)
 
     def resume_after(self, rollback: RollBack, step: int) -> None:
@@ -175,23 +176,23 @@ class Guard(Callback):
             "went_to": step,
         }
         self.tallies, self._restored_norm = dict(self._restored_tallies), rollback.average_norm
-        self._write({"step": rollback.first_skipped, "rolled_back_to": step, "batches_passed_over": num_skipped})
+        self._write({"step": rollback.first_skip, "rolled_back_to": step, "batches_passed_over": num_skipped})
         print_on_rank_zero(
-            f"skipped {self.skips_before_rollback} steps in a row from step {rollback.first_skipped} on: rolling back "
+            f"skipped {self.skips_before_rollback} steps in a row from step {rollback.first_skip} on: rolling back "
             f"to step {step} and continuing with the next batches "
             f"(roll-back {self.tallies['rollbacks']} of {self.max_rollbacks}; see {self.skip_log})",
             flush=True,
         )
 
     def _count(self, stats: StepStats) -> None:
-        """Update the counts and the running norm with the statistics of a step, one step late on every device."""
+        """Update the counts and the running norm with the statistics of a step. All devices do this one step late."""
         _, _, norm, *_ = stats.read()
         self.running_norm.add(norm)
         if not stats.is_bad:
             self.streak = 0
             return
         if self.streak == 0:
-            self.first_skipped = stats.step
+            self.first_skip = stats.step
         self.streak += 1
         self.tallies["skipped_steps"] += 1
         self._log_skip(stats)
@@ -237,12 +238,12 @@ class Guard(Callback):
             logger.log_metrics(metrics, trainer.global_step - 1)
 
     def _roll_back(self, trainer: Trainer) -> None:
-        """Raise RollBack, or a UserError with remedies if no roll-backs are left."""
+        """Raise RollBack, or a UserError with remedies if all roll-backs have been used."""
         if self.tallies["rollbacks"] < self.max_rollbacks:
-            raise RollBack(self.first_skipped, trainer.global_step, self.tallies, self.running_norm.mean)
+            raise RollBack(self.first_skip, trainer.global_step, self.tallies, self.running_norm.mean)
         group, clip = trainer.optimizers[0].param_groups[0], trainer.gradient_clip_val
         raise UserError(
-            f"Training diverged: {self.streak} steps in a row from step {self.first_skipped} on had a non-finite loss, "
+            f"Training diverged: {self.streak} steps in a row from step {self.first_skip} on had a non-finite loss, "
             f"a non-finite gradient, or a gradient norm over {self.running_norm.max_spike:g} times its running average"
             + (f", even after trainer.guard.max_rollbacks={self.max_rollbacks}. " if self.max_rollbacks else ". ")
             + f"Inspect the skipped steps and their images in {self.skip_log}, or try a lower optimizer.lr "
@@ -252,31 +253,31 @@ class Guard(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state. The last step is stored separately, because it has not been counted yet."""
-        pending = self._pending
+        pending = self._pending_stats
         return {
             "running": [self.running_norm.mean, self.running_norm.count],
             "tallies": dict(self.tallies),
-            "streak": [self.streak, self.first_skipped],
+            "streak": [self.streak, self.first_skip],
             "pending": pending and {"step": pending.step, "limit": pending.limit, "values": list(pending.read())},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         mean, self.running_norm.count = state_dict["running"]
         self.running_norm.mean = max(mean, self._restored_norm)  # norms as high as before the roll-back are not spikes
-        self.streak, self.first_skipped = state_dict["streak"]
+        self.streak, self.first_skip = state_dict["streak"]
         self.tallies = {**state_dict["tallies"], **self._restored_tallies}
-        self._pending = StepStats(**state_dict["pending"]) if state_dict["pending"] else None
+        self._pending_stats = StepStats(**state_dict["pending"]) if state_dict["pending"] else None
 
 
 def load_step_offset(checkpoint: Path | None) -> int:
     """Return the number of batches that roll-backs had skipped over when the checkpoint was saved."""
     if checkpoint is None:
         return 0
-    saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    guard = saved["callbacks"].get("Guard")  # older checkpoints have the offset only here
-    return int(saved.get("step_offset", guard["tallies"]["offset"] if guard else 0))
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    guard = state["callbacks"].get("Guard")  # older checkpoints contain the offset only here
+    return int(state.get("step_offset", guard["tallies"]["offset"] if guard else 0))
 
 
 def _to_json(value: float) -> float | str:
-    """Return a finite number unchanged and nan or inf as text, because JSON does not support them."""
+    """Return a finite number unchanged, and nan or inf as text, because JSON has no such numbers."""
     return value if math.isfinite(value) else str(value)

@@ -1,4 +1,4 @@
-"""Loggers: metrics.csv, and W&B unless it is turned off."""
+"""Loggers for metrics.csv and, unless turned off, for W&B."""
 
 import csv
 import io
@@ -30,7 +30,7 @@ class Loggers:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def log_outcome(self, run: Run, metrics: Mapping[str, Any], figure: Path) -> None:
-        """Log the final metrics and figure of a finished run to W&B, with its input and output artifacts."""
+        """Log the final metrics, figure, and input and output artifacts of a finished run to W&B."""
         if self.wandb is None:
             return
         self.wandb.log_summary(metrics)
@@ -50,7 +50,7 @@ class CsvLogger(Logger):
     """Writes metrics.csv: one row per call to `log_metrics`, one column per metric. Write errors do not stop training.
 
     Args:
-        last_row: Last step whose existing row is kept.
+        last_row: Step of the last existing row to keep.
         tracker: W&B run that receives the same metrics. It stays open after training for the final images and summary.
     """
 
@@ -64,7 +64,7 @@ class CsvLogger(Logger):
         self.drop_rows_after(last_row)
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: the config is in config.yaml, and W&B gets it when its run starts."""
+        """Do nothing, because the config is in config.yaml and W&B gets the config when the W&B run starts."""
 
     def drop_rows_after(self, last_step: int) -> None:
         """Drop the rows after `last_step`, because training continues from there and logs them again."""
@@ -108,11 +108,11 @@ def _read(file: Path) -> tuple[Sequence[str], list[dict[str, Any]]]:
 def make_loggers(
     options: Mapping[str, Any], run: Run, *, resume: bool, last_row: int = -1, main_process: bool = True
 ) -> Loggers:
-    """Build the loggers of a run from the config group `logger`. Only rank 0 has loggers.
+    """Build the loggers of a run from the config group `logger`. Only the main process has loggers.
 
     Args:
         resume: True if the run is resumed.
-        last_row: Last step whose existing row in metrics.csv is kept.
+        last_row: Step of the last existing row in metrics.csv to keep.
     """
     if not main_process:
         return Loggers([])

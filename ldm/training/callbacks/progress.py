@@ -33,8 +33,8 @@ class ProgressBar(Callback):
         self._last_shown = self._window_start = time.perf_counter()
         self._window_step = trainer.global_step
         if sys.stderr.isatty():
-            text = "step {task.fields[step]}  loss {task.fields[loss]}  {task.fields[rate]} images/s"
-            self._bar = progress(TextColumn(text), transient=False)
+            columns = "step {task.fields[step]}  loss {task.fields[loss]}  {task.fields[rate]} images/s"
+            self._bar = progress(TextColumn(columns), transient=False)
             self._bar.start()
             self._bar.add_task(self.title, total=1.0, step=0, loss="-", rate="-")
 

@@ -1,8 +1,8 @@
-"""Skip a step with a bad gradient without synchronising with the device.
+"""Skipping steps with bad gradients without synchronising with the device.
 
 The decision stays on the device, where the optimizer reads it as `found_inf`. The statistics of the step are copied to
-the host asynchronously and read after the next step has been queued. With optimizers that do not support `found_inf`
-(torch's own do with fused=True), every step synchronises instead.
+the host asynchronously and read after the next step has been queued. Torch's own optimizers support `found_inf` with
+fused=True. With optimizers that do not support it, every step synchronises.
 """
 
 import math
@@ -19,7 +19,7 @@ MAX_FLOAT32 = torch.finfo(torch.float32).max
 class RunningNorm:
     """Running geometric mean of the gradient norm over about `window` steps, and the spike limit derived from it.
 
-    Norms above the limit are clamped, so a single spike barely moves the mean, but the mean follows if the norms stay
+    Norms above the limit are clamped, so a single spike barely moves the mean, but the mean follows norms that stay
     high. A geometric mean is also robust to spikes before detection starts.
     """
 
@@ -31,8 +31,8 @@ class RunningNorm:
     @property
     def limit(self) -> float:
         """Largest norm that is not a spike. Before `window` norms have been added, every finite norm is allowed."""
-        is_warm = self.count >= self.window and self.mean > 0
-        return min(self.max_spike * self.mean, MAX_FLOAT32) if is_warm else MAX_FLOAT32
+        is_warmed_up = self.count >= self.window and self.mean > 0
+        return min(self.max_spike * self.mean, MAX_FLOAT32) if is_warmed_up else MAX_FLOAT32
 
     def add(self, norm: float) -> None:
         """Update the mean with a norm. Zero and non-finite norms are ignored."""
@@ -61,7 +61,7 @@ class StepStats:
 
     @classmethod
     def send(cls, step: int, limit: float, values: Tensor) -> "StepStats":
-        """Start the copy to the host. On CUDA, it overlaps with the next step."""
+        """Start copying the values to the host. On CUDA, the copy overlaps with the next step."""
         if values.device.type != "cuda":
             return cls(step, limit, values)
         host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)

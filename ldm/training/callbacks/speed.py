@@ -1,4 +1,4 @@
-"""Training speed: images per second, floating-point operations per second and GPU utilisation (MFU)."""
+"""Training speed: images per second, floating-point operations per second, and model FLOPs utilisation (MFU)."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -31,16 +31,16 @@ PEAK_TFLOPS = {
 }
 """Peak dense bf16 throughput with float32 accumulation, in TFLOP/s, by words in the GPU name reported by CUDA.
 
-The first match is used. Source: NVIDIA's data sheets, which list twice these values because they include sparsity;
-for GeForce, the tables in NVIDIA's Ampere GA102, Ada and RTX Blackwell architecture papers. We do not use Lightning's
-table (`lightning.fabric.utilities.throughput`), because its values for H100 NVL and H200 include sparsity.
+The first match is used. The values are from NVIDIA's data sheets, which give the values with sparsity (twice as
+high), and, for GeForce, from NVIDIA's architecture papers on Ampere GA102, Ada and RTX Blackwell. We do not use the
+table in `lightning.fabric.utilities.throughput`, because its values for H100 NVL and H200 include sparsity.
 """
 
 
 def peak_flops(gpu: str) -> float | None:
     """Return the peak bf16 throughput of a GPU in FLOP/s, or None if the GPU is not in the table.
 
-    Only complete words match, so an L40 does not match L4. MIG instances and Ti, D and laptop versions give None.
+    Only complete words match, so an L40 does not match L4. MIG instances and Ti, D and laptop models never match.
     """
     words = f" {gpu.replace('-', ' ')} "
     if " MIG " in words:
@@ -56,14 +56,14 @@ class Speed:
 
     Args:
         flops_per_image: Floating-point operations per training image, without (False) and with (True) a discriminator.
-        peak: Peak FLOP/s of all GPUs together, or None if unknown.
+        peak: Peak FLOP/s summed over all GPUs, or None if unknown.
     """
 
     flops_per_image: Mapping[bool, float]
     peak: float | None
 
     def metrics(self, images_per_s: float, adversarial_on: bool = False) -> dict[str, float]:
-        """Return `tflops_per_s` and `mfu`, the model FLOPs utilisation, which excludes recomputation.
+        """Return `tflops_per_s` and `mfu`, the model FLOPs utilisation, which does not count recomputation.
 
         Source: Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
         """
@@ -85,15 +85,15 @@ def measure_speed(trainer: Trainer, stage: Stage, num_images: int = 2) -> Speed:
 
 
 def count_flops(step: Callable[[], Any]) -> float:
-    """Count the operations of matrix products, convolutions and attention while `step` runs, including backward.
+    """Count the operations of matrix products, convolutions and attention while `step` runs, including backward passes.
 
     `step` runs in eager mode with unfused attention, because torch does not count compiled code or fused attention on
     CPUs. The state of the random number generators is restored afterwards.
     """
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     counter = FlopCounterMode(display=False)
-    eager, unfused = torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH)
-    with torch.random.fork_rng(devices), eager, unfused, counter:
+    eager_mode, unfused_attention = torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH)
+    with torch.random.fork_rng(devices), eager_mode, unfused_attention, counter:
         step()
     return float(counter.get_total_flops())
 
@@ -103,7 +103,7 @@ _has_earlier_job = False
 
 
 def reset_peak_memory(*, is_first_job: bool) -> None:
-    """Reset the peak memory, so that it excludes earlier jobs of a multirun."""
+    """Reset the peak memory, so that the peak excludes earlier jobs of a multirun."""
     global _has_earlier_job
     _has_earlier_job = not is_first_job
     if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -113,7 +113,7 @@ def reset_peak_memory(*, is_first_job: bool) -> None:
 def peak_memory_gb() -> float | None:
     """Return the peak GPU memory of this training run in GB or, without a GPU, the peak RAM of the process.
 
-    Without a GPU, return None on Windows, and after an earlier job in this process, whose peak cannot be reset.
+    Without a GPU, return None on Windows and after earlier jobs in this process, because the peak RAM cannot be reset.
     """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
@@ -144,7 +144,7 @@ def describe_device(trainer: Trainer) -> str:
 
 
 def estimate_duration(trainer: Trainer, stage: Stage, budget: Budget, batch_size: int, step: int) -> str:
-    """Estimate the remaining training time at `step`. For a budget in steps, this times a step on one batch."""
+    """Estimate the training time that remains at `step`. With a budget in steps, this runs and times a trial step."""
     if budget.max_steps <= 0:
         return budget.expected_duration(step, 0.0)
     module = stage.module.to(trainer.strategy.root_device)

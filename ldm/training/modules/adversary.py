@@ -1,7 +1,7 @@
 """The discriminator of stage 1, with its optimizer, start step and loss weight.
 
 The discriminator is deliberately not part of the LightningModule, because Lightning counts the steps of every optimizer
-and DDP waits for the gradient of every parameter. The trainer therefore only knows the generator, `max_steps` counts
+and DDP waits for the gradient of every parameter. The trainer therefore only sees the generator, `max_steps` counts
 generator steps, and the discriminator takes a step after each generator step. `Adversary` averages the discriminator's
 gradients over ranks.
 """
@@ -20,15 +20,16 @@ from ldm.training.callbacks.guard import Guard
 
 
 class Adversary:
-    """A patch discriminator with its own Adam.
+    """A patch discriminator with its own Adam optimizer.
 
     Args:
-        loss: hinge or non_saturating.
+        loss: "hinge" or "non_saturating".
         weight: Weight of the adversarial loss, multiplied by the adaptive weight lambda and the ramp.
-        start: Generator step at which the discriminator starts to train, or a fraction of the budget if below 1.
-        ramp: Generator steps over which the weight grows from 0, to give the discriminator a head start.
-        lr: Peak learning rate of the discriminator, with the same decay as the generator.
+        start: Generator step at which the discriminator starts to train. A value below 1 is a fraction of the budget.
+        ramp: Number of generator steps over which the weight grows from 0, to give the discriminator a head start.
+        lr: Peak learning rate of the discriminator, which decays like that of the generator.
         max_weight: Upper bound of lambda.
+        channels, layers: Arguments of PatchDiscriminator.
 
     Raises:
         InputError: An argument is out of range.
@@ -53,11 +54,12 @@ class Adversary:
         self.gan_loss, self.weight, self.start, self.ramp, self.lr = loss, weight, start, ramp, lr
         self.max_weight = max_weight
         self.discriminator: nn.Module = PatchDiscriminator(channels, layers)
-        # fused=True supports found_inf, which skips a step without synchronising
+        # with fused=True, `found_inf` can skip a step without synchronising
         self.optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=lr, betas=(0.5, 0.9), fused=True)
         self.start_step: int | None = None
+        """Generator step at which the discriminator started to train, or None if it has not started."""
         self.loss_scale = 1.0
-        """1 / number of accumulated micro-batches."""
+        """Factor of the loss: 1 / number of accumulated micro-batches."""
         self.adaptive_weight: Any = None
         """Computes lambda from the gradients at the autoencoder's last layer. Set by `VAETraining`."""
 
@@ -65,7 +67,7 @@ class Adversary:
         """Check that the images are large enough for the discriminator.
 
         Raises:
-            UserError: The images are too small. The message gives the largest possible number of layers.
+            UserError: The images are too small. The message gives the maximum number of layers.
         """
         layers = self.shape[1]
         if resolution >> layers < 3:
@@ -76,14 +78,14 @@ class Adversary:
             )
 
     def generator_loss(self, reconstruction: Tensor) -> Tensor:
-        """Return the unweighted adversarial loss of the generator. The discriminator's weights get no gradient."""
+        """Return the unweighted adversarial loss of the generator, which has no gradient in the discriminator."""
         self.discriminator.requires_grad_(False)
         loss = generator_loss(self.gan_loss, self.discriminator(reconstruction))
         self.discriminator.requires_grad_(True)
         return loss
 
     def accumulate_gradients(self, images: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
-        """Accumulate the discriminator's gradients, scaled by `loss_scale`. Return its loss and accuracy."""
+        """Accumulate gradients scaled by `loss_scale`. Return the loss and accuracy of the discriminator."""
         real, fake = self.discriminator(torch.cat([images, reconstruction.detach().to(images.dtype)])).chunk(2)
         loss = discriminator_loss(self.gan_loss, real, fake)
         with torch.autocast(images.device.type, enabled=False):
@@ -92,9 +94,9 @@ class Adversary:
         return {"discriminator": loss.detach(), "discriminator_accuracy": accuracy}
 
     def step(self, decay: float, guard: Guard | None = None) -> None:
-        """Average the accumulated gradients over ranks and take a step with learning rate lr * decay.
+        """Average the accumulated gradients over ranks and take a step with the learning rate lr * decay.
 
-        The guard skips this step if the autoencoder's step was skipped or these gradients are not finite.
+        The guard skips this step if the autoencoder's step was skipped or the discriminator's gradients are not finite.
         """
         if dist.is_available() and dist.is_initialized():
             for parameter in self.discriminator.parameters():
@@ -109,9 +111,9 @@ class Adversary:
         self.optimizer.zero_grad()
 
     def move_to(self, device: torch.device) -> None:
-        """Move the discriminator and its optimizer to the device, and broadcast the weights of rank 0."""
+        """Move the discriminator and its optimizer to the device, and broadcast the weights from rank 0."""
         self.discriminator.to(device)
-        self.optimizer.load_state_dict(self.optimizer.state_dict())  # moves the moments to the device of the weights
+        self.optimizer.load_state_dict(self.optimizer.state_dict())  # moves the moments too
         if dist.is_available() and dist.is_initialized():
             for parameter in self.discriminator.parameters():
                 dist.broadcast(parameter.data, src=0)

@@ -20,8 +20,9 @@ from ldm.training.modules.base import TrainingModule
 from ldm.training.optim.factory import OptimizerFactory
 
 NUM_GRID_IMAGES = 8
+"""Number of validation images in the grid of reconstructions."""
 AFTER_STEP_DRAWS = 2**32
-"""Seed component for random draws made after a step; larger than any row index."""
+"""Seed component for random draws made after a step. Row indices, which seed other draws, are smaller."""
 
 
 class VAETraining(TrainingModule):
@@ -29,12 +30,12 @@ class VAETraining(TrainingModule):
 
     Args:
         model: A model with the interface of diffusers' AutoencoderKL or VQModel.
-        loss: images, reconstructions, regularisation terms -> loss terms by name.
-        regulariser: Regulariser of the latents; also runs the model on a batch.
+        loss: Computes the loss terms by name from images, reconstructions and regularisation terms.
+        regulariser: Regularises the latents and runs the model on a batch.
         optimizer: Builds the optimizer.
-        seed: Noise and flips of row i in step k depend only on seed, k and i.
-        flip: Mirror each image with probability 1/2.
-        figures_dir: Folder for grids of reconstructions.
+        seed: The random draws for row i in step k depend only on seed, k and i.
+        flip: True to mirror each image with probability 1/2.
+        figures_dir: Folder for the grids of reconstructions.
         adversary: The discriminator and its optimizer.
     """
 
@@ -58,7 +59,7 @@ class VAETraining(TrainingModule):
         self._code_counts: Tensor | None = None
 
     def losses(self, images: Tensor, draws: Draws) -> dict[str, Tensor]:
-        """Return the loss terms of a batch.
+        """Return the loss terms of a batch by name.
 
         The value of `loss` excludes the adversarial term, so that the loss curve does not jump when the discriminator
         starts. The gradient of `loss` includes the adversarial term.
@@ -99,7 +100,7 @@ class VAETraining(TrainingModule):
         self.adversarial_on = adversary.start_step is not None
         if adversary.start_step is not None:
             ramp = min(1.0, (step - adversary.start_step) / max(1, adversary.ramp))
-            adversary.adaptive_weight.weight = None  # recompute lambda in this step
+            adversary.adaptive_weight.weight = None  # compute a new lambda in this step
             adversary.adaptive_weight.factor = adversary.weight * ramp
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -1,4 +1,4 @@
-"""Base LightningModule of both stages: training step, optimizer, and noise that depends only on the seed and step."""
+"""Base LightningModule of both stages: training step, optimizer, and reproducible random draws."""
 
 import time
 from abc import abstractmethod
@@ -25,19 +25,20 @@ class TrainingModule(LightningModule):
     Args:
         trained: The network that is optimised, averaged and saved.
         optimizer: Builds the optimizer.
-        seed: Random draws for row i in step k depend only on seed, k and i.
+        seed: The random draws for row i in step k depend only on seed, k and i.
     """
 
     log_every = 50
+    """Number of steps between logged metrics. Set by `Fit`."""
     trained: Any
     progress: Callable[[int], float] = staticmethod(lambda step: 0.0)
     """Returns the fraction of the budget spent at a step. Set by `Fit`."""
     guard: Guard | None = None
-    """Skips bad steps. Set by the callback itself in `setup`."""
+    """Skips bad steps. Set by `Guard.setup`."""
     fraction_without_adversary = 1.0
     """Fraction of the budget spent training without a discriminator."""
     step_offset = 0
-    """Steps by which roll-backs have moved the data and random draws ahead of the optimizer."""
+    """Number of steps by which roll-backs have moved the data and random draws ahead of the optimizer."""
 
     def __init__(self, trained: nn.Module, optimizer: OptimizerFactory, seed: int) -> None:
         super().__init__()
@@ -46,7 +47,7 @@ class TrainingModule(LightningModule):
 
     @abstractmethod
     def losses(self, batch: Any, draws: Draws) -> dict[str, Tensor]:
-        """Return the loss terms of a batch by name; `loss` is minimised. Must not change any weights.
+        """Return the loss terms of a batch by name, without changing any weights. The term `loss` is minimised.
 
         Each term must be a mean over independent samples, so that a batch can be split over micro-batches and ranks.
         """
@@ -62,7 +63,7 @@ class TrainingModule(LightningModule):
         return {"loss": loss if self.guard is None else self.guard.record_loss(loss)}
 
     def trial_step(self, batch: Any, autocast: Callable[[], AbstractContextManager]) -> float:
-        """Run a forward and backward pass without an optimizer step. Return its duration in seconds."""
+        """Run a forward and backward pass without an optimizer step. Return the duration in seconds."""
         start = time.perf_counter()
         with autocast():
             loss = self.losses(batch, self.trial_draws(batch))["loss"]
@@ -95,7 +96,7 @@ class TrainingModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the gradient, pass its norm to the guard, and log it.
+        """Clip the gradient, pass the gradient norm to the guard, and log the norm.
 
         Lightning's own method rejects fused optimizers because of gradient scaling, which bf16 does not need.
         """
@@ -110,11 +111,11 @@ class TrainingModule(LightningModule):
 
     def on_train_start(self) -> None:
         # Lightning takes an optimizer step when its micro-batch count is a multiple of accumulate_grad_batches. This
-        # setting can change when a run is resumed, so round the restored count up to a multiple.
-        count: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        missing = -count.processed % self.trainer.accumulate_grad_batches
+        # setting can change when a run is resumed, so round the restored counts up to a multiple.
+        counts: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        num_missing = -counts.processed % self.trainer.accumulate_grad_batches
         for name in ("ready", "started", "processed", "completed"):
-            setattr(count, name, getattr(count, name) + missing)
+            setattr(counts, name, getattr(counts, name) + num_missing)
 
     @property
     def logs_this_step(self) -> bool:
@@ -127,7 +128,7 @@ class TrainingModule(LightningModule):
         return self.trainer.global_step + self.step_offset
 
     def _seed_network(self, seed: int) -> None:
-        """Seed the global generators, which dropout uses and which validation and workers advance."""
+        """Seed the global generators. Dropout uses them, and validation and data loader workers advance them."""
         torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds all device types and is 30 times slower
         if self.device.type != "cpu":
             torch.get_device_module(self.device).manual_seed(seed)
@@ -138,7 +139,7 @@ class TrainingModule(LightningModule):
 
 
 def num_samples(batch: Any) -> int:
-    """Return the number of samples in a batch, which is a tensor or a dict of tensors and conditions."""
+    """Return the number of samples in a batch, which is a tensor or a dict that contains tensors."""
     if isinstance(batch, dict):
         batch = next(value for value in batch.values() if isinstance(value, Tensor))
     return len(batch)

@@ -21,21 +21,23 @@ from ldm.training.modules.base import TrainingModule
 from ldm.training.optim.factory import OptimizerFactory
 
 NUM_BANDS = 4
+"""Number of intervals of t for which the validation loss is logged separately."""
 LatentBatch = dict[str, Any]
+"""Posterior means and log-variances [b, views, C, h, w], and a condition."""
 
 
 class DiffusionTraining(TrainingModule):
-    """Trains a network to denoise z_t. Each batch contains posterior moments [b, views, C, h, w] and a condition.
+    """Trains a network to denoise z_t. Each batch contains the posterior moments and a condition (`LatentBatch`).
 
     Args:
-        pipeline: The pipeline with the network to train.
-        objective: The loss.
+        pipeline: Pipeline with the network to train.
+        objective: Computes the loss.
         optimizer: Builds the optimizer.
         drop_condition: Fraction of conditions replaced by the null condition, for classifier-free guidance.
-        seed: Noise, timestep and condition dropout of row i in step k depend only on seed, k and i.
-        grid_conditions: Conditions and captions of the sample grid.
+        seed: The random draws for row i in step k depend only on seed, k and i.
+        grid_conditions: Conditions and captions for the sample grid.
         sampler, guidance: Sampler and guidance scale for the sample grid.
-        figures_dir: Folder for sample grids.
+        figures_dir: Folder for the sample grids.
     """
 
     def __init__(
@@ -85,7 +87,7 @@ class DiffusionTraining(TrainingModule):
         if condition:
             condition = drop(condition, self.null_condition, draws.rand((size,)) < self.drop_condition)
         denoising = self._denoise(z_0, t, condition, draws)
-        loss = self.objective.per_sample(self.schedule, denoising, self.pipeline.variance)
+        loss = self.objective.loss_per_sample(self.schedule, denoising, self.pipeline.variance)
         self._last_losses = (t, loss.detach())
         return {"loss": (loss if weights is None else loss * weights).mean()}
 
@@ -94,9 +96,9 @@ class DiffusionTraining(TrainingModule):
         self._step_losses = []
 
     def on_train_batch_end(self, outputs: Any, batch: LatentBatch, batch_idx: int) -> None:
-        """Update the importance sampling of t with the per-sample losses of the step from all ranks.
+        """Update the importance sampling of t with this step's per-sample losses from all ranks.
 
-        `losses` cannot do this, because it also runs in trial steps. Non-finite losses are ignored.
+        The method `losses` cannot do this, because it also runs in trial steps. Non-finite losses are ignored.
         """
         if self.importance is None or self._last_losses is None:
             return
@@ -108,7 +110,7 @@ class DiffusionTraining(TrainingModule):
         self.importance.update(t[finite], losses[finite])
 
     def validation_step(self, batch: LatentBatch, batch_idx: int) -> None:
-        """Log L_simple in bands of t and the variational bound, using posterior means and fixed noise."""
+        """Log L_simple for each band of t and the variational bound, using posterior means and fixed noise."""
         z_0 = self.pipeline.autoencoder.standardise(batch["mean"][:, 0])
         size, steps = len(z_0), self.schedule.num_steps
         start = self._num_validated if batch_idx else 0
@@ -134,7 +136,7 @@ class DiffusionTraining(TrainingModule):
             save_grid(self, self.figures_dir, "samples", figure, images, captions)
 
     def sample_grid(self) -> tuple[list[Any], list[str | None]]:
-        """Sample the images of the grid from fixed noise. Return the images and their captions."""
+        """Sample the images in the grid from fixed noise. Return the images and their captions."""
         condition, captions = self.grid_conditions
         was_training = self.trained.training
         generators = sample_generators(0, range(len(captions)))

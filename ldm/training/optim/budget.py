@@ -11,10 +11,10 @@ from ldm.runtime.distributed import Agreement
 
 
 def parse_duration(text: str | None) -> float | None:
-    """Convert `HH:MM:SS` to seconds; None stays None.
+    """Convert `HH:MM:SS` to seconds, or None to None.
 
     Raises:
-        UserError: The text is not in this format.
+        UserError: The text does not have this format.
     """
     if text is None:
         return None
@@ -30,7 +30,7 @@ class Budget(Callback):
 
         lr(k) = peak * min(1, (k + 1) / warmup_steps) * decay(p)
 
-    Here p is the spent fraction of the step or time budget, whichever is larger, and decay is `linear` (1 - p),
+    Here p is the fraction of the step or time budget already spent, whichever is larger. The decay is `linear` (1 - p),
     `cosine` ((1 + cos pi p) / 2) or `constant`.
 
     After every step, the ranks use `agreement` to decide together whether the time is up.

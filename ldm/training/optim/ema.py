@@ -24,8 +24,8 @@ class EMA:
             *((name, p) for name, p in module.named_parameters() if p.requires_grad), strict=True
         )
         self.shadow: list[Tensor] = [p.detach().clone() for p in self._parameters]
-        self.raw: dict[str, Tensor] = {}
-        """The raw weights by name while the module has the averaged weights, otherwise empty."""
+        self.raw_weights: dict[str, Tensor] = {}
+        """The raw weights by name while the module has the averaged weights. Empty otherwise."""
 
     @torch.no_grad()
     def update(self) -> None:
@@ -39,14 +39,14 @@ class EMA:
     @contextmanager
     @torch.no_grad()
     def average_parameters(self) -> Iterator[None]:
-        """Load the averaged weights into the module within the context; restore the raw weights on exit."""
-        self.raw = {name: p.detach().clone() for name, p in zip(self._names, self._parameters, strict=True)}
+        """Context in which the module has the averaged weights. The raw weights are restored on exit."""
+        self.raw_weights = {name: p.detach().clone() for name, p in zip(self._names, self._parameters, strict=True)}
         self.copy_to_module()
         try:
             yield
         finally:
-            self.copy_to_module(list(self.raw.values()))
-            self.raw = {}
+            self.copy_to_module(list(self.raw_weights.values()))
+            self.raw_weights = {}
 
     @torch.no_grad()
     def copy_to_module(self, values: list[Tensor] | None = None) -> None:
@@ -100,7 +100,7 @@ class EMACallback(Callback):
     def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the raw weights even if the checkpoint is written during validation."""
         if self.ema is not None:
-            checkpoint["state_dict"].update({f"trained.{name}": value for name, value in self.ema.raw.items()})
+            checkpoint["state_dict"].update({f"trained.{name}": value for name, value in self.ema.raw_weights.items()})
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.ema is None else self.ema.state_dict()

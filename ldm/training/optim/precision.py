@@ -14,7 +14,7 @@ ALIASES = {"32": "32-true", "bf16": "bf16-mixed"}
 
 
 def normalise_precision(requested: Any) -> str:
-    """Return one of PRECISIONS; 32 and bf16 are aliases. fp16 is not supported because autoencoders overflow in it.
+    """Return a precision as one of PRECISIONS. fp16 is not supported because autoencoders overflow in fp16.
 
     Raises:
         UserError: The precision is unknown.
@@ -26,7 +26,7 @@ def normalise_precision(requested: Any) -> str:
 
 
 def choose_precision(requested: Any, accelerator: str) -> str:
-    """Resolve `auto` to bf16-mixed or 32-true; normalise any other precision.
+    """Choose bf16-mixed or 32-true if the precision is "auto", and normalise any other precision.
 
     Raises:
         UserError: The precision is unknown.
@@ -44,9 +44,9 @@ def choose_precision(requested: Any, accelerator: str) -> str:
 
 
 def measure_bf16_speedup(repeats: int = 12) -> float:
-    """Return how much faster a convolution (forward and backward) runs in bf16 autocast than in fp32.
+    """Return the speed of a convolution (forward and backward) in bf16 autocast relative to fp32.
 
-    The fastest of `repeats` runs counts for each.
+    Each speed is that of the fastest of `repeats` runs.
     """
     layer, x = nn.Conv2d(128, 128, 3, padding=1), torch.randn(128, 128, 8, 8)
     times: dict[bool, list[float]] = {False: [], True: []}

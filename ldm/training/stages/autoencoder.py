@@ -33,14 +33,14 @@ from ldm.training.optim.factory import OptimizerFactory
 from ldm.training.stages.base import Stage
 
 MAX_INIT_IMAGES, MAX_INIT_PIXELS = 4096, 4096 * 64 * 64
-"""Maximum numbers of training images and pixels used to initialise the shortcut and the codebook. The first limit also
-applies to the PCA baseline."""
-HELD_OUT_PIXELS = 2**20
-"""Pixels per batch when evaluating held-out images: 64 images at 128 px."""
+"""Maximum numbers of training images and pixels used to initialise the shortcut and the codebook. The PCA baseline also
+uses at most this many images."""
+MAX_BATCH_PIXELS = 2**20
+"""Maximum number of pixels in a batch of held-out images, for example 64 images of 128 x 128 pixels."""
 
 
 class ModelSizes(TypedDict, total=False):
-    """Rules for model sizes, by argument name in diffusers' and our autoencoders."""
+    """Rules for the sizes of autoencoders, both ours and those of diffusers, by argument name."""
 
     patch: Size
     latent_channels: Size
@@ -53,16 +53,16 @@ class VAEStage(Stage):
     """Stage 1: trains the autoencoder.
 
     Args:
-        model: Builds a diffusers KL autoencoder or our wrapper around it; None if `pretrained` is given.
-        loss: The reconstruction loss.
-        optimizer: parameter groups -> optimizer.
+        model: Builds an AutoencoderKL of diffusers or our wrapper around one. None if `pretrained` is given.
+        loss: Reconstruction loss.
+        optimizer: Builds the optimizer from parameter groups.
         regulariser: Regulariser of the latents.
         perceptual: Perceptual distance added to the loss.
         adversarial: Builds the discriminator and its optimizer.
         pretrained: Run, diffusers folder or Hub id of an autoencoder to use instead of a new one.
-        train: Weights to train: all, decoder or nothing.
+        train: Weights to train: "all", "decoder" or "nothing".
         latent_statistics: Source of the statistics that standardise the latents.
-        init_from: Run, diffusers folder or Hub id of the initial weights.
+        init_from: Run, diffusers folder or Hub id of an autoencoder from which training starts.
     """
 
     kind = "vae"
@@ -168,8 +168,8 @@ class VAEStage(Stage):
             autoencoder.latent_shape(resolution)
             try:
                 autoencoder.encode(torch.zeros(1, 3, resolution, resolution))
-            except (ValueError, RuntimeError) as error:  # such as groups of a normalisation with a single value
-                rule = f"is too small for this autoencoder: {first_line(error)}. Raise it"
+            except (ValueError, RuntimeError) as error:  # for example, normalisation over a single value
+                rule = f"is too small for this autoencoder: {first_line(error)}. Use a larger value"
                 raise InputError("resolution", resolution, rule) from error
 
     def compile(self) -> None:
@@ -188,16 +188,16 @@ class VAEStage(Stage):
     def summary_rows(self) -> list[tuple[str, str]]:
         channels, height, width = self.latent_shape
         weights = list(self.module.trained.parameters())
-        size, trainable = sum(p.numel() for p in weights), sum(p.numel() for p in weights if p.requires_grad)
-        num_trainable = f"{trainable / 1e6:.1f} M" if trainable else "none"
-        counts = f"{size / 1e6:.1f} M parameters" + ("" if trainable == size else f" ({num_trainable} trainable)")
-        factor, values = self.autoencoder.factor, math.prod(self.latent_shape)
+        total, trainable = sum(p.numel() for p in weights), sum(p.numel() for p in weights if p.requires_grad)
+        trainable_text = f"{trainable / 1e6:.1f} M" if trainable else "none"
+        counts = f"{total / 1e6:.1f} M parameters" + ("" if trainable == total else f" ({trainable_text} trainable)")
+        factor, num_values = self.autoencoder.factor, math.prod(self.latent_shape)
         regulariser = self.autoencoder.regulariser
         if (codes := self.autoencoder.codebook_size) is not None:
             regulariser = f"vq, {codes} codes = {math.log2(codes):.3g} bits per location"
         return [
             ("model", f"{type(self.module.trained).__name__}, {counts}"),
-            ("latent", f"{channels} x {height} x {width} = {values} values, f = {factor}"),
+            ("latent", f"{channels} x {height} x {width} = {num_values} values, f = {factor}"),
             ("compression", f"{self.compression:.1f} pixel values per latent value"),
             ("regulariser", regulariser),
             *([("loss", self._describe_loss())] if self.trains else []),
@@ -250,10 +250,10 @@ class VAEStage(Stage):
     def _evaluate_held_out(self, run: Run) -> tuple[dict[str, Any], Path]:
         """Compare validation reconstructions with a PCA of the same latent size. Return the metrics and a figure.
 
-        The batch size shrinks with the resolution, to bound memory use.
+        The batch size is smaller at higher resolutions, to bound memory use.
         """
         factor, channels = self.autoencoder.factor, self.autoencoder.channels
-        batch_size = min(64, max(1, HELD_OUT_PIXELS // self.images.resolution**2))
+        batch_size = min(64, max(1, MAX_BATCH_PIXELS // self.images.resolution**2))
 
         def batches(indices: np.ndarray) -> Iterator[Tensor]:
             for start in range(0, len(indices), batch_size):
@@ -279,7 +279,7 @@ class VAEStage(Stage):
 
 
 def _perceptual_features(source: str | None) -> set[str]:
-    """Return the perceptual losses used to train a run and its ancestors; metrics on the same features are biased."""
+    """Return the perceptual losses used to train a run and its ancestors. Metrics on the same features are biased."""
     if source is None or not (Path(source).expanduser() / RUN_FILE).is_file():
         return set()
     return set(Run.open(source).facts.get("perceptual_features", []))

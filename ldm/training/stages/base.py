@@ -11,18 +11,18 @@ from ldm.runs.run import Run
 
 
 class Stage(ABC):
-    """A LightningModule with its data, summary and outputs."""
+    """A training stage, which combines a LightningModule with its data, start-up summary and outputs."""
 
     kind: str
     module: Any  # a TrainingModule
     images: ImageData
     trains = True
-    """False if pretrained weights are used without training. In this case, only `finish` runs."""
+    """False if pretrained weights are used without training, so that only `finish` runs."""
 
     @classmethod
     @abstractmethod
     def check(cls, resolution: int, **options: Any) -> None:
-        """Check the options of the stage before its images are prepared.
+        """Check the options of the stage before the images are prepared.
 
         Raises:
             UserError: The options are not compatible.
@@ -33,7 +33,7 @@ class Stage(ABC):
         """Load one batch on the CPU.
 
         Args:
-            epochs: Epoch of each sample, which seeds the choice of its caption; None outside training.
+            epochs: Epoch of each sample, which seeds the choice of the sample's caption. None outside training.
         """
 
     def compile(self) -> None:

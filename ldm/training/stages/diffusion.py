@@ -36,7 +36,7 @@ from ldm.training.stages.base import Stage
 
 
 class NetworkSizes(TypedDict, total=False):
-    """Rules for network sizes, by argument name in both architectures."""
+    """Rules for the sizes of both network architectures, by argument name."""
 
     patch_size: Size
     hidden_dim: Size
@@ -55,12 +55,13 @@ class DiffusionStage(Stage):
 
     Args:
         network: Builds the network from sample_size, in_channels, out_channels and the conditioning's options.
-        variance: Sigma of the reverse chain; None selects learned_range if the objective trains it, else fixed_small.
+        variance: Sigma of the reverse chain. None selects "learned_range" if the objective trains Sigma, otherwise
+            "fixed_small".
         conditioning: Builds the conditioning from the images.
-        sampler: Sampler of the sample grids during training.
-        prompts: Captions of the sample grid; [] uses the first validation captions.
+        sampler: Sampler for the sample grids during training.
+        prompts: Captions for the sample grid. An empty list selects the first validation captions.
         device: Device on which the images are encoded.
-        find_autoencoder: images -> the autoencoder and its source.
+        find_autoencoder: Finds the autoencoder for the images. Returns the autoencoder and its source.
         latent_statistics: Source of the statistics that standardise the latents.
         init_from: Run or pipeline folder of a network to fine-tune instead of building a new one.
     """
@@ -103,7 +104,7 @@ class DiffusionStage(Stage):
             _check_init_from(source, autoencoder, conditions, objective, schedule, sigma)
             statistics = source.autoencoder.statistics
             assert statistics is not None
-            mean_and_std = statistics.latent_mean, statistics.latent_std  # the scaling the network was trained with
+            mean_and_std = statistics.latent_mean, statistics.latent_std  # the network was trained with this scaling
         self.contract, self.latents = encode_latents(autoencoder, images, flip, cache_dir, mean_and_std=mean_and_std)
         self.truncation = conditions.count_truncated(images)
         self.lookup_condition = conditions.lookup(images, partial(open_captions, cache_dir=cache_dir))
@@ -130,7 +131,7 @@ class DiffusionStage(Stage):
         )
 
     def _build(self, network: Callable[..., nn.Module], conditioning: Conditioning, variance: str) -> nn.Module:
-        """Build a new network for latents of this shape."""
+        """Build a new network that fits the shape of the latents."""
         channels, side, _ = self.latents.shape
         outputs = 2 * channels if variance == "learned_range" else channels
         options = conditioning.network_options()
@@ -205,7 +206,7 @@ class DiffusionStage(Stage):
             *warnings,
             ("model", f"{type(network).__name__}, {parameters / 1e6:.1f} M parameters"),
             ("latent", f"{channels} x {height} x {width} from {self.contract.resolution} px"),
-            ("tokens", f"{height * width // patch**2} of {patch} x {patch}"),
+            ("tokens", f"{height * width // patch**2} patches of {patch} x {patch}"),
             ("conditioning", self._describe_conditioning()),
             *([("classes of init_from", str(self.class_change))] if self.class_change is not None else []),
             ("chain", f"{self.pipeline.schedule.name}, T = {self.pipeline.schedule.num_steps}"),
@@ -255,8 +256,8 @@ def _check_init_from(
 ) -> None:
     """Check that the network of `init_from` can be fine-tuned with the options of this run.
 
-    The autoencoder, conditioning, text encoder, prediction and chain must match, and Sigma must be learned in both or
-    neither. The classes can differ.
+    The autoencoder, conditioning, text encoder, prediction and chain must match, and Sigma must be learned in both
+    or in neither. The classes can differ.
 
     Raises:
         UserError: One of these settings differs. The message gives both values.
@@ -266,7 +267,7 @@ def _check_init_from(
     same_outputs = (source.variance == "learned_range") == (variance == "learned_range")
     encoder, kind, prediction = old.state().get("encoder"), old.kind, source.prediction
     for is_same, setting, old_value, new_value, remedy in (
-        (old_vae == new_vae, "the autoencoder", old_vae[:12], new_vae[:12], "vae=<its pipeline folder>/vae"),
+        (old_vae == new_vae, "the autoencoder", old_vae[:12], new_vae[:12], "vae=<pipeline folder of init_from>/vae"),
         (kind == conditioning.kind, "the conditioning", kind, conditioning.kind, f"conditioning={kind}"),
         (
             *(old.has_same_encoder(conditioning), "the text encoder"),

@@ -73,7 +73,7 @@ def test_adaptive_error_decreases_with_tolerance(mixture):
 
 
 def test_clock_gives_same_solution_as_time_t(mixture):
-    # dz/dt is the flow per elapsed b dt times rate(t), which is b(t) of the interpolated schedule.
+    # dz/dt is the flow per elapsed b dt times rate(t), which is b(t) for the interpolated schedule.
     exact = mixture(linear(20, beta_start=0.01, beta_end=0.5))
 
     def derivative(t, z):
@@ -166,7 +166,7 @@ def test_denoiser_calls_visited_times_and_dtype(mixture, randn, solver, steps, c
         assert len(times) == calls
         assert len(visited) == steps
     if solver == "adaptive":
-        # adaptive passes the z_0 that was predicted at the accepted step.
+        # The adaptive solver passes the z_0 that was predicted at the accepted step.
         torch.testing.assert_close(transitions[0][2], exact(transitions[0][1], visited[0]).z_0)
     assert ODESampler().method == "ode"
 
@@ -191,9 +191,9 @@ def test_network_and_guidance_accept_real_times(randn):
     z_T, condition = randn(4, 3, dtype=torch.float32), {"label": torch.ones(4)}
     for solver in ("heun", "adaptive"):
         sampler = ODESampler(solver, 100, rtol=1e-5, atol=1e-5)
-        unguided, guided_z = (sampler(model, z_T, condition) for model in (denoiser, guided))
-        assert not unguided.requires_grad
-        assert not guided_z.equal(unguided)
+        unguided_z, guided_z = (sampler(model, z_T, condition) for model in (denoiser, guided))
+        assert not unguided_z.requires_grad
+        assert not guided_z.equal(unguided_z)
         decoded = sampler.decode(guided, sampler.encode(guided, z_T, condition), condition)
         torch.testing.assert_close(decoded, z_T, atol=2e-2, rtol=0)
 

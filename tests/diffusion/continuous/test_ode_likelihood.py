@@ -17,7 +17,7 @@ def seeded(seed=0):
 
 
 def draw_with_log_density(exact, t, count):
-    """Draw z_t for data of the exact denoiser; return it with its log-density."""
+    """Draw samples z_t from the exact denoiser's data distribution at t, and return them with their log-density."""
     a = exact.schedule.at(t, exact.means)
     modes = torch.multinomial(exact.weights, count, replacement=True, generator=seeded(1))
     noise = torch.randn(count, exact.means.shape[1], dtype=torch.float64, generator=seeded(2))
@@ -41,7 +41,7 @@ def test_exact_trace_matches_log_density_at_t_min(exact_mixture, schedule, data,
     z, log_density = draw_with_log_density(exact, t_min, 12)
     result = ode_log_likelihood(exact, z, t_min=t_min, probes=None, **TIGHT)
     error = (result.log_likelihood - log_density).abs().max().item()
-    print(f"\n{schedule.name}, {data}, t_min = {t_min}: error {error:.1e} in {result.evaluations} evaluations")
+    print(f"\n{schedule.name}, {data}, t_min = {t_min}: error {error:.1e} in {result.num_evaluations} evaluations")
     assert error < 1e-3
     assert result.log_likelihood.shape == (12,)
     assert result.probe_variance is None
@@ -55,19 +55,22 @@ def test_log_likelihood_error_decreases_with_tolerance(exact_mixture):
     for tolerance in (1e-3, 1e-4, 1e-5, 1e-6, 1e-7):
         result = ode_log_likelihood(exact, z, probes=None, rtol=tolerance, atol=tolerance)
         errors.append((result.log_likelihood - reference).abs().max().item())
-        print(f"\ntolerance {tolerance:.0e}: error {errors[-1]:.1e} in {result.evaluations} evaluations", end="")
+        print(f"\ntolerance {tolerance:.0e}: error {errors[-1]:.1e} in {result.num_evaluations} evaluations", end="")
     assert errors[-1] < 1e-5
     assert errors[1] < 1e-2
 
 
 def test_prior_is_standard_normal_even_if_chain_ends_with_signal(exact_gaussian):
-    # The model's density is that of N(0, I) transported by the ODE, not that of the data.
+    # The model's density is N(0, I) transported by the ODE, which differs from the density of the data.
     schedule = linear(1000, beta_start=1e-5, beta_end=2e-3)
     exact, variance = exact_gaussian(schedule, 0.0, 0.3), 0.3
-    marginal = {t: (schedule.alpha_bar[t] * variance + 1 - schedule.alpha_bar[t]).item() for t in (1, 1000)}
+    marginal_variance = {t: (schedule.alpha_bar[t] * variance + 1 - schedule.alpha_bar[t]).item() for t in (1, 1000)}
     z = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
-    # The flow is linear and maps N(0, marginal[1]) to N(0, marginal[1000]), so it maps N(0, their ratio) to N(0, 1).
-    expected = torch.distributions.Normal(0, (marginal[1] / marginal[1000]) ** 0.5).log_prob(z).flatten()
+    # The flow is linear and maps N(0, marginal_variance[1]) to N(0, marginal_variance[1000]). It therefore maps
+    # N(0, marginal_variance[1] / marginal_variance[1000]) to N(0, 1).
+    expected = (
+        torch.distributions.Normal(0, (marginal_variance[1] / marginal_variance[1000]) ** 0.5).log_prob(z).flatten()
+    )
     result = ode_log_likelihood(exact, z, probes=None, **TIGHT)
     torch.testing.assert_close(result.log_likelihood, expected, atol=1e-4, rtol=0)
 
@@ -110,7 +113,7 @@ def test_probes_depend_only_on_generator_of_their_sample(exact_mixture):
     assert (other_seeds - batched).abs().max() > 0.01
 
 
-def test_frozen_network_is_differentiated_wrt_input_only(randn):
+def test_frozen_network_is_differentiated_only_with_respect_to_its_input(randn):
     torch.manual_seed(0)
     layers = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 6)).requires_grad_(False)
     times = []
@@ -124,7 +127,7 @@ def test_frozen_network_is_differentiated_wrt_input_only(randn):
     with torch.no_grad():
         exact = ode_log_likelihood(guided, z, condition, probes=None, on_evaluation=times.append)
         estimate = ode_log_likelihood(guided, z, condition, probes=400, generators=seeded())
-    assert len(times) == exact.evaluations
+    assert len(times) == exact.num_evaluations
     assert times[0] == pytest.approx(1)
     assert max(times) == pytest.approx(100)
     assert not exact.log_likelihood.requires_grad

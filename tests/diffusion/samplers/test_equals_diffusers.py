@@ -1,4 +1,4 @@
-"""Test the samplers against diffusers' schedulers, with an arbitrary deterministic network."""
+"""Tests of the samplers against diffusers' schedulers, with an arbitrary deterministic network."""
 
 import diffusers
 import pytest
@@ -22,7 +22,7 @@ def network(z_t, timesteps, condition):
     return torch.cat([torch.sin(2 * z_t + phase), torch.cos(z_t - phase)], 1)
 
 
-# diffusers' DDPM adds noise in its last step unless that step starts at t = 1, so only leading is comparable.
+# diffusers' DDPM adds noise in its last step unless that step starts at t = 1, so only 'leading' is comparable.
 @pytest.mark.parametrize("steps", [60, 12])
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
 def test_ddpm_equals_diffusers(variance, steps, randn):
@@ -79,7 +79,7 @@ def test_ddim_equals_diffusers(eta, spacing, prediction, randn):
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("sampler", [DPMSolver, UniPC])
 def test_multistep_solvers_equal_diffusers(sampler, randn):
-    # The solver itself is diffusers', so this only tests that it receives the same timesteps and sigmas.
+    # The solver itself comes from diffusers, so this only tests that the solver receives the same timesteps and sigmas.
     schedule = scaled_linear()
     scheduler = sampler.solver(
         trained_betas=schedule.betas.tolist(), prediction_type="sample", timestep_spacing="trailing"
@@ -102,6 +102,6 @@ def test_multistep_solvers_equal_diffusers(sampler, randn):
 def test_timesteps_equal_diffusers_plus_one(spacing, steps):
     scheduler = diffusers.DDIMScheduler(timestep_spacing=spacing)
     scheduler.set_timesteps(steps)
-    # For some numbers of steps, rounding appends t = -1 to diffusers' trailing timesteps.
+    # For some numbers of steps, diffusers' 'trailing' timesteps end with -1 because of rounding.
     expected = [int(t) + 1 for t in scheduler.timesteps if t >= 0]
     assert timesteps(1000, steps, spacing) == [*expected, 0]

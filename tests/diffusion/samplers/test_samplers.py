@@ -21,20 +21,20 @@ def seeded(seed=0):
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
-def test_ddpm_samples_match_data_moments(exact_gaussian, randn, variance):
+def test_ddpm_samples_match_moments_of_data(exact_gaussian, randn, variance):
     schedule = linear(1000)
     exact = exact_gaussian(schedule, 0.7, 0.3, dimensions=4)
     sampler = DDPM(1000, variance=variance)
     z = sampler(exact, randn(4000, 4, dtype=torch.float32), generator=seeded())
     count = z.numel()
     assert abs(z.mean() - 0.7) < 4 * (0.3 / count) ** 0.5
-    # With 1000 steps, the exact variance of the samples is itself up to 1 % above or below that of the data.
+    # With 1000 steps, the exact variance of the samples differs from the variance of the data by up to 1 %.
     assert abs(z.var() / 0.3 - 1) < 4 * (2 / count) ** 0.5 + 0.01
 
 
 @pytest.mark.parametrize(("variance", "data_variance"), [("fixed_large", 1.0), ("fixed_small", 0.0)])
-def test_fixed_variances_are_exact_for_their_optimal_data(exact_gaussian, randn, variance, data_variance):
-    # At any stride, fixed_large is the true reverse variance for data N(0, I), and fixed_small for a single point.
+def test_fixed_variances_are_exact_for_matching_data(exact_gaussian, randn, variance, data_variance):
+    # At any stride, 'fixed_large' is the true reverse variance for data N(0, I), and 'fixed_small' for a single point.
     schedule = linear(1000)
     mean = 0.0 if data_variance else 0.5
     exact = exact_gaussian(schedule, mean, data_variance)
@@ -106,7 +106,7 @@ def test_samples_reach_each_mode_with_its_weight(exact_mixture, randn, sampler, 
 
 @pytest.mark.parametrize("schedule", [cosine(), rectified_flow()], ids=lambda schedule: schedule.name)
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_few_steps_reproduce_gaussian_moments(exact_gaussian, randn, schedule, sampler):
+def test_few_steps_reproduce_moments_of_gaussian_data(exact_gaussian, randn, schedule, sampler):
     exact = exact_gaussian(schedule, 0.7, 0.3)
     z = sampler(50)(exact, randn(20_000, 1, dtype=torch.float32), generator=seeded())
     assert z.mean().item() == pytest.approx(0.7, abs=0.02)
@@ -180,7 +180,7 @@ def test_clip_bounds_samples_and_half_precision_becomes_float32(exact_gaussian, 
     assert z.abs().max().item() == pytest.approx(0.6, abs=1e-5)
 
 
-def test_samplers_pass_condition_and_build_no_graph(randn):
+def test_samplers_pass_condition_and_build_no_autograd_graph(randn):
     calls = []
 
     class RecordingDenoiser:

@@ -103,7 +103,7 @@ def make_run(
     return str(run.path)
 
 
-def make_seeds(folder: Path, name: str, kds: tuple[float, ...], **options) -> list[str]:
+def make_runs(folder: Path, name: str, kds: tuple[float, ...], **options) -> list[str]:
     return [make_run(folder, f"{name}{seed}", seed=seed, kd=kd, **options) for seed, kd in enumerate(kds)]
 
 
@@ -127,7 +127,7 @@ def test_better_direction_follows_from_the_metric_name():
 
 def test_holm_limits_the_family_wise_error_rate():
     """Check Holm's procedure against values computed by hand, and on 17 metrics, 10 of which are correlated."""
-    assert holm({"a": 0.03, "b": 0.001, "c": 0.016, "d": 0.9}) == ["b", "c"]  # 0.05 / 4, / 3, / 2: 0.03 > 0.025
+    assert holm({"a": 0.03, "b": 0.001, "c": 0.016, "d": 0.9}) == ["b", "c"]  # the third limit is 0.05 / 2 < 0.03
     assert holm({"a": 0.02}) == ["a"] and holm({"a": 0.02, "b": 0.06, "c": 0.5}) == [] and holm({}) == []
     generator = np.random.default_rng(3)
     shared = generator.normal(0, 1, (1000, 2, 3, 1))
@@ -141,14 +141,14 @@ def test_proportion_error_is_positive_for_proportions_0_and_1():
     assert proportion_error(0.5, 10_000) == pytest.approx(0.005, rel=1e-3)
 
 
-def test_seeds_form_groups_and_similar_groups_are_within_noise(tmp_path):
+def test_runs_with_different_seeds_form_groups_and_similar_groups_are_within_noise(tmp_path):
     kds, similar_kds = (0.10, 0.12, 0.11), (0.115, 0.1, 0.112)
-    one_group = compare_runs([*make_seeds(tmp_path, "a", kds)])
+    one_group = compare_runs([*make_runs(tmp_path, "a", kds)])
     assert [len(group.runs) for group in one_group.groups] == [3] and not one_group.rows[0].verdicts
     assert SEEDS in print_to_text(one_group)
     (row,) = [row for row in one_group.rows if row.metric == "kd_samples"]
     assert row.groups[0].interval == pytest.approx(stats.ttest_1samp(kds, 0).confidence_interval(0.95))
-    comparison = compare_runs([*make_seeds(tmp_path, "c", kds), *make_seeds(tmp_path, "b", similar_kds, lr=2e-3)])
+    comparison = compare_runs([*make_runs(tmp_path, "c", kds), *make_runs(tmp_path, "b", similar_kds, lr=2e-3)])
     assert [[run.name for run in group.runs] for group in comparison.groups] == [["c0", "c1", "c2"], ["b0", "b1", "b2"]]
     assert comparison.differences == {"optimizer.lr": ["0.001", "0.002"]}
     result = verdict(comparison, "kd_samples")
@@ -160,19 +160,19 @@ def test_seeds_form_groups_and_similar_groups_are_within_noise(tmp_path):
 
 
 def test_shifted_group_is_significant_in_the_right_direction(tmp_path):
-    group_a = make_seeds(tmp_path, "a", (0.10, 0.12, 0.11))
-    group_b = make_seeds(tmp_path, "b", (0.20, 0.22, 0.21), lr=2e-3, evaluation={"retrieval_at_1_samples": 0.3})
+    group_a = make_runs(tmp_path, "a", (0.10, 0.12, 0.11))
+    group_b = make_runs(tmp_path, "b", (0.20, 0.22, 0.21), lr=2e-3, evaluation={"retrieval_at_1_samples": 0.3})
     comparison = compare_runs([*group_a, *group_b])
     assert verdict(comparison, "kd_samples").verdict == "A better"
     # equal for all seeds, so only the sampling noise of 256 samples remains
     result = verdict(comparison, "retrieval_at_1_samples")
     assert result.verdict == "B better" and result.difference.of == SAMPLING
-    assert comparison.equal["kd_reconstructions"] == 0.01
+    assert comparison.equal_metrics["kd_reconstructions"] == 0.01
     assert any("Holm" in note and "kd samples (A better)" in note for note in comparison.notes)
     assert verdict(compare_runs([*group_b, *group_a]), "kd_samples").verdict == "B better"
     figure = plot_curves(comparison.curve_names(), [(group.title, run.curves) for group, run in comparison.runs])
     (panel,) = [axes for axes in figure.axes if axes.get_title() == "val/loss"]
-    assert len(panel.lines) == 6 and all(line.get_marker() == "o" for line in panel.lines), "visible points"
+    assert len(panel.lines) == 6 and all(line.get_marker() == "o" for line in panel.lines), "single points need markers"
 
 
 def test_constant_group_is_compared_with_varying_group():
@@ -182,11 +182,11 @@ def test_constant_group_is_compared_with_varying_group():
     assert difference.of == SEEDS and difference.interval == pytest.approx((low - 0.5, high - 0.5))
 
 
-def test_single_runs_account_for_sampling_noise_only(tmp_path):
+def test_comparison_of_single_runs_covers_sampling_noise_only(tmp_path):
     comparison = compare_runs([make_run(tmp_path, "a", kd=0.1), make_run(tmp_path, "b", kd=0.105, lr=2e-3)])
     result = verdict(comparison, "kd_samples")
     assert result.verdict == "within noise" and result.difference.of == SAMPLING
-    assert SAMPLING in print_to_text(comparison), "must not be wrapped"
+    assert SAMPLING in print_to_text(comparison), "the text must not be wrapped"
     assert any(note.startswith(SAMPLING) and "at least 3 seeds per group" in note for note in comparison.notes)
     different = compare_runs([make_run(tmp_path, "c", kd=0.1), make_run(tmp_path, "d", kd=0.2, lr=2e-3)])
     assert verdict(different, "kd_samples").verdict == "A better" and "A better" in print_to_text(different)
@@ -194,7 +194,7 @@ def test_single_runs_account_for_sampling_noise_only(tmp_path):
 
 @pytest.mark.parametrize("dof", [3, 19, np.inf])
 def test_intervals_use_student_t_for_few_degrees_of_freedom(dof):
-    """A difference of 2.2 standard errors is within noise with 3 degrees of freedom, but not with many more."""
+    """A difference of 2.2 standard errors is within noise with 3 degrees of freedom, but not with 19 or more."""
     group_a, group_b = [Metric(0.5, 0.01, dof)], [Metric(0.5 + 0.01 * 2.2 * 2**0.5, 0.01, dof)]
     result = compare_groups("kd", group_a, group_b, ("A", "B"), enough_seeds=False)
     low, high = stats.t(2 * dof, scale=0.01 * 2**0.5).interval(0.95)
@@ -205,7 +205,7 @@ def test_intervals_use_student_t_for_few_degrees_of_freedom(dof):
 @pytest.mark.parametrize("seeds", [(0, 1), (0, 1, 1)], ids=["two seeds", "one seed twice"])
 def test_fewer_than_three_distinct_seeds_fall_back_to_sampling_noise(tmp_path, seeds):
     runs = [make_run(tmp_path, f"a{i}", seed=seed, kd=0.1 + i / 1000) for i, seed in enumerate(seeds)]
-    comparison = compare_runs([*runs, *make_seeds(tmp_path, "b", (0.1, 0.11, 0.12), lr=2e-3)])
+    comparison = compare_runs([*runs, *make_runs(tmp_path, "b", (0.1, 0.11, 0.12), lr=2e-3)])
     assert verdict(comparison, "kd_samples").difference.of == SAMPLING
     assert comparison.rows[0].groups[1].of == SEEDS, "only group B has three seeds"
 
@@ -309,7 +309,7 @@ def test_format_number_rounds_to_the_error_bar(value, width, text):
 
 
 class FakeApi:
-    """A fake wandb.Api, whose runs are read from folders and look like those that training and evaluation log."""
+    """A fake wandb.Api that reads runs from folders and returns them as training and evaluation would log them."""
 
     def __init__(self, folders: dict[str, str]) -> None:
         self.all_runs = []
@@ -374,7 +374,7 @@ def test_wandb_runs_give_the_same_table_as_folders(tmp_path, fake_wandb, monkeyp
 
 def test_steps_logged_twice_after_resuming_count_once(tmp_path, fake_wandb):
     """The run was killed after step 290 and resumed from step 200. Only the last value of each step is used."""
-    runs = make_seeds(tmp_path, "a", (0.10, 0.12, 0.11))
+    runs = make_runs(tmp_path, "a", (0.10, 0.12, 0.11))
     with (Path(runs[1]) / "metrics.csv").open("a", newline="") as file:
         writer = csv.DictWriter(file, ["epoch", "step", "train/loss", "val/loss"])
         writer.writerows({"epoch": 0, "step": step, "train/loss": 5.0} for step in range(200, 320, 10))
@@ -386,7 +386,7 @@ def test_steps_logged_twice_after_resuming_count_once(tmp_path, fake_wandb):
         steps, values = comparison.runs[1][1].curves["train/loss"]
         assert steps == list(range(0, 320, 10)) and values[20:] == [5.0] * 12 and values[19] < 1
         assert comparison.runs[1][1].curves["val/loss"] == ([299], [0.75])
-    # in W&B, the summary is from before resuming, but the history has later steps
+    # in W&B, the summary was written before the run was resumed, but the history contains later steps
     assert any("not finished" in note and note.endswith(": me/ldm/bbb.") for note in remote.notes)
     assert all(run.finished for _, run in local.runs)
 
@@ -461,7 +461,7 @@ def images(make_images, tmp_path_factory) -> ImageData:
 
 @pytest.fixture
 def workspace(images, tmp_path, monkeypatch) -> Path:
-    """A folder with two runs of each stage with weights, and a VAE run on different images."""
+    """A folder with two runs of each stage, including weights, and a VAE run trained on different images."""
     monkeypatch.chdir(tmp_path)
     data_facts = {"data_fingerprint": images.fingerprint, "data_cache": str(images.path), "val_fraction": 0.3}
     for i, name in enumerate("ab"):
@@ -484,25 +484,25 @@ def test_reconstructions_are_shown_below_their_originals(workspace, images):
     assert len(notes) == 1 and "elsewhere" in notes[0] and "not trained on the images" in notes[0]
 
 
-@pytest.mark.parametrize("labelled", [True, False], ids=["held-out images", "no images"])
-def test_classes_are_matched_by_name(images, labelled):
+@pytest.mark.parametrize("has_images", [True, False], ids=["held-out images", "no images"])
+def test_classes_are_matched_by_name(images, has_images):
     """Each column shows one class even if models order classes differently; a model without the class is skipped."""
-    labelled_images = images if labelled else None
+    shown_images = images if has_images else None
     names: list[list[str]] = []
     captions = None
     for classes in (["cat", "dog"], ["cow", "dog", "cat"]):
         pipeline = SimpleNamespace(conditioning=ClassCondition(classes))
-        request = compare_images._request(pipeline, labelled_images, None, 6, captions)
+        request = compare_images._request(pipeline, shown_images, None, 6, captions)
         captions = captions or request.captions
         names.append([classes[i] for i in request.condition["label"]])
     assert names[0] == names[1] and set(names[0]) == {"cat", "dog"}
     pipeline.conditioning = ClassCondition(["dog", "bird", "fish"])
     with pytest.raises(UserError, match="label=cat .*dog, 1=bird, 2=fish"):
-        compare_images._request(pipeline, labelled_images, None, 6, captions)
+        compare_images._request(pipeline, shown_images, None, 6, captions)
 
 
 def test_compare_reads_evaluations_logged_to_wandb(workspace, fake_wandb, monkeypatch):
-    """The logged evaluation has the sampler, the id of the training run and the digest of its weights."""
+    """The logged evaluation contains the sampler, the id of the training run and the digest of the run's weights."""
     logged: dict = {}
     monkeypatch.setattr(
         "ldm.commands.evaluate.track_report", lambda folder, config, **results: logged.update(config=config, **results)
@@ -516,7 +516,8 @@ def test_compare_reads_evaluations_logged_to_wandb(workspace, fake_wandb, monkey
     api = fake_wandb({"me/ldm/aaa": str(run.path)})
     api.add("me/ldm/new", "2026-03-01", flatten(logged["config"]), flatten(logged["values"]), [])
     local, remote = (compare_runs([source, "runs/diffusion/b"]) for source in ("runs/diffusion/a", "me/ldm/aaa"))
-    assert local.rows == remote.rows and not remote.groups[0].runs[0].stale and SAMPLING in print_to_text(remote)
+    assert local.rows == remote.rows and SAMPLING in print_to_text(remote)
+    assert not remote.groups[0].runs[0].has_stale_evaluation
 
 
 def test_compare_command_generates_samples_and_writes_the_page(workspace, call):
@@ -551,7 +552,7 @@ def test_compare_command_generates_samples_and_writes_the_page(workspace, call):
         (["runs/vae/a", "runs/vae/b", "prompts=none.txt"], "prompts=none.txt is not a file"),
     ],
 )
-def test_invalid_options_are_refused_in_one_line(workspace, call, arguments, message):
+def test_invalid_options_are_rejected_with_a_one_line_message(workspace, call, arguments, message):
     result = call_tool(call, "compare", *arguments)
     assert result.code == 2 and result.err.startswith(f"error: {message}") and result.err.count("\n") == 1
     assert not (workspace / "runs/compare").exists()

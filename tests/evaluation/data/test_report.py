@@ -30,7 +30,7 @@ def working_folder(tmp_path, monkeypatch) -> None:
 
 @pytest.fixture
 def pets(make_images, tmp_path) -> Path:
-    """40 cats, 3 dogs, captions for all cats except one."""
+    """A folder with images of 40 cats and 3 dogs, and captions for all cats except one."""
     make_images(tmp_path / "pets/cat", 40)
     make_images(tmp_path / "pets/dog", 3, seed=1)
     for i in range(1, 40):
@@ -41,7 +41,7 @@ def pets(make_images, tmp_path) -> Path:
 
 @pytest.fixture
 def data_tool(call):
-    """Return a function that runs the tool in this process and returns its result."""
+    """Return a function that runs tools/data.py in this process and returns the result."""
 
     def main() -> None:
         runpy.run_path(str(bundled_folder("tools") / "data.py"), run_name="__main__")
@@ -53,7 +53,7 @@ def data_tool(call):
 
 
 def copy_to_validation(path: Path, change) -> tuple[str, str]:
-    """Copy a training image, varying its hash until the copy is in the validation split. Return both names."""
+    """Copy a training image, varying the file's hash until the copy is in the validation split. Return both names."""
     options = {"resolution": 16, "val_fraction": 0.3, "cache_dir": path.parent / "other", "progress": False}
     data = prepare(ImageFolder(path), **options)
     name = next(data.names[i] for i in data.train_indices if data.names[i].startswith("cat"))
@@ -73,7 +73,7 @@ def read_report(out: Path) -> dict:
     return json.loads((out / "data.json").read_text(encoding="utf-8"))
 
 
-def test_counts_copies_classes_and_captions(data_tool, pets, tmp_path):
+def test_report_counts_copies_classes_and_captions(data_tool, pets, tmp_path):
     shutil.copy(pets / "cat/005.png", pets / "cat/copy.png")
     (pets / "dog/broken.png").write_bytes(b"not an image")
     result = data_tool(f"data.path={pets}", "data.max_bad_fraction=0.1", "features=none", "out=my report")
@@ -108,7 +108,7 @@ def test_duplicates_across_the_split_are_counted_separately(data_tool, pets, tmp
     assert names[0] in result.out and names[1] in result.out
 
 
-def test_coverage_and_diversity_in_feature_space(data_tool, pets, tmp_path):
+def test_report_measures_coverage_and_diversity_in_feature_space(data_tool, pets, tmp_path):
     result = data_tool(f"data.path={pets}", "features=mean_colours")
     assert result.code == 0, result
     metrics = read_report(tmp_path / "runs/data/pets")["features"]
@@ -119,7 +119,7 @@ def test_coverage_and_diversity_in_feature_space(data_tool, pets, tmp_path):
     assert len(list((tmp_path / "cache").glob("pets-*/features-mean_colours-*.npy"))) == 1
 
 
-def test_images_without_captions_or_classes(data_tool, make_images, tmp_path):
+def test_report_on_images_without_captions_or_classes(data_tool, make_images, tmp_path):
     """Empty figures are not written, and their files from an earlier report are deleted."""
     folder = make_images(tmp_path / "few", 4)
     (tmp_path / "out").mkdir()
@@ -160,7 +160,7 @@ def test_wandb_receives_metrics_and_contact_sheet(data_tool, pets, monkeypatch):
         ("data.path=nowhere", "data.path=nowhere is not a folder"),
     ],
 )
-def test_invalid_options_are_refused_in_one_line(data_tool, pets, tmp_path, option, message):
+def test_invalid_options_are_rejected_with_a_one_line_message(data_tool, pets, tmp_path, option, message):
     result = data_tool(f"data.path={pets}", option)
     assert result.code == 2 and message in result.err and result.err.count("\n") == 1, result
-    assert not (tmp_path / "runs").exists() and not (tmp_path / "cache").exists(), "refused before any work"
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "cache").exists(), "rejected before any work"

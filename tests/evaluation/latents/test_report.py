@@ -33,7 +33,7 @@ def latents_tool() -> None:
 
 @pytest.fixture(scope="module")
 def images(make_images, tmp_path_factory) -> ImageData:
-    """60 images of 8 x 8 pixels."""
+    """A data set of 60 images with 8 x 8 pixels."""
     folder = tmp_path_factory.mktemp("latents")
     make_images(folder / "squares", 60, size=8)
     return prepare(ImageFolder(folder / "squares"), resolution=8, cache_dir=folder, val_fraction=0.2, progress=False)
@@ -138,23 +138,23 @@ def test_pca_curve_equals_separate_pcas():
         torch.testing.assert_close(values, expected, rtol=0, atol=1e-3)
 
 
-def test_move_channel_shifts_one_channel_everywhere(runs, monkeypatch):
+def test_shift_channel_shifts_one_channel_at_all_locations(runs, monkeypatch):
     autoencoder, decoded = runs["vae"].autoencoder(), []
     mean = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     decode = autoencoder.decode
     monkeypatch.setattr(autoencoder, "decode", lambda z_raw: decoded.append(z_raw) or decode(z_raw))
-    moved = shift_channel(autoencoder, mean, 1, std=0.3)
-    assert moved.shape == (2, 3, 3, 8, 8)
-    torch.testing.assert_close(moved[:, 1], decode(mean))
-    for move, z_raw in zip(SHIFTS, decoded[0].unflatten(0, (2, 3)).unbind(1), strict=True):
+    shifted = shift_channel(autoencoder, mean, 1, std=0.3)
+    assert shifted.shape == (2, 3, 3, 8, 8)
+    torch.testing.assert_close(shifted[:, 1], decode(mean))
+    for shift, z_raw in zip(SHIFTS, decoded[0].unflatten(0, (2, 3)).unbind(1), strict=True):
         difference = z_raw - mean
-        torch.testing.assert_close(difference[:, 1], torch.full((2, 4, 4), 0.3 * move))
+        torch.testing.assert_close(difference[:, 1], torch.full((2, 4, 4), 0.3 * shift))
         assert not difference[:, [0, 2, 3]].any()
 
 
-def test_only_the_most_informative_channels_are_moved(runs, monkeypatch):
+def test_only_the_most_informative_channels_are_shifted(runs, monkeypatch):
     channels = []
-    monkeypatch.setattr(latents_report, "plot_channels", lambda _, moved, moves: channels.extend(moved))
+    monkeypatch.setattr(latents_report, "plot_channels", lambda _, decoded, shifts: channels.extend(decoded))
     monkeypatch.setattr(latents_report, "NUM_SHIFTED_CHANNELS", 2)
     report = measure_latents(runs["vae"], device=CPU)
     bits = [row["information_bits"] for row in report.content["channels"]]
@@ -169,11 +169,11 @@ def test_autoencoder_without_signal_is_reported(runs, monkeypatch, tmp_path):
     assert count_colours(report.save(tmp_path)[1]) > 50
 
 
-def test_latents_without_variance_or_with_nan_are_refused(runs, monkeypatch):
+def test_latents_without_variance_or_with_nan_are_rejected(runs, monkeypatch):
     with pytest.raises(UserError, match="IdentityAutoencoder of .* predicts no variance"):
         measure_latents(runs["pixels"], device=CPU)
     monkeypatch.setattr(Autoencoder, "encode", lambda _, batch: (torch.full((len(batch), 4, 4, 4), torch.nan),) * 2)
-    with pytest.raises(UserError, match="latents of 5 of 5 images are not finite"):
+    with pytest.raises(UserError, match="latents for 5 of 5 images are not finite"):
         measure_latents(runs["vae"], device=CPU, num_images=5)
 
 
@@ -187,7 +187,7 @@ def test_latents_without_variance_or_with_nan_are_refused(runs, monkeypatch):
         ("batch_size=0", "batch_size=0 must be 1 or more"),
     ],
 )
-def test_invalid_command_line_options_are_refused(call, runs, monkeypatch, argument, message):
+def test_invalid_command_line_options_are_rejected(call, runs, monkeypatch, argument, message):
     monkeypatch.setattr(Autoencoder, "encode", lambda *_: pytest.fail("encoded before the options were checked"))
     result = call(latents_tool, f"run={runs['vae'].path}", "device=cpu", argument)
     assert result.code == 2 and message in result.err and result.err.count("\n") == 1, result

@@ -62,7 +62,7 @@ def test_sizes_lists_and_times_are_parsed_and_formatted():
 
 @pytest.mark.parametrize("name", ["f1c2", "f2c12", "f4c4", "f8c16", "f16c24", "f32c8"])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_planned_run_has_the_stated_latent_size(name, loss):
+def test_planned_run_has_the_requested_latent_size(name, loss):
     (planned_run,) = planned_runs(name, (loss,), extra=("batch_size=7",))
     assert planned_run.name == f"{name}-{loss}"
     _, module, *arguments = planned_run.command()
@@ -121,7 +121,7 @@ def test_failed_run_stops_the_sweep_and_keeps_finished_runs(fake_training):
 
 
 @pytest.mark.parametrize("changes", [{"minutes": 3}, {"extra": ("seed=1",)}])
-def test_changed_options_are_refused_before_training(fake_training, changes):
+def test_changed_options_are_rejected_before_training(fake_training, changes):
     run_sweep(planned_runs("f8c16"))
     with pytest.raises(UserError, match="f8c16-plain .*options: .*(max_time 00:03:00|seed 1).*name="):
         run_sweep(planned_runs("f4c4,f8c16", **changes))
@@ -163,13 +163,13 @@ PLAIN, ADVERSARIAL = row("f4c4", 26, fd=9), row("f4c4", 25.2, "adversarial", fd=
         ([PLAIN, {**ADVERSARIAL, "features_in_loss": True}], 25, "smallest", "f4c4-plain"),
     ],
 )
-def test_recommend_smallest_size_that_reaches_the_target(rows, target, rule, name):
+def test_recommendation_is_the_smallest_size_that_reaches_the_target(rows, target, rule, name):
     advice = recommend_size(rows, target)
     assert (advice["rule"], advice["name"], advice["size"]) == (rule, name, name.partition("-")[0])
     assert f"target_psnr_db={target:g}" in advice["text"] and ("no size reaches" in advice["text"]) == (rule == "best")
 
 
-def test_sweep_command(call, make_images, tmp_path, monkeypatch):
+def test_sweep_command_trains_runs_and_recommends_a_size(call, make_images, tmp_path, monkeypatch):
     make_images(tmp_path / "my squares, small", 60)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -231,7 +231,7 @@ def test_sweep_command(call, make_images, tmp_path, monkeypatch):
         (["sweep=f4c4", "data.resolution=big"], "data.resolution=big must be a whole number"),
     ],
 )
-def test_invalid_command_line_options_are_refused(call, monkeypatch, arguments, message):
+def test_invalid_command_line_options_are_rejected(call, monkeypatch, arguments, message):
     monkeypatch.setattr(child, "run_python", lambda *_: pytest.fail("trained before the options were checked"))
     result = call(latents_tool, *arguments)
     assert result.code == 2 and message in result.err and result.err.count("\n") == 1, result

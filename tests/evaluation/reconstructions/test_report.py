@@ -65,7 +65,7 @@ def evaluate_tool() -> None:
 
 @pytest.fixture(scope="module")
 def finished_runs(make_images, tmp_path_factory) -> Path:
-    """8 x 8 images in two classes, and two runs initialised as a PCA, one with a KL term and one with a codebook."""
+    """8 x 8 images in two classes, and two autoencoder runs initialised as PCAs, with a KL term and with a codebook."""
     folder = tmp_path_factory.mktemp("reconstructions")
     for seed, name in enumerate(("cat", "dog")):
         make_images(folder / "pets" / name, 60, size=8, seed=seed)
@@ -165,7 +165,7 @@ def test_few_images_use_principal_components_of_training_images():
     assert not tiny_set.is_measured
 
 
-def test_codebook_usage_and_perplexity(open_run):
+def test_codebook_usage_and_perplexity_equal_brute_force(open_run):
     run = open_run("vq")
     images, originals, _ = reconstruct(run)
     report = measure_reconstructions(run, device=CPU, features="none", batch_size=7)
@@ -262,7 +262,7 @@ def test_lpips_is_reported_if_available(open_run, monkeypatch):
     assert without_lpips.to_json()["lpips"] is None and "no network" in without_lpips.lines[0]
 
 
-def test_features_of_a_classifier(open_run, monkeypatch):
+def test_classifier_features_and_accuracy_are_reported(open_run, monkeypatch):
     monkeypatch.setattr(classifier.load_classifier, "__kwdefaults__", {"seed": 0, "num_steps": 2})
     run = open_run()
     report = measure_reconstructions(run, device=CPU, features="classifier")
@@ -298,9 +298,9 @@ def test_wandb_receives_metrics_and_figure(call, open_run, monkeypatch):
     )
 
 
-def test_reconstructions_that_are_not_finite_are_refused(open_run, monkeypatch):
+def test_non_finite_reconstructions_are_rejected(open_run, monkeypatch):
     monkeypatch.setattr(Autoencoder, "decode", lambda _, z: torch.full((len(z), 3, 8, 8), torch.nan))
-    with pytest.raises(UserError, match="reconstructions of 5 of 5 images are not finite"):
+    with pytest.raises(UserError, match="reconstructions for 5 of 5 images are not finite"):
         measure_reconstructions(open_run(), device=CPU, features="none", num_images=5)
 
 
@@ -312,7 +312,7 @@ def test_reconstructions_that_are_not_finite_are_refused(open_run, monkeypatch):
         ("batch_size=0", "batch_size=0 must be 1 or more"),
     ],
 )
-def test_invalid_command_line_options_are_refused(call, open_run, monkeypatch, argument, message):
+def test_invalid_command_line_options_are_rejected(call, open_run, monkeypatch, argument, message):
     monkeypatch.setattr(Autoencoder, "encode", lambda *_: pytest.fail("encoded before the options were checked"))
     run = open_run()
     result = call(evaluate_tool, f"run={run.path}", "device=cpu", argument)

@@ -59,7 +59,7 @@ def cheap_features(monkeypatch) -> None:
 
 @pytest.fixture(scope="module")
 def images(make_images, tmp_path_factory) -> ImageData:
-    """40 cats and 24 dogs of 8 x 8 pixels."""
+    """Images of 40 cats and 24 dogs with 8 x 8 pixels."""
     folder = tmp_path_factory.mktemp("pets")
     make_images(folder / "pets/cat", 40, size=8)
     make_images(folder / "pets/dog", 24, size=8, seed=1)
@@ -105,7 +105,7 @@ def test_interrupted_sampling_resumes(pipeline, images, tmp_path, monkeypatch):
     assert file.stat().st_size == 8 * 3 * 8**2
     with file.open("ab") as stream:
         stream.write(b"part of an image")
-    calls[:] = [0] * 5
+    calls[:] = [0] * 5  # the third call has passed, so decoding is no longer interrupted
     resumed = sample(pipeline, images, tmp_path / "interrupted", 14)
     assert calls[5:] == [4, 2] and np.array_equal(resumed, expected)
     assert json.loads(file.with_suffix(".json").read_text())["cost"]["samples"] == 14
@@ -130,7 +130,7 @@ def test_cache_key_depends_on_all_sampling_inputs(pipeline, images, tmp_path, mo
 
 
 def test_samples_of_another_process_are_not_overwritten(pipeline, images, tmp_path, monkeypatch):
-    """After acquiring the lock, the number of samples is read again."""
+    """The number of cached samples is read again after the lock has been acquired."""
     expected = sample(pipeline, images, tmp_path / "complete", 8)
     (file,) = (tmp_path / "complete").glob("*.bin")
     with FileLock(file.with_suffix(".lock")):
@@ -157,13 +157,13 @@ def test_samples_of_another_process_are_not_overwritten(pipeline, images, tmp_pa
     assert starts == [0, 4], "the other process generates the first 4 samples, this process the rest"
 
 
-def test_samples_that_are_not_finite_are_refused(pipeline, images, tmp_path):
+def test_non_finite_samples_are_rejected(pipeline, images, tmp_path):
     next(pipeline.network.parameters()).data *= torch.nan
     with pytest.raises(UserError, match="4 of 4 samples are not finite.*optimizer.lr"):
         sample(pipeline, images, tmp_path, 4)
 
 
-def test_condition_rows_repeat_with_few_images(images):
+def test_condition_rows_repeat_if_there_are_few_images(images):
     train_indices = images.train_indices
     rows, n = condition_rows(train_indices, 120, 3), len(train_indices)
     assert sorted(rows[:n]) == list(range(n)) and np.array_equal(rows[n : 2 * n], rows[:n])
@@ -293,7 +293,7 @@ def test_frechet_distance_uses_all_dimensions_if_possible():
     assert len({len(line) for line in lines}) == 1
 
 
-def test_sweeps_over_steps_and_guidance(pipeline, images, tmp_path):
+def test_sweeps_report_quality_and_cost_by_steps_or_guidance(pipeline, images, tmp_path):
     sweep = partial(sampler_sweep.sweep_sampler, pipeline, images, features="mean_colours", num_samples=24)
     by_steps = sweep({n: DDIM(n) for n in (2, 4, 8)}, [2.0], tmp_path)
     assert [row["value"] for row in by_steps["rows"]] == [2, 4, 8] and by_steps["over"] == "sampler.steps"

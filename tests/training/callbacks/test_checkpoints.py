@@ -63,11 +63,11 @@ class SendSignal(Callback):
 
 
 @pytest.mark.usefixtures("default_signals")
-@pytest.mark.parametrize("number", signals.HANDLED)
-def test_signal_saves_a_checkpoint_before_the_next_step(fit, make_module, tmp_path, number):
+@pytest.mark.parametrize("signal_number", signals.HANDLED_SIGNALS)
+def test_signal_saves_a_checkpoint_before_the_next_step(fit, make_module, tmp_path, signal_number):
     with signals.handling(), pytest.raises(StopTraining) as excinfo:
-        fit(make_module(), [*callbacks(tmp_path, 9), SendSignal(5, number)], max_steps=9)
-    assert excinfo.value.signal == number and saved_steps(tmp_path) == [5]
+        fit(make_module(), [*callbacks(tmp_path, 9), SendSignal(5, signal_number)], max_steps=9)
+    assert excinfo.value.signal == signal_number and saved_steps(tmp_path) == [5]
     assert signals.pending() is None, "signals are cleared when the command ends"
 
 
@@ -88,7 +88,7 @@ class LogLosses(Callback):
         module.log("val/loss", next(self.losses))
 
 
-def test_the_last_and_the_best_checkpoints_are_kept(fit, make_module, tmp_path):
+def test_newest_checkpoints_and_the_best_one_are_kept(fit, make_module, tmp_path):
     losses = LogLosses([3.0, 1.0, 2.0, float("nan"), 1.5])
     options = {"max_steps": 10, "val_check_interval": 2}
     fit(make_module(), [*callbacks(tmp_path, 10, interval_s=0.0), losses], **options)
@@ -147,7 +147,7 @@ def test_resume_skips_a_damaged_checkpoint_with_a_warning(fit, make_module, tmp_
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"format": 1}', '{"format": 1, "step": "x"}', '{"format": 2}'])
-def test_resume_refuses_a_checkpoint_with_an_invalid_manifest(tmp_path, content, capsys):
+def test_resume_rejects_a_checkpoint_with_an_invalid_manifest(tmp_path, content, capsys):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/step-00000001.json").write_text(content)
     with pytest.raises(UserError, match="no intact checkpoint"):
@@ -155,7 +155,7 @@ def test_resume_refuses_a_checkpoint_with_an_invalid_manifest(tmp_path, content,
     assert "step-00000001.json" in capsys.readouterr().err
 
 
-def test_resume_refuses_checkpoints_of_a_different_stage_or_outside_a_run(fit, make_module, tmp_path):
+def test_resume_rejects_checkpoints_from_a_different_stage_or_outside_a_run(fit, make_module, tmp_path):
     folder = tmp_path / "run"
     fit(make_module(), callbacks(folder, 1, stage="vae"), max_steps=1)
     (manifest,) = list_checkpoints(folder / "checkpoints")
@@ -185,7 +185,7 @@ def test_resume_starts_from_scratch_if_nothing_was_saved(tmp_path, capsys):
 
 @pytest.fixture
 def fill_disk(monkeypatch):
-    """fill_disk(*saves): make the given saves (the first is 1) fail with a full disk; returns all attempts."""
+    """fill_disk(*saves): make the given saves (counted from 1) fail with a full disk. Returns all attempts."""
     attempts: list[str] = []
 
     def fill_disk(*saves: int) -> list[str]:
@@ -219,8 +219,8 @@ def test_full_disk_at_the_end_raises_and_names_the_last_checkpoint(fit, make_mod
     assert saved_steps(tmp_path) == [2, 1] and not list((tmp_path / "checkpoints").glob(".partial-*"))
 
 
-def test_file_size_limit_error_gives_the_operating_system_reason(fit, make_module, tmp_path, capsys):
-    """The message gives the reason reported by the operating system, not torch's error."""
+def test_file_size_limit_error_includes_the_reason_from_the_operating_system(fit, make_module, tmp_path, capsys):
+    """The message contains the reason reported by the operating system instead of torch's error."""
     import resource
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -242,8 +242,8 @@ OPERATIONS = ((os, "fsync"), (Path, "replace"), (Path, "unlink"), (Path, "open")
 
 
 @contextmanager
-def killed_at(nth: int, folder: Path, monkeypatch) -> Iterator[list[str]]:
-    """Simulate a kill at the nth file operation in `folder`; yields the list of attempted operations."""
+def kill_at(nth: int, folder: Path, monkeypatch) -> Iterator[list[str]]:
+    """Simulate a kill at the nth file operation in `folder`. Yields the list of attempted operations."""
     operations: list[str] = []
 
     def wrap(operation, name: str):
@@ -273,7 +273,7 @@ def test_kill_at_any_file_operation_leaves_an_intact_checkpoint(fit, make_module
         folder = tmp_path / f"run-{nth}"
         shutil.copytree(tmp_path / "run", folder)
         resumed = callbacks(folder, max_steps, interval_s=0.0, resume_from=resume_point(folder))
-        with killed_at(nth, folder, monkeypatch) as operations:
+        with kill_at(nth, folder, monkeypatch) as operations:
             fit(make_module(), resumed, max_steps=max_steps, start=2, ckpt_path=str(resume_point(folder).path))
         manifest = resume_point(folder)
         assert manifest.find_damage() is None

@@ -51,7 +51,7 @@ def inject_fault(module: nn.Module, loss: torch.Tensor, fault: str) -> torch.Ten
 
 @pytest.fixture
 def make(make_module):
-    """make(faults, lr=0.1, build=ADAMW): a module with one linear layer, and faults by batch of the data order."""
+    """make(faults, lr=0.1, build=ADAMW): a linear layer with faults in the given batches of the data order."""
 
     class Faulty(make_module):
         faults: dict[int, str] = {}
@@ -91,7 +91,7 @@ def log_entries(guard: Guard) -> list[dict]:
 
 def states_of(optimizer: torch.optim.Optimizer) -> list[dict[str, torch.Tensor]]:
     """Return the optimizer state of each parameter."""
-    return [state for inner in getattr(optimizer, "inner", [optimizer]) for state in inner.state.values()]
+    return [state for inner in getattr(optimizer, "optimizers", [optimizer]) for state in inner.state.values()]
 
 
 class RecordStates(Callback):
@@ -108,14 +108,14 @@ class RecordStates(Callback):
     def on_train_end(self, trainer, module) -> None:
         self.on_train_batch_start(trainer, module, None, 0)
 
-    def changed(self) -> list[bool]:
-        """For each step from the second on: True if all tensors changed, False if none did."""
-        changed = []
+    def has_changed(self) -> list[bool]:
+        """Return, for each step from the second on, True if all tensors changed and False if none did."""
+        has_changed = []
         for before, after in zip(self.states[1:], self.states[2:], strict=False):
             equal = {torch.equal(a, b) for a, b in zip(before, after, strict=True)}
             assert len(equal) == 1
-            changed.append(not equal.pop())
-        return changed
+            has_changed.append(not equal.pop())
+        return has_changed
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -123,7 +123,7 @@ def test_bad_step_leaves_weights_and_optimizer_state_unchanged(fit, make, guard,
     """Weights, moments and step counts stay bit-identical in the bad step and change in all other steps."""
     states, callback = RecordStates(), guard()
     fit(make({4: fault}), [states, callback], max_steps=7, gradient_clip_val=1.0)
-    assert states.changed() == [True, True, True, False, True, True]
+    assert states.has_changed() == [True, True, True, False, True, True]
     (entry,) = log_entries(callback)
     why = {"l": "the loss is not finite", "g": "the gradient is not finite", "s": "spike"}[fault[0]]
     assert (entry["step"], entry["batch"], entry["why"]) == (4, 4, why)
@@ -143,10 +143,10 @@ def test_bad_step_leaves_weights_and_optimizer_state_unchanged(fit, make, guard,
     ],
 )
 def test_bad_step_is_skipped_with_every_optimizer(fit, make, guard, decision_device, build, options):
-    """With and without support for found_inf, in bf16, and without clipping."""
+    """Covers optimizers with and without support for found_inf, bf16, and no clipping."""
     states = RecordStates()
     fit(make({3: "gradient is nan"}, build=build), [states, guard()], max_steps=5, **options)
-    assert states.changed() == [True, True, False, True]
+    assert states.has_changed() == [True, True, False, True]
 
 
 @pytest.mark.parametrize("faults", [{}, {3: "spike"}])
@@ -189,7 +189,7 @@ def test_counts_are_logged_one_step_late_and_at_intervals(fit, make, guard):
 
 
 def test_gradients_of_unclipped_parameters_are_checked(fit, make, guard):
-    """For example, the gradient of a learned loss scale."""
+    """A learned loss scale, for example, is not clipped."""
 
     class Scaled(type(make({}))):
         def __init__(self):
@@ -205,7 +205,7 @@ def test_gradients_of_unclipped_parameters_are_checked(fit, make, guard):
 
     states, callback = RecordStates(), guard()
     fit(Scaled(), [states, callback], max_steps=4)
-    assert [entry["step"] for entry in log_entries(callback)] == [2] and states.changed() == [True, False, True]
+    assert [entry["step"] for entry in log_entries(callback)] == [2] and states.has_changed() == [True, False, True]
 
 
 def test_spike_limit_follows_the_geometric_mean():
@@ -234,7 +234,7 @@ def test_limit_adapts_to_persistently_high_norms(fit, make, guard, decision_devi
     states, callback = RecordStates(), guard(skips_before_rollback=4)
     faults = dict.fromkeys(range(4, 12), "large loss")
     fit(make(faults, lr=1e-3), [states, callback], max_steps=12)
-    assert states.changed() == [True, True, True, False, False, *[True] * 6] and callback.skipped_steps == 2
+    assert states.has_changed() == [True, True, True, False, False, *[True] * 6] and callback.skipped_steps == 2
 
 
 ROOT = Path(__file__).parents[3]
@@ -272,13 +272,13 @@ class RecordStage1(Callback):
     ],
 )
 def test_bad_step_also_skips_discriminator_and_codebook(fit, guard, decision_device, monkeypatch, source, unchanged):
-    """Both networks skip a bad step of the autoencoder; only the discriminator skips its own bad gradient."""
+    """Both networks skip a bad step of the autoencoder. Only the discriminator skips its own bad gradient."""
     adversary = partial(Adversary, channels=8, layers=1, start=0, ramp=2, weight=0.5)
     module = make_vae_training(partial(VectorQuantised, 16, restart_after=2), adversary, partial(ADAMW, lr=1e-2))
-    rule = module.regulariser
+    regulariser = module.regulariser
     monkeypatch.setattr(module, "on_before_batch_transfer", lambda batch, _: IMAGES[: len(batch)])
     monkeypatch.setattr(module, "validation_step", lambda *_: None)
-    reconstruct, accumulate_gradients = rule.reconstruct, module.adversary.accumulate_gradients
+    reconstruct, accumulate_gradients = regulariser.reconstruct, module.adversary.accumulate_gradients
 
     def bad_reconstruct(model, images, *noise):
         bad = source == "autoencoder" and module.trainer.global_step == 2
@@ -290,7 +290,7 @@ def test_bad_step_also_skips_discriminator_and_codebook(fit, guard, decision_dev
             next(module.adversary.discriminator.parameters()).grad.fill_(math.inf)
         return terms
 
-    monkeypatch.setattr(rule, "reconstruct", bad_reconstruct)
+    monkeypatch.setattr(regulariser, "reconstruct", bad_reconstruct)
     monkeypatch.setattr(module.adversary, "accumulate_gradients", bad_gradients)
     recorder, callback = RecordStage1(), guard()
     fit(module, [Budget(4), recorder, callback], max_steps=4)
@@ -307,7 +307,7 @@ def test_too_many_consecutive_skips_trigger_a_roll_back(fit, make, guard):
     with pytest.raises(RollBack) as excinfo:
         fit(make({k: "spike" for k in (4, 5, 7, 8, 9, 10, 11)}), [callback], max_steps=20)
     rollback = excinfo.value
-    assert (rollback.first_skipped, rollback.step) == (7, 11), "step 9 was the third and was counted after step 10"
+    assert (rollback.first_skip, rollback.step) == (7, 11), "step 9 was the third and was counted after step 10"
     assert rollback.choose_checkpoint({}) == (0, None)
     assert rollback.choose_checkpoint({1: "a", 7: "b", 8: "c"}) == (7, "b"), "8 was saved after the first skipped step"
     second_rollback = RollBack(7, 11, {**rollback.tallies, "went_to": 7})
@@ -325,7 +325,7 @@ def test_too_many_consecutive_skips_trigger_a_roll_back(fit, make, guard):
 
 @pytest.mark.parametrize("stop", [5, 6, 11])
 def test_resumed_guard_matches_an_uninterrupted_guard(fit, make, guard, tmp_path, stop):
-    """Limits, counts, log and weights agree after a stop within a streak, just after a bad step, and later."""
+    """Limits, counts, log and weights agree after a stop before, between or just after two bad steps."""
     faults = {5: "spike", 6: "gradient is inf", 9: "spike", 10: "spike"}
 
     def run(folder, steps, start=0, ckpt_path=None):
@@ -354,7 +354,7 @@ def test_resumed_guard_matches_an_uninterrupted_guard(fit, make, guard, tmp_path
         ({"max_rollbacks": -1}, r"max_rollbacks=-1 must .*\b0\b"),
     ],
 )
-def test_guard_refuses_invalid_options(guard, options, message):
+def test_guard_rejects_invalid_options(guard, options, message):
     with pytest.raises(UserError, match=message):
         guard(**options)
 
@@ -366,7 +366,7 @@ def pets(tmp_path_factory, make_images) -> Path:
 
 @pytest.fixture
 def train(call, pets, monkeypatch):
-    """train(name, bad_batches, *options): run the stage-1 training command with NaN losses on bad batches."""
+    """train(name, bad_batches, *options): train stage 1 with NaN losses in the bad batches."""
     monkeypatch.chdir(pets.parent)
     monkeypatch.setenv("LDM_CACHE", str(pets.parent / "cache"))
     losses = VAETraining.losses

@@ -1,4 +1,4 @@
-"""ldm.training.callbacks.loggers.CsvLogger: rows by step, including write errors and roll-backs."""
+"""ldm.training.callbacks.loggers.CsvLogger: rows by step, write errors, and roll-backs."""
 
 import csv
 import errno
@@ -10,7 +10,7 @@ import pytest
 from ldm.training.callbacks.loggers import CsvLogger
 
 
-def steps(file: Path) -> list[int]:
+def logged_steps(file: Path) -> list[int]:
     with file.open() as lines:
         return [int(row["step"]) for row in csv.DictReader(lines)]
 
@@ -30,20 +30,20 @@ def log(file: Path, steps: range, **values: float) -> CsvLogger:
 
 def test_rows_are_written_in_batches_of_100_and_at_the_end(file):
     logger = log(file, range(150))
-    assert steps(file) == list(range(100))
+    assert logged_steps(file) == list(range(100))
     logger.finalize("success")
-    assert steps(file) == list(range(150))
+    assert logged_steps(file) == list(range(150))
 
 
 def test_resume_appends_rows_and_a_new_run_replaces_them(file):
     log(file, range(3)).save()
     log(file, range(3, 5), **{"val/loss": 7.0}).save()
-    assert steps(file) == [0, 1, 2, 3, 4]
+    assert logged_steps(file) == [0, 1, 2, 3, 4]
     with file.open() as lines:
         rows = list(csv.DictReader(lines))
     assert rows[-1]["val/loss"] == "7.0" and rows[0]["val/loss"] == "" and rows[0]["train/loss"] == "1.0"
     log(file, range(1)).save()
-    assert steps(file) == [0]
+    assert logged_steps(file) == [0]
 
 
 def test_no_step_is_logged_twice_after_a_roll_back(file):
@@ -52,16 +52,16 @@ def test_no_step_is_logged_twice_after_a_roll_back(file):
     logger.drop_rows_after(2)
     logger.log_metrics({"train/loss": 2.0, "val/loss": 3.0}, 3)
     logger.save()
-    assert steps(file) == [0, 1, 2, 3]
+    assert logged_steps(file) == [0, 1, 2, 3]
     CsvLogger(file)
-    assert steps(file) == []
+    assert logged_steps(file) == []
 
 
 def test_truncated_last_row_is_dropped(file):
     log(file, range(3), z=2.0).save()
     file.write_text(file.read_text()[:-8])
     CsvLogger(file, 2)
-    assert steps(file) == [0, 1]
+    assert logged_steps(file) == [0, 1]
 
 
 def test_full_disk_warns_once_and_loses_no_rows(file, capsys, monkeypatch):
@@ -82,4 +82,4 @@ def test_full_disk_warns_once_and_loses_no_rows(file, capsys, monkeypatch):
     assert output.count("warning: ") == 1 and "metrics.csv" in output and "No space left" in output
     assert file.read_text() == content
     logger.save()
-    assert steps(file) == [0, 1, 2]
+    assert logged_steps(file) == [0, 1, 2]

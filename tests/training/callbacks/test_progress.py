@@ -45,8 +45,8 @@ def test_gradient_norm_is_clipped(fit, make_module):
     module = make_module(lr=1.0)
     start = torch.cat([p.detach().flatten() for p in module.trained.parameters()])
     fit(module, max_steps=1, gradient_clip_val=0.01)
-    moved = torch.cat([p.detach().flatten() for p in module.trained.parameters()]) - start
-    torch.testing.assert_close(moved.norm(), torch.tensor(0.01), rtol=1e-3, atol=0)
+    change = torch.cat([p.detach().flatten() for p in module.trained.parameters()]) - start
+    torch.testing.assert_close(change.norm(), torch.tensor(0.01), rtol=1e-3, atol=0)
 
 
 def test_progress_without_a_terminal_is_printed_as_lines(fit, make_module, capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""ldm.training.callbacks.speed: operation counts against formulas, utilisation of a known peak, and logged metrics."""
+"""ldm.training.callbacks.speed: operation counts equal formulas, utilisation, and logged metrics."""
 
 import contextlib
 import copy
@@ -30,7 +30,7 @@ def flops_by_mode(module, batch) -> dict[bool, float]:
 
 
 def test_a_multiply_add_counts_as_two_operations():
-    """A layer needs b n m multiply-adds forward and for each of its two gradients. The input needs no gradient."""
+    """A layer needs b n m multiply-adds for its output and for each of two gradients. The input x needs no gradient."""
     b, n, m, k = 5, 7, 11, 3
     network = torch.nn.Sequential(torch.nn.Linear(n, m), torch.nn.Linear(m, k))
     x = torch.randn(b, n)
@@ -39,7 +39,7 @@ def test_a_multiply_add_counts_as_two_operations():
 
 
 def test_attention_is_counted_regardless_of_the_kernel():
-    """Two products of [n, d] x [d, n] per head and image; torch would not count its fused CPU kernel."""
+    """Each head needs two products of [n, d] x [d, n] per image. Torch does not count its fused CPU kernel."""
     b, heads, n, d = 2, 3, 16, 8
     q, k, v = (torch.randn(b, heads, n, d, requires_grad=True) for _ in range(3))
     forward = 2 * (2 * b * heads * n * n * d)

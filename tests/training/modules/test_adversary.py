@@ -1,4 +1,4 @@
-"""ldm.training.modules.adversary and .autoencoder: gradients, start, step counts, and resuming."""
+"""ldm.training.modules.adversary and .autoencoder: gradients, start, step counts, and resume."""
 
 import warnings
 from functools import partial
@@ -34,7 +34,7 @@ class RecordSteps(Callback):
 
     def __init__(self) -> None:
         self.rates: list[float] = []
-        self.weights: list[torch.Tensor | None] = []
+        self.lambdas: list[torch.Tensor | None] = []
         self.factors: list[float] = []
         self.discriminators: list[str] = []
 
@@ -44,7 +44,7 @@ class RecordSteps(Callback):
         adversary = module.adversary
         self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
         if adversary is not None:
-            self.weights.append(adversary.adaptive_weight.weight)
+            self.lambdas.append(adversary.adaptive_weight.weight)
             self.factors.append(adversary.adaptive_weight.factor if module.adversarial_on else 0.0)
             self.discriminators.append(weights_sha256(adversary.discriminator))
 
@@ -98,7 +98,7 @@ def fit(module: VAETraining, folder: Path, *, steps: int = 6, batch_size: int = 
 
 
 def test_global_step_counts_only_generator_steps(tmp_path):
-    """A discriminator does not change step counts, learning rates or EMA updates, and takes steps from `start` on."""
+    """A discriminator does not change step counts, learning rates or EMA updates. It takes steps from `start` on."""
     counts = {}
     for name, adversary in (("with", partial(ADVERSARY, start=3)), ("without", None)):
         module = make(adversary)
@@ -109,7 +109,7 @@ def test_global_step_counts_only_generator_steps(tmp_path):
     assert counts["with"] == counts["without"] and counts["with"][0] == 6
     module = make(partial(ADVERSARY, start=3))
     _, recorder, _ = fit(module, tmp_path / "start")
-    assert [weight is None for weight in recorder.weights] == [True] * 3 + [False] * 3
+    assert [value is None for value in recorder.lambdas] == [True] * 3 + [False] * 3
     assert recorder.factors == [0, 0, 0, 0, 0.25, 0.5]  # 0.5 over a ramp of 2
     initial, *updated = recorder.discriminators[2:]
     assert set(recorder.discriminators[:3]) == {initial} and len({initial, *updated}) == 4
@@ -128,7 +128,7 @@ def test_discriminator_has_no_effect_before_its_start(tmp_path):
 
 @pytest.mark.parametrize("gan_loss", ["hinge", "non_saturating"])
 def test_each_loss_has_gradients_only_in_its_own_network(gan_loss):
-    """The generator loss has gradients only in the autoencoder, the discriminator loss only in the discriminator."""
+    """The generator loss has gradients only in the autoencoder, and the discriminator loss only in its own network."""
     module = make(partial(ADVERSARY, gan_loss))
     for parameter in module.trained.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
@@ -179,7 +179,7 @@ def test_discriminator_learns_to_classify_patches():
 
 @pytest.mark.parametrize(("regulariser", "precision"), [(KL, "32-true"), (partial(VectorQuantised, 16), "bf16-mixed")])
 def test_resumed_training_matches_uninterrupted_training(tmp_path, regulariser, precision):
-    """Compares weights, EMA, discriminator, its optimizer and the codebook after a stop during adversarial training."""
+    """Compares all weights, the EMA and the discriminator's optimizer after a stop during adversarial training."""
     options = {"precision": precision, "accumulate_grad_batches": 2, "batch_size": 4, "budget": 8}
     adversary = partial(ADVERSARY, start=2)
     expected, stopped, resumed = (make(adversary, regulariser, partial(AutoencoderLoss, nll=0.1)) for _ in range(3))
@@ -196,7 +196,7 @@ def test_resumed_training_matches_uninterrupted_training(tmp_path, regulariser, 
 
 
 def test_accumulated_batches_give_one_discriminator_step(tmp_path):
-    """The gradient is the mean over micro-batches; lambda is computed from the first micro-batch only."""
+    """The gradient is the mean over micro-batches. Lambda is computed from the first micro-batch only."""
     full, split = ADVERSARY(), ADVERSARY()
     split.discriminator.load_state_dict(full.discriminator.state_dict())
     split.loss_scale = 0.5
@@ -209,11 +209,11 @@ def test_accumulated_batches_give_one_discriminator_step(tmp_path):
     module = make(partial(ADVERSARY, start=0))
     trainer, recorder, _ = fit(module, tmp_path, steps=3, batch_size=4, accumulate_grad_batches=2)
     assert trainer.global_step == 3 and module.adversary.loss_scale == 0.5
-    assert len(set(recorder.discriminators)) == 3 and len({weight.item() for weight in recorder.weights}) == 3
+    assert len(set(recorder.discriminators)) == 3 and len({value.item() for value in recorder.lambdas}) == 3
 
 
 def test_perceptual_network_is_neither_saved_nor_trained():
-    """Neither the checkpoint nor the optimizer contains it; both contain the learned scale of the loss."""
+    """The checkpoint and the optimizer contain the learned scale of the loss, but not the perceptual network."""
     module = make(loss=partial(AutoencoderLoss, nll=1.0))
     module.loss.perceptual = Perceptual(type("Distance", (torch.nn.Linear,), {"name": "linear"})(1, 1))
     names = set(module.state_dict())
@@ -243,13 +243,13 @@ def test_expected_step_time_averages_over_steps_with_and_without_a_discriminator
         ({"channels": 2.5}, r"channels=2\.5 must .*(whole|integer)"),
     ],
 )
-def test_adversary_refuses_invalid_options(options, message):
+def test_adversary_rejects_invalid_options(options, message):
     with pytest.raises(UserError, match=message):
         Adversary(**options)
 
 
 @pytest.mark.parametrize(("layers", "resolution", "fits"), [(3, 32, True), (3, 16, False), (2, 16, True), (1, 8, True)])
-def test_check_refuses_images_too_small_for_the_discriminator(layers, resolution, fits):
+def test_check_rejects_images_too_small_for_the_discriminator(layers, resolution, fits):
     adversary = ADVERSARY(layers=layers)
     images = torch.zeros(1, 3, resolution, resolution)
     if fits:

@@ -1,4 +1,4 @@
-"""ldm.training.optim.budget.Budget: learning rate schedule and end of training, for budgets in steps and time."""
+"""ldm.training.optim.budget.Budget: learning rate schedule and end of training for budgets in steps or time."""
 
 import math
 
@@ -118,6 +118,6 @@ def test_budget_and_expected_duration_as_text(budget, text, duration):
         ({"max_steps": 5, "decay": "sudden"}, r"optimizer\.decay=sudden.*linear, cosine, constant"),
     ],
 )
-def test_budget_refuses_invalid_options(options, message):
+def test_budget_rejects_invalid_options(options, message):
     with pytest.raises(ValueError, match=message):
         Budget(**options)

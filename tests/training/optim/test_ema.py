@@ -1,4 +1,4 @@
-"""ldm.training.optim.ema: the average against its formula, and applying it to the module."""
+"""ldm.training.optim.ema: the average equals its formula and can be applied to the module."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def test_only_trainable_parameters_are_averaged():
 
 
 def test_averaged_weights_can_be_applied_in_inference_mode():
-    """Lightning validates in inference mode; the weights must be trainable afterwards."""
+    """Lightning validates in inference mode, and the weights must still be trainable afterwards."""
     module = build()
     ema = EMA(module, 0.9)
     step(module, 0)
@@ -63,6 +63,6 @@ def test_averaged_weights_can_be_applied_in_inference_mode():
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 2.0])
-def test_ema_decay_out_of_range_is_refused(decay):
+def test_ema_decay_out_of_range_is_rejected(decay):
     with pytest.raises(InputError, match=f"ema_decay={decay} must be .*{int(decay >= 1)}"):
         apply_rules(TrainerOptions, {"ema_decay": decay})

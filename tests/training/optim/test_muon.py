@@ -40,7 +40,7 @@ def train(network, optimizer, steps: int, seed: int = 0) -> None:
 
 
 def test_block_matrices_go_to_muon_and_the_rest_to_adamw(network):
-    muon, adamw = make(network).inner
+    muon, adamw = make(network).optimizers
     assert isinstance(muon, Muon) and isinstance(adamw, AdamW)
     names = {id(p): name for name, p in network.named_parameters()}
     hidden = {names[id(p)] for group in muon.param_groups for p in group["params"]}
@@ -109,11 +109,11 @@ def test_training_continues_from_a_restored_state(network):
 
 def test_network_without_blocks_uses_adamw_only():
     optimizer = make(torch.nn.Linear(3, 3))
-    assert [type(inner) for inner in optimizer.inner] == [AdamW]
+    assert [type(inner) for inner in optimizer.optimizers] == [AdamW]
 
 
 def test_found_inf_skips_a_step(network):
-    """found_inf=1 leaves weights, moments and step counts unchanged, from the first step on; 0 has no effect."""
+    """found_inf=1 leaves weights, moments and step counts unchanged, even in the first step. 0 has no effect."""
     guarded = copy.deepcopy(network)
     plain, skipping = make(network), make(guarded)
     for k, skip in enumerate([1, 0, 1, 0, 0, 1]):
@@ -126,5 +126,5 @@ def test_found_inf_skips_a_step(network):
             train(network, plain, 1, seed=k)
             train(guarded, skipping, 1, seed=k)
     assert states_equal(list(network.parameters()), list(guarded.parameters()))
-    states = [[list(inner.state.values()) for inner in optimizer.inner] for optimizer in (plain, skipping)]
+    states = [[list(inner.state.values()) for inner in optimizer.optimizers] for optimizer in (plain, skipping)]
     assert states_equal(*states)

@@ -1,4 +1,4 @@
-"""ldm.training.optim.precision: resolution of `auto`, aliases, and unknown precisions."""
+"""ldm.training.optim.precision: the choice for "auto", aliases, and unknown precisions."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def test_explicit_precision_is_normalised(requested, name):
 
 
 @pytest.mark.parametrize("requested", ["bf16-true", "16-mixed", 16, None])
-def test_unsupported_precisions_are_refused(requested):
+def test_unsupported_precisions_are_rejected(requested):
     """Networks receive fp32 inputs, so a pure bf16 or fp16 network would fail at its first convolution."""
     with pytest.raises(UserError, match=rf"trainer\.precision={requested}\b.*auto, bf16-mixed, 32-true"):
         choose_precision(requested, "cpu")

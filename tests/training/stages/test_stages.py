@@ -1,4 +1,4 @@
-"""ldm.training.stages and .modules: inputs of a training step, validation, init_from, and outputs of a stage."""
+"""ldm.training.stages and .modules: inputs to a training step, validation, init_from, and outputs of a stage."""
 
 import dataclasses
 import re
@@ -71,7 +71,7 @@ def vae_stage(images, tmp_path):
 
 @pytest.fixture
 def diffusion_stage(images, vae_stage, tmp_path):
-    """diffusion_stage(flip=False, conditioning=no_condition): a DiffusionStage with a PCA autoencoder of the images."""
+    """diffusion_stage(flip=False, conditioning=no_condition): a DiffusionStage with an untrained autoencoder."""
     autoencoder = vae_stage().autoencoder
 
     def make(flip: bool = False, conditioning=no_condition, **options) -> DiffusionStage:
@@ -103,7 +103,7 @@ def diffusion_stage(images, vae_stage, tmp_path):
 
 
 def step(stage, batch, k: int = 0) -> float:
-    """Return the loss of step k, computed without a trainer."""
+    """Return the loss in step k, computed without a trainer."""
     stage.module.log_every = 10**9
     stage.module._trainer = SimpleNamespace(global_step=k, global_rank=0, world_size=1, accumulate_grad_batches=1)
     loss = stage.module.training_step(batch, k)["loss"].item()
@@ -186,7 +186,7 @@ def test_both_views_of_an_image_are_used(diffusion_stage, images, monkeypatch):
     assert len(mirrored) > 100 and 0.4 < sum(mirrored) / len(mirrored) < 0.6
 
 
-def test_noise_of_a_step_is_reproducible(diffusion_stage, images):
+def test_noise_in_a_step_is_reproducible(diffusion_stage, images):
     stage = diffusion_stage()
     batch = stage.fetch(images.train_indices[:8])
     assert step(stage, batch, 3) == step(stage, batch, 3) != step(stage, batch, 4)
@@ -227,7 +227,7 @@ def test_validation_and_the_sample_grid_use_the_averaged_weights(diffusion_stage
     assert {"val/loss", "val/loss_t1_to_25", "val/loss_t76_to_100"} <= metrics[0].keys()
 
 
-def test_init_from_refuses_a_different_autoencoder_or_conditioning(diffusion_stage, vae_stage, tmp_path):
+def test_init_from_rejects_a_different_autoencoder_or_conditioning(diffusion_stage, vae_stage, tmp_path):
     stage = diffusion_stage(conditioning=class_condition)
     stage.pipeline.save(tmp_path / "pipeline")
     source = str(tmp_path / "pipeline")
@@ -259,8 +259,8 @@ def test_init_from_keeps_the_embeddings_of_shared_classes(diffusion_stage, image
     assert ("classes of init_from", "kept: cat; new: ant, fox; dropped: dog") in fine_tuned.summary_rows()
 
 
-def test_init_from_refuses_a_different_text_encoder(diffusion_stage, images, tmp_path):
-    """Encoders are compared by their weights: a moved copy is accepted, different weights of the same size are not."""
+def test_init_from_rejects_a_different_text_encoder(diffusion_stage, images, tmp_path):
+    """A moved copy of the encoder is accepted, but an encoder of the same size with different weights is rejected."""
     original, different = (tiny_encoder(tmp_path / name, seed) for seed, name in enumerate(("original", "different")))
     shutil.copytree(original, tmp_path / "moved")
     captioned = dataclasses.replace(images, captions=[f"number {i}" for i in range(len(images))])
@@ -335,7 +335,7 @@ def test_finish_saves_the_pipeline_and_a_figure(diffusion_stage, tmp_path):
     assert isinstance(stage.pipeline.conditioning, ClassCondition)
 
 
-def test_network_that_does_not_fit_the_latents_is_refused(diffusion_stage):
+def test_network_that_does_not_fit_the_latents_is_rejected(diffusion_stage):
     with pytest.raises(UserError, match=r"latents of 3 x 4 x 4: patch_size must .*\b4\b.*\b3\b"):
         diffusion_stage(network=partial(DiT, patch_size=3, hidden_dim=16, depth=1, head_dim=8))
 
