@@ -26,6 +26,9 @@ FREE_TEXT = (
     "losses",
     "train",
     "data.path",
+    "data.image_column",
+    "data.caption_column",
+    "data.label_column",
     "data.cache_dir",
     "autoencoder.path",
     "conditioning.encoder",
@@ -70,10 +73,20 @@ def quote_text_values(arguments: Sequence[str], keys: Sequence[str] = FREE_TEXT)
         is_switch = name == "resume" and value.lower() in ("true", "false")
         if equals and name in keys and not is_switch and value not in ("null", "???", ""):
             argument = f"{key}={_quote(value)}"
+        elif equals and name == "label" and value not in ("null", ""):
+            argument = f"{key}={_quote_classes(value)}"
         elif number := _POWER_OF_TEN.fullmatch(argument):
             argument = f"{number[1]}{int(float(number[2]))}"
         quoted.append(argument)
     return quoted
+
+
+def _quote_classes(value: str) -> str:
+    """Quote a class name or a list of them, because Hydra would parse 1_1 as 11 and true as 1."""
+    if value.startswith("[") and value.endswith("]"):
+        return f"[{','.join(_quote_classes(item.strip()) for item in value[1:-1].split(','))}]"
+    is_quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    return value if is_quoted else _quote(value)
 
 
 def strip_stage_prefix(key: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ldm.errors import InputError
+from ldm.errors import InputError, UserError
 from ldm.files.arrays import Layout, changed_rows, chunk_digests, mark_verified
 from ldm.files.digest import sha256_of_values
 from ldm.files.reading import MISSING_FILE, unreadable_error
@@ -107,12 +107,17 @@ def find_cache_damage(folder: Path, *, every_byte: bool = False) -> str | None:
 def check_quarantine(num_skipped: int, num_images: int, max_bad_fraction: float | None, listing: Path) -> None:
     """Raise a UserError that names the first few unreadable images if there are too many."""
     total = num_skipped + num_images
-    if max_bad_fraction is None or num_skipped <= max_bad_fraction * total:
+    if not num_skipped or (num_images and (max_bad_fraction is None or num_skipped <= max_bad_fraction * total)):
         return
-    unreadable = [f"{entry['name']} ({entry['reason']})" for entry in read_quarantine(listing)[:6]]
-    rule = f"must be at least {math.ceil(100 * num_skipped / total) / 100} to skip the {num_skipped} of {total} images"
-    message = f"{rule} that cannot be read: {shorten(unreadable)}. The full list is in {listing}"
-    raise InputError("max_bad_fraction", max_bad_fraction, message)
+    unreadable = shorten([f"{entry['name']} ({entry['reason']})" for entry in read_quarantine(listing)[:6]])
+    if not num_images:
+        raise UserError(
+            f"None of the {count(total, 'image')} can be read: {unreadable}. The full list is in {listing}."
+        )
+    digits = 2 if num_skipped <= 0.99 * total else 6  # the limit must be below 1
+    limit = math.ceil(10**digits * num_skipped / total) / 10**digits
+    rule = f"must be at least {limit} to skip the {num_skipped} of {total} images that cannot be read: {unreadable}"
+    raise InputError("max_bad_fraction", max_bad_fraction, f"{rule}. The full list is in {listing}")
 
 
 def quarantine_file(folder: Path) -> Path:

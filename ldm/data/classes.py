@@ -3,6 +3,8 @@
 import re
 from collections.abc import Iterator, Sequence
 
+NO_CLASSES = "no classes"
+"""Start of the note on why the folders of a data set are not classes."""
 Labels = list[int | None]
 
 

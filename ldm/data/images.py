@@ -27,7 +27,7 @@ from ldm.data.cache import (
     read_quarantine,
     shorten,
 )
-from ldm.data.classes import older_numberings
+from ldm.data.classes import NO_CLASSES, older_numberings
 from ldm.data.pixels import MAX_PIXELS, BitDepth, Resize
 from ldm.data.prepare import fill_cache
 from ldm.data.sources.base import Record, Source
@@ -151,7 +151,7 @@ class ImageData:
 
     def require_captions(self) -> list[str]:
         """Return the first caption of every image. Raise a UserError if any captions are missing."""
-        remedy = "Add the missing captions as described in conf/data/image_folder.yaml"
+        remedy = "Add the missing captions to the caption files or to the caption column"
         return _all_present(self, "text", "captions", self.captions, remedy)
 
     def captions_of(self, index: int) -> list[str]:
@@ -162,6 +162,10 @@ class ImageData:
     def require_labels(self) -> list[int]:
         """Return the class label of every image. Raise a UserError if any labels are missing."""
         remedy = "Sort the images into one folder per class, or select the dataset column that contains the labels"
+        notes = self.preparation.get("notes", [])
+        if self.labels is None and (reason := next((note for note in notes if note.startswith(NO_CLASSES)), None)):
+            rule = f"needs at least two class folders that contain all images, but there are {reason}"
+            raise InputError("conditioning", "class", rule)
         return _all_present(self, "class", "class labels", self.labels, remedy)
 
 

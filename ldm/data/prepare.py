@@ -27,8 +27,6 @@ from ldm.data.cache import (
     check_quarantine,
     find_cache_damage,
     fingerprint,
-    read_quarantine,
-    shorten,
     write_index,
 )
 from ldm.data.classes import number_classes
@@ -83,11 +81,6 @@ def fill_cache(
                     shutil.copyfile(scratch / QUARANTINE_FILE, full_list)
                     check_quarantine(index["num_skipped"], len(index["names"]), max_bad_fraction, full_list)
                     full_list.unlink()
-                if index["num_skipped"] and not index["names"]:
-                    bad = [
-                        f"{entry['name']} ({entry['reason']})" for entry in read_quarantine(scratch / QUARANTINE_FILE)
-                    ]
-                    raise UserError(f"No image of {source.name} can be read: {shorten(bad)}")
                 if not index["names"]:
                     raise UserError(f"{source.name} contains no images: {json.dumps(source.identity())}")
                 index["labels"], index["class_names"] = number_classes(index["labels"], source.class_names)

@@ -13,7 +13,7 @@ from ldm.files.untrusted import check_fields, first_line, read_json
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 VARIANTS = ("fp16", "bf16", "non_ema")
 """Variants of the weights that are loaded, in float32, if there are no default weights."""
-INDEX = f"{WEIGHTS}.index.json"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 MAX_LIST_LENGTH = 10_000
 """Maximum length of a list in a model's config.json. The longest legitimate lists are per-channel statistics."""
 REMEDY = "Restore the original files, as written by training."
@@ -75,24 +75,29 @@ def _check_config(config: dict[str, Any], num_tensors: int, file: Path) -> None:
 
 
 def _weight_files(folder: Path) -> tuple[list[Path], str | None]:
-    """Return the files with the weights, and their variant in diffusers' sense, or None for the default."""
-    index, single = folder / INDEX, folder / WEIGHTS
-    if index.is_file():
-        content = read_json(index)
-        check_fields(content, {"weight_map": dict, "metadata": dict}, index)
-        names = sorted({str(name) for name in content["weight_map"].values()})
-        for name in names:
-            if Path(name).name != name or not name.endswith(".safetensors") or not (folder / name).is_file():
-                rule = "which is not a safetensors file in that folder"
-                raise UserError(f"{index} lists {name[:80]!r}, {rule}. {REMEDY}")
-        return [folder / name for name in names], None
-    if not single.is_file():
-        for variant in VARIANTS:
-            if (file := folder / variant_name(variant)).is_file():
-                return [file], variant
-        warning = "Pickled weights (.bin, .pt, .ckpt) can run arbitrary code and are never loaded."
-        raise UserError(f"{folder} has no {WEIGHTS}. {warning} Convert weights that you trust to safetensors.")
-    return [single], None
+    """Return the files with the weights, and the variant that they belong to, or None for the default weights."""
+    for variant in (None, *VARIANTS):
+        single = WEIGHTS if variant is None else variant_name(variant)
+        for index in (f"{single}.index.json", f"{WEIGHTS}.index.{variant}.json"):  # depends on the version of diffusers
+            if (folder / index).is_file():
+                return _shards(folder / index), variant
+        if (folder / single).is_file():
+            return [folder / single], variant
+    pickles = sorted(path.name for suffix in PICKLE_SUFFIXES for path in folder.glob(f"*{suffix}"))
+    warning = f" Pickles such as {pickles[0]} can run arbitrary code and are never loaded." if pickles else ""
+    raise UserError(f"{folder} has no {WEIGHTS}.{warning} Convert weights that you trust to safetensors.")
+
+
+def _shards(index: Path) -> list[Path]:
+    """Return the files that an index of sharded weights lists."""
+    content = read_json(index)
+    check_fields(content, {"weight_map": dict, "metadata": dict}, index)
+    names = sorted({str(name) for name in content["weight_map"].values()})
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors") or not (index.parent / name).is_file():
+            rule = "which is not a safetensors file in that folder"
+            raise UserError(f"{index} lists {name[:80]!r}, {rule}. {REMEDY}")
+    return [index.parent / name for name in names]
 
 
 def _count_weights(files: list[Path]) -> tuple[int, int]:
@@ -103,7 +108,17 @@ def _count_weights(files: list[Path]) -> tuple[int, int]:
             with safe_open(file, framework="pt") as reader:
                 shapes = [reader.get_slice(name).get_shape() for name in reader.keys()]  # noqa: SIM118
         except (SafetensorError, OSError, ValueError) as error:
+            if _starts_with(file, b"version https://git-lfs"):
+                raise UserError(f"{file} is a Git LFS pointer. Download the weights with `git lfs pull`.") from error
             raise UserError(f"{file} is not a valid safetensors file ({first_line(error)}). {REMEDY}") from error
         num_tensors += len(shapes)
         num_values += sum(math.prod(shape) for shape in shapes)
     return num_tensors, num_values
+
+
+def _starts_with(file: Path, prefix: bytes) -> bool:
+    try:
+        with file.open("rb") as content:
+            return content.read(len(prefix)) == prefix
+    except OSError:
+        return False

@@ -5,7 +5,7 @@ A condition is a dict of batch-first tensors that are passed to the network as k
 Each kind has a null condition, used for condition dropout in training and for classifier-free guidance.
 """
 
-import itertools
+import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ from ldm.data.images import ImageData
 from ldm.diffusion.denoiser import Condition
 from ldm.errors import InputError, UserError
 from ldm.files.untrusted import check_fields
-from ldm.networks.text_encoder import TextEncoder, count_truncated
+from ldm.networks.text_encoder import TextEncoder
 from ldm.rules import Count
 
 NamedCondition = tuple[Condition, list[str | None]]
@@ -28,6 +28,9 @@ NamedCondition = tuple[Condition, list[str | None]]
 
 Prompts = Sequence[str] | None
 Classes = Sequence[int | str] | None
+
+MAX_CHOICES = 50
+"""Models with more classes do not list all of them in an error."""
 
 Lookup = Callable[[np.ndarray, np.ndarray | None], Condition]
 """(image indices, draws) -> condition. A uniform draw from [0, 1) per image selects one of its captions."""
@@ -76,10 +79,6 @@ class Conditioning(ABC):
     @abstractmethod
     def lookup(self, images: ImageData, embed: Callable[..., Any]) -> Lookup:
         """Return a function that looks up conditions for training; `embed` is `ldm.latents.captions.open_captions`."""
-
-    def count_truncated(self, images: ImageData) -> dict[str, int] | None:
-        """Return `truncated` captions, the `longest` in tokens, and `max_tokens`; None without text."""
-        return None
 
     def examples(self, images: ImageData, prompts: Sequence[str]) -> NamedCondition:
         """Build the condition for the sample grid. With text, use the prompts or the first validation captions."""
@@ -155,12 +154,16 @@ class ClassCondition(Conditioning):
 
     def _labels(self, classes: Sequence[int | str]) -> list[int]:
         """Return the labels of classes. A number is a class of that name if there is one, else a label."""
-        label_of: dict[int | str, int] = {label: label for label in range(len(self.class_names))}
+        label_of = {str(label): label for label in range(len(self.class_names))}
         label_of |= {name: label for label, name in reversed([*enumerate(self.class_names)])}
-        items = [str(item) if str(item) in label_of else item for item in classes]
-        if unknown := [str(item) for item in dict.fromkeys(items) if item not in label_of]:
-            choices = ", ".join(name if name == str(i) else f"{i}={name}" for i, name in enumerate(self.class_names))
-            raise InputError("label", ", ".join(unknown), f"is not a class of this model. Its classes are: {choices}")
+        items = [str(item) for item in classes]
+        if unknown := [item for item in dict.fromkeys(items) if item not in label_of]:
+            choices = [name if name == str(label) else f"{label}={name}" for label, name in enumerate(self.class_names)]
+            if len(choices) > MAX_CHOICES:
+                similar = difflib.get_close_matches(unknown[0], self.class_names, cutoff=0.3) or self.class_names[:3]
+                choices = [f"{len(choices)} classes, such as {', '.join(similar)}"]
+            rule = f"is not a class of this model. Its classes are: {', '.join(choices)}"
+            raise InputError("label", ", ".join(unknown), rule)
         return [label_of[item] for item in items]
 
 
@@ -197,11 +200,6 @@ class TextCondition(Conditioning):
     def for_images(self, images: ImageData, indices: np.ndarray) -> NamedCondition:
         captions = images.require_captions()
         return self.for_request([captions[i] for i in indices])
-
-    def count_truncated(self, images: ImageData) -> dict[str, int] | None:
-        texts = itertools.chain.from_iterable(images.captions_of(i) for i in range(len(images)))
-        max_tokens = self.encoder.max_tokens
-        return count_truncated(self.encoder.tokenizer, texts, max_tokens) | {"max_tokens": max_tokens}
 
     def lookup(self, images: ImageData, embed: Callable[..., Any]) -> Lookup:
         images.require_captions()

@@ -3,9 +3,8 @@
 import hashlib
 import importlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -98,15 +97,6 @@ def load_tokenizer(name: str) -> Any:
     source = _locate(name)
     with _explain_load_errors(name):
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-
-
-def count_truncated(tokenizer: Any, captions: Iterable[str], max_tokens: int) -> dict[str, int]:
-    """Return the number of captions longer than `max_tokens`, and the number of tokens of the longest caption."""
-    lengths = [0]
-    remaining = map(replace_surrogates, captions)
-    while texts := list(islice(remaining, 1024)):
-        lengths += map(len, tokenizer(texts, truncation=False, verbose=False)["input_ids"])
-    return {"truncated": sum(length > max_tokens for length in lengths), "longest": max(lengths)}
 
 
 @contextmanager

@@ -75,7 +75,10 @@ def load_autoencoder(source: str) -> Autoencoder:
         if (candidate / "config.json").is_file():
             return Autoencoder.load(candidate)
     if folder.exists():
-        raise UserError(f"{source} is neither a run folder nor a diffusers folder: it has no config.json.")
+        raise UserError(
+            f"{source} is neither a run folder nor a diffusers folder: it has no config.json. Convert a single file of "
+            "weights with diffusers: AutoencoderKL.from_single_file(FILE).save_pretrained(FOLDER)"
+        )
     return _load_from_hub(source)
 
 

@@ -16,6 +16,7 @@ from ldm.data.accounting import account_for, accounting_rows
 from ldm.data.images import ImageData
 from ldm.errors import UserError
 from ldm.files.atomic import clear_partials
+from ldm.networks.text_encoder import load_tokenizer
 from ldm.runs.disk import require_disk_space
 from ldm.runs.lock import run_lock
 from ldm.runs.replacement import Replacement
@@ -63,6 +64,7 @@ class Session:
     """
 
     run: Run
+    accounting: dict[str, Any]
     loggers: Loggers
 
     def __init__(self, config: DictConfig) -> None:
@@ -110,10 +112,17 @@ class Session:
         expected = self.resume_plan.source_facts.get("data_fingerprint")
         if images.fingerprint != expected:
             images = ImageData.open(images.path, images.val_fraction, expected)
+        self.accounting = self._account_for(images)
         if self.main_process:
-            print_table(f"data {images.name}", accounting_rows(account_for(images)))
+            print_table(f"data {images.name}", accounting_rows(self.accounting))
         check_batch(self.config, len(images.train_indices))
         return images
+
+    def _account_for(self, images: ImageData) -> dict[str, Any]:
+        conditioning = self.config.conditioning
+        if self.resume_plan.stage == "vae" or "encoder" not in conditioning:
+            return account_for(images)
+        return account_for(images, load_tokenizer(conditioning.encoder), conditioning.max_tokens)
 
     def _stage_builder(self) -> Any:
         """Return a partial of the stage's class. A resumed run keeps its autoencoder even if there is a newer run."""
@@ -185,7 +194,7 @@ class Session:
             "data": images.name,
             "data_fingerprint": images.fingerprint,
             "images_fingerprint": images.images_fingerprint,
-            "accounting": account_for(images),
+            "accounting": self.accounting,
             "data_cache": str(images.path.resolve()),
             "val_fraction": images.val_fraction,
             **({"branch": branch} if (branch := resume_plan.branch) else {}),

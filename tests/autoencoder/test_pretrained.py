@@ -129,8 +129,24 @@ def test_variant_weights_are_loaded_if_there_are_no_others(tmp_path):
     loaded = load_autoencoder(str(tmp_path)).model
     assert loaded.dtype == torch.float32
     assert all(torch.equal(value, model.state_dict()[name].float()) for name, value in loaded.state_dict().items())
-    (tmp_path / "diffusion_pytorch_model.fp16.safetensors").rename(tmp_path / "diffusion_pytorch_model.odd.safetensors")
-    with pytest.raises(UserError, match="has no diffusion_pytorch_model.safetensors"):
+    for path in tmp_path.glob("*.safetensors"):
+        path.unlink()
+    model.save_pretrained(tmp_path, variant="fp16", max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    sharded = load_autoencoder(str(tmp_path)).model
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in sharded.state_dict().items())
+
+
+def test_weights_that_cannot_be_loaded_are_explained(tmp_path):
+    AutoencoderKL(**SMALL_MODEL).save_pretrained(tmp_path)
+    weights = tmp_path / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(UserError, match="no config.json.*from_single_file"):
+        load_autoencoder(str(weights))
+    weights.write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError, match="Git LFS pointer.*git lfs pull"):
+        load_autoencoder(str(tmp_path))
+    weights.rename(tmp_path / "diffusion_pytorch_model.bin")
+    with pytest.raises(UserError, match="diffusion_pytorch_model.bin can run arbitrary code.*safetensors"):
         load_autoencoder(str(tmp_path))
 
 

@@ -165,7 +165,7 @@ def test_free_text_keys_exist():
     existing_keys = set()
     with initialize_config_dir(str(bundled_folder("conf")), version_base="1.3"):
         for name in ("train", "sample", "encode", "decode", "forward", "evaluate", "likelihood", "latents"):
-            config = compose(name, ["data=image_folder", "autoencoder=pretrained"] if name == "train" else [])
+            config = compose(name, ["data=huggingface", "autoencoder=pretrained"] if name == "train" else [])
             existing_keys |= {key for key in FREE_TEXT if key.rpartition(".")[2] in _parent(config, key)}
     assert existing_keys == set(FREE_TEXT)
 
@@ -308,3 +308,21 @@ def test_keyboard_interrupt_exits_without_traceback(run_task):
 def test_unknown_command_suggests_existing_commands(call, name, hint):
     result = call(command.main, name, "run=x")
     assert result.code == 2 and result.err.startswith(f"error: ldm {name} is not a command. ") and hint in result.err
+
+
+@pytest.mark.parametrize(
+    ("value", "classes"),
+    [
+        ("1_1", "1_1"),
+        ("true", "true"),
+        ("3", "3"),
+        ("siamese cat", "siamese cat"),
+        ("a=b", "a=b"),
+        ('"été"', "été"),
+        ("[1_1,true,Ankle boot]", ["1_1", "true", "Ankle boot"]),
+        ("null", None),
+    ],
+)
+def test_label_is_read_as_class_names(value, classes):
+    (argument,) = quote_text_values([f"label={value}"])
+    assert OverridesParser.create().parse_override(argument).value() == classes

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from ldm.data.accounting import account_for, accounting_rows
-from ldm.data.cache import describe_change
+from ldm.data.cache import check_quarantine, describe_change
 from ldm.data.images import prepare
 from ldm.data.sources.image_folder import ImageFolder
 from ldm.errors import UserError
@@ -73,6 +73,21 @@ def test_every_file_is_accounted_for(folder, tmp_path):
     ) in rows
 
 
+class WordTokenizer:
+    """Splits captions into words, between two special tokens."""
+
+    def __call__(self, texts, **options):
+        return {"input_ids": [[0, *text.split(), 1] for text in texts]}
+
+
+def test_truncated_captions_are_counted(folder, tmp_path):
+    images = prepare_quietly(folder, tmp_path / "cache", max_bad_fraction=0.5)
+    captions = account_for(images, WordTokenizer(), max_tokens=3)["captions"]
+    assert (captions["truncated"], captions["longest"], captions["max_tokens"]) == (11, 4, 3)
+    rows = dict(accounting_rows(account_for(images, WordTokenizer(), max_tokens=4)))
+    assert rows["truncated"] == "none at max_tokens=4; the longest has 4 tokens"
+
+
 def test_many_classes_are_summarised(tmp_path):
     for i in range(30):
         for k in range(1 + i):
@@ -103,8 +118,47 @@ def test_single_image_can_be_prepared_without_a_validation_split(tmp_path):
     images = prepare_quietly(tmp_path / "one", tmp_path / "cache", val_fraction=None)
     assert images.train_indices.tolist() == [0] and images.val_indices.tolist() == []
     (tmp_path / "one" / "a.png").write_bytes(b"?")
-    with pytest.raises(UserError, match=r"No image of one can be read: a\.png \(not an image"):
-        prepare_quietly(tmp_path / "one", tmp_path / "cache", val_fraction=None, max_bad_fraction=None)
+    for options in ({"val_fraction": None, "max_bad_fraction": None}, {"max_bad_fraction": 0.5}):
+        with pytest.raises(UserError, match=r"None of the 1 image can be read: a\.png \(not an image"):
+            prepare_quietly(tmp_path / "one", tmp_path / "cache", **options)
+
+
+def test_suggested_max_bad_fraction_is_valid(tmp_path):
+    with pytest.raises(UserError, match=r"max_bad_fraction=0.01 must be at least 0.15 to skip the 1 of 7"):
+        check_quarantine(1, 6, 0.01, write_quarantine(tmp_path))
+    with pytest.raises(UserError, match=r"must be at least 0\.995 to skip"):
+        check_quarantine(995, 5, 0.01, write_quarantine(tmp_path))
+
+
+def write_quarantine(folder: Path) -> Path:
+    (folder / "quarantine.jsonl").write_text('{"name": "a.png", "reason": "damaged", "error": "ValueError"}\n')
+    return folder / "quarantine.jsonl"
+
+
+def test_classes_without_training_images_are_reported(tmp_path):
+    for i in range(40):
+        save(tmp_path / "set" / str(i) / "0.png", Image.new("RGB", (8, 8), (i, 0, 0)))
+    images = prepare_quietly(tmp_path / "set", tmp_path / "cache", val_fraction=0.3)
+    held_out = sorted(images.names[i].split("/")[0] for i in images.val_indices)
+    (note,) = account_for(images)["notes"]
+    assert note.startswith(f"{len(held_out)} classes have no training image") and len(held_out) > 1
+    assert set(note.split(": ")[1].removesuffix(", ...").split(", ")) <= set(held_out)
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        (("cat/1.png", "dog/1.png", "preview.png"), "1 image is in none of the class folders: preview.png"),
+        (("cat/1.png", "cat/2.png"), "all images are in one folder, cat/"),
+    ],
+)
+def test_folders_that_are_not_classes_are_explained(tmp_path, names, reason):
+    for i, name in enumerate(names):
+        save(tmp_path / "set" / name, Image.new("RGB", (8, 8), (i, 0, 0)))
+    images = prepare_quietly(tmp_path / "set", tmp_path / "cache")
+    assert account_for(images)["notes"] == [f"no classes: {reason}"]
+    with pytest.raises(UserError, match=f"conditioning=class .*no classes: {reason}"):
+        images.require_labels()
 
 
 def test_changes_between_two_preparations_are_described(tmp_path):

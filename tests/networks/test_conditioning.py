@@ -8,7 +8,6 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from ldm.errors import UserError
 from ldm.networks.conditioning import ClassCondition, NoCondition, TextCondition, drop, restore_conditioning
-from ldm.networks.text_encoder import count_truncated
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "blue", "heart", "square", "very", "big", ",", "(", ")"]
@@ -128,6 +127,14 @@ def test_class_is_selected_by_name_before_number():
     assert unsorted.for_request(classes=[2])[1] == ["2"] and unsorted.for_request(num_samples=3)[1] == ["0", "10", "2"]
     with pytest.raises(UserError, match="label=tiger, 9 .*0=3, 1=7, 2=1000, 3=siamese cat"):
         classes.for_request(classes=["tiger", 9, "3"])
+    assert classes.for_request(classes=["0"])[1] == ["3"], "the command line passes numbers as text"
+
+
+def test_error_for_one_of_many_classes_lists_similar_names():
+    classes = ClassCondition([f"class {i}" for i in range(3000)])
+    with pytest.raises(UserError, match="label=clas 17 .*3000 classes, such as .*class 17") as error:
+        classes.for_request(classes=["clas 17"])
+    assert len(str(error.value)) < 200
 
 
 @pytest.mark.parametrize(("max_tokens", "is_valid"), [(2, False), (3, True), (512, True), (513, False)])
@@ -138,12 +145,6 @@ def test_max_tokens_must_fit_the_text_encoder(folder, max_tokens, is_valid):
         return
     with pytest.raises(UserError, match=f"max_tokens={max_tokens} must be between 3 and 512"):
         TextCondition(str(folder), max_tokens)
-
-
-def test_truncated_captions_are_counted(text):
-    captions = ["red heart", "very " * 6, "very " * 7, "very " * 20]
-    assert count_truncated(text.encoder.tokenizer, captions, 8) == {"truncated": 2, "longest": 22}
-    assert count_truncated(text.encoder.tokenizer, [], 8) == {"truncated": 0, "longest": 0}
 
 
 @pytest.mark.parametrize("kind", ["none", "class", "text"])

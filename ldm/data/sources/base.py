@@ -76,8 +76,8 @@ def optional_module(name: str, extra: str) -> ModuleType:
 
 
 def folder_name(text: str) -> str:
-    """Convert a path or hub id to a portable file name component: `user/set` becomes `user-set`."""
-    return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-.") or "images"
+    """Convert a path or hub id to a portable file name of at most 100 characters: `user/set` becomes `user-set`."""
+    return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-.")[:100] or "images"
 
 
 def files_digest(root: Path, files: Iterable[Path]) -> str:

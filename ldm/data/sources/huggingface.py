@@ -121,8 +121,13 @@ class HuggingFace:
         path, options = str(local) if local.exists() else self.path, {"name": self.config, "revision": self.revision}
         if local.is_dir():
             self._refuse_excluded(local)
-        elif local.suffix == ".parquet":
+        elif local.suffix.lower() == ".parquet":
             path, options = "parquet", {"data_files": str(local)}
+        elif local.exists():
+            raise UserError(
+                f"data.path={self.path} is a file, but only .parquet files can be read directly. Use the folder that "
+                f"contains it: data.path={local.parent}"
+            )
         return self._select_split(datasets.load_dataset(path, streaming=self.streaming, **options))
 
     def _select_split(self, splits: Mapping[str, Any]) -> Any:
@@ -193,8 +198,8 @@ class HuggingFace:
             raise InputError("image_column", self.image_column, rule) from error
 
     def _caption(self, value: Any) -> str | None:
-        """Return a caption, or None if it is missing (null or "")."""
-        if value is None or value == "":
+        """Return a caption, or None if it is missing (null or blank)."""
+        if value is None or (isinstance(value, str) and not value.strip()):
             return None
         if not isinstance(value, str):
             rule = f"must be a column of strings, but contains {value!r}. Choose a different column, or null"

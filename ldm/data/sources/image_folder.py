@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ldm.data.classes import natural_key
+from ldm.data.cache import count, shorten
+from ldm.data.classes import NO_CLASSES, natural_key
 from ldm.data.excluded import FolderFilter, is_system_name
 from ldm.data.pixels import IMAGE_SUFFIXES
 from ldm.data.sources.base import Record, files_digest, folder_name
@@ -117,7 +118,16 @@ class ImageFolder:
             self._notes.append(f"{splits} are splits, not classes: images of all of them are used, and split anew")
         classes = {name: folders[level] for name, folders in parts.items() if len(folders) > level + 1}
         names = sorted(set(classes.values()), key=natural_key)
-        return (classes, names) if len(names) > 1 and len(classes) == len(parts) else ({}, None)
+        if len(names) > 1 and len(classes) == len(parts):
+            return classes, names
+        if loose := [name for name in parts if name not in classes] if names else []:
+            where = "is in none" if len(loose) == 1 else "are in none"
+            self._notes.append(
+                f"{NO_CLASSES}: {count(len(loose), 'image')} {where} of the class folders: {shorten(loose)}"
+            )
+        elif names:
+            self._notes.append(f"{NO_CLASSES}: all images are in one folder, {names[0]}/")
+        return {}, None
 
     def _visible_files(self) -> dict[str, Path]:
         """Map the relative names of all image, text and metadata files to their paths, sorted by name."""

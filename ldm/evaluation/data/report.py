@@ -26,7 +26,6 @@ from ldm.metrics import duplicates as metrics
 from ldm.metrics.kernel import vendi_score
 from ldm.metrics.neighbours import density_coverage, expected_coverage, nearest_distances
 from ldm.metrics.report import Report
-from ldm.networks.text_encoder import count_truncated
 from ldm.progress import track
 from ldm.rules import Count, Integer, Number, Seed, checked
 from ldm.runtime.random import numpy_generator
@@ -65,7 +64,6 @@ def inspect_data(
     network = None if features == NO_FEATURES else load_features(features).to(device)
     started = time.perf_counter()
     attributes = ("name", "fingerprint", "licence", "resolution", "num_bytes", "val_fraction")
-    accounts = account_for(images)
     content: dict[str, Any] = {
         **{key: getattr(images, key) for key in attributes},
         "cache": str(images.path),
@@ -74,7 +72,7 @@ def inspect_data(
         "num_val": len(images.val_indices),
         "unreadable": images.quarantine(),
         "colour_profiles": images.describe_profiles() or "none",
-        "accounting": accounts,
+        "accounting": account_for(images, tokenizer, max_tokens),
     }
     duplicates, pairs = _find_duplicates(images, max_bits, max_levels)
     content |= duplicates
@@ -85,10 +83,6 @@ def inspect_data(
         for i in range(len(images)):
             texts += images.captions_of(i) or [None]
         content["captions"] = caption_statistics(texts)
-        if tokenizer is not None:
-            accounts["captions"] |= count_truncated(tokenizer, filter(None, texts), max_tokens) | {
-                "max_tokens": max_tokens
-            }
     if network is not None:
         diversity = _measure_diversity(images, reference_features(network, features, images), seed)
         content["features"] = {"network": features, **diversity}

@@ -33,10 +33,10 @@ class ProgressBar(Callback):
         self._last_shown = self._window_start = time.perf_counter()
         self._window_step = trainer.global_step
         if sys.stderr.isatty():
-            columns = "step {task.fields[step]}  loss {task.fields[loss]}  {task.fields[rate]} images/s"
+            columns = "step {task.fields[step]}  loss {task.fields[loss]}  {task.fields[rate]}"
             self._bar = progress(TextColumn(columns), transient=False)
             self._bar.start()
-            self._bar.add_task(self.title, total=1.0, step=0, loss="-", rate="-")
+            self._bar.add_task(self.title, total=1.0, step=0, loss="-", rate="")
 
     def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step, now = trainer.global_step, time.perf_counter()
@@ -64,13 +64,14 @@ class ProgressBar(Callback):
 
     def _show(self, step: int, loss: float) -> None:
         fraction = self.budget.progress(step)
+        rate = "" if math.isnan(self.images_per_s) else f"{self.images_per_s:.0f} images/s"  # unknown at first
         if self._bar:
-            rate = f"{self.images_per_s:.0f}"
             self._bar.update(self._bar.task_ids[0], completed=fraction, step=step, loss=f"{loss:.4f}", rate=rate)
         else:
             minutes, seconds = divmod(round(self.budget.elapsed_s * (1 - fraction) / max(fraction, 1e-9)), 60)
             status = f"{fraction:4.0%}, {minutes}:{seconds:02d} left"
-            print(f"{self.title}: {status}, step {step}, loss {loss:.4f}, {self.images_per_s:.0f} images/s", flush=True)
+            fields = [status, f"step {step}", f"loss {loss:.4f}", *([rate] if rate else [])]
+            print(f"{self.title}: {', '.join(fields)}", flush=True)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         self._stop()

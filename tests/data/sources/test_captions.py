@@ -85,6 +85,13 @@ def test_nearest_metadata_file_wins_and_disagreements_are_named(tmp_path):
         assert part in note
 
 
+def test_utf_16_without_a_byte_order_mark_is_rejected(tmp_path):
+    save(tmp_path, "a.png", "b.png")
+    (tmp_path / "a.txt").write_bytes("a cat".encode("utf-16-le"))
+    with pytest.raises(ValueError, match=r"a\.txt contains null characters.*UTF-8"):
+        read(tmp_path)
+
+
 def test_captions_of_linked_folders_are_read_but_not_other_links(tmp_path):
     save(tmp_path / "elsewhere", "1.png")
     (tmp_path / "elsewhere" / "1.txt").write_text("linked")

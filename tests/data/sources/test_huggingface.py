@@ -128,6 +128,21 @@ def test_named_classes_mark_missing_labels_with_minus_one(tmp_path):
     assert [record.label for record in source.records()] == [0, 1, None] * 2 and source.class_names == ["cat", "dog"]
 
 
+def test_blank_captions_are_missing(tmp_path):
+    dataset(text=["a cat", "  ", "", None, "\n", "dog "]).save_to_disk(tmp_path / "saved")
+    captions = [record.caption for record in HuggingFace(str(tmp_path / "saved")).records()]
+    assert captions == ["a cat", None, None, None, None, "dog "]
+
+
+def test_single_files_must_be_parquet(tmp_path, parquet):
+    upper = tmp_path / "UP.PARQUET"
+    upper.write_bytes((parquet / "train.parquet").read_bytes())
+    assert HuggingFace(str(upper)).num_records == 6
+    (tmp_path / "0.tar").touch()
+    with pytest.raises(UserError, match=rf"0\.tar is a file.*\.parquet.*data\.path={tmp_path}"):
+        list(HuggingFace(str(tmp_path / "0.tar")).records())
+
+
 def test_empty_label_and_column_of_image_lists_are_rejected(tmp_path):
     dataset(label=["dog", "cat", ""] * 2).save_to_disk(tmp_path / "saved")
     with pytest.raises(UserError, match="label_column=label .*empty string in row 2"):
