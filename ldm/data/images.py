@@ -140,11 +140,6 @@ class ImageData:
         conditions = {"text": self.captions, "class": self.labels}
         return next((kind for kind, values in conditions.items() if values is not None and None not in values), "none")
 
-    def describe_profiles(self) -> str:
-        """Summarise the converted and unreadable colour profiles in one line, or return "" if there are none."""
-        parts = {"converted": "converted to sRGB", "unreadable": "unreadable, treated as sRGB"}
-        return ", ".join(f"{self.profiles[kind]} {text}" for kind, text in parts.items() if kind in self.profiles)
-
     def quarantine(self) -> list[dict[str, str]]:
         """Return the name, reason and error class of each image that was skipped because it could not be read."""
         return read_quarantine(quarantine_file(self.path))

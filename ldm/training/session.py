@@ -110,7 +110,7 @@ class Session:
             check_stage(self.config, self._stage_builder())
             images = prepare_images(self.config.data)
         expected = self.resume_plan.source_facts.get("data_fingerprint")
-        if images.fingerprint != expected:
+        if expected not in (None, images.fingerprint):
             images = ImageData.open(images.path, images.val_fraction, expected)
         self.accounting = self._account_for(images)
         if self.main_process:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
+from ldm.data.accounting import account_for
 from ldm.data.images import (
     Record,
     default_cache_dir,
@@ -171,13 +172,13 @@ def test_fingerprint_is_stable_across_versions(tmp_path, monkeypatch):
     Image.new("RGB", (8, 8), (180, 0, 20)).save(folder / "0.png", icc_profile=xyz_profile)
     unreadable = prepare_quietly(ImageFolder(folder, caption_column=None), tmp_path / "c")
     assert unreadable.profiles == {"unreadable": 1}
-    assert unreadable.describe_profiles() == "1 unreadable, treated as sRGB"
+    assert account_for(unreadable)["converted"] == {"unreadable colour profile, treated as sRGB": 1}
     hashes = json.loads((unreadable.path / "index.json").read_text())["hashes"]
     without_captions = {"captions": None, "labels": None, "transform": index["transform"]}
     assert unreadable.fingerprint == digest({**without_captions, "hashes": hashes}) != uncaptioned.fingerprint
     monkeypatch.setattr("ldm.data.pixels.to_srgb", lambda image, profile: (image, "converted"))
     converted = prepare_quietly(ImageFolder(folder, caption_column=None), tmp_path / "other")
-    assert converted.describe_profiles() == "3 converted to sRGB"
+    assert account_for(converted)["converted"] == {"colour profile": 3}
     assert converted.fingerprint == digest({**without_captions, "hashes": hashes, "colours": "sRGB"})
 
 

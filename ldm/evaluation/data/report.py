@@ -71,7 +71,6 @@ def inspect_data(
         "num_train": len(images.train_indices),
         "num_val": len(images.val_indices),
         "unreadable": images.quarantine(),
-        "colour_profiles": images.describe_profiles() or "none",
         "accounting": account_for(images, tokenizer, max_tokens),
     }
     duplicates, pairs = _find_duplicates(images, max_bits, max_levels)
