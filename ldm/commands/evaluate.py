@@ -33,7 +33,7 @@ def evaluate_autoencoder(config: DictConfig, run: Any) -> dict[str, Any]:
     report.print()
     print(f"worst reconstructions: {files[1]}")
     if run.metrics_file.is_file():
-        curves = [(f"Training of {run.path}", read_curves(run.metrics_file))]
+        curves = [(f"Training curves of {run.path}", read_curves(run.metrics_file))]
         if (figure := plot_curves(STAGE_1_CURVES, curves)) is not None:
             figure.savefig(run.path / "training.png", dpi=130)
             print(f"training curves: {run.path / 'training.png'}")

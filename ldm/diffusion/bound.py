@@ -119,7 +119,7 @@ def variational_bound(
         on_batch: called after each batch.
 
     Raises:
-        ValueError: unless there is one generator per image and `steps` is valid; as raised by `log_variance`.
+        ValueError: unless there is one generator per image and `steps` is valid; also if `log_variance` raises it.
         NotFiniteError: if z_0 or a term is not finite, naming the image and t.
     """
     z_0, schedule = at_least_float32(z_0), denoiser.schedule

@@ -46,7 +46,7 @@ def bound_term(
     Source: Ho et al. 2020, arXiv:2006.11239, eqs. 5 to 7.
 
     Raises:
-        ValueError: as raised by `log_variance`.
+        ValueError: if `log_variance` raises it.
     """
     v, squared_error = None, (at_least_float32(z_0) - at_least_float32(prediction.z_0)).square().flatten(1)
     if variance != "learned_range":

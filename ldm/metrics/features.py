@@ -61,7 +61,7 @@ def _resize(images: Tensor, size: int) -> Tensor:
 
 
 def _normalise(images: Tensor) -> Tensor:
-    """Map images in [-1, 1] to (x - 127) / 128, where x are 8-bit values, as in the training of the network."""
+    """Map images in [-1, 1] to (x - 127) / 128, where x is the 8-bit value, as when the network was trained."""
     return ((images + 1) * 127.5 - 127) / 128
 
 

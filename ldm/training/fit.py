@@ -1,4 +1,4 @@
-"""A fit is a trainer with its callbacks and data loaders. After each roll-back, a run continues with a new fit."""
+"""A fit is a trainer with its callbacks and data loaders. After each rollback, a run continues with a new fit."""
 
 import logging
 import warnings
@@ -186,7 +186,7 @@ class Fit:
         stage.module.step_offset = load_step_offset(None if resume_from is None else resume_from.path)
         if (guard := self.guard) is not None:
             guard.tallies["offset"] = stage.module.step_offset  # the checkpoint may have been saved without a guard
-            self.checkpoints.should_withhold = lambda: guard.skipped_last_step
+            self.checkpoints.is_unsafe_for_rollback = lambda: guard.skipped_last_step
         stage.module.log_every, stage.module.progress = options["log_every_n_steps"], self.budget.progress
         self.trainer = make_trainer(
             options,
@@ -202,8 +202,8 @@ class Fit:
         self.spec = replace(self.spec, loggers=loggers)
         self.trainer.loggers = list(loggers)
 
-    def run_to_end(self, make_stage: Callable[[], Stage]) -> "Fit":
-        """Run this fit and, after each roll-back, a new fit. Return the last fit.
+    def run_to_completion(self, make_stage: Callable[[], Stage]) -> "Fit":
+        """Run this fit and, after each rollback, a new fit. Return the last fit.
 
         If the stage has nothing to train, return this fit immediately.
 

@@ -53,7 +53,7 @@ def train_stage(config: DictConfig) -> None:
         stage = session.build_stage(images)
         fit = session.build_fit(stage)
         session.begin(fit)
-        session.finish(fit.run_to_end(lambda: session.build_stage(images)))
+        session.finish(fit.run_to_completion(lambda: session.build_stage(images)))
 
 
 class Session:

@@ -169,7 +169,7 @@ def test_missing_autoencoder_prints_the_command_to_train_one(vae_output, run_pri
 def test_autoencoder_trained_on_different_data_gives_a_warning(vae_output, run_printed, monkeypatch, make_images):
     if not Path("more").exists():
         make_images(Path("more"), 24, seed=2)
-    monkeypatch.setattr(Fit, "run_to_end", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(Fit, "run_to_completion", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     options = ["data.path=more", "runs_dir=all runs", "conditioning=none", "vae=all runs/vae/mine", "name=mixed"]
     result = run_printed(train_command("stage=diffusion", *options))
     output = " ".join(result.out.replace("│", " ").split())
@@ -180,7 +180,7 @@ def test_autoencoder_trained_on_different_data_gives_a_warning(vae_output, run_p
 def test_sampling_from_stage_1_prints_the_command_to_train_stage_2(vae_output, run_printed, monkeypatch):
     result = run_printed(shlex.join(["python", str(ROOT / "tools" / "sample.py"), "run=all runs/vae/mine"]))
     assert result.code == 2
-    monkeypatch.setattr(Fit, "run_to_end", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(Fit, "run_to_completion", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     result = run_printed(command_after(result.err, "Train one: "))
     assert f"data {data_name()}" in result.out and "all runs/vae/mine" in result.out
 
@@ -202,7 +202,7 @@ def test_next_command_keeps_the_search_path_of_configs(run_printed, workdir, mon
     ]
     result = run_printed(shlex.join(["python", "-m", "ldm.train", "--config-dir=my configs", search, *options]))
     assert result.code == 0, result
-    monkeypatch.setattr(Fit, "run_to_end", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(Fit, "run_to_completion", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     next_command = command_after(result.out, "next: ")
     assert search in shlex.split(next_command) and f"data {data_name()}" in run_printed(next_command).out
 

@@ -55,7 +55,7 @@ class ClassSource(MemorySource):
     [
         (["0", "2", "10", "2"], [0, 2, 1, 2], ["0", "10", "2"]),  # folders sorted as text
         ([3, 7, 3, 5], [3, 7, 3, 5], [str(label) for label in range(8)]),  # integers used as labels
-        (["dog", "cat", "dog", "ant"], [0, 1, 0, 2], ["dog", "cat", "ant"]),  # order of the first image
+        (["dog", "cat", "dog", "ant"], [0, 1, 0, 2], ["dog", "cat", "ant"]),  # order of first appearance
         (["cat", "dog", "cat", "dog"], [0, 0, 1, 1], ["train", "val"]),  # the folders train/ and val/
     ],
 )

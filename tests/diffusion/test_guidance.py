@@ -65,12 +65,12 @@ def test_interval_includes_endpoints_and_applies_per_sample(randn):
 def test_invalid_arguments_raise(randn):
     z_t = randn(2, 3)
     _, guided = build()
-    for condition, rule in [
+    for condition, message in [
         (None, r"conditions \['label'\].*\[\]"),
         ({"text": torch.zeros(2)}, r"conditions \['label'\].*\['text'\]"),
         ({"label": torch.zeros(2, 5)}, r"'label'.*\[5\].*\[\].*pad"),
     ]:
-        with pytest.raises(ValueError, match=rule):
+        with pytest.raises(ValueError, match=message):
             guided(z_t, 3, condition)
     with pytest.raises(ValueError, match=r"interval.*low <= high.*\(0\.8, 0\.5\)"):
         build(interval=(0.8, 0.5))

@@ -90,7 +90,7 @@ def test_steps_outside_the_chain_are_rejected(t):
 
 
 @pytest.mark.parametrize(
-    ("alpha_bar", "rule"),
+    ("alpha_bar", "message"),
     [
         (torch.tensor([1.0, 0.5]), "must be float64"),
         (torch.tensor([1.0], dtype=torch.float64), r"shape \[T \+ 1\]"),
@@ -101,8 +101,8 @@ def test_steps_outside_the_chain_are_rejected(t):
         (torch.tensor([1.0, torch.nan, 0.5], dtype=torch.float64), "strictly decreasing"),
     ],
 )
-def test_invalid_table_is_rejected(alpha_bar, rule):
-    with pytest.raises(ValueError, match=rule):
+def test_invalid_table_is_rejected(alpha_bar, message):
+    with pytest.raises(ValueError, match=message):
         NoiseSchedule("bad", alpha_bar)
 
 

@@ -86,7 +86,7 @@ def test_std_and_signal_share_match_samples(moments):
     torch.testing.assert_close(result.signal_share, 1 - noise / z_raw.var((0, 2, 3)), rtol=0.02, atol=0)
 
 
-def test_channels_are_dead_wherever_they_collapsed():
+def test_collapsed_channels_are_dead():
     """The channels are alive, equal to the prior, collapsed to a point, just above the threshold, and just below it."""
     mean, log_variance = randn(200, 5, 2, 2), torch.zeros(200, 5, 2, 2).double()
     log_variance[:, 0] = -4

@@ -128,7 +128,7 @@ def test_identical_sets_are_covered_and_distant_sets_are_not():
     assert density_coverage(real, real + 1000) == (0.0, 0.0)
 
 
-def test_density_and_coverage_of_one_distribution_match_their_expectations():
+def test_density_and_coverage_match_expected_values_for_identical_distributions():
     values = [density_coverage(normal(40, 3, seed=i), normal(60, 3, seed=1000 + i)) for i in range(200)]
     mean, error = np.mean(values, axis=0), np.std(values, axis=0) / 200**0.5
     expected = np.array([1.0, expected_coverage(40, 60)])

@@ -43,7 +43,7 @@ def test_run_records_its_provenance(tmp_path):
     assert sorted(path.name for path in run.path.iterdir()) == ["autoencoder", "config.yaml", "images", "run.json"]
 
 
-def test_stage_2_uses_newest_finished_autoencoder_on_the_same_data(tmp_path):
+def test_stage_2_uses_newest_finished_autoencoder_trained_on_the_same_data(tmp_path):
     make_run(tmp_path / "vae/b_old", 0, finished=1.0)
     newest = make_run(tmp_path / "vae/a_new", 1, finished=3.0)
     make_run(tmp_path / "vae/other_data", 2, finished=4.0, data="other images")
@@ -61,7 +61,7 @@ def test_autoencoder_is_reused_when_only_captions_or_classes_change(tmp_path):
     run.update(images_fingerprint="pixels")
     assert find_autoencoder(None, str(tmp_path), images("with captions"))[1] == str(run.path)
     with pytest.raises(AutoencoderNotFoundError):
-        find_autoencoder(None, str(tmp_path), images("with captions", "one image more"))
+        find_autoencoder(None, str(tmp_path), images("with captions", "one more image"))
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "images"])

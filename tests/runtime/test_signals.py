@@ -236,7 +236,7 @@ def test_requeued_slurm_job_prefers_its_own_checkpoint_to_the_given_one(train, s
         raise signals.Interrupted(signal.SIGUSR1)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Fit, "run_to_end", stop)
+        patch.setattr(Fit, "run_to_completion", stop)
         result = train(*command)
     assert result.code == 138 and f"name=b resume={checkpoint}. SLURM requeued" in result.err, result
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")

@@ -213,7 +213,7 @@ def test_resume_keeps_run_json_and_config_until_training_starts(command, diffusi
         raise UserError("no memory left")
 
     files = read_records(diffusion_run)
-    monkeypatch.setattr(Fit, "run_to_end", raise_error)
+    monkeypatch.setattr(Fit, "run_to_completion", raise_error)
     result = command("stage=diffusion", "name=ddpm", "resume=true", *TINY_DIFFUSION)
     assert result.code == 2 and "no memory left" in result.err and read_records(diffusion_run) == files
 

@@ -125,14 +125,14 @@ class FolderCaptions:
                 parts = [part for cell in row.values() if "\n" in cell for part in cell.replace("\n", ",").split(",")]
                 for part in (part.strip(' "') for part in parts):
                     if listed != _resolve(folder, part) in self._files:
-                        problem = f"unclosed quote that extends to the row of {part}"
+                        problem = f"unclosed quote that extends into the row for {part}"
                         raise UserError(f"{metadata}, line {line}: {problem}. Add the closing quote.")
             texts = []
             cell = row.get(self._column)
             for text in cell if isinstance(cell, list) else [cell]:
                 if not isinstance(text, str | None):
-                    rule = f"the caption of {relative} must be a string or a list of strings, not {text!r}"
-                    raise UserError(f"{metadata}, line {line}: {rule}.")
+                    problem = f"the caption of {relative} must be a string or a list of strings, not {text!r}"
+                    raise UserError(f"{metadata}, line {line}: {problem}.")
                 texts.append(replace_surrogates((text or "").strip()))
             if name is None:
                 self._unmatched_rows.append(listed)
@@ -141,7 +141,9 @@ class FolderCaptions:
             known += [text for text in dict.fromkeys(texts) if text and text not in known]
         if rows and not num_matched:
             first = rows[0][1].get("file_name")
-            raise UserError(f"{metadata} lists no existing images. Its first file_name is {first!r}. {PATH_REMEDY}")
+            raise UserError(
+                f"None of the images listed in {metadata} exist. Its first file_name is {first!r}. {PATH_REMEDY}"
+            )
         return {name: texts for name, texts in captions.items() if texts}
 
     def _read_text(self, path: Path) -> str:

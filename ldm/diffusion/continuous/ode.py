@@ -83,10 +83,10 @@ class ODESampler:
             error estimate). The adaptive solver keeps its state in float64 on the CPU. All samples in a batch share its
             step sizes, so each result depends slightly on the rest of the batch, within the tolerance.
         steps: for the Heun solver, the number of transitions, including the last one from t_min to 0. Sampling calls
-            the denoiser 2 steps - 1 times; `encode` and `decode` call it 2 steps - 2 times. The adaptive solver ignores
-            this option.
+            the denoiser `2 * steps - 1` times; `encode` and `decode` call it `2 * steps - 2` times. The adaptive solver
+            ignores this option.
         rtol, atol: for the adaptive solver, the relative and absolute error tolerances per step, as in scipy.
-        t_min: time at which the ODE stops; the last transition returns the z_0 predicted at t_min.
+        t_min: time at which the integration stops; the last transition returns the z_0 predicted at t_min.
 
     Source: Song et al. 2021, arXiv:2011.13456, section 4.3; the Heun solver is from Karras et al. 2022,
     arXiv:2206.00364.

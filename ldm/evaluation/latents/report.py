@@ -144,7 +144,7 @@ def measure_latents(
 
 
 def _measure_distortion(autoencoder: Autoencoder, images: ImageData, batch_size: int) -> dict[str, Any]:
-    """Measure the PSNR of held-out images for the autoencoder and for PCAs of several sizes."""
+    """Measure the PSNR of held-out images for the autoencoder and for PCAs with various numbers of components."""
     held_out, factor = images.val_indices[:MAX_HELD_OUT_IMAGES], autoencoder.factor
     batches = track_batches(images, held_out, batch_size, "held-out images (batches)")
     values = torch.cat([psnr(batch, autoencoder.decode(autoencoder.encode(batch)[0]).cpu()) for batch in batches])

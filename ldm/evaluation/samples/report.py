@@ -117,8 +117,9 @@ def measure_samples(
                 "reconstructions": Reconstructions(pipeline, images, images.val_indices[rows]),
             }
             queries = {name: extract(network, items, f"held-out {name}", batch_size) for name, items in sets.items()}
-            reference_sets = validation, train, torch.from_numpy(rows), images, pipeline.conditioning
-            lines += retrieval.held_out_retrieval(queries, *reference_sets, content)
+            lines += retrieval.held_out_retrieval(
+                queries, validation, train, torch.from_numpy(rows), images, pipeline.conditioning, content
+            )
     memorisation = nearest_training(feature_sets["samples"], train, validation)
     lines += _memorisation(memorisation, images, content)
     figures = {"nearest.png": plot_nearest(samples, images, memorisation)}

@@ -21,7 +21,7 @@ from ldm.training.optim.budget import Budget
 
 MONITORED_METRIC = "val/loss"
 RESTART_COUNTS = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
-"""Progress counts from which Lightning runs all batches of a validation again."""
+"""Progress counts that make Lightning repeat a validation pass from its first batch."""
 
 
 class StopTraining(Exception):
@@ -37,7 +37,7 @@ class Checkpoints(Checkpoint):
 
     Checkpoints are only saved between steps. The newest `keep_last` checkpoints and the one with the lowest validation
     loss are kept. If a save fails during training, earlier checkpoints are kept and the save is retried later. If a run
-    is stopped during a validation, the whole validation is repeated on resume.
+    is stopped during validation, the whole validation pass is repeated on resume.
 
     Args:
         folder: The run folder.
@@ -62,8 +62,8 @@ class Checkpoints(Checkpoint):
         self.on_saved = on_saved
         self.last_saved: Manifest | None = None
         """Newest checkpoint saved since training started or resumed. Set only on rank 0."""
-        self.should_withhold: Callable[[], bool] = lambda: False
-        """Returns True if a roll-back must not restore the current weights. Such weights are saved only at the end of
+        self.is_unsafe_for_rollback: Callable[[], bool] = lambda: False
+        """Returns True if a rollback must not restore the current weights. Such weights are saved only at the end of
         training and on a signal."""
         is_same_run = resume_from is not None and resume_from.path.parent.resolve() == self.folder.resolve()
         self._saved_step = resume_from.step if resume_from is not None and is_same_run else -1
@@ -138,7 +138,7 @@ class Checkpoints(Checkpoint):
         metric = monitored if math.isfinite(monitored) else None
         saved_metrics = [manifest.figure for manifest in self.lineage() if manifest.figure is not None]
         is_better = metric is not None and metric < min(saved_metrics, default=math.inf)
-        self._improved = trainer.is_global_zero and is_better and not self.should_withhold()
+        self._improved = trainer.is_global_zero and is_better and not self.is_unsafe_for_rollback()
         decisions = self.budget.agreement.update(trainer)
         self._improved = False
         if decisions["improved"]:
@@ -182,7 +182,7 @@ class Checkpoints(Checkpoint):
         self._states_to_restore = checkpoint.get("random")
 
     def _is_due(self) -> bool:
-        return time.monotonic() - self._saved_at >= self.interval_s and not self.should_withhold()
+        return time.monotonic() - self._saved_at >= self.interval_s and not self.is_unsafe_for_rollback()
 
     def lineage(self) -> list[Manifest]:
         """Return the checkpoints up to `resume_from` and those saved since training started or resumed."""

@@ -39,7 +39,7 @@ class RollBack(Exception):
     Args:
         first_skip: First of the consecutive skipped steps. A checkpoint with this number was saved before this step.
         step: Current step.
-        tallies: Counts of the guard, which are kept across the roll-back.
+        tallies: Counts of the guard, which are kept across the rollback.
         average_norm: Running average of the gradient norm.
     """
 
@@ -51,7 +51,7 @@ class RollBack(Exception):
     def choose_checkpoint(self, checkpoints: Mapping[int, Manifest]) -> tuple[int, Manifest | None]:
         """Return the step and manifest of the newest checkpoint before the skipped steps, or (0, None) if none exists.
 
-        The checkpoint restored by the previous roll-back is a last resort, as its weights may have caused the skips.
+        The checkpoint restored by the previous rollback is a last resort, as its weights may have caused the skips.
 
         Args:
             checkpoints: Checkpoints by step.
@@ -70,8 +70,8 @@ class Guard(Callback):
         image_names: Maps the index of a batch in the data order to the names of its images, for the log.
         max_spike: Largest allowed ratio of the gradient norm to its running average.
         warmup_steps: Number of steps before spike detection starts, and window of the running average.
-        skips_before_rollback: Number of consecutive skipped steps that triggers a roll-back.
-        max_rollbacks: Maximum number of roll-backs per run.
+        skips_before_rollback: Number of consecutive skipped steps that triggers a rollback.
+        max_rollbacks: Maximum number of rollbacks per run.
         log_every: Number of steps between logged counts.
     """
 
@@ -104,12 +104,12 @@ class Guard(Callback):
 
     @property
     def offset(self) -> int:
-        """Number of batches skipped over by roll-backs."""
+        """Number of batches skipped over by rollbacks."""
         return self.tallies["offset"]
 
     @property
     def skipped_steps(self) -> int:
-        """Number of steps skipped so far, including those before a resume or a roll-back."""
+        """Number of steps skipped so far, including those before a resume or a rollback."""
         return self.tallies["skipped_steps"] + self.skipped_last_step
 
     @property
@@ -167,7 +167,7 @@ class Guard(Callback):
             self._log(trainer, self.skipped_steps)
 
     def resume_after(self, rollback: RollBack, step: int) -> None:
-        """Restore the counts after a roll-back to `step`, and advance the data order past the skipped batches."""
+        """Restore the counts after a rollback to `step`, and advance the data order past the skipped batches."""
         num_skipped = rollback.step - step
         self._restored_tallies = {
             **rollback.tallies,
@@ -180,7 +180,7 @@ class Guard(Callback):
         print_on_rank_zero(
             f"skipped {self.skips_before_rollback} steps in a row from step {rollback.first_skip} on: rolling back "
             f"to step {step} and continuing with the next batches "
-            f"(roll-back {self.tallies['rollbacks']} of {self.max_rollbacks}; see {self.skip_log})",
+            f"(rollback {self.tallies['rollbacks']} of {self.max_rollbacks}; see {self.skip_log})",
             flush=True,
         )
 
@@ -238,7 +238,7 @@ class Guard(Callback):
             logger.log_metrics(metrics, trainer.global_step - 1)
 
     def _roll_back(self, trainer: Trainer) -> None:
-        """Raise RollBack, or a UserError with remedies if all roll-backs have been used."""
+        """Raise RollBack, or a UserError with remedies if all rollbacks have been used."""
         if self.tallies["rollbacks"] < self.max_rollbacks:
             raise RollBack(self.first_skip, trainer.global_step, self.tallies, self.running_norm.mean)
         group, clip = trainer.optimizers[0].param_groups[0], trainer.gradient_clip_val
@@ -263,14 +263,14 @@ class Guard(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         mean, self.running_norm.count = state_dict["running"]
-        self.running_norm.mean = max(mean, self._restored_norm)  # norms as high as before the roll-back are not spikes
+        self.running_norm.mean = max(mean, self._restored_norm)  # norms as high as before the rollback are not spikes
         self.streak, self.first_skip = state_dict["streak"]
         self.tallies = {**state_dict["tallies"], **self._restored_tallies}
         self._pending_stats = StepStats(**state_dict["pending"]) if state_dict["pending"] else None
 
 
 def load_step_offset(checkpoint: Path | None) -> int:
-    """Return the number of batches that roll-backs had skipped over when the checkpoint was saved."""
+    """Return the number of batches that rollbacks had skipped over when the checkpoint was saved."""
     if checkpoint is None:
         return 0
     state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)

@@ -38,7 +38,7 @@ class TrainingModule(LightningModule):
     fraction_without_adversary = 1.0
     """Fraction of the budget spent training without a discriminator."""
     step_offset = 0
-    """Number of steps by which roll-backs have moved the data and random draws ahead of the optimizer."""
+    """Number of steps by which rollbacks have moved the data and random draws ahead of the optimizer."""
 
     def __init__(self, trained: nn.Module, optimizer: OptimizerFactory, seed: int) -> None:
         super().__init__()

@@ -110,4 +110,4 @@ class Budget(Callback):
         return {"spent_s": self.elapsed_s}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.spent_s = max(self.spent_s, state_dict["spent_s"])  # a roll-back undoes steps, not the time spent
+        self.spent_s = max(self.spent_s, state_dict["spent_s"])  # a rollback undoes steps, not the time spent

@@ -79,7 +79,7 @@ class EMACallback(Callback):
             self.ema.load_state_dict(self._state)
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self._last_step = trainer.global_step  # on_fit_start runs before a resumed step count is loaded
+        self._last_step = trainer.global_step  # on_fit_start runs before the step count is restored
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if self.ema is not None and trainer.global_step > self._last_step:

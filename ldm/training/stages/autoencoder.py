@@ -124,7 +124,7 @@ class VAEStage(Stage):
             try:
                 network.init_shortcut(self._sample_images(seed))
             except ValueError as error:
-                raise UserError(f"The autoencoder does not fit these images: {error}") from error
+                raise UserError(f"The autoencoder cannot be initialised on these images: {error}") from error
         regulariser.initialise(network, lambda: self._sample_images(seed), seed, device)
 
     def _sample_images(self, seed: int) -> Tensor:

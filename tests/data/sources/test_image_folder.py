@@ -134,7 +134,7 @@ def test_repeated_rows_and_lists_give_several_captions(folder, metadata):
         (
             'd.jpeg,"a red ball\nb.png,a blue box"',
             2,
-            "unclosed quote that extends to the row of b.png",
+            "unclosed quote that extends into the row for b.png",
         ),
         ('"d.jpeg,a red ball\nb.png",a blue box', 2, "must have a file_name without line breaks"),
         (",a red ball", 2, "must have a file_name"),
@@ -182,7 +182,7 @@ def test_caption_column_can_be_selected_or_ignored(folder):
         ("[1]", "line 1, must be a JSON object"),
         ('{"file_name": "b.png", "text": "x"}\n{"image": "d.jpeg", "text": "y"}', "line 2: .*must have a file_name"),
         ('{"text": "x"}', "column 'file_name'.*found 0"),
-        ('{"file_name": "images/b.png", "text": "x"}', "no existing images.*images/b.png"),
+        ('{"file_name": "images/b.png", "text": "x"}', "None of the images .* exist.*images/b.png"),
         ("\udcff".encode("utf-8", "surrogateescape"), "not valid UTF-8"),
     ],
 )

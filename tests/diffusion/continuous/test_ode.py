@@ -214,13 +214,13 @@ def test_ode_stops_at_t_min(mixture, randn):
 
 
 def test_invalid_options_and_calls_raise(mixture, randn):
-    for options, rule in [
+    for options, message in [
         ({"solver": "euler"}, "ODE solver.*'euler'.*heun, adaptive"),
         ({"steps": 0}, "steps=0.*1 or more"),
         ({"rtol": 0.0}, r"at least 1e-12.*rtol = 0\.0"),
         ({"atol": math.nan}, "at least 1e-12.*atol = nan"),
     ]:
-        with pytest.raises(ValueError, match=rule):
+        with pytest.raises(ValueError, match=message):
             ODESampler(**options)
     exact, z = mixture(linear(100)), randn(2, 1)
     for method in (ODESampler("heun", 1).encode, ODESampler("heun", 1).decode):

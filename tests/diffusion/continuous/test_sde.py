@@ -242,12 +242,12 @@ def test_network_and_guidance_accept_real_times(randn):
 
 
 def test_invalid_options_and_calls_raise(exact_gaussian, randn):
-    for options, rule in [
+    for options, message in [
         ({"steps": 0}, "steps=0.*1 or more"),
         ({"corrector_steps": -1}, "corrector_steps=-1.*0 or more"),
         ({"corrector_snr": 1.5}, r"corrector_snr=1\.5.*below 1"),
     ]:
-        with pytest.raises(ValueError, match=rule):
+        with pytest.raises(ValueError, match=message):
             SDESampler(**{"steps": 50, **options})
     schedule, z = linear(100), randn(3, 1)
     exact = exact_gaussian(schedule, 0.5, 0.2)

@@ -198,7 +198,7 @@ def test_samplers_pass_condition_and_build_no_autograd_graph(randn):
 
 
 @pytest.mark.parametrize(
-    ("sampler", "options", "rule"),
+    ("sampler", "options", "message"),
     [
         (UniPC, {"spacing": "karras"}, "spacing.*'karras'.*trailing, leading, linspace"),
         (DDPM, {"variance": "learned"}, "variance.*'learned'.*fixed_small"),
@@ -207,8 +207,8 @@ def test_samplers_pass_condition_and_build_no_autograd_graph(randn):
         (DPMSolver, {"clip": 0.0}, r"clip=0\.0.*above 0"),
     ],
 )
-def test_invalid_options_raise(sampler, options, rule):
-    with pytest.raises(ValueError, match=rule):
+def test_invalid_options_raise(sampler, options, message):
+    with pytest.raises(ValueError, match=message):
         sampler(**{"steps": 10, **options})
 
 

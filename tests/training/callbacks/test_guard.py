@@ -1,4 +1,4 @@
-"""ldm.training.callbacks.guard: skipped steps do not change the state, are logged, and trigger roll-backs."""
+"""ldm.training.callbacks.guard: skipped steps do not change the state, are logged, and trigger rollbacks."""
 
 import csv
 import json
@@ -317,7 +317,7 @@ def test_too_many_consecutive_skips_trigger_a_roll_back(fit, make, guard):
     last_guard.resume_after(rollback, 7)
     assert (last_guard.offset, last_guard.tallies["rollbacks"], last_guard.skipped_steps) == (4, 1, 5)
     last_guard.load_state_dict({**guard().state_dict(), "running": [1e-9, 7]})
-    assert last_guard.running_norm.mean == rollback.average_norm > 1e-9, "norms before the roll-back are not spikes"
+    assert last_guard.running_norm.mean == rollback.average_norm > 1e-9, "norms before the rollback are not spikes"
     message = r"step 4 .*max_rollbacks=1\b.*skipped_steps\.jsonl.*optimizer\.lr .*0\.1.*trainer\.precision=32-true"
     with pytest.raises(UserError, match=message):
         fit(make({k: "loss is nan" for k in range(4, 9)}), [last_guard], max_steps=20, gradient_clip_val=1.0)

@@ -1,4 +1,4 @@
-"""ldm.training.callbacks.loggers.CsvLogger: rows by step, write errors, and roll-backs."""
+"""ldm.training.callbacks.loggers.CsvLogger: rows by step, write errors, and rollbacks."""
 
 import csv
 import errno

@@ -1,6 +1,6 @@
 """Measure the overhead of fault tolerance: time per step with and without it, for both stages of the demo.
 
-    python tests/stress/price.py --vae runs/vae/demo [--blocks 12] [--steps 60]
+    python tests/stress/overhead.py --vae runs/vae/demo [--blocks 12] [--steps 60]
 
 With fault tolerance, the guard checks every step, signals are checked between steps, and checkpoints are saved every
 trainer.checkpoint_every_s. Without it, Lightning's loop runs with only the budget, EMA weights and the progress bar.
@@ -40,7 +40,7 @@ def make_spec(stage: str, folder: Path, vae: Path | None) -> Any:
         specs.append(replace(fit.spec, loggers=[]))
         sys.exit()
 
-    Fit.run_to_end = capture_spec  # type: ignore[assignment, method-assign]
+    Fit.run_to_completion = capture_spec  # type: ignore[assignment, method-assign]
     sys.argv = ["ldm.train", f"stage={stage}", f"runs_dir={folder}", "trainer=cpu", "trainer.max_time=null"]
     sys.argv += ["trainer.max_steps=1000000", "logger=csv", *([f"vae={vae}"] if vae else [])]
     with suppress(SystemExit):
@@ -80,7 +80,9 @@ def measure_overhead(stage: str, spec: Any, blocks: int, steps: int) -> float:
         order = (True, False) if number % 2 else (False, True)
         seconds = {is_protected: median_step_s(spec, steps, is_protected=is_protected) for is_protected in order}
         overheads.append(1 - seconds[False] / seconds[True])
-        print(f"  block {number + 1}: {seconds[True]:.4f} s per step, {seconds[False]:.4f} s without it", flush=True)
+        print(
+            f"  block {number + 1}: {seconds[True]:.4f} s per step with it, {seconds[False]:.4f} s without", flush=True
+        )
     mean, standard_error = statistics.mean(overheads), statistics.stdev(overheads) / len(overheads) ** 0.5
     from ldm.runs.checkpoints import list_checkpoints
 
