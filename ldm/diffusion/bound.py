@@ -164,8 +164,8 @@ def fit_z_0_mse(
     images_per_step predictions are made. The images are used in random order, all equally often.
 
     A relative error e in mse(t) increases the term at t by at most D e^2 / 4 nats per image. Only L_0 can reach this
-    maximum. In every other term, mse(t) determines only the fraction c_0^2 mse / Sigma of Sigma, and the increase is
-    proportional to the square of this fraction.
+    maximum. In every other term, mse(t) contributes only c_0^2 mse to Sigma, and the increase is proportional to the
+    square of that contribution's share of Sigma, c_0^2 mse / Sigma.
 
     Raises:
         ValueError: if images_per_step is not positive; if the denoiser's error is exactly 0 at some t.

@@ -97,8 +97,8 @@ def simple_loss(
 
         L = w(t) mean |output - target|^2
 
-    `output` is the network's prediction without v (`Denoiser.output` separates the two). The result is in
-    float32 or better.
+    `output` is the network's prediction without the variance output v (`Denoiser.output` separates the two). The result
+    is in float32 or better.
     Source: Ho et al. 2020, arXiv:2006.11239, eq. 14.
 
     Raises:

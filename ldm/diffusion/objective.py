@@ -46,7 +46,7 @@ class Objective:
         loss: "simple", "min_snr", "hybrid" or "vlb".
         prediction: the network's prediction type: "eps", "z_0", "v" or "flow".
         timesteps: the distribution of t in training: "uniform", "logit_normal" or "importance".
-        gamma: the upper limit of the SNR weight for the loss "min_snr"; ignored by the other losses.
+        gamma: the upper limit of the SNR weight for the "min_snr" loss; ignored by the other losses.
     """
 
     loss: str = "simple"

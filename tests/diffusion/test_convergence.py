@@ -32,7 +32,7 @@ def flow(u, z):
 
 
 def errors_and_orders(exact_mixture, sampler, s):
-    """Return the largest error at step s for each entry of STEPS, and the observed order between successive entries."""
+    """Return the largest error at timestep s for each number of steps in STEPS, and the observed orders."""
     schedule = NoiseSchedule("vp", torch.from_numpy(alpha_bar(np.arange(T + 1) / T)))
     exact = exact_mixture(schedule, MEANS[:, None], WEIGHTS, VARIANCE)
     z_T = np.linspace(-2, 2, 9)

@@ -33,7 +33,7 @@ from ldm.sampling.pipeline import LatentDiffusionPipeline
 from ldm.sampling.request import Request
 
 FORMAT = 2
-"""Version of the file format and of how noise and captions are chosen. Samples of other versions are not reused."""
+"""Version of the file format and of how noise and captions are chosen. Samples from other versions are not reused."""
 NOT_FINITE_REASON = (
     "the network diverged in training, or the sampler is unstable. Train the network again with a lower optimizer.lr, "
     "or choose a different sampler= or more sampler.steps."

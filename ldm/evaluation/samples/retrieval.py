@@ -22,7 +22,7 @@ def training_retrieval(
     """Measure how often the training image nearest to a sample is the image that the sample's caption belongs to.
 
     Args:
-        queries: Features of the samples, [n, d], and of reconstructions of the captions' images, with at most n rows.
+        queries: Features of the samples, [n, d], and of reconstructions of the captioned images, with at most n rows.
         train: Features of the training images, [m, d].
         rows: The row of the training image that each caption belongs to, [n].
         content: Content of the report, to which the metrics are added.
@@ -43,12 +43,12 @@ def held_out_retrieval(
     conditioning: Conditioning,
     content: dict[str, Any],
 ) -> list[str]:
-    """Measure caption agreement and retrieval among validation images, both for held-out captions.
+    """For held-out captions, measure caption agreement, and retrieval among the validation images.
 
     Caption agreement is the similarity of the prompt to the captions of the training image nearest to the sample.
 
     Args:
-        queries: Features of samples for held-out captions, and of reconstructions of the captions' images, [n, d] each.
+        queries: Features of samples for held-out captions, and of reconstructions of the captioned images, [n, d] each.
         validation, train: Features of all validation and all training images.
         rows: The row of the validation image that each caption belongs to, [n].
     """

@@ -39,7 +39,7 @@ class RollBack(Exception):
     Args:
         first_skip: First of the consecutive skipped steps. A checkpoint with this number was saved before this step.
         step: Current step.
-        tallies: Counts of the guard, which are kept across the rollback.
+        tallies: The guard's counts, which persist across the rollback.
         average_norm: Running average of the gradient norm.
     """
 
