@@ -278,7 +278,6 @@ def published_statistics(model: Any) -> tuple[list[float], list[float]] | None:
     if mean is not None and std is not None:
         _check_statistics(file, "latents_mean", mean, channels)
         _check_statistics(file, "latents_std", std, channels)
-    if mean is not None and std is not None:
         return list(mean), [value / scaling for value in std]
     return [config.get("shift_factor") or 0.0] * channels, [1 / scaling] * channels
 

@@ -20,11 +20,11 @@ from ldm.tracking.run import flatten, track_report
 def data(config: DictConfig) -> None:
     options = {key: config[key] for key in ("features", "max_bits", "max_levels", "max_tokens", "seed")}
     apply_rules(inspect_data, options)  # before any image is prepared
-    tokenizer = load_tokenizer(config.encoder) if config.encoder is not None else None
     if config.features != NO_FEATURES:
         load_features(config.features)
     device = choose_device(config.device)
     images = prepare_images(config.data)
+    tokenizer = None if images.captions is None or config.encoder is None else load_tokenizer(config.encoder)
     if config.verify:
         verified = [verify_images(images), *verify_latents(images)]
         print(f"checksums verified: {', '.join(map(str, verified))}")

@@ -128,13 +128,13 @@ def read_pixels(
         raise BadImageError(
             "too large", f"{width} x {height} pixels exceed the limit of {max_pixels} pixels (max_pixels)"
         )
-    if isinstance(data, bytes):
-        image = _correct_colour_key(image, data)
     # JPEG can be decoded at a reduced scale. The final filter needs no more than 3 decoded pixels per output pixel.
     image.draft(None, (3 * resolution, 3 * resolution))
     mode, is_transparent = image.mode, image.has_transparency_data
     is_deep = mode == "I" or mode.startswith("I;16")
     with _large_image_lock if image.width * image.height > LARGE_PIXELS else nullcontext():
+        if isinstance(data, bytes):
+            image = _correct_colour_key(image, data)
         rgb, profile = to_rgb(image, bit_depth)
         max_grey = int(np.asarray(image).max()) if is_deep else None
         pixels = np.asarray(resize_to_square(rgb, resolution, resize))

@@ -154,15 +154,13 @@ class FolderCaptions:
             raise UserError(f"{link}. Replace the link with a copy of the file.")
         try:
             text = read_file(path).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
-            if "\0" in text:
-                raise UserError(f"{path} contains null characters, as UTF-16 text does. Save it with UTF-8 encoding.")
-            return text
-        except UserError:
-            raise
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not valid UTF-8 ({error.reason}). Save it with UTF-8 encoding.") from error
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read: {error}.") from error
+        if "\0" in text:
+            raise UserError(f"{path} contains null characters, as UTF-16 text does. Save it with UTF-8 encoding.")
+        return text
 
 
 def _fold(name: str) -> str:

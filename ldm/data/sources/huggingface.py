@@ -148,12 +148,7 @@ class HuggingFace:
         except (ValueError, AssertionError) as error:
             reason = f"{first_line(error)}. The splits of {self.path} are: {existing}"
             raise UserError(f"data.split={self.split} cannot be read: {reason}.") from error
-        return datasets.concatenate_datasets(
-            [
-                splits[part.splitname].select(range(part.from_ or 0, min(part.to, len(splits[part.splitname]))))
-                for part in parts
-            ]
-        )
+        return datasets.concatenate_datasets([splits[p.splitname].select(range(p.from_, p.to)) for p in parts])
 
     def _refuse_excluded(self, folder: Path) -> None:
         """Reject a folder that contains excluded folders, because `datasets` reads all files in all subfolders."""

@@ -115,7 +115,7 @@ class ImageFolder:
         if tops and all(len(folders) > 1 and folders[0].lower() in SPLIT_NAMES for folders in parts.values()):
             level = 1
             splits = ", ".join(f"{name}/" for name in sorted(tops))
-            self._notes.append(f"{splits} are splits, not classes: images of all of them are used, and split anew")
+            self._notes.append(f"{splits} are splits, not classes; their images are combined and split again")
         classes = {name: folders[level] for name, folders in parts.items() if len(folders) > level + 1}
         names = sorted(set(classes.values()), key=natural_key)
         if len(names) > 1 and len(classes) == len(parts):

