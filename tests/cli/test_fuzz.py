@@ -225,7 +225,7 @@ def test_many_random_overrides_pass_or_are_rejected(workdir, keys, stage):
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_key_passes_or_is_rejected_with_every_wild_value(workdir, keys, stage, shard, monkeypatch):
     """Run about 10,000 commands, which stop before images are prepared."""
-    monkeypatch.setattr(ldm.data.images, "damage", lambda _: "missing")
+    monkeypatch.setattr(ldm.data.images, "find_cache_damage", lambda _: "missing")
     for key in keys[stage][shard::NUM_SHARDS]:
         for value in WILD_VALUES:
             run_command(ldm.train.main, *STAGES[stage], f"{key}={value}")
