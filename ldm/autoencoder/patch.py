@@ -2,7 +2,7 @@
 
 A patch of p x p pixels becomes 3 p^2 channels before the first convolution, so that all computation happens at a low
 resolution, which is fast on a CPU. The shortcut is a linear autoencoder: its code is added to the encoder's mean, and
-its reconstruction is added to the decoder's output. It is initialised by a PCA of the training images, so training
+its reconstruction is added to the decoder's output. It is initialised with a PCA of the training images, so training
 starts at the distortion of a PCA and the convolutions learn the residual. This module imports only torch and diffusers.
 Source: Baldi & Hornik 1989 (PCA is the optimal linear autoencoder).
 """

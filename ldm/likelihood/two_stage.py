@@ -234,7 +234,7 @@ def _chain_bound(pipeline: LatentDiffusionPipeline, z_0: Tensor, condition: Cond
 
 
 FirstStage = tuple[Tensor, dict[str, Tensor], Terms | None, LastTerm | None]
-"""z_0, the terms of the first stage, the bound without a chain, and, for a chain on pixels, the function for L_0."""
+"""z_0, the terms of the first stage, the bound without a chain and, on pixels, the function that computes L_0."""
 
 
 def _run_first_stage_on_latents(

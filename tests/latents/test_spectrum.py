@@ -195,7 +195,7 @@ RULES = {
     "more": ([], 10.8, 12, 30.0, 24, ["effective rank is 10.8 of 12", "latent_channels=24", "PCA", "12.0 dB"]),
     "keep": ([], 10.7, 12, 30.0, 12, ["effective rank is 10.7 of 12", "autoencoder.model.latent_channels=12"]),
 }
-"""By rule: dead channels, effective rank, number of directions and PSNR, then the recommended number and its reason."""
+"""By rule: dead channels, effective rank, number of directions, PSNR, recommended channels, phrases in the reason."""
 
 
 @pytest.mark.parametrize("rule", RULES)

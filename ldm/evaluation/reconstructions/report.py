@@ -151,9 +151,9 @@ def measure_reconstructions(
 def reconstruction_distances(reconstructed: Tensor, originals: Tensor, train: Tensor) -> dict[str, Any]:
     """Measure FD and KD from reconstructions to their originals, and from the originals to the training images.
 
-    FD is computed on the first principal components of the training images if a set has fewer than 2 d images. A
-    distance is UNMEASURED if there are too few images to estimate its standard error. The jackknife removes each image
-    together with its reconstruction.
+    FD is computed on the first principal components of the training images if a set has fewer than twice as many images
+    as feature dimensions. A distance is UNMEASURED if there are too few images to estimate its standard error. The
+    jackknife removes each image together with its reconstruction.
 
     Args:
         reconstructed, originals: Features [n, d]; row i of both belongs to image i.

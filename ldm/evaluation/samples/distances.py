@@ -44,7 +44,7 @@ class Measures:
     ) -> "Measures":
         """Choose whether the Fréchet distance uses all d dimensions or principal components.
 
-        All dimensions are used if both sets have at least 2 d images.
+        All dimensions are used if both sets have at least 2 * d images.
 
         Args:
             num_reference: Size of the reference set; None means half of the training images, as used for

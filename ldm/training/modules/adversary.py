@@ -59,7 +59,7 @@ class Adversary:
         self.start_step: int | None = None
         """Generator step at which the discriminator started to train, or None if it has not started."""
         self.loss_scale = 1.0
-        """Factor of the loss: 1 / number of accumulated micro-batches."""
+        """Factor applied to the loss: 1 / number of accumulated micro-batches."""
         self.adaptive_weight: Any = None
         """Computes lambda from the gradients at the autoencoder's last layer. Set by `VAETraining`."""
 
@@ -78,7 +78,7 @@ class Adversary:
             )
 
     def generator_loss(self, reconstruction: Tensor) -> Tensor:
-        """Return the unweighted adversarial loss of the generator, which has no gradient in the discriminator."""
+        """Return the generator's unweighted adversarial loss, without gradients for the discriminator's weights."""
         self.discriminator.requires_grad_(False)
         loss = generator_loss(self.gan_loss, self.discriminator(reconstruction))
         self.discriminator.requires_grad_(True)

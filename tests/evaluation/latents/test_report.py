@@ -41,7 +41,7 @@ def images(make_images, tmp_path_factory) -> ImageData:
 
 @pytest.fixture(scope="module")
 def finished_runs(images, tmp_path_factory) -> Path:
-    """Finished runs of each stage. The autoencoder is initialised as a PCA with 4 channels, one of which is dead."""
+    """Finished runs of each stage. The autoencoder is initialised with a PCA of 4 channels, one of which is dead."""
     folder = tmp_path_factory.mktemp("finished")
     torch.manual_seed(0)
     model = PatchAutoencoderKL(patch=2, latent_channels=4, block_out_channels=(8,), norm_num_groups=4, sample_size=8)

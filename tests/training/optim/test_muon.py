@@ -113,7 +113,7 @@ def test_network_without_blocks_uses_adamw_only():
 
 
 def test_found_inf_skips_a_step(network):
-    """found_inf=1 leaves weights, moments and step counts unchanged, even in the first step. 0 has no effect."""
+    """found_inf=1 leaves weights, moments and step counts unchanged, even on the first step. 0 has no effect."""
     guarded = copy.deepcopy(network)
     plain, skipping = make(network), make(guarded)
     for k, skip in enumerate([1, 0, 1, 0, 0, 1]):
