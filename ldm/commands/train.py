@@ -27,7 +27,7 @@ STAGE_OPTIONS = {
 PREFIXES = {"vae": "stage1.", "diffusion": "stage2."}
 
 _trained_autoencoders: dict[tuple[str, ...], Path] = {}
-"""Run folders of the autoencoders trained by earlier jobs of this multirun, by training options."""
+"""Run folders of the autoencoders trained by earlier jobs of this multirun, keyed by training options."""
 
 
 def train(config: DictConfig) -> None:
@@ -53,7 +53,7 @@ class TwoStages:
     Args:
         folders: Run folder of each stage.
         options: Options for each stage, as typed, except name=, runs_dir=, resume= and overwrite=.
-        overwrite: True to replace an existing run, by stage.
+        overwrite: For each stage, True to replace an existing run.
         resume: True to resume existing runs.
         cli_options: Options of this command, as typed, except the same four.
     """

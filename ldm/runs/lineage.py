@@ -13,7 +13,7 @@ STAGE_FACTS = {
     "vae": ("regulariser", "pretrained", "latent_statistics"),
     "diffusion": ("chain_sha256", "loss", "prediction", "variance"),
 }
-"""Entries of run.json that are copied to the metadata of the weights, by stage, in addition to SHARED_FACTS."""
+"""Entries of run.json that are copied to the metadata of the weights of each stage, in addition to SHARED_FACTS."""
 
 
 def inputs(run: Run) -> list[Artifact]:

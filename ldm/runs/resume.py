@@ -30,7 +30,7 @@ FIXED_OPTIONS = {
         *("data.caption_column", "data.label_column"),
     ),
 }
-"""Config keys that determine the weights, data order and noise, by stage. A resumed run must not change them.
+"""Config keys of each stage that determine the weights, data order and noise. A resumed run must not change them.
 
 The images themselves are compared by fingerprint in `ResumePlan.check_inputs`.
 """

@@ -36,7 +36,7 @@ OPTIONS = tuple(DEFAULTS)
 
 
 class WandbRun:
-    """A W&B run that never raises errors to the caller.
+    """A W&B run that never raises an error.
 
     The id is stored in the run folder, so that a resumed training run continues the same W&B run.
 
@@ -45,8 +45,9 @@ class WandbRun:
         config: Config to log, nested.
         name: Name of the run in W&B, `<type>/<name>`.
         resume: True to continue the W&B run whose id is in the folder.
-        options: Overrides of DEFAULTS. `timeout_s` applies to the start and to each artifact, and `finish_timeout_s`
-            to the upload at the end. Artifacts larger than `max_artifact_mb` are logged without files.
+        options: Overrides of DEFAULTS. `timeout_s` applies to starting the run and to each artifact, and
+            `finish_timeout_s` to the upload at the end. Artifacts larger than `max_artifact_mb` are logged without
+            files.
     """
 
     def __init__(

@@ -125,7 +125,7 @@ class Session:
         return account_for(images, load_tokenizer(conditioning.encoder), conditioning.max_tokens)
 
     def _stage_builder(self) -> Any:
-        """Return a partial of the stage's class. A resumed run keeps its autoencoder even if there is a newer run."""
+        """Return a partial of the stage's class. A resumed run keeps its autoencoder even if there is a newer one."""
         build, options = self.config.stage.build, {}
         if self.config.vae is None and (vae := self.resume_plan.source_facts.get("vae")) is not None:
             options["find_autoencoder"] = construct(build.find_autoencoder, vae=vae)

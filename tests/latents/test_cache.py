@@ -18,7 +18,7 @@ from ldm.latents.statistics import measure_statistics
 
 
 def encode(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Downsample by 4, so that flipped images have different moments and the mean differs from the log-variance."""
+    """Downsample by 4. Flipped images have different moments, and the log-variance differs from the mean."""
     mean = F.avg_pool2d(pixels * torch.linspace(0.5, 1.5, 8), 4)
     return mean, 0.3 * mean.flip(1) - 1
 
@@ -45,7 +45,7 @@ def test_second_view_encodes_the_flipped_image(images, contract, tmp_path):
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_measured_statistics_match_sampled_latents(images, contract, tmp_path, flip):
-    """Compare the result, which uses the law of total variance, with many samples from every posterior."""
+    """Compare the statistics, from the law of total variance, with those of many samples from every posterior."""
     contract = dataclasses.replace(contract, flip=flip)
     latents = open_latents(encode, contract, images, cache_dir=tmp_path)
     mean, std = measure_statistics(latents, images.train_indices, batch_size=5)

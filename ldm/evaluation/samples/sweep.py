@@ -122,7 +122,7 @@ def compare_with_best(rows: Sequence[dict[str, Any]], replicates: Sequence[Tenso
 
 
 def knee(rows: Sequence[Mapping[str, Any]]) -> float:
-    """Return the value that `RULE` selects. Ties in cost are broken by the smaller distance."""
+    """Return the value that `RULE` selects. Ties in cost are broken in favour of the smaller distance."""
     candidates = [row for row in rows if row["above_best"] <= TOLERANCE * row["above_best_standard_error"]]
     return min(candidates, key=lambda row: (row["network_evaluations"], row["distance"]))["value"]
 
@@ -138,7 +138,7 @@ def sweep_lines(sweep: Mapping[str, Any]) -> list[str]:
     metric, option = sweep["metric"], sweep["over"]
     setting = f"{feature_title(sweep)}, N={sweep['num_samples']}, ref={sweep['reference']}, N={sweep['num_reference']}"
     header = f"{metric} and KD ({setting}) by {option}; precision and recall on subsets of {sweep['num_per_subset']}:"
-    table = [[option, "evaluations", "s/sample", metric, "above the best", "KD", "precision", "recall"]]
+    table = [[option, "evaluations", "s/sample", metric, "above best", "KD", "precision", "recall"]]
     for row in sweep["rows"]:
         shares = ["-" if row[name] is None else f"{row[name]:.3f}" for name in ("precision", "recall")]
         table.append(

@@ -41,7 +41,7 @@ class Checkpoints(Checkpoint):
 
     Args:
         folder: The run folder.
-        budget: Provides the training time and the `agreement` between ranks.
+        budget: Tracks the training time. Its `agreement` lets the ranks decide together when to save and stop.
         resume_from: Checkpoint to resume from. Later checkpoints in the run folder are deleted after the first save.
         on_saved: Called on rank 0 after each checkpoint has been saved.
     """
