@@ -68,7 +68,7 @@ class ExactDenoiser:
 
         E[z_0 | z_t] = sum_k q(k | z_t) (m_k + g (z_t - sqrt(a_t) m_k)),   g = sqrt(a_t) c / (a_t c + 1 - a_t)
 
-    This denoiser attains the lowest possible L_simple. The formula writes c for `mixture.variance`.
+    This denoiser attains the lowest possible L_simple. In the formula, c is `mixture.variance`.
     """
 
     schedule: NoiseSchedule

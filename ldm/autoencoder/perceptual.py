@@ -32,7 +32,7 @@ class EfficientNetLiteDistance(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        network = _efficientnet_lite("The perceptual distance of EfficientNet-lite0")
+        network = _efficientnet_lite("The EfficientNet-lite0 perceptual distance")
         self.stem = nn.Sequential(network._conv_stem, network._bn0, network._swish)
         halvings = [i for i, block in enumerate(network._blocks) if block._block_args.stride in (2, [2])]
         # deeper levels would double the cost, and have at most 2 x 2 locations for images of 32 x 32 pixels

@@ -44,8 +44,8 @@ def evaluate_autoencoder(config: DictConfig, run: Any) -> dict[str, Any]:
 def evaluate_diffusion(config: DictConfig, run: Any) -> dict[str, Any]:
     """Evaluate a diffusion model; return the results as keyword arguments of `track_report`.
 
-    If sampler.steps or guidance is a list, first compare its values, then evaluate at the knee. These metrics never
-    overwrite an existing evaluation with more samples.
+    If sampler.steps or guidance is a list, first compare its values, then evaluate at the knee of the curve. These
+    results never overwrite an existing evaluation that used more samples.
     """
     keys = ("features", "features_path", "num_samples", "guidance_interval", "seed", "batch_size")
     options: dict[str, Any] = {key: config[key] for key in keys} | {"folder": run.path / "evaluation"}

@@ -34,7 +34,7 @@ def train(config: DictConfig) -> None:
     """Train the stage given by `stage=`, or both.
 
     Raises:
-        Interrupted: if a signal arrived. The message contains the command to continue.
+        Interrupted: if a signal arrived. The message contains the command that resumes training.
         UserError: if the input is invalid. Nothing on disk has been changed.
     """
     command = command_line()

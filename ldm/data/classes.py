@@ -28,7 +28,7 @@ def number_classes(
 
     Args:
         classes: The class of each image: its name, or an index into `declared`.
-        declared: All class names of the source. If None, the names are the classes that occur, in natural order.
+        declared: All class names of the source. If None, they are collected from `classes`, in natural order.
     """
     occurring = {str(value) for value in classes if value is not None}
     class_names = list(declared) if declared else sorted(occurring, key=natural_key)

@@ -252,7 +252,7 @@ def prepare(
         val_fraction: Fraction held out for validation; None: no image, so that a single one is enough.
         max_bad_fraction: Maximum fraction of unreadable images, which are skipped; None: no limit.
         max_pixels: Images with more pixels are skipped without decoding them.
-        bit_depth: Number of bits of 16-bit grey images that are used.
+        bit_depth: Number of bits used in 16-bit grey images.
 
     Raises:
         UserError: an option is invalid, too many images are unreadable, fewer than 2 images remain, or the disk does

@@ -38,7 +38,7 @@ FORMATS = {
 """Supported formats, by Pillow's names, and the suffixes of their files."""
 IMAGE_SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 BitDepth = Literal[16, 14, 12, 10]
-"""Number of bits of 16-bit grey images that are used: 2^bits - 1 is white."""
+"""Number of bits used in 16-bit grey images: 2^bits - 1 is white."""
 MODES = {
     "1": "black and white",
     "L": "grey",

@@ -168,7 +168,7 @@ def fit_z_0_mse(
     square of that contribution's share of Sigma, c_0^2 mse / Sigma.
 
     Raises:
-        ValueError: if images_per_step is not positive; if the denoiser's error is exactly 0 at some t.
+        ValueError: if images_per_step is not positive, or if the denoiser's error is exactly 0 at some t.
         NotFiniteError: if z_0 or an error is not finite.
     """
     if images_per_step < 1:

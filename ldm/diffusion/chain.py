@@ -42,7 +42,7 @@ def check_prediction(prediction: str, alpha_bar: Float[Tensor, "..."]) -> None:
     """Raise an error for an unknown prediction type, or for eps-prediction where z_t contains no signal.
 
     Raises:
-        ValueError: if `prediction` is unknown; if it is "eps" and an entry of alpha_bar is 0.
+        ValueError: if `prediction` is unknown, or if it is "eps" and an entry of alpha_bar is 0.
     """
     check_choice("prediction", prediction, get_args(PredictionType))
     if prediction == "eps" and (alpha_bar == 0).any():
@@ -135,8 +135,8 @@ def log_variance(
         z_0_mse: mse(t) for t = 0..T, only used by `optimal`; see `check_z_0_mse`.
 
     Raises:
-        ValueError: unless 0 <= s < t <= T; if `variance` is unknown; if v is missing for `learned_range`, or z_0_mse
-            for `optimal`; if bt is needed at s = 0, but the chain has only one step.
+        ValueError: if 0 <= s < t <= T does not hold, if `variance` is unknown, if v is missing for `learned_range` or
+            z_0_mse for `optimal`, or if bt is needed at s = 0 but the chain has only one step.
     """
     check_order(schedule, s, t)
     check_choice("variance", variance, get_args(VarianceType))
@@ -200,7 +200,7 @@ def target(
     Source: Salimans and Ho 2022, arXiv:2202.00512, appendix D, for v; Liu et al. 2023, arXiv:2209.03003, for flow.
 
     Raises:
-        ValueError: if `prediction` is unknown; if it is "eps" and a_t = 0; unless 0 <= t <= T.
+        ValueError: if `prediction` is unknown, if it is "eps" and a_t = 0, or if t is not in 0..T.
     """
     z_0, eps = at_least_float32(z_0), at_least_float32(eps)
     check_prediction(prediction, schedule.at(t, z_0))
@@ -229,7 +229,7 @@ def to_z_0(
     where eps, z_0, v or u is the network's output.
 
     Raises:
-        ValueError: if `prediction` is unknown; if it is "eps" and a_t = 0; unless 0 <= t <= T.
+        ValueError: if `prediction` is unknown, if it is "eps" and a_t = 0, or if t is not in 0..T.
     """
     output, z_t = at_least_float32(output), at_least_float32(z_t)
     check_prediction(prediction, schedule.at(t, z_t))

@@ -53,7 +53,7 @@ class Denoiser:
             output, in [-1, 1], is converted to v = (out + 1) / 2 (Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 15).
 
     Raises:
-        ValueError: if `prediction` is unknown; if it is "eps" and the schedule ends at alpha_bar = 0.
+        ValueError: if `prediction` is unknown, or if it is "eps" and the schedule ends at alpha_bar = 0.
     """
 
     def __init__(
@@ -84,8 +84,8 @@ class Denoiser:
         """Return the network's raw prediction, which approximates `chain.target`, and its v, both in float32 or better.
 
         Raises:
-            ValueError: unless 1 <= t <= T; unless the network outputs C channels, or 2C if it learns the
-                variance.
+            ValueError: if t is not in [1, T], or if the network does not output C channels (2C if it learns the
+                variance).
         """
         check_order(self.schedule, 0, t)
         is_real = t.is_floating_point() if isinstance(t, Tensor) else isinstance(t, float)

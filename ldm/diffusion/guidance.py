@@ -33,8 +33,8 @@ class Guided:
         interval: lowest and highest u = t / T at which guidance is applied, both inclusive.
 
     Raises:
-        ValueError: unless 0 <= interval[0] <= interval[1] <= 1; if the batch size of a null
-            condition is not 1.
+        ValueError: if the interval is not within [0, 1] or is reversed, or if the batch size of a null condition is
+            not 1.
     """
 
     def __init__(
@@ -63,8 +63,8 @@ class Guided:
         """Predict z_0 from z_t with guidance.
 
         Raises:
-            ValueError: if the condition is missing, or if its names or shapes differ from those of the null condition;
-                unless 1 <= t <= T.
+            ValueError: if t is not in 1..T, if the condition is missing, or if its names or shapes differ from those of
+                the null condition.
         """
         low, high = self.interval
         u = torch.as_tensor(t) / self.schedule.num_steps

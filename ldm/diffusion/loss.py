@@ -66,8 +66,8 @@ def weight(
     Source: Hang et al. 2023, arXiv:2303.09556, eq. 8.
 
     Raises:
-        ValueError: unless 1 <= t <= T; if `weighting` or `prediction` is unknown; if gamma is not positive;
-            if `prediction` is "eps" and the schedule ends at alpha_bar = 0.
+        ValueError: if t is not in 1..T, if `weighting` or `prediction` is unknown, if gamma is not positive, or if
+            `prediction` is "eps" and the schedule ends at alpha_bar = 0.
     """
     check_order(schedule, 0, t)
     check_prediction(prediction, schedule.alpha_bar)

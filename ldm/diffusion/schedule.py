@@ -91,7 +91,7 @@ class NoiseSchedule:
         If t is real and has an integer value, the result is exactly the table's entry.
 
         Raises:
-            ValueError: unless t is an integer in 0..T or a real number in [1, T]; for a real t, also as raised by
+            ValueError: if t is neither an integer in 0..T nor a real number in [1, T]. For a real t, also as raised by
                 `log_snr_curve`.
         """
         return self._gather(t).reshape(-1, *(1,) * (like.ndim - 1))
@@ -115,7 +115,7 @@ class NoiseSchedule:
         Source: Fritsch and Butland 1984, doi:10.1137/0905021, as implemented in scipy.
 
         Raises:
-            ValueError: if the chain has fewer than 2 steps; if alpha_bar is below 1e-20 before T.
+            ValueError: if the chain has fewer than 2 steps, or if alpha_bar is below 1e-20 before T.
         """
         if self.num_steps < 2:
             raise ValueError(f"schedule {self.name!r} has only one step; interpolation to real t needs at least two")
@@ -134,7 +134,7 @@ class NoiseSchedule:
         is in float64 on the table's device and has the shape of `snr(t)`.
 
         Raises:
-            ValueError: unless 1 <= t <= T; as raised by `log_snr_curve`.
+            ValueError: if t is not in [1, T], or as raised by `log_snr_curve`.
         """
         time = step_tensor(t).double()
         a_t = self._interpolate(time)

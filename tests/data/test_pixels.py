@@ -23,7 +23,7 @@ def palette_image() -> Image.Image:
 
 
 def small_png(depth: int, colour_type: int, row: list[int], *chunks: tuple[bytes, bytes]) -> bytes:
-    """Encode a PNG with 8 equal rows of 8 pixels, at a bit depth or with chunks that Pillow does not write."""
+    """Encode a PNG with 8 identical rows of 8 pixels, at a bit depth or with chunks that Pillow does not write."""
     bits = "".join(format(value, f"0{depth}b") for value in row)
     raw = (b"\0" + int(bits, 2).to_bytes(len(bits) // 8, "big")) * 8
     header = struct.pack(">IIBBBBB", 8, 8, depth, colour_type, 0, 0, 0)
@@ -54,12 +54,15 @@ CASES = {
         (255, 255, 255),
     ),
     "4-bit grey, colour key": (small_png(4, 0, [3] * 8, (b"tRNS", struct.pack(">H", 3))), (255, 255, 255)),
-    "4-bit grey, colour key of other pixels": (small_png(4, 0, [3] * 8, (b"tRNS", struct.pack(">H", 4))), (51, 51, 51)),
+    "4-bit grey, colour key that matches no pixel": (
+        small_png(4, 0, [3] * 8, (b"tRNS", struct.pack(">H", 4))),
+        (51, 51, 51),
+    ),
     "16-bit rgb, colour key": (
         small_png(16, 2, [0x1234, 0x5678, 0x9ABC] * 8, (b"tRNS", struct.pack(">HHH", 0x1234, 0x5678, 0x9ABC))),
         (255, 255, 255),
     ),
-    "16-bit rgb, colour key of other pixels": (
+    "16-bit rgb, colour key that matches no pixel": (
         small_png(16, 2, [0x1234, 0x5678, 0x9ABC] * 8, (b"tRNS", struct.pack(">HHH", 0x1234, 0x5678, 0x9ABD))),
         (0x12, 0x56, 0x9A),
     ),

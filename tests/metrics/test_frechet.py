@@ -128,7 +128,7 @@ def test_paired_kernel_distance_equals_sum_over_pairs():
 
 
 def test_paired_kernel_distance_is_unbiased_for_dependent_pairs():
-    """y = -x has the distribution of x, so the distance is zero on average if pairs are not split across subsets."""
+    """y = -x has the same distribution as x, so the distance is 0 on average if subsets keep pairs together."""
     means = [kernel_distance(x := normal(16, 2, seed=i), -x, num_subsets=2, paired=True)[0] for i in range(400)]
     assert abs(np.mean(means)) < 3 * np.std(means, ddof=1) / 20
 

@@ -36,7 +36,7 @@ class Record:
 class Source(Protocol):
     """Image source. Its attributes are read after `records` is exhausted.
 
-    A source can also have the attributes `skipped: Counter[str]`, the number of files that are not used as images by
+    A source can also have the attributes `skipped: Counter[str]`, the number of files not used as images, keyed by
     reason, and `notes: list[str]`, sentences about the data that the user should read.
     """
 
@@ -50,7 +50,7 @@ class Source(Protocol):
 
     @property
     def class_names(self) -> list[str] | None:
-        """Names of all classes, or None if they are the classes that occur."""
+        """Names of all classes, or None to collect them from the records."""
 
     @property
     def num_records(self) -> int | None:

@@ -32,8 +32,8 @@ class FolderCaptions:
     above it that lists the image, in the layout of Hugging Face's imagefolder. Images that no metadata file lists get
     the text of cat.txt or cat.png.txt, with its lines joined.
 
-    A name that differs from the file's only in case, in the Unicode normalisation of its accents, or in %20 and the
-    like still matches, unless it matches several images.
+    A name still matches if it differs from the file's only in case, Unicode normalisation or percent-encoding, unless
+    it matches several images.
 
     Args:
         root: The image folder.

@@ -21,7 +21,7 @@ def clock_ends(schedule: NoiseSchedule, t_min: int | float) -> tuple[float, floa
     """Return the clock w = asinh(log-SNR / 2) at the noise end and at t_min.
 
     Raises:
-        ValueError: unless 1 <= t_min < T and t_min is below the noise end; as raised by `log_snr_curve`.
+        ValueError: if t_min is not in [1, T) or not below the noise end, or as raised by `log_snr_curve`.
     """
     curve = schedule.log_snr_curve
     if not 1 <= t_min < schedule.num_steps:

@@ -44,7 +44,7 @@ def integrate(
 
     Raises:
         ValueError: unless rtol and atol are at least 1e-12.
-        ArithmeticError: if the derivative is not finite; if the step size becomes too small.
+        ArithmeticError: if the derivative is not finite, or if the step size becomes too small.
     """
     check_tolerances(rtol, atol)
 
@@ -157,7 +157,7 @@ class ODESampler:
         tolerances for the adaptive solver.
 
         Raises:
-            ValueError: as raised by `check`; for the Heun solver, if steps is less than 2.
+            ValueError: if the Heun solver has fewer than 2 steps, or as raised by `check`.
             ArithmeticError: as raised by `integrate`.
         """
         self._check_steps()
@@ -170,7 +170,7 @@ class ODESampler:
         """Decode noise to z at t_min, without the last transition to 0; the inverse of `encode`.
 
         Raises:
-            ValueError: as raised by `check`; for the Heun solver, if steps is less than 2.
+            ValueError: if the Heun solver has fewer than 2 steps, or as raised by `check`.
             ArithmeticError: as raised by `integrate`.
         """
         self._check_steps()

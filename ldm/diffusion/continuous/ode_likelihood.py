@@ -73,8 +73,8 @@ def ode_log_likelihood(
         on_evaluation: called as on_evaluation(t) before every call to the denoiser.
 
     Raises:
-        ValueError: as raised by `clock_ends` and `integrate`; if probes is less than 1; if the number
-            of generators in a list differs from the batch size.
+        ValueError: if probes is less than 1, if the number of generators in a list differs from the batch size, or as
+            raised by `clock_ends` and `integrate`.
         ArithmeticError: as raised by `integrate`.
     """
     if probes is not None and probes < 1:

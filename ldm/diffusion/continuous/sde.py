@@ -168,7 +168,7 @@ class SDESampler:
         """Check that this sampler can run on `schedule`.
 
         Raises:
-            ValueError: as raised by `clock_ends`; if Euler-Maruyama needs more steps to be stable.
+            ValueError: if Euler-Maruyama needs more steps to be stable, or as raised by `clock_ends`.
         """
         start, stop = clock_ends(schedule, self.t_min)
         # In the worst case, a step h in log-SNR multiplies a deviation by 1 - h (1 + a) / 2. h is largest at both ends.
@@ -201,7 +201,7 @@ class SDESampler:
                 the predicted z_0 that the transition used.
 
         Raises:
-            ValueError: as raised by `check`; if the number of generators in a list differs from the batch size.
+            ValueError: if the number of generators in a list differs from the batch size, or as raised by `check`.
         """
         check_generators(generator, len(z_T))
         schedule = denoiser.schedule

@@ -134,8 +134,8 @@ class ChainSampler(ABC):
                 transition used. UniPC corrects z_s again in its next step.
 
         Raises:
-            ValueError: if the chain has fewer steps than the sampler; if the number of generators in a list differs
-                from the batch size; for multistep solvers, if z_t is pure noise at more than one visited step.
+            ValueError: if the chain has fewer steps than the sampler, if the number of generators in a list differs
+                from the batch size, or if a multistep solver visits more than one step at which z_t is pure noise.
         """
         check_generators(generator, len(z_T))
         schedule = denoiser.schedule
@@ -167,7 +167,7 @@ def timesteps(num_steps: int, steps: int, spacing: str = "trailing") -> list[int
     Source: Lin et al. 2024, arXiv:2305.08891, table 2.
 
     Raises:
-        ValueError: if `spacing` is unknown; unless 1 <= steps <= T.
+        ValueError: if `spacing` is unknown, or if steps is not in 1..T.
     """
     check_choice("spacing", spacing, SPACINGS)
     if not 1 <= steps <= num_steps:

@@ -33,7 +33,7 @@ def ddim_step(
     Source: Song et al. 2021, arXiv:2010.02502, eqs. 12 and 16.
 
     Raises:
-        ValueError: unless 0 <= s < t <= T; unless 0 <= eta <= 1.
+        ValueError: if 0 <= s < t <= T or 0 <= eta <= 1 does not hold.
     """
     check_order(schedule, s, t)
     eps = to_eps(schedule, z_0, z_t, t)

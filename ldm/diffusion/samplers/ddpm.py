@@ -40,7 +40,7 @@ def ddpm_step(
     Source: Ho et al. 2020, arXiv:2006.11239, algorithm 2, for any s < t.
 
     Raises:
-        ValueError: unless 0 <= s < t <= T; if s > 0 and `variance` is unknown or lacks the v or z_0_mse it requires.
+        ValueError: if 0 <= s < t <= T does not hold, or if s > 0 and `variance` is unknown or lacks its v or z_0_mse.
     """
     mean, _ = posterior(schedule, z_0, z_t, s, t)
     if s == 0:

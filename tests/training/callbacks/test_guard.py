@@ -304,7 +304,7 @@ def test_bad_step_also_skips_discriminator_and_codebook(fit, guard, decision_dev
     assert entry["step"] == 2 and entry["why"] == why
 
 
-def test_too_many_consecutive_skips_trigger_a_roll_back(fit, make, guard):
+def test_too_many_consecutive_skips_trigger_a_rollback(fit, make, guard):
     callback = guard(skips_before_rollback=3)
     with pytest.raises(RollBack) as excinfo:
         fit(make({k: "spike" for k in (4, 5, 7, 8, 9, 10, 11)}), [callback], max_steps=20)

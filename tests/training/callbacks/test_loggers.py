@@ -46,7 +46,7 @@ def test_resume_appends_rows_and_a_new_run_replaces_them(file):
     assert logged_steps(file) == [0]
 
 
-def test_no_step_is_logged_twice_after_a_roll_back(file):
+def test_no_step_is_logged_twice_after_a_rollback(file):
     log(file, range(4)).save()
     logger = log(file, range(4, 6))
     logger.drop_rows_after(2)
