@@ -112,7 +112,7 @@ def check_quarantine(num_skipped: int, num_images: int, max_bad_fraction: float 
     unreadable = shorten([f"{entry['name']} ({entry['reason']})" for entry in read_quarantine(listing)[:6]])
     if not num_images:
         raise UserError(
-            f"None of the {count(total, 'image')} can be read: {unreadable}. The full list is in {listing}."
+            f"No image can be read ({count(total, 'image')} in total): {unreadable}. The full list is in {listing}."
         )
     digits = 2 if num_skipped <= 0.99 * total else 6  # the limit must be below 1
     limit = math.ceil(10**digits * num_skipped / total) / 10**digits

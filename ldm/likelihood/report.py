@@ -95,10 +95,10 @@ def measure_likelihood(
 
     Args:
         split: 'val' or 'train'.
-        num_images: Maximum number of images, chosen by the seed.
+        num_images: Maximum number of images; the seed determines which ones.
         steps: Number of chain terms per image; None for all T.
         variance: Choice of Sigma for the reverse chain; None for the model's default. With 'optimal', Sigma is first
-            fitted on the training split, unless the model already contains the fit.
+            fitted on the training split, unless the model already contains a fitted Sigma.
         ode: Options of `ode_log_likelihood`; None to skip the ODE.
 
     Raises:

@@ -185,7 +185,7 @@ class ResumePlan:
         return f"{reason}. To continue: {shell.train_command(*self.options, *folder_options(self.folder), mode)}"
 
     def requeue(self) -> str:
-        """Requeue the SLURM job if a restart could find this run. Return the outcome as the end of a sentence."""
+        """Requeue the SLURM job if a restart could find this run. Return the outcome as text to append to a message."""
         if self.has_name or not isinstance(self.resume, bool) or not launcher.slurm_job():
             return launcher.requeue()
         return ". The SLURM job was not requeued: without name=, each restart would begin a new run"

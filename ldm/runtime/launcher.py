@@ -30,7 +30,7 @@ def is_restarted_by_slurm() -> bool:
 
 
 def requeue() -> str:
-    """Ask SLURM to requeue the job. Return the outcome as the end of a sentence; "" outside SLURM."""
+    """Ask SLURM to requeue the job. Return the outcome as text to append to a message; "" outside SLURM."""
     job = os.environ.get("SLURM_JOB_ID")
     if (array := os.environ.get("SLURM_ARRAY_JOB_ID")) is not None:
         job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"

@@ -11,7 +11,7 @@ from ldm.runtime import shell
 from ldm.tracking.run import TRAINING_ID, track_report
 from ldm.tracking.server import has_key, with_timeout
 
-LOOK_UP_TIMEOUT_S, HISTORY_TIMEOUT_S = 60.0, 600.0
+LOOKUP_TIMEOUT_S, HISTORY_TIMEOUT_S = 60.0, 600.0
 """Timeouts in seconds for finding a run and for downloading its history."""
 
 
@@ -42,7 +42,7 @@ def fetch_run(path: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]
             f"{path} is not a run folder. To search for it in W&B, log in with `wandb login` or set WANDB_API_KEY."
         )
     try:
-        run, config, summary, evaluation = with_timeout(look_up, LOOK_UP_TIMEOUT_S)
+        run, config, summary, evaluation = with_timeout(look_up, LOOKUP_TIMEOUT_S)
         return config, summary, evaluation, with_timeout(lambda: list(run.scan_history()), HISTORY_TIMEOUT_S)
     except (wandb.Error, ValueError, OSError) as error:
         raise UserError(

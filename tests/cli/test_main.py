@@ -161,7 +161,7 @@ def test_comma_separated_values_of_list_keys_are_bracketed():
 
 
 def test_free_text_keys_exist():
-    """A key that was renamed only in conf/ would silently no longer be quoted."""
+    """A key renamed only in conf/ would silently stop being quoted."""
     existing_keys = set()
     with initialize_config_dir(str(bundled_folder("conf")), version_base="1.3"):
         for name in ("train", "sample", "encode", "decode", "forward", "evaluate", "likelihood", "latents"):

@@ -119,7 +119,7 @@ def test_single_image_can_be_prepared_without_a_validation_split(tmp_path):
     assert images.train_indices.tolist() == [0] and images.val_indices.tolist() == []
     (tmp_path / "one" / "a.png").write_bytes(b"?")
     for options in ({"val_fraction": None, "max_bad_fraction": None}, {"max_bad_fraction": 0.5}):
-        with pytest.raises(UserError, match=r"None of the 1 image can be read: a\.png \(not an image"):
+        with pytest.raises(UserError, match=r"No image can be read \(1 image in total\): a\.png \(not an image"):
             prepare_quietly(tmp_path / "one", tmp_path / "cache", **options)
 
 

@@ -28,7 +28,7 @@ from ldm.evaluation.samples.memorisation import nearest_training
 
 VAL_FRACTION = 0.25
 QUICK, ALL = (12_000, 100, 2000), (70_000, 1000, 15_000)
-"""Number of images, of classifier training steps and of samples."""
+"""Numbers of images, classifier training steps and samples."""
 
 JACKKNIFE_METRICS = ("fd", "class_shift", "close_share")
 

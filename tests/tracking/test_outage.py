@@ -159,7 +159,7 @@ def test_stalling_server_delays_neither_artifacts_nor_finish(use_server, tmp_pat
 
 @pytest.mark.parametrize("kind", ["refusing", "stalling"])
 def test_fetch_run_times_out_without_the_server(use_server, kind, monkeypatch):
-    monkeypatch.setattr(ldm.tracking.comparison, "LOOK_UP_TIMEOUT_S", 1.5)
+    monkeypatch.setattr(ldm.tracking.comparison, "LOOKUP_TIMEOUT_S", 1.5)
     with outage(kind) as port:
         use_server(port)
         start = time.perf_counter()

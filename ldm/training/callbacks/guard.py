@@ -176,7 +176,7 @@ class Guard(Callback):
             "went_to": step,
         }
         self.tallies, self._restored_norm = dict(self._restored_tallies), rollback.average_norm
-        self._write({"step": rollback.first_skip, "rolled_back_to": step, "batches_passed_over": num_skipped})
+        self._write({"step": rollback.first_skip, "rolled_back_to": step, "batches_skipped": num_skipped})
         print_on_rank_zero(
             f"skipped {self.skips_before_rollback} steps in a row from step {rollback.first_skip} on: rolling back "
             f"to step {step} and continuing with the next batches "

@@ -136,10 +136,10 @@ class DiffusionStage(Stage):
         try:
             return network(sample_size=side, in_channels=channels, out_channels=outputs, **options).train()
         except ValueError as error:
-            raise UserError(f"This network does not fit latents of {channels} x {side} x {side}: {error}.") from error
+            raise UserError(f"This network is unsuitable for {channels} x {side} x {side} latents: {error}.") from error
 
     def _adapt(self, source: LatentDiffusionPipeline, conditioning: Conditioning) -> nn.Module:
-        """Return the network of `init_from`, adapted to the classes of these images."""
+        """Return the network from `init_from`, adapted to the classes of these images."""
         network, old, new = source.network, source.conditioning.class_names, conditioning.class_names
         if old is not None and new is not None:
             network = replace_classes(network, old, new)
@@ -168,7 +168,7 @@ class DiffusionStage(Stage):
             options["sampler"].check(schedule)
             sigma = options["sampler"].variance
             if sigma == "optimal" or (sigma == "learned_range" and variance != "learned_range"):
-                raise ValueError(f"sampler.variance={sigma} does not fit a network trained with variance={variance}")
+                raise ValueError(f"sampler.variance={sigma} is incompatible with a network of variance={variance}")
             if schedule.num_steps < NUM_BANDS:
                 raise ValueError(f"the chain must have at least {NUM_BANDS} steps; got {schedule.num_steps}")
         except ValueError as error:
@@ -247,7 +247,7 @@ def _check_init_from(
     schedule: NoiseSchedule,
     variance: str,
 ) -> None:
-    """Check that the network of `init_from` can be fine-tuned with the options of this run.
+    """Check that the network from `init_from` can be fine-tuned with the options of this run.
 
     The autoencoder, conditioning, text encoder, prediction and chain must match, and Sigma must be learned in both
     or in neither. The classes can differ.
@@ -275,7 +275,7 @@ def _check_init_from(
     ):
         if not is_same:
             message = (
-                f"The network of init_from= was trained with {setting} {old_value}, but this run uses {new_value}."
+                f"The network from init_from= was trained with {setting} {old_value}, but this run uses {new_value}."
             )
             raise UserError(f"{message} Use {remedy}.")
 

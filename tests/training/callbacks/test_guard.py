@@ -404,7 +404,7 @@ def test_training_rolls_back_and_continues_with_the_next_batches(train, pets):
         (4, "the loss is not finite", 8),
     ]
     assert set(skipped[0]["images"]) < {image.name for image in pets.iterdir()}
-    assert rollback == {"step": 3, "rolled_back_to": 3, "batches_passed_over": 3}
+    assert rollback == {"step": 3, "rolled_back_to": 3, "batches_skipped": 3}
     with (run.path / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["train/skipped_steps"]]
     assert (rows[-1]["train/skipped_steps"], rows[-1]["train/rollbacks"]) == ("2", "1")
@@ -431,7 +431,7 @@ def last_checkpoint(name: str) -> list:
     return [saved["global_step"], saved["state_dict"], saved["optimizer_states"], *states]
 
 
-def test_training_stops_with_remedies_after_max_rollbacks(train):
+def test_training_stops_and_suggests_remedies_after_max_rollbacks(train):
     options = ("trainer.max_steps=9", "trainer.guard.max_rollbacks=1", *SAVE_EVERY_STEP)
     result, steps = train("diverged", set(range(2, 99)), *options)
     assert result.code == 2 and len(steps) == 5 + 3
