@@ -22,14 +22,13 @@ from ldm.autoencoder.identity import IdentityAutoencoder
 from ldm.autoencoder.patch import PatchAutoencoder, PatchAutoencoderKL, PatchVQModel
 from ldm.autoencoder.point_posterior import LOG_VARIANCE, has_point_posterior
 from ldm.autoencoder.regularisers import quantiser, to_vectors
+from ldm.autoencoder.sampling_decoder import ENCODER_MODULES, load_sampling_decoder, sampling_decoder_of, save_model
 from ldm.errors import InputError, UserError
 from ldm.files.models import load_model
 from ldm.files.untrusted import read_json, to_dataclass
 
 TrainablePart = Literal["all", "decoder", "nothing"]
 
-ENCODER_MODULES = ("encoder", "quant_conv", "shortcut_in", "quantize")
-"""Submodules that determine the latents of an image."""
 STATISTICS_FILE = "latents.json"
 STATISTICS_FORMAT = 1
 VQ_CLASSES = {"VQModel": VQModel, "PatchVQModel": PatchVQModel}
@@ -145,6 +144,14 @@ class Autoencoder:
         return self.model.decode(z_raw.to(self.device, self.model.dtype)).sample.clamp(-1, 1)
 
     @torch.no_grad()
+    def decode_samples(self, z_raw: Tensor) -> Tensor:
+        """Decode sampled latents like `decode`, but with the sampling decoder if there is one."""
+        decoder = sampling_decoder_of(self.model)
+        if decoder is None:
+            return self.decode(z_raw)
+        return decoder(z_raw.to(self.device, self.model.dtype)).clamp(-1, 1)
+
+    @torch.no_grad()
     def codes(self, z_raw: Tensor) -> Tensor:
         """Return the index of the nearest code at each location, [b, C, h, w] -> [b, h, w]. Requires a codebook."""
         z_raw = z_raw.to(self.device, self.model.dtype)
@@ -189,8 +196,8 @@ class Autoencoder:
         return weights_sha256(self.model)
 
     def save(self, folder: Path) -> None:
-        """Write config.json, the weights as safetensors and, if there are latent statistics, latents.json."""
-        self.model.save_pretrained(folder)
+        """Write config.json, the weights as safetensors, and the sampling decoder and latents.json if there are any."""
+        save_model(self.model, folder)
         if self.statistics is not None:
             content = {"format": STATISTICS_FORMAT, **asdict(self.statistics)}
             (folder / STATISTICS_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -210,7 +217,9 @@ class Autoencoder:
         if not isinstance(name, str) or name not in AUTOENCODER_CLASSES:
             supported = ", ".join(AUTOENCODER_CLASSES)
             raise UserError(f"{config_file} specifies the class {name}. Supported classes: {supported}.")
-        autoencoder = cls(load_model(AUTOENCODER_CLASSES[name], folder))
+        model = load_model(AUTOENCODER_CLASSES[name], folder)
+        load_sampling_decoder(model, folder)
+        autoencoder = cls(model)
         statistics_file = folder / STATISTICS_FILE
         if statistics_file.is_file():
             content = read_json(statistics_file)

@@ -47,6 +47,8 @@ class Reconstruction(NamedTuple):
     """[b, 3, H, W], not clamped."""
     terms: dict[str, Tensor]
     """Scalar loss terms by name: `kl` in nats per image, or `codebook`, a mean squared distance in latent units."""
+    z_raw: Tensor
+    """The decoded latents, [b, C, h, w]."""
     codes: Tensor | None = None
     """Index of the code at each location, [b h w]; None without a codebook."""
 
@@ -111,7 +113,7 @@ class KL(Regulariser):
         z_raw = posterior.mean
         if noise is not None:
             z_raw = z_raw + posterior.std * noise(z_raw.shape)
-        return Reconstruction(model.decode(z_raw).sample, {"kl": posterior.kl().float().mean()})
+        return Reconstruction(model.decode(z_raw).sample, {"kl": posterior.kl().float().mean()}, z_raw)
 
 
 class Unregularised(Regulariser):
@@ -123,7 +125,8 @@ class Unregularised(Regulariser):
         zero_posterior_noise(model)
 
     def reconstruct(self, model: Any, images: Tensor, noise: Noise | None) -> Reconstruction:
-        return Reconstruction(model.decode(model.encode(images).latent_dist.mean).sample, {})
+        z_raw = model.encode(images).latent_dist.mean
+        return Reconstruction(model.decode(z_raw).sample, {}, z_raw)
 
 
 class VectorQuantised(Regulariser):
@@ -209,7 +212,7 @@ class VectorQuantised(Regulariser):
             distance = (to_vectors(z) - entries).detach().square().sum(1)
             self._batches.append((to_vectors(z).detach(), distance, codes.reshape(-1)))
         terms = {"codebook": codebook + self.commitment * commitment}
-        return Reconstruction(model.decode(z_q, force_not_quantize=True).sample, terms, codes.reshape(-1))
+        return Reconstruction(model.decode(z_q, force_not_quantize=True).sample, terms, z_q, codes.reshape(-1))
 
     @torch.no_grad()
     def after_step(

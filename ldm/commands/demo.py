@@ -45,6 +45,11 @@ def demo(config: DictConfig) -> None:
         f"{metrics['ssim']:.3f}; PCA with the same latent size {metrics['pca_psnr_db']:.2f} dB; compression "
         f"{metrics['compression']:.1f}"
     )
+    if "sampling_level" in metrics:
+        print(
+            f"Samples are decoded at noise level {metrics['sampling_level']:.2g}; the PSNR of that decoder, without "
+            f"noise, is {metrics['sampling_decoder_psnr_db']:.2f} dB"
+        )
     options |= {"num_samples": config.num_samples, "weights_sha256": run_weights_sha256(run)}
     evaluation = report.measure_samples(pipeline, images, sampler, run.path / "evaluation", **options)
     metrics_file = report.save_unless_smaller(evaluation, run.path, out / EVALUATION_FILE)

@@ -39,6 +39,7 @@ def unet(
     attention_levels: tuple[int, ...] = (1,),
     head_dim: int = 32,
     norm_num_groups: int = 32,
+    scale_shift: bool = True,
 ) -> ImageUNet | TextUNet:
     """Build a UNet that is conditioned on text if `text_dim` is set, on classes if `num_classes` is set, or on nothing.
 
@@ -47,6 +48,9 @@ def unet(
         attention_levels: Levels with self-attention and, if conditioned on text, cross-attention. Level 0 is the
             finest. The middle block always has attention.
         head_dim: Width of an attention head.
+        scale_shift: True to scale and shift the normalised activations of every residual block by the embedding of
+            the timestep and the condition (adaptive group normalisation; Dhariwal and Nichol 2021, arXiv:2105.05233,
+            section 3); False to add the embedding to the activations.
 
     Raises:
         ValueError: The latent size cannot be halved at every level after the first.
@@ -63,6 +67,7 @@ def unet(
         "block_out_channels": tuple(block_out_channels),
         "layers_per_block": layers_per_block,
         "norm_num_groups": norm_num_groups,
+        "resnet_time_scale_shift": "scale_shift" if scale_shift else "default",
     }
     has_attention = [level in attention_levels for level in range(levels)]
     if text_dim is not None:

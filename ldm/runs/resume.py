@@ -39,6 +39,8 @@ CHANGEABLE_OPTIONS = (
     *("conditioning.guidance", "conditioning.prompts"),
 )
 """Exceptions to FIXED_OPTIONS."""
+EARLIER_DEFAULTS = {"autoencoder.decoder_noise": 0.0, "network.scale_shift": False}
+"""Options that runs from earlier versions lack, with the values that correspond to those versions."""
 REPORTED_OPTIONS = (
     *CHANGEABLE_OPTIONS,
     *("trainer.max_steps", "trainer.max_time", "trainer.gradient_clip_val", "trainer.ema_decay"),
@@ -266,6 +268,8 @@ def check_resume_options(run: Run, config: Mapping[str, Any], resume_options: Se
         UserError: if an option would change the weights. The message lists the changed options and the right command.
     """
     saved, new = flatten(run.config()), flatten(config)
+    added = {key: value for key, value in EARLIER_DEFAULTS.items() if key in new and key not in saved}
+    saved |= added
     changed_keys = [key for key in sorted({*saved, *new}) if saved.get(key) != new.get(key)]
     fixed_keys = [key for key in changed_keys if is_key_under(key, FIXED_OPTIONS[run.stage])]
     rejected_keys = [key for key in fixed_keys if not is_key_under(key, CHANGEABLE_OPTIONS)]
@@ -273,6 +277,8 @@ def check_resume_options(run: Run, config: Mapping[str, Any], resume_options: Se
         differences = [f"{key} was {_text(saved.get(key))} and is {_text(new.get(key))} now" for key in rejected_keys]
         more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
         options = run.facts.get("options")
+        added_options = [f"{key}={value}".lower() for key, value in added.items()]
+        options = None if options is None else [*options, *added_options]
         command = "see the run's config.yaml." if options is None else shell.train_command(*options, *resume_options)
         raise UserError(
             f"The run cannot be resumed with these options: {'; '.join(differences[:3])}{more}. Use the options that "

@@ -164,7 +164,7 @@ class LatentDiffusionPipeline:
 
     def decode(self, z: Tensor) -> Tensor:
         """Decode standardised latents to images [b, 3, H, W] in [-1, 1]."""
-        return self.autoencoder.decode(self.autoencoder.unstandardise(z))
+        return self.autoencoder.decode_samples(self.autoencoder.unstandardise(z))
 
     @torch.no_grad()
     def forward_chain(self, image: Tensor, *, steps: int, seed: int) -> tuple[list[int], Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ldm.autoencoder.discriminator import AdaptiveWeight, LastLayer
 from ldm.autoencoder.losses import AutoencoderLoss
 from ldm.autoencoder.regularisers import Regulariser
+from ldm.autoencoder.sampling_decoder import noisy_distortion
 from ldm.image_grid import labelled_rows, to_pil
 from ldm.metrics.codes import codebook_metrics
 from ldm.metrics.image import psnr, ssim
@@ -37,6 +38,7 @@ class VAETraining(TrainingModule):
         flip: True to mirror each image with probability 1/2.
         figures_dir: Folder for the grids of reconstructions.
         adversary: The discriminator and its optimizer.
+        decoder_noise: Scale of the noise levels on which the model's sampling decoder is trained; 0 if it has none.
     """
 
     def __init__(
@@ -50,10 +52,11 @@ class VAETraining(TrainingModule):
         flip: bool,
         figures_dir: Path,
         adversary: Adversary | None = None,
+        decoder_noise: float = 0.0,
     ) -> None:
         super().__init__(model, optimizer, seed)
         self.loss, self.regulariser, self.flip, self.figures_dir = loss, regulariser, flip, figures_dir
-        self.adversary, self.adversarial_on = adversary, False
+        self.adversary, self.adversarial_on, self.decoder_noise = adversary, False, decoder_noise
         if adversary is not None:
             adversary.adaptive_weight = AdaptiveWeight(LastLayer(model), adversary.max_weight)
         self._code_counts: Tensor | None = None
@@ -61,8 +64,8 @@ class VAETraining(TrainingModule):
     def losses(self, images: Tensor, draws: Draws) -> dict[str, Tensor]:
         """Return the loss terms of a batch by name.
 
-        The value of `loss` excludes the adversarial term, so that the loss curve does not jump when the discriminator
-        starts. The gradient of `loss` includes the adversarial term.
+        The value of `loss` excludes the terms of the adversary and the sampling decoder, so that it can be compared
+        with val/loss and does not jump when the discriminator starts. The gradient of `loss` includes them.
         """
         if self.flip:
             mirrored = draws.rand((len(images), 1, 1, 1)) < 0.5
@@ -70,13 +73,21 @@ class VAETraining(TrainingModule):
         if self.adversary is not None:
             self.adversary.adaptive_weight.last_layer.records_input = self.adversarial_on
         output = self.regulariser.reconstruct(self.trained, images, draws.randn)
+        hidden_terms = {}
+        if self.decoder_noise:
+            decoder = self.trained.sampling_decoder
+            distortion = noisy_distortion(decoder, images, output.z_raw, self.decoder_noise, draws.randn)
+            hidden_terms["sampling_decoder"] = distortion
         if self.adversary is None or not self.adversarial_on:
-            return self.loss(images, output.images, output.terms)
-        reconstruction, fake = self.adversary.adaptive_weight.split(output.images)
-        terms = self.loss(images, reconstruction, output.terms)
-        adversarial = self.adversary.generator_loss(fake)
-        terms |= {"adversarial": adversarial, "loss": terms["loss"] + adversarial - adversarial.detach()}
-        return terms | self.adversary.accumulate_gradients(images, output.images)
+            terms = self.loss(images, output.images, output.terms)
+        else:
+            reconstruction, fake = self.adversary.adaptive_weight.split(output.images)
+            terms = self.loss(images, reconstruction, output.terms)
+            hidden_terms["adversarial"] = self.adversary.generator_loss(fake)
+            terms |= self.adversary.accumulate_gradients(images, output.images)
+        for name, term in hidden_terms.items():
+            terms |= {name: term, "loss": terms["loss"] + term - term.detach()}
+        return terms
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optimizer(self.trained, self.loss)

@@ -10,12 +10,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ldm.autoencoder.autoencoder import Autoencoder, TrainablePart, set_trainable
+from ldm.autoencoder.autoencoder import Autoencoder, TrainablePart, published_statistics, set_trainable
 from ldm.autoencoder.losses import AutoencoderLoss
 from ldm.autoencoder.patch import PatchAutoencoder
 from ldm.autoencoder.perceptual import Perceptual
 from ldm.autoencoder.point_posterior import zero_posterior_noise
-from ldm.autoencoder.regularisers import Regulariser
+from ldm.autoencoder.regularisers import KL, Regulariser
+from ldm.autoencoder.sampling_decoder import SamplingDecoder, sampling_decoder_of
 from ldm.data.images import ImageData
 from ldm.errors import InputError, UserError
 from ldm.files.atomic import atomic_folder
@@ -23,10 +24,10 @@ from ldm.files.untrusted import first_line
 from ldm.image_grid import labelled_rows, to_pil
 from ldm.latents.statistics import StatisticsType, encode_latents, resolve_statistics
 from ldm.metrics.image import MIN_SSIM_SIDE, patch_components, project, psnr, ssim
-from ldm.rules import Depth, Flag, Size, apply_rules
+from ldm.rules import Depth, Flag, NonNegative, Size, apply_rules
 from ldm.runs.load import load_autoencoder
 from ldm.runs.run import RUN_FILE, Run
-from ldm.runtime.random import numpy_generator
+from ldm.runtime.random import numpy_generator, torch_generator
 from ldm.training.modules.adversary import Adversary
 from ldm.training.modules.autoencoder import VAETraining
 from ldm.training.optim.factory import OptimizerFactory
@@ -35,6 +36,14 @@ from ldm.training.stages.base import Stage
 MAX_INIT_IMAGES, MAX_INIT_PIXELS = 4096, 4096 * 64 * 64
 """Maximum numbers of training images and pixels used to initialise the shortcut and the codebook. The PCA baseline also
 uses at most this many images."""
+MAX_LEVEL_IMAGES = 256
+"""Maximum number of training images on which the level of the sampling decoder is chosen."""
+PSNR_METRICS = {
+    "psnr_db": "autoencoder",
+    "pca_psnr_db": "PCA, same size",
+    "sampling_decoder_psnr_db": "decoder for samples",
+}
+"""Names of the images whose PSNR is measured, by metric."""
 MAX_BATCH_PIXELS = 2**20
 """Maximum number of pixels in a batch of held-out images, for example 64 images of 128 x 128 pixels."""
 
@@ -61,6 +70,7 @@ class VAEStage(Stage):
         adversarial: Builds the discriminator and its optimizer.
         pretrained: Run, diffusers folder or Hub id of an autoencoder to use instead of a new one.
         train: Weights to train: "all", "decoder" or "nothing".
+        decoder_noise: Scale of the noise levels on which a second decoder, for samples, is trained; 0 for none.
         latent_statistics: Source of the statistics that standardise the latents.
         init_from: Run, diffusers folder or Hub id of an autoencoder from which training starts.
     """
@@ -84,6 +94,7 @@ class VAEStage(Stage):
         adversarial: Callable[[], Adversary] | None = None,
         pretrained: str | None = None,
         train: Annotated[TrainablePart, Field()] = "all",
+        decoder_noise: NonNegative = 0.0,
         latent_statistics: Annotated[StatisticsType, Field()] = "measured",
         init_from: str | None = None,
     ) -> None:
@@ -100,6 +111,9 @@ class VAEStage(Stage):
             network = regulariser.build(model, images.resolution)
             self.autoencoder = Autoencoder(network)
             self._initialise(network, regulariser, seed, device)
+        if self.trains:
+            scale = [1.0] * self.autoencoder.channels if source is None else _latent_scale(self.autoencoder)
+            network.sampling_decoder = SamplingDecoder(network, scale) if decoder_noise else None
         set_trainable(network, train)
         network.train(self.trains)
         self.latent_shape = self.autoencoder.latent_shape(images.resolution)
@@ -117,6 +131,7 @@ class VAEStage(Stage):
             flip=flip,
             figures_dir=folder / "images",
             adversary=adversarial() if adversarial is not None else None,
+            decoder_noise=decoder_noise,
         )
 
     def _initialise(self, network: nn.Module, regulariser: Regulariser, seed: int, device: torch.device) -> None:
@@ -149,6 +164,9 @@ class VAEStage(Stage):
                 "perceptual= and adversarial= have no effect with autoencoder.train=nothing. Use "
                 "autoencoder.train=decoder or autoencoder.train=all, or remove these losses."
             )
+        if (noise := options["decoder_noise"]) and (train == "nothing" or not isinstance(regulariser, KL)):
+            rule = "must be 0 with autoencoder.train=nothing, or with a regulariser other than kl"
+            raise InputError("decoder_noise", noise, rule)
         if options["adversarial"] is not None:
             options["adversarial"]().check(resolution)
         if (source := pretrained or init_from) is not None:
@@ -232,6 +250,7 @@ class VAEStage(Stage):
 
     def finish(self, run: Run) -> tuple[dict[str, Any], Path]:
         self.module.trained.eval().float()
+        self._choose_sampling_level()
         mean_and_std = resolve_statistics(self.autoencoder, self.latent_statistics)
         contract, latents = encode_latents(
             self.autoencoder, self.images, self.flip, self.cache_dir, mean_and_std=mean_and_std
@@ -247,6 +266,16 @@ class VAEStage(Stage):
     def next_command(self, run: Run) -> str:
         return run.next_training_command()
 
+    def _choose_sampling_level(self) -> None:
+        """Choose the level of the sampling decoder on training images."""
+        if self.module.decoder_noise:
+            count = max(1, min(MAX_LEVEL_IMAGES, MAX_INIT_PIXELS // self.images.resolution**2))
+            images = self.images.batch(np.sort(self.images.train_indices[:count]))
+            z_raw = torch.cat([self.autoencoder.encode(batch)[0] for batch in images.split(64)])
+            decoder = sampling_decoder_of(self.module.trained)
+            assert decoder is not None
+            decoder.choose_level(images, z_raw, self.module.decoder_noise, torch_generator(0))
+
     def _evaluate_held_out(self, run: Run) -> tuple[dict[str, Any], Path]:
         """Compare validation reconstructions with a PCA of the same latent size. Return the metrics and a figure.
 
@@ -260,22 +289,41 @@ class VAEStage(Stage):
                 yield self.images.batch(indices[start : start + batch_size])
 
         components = patch_components(batches(np.sort(self.images.train_indices[:MAX_INIT_IMAGES])), factor)
-        columns: dict[str, list[Any]] = {"original": [], "autoencoder": [], "PCA, same size": []}
-        values: dict[str, list[Tensor]] = {"psnr_db": [], "pca_psnr_db": [], "ssim": []}
+        decoder = sampling_decoder_of(self.autoencoder.model)
+        columns: dict[str, list[Any]] = {}
+        values: dict[str, list[Tensor]] = {}
         for originals in batches(self.images.val_indices[:512]):
-            reconstructed = self.autoencoder.decode(self.autoencoder.encode(originals)[0]).cpu()
-            pca = project(components, originals, factor=factor, channels=channels)
-            values["psnr_db"].append(psnr(originals, reconstructed))
-            values["pca_psnr_db"].append(psnr(originals, pca))
-            values["ssim"].append(ssim(originals, reconstructed))
-            for column, images in zip(columns.values(), (originals, reconstructed, pca), strict=True):
+            mean, _ = self.autoencoder.encode(originals)
+            decoded = {
+                "original": originals,
+                "autoencoder": self.autoencoder.decode(mean).cpu(),
+                "PCA, same size": project(components, originals, factor=factor, channels=channels),
+            }
+            if decoder is not None:
+                decoded["decoder for samples"] = self.autoencoder.decode_samples(mean).cpu()
+            for key, name in PSNR_METRICS.items():
+                if name in decoded:
+                    values.setdefault(key, []).append(psnr(originals, decoded[name]))
+            values.setdefault("ssim", []).append(ssim(originals, decoded["autoencoder"]))
+            for name, images in decoded.items():
+                column = columns.setdefault(name, [])
                 column += to_pil(images[: 10 - len(column)])
         metrics: dict[str, Any] = {"val_images": min(512, len(self.images.val_indices))}
         metrics |= {name: torch.cat(batch_values).mean().item() for name, batch_values in values.items()}
+        if decoder is not None:
+            metrics["sampling_level"] = decoder.level.item()
         metrics["compression"] = self.compression
         path = run.images / "held_out_reconstructions.png"
         labelled_rows(list(columns.items())).save(path)
         return metrics, path
+
+
+def _latent_scale(autoencoder: Autoencoder) -> list[float]:
+    """Return the standard deviation of each latent channel of a pretrained autoencoder; 1, the prior's, if unknown."""
+    if autoencoder.statistics is not None:
+        return autoencoder.statistics.latent_std
+    published = published_statistics(autoencoder.model)
+    return [1.0] * autoencoder.channels if published is None else published[1]
 
 
 def _perceptual_features(source: str | None) -> set[str]:

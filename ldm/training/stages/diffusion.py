@@ -47,6 +47,7 @@ class NetworkSizes(TypedDict, total=False):
     layers_per_block: Depth
     attention_levels: list[Annotated[Integer, Field(ge=0)]]
     norm_num_groups: Size
+    scale_shift: Flag
 
 
 class DiffusionStage(Stage):

@@ -1,0 +1,159 @@
+"""A second decoder for samples, which is robust to noise in the latents.
+
+    z_raw + level * scale * eps,  eps ~ N(0, I),  level = decoder_noise * |n|,  n ~ N(0, 1)
+
+Sampled latents contain small errors, which a decoder trained only on the latents of images amplifies, for example into
+specks on a plain background. This decoder is trained next to the first one, on the same latents with added noise, and
+does not affect the encoder or the first decoder, which still decodes reconstructions and determines the likelihood. The
+noise level is an input: a bias after the first convolution, 0 at level 0. After training, a fixed level is chosen for
+samples, whose own level is unknown.
+Source: Zheng et al. 2025, arXiv:2510.11690, section 4.3, which trains a single decoder in this way.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ldm.errors import UserError
+from ldm.files.untrusted import first_line
+
+SAMPLING_DECODER_FILE = "sampling_decoder.safetensors"
+ENCODER_MODULES = ("encoder", "quant_conv", "shortcut_in", "quantize")
+"""Submodules of an autoencoder that determine the latents of an image."""
+HIDDEN_DIM = 32
+LEVELS = tuple(i / 10 for i in range(1, 11))
+"""Candidates for the fixed level, relative to decoder_noise."""
+
+
+class SamplingDecoder(nn.Module):
+    """A copy of an autoencoder's decoder, with the noise level as an additional input.
+
+    Args:
+        model: An AutoencoderKL or a PatchAutoencoderKL.
+        scale: Standard deviation of the noise at level 1, for each latent channel.
+    """
+
+    scale: Tensor
+    level: Tensor
+    """The level at which samples are decoded."""
+
+    def __init__(self, model: Any, scale: Sequence[float]) -> None:
+        super().__init__()
+        self.decoder = _without_encoder(model)
+        first: nn.Conv2d = getattr(self.decoder, "core", self.decoder).decoder.conv_in
+        self.hidden = nn.Linear(2, HIDDEN_DIM)
+        self.bias = nn.Linear(HIDDEN_DIM, first.out_channels, bias=False)
+        nn.init.zeros_(self.bias.weight)
+        self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32))
+        self.register_buffer("level", torch.zeros(()))
+        self._current_bias = torch.zeros(())
+        first.register_forward_hook(lambda _, inputs, output: output + self._current_bias.to(output.dtype))
+
+    def forward(self, z_raw: Tensor, level: Tensor | None = None) -> Tensor:
+        """Decode latents [b, C, h, w] to images [b, 3, H, W], not clamped.
+
+        Args:
+            level: Noise levels, [b] or [1]; None uses the chosen level.
+        """
+        level = self.level[None] if level is None else level
+        features = torch.stack([level, level.square()], dim=1).to(z_raw.dtype)
+        hidden, hidden_at_0 = (F.silu(self.hidden(x)) for x in (features, torch.zeros_like(features)))
+        self._current_bias = self.bias(hidden - hidden_at_0)[:, :, None, None]
+        return self.decoder.decode(z_raw).sample
+
+    def add_noise(self, z_raw: Tensor, level: Tensor, noise: Tensor) -> Tensor:
+        """Add noise [b, C, h, w] from N(0, I) to latents, at the levels [b]."""
+        return z_raw + level[:, None, None, None] * self.scale[:, None, None] * noise
+
+    @torch.no_grad()
+    def choose_level(self, images: Tensor, z_raw: Tensor, decoder_noise: float, generator: torch.Generator) -> None:
+        """Choose the fixed level with the lowest squared error on latents whose noise levels vary as in training.
+
+        Args:
+            images: Training images, [n, 3, H, W].
+            z_raw: Their latents, [n, C, h, w].
+        """
+        levels = decoder_noise * torch.randn(len(z_raw), generator=generator).abs().to(z_raw)
+        z_raw = self.add_noise(z_raw, levels, torch.randn(z_raw.shape, generator=generator).to(z_raw))
+        errors = {}
+        for relative_level in LEVELS:
+            level = z_raw.new_full((1,), relative_level * decoder_noise)
+            decoded = torch.cat([self(batch, level) for batch in z_raw.split(64)])
+            errors[level] = (decoded.clamp(-1, 1) - images.to(decoded)).square().mean().item()
+        self.level.copy_(min(errors, key=errors.__getitem__)[0])
+
+
+def noisy_distortion(
+    decoder: SamplingDecoder, images: Tensor, z_raw: Tensor, decoder_noise: float, noise: Callable[..., Tensor]
+) -> Tensor:
+    """Return the training loss of a sampling decoder, the mean of |x - x'| + (x - x')^2.
+
+    Args:
+        images: [b, 3, H, W] in [-1, 1].
+        z_raw: Latents of the images, [b, C, h, w], which get no gradient.
+        noise: Maps a shape to a sample from N(0, I).
+    """
+    level = decoder_noise * noise((len(z_raw),)).abs()
+    error = decoder(decoder.add_noise(z_raw.detach(), level, noise(z_raw.shape)), level).float() - images.float()
+    return error.abs().mean() + error.square().mean()
+
+
+def sampling_decoder_of(model: nn.Module) -> SamplingDecoder | None:
+    """Return the sampling decoder of an autoencoder, or None if it has none."""
+    return getattr(model, "sampling_decoder", None)
+
+
+def save_model(model: Any, folder: Path) -> None:
+    """Write an autoencoder in diffusers' format, and its sampling decoder, if it has one, to a file of its own.
+
+    diffusers and earlier versions of ldm therefore open the folder as an autoencoder without a sampling decoder.
+    """
+    decoder = sampling_decoder_of(model)
+    model.sampling_decoder = None
+    try:
+        model.save_pretrained(folder)
+    finally:
+        model.sampling_decoder = decoder
+    if decoder is not None:
+        save_file(decoder.state_dict(), folder / SAMPLING_DECODER_FILE)
+
+
+def load_sampling_decoder(model: Any, folder: Path) -> None:
+    """Add the sampling decoder in a folder written by `save_model`, if there is one, to the autoencoder.
+
+    Raises:
+        UserError: The file is damaged, contains non-finite values, or belongs to a different autoencoder.
+    """
+    file = folder / SAMPLING_DECODER_FILE
+    if not file.is_file():
+        return
+    decoder = SamplingDecoder(model, [1.0] * model.config.latent_channels)
+    try:
+        state = load_file(file)
+        if not all(value.isfinite().all() for value in state.values()):
+            raise ValueError("a value is not finite")
+        decoder.load_state_dict(state)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        remedy = "Restore the file that training wrote, or delete it to decode samples with the autoencoder itself."
+        raise UserError(
+            f"{file} is not a sampling decoder of this autoencoder ({first_line(error)}). {remedy}"
+        ) from error
+    model.sampling_decoder = decoder.eval()
+
+
+def _without_encoder(model: Any) -> Any:
+    """Return a copy of an autoencoder without the modules of its encoder."""
+    model = copy.deepcopy(model)
+    model.sampling_decoder = None
+    for module in (model, getattr(model, "core", model)):
+        for name in ENCODER_MODULES:
+            if name in module._modules:
+                setattr(module, name, None)
+    return model
