@@ -69,6 +69,19 @@ class AutoencoderLoss(nn.Module):
             loss = loss + terms["codebook"]
         return {"loss": loss, **terms}
 
+    def distortion(self, images: Tensor, reconstruction: Tensor) -> Tensor:
+        """Return the weighted l1, mse and perceptual terms, without the likelihood; the mse if l1 and mse are both 0.
+
+        Args:
+            images, reconstruction: [b, 3, H, W] in [-1, 1].
+        """
+        error = reconstruction.float() - images.float()
+        mse = self.mse if self.l1 or self.mse else 1.0
+        loss = self.l1 * error.abs().mean() + mse * error.square().mean()
+        if self.perceptual is not None:
+            loss = loss + self.perceptual.weight * self.perceptual(images.float(), reconstruction.float())
+        return loss
+
     def negative_log_likelihood(self, images: Tensor, reconstruction: Tensor) -> Tensor:
         """Return the mean of -log p(x | z_raw), in nats per pixel value."""
         scale = self.log_scale.exp()[:, None, None]

@@ -90,19 +90,15 @@ class SamplingDecoder(nn.Module):
         self.level.copy_(min(errors, key=errors.__getitem__)[0])
 
 
-def noisy_distortion(
-    decoder: SamplingDecoder, images: Tensor, z_raw: Tensor, decoder_noise: float, noise: Callable[..., Tensor]
-) -> Tensor:
-    """Return the training loss of a sampling decoder, the mean of |x - x'| + (x - x')^2.
+def decode_noisy(decoder: SamplingDecoder, z_raw: Tensor, decoder_noise: float, noise: Callable[..., Tensor]) -> Tensor:
+    """Add noise of random levels to latents, which get no gradient, and decode them as in training.
 
     Args:
-        images: [b, 3, H, W] in [-1, 1].
-        z_raw: Latents of the images, [b, C, h, w], which get no gradient.
+        z_raw: [b, C, h, w].
         noise: Maps a shape to a sample from N(0, I).
     """
     level = decoder_noise * noise((len(z_raw),)).abs()
-    error = decoder(decoder.add_noise(z_raw.detach(), level, noise(z_raw.shape)), level).float() - images.float()
-    return error.abs().mean() + error.square().mean()
+    return decoder(decoder.add_noise(z_raw.detach(), level, noise(z_raw.shape)), level)
 
 
 def sampling_decoder_of(model: nn.Module) -> SamplingDecoder | None:

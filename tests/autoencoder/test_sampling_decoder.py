@@ -8,8 +8,9 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from ldm.autoencoder.autoencoder import Autoencoder, set_trainable, weights_sha256
+from ldm.autoencoder.losses import AutoencoderLoss
 from ldm.autoencoder.patch import PatchAutoencoderKL
-from ldm.autoencoder.sampling_decoder import SAMPLING_DECODER_FILE, SamplingDecoder, noisy_distortion
+from ldm.autoencoder.sampling_decoder import SAMPLING_DECODER_FILE, SamplingDecoder, decode_noisy
 from ldm.errors import UserError
 
 MODELS = {
@@ -78,7 +79,8 @@ def test_noise_trains_only_the_sampling_decoder(kind):
     model = make(kind)
     z_raw = model.encode(IMAGES).latent_dist.mean
     noise = partial(torch.randn, generator=generator())
-    noisy_distortion(model.sampling_decoder, IMAGES, z_raw, 0.5, noise).backward()
+    decoded = decode_noisy(model.sampling_decoder, z_raw, 0.5, noise)
+    AutoencoderLoss().distortion(IMAGES, decoded).backward()
     for name, parameter in model.named_parameters():
         # `hidden` gets no gradient in the first step, because the weights that follow it are still 0
         trains = name.startswith("sampling_decoder.") and ".hidden." not in name
@@ -92,7 +94,7 @@ def test_training_on_noise_makes_decoder_robust():
     decoder = model.sampling_decoder
     optimizer = torch.optim.Adam(decoder.parameters(), lr=1e-2)
     for _ in range(60):
-        noisy_distortion(decoder, IMAGES, z, 0.5, noise).backward()
+        AutoencoderLoss().distortion(IMAGES, decode_noisy(decoder, z, 0.5, noise)).backward()
         optimizer.step()
         optimizer.zero_grad()
     assert weights_sha256(model.core) == before

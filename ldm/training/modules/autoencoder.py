@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ldm.autoencoder.discriminator import AdaptiveWeight, LastLayer
 from ldm.autoencoder.losses import AutoencoderLoss
 from ldm.autoencoder.regularisers import Regulariser
-from ldm.autoencoder.sampling_decoder import noisy_distortion
+from ldm.autoencoder.sampling_decoder import decode_noisy
 from ldm.image_grid import labelled_rows, to_pil
 from ldm.metrics.codes import codebook_metrics
 from ldm.metrics.image import psnr, ssim
@@ -75,9 +75,8 @@ class VAETraining(TrainingModule):
         output = self.regulariser.reconstruct(self.trained, images, draws.randn)
         hidden_terms = {}
         if self.decoder_noise:
-            decoder = self.trained.sampling_decoder
-            distortion = noisy_distortion(decoder, images, output.z_raw, self.decoder_noise, draws.randn)
-            hidden_terms["sampling_decoder"] = distortion
+            decoded = decode_noisy(self.trained.sampling_decoder, output.z_raw, self.decoder_noise, draws.randn)
+            hidden_terms["sampling_decoder"] = self.loss.distortion(images, decoded)
         if self.adversary is None or not self.adversarial_on:
             terms = self.loss(images, output.images, output.terms)
         else:
@@ -86,7 +85,7 @@ class VAETraining(TrainingModule):
             hidden_terms["adversarial"] = self.adversary.generator_loss(fake)
             terms |= self.adversary.accumulate_gradients(images, output.images)
         for name, term in hidden_terms.items():
-            terms |= {name: term, "loss": terms["loss"] + term - term.detach()}
+            terms |= {name: term, "loss": terms["loss"] + (term - term.detach())}
         return terms
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
