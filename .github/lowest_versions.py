@@ -1,4 +1,4 @@
-"""Print the lowest versions that pyproject.toml allows, as constraints for pip. torch keeps its tested version.
+"""Print the lowest versions that pyproject.toml allows, as constraints for pip. torch stays as in constraints.txt.
 
 python .github/lowest_versions.py > lowest.txt && pip install -c lowest.txt -e ".[demo,eval,data,dev]"
 """

@@ -38,7 +38,7 @@ def encode_images(config: DictConfig) -> None:
         num_encoded = encode_file(autoencoder, images, Path(config.out).expanduser(), config.batch_size)
         skipped_files = images.quarantine()
         del images
-    print(f"{count(num_encoded, 'image')} of {resolution} px encoded to {config.out}")
+    print(f"encoded {count(num_encoded, 'image')} at {resolution} px to {config.out}")
     for entry in skipped_files[:MAX_LISTED_FILES]:
         print(f"skipped {entry['name']}: {entry['reason']}")
     if len(skipped_files) > MAX_LISTED_FILES:

@@ -177,7 +177,7 @@ def recommend(
     1. all_dead: all channels are dead, so no number can be recommended. Use a smaller KL weight.
     2. dead: some channels are dead. Remove them, because they carry no information.
     3. undertrained: a PCA with C components, the best linear code, has a higher held-out PSNR. Train longer.
-    4. redundant: fewer than C directions in channel space contain 99 % of the signal. Use one channel per direction.
+    4. redundant: fewer than C directions in channel space contain 99% of the signal. Use one channel per direction.
     5. more: the effective rank is at least FULL_RANK * C, so all channels are in use. Double the number of channels, up
        to half the number of values in a patch (a compression factor of 2). The reason includes the PSNR that a PCA
        gains with the additional components.
@@ -211,7 +211,7 @@ def recommend(
         text = f"{text} Train longer, or with a smaller autoencoder.loss.kl."
     elif num_directions < channels:
         rule, count = "redundant", num_directions
-        text = f"{count} of {channels} directions contain 99 % of the signal. {key}={count} would lose little."
+        text = f"{count} of {channels} directions contain 99% of the signal. {key}={count} would lose little."
     elif rank >= FULL_RANK * channels and larger > channels:
         rule, count = "more", larger
         gain = pca[larger] - pca[channels]

@@ -246,7 +246,7 @@ def test_estimates_are_unbiased_with_calibrated_errors(exact_gaussian, randn, va
         f"\n{variance}, steps {steps}: z {z_score:+.2f}, estimated / observed variance {ratio:.2f}, "
         f"within 2 errors {coverage:.3f}, error {errors.mean():.3f} of {truth.sum(0).mean():.3f}"
     )
-    # From 200 repeats, a variance can be estimated to within 10 %.
+    # From 200 repeats, a variance can be estimated to within 10%.
     assert 0.7 < ratio < 1.35
     # With 4 steps, there is a single wide stratum, whose two terms are far from normally distributed.
     assert coverage > (0.65 if steps == 4 else 0.9)

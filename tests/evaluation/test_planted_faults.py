@@ -166,7 +166,7 @@ def measure_all(setting: Setting, fault: Callable[[Setting, float], Tensor], dos
 
 
 def half_width(name: str, error: float) -> float:
-    """Return the half width of the 95 % interval, from Student's t for 20 jackknife groups or 4 subsets."""
+    """Return the half width of the 95% interval, from Student's t for 20 jackknife groups or 4 subsets."""
     return (2.09 if name in JACKKNIFE_METRICS else 3.18) * error
 
 
@@ -183,7 +183,7 @@ def assert_falls(name: str, clean: Metrics, results: list[Metrics]) -> None:
 
 
 def assert_unchanged(name: str, clean: Metrics, results: list[Metrics]) -> None:
-    """Assert that the difference from the clean samples is within the 95 % interval at every dose."""
+    """Assert that the difference from the clean samples is within the 95% interval at every dose."""
     value, error = clean[name]
     for metrics in results:
         faulty, faulty_error = metrics[name]

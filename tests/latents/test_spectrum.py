@@ -191,7 +191,7 @@ RULES = {
         ["3, 9 of 12", "dead", "latent_channels=10"],
     ),
     "undertrained": ([], 11.5, 12, 21.5, None, ["PSNR is 0.5 dB lower", "PCA with 12 components"]),
-    "redundant": ([], 8.0, 9, 30.0, 9, ["9 of 12 directions", "99 %", "latent_channels=9"]),
+    "redundant": ([], 8.0, 9, 30.0, 9, ["9 of 12 directions", "99%", "latent_channels=9"]),
     "more": ([], 10.8, 12, 30.0, 24, ["effective rank is 10.8 of 12", "latent_channels=24", "PCA", "12.0 dB"]),
     "keep": ([], 10.7, 12, 30.0, 12, ["effective rank is 10.7 of 12", "autoencoder.model.latent_channels=12"]),
 }

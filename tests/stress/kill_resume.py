@@ -203,7 +203,7 @@ def make_folder(work: Path, name: str) -> Path:
 
 
 def plan_kills(num_kills: int, references: dict[str, ProcessResult], seed: int) -> list[Kill]:
-    """Plan 40 % of the kills at random times, and the rest before file operations, balanced over the kinds of save.
+    """Plan 40% of the kills at random times, and the rest before file operations, balanced over the kinds of save.
 
     Args:
         references: Uninterrupted runs by stage.

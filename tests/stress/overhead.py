@@ -5,8 +5,8 @@
 With fault tolerance, the guard checks every step, signals are checked between steps, and checkpoints are saved every
 trainer.checkpoint_every_s. Without it, Lightning's loop runs with only the budget, EMA weights and the progress bar.
 Blocks of steps alternate between the two. The overhead is the mean relative difference of the median step times over
-all pairs of blocks, with a one-sided 95 % bound (Student's t), plus the fraction of time spent on saving. The exit code
-is 0 only if the bound is below 2 % in both stages.
+all pairs of blocks, with a one-sided 95% bound (Student's t), plus the fraction of time spent on saving. The exit code
+is 0 only if the bound is below 2% in both stages.
 """
 
 import argparse
@@ -93,7 +93,7 @@ def measure_overhead(stage: str, spec: Any, blocks: int, steps: int) -> float:
     print(
         f"stage {stage}: overhead {mean:+.2%} ± {standard_error:.2%} (standard error, {blocks} pairs of blocks of "
         f"{steps} steps). Saving a checkpoint of {newest.bytes / 1e6:.1f} MB takes {newest.save_s:.2f} s every "
-        f"{interval_s:g} s, which adds {saving_overhead:.2%}. Upper bound of the total at 95 %: {bound:.2%}",
+        f"{interval_s:g} s, which adds {saving_overhead:.2%}. Upper bound of the total at 95%: {bound:.2%}",
         flush=True,
     )
     return bound

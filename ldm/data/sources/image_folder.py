@@ -28,8 +28,8 @@ READER = 3
 class ImageFolder:
     """All images in `path` and its subfolders, ordered by their relative names.
 
-    Links to files and folders are followed; each folder is read once, under its real name if that is in `path`. Runs,
-    caches and operating system files (see `ldm.data.excluded`) are skipped. Anything with the file name of an image is
+    Links to files and folders are followed; each folder is read once, under its real path if that is in `path`. Runs,
+    caches and operating system files (see `ldm.data.excluded`) are skipped. Anything with the extension of an image is
     included, even a pipe or a broken link, and so are folders that cannot be listed. Preparation records these in the
     quarantine list instead of silently ignoring them.
 

@@ -171,7 +171,7 @@ class SDESampler:
             ValueError: if Euler-Maruyama needs more steps to be stable, or as raised by `clock_ends`.
         """
         start, stop = clock_ends(schedule, self.t_min)
-        # In the worst case, a step h in log-SNR multiplies a deviation by 1 - h (1 + a) / 2. h is largest at both ends.
+        # In the worst case, a step h in log-SNR multiplies a deviation by 1 - h (1 + a) / 2. h is largest at one end.
         growth = max(math.cosh(w) * (1 + 1 / (1 + math.exp(-2 * math.sinh(w)))) for w in (start, stop))
         min_steps = 1 + math.ceil((stop - start) * growth / 2)
         if 1 < self.steps < min_steps:

@@ -185,7 +185,7 @@ def _notes(groups: Sequence[Group], rows: Sequence[Row]) -> Iterator[str]:
         significant = [f"{name.replace('_', ' ')} ({verdicts[name].verdict})" for name in statistics.holm(p_values)]
         result = f"significant difference in {', '.join(significant)}" if significant else "within noise"
         if p_values:
-            yield f"{group.label} vs {groups[0].label}, all {len(p_values)} metrics (Holm's test, 5 %): {result}."
+            yield f"{group.label} vs {groups[0].label}, all {len(p_values)} metrics (Holm's test, 5%): {result}."
     runs = [run for group in groups for run in group.runs]
     concerns = {
         "Training not finished": [run for run in runs if not run.finished],

@@ -1,6 +1,6 @@
 """Statistical comparison of two groups of runs: is one better in a metric, or is the difference within noise?
 
-The runs of a group differ only in their seed. The rules for each metric, at 95 % confidence:
+The runs of a group differ only in their seed. The rules for each metric, at 95% confidence:
 
 1. Metrics measured with different settings (features, N, reference set, sampler, guidance) are not compared.
 2. If both groups contain at least three runs with distinct seeds, the test is Welch's t test on the runs. The spread
@@ -127,7 +127,7 @@ def compare_groups(
 def holm(p_values: Mapping[str, float]) -> list[str]:
     """Return the names of the metrics that remain significant after the Holm-Bonferroni correction.
 
-    The probability of at least one false positive is at most 5 %, regardless of how the metrics depend on each other.
+    The probability of at least one false positive is at most 5%, regardless of how the metrics depend on each other.
 
     Source: Holm 1979, Scandinavian Journal of Statistics 6(2).
     """

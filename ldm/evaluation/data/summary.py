@@ -35,8 +35,8 @@ def _sections(content: dict[str, Any]) -> Iterator[dict[str, str] | list[tuple[s
         "exact copies": f"{copies['num_train']:,} within the training split; {copies['num_val_in_train']:,} "
         "validation images have a copy in the training split",
         "near duplicates": f"{near['num_train']:,} training and {near['num_val_in_train']:,} validation images have "
-        f"a near duplicate in the training split (at most {near['max_bits']} bits and {near['max_levels']:g} levels "
-        "apart)",
+        f"a near duplicate in the training split (at most {near['max_bits']} hash bits and {near['max_levels']:g} grey "
+        "levels apart)",
         "pairs": _count_and_names([f"{first['name']} = {last['name']}" for first, *_, last in pairs]),
     }
     if classes := content.get("classes"):
@@ -59,9 +59,10 @@ def _sections(content: dict[str, Any]) -> Iterator[dict[str, str] | list[tuple[s
     if features := content.get("features"):
         section = {"features": features["network"]}
         if "density" in features:
-            section["density"] = f"{features['density']:.3f} (expected for equal distributions: 1)"
+            section["density"] = f"{features['density']:.3f} (expected for identical distributions: 1)"
             section["coverage"] = (
-                f"{features['coverage']:.3f} (expected for equal distributions: {features['expected_coverage']:.3f})"
+                f"{features['coverage']:.3f} (expected for identical distributions: "
+                f"{features['expected_coverage']:.3f})"
             )
             section["k and N"] = (
                 f"k = {features['k']}, {features['num_compared']:,} images per split; mean over "

@@ -41,7 +41,7 @@ def plot_latents(content: dict[str, Any], z_raw: Tensor) -> Figure:
 
 
 def _plot_spectrum(axes: Axes, spectrum: dict[str, Any], title: str) -> None:
-    """Plot the eigenvalues, the effective rank, and how many components contain 90, 95 and 99 % of the variance."""
+    """Plot the eigenvalues, the effective rank, and how many components contain 90, 95 and 99% of the variance."""
     eigenvalues, rank = spectrum["eigenvalues"], spectrum["effective_rank"]
     axes.plot(range(1, len(eigenvalues) + 1), eigenvalues, ".-", color=SIGNAL)
     axes.axvline(rank, color=MARK, ls="--", label=f"effective rank {rank:.1f} of {len(eigenvalues)}")

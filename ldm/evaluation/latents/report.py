@@ -62,7 +62,7 @@ def latent_lines(content: dict[str, Any]) -> list[str]:
     return [
         *(
             f"{name}: effective rank {values['effective_rank']:.1f} of {len(values['eigenvalues'])}; "
-            f"{values['components']['0.99']} components contain 99 % of the variance"
+            f"{values['components']['0.99']} components contain 99% of the variance"
             for name, values in content["spectrum"].items()
         ),
         f"{held_out['num_images']} held-out images: PSNR {held_out['psnr_db']:.2f} dB; a PCA of the same size reaches "

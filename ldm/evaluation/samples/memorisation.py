@@ -37,14 +37,14 @@ class Memorisation:
 
     @property
     def close_share(self) -> float:
-        """Proportion of samples below the threshold, about 1 % for new images from the data distribution."""
+        """Proportion of samples below the threshold, about 1% for new images from the data distribution."""
         return (self.distances < self.threshold).double().mean().item()
 
     @property
     def close_share_standard_error(self) -> float:
         """Standard error of `close_share`, sqrt(p (1 - p) (1 / n + 1 / v)).
 
-        p is set to at least 1 %, so that the error is not 0 if no sample is close.
+        p is set to at least 1%, so that the error is not 0 if no sample is close.
 
         The term 1 / v accounts for the uncertainty of the threshold, a percentile estimated from v held-out images. The
         error is exact to first order if samples and held-out images follow the same distribution.

@@ -28,7 +28,7 @@ def test_ddpm_samples_match_moments_of_data(exact_gaussian, randn, variance):
     z = sampler(exact, randn(4000, 4, dtype=torch.float32), generator=seeded())
     count = z.numel()
     assert abs(z.mean() - 0.7) < 4 * (0.3 / count) ** 0.5
-    # With 1000 steps, the exact variance of the samples differs from the variance of the data by up to 1 %.
+    # With 1000 steps, the exact variance of the samples differs from the variance of the data by up to 1%.
     assert abs(z.var() / 0.3 - 1) < 4 * (2 / count) ** 0.5 + 0.01
 
 
