@@ -39,7 +39,7 @@ CHANGEABLE_OPTIONS = (
     *("conditioning.guidance", "conditioning.prompts"),
 )
 """Exceptions to FIXED_OPTIONS."""
-EARLIER_DEFAULTS = {"autoencoder.decoder_noise": 0.0, "network.scale_shift": False}
+EARLIER_DEFAULTS = {"autoencoder.decoder_noise": 0.0, "autoencoder.lr": 1e-3, "network.scale_shift": False}
 """Options that runs from earlier versions lack, with the values that correspond to those versions."""
 REPORTED_OPTIONS = (
     *CHANGEABLE_OPTIONS,

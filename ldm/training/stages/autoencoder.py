@@ -191,9 +191,12 @@ class VAEStage(Stage):
                 raise InputError("resolution", resolution, rule) from error
 
     def compile(self) -> None:
-        core = getattr(self.module.trained, "core", self.module.trained)
+        network = self.module.trained
+        core = getattr(network, "core", network)
         core.encoder.compile()
         core.decoder.compile()
+        if (decoder := sampling_decoder_of(network)) is not None:
+            getattr(decoder.decoder, "core", decoder.decoder).decoder.compile()
 
     def fetch(self, indices: np.ndarray, epochs: np.ndarray | None = None) -> Tensor:
         return self.images.batch(indices)
