@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ldm.errors import UserError
 from ldm.files.untrusted import first_line
+from ldm.metrics.image import psnr
 
 SAMPLING_DECODER_FILE = "sampling_decoder.safetensors"
 ENCODER_MODULES = ("encoder", "quant_conv", "shortcut_in", "quantize")
@@ -74,7 +75,9 @@ class SamplingDecoder(nn.Module):
 
     @torch.no_grad()
     def choose_level(self, images: Tensor, z_raw: Tensor, decoder_noise: float, generator: torch.Generator) -> None:
-        """Choose the fixed level with the lowest squared error on latents whose noise levels vary as in training.
+        """Choose the fixed level with the highest mean PSNR on latents whose noise levels vary as in training.
+
+        The mean squared error would be dominated by the highest noise levels, and the samples would be too blurry.
 
         Args:
             images: Training images, [n, 3, H, W].
@@ -82,12 +85,12 @@ class SamplingDecoder(nn.Module):
         """
         levels = decoder_noise * torch.randn(len(z_raw), generator=generator).abs().to(z_raw)
         z_raw = self.add_noise(z_raw, levels, torch.randn(z_raw.shape, generator=generator).to(z_raw))
-        errors = {}
+        mean_psnr = {}
         for relative_level in LEVELS:
             level = z_raw.new_full((1,), relative_level * decoder_noise)
-            decoded = torch.cat([self(batch, level) for batch in z_raw.split(64)])
-            errors[level] = (decoded.clamp(-1, 1) - images.to(decoded)).square().mean().item()
-        self.level.copy_(min(errors, key=errors.__getitem__)[0])
+            decoded = torch.cat([self(batch, level) for batch in z_raw.split(64)]).clamp(-1, 1)
+            mean_psnr[level] = psnr(images.to(decoded), decoded).mean().item()
+        self.level.copy_(max(mean_psnr, key=mean_psnr.__getitem__)[0])
 
 
 def decode_noisy(decoder: SamplingDecoder, z_raw: Tensor, decoder_noise: float, noise: Callable[..., Tensor]) -> Tensor:

@@ -108,7 +108,7 @@ def test_training_on_noise_makes_decoder_robust():
     assert 0 < decoder.level <= 0.5
 
 
-def test_chosen_level_has_the_lowest_error():
+def test_chosen_level_has_the_highest_psnr():
     """With a linear decoder and a bias that equals the level, the best level undoes a shift of the images."""
     model = make()
     decoder, z = model.sampling_decoder, latents(model)
