@@ -504,7 +504,7 @@ def test_encode_accepts_a_single_image_and_lists_unreadable_files(trained, tool,
             return output, reader.metadata()["names"]
 
     output, names = encode(image_folder / "b b.png")
-    assert "1 image of 32 px" in output and names == "b b.png"
+    assert "encoded 1 image at 32 px" in output and names == "b b.png"
     (image_folder / "bad.jpg").write_text("<html>")
     (image_folder / "empty.png").touch()
     output, names = encode(image_folder)

@@ -193,7 +193,12 @@ class Autoencoder:
         self.model.register_to_config(**{key: value for key, value in scaling.items() if key in config})
 
     def weights_sha256(self) -> str:
-        return weights_sha256(self.model)
+        """Return the digest of the weights without those of the sampling decoder, on which no latents depend."""
+        return weights_sha256(self.model, exclude="sampling_decoder.")
+
+    def sampling_decoder_sha256(self) -> str | None:
+        decoder = sampling_decoder_of(self.model)
+        return None if decoder is None else weights_sha256(decoder)
 
     def save(self, folder: Path) -> None:
         """Write config.json, the weights as safetensors, and the sampling decoder and latents.json if there are any."""
@@ -258,10 +263,16 @@ def _check_statistics(file: Path, key: str, values: Any, length: int) -> None:
         raise InputError(key, values, f"in {file} must be {rule}. Restore the file that belongs to these weights")
 
 
-def weights_sha256(model: nn.Module) -> str:
-    """Return the SHA-256 of the names, dtypes, shapes and bytes of all weights, independent of the file format."""
+def weights_sha256(model: nn.Module, exclude: str | None = None) -> str:
+    """Return the SHA-256 of the names, dtypes, shapes and bytes of all weights, independent of the file format.
+
+    Args:
+        exclude: Prefix of the names of weights that are left out.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
+        if exclude is not None and name.startswith(exclude):
+            continue
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -3,7 +3,7 @@
     z_raw + level * scale * eps,  eps ~ N(0, I),  level = decoder_noise * |n|,  n ~ N(0, 1)
 
 Sampled latents contain small errors, which a decoder trained only on the latents of images amplifies, for example into
-specks on a plain background. This decoder is trained next to the first one, on the same latents with added noise, and
+specks on a plain background. This decoder is trained alongside the first one, on the same latents with added noise, and
 does not affect the encoder or the first decoder, which still decodes reconstructions and determines the likelihood. The
 noise level is an input: a bias after the first convolution, 0 at level 0. After training, a fixed level is chosen for
 samples, whose own level is unknown.
@@ -54,8 +54,8 @@ class SamplingDecoder(nn.Module):
         nn.init.zeros_(self.bias.weight)
         self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32))
         self.register_buffer("level", torch.zeros(()))
-        self._current_bias = torch.zeros(())
-        first.register_forward_hook(lambda _, inputs, output: output + self._current_bias.to(output.dtype))
+        self._current_bias: Tensor | None = None
+        first.register_forward_hook(self._add_bias)
 
     def forward(self, z_raw: Tensor, level: Tensor | None = None) -> Tensor:
         """Decode latents [b, C, h, w] to images [b, 3, H, W], not clamped.
@@ -67,14 +67,23 @@ class SamplingDecoder(nn.Module):
         features = torch.stack([level, level.square()], dim=1).to(z_raw.dtype)
         hidden, hidden_at_0 = (F.silu(self.hidden(x)) for x in (features, torch.zeros_like(features)))
         self._current_bias = self.bias(hidden - hidden_at_0)[:, :, None, None]
-        return self.decoder.decode(z_raw).sample
+        try:
+            return self.decoder.decode(z_raw).sample
+        finally:
+            self._current_bias = None
+
+    def _add_bias(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        assert self._current_bias is not None
+        return output + self._current_bias.to(output.dtype)
 
     def add_noise(self, z_raw: Tensor, level: Tensor, noise: Tensor) -> Tensor:
         """Add noise [b, C, h, w] from N(0, I) to latents, at the levels [b]."""
         return z_raw + level[:, None, None, None] * self.scale[:, None, None] * noise
 
     @torch.no_grad()
-    def choose_level(self, images: Tensor, z_raw: Tensor, decoder_noise: float, generator: torch.Generator) -> None:
+    def choose_level(
+        self, images: Tensor, z_raw: Tensor, decoder_noise: float, generator: torch.Generator, batch_size: int = 64
+    ) -> None:
         """Choose the fixed level with the highest mean PSNR on latents whose noise levels vary as in training.
 
         The mean squared error would be dominated by the highest noise levels, and the samples would be too blurry.
@@ -88,7 +97,7 @@ class SamplingDecoder(nn.Module):
         mean_psnr = {}
         for relative_level in LEVELS:
             level = z_raw.new_full((1,), relative_level * decoder_noise)
-            decoded = torch.cat([self(batch, level) for batch in z_raw.split(64)]).clamp(-1, 1)
+            decoded = torch.cat([self(batch, level) for batch in z_raw.split(batch_size)]).clamp(-1, 1)
             mean_psnr[level] = psnr(images.to(decoded), decoded).mean().item()
         self.level.copy_(max(mean_psnr, key=mean_psnr.__getitem__)[0])
 

@@ -222,7 +222,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _from_16_bit_grey(image: Image.Image, bit_depth: BitDepth) -> Image.Image:
-    """Convert 16-bit grey to 8 bits, mapping 2^bit_depth - 1 to 255, where Pillow would clip all values at 255."""
+    """Convert 16-bit grey to 8 bits, mapping 2^bit_depth - 1 to 255; Pillow would instead clip all values at 255."""
     grey, white = np.asarray(image).astype(np.int32), 2**bit_depth - 1
     if grey.min() < 0 or grey.max() > white:
         reason = f"grey values {grey.min()} to {grey.max()} do not fit in {bit_depth} bits (bit_depth)"

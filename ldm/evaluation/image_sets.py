@@ -44,7 +44,7 @@ class VAEAlone:
     def batch(self, indices: Any) -> Tensor:
         generators = sample_generators(self.seed, indices)
         noise = [torch.randn(self.pipeline.latent_shape, generator=g) for g in generators]
-        return self.pipeline.autoencoder.decode(torch.stack(noise)).cpu()
+        return self.pipeline.autoencoder.decode_samples(torch.stack(noise)).cpu()
 
 
 def track_batches(images: ImageData, rows: np.ndarray, batch_size: int, title: str) -> Iterator[Tensor]:

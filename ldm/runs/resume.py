@@ -36,11 +36,16 @@ The images themselves are compared by fingerprint in `ResumePlan.check_inputs`.
 """
 CHANGEABLE_OPTIONS = (
     *("optimizer.lr", "optimizer.build.lr", "optimizer.warmup_steps", "optimizer.decay"),
-    *("conditioning.guidance", "conditioning.prompts"),
+    *("autoencoder.lr", "conditioning.guidance", "conditioning.prompts"),
 )
 """Exceptions to FIXED_OPTIONS."""
-EARLIER_DEFAULTS = {"autoencoder.decoder_noise": 0.0, "autoencoder.lr": 1e-3, "network.scale_shift": False}
-"""Options that runs from earlier versions lack, with the values that correspond to those versions."""
+EARLIER_DEFAULTS = {
+    "autoencoder.decoder_noise": (0.0, "autoencoder.loss._target_"),
+    "autoencoder.lr": (1e-3, "autoencoder.loss._target_"),
+    "network.scale_shift": (False, "network.norm_num_groups"),
+}
+"""Options missing from runs of earlier versions: the value that those versions effectively used, and an option that
+every config has to which the missing option applies."""
 REPORTED_OPTIONS = (
     *CHANGEABLE_OPTIONS,
     *("trainer.max_steps", "trainer.max_time", "trainer.gradient_clip_val", "trainer.ema_decay"),
@@ -268,7 +273,11 @@ def check_resume_options(run: Run, config: Mapping[str, Any], resume_options: Se
         UserError: if an option would change the weights. The message lists the changed options and the right command.
     """
     saved, new = flatten(run.config()), flatten(config)
-    added = {key: value for key, value in EARLIER_DEFAULTS.items() if key in new and key not in saved}
+    added = {
+        key: value
+        for key, (value, sibling) in EARLIER_DEFAULTS.items()
+        if is_key_under(key, FIXED_OPTIONS[run.stage]) and sibling in saved and key not in saved
+    }
     saved |= added
     changed_keys = [key for key in sorted({*saved, *new}) if saved.get(key) != new.get(key)]
     fixed_keys = [key for key in changed_keys if is_key_under(key, FIXED_OPTIONS[run.stage])]

@@ -163,7 +163,7 @@ class LatentDiffusionPipeline:
         return sampler(denoiser, noise, condition, **sigma, generator=generators, on_step=on_step)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Decode standardised latents to images [b, 3, H, W] in [-1, 1]."""
+        """Decode standardised latents of samples to images [b, 3, H, W] in [-1, 1]."""
         return self.autoencoder.decode_samples(self.autoencoder.unstandardise(z))
 
     @torch.no_grad()
@@ -180,11 +180,11 @@ class LatentDiffusionPipeline:
         generator = torch_generator(seed)
         times = sorted(set(torch.linspace(0, self.schedule.num_steps, steps + 1).round().long().tolist()))
         z_t = self.autoencoder.standardise(mean)
-        frames = [self.decode(z_t)]
+        frames = [self.autoencoder.decode(self.autoencoder.unstandardise(z_t))]
         for s, t in zip(times, times[1:], strict=False):
             eps = torch.randn(z_t.shape, generator=generator).to(z_t)
             z_t = forward_step(self.schedule, z_t, s, t, eps)
-            frames.append(self.decode(z_t))
+            frames.append(self.autoencoder.decode(self.autoencoder.unstandardise(z_t)))
         return times, torch.cat(frames)
 
     def save(self, folder: Path) -> None:

@@ -54,7 +54,7 @@ def test_losses_push_logits_in_opposite_directions(gan_loss):
 
 @pytest.mark.parametrize(("layers", "size"), [(1, 16), (2, 34), (3, 70)])
 def test_receptive_field_matches_published_patch_sizes(layers, size):
-    """Measure the receptive field as the pixels with a gradient of one logit, none of which are in the other image."""
+    """Measure the receptive field of a logit as the pixels with a nonzero gradient. None are in the other image."""
     discriminator = PatchDiscriminator(8, layers)
     images = torch.randn(2, 3, 160, 160, generator=torch.Generator().manual_seed(0)).requires_grad_()
     logits = discriminator(images)

@@ -1,5 +1,6 @@
 """ldm.autoencoder.sampling_decoder: training, the choice of the level, and files."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
-from ldm.autoencoder.autoencoder import Autoencoder, set_trainable, weights_sha256
+from ldm.autoencoder.autoencoder import Autoencoder, LatentStatistics, set_trainable, weights_sha256
 from ldm.autoencoder.losses import AutoencoderLoss
 from ldm.autoencoder.patch import PatchAutoencoderKL
 from ldm.autoencoder.sampling_decoder import SAMPLING_DECODER_FILE, SamplingDecoder, decode_noisy
@@ -109,7 +110,7 @@ def test_training_on_noise_makes_decoder_robust():
 
 
 def test_chosen_level_has_the_highest_psnr():
-    """With a linear decoder and a bias that equals the level, the best level undoes a shift of the images."""
+    """The decoded images are off by the distance of the level from its best value."""
     model = make()
     decoder, z = model.sampling_decoder, latents(model)
     target = 0.3
@@ -134,7 +135,7 @@ def test_files_keep_both_decoders_and_stock_classes_open_the_folder(kind, tmp_pa
     model.sampling_decoder.level.fill_(0.4)
     Autoencoder(model).save(tmp_path)
     loaded, z = Autoencoder.load(tmp_path), latents(model)
-    assert loaded.weights_sha256() == weights_sha256(model)
+    assert weights_sha256(loaded.model) == weights_sha256(model)
     with torch.no_grad():
         assert torch.equal(loaded.decode_samples(z), model.sampling_decoder(z).clamp(-1, 1))
     assert torch.equal(loaded.decode(z), Autoencoder(model).decode(z))
@@ -152,9 +153,11 @@ def test_autoencoder_without_sampling_decoder_uses_its_own_for_samples(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing key", "other shape", "not finite"])
-def test_damaged_file_is_rejected(damage, tmp_path):
+def test_damaged_file_is_rejected_and_the_remedy_works(damage, tmp_path):
     model = make()
-    Autoencoder(model).save(tmp_path)
+    digest = Autoencoder(model).weights_sha256()
+    statistics = LatentStatistics([0.0] * 3, [1.0] * 3, [0.1] * 3, data="data", weights_sha256=digest)
+    Autoencoder(model, statistics).save(tmp_path)
     file = tmp_path / SAMPLING_DECODER_FILE
     if damage == "truncated":
         file.write_bytes(file.read_bytes()[:100])
@@ -170,6 +173,28 @@ def test_damaged_file_is_rejected(damage, tmp_path):
         save_file(state, file)
     with pytest.raises(UserError, match=rf"{SAMPLING_DECODER_FILE} .*delete it"):
         Autoencoder.load(tmp_path)
+    file.unlink()
+    assert Autoencoder.load(tmp_path).weights_sha256() == statistics.weights_sha256
+
+
+def test_digest_of_the_latents_does_not_depend_on_the_sampling_decoder():
+    model = make()
+    autoencoder = Autoencoder(model)
+    digests = autoencoder.weights_sha256(), autoencoder.sampling_decoder_sha256()
+    torch.nn.init.normal_(model.sampling_decoder.bias.weight)
+    assert autoencoder.weights_sha256() == digests[0] and autoencoder.sampling_decoder_sha256() != digests[1]
+
+
+def test_copy_uses_its_own_level():
+    model = make()
+    torch.nn.init.normal_(model.sampling_decoder.bias.weight)
+    z = latents(model)[:1]
+    model.sampling_decoder(z, torch.ones(1)).sum().backward()
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        assert torch.equal(copied.sampling_decoder(z, torch.ones(1)), model.sampling_decoder(z, torch.ones(1)))
+        torch.nn.init.zeros_(model.sampling_decoder.bias.weight)
+        assert not torch.equal(copied.sampling_decoder(z, torch.ones(1)), model.sampling_decoder(z, torch.ones(1)))
 
 
 def test_trainable_parts_include_the_sampling_decoder():

@@ -154,7 +154,7 @@ def test_resume_with_different_options_prints_the_original_options(vae_output, r
 
 
 def test_run_of_an_earlier_version_resumes_with_the_printed_options(vae_output, run_printed):
-    """A config without an option that was added later stands for the value that corresponds to the earlier version."""
+    """If a config lacks an option that was added later, the behaviour of the earlier version is assumed."""
     command = train_command("stage=vae", "name=earlier", "runs_dir=all runs", "autoencoder.decoder_noise=0")
     assert run_printed(command).code == 0
     run = Run.open("all runs/vae/earlier")

@@ -105,7 +105,7 @@ def check_sigterm(folder: Path) -> str:
 
 
 def check_partial_checkpoint(folder: Path) -> str:
-    """Poll the size of a 200 MB checkpoint while it is being saved to another disk than that of the temporary files."""
+    """Poll the size of a 200 MB checkpoint while it is being saved to a different disk from the temporary files."""
     sizes: list[int] = []
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else folder) as other_disk:
         process = start_fit(Path(other_disk), "max_steps=5, width=500_000")

@@ -93,7 +93,7 @@ def measure_overhead(stage: str, spec: Any, blocks: int, steps: int) -> float:
     print(
         f"stage {stage}: overhead {mean:+.2%} ± {standard_error:.2%} (standard error, {blocks} pairs of blocks of "
         f"{steps} steps). Saving a checkpoint of {newest.bytes / 1e6:.1f} MB takes {newest.save_s:.2f} s every "
-        f"{interval_s:g} s, which adds {saving_overhead:.2%}. Upper bound of the total at 95%: {bound:.2%}",
+        f"{interval_s:g} s, which adds {saving_overhead:.2%}. Upper bound on the total at 95%: {bound:.2%}",
         flush=True,
     )
     return bound

@@ -155,10 +155,11 @@ def _read_cached(pixels: Path, facts: Path, size: int) -> tuple[int, dict[str, A
 
 def _pipeline_facts(pipeline: LatentDiffusionPipeline) -> dict[str, Any]:
     """Return the properties of a pipeline that determine its samples."""
-    z_0_mse = pipeline.z_0_mse
+    z_0_mse, decoder_sha256 = pipeline.z_0_mse, pipeline.autoencoder.sampling_decoder_sha256()
     return {
         "network_sha256": weights_sha256(pipeline.network),
         "autoencoder_sha256": pipeline.contract.autoencoder_sha256,
+        **({} if decoder_sha256 is None else {"sampling_decoder_sha256": decoder_sha256}),
         "statistics": repr(pipeline.autoencoder.statistics),
         "chain_sha256": pipeline.chain_sha256,
         "prediction": pipeline.prediction,

@@ -38,7 +38,7 @@ class VAETraining(TrainingModule):
         flip: True to mirror each image with probability 1/2.
         figures_dir: Folder for the grids of reconstructions.
         adversary: The discriminator and its optimizer.
-        decoder_noise: Scale of the noise levels on which the model's sampling decoder is trained; 0 if it has none.
+        decoder_noise: Scale of the noise levels used to train the model's sampling decoder; 0 to not train one.
     """
 
     def __init__(
@@ -87,6 +87,13 @@ class VAETraining(TrainingModule):
         for name, term in hidden_terms.items():
             terms |= {name: term, "loss": terms["loss"] + (term - term.detach())}
         return terms
+
+    def separate_parts(self) -> list[list[nn.Parameter]]:
+        if not self.decoder_noise:
+            return super().separate_parts()
+        decoder = list(self.trained.sampling_decoder.parameters())
+        own = {id(parameter) for parameter in decoder}
+        return [[p for p in self.trained.parameters() if id(p) not in own], decoder]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optimizer(self.trained, self.loss)

@@ -87,6 +87,14 @@ class TrainingModule(LightningModule):
         fraction = self.fraction_without_adversary
         return fraction * seconds[False] + (1 - fraction) * seconds.get(True, 0.0)
 
+    def separate_parts(self) -> list[list[nn.Parameter]]:
+        """Return the parameters of each part of the network whose training must not affect the others.
+
+        The gradient of each part is clipped by its own norm. The norm of the first part is logged and checked for
+        spikes.
+        """
+        return [list(self.trained.parameters())]
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optimizer(self.trained)
 
@@ -100,10 +108,15 @@ class TrainingModule(LightningModule):
 
         Lightning's own method rejects fused optimizers because of gradient scaling, which bf16 does not need.
         """
-        if gradient_clip_val:
-            norm = nn.utils.clip_grad_norm_(self.trained.parameters(), gradient_clip_val)
-        elif self.logs_this_step or self.guard is not None:
-            norm = nn.utils.get_total_norm([p.grad for p in self.trained.parameters() if p.grad is not None])
+        norms = []
+        for parameters in self.separate_parts():
+            if gradient_clip_val:
+                norms.append(nn.utils.clip_grad_norm_(parameters, gradient_clip_val))
+            elif self.logs_this_step or self.guard is not None:
+                norms.append(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        if not norms:
+            return
+        norm = sum((0 * other for other in norms[1:]), norms[0])  # NaN if any norm is not finite
         if self.guard is not None:
             self.guard.check_gradient(optimizer, norm)
         if self.logs_this_step:

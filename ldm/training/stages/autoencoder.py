@@ -37,13 +37,13 @@ MAX_INIT_IMAGES, MAX_INIT_PIXELS = 4096, 4096 * 64 * 64
 """Maximum numbers of training images and pixels used to initialise the shortcut and the codebook. The PCA baseline also
 uses at most this many images."""
 MAX_LEVEL_IMAGES = 256
-"""Maximum number of training images on which the level of the sampling decoder is chosen."""
+"""Maximum number of training images used to choose the level of the sampling decoder."""
 PSNR_METRICS = {
     "psnr_db": "autoencoder",
     "pca_psnr_db": "PCA, same size",
     "sampling_decoder_psnr_db": "decoder for samples",
 }
-"""Names of the images whose PSNR is measured, by metric."""
+"""Name of the set of images whose PSNR is measured, keyed by metric."""
 MAX_BATCH_PIXELS = 2**20
 """Maximum number of pixels in a batch of held-out images, for example 64 images of 128 x 128 pixels."""
 
@@ -70,7 +70,7 @@ class VAEStage(Stage):
         adversarial: Builds the discriminator and its optimizer.
         pretrained: Run, diffusers folder or Hub id of an autoencoder to use instead of a new one.
         train: Weights to train: "all", "decoder" or "nothing".
-        decoder_noise: Scale of the noise levels on which a second decoder, for samples, is trained; 0 for none.
+        decoder_noise: Scale of the noise levels used to train a second decoder, for samples; 0 for no second decoder.
         latent_statistics: Source of the statistics that standardise the latents.
         init_from: Run, diffusers folder or Hub id of an autoencoder from which training starts.
     """
@@ -111,10 +111,16 @@ class VAEStage(Stage):
             network = regulariser.build(model, images.resolution)
             self.autoencoder = Autoencoder(network)
             self._initialise(network, regulariser, seed, device)
-        if self.trains:
+        decoder = sampling_decoder_of(network)
+        if decoder_noise and decoder is None:
             scale = [1.0] * self.autoencoder.channels if source is None else _latent_scale(self.autoencoder)
-            network.sampling_decoder = SamplingDecoder(network, scale) if decoder_noise else None
+            decoder = SamplingDecoder(network, scale)
+        if not decoder_noise and train == "all":
+            decoder = None  # the latents change, but it would not be trained on the new ones
+        network.sampling_decoder = decoder
         set_trainable(network, train)
+        if decoder is not None and not decoder_noise:
+            decoder.requires_grad_(False)
         network.train(self.trains)
         self.latent_shape = self.autoencoder.latent_shape(images.resolution)
         self.pretrained, self.trained_part, self.regulariser = pretrained, train, regulariser
@@ -273,19 +279,21 @@ class VAEStage(Stage):
         """Choose the level of the sampling decoder on training images."""
         if self.module.decoder_noise:
             count = max(1, min(MAX_LEVEL_IMAGES, MAX_INIT_PIXELS // self.images.resolution**2))
-            images = self.images.batch(np.sort(self.images.train_indices[:count]))
-            z_raw = torch.cat([self.autoencoder.encode(batch)[0] for batch in images.split(64)])
+            indices = numpy_generator(0).permutation(self.images.train_indices)[:count]
+            images = self.images.batch(np.sort(indices))
+            z_raw = torch.cat([self.autoencoder.encode(batch)[0] for batch in images.split(self._batch_size)])
             decoder = sampling_decoder_of(self.module.trained)
             assert decoder is not None
-            decoder.choose_level(images, z_raw, self.module.decoder_noise, torch_generator(0))
+            decoder.choose_level(images, z_raw, self.module.decoder_noise, torch_generator(0), self._batch_size)
+
+    @property
+    def _batch_size(self) -> int:
+        """Batch size after training, which is smaller at higher resolutions to bound memory use."""
+        return min(64, max(1, MAX_BATCH_PIXELS // self.images.resolution**2))
 
     def _evaluate_held_out(self, run: Run) -> tuple[dict[str, Any], Path]:
-        """Compare validation reconstructions with a PCA of the same latent size. Return the metrics and a figure.
-
-        The batch size is smaller at higher resolutions, to bound memory use.
-        """
-        factor, channels = self.autoencoder.factor, self.autoencoder.channels
-        batch_size = min(64, max(1, MAX_BATCH_PIXELS // self.images.resolution**2))
+        """Compare validation reconstructions with a PCA of the same latent size. Return the metrics and a figure."""
+        factor, channels, batch_size = self.autoencoder.factor, self.autoencoder.channels, self._batch_size
 
         def batches(indices: np.ndarray) -> Iterator[Tensor]:
             for start in range(0, len(indices), batch_size):
@@ -322,7 +330,7 @@ class VAEStage(Stage):
 
 
 def _latent_scale(autoencoder: Autoencoder) -> list[float]:
-    """Return the standard deviation of each latent channel of a pretrained autoencoder; 1, the prior's, if unknown."""
+    """Return the standard deviation of each latent channel of a pretrained autoencoder, or 1 if it is unknown."""
     if autoencoder.statistics is not None:
         return autoencoder.statistics.latent_std
     published = published_statistics(autoencoder.model)

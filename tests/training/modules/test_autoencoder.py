@@ -1,8 +1,12 @@
 """ldm.training.modules.autoencoder: the sampling decoder is trained without any effect on the autoencoder."""
 
-import torch
+import warnings
+from pathlib import Path
 
-from ldm.autoencoder.autoencoder import Autoencoder
+import torch
+from lightning.pytorch import Trainer
+
+from ldm.autoencoder.autoencoder import Autoencoder, weights_sha256
 from ldm.autoencoder.sampling_decoder import SamplingDecoder
 from ldm.runtime.random import Draws
 from tests.small_training import IMAGES, make_vae_training
@@ -27,6 +31,37 @@ def test_sampling_decoder_does_not_change_the_loss_or_the_gradients_of_the_autoe
         assert torch.equal(noisy_gradients[name], gradient), name
     added = noisy_gradients.keys() - gradients.keys()
     assert added and all(name.startswith("sampling_decoder.") for name in added)
+
+
+def test_training_the_sampling_decoder_leaves_the_autoencoder_bit_identical(tmp_path):
+    """The gradients of both parts are clipped separately, so a large gradient of one does not shrink the other's."""
+    digests = {}
+    for decoder_noise in (0.0, 100.0):
+        module = make_vae_training()
+        if decoder_noise:
+            module.trained.sampling_decoder = SamplingDecoder(module.trained, [1.0] * 3)
+            before = weights_sha256(module.trained.sampling_decoder)
+        module.decoder_noise = decoder_noise
+        train(module, tmp_path)
+        digests[decoder_noise] = Autoencoder(module.trained).weights_sha256()
+    assert digests[0.0] == digests[100.0]
+    assert weights_sha256(module.trained.sampling_decoder) != before
+
+
+def train(module, folder: Path, steps: int = 4) -> None:
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        gradient_clip_val=0.01,
+        default_root_dir=folder,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(module, torch.utils.data.DataLoader(IMAGES, batch_size=4))
 
 
 def test_latents_do_not_depend_on_the_sampling_decoder():

@@ -336,7 +336,7 @@ def test_finish_saves_the_pipeline_and_a_figure(diffusion_stage, tmp_path):
 
 
 def test_network_that_does_not_fit_the_latents_is_rejected(diffusion_stage):
-    with pytest.raises(UserError, match=r"latents of 3 x 4 x 4: patch_size must .*\b4\b.*\b3\b"):
+    with pytest.raises(UserError, match=r"3 x 4 x 4 latents: patch_size must .*\b4\b.*\b3\b"):
         diffusion_stage(network=partial(DiT, patch_size=3, hidden_dim=16, depth=1, head_dim=8))
 
 
