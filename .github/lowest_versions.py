@@ -1,4 +1,4 @@
-"""Print the lowest versions that pyproject.toml allows, as constraints for pip. torch keeps its version from constraints.txt.
+"""Print the lowest versions that pyproject.toml allows, as constraints for pip. torch is pinned as in constraints.txt.
 
 python .github/lowest_versions.py > lowest.txt && pip install -c lowest.txt -e ".[demo,eval,data,dev]"
 """
