@@ -7,7 +7,7 @@ specks on a plain background. This decoder is trained alongside the first one, o
 does not affect the encoder or the first decoder, which still decodes reconstructions and determines the likelihood. The
 noise level is an input: a bias after the first convolution, 0 at level 0. After training, a fixed level is chosen for
 samples, whose own level is unknown.
-Source: Zheng et al. 2025, arXiv:2510.11690, section 4.3, which trains a single decoder in this way.
+Source: Zheng et al. 2025, arXiv:2510.11690 (noise-augmented decoding; there, a single decoder decodes everything).
 """
 
 import copy
