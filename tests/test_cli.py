@@ -508,7 +508,7 @@ def test_encode_accepts_a_single_image_and_lists_unreadable_files(trained, tool,
     (image_folder / "bad.jpg").write_text("<html>")
     (image_folder / "empty.png").touch()
     output, names = encode(image_folder)
-    assert "5 images of 32 px" in output and names.count("\n") == 4 and "quarantine" not in output
+    assert "encoded 5 images at 32 px" in output and names.count("\n") == 4 and "quarantine" not in output
     assert "skipped bad.jpg: not an image" in output and "skipped empty.png: the file is empty" in output
 
 

@@ -36,7 +36,7 @@ from ldm.training.stages.base import Stage
 MAX_INIT_IMAGES, MAX_INIT_PIXELS = 4096, 4096 * 64 * 64
 """Maximum numbers of training images and pixels used to initialise the shortcut and the codebook. The PCA baseline also
 uses at most this many images."""
-MAX_LEVEL_IMAGES = 256
+MAX_LEVEL_IMAGES = 64
 """Maximum number of training images used to choose the level of the sampling decoder."""
 PSNR_METRICS = {
     "psnr_db": "autoencoder",
