@@ -5,26 +5,15 @@ from functools import partial
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from ldm.autoencoder.autoencoder import Autoencoder, LatentStatistics, set_trainable, weights_sha256
 from ldm.autoencoder.losses import AutoencoderLoss
-from ldm.autoencoder.patch import PatchAutoencoderKL
 from ldm.autoencoder.sampling_decoder import SAMPLING_DECODER_FILE, SamplingDecoder, decode_noisy
 from ldm.errors import UserError
+from tests.autoencoder.test_regularisers import PATCH, PLAIN
 
-MODELS = {
-    "patch": partial(PatchAutoencoderKL, patch=2, latent_channels=3, block_out_channels=(8,), norm_num_groups=4),
-    "plain": partial(
-        AutoencoderKL,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        latent_channels=3,
-    ),
-}
+MODELS = {"patch": PATCH, "plain": PLAIN}
 KINDS = pytest.mark.parametrize("kind", MODELS)
 IMAGES = torch.nn.functional.interpolate(
     torch.rand(64, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1, 16, mode="bilinear"
