@@ -5,8 +5,8 @@ The ODE of `ldm.diffusion.continuous.ode` is a one-to-one map from z at t_min to
     log p(z at t_min) = log N(z_noise; 0, I) + integral of div(dz/dw) dw from t_min to the noise end
     div(dz/dw)        = 1/2 (d log-SNR / dw) alpha (tr J - alpha d),   J = d z_0 / d z
 
-tr J = E[v J v] is either estimated from vectors v of random signs (Hutchinson's estimator) or computed exactly, which is
-only feasible in few dimensions.
+tr J = E[v J v] is either estimated from vectors v of random signs (Hutchinson's estimator) or computed exactly,
+which is only feasible in few dimensions.
 """
 
 from collections.abc import Callable
