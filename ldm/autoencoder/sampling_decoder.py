@@ -3,10 +3,10 @@
     z_raw + level * scale * eps,  eps ~ N(0, I),  level = decoder_noise * |n|,  n ~ N(0, 1)
 
 Sampled latents contain small errors, which a decoder trained only on the latents of images amplifies, for example into
-specks on a plain background. This decoder is trained alongside the first one, on the same latents with added noise, and
-does not affect the encoder or the first decoder, which still decodes reconstructions and determines the likelihood. The
-noise level is an input: a bias after the first convolution, 0 at level 0. After training, a fixed level is chosen for
-samples, whose own level is unknown.
+specks on a plain background. This decoder starts as a copy of the trained first decoder, and is trained on the latents
+of the trained encoder with added noise. The first decoder still decodes reconstructions and determines the likelihood.
+The noise level is an input: a bias after the first convolution, 0 at level 0. After training, a fixed level is chosen
+for samples, whose own level is unknown.
 Source: Zheng et al. 2025, arXiv:2510.11690 (noise-augmented decoding; there, a single decoder decodes everything).
 """
 
@@ -56,6 +56,13 @@ class SamplingDecoder(nn.Module):
         self.register_buffer("level", torch.zeros(()))
         self._current_bias: Tensor | None = None
         first.register_forward_hook(self._add_bias)
+
+    @torch.no_grad()
+    def restart_from(self, model: Any) -> None:
+        """Restart training from the current weights of the autoencoder's decoder."""
+        own = self.decoder.state_dict()
+        self.decoder.load_state_dict({name: value for name, value in model.state_dict().items() if name in own})
+        self.bias.weight.zero_()
 
     def forward(self, z_raw: Tensor, level: Tensor | None = None) -> Tensor:
         """Decode latents [b, C, h, w] to images [b, 3, H, W], not clamped.

@@ -70,7 +70,7 @@ def test_noise_trains_only_the_sampling_decoder(kind):
     z_raw = model.encode(IMAGES).latent_dist.mean
     noise = partial(torch.randn, generator=generator())
     decoded = decode_noisy(model.sampling_decoder, z_raw, 0.5, noise)
-    AutoencoderLoss().distortion(IMAGES, decoded).backward()
+    AutoencoderLoss().sampling_distortion(IMAGES, decoded).backward()
     for name, parameter in model.named_parameters():
         # `hidden` gets no gradient in the first step, because the weights that follow it are still 0
         trains = name.startswith("sampling_decoder.") and ".hidden." not in name
@@ -84,7 +84,7 @@ def test_training_on_noise_makes_decoder_robust():
     decoder = model.sampling_decoder
     optimizer = torch.optim.Adam(decoder.parameters(), lr=1e-2)
     for _ in range(60):
-        AutoencoderLoss().distortion(IMAGES, decode_noisy(decoder, z, 0.5, noise)).backward()
+        AutoencoderLoss().sampling_distortion(IMAGES, decode_noisy(decoder, z, 0.5, noise)).backward()
         optimizer.step()
         optimizer.zero_grad()
     assert weights_sha256(model.core) == before

@@ -1,5 +1,6 @@
 """Stage 1 training: an autoencoder on images, optionally with a discriminator."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from ldm.autoencoder.discriminator import AdaptiveWeight, LastLayer
 from ldm.autoencoder.losses import AutoencoderLoss
 from ldm.autoencoder.regularisers import Regulariser
-from ldm.autoencoder.sampling_decoder import decode_noisy
+from ldm.autoencoder.sampling_decoder import decode_noisy, sampling_decoder_of
 from ldm.image_grid import labelled_rows, to_pil
 from ldm.metrics.codes import codebook_metrics
 from ldm.metrics.image import psnr, ssim
@@ -29,6 +30,9 @@ AFTER_STEP_DRAWS = 2**32
 class VAETraining(TrainingModule):
     """Trains an autoencoder on images [b, 3, H, W] in [-1, 1].
 
+    With `decoder_noise`, the last part of the budget is a second phase, which trains the sampling decoder on the
+    latents of the trained encoder. If both were trained together, it would have to follow latents that still change.
+
     Args:
         model: A model with the interface of diffusers' AutoencoderKL or VQModel.
         loss: Computes the loss terms by name from images, reconstructions and regularisation terms.
@@ -39,6 +43,7 @@ class VAETraining(TrainingModule):
         figures_dir: Folder for the grids of reconstructions.
         adversary: The discriminator and its optimizer.
         decoder_noise: Scale of the noise levels used to train the model's sampling decoder; 0 to not train one.
+        decoder_share: Fraction of the budget, at its end, spent on the sampling decoder.
     """
 
     def __init__(
@@ -53,10 +58,13 @@ class VAETraining(TrainingModule):
         figures_dir: Path,
         adversary: Adversary | None = None,
         decoder_noise: float = 0.0,
+        decoder_share: float = 0.4,
     ) -> None:
         super().__init__(model, optimizer, seed)
         self.loss, self.regulariser, self.flip, self.figures_dir = loss, regulariser, flip, figures_dir
-        self.adversary, self.adversarial_on, self.decoder_noise = adversary, False, decoder_noise
+        self.adversary, self.adversarial_on = adversary, False
+        self.decoder_noise = decoder_noise
+        self.restart_at = 1 - decoder_share if decoder_noise else 1.0
         if adversary is not None:
             adversary.adaptive_weight = AdaptiveWeight(LastLayer(model), adversary.max_weight)
         self._code_counts: Tensor | None = None
@@ -72,31 +80,39 @@ class VAETraining(TrainingModule):
             images = torch.where(mirrored, images.flip(-1), images)
         if self.adversary is not None:
             self.adversary.adaptive_weight.last_layer.records_input = self.adversarial_on
-        output = self.regulariser.reconstruct(self.trained, images, draws.randn)
-        hidden_terms = {}
-        if self.decoder_noise:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.in_second_phase):
+            output = self.regulariser.reconstruct(self.trained, images, draws.randn)
+            if not self.adversarial_on:
+                terms = self.loss(images, output.images, output.terms)
+        if self.in_second_phase:
             decoded = decode_noisy(self.trained.sampling_decoder, output.z_raw, self.decoder_noise, draws.randn)
-            hidden_terms["sampling_decoder"] = self.loss.distortion(images, decoded)
-        if self.adversary is None or not self.adversarial_on:
-            terms = self.loss(images, output.images, output.terms)
-        else:
+            terms |= add_hidden_term(terms, "sampling_decoder", self.loss.sampling_distortion(images, decoded))
+        elif self.adversary is not None and self.adversarial_on:
             reconstruction, fake = self.adversary.adaptive_weight.split(output.images)
             terms = self.loss(images, reconstruction, output.terms)
-            hidden_terms["adversarial"] = self.adversary.generator_loss(fake)
+            terms |= add_hidden_term(terms, "adversarial", self.adversary.generator_loss(fake))
             terms |= self.adversary.accumulate_gradients(images, output.images)
-        for name, term in hidden_terms.items():
-            terms |= {name: term, "loss": terms["loss"] + (term - term.detach())}
+        if torch.distributed.is_initialized():  # DistributedDataParallel expects a gradient for each parameter
+            terms["loss"] = terms["loss"] + 0 * sum(p.sum() for p in self.idle_parameters())
         return terms
 
-    def separate_parts(self) -> list[list[nn.Parameter]]:
-        if not self.decoder_noise:
-            return super().separate_parts()
-        decoder = list(self.trained.sampling_decoder.parameters())
-        own = {id(parameter) for parameter in decoder}
-        return [[p for p in self.trained.parameters() if id(p) not in own], decoder]
+    def idle_parameters(self) -> list[nn.Parameter]:
+        """Return the trainable parameters that the current phase does not train."""
+        decoder = sampling_decoder_of(self.trained)
+        own = set() if decoder is None else {id(parameter) for parameter in decoder.parameters()}
+        parameters = itertools.chain(self.trained.parameters(), self.loss.parameters())
+        return [p for p in parameters if p.requires_grad and (id(p) in own) != self.in_second_phase]
+
+    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+        for parameter in self.idle_parameters():
+            parameter.grad = None  # a gradient of zero would still move it, by its momentum
+        super().configure_gradient_clipping(*args, **kwargs)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optimizer(self.trained, self.loss)
+
+    def start_second_phase(self) -> None:
+        self.trained.sampling_decoder.restart_from(self.trained)
 
     def on_train_start(self) -> None:
         super().on_train_start()
@@ -114,7 +130,7 @@ class VAETraining(TrainingModule):
             is_due = (self.progress(step) if adversary.start < 1 else step) >= adversary.start
             if self.trainer.strategy.reduce_boolean_decision(is_due, all=False):
                 adversary.start_step = step
-        self.adversarial_on = adversary.start_step is not None
+        self.adversarial_on = adversary.start_step is not None and not self.in_second_phase
         if adversary.start_step is not None:
             ramp = min(1.0, (step - adversary.start_step) / max(1, adversary.ramp))
             adversary.adaptive_weight.weight = None  # compute a new lambda in this step
@@ -182,3 +198,8 @@ class VAETraining(TrainingModule):
         pairs = [image for pair in zip(originals, reconstructed, strict=True) for image in pair]
         captions = [f"{kind} {i}" for i in range(len(originals)) for kind in ("original", "reconstruction")]
         save_grid(self, self.figures_dir, "reconstructions", figure, pairs, captions)
+
+
+def add_hidden_term(terms: dict[str, Tensor], name: str, term: Tensor) -> dict[str, Tensor]:
+    """Return a term by name, and a loss whose gradient includes the term, but whose value does not."""
+    return {name: term, "loss": terms["loss"] + (term - term.detach())}

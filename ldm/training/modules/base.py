@@ -37,6 +37,10 @@ class TrainingModule(LightningModule):
     """Skips bad steps. Set by `Guard.setup`."""
     fraction_without_adversary = 1.0
     """Fraction of the budget spent training without a discriminator."""
+    restart_at = 1.0
+    """Fraction of the budget at which a second phase starts, with its own learning rate schedule; 1 for none."""
+    in_second_phase = False
+    """True in the second phase. Set by `Budget`."""
     step_offset = 0
     """Number of steps by which rollbacks have moved the data and random draws ahead of the optimizer."""
 
@@ -61,6 +65,9 @@ class TrainingModule(LightningModule):
             self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()})
         loss = terms["loss"]
         return {"loss": loss if self.guard is None else self.guard.record_loss(loss)}
+
+    def start_second_phase(self) -> None:
+        """Prepare the second phase. Called once, before its first step."""
 
     def trial_step(self, batch: Any, autocast: Callable[[], AbstractContextManager]) -> float:
         """Run a forward and backward pass without an optimizer step. Return the duration in seconds."""
@@ -87,14 +94,6 @@ class TrainingModule(LightningModule):
         fraction = self.fraction_without_adversary
         return fraction * seconds[False] + (1 - fraction) * seconds.get(True, 0.0)
 
-    def separate_parts(self) -> list[list[nn.Parameter]]:
-        """Return the parameters of each part of the network whose training must not affect the others.
-
-        The gradient of each part is clipped by its own norm. The norm of the first part is logged and checked for
-        spikes.
-        """
-        return [list(self.trained.parameters())]
-
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optimizer(self.trained)
 
@@ -108,15 +107,10 @@ class TrainingModule(LightningModule):
 
         Lightning's own method rejects fused optimizers because of gradient scaling, which bf16 does not need.
         """
-        norms = []
-        for parameters in self.separate_parts():
-            if gradient_clip_val:
-                norms.append(nn.utils.clip_grad_norm_(parameters, gradient_clip_val))
-            elif self.logs_this_step or self.guard is not None:
-                norms.append(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
-        if not norms:
-            return
-        norm = sum((0 * other for other in norms[1:]), norms[0])  # NaN if any norm is not finite
+        if gradient_clip_val:
+            norm = nn.utils.clip_grad_norm_(self.trained.parameters(), gradient_clip_val)
+        elif self.logs_this_step or self.guard is not None:
+            norm = nn.utils.get_total_norm([p.grad for p in self.trained.parameters() if p.grad is not None])
         if self.guard is not None:
             self.guard.check_gradient(optimizer, norm)
         if self.logs_this_step:

@@ -2,7 +2,8 @@
 
     ema <- d_k ema + (1 - d_k) theta,   d_k = min(d, (1 + k) / (10 + k)) after k updates
 
-The warm-up lets the average forget the initial weights even in short runs. Each update is a single foreach kernel.
+The warm-up lets the average forget the initial weights even in short runs. A second training phase starts with a new
+warm-up. Each update is a single foreach kernel.
 """
 
 from collections.abc import Iterator
@@ -70,20 +71,24 @@ class EMACallback(Callback):
         self.ema: EMA | None = None
         self._state: dict[str, Any] | None = None
         self._validation_context = ExitStack()
-        self._last_step = 0
+        self._last_step, self._in_second_phase = 0, False
         self.last_validation_step = -1
 
     def on_fit_start(self, trainer: Trainer, module: Any) -> None:
         self.ema = EMA(module.trained, self.decay)
         if self._state is not None:
             self.ema.load_state_dict(self._state)
+            self._in_second_phase = self._state.get("in_second_phase", False)
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._last_step = trainer.global_step  # on_fit_start runs before the step count is restored
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: Any, *_: Any) -> None:
         if self.ema is not None and trainer.global_step > self._last_step:
             self._last_step = trainer.global_step
+            if module.in_second_phase and not self._in_second_phase:
+                self.ema.num_updates = 0
+            self._in_second_phase = module.in_second_phase
             self.ema.update()
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
@@ -103,7 +108,7 @@ class EMACallback(Callback):
             checkpoint["state_dict"].update({f"trained.{name}": value for name, value in self.ema.raw_weights.items()})
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self.ema is None else self.ema.state_dict()
+        return {} if self.ema is None else {**self.ema.state_dict(), "in_second_phase": self._in_second_phase}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._state = state_dict or None

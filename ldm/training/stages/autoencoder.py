@@ -24,7 +24,7 @@ from ldm.files.untrusted import first_line
 from ldm.image_grid import labelled_rows, to_pil
 from ldm.latents.statistics import StatisticsType, encode_latents, resolve_statistics
 from ldm.metrics.image import MIN_SSIM_SIDE, patch_components, project, psnr, ssim
-from ldm.rules import Depth, Flag, NonNegative, Size, apply_rules
+from ldm.rules import Depth, Flag, NonNegative, Number, Size, apply_rules
 from ldm.runs.load import load_autoencoder
 from ldm.runs.run import RUN_FILE, Run
 from ldm.runtime.random import numpy_generator, torch_generator
@@ -71,6 +71,7 @@ class VAEStage(Stage):
         pretrained: Run, diffusers folder or Hub id of an autoencoder to use instead of a new one.
         train: Weights to train: "all", "decoder" or "nothing".
         decoder_noise: Scale of the noise levels used to train a second decoder, for samples; 0 for no second decoder.
+        decoder_share: Fraction of the budget, at its end, spent on the second decoder.
         latent_statistics: Source of the statistics that standardise the latents.
         init_from: Run, diffusers folder or Hub id of an autoencoder from which training starts.
     """
@@ -95,6 +96,7 @@ class VAEStage(Stage):
         pretrained: str | None = None,
         train: Annotated[TrainablePart, Field()] = "all",
         decoder_noise: NonNegative = 0.0,
+        decoder_share: Annotated[Number, Field(gt=0, lt=1)] = 0.4,
         latent_statistics: Annotated[StatisticsType, Field()] = "measured",
         init_from: str | None = None,
     ) -> None:
@@ -138,6 +140,7 @@ class VAEStage(Stage):
             figures_dir=folder / "images",
             adversary=adversarial() if adversarial is not None else None,
             decoder_noise=decoder_noise,
+            decoder_share=decoder_share,
         )
 
     def _initialise(self, network: nn.Module, regulariser: Regulariser, seed: int, device: torch.device) -> None:

@@ -50,6 +50,25 @@ DECAYS = {
 }
 
 
+def test_second_phase_has_its_own_warmup_and_decay(fit, make_module):
+    rates, starts = RecordRates(), []
+    module = make_module(lr=0.5)
+    module.start_second_phase = lambda: starts.append(module.trainer.global_step)
+    budget = Budget(20, None, 3, "linear", restart_at=0.6)
+    fit(module, [budget, rates], max_steps=20)
+    expected = [0.5 * min(1, (k + 1) / 3) * (1 - k / n) for n in (12, 8) for k in range(n)]
+    assert rates.values == pytest.approx(expected)
+    assert starts == [12] and budget.state_dict()["restart_step"] == 12
+
+
+@pytest.mark.parametrize(("max_steps", "restart_step"), [(20, 12), (40, None)])
+def test_resume_with_a_larger_budget_returns_to_the_first_phase(max_steps, restart_step):
+    budget = Budget(max_steps, restart_at=0.6)
+    budget.load_state_dict({"spent_s": 1.0, "restart_step": 12})
+    budget.on_train_start(type("Trainer", (), {"optimizers": [], "global_step": 15})(), None)
+    assert budget.restart_step == restart_step
+
+
 @pytest.mark.parametrize("decay", DECAYS)
 def test_learning_rate_follows_a_step_budget(fit, make_module, decay):
     rates = RecordRates()
@@ -91,10 +110,10 @@ def test_accumulated_step_is_completed_after_the_time_is_up(fit, make_module, cl
 def test_elapsed_time_includes_the_time_before_a_resume(clock):
     budget = Budget(max_time_s=10.0)
     budget.load_state_dict({"spent_s": 6.0})
-    budget.on_train_start(type("Trainer", (), {"optimizers": []})(), None)
+    budget.on_train_start(type("Trainer", (), {"optimizers": [], "global_step": 0})(), None)
     clock.now_s += 1
     assert budget.elapsed_s == 7 and budget.progress(0) == pytest.approx(0.7)
-    assert budget.state_dict() == {"spent_s": 7.0}
+    assert budget.state_dict() == {"spent_s": 7.0, "restart_step": None}
 
 
 @pytest.mark.parametrize(
