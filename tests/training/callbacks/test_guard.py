@@ -418,13 +418,13 @@ def test_training_rolls_back_and_continues_with_the_next_batches(train, pets):
     assert result.code == 0 and steps == [(6, 9), (7, 10)]
     assert states_equal(last_checkpoint("resumed"), last_checkpoint("rolled-back"))
 
-    train("resumed", {3, 4}, "trainer.max_steps=9", "trainer.guard=null", "resume=true")
-    result, steps = train("resumed", {3, 4}, "trainer.max_steps=10", "trainer.guard=null", "resume=true")
+    train("resumed", {3, 4}, "trainer.max_steps=9", "trainer.guard=null", "resume=true", ONE_PHASE)
+    result, steps = train("resumed", {3, 4}, "trainer.max_steps=10", "trainer.guard=null", "resume=true", ONE_PHASE)
     assert result.code == 0 and steps == [(9, 12)], "the data offset is kept without a guard"
-    result, steps = train("resumed", {3, 4}, "trainer.max_steps=11", "resume=true")
+    result, steps = train("resumed", {3, 4}, "trainer.max_steps=11", "resume=true", ONE_PHASE)
     assert result.code == 0 and steps == [(10, 13)]
 
-    result, steps = train("from-scratch", {0, 1}, "trainer.max_steps=3")
+    result, steps = train("from-scratch", {0, 1}, "trainer.max_steps=3", ONE_PHASE)
     assert result.code == 0 and [batch for _, batch in steps] == list(range(6))
 
 
