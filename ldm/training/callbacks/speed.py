@@ -144,10 +144,13 @@ def describe_device(trainer: Trainer) -> str:
 
 
 def estimate_duration(trainer: Trainer, stage: Stage, budget: Budget, batch_size: int, step: int) -> str:
-    """Estimate the training time that remains at `step`. With a budget in steps, this runs and times a trial step."""
-    if budget.max_steps <= 0:
-        return budget.expected_duration(step, 0.0)
+    """Describe the training that remains at `step`, with its duration or number of steps estimated from trial steps."""
     module = stage.module.to(trainer.strategy.root_device)
     batch = module.transfer_batch_to_device(stage.fetch(stage.images.train_indices[:batch_size]), module.device, 0)
-    seconds = module.measure_step(batch, trainer.precision_plugin.forward_context)
-    return f"about {budget.expected_duration(step, seconds * trainer.accumulate_grad_batches)}, without validation"
+    seconds = module.measure_step(batch, trainer.precision_plugin.forward_context) * trainer.accumulate_grad_batches
+    duration = budget.expected_duration(step, seconds)
+    if budget.max_steps > 0:
+        return f"about {duration}, without validation"
+    assert budget.max_time_s is not None
+    steps = float(f"{max(0.0, budget.max_time_s - budget.spent_s) / seconds:.2g}")
+    return f"{duration}, for up to about {steps:,.0f} steps"

@@ -14,6 +14,7 @@ from ldm.training.callbacks.progress import ProgressBar
 from ldm.training.callbacks.speed import (
     Speed,
     count_flops,
+    estimate_duration,
     measure_speed,
     peak_flops,
 )
@@ -112,6 +113,27 @@ def test_speed_counts_operations_per_image_and_the_peak_of_all_gpus(make_module,
     )
     module._trainer = None
     assert measure_speed(trainer, stage) == Speed({False: 2 * 2 * 2 * 2}, 4e12)
+
+
+@pytest.mark.parametrize(
+    ("budget", "text"),
+    [
+        (Budget(100), "about 48 seconds, without validation"),
+        (Budget(max_time_s=420.0), "7 minutes, for up to about 840 steps"),
+        (Budget(100, 30.0), "about 30 seconds, without validation"),
+    ],
+)
+def test_duration_or_number_of_steps_is_estimated_from_a_trial_step(make_module, budget, text):
+    module = make_module()
+    module.measure_step = lambda batch, autocast: 0.25
+    module.transfer_batch_to_device = lambda batch, device, index: batch
+    stage = SimpleNamespace(module=module, fetch=lambda rows: rows, images=SimpleNamespace(train_indices=[0, 1]))
+    trainer = SimpleNamespace(
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+        precision_plugin=SimpleNamespace(forward_context=EAGER),
+        accumulate_grad_batches=2,
+    )
+    assert estimate_duration(trainer, stage, budget, batch_size=2, step=4) == text
 
 
 @pytest.mark.parametrize("clip", [None, 0.5])
