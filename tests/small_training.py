@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import Logger
 from ldm.autoencoder.losses import AutoencoderLoss
 from ldm.autoencoder.patch import PatchAutoencoderKL
 from ldm.autoencoder.regularisers import KL
+from ldm.autoencoder.sampling_decoder import SamplingDecoder
 from ldm.training.modules.autoencoder import VAETraining
 from ldm.training.optim.factory import OptimizerFactory
 
@@ -33,6 +34,14 @@ def make_vae_training(regulariser=KL, adversary=None, optimizer=SGD) -> VAETrain
     regularisation.initialise(model, lambda: IMAGES, 0, torch.device("cpu"))
     components = (model, AutoencoderLoss(), regularisation, OptimizerFactory(optimizer))
     return VAETraining(*components, seed=0, flip=True, figures_dir=Path(), adversary=adversary and adversary())
+
+
+def make_two_phase_training() -> VAETraining:
+    """Stage 1 whose second phase, the second half of the budget, trains a sampling decoder."""
+    module = make_vae_training()
+    module.trained.sampling_decoder = SamplingDecoder(module.trained, [1.0] * 3)
+    module.decoder_noise, module.second_phase_at = 0.5, 0.5
+    return module
 
 
 def states_equal(a: Any, b: Any) -> bool:

@@ -41,7 +41,7 @@ CHANGEABLE_OPTIONS = (
 """Exceptions to FIXED_OPTIONS."""
 EARLIER_DEFAULTS = {
     "autoencoder.decoder_noise": (0.0, "autoencoder.loss._target_"),
-    "autoencoder.decoder_share": (0.4, "autoencoder.loss._target_"),
+    "autoencoder.decoder_share": (0.45, "autoencoder.loss._target_"),
     "autoencoder.lr": (1e-3, "autoencoder.loss._target_"),
     "network.scale_shift": (False, "network.norm_num_groups"),
 }

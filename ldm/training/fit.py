@@ -115,14 +115,14 @@ def make_guard(
     return Guard(skip_log, *image_names, log_every=options["log_every_n_steps"], **guard)
 
 
-def make_budget(config: Mapping[str, Any], restart_at: float = 1.0) -> Budget:
+def make_budget(config: Mapping[str, Any], second_phase_at: float = 1.0) -> Budget:
     """Build the training budget from the config.
 
     Raises:
         UserError: The budget is missing or cannot be parsed.
     """
     steps, time_s = config["trainer"]["max_steps"], parse_duration(config["trainer"]["max_time"])
-    return Budget(steps, time_s, config["optimizer"]["warmup_steps"], config["optimizer"]["decay"], restart_at)
+    return Budget(steps, time_s, config["optimizer"]["warmup_steps"], config["optimizer"]["decay"], second_phase_at)
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class Fit:
     def __init__(self, spec: FitSpec, resume_from: Manifest | None) -> None:
         self.spec, self.resume_from = spec, resume_from
         stage, options = spec.stage, spec.config["trainer"]
-        self.budget = make_budget(spec.config, stage.module.restart_at)
+        self.budget = make_budget(spec.config, stage.module.second_phase_at)
         self.step = 0
         if resume_from is not None:
             self.step, self.budget.spent_s = resume_from.step, resume_from.trained_s

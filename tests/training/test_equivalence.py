@@ -37,11 +37,12 @@ from ldm.training.modules.adversary import Adversary
 from ldm.training.modules.autoencoder import VAETraining
 from ldm.training.modules.base import TrainingModule
 from ldm.training.modules.diffusion import DiffusionTraining
+from ldm.training.optim.budget import Budget
 from ldm.training.optim.ema import EMACallback
 from ldm.training.optim.factory import OptimizerFactory
 from ldm.training.stages.autoencoder import VAEStage
 from ldm.training.stages.base import Stage
-from tests.small_training import IMAGES, SGD, make_vae_training, states_equal
+from tests.small_training import IMAGES, SGD, make_two_phase_training, make_vae_training, states_equal
 
 SGD_TOLERANCE, ADAM_TOLERANCE = 3e-5, 3e-3
 """Tolerances for SGD, whose updates are proportional to the gradients, and for Adam, whose first updates are the signs
@@ -126,6 +127,8 @@ class FitResult:
 def fit(module: Any, *, accumulate=1, steps=6, start=0, resume=None, ema=None, callbacks=(), **options) -> FitResult:
     """Train on the CPU. The loaders are built lazily, once the rank is known."""
     trajectory, ema = Trajectory(), ema or EMACallback(0.9)
+    if module.second_phase_at < 1:
+        callbacks = [Budget(steps, second_phase_at=module.second_phase_at), *callbacks]
     trainer = Trainer(
         **{
             "accelerator": "cpu",
@@ -160,6 +163,7 @@ def fit(module: Any, *, accumulate=1, steps=6, start=0, resume=None, ema=None, c
 
 MODULES: dict[str, Callable[[], TrainingModule]] = {
     "kl": make_vae_training,
+    "two_phases": make_two_phase_training,
     "vq": partial(make_vae_training, partial(VectorQuantised, 16, restart_after=2)),
     "chain": make_diffusion,
     "importance": partial(make_diffusion, Objective("vlb", timesteps="importance"), steps=4),

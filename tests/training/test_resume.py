@@ -33,6 +33,7 @@ STAGES = {
 }
 
 
+DECODER_NOISE = "autoencoder.decoder_noise=1"
 STATE_KEYS = ("state_dict", "optimizer_states", "lr_schedulers", "adversary", "random", "global_step")
 
 
@@ -89,11 +90,11 @@ def uninterrupted() -> dict[tuple[str, str], dict]:
     return {}
 
 
-def check_resume(train, stop, uninterrupted, stage: str, precision: str, hook: str, step: int) -> None:
-    options = [f"trainer.precision={precision}"]
+def check_resume(train, stop, uninterrupted, stage: str, precision: str, hook: str, step: int, *extra: str) -> None:
+    options = [f"trainer.precision={precision}", *extra]
     if (stage, precision) not in uninterrupted:
         uninterrupted[stage, precision] = load_state(train(stage, f"uninterrupted-{precision}", *options))
-    name = f"{precision}-{hook}-{step}"
+    name = "-".join([precision, hook, str(step), *(["two-phases"] if extra else [])])
     stop(hook, step)
     resumed = train(stage, name, *options, code=128 + signal.SIGTERM)
     assert list_checkpoints(resumed / "checkpoints")[0].step <= step + 1 and not (resumed / "autoencoder").exists()
@@ -106,6 +107,16 @@ def check_resume(train, stop, uninterrupted, stage: str, precision: str, hook: s
 @pytest.mark.parametrize("stage", STAGES)
 def test_resume_after_a_stop_mid_epoch(train, stop, uninterrupted, stage, precision):
     check_resume(train, stop, uninterrupted, stage, precision, "on_train_batch_start", 4)
+
+
+@pytest.mark.parametrize("step", [4, 5])
+def test_resume_in_the_second_phase(train, stop, step):
+    """Of seven steps, step 4 is the first of the second phase, which trains the sampling decoder."""
+    expected = load_state(train("vae", f"two-phases-{step}", "trainer.precision=32-true", DECODER_NOISE))
+    assert expected["ema"]["in_second_phase"]
+    check_resume(
+        *(train, stop, {("vae", "32-true"): expected}, "vae", "32-true", "on_train_batch_start", step), DECODER_NOISE
+    )
 
 
 @pytest.mark.parametrize(("hook", "step"), [("on_validation_batch_end", 3), ("on_train_batch_end", 6)])

@@ -58,13 +58,13 @@ class VAETraining(TrainingModule):
         figures_dir: Path,
         adversary: Adversary | None = None,
         decoder_noise: float = 0.0,
-        decoder_share: float = 0.4,
+        decoder_share: float = 0.45,
     ) -> None:
         super().__init__(model, optimizer, seed)
         self.loss, self.regulariser, self.flip, self.figures_dir = loss, regulariser, flip, figures_dir
         self.adversary, self.adversarial_on = adversary, False
         self.decoder_noise = decoder_noise
-        self.restart_at = 1 - decoder_share if decoder_noise else 1.0
+        self.second_phase_at = 1 - decoder_share if decoder_noise else 1.0
         if adversary is not None:
             adversary.adaptive_weight = AdaptiveWeight(LastLayer(model), adversary.max_weight)
         self._code_counts: Tensor | None = None
@@ -82,14 +82,14 @@ class VAETraining(TrainingModule):
             self.adversary.adaptive_weight.last_layer.records_input = self.adversarial_on
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.in_second_phase):
             output = self.regulariser.reconstruct(self.trained, images, draws.randn)
-            if not self.adversarial_on:
-                terms = self.loss(images, output.images, output.terms)
+            reconstruction, fake = output.images, None
+            if self.adversary is not None and self.adversarial_on:
+                reconstruction, fake = self.adversary.adaptive_weight.split(output.images)
+            terms = self.loss(images, reconstruction, output.terms)
         if self.in_second_phase:
             decoded = decode_noisy(self.trained.sampling_decoder, output.z_raw, self.decoder_noise, draws.randn)
             terms |= add_hidden_term(terms, "sampling_decoder", self.loss.sampling_distortion(images, decoded))
-        elif self.adversary is not None and self.adversarial_on:
-            reconstruction, fake = self.adversary.adaptive_weight.split(output.images)
-            terms = self.loss(images, reconstruction, output.terms)
+        elif self.adversary is not None and fake is not None:
             terms |= add_hidden_term(terms, "adversarial", self.adversary.generator_loss(fake))
             terms |= self.adversary.accumulate_gradients(images, output.images)
         if torch.distributed.is_initialized():  # DistributedDataParallel expects a gradient for each parameter

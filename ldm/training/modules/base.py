@@ -37,7 +37,7 @@ class TrainingModule(LightningModule):
     """Skips bad steps. Set by `Guard.setup`."""
     fraction_without_adversary = 1.0
     """Fraction of the budget spent training without a discriminator."""
-    restart_at = 1.0
+    second_phase_at = 1.0
     """Fraction of the budget at which a second phase starts, with its own learning rate schedule; 1 for none."""
     in_second_phase = False
     """True in the second phase. Set by `Budget`."""

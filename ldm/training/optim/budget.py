@@ -31,8 +31,8 @@ class Budget(Callback):
         lr(k) = peak * min(1, (k + 1) / warmup_steps) * decay(p)
 
     Here p is the fraction of the step or time budget already spent, whichever is larger. The decay is `linear` (1 - p),
-    `cosine` ((1 + cos pi p) / 2) or `constant`. If a second phase starts at p = `restart_at`, each phase has its own
-    warm-up and decay.
+    `cosine` ((1 + cos pi p) / 2) or `constant`. If a second phase starts at p = `second_phase_at`, each phase has its
+    own warm-up and decay.
 
     After every step, the ranks use `agreement` to decide together whether the time is up.
     """
@@ -49,15 +49,15 @@ class Budget(Callback):
         max_time_s: float | None = None,
         warmup_steps: int = 0,
         decay: str = "linear",
-        restart_at: float = 1.0,
+        second_phase_at: float = 1.0,
     ) -> None:
         if decay not in self.DECAYS:
             raise UserError(f"optimizer.decay={decay} is unknown. Choose one of: {', '.join(self.DECAYS)}.")
         if max_steps < 0 and max_time_s is None:
             raise UserError("Training needs a budget. Set trainer.max_steps=N or trainer.max_time=HH:MM:SS.")
-        self.max_steps, self.max_time_s, self.restart_at = max_steps, max_time_s, restart_at
+        self.max_steps, self.max_time_s, self.second_phase_at = max_steps, max_time_s, second_phase_at
         self.warmup_steps, self.decay = warmup_steps, self.DECAYS[decay]
-        self.restart_step: int | None = None
+        self.second_phase_step: int | None = None
         """First step of the second phase, once it has started."""
         self.spent_s, self._started_at = 0.0, 0.0
         self.agreement = Agreement()
@@ -92,27 +92,31 @@ class Budget(Callback):
     def phase_progress(self, step: int) -> float:
         """Return the fraction of the current phase's budget spent at a step."""
         progress = self.progress(step)
-        if self.restart_step is None:
-            return min(1.0, progress / self.restart_at)
-        return max(0.0, progress - self.restart_at) / (1 - self.restart_at)
+        if self.second_phase_step is None:
+            return min(1.0, progress / self.second_phase_at)
+        return max(0.0, progress - self.second_phase_at) / (1 - self.second_phase_at)
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._started_at = time.perf_counter()
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
                 group.setdefault("peak_lr", group["lr"])  # stored in the group, so that it survives a resume
-        if self.progress(trainer.global_step) < self.restart_at:  # the budget of the resumed run is larger
-            self.restart_step = None
+        if self.progress(trainer.global_step) < self.second_phase_at:  # the budget of the resumed run is larger
+            self.second_phase_step = None
 
     def on_train_batch_start(self, trainer: Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
-        if self.restart_at < 1 and self.restart_step is None and batch_idx % trainer.accumulate_grad_batches == 0:
-            is_due = self.progress(step) >= self.restart_at
+        if (
+            self.second_phase_at < 1
+            and self.second_phase_step is None
+            and batch_idx % trainer.accumulate_grad_batches == 0
+        ):
+            is_due = self.progress(step) >= self.second_phase_at
             if trainer.strategy.reduce_boolean_decision(is_due, all=False):
-                self.restart_step = step
+                self.second_phase_step = step
                 module.start_second_phase()
-        module.in_second_phase = self.restart_step is not None
-        phase_step = step - (self.restart_step or 0)
+        module.in_second_phase = self.second_phase_step is not None
+        phase_step = step - (self.second_phase_step or 0)
         factor = self.decay(self.phase_progress(step)) * min(1.0, (phase_step + 1) / max(1, self.warmup_steps))
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
@@ -127,8 +131,8 @@ class Budget(Callback):
         self.spent_s, self._started_at = self.elapsed_s, 0.0  # stop the clock
 
     def state_dict(self) -> dict[str, Any]:
-        return {"spent_s": self.elapsed_s, "restart_step": self.restart_step}
+        return {"spent_s": self.elapsed_s, "second_phase_step": self.second_phase_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.restart_step = state_dict.get("restart_step")  # missing from checkpoints of earlier versions
+        self.second_phase_step = state_dict.get("second_phase_step")  # missing from checkpoints of earlier versions
         self.spent_s = max(self.spent_s, state_dict["spent_s"])  # a rollback undoes steps, not the time spent

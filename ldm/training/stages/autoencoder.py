@@ -96,7 +96,7 @@ class VAEStage(Stage):
         pretrained: str | None = None,
         train: Annotated[TrainablePart, Field()] = "all",
         decoder_noise: NonNegative = 0.0,
-        decoder_share: Annotated[Number, Field(gt=0, lt=1)] = 0.4,
+        decoder_share: Annotated[Number, Field(gt=0, lt=1)] = 0.45,
         latent_statistics: Annotated[StatisticsType, Field()] = "measured",
         init_from: str | None = None,
     ) -> None:
@@ -222,7 +222,7 @@ class VAEStage(Stage):
         trainable_text = f"{trainable / 1e6:.1f} M" if trainable else "none"
         counts = f"{total / 1e6:.1f} M parameters" + ("" if trainable == total else f" ({trainable_text} trainable)")
         factor, num_values = self.autoencoder.factor, math.prod(self.latent_shape)
-        regulariser = self.autoencoder.regulariser
+        regulariser, share = self.autoencoder.regulariser, 1 - self.module.second_phase_at
         if (codes := self.autoencoder.codebook_size) is not None:
             regulariser = f"vq, {codes} codes = {math.log2(codes):.3g} bits per location"
         return [
@@ -231,6 +231,7 @@ class VAEStage(Stage):
             ("compression", f"{self.compression:.1f} pixel values per latent value"),
             ("regulariser", regulariser),
             *([("loss", self._describe_loss())] if self.trains else []),
+            *([("second decoder", f"trained in the last {share:.0%} of the budget")] if share else []),
         ]
 
     def _describe_loss(self) -> str:

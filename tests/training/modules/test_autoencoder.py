@@ -11,18 +11,11 @@ from ldm.autoencoder.sampling_decoder import SamplingDecoder
 from ldm.runtime.random import Draws
 from ldm.training.optim.budget import Budget
 from ldm.training.optim.ema import EMACallback
-from tests.small_training import IMAGES, make_vae_training
-
-
-def make_module(decoder_noise: float = 0.5):
-    module = make_vae_training()
-    module.trained.sampling_decoder = SamplingDecoder(module.trained, [1.0] * 3)
-    module.decoder_noise = decoder_noise
-    return module
+from tests.small_training import IMAGES, make_two_phase_training, make_vae_training
 
 
 def test_each_phase_trains_only_its_own_part():
-    module = make_module()
+    module = make_two_phase_training()
     for in_second_phase in (False, True):
         module.in_second_phase = in_second_phase
         module.zero_grad()
@@ -37,7 +30,7 @@ def test_each_phase_trains_only_its_own_part():
 
 
 def test_value_of_the_loss_is_that_of_the_autoencoder_in_both_phases():
-    module, values = make_module(), []
+    module, values = make_two_phase_training(), []
     for module.in_second_phase in (False, True):
         values.append(module.losses(IMAGES, Draws(0, 0, range(len(IMAGES))))["loss"].item())
     assert values[0] == values[1]
@@ -45,22 +38,21 @@ def test_value_of_the_loss_is_that_of_the_autoencoder_in_both_phases():
 
 def test_second_phase_trains_a_copy_of_the_decoder_and_nothing_else(tmp_path):
     """The autoencoder is bit-identical to one trained with the budget of the first phase alone."""
-    alone, both = make_vae_training(), make_module()
-    both.restart_at = 0.5
+    alone, both = make_vae_training(), make_two_phase_training()
     train(alone, tmp_path, Budget(max_steps=4))
-    train(both, tmp_path, Budget(max_steps=8, restart_at=0.5))
+    train(both, tmp_path, Budget(max_steps=8, second_phase_at=0.5))
     assert Autoencoder(both.trained).weights_sha256() == Autoencoder(alone.trained).weights_sha256()
     first, second = both.trained.core.decoder, both.trained.sampling_decoder.decoder.core.decoder
     distance = sum((p - q).norm() for p, q in zip(first.parameters(), second.parameters(), strict=True))
-    initial = make_module().trained.core.decoder
+    initial = make_two_phase_training().trained.core.decoder
     from_initial = sum((p - q).norm() for p, q in zip(initial.parameters(), second.parameters(), strict=True))
     assert 0 < distance < from_initial
 
 
 def test_average_of_the_second_phase_forgets_the_first(tmp_path):
-    module, average = make_module(), EMACallback(decay=0.999)
-    module.restart_at = 0.5
-    train(module, tmp_path, Budget(max_steps=60, restart_at=0.5), average)
+    module, average = make_two_phase_training(), EMACallback(decay=0.999)
+    module.second_phase_at = 0.9
+    train(module, tmp_path, Budget(max_steps=60, second_phase_at=0.9), average)
     raw = dict(module.trained.named_parameters())
     for name, value in average.state_dict()["shadow"].items():
         if not name.startswith("sampling_decoder."):

@@ -54,19 +54,19 @@ def test_second_phase_has_its_own_warmup_and_decay(fit, make_module):
     rates, starts = RecordRates(), []
     module = make_module(lr=0.5)
     module.start_second_phase = lambda: starts.append(module.trainer.global_step)
-    budget = Budget(20, None, 3, "linear", restart_at=0.6)
+    budget = Budget(20, None, 3, "linear", second_phase_at=0.6)
     fit(module, [budget, rates], max_steps=20)
     expected = [0.5 * min(1, (k + 1) / 3) * (1 - k / n) for n in (12, 8) for k in range(n)]
     assert rates.values == pytest.approx(expected)
-    assert starts == [12] and budget.state_dict()["restart_step"] == 12
+    assert starts == [12] and budget.state_dict()["second_phase_step"] == 12
 
 
-@pytest.mark.parametrize(("max_steps", "restart_step"), [(20, 12), (40, None)])
-def test_resume_with_a_larger_budget_returns_to_the_first_phase(max_steps, restart_step):
-    budget = Budget(max_steps, restart_at=0.6)
-    budget.load_state_dict({"spent_s": 1.0, "restart_step": 12})
+@pytest.mark.parametrize(("max_steps", "second_phase_step"), [(20, 12), (40, None)])
+def test_resume_with_a_larger_budget_returns_to_the_first_phase(max_steps, second_phase_step):
+    budget = Budget(max_steps, second_phase_at=0.6)
+    budget.load_state_dict({"spent_s": 1.0, "second_phase_step": 12})
     budget.on_train_start(type("Trainer", (), {"optimizers": [], "global_step": 15})(), None)
-    assert budget.restart_step == restart_step
+    assert budget.second_phase_step == second_phase_step
 
 
 @pytest.mark.parametrize("decay", DECAYS)
@@ -113,7 +113,7 @@ def test_elapsed_time_includes_the_time_before_a_resume(clock):
     budget.on_train_start(type("Trainer", (), {"optimizers": [], "global_step": 0})(), None)
     clock.now_s += 1
     assert budget.elapsed_s == 7 and budget.progress(0) == pytest.approx(0.7)
-    assert budget.state_dict() == {"spent_s": 7.0, "restart_step": None}
+    assert budget.state_dict() == {"spent_s": 7.0, "second_phase_step": None}
 
 
 @pytest.mark.parametrize(
