@@ -12,7 +12,14 @@ from ldm.errors import UserError
 from ldm.evaluation.classifier import Classifier
 from ldm.evaluation.features import NO_FEATURES, load_features
 from ldm.evaluation.latents.report import measure_latents
-from ldm.evaluation.latents.sweep import parse_list, parse_sizes, plan_sweep, run_sweep
+from ldm.evaluation.latents.sweep import (
+    NO_SECOND_DECODER,
+    parse_list,
+    parse_sizes,
+    plan_stage_2,
+    plan_sweep,
+    run_sweep,
+)
 from ldm.evaluation.latents.sweep_report import measure_sweep
 from ldm.rules import apply_rules
 from ldm.runs.run import Run
@@ -34,21 +41,28 @@ def latents(config: DictConfig) -> None:
 
 
 def sweep_sizes(config: DictConfig, options: dict[str, Any]) -> None:
-    """Train an autoencoder for each latent size and compare them."""
+    """Train an autoencoder for each latent size, and stage 2 on each of them, and compare them."""
     resolution, cli = config.data.resolution, command.command_line()
     folder = Path(config.runs_dir, "sweeps", config.name or f"{cli.choices['data']}-{resolution}").expanduser()
-    options |= {"features": config.features, "target_psnr_db": config.target_psnr_db}
+    options |= {key: config[key] for key in ("features", "target_psnr_db", "num_samples")}
     apply_rules(measure_sweep, options)
+    with_samples = config.sample_minutes != 0 and config.features != NO_FEATURES
+    if with_samples:
+        apply_rules(plan_stage_2, {"sample_minutes": config.sample_minutes})
     # passed on verbatim, because the training command parses them again
     data_options = [argument for argument in cli.arguments if argument.lstrip("+~").startswith("data.")]
     common_options = [f"data={cli.choices['data']}", *data_options, *parse_list(config.train)]
+    if not with_samples:
+        common_options.insert(0, NO_SECOND_DECODER)
     losses: list[Any] = [loss.strip() for loss in str(config.losses).split(",")]
     runs = plan_sweep(parse_sizes(config.sweep, resolution), losses, folder, config.minutes, common_options)
     if config.features != NO_FEATURES:  # fail early if packages are missing, and train the classifier first
         load_features(config.features, prepare_images(config.data) if config.features == Classifier.name else None)
     device = choose_device(config.device)
     run_sweep(runs)
-    report = measure_sweep(runs, device=device, **options)
+    stage_2 = plan_stage_2(runs, config.sample_minutes) if with_samples else []
+    run_sweep(stage_2)
+    report = measure_sweep(runs, stage_2, sampler=command.construct(config.sampler), device=device, **options)
     metrics, figure = report.save(folder)
     # Rich assumes 80 columns if the output is not a terminal, too few for this table
     report.print(width=max(Console().width, 25 + 14 * len(runs)))

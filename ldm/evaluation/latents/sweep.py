@@ -1,15 +1,17 @@
 """Sweep over latent sizes: one training run per size and loss, run sequentially with equal time budgets.
 
+Each autoencoder can be followed by a short stage 2 with the same small network, so that its samples can be compared.
+
 The size f4c16 has C = 16 channels at 1 / f = 1 / 4 of the resolution, so an R x R image has C (R / f)^2 latent
 values. Each run executes an ordinary training command in a separate process. A sweep folder contains:
 
-runs/sweeps/<name>/  sweep.json  sweep.png  vae/<size>-<loss>/ (run folders)
+runs/sweeps/<name>/  sweep.json  sweep.png  vae/<size>-<loss>/  diffusion/<size>-<loss>/ (run folders)
 """
 
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -35,6 +37,10 @@ Loss = Annotated[Literal["plain", "adversarial"], Field()]
 MAX_MINUTES = 5999
 Minutes = Annotated[Number, Field(ge=0.02, le=MAX_MINUTES)]
 """Between one second and 100 hours."""
+NO_SECOND_DECODER = "autoencoder.decoder_noise=0"
+"""Option of a sweep without samples, which needs no decoder for them."""
+REPLACED = ("stage=", "runs_dir=")
+"""Start of the options that a run of the sweep sets itself."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,7 @@ class SweepRun:
         sweep: Sweep folder.
         minutes: Time budget.
         overrides: All overrides of the training command, including the data and the time budget.
+        stage: "vae" or "diffusion".
     """
 
     size: LatentSize
@@ -74,6 +81,7 @@ class SweepRun:
     sweep: Path
     minutes: float
     overrides: tuple[str, ...]
+    stage: str = "vae"
 
     @property
     def name(self) -> str:
@@ -81,13 +89,13 @@ class SweepRun:
 
     @property
     def folder(self) -> Path:
-        return self.sweep / "vae" / self.name
+        return self.sweep / self.stage / self.name
 
     def command(self) -> list[str]:
         """Return the Python arguments that start the run, or resume it if its folder exists."""
         location = [f"name={self.name}", f"runs_dir={self.sweep}"]
         resume = ["resume=true"] if (self.folder / RUN_FILE).is_file() else []
-        return ["-m", "ldm.train", "stage=vae", *self.overrides, *location, *resume]
+        return ["-m", "ldm.train", f"stage={self.stage}", *self.overrides, *location, *resume]
 
     def is_finished(self) -> bool:
         """Return True if the run exists and has finished.
@@ -98,7 +106,7 @@ class SweepRun:
         if not (self.folder / RUN_FILE).is_file():
             return False
         run = Run.open(self.folder)
-        if differing := {"stage=vae", *self.overrides} ^ set(run.facts.get("options", [])):
+        if differing := {f"stage={self.stage}", *self.overrides} ^ set(run.facts.get("options", [])):
             options = ", ".join(sorted(differing)).replace("=", " ")
             raise UserError(
                 f"{self.folder} was trained with different options: {options}. Choose a new name= or delete the folder."
@@ -160,6 +168,17 @@ def plan_sweep(
     ]
 
 
+@checked
+def plan_stage_2(runs: Sequence[SweepRun], sample_minutes: Minutes) -> list[SweepRun]:
+    """Return the training of a small diffusion model on the autoencoder of each run; all runs must be finished."""
+    stage_2 = []
+    for run in runs:
+        options = [option for option in Run.open(run.folder).facts["next_options"] if not option.startswith(REPLACED)]
+        overrides = (*options, "network=unet_demo", f"vae={run.folder}", f"trainer.max_time={as_time(sample_minutes)}")
+        stage_2.append(replace(run, stage="diffusion", minutes=sample_minutes, overrides=overrides))
+    return stage_2
+
+
 def as_time(minutes: float) -> str:
     """Format minutes as HH:MM:SS."""
     seconds = round(60 * minutes)
@@ -178,7 +197,9 @@ def run_sweep(runs: Sequence[SweepRun]) -> None:
     print(f"{len(runs)} training runs, {len(runs) - len(remaining)} of them already finished")
     for number, run in enumerate(remaining):
         minutes = (len(remaining) - number) * run.minutes
-        print(f"\n{run.name}, {number + 1} of {len(remaining)}: at most {minutes:g} minutes left", flush=True)
+        print(
+            f"\n{run.stage}/{run.name}, {number + 1} of {len(remaining)}: at most {minutes:g} minutes left", flush=True
+        )
         command = run.command()
         try:
             exit_code = child.run_python(command, child_environment())
@@ -186,6 +207,6 @@ def run_sweep(runs: Sequence[SweepRun]) -> None:
             raise signals.Interrupted(error.signal, f"{error}. Run the same command to resume.") from error
         if exit_code:
             raise UserError(
-                f"The training run {run.name} failed with exit code {exit_code}; its error message is above. Its "
-                f"command was: {shell.python(*command)}. Fix the error, then run the same sweep again to continue."
+                f"The training run {run.stage}/{run.name} failed with exit code {exit_code}; its error message is "
+                f"above. Its command was: {shell.python(*command)}. Fix the error, then repeat the sweep to continue."
             )

@@ -17,6 +17,8 @@ LABELS = {"num_values": "values per image", "kl_bits": "rate (KL, bits per image
 def plot_size_sweep(report: Mapping[str, Any]) -> Figure:
     """Plot PSNR against values per image and, if all rows have a KL rate, against bits per image.
 
+    If stage 2 was trained, also plot the KD of samples against values per image.
+
     Args:
         report: The "report" entry of sweep.json.
     """
@@ -24,9 +26,14 @@ def plot_size_sweep(report: Mapping[str, Any]) -> Figure:
     factors = sorted({row["factor"] for row in rows})
     colours = dict(zip(factors, cycle(COLOURS), strict=False))
     keys = [key for key in LABELS if all(row[key] is not None for row in rows)]
-    figure = Figure(figsize=(5.4 * len(keys), 5.4), dpi=130, layout="constrained")
-    for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
+    with_samples = all(row.get("kd_samples") is not None for row in rows)
+    num_panels = len(keys) + with_samples
+    figure = Figure(figsize=(5.4 * num_panels, 5.4), dpi=130, layout="constrained")
+    panels = figure.subplots(1, num_panels, squeeze=False)[0]
+    for axes, key in zip(panels, keys, strict=False):
         _plot_distortion(axes, rows, key, report, colours)
+    if with_samples:
+        _plot_samples(panels[-1], rows, report, colours)
     size_axes = figure.axes[0]
     for factor, colour in colours.items():
         curve = report["pca"][str(factor)]
@@ -41,24 +48,41 @@ def plot_size_sweep(report: Mapping[str, Any]) -> Figure:
 def _plot_distortion(
     axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, report: Mapping[str, Any], colours: dict[int, str]
 ) -> None:
-    """Plot the PSNR of each run with its standard error, a ring around the recommended run, and the target.
+    """Plot the PSNR of each run, in ascending order, and the target."""
+    _plot_runs(axes, rows, key, "psnr_db", report, colours)
+    low, high = axes.get_ylim()
+    low = min(low, *(row["pca_psnr_db"] for row in rows))
+    axes.set(ylim=(low - 1, high + 1), ylabel="PSNR (dB)")
+    axes.axhline(report["target_psnr_db"], color=INK, lw=1, ls="--")
+    axes.set_title(f"Distortion (dashed line: target of {report['target_psnr_db']:g} dB)")
+
+
+def _plot_samples(
+    axes: Axes, rows: Sequence[Mapping[str, Any]], report: Mapping[str, Any], colours: dict[int, str]
+) -> None:
+    rows = sorted(rows, key=lambda row: row["kd_samples"])
+    _plot_runs(axes, rows, "num_values", "kd_samples", report, colours)
+    axes.set(ylabel="KD")
+    axes.set_title(f"Samples, N = {report['num_samples']}, after {rows[0]['stage_2_minutes']:.1f} minutes of stage 2")
+
+
+def _plot_runs(
+    axes: Axes, rows: Sequence[Mapping[str, Any]], x: str, y: str, report: Mapping[str, Any], colours: dict[int, str]
+) -> None:
+    """Plot a metric of each run with its standard error, and a ring around the recommended run.
 
     Args:
-        rows: Rows in ascending order of PSNR, so that the labels of neighbouring points are on opposite sides.
+        rows: Rows in ascending order of y, so that the labels of neighbouring points are on opposite sides.
     """
     for i, row in enumerate(rows):
-        point, colour = (row[key], row["psnr_db"]), colours[row["factor"]]
-        axes.errorbar(*point, row["psnr_db_standard_error"], color=colour, marker=MARKERS[row["loss"]], capsize=2)
+        point, colour = (row[x], row[y]), colours[row["factor"]]
+        axes.errorbar(*point, row[f"{y}_standard_error"], color=colour, marker=MARKERS[row["loss"]], capsize=2)
         if row["name"] == report["recommendation"]["name"]:
             axes.plot(*point, "o", ms=18, mfc="none", mec=INK)
         side, offset = ("left", 12) if i % 2 else ("right", -12)
         axes.annotate(row["size"], point, (offset, 0), textcoords="offset points", color=colour, ha=side, va="center")
-    values, (low, high) = [row[key] for row in rows], axes.get_ylim()
+    values = [row[x] for row in rows]
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:,g}")
-    low = min(low, *(row["pca_psnr_db"] for row in rows))
-    axes.set(xlim=(min(values) / 2.2, 2.2 * max(values)), ylim=(low - 1, high + 1))
-    axes.set(xlabel=LABELS[key], ylabel="PSNR (dB)")
+    axes.set(xlim=(min(values) / 2.2, 2.2 * max(values)), xlabel=LABELS[x])
     axes.grid(alpha=0.22)
-    axes.axhline(report["target_psnr_db"], color=INK, lw=1, ls="--")
-    axes.set_title(f"Distortion (dashed line: target of {report['target_psnr_db']:g} dB)")

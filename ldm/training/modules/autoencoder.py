@@ -58,7 +58,7 @@ class VAETraining(TrainingModule):
         figures_dir: Path,
         adversary: Adversary | None = None,
         decoder_noise: float = 0.0,
-        decoder_share: float = 0.45,
+        decoder_share: float = 0.7,
     ) -> None:
         super().__init__(model, optimizer, seed)
         self.loss, self.regulariser, self.flip, self.figures_dir = loss, regulariser, flip, figures_dir

@@ -96,7 +96,7 @@ class VAEStage(Stage):
         pretrained: str | None = None,
         train: Annotated[TrainablePart, Field()] = "all",
         decoder_noise: NonNegative = 0.0,
-        decoder_share: Annotated[Number, Field(gt=0, lt=1)] = 0.45,
+        decoder_share: Annotated[Number, Field(gt=0, lt=1)] = 0.7,
         latent_statistics: Annotated[StatisticsType, Field()] = "measured",
         init_from: str | None = None,
     ) -> None:

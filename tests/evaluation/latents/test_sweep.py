@@ -14,6 +14,9 @@ from omegaconf import OmegaConf
 
 from ldm.cli.arguments import quote_text_values
 from ldm.cli.main import child_environment
+from ldm.data.images import prepare
+from ldm.data.sources.image_folder import ImageFolder
+from ldm.diffusion.samplers.ddim import DDIM
 from ldm.errors import UserError
 from ldm.evaluation.latents.sweep import (
     LOSSES,
@@ -21,14 +24,19 @@ from ldm.evaluation.latents.sweep import (
     as_time,
     parse_list,
     parse_sizes,
+    plan_stage_2,
     plan_sweep,
     run_sweep,
 )
 from ldm.evaluation.latents.sweep_figure import plot_size_sweep
-from ldm.evaluation.latents.sweep_report import recommend_size
+from ldm.evaluation.latents.sweep_report import measure_sweep, recommend_size
+from ldm.metrics.features import FEATURE_NETWORKS
 from ldm.runs.run import Run
 from ldm.runtime import child, signals
 from ldm.runtime.paths import bundled_folder
+from tests.evaluation.samples.test_report import MeanColours
+from tests.finished_run import finished_run
+from tests.sampling.test_pipeline import build_pipeline
 
 ROOT = Path(__file__).parents[3]
 TINY = "trainer=cpu,trainer.precision=32-true,trainer.max_steps=3,batch_size=8,val_images=8,logger=csv"
@@ -77,6 +85,44 @@ def test_planned_run_has_the_requested_latent_size(name, loss):
     assert latent.shape == (1, size.channels, 32 // size.factor, 32 // size.factor)
 
 
+def test_stage_2_uses_the_same_data_and_network_on_each_autoencoder(fake_training):
+    runs = planned_runs()
+    run_sweep(runs)
+    for run in runs:
+        folder = Run.open(run.folder)
+        options = ["stage=diffusion", "data=openmoji", "runs_dir=a sweep", "conditioning=class"]
+        Run.create(run.folder, OmegaConf.create({}), {**folder.facts, "next_options": options})
+    stage_2 = plan_stage_2(runs, 0.5)
+    run_sweep(stage_2)
+    for run, command in zip(stage_2, fake_training["commands"][2:], strict=True):
+        assert run.folder == Path("a sweep/diffusion", run.name) and run.is_finished()
+        assert command[2:] == [
+            *("stage=diffusion", "data=openmoji", "conditioning=class", "network=unet_demo"),
+            *(f"vae=a sweep/vae/{run.name}", "trainer.max_time=00:00:30", f"name={run.name}", "runs_dir=a sweep"),
+        ]
+
+
+def test_samples_of_each_autoencoder_are_measured(make_images, tmp_path, monkeypatch):
+    monkeypatch.setitem(FEATURE_NETWORKS, "mean_colours", MeanColours)
+    source = ImageFolder(make_images(tmp_path / "squares", 64, size=8))
+    images = prepare(source, resolution=8, cache_dir=tmp_path / "cache", val_fraction=0.25, progress=False)
+    pipeline, figures = build_pipeline(), {"steps": 5, "training_s": 30.0}
+    (stage_1,) = plan_sweep([LatentSize(2, 4)], ["plain"], tmp_path / "sweep", 1, [])
+    finished_run(
+        stage_1.folder, "vae", images, pipeline.autoencoder.model, figures=figures, next_options=["stage=diffusion"]
+    )
+    (stage_2,) = plan_stage_2([stage_1], 1)
+    run = finished_run(stage_2.folder, "diffusion", images, figures=figures)
+    pipeline.save(run.pipeline_folder)
+    options = {"sampler": DDIM(steps=3), "device": torch.device("cpu"), "features": "mean_colours", "num_samples": 32}
+    report = measure_sweep([stage_1], [stage_2], target_psnr_db=0, **options)
+    (row,) = report.content["report"]["rows"]
+    evaluation = json.loads((run.path / "evaluation.json").read_text())
+    assert row["kd_samples"] == evaluation["kd_samples"] > 0 and row["stage_2_minutes"] == 0.5
+    assert report.content["report"]["recommendation"]["rule"] == "samples"
+    assert len(report.figures["sweep.png"].axes) == 3
+
+
 @pytest.fixture
 def fake_training(monkeypatch) -> dict[str, list]:
     """Replace the training process with a function that records commands and returns the listed exit codes, then 0."""
@@ -88,8 +134,9 @@ def fake_training(monkeypatch) -> dict[str, list]:
         arguments, code = dict(argument.split("=", 1) for argument in command[2:]), next(iter(record["codes"]), 0)
         del record["codes"][:1]
         options = [option for option in command[2:] if not option.startswith(("name=", "runs_dir=", "resume="))]
-        facts = {"stage": "vae", "finished": None if code else 1.0, "options": options}
-        Run.create(Path(arguments["runs_dir"], "vae", arguments["name"]), OmegaConf.create({}), facts)
+        stage = arguments["stage"]
+        facts = {"stage": stage, "finished": None if code else 1.0, "options": options}
+        Run.create(Path(arguments["runs_dir"], stage, arguments["name"]), OmegaConf.create({}), facts)
         if code == 130:
             raise signals.Interrupted(2)
         return code
@@ -169,6 +216,17 @@ def test_recommendation_is_the_smallest_size_that_reaches_the_target(rows, targe
     assert f"target_psnr_db={target:g}" in advice["text"] and ("no size reaches" in advice["text"]) == (rule == "best")
 
 
+@pytest.mark.parametrize(
+    ("target", "rule", "name"),
+    [(25, "samples", "f8c16-plain"), (27, "samples", "f4c16-plain"), (30, "best", "f4c16-plain")],
+)
+def test_recommendation_has_the_lowest_kd_of_samples(target, rule, name):
+    kds = {"f4c16": 0.05, "f4c4": 0.04, "f8c16": 0.03, "f8c4": 0.02}
+    advice = recommend_size([{**r, "kd_samples": kds[r["size"]]} for r in SIZES], target)
+    assert (advice["rule"], advice["name"]) == (rule, name)
+    assert ("lowest KD of samples" in advice["text"]) == (rule == "samples")
+
+
 def test_sweep_command_trains_runs_and_recommends_a_size(call, make_images, tmp_path, monkeypatch):
     make_images(tmp_path / "my squares, small", 60)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -192,7 +250,7 @@ def test_sweep_command_trains_runs_and_recommends_a_size(call, make_images, tmp_
         baseline = dict(zip(curve["num_values"], curve["psnr_db"], strict=True))[metrics["num_values"]]
         assert metrics["pca_psnr_db"] == pytest.approx(baseline, abs=1e-3)
         assert f"{metrics['psnr_db']:.2f}" in result.out and f"{metrics['gain_db']:+.2f}" in result.out
-        assert set(content["trainings"][metrics["name"]]) < set(run.facts["options"])
+        assert set(content["trainings"][f"vae/{metrics['name']}"]) < set(run.facts["options"])
     recommended_run = Run.open(folder / "vae/f4c4-plain")
     for text in (
         f"Recommendation: {small['size']}",
@@ -222,6 +280,8 @@ def test_sweep_command_trains_runs_and_recommends_a_size(call, make_images, tmp_
         (["sweep=f2c13"], "at most 3 f^2"),
         (["sweep=f4c4", "losses=plain,l2"], "losses=[plain,l2] must be 'plain' or 'adversarial'"),
         (["sweep=f4c4", "minutes=0"], "minutes=0 must be 0.02 or more"),
+        (["sweep=f4c4", "sample_minutes=-1"], "sample_minutes=-1 must be 0.02 or more"),
+        (["sweep=f4c4", "num_samples=3"], "num_samples=3 must be"),
         (["sweep=f4c4", "train=[nonsense]"], "must be a list of overrides"),
         (["sweep=f4c4", "features=resnet"], "features=resnet is unknown"),
         (["sweep=f4c4", "target_psnr_db=high"], "target_psnr_db=high must be a number"),
