@@ -1,4 +1,4 @@
-"""A second decoder for samples, which is robust to noise in the latents.
+"""The sampling decoder: a second decoder, for samples, which is robust to noise in the latents.
 
     z_raw + level * scale * eps,  eps ~ N(0, I),  level = decoder_noise * |n|,  n ~ N(0, 1)
 

@@ -47,7 +47,7 @@ def demo(config: DictConfig) -> None:
     )
     if "sampling_level" in metrics:
         print(
-            f"Samples are decoded by a second decoder, at noise level {metrics['sampling_level']:.2g}. Its PSNR on "
+            f"Samples are decoded by the sampling decoder, at noise level {metrics['sampling_level']:.2g}. Its PSNR on "
             f"latents without noise is {metrics['sampling_decoder_psnr_db']:.2f} dB"
         )
     options |= {"num_samples": config.num_samples, "weights_sha256": run_weights_sha256(run)}

@@ -13,7 +13,7 @@ from ldm.evaluation.classifier import Classifier
 from ldm.evaluation.features import NO_FEATURES, load_features
 from ldm.evaluation.latents.report import measure_latents
 from ldm.evaluation.latents.sweep import (
-    NO_SECOND_DECODER,
+    NO_SAMPLING_DECODER,
     parse_list,
     parse_sizes,
     plan_stage_2,
@@ -53,7 +53,7 @@ def sweep_sizes(config: DictConfig, options: dict[str, Any]) -> None:
     data_options = [argument for argument in cli.arguments if argument.lstrip("+~").startswith("data.")]
     common_options = [f"data={cli.choices['data']}", *data_options, *parse_list(config.train)]
     if not with_samples:
-        common_options.insert(0, NO_SECOND_DECODER)
+        common_options.insert(0, NO_SAMPLING_DECODER)
     losses: list[Any] = [loss.strip() for loss in str(config.losses).split(",")]
     runs = plan_sweep(parse_sizes(config.sweep, resolution), losses, folder, config.minutes, common_options)
     if config.features != NO_FEATURES:  # fail early if packages are missing, and train the classifier first

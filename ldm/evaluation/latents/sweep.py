@@ -37,7 +37,7 @@ Loss = Annotated[Literal["plain", "adversarial"], Field()]
 MAX_MINUTES = 5999
 Minutes = Annotated[Number, Field(ge=0.02, le=MAX_MINUTES)]
 """Between one second and 100 hours."""
-NO_SECOND_DECODER = "autoencoder.decoder_noise=0"
+NO_SAMPLING_DECODER = "autoencoder.decoder_noise=0"
 """Option of a sweep without samples, which needs no decoder for them."""
 REPLACED = ("stage=", "runs_dir=")
 """Start of the options that a run of the sweep sets itself."""

@@ -15,7 +15,7 @@ from rich.table import Table
 from ldm.diffusion.samplers.base import SamplerLike
 from ldm.errors import UserError
 from ldm.evaluation.latents.report import held_out_pca
-from ldm.evaluation.latents.sweep import MAX_MINUTES, NO_SECOND_DECODER, SweepRun, as_time
+from ldm.evaluation.latents.sweep import MAX_MINUTES, NO_SAMPLING_DECODER, SweepRun, as_time
 from ldm.evaluation.latents.sweep_figure import plot_size_sweep
 from ldm.evaluation.reconstructions import report as reconstruction_report
 from ldm.evaluation.samples import report as sample_report
@@ -97,7 +97,7 @@ def measure_sweep(
     widest = {row["factor"]: row for row in sorted(rows, key=lambda row: row["latent_shape"][0])}
     advice = recommend_size(rows, target_psnr_db)
     best = next(sweep_run for sweep_run in sweep_runs if sweep_run.name == advice["name"])
-    overrides = (option for option in best.overrides if option != NO_SECOND_DECODER)
+    overrides = (option for option in best.overrides if option != NO_SAMPLING_DECODER)
     command = shell.train_command("stage=vae", f"name={best.name}", *overrides)
     longer = command.replace(as_time(best.minutes), as_time(min(BUDGET_FACTOR * best.minutes, MAX_MINUTES)))
     results = {

@@ -41,7 +41,7 @@ MAX_LEVEL_IMAGES = 64
 PSNR_METRICS = {
     "psnr_db": "autoencoder",
     "pca_psnr_db": "PCA, same size",
-    "sampling_decoder_psnr_db": "decoder for samples",
+    "sampling_decoder_psnr_db": "sampling decoder",
 }
 """Name of the set of images whose PSNR is measured, keyed by metric."""
 MAX_BATCH_PIXELS = 2**20
@@ -70,8 +70,8 @@ class VAEStage(Stage):
         adversarial: Builds the discriminator and its optimizer.
         pretrained: Run, diffusers folder or Hub id of an autoencoder to use instead of a new one.
         train: Weights to train: "all", "decoder" or "nothing".
-        decoder_noise: Scale of the noise levels used to train a second decoder, for samples; 0 for no second decoder.
-        decoder_share: Fraction of the budget, at its end, spent on the second decoder.
+        decoder_noise: Scale of the noise levels used to train the sampling decoder; 0 for no sampling decoder.
+        decoder_share: Fraction of the budget, at its end, spent on the sampling decoder.
         latent_statistics: Source of the statistics that standardise the latents.
         init_from: Run, diffusers folder or Hub id of an autoencoder from which training starts.
     """
@@ -231,7 +231,7 @@ class VAEStage(Stage):
             ("compression", f"{self.compression:.1f} pixel values per latent value"),
             ("regulariser", regulariser),
             *([("loss", self._describe_loss())] if self.trains else []),
-            *([("second decoder", f"trained in the last {share:.0%} of the budget")] if share else []),
+            *([("sampling decoder", f"trained in the last {share:.0%} of the budget")] if share else []),
         ]
 
     def _describe_loss(self) -> str:
@@ -315,7 +315,7 @@ class VAEStage(Stage):
                 "PCA, same size": project(components, originals, factor=factor, channels=channels),
             }
             if decoder is not None:
-                decoded["decoder for samples"] = self.autoencoder.decode_samples(mean).cpu()
+                decoded["sampling decoder"] = self.autoencoder.decode_samples(mean).cpu()
             for key, name in PSNR_METRICS.items():
                 if name in decoded:
                     values.setdefault(key, []).append(psnr(originals, decoded[name]))
