@@ -91,7 +91,7 @@ def measure_sweep(
         report = reconstruction_report.measure_reconstructions(run, device=device, features=features, **options)
         report.save(run.path)
         rows.append(_sweep_row(sweep_run, run, report.to_json()))
-    for row, sweep_run in zip(rows, stage_2, strict=False):
+    for row, sweep_run in zip(rows, stage_2, strict=bool(stage_2)):
         print(f"samples of {sweep_run.name}", flush=True)
         row |= _measure_samples(Run.open(sweep_run.folder), sampler, device, features, num_samples, seed)
     widest = {row["factor"]: row for row in sorted(rows, key=lambda row: row["latent_shape"][0])}
@@ -178,11 +178,11 @@ def recommend_size(rows: Sequence[Mapping[str, Any]], target_psnr_db: float) -> 
     If several runs of that size qualify, the one with the lowest FD is recommended, or the one with the highest PSNR if
     FD was not measured or a run was trained with the same features in the loss.
 
-    If the samples of all runs that reach the target were measured, rule "samples" replaces rule 1: the run with the
-    lowest KD of samples.
+    If the samples of all runs that reach the target were measured, with features that no loss uses, rule "samples"
+    replaces rule 1: the run with the lowest KD of samples.
     """
     sufficient = [row for row in rows if row["psnr_db"] >= target_psnr_db]
-    if sufficient and all(row.get("kd_samples") is not None for row in sufficient):
+    if sufficient and all(row.get("kd_samples") is not None and not row["features_in_loss"] for row in sufficient):
         choice = min(sufficient, key=lambda row: row["kd_samples"])
         reason = f"Of those that reach target_psnr_db={target_psnr_db:g}, it has the lowest KD of samples"
         return _advice("samples", choice, f"{reason}, {choice['kd_samples']:.3f}.")

@@ -227,6 +227,12 @@ def test_recommendation_has_the_lowest_kd_of_samples(target, rule, name):
     assert ("lowest KD of samples" in advice["text"]) == (rule == "samples")
 
 
+def test_kd_of_samples_is_ignored_if_a_loss_used_its_features():
+    rows = [{**PLAIN, "kd_samples": 0.05}, {**ADVERSARIAL, "kd_samples": 0.02, "features_in_loss": True}]
+    advice = recommend_size(rows, 25)
+    assert (advice["rule"], advice["name"]) == ("smallest", "f4c4-plain")
+
+
 def test_sweep_command_trains_runs_and_recommends_a_size(call, make_images, tmp_path, monkeypatch):
     make_images(tmp_path / "my squares, small", 60)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
