@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from ldm.diffusion.schedule import NoiseSchedule, cosine
     from ldm.latents.contract import LatentContract
     from ldm.runs.run import Run
+    from ldm.sampling.diffusers_pipeline import LatentDiffusionPipeline
     from ldm.sampling.draw import draw_images
-    from ldm.sampling.pipeline import LatentDiffusionPipeline
+    from ldm.sampling.pipeline import LatentDiffusion
 
 _MODULES = {
     "Autoencoder": "autoencoder.autoencoder",
@@ -31,7 +32,8 @@ _MODULES = {
     "Denoiser": "diffusion.denoiser",
     "Guided": "diffusion.guidance",
     "LatentContract": "latents.contract",
-    "LatentDiffusionPipeline": "sampling.pipeline",
+    "LatentDiffusion": "sampling.pipeline",
+    "LatentDiffusionPipeline": "sampling.diffusers_pipeline",
     "NoiseSchedule": "diffusion.schedule",
     "Run": "runs.run",
     "cosine": "diffusion.schedule",
@@ -46,6 +48,7 @@ __all__ = [
     "Denoiser",
     "Guided",
     "LatentContract",
+    "LatentDiffusion",
     "LatentDiffusionPipeline",
     "NoiseSchedule",
     "Run",

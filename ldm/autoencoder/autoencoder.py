@@ -10,6 +10,7 @@ quantisation, the variance is effectively zero, and `decode` quantises the laten
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -197,12 +198,17 @@ class Autoencoder:
         return weights_sha256(self.model, exclude="sampling_decoder.")
 
     def sampling_decoder_sha256(self) -> str | None:
+        """Return the digest of the weights that decode samples, or None if the autoencoder's own decoder does."""
         decoder = sampling_decoder_of(self.model)
-        return None if decoder is None else weights_sha256(decoder)
+        return None if decoder is None else _sha256_of_weights(decoder.weights_at_level())
 
     def save(self, folder: Path) -> None:
         """Write config.json, the weights as safetensors, and the sampling decoder and latents.json if there are any."""
         save_model(self.model, folder)
+        self.save_statistics(folder)
+
+    def save_statistics(self, folder: Path) -> None:
+        """Write latents.json if the statistics have been measured."""
         if self.statistics is not None:
             content = {"format": STATISTICS_FORMAT, **asdict(self.statistics)}
             (folder / STATISTICS_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -269,10 +275,13 @@ def weights_sha256(model: nn.Module, exclude: str | None = None) -> str:
     Args:
         exclude: Prefix of the names of weights that are left out.
     """
+    weights = model.state_dict()
+    return _sha256_of_weights({k: v for k, v in weights.items() if exclude is None or not k.startswith(exclude)})
+
+
+def _sha256_of_weights(weights: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if exclude is not None and name.startswith(exclude):
-            continue
+    for name, tensor in sorted(weights.items()):
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

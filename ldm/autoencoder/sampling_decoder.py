@@ -26,6 +26,8 @@ from ldm.files.untrusted import first_line
 from ldm.metrics.image import psnr
 
 SAMPLING_DECODER_FILE = "sampling_decoder.safetensors"
+FIRST_DECODER_FILE = "first_decoder.safetensors"
+"""Decoder for reconstructions, if the decoder in the model's own file is the sampling decoder."""
 ENCODER_MODULES = ("encoder", "quant_conv", "shortcut_in", "quantize")
 """Submodules of an autoencoder that determine the latents of an image."""
 HIDDEN_DIM = 32
@@ -70,14 +72,24 @@ class SamplingDecoder(nn.Module):
         Args:
             level: Noise levels, [b] or [1]; None uses the chosen level.
         """
-        level = self.level[None] if level is None else level
-        features = torch.stack([level, level.square()], dim=1).to(z_raw.dtype)
-        hidden, hidden_at_0 = (F.silu(self.hidden(x)) for x in (features, torch.zeros_like(features)))
-        self._current_bias = self.bias(hidden - hidden_at_0)[:, :, None, None]
+        self._current_bias = self._bias_at(self.level[None] if level is None else level)[:, :, None, None]
         try:
             return self.decoder.decode(z_raw).sample
         finally:
             self._current_bias = None
+
+    def _bias_at(self, level: Tensor) -> Tensor:
+        features = torch.stack([level, level.square()], dim=1).to(self.bias.weight.dtype)
+        hidden, hidden_at_0 = (F.silu(self.hidden(x)) for x in (features, torch.zeros_like(features)))
+        return self.bias(hidden - hidden_at_0)
+
+    @torch.no_grad()
+    def weights_at_level(self) -> dict[str, Tensor]:
+        """Return the decoder's weights with the chosen level as part of the first convolution's bias."""
+        weights = dict(self.decoder.state_dict())
+        name = next(name for name in weights if name.endswith("decoder.conv_in.bias"))
+        weights[name] = weights[name] + self._bias_at(self.level[None])[0]
+        return weights
 
     def _add_bias(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         assert self._current_bias is not None
@@ -125,6 +137,23 @@ def sampling_decoder_of(model: nn.Module) -> SamplingDecoder | None:
     return getattr(model, "sampling_decoder", None)
 
 
+def model_for_samples(model: Any) -> Any:
+    """Return a copy of an autoencoder whose decoder is the sampling decoder at its chosen level, if it has one."""
+    if (decoder := sampling_decoder_of(model)) is None:
+        return model
+    result = copy.deepcopy(model)
+    result.sampling_decoder = None
+    result.load_state_dict({**result.state_dict(), **decoder.weights_at_level()})
+    return result
+
+
+def save_first_decoder(model: Any, folder: Path) -> None:
+    """Write the decoder for reconstructions next to the files of `model_for_samples`, if they have another decoder."""
+    if (decoder := sampling_decoder_of(model)) is not None:
+        weights = model.state_dict()
+        save_file({name: weights[name] for name in decoder.decoder.state_dict()}, folder / FIRST_DECODER_FILE)
+
+
 def save_model(model: Any, folder: Path) -> None:
     """Write an autoencoder in diffusers' format, and its sampling decoder, if it has one, to a file of its own.
 
@@ -141,25 +170,33 @@ def save_model(model: Any, folder: Path) -> None:
 
 
 def load_sampling_decoder(model: Any, folder: Path) -> None:
-    """Add the sampling decoder in a folder written by `save_model`, if there is one, to the autoencoder.
+    """Add the sampling decoder in a folder to the autoencoder, if there is one.
+
+    The folder was written by `save_model`, or by `model_for_samples` and `save_first_decoder`. In the latter case, the
+    model's decoder becomes the sampling decoder, and the first decoder replaces it.
 
     Raises:
-        UserError: The file is damaged, contains non-finite values, or belongs to a different autoencoder.
+        UserError: A file is damaged, contains non-finite values, or belongs to a different autoencoder.
     """
-    file = folder / SAMPLING_DECODER_FILE
-    if not file.is_file():
+    file = next(
+        (folder / name for name in (FIRST_DECODER_FILE, SAMPLING_DECODER_FILE) if (folder / name).is_file()), None
+    )
+    if file is None:
         return
     decoder = SamplingDecoder(model, [1.0] * model.config.latent_channels)
     try:
         state = load_file(file)
         if not all(value.isfinite().all() for value in state.values()):
             raise ValueError("a value is not finite")
-        decoder.load_state_dict(state)
+        if file.name == FIRST_DECODER_FILE:
+            if state.keys() != decoder.decoder.state_dict().keys():
+                raise ValueError("it does not have the weights of a decoder")
+            model.load_state_dict({**model.state_dict(), **state})
+        else:
+            decoder.load_state_dict(state)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        remedy = "Restore the file that training wrote, or delete it to decode samples with the autoencoder itself."
-        raise UserError(
-            f"{file} is not a sampling decoder of this autoencoder ({first_line(error)}). {remedy}"
-        ) from error
+        remedy = "Restore the file that training wrote, or delete it to decode everything with the autoencoder itself."
+        raise UserError(f"{file} is not a decoder of this autoencoder ({first_line(error)}). {remedy}") from error
     model.sampling_decoder = decoder.eval()
 
 

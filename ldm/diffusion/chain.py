@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from ldm.diffusion.portable import output_to_z_0
 from ldm.diffusion.schedule import NoiseSchedule, Step, step_tensor
 
 PredictionType = Literal["eps", "z_0", "v", "flow"]
@@ -221,26 +222,14 @@ def to_z_0(
     t: Step,
     prediction: str,
 ) -> Float[Tensor, " b *z"]:
-    """Convert a network's output at z_t to the clean latent that it implies.
-
-        eps: (z_t - sigma eps) / alpha        z_0: z_0
-        v: alpha z_t - sigma v                flow: (z_t - sigma u) / (alpha + sigma)
-
-    where eps, z_0, v or u is the network's output.
+    """Convert a network's output at z_t to the clean latent that it implies; see `output_to_z_0`.
 
     Raises:
         ValueError: if `prediction` is unknown, if it is "eps" and a_t = 0, or if t is not in 0..T.
     """
     output, z_t = at_least_float32(output), at_least_float32(z_t)
     check_prediction(prediction, schedule.at(t, z_t))
-    if prediction == "z_0":
-        return output
-    alpha, sigma = _alpha_sigma(schedule, t, z_t)
-    if prediction == "eps":
-        return (z_t - sigma * output) / alpha
-    if prediction == "v":
-        return alpha * z_t - sigma * output
-    return (z_t - sigma * output) / (alpha + sigma)
+    return output_to_z_0(output, z_t, schedule.at(t, z_t), prediction)
 
 
 def to_eps(

@@ -11,14 +11,14 @@ from torch import Tensor
 from ldm.data.images import ImageData
 from ldm.progress import track
 from ldm.runtime.random import sample_generators
-from ldm.sampling.pipeline import LatentDiffusionPipeline
+from ldm.sampling.pipeline import LatentDiffusion
 
 
 @dataclass(frozen=True)
 class Reconstructions:
     """Autoencoder reconstructions, decode(mean of q(z_raw|x)): an upper bound on the quality of samples."""
 
-    pipeline: LatentDiffusionPipeline
+    pipeline: LatentDiffusion
     images: ImageData
     rows: np.ndarray
 
@@ -34,7 +34,7 @@ class Reconstructions:
 class VAEAlone:
     """Samples from the VAE alone: z_raw ~ N(0, I), decoded without the diffusion model."""
 
-    pipeline: LatentDiffusionPipeline
+    pipeline: LatentDiffusion
     num_samples: int
     seed: int
 

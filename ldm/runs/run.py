@@ -31,7 +31,7 @@ from ldm.runs.provenance import provenance
 from ldm.runtime import shell
 from ldm.runtime.paths import RUN_FILE, STAGES, is_run, replaced_folder
 from ldm.runtime.random import numpy_generator
-from ldm.sampling.pipeline import INDEX_FILE, LatentDiffusionPipeline
+from ldm.sampling.pipeline import INDEX_FILE, LatentDiffusion
 
 SPLITS = ("val", "train")
 CONFIG_FILE = "config.yaml"
@@ -182,7 +182,7 @@ class Run:
         self._require(self.autoencoder_folder / "config.json")
         return Autoencoder.load(self.autoencoder_folder)
 
-    def pipeline(self) -> LatentDiffusionPipeline:
+    def pipeline(self) -> LatentDiffusion:
         """Load the trained pipeline.
 
         Raises:
@@ -194,7 +194,7 @@ class Run:
                 f"Train one: {self.next_training_command()}"
             )
         self._require(self.pipeline_folder / INDEX_FILE)
-        pipeline = LatentDiffusionPipeline.load(self.pipeline_folder)
+        pipeline = LatentDiffusion.load(self.pipeline_folder)
         pipeline.run = str(self.path)
         expected_sha256 = self.facts.get("chain_sha256", pipeline.chain_sha256)  # older runs do not have this entry
         if pipeline.chain_sha256 != expected_sha256:

@@ -19,7 +19,7 @@ from ldm.image_grid import grid, labelled_rows, to_pil
 from ldm.progress import progress
 from ldm.rules import Count, Number, Seed, checked
 from ldm.runtime.random import sample_generators
-from ldm.sampling.pipeline import LatentDiffusionPipeline
+from ldm.sampling.pipeline import LatentDiffusion
 from ldm.sampling.request import Request
 
 MAX_STRIP_SAMPLES = 4
@@ -58,7 +58,7 @@ def check_sampler(sampler: SamplerLike, schedule: NoiseSchedule) -> None:
 
 @checked
 def draw_batches(
-    pipeline: LatentDiffusionPipeline,
+    pipeline: LatentDiffusion,
     request: Request,
     sampler: SamplerLike,
     *,
@@ -109,7 +109,7 @@ def draw_batches(
 
 
 def draw_images(
-    pipeline: LatentDiffusionPipeline,
+    pipeline: LatentDiffusion,
     *,
     prompts: Sequence[str] | None = None,
     labels: Sequence[int | str] | None = None,
@@ -164,7 +164,7 @@ def write_samples(
 
 
 def film_strip(
-    pipeline: LatentDiffusionPipeline, request: Request, sampler: SamplerLike, *, seed: int, **options: Any
+    pipeline: LatentDiffusion, request: Request, sampler: SamplerLike, *, seed: int, **options: Any
 ) -> Image.Image:
     """Render the reverse chain of the first samples from z_T to z_0, decoding z_t at evenly spaced steps.
 

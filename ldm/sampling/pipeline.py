@@ -1,7 +1,7 @@
 """A trained model with everything that sampling needs: conditioning, network, noise schedule and autoencoder.
 
-A pipeline folder has the layout of diffusers: model_index.json, network/ and vae/ (safetensors and JSON), and the
-latent contract. Loading it never unpickles anything.
+A pipeline folder is a pipeline of diffusers (see `ldm.sampling.diffusers_pipeline`), with the latent contract, the
+latent statistics and, in vae/, the decoder for reconstructions. Loading it here never unpickles or runs anything.
 """
 
 import hashlib
@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor, nn
 
 from ldm.autoencoder.autoencoder import Autoencoder
+from ldm.autoencoder.sampling_decoder import model_for_samples, save_first_decoder
 from ldm.diffusion.chain import check_prediction, check_z_0_mse, forward_step
 from ldm.diffusion.denoiser import Condition, Denoiser
 from ldm.diffusion.guidance import Guided
@@ -24,34 +26,34 @@ from ldm.files.atomic import write_text
 from ldm.files.models import load_model
 from ldm.files.untrusted import check_fields, read_json
 from ldm.latents.contract import LatentContract
-from ldm.networks.conditioning import Conditioning, restore_conditioning
+from ldm.networks.conditioning import Conditioning, TextCondition, restore_conditioning
 from ldm.networks.dit import DiT
 from ldm.networks.unet import ImageUNet, TextUNet
 from ldm.runtime import shell
 from ldm.runtime.random import torch_generator
+from ldm.sampling.diffusers_pipeline import LatentDiffusionPipeline
 
 INDEX_FILE = "model_index.json"
-FORMAT = 2
+FORMAT = 3
 VARIANCE_FILE = "optimal_variance.json"
-INDEX_FIELDS: dict[str, Any] = {
-    "network": str,
+SETTINGS_FIELDS: dict[str, Any] = {
     "prediction": str,
     "latent_shape": list[int],
     "schedule": dict,
     "conditioning": dict,
 }
-"""Required fields of the index and their types. `variance` is optional, because format 1 does not have this field."""
+"""Required settings and their types. `variance` is optional, because format 1 does not have this setting."""
 VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 NETWORKS: dict[str, Any] = {"DiT": DiT, "ImageUNet": ImageUNet, "TextUNet": TextUNet}
 
 
 @dataclass
-class LatentDiffusionPipeline:
-    """A trained latent diffusion model.
+class LatentDiffusion:
+    """A trained latent diffusion model, for the samplers, the likelihood and the metrics of this package.
 
     >>> from pathlib import Path
-    >>> from ldm import LatentDiffusionPipeline
-    >>> pipeline = LatentDiffusionPipeline.load(Path("runs/diffusion/demo/pipeline"))
+    >>> from ldm import LatentDiffusion
+    >>> pipeline = LatentDiffusion.load(Path("runs/diffusion/demo/pipeline"))
     >>> pipeline.prediction, pipeline.variance, pipeline.latent_shape
     ('v', 'fixed_small', (4, 4, 4))
 
@@ -85,7 +87,7 @@ class LatentDiffusionPipeline:
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
-    def to(self, device: torch.device | str) -> "LatentDiffusionPipeline":
+    def to(self, device: torch.device | str) -> "LatentDiffusion":
         self.network.to(device)
         self.autoencoder.to(device)
         return self
@@ -187,28 +189,45 @@ class LatentDiffusionPipeline:
             frames.append(self.autoencoder.decode(self.autoencoder.unstandardise(z_t)))
         return times, torch.cat(frames)
 
-    def save(self, folder: Path) -> None:
-        """Write everything that sampling needs to a folder."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self.network.save_pretrained(folder / "network")  # type: ignore[operator]
-        self.autoencoder.save(folder / "vae")
-        self.contract.save(folder)
-        index = {
-            "_class_name": type(self).__name__,
+    def to_diffusers(self) -> LatentDiffusionPipeline:
+        """Return the model as a pipeline of diffusers, with DPM-Solver++ as its scheduler. Both share their weights."""
+        text = {}
+        if isinstance(self.conditioning, TextCondition):
+            encoder = self.conditioning.encoder
+            text = {"text_encoder": encoder.model, "tokenizer": encoder.tokenizer}
+        statistics = self.autoencoder.statistics
+        assert statistics is not None
+        settings = {
             "format": FORMAT,
-            "network": type(self.network).__name__,
             "prediction": self.prediction,
             "variance": self.variance,
             "latent_shape": list(self.latent_shape),
-            "schedule": {"name": self.schedule.name, "alpha_bar": self.schedule.alpha_bar.tolist()},
+            "latent_mean": statistics.latent_mean,
+            "latent_std": statistics.latent_std,
+            "factor": self.autoencoder.factor,
             "conditioning": self.conditioning.state(),
+            "schedule": {"name": self.schedule.name, "alpha_bar": self.schedule.alpha_bar.tolist()},
         }
+        scheduler = DPMSolverMultistepScheduler(
+            num_train_timesteps=self.schedule.num_steps,
+            trained_betas=self.schedule.betas.tolist(),
+            prediction_type="sample",
+            timestep_spacing="trailing",
+        )
+        vae = model_for_samples(self.autoencoder.model)
+        return LatentDiffusionPipeline(self.network, vae, scheduler, **text, settings=settings)
+
+    def save(self, folder: Path) -> None:
+        """Write the model as a pipeline of diffusers, with the files that only this package needs."""
+        self.to_diffusers().save_pretrained(folder)
+        self.autoencoder.save_statistics(folder / "vae")
+        save_first_decoder(self.autoencoder.model, folder / "vae")
+        self.contract.save(folder)
         if self.z_0_mse is None:
             (folder / VARIANCE_FILE).unlink(missing_ok=True)  # the variance was fitted to the previous weights
-        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: Path) -> "LatentDiffusionPipeline":
+    def load(cls, folder: Path) -> "LatentDiffusion":
         """Load a pipeline folder.
 
         Raises:
@@ -222,12 +241,21 @@ class LatentDiffusionPipeline:
                 "python -m ldm.train stage=diffusion"
             )
         index = read_json(path)
-        if index.get("format") not in (1, FORMAT):
-            raise UserError(f"{path} has format {index.get('format')}; this version reads 1 and {FORMAT}.")
-        check_fields(index, INDEX_FIELDS, path)
-        if index.get("variance", VARIANCES[0]) not in VARIANCES:
-            raise UserError(f"{path}: unknown variance {index['variance']}. Choose from {', '.join(VARIANCES)}.")
-        schedule = _schedule(index["schedule"], index["prediction"], path)
+        settings = index.get("settings", index)  # formats 1 and 2 have the settings in the index itself
+        if not isinstance(settings, dict) or settings.get("format") not in range(1, FORMAT + 1):
+            version = settings.get("format") if isinstance(settings, dict) else None
+            raise UserError(
+                f"{path} has format {version}; this version of ldm reads formats 1 to {FORMAT} of its own pipelines, "
+                "and no pipelines of other programs."
+            )
+        check_fields(settings, SETTINGS_FIELDS, path)
+        name = index.get("network")
+        if settings is not index:
+            check_fields(index, {"network": list[str]}, path)
+            name = index["network"][-1] if index["network"] else None
+        if settings.get("variance", VARIANCES[0]) not in VARIANCES:
+            raise UserError(f"{path}: unknown variance {settings['variance']}. Choose from {', '.join(VARIANCES)}.")
+        schedule = _schedule(settings["schedule"], settings["prediction"], path)
         autoencoder = Autoencoder.load(folder / "vae")
         contract = LatentContract.load(folder)
         if (digest := autoencoder.weights_sha256()) != contract.autoencoder_sha256:
@@ -235,12 +263,12 @@ class LatentDiffusionPipeline:
                 f"{folder} was trained on latents of the autoencoder {contract.autoencoder_sha256[:12]}, but "
                 f"{folder / 'vae'} contains the autoencoder {digest[:12]}. Restore the one used in training."
             )
-        network: Any = load_network(folder / "network", index["network"])
+        network: Any = load_network(folder / "network", str(name))
         side = contract.resolution // max(1, contract.factor)
         shape = (contract.channels, side, side)
-        if tuple(index["latent_shape"]) != shape or network.config.in_channels != contract.channels:
+        if tuple(settings["latent_shape"]) != shape or network.config.in_channels != contract.channels:
             raise UserError(
-                f"{path}: the latent shape {index['latent_shape']} and a network with {network.config.in_channels} "
+                f"{path}: the latent shape {settings['latent_shape']} and a network with {network.config.in_channels} "
                 f"input channels do not match {folder / 'contract.json'}, which implies the shape {list(shape)}. "
                 "Restore the files that training wrote."
             )
@@ -248,11 +276,11 @@ class LatentDiffusionPipeline:
             network=network,
             autoencoder=autoencoder,
             schedule=schedule,
-            prediction=index["prediction"],
-            conditioning=restore_conditioning(index["conditioning"], path),
+            prediction=settings["prediction"],
+            conditioning=restore_conditioning(settings["conditioning"], path),
             contract=contract,
-            latent_shape=tuple(index["latent_shape"]),
-            variance=index.get("variance", VARIANCES[0]),  # format 1 does not have this field
+            latent_shape=tuple(settings["latent_shape"]),
+            variance=settings.get("variance", VARIANCES[0]),  # format 1 does not have this setting
             z_0_mse=load_z_0_mse(folder),
         )
 

@@ -11,7 +11,7 @@ from ldm.diffusion.denoiser import Condition
 from ldm.errors import UserError
 from ldm.files.untrusted import replace_surrogates
 from ldm.rules import Count, checked
-from ldm.sampling.pipeline import LatentDiffusionPipeline
+from ldm.sampling.pipeline import LatentDiffusion
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Request:
     @checked
     def from_options(
         cls,
-        pipeline: LatentDiffusionPipeline,
+        pipeline: LatentDiffusion,
         *,
         prompt: str | None = None,
         prompts: str | None = None,
@@ -56,7 +56,7 @@ class Request:
         return cls(*pipeline.conditioning.for_request(captions, classes, count))
 
     @classmethod
-    def for_images(cls, pipeline: LatentDiffusionPipeline, images: ImageData, indices: np.ndarray) -> "Request":
+    def for_images(cls, pipeline: LatentDiffusion, images: ImageData, indices: np.ndarray) -> "Request":
         """Build a request with the captions or classes of the given images, as the model requires.
 
         Raises:

@@ -35,7 +35,7 @@ from ldm.networks.conditioning import TextCondition
 from ldm.runs.resume import ResumePlan
 from ldm.runtime.paths import bundled_folder
 from ldm.sampling.draw import write_samples
-from ldm.sampling.pipeline import LatentDiffusionPipeline
+from ldm.sampling.pipeline import LatentDiffusion
 from ldm.sampling.request import Request, read_prompts
 from ldm.tracking.artifact import flatten
 from ldm.training import session
@@ -256,7 +256,7 @@ def text_condition(tmp_path_factory) -> TextCondition:
 
 def use_prompt(prompt: str, text_condition: TextCondition, workdir: Path) -> None:
     """Use a prompt wherever prompts appear: in the network, on figures, in samples.json and in file names."""
-    pipeline = LatentDiffusionPipeline(None, None, None, "v", text_condition, None, (3, 8, 8))
+    pipeline = LatentDiffusion(None, None, None, "v", text_condition, None, (3, 8, 8))
     request = Request.from_options(pipeline, prompt=prompt, num_samples=2)
     assert all(value.isfinite().all() and len(value) == 2 for value in request.condition.values())
     images = [Image.new("RGB", (8, 8))] * 2

@@ -95,4 +95,4 @@ def test_messy_folder_trains_both_stages(photos, call, caplog):
     assert table_rows(result.out)["autoencoder"] == "runs/vae/again" and "warning" not in table_rows(result.out)
     assert shlex.split(result.out.splitlines()[-1])[-1] == "label=0"
     index = json.loads(Path("runs/diffusion/messy/pipeline/model_index.json").read_text())
-    assert index["conditioning"]["class_names"] == ["cat", "dog"]
+    assert index["settings"]["conditioning"]["class_names"] == ["cat", "dog"]

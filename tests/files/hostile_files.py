@@ -146,6 +146,24 @@ def edit_json(file: str, **values: Any) -> Mutation:
     return mutate
 
 
+def edit_settings(**values: Any) -> Mutation:
+    """Edit the settings in the index of a pipeline."""
+
+    def mutate(folder: Path, canary: Path) -> None:
+        settings = json.loads((folder / INDEX).read_text(encoding="utf-8"))["settings"]
+        edit_json(INDEX, settings=settings | values)(folder, canary)
+
+    return mutate
+
+
+def poison_modules(folder: Path, canary: Path) -> None:
+    """Replace all code in a pipeline folder, which diffusers would run."""
+    files = list((folder / "pipeline").rglob("*.py"))
+    assert {file.parent.name for file in files} == {"pipeline", "network"}
+    for file in files:
+        file.write_text(MALICIOUS_CODE.replace("CANARY", str(canary)), encoding="utf-8")
+
+
 def edit_weights(name: str, value: torch.Tensor | float) -> Mutation:
     """Overwrite the first value of a weight, or replace the weight and add a tensor, so that enough values remain."""
 
@@ -231,7 +249,14 @@ HOSTILE_FILES: dict[tuple[str, str], dict[str, tuple[Mutation, str | None]]] = {
         "statistics that are text": (edit_json("autoencoder/latents.json", latent_mean="x"), "'latent_mean'"),
     },
     ("diffusion", "pipeline"): {
-        "a foreign network class": (edit_json(INDEX, network="evil.N"), "evil.N"),
+        "a foreign network class": (edit_json(INDEX, network=["evil", "N"]), "unknown network N"),
+        "a network class that is a number": (edit_json(INDEX, network=[1]), "'network'"),
+        "poisoned modules": (poison_modules, None),
+        "a first decoder in a pickle": (
+            write_pickle("pipeline/vae/first_decoder.safetensors"),
+            "is not a decoder of this autoencoder",
+        ),
+        "settings that are a list": (edit_json(INDEX, settings=[1]), "has format None"),
         "a custom pipeline": (
             combine(
                 edit_json(INDEX, _class_name=["pipeline", "Evil"]), write_text("pipeline/pipeline.py", MALICIOUS_CODE)
@@ -239,8 +264,8 @@ HOSTILE_FILES: dict[tuple[str, str], dict[str, tuple[Mutation, str | None]]] = {
             None,
         ),
         "a deeply nested index": (write_text(INDEX, "[" * 10**5), "as JSON"),
-        "an invalid schedule": (edit_json(INDEX, schedule={"name": "x"}), "alpha_bar"),
-        "latents that are too large": (edit_json(INDEX, latent_shape=[HUGE] * 3), "[1000000000, 1000000000"),
+        "an invalid schedule": (edit_settings(schedule={"name": "x"}), "alpha_bar"),
+        "latents that are too large": (edit_settings(latent_shape=[HUGE] * 3), "[1000000000, 1000000000"),
         "a contract with text instead of a number": (edit_json("pipeline/contract.json", channels="3"), "'channels'"),
         "an invalid variance table": (
             write_text("pipeline/optimal_variance.json", '{"z_0_mse": "x"}'),

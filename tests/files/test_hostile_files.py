@@ -28,11 +28,11 @@ from ldm.latents.contract import LatentContract
 from ldm.networks.conditioning import NoCondition
 from ldm.networks.dit import DiT
 from ldm.runs.run import Run
-from ldm.sampling.pipeline import LatentDiffusionPipeline
+from ldm.sampling.pipeline import LatentDiffusion
 from tests.files.hostile_files import CANARY, CASES
 
 ROOT = Path(__file__).parents[2]
-NUM_CASES = 68
+NUM_CASES = 72
 
 
 def make_valid_folders(root: Path, images: ImageData) -> None:
@@ -42,7 +42,7 @@ def make_valid_folders(root: Path, images: ImageData) -> None:
     statistics = LatentStatistics([0.0] * 3, [1.0] * 3, [0.1] * 3, images.fingerprint, weights_sha256(model))
     autoencoder = Autoencoder(model, statistics)
     contract = LatentContract(autoencoder.weights_sha256(), images.fingerprint, 8, 1, 3, 0.05, False)
-    pipeline = LatentDiffusionPipeline(
+    pipeline = LatentDiffusion(
         network=DiT(sample_size=8, in_channels=3, out_channels=3, hidden_dim=16, depth=1, head_dim=8).eval(),
         autoencoder=autoencoder,
         schedule=linear(20),

@@ -36,7 +36,7 @@ from ldm.networks.conditioning import ClassCondition, NoCondition
 from ldm.networks.dit import DiT
 from ldm.runs.run import Run
 from ldm.runtime.random import derive_seed, sample_generators
-from ldm.sampling.pipeline import VARIANCE_FILE, LatentDiffusionPipeline, load_z_0_mse
+from ldm.sampling.pipeline import VARIANCE_FILE, LatentDiffusion, load_z_0_mse
 from tests.finished_run import finished_run
 
 C = 0.1  # variance of z
@@ -102,7 +102,7 @@ class GaussianNetwork(nn.Module):
 
 
 def gaussian_pipeline(autoencoder, schedule, *, c=C, gain=1.0, variance="optimal", shape=(1, 1, 1)):
-    return LatentDiffusionPipeline(
+    return LatentDiffusion(
         network=GaussianNetwork(schedule, c, gain),
         autoencoder=autoencoder,
         schedule=schedule,
@@ -338,7 +338,7 @@ def pixels():
     return levels.float() / 127.5 - 1
 
 
-def tiny_pipeline(conditioning=None, **options) -> LatentDiffusionPipeline:
+def tiny_pipeline(conditioning=None, **options) -> LatentDiffusion:
     """Return an untrained pipeline for 8 x 8 images, with weights large enough that every input has an effect."""
     conditioning = conditioning or NoCondition()
     torch.manual_seed(0)
@@ -351,7 +351,7 @@ def tiny_pipeline(conditioning=None, **options) -> LatentDiffusionPipeline:
     network = DiT(patch_size=1, hidden_dim=16, depth=1, head_dim=8, **sizes).eval()
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.1)
-    return LatentDiffusionPipeline(
+    return LatentDiffusion(
         network=network,
         autoencoder=autoencoder,
         schedule=cosine(12),
@@ -710,7 +710,7 @@ def test_edited_noise_schedule_is_rejected(error_message, runs):
     _, run = runs
     file = run.path / "pipeline/model_index.json"
     index = json.loads(file.read_text())
-    index["schedule"]["alpha_bar"][5] *= 0.99
+    index["settings"]["schedule"]["alpha_bar"][5] *= 0.99
     file.write_text(json.dumps(index))
     message = error_message(f"run={run.path}", "steps=4")
     assert re.search(r"pipeline/model_index\.json .*T = 12.* training.* [0-9a-f]{12}\b", message)

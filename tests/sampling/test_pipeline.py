@@ -20,7 +20,7 @@ from ldm.networks.dit import DiT
 from ldm.networks.unet import unet
 from ldm.runtime.random import sample_generators
 from ldm.sampling.draw import draw_batches, film_strip, write_samples
-from ldm.sampling.pipeline import VARIANCE_FILE, LatentDiffusionPipeline
+from ldm.sampling.pipeline import VARIANCE_FILE, LatentDiffusion
 from ldm.sampling.request import Request, read_prompts
 
 SAMPLER = DDIM(3)
@@ -39,11 +39,11 @@ def randomise(network: torch.nn.Module) -> torch.nn.Module:
     return network.eval()
 
 
-def build_pipeline(conditioning=None, network=None, **options) -> LatentDiffusionPipeline:
+def build_pipeline(conditioning=None, network=None, **options) -> LatentDiffusion:
     conditioning, autoencoder = conditioning or NoCondition(), build_autoencoder()
     sizes = {"sample_size": 8, "in_channels": 3, "out_channels": 3, **conditioning.network_options()}
     contract = LatentContract(autoencoder.weights_sha256(), "images", 8, 1, 3, 0.05, False)
-    return LatentDiffusionPipeline(
+    return LatentDiffusion(
         network=randomise(network or DiT(patch_size=2, hidden_dim=16, depth=1, head_dim=8, **sizes)),
         autoencoder=autoencoder,
         schedule=linear(50),
@@ -56,7 +56,7 @@ def build_pipeline(conditioning=None, network=None, **options) -> LatentDiffusio
 
 
 @pytest.fixture
-def class_pipeline() -> LatentDiffusionPipeline:
+def class_pipeline() -> LatentDiffusion:
     return build_pipeline(ClassCondition(["cat", "dog"]))
 
 
@@ -76,11 +76,12 @@ def test_loaded_pipeline_generates_the_same_images(tmp_path, kind):
         options = {"network": network, "variance": "learned_range"}
     pipeline = build_pipeline(**options)
     pipeline.save(tmp_path)
-    loaded = LatentDiffusionPipeline.load(tmp_path)
+    loaded = LatentDiffusion.load(tmp_path)
     files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     names = ("config.json", "diffusion_pytorch_model.safetensors")
     model_files = {f"{folder}/{name}" for folder in ("network", "vae") for name in names}
-    assert files == model_files | {"model_index.json", "contract.json", "vae/latents.json"}
+    others = {"model_index.json", "contract.json", "vae/latents.json", "scheduler/scheduler_config.json"}
+    assert {file for file in files if not file.endswith(".py")} == model_files | others
     assert loaded.contract == pipeline.contract and loaded.latent_shape == (3, 8, 8)
     assert torch.equal(loaded.schedule.alpha_bar, pipeline.schedule.alpha_bar), "float64 must be restored exactly"
     request = Request.from_options(pipeline, num_samples=2)
@@ -90,8 +91,9 @@ def test_loaded_pipeline_generates_the_same_images(tmp_path, kind):
 @pytest.mark.parametrize(
     ("file", "changes", "message"),
     [
-        ("model_index.json", {"format": 0}, "has format 0; this version reads 1"),
-        ("model_index.json", {"network": "Mystery"}, "network Mystery.*DiT"),
+        ("model_index.json", {"settings": {"format": 0}}, "has format 0; this version of ldm reads formats 1 to 3"),
+        ("model_index.json", {"settings": None}, "has format None.*no pipelines of other programs"),
+        ("model_index.json", {"network": ["x", "Mystery"]}, "network Mystery.*DiT"),
         ("contract.json", {"autoencoder_sha256": "f" * 64}, "trained on latents of the autoencoder ffffffffffff"),
     ],
 )
@@ -99,7 +101,7 @@ def test_load_rejects_mismatched_files(tmp_path, file, changes, message):
     build_pipeline().save(tmp_path)
     (tmp_path / file).write_text(json.dumps(json.loads((tmp_path / file).read_text()) | changes))
     with pytest.raises(UserError, match=message):
-        LatentDiffusionPipeline.load(tmp_path)
+        LatentDiffusion.load(tmp_path)
 
 
 def test_guidance_of_one_equals_the_conditional_model(class_pipeline):
@@ -133,9 +135,9 @@ def test_draw_batches_rejects_samplers_incompatible_with_the_model(class_pipelin
     class_pipeline.save(tmp_path)
     (tmp_path / VARIANCE_FILE).write_text('{"z_0_mse": [0.0, 0.')
     with pytest.raises(UserError, match=VARIANCE_FILE):
-        LatentDiffusionPipeline.load(tmp_path)
+        LatentDiffusion.load(tmp_path)
     class_pipeline.save(tmp_path)
-    assert LatentDiffusionPipeline.load(tmp_path).z_0_mse is None, "saving new weights removes the fitted table"
+    assert LatentDiffusion.load(tmp_path).z_0_mse is None, "saving new weights removes the fitted table"
 
 
 def test_images_depend_on_seed_and_label(class_pipeline):

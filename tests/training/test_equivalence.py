@@ -32,7 +32,7 @@ from ldm.latents.contract import LatentContract
 from ldm.networks.conditioning import ClassCondition
 from ldm.networks.dit import DiT
 from ldm.runtime.random import Draws
-from ldm.sampling.pipeline import LatentDiffusionPipeline
+from ldm.sampling.pipeline import LatentDiffusion
 from ldm.training.modules.adversary import Adversary
 from ldm.training.modules.autoencoder import VAETraining
 from ldm.training.modules.base import TrainingModule
@@ -71,7 +71,7 @@ def make_diffusion(objective=Objective(), optimizer=SGD, steps: int = 100) -> Di
     network = DiT(patch_size=1, **sizes, **classes.network_options())
     for parameter in network.parameters():  # replace the zero initialisation
         torch.nn.init.normal_(parameter, std=0.2)
-    pipeline = LatentDiffusionPipeline(
+    pipeline = LatentDiffusion(
         network=network.train(),
         autoencoder=autoencoder,
         schedule=cosine(steps),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ldm.diffusion.chain import at_least_float32, check_choice
 from ldm.diffusion.denoiser import Condition, DenoiserLike, Prediction
+from ldm.diffusion.portable import trailing_steps
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.rules import Positive, Steps, apply_rules
 
@@ -174,7 +175,7 @@ def timesteps(num_steps: int, steps: int, spacing: str = "trailing") -> list[int
         raise ValueError(f"a chain of T = {num_steps} steps can be sampled in 1 to {num_steps} steps; got {steps}")
     indices = range(steps - 1, -1, -1)
     if spacing == "trailing":
-        return [round(num_steps * i / steps) for i in range(steps, -1, -1)]
+        return trailing_steps(num_steps, steps)
     if spacing == "leading":
         return [1 + i * (num_steps // steps) for i in indices] + [0]
     return [1 + round((num_steps - 1) * i / (steps - 1)) if steps > 1 else num_steps for i in indices] + [0]

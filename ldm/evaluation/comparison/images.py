@@ -14,7 +14,7 @@ from ldm.evaluation.image_sets import spaced_val_indices
 from ldm.image_grid import labelled_rows, to_pil
 from ldm.rules import Count, Integer, Number, Seed, checked
 from ldm.sampling.draw import draw_batches
-from ldm.sampling.pipeline import LatentDiffusionPipeline
+from ldm.sampling.pipeline import LatentDiffusion
 from ldm.sampling.request import Request, read_prompts
 
 
@@ -82,7 +82,7 @@ def _first_images(comparison: Comparison) -> tuple[ImageData | None, list[str]]:
 
 
 def _request(
-    pipeline: LatentDiffusionPipeline,
+    pipeline: LatentDiffusion,
     images: ImageData | None,
     prompts: str | None,
     num_samples: int,

@@ -29,7 +29,7 @@ from ldm.files.untrusted import check_fields, read_json
 from ldm.rules import Count, Seed, checked
 from ldm.runtime.random import numpy_generator
 from ldm.sampling.draw import Guidance, GuidanceInterval, draw_batches, sampler_settings
-from ldm.sampling.pipeline import LatentDiffusionPipeline
+from ldm.sampling.pipeline import LatentDiffusion
 from ldm.sampling.request import Request
 
 FORMAT = 2
@@ -70,7 +70,7 @@ def condition_rows(members: np.ndarray, num_samples: int, seed: int) -> np.ndarr
 
 @checked
 def draw_cached(
-    pipeline: LatentDiffusionPipeline,
+    pipeline: LatentDiffusion,
     images: ImageData,
     sampler: SamplerLike,
     folder: Path,
@@ -153,7 +153,7 @@ def _read_cached(pixels: Path, facts: Path, size: int) -> tuple[int, dict[str, A
     return count, content["cost"]
 
 
-def _pipeline_facts(pipeline: LatentDiffusionPipeline) -> dict[str, Any]:
+def _pipeline_facts(pipeline: LatentDiffusion) -> dict[str, Any]:
     """Return the properties of a pipeline that determine its samples."""
     z_0_mse, decoder_sha256 = pipeline.z_0_mse, pipeline.autoencoder.sampling_decoder_sha256()
     return {

@@ -26,7 +26,7 @@ from ldm.metrics.report import Report
 from ldm.rules import Count, Seed, checked
 from ldm.runs.run import EVALUATION_FILE
 from ldm.sampling.draw import Guidance, GuidanceInterval, sampler_settings
-from ldm.sampling.pipeline import LatentDiffusionPipeline
+from ldm.sampling.pipeline import LatentDiffusion
 
 
 def save_unless_smaller(report: Report, folder: Path, fallback_file: Path) -> Path:
@@ -45,7 +45,7 @@ def save_unless_smaller(report: Report, folder: Path, fallback_file: Path) -> Pa
 
 @checked
 def measure_samples(
-    pipeline: LatentDiffusionPipeline,
+    pipeline: LatentDiffusion,
     images: ImageData,
     sampler: SamplerLike,
     folder: Path,

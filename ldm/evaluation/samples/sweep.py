@@ -19,7 +19,7 @@ from ldm.metrics.metric import Metric, metrics_to_json
 from ldm.metrics.subsets import NUM_SUBSETS, jackknife_error
 from ldm.rules import Seed, apply_rules, checked
 from ldm.sampling.draw import check_sampler, sampler_settings
-from ldm.sampling.pipeline import LatentDiffusionPipeline
+from ldm.sampling.pipeline import LatentDiffusion
 
 TOLERANCE = 2.0
 """Two distances count as equal if they differ by at most this many standard errors of the difference."""
@@ -31,7 +31,7 @@ RULE = (
 
 @checked
 def sweep_sampler(
-    pipeline: LatentDiffusionPipeline,
+    pipeline: LatentDiffusion,
     images: ImageData,
     samplers: Mapping[float, SamplerLike],
     guidances: Sequence[float],

@@ -15,7 +15,7 @@ from ldm.image_grid import grid, to_pil
 from ldm.networks.conditioning import drop
 from ldm.runtime.distributed import gather_rows
 from ldm.runtime.random import Draws, sample_generators
-from ldm.sampling.pipeline import LatentDiffusionPipeline
+from ldm.sampling.pipeline import LatentDiffusion
 from ldm.training.callbacks.loggers import save_grid
 from ldm.training.modules.base import TrainingModule
 from ldm.training.optim.factory import OptimizerFactory
@@ -42,7 +42,7 @@ class DiffusionTraining(TrainingModule):
 
     def __init__(
         self,
-        pipeline: LatentDiffusionPipeline,
+        pipeline: LatentDiffusion,
         objective: Objective,
         optimizer: OptimizerFactory,
         *,

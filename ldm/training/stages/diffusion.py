@@ -28,7 +28,7 @@ from ldm.rules import Depth, Flag, Fraction, Integer, Number, Positive, Size, ap
 from ldm.runs.load import load_autoencoder, load_pipeline
 from ldm.runs.run import Run, data_of_autoencoder, is_same_data
 from ldm.runtime import shell
-from ldm.sampling.pipeline import LatentDiffusionPipeline
+from ldm.sampling.pipeline import LatentDiffusion
 from ldm.training.modules.diffusion import NUM_BANDS, DiffusionTraining, LatentBatch
 from ldm.training.optim.factory import OptimizerFactory
 from ldm.training.stages.base import Stage
@@ -107,7 +107,7 @@ class DiffusionStage(Stage):
             mean_and_std = statistics.latent_mean, statistics.latent_std  # the network was trained with this scaling
         self.contract, self.latents = encode_latents(autoencoder, images, flip, cache_dir, mean_and_std=mean_and_std)
         self.lookup_condition = conditions.lookup(images, partial(open_captions, cache_dir=cache_dir))
-        self.pipeline = LatentDiffusionPipeline(
+        self.pipeline = LatentDiffusion(
             network=self._build(network, conditions, sigma) if source is None else self._adapt(source, conditions),
             autoencoder=autoencoder,
             schedule=schedule,
@@ -139,7 +139,7 @@ class DiffusionStage(Stage):
         except ValueError as error:
             raise UserError(f"This network is unsuitable for {channels} x {side} x {side} latents: {error}.") from error
 
-    def _adapt(self, source: LatentDiffusionPipeline, conditioning: Conditioning) -> nn.Module:
+    def _adapt(self, source: LatentDiffusion, conditioning: Conditioning) -> nn.Module:
         """Return the network from `init_from`, adapted to the classes of these images."""
         network, old, new = source.network, source.conditioning.class_names, conditioning.class_names
         if old is not None and new is not None:
@@ -241,7 +241,7 @@ class DiffusionStage(Stage):
 
 
 def _check_init_from(
-    source: LatentDiffusionPipeline,
+    source: LatentDiffusion,
     autoencoder: Autoencoder,
     conditioning: Conditioning,
     objective: Objective,

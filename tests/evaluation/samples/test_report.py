@@ -32,7 +32,7 @@ from ldm.metrics.report import Report
 from ldm.networks.conditioning import ClassCondition
 from ldm.runtime.random import sample_generators
 from ldm.sampling.draw import draw_batches
-from ldm.sampling.pipeline import LatentDiffusionPipeline
+from ldm.sampling.pipeline import LatentDiffusion
 from ldm.sampling.request import Request
 from tests.sampling.test_pipeline import build_pipeline
 
@@ -68,7 +68,7 @@ def images(make_images, tmp_path_factory) -> ImageData:
 
 
 @pytest.fixture
-def pipeline() -> LatentDiffusionPipeline:
+def pipeline() -> LatentDiffusion:
     return build_pipeline(ClassCondition(["cat", "dog"]))
 
 

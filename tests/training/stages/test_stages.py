@@ -28,7 +28,7 @@ from ldm.networks.conditioning import ClassCondition, class_condition, no_condit
 from ldm.networks.dit import DiT
 from ldm.runs.load import load_autoencoder
 from ldm.runtime.random import sample_generators
-from ldm.sampling.pipeline import LatentDiffusionPipeline
+from ldm.sampling.pipeline import LatentDiffusion
 from ldm.training.optim.budget import Budget
 from ldm.training.optim.ema import EMACallback
 from ldm.training.stages.autoencoder import VAEStage
@@ -368,7 +368,7 @@ def test_each_objective_trains_and_saves_its_variance(diffusion_stage, images, t
         assert stage.module.importance.counts.sum() == len(batch["mean"]), "only the last batch was recorded"
         assert "importance.history" in stage.module.state_dict()
     stage.finish(type("Run", (), {"path": tmp_path, "images": tmp_path, "pipeline_folder": tmp_path / "pipeline"})())
-    loaded = LatentDiffusionPipeline.load(tmp_path / "pipeline")
+    loaded = LatentDiffusion.load(tmp_path / "pipeline")
     assert loaded.variance == variance
     z = loaded.sample(DDPM(5), {}, sample_generators(0, range(2)))
     assert z.isfinite().all()
