@@ -99,10 +99,16 @@ def test_stage_config_binds_all_arguments_of_its_constructor(stage):
     assert {*session_arguments, "optimizer"} <= set(bound.arguments)
 
 
-@for_each_choice("network")
-@pytest.mark.parametrize("kind", ["none", "class", "text"])
+@pytest.mark.parametrize(
+    ("choice", "kind"),
+    [
+        *((choice, kind) for choice in GROUPS["network"] if choice != "unet_sd" for kind in ("none", "class", "text")),
+        ("unet_sd", "clip_sd"),
+    ],
+)
 def test_network_outputs_have_the_latent_shape(choice, kind):
-    options = {"none": {}, "class": {"num_classes": 10}, "text": {"text_dim": 384}}[kind]
+    text = {"text_dim": 384}
+    options = {"none": {}, "class": {"num_classes": 10}, "text": text, "clip_sd": text}[kind]
     with torch.device("meta"):
         network = instantiate(group_config("network", choice))(
             sample_size=8, in_channels=12, out_channels=12, **options
@@ -111,6 +117,7 @@ def test_network_outputs_have_the_latent_shape(choice, kind):
             "none": {},
             "class": {"label": torch.zeros(2, dtype=torch.long)},
             "text": {"tokens": torch.zeros(2, 5, 384), "mask": torch.ones(2, 5), "pooled": torch.zeros(2, 384)},
+            "clip_sd": {"tokens": torch.zeros(2, 77, 384)},
         }[kind]
         output = network(torch.zeros(2, 12, 8, 8), torch.zeros(2, dtype=torch.long), **condition)
     assert output.shape == (2, 12, 8, 8)

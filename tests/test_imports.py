@@ -83,6 +83,7 @@ OPTIONAL_PACKAGES = {
     "resource",  # not on Windows
     "wandb",  # its import can fail, which must not stop a training run
     "wandb_workspaces",
+    "transformers",  # optional for pipelines in diffusers, whose code is a copy of ours
 }
 """Optional modules, which can be imported inside functions."""
 SOURCES = [file for folder in ("ldm", "tools") for file in sorted((ROOT / folder).rglob("*.py"))]

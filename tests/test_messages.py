@@ -27,6 +27,7 @@ NON_KEYS = {
         "vq_embed_dim",
     ),  # arguments, and the reference set of a metric
     *("head_dim", "hidden_dim", "mlp_ratio", "patch_size"),  # arguments of networks
+    *("class_labels", "generator", "guidance_scale", "num_inference_steps", "trust_remote_code"),  # of pipelines
     "key",  # placeholder
 }
 """Words that can appear before an equals sign without being options."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ldm.autoencoder.identity import IdentityAutoencoder
 from ldm.autoencoder.patch import PatchAutoencoder, PatchAutoencoderKL, PatchVQModel
-from ldm.autoencoder.point_posterior import LOG_VARIANCE, has_point_posterior
+from ldm.autoencoder.point_posterior import DETERMINISTIC_CLASSES, LOG_VARIANCE, has_point_posterior, is_deterministic
 from ldm.autoencoder.regularisers import quantiser, to_vectors
 from ldm.autoencoder.sampling_decoder import ENCODER_MODULES, load_sampling_decoder, sampling_decoder_of, save_model
 from ldm.errors import InputError, UserError
@@ -37,6 +37,7 @@ AUTOENCODER_CLASSES = {
     "AutoencoderKL": AutoencoderKL,
     "PatchAutoencoderKL": PatchAutoencoderKL,
     **VQ_CLASSES,
+    **DETERMINISTIC_CLASSES,
     "IdentityAutoencoder": IdentityAutoencoder,
 }
 
@@ -75,7 +76,8 @@ class Autoencoder:
         """Downsampling factor f: pixels per latent location along each axis."""
         if isinstance(self.model, PatchAutoencoder | IdentityAutoencoder):
             return self.model.factor
-        return 2 ** (len(self.model.config.block_out_channels) - 1)
+        config = self.model.config
+        return 2 ** (len(config.get("encoder_block_out_channels") or config.block_out_channels) - 1)
 
     @property
     def channels(self) -> int:
@@ -135,8 +137,8 @@ class Autoencoder:
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Encode images [b, 3, H, W] in [-1, 1]. Return the mean and log-variance, each [b, C, h, w]."""
         encoded = self.model.encode(images.to(self.device))
-        if self.has_codebook:
-            return encoded.latents, torch.full_like(encoded.latents, LOG_VARIANCE)
+        if self.has_codebook or is_deterministic(self.model):
+            return encoded[0], torch.full_like(encoded[0], LOG_VARIANCE)
         return encoded.latent_dist.mean, encoded.latent_dist.logvar
 
     @torch.no_grad()
@@ -215,7 +217,7 @@ class Autoencoder:
 
     @classmethod
     def load(cls, folder: Path) -> "Autoencoder":
-        """Load a folder written by `save`, or any AutoencoderKL or VQModel in diffusers' format.
+        """Load a folder written by `save`, or one of diffusers' autoencoders in AUTOENCODER_CLASSES.
 
         Raises:
             UserError: The folder contains no autoencoder, `load_model` rejects the folder, or the latent statistics
@@ -294,9 +296,12 @@ def published_statistics(model: Any) -> tuple[list[float], list[float]] | None:
         z = (z_raw - latents_mean) * scaling / latents_std          if the config has latents_mean and latents_std
 
     These statistics were measured on the authors' images, not yours. Networks pretrained on these latents expect them.
+    Without an autoencoder, they are 0 and 1: images keep their range, [-1, 1].
     Source: diffusers' StableDiffusion(XL|3) and Flux pipelines.
     """
     config = model.config
+    if isinstance(model, IdentityAutoencoder):
+        return [0.0] * 3, [1.0] * 3
     channels = config.get("vq_embed_dim") or config.get("latent_channels")
     scaling = config.get("scaling_factor")
     if scaling is None:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
@@ -87,7 +88,8 @@ class LastLayer:
 
     def __init__(self, model: Any) -> None:
         has_patches = isinstance(model, PatchAutoencoder)
-        self.layer: nn.Conv2d = (model.core if has_patches else model).decoder.conv_out
+        decoder = (model.core if has_patches else model).decoder
+        self.layer: nn.Conv2d = decoder.layers[-1] if isinstance(model, AutoencoderTiny) else decoder.conv_out
         self.patch: int = model.config.patch if has_patches else 1
         self.records_input = True
         self._input: Tensor | None = None

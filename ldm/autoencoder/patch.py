@@ -17,6 +17,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDis
 from diffusers.models.autoencoders.vq_model import VQEncoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 INITIAL_LOG_VARIANCE = -5.0
@@ -127,11 +128,13 @@ class PatchAutoencoderKL(PatchAutoencoder):
             with torch.no_grad():  # a narrow posterior, so that training starts at the distortion of a PCA
                 core.quant_conv.bias[latent_channels:] = INITIAL_LOG_VARIANCE
 
+    @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> Any:
         """Encode images [b, 3, H, W] in [-1, 1] to a posterior over latents [b, C, H/f, W/f], in float32."""
         posterior = DiagonalGaussianDistribution(self._encode(x))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
+    @apply_forward_hook
     def decode(self, z: Tensor, return_dict: bool = True, generator: object = None) -> Any:
         """Decode latents [b, C, h, w] to images [b, 3, f h, f w] in float32, not clamped."""
         sample = self._decode(z)
@@ -181,11 +184,13 @@ class PatchVQModel(PatchAutoencoder):
         )
         self._wrap(core, in_channels, latent_channels)
 
+    @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> Any:
         """Encode images [b, 3, H, W] in [-1, 1] to unquantised latents [b, C, H/f, W/f], in float32."""
         latents = self._encode(x)
         return VQEncoderOutput(latents=latents) if return_dict else (latents,)
 
+    @apply_forward_hook
     def decode(self, h: Tensor, force_not_quantize: bool = False, return_dict: bool = True) -> Any:
         """Quantise latents [b, C, h, w] and decode them to images [b, 3, f h, f w] in float32, not clamped.
 

@@ -19,7 +19,7 @@ from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
 
 from ldm.autoencoder.patch import PatchAutoencoderKL, PatchVQModel
-from ldm.autoencoder.point_posterior import has_point_posterior, zero_posterior_noise
+from ldm.autoencoder.point_posterior import encode_to_mean, has_point_posterior, zero_posterior_noise
 from ldm.errors import InputError
 from ldm.rules import Count, Integer, NonNegative, checked
 from ldm.runtime.distributed import gather_rows
@@ -105,7 +105,7 @@ class KL(Regulariser):
     def check(self, model: nn.Module) -> None:
         super().check(model)
         if has_point_posterior(model):
-            rule = "must be none, because the initial autoencoder was trained without a KL, so its posterior is a point"
+            rule = "must be none, because the initial autoencoder has no KL: its posterior is a point"
             raise InputError("regulariser", self.name, rule)
 
     def reconstruct(self, model: Any, images: Tensor, noise: Noise | None) -> Reconstruction:
@@ -125,7 +125,7 @@ class Unregularised(Regulariser):
         zero_posterior_noise(model)
 
     def reconstruct(self, model: Any, images: Tensor, noise: Noise | None) -> Reconstruction:
-        z_raw = model.encode(images).latent_dist.mean
+        z_raw = encode_to_mean(model, images)
         return Reconstruction(model.decode(z_raw).sample, {}, z_raw)
 
 

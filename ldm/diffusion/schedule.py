@@ -193,7 +193,7 @@ def linear(num_steps: Steps = 1000, beta_start: float = 1e-4, beta_end: float = 
     Raises:
         ValueError: if a beta is outside (0, 1], as raised by `NoiseSchedule`.
     """
-    return _from_betas("linear", torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64))
+    return from_betas("linear", torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64))
 
 
 @checked
@@ -206,7 +206,7 @@ def scaled_linear(num_steps: Steps = 1000, beta_start: float = 0.00085, beta_end
         ValueError: if a beta is outside (0, 1], as raised by `NoiseSchedule`.
     """
     roots = torch.linspace(beta_start**0.5, beta_end**0.5, num_steps, dtype=torch.float64)
-    return _from_betas("scaled_linear", roots**2)
+    return from_betas("scaled_linear", roots**2)
 
 
 @checked
@@ -225,7 +225,7 @@ def cosine(num_steps: Steps = 1000, offset: float = 0.008, max_beta: float = 0.9
     """
     u = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
     f = torch.cos(math.pi / 2 * (u + offset) / (1 + offset)) ** 2
-    return _from_betas("cosine", (1 - f[1:] / f[:-1]).clamp(max=max_beta))
+    return from_betas("cosine", (1 - f[1:] / f[:-1]).clamp(max=max_beta))
 
 
 @checked
@@ -244,5 +244,10 @@ def rectified_flow(num_steps: Steps = 1000) -> NoiseSchedule:
     return NoiseSchedule("rectified_flow", signal / (signal + noise))
 
 
-def _from_betas(name: str, betas: Float64[Tensor, " num_steps"]) -> NoiseSchedule:
+def from_betas(name: str, betas: Float64[Tensor, " num_steps"]) -> NoiseSchedule:
+    """Return the schedule a_t = (1 - beta_1) ... (1 - beta_t).
+
+    Raises:
+        ValueError: if a beta is outside (0, 1], as raised by `NoiseSchedule`.
+    """
     return NoiseSchedule(name, torch.cat([betas.new_ones(1), (1 - betas).cumprod(0)]))

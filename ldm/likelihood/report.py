@@ -17,6 +17,7 @@ from ldm.metrics.metric import mean_metric
 from ldm.metrics.report import Report
 from ldm.progress import ProgressBars, progress
 from ldm.rules import Count, checked
+from ldm.runs.lineage import run_weights_sha256
 from ldm.runs.run import Run, choose_images
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.sampling.request import Request
@@ -110,6 +111,7 @@ def measure_likelihood(
     pixels = images.batch(indices)
     content: dict[str, Any] = {
         "run": str(run.path),
+        "weights_sha256": run_weights_sha256(run),
         "images": f"{images.name}/{split}@{images.fingerprint[:8]}",
         "num_images": len(pixels),
         "num_dims": pixels[0].numel(),

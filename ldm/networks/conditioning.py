@@ -173,12 +173,13 @@ class TextCondition(Conditioning):
     Args:
         encoder: Folder, hub id, or the name of a packaged encoder.
         max_tokens: Captions are truncated or padded to this number of tokens.
+        options: Further options of `TextEncoder`.
     """
 
     kind = "text"
 
-    def __init__(self, encoder: str, max_tokens: int = 16) -> None:
-        self.encoder = TextEncoder(encoder, max_tokens)
+    def __init__(self, encoder: str, max_tokens: int = 16, **options: Any) -> None:
+        self.encoder = TextEncoder(encoder, max_tokens, **options)
         self.text_dim: int = self.encoder.dim
 
     def network_options(self) -> dict[str, int]:
@@ -188,8 +189,11 @@ class TextCondition(Conditioning):
         return self.encoder.encode([""])
 
     def state(self) -> dict[str, Any]:
-        options = {"encoder": self.encoder.name, "max_tokens": self.encoder.max_tokens}
-        return {"kind": self.kind, **options, "encoder_sha256": self.encoder.sha256()}
+        encoder = self.encoder
+        state = {"kind": self.kind, "encoder": encoder.name, "max_tokens": encoder.max_tokens}
+        state |= {} if encoder.masked else {"masked": False}
+        state |= {} if encoder.revision is None else {"revision": encoder.revision}
+        return {**state, "encoder_sha256": encoder.sha256()}
 
     def for_request(self, prompts: Prompts = None, classes: Classes = None, num_samples: int = 16) -> NamedCondition:
         if classes is not None:
@@ -221,7 +225,11 @@ def restore_conditioning(state: dict[str, Any], file: Path = Path("model_index.j
         return ClassCondition(state["class_names"])
     if kind == "text":
         check_fields(state, {"encoder": str, "max_tokens": int, "encoder_sha256": str | None}, file)
-        conditioning = TextCondition(state["encoder"], state["max_tokens"])
+        check_fields(state, {"masked": bool, "revision": str}, file, required=False)
+        options = {"masked": state.get("masked", True), "revision": state.get("revision")}
+        if (file.parent / "text_encoder").is_dir():
+            options |= {"folder": file.parent, "sha256": state["encoder_sha256"]}
+        conditioning = TextCondition(state["encoder"], state["max_tokens"], **options)
         expected, actual = state["encoder_sha256"], conditioning.encoder.sha256()
         if expected and actual and expected != actual:
             raise UserError(
@@ -262,6 +270,18 @@ def text_condition(images: ImageData, encoder: str, max_tokens: Annotated[Count,
     """
     images.require_captions()
     return TextCondition(encoder, max_tokens)
+
+
+def clip_sd_condition(
+    images: ImageData, encoder: str, max_tokens: Annotated[Count, Field(le=100_000)]
+) -> TextCondition:
+    """Build the conditioning on captions as in Stable Diffusion: the tokens of CLIP, those of the padding included.
+
+    Raises:
+        UserError: The images have no captions, or the encoder cannot be loaded.
+    """
+    images.require_captions()
+    return TextCondition(encoder, max_tokens, masked=False)
 
 
 def _class_names(images: ImageData) -> list[str]:

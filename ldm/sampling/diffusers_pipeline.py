@@ -2,8 +2,8 @@
 
     DiffusionPipeline.from_pretrained("runs/diffusion/demo/pipeline", trust_remote_code=True)
 
-`save_pretrained` copies this module, the modules of the components and what they import from this package into the
-folder. diffusers runs these copies; `ldm` itself recognises its classes by name and never runs code from a folder. The
+`save_pretrained` copies this module and the modules of the components into the folder, with what they import from this
+package. diffusers runs these copies; `ldm` itself recognises its classes by name and never runs code from a folder. The
 copies have a digest of their content in their names, because diffusers keeps all local code in a single cache.
 
 Any output of the network is converted to a prediction of z_0, which every scheduler accepts (prediction_type "sample").
@@ -27,9 +27,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ldm.diffusion.portable import output_to_z_0, trailing_steps
-from ldm.networks.text_embedding import embed_captions
+from ldm.networks.text_embedding import embed_captions, load_text_encoder
 
 PACKAGE = "ldm"
+IMPORT = re.compile(rf"^from ({PACKAGE}\.[\w.]+) import (?:\([^)]*\)|.*)$", re.MULTILINE)
 ALPHA_BAR_FLOOR = 1e-20
 MIN_ALPHA_BAR_FOR_EULER = 1e-8
 """The Euler scheduler divides latents by sqrt(alpha_bar). If this is smaller, rounding errors exceed the signal."""
@@ -197,16 +198,26 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         negative = negative * len(captions) if len(negative) == 1 else negative
         if len(negative) != len(captions):
             raise ValueError(f"negative_prompt has {len(negative)} texts for {len(captions)} prompts. Give one each.")
+        if self.text_encoder is None:
+            self._download_text_encoder(conditioning["encoder"], conditioning.get("revision"))
         embedded = [
             embed_captions(
                 self.tokenizer,
                 self.text_encoder,
                 [text for text in texts for _ in range(num_images)],
                 conditioning["max_tokens"],
+                conditioning.get("masked", True),
             )
             for texts in (captions, negative)
         ]
         return embedded[0], embedded[1], len(captions) * num_images
+
+    def _download_text_encoder(self, name: str, revision: str | None) -> None:
+        """Load the text encoder from the Hub, for a folder that only names it."""
+        from transformers import AutoTokenizer
+
+        self.tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        self.text_encoder = load_text_encoder(name, revision=revision).to(self.network.device)
 
     def _label(self, label: int | str | None) -> int:
         names = self.config.settings["conditioning"]["class_names"]
@@ -288,27 +299,20 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             module = type(component).__module__
             if component is None or module.split(".")[0] in ("diffusers", "transformers"):
                 continue
-            stem, sources = portable_code(module)
-            for other, source in sources.items():
-                Path(save_directory, name, f"{other}.py").write_text(source, encoding="utf-8")
+            stem, source = portable_code(module)
+            Path(save_directory, name, f"{stem}.py").write_text(source, encoding="utf-8")
             index[name or "_class_name"] = [stem, type(component).__name__]
         file.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def portable_code(module: str) -> tuple[str, dict[str, str]]:
-    """Return the name of a module's copy, and the source of this copy and of all copies that it imports, by name.
+def portable_code(module: str) -> tuple[str, str]:
+    """Return the name and the source of a module's copy, in which modules of this package replace their imports.
 
-    Imports from this package become relative imports of copies. The copy of a copy is identical.
+    It is a single file, because diffusers downloads no others from the Hub. The copy of a copy is identical.
     """
     source = Path(inspect.getfile(importlib.import_module(module))).read_text(encoding="utf-8")
-    sources: dict[str, str] = {}
-    parent, _, stem = module.rpartition(".")
-    is_copy = module.split(".")[0] != PACKAGE
-    pattern = r"^from \.(\w+) import" if is_copy else rf"^from ({PACKAGE}\.[\w.]+) import"
-    for imported in re.findall(pattern, source, flags=re.MULTILINE):
-        name, others = portable_code(f"{parent}.{imported}" if is_copy else imported)
-        source = source.replace(f"from {imported} import", f"from .{name} import")
-        sources |= others
-    if not is_copy:
+    stem = module.rpartition(".")[2]
+    if module.split(".")[0] == PACKAGE:
+        source = IMPORT.sub(lambda match: portable_code(match[1])[1].rstrip(), source)
         stem = f"{PACKAGE}_{stem}_{hashlib.sha256(source.encode()).hexdigest()[:8]}"
-    return stem, {**sources, stem: source}
+    return stem, source

@@ -28,7 +28,7 @@ from ldm.files.untrusted import check_fields, read_json
 from ldm.latents.contract import LatentContract
 from ldm.networks.conditioning import Conditioning, TextCondition, restore_conditioning
 from ldm.networks.dit import DiT
-from ldm.networks.unet import ImageUNet, TextUNet
+from ldm.networks.unet import ImageUNet, StableDiffusionUNet, TextUNet
 from ldm.runtime import shell
 from ldm.runtime.random import torch_generator
 from ldm.sampling.diffusers_pipeline import LatentDiffusionPipeline
@@ -44,7 +44,7 @@ SETTINGS_FIELDS: dict[str, Any] = {
 }
 """Required settings and their types. `variance` is optional, because format 1 does not have this setting."""
 VARIANCES = ("fixed_small", "fixed_large", "learned_range")
-NETWORKS: dict[str, Any] = {"DiT": DiT, "ImageUNet": ImageUNet, "TextUNet": TextUNet}
+NETWORKS: dict[str, Any] = {kind.__name__: kind for kind in (DiT, ImageUNet, StableDiffusionUNet, TextUNet)}
 
 
 @dataclass
@@ -189,10 +189,14 @@ class LatentDiffusion:
             frames.append(self.autoencoder.decode(self.autoencoder.unstandardise(z_t)))
         return times, torch.cat(frames)
 
-    def to_diffusers(self) -> LatentDiffusionPipeline:
-        """Return the model as a pipeline of diffusers, with DPM-Solver++ as its scheduler. Both share their weights."""
+    def to_diffusers(self, *, with_text_encoder: bool = True) -> LatentDiffusionPipeline:
+        """Return the model as a pipeline of diffusers, with DPM-Solver++ as its scheduler. Both share their weights.
+
+        Args:
+            with_text_encoder: False for a pipeline that downloads its text encoder from the Hugging Face Hub.
+        """
         text = {}
-        if isinstance(self.conditioning, TextCondition):
+        if isinstance(self.conditioning, TextCondition) and with_text_encoder:
             encoder = self.conditioning.encoder
             text = {"text_encoder": encoder.model, "tokenizer": encoder.tokenizer}
         statistics = self.autoencoder.statistics
@@ -217,9 +221,9 @@ class LatentDiffusion:
         vae = model_for_samples(self.autoencoder.model)
         return LatentDiffusionPipeline(self.network, vae, scheduler, **text, settings=settings)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, *, with_text_encoder: bool = True) -> None:
         """Write the model as a pipeline of diffusers, with the files that only this package needs."""
-        self.to_diffusers().save_pretrained(folder)
+        self.to_diffusers(with_text_encoder=with_text_encoder).save_pretrained(folder)
         self.autoencoder.save_statistics(folder / "vae")
         save_first_decoder(self.autoencoder.model, folder / "vae")
         self.contract.save(folder)

@@ -269,7 +269,10 @@ class Session:
         if (memory := peak_memory_gb()) is not None:
             metrics["peak_memory_gb"] = memory
         next_command = stage.next_command(run)
-        run.update(finished=time.time(), duration_s=round(duration_s, 1), figures=metrics, next=next_command)
+        device = describe_device(trainer)
+        run.update(
+            finished=time.time(), duration_s=round(duration_s, 1), device=device, figures=metrics, next=next_command
+        )
         self.replacement.finish()
         self.loggers.log_outcome(run, metrics, figure)
         rows = [(key, f"{value:.4g}" if isinstance(value, float) else str(value)) for key, value in metrics.items()]

@@ -1,10 +1,11 @@
-"""Tests of pretrained autoencoders, with small random models that have the configs of Stable Diffusion and FLUX."""
+"""Tests of pretrained autoencoders: small random models with the configs of SD, SDXL, SD3, FLUX, DC-AE and TAESD."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 
 import ldm.train
 from ldm.autoencoder.autoencoder import Autoencoder, published_statistics, set_trainable, weights_sha256
@@ -264,7 +265,51 @@ def test_pretrained_autoencoder_requires_a_path(train):
     assert result.code == 2 and "autoencoder.path" in result.err
 
 
+def write_deterministic(name: str, folder: Path) -> Path:
+    torch.manual_seed(0)
+    if name == "dc":
+        sides: dict = {}
+        for side in ("encoder", "decoder"):
+            sides |= {f"{side}_block_types": ("ResBlock", "EfficientViTBlock"), f"{side}_block_out_channels": (8, 16)}
+            sides |= {f"{side}_layers_per_block": (1, 1), f"{side}_qkv_multiscales": ((), (5,))}
+        model = AutoencoderDC(latent_channels=8, attention_head_dim=8, scaling_factor=0.41407, **sides)
+    else:
+        sizes = dict.fromkeys(("encoder_block_out_channels", "decoder_block_out_channels"), (8, 8))
+        blocks = dict.fromkeys(("num_encoder_blocks", "num_decoder_blocks"), (1, 1))
+        model = AutoencoderTiny(**sizes, **blocks, latent_channels=4)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("name", "channels", "scale"), [("dc", 8, 1 / 0.41407), ("tiny", 4, 1.0)])
+def test_deterministic_autoencoders_are_measured_fine_tuned_and_used(tmp_path, train, name, channels, scale):
+    folder = write_deterministic(name, tmp_path / name)
+    autoencoder = load_autoencoder(str(folder))
+    kind = {"dc": AutoencoderDC, "tiny": AutoencoderTiny}[name]
+    original = kind.from_pretrained(folder)
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    mean, log_variance = autoencoder.encode(images)
+    with torch.no_grad():
+        assert torch.equal(mean, original.encode(images)[0]) and (log_variance == -30).all()
+        assert torch.equal(autoencoder.decode(mean), original.decode(mean).sample.clamp(-1, 1))
+    assert autoencoder.latent_shape(32) == (channels, 16, 16) and autoencoder.regulariser == "none"
+    assert published_statistics(original) == ([0.0] * channels, pytest.approx([scale] * channels))
+    options = ("autoencoder=pretrained", f"autoencoder.path={folder}", "autoencoder.train=decoder", "name=tuned")
+    assert "regulariser=kl must be none" in train(*options).err
+    result = train(*options, "regulariser=none", "adversarial=hinge", "adversarial.start=0")
+    assert result.code == 0, result
+    tuned = kind.from_pretrained("runs/vae/tuned/autoencoder")
+    for part, is_trained in (("encoder", False), ("decoder", True)):
+        digests = {weights_sha256(getattr(model, part)) for model in (tuned, original)}
+        assert len(digests) == 1 + is_trained, part
+    network = ["network=dit", "network.hidden_dim=16", "network.depth=1", "network.head_dim=8", "conditioning=none"]
+    result = train(
+        "vae=runs/vae/tuned", "name=stage2", "val_images=4", *network, stage=("stage=diffusion", *SHORT_RUN[1:])
+    )
+    assert result.code == 0 and Run.open("runs/diffusion/stage2").pipeline().latent_shape == (channels, 16, 16)
+
+
 def test_load_rejects_unsupported_diffusers_class(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderTiny"}))
-    with pytest.raises(UserError, match=r"config\.json .*AutoencoderTiny.*AutoencoderKL"):
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AsymmetricAutoencoderKL"}))
+    with pytest.raises(UserError, match=r"config\.json .*AsymmetricAutoencoderKL.*AutoencoderKL"):
         Autoencoder.load(tmp_path)

@@ -7,8 +7,8 @@ import pytest
 from ldm.errors import UserError
 from ldm.runs.resume import check_resume_options
 
-UNET = {"network": {"_target_": "unet", "norm_num_groups": 32}}
-NEW_UNET = {"network": {"_target_": "unet", "norm_num_groups": 32, "scale_shift": True}}
+UNET = {"network": {"_target_": "unet", "attention_levels": [1]}}
+NEW_UNET = {"network": {"_target_": "unet", "attention_levels": [1], "scale_shift": True}}
 DIT = {"network": {"_target_": "dit", "depth": 6}}
 
 

@@ -23,7 +23,8 @@ from ldm.image_grid import grid
 from ldm.latents.captions import open_captions
 from ldm.latents.statistics import StatisticsType, encode_latents, resolve_statistics
 from ldm.networks.class_embedding import ClassChange, replace_classes
-from ldm.networks.conditioning import Conditioning
+from ldm.networks.conditioning import Conditioning, clip_sd_condition
+from ldm.networks.unet import unet_sd
 from ldm.rules import Depth, Flag, Fraction, Integer, Number, Positive, Size, apply_rules
 from ldm.runs.load import load_autoencoder, load_pipeline
 from ldm.runs.run import Run, data_of_autoencoder, is_same_data
@@ -41,6 +42,7 @@ class NetworkSizes(TypedDict, total=False):
     hidden_dim: Size
     depth: Depth
     head_dim: Size
+    num_heads: Size
     mlp_ratio: Annotated[Positive, Field(le=1000)]
     cross_attention_every: Annotated[Integer, Field(ge=0)]
     block_out_channels: list[Size]
@@ -63,7 +65,8 @@ class DiffusionStage(Stage):
         device: Device on which the images are encoded.
         find_autoencoder: Finds the autoencoder for the images. Returns the autoencoder and its source.
         latent_statistics: Source of the statistics that standardise the latents.
-        init_from: Run or pipeline folder of a network to fine-tune instead of building a new one.
+        init_from: Run, pipeline folder or hub id of a network to fine-tune instead of building a new one; also a
+            StableDiffusionPipeline.
     """
 
     kind = "diffusion"
@@ -153,9 +156,12 @@ class DiffusionStage(Stage):
         apply_rules(cls, options)
         apply_rules(NetworkSizes, network.keywords)
         apply_rules(conditioning.func, conditioning.keywords)
+        if (network.func is unet_sd) != (conditioning.func is clip_sd_condition):
+            raise UserError("network=unet_sd and conditioning=clip_sd need each other. Use both, or neither.")
         try:
             with torch.device("meta"):
-                network(sample_size=resolution, in_channels=1, out_channels=1)
+                text = {"text_dim": 8} if network.func is unet_sd else {}
+                network(sample_size=resolution, in_channels=1, out_channels=1, **text)
         except ValueError as error:
             raise UserError(f"The options network.* do not define a valid network: {error}.") from error
         if options["latent_statistics"] != "measured" and options["init_from"] is not None:
@@ -257,7 +263,8 @@ def _check_init_from(
         UserError: One of these settings differs. The message gives both values.
     """
     old, old_vae, new_vae = source.conditioning, source.contract.autoencoder_sha256, autoencoder.weights_sha256()
-    same_chain = torch.equal(source.schedule.alpha_bar, schedule.alpha_bar)
+    chains = source.schedule.alpha_bar, schedule.alpha_bar
+    same_chain = len(chains[0]) == len(chains[1]) and torch.allclose(*chains, rtol=1e-9)  # betas are rounded
     same_outputs = (source.variance == "learned_range") == (variance == "learned_range")
     encoder, kind, prediction = old.state().get("encoder"), old.kind, source.prediction
     for is_same, setting, old_value, new_value, remedy in (

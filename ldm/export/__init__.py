@@ -1,0 +1,1 @@
+"""Taking a trained model elsewhere: its model card and the Hugging Face Hub."""

@@ -1,0 +1,47 @@
+"""Uploads to the Hugging Face Hub."""
+
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from ldm.errors import UserError
+from ldm.files.untrusted import first_line
+
+
+def check_upload(repository: str) -> None:
+    """Check the name of a repository, and that there is a token, before anything else is done.
+
+    Raises:
+        UserError: The name is not OWNER/NAME, or there is no token.
+    """
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise UserError(f"push={repository} is not a valid repository: {first_line(error)}. Use OWNER/NAME.") from error
+    if repository.count("/") != 1:
+        raise UserError(f"push={repository} must be OWNER/NAME, with your user name or organisation as the owner.")
+    if get_token() is None:
+        raise UserError(
+            "push= needs a token of the Hugging Face Hub. Create one with write access at "
+            "huggingface.co/settings/tokens, and store it with `hf auth login` or in the variable HF_TOKEN."
+        )
+
+
+def upload(folder: Path, repository: str, *, private: bool) -> str:
+    """Upload an exported pipeline, creating the repository if it does not exist. Return its address.
+
+    Raises:
+        UserError: The Hub refused the upload or cannot be reached. The exported folder is kept.
+    """
+    api = HfApi()
+    try:
+        address = api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(folder_path=folder, repo_id=repository, commit_message="Upload pipeline and model card")
+    except (HfHubHTTPError, OSError) as error:
+        raise UserError(
+            f"The upload to push={repository} failed: {first_line(error)}. {folder} is complete. Check that your token "
+            f"can write to this repository, then upload it with `hf upload {repository} {folder}`."
+        ) from error
+    return str(address)
