@@ -48,6 +48,7 @@ def embed_captions(
     if not masked:
         return {"tokens": encoder(input_ids=ids).last_hidden_state.float()}
     tokens = encoder(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+    mask = mask.to(tokens.device)  # offloading can move the encoder to another device
     weights = mask[..., None].float()
     pooled = (tokens * weights).sum(1) / weights.sum(1).clamp(min=1)
     pooled = torch.nn.functional.normalize(pooled, dim=-1) * math.sqrt(tokens.shape[-1])

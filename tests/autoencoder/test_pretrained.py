@@ -217,21 +217,25 @@ def test_run_uses_published_statistics(models, train):
     assert "latent_statistics=published" in result.err and "pretrained autoencoder" in result.err
 
 
-@pytest.mark.parametrize("trainable", ["decoder", "all"])
-def test_fine_tuning_changes_only_the_trainable_weights(models, train, trainable):
-    """Compare all weights with the pretrained model."""
-    options = ("autoencoder=pretrained", f"autoencoder.path={models / 'sdxl'}", f"autoencoder.train={trainable}")
+@pytest.mark.parametrize(
+    ("config_name", "trainable"), [("sdxl", "all"), ("sdxl", "decoder"), ("sd3", "decoder"), ("flux", "decoder")]
+)
+def test_fine_tuning_changes_only_the_trainable_weights(models, train, config_name, trainable):
+    """Compare all weights with the pretrained model, after two steps, in diffusers."""
+    options = ("autoencoder=pretrained", f"autoencoder.path={models / config_name}", f"autoencoder.train={trainable}")
     result = train(*options, "name=tuned", "adversarial=hinge", "adversarial.start=0")
     assert result.code == 0, result
-    tuned, pretrained = Run.open("runs/vae/tuned").autoencoder().model, load_autoencoder(str(models / "sdxl")).model
+    tuned = AutoencoderKL.from_pretrained(Run.open("runs/vae/tuned").autoencoder_folder)
+    pretrained = AutoencoderKL.from_pretrained(models / config_name)
     is_equal = {
         name: torch.equal(a, b)
         for (name, a), (_, b) in zip(tuned.named_parameters(), pretrained.named_parameters(), strict=True)
     }
     changed = {name.split(".")[0] for name, equal in is_equal.items() if not equal}
-    decoder = {"decoder", "post_quant_conv"}
-    assert changed == (decoder if trainable == "decoder" else {*decoder, "encoder", "quant_conv"})
-    assert Run.open("runs/vae/tuned").facts["pretrained"] == str(models / "sdxl")
+    encoder, decoder = {"encoder", "quant_conv"}, {"decoder", "post_quant_conv"}
+    expected = decoder if trainable == "decoder" else encoder | decoder
+    assert changed == expected & {name for name, _ in pretrained.named_children()}
+    assert Run.open("runs/vae/tuned").facts["pretrained"] == str(models / config_name)
 
 
 def test_stage_2_trains_on_pretrained_autoencoder(models, train):

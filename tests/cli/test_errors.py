@@ -166,10 +166,12 @@ def test_scientific_notation_is_read_as_an_integer_and_precision_32_as_fp32(call
 
 
 def test_unsupported_autoencoder_class_on_the_hub_is_named_in_the_error(run_failing, monkeypatch, tmp_path):
-    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderTiny"}')
+    (tmp_path / "config.json").write_text('{"_class_name": "ConsistencyDecoderVAE"}')
     monkeypatch.setattr("ldm.runs.load.hf_hub_download", lambda *_, **__: str(tmp_path / "config.json"))
-    message = run_failing(train, *DIFFUSION, "vae=madebyollin/taesd")
-    assert all(part in message for part in ("madebyollin/taesd", "AutoencoderTiny", "AutoencoderKL")), message
+    message = run_failing(train, *DIFFUSION, "vae=openai/consistency-decoder")
+    assert all(part in message for part in ("openai/consistency-decoder", "ConsistencyDecoderVAE", "AutoencoderKL")), (
+        message
+    )
 
 
 def test_unreachable_hub_is_explained(run_failing, monkeypatch):

@@ -26,4 +26,5 @@ def test_no_other_module_seeds_a_generator():
     root = Path(__file__).parents[2]
     files = [file for folder in ("ldm", "tools", "examples", "benchmarks") for file in (root / folder).rglob("*.py")]
     seeding = re.compile(r"Generator\([^()]*\)\.manual_seed|default_rng\(")
-    assert [file.name for file in files if seeding.search(file.read_text(encoding="utf-8"))] == ["random.py"]
+    seeding_files = {file.name for file in files if seeding.search(file.read_text(encoding="utf-8"))}
+    assert seeding_files == {"random.py", "model_card.py"}, "in the model card, it is part of an example"

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import diffusers
@@ -125,8 +126,13 @@ def request_and_arguments(pipeline: LatentDiffusion) -> tuple[Request, dict]:
     return Request.from_options(pipeline, num_samples=2), {"num_images_per_prompt": 2}
 
 
-def compare(pipelines: list[LatentDiffusion], steps: tuple[int, ...], folder: Path) -> dict[str, float]:
-    """Return the largest difference of pixels in [0, 255] between ldm and diffusers without ldm, for each scheduler."""
+def compare(
+    pipelines: list[LatentDiffusion], steps: tuple[int, ...], folder: Path, python: str = sys.executable
+) -> dict[str, float]:
+    """Return the largest difference of pixels in [0, 255] between ldm and diffusers without ldm, for each scheduler.
+
+    All pipelines are opened in one process, of the interpreter `python`.
+    """
     requests, expected = [], []
     for number, pipeline in enumerate(pipelines):
         pipeline.save(folder / f"{number}")
@@ -143,7 +149,7 @@ def compare(pipelines: list[LatentDiffusion], steps: tuple[int, ...], folder: Pa
     environment = {**os.environ, "HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
     program = Path(__file__).with_name("open_without_ldm.py")
     subprocess.run(
-        [sys.executable, str(program)], input=json.dumps(requests), env=environment, cwd=folder, text=True, check=True
+        [python, str(program)], input=json.dumps(requests), env=environment, cwd=folder, text=True, check=True
     )
     differences: dict[str, float] = {}
     for (scheduler, images), content in zip(expected, requests, strict=True):
@@ -175,8 +181,21 @@ def test_diffusers_draws_the_same_images_without_ldm_for_all_combinations(tmp_pa
     combinations += [(*kind, CHAINS[(i + 2) % len(CHAINS)]) for i, kind in enumerate(kinds[::2])]
     assert len(combinations) >= 32
     pipelines = [build(*combination, encoder) for combination in combinations]
-    differences = compare(pipelines, (10, 20, 50), tmp_path)
+    differences = compare(pipelines, (10, 20, 50), tmp_path, environment_without_ldm(tmp_path / "environment"))
     assert max(differences.values()) < 1, differences
+
+
+def environment_without_ldm(folder: Path) -> str:
+    """Create a virtual environment with the packages of this one, but without ldm. Return its interpreter."""
+    venv.create(folder, symlinks=True)
+    (packages,) = folder.glob("lib/*/site-packages")
+    # Python does not process the .pth files in a folder that was added by one, such as that of an editable install
+    (packages / "packages.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
+    python = str(folder / "bin" / "python")
+    options = {"capture_output": True, "text": True, "env": {**os.environ, "PYTHONPATH": ""}, "cwd": folder}
+    result = subprocess.run([python, "-c", "import diffusers, torch; import ldm"], **options)
+    assert "No module named 'ldm'" in result.stderr, result.stderr
+    return python
 
 
 @pytest.fixture

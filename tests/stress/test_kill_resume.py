@@ -9,7 +9,7 @@ import pytest
 SCRIPT = Path(__file__).with_name("kill_resume.py")
 
 
-@pytest.mark.parametrize("signal_name", ["KILL", "TERM"])
+@pytest.mark.parametrize("signal_name", ["KILL", pytest.param("TERM", marks=pytest.mark.slow)])
 def test_killed_and_resumed_runs_have_the_same_hash(make_images, tmp_path, signal_name):
     make_images(tmp_path / "pets", 48)
     source = ["--data", "image_folder", "--path", str(tmp_path / "pets")]
