@@ -215,6 +215,7 @@ ALIAS_PAIRS = zip("abcdefgh", "bcdefghi", strict=True)
 ALIASES = "\n".join(["a: &a [x, x, x]", *(f"{b}: &{b} [{', '.join(['*' + a] * 9)}]" for a, b in ALIAS_PAIRS)])
 ALL_PIXELS = "{'descr': '|u1', 'fortran_order': False, 'shape': (1000000000, 8, 8, 3), }"
 AUTO_MAP = {"AutoConfig": "evil.C", "AutoModel": "evil.M"}
+TEXT = {"kind": "text", "encoder": "evil", "max_tokens": 8, "encoder_sha256": None}
 TOKENIZER = {"auto_map": {"AutoTokenizer": ["evil.T", None]}, "tokenizer_class": "T"}
 
 HOSTILE_FILES: dict[tuple[str, str], dict[str, tuple[Mutation, str | None]]] = {
@@ -256,6 +257,16 @@ HOSTILE_FILES: dict[tuple[str, str], dict[str, tuple[Mutation, str | None]]] = {
             write_pickle("pipeline/vae/first_decoder.safetensors"),
             "is not a decoder of this autoencoder",
         ),
+        "a text encoder with code": (
+            combine(
+                edit_settings(conditioning=TEXT),
+                write_text(
+                    "pipeline/text_encoder/config.json", json.dumps({"auto_map": AUTO_MAP, "model_type": "evil"})
+                ),
+                write_text("pipeline/text_encoder/evil.py", MALICIOUS_CODE),
+            ),
+            "could not be loaded",
+        ),
         "settings that are a list": (edit_json(INDEX, settings=[1]), "has format None"),
         "a custom pipeline": (
             combine(
@@ -272,6 +283,16 @@ HOSTILE_FILES: dict[tuple[str, str], dict[str, tuple[Mutation, str | None]]] = {
             "optimal_variance.json",
         ),
         "a network in a pickle": (write_pickle(NETWORK), INVALID_SAFETENSORS),
+    },
+    ("diffusion", "stable_diffusion"): {
+        "a UNet in a pickle": (
+            combine(
+                edit_json(INDEX, _class_name="StableDiffusionPipeline"),
+                write_text("pipeline/unet/config.json", "{}"),
+                write_torch_pickle("pipeline/unet/diffusion_pytorch_model.bin"),
+            ),
+            "has no diffusion_pytorch",
+        )
     },
     ("vae", "config"): {
         "run.json that is a list": (write_text("run.json", "[1]"), "must contain a JSON object"),
@@ -395,6 +416,7 @@ def entry_points(valid: Path) -> dict[str, Callable[[Path], Any]]:
         "config": lambda folder: Run.open(folder).config(),
         "autoencoder": lambda folder: load_autoencoder(str(folder)),
         "pipeline": lambda folder: load_pipeline(str(folder)),
+        "stable_diffusion": lambda folder: load_pipeline(str(folder / "pipeline")),
         "images": lambda folder: Run.open(folder).image_data(),
         "compare": lambda folder: read_runs([str(valid / "vae"), str(folder)]),
         "wandb": read_run_id,

@@ -32,7 +32,7 @@ from ldm.sampling.pipeline import LatentDiffusion
 from tests.files.hostile_files import CANARY, CASES
 
 ROOT = Path(__file__).parents[2]
-NUM_CASES = 72
+NUM_CASES = 74
 
 
 def make_valid_folders(root: Path, images: ImageData) -> None:
