@@ -11,10 +11,9 @@ from ldm.errors import UserError
 from ldm.export.hub import check_upload, upload
 from ldm.export.model_card import model_card, remove_paths, save_card, without_absolute_path
 from ldm.files.atomic import atomic_folder
-from ldm.networks.conditioning import TextCondition
 from ldm.rules import Flag, apply_rules
 from ldm.runs.run import Run
-from ldm.sampling.pipeline import VARIANCE_FILE, LatentDiffusion
+from ldm.sampling.pipeline import VARIANCE_FILE
 from ldm.sampling.stock import save_stock
 
 
@@ -35,11 +34,14 @@ def export(config: DictConfig) -> None:
         check_upload(config.push)
     run = Run.open(config.run)
     pipeline = run.pipeline()
+    encoder = getattr(pipeline.conditioning, "encoder", None)  # of captions
     copies = config.text_encoder == "copy"
-    if not copies:
-        _check_text_encoder(pipeline, is_native)
-    if isinstance(pipeline.conditioning, TextCondition):
-        encoder = pipeline.conditioning.encoder
+    if not copies and not (is_native and encoder is not None and encoder.revision):
+        raise UserError(
+            "text_encoder=hub needs format=native, and a text encoder that was loaded from the Hugging Face Hub. Use "
+            "text_encoder=copy."
+        )
+    if encoder is not None:
         encoder.name = without_absolute_path(encoder.name)
     name = config.push or out.name
     with atomic_folder(out) as partial:
@@ -55,12 +57,3 @@ def export(config: DictConfig) -> None:
     print(f"pipeline saved to {out} ({size / 1e6:.1f} MB); model card: {out / 'README.md'}")
     if config.push is not None:
         print(f"uploaded to {upload(out, config.push, private=config.private)}")
-
-
-def _check_text_encoder(pipeline: LatentDiffusion, is_native: bool) -> None:
-    conditioning = pipeline.conditioning
-    if not is_native or not isinstance(conditioning, TextCondition) or not conditioning.encoder.revision:
-        raise UserError(
-            "text_encoder=hub needs format=native, and a text encoder that was loaded from the Hugging Face Hub. Use "
-            "text_encoder=copy."
-        )

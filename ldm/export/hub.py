@@ -1,10 +1,10 @@
 """Uploads to the Hugging Face Hub."""
 
+import re
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.errors import HfHubHTTPError
 
 from ldm.errors import UserError
 from ldm.files.untrusted import first_line
@@ -16,11 +16,7 @@ def check_upload(repository: str) -> None:
     Raises:
         UserError: The name is not OWNER/NAME, or there is no token.
     """
-    try:
-        validate_repo_id(repository)
-    except HFValidationError as error:
-        raise UserError(f"push={repository} is not a valid repository: {first_line(error)}. Use OWNER/NAME.") from error
-    if repository.count("/") != 1:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise UserError(f"push={repository} must be OWNER/NAME, with your user name or organisation as the owner.")
     if get_token() is None:
         raise UserError(

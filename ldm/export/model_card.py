@@ -156,7 +156,7 @@ def _training(run: Run, pipeline: LatentDiffusion) -> str:
         "chain": f"{pipeline.schedule.name}, T = {pipeline.schedule.num_steps}, prediction {pipeline.prediction}",
         "steps": f"{(facts.get('figures') or {}).get('steps', '?')}, batch size {config.get('batch_size')}",
         "time": " + ".join(f"{stage.facts.get('duration_s', 0) / 60:.1f}" for stage in stages) + " minutes",
-        "hardware": facts.get("device") or f"{facts.get('machine')}, {facts.get('system')}",
+        "hardware": ", ".join(str(facts[key]) for key in ("device", "machine", "system") if key in facts),
         "precision": facts.get("precision"),
         "commit": facts.get("commit"),
         "versions": ", ".join(f"{key} {value}" for key, value in facts.get("versions", {}).items()),

@@ -63,7 +63,8 @@ class TextEncoder:
             )
         with _explain_load_errors(name):
             self.model = load_text_encoder(source, config, revision)
-        self.revision = revision or getattr(config, "_commit_hash", None)
+        file = None if Path(source).is_dir() else try_to_load_from_cache(source, "config.json", revision=revision)
+        self.revision = Path(file).parent.name if isinstance(file, str) else revision
         self.dim = int(self.model.config.hidden_size)
 
     def encode(self, captions: Sequence[str], batch_size: int = 128) -> dict[str, Tensor]:

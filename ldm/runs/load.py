@@ -1,6 +1,7 @@
 """Loading autoencoders and pipelines from a run, a diffusers folder or the Hugging Face hub."""
 
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -98,21 +99,27 @@ def load_pipeline(source: str) -> LatentDiffusion:
     Raises:
         UserError: if the source is none of these.
     """
-    folder = Path(source).expanduser()
+    folder = find_pipeline(source)
     if (folder / RUN_FILE).is_file():
         return Run.open(folder).pipeline()
-    if not folder.exists():
-        folder = _download_pipeline(source)
     return read_stable_diffusion(folder) if is_stable_diffusion_folder(folder) else LatentDiffusion.load(folder)
 
 
-def _download_pipeline(name: str) -> Path:
-    """Download the configs and the weights of a pipeline, as safetensors in full precision, without its code."""
+def find_pipeline(source: str) -> Path:
+    """Return the folder of a run or a pipeline. A hub id is downloaded: safetensors in full precision, without code.
+
+    Raises:
+        UserError: if there is no such folder, and no such pipeline on the hub.
+    """
+    folder = Path(source).expanduser()
+    if folder.exists():
+        return folder
     try:
-        return Path(snapshot_download(name, allow_patterns=PIPELINE_FILES, ignore_patterns=["*.fp16.*", "*.non_ema.*"]))
+        options: Any = {"allow_patterns": PIPELINE_FILES, "ignore_patterns": ["*.fp16.*", "*.non_ema.*"]}
+        return Path(snapshot_download(source, **options))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{name} is not a local folder, and no pipeline could be downloaded from the hub under this id "
+            f"{source} is not a local folder, and no pipeline could be downloaded from the hub under this id "
             f"({first_line(error)}). Use a run folder, a pipeline folder or an accessible hub id."
         ) from error
 

@@ -47,11 +47,7 @@ def export(call):
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     with hub_stand_in() as hub:
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
-        template = f"{hub.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-        monkeypatch.setenv("HF_TOKEN", "hf_stand_in")
+        hub.use(monkeypatch, tmp_path / "hub")
         yield hub
 
 
@@ -126,7 +122,7 @@ def test_uploaded_pipeline_opens_by_its_id(run, export, hub, tmp_path):
 def test_upload_problems_are_explained(run, export, hub, monkeypatch):
     options = ("run=runs/diffusion/demo", "out=exported")
     assert "push=demo must be OWNER/NAME" in export(*options, "push=demo").err
-    assert "push=a/b/c is not a valid repository" in export(*options, "push=a/b/c").err
+    assert "push=a/b/c must be OWNER/NAME" in export(*options, "push=a/b/c").err
     monkeypatch.setattr("ldm.export.hub.get_token", lambda: None)
     result = export(*options, "push=someone/demo")
     assert result.code == 2 and "hf auth login" in result.err and not Path("exported").exists()

@@ -31,9 +31,10 @@ from ldm.networks.dit import DiT
 from ldm.networks.unet import unet
 from ldm.runtime.random import sample_generators
 from ldm.sampling.diffusers_pipeline import SCHEDULERS, portable_code
-from ldm.sampling.draw import draw_batches
+from ldm.sampling.draw import draw_batches, draw_images
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.sampling.request import Request
+from tests.export.hub_stand_in import COMMIT, hub_stand_in
 
 ROOT = Path(__file__).parents[2]
 SAMPLERS = {
@@ -213,6 +214,27 @@ def pipeline(trained) -> DiffusionPipeline:
 def draw(pipeline: DiffusionPipeline, seed: int = 0, **arguments) -> torch.Tensor:
     options = {"prompt": "red", "num_inference_steps": 4, "output_type": "pt", **arguments}
     return pipeline(generator=torch.Generator().manual_seed(seed), **options).images
+
+
+def test_text_encoder_can_be_loaded_from_the_hub_at_its_revision(encoder, tmp_path, monkeypatch):
+    with hub_stand_in() as hub:
+        hub.use(monkeypatch, tmp_path / "hub")
+        hub.files["someone/encoder"] = {path.name: path.read_bytes() for path in encoder.iterdir()}
+        trained = build("unet", "text", "patch_kl", CHAINS[0], Path("someone/encoder"))
+        trained.save(tmp_path / "small", with_text_encoder=False)
+        trained.save(tmp_path / "whole")
+        assert not (tmp_path / "small/text_encoder").exists() and (tmp_path / "whole/text_encoder").exists()
+        settings = json.loads((tmp_path / "small/model_index.json").read_text())["settings"]
+        assert settings["conditioning"]["revision"] == COMMIT
+        (expected,) = draw_images(trained, prompts=["red"], guidance=2.0)
+        monkeypatch.setattr(diffusers.utils.dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+        monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+        for name in ("small", "whole"):
+            assert draw_images(LatentDiffusion.load(tmp_path / name), prompts=["red"], guidance=2.0)[0] == expected
+            opened = DiffusionPipeline.from_pretrained(tmp_path / name, trust_remote_code=True)
+            opened.set_progress_bar_config(disable=True)
+            image = draw(opened, guidance_scale=2.0, num_inference_steps=20, output_type="pil")[0]
+            assert image.tobytes() == expected.tobytes()
 
 
 def test_code_in_the_folder_is_the_code_of_the_package(trained, tmp_path):

@@ -1,6 +1,7 @@
 """Tests of stock pipelines, with small random models in the layouts of Stable Diffusion 1.5 and 2.1."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ from ldm.runs.run import Run
 from ldm.runtime.random import sample_generators
 from ldm.sampling.pipeline import LatentDiffusion
 from ldm.sampling.stock import fold_standardisation, save_stock, to_stock
+from tests.export.hub_stand_in import hub_stand_in
 
 PARTS = ("vae", "unet", "text_encoder")
 SCHEDULERS = {DDIMScheduler: DDIM, DPMSolverMultistepScheduler: DPMSolver}
@@ -178,6 +180,30 @@ def test_training_from_stable_diffusion_resumes_exactly(tmp_path_factory, train)
     save_stock(whole, Path("stock"))
     again = ["experiment=stable_diffusion", "init_from=stock", "data.resolution=32", "name=again"]
     assert train(*again, "trainer.max_steps=1").code == 0, "training can start from its own result"
+
+
+def test_training_starts_from_the_id_of_stable_diffusion_on_the_hub(tmp_path, train, monkeypatch):
+    folder = write_stable_diffusion(tmp_path / "sd")
+    with hub_stand_in() as hub:
+        hub.use(monkeypatch, tmp_path / "hub")
+        paths = [path for path in folder.rglob("*") if path.is_file()]
+        hub.files["someone/sd"] = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+        hub.files["someone/sd"]["unet/diffusion_pytorch_model.fp16.safetensors"] = b"not downloaded"
+        options = ["experiment=stable_diffusion", "init_from=someone/sd", "data.resolution=32", "trainer.max_steps=1"]
+        result = train(*options, "name=hub")
+        assert result.code == 0, result
+        assert not list((tmp_path / "hub").rglob("*.fp16.*"))
+        conditioning = Run.open("runs/diffusion/hub").pipeline().conditioning
+        assert conditioning.state()["encoder"] == "someone/sd"
+        for wrong, message in (
+            ("conditioning=text", "network=unet_sd and conditioning=clip_sd"),
+            ("init_from=someone/other", "init_from=|someone/other is not a local folder"),
+        ):
+            result = train(*options, wrong, "name=wrong")
+            assert result.code == 2 and re.search(message, result.err), result
+    plain = ["network=unet_demo", "conditioning=text", f"conditioning.encoder={folder}", f"vae={folder}"]
+    result = train(f"init_from={folder}", *plain, "schedule=scaled_linear", "trainer.max_steps=1", "name=plain")
+    assert result.code == 2 and "Use conditioning=clip_sd" in result.err, result
 
 
 def test_stable_diffusion_network_can_be_trained_from_scratch(tmp_path_factory, train):

@@ -23,10 +23,10 @@ from ldm.image_grid import grid
 from ldm.latents.captions import open_captions
 from ldm.latents.statistics import StatisticsType, encode_latents, resolve_statistics
 from ldm.networks.class_embedding import ClassChange, replace_classes
-from ldm.networks.conditioning import Conditioning, clip_sd_condition
+from ldm.networks.conditioning import Conditioning, TextCondition, clip_sd_condition
 from ldm.networks.unet import unet_sd
 from ldm.rules import Depth, Flag, Fraction, Integer, Number, Positive, Size, apply_rules
-from ldm.runs.load import load_autoencoder, load_pipeline
+from ldm.runs.load import find_pipeline, load_autoencoder, load_pipeline
 from ldm.runs.run import Run, data_of_autoencoder, is_same_data
 from ldm.runtime import shell
 from ldm.sampling.pipeline import LatentDiffusion
@@ -168,6 +168,8 @@ class DiffusionStage(Stage):
             raise UserError(
                 "init_from= keeps the latent statistics that its network was trained with. Remove latent_statistics=."
             )
+        if options["init_from"] is not None:
+            find_pipeline(options["init_from"])
         schedule, objective = options["schedule"], options["objective"]
         variance = objective.variance(options["variance"])
         try:
@@ -266,10 +268,10 @@ def _check_init_from(
     chains = source.schedule.alpha_bar, schedule.alpha_bar
     same_chain = len(chains[0]) == len(chains[1]) and torch.allclose(*chains, rtol=1e-9)  # betas are rounded
     same_outputs = (source.variance == "learned_range") == (variance == "learned_range")
-    encoder, kind, prediction = old.state().get("encoder"), old.kind, source.prediction
+    encoder, kinds, prediction = old.state().get("encoder"), (_choice(old), _choice(conditioning)), source.prediction
     for is_same, setting, old_value, new_value, remedy in (
         (old_vae == new_vae, "the autoencoder", old_vae[:12], new_vae[:12], "vae=<pipeline folder of init_from>/vae"),
-        (kind == conditioning.kind, "the conditioning", kind, conditioning.kind, f"conditioning={kind}"),
+        (kinds[0] == kinds[1], "the conditioning", *kinds, f"conditioning={kinds[0]}"),
         (
             *(old.has_same_encoder(conditioning), "the text encoder"),
             *(_describe_encoder(old), _describe_encoder(conditioning), f"conditioning.encoder={encoder}"),
@@ -286,6 +288,12 @@ def _check_init_from(
                 f"The network from init_from= was trained with {setting} {old_value}, but this run uses {new_value}."
             )
             raise UserError(f"{message} Use {remedy}.")
+
+
+def _choice(conditioning: Conditioning) -> str:
+    """Return the value of conditioning= for a conditioning."""
+    is_clip_sd = isinstance(conditioning, TextCondition) and not conditioning.encoder.masked
+    return "clip_sd" if is_clip_sd else conditioning.kind
 
 
 def _describe_encoder(conditioning: Conditioning) -> str:
