@@ -352,6 +352,8 @@ def on_train_end(self):
 VAETraining.on_train_end = on_train_end
 from ldm.train import main
 main()
+import torch.distributed as dist
+assert not dist.is_initialized(), "threads of the backend can abort this rank at its exit, and then stop the others"
 """
     )
     ranks = ["trainer.devices=2", "trainer.strategy=ddp", "trainer.accumulate_grad_batches=2", "logger=csv"]

@@ -263,10 +263,10 @@ def test_keys_in_help_exist(name):
 
 @pytest.mark.parametrize("name", TOOLS)
 def test_help_of_a_tool_lists_all_keys(name):
-    """Groups can be missing, because Hydra lists them. `device` can be missing for bench."""
+    """Groups can be missing, because Hydra lists them. `device` can be missing for bench and export."""
     config = compose_config(name)
     help_keys = keys_of_help(config.hydra.help.template)
-    assert set(config) - {"hydra", "device" if name == "bench" else "hydra"} - set(GROUPS) <= help_keys
+    assert set(config) - {"hydra", "device" if name in ("bench", "export") else "hydra"} - set(GROUPS) <= help_keys
 
 
 def test_configs_start_with_a_comment():

@@ -24,6 +24,16 @@ def warn(message: str) -> None:
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
+def end_communication() -> None:
+    """Shut down the communication between the ranks. Call it on every rank, after the last collective.
+
+    Otherwise, threads of the backend can abort a rank when its process exits, and the launcher then kills rank 0 before
+    it has exported the weights.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def broadcast_from_rank_0(value: Value) -> Value:
     """Return rank 0's value on every rank. A collective: call it on every rank."""
     if not (dist.is_available() and dist.is_initialized()):

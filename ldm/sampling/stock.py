@@ -70,14 +70,13 @@ def to_stock(pipeline: LatentDiffusion) -> DiffusionPipeline:
         return DDPMPipeline(_as(UNet2DModel, pipeline.network), scheduler)
     assert isinstance(pipeline.conditioning, TextCondition)
     encoder = pipeline.conditioning.encoder
-    return diffusers.StableDiffusionPipeline(  # imported only here, with warnings of transformers
+    # its import, which prints warnings, is delayed until here; it also warns of an offset other than 1, though unused
+    return diffusers.StableDiffusionPipeline(
         vae=fold_standardisation(pipeline.autoencoder),
         text_encoder=encoder.model,
         tokenizer=encoder.tokenizer,
         unet=_as(UNet2DConditionModel, pipeline.network),
-        scheduler=DPMSolverMultistepScheduler(
-            **chain, steps_offset=1
-        ),  # else the pipeline warns; trailing steps have none
+        scheduler=DPMSolverMultistepScheduler(**chain, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -24,7 +24,7 @@ from ldm.runs.resume import ResumePlan
 from ldm.runs.run import AutoencoderNotFoundError, Run
 from ldm.runtime import launcher, shell, signals
 from ldm.runtime.device import choose_device
-from ldm.runtime.distributed import is_main_process
+from ldm.runtime.distributed import end_communication, is_main_process
 from ldm.training.callbacks.loggers import Loggers, make_loggers
 from ldm.training.callbacks.speed import (
     describe_device,
@@ -255,6 +255,7 @@ class Session:
     def finish(self, fit: Fit) -> None:
         """Save the EMA weights and the final metrics, and print the next command."""
         stage, trainer, run = fit.spec.stage, fit.trainer, self.run
+        end_communication()
         if not self.main_process:
             return
         run.record()  # on_train_start does not run if the resumed run had already finished training
