@@ -56,8 +56,7 @@ def to_stock(pipeline: LatentDiffusion) -> DiffusionPipeline:
         stage = ["stage=all"] if is_stable_diffusion else ["stage=diffusion", "vae=identity"]
         raise UserError(
             f"{pipeline.run} does not fit into a {kind}, which needs a model trained with other options: "
-            f"{shell.train_command(*stage, *missing)}. But its native pipeline opens in diffusers as well: "
-            "format=native."
+            f"{shell.train_command(*stage, *missing)}. Its native pipeline opens in diffusers too: use format=native."
         )
     chain: dict[str, Any] = {
         "num_train_timesteps": pipeline.schedule.num_steps,
