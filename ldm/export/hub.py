@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError
 
 from ldm.errors import UserError
 from ldm.files.untrusted import first_line
@@ -35,7 +34,7 @@ def upload(folder: Path, repository: str, *, private: bool) -> str:
     try:
         address = api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(folder_path=folder, repo_id=repository, commit_message="Upload pipeline and model card")
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:  # which exceptions depends on the HTTP library of huggingface_hub
         raise UserError(
             f"The upload to push={repository} failed: {first_line(error)}. {folder} is complete. Check that your token "
             f"can write to this repository, then upload it with `hf upload {repository} {folder}`."

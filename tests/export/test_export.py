@@ -127,6 +127,11 @@ def test_upload_problems_are_explained(run, export, hub, monkeypatch):
     result = export(*options, "push=someone/demo")
     assert result.code == 2 and "hf auth login" in result.err and not Path("exported").exists()
     monkeypatch.setattr("ldm.export.hub.get_token", lambda: "hf_stand_in")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    result = export(*options, "push=someone/demo")
+    assert result.code == 2 and "The upload to push=someone/demo failed" in result.err, result
+    shutil.rmtree("exported")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
     hub.may_write = False
     result = export(*options, "push=someone/demo")
     assert result.code == 2 and "hf upload someone/demo exported" in result.err and Path("exported/README.md").is_file()
