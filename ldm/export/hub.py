@@ -33,6 +33,8 @@ def upload(folder: Path, repository: str, *, private: bool) -> str:
     api = HfApi()
     try:
         address = api.create_repo(repository, private=private, exist_ok=True)
+        if private and not api.model_info(repository).private:
+            raise UserError("this repository is public already, and private=false is not set")
         api.upload_folder(folder_path=folder, repo_id=repository, commit_message="Upload pipeline and model card")
     except Exception as error:  # which exceptions depends on the HTTP library of huggingface_hub
         raise UserError(

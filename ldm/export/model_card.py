@@ -3,13 +3,13 @@
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from PIL import Image
 
 from ldm.errors import UserError
 from ldm.evaluation.evaluation_file import metrics_from_json
@@ -28,7 +28,7 @@ METRICS = {
     "precision_samples": "precision",
     "recall_samples": "recall",
     "retrieval_at_1_held_out_samples": "retrieval @1, held-out captions",
-    "accuracy_samples": "accuracy of the classes",
+    "class_accuracy_samples": "accuracy of the classes",
     "close_share_samples": "share of samples close to a training image",
     "bits_per_dim": "bits per dimension",
 }
@@ -55,8 +55,8 @@ def model_card(run: Run, pipeline: LatentDiffusion, name: str, *, is_native: boo
             the training started from other weights.
     """
     facts, kind, resolution = run.facts, pipeline.conditioning.kind, pipeline.contract.resolution
-    initial, data = run.config().get("init_from"), to_one_line(str(facts.get("data")))
-    licence = licence or (None if initial else _hub_licence(facts.get("accounting", {}).get("licence")))
+    source, data = run.config().get("init_from"), to_one_line(str(facts.get("data")))
+    licence = licence or (None if source else _hub_licence(facts.get("accounting", {}).get("licence")))
     metrics, results = _metrics(run)
     metadata = ModelCardData(
         license=licence or "other",
@@ -68,7 +68,7 @@ def model_card(run: Run, pipeline: LatentDiffusion, name: str, *, is_native: boo
         eval_results=[EvalResult(TASKS[kind], "images", data, **result) for result in results] or None,
     )
     condition = {"text": "from captions", "class": "of chosen classes", "none": "without a condition"}[kind]
-    origin = f"fine-tuned from {without_absolute_path(initial)}" if initial else "trained from scratch"
+    origin = f"fine-tuned from {without_absolute_path(source)}" if source else "trained from scratch"
     sections = [
         f"# {facts['name']}",
         f"A latent diffusion model that generates images of {resolution} x {resolution} pixels {condition}, {origin} "
@@ -80,7 +80,7 @@ def model_card(run: Run, pipeline: LatentDiffusion, name: str, *, is_native: boo
         metrics,
         f"""## Limits
 
-- The model reflects its training images{" and its initial weights" if initial else ""}, with their biases.
+- The model reflects its training images{" and its initial weights" if source else ""}, with their biases.
 - It was trained at {resolution} x {resolution} pixels. Images of other sizes are worse.
 - Diffusion models can reproduce training images. If it has been measured, the metrics state the share of samples that
   are closer to a training image than 99% of new images are. About 1% is expected of new images.""",
@@ -92,8 +92,7 @@ def save_card(card: ModelCard, run: Run, folder: Path) -> None:
     """Write the card, and the samples of the finished training, which it shows."""
     card.save(folder / CARD_FILE)
     if _samples(run).is_file():
-        with Image.open(_samples(run)) as image:  # saved again, without anything else that the file may contain
-            image.save(folder / SAMPLES_FILE)
+        shutil.copy(_samples(run), folder / SAMPLES_FILE)
 
 
 def _samples(run: Run) -> Path:
@@ -115,7 +114,7 @@ def _usage(run: Run, pipeline: LatentDiffusion, name: str, is_native: bool) -> s
     if is_native:
         notes.append(
             "`trust_remote_code` runs the Python files in this folder, which define the pipeline and its models. Read "
-            "them first, as any code from others."
+            "them first, as you would with any code from others."
         )
     if is_native and _samples(run).is_file() and sampler.get("_target_", "").endswith("DPMSolver"):
         notes.append("The example draws the first of the samples above.")
@@ -164,7 +163,7 @@ def _training(run: Run, pipeline: LatentDiffusion) -> str:
     table = "\n".join(f"| {key} | {to_one_line(str(value))} |" for key, value in rows.items())
     options = [without_absolute_path(stage.facts.get("options", [])) for stage in stages]
     commands = "\n".join(to_one_line(shlex.join(["python", "-m", "ldm.train", *words])) for words in options)
-    listed = without_absolute_path({key: config[key] for key in CONFIG_KEYS if key in config})
+    options_of_stage_2 = without_absolute_path({key: config[key] for key in CONFIG_KEYS if key in config})
     return f"""## Training
 
 ```
@@ -178,7 +177,7 @@ def _training(run: Run, pipeline: LatentDiffusion) -> str:
 <details><summary>Config of stage 2</summary>
 
 ```yaml
-{yaml.safe_dump(listed, sort_keys=False)}```
+{yaml.safe_dump(options_of_stage_2, sort_keys=False)}```
 
 </details>"""
 
@@ -195,7 +194,7 @@ def _metrics(run: Run) -> tuple[str, list[dict[str, Any]]]:
     """Return the section with the metrics of this run's weights, and the same metrics for the Hub."""
     rows: dict[str, tuple[Metric, dict[str, Any]]] = {}
     notes = []
-    if content := _measured(run, EVALUATION_FILE):
+    if content := _current_metrics(run, EVALUATION_FILE):
         metrics = metrics_from_json(content)
         rows |= {name: (metrics[name], content) for name in METRICS if name in metrics}
         sampler = content.get("sampler", {})
@@ -205,7 +204,7 @@ def _metrics(run: Run) -> tuple[str, list[dict[str, Any]]]:
             f"{content.get('num_reference')} images of {content.get('reference')}. Compare FD and KD only if all of "
             "these are equal."
         )
-    if content := _measured(run, "likelihood.json"):
+    if content := _current_metrics(run, "likelihood.json"):
         bound = content["chain"]
         rows["bits_per_dim"] = Metric(bound["total"], bound["standard_error"]), content
         notes.append(f"Bits per dimension: an upper bound, on {content['num_images']} images of {content['images']}.")
@@ -230,7 +229,7 @@ def _metrics(run: Run) -> tuple[str, list[dict[str, Any]]]:
     return f"## Metrics\n\n| metric | value |\n|---|---|\n{table}\n\n{note}", results
 
 
-def _measured(run: Run, name: str) -> dict[str, Any] | None:
+def _current_metrics(run: Run, name: str) -> dict[str, Any] | None:
     """Return the content of a file with metrics, if they belong to the run's present weights."""
     content = read_json(run.path / name) if (run.path / name).is_file() else {}
     return content if content.get("weights_sha256") == run_weights_sha256(run) else None

@@ -31,7 +31,7 @@ class TextEncoder:
         max_tokens: Captions are truncated or padded to this number of tokens.
         masked: False to embed captions as in Stable Diffusion; see `embed_captions`.
         revision: Revision of a Hub id. The attribute is None for encoders that are not from the Hub.
-        folder: Pipeline folder from which to load the encoder, whatever its name.
+        folder: Pipeline folder that contains the encoder; the name is then only an identifier.
         sha256: Digest of the original weights of an encoder in `folder`.
 
     Raises:
@@ -51,10 +51,10 @@ class TextEncoder:
         logging.disable_progress_bar()
         self.name, self.max_tokens, self.masked, self.folder, self._sha256 = name, max_tokens, masked, folder, sha256
         with _explain_load_errors(name):
-            source, _ = _locate(name if folder is None else str(folder))
+            source, _ = _locate(str(folder or name))
             config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
             _check_no_remote_code(config)
-        self.tokenizer = load_tokenizer(name if folder is None else str(folder), revision)
+        self.tokenizer = load_tokenizer(str(folder or name), revision)
         limits = (self.tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or math.inf)
         lower, upper = self.tokenizer.num_special_tokens_to_add() + 1, min(limits)
         if not lower <= max_tokens <= upper:

@@ -198,9 +198,9 @@ def _read_chain(file: Path) -> tuple[NoiseSchedule, str]:
     kind = BETA_SCHEDULES.get(str(config["beta_schedule"]))
     if prediction is None or kind is None or config.get("rescale_betas_zero_snr"):
         keys = ("prediction_type", "beta_schedule", "rescale_betas_zero_snr")
-        found = ", ".join(f"{key}={config.get(key)}" for key in keys)
+        values = ", ".join(f"{key}={config.get(key)}" for key in keys)
         raise UserError(
-            f"{file}: {found} is not supported. The prediction must be one of {', '.join(PREDICTION_TYPES.values())}, "
+            f"{file}: {values} is not supported. The prediction must be one of {', '.join(PREDICTION_TYPES.values())}, "
             f"the schedule {' or '.join(BETA_SCHEDULES)}, without rescaling."
         )
     try:

@@ -81,7 +81,7 @@ def _handler(hub: HubStandIn) -> type[BaseHTTPRequestHandler]:
                 request = json.loads(content)
                 repository = f"{request['organization']}/{request['name']}"
                 hub.files.setdefault(repository, {})
-                hub.visibility[repository] = request["visibility"]
+                hub.visibility.setdefault(repository, request["visibility"])
                 self.reply({"url": f"{hub.address}/{repository}", "name": repository})
             elif self.path == "/api/validate-yaml":
                 self.reply({"errors": [], "warnings": []})
@@ -109,7 +109,9 @@ def _handler(hub: HubStandIn) -> type[BaseHTTPRequestHandler]:
                     self.reply(entries)
                 else:
                     siblings = [{"rfilename": name} for name in files]
-                    self.reply({"id": repository, "modelId": repository, "sha": COMMIT, "siblings": siblings})
+                    is_private = hub.visibility.get(repository) == "private"
+                    content = {"id": repository, "modelId": repository, "sha": COMMIT, "private": is_private}
+                    self.reply({**content, "siblings": siblings})
                 return
             repository, _, rest = path[1:].partition("/resolve/")
             content = hub.files.get(repository, {}).get(rest.partition("/")[2])

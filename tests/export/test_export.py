@@ -69,7 +69,13 @@ def test_earlier_pipelines_are_rewritten(run, export):
 def test_card_describes_the_run(run, export):
     evaluation = {"weights_sha256": run_weights_sha256(run), "features": "efficientnet_lite", "num_samples": 512}
     evaluation |= {"num_reference": 900, "reference": "pets/train", "sampler": {"method": "ddim", "steps": 20}}
-    evaluation |= {"guidance": 2.0, "kd_samples": 0.05, "kd_samples_standard_error": 0.002, "fd_samples": None}
+    evaluation |= {
+        "guidance": 2.0,
+        "class_accuracy_samples": 0.9,
+        "kd_samples": 0.05,
+        "kd_samples_standard_error": 0.002,
+        "fd_samples": None,
+    }
     run.evaluation_file.write_text(json.dumps(evaluation))
     accounting = {"licence": "OpenMoji 17.0 (CC BY-SA 4.0, openmoji.org)", "train": 900, "validation": 50}
     private = str(Path("/home/someone/pictures").absolute())
@@ -79,7 +85,8 @@ def test_card_describes_the_run(run, export):
     assert export("run=runs/diffusion/demo", "out=exported").code == 0
     card = ModelCard.load("exported/README.md", ignore_metadata_errors=False)
     assert card.data.license == "cc-by-sa-4.0" and card.data.library_name == "diffusers"
-    (result,) = card.data.eval_results
+    result, accuracy = card.data.eval_results
+    assert (accuracy.metric_type, accuracy.metric_value) == ("class_accuracy_samples", 0.9)
     assert (result.metric_type, result.metric_value, result.metric_args["standard_error"]) == (
         "kd_samples",
         0.05,
@@ -132,6 +139,10 @@ def test_upload_problems_are_explained(run, export, hub, monkeypatch):
     assert result.code == 2 and "The upload to push=someone/demo failed" in result.err, result
     shutil.rmtree("exported")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
+    hub.files["someone/public"], hub.visibility["someone/public"] = {}, "public"
+    result = export(*options, "push=someone/public")
+    assert result.code == 2 and "public already" in result.err and not hub.files["someone/public"], result
+    shutil.rmtree("exported")
     hub.may_write = False
     result = export(*options, "push=someone/demo")
     assert result.code == 2 and "hf upload someone/demo exported" in result.err and Path("exported/README.md").is_file()
